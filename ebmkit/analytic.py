@@ -1,0 +1,186 @@
+r"""Models in closed form: the oracles of every sign and scale.
+
+If clean images follow a Gaussian mixture with labels,
+
+.. math:: p(x, c) = \sum_{k:\, \ell_k = c} \pi_k\, \mathcal N(x;\, \mu_k, \Sigma_k),
+
+then the noisy ones, :math:`y = x + \sigma\epsilon`, follow the same mixture with covariances
+:math:`\Sigma_k + \sigma^2 I`. So the log-density, the class posterior, the scores and
+:math:`E[x \mid y]` are exact at every sigma. The denoiser is also given by regression, without any
+derivative,
+
+.. math::
+    E[x \mid y, c] = \sum_k r_k(y)\,\bigl(\mu_k + \Sigma_k(\Sigma_k + \sigma^2 I)^{-1}(y - \mu_k)\bigr)
+
+with the responsibilities :math:`r_k` of the components (of label c): `GaussianMixture.posterior_mean`.
+That it equals Tweedie's :math:`y + \sigma^2 s(y, c)` is the first test of this library.
+
+A *blind* network trained by denoising score matching under a law of sigma does not see sigma; it
+minimises to :math:`E[\sigma^2 s_\sigma(y) \mid y] / E[\sigma^2 \mid y]`, the expectation over the
+posterior of sigma given y: `GaussianMixture.blind_score`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ebmkit.core import Energies, EnergyModel, Noise
+from ebmkit.errors import UserError
+
+__all__ = ["Gaussian", "GaussianMixture"]
+
+
+class GaussianMixture(EnergyModel):
+    """A labelled mixture of Gaussians on images (C, H, W), or on vectors (d,), exact at every sigma.
+
+    Log-densities are normalised: integrating exp(log_density) gives 1.
+
+    Args:
+        means: (K, *shape), the component means, in image units.
+        covariances: (K, d, d), (K,) variances of isotropic components, or a float for all, where d
+            is the number of entries of ``shape``.
+        weights: (K,) mixing weights; equal by default. They are normalised.
+        labels: (K,) int64, the label of each component; by default component k has label k.
+
+    Raises:
+        UserError: if shapes disagree, a weight is negative, or a covariance is not positive
+            definite.
+    """
+
+    noise_conditional = True
+
+    means: Tensor
+    log_weights: Tensor
+    labels: Tensor
+    _variances: Tensor
+    _axes: Tensor
+
+    def __init__(
+        self,
+        means: Tensor,
+        covariances: Tensor | float = 1.0,
+        weights: Tensor | Sequence[float] | None = None,
+        labels: Tensor | Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        count, dim = len(means), means[0].numel()
+        covariances = torch.as_tensor(covariances, dtype=means.dtype)
+        if covariances.ndim <= 1:
+            eye = torch.eye(dim, dtype=means.dtype)
+            covariances = covariances.expand(count)[:, None, None] * eye
+        if covariances.shape != (count, dim, dim):
+            raise UserError(
+                f"{count} components in {dim} dimensions need covariances of shape "
+                f"{(count, dim, dim)}, not {tuple(covariances.shape)}"
+            )
+        variances, axes = torch.linalg.eigh(covariances)
+        if variances.min() <= 0:
+            raise UserError(
+                f"covariances must be positive definite; smallest variance {variances.min():.3g}"
+            )
+        pi = torch.ones(count) if weights is None else torch.as_tensor(weights)
+        tags = torch.arange(count) if labels is None else torch.as_tensor(labels)
+        if pi.shape != (count,) or tags.shape != (count,) or pi.min() < 0 or pi.sum() <= 0:
+            raise UserError(f"{count} components need as many labels and non-negative weights")
+        self.register_buffer("means", means)
+        self.register_buffer("log_weights", (pi.to(means.dtype) / pi.sum()).log())
+        self.register_buffer("labels", tags.long())
+        self.register_buffer("_variances", variances)
+        self.register_buffer("_axes", axes)
+        self.num_classes = int(tags.max()) + 1
+
+    def forward(self, y: Tensor, sigma: Noise | None = None) -> Energies:
+        """Exact energies of ``y`` (B, *shape) at noise ``sigma`` (float or (B,); None is 0)."""
+        per_component = self._log_components(y, sigma)
+        per_label = torch.stack(
+            [
+                per_component.masked_fill(self.labels != c, -torch.inf).logsumexp(1)
+                for c in range(self.num_classes)
+            ],
+            dim=1,
+        )
+        return Energies(per_label, per_component.logsumexp(1))
+
+    def posterior_mean(
+        self, y: Tensor, sigma: Noise, c: Tensor | int | None = None
+    ) -> Tensor:
+        """E[x|y], or E[x|y, c], by regression on each component; shape of ``y``."""
+        coordinates = self._coordinates(y)  # (B, K, d) of y - mean, along the axes
+        shrink = self._variances / self._noisy_variances(y, sigma)
+        means = self.means.flatten(1) + torch.einsum("kde,bke->bkd", self._axes, shrink * coordinates)
+        log_r = self._log_components(y, sigma)
+        if c is not None:
+            own = self.labels == self.check_labels(c, y)[:, None]
+            log_r = log_r.masked_fill(~own, -torch.inf)
+        return torch.einsum("bk,bkd->bd", log_r.softmax(1), means).reshape(y.shape)
+
+    def blind_score(
+        self, y: Tensor, sigmas: Tensor, weights: Tensor | None = None, c: Tensor | int | None = None
+    ) -> Tensor:
+        """What denoising score matching over a law of sigma teaches a network that is not told sigma.
+
+        E[sigma^2 s_sigma(y) | y] / E[sigma^2 | y], the minimiser of E||sigma s(y) + eps||^2 over
+        functions s of y alone.
+
+        Args:
+            y: (B, *shape).
+            sigmas: (S,) quadrature nodes of the law of sigma.
+            weights: (S,) their probabilities; equal by default.
+            c: labels (B,) for the class-conditional score.
+        """
+        law = torch.ones_like(sigmas) if weights is None else weights
+        scores = torch.stack([self.score(y, c, sigma=float(s)) for s in sigmas])
+        evidence = torch.stack([self(y, float(s)).log_density for s in sigmas])
+        if c is not None:
+            labels = self.check_labels(c, y)
+            evidence = evidence + torch.stack([self(y, float(s)).at_label(labels) for s in sigmas])
+        posterior = (evidence + (law / law.sum()).log()[:, None]).softmax(0)  # p(sigma | y), (S, B)
+        weight = posterior * sigmas[:, None] ** 2
+        weight = weight / weight.sum(0)
+        return torch.einsum("sb,sb...->b...", weight, scores)
+
+    def sample(
+        self, count: int, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draw ``count`` clean images (count, *shape) and their labels (count,)."""
+        k = torch.multinomial(self.log_weights.exp(), count, replacement=True, generator=generator)
+        white = torch.randn(
+            count, self._axes.shape[1], dtype=self.means.dtype, generator=generator
+        )
+        offsets = torch.einsum("bde,be->bd", self._axes[k], self._variances[k].sqrt() * white)
+        return self.means[k] + offsets.reshape(self.means[k].shape), self.labels[k]
+
+    def _noisy_variances(self, y: Tensor, sigma: Noise | None) -> Tensor:
+        noise = torch.as_tensor(0.0 if sigma is None else sigma, dtype=y.dtype, device=y.device)
+        return self._variances + noise.reshape(-1, 1, 1) ** 2  # (B or 1, K, d)
+
+    def _coordinates(self, y: Tensor) -> Tensor:
+        if y.shape[1:] != self.means.shape[1:]:
+            raise UserError(
+                f"this mixture lives on {tuple(self.means.shape[1:])}, not {tuple(y.shape[1:])}"
+            )
+        offsets = y.flatten(1)[:, None] - self.means.flatten(1)
+        return torch.einsum("kde,bkd->bke", self._axes, offsets)
+
+    def _log_components(self, y: Tensor, sigma: Noise | None) -> Tensor:
+        """log pi_k N(y; mu_k, Sigma_k + sigma^2 I), (B, K)."""
+        variances = self._noisy_variances(y, sigma)
+        squares = self._coordinates(y).square() / variances
+        log_norm = (2 * torch.pi * variances).log()
+        return self.log_weights - 0.5 * (squares + log_norm).sum(-1)
+
+
+class Gaussian(GaussianMixture):
+    """One Gaussian, exact at every sigma; a mixture of one component with label 0.
+
+    Args:
+        mean: (*shape), in image units.
+        covariance: (d, d), or a float for an isotropic one.
+    """
+
+    def __init__(self, mean: Tensor, covariance: Tensor | float = 1.0) -> None:
+        matrix = torch.as_tensor(covariance, dtype=mean.dtype)
+        super().__init__(mean[None], matrix[None] if matrix.ndim else matrix)

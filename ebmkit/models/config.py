@@ -1,0 +1,90 @@
+"""From names and numbers to a model: configuration and `create_model`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ebmkit.models.gradresnet import BACKBONES, GradResNetConfig
+from ebmkit.models.heads import HEADS, HeadConfig
+from ebmkit.models.joint import Extent, JointModel
+from ebmkit.registry import find
+from ebmkit.validation import validated
+
+__all__ = ["BackboneConfig", "ModelConfig", "create_model"]
+
+BackboneConfig = GradResNetConfig
+"""Every backbone's configuration (one kind so far)."""
+
+
+class ModelConfig(BaseModel):
+    """Everything that is needed to build a `JointModel` anew; saved in ``model.json``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    backbone: BackboneConfig = Field(GradResNetConfig(), description="images to features")
+    head: HeadConfig = Field(HeadConfig(), description="features to energies")
+    in_channels: Literal[1, 3] = Field(3, description="1 gray, 3 colour")
+    num_classes: int = Field(0, ge=0, description="labels; 0 for a density alone")
+    reference_size: tuple[int, int] | None = Field(
+        None, description="height and width at which log-densities are the plain formula's"
+    )
+    extent: Extent = Field(
+        "windows", description="larger images: windows, tiles, or factor (see JointModel)"
+    )
+    input_mean: float = Field(0.0, description="subtracted from images; acts as a bias, so 0")
+    input_std: float = Field(1.0, gt=0, description="images are divided by it")
+
+    def build(self) -> JointModel:
+        """The model, with fresh weights."""
+        backbone = self.backbone.build(self.in_channels)
+        return JointModel(
+            backbone,
+            self.head.build(backbone.num_features, self.num_classes),
+            in_channels=self.in_channels,
+            reference_size=self.reference_size,
+            extent=self.extent,
+            input_mean=self.input_mean,
+            input_std=self.input_std,
+        )
+
+
+def create_model(
+    backbone: str = "gradresnet18",
+    num_classes: int = 10,
+    in_channels: int = 3,
+    head: str = "linear-quadratic",
+    image_size: tuple[int, int] | int | None = None,
+    extent: Extent = "windows",
+    **options: Any,
+) -> JointModel:
+    """A joint model by the names of its parts, with fresh weights.
+
+    Args:
+        backbone: a name from `ebmkit list backbones`.
+        num_classes: labels C; 0 for a density alone.
+        in_channels: 1 gray, 3 colour.
+        head: a name from `ebmkit list heads`.
+        image_size: the reference size, as (height, width) or one number for both; at it, and below,
+            the log-density is the plain formula's. None: the plain formula at every size.
+        extent: how the log-density grows beyond the reference size (see `JointModel`).
+        **options: fields of the backbone's configuration, as in ``width=16``.
+
+    Raises:
+        UserError: on an unknown name or an illegal option.
+
+    >>> model = create_model("gradresnet18", num_classes=10, in_channels=3, width=16)
+    """
+    preset = find("backbone", BACKBONES, backbone).config
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    shape = validated(type(preset), {**preset.model_dump(), **options}, f"backbone {backbone}")
+    config = {
+        "backbone": shape,
+        "head": find("head", HEADS, head).config,
+        "in_channels": in_channels,
+        "num_classes": num_classes,
+        "reference_size": size,
+        "extent": extent,
+    }
+    return validated(ModelConfig, config, "model").build()

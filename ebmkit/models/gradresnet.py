@@ -1,0 +1,167 @@
+r"""GradResNet: a residual network whose gradient is a good denoiser (CDN section 3.2, figure 2).
+
+A classifier maps an image to features; the gradient of a scalar of the features runs the network
+backwards and is an image again. Forward and backward together look like a UNet: the forward pass is
+the encoder, the backward pass the decoder. Four changes to ResNet make that decoder good:
+
+- GELU for ReLU, so that the gradient is smooth;
+- one group normalisation at the end of each block instead of a batch normalisation after each
+  convolution;
+- no bias anywhere, so that the denoiser generalises over noise levels;
+- *side connections*: the average-pooled outputs of stages 1-3 join the pooled output of stage 4,
+  :math:`f = [A_1 \bar h_1, A_2 \bar h_2, A_3 \bar h_3, \bar h_4]`, which in the gradient are the
+  skip connections of the UNet.
+
+A block is :math:`\operatorname{norm}(\operatorname{gelu}(P x + C_2 \operatorname{gelu}(C_1 x)))`,
+with P the identity or, where the shape changes, a 1x1 convolution with a norm of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from ebmkit.models.norms import NormName, make_norm
+from ebmkit.models.parts import Features
+from ebmkit.registry import Preset
+
+__all__ = ["BACKBONES", "GradResNet", "GradResNetConfig"]
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
+
+
+class GradResNetConfig(BaseModel):
+    """Shape of a GradResNet and the switches of the paper's ablations (table 3)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    depth: Literal[18, 34] = Field(18, description="18 (2-2-2-2 blocks) or 34 (3-4-6-3)")
+    width: int = Field(64, ge=1, description="channels of stage 1; the others have 2, 4, 8 times")
+    stem_kernel: Literal[3, 5, 7] = Field(3, description="size of the first convolution")
+    strides: tuple[int, int, int, int, int] = Field(
+        (1, 1, 2, 2, 2), description="strides of stem and stages; ImageNet: 2,1,2,2,2"
+    )
+    activation: Literal["gelu", "relu"] = Field("gelu", description="relu: ablation of the paper")
+    norm: NormName = Field(
+        "group", description="group (the paper), scale (scale-keeping), batch (ablation), none"
+    )
+    norm_everywhere: bool = Field(False, description="a norm after every convolution, as in ResNet")
+    shortcut_norm: bool = Field(True, description="a norm behind the 1x1 convolution of shortcuts")
+    channels_per_group: int = Field(8, ge=1, description="channels in a group of the norm")
+    bias: bool = Field(False, description="biases in convolutions and norms: ablation of the paper")
+    side_connections: bool = Field(True, description="pooled stages 1-3 beside the last")
+
+    @model_validator(mode="after")
+    def _check(self) -> GradResNetConfig:
+        if any(stride not in (1, 2, 4) for stride in self.strides):
+            raise ValueError(f"strides {self.strides} must each be 1, 2 or 4")
+        grouped = self.norm in ("group", "scale")
+        if grouped and self.width % self.channels_per_group:
+            raise ValueError(
+                f"width {self.width} is no multiple of channels_per_group "
+                f"{self.channels_per_group}: choose such a width, or set "
+                "model.backbone.channels_per_group"
+            )
+        if self.side_connections and self.width % 2:
+            raise ValueError(f"width {self.width} must be even for the side connections")
+        return self
+
+    def build(self, in_channels: int) -> GradResNet:
+        """The network, with fresh weights, for images of ``in_channels`` channels."""
+        return GradResNet(in_channels, self)
+
+
+class Block(nn.Module):
+    """Two convolutions and a shortcut, activation, norm: (B, C, H, W) -> (B, C', H/s, W/s)."""
+
+    def __init__(self, channels: int, out: int, stride: int, config: GradResNetConfig) -> None:
+        super().__init__()
+
+        def norm(wanted: bool = True) -> nn.Module:
+            name = config.norm if wanted else "none"
+            return make_norm(name, out, config.channels_per_group, config.bias)
+
+        self.conv1 = nn.Conv2d(channels, out, 3, stride, 1, bias=config.bias)
+        self.norm1 = norm(config.norm_everywhere)
+        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=config.bias)
+        self.norm2 = norm(config.norm_everywhere)
+        self.activation = ACTIVATIONS[config.activation]()
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or channels != out:
+            project = nn.Conv2d(channels, out, 1, stride, bias=config.bias)
+            self.shortcut = nn.Sequential(project, norm(config.shortcut_norm))
+        self.norm = norm(not config.norm_everywhere)
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = self.norm2(self.conv2(self.activation(self.norm1(self.conv1(x)))))
+        return self.norm(self.activation(self.shortcut(x) + residual))
+
+
+class GradResNet(nn.Module):
+    """The paper's backbone. K = 11.5 * width features with side connections, else 8 * width.
+
+    Args:
+        in_channels: 1 for gray, 3 for colour.
+        config: the shape; `GradResNetConfig` describes each field.
+    """
+
+    def __init__(self, in_channels: int, config: GradResNetConfig | None = None) -> None:
+        super().__init__()
+        config = config or GradResNetConfig()
+        blocks = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}[config.depth]
+        widths = [config.width * 2**i for i in range(4)]
+        self.in_channels = in_channels
+        self.stem = nn.Conv2d(
+            in_channels,
+            config.width,
+            config.stem_kernel,
+            config.strides[0],
+            config.stem_kernel // 2,
+            bias=config.bias,
+        )
+        self.activation = ACTIVATIONS[config.activation]()
+        self.stages = nn.ModuleList()
+        channels = config.width
+        for width, count, stride in zip(widths, blocks, config.strides[1:], strict=True):
+            layers = [Block(channels, width, stride, config)]
+            layers += [Block(width, width, 1, config) for _ in range(count - 1)]
+            self.stages.append(nn.Sequential(*layers))
+            channels = width
+        self.side = nn.ModuleList()
+        if config.side_connections:
+            self.side.extend(nn.Linear(w, w // 2, bias=config.bias) for w in widths[:3])
+        self.num_features = widths[3] + sum(w // 2 for w in widths[:3] if config.side_connections)
+
+    def forward(self, y: Tensor) -> Features:
+        """Features of images ``y`` (B, C, H, W), H and W of any size from 1."""
+        h = self.activation(self.stem(y))
+        maps = []
+        for stage in self.stages:
+            h = stage(h)
+            maps.append(h)
+        kept = tuple(maps) if self.side else (h,)
+        return Features(self.pool(kept, (1, 1)).squeeze(1), kept)
+
+    def pool(self, maps: tuple[Tensor, ...], grid: tuple[int, int]) -> Tensor:
+        """Features of each window of ``grid`` (rows, columns): (B, rows * columns, K)."""
+        pooled = []
+        for i, h in enumerate(maps):
+            if grid == (1, 1):
+                mean = h.mean(dim=(2, 3))[:, None]
+            else:
+                mean = nn.functional.adaptive_avg_pool2d(h, grid).flatten(2).transpose(1, 2)
+            pooled.append(self.side[i](mean) if i < len(maps) - 1 else mean)
+        return torch.cat(pooled, dim=2)
+
+
+BACKBONES: dict[str, Preset[GradResNetConfig]] = {
+    "gradresnet18": Preset(GradResNetConfig(depth=18), "the paper's network for 32x32 images"),
+    "gradresnet34": Preset(GradResNetConfig(depth=34), "the same, deeper (3-4-6-3 blocks)"),
+    "gradresnet18-imagenet": Preset(
+        GradResNetConfig(depth=18, stem_kernel=7, strides=(2, 1, 2, 2, 2)),
+        "the paper's network for 224x224 images: 7x7 stem of stride 2, no max-pool",
+    ),
+}

@@ -1,0 +1,154 @@
+r"""The joint model: a backbone, a head, and how log-densities grow with the image.
+
+Backbones average their features over positions, so the plain formula (CDN eq. 11) gives an image of
+any size a log-density of the same order, and a score that shrinks as one over the number of pixels.
+A log-density of an image twice as large must be about twice as large. With the reference size
+:math:`h_0 \times w_0` that the model was trained at and :math:`N = HW / h_0 w_0`, an image of
+:math:`N > 1` has
+
+.. math::
+    \text{factor:}  & \quad \log p(y) = N \,\ell(f(y)) \\
+    \text{windows:} & \quad \log p(y) = \tfrac{N}{M} \sum_{m=1}^{M} \ell(f_m(y)) \\
+    \text{tiles:}   & \quad \log p(y) = \tfrac{N}{M} \sum_{m=1}^{M} \ell(f(y_m))
+
+where :math:`\ell` is the head, :math:`f_m` the features pooled over the m-th window of the reference
+size only, and :math:`y_m` the m-th of overlapping crops of the reference size. The logits grow in
+the same way: their sum is the evidence of N parts of the image. In ``factor`` all statistics are of
+the whole image; in ``windows`` the pooled features are local and the normalisations' means and
+deviations are of the whole image; in ``tiles`` everything is local. At the reference size, and
+below it, the three are the paper's formula.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ebmkit.core import Energies, EnergyModel, Noise
+from ebmkit.errors import UserError
+from ebmkit.models.parts import Backbone, Features, Head, WindowedBackbone
+
+__all__ = ["EXTENTS", "Extent", "JointModel"]
+
+Extent = Literal["windows", "tiles", "factor"]
+EXTENTS: tuple[Extent, ...] = ("windows", "tiles", "factor")
+
+
+class JointModel(EnergyModel):
+    """log p(y, c) from a backbone and a head; blind to sigma, as in the paper.
+
+    Args:
+        backbone: images (B, C, H, W) to `Features` with K = ``backbone.num_features``.
+        head: features (B, K) to `Energies`.
+        in_channels: channels C that images must have; None does not check.
+        reference_size: height and width at which the plain formula holds; None: at every size.
+        extent: ``windows``, ``tiles`` or ``factor`` (see the module's text), for larger images.
+        input_mean: subtracted from images before the backbone. It acts as a bias.
+        input_std: images are divided by it before the backbone.
+
+    Raises:
+        UserError: if ``windows`` is asked of a backbone that cannot pool over windows.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: nn.Module,
+        in_channels: int | None = None,
+        reference_size: tuple[int, int] | None = None,
+        extent: Extent = "windows",
+        input_mean: float = 0.0,
+        input_std: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if not isinstance(backbone, Backbone) or not isinstance(head, Head):
+            raise UserError("a backbone needs num_features, a head needs num_classes")
+        if reference_size and extent == "windows" and not isinstance(backbone, WindowedBackbone):
+            raise UserError(
+                f"{type(backbone).__name__} has no method pool(maps, grid), which extent 'windows' "
+                "needs: choose extent 'tiles' or 'factor'"
+            )
+        self.backbone = backbone
+        self.head = head
+        self.in_channels = in_channels
+        self.reference_size = reference_size
+        self.extent = extent
+        self.input_mean = input_mean
+        self.input_std = input_std
+        self.num_classes = head.num_classes
+
+    def forward(self, y: Tensor, sigma: Noise | None = None) -> Energies:
+        """Energies of images ``y`` (B, C, H, W) in image units; ``sigma`` is ignored.
+
+        Raises:
+            UserError: if ``y`` is no batch of images, or has another number of channels.
+        """
+        self._check(y)
+        size = _parts(y, self.reference_size)
+        if size <= 1:
+            return self.head(self._features(y).pooled)
+        if self.extent == "factor":
+            return _total(self.head(self._features(y).pooled), len(y), size)
+        if self.extent == "windows":
+            grid = self.window_grid(y.shape[-2], y.shape[-1])
+            pooled = self.backbone.pool(self._features(y).maps, grid)  # (B, M, K)
+            return _total(self.head(pooled.flatten(0, 1)), len(y), size)
+        crops = tiles(y, self.reference_size)
+        return _total(self.head(self._features(crops).pooled), len(y), size)
+
+    def window_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of windows in an image of ``height`` x ``width``."""
+        assert self.reference_size is not None
+        rows, columns = self.reference_size
+        return max(1, round(height / rows)), max(1, round(width / columns))
+
+    def _features(self, y: Tensor) -> Features:
+        if self.input_mean:
+            y = y - self.input_mean
+        if self.input_std != 1:
+            y = y / self.input_std
+        return self.backbone(y)
+
+    def _check(self, y: Tensor) -> None:
+        if y.ndim != 4:
+            raise UserError(f"images must be (batch, channels, height, width), not {tuple(y.shape)}")
+        if self.in_channels is not None and y.shape[1] != self.in_channels:
+            raise UserError(
+                f"this model takes images of {self.in_channels} channel(s), not {y.shape[1]}"
+            )
+
+
+def tiles(y: Tensor, size: tuple[int, int]) -> Tensor:
+    """Crops of ``size`` that overlap by half and cover ``y`` (B, C, H, W): (B * M, C, h, w)."""
+    height, width = min(size[0], y.shape[-2]), min(size[1], y.shape[-1])
+    tops = spread(y.shape[-2], height, max(1, height // 2))
+    lefts = spread(y.shape[-1], width, max(1, width // 2))
+    crops = [y[..., t : t + height, l : l + width] for t in tops for l in lefts]
+    return torch.stack(crops, dim=1).flatten(0, 1)
+
+
+def spread(length: int, tile: int, stride: int) -> list[int]:
+    """Starts of tiles of size ``tile`` at most ``stride`` apart that cover 0 .. length evenly.
+
+    >>> spread(80, 32, 16)
+    [0, 16, 32, 48]
+    """
+    count = math.ceil(max(0, length - tile) / stride) + 1
+    return [round(i * (length - tile) / max(1, count - 1)) for i in range(count)]
+
+
+def _parts(y: Tensor, reference: tuple[int, int] | None) -> float:
+    """How many reference images ``y`` makes, at least 1."""
+    if reference is None:
+        return 1.0
+    return max(1.0, y.shape[-2] * y.shape[-1] / (reference[0] * reference[1]))
+
+
+def _total(parts: Energies, batch: int, size: float) -> Energies:
+    """Energies (B * M, ...) of the M parts of each image, as those of the image of ``size``."""
+    logits = parts.logits.unflatten(0, (batch, -1)).mean(1)
+    density = parts.log_density.unflatten(0, (batch, -1)).mean(1)
+    return Energies(size * logits, size * density)

@@ -1,0 +1,137 @@
+"""Models on disk: weights as safetensors, everything else as readable JSON; nothing is executed.
+
+A saved model is two files in one folder. ``model.safetensors`` holds the weights, ``model.json`` the
+configuration that builds the network and the *card*: what the model was trained for (image size,
+range of noise levels, labels), so that later uses can warn or refuse outside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from ebmkit.core import EnergyModel
+from ebmkit.errors import UserError
+from ebmkit.files import write_atomically
+from ebmkit.models.config import ModelConfig
+from ebmkit.validation import validated
+
+__all__ = ["ModelCard", "load", "save_model"]
+
+FORMAT = 1
+
+
+class ModelCard(BaseModel):
+    """What a model was trained for."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    dataset: str = Field("", description="name of the training set")
+    objective: str = Field("", description="as on the command line")
+    steps: int = Field(0, description="optimiser steps done")
+    image_size: tuple[int, int] | None = Field(None, description="height and width in training")
+    channels: int = Field(3, description="1 gray, 3 colour")
+    class_names: list[str] = Field([], description="by label; empty without labels")
+    sigma_range: tuple[float, float] | None = Field(
+        None, description="noise levels of the denoising stream, image units; None: not trained"
+    )
+    classifies: bool = Field(False, description="whether labels were trained")
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    format: int
+    model: ModelConfig | None  # None: a network of the user's own, to be given to load()
+    card: ModelCard
+
+
+def save_model(
+    folder: Path, model: EnergyModel, config: ModelConfig | None, card: ModelCard
+) -> None:
+    """Write ``model.safetensors`` and ``model.json`` into ``folder``, each in one move.
+
+    Args:
+        folder: an existing folder.
+        model: the model; only its state is written.
+        config: what builds it, or None for a model composed by hand.
+        card: what it was trained for.
+
+    Raises:
+        UserError: if the disk is full or not writable; what was there before is left as it was.
+    """
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_atomically(folder / "model.safetensors", safetensors.torch.save(state))
+    document = _Document(format=FORMAT, model=config, card=card)
+    text = json.dumps(document.model_dump(mode="json"), indent=2)
+    write_atomically(folder / "model.json", text.encode())
+
+
+def load(
+    run: str | os.PathLike[str],
+    model: EnergyModel | None = None,
+    device: str = "cpu",
+    weights: str = "last",
+) -> EnergyModel:
+    """The trained model in the folder ``run``, frozen and in evaluation mode.
+
+    Args:
+        run: a run folder, or any folder with ``model.safetensors`` and ``model.json``.
+        model: the network to load into; needed only for one that was composed by hand.
+        device: where to put it.
+        weights: ``last``, or ``best`` by validation.
+
+    Returns:
+        The model; its attribute ``card`` says what it was trained for.
+
+    Raises:
+        UserError: if the folder holds no such model or the files do not fit together.
+
+    >>> model = load("runs/digits")                                      # doctest: +SKIP
+    >>> model.denoise(y, sigma=25 / 255)                                 # doctest: +SKIP
+    """
+    folder = Path(run)
+    if not folder.is_dir():
+        raise UserError(f"there is no run folder {str(folder)!r}")
+    names = {"last": "model.safetensors", "best": "checkpoints/best.safetensors"}
+    if weights not in names:
+        raise UserError(f"weights {weights!r} must be one of {', '.join(names)}")
+    for name in ("model.json", names[weights]):
+        if not (folder / name).is_file():
+            raise UserError(
+                f"{str(folder)!r} holds no {name}: it is no run folder, or training never saved a "
+                "model there (`ebmkit train --resume` goes on with an interrupted run)"
+            )
+    document = _read_document(folder / "model.json")
+    if model is None:
+        if document.model is None:
+            raise UserError(
+                f"{str(folder)!r} holds a network composed by hand: give it, as in "
+                "ebmkit.load(run, model=JointModel(...))"
+            )
+        model = document.model.build()
+    try:
+        state = safetensors.torch.load_file(folder / names[weights])
+        model.load_state_dict(state)
+    except safetensors.SafetensorError:
+        raise UserError(f"{str(folder / names[weights])!r} is damaged: it does not parse") from None
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"the weights in {str(folder)!r} do not fit the model: {reason}") from None
+    model.card = document.card
+    return model.eval().requires_grad_(False).to(device)
+
+
+def _read_document(path: Path) -> _Document:
+    try:
+        values = json.loads(path.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        raise UserError(f"{str(path)!r} is damaged: it is not JSON") from None
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise UserError(f"{str(path)!r} is not of format {FORMAT}: made by another version?")
+    return validated(_Document, values, str(path))
