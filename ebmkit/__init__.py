@@ -8,9 +8,10 @@ features into a log-density and class logits, everything else is derived.
 """
 
 from ebmkit.analytic import Gaussian, GaussianMixture
+from ebmkit.card import ModelCard
 from ebmkit.core import Denoiser, Energies, EnergyModel
 from ebmkit.errors import UserError
-from ebmkit.models import JointModel, ModelCard, create_model, load, save_model
+from ebmkit.models import JointModel, create_model, load, save_model
 
 __version__ = "0.1.0"
 

@@ -46,8 +46,8 @@ class GaussianMixture(EnergyModel):
         labels: (K,) int64, the label of each component; by default component k has label k.
 
     Raises:
-        UserError: if shapes disagree, a weight is negative, or a covariance is not positive
-            definite.
+        UserError: if shapes disagree, a weight is negative, a label has no component, or a
+            covariance is not positive definite.
     """
 
     noise_conditional = True
@@ -81,12 +81,17 @@ class GaussianMixture(EnergyModel):
             raise UserError(
                 f"covariances must be positive definite; smallest variance {variances.min():.3g}"
             )
-        pi = torch.ones(count) if weights is None else torch.as_tensor(weights)
+        pi = torch.as_tensor([1.0] * count if weights is None else weights, dtype=means.dtype)
         tags = torch.arange(count) if labels is None else torch.as_tensor(labels)
         if pi.shape != (count,) or tags.shape != (count,) or pi.min() < 0 or pi.sum() <= 0:
             raise UserError(f"{count} components need as many labels and non-negative weights")
+        if sorted(set(tags.tolist())) != list(range(int(tags.max()) + 1)):
+            raise UserError(
+                f"labels {sorted(set(tags.tolist()))} must be 0, 1, ... without gaps: a label needs "
+                "a component"
+            )
         self.register_buffer("means", means)
-        self.register_buffer("log_weights", (pi.to(means.dtype) / pi.sum()).log())
+        self.register_buffer("log_weights", (pi / pi.sum()).log())
         self.register_buffer("labels", tags.long())
         self.register_buffer("_variances", variances)
         self.register_buffer("_axes", axes)
@@ -131,7 +136,8 @@ class GaussianMixture(EnergyModel):
             weights: (S,) their probabilities; equal by default.
             c: labels (B,) for the class-conditional score.
         """
-        law = torch.ones_like(sigmas) if weights is None else weights
+        sigmas = sigmas.to(y)
+        law = torch.ones_like(sigmas) if weights is None else weights.to(y)
         scores = torch.stack([self.score(y, c, sigma=float(s)) for s in sigmas])
         evidence = torch.stack([self(y, float(s)).log_density for s in sigmas])
         if c is not None:
@@ -145,10 +151,17 @@ class GaussianMixture(EnergyModel):
     def sample(
         self, count: int, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Draw ``count`` clean images (count, *shape) and their labels (count,)."""
+        """Draw ``count`` clean images (count, *shape) and their labels (count,).
+
+        A ``generator`` must live on the device of the mixture.
+        """
         k = torch.multinomial(self.log_weights.exp(), count, replacement=True, generator=generator)
         white = torch.randn(
-            count, self._axes.shape[1], dtype=self.means.dtype, generator=generator
+            count,
+            self._axes.shape[1],
+            dtype=self.means.dtype,
+            device=self.means.device,
+            generator=generator,
         )
         offsets = torch.einsum("bde,be->bd", self._axes[k], self._variances[k].sqrt() * white)
         return self.means[k] + offsets.reshape(self.means[k].shape), self.labels[k]

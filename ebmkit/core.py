@@ -37,6 +37,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from ebmkit.card import ModelCard
 from ebmkit.errors import UserError
 
 __all__ = ["Denoiser", "Energies", "EnergyModel", "Linearization", "linearize"]
@@ -134,7 +135,8 @@ def linearize(model: EnergyModel, y: Tensor, sigma: Noise | None = None) -> Line
         energies = model(leaf, sigma)
 
         def pull_eager(cotangent: Energies) -> Tensor:
-            outputs, weights = list(energies), list(cotangent)
+            pairs = [(e, w) for e, w in zip(energies, cotangent, strict=True) if e.requires_grad]
+            outputs, weights = zip(*pairs, strict=True)  # without labels, logits are constant
             (gradient,) = torch.autograd.grad(outputs, leaf, weights, create_graph=True)
             return gradient
 
@@ -162,10 +164,12 @@ class EnergyModel(nn.Module, ABC):
         num_classes: number of labels C; 0 for a density without labels.
         noise_conditional: whether `forward` uses sigma. The paper's networks are blind (False):
             they take sigma and ignore it, so that samplers can treat all models alike.
+        card: what the model was trained for; None before it was.
     """
 
     num_classes: int = 0
     noise_conditional: bool = False
+    card: ModelCard | None = None
     _warned: bool = False
 
     @abstractmethod
@@ -293,4 +297,6 @@ def _per_image(sigma: Noise, y: Tensor) -> Noise:
 
 
 def _sigma_of_score(score: Tensor) -> Tensor:
-    return score[0].numel() ** 0.5 / score.flatten(1).norm(dim=1)
+    """sqrt(d) / ||score||, (B,); finite even at a score of 0, which then moves no image."""
+    norm = score.flatten(1).norm(dim=1).clamp_min(torch.finfo(score.dtype).eps ** 2)
+    return score[0].numel() ** 0.5 / norm

@@ -2,8 +2,8 @@ r"""Noise levels.
 
 Everywhere in ebmkit, sigma is the standard deviation of the noise in *image units*: images live in
 [0, 1]. People say "25" and mean :math:`25/255`; so options and configuration fields accept the
-fraction as text, and a bare number above 1 that can only be a slip is refused with the fraction
-that was probably meant.
+fraction as text, and a bare "25" is refused with the fraction that was probably meant ("25/1" insists
+on it; a float is taken as it is, so that saved configurations load again).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic import BeforeValidator
 
 from ebmkit.errors import UserError
 
-__all__ = ["Sigma", "format_sigma", "parse_sigma"]
+__all__ = ["Sigma", "SigmaOrZero", "format_sigma", "parse_sigma"]
 
 
 def parse_sigma(value: object) -> float:
@@ -25,7 +25,8 @@ def parse_sigma(value: object) -> float:
         The standard deviation in image units.
 
     Raises:
-        UserError: if the value does not parse, is not finite, or is not above 0.
+        UserError: if the value does not parse, is not finite, is not above 0, or is a bare number
+            above 1 as text or whole number, which nobody means in image units.
 
     >>> parse_sigma("51/255")
     0.2
@@ -40,6 +41,11 @@ def parse_sigma(value: object) -> float:
         ) from None
     if not math.isfinite(sigma) or sigma <= 0:
         raise UserError(f"sigma {text!r} must be a finite number above 0, as in 25/255")
+    if sigma > 1 and not slash and not isinstance(value, float):
+        raise UserError(
+            f"sigma {text!r} is beyond the range of an image, 0 to 1: did you mean {text}/255? "
+            f"(if not, write {text}/1)"
+        )
     return sigma
 
 
@@ -54,3 +60,6 @@ def format_sigma(sigma: float) -> str:
 
 Sigma = Annotated[float, BeforeValidator(parse_sigma)]
 """A pydantic field holding a noise level; accepts the forms of `parse_sigma`."""
+
+SigmaOrZero = Annotated[float, BeforeValidator(_parse_sigma_or_zero)]
+"""The same where 0 stands for no noise."""

@@ -5,7 +5,7 @@ from ebmkit.models.gradresnet import BACKBONES, GradResNet, GradResNetConfig
 from ebmkit.models.heads import HEADS, HeadConfig, LinearQuadraticHead, LogitHead
 from ebmkit.models.joint import JointModel
 from ebmkit.models.parts import Backbone, Features, Head, WindowedBackbone
-from ebmkit.models.saving import ModelCard, load, save_model
+from ebmkit.models.saving import load, save_model, save_weights
 
 __all__ = [
     "BACKBONES",
@@ -20,10 +20,10 @@ __all__ = [
     "JointModel",
     "LinearQuadraticHead",
     "LogitHead",
-    "ModelCard",
     "ModelConfig",
     "WindowedBackbone",
     "create_model",
     "load",
     "save_model",
+    "save_weights",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from ebmkit.models.gradresnet import BACKBONES, GradResNetConfig
 from ebmkit.models.heads import HEADS, HeadConfig
@@ -27,7 +27,7 @@ class ModelConfig(BaseModel):
     head: HeadConfig = Field(HeadConfig(), description="features to energies")
     in_channels: Literal[1, 3] = Field(3, description="1 gray, 3 colour")
     num_classes: int = Field(0, ge=0, description="labels; 0 for a density alone")
-    reference_size: tuple[int, int] | None = Field(
+    reference_size: tuple[PositiveInt, PositiveInt] | None = Field(
         None, description="height and width at which log-densities are the plain formula's"
     )
     extent: Extent = Field(

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from ebmkit.core import Energies
+from ebmkit.errors import UserError
 from ebmkit.registry import Preset
 
 __all__ = ["HEADS", "HeadConfig", "LinearQuadraticHead", "LogitHead"]
@@ -64,13 +65,16 @@ class LogitHead(nn.Module):
         bias: add a bias to the logits.
 
     Raises:
-        ValueError: if there are no classes, for then there is no density either.
+        UserError: if there are no classes, for then there is no density either.
     """
 
     def __init__(self, num_features: int, num_classes: int, bias: bool = False) -> None:
         super().__init__()
         if num_classes < 1:
-            raise ValueError("LogitHead reads the density off the logits: it needs classes")
+            raise UserError(
+                f"head 'logit' reads the density off the class logits and cannot have "
+                f"{num_classes} classes: use head 'linear-quadratic'"
+            )
         self.num_classes = num_classes
         self.classifier = nn.Linear(num_features, num_classes, bias)
 

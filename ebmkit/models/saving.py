@@ -13,34 +13,18 @@ from pathlib import Path
 
 import safetensors
 import safetensors.torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
+from ebmkit.card import ModelCard
 from ebmkit.core import EnergyModel
 from ebmkit.errors import UserError
 from ebmkit.files import write_atomically
 from ebmkit.models.config import ModelConfig
 from ebmkit.validation import validated
 
-__all__ = ["ModelCard", "load", "save_model"]
+__all__ = ["load", "save_model", "save_weights"]
 
 FORMAT = 1
-
-
-class ModelCard(BaseModel):
-    """What a model was trained for."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    dataset: str = Field("", description="name of the training set")
-    objective: str = Field("", description="as on the command line")
-    steps: int = Field(0, description="optimiser steps done")
-    image_size: tuple[int, int] | None = Field(None, description="height and width in training")
-    channels: int = Field(3, description="1 gray, 3 colour")
-    class_names: list[str] = Field([], description="by label; empty without labels")
-    sigma_range: tuple[float, float] | None = Field(
-        None, description="noise levels of the denoising stream, image units; None: not trained"
-    )
-    classifies: bool = Field(False, description="whether labels were trained")
 
 
 class _Document(BaseModel):
@@ -65,11 +49,20 @@ def save_model(
     Raises:
         UserError: if the disk is full or not writable; what was there before is left as it was.
     """
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_atomically(folder / "model.safetensors", safetensors.torch.save(state))
+    save_weights(folder / "model.safetensors", model)
     document = _Document(format=FORMAT, model=config, card=card)
     text = json.dumps(document.model_dump(mode="json"), indent=2)
     write_atomically(folder / "model.json", text.encode())
+
+
+def save_weights(path: Path, model: EnergyModel) -> None:
+    """Write the state of ``model`` to ``path`` as safetensors, in one move.
+
+    Raises:
+        UserError: if the disk is full or not writable; what was there before is left as it was.
+    """
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_atomically(path, safetensors.torch.save(state))
 
 
 def load(

@@ -1,0 +1,21 @@
+"""Whether the default run reached what it promises: accuracy and gain in PSNR on digits."""
+
+import json
+import sys
+from pathlib import Path
+
+FLOOR = {"15": 2.5, "25": 3.6, "50": 5.2}
+"""dB above the noisy image, by sigma * 255."""
+
+run = Path(sys.argv[1])
+classify = json.loads((run / "evaluation" / "classify.json").read_text())
+denoise = json.loads((run / "evaluation" / "denoise.json").read_text())
+gains = {s: denoise["psnr"][s] - denoise["psnr_noisy"][s] for s in FLOOR}
+print(f"accuracy {classify['accuracy']:.4f}, gains in dB {gains}")
+failed = [f"gain at {s}/255 is below {floor} dB" for s, floor in FLOOR.items() if gains[s] < floor]
+if classify["accuracy"] < 0.985:
+    failed.append("accuracy is below 98.5 %")
+for picture in ("learning_curves.png", "evaluation/denoising_grid.png"):
+    if not (run / picture).is_file():
+        failed.append(f"{picture} is missing")
+sys.exit("; ".join(failed) or 0)

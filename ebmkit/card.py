@@ -1,0 +1,24 @@
+"""What a model was trained for, so that later uses can warn or refuse outside it."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = ["ModelCard"]
+
+
+class ModelCard(BaseModel):
+    """What a model was trained for."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    dataset: str = Field("", description="name of the training set")
+    objective: str = Field("", description="as on the command line")
+    steps: int = Field(0, description="optimiser steps done")
+    image_size: tuple[int, int] | None = Field(None, description="height and width in training")
+    channels: int = Field(3, description="1 gray, 3 colour")
+    class_names: list[str] = Field([], description="by label; empty without labels")
+    sigma_range: tuple[float, float] | None = Field(
+        None, description="noise levels of the denoising stream, image units; None: not trained"
+    )
+    classifies: bool = Field(False, description="whether labels were trained")

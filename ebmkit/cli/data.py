@@ -1,0 +1,31 @@
+"""``ebmkit data pack``: image folders and torchvision data sets into one HDF5 file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ebmkit.cli.app import data_app
+from ebmkit.cli.console import console
+
+__all__ = ["pack"]
+
+
+@data_app.command()
+def pack(
+    src: Annotated[str, typer.Argument(help="image folder, or a folder in torchvision's layout")],
+    out: Annotated[Path, typer.Argument(help="the HDF5 file to write")],
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="height and width to bring images to")
+    ] = None,
+) -> None:
+    """Pack a folder of images, or a torchvision data set, into one HDF5 file.
+
+    Train on it with --dataset hdf5 --data-dir OUT.h5.
+    """
+    from ebmkit.data.pack import pack as pack_file
+
+    pack_file(src, out, image_size=image_size, progress=console.is_terminal)
+    console.print(f"wrote {out}", soft_wrap=True, highlight=False)

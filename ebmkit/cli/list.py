@@ -1,0 +1,52 @@
+"""``ebmkit list``: the tables of named parts."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from ebmkit.cli.app import app
+from ebmkit.cli.console import console
+
+__all__ = ["list_", "tables"]
+
+
+class Kind(str, Enum):
+    """What can be listed."""
+
+    backbones = "backbones"
+    heads = "heads"
+    objectives = "objectives"
+    datasets = "datasets"
+    recipes = "recipes"
+    suites = "suites"
+
+
+def tables() -> dict[str, dict[str, str]]:
+    """Kind -> name -> one line about it, from the very tables the program looks names up in."""
+    from ebmkit.data import DATASETS
+    from ebmkit.evaluation import SUITES
+    from ebmkit.models import BACKBONES, HEADS
+    from ebmkit.objectives import OBJECTIVES
+    from ebmkit.training import RECIPES
+
+    return {
+        "backbones": {name: preset.about for name, preset in BACKBONES.items()},
+        "heads": {name: preset.about for name, preset in HEADS.items()},
+        "objectives": {name: objective.about for name, objective in OBJECTIVES.items()},
+        "datasets": {name: dataset.about for name, dataset in DATASETS.items()},
+        "recipes": {name: recipe.about for name, recipe in RECIPES.items()},
+        "suites": {name: suite.about for name, suite in SUITES.items()},
+    }
+
+
+@app.command("list")
+def list_(kind: Annotated[Kind, typer.Argument(help="what to list")]) -> None:
+    """List the parts that options can name."""
+    table = Table(kind.value.removesuffix("s"), "about")
+    for name, about in tables()[kind.value].items():
+        table.add_row(name, about)
+    console.print(table)

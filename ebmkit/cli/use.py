@@ -1,0 +1,201 @@
+"""``ebmkit classify`` and ``ebmkit denoise``: a trained model on pictures of the user's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+
+from ebmkit.cli.app import app
+from ebmkit.cli.console import console, errors
+from ebmkit.core import EnergyModel
+from ebmkit.data.images import Picture, read_image, write_image
+from ebmkit.errors import UserError
+from ebmkit.inference import denoise_picture
+from ebmkit.models import load
+from ebmkit.training.trainer import pick_device
+from ebmkit.units import format_sigma, parse_sigma
+
+__all__ = ["classify", "denoise"]
+
+RunArgument = Annotated[Path, typer.Argument(help="run folder")]
+ImagesArgument = Annotated[list[Path], typer.Argument(help="pictures: PNG, JPEG, TIFF")]
+WeightsOption = Annotated[str, typer.Option(help="last, or best by validation")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1")]
+
+
+@app.command()
+def classify(
+    run: RunArgument,
+    images: ImagesArgument,
+    top: Annotated[int, typer.Option(min=1, help="how many classes to show")] = 3,
+    resize: Annotated[
+        bool, typer.Option(help="bring pictures to the size the model was trained at")
+    ] = True,
+    weights: WeightsOption = "last",
+    device: DeviceOption = "auto",
+) -> None:
+    """Name the likeliest classes of pictures, with probabilities and the log-density.
+
+    Log-densities are in nats, up to one constant of the model: compare them between pictures of one
+    size.
+    """
+    model = load(run, device=str(pick_device(device)), weights=weights)
+    if model.num_classes == 0 or (model.card and not model.card.classifies):
+        raise UserError(f"the model in {str(run)!r} was trained without labels: it cannot classify")
+    pictures = [(path, read_image(path, _channels(model))) for path in images]
+    table = Table("picture", "class", "probability", "log-density (nats)")
+    for path, picture in pictures:
+        y = _sized(model, picture.image) if resize else picture.image
+        energies = model(y[None].to(pick_device(device)))
+        posterior = energies.log_posterior()[0].exp().cpu()
+        for rank, label in enumerate(posterior.argsort(descending=True)[:top].tolist()):
+            first = rank == 0
+            table.add_row(
+                path.name if first else "",
+                _class_name(model, label),
+                f"{float(posterior[label]):.2%}",
+                f"{float(energies.log_density[0]):.1f}" if first else "",
+            )
+    console.print(table)
+
+
+@app.command()
+def denoise(
+    run: RunArgument,
+    images: ImagesArgument,
+    out: Annotated[Path, typer.Option(help="folder for the denoised pictures")],
+    sigma: Annotated[
+        str | None, typer.Option(help="noise level, as 25/255 [default: estimated by the model]")
+    ] = None,
+    label: Annotated[
+        str | None, typer.Option(help="class (name or number), for the conditional denoiser")
+    ] = None,
+    weights: WeightsOption = "last",
+    device: DeviceOption = "auto",
+) -> None:
+    """Remove Gaussian noise from pictures of any size, in tiles.
+
+    Writes each picture under its own name into --out, and never over an existing file. The gray
+    value of a gray picture is the mean over channels where the model is for colour.
+    """
+    level = None if sigma is None else parse_sigma(sigma)
+    model = load(run, device=str(pick_device(device)), weights=weights)
+    c = None if label is None else _label(model, label)
+    _warn_range(model, level)
+    targets = [out / path.name for path in images]
+    _check_targets(images, targets)
+    pictures = [read_image(path, _channels(model)) for path in images]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make folder {str(out)!r}: {error.strerror}") from None
+    for target, picture in zip(targets, pictures, strict=True):
+        result = _denoise_one(model, picture, level, c, target.name, pick_device(device))
+        write_image(result.image.clamp(0, 1), target, bits=picture.bits)
+        how = "given" if level is not None else "estimated"
+        console.print(
+            f"{target}: noise level {format_sigma(result.sigma)} ({how}) taken out",
+            soft_wrap=True,
+            highlight=False,
+        )
+        if level is None:
+            _warn_range(model, result.sigma)
+
+
+class _Result:
+    def __init__(self, image: Tensor, sigma: float) -> None:
+        self.image = image
+        self.sigma = sigma
+
+
+def _denoise_one(
+    model: EnergyModel,
+    picture: Picture,
+    sigma: float | None,
+    c: int | None,
+    name: str,
+    device: torch.device,
+) -> _Result:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(name, total=None)
+        result = denoise_picture(
+            model,
+            picture.image.to(device),
+            sigma,
+            c,
+            progress=lambda done, count: bar.update(task, completed=done, total=count),
+        )
+    image = result.image.cpu()
+    return _Result(image.mean(0, keepdim=True) if picture.was_gray else image, result.sigma)
+
+
+def _channels(model: EnergyModel) -> int | None:
+    return model.card.channels if model.card else None
+
+
+def _class_name(model: EnergyModel, label: int) -> str:
+    names = model.card.class_names if model.card else []
+    return names[label] if label < len(names) else str(label)
+
+
+def _label(model: EnergyModel, text: str) -> int:
+    names = model.card.class_names if model.card else []
+    if text in names:
+        return names.index(text)
+    try:
+        label = int(text)
+    except ValueError:
+        known = f"0 to {model.num_classes - 1}" + (f" or {', '.join(names)}" if names else "")
+        raise UserError(f"label {text!r} is unknown: this model knows {known}") from None
+    model.check_labels(label, torch.zeros(1))
+    return label
+
+
+def _warn_range(model: EnergyModel, sigma: float | None) -> None:
+    if model.card is None:
+        return
+    if model.card.sigma_range is None:
+        errors.print("warning: this model was never trained to denoise", style="yellow")
+    elif sigma is not None:
+        low, high = model.card.sigma_range
+        if not low <= sigma <= high:
+            errors.print(
+                f"warning: noise level {format_sigma(sigma)} is outside the range this model was "
+                f"trained for, {format_sigma(low)} to {format_sigma(high)}",
+                style="yellow",
+                soft_wrap=True,
+                highlight=False,
+            )
+
+
+def _check_targets(sources: list[Path], targets: list[Path]) -> None:
+    for i, (source, target) in enumerate(zip(sources, targets, strict=True)):
+        if target in targets[:i]:
+            raise UserError(f"two pictures are called {source.name!r}: denoise them separately")
+        if target.exists():
+            raise UserError(f"{str(target)!r} exists: choose another --out, or move it away")
+
+
+def _sized(model: EnergyModel, image: Tensor) -> Tensor:
+    """The picture at the trained size: shorter side scaled, middle cut out."""
+    size = model.card.image_size if model.card else None
+    if size is None or tuple(image.shape[-2:]) == tuple(size):
+        return image
+    height, width = image.shape[-2:]
+    scale = max(size[0] / height, size[1] / width)
+    scaled = (max(size[0], round(height * scale)), max(size[1], round(width * scale)))
+    errors.print(
+        f"note: {width}x{height} picture brought to {size[1]}x{size[0]}, the trained size "
+        "(--no-resize leaves it)",
+        highlight=False,
+        soft_wrap=True,
+    )
+    small = nn.functional.interpolate(image[None], scaled, mode="bilinear", antialias=True)[0]
+    top, left = (scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2
+    return small[:, top : top + size[0], left : left + size[1]]

@@ -1,0 +1,21 @@
+"""Images: data sets, augmentation, noise laws, training streams, and pictures of the user's."""
+
+from ebmkit.data.augment import Augmentation
+from ebmkit.data.imagesets import ImageSet, Split, StreamedSet
+from ebmkit.data.noise import NoiseLaw
+from ebmkit.data.sets import DATASETS, DatasetEntry, load_dataset
+from ebmkit.data.streams import Batch, Stream, StreamConfig
+
+__all__ = [
+    "DATASETS",
+    "Augmentation",
+    "Batch",
+    "DatasetEntry",
+    "ImageSet",
+    "NoiseLaw",
+    "Split",
+    "Stream",
+    "StreamConfig",
+    "StreamedSet",
+    "load_dataset",
+]

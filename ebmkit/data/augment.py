@@ -1,0 +1,154 @@
+r"""Augmentation of a batch, on its own device.
+
+Each operation draws what torchvision would draw for every image alone, for the whole batch at once.
+Flips and crops take images of any dtype (uint8 before conversion is cheapest).
+
+MixUp and CutMix are torchvision's (``transforms.v2``, alpha = 1): one :math:`\lambda \sim U[0, 1]`
+per batch, each image mixed with the one before it (the batch rolled by one),
+
+.. math:: x'_i = w \odot x_i + (1 - w) \odot x_{i-1},
+
+where the weight w is :math:`\lambda` everywhere for MixUp, and for CutMix 0 inside a box of area
+:math:`(1 - \lambda) H W` around a uniform pixel, clipped to the image, and 1 outside. Soft labels are
+mixed with the mean of w, which corrects :math:`\lambda` for the clipping.
+
+A process that holds only some images of a global batch says so by `Rows`: the draw is always that of
+the global batch, so that the number of processes does not change it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from torch.nn.functional import pad
+
+__all__ = [
+    "Augmentation",
+    "Mix",
+    "Rows",
+    "cutmix",
+    "flip",
+    "mixup",
+    "mixup_or_cutmix",
+    "padded_crop",
+    "random_crop",
+]
+
+Mix = Literal["none", "mixup", "cutmix", "both"]
+
+
+class Augmentation(BaseModel):
+    """What is done to a batch, in this order: flip, crop, mix."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    flip: bool = Field(False, description="mirror left-right with probability 1/2")
+    crop_padding: int = Field(0, ge=0, description="black pixels added on each side before a crop")
+    crop_size: int | None = Field(
+        None, ge=1, description="side of the random crop, pixels; none: the image's own size"
+    )
+    mix: Mix = Field("none", description="mixup, cutmix, or both (one of them per batch, evenly)")
+
+    @property
+    def crops(self) -> bool:
+        """Whether images are cropped at all."""
+        return self.crop_padding > 0 or self.crop_size is not None
+
+
+class Rows(NamedTuple):
+    """Which images of a global batch a tensor holds.
+
+    Attributes:
+        total: size of the global batch.
+        positions: (B,) int64, the position of each image in it, on the images' device.
+    """
+
+    total: int
+    positions: Tensor
+
+
+def flip(x: Tensor, generator: torch.Generator, rows: Rows | None = None) -> Tensor:
+    """Mirror each image (B, C, H, W) left-right with probability 1/2."""
+    mirrored = _draw(x, 2, generator, rows).bool()
+    return torch.where(mirrored[:, None, None, None], x.flip(-1), x)
+
+
+def padded_crop(
+    x: Tensor, padding: int, generator: torch.Generator, rows: Rows | None = None
+) -> Tensor:
+    """Shift each image (B, C, H, W) by up to ``padding`` pixels each way, zeros coming in."""
+    return random_crop(pad(x, (padding,) * 4), tuple(x.shape[-2:]), generator, rows)
+
+
+def random_crop(
+    x: Tensor, size: int | tuple[int, ...], generator: torch.Generator, rows: Rows | None = None
+) -> Tensor:
+    """Cut a uniformly placed window of ``size`` (side, or height and width) from each image."""
+    height, width = (size, size) if isinstance(size, int) else size
+    top = _draw(x, x.shape[2] - height + 1, generator, rows)
+    left = _draw(x, x.shape[3] - width + 1, generator, rows)
+    b, c = x.shape[:2]
+    down = top[:, None] + torch.arange(height, device=x.device)
+    across = left[:, None] + torch.arange(width, device=x.device)
+    x = x.gather(2, down[:, None, :, None].expand(b, c, height, x.shape[3]))
+    return x.gather(3, across[:, None, None, :].expand(b, c, height, width))
+
+
+def mixup(x: Tensor, soft: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """MixUp of images (B, C, H, W) and soft labels (B, K), as torchvision's with alpha 1."""
+    return _mix(x, soft, _mixup_weight(x, generator))
+
+
+def cutmix(x: Tensor, soft: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """CutMix of images (B, C, H, W) and soft labels (B, K), as torchvision's with alpha 1."""
+    return _mix(x, soft, _cutmix_weight(x, generator))
+
+
+def mixup_or_cutmix(x: Tensor, soft: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """One of the two for the whole batch, each with probability 1/2."""
+    cut = torch.rand((), generator=generator, device=x.device) < 0.5
+    weight_cut, weight_up = _cutmix_weight(x, generator), _mixup_weight(x, generator)
+    return _mix(x, soft, torch.where(cut, weight_cut, weight_up))
+
+
+def _draw(x: Tensor, below: int, generator: torch.Generator, rows: Rows | None) -> Tensor:
+    """Uniform whole numbers 0 .. below - 1, one per image, (B,)."""
+    total = len(x) if rows is None else rows.total
+    drawn = torch.randint(below, (total,), generator=generator, device=x.device)
+    return drawn if rows is None else drawn[rows.positions]
+
+
+def _mixup_weight(x: Tensor, generator: torch.Generator) -> Tensor:
+    lam = torch.rand((), generator=generator, device=x.device)
+    return lam.expand(x.shape[-2:])
+
+
+def _cutmix_weight(x: Tensor, generator: torch.Generator) -> Tensor:
+    height, width = x.shape[-2:]
+    lam = torch.rand((), generator=generator, device=x.device)
+    centre_x = torch.randint(width, (), generator=generator, device=x.device)
+    centre_y = torch.randint(height, (), generator=generator, device=x.device)
+    return _outside_box(height, width, lam, centre_x, centre_y)
+
+
+def _outside_box(
+    height: int, width: int, lam: Tensor, centre_x: Tensor, centre_y: Tensor
+) -> Tensor:
+    """1 outside the box that CutMix pastes, 0 inside, (H, W); no device synchronisation."""
+    half = 0.5 * (1.0 - lam.double()).sqrt()
+    half_w, half_h = (half * width).floor(), (half * height).floor()
+    columns = torch.arange(width, device=lam.device)
+    rows = torch.arange(height, device=lam.device)
+    across = (columns >= centre_x - half_w) & (columns < centre_x + half_w)
+    down = (rows >= centre_y - half_h) & (rows < centre_y + half_h)
+    return 1.0 - (down[:, None] & across).float()
+
+
+def _mix(x: Tensor, soft: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Mix with the batch rolled by one: images by ``weight`` (H, W), labels by its mean."""
+    lam = weight.double().mean().to(soft.dtype)
+    mixed = x.roll(1, 0) * (1.0 - weight) + x * weight
+    return mixed, soft.roll(1, 0) * (1.0 - lam) + soft * lam

@@ -1,0 +1,204 @@
+"""Data sets of images: in memory, or read on demand.
+
+Images are uint8 (N, C, H, W), labels int64 (N,). What leaves a data set for a model is float32 in
+[0, 1]; normalising further belongs to the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from ebmkit.errors import UserError
+
+__all__ = ["SPLITS", "ImageSet", "RowReader", "Split", "StreamedSet", "check_labels", "to_floats"]
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+def to_floats(images: Tensor) -> Tensor:
+    """uint8 images as float32 in [0, 1]."""
+    return images.to(torch.float32) / 255
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Images in memory, on one device.
+
+    Attributes:
+        name: the data set's.
+        split: "train", "validation" or "test".
+        images: (N, C, H, W) uint8, C = 1 or 3.
+        labels: (N,) int64, or None for a set without labels.
+        class_names: one per label; empty without labels.
+
+    Raises:
+        UserError: if the images are not uint8 (N, C, H, W), or a label is out of range.
+    """
+
+    name: str
+    split: Split
+    images: Tensor
+    labels: Tensor | None = None
+    class_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        what = f"data set {self.name!r}"
+        if self.images.ndim != 4 or self.images.shape[1] not in (1, 3):
+            raise UserError(
+                f"{what}: images must be (N, C, H, W) with 1 or 3 channels, not "
+                f"{tuple(self.images.shape)}"
+            )
+        if self.images.dtype != torch.uint8:
+            raise UserError(f"{what}: images must be uint8 (0..255), not {self.images.dtype}")
+        check_labels(what, self.labels, len(self.images), len(self.class_names))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def channels(self) -> int:
+        """1 gray, 3 colour."""
+        return self.images.shape[1]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width, pixels."""
+        return self.images.shape[2], self.images.shape[3]
+
+    @property
+    def num_classes(self) -> int:
+        """Number of labels; 0 for a set without them."""
+        return len(self.class_names) if self.labels is not None else 0
+
+    def first(self, n: int) -> ImageSet:
+        """The first ``n`` images, or all if there are fewer."""
+        labels = None if self.labels is None else self.labels[:n]
+        return replace(self, images=self.images[:n], labels=labels)
+
+    def to(self, device: torch.device | str) -> ImageSet:
+        """The same set on ``device``; itself if it is there already."""
+        labels = None if self.labels is None else self.labels.to(device)
+        return replace(self, images=self.images.to(device), labels=labels)
+
+    def floats(self, rows: Tensor | Sequence[int] | slice = slice(None)) -> Tensor:
+        """Images at ``rows`` as float32 (B, C, H, W) in [0, 1]."""
+        return to_floats(self.images[rows])
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """In order, ``size`` at a time: images (B, C, H, W) float32 in [0, 1], labels (B,) or None."""
+        for start in range(0, len(self), size):
+            rows = slice(start, start + size)
+            yield self.floats(rows), None if self.labels is None else self.labels[rows]
+
+
+class RowReader(Protocol):
+    """Reads images of a data set on disk by their row. Picklable; opens files in the process that
+    reads."""
+
+    def read(self, rows: Sequence[int]) -> Tensor:
+        """Images (B, C, H, W) uint8.
+
+        Raises:
+            UserError: if one cannot be read.
+        """
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedSet:
+    """Images on disk, read when asked for; the surface of `ImageSet` with other insides.
+
+    Attributes:
+        name: the data set's.
+        split: "train", "validation" or "test".
+        reader: reads rows of the files.
+        rows: (N,) int64, the reader's row of each image.
+        channels: 1 gray, 3 colour.
+        image_size: height and width, pixels.
+        labels: (N,) int64, or None for a set without labels.
+        class_names: one per label; empty without labels.
+
+    Raises:
+        UserError: if a label is out of range.
+    """
+
+    name: str
+    split: Split
+    reader: RowReader
+    rows: Tensor
+    channels: int
+    image_size: tuple[int, int]
+    labels: Tensor | None = None
+    class_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_labels(f"data set {self.name!r}", self.labels, len(self.rows), len(self.class_names))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of labels; 0 for a set without them."""
+        return len(self.class_names) if self.labels is not None else 0
+
+    def first(self, n: int) -> StreamedSet:
+        """The first ``n`` images, or all if there are fewer."""
+        labels = None if self.labels is None else self.labels[:n]
+        return replace(self, rows=self.rows[:n], labels=labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int | None]:
+        """One image (C, H, W) uint8 and its label, or None.
+
+        Raises:
+            UserError: if it cannot be read.
+        """
+        images, labels = self.read([index])
+        return images[0], None if labels is None else int(labels[0])
+
+    def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """Several images (B, C, H, W) uint8 and their labels (B,), or None.
+
+        Raises:
+            UserError: if one cannot be read.
+        """
+        chosen = torch.as_tensor(indices)
+        labels = None if self.labels is None else self.labels[chosen]
+        return self.reader.read(self.rows[chosen].tolist()), labels
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """In order, ``size`` at a time: images (B, C, H, W) float32 in [0, 1], labels (B,) or None.
+
+        Raises:
+            UserError: if an image cannot be read.
+        """
+        for start in range(0, len(self), size):
+            images, labels = self.read(range(start, min(start + size, len(self))))
+            yield to_floats(images), labels
+
+
+def check_labels(what: str, labels: Tensor | None, count: int, num_classes: int) -> None:
+    """Check that ``labels`` are (count,) int64 within 0 .. num_classes - 1, if there are any.
+
+    Raises:
+        UserError: naming ``what`` and the first that is not.
+    """
+    if labels is None:
+        return
+    if labels.shape != (count,) or labels.dtype != torch.int64:
+        raise UserError(
+            f"{what}: {count} images need labels of shape ({count},) and type int64, not "
+            f"{tuple(labels.shape)} {labels.dtype}"
+        )
+    outside = labels[(labels < 0) | (labels >= num_classes)]
+    if len(outside):
+        raise UserError(
+            f"{what}: label {int(outside[0])} is out of range: its {num_classes} classes have "
+            f"labels 0 to {num_classes - 1}"
+        )

@@ -1,0 +1,136 @@
+"""Data sets by name.
+
+Every set gives three splits. "test" is the publisher's own (or a fixed part, where there is none);
+"validation" is held out of the training images by a fixed seed, and "train" is the rest. So the test
+images decide nothing during training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from ebmkit.data.imagesets import SPLITS, ImageSet, Split, StreamedSet
+from ebmkit.errors import UserError, unknown_name
+from ebmkit.registry import find
+
+__all__ = ["DATASETS", "DatasetEntry", "ImageSet", "StreamedSet", "load_dataset"]
+
+
+class Request(NamedTuple):
+    """What is asked of a loader: where, which split, side in pixels, and what it may do."""
+
+    data_dir: Path | None
+    split: Split
+    image_size: int | None
+    download: bool
+    progress: bool
+
+
+@dataclass(frozen=True)
+class DatasetEntry:
+    """A named data set: its loader and one line of text ``about`` it."""
+
+    load: Callable[[Request], ImageSet | StreamedSet]
+    about: str
+
+
+def _digits(request: Request) -> ImageSet:
+    from ebmkit.data.embedded import digits
+
+    _own_size("digits", request, 8)
+    return digits(request.split)
+
+
+def _patches(request: Request) -> ImageSet:
+    from ebmkit.data.embedded import patches
+
+    return patches(request.split, request.image_size or 32)
+
+
+def _cifar10(request: Request) -> ImageSet:
+    from ebmkit.data.cifar import cifar
+
+    _own_size("cifar10", request, 32)
+    return cifar("cifar10", request.data_dir or Path("data"), request.split, request.download)
+
+
+def _cifar100(request: Request) -> ImageSet:
+    from ebmkit.data.cifar import cifar
+
+    _own_size("cifar100", request, 32)
+    return cifar("cifar100", request.data_dir or Path("data"), request.split, request.download)
+
+
+def _folder(request: Request) -> ImageSet | StreamedSet:
+    from ebmkit.data.folders import load_folder
+
+    if request.data_dir is None:
+        raise UserError("data set 'folder' needs a folder of images: name it by --data-dir")
+    return load_folder(request.data_dir, request.split, request.image_size, request.progress)
+
+
+def _hdf5(request: Request) -> ImageSet | StreamedSet:
+    from ebmkit.data.hdf5 import load_hdf5
+
+    if request.data_dir is None:
+        raise UserError("data set 'hdf5' needs an HDF5 file: name it by --data-dir")
+    return load_hdf5(request.data_dir, request.split, request.image_size)
+
+
+DATASETS: dict[str, DatasetEntry] = {
+    "digits": DatasetEntry(_digits, "1,797 scanned digits, gray 8x8, 10 classes; comes along"),
+    "patches": DatasetEntry(
+        _patches, "patches of two photographs, colour 32x32, no labels; comes along"
+    ),
+    "cifar10": DatasetEntry(
+        _cifar10, "60,000 photographs, colour 32x32, 10 classes; torchvision's folder or HDF5"
+    ),
+    "cifar100": DatasetEntry(
+        _cifar100, "60,000 photographs, colour 32x32, 100 classes; torchvision's folder or HDF5"
+    ),
+    "folder": DatasetEntry(
+        _folder, "--data-dir is a folder: [train|test]/CLASS/*.png, or images without classes"
+    ),
+    "hdf5": DatasetEntry(_hdf5, "--data-dir is an HDF5 file, as `ebmkit data pack` writes it"),
+}
+
+
+def load_dataset(
+    name: str,
+    data_dir: Path | None = None,
+    split: Split = "train",
+    *,
+    image_size: int | None = None,
+    download: bool = True,
+    progress: bool = True,
+) -> ImageSet | StreamedSet:
+    """One split of a data set.
+
+    Args:
+        name: one of `DATASETS`.
+        data_dir: the folder (or HDF5 file) it is in; ``./data`` by default for CIFAR.
+        split: "train", "validation" (held out of the training images) or "test".
+        image_size: side of the images, pixels, for sets that can be cut to size.
+        download: fetch CIFAR if it is not there.
+        progress: show a progress bar while many files are read.
+
+    Raises:
+        UserError: if there is no such set or split, or its files are missing, incomplete or illegal.
+    """
+    entry = find("dataset", DATASETS, name)
+    if split not in SPLITS:
+        raise unknown_name("split", split, SPLITS)
+    if image_size is not None and image_size < 1:
+        raise UserError(f"image size {image_size} is not a number of pixels: take 1 or more")
+    return entry.load(Request(data_dir, split, image_size, download, progress))
+
+
+def _own_size(name: str, request: Request, side: int) -> None:
+    if request.image_size not in (None, side):
+        raise UserError(
+            f"data set {name!r} has images of {side}x{side}, not {request.image_size}: leave the "
+            "image size out"
+        )

@@ -1,0 +1,283 @@
+r"""Streams of training batches, a function of the step alone.
+
+Everything random is drawn from generators keyed by (seed, stream name, purpose, step), hashed to 63
+bits: the order of each epoch, flips and crops, mixing, noise levels and noise. So step t has the same
+batch whoever asks, in whatever order: continuing a run needs no state, the number of workers changes
+nothing, and with several processes ("ranks") each takes its share of the same global batch.
+
+Samples are numbered through: step t holds numbers :math:`tB, \dots, tB + B - 1`, number n is entry
+:math:`n \bmod N` of the permutation of epoch :math:`\lfloor n / N \rfloor`. No remainder is dropped,
+and a set may be smaller than a batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from torch.nn.functional import one_hot
+from torch.utils.data import DataLoader, Dataset
+
+from ebmkit.data.augment import (
+    Augmentation,
+    Rows,
+    cutmix,
+    flip,
+    mixup,
+    mixup_or_cutmix,
+    padded_crop,
+    random_crop,
+)
+from ebmkit.data.imagesets import ImageSet, StreamedSet, to_floats
+from ebmkit.data.noise import NoiseLaw
+from ebmkit.errors import UserError
+
+__all__ = ["Batch", "Stream", "StreamConfig", "keyed_seed"]
+
+_MIX = {"mixup": mixup, "cutmix": cutmix, "both": mixup_or_cutmix}
+
+
+class StreamConfig(BaseModel):
+    """What an objective asks of its data."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    batch_size: int = Field(64, ge=1, description="images per step, over all processes")
+    augmentation: Augmentation = Field(Augmentation(), description="flips, crops, mixing")
+    noise: NoiseLaw = Field(NoiseLaw(), description="law of the noise level")
+
+
+class Batch(NamedTuple):
+    """One step's images, on the stream's device; B is this process's share of the batch.
+
+    Attributes:
+        x: (B, C, H, W) float32, clean (augmented) images in [0, 1].
+        y: (B, C, H, W), the noisy ones, x + sigma * eps.
+        sigma: (B,) noise levels, image units.
+        eps: (B, C, H, W) standard normal; zeros where the law says no noise.
+        labels: (B,) int64, before mixing; None without labels.
+        soft: (B, K) label probabilities, mixed where the images are; None without labels.
+    """
+
+    x: Tensor
+    y: Tensor
+    sigma: Tensor
+    eps: Tensor
+    labels: Tensor | None
+    soft: Tensor | None
+
+
+def keyed_seed(*key: object) -> int:
+    """A 63-bit seed for a `torch.Generator`, the same everywhere for the same key.
+
+    >>> keyed_seed(0, "ce", "noise", 7) == keyed_seed(0, "ce", "noise", 7)
+    True
+    """
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class Stream:
+    """Batches of ``source`` as ``config`` wants them, indexed by step.
+
+    An `ImageSet` is kept on ``device`` as one tensor (pass it already there to share it between
+    streams); a `StreamedSet` is read by ``workers`` processes, or by this one for 0.
+
+    Args:
+        source: the data set.
+        config: batch size, augmentation, noise.
+        name: the stream's; streams with different names draw independently.
+        seed: the run's.
+        device: where batches are made.
+        workers: reading processes, for a `StreamedSet`.
+        rank: this process's number among ``world_size``.
+        world_size: number of processes that share each batch.
+
+    Raises:
+        UserError: if the set is empty, has no labels to mix, is smaller than the crop, or the batch
+            does not divide among the processes.
+    """
+
+    def __init__(
+        self,
+        source: ImageSet | StreamedSet,
+        config: StreamConfig,
+        name: str,
+        seed: int,
+        device: torch.device | str,
+        workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        _check(source, config, name, world_size)
+        self.device = torch.device(device)
+        self.source = source.to(self.device) if isinstance(source, ImageSet) else source
+        self.config = config
+        self.name = name
+        self.seed = seed
+        self.workers = workers
+        share = config.batch_size // world_size
+        # Mixing needs the image before the first one too; it is dropped afterwards.
+        self._extra = int(config.augmentation.mix != "none" and world_size > 1)
+        positions = torch.arange(rank * share - self._extra, (rank + 1) * share)
+        self._positions = positions % config.batch_size
+        self._rows = Rows(config.batch_size, self._positions.to(self.device))
+        self._generator = torch.Generator(self.device)
+        self._orders: dict[int, Tensor] = {}
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        """The batches of steps ``start`` .. ``stop`` - 1.
+
+        Raises:
+            UserError: if an image of a streamed set cannot be read.
+        """
+        if isinstance(self.source, StreamedSet):
+            yield from self._streamed(self.source, start, stop)
+            return
+        for step in range(start, stop):
+            rows = self._indices(step).to(self.device)
+            labels = None if self.source.labels is None else self.source.labels[rows]
+            yield self._prepare(step, self.source.images[rows], labels)
+
+    def _streamed(self, source: StreamedSet, start: int, stop: int) -> Iterator[Batch]:
+        cuda = self.device.type == "cuda"
+        loader = DataLoader(
+            _Reading(source),
+            batch_size=None,
+            sampler=_Order(self, start, stop),
+            num_workers=self.workers,
+            pin_memory=cuda,
+            worker_init_fn=_ignore_interrupt,
+            generator=torch.Generator(),  # leaves the process's own generator alone
+        )
+        for step, item in enumerate(loader, start):
+            if isinstance(item, UserError):
+                raise item
+            images, labels = item
+            images = images.to(self.device, non_blocking=cuda)
+            if labels is not None:
+                labels = labels.to(self.device, non_blocking=cuda)
+            yield self._prepare(step, images, labels)
+
+    def _indices(self, step: int) -> Tensor:
+        """Which images of the set this process needs at ``step``, on the CPU."""
+        numbers = step * self.config.batch_size + self._positions
+        size = len(self.source)
+        chosen = torch.empty_like(numbers)
+        epochs = (numbers // size).unique().tolist()
+        for epoch in epochs:
+            own = numbers // size == epoch
+            chosen[own] = self._order(epoch)[numbers[own] % size]
+        self._orders = {epoch: self._orders[epoch] for epoch in epochs[-2:]}
+        return chosen
+
+    def _order(self, epoch: int) -> Tensor:
+        if epoch not in self._orders:
+            generator = torch.Generator()
+            generator.manual_seed(keyed_seed(self.seed, self.name, "order", epoch))
+            self._orders[epoch] = torch.randperm(len(self.source), generator=generator)
+        return self._orders[epoch]
+
+    def _keyed(self, purpose: str, step: int) -> torch.Generator:
+        return self._generator.manual_seed(keyed_seed(self.seed, self.name, purpose, step))
+
+    def _prepare(self, step: int, images: Tensor, labels: Tensor | None) -> Batch:
+        """Augment, mix and add noise: images (B, C, H, W) uint8 to the batch of ``step``."""
+        options = self.config.augmentation
+        generator = self._keyed("augment", step)
+        if options.flip:
+            images = flip(images, generator, self._rows)
+        if options.crop_size is not None:
+            padded = torch.nn.functional.pad(images, (options.crop_padding,) * 4)
+            images = random_crop(padded, options.crop_size, generator, self._rows)
+        elif options.crop_padding:
+            images = padded_crop(images, options.crop_padding, generator, self._rows)
+        x = to_floats(images)
+        soft = None if labels is None else one_hot(labels, self.source.num_classes).float()
+        if options.mix != "none" and soft is not None:
+            x, soft = _MIX[options.mix](x, soft, self._keyed("mix", step))
+        own = slice(self._extra, None)
+        x = x[own]
+        sigma, eps = self._noise(step, x)
+        return Batch(
+            x=x,
+            y=x + sigma[:, None, None, None] * eps if self.config.noise.range[1] > 0 else x,
+            sigma=sigma,
+            eps=eps,
+            labels=None if labels is None else labels[own],
+            soft=None if soft is None else soft[own],
+        )
+
+    def _noise(self, step: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Noise levels (B,) and noise of x's shape: this process's share of the global draw."""
+        total = self.config.batch_size
+        generator = self._keyed("noise", step)
+        sigma = self.config.noise.sample(total, generator, self.device)
+        if self.config.noise.range[1] == 0:
+            return sigma[: len(x)], torch.zeros_like(x)
+        eps = torch.randn((total, *x.shape[1:]), generator=generator, device=self.device)
+        if len(x) == total:
+            return sigma, eps
+        own = self._rows.positions[self._extra :]
+        return sigma[own], eps[own]
+
+
+class _Order:
+    """The sampler of a loader: for each step, the images it needs."""
+
+    def __init__(self, stream: Stream, start: int, stop: int) -> None:
+        self._stream, self._steps = stream, range(start, stop)
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self._steps:
+            yield self._stream._indices(step).tolist()
+
+
+class _Reading(Dataset[tuple[Tensor, Tensor | None] | UserError]):
+    """What workers run: whole batches; a user's mistake is handed over, not wrapped in a traceback."""
+
+    def __init__(self, source: StreamedSet) -> None:
+        self._source = source
+
+    def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor | None] | UserError:
+        try:
+            return self._source.read(indices)
+        except UserError as error:
+            return error
+
+
+def _ignore_interrupt(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the main one alone answers it and ends workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _check(
+    source: ImageSet | StreamedSet, config: StreamConfig, name: str, world_size: int
+) -> None:
+    if len(source) == 0:
+        raise UserError(f"stream {name!r}: data set {source.name!r} has no {source.split} images")
+    if config.augmentation.mix != "none" and source.labels is None:
+        raise UserError(
+            f"stream {name!r}: {config.augmentation.mix} mixes labels, and data set "
+            f"{source.name!r} has none: set mix to none"
+        )
+    if config.batch_size % world_size:
+        raise UserError(
+            f"stream {name!r}: a batch of {config.batch_size} does not divide among {world_size} "
+            f"processes: take a multiple of {world_size}"
+        )
+    crop, padding = config.augmentation.crop_size, config.augmentation.crop_padding
+    if crop is not None and crop > min(source.image_size) + 2 * padding:
+        height, width = source.image_size
+        raise UserError(
+            f"stream {name!r}: crop_size {crop} is larger than the images, {height}x{width}: "
+            f"take at most {min(source.image_size) + 2 * padding}"
+        )

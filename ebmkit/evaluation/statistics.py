@@ -1,0 +1,106 @@
+r"""Confidence intervals: how far a figure from n images may be from the figure for all images.
+
+All are two-sided at 95 %.
+
+- A proportion k/n (accuracy): Wilson's score interval, which keeps its coverage near 0 and 1,
+  where accuracies live.
+- A mean over images (PSNR, SSIM, log-likelihood): :math:`\bar v \pm t_{n-1}\, s/\sqrt n`.
+- A statistic that is no mean (calibration error): the basic bootstrap,
+  :math:`[2\hat\theta - q_{97.5},\; 2\hat\theta - q_{2.5}]` with the quantiles q of the statistic over
+  resampled images. The usual percentile interval :math:`[q_{2.5}, q_{97.5}]` would be wrong here:
+  noise moves every bin away from calibration, so a calibration error is biased upwards, and on
+  resampled images twice so. The basic interval takes that bias off.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = ["LEVEL", "Estimate", "bootstrap", "mean", "proportion"]
+
+LEVEL = 0.95
+"""The level of every interval."""
+
+
+class Estimate(NamedTuple):
+    """A figure with its 95 % confidence interval, and how many images it rests on."""
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+    def interval(self) -> list[float | None]:
+        """Both ends, as JSON has them."""
+        return [finite(self.low), finite(self.high)]
+
+    def document(self) -> dict[str, Any]:
+        """The estimate as JSON has it; null where there is no finite number."""
+        return {
+            "value": finite(self.value),
+            "low": finite(self.low),
+            "high": finite(self.high),
+            "count": self.count,
+        }
+
+
+def finite(number: float) -> float | None:
+    """``number``, or None where it is infinite or undefined, for which JSON has no word."""
+    return number if math.isfinite(number) else None
+
+
+def proportion(hits: int, count: int) -> Estimate:
+    """``hits`` of ``count``, with Wilson's score interval; undefined (nan) where ``count`` is 0.
+
+    Source: E. B. Wilson, J. Am. Stat. Assoc. 22 (1927); scipy's implementation.
+    """
+    from scipy.stats import binomtest
+
+    if count == 0:
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    interval = binomtest(hits, count).proportion_ci(LEVEL, method="wilson")
+    return Estimate(hits / count, float(interval.low), float(interval.high), count)
+
+
+def mean(values: Tensor) -> Estimate:
+    """The mean of ``values`` (n,), with Student's t interval; with one value it is undefined (nan)."""
+    from scipy.stats import t
+
+    numbers = values.double()
+    count = len(numbers)
+    if count < 2:
+        return Estimate(float(numbers.mean()), math.nan, math.nan, count)
+    middle = float(numbers.mean())
+    half = float(t.ppf((1 + LEVEL) / 2, count - 1)) * float(numbers.std()) / math.sqrt(count)
+    return Estimate(middle, middle - half, middle + half, count)
+
+
+def bootstrap(
+    statistic: Callable[[NDArray[np.intp]], float],
+    count: int,
+    seed: int = 0,
+    resamples: int = 1000,
+    lowest: float = -math.inf,
+) -> Estimate:
+    """A statistic of ``count`` images, with the basic bootstrap interval.
+
+    Args:
+        statistic: its value on the images with the given indices (n,), repeats included.
+        count: number of images n.
+        seed: of the resampling.
+        resamples: how many.
+        lowest: no end of the interval is below it (0 for an error that cannot be negative).
+
+    Source: A. Davison, D. Hinkley, Bootstrap Methods and their Application (1997), eq. 5.6.
+    """
+    value = statistic(np.arange(count))
+    rng = np.random.default_rng(seed)
+    draws = [statistic(rng.integers(0, count, count)) for _ in range(resamples)]
+    low, high = np.quantile(draws, [(1 + LEVEL) / 2, (1 - LEVEL) / 2])
+    return Estimate(value, max(lowest, 2 * value - float(low)), max(lowest, 2 * value - float(high)), count)

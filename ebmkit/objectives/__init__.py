@@ -1,0 +1,16 @@
+"""Training objectives: what they need of data and model, their losses, and how they add up."""
+
+from ebmkit.objectives.combine import BALANCE, Losses, Term, TrainingLoss, parse_objective
+from ebmkit.objectives.terms import OBJECTIVES, Objective, Scale, Streamed
+
+__all__ = [
+    "BALANCE",
+    "OBJECTIVES",
+    "Losses",
+    "Objective",
+    "Scale",
+    "Streamed",
+    "Term",
+    "TrainingLoss",
+    "parse_objective",
+]

@@ -1,0 +1,200 @@
+r"""Sums of objectives, and how they are balanced.
+
+The paper adds its two losses without a weight (CDN eq. 13). As a sum over the d entries of an image
+the denoising loss drowns the classifier, as a mean it hardly starts. The default here is neither. A
+Gaussian likelihood of the denoising residual with its variance *profiled out* is the logarithm of
+the mean square,
+
+.. math::
+    L = L_{ce} + \lambda \log \bar L_{dsm}, \qquad
+    \nabla L = \nabla L_{ce} + \frac{\lambda}{\bar L_{dsm}} \nabla \bar L_{dsm},
+
+with :math:`\bar L_{dsm}` the mean over entries and images. It does not change with the number of
+entries or the unit of the residual, so that one :math:`\lambda` (`BALANCE`) serves every image size;
+at the start it is the mean form times lambda, and as denoising gets better its weight grows.
+Minimising the logarithm has the same minimiser as minimising the mean. The mean in the denominator
+is a running one over the last steps (its state is part of a checkpoint), so the gradient is linear in
+the batch and is the same however the batch is divided over devices.
+
+Several balanced terms share lambda. An explicit coefficient, as in ``ce+0.5*dsm``, switches the
+balancing of that term off: it is then 0.5 times the mean form.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ebmkit.core import EnergyModel, Linearization, linearize
+from ebmkit.errors import UserError
+from ebmkit.objectives.terms import OBJECTIVES, Objective, Scale, Streamed
+from ebmkit.registry import find
+
+__all__ = ["BALANCE", "Losses", "Term", "TrainingLoss", "parse_objective"]
+
+BALANCE = 2.0
+"""lambda of the balanced form; how it was found is told in the docs ("The balance")."""
+
+MEMORY = 0.9
+"""Weight of the past in the running mean of a balanced term."""
+
+_TERM = re.compile(r"(?:(?P<weight>[^*]+)\*)?(?P<name>[^*]+)")
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand: an objective by name, and its coefficient if one was given."""
+
+    name: str
+    weight: float | None = None
+
+    @property
+    def objective(self) -> Objective:
+        """The entry of `OBJECTIVES`."""
+        return OBJECTIVES[self.name]
+
+    @property
+    def balanced(self) -> bool:
+        """Whether the term enters as a logarithm."""
+        return self.weight is None and self.objective.scale is Scale.BALANCED
+
+
+def parse_objective(text: str) -> tuple[Term, ...]:
+    """Read ``"ce+dsm"`` or ``"ce + 0.5*dsm"``.
+
+    Raises:
+        UserError: if it does not parse, an objective is unknown or named twice, or a coefficient is
+            not a finite number above 0.
+
+    >>> parse_objective("ce + 0.5*dsm")
+    (Term(name='ce', weight=None), Term(name='dsm', weight=0.5))
+    """
+    terms: list[Term] = []
+    for part in re.split(r"(?<!\d[eE])\+", text):
+        match = _TERM.fullmatch(part.strip())
+        if match is None:
+            raise UserError(
+                f"objective {text!r} does not parse: write names joined by +, each with a "
+                "coefficient before it or none, as in ce+0.5*dsm"
+            )
+        name = match["name"].strip()
+        find("objective", OBJECTIVES, name)
+        if any(term.name == name for term in terms):
+            raise UserError(f"objective {text!r} names {name!r} twice: give it one coefficient")
+        terms.append(Term(name, _coefficient(match["weight"], text)))
+    return tuple(terms)
+
+
+def _coefficient(written: str | None, text: str) -> float | None:
+    if written is None:
+        return None
+    try:
+        weight = float(written)
+    except ValueError:
+        weight = float("nan")
+    if not 0 < weight < float("inf"):
+        raise UserError(
+            f"coefficient {written.strip()!r} in objective {text!r} must be a number above 0"
+        )
+    return weight
+
+
+class Losses(NamedTuple):
+    """The total to differentiate, and each term's mean over the batch, as its name in the log says.
+
+    Attributes:
+        total: scalar; its gradient is that of the objective. With balanced terms its value is that
+            of the linearised logarithm, so log `parts` instead.
+        parts: name of the term -> scalar, detached: nats for ``ce``, the mean over entries (1 for a
+            score of zero) for score matching in every form.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+class TrainingLoss(nn.Module):
+    """Model and objectives in one module, whose forward returns the loss.
+
+    Scores are taken inside, so this is the module that compilers and data parallelism wrap. Terms of
+    one stream share its batch and one forward pass, and each score is pulled back once.
+
+    Args:
+        model: the model to train.
+        terms: the summands (`parse_objective`).
+        balance: lambda of the balanced terms together.
+        streams: name of a term -> stream to draw from, where it is not the objective's own. Terms
+            on one stream see the same batch.
+    """
+
+    def __init__(
+        self,
+        model: EnergyModel,
+        terms: Sequence[Term],
+        balance: float = BALANCE,
+        streams: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.terms = tuple(terms)
+        self.balance = balance
+        self.stream_of = {term.name: term.objective.stream for term in terms} | dict(streams or {})
+        self.running = {term.name: 1.0 for term in terms if term.balanced}
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Names of the streams that batches are needed of."""
+        return tuple(dict.fromkeys(self.stream_of[term.name] for term in self.terms))
+
+    def forward(self, batches: Mapping[str, Streamed]) -> Losses:
+        """Losses of one batch per stream."""
+        total: Tensor | float = 0.0
+        parts: dict[str, Tensor] = {}
+        for stream in self.streams:
+            own = [term for term in self.terms if self.stream_of[term.name] == stream]
+            batch = batches[stream]
+            at = self._evaluate(batch, any(term.objective.needs_score for term in own))
+            for term in own:
+                mean = term.objective.loss(at, batch).mean()
+                parts[term.name] = mean.detach()
+                total = total + self._factor(term, batch) * mean
+        assert isinstance(total, Tensor)
+        return Losses(total, parts)
+
+    def summary(self, parts: Mapping[str, Tensor | float]) -> float:
+        """One number to compare states of a run by, lower is better.
+
+        The means of plain terms plus lambda times the logarithms of score-matching means, whatever
+        the weights in training are.
+        """
+        means = {name: torch.as_tensor(mean, dtype=torch.float64) for name, mean in parts.items()}
+        matching = [t.name for t in self.terms if t.objective.scale is not Scale.PLAIN]
+        plain = sum(float(means[t.name]) for t in self.terms if t.name not in matching)
+        logs = sum(float(means[name].log()) for name in matching)
+        return plain + self.balance * logs / max(1, len(matching))
+
+    def remember(self, parts: Mapping[str, Tensor]) -> None:
+        """Update the running means of balanced terms; call once after each optimiser step."""
+        for name in self.running:
+            self.running[name] = MEMORY * self.running[name] + (1 - MEMORY) * float(parts[name])
+
+    def _evaluate(self, batch: Streamed, differentiate: bool) -> Linearization:
+        if differentiate:
+            return linearize(self.model, batch.y, batch.sigma)
+        return Linearization(batch.y, self.model(batch.y, batch.sigma), _no_gradient)
+
+    def _factor(self, term: Term, batch: Streamed) -> float:
+        """What the mean over entries is multiplied with in the total."""
+        if term.balanced:
+            return self.balance / len(self.running) / self.running[term.name]
+        weight = 1.0 if term.weight is None else term.weight
+        return weight * (batch.x[0].numel() if term.objective.scale is Scale.SUM else 1.0)
+
+
+def _no_gradient(cotangent: object) -> Tensor:
+    raise AssertionError("an objective that takes a score must say needs_score")

@@ -1,0 +1,157 @@
+r"""The single objectives.
+
+With :math:`y = x + \sigma\epsilon` (CDN eq. 5 and 13),
+
+.. math::
+    \text{ce:}   & \quad -\log p(c \mid y) \\
+    \text{dsm:}  & \quad \|\sigma\,\nabla_y \log p(y) + \epsilon\|^2 \\
+    \text{cdsm:} & \quad \|\sigma\,\nabla_y \log p(y \mid c) + \epsilon\|^2 .
+
+The first is cross-entropy, the second denoising score matching (Vincent, 2011): a regression whose
+minimiser at one sigma is the score of the noisy images, since :math:`\sigma\nabla\log p + \epsilon =
+(D(y) - x)/\sigma`; the third is the same for the class-conditional denoiser.
+
+The paper does not say whether :math:`\|\cdot\|^2` is the sum over the d entries of an image or
+their mean; both are here by name (``dsm-sum``, ``dsm-mean``), and so is the balanced form that is
+the default (``dsm``): see `ebmkit.objectives.combine`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from torch import Tensor
+
+from ebmkit.core import Linearization
+from ebmkit.errors import UserError
+
+__all__ = ["OBJECTIVES", "Objective", "Scale", "Streamed"]
+
+
+class Scale(Enum):
+    """How a loss of one number per image entry is brought to the scale of one per image."""
+
+    PLAIN = "plain"  # a loss in nats per image as it stands
+    MEAN = "mean"  # averaged over the d entries
+    SUM = "sum"  # summed over the d entries
+    BALANCED = "balanced"  # the logarithm of the average (see combine)
+
+
+class Streamed(Protocol):
+    """What objectives read of a batch (`ebmkit.data.Batch` is one)."""
+
+    @property
+    def x(self) -> Tensor: ...  # clean images (B, C, H, W)
+    @property
+    def y(self) -> Tensor: ...  # noisy images
+    @property
+    def sigma(self) -> Tensor: ...  # (B,), image units
+    @property
+    def eps(self) -> Tensor: ...  # the noise, y = x + sigma * eps
+    @property
+    def labels(self) -> Tensor | None: ...  # (B,) int64
+    @property
+    def soft(self) -> Tensor | None: ...  # (B, C): one-hot, or mixed by MixUp / CutMix
+
+
+class Loss(Protocol):
+    def __call__(self, at: Linearization, batch: Streamed, /) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One objective: its needs and its loss.
+
+    Attributes:
+        about: one line.
+        stream: name of the data stream it draws from unless told otherwise.
+        loss: from a linearised model and a batch, the loss of each image (B,), unreduced over the
+            batch; summed terms are *means* over the d entries, `scale` says what becomes of them.
+        needs_labels: whether data and model must have labels.
+        needs_hard_labels: whether labels may not be mixed.
+        needs_score: whether the loss differentiates the model by its input.
+        scale: how the loss enters the total.
+    """
+
+    about: str
+    stream: str
+    loss: Loss
+    needs_labels: bool = False
+    needs_hard_labels: bool = False
+    needs_score: bool = False
+    scale: Scale = Scale.PLAIN
+
+
+def cross_entropy(at: Linearization, batch: Streamed) -> Tensor:
+    """-sum_c q_c log p(c|y) with the (soft) labels q, (B,), in nats (CDN eq. 13)."""
+    assert batch.soft is not None
+    return -(batch.soft * at.energies.log_posterior()).sum(dim=1)
+
+
+def denoising_score_matching(at: Linearization, batch: Streamed) -> Tensor:
+    """Mean over entries of (sigma * score + eps)^2, (B,); 1 for a score of zero (CDN eq. 13)."""
+    return _squared(at.score(), batch)
+
+
+def conditional_score_matching(at: Linearization, batch: Streamed) -> Tensor:
+    """The same for the class-conditional score, (B,) (CDN section 3.3)."""
+    assert batch.labels is not None
+    return _squared(at.conditional_score(batch.labels), batch)
+
+
+def _squared(score: Tensor, batch: Streamed) -> Tensor:
+    sigma = batch.sigma.reshape(-1, *[1] * (score.ndim - 1))
+    return (sigma * score + batch.eps).square().flatten(1).mean(dim=1)
+
+
+def _score_matching(conditional: bool, scale: Scale) -> Objective:
+    what = "log p(y|c)" if conditional else "log p(y)"
+    how = {
+        Scale.BALANCED: "balanced against the other objectives",
+        Scale.MEAN: "mean over the entries of an image, unweighted",
+        Scale.SUM: "sum over the entries of an image, unweighted",
+    }[scale]
+    return Objective(
+        about=f"denoising score matching of {what}; {how}",
+        stream="denoise",
+        loss=conditional_score_matching if conditional else denoising_score_matching,
+        needs_labels=conditional,
+        needs_hard_labels=conditional,
+        needs_score=True,
+        scale=scale,
+    )
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "ce": Objective(
+        about="cross-entropy of the labels, -log p(c|y)",
+        stream="classify",
+        loss=cross_entropy,
+        needs_labels=True,
+    ),
+    "dsm": _score_matching(False, Scale.BALANCED),
+    "dsm-mean": _score_matching(False, Scale.MEAN),
+    "dsm-sum": _score_matching(False, Scale.SUM),
+    "cdsm": _score_matching(True, Scale.BALANCED),
+    "cdsm-mean": _score_matching(True, Scale.MEAN),
+    "cdsm-sum": _score_matching(True, Scale.SUM),
+}
+
+
+def check_labels(name: str, objective: Objective, num_classes: int, mixes: bool) -> None:
+    """Whether the data can serve ``objective``.
+
+    Raises:
+        UserError: if it needs labels and there are none, or mixed ones where it needs hard ones.
+    """
+    if objective.needs_labels and num_classes == 0:
+        raise UserError(
+            f"objective {name!r} needs labels, and this data set has none: use dsm, or other data"
+        )
+    if objective.needs_hard_labels and mixes:
+        raise UserError(
+            f"objective {name!r} needs one label per image, and its stream mixes images: set "
+            f"streams.{objective.stream}.augmentation.mix=none"
+        )

@@ -1,0 +1,27 @@
+"""Training: configuration, recipes, the loop, and the run folder it leaves behind."""
+
+from ebmkit.training.config import (
+    DataConfig,
+    OptimizerConfig,
+    TrainConfig,
+    parse_assignments,
+    read_config,
+    resolve,
+)
+from ebmkit.training.recipes import RECIPES
+from ebmkit.training.runs import RunFolder
+from ebmkit.training.trainer import Interrupted, Reporter, Trainer
+
+__all__ = [
+    "RECIPES",
+    "DataConfig",
+    "Interrupted",
+    "OptimizerConfig",
+    "Reporter",
+    "RunFolder",
+    "TrainConfig",
+    "Trainer",
+    "parse_assignments",
+    "read_config",
+    "resolve",
+]

@@ -1,0 +1,87 @@
+"""From a configuration to a `Trainer`: the parts the command line puts together."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+from ebmkit.data import ImageSet, StreamedSet, load_dataset
+from ebmkit.models import JointModel, ModelConfig
+from ebmkit.training.config import DataConfig, TrainConfig
+from ebmkit.training.runs import RunFolder
+from ebmkit.training.trainer import Reporter, Trainer
+
+__all__ = ["assemble", "build_model", "images_of"]
+
+Split = Literal["train", "validation", "test"]
+
+
+def images_of(config: DataConfig, split: Split, progress: bool = False) -> ImageSet | StreamedSet:
+    """The images of ``split``, as ``config`` names them.
+
+    Raises:
+        UserError: if the data set is unknown, missing or incomplete.
+    """
+    return load_dataset(
+        config.name, config.data_dir, split, image_size=config.image_size, progress=progress
+    )
+
+
+def build_model(config: TrainConfig, images: ImageSet | StreamedSet) -> JointModel:
+    """The model that ``config`` describes for ``images``, with weights drawn from its seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = model_config(config, images).build()
+    if config.density_scale is not None and isinstance(model.head, nn.Module):
+        model.head.scale_density_(config.density_scale)
+    return model
+
+
+def model_config(config: TrainConfig, images: ImageSet | StreamedSet) -> ModelConfig:
+    """The model's configuration, with what follows from the images filled in."""
+    facts = {
+        "in_channels": images.channels,
+        "num_classes": images.num_classes,
+        "reference_size": images.image_size,
+    }
+    return ModelConfig.model_validate(config.model.model_dump() | facts)
+
+
+def assemble(
+    config: TrainConfig,
+    run: RunFolder | None = None,
+    reporter: Reporter | None = None,
+    progress: bool = False,
+) -> Trainer:
+    """Everything built: load the data, build the model, and go on from the run's checkpoint.
+
+    Args:
+        config: the resolved configuration.
+        run: where to save, and to go on from if it holds a checkpoint.
+        reporter: who is told of metrics.
+        progress: whether to show bars while data is downloaded or read.
+
+    Raises:
+        UserError: as the parts do.
+    """
+    train = images_of(config.dataset, "train", progress)
+    if config.dataset.limit is not None:
+        train = train.first(config.dataset.limit)
+    validation = None
+    if config.validation_images:
+        validation = images_of(config.dataset, "validation").first(config.validation_images)
+    trainer = Trainer(
+        build_model(config, train),
+        config,
+        train,
+        validation,
+        run,
+        model_config(config, train),
+        reporter,
+    )
+    checkpoint = run.load_checkpoint() if run is not None else None
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+    return trainer

@@ -1,0 +1,175 @@
+"""The configuration of a training run, and how it is put together.
+
+One `TrainConfig` holds everything that a run depends on, and is written resolved to
+``config.yaml``. It is merged from layers, later ones winning: the data set's *recipe*, then a
+configuration file, then named options, then ``--set key=value``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from ebmkit.data import StreamConfig
+from ebmkit.errors import UserError
+from ebmkit.models import BACKBONES, HEADS, ModelConfig
+from ebmkit.objectives import BALANCE, parse_objective
+from ebmkit.registry import find
+from ebmkit.training.recipes import RECIPES, recipe_for
+from ebmkit.validation import validated
+
+__all__ = [
+    "DataConfig",
+    "OptimizerConfig",
+    "TrainConfig",
+    "parse_assignments",
+    "read_config",
+    "resolve",
+]
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(_Config):
+    """Which images to train on."""
+
+    name: str = Field("digits", description="a name from `ebmkit list datasets`")
+    data_dir: Path | None = Field(None, description="where its files are")
+    image_size: int | None = Field(None, ge=1, description="height and width to bring images to")
+    workers: int = Field(0, ge=0, description="processes that read images, for sets on disk")
+    limit: int | None = Field(None, ge=1, description="use only so many training images")
+
+
+class OptimizerConfig(_Config):
+    """AdamW with a cosine to 0 (CDN appendix A)."""
+
+    lr: float = Field(3e-4, gt=0, description="initial learning rate")
+    weight_decay: float = Field(0.05, ge=0, description="decoupled weight decay")
+    decay_norms: bool = Field(True, description="decay norm weights and biases too, as the paper")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="of the learning rate")
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up (the paper: none)")
+    clip_norm: float | None = Field(None, gt=0, description="bound on the gradient's norm")
+    ema: float | None = Field(None, gt=0, lt=1, description="decay of averaged weights, as 0.999")
+
+
+class StreamsConfig(_Config):
+    """The data streams; each objective draws from one."""
+
+    classify: StreamConfig
+    denoise: StreamConfig
+
+
+class TrainConfig(_Config):
+    """Everything a training run depends on."""
+
+    dataset: DataConfig = DataConfig()
+    backbone: str = Field("gradresnet18", description="a name from `ebmkit list backbones`")
+    head: str = Field("linear-quadratic", description="a name from `ebmkit list heads`")
+    model: ModelConfig = ModelConfig()
+    objective: str = Field("ce+dsm", description="objectives joined by +, as in ce+0.5*dsm")
+    balance: float = Field(BALANCE, gt=0, description="lambda of balanced terms")
+    density_scale: float | None = Field(
+        None, gt=0, description="factor on the initial log-density; None: the head's own"
+    )
+    streams: StreamsConfig
+    draw_from: dict[str, Literal["classify", "denoise"]] = Field(
+        {}, description="objective -> stream, where not its own: ce: denoise shares one forward pass"
+    )
+    optimizer: OptimizerConfig = OptimizerConfig()
+    steps: int = Field(1000, ge=1, description="optimiser steps")
+    seed: int = Field(0, ge=0, description="of weights, order, augmentation and noise")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
+    log_every: int = Field(10, ge=1, description="steps between rows of metrics.jsonl")
+    validate_every: int = Field(100, ge=1, description="steps between validations")
+    validation_images: int = Field(500, ge=0, description="held-out images to validate on; 0: none")
+    checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints")
+
+
+def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings laid over each other, later ones winning."""
+    result: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            old = result.get(key)
+            both = isinstance(old, dict) and isinstance(value, Mapping)
+            result[key] = merge(old, value) if both else value
+    return result
+
+
+def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfig:
+    """The configuration from ``layers`` over a recipe.
+
+    Args:
+        *layers: nested mappings, weakest first. Where one names a backbone or a head, that preset's
+            own settings come in at that layer.
+        recipe: name of the recipe below them; by default that of the data set the layers name.
+
+    Raises:
+        UserError: on an unknown name, an unknown field or an illegal value.
+    """
+    dataset = str(merge(*layers).get("dataset", {}).get("name", "digits"))
+    base = find("recipe", RECIPES, recipe).config if recipe else recipe_for(dataset)
+    raw = merge(base, *[_expand(layer) for layer in layers])
+    config = validated(TrainConfig, raw, "configuration")
+    parse_objective(config.objective)
+    return config
+
+
+def _expand(layer: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Put the settings of the presets that ``layer`` names below its own."""
+    parts: dict[str, Any] = {}
+    if "backbone" in layer:
+        preset = find("backbone", BACKBONES, str(layer["backbone"])).config
+        parts["backbone"] = preset.model_dump(exclude_unset=True)
+    if "head" in layer:
+        parts["head"] = find("head", HEADS, str(layer["head"])).config.model_dump()
+    return merge({"model": parts}, layer) if parts else layer
+
+
+def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
+    """Read ``["optimizer.lr=1e-3", ...]`` into a nested mapping; values are YAML.
+
+    Raises:
+        UserError: if one is not of the form key=value.
+
+    >>> parse_assignments(["optimizer.lr=1e-3", "model.backbone.norm=scale"])
+    {'optimizer': {'lr': '1e-3'}, 'model': {'backbone': {'norm': 'scale'}}}
+    """
+    result: dict[str, Any] = {}
+    for text in assignments:
+        key, equals, value = text.partition("=")
+        keys = key.strip().split(".")
+        if not equals or not all(keys):
+            raise UserError(f"--set {text!r} is not of the form key=value, as in optimizer.lr=1e-3")
+        try:
+            nested: Any = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"the value of --set {text!r} is not YAML") from None
+        for part in reversed(keys):
+            nested = {part: nested}
+        result = merge(result, nested)
+    return result
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The mapping in the YAML file ``path``.
+
+    Raises:
+        UserError: if it cannot be read, is not YAML or holds no mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read configuration {str(path)!r}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise UserError(f"configuration {str(path)!r} is not YAML") from None
+    if not isinstance(values, dict):
+        raise UserError(f"configuration {str(path)!r} must hold fields, as a run's config.yaml does")
+    return values

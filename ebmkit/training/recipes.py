@@ -1,0 +1,106 @@
+"""Recipes: what a data set brings, so that one command is right on digits and on CIFAR-10.
+
+A recipe is the lowest layer of a run's configuration. ``cifar10`` is the paper's (CDN appendix A);
+the others are ours.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+__all__ = ["RECIPES", "Recipe", "recipe_for"]
+
+
+class Recipe(NamedTuple):
+    """Defaults for a data set: a nested mapping of `TrainConfig` fields, and a line about it."""
+
+    config: dict[str, Any]
+    about: str
+
+
+def _stream(batch_size: int, low: str, high: str, **augmentation: Any) -> dict[str, Any]:
+    """A stream with the paper's law of sigma, the square of a uniform variable."""
+    noise = {"kind": "squared-uniform", "min": low, "max": high}
+    return {"batch_size": batch_size, "noise": noise, "augmentation": augmentation}
+
+
+_CIFAR: dict[str, Any] = {
+    "model": {"backbone": {"width": 64}},
+    "streams": {
+        "classify": _stream(128, "0", "20/255", flip=True, crop_padding=4, mix="both"),
+        "denoise": _stream(64, "1/255", "100/255", flip=True),
+    },
+    "optimizer": {"lr": 3e-4, "weight_decay": 0.05},
+    "steps": 78_000,
+    "validation_images": 1000,
+    "validate_every": 1000,
+    "checkpoint_every": 1000,
+    "log_every": 50,
+}
+
+_CIFAR_SHORT: dict[str, Any] = {
+    **_CIFAR,
+    "model": {"backbone": {"width": 16}},
+    "streams": {
+        "classify": _stream(128, "0", "20/255", flip=True),
+        "denoise": _stream(64, "1/255", "100/255", flip=True),
+    },
+    "optimizer": {"lr": 3e-3, "weight_decay": 0.05},
+    "steps": 1000,
+    "validation_images": 500,
+    "validate_every": 100,
+    "checkpoint_every": 250,
+    "log_every": 10,
+}
+
+_DIGITS: dict[str, Any] = {
+    "model": {"backbone": {"width": 16}},
+    "streams": {
+        "classify": _stream(128, "0", "20/255"),
+        "denoise": _stream(64, "1/255", "100/255"),
+    },
+    "optimizer": {"lr": 3e-3, "weight_decay": 0.05},
+    "steps": 600,
+    "validation_images": 143,
+    "validate_every": 50,
+    "checkpoint_every": 100,
+}
+
+_PATCHES: dict[str, Any] = {
+    "model": {"backbone": {"width": 16}},
+    "objective": "dsm",
+    "streams": {
+        "classify": _stream(64, "0", "20/255", flip=True),
+        "denoise": _stream(64, "1/255", "100/255", flip=True),
+    },
+    "optimizer": {"lr": 3e-3, "weight_decay": 0.05},
+    "steps": 400,
+    "validate_every": 50,
+    "checkpoint_every": 100,
+}
+
+_OWN: dict[str, Any] = {
+    **_CIFAR,
+    "model": {"backbone": {"width": 32}},
+    "streams": {
+        "classify": _stream(64, "0", "20/255", flip=True, crop_padding=4),
+        "denoise": _stream(32, "1/255", "100/255", flip=True),
+    },
+    "optimizer": {"lr": 1e-3, "weight_decay": 0.05},
+    "steps": 10_000,
+}
+
+RECIPES: dict[str, Recipe] = {
+    "digits": Recipe(_DIGITS, "8x8 digits on a CPU in about two minutes"),
+    "patches": Recipe(_PATCHES, "photo patches, denoising alone, on a CPU in minutes"),
+    "cifar10": Recipe(_CIFAR, "the paper's CIFAR-10 recipe: width 64, 78,000 steps, MixUp/CutMix"),
+    "cifar100": Recipe(_CIFAR, "the paper's CIFAR-10 recipe on CIFAR-100"),
+    "cifar10-short": Recipe(_CIFAR_SHORT, "width 16, 1,000 steps, flips only: minutes on a CPU"),
+    "folder": Recipe(_OWN, "a start for images of your own in folders"),
+    "hdf5": Recipe(_OWN, "a start for images of your own in HDF5"),
+}
+
+
+def recipe_for(dataset: str) -> dict[str, Any]:
+    """The recipe of the data set called ``dataset``; `folder`'s where it has none of its own."""
+    return RECIPES.get(dataset, RECIPES["folder"]).config

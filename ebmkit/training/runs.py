@@ -1,0 +1,212 @@
+"""The run folder.
+
+::
+
+    RUN/
+      config.yaml            the resolved configuration
+      environment.json       versions, device, git commit, command
+      metrics.jsonl          one row per log or validation
+      model.safetensors      the weights (the averaged ones, where averaging is on)
+      model.json             what builds the network, and what it was trained for
+      checkpoints/last.pt    everything needed to go on exactly
+      checkpoints/best.safetensors   the best weights by validation
+      evaluation/            written by `ebmkit evaluate`
+
+A new run never writes into a folder that holds anything; a continued one must have the same
+configuration.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pydantic import BaseModel
+
+from ebmkit.errors import UserError
+from ebmkit.files import write_atomically
+
+__all__ = ["RunFolder"]
+
+_FREE_TO_CHANGE = ("device", "log_every", "validate_every", "checkpoint_every", "dataset")
+"""Fields that a continued run may set differently: they do not change what is computed."""
+
+
+class RunFolder:
+    """Reads and writes the files of one run.
+
+    Make one with `create` or `open`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, path: Path, config: BaseModel) -> RunFolder:
+        """A new folder at ``path``, with ``config.yaml`` and ``environment.json``.
+
+        Raises:
+            UserError: if something is there already, or it cannot be written.
+        """
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(
+                f"run folder {str(path)!r} exists: go on with it by --resume {path}, or choose "
+                "another --out"
+            )
+        try:
+            (path / "checkpoints").mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"cannot make run folder {str(path)!r}: {error.strerror}") from None
+        run = cls(path)
+        document = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        write_atomically(path / "config.yaml", document.encode())
+        write_atomically(path / "environment.json", json.dumps(environment(), indent=2).encode())
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """The run at ``path``.
+
+        Raises:
+            UserError: if there is none.
+        """
+        if not (path / "config.yaml").is_file():
+            raise UserError(f"{str(path)!r} is no run folder: it holds no config.yaml")
+        return cls(path)
+
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration, as a mapping.
+
+        Raises:
+            UserError: if it does not parse.
+        """
+        try:
+            values = yaml.safe_load((self.path / "config.yaml").read_text())
+        except (yaml.YAMLError, UnicodeDecodeError):
+            values = None
+        if not isinstance(values, dict):
+            raise UserError(f"{str(self.path / 'config.yaml')!r} is damaged: it does not parse")
+        return values
+
+    def check_same(self, config: BaseModel) -> None:
+        """Whether going on with ``config`` would be the same run.
+
+        Raises:
+            UserError: naming the first field that differs.
+        """
+        old, new = _flat(self.config()), _flat(config.model_dump(mode="json"))
+        for key in sorted(old.keys() | new.keys()):
+            free = key.split(".")[0] in _FREE_TO_CHANGE and key != "dataset.name"
+            if not free and old.get(key) != new.get(key):
+                raise UserError(
+                    f"cannot go on with {str(self.path)!r} in another configuration: {key} was "
+                    f"{old.get(key)!r} and is now {new.get(key)!r}; leave it out, or start a new run"
+                )
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append ``row`` to ``metrics.jsonl``.
+
+        Raises:
+            UserError: if it cannot be written.
+        """
+        try:
+            with (self.path / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write metrics.jsonl: {error.strerror}") from error
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of ``metrics.jsonl``; a last line cut short by a crash is left out."""
+        path = self.path / "metrics.jsonl"
+        rows = []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return rows
+
+    def forget_after(self, step: int) -> None:
+        """Drop the rows after ``step``, which a continued run writes again."""
+        kept = [row for row in self.metrics() if row["step"] <= step]
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        write_atomically(self.path / "metrics.jsonl", text.encode())
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Replace ``checkpoints/last.pt`` by ``state`` (tensors, numbers, strings) in one move.
+
+        Raises:
+            UserError: if the disk is full; the earlier checkpoint is untouched.
+        """
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_atomically(self.path / "checkpoints" / "last.pt", buffer.getvalue())
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """The state of ``checkpoints/last.pt``, on the CPU; None if there is none yet.
+
+        Raises:
+            UserError: if the file is damaged, or holds anything but tensors and plain values.
+        """
+        path = self.path / "checkpoints" / "last.pt"
+        if not path.is_file():
+            return None
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError, OSError):
+            raise UserError(
+                f"{str(path)!r} is damaged: it cannot be read; start the run anew"
+            ) from None
+
+
+def environment() -> dict[str, Any]:
+    """Versions, device, git commit and command of this process."""
+    from importlib.metadata import version
+
+    import ebmkit
+
+    cuda = torch.cuda.is_available()
+    return {
+        "ebmkit": ebmkit.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": version("torchvision"),
+        "numpy": version("numpy"),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "git_commit": _git_commit(),
+        "command": ["ebmkit", *sys.argv[1:]],
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the code that runs, if it runs from a checkout."""
+    source = Path(__file__).resolve().parents[2]
+    if not (source / ".git").exists():
+        return None
+    command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {prefix: values}
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        result |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return result

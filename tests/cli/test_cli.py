@@ -1,0 +1,222 @@
+"""The command line, as a user meets it: what it prints, leaves behind, refuses, and exits with."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ebmkit
+from ebmkit.cli.list import tables
+
+SMALL = [
+    "--width", "8", "--set", "log_every=1", "--set", "validation_images=16",
+    "--set", "streams.classify.batch_size=16", "--set", "streams.denoise.batch_size=16",
+    "--device", "cpu",
+]  # fmt: skip
+
+
+def ebmkit_command(*arguments, cwd, **keywords):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    return subprocess.run(
+        [sys.executable, "-m", "ebmkit", *map(str, arguments)],
+        cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, **keywords,
+    )  # fmt: skip
+
+
+def refused(result, *told):
+    """One sentence on stderr, exit code 2, no traceback."""
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    for text in told:
+        assert text in result.stderr
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with one small trained run on digits, made through the command line."""
+    folder = tmp_path_factory.mktemp("place")
+    result = ebmkit_command(
+        "train", "--backbone", "gradresnet18", "--objective", "ce+dsm", "--steps", 60,
+        "--out", "run", *SMALL, cwd=folder,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    (folder / "train.txt").write_text(result.stdout)
+    digit = np.clip(np.kron(np.eye(4), np.ones((3, 3))) * 255, 0, 255).astype(np.uint8)
+    Image.fromarray(digit).save(folder / "gray.png")
+    Image.fromarray(digit).convert("RGB").save(folder / "colour.png")
+    return folder
+
+
+def test_training_ends_with_a_table_and_pictures(place):
+    printed = (place / "train.txt").read_text()
+    for word in ("accuracy", "PSNR", "15", "25", "50", "run folder: run"):
+        assert word in printed
+    run = place / "run"
+    for name in (
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "model.json",
+        "model.safetensors",
+        "learning_curves.png",
+        "checkpoints/last.pt",
+        "checkpoints/best.safetensors",
+    ):
+        assert (run / name).is_file(), name
+    assert list((run / "evaluation").glob("*.png"))
+    classify = json.loads((run / "evaluation" / "classify.json").read_text())
+    assert 0 <= classify["accuracy"] <= 1
+    denoise = json.loads((run / "evaluation" / "denoise.json").read_text())
+    assert list(denoise["psnr"]) == list(denoise["psnr_noisy"]) == ["15", "25", "50"]
+
+
+def test_evaluate_repeats_what_training_measured(place):
+    path = place / "run" / "evaluation" / "denoise.json"
+    before = json.loads(path.read_text())
+    result = ebmkit_command("evaluate", "run", "--suite", "classify,denoise", cwd=place)
+    assert result.returncode == 0, result.stderr
+    after = json.loads(path.read_text())
+    assert after["psnr"] == pytest.approx(before["psnr"], abs=1e-4)
+    limited = ebmkit_command("evaluate", "run", "--suite", "classify", "--limit", 20, cwd=place)
+    assert limited.returncode == 0, limited.stderr
+    assert json.loads(path.read_text()) == after  # a limited evaluation goes elsewhere
+
+
+def test_classify_prints_classes_probabilities_and_density(place):
+    result = ebmkit_command("classify", "run", "gray.png", cwd=place)
+    assert result.returncode == 0, result.stderr
+    assert "%" in result.stdout
+    assert "nats" in result.stdout
+    assert "brought to 8x8" in result.stderr
+
+
+def test_denoise_from_the_command_line_is_denoise_from_python(place):
+    result = ebmkit_command(
+        "denoise", "run", "gray.png", "--sigma", "25/255", "--label", "3", "--out", "out", cwd=place
+    )
+    assert result.returncode == 0, result.stderr
+    written = np.asarray(Image.open(place / "out" / "gray.png"))
+    y = torch.from_numpy(np.asarray(Image.open(place / "gray.png")) / 255).float()[None, None]
+    expected = ebmkit.load(place / "run").denoise(y, 25 / 255, 3).clamp(0, 1)[0, 0]
+    assert np.abs(written / 255 - expected.numpy()).max() <= 0.5 / 255 + 1e-5  # 8-bit rounding
+    again = ebmkit_command("denoise", "run", "gray.png", "--out", "out", cwd=place)
+    refused(again, "exists")
+    estimated = ebmkit_command("denoise", "run", "gray.png", "--out", "blind", cwd=place)
+    assert "(estimated)" in estimated.stdout
+
+
+@pytest.mark.parametrize("kind", ["backbones", "heads", "objectives", "datasets", "recipes"])
+def test_list_shows_the_tables(place, kind):
+    result = ebmkit_command("list", kind, cwd=place)
+    assert result.returncode == 0
+    for name in tables()[kind]:
+        assert name in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--backbone", "gradresnet81"], "did you mean 'gradresnet18'"),
+        (["--objective", "ce+dms"], "did you mean 'dsm'"),
+        (["--objective", "ce++dsm"], "does not parse"),
+        (["--dataset", "cifar"], "did you mean 'cifar10'"),
+        (["--recipe", "digit"], "did you mean 'digits'"),
+        (["--set", "optimizer.rl=1"], "did you mean 'lr'"),
+        (["--set", "streams.denoise.noise.max=0"], "must be"),
+        (["--set", "nonsense"], "key=value"),
+        (["--config", "absent.yaml"], "cannot read configuration"),
+        (["--device", "tpu"], "unknown device 'tpu'"),
+        (["--dataset", "patches", "--objective", "ce+dsm"], "needs labels"),
+        (["--dataset", "cifar10", "--data-dir", "nowhere"], "nowhere"),
+        (["--dataset", "folder", "--data-dir", "nowhere"], "nowhere"),
+        (["--out", "run"], "exists"),
+        (["--resume", "nowhere"], "no run folder"),
+        (["--resume", "run", "--seed", "5"], "seed was 0 and is now 5"),
+        (["--resume", "run", "--out", "other"], "leave out --out"),
+    ],
+)
+def test_training_refuses_in_one_sentence(place, arguments, told):
+    before = sorted(place.rglob("*"))
+    refused(ebmkit_command("train", *arguments, cwd=place), told)
+    assert sorted(place.rglob("*")) == before  # nothing was left behind
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["classify", "nowhere", "gray.png"], "no run folder"),
+        (["classify", ".", "gray.png"], "holds no model.json"),
+        (["classify", "run", "absent.png"], "absent.png"),
+        (["classify", "run", "colour.png"], "colour.png"),
+        (["classify", "run", "train.txt"], "train.txt"),
+        (["denoise", "run", "gray.png", "--out", "x", "--sigma", "0"], "sigma '0'"),
+        (["denoise", "run", "gray.png", "--out", "x", "--sigma", "-5/255"], "sigma '-5/255'"),
+        (["denoise", "run", "gray.png", "--out", "x", "--sigma", "strong"], "sigma 'strong'"),
+        (["denoise", "run", "gray.png", "--out", "x", "--label", "10"], "out of range"),
+        (["denoise", "run", "gray.png", "--out", "x", "--label", "cat"], "label 'cat'"),
+        (["denoise", "run", "gray.png", "--out", "gray.png"], "gray.png"),
+        (["evaluate", "run", "--suite", "clasify"], "did you mean 'classify'"),
+        (["data", "pack", "nowhere", "out.h5"], "nowhere"),
+    ],
+)
+def test_other_commands_refuse_in_one_sentence(place, arguments, told):
+    before = sorted(place.rglob("*"))
+    refused(ebmkit_command(*arguments, cwd=place), told)
+    assert sorted(place.rglob("*")) == before
+
+
+def test_a_model_without_labels_denoises_and_says_that_it_cannot_classify(tmp_path):
+    result = ebmkit_command(
+        "train", "--dataset", "patches", "--steps", 3, "--out", "run", "--no-evaluate", *SMALL,
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    Image.fromarray(np.zeros((9, 7, 3), np.uint8)).save(tmp_path / "black.png")
+    refused(ebmkit_command("classify", "run", "black.png", cwd=tmp_path), "without labels")
+    labelled = ["denoise", "run", "black.png", "--out", "x", "--label", "0"]
+    refused(ebmkit_command(*labelled, cwd=tmp_path), "without labels")
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(tmp_path):
+    command = [sys.executable, "-m", "ebmkit", "train", "--steps", "100000", "--out", "run"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command, *SMALL], cwd=tmp_path, env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.is_file() and metrics.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    printed, told = process.communicate(timeout=60)
+    assert process.returncode == 130, told
+    assert "ebmkit train --resume run" in printed
+    assert "Traceback" not in told
+    assert (tmp_path / "run" / "checkpoints" / "last.pt").is_file()
+
+
+def test_packing_a_folder_and_training_on_the_file(tmp_path):
+    g = np.random.default_rng(0)
+    for label in ("cats", "dogs"):
+        (tmp_path / "pictures" / label).mkdir(parents=True)
+        for i in range(20):
+            picture = g.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(picture).save(tmp_path / "pictures" / label / f"{i}.png")
+    packed = ebmkit_command("data", "pack", "pictures", "set.h5", cwd=tmp_path)
+    assert packed.returncode == 0, packed.stderr
+    refused(ebmkit_command("data", "pack", "pictures", "set.h5", cwd=tmp_path), "exists")
+    trained = ebmkit_command(
+        "train", "--dataset", "hdf5", "--data-dir", "set.h5", "--steps", 2, "--out", "run", *SMALL,
+        "--no-evaluate", cwd=tmp_path,
+    )  # fmt: skip
+    assert trained.returncode == 0, trained.stderr
+    assert ebmkit.load(tmp_path / "run").card.class_names == ["cats", "dogs"]

@@ -1,0 +1,148 @@
+"""What `EnergyModel` derives from energies, and how it refuses what makes no sense."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ebmkit import Denoiser, Energies, EnergyModel, GaussianMixture, UserError
+from ebmkit.core import linearize
+
+
+class Blind(EnergyModel):
+    """A blind model in closed form: an isotropic Gaussian of deviation ``scale`` around 0."""
+
+    def __init__(self, scale: float, num_classes: int = 0):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(scale, dtype=torch.float64))
+        self.num_classes = num_classes
+
+    def forward(self, y, sigma=None):
+        logits = y.flatten(1)[:, : self.num_classes]
+        return Energies(logits, -y.flatten(1).square().sum(1) / (2 * self.scale**2))
+
+
+def mixture():
+    means = torch.tensor([[[[0.2, 0.8]]], [[[0.9, 0.1]]], [[[0.5, 0.5]]]], dtype=torch.float64)
+    return GaussianMixture(means, torch.tensor([0.02, 0.03, 0.05]), labels=[0, 1, 1])
+
+
+def test_energies_by_hand():
+    energies = Energies(torch.tensor([[0.0, math.log(3)]]), torch.tensor([-2.0]))
+    torch.testing.assert_close(
+        energies.log_joint(), torch.tensor([[math.log(0.25) - 2, math.log(0.75) - 2]])
+    )
+    torch.testing.assert_close(energies.at_label(torch.tensor([1])), torch.tensor([math.log(0.75)]))
+
+
+def test_one_linearization_gives_energies_and_every_score():
+    model, sigma = mixture(), 0.2
+    y, c = torch.rand(5, 1, 1, 2, dtype=torch.float64), torch.tensor([0, 1, 1, 0, 1])
+    at = linearize(model, y, sigma)
+    assert torch.equal(at.energies.log_density, model.log_density(y, sigma))
+    assert torch.equal(at.score(), model.score(y, sigma=sigma))
+    assert torch.equal(at.conditional_score(c), model.score(y, c, sigma))
+    assert torch.equal(at.label_score(c), model.label_score(y, c, sigma))
+
+
+def test_adversarial_gradient_is_the_difference_of_the_denoisers():
+    model, sigma = mixture(), torch.tensor([0.1, 0.3], dtype=torch.float64)
+    y, c = torch.rand(2, 1, 1, 2, dtype=torch.float64), torch.tensor([0, 1])
+    difference = model.denoise(y, sigma, c) - model.denoise(y, sigma)
+    expected = difference / sigma[:, None, None, None] ** 2
+    # the difference of two denoised images loses their common digits: 1e-16 / sigma^2
+    torch.testing.assert_close(model.label_score(y, c, sigma), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_energy_is_minus_the_log_density():
+    model, y = mixture(), torch.rand(2, 1, 1, 2, dtype=torch.float64)
+    assert torch.equal(model.energy(y, 0.1), -model.log_density(y, 0.1))
+
+
+def test_the_noise_level_is_read_off_a_blind_score():
+    """Pure noise under the Gaussian of its own level: ||score|| = sqrt(d) / sigma up to sampling."""
+    model, dim = Blind(0.3), 3 * 32 * 32
+    y = 0.3 * torch.randn(8, 3, 32, 32, dtype=torch.float64)
+    # ||eps|| / sqrt(d) deviates from 1 by 1 / sqrt(2 d) = 1.3 %; 4 of these
+    torch.testing.assert_close(
+        model.estimate_sigma(y),
+        torch.full((8,), 0.3, dtype=torch.float64),
+        rtol=4 / (2 * dim) ** 0.5,
+        atol=0,
+    )
+
+
+def test_blind_denoising_uses_the_estimated_level():
+    model = Blind(0.3, num_classes=2)
+    y, c = torch.rand(3, 1, 4, 4, dtype=torch.float64), torch.tensor([0, 1, 1])
+    level = model.estimate_sigma(y)
+    torch.testing.assert_close(model.denoise(y), model.denoise(y, level))
+    torch.testing.assert_close(model.denoise(y, c=c), model.denoise(y, level, c))
+    estimated = model.denoise(y)
+    # the step has the length of noise of that level: ||D(y) - y|| = sigma sqrt(d)
+    torch.testing.assert_close((estimated - y).flatten(1).norm(dim=1), level * 4)
+
+
+def test_blind_denoising_leaves_an_image_of_zero_score_as_it_is():
+    """A bias-free network has a score of 0 at a black image; infinity times 0 would be NaN."""
+    black = torch.zeros(2, 1, 4, 4, dtype=torch.float64)
+    assert torch.equal(Blind(0.3).denoise(black), black)
+
+
+def test_scores_need_no_grad_mode_and_leave_none_behind():
+    model, y = mixture(), torch.rand(2, 1, 1, 2, dtype=torch.float64)
+    expected = model.score(y, sigma=0.1)
+    with torch.no_grad():
+        silent = model.score(y, sigma=0.1)
+    assert torch.equal(silent, expected)
+    assert not silent.requires_grad
+    with torch.inference_mode():
+        assert torch.equal(model.score(y, sigma=0.1), expected)
+
+
+def test_a_score_trains_the_parameters():
+    model, y = Blind(0.5), torch.rand(2, 1, 2, 2, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(model.score(y).sum(), model.scale)
+    torch.testing.assert_close(gradient, 2 * y.sum() / 0.5**3)  # score = -y / scale^2
+
+
+def test_energy_models_are_denoisers():
+    assert isinstance(mixture(), Denoiser)
+
+
+# --- labels --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("label", [1, torch.tensor(1), torch.tensor([1, 1]), torch.tensor([1, 1]).int()])
+def test_labels_come_as_number_or_tensor(label):
+    model, y = mixture(), torch.rand(2, 1, 1, 2, dtype=torch.float64)
+    expected = model.score(y, torch.tensor([1, 1]), 0.1)
+    assert torch.equal(model.score(y, label, 0.1), expected)
+
+
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [
+        (2, "label 2 is out of range: this model knows 0 to 1"),
+        (-1, "label -1 is out of range"),
+        (torch.tensor([0, 7]), "label 7 is out of range"),
+        (torch.tensor([0]), "2 images need 2 labels"),
+        (torch.tensor([0, 1, 1]), "2 images need 2 labels"),
+        (torch.tensor([[0], [1]]), "2 images need 2 labels"),
+        (1.0, "whole numbers"),
+        (torch.tensor([0.0, 1.0]), "whole numbers"),
+        (torch.tensor([True, False]), "whole numbers"),
+    ],
+)
+@pytest.mark.parametrize("method", ["score", "label_score", "denoise"])
+def test_illegal_labels_are_refused(method, label, words):
+    model, y = mixture(), torch.rand(2, 1, 1, 2, dtype=torch.float64)
+    with pytest.raises(UserError, match=words):
+        getattr(model, method)(y, c=label, sigma=0.1)
+
+
+@pytest.mark.parametrize("method", ["score", "label_score", "denoise"])
+def test_a_model_without_labels_refuses_one(method):
+    with pytest.raises(UserError, match="trained without labels: leave the label out"):
+        getattr(Blind(0.3), method)(torch.zeros(1, 1, 2, 2, dtype=torch.float64), c=0)

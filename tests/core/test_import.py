@@ -1,0 +1,43 @@
+"""Importing the library is light, and its docstring examples are true."""
+
+import doctest
+import importlib
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import ebmkit
+
+HEAVY = ["torchvision", "matplotlib", "foolbox", "sklearn", "torchmetrics", "h5py", "typer"]
+MODULES = ["ebmkit", "ebmkit.models"] + [
+    info.name
+    for package in ("ebmkit", "ebmkit.models")
+    for info in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}.")
+    if not info.ispkg and not info.name.endswith("__main__")
+]
+
+
+def test_import_is_light():
+    code = f"import sys, ebmkit; print([m for m in {HEAVY} if m in sys.modules])"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert ran.stdout.strip() == "[]", ran.stderr
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name):
+    failures, _ = doctest.testmod(importlib.import_module(name))
+    assert failures == 0
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_public_names_exist(name):
+    module = importlib.import_module(name)
+    assert [n for n in getattr(module, "__all__", []) if not hasattr(module, n)] == []
+
+
+def test_a_user_error_is_a_value_error():
+    assert issubclass(ebmkit.UserError, ValueError)

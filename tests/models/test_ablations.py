@@ -1,0 +1,112 @@
+"""BatchNorm and ReLU: allowed, with a warning, and BatchNorm in training on a path of its own."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from ebmkit import create_model
+from ebmkit.core import linearize
+
+
+def images(batch=3):
+    return torch.rand(batch, 1, 8, 8, dtype=torch.float64)
+
+
+def small(**options):
+    return create_model(width=8, num_classes=3, in_channels=1, **options).double()
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "figure"),
+    [({"norm": "batch"}, "BatchNorm", r"11\.9 %"), ({"activation": "relu"}, "ReLU", r"92\.0 %")],
+)
+def test_a_rough_score_warns_once_and_names_the_ablation(options, name, figure):
+    model, y = small(**options), images()
+    model.log_density(y)  # no score, no warning
+    with pytest.warns(UserWarning, match=rf"{name}.*table 3\).*{figure}") as caught:
+        model.score(y)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__  # the warning points at who asked for the score
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.score(y)
+        model.denoise(y, 0.1, c=1)
+
+
+def test_both_together_warn_of_both():
+    model = small(norm="batch", activation="relu")
+    with pytest.warns(UserWarning) as caught:
+        model.score(images())
+    assert sorted(str(w.message).split()[5].strip(":,") for w in caught) == ["BatchNorm", "ReLU"]
+
+
+def test_the_papers_network_does_not_warn():
+    small().score(images())  # a warning would be an error
+
+
+@pytest.mark.filterwarnings("ignore:a score is differentiated")
+@pytest.mark.parametrize("num_classes", [0, 3])
+def test_batch_norm_in_training_trains_through_the_score(num_classes):
+    """Against finite differences of the loss in float64, running statistics and all."""
+    model = create_model(width=8, num_classes=num_classes, in_channels=1, norm="batch").double()
+    y, noise = images(), torch.randn(3, 1, 8, 8, dtype=torch.float64)
+
+    def loss():
+        return (0.1 * linearize(model, y).score() + noise).square().mean()
+
+    parameters = [p for p in model.head.density.parameters()] + [
+        p for p in model.backbone.parameters() if p.ndim == 4
+    ]
+    gradients = torch.autograd.grad(loss(), parameters)
+    directions = [torch.randn_like(p) for p in parameters]
+    slope = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True))
+    step, values = 1e-6, []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for p, d in zip(parameters, directions, strict=True):
+                p.add_(d, alpha=sign * step)
+        values.append(float(loss()))
+        with torch.no_grad():
+            for p, d in zip(parameters, directions, strict=True):
+                p.sub_(d, alpha=sign * step)
+    # rounding: 1e-16 * loss / step = 1e-10; curvature: step^2; BatchNorm over 3 images is sharp
+    assert float(slope) == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:a score is differentiated")
+def test_batch_norm_in_training_updates_its_statistics_and_mixes_images():
+    model, y = small(norm="batch"), images()
+    norm = next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    before = norm.running_mean.clone()
+    score = model.score(y)
+    assert not torch.equal(norm.running_mean, before)
+    assert int(norm.num_batches_tracked) == 1
+    other = torch.cat([y[:1], 1 - y[1:]])
+    assert not torch.allclose(model.score(other)[0], score[0])
+
+
+@pytest.mark.filterwarnings("ignore:a score is differentiated")
+def test_batch_norm_in_evaluation_is_a_score_per_image():
+    model, y = small(norm="batch"), images()
+    model.score(y)  # one step of statistics
+    model.eval()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    alone = torch.cat([model.score(image[None]) for image in y])
+    torch.testing.assert_close(model.score(y), alone)
+    leaf = y.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(model.log_density(leaf).sum(), leaf)
+    torch.testing.assert_close(model.score(y), expected)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:a score is differentiated")
+def test_both_paths_agree_where_both_exist():
+    """The eager path of training, taken with statistics frozen, against the functional one."""
+    model, y = small(norm="batch"), images()
+    model.score(y)
+    model.eval()
+    expected = model.score(y, 1), model.label_score(y, 2)
+    model.training = True  # sends the score down the eager path; its norms stay in evaluation mode
+    torch.testing.assert_close((model.score(y, 1), model.label_score(y, 2)), expected)

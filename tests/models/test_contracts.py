@@ -1,0 +1,193 @@
+"""What every preset owes: gradients everywhere, any size, reproducible bits, and the paper's facts."""
+
+import pytest
+import torch
+from torch import nn
+
+from ebmkit import create_model
+from ebmkit.core import linearize
+from ebmkit.models import (
+    BACKBONES,
+    Backbone,
+    GradResNet,
+    GradResNetConfig,
+    Head,
+    WindowedBackbone,
+)
+from ebmkit.models.norms import GroupNorm
+
+
+def joint_loss(model, y, labels):
+    """Cross-entropy plus denoising score matching, as in CDN eq. 13."""
+    at = linearize(model, y)
+    dsm = (0.1 * at.score() + torch.randn_like(y)).square().flatten(1).sum(1).mean()
+    return nn.functional.cross_entropy(at.energies.logits, labels) + dsm
+
+
+@pytest.mark.parametrize("options", [{}, {"norm": "scale"}, {"bias": True}, {"norm": "none"}], ids=str)
+def test_every_parameter_gets_a_gradient(backbone, head, size, options):
+    model = create_model(backbone, 3, in_channels=1, head=head, width=8, **options)
+    y = torch.rand(2, 1, size, size)
+    joint_loss(model, y, torch.tensor([0, 2])).backward()
+    idle = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert idle == []
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_state_round_trips(backbone, head, images):
+    options = {"num_classes": 3, "in_channels": 1, "head": head, "width": 8}
+    first, second = (create_model(backbone, **options).double() for _ in range(2))
+    assert not torch.equal(first.score(images), second.score(images))
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(first.logits(images), second.logits(images))
+    assert torch.equal(first.score(images), second.score(images))
+
+
+def test_the_same_seed_gives_the_same_bits(backbone, head, images):
+    scores = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        model = create_model(backbone, 3, in_channels=1, head=head, width=8).double()
+        scores.append(model.score(images))
+    assert torch.equal(*scores)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("shape", [(33, 47), (1, 1), (1, 7), (3, 2), (5, 64)], ids=str)
+def test_images_of_any_size(backbone, channels, shape):
+    """Features, score and denoised image exist and change with the image, down to one pixel."""
+    model = create_model(backbone, 3, in_channels=channels, width=8).double()
+    y = torch.rand(2, channels, *shape, dtype=torch.float64)
+    features = model.backbone(y)
+    assert features.pooled.shape == (2, model.backbone.num_features)
+    score = model.score(y)
+    assert score.shape == y.shape
+    assert score.isfinite().all()
+    assert score[0].any()
+    assert model.denoise(y).isfinite().all()
+
+
+def test_presets_meet_the_protocols(model):
+    assert isinstance(model.backbone, Backbone)
+    assert isinstance(model.backbone, WindowedBackbone)
+    assert isinstance(model.head, Head)
+    assert model.num_classes == model.head.num_classes == 3
+
+
+def test_pooling_over_windows_averages_the_maps(backbone, size):
+    """Each window's features are those of its part of the maps, and their mean is the plain one."""
+    network = create_model(backbone, 3, width=8).double().backbone
+    features = network(torch.rand(2, 3, 2 * size, 2 * size, dtype=torch.float64))
+    windows = network.pool(features.maps, (2, 2))
+    torch.testing.assert_close(windows.mean(1), features.pooled)  # even maps: equal windows
+    corner = tuple(m[:, :, m.shape[2] // 2 :, : m.shape[3] // 2] for m in features.maps)
+    torch.testing.assert_close(windows[:, 2], network.pool(corner, (1, 1)).squeeze(1))
+
+
+def test_denoising_moves_along_the_score(model, images):
+    expected = images + 0.1**2 * model.score(images)
+    assert torch.equal(model.denoise(images, 0.1), expected)
+
+
+# --- the paper's network -------------------------------------------------------------------------
+
+
+def test_the_papers_network_has_its_size():
+    """CDN section 3.2: 11.2 million parameters and K = 736 features at width 64."""
+    network = create_model("gradresnet18", 10, width=64).backbone
+    assert network.num_features == 736
+    count = sum(p.numel() for p in network.parameters())
+    assert round(count / 1e6, 1) == 11.2
+    convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
+    assert sum(c.kernel_size == (3, 3) for c in convolutions) == 1 + 16
+    assert sum(c.kernel_size == (1, 1) for c in convolutions) == 3
+    assert not any(isinstance(m, nn.MaxPool2d | nn.Dropout) for m in network.modules())
+
+
+def test_the_deeper_network_has_3_4_6_3_blocks():
+    network = GradResNet(3, GradResNetConfig(depth=34, width=8))
+    assert [len(stage) for stage in network.stages] == [3, 4, 6, 3]
+    assert network.num_features == 11.5 * 8
+
+
+@pytest.mark.parametrize(("name", "shrink"), [("gradresnet18", 8), ("gradresnet18-imagenet", 16)])
+def test_strides_are_the_papers(name, shrink):
+    network = create_model(name, 3, width=8).backbone
+    maps = network(torch.rand(1, 3, 64, 64)).maps
+    assert [m.shape[1] for m in maps] == [8, 16, 32, 64]
+    assert maps[-1].shape[-1] == 64 // shrink
+
+
+def test_presets_have_no_bias_and_bias_adds_them_everywhere(backbone, head):
+    free = create_model(backbone, 3, head=head, width=8)
+    assert [n for n, _ in free.named_parameters() if n.endswith("bias")] == []
+    biased = create_model(backbone, 3, head=head, width=8, bias=True).backbone
+    layers = [m for m in biased.modules() if isinstance(m, nn.Conv2d | nn.Linear | GroupNorm)]
+    assert len(layers) > 30
+    assert all(m.bias is not None for m in layers)
+
+
+def test_a_head_bias_shifts_the_logits():
+    from ebmkit.models import LinearQuadraticHead
+
+    head = LinearQuadraticHead(4, 3, bias=True)
+    with torch.no_grad():
+        head.classifier.bias.copy_(torch.tensor([1.0, 2.0, 3.0]))
+        head.density.bias.fill_(2.0)
+    energies = head(torch.zeros(1, 4))
+    assert energies.logits.tolist() == [[1.0, 2.0, 3.0]]
+    assert energies.log_density.tolist() == [-2.0]
+
+
+def test_no_side_connections_leaves_the_last_stage():
+    network = GradResNet(3, GradResNetConfig(width=8, side_connections=False))
+    y = torch.rand(2, 3, 8, 8)
+    features = network(y)
+    assert network.num_features == 64
+    assert len(features.maps) == 1
+    torch.testing.assert_close(features.pooled, features.maps[0].mean(dim=(2, 3)))
+
+
+def test_norms_are_where_the_configuration_says():
+    def norms(**options):
+        network = GradResNet(3, GradResNetConfig(width=8, **options))
+        return sum(isinstance(m, GroupNorm | nn.BatchNorm2d) for m in network.modules())
+
+    assert norms() == 8 + 3  # one per block, one per projecting shortcut
+    assert norms(shortcut_norm=False) == 8
+    assert norms(norm="none") == 0
+    assert norms(norm="batch") == 8 + 3
+    assert norms(norm_everywhere=True) == 16 + 3  # after every convolution but the stem, as in ResNet
+
+
+def test_scaling_the_density_scales_it():
+    model = create_model(width=8, num_classes=3).double()
+    y = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    before, logits, score = model.log_density(y), model.logits(y), model.score(y)
+    model.head.scale_density_(30.0)
+    torch.testing.assert_close(model.log_density(y), 30 * before)
+    torch.testing.assert_close(model.score(y), 30 * score)
+    assert torch.equal(model.logits(y), logits)
+
+
+def test_input_normalisation_keeps_scores_in_image_units():
+    """score of f(y / std) is score of f at y / std, divided by std."""
+    plain = create_model(width=8, num_classes=3).double()
+    y = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    expected = plain.score((y - 0.4) / 0.25) / 0.25
+    plain.input_mean, plain.input_std = 0.4, 0.25
+    torch.testing.assert_close(plain.score(y), expected)
+
+
+def test_tables_build_what_they_describe():
+    for name, preset in BACKBONES.items():
+        assert preset.about, name
+        assert preset.config.build(3).num_features == 11.5 * preset.config.width
+
+
+def test_a_density_without_labels():
+    model = create_model(width=8, num_classes=0, in_channels=1).double()
+    y = torch.rand(2, 1, 8, 8, dtype=torch.float64)
+    assert model.logits(y).shape == (2, 0)
+    (gradient,) = torch.autograd.grad(model.log_density(y.requires_grad_()).sum(), y)
+    torch.testing.assert_close(model.score(y), gradient)

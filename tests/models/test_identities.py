@@ -1,0 +1,175 @@
+"""What makes a network a joint model, for every backbone preset under every head, in float64.
+
+Rounding in float64 is 1e-16; a network of some 20 layers and sums over some 1000 positions loses a few
+digits, so exact identities are asked to 1e-10.
+"""
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from ebmkit import Energies, create_model
+from ebmkit.core import linearize
+
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+
+# what reaches the model beyond a square batch at its reference size, as (batch, height, width,
+# reference as a fraction of the height or None, extent), in units of the preset's size
+SHAPES = {
+    "plain": (2, 1, 1, None, "windows"),
+    "odd-one": (1, 1.4, 1.15, None, "windows"),
+    "windows": (1, 2, 2.3, 1, "windows"),
+    "tiles": (1, 2, 2.3, 1, "tiles"),
+    "factor": (2, 2, 2.3, 1, "factor"),
+}
+
+
+@pytest.fixture(params=sorted(SHAPES))
+def case(request, model, size):
+    """A model and images of each of ``SHAPES``."""
+    batch, high, wide, reference, model.extent = SHAPES[request.param]
+    model.reference_size = (size, size) if reference else None
+    height, width = round(size * high), round(size * wide)
+    return model, torch.rand(batch, 1, height, width, dtype=torch.float64)
+
+
+def test_energies_of_image_and_labels_agree(case):
+    model, y = case
+    energies = model(y)
+    log_joint = model.log_joint(y)
+    assert log_joint.shape == (len(y), 3)
+    torch.testing.assert_close(log_joint.logsumexp(1), energies.log_density, **EXACT)
+    torch.testing.assert_close(
+        log_joint - energies.log_density[:, None], model.logits(y).log_softmax(1), **EXACT
+    )
+    assert torch.equal(model.energy(y), -energies.log_density)
+
+
+def test_scores_of_image_and_labels_agree(case):
+    model, y = case
+    sigma = 25 / 255
+    score = model.score(y)
+    posterior = model.logits(y).softmax(1)
+    labels = [torch.full((len(y),), c) for c in range(3)]
+    conditional = torch.stack([model.score(y, c) for c in labels])
+    average = torch.einsum("bc,cbijk->bijk", posterior, conditional)
+    torch.testing.assert_close(average, score, **EXACT)
+    for c, own in zip(labels, conditional, strict=True):
+        label_score = model.label_score(y, c)
+        torch.testing.assert_close(label_score, own - score, **EXACT)
+        difference = model.denoise(y, sigma, c) - model.denoise(y, sigma)
+        torch.testing.assert_close(label_score, difference / sigma**2, **EXACT)
+
+
+def test_scores_are_finite_differences(case):
+    """Slopes of the log-densities along random directions.
+
+    A central difference of step h errs by h^2 f'''/6 + 1e-16 |f|/h; at h = 1e-4 both are below 1e-8
+    times the sizes met here (GroupNorm of small maps curves sharply), so 1e-6 relative to the slope.
+    """
+    model, y = case
+    c = torch.arange(len(y)) + 1
+    step, one_hot = 1e-4, nn.functional.one_hot(c, 3).bool()
+    functions = [
+        (model.score(y), model.log_density),
+        (model.score(y, c), lambda z: model.log_joint(z)[one_hot]),
+        (model.label_score(y, c), lambda z: model.logits(z).log_softmax(1)[one_hot]),
+    ]
+    for _ in range(3):
+        direction = torch.randn_like(y)
+        for gradient, function in functions:
+            slope = (function(y + step * direction) - function(y - step * direction)) / (2 * step)
+            expected = (gradient * direction).flatten(1).sum(1)
+            scale = float(gradient.flatten(1).norm(dim=1).max())
+            torch.testing.assert_close(expected, slope, rtol=1e-6, atol=1e-6 * scale)
+
+
+def test_second_derivatives_by_the_image(model, images):
+    """The score is differentiable once more: a score-matching step is right in y."""
+    leaf = images[:1].clone().requires_grad_()
+    assert torch.autograd.gradcheck(model.score, leaf, fast_mode=True)
+    assert torch.autograd.gradcheck(lambda y: model.score(y, 1), leaf, fast_mode=True)
+    assert torch.autograd.gradgradcheck(model.log_density, leaf, fast_mode=True)
+
+
+class Scores(nn.Module):
+    """A model whose forward is its score and conditional score, for `functional_call`."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, y, c):
+        at = linearize(self.model, y)
+        return at.score(), at.conditional_score(c)
+
+
+def test_scores_train_every_parameter_rightly(model, images, labels):
+    """Derivatives of both scores by all parameters, against finite differences."""
+    scores = Scores(model)
+    names, values = zip(*scores.named_parameters(), strict=True)
+    leaves = [value.detach().requires_grad_() for value in values]
+
+    def function(*parameters):
+        return functional_call(scores, dict(zip(names, parameters, strict=True)), (images, labels))
+
+    # fast_mode compares one random projection; 1e-6 is the step, 1e-4 the error relative to the
+    # largest derivative that a second difference through GroupNorm leaves
+    assert torch.autograd.gradcheck(function, leaves, eps=1e-6, rtol=1e-4, fast_mode=True)
+
+
+def test_the_functional_path_is_plain_double_backward(model, images, labels):
+    """`torch.func.vjp` against `autograd.grad(create_graph=True)`: values and parameter gradients."""
+    noise, sigma = torch.randn_like(images), 0.1
+    parameters = list(model.parameters())
+
+    at = linearize(model, images)
+    scores = [at.score(), at.conditional_score(labels)]
+
+    leaf = images.clone().requires_grad_()
+    rows = torch.arange(len(labels))
+    plain = [
+        torch.autograd.grad(value.sum(), leaf, create_graph=True)[0]
+        for value in (model.log_density(leaf), model.log_joint(leaf)[rows, labels])
+    ]
+    for ours, theirs in zip(scores, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+        gradients = [
+            torch.autograd.grad((sigma * s + noise).square().sum(), parameters, retain_graph=True)
+            for s in (ours, theirs)
+        ]
+        for mine, other in zip(*gradients, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-11)
+
+
+def test_the_jacobian_of_the_denoiser_is_symmetric(backbone, head, size):
+    """grad D = Id + sigma^2 Hessian (CDN eq. 14); so its eigenvectors exist."""
+    model = create_model(backbone, 3, in_channels=1, head=head, width=8).double()
+    y = torch.rand(1, 1, size, size, dtype=torch.float64)
+    basis = torch.randn(6, *y.shape, dtype=torch.float64)  # a 6 x 6 block of the Jacobian
+    for c in (None, 1):
+        products = [
+            torch.func.jvp(lambda z, c=c: model.denoise(z, 0.2, c), (y,), (v,))[1] for v in basis
+        ]
+        block = torch.stack([(basis * p).flatten(1).sum(1) for p in products])
+        inner = torch.einsum("iabcd,jabcd->ij", basis, basis)
+        torch.testing.assert_close(block, block.T, **EXACT)
+        assert (block - inner).abs().max() > 1e-5  # the Hessian is not 0
+
+
+def test_energies_of_a_batch_are_those_of_its_images(case):
+    """No image sees another: evaluated one by one, energies and scores are the same."""
+    model, y = case
+    together, alone = model(y), [model(image[None]) for image in y]
+    for ours, theirs in zip(together, zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(ours, torch.cat(theirs), **EXACT)
+    separate = torch.cat([model.score(image[None]) for image in y])
+    torch.testing.assert_close(model.score(y), separate, **EXACT)
+
+
+def test_blind_models_ignore_sigma(model, images):
+    for ours, theirs in zip(model(images, 0.3), model(images), strict=True):
+        assert torch.equal(ours, theirs)
+    assert isinstance(model(images), Energies)
+    assert not model.noise_conditional

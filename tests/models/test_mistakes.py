@@ -1,0 +1,83 @@
+"""What a user can get wrong when making or calling a model."""
+
+import pytest
+import torch
+from torch import nn
+
+from ebmkit import JointModel, UserError, create_model
+from ebmkit.models import Features, LinearQuadraticHead, LogitHead
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"backbone": "gradresnet81"}, "unknown backbone 'gradresnet81': did you mean 'gradresnet18'"),
+        ({"head": "logits"}, "unknown head 'logits': did you mean 'logit'"),
+        ({"widht": 16}, "backbone gradresnet18: there is no field 'widht': did you mean 'width'?"),
+        ({"width": 12}, "width 12 is no multiple of channels_per_group 8"),
+        ({"width": 0}, "width = 0 is not legal: input should be greater than or equal to 1"),
+        ({"width": 3, "channels_per_group": 1}, "width 3 must be even"),
+        ({"depth": 50}, "depth = 50 is not legal: input should be 18 or 34"),
+        ({"activation": "silu"}, "activation = 'silu' is not legal: input should be 'gelu' or 'relu'"),
+        ({"norm": "layer"}, "norm = 'layer' is not legal"),
+        ({"strides": (1, 1, 2, 2)}, "strides"),
+        ({"strides": (1, 1, 3, 2, 2)}, "must each be 1, 2 or 4"),
+        ({"in_channels": 2}, "in_channels = 2 is not legal: input should be 1 or 3"),
+        ({"num_classes": -1}, "num_classes = -1 is not legal"),
+        ({"extent": "window"}, "extent = 'window' is not legal: input should be 'windows'"),
+        ({"image_size": 0}, r"reference_size\.0 = 0 is not legal: input should be greater than 0"),
+        ({"head": "logit", "num_classes": 0}, "use head 'linear-quadratic'"),
+    ],
+    ids=str,
+)
+def test_create_model_refuses_in_one_sentence(arguments, words):
+    with pytest.raises(UserError, match=words) as caught:
+        create_model(**{"width": 8, **arguments})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_logit_head_needs_classes():
+    with pytest.raises(UserError, match="cannot have 0 classes"):
+        LogitHead(4, 0)
+
+
+@pytest.mark.parametrize("method", ["log_density", "logits", "log_joint", "score", "denoise", "energy"])
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ((2, 3, 8, 8), r"takes images of 1 channel\(s\), not 3"),
+        ((1, 8, 8), r"images must be \(batch, channels, height, width\), not \(1, 8, 8\)"),
+        ((8, 8), "images must be"),
+        ((1, 1, 1, 8, 8), "images must be"),
+    ],
+    ids=str,
+)
+def test_what_is_no_batch_of_its_images_is_refused(method, shape, words):
+    model = create_model(width=8, in_channels=1)
+    with pytest.raises(UserError, match=words):
+        getattr(model, method)(torch.rand(shape))
+
+
+class Flat(nn.Module):
+    """A backbone without windows."""
+
+    num_features = 3
+
+    def forward(self, y):
+        return Features(y.mean((2, 3)))
+
+
+def test_windows_need_a_backbone_that_has_them():
+    head = LinearQuadraticHead(3, 2)
+    with pytest.raises(UserError, match=r"Flat has no method pool\(maps, grid\)"):
+        JointModel(Flat(), head, reference_size=(8, 8))
+    y = torch.rand(1, 3, 16, 16)
+    whole = JointModel(Flat(), head)
+    factor = JointModel(Flat(), head, reference_size=(8, 8), extent="factor")
+    torch.testing.assert_close(factor.log_density(y), 4 * whole.log_density(y))
+
+
+@pytest.mark.parametrize("parts", [(nn.Identity(), LinearQuadraticHead(3, 2)), (Flat(), nn.Identity())])
+def test_parts_must_be_parts(parts):
+    with pytest.raises(UserError, match="a backbone needs num_features, a head needs num_classes"):
+        JointModel(*parts)

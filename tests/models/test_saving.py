@@ -1,0 +1,210 @@
+"""Models on disk: the same bits come back, and every kind of damage is one sentence."""
+
+import errno
+import json
+import os
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import ebmkit
+from ebmkit import JointModel, ModelCard, UserError, create_model, load, save_model
+from ebmkit.models import Features, GradResNetConfig, HeadConfig, LinearQuadraticHead, ModelConfig
+
+CARD = ModelCard(
+    dataset="digits",
+    objective="ce+dsm",
+    steps=600,
+    image_size=(8, 8),
+    channels=1,
+    class_names=["a", "b", "c"],
+    sigma_range=(1 / 255, 100 / 255),
+    classifies=True,
+)
+
+
+def config(**options):
+    return ModelConfig(
+        backbone=GradResNetConfig(width=8, **options), in_channels=1, num_classes=3, reference_size=(8, 8)
+    )
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A folder with a saved model, and that model."""
+    model = config().build()
+    save_model(tmp_path, model, config(), CARD)
+    return tmp_path, model
+
+
+def refusal(folder, **options):
+    with pytest.raises(UserError) as caught:
+        load(folder, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_presets_come_back_bit_by_bit(tmp_path, backbone, head):
+    from ebmkit.models import BACKBONES, HEADS
+
+    shape = BACKBONES[backbone].config.model_copy(update={"width": 8})
+    built = ModelConfig(
+        backbone=shape,
+        head=HEADS[head].config,
+        in_channels=1,
+        num_classes=3,
+        reference_size=(32, 32),
+        extent="factor",
+        input_std=0.5,
+    )
+    model = built.build()
+    save_model(tmp_path, model, built, CARD)
+    y = torch.rand(2, 1, 40, 40)
+    back = load(tmp_path)
+    assert torch.equal(back.logits(y), model.logits(y))
+    assert torch.equal(back.log_density(y), model.log_density(y))
+    assert torch.equal(back.score(y), model.score(y))
+    assert sorted(os.listdir(tmp_path)) == ["model.json", "model.safetensors"]
+
+
+def test_a_loaded_model_is_frozen_and_knows_its_training(run):
+    folder, _ = run
+    model = load(str(folder))
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+    assert model.card == CARD
+    assert not model.score(torch.rand(1, 1, 8, 8)).requires_grad
+
+
+def test_model_json_is_for_people(run):
+    document = json.loads((run[0] / "model.json").read_text())
+    assert document["model"]["backbone"]["width"] == 8
+    assert document["card"]["dataset"] == "digits"
+
+
+def test_batch_norm_statistics_are_saved(tmp_path):
+    shape = config(norm="batch")
+    model = shape.build()
+    model(torch.rand(4, 1, 8, 8))  # updates the statistics
+    save_model(tmp_path, model, shape, CARD)
+    y = torch.rand(2, 1, 8, 8)
+    assert torch.equal(load(tmp_path).log_density(y), model.eval().log_density(y))
+
+
+def test_best_weights_are_another_file(run):
+    folder, _ = run
+    assert "holds no checkpoints/best.safetensors" in refusal(folder, weights="best")
+    (folder / "checkpoints").mkdir()
+    best = config().build()
+    ebmkit.models.saving.save_weights(folder / "checkpoints" / "best.safetensors", best)
+    y = torch.rand(1, 1, 8, 8)
+    assert torch.equal(load(folder, weights="best").logits(y), best.logits(y))
+    assert refusal(folder, weights="first") == "weights 'first' must be one of last, best"
+
+
+class Mean(nn.Module):
+    """A backbone of the user's own: mean and spread of the image."""
+
+    num_features = 2
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.rand(()))
+
+    def forward(self, y):
+        return Features(self.gain * torch.stack([y.mean((1, 2, 3)), y.std((1, 2, 3))], dim=1))
+
+
+def test_a_model_composed_by_hand_is_given_to_load(tmp_path):
+    def compose():
+        return JointModel(Mean(), LinearQuadraticHead(2, 3))
+
+    model = compose()
+    save_model(tmp_path, model, None, CARD)
+    assert "composed by hand: give it, as in ebmkit.load(run, model=" in refusal(tmp_path)
+    y = torch.rand(2, 1, 8, 8)
+    assert torch.equal(load(tmp_path, compose()).score(y), model.score(y))
+
+
+# --- damage --------------------------------------------------------------------------------------
+
+
+def test_missing_folder_and_files(tmp_path, run):
+    assert refusal(tmp_path / "nowhere").startswith("there is no run folder")
+    (run[0] / "model.json").unlink()
+    assert "holds no model.json: it is no run folder, or training never saved" in refusal(run[0])
+
+
+def test_missing_weights(run):
+    (run[0] / "model.safetensors").unlink()
+    assert "holds no model.safetensors" in refusal(run[0])
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"not json"])
+def test_damaged_json(run, content):
+    (run[0] / "model.json").write_bytes(content)
+    assert re.search(r"model\.json' is damaged: it is not JSON", refusal(run[0]))
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"format": 99}', '{"format": "1"}'])
+def test_another_format(run, content):
+    (run[0] / "model.json").write_text(content)
+    assert "is not of format 1: made by another version?" in refusal(run[0])
+
+
+def test_an_illegal_document(run):
+    path = run[0] / "model.json"
+    document = json.loads(path.read_text())
+    document["model"]["backbone"]["widht"] = 8
+    path.write_text(json.dumps(document))
+    assert "did you mean 'width'?" in refusal(run[0])
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_damaged_weights(run, keep):
+    path = run[0] / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    assert "model.safetensors' is damaged: it does not parse" in refusal(run[0])
+
+
+def test_weights_of_another_model(run):
+    other = ModelConfig(backbone=GradResNetConfig(width=16), in_channels=1, num_classes=3)
+    save_model(run[0], other.build(), config(), CARD)
+    assert "do not fit the model: size mismatch for" in refusal(run[0])
+
+
+def test_a_hand_given_model_must_fit(run):
+    assert "do not fit the model" in refusal(run[0], model=create_model(width=8, depth=34))
+
+
+# --- a full disk ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_keeps_the_old_model(run, monkeypatch, call):
+    folder, old = run
+
+    def disk_full(*_args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, disk_full)
+        with pytest.raises(UserError, match=r"model\.safetensors'.*No space left.*untouched"):
+            save_model(folder, config().build(), config(), CARD)
+    assert sorted(os.listdir(folder)) == ["model.json", "model.safetensors"]
+    y = torch.rand(1, 1, 8, 8)
+    assert torch.equal(load(folder).logits(y), old.logits(y))
+
+
+def test_saving_needs_a_folder(tmp_path):
+    with pytest.raises(UserError, match="No such file or directory"):
+        save_model(tmp_path / "nowhere", config().build(), config(), CARD)
+
+
+def test_heads_are_saved_by_kind(tmp_path):
+    shape = config().model_copy(update={"head": HeadConfig(kind="logit", bias=True)})
+    save_model(tmp_path, shape.build(), shape, CARD)
+    energies = load(tmp_path)(torch.rand(2, 1, 8, 8))
+    torch.testing.assert_close(energies.log_density, energies.logits.logsumexp(1))

@@ -1,0 +1,144 @@
+"""Log-densities grow with the image: by the plain formula up to the reference size, then per area."""
+
+import pytest
+import torch
+from torch import nn
+
+from ebmkit import JointModel, create_model
+from ebmkit.models import Features, LinearQuadraticHead
+from ebmkit.models.joint import EXTENTS, spread, tiles
+
+REFERENCE = 32  # a multiple of twice the total stride of every preset
+
+
+@pytest.fixture(params=EXTENTS)
+def extent(request):
+    return request.param
+
+
+def make(backbone, extent, circular, head="linear-quadratic"):
+    """A model in float64, whose convolutions see the image as a torus if ``circular``."""
+    torch.manual_seed(0)
+    size = {"image_size": REFERENCE, "extent": extent}
+    model = create_model(backbone, 3, in_channels=1, head=head, width=8, **size).double()
+    for module in model.modules():
+        if circular and isinstance(module, nn.Conv2d):
+            module.padding_mode = "circular"
+    return model
+
+
+def image(*shape):
+    return torch.rand(1, 1, *shape, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_tiling_of_a_torus_is_worth_its_tiles(backbone, head, extent, count):
+    """On a torus each copy in an n x n tiling sees what the one image saw.
+
+    So the maps are copies, their statistics the same, and log p and the logits are n^2 times the one
+    image's, exactly; for crops too, since those at half a tile are the image rolled by a multiple of
+    the stride.
+    """
+    if count == 4 and head == "logit":
+        pytest.skip("as for 2")
+    model = make(backbone, extent, circular=True, head=head)
+    y = image(REFERENCE, REFERENCE)
+    one, many = model(y), model(y.tile(count, count))
+    torch.testing.assert_close(many.log_density, count**2 * one.log_density)
+    torch.testing.assert_close(many.logits, count**2 * one.logits)
+
+
+@pytest.mark.parametrize("extent", ["windows", "factor"])
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_tiling_of_a_torus_has_the_score_of_its_tile(backbone, extent, count):
+    """The score of a pixel, and so what is denoised, does not depend on how large the image is.
+
+    Not so in tiles: half-overlapping crops cover inner pixels four times and corners once.
+    """
+    model = make(backbone, extent, circular=True)
+    y, c = image(REFERENCE, REFERENCE), torch.tensor([1])
+    torch.testing.assert_close(model.score(y.tile(count, count)), model.score(y).tile(count, count))
+    torch.testing.assert_close(
+        model.score(y.tile(count, count), c), model.score(y, c).tile(count, count)
+    )
+
+
+def test_the_plain_formula_shrinks_the_score(backbone):
+    """The defect that extents mend: by average pooling alone, 4 copies have 1/4 of the score."""
+    model = make(backbone, "windows", circular=True)
+    model.reference_size = None
+    y = image(REFERENCE, REFERENCE)
+    torch.testing.assert_close(model.log_density(y.tile(2, 2)), model.log_density(y))
+    torch.testing.assert_close(model.score(y.tile(2, 2)), model.score(y).tile(2, 2) / 4)
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (20, 32), (9, 7), (16, 64)], ids=str)
+def test_up_to_the_reference_area_all_are_the_plain_formula(backbone, extent, shape):
+    model, y = make(backbone, extent, circular=False), image(*shape)
+    energies = model(y)
+    model.reference_size = None
+    plain = model(y)
+    assert torch.equal(energies.log_density, plain.log_density)
+    assert torch.equal(energies.logits, plain.logits)
+
+
+@pytest.mark.parametrize("shape", [(33, 47), (70, 40), (16, 100), (64, 33)], ids=str)
+def test_odd_sizes_have_scores_of_every_pixel(backbone, extent, shape):
+    """No part of an image is left out: every pixel has a score that is a finite difference."""
+    model, y = make(backbone, extent, circular=False), image(*shape)
+    score = model.score(y)
+    assert (score != 0).all()
+    direction, step = torch.randn_like(y), 1e-4
+    slope = model.log_density(y + step * direction) - model.log_density(y - step * direction)
+    scale = float(score.norm())
+    expected = (score * direction).sum() * 2 * step
+    assert float(slope) == pytest.approx(float(expected), rel=1e-5, abs=1e-5 * scale * step)
+
+
+def test_log_densities_hardly_jump_at_the_reference_size(extent):
+    """One pixel row more than the reference changes log p by about a 32nd, not by a factor."""
+    model, y = make("gradresnet18", extent, circular=False), image(REFERENCE + 1, REFERENCE)
+    y = y.expand(1, 1, -1, -1)
+    below, above = model.log_density(y[..., :-1, :]), model.log_density(y)
+    assert 0.8 < float(above / below) < 1.25
+
+
+def test_windows_sees_each_part_with_its_own_features():
+    """Positions, not only their average, count: windows of an image in two halves, by hand."""
+
+    class Pixels(nn.Module):
+        num_features = 1
+
+        def forward(self, y):
+            return Features(y.mean(dim=(2, 3)), (y,))
+
+        def pool(self, maps, grid):
+            return nn.functional.adaptive_avg_pool2d(maps[0], grid).flatten(2).transpose(1, 2)
+
+    head = LinearQuadraticHead(1, 0)
+    nn.init.ones_(head.density.weight)
+    y = torch.cat([torch.zeros(1, 1, 4, 4), torch.ones(1, 1, 4, 4)], dim=3)
+    energies = {
+        extent: float(JointModel(Pixels(), head, 1, (4, 4), extent).log_density(y))
+        for extent in EXTENTS
+    }
+    assert energies["windows"] == pytest.approx(-0.5 * (0**2 + 1**2))
+    assert energies["factor"] == pytest.approx(-0.5 * 2 * 0.5**2)
+    assert energies["tiles"] == pytest.approx(-0.5 * 2 / 3 * (0**2 + 0.5**2 + 1**2))
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (33, 47), (80, 40), (100, 16), (9, 9)], ids=str)
+def test_tiles_cover_the_image_and_overlap_by_half(shape):
+    where = torch.arange(shape[0] * shape[1]).reshape(1, 1, *shape).double()
+    crops = tiles(where, (32, 32))
+    assert crops.shape[-2:] == (min(32, shape[0]), min(32, shape[1]))
+    assert crops.unique().numel() == where.numel()
+
+
+@pytest.mark.parametrize("length", range(1, 70))
+def test_starts_of_tiles(length):
+    tile = min(8, length)
+    starts = spread(length, tile, 4)
+    assert starts[0] == 0
+    assert starts[-1] == length - tile
+    assert all(0 < b - a <= 4 for a, b in zip(starts, starts[1:], strict=False))

@@ -1,0 +1,92 @@
+"""How a configuration is put together, and what it refuses."""
+
+import pytest
+import yaml
+
+import ebmkit
+from ebmkit.training import RECIPES, TrainConfig, parse_assignments, read_config, resolve
+
+
+def test_later_layers_win():
+    file = {"optimizer": {"lr": 1e-2}, "steps": 7, "seed": 3}
+    named = {"steps": 8, "seed": 4}
+    assigned = parse_assignments(["seed=5"])
+    config = resolve(file, named, assigned)
+    assert (config.optimizer.lr, config.steps, config.seed) == (1e-2, 8, 5)
+    assert config.optimizer.weight_decay == 0.05  # the recipe's
+
+
+def test_presets_come_in_below_what_is_said_beside_them():
+    assert resolve({"backbone": "gradresnet34"}).model.backbone.depth == 34
+    recipe_width = resolve({}).model.backbone.width
+    assert resolve({"backbone": "gradresnet34"}).model.backbone.width == recipe_width
+    config = resolve(
+        {"backbone": "gradresnet18-imagenet", "model": {"backbone": {"stem_kernel": 3}}}
+    )
+    assert config.model.backbone.stem_kernel == 3
+    assert config.model.backbone.strides == (2, 1, 2, 2, 2)
+    assert resolve({"head": "logit"}).model.head.kind == "logit"
+
+
+def test_a_resolved_configuration_resolves_to_itself():
+    config = resolve({"dataset": {"name": "cifar10"}, "backbone": "gradresnet34"})
+    again = resolve(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json"))))
+    assert again == config
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_legal(name):
+    assert isinstance(resolve(recipe=name), TrainConfig)
+
+
+def test_cifar10_is_the_paper_s_recipe():
+    # CDN appendix A
+    config = resolve({"dataset": {"name": "cifar10"}})
+    classify, denoise = config.streams.classify, config.streams.denoise
+    assert config.model.backbone.width == 64
+    assert config.steps == 78_000
+    assert (config.optimizer.lr, config.optimizer.weight_decay) == (3e-4, 0.05)
+    assert config.optimizer.schedule == "cosine"
+    assert config.optimizer.warmup_steps == 0
+    assert config.optimizer.decay_norms
+    assert (classify.batch_size, denoise.batch_size) == (128, 64)
+    augmentation = classify.augmentation
+    assert (augmentation.flip, augmentation.crop_padding, augmentation.mix) == (True, 4, "both")
+    assert classify.noise.range == pytest.approx((0, 20 / 255))
+    assert denoise.noise.range == pytest.approx((1 / 255, 100 / 255))
+    assert denoise.augmentation.flip
+    assert denoise.augmentation.mix == "none"
+
+
+@pytest.mark.parametrize(
+    ("layer", "told"),
+    [
+        ({"backbone": "gradresnet81"}, "did you mean 'gradresnet18'"),
+        ({"head": "logits"}, "did you mean 'logit'"),
+        ({"objective": "ce+dms"}, "did you mean 'dsm'"),
+        ({"optimizer": {"learning_rate": 1}}, "no field 'optimizer.learning_rate'"),
+        ({"optimizer": {"lr": -1}}, "optimizer.lr = -1"),
+        ({"steps": 0}, "steps = 0"),
+        ({"model": {"backbone": {"width": 12}}}, "width 12 is no multiple"),
+        ({"model": {"backbone": {"norm": "layer"}}}, "norm = 'layer'"),
+        ({"streams": {"denoise": {"noise": {"max": "x"}}}}, "sigma 'x' is not a noise level"),
+        ({"streams": {"denoise": {"noise": {"max": "-1/255"}}}}, "-1/255"),
+    ],
+)
+def test_illegal_settings_are_told_in_one_sentence(layer, told):
+    with pytest.raises(ebmkit.UserError, match=told) as caught:
+        resolve(layer)
+    assert "\n" not in str(caught.value)
+
+
+def test_assignments_and_files_that_do_not_parse(tmp_path):
+    for text in ("lr", "=1", "a..b=1"):
+        with pytest.raises(ebmkit.UserError, match="key=value"):
+            parse_assignments([text])
+    with pytest.raises(ebmkit.UserError, match="not YAML"):
+        parse_assignments(["a=[1"])
+    with pytest.raises(ebmkit.UserError, match="cannot read"):
+        read_config(tmp_path / "absent.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ebmkit.UserError, match="must hold fields"):
+        read_config(tmp_path / "list.yaml")

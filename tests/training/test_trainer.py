@@ -1,0 +1,237 @@
+"""The training loop: exact continuation, stopping, saving."""
+
+import errno
+import json
+import os
+import signal
+import warnings
+
+import pytest
+import torch
+
+import ebmkit
+from ebmkit.training import Interrupted, RunFolder, resolve
+from ebmkit.training.assemble import assemble
+from ebmkit.training.trainer import learning_rate, make_optimizer
+
+SMALL = {
+    "model": {"backbone": {"width": 8}},
+    "steps": 8,
+    "log_every": 1,
+    "validate_every": 4,
+    "validation_images": 16,
+    "checkpoint_every": 3,
+    "device": "cpu",
+    "streams": {"classify": {"batch_size": 8}, "denoise": {"batch_size": 8}},
+}
+
+
+class StopAt:
+    """Asks the process to stop, as Ctrl-C does, when a step is reported."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def report(self, row):
+        if row["kind"] == "train" and row["step"] == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def start(tmp_path, name, *layers, reporter=None):
+    config = resolve(SMALL, *layers)
+    run = RunFolder.create(tmp_path / name, config)
+    return assemble(config, run, reporter)
+
+
+def bits(trainer):
+    return {k: v.clone() for k, v in trainer.model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        {},
+        {"optimizer": {"ema": 0.9, "clip_norm": 1.0, "decay_norms": False}},
+        {"streams": {"classify": {"augmentation": {"mix": "both", "crop_padding": 1}}}},
+    ],
+    ids=["plain", "averaged", "augmented"],
+)
+def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, layer):
+    whole = start(tmp_path, "whole", layer)
+    whole.fit()
+
+    cut = start(tmp_path, "cut", layer, reporter=StopAt(5))
+    with pytest.raises(Interrupted, match="after step 5"):
+        cut.fit()
+    resumed = assemble(cut.config, RunFolder.open(tmp_path / "cut"))
+    assert resumed.step == 5
+    resumed.fit()
+
+    for key, value in bits(whole).items():
+        assert torch.equal(value, bits(resumed)[key]), key
+    saved = [ebmkit.load(tmp_path / name).state_dict() for name in ("whole", "cut")]
+    for key in saved[0]:
+        assert torch.equal(saved[0][key], saved[1][key]), key
+    columns = ("step", "kind", "ce", "dsm", "accuracy", "psnr_25")
+    logs = [
+        [{k: row.get(k) for k in columns} for row in RunFolder(tmp_path / name).metrics()]
+        for name in ("whole", "cut")
+    ]
+    assert logs[0] == logs[1]
+
+
+def test_a_crash_loses_only_what_came_after_the_last_checkpoint(tmp_path):
+    class Crash:
+        def report(self, row):
+            if row["step"] == 5:
+                raise RuntimeError("power cut")
+
+    whole = start(tmp_path, "whole")
+    whole.fit()
+    crashed = start(tmp_path, "crashed", reporter=Crash())
+    with pytest.raises(RuntimeError, match="power cut"):
+        crashed.fit()
+    resumed = assemble(crashed.config, RunFolder.open(tmp_path / "crashed"))
+    assert resumed.step == 3
+    resumed.fit()
+    assert all(torch.equal(v, bits(resumed)[k]) for k, v in bits(whole).items())
+    steps = [r["step"] for r in resumed.run.metrics() if r["kind"] == "train"]
+    assert steps == list(range(1, 9))
+
+
+def test_the_seed_decides_every_bit(tmp_path):
+    first, again, other = (
+        start(tmp_path, name, {"seed": seed, "steps": 3})
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    )
+    for trainer in (first, again, other):
+        trainer.fit()
+    assert all(torch.equal(v, bits(again)[k]) for k, v in bits(first).items())
+    assert not all(torch.equal(v, bits(other)[k]) for k, v in bits(first).items())
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
+    trainer = start(tmp_path, "run")
+    with torch.no_grad():
+        trainer.model.head.density.weight.fill_(float("inf"))
+    before = bits(trainer)
+    with pytest.raises(ebmkit.UserError, match="'dsm' is nan at step 1: stopped before"):
+        trainer.fit()
+    for key, value in before.items():
+        assert torch.equal(value, bits(trainer)[key])
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
+    trainer = start(tmp_path, "run", reporter=StopAt(2))
+    with pytest.raises(Interrupted):
+        trainer.fit()
+    path = tmp_path / "run" / "checkpoints" / "last.pt"
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    again = assemble(trainer.config, RunFolder.open(tmp_path / "run"))
+    with pytest.raises(ebmkit.UserError, match="No space left on device"):
+        again.fit()
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir() if p.name.startswith(".")] == []
+
+
+def test_validation_keeps_the_best_weights(tmp_path):
+    trainer = start(tmp_path, "run")
+    trainer.fit()
+    rows = [row for row in trainer.run.metrics() if row["kind"] == "validation"]
+    assert [row["step"] for row in rows] == [4, 8]
+    assert {"accuracy", "psnr_25", "ce", "dsm"} <= rows[0].keys()
+    best = ebmkit.load(tmp_path / "run", weights="best")
+    last = ebmkit.load(tmp_path / "run", weights="last")
+    assert best.card.steps == last.card.steps == 8
+
+
+def test_the_rate_is_torch_s_cosine_annealing():
+    config = resolve({"optimizer": {"lr": 0.1}}).optimizer
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50)
+    for step in range(50):
+        assert learning_rate(config, step, 50) == pytest.approx(schedule.get_last_lr()[0], rel=1e-9)
+        optimizer.step()
+        schedule.step()
+
+
+def test_norm_weights_can_be_kept_from_decay():
+    model = ebmkit.create_model("gradresnet18", 10, 1, width=8)
+    config = resolve({"optimizer": {"decay_norms": False}}).optimizer
+    groups = make_optimizer(model, config).param_groups
+    assert [g["weight_decay"] for g in groups] == [0.05, 0.0]
+    norms = [p for n, p in model.named_parameters() if "norm" in n or n.endswith("shortcut.1.weight")]
+    assert {id(p) for p in groups[1]["params"]} == {id(p) for p in norms}
+    everything = make_optimizer(model, resolve({}).optimizer).param_groups
+    assert len(everything) == 1  # the paper decays all
+
+
+def test_run_folders_are_never_overwritten(tmp_path):
+    config = resolve(SMALL)
+    (tmp_path / "run").mkdir()
+    RunFolder.create(tmp_path / "run", config)  # an empty folder is fine
+    with pytest.raises(ebmkit.UserError, match="exists: go on with it by --resume"):
+        RunFolder.create(tmp_path / "run", config)
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(ebmkit.UserError, match="exists"):
+        RunFolder.create(tmp_path / "file", config)
+    assert (tmp_path / "file").read_text() == "precious"
+    with pytest.raises(ebmkit.UserError, match="no run folder"):
+        RunFolder.open(tmp_path / "absent")
+
+
+def test_a_run_tells_what_it_ran_on(tmp_path):
+    run = RunFolder.create(tmp_path / "run", resolve(SMALL))
+    environment = json.loads((run.path / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__
+    assert {"python", "ebmkit", "git_commit", "command", "gpu"} <= environment.keys()
+
+
+def test_going_on_differently_is_refused_by_field(tmp_path):
+    run = RunFolder.create(tmp_path / "run", resolve(SMALL))
+    run.check_same(resolve(SMALL, {"log_every": 5, "device": "auto"}))
+    with pytest.raises(ebmkit.UserError, match=r"optimizer\.lr was 0\.003 and is now 0\.1"):
+        run.check_same(resolve(SMALL, {"optimizer": {"lr": 0.1}}))
+    with pytest.raises(ebmkit.UserError, match=r"dataset\.name was 'digits'"):
+        run.check_same(resolve(SMALL, {"dataset": {"name": "patches"}}))
+
+
+def test_a_damaged_checkpoint_is_said_to_be(tmp_path):
+    trainer = start(tmp_path, "run", {"steps": 3})
+    trainer.fit()
+    path = tmp_path / "run" / "checkpoints" / "last.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ebmkit.UserError, match="damaged"):
+        assemble(trainer.config, RunFolder.open(tmp_path / "run"))
+
+
+def test_a_checkpoint_with_code_in_it_is_not_executed(tmp_path):
+    class Harm:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "harm"),))
+
+    trainer = start(tmp_path, "run", {"steps": 3})
+    torch.save({"step": Harm()}, tmp_path / "run" / "checkpoints" / "last.pt")
+    with pytest.raises(ebmkit.UserError, match="cannot be read"):
+        trainer.run.load_checkpoint()
+    assert not (tmp_path / "harm").exists()
+
+
+def test_batch_norm_and_relu_train_with_a_warning(tmp_path):
+    layer = {"model": {"backbone": {"norm": "batch", "activation": "relu"}}, "steps": 2}
+    trainer = start(tmp_path, "run", layer)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit()
+    told = " ".join(str(w.message) for w in caught)
+    assert "BatchNorm" in told
+    assert "ReLU" in told
+    assert "table 3" in told
+    statistics = trainer.model.backbone.stages[0][0].norm.running_mean
+    assert statistics.abs().sum() > 0
