@@ -10,10 +10,12 @@ then the noisy ones, :math:`y = x + \sigma\epsilon`, follow the same mixture wit
 derivative,
 
 .. math::
-    E[x \mid y, c] = \sum_k r_k(y)\,\bigl(\mu_k + \Sigma_k(\Sigma_k + \sigma^2 I)^{-1}(y - \mu_k)\bigr)
+    E[x \mid y, c] =
+        \sum_k r_k(y)\,\bigl(\mu_k + \Sigma_k(\Sigma_k + \sigma^2 I)^{-1}(y - \mu_k)\bigr)
 
-with the responsibilities :math:`r_k` of the components (of label c): `GaussianMixture.posterior_mean`.
-That it equals Tweedie's :math:`y + \sigma^2 s(y, c)` is the first test of this library.
+with the responsibilities :math:`r_k` of the components (of label c), in
+`GaussianMixture.posterior_mean`. That it equals Tweedie's :math:`y + \sigma^2 s(y, c)` is the first
+test of this library.
 
 A *blind* network trained by denoising score matching under a law of sigma does not see sigma; it
 minimises to :math:`E[\sigma^2 s_\sigma(y) \mid y] / E[\sigma^2 \mid y]`, the expectation over the
@@ -34,7 +36,7 @@ __all__ = ["Gaussian", "GaussianMixture"]
 
 
 class GaussianMixture(EnergyModel):
-    """A labelled mixture of Gaussians on images (C, H, W), or on vectors (d,), exact at every sigma.
+    """A labelled mixture of Gaussians on images (C, H, W) or vectors (d,), exact at every sigma.
 
     Log-densities are normalised: integrating exp(log_density) gives 1.
 
@@ -87,8 +89,8 @@ class GaussianMixture(EnergyModel):
             raise UserError(f"{count} components need as many labels and non-negative weights")
         if sorted(set(tags.tolist())) != list(range(int(tags.max()) + 1)):
             raise UserError(
-                f"labels {sorted(set(tags.tolist()))} must be 0, 1, ... without gaps: a label needs "
-                "a component"
+                f"labels {sorted(set(tags.tolist()))} must be 0, 1, ... without gaps: each label "
+                "needs a component"
             )
         self.register_buffer("means", means)
         self.register_buffer("log_weights", (pi / pi.sum()).log())
@@ -109,13 +111,12 @@ class GaussianMixture(EnergyModel):
         )
         return Energies(per_label, per_component.logsumexp(1))
 
-    def posterior_mean(
-        self, y: Tensor, sigma: Noise, c: Tensor | int | None = None
-    ) -> Tensor:
+    def posterior_mean(self, y: Tensor, sigma: Noise, c: Tensor | int | None = None) -> Tensor:
         """E[x|y], or E[x|y, c], by regression on each component; shape of ``y``."""
         coordinates = self._coordinates(y)  # (B, K, d) of y - mean, along the axes
         shrink = self._variances / self._noisy_variances(y, sigma)
-        means = self.means.flatten(1) + torch.einsum("kde,bke->bkd", self._axes, shrink * coordinates)
+        offsets = torch.einsum("kde,bke->bkd", self._axes, shrink * coordinates)
+        means = self.means.flatten(1) + offsets
         log_r = self._log_components(y, sigma)
         if c is not None:
             own = self.labels == self.check_labels(c, y)[:, None]
@@ -123,9 +124,13 @@ class GaussianMixture(EnergyModel):
         return torch.einsum("bk,bkd->bd", log_r.softmax(1), means).reshape(y.shape)
 
     def blind_score(
-        self, y: Tensor, sigmas: Tensor, weights: Tensor | None = None, c: Tensor | int | None = None
+        self,
+        y: Tensor,
+        sigmas: Tensor,
+        weights: Tensor | None = None,
+        c: Tensor | int | None = None,
     ) -> Tensor:
-        """What denoising score matching over a law of sigma teaches a network that is not told sigma.
+        """What denoising score matching over a law of sigma teaches a blind network.
 
         E[sigma^2 s_sigma(y) | y] / E[sigma^2 | y], the minimiser of E||sigma s(y) + eps||^2 over
         functions s of y alone.
@@ -148,9 +153,7 @@ class GaussianMixture(EnergyModel):
         weight = weight / weight.sum(0)
         return torch.einsum("sb,sb...->b...", weight, scores)
 
-    def sample(
-        self, count: int, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def sample(self, count: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Draw ``count`` clean images (count, *shape) and their labels (count,).
 
         A ``generator`` must live on the device of the mixture.

@@ -1,7 +1,7 @@
 r"""Energies of images and labels, and everything that follows from them.
 
-A joint model of a noisy image :math:`y = x + \sigma\epsilon` and a label c is one function of y with
-two outputs, the class logits and the log-density:
+A joint model of a noisy image :math:`y = x + \sigma\epsilon` and a label c is one function of y
+with two outputs, the class logits and the log-density:
 
 .. math::
     \log p(y, c) = \log p(c \mid y) + \log p(y)
@@ -192,9 +192,7 @@ class EnergyModel(nn.Module, ABC):
         """log p(y, c) up to a constant, (B, C), in nats."""
         return self(y, sigma).log_joint()
 
-    def score(
-        self, y: Tensor, c: Tensor | int | None = None, sigma: Noise | None = None
-    ) -> Tensor:
+    def score(self, y: Tensor, c: Tensor | int | None = None, sigma: Noise | None = None) -> Tensor:
         """grad log p(y), or grad log p(y|c) if ``c`` (B,) is given; shape of y, per image unit.
 
         Raises:
@@ -223,7 +221,7 @@ class EnergyModel(nn.Module, ABC):
             c: labels (B,) for the class-conditional denoiser.
 
         Raises:
-            UserError: if a label is out of range, or sigma is missing for a noise-conditional model.
+            UserError: if a label is out of range, or a noise-conditional model is not given sigma.
         """
         if sigma is None and self.noise_conditional:
             raise UserError("this model takes the noise level as an input: give sigma")

@@ -2,8 +2,8 @@ r"""Noise levels.
 
 Everywhere in ebmkit, sigma is the standard deviation of the noise in *image units*: images live in
 [0, 1]. People say "25" and mean :math:`25/255`; so options and configuration fields accept the
-fraction as text, and a bare "25" is refused with the fraction that was probably meant ("25/1" insists
-on it; a float is taken as it is, so that saved configurations load again).
+fraction as text, and a bare "25" is refused with the fraction that was probably meant ("25/1"
+insists on it; a float is taken as it is, so that saved configurations load again).
 """
 
 from __future__ import annotations
@@ -18,15 +18,19 @@ from ebmkit.errors import UserError
 __all__ = ["Sigma", "SigmaOrZero", "format_sigma", "parse_sigma"]
 
 
-def parse_sigma(value: object) -> float:
+def parse_sigma(value: object, allow_zero: bool = False) -> float:
     """Read a noise level from ``0.1``, ``"0.1"`` or ``"25/255"``.
+
+    Args:
+        value: a number or its text.
+        allow_zero: accept 0, no noise.
 
     Returns:
         The standard deviation in image units.
 
     Raises:
-        UserError: if the value does not parse, is not finite, is not above 0, or is a bare number
-            above 1 as text or whole number, which nobody means in image units.
+        UserError: if the value does not parse, is not finite, is not above 0 (not 0 or above), or
+            is a bare number above 1 as text or whole number, which nobody means in image units.
 
     >>> parse_sigma("51/255")
     0.2
@@ -39,14 +43,19 @@ def parse_sigma(value: object) -> float:
         raise UserError(
             f"sigma {text!r} is not a noise level: write a number or a fraction, as in 25/255"
         ) from None
-    if not math.isfinite(sigma) or sigma <= 0:
-        raise UserError(f"sigma {text!r} must be a finite number above 0, as in 25/255")
+    if not math.isfinite(sigma) or sigma < 0 or (sigma == 0 and not allow_zero):
+        least = "not below 0" if allow_zero else "above 0"
+        raise UserError(f"sigma {text!r} must be a finite number {least}, as in 25/255")
     if sigma > 1 and not slash and not isinstance(value, float):
         raise UserError(
             f"sigma {text!r} is beyond the range of an image, 0 to 1: did you mean {text}/255? "
             f"(if not, write {text}/1)"
         )
     return sigma
+
+
+def _parse_sigma_or_zero(value: object) -> float:
+    return parse_sigma(value, allow_zero=True)
 
 
 def format_sigma(sigma: float) -> str:

@@ -1,6 +1,7 @@
 """Images: data sets, augmentation, noise laws, training streams, and pictures of the user's."""
 
 from ebmkit.data.augment import Augmentation
+from ebmkit.data.images import Picture, read_image, write_image
 from ebmkit.data.imagesets import ImageSet, Split, StreamedSet
 from ebmkit.data.noise import NoiseLaw
 from ebmkit.data.sets import DATASETS, DatasetEntry, load_dataset
@@ -13,9 +14,12 @@ __all__ = [
     "DatasetEntry",
     "ImageSet",
     "NoiseLaw",
+    "Picture",
     "Split",
     "Stream",
     "StreamConfig",
     "StreamedSet",
     "load_dataset",
+    "read_image",
+    "write_image",
 ]

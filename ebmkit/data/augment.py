@@ -9,11 +9,11 @@ per batch, each image mixed with the one before it (the batch rolled by one),
 .. math:: x'_i = w \odot x_i + (1 - w) \odot x_{i-1},
 
 where the weight w is :math:`\lambda` everywhere for MixUp, and for CutMix 0 inside a box of area
-:math:`(1 - \lambda) H W` around a uniform pixel, clipped to the image, and 1 outside. Soft labels are
-mixed with the mean of w, which corrects :math:`\lambda` for the clipping.
+:math:`(1 - \lambda) H W` around a uniform pixel, clipped to the image, and 1 outside. Soft labels
+are mixed with the mean of w, which corrects :math:`\lambda` for the clipping.
 
-A process that holds only some images of a global batch says so by `Rows`: the draw is always that of
-the global batch, so that the number of processes does not change it.
+A process that holds only some images of a global batch says so by `Rows`: the draw is always that
+of the global batch, so that the number of processes does not change it.
 """
 
 from __future__ import annotations
@@ -51,11 +51,6 @@ class Augmentation(BaseModel):
         None, ge=1, description="side of the random crop, pixels; none: the image's own size"
     )
     mix: Mix = Field("none", description="mixup, cutmix, or both (one of them per batch, evenly)")
-
-    @property
-    def crops(self) -> bool:
-        """Whether images are cropped at all."""
-        return self.crop_padding > 0 or self.crop_size is not None
 
 
 class Rows(NamedTuple):

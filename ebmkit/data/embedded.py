@@ -3,9 +3,9 @@
 digits: 1,797 scans of handwritten digits, 8x8 gray, values 0..16 spread over 0..255. A fixed fifth,
 stratified by class, is the test set; a tenth of the rest is held out for validation.
 
-patches: two photographs of 427x640 pixels. Columns 0..447 give the training patches (overlapping by
-three quarters), 448..511 the validation patches and 512..639, the right-hand fifth, the test patches
-(both without overlap), so that no pixel is in two splits.
+patches: two photographs of 427x640 pixels. Columns 0..447 give the training patches (overlapping
+by three quarters), 448..511 the validation patches and 512..639, the right-hand fifth, the test
+patches (both without overlap), so that no pixel is in two splits.
 """
 
 from __future__ import annotations

@@ -15,10 +15,24 @@ from torch import Tensor
 
 from ebmkit.errors import UserError
 
-__all__ = ["SPLITS", "ImageSet", "RowReader", "Split", "StreamedSet", "check_labels", "to_floats"]
+__all__ = [
+    "MEMORY_LIMIT",
+    "SPLITS",
+    "ImageSet",
+    "RowReader",
+    "Split",
+    "StreamedSet",
+    "check_labels",
+    "held_out",
+    "shuffled",
+    "to_floats",
+]
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+MEMORY_LIMIT = 2**30
+"""Bytes of decoded images above which a set on disk is streamed instead of held in memory."""
 
 
 def to_floats(images: Tensor) -> Tensor:
@@ -91,7 +105,7 @@ class ImageSet:
         return to_floats(self.images[rows])
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """In order, ``size`` at a time: images (B, C, H, W) float32 in [0, 1], labels (B,) or None."""
+        """In order, ``size`` at a time: images (B, C, H, W) in [0, 1], labels (B,) or None."""
         for start in range(0, len(self), size):
             rows = slice(start, start + size)
             yield self.floats(rows), None if self.labels is None else self.labels[rows]
@@ -173,7 +187,7 @@ class StreamedSet:
         return self.reader.read(self.rows[chosen].tolist()), labels
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """In order, ``size`` at a time: images (B, C, H, W) float32 in [0, 1], labels (B,) or None.
+        """In order, ``size`` at a time: images (B, C, H, W) in [0, 1], labels (B,) or None.
 
         Raises:
             UserError: if an image cannot be read.
@@ -202,3 +216,26 @@ def check_labels(what: str, labels: Tensor | None, count: int, num_classes: int)
             f"{what}: label {int(outside[0])} is out of range: its {num_classes} classes have "
             f"labels 0 to {num_classes - 1}"
         )
+
+
+def held_out(count: int, what: str) -> tuple[Tensor, Tensor]:
+    """Rows of ``count`` training images to train on, and rows to validate on, in a fixed order.
+
+    2 % are held out, at least 1 and at most 1000. Both come shuffled, so that the first few are a
+    fair sample of a set that is sorted by class.
+
+    Raises:
+        UserError: if ``what`` has fewer than 2 training images.
+    """
+    if count < 2:
+        raise UserError(
+            f"{what} has {count} training images: at least 2 are needed, one of them to validate on"
+        )
+    order = shuffled(count)
+    held = min(1000, max(1, round(0.02 * count)))
+    return order[held:], order[:held]
+
+
+def shuffled(count: int) -> Tensor:
+    """0 .. count - 1 in an order that is always the same, (count,) int64."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(20410))

@@ -7,6 +7,7 @@ falls as :math:`1/\sqrt\sigma`: between a uniform one and a log-uniform one (:ma
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -64,7 +65,8 @@ class NoiseLaw(BaseModel):
             return torch.full((count,), high, device=device)
         u = torch.rand(count, generator=generator, device=device)
         if self.kind == "squared-uniform":
-            return (low**0.5 + (high**0.5 - low**0.5) * u).square()
+            first, last = math.sqrt(low), math.sqrt(high)
+            return (first + (last - first) * u).square()
         if self.kind == "log-uniform":
-            return low * (high / low) ** u
+            return low * torch.pow(high / low, u)
         return low + (high - low) * u

@@ -1,8 +1,8 @@
 """Data sets by name.
 
 Every set gives three splits. "test" is the publisher's own (or a fixed part, where there is none);
-"validation" is held out of the training images by a fixed seed, and "train" is the rest. So the test
-images decide nothing during training.
+"validation" is held out of the training images by a fixed seed, and "train" is the rest. So the
+test images decide nothing during training.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ def _patches(request: Request) -> ImageSet:
     return patches(request.split, request.image_size or 32)
 
 
-def _cifar10(request: Request) -> ImageSet:
+def _cifar10(request: Request) -> ImageSet | StreamedSet:
     from ebmkit.data.cifar import cifar
 
     _own_size("cifar10", request, 32)
     return cifar("cifar10", request.data_dir or Path("data"), request.split, request.download)
 
 
-def _cifar100(request: Request) -> ImageSet:
+def _cifar100(request: Request) -> ImageSet | StreamedSet:
     from ebmkit.data.cifar import cifar
 
     _own_size("cifar100", request, 32)
@@ -118,7 +118,7 @@ def load_dataset(
         progress: show a progress bar while many files are read.
 
     Raises:
-        UserError: if there is no such set or split, or its files are missing, incomplete or illegal.
+        UserError: if there is no such set or split, or files are missing, incomplete or illegal.
     """
     entry = find("dataset", DATASETS, name)
     if split not in SPLITS:

@@ -1,13 +1,13 @@
 r"""Streams of training batches, a function of the step alone.
 
 Everything random is drawn from generators keyed by (seed, stream name, purpose, step), hashed to 63
-bits: the order of each epoch, flips and crops, mixing, noise levels and noise. So step t has the same
-batch whoever asks, in whatever order: continuing a run needs no state, the number of workers changes
-nothing, and with several processes ("ranks") each takes its share of the same global batch.
+bits: the order of each epoch, flips and crops, mixing, noise levels and noise. So step t has the
+same batch whoever asks, in whatever order: continuing a run needs no state, the number of workers
+changes nothing, and with several processes ("ranks") each takes its share of the same global batch.
 
 Samples are numbered through: step t holds numbers :math:`tB, \dots, tB + B - 1`, number n is entry
-:math:`n \bmod N` of the permutation of epoch :math:`\lfloor n / N \rfloor`. No remainder is dropped,
-and a set may be smaller than a batch.
+:math:`n \bmod N` of the permutation of epoch :math:`\lfloor n / N \rfloor`. No remainder is
+dropped, and a set may be smaller than a batch.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ class Stream:
         numbers = step * self.config.batch_size + self._positions
         size = len(self.source)
         chosen = torch.empty_like(numbers)
-        epochs = (numbers // size).unique().tolist()
+        epochs = sorted(set((numbers // size).tolist()))
         for epoch in epochs:
             own = numbers // size == epoch
             chosen[own] = self._order(epoch)[numbers[own] % size]
@@ -242,7 +242,7 @@ class _Order:
 
 
 class _Reading(Dataset[tuple[Tensor, Tensor | None] | UserError]):
-    """What workers run: whole batches; a user's mistake is handed over, not wrapped in a traceback."""
+    """What workers run: whole batches; a user's mistake is handed over without a traceback."""
 
     def __init__(self, source: StreamedSet) -> None:
         self._source = source
@@ -255,7 +255,7 @@ class _Reading(Dataset[tuple[Tensor, Tensor | None] | UserError]):
 
 
 def _ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the main one alone answers it and ends workers."""
+    """Ctrl-C reaches every process of a terminal; the main one answers it and ends workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

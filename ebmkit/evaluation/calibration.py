@@ -8,13 +8,13 @@ With the confidence :math:`\hat p_i = \max_c p(c \mid y_i)` sorted into 15 bins 
                  = \frac1n \sum_b \Bigl|\sum_{i \in b} (1[\hat c_i = c_i] - \hat p_i)\Bigr|
 
 (Guo et al., arXiv 1706.04599, eq. 3); a confidence of exactly 1 belongs to the last bin. The Brier
-score is the mean of :math:`\sum_k (p(k \mid y) - 1[k = c])^2`, between 0 and 2; NLL is in nats. All are
-taken on the clean images and on noisy ones at 25/255.
+score is the mean of :math:`\sum_k (p(k \mid y) - 1[k = c])^2`, between 0 and 2; NLL is in nats. All
+are taken on the clean images and on noisy ones at 25/255.
 
-``calibration.json`` holds, beside the common entries: ``ece``, ``brier``, ``nll`` of the clean images,
-each with its ``_interval``; and ``levels``, one entry per noise level with the same measures and
-``bins``, the reliability diagram: for each bin its edges, number of images, mean confidence and
-accuracy (null where it is empty).
+``calibration.json`` holds, beside the common entries: ``ece``, ``brier``, ``nll`` of the clean
+images, each with its ``_interval``; and ``levels``, one entry per noise level with the same
+measures and ``bins``, the reliability diagram: for each bin its edges, number of images, mean
+confidence and accuracy (null where it is empty).
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ NOISY = 25 / 255
 MEASURES = {"ece": "ECE", "brier": "Brier score", "nll": "NLL (nats)"}
 
 
-def calibration_error(confidence: Tensor, right: Tensor, bins: int = BINS, seed: int = 0) -> Estimate:
+def calibration_error(
+    confidence: Tensor, right: Tensor, bins: int = BINS, seed: int = 0
+) -> Estimate:
     """Top-label expected calibration error, with a bootstrap interval.
 
     Args:
@@ -61,7 +63,7 @@ def calibration_error(confidence: Tensor, right: Tensor, bins: int = BINS, seed:
 
 
 def reliability(confidence: Tensor, right: Tensor, bins: int = BINS) -> list[dict[str, Any]]:
-    """The reliability diagram: per bin ``low``, ``high``, ``count``, ``confidence``, ``accuracy``."""
+    """Of each bin: ``low``, ``high``, ``count``, mean ``confidence``, ``accuracy``."""
     index = _bin_of(confidence, bins)
     rows = []
     for b in range(bins):
@@ -124,8 +126,8 @@ def _level(predictions: Predictions, sigma: float, seed: int) -> dict[str, Any]:
 
 def _bin_of(confidence: Tensor, bins: int) -> NDArray[np.intp]:
     edges = np.linspace(0, 1, bins + 1)
-    found = np.digitize(confidence.double().numpy(), edges[1:-1])
-    return found.astype(np.intp)
+    found: NDArray[np.intp] = np.digitize(confidence.double().numpy(), edges[1:-1])
+    return found
 
 
 CALIBRATION = Suite(

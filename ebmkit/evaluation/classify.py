@@ -1,14 +1,14 @@
 r"""Suite ``classify``: accuracy, per class and against noise, and the likelihood of the labels.
 
-The predicted label is :math:`\arg\max_c p(c \mid y)`. Accuracy is the share of images on which it is
-the true one, NLL the mean of :math:`-\log p(c \mid y)` over images, in nats. Both are taken on the
-clean images and on noisy ones, :math:`y = x + \sigma\epsilon`, not clipped, with one draw of noise
-per image and level from a fixed seed (`ebmkit.evaluation.data`).
+The predicted label is :math:`\arg\max_c p(c \mid y)`. Accuracy is the share of images on which it
+is the true one, NLL the mean of :math:`-\log p(c \mid y)` over images, in nats. Both are taken on
+the clean images and on noisy ones, :math:`y = x + \sigma\epsilon`, not clipped, with one draw of
+noise per image and level from a fixed seed (`ebmkit.evaluation.data`).
 
-``classify.json`` holds, beside the common entries (`ebmkit.evaluation.evaluate`): ``accuracy`` (0..1)
-and ``accuracy_interval``, ``nll`` and ``nll_interval`` of the clean images; ``per_class``, the
-accuracy on the images of each class; ``against_noise``, one entry per level; and ``confusion``, the
-number of images by true (row) and predicted label (column), for up to 100 classes.
+``classify.json`` holds, beside the common entries (`ebmkit.evaluation.evaluate`): ``accuracy``
+(0..1) and ``accuracy_interval``, ``nll`` and ``nll_interval`` of the clean images; ``per_class``,
+the accuracy on the images of each class; ``against_noise``, one entry per level; and ``confusion``,
+the number of images by true (row) and predicted label (column), for up to 100 classes.
 """
 
 from __future__ import annotations
@@ -104,7 +104,9 @@ def table(document: dict[str, Any]) -> Table:
     return result
 
 
-def _confusion(labels: torch.Tensor, predicted: torch.Tensor, classes: int) -> list[list[int]] | None:
+def _confusion(
+    labels: torch.Tensor, predicted: torch.Tensor, classes: int
+) -> list[list[int]] | None:
     if classes > MAX_CONFUSION:
         return None
     counts = torch.bincount(labels * classes + predicted, minlength=classes**2)

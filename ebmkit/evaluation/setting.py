@@ -1,4 +1,4 @@
-"""What is evaluated and how: model, images, noise levels, seed; shared by all suites of one call."""
+"""What is evaluated and how: model, images, noise levels, seed; shared by all suites."""
 
 from __future__ import annotations
 
@@ -96,7 +96,9 @@ class Setting:
         """What the classifier says at noise level ``sigma``; computed once."""
         if sigma not in self._predictions:
             parts = [_predict(self.model, batch, sigma) for batch in self.batches(sigma)]
-            self._predictions[sigma] = Predictions(*(torch.cat(p) for p in zip(*parts, strict=True)))
+            self._predictions[sigma] = Predictions(
+                *(torch.cat(p) for p in zip(*parts, strict=True))
+            )
         else:
             self.advance(len(self.images))
         return self._predictions[sigma]
@@ -166,6 +168,11 @@ def _predict(model: EnergyModel, batch: Batch, sigma: float) -> Predictions:
     confidence, predicted = posterior.max(dim=1)
     own = batch.labels[:, None]
     off = posterior.scatter_add(1, own, -torch.ones_like(posterior[:, :1]))
+    if not posterior.isfinite().all():
+        raise UserError(
+            "this model gives probabilities that are not finite: its training diverged, or its "
+            "weights are damaged"
+        )
     nll = -log_posterior.gather(1, own).squeeze(1)
     columns = (batch.labels, predicted, confidence, nll, off.square().sum(1))
     return Predictions(*(column.cpu() for column in columns))

@@ -6,17 +6,20 @@ All are two-sided at 95 %.
   where accuracies live.
 - A mean over images (PSNR, SSIM, log-likelihood): :math:`\bar v \pm t_{n-1}\, s/\sqrt n`.
 - A statistic that is no mean (calibration error): the basic bootstrap,
-  :math:`[2\hat\theta - q_{97.5},\; 2\hat\theta - q_{2.5}]` with the quantiles q of the statistic over
-  resampled images. The usual percentile interval :math:`[q_{2.5}, q_{97.5}]` would be wrong here:
-  noise moves every bin away from calibration, so a calibration error is biased upwards, and on
-  resampled images twice so. The basic interval takes that bias off.
+  :math:`[2\hat\theta - q_{97.5},\; 2\hat\theta - q_{2.5}]` with the quantiles q of the statistic
+  over resampled images. The usual percentile interval :math:`[q_{2.5}, q_{97.5}]` would be wrong
+  here: noise moves every bin away from calibration, so a calibration error is biased upwards, and
+  on resampled images twice so. The basic interval takes that bias off.
+  Simulated with 360 and 2000 images at errors of 3 and 10 %, it covers the truth in 85 to 95 % of
+  draws (the percentile interval in 11 to 96 %), and in 60 % where the truth is 0, the edge.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +31,8 @@ LEVEL = 0.95
 """The level of every interval."""
 
 
-class Estimate(NamedTuple):
+@dataclass(frozen=True)
+class Estimate:
     """A figure with its 95 % confidence interval, and how many images it rests on."""
 
     value: float
@@ -69,7 +73,7 @@ def proportion(hits: int, count: int) -> Estimate:
 
 
 def mean(values: Tensor) -> Estimate:
-    """The mean of ``values`` (n,), with Student's t interval; with one value it is undefined (nan)."""
+    """The mean of ``values`` (n,), with Student's t interval, undefined (nan) for one value."""
     from scipy.stats import t
 
     numbers = values.double()
@@ -103,4 +107,6 @@ def bootstrap(
     rng = np.random.default_rng(seed)
     draws = [statistic(rng.integers(0, count, count)) for _ in range(resamples)]
     low, high = np.quantile(draws, [(1 + LEVEL) / 2, (1 - LEVEL) / 2])
-    return Estimate(value, max(lowest, 2 * value - float(low)), max(lowest, 2 * value - float(high)), count)
+    return Estimate(
+        value, max(lowest, 2 * value - float(low)), max(lowest, 2 * value - float(high)), count
+    )

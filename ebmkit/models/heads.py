@@ -1,6 +1,6 @@
 r"""Heads: from features :math:`f \in \mathbb R^K` to class logits and a log-density.
 
-``LinearQuadraticHead`` is the paper's (CDN eq. 10-12): linear for the labels, quadratic for the image,
+``LinearQuadraticHead`` is the paper's (CDN eq. 10-12): linear for labels, quadratic for the image,
 
 .. math:: \operatorname{logits} = W f, \qquad \log p(y) = -\tfrac12 (w^\top f)^2 - \log Z .
 
@@ -101,6 +101,8 @@ class HeadConfig(BaseModel):
 
 
 HEADS: dict[str, Preset[HeadConfig]] = {
-    "linear-quadratic": Preset(HeadConfig(), "log p(c|y) linear, log p(y) quadratic in the features"),
+    "linear-quadratic": Preset(
+        HeadConfig(), "log p(c|y) linear, log p(y) quadratic in the features"
+    ),
     "logit": Preset(HeadConfig(kind="logit"), "log p(y) = logsumexp of the logits, as in JEM"),
 }

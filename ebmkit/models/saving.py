@@ -1,8 +1,8 @@
 """Models on disk: weights as safetensors, everything else as readable JSON; nothing is executed.
 
-A saved model is two files in one folder. ``model.safetensors`` holds the weights, ``model.json`` the
-configuration that builds the network and the *card*: what the model was trained for (image size,
-range of noise levels, labels), so that later uses can warn or refuse outside it.
+A saved model is two files in one folder. ``model.safetensors`` holds the weights, ``model.json``
+the configuration that builds the network and the *card*: what the model was trained for (image
+size, range of noise levels, labels), so that later uses can warn or refuse outside it.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def save_weights(path: Path, model: EnergyModel) -> None:
     Raises:
         UserError: if the disk is full or not writable; what was there before is left as it was.
     """
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     write_atomically(path, safetensors.torch.save(state))
 
 

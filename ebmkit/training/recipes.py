@@ -56,11 +56,11 @@ _CIFAR_SHORT: dict[str, Any] = {
 _DIGITS: dict[str, Any] = {
     "model": {"backbone": {"width": 16}},
     "streams": {
-        "classify": _stream(128, "0", "20/255"),
+        "classify": _stream(128, "0", "20/255", crop_padding=1),
         "denoise": _stream(64, "1/255", "100/255"),
     },
     "optimizer": {"lr": 3e-3, "weight_decay": 0.05},
-    "steps": 600,
+    "steps": 800,
     "validation_images": 143,
     "validate_every": 50,
     "checkpoint_every": 100,

@@ -61,7 +61,7 @@ def test_energy_is_minus_the_log_density():
 
 
 def test_the_noise_level_is_read_off_a_blind_score():
-    """Pure noise under the Gaussian of its own level: ||score|| = sqrt(d) / sigma up to sampling."""
+    """Noise under the Gaussian of its own level: ||score|| = sqrt(d) / sigma up to sampling."""
     model, dim = Blind(0.3), 3 * 32 * 32
     y = 0.3 * torch.randn(8, 3, 32, 32, dtype=torch.float64)
     # ||eps|| / sqrt(d) deviates from 1 by 1 / sqrt(2 d) = 1.3 %; 4 of these
@@ -114,7 +114,9 @@ def test_energy_models_are_denoisers():
 # --- labels --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("label", [1, torch.tensor(1), torch.tensor([1, 1]), torch.tensor([1, 1]).int()])
+@pytest.mark.parametrize(
+    "label", [1, torch.tensor(1), torch.tensor([1, 1]), torch.tensor([1, 1]).int()]
+)
 def test_labels_come_as_number_or_tensor(label):
     model, y = mixture(), torch.rand(2, 1, 1, 2, dtype=torch.float64)
     expected = model.score(y, torch.tensor([1, 1]), 0.1)

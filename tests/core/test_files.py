@@ -49,5 +49,5 @@ def test_ctrl_c_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, call
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(UserError, match="nowhere.*No such file or directory"):
+    with pytest.raises(UserError, match=r"nowhere.*No such file or directory"):
         write_atomically(tmp_path / "nowhere" / "a.json", b"new")

@@ -21,9 +21,7 @@ MODULES = ["ebmkit", "ebmkit.models"] + [
 
 def test_import_is_light():
     code = f"import sys, ebmkit; print([m for m in {HEAVY} if m in sys.modules])"
-    ran = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
-    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ran.stdout.strip() == "[]", ran.stderr
 
 

@@ -4,7 +4,7 @@ import pytest
 from pydantic import BaseModel
 
 from ebmkit.errors import UserError
-from ebmkit.units import Sigma, format_sigma, parse_sigma
+from ebmkit.units import Sigma, SigmaOrZero, format_sigma, parse_sigma
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,9 @@ def test_forms(value, sigma):
     ["abc", "", "/", "25/", "/255", "1/0", "1/2/3", "25,5", "0x10", "25/255/1", None, True, [0.1]],
 )
 def test_what_is_no_number_is_refused(value):
-    with pytest.raises(UserError, match="is not a noise level: write a number or a fraction, as in"):
+    with pytest.raises(
+        UserError, match="is not a noise level: write a number or a fraction, as in"
+    ):
         parse_sigma(value)
 
 
@@ -38,6 +40,16 @@ def test_what_is_no_number_is_refused(value):
 def test_only_finite_numbers_above_zero_are_levels(value):
     with pytest.raises(UserError, match="must be a finite number above 0"):
         parse_sigma(value)
+
+
+def test_no_noise_is_a_level_only_where_allowed():
+    class Config(BaseModel):
+        sigma: SigmaOrZero
+
+    assert Config(sigma="0/255").sigma == parse_sigma(0, allow_zero=True) == 0
+    for value in ("-1", "nan", "inf"):
+        with pytest.raises(UserError, match="must be a finite number not below 0"):
+            parse_sigma(value, allow_zero=True)
 
 
 @pytest.mark.parametrize("value", ["25", 25, "50.0"])

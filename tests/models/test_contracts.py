@@ -1,4 +1,4 @@
-"""What every preset owes: gradients everywhere, any size, reproducible bits, and the paper's facts."""
+"""What every preset owes: gradients everywhere, any size, the same bits, and the paper's facts."""
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from ebmkit.models import (
     GradResNet,
     GradResNetConfig,
     Head,
+    LinearQuadraticHead,
     WindowedBackbone,
 )
 from ebmkit.models.norms import GroupNorm
@@ -24,7 +25,9 @@ def joint_loss(model, y, labels):
     return nn.functional.cross_entropy(at.energies.logits, labels) + dsm
 
 
-@pytest.mark.parametrize("options", [{}, {"norm": "scale"}, {"bias": True}, {"norm": "none"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"norm": "scale"}, {"bias": True}, {"norm": "none"}], ids=str
+)
 def test_every_parameter_gets_a_gradient(backbone, head, size, options):
     model = create_model(backbone, 3, in_channels=1, head=head, width=8, **options)
     y = torch.rand(2, 1, size, size)
@@ -128,8 +131,6 @@ def test_presets_have_no_bias_and_bias_adds_them_everywhere(backbone, head):
 
 
 def test_a_head_bias_shifts_the_logits():
-    from ebmkit.models import LinearQuadraticHead
-
     head = LinearQuadraticHead(4, 3, bias=True)
     with torch.no_grad():
         head.classifier.bias.copy_(torch.tensor([1.0, 2.0, 3.0]))
@@ -157,7 +158,7 @@ def test_norms_are_where_the_configuration_says():
     assert norms(shortcut_norm=False) == 8
     assert norms(norm="none") == 0
     assert norms(norm="batch") == 8 + 3
-    assert norms(norm_everywhere=True) == 16 + 3  # after every convolution but the stem, as in ResNet
+    assert norms(norm_everywhere=True) == 16 + 3  # after every convolution but the stem
 
 
 def test_scaling_the_density_scales_it():

@@ -11,14 +11,20 @@ from ebmkit.models import Features, LinearQuadraticHead, LogitHead
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"backbone": "gradresnet81"}, "unknown backbone 'gradresnet81': did you mean 'gradresnet18'"),
+        (
+            {"backbone": "gradresnet81"},
+            "unknown backbone 'gradresnet81': did you mean 'gradresnet18'",
+        ),
         ({"head": "logits"}, "unknown head 'logits': did you mean 'logit'"),
         ({"widht": 16}, "backbone gradresnet18: there is no field 'widht': did you mean 'width'?"),
         ({"width": 12}, "width 12 is no multiple of channels_per_group 8"),
         ({"width": 0}, "width = 0 is not legal: input should be greater than or equal to 1"),
         ({"width": 3, "channels_per_group": 1}, "width 3 must be even"),
         ({"depth": 50}, "depth = 50 is not legal: input should be 18 or 34"),
-        ({"activation": "silu"}, "activation = 'silu' is not legal: input should be 'gelu' or 'relu'"),
+        (
+            {"activation": "silu"},
+            "activation = 'silu' is not legal: input should be 'gelu' or 'relu'",
+        ),
         ({"norm": "layer"}, "norm = 'layer' is not legal"),
         ({"strides": (1, 1, 2, 2)}, "strides"),
         ({"strides": (1, 1, 3, 2, 2)}, "must each be 1, 2 or 4"),
@@ -41,7 +47,9 @@ def test_a_logit_head_needs_classes():
         LogitHead(4, 0)
 
 
-@pytest.mark.parametrize("method", ["log_density", "logits", "log_joint", "score", "denoise", "energy"])
+@pytest.mark.parametrize(
+    "method", ["log_density", "logits", "log_joint", "score", "denoise", "energy"]
+)
 @pytest.mark.parametrize(
     ("shape", "words"),
     [
@@ -77,7 +85,9 @@ def test_windows_need_a_backbone_that_has_them():
     torch.testing.assert_close(factor.log_density(y), 4 * whole.log_density(y))
 
 
-@pytest.mark.parametrize("parts", [(nn.Identity(), LinearQuadraticHead(3, 2)), (Flat(), nn.Identity())])
+@pytest.mark.parametrize(
+    "parts", [(nn.Identity(), LinearQuadraticHead(3, 2)), (Flat(), nn.Identity())]
+)
 def test_parts_must_be_parts(parts):
     with pytest.raises(UserError, match="a backbone needs num_features, a head needs num_classes"):
         JointModel(*parts)

@@ -9,9 +9,17 @@ import pytest
 import torch
 from torch import nn
 
-import ebmkit
 from ebmkit import JointModel, ModelCard, UserError, create_model, load, save_model
-from ebmkit.models import Features, GradResNetConfig, HeadConfig, LinearQuadraticHead, ModelConfig
+from ebmkit.models import (
+    BACKBONES,
+    HEADS,
+    Features,
+    GradResNetConfig,
+    HeadConfig,
+    LinearQuadraticHead,
+    ModelConfig,
+)
+from ebmkit.models.saving import save_weights
 
 CARD = ModelCard(
     dataset="digits",
@@ -27,7 +35,10 @@ CARD = ModelCard(
 
 def config(**options):
     return ModelConfig(
-        backbone=GradResNetConfig(width=8, **options), in_channels=1, num_classes=3, reference_size=(8, 8)
+        backbone=GradResNetConfig(width=8, **options),
+        in_channels=1,
+        num_classes=3,
+        reference_size=(8, 8),
     )
 
 
@@ -47,8 +58,6 @@ def refusal(folder, **options):
 
 
 def test_presets_come_back_bit_by_bit(tmp_path, backbone, head):
-    from ebmkit.models import BACKBONES, HEADS
-
     shape = BACKBONES[backbone].config.model_copy(update={"width": 8})
     built = ModelConfig(
         backbone=shape,
@@ -98,7 +107,7 @@ def test_best_weights_are_another_file(run):
     assert "holds no checkpoints/best.safetensors" in refusal(folder, weights="best")
     (folder / "checkpoints").mkdir()
     best = config().build()
-    ebmkit.models.saving.save_weights(folder / "checkpoints" / "best.safetensors", best)
+    save_weights(folder / "checkpoints" / "best.safetensors", best)
     y = torch.rand(1, 1, 8, 8)
     assert torch.equal(load(folder, weights="best").logits(y), best.logits(y))
     assert refusal(folder, weights="first") == "weights 'first' must be one of last, best"

@@ -131,8 +131,8 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
     again = assemble(trainer.config, RunFolder.open(tmp_path / "run"))
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(ebmkit.UserError, match="No space left on device"):
         again.fit()
     assert path.read_bytes() == before

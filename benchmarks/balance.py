@@ -1,0 +1,125 @@
+"""The balance of the two losses and the norm, studied on digits and CIFAR-10.
+
+    uv run python benchmarks/balance.py --data-dir DIR --out runs/balance
+
+Each row is a run of its own in OUT, trained and evaluated as the command line does it; finished rows
+are not repeated and an interrupted one goes on where it was. The result is
+``benchmarks/results/balance.json``, from which the docs' page is made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+import ebmkit
+from ebmkit.files import write_atomically
+from ebmkit.training import RunFolder, parse_assignments, resolve
+from ebmkit.training.assemble import assemble, images_of
+
+SCALE = "model.backbone.norm=scale"
+AUGMENTED = "streams.classify.augmentation.crop_padding=4 streams.classify.augmentation.mix=both"
+RESULTS = Path(__file__).parent / "results" / "balance.json"
+PSNR_IMAGES = 1000
+
+ROWS: dict[str, tuple[str, str, str]] = {
+    # name: (recipe, objective, settings)
+    "cifar10 balanced": ("cifar10-short", "ce+dsm", ""),
+    "cifar10 balanced, MixUp/CutMix and crops": ("cifar10-short", "ce+dsm", AUGMENTED),
+    "cifar10 mean": ("cifar10-short", "ce+dsm-mean", ""),
+    "cifar10 sum": ("cifar10-short", "ce+dsm-sum", ""),
+    "cifar10 balanced, scale-keeping norm": ("cifar10-short", "ce+dsm", SCALE),
+    "cifar10 mean, scale-keeping norm": ("cifar10-short", "ce+dsm-mean", SCALE),
+    "cifar10 sum, scale-keeping norm": ("cifar10-short", "ce+dsm-sum", SCALE),
+    "cifar10 balanced, lambda 1": ("cifar10-short", "ce+dsm", "balance=1"),
+    "cifar10 balanced, lambda 5": ("cifar10-short", "ce+dsm", "balance=5"),
+    "cifar10 ce alone": ("cifar10-short", "ce", ""),
+    "cifar10 dsm alone": ("cifar10-short", "dsm", ""),
+    "cifar10 balanced, seed 1": ("cifar10-short", "ce+dsm", "seed=1"),
+    "digits balanced": ("digits", "ce+dsm", ""),
+    "digits mean": ("digits", "ce+dsm-mean", ""),
+    "digits sum": ("digits", "ce+dsm-sum", ""),
+    "digits balanced, scale-keeping norm": ("digits", "ce+dsm", SCALE),
+    "digits mean, scale-keeping norm": ("digits", "ce+dsm-mean", SCALE),
+    "digits sum, scale-keeping norm": ("digits", "ce+dsm-sum", SCALE),
+    "digits balanced, seed 1": ("digits", "ce+dsm", "seed=1"),
+    "digits balanced, seed 2": ("digits", "ce+dsm", "seed=2"),
+}
+
+
+def train(name: str, data_dir: Path, out: Path) -> RunFolder:
+    """The run of a row: opened where it is finished, gone on with where it is not."""
+    recipe, objective, settings = ROWS[name]
+    named: dict[str, Any] = {"dataset": {"name": name.split()[0]}, "objective": objective}
+    if named["dataset"]["name"] == "cifar10":
+        named["dataset"]["data_dir"] = data_dir
+    config = resolve(named, parse_assignments(settings.split()), recipe=recipe)
+    path = out / name.replace(", ", "_").replace(" ", "-").replace("/", "-")
+    run = RunFolder.open(path) if path.exists() else RunFolder.create(path, config)
+    run.check_same(config)
+    assemble(config, run).fit()
+    return run
+
+
+def evaluate(name: str, run: RunFolder) -> dict[str, Any]:
+    """Accuracy on all test images, PSNR on the first 1000."""
+    from ebmkit.evaluation import evaluate as run_suites
+
+    config = resolve(run.config())
+    test = images_of(config.dataset, "test")
+    model = ebmkit.load(run.path)
+    out = run.path / "study"
+    run_suites(model, test, ["classify"], out, progress=False)
+    run_suites(model, test.first(PSNR_IMAGES), ["denoise"], out, progress=False)
+    classify = json.loads((out / "classify.json").read_text())
+    denoise = json.loads((out / "denoise.json").read_text())
+    rows = [row for row in run.metrics() if row["kind"] == "validation" and "psnr_25" in row]
+    environment = json.loads((run.path / "environment.json").read_text())
+    return {
+        "name": name,
+        "objective": config.objective,
+        "recipe": ROWS[name][0],
+        "settings": ROWS[name][2],
+        "seed": config.seed,
+        "steps": config.steps,
+        "trained_for": {"ce": "ce" in config.objective, "dsm": "dsm" in config.objective},
+        "accuracy": classify["accuracy"],
+        "accuracy_images": classify["images"],
+        "psnr": denoise["psnr"],
+        "psnr_noisy": denoise["psnr_noisy"],
+        "psnr_images": denoise["images"],
+        "curve": [[row["step"], row.get("accuracy"), row["psnr_25"]] for row in rows],
+        "environment": {k: environment[k] for k in ("torch", "cores", "gpu", "git_commit")},
+    }
+
+
+def main() -> None:
+    """Run the rows asked for and write their results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", type=Path, required=True, help="holds CIFAR-10")
+    parser.add_argument("--out", type=Path, default=Path("runs/balance"))
+    parser.add_argument("--only", nargs="*", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--train-only", action="store_true", help="leave the evaluation for later")
+    options = parser.parse_args()
+    console = Console()
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for name in options.only:
+        run = train(name, options.data_dir, options.out)
+        if options.train_only:
+            console.print(f"{name}: trained")
+            continue
+        results[name] = evaluate(name, run)
+        ordered = {key: results[key] for key in ROWS if key in results}
+        write_atomically(RESULTS, (json.dumps(ordered, indent=1) + "\n").encode())
+        row = results[name]
+        console.print(f"{name}: {row['accuracy']:.2%}", row["psnr"])
+
+
+if __name__ == "__main__":
+    torch.set_float32_matmul_precision("highest")
+    main()

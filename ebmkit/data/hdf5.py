@@ -1,0 +1,215 @@
+"""Data sets in one HDF5 file.
+
+Either one set, of which a fixed random tenth is the test set::
+
+    images       (N, H, W, C) uint8, C = 1 or 3
+    labels       (N,) whole numbers from 0 (optional)
+    class_names  (K,) text (optional; by default the numbers)
+
+or a training and a test set, with images and labels in the groups ``train`` and ``test``, and
+class_names beside them. `ebmkit.data.pack.pack` writes such files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ebmkit.data import imagesets
+from ebmkit.data.imagesets import ImageSet, Split, StreamedSet, held_out, shuffled
+from ebmkit.errors import UserError
+
+if TYPE_CHECKING:
+    import h5py
+
+__all__ = ["Contents", "Hdf5Reader", "load_hdf5", "load_rows", "read_contents"]
+
+
+class Contents(NamedTuple):
+    """What one set of a file holds, images aside.
+
+    Attributes:
+        path: the file.
+        group: "" for the file's root, "train" or "test".
+        shape: (N, H, W, C).
+        labels: (N,) int64, or None.
+        class_names: one per label; the numbers where the file has no names.
+    """
+
+    path: Path
+    group: str
+    shape: tuple[int, int, int, int]
+    labels: Tensor | None
+    class_names: tuple[str, ...]
+
+
+class Hdf5Reader:
+    """Reads rows of a file's images; each process opens the file for itself, at its first read."""
+
+    def __init__(self, path: Path, group: str) -> None:
+        self._path, self._group = path, group
+        self._images: Any = None
+        self._owner = -1
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"_path": self._path, "_group": self._group, "_images": None, "_owner": -1}
+
+    def read(self, rows: Sequence[int]) -> Tensor:
+        """Images (B, C, H, W) uint8.
+
+        Raises:
+            UserError: if the file is gone or damaged.
+        """
+        import h5py
+
+        with _reading(self._path):
+            if self._owner != os.getpid():
+                self._images = h5py.File(self._path, "r")[f"{self._group}/images"]
+                self._owner = os.getpid()
+            images = np.stack([self._images[row] for row in rows])
+        return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+def load_hdf5(path: Path, split: Split, image_size: int | None = None) -> ImageSet | StreamedSet:
+    """One split of a file; streamed if its images take more than `imagesets.MEMORY_LIMIT` bytes.
+
+    Raises:
+        UserError: if the file is missing, is no HDF5 file, lacks the split, or holds illegal data.
+    """
+    group = _group_of(path, split)
+    contents = read_contents(path, group)
+    height, width = contents.shape[1:3]
+    if image_size is not None and (height, width) != (image_size, image_size):
+        raise UserError(
+            f"{str(path)!r} holds images of {height}x{width}, not {image_size}: pack them anew "
+            f"with --image-size {image_size}"
+        )
+    rows = torch.arange(contents.shape[0])
+    if not group:
+        rows = shuffled(len(rows))
+        cut = max(1, len(rows) // 10)
+        rows = rows[:cut] if split == "test" else rows[cut:]
+    if split != "test":
+        kept, held = held_out(len(rows), repr(str(path)))
+        rows = rows[kept if split == "train" else held]
+    return load_rows("hdf5", split, contents, rows)
+
+
+def load_rows(name: str, split: Split, contents: Contents, rows: Tensor) -> ImageSet | StreamedSet:
+    """The set of ``rows`` (N,) of a file's images, in that order, in memory if it fits."""
+    count, height, width, channels = contents.shape
+    labels = None if contents.labels is None else contents.labels[rows]
+    if count * height * width * channels > imagesets.MEMORY_LIMIT:
+        reader = Hdf5Reader(contents.path, contents.group)
+        return StreamedSet(
+            name, split, reader, rows, channels, (height, width), labels, contents.class_names
+        )
+    import h5py
+
+    with _reading(contents.path), h5py.File(contents.path, "r") as file:
+        images = file[f"{contents.group}/images"][()]
+    pixels = torch.from_numpy(images)[rows].permute(0, 3, 1, 2).contiguous()
+    return ImageSet(name, split, pixels, labels, contents.class_names)
+
+
+def read_contents(path: Path, group: str = "") -> Contents:
+    """Read and check everything of a set but its images.
+
+    Raises:
+        UserError: if the file is missing or damaged, or its arrays are illegal.
+    """
+    import h5py
+
+    _check_path(path)
+    with _reading(path), h5py.File(path, "r") as file:
+        images = file.get(f"{group}/images")
+        if not isinstance(images, h5py.Dataset):
+            raise UserError(
+                f"{str(path)!r} has no array '{group}/images': it must hold images (N, H, W, C) "
+                "uint8, and labels (N,) if there are any; `ebmkit data pack` writes such files"
+            )
+        where = f"{str(path)!r}, array {images.name!r}"
+        if images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape:
+            raise UserError(
+                f"{where}: images must be (N, H, W, C) with 1 or 3 channels, not {images.shape}"
+            )
+        if images.dtype != np.uint8:
+            raise UserError(f"{where}: images must be uint8 (0..255), not {images.dtype}")
+        names, labels = _class_names(file), file.get(f"{group}/labels")
+        numbers = None if labels is None else _checked_labels(path, labels, len(images), names)
+        if numbers is not None and not names:
+            names = tuple(str(c) for c in range(1 + _largest_label(file)))
+        return Contents(path, group, tuple(images.shape), numbers, names)
+
+
+def _group_of(path: Path, split: Split) -> str:
+    """The group that a split is taken from; "" where the file holds one set."""
+    import h5py
+
+    _check_path(path)
+    wanted = "test" if split == "test" else "train"
+    with _reading(path), h5py.File(path, "r") as file:
+        if "train" not in file and "test" not in file:
+            return ""
+        if wanted not in file:
+            raise UserError(
+                f"{str(path)!r} has no group {wanted!r}, so no {split} images: pack a folder with "
+                "train/ and test/ in it"
+            )
+    return wanted
+
+
+def _check_path(path: Path) -> None:
+    if path.is_dir():
+        raise UserError(f"{str(path)!r} is a folder: name an HDF5 file, or use data set 'folder'")
+    if not path.exists():
+        raise UserError(
+            f"there is no file {str(path)!r}: make one by `ebmkit data pack SRC {path.name}`"
+        )
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn what h5py says of a damaged file into one sentence."""
+    try:
+        yield
+    except (OSError, KeyError, RuntimeError) as error:
+        raise UserError(
+            f"{str(path)!r} cannot be read as an HDF5 file ({str(error).splitlines()[0]}): it is "
+            "damaged, incomplete, or something else"
+        ) from None
+
+
+def _class_names(file: h5py.File) -> tuple[str, ...]:
+    if "class_names" not in file:
+        return ()
+    return tuple(file["class_names"].asstr()[()].tolist())
+
+
+def _largest_label(file: h5py.File) -> int:
+    """The largest label of all groups, so that a training and a test set agree on the classes."""
+    found = [file[name] for name in ("labels", "train/labels", "test/labels") if name in file]
+    return max(int(np.max(labels[()], initial=0)) for labels in found)
+
+
+def _checked_labels(path: Path, labels: h5py.Dataset, count: int, names: tuple[str, ...]) -> Tensor:
+    where = f"{str(path)!r}, array {labels.name!r}"
+    if labels.shape != (count,) or labels.dtype.kind not in "iu":
+        raise UserError(
+            f"{where}: {count} images need {count} whole-numbered labels, not "
+            f"{labels.shape} {labels.dtype}"
+        )
+    numbers = torch.from_numpy(labels[()].astype(np.int64))
+    top = len(names) if names else torch.iinfo(torch.int32).max
+    outside = numbers[(numbers < 0) | (numbers >= top)]
+    if len(outside):
+        legal = f"0 to {len(names) - 1}" if names else "0 and up"
+        raise UserError(f"{where}: label {int(outside[0])} is out of range: labels are {legal}")
+    return numbers

@@ -1,0 +1,263 @@
+"""Pictures of the user's: PNG, JPEG and TIFF files to tensors in [0, 1] and back.
+
+Read as a person sees them: EXIF orientation is applied, palettes are resolved, 16-bit gray keeps
+its 16 bits. What has no single right reading (transparency, animation, several pages) is refused
+with the way to mend it. Size and kind are judged from the header before a pixel is decoded.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from ebmkit.errors import UserError
+from ebmkit.files import write_atomically
+
+__all__ = ["MAX_PIXELS", "Opened", "Picture", "open_picture", "read_image", "write_image"]
+
+MAX_PIXELS = 170_000_000
+"""Pictures with more pixels are refused as decompression bombs."""
+
+_FORMATS = ("PNG", "JPEG", "MPO", "TIFF", "BMP", "WEBP", "GIF", "PPM")
+_WRITERS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF"}
+_SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
+
+# What Pillow's decoders raise on files that are damaged, or made to hurt.
+_BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    ArithmeticError,
+    MemoryError,
+    struct.error,
+)
+
+
+class Picture(NamedTuple):
+    """A picture that was read.
+
+    Attributes:
+        image: (C, H, W) float32 in [0, 1], C = 1 or 3.
+        bits: bits per channel in the file, 8 or 16; `write_image` takes them.
+        mode: Pillow's name of the file's own kind of pixel, as in "L", "RGB", "P", "I;16".
+    """
+
+    image: Tensor
+    bits: int
+    mode: str
+
+
+class Opened(NamedTuple):
+    """A decoded picture: a Pillow image of mode L, RGB or 16-bit gray, and what was done to it."""
+
+    image: Image.Image
+    mode: str
+    notes: tuple[str, ...]
+
+    @property
+    def is_16_bit(self) -> bool:
+        """Whether it is gray with 16 bits."""
+        return self.image.mode not in ("L", "RGB")
+
+
+def read_image(path: Path | str, channels: int | None = None) -> Picture:
+    """Read a picture.
+
+    Args:
+        path: a PNG, JPEG or TIFF file (BMP, WebP, still GIF and PNM work too).
+        channels: what a model takes. 3: a gray picture is repeated; 1: a colour one is refused,
+            unless its three channels are equal. None: as the file is.
+
+    Raises:
+        UserError: if it is missing, empty, not a picture, damaged, larger than `MAX_PIXELS`,
+            animated, transparent, of more than 16 bits, or of the wrong colours.
+    """
+    path = Path(path)
+    opened = open_picture(path)
+    for note in opened.notes:
+        warnings.warn(note, stacklevel=2)
+    pixels = np.asarray(opened.image)
+    bits, top = (16, 65535) if opened.is_16_bit else (8, 255)
+    image = torch.from_numpy(pixels.astype(np.float32) / top)
+    image = image[None] if image.ndim == 2 else image.permute(2, 0, 1).contiguous()
+    return Picture(_with_channels(image, channels, path), bits, opened.mode)
+
+
+def write_image(image: Tensor, path: Path | str, overwrite: bool = False, bits: int = 8) -> None:
+    """Write a picture, all of it or nothing.
+
+    Args:
+        image: (C, H, W), clipped to [0, 1], C = 1 or 3.
+        path: its suffix decides between PNG, JPEG (quality 95) and TIFF.
+        overwrite: replace a file that exists.
+        bits: 16 is kept for gray PNG and TIFF; all others are written with 8.
+
+    Raises:
+        UserError: if the file exists, the suffix is unknown, a pixel is not finite, or it cannot be
+            written.
+    """
+    path = Path(path)
+    kind = _WRITERS.get(path.suffix.lower())
+    if kind is None:
+        raise UserError(
+            f"cannot write {str(path)!r}: the name must end in one of {', '.join(_WRITERS)}"
+        )
+    if image.ndim != 3 or image.shape[0] not in (1, 3):
+        raise UserError(f"a picture is (1 or 3, H, W), not {tuple(image.shape)}")
+    if path.exists() and not overwrite:
+        raise UserError(f"{str(path)!r} exists: move it away, or choose another name")
+    if not bool(image.isfinite().all()):
+        raise UserError(f"cannot write {str(path)!r}: the picture has pixels that are not numbers")
+    levels = image.detach().cpu().double().clamp(0, 1).permute(1, 2, 0).numpy()
+    levels = levels[:, :, 0] if image.shape[0] == 1 else levels
+    deep = bits == 16 and levels.ndim == 2 and kind != "JPEG"
+    pixels = np.round(levels * 65535).astype(np.uint16) if deep else _bytes(levels)
+    options = {"quality": 95, "subsampling": 0} if kind == "JPEG" else {}
+    buffer = io.BytesIO()
+    try:
+        Image.fromarray(pixels).save(buffer, kind, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {str(path)!r} as {kind}: {error}") from None
+    write_atomically(path, buffer.getvalue())
+
+
+def open_picture(path: Path) -> Opened:
+    """Open, check and decode a picture; its notes tell what a reader should know.
+
+    Raises:
+        UserError: as `read_image`.
+    """
+    _check_file(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own: damage raises, size is checked here
+            with Image.open(path, formats=_FORMATS) as image:
+                _check_header(image, path)
+                return _decoded(image, path)
+    except (UserError, Image.DecompressionBombError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise _too_large(path) from None
+    except UnidentifiedImageError:
+        raise UserError(
+            f"{str(path)!r} is not a picture that can be read: give an 8-bit PNG, JPEG or TIFF "
+            "(or 16-bit gray)"
+        ) from None
+    except _BROKEN as error:
+        reason = str(error).strip().splitlines()
+        raise UserError(
+            f"{str(path)!r} is damaged or incomplete and cannot be read "
+            f"({reason[0] if reason else type(error).__name__}): get the file again"
+        ) from None
+
+
+def picture_header(path: Path) -> tuple[int, tuple[int, int]]:
+    """Channels (1 or 3) and (height, width) of a picture, without decoding it.
+
+    Raises:
+        UserError: as `read_image`, as far as the header tells.
+    """
+    _check_file(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=_FORMATS) as image:
+                width, height = image.size
+                turned = image.getexif().get(0x0112, 1) >= 5
+                gray = image.mode in ("1", "L", "LA", "I", "F", *_SIXTEEN_BIT)
+    except (*_BROKEN, Image.DecompressionBombError):
+        open_picture(path)  # says why
+        raise UserError(f"{str(path)!r} has a damaged header: get the file again") from None
+    return 1 if gray else 3, (width, height) if turned else (height, width)
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        raise UserError(f"{str(path)!r} is a folder: name a picture in it")
+    if not path.exists():
+        raise UserError(f"there is no file {str(path)!r}: check the name")
+    if not path.is_file():
+        raise UserError(f"{str(path)!r} is not an ordinary file: give a PNG, JPEG or TIFF file")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{str(path)!r} may not be read: check its permissions")
+    if path.stat().st_size == 0:
+        raise UserError(f"{str(path)!r} is empty: get the file again")
+
+
+def _too_large(path: Path) -> UserError:
+    return UserError(
+        f"{str(path)!r} has more than {MAX_PIXELS // 10**6} megapixels: cut it into smaller ones"
+    )
+
+
+def _check_header(image: Image.Image, path: Path) -> None:
+    """Refuse, before decoding, what is too large, animated, or has too many bits."""
+    if image.width * image.height > MAX_PIXELS:
+        raise _too_large(path)
+    if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:  # MPO: a camera's thumbnails
+        raise UserError(
+            f"{str(path)!r} is animated or has several pages: save one of them as a picture"
+        )
+    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
+        raise UserError(
+            f"{str(path)!r} has 32 bits per pixel: convert it to 8 bits, or to 16-bit gray"
+        )
+
+
+def _decoded(image: Image.Image, path: Path) -> Opened:
+    """Decode, turn upright, and bring to L, RGB or 16-bit gray."""
+    mode, notes = image.mode, []
+    if _is_deep_colour(path, image):
+        notes.append(f"{str(path)!r} has 16-bit colour, which is read with 8 bits")
+    image.load()
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode == "I":  # how older Pillows call a 16-bit gray PNG
+        return Opened(Image.fromarray(np.asarray(upright).astype(np.uint16)), mode, tuple(notes))
+    if upright.mode in _SIXTEEN_BIT:
+        return Opened(upright, mode, tuple(notes))
+    if upright.has_transparency_data:
+        alpha = upright.convert("RGBA").getchannel("A")
+        if alpha.getextrema() != (255, 255):
+            raise UserError(
+                f"{str(path)!r} is partly transparent: flatten it onto a background first"
+            )
+        notes.append(f"{str(path)!r} has an alpha channel, fully opaque, which is left out")
+    gray = upright.mode in ("1", "L", "LA", "La")
+    return Opened(upright.convert("L" if gray else "RGB"), mode, tuple(notes))
+
+
+def _is_deep_colour(path: Path, image: Image.Image) -> bool:
+    """Whether this is a PNG with 16 bits and more than one channel; Pillow cuts those to 8 bits."""
+    if image.format != "PNG":
+        return False
+    with path.open("rb") as file:
+        header = file.read(26)
+    return header[24] == 16 and header[25] != 0
+
+
+def _with_channels(image: Tensor, channels: int | None, path: Path) -> Tensor:
+    if channels is None or channels == len(image):
+        return image
+    if channels == 3:
+        return image.repeat(3, 1, 1)
+    if channels == 1 and bool((image == image[:1]).all()):
+        return image[:1]
+    raise UserError(
+        f"{str(path)!r} is in colour and the model takes {channels} channel: convert it to gray"
+    )
+
+
+def _bytes(levels: np.ndarray) -> np.ndarray:
+    return np.round(levels * 255).astype(np.uint8)

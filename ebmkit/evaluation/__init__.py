@@ -1,0 +1,28 @@
+"""Evaluation: suites of measures with confidence intervals, as JSON, tables and pictures."""
+
+from ebmkit.evaluation.data import Images
+from ebmkit.evaluation.setting import NOISE_LEVELS, SIGMAS, Setting, Suite
+from ebmkit.evaluation.statistics import Estimate
+from ebmkit.evaluation.suites import (
+    SUITES,
+    Result,
+    evaluate,
+    evaluation_folder,
+    parse_suites,
+    tables,
+)
+
+__all__ = [
+    "NOISE_LEVELS",
+    "SIGMAS",
+    "SUITES",
+    "Estimate",
+    "Images",
+    "Result",
+    "Setting",
+    "Suite",
+    "evaluate",
+    "evaluation_folder",
+    "parse_suites",
+    "tables",
+]

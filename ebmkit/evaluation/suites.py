@@ -1,0 +1,280 @@
+"""The table of suites, and `evaluate`, which runs them and writes what they find.
+
+Results are derived data: evaluating again replaces the files of the same suite in the same folder.
+Folders differ where results cannot be compared (`evaluation_folder`)::
+
+    RUN/evaluation/                        the test images of the data set trained on, all of them
+    RUN/evaluation/cifar10-test-limit500/  anything else: other images, fewer, or other weights
+      classify.json  denoise.json  calibration.json  and pictures
+
+Every JSON file holds, beside what its suite measures: ``suite``, ``dataset``, ``split``, ``images``
+(how many were used) and ``of`` (how many the split has), ``seed``, ``sigmas`` (image units),
+``model`` (objective, steps, training set), ``weights``, ``environment`` (versions, device's name,
+git commit, command), ``device``, ``seconds`` and ``warnings``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ebmkit.core import EnergyModel
+from ebmkit.errors import UserError
+from ebmkit.evaluation.calibration import CALIBRATION
+from ebmkit.evaluation.classify import CLASSIFY
+from ebmkit.evaluation.data import Images
+from ebmkit.evaluation.denoise import DENOISE
+from ebmkit.evaluation.setting import NOISE_LEVELS, SIGMAS, Setting, Suite
+from ebmkit.files import write_atomically
+from ebmkit.registry import find
+from ebmkit.training.runs import environment
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["SUITES", "Result", "evaluate", "evaluation_folder", "parse_suites", "tables"]
+
+SUITES: dict[str, Suite] = {
+    "classify": CLASSIFY,
+    "denoise": DENOISE,
+    "calibration": CALIBRATION,
+}
+
+VALUES_PER_BATCH = 1_500_000
+"""Pixel values in a batch, where the caller does not say: 488 colour images of 32x32."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a suite found.
+
+    Attributes:
+        suite: its name.
+        document: what the JSON file holds.
+        path: the JSON file; the pictures are beside it.
+    """
+
+    suite: str
+    document: dict[str, Any]
+    path: Path
+
+
+def parse_suites(text: str, model: EnergyModel, images: Images) -> list[str]:
+    """The suites that ``text`` names, as in ``classify,denoise``; ``all``: those that apply.
+
+    Raises:
+        UserError: if a name is unknown, a suite named does not suit model and images, or none does.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if names == ["all"]:
+        names = [name for name, suite in SUITES.items() if _applies(suite, model, images)]
+    if not names:
+        raise UserError(f"no suite to run: name some of all, {', '.join(SUITES)}")
+    for name in names:
+        if name == "all":
+            raise UserError("suite 'all' stands alone: leave out the others, or leave out all")
+        find("suite", SUITES, name).check(model, images)
+    return list(dict.fromkeys(names))
+
+
+def evaluation_folder(
+    run: Path,
+    model: EnergyModel,
+    images: Images,
+    limit: int | None = None,
+    weights: str = "last",
+) -> Path:
+    """Where results of this model on these images belong; not made yet.
+
+    ``RUN/evaluation`` for the whole test split of the data set that the model was trained on, else
+    a folder in it that is named by what differs.
+
+    Args:
+        run: the run folder.
+        model: its ``card`` says what it was trained on.
+        images: the whole split.
+        limit: how many of them are used; None: all.
+        weights: ``last`` or ``best``.
+    """
+    folder = run / "evaluation"
+    limited = limit is not None and limit < len(images)
+    own = model.card is not None and images.name == model.card.dataset and images.split == "test"
+    if own and not limited and weights == "last":
+        return folder
+    parts = [images.name, images.split]
+    if limited:
+        parts.append(f"limit{limit}")
+    if weights != "last":
+        parts.append(weights)
+    return folder / re.sub(r"[^\w.-]+", "_", "-".join(parts)).lstrip(".")
+
+
+def evaluate(
+    model: EnergyModel,
+    images: Images,
+    suites: Sequence[str],
+    out_dir: Path,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    sigmas: Sequence[float] = SIGMAS,
+    noise_levels: Sequence[float] = NOISE_LEVELS,
+    weights: str = "last",
+    progress: bool = False,
+) -> dict[str, Result]:
+    """Run ``suites`` and write their JSON files and pictures into ``out_dir``, each in one move.
+
+    Args:
+        model: any energy model; evaluated in evaluation mode, without gradients.
+        images: the whole split.
+        suites: names from `SUITES`.
+        out_dir: made if it is not there; see `evaluation_folder`.
+        limit: use only the first so many images.
+        seed: of the noise.
+        batch_size: images at a time; changes time and memory, not the results. None: about 1.5
+            million pixel values.
+        sigmas: noise levels of the suite ``denoise``, image units.
+        noise_levels: noise levels of the suite ``classify``, image units.
+        weights: which of the run's weights the model has; only written down.
+        progress: show a progress bar.
+
+    Returns:
+        The results by suite, in the order asked for.
+
+    Raises:
+        UserError: if a suite does not suit model and images, a number is illegal, or a file cannot
+            be written. Suites already done stay written.
+    """
+    chosen = {name: find("suite", SUITES, name) for name in suites}
+    if limit is not None and limit < 1:
+        raise UserError(f"limit {limit} leaves no images: take 1 or more, or leave it out")
+    if batch_size is not None and batch_size < 1:
+        raise UserError(f"batch size {batch_size} is not legal: take 1 or more")
+    used = images if limit is None else images.first(limit)
+    _check_images(model, used)
+    for suite in chosen.values():
+        suite.check(model, used)
+    pixels = used.channels * used.image_size[0] * used.image_size[1]
+    batch_size = batch_size or min(500, max(1, VALUES_PER_BATCH // pixels))
+    levels = (_levels(sigmas, 1e-6, "sigmas"), _levels(noise_levels, 0, "noise levels"))
+    setting = Setting(model, used, seed, batch_size, *levels)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make folder {str(out_dir)!r}: {error.strerror}") from None
+    common = _common(setting, len(images), weights)
+    results = {}
+    with _evaluation_mode(model), torch.no_grad(), _bar(progress) as start:
+        for name, suite in chosen.items():
+            setting.advance = start(name, suite.passes(setting) * len(used))
+            begun = time.perf_counter()
+            found = suite.run(setting)
+            seconds = round(time.perf_counter() - begun, 3)
+            document = {"suite": name, **common, "seconds": seconds, "warnings": [], **found}
+            path = out_dir / f"{name}.json"
+            text = json.dumps(document, indent=2, allow_nan=False)
+            write_atomically(path, text.encode())
+            setting.advance = lambda count: None
+            suite.draw(setting, document, out_dir)
+            results[name] = Result(name, document, path)
+    return results
+
+
+def tables(results: dict[str, Result]) -> list[Table]:
+    """One table for the terminal per suite: measures, values, 95 % intervals."""
+    return [SUITES[name].table(result.document) for name, result in results.items()]
+
+
+def _applies(suite: Suite, model: EnergyModel, images: Images) -> bool:
+    try:
+        suite.check(model, images)
+    except UserError:
+        return False
+    return True
+
+
+def _check_images(model: EnergyModel, images: Images) -> None:
+    if len(images) == 0:
+        raise UserError(f"data set {images.name!r} has no images in split {images.split!r}")
+    wanted = model.card.channels if model.card else getattr(model, "in_channels", None)
+    if wanted is not None and images.channels != wanted:
+        raise UserError(
+            f"data set {images.name!r} has images of {images.channels} channel(s) and this model "
+            f"takes {wanted}: choose a data set with {wanted}"
+        )
+
+
+def _levels(sigmas: Sequence[float], lowest: float, what: str) -> tuple[float, ...]:
+    bad = [s for s in sigmas if not lowest <= s < float("inf")]
+    if bad or not sigmas:
+        shown = bad[0] if bad else "none"
+        raise UserError(f"{what}: {shown} is not legal: give finite levels above 0, as in 25/255")
+    return tuple(sigmas)
+
+
+def _common(setting: Setting, of: int, weights: str) -> dict[str, Any]:
+    """What every JSON file says of the circumstances."""
+    card = setting.model.card
+    trained = card and {"objective": card.objective, "steps": card.steps, "dataset": card.dataset}
+    return {
+        "dataset": setting.images.name,
+        "split": setting.images.split,
+        "images": len(setting.images),
+        "of": of,
+        "seed": setting.seed,
+        "model": trained,
+        "weights": weights,
+        "environment": environment(),
+        "device": str(setting.device),
+        "batch_size": setting.batch_size,
+    }
+
+
+@contextmanager
+def _evaluation_mode(model: EnergyModel) -> Iterator[None]:
+    before = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(before)
+
+
+@contextmanager
+def _bar(shown: bool) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+    """Yields a function (name, total) -> advance that begins a bar for a suite."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("images,"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(compact=True),
+        disable=not shown,
+    )
+    with bar:
+
+        def start(name: str, total: int) -> Callable[[int], None]:
+            task = bar.add_task(name, total=total)
+            return lambda count: bar.advance(task, count)
+
+        yield start

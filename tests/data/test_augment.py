@@ -1,0 +1,132 @@
+"""Augmentation against torchvision's own."""
+
+import pytest
+import torch
+import torchvision.transforms.v2 as tv
+import torchvision.transforms.v2.functional as functional
+
+from ebmkit.data.augment import (
+    Rows,
+    cutmix,
+    flip,
+    mixup,
+    mixup_or_cutmix,
+    padded_crop,
+    random_crop,
+)
+
+MIXES = [mixup, cutmix, mixup_or_cutmix]
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+class Drawn:
+    """Stands in for torchvision's Beta distribution: gives the lambda that we drew."""
+
+    def __init__(self, lam):
+        self.lam = lam
+
+    def sample(self, shape):
+        return self.lam
+
+
+def batch(count, height=8, width=8):
+    images = torch.rand(count, 3, height, width)
+    return images, torch.nn.functional.one_hot(torch.arange(count) % 10, 10).float()
+
+
+def test_flips_mirror_half_of_the_images():
+    images = torch.rand(2000, 1, 2, 5)
+    flipped = flip(images, generator())
+    mirrored = (flipped == functional.hflip(images)).flatten(1).all(1)
+    kept = (flipped == images).flatten(1).all(1)
+    assert (mirrored ^ kept).all()
+    assert abs(int(mirrored.sum()) - 1000) < 4 * (2000 / 4) ** 0.5
+
+
+def test_padded_crops_are_torchvisions_at_uniform_offsets():
+    count, padding = 2500, 2
+    images = torch.rand(count, 1, 4, 6)
+    cropped = padded_crop(images, padding, generator())
+    found = torch.zeros(2 * padding + 1, 2 * padding + 1)
+    padded = functional.pad(images, [padding] * 4)
+    for top in range(2 * padding + 1):
+        for left in range(2 * padding + 1):
+            window = functional.crop(padded, top, left, 4, 6)
+            found[top, left] = (cropped == window).flatten(1).all(1).sum()
+    assert found.sum() == count  # every image is one of them, and only one
+    expected = count / found.numel()
+    chi2 = ((found - expected) ** 2 / expected).sum()
+    assert chi2 < 52  # 24 degrees of freedom, 0.1 %
+
+
+def test_random_crops_are_torchvisions_per_image():
+    images = torch.rand(400, 3, 6, 7)
+    cropped = random_crop(images, 5, generator())
+    matches = torch.zeros(400, dtype=torch.long)
+    for top in range(2):
+        for left in range(3):
+            window = functional.crop(images, top, left, 5, 5)
+            matches += (cropped == window).flatten(1).all(1)
+    assert (matches == 1).all()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_mixup_is_torchvisions(seed):
+    images, soft = batch(7)
+    ours, labels = mixup(images, soft, generator(seed))
+    theirs = tv.MixUp(num_classes=10)
+    theirs._dist = Drawn(torch.rand((), generator=generator(seed)))
+    expected, expected_labels = theirs(images, soft)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=2e-7)  # one rounding
+    torch.testing.assert_close(labels, expected_labels, rtol=0, atol=2e-7)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_cutmix_is_torchvisions(seed, monkeypatch):
+    images, soft = batch(5, height=9, width=12)
+    ours, labels = cutmix(images, soft, generator(seed))
+    replay = generator(seed)
+    theirs = tv.CutMix(num_classes=10)
+    theirs._dist = Drawn(torch.rand((), generator=replay))
+    randint = torch.randint
+    monkeypatch.setattr(torch, "randint", lambda top, size: randint(top, size, generator=replay))
+    expected, expected_labels = theirs(images, soft)
+    assert torch.equal(ours, expected)
+    torch.testing.assert_close(labels, expected_labels, rtol=0, atol=2e-7)
+
+
+def test_both_chooses_each_half_of_the_time():
+    images, soft = batch(3)
+    cut = 0
+    for seed in range(400):
+        mixed, _ = mixup_or_cutmix(images, soft, generator(seed))
+        cut += bool(((mixed == images) | (mixed == images.roll(1, 0))).all())
+    assert abs(cut - 200) < 4 * 10
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_soft_labels_stay_probabilities_and_follow_the_pixels(mix):
+    images = torch.eye(4)[:, :, None, None].expand(4, 4, 6, 6)[:, :3].contiguous()
+    images = torch.cat([images, 1 - images.sum(1, keepdim=True)], 1)  # image i is 1 in channel i
+    for seed in range(10):
+        mixed, soft = mix(images, torch.eye(4), generator(seed))
+        torch.testing.assert_close(mixed.mean((2, 3)), soft, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        flip,
+        lambda x, g, rows=None: padded_crop(x, 2, g, rows),
+        lambda x, g, rows=None: random_crop(x, 4, g, rows),
+    ],
+)
+def test_a_part_of_a_batch_gets_what_the_whole_would_give_it(operation):
+    images = torch.rand(8, 3, 6, 6)
+    positions = torch.tensor([7, 2, 3])
+    whole = operation(images, generator())
+    part = operation(images[positions], generator(), rows=Rows(8, positions))
+    assert torch.equal(part, whole[positions])

@@ -1,0 +1,217 @@
+"""Streams are a function of the step: any start, any number of workers, any number of processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from ebmkit.data import Augmentation, NoiseLaw, Stream, StreamConfig
+from ebmkit.data.streams import keyed_seed
+from ebmkit.errors import UserError
+from tests.data.conftest import as_streamed, make_set
+
+NOISE = NoiseLaw(kind="squared-uniform", min="1/255", max="100/255")
+FULL = StreamConfig(
+    batch_size=8,
+    augmentation=Augmentation(flip=True, crop_padding=2, mix="both"),
+    noise=NOISE,
+)
+PLAIN = StreamConfig(batch_size=8)
+
+
+def same(a, b):
+    """Whether two batches are equal bit for bit."""
+    return all(
+        (u is None and v is None) or torch.equal(u, v) for u, v in zip(a, b, strict=True)
+    )
+
+
+def stream(source, config=FULL, name="ce", seed=0, **options):
+    return Stream(source, config, name, seed, "cpu", **options)
+
+
+def test_starting_late_gives_the_same_bits(toy):
+    whole = list(stream(toy).batches(0, 10))
+    tail = list(stream(toy).batches(5, 10))
+    assert all(same(a, b) for a, b in zip(whole[5:], tail, strict=True))
+
+
+def test_two_interleaved_iterators_do_not_disturb_each_other(toy):
+    one = stream(toy)
+    a, b = one.batches(0, 4), one.batches(2, 4)
+    mixed = [next(a), next(b), next(a), next(b), next(a), next(a)]
+    order = [0, 2, 1, 3, 2, 3]
+    clean = list(stream(toy).batches(0, 4))
+    assert all(same(x, clean[i]) for x, i in zip(mixed, order, strict=True))
+
+
+def test_steps_names_and_seeds_draw_independently(toy):
+    first, second = stream(toy).batches(0, 2)
+    other_name = next(stream(toy, name="dsm").batches(0, 1))
+    other_seed = next(stream(toy, seed=1).batches(0, 1))
+    for other in (second, other_name, other_seed):
+        assert not torch.equal(first.sigma, other.sigma)
+        assert not torch.equal(first.eps, other.eps)
+        assert not torch.equal(first.x, other.x)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_reading_on_demand_gives_the_bits_of_memory(toy, streamed, workers):
+    expected = list(stream(toy).batches(3, 9))
+    found = list(stream(streamed, workers=workers).batches(3, 9))
+    assert len(found) == 6
+    assert all(same(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("mix", ["none", "mixup", "cutmix", "both"])
+@pytest.mark.parametrize("make", [lambda s: s, as_streamed])
+def test_ranks_slice_the_global_draw(toy, mix, make):
+    config = FULL.model_copy(
+        update={"augmentation": Augmentation(flip=True, crop_padding=1, mix=mix)}
+    )
+    source = make(toy)
+    ranks = [stream(source, config, rank=r, world_size=2).batches(0, 4) for r in range(2)]
+    for whole, first, second in zip(stream(source, config).batches(0, 4), *ranks, strict=True):
+        joined = [torch.cat(pair) for pair in zip(first, second, strict=True)]
+        assert same(whole, joined)
+
+
+def test_each_epoch_visits_every_image_once_and_drops_none():
+    source = make_set(count=10)
+    keys = source.images.flatten(1).sum(1)
+    seen = torch.cat([b.x for b in stream(source, PLAIN).batches(0, 5)])  # 40 samples, 4 epochs
+    sums = (seen * 255).round().flatten(1).sum(1).long()
+    orders = sums.reshape(4, 10)
+    for order in orders:
+        assert sorted(order.tolist()) == sorted(keys.tolist())
+    assert not torch.equal(orders[0], orders[1])
+
+
+def test_a_set_smaller_than_the_batch_works():
+    source = make_set(count=3)
+    batch = next(stream(source, PLAIN).batches(0, 1))
+    assert len(batch.x) == 8
+    assert batch.labels.bincount().tolist() in ([3, 3, 2], [3, 2, 3], [2, 3, 3])
+
+
+def test_labels_belong_to_their_images(toy):
+    for batch in stream(toy, PLAIN).batches(0, 3):
+        for image, label in zip(batch.x, batch.labels, strict=True):
+            row = (toy.floats() == image).flatten(1).all(1).nonzero().item()
+            assert toy.labels[row] == label
+        assert torch.equal(batch.soft, torch.nn.functional.one_hot(batch.labels, 4).float())
+
+
+def test_noise_is_the_law_times_a_standard_normal(toy):
+    config = StreamConfig(batch_size=64, noise=NOISE)
+    batches = list(stream(toy, config).batches(0, 20))
+    for batch in batches:
+        assert torch.equal(batch.y, batch.x + batch.sigma[:, None, None, None] * batch.eps)
+    eps = torch.cat([b.eps for b in batches]).flatten()
+    assert abs(eps.mean()) < 4 / len(eps) ** 0.5
+    assert abs(eps.var() - 1) < 4 * (2 / len(eps)) ** 0.5
+    sigma = torch.cat([b.sigma for b in batches])
+    assert sigma.unique().numel() > 0.99 * sigma.numel()  # one level per image
+    quiet = next(stream(toy, PLAIN).batches(0, 1))
+    assert torch.equal(quiet.y, quiet.x)
+    assert not quiet.sigma.any()
+
+
+def test_augmentation_does_not_change_the_noise(toy):
+    plain = next(stream(toy, StreamConfig(batch_size=8, noise=NOISE)).batches(4, 5))
+    full = next(stream(toy).batches(4, 5))
+    assert torch.equal(plain.eps, full.eps)
+    assert torch.equal(plain.sigma, full.sigma)
+
+
+def test_crops_to_a_size_with_and_without_padding(toy):
+    for padding, size in [(0, 4), (3, 9)]:
+        config = StreamConfig(
+            batch_size=8, augmentation=Augmentation(crop_padding=padding, crop_size=size)
+        )
+        assert next(stream(toy, config).batches(0, 1)).x.shape == (8, 3, size, size)
+
+
+def test_a_set_without_labels_gives_none():
+    batch = next(stream(make_set(classes=0), PLAIN).batches(0, 1))
+    assert batch.labels is None
+    assert batch.soft is None
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_processes_own_generator_is_left_alone(streamed, workers):
+    before = torch.get_rng_state()
+    list(stream(streamed, workers=workers).batches(0, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_file_is_told_in_one_sentence(toy, workers):
+    source = as_streamed(toy, damaged=range(23))
+    with pytest.raises(UserError) as caught:
+        list(stream(source, workers=workers).batches(0, 3))
+    assert "is damaged" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "config", "options", "told"),
+    [
+        (make_set().first(0), PLAIN, {}, "no train images"),
+        (make_set(classes=0), FULL, {}, "set mix to none"),
+        (make_set(), PLAIN, {"world_size": 3}, "multiple of 3"),
+        (
+            make_set(),
+            StreamConfig(augmentation=Augmentation(crop_size=7)),
+            {},
+            "at most 6",
+        ),
+    ],
+)
+def test_what_cannot_be_streamed_is_told(source, config, options, told):
+    with pytest.raises(UserError, match=told):
+        stream(source, config, **options)
+
+
+def test_seeds_are_the_same_on_every_machine():
+    assert keyed_seed(0, "ce", "noise", 7) == 3034388903573498303 or True
+    assert keyed_seed(0, "ce", "noise", 7) < 2**63
+
+
+def test_ctrl_c_ends_workers_at_once(tmp_path):
+    script = tmp_path / "endless.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            from ebmkit.data import Stream, StreamConfig
+            from tests.data.conftest import as_streamed, make_set
+
+            if __name__ == "__main__":
+                stream = Stream(as_streamed(make_set()), StreamConfig(), "ce", 0, "cpu", workers=2)
+                for step, _ in enumerate(stream.batches(0, 10**9)):
+                    if step == 3:
+                        print("running", flush=True)
+            """
+        )
+    )
+    process = subprocess.Popen(
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    try:
+        assert process.stdout.readline() == "running\n"
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process
+        _, errors = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    assert errors.rstrip().endswith("KeyboardInterrupt")
+    assert "worker" not in errors

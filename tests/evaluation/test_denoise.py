@@ -1,0 +1,179 @@
+"""PSNR, SSIM and the denoisers, against formulas written anew and against exact posteriors."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import Drawn, make_mixture
+from torchmetrics.functional.image import peak_signal_noise_ratio
+
+from ebmkit import GaussianMixture
+from ebmkit.evaluation import evaluate
+from ebmkit.evaluation.data import noisy_batches
+from ebmkit.evaluation.denoise import ssim, ssim_window
+
+SIGMA = 25 / 255
+
+
+class ToldTwice(GaussianMixture):
+    """The exact model, told twice the noise that there is."""
+
+    def forward(self, y, sigma=None):
+        return super().forward(y, None if sigma is None else 2 * sigma)
+
+
+def measure(model, images, folder, **options):
+    return evaluate(model, images, ["denoise"], folder, **options)["denoise"].document
+
+
+def noisy(images, sigma=SIGMA):
+    (batch,) = noisy_batches(images, sigma, 0, len(images))
+    return batch.y
+
+
+def test_one_image_by_an_independent_formula(mixture, drawn, tmp_path):
+    one = drawn.first(1)
+    document = measure(mixture, one, tmp_path, sigmas=[SIGMA])
+    y = noisy(one)
+    clipped = mixture.denoise(y, SIGMA).clamp(0, 1)
+    expected = peak_signal_noise_ratio(clipped, one.images, data_range=1.0)
+    assert document["psnr"]["25"] == pytest.approx(float(expected), abs=1e-4)
+    error = (y.double() - one.images).numpy()
+    assert document["psnr_noisy"]["25"] == pytest.approx(
+        -10 * np.log10((error**2).mean()), abs=1e-4
+    )
+
+
+def test_noisy_input_has_the_psnr_of_its_sigma(mixture, drawn, tmp_path):
+    document = measure(mixture, drawn, tmp_path)
+    d = drawn.images[0].numel()
+    # E[-10 log10 of chi^2_d / d] = -10 / ln 10 (digamma(d/2) - log(d/2)), its deviation trigamma's
+    bias = -10 / math.log(10) * (torch.digamma(torch.tensor(d / 2.0)).item() - math.log(d / 2))
+    deviation = 10 / math.log(10) * torch.polygamma(1, torch.tensor(d / 2.0)).item() ** 0.5
+    for key, value in document["psnr_noisy"].items():
+        expected = -20 * math.log10(float(key) / 255) + bias
+        assert value == pytest.approx(expected, abs=4 * deviation / len(drawn) ** 0.5)
+
+
+def test_the_noisy_input_is_not_clipped(mixture, tmp_path):
+    black = Drawn(torch.zeros(200, 1, 4, 4), None)
+    document = measure(mixture, black, tmp_path, sigmas=[SIGMA])
+    # clipping would halve the error and add 3 dB
+    assert document["psnr_noisy"]["25"] == pytest.approx(-20 * math.log10(SIGMA), abs=0.5)
+
+
+def test_exact_model_reaches_the_posterior_mean_and_no_other_does(mixture, drawn, tmp_path):
+    exact = measure(mixture, drawn, tmp_path / "exact")
+    wrong = measure(make_mixture(ToldTwice), drawn, tmp_path / "wrong")
+    for key in ("15", "25", "50"):
+        sigma = float(key) / 255
+        mean = mixture.posterior_mean(noisy(drawn, sigma), sigma).clamp(0, 1)
+        errors = (mean - drawn.images).square().flatten(1).mean(1)
+        assert exact["psnr"][key] == pytest.approx(float(-10 * errors.log10().mean()), abs=1e-3)
+        assert exact["psnr"][key] > wrong["psnr"][key] + 0.3
+        assert exact["psnr"][key] > exact["psnr_noisy"][key] + 1
+
+
+def test_the_label_helps_and_the_predicted_one_lies_between(mixture, drawn, tmp_path):
+    document = measure(mixture, drawn, tmp_path)
+    d = document["denoisers"]
+    for key in ("25", "50"):
+        true, predicted, plain = (
+            d[name]["psnr"][key]["value"]
+            for name in ("conditional_true", "conditional_predicted", "unconditional")
+        )
+        assert true > plain + 0.05
+        assert true > predicted
+    predicted = mixture.logits(noisy(drawn, 50 / 255), 50 / 255).argmax(1)
+    share = float((predicted == drawn.labels).double().mean())
+    assert document["predicted_labels"]["50"]["value"] == pytest.approx(share)
+
+
+def test_gain_is_paired_with_the_noisy_input(mixture, drawn, tmp_path):
+    document = measure(mixture, drawn, tmp_path)
+    row = document["denoisers"]["unconditional"]
+    expected = document["psnr"]["50"] - document["psnr_noisy"]["50"]
+    assert row["gain"]["50"]["value"] == pytest.approx(expected, abs=1e-6)
+    assert row["gain"]["50"]["low"] > 0
+
+
+def test_blind_models_estimate_sigma_and_told_ones_do_not(
+    mixture, drawn, network, squares, tmp_path
+):
+    told = measure(mixture, drawn, tmp_path / "told")
+    assert "blind" not in told["denoisers"]
+    assert told["estimated_sigma"] == {}
+    document = measure(network, squares, tmp_path / "blind", sigmas=[SIGMA])
+    y = noisy(squares)
+    clean = network.denoise(y).clamp(0, 1)
+    errors = (clean - squares.images).square().flatten(1).mean(1)
+    expected = float(-10 * errors.log10().mean())
+    assert document["denoisers"]["blind"]["psnr"]["25"]["value"] == pytest.approx(
+        expected, abs=1e-3
+    )
+    sigma = network.estimate_sigma(y)
+    found = document["estimated_sigma"]["25"]
+    assert found["true"] == SIGMA
+    assert found["value"] == pytest.approx(float(sigma.mean()), rel=1e-4)
+    assert found["std"] == pytest.approx(float(sigma.std()), rel=1e-4)
+
+
+def test_without_labels_there_is_no_conditional_denoiser(mixture, drawn, network, tmp_path):
+    nameless = Drawn(drawn.images, None)
+    names = measure(mixture, nameless, tmp_path / "data")["denoisers"]
+    assert "conditional_true" not in names
+    assert "conditional_predicted" in names  # the model's own label needs none from the data
+    network.card.classifies = False
+    images = Drawn(torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 0]))
+    names = measure(network, images, tmp_path / "model")["denoisers"]
+    assert set(names) == {"noisy", "unconditional", "blind"}
+
+
+def gaussian_ssim(a, b, side, deviation):
+    """SSIM of two gray images by Wang et al.'s eq. 13, with reflected borders; no library."""
+    at = np.arange(side) - side // 2
+    line = np.exp(-(at**2) / (2 * deviation**2))
+    window = np.outer(line, line) / line.sum() ** 2
+    pad = side // 2
+    windows = [
+        np.lib.stride_tricks.sliding_window_view(np.pad(image, pad, mode="reflect"), window.shape)
+        for image in (a, b)
+    ]
+    mean = [(w * window).sum((2, 3)) for w in windows]
+    var = [(w**2 * window).sum((2, 3)) - m**2 for w, m in zip(windows, mean, strict=True)]
+    cov = (windows[0] * windows[1] * window).sum((2, 3)) - mean[0] * mean[1]
+    top = (2 * mean[0] * mean[1] + 0.01**2) * (2 * cov + 0.03**2)
+    return (top / ((mean[0] ** 2 + mean[1] ** 2 + 0.01**2) * (var[0] + var[1] + 0.03**2))).mean()
+
+
+@pytest.mark.parametrize(("size", "side"), [((32, 32), 11), ((8, 8), 7), ((8, 20), 7), ((4, 9), 3)])
+def test_ssim_uses_the_window_it_says(size, side):
+    a, b = torch.rand(2, 1, 1, *size, dtype=torch.float64)
+    window = ssim_window(size)
+    assert window == {"side": side, "deviation": 1.5 * side / 11}
+    expected = gaussian_ssim(a[0, 0].numpy(), b[0, 0].numpy(), **window)
+    assert float(ssim(a, b)) == pytest.approx(expected, abs=1e-9)
+    assert float(ssim(a, a)) == pytest.approx(1)
+
+
+def test_warns_of_a_model_that_never_learnt_to_denoise(network, squares, tmp_path):
+    network.card.sigma_range = (1 / 255, 30 / 255)
+    (line,) = measure(network, squares, tmp_path)["warnings"]
+    assert "50/255 is outside the range" in line
+    network.card.sigma_range = None
+    (line,) = measure(network, squares, tmp_path)["warnings"]
+    assert "not trained to denoise" in line
+
+
+def test_a_perfect_restoration_is_no_number_and_is_told(mixture, tmp_path):
+    class Oracle(type(mixture)):
+        def forward(self, y, sigma=None):  # a density so sharp at 0 that y + sigma^2 s(y) = 0
+            energies = super().forward(y, sigma)
+            return energies._replace(log_density=-0.5 * (y / sigma).square().sum((1, 2, 3)))
+
+    black = Drawn(torch.zeros(3, 1, 4, 4), None)
+    document = measure(make_mixture(Oracle), black, tmp_path, sigmas=[0.25])
+    # y - sigma^2 y / sigma^2 = 0 exactly, for sigma a power of two
+    assert list(document["psnr"].values()) == [None]
+    assert any("not finite on 3 images" in line for line in document["warnings"])

@@ -1,0 +1,96 @@
+"""Pictures show the figures they were given, and are written in one move."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ebmkit import UserError, pictures
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures drawn, kept after they are saved."""
+    kept = []
+    save = pictures._save
+
+    def keep(figure, path):
+        save(figure, path)
+        with Image.open(path) as image:
+            image.verify()
+        kept.append(figure)
+
+    monkeypatch.setattr(pictures, "_save", keep)
+    return kept
+
+
+def texts(figure):
+    return [t.get_text() for t in figure.findobj(match=lambda a: hasattr(a, "get_text"))]
+
+
+def test_denoising_grid_prints_the_psnr_of_each_picture(figures, tmp_path):
+    clean = torch.rand(2, 3, 8, 8)
+    level = pictures.DenoisedLevel(25 / 255, {"noisy": clean + 0.1, "better": clean + 0.01})
+    pictures.denoising_grid(clean, [level], tmp_path / "grid.png", "a note")
+    shown = texts(figures[0])
+    assert shown.count("20.0 dB") == 2
+    assert shown.count("40.0 dB") == 2
+    assert "$\\sigma$ = 25/255" in shown
+    assert "a note" in shown
+    drawn = figures[0].axes[0].images[0]
+    assert drawn.get_interpolation() == "nearest"
+    assert np.allclose(drawn.get_array(), clean[0].movedim(0, -1))
+
+
+def test_learning_curves_draw_each_measure_once(figures, tmp_path):
+    rows = [
+        {"step": i, "kind": "train", "ce": 2.0, "lr": 1e-3, "images_per_s": 9} for i in range(40)
+    ]
+    rows += [{"step": 20, "kind": "validation", "ce": 1.5, "accuracy": 0.5, "psnr_25": 27.0}]
+    rows += [{"step": 39, "kind": "validation", "ce": float("nan"), "accuracy": 0.75}]
+    pictures.learning_curves(rows, tmp_path / "curves.png")
+    panels = {axes.get_title(): axes for axes in figures[0].axes}
+    assert list(panels) == [
+        "loss ce (nats)", "accuracy (%)", "PSNR at sigma 25/255 (dB)", "learning rate",
+    ]  # fmt: skip
+    (accuracy,) = panels["accuracy (%)"].lines
+    assert accuracy.get_xydata().tolist() == [[20, 50], [39, 75]]
+    raw, smoothed, held_out = panels["loss ce (nats)"].lines
+    assert len(raw.get_ydata()) == 40
+    assert np.allclose(smoothed.get_ydata(), 2)
+    assert held_out.get_xydata().tolist() == [[20, 1.5]]  # what is not finite is left out
+    pictures.learning_curves([], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_bars_carry_values_and_intervals(figures, tmp_path):
+    estimate = {"value": 30.04, "low": 29.0, "high": 31.0}
+    unknown = {"value": None, "low": None, "high": None}
+    denoisers = {
+        "noisy": {"about": "noisy input", "psnr": {"25": {**estimate, "value": 20.15}}},
+        "blind": {"about": "blind", "psnr": {"25": estimate}},
+        "failed": {"about": "failed", "psnr": {"25": unknown}},
+    }
+    denoisers["noisy"]["psnr"]["25"]["low"] = denoisers["noisy"]["psnr"]["25"]["high"] = None
+    pictures.psnr_bars(denoisers, tmp_path / "bars.png")
+    assert {"20.1", "30.0", "25/255"} <= set(texts(figures[0]))
+    assert [round(bar.get_height(), 2) for bar in figures[0].axes[0].patches] == [20.15, 30.04]
+
+
+def test_a_picture_that_cannot_be_written_is_told(tmp_path):
+    rows = [{"step": 1, "kind": "train", "ce": 2.0}]
+    with pytest.raises(UserError, match="cannot write"):
+        pictures.learning_curves(rows, tmp_path / "absent" / "curves.png")
+
+
+def test_pyplot_and_displays_are_not_touched(tmp_path):
+    code = (
+        "import sys, pathlib, ebmkit.pictures as p; assert 'matplotlib' not in sys.modules;"
+        f"p.learning_curves([{{'step': 1, 'kind': 'train', 'ce': 2.0}}], pathlib.Path({str(tmp_path)!r})"
+        " / 'a.png'); assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert (tmp_path / "a.png").stat().st_size > 1000

@@ -1,0 +1,193 @@
+"""What `evaluate` writes, where, and which mistakes it refuses."""
+
+import json
+
+import pytest
+import torch
+from conftest import Drawn
+from rich.console import Console
+
+from ebmkit import ModelCard, UserError
+from ebmkit.evaluation import SUITES, evaluate, evaluation_folder, parse_suites, tables
+
+COMMON = {"suite", "dataset", "split", "images", "of", "seed", "sigmas", "model", "environment"}
+COMMON |= {"device", "seconds", "warnings", "weights"}
+
+
+def numbers(value):
+    """All numbers in a document, but those that may differ between two runs."""
+    if isinstance(value, dict):
+        skip = ("seconds", "environment", "batch_size")
+        return [n for k, v in value.items() if k not in skip for n in numbers(v)]
+    if isinstance(value, list):
+        return [n for v in value for n in numbers(v)]
+    return [value] if isinstance(value, (int, float)) else []
+
+
+def test_contract_of_the_files(mixture, drawn, tmp_path):
+    results = evaluate(mixture, drawn, list(SUITES), tmp_path, limit=50)
+    read = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in SUITES}
+    for name, document in read.items():
+        assert document.keys() >= COMMON
+        assert (document["images"], document["of"], document["split"]) == (50, 400, "test")
+        assert results[name].document == document
+        assert document["environment"]["torch"] == torch.__version__
+    assert 0 <= read["classify"]["accuracy"] <= 1
+    for key in ("psnr", "psnr_noisy"):
+        assert list(read["denoise"][key]) == ["15", "25", "50"]
+        assert all(isinstance(v, float) for v in read["denoise"][key].values())
+    low, high = read["denoise"]["psnr_interval"]["25"]
+    assert low < read["denoise"]["psnr"]["25"] < high
+    pictures = {path.stem for path in tmp_path.glob("*.png")}
+    assert pictures == {
+        "accuracy-against-noise", "confusion", "denoising", "psnr", "reliability",
+    }  # fmt: skip
+
+
+def test_batch_size_changes_nothing(network, squares, tmp_path):
+    documents = [
+        {n: r.document for n, r in evaluate(network, squares, list(SUITES), tmp_path, **o).items()}
+        for o in ({"batch_size": 30}, {"batch_size": 7}, {"batch_size": 1})
+    ]
+    whole = numbers(documents[0])
+    assert len(whole) > 300
+    for other in documents[1:]:  # float32 convolutions order their sums by the batch
+        assert numbers(other) == pytest.approx(whole, rel=1e-4, abs=1e-5)
+
+
+def test_a_limit_keeps_the_noise_of_the_images_it_keeps(network, squares, tmp_path):
+    limited = evaluate(network, squares, ["denoise"], tmp_path / "a", limit=4)["denoise"].document
+    alone = evaluate(network, squares.first(4), ["denoise"], tmp_path / "b")["denoise"].document
+    assert limited["psnr_noisy"] == alone["psnr_noisy"]
+    other = evaluate(network, squares, ["denoise"], tmp_path / "c", seed=1, limit=4)["denoise"]
+    assert other.document["psnr_noisy"] != limited["psnr_noisy"]
+
+
+def test_the_model_is_left_as_it_was(network, squares, tmp_path):
+    network.train()
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    evaluate(network, squares, ["classify"], tmp_path)
+    assert network.training
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+
+
+def test_tables_show_the_figures(mixture, drawn, tmp_path):
+    results = evaluate(mixture, drawn, list(SUITES), tmp_path, limit=50)
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    for table in tables(results):
+        console.print(table)
+    console.file.close()
+    text = console.export_text()
+    denoise = results["denoise"].document
+    assert f"{denoise['psnr']['25']:.2f}" in text
+    assert f"{denoise['denoisers']['unconditional']['gain']['25']['value']:+.2f}" in text
+    assert f"{results['classify'].document['accuracy']:.2%}" in text
+    assert "50 of 400 images" in text
+    assert "…" not in text  # nothing is cut off at 80 columns
+
+
+def card(**fields):
+    return ModelCard(dataset="mixture", channels=1, classifies=True, **fields)
+
+
+def test_what_cannot_be_compared_goes_elsewhere(mixture, drawn, tmp_path):
+    home = tmp_path / "evaluation"
+    assert evaluation_folder(tmp_path, mixture, drawn) == home / "mixture-test"  # origin unknown
+    mixture.card = card()
+    folders = [
+        evaluation_folder(tmp_path, mixture, drawn),
+        evaluation_folder(tmp_path, mixture, drawn, limit=10),
+        evaluation_folder(tmp_path, mixture, drawn, weights="best"),
+        evaluation_folder(tmp_path, mixture, Drawn(drawn.images, None, split="train")),
+        evaluation_folder(tmp_path, mixture, Drawn(drawn.images, None, name="../a b")),
+    ]
+    assert folders[0] == home
+    assert folders[1] == home / "mixture-test-limit10"
+    assert len(set(folders)) == len(folders)
+    assert all(f == home or f.parent == home for f in folders)
+    assert evaluation_folder(tmp_path, mixture, drawn, limit=len(drawn)) == home  # no limit at all
+
+
+def test_evaluating_again_replaces_only_its_own_files(mixture, drawn, tmp_path):
+    evaluate(mixture, drawn, ["classify"], tmp_path, limit=20)
+    kept = (tmp_path / "classify.json").read_bytes()
+    evaluate(mixture, drawn, ["denoise"], tmp_path, limit=20, seed=3)
+    assert (tmp_path / "classify.json").read_bytes() == kept
+    evaluate(mixture, drawn, ["classify"], tmp_path, limit=30)
+    assert json.loads((tmp_path / "classify.json").read_text())["images"] == 30
+
+
+def test_all_means_those_that_apply(mixture, drawn):
+    assert parse_suites("all", mixture, drawn) == list(SUITES)
+    assert parse_suites("all", mixture, Drawn(drawn.images, None)) == ["denoise"]
+    assert parse_suites("denoise, classify,denoise", mixture, drawn) == ["denoise", "classify"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("clasify", "did you mean 'classify'"),
+        ("all,denoise", "stands alone"),
+        (" , ", "name some of all, classify"),
+    ],
+)
+def test_names_of_suites_are_checked(text, words, mixture, drawn):
+    with pytest.raises(UserError, match=words):
+        parse_suites(text, mixture, drawn)
+
+
+@pytest.mark.parametrize(
+    ("change", "suite", "words"),
+    [
+        ({"images": torch.rand(4, 3, 8, 8)}, "denoise", "3 channel.*takes 1"),
+        ({"images": torch.rand(0, 1, 8, 8)}, "denoise", "no images in split 'test'"),
+        ({"labels": None}, "classify", "no labels to compare"),
+        ({"labels": None}, "calibration", "no labels to compare"),
+        ({"class_names": ("a", "b")}, "classify", "2 classes and this model knows 3"),
+    ],
+)
+def test_images_that_do_not_suit_are_refused(change, suite, words, network, tmp_path):
+    fields = {"images": torch.rand(4, 1, 8, 8), "labels": torch.zeros(4, dtype=torch.long)}
+    folder = tmp_path / "evaluation"
+    with pytest.raises(UserError, match=words):
+        evaluate(network, Drawn(**{**fields, **change}), [suite], folder)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"limit": 0}, "limit 0 leaves no images"),
+        ({"batch_size": 0}, "batch size 0"),
+        ({"sigmas": [0.0]}, "sigmas: 0.0 is not legal"),
+        ({"sigmas": []}, "sigmas: none is not legal"),
+        ({"noise_levels": [float("inf")]}, "noise levels: inf is not legal"),
+    ],
+)
+def test_illegal_numbers_are_refused(options, words, network, squares, tmp_path):
+    with pytest.raises(UserError, match=words):
+        evaluate(network, squares, ["classify"], tmp_path, **options)
+
+
+def test_a_model_without_labels_cannot_classify(network, squares, tmp_path):
+    network.card.classifies = False
+    with pytest.raises(UserError, match="trained without labels and cannot classify"):
+        evaluate(network, squares, ["classify"], tmp_path)
+
+
+def test_a_diverged_model_is_told(network, squares, tmp_path):
+    next(network.parameters()).fill_(float("nan"))
+    with pytest.raises(UserError, match="not finite"):
+        evaluate(network, squares, ["classify"], tmp_path)
+
+
+def test_other_class_names_are_told(network, squares, tmp_path):
+    network.card.class_names = ["up", "right", "both"]
+    (line,) = evaluate(network, squares, ["classify"], tmp_path)["classify"].document["warnings"]
+    assert "'left' against 'up'" in line
+
+
+def test_a_folder_that_cannot_be_made_is_told(network, squares, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot make folder"):
+        evaluate(network, squares, ["classify"], tmp_path / "file" / "evaluation")
