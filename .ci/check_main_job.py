@@ -15,7 +15,7 @@ print(f"accuracy {classify['accuracy']:.4f}, gains in dB {gains}")
 failed = [f"gain at {s}/255 is below {floor} dB" for s, floor in FLOOR.items() if gains[s] < floor]
 if classify["accuracy"] < 0.985:
     failed.append("accuracy is below 98.5 %")
-for picture in ("learning_curves.png", "evaluation/denoising_grid.png"):
+for picture in ("learning_curves.png", "evaluation/denoising.png"):
     if not (run / picture).is_file():
         failed.append(f"{picture} is missing")
 sys.exit("; ".join(failed) or 0)

@@ -73,7 +73,9 @@ def learn(mixture: ebmkit.GaussianMixture, steps: int, seed: int = 0) -> ebmkit.
     return model.eval().requires_grad_(False)
 
 
-def draw(mixture: ebmkit.GaussianMixture, model: ebmkit.EnergyModel, path: Path) -> dict[str, float]:
+def draw(
+    mixture: ebmkit.GaussianMixture, model: ebmkit.EnergyModel, path: Path
+) -> dict[str, float]:
     """Energies, posteriors and scores of truth and model; their distances, weighted by p(y)."""
     axis = torch.linspace(-0.2, 1.2, 71)
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1).reshape(-1, 2, 1, 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -14,7 +14,7 @@ from ebmkit.cli.console import console
 __all__ = ["list_", "tables"]
 
 
-class Kind(str, Enum):
+class Kind(StrEnum):
     """What can be listed."""
 
     backbones = "backbones"

@@ -179,16 +179,7 @@ def _finish(trainer: Trainer, run: RunFolder) -> None:
 
     learning_curves(run.metrics(), run.path / "learning_curves.png")
     test = images_of(trainer.config.dataset, "test")
-    suites = [name for name, wanted in _suites(trainer).items() if wanted]
     limit = FINAL_IMAGES if len(test) > FINAL_IMAGES else None
     model = trainer.trained.eval().requires_grad_(False)
     model.card = trainer.card
-    evaluate_run(model, run.path, test, suites, limit)
-
-
-def _suites(trainer: Trainer) -> dict[str, bool]:
-    return {
-        "classify": trainer.card.classifies,
-        "denoise": trainer.card.sigma_range is not None,
-        "calibration": trainer.card.classifies,
-    }
+    evaluate_run(model, run.path, test, limit=limit)

@@ -64,12 +64,11 @@ def cifar(name: str, data_dir: Path, split: Split, download: bool) -> ImageSet |
         assert whole.labels is not None
         return ImageSet(name, split, whole.images[rows], whole.labels[rows], facts.class_names)
     if file.exists():
-        contents = read_contents(file)
+        contents = read_contents(file, class_names=facts.class_names)
         if contents.labels is None or contents.shape[1:] != (32, 32, 3):
             raise UserError(
                 f"{str(file)!r} is not {name}: it must hold images (N, 32, 32, 3) and labels (N,)"
             )
-        contents = contents._replace(class_names=facts.class_names)
         return load_rows(name, split, contents, _rows(split, contents.shape[0], name))
     if other.exists():
         raise UserError(

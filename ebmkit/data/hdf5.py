@@ -119,8 +119,13 @@ def load_rows(name: str, split: Split, contents: Contents, rows: Tensor) -> Imag
     return ImageSet(name, split, pixels, labels, contents.class_names)
 
 
-def read_contents(path: Path, group: str = "") -> Contents:
+def read_contents(path: Path, group: str = "", class_names: tuple[str, ...] = ()) -> Contents:
     """Read and check everything of a set but its images.
+
+    Args:
+        path: the file.
+        group: "" for its root, "train" or "test".
+        class_names: of the labels; by default the file's own.
 
     Raises:
         UserError: if the file is missing or damaged, or its arrays are illegal.
@@ -142,7 +147,7 @@ def read_contents(path: Path, group: str = "") -> Contents:
             )
         if images.dtype != np.uint8:
             raise UserError(f"{where}: images must be uint8 (0..255), not {images.dtype}")
-        names, labels = _class_names(file), file.get(f"{group}/labels")
+        names, labels = class_names or _class_names(file), file.get(f"{group}/labels")
         numbers = None if labels is None else _checked_labels(path, labels, len(images), names)
         if numbers is not None and not names:
             names = tuple(str(c) for c in range(1 + _largest_label(file)))

@@ -27,7 +27,7 @@ __all__ = ["MAX_PIXELS", "Opened", "Picture", "open_picture", "read_image", "wri
 MAX_PIXELS = 170_000_000
 """Pictures with more pixels are refused as decompression bombs."""
 
-_FORMATS = ("PNG", "JPEG", "MPO", "TIFF", "BMP", "WEBP", "GIF", "PPM")
+_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "PPM")
 _WRITERS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF"}
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
 

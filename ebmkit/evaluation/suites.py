@@ -129,6 +129,7 @@ def evaluate(
     sigmas: Sequence[float] = SIGMAS,
     noise_levels: Sequence[float] = NOISE_LEVELS,
     weights: str = "last",
+    pictures: bool = True,
     progress: bool = False,
 ) -> dict[str, Result]:
     """Run ``suites`` and write their JSON files and pictures into ``out_dir``, each in one move.
@@ -145,6 +146,7 @@ def evaluate(
         sigmas: noise levels of the suite ``denoise``, image units.
         noise_levels: noise levels of the suite ``classify``, image units.
         weights: which of the run's weights the model has; only written down.
+        pictures: draw them, too.
         progress: show a progress bar.
 
     Returns:
@@ -184,7 +186,8 @@ def evaluate(
             text = json.dumps(document, indent=2, allow_nan=False)
             write_atomically(path, text.encode())
             setting.advance = lambda count: None
-            suite.draw(setting, document, out_dir)
+            if pictures:
+                suite.draw(setting, document, out_dir)
             results[name] = Result(name, document, path)
     return results
 

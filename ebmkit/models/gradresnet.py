@@ -97,7 +97,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         residual = self.norm2(self.conv2(self.activation(self.norm1(self.conv1(x)))))
-        return self.norm(self.activation(self.shortcut(x) + residual))
+        out: Tensor = self.norm(self.activation(self.shortcut(x) + residual))
+        return out
 
 
 class GradResNet(nn.Module):

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
@@ -48,12 +47,6 @@ class LinearQuadraticHead(nn.Module):
         if self.classifier is not None:
             logits = self.classifier(pooled)
         return Energies(logits, -0.5 * self.density(pooled).squeeze(1).square())
-
-    @torch.no_grad()
-    def scale_density_(self, factor: float) -> None:
-        """Multiply the log-density (without biases) by ``factor``, by scaling w."""
-        for parameter in self.density.parameters():
-            parameter.mul_(factor**0.5)
 
 
 class LogitHead(nn.Module):
@@ -96,8 +89,9 @@ class HeadConfig(BaseModel):
 
     def build(self, num_features: int, num_classes: int) -> LinearQuadraticHead | LogitHead:
         """The head for K = ``num_features`` and C = ``num_classes``."""
-        kinds = {"linear-quadratic": LinearQuadraticHead, "logit": LogitHead}
-        return kinds[self.kind](num_features, num_classes, self.bias)
+        if self.kind == "logit":
+            return LogitHead(num_features, num_classes, self.bias)
+        return LinearQuadraticHead(num_features, num_classes, self.bias)
 
 
 HEADS: dict[str, Preset[HeadConfig]] = {

@@ -91,16 +91,17 @@ class JointModel(EnergyModel):
         """
         self._check(y)
         size = _parts(y, self.reference_size)
-        if size <= 1:
-            return self.head(self._features(y).pooled)
+        if self.reference_size is None or size <= 1:
+            return self._energies(self._features(y).pooled)
         if self.extent == "factor":
-            return _total(self.head(self._features(y).pooled), len(y), size)
-        if self.extent == "windows":
+            pooled = self._features(y).pooled
+        elif self.extent == "windows":
+            assert isinstance(self.backbone, WindowedBackbone)
             grid = self.window_grid(y.shape[-2], y.shape[-1])
-            pooled = self.backbone.pool(self._features(y).maps, grid)  # (B, M, K)
-            return _total(self.head(pooled.flatten(0, 1)), len(y), size)
-        crops = tiles(y, self.reference_size)
-        return _total(self.head(self._features(crops).pooled), len(y), size)
+            pooled = self.backbone.pool(self._features(y).maps, grid).flatten(0, 1)  # (B * M, K)
+        else:
+            pooled = self._features(tiles(y, self.reference_size)).pooled
+        return _total(self._energies(pooled), len(y), size)
 
     def window_grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of windows in an image of ``height`` x ``width``."""
@@ -113,7 +114,12 @@ class JointModel(EnergyModel):
             y = y - self.input_mean
         if self.input_std != 1:
             y = y / self.input_std
-        return self.backbone(y)
+        features: Features = self.backbone(y)
+        return features
+
+    def _energies(self, pooled: Tensor) -> Energies:
+        energies: Energies = self.head(pooled)
+        return energies
 
     def _check(self, y: Tensor) -> None:
         if y.ndim != 4:
@@ -153,6 +159,6 @@ def _parts(y: Tensor, reference: tuple[int, int] | None) -> float:
 
 def _total(parts: Energies, batch: int, size: float) -> Energies:
     """Energies (B * M, ...) of the M parts of each image, as those of the image of ``size``."""
-    logits = parts.logits.unflatten(0, (batch, -1)).mean(1)
-    density = parts.log_density.unflatten(0, (batch, -1)).mean(1)
+    logits = parts.logits.reshape(batch, -1, parts.logits.shape[1]).mean(1)
+    density = parts.log_density.reshape(batch, -1).mean(1)
     return Energies(size * logits, size * density)

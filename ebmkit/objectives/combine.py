@@ -10,11 +10,11 @@ the mean square,
     \nabla L = \nabla L_{ce} + \frac{\lambda}{\bar L_{dsm}} \nabla \bar L_{dsm},
 
 with :math:`\bar L_{dsm}` the mean over entries and images. It does not change with the number of
-entries or the unit of the residual, so that one :math:`\lambda` (`BALANCE`) serves every image size;
-at the start it is the mean form times lambda, and as denoising gets better its weight grows.
+entries or the unit of the residual, so one :math:`\lambda` (`BALANCE`) serves every image size; at
+the start it is the mean form times lambda, and as denoising gets better its weight grows.
 Minimising the logarithm has the same minimiser as minimising the mean. The mean in the denominator
-is a running one over the last steps (its state is part of a checkpoint), so the gradient is linear in
-the batch and is the same however the batch is divided over devices.
+is a running one over the last steps (its state is part of a checkpoint), so the gradient is linear
+in the batch and is the same however the batch is divided over devices.
 
 Several balanced terms share lambda. An explicit coefficient, as in ``ce+0.5*dsm``, switches the
 balancing of that term off: it is then 0.5 times the mean form.
@@ -121,8 +121,8 @@ class Losses(NamedTuple):
 class TrainingLoss(nn.Module):
     """Model and objectives in one module, whose forward returns the loss.
 
-    Scores are taken inside, so this is the module that compilers and data parallelism wrap. Terms of
-    one stream share its batch and one forward pass, and each score is pulled back once.
+    Scores are taken inside, so this is the module that compilers and data parallelism wrap. Terms
+    of one stream share its batch and one forward pass, and each score is pulled back once.
 
     Args:
         model: the model to train.

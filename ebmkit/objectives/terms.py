@@ -8,8 +8,9 @@ With :math:`y = x + \sigma\epsilon` (CDN eq. 5 and 13),
     \text{cdsm:} & \quad \|\sigma\,\nabla_y \log p(y \mid c) + \epsilon\|^2 .
 
 The first is cross-entropy, the second denoising score matching (Vincent, 2011): a regression whose
-minimiser at one sigma is the score of the noisy images, since :math:`\sigma\nabla\log p + \epsilon =
-(D(y) - x)/\sigma`; the third is the same for the class-conditional denoiser.
+minimiser at one sigma is the score of the noisy images, since
+:math:`\sigma\nabla\log p + \epsilon = (D(y) - x)/\sigma`; the third is the same for the
+class-conditional denoiser.
 
 The paper does not say whether :math:`\|\cdot\|^2` is the sum over the d entries of an image or
 their mean; both are here by name (``dsm-sum``, ``dsm-mean``), and so is the balanced form that is

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import nn
 
 from ebmkit.data import ImageSet, StreamedSet, load_dataset
 from ebmkit.models import JointModel, ModelConfig
@@ -34,8 +33,6 @@ def build_model(config: TrainConfig, images: ImageSet | StreamedSet) -> JointMod
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = model_config(config, images).build()
-    if config.density_scale is not None and isinstance(model.head, nn.Module):
-        model.head.scale_density_(config.density_scale)
     return model
 
 

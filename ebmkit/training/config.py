@@ -75,12 +75,10 @@ class TrainConfig(_Config):
     model: ModelConfig = ModelConfig()
     objective: str = Field("ce+dsm", description="objectives joined by +, as in ce+0.5*dsm")
     balance: float = Field(BALANCE, gt=0, description="lambda of balanced terms")
-    density_scale: float | None = Field(
-        None, gt=0, description="factor on the initial log-density; None: the head's own"
-    )
     streams: StreamsConfig
     draw_from: dict[str, Literal["classify", "denoise"]] = Field(
-        {}, description="objective -> stream, where not its own: ce: denoise shares one forward pass"
+        {},
+        description="objective -> stream, where not its own: ce: denoise shares one forward pass",
     )
     optimizer: OptimizerConfig = OptimizerConfig()
     steps: int = Field(1000, ge=1, description="optimiser steps")
@@ -99,7 +97,7 @@ def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in layer.items():
             old = result.get(key)
             both = isinstance(old, dict) and isinstance(value, Mapping)
-            result[key] = merge(old, value) if both else value
+            result[key] = merge(old or {}, value) if both else value
     return result
 
 
@@ -114,12 +112,17 @@ def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfi
     Raises:
         UserError: on an unknown name, an unknown field or an illegal value.
     """
-    dataset = str(merge(*layers).get("dataset", {}).get("name", "digits"))
+    dataset = _dataset_name(merge(*layers))
     base = find("recipe", RECIPES, recipe).config if recipe else recipe_for(dataset)
     raw = merge(base, *[_expand(layer) for layer in layers])
     config = validated(TrainConfig, raw, "configuration")
     parse_objective(config.objective)
     return config
+
+
+def _dataset_name(raw: Mapping[str, Any]) -> str:
+    named = raw.get("dataset", {})
+    return str(named.get("name", "digits")) if isinstance(named, Mapping) else "digits"
 
 
 def _expand(layer: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -171,5 +174,7 @@ def read_config(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError):
         raise UserError(f"configuration {str(path)!r} is not YAML") from None
     if not isinstance(values, dict):
-        raise UserError(f"configuration {str(path)!r} must hold fields, as a run's config.yaml does")
+        raise UserError(
+            f"configuration {str(path)!r} must hold fields, as a run's config.yaml does"
+        )
     return values

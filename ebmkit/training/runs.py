@@ -109,7 +109,7 @@ class RunFolder:
             if not free and old.get(key) != new.get(key):
                 raise UserError(
                     f"cannot go on with {str(self.path)!r} in another configuration: {key} was "
-                    f"{old.get(key)!r} and is now {new.get(key)!r}; leave it out, or start a new run"
+                    f"{old.get(key)!r} and is now {new.get(key)!r}; leave it out or start a new run"
                 )
 
     def log(self, row: dict[str, Any]) -> None:
@@ -161,11 +161,12 @@ class RunFolder:
         if not path.is_file():
             return None
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, pickle.UnpicklingError, EOFError, OSError):
             raise UserError(
                 f"{str(path)!r} is damaged: it cannot be read; start the run anew"
             ) from None
+        return state
 
 
 def environment() -> dict[str, Any]:

@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -96,7 +95,11 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, config.optimizer)
         decay = config.optimizer.ema
         self.average = (
-            AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=False)
+            AveragedModel(
+                self.model,
+                multi_avg_fn=get_ema_multi_avg_fn(decay),  # type: ignore[no-untyped-call]
+                use_buffers=False,
+            )
             if decay
             else None
         )
@@ -268,7 +271,8 @@ class Trainer:
         row = {name: float(mean) for name, mean in loss(batches).parts.items()}
         if self.card.classifies:
             batch = next(iter(batches.values()))
-            right = model.logits(batch.x).argmax(1) == batch.labels
+            assert batch.labels is not None
+            right = model.logits(batch.x).argmax(1).eq(batch.labels)
             row["accuracy"] = float(right.float().mean())
         if self.denoise_stream is not None:
             batch, sigma = batches[self.denoise_stream], 25 / 255

@@ -238,6 +238,16 @@ def test_samples_have_the_moments_of_the_mixture():
     assert products.mean() == pytest.approx(-0.1, abs=4 * float(products.std()) / len(own) ** 0.5)
 
 
+def test_samples_have_the_covariance_given():
+    """In four dimensions, where the matrix of eigenvectors is not symmetric."""
+    root, count = torch.randn(4, 4, dtype=torch.float64), 20_000
+    covariance = root @ root.T
+    x, _ = Gaussian(torch.zeros(4, dtype=torch.float64), covariance).sample(count)
+    products = x[:, :, None] * x[:, None]
+    error = (products.mean(0) - covariance).abs() / (products.std(0) / count**0.5)
+    assert error.max() < 4
+
+
 def test_the_same_generator_draws_the_same_samples():
     model = mixture_2d()
     first, second = (model.sample(5, torch.Generator().manual_seed(7)) for _ in range(2))

@@ -21,7 +21,7 @@ def bayes(mixture, y, sigma):
 
 
 def run(model, images, folder, suite="classify", **options):
-    return evaluate(model, images, [suite], folder, **options)[suite].document
+    return evaluate(model, images, [suite], folder, pictures=False, **options)[suite].document
 
 
 def test_accuracy_and_likelihood_are_those_of_bayes_rule(mixture, drawn, tmp_path):

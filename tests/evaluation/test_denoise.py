@@ -24,7 +24,9 @@ class ToldTwice(GaussianMixture):
 
 
 def measure(model, images, folder, **options):
-    return evaluate(model, images, ["denoise"], folder, **options)["denoise"].document
+    return evaluate(model, images, ["denoise"], folder, pictures=False, **options)[
+        "denoise"
+    ].document
 
 
 def noisy(images, sigma=SIGMA):

@@ -87,10 +87,13 @@ def test_a_picture_that_cannot_be_written_is_told(tmp_path):
 
 
 def test_pyplot_and_displays_are_not_touched(tmp_path):
-    code = (
-        "import sys, pathlib, ebmkit.pictures as p; assert 'matplotlib' not in sys.modules;"
-        f"p.learning_curves([{{'step': 1, 'kind': 'train', 'ce': 2.0}}], pathlib.Path({str(tmp_path)!r})"
-        " / 'a.png'); assert 'matplotlib.pyplot' not in sys.modules"
-    )
+    row = {"step": 1, "kind": "train", "ce": 2.0}
+    code = f"""
+import pathlib, sys
+import ebmkit.pictures
+assert "matplotlib" not in sys.modules
+ebmkit.pictures.learning_curves([{row}], pathlib.Path({str(tmp_path)!r}, "a.png"))
+assert "matplotlib.pyplot" not in sys.modules
+"""
     subprocess.run([sys.executable, "-c", code], check=True)
     assert (tmp_path / "a.png").stat().st_size > 1000

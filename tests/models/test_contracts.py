@@ -161,6 +161,16 @@ def test_norms_are_where_the_configuration_says():
     assert norms(norm_everywhere=True) == 16 + 3  # after every convolution but the stem
 
 
+def test_a_block_ends_with_its_norm(backbone, size):
+    """CDN figure 2: activation, then norm; so each group of the maps has mean 0 and deviation 1."""
+    network = create_model(backbone, 3, width=8).double().backbone
+    for maps in network(torch.rand(1, 3, 2 * size, 2 * size, dtype=torch.float64)).maps:
+        groups = maps.reshape(maps.shape[1] // 8, -1)
+        torch.testing.assert_close(groups.mean(1), torch.zeros_like(groups[:, 0]))
+        # eps = 1e-5 beside the variance of the input lowers the deviation a little
+        assert (groups.std(1, unbiased=False) > 0.98).all()
+
+
 def test_scaling_the_density_scales_it():
     model = create_model(width=8, num_classes=3).double()
     y = torch.rand(2, 3, 8, 8, dtype=torch.float64)

@@ -109,7 +109,9 @@ def test_running_mean_starts_at_the_loss_of_a_zero_score_and_follows(model):
     loss = TrainingLoss(model, parse_objective("ce+dsm+cdsm"))
     assert loss.running == {"dsm": 1.0, "cdsm": 1.0}
     for _ in range(200):
-        loss.remember({"ce": torch.tensor(5.0), "dsm": torch.tensor(0.2), "cdsm": torch.tensor(0.1)})
+        loss.remember(
+            {"ce": torch.tensor(5.0), "dsm": torch.tensor(0.2), "cdsm": torch.tensor(0.1)}
+        )
     assert loss.running == pytest.approx({"dsm": 0.2, "cdsm": 0.1}, rel=1e-6)
 
 

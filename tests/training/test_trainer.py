@@ -166,7 +166,9 @@ def test_norm_weights_can_be_kept_from_decay():
     config = resolve({"optimizer": {"decay_norms": False}}).optimizer
     groups = make_optimizer(model, config).param_groups
     assert [g["weight_decay"] for g in groups] == [0.05, 0.0]
-    norms = [p for n, p in model.named_parameters() if "norm" in n or n.endswith("shortcut.1.weight")]
+    norms = [
+        p for n, p in model.named_parameters() if "norm" in n or n.endswith("shortcut.1.weight")
+    ]
     assert {id(p) for p in groups[1]["params"]} == {id(p) for p in norms}
     everything = make_optimizer(model, resolve({}).optimizer).param_groups
     assert len(everything) == 1  # the paper decays all

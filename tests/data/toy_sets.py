@@ -1,9 +1,9 @@
 """Small data sets for the tests of data."""
 
-import pytest
 import torch
 
 from ebmkit.data import ImageSet, StreamedSet
+from ebmkit.errors import UserError
 
 
 class MemoryReader:
@@ -13,8 +13,6 @@ class MemoryReader:
         self.images, self.damaged = images, damaged
 
     def read(self, rows):
-        from ebmkit.errors import UserError
-
         for row in rows:
             if row in self.damaged:
                 raise UserError(f"'image{row}.png' is damaged")
@@ -39,15 +37,3 @@ def as_streamed(source, damaged=()):
         source.labels,
         source.class_names,
     )
-
-
-@pytest.fixture
-def toy():
-    """23 colour images of 6x6 in 4 classes, in memory."""
-    return make_set()
-
-
-@pytest.fixture
-def streamed(toy):
-    """The same images, read on demand."""
-    return as_streamed(toy)

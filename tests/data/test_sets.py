@@ -1,0 +1,394 @@
+"""Data sets: what they hold, that splits do not overlap, and what is said of bad files."""
+
+import hashlib
+import os
+import pickle
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from toy_sets import as_streamed, make_set
+
+from ebmkit.data import DATASETS, ImageSet, StreamedSet, imagesets, load_dataset
+from ebmkit.data.cifar import CIFAR
+from ebmkit.data.folders import FolderReader
+from ebmkit.errors import UserError
+
+SPLITS = ("train", "validation", "test")
+
+
+def keys(images):
+    """The images of a set, each as bytes."""
+    return [(x * 255).round().byte().numpy().tobytes() for x, _ in images.batches(1)]
+
+
+def load_all(name, data_dir=None, **options):
+    return [load_dataset(name, data_dir, split, **options) for split in SPLITS]
+
+
+def test_digits_are_the_published_scans():
+    from sklearn.datasets import load_digits
+
+    published = load_digits()
+    by_pixels = {
+        image.tobytes(): t for image, t in zip(published.data, published.target, strict=True)
+    }
+    sets = load_all("digits")
+    assert [len(s) for s in sets] == [1293, 144, 360]
+    for part in sets:
+        values = (part.floats() * 16).round().double().flatten(1)
+        for image, label in zip(values.numpy(), part.labels.tolist(), strict=True):
+            assert by_pixels[image.tobytes()] == label
+        share = part.labels.bincount() / len(part)
+        assert (share - 0.1).abs().max() < 0.02  # stratified
+    assert sets[0].images.max() == 255
+    assert sets[0].class_names == tuple("0123456789")
+    # 1,797 scans are all different but for a few, so equal images would show in the split
+    assert not set(keys(sets[0])) & set(keys(sets[2]))
+
+
+@pytest.mark.parametrize("size", [32, 17])
+def test_patches_of_different_splits_share_no_pixel(size):
+    from sklearn.datasets import load_sample_images
+
+    photographs = load_sample_images().images
+    regions = {"train": (0, 448), "validation": (448, 512), "test": (512, 640)}
+    for split, part in zip(SPLITS, load_all("patches", image_size=size), strict=True):
+        assert part.image_size == (size, size)
+        assert part.num_classes == 0
+        left, right = regions[split]
+        stride = size // 4 if split == "train" else size
+        bottom = (427 - size) // stride * stride
+        last = left + (right - left - size) // stride * stride
+        assert last + size <= right
+        first, final = part.images[[0, -1]].permute(0, 2, 3, 1).numpy()
+        assert (first == photographs[0][:size, left : left + size]).all()
+        assert (final == photographs[1][bottom : bottom + size, last : last + size]).all()
+
+
+def write_h5(path, count, seed=0, classes=10, group="", **replaced):
+    rng = np.random.default_rng(seed)
+    arrays = {
+        "images": rng.integers(0, 256, (count, 32, 32, 3)).astype(np.uint8),
+        "labels": np.arange(count) % classes,
+    }
+    with h5py.File(path, "a") as file:
+        for name, values in {**arrays, **replaced}.items():
+            if values is not None:
+                file[f"{group}/{name}"] = values
+    return arrays
+
+
+def test_cifar_from_hdf5(tmp_path):
+    train = write_h5(tmp_path / "cifar10-train.h5", 150)
+    test = write_h5(tmp_path / "cifar10-test.h5", 20, seed=1)
+    parts = load_all("cifar10", tmp_path)
+    assert [len(p) for p in parts] == [147, 3, 20]
+    held = keys(parts[0]) + keys(parts[1])
+    assert sorted(held) == sorted(image.transpose(2, 0, 1).tobytes() for image in train["images"])
+    assert torch.equal(parts[2].labels, torch.from_numpy(test["labels"]))
+    assert torch.equal(parts[2].images.permute(0, 2, 3, 1), torch.from_numpy(test["images"]))
+    assert parts[0].class_names[3] == "cat"
+    again = load_dataset("cifar10", tmp_path, "train")
+    assert torch.equal(again.images, parts[0].images)
+
+
+def fake_torchvision(root, name, monkeypatch, count=40):
+    """A folder in torchvision's layout with random images, whose checksums torchvision accepts."""
+    import torchvision
+
+    kind = getattr(torchvision.datasets, CIFAR[name].torchvision_name)
+    base = root / CIFAR[name].folder
+    base.mkdir(parents=True)
+    key = "labels" if name == "cifar10" else "fine_labels"
+    rng = np.random.default_rng(0)
+
+    def dump(file, content):
+        (base / file).write_bytes(pickle.dumps(content))
+        return hashlib.md5((base / file).read_bytes()).hexdigest()
+
+    written = {}
+    for listed in ("train_list", "test_list"):
+        entries = []
+        for file, _ in getattr(kind, listed):
+            data = rng.integers(0, 256, (count, 3072)).astype(np.uint8)
+            content = {"data": data, key: list(np.arange(count).tolist())}
+            content[key] = [c % len(CIFAR[name].class_names) for c in content[key]]
+            entries.append([file, dump(file, content)])
+            written[file] = content
+        monkeypatch.setattr(kind, listed, entries)
+    names = {"label_names": CIFAR[name].class_names, "fine_label_names": CIFAR[name].class_names}
+    meta = {**kind.meta, "md5": dump(kind.meta["filename"], names)}
+    monkeypatch.setattr(kind, "meta", meta)
+    return base, written
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_cifar_from_torchvisions_folder(tmp_path, monkeypatch, name, inside):
+    base, written = fake_torchvision(tmp_path, name, monkeypatch)
+    parts = load_all(name, base if inside else tmp_path, download=False)
+    total = 40 * (5 if name == "cifar10" else 1)
+    assert len(parts[0]) + len(parts[1]) == total
+    file = "test_batch" if name == "cifar10" else "test"
+    assert torch.equal(parts[2].images.flatten(1), torch.from_numpy(written[file]["data"]))
+    assert parts[2].labels.tolist() == list(written[file].values())[1]
+    assert parts[2].num_classes == len(CIFAR[name].class_names)
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_an_incomplete_cifar_folder_is_told(tmp_path, monkeypatch, damage):
+    base, _ = fake_torchvision(tmp_path, "cifar10", monkeypatch)
+    file = base / "data_batch_3"
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"incomplete or damaged.*cifar-10-python\.tar\.gz"):
+        load_dataset("cifar10", tmp_path, "test")
+
+
+def test_a_failed_download_says_what_to_put_where_and_leaves_nothing(tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    def fail(self):
+        os.makedirs(self.root)
+        raise OSError("no network")
+
+    monkeypatch.setattr(CIFAR10, "download", fail)
+    folder = tmp_path / "absent"
+    with pytest.raises(UserError, match=r"cifar-10-batches-py.*cifar10-train\.h5.*no network"):
+        load_dataset("cifar10", folder, "train")
+    assert not folder.exists()
+
+
+def test_cifar_with_one_hdf5_file_loads_that_one(tmp_path):
+    write_h5(tmp_path / "cifar100-test.h5", 200, classes=100)
+    assert load_dataset("cifar100", tmp_path, "test").num_classes == 100
+    with pytest.raises(UserError, match=r"but not cifar100-train\.h5"):
+        load_dataset("cifar100", tmp_path, "train")
+
+
+def test_missing_cifar_without_download_is_told(tmp_path):
+    with pytest.raises(UserError, match="--data-dir"):
+        load_dataset("cifar10", tmp_path, "train", download=False)
+
+
+@pytest.mark.parametrize(
+    ("replaced", "told"),
+    [
+        ({"labels": np.full(20, 10)}, "label 10 is out of range"),
+        ({"labels": np.full(20, -1)}, "label -1 is out of range"),
+        ({"labels": np.zeros(19, int)}, "20 images need 20"),
+        ({"labels": np.zeros(20)}, "whole-numbered"),
+        ({"labels": None}, "labels"),
+        ({"images": None}, "has no array"),
+        ({"images": np.zeros((20, 32, 32, 3), np.float32)}, "uint8"),
+        ({"images": np.zeros((20, 32, 32), np.uint8)}, r"\(N, H, W, C\)"),
+        ({"images": np.zeros((20, 3, 32, 32), np.uint8)}, r"\(N, H, W, C\)"),
+        ({"images": np.zeros((20, 16, 16, 3), np.uint8)}, "32, 32, 3"),
+    ],
+)
+def test_illegal_arrays_of_cifar_are_told(tmp_path, replaced, told):
+    path = tmp_path / "cifar10-test.h5"
+    write_h5(path, 20, **replaced)
+    with pytest.raises(UserError, match=told) as caught:
+        load_dataset("cifar10", tmp_path, "test")
+    assert "cifar10-test.h5" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_truncated_hdf5_file_is_told(tmp_path):
+    path = tmp_path / "cifar10-test.h5"
+    write_h5(path, 50)
+    path.write_bytes(path.read_bytes()[:20_000])
+    with pytest.raises(UserError, match="damaged, incomplete"):
+        load_dataset("cifar10", tmp_path, "test")
+
+
+def image_folder(root, count=12, size=(8, 8), classes=("ant", "bee"), mode="RGB", seed=0):
+    """``count`` random PNG files per class; the class is the red channel's first pixel."""
+    rng = np.random.default_rng(seed)
+    for label, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.integers(0, 256, (*size, 3)).astype(np.uint8)
+            pixels[0, 0] = label
+            Image.fromarray(pixels).convert(mode).save(root / name / f"{i:03}.png")
+    return root
+
+
+@pytest.mark.parametrize("limit", [2**30, 0])
+def test_a_folder_in_memory_and_streamed_is_the_same_set(tmp_path, monkeypatch, limit):
+    image_folder(tmp_path / "train", 30)
+    image_folder(tmp_path / "test", 5, seed=1)
+    monkeypatch.setattr(imagesets, "MEMORY_LIMIT", limit)
+    parts = load_all("folder", tmp_path)
+    assert [len(p) for p in parts] == [59, 1, 10]
+    for part in parts:
+        assert isinstance(part, ImageSet if limit else StreamedSet)
+        assert part.class_names == ("ant", "bee")
+        assert part.image_size == (8, 8)
+        for images, labels in part.batches(4):
+            assert torch.equal((images[:, 0, 0, 0] * 255).round().long(), labels)
+    assert len(set(keys(parts[0]) + keys(parts[1]))) == 60
+    assert len(parts[0].first(7)) == 7
+    for part in (parts[0], parts[2]):
+        assert set(part.first(8).labels.tolist()) == {0, 1}  # not sorted by class
+
+
+def test_streamed_sets_pickle_and_index(tmp_path, monkeypatch):
+    image_folder(tmp_path, 30)
+    whole = load_dataset("folder", tmp_path, "train")
+    monkeypatch.setattr(imagesets, "MEMORY_LIMIT", 0)
+    streamed = pickle.loads(pickle.dumps(load_dataset("folder", tmp_path, "train")))
+    for index in (0, 5, len(whole) - 1):
+        image, label = streamed[index]
+        assert torch.equal(image, whole.images[index])
+        assert label == whole.labels[index]
+
+
+def test_class_folders_alone_are_split_by_path(tmp_path):
+    image_folder(tmp_path, 100)
+    before = load_dataset("folder", tmp_path, "test")
+    parts = load_all("folder", tmp_path)
+    every = [key for part in parts for key in keys(part)]
+    assert len(set(every)) == 200  # all of them, none twice
+    assert abs(len(parts[2]) - 20) < 4 * (200 * 0.09) ** 0.5
+    Image.new("RGB", (8, 8)).save(tmp_path / "ant" / "new.png")
+    after = set(keys(load_dataset("folder", tmp_path, "test")))
+    assert set(keys(before)) <= after  # adding a file moves no other
+
+
+def test_loose_images_make_a_set_without_labels(tmp_path):
+    for folder in ("train", "test"):
+        image_folder(tmp_path / folder, 5, classes=("",), mode="L")
+    part = load_dataset("folder", tmp_path, "train")
+    assert (part.labels, part.num_classes, part.channels) == (None, 0, 1)
+
+
+def test_mixed_sizes_are_resized_and_cut_in_the_middle(tmp_path):
+    folder = tmp_path / "train"
+    folder.mkdir()
+    wide = np.zeros((10, 30, 3), np.uint8)
+    wide[:, 10:20] = 200  # the middle third
+    Image.fromarray(wide).save(folder / "wide.png")
+    Image.fromarray(np.full((40, 20), 200, np.uint8)).save(folder / "gray.png")
+    with pytest.raises(UserError, match="--image-size"):
+        load_dataset("folder", tmp_path, "train")
+    parts = [load_dataset("folder", tmp_path, split, image_size=8) for split in SPLITS[:2]]
+    for part in parts:
+        assert part.channels == 3
+        assert ((part.images.float() - 200).abs() < 2)[..., 1:-1].all()
+
+
+def test_colour_among_gray_images_is_told_when_it_is_read(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"a\.png.*convert it to gray"):
+        FolderReader(tmp_path, ["a.png"], 1, (8, 8)).read([0])
+
+
+def test_files_that_are_no_images_are_mentioned(tmp_path):
+    image_folder(tmp_path, 3)
+    (tmp_path / "ant" / "notes.txt").write_text("hello")
+    (tmp_path / "ant" / ".DS_Store").write_text("hidden")
+    with pytest.warns(UserWarning, match=r"1 files .* not images .*notes\.txt"):
+        load_dataset("folder", tmp_path, "train")
+
+
+def damaged_folder(root, what):
+    if what == "absent":
+        return root / "absent"
+    if what == "file":
+        (root / "file").touch()
+        return root / "file"
+    if what == "empty":
+        return root
+    if what == "no test":
+        image_folder(root / "train")
+        return root
+    if what == "unknown class":
+        image_folder(root / "train")
+        image_folder(root / "test", classes=("wasp",))
+        return root
+    image_folder(root / "train")
+    image_folder(root / "test")
+    if what == "corrupt":
+        (root / "test" / "ant" / "004.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    elif what == "16 bits":
+        Image.fromarray(np.zeros((8, 8), np.uint16)).save(root / "test" / "ant" / "004.png")
+    elif what == "loose":
+        Image.new("RGB", (8, 8)).save(root / "test" / "loose.png")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("absent", "does not exist"),
+        ("file", "is not a folder"),
+        ("empty", "holds no test images"),
+        ("no test", "put test/CLASS"),
+        ("unknown class", "'wasp'"),
+        ("corrupt", r"004\.png"),
+        ("16 bits", r"004\.png.*16 bits"),
+        ("loose", "class folder"),
+    ],
+)
+def test_a_bad_folder_is_told(tmp_path, what, told):
+    with pytest.raises(UserError, match=told) as caught:
+        load_dataset("folder", damaged_folder(tmp_path, what), "test")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "told"),
+    [
+        ("cifer10", {}, "did you mean 'cifar10'"),
+        ("digits", {"split": "tests"}, "did you mean 'test'"),
+        ("digits", {"image_size": 32}, "8x8"),
+        ("cifar10", {"image_size": 64}, "32x32"),
+        ("patches", {"image_size": 65}, "4 to 64"),
+        ("patches", {"image_size": 0}, "1 or more"),
+        ("folder", {}, "--data-dir"),
+        ("hdf5", {}, "--data-dir"),
+    ],
+)
+def test_a_wrong_request_is_told(name, options, told):
+    with pytest.raises(UserError, match=told):
+        load_dataset(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "told"),
+    [
+        (torch.zeros(2, 3, 4, 4), None, "uint8"),
+        (torch.zeros(2, 4, 4, dtype=torch.uint8), None, r"\(N, C, H, W\)"),
+        (torch.zeros(2, 2, 4, 4, dtype=torch.uint8), None, "1 or 3 channels"),
+        (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([0, 2]), "label 2 is out"),
+        (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([0]), "2 images need"),
+        (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([0.0, 1.0]), "int64"),
+    ],
+)
+def test_an_illegal_set_of_ones_own_is_told(images, labels, told):
+    with pytest.raises(UserError, match=rf"'mine'.*{told}"):
+        ImageSet("mine", "train", images, labels, ("a", "b"))
+
+
+@pytest.mark.parametrize("make", [lambda s: s, as_streamed])
+def test_both_kinds_of_set_have_one_surface(make):
+    images = make(make_set())
+    batches = list(images.batches(10))
+    assert [len(x) for x, _ in batches] == [10, 10, 3]
+    assert torch.equal(torch.cat([x for x, _ in batches]), make_set().floats())
+    assert torch.equal(torch.cat([c for _, c in batches]), make_set().labels)
+    assert (images.channels, images.image_size, images.num_classes) == (3, (6, 6), 4)
+    assert len(images.first(5)) == 5
+    assert len(images.first(99)) == 23
+
+
+def test_every_data_set_has_a_line_about_it():
+    assert list(DATASETS) == ["digits", "patches", "cifar10", "cifar100", "folder", "hdf5"]
+    assert all(entry.about for entry in DATASETS.values())

@@ -1,0 +1,35 @@
+"""The examples run, at a small size, and show what they say they show."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def example(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_mixture_in_the_plane_is_learned(tmp_path):
+    # The zero model has an error of sigma * score of about 1.4 and of p(c|y) of 0.5.
+    errors = example("mixture_2d").main(steps=300, out=tmp_path / "mixture.png")
+    assert (tmp_path / "mixture.png").is_file()
+    assert errors["sigma * score (rms)"] < 0.5
+    assert errors["p(c|y) (mean abs)"] < 0.1
+
+
+def test_a_model_composed_by_hand_trains_saves_and_loads(tmp_path):
+    assert example("compose").main(steps=60, out=tmp_path / "own") > 0.6
+
+
+@pytest.mark.slow
+def test_a_photograph_is_denoised_blindly(tmp_path):
+    noisy, denoised, sigma = example("denoise_photo").main(300, tmp_path / "photo", size=200)
+    assert denoised > noisy + 3
+    assert sigma == pytest.approx(25 / 255, rel=0.25)
+    assert (tmp_path / "photo" / "photograph.png").is_file()
