@@ -2,8 +2,8 @@
 
     uv run python benchmarks/balance.py --data-dir DIR --out runs/balance
 
-Each row is a run of its own in OUT, trained and evaluated as the command line does it; finished rows
-are not repeated and an interrupted one goes on where it was. The result is
+Each row is a run of its own in OUT, trained and evaluated as the command line does it; finished
+rows are not repeated and an interrupted one goes on where it was. The result is
 ``benchmarks/results/balance.json``, from which the docs' page is made.
 """
 

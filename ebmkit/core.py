@@ -30,9 +30,10 @@ CDN stands for "Classification-denoising networks" (arXiv 2410.03505) here and i
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import ABC, abstractmethod
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -135,14 +136,15 @@ def linearize(model: EnergyModel, y: Tensor, sigma: Noise | None = None) -> Line
         energies = model(leaf, sigma)
 
         def pull_eager(cotangent: Energies) -> Tensor:
-            pairs = [(e, w) for e, w in zip(energies, cotangent, strict=True) if e.requires_grad]
-            outputs, weights = zip(*pairs, strict=True)  # without labels, logits are constant
+            # without labels the logits are constant
+            used = [i for i, output in enumerate(energies) if output.requires_grad]
+            outputs, weights = [energies[i] for i in used], [cotangent[i] for i in used]
             (gradient,) = torch.autograd.grad(outputs, leaf, weights, create_graph=True)
             return gradient
 
         return Linearization(y, energies, pull_eager)
 
-    energies, pull = torch.func.vjp(lambda image: model(image, sigma), y)
+    energies, pull = torch.func.vjp(lambda image: model(image, sigma), y)[:2]
     return Linearization(y, energies, lambda cotangent: pull(cotangent)[0])
 
 
@@ -175,6 +177,10 @@ class EnergyModel(nn.Module, ABC):
     @abstractmethod
     def forward(self, y: Tensor, sigma: Noise | None = None) -> Energies:
         """Energies of noisy images ``y`` (B, C, H, W) in image units."""
+
+    if TYPE_CHECKING:  # what nn.Module does not say of calling it
+
+        def __call__(self, y: Tensor, sigma: Noise | None = None) -> Energies: ...
 
     def log_density(self, y: Tensor, sigma: Noise | None = None) -> Tensor:
         """log p(y) up to a constant, (B,), in nats."""
@@ -296,5 +302,5 @@ def _per_image(sigma: Noise, y: Tensor) -> Noise:
 
 def _sigma_of_score(score: Tensor) -> Tensor:
     """sqrt(d) / ||score||, (B,); finite even at a score of 0, which then moves no image."""
-    norm = score.flatten(1).norm(dim=1).clamp_min(torch.finfo(score.dtype).eps ** 2)
-    return score[0].numel() ** 0.5 / norm
+    norm = torch.linalg.vector_norm(score.flatten(1), dim=1)
+    return math.sqrt(score[0].numel()) / norm.clamp_min(torch.finfo(score.dtype).eps ** 2)

@@ -29,7 +29,7 @@ _HIDDEN = ("kind", "step", "lr", "images_per_s")
 
 
 class TrainingBar:
-    """A progress bar with losses, images/s and time left; plain lines where there is no terminal."""
+    """A progress bar with losses, images/s and time left; plain lines without a terminal."""
 
     def __init__(self, steps: int, start: int = 0) -> None:
         self.steps = steps

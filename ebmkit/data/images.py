@@ -58,6 +58,11 @@ class Picture(NamedTuple):
     bits: int
     mode: str
 
+    @property
+    def was_gray(self) -> bool:
+        """Whether the file is gray, also where its picture was repeated to three channels."""
+        return self.mode in ("1", "L", "LA", "I", "F", *_SIXTEEN_BIT)
+
 
 class Opened(NamedTuple):
     """A decoded picture: a Pillow image of mode L, RGB or 16-bit gray, and what was done to it."""

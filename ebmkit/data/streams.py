@@ -256,7 +256,7 @@ class _Reading(Dataset[tuple[Tensor, Tensor | None] | UserError]):
 
 def _ignore_interrupt(worker: int) -> None:
     """Ctrl-C reaches every process of a terminal; the main one answers it and ends workers."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _check(

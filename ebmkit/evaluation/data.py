@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "Images", "noise_generator", "noisy_batches"]
+__all__ = ["Batch", "Images", "fingerprint", "noise_generator", "noisy_batches"]
 
 
 class Images(Protocol):
@@ -45,6 +45,16 @@ class Batch(NamedTuple):
     x: Tensor
     y: Tensor
     labels: Tensor | None
+
+
+def fingerprint(images: Images) -> str:
+    """Eight digits that tell sets of images apart: of their number, labels, and first pictures."""
+    digest = hashlib.sha256(f"{len(images)} {images.channels} {images.image_size}".encode())
+    if images.labels is not None:
+        digest.update(images.labels.cpu().numpy().tobytes())
+    for x, _ in images.first(16).batches(16):
+        digest.update((255 * x).round().byte().cpu().numpy().tobytes())
+    return digest.hexdigest()[:8]
 
 
 def noise_generator(seed: int, sigma: float) -> torch.Generator:

@@ -8,9 +8,10 @@ Folders differ where results cannot be compared (`evaluation_folder`)::
       classify.json  denoise.json  calibration.json  and pictures
 
 Every JSON file holds, beside what its suite measures: ``suite``, ``dataset``, ``split``, ``images``
-(how many were used) and ``of`` (how many the split has), ``seed``, ``sigmas`` (image units),
-``model`` (objective, steps, training set), ``weights``, ``environment`` (versions, device's name,
-git commit, command), ``device``, ``seconds`` and ``warnings``.
+(how many were used), ``of`` (how many the split has) and their ``fingerprint``; ``seed`` and
+``sigmas`` (image units); ``model`` (objective, steps, training set) and ``weights``;
+``environment`` (versions, git commit, command), ``device``, ``batch_size``, ``seconds`` and
+``warnings``.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from ebmkit.core import EnergyModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation.calibration import CALIBRATION
 from ebmkit.evaluation.classify import CLASSIFY
-from ebmkit.evaluation.data import Images
+from ebmkit.evaluation.data import Images, fingerprint
 from ebmkit.evaluation.denoise import DENOISE
 from ebmkit.evaluation.setting import NOISE_LEVELS, SIGMAS, Setting, Suite
 from ebmkit.files import write_atomically
@@ -95,7 +96,8 @@ def evaluation_folder(
     """Where results of this model on these images belong; not made yet.
 
     ``RUN/evaluation`` for the whole test split of the data set that the model was trained on, else
-    a folder in it that is named by what differs.
+    a folder in it that is named by what differs. A folder that holds results of other images of
+    the same name (two image folders, say) is left alone: the name gets the images' fingerprint.
 
     Args:
         run: the run folder.
@@ -104,17 +106,19 @@ def evaluation_folder(
         limit: how many of them are used; None: all.
         weights: ``last`` or ``best``.
     """
-    folder = run / "evaluation"
+    home = run / "evaluation"
     limited = limit is not None and limit < len(images)
-    own = model.card is not None and images.name == model.card.dataset and images.split == "test"
-    if own and not limited and weights == "last":
-        return folder
     parts = [images.name, images.split]
     if limited:
         parts.append(f"limit{limit}")
     if weights != "last":
         parts.append(weights)
-    return folder / re.sub(r"[^\w.-]+", "_", "-".join(parts)).lstrip(".")
+    name = re.sub(r"[^\w.-]+", "_", "-".join(parts)).lstrip(".")
+    trained_on = model.card.dataset if model.card else None
+    own = parts == [trained_on, "test"]
+    folder = home if own else home / name
+    mark = fingerprint(images.first(len(images) if limit is None else limit))
+    return home / f"{name}-{mark}" if _holds_others(folder, mark) else folder
 
 
 def evaluate(
@@ -197,6 +201,18 @@ def tables(results: dict[str, Result]) -> list[Table]:
     return [SUITES[name].table(result.document) for name, result in results.items()]
 
 
+def _holds_others(folder: Path, mark: str) -> bool:
+    """Whether ``folder`` holds results of images with another fingerprint than ``mark``."""
+    for name in SUITES:
+        try:
+            document = json.loads((folder / f"{name}.json").read_text())
+        except (OSError, ValueError):  # not there, or not ours to read
+            continue
+        if isinstance(document, dict) and document.get("fingerprint", mark) != mark:
+            return True
+    return False
+
+
 def _applies(suite: Suite, model: EnergyModel, images: Images) -> bool:
     try:
         suite.check(model, images)
@@ -233,6 +249,7 @@ def _common(setting: Setting, of: int, weights: str) -> dict[str, Any]:
         "split": setting.images.split,
         "images": len(setting.images),
         "of": of,
+        "fingerprint": fingerprint(setting.images),
         "seed": setting.seed,
         "model": trained,
         "weights": weights,

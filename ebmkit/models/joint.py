@@ -159,6 +159,7 @@ def _parts(y: Tensor, reference: tuple[int, int] | None) -> float:
 
 def _total(parts: Energies, batch: int, size: float) -> Energies:
     """Energies (B * M, ...) of the M parts of each image, as those of the image of ``size``."""
-    logits = parts.logits.reshape(batch, -1, parts.logits.shape[1]).mean(1)
-    density = parts.log_density.reshape(batch, -1).mean(1)
+    count = len(parts.log_density) // batch
+    logits = parts.logits.reshape(batch, count, parts.logits.shape[1]).mean(1)
+    density = parts.log_density.reshape(batch, count).mean(1)
     return Energies(size * logits, size * density)

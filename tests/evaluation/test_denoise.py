@@ -126,6 +126,8 @@ def test_without_labels_there_is_no_conditional_denoiser(mixture, drawn, network
     names = measure(mixture, nameless, tmp_path / "data")["denoisers"]
     assert "conditional_true" not in names
     assert "conditional_predicted" in names  # the model's own label needs none from the data
+    others = Drawn(drawn.images, drawn.labels, class_names=("of", "another", "data", "set"))
+    assert "conditional_true" not in measure(mixture, others, tmp_path / "others")["denoisers"]
     network.card.classifies = False
     images = Drawn(torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 0]))
     names = measure(network, images, tmp_path / "model")["denoisers"]

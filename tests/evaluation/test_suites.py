@@ -126,6 +126,19 @@ def test_what_cannot_be_compared_goes_elsewhere(mixture, drawn, tmp_path):
     assert evaluation_folder(tmp_path, mixture, drawn, limit=len(drawn)) == home  # no limit at all
 
 
+def test_other_images_of_the_same_name_go_elsewhere(mixture, drawn, tmp_path):
+    mixture.card = card()
+    home = evaluation_folder(tmp_path, mixture, drawn)
+    evaluate(mixture, drawn, ["classify"], home)
+    others = Drawn(drawn.images.flip(0), drawn.labels.flip(0))
+    elsewhere = evaluation_folder(tmp_path, mixture, others)
+    assert elsewhere.parent == home
+    assert elsewhere.name.startswith("mixture-test-")
+    assert evaluation_folder(tmp_path, mixture, drawn) == home
+    evaluate(mixture, others, ["classify"], elsewhere)
+    assert evaluation_folder(tmp_path, mixture, others) == elsewhere
+
+
 def test_evaluating_again_replaces_only_its_own_files(mixture, drawn, tmp_path):
     evaluate(mixture, drawn, ["classify"], tmp_path, limit=20)
     kept = (tmp_path / "classify.json").read_bytes()

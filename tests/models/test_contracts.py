@@ -171,16 +171,6 @@ def test_a_block_ends_with_its_norm(backbone, size):
         assert (groups.std(1, unbiased=False) > 0.98).all()
 
 
-def test_scaling_the_density_scales_it():
-    model = create_model(width=8, num_classes=3).double()
-    y = torch.rand(2, 3, 8, 8, dtype=torch.float64)
-    before, logits, score = model.log_density(y), model.logits(y), model.score(y)
-    model.head.scale_density_(30.0)
-    torch.testing.assert_close(model.log_density(y), 30 * before)
-    torch.testing.assert_close(model.score(y), 30 * score)
-    assert torch.equal(model.logits(y), logits)
-
-
 def test_input_normalisation_keeps_scores_in_image_units():
     """score of f(y / std) is score of f at y / std, divided by std."""
     plain = create_model(width=8, num_classes=3).double()
