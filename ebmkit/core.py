@@ -41,7 +41,14 @@ from torch import Tensor, nn
 from ebmkit.card import ModelCard
 from ebmkit.errors import UserError
 
-__all__ = ["Denoiser", "Energies", "EnergyModel", "Linearization", "linearize"]
+__all__ = [
+    "Denoiser",
+    "Energies",
+    "EnergyModel",
+    "Linearization",
+    "linearize",
+    "sigma_of_score",
+]
 
 Noise = float | Tensor
 """A noise level in image units: a float for the whole batch, or a tensor (B,)."""
@@ -233,7 +240,7 @@ class EnergyModel(nn.Module, ABC):
             raise UserError("this model takes the noise level as an input: give sigma")
         at = linearize(self, y, sigma)
         if sigma is None:
-            sigma = _sigma_of_score(at.score())
+            sigma = sigma_of_score(at.score())
         score = at.score() if c is None else at.conditional_score(self.check_labels(c, y))
         return y + _per_image(sigma, y) ** 2 * score
 
@@ -247,7 +254,7 @@ class EnergyModel(nn.Module, ABC):
             raise UserError(
                 "this model takes the noise level as an input and cannot estimate it: give sigma"
             )
-        return _sigma_of_score(self.score(y))
+        return sigma_of_score(self.score(y))
 
     def check_labels(self, c: Tensor | int, y: Tensor) -> Tensor:
         """Labels as a tensor (B,) int64 on y's device, checked.
@@ -300,7 +307,8 @@ def _per_image(sigma: Noise, y: Tensor) -> Noise:
     return sigma
 
 
-def _sigma_of_score(score: Tensor) -> Tensor:
+def sigma_of_score(score: Tensor) -> Tensor:
     """sqrt(d) / ||score||, (B,); finite even at a score of 0, which then moves no image."""
     norm = torch.linalg.vector_norm(score.flatten(1), dim=1)
-    return math.sqrt(score[0].numel()) / norm.clamp_min(torch.finfo(score.dtype).eps ** 2)
+    sigma: Tensor = math.sqrt(score[0].numel()) / norm.clamp_min(torch.finfo(score.dtype).eps ** 2)
+    return sigma

@@ -225,7 +225,9 @@ def psnr_bars(denoisers: dict[str, dict[str, Any]], path: Path) -> None:
     axes = figure.add_subplot()
     keys = list(next(iter(denoisers.values()))["psnr"])
     width = 0.82 / len(denoisers)
-    looks = zip((GRAY, BLUE, GREEN, ORANGE, PURPLE), ("", "", "//", "\\\\", ".."), strict=True)
+    looks = zip(
+        (GRAY, SKY, BLUE, GREEN, ORANGE, PURPLE), ("", "", "", "//", "\\\\", ".."), strict=True
+    )
     known = [e for d in denoisers.values() for e in d["psnr"].values() if e["value"] is not None]
     for i, ((_, denoiser), (colour, hatch)) in enumerate(
         zip(denoisers.items(), looks, strict=False)

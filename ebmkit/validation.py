@@ -38,6 +38,8 @@ def _sentence(model: type[BaseModel], error: ValidationError, what: str) -> str:
     reason = first["msg"].removeprefix("Value error, ")
     if not path:
         return f"{what}: {reason}"
+    if isinstance(first["input"], dict):  # a rule about several fields together
+        return f"{what}: {where}: {reason}"
     return f"{what}: {where} = {first['input']!r} is not legal: {reason[0].lower()}{reason[1:]}"
 
 

@@ -15,7 +15,9 @@ __all__ = ["pack"]
 
 @data_app.command()
 def pack(
-    src: Annotated[str, typer.Argument(help="image folder, or a folder in torchvision's layout")],
+    src: Annotated[
+        str, typer.Argument(help="image folder, CIFAR folder, or torchvision:NAME[:FOLDER]")
+    ],
     out: Annotated[Path, typer.Argument(help="the HDF5 file to write")],
     image_size: Annotated[
         int | None, typer.Option(min=1, help="height and width to bring images to")

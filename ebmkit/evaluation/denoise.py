@@ -8,6 +8,9 @@ Of :math:`y = x + \sigma\epsilon` are estimated (CDN eq. 7)
 - ``blind``: :math:`y + \hat\sigma^2 s(y)` with the model's own
   :math:`\hat\sigma = \sqrt d/\|s(y)\|` (not for noise-conditional models, which are told sigma).
 
+Beside them stand the ``noisy`` input and the ``clipped`` one: on images with much black or white,
+clipping alone gains decibels, which no model should be given credit for.
+
 Protocol. PSNR is the mean over images of the PSNR of each image,
 :math:`-10 \log_{10}(\text{mean squared error over its pixels and channels})` dB for images in [0,
 1]. A denoiser's output is clipped to [0, 1]; the noisy input is not, neither for the denoiser nor
@@ -33,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ebmkit.core import EnergyModel, _sigma_of_score, linearize
+from ebmkit.core import EnergyModel, linearize, sigma_of_score
 from ebmkit.evaluation import statistics
 from ebmkit.evaluation.data import Images, noisy_batches
 from ebmkit.evaluation.setting import Setting, Suite, classifies, in_255ths
@@ -48,6 +51,7 @@ __all__ = ["DENOISE", "Estimates", "draw", "estimates", "run", "ssim", "ssim_win
 
 LABELS = {
     "noisy": "noisy input",
+    "clipped": "noisy input, clipped",
     "unconditional": "unconditional",
     "conditional_true": "conditional, true",
     "conditional_predicted": "conditional, predicted",
@@ -88,7 +92,7 @@ def estimates(
             found["conditional_true"] = y + sigma**2 * at.conditional_score(labels)
         found["conditional_predicted"] = y + sigma**2 * at.conditional_score(predicted)
     if not model.noise_conditional:
-        noise = _sigma_of_score(score)
+        noise = sigma_of_score(score)
         found["blind"] = y + noise.reshape(-1, 1, 1, 1) ** 2 * score
     return {name: x.clamp(0, 1) for name, x in found.items()}, predicted, noise
 
@@ -129,7 +133,7 @@ def run(setting: Setting) -> dict[str, Any]:
         for x, y, labels in setting.batches(sigma):
             labels = labels if comparable else None
             found, predicted, noise = estimates(setting.model, y, sigma, labels)
-            for name, estimate in {"noisy": y, **found}.items():
+            for name, estimate in {"noisy": y, "clipped": y.clamp(0, 1), **found}.items():
                 columns[name, "psnr"].append(psnr(estimate, x).cpu())
                 columns[name, "ssim"].append(ssim(estimate, x).cpu())
             if predicted is not None and labels is not None:

@@ -1,11 +1,15 @@
 """The command line, as a user meets it: what it prints, leaves behind, refuses, and exits with."""
 
+import contextlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -13,6 +17,7 @@ import torch
 from PIL import Image
 
 import ebmkit
+from ebmkit.cli import main
 from ebmkit.cli.list import tables
 
 SMALL = [
@@ -22,12 +27,22 @@ SMALL = [
 ]  # fmt: skip
 
 
-def ebmkit_command(*arguments, cwd, **keywords):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-    return subprocess.run(
-        [sys.executable, "-m", "ebmkit", *map(str, arguments)],
-        cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, **keywords,
-    )  # fmt: skip
+class Ended(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def ebmkit_command(*arguments, cwd):
+    """Run the command line in this process, in the folder ``cwd``; what it printed and ended with."""
+    out, err, before = io.StringIO(), io.StringIO(), warnings.showwarning
+    with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+            patch.setattr(sys, "argv", ["ebmkit", *map(str, arguments)])
+            patch.setenv("COLUMNS", "120")
+            main()
+    warnings.showwarning = before
+    return Ended(int(ended.value.code or 0), out.getvalue(), err.getvalue())
 
 
 def refused(result, *told):
@@ -51,7 +66,7 @@ def place(tmp_path_factory):
     (folder / "train.txt").write_text(result.stdout)
     digit = np.clip(np.kron(np.eye(4), np.ones((3, 3))) * 255, 0, 255).astype(np.uint8)
     Image.fromarray(digit).save(folder / "gray.png")
-    Image.fromarray(digit).convert("RGB").save(folder / "colour.png")
+    Image.fromarray(np.stack([digit, 255 - digit, digit], -1)).save(folder / "colour.png")
     return folder
 
 
@@ -130,7 +145,7 @@ def test_list_shows_the_tables(place, kind):
         (["--dataset", "cifar"], "did you mean 'cifar10'"),
         (["--recipe", "digit"], "did you mean 'digits'"),
         (["--set", "optimizer.rl=1"], "did you mean 'lr'"),
-        (["--set", "streams.denoise.noise.max=0"], "must be"),
+        (["--set", "streams.denoise.noise.max=0"], "needs max above 0"),
         (["--set", "nonsense"], "key=value"),
         (["--config", "absent.yaml"], "cannot read configuration"),
         (["--device", "tpu"], "unknown device 'tpu'"),

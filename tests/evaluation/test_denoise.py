@@ -63,6 +63,8 @@ def test_the_noisy_input_is_not_clipped(mixture, tmp_path):
     document = measure(mixture, black, tmp_path, sigmas=[SIGMA])
     # clipping would halve the error and add 3 dB
     assert document["psnr_noisy"]["25"] == pytest.approx(-20 * math.log10(SIGMA), abs=0.5)
+    clipped = document["denoisers"]["clipped"]["gain"]["25"]["value"]
+    assert clipped == pytest.approx(10 * math.log10(2), abs=0.5)
 
 
 def test_exact_model_reaches_the_posterior_mean_and_no_other_does(mixture, drawn, tmp_path):
@@ -131,7 +133,7 @@ def test_without_labels_there_is_no_conditional_denoiser(mixture, drawn, network
     network.card.classifies = False
     images = Drawn(torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 0]))
     names = measure(network, images, tmp_path / "model")["denoisers"]
-    assert set(names) == {"noisy", "unconditional", "blind"}
+    assert set(names) == {"noisy", "clipped", "unconditional", "blind"}
 
 
 def gaussian_ssim(a, b, side, deviation):
