@@ -1,16 +1,20 @@
 r"""Denoising pictures of any size within bounded memory.
 
-The score of a large picture is assembled from overlapping tiles whose borders fade into each other:
+The score of a large picture is assembled from overlapping crops whose borders fade into each other:
 
 .. math:: s(y) = \frac{\sum_t w_t\, s(y_t)}{\sum_t w_t}
 
-with weights :math:`w_t` that fall linearly to 0 over the overlap. Everything else follows from the
-assembled score: the noise level :math:`\hat\sigma = \sqrt d/\|s\|` where none is given, and
-:math:`D(y) = y + \sigma^2 s(y)`.
+with weights :math:`w_t` that fall linearly to 0 over the overlap. The crops are twice the size that
+the model was trained at and overlap by half, as in the model's own log-density of large images
+(`ebmkit.models.joint`, "tiles"), of whose gradient this is a smoother copy that never holds more
+than a few crops in memory. Everything else follows from the assembled score: the noise level
+:math:`\hat\sigma = \sqrt d/\|s\|` where none is given, and :math:`D(y) = y + \sigma^2 s(y)`.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,12 +23,16 @@ from torch import Tensor
 
 from ebmkit.core import EnergyModel
 from ebmkit.errors import UserError
-from ebmkit.models.joint import spread
 
 __all__ = ["Denoised", "denoise_picture", "picture_score"]
 
 TILE = 256
-OVERLAP = 32
+"""Side of the crops where the model does not say what it was trained at."""
+
+BATCH_PIXELS = 128 * 128
+"""Pixels of crops that go through the network at once."""
+
+Progress = Callable[[int, int], None]
 
 
 class Denoised(NamedTuple):
@@ -40,9 +48,9 @@ def denoise_picture(
     y: Tensor,
     sigma: float | None = None,
     c: int | None = None,
-    tile: int = TILE,
-    overlap: int = OVERLAP,
-    progress: Callable[[int, int], None] | None = None,
+    tile: int | None = None,
+    overlap: int | None = None,
+    progress: Progress | None = None,
 ) -> Denoised:
     """Denoise one picture of any size.
 
@@ -51,9 +59,9 @@ def denoise_picture(
         y: the noisy picture (C, H, W), image units.
         sigma: its noise level in image units; None: estimated from the score of the whole picture.
         c: a label, for the class-conditional denoiser.
-        tile: side of the tiles; a picture no larger is done at once.
-        overlap: by how much tiles overlap.
-        progress: called with (tiles done, tiles in all).
+        tile: side of the crops; None: twice the trained size. A picture no larger is done at once.
+        overlap: by how much crops overlap; None: half a crop.
+        progress: called with (crops done, crops in all).
 
     Raises:
         UserError: if channels or label do not suit the model, or it needs sigma and none is given.
@@ -62,10 +70,9 @@ def denoise_picture(
         raise UserError("this model takes the noise level as an input: give sigma")
     score = picture_score(model, y, sigma, c, tile, overlap, progress)
     if sigma is None:
-        sigma = float(y.numel() ** 0.5 / score.norm())
-        if c is not None:  # the level is that of the unconditional score
-            plain = picture_score(model, y, None, None, tile, overlap)
-            sigma = float(y.numel() ** 0.5 / plain.norm())
+        # the level is that of the unconditional score
+        plain = score if c is None else picture_score(model, y, None, None, tile, overlap)
+        sigma = float(y.numel() ** 0.5 / plain.norm().clamp_min(torch.finfo(plain.dtype).tiny))
     return Denoised(y + sigma**2 * score, sigma)
 
 
@@ -75,32 +82,48 @@ def picture_score(
     y: Tensor,
     sigma: float | None = None,
     c: int | None = None,
-    tile: int = TILE,
-    overlap: int = OVERLAP,
-    progress: Callable[[int, int], None] | None = None,
+    tile: int | None = None,
+    overlap: int | None = None,
+    progress: Progress | None = None,
 ) -> Tensor:
-    """grad log p(y) or grad log p(y|c) of a picture ``y`` (C, H, W), from tiles; same shape."""
+    """grad log p(y) or grad log p(y|c) of a picture ``y`` (C, H, W), from crops; same shape.
+
+    The arguments are those of `denoise_picture`.
+    """
+    if tile is None:
+        size = model.card.image_size if model.card else None
+        tile = 2 * max(size) if size else TILE
+    overlap = tile // 2 if overlap is None else overlap
     if not 0 <= overlap < tile:
         raise UserError(f"overlap {overlap} must be at least 0 and less than the tile's {tile}")
-    height, width = y.shape[-2:]
-    if height <= tile and width <= tile:
-        return model.score(y[None], c, sigma)[0]
-    tops = spread(height, min(tile, height), tile - overlap)
-    lefts = spread(width, min(tile, width), tile - overlap)
-    total = torch.zeros_like(y)
-    weight = torch.zeros_like(y[:1])
-    done = 0
-    for top in tops:
-        for left in lefts:
-            crop = y[:, top : top + tile, left : left + tile]
-            fade = _fade(crop.shape[-2], overlap, y)[:, None] * _fade(crop.shape[-1], overlap, y)
-            where = (slice(None), slice(top, top + tile), slice(left, left + tile))
-            total[where] += fade * model.score(crop[None], c, sigma)[0]
-            weight[where] += fade
-            done += 1
-            if progress is not None:
-                progress(done, len(tops) * len(lefts))
+    height, width = min(tile, y.shape[-2]), min(tile, y.shape[-1])
+    corners = list(
+        itertools.product(
+            spread(y.shape[-2], height, tile - overlap), spread(y.shape[-1], width, tile - overlap)
+        )
+    )
+    fade = _fade(height, overlap, y)[:, None] * _fade(width, overlap, y)
+    total, weight = torch.zeros_like(y), torch.zeros_like(y[:1])
+    batch = max(1, BATCH_PIXELS // (height * width))
+    for start in range(0, len(corners), batch):
+        some = corners[start : start + batch]
+        crops = torch.stack([y[:, t : t + height, l : l + width] for t, l in some])
+        for (top, left), score in zip(some, model.score(crops, c, sigma), strict=True):
+            total[:, top : top + height, left : left + width] += fade * score
+            weight[:, top : top + height, left : left + width] += fade
+        if progress is not None:
+            progress(start + len(some), len(corners))
     return total / weight
+
+
+def spread(length: int, tile: int, stride: int) -> list[int]:
+    """Starts of tiles of size ``tile`` at most ``stride`` apart that cover 0 .. length evenly.
+
+    >>> spread(80, 32, 16)
+    [0, 16, 32, 48]
+    """
+    count = math.ceil(max(0, length - tile) / stride) + 1
+    return [round(i * (length - tile) / max(1, count - 1)) for i in range(count)]
 
 
 def _fade(length: int, overlap: int, like: Tensor) -> Tensor:

@@ -43,7 +43,6 @@ def build() -> ebmkit.JointModel:
         LinearQuadraticHead(num_features=64, num_classes=10),
         in_channels=1,
         reference_size=(8, 8),
-        extent="tiles",  # our backbone cannot pool over windows
     )
 
 
@@ -64,7 +63,7 @@ def main(steps: int, out: Path) -> float:
     again = ebmkit.load(out, model=build())  # composed by hand, so load needs the network
     y = test.floats()[:1]
     with torch.no_grad():
-        assert torch.equal(again.score(y), model.score(y))
+        assert torch.allclose(again.score(y), model.score(y), rtol=1e-3, atol=1e-4)
     return float(accuracy)
 
 

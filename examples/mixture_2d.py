@@ -54,8 +54,11 @@ def truth() -> ebmkit.GaussianMixture:
 def learn(mixture: ebmkit.GaussianMixture, steps: int, seed: int = 0) -> ebmkit.EnergyModel:
     """A joint model of the noisy mixture, by ce+dsm."""
     torch.manual_seed(seed)
-    # The head's quadratic is -1/2 (w f)^2 with a bias, so that the density may have any maximum.
-    model = ebmkit.JointModel(PointFeatures(), LinearQuadraticHead(64, 2, bias=True))
+    head = LinearQuadraticHead(64, 2, bias=True)
+    # log p = -1/2 u^2 with u = w f + b. Started at u = 0, where all densities are largest, learning
+    # may end with a ring of zeros; started well above, it has room for peaks of any height.
+    nn.init.constant_(head.density.bias, 4.0)
+    model = ebmkit.JointModel(PointFeatures(), head, input_mean=0.5, input_std=0.25)
     loss = TrainingLoss(model, parse_objective("ce+dsm"), streams={"ce": "denoise"})
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -97,14 +100,14 @@ def draw(
         extent = (axis[0].item(), axis[-1].item()) * 2
         style = {"origin": "lower", "extent": extent}
         levels = axes[row, 0].imshow(
-            -values.reshape(shape), vmin=-2, vmax=8, cmap="viridis_r", **style
+            -values.reshape(shape).numpy(), vmin=-2, vmax=8, cmap="viridis_r", **style
         )
         axes[row, 0].set_title(f"{name}: energy -log p(y), nats")
-        p = posterior[name].softmax(1)[:, 1].reshape(shape)
+        p = posterior[name].softmax(1)[:, 1].reshape(shape).numpy()
         chance = axes[row, 1].imshow(p, vmin=0, vmax=1, cmap="PuOr", **style)
         axes[row, 1].set_title(f"{name}: p(c = 1 | y)")
-        arrows = SIGMA * score.reshape(*shape, 2)[::5, ::5]
-        ticks = axis[::5]
+        arrows = SIGMA * score.reshape(*shape, 2)[::5, ::5].numpy()
+        ticks = axis[::5].numpy()
         axes[row, 2].quiver(ticks, ticks, arrows[..., 0], arrows[..., 1], angles="xy", scale=60)
         axes[row, 2].set_title(f"{name}: score")
         axes[row, 2].set_aspect("equal")

@@ -31,7 +31,7 @@ class ModelConfig(BaseModel):
         None, description="height and width at which log-densities are the plain formula's"
     )
     extent: Extent = Field(
-        "windows", description="larger images: windows, tiles, or factor (see JointModel)"
+        "tiles", description="larger images: tiles, factor or windows (see JointModel)"
     )
     input_mean: float = Field(0.0, description="subtracted from images; acts as a bias, so 0")
     input_std: float = Field(1.0, gt=0, description="images are divided by it")
@@ -56,7 +56,7 @@ def create_model(
     in_channels: int = 3,
     head: str = "linear-quadratic",
     image_size: tuple[int, int] | int | None = None,
-    extent: Extent = "windows",
+    extent: Extent = "tiles",
     **options: Any,
 ) -> JointModel:
     """A joint model by the names of its parts, with fresh weights.

@@ -34,13 +34,18 @@ class Ended(NamedTuple):
 
 
 def ebmkit_command(*arguments, cwd):
-    """Run the command line in this process, in the folder ``cwd``; what it printed and ended with."""
+    """Run the command line in this process, in folder ``cwd``; what it printed and ended with."""
     out, err, before = io.StringIO(), io.StringIO(), warnings.showwarning
-    with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
-            patch.setattr(sys, "argv", ["ebmkit", *map(str, arguments)])
-            patch.setenv("COLUMNS", "120")
-            main()
+    with (
+        contextlib.chdir(cwd),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(SystemExit) as ended,
+    ):
+        patch.setattr(sys, "argv", ["ebmkit", *map(str, arguments)])
+        patch.setenv("COLUMNS", "120")
+        main()
     warnings.showwarning = before
     return Ended(int(ended.value.code or 0), out.getvalue(), err.getvalue())
 

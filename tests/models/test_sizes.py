@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from ebmkit import JointModel, create_model
+from ebmkit import Energies, JointModel, create_model
+from ebmkit.inference import spread
 from ebmkit.models import Features, LinearQuadraticHead
-from ebmkit.models.joint import EXTENTS, spread, tiles
+from ebmkit.models.joint import EXTENTS, halves
 
 REFERENCE = 32  # a multiple of twice the total stride of every preset
 
@@ -127,15 +128,43 @@ def test_windows_sees_each_part_with_its_own_features():
     }
     assert energies["windows"] == pytest.approx(-0.5 * (0**2 + 1**2))
     assert energies["factor"] == pytest.approx(-0.5 * 2 * 0.5**2)
-    assert energies["tiles"] == pytest.approx(-0.5 * 2 / 3 * (0**2 + 0.5**2 + 1**2))
+    # crops are twice the reference, so one holds the whole image
+    assert energies["tiles"] == pytest.approx(-0.5 * 2 * 0.5**2)
+    long = torch.cat([y, y], dim=3)  # 0 1 0 1: crops 0, 01, 10, 01, 1 cover it twice
+    tiled = JointModel(Pixels(), head, 1, (4, 4), "tiles").log_density(long).item()
+    assert tiled == pytest.approx(-0.5 * (0**2 + 3 * 2 * 0.5**2 + 1**2) / 2)
 
 
-@pytest.mark.parametrize("shape", [(32, 32), (33, 47), (80, 40), (100, 16), (9, 9)], ids=str)
-def test_tiles_cover_the_image_and_overlap_by_half(shape):
-    where = torch.arange(shape[0] * shape[1]).reshape(1, 1, *shape).double()
-    crops = tiles(where, (32, 32))
-    assert crops.shape[-2:] == (min(32, shape[0]), min(32, shape[1]))
-    assert crops.unique().numel() == where.numel()
+@pytest.mark.parametrize("length", range(1, 70))
+def test_halves_cover_every_position_equally_often(length):
+    covered = [0] * length
+    for start, stop in halves(length, 8):
+        assert 0 < stop - start <= 8
+        for i in range(start, stop):
+            covered[i] += 1
+    assert set(covered) == ({1} if length <= 8 else {2})
+
+
+@pytest.mark.parametrize("shape", [(70, 70), (100, 40), (20, 200), (129, 67)], ids=str)
+def test_tiles_weigh_every_pixel_alike(shape):
+    """With features that are the mean of the image, and l(f) = f: log p = sum of pixels / area."""
+
+    class Mean(nn.Module):
+        num_features = 1
+
+        def forward(self, y):
+            return Features(y.mean(dim=(2, 3)))
+
+    class Same(nn.Module):
+        num_classes = 0
+
+        def forward(self, pooled):
+            return Energies(pooled.new_zeros(len(pooled), 0), pooled[:, 0])
+
+    model = JointModel(Mean(), Same(), 1, (32, 32), "tiles")
+    y = image(*shape)
+    torch.testing.assert_close(model.log_density(y), y.sum()[None] / 32**2)
+    torch.testing.assert_close(model.score(y), torch.full_like(y, 1 / 32**2))
 
 
 @pytest.mark.parametrize("length", range(1, 70))
