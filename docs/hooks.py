@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import typer
 
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+
 COMMANDS = "<!-- commands -->"
 TABLES = "<!-- tables -->"
 FIELDS = "<!-- fields -->"
+BALANCE = "<!-- balance -->"
+SIZES = "<!-- sizes -->"
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -19,7 +25,74 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         markdown = markdown.replace(TABLES, component_tables())
     if FIELDS in markdown:
         markdown = markdown.replace(FIELDS, config_fields())
+    if BALANCE in markdown:
+        markdown = markdown.replace(BALANCE, balance_table())
+    if SIZES in markdown:
+        markdown = markdown.replace(SIZES, sizes_table())
     return markdown
+
+
+def balance_table() -> str:
+    """`benchmarks/results/balance.json` as tables, one per data set."""
+    results = json.loads((RESULTS / "balance.json").read_text())
+    lines: list[str] = []
+    for dataset in ("cifar10", "digits"):
+        rows = [row for name, row in results.items() if name.split()[0] == dataset]
+        if not rows:
+            continue
+        noisy = " / ".join(f"{value:.1f}" for value in rows[0]["psnr_noisy"].values())
+        lines += [
+            f"**{dataset}**, {rows[0]['steps']} steps; accuracy on {rows[0]['accuracy_images']:,} "
+            f"test images, PSNR on the first {rows[0]['psnr_images']:,} (noisy: {noisy} dB)",
+            "",
+            "| objective and settings | accuracy | 15 | 25 | 50 |",
+            "|---|---|---|---|---|",
+        ]
+        for row in rows:
+            trained = row["trained_for"]
+            accuracy = f"{row['accuracy']:.1%}" if trained["ce"] else "-"
+            values = [f"{v:.2f}" if trained["dsm"] else "-" for v in row["psnr"].values()]
+            name = row["name"].removeprefix(f"{dataset} ")
+            lines.append(f"| {name} (`{row['objective']}`) | {accuracy} | {' | '.join(values)} |")
+        commits = sorted({row["environment"]["git_commit"] or "unknown" for row in rows})
+        environment = rows[0]["environment"]
+        lines += [
+            "",
+            f"PyTorch {environment['torch']}, {environment['cores']} CPU cores, code at "
+            f"{', '.join(commits)}, seed 0 except where said.",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def sizes_table() -> str:
+    """`benchmarks/results/sizes.json` as a table."""
+    results = json.loads((RESULTS / "sizes.json").read_text())
+    ways = list(dict.fromkeys(row["way"] for row in results["rows"]))
+    cells = {(row["way"], row["sigma"]): row for row in results["rows"]}
+    sigmas = sorted({sigma for _, sigma in cells})
+    lines = [
+        "| way | " + " | ".join(f"{s}" for s in sigmas) + " | best factor | sigma read off | s |",
+        "|---|" + "---|" * (len(sigmas) + 3),
+    ]
+    for way in ways:
+        own = [cells[way, sigma] for sigma in sigmas]
+        mean = {k: sum(r[k] for r in own) / len(own) for k in ("best_scale", "sigma_ratio")}
+        seconds = min(row["seconds"] for row in own)
+        lines.append(
+            f"| {way} | "
+            + " | ".join(f"{row['psnr']:.2f}" for row in own)
+            + f" | {mean['best_scale']:.2f} | {mean['sigma_ratio']:.2f} | {seconds:.2f} |"
+        )
+    environment = results["environment"]
+    lines += [
+        "",
+        f"{results['images']} of {results['of']} images (every eighth), PSNR in dB; *best factor*: "
+        "what the score would have to be multiplied by, mean over levels; *sigma read off*: "
+        "estimated over true noise level; *s*: seconds per image on one thread of a busy machine. "
+        f"PyTorch {environment['torch']}, code at {environment['git_commit']}.",
+    ]
+    return "\n".join(lines)
 
 
 def command_reference() -> str:

@@ -234,10 +234,12 @@ class EnergyModel(nn.Module, ABC):
             c: labels (B,) for the class-conditional denoiser.
 
         Raises:
-            UserError: if a label is out of range, or a noise-conditional model is not given sigma.
+            UserError: if a label is out of range, a float sigma is not above 0, or a
+                noise-conditional model is not given sigma.
         """
         if sigma is None and self.noise_conditional:
             raise UserError("this model takes the noise level as an input: give sigma")
+        check_sigma(sigma)
         at = linearize(self, y, sigma)
         if sigma is None:
             sigma = sigma_of_score(at.score())
@@ -298,6 +300,16 @@ class EnergyModel(nn.Module, ABC):
                 "ablation (table 3) fell to 92.0 % and 29.59 dB at 15/255; GELU is smooth",
                 stacklevel=4,
             )
+
+
+def check_sigma(sigma: Noise | None) -> None:
+    """Whether a float ``sigma`` is a noise level; tensors are not looked into.
+
+    Raises:
+        UserError: if it is not a finite number above 0.
+    """
+    if isinstance(sigma, (int, float)) and not 0 < sigma < math.inf:
+        raise UserError(f"sigma {sigma} must be a finite number above 0, as in 25 / 255")
 
 
 def _per_image(sigma: Noise, y: Tensor) -> Noise:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ebmkit.core import EnergyModel
+from ebmkit.core import EnergyModel, check_sigma, sigma_of_score
 from ebmkit.errors import UserError
 
 __all__ = ["Denoised", "denoise_picture", "picture_score"]
@@ -68,11 +68,12 @@ def denoise_picture(
     """
     if sigma is None and model.noise_conditional:
         raise UserError("this model takes the noise level as an input: give sigma")
+    check_sigma(sigma)
     score = picture_score(model, y, sigma, c, tile, overlap, progress)
     if sigma is None:
         # the level is that of the unconditional score
         plain = score if c is None else picture_score(model, y, None, None, tile, overlap)
-        sigma = float(y.numel() ** 0.5 / plain.norm().clamp_min(torch.finfo(plain.dtype).tiny))
+        sigma = float(sigma_of_score(plain[None]))
     return Denoised(y + sigma**2 * score, sigma)
 
 

@@ -41,7 +41,7 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    errors.print(f"warning: {message}", style="yellow", highlight=False, markup=False)
+    errors.print(f"warning: {message}", style="yellow", highlight=False, soft_wrap=True)
 
 
 def main() -> None:
@@ -51,8 +51,5 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        errors.print(f"ebmkit: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        errors.print(f"ebmkit: {error}", style="red", highlight=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        errors.print("ebmkit: interrupted")
-        sys.exit(130)

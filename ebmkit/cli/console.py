@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -22,8 +23,8 @@ from ebmkit.training import Reporter
 
 __all__ = ["TensorBoard", "Together", "TrainingBar", "console", "errors"]
 
-console = Console()
-errors = Console(stderr=True)
+console = Console(markup=False)
+errors = Console(stderr=True, markup=False)
 
 _HIDDEN = ("kind", "step", "lr", "images_per_s")
 
@@ -79,14 +80,26 @@ class TrainingBar:
 class TensorBoard:
     """Metrics as TensorBoard scalars in ``folder``; needs the extra ``tensorboard``."""
 
-    def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
+    def __init__(self, folder: Path, step: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(folder, purge_step=step + 1)
+
+    @staticmethod
+    def check() -> None:
+        """Whether TensorBoard can be imported.
+
+        Raises:
+            UserError: if not.
+        """
+        if importlib.util.find_spec("tensorboard") is None:
             raise UserError(
                 "TensorBoard is not installed: pip install 'ebmkit-vision[tensorboard]'"
-            ) from None
-        self.writer = SummaryWriter(folder)
+            )
+
+    def close(self) -> None:
+        """Write what is pending."""
+        self.writer.close()
 
     def report(self, row: dict[str, Any]) -> None:
         """Write a row of metrics."""

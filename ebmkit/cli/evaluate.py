@@ -30,6 +30,9 @@ def evaluate(
         str | None, typer.Option(help="data set [default: the one trained on]")
     ] = None,
     data_dir: Annotated[Path | None, typer.Option(help="where its files are")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="height and width to bring images to")
+    ] = None,
     split: Annotated[str, typer.Option(help="test, validation or train")] = "test",
     limit: Annotated[int | None, typer.Option(min=1, help="only the first N images")] = None,
     seed: Annotated[int, typer.Option(min=0, help="of the noise")] = 0,
@@ -48,7 +51,7 @@ def evaluate(
     where = DataConfig(
         name=name,
         data_dir=data_dir or (trained.data_dir if own else None),
-        image_size=trained.image_size if own else None,
+        image_size=image_size or (trained.image_size if own else None),
     )
     images = images_of(where, _split(split), progress=console.is_terminal)
     evaluate_run(model, run, images, suite, limit, seed, weights)

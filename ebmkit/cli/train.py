@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,6 +12,7 @@ import typer
 
 from ebmkit.cli.app import app
 from ebmkit.cli.console import TensorBoard, Together, TrainingBar, console
+from ebmkit.data import ImageSet, StreamedSet
 from ebmkit.errors import UserError
 from ebmkit.training import (
     Interrupted,
@@ -22,6 +24,7 @@ from ebmkit.training import (
     read_config,
     resolve,
 )
+from ebmkit.training.assemble import assemble, images_of
 
 __all__ = ["train"]
 
@@ -55,6 +58,9 @@ def train(
     recipe: Annotated[
         str | None, typer.Option(help="defaults to start from [default: the data set's]")
     ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="height and width to bring images to")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of configuration fields")] = None,
     set_: Annotated[
         list[str] | None,
@@ -75,6 +81,7 @@ def train(
     named = _named(
         dataset=dataset,
         data_dir=data_dir,
+        image_size=image_size,
         backbone=backbone,
         objective=objective,
         width=width,
@@ -84,9 +91,14 @@ def train(
     )
     layers = [read_config(config)] if config else []
     layers += [named, parse_assignments(set_ or [])]
+    if tensorboard:
+        TensorBoard.check()
+    test = None
     if resume is None:
         resolved = resolve(*layers, recipe=recipe)
         prepared = _assemble(resolved, None)  # nothing is written if data or model are at fault
+        if evaluate:
+            test = images_of(resolved.dataset, "test", console.is_terminal)
         run = RunFolder.create(out or _fresh_folder(resolved), resolved)
         prepared.run = run
     else:
@@ -96,27 +108,41 @@ def train(
         resolved = resolve(run.config(), *layers)
         run.check_same(resolved)
         prepared = _assemble(resolved, run)
+        if evaluate:
+            test = images_of(resolved.dataset, "test", console.is_terminal)
     _fit(prepared, run, tensorboard)
-    if evaluate:
-        _finish(prepared, run)
+    if test is not None:
+        try:
+            _finish(prepared, run, test)
+        except KeyboardInterrupt:
+            console.print(
+                "interrupted; the model is saved. Evaluate it with:\n"
+                f"  ebmkit evaluate {_quoted(run)}",
+                soft_wrap=True,
+            )
+            raise typer.Exit(130) from None
     console.print(f"run folder: {run.path}", soft_wrap=True, highlight=False)
 
 
-def _assemble(config: TrainConfig, run: RunFolder | None) -> Trainer:
-    from ebmkit.training.assemble import assemble
+def _quoted(run: RunFolder) -> str:
+    return shlex.quote(str(run.path))
 
+
+def _assemble(config: TrainConfig, run: RunFolder | None) -> Trainer:
     return assemble(config, run, progress=console.is_terminal)
 
 
 def _named(
     dataset: str | None,
     data_dir: Path | None,
+    image_size: int | None,
     width: int | None,
     **plain: Any,
 ) -> dict[str, Any]:
     """The named options that were given, as a configuration layer."""
     layer: dict[str, Any] = {key: value for key, value in plain.items() if value is not None}
-    data = {"name": dataset, "data_dir": data_dir}
+    where = data_dir.absolute() if data_dir else None  # so that the run can be used from anywhere
+    data = {"name": dataset, "data_dir": where, "image_size": image_size}
     given = {key: value for key, value in data.items() if value is not None}
     if given:
         layer["dataset"] = given
@@ -151,8 +177,9 @@ def _fit(trainer: Trainer, run: RunFolder, tensorboard: bool) -> None:
         console.print(f"going on after step {trainer.step}")
     bar = TrainingBar(config.steps, trainer.step)
     reporters: list[Reporter] = [bar]
-    if tensorboard:
-        reporters.append(TensorBoard(run.path / "tensorboard"))
+    board = TensorBoard(run.path / "tensorboard", trainer.step) if tensorboard else None
+    if board is not None:
+        reporters.append(board)
     trainer.reporter = Together(reporters)
     start = time.perf_counter()
     first = trainer.step
@@ -162,24 +189,24 @@ def _fit(trainer: Trainer, run: RunFolder, tensorboard: bool) -> None:
     except Interrupted as stopped:
         console.print(
             f"interrupted; saved after step {stopped.step}. Go on with:\n"
-            f"  ebmkit train --resume {run.path}",
+            f"  ebmkit train --resume {_quoted(run)}",
             soft_wrap=True,
             highlight=False,
         )
         raise typer.Exit(130) from None
+    finally:
+        if board is not None:
+            board.close()
     seconds = time.perf_counter() - start
     console.print(f"{config.steps - first:,} steps in {seconds:.0f} s")
 
 
-def _finish(trainer: Trainer, run: RunFolder) -> None:
+def _finish(trainer: Trainer, run: RunFolder, test: ImageSet | StreamedSet) -> None:
     """Evaluate on the test images, print the table, draw the pictures."""
     from ebmkit.cli.evaluate import evaluate_run
     from ebmkit.pictures import learning_curves
-    from ebmkit.training.assemble import images_of
 
     learning_curves(run.metrics(), run.path / "learning_curves.png")
-    test = images_of(trainer.config.dataset, "test")
     limit = FINAL_IMAGES if len(test) > FINAL_IMAGES else None
     model = trainer.trained.eval().requires_grad_(False)
-    model.card = trainer.card
     evaluate_run(model, run.path, test, limit=limit)

@@ -9,12 +9,13 @@ import torch
 import typer
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 from ebmkit.cli.app import app
 from ebmkit.cli.console import console, errors
 from ebmkit.core import EnergyModel
-from ebmkit.data.images import Picture, read_image, write_image
+from ebmkit.data.images import WRITERS, Picture, read_image, write_image
 from ebmkit.errors import UserError
 from ebmkit.inference import denoise_picture
 from ebmkit.models import load
@@ -57,8 +58,8 @@ def classify(
         for rank, label in enumerate(posterior.argsort(descending=True)[:top].tolist()):
             first = rank == 0
             table.add_row(
-                path.name if first else "",
-                _class_name(model, label),
+                Text(path.name if first else ""),
+                Text(_class_name(model, label)),
                 f"{float(posterior[label]):.2%}",
                 f"{float(energies.log_density[0]):.1f}" if first else "",
             )
@@ -90,12 +91,14 @@ def denoise(
     _warn_range(model, level)
     targets = [out / path.name for path in images]
     _check_targets(images, targets)
-    pictures = [read_image(path, _channels(model)) for path in images]
+    for path in images:  # all mistakes first, then the work, one picture in memory at a time
+        read_image(path, _channels(model))
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make folder {str(out)!r}: {error.strerror}") from None
-    for target, picture in zip(targets, pictures, strict=True):
+    for path, target in zip(images, targets, strict=True):
+        picture = read_image(path, _channels(model))
         result = _denoise_one(model, picture, level, c, target.name, pick_device(device))
         write_image(result.image.clamp(0, 1), target, bits=picture.bits)
         how = "given" if level is not None else "estimated"
@@ -146,6 +149,8 @@ def _class_name(model: EnergyModel, label: int) -> str:
 
 def _label(model: EnergyModel, text: str) -> int:
     names = model.card.class_names if model.card else []
+    if model.num_classes and model.card and not model.card.classifies:
+        raise UserError("the labels of this model were never trained: leave out --label")
     if text in names:
         return names.index(text)
     try:
@@ -178,6 +183,11 @@ def _check_targets(sources: list[Path], targets: list[Path]) -> None:
     for i, (source, target) in enumerate(zip(sources, targets, strict=True)):
         if target in targets[:i]:
             raise UserError(f"two pictures are called {source.name!r}: denoise them separately")
+        if target.suffix.lower() not in WRITERS:
+            raise UserError(
+                f"cannot write {target.name!r}: pictures to denoise must be called "
+                f"{', '.join(sorted(WRITERS))}; convert it first"
+            )
         if target.exists():
             raise UserError(f"{str(target)!r} exists: choose another --out, or move it away")
 

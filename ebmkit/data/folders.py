@@ -263,6 +263,6 @@ def _shape(
         (first, a), (second, b) = list(sizes.items())[:2]
         raise UserError(
             f"images in {str(base)!r} differ in size ({a} is {first[0]}x{first[1]}, {b} "
-            f"{second[0]}x{second[1]}): choose one by --image-size, or dataset.image_size"
+            f"{second[0]}x{second[1]}): choose one by --image-size"
         )
     return channels, next(iter(sizes))

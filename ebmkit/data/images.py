@@ -22,13 +22,21 @@ from torch import Tensor
 from ebmkit.errors import UserError
 from ebmkit.files import write_atomically
 
-__all__ = ["MAX_PIXELS", "Opened", "Picture", "open_picture", "read_image", "write_image"]
+__all__ = [
+    "MAX_PIXELS",
+    "WRITERS",
+    "Opened",
+    "Picture",
+    "open_picture",
+    "read_image",
+    "write_image",
+]
 
 MAX_PIXELS = 170_000_000
 """Pictures with more pixels are refused as decompression bombs."""
 
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "PPM")
-_WRITERS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF"}
+WRITERS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF"}
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
 
 # What Pillow's decoders raise on files that are damaged, or made to hurt.
@@ -114,10 +122,10 @@ def write_image(image: Tensor, path: Path | str, overwrite: bool = False, bits: 
             written.
     """
     path = Path(path)
-    kind = _WRITERS.get(path.suffix.lower())
+    kind = WRITERS.get(path.suffix.lower())
     if kind is None:
         raise UserError(
-            f"cannot write {str(path)!r}: the name must end in one of {', '.join(_WRITERS)}"
+            f"cannot write {str(path)!r}: the name must end in one of {', '.join(WRITERS)}"
         )
     if image.ndim != 3 or image.shape[0] not in (1, 3):
         raise UserError(f"a picture is (1 or 3, H, W), not {tuple(image.shape)}")

@@ -159,7 +159,7 @@ def run(setting: Setting) -> dict[str, Any]:
             noise = values["", "sigma"]
             sigmas[key] = {
                 "true": sigma,
-                "std": float(noise.std()),
+                "std": statistics.finite(float(noise.std())) if len(noise) > 1 else None,
                 **statistics.mean(noise).document(),
             }
         if ("", "right") in values:

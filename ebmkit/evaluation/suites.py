@@ -3,8 +3,8 @@
 Results are derived data: evaluating again replaces the files of the same suite in the same folder.
 Folders differ where results cannot be compared (`evaluation_folder`)::
 
-    RUN/evaluation/                        the test images of the data set trained on, all of them
-    RUN/evaluation/cifar10-test-limit500/  anything else: other images, fewer, or other weights
+    RUN/evaluation/                   test images of the data set trained on, all or the first
+    RUN/evaluation/cifar100-test/     anything else: other images, other weights
       classify.json  denoise.json  calibration.json  and pictures
 
 Every JSON file holds, beside what its suite measures: ``suite``, ``dataset``, ``split``, ``images``
@@ -95,9 +95,10 @@ def evaluation_folder(
 ) -> Path:
     """Where results of this model on these images belong; not made yet.
 
-    ``RUN/evaluation`` for the whole test split of the data set that the model was trained on, else
-    a folder in it that is named by what differs. A folder that holds results of other images of
-    the same name (two image folders, say) is left alone: the name gets the images' fingerprint.
+    ``RUN/evaluation`` for the test split of the data set that the model was trained on, else a
+    folder in it that is named by what differs. Results of more images are never replaced by those
+    of fewer: these go to a folder named by the limit. A folder that holds results of other images
+    of the same name (two image folders, say) is left alone: the name gets the images' fingerprint.
 
     Args:
         run: the run folder.
@@ -107,18 +108,19 @@ def evaluation_folder(
         weights: ``last`` or ``best``.
     """
     home = run / "evaluation"
-    limited = limit is not None and limit < len(images)
+    used = len(images) if limit is None else min(limit, len(images))
     parts = [images.name, images.split]
-    if limited:
-        parts.append(f"limit{limit}")
     if weights != "last":
         parts.append(weights)
     name = re.sub(r"[^\w.-]+", "_", "-".join(parts)).lstrip(".")
     trained_on = model.card.dataset if model.card else None
-    own = parts == [trained_on, "test"]
-    folder = home if own else home / name
-    mark = fingerprint(images.first(len(images) if limit is None else limit))
-    return home / f"{name}-{mark}" if _holds_others(folder, mark) else folder
+    folder = home if parts == [trained_on, "test"] else home / name
+    mark = fingerprint(images)
+    if _holds(folder, lambda old: old.get("fingerprint", mark) != mark):
+        folder = home / f"{name}-{mark}"
+    if _holds(folder, lambda old: old.get("images", 0) > used):
+        folder = home / f"{name}-limit{used}"
+    return folder
 
 
 def evaluate(
@@ -177,7 +179,7 @@ def evaluate(
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make folder {str(out_dir)!r}: {error.strerror}") from None
-    common = _common(setting, len(images), weights)
+    common = _common(setting, images, weights)
     results = {}
     with _evaluation_mode(model), torch.no_grad(), _bar(progress) as start:
         for name, suite in chosen.items():
@@ -201,14 +203,14 @@ def tables(results: dict[str, Result]) -> list[Table]:
     return [SUITES[name].table(result.document) for name, result in results.items()]
 
 
-def _holds_others(folder: Path, mark: str) -> bool:
-    """Whether ``folder`` holds results of images with another fingerprint than ``mark``."""
+def _holds(folder: Path, wanted: Callable[[dict[str, Any]], bool]) -> bool:
+    """Whether ``folder`` holds results of some suite that are as ``wanted``."""
     for name in SUITES:
         try:
             document = json.loads((folder / f"{name}.json").read_text())
         except (OSError, ValueError):  # not there, or not ours to read
             continue
-        if isinstance(document, dict) and document.get("fingerprint", mark) != mark:
+        if isinstance(document, dict) and wanted(document):
             return True
     return False
 
@@ -240,7 +242,7 @@ def _levels(sigmas: Sequence[float], lowest: float, what: str) -> tuple[float, .
     return tuple(sigmas)
 
 
-def _common(setting: Setting, of: int, weights: str) -> dict[str, Any]:
+def _common(setting: Setting, split: Images, weights: str) -> dict[str, Any]:
     """What every JSON file says of the circumstances."""
     card = setting.model.card
     trained = card and {"objective": card.objective, "steps": card.steps, "dataset": card.dataset}
@@ -248,8 +250,8 @@ def _common(setting: Setting, of: int, weights: str) -> dict[str, Any]:
         "dataset": setting.images.name,
         "split": setting.images.split,
         "images": len(setting.images),
-        "of": of,
-        "fingerprint": fingerprint(setting.images),
+        "of": len(split),
+        "fingerprint": fingerprint(split),
         "seed": setting.seed,
         "model": trained,
         "weights": weights,

@@ -13,15 +13,15 @@ A log-density of an image twice as large must be about twice as large. With the 
 
 where :math:`\ell` is the head, :math:`f_m` the features pooled over the m-th of a grid of windows
 of the reference size, and :math:`y_m` the m-th of a set of crops that overlap by half and are at
-most twice the reference in height and width, of :math:`N_m` reference sizes each. At the rim the crops
-are cut, so every pixel lies in four of them (two, or one, along a side that one crop spans) and
-:math:`\sum_m N_m / 4 = N`.
+most twice the reference in height and width, of :math:`N_m` reference sizes each. At the rim the
+crops are cut, so every pixel lies in four of them (two, or one, along a side that one crop spans)
+and :math:`\sum_m N_m / 4 = N`.
 
 The logits grow in the same way: their sum is the evidence of the parts of the image. In ``factor``
 all statistics are of the whole image; in ``windows`` the pooled features are local, and the
 normalisations' means and deviations are of the whole image; in ``tiles`` everything is local. At
-the reference area, and below it, the three are the paper's formula. ``tiles`` is the default because
-it denoises best, at four times the cost of ``factor`` (docs: "Images of any size").
+the reference area, and below it, the three are the paper's formula. ``tiles`` is the default
+because it denoises best, at four times the cost of ``factor`` (docs: "Images of any size").
 """
 
 from __future__ import annotations

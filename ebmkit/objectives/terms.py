@@ -141,8 +141,10 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
-def check_labels(name: str, objective: Objective, num_classes: int, mixes: bool) -> None:
-    """Whether the data can serve ``objective``.
+def check_labels(
+    name: str, objective: Objective, num_classes: int, mixes: bool, stream: str
+) -> None:
+    """Whether the data of ``stream`` can serve ``objective``.
 
     Raises:
         UserError: if it needs labels and there are none, or mixed ones where it needs hard ones.
@@ -154,5 +156,5 @@ def check_labels(name: str, objective: Objective, num_classes: int, mixes: bool)
     if objective.needs_hard_labels and mixes:
         raise UserError(
             f"objective {name!r} needs one label per image, and its stream mixes images: set "
-            f"streams.{objective.stream}.augmentation.mix=none"
+            f"streams.{stream}.augmentation.mix=none"
         )

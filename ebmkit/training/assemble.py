@@ -10,7 +10,7 @@ from ebmkit.data import ImageSet, StreamedSet, load_dataset
 from ebmkit.models import JointModel, ModelConfig
 from ebmkit.training.config import DataConfig, TrainConfig
 from ebmkit.training.runs import RunFolder
-from ebmkit.training.trainer import Reporter, Trainer
+from ebmkit.training.trainer import Reporter, Trainer, trained_size
 
 __all__ = ["assemble", "build_model", "images_of"]
 
@@ -41,7 +41,7 @@ def model_config(config: TrainConfig, images: ImageSet | StreamedSet) -> ModelCo
     facts = {
         "in_channels": images.channels,
         "num_classes": images.num_classes,
-        "reference_size": images.image_size,
+        "reference_size": trained_size(config, images),
     }
     return ModelConfig.model_validate(config.model.model_dump() | facts)
 
@@ -81,4 +81,6 @@ def assemble(
     checkpoint = run.load_checkpoint() if run is not None else None
     if checkpoint is not None:
         trainer.restore(checkpoint)
+    elif run is not None:
+        run.forget_after(0)
     return trainer

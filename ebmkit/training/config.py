@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
@@ -32,8 +32,11 @@ __all__ = [
 ]
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class _Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DataConfig(_Config):
@@ -52,7 +55,7 @@ class OptimizerConfig(_Config):
     lr: float = Field(3e-4, gt=0, description="initial learning rate")
     weight_decay: float = Field(0.05, ge=0, description="decoupled weight decay")
     decay_norms: bool = Field(True, description="decay norm weights and biases too, as the paper")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="of AdamW")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="of the learning rate")
     warmup_steps: int = Field(0, ge=0, description="linear warm-up (the paper: none)")
     clip_norm: float | None = Field(None, gt=0, description="bound on the gradient's norm")
@@ -82,7 +85,7 @@ class TrainConfig(_Config):
     )
     optimizer: OptimizerConfig = OptimizerConfig()
     steps: int = Field(1000, ge=1, description="optimiser steps")
-    seed: int = Field(0, ge=0, description="of weights, order, augmentation and noise")
+    seed: int = Field(0, ge=0, lt=2**63, description="of weights, order, augmentation and noise")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
     log_every: int = Field(10, ge=1, description="steps between rows of metrics.jsonl")
     validate_every: int = Field(100, ge=1, description="steps between validations")
@@ -112,11 +115,14 @@ def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfi
     Raises:
         UserError: on an unknown name, an unknown field or an illegal value.
     """
-    dataset = _dataset_name(merge(*layers))
-    base = find("recipe", RECIPES, recipe).config if recipe else recipe_for(dataset)
+    base = find("recipe", RECIPES, recipe).config if recipe else {}
+    dataset = _dataset_name(merge(base, *layers))
+    base = base or recipe_for(dataset)
     raw = merge(base, *[_expand(layer) for layer in layers])
     config = validated(TrainConfig, raw, "configuration")
-    parse_objective(config.objective)
+    terms = {term.name: term for term in parse_objective(config.objective)}
+    for name in config.draw_from:
+        find("objective in draw_from", terms, name)
     return config
 
 

@@ -90,17 +90,28 @@ _OWN: dict[str, Any] = {
     "steps": 10_000,
 }
 
+
+def _for(dataset: str, config: dict[str, Any]) -> dict[str, Any]:
+    return {"dataset": {"name": dataset}, **config}
+
+
 RECIPES: dict[str, Recipe] = {
-    "digits": Recipe(_DIGITS, "8x8 digits on a CPU in about two minutes"),
-    "patches": Recipe(_PATCHES, "photo patches, denoising alone, on a CPU in minutes"),
-    "cifar10": Recipe(_CIFAR, "the paper's CIFAR-10 recipe: width 64, 78,000 steps, MixUp/CutMix"),
-    "cifar100": Recipe(_CIFAR, "the paper's CIFAR-10 recipe on CIFAR-100"),
-    "cifar10-short": Recipe(_CIFAR_SHORT, "width 16, 1,000 steps, flips only: minutes on a CPU"),
-    "folder": Recipe(_OWN, "a start for images of your own in folders"),
-    "hdf5": Recipe(_OWN, "a start for images of your own in HDF5"),
+    "digits": Recipe(_for("digits", _DIGITS), "8x8 digits on a CPU in about two minutes"),
+    "patches": Recipe(
+        _for("patches", _PATCHES), "photo patches, denoising alone, on a CPU in minutes"
+    ),
+    "cifar10": Recipe(
+        _for("cifar10", _CIFAR), "the paper's CIFAR-10 recipe: width 64, 78,000 steps, MixUp/CutMix"
+    ),
+    "cifar100": Recipe(_for("cifar100", _CIFAR), "the paper's CIFAR-10 recipe on CIFAR-100"),
+    "cifar10-short": Recipe(
+        _for("cifar10", _CIFAR_SHORT), "width 16, 1,000 steps, flips only: minutes on a CPU"
+    ),
+    "folder": Recipe(_for("folder", _OWN), "a start for images of your own in folders"),
+    "hdf5": Recipe(_for("hdf5", _OWN), "a start for images of your own in HDF5"),
 }
 
 
 def recipe_for(dataset: str) -> dict[str, Any]:
     """The recipe of the data set called ``dataset``; `folder`'s where it has none of its own."""
-    return RECIPES.get(dataset, RECIPES["folder"]).config
+    return RECIPES.get(dataset, RECIPES["folder"]).config | {"dataset": {"name": dataset}}

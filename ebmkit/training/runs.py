@@ -37,7 +37,14 @@ from ebmkit.files import write_atomically
 
 __all__ = ["RunFolder"]
 
-_FREE_TO_CHANGE = ("device", "log_every", "validate_every", "checkpoint_every", "dataset")
+_FREE_TO_CHANGE = (
+    "device",
+    "log_every",
+    "validate_every",
+    "checkpoint_every",
+    "dataset.data_dir",
+    "dataset.workers",
+)
 """Fields that a continued run may set differently: they do not change what is computed."""
 
 
@@ -105,8 +112,7 @@ class RunFolder:
         """
         old, new = _flat(self.config()), _flat(config.model_dump(mode="json"))
         for key in sorted(old.keys() | new.keys()):
-            free = key.split(".")[0] in _FREE_TO_CHANGE and key != "dataset.name"
-            if not free and old.get(key) != new.get(key):
+            if key not in _FREE_TO_CHANGE and old.get(key) != new.get(key):
                 raise UserError(
                     f"cannot go on with {str(self.path)!r} in another configuration: {key} was "
                     f"{old.get(key)!r} and is now {new.get(key)!r}; leave it out or start a new run"
@@ -137,7 +143,10 @@ class RunFolder:
 
     def forget_after(self, step: int) -> None:
         """Drop the rows after ``step``, which a continued run writes again."""
-        kept = [row for row in self.metrics() if row["step"] <= step]
+        rows = self.metrics()
+        kept = [row for row in rows if row["step"] <= step]
+        if len(kept) == len(rows):
+            return
         text = "".join(json.dumps(row) + "\n" for row in kept)
         write_atomically(self.path / "metrics.jsonl", text.encode())
 

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -88,10 +88,12 @@ class Trainer:
         if self.device.type == "cpu":
             self.model.to(memory_format=torch.channels_last)
         self.loss = self._loss(self.model)
-        for term in self.loss.terms:
-            stream = self._stream_config(self.loss.stream_of[term.name])
-            mixes = stream.augmentation.mix != "none"
-            check_labels(term.name, term.objective, self.train.num_classes, mixes)
+        self._check_terms()
+        if isinstance(self.train, ImageSet):
+            self.train = self.train.to(self.device)  # once, for all streams
+        if isinstance(self.validation, ImageSet):
+            self.validation = self.validation.to(self.device)
+        self.streams = {name: self._stream(name) for name in self.loss.streams}
         self.optimizer = make_optimizer(self.model, config.optimizer)
         decay = config.optimizer.ema
         self.average = (
@@ -110,7 +112,7 @@ class Trainer:
         self.card = ModelCard(
             dataset=self.train.name,
             objective=config.objective,
-            image_size=self.train.image_size,
+            image_size=trained_size(config, self.train),
             channels=self.train.channels,
             class_names=list(self.train.class_names),
             sigma_range=(
@@ -120,6 +122,7 @@ class Trainer:
             ),
             classifies=any(term.objective.needs_labels for term in self.loss.terms),
         )
+        self.model.card = self.trained.card = self.card
 
     def fit(self) -> EnergyModel:
         """Train from the present step to ``config.steps``; the model, in evaluation mode.
@@ -130,8 +133,7 @@ class Trainer:
                 disk is full.
         """
         config = self.config
-        streams = {name: self._stream(name) for name in self.loss.streams}
-        batches = {n: s.batches(self.step, config.steps) for n, s in streams.items()}
+        batches = {n: s.batches(self.step, config.steps) for n, s in self.streams.items()}
         mark, seen = time.perf_counter(), 0
         self.model.train()
         with _stop_requested() as stop:
@@ -147,9 +149,10 @@ class Trainer:
                 if self.step % config.validate_every == 0 or self.step == config.steps:
                     self._validate()
                     mark, seen = time.perf_counter(), 0
-                if stop() or self.step % config.checkpoint_every == 0 or self.step == config.steps:
+                asked = stop()
+                if asked or self.step % config.checkpoint_every == 0 or self.step == config.steps:
                     self.save()
-                if stop() and self.step < config.steps:
+                if asked:
                     raise Interrupted(self.step)
         return self.trained.eval()
 
@@ -188,6 +191,7 @@ class Trainer:
             raise UserError("the checkpoint does not fit this model and optimiser") from None
         self.loss.running = dict(state["running"])
         self.step, self.best = state["step"], state["best"]
+        self.card.steps = self.step
         if self.run is not None:
             self.run.forget_after(self.step)
 
@@ -196,7 +200,6 @@ class Trainer:
         if self.run is None:
             return
         self.run.save_checkpoint(self.state())
-        self.card.steps = self.step
         save_model(self.run.path, self.trained, self.built_from, self.card)
 
     def _update(self, batches: dict[str, Batch]) -> dict[str, Any]:
@@ -210,14 +213,19 @@ class Trainer:
         self._check_finite(total, parts)
         total.backward()
         row: dict[str, Any] = {"step": self.step + 1, "lr": rate}
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if not torch.isfinite(norm):
+            self._stop_at(f"the gradient's norm is {float(norm)}")
+        row["grad_norm"] = float(norm)
         if config.clip_norm is not None:
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
-            row["grad_norm"] = float(norm)
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), config.clip_norm, norm)
         self.optimizer.step()
         if self.average is not None:
             self.average.update_parameters(self.model)
         self.loss.remember(parts)
         self.step += 1
+        self.card.steps = self.step
         row |= {name: float(mean) for name, mean in parts.items()}
         return row
 
@@ -225,12 +233,27 @@ class Trainer:
         bad = [name for name, mean in parts.items() if not torch.isfinite(mean)]
         if bad or not torch.isfinite(total):
             name = bad[0] if bad else "the total"
-            value = float(parts[bad[0]] if bad else total)
-            saved = f"; the last checkpoint is in {str(self.run.path)!r}" if self.run else ""
-            raise UserError(
-                f"loss {name!r} is {value} at step {self.step + 1}: stopped before the update"
-                f"{saved}; try a lower optimizer.lr or optimizer.clip_norm=1"
-            )
+            self._stop_at(f"loss {name!r} is {float(parts[bad[0]] if bad else total)}")
+
+    def _stop_at(self, what: str) -> NoReturn:
+        saved = f"; the last checkpoint is in {str(self.run.path)!r}" if self.run else ""
+        raise UserError(
+            f"{what} at step {self.step + 1}: stopped before the update{saved}; try a lower "
+            "optimizer.lr or optimizer.clip_norm=1"
+        )
+
+    def _check_terms(self) -> None:
+        """Whether each objective can learn from its stream."""
+        for term in self.loss.terms:
+            name = self.loss.stream_of[term.name]
+            stream = self._stream_config(name)
+            mixes = stream.augmentation.mix != "none"
+            check_labels(term.name, term.objective, self.train.num_classes, mixes, name)
+            if term.objective.needs_score and stream.noise.range[1] == 0:
+                raise UserError(
+                    f"objective {term.name!r} learns from noise, and stream {name!r} has none: set "
+                    f"streams.{name}.noise.kind and max, as in squared-uniform and 100/255"
+                )
 
     @torch.no_grad()
     def _validate(self) -> None:
@@ -305,6 +328,19 @@ class Trainer:
             self.run.log(row)
         if self.reporter is not None:
             self.reporter.report(row)
+
+
+def trained_size(config: TrainConfig, images: Images) -> tuple[int, int]:
+    """Height and width that the network sees in training: of the crops, where there are any.
+
+    Those of the stream that score matching draws from, or else of the classifying one.
+    """
+    terms = parse_objective(config.objective)
+    first = next((t for t in terms if t.objective.needs_score), terms[0])
+    name = config.draw_from.get(first.name, first.objective.stream)
+    stream: StreamConfig = getattr(config.streams, name)
+    crop = stream.augmentation.crop_size
+    return images.image_size if crop is None else (crop, crop)
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:

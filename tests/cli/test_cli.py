@@ -240,3 +240,29 @@ def test_packing_a_folder_and_training_on_the_file(tmp_path):
     )  # fmt: skip
     assert trained.returncode == 0, trained.stderr
     assert ebmkit.load(tmp_path / "run").card.class_names == ["cats", "dogs"]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
+    options = ["--steps", "60", "--set", "checkpoint_every=5", "--out", "run"]
+    command = [sys.executable, "-m", "ebmkit", "train", *options, "--no-evaluate", *SMALL]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # the same bits
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=os.environ | threads,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.pt"
+    deadline = time.monotonic() + 60
+    while not checkpoint.is_file() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    resumed = ebmkit_command("train", "--resume", "run", "--no-evaluate", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    whole = ebmkit_command("train", *options[:-1], "whole", "--no-evaluate", *SMALL, cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    weights = [ebmkit.load(tmp_path / name).state_dict() for name in ("run", "whole")]
+    for key, value in weights[0].items():
+        assert torch.equal(value, weights[1][key]), key
+    rows = [json.loads(r) for r in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows if r["kind"] == "train"] == list(range(1, 61))

@@ -114,16 +114,24 @@ def test_what_cannot_be_compared_goes_elsewhere(mixture, drawn, tmp_path):
     mixture.card = card()
     folders = [
         evaluation_folder(tmp_path, mixture, drawn),
-        evaluation_folder(tmp_path, mixture, drawn, limit=10),
         evaluation_folder(tmp_path, mixture, drawn, weights="best"),
         evaluation_folder(tmp_path, mixture, Drawn(drawn.images, None, split="train")),
         evaluation_folder(tmp_path, mixture, Drawn(drawn.images, None, name="../a b")),
     ]
     assert folders[0] == home
-    assert folders[1] == home / "mixture-test-limit10"
     assert len(set(folders)) == len(folders)
     assert all(f == home or f.parent == home for f in folders)
-    assert evaluation_folder(tmp_path, mixture, drawn, limit=len(drawn)) == home  # no limit at all
+
+
+def test_few_images_never_replace_the_results_of_more(mixture, drawn, tmp_path):
+    mixture.card = card()
+    home = tmp_path / "evaluation"
+    for limit in (10, 20):  # the first come home, more replace them
+        assert evaluation_folder(tmp_path, mixture, drawn, limit=limit) == home
+        evaluate(mixture, drawn, ["classify"], home, limit=limit)
+    aside = evaluation_folder(tmp_path, mixture, drawn, limit=10)
+    assert aside == home / "mixture-test-limit10"
+    assert evaluation_folder(tmp_path, mixture, drawn) == home
 
 
 def test_other_images_of_the_same_name_go_elsewhere(mixture, drawn, tmp_path):

@@ -199,10 +199,10 @@ def test_malformed_objectives_are_told_in_a_sentence(text, told):
 
 def test_labels_are_asked_for_where_they_are_needed():
     with pytest.raises(ebmkit.UserError, match="needs labels"):
-        check_labels("ce", OBJECTIVES["ce"], num_classes=0, mixes=False)
+        check_labels("ce", OBJECTIVES["ce"], num_classes=0, mixes=False, stream="classify")
     with pytest.raises(ebmkit.UserError, match="one label per image"):
-        check_labels("cdsm", OBJECTIVES["cdsm"], num_classes=10, mixes=True)
-    check_labels("dsm", OBJECTIVES["dsm"], num_classes=0, mixes=True)
+        check_labels("cdsm", OBJECTIVES["cdsm"], num_classes=10, mixes=True, stream="denoise")
+    check_labels("dsm", OBJECTIVES["dsm"], num_classes=0, mixes=True, stream="denoise")
 
 
 def test_summary_compares_states_in_balanced_terms(model):

@@ -34,6 +34,12 @@ def test_a_resolved_configuration_resolves_to_itself():
     assert again == config
 
 
+def test_a_recipe_brings_its_data_set_unless_another_is_named():
+    assert resolve(recipe="cifar10-short").dataset.name == "cifar10"
+    assert resolve({"dataset": {"name": "hdf5"}}, recipe="cifar10-short").dataset.name == "hdf5"
+    assert resolve({}).dataset.name == "digits"
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_legal(name):
     assert isinstance(resolve(recipe=name), TrainConfig)
@@ -67,6 +73,10 @@ def test_cifar10_is_the_paper_s_recipe():
         ({"optimizer": {"learning_rate": 1}}, "no field 'optimizer.learning_rate'"),
         ({"optimizer": {"lr": -1}}, "optimizer.lr = -1"),
         ({"steps": 0}, "steps = 0"),
+        ({"optimizer": {"betas": [2, 3]}}, r"betas.0 = 2"),
+        ({"optimizer": {"lr": float("inf")}}, "lr = inf"),
+        ({"seed": 2**80}, "seed"),
+        ({"draw_from": {"dms": "classify"}}, "did you mean 'dsm'"),
         ({"model": {"backbone": {"width": 12}}}, "width 12 is no multiple"),
         ({"model": {"backbone": {"norm": "layer"}}}, "norm = 'layer'"),
         ({"streams": {"denoise": {"noise": {"max": "x"}}}}, "sigma 'x' is not a noise level"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import ebmkit
+from ebmkit.objectives import TrainingLoss
 from ebmkit.training import Interrupted, RunFolder, resolve
 from ebmkit.training.assemble import assemble
 from ebmkit.training.trainer import learning_rate, make_optimizer
@@ -121,6 +122,37 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
         assert torch.equal(value, bits(trainer)[key])
 
 
+def test_a_gradient_that_is_not_finite_stops_before_the_update(tmp_path, monkeypatch):
+    trainer = start(tmp_path, "run")
+    weight = trainer.model.head.density.weight
+    weight.register_hook(lambda gradient: gradient * float("inf"))
+    before = bits(trainer)
+    with pytest.raises(ebmkit.UserError, match=r"gradient's norm is (inf|nan) at step 1: stopped"):
+        trainer.fit()
+    assert all(torch.equal(v, bits(trainer)[k]) for k, v in before.items())
+
+
+def test_the_reference_is_the_size_trained_at(tmp_path):
+    crops = {"streams": {"denoise": {"augmentation": {"crop_size": 4}}}}
+    trainer = start(tmp_path, "run", crops)
+    assert trainer.model.reference_size == trainer.card.image_size == (4, 4)
+    assert start(tmp_path, "whole").model.reference_size == (8, 8)
+
+
+def test_a_stream_that_an_objective_cannot_learn_from_is_refused(tmp_path):
+    with pytest.raises(ebmkit.UserError, match="'dsm' learns from noise, and stream 'denoise' has"):
+        start(tmp_path, "a", {"streams": {"denoise": {"noise": {"kind": "none"}}}})
+    with pytest.raises(ebmkit.UserError, match="crop_size 99 is larger than the images"):
+        start(tmp_path, "b", {"streams": {"denoise": {"augmentation": {"crop_size": 99}}}})
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_its_log_anew(tmp_path):
+    trainer = start(tmp_path, "run")
+    trainer.run.log({"kind": "train", "step": 1})
+    assemble(trainer.config, RunFolder.open(tmp_path / "run"))
+    assert trainer.run.metrics() == []
+
+
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
     trainer = start(tmp_path, "run", reporter=StopAt(2))
     with pytest.raises(Interrupted):
@@ -139,15 +171,23 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
     assert [p.name for p in path.parent.iterdir() if p.name.startswith(".")] == []
 
 
-def test_validation_keeps_the_best_weights(tmp_path):
+def test_validation_measures_losses_accuracy_and_psnr(tmp_path):
     trainer = start(tmp_path, "run")
     trainer.fit()
     rows = [row for row in trainer.run.metrics() if row["kind"] == "validation"]
     assert [row["step"] for row in rows] == [4, 8]
     assert {"accuracy", "psnr_25", "ce", "dsm"} <= rows[0].keys()
-    best = ebmkit.load(tmp_path / "run", weights="best")
-    last = ebmkit.load(tmp_path / "run", weights="last")
-    assert best.card.steps == last.card.steps == 8
+
+
+def test_best_weights_are_those_of_the_best_validation(tmp_path, monkeypatch):
+    for name, values in (("first", [1.0, 2.0]), ("second", [2.0, 1.0])):
+        trainer = start(tmp_path, name)
+        summaries = iter(values)
+        monkeypatch.setattr(TrainingLoss, "summary", lambda *_, s=summaries: next(s))
+        trainer.fit()
+        best = ebmkit.load(tmp_path / name, weights="best").state_dict()
+        last = ebmkit.load(tmp_path / name, weights="last").state_dict()
+        assert all(torch.equal(best[k], last[k]) for k in best) == (name == "second")
 
 
 def test_the_rate_is_torch_s_cosine_annealing():
@@ -202,6 +242,9 @@ def test_going_on_differently_is_refused_by_field(tmp_path):
         run.check_same(resolve(SMALL, {"optimizer": {"lr": 0.1}}))
     with pytest.raises(ebmkit.UserError, match=r"dataset\.name was 'digits'"):
         run.check_same(resolve(SMALL, {"dataset": {"name": "patches"}}))
+    with pytest.raises(ebmkit.UserError, match=r"dataset\.limit was None and is now 100"):
+        run.check_same(resolve(SMALL, {"dataset": {"limit": 100}}))
+    run.check_same(resolve(SMALL, {"dataset": {"data_dir": "moved", "workers": 2}}))
 
 
 def test_a_damaged_checkpoint_is_said_to_be(tmp_path):
