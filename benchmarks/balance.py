@@ -23,6 +23,7 @@ from ebmkit.training import RunFolder, parse_assignments, resolve
 from ebmkit.training.assemble import assemble, images_of
 
 SCALE = "model.backbone.norm=scale"
+SLOW = SCALE + " optimizer.lr=1e-3"
 AUGMENTED = "streams.classify.augmentation.crop_padding=4 streams.classify.augmentation.mix=both"
 RESULTS = Path(__file__).parent / "results" / "balance.json"
 PSNR_IMAGES = 1000
@@ -33,9 +34,10 @@ ROWS: dict[str, tuple[str, str, str]] = {
     "cifar10 balanced, MixUp/CutMix and crops": ("cifar10-short", "ce+dsm", AUGMENTED),
     "cifar10 mean": ("cifar10-short", "ce+dsm-mean", ""),
     "cifar10 sum": ("cifar10-short", "ce+dsm-sum", ""),
-    "cifar10 balanced, scale-keeping norm": ("cifar10-short", "ce+dsm", SCALE),
-    "cifar10 mean, scale-keeping norm": ("cifar10-short", "ce+dsm-mean", SCALE),
-    "cifar10 sum, scale-keeping norm": ("cifar10-short", "ce+dsm-sum", SCALE),
+    # at the recipe's rate of 3e-3 the scale-keeping norm diverges: cross-entropy 31 at step 390
+    "cifar10 balanced, scale-keeping norm, rate 1e-3": ("cifar10-short", "ce+dsm", SLOW),
+    "cifar10 mean, scale-keeping norm, rate 1e-3": ("cifar10-short", "ce+dsm-mean", SLOW),
+    "cifar10 sum, scale-keeping norm, rate 1e-3": ("cifar10-short", "ce+dsm-sum", SLOW),
     "cifar10 balanced, lambda 1": ("cifar10-short", "ce+dsm", "balance=1"),
     "cifar10 balanced, lambda 5": ("cifar10-short", "ce+dsm", "balance=5"),
     "cifar10 ce alone": ("cifar10-short", "ce", ""),
@@ -74,8 +76,8 @@ def evaluate(name: str, run: RunFolder) -> dict[str, Any]:
     test = images_of(config.dataset, "test")
     model = ebmkit.load(run.path)
     out = run.path / "study"
-    run_suites(model, test, ["classify"], out, progress=False)
-    run_suites(model, test.first(PSNR_IMAGES), ["denoise"], out, progress=False)
+    run_suites(model, test, ["classify"], out, noise_levels=(0,), pictures=False)
+    run_suites(model, test, ["denoise"], out, limit=PSNR_IMAGES, pictures=False)
     classify = json.loads((out / "classify.json").read_text())
     denoise = json.loads((out / "denoise.json").read_text())
     rows = [row for row in run.metrics() if row["kind"] == "validation" and "psnr_25" in row]
