@@ -137,6 +137,8 @@ def linearize(model: EnergyModel, y: Tensor, sigma: Noise | None = None) -> Line
     model goes through `torch.autograd.grad` with a graph; that path is for the paper's ablation
     only, and the "score" it gives mixes the images of the batch.
     """
+    if torch.is_inference_mode_enabled():
+        return _linearize_outside_inference(model, y, sigma)
     model._warn_if_rough()
     if model.training and model._has_batch_norm():
         leaf = y.detach().requires_grad_()
@@ -153,6 +155,24 @@ def linearize(model: EnergyModel, y: Tensor, sigma: Noise | None = None) -> Line
 
     energies, pull = torch.func.vjp(lambda image: model(image, sigma), y)[:2]
     return Linearization(y, energies, lambda cotangent: pull(cotangent)[0])
+
+
+def _linearize_outside_inference(
+    model: EnergyModel, y: Tensor, sigma: Noise | None
+) -> Linearization:
+    """`linearize` under `torch.inference_mode`, where older releases differentiate to zeros.
+
+    Tensors made in that mode can never be differentiated, so they are copied outside of it.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        level = sigma.clone() if isinstance(sigma, Tensor) else sigma
+        at = linearize(model, y.clone(), level)
+
+    def pull(cotangent: Energies) -> Tensor:
+        with torch.inference_mode(False), torch.no_grad():
+            return at._pull(Energies(*(c.clone() for c in cotangent)))
+
+    return Linearization(at.y, at.energies, pull)
 
 
 @runtime_checkable
