@@ -73,7 +73,7 @@ _PATCHES: dict[str, Any] = {
         "classify": _stream(64, "0", "20/255", flip=True),
         "denoise": _stream(64, "1/255", "100/255", flip=True),
     },
-    "optimizer": {"lr": 3e-3, "weight_decay": 0.05},
+    "optimizer": {"lr": 2e-3, "weight_decay": 0.05, "clip_norm": 1.0},
     "steps": 400,
     "validate_every": 50,
     "checkpoint_every": 100,

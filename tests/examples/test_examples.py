@@ -29,7 +29,7 @@ def test_a_model_composed_by_hand_trains_saves_and_loads(tmp_path):
 
 @pytest.mark.slow
 def test_a_photograph_is_denoised_blindly(tmp_path):
-    noisy, denoised, sigma = example("denoise_photo").main(300, tmp_path / "photo", size=200)
+    noisy, denoised, sigma = example("denoise_photo").main(400, tmp_path / "photo", size=200)
     assert denoised > noisy + 3
     assert sigma == pytest.approx(25 / 255, rel=0.25)
     assert (tmp_path / "photo" / "photograph.png").is_file()
