@@ -15,7 +15,7 @@ from ebmkit.evaluation import evaluate as run_suites
 from ebmkit.models import load
 from ebmkit.training import DataConfig, RunFolder, resolve
 from ebmkit.training.assemble import Split, images_of
-from ebmkit.training.trainer import pick_device
+from ebmkit.training.optim import pick_device
 
 __all__ = ["evaluate", "evaluate_run"]
 

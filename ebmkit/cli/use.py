@@ -19,7 +19,7 @@ from ebmkit.data.images import WRITERS, Picture, read_image, write_image
 from ebmkit.errors import UserError
 from ebmkit.inference import denoise_picture
 from ebmkit.models import load
-from ebmkit.training.trainer import pick_device
+from ebmkit.training.optim import pick_device
 from ebmkit.units import format_sigma, parse_sigma
 
 __all__ = ["classify", "denoise"]

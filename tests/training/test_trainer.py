@@ -13,7 +13,7 @@ import ebmkit
 from ebmkit.objectives import TrainingLoss
 from ebmkit.training import Interrupted, RunFolder, resolve
 from ebmkit.training.assemble import assemble
-from ebmkit.training.trainer import learning_rate, make_optimizer
+from ebmkit.training.optim import learning_rate, make_optimizer
 
 SMALL = {
     "model": {"backbone": {"width": 8}},
