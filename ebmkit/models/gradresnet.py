@@ -24,8 +24,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+from ebmkit.compute import widened, without_autocast
 from ebmkit.models.norms import NormName, make_norm
 from ebmkit.models.parts import Features
+from ebmkit.models.recompute import recompute
 from ebmkit.registry import Preset
 
 __all__ = ["BACKBONES", "GradResNet", "GradResNetConfig"]
@@ -107,10 +109,15 @@ class GradResNet(nn.Module):
     Args:
         in_channels: 1 for gray, 3 for colour.
         config: the shape; `GradResNetConfig` describes each field.
+
+    Attributes:
+        recompute: whether to keep one tensor per block for differentiation, and compute the others
+            again (`ebmkit.models.recompute`).
     """
 
     def __init__(self, in_channels: int, config: GradResNetConfig | None = None) -> None:
         super().__init__()
+        self.recompute = False
         config = config or GradResNetConfig()
         blocks = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}[config.depth]
         widths = [config.width * 2**i for i in range(4)]
@@ -141,21 +148,25 @@ class GradResNet(nn.Module):
         h = self.activation(self.stem(y))
         maps = []
         for stage in self.stages:
-            h = stage(h)
+            assert isinstance(stage, nn.Sequential)
+            for block in stage:
+                h = recompute(block, h) if self.recompute else block(h)
             maps.append(h)
         kept = tuple(maps) if self.side else (h,)
         return Features(self.pool(kept, (1, 1)).squeeze(1), kept)
 
     def pool(self, maps: tuple[Tensor, ...], grid: tuple[int, int]) -> Tensor:
-        """Features of each window of ``grid`` (rows, columns): (B, rows * columns, K)."""
+        """Features of each window of ``grid`` (rows, columns): (B, rows * columns, K), float32."""
         pooled = []
-        for i, h in enumerate(maps):
-            if grid == (1, 1):
-                mean = h.mean(dim=(2, 3))[:, None]
-            else:
-                mean = nn.functional.adaptive_avg_pool2d(h, grid).flatten(2).transpose(1, 2)
-            pooled.append(self.side[i](mean) if i < len(maps) - 1 else mean)
-        return torch.cat(pooled, dim=2)
+        with without_autocast(maps[0]):
+            for i, h in enumerate(maps):
+                wide = widened(h)
+                if grid == (1, 1):
+                    mean = wide.mean(dim=(2, 3))[:, None]
+                else:
+                    mean = nn.functional.adaptive_avg_pool2d(wide, grid).flatten(2).transpose(1, 2)
+                pooled.append(self.side[i](mean) if i < len(maps) - 1 else mean)
+            return torch.cat(pooled, dim=2)
 
 
 BACKBONES: dict[str, Preset[GradResNetConfig]] = {

@@ -33,6 +33,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ebmkit.compute import widened, without_autocast
 from ebmkit.core import Energies, EnergyModel, Noise
 from ebmkit.errors import UserError
 from ebmkit.models.parts import Backbone, Features, Head, WindowedBackbone
@@ -106,6 +107,19 @@ class JointModel(EnergyModel):
             return self._sum_of_tiles(y, self.reference_size)
         return _total(self._energies(pooled), len(y), size)
 
+    def set_recompute(self, on: bool) -> None:
+        """Whether to trade arithmetic for memory in training (activation checkpointing).
+
+        Raises:
+            UserError: if the backbone has no attribute ``recompute`` to say so.
+        """
+        if not isinstance(getattr(self.backbone, "recompute", None), bool):
+            raise UserError(
+                f"{type(self.backbone).__name__} cannot recompute its activations: set "
+                "compute.recompute=false, or split the batch by compute.accumulate"
+            )
+        setattr(self.backbone, "recompute", on)  # noqa: B010  (not every module has it)
+
     def _sum_of_tiles(self, y: Tensor, reference: tuple[int, int]) -> Energies:
         """Energies of crops, each by its area, summed."""
         rows, columns = (halves(n, 2 * r) for n, r in zip(y.shape[-2:], reference, strict=True))
@@ -137,8 +151,9 @@ class JointModel(EnergyModel):
         return features
 
     def _energies(self, pooled: Tensor) -> Energies:
-        energies: Energies = self.head(pooled)
-        return energies
+        with without_autocast(pooled):
+            energies: Energies = self.head(widened(pooled))
+            return energies
 
     def _check(self, y: Tensor) -> None:
         if y.ndim != 4:

@@ -22,6 +22,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ebmkit.compute import widened, without_autocast
+
 NormName = Literal["group", "scale", "batch", "none"]
 
 
@@ -56,13 +58,15 @@ class GroupNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_channels)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``x`` (B, C, H, W); same shape."""
-        y = nn.functional.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
-        if not self.keep_scale:
-            return y
-        groups = x.reshape(x.shape[0], self.num_groups, -1)
-        deviation = (groups.var(dim=2, unbiased=False) + self.eps).sqrt()
-        return y * deviation.mean(dim=1).reshape(-1, 1, 1, 1)
+        """Normalise ``x`` (B, C, H, W); same shape and type, statistics in float32 or better."""
+        with without_autocast(x):
+            wide = widened(x)
+            y = nn.functional.group_norm(wide, self.num_groups, self.weight, self.bias, self.eps)
+            if self.keep_scale:
+                groups = wide.reshape(x.shape[0], self.num_groups, -1)
+                deviation = (groups.var(dim=2, unbiased=False) + self.eps).sqrt()
+                y = y * deviation.mean(dim=1).reshape(-1, 1, 1, 1)
+            return y.to(x.dtype)
 
 
 def make_norm(name: NormName, num_channels: int, channels_per_group: int, bias: bool) -> nn.Module:

@@ -30,6 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ebmkit.compute import Precision, autocast, memory_format
 from ebmkit.core import EnergyModel, Linearization, linearize
 from ebmkit.errors import UserError
 from ebmkit.objectives.terms import OBJECTIVES, Objective, Scale, Streamed
@@ -130,7 +131,14 @@ class TrainingLoss(nn.Module):
         balance: lambda of the balanced terms together.
         streams: name of a term -> stream to draw from, where it is not the objective's own. Terms
             on one stream see the same batch.
+
+    Attributes:
+        precision: what the network computes in; scores, residuals and losses are float32 always.
+        balanced: names of the balanced terms.
+        running: (len(balanced),) their running means.
     """
+
+    running: Tensor
 
     def __init__(
         self,
@@ -144,7 +152,9 @@ class TrainingLoss(nn.Module):
         self.terms = tuple(terms)
         self.balance = balance
         self.stream_of = {term.name: term.objective.stream for term in terms} | dict(streams or {})
-        self.running = {term.name: 1.0 for term in terms if term.balanced}
+        self.precision: Precision = "fp32"
+        self.balanced = tuple(term.name for term in terms if term.balanced)
+        self.register_buffer("running", torch.ones(len(self.balanced)), persistent=False)
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -180,18 +190,24 @@ class TrainingLoss(nn.Module):
 
     def remember(self, parts: Mapping[str, Tensor]) -> None:
         """Update the running means of balanced terms; call once after each optimiser step."""
-        for name in self.running:
-            self.running[name] = MEMORY * self.running[name] + (1 - MEMORY) * float(parts[name])
+        if self.balanced:
+            means = torch.stack([parts[name] for name in self.balanced])
+            self.running.lerp_(means.to(self.running), 1 - MEMORY)
 
     def _evaluate(self, batch: Streamed, differentiate: bool) -> Linearization:
-        if differentiate:
-            return linearize(self.model, batch.y, batch.sigma)
-        return Linearization(batch.y, self.model(batch.y, batch.sigma), _no_gradient)
+        y = batch.y
+        if y.ndim == 4:
+            y = y.contiguous(memory_format=memory_format(y.device, differentiate))
+        with autocast(y.device, self.precision):
+            if differentiate:
+                return linearize(self.model, y, batch.sigma)
+            return Linearization(y, self.model(y, batch.sigma), _no_gradient)
 
-    def _factor(self, term: Term, batch: Streamed) -> float:
+    def _factor(self, term: Term, batch: Streamed) -> Tensor | float:
         """What the mean over entries is multiplied with in the total."""
         if term.balanced:
-            return self.balance / len(self.running) / self.running[term.name]
+            running = self.running[self.balanced.index(term.name)]
+            return self.balance / len(self.balanced) / running
         weight = 1.0 if term.weight is None else term.weight
         return weight * (batch.x[0].numel() if term.objective.scale is Scale.SUM else 1.0)
 

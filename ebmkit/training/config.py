@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
+from ebmkit.compute import ComputeConfig
 from ebmkit.data import StreamConfig
 from ebmkit.errors import UserError
 from ebmkit.models import BACKBONES, HEADS, ModelConfig
@@ -87,6 +88,7 @@ class TrainConfig(_Config):
     steps: int = Field(1000, ge=1, description="optimiser steps")
     seed: int = Field(0, ge=0, lt=2**63, description="of weights, order, augmentation and noise")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
+    compute: ComputeConfig = ComputeConfig()
     log_every: int = Field(10, ge=1, description="steps between rows of metrics.jsonl")
     validate_every: int = Field(100, ge=1, description="steps between validations")
     validation_images: int = Field(500, ge=0, description="held-out images to validate on; 0: none")

@@ -1,0 +1,189 @@
+r"""Where and in which numbers things are computed: device, precision, compilation.
+
+A precision is what matrix products and convolutions are done in. Parameters, their gradients and
+the optimiser are float32 always; what autocast would round to bfloat16 and should not be is kept in
+float32 (`widened`, `without_autocast`): the statistics of norms, the means over positions, the head
+(logits and log-density), the residual :math:`\sigma\nabla\log p + \epsilon` and every loss.
+
+========  ==================================================================================
+fp32      float32 throughout
+tf32      float32 storage, products rounded to 10 bits of mantissa; NVIDIA GPUs since Ampere
+bf16      autocast: feature maps and products in bfloat16, sums in float32
+========  ==================================================================================
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal, get_args
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from ebmkit.errors import UserError, unknown_name
+
+__all__ = [
+    "ComputeConfig",
+    "Precision",
+    "autocast",
+    "memory_format",
+    "pick_compile",
+    "pick_device",
+    "pick_precision",
+    "set_tf32",
+    "widened",
+    "without_autocast",
+]
+
+Precision = Literal["fp32", "tf32", "bf16"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+COMPILE_MODES = ("auto", "on", "off")
+
+
+class ComputeConfig(BaseModel):
+    """How a training step is computed; none of it changes what is computed beyond rounding."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = Field(
+        "auto", description="of products: fp32, tf32, bf16; auto: bf16 on CUDA, fp32 on CPU"
+    )
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="compile the step: auto, on, off; auto: on CUDA, not on CPU"
+    )
+    accumulate: int = Field(
+        1, ge=1, description="parts that each batch is split into, to save memory"
+    )
+    recompute: bool = Field(
+        False, description="activation checkpointing: less memory for about a third more arithmetic"
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called ``name``; ``auto`` is CUDA where there is one.
+
+    Raises:
+        UserError: if it is unknown or not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:1") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:1")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {name!r} is not on this machine: use --device cpu or auto")
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> Precision:
+    """The precision called ``name``; ``auto`` is bf16 on CUDA devices that have it, else fp32.
+
+    Raises:
+        UserError: if it is unknown, or ``device`` does not have it.
+    """
+    ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if name == "auto":
+        return "bf16" if ampere else "fp32"
+    for precision in PRECISIONS:
+        if name == precision:
+            break
+    else:
+        raise unknown_name("precision", name, ["auto", *PRECISIONS])
+    if precision == "tf32" and not ampere:
+        raise UserError(
+            f"precision 'tf32' needs an NVIDIA GPU of compute capability 8.0 or more, and the "
+            f"device is {_describe(device)}: use --precision fp32, bf16 or auto"
+        )
+    if precision == "bf16" and device.type == "cuda" and not ampere:
+        raise UserError(
+            f"precision 'bf16' needs compute capability 8.0 or more, and the device is "
+            f"{_describe(device)}: use --precision fp32 or auto"
+        )
+    return precision
+
+
+def pick_compile(name: str, device: torch.device) -> bool:
+    """Whether to compile; ``auto`` does on CUDA where a compiler is at hand, and not on CPU.
+
+    On a CPU the convolutions dominate and compiling gains nothing (docs: "Speed").
+
+    Raises:
+        UserError: if the mode is unknown, or ``on`` and the device has no compiler.
+    """
+    if name not in COMPILE_MODES:
+        raise unknown_name("compile mode", name, COMPILE_MODES)
+    if name == "off" or (name == "auto" and device.type != "cuda"):
+        return False
+    missing = _missing_compiler(device)
+    if missing is None:
+        return True
+    if name == "auto":
+        return False
+    raise UserError(
+        f"--compile on needs {missing} on {_describe(device)}: install it, or use --compile off"
+    )
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
+    """The context in which a network's forward pass runs at ``precision``."""
+    if precision != "bf16":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+
+
+def set_tf32(device: torch.device, precision: Precision) -> None:
+    """Let float32 products on ``device`` be rounded to TF32 exactly if ``precision`` allows it.
+
+    A setting of the whole process. By default PyTorch rounds convolutions and not matrix products.
+    """
+    if device.type == "cuda":
+        allowed = precision != "fp32"
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+        torch.backends.cudnn.allow_tf32 = allowed
+
+
+def memory_format(device: torch.device, differentiate: bool) -> torch.memory_format:
+    """How images are best laid out in memory for a training step.
+
+    Channels last, which matrix units want; on a CPU only where the model is not differentiated by
+    its input: there the second derivatives of activations and norms mix layouts, which was measured
+    to cost a fifth of the step.
+    """
+    if device.type == "cpu" and differentiate:
+        return torch.contiguous_format
+    return torch.channels_last
+
+
+def widened(x: Tensor) -> Tensor:
+    """``x`` in float32 if it has fewer bits, else itself."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """The context in which operations on ``x`` keep its type, under autocast too."""
+    if x.device.type not in ("cpu", "cuda"):
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _missing_compiler(device: torch.device) -> str | None:
+    """What compiling for ``device`` lacks, if anything."""
+    compilers = [os.environ.get("CXX"), "g++", "clang++"]
+    if not any(name and shutil.which(name) for name in compilers):
+        return "a C++ compiler (g++)"
+    if device.type == "cuda":
+        from importlib.util import find_spec
+
+        if find_spec("triton") is None:
+            return "the package triton"
+    return None
+
+
+def _describe(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"

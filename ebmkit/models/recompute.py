@@ -1,0 +1,195 @@
+r"""Activation checkpointing that works inside a score.
+
+A block :math:`h = f(x, \theta)` and its pull-back, the gradient that the score needs, are
+
+.. math::
+    g_x = \Bigl(\frac{\partial f}{\partial x}\Bigr)^{\!\top} g =: P(g, x, \theta).
+
+A score-matching loss differentiates the score, so autograd keeps what f computes *and* what P
+computes until the outer backward pass. Checkpointing (Chen et al., arXiv 1604.06174) keeps the
+inputs of f alone and runs f again when it is differentiated; here the same is done to P:
+
+=============== ======================== ====================================================
+differentiating keeps                    computes, when the gradient arrives
+=============== ======================== ====================================================
+f               :math:`x, \theta`        f again, and pulls back: a call of P
+P               :math:`g, x, \theta`     f and P again, and pulls the gradient of P back
+=============== ======================== ====================================================
+
+That is one tensor per block and direction. `torch.utils.checkpoint` cannot do it: `torch.func.vjp`
+refuses its saved-tensor hooks, and under `torch.autograd.grad(create_graph=True)` what it runs
+again for the score is recorded, and so kept. The price is f three times more and P once more.
+
+Under `torch.compile` the block is called as it is: a compiler sees both runs, finds them equal and
+merges them. It has a setting of its own, `torch._functorch.config.activation_memory_budget`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+
+from ebmkit.errors import UserError
+
+__all__ = ["recompute"]
+
+
+def recompute(block: nn.Module, x: Tensor) -> Tensor:
+    """``block(x)``, whose activations are computed again when they are needed, not kept.
+
+    Equal to ``block(x)`` in value and in derivatives of every order; activations are saved in the
+    first two backward passes. Works in `torch.func.vjp`, `torch.autograd.grad` and ``backward``,
+    and under autocast, whose state is restored. Forward-mode derivatives are not defined.
+
+    Args:
+        block: a module of one tensor to one tensor, the same function at each call: its forward
+            must neither draw random numbers nor change buffers. Its hooks run at each call.
+        x: its input, of any shape.
+
+    Raises:
+        UserError: if the block updates running statistics or drops activations in training mode.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        out: Tensor = block(x)
+        return out
+    _check(block)
+    named = dict(block.named_parameters())
+    # A view belongs to the innermost transform, where a parameter of the score's network is a
+    # constant. The parameter itself would be taken for a variable, and its gradient computed.
+    parameters = [p.view_as(p) for p in named.values()]
+    run = _Run(block, tuple(named), _Autocast.now(x.device.type))
+    out = _Forward.apply(run, x, *parameters)
+    return out
+
+
+def _check(block: nn.Module) -> None:
+    for module in block.modules():
+        if not module.training:
+            continue
+        if isinstance(module, _NormBase) and module.track_running_stats:
+            what = "would update its running statistics each time: use another norm (norm=group)"
+        elif isinstance(module, _DropoutNd) and module.p > 0:
+            what = "would drop other activations each time: set its p to 0"
+        else:
+            continue
+        raise UserError(
+            f"activation checkpointing runs each block several times, and {type(module).__name__} "
+            f"in training mode {what}, or switch activation checkpointing off"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Autocast:
+    """The state of autocast on one kind of device; `again` returns to it."""
+
+    device_type: str
+    enabled: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def now(cls, device_type: str) -> _Autocast:
+        enabled = torch.is_autocast_enabled(device_type)
+        return cls(device_type, enabled, torch.get_autocast_dtype(device_type))
+
+    def again(self) -> torch.autocast:
+        # a block uses each weight once, and a cached one could come from another graph
+        return torch.autocast(self.device_type, self.dtype, self.enabled, cache_enabled=False)
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """The block as a function of its input and parameters, under the autocast it first ran in."""
+
+    block: nn.Module
+    names: tuple[str, ...]
+    autocast: _Autocast
+
+    def __call__(self, x: Tensor, *parameters: Tensor) -> Tensor:
+        with self.autocast.again():
+            named = dict(zip(self.names, parameters, strict=True))
+            out: Tensor = torch.func.functional_call(self.block, named, (x,))
+            return out
+
+
+def _pull_back(
+    function: Callable[..., Any], inputs: Sequence[Tensor], wanted: Sequence[bool]
+) -> Callable[[Any], tuple[Tensor, ...]]:
+    """The pull-back of ``function`` at ``inputs``, to those that are ``wanted``."""
+    chosen = [i for i, want in enumerate(wanted) if want]
+
+    def of_chosen(*values: Tensor) -> Any:
+        every = list(inputs)
+        for i, value in zip(chosen, values, strict=True):
+            every[i] = value
+        return function(*every)
+
+    pull: Callable[[Any], tuple[Tensor, ...]]
+    pull = torch.func.vjp(of_chosen, *(inputs[i] for i in chosen))[1]
+    return pull
+
+
+def _spread(
+    gradients: Sequence[Tensor | None], wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """``gradients`` of the ``wanted`` inputs, with None for the others."""
+    left = iter(gradients)
+    return tuple(next(left) if want else None for want in wanted)
+
+
+class _Forward(torch.autograd.Function):
+    """h = f(x, parameters), keeping x and the parameters."""
+
+    @staticmethod
+    def forward(run: _Run, *inputs: Tensor) -> Tensor:
+        return run(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.run = inputs[0]
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = tuple(ctx.needs_input_grad[1:])
+        autocast = _Autocast.now(gradient.device.type)
+        pulled = _Pullback.apply(ctx.run, autocast, wanted, gradient, *ctx.saved_tensors)
+        return (None, *_spread(pulled, wanted))
+
+
+class _Pullback(torch.autograd.Function):
+    """P(g, x, parameters), the gradients that are wanted, keeping g, x and the parameters."""
+
+    @staticmethod
+    def forward(
+        run: _Run, autocast: _Autocast, wanted: tuple[bool, ...], gradient: Tensor, *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        return _pull_back(run, inputs, wanted)(gradient, retain_graph=False)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.run, ctx.autocast, ctx.wanted, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        arrived = tuple(g for g in gradients if g is not None)
+        if not arrived:
+            return (None,) * len(ctx.needs_input_grad)
+        used = tuple(g is not None for g in _spread(gradients, ctx.wanted))
+
+        def pull(gradient: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+            pull_block = _pull_back(ctx.run, inputs, used)
+            with ctx.autocast.again():
+                return pull_block(gradient, retain_graph=False)
+
+        needed = ctx.needs_input_grad[3:]
+        again = _pull_back(pull, ctx.saved_tensors, needed)
+        found = again(arrived, retain_graph=False)
+        return (None, None, None, *_spread(found, needed))
