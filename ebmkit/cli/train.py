@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import time
 from contextlib import nullcontext
@@ -14,6 +15,7 @@ from ebmkit.cli.app import app
 from ebmkit.cli.console import TensorBoard, Together, TrainingBar, console
 from ebmkit.data import ImageSet, StreamedSet
 from ebmkit.errors import UserError
+from ebmkit.parallel import World, join, restarted
 from ebmkit.training import (
     Interrupted,
     Reporter,
@@ -25,6 +27,7 @@ from ebmkit.training import (
     resolve,
 )
 from ebmkit.training.assemble import assemble, images_of
+from ebmkit.training.runs import environment
 
 __all__ = ["train"]
 
@@ -67,16 +70,27 @@ def train(
         typer.Option("--set", help="one field, as optimizer.lr=1e-3; may be repeated"),
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="of products: auto, fp32, tf32, bf16 [default: auto]")
+    ] = None,
+    compile_: Annotated[
+        str | None,
+        typer.Option("--compile", help="compile the step: auto, on, off [default: auto]"),
+    ] = None,
     resume: Annotated[Path | None, typer.Option(help="go on with this run")] = None,
     evaluate: Annotated[
         bool, typer.Option(help="evaluate on the test images and draw pictures at the end")
     ] = True,
     tensorboard: Annotated[bool, typer.Option(help="also write TensorBoard events")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="tell what the run would cost, and write nothing")
+    ] = False,
 ) -> None:
     """Train one joint model, then evaluate it on the test images.
 
     Without any option: GradResNet18 on scikit-learn's digits by ce+dsm, two minutes on two cores.
-    Later settings win: recipe < --config < named options < --set.
+    Later settings win: recipe < --config < named options < --set. Started by `torchrun -m ebmkit
+    train ...`, all its processes train together.
     """
     named = _named(
         dataset=dataset,
@@ -88,48 +102,90 @@ def train(
         steps=steps,
         seed=seed,
         device=device,
+        precision=precision,
+        compile=compile_,
     )
     layers = [read_config(config)] if config else []
     layers += [named, parse_assignments(set_ or [])]
     if tensorboard:
         TensorBoard.check()
-    test = None
-    if resume is None:
-        resolved = resolve(*layers, recipe=recipe)
-        prepared = _assemble(resolved, None)  # nothing is written if data or model are at fault
-        if evaluate:
-            test = images_of(resolved.dataset, "test", console.is_terminal)
-        run = RunFolder.create(out or _fresh_folder(resolved), resolved)
-        prepared.run = run
-    else:
-        if out is not None or recipe is not None:
-            raise UserError("--resume goes on in its own folder: leave out --out and --recipe")
-        run = RunFolder.open(resume)
-        resolved = resolve(run.config(), *layers)
-        run.check_same(resolved)
-        prepared = _assemble(resolved, run)
-        if evaluate:
-            test = images_of(resolved.dataset, "test", console.is_terminal)
-    _fit(prepared, run, tensorboard)
-    if test is not None:
-        try:
-            _finish(prepared, run, test)
-        except KeyboardInterrupt:
-            console.print(
-                "interrupted; the model is saved. Evaluate it with:\n"
-                f"  ebmkit evaluate {_quoted(run)}",
-                soft_wrap=True,
-            )
-            raise typer.Exit(130) from None
-    console.print(f"run folder: {run.path}", soft_wrap=True, highlight=False)
+    if resume is not None and (out is not None or recipe is not None):
+        raise UserError("--resume goes on in its own folder: leave out --out and --recipe")
+    with join() as world:
+        console.quiet = not world.first
+        resolved, resume = _resolved(world, layers, recipe, out, resume)
+        if dry_run:
+            _predict(resolved, world)
+            return
+        run = RunFolder.open(resume) if resume is not None and world.first else None
+        trainer = assemble(resolved, run, progress=console.is_terminal, world=world)
+        test = images_of(resolved.dataset, "test", console.is_terminal) if evaluate else None
+        if resume is None and world.first:  # nothing is written if data or model are at fault
+            run = RunFolder.create(out or _fresh_folder(resolved), resolved)
+            trainer.run = run
+        path = world.from_first(run.path if run else Path())
+        _fit(trainer, path, tensorboard)
+        if test is not None:
+            try:
+                _finish(trainer, path, test)
+            except KeyboardInterrupt:
+                console.print(
+                    "interrupted; the model is saved. Evaluate it with:\n"
+                    f"  ebmkit evaluate {_quoted(path)}",
+                    soft_wrap=True,
+                )
+                raise typer.Exit(130) from None
+        console.print(f"run folder: {path}", soft_wrap=True, highlight=False)
 
 
-def _quoted(run: RunFolder) -> str:
-    return shlex.quote(str(run.path))
+def _resolved(
+    world: World,
+    layers: list[dict[str, Any]],
+    recipe: str | None,
+    out: Path | None,
+    resume: Path | None,
+) -> tuple[TrainConfig, Path | None]:
+    """The configuration, the same for all processes, and the run to go on with, if any.
+
+    Only the first process needs to see the run folder.
+    """
+    found: tuple[dict[str, Any], Path | None] = ({}, None)
+    if world.first:
+        if resume is None:
+            resolved = resolve(*layers, recipe=recipe)
+            if restarted():
+                resume = _interrupted_run(out, resolved)
+        else:
+            resolved = resolve(RunFolder.open(resume).config(), *layers)
+        if resume is not None:
+            RunFolder.open(resume).check_same(resolved)
+        found = resolved.model_dump(mode="json"), resume
+    config, resume = world.from_first(found)
+    return resolve(config), resume
 
 
-def _assemble(config: TrainConfig, run: RunFolder | None) -> Trainer:
-    return assemble(config, run, progress=console.is_terminal)
+def _interrupted_run(out: Path | None, config: TrainConfig) -> Path | None:
+    """The folder that this command wrote to before its launcher started it again, if it did.
+
+    Raises:
+        UserError: if that cannot be told.
+    """
+    if out is not None:
+        return out if (out / "config.yaml").is_file() else None
+    launch = environment()["launch"]
+    if launch in (None, "none"):
+        raise UserError(
+            "started again by the launcher, and without --out it is not known which run to go on "
+            "with: give --out RUN"
+        )
+    for path in sorted(Path("runs").glob(f"{_stem(config)}*/environment.json")):
+        if json.loads(path.read_text()).get("launch") == launch:
+            return path.parent
+    return None
+
+
+def _quoted(run: Path) -> str:
+    return shlex.quote(str(run))
 
 
 def _named(
@@ -137,6 +193,8 @@ def _named(
     data_dir: Path | None,
     image_size: int | None,
     width: int | None,
+    precision: str | None,
+    compile: str | None,
     **plain: Any,
 ) -> dict[str, Any]:
     """The named options that were given, as a configuration layer."""
@@ -148,25 +206,32 @@ def _named(
         layer["dataset"] = given
     if width is not None:
         layer["model"] = {"backbone": {"width": width}}
+    compute = {"precision": precision, "compile": compile}
+    if any(compute.values()):
+        layer["compute"] = {key: value for key, value in compute.items() if value is not None}
     return layer
 
 
-def _fresh_folder(config: TrainConfig) -> Path:
+def _stem(config: TrainConfig) -> str:
     stem = f"{config.dataset.name}-{config.backbone}-{config.objective.replace('*', 'x')}"
-    name = "".join(stem.split())
+    return "".join(stem.split())
+
+
+def _fresh_folder(config: TrainConfig) -> Path:
+    name = _stem(config)
     number = 1
     while (path := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
         number += 1
     return path
 
 
-def _fit(trainer: Trainer, run: RunFolder, tensorboard: bool) -> None:
+def _fit(trainer: Trainer, run: Path, tensorboard: bool) -> None:
     config = trainer.config
     parameters = sum(p.numel() for p in trainer.model.parameters())
     console.print(
         f"{config.objective} on {trainer.train.name} ({len(trainer.train):,} images), "
         f"{config.backbone} with {parameters:,} parameters, {config.steps:,} steps "
-        f"on {trainer.device}, in {run.path}",
+        f"on {_where(trainer)}, in {run}",
         soft_wrap=True,
         highlight=False,
     )
@@ -177,14 +242,15 @@ def _fit(trainer: Trainer, run: RunFolder, tensorboard: bool) -> None:
         console.print(f"going on after step {trainer.step}")
     bar = TrainingBar(config.steps, trainer.step)
     reporters: list[Reporter] = [bar]
-    board = TensorBoard(run.path / "tensorboard", trainer.step) if tensorboard else None
+    wanted = tensorboard and trainer.world.first
+    board = TensorBoard(run / "tensorboard", trainer.step) if wanted else None
     if board is not None:
         reporters.append(board)
-    trainer.reporter = Together(reporters)
+    trainer.reporter = Together(reporters) if trainer.world.first else None
     start = time.perf_counter()
     first = trainer.step
     try:
-        with bar if bar.live else nullcontext():
+        with bar if bar.live and trainer.world.first else nullcontext():
             trainer.fit()
     except Interrupted as stopped:
         console.print(
@@ -201,12 +267,21 @@ def _fit(trainer: Trainer, run: RunFolder, tensorboard: bool) -> None:
     console.print(f"{config.steps - first:,} steps in {seconds:.0f} s")
 
 
-def _finish(trainer: Trainer, run: RunFolder, test: ImageSet | StreamedSet) -> None:
+def _where(trainer: Trainer) -> str:
+    """Device, precision and number of processes, in words."""
+    step = trainer.update
+    compiled = ", compiled" if step.compiled else ""
+    processes = f", {trainer.world.size} processes" if trainer.world.size > 1 else ""
+    return f"{trainer.device} ({step.precision}{compiled}{processes})"
+
+
+def _finish(trainer: Trainer, run: Path, test: ImageSet | StreamedSet) -> None:
     """Evaluate on the test images, print the table, draw the pictures."""
     from ebmkit.cli.evaluate import evaluate_run
     from ebmkit.pictures import learning_curves
 
-    learning_curves(run.metrics(), run.path / "learning_curves.png")
+    if trainer.run is not None:
+        learning_curves(trainer.run.metrics(), run / "learning_curves.png")
     limit = FINAL_IMAGES if len(test) > FINAL_IMAGES else None
     model = trainer.trained.eval().requires_grad_(False)
-    evaluate_run(model, run.path, test, limit=limit)
+    evaluate_run(model, run, test, limit=limit)

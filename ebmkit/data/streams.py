@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -37,7 +37,7 @@ from ebmkit.data.imagesets import ImageSet, StreamedSet, to_floats
 from ebmkit.data.noise import NoiseLaw
 from ebmkit.errors import UserError
 
-__all__ = ["Batch", "Stream", "StreamConfig", "keyed_seed"]
+__all__ = ["Batch", "Stream", "StreamConfig", "keyed_seed", "prefetched"]
 
 _MIX = {"mixup": mixup, "cutmix": cutmix, "both": mixup_or_cutmix}
 
@@ -97,10 +97,11 @@ class Stream:
         workers: reading processes, for a `StreamedSet`.
         rank: this process's number among ``world_size``.
         world_size: number of processes that share each batch.
+        parts: number of parts that each process splits its share into.
 
     Raises:
         UserError: if the set is empty, has no labels to mix, is smaller than the crop, or the batch
-            does not divide among the processes.
+            does not divide among the processes and their parts.
     """
 
     def __init__(
@@ -113,8 +114,9 @@ class Stream:
         workers: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        parts: int = 1,
     ) -> None:
-        _check(source, config, name, world_size)
+        _check(source, config, name, world_size, parts)
         self.device = torch.device(device)
         self.source = source.to(self.device) if isinstance(source, ImageSet) else source
         self.config = config
@@ -125,8 +127,11 @@ class Stream:
         # Mixing needs the image before the first one too; it is dropped afterwards.
         self._extra = int(config.augmentation.mix != "none" and world_size > 1)
         positions = torch.arange(rank * share - self._extra, (rank + 1) * share)
-        self._positions = positions % config.batch_size
-        self._rows = Rows(config.batch_size, self._positions.to(self.device))
+        positions = positions % config.batch_size
+        self._rows = Rows(config.batch_size, positions.to(self.device))
+        # the loader's sampler lists rows on the host; sets in memory are indexed where they are
+        in_memory = isinstance(source, ImageSet)
+        self._positions = self._rows.positions if in_memory else positions
         self._generator = torch.Generator(self.device)
         self._orders: dict[int, Tensor] = {}
 
@@ -140,7 +145,7 @@ class Stream:
             yield from self._streamed(self.source, start, stop)
             return
         for step in range(start, stop):
-            rows = self._indices(step).to(self.device)
+            rows = self._indices(step)
             labels = None if self.source.labels is None else self.source.labels[rows]
             yield self._prepare(step, self.source.images[rows], labels)
 
@@ -165,22 +170,24 @@ class Stream:
             yield self._prepare(step, images, labels)
 
     def _indices(self, step: int) -> Tensor:
-        """Which images of the set this process needs at ``step``, on the CPU."""
-        numbers = step * self.config.batch_size + self._positions
-        size = len(self.source)
-        chosen = torch.empty_like(numbers)
-        epochs = sorted(set((numbers // size).tolist()))
-        for epoch in epochs:
-            own = numbers // size == epoch
-            chosen[own] = self._order(epoch)[numbers[own] % size]
-        self._orders = {epoch: self._orders[epoch] for epoch in epochs[-2:]}
+        """Which images of the set this process needs at ``step``, (B,), on the orders' device."""
+        batch, size = self.config.batch_size, len(self.source)
+        numbers = step * batch + self._positions
+        first, last = step * batch // size, ((step + 1) * batch - 1) // size
+        chosen = self._order(first)[numbers % size]
+        for epoch in range(first + 1, last + 1):
+            chosen = torch.where(
+                numbers // size == epoch, self._order(epoch)[numbers % size], chosen
+            )
+        self._orders = {e: order for e, order in self._orders.items() if e >= last - 1}
         return chosen
 
     def _order(self, epoch: int) -> Tensor:
         if epoch not in self._orders:
             generator = torch.Generator()
             generator.manual_seed(keyed_seed(self.seed, self.name, "order", epoch))
-            self._orders[epoch] = torch.randperm(len(self.source), generator=generator)
+            order = torch.randperm(len(self.source), generator=generator)
+            self._orders[epoch] = order.to(self._positions.device)
         return self._orders[epoch]
 
     def _keyed(self, purpose: str, step: int) -> torch.Generator:
@@ -227,6 +234,35 @@ class Stream:
         return sigma[own], eps[own]
 
 
+def prefetched(
+    streams: Mapping[str, Iterator[Batch]], device: torch.device
+) -> Iterator[dict[str, Batch]]:
+    """One batch of each stream at a time, until the first ends.
+
+    On CUDA the next batches are drawn while the present step runs, on a stream of their own, so
+    that their many small operations fill gaps of the step instead of following it.
+    """
+    drawn = zip(*streams.values(), strict=True)
+    if device.type != "cuda":
+        yield from (dict(zip(streams, batches, strict=True)) for batches in drawn)
+        return
+    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    main = torch.cuda.current_stream(device)
+    side.wait_stream(main)
+
+    def draw() -> tuple[Batch, ...] | None:
+        with torch.cuda.stream(side):
+            return next(drawn, None)
+
+    ahead = draw()
+    while ahead is not None:
+        main.wait_stream(side)
+        for column in (column for batch in ahead for column in batch if column is not None):
+            column.record_stream(main)
+        present, ahead = ahead, draw()
+        yield dict(zip(streams, present, strict=True))
+
+
 class _Order:
     """The sampler of a loader: for each step, the images it needs."""
 
@@ -260,7 +296,7 @@ def _ignore_interrupt(worker: int) -> None:
 
 
 def _check(
-    source: ImageSet | StreamedSet, config: StreamConfig, name: str, world_size: int
+    source: ImageSet | StreamedSet, config: StreamConfig, name: str, world_size: int, parts: int
 ) -> None:
     if len(source) == 0:
         raise UserError(f"stream {name!r}: data set {source.name!r} has no {source.split} images")
@@ -269,10 +305,12 @@ def _check(
             f"stream {name!r}: {config.augmentation.mix} mixes labels, and data set "
             f"{source.name!r} has none: set mix to none"
         )
-    if config.batch_size % world_size:
+    if config.batch_size % (world_size * parts):
+        split = f" of {parts} parts each (compute.accumulate)" if parts > 1 else ""
         raise UserError(
             f"stream {name!r}: a batch of {config.batch_size} does not divide among {world_size} "
-            f"processes: take a multiple of {world_size}"
+            f"process(es){split}: set streams.{name}.batch_size to a multiple of "
+            f"{world_size * parts}"
         )
     crop, padding = config.augmentation.crop_size, config.augmentation.crop_padding
     if crop is not None and crop > min(source.image_size) + 2 * padding:

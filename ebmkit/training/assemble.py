@@ -8,6 +8,7 @@ import torch
 
 from ebmkit.data import ImageSet, StreamedSet, load_dataset
 from ebmkit.models import JointModel, ModelConfig
+from ebmkit.parallel import World
 from ebmkit.training.config import DataConfig, TrainConfig
 from ebmkit.training.runs import RunFolder
 from ebmkit.training.trainer import Reporter, Trainer, trained_size
@@ -51,6 +52,7 @@ def assemble(
     run: RunFolder | None = None,
     reporter: Reporter | None = None,
     progress: bool = False,
+    world: World | None = None,
 ) -> Trainer:
     """Everything built: load the data, build the model, and go on from the run's checkpoint.
 
@@ -59,11 +61,17 @@ def assemble(
         run: where to save, and to go on from if it holds a checkpoint.
         reporter: who is told of metrics.
         progress: whether to show bars while data is downloaded or read.
+        world: the processes that train together; only the first is given a run and a reporter.
 
     Raises:
         UserError: as the parts do.
     """
+    world = world or World()
+    if not world.first:
+        world.from_first(None)  # where data must be fetched, one does it
     train = images_of(config.dataset, "train", progress)
+    if world.first:
+        world.from_first(None)
     if config.dataset.limit is not None:
         train = train.first(config.dataset.limit)
     validation = None
@@ -77,8 +85,9 @@ def assemble(
         run,
         model_config(config, train),
         reporter,
+        world,
     )
-    checkpoint = run.load_checkpoint() if run is not None else None
+    checkpoint = world.from_first(run.load_checkpoint() if run is not None else None)
     if checkpoint is not None:
         trainer.restore(checkpoint)
     elif run is not None:

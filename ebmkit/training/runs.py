@@ -44,8 +44,12 @@ _FREE_TO_CHANGE = (
     "checkpoint_every",
     "dataset.data_dir",
     "dataset.workers",
+    "compute.precision",
+    "compute.compile",
+    "compute.accumulate",
+    "compute.recompute",
 )
-"""Fields that a continued run may set differently: they do not change what is computed."""
+"""Fields that a continued run may set differently: they change nothing, or rounding alone."""
 
 
 class RunFolder:
@@ -196,6 +200,8 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "git_commit": _git_commit(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "launch": os.environ.get("TORCHELASTIC_RUN_ID"),
         "command": ["ebmkit", *sys.argv[1:]],
     }
 

@@ -17,28 +17,28 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
-import torch
-from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ebmkit.card import ModelCard
+from ebmkit.compute import pick_device
 from ebmkit.core import EnergyModel
-from ebmkit.data import Batch, ImageSet, Stream, StreamConfig, StreamedSet
+from ebmkit.data import ImageSet, Stream, StreamConfig, StreamedSet
+from ebmkit.data.streams import prefetched
 from ebmkit.errors import UserError
-from ebmkit.metrics import psnr
 from ebmkit.models import ModelConfig, save_model, save_weights
 from ebmkit.objectives import TrainingLoss, parse_objective
 from ebmkit.objectives.terms import check_labels
+from ebmkit.parallel import World, device_of_rank
 from ebmkit.training.config import TrainConfig
-from ebmkit.training.optim import learning_rate, make_optimizer, pick_device
+from ebmkit.training.engine import OutOfMemory, Reading, TrainingStep
+from ebmkit.training.optim import learning_rate, make_optimizer
 from ebmkit.training.runs import RunFolder
+from ebmkit.training.validation import Validation
 
 __all__ = ["Interrupted", "Reporter", "Trainer"]
-
-VALIDATION_BATCH = 100
 
 Images = ImageSet | StreamedSet
 
@@ -69,9 +69,11 @@ class Trainer:
         run: where to save; None: nowhere.
         built_from: what builds the model, for ``model.json``; None for one composed by hand.
         reporter: who is told of each row of metrics.
+        world: the processes that train together. Only the first should have a run and a reporter.
 
     Raises:
-        UserError: if the images do not suit model or objective.
+        UserError: if the images do not suit model or objective, the batches do not divide among
+            processes and parts, or the device cannot compute as asked.
     """
 
     model: EnergyModel
@@ -81,14 +83,13 @@ class Trainer:
     run: RunFolder | None = None
     built_from: ModelConfig | None = None
     reporter: Reporter | None = None
+    world: World = field(default_factory=World)
 
     def __post_init__(self) -> None:
         config = self.config
-        self.device = pick_device(config.device)
+        self.device = device_of_rank(pick_device(config.device))
         self.model.to(self.device)
-        if self.device.type == "cpu":
-            self.model.to(memory_format=torch.channels_last)
-        self.loss = self._loss(self.model)
+        self.loss = self._loss(self.model).to(self.device)
         self._check_terms()
         if isinstance(self.train, ImageSet):
             self.train = self.train.to(self.device)  # once, for all streams
@@ -106,7 +107,15 @@ class Trainer:
             if decay
             else None
         )
-        self.step = 0
+        self.update = TrainingStep(
+            self.loss,
+            self.optimizer,
+            config.compute,
+            config.optimizer.clip_norm,
+            self.average,
+            self.world,
+        )
+        self.step = self.first_step = 0
         self.best = math.inf
         matching = [t.name for t in self.loss.terms if t.objective.needs_score]
         self.denoise_stream = self.loss.stream_of[matching[0]] if matching else None
@@ -124,6 +133,16 @@ class Trainer:
             classifies=any(term.objective.needs_labels for term in self.loss.terms),
         )
         self.model.card = self.trained.card = self.card
+        self.measure = None
+        if self.validation is not None and len(self.validation) > 0:
+            self.measure = Validation(
+                self.validation,
+                {name: self._stream_config(name) for name in self.loss.streams},
+                self.denoise_stream,
+                self.card.classifies,
+                self.device,
+                self.world,
+            )
 
     def fit(self) -> EnergyModel:
         """Train from the present step to ``config.steps``; the model, in evaluation mode.
@@ -134,24 +153,39 @@ class Trainer:
                 disk is full.
         """
         config = self.config
-        batches = {n: s.batches(self.step, config.steps) for n, s in self.streams.items()}
+        streams = {n: s.batches(self.step, config.steps) for n, s in self.streams.items()}
+        batches = prefetched(streams, self.device)
+        self.first_step = self.step
         mark, seen = time.perf_counter(), 0
         self.model.train()
         with _stop_requested() as stop:
             while self.step < config.steps:
-                drawn = {name: next(stream) for name, stream in batches.items()}
-                row = self._update(drawn)
-                seen += sum(len(batch.x) for batch in drawn.values())
-                if self.step % config.log_every == 0 or self.step == config.steps:
+                rate = learning_rate(config.optimizer, self.step, config.steps)
+                try:
+                    self.update(next(batches), rate, stop())
+                except OutOfMemory:
+                    self._explain_memory()
+                self.step += 1
+                due = [
+                    self.step % every == 0 or self.step == config.steps
+                    for every in (config.log_every, config.validate_every, config.checkpoint_every)
+                ]
+                seen += self._images_per_step
+                alone = self.world.size == 1  # several agree on where to stop by reading
+                if self.device.type != "cpu" and not any(due) and not (alone and stop()):
+                    continue  # reading would make the host wait for the device
+                reading = self._read()
+                if due[0]:
                     now = time.perf_counter()
-                    row["images_per_s"] = seen / (now - mark)
+                    row = {"step": self.step, "lr": rate, "grad_norm": reading.grad_norm}
+                    row |= reading.parts | {"images_per_s": seen / (now - mark)}
                     mark, seen = now, 0
                     self._log({"kind": "train", **row})
-                if self.step % config.validate_every == 0 or self.step == config.steps:
+                if due[1]:
                     self._validate()
                     mark, seen = time.perf_counter(), 0
-                asked = stop()
-                if asked or self.step % config.checkpoint_every == 0 or self.step == config.steps:
+                asked = stop() if alone else reading.asked_to_stop
+                if due[2] or asked:
                     self.save()
                 if asked:
                     raise Interrupted(self.step)
@@ -174,7 +208,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state_dict() if self.average else None,
-            "running": dict(self.loss.running),
+            "running": self.loss.running,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -188,10 +222,11 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             if self.average is not None:
                 self.average.load_state_dict(state["average"])
-        except (RuntimeError, ValueError, KeyError):
+            self.loss.running.copy_(state["running"])
+        except (RuntimeError, ValueError, KeyError, TypeError):
             raise UserError("the checkpoint does not fit this model and optimiser") from None
-        self.loss.running = dict(state["running"])
-        self.step, self.best = state["step"], state["best"]
+        self.step = self.first_step = state["step"]
+        self.best = state["best"]
         self.card.steps = self.step
         if self.run is not None:
             self.run.forget_after(self.step)
@@ -203,45 +238,35 @@ class Trainer:
         self.run.save_checkpoint(self.state())
         save_model(self.run.path, self.trained, self.built_from, self.card)
 
-    def _update(self, batches: dict[str, Batch]) -> dict[str, Any]:
-        """One optimiser step; the row of metrics that tells of it."""
-        config = self.config.optimizer
-        rate = learning_rate(config, self.step, self.config.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
-        total, parts = self.loss(batches)
-        self._check_finite(total, parts)
-        total.backward()
-        row: dict[str, Any] = {"step": self.step + 1, "lr": rate}
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        if not torch.isfinite(norm):
-            self._stop_at(f"the gradient's norm is {float(norm)}")
-        row["grad_norm"] = float(norm)
-        if config.clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(self.model.parameters(), config.clip_norm, norm)
-        self.optimizer.step()
-        if self.average is not None:
-            self.average.update_parameters(self.model)
-        self.loss.remember(parts)
-        self.step += 1
+    @property
+    def _images_per_step(self) -> int:
+        return sum(self._stream_config(name).batch_size for name in self.loss.streams)
+
+    def _read(self) -> Reading:
+        """What the last step did.
+
+        Raises:
+            UserError: if it, or one before, was not finite.
+        """
+        reading = self.update.read()
+        if reading.failed:
+            step = self.first_step + reading.done + 1
+            bad = [name for name, mean in reading.parts.items() if not math.isfinite(mean)]
+            if bad:
+                self._stop_at(step, f"loss {bad[0]!r} is {reading.parts[bad[0]]}")
+            self._stop_at(step, f"the gradient's norm is {reading.grad_norm}")
         self.card.steps = self.step
-        row |= {name: float(mean) for name, mean in parts.items()}
-        return row
+        return reading
 
-    def _check_finite(self, total: Tensor, parts: dict[str, Tensor]) -> None:
-        bad = [name for name, mean in parts.items() if not torch.isfinite(mean)]
-        if bad or not torch.isfinite(total):
-            name = bad[0] if bad else "the total"
-            self._stop_at(f"loss {name!r} is {float(parts[bad[0]] if bad else total)}")
-
-    def _stop_at(self, what: str) -> NoReturn:
+    def _stop_at(self, step: int, what: str) -> NoReturn:
         saved = f"; the last checkpoint is in {str(self.run.path)!r}" if self.run else ""
         raise UserError(
-            f"{what} at step {self.step + 1}: stopped before the update{saved}; try a lower "
+            f"{what} at step {step}: stopped before the update{saved}; try a lower "
             "optimizer.lr or optimizer.clip_norm=1"
         )
+
+    def _explain_memory(self) -> NoReturn:
+        raise UserError("out of memory")
 
     def _check_terms(self) -> None:
         """Whether each objective can learn from its stream."""
@@ -256,53 +281,20 @@ class Trainer:
                     f"streams.{name}.noise.kind and max, as in squared-uniform and 100/255"
                 )
 
-    @torch.no_grad()
     def _validate(self) -> None:
-        """Losses, accuracy and PSNR at 25/255 on the held-out images, with fixed noise."""
-        if self.validation is None or len(self.validation) == 0:
+        """Measure on the held-out images; keep the weights if they are the best so far."""
+        if self.measure is None:
             return
         model = self.trained.eval()
-        loss = self._loss(model)
-        rows = [self._measure(model, loss, batches) for batches in self._held_out(loss.streams)]
-        means = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
-        row: dict[str, Any] = {"kind": "validation", "step": self.step, **means}
+        loss = self._loss(model).to(self.device)
+        means = self.measure(model, loss)
         self.model.train()
-        self._log(row)
+        self._log({"kind": "validation", "step": self.step, **means})
         summary = loss.summary({term.name: means[term.name] for term in loss.terms})
         if summary < self.best:
             self.best = summary
             if self.run is not None:
                 save_weights(self.run.path / "checkpoints" / "best.safetensors", model)
-
-    def _held_out(self, names: tuple[str, ...]) -> Iterator[dict[str, Batch]]:
-        """The held-out images in equal batches, not augmented, with the same noise every time."""
-        assert self.validation is not None
-        count = len(self.validation)
-        steps = math.ceil(count / VALIDATION_BATCH)
-        streams = []
-        for name in names:
-            plain = StreamConfig(
-                batch_size=math.ceil(count / steps), noise=self._stream_config(name).noise
-            )
-            stream = Stream(self.validation, plain, f"validation-{name}", 0, self.device)
-            streams.append(stream.batches(0, steps))
-        for drawn in zip(*streams, strict=True):
-            yield dict(zip(names, drawn, strict=True))
-
-    def _measure(
-        self, model: EnergyModel, loss: TrainingLoss, batches: dict[str, Batch]
-    ) -> dict[str, float]:
-        row = {name: float(mean) for name, mean in loss(batches).parts.items()}
-        if self.card.classifies:
-            batch = next(iter(batches.values()))
-            assert batch.labels is not None
-            right = model.logits(batch.x).argmax(1).eq(batch.labels)
-            row["accuracy"] = float(right.float().mean())
-        if self.denoise_stream is not None:
-            batch, sigma = batches[self.denoise_stream], 25 / 255
-            clean = model.denoise(batch.x + sigma * batch.eps, sigma)
-            row["psnr_25"] = float(psnr(clean.clamp(0, 1), batch.x).mean())
-        return row
 
     def _loss(self, model: EnergyModel) -> TrainingLoss:
         config = self.config
@@ -322,6 +314,9 @@ class Trainer:
             config.seed,
             self.device,
             workers=config.dataset.workers,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            parts=config.compute.accumulate,
         )
 
     def _log(self, row: dict[str, Any]) -> None:

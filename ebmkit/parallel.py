@@ -1,0 +1,196 @@
+r"""Many processes, one run.
+
+``torchrun`` starts the same command once per device and tells each process its *rank* r of W by
+environment variables; `join` makes a group of them. Every process holds the whole model and a share
+of each batch; as every loss is a mean over images,
+
+.. math:: \nabla L = \frac1W \sum_r \nabla L_r ,
+
+which `torch.nn.parallel.DistributedDataParallel` computes while the backward pass runs. Nothing is
+drawn per rank: ranks slice one global draw (`ebmkit.data.Stream`), so their number changes rounding
+and nothing else. The first rank alone writes.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ebmkit.errors import UserError
+
+__all__ = ["World", "announced", "device_of_rank", "join", "restarted", "yield_to_first"]
+
+T = TypeVar("T")
+
+_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+PATIENCE = timedelta(minutes=10)
+"""How long a process waits for the others before it gives up."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of one run, seen from one of them.
+
+    Attributes:
+        rank: this process's number, from 0.
+        size: how many there are.
+        local_rank: its number on its own machine, which is that of its GPU.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes."""
+        return self.rank == 0
+
+    def mean_(self, values: Tensor) -> Tensor:
+        """Replace ``values`` by their mean over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+            values /= self.size
+        return values
+
+    def from_first(self, thing: T) -> T:
+        """What the first process passed here, on all of them (tensors on the CPU)."""
+        if self.size == 1:
+            return thing
+        box = [thing if self.first else None]
+        dist.broadcast_object_list(box, src=0)
+        received: T = box[0]  # type: ignore[assignment]
+        return received
+
+    def gather(self, thing: T) -> list[T]:
+        """What each process passed here, by rank, on all of them (tensors on the CPU)."""
+        if self.size == 1:
+            return [thing]
+        everything: list[Any] = [None] * self.size
+        dist.all_gather_object(everything, thing)
+        return everything
+
+    def wrap(
+        self, module: nn.Module, unused: Sequence[str] = (), share_buffers: bool = False
+    ) -> DistributedDataParallel:
+        """``module``, whose gradients become means over all processes.
+
+        Args:
+            module: its forward must return the loss.
+            unused: names of parameters that no gradient reaches.
+            share_buffers: give all processes the first's buffers before each forward pass.
+        """
+        # a gradient of one row has two equal layouts, of which DDP may expect the other
+        warnings.filterwarnings("ignore", "(?s)Grad strides do not match bucket view strides")
+        torch._dynamo.config.optimize_ddp = False  # the score keeps the step in one graph
+        ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+        ignore(module, unused)  # type: ignore[no-untyped-call]
+        return DistributedDataParallel(
+            module, broadcast_buffers=share_buffers, gradient_as_bucket_view=True
+        )
+
+
+def announced() -> bool:
+    """Whether a launcher says that this process is one of several."""
+    return all(name in os.environ for name in _VARIABLES)
+
+
+@contextmanager
+def join() -> Iterator[World]:
+    """The group that ``torchrun`` announced, for as long as the context lasts; else one process.
+
+    Tensors travel by NCCL between GPUs and by gloo between CPUs.
+
+    Raises:
+        UserError: if the announcement is incomplete, the port is in use, or the others cannot be
+            reached.
+    """
+    if not announced():
+        yield World()
+        return
+    rank, size = _number("RANK"), _number("WORLD_SIZE")
+    if not 0 <= rank < size:
+        raise UserError(f"RANK {rank} must be at least 0 and below WORLD_SIZE {size}")
+    world = World(rank, size, _number("LOCAL_RANK", rank))
+    if size == 1:
+        yield world
+        return
+    if world.local_rank < torch.cuda.device_count():
+        torch.cuda.set_device(world.local_rank)
+    try:
+        dist.init_process_group(timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise _unreachable(world, error) from None
+    try:
+        yield world
+    finally:
+        dist.destroy_process_group()
+
+
+def restarted() -> bool:
+    """Whether a launcher started this command again after it failed or was preempted."""
+    names = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return any(os.environ.get(name, "0") not in ("", "0") for name in names)
+
+
+def device_of_rank(device: torch.device) -> torch.device:
+    """The device of this process: each has the GPU of its local rank, or the CPU.
+
+    Raises:
+        UserError: if more processes than GPUs were started on this machine.
+    """
+    if device.type != "cuda" or not announced():
+        return device
+    local, count = _number("LOCAL_RANK", 0), torch.cuda.device_count()
+    if local >= count:
+        raise UserError(
+            f"process {local} of this machine has no GPU of its own, there are {count}: start "
+            f"torchrun with --nproc-per-node {count}"
+        )
+    return torch.device("cuda", local)
+
+
+def yield_to_first() -> None:
+    """Let the first process speak before this one does.
+
+    A mistake in options or data is met by all processes alike. The first tells of it and ends,
+    whereupon the launcher stops the others, which have waited here.
+    """
+    if announced() and os.environ["RANK"] != "0":
+        time.sleep(5)
+
+
+def _unreachable(world: World, error: Exception) -> UserError:
+    port = os.environ["MASTER_PORT"]
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if "in use" in str(error).lower() or "eaddrinuse" in str(error).lower():
+        return UserError(
+            f"port {port} is in use on this machine: choose another by torchrun --master-port, or "
+            "let torchrun --standalone find a free one"
+        )
+    return UserError(
+        f"process {world.rank} of {world.size} cannot reach the others at "
+        f"{os.environ['MASTER_ADDR']}:{port} ({reason}): check that each is started and that the "
+        "address and port can be reached from every machine"
+    )
+
+
+def _number(name: str, default: int | None = None) -> int:
+    text = os.environ.get(name, "" if default is None else str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(
+            f"environment variable {name}={text!r} must be a whole number: start with torchrun"
+        ) from None

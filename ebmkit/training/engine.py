@@ -1,0 +1,259 @@
+r"""One training step: gradient of the loss, and the update.
+
+A batch of B images is split into K parts of equal size, on W processes, and
+
+.. math:: \nabla L = \frac{1}{KW} \sum_{k,r} \nabla L_{k,r},
+
+since every loss is a mean over images. The score is taken inside the loss by `torch.func.vjp`, so
+that forward pass, score and loss are one graph for a compiler (``fullgraph``); eager execution of
+the same code is the reference it is tested against.
+
+The host never waits for the device within a step. Losses, the gradient's norm and whether they are
+finite stay on the device; fused AdamW skips the update when they are not, and every later one, so
+the parameters are still those before the update when `TrainingStep.read` tells of it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from ebmkit.compute import ComputeConfig, pick_compile, pick_precision, set_tf32
+from ebmkit.data import Batch
+from ebmkit.errors import UserError
+from ebmkit.models import JointModel
+from ebmkit.objectives import Losses, TrainingLoss
+from ebmkit.parallel import World
+
+__all__ = ["OutOfMemory", "Reading", "TrainingStep"]
+
+
+class OutOfMemory(Exception):
+    """The step did not fit into the device's memory."""
+
+
+class Reading(NamedTuple):
+    """What steps did, on the host.
+
+    Attributes:
+        parts: each term's mean of the last step; of the failing one, if one failed.
+        grad_norm: of that step, before clipping.
+        done: number of updates since the step was made.
+        failed: whether a loss or the gradient was not finite, and updates ended.
+        asked_to_stop: whether any process was asked to.
+    """
+
+    parts: dict[str, float]
+    grad_norm: float
+    done: int
+    failed: bool
+    asked_to_stop: bool
+
+
+class TrainingStep:
+    """Takes the gradient of a loss and moves the parameters.
+
+    Args:
+        loss: model and objectives, on their device.
+        optimizer: fused AdamW over the model's parameters (`make_optimizer`).
+        compute: precision, compilation, accumulation, recomputation.
+        clip_norm: bound on the gradient's norm; None: none.
+        average: averaged weights to update too.
+        world: the processes that share each batch.
+
+    Attributes:
+        precision: the one in force.
+        compiled: whether the loss is compiled.
+
+    Raises:
+        UserError: if the device lacks the precision or a compiler, or the model cannot be compiled
+            or recomputed.
+
+    >>> step = TrainingStep(loss, optimizer, ComputeConfig(compile="off"))     # doctest: +SKIP
+    >>> step({"classify": batch, "denoise": other}, rate=3e-4)                 # doctest: +SKIP
+    >>> step.read().parts                                                      # doctest: +SKIP
+    {'ce': 2.3, 'dsm': 0.99}
+    """
+
+    def __init__(
+        self,
+        loss: TrainingLoss,
+        optimizer: torch.optim.Optimizer,
+        compute: ComputeConfig | None = None,
+        clip_norm: float | None = None,
+        average: AveragedModel | None = None,
+        world: World | None = None,
+    ) -> None:
+        self.compute = compute or ComputeConfig()
+        self.loss, self.optimizer = loss, optimizer
+        self.clip_norm, self.average = clip_norm, average
+        self.world = world or World()
+        self.parameters = [p for p in loss.model.parameters() if p.requires_grad]
+        self.device = self.parameters[0].device
+        self.precision = pick_precision(self.compute.precision, self.device)
+        set_tf32(self.device, self.precision)
+        loss.precision = self.precision
+        if self.device.type != "cpu":
+            loss.model.to(memory_format=torch.channels_last)
+        rough = loss.model.has_batch_norm and any(t.objective.needs_score for t in loss.terms)
+        self.compiled = self._prepare(rough)
+        self._parallel: nn.Module | None = None  # made with the first batch
+        self.names = tuple(term.name for term in loss.terms)
+        self._values = torch.zeros(len(self.names) + 2, device=self.device)  # parts, stop, norm
+        self._failed = torch.zeros((), device=self.device)
+        self._done = torch.zeros((), device=self.device)
+        optimizer.found_inf = self._failed  # type: ignore[attr-defined]  # fused AdamW reads it
+
+    def __call__(self, batches: Mapping[str, Batch], rate: float, stop: bool = False) -> None:
+        """One step at learning rate ``rate`` on this process's share of each stream's batch.
+
+        Args:
+            batches: stream -> batch.
+            rate: learning rate.
+            stop: whether this process was asked to stop; all of them hear of it by `read`.
+
+        Raises:
+            OutOfMemory: if the memory does not suffice.
+            UserError: if the step cannot be compiled and must be.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        values = torch.zeros(len(self.names) + 1, device=self.device)
+        values[-1] = float(stop)
+        count = self.compute.accumulate
+        for i, part in enumerate(_split(batches, count)):
+            with _told_of_memory(), self._apart(part, last=i == count - 1):
+                losses = self._losses(part)
+                (losses.total / count).backward()  # type: ignore[no-untyped-call]
+            values[:-1] += torch.stack([losses.parts[name] for name in self.names]) / count
+        self.world.mean_(values)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        self._note(values, norm)
+        if self.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.loss.model)
+        self.loss.remember(dict(zip(self.names, values[:-1], strict=True)))
+
+    def read(self) -> Reading:
+        """What the last step did; waits for the device."""
+        *parts, stop, norm, failed, done = torch.cat(
+            [self._values, self._failed[None], self._done[None]]
+        ).tolist()
+        return Reading(
+            dict(zip(self.names, parts, strict=True)), norm, int(done), bool(failed), stop > 0
+        )
+
+    def _note(self, values: Tensor, norm: Tensor) -> None:
+        """Keep the step's values, unless one failed before; see whether this one did."""
+        now = torch.cat([values, norm.reshape(1)])
+        self._values.copy_(torch.where(self._failed > 0, self._values, now))
+        self._failed.copy_(torch.maximum(self._failed, 1 - now.isfinite().all().float()))
+        self._done += 1 - self._failed
+
+    def _losses(self, batches: dict[str, Batch]) -> Losses:
+        if not self.compiled:
+            return self._forward(batches)
+        try:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+            return self._forward(batches)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            if self.compute.compile == "on":
+                raise UserError(
+                    f"the step cannot be compiled: {reason}; use --compile off"
+                ) from None
+            warnings.warn(f"not compiled, running eagerly: {reason}", stacklevel=4)
+            self.compiled = False
+            self.loss._compiled_call_impl = None
+            return self._forward(batches)
+
+    def _forward(self, batches: dict[str, Batch]) -> Losses:
+        losses: Losses = (self._parallel or self.loss)(batches)
+        return losses
+
+    def _prepare(self, rough: bool) -> bool:
+        """Set recomputation and compilation up; whether the loss is compiled."""
+        compiled = pick_compile(self.compute.compile, self.device)
+        if compiled and rough:
+            if self.compute.compile == "on":
+                raise UserError(
+                    "a model with BatchNorm whose score is trained cannot be compiled: use "
+                    "--compile off, or model.backbone.norm=group"
+                )
+            compiled = False
+        if self.compute.recompute:
+            self._recompute(compiled)
+        if compiled:
+            graphs = self.device.type == "cuda" and self.world.size == 1
+            graphs = graphs and self.compute.accumulate == 1
+            self.loss.compile(
+                fullgraph=True, dynamic=False, mode="reduce-overhead" if graphs else None
+            )
+        return compiled
+
+    def _recompute(self, compiled: bool) -> None:
+        model = self.loss.model
+        if not isinstance(model, JointModel):
+            raise UserError(
+                f"{type(model).__name__} cannot recompute its activations: set "
+                "compute.recompute=false, or split the batch by compute.accumulate"
+            )
+        model.set_recompute(True)
+
+    def _apart(self, batches: dict[str, Batch], last: bool) -> AbstractContextManager[Any]:
+        """Within, processes do not exchange gradients; they do with the last part."""
+        if self.world.size == 1:
+            return nullcontext()
+        if self._parallel is None:
+            unused = self._without_gradient(batches)
+            self._parallel = self.world.wrap(self.loss, unused, self.loss.model.has_batch_norm)
+        assert isinstance(self._parallel, DistributedDataParallel)
+        return nullcontext() if last else self._parallel.no_sync()
+
+    def _without_gradient(self, batches: dict[str, Batch]) -> list[str]:
+        """Names in ``loss`` of parameters that this objective does not reach, by trying it."""
+        first = {name: _part(batch, 0, len(batch.x)) for name, batch in batches.items()}
+        named = [(n, p) for n, p in self.loss.named_parameters() if p.requires_grad]
+        total = self.loss.forward(first).total
+        found = torch.autograd.grad(total, [p for _, p in named], allow_unused=True)
+        return [name for (name, _), g in zip(named, found, strict=True) if g is None]
+
+
+def _split(batches: Mapping[str, Batch], count: int) -> Iterator[dict[str, Batch]]:
+    """The batches in ``count`` parts of equal size."""
+    if count == 1:
+        yield dict(batches)
+        return
+    for k in range(count):
+        yield {name: _part(batch, k, count) for name, batch in batches.items()}
+
+
+def _part(batch: Batch, k: int, count: int) -> Batch:
+    size = len(batch.x) // count
+    rows = slice(k * size, (k + 1) * size)
+    cut = [None if column is None else column[rows] for column in batch]
+    return Batch(*cut)  # type: ignore[arg-type]  # the optional columns stay where they were
+
+
+@contextmanager
+def _told_of_memory() -> Iterator[None]:
+    """Turn an allocation that failed into `OutOfMemory`."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise OutOfMemory from None
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error):
+            raise OutOfMemory from None
+        raise

@@ -1,0 +1,87 @@
+"""Validation: losses, accuracy and PSNR on held-out images, with the same noise every time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from ebmkit.core import EnergyModel
+from ebmkit.data import Batch, ImageSet, Stream, StreamConfig, StreamedSet
+from ebmkit.metrics import psnr
+from ebmkit.objectives import TrainingLoss
+from ebmkit.parallel import World
+
+__all__ = ["Validation"]
+
+BATCH = 100
+SIGMA = 25 / 255
+
+
+@dataclass
+class Validation:
+    """Measures a model on held-out images, in equal batches that the processes share out.
+
+    Args:
+        images: the held-out images.
+        noise: stream -> its configuration in training; the noise law is kept, not the augmentation.
+        denoise_stream: the stream that score matching draws from, if one does.
+        classifies: whether accuracy means anything.
+        device: where the model is.
+        world: the processes that share the work; all of them get the same means.
+    """
+
+    images: ImageSet | StreamedSet
+    noise: dict[str, StreamConfig]
+    denoise_stream: str | None
+    classifies: bool
+    device: torch.device
+    world: World
+
+    def __post_init__(self) -> None:
+        count = len(self.images)
+        self.steps = math.ceil(count / BATCH)
+        size = math.ceil(count / self.steps)
+        self.streams = {
+            name: Stream(
+                self.images,
+                StreamConfig(batch_size=size, noise=config.noise),
+                f"validation-{name}",
+                0,
+                self.device,
+            )
+            for name, config in self.noise.items()
+        }
+
+    @torch.no_grad()
+    def __call__(self, model: EnergyModel, loss: TrainingLoss) -> dict[str, float]:
+        """Means over the images: each term by name, ``accuracy`` and ``psnr_25`` where they apply.
+
+        Args:
+            model: in evaluation mode.
+            loss: of that model.
+        """
+        totals: dict[str, float] = {}
+        for step in range(self.world.rank, self.steps, self.world.size):
+            batches = {n: next(s.batches(step, step + 1)) for n, s in self.streams.items()}
+            for name, value in self._measure(model, loss, batches).items():
+                totals[name] = totals.get(name, 0.0) + value / self.steps
+        everyone = self.world.gather(totals)
+        names = next(own for own in everyone if own)
+        return {name: sum(own.get(name, 0.0) for own in everyone) for name in names}
+
+    def _measure(
+        self, model: EnergyModel, loss: TrainingLoss, batches: dict[str, Batch]
+    ) -> dict[str, float]:
+        row = {name: float(mean) for name, mean in loss(batches).parts.items()}
+        if self.classifies:
+            batch = next(iter(batches.values()))
+            assert batch.labels is not None
+            right = model.logits(batch.x).argmax(1).eq(batch.labels)
+            row["accuracy"] = float(right.float().mean())
+        if self.denoise_stream is not None:
+            batch = batches[self.denoise_stream]
+            clean = model.denoise(batch.x + SIGMA * batch.eps, SIGMA)
+            row["psnr_25"] = float(psnr(clean.clamp(0, 1), batch.x).mean())
+        return row
