@@ -20,8 +20,8 @@ That is one tensor per block and direction. `torch.utils.checkpoint` cannot do i
 refuses its saved-tensor hooks, and under `torch.autograd.grad(create_graph=True)` what it runs
 again for the score is recorded, and so kept. The price is f three times more and P once more.
 
-Under `torch.compile` the block is called as it is: a compiler sees both runs, finds them equal and
-merges them. It has a setting of its own, `torch._functorch.config.activation_memory_budget`.
+Under `torch.compile` the block is called as it is: the tracer refuses such functions in a score.
+The compiler has a setting of its own, `torch._functorch.config.activation_memory_budget`.
 """
 
 from __future__ import annotations
@@ -143,6 +143,7 @@ def _spread(
 
 
 class _Forward(torch.autograd.Function):
+    generate_vmap_rule = True
     """h = f(x, parameters), keeping x and the parameters."""
 
     @staticmethod
@@ -163,6 +164,7 @@ class _Forward(torch.autograd.Function):
 
 
 class _Pullback(torch.autograd.Function):
+    generate_vmap_rule = True
     """P(g, x, parameters), the gradients that are wanted, keeping g, x and the parameters."""
 
     @staticmethod

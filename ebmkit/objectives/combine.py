@@ -106,17 +106,24 @@ def _coefficient(written: str | None, text: str) -> float | None:
 
 
 class Losses(NamedTuple):
-    """The total to differentiate, and each term's mean over the batch, as its name in the log says.
+    """The total to differentiate, and each term's mean over the batch.
 
     Attributes:
         total: scalar; its gradient is that of the objective. With balanced terms its value is that
             of the linearised logarithm, so log `parts` instead.
-        parts: name of the term -> scalar, detached: nats for ``ce``, the mean over entries (1 for a
-            score of zero) for score matching in every form.
+        values: (number of terms,), detached: nats for ``ce``, the mean over entries (1 for a score
+            of zero) for score matching in every form.
+        names: of the terms.
     """
 
     total: Tensor
-    parts: dict[str, Tensor]
+    values: Tensor
+    names: tuple[str, ...]
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """Name of the term -> its entry of ``values``, a scalar."""
+        return dict(zip(self.names, self.values.unbind(), strict=True))
 
 
 class TrainingLoss(nn.Module):
@@ -164,17 +171,20 @@ class TrainingLoss(nn.Module):
     def forward(self, batches: Mapping[str, Streamed]) -> Losses:
         """Losses of one batch per stream."""
         total: Tensor | float = 0.0
-        parts: dict[str, Tensor] = {}
+        means: dict[str, Tensor] = {}
         for stream in self.streams:
             own = [term for term in self.terms if self.stream_of[term.name] == stream]
             batch = batches[stream]
             at = self._evaluate(batch, any(term.objective.needs_score for term in own))
             for term in own:
                 mean = term.objective.loss(at, batch).mean()
-                parts[term.name] = mean.detach()
+                means[term.name] = mean.detach()
                 total = total + self._factor(term, batch) * mean
         assert isinstance(total, Tensor)
-        return Losses(total, parts)
+        # not the means themselves: a compiler takes one for the total where they are equal, and
+        # detaching one then detaches both
+        values = torch.stack([means[term.name] for term in self.terms])
+        return Losses(total, values, tuple(term.name for term in self.terms))
 
     def summary(self, parts: Mapping[str, Tensor | float]) -> float:
         """One number to compare states of a run by, lower is better.

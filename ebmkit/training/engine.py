@@ -67,6 +67,7 @@ class TrainingStep:
         clip_norm: bound on the gradient's norm; None: none.
         average: averaged weights to update too.
         world: the processes that share each batch.
+        backend: of `torch.compile`.
 
     Attributes:
         precision: the one in force.
@@ -90,8 +91,10 @@ class TrainingStep:
         clip_norm: float | None = None,
         average: AveragedModel | None = None,
         world: World | None = None,
+        backend: str = "inductor",
     ) -> None:
         self.compute = compute or ComputeConfig()
+        self.backend = backend
         self.loss, self.optimizer = loss, optimizer
         self.clip_norm, self.average = clip_norm, average
         self.world = world or World()
@@ -133,7 +136,7 @@ class TrainingStep:
             with _told_of_memory(), self._apart(part, last=i == count - 1):
                 losses = self._losses(part)
                 (losses.total / count).backward()  # type: ignore[no-untyped-call]
-            values[:-1] += torch.stack([losses.parts[name] for name in self.names]) / count
+            values[:-1] += losses.values / count
         self.world.mean_(values)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
@@ -198,7 +201,10 @@ class TrainingStep:
             graphs = self.device.type == "cuda" and self.world.size == 1
             graphs = graphs and self.compute.accumulate == 1
             self.loss.compile(
-                fullgraph=True, dynamic=False, mode="reduce-overhead" if graphs else None
+                fullgraph=True,
+                dynamic=False,
+                backend=self.backend,
+                mode="reduce-overhead" if graphs else None,
             )
         return compiled
 
