@@ -29,6 +29,7 @@ __all__ = [
     "ComputeConfig",
     "Precision",
     "autocast",
+    "describe",
     "memory_format",
     "pick_compile",
     "pick_device",
@@ -58,7 +59,9 @@ class ComputeConfig(BaseModel):
         1, ge=1, description="parts that each batch is split into, to save memory"
     )
     recompute: bool = Field(
-        False, description="activation checkpointing: less memory for about a third more arithmetic"
+        False,
+        description="activation checkpointing: less memory, a third more arithmetic for ce, twice "
+        "as much for dsm",
     )
 
 
@@ -98,12 +101,12 @@ def pick_precision(name: str, device: torch.device) -> Precision:
     if precision == "tf32" and not ampere:
         raise UserError(
             f"precision 'tf32' needs an NVIDIA GPU of compute capability 8.0 or more, and the "
-            f"device is {_describe(device)}: use --precision fp32, bf16 or auto"
+            f"device is {describe(device)}: use --precision fp32, bf16 or auto"
         )
     if precision == "bf16" and device.type == "cuda" and not ampere:
         raise UserError(
             f"precision 'bf16' needs compute capability 8.0 or more, and the device is "
-            f"{_describe(device)}: use --precision fp32 or auto"
+            f"{describe(device)}: use --precision fp32 or auto"
         )
     return precision
 
@@ -126,7 +129,7 @@ def pick_compile(name: str, device: torch.device) -> bool:
     if name == "auto":
         return False
     raise UserError(
-        f"--compile on needs {missing} on {_describe(device)}: install it, or use --compile off"
+        f"--compile on needs {missing} on {describe(device)}: install it, or use --compile off"
     )
 
 
@@ -185,5 +188,6 @@ def _missing_compiler(device: torch.device) -> str | None:
     return None
 
 
-def _describe(device: torch.device) -> str:
+def describe(device: torch.device) -> str:
+    """The device in words."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
 from ebmkit.cli.app import app
 from ebmkit.cli.console import TensorBoard, Together, TrainingBar, console
 from ebmkit.data import ImageSet, StreamedSet
 from ebmkit.errors import UserError
+from ebmkit.files import write_atomically
 from ebmkit.parallel import World, join, restarted
 from ebmkit.training import (
     Interrupted,
@@ -27,9 +29,13 @@ from ebmkit.training import (
     resolve,
 )
 from ebmkit.training.assemble import assemble, images_of
+from ebmkit.training.cost import format_seconds
 from ebmkit.training.runs import environment
 
 __all__ = ["train"]
+
+TRIAL_STEPS = 4
+"""How many steps ``--dry-run`` takes; all but the first are timed."""
 
 FINAL_IMAGES = 1000
 """The evaluation that ends a run looks at so many test images at the most."""
@@ -264,7 +270,32 @@ def _fit(trainer: Trainer, run: Path, tensorboard: bool) -> None:
         if board is not None:
             board.close()
     seconds = time.perf_counter() - start
-    console.print(f"{config.steps - first:,} steps in {seconds:.0f} s")
+    account = trainer.account()
+    if trainer.run is not None:
+        text = json.dumps(account.document(), indent=2)
+        write_atomically(run / "cost.json", text.encode())
+    console.print(
+        f"{config.steps - first:,} steps in {seconds:.0f} s; {account.sentence()}",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def _predict(config: TrainConfig, world: World) -> None:
+    """Tell what the run would cost: counted, and timed over a few steps; nothing is written."""
+    trainer = assemble(config, progress=console.is_terminal, world=world)
+    trainer.budget.check()
+    with console.status("counting, and trying a few steps"):
+        cost = trainer.budget.cost(config.steps)
+        trainer.try_steps(TRIAL_STEPS)
+    seconds = trainer.watch.seconds
+    table = Table("cost of training", _where(trainer), show_edge=False)
+    for name, value in cost.rows():
+        table.add_row(name, value)
+    share = f"{cost.share(seconds):.0%} of the matrix rate"
+    table.add_row("a step, tried", f"{format_seconds(seconds)}, {share}")
+    table.add_row(f"{config.steps:,} steps", format_seconds(seconds * config.steps))
+    console.print(table)
 
 
 def _where(trainer: Trainer) -> str:

@@ -10,6 +10,7 @@
       model.json             what builds the network, and what it was trained for
       checkpoints/last.pt    everything needed to go on exactly
       checkpoints/best.safetensors   the best weights by validation
+      cost.json              seconds of a step, memory, share of the device's matrix rate
       evaluation/            written by `ebmkit evaluate`
 
 A new run never writes into a folder that holds anything; a continued one must have the same

@@ -12,30 +12,30 @@ the same arithmetic as one that was never stopped: on a CPU the bits are equal.
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ebmkit.card import ModelCard
-from ebmkit.compute import pick_device
+from ebmkit.compute import describe, pick_device
 from ebmkit.core import EnergyModel
-from ebmkit.data import ImageSet, Stream, StreamConfig, StreamedSet
+from ebmkit.data import Batch, ImageSet, Stream, StreamConfig, StreamedSet
 from ebmkit.data.streams import prefetched
 from ebmkit.errors import UserError
 from ebmkit.models import ModelConfig, save_model, save_weights
 from ebmkit.objectives import TrainingLoss, parse_objective
 from ebmkit.objectives.terms import check_labels
 from ebmkit.parallel import World, device_of_rank
+from ebmkit.training.account import Account, Budget, Stopwatch, peak_memory
 from ebmkit.training.config import TrainConfig
 from ebmkit.training.engine import OutOfMemory, Reading, TrainingStep
+from ebmkit.training.memory import ADAMW_STATES
 from ebmkit.training.optim import learning_rate, make_optimizer
 from ebmkit.training.runs import RunFolder
+from ebmkit.training.stopping import stop_requested
 from ebmkit.training.validation import Validation
 
 __all__ = ["Interrupted", "Reporter", "Trainer"]
@@ -115,6 +115,14 @@ class Trainer:
             self.average,
             self.world,
         )
+        self.watch = Stopwatch()
+        self.budget = Budget(
+            self.loss,
+            {name: self._share(name) for name in self.loss.streams},
+            ADAMW_STATES + bool(decay),
+            config.compute.accumulate,
+            self.world.size,
+        )
         self.step = self.first_step = 0
         self.best = math.inf
         matching = [t.name for t in self.loss.terms if t.objective.needs_score]
@@ -153,43 +161,46 @@ class Trainer:
                 disk is full.
         """
         config = self.config
+        if self.device.type == "cpu":  # where running out of memory ends the process unasked
+            self.budget.check()
         streams = {n: s.batches(self.step, config.steps) for n, s in self.streams.items()}
         batches = prefetched(streams, self.device)
         self.first_step = self.step
-        mark, seen = time.perf_counter(), 0
+        self.watch.restart()
         self.model.train()
-        with _stop_requested() as stop:
+        with stop_requested() as stop:
             while self.step < config.steps:
-                rate = learning_rate(config.optimizer, self.step, config.steps)
-                try:
-                    self.update(next(batches), rate, stop())
-                except OutOfMemory:
-                    self._explain_memory()
-                self.step += 1
+                self._advance(batches, stop())
                 due = [
                     self.step % every == 0 or self.step == config.steps
                     for every in (config.log_every, config.validate_every, config.checkpoint_every)
                 ]
-                seen += self._images_per_step
                 alone = self.world.size == 1  # several agree on where to stop by reading
                 if self.device.type != "cpu" and not any(due) and not (alone and stop()):
                     continue  # reading would make the host wait for the device
                 reading = self._read()
                 if due[0]:
-                    now = time.perf_counter()
-                    row = {"step": self.step, "lr": rate, "grad_norm": reading.grad_norm}
-                    row |= reading.parts | {"images_per_s": seen / (now - mark)}
-                    mark, seen = now, 0
-                    self._log({"kind": "train", **row})
+                    self._log_step(reading)
                 if due[1]:
                     self._validate()
-                    mark, seen = time.perf_counter(), 0
                 asked = stop() if alone else reading.asked_to_stop
                 if due[2] or asked:
                     self.save()
+                if due[1] or due[2]:
+                    self.watch.restart()
                 if asked:
                     raise Interrupted(self.step)
         return self.trained.eval()
+
+    def try_steps(self, count: int) -> None:
+        """Take ``count`` steps for the time they take; the trainer is of no use afterwards."""
+        streams = {name: stream.batches(0, count) for name, stream in self.streams.items()}
+        batches = prefetched(streams, self.device)
+        self.model.train()
+        for _ in range(count):
+            self._advance(batches, False)
+            self._read()
+            self.watch.stop()
 
     @property
     def trained(self) -> EnergyModel:
@@ -238,9 +249,24 @@ class Trainer:
         self.run.save_checkpoint(self.state())
         save_model(self.run.path, self.trained, self.built_from, self.card)
 
-    @property
-    def _images_per_step(self) -> int:
-        return sum(self._stream_config(name).batch_size for name in self.loss.streams)
+    def _advance(self, batches: Iterator[dict[str, Batch]], stop: bool) -> None:
+        """Take one step."""
+        rate = learning_rate(self.config.optimizer, self.step, self.config.steps)
+        begun = time.perf_counter()
+        drawn = next(batches)
+        self.watch.step(time.perf_counter() - begun)
+        try:
+            self.update(drawn, rate, stop)
+        except OutOfMemory:
+            self.optimizer.zero_grad(set_to_none=True)
+            raise self.budget.too_large() from None
+        self.step += 1
+
+    def _log_step(self, reading: Reading) -> None:
+        speed = self.images_per_step / self.watch.stop()
+        rate = learning_rate(self.config.optimizer, self.step - 1, self.config.steps)
+        row = {"step": self.step, "lr": rate, "grad_norm": reading.grad_norm}
+        self._log({"kind": "train", **row, **reading.parts, "images_per_s": speed})
 
     def _read(self) -> Reading:
         """What the last step did.
@@ -265,8 +291,23 @@ class Trainer:
             "optimizer.lr or optimizer.clip_norm=1"
         )
 
-    def _explain_memory(self) -> NoReturn:
-        raise UserError("out of memory")
+    @property
+    def images_per_step(self) -> int:
+        """Images of all streams and processes."""
+        return sum(self._stream_config(name).batch_size for name in self.loss.streams)
+
+    def account(self) -> Account:
+        """What the steps so far really took."""
+        return Account.of(
+            self.budget.cost(self.config.steps),
+            self.watch,
+            self.images_per_step,
+            peak_memory=peak_memory(self.device),
+            precision=self.update.precision,
+            compiled=self.update.compiled,
+            processes=self.world.size,
+            device=describe(self.device),
+        )
 
     def _check_terms(self) -> None:
         """Whether each objective can learn from its stream."""
@@ -305,6 +346,12 @@ class Trainer:
         config: StreamConfig = getattr(self.config.streams, name)
         return config
 
+    def _share(self, name: str) -> tuple[int, int, int, int]:
+        """Shape (B, C, H, W) of the images that this process takes of a stream in a step."""
+        config = self._stream_config(name)
+        count = config.batch_size // self.world.size
+        return count, self.train.channels, *_seen_size(config, self.train)
+
     def _stream(self, name: str) -> Stream:
         config = self.config
         return Stream(
@@ -335,29 +382,9 @@ def trained_size(config: TrainConfig, images: Images) -> tuple[int, int]:
     first = next((t for t in terms if t.objective.needs_score), terms[0])
     name = config.draw_from.get(first.name, first.objective.stream)
     stream: StreamConfig = getattr(config.streams, name)
+    return _seen_size(stream, images)
+
+
+def _seen_size(stream: StreamConfig, images: Images) -> tuple[int, int]:
     crop = stream.augmentation.crop_size
     return images.image_size if crop is None else (crop, crop)
-
-
-@contextmanager
-def _stop_requested() -> Iterator[Callable[[], bool]]:
-    """Within, the first SIGINT or SIGTERM only raises a flag, so that no step is cut in half.
-
-    The second SIGINT interrupts at once.
-    """
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-
-    def handle(signum: int, frame: object) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked.is_set
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)

@@ -1,0 +1,186 @@
+r"""What a run really took, beside what it was counted to take.
+
+A step of F floating-point operations that lasted t seconds used the share :math:`F / (R t)` of a
+device that multiplies matrices at R per second. t is the median over the stretches between two rows
+of the log, without validations and saving, and without the first stretch (compilers and caches warm
+up in it) where there are others.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ebmkit.errors import UserError
+from ebmkit.objectives import TrainingLoss
+from ebmkit.training.cost import StepCost, format_flops, format_seconds, step_cost
+from ebmkit.training.memory import (
+    ADAMW_STATES,
+    Memory,
+    available_memory,
+    check_fits,
+    format_bytes,
+    too_large,
+)
+from ebmkit.training.rehearse import Shapes
+
+__all__ = ["Account", "Budget", "Stopwatch", "peak_memory"]
+
+
+class Stopwatch:
+    """Times stretches of steps, and how much of them went into waiting for data."""
+
+    def __init__(self) -> None:
+        self.stretches: list[tuple[int, float, float]] = []  # steps, seconds, of them for data
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a stretch."""
+        self._begun, self._steps, self._data = time.perf_counter(), 0, 0.0
+
+    def step(self, data_seconds: float) -> None:
+        """Count a step, of which ``data_seconds`` were spent waiting for its batches."""
+        self._steps += 1
+        self._data += data_seconds
+
+    def stop(self) -> float:
+        """End the stretch and begin another; seconds per step of the one that ended."""
+        seconds = time.perf_counter() - self._begun
+        steps = max(1, self._steps)
+        self.stretches.append((steps, seconds, self._data))
+        self.restart()
+        return seconds / steps
+
+    @property
+    def seconds(self) -> float:
+        """Median seconds of a step."""
+        return statistics.median(seconds / steps for steps, seconds, _ in self._settled)
+
+    @property
+    def data_share(self) -> float:
+        """Share of the time that the host waited for data, 0 to 1."""
+        settled = self._settled
+        return sum(data for *_, data in settled) / sum(seconds for _, seconds, _ in settled)
+
+    @property
+    def _settled(self) -> list[tuple[int, float, float]]:
+        return self.stretches[1:] or self.stretches
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The step of a run, to be counted before it is taken.
+
+    Args:
+        loss: model and objectives, on the device and in the precision to train in.
+        shapes: images of each stream that this process takes in a step.
+        states: numbers that the optimiser keeps of each parameter.
+        accumulate: parts that each batch is split into.
+        processes: how many share each batch.
+    """
+
+    loss: TrainingLoss
+    shapes: Shapes
+    states: int = ADAMW_STATES
+    accumulate: int = 1
+    processes: int = 1
+
+    def check(self) -> Memory:
+        """The memory that a step takes.
+
+        Raises:
+            UserError: if the device has less free; the message says how large a batch would fit.
+        """
+        return check_fits(self.loss, self.shapes, self.states, self.accumulate, self.processes)
+
+    def cost(self, steps: int) -> StepCost:
+        """What a run of ``steps`` costs: counted, but for the device's measured matrix rate."""
+        return step_cost(self.loss, self.shapes, steps, self.states, self.accumulate)
+
+    def too_large(self) -> UserError:
+        """The error for a step that ran out of memory; it says how large a batch would fit.
+
+        Counts as free what is not in parameters or optimiser: drop gradients first.
+        """
+        device = next(self.loss.parameters()).device
+        held = (1 + self.states) * sum(p.nbytes for p in self.loss.parameters())
+        limit = (available_memory(device) or 0) + held
+        return too_large(
+            self.loss, self.shapes, limit, self.states, self.accumulate, self.processes
+        )
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a run took; written to ``RUN/cost.json``.
+
+    Attributes:
+        steps: steps done now (a continued run counts its own).
+        step_seconds: median seconds of a step.
+        images_per_s: images of all streams and processes.
+        data_share: share of the time that the host waited for data.
+        peak_memory: bytes; on CUDA of tensors on the device, on a CPU of the whole process.
+        flops: objectives that share a forward pass -> FLOPs of a step of one process.
+        matrix_rate: FLOP/s of matrix products, measured on this device in this precision.
+        share: share of that rate that the steps reached.
+        precision, compiled, processes, device: how it was computed.
+    """
+
+    steps: int
+    step_seconds: float
+    images_per_s: float
+    data_share: float
+    peak_memory: int
+    flops: dict[str, int]
+    matrix_rate: float
+    share: float
+    precision: str
+    compiled: bool
+    processes: int
+    device: str
+
+    @classmethod
+    def of(
+        cls, cost: StepCost, watch: Stopwatch, images_per_step: int, **circumstances: Any
+    ) -> Account:
+        """From what was counted and what was timed."""
+        seconds = watch.seconds
+        return cls(
+            steps=sum(steps for steps, *_ in watch.stretches),
+            step_seconds=seconds,
+            images_per_s=images_per_step / seconds,
+            data_share=watch.data_share,
+            flops=cost.flops,
+            matrix_rate=cost.rate,
+            share=cost.share(seconds),
+            **circumstances,
+        )
+
+    def document(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+    def sentence(self) -> str:
+        """One line for the end of a run."""
+        return (
+            f"{format_seconds(self.step_seconds)} a step, {self.images_per_s:,.0f} images/s, "
+            f"peak memory {format_bytes(self.peak_memory)}, "
+            f"{format_flops(sum(self.flops.values()))}FLOP a step: {self.share:.0%} of the matrix "
+            f"rate of {self.processes} x {self.device} ({format_flops(self.matrix_rate)}FLOP/s "
+            f"in {self.precision})"
+        )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that tensors took on a CUDA device, or the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
