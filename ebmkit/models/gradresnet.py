@@ -111,8 +111,8 @@ class GradResNet(nn.Module):
         config: the shape; `GradResNetConfig` describes each field.
 
     Attributes:
-        recompute: whether to keep one tensor per block for differentiation, and compute the others
-            again (`ebmkit.models.recompute`).
+        recompute: whether, in training mode, to keep one tensor per block for differentiation and
+            compute the others again (`ebmkit.models.recompute`).
     """
 
     def __init__(self, in_channels: int, config: GradResNetConfig | None = None) -> None:
@@ -150,7 +150,7 @@ class GradResNet(nn.Module):
         for stage in self.stages:
             assert isinstance(stage, nn.Sequential)
             for block in stage:
-                h = recompute(block, h) if self.recompute else block(h)
+                h = recompute(block, h) if self.recompute and self.training else block(h)
             maps.append(h)
         kept = tuple(maps) if self.side else (h,)
         return Features(self.pool(kept, (1, 1)).squeeze(1), kept)

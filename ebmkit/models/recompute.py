@@ -27,7 +27,9 @@ The compiler has a setting of its own, `torch._functorch.config.activation_memor
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,9 +45,10 @@ __all__ = ["recompute"]
 def recompute(block: nn.Module, x: Tensor) -> Tensor:
     """``block(x)``, whose activations are computed again when they are needed, not kept.
 
-    Equal to ``block(x)`` in value and in derivatives of every order; activations are saved in the
-    first two backward passes. Works in `torch.func.vjp`, `torch.autograd.grad` and ``backward``,
-    and under autocast, whose state is restored. Forward-mode derivatives are not defined.
+    Equal to ``block(x)`` in value and in derivatives of every order; memory is spared up to the
+    second. Works in `torch.func.vjp`, `torch.autograd.grad` and ``backward``, and under autocast,
+    whose state is restored. Forward-mode derivatives are not defined, and a parameter that a loss
+    does not reach gets a gradient of zeros where ``block(x)`` leaves None.
 
     Args:
         block: a module of one tensor to one tensor, the same function at each call: its forward
@@ -60,11 +63,8 @@ def recompute(block: nn.Module, x: Tensor) -> Tensor:
         return out
     _check(block)
     named = dict(block.named_parameters())
-    # A view belongs to the innermost transform, where a parameter of the score's network is a
-    # constant. The parameter itself would be taken for a variable, and its gradient computed.
-    parameters = [p.view_as(p) for p in named.values()]
     run = _Run(block, tuple(named), _Autocast.now(x.device.type))
-    out = _Forward.apply(run, x, *parameters)
+    out = _Forward.apply(run, x, *named.values())
     return out
 
 
@@ -89,16 +89,20 @@ class _Autocast:
     """The state of autocast on one kind of device; `again` returns to it."""
 
     device_type: str
-    enabled: bool
-    dtype: torch.dtype
+    enabled: bool = False
+    dtype: torch.dtype | None = None  # None: the device (meta) has no autocast
 
     @classmethod
     def now(cls, device_type: str) -> _Autocast:
+        if not torch.amp.is_autocast_available(device_type):
+            return cls(device_type)
         enabled = torch.is_autocast_enabled(device_type)
         return cls(device_type, enabled, torch.get_autocast_dtype(device_type))
 
-    def again(self) -> torch.autocast:
-        # a block uses each weight once, and a cached one could come from another graph
+    def again(self) -> AbstractContextManager[object]:
+        if self.dtype is None:
+            return nullcontext()
+        # each run has its own casts, and a cache would keep them
         return torch.autocast(self.device_type, self.dtype, self.enabled, cache_enabled=False)
 
 
@@ -120,7 +124,7 @@ class _Run:
 def _pull_back(
     function: Callable[..., Any], inputs: Sequence[Tensor], wanted: Sequence[bool]
 ) -> Callable[[Any], tuple[Tensor, ...]]:
-    """The pull-back of ``function`` at ``inputs``, to those that are ``wanted``."""
+    """The pull-back of ``function`` at ``inputs`` to those that are ``wanted``, for one call."""
     chosen = [i for i, want in enumerate(wanted) if want]
 
     def of_chosen(*values: Tensor) -> Any:
@@ -129,9 +133,8 @@ def _pull_back(
             every[i] = value
         return function(*every)
 
-    pull: Callable[[Any], tuple[Tensor, ...]]
     pull = torch.func.vjp(of_chosen, *(inputs[i] for i in chosen))[1]
-    return pull
+    return partial(pull, retain_graph=False)  # frees what it is done with
 
 
 def _spread(
@@ -171,7 +174,7 @@ class _Pullback(torch.autograd.Function):
     def forward(
         run: _Run, autocast: _Autocast, wanted: tuple[bool, ...], gradient: Tensor, *inputs: Tensor
     ) -> tuple[Tensor, ...]:
-        return _pull_back(run, inputs, wanted)(gradient, retain_graph=False)
+        return _pull_back(run, inputs, wanted)(gradient)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -189,9 +192,9 @@ class _Pullback(torch.autograd.Function):
         def pull(gradient: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
             pull_block = _pull_back(ctx.run, inputs, used)
             with ctx.autocast.again():
-                return pull_block(gradient, retain_graph=False)
+                return pull_block(gradient)
 
         needed = ctx.needs_input_grad[3:]
         again = _pull_back(pull, ctx.saved_tensors, needed)
-        found = again(arrived, retain_graph=False)
+        found = again(arrived)
         return (None, None, None, *_spread(found, needed))

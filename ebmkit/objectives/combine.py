@@ -141,6 +141,8 @@ class TrainingLoss(nn.Module):
 
     Attributes:
         precision: what the network computes in; scores, residuals and losses are float32 always.
+        separate: whether each stream is to go backward before the next goes forward, so that no two
+            are kept at once; for who calls this module, which sums over the streams it is given.
         balanced: names of the balanced terms.
         running: (len(balanced),) their running means.
     """
@@ -160,6 +162,7 @@ class TrainingLoss(nn.Module):
         self.balance = balance
         self.stream_of = {term.name: term.objective.stream for term in terms} | dict(streams or {})
         self.precision: Precision = "fp32"
+        self.separate = False
         self.balanced = tuple(term.name for term in terms if term.balanced)
         self.register_buffer("running", torch.ones(len(self.balanced)), persistent=False)
 
@@ -169,10 +172,10 @@ class TrainingLoss(nn.Module):
         return tuple(dict.fromkeys(self.stream_of[term.name] for term in self.terms))
 
     def forward(self, batches: Mapping[str, Streamed]) -> Losses:
-        """Losses of one batch per stream."""
+        """Losses of one batch per stream; of the streams given alone, if some are left out."""
         total: Tensor | float = 0.0
         means: dict[str, Tensor] = {}
-        for stream in self.streams:
+        for stream in (stream for stream in self.streams if stream in batches):
             own = [term for term in self.terms if self.stream_of[term.name] == stream]
             batch = batches[stream]
             at = self._evaluate(batch, any(term.objective.needs_score for term in own))
@@ -183,8 +186,8 @@ class TrainingLoss(nn.Module):
         assert isinstance(total, Tensor)
         # not the means themselves: a compiler takes one for the total where they are equal, and
         # detaching one then detaches both
-        values = torch.stack([means[term.name] for term in self.terms])
-        return Losses(total, values, tuple(term.name for term in self.terms))
+        names = tuple(term.name for term in self.terms if term.name in means)
+        return Losses(total, torch.stack([means[name] for name in names]), names)
 
     def summary(self, parts: Mapping[str, Tensor | float]) -> float:
         """One number to compare states of a run by, lower is better.

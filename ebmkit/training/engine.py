@@ -107,6 +107,8 @@ class TrainingStep:
             loss.model.to(memory_format=torch.channels_last)
         rough = loss.model.has_batch_norm and any(t.objective.needs_score for t in loss.terms)
         self.compiled = self._prepare(rough)
+        # in one graph a compiler can merge streams, and DDP must see all gradients in one backward
+        loss.separate = not self.compiled and self.world.size == 1
         self._parallel: nn.Module | None = None  # made with the first batch
         self.names = tuple(term.name for term in loss.terms)
         self._values = torch.zeros(len(self.names) + 2, device=self.device)  # parts, stop, norm
@@ -132,11 +134,14 @@ class TrainingStep:
         values = torch.zeros(len(self.names) + 1, device=self.device)
         values[-1] = float(stop)
         count = self.compute.accumulate
-        for i, part in enumerate(_split(batches, count)):
-            with _told_of_memory(), self._apart(part, last=i == count - 1):
+        drawn = {name: batches[name] for name in self.loss.streams}
+        parts = list(_split(drawn, count, self.loss.separate))
+        for i, part in enumerate(parts):
+            with _told_of_memory(), self._apart(part, last=i == len(parts) - 1):
                 losses = self._losses(part)
                 (losses.total / count).backward()  # type: ignore[no-untyped-call]
-            values[:-1] += losses.values / count
+            for name, value in losses.parts.items():
+                values[self.names.index(name)] += value / count
         self.world.mean_(values)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
@@ -182,7 +187,8 @@ class TrainingStep:
             return self._forward(batches)
 
     def _forward(self, batches: dict[str, Batch]) -> Losses:
-        losses: Losses = (self._parallel or self.loss)(batches)
+        with _memory_budget(0.3 if self.compute.recompute and self.compiled else 1.0):
+            losses: Losses = (self._parallel or self.loss)(batches)
         return losses
 
     def _prepare(self, rough: bool) -> bool:
@@ -195,8 +201,8 @@ class TrainingStep:
                     "--compile off, or model.backbone.norm=group"
                 )
             compiled = False
-        if self.compute.recompute:
-            self._recompute(compiled)
+        if self.compute.recompute and not compiled:
+            self._recompute()
         if compiled:
             graphs = self.device.type == "cuda" and self.world.size == 1
             graphs = graphs and self.compute.accumulate == 1
@@ -208,7 +214,7 @@ class TrainingStep:
             )
         return compiled
 
-    def _recompute(self, compiled: bool) -> None:
+    def _recompute(self) -> None:
         model = self.loss.model
         if not isinstance(model, JointModel):
             raise UserError(
@@ -236,20 +242,31 @@ class TrainingStep:
         return [name for (name, _), g in zip(named, found, strict=True) if g is None]
 
 
-def _split(batches: Mapping[str, Batch], count: int) -> Iterator[dict[str, Batch]]:
-    """The batches in ``count`` parts of equal size."""
-    if count == 1:
-        yield dict(batches)
-        return
+def _split(batches: Mapping[str, Batch], count: int, separate: bool) -> Iterator[dict[str, Batch]]:
+    """What is taken forward and backward at once: ``count`` equal parts, streams apart or not."""
     for k in range(count):
-        yield {name: _part(batch, k, count) for name, batch in batches.items()}
+        part = {name: _part(batch, k, count) for name, batch in batches.items()}
+        if separate:
+            yield from ({name: batch} for name, batch in part.items())
+        else:
+            yield part
 
 
 def _part(batch: Batch, k: int, count: int) -> Batch:
+    if count == 1:
+        return batch
     size = len(batch.x) // count
     rows = slice(k * size, (k + 1) * size)
     cut = [None if column is None else column[rows] for column in batch]
     return Batch(*cut)  # type: ignore[arg-type]  # the optional columns stay where they were
+
+
+def _memory_budget(share: float) -> AbstractContextManager[Any]:
+    """Within, a compiler may keep ``share`` of what it would for the backward pass."""
+    import torch._functorch.config as options
+
+    found: AbstractContextManager[Any] = options.patch(activation_memory_budget=share)
+    return nullcontext() if share == 1 else found
 
 
 @contextmanager

@@ -141,7 +141,9 @@ def rehearse(loss: TrainingLoss, shapes: Shapes, accumulate: int = 1) -> Rehears
         with recorder, torch.enable_grad():
             for _ in range(parts_run):
                 part = {name: _part(batch, accumulate) for name, batch in batches.items()}
-                fake(part).total.backward()
+                groups = [{n: b} for n, b in part.items()] if loss.separate else [part]
+                for group in groups:
+                    fake(group).total.backward()
         gradients = sum(p.grad.nbytes for p in fake.parameters() if p.grad is not None)
     return Rehearsal(recorder.flops * accumulate // parts_run, tuple(recorder.live), gradients)
 

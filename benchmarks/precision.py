@@ -1,0 +1,142 @@
+"""What precision does to the result: one run each in fp32, bf16, and bf16 without exceptions.
+
+    uv run python benchmarks/precision.py --out benchmarks/results/precision.json
+    uv run python benchmarks/precision.py --recipe cifar10-short --data-dir DIR --out ...
+
+In bf16 the network runs under autocast, and the statistics of norms, the means over positions and
+the head stay in float32. *bf16, no exceptions* leaves these to autocast too; it shows what the
+exceptions are worth. The evaluation is in fp32 for all three, and also in bf16 for the first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from ebmkit.compute import Precision, autocast
+from ebmkit.core import EnergyModel, linearize
+from ebmkit.data import ImageSet
+from ebmkit.evaluation.data import noisy_batches
+from ebmkit.files import write_atomically
+from ebmkit.metrics import psnr
+from ebmkit.training import resolve
+from ebmkit.training.assemble import assemble, images_of
+from ebmkit.training.runs import environment
+
+SIGMAS = (15, 25, 50)
+IMAGES = 1000
+
+
+def main() -> None:
+    """Train, evaluate and write; rows that the file has already are kept."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="JSON file, added to")
+    parser.add_argument("--recipe", default="digits")
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--steps", type=int, help="default: the recipe's")
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args()
+    rows = json.loads(options.out.read_text()) if options.out.exists() else {}
+    for name, precision, exceptions in (
+        ("fp32", "fp32", True),
+        ("bf16", "bf16", True),
+        ("bf16, no exceptions", "bf16", False),
+    ):
+        key = f"{options.recipe} {name}"
+        if key in rows:
+            continue
+        layer: dict[str, Any] = {"device": options.device, "compute": {"precision": precision}}
+        if options.data_dir:
+            layer["dataset"] = {"data_dir": str(options.data_dir)}
+        if options.steps:
+            layer["steps"] = options.steps
+        with nullcontext() if exceptions else everything_under_autocast():
+            rows[key] = {"recipe": options.recipe, "name": name, **measure(layer, options.recipe)}
+        write_atomically(options.out, json.dumps(rows, indent=2).encode())
+        shown = {k: rows[key][k] for k in ("accuracy", "psnr", "psnr_in_bf16", "step_seconds")}
+        Console().print(key, shown)
+
+
+def measure(layer: dict[str, Any], recipe: str) -> dict[str, Any]:
+    """One run of ``recipe`` and what its model does on test images."""
+    config = resolve(layer, recipe=recipe)
+    trainer = assemble(config)
+    with Progress(transient=True) as bar:
+        task = bar.add_task(f"{recipe} {config.compute.precision}", total=config.steps)
+
+        class Shown:
+            def report(self, row: dict[str, Any]) -> None:
+                bar.update(task, completed=row["step"])
+
+        trainer.reporter = Shown()
+        model = trainer.fit()
+    account = trainer.account()
+    model.requires_grad_(False)
+    images = images_of(config.dataset, "test").first(IMAGES)
+    assert isinstance(images, ImageSet)
+    return {
+        "steps": config.steps,
+        "seed": config.seed,
+        "images": len(images),
+        "accuracy": accuracy(model, images),
+        "psnr": psnrs(model, images, "fp32"),
+        "psnr_in_bf16": psnrs(model, images, "bf16"),
+        "step_seconds": account.step_seconds,
+        "environment": environment(),
+    }
+
+
+@torch.no_grad()
+def accuracy(model: EnergyModel, images: ImageSet) -> float:
+    """Share of the clean images that are classified right, in fp32."""
+    right = [(model.logits(x).argmax(1) == labels) for x, labels in images.batches(250)]
+    return float(torch.cat(right).float().mean())
+
+
+@torch.no_grad()
+def psnrs(model: EnergyModel, images: ImageSet, precision: Precision) -> dict[str, float]:
+    """Mean PSNR of the unconditional denoiser by noise level in 255ths, dB."""
+    found = {}
+    for level in SIGMAS:
+        sigma, values = level / 255, []
+        for x, y, _ in noisy_batches(images, sigma, 0, 250):
+            with autocast(y.device, precision):
+                at = linearize(model, y, sigma)
+            values.append(psnr((y + sigma**2 * at.score()).clamp(0, 1), x))
+        found[str(level)] = float(torch.cat(values).mean())
+    return found
+
+
+@contextmanager
+def everything_under_autocast() -> Iterator[None]:
+    """Within, nothing of the network is kept in float32 against autocast."""
+    places = ("norms", "gradresnet", "joint")
+    patches = [mock.patch(f"ebmkit.models.{place}.widened", new=_itself) for place in places]
+    patches += [
+        mock.patch(f"ebmkit.models.{place}.without_autocast", return_value=nullcontext())
+        for place in places
+    ]
+    for patch in patches:
+        patch.start()
+    try:
+        yield
+    finally:
+        for patch in patches:
+            patch.stop()
+
+
+def _itself(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+if __name__ == "__main__":
+    main()

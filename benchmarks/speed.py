@@ -1,0 +1,115 @@
+"""Speed and memory on this device, against the plain eager way and against peers.
+
+    uv run --with torchebm --with deepinv --with 'ebmkit==0.16.0' \\
+        python benchmarks/speed.py --out benchmarks/results/speed-cpu.json
+
+(The registry's ``ebmkit`` is another library, whose import name is ``ebm``; it does not get into
+the way of this one.) Training steps by objective and backbone against (a), the plain eager step;
+denoising score matching against (b), torchebm and the registry's ebmkit; denoising against (c),
+deepinv's DRUNet; step time and memory against width, image size and batch. ``--full`` adds the
+training steps at width 64, ``--rehearse`` does everything at a tiny size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import peers
+from rich.progress import track
+
+from ebmkit.bench import (
+    INFERENCES,
+    SCALING,
+    Comparison,
+    Row,
+    Setting,
+    document,
+    inference,
+    measure,
+    scaling,
+    scaling_plot,
+    scaling_settings,
+    training,
+)
+from ebmkit.compute import ComputeConfig, pick_compile, pick_device, pick_precision
+from ebmkit.files import write_atomically
+
+OBJECTIVES = ("ce", "dsm", "cdsm", "ce+dsm")
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="JSON file, which must not exist")
+    parser.add_argument("--plot", type=Path, help="PNG file of the scaling curve")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--compile", default="auto")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--full", action="store_true", help="training steps at width 64 too")
+    parser.add_argument("--rehearse", action="store_true", help="tiny sizes, to see that it runs")
+    options = parser.parse_args()
+    if options.out.exists() or not options.out.parent.is_dir():
+        parser.error(f"--out {options.out} must be a new file in a folder that exists")
+    device = pick_device(options.device)
+    pick_precision(options.precision, device)
+    pick_compile(options.compile, device)
+    compute = ComputeConfig.model_validate(
+        {"precision": options.precision, "compile": options.compile}
+    )
+    for name in ("torchebm", "ebm", "deepinv"):
+        if not peers.installed(name):
+            print(f"{name} is not installed: its rows are left out")
+    base = Setting("", width=8, image_size=8, batch=4) if options.rehearse else Setting("")
+    wide = base._replace(width=8 if options.rehearse else 64)
+
+    plan: list[Callable[[], Comparison]] = []
+    for backbone in ("gradresnet18", "gradresnet34"):
+        for setting in (base, wide) if options.full else (base,):
+            for objective in OBJECTIVES:
+                own = setting._replace(what=f"train {objective}", backbone=backbone)
+                plan.append(partial(training, own, objective, 3, device, compute))
+        for what in INFERENCES:
+            own = base._replace(what=what, backbone=backbone)
+            plan.append(partial(inference, own, 3, device, compute))
+    for setting in (base, wide) if options.full else (base,):
+        own = setting._replace(what="train dsm at one sigma")
+        plan.append(partial(peers.score_matching, own, device, compute))
+    for size, batch in ((base.image_size, base.batch), (8 * base.image_size, 1)):
+        own = wide._replace(what="denoise against DRUNet", image_size=size, batch=batch)
+        plan.append(partial(peers.denoising, own, device, compute, trained_at=base.image_size))
+    rows: list[Row] = []
+    for prepare in track(plan, "comparisons"):
+        found = measure(prepare(), device, options.rounds)
+        report(found)
+        rows += found
+
+    curve = base._replace(what=SCALING)
+    points = scaling_settings(curve)
+    if options.rehearse:
+        points = scaling_settings(curve, (8, 16), (8, 16), (4, 8))
+    few = max(2, options.rounds // 3)
+    for found in track(scaling(points, 3, device, few, compute), "scaling", total=len(points)):
+        report(found)
+        rows += found
+    write_atomically(options.out, (json.dumps(document(rows), indent=1) + "\n").encode())
+    if options.plot:
+        scaling_plot(rows, options.plot)
+
+
+def report(rows: list[Row]) -> None:
+    """Print rows as they come, so that a run cut short has told something."""
+    for row in rows:
+        against = ", ".join(
+            f"{ratio.median:.2f} ({ratio.low:.2f}-{ratio.high:.2f}) to {who}"
+            for who, ratio in row.ratios.items()
+        )
+        print(f"{row.name}: {1e3 * row.median_s:.1f} ms, {row.peak_mb:.0f} MB; {against}")
+
+
+if __name__ == "__main__":
+    main()
