@@ -298,11 +298,12 @@ class Trainer:
 
     def account(self) -> Account:
         """What the steps so far really took."""
+        peak = peak_memory(self.device)  # before the counting, which takes some too
         return Account.of(
             self.budget.cost(self.config.steps),
             self.watch,
             self.images_per_step,
-            peak_memory=peak_memory(self.device),
+            peak_memory=peak,
             precision=self.update.precision,
             compiled=self.update.compiled,
             processes=self.world.size,

@@ -1,0 +1,248 @@
+"""The paper's joint CIFAR-10 recipe on one GPU: is it right, how fast is it, where does time go?
+
+    uv run python benchmarks/joint_gpu.py --data-dir DIR --work WORK --out OUT --seconds 540
+
+Stages, each a JSON file under OUT; one that is there already is not repeated, so that the command
+can be given again until all are done:
+
+1. ``check``: parameter gradients of the compiled step against the eager one in float32 and float64.
+2. ``speed``: the joint step against the plain eager one, float32 and TF32 (`ebmkit.bench`).
+3. ``profile``: time on the device by kind of kernel over some steps, and what the device idles.
+4. ``train``: the recipe, in WORK/run; interrupted after --seconds, the next call goes on with it.
+5. ``evaluate``: accuracy and PSNR of the result.
+
+``--rehearse`` does all of it at a tiny size on whatever device there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
+
+from ebmkit.bench import Setting, document, measure, training
+from ebmkit.compute import ComputeConfig, describe, pick_device
+from ebmkit.data import Batch
+from ebmkit.data.streams import prefetched
+from ebmkit.files import write_atomically
+from ebmkit.objectives import TrainingLoss
+from ebmkit.training import TrainConfig, Trainer, resolve
+from ebmkit.training.assemble import assemble
+from ebmkit.training.engine import TrainingStep
+from ebmkit.training.optim import make_optimizer
+from ebmkit.training.runs import environment
+
+KINDS = {
+    "convolution": r"conv|cudnn|implicit|xmma|sm\d+_|cutlass|winograd|wgrad|dgrad|nchw|nhwc",
+    "matrix product": r"gemm|addmm|aten::mm|bmm|cublas",
+    "optimiser": r"adam|multi_tensor|foreach",
+    "random numbers": r"distribution|philox|rand",
+    "copies": r"memcpy|memset|copy|cat|fill",
+    "compiled pointwise and reductions": r"triton",
+}
+PROFILED = 20
+
+
+def main() -> None:
+    """Run the stages that are left, within the time given."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", type=Path, help="CIFAR-10, as `ebmkit train` takes it")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--seconds", type=float, default=540, help="time for this call")
+    parser.add_argument("--steps", type=int, help="default: the recipe's 78,000")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--rehearse", action="store_true")
+    options = parser.parse_args()
+    end = time.monotonic() + options.seconds
+    options.out.mkdir(parents=True, exist_ok=True)
+    config = configuration(options)
+    stages = {"check": check, "speed": speed, "profile": kernels}
+    for name, stage in stages.items():
+        path = options.out / f"{name}.json"
+        if not path.exists():
+            begun = time.perf_counter()
+            found = stage(config, options.rehearse)
+            found |= {"seconds": time.perf_counter() - begun, "environment": environment()}
+            write_atomically(path, json.dumps(found, indent=2).encode())
+    run = options.work / "run"
+    if not (options.out / "train.json").exists():
+        train(config, run, options, end - time.monotonic())
+    if (options.out / "train.json").exists():
+        command = [sys.executable, "-m", "ebmkit", "evaluate", str(run), "--suite"]
+        subprocess.run([*command, "classify,denoise"], check=True)
+        for name in ("classify", "denoise"):
+            found = json.loads((run / "evaluation" / f"{name}.json").read_text())
+            write_atomically(options.out / f"{name}.json", json.dumps(found, indent=2).encode())
+    summary(options.out)
+
+
+def configuration(options: argparse.Namespace) -> TrainConfig:
+    """The recipe, or a tiny version of it on embedded data."""
+    layer: dict[str, Any] = {"device": options.device}
+    if options.rehearse:
+        layer |= {"model": {"backbone": {"width": 8}}, "steps": 40, "checkpoint_every": 10}
+        recipe = "digits"
+    else:
+        layer |= {"dataset": {"data_dir": str(options.data_dir.absolute())}}
+        layer |= {"checkpoint_every": 3000, "validate_every": 3000, "log_every": 100}
+        recipe = "cifar10"
+    if options.steps:
+        layer["steps"] = options.steps
+    return resolve(layer, recipe=recipe)
+
+
+def check(config: TrainConfig, rehearse: bool) -> dict[str, Any]:
+    """Relative differences of the joint loss's parameter gradient between ways to compute it."""
+    trainer = assemble(config)
+    drawn = next(first_batches(trainer, 1))
+    ways = {
+        "eager float32": ComputeConfig(precision="fp32", compile="off"),
+        "compiled float32": ComputeConfig(precision="fp32", compile="auto"),
+        "eager bf16": ComputeConfig(precision="bf16", compile="off"),
+        "default": ComputeConfig(),
+    }
+    found = {name: gradient(trainer, way, drawn) for name, way in ways.items()}
+    exact = found["eager float32"]
+    return {
+        "relative_difference_to_eager_float32": {
+            name: float((g - exact).norm() / exact.norm()) for name, g in found.items()
+        }
+    }
+
+
+def first_batches(trainer: Trainer, steps: int) -> Iterator[dict[str, Batch]]:
+    """The batches of the first ``steps`` steps, as training draws them."""
+    streams = {name: stream.batches(0, steps) for name, stream in trainer.streams.items()}
+    return prefetched(streams, trainer.device)
+
+
+def gradient(trainer: Trainer, way: ComputeConfig, drawn: dict[str, Any]) -> torch.Tensor:
+    """Gradient of all parameters on one batch."""
+    model = copy.deepcopy(trainer.model)
+    loss = TrainingLoss(model, trainer.loss.terms, trainer.config.balance)
+    optimizer = make_optimizer(model, trainer.config.optimizer)
+    TrainingStep(loss.to(trainer.device), optimizer, way)(drawn, rate=0.0)
+    parts = [p.grad.flatten().double() for p in model.parameters() if p.grad is not None]
+    return torch.cat(parts)
+
+
+def speed(config: TrainConfig, rehearse: bool) -> dict[str, Any]:
+    """Rows of `ebmkit.bench` for the joint step."""
+    width, size, batch = (8, 8, 4) if rehearse else (64, 32, 64)
+    device = pick_device(config.device)
+    rows = []
+    for objective in ("ce", "dsm", "ce+dsm"):
+        setting = Setting(f"train {objective}", "gradresnet18", width, size, batch)
+        found = training(setting, objective, 3, device, config.compute)
+        rows += measure(found, device, 3 if rehearse else 15)
+    return document(rows)
+
+
+def kernels(config: TrainConfig, rehearse: bool) -> dict[str, Any]:
+    """Device time by kind of kernel, per step, and the share of the time that nothing runs."""
+    trainer = assemble(config)
+    trainer.try_steps(10)
+    cuda = trainer.device.type == "cuda"
+    activities = [ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
+    with profile(activities=activities) as recorded:
+        begun = time.perf_counter()
+        for drawn in first_batches(trainer, PROFILED):
+            trainer.update(drawn, 1e-5)
+        trainer.update.read()
+        wall = (time.perf_counter() - begun) / PROFILED
+    by_kind: dict[str, float] = {}
+    busy = 0.0
+    largest = []
+    for event in recorded.key_averages():
+        time_us = event.self_device_time_total if cuda else event.self_cpu_time_total
+        if time_us <= 0:
+            continue
+        kind = next((k for k, p in KINDS.items() if re.search(p, event.key, re.I)), "other")
+        by_kind[kind] = by_kind.get(kind, 0.0) + time_us / PROFILED / 1e6
+        busy += time_us / PROFILED / 1e6
+        largest.append((time_us / PROFILED / 1e6, event.count / PROFILED, event.key[:120]))
+    cost = trainer.budget.cost(config.steps)
+    return {
+        "step_seconds": wall,
+        "seconds_by_kind": dict(sorted(by_kind.items(), key=lambda item: -item[1])),
+        "idle_share": max(0.0, 1 - busy / wall),
+        "largest": sorted(largest, reverse=True)[:25],
+        "flops": cost.flops,
+        "matrix_rate": cost.rate,
+        "share_of_matrix_rate": cost.share(wall),
+        "device": describe(trainer.device),
+    }
+
+
+def train(config: TrainConfig, run: Path, options: argparse.Namespace, seconds: float) -> None:
+    """Train, or go on, until done or out of time; ``train.json`` is written when done."""
+    command = [sys.executable, "-m", "ebmkit", "train", "--no-evaluate"]
+    if (run / "config.yaml").exists():
+        command += ["--resume", str(run)]
+    else:
+        options.work.mkdir(parents=True, exist_ok=True)
+        path = options.work / "config.json"  # JSON is YAML
+        path.write_text(json.dumps(config.model_dump(mode="json")))
+        command += ["--config", str(path), "--out", str(run)]
+    begun = time.perf_counter()
+    process = subprocess.Popen(command)
+    try:
+        process.wait(timeout=max(5.0, seconds - 15))
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)  # it saves and ends
+        process.wait(timeout=60)
+    with (options.work / "calls.jsonl").open("a") as file:
+        file.write(json.dumps({"seconds": time.perf_counter() - begun}) + "\n")
+    if process.returncode == 0:
+        calls = [json.loads(line)["seconds"] for line in (options.work / "calls.jsonl").open()]
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+        found = {
+            "calls_seconds": calls,
+            "cost": json.loads((run / "cost.json").read_text()),
+            "last_validation": [row for row in rows if row["kind"] == "validation"][-1:],
+            "environment": environment(),
+        }
+        write_atomically(options.out / "train.json", json.dumps(found, indent=2).encode())
+
+
+def summary(folder: Path) -> None:
+    """A short table of what is known so far."""
+    table = Table("stage", "result")
+    known = {p.stem: json.loads(p.read_text()) for p in folder.glob("*.json")}
+    if "check" in known:
+        for name, value in known["check"]["relative_difference_to_eager_float32"].items():
+            table.add_row(f"gradient, {name}", f"{value:.1e}")
+    for row in known.get("speed", {}).get("rows", []):
+        table.add_row(row["name"], f"{1e3 * row['median_s']:.2f} ms, ratio {row['ratio']:.2f}")
+    if "profile" in known:
+        found = known["profile"]
+        table.add_row("step", f"{1e3 * found['step_seconds']:.2f} ms")
+        table.add_row("share of the matrix rate", f"{found['share_of_matrix_rate']:.0%}")
+        table.add_row("idle", f"{found['idle_share']:.0%}")
+        for kind, seconds in found["seconds_by_kind"].items():
+            table.add_row(f"  {kind}", f"{1e3 * seconds:.3f} ms a step")
+    if "train" in known:
+        table.add_row("training", f"{sum(known['train']['calls_seconds']):.0f} s")
+    if "classify" in known:
+        table.add_row("accuracy", f"{known['classify']['accuracy']:.2%}")
+    if "denoise" in known:
+        table.add_row("PSNR", str(known["denoise"]["psnr"]))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
