@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +11,12 @@ import typer
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
-COMMANDS = "<!-- commands -->"
-TABLES = "<!-- tables -->"
-FIELDS = "<!-- fields -->"
-BALANCE = "<!-- balance -->"
-SIZES = "<!-- sizes -->"
-
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Replace the markers in a page."""
-    if COMMANDS in markdown:
-        markdown = markdown.replace(COMMANDS, command_reference())
-    if TABLES in markdown:
-        markdown = markdown.replace(TABLES, component_tables())
-    if FIELDS in markdown:
-        markdown = markdown.replace(FIELDS, config_fields())
-    if BALANCE in markdown:
-        markdown = markdown.replace(BALANCE, balance_table())
-    if SIZES in markdown:
-        markdown = markdown.replace(SIZES, sizes_table())
+    for marker, make in MARKERS.items():
+        if marker in markdown:
+            markdown = markdown.replace(marker, make())
     return markdown
 
 
@@ -157,3 +145,94 @@ def _fields(model: Any, prefix: str) -> Any:
 def _table(head: tuple[str, str], rows: list[tuple[str, str]]) -> list[str]:
     body = [f"| {a} | {b.replace('|', chr(92) + '|')} |" for a, b in rows]
     return [f"| {head[0]} | {head[1]} |", "|---|---|", *body, ""]
+
+
+def speed_table(kind: str) -> str:
+    """Rows of `benchmarks/results/speed-cpu.json` of a ``kind``: train, inference or scaling."""
+    results = json.loads((RESULTS / "speed-cpu.json").read_text())
+    rows = [row for row in results["rows"] if row_kind(row["name"]) == kind]
+    lines = [
+        "| what | who | ms | images/s | MB | ratio to (a) (quartiles) | to others |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    before = None
+    for row in rows:
+        what, who = row["name"].rsplit(": ", 1)
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        if row["ratio_range"] and row["ratio"] != 1:
+            ratio += " ({:.2f} to {:.2f})".format(*row["ratio_range"])
+        others = "; ".join(
+            f"{name} {found[0]:.2f}"
+            for name, found in row["ratios"].items()
+            if not name.startswith("plain") and who.startswith("ebmkit")
+        )
+        lines.append(
+            f"| {what if what != before else ''} | {who} | {1e3 * row['median_s']:.1f} | "
+            f"{row['images_per_s']:,.0f} | {row['peak_mb']:,.0f} | {ratio} | {others} |"
+        )
+        before = what
+    return "\n".join([*lines, "", circumstances(results["environment"])])
+
+
+def row_kind(name: str) -> str:
+    """Which of the tables a row belongs to."""
+    first = name.split()[0]
+    return first if first in ("train", "scaling") else "inference"
+
+
+def precision_table() -> str:
+    """`benchmarks/results/precision.json` as a table."""
+    rows = json.loads((RESULTS / "precision.json").read_text()).values()
+    lines = [
+        "| recipe | trained in | accuracy | PSNR 15 / 25 / 50 | evaluated in bf16 | ms a step |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        plain, low = (
+            " / ".join(f"{v:.2f}" for v in row[key].values()) for key in ("psnr", "psnr_in_bf16")
+        )
+        lines.append(
+            f"| {row['recipe']} | {row['name']} | {row['accuracy']:.1%} | {plain} | {low} | "
+            f"{1e3 * row['step_seconds']:.0f} |"
+        )
+    last = list(rows)[-1]
+    note = f"First {last['images']:,} test images at most, seed 0. "
+    return "\n".join([*lines, "", note + circumstances(last["environment"])])
+
+
+def processes_table() -> str:
+    """`benchmarks/results/processes.json` as a table."""
+    found = json.loads((RESULTS / "processes.json").read_text())
+    names = {"same batch": "two, same batch", "double batch": "two, double batch"}
+    lines = [
+        "| processes, one thread each | seconds a step | efficiency |",
+        "|---|---|---|",
+        f"| one | {found['step_seconds']['one']:.3f} | |",
+    ]
+    for name, row in names.items():
+        lines.append(
+            f"| {row} | {found['step_seconds'][row]:.3f} | {found['efficiency'][name]:.0%} |"
+        )
+    return "\n".join([*lines, "", f"{found['what']}. " + circumstances(found["environment"])])
+
+
+def circumstances(environment: dict[str, Any]) -> str:
+    """Hardware, versions and commit, in a sentence."""
+    return (
+        f"{environment['cores']} CPU cores, PyTorch {environment['torch']}, code at "
+        f"{environment['git_commit']}."
+    )
+
+
+MARKERS = {
+    "<!-- commands -->": command_reference,
+    "<!-- tables -->": component_tables,
+    "<!-- fields -->": config_fields,
+    "<!-- balance -->": balance_table,
+    "<!-- sizes -->": sizes_table,
+    "<!-- speed: train -->": partial(speed_table, "train"),
+    "<!-- speed: inference -->": partial(speed_table, "inference"),
+    "<!-- speed: scaling -->": partial(speed_table, "scaling"),
+    "<!-- precision -->": precision_table,
+    "<!-- processes -->": processes_table,
+}

@@ -185,16 +185,16 @@ def test_the_statistics_of_a_norm_do_not_lose_bits_to_autocast():
 
 
 def test_a_precision_or_mode_that_the_device_lacks_is_said(monkeypatch):
-    with pytest.raises(ebmkit.UserError, match="'tf32' needs an NVIDIA GPU.*device is a CPU: use"):
+    with pytest.raises(ebmkit.UserError, match=r"'tf32' needs an NVIDIA GPU.*device is a CPU: use"):
         pick_precision("tf32", CPU)
-    with pytest.raises(ebmkit.UserError, match="unknown precision 'fp8'.*auto, bf16, fp32, tf32"):
+    with pytest.raises(ebmkit.UserError, match=r"unknown precision 'fp8'.*auto, bf16, fp32, tf32"):
         pick_precision("fp8", CPU)
-    with pytest.raises(ebmkit.UserError, match="unknown compile mode 'yes'.*auto, off, on"):
+    with pytest.raises(ebmkit.UserError, match=r"unknown compile mode 'yes'.*auto, off, on"):
         pick_compile("yes", CPU)
     with pytest.raises(ebmkit.UserError, match="'cuda:99' is not on this machine"):
         pick_device("cuda:99")
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(ebmkit.UserError, match="--compile on needs a C\\+\\+ compiler"):
+    with pytest.raises(ebmkit.UserError, match=r"--compile on needs a C\+\+ compiler"):
         pick_compile("on", CPU)
     assert not pick_compile("auto", CPU)
     assert pick_precision("auto", CPU) == "fp32"
@@ -202,7 +202,7 @@ def test_a_precision_or_mode_that_the_device_lacks_is_said(monkeypatch):
 
 def test_batch_norm_is_not_compiled_under_a_score():
     model = ebmkit.create_model("gradresnet18", 10, 1, width=8, norm="batch")
-    with pytest.raises(ebmkit.UserError, match="BatchNorm.*use --compile off"):
+    with pytest.raises(ebmkit.UserError, match=r"BatchNorm.*use --compile off"):
         make(model, "ce+dsm", compile="on")
     assert make(model, "ce", compile="on").compiled
 
@@ -216,7 +216,7 @@ def test_a_step_that_cannot_be_compiled(recwarn, monkeypatch):
     def model() -> JointModel:
         return JointModel(Odd(), ebmkit.models.heads.LinearQuadraticHead(8, 10))
 
-    with pytest.raises(ebmkit.UserError, match="cannot be compiled: .*use --compile off"):
+    with pytest.raises(ebmkit.UserError, match=r"cannot be compiled: .*use --compile off"):
         make(model(), "ce", compile="on")(drawn(0), rate=1e-3)
     # where compiling was the program's own choice, it goes on without
     step = make(model(), "ce", compile="on")

@@ -131,7 +131,7 @@ def test_mistakes_of_the_launcher_are_said(monkeypatch):
     for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("RANK", "2")
-    with pytest.raises(ebmkit.UserError, match="RANK 2 must be .* below WORLD_SIZE 2"):
+    with pytest.raises(ebmkit.UserError, match=r"RANK 2 must be .* below WORLD_SIZE 2"):
         parallel.join().__enter__()
     monkeypatch.setenv("RANK", "one")
     with pytest.raises(ebmkit.UserError, match="RANK='one' must be a whole number"):
@@ -139,7 +139,7 @@ def test_mistakes_of_the_launcher_are_said(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "4")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ebmkit.UserError, match="has no GPU of its own.*--nproc-per-node 2"):
+    with pytest.raises(ebmkit.UserError, match=r"has no GPU of its own.*--nproc-per-node 2"):
         parallel.device_of_rank(torch.device("cuda"))
 
 
