@@ -33,146 +33,37 @@ from __future__ import annotations
 import math
 import warnings
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from ebmkit.card import ModelCard
+from ebmkit.compiled import Inference, Wanted, make_inference
+from ebmkit.compute import widened
 from ebmkit.errors import UserError
+from ebmkit.linearization import (
+    Energies,
+    Linearization,
+    Noise,
+    linearize,
+    per_image,
+    sigma_of_score,
+)
 
 __all__ = [
     "Denoiser",
     "Energies",
     "EnergyModel",
     "Linearization",
+    "Noise",
+    "check_sigma",
     "linearize",
+    "per_image",
     "sigma_of_score",
 ]
 
-Noise = float | Tensor
-"""A noise level in image units: a float for the whole batch, or a tensor (B,)."""
-
-
-class Energies(NamedTuple):
-    """What one forward pass gives; the rest is derived.
-
-    Attributes:
-        logits: (B, C), log p(c|y) up to a constant in c. C is 0 for a model without labels.
-        log_density: (B,), log p(y) in nats, up to a constant in y.
-    """
-
-    logits: Tensor
-    log_density: Tensor
-
-    def log_posterior(self) -> Tensor:
-        """log p(c|y), (B, C) (CDN eq. 10)."""
-        return self.logits.log_softmax(dim=1)
-
-    def log_joint(self) -> Tensor:
-        """log p(y, c) up to a constant, (B, C) (CDN eq. 12)."""
-        return self.log_posterior() + self.log_density[:, None]
-
-    def at_label(self, c: Tensor) -> Tensor:
-        """log p(c|y) of the labels ``c`` (B,), (B,)."""
-        return self.log_posterior().gather(1, c[:, None]).squeeze(1)
-
-
-class Linearization:
-    """One forward pass at ``y``, whose gradients are pulled back on demand, each at most once.
-
-    Asking for the score and the conditional score costs one forward and two backward passes.
-    Everything stays differentiable in the parameters, so this is what objectives train through.
-    Made by `linearize`.
-    """
-
-    def __init__(self, y: Tensor, energies: Energies, pull: _Pull) -> None:
-        self.y = y
-        self.energies = energies
-        self._pull = pull
-        self._score: Tensor | None = None
-
-    def score(self) -> Tensor:
-        """grad_y log p(y), shape of y."""
-        if self._score is None:
-            self._score = self._pull(
-                Energies(
-                    torch.zeros_like(self.energies.logits),
-                    torch.ones_like(self.energies.log_density),
-                )
-            )
-        return self._score
-
-    def label_score(self, c: Tensor) -> Tensor:
-        """grad_y log p(c|y), shape of y."""
-        return self._pull(
-            Energies(
-                self._at_label_cotangent(c),
-                torch.zeros_like(self.energies.log_density),
-            )
-        )
-
-    def conditional_score(self, c: Tensor) -> Tensor:
-        """grad_y log p(y|c) = grad_y log p(y, c), shape of y."""
-        return self._pull(
-            Energies(self._at_label_cotangent(c), torch.ones_like(self.energies.log_density))
-        )
-
-    def _at_label_cotangent(self, c: Tensor) -> Tensor:
-        """Derivative of log p(c|y) by the logits: one-hot minus posterior, (B, C)."""
-        posterior = self.energies.logits.softmax(dim=1)
-        one_hot = nn.functional.one_hot(c, posterior.shape[1]).to(posterior.dtype)
-        return one_hot - posterior
-
-
-class _Pull(Protocol):
-    def __call__(self, cotangent: Energies, /) -> Tensor: ...
-
-
-def linearize(model: EnergyModel, y: Tensor, sigma: Noise | None = None) -> Linearization:
-    """Evaluate ``model`` at ``y`` (B, C, H, W) so that scores can be pulled back.
-
-    The gradient is taken by `torch.func.vjp`, which compilers understand. A BatchNorm in training
-    mode cannot be differentiated that way (it updates its running statistics in place), so such a
-    model goes through `torch.autograd.grad` with a graph; that path is for the paper's ablation
-    only, and the "score" it gives mixes the images of the batch.
-    """
-    if torch.is_inference_mode_enabled():
-        return _linearize_outside_inference(model, y, sigma)
-    model._warn_if_rough()
-    if model.training and model._has_batch_norm():
-        leaf = y.detach().requires_grad_()
-        energies = model(leaf, sigma)
-
-        def pull_eager(cotangent: Energies) -> Tensor:
-            # without labels the logits are constant
-            used = [i for i, output in enumerate(energies) if output.requires_grad]
-            outputs, weights = [energies[i] for i in used], [cotangent[i] for i in used]
-            (gradient,) = torch.autograd.grad(outputs, leaf, weights, create_graph=True)
-            return gradient
-
-        return Linearization(y, energies, pull_eager)
-
-    energies, pull = torch.func.vjp(lambda image: model(image, sigma), y)[:2]
-    return Linearization(y, energies, lambda cotangent: pull(cotangent)[0])
-
-
-def _linearize_outside_inference(
-    model: EnergyModel, y: Tensor, sigma: Noise | None
-) -> Linearization:
-    """`linearize` under `torch.inference_mode`, where older releases differentiate to zeros.
-
-    Tensors made in that mode can never be differentiated, so they are copied outside of it.
-    """
-    with torch.inference_mode(False), torch.no_grad():
-        level = sigma.clone() if isinstance(sigma, Tensor) else sigma
-        at = linearize(model, y.clone(), level)
-
-    def pull(cotangent: Energies) -> Tensor:
-        with torch.inference_mode(False), torch.no_grad():
-            return at._pull(Energies(*(c.clone() for c in cotangent)))
-
-    return Linearization(at.y, at.energies, pull)
+T = TypeVar("T")
 
 
 @runtime_checkable
@@ -194,11 +85,13 @@ class EnergyModel(nn.Module, ABC):
         noise_conditional: whether `forward` uses sigma. The paper's networks are blind (False):
             they take sigma and ignore it, so that samplers can treat all models alike.
         card: what the model was trained for; None before it was.
+        inference: how what follows from `forward` is computed (`set_inference`).
     """
 
     num_classes: int = 0
     noise_conditional: bool = False
     card: ModelCard | None = None
+    inference: Inference = Inference()
     _warned: bool = False
 
     @abstractmethod
@@ -209,9 +102,56 @@ class EnergyModel(nn.Module, ABC):
 
         def __call__(self, y: Tensor, sigma: Noise | None = None) -> Energies: ...
 
+    def set_inference(self, precision: str = "fp32", compile: str = "off") -> Self:
+        """Choose how scores, denoised images and energies are computed; returns the model.
+
+        It holds where no gradient of them is wanted: under `torch.no_grad`, or in a frozen model,
+        as `ebmkit.load` gives. `forward` and `linearize`, and so training, are not touched.
+
+        Args:
+            precision: of products: fp32, tf32, bf16 (results are float32); auto is fp32. Whether
+                an NVIDIA GPU may round float32 products to TF32 is a setting of the whole process.
+            compile: on: compile what is called with the same size twice in a row
+                (`ebmkit.compiled`); off; auto: on CUDA, where enough work is known to lie ahead.
+
+        Raises:
+            UserError: if a name is unknown, or the device lacks the precision or a compiler.
+
+        >>> model = load("runs/cifar10", device="cuda")                  # doctest: +SKIP
+        >>> model.set_inference("bf16", compile="on").score(y)           # doctest: +SKIP
+        """
+        self.inference = make_inference(self, precision, compile)
+        return self
+
+    def infer(
+        self,
+        wanted: Wanted[T],
+        y: Tensor,
+        sigma: Noise | None = None,
+        c: Tensor | None = None,
+        differentiate: bool = True,
+    ) -> T:
+        """``wanted(at, sigma, c)`` of one forward pass ``at`` at ``y``, as `set_inference` says.
+
+        What `score`, `denoise` and `logits` are made of, for whoever wants several of them at once.
+
+        Args:
+            wanted: a function without side effects, the same object at each call; when compiled it
+                gets sigma as (B,).
+            y: noisy images (B, C, H, W).
+            sigma: a float or (B,).
+            c: labels (B,), checked.
+            differentiate: whether it takes scores.
+        """
+        return self.inference(wanted, self, differentiate, y, sigma, c)
+
+    def energies(self, y: Tensor, sigma: Noise | None = None) -> Energies:
+        """What `forward` gives, as `set_inference` says."""
+        return self.infer(_energies, y, sigma, differentiate=False)
+
     def log_density(self, y: Tensor, sigma: Noise | None = None) -> Tensor:
         """log p(y) up to a constant, (B,), in nats."""
-        return self(y, sigma).log_density
+        return self.energies(y, sigma).log_density
 
     def energy(self, y: Tensor, sigma: Noise | None = None) -> Tensor:
         """-log p(y) up to a constant, (B,), in nats."""
@@ -219,11 +159,11 @@ class EnergyModel(nn.Module, ABC):
 
     def logits(self, y: Tensor, sigma: Noise | None = None) -> Tensor:
         """log p(c|y) up to a constant in c, (B, C)."""
-        return self(y, sigma).logits
+        return self.energies(y, sigma).logits
 
     def log_joint(self, y: Tensor, sigma: Noise | None = None) -> Tensor:
         """log p(y, c) up to a constant, (B, C), in nats."""
-        return self(y, sigma).log_joint()
+        return self.energies(y, sigma).log_joint()
 
     def score(self, y: Tensor, c: Tensor | int | None = None, sigma: Noise | None = None) -> Tensor:
         """grad log p(y), or grad log p(y|c) if ``c`` (B,) is given; shape of y, per image unit.
@@ -231,8 +171,7 @@ class EnergyModel(nn.Module, ABC):
         Raises:
             UserError: if a label is out of range, or the model has no labels.
         """
-        at = linearize(self, y, sigma)
-        return at.score() if c is None else at.conditional_score(self.check_labels(c, y))
+        return self.infer(_score, y, sigma, None if c is None else self.check_labels(c, y))
 
     def label_score(self, y: Tensor, c: Tensor | int, sigma: Noise | None = None) -> Tensor:
         """grad log p(c|y), "the adversarial gradient" (CDN eq. 9); shape of y.
@@ -240,7 +179,7 @@ class EnergyModel(nn.Module, ABC):
         Raises:
             UserError: if a label is out of range, or the model has no labels.
         """
-        return linearize(self, y, sigma).label_score(self.check_labels(c, y))
+        return self.infer(_label_score, y, sigma, self.check_labels(c, y))
 
     def denoise(
         self, y: Tensor, sigma: Noise | None = None, c: Tensor | int | None = None
@@ -260,11 +199,7 @@ class EnergyModel(nn.Module, ABC):
         if sigma is None and self.noise_conditional:
             raise UserError("this model takes the noise level as an input: give sigma")
         check_sigma(sigma)
-        at = linearize(self, y, sigma)
-        if sigma is None:
-            sigma = sigma_of_score(at.score())
-        score = at.score() if c is None else at.conditional_score(self.check_labels(c, y))
-        return y + _per_image(sigma, y) ** 2 * score
+        return self.infer(_denoise, y, sigma, None if c is None else self.check_labels(c, y))
 
     def estimate_sigma(self, y: Tensor) -> Tensor:
         """The noise level that the score of a blind model implies, sqrt(d) / ||score||, (B,).
@@ -300,7 +235,9 @@ class EnergyModel(nn.Module, ABC):
             )
         return labels
 
-    def _has_batch_norm(self) -> bool:
+    @property
+    def has_batch_norm(self) -> bool:
+        """Whether a BatchNorm is among the modules, whose training mode mixes a batch's images."""
         return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.modules())
 
     def _warn_if_rough(self) -> None:
@@ -308,17 +245,17 @@ class EnergyModel(nn.Module, ABC):
         if self._warned:
             return
         self._warned = True
-        if self._has_batch_norm():
+        if self.has_batch_norm:
             warnings.warn(
                 "a score is differentiated through BatchNorm: in training mode it mixes the images "
                 "of a batch. The paper's ablation (table 3) fell to 11.9 % and 24.33 dB at 15/255",
-                stacklevel=4,
+                stacklevel=7,
             )
         if any(isinstance(m, nn.ReLU) for m in self.modules()):
             warnings.warn(
                 "a score is differentiated through ReLU, whose derivative jumps. The paper's "
                 "ablation (table 3) fell to 92.0 % and 29.59 dB at 15/255; GELU is smooth",
-                stacklevel=4,
+                stacklevel=7,
             )
 
 
@@ -332,15 +269,19 @@ def check_sigma(sigma: Noise | None) -> None:
         raise UserError(f"sigma {sigma} must be a finite number above 0, as in 25 / 255")
 
 
-def _per_image(sigma: Noise, y: Tensor) -> Noise:
-    """A noise level (B,) shaped to multiply images ``y``; a float stays one."""
-    if isinstance(sigma, Tensor) and sigma.ndim > 0:
-        return sigma.to(y).reshape(-1, *[1] * (y.ndim - 1))
-    return sigma
+def _energies(at: Linearization, sigma: Noise | None, c: Tensor | None) -> Energies:
+    return Energies(widened(at.energies.logits), widened(at.energies.log_density))
 
 
-def sigma_of_score(score: Tensor) -> Tensor:
-    """sqrt(d) / ||score||, (B,); finite even at a score of 0, which then moves no image."""
-    norm = torch.linalg.vector_norm(score.flatten(1), dim=1)
-    sigma: Tensor = math.sqrt(score[0].numel()) / norm.clamp_min(torch.finfo(score.dtype).eps ** 2)
-    return sigma
+def _score(at: Linearization, sigma: Noise | None, c: Tensor | None) -> Tensor:
+    return at.score() if c is None else at.conditional_score(c)
+
+
+def _label_score(at: Linearization, sigma: Noise | None, c: Tensor | None) -> Tensor:
+    assert c is not None
+    return at.label_score(c)
+
+
+def _denoise(at: Linearization, sigma: Noise | None, c: Tensor | None) -> Tensor:
+    level = sigma_of_score(at.score()) if sigma is None else sigma
+    return at.y + per_image(level, at.y) ** 2 * _score(at, sigma, c)

@@ -9,13 +9,15 @@ import typer
 
 from ebmkit.cli.app import app
 from ebmkit.cli.console import console
+from ebmkit.compute import pick_device
 from ebmkit.core import EnergyModel
+from ebmkit.data import ImageSet, StreamedSet
 from ebmkit.evaluation import Images, evaluation_folder, parse_suites, tables
 from ebmkit.evaluation import evaluate as run_suites
 from ebmkit.models import load
+from ebmkit.parallel import World, device_of_rank, join
 from ebmkit.training import DataConfig, RunFolder, resolve
 from ebmkit.training.assemble import Split, images_of
-from ebmkit.training.optim import pick_device
 
 __all__ = ["evaluate", "evaluate_run"]
 
@@ -38,13 +40,40 @@ def evaluate(
     seed: Annotated[int, typer.Option(min=0, help="of the noise")] = 0,
     weights: Annotated[str, typer.Option(help="last, or best by validation")] = "last",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1")] = "auto",
+    precision: Annotated[
+        str, typer.Option(help="of products: fp32, tf32, bf16; auto: fp32, to compare figures")
+    ] = "auto",
+    compile_: Annotated[
+        str,
+        typer.Option(
+            "--compile",
+            help="compile the score: on, off; auto: on CUDA, for minutes of work",
+        ),
+    ] = "auto",
 ) -> None:
     """Evaluate a trained model: tables here, JSON and pictures under RUN/evaluation.
 
     PSNR is the mean over images of each image's own, for images in [0, 1], output clipped, noise
-    drawn from a fixed seed. Intervals are 95 %.
+    drawn from a fixed seed. Intervals are 95 %. Started by `torchrun -m ebmkit evaluate ...`, its
+    processes share the images.
     """
-    model = load(run, device=str(pick_device(device)), weights=weights)
+    with join() as world:
+        console.quiet = not world.first
+        place = device_of_rank(pick_device(device))
+        model = load(run, device=str(place), weights=weights)
+        images = _images(run, dataset, data_dir, image_size, _split(split), world)
+        evaluate_run(model, run, images, suite, limit, seed, weights, precision, compile_, world)
+
+
+def _images(
+    run: Path,
+    dataset: str | None,
+    data_dir: Path | None,
+    image_size: int | None,
+    split: Split,
+    world: World,
+) -> ImageSet | StreamedSet:
+    """The images to evaluate on: those of the run's own data set, or another's."""
     trained = resolve(RunFolder.open(run).config()).dataset
     name = dataset or trained.name
     own = name == trained.name
@@ -53,8 +82,12 @@ def evaluate(
         data_dir=data_dir or (trained.data_dir if own else None),
         image_size=image_size or (trained.image_size if own else None),
     )
-    images = images_of(where, _split(split), progress=console.is_terminal)
-    evaluate_run(model, run, images, suite, limit, seed, weights)
+    if not world.first:
+        world.from_first(None)  # where data must be fetched, one does it
+    images = images_of(where, split, progress=console.is_terminal and world.first)
+    if world.first:
+        world.from_first(None)
+    return images
 
 
 def evaluate_run(
@@ -65,10 +98,16 @@ def evaluate_run(
     limit: int | None = None,
     seed: int = 0,
     weights: str = "last",
+    precision: str = "auto",
+    compile: str = "auto",
+    world: World | None = None,
 ) -> None:
-    """Run suites, print their tables and say where the files are."""
+    """Run suites, print their tables and say where the files are; the first process does."""
+    world = world or World()
     names = parse_suites(suites, model, images)
-    folder = evaluation_folder(run, model, images, limit, weights)
+    folder = world.from_first(
+        evaluation_folder(run, model, images, limit, weights) if world.first else run
+    )
     results = run_suites(
         model,
         images,
@@ -77,8 +116,13 @@ def evaluate_run(
         limit=limit,
         seed=seed,
         weights=weights,
+        precision=precision,
+        compile=compile,
         progress=console.is_terminal,
+        world=world,
     )
+    if not world.first:
+        return
     for table in tables(results):
         console.print(table)
     console.print(f"tables and pictures: {folder}", soft_wrap=True, highlight=False)

@@ -315,4 +315,4 @@ def _finish(trainer: Trainer, run: Path, test: ImageSet | StreamedSet) -> None:
         learning_curves(trainer.run.metrics(), run / "learning_curves.png")
     limit = FINAL_IMAGES if len(test) > FINAL_IMAGES else None
     model = trainer.trained.eval().requires_grad_(False)
-    evaluate_run(model, run, test, limit=limit)
+    evaluate_run(model, run, test, limit=limit, world=trainer.world)

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from ebmkit.cli.app import app
 from ebmkit.cli.console import console, errors
+from ebmkit.compute import pick_device
 from ebmkit.core import EnergyModel
 from ebmkit.data.images import WRITERS, Picture, read_image, write_image
 from ebmkit.errors import UserError
 from ebmkit.inference import denoise_picture
 from ebmkit.models import load
-from ebmkit.training.optim import pick_device
 from ebmkit.units import format_sigma, parse_sigma
 
 __all__ = ["classify", "denoise"]
@@ -79,6 +79,13 @@ def denoise(
     ] = None,
     weights: WeightsOption = "last",
     device: DeviceOption = "auto",
+    precision: Annotated[
+        str, typer.Option(help="of products: fp32, tf32, bf16; auto: fp32")
+    ] = "auto",
+    compile_: Annotated[
+        str,
+        typer.Option("--compile", help="compile the score: on, off; auto: off, it seldom pays"),
+    ] = "auto",
 ) -> None:
     """Remove Gaussian noise from pictures of any size, in tiles.
 
@@ -87,6 +94,7 @@ def denoise(
     """
     level = None if sigma is None else parse_sigma(sigma)
     model = load(run, device=str(pick_device(device)), weights=weights)
+    model.set_inference(precision, compile_)
     c = None if label is None else _label(model, label)
     _warn_range(model, level)
     targets = [out / path.name for path in images]

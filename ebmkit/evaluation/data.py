@@ -14,6 +14,8 @@ from typing import NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
+from ebmkit.parallel import World
+
 __all__ = ["Batch", "Images", "fingerprint", "noise_generator", "noisy_batches"]
 
 
@@ -69,12 +71,18 @@ def noisy_batches(
     seed: int = 0,
     batch_size: int = 250,
     device: torch.device | str = "cpu",
+    world: World | None = None,
 ) -> Iterator[Batch]:
-    """All ``images`` in order, noisy at level ``sigma``, on ``device``; at 0 the clean ones."""
+    """All ``images`` in order, noisy at level ``sigma``, on ``device``; at 0 the clean ones.
+
+    Of several processes each gets every W-th batch; the noise of the others is drawn all the same.
+    """
+    world = world or World()
     generator = noise_generator(seed, sigma)
-    for x, labels in images.batches(batch_size):
+    for number, (x, labels) in enumerate(images.batches(batch_size)):
         y = x
         if sigma:
             eps = torch.stack([torch.randn(x.shape[1:], generator=generator) for _ in x])
             y = x + sigma * eps.to(x)
-        yield Batch(x.to(device), y.to(device), None if labels is None else labels.to(device))
+        if number % world.size == world.rank:
+            yield Batch(x.to(device), y.to(device), None if labels is None else labels.to(device))

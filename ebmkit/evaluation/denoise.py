@@ -29,16 +29,16 @@ above, with ``psnr``, ``gain`` (dB) and ``ssim`` by noise level; ``estimated_sig
 
 from __future__ import annotations
 
-from collections import defaultdict
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from ebmkit.core import EnergyModel, linearize, sigma_of_score
+from ebmkit.compiled import Wanted
+from ebmkit.core import EnergyModel, Linearization, Noise, per_image, sigma_of_score
 from ebmkit.evaluation import statistics
-from ebmkit.evaluation.data import Images, noisy_batches
+from ebmkit.evaluation.data import Batch, Images, noisy_batches
 from ebmkit.evaluation.setting import Setting, Suite, classifies, in_255ths
 from ebmkit.evaluation.tables import interval, new_table, number
 from ebmkit.metrics import psnr
@@ -82,19 +82,36 @@ def estimates(
         The estimates; the labels predicted from y (B,), or None if the model has none; and the
         estimated noise level (B,), or None if the model is noise-conditional.
     """
-    at = linearize(model, y, sigma)
-    score = at.score()
-    found: Estimates = {"unconditional": y + sigma**2 * score}
-    predicted = noise = None
-    if classifies(model):
-        predicted = at.energies.logits.argmax(dim=1)
-        if labels is not None:
-            found["conditional_true"] = y + sigma**2 * at.conditional_score(labels)
-        found["conditional_predicted"] = y + sigma**2 * at.conditional_score(predicted)
-    if not model.noise_conditional:
-        noise = sigma_of_score(score)
-        found["blind"] = y + noise.reshape(-1, 1, 1, 1) ** 2 * score
-    return {name: x.clamp(0, 1) for name, x in found.items()}, predicted, noise
+    if not classifies(model):
+        labels = None
+    wanted = _estimator(classifies(model), blind=not model.noise_conditional)
+    return model.infer(wanted, y, sigma, labels)
+
+
+@cache
+def _estimator(
+    classifies: bool, blind: bool
+) -> Wanted[tuple[Estimates, Tensor | None, Tensor | None]]:
+    """`estimates` for such models, of one forward pass."""
+
+    def wanted(
+        at: Linearization, sigma: Noise | None, labels: Tensor | None
+    ) -> tuple[Estimates, Tensor | None, Tensor | None]:
+        assert sigma is not None
+        y, score, variance = at.y, at.score(), per_image(sigma, at.y) ** 2
+        found = {"unconditional": y + variance * score}
+        predicted = noise = None
+        if classifies:
+            predicted = at.energies.logits.argmax(dim=1)
+            if labels is not None:
+                found["conditional_true"] = y + variance * at.conditional_score(labels)
+            found["conditional_predicted"] = y + variance * at.conditional_score(predicted)
+        if blind:
+            noise = sigma_of_score(score)
+            found["blind"] = y + per_image(noise, y) ** 2 * score
+        return {name: x.clamp(0, 1) for name, x in found.items()}, predicted, noise
+
+    return wanted
 
 
 def ssim_window(image_size: tuple[int, int]) -> dict[str, Any]:
@@ -126,21 +143,9 @@ def run(setting: Setting) -> dict[str, Any]:
     sigmas: dict[str, Any] = {}
     accuracies: dict[str, Any] = {}
     unfinished: list[str] = []
-    comparable = setting.images.num_classes == setting.model.num_classes
     for sigma in setting.sigmas:
         key = in_255ths(sigma)
-        columns = defaultdict(list)
-        for x, y, labels in setting.batches(sigma):
-            labels = labels if comparable else None
-            found, predicted, noise = estimates(setting.model, y, sigma, labels)
-            for name, estimate in {"noisy": y, "clipped": y.clamp(0, 1), **found}.items():
-                columns[name, "psnr"].append(psnr(estimate, x).cpu())
-                columns[name, "ssim"].append(ssim(estimate, x).cpu())
-            if predicted is not None and labels is not None:
-                columns["", "right"].append((predicted == labels).cpu())
-            if noise is not None:
-                columns["", "sigma"].append(noise.cpu())
-        values = {name: torch.cat(parts) for name, parts in columns.items()}
+        values = setting.columns(sigma, partial(_measure, setting, sigma))
         for name in [n for n, measure in values if measure == "psnr"]:
             rows = denoisers.setdefault(
                 name, {"about": LABELS[name], "psnr": {}, "gain": {}, "ssim": {}}
@@ -178,6 +183,23 @@ def run(setting: Setting) -> dict[str, Any]:
         "ssim_window": ssim_window(setting.images.image_size),
         "warnings": _warnings(setting) + unfinished,
     }
+
+
+def _measure(setting: Setting, sigma: float, batch: Batch) -> dict[tuple[str, str], Tensor]:
+    """By denoiser and measure, and by "" and what else is known of each image: (B,)."""
+    x, y, labels = batch
+    if setting.images.num_classes != setting.model.num_classes:
+        labels = None
+    found, predicted, noise = estimates(setting.model, y, sigma, labels)
+    columns = {}
+    for name, estimate in {"noisy": y, "clipped": y.clamp(0, 1), **found}.items():
+        columns[name, "psnr"] = psnr(estimate, x)
+        columns[name, "ssim"] = ssim(estimate, x)
+    if predicted is not None and labels is not None:
+        columns["", "right"] = predicted == labels
+    if noise is not None:
+        columns["", "sigma"] = noise
+    return columns
 
 
 def draw(setting: Setting, document: dict[str, Any], folder: Path) -> None:

@@ -1,17 +1,25 @@
-"""What is evaluated and how: model, images, noise levels, seed; shared by all suites."""
+r"""What is evaluated and how: model, images, noise levels, seed; shared by all suites.
+
+A suite measures images one by one and then sums up. Of W processes the r-th measures batches r,
+r + W, ...; the columns of measures, one entry per image, are gathered and put in order, so that
+each process sums up what a single one would have.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from ebmkit.compiled import device_of
 from ebmkit.core import EnergyModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation.data import Batch, Images, noisy_batches
+from ebmkit.parallel import World
 
 __all__ = [
     "NOISE_LEVELS",
@@ -23,6 +31,8 @@ __all__ = [
     "classifies",
     "in_255ths",
 ]
+
+K = TypeVar("K", bound=Hashable)
 
 SIGMAS = (15 / 255, 25 / 255, 50 / 255)
 """Noise levels at which denoising is measured, image units."""
@@ -65,7 +75,9 @@ class Setting:
         batch_size: changes the time taken, not the results.
         sigmas: levels for denoising, image units.
         noise_levels: levels for classification, image units; 0 is always among them.
-        advance: told how many images another pass has done.
+        world: the processes that share the work.
+        advance: told how many images more are done.
+        left: how many images are left to measure, over all passes of a suite.
     """
 
     model: EnergyModel
@@ -74,7 +86,9 @@ class Setting:
     batch_size: int = 250
     sigmas: tuple[float, ...] = SIGMAS
     noise_levels: tuple[float, ...] = NOISE_LEVELS
+    world: World = field(default_factory=World)
     advance: Callable[[int], None] = lambda count: None
+    left: int = 0
     _predictions: dict[float, Predictions] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -83,25 +97,61 @@ class Setting:
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        return tensors[0].device if tensors else torch.device("cpu")
+        return device_of(self.model)
 
-    def batches(self, sigma: float) -> Iterator[Batch]:
-        """Batches of clean and noisy images; the same noise in every suite."""
-        for batch in noisy_batches(self.images, sigma, self.seed, self.batch_size, self.device):
-            yield batch
-            self.advance(len(batch.x))
+    def columns(
+        self, sigma: float, measure: Callable[[Batch], Mapping[K, Tensor]]
+    ) -> dict[K, Tensor]:
+        """``measure`` of all images at noise level ``sigma``; the same noise in every suite.
+
+        Args:
+            sigma: image units.
+            measure: what it gives has one entry per image of the batch, (B, ...).
+
+        Returns:
+            Its columns over all images, (N, ...), on the CPU; the same in every process.
+        """
+        own: list[dict[K, Tensor]] = []
+        share, total, done = self.batch_size * self.world.size, len(self.images), 0
+        for batch in noisy_batches(
+            self.images, sigma, self.seed, self.batch_size, self.device, self.world
+        ):
+            start = time.perf_counter()
+            own.append({key: column.cpu() for key, column in measure(batch).items()})
+            seconds = time.perf_counter() - start
+            self._advance(min(share, total - done))  # with what the others do meanwhile
+            done += min(share, total - done)
+            if len(own) > 1:  # the first warms up
+                ahead = self.left / (len(batch.x) * self.world.size)
+                self.model.inference.expect(seconds * ahead)
+        self._advance(total - done)
+        everyone = self.world.gather(own)
+        batches = [part[k] for k in range(len(everyone[0])) for part in everyone if k < len(part)]
+        return {key: torch.cat([columns[key] for columns in batches]) for key in batches[0]}
 
     def predictions(self, sigma: float) -> Predictions:
-        """What the classifier says at noise level ``sigma``; computed once."""
-        if sigma not in self._predictions:
-            parts = [_predict(self.model, batch, sigma) for batch in self.batches(sigma)]
-            self._predictions[sigma] = Predictions(
-                *(torch.cat(p) for p in zip(*parts, strict=True))
+        """What the classifier says at noise level ``sigma``; computed once.
+
+        Raises:
+            UserError: if a probability is not finite.
+        """
+        if sigma in self._predictions:
+            self._advance(len(self.images))
+            return self._predictions[sigma]
+        assert self.images.labels is not None
+        columns = self.columns(sigma, lambda batch: _predict(self.model, batch, sigma))
+        if not columns["brier"].isfinite().all():
+            raise UserError(
+                "this model gives probabilities that are not finite: its training diverged, or its "
+                "weights are damaged"
             )
-        else:
-            self.advance(len(self.images))
-        return self._predictions[sigma]
+        found = Predictions(labels=self.images.labels.cpu(), **columns)
+        self._predictions[sigma] = found
+        return found
+
+    def _advance(self, count: int) -> None:
+        self.left -= count
+        self.advance(count)
 
 
 class Suite(NamedTuple):
@@ -161,18 +211,16 @@ def check_classifies(model: EnergyModel, images: Images) -> None:
         )
 
 
-def _predict(model: EnergyModel, batch: Batch, sigma: float) -> Predictions:
+def _predict(model: EnergyModel, batch: Batch, sigma: float) -> dict[str, Tensor]:
     assert batch.labels is not None
-    log_posterior = model(batch.y, sigma).log_posterior()
+    log_posterior = model.energies(batch.y, sigma).log_posterior()
     posterior = log_posterior.exp()
     confidence, predicted = posterior.max(dim=1)
     own = batch.labels[:, None]
     off = posterior.scatter_add(1, own, -torch.ones_like(posterior[:, :1]))
-    if not posterior.isfinite().all():
-        raise UserError(
-            "this model gives probabilities that are not finite: its training diverged, or its "
-            "weights are damaged"
-        )
-    nll = -log_posterior.gather(1, own).squeeze(1)
-    columns = (batch.labels, predicted, confidence, nll, off.square().sum(1))
-    return Predictions(*(column.cpu() for column in columns))
+    return {
+        "predicted": predicted,
+        "confidence": confidence,
+        "nll": -log_posterior.gather(1, own).squeeze(1),
+        "brier": off.square().sum(1),
+    }

@@ -10,13 +10,17 @@ Folders differ where results cannot be compared (`evaluation_folder`)::
 Every JSON file holds, beside what its suite measures: ``suite``, ``dataset``, ``split``, ``images``
 (how many were used), ``of`` (how many the split has) and their ``fingerprint``; ``seed`` and
 ``sigmas`` (image units); ``model`` (objective, steps, training set) and ``weights``;
-``environment`` (versions, git commit, command), ``device``, ``batch_size``, ``seconds`` and
-``warnings``.
+``environment`` (versions, git commit, command), ``device``, ``precision``, ``compiled`` (whether
+anything was), ``processes``, ``batch_size``, ``seconds`` and ``warnings``.
+
+Several processes (`ebmkit.parallel`) share the images; all of them get the same results, and the
+first alone writes.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ebmkit.compiled import inferring
 from ebmkit.core import EnergyModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation.calibration import CALIBRATION
@@ -35,6 +40,7 @@ from ebmkit.evaluation.data import Images, fingerprint
 from ebmkit.evaluation.denoise import DENOISE
 from ebmkit.evaluation.setting import NOISE_LEVELS, SIGMAS, Setting, Suite
 from ebmkit.files import write_atomically
+from ebmkit.parallel import World
 from ebmkit.registry import find
 from ebmkit.training.runs import environment
 
@@ -50,7 +56,10 @@ SUITES: dict[str, Suite] = {
 }
 
 VALUES_PER_BATCH = 1_500_000
-"""Pixel values in a batch, where the caller does not say: 488 colour images of 32x32."""
+"""Pixel values in a batch at most, where the caller does not say: 488 colour images of 32x32."""
+
+SHARES = 8
+"""The number of batches is a multiple of this, so that 2, 4 or 8 processes have equal shares."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +144,11 @@ def evaluate(
     sigmas: Sequence[float] = SIGMAS,
     noise_levels: Sequence[float] = NOISE_LEVELS,
     weights: str = "last",
+    precision: str = "auto",
+    compile: str = "auto",
     pictures: bool = True,
     progress: bool = False,
+    world: World | None = None,
 ) -> dict[str, Result]:
     """Run ``suites`` and write their JSON files and pictures into ``out_dir``, each in one move.
 
@@ -147,21 +159,26 @@ def evaluate(
         out_dir: made if it is not there; see `evaluation_folder`.
         limit: use only the first so many images.
         seed: of the noise.
-        batch_size: images at a time; changes time and memory, not the results. None: about 1.5
-            million pixel values.
+        batch_size: images at a time; changes time and memory, not the results. None: up to 500
+            and up to about 1.5 million pixel values, in a number of batches that 8 divides.
         sigmas: noise levels of the suite ``denoise``, image units.
         noise_levels: noise levels of the suite ``classify``, image units.
         weights: which of the run's weights the model has; only written down.
+        precision: auto (fp32, so that results can be compared), fp32, tf32 or bf16.
+        compile: on, off or auto: on CUDA, once minutes of work are left; see
+            `EnergyModel.set_inference`, whose own setting waits meanwhile.
         pictures: draw them, too.
         progress: show a progress bar.
+        world: the processes that share the work, all of which must call this.
 
     Returns:
         The results by suite, in the order asked for.
 
     Raises:
-        UserError: if a suite does not suit model and images, a number is illegal, or a file cannot
-            be written. Suites already done stay written.
+        UserError: if a suite does not suit model and images, a number is illegal, the device lacks
+            the precision, or a file cannot be written. Suites already done stay written.
     """
+    world = world or World()
     chosen = {name: find("suite", SUITES, name) for name in suites}
     if limit is not None and limit < 1:
         raise UserError(f"limit {limit} leaves no images: take 1 or more, or leave it out")
@@ -171,29 +188,37 @@ def evaluate(
     _check_images(model, used)
     for suite in chosen.values():
         suite.check(model, used)
-    pixels = used.channels * used.image_size[0] * used.image_size[1]
-    batch_size = batch_size or min(500, max(1, VALUES_PER_BATCH // pixels))
+    batch_size = batch_size or _batch_size(used)
     levels = (_levels(sigmas, 1e-6, "sigmas"), _levels(noise_levels, 0, "noise levels"))
-    setting = Setting(model, used, seed, batch_size, *levels)
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make folder {str(out_dir)!r}: {error.strerror}") from None
+    setting = Setting(model, used, seed, batch_size, *levels, world)
     common = _common(setting, images, weights)
     results = {}
-    with _evaluation_mode(model), torch.no_grad(), _bar(progress) as start:
+    with (
+        inferring(model, precision, compile) as inference,
+        _evaluation_mode(model),
+        torch.no_grad(),
+        _bar(progress and world.first) as start,
+    ):
+        if world.first:
+            _make(out_dir)
         for name, suite in chosen.items():
-            setting.advance = start(name, suite.passes(setting) * len(used))
+            setting.left = suite.passes(setting) * len(used)
+            setting.advance = start(name, setting.left)
             begun = time.perf_counter()
             found = suite.run(setting)
-            seconds = round(time.perf_counter() - begun, 3)
-            document = {"suite": name, **common, "seconds": seconds, "warnings": [], **found}
+            how = {
+                "precision": inference.precision,
+                "compiled": inference.compiled,
+                "seconds": round(time.perf_counter() - begun, 3),
+            }
+            document = {"suite": name, **common, **how, "warnings": [], **found}
+            document = world.from_first(document)
             path = out_dir / f"{name}.json"
-            text = json.dumps(document, indent=2, allow_nan=False)
-            write_atomically(path, text.encode())
             setting.advance = lambda count: None
-            if pictures:
-                suite.draw(setting, document, out_dir)
+            if world.first:
+                write_atomically(path, json.dumps(document, indent=2, allow_nan=False).encode())
+                if pictures:
+                    suite.draw(setting, document, out_dir)
             results[name] = Result(name, document, path)
     return results
 
@@ -234,6 +259,20 @@ def _check_images(model: EnergyModel, images: Images) -> None:
         )
 
 
+def _batch_size(images: Images) -> int:
+    pixels = images.channels * images.image_size[0] * images.image_size[1]
+    largest = min(500, max(1, VALUES_PER_BATCH // pixels))
+    batches = SHARES * math.ceil(len(images) / (SHARES * largest))
+    return math.ceil(len(images) / batches)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make folder {str(folder)!r}: {error.strerror}") from None
+
+
 def _levels(sigmas: Sequence[float], lowest: float, what: str) -> tuple[float, ...]:
     bad = [s for s in sigmas if not lowest <= s < float("inf")]
     if bad or not sigmas:
@@ -257,6 +296,7 @@ def _common(setting: Setting, split: Images, weights: str) -> dict[str, Any]:
         "weights": weights,
         "environment": environment(),
         "device": str(setting.device),
+        "processes": setting.world.size,
         "batch_size": setting.batch_size,
     }
 

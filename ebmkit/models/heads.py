@@ -43,7 +43,7 @@ class LinearQuadraticHead(nn.Module):
 
     def forward(self, pooled: Tensor) -> Energies:
         """Energies of features ``pooled`` (B, K)."""
-        logits = pooled.new_zeros(len(pooled), 0)
+        logits = pooled.new_zeros(pooled.shape[0], 0)
         if self.classifier is not None:
             logits = self.classifier(pooled)
         return Energies(logits, -0.5 * self.density(pooled).squeeze(1).square())

@@ -105,7 +105,7 @@ class JointModel(EnergyModel):
             pooled = self.backbone.pool(self._features(y).maps, grid).flatten(0, 1)  # (B * M, K)
         else:
             return self._sum_of_tiles(y, self.reference_size)
-        return _total(self._energies(pooled), len(y), size)
+        return _total(self._energies(pooled), y.shape[0], size)
 
     def set_recompute(self, on: bool) -> None:
         """Whether to trade arithmetic for memory in training (activation checkpointing).
@@ -132,7 +132,7 @@ class JointModel(EnergyModel):
         for (height, width), crops in by_shape.items():  # crops of one shape in one pass
             parts = self._energies(self._features(torch.stack(crops, dim=1).flatten(0, 1)).pooled)
             size = len(crops) * height * width / (reference[0] * reference[1] * copies)
-            total = _total(parts, len(y), size)
+            total = _total(parts, y.shape[0], size)
             logits, density = logits + total.logits, density + total.log_density
         return Energies(logits, density)
 
@@ -191,7 +191,7 @@ def _parts(y: Tensor, reference: tuple[int, int] | None) -> float:
 
 def _total(parts: Energies, batch: int, size: float) -> Energies:
     """Energies (B * M, ...) of the M parts of each image, as those of the image of ``size``."""
-    count = len(parts.log_density) // batch
+    count = parts.log_density.shape[0] // batch
     logits = parts.logits.reshape(batch, count, parts.logits.shape[1]).mean(1)
     density = parts.log_density.reshape(batch, count).mean(1)
     return Energies(size * logits, size * density)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import Drawn
+from mixture_world import Drawn
 from torch.distributions import MultivariateNormal
 from torchmetrics.functional.classification import multiclass_calibration_error
 

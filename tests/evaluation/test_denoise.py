@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import Drawn, make_mixture
+from mixture_world import Drawn, make_mixture
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from ebmkit import GaussianMixture

@@ -5,15 +5,17 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import Drawn
+from mixture_world import Drawn
 from rich.console import Console
+from torch._dynamo.backends.debugging import aot_eager
 
 from ebmkit import ModelCard, UserError, evaluation
+from ebmkit.compiled import Inference
 from ebmkit.evaluation import SUITES, evaluation_folder, parse_suites, tables
 from ebmkit.evaluation.data import noisy_batches
 
 COMMON = {"suite", "dataset", "split", "images", "of", "seed", "sigmas", "model", "environment"}
-COMMON |= {"device", "seconds", "warnings", "weights"}
+COMMON |= {"device", "seconds", "warnings", "weights", "precision", "compiled", "processes"}
 
 
 evaluate = partial(evaluation.evaluate, pictures=False)  # one test draws
@@ -22,7 +24,7 @@ evaluate = partial(evaluation.evaluate, pictures=False)  # one test draws
 def numbers(value):
     """All numbers in a document, but those that may differ between two runs."""
     if isinstance(value, dict):
-        skip = ("seconds", "environment", "batch_size")
+        skip = ("seconds", "environment", "batch_size", "compiled")
         return [n for k, v in value.items() if k not in skip for n in numbers(v)]
     if isinstance(value, list):
         return [n for v in value for n in numbers(v)]
@@ -58,6 +60,54 @@ def test_batch_size_changes_nothing(network, squares, tmp_path):
     assert len(whole) > 300
     for other in documents[1:]:  # float32 convolutions order their sums by the batch
         assert numbers(other) == pytest.approx(whole, rel=1e-3, abs=1e-4)
+
+
+def test_a_compiled_evaluation_finds_the_same(network, squares, tmp_path, monkeypatch):
+    """The denoisers of a batch and the classifier are two graphs, for all noise levels."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    monkeypatch.setattr("ebmkit.compiled.pick_compile", lambda mode, device: mode == "on")
+    options = {"batch_size": 8, "sigmas": [0.1, 0.2], "noise_levels": [0.1]}
+    eager = evaluate(network, squares, list(SUITES), tmp_path / "eager", **options)
+    network.inference = Inference(mode="on", backend=backend)
+    compiled = evaluate(network, squares, list(SUITES), tmp_path, compile="on", **options)
+    assert len(graphs) == 2
+    for name in SUITES:
+        expected, found = eager[name].document, compiled[name].document
+        assert (found["compiled"], found["precision"]) == (True, "fp32")
+        assert not expected["compiled"]
+        # the same operations, but for noise levels squared in float32
+        assert numbers(found) == pytest.approx(numbers(expected), rel=1e-5, abs=1e-6)
+
+
+def test_auto_compiles_when_minutes_of_work_are_left(network, squares, tmp_path, monkeypatch):
+    monkeypatch.setattr("ebmkit.compiled.pick_compile", lambda mode, device: True)
+    told = []
+    monkeypatch.setattr(Inference, "expect", lambda self, seconds: told.append(seconds))
+    evaluate(network, squares, ["denoise"], tmp_path, batch_size=8)
+    assert len(told) == 3 * 3  # after each batch of 3 levels but the first, which warms up
+    assert told[-1] == 0
+    assert told[0] > told[-2] > 0
+
+
+def test_precision_is_chosen_and_told(network, squares, tmp_path):
+    plain = evaluate(network, squares, ["denoise"], tmp_path)["denoise"].document
+    rounded = evaluate(network, squares, ["denoise"], tmp_path, precision="bf16")
+    assert (plain["precision"], plain["compiled"]) == ("fp32", False)
+    document = rounded["denoise"].document
+    assert document["precision"] == "bf16"
+    # PSNR moves in the second digit behind the point at most, and does move
+    shown = document["denoisers"]["blind"]["psnr"], plain["denoisers"]["blind"]["psnr"]
+    for key in ("15", "25", "50"):
+        difference = abs(shown[0][key]["value"] - shown[1][key]["value"])
+        assert 0 < difference < 0.5
+    assert network.inference.precision == "fp32"  # as before
+    with pytest.raises(UserError, match="precision 'fp16'"):
+        evaluate(network, squares, ["denoise"], tmp_path, precision="fp16")
 
 
 def test_noise_does_not_depend_on_the_batch():

@@ -1,0 +1,72 @@
+"""``ebmkit export``: a trained model as a file that runs without ebmkit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ebmkit.cli.app import app
+from ebmkit.cli.console import console, errors
+from ebmkit.errors import UserError
+from ebmkit.export import What
+from ebmkit.export import export as export_model
+from ebmkit.models import load
+
+__all__ = ["export"]
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    out: Annotated[Path, typer.Option(help="new file: .pt2 for PyTorch, .onnx for ONNX runtimes")],
+    what: Annotated[
+        What,
+        typer.Option(
+            help="classifier: log-probabilities and log-density; denoiser: takes the noise level; "
+            "blind-denoiser: estimates it"
+        ),
+    ] = "denoiser",
+    image_size: Annotated[
+        str | None, typer.Option(help="H or HxW, in pixels [default: the trained size]")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="images at a time [default: any number]")
+    ] = None,
+    weights: Annotated[str, typer.Option(help="last, or best by validation")] = "last",
+) -> None:
+    """Write a trained model as a file for PyTorch or an ONNX runtime.
+
+    The file is loaded again, run on random images and compared with the model before it is kept. An
+    existing file is never overwritten.
+    """
+    size = None if image_size is None else _parse_size(image_size)
+    model = load(run, weights=weights)
+    if what != "classifier" and model.card and model.card.sigma_range is None:
+        errors.print("warning: this model was never trained to denoise", style="yellow")
+    with errors.status(f"exporting {out.name}"):
+        done = export_model(model, out, what, size, batch=batch)
+    shapes = ", ".join(
+        f"{name} ({', '.join(str(n) for n in shape)})" for name, shape in done.inputs.items()
+    )
+    lines = [f"{done.path}: {shapes} -> {', '.join(done.differences)}"]
+    lines += [
+        f"compared with the model on {sum(done.batches)} random images: {name} differs by "
+        f"{difference.largest:.1e} of its largest value at the most, {difference.median:.1e} "
+        "at the median"
+        for name, difference in done.differences.items()
+    ]
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False)
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    """Height and width from ``32`` or ``32x48``."""
+    height, _, width = text.lower().partition("x")
+    try:
+        return int(height), int(width or height)
+    except ValueError:
+        raise UserError(
+            f"image size {text!r} must be H or HxW in pixels, as in 32 or 32x48"
+        ) from None

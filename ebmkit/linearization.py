@@ -1,0 +1,168 @@
+r"""One forward pass, and the gradients that are pulled back through it.
+
+With the two outputs of a model at y, logits and log-density, and a cotangent v of both, a pull-back
+is :math:`J(y)^\top v`:
+
+===================================================== ========================================
+v of (logits, log-density)                            gives
+===================================================== ========================================
+(0, 1)                                                the score :math:`\nabla\log p(y)`
+(one-hot(c) - posterior, 0)                           :math:`\nabla\log p(c \mid y)`
+(one-hot(c) - posterior, 1)                           :math:`\nabla\log p(y \mid c)`
+===================================================== ========================================
+
+Asking for several costs one forward pass. `ebmkit.core` says what is made of them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ebmkit.core import EnergyModel
+
+__all__ = ["Energies", "Linearization", "Noise", "linearize", "per_image", "sigma_of_score"]
+
+Noise = float | Tensor
+"""A noise level in image units: a float for the whole batch, or a tensor (B,)."""
+
+
+class Energies(NamedTuple):
+    """What one forward pass gives; the rest is derived.
+
+    Attributes:
+        logits: (B, C), log p(c|y) up to a constant in c. C is 0 for a model without labels.
+        log_density: (B,), log p(y) in nats, up to a constant in y.
+    """
+
+    logits: Tensor
+    log_density: Tensor
+
+    def log_posterior(self) -> Tensor:
+        """log p(c|y), (B, C) (CDN eq. 10)."""
+        return self.logits.log_softmax(dim=1)
+
+    def log_joint(self) -> Tensor:
+        """log p(y, c) up to a constant, (B, C) (CDN eq. 12)."""
+        return self.log_posterior() + self.log_density[:, None]
+
+    def at_label(self, c: Tensor) -> Tensor:
+        """log p(c|y) of the labels ``c`` (B,), (B,)."""
+        return self.log_posterior().gather(1, c[:, None]).squeeze(1)
+
+
+class Linearization:
+    """One forward pass at ``y``, whose gradients are pulled back on demand, each at most once.
+
+    Asking for the score and the conditional score costs one forward and two backward passes.
+    Everything stays differentiable in the parameters, so this is what objectives train through.
+    Made by `linearize`.
+    """
+
+    def __init__(self, y: Tensor, energies: Energies, pull: _Pull) -> None:
+        self.y = y
+        self.energies = energies
+        self._pull = pull
+        self._score: Tensor | None = None
+
+    def score(self) -> Tensor:
+        """grad_y log p(y), shape of y."""
+        if self._score is None:
+            self._score = self._pull(
+                Energies(
+                    torch.zeros_like(self.energies.logits),
+                    torch.ones_like(self.energies.log_density),
+                )
+            )
+        return self._score
+
+    def label_score(self, c: Tensor) -> Tensor:
+        """grad_y log p(c|y), shape of y."""
+        return self._pull(
+            Energies(
+                self._at_label_cotangent(c),
+                torch.zeros_like(self.energies.log_density),
+            )
+        )
+
+    def conditional_score(self, c: Tensor) -> Tensor:
+        """grad_y log p(y|c) = grad_y log p(y, c), shape of y."""
+        return self._pull(
+            Energies(self._at_label_cotangent(c), torch.ones_like(self.energies.log_density))
+        )
+
+    def _at_label_cotangent(self, c: Tensor) -> Tensor:
+        """Derivative of log p(c|y) by the logits: one-hot minus posterior, (B, C)."""
+        posterior = self.energies.logits.softmax(dim=1)
+        one_hot = nn.functional.one_hot(c, posterior.shape[1]).to(posterior.dtype)
+        return one_hot - posterior
+
+
+class _Pull(Protocol):
+    def __call__(self, cotangent: Energies, /) -> Tensor: ...
+
+
+def linearize(model: EnergyModel, y: Tensor, sigma: Noise | None = None) -> Linearization:
+    """Evaluate ``model`` at ``y`` (B, C, H, W) so that scores can be pulled back.
+
+    The gradient is taken by `torch.func.vjp`, which compilers understand. A BatchNorm in training
+    mode cannot be differentiated that way (it updates its running statistics in place), so such a
+    model goes through `torch.autograd.grad` with a graph; that path is for the paper's ablation
+    only, and the "score" it gives mixes the images of the batch.
+    """
+    compiling = torch.compiler.is_compiling()
+    if not compiling and torch.is_inference_mode_enabled():
+        return _linearize_outside_inference(model, y, sigma)
+    if not compiling:
+        model._warn_if_rough()
+    if model.training and model.has_batch_norm:
+        leaf = y.detach().requires_grad_()
+        energies = model(leaf, sigma)
+
+        def pull_eager(cotangent: Energies) -> Tensor:
+            # without labels the logits are constant
+            used = [i for i, output in enumerate(energies) if output.requires_grad]
+            outputs, weights = [energies[i] for i in used], [cotangent[i] for i in used]
+            (gradient,) = torch.autograd.grad(outputs, leaf, weights, create_graph=True)
+            return gradient
+
+        return Linearization(y, energies, pull_eager)
+
+    energies, pull = torch.func.vjp(lambda image: model(image, sigma), y)[:2]
+    return Linearization(y, energies, lambda cotangent: pull(cotangent)[0])
+
+
+def _linearize_outside_inference(
+    model: EnergyModel, y: Tensor, sigma: Noise | None
+) -> Linearization:
+    """`linearize` under `torch.inference_mode`, where older releases differentiate to zeros.
+
+    Tensors made in that mode can never be differentiated, so they are copied outside of it.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        level = sigma.clone() if isinstance(sigma, Tensor) else sigma
+        at = linearize(model, y.clone(), level)
+
+    def pull(cotangent: Energies) -> Tensor:
+        with torch.inference_mode(False), torch.no_grad():
+            return at._pull(Energies(*(c.clone() for c in cotangent)))
+
+    return Linearization(at.y, at.energies, pull)
+
+
+def per_image(sigma: Noise, y: Tensor) -> Noise:
+    """A noise level (B,) shaped to multiply images ``y``; a float stays one."""
+    if isinstance(sigma, Tensor) and sigma.ndim > 0:
+        return sigma.to(y).reshape(-1, *[1] * (y.ndim - 1))
+    return sigma
+
+
+def sigma_of_score(score: Tensor) -> Tensor:
+    """sqrt(d) / ||score||, (B,); finite even at a score of 0, which then moves no image."""
+    norm = torch.linalg.vector_norm(score.flatten(1), dim=1)
+    sigma: Tensor = math.sqrt(score[0].numel()) / norm.clamp_min(torch.finfo(score.dtype).eps ** 2)
+    return sigma

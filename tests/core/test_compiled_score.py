@@ -1,0 +1,299 @@
+"""Inference: compiled or not, in any precision, the same quantities, and no graph is kept."""
+
+import copy
+import gc
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
+
+from ebmkit import Energies, EnergyModel, GaussianMixture, UserError, compiled, create_model
+from ebmkit.compiled import PAYS, SIZES, Inference
+from ebmkit.core import linearize
+
+
+class Small(EnergyModel):
+    """A smooth blind network of two convolutions."""
+
+    num_classes = 3
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(1, 8, 3, padding=1), nn.GELU(), nn.Conv2d(8, 4, 3, padding=1), nn.GELU()
+        )
+
+    def forward(self, y, sigma=None):
+        features = self.layers(y).mean(dim=(2, 3))
+        return Energies(features[:, :3], 50 * features[:, 3])
+
+
+class Counting:
+    """A compiler that runs the traced graph as it is, and counts its graphs."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return aot_eager(graph, inputs)
+
+
+@pytest.fixture
+def small():
+    return Small().eval().requires_grad_(False)
+
+
+@pytest.fixture
+def counting():
+    return Counting()
+
+
+@pytest.fixture
+def y():
+    return torch.rand(4, 1, 6, 6)
+
+
+C = torch.tensor([0, 2, 1, 1])
+QUANTITIES = {
+    "score": lambda model, y: model.score(y),
+    "conditional score": lambda model, y: model.score(y, C),
+    "label score": lambda model, y: model.label_score(y, C),
+    "denoised": lambda model, y: model.denoise(y, 0.1),
+    "denoised given the label": lambda model, y: model.denoise(y, 0.1, C),
+    "denoised blindly": lambda model, y: model.denoise(y),
+    "sigma": lambda model, y: model.estimate_sigma(y),
+    "logits": lambda model, y: model.logits(y),
+    "log-density": lambda model, y: model.log_density(y),
+    "log-joint": lambda model, y: model.log_joint(y, 0.1),
+}
+
+
+@pytest.mark.parametrize("quantity", QUANTITIES.values(), ids=QUANTITIES.keys())
+def test_compiled_quantities_are_the_eager_ones(quantity, small, counting, y):
+    expected = quantity(small, y)
+    small.inference = Inference(mode="on", backend=counting)
+    for _ in range(3):  # the first call is eager, the second compiles
+        # the same operations; a noise level squared in float32 instead of float64
+        torch.testing.assert_close(quantity(small, y), expected, rtol=1e-6, atol=1e-7)
+    assert counting.graphs == 1
+
+
+def test_another_noise_level_is_not_another_function(counting):
+    """The exact denoiser of a mixture, which is told its noise level."""
+    means = torch.rand(2, 1, 3, 3, dtype=torch.float64)
+    mixture = GaussianMixture(means, 0.05)
+    levels = [0.1, 0.2, 0.3, torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)]
+    y = torch.rand(4, 1, 3, 3, dtype=torch.float64)
+    mixture.inference = Inference(mode="on", backend=counting)
+    for level in levels:
+        expected = mixture.posterior_mean(y, level)
+        torch.testing.assert_close(mixture.denoise(y, level), expected)
+        assert not mixture.denoise(y, level).requires_grad
+    assert counting.graphs == 1
+
+
+def test_sizes_that_do_not_repeat_are_never_compiled(small, counting, y):
+    small.inference = Inference(mode="on", backend=counting)
+    for count in (4, 3, 4, 1, 4, 3):
+        small.score(y[:count])
+    assert counting.graphs == 0
+    assert not small.inference.compiled
+    for count in (4, 4, 3, 4, 1, 4):
+        torch.testing.assert_close(small.score(y[:count]), linearize(small, y[:count]).score())
+    assert counting.graphs == 1
+    assert small.inference.compiled
+
+
+def test_so_many_sizes_are_compiled_and_no_more(small, counting):
+    small.inference = Inference(mode="on", backend=counting)
+    for count in range(1, SIZES + 3):
+        for _ in range(2):
+            assert small.log_density(torch.rand(count, 1, 4, 4)).shape == (count,)
+    assert counting.graphs == SIZES
+
+
+def test_a_network_of_the_library_compiles_with_its_weights_left_free(counting):
+    model = create_model("gradresnet18", 3, in_channels=1, width=8, image_size=8).eval()
+    model.requires_grad_(False)
+    y = torch.rand(2, 1, 8, 8)
+    model.inference = Inference(mode="on", backend=counting)
+    for _ in range(2):
+        for parameter in model.parameters():  # other weights are not another function
+            parameter.mul_(1.1)
+        expected = linearize(model, y).score()
+        for _ in range(2):
+            torch.testing.assert_close(model.score(y), expected)
+    assert counting.graphs == 1
+
+
+def test_auto_compiles_once_enough_work_lies_ahead(small, counting, y):
+    small.inference = Inference(mode="auto", backend=counting)
+    small.inference.expect(PAYS / 2)
+    for _ in range(3):
+        small.score(y)
+    assert counting.graphs == 0
+    small.inference.expect(2 * PAYS)
+    for _ in range(3):
+        small.score(y)
+    assert counting.graphs == 1
+
+
+# --- no graph is kept ----------------------------------------------------------------------------
+
+
+def living_tensors():
+    return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [*((name, "off") for name in QUANTITIES), ("score", "on"), ("denoised", "on")]
+)
+def test_a_frozen_model_keeps_nothing(name, mode, small, counting, y):
+    """Whether or not the user says no_grad; not even until Python looks for cycles."""
+    quantity = QUANTITIES[name]
+    small.inference = Inference(mode=mode, backend=counting)
+    for _ in range(3):
+        assert quantity(small, y).grad_fn is None
+    gc.collect()
+    gc.disable()
+    try:
+        before = living_tensors()
+        for _ in range(5):
+            quantity(small, y)
+        assert living_tensors() == before
+    finally:
+        gc.enable()
+
+
+def test_a_frozen_model_records_no_second_derivatives(small, y, monkeypatch):
+    """With gradients switched on, a pull-back would be recorded to be differentiated again."""
+    modes = []
+
+    def spy(*arguments):
+        modes.append(torch.is_grad_enabled())
+        return linearize(*arguments)
+
+    monkeypatch.setattr(compiled, "linearize", spy)
+    small.score(y)
+    small.requires_grad_(True).score(y)
+    assert modes == [False, True]
+
+
+def test_where_a_gradient_is_wanted_nothing_is_compiled(small, counting, y):
+    weight = next(small.requires_grad_(True).parameters())
+    expected = torch.autograd.grad(small.score(y).square().sum(), weight)
+    small.inference = Inference("bf16", "on", counting)
+    for _ in range(3):
+        found = torch.autograd.grad(small.score(y).square().sum(), weight)
+        assert torch.equal(found[0], expected[0])
+    small.requires_grad_(False)
+    leaf = y.clone().requires_grad_()
+    assert small.log_density(leaf).requires_grad
+    gradient = torch.func.grad(lambda image: small.log_density(image).sum())(y)
+    torch.testing.assert_close(gradient, linearize(small, y).score())
+    assert counting.graphs == 0
+
+
+def test_a_trainable_model_is_compiled_under_no_grad(small, counting, y):
+    small.requires_grad_(True)
+    expected = small.score(y).detach()
+    small.inference = Inference(mode="on", backend=counting)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(small.score(y), expected)
+    with torch.inference_mode():
+        made_there = y.clone()
+        torch.testing.assert_close(small.score(made_there, sigma=0.1), expected)
+        torch.testing.assert_close(small.score(made_there), expected)
+    assert counting.graphs == 1
+
+
+# --- precision -----------------------------------------------------------------------------------
+
+
+def test_bf16_rounds_the_network_and_nothing_else(small, counting, y):
+    expected = {name: quantity(small, y) for name, quantity in QUANTITIES.items()}
+    small.inference = Inference("bf16", "on", counting)
+    for name, quantity in QUANTITIES.items():
+        for _ in range(2):
+            found = quantity(small, y)
+            assert found.dtype == torch.float32
+            error = (found - expected[name]).norm() / expected[name].norm()
+            # bfloat16 has 8 bits: 2^-9 a rounding, a few of which add up in so small a network
+            assert error < 2e-2, name
+    assert not torch.equal(small.score(y), expected["score"])
+    assert small(y).log_density.dtype == torch.float32  # forward is not touched
+    assert torch.equal(linearize(small, y).score(), expected["score"])
+
+
+def test_a_copy_starts_without(small, y):
+    expected = small.score(y)
+    small.set_inference("bf16")
+    assert not torch.equal(small.score(y), expected)
+    for twin in (copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
+        assert torch.equal(twin.score(y), expected)
+    assert torch.equal(Small.score(small.set_inference(), y), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"precision": "fp16"}, "precision 'fp16'"),
+        ({"precision": "tf32"}, "needs an NVIDIA GPU"),
+        ({"compile": "yes"}, "compile mode 'yes'"),
+    ],
+)
+def test_what_the_device_does_not_have_is_refused(options, words, small):
+    with pytest.raises(UserError, match=words):
+        small.set_inference(**options)
+    assert small.inference.precision == "fp32"
+
+
+def test_auto_is_float32_and_eager_on_a_cpu(small):
+    inference = small.set_inference("auto", "auto").inference
+    assert (inference.precision, inference.mode) == ("fp32", "off")
+
+
+# --- what cannot be compiled ---------------------------------------------------------------------
+
+
+class Talking(Small):
+    """Its forward pass writes to a file, which no graph can."""
+
+    def forward(self, y, sigma=None):
+        torch._dynamo.graph_break()
+        return super().forward(y, sigma)
+
+
+def test_what_cannot_be_compiled_is_told(y, counting):
+    model = Talking().eval().requires_grad_(False)
+    expected = model.score(y)
+    model.inference = Inference(mode="on", backend=counting)
+    model.score(y)
+    with pytest.raises(UserError, match=r"cannot be compiled: .* use --compile off"):
+        model.score(y)
+    model.inference = Inference(mode="auto", backend=counting)
+    model.inference.expect(2 * PAYS)
+    model.score(y)
+    with pytest.warns(UserWarning, match="not compiled, running eagerly"):
+        assert torch.equal(model.score(y), expected)
+    assert torch.equal(model.score(y), expected)  # and is not tried again
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler about its own parts
+def test_the_real_compiler_gives_the_same_scores():
+    model = create_model("gradresnet18", 3, in_channels=1, width=8, image_size=8).eval()
+    model.requires_grad_(False)
+    y, c = torch.rand(4, 1, 8, 8), torch.tensor([0, 2, 1, 1])
+    expected = model.score(y), model.denoise(y, 0.1, c)
+    model.set_inference(compile="on")
+    for _ in range(3):
+        found = model.score(y), model.denoise(y, 0.1, c)
+        for a, b in zip(found, expected, strict=True):
+            # sums in another order: 1e-7 a sum, up to 1e-5 through 18 layers and back
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+    assert model.inference.compiled
