@@ -14,8 +14,10 @@ bf16      autocast: feature maps and products in bfloat16, sums in float32
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, get_args
 
@@ -30,6 +32,7 @@ __all__ = [
     "Precision",
     "autocast",
     "describe",
+    "keep_freed_memory",
     "memory_format",
     "pick_compile",
     "pick_device",
@@ -42,6 +45,7 @@ __all__ = [
 Precision = Literal["fp32", "tf32", "bf16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 COMPILE_MODES = ("auto", "on", "off")
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 
 class ComputeConfig(BaseModel):
@@ -155,12 +159,26 @@ def memory_format(device: torch.device, differentiate: bool) -> torch.memory_for
     """How images are best laid out in memory for a training step.
 
     Channels last, which matrix units want; on a CPU only where the model is not differentiated by
-    its input: there the second derivatives of activations and norms mix layouts, which was measured
-    to cost a fifth of the step.
+    its input, whose second derivatives are slower in that layout there (``benchmarks/layout.py``).
     """
     if device.type == "cpu" and differentiate:
         return torch.contiguous_format
     return torch.channels_last
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """On Linux, let this process keep the memory that tensors on the CPU release.
+
+    A training step allocates and releases hundreds of MB. By default the C library gives much of it
+    back to the system each time, which then has to map and clear it anew (``benchmarks/layout.py``
+    tells what that costs). A setting of the whole process; its peak does not change.
+    """
+    if device.type != "cpu" or not sys.platform.startswith("linux"):
+        return
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):  # glibc; other C libraries have no such setting
+        library.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+        library.mallopt(_MMAP_THRESHOLD, 2**30)
 
 
 def widened(x: Tensor) -> Tensor:

@@ -39,8 +39,8 @@ import torch
 from torch import Tensor, nn
 
 from ebmkit.card import ModelCard
-from ebmkit.compiled import Inference, Wanted, make_inference
-from ebmkit.compute import widened
+from ebmkit.compiled import Inference, Wanted, device_of, make_inference
+from ebmkit.compute import keep_freed_memory, widened
 from ebmkit.errors import UserError
 from ebmkit.linearization import (
     Energies,
@@ -105,8 +105,9 @@ class EnergyModel(nn.Module, ABC):
     def set_inference(self, precision: str = "fp32", compile: str = "off") -> Self:
         """Choose how scores, denoised images and energies are computed; returns the model.
 
-        It holds where no gradient of them is wanted: under `torch.no_grad`, or in a frozen model,
+        The choice holds where no gradient is wanted: under `torch.no_grad`, or in a frozen model,
         as `ebmkit.load` gives. `forward` and `linearize`, and so training, are not touched.
+        Parameters are laid out channels last, in which values differ in their last bits.
 
         Args:
             precision: of products: fp32, tf32, bf16 (results are float32); auto is fp32. Whether
@@ -121,7 +122,8 @@ class EnergyModel(nn.Module, ABC):
         >>> model.set_inference("bf16", compile="on").score(y)           # doctest: +SKIP
         """
         self.inference = make_inference(self, precision, compile)
-        return self
+        keep_freed_memory(device_of(self))
+        return self.to(memory_format=torch.channels_last)
 
     def infer(
         self,

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from ebmkit.compute import widened, without_autocast
 from ebmkit.models.norms import NormName, make_norm
 from ebmkit.models.parts import Features
+from ebmkit.models.pooling import mean_over_positions
 from ebmkit.models.recompute import recompute
 from ebmkit.registry import Preset
 
@@ -162,7 +163,7 @@ class GradResNet(nn.Module):
             for i, h in enumerate(maps):
                 wide = widened(h)
                 if grid == (1, 1):
-                    mean = wide.mean(dim=(2, 3))[:, None]
+                    mean = mean_over_positions(wide)[:, None]
                 else:
                     mean = nn.functional.adaptive_avg_pool2d(wide, grid).flatten(2).transpose(1, 2)
                 pooled.append(self.side[i](mean) if i < len(maps) - 1 else mean)

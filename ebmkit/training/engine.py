@@ -16,8 +16,9 @@ the parameters are still those before the update when `TrainingStep.read` tells 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -25,12 +26,20 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from ebmkit.compute import ComputeConfig, pick_compile, pick_precision, set_tf32
+from ebmkit.compute import (
+    ComputeConfig,
+    keep_freed_memory,
+    memory_format,
+    pick_compile,
+    pick_precision,
+    set_tf32,
+)
 from ebmkit.data import Batch
 from ebmkit.errors import UserError
 from ebmkit.models import JointModel
 from ebmkit.objectives import Losses, TrainingLoss
 from ebmkit.parallel import World
+from ebmkit.training.rehearse import unreached
 
 __all__ = ["OutOfMemory", "Reading", "TrainingStep"]
 
@@ -103,13 +112,12 @@ class TrainingStep:
         self.precision = pick_precision(self.compute.precision, self.device)
         set_tf32(self.device, self.precision)
         loss.precision = self.precision
-        if self.device.type != "cpu":
-            loss.model.to(memory_format=torch.channels_last)
-        rough = loss.model.has_batch_norm and any(t.objective.needs_score for t in loss.terms)
-        self.compiled = self._prepare(rough)
-        # in one graph a compiler can merge streams, and DDP must see all gradients in one backward
-        loss.separate = not self.compiled and self.world.size == 1
+        matching = any(term.objective.needs_score for term in loss.terms)
+        loss.model.to(memory_format=memory_format(self.device, matching))
+        keep_freed_memory(self.device)
         self._parallel: nn.Module | None = None  # made with the first batch
+        self._settled = False
+        self._compile(self._may_compile(matching))
         self.names = tuple(term.name for term in loss.terms)
         self._values = torch.zeros(len(self.names) + 2, device=self.device)  # parts, stop, norm
         self._failed = torch.zeros((), device=self.device)
@@ -130,25 +138,17 @@ class TrainingStep:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
         values = torch.zeros(len(self.names) + 1, device=self.device)
         values[-1] = float(stop)
-        count = self.compute.accumulate
-        drawn = {name: batches[name] for name in self.loss.streams}
-        parts = list(_split(drawn, count, self.loss.separate))
-        for i, part in enumerate(parts):
-            with _told_of_memory(), self._apart(part, last=i == len(parts) - 1):
-                losses = self._losses(part)
-                (losses.total / count).backward()  # type: ignore[no-untyped-call]
-            for name, value in losses.parts.items():
-                values[self.names.index(name)] += value / count
-        self.world.mean_(values)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        self._note(values, norm)
-        if self.clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
-        self.optimizer.step()
+        with _told_of_memory():
+            values[:-1] = self._differentiate(batches)
+            self.world.mean_(values)
+            gradients = [p.grad for p in self.parameters if p.grad is not None]
+            norm = nn.utils.get_total_norm(gradients)
+            self._note(values, norm)
+            if self.clip_norm is not None:
+                nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
+            self.optimizer.step()
         if self.average is not None:
             self.average.update_parameters(self.loss.model)
         self.loss.remember(dict(zip(self.names, values[:-1], strict=True)))
@@ -169,77 +169,105 @@ class TrainingStep:
         self._failed.copy_(torch.maximum(self._failed, 1 - now.isfinite().all().float()))
         self._done += 1 - self._failed
 
-    def _losses(self, batches: dict[str, Batch]) -> Losses:
-        if not self.compiled:
-            return self._forward(batches)
+    def _differentiate(self, batches: Mapping[str, Batch]) -> Tensor:
+        """Gradients into the parameters; each term's mean, (number of terms,)."""
         try:
-            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-            return self._forward(batches)
-        except torch._dynamo.exc.TorchDynamoException as error:
+            values = self._forward_and_backward(batches)
+        except Exception as error:  # a compiler may fail in ways of its own, forward or backward
+            if not self.compiled or self._settled or isinstance(error, torch.OutOfMemoryError):
+                raise
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            if self.compute.compile == "on":
-                raise UserError(
-                    f"the step cannot be compiled: {reason}; use --compile off"
-                ) from None
-            warnings.warn(f"not compiled, running eagerly: {reason}", stacklevel=4)
-            self.compiled = False
-            self.loss._compiled_call_impl = None
-            return self._forward(batches)
+        else:
+            self._settled = True
+            return values
+        if self.compute.compile == "on":
+            raise UserError(f"the step cannot be compiled: {reason}; use --compile off")
+        warnings.warn(f"not compiled, running eagerly: {reason}", stacklevel=3)
+        self._compile(False)
+        return self._forward_and_backward(batches)
 
-    def _forward(self, batches: dict[str, Batch]) -> Losses:
-        with _memory_budget(0.3 if self.compute.recompute and self.compiled else 1.0):
-            losses: Losses = (self._parallel or self.loss)(batches)
-        return losses
+    def _forward_and_backward(self, batches: Mapping[str, Batch]) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        values = torch.zeros(len(self.names), device=self.device)
+        count = self.compute.accumulate
+        drawn = {name: batches[name] for name in self.loss.streams}
+        parts = list(_split(drawn, count, self.loss.separate))
+        budget = 0.3 if self.compute.recompute and self.compiled else 1.0
+        for i, part in enumerate(parts):
+            if self.compiled:
+                torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+            with self._apart(part, last=i == len(parts) - 1), _memory_budget(budget):
+                losses: Losses = (self._parallel or self.loss)(part)
+                (losses.total / count).backward()  # type: ignore[no-untyped-call]
+            for name, value in losses.parts.items():
+                values[self.names.index(name)] += value / count
+        return values
 
-    def _prepare(self, rough: bool) -> bool:
-        """Set recomputation and compilation up; whether the loss is compiled."""
-        compiled = pick_compile(self.compute.compile, self.device)
-        if compiled and rough:
+    def _may_compile(self, matching: bool) -> bool:
+        """Whether to compile.
+
+        Raises:
+            UserError: if it must be, and the device or the model does not allow it.
+        """
+        wanted = pick_compile(self.compute.compile, self.device)
+        if wanted and matching and self.loss.model.has_batch_norm:
             if self.compute.compile == "on":
                 raise UserError(
                     "a model with BatchNorm whose score is trained cannot be compiled: use "
                     "--compile off, or model.backbone.norm=group"
                 )
-            compiled = False
-        if self.compute.recompute and not compiled:
-            self._recompute()
+            return False
+        return wanted
+
+    def _compile(self, compiled: bool) -> None:
+        """Set compilation, and what depends on it: recomputation, and whether streams go apart."""
+        self.compiled = compiled
+        # in one graph a compiler can merge streams, and DDP must see all gradients in one backward
+        self.loss.separate = not compiled and self.world.size == 1
+        self.loss._compiled_call_impl = None
         if compiled:
-            graphs = self.device.type == "cuda" and self.world.size == 1
-            graphs = graphs and self.compute.accumulate == 1
-            self.loss.compile(
-                fullgraph=True,
-                dynamic=False,
-                backend=self.backend,
-                mode="reduce-overhead" if graphs else None,
-            )
+            self.loss._compiled_call_impl = self._compiled_loss()
+        if self.compute.recompute:
+            self._recompute(not compiled)
+
+    def _compiled_loss(self) -> Callable[..., Losses]:
+        # what was compiled is kept, and counted, by code object: each step gets its own
+        def run(batches: Mapping[str, Batch]) -> Losses:
+            losses: Losses = loss.forward(batches)
+            return losses
+
+        loss = self.loss
+        own = FunctionType(run.__code__.replace(), run.__globals__, closure=run.__closure__)
+        alone = self.world.size == 1 and self.compute.accumulate == 1
+        mode = "reduce-overhead" if self.device.type == "cuda" and alone else None
+        compiled: Callable[..., Losses] = torch.compile(
+            own, fullgraph=True, dynamic=False, backend=self.backend, mode=mode
+        )
         return compiled
 
-    def _recompute(self) -> None:
+    def _recompute(self, on: bool) -> None:
         model = self.loss.model
         if not isinstance(model, JointModel):
             raise UserError(
                 f"{type(model).__name__} cannot recompute its activations: set "
                 "compute.recompute=false, or split the batch by compute.accumulate"
             )
-        model.set_recompute(True)
+        model.set_recompute(on)
 
     def _apart(self, batches: dict[str, Batch], last: bool) -> AbstractContextManager[Any]:
         """Within, processes do not exchange gradients; they do with the last part."""
         if self.world.size == 1:
             return nullcontext()
         if self._parallel is None:
-            unused = self._without_gradient(batches)
+            unused = unreached(self.loss, {n: _shape(batch) for n, batch in batches.items()})
             self._parallel = self.world.wrap(self.loss, unused, self.loss.model.has_batch_norm)
         assert isinstance(self._parallel, DistributedDataParallel)
         return nullcontext() if last else self._parallel.no_sync()
 
-    def _without_gradient(self, batches: dict[str, Batch]) -> list[str]:
-        """Names in ``loss`` of parameters that this objective does not reach, by trying it."""
-        first = {name: _part(batch, 0, len(batch.x)) for name, batch in batches.items()}
-        named = [(n, p) for n, p in self.loss.named_parameters() if p.requires_grad]
-        total = self.loss.forward(first).total
-        found = torch.autograd.grad(total, [p for _, p in named], allow_unused=True)
-        return [name for (name, _), g in zip(named, found, strict=True) if g is None]
+
+def _shape(batch: Batch) -> tuple[int, int, int, int]:
+    count, channels, height, width = batch.x.shape
+    return count, channels, height, width
 
 
 def _split(batches: Mapping[str, Batch], count: int, separate: bool) -> Iterator[dict[str, Batch]]:
@@ -255,7 +283,12 @@ def _split(batches: Mapping[str, Batch], count: int, separate: bool) -> Iterator
 def _part(batch: Batch, k: int, count: int) -> Batch:
     if count == 1:
         return batch
-    size = len(batch.x) // count
+    size, rest = divmod(len(batch.x), count)
+    if rest:
+        raise UserError(
+            f"a batch of {len(batch.x)} does not divide into {count} parts: take a multiple of "
+            f"{count}, or another compute.accumulate"
+        )
     rows = slice(k * size, (k + 1) * size)
     cut = [None if column is None else column[rows] for column in batch]
     return Batch(*cut)  # type: ignore[arg-type]  # the optional columns stay where they were

@@ -40,7 +40,7 @@ from ebmkit.core import EnergyModel
 from ebmkit.data import Batch
 from ebmkit.objectives import TrainingLoss
 
-__all__ = ["Recorder", "Rehearsal", "Shapes", "forward_flops", "rehearse"]
+__all__ = ["Recorder", "Rehearsal", "Shapes", "forward_flops", "rehearse", "unreached"]
 
 Shapes = Mapping[str, tuple[int, int, int, int]]
 """Stream -> shape (B, C, H, W) of the images that this process takes of it in a step."""
@@ -158,6 +158,18 @@ def forward_flops(model: EnergyModel, shape: tuple[int, int, int]) -> int:
         with recorder:
             fake(image, sigma)
     return recorder.flops
+
+
+def unreached(loss: TrainingLoss, shapes: Shapes) -> list[str]:
+    """Names in ``loss`` of the trained parameters that get no gradient on batches of ``shapes``."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fake = _fake(loss, mode).train()
+        fake.zero_grad(set_to_none=True)
+        classes, device = fake.model.num_classes, next(fake.parameters()).device
+        with torch.enable_grad():
+            fake({n: _batch(shapes[n], classes, device) for n in fake.streams}).total.backward()
+        return [n for n, p in fake.named_parameters() if p.requires_grad and p.grad is None]
 
 
 def _fake(module: M, mode: FakeTensorMode) -> M:

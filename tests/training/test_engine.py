@@ -113,6 +113,19 @@ def test_nothing_is_compiled_again_after_the_first_step():
     assert counters["stats"]["unique_graphs"] == before
 
 
+def test_any_number_of_steps_can_be_compiled_in_one_process():
+    # What a compiler keeps is counted by code object, up to 8; each step has its own.
+    for count in range(2, 12):
+        step = make(tiny(), "ce", compile="on")
+        step(drawn(0, count), rate=1e-3)
+        assert step.compiled
+
+
+def test_a_batch_that_does_not_divide_into_parts_is_said():
+    with pytest.raises(ebmkit.UserError, match="batch of 5 does not divide into 2 parts"):
+        make(tiny(), accumulate=2)(drawn(0, 5), rate=1e-3)
+
+
 def test_a_batch_in_parts_has_the_gradient_of_the_whole():
     whole = gradients(make(gradresnet().double()), drawn(0, 4, torch.float64))
     parts = make(gradresnet().double(), accumulate=2)
@@ -225,3 +238,21 @@ def test_a_step_that_cannot_be_compiled(recwarn, monkeypatch):
         step(drawn(0), rate=1e-3)
     step(drawn(1), rate=1e-3)
     assert step.read().done == 2
+    assert step.loss.separate  # all as in a step that was eager from the start
+
+
+def test_a_compiler_that_fails_in_the_backward_pass(monkeypatch):
+    def backend(graph, inputs):
+        from torch._dynamo.backends.common import aot_autograd
+
+        def refuse(graph, inputs):
+            raise RuntimeError("no kernel for this")
+
+        return aot_autograd(fw_compiler=lambda g, i: g.forward, bw_compiler=refuse)(graph, inputs)
+
+    eager = gradients(make(tiny(), "ce+dsm"), drawn(0))
+    step = make(tiny(), "ce+dsm", backend=backend, compile="on")
+    step.compute = ComputeConfig(compile="auto")
+    with pytest.warns(UserWarning, match="not compiled, running eagerly: .*no kernel for this"):
+        found = gradients(step, drawn(0))
+    assert torch.equal(found, eager)
