@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -122,8 +122,7 @@ def everything_under_autocast() -> Iterator[None]:
     places = ("norms", "gradresnet", "joint")
     patches = [mock.patch(f"ebmkit.models.{place}.widened", new=_itself) for place in places]
     patches += [
-        mock.patch(f"ebmkit.models.{place}.without_autocast", return_value=nullcontext())
-        for place in places
+        mock.patch(f"ebmkit.models.{place}.without_autocast", new=_no_exception) for place in places
     ]
     for patch in patches:
         patch.start()
@@ -136,6 +135,10 @@ def everything_under_autocast() -> Iterator[None]:
 
 def _itself(x: torch.Tensor) -> torch.Tensor:
     return x
+
+
+def _no_exception(x: torch.Tensor) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 if __name__ == "__main__":

@@ -216,6 +216,26 @@ def processes_table() -> str:
     return "\n".join([*lines, "", f"{found['what']}. " + circumstances(found["environment"])])
 
 
+def layout_table() -> str:
+    """`benchmarks/results/layout.json` as two tables."""
+    found = json.loads((RESULTS / "layout.json").read_text())
+    lines = [
+        "| ms | contiguous | channels last | contiguous, plain mean | channels last, plain mean |",
+        "|---|---|---|---|---|",
+    ]
+    for what in ("dsm step", "ce step", "score"):
+        cells = [
+            f"{1e3 * found['layout_seconds'][f'{what}, {layout}, {pooling}']:.1f}"
+            for pooling in ("own mean", "PyTorch's mean")
+            for layout in ("contiguous", "channels last")
+        ]
+        lines.append(f"| {what} | {' | '.join(cells)} |")
+    lines += ["", "| freed memory | ms of a dsm step |", "|---|---|"]
+    for name, seconds in found["allocator_seconds"].items():
+        lines.append(f"| {name} | {1e3 * seconds:.1f} |")
+    return "\n".join([*lines, "", f"{found['what']}. " + circumstances(found["environment"])])
+
+
 def circumstances(environment: dict[str, Any]) -> str:
     """Hardware, versions and commit, in a sentence."""
     return (
@@ -235,4 +255,5 @@ MARKERS = {
     "<!-- speed: scaling -->": partial(speed_table, "scaling"),
     "<!-- precision -->": precision_table,
     "<!-- processes -->": processes_table,
+    "<!-- layout -->": layout_table,
 }

@@ -106,20 +106,31 @@ class _Pull(Protocol):
     def __call__(self, cotangent: Energies, /) -> Tensor: ...
 
 
-def linearize(model: EnergyModel, y: Tensor, sigma: Noise | None = None) -> Linearization:
+def linearize(
+    model: EnergyModel, y: Tensor, sigma: Noise | None = None, recorded: bool = False
+) -> Linearization:
     """Evaluate ``model`` at ``y`` (B, C, H, W) so that scores can be pulled back.
 
-    The gradient is taken by `torch.func.vjp`, which compilers understand. A BatchNorm in training
-    mode cannot be differentiated that way (it updates its running statistics in place), so such a
-    model goes through `torch.autograd.grad` with a graph; that path is for the paper's ablation
-    only, and the "score" it gives mixes the images of the batch.
+    The gradient is taken by `torch.func.vjp`, which compilers understand. The other way,
+    `torch.autograd.grad` with a graph, is for two cases. One is a BatchNorm in training mode, which
+    vjp cannot differentiate as it updates its running statistics in place: the paper's ablation,
+    whose "score" mixes the images of a batch. The other is an eager training step, where vjp's
+    bookkeeping of each operation is a few percent of a small network's time.
+
+    Args:
+        model: the model.
+        y: noisy images.
+        sigma: their noise level, a float or (B,).
+        recorded: take the second way where it gives the same: gradients are enabled, and none is
+            wanted by y.
     """
     compiling = torch.compiler.is_compiling()
     if not compiling and torch.is_inference_mode_enabled():
         return _linearize_outside_inference(model, y, sigma)
     if not compiling:
         model._warn_if_rough()
-    if model.training and model.has_batch_norm:
+    recorded = recorded and torch.is_grad_enabled() and not y.requires_grad
+    if recorded or (model.training and model.has_batch_norm):
         leaf = y.detach().requires_grad_()
         energies = model(leaf, sigma)
 

@@ -14,6 +14,7 @@ and nothing else. The first rank alone writes.
 from __future__ import annotations
 
 import os
+import platform
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -29,13 +30,27 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ebmkit.errors import UserError
 
-__all__ = ["World", "announced", "device_of_rank", "join", "restarted", "yield_to_first"]
+__all__ = [
+    "LostOthers",
+    "World",
+    "announced",
+    "device_of_rank",
+    "join",
+    "launch",
+    "restarted",
+    "yield_to_others",
+]
 
 T = TypeVar("T")
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-PATIENCE = timedelta(minutes=10)
-"""How long a process waits for the others before it gives up."""
+PATIENCE = timedelta(hours=2)
+"""How long a process waits for the others before it gives up: one may fetch or decode data for all.
+A process that dies is noticed at once, by the launcher."""
+
+
+class LostOthers(UserError):
+    """Another process ended, and said why."""
 
 
 @dataclass(frozen=True)
@@ -134,14 +149,31 @@ def join() -> Iterator[World]:
         raise _unreachable(world, error) from None
     try:
         yield world
-    finally:
-        dist.destroy_process_group()
+    except RuntimeError as error:
+        if not _lost(error):
+            raise
+        raise LostOthers(
+            f"process {rank} of {size} lost the others: one of them ended; see what it says"
+        ) from None
+    # not after an error: leaving the group in order would wait for processes that wait for this one
+    dist.destroy_process_group()
 
 
 def restarted() -> bool:
-    """Whether a launcher started this command again after it failed or was preempted."""
+    """Whether torchrun or SLURM started this command again after it failed or was preempted."""
     names = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
     return any(os.environ.get(name, "0") not in ("", "0") for name in names)
+
+
+def launch() -> str | None:
+    """What tells this start of the command, and its restarts, from others; None without a launcher.
+
+    The name of torchrun's job, its process where the job has no name, or SLURM's job.
+    """
+    job = os.environ.get("TORCHELASTIC_RUN_ID")
+    if job == "none":
+        return f"torchrun {os.getppid()} on {platform.node()}"
+    return job or os.environ.get("SLURM_JOB_ID")
 
 
 def device_of_rank(device: torch.device) -> torch.device:
@@ -161,14 +193,24 @@ def device_of_rank(device: torch.device) -> torch.device:
     return torch.device("cuda", local)
 
 
-def yield_to_first() -> None:
-    """Let the first process speak before this one does.
+def yield_to_others(error: UserError) -> None:
+    """Let the process speak first whose ``error`` it is.
 
-    A mistake in options or data is met by all processes alike. The first tells of it and ends,
-    whereupon the launcher stops the others, which have waited here.
+    A mistake in options or data is met by all processes alike: the first tells of it. A mistake
+    that one meets alone makes it leave, and the others lose it. Whoever speaks ends, whereupon the
+    launcher stops those that still wait here.
     """
-    if announced() and os.environ["RANK"] != "0":
+    if isinstance(error, LostOthers):
+        time.sleep(20)
+    elif announced() and os.environ["RANK"] != "0":
         time.sleep(5)
+
+
+def _lost(error: RuntimeError) -> bool:
+    """Whether ``error`` says that another process is gone."""
+    words = ("connection closed", "connection reset", "connection refused", "broken pipe")
+    is_distributed = isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+    return is_distributed or any(word in str(error).lower() for word in words)
 
 
 def _unreachable(world: World, error: Exception) -> UserError:

@@ -67,12 +67,12 @@ def learn(mixture: ebmkit.GaussianMixture, steps: int, seed: int = 0) -> ebmkit.
         sigma, eps = torch.full((len(x),), SIGMA), torch.randn_like(x)
         soft = nn.functional.one_hot(labels, 2).float()
         batch = Batch(x, x + SIGMA * eps, sigma, eps, labels, soft)
-        total, parts = loss({"denoise": batch})
+        losses = loss({"denoise": batch})
         optimizer.zero_grad()
-        total.backward()
+        losses.total.backward()
         optimizer.step()
         schedule.step()
-        loss.remember(parts)
+        loss.remember(losses.parts)
     return model.eval().requires_grad_(False)
 
 

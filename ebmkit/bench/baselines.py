@@ -197,6 +197,11 @@ class _OurStep:
         optimizer = make_optimizer(self.model, _ADAMW)
         self.step = TrainingStep(TrainingLoss(self.model, terms, BALANCE), optimizer, compute)
 
+    @property
+    def how(self) -> str:
+        """Precision, and whether it was compiled in the end."""
+        return f"{self.step.precision}, {'compiled' if self.step.compiled else 'eager'}"
+
     def __call__(self) -> None:
         set_tf32(self.step.device, self.step.precision)
         self.step(self.batches(), rate=_ADAMW.lr)

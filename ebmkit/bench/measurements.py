@@ -164,7 +164,7 @@ def measure(comparison: Comparison, device: torch.device, rounds: int) -> list[R
                 ratio=to_plain.median if to_plain else None,
                 ratio_range=(to_plain.low, to_plain.high) if to_plain else None,
                 ratios=ratios,
-                note=comparison.notes.get(who, ""),
+                note=getattr(steps[who], "how", comparison.notes.get(who, "")),
             )
         )
     return rows

@@ -13,7 +13,7 @@ import typer
 
 from ebmkit.cli.console import errors
 from ebmkit.errors import UserError
-from ebmkit.parallel import yield_to_first
+from ebmkit.parallel import yield_to_others
 
 __all__ = ["app", "main"]
 
@@ -52,6 +52,6 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        yield_to_first()
+        yield_to_others(error)
         errors.print(f"ebmkit: {error}", style="red", highlight=False, soft_wrap=True)
         sys.exit(2)

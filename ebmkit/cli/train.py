@@ -17,7 +17,7 @@ from ebmkit.cli.console import TensorBoard, Together, TrainingBar, console
 from ebmkit.data import ImageSet, StreamedSet
 from ebmkit.errors import UserError
 from ebmkit.files import write_atomically
-from ebmkit.parallel import World, join, restarted
+from ebmkit.parallel import World, join, launch, restarted
 from ebmkit.training import (
     Interrupted,
     Reporter,
@@ -30,7 +30,6 @@ from ebmkit.training import (
 )
 from ebmkit.training.assemble import assemble, images_of
 from ebmkit.training.cost import format_seconds
-from ebmkit.training.runs import environment
 
 __all__ = ["train"]
 
@@ -159,7 +158,7 @@ def _resolved(
     if world.first:
         if resume is None:
             resolved = resolve(*layers, recipe=recipe)
-            if restarted():
+            if restarted() and launch() is not None:
                 resume = _interrupted_run(out, resolved)
         else:
             resolved = resolve(RunFolder.open(resume).config(), *layers)
@@ -171,22 +170,12 @@ def _resolved(
 
 
 def _interrupted_run(out: Path | None, config: TrainConfig) -> Path | None:
-    """The folder that this command wrote to before its launcher started it again, if it did.
-
-    Raises:
-        UserError: if that cannot be told.
-    """
-    if out is not None:
-        return out if (out / "config.yaml").is_file() else None
-    launch = environment()["launch"]
-    if launch in (None, "none"):
-        raise UserError(
-            "started again by the launcher, and without --out it is not known which run to go on "
-            "with: give --out RUN"
-        )
-    for path in sorted(Path("runs").glob(f"{_stem(config)}*/environment.json")):
-        if json.loads(path.read_text()).get("launch") == launch:
-            return path.parent
+    """The folder that this command wrote to before its launcher started it again, if it did."""
+    folders = [out] if out is not None else sorted(Path("runs").glob(f"{_stem(config)}*"))
+    for folder in folders:
+        path = folder / "environment.json"
+        if path.is_file() and json.loads(path.read_text()).get("launch") == launch():
+            return folder
     return None
 
 
@@ -284,12 +273,12 @@ def _fit(trainer: Trainer, run: Path, tensorboard: bool) -> None:
 def _predict(config: TrainConfig, world: World) -> None:
     """Tell what the run would cost: counted, and timed over a few steps; nothing is written."""
     trainer = assemble(config, progress=console.is_terminal, world=world)
-    trainer.budget.check()
     with console.status("counting, and trying a few steps"):
         cost = trainer.budget.cost(config.steps)
         trainer.try_steps(TRIAL_STEPS)
     seconds = trainer.watch.seconds
-    table = Table("cost of training", _where(trainer), show_edge=False)
+    title = "cost of training" if world.size == 1 else f"cost to each of {world.size} processes"
+    table = Table(title, _where(trainer), show_edge=False)
     for name, value in cost.rows():
         table.add_row(name, value)
     share = f"{cost.share(seconds):.0%} of the matrix rate"

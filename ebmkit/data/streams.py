@@ -157,7 +157,7 @@ class Stream:
             sampler=_Order(self, start, stop),
             num_workers=self.workers,
             pin_memory=cuda,
-            worker_init_fn=_ignore_interrupt,
+            worker_init_fn=_ignore_signals,
             generator=torch.Generator(),  # leaves the process's own generator alone
         )
         for step, item in enumerate(loader, start):
@@ -290,9 +290,13 @@ class _Reading(Dataset[tuple[Tensor, Tensor | None] | UserError]):
             return error
 
 
-def _ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the main one answers it and ends workers."""
+def _ignore_signals(worker: int) -> None:
+    """Ctrl-C, and a launcher's request to end, reach every process of a group.
+
+    The main one answers, and ends its workers in its own time.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _check(

@@ -143,6 +143,8 @@ class TrainingLoss(nn.Module):
         precision: what the network computes in; scores, residuals and losses are float32 always.
         separate: whether each stream is to go backward before the next goes forward, so that no two
             are kept at once; for who calls this module, which sums over the streams it is given.
+        recorded: whether scores are taken by recording a graph, not by `torch.func.vjp`; the same
+            values (see `ebmkit.core.linearize`).
         balanced: names of the balanced terms.
         running: (len(balanced),) their running means.
     """
@@ -162,7 +164,8 @@ class TrainingLoss(nn.Module):
         self.balance = balance
         self.stream_of = {term.name: term.objective.stream for term in terms} | dict(streams or {})
         self.precision: Precision = "fp32"
-        self.separate = False
+        self.separate = self.recorded = False
+        self._differentiates = any(term.objective.needs_score for term in terms)
         self.balanced = tuple(term.name for term in terms if term.balanced)
         self.register_buffer("running", torch.ones(len(self.balanced)), persistent=False)
 
@@ -209,11 +212,12 @@ class TrainingLoss(nn.Module):
 
     def _evaluate(self, batch: Streamed, differentiate: bool) -> Linearization:
         y = batch.y
-        if y.ndim == 4:
-            y = y.contiguous(memory_format=memory_format(y.device, differentiate))
+        layout = memory_format(y.device, differentiate)
+        if y.ndim == 4 and layout != memory_format(y.device, self._differentiates):
+            y = y.contiguous(memory_format=layout)  # else the parameters' layout decides
         with autocast(y.device, self.precision):
             if differentiate:
-                return linearize(self.model, y, batch.sigma)
+                return linearize(self.model, y, batch.sigma, self.recorded)
             return Linearization(y, self.model(y, batch.sigma), _no_gradient)
 
     def _factor(self, term: Term, batch: Streamed) -> Tensor | float:

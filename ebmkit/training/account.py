@@ -8,6 +8,7 @@ up in it) where there are others.
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -101,13 +102,18 @@ class Budget:
         """What a run of ``steps`` costs: counted, but for the device's measured matrix rate."""
         return step_cost(self.loss, self.shapes, steps, self.states, self.accumulate)
 
-    def too_large(self) -> UserError:
+    def too_large(self, held: int) -> UserError:
         """The error for a step that ran out of memory; it says how large a batch would fit.
 
-        Counts as free what is not in parameters or optimiser: drop gradients first.
+        To be asked when nothing of the step is referred to any more, its exception included.
+
+        Args:
+            held: bytes of parameters and optimiser states, which are there already.
         """
         device = next(self.loss.parameters()).device
-        held = (1 + self.states) * sum(p.nbytes for p in self.loss.parameters())
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         limit = (available_memory(device) or 0) + held
         return too_large(
             self.loss, self.shapes, limit, self.states, self.accumulate, self.processes
@@ -167,7 +173,8 @@ class Account:
     def sentence(self) -> str:
         """One line for the end of a run."""
         return (
-            f"{format_seconds(self.step_seconds)} a step, {self.images_per_s:,.0f} images/s, "
+            f"{format_seconds(self.step_seconds)} a step ({self.data_share:.1%} of it for data), "
+            f"{self.images_per_s:,.0f} images/s, "
             f"peak memory {format_bytes(self.peak_memory)}, "
             f"{format_flops(sum(self.flops.values()))}FLOP a step: {self.share:.0%} of the matrix "
             f"rate of {self.processes} x {self.device} ({format_flops(self.matrix_rate)}FLOP/s "

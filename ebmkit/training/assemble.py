@@ -87,6 +87,8 @@ def assemble(
         reporter,
         world,
     )
+    if trainer.device.type == "cpu":  # where running out of memory ends the process unasked
+        trainer.budget.check()
     checkpoint = world.from_first(run.load_checkpoint() if run is not None else None)
     if checkpoint is not None:
         trainer.restore(checkpoint)

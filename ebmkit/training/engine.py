@@ -4,9 +4,10 @@ A batch of B images is split into K parts of equal size, on W processes, and
 
 .. math:: \nabla L = \frac{1}{KW} \sum_{k,r} \nabla L_{k,r},
 
-since every loss is a mean over images. The score is taken inside the loss by `torch.func.vjp`, so
-that forward pass, score and loss are one graph for a compiler (``fullgraph``); eager execution of
-the same code is the reference it is tested against.
+since every loss is a mean over images. For a compiler the score is taken inside the loss by
+`torch.func.vjp`, so that forward pass, score and loss are one graph (``fullgraph``); eagerly by
+`torch.autograd.grad`, which has less to keep book of: the reference that the other is tested
+against.
 
 The host never waits for the device within a step. Losses, the gradient's norm and whether they are
 finite stay on the device; fused AdamW skips the update when they are not, and every later one, so
@@ -224,6 +225,8 @@ class TrainingStep:
         self.compiled = compiled
         # in one graph a compiler can merge streams, and DDP must see all gradients in one backward
         self.loss.separate = not compiled and self.world.size == 1
+        # vjp is for compilers, and recomputes only what the score itself needs
+        self.loss.recorded = not compiled and not self.compute.recompute
         self.loss._compiled_call_impl = None
         if compiled:
             self.loss._compiled_call_impl = self._compiled_loss()
@@ -305,11 +308,14 @@ def _memory_budget(share: float) -> AbstractContextManager[Any]:
 @contextmanager
 def _told_of_memory() -> Iterator[None]:
     """Turn an allocation that failed into `OutOfMemory`."""
+    full = False
     try:
         yield
     except torch.OutOfMemoryError:
-        raise OutOfMemory from None
+        full = True
     except RuntimeError as error:
-        if "can't allocate memory" in str(error):
-            raise OutOfMemory from None
-        raise
+        if "can't allocate memory" not in str(error):
+            raise
+        full = True
+    if full:  # out of the handler: the error's traceback keeps what the step held
+        raise OutOfMemory

@@ -136,8 +136,11 @@ def check_fits(
         UserError: if it has not; the message says what would fit.
     """
     memory = step_memory(loss, shapes, states, accumulate)
+    device = next(loss.parameters()).device
     if free is None:
-        free = available_memory(next(loss.parameters()).device)
+        free = available_memory(device)
+        if free is not None and device.type == "cpu":  # all processes of this machine share it
+            free //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if free is not None and memory.total - memory.parameters > free:
         raise too_large(loss, shapes, free + memory.parameters, states, accumulate, ranks)
     return memory

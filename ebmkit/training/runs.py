@@ -35,6 +35,7 @@ from pydantic import BaseModel
 
 from ebmkit.errors import UserError
 from ebmkit.files import write_atomically
+from ebmkit.parallel import launch
 
 __all__ = ["RunFolder"]
 
@@ -202,7 +203,7 @@ def environment() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "git_commit": _git_commit(),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
-        "launch": os.environ.get("TORCHELASTIC_RUN_ID"),
+        "launch": launch(),
         "command": ["ebmkit", *sys.argv[1:]],
     }
 

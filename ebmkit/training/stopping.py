@@ -14,7 +14,7 @@ __all__ = ["stop_requested"]
 def stop_requested() -> Iterator[Callable[[], bool]]:
     """Within, the first SIGINT or SIGTERM only raises a flag, so that no step is cut in half.
 
-    The second SIGINT interrupts at once.
+    A SIGINT after that interrupts at once.
     """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -22,7 +22,7 @@ def stop_requested() -> Iterator[Callable[[], bool]]:
         return
 
     def handle(signum: int, frame: object) -> None:
-        if asked.is_set():
+        if asked.is_set() and signum == signal.SIGINT:
             raise KeyboardInterrupt
         asked.set()
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
+import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ebmkit.card import ModelCard
@@ -161,8 +162,6 @@ class Trainer:
                 disk is full.
         """
         config = self.config
-        if self.device.type == "cpu":  # where running out of memory ends the process unasked
-            self.budget.check()
         streams = {n: s.batches(self.step, config.steps) for n, s in self.streams.items()}
         batches = prefetched(streams, self.device)
         self.first_step = self.step
@@ -255,12 +254,20 @@ class Trainer:
         begun = time.perf_counter()
         drawn = next(batches)
         self.watch.step(time.perf_counter() - begun)
+        fits = True
         try:
             self.update(drawn, rate, stop)
         except OutOfMemory:
-            self.optimizer.zero_grad(set_to_none=True)
-            raise self.budget.too_large() from None
+            fits = False
+        if not fits:  # out of the handler, which would keep what the step held
+            self._explain_memory()
         self.step += 1
+
+    def _explain_memory(self) -> NoReturn:
+        self.optimizer.zero_grad(set_to_none=True)
+        states = [v for own in self.optimizer.state.values() for v in own.values()]
+        held = [*self.loss.parameters(), *(v for v in states if torch.is_tensor(v))]
+        raise self.budget.too_large(sum(t.nbytes for t in held))
 
     def _log_step(self, reading: Reading) -> None:
         speed = self.images_per_step / self.watch.stop()

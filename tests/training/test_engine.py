@@ -75,6 +75,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(((a - b).norm() / b.norm()).detach())
 
 
+@pytest.mark.slow
 def test_traced_gradients_are_the_eager_ones():
     objective = "ce+dsm+cdsm"
     eager = gradients(make(gradresnet(), objective, compile="off"), drawn(0))
