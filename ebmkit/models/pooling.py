@@ -4,8 +4,8 @@ r"""The mean over positions, with a gradient laid out in memory as its input is.
     \frac{\partial f}{\partial h_{ij}}^{\!\top} g = \frac{g}{HW} .
 
 PyTorch spreads g in its default layout. Where maps lie channels last, everything the score computes
-behind it then mixes the two layouts: measured on a CPU, that cost 4 % of a score and a tenth of a
-score-matching step (``benchmarks/layout.py``).
+behind it then mixes the two layouts, which on a CPU costs some percent of a score-matching step
+(``benchmarks/layout.py``).
 """
 
 from __future__ import annotations
