@@ -84,7 +84,9 @@ def test_traced_gradients_are_the_eager_ones():
     assert relative(gradients(step, drawn(0)), eager) < 1e-5
 
 
-@pytest.mark.parametrize("objective", ["ce", "dsm", "ce+cdsm"])
+@pytest.mark.parametrize(
+    "objective", ["ce", "dsm", pytest.param("ce+cdsm", marks=pytest.mark.slow)]
+)
 def test_the_real_compiler_gives_the_eager_gradients(objective):
     eager = gradients(make(tiny(), objective, compile="off"), drawn(0))
     compiled = make(tiny(), objective, backend="inductor", compile="on")
