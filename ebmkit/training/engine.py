@@ -175,7 +175,8 @@ class TrainingStep:
         try:
             values = self._forward_and_backward(batches)
         except Exception as error:  # a compiler may fail in ways of its own, forward or backward
-            if not self.compiled or self._settled or isinstance(error, torch.OutOfMemoryError):
+            known = isinstance(error, (torch.OutOfMemoryError, UserError))
+            if not self.compiled or self._settled or known:
                 raise
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         else:

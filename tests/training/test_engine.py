@@ -188,16 +188,23 @@ def test_bfloat16_keeps_energies_scores_and_gradients_in_float32():
     assert relative(got, gradients(make(gradresnet()), drawn(0))) < 0.1
 
 
-def test_the_statistics_of_a_norm_do_not_lose_bits_to_autocast():
-    # A mean far above the deviation: in bfloat16 the difference would be rounded away.
-    x = 100 + torch.randn(2, 8, 16, 16)
-    rounded = x.bfloat16()
-    norm = GroupNorm(8)
+@pytest.mark.parametrize("keep_scale", [False, True])
+def test_a_norm_rounds_once_under_autocast(keep_scale):
+    # Bit for bit what float32 gives, rounded at the end: no statistic was rounded on the way.
+    x = (3 + torch.randn(2, 16, 16, 16)).bfloat16()
+    norm = GroupNorm(16, keep_scale=keep_scale)
     with torch.autocast("cpu", torch.bfloat16):
-        got = norm(rounded)
-    assert got.dtype == torch.bfloat16
-    # the output is rounded once, to 8 bits
-    assert relative(got.float(), norm(rounded.float())) < 2**-8
+        got = norm(x)
+    assert torch.equal(got, norm(x.float()).bfloat16())
+
+
+def test_features_are_averaged_and_projected_in_float32_under_autocast():
+    backbone = gradresnet().backbone
+    with torch.autocast("cpu", torch.bfloat16):
+        features = backbone(draw(0).x)
+    assert features.maps[0].dtype == torch.bfloat16
+    exact = backbone.pool(tuple(h.float() for h in features.maps), (1, 1)).squeeze(1)
+    assert torch.equal(features.pooled, exact)
 
 
 def test_a_precision_or_mode_that_the_device_lacks_is_said(monkeypatch):
