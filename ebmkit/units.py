@@ -15,7 +15,7 @@ from pydantic import BeforeValidator
 
 from ebmkit.errors import UserError
 
-__all__ = ["Sigma", "SigmaOrZero", "format_sigma", "parse_sigma"]
+__all__ = ["Sigma", "SigmaOrZero", "format_sigma", "in_255ths", "parse_sigma"]
 
 
 def parse_sigma(value: object, allow_zero: bool = False) -> float:
@@ -72,3 +72,12 @@ Sigma = Annotated[float, BeforeValidator(parse_sigma)]
 
 SigmaOrZero = Annotated[float, BeforeValidator(_parse_sigma_or_zero)]
 """The same where 0 stands for no noise."""
+
+
+def in_255ths(sigma: float) -> str:
+    """How JSON keys and pictures name a noise level.
+
+    >>> in_255ths(25 / 255)
+    '25'
+    """
+    return f"{sigma * 255:.4g}"

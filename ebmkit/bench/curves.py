@@ -77,14 +77,14 @@ def scaling_plot(rows: Sequence[Row], path: Path) -> None:
     """
     from matplotlib.ticker import NullLocator
 
-    from ebmkit.pictures import BLUE, ORANGE, _figure, _save
+    from ebmkit.pictures.common import BLUE, ORANGE, new_figure, save_figure
 
     found = [(setting, row) for row in rows if (setting := Setting.read(row.name))]
     found = [(setting, row) for setting, row in found if setting.what == SCALING]
     if not found:
         raise UserError("there are no rows of scaling to draw: measure with --scaling")
     base = found[0][0]
-    figure = _figure(9.6, 5.2, layout="constrained")
+    figure = new_figure(9.6, 5.2, layout="constrained")
     panels = figure.subplots(2, 3, sharex="col")
     looks = {OURS: (BLUE, "o", "-"), PLAIN: (ORANGE, "s", "--")}
     for column, field in enumerate(("width", "image_size", "batch")):
@@ -114,7 +114,7 @@ def scaling_plot(rows: Sequence[Row], path: Path) -> None:
     panels[1, 0].set_ylabel("peak memory (MB)")
     panels[0, 0].legend(frameon=False, fontsize=8)
     figure.suptitle(f"{base}, on {found[0][1].device}", fontsize=10)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _activations(setting: Setting) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,7 +17,7 @@ from ebmkit.evaluation import Images, evaluation_folder, parse_suites, tables
 from ebmkit.evaluation import evaluate as run_suites
 from ebmkit.models import load
 from ebmkit.parallel import World, device_of_rank, join
-from ebmkit.training import DataConfig, RunFolder, resolve
+from ebmkit.training import DataConfig, RunFolder, parse_assignments, resolve
 from ebmkit.training.assemble import Split, images_of
 
 __all__ = ["evaluate", "evaluate_run"]
@@ -26,8 +27,11 @@ __all__ = ["evaluate", "evaluate_run"]
 def evaluate(
     run: Annotated[Path, typer.Argument(help="run folder")],
     suite: Annotated[
-        str, typer.Option(help="suites joined by commas, or all; see `ebmkit list suites`")
-    ] = "all",
+        str,
+        typer.Option(
+            help="suites joined by commas; standard: the quick ones; all; see `ebmkit list suites`"
+        ),
+    ] = "standard",
     dataset: Annotated[
         str | None, typer.Option(help="data set [default: the one trained on]")
     ] = None,
@@ -50,6 +54,10 @@ def evaluate(
             help="compile the score: on, off; auto: on CUDA, for minutes of work",
         ),
     ] = "auto",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="a suite's setting, as robustness.steps=10; may be repeated"),
+    ] = None,
 ) -> None:
     """Evaluate a trained model: tables here, JSON and pictures under RUN/evaluation.
 
@@ -57,12 +65,15 @@ def evaluate(
     drawn from a fixed seed. Intervals are 95 %. Started by `torchrun -m ebmkit evaluate ...`, its
     processes share the images.
     """
+    options = parse_assignments(set_ or [])
     with join() as world:
         console.quiet = not world.first
         place = device_of_rank(pick_device(device))
         model = load(run, device=str(place), weights=weights)
         images = _images(run, dataset, data_dir, image_size, _split(split), world)
-        evaluate_run(model, run, images, suite, limit, seed, weights, precision, compile_, world)
+        evaluate_run(
+            model, run, images, suite, limit, seed, weights, precision, compile_, world, options
+        )
 
 
 def _images(
@@ -94,13 +105,14 @@ def evaluate_run(
     model: EnergyModel,
     run: Path,
     images: Images,
-    suites: str = "all",
+    suites: str = "standard",
     limit: int | None = None,
     seed: int = 0,
     weights: str = "last",
     precision: str = "auto",
     compile: str = "auto",
     world: World | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Run suites, print their tables and say where the files are; the first process does."""
     world = world or World()
@@ -118,6 +130,7 @@ def evaluate_run(
         weights=weights,
         precision=precision,
         compile=compile,
+        options=options,
         progress=console.is_terminal,
         world=world,
     )

@@ -27,9 +27,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ebmkit.evaluation import statistics
-from ebmkit.evaluation.setting import Predictions, Setting, Suite, check_classifies, in_255ths
+from ebmkit.evaluation.setting import Predictions, Setting, Suite, check_classifies
 from ebmkit.evaluation.statistics import Estimate
 from ebmkit.evaluation.tables import interval, new_table, number
+from ebmkit.units import in_255ths
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -137,4 +138,5 @@ CALIBRATION = Suite(
     run=run,
     draw=draw,
     table=table,
+    standard=True,
 )

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ebmkit.evaluation import statistics
-from ebmkit.evaluation.setting import Setting, Suite, check_classifies, in_255ths
+from ebmkit.evaluation.setting import Setting, Suite, check_classifies
 from ebmkit.evaluation.tables import interval, new_table, number
+from ebmkit.units import in_255ths
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -132,4 +133,5 @@ CLASSIFY = Suite(
     run=run,
     draw=draw,
     table=table,
+    standard=True,
 )

@@ -39,10 +39,10 @@ from ebmkit.compiled import Wanted
 from ebmkit.core import EnergyModel, Linearization, Noise, per_image, sigma_of_score
 from ebmkit.evaluation import statistics
 from ebmkit.evaluation.data import Batch, Images, noisy_batches
-from ebmkit.evaluation.setting import Setting, Suite, classifies, in_255ths
+from ebmkit.evaluation.setting import Setting, Suite, classifies
 from ebmkit.evaluation.tables import interval, new_table, number
 from ebmkit.metrics import psnr
-from ebmkit.units import format_sigma
+from ebmkit.units import format_sigma, in_255ths
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -270,4 +270,5 @@ DENOISE = Suite(
     run=run,
     draw=draw,
     table=table,
+    standard=True,
 )

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 
 from ebmkit.compiled import device_of
@@ -29,10 +30,10 @@ __all__ = [
     "Suite",
     "check_classifies",
     "classifies",
-    "in_255ths",
 ]
 
 K = TypeVar("K", bound=Hashable)
+O = TypeVar("O", bound=BaseModel)
 
 SIGMAS = (15 / 255, 25 / 255, 50 / 255)
 """Noise levels at which denoising is measured, image units."""
@@ -76,6 +77,7 @@ class Setting:
         sigmas: levels for denoising, image units.
         noise_levels: levels for classification, image units; 0 is always among them.
         world: the processes that share the work.
+        options: settings of suites that have some, by their class (`option`).
         advance: told how many images more are done.
         left: how many images are left to measure, over all passes of a suite.
     """
@@ -87,6 +89,7 @@ class Setting:
     sigmas: tuple[float, ...] = SIGMAS
     noise_levels: tuple[float, ...] = NOISE_LEVELS
     world: World = field(default_factory=World)
+    options: Mapping[type[BaseModel], BaseModel] = field(default_factory=dict)
     advance: Callable[[int], None] = lambda count: None
     left: int = 0
     _predictions: dict[float, Predictions] = field(default_factory=dict)
@@ -98,6 +101,11 @@ class Setting:
     def device(self) -> torch.device:
         """Where the model is."""
         return device_of(self.model)
+
+    def option(self, kind: type[O]) -> O:
+        """The settings of class ``kind`` that were given, or its defaults."""
+        found = self.options.get(kind)
+        return found if isinstance(found, kind) else kind()
 
     def columns(
         self, sigma: float, measure: Callable[[Batch], Mapping[K, Tensor]]
@@ -165,6 +173,9 @@ class Suite(NamedTuple):
             ``warnings``, if any, is a list of sentences.
         draw: draws pictures into a folder.
         table: turns the JSON document into a table for the terminal.
+        options: the class of the suite's own settings, all with defaults; None: it has none. Those
+            in force are in its JSON file as ``options``.
+        standard: whether it is quick enough to be run unasked, at the end of training.
     """
 
     about: str
@@ -173,15 +184,8 @@ class Suite(NamedTuple):
     run: Callable[[Setting], dict[str, Any]]
     draw: Callable[[Setting, dict[str, Any], Any], None]
     table: Callable[[dict[str, Any]], Any]
-
-
-def in_255ths(sigma: float) -> str:
-    """How JSON keys and pictures name a noise level.
-
-    >>> in_255ths(25 / 255)
-    '25'
-    """
-    return f"{sigma * 255:.4g}"
+    options: type[BaseModel] | None = None
+    standard: bool = False
 
 
 def classifies(model: EnergyModel) -> bool:

@@ -23,13 +23,14 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import BaseModel
 
 from ebmkit.compiled import inferring
 from ebmkit.core import EnergyModel
@@ -43,6 +44,7 @@ from ebmkit.files import write_atomically
 from ebmkit.parallel import World
 from ebmkit.registry import find
 from ebmkit.training.runs import environment
+from ebmkit.validation import validated
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -78,19 +80,25 @@ class Result:
 
 
 def parse_suites(text: str, model: EnergyModel, images: Images) -> list[str]:
-    """The suites that ``text`` names, as in ``classify,denoise``; ``all``: those that apply.
+    """The suites that ``text`` names, as in ``classify,denoise``.
+
+    ``standard``: the quick ones that apply; ``all``: every one that applies.
 
     Raises:
         UserError: if a name is unknown, a suite named does not suit model and images, or none does.
     """
     names = [name.strip() for name in text.split(",") if name.strip()]
-    if names == ["all"]:
-        names = [name for name, suite in SUITES.items() if _applies(suite, model, images)]
+    groups = {
+        "standard": [name for name, suite in SUITES.items() if suite.standard],
+        "all": list(SUITES),
+    }
+    if len(names) == 1 and names[0] in groups:
+        names = [name for name in groups[names[0]] if _applies(SUITES[name], model, images)]
     if not names:
-        raise UserError(f"no suite to run: name some of all, {', '.join(SUITES)}")
+        raise UserError(f"no suite to run: name some of {', '.join([*groups, *SUITES])}")
     for name in names:
-        if name == "all":
-            raise UserError("suite 'all' stands alone: leave out the others, or leave out all")
+        if name in groups:
+            raise UserError(f"suite {name!r} stands alone: leave out the others, or leave it out")
         find("suite", SUITES, name).check(model, images)
     return list(dict.fromkeys(names))
 
@@ -146,6 +154,7 @@ def evaluate(
     weights: str = "last",
     precision: str = "auto",
     compile: str = "auto",
+    options: Mapping[str, Mapping[str, Any]] | None = None,
     pictures: bool = True,
     progress: bool = False,
     world: World | None = None,
@@ -167,6 +176,7 @@ def evaluate(
         precision: auto (fp32, so that results can be compared), fp32, tf32 or bf16.
         compile: on, off or auto: on CUDA, once minutes of work are left; see
             `EnergyModel.set_inference`, whose own setting waits meanwhile.
+        options: by suite, settings of its own, as in ``{"robustness": {"steps": 10}}``.
         pictures: draw them, too.
         progress: show a progress bar.
         world: the processes that share the work, all of which must call this.
@@ -190,7 +200,8 @@ def evaluate(
         suite.check(model, used)
     batch_size = batch_size or _batch_size(used)
     levels = (_levels(sigmas, 1e-6, "sigmas"), _levels(noise_levels, 0, "noise levels"))
-    setting = Setting(model, used, seed, batch_size, *levels, world)
+    own = parse_options(options or {})
+    setting = Setting(model, used, seed, batch_size, *levels, world, own)
     common = _common(setting, images, weights)
     results = {}
     with (
@@ -206,11 +217,13 @@ def evaluate(
             setting.advance = start(name, setting.left)
             begun = time.perf_counter()
             found = suite.run(setting)
-            how = {
+            how: dict[str, Any] = {
                 "precision": inference.precision,
                 "compiled": inference.compiled,
                 "seconds": round(time.perf_counter() - begun, 3),
             }
+            if suite.options is not None:
+                how["options"] = setting.option(suite.options).model_dump(mode="json")
             document = {"suite": name, **common, **how, "warnings": [], **found}
             document = world.from_first(document)
             path = out_dir / f"{name}.json"
@@ -221,6 +234,25 @@ def evaluate(
                     suite.draw(setting, document, out_dir)
             results[name] = Result(name, document, path)
     return results
+
+
+def parse_options(options: Mapping[str, Mapping[str, Any]]) -> dict[type[BaseModel], BaseModel]:
+    """Settings of suites, by their class.
+
+    Raises:
+        UserError: if there is no such suite, it has no settings, or one is not legal.
+    """
+    found: dict[type[BaseModel], BaseModel] = {}
+    for name, values in options.items():
+        kind = find("suite", SUITES, name).options
+        if kind is None:
+            having = [n for n, suite in SUITES.items() if suite.options is not None]
+            raise UserError(f"suite {name!r} has no settings: those that do: {', '.join(having)}")
+        if not isinstance(values, Mapping):
+            fields = ", ".join(kind.model_fields)
+            raise UserError(f"settings of suite {name!r} must name a field: {fields}")
+        found[kind] = validated(kind, dict(values), f"settings of suite {name!r}")
+    return found
 
 
 def tables(results: dict[str, Result]) -> list[Table]:

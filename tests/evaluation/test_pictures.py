@@ -15,7 +15,7 @@ from ebmkit import UserError, pictures
 def figures(monkeypatch):
     """The figures drawn, kept after they are saved."""
     kept = []
-    save = pictures._save
+    save = pictures.common.save_figure
 
     def keep(figure, path):
         save(figure, path)
@@ -23,7 +23,8 @@ def figures(monkeypatch):
             image.verify()
         kept.append(figure)
 
-    monkeypatch.setattr(pictures, "_save", keep)
+    for module in (pictures.suites, pictures.training):
+        monkeypatch.setattr(module, "save_figure", keep)
     return kept
 
 

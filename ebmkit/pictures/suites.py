@@ -1,42 +1,39 @@
-"""Pictures of results, as PNG files written in one move.
-
-Figures are made without matplotlib's global state, so they need no display and leave nothing
-behind. Colours are Okabe and Ito's, which colour-blind readers tell apart; series also differ by
-marker or hatching.
-"""
+"""Pictures of what the suites classify, denoise and calibration find."""
 
 from __future__ import annotations
 
-import io
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
-from ebmkit.files import write_atomically
 from ebmkit.metrics import psnr
+from ebmkit.pictures.common import (
+    BLUE,
+    GRAY,
+    GREEN,
+    ORANGE,
+    PURPLE,
+    SKY,
+    new_figure,
+    save_figure,
+    show_image,
+)
+from ebmkit.units import in_255ths
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    pass
 
 __all__ = [
     "DenoisedLevel",
     "accuracy_against_noise",
     "confusion_matrix",
     "denoising_grid",
-    "learning_curves",
     "psnr_bars",
     "reliability_diagram",
 ]
-
-BLUE, ORANGE, GREEN, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"
-GRAY = "#888888"
-DPI = 130
 
 
 class DenoisedLevel(NamedTuple):
@@ -67,7 +64,7 @@ def denoising_grid(
     height, width = clean.shape[-2:]
     cell, label = 1.15, 0.24
     tall = min(2.5, max(0.4, height / width)) * cell
-    figure = _figure(cell * (columns + 0.16 * len(levels)) + 0.2, rows * (tall + label) + 0.72)
+    figure = new_figure(cell * (columns + 0.16 * len(levels)) + 0.2, rows * (tall + label) + 0.72)
     grid = figure.add_gridspec(
         rows,
         len(widths),
@@ -80,45 +77,22 @@ def denoising_grid(
         hspace=label / tall * 1.15,
     )
     for i in range(rows):
-        _picture(figure.add_subplot(grid[i, 0]), clean[i], "", "clean" if i == 0 else "")
+        show_image(figure.add_subplot(grid[i, 0]), clean[i], "", "clean" if i == 0 else "")
         column = 1
         for level in levels:
             column += 1
             for k, (name, images) in enumerate(level.shown.items()):
                 axes = figure.add_subplot(grid[i, column])
                 value = float(psnr(images[i : i + 1], clean[i : i + 1]))
-                _picture(axes, images[i], f"{value:.1f} dB", name if i == 0 else "")
+                show_image(axes, images[i], f"{value:.1f} dB", name if i == 0 else "")
                 if i == 0 and k == 0:
                     left = axes.get_position().x0
                     top = 1 - 0.13 / figure.get_figheight()
-                    text = f"$\\sigma$ = {_in_255ths(level.sigma)}/255"
+                    text = f"$\\sigma$ = {in_255ths(level.sigma)}/255"
                     figure.text(left, top, text, fontsize=9, weight="bold", va="center")
                 column += 1
     figure.text(0.01, 0.1 / figure.get_figheight(), note, fontsize=8)
-    _save(figure, path)
-
-
-def learning_curves(metrics: Sequence[dict[str, Any]], path: Path) -> None:
-    """Each loss and measure in a panel of its own, against the step.
-
-    Args:
-        metrics: rows of ``metrics.jsonl``, with ``step``, ``kind`` ("train" or "validation") and
-            numbers. Nothing is drawn if there are none.
-        path: the PNG file.
-    """
-    names = [k for row in metrics for k, v in row.items() if isinstance(v, (int, float))]
-    names = [k for k in dict.fromkeys(names) if k not in ("step", "images_per_s")]
-    last = ("accuracy", "psnr", "grad_norm", "lr")
-    names.sort(key=lambda k: next((i for i, n in enumerate(last, 1) if k.startswith(n)), 0))
-    if not names:
-        return
-    columns = min(3, len(names))
-    rows = math.ceil(len(names) / columns)
-    figure = _figure(4.0 * columns, 2.9 * rows, layout="constrained")
-    figure.suptitle("Learning curves", fontsize=11)
-    for i, name in enumerate(names):
-        _curve(figure.add_subplot(rows, columns, i + 1), metrics, name)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def accuracy_against_noise(levels: Sequence[dict[str, Any]], path: Path, chance: float) -> None:
@@ -129,7 +103,7 @@ def accuracy_against_noise(levels: Sequence[dict[str, Any]], path: Path, chance:
         path: the PNG file.
         chance: accuracy of guessing, 0..1.
     """
-    figure = _figure(5.2, 3.6, layout="constrained")
+    figure = new_figure(5.2, 3.6, layout="constrained")
     axes = figure.add_subplot()
     x = [255 * level["sigma"] for level in levels]
     y, low, high = (
@@ -141,7 +115,7 @@ def accuracy_against_noise(levels: Sequence[dict[str, Any]], path: Path, chance:
     axes.set(xlabel="noise level sigma (1/255)", ylabel="accuracy (%)", ylim=(0, 102))
     axes.set_title("Accuracy against noise")
     axes.legend(frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def confusion_matrix(counts: Sequence[Sequence[int]], names: Sequence[str], path: Path) -> None:
@@ -155,7 +129,7 @@ def confusion_matrix(counts: Sequence[Sequence[int]], names: Sequence[str], path
     matrix = np.asarray(counts)
     share = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
     side = 1.6 + 0.46 * len(names)
-    figure = _figure(side + 0.9, side, layout="constrained")
+    figure = new_figure(side + 0.9, side, layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(100 * share, cmap="cividis", vmin=0, vmax=100)
     for i, j in np.ndindex(*matrix.shape):
@@ -170,7 +144,7 @@ def confusion_matrix(counts: Sequence[Sequence[int]], names: Sequence[str], path
     axes.set(xlabel="predicted class", ylabel="true class")
     axes.set_title("Confusion matrix: number of images")
     figure.colorbar(image, ax=axes, label="share of the true class (%)", shrink=0.8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def reliability_diagram(levels: Sequence[dict[str, Any]], path: Path) -> None:
@@ -180,7 +154,7 @@ def reliability_diagram(levels: Sequence[dict[str, Any]], path: Path) -> None:
         levels: entries with ``sigma``, ``ece`` and ``bins``, as in ``calibration.json``.
         path: the PNG file.
     """
-    figure = _figure(4.3 * len(levels), 4.8, layout="constrained")
+    figure = new_figure(4.3 * len(levels), 4.8, layout="constrained")
     grid = figure.add_gridspec(2, len(levels), height_ratios=(3, 1))
     for i, level in enumerate(levels):
         top, bottom = figure.add_subplot(grid[0, i]), figure.add_subplot(grid[1, i])
@@ -201,7 +175,7 @@ def reliability_diagram(levels: Sequence[dict[str, Any]], path: Path) -> None:
             capsize=2,
             label="model, 95 % interval",
         )
-        where = f"sigma {_in_255ths(level['sigma'])}/255" if level["sigma"] else "clean images"
+        where = f"sigma {in_255ths(level['sigma'])}/255" if level["sigma"] else "clean images"
         top.set_title(f"Calibration, {where}: ECE {100 * level['ece']['value']:.2f} %", fontsize=10)
         top.set(ylabel="accuracy (%)", xlim=(0, 101), ylim=(0, 102))
         middles = [50 * (b["low"] + b["high"]) for b in bins]
@@ -211,7 +185,7 @@ def reliability_diagram(levels: Sequence[dict[str, Any]], path: Path) -> None:
         )
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def psnr_bars(denoisers: dict[str, dict[str, Any]], path: Path) -> None:
@@ -221,7 +195,7 @@ def psnr_bars(denoisers: dict[str, dict[str, Any]], path: Path) -> None:
         denoisers: name -> ``{"about": text, "psnr": {"25": {"value", "low", "high"}}}``.
         path: the PNG file.
     """
-    figure = _figure(7.2, 3.9, layout="constrained")
+    figure = new_figure(7.2, 3.9, layout="constrained")
     axes = figure.add_subplot()
     keys = list(next(iter(denoisers.values()))["psnr"])
     width = 0.82 / len(denoisers)
@@ -275,97 +249,4 @@ def psnr_bars(denoisers: dict[str, dict[str, Any]], path: Path) -> None:
         axes.set_ylim(min(0, lowest), highest * 1.1)
     axes.set_title("Denoising")
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=7.5)
-    _save(figure, path)
-
-
-def _curve(axes: Axes, metrics: Sequence[dict[str, Any]], name: str) -> None:
-    """One panel of the learning curves."""
-    values: list[float] = []
-    for kind, colour in (("train", BLUE), ("validation", ORANGE)):
-        rows = [
-            r for r in metrics if r.get("kind") == kind and isinstance(r.get(name), (int, float))
-        ]
-        rows = [r for r in rows if math.isfinite(r[name])]
-        if not rows:
-            continue
-        step = np.array([r["step"] for r in rows])
-        value = np.array([r[name] for r in rows], dtype=float)
-        value *= 100 if name == "accuracy" else 1
-        values += value.tolist()
-        if kind == "validation":
-            axes.plot(step, value, "o-", color=colour, ms=3, lw=1.2, label="held-out")
-        elif name == "lr" or len(rows) < 20:
-            axes.plot(step, value, color=colour, lw=1.2, label="training")
-        else:
-            axes.plot(step, value, color=colour, lw=0.6, alpha=0.3)
-            axes.plot(step, _smooth(value), color=colour, lw=1.4, label="training, smoothed")
-    if (
-        values
-        and min(values) > 0
-        and max(values) > 8 * min(values)
-        and not name.startswith(("accuracy", "psnr", "lr"))
-    ):
-        axes.set_yscale("log")
-    titles = {
-        "accuracy": "accuracy (%)",
-        "ce": "loss ce (nats)",
-        "lr": "learning rate",
-        "grad_norm": "norm of the gradient",
-    }
-    title = titles.get(name, f"loss {name}")
-    if name.startswith("psnr"):
-        title = f"PSNR at sigma {name[5:]}/255 (dB)"
-    axes.set_title(title, fontsize=10)
-    axes.set_xlabel("step")
-    axes.legend(frameon=False, fontsize=7.5)
-    axes.grid(alpha=0.25, lw=0.5)
-
-
-def _smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Running mean over a fifteenth of the values, centred, one-sided at the ends."""
-    half = max(1, len(values) // 30)
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    at = np.arange(len(values))
-    first, end = np.maximum(0, at - half), np.minimum(len(values), at + half + 1)
-    means: NDArray[np.float64] = (sums[end] - sums[first]) / (end - first)
-    return means
-
-
-def _picture(axes: Axes, image: Tensor, below: str, above: str) -> None:
-    """Show an image (C, H, W); small ones in crisp squares."""
-    pixels = image.detach().clamp(0, 1).cpu().movedim(0, -1).numpy()
-    way = "nearest" if max(pixels.shape) < 150 else "antialiased"
-    axes.imshow(
-        pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels,
-        cmap="gray",
-        vmin=0,
-        vmax=1,
-        interpolation=way,
-    )
-    axes.set_xticks([])
-    axes.set_yticks([])
-    if below:
-        axes.set_xlabel(below, fontsize=7.5, labelpad=2)
-    if above:
-        axes.set_title(above, fontsize=8.5, pad=3)
-    for side in axes.spines.values():
-        side.set(linewidth=0.4, color=GRAY)
-
-
-def _in_255ths(sigma: float) -> str:
-    return f"{255 * sigma:.4g}"
-
-
-def _figure(width: float, height: float, layout: Literal["constrained"] | None = None) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure((width, height), dpi=DPI, layout=layout)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Figure, path: Path) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    write_atomically(path, buffer.getvalue())
+    save_figure(figure, path)
