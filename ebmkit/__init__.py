@@ -9,7 +9,7 @@ features into a log-density and class logits, everything else is derived.
 
 from ebmkit.analytic import Gaussian, GaussianMixture
 from ebmkit.card import ModelCard
-from ebmkit.core import Denoiser, Energies, EnergyModel
+from ebmkit.core import Denoiser, Energies, EnergyModel, ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.models import JointModel, create_model, load, save_model
 
@@ -23,6 +23,7 @@ __all__ = [
     "GaussianMixture",
     "JointModel",
     "ModelCard",
+    "ScoreModel",
     "UserError",
     "__version__",
     "create_model",

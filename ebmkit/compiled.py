@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 from ebmkit.compute import Precision, autocast, pick_compile, pick_precision, set_tf32
 from ebmkit.errors import UserError
-from ebmkit.linearization import Linearization, Noise, linearize
+from ebmkit.linearization import Linearization, Noise
 
 if TYPE_CHECKING:
-    from ebmkit.core import EnergyModel
+    from ebmkit.core import ScoreModel
 
 __all__ = ["PAYS", "SIZES", "Inference", "device_of", "inferring", "make_inference"]
 
@@ -99,7 +99,7 @@ class Inference:
     def __call__(
         self,
         wanted: Wanted[T],
-        model: EnergyModel,
+        model: ScoreModel,
         differentiate: bool,
         y: Tensor,
         sigma: Noise | None,
@@ -108,7 +108,7 @@ class Inference:
         """``wanted(at, sigma, c)`` of one forward pass ``at`` of ``model`` at ``y``.
 
         Eagerly and in float32 where a gradient of the result is wanted. The arguments are those of
-        `EnergyModel.infer`.
+        `ScoreModel.infer`.
 
         Raises:
             UserError: if it cannot be compiled and must be.
@@ -160,8 +160,8 @@ def device_of(model: nn.Module) -> torch.device:
     return tensors[0].device if tensors else torch.device("cpu")
 
 
-def make_inference(model: EnergyModel, precision: str, compile: str) -> Inference:
-    """The `Inference` of these names on the model's device; see `EnergyModel.set_inference`.
+def make_inference(model: ScoreModel, precision: str, compile: str) -> Inference:
+    """The `Inference` of these names on the model's device; see `ScoreModel.set_inference`.
 
     Raises:
         UserError: if a name is unknown, or the device lacks the precision or a compiler.
@@ -175,8 +175,8 @@ def make_inference(model: EnergyModel, precision: str, compile: str) -> Inferenc
 
 
 @contextmanager
-def inferring(model: EnergyModel, precision: str, compile: str) -> Iterator[Inference]:
-    """`EnergyModel.set_inference` for as long as the context lasts.
+def inferring(model: ScoreModel, precision: str, compile: str) -> Iterator[Inference]:
+    """`ScoreModel.set_inference` for as long as the context lasts.
 
     Raises:
         UserError: as it does.
@@ -198,7 +198,7 @@ def inferring(model: EnergyModel, precision: str, compile: str) -> Iterator[Infe
 
 def _evaluate(
     wanted: Wanted[T],
-    model: EnergyModel,
+    model: ScoreModel,
     precision: Precision,
     differentiate: bool,
     y: Tensor,
@@ -207,18 +207,11 @@ def _evaluate(
 ) -> T:
     """``wanted`` of one forward pass at ``precision``."""
     with autocast(y.device, precision):
-        if differentiate:
-            at = linearize(model, y, sigma)
-        else:
-            at = Linearization(y, model(y, sigma), _no_gradient)
+        at = model.at(y, sigma, differentiate)
     return wanted(at, sigma, c)
 
 
-def _no_gradient(cotangent: object) -> Tensor:
-    raise AssertionError("what takes a score must be inferred with differentiate=True")
-
-
-def _gradient_wanted(model: EnergyModel, y: Tensor, sigma: Noise | None) -> bool:
+def _gradient_wanted(model: ScoreModel, y: Tensor, sigma: Noise | None) -> bool:
     if torch._C._are_functorch_transforms_active():
         return True
     if not torch.is_grad_enabled():

@@ -33,7 +33,7 @@ from __future__ import annotations
 import math
 import warnings
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Protocol, Self, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, Self, TypeGuard, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -44,8 +44,10 @@ from ebmkit.compute import keep_freed_memory, widened
 from ebmkit.errors import UserError
 from ebmkit.linearization import (
     Energies,
+    Estimate,
     Linearization,
     Noise,
+    forward_only,
     linearize,
     per_image,
     sigma_of_score,
@@ -55,9 +57,12 @@ __all__ = [
     "Denoiser",
     "Energies",
     "EnergyModel",
+    "Estimate",
     "Linearization",
     "Noise",
+    "ScoreModel",
     "check_sigma",
+    "classifies",
     "linearize",
     "per_image",
     "sigma_of_score",
@@ -68,7 +73,7 @@ T = TypeVar("T")
 
 @runtime_checkable
 class Denoiser(Protocol):
-    """Anything that estimates clean images. An `EnergyModel` is one."""
+    """Anything that estimates clean images. A `ScoreModel` is one."""
 
     def denoise(
         self, y: Tensor, sigma: Noise | None = None, c: Tensor | int | None = None
@@ -77,30 +82,43 @@ class Denoiser(Protocol):
         ...
 
 
-class EnergyModel(nn.Module, ABC):
-    """A joint model of noisy images and labels; subclasses say `forward`.
+class ScoreModel(nn.Module, ABC):
+    """A model of noisy images that gives their score, and so denoises them; subclasses say `at`.
+
+    An `EnergyModel` gives it as the gradient of its log-density, a plain denoiser
+    (`ebmkit.models.DirectDenoiser`) as (D(y) - y) / sigma^2.
 
     Attributes:
-        num_classes: number of labels C; 0 for a density without labels.
-        noise_conditional: whether `forward` uses sigma. The paper's networks are blind (False):
-            they take sigma and ignore it, so that samplers can treat all models alike.
+        num_classes: number of labels C; 0 for a model without labels.
+        noise_conditional: whether the network uses sigma. The paper's are blind (False): they take
+            sigma and ignore it, so that samplers can treat all models alike.
+        differentiates: whether the score is a gradient, so that training it differentiates twice.
         card: what the model was trained for; None before it was.
-        inference: how what follows from `forward` is computed (`set_inference`).
+        inference: how scores and the like are computed (`set_inference`).
     """
 
     num_classes: int = 0
     noise_conditional: bool = False
+    differentiates: bool = True
     card: ModelCard | None = None
     inference: Inference = Inference()
-    _warned: bool = False
 
     @abstractmethod
-    def forward(self, y: Tensor, sigma: Noise | None = None) -> Energies:
-        """Energies of noisy images ``y`` (B, C, H, W) in image units."""
+    def at(
+        self,
+        y: Tensor,
+        sigma: Noise | None = None,
+        differentiate: bool = True,
+        recorded: bool = False,
+    ) -> Linearization:
+        """One forward pass at noisy images ``y`` (B, C, H, W), of which everything is made.
 
-    if TYPE_CHECKING:  # what nn.Module does not say of calling it
-
-        def __call__(self, y: Tensor, sigma: Noise | None = None) -> Energies: ...
+        Args:
+            y: noisy images in image units.
+            sigma: their noise level, a float or (B,).
+            differentiate: whether scores will be asked for.
+            recorded: how they are taken; see `linearize`.
+        """
 
     def set_inference(self, precision: str = "fp32", compile: str = "off") -> Self:
         """Choose how scores, denoised images and energies are computed; returns the model.
@@ -147,26 +165,6 @@ class EnergyModel(nn.Module, ABC):
         """
         return self.inference(wanted, self, differentiate, y, sigma, c)
 
-    def energies(self, y: Tensor, sigma: Noise | None = None) -> Energies:
-        """What `forward` gives, as `set_inference` says."""
-        return self.infer(_energies, y, sigma, differentiate=False)
-
-    def log_density(self, y: Tensor, sigma: Noise | None = None) -> Tensor:
-        """log p(y) up to a constant, (B,), in nats."""
-        return self.energies(y, sigma).log_density
-
-    def energy(self, y: Tensor, sigma: Noise | None = None) -> Tensor:
-        """-log p(y) up to a constant, (B,), in nats."""
-        return -self.log_density(y, sigma)
-
-    def logits(self, y: Tensor, sigma: Noise | None = None) -> Tensor:
-        """log p(c|y) up to a constant in c, (B, C)."""
-        return self.energies(y, sigma).logits
-
-    def log_joint(self, y: Tensor, sigma: Noise | None = None) -> Tensor:
-        """log p(y, c) up to a constant, (B, C), in nats."""
-        return self.energies(y, sigma).log_joint()
-
     def score(self, y: Tensor, c: Tensor | int | None = None, sigma: Noise | None = None) -> Tensor:
         """grad log p(y), or grad log p(y|c) if ``c`` (B,) is given; shape of y, per image unit.
 
@@ -174,14 +172,6 @@ class EnergyModel(nn.Module, ABC):
             UserError: if a label is out of range, or the model has no labels.
         """
         return self.infer(_score, y, sigma, None if c is None else self.check_labels(c, y))
-
-    def label_score(self, y: Tensor, c: Tensor | int, sigma: Noise | None = None) -> Tensor:
-        """grad log p(c|y), "the adversarial gradient" (CDN eq. 9); shape of y.
-
-        Raises:
-            UserError: if a label is out of range, or the model has no labels.
-        """
-        return self.infer(_label_score, y, sigma, self.check_labels(c, y))
 
     def denoise(
         self, y: Tensor, sigma: Noise | None = None, c: Tensor | int | None = None
@@ -213,7 +203,7 @@ class EnergyModel(nn.Module, ABC):
             raise UserError(
                 "this model takes the noise level as an input and cannot estimate it: give sigma"
             )
-        return sigma_of_score(self.score(y))
+        return self.infer(_noise_level, y)
 
     def check_labels(self, c: Tensor | int, y: Tensor) -> Tensor:
         """Labels as a tensor (B,) int64 on y's device, checked.
@@ -242,6 +232,59 @@ class EnergyModel(nn.Module, ABC):
         """Whether a BatchNorm is among the modules, whose training mode mixes a batch's images."""
         return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.modules())
 
+
+class EnergyModel(ScoreModel):
+    """A joint model of noisy images and labels; subclasses say `forward`."""
+
+    _warned: bool = False
+
+    @abstractmethod
+    def forward(self, y: Tensor, sigma: Noise | None = None) -> Energies:
+        """Energies of noisy images ``y`` (B, C, H, W) in image units."""
+
+    if TYPE_CHECKING:  # what nn.Module does not say of calling it
+
+        def __call__(self, y: Tensor, sigma: Noise | None = None) -> Energies: ...
+
+    def at(
+        self,
+        y: Tensor,
+        sigma: Noise | None = None,
+        differentiate: bool = True,
+        recorded: bool = False,
+    ) -> Linearization:
+        if differentiate:
+            return linearize(self, y, sigma, recorded)
+        return forward_only(self, y, sigma)
+
+    def energies(self, y: Tensor, sigma: Noise | None = None) -> Energies:
+        """What `forward` gives, as `set_inference` says."""
+        return self.infer(_energies, y, sigma, differentiate=False)
+
+    def log_density(self, y: Tensor, sigma: Noise | None = None) -> Tensor:
+        """log p(y) up to a constant, (B,), in nats."""
+        return self.energies(y, sigma).log_density
+
+    def energy(self, y: Tensor, sigma: Noise | None = None) -> Tensor:
+        """-log p(y) up to a constant, (B,), in nats."""
+        return -self.log_density(y, sigma)
+
+    def logits(self, y: Tensor, sigma: Noise | None = None) -> Tensor:
+        """log p(c|y) up to a constant in c, (B, C)."""
+        return self.energies(y, sigma).logits
+
+    def log_joint(self, y: Tensor, sigma: Noise | None = None) -> Tensor:
+        """log p(y, c) up to a constant, (B, C), in nats."""
+        return self.energies(y, sigma).log_joint()
+
+    def label_score(self, y: Tensor, c: Tensor | int, sigma: Noise | None = None) -> Tensor:
+        """grad log p(c|y), "the adversarial gradient" (CDN eq. 9); shape of y.
+
+        Raises:
+            UserError: if a label is out of range, or the model has no labels.
+        """
+        return self.infer(_label_score, y, sigma, self.check_labels(c, y))
+
     def _warn_if_rough(self) -> None:
         """Warn, once, when a score is taken through layers that the paper found to break it."""
         if self._warned:
@@ -251,13 +294,13 @@ class EnergyModel(nn.Module, ABC):
             warnings.warn(
                 "a score is differentiated through BatchNorm: in training mode it mixes the images "
                 "of a batch. The paper's ablation (table 3) fell to 11.9 % and 24.33 dB at 15/255",
-                stacklevel=7,
+                stacklevel=8,
             )
         if any(isinstance(m, nn.ReLU) for m in self.modules()):
             warnings.warn(
                 "a score is differentiated through ReLU, whose derivative jumps. The paper's "
                 "ablation (table 3) fell to 92.0 % and 29.59 dB at 15/255; GELU is smooth",
-                stacklevel=7,
+                stacklevel=8,
             )
 
 
@@ -269,6 +312,12 @@ def check_sigma(sigma: Noise | None) -> None:
     """
     if isinstance(sigma, (int, float)) and not 0 < sigma < math.inf:
         raise UserError(f"sigma {sigma} must be a finite number above 0, as in 25 / 255")
+
+
+def classifies(model: ScoreModel) -> TypeGuard[EnergyModel]:
+    """Whether ``model`` has labels and, if it says what it was trained for, was trained on them."""
+    trained = model.card is None or model.card.classifies
+    return isinstance(model, EnergyModel) and model.num_classes > 0 and trained
 
 
 def _energies(at: Linearization, sigma: Noise | None, c: Tensor | None) -> Energies:
@@ -285,5 +334,8 @@ def _label_score(at: Linearization, sigma: Noise | None, c: Tensor | None) -> Te
 
 
 def _denoise(at: Linearization, sigma: Noise | None, c: Tensor | None) -> Tensor:
-    level = sigma_of_score(at.score()) if sigma is None else sigma
-    return at.y + per_image(level, at.y) ** 2 * _score(at, sigma, c)
+    return at.denoised(sigma, c)
+
+
+def _noise_level(at: Linearization, sigma: Noise | None, c: Tensor | None) -> Tensor:
+    return at.noise_level()

@@ -30,7 +30,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from ebmkit.core import EnergyModel, linearize, per_image, sigma_of_score
+from ebmkit.core import ScoreModel, classifies
 from ebmkit.errors import UserError, unknown_name
 from ebmkit.files import write_atomically
 from ebmkit.formats import Task, run_onnx, run_pt2, to_onnx, to_pt2
@@ -78,7 +78,7 @@ class Exported(NamedTuple):
 
 
 def export(
-    model: EnergyModel,
+    model: ScoreModel,
     path: str | os.PathLike[str],
     what: What = "denoiser",
     image_size: tuple[int, int] | int | None = None,
@@ -163,7 +163,7 @@ def _check_path(path: Path) -> None:
 
 
 def _image_shape(
-    model: EnergyModel, image_size: tuple[int, int] | int | None, channels: int | None
+    model: ScoreModel, image_size: tuple[int, int] | int | None, channels: int | None
 ) -> tuple[int, int, int]:
     """(C, H, W) of the images, from what is given or else from the training."""
     card = model.card
@@ -182,7 +182,7 @@ def _image_shape(
     return channels, height, width
 
 
-def _task(model: EnergyModel, what: str, size: tuple[int, int, int], batch: int | None) -> Task:
+def _task(model: ScoreModel, what: str, size: tuple[int, int, int], batch: int | None) -> Task:
     """The function called ``what`` of ``model``.
 
     Raises:
@@ -190,16 +190,15 @@ def _task(model: EnergyModel, what: str, size: tuple[int, int, int], batch: int 
     """
 
     def classify(y: Tensor, sigma: Tensor | None = None) -> tuple[Tensor, ...]:
-        energies = model(y, sigma)
+        energies = model.at(y, sigma, differentiate=False).energies
         return energies.log_posterior(), energies.log_density
 
     def denoise(y: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
         return (model.denoise(y, sigma),)
 
     def denoise_blindly(y: Tensor) -> tuple[Tensor, ...]:
-        score = linearize(model, y).score()
-        sigma = sigma_of_score(score)
-        return y + per_image(sigma, y) ** 2 * score, sigma
+        at = model.at(y)
+        return at.denoised(), at.noise_level()
 
     if what not in get_args(What):
         raise unknown_name("kind of export", what, get_args(What))
@@ -209,7 +208,7 @@ def _task(model: EnergyModel, what: str, size: tuple[int, int, int], batch: int 
         if model.noise_conditional:
             raise UserError("this model takes the noise level as an input: export a denoiser")
         return Task(("y",), ("denoised", "sigma"), denoise_blindly, size, batch)
-    if model.num_classes == 0 or (model.card and not model.card.classifies):
+    if not classifies(model):
         raise UserError("this model was trained without labels: it cannot classify")
     inputs = ("y", "sigma") if model.noise_conditional else ("y",)
     return Task(inputs, ("log_probabilities", "log_density"), classify, size, batch)
@@ -217,7 +216,7 @@ def _task(model: EnergyModel, what: str, size: tuple[int, int, int], batch: int 
 
 def _compare(
     task: Task,
-    model: EnergyModel,
+    model: ScoreModel,
     batches: Sequence[int],
     run: Callable[[Sequence[Tensor]], tuple[Tensor, ...]],
 ) -> dict[str, Difference]:

@@ -8,7 +8,8 @@ with weights :math:`w_t` that fall linearly to 0 over the overlap. The crops are
 the model was trained at and overlap by half, as in the model's own log-density of large images
 (`ebmkit.models.joint`, "tiles"), of whose gradient this is a smoother copy that never holds more
 than a few crops in memory. Everything else follows from the assembled score: the noise level
-:math:`\hat\sigma = \sqrt d/\|s\|` where none is given, and :math:`D(y) = y + \sigma^2 s(y)`.
+:math:`\hat\sigma = \sqrt d/\|s\|` where none is given, and :math:`D(y) = y + \sigma^2 s(y)`. Of a
+plain denoiser the change :math:`D(y) - y` is assembled instead.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ebmkit.core import EnergyModel, check_sigma, sigma_of_score
+from ebmkit.core import ScoreModel, check_sigma, sigma_of_score
 from ebmkit.errors import UserError
 
 __all__ = ["Denoised", "denoise_picture", "picture_score"]
@@ -44,7 +45,7 @@ class Denoised(NamedTuple):
 
 @torch.no_grad()
 def denoise_picture(
-    model: EnergyModel,
+    model: ScoreModel,
     y: Tensor,
     sigma: float | None = None,
     c: int | None = None,
@@ -69,6 +70,15 @@ def denoise_picture(
     if sigma is None and model.noise_conditional:
         raise UserError("this model takes the noise level as an input: give sigma")
     check_sigma(sigma)
+    if not model.differentiates:
+
+        def change(crops: Tensor) -> Tensor:
+            return model.denoise(crops, sigma, c) - crops
+
+        moved = _assemble(change, y, tile or TILE, overlap, progress)
+        if sigma is None:
+            sigma = float(moved.square().mean().sqrt())
+        return Denoised(y + moved, sigma)
     score = picture_score(model, y, sigma, c, tile, overlap, progress)
     if sigma is None:
         # the level is that of the unconditional score
@@ -79,7 +89,7 @@ def denoise_picture(
 
 @torch.no_grad()
 def picture_score(
-    model: EnergyModel,
+    model: ScoreModel,
     y: Tensor,
     sigma: float | None = None,
     c: int | None = None,
@@ -94,6 +104,17 @@ def picture_score(
     if tile is None:
         size = model.card.image_size if model.card else None
         tile = 2 * max(size) if size else TILE
+    return _assemble(lambda crops: model.score(crops, c, sigma), y, tile, overlap, progress)
+
+
+def _assemble(
+    wanted: Callable[[Tensor], Tensor],
+    y: Tensor,
+    tile: int,
+    overlap: int | None,
+    progress: Progress | None,
+) -> Tensor:
+    """``wanted`` of the crops (B, C, h, w) of a picture (C, H, W), faded into each other."""
     overlap = tile // 2 if overlap is None else overlap
     if not 0 <= overlap < tile:
         raise UserError(f"overlap {overlap} must be at least 0 and less than the tile's {tile}")
@@ -109,8 +130,8 @@ def picture_score(
     for start in range(0, len(corners), batch):
         some = corners[start : start + batch]
         crops = torch.stack([y[:, t : t + height, l : l + width] for t, l in some])
-        for (top, left), score in zip(some, model.score(crops, c, sigma), strict=True):
-            total[:, top : top + height, left : left + width] += fade * score
+        for (top, left), part in zip(some, wanted(crops), strict=True):
+            total[:, top : top + height, left : left + width] += fade * part
             weight[:, top : top + height, left : left + width] += fade
         if progress is not None:
             progress(start + len(some), len(corners))

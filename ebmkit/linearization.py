@@ -25,7 +25,16 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from ebmkit.core import EnergyModel
 
-__all__ = ["Energies", "Linearization", "Noise", "linearize", "per_image", "sigma_of_score"]
+__all__ = [
+    "Energies",
+    "Estimate",
+    "Linearization",
+    "Noise",
+    "forward_only",
+    "linearize",
+    "per_image",
+    "sigma_of_score",
+]
 
 Noise = float | Tensor
 """A noise level in image units: a float for the whole batch, or a tensor (B,)."""
@@ -95,6 +104,19 @@ class Linearization:
             Energies(self._at_label_cotangent(c), torch.ones_like(self.energies.log_density))
         )
 
+    def noise_level(self) -> Tensor:
+        """The noise level that the score implies, sqrt(d) / ||score||, (B,)."""
+        return sigma_of_score(self.score())
+
+    def denoised(self, sigma: Noise | None = None, c: Tensor | None = None) -> Tensor:
+        """y + sigma^2 score, of the conditional score with labels ``c`` (CDN eq. 7); shape of y.
+
+        Without ``sigma``: at the `noise_level`.
+        """
+        level = self.noise_level() if sigma is None else sigma
+        score = self.score() if c is None else self.conditional_score(c)
+        return self.y + per_image(level, self.y) ** 2 * score
+
     def _at_label_cotangent(self, c: Tensor) -> Tensor:
         """Derivative of log p(c|y) by the logits: one-hot minus posterior, (B, C)."""
         posterior = self.energies.logits.softmax(dim=1)
@@ -104,6 +126,51 @@ class Linearization:
 
 class _Pull(Protocol):
     def __call__(self, cotangent: Energies, /) -> Tensor: ...
+
+
+class Estimate(Linearization):
+    r"""What a plain denoiser says at ``y``: an estimate D of the clean image, and no density.
+
+    Its score is Tweedie's formula read backwards, :math:`s = (D - y)/\sigma^2`, and the noise level
+    it implies is :math:`\hat\sigma = \|D - y\|/\sqrt d`, which stands in where sigma is not given.
+
+    Args:
+        y: noisy images (B, C, H, W).
+        clean: D(y), of the same shape.
+        sigma: their noise level, a float or (B,), if it is known.
+    """
+
+    def __init__(self, y: Tensor, clean: Tensor, sigma: Noise | None) -> None:
+        nothing = Energies(y.new_zeros(len(y), 0), y.new_full((len(y),), math.nan))
+        super().__init__(y, nothing, _no_labels)
+        self.clean = clean
+        self.sigma = sigma
+
+    def score(self) -> Tensor:
+        level = self.noise_level() if self.sigma is None else self.sigma
+        return (self.clean - self.y) / per_image(level, self.y) ** 2
+
+    def noise_level(self) -> Tensor:
+        change = (self.clean - self.y).flatten(1)
+        norm = torch.linalg.vector_norm(change, dim=1) / math.sqrt(change.shape[1])
+        level: Tensor = norm.clamp_min(torch.finfo(change.dtype).eps)
+        return level
+
+    def denoised(self, sigma: Noise | None = None, c: Tensor | None = None) -> Tensor:
+        return self.clean
+
+
+def _no_labels(cotangent: Energies) -> Tensor:
+    raise AssertionError("a plain denoiser has no labels")
+
+
+def forward_only(model: EnergyModel, y: Tensor, sigma: Noise | None = None) -> Linearization:
+    """The energies at ``y`` alone, for who takes no score."""
+    return Linearization(y, model(y, sigma), _no_gradient)
+
+
+def _no_gradient(cotangent: Energies) -> Tensor:
+    raise AssertionError("what takes a score must say so: needs_score, differentiate=True")
 
 
 def linearize(

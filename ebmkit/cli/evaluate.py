@@ -11,7 +11,7 @@ import typer
 from ebmkit.cli.app import app
 from ebmkit.cli.console import console
 from ebmkit.compute import pick_device
-from ebmkit.core import EnergyModel
+from ebmkit.core import ScoreModel
 from ebmkit.data import ImageSet, StreamedSet
 from ebmkit.evaluation import Images, evaluation_folder, parse_suites, tables
 from ebmkit.evaluation import evaluate as run_suites
@@ -102,7 +102,7 @@ def _images(
 
 
 def evaluate_run(
-    model: EnergyModel,
+    model: ScoreModel,
     run: Path,
     images: Images,
     suites: str = "standard",

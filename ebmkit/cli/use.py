@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ebmkit.cli.app import app
 from ebmkit.cli.console import console, errors
 from ebmkit.compute import pick_device
-from ebmkit.core import EnergyModel
+from ebmkit.core import ScoreModel, classifies
 from ebmkit.data.images import WRITERS, Picture, read_image, write_image
 from ebmkit.errors import UserError
 from ebmkit.inference import denoise_picture
@@ -47,7 +47,7 @@ def classify(
     size.
     """
     model = load(run, device=str(pick_device(device)), weights=weights)
-    if model.num_classes == 0 or (model.card and not model.card.classifies):
+    if not classifies(model):
         raise UserError(f"the model in {str(run)!r} was trained without labels: it cannot classify")
     pictures = [(path, read_image(path, _channels(model))) for path in images]
     table = Table("picture", "class", "probability", "log-density (nats)")
@@ -126,7 +126,7 @@ class _Result:
 
 
 def _denoise_one(
-    model: EnergyModel,
+    model: ScoreModel,
     picture: Picture,
     sigma: float | None,
     c: int | None,
@@ -146,16 +146,16 @@ def _denoise_one(
     return _Result(image.mean(0, keepdim=True) if picture.was_gray else image, result.sigma)
 
 
-def _channels(model: EnergyModel) -> int | None:
+def _channels(model: ScoreModel) -> int | None:
     return model.card.channels if model.card else None
 
 
-def _class_name(model: EnergyModel, label: int) -> str:
+def _class_name(model: ScoreModel, label: int) -> str:
     names = model.card.class_names if model.card else []
     return names[label] if label < len(names) else str(label)
 
 
-def _label(model: EnergyModel, text: str) -> int:
+def _label(model: ScoreModel, text: str) -> int:
     names = model.card.class_names if model.card else []
     if model.num_classes and model.card and not model.card.classifies:
         raise UserError("the labels of this model were never trained: leave out --label")
@@ -170,7 +170,7 @@ def _label(model: EnergyModel, text: str) -> int:
     return label
 
 
-def _warn_range(model: EnergyModel, sigma: float | None) -> None:
+def _warn_range(model: ScoreModel, sigma: float | None) -> None:
     if model.card is None:
         return
     if model.card.sigma_range is None:
@@ -200,7 +200,7 @@ def _check_targets(sources: list[Path], targets: list[Path]) -> None:
             raise UserError(f"{str(target)!r} exists: choose another --out, or move it away")
 
 
-def _sized(model: EnergyModel, image: Tensor) -> Tensor:
+def _sized(model: ScoreModel, image: Tensor) -> Tensor:
     """The picture at the trained size: shorter side scaled, middle cut out."""
     size = model.card.image_size if model.card else None
     if size is None or tuple(image.shape[-2:]) == tuple(size):

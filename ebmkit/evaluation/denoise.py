@@ -8,6 +8,10 @@ Of :math:`y = x + \sigma\epsilon` are estimated (CDN eq. 7)
 - ``blind``: :math:`y + \hat\sigma^2 s(y)` with the model's own
   :math:`\hat\sigma = \sqrt d/\|s(y)\|` (not for noise-conditional models, which are told sigma).
 
+A plain denoiser has one estimate, ``unconditional``. A blind one makes it without the true sigma,
+which the formula of Tweedie needs: ``knows_sigma`` says of each denoiser whether it was told
+(``true``), estimates the level itself (``estimated``) or has no use for it (``unused``).
+
 Beside them stand the ``noisy`` input and the ``clipped`` one: on images with much black or white,
 clipping alone gains decibels, which no model should be given credit for.
 
@@ -24,7 +28,7 @@ those of a gain, of the mean difference to the noisy input on the same image.
 (unconditional) and ``psnr_noisy``, as in ``{"15": 30.1, "25": 27.2, "50": 23.0}``, and ``ssim`` and
 ``ssim_noisy`` likewise; ``psnr_interval`` and ``ssim_interval``; ``denoisers``, by name all of the
 above, with ``psnr``, ``gain`` (dB) and ``ssim`` by noise level; ``estimated_sigma``;
-``predicted_labels``, the accuracy of the labels used; and ``ssim_window``.
+``predicted_labels``, the accuracy of the labels used; ``knows_sigma``; and ``ssim_window``.
 """
 
 from __future__ import annotations
@@ -36,10 +40,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ebmkit.compiled import Wanted
-from ebmkit.core import EnergyModel, Linearization, Noise, per_image, sigma_of_score
+from ebmkit.core import Linearization, Noise, ScoreModel, classifies
 from ebmkit.evaluation import statistics
 from ebmkit.evaluation.data import Batch, Images, noisy_batches
-from ebmkit.evaluation.setting import Setting, Suite, classifies
+from ebmkit.evaluation.setting import Setting, Suite
 from ebmkit.evaluation.tables import interval, new_table, number
 from ebmkit.metrics import psnr
 from ebmkit.units import format_sigma, in_255ths
@@ -47,7 +51,17 @@ from ebmkit.units import format_sigma, in_255ths
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["DENOISE", "Estimates", "draw", "estimates", "run", "ssim", "ssim_window", "table"]
+__all__ = [
+    "DENOISE",
+    "Estimates",
+    "draw",
+    "estimates",
+    "knows_sigma",
+    "run",
+    "ssim",
+    "ssim_window",
+    "table",
+]
 
 LABELS = {
     "noisy": "noisy input",
@@ -68,7 +82,7 @@ Estimates = dict[str, Tensor]
 
 
 def estimates(
-    model: EnergyModel, y: Tensor, sigma: float, labels: Tensor | None = None
+    model: ScoreModel, y: Tensor, sigma: float, labels: Tensor | None = None
 ) -> tuple[Estimates, Tensor | None, Tensor | None]:
     """Every denoiser's estimate of the clean images, from one forward pass.
 
@@ -84,7 +98,8 @@ def estimates(
     """
     if not classifies(model):
         labels = None
-    wanted = _estimator(classifies(model), blind=not model.noise_conditional)
+    blind = not model.noise_conditional and model.differentiates
+    wanted = _estimator(classifies(model), blind)
     return model.infer(wanted, y, sigma, labels)
 
 
@@ -98,17 +113,16 @@ def _estimator(
         at: Linearization, sigma: Noise | None, labels: Tensor | None
     ) -> tuple[Estimates, Tensor | None, Tensor | None]:
         assert sigma is not None
-        y, score, variance = at.y, at.score(), per_image(sigma, at.y) ** 2
-        found = {"unconditional": y + variance * score}
+        found = {"unconditional": at.denoised(sigma)}
         predicted = noise = None
         if classifies:
             predicted = at.energies.logits.argmax(dim=1)
             if labels is not None:
-                found["conditional_true"] = y + variance * at.conditional_score(labels)
-            found["conditional_predicted"] = y + variance * at.conditional_score(predicted)
+                found["conditional_true"] = at.denoised(sigma, labels)
+            found["conditional_predicted"] = at.denoised(sigma, predicted)
         if blind:
-            noise = sigma_of_score(score)
-            found["blind"] = y + per_image(noise, y) ** 2 * score
+            noise = at.noise_level()
+            found["blind"] = at.denoised(noise)
         return {name: x.clamp(0, 1) for name, x in found.items()}, predicted, noise
 
     return wanted
@@ -133,7 +147,7 @@ def ssim(estimate: Tensor, clean: Tensor) -> Tensor:
     return values.reshape(len(clean))
 
 
-def check(model: EnergyModel, images: Images) -> None:
+def check(model: ScoreModel, images: Images) -> None:
     """Every model can denoise; one that never learnt to gets a warning in its results."""
 
 
@@ -180,9 +194,19 @@ def run(setting: Setting) -> dict[str, Any]:
         "denoisers": denoisers,
         "estimated_sigma": sigmas,
         "predicted_labels": accuracies,
+        "knows_sigma": {name: knows_sigma(setting.model, name) for name in denoisers},
         "ssim_window": ssim_window(setting.images.image_size),
         "warnings": _warnings(setting) + unfinished,
     }
+
+
+def knows_sigma(model: ScoreModel, denoiser: str) -> str:
+    """What ``denoiser`` of ``model`` is told of the noise level: true, estimated or unused."""
+    if denoiser in ("noisy", "clipped"):
+        return "unused"
+    if denoiser == "blind":
+        return "estimated"
+    return "true" if model.differentiates or model.noise_conditional else "unused"
 
 
 def _measure(setting: Setting, sigma: float, batch: Batch) -> dict[tuple[str, str], Tensor]:

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from ebmkit.compiled import device_of
-from ebmkit.core import EnergyModel
+from ebmkit.core import EnergyModel, ScoreModel, classifies
 from ebmkit.errors import UserError
 from ebmkit.evaluation.data import Batch, Images, noisy_batches
 from ebmkit.parallel import World
@@ -29,7 +29,6 @@ __all__ = [
     "Setting",
     "Suite",
     "check_classifies",
-    "classifies",
 ]
 
 K = TypeVar("K", bound=Hashable)
@@ -82,7 +81,7 @@ class Setting:
         left: how many images are left to measure, over all passes of a suite.
     """
 
-    model: EnergyModel
+    model: ScoreModel
     images: Images
     seed: int = 0
     batch_size: int = 250
@@ -146,8 +145,10 @@ class Setting:
         if sigma in self._predictions:
             self._advance(len(self.images))
             return self._predictions[sigma]
+        model = self.model
         assert self.images.labels is not None
-        columns = self.columns(sigma, lambda batch: _predict(self.model, batch, sigma))
+        assert isinstance(model, EnergyModel)
+        columns = self.columns(sigma, lambda batch: _predict(model, batch, sigma))
         if not columns["brier"].isfinite().all():
             raise UserError(
                 "this model gives probabilities that are not finite: its training diverged, or its "
@@ -179,7 +180,7 @@ class Suite(NamedTuple):
     """
 
     about: str
-    check: Callable[[EnergyModel, Images], None]
+    check: Callable[[ScoreModel, Images], None]
     passes: Callable[[Setting], int]
     run: Callable[[Setting], dict[str, Any]]
     draw: Callable[[Setting, dict[str, Any], Any], None]
@@ -188,12 +189,7 @@ class Suite(NamedTuple):
     standard: bool = False
 
 
-def classifies(model: EnergyModel) -> bool:
-    """Whether ``model`` has labels and, if it says what it was trained for, was trained on them."""
-    return model.num_classes > 0 and (model.card is None or model.card.classifies)
-
-
-def check_classifies(model: EnergyModel, images: Images) -> None:
+def check_classifies(model: ScoreModel, images: Images) -> None:
     """Whether labels can be predicted and compared.
 
     Raises:

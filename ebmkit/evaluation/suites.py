@@ -33,7 +33,7 @@ import torch
 from pydantic import BaseModel
 
 from ebmkit.compiled import inferring
-from ebmkit.core import EnergyModel
+from ebmkit.core import ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation.calibration import CALIBRATION
 from ebmkit.evaluation.classify import CLASSIFY
@@ -79,7 +79,7 @@ class Result:
     path: Path
 
 
-def parse_suites(text: str, model: EnergyModel, images: Images) -> list[str]:
+def parse_suites(text: str, model: ScoreModel, images: Images) -> list[str]:
     """The suites that ``text`` names, as in ``classify,denoise``.
 
     ``standard``: the quick ones that apply; ``all``: every one that applies.
@@ -105,7 +105,7 @@ def parse_suites(text: str, model: EnergyModel, images: Images) -> list[str]:
 
 def evaluation_folder(
     run: Path,
-    model: EnergyModel,
+    model: ScoreModel,
     images: Images,
     limit: int | None = None,
     weights: str = "last",
@@ -141,7 +141,7 @@ def evaluation_folder(
 
 
 def evaluate(
-    model: EnergyModel,
+    model: ScoreModel,
     images: Images,
     suites: Sequence[str],
     out_dir: Path,
@@ -175,7 +175,7 @@ def evaluate(
         weights: which of the run's weights the model has; only written down.
         precision: auto (fp32, so that results can be compared), fp32, tf32 or bf16.
         compile: on, off or auto: on CUDA, once minutes of work are left; see
-            `EnergyModel.set_inference`, whose own setting waits meanwhile.
+            `ScoreModel.set_inference`, whose own setting waits meanwhile.
         options: by suite, settings of its own, as in ``{"robustness": {"steps": 10}}``.
         pictures: draw them, too.
         progress: show a progress bar.
@@ -272,7 +272,7 @@ def _holds(folder: Path, wanted: Callable[[dict[str, Any]], bool]) -> bool:
     return False
 
 
-def _applies(suite: Suite, model: EnergyModel, images: Images) -> bool:
+def _applies(suite: Suite, model: ScoreModel, images: Images) -> bool:
     try:
         suite.check(model, images)
     except UserError:
@@ -280,7 +280,7 @@ def _applies(suite: Suite, model: EnergyModel, images: Images) -> bool:
     return True
 
 
-def _check_images(model: EnergyModel, images: Images) -> None:
+def _check_images(model: ScoreModel, images: Images) -> None:
     if len(images) == 0:
         raise UserError(f"data set {images.name!r} has no images in split {images.split!r}")
     wanted = model.card.channels if model.card else getattr(model, "in_channels", None)
@@ -334,7 +334,7 @@ def _common(setting: Setting, split: Images, weights: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _evaluation_mode(model: EnergyModel) -> Iterator[None]:
+def _evaluation_mode(model: ScoreModel) -> Iterator[None]:
     before = model.training
     model.eval()
     try:

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from ebmkit.compute import widened, without_autocast
 from ebmkit.core import Energies, EnergyModel, Noise
 from ebmkit.errors import UserError
-from ebmkit.models.parts import Backbone, Features, Head, WindowedBackbone
+from ebmkit.models.parts import Backbone, Features, Head, WindowedBackbone, check_images
 
 __all__ = ["EXTENTS", "Extent", "JointModel"]
 
@@ -93,7 +93,7 @@ class JointModel(EnergyModel):
         Raises:
             UserError: if ``y`` is no batch of images, or has another number of channels.
         """
-        self._check(y)
+        check_images(y, self.in_channels)
         size = _parts(y, self.reference_size)
         if self.reference_size is None or size <= 1:
             return self._energies(self._features(y).pooled)
@@ -154,15 +154,6 @@ class JointModel(EnergyModel):
         with without_autocast(pooled):
             energies: Energies = self.head(widened(pooled))
             return energies
-
-    def _check(self, y: Tensor) -> None:
-        if y.ndim != 4:
-            shape = tuple(y.shape)
-            raise UserError(f"images must be (batch, channels, height, width), not {shape}")
-        if self.in_channels is not None and y.shape[1] != self.in_channels:
-            raise UserError(
-                f"this model takes images of {self.in_channels} channel(s), not {y.shape[1]}"
-            )
 
 
 def halves(length: int, tile: int) -> list[tuple[int, int]]:

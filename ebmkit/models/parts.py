@@ -12,8 +12,9 @@ from typing import NamedTuple, Protocol, runtime_checkable
 from torch import Tensor
 
 from ebmkit.core import Energies
+from ebmkit.errors import UserError
 
-__all__ = ["Backbone", "Features", "Head", "WindowedBackbone"]
+__all__ = ["Backbone", "Features", "Head", "WindowedBackbone", "check_images"]
 
 
 class Features(NamedTuple):
@@ -53,3 +54,16 @@ class Head(Protocol):
     num_classes: int
 
     def __call__(self, pooled: Tensor, /) -> Energies: ...
+
+
+def check_images(y: Tensor, channels: int | None = None) -> None:
+    """Whether ``y`` is a batch of images of ``channels`` (None: any number).
+
+    Raises:
+        UserError: if it is not.
+    """
+    if y.ndim != 4:
+        shape = tuple(y.shape)
+        raise UserError(f"images must be (batch, channels, height, width), not {shape}")
+    if channels is not None and y.shape[1] != channels:
+        raise UserError(f"this model takes images of {channels} channel(s), not {y.shape[1]}")

@@ -16,7 +16,7 @@ import safetensors.torch
 from pydantic import BaseModel, ConfigDict
 
 from ebmkit.card import ModelCard
-from ebmkit.core import EnergyModel
+from ebmkit.core import ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.files import write_atomically
 from ebmkit.models.config import ModelConfig
@@ -36,7 +36,7 @@ class _Document(BaseModel):
 
 
 def save_model(
-    folder: Path, model: EnergyModel, config: ModelConfig | None, card: ModelCard
+    folder: Path, model: ScoreModel, config: ModelConfig | None, card: ModelCard
 ) -> None:
     """Write ``model.safetensors`` and ``model.json`` into ``folder``, each in one move.
 
@@ -55,7 +55,7 @@ def save_model(
     write_atomically(folder / "model.json", text.encode())
 
 
-def save_weights(path: Path, model: EnergyModel) -> None:
+def save_weights(path: Path, model: ScoreModel) -> None:
     """Write the state of ``model`` to ``path`` as safetensors, in one move.
 
     Raises:
@@ -67,10 +67,10 @@ def save_weights(path: Path, model: EnergyModel) -> None:
 
 def load(
     run: str | os.PathLike[str],
-    model: EnergyModel | None = None,
+    model: ScoreModel | None = None,
     device: str = "cpu",
     weights: str = "last",
-) -> EnergyModel:
+) -> ScoreModel:
     """The trained model in the folder ``run``, frozen and in evaluation mode.
 
     Args:

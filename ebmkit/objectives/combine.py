@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from ebmkit.compute import Precision, autocast, memory_format
-from ebmkit.core import EnergyModel, Linearization, linearize
+from ebmkit.core import Linearization, ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.objectives.terms import OBJECTIVES, Objective, Scale, Streamed
 from ebmkit.registry import find
@@ -145,6 +145,7 @@ class TrainingLoss(nn.Module):
             are kept at once; for who calls this module, which sums over the streams it is given.
         recorded: whether scores are taken by recording a graph, not by `torch.func.vjp`; the same
             values (see `ebmkit.core.linearize`).
+        differentiates: whether the loss differentiates the model by its input.
         balanced: names of the balanced terms.
         running: (len(balanced),) their running means.
     """
@@ -153,7 +154,7 @@ class TrainingLoss(nn.Module):
 
     def __init__(
         self,
-        model: EnergyModel,
+        model: ScoreModel,
         terms: Sequence[Term],
         balance: float = BALANCE,
         streams: Mapping[str, str] | None = None,
@@ -165,7 +166,8 @@ class TrainingLoss(nn.Module):
         self.stream_of = {term.name: term.objective.stream for term in terms} | dict(streams or {})
         self.precision: Precision = "fp32"
         self.separate = self.recorded = False
-        self._differentiates = any(term.objective.needs_score for term in terms)
+        matching = any(term.objective.needs_score for term in terms)
+        self.differentiates = matching and model.differentiates
         self.balanced = tuple(term.name for term in terms if term.balanced)
         self.register_buffer("running", torch.ones(len(self.balanced)), persistent=False)
 
@@ -213,12 +215,10 @@ class TrainingLoss(nn.Module):
     def _evaluate(self, batch: Streamed, differentiate: bool) -> Linearization:
         y = batch.y
         layout = memory_format(y.device, differentiate)
-        if y.ndim == 4 and layout != memory_format(y.device, self._differentiates):
+        if y.ndim == 4 and layout != memory_format(y.device, self.differentiates):
             y = y.contiguous(memory_format=layout)  # else the parameters' layout decides
         with autocast(y.device, self.precision):
-            if differentiate:
-                return linearize(self.model, y, batch.sigma, self.recorded)
-            return Linearization(y, self.model(y, batch.sigma), _no_gradient)
+            return self.model.at(y, batch.sigma, differentiate, self.recorded)
 
     def _factor(self, term: Term, batch: Streamed) -> Tensor | float:
         """What the mean over entries is multiplied with in the total."""
@@ -227,7 +227,3 @@ class TrainingLoss(nn.Module):
             return self.balance / len(self.balanced) / running
         weight = 1.0 if term.weight is None else term.weight
         return weight * (batch.x[0].numel() if term.objective.scale is Scale.SUM else 1.0)
-
-
-def _no_gradient(cotangent: object) -> Tensor:
-    raise AssertionError("an objective that takes a score must say needs_score")

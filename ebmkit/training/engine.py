@@ -113,12 +113,11 @@ class TrainingStep:
         self.precision = pick_precision(self.compute.precision, self.device)
         set_tf32(self.device, self.precision)
         loss.precision = self.precision
-        matching = any(term.objective.needs_score for term in loss.terms)
-        loss.model.to(memory_format=memory_format(self.device, matching))
+        loss.model.to(memory_format=memory_format(self.device, loss.differentiates))
         keep_freed_memory(self.device)
         self._parallel: nn.Module | None = None  # made with the first batch
         self._settled = False
-        self._compile(self._may_compile(matching))
+        self._compile(self._may_compile())
         self.names = tuple(term.name for term in loss.terms)
         self._values = torch.zeros(len(self.names) + 2, device=self.device)  # parts, stop, norm
         self._failed = torch.zeros((), device=self.device)
@@ -205,14 +204,14 @@ class TrainingStep:
                 values[self.names.index(name)] += value / count
         return values
 
-    def _may_compile(self, matching: bool) -> bool:
+    def _may_compile(self) -> bool:
         """Whether to compile.
 
         Raises:
             UserError: if it must be, and the device or the model does not allow it.
         """
         wanted = pick_compile(self.compute.compile, self.device)
-        if wanted and matching and self.loss.model.has_batch_norm:
+        if wanted and self.loss.differentiates and self.loss.model.has_batch_norm:
             if self.compute.compile == "on":
                 raise UserError(
                     "a model with BatchNorm whose score is trained cannot be compiled: use "

@@ -36,7 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from ebmkit.core import EnergyModel
+from ebmkit.core import ScoreModel
 from ebmkit.data import Batch
 from ebmkit.objectives import TrainingLoss
 
@@ -148,7 +148,7 @@ def rehearse(loss: TrainingLoss, shapes: Shapes, accumulate: int = 1) -> Rehears
     return Rehearsal(recorder.flops * accumulate // parts_run, tuple(recorder.live), gradients)
 
 
-def forward_flops(model: EnergyModel, shape: tuple[int, int, int]) -> int:
+def forward_flops(model: ScoreModel, shape: tuple[int, int, int]) -> int:
     """FLOPs of the forward pass of one image of ``shape`` (C, H, W), two to a multiply-add."""
     recorder = Recorder()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():

@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ebmkit.card import ModelCard
 from ebmkit.compute import describe, pick_device
-from ebmkit.core import EnergyModel
+from ebmkit.core import ScoreModel
 from ebmkit.data import Batch, ImageSet, Stream, StreamConfig, StreamedSet
 from ebmkit.data.streams import prefetched
 from ebmkit.errors import UserError
@@ -63,7 +63,7 @@ class Trainer:
     """Trains a model; `fit` does it.
 
     Args:
-        model: any `EnergyModel`; of `config.model` if the command line built it.
+        model: any `ScoreModel`; of `config.model` if the command line built it.
         config: the resolved configuration.
         train: training images.
         validation: held-out images; None: no validation.
@@ -77,7 +77,7 @@ class Trainer:
             processes and parts, or the device cannot compute as asked.
     """
 
-    model: EnergyModel
+    model: ScoreModel
     config: TrainConfig
     train: Images
     validation: Images | None = None
@@ -125,6 +125,7 @@ class Trainer:
             self.world.size,
         )
         self.step = self.first_step = 0
+        self.begun, self.seconds_before = time.perf_counter(), 0.0
         self.best = math.inf
         matching = [t.name for t in self.loss.terms if t.objective.needs_score]
         self.denoise_stream = self.loss.stream_of[matching[0]] if matching else None
@@ -153,7 +154,7 @@ class Trainer:
                 self.world,
             )
 
-    def fit(self) -> EnergyModel:
+    def fit(self) -> ScoreModel:
         """Train from the present step to ``config.steps``; the model, in evaluation mode.
 
         Raises:
@@ -165,6 +166,7 @@ class Trainer:
         streams = {n: s.batches(self.step, config.steps) for n, s in self.streams.items()}
         batches = prefetched(streams, self.device)
         self.first_step = self.step
+        self.begun = time.perf_counter()
         self.watch.restart()
         self.model.train()
         with stop_requested() as stop:
@@ -191,6 +193,12 @@ class Trainer:
                     raise Interrupted(self.step)
         return self.trained.eval()
 
+    @property
+    def seconds(self) -> float:
+        """Time spent in `fit` so far, that of earlier processes up to their checkpoints included;
+        validations and checkpoints count."""
+        return self.seconds_before + time.perf_counter() - self.begun
+
     def try_steps(self, count: int) -> None:
         """Take ``count`` steps for the time they take; the trainer is of no use afterwards."""
         streams = {name: stream.batches(0, count) for name, stream in self.streams.items()}
@@ -202,18 +210,19 @@ class Trainer:
             self.watch.stop()
 
     @property
-    def trained(self) -> EnergyModel:
+    def trained(self) -> ScoreModel:
         """The model to use: the averaged one, where averaging is on."""
         if self.average is None:
             return self.model
         averaged = self.average.module
-        assert isinstance(averaged, EnergyModel)
+        assert isinstance(averaged, ScoreModel)
         return averaged
 
     def state(self) -> dict[str, Any]:
         """Everything needed to go on exactly, as tensors and plain values."""
         return {
             "step": self.step,
+            "seconds": self.seconds,
             "best": self.best,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -237,6 +246,7 @@ class Trainer:
             raise UserError("the checkpoint does not fit this model and optimiser") from None
         self.step = self.first_step = state["step"]
         self.best = state["best"]
+        self.seconds_before = state.get("seconds", 0.0)  # older checkpoints do not say
         self.card.steps = self.step
         if self.run is not None:
             self.run.forget_after(self.step)
@@ -345,7 +355,7 @@ class Trainer:
             if self.run is not None:
                 save_weights(self.run.path / "checkpoints" / "best.safetensors", model)
 
-    def _loss(self, model: EnergyModel) -> TrainingLoss:
+    def _loss(self, model: ScoreModel) -> TrainingLoss:
         config = self.config
         terms = parse_objective(config.objective)
         return TrainingLoss(model, terms, config.balance, config.draw_from)

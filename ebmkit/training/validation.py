@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ebmkit.core import EnergyModel
+from ebmkit.core import EnergyModel, ScoreModel
 from ebmkit.data import Batch, ImageSet, Stream, StreamConfig, StreamedSet
 from ebmkit.metrics import psnr
 from ebmkit.objectives import TrainingLoss
@@ -55,7 +55,7 @@ class Validation:
         }
 
     @torch.no_grad()
-    def __call__(self, model: EnergyModel, loss: TrainingLoss) -> dict[str, float]:
+    def __call__(self, model: ScoreModel, loss: TrainingLoss) -> dict[str, float]:
         """Means over the images: each term by name, ``accuracy`` and ``psnr_25`` where they apply.
 
         Args:
@@ -72,12 +72,13 @@ class Validation:
         return {name: sum(own.get(name, 0.0) for own in everyone) for name in names}
 
     def _measure(
-        self, model: EnergyModel, loss: TrainingLoss, batches: dict[str, Batch]
+        self, model: ScoreModel, loss: TrainingLoss, batches: dict[str, Batch]
     ) -> dict[str, float]:
         row = {name: float(mean) for name, mean in loss(batches).parts.items()}
         if self.classifies:
             batch = next(iter(batches.values()))
             assert batch.labels is not None
+            assert isinstance(model, EnergyModel)
             right = model.logits(batch.x).argmax(1).eq(batch.labels)
             row["accuracy"] = float(right.float().mean())
         if self.denoise_stream is not None:
