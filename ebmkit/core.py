@@ -93,6 +93,7 @@ class ScoreModel(nn.Module, ABC):
         noise_conditional: whether the network uses sigma. The paper's are blind (False): they take
             sigma and ignore it, so that samplers can treat all models alike.
         differentiates: whether the score is a gradient, so that training it differentiates twice.
+        denoises_unaided: whether `denoise` makes no use of sigma, even where it is given.
         card: what the model was trained for; None before it was.
         inference: how scores and the like are computed (`set_inference`).
     """
@@ -100,6 +101,7 @@ class ScoreModel(nn.Module, ABC):
     num_classes: int = 0
     noise_conditional: bool = False
     differentiates: bool = True
+    denoises_unaided: bool = False
     card: ModelCard | None = None
     inference: Inference = Inference()
 

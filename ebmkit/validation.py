@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -28,10 +29,11 @@ def validated(model: type[M], values: dict[str, Any], what: str) -> M:
 
 def _sentence(model: type[BaseModel], error: ValidationError, what: str) -> str:
     first = error.errors()[0]
-    path = [str(part) for part in first["loc"]]
+    location = [str(part) for part in first["loc"]]
+    path, _ = _follow(model, location)
     where = ".".join(path)
     if first["type"] == "extra_forbidden":
-        known = _fields_at(model, path[:-1])
+        known = sorted(_follow(model, location[:-1])[1].model_fields)
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}? " if near else ""
         return f"{what}: there is no field {where!r}: {hint}fields here: {', '.join(known)}"
@@ -43,22 +45,28 @@ def _sentence(model: type[BaseModel], error: ValidationError, what: str) -> str:
     return f"{what}: {where} = {first['input']!r} is not legal: {reason[0].lower()}{reason[1:]}"
 
 
-def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
-    """Names of the fields of the configuration found by following ``path`` from ``model``."""
-    current: Any = model
-    for part in path:
-        field = current.model_fields.get(part) if _is_model(current) else None
-        if field is None:  # a union member or a mapping key: stay where we are
+def _follow(model: type[BaseModel], location: Sequence[str]) -> tuple[list[str], type[BaseModel]]:
+    """The names in ``location`` that a user writes, and the configuration at its end.
+
+    Where a field is one of several configurations, pydantic adds the kind to the location.
+    """
+    names: list[str] = []
+    current, choices = model, dict[str, type[BaseModel]]()
+    for part in location:
+        if part in choices:
+            current, choices = choices[part], {}
             continue
-        nested = [a for a in (field.annotation, *_arguments(field.annotation)) if _is_model(a)]
-        if nested:
+        names.append(part)
+        field = current.model_fields.get(part)  # none: a key of a mapping
+        nested = _configurations(field.annotation) if field else []
+        choices = {str(c.model_fields["kind"].default): c for c in nested if len(nested) > 1}
+        if len(nested) == 1:
             current = nested[0]
-    return sorted(current.model_fields)
+    return names, current
 
 
-def _arguments(annotation: Any) -> tuple[Any, ...]:
-    return getattr(annotation, "__args__", ())
-
-
-def _is_model(candidate: Any) -> bool:
-    return isinstance(candidate, type) and issubclass(candidate, BaseModel)
+def _configurations(annotation: Any) -> list[type[BaseModel]]:
+    """The configurations named in a type: itself, or the members of a union."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [c for a in getattr(annotation, "__args__", ()) for c in _configurations(a)]

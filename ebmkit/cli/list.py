@@ -18,6 +18,7 @@ class Kind(StrEnum):
     """What can be listed."""
 
     backbones = "backbones"
+    denoisers = "denoisers"
     heads = "heads"
     objectives = "objectives"
     datasets = "datasets"
@@ -29,12 +30,13 @@ def tables() -> dict[str, dict[str, str]]:
     """Kind -> name -> one line about it, from the very tables the program looks names up in."""
     from ebmkit.data import DATASETS
     from ebmkit.evaluation import SUITES
-    from ebmkit.models import BACKBONES, HEADS
+    from ebmkit.models import BACKBONES, DENOISERS, HEADS
     from ebmkit.objectives import OBJECTIVES
     from ebmkit.training import RECIPES
 
     return {
         "backbones": {name: preset.about for name, preset in BACKBONES.items()},
+        "denoisers": {name: preset.about for name, preset in DENOISERS.items()},
         "heads": {name: preset.about for name, preset in HEADS.items()},
         "objectives": {name: objective.about for name, objective in OBJECTIVES.items()},
         "datasets": {name: dataset.about for name, dataset in DATASETS.items()},

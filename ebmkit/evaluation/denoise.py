@@ -33,10 +33,12 @@ above, with ``psnr``, ``gain`` (dB) and ``ssim`` by noise level; ``estimated_sig
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from ebmkit.compiled import Wanted
@@ -98,7 +100,7 @@ def estimates(
     """
     if not classifies(model):
         labels = None
-    blind = not model.noise_conditional and model.differentiates
+    blind = not (model.noise_conditional or model.denoises_unaided)
     wanted = _estimator(classifies(model), blind)
     return model.infer(wanted, y, sigma, labels)
 
@@ -206,7 +208,7 @@ def knows_sigma(model: ScoreModel, denoiser: str) -> str:
         return "unused"
     if denoiser == "blind":
         return "estimated"
-    return "true" if model.differentiates or model.noise_conditional else "unused"
+    return "unused" if model.denoises_unaided else "true"
 
 
 def _measure(setting: Setting, sigma: float, batch: Batch) -> dict[tuple[str, str], Tensor]:
@@ -235,7 +237,8 @@ def draw(setting: Setting, document: dict[str, Any], folder: Path) -> None:
     clean = None
     levels = []
     for sigma in setting.sigmas:
-        ((clean, y, _),) = noisy_batches(few, sigma, setting.seed, SHOWN, setting.device)
+        shared = noisy_batches(few, sigma, setting.seed, SHOWN, setting.device)
+        clean, y = _middles(list(shared))
         found, _, _ = estimates(setting.model, y, sigma)
         shown = {"noisy": y, "$D_u$": found["unconditional"]}
         if "conditional_predicted" in found:
@@ -243,6 +246,20 @@ def draw(setting: Setting, document: dict[str, Any], folder: Path) -> None:
         levels.append(pictures.DenoisedLevel(sigma, shown))
     if clean is not None:
         pictures.denoising_grid(clean, levels, folder / "denoising.png", NOTE)
+
+
+def _middles(batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
+    """Clean and noisy images of all ``batches``; the middles, where pictures have several sizes."""
+    height = min(batch.x.shape[-2] for batch in batches)
+    width = min(batch.x.shape[-1] for batch in batches)
+    pairs = [(_center_crop(b.x, height, width), _center_crop(b.y, height, width)) for b in batches]
+    return torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
+
+
+def _center_crop(images: Tensor, height: int, width: int) -> Tensor:
+    """The middle of images (B, C, H, W)."""
+    top, left = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
+    return images[..., top : top + height, left : left + width]
 
 
 def table(document: dict[str, Any]) -> Table:

@@ -1,27 +1,48 @@
 """Networks: backbones, heads, and the joint model made of one of each."""
 
-from ebmkit.models.config import BackboneConfig, ModelConfig, create_model
-from ebmkit.models.gradresnet import BACKBONES, GradResNet, GradResNetConfig
+from ebmkit.models.config import BackboneConfig, ModelConfig, create_denoiser, create_model
+from ebmkit.models.denoisers import DirectDenoiser
+from ebmkit.models.dncnn import DnCNN, DnCNNConfig
+from ebmkit.models.drunet import DRUNet, DRUNetConfig
+from ebmkit.models.gradientstep import GradientStep, GraDnCNNConfig, GSDRUNetConfig
+from ebmkit.models.gradresnet import GradResNet, GradResNetConfig
 from ebmkit.models.heads import HEADS, HeadConfig, LinearQuadraticHead, LogitHead
 from ebmkit.models.joint import JointModel
 from ebmkit.models.parts import Backbone, Features, Head, WindowedBackbone
+from ebmkit.models.presets import BACKBONES, DENOISERS
+from ebmkit.models.resnet import ResNet, ResNetConfig
 from ebmkit.models.saving import load, save_model, save_weights
+from ebmkit.models.wideresnet import WideResNet, WideResNetConfig
 
 __all__ = [
     "BACKBONES",
+    "DENOISERS",
     "HEADS",
     "Backbone",
     "BackboneConfig",
+    "DRUNet",
+    "DRUNetConfig",
+    "DirectDenoiser",
+    "DnCNN",
+    "DnCNNConfig",
     "Features",
+    "GSDRUNetConfig",
+    "GraDnCNNConfig",
     "GradResNet",
     "GradResNetConfig",
+    "GradientStep",
     "Head",
     "HeadConfig",
     "JointModel",
     "LinearQuadraticHead",
     "LogitHead",
     "ModelConfig",
+    "ResNet",
+    "ResNetConfig",
+    "WideResNet",
+    "WideResNetConfig",
     "WindowedBackbone",
+    "create_denoiser",
     "create_model",
     "load",
     "save_model",

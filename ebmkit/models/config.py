@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveInt, Tag
 
-from ebmkit.models.gradresnet import BACKBONES, GradResNetConfig
+from ebmkit.core import ScoreModel
+from ebmkit.errors import UserError
+from ebmkit.models.denoisers import DirectDenoiser
+from ebmkit.models.dncnn import DnCNNConfig
+from ebmkit.models.drunet import DRUNetConfig
+from ebmkit.models.gradientstep import GraDnCNNConfig, GSDRUNetConfig
+from ebmkit.models.gradresnet import GradResNetConfig
 from ebmkit.models.heads import HEADS, HeadConfig
 from ebmkit.models.joint import Extent, JointModel
+from ebmkit.models.presets import BACKBONES, DENOISERS
+from ebmkit.models.resnet import ResNetConfig
+from ebmkit.models.wideresnet import WideResNetConfig
 from ebmkit.registry import find
 from ebmkit.validation import validated
 
-__all__ = ["BackboneConfig", "ModelConfig", "create_model"]
+__all__ = ["BackboneConfig", "ModelConfig", "create_denoiser", "create_model"]
 
-BackboneConfig = GradResNetConfig
-"""Every backbone's configuration (one kind so far)."""
+
+def _kind(config: Any) -> str:
+    """Which configuration it is; those saved before there were several say nothing."""
+    if isinstance(config, BaseModel):
+        return str(getattr(config, "kind", ""))
+    return str(config.get("kind", "gradresnet")) if isinstance(config, dict) else ""
+
+
+BackboneConfig = Annotated[
+    Annotated[GradResNetConfig, Tag("gradresnet")]
+    | Annotated[ResNetConfig, Tag("resnet")]
+    | Annotated[WideResNetConfig, Tag("wideresnet")]
+    | Annotated[DnCNNConfig, Tag("dncnn")]
+    | Annotated[DRUNetConfig, Tag("drunet")]
+    | Annotated[GSDRUNetConfig, Tag("gs-drunet")]
+    | Annotated[GraDnCNNConfig, Tag("gradncnn")],
+    Discriminator(_kind),
+]
+"""Every network's configuration; ``kind`` says which."""
 
 
 class ModelConfig(BaseModel):
@@ -36,12 +62,25 @@ class ModelConfig(BaseModel):
     input_mean: float = Field(0.0, description="subtracted from images; acts as a bias, so 0")
     input_std: float = Field(1.0, gt=0, description="images are divided by it")
 
-    def build(self) -> JointModel:
-        """The model, with fresh weights."""
-        backbone = self.backbone.build(self.in_channels)
+    def build(self) -> ScoreModel:
+        """The model, with fresh weights: joint, of a backbone, or a denoiser."""
+        backbone = self.backbone
+        if isinstance(backbone, (DnCNNConfig, DRUNetConfig)):
+            network = backbone.build(self.in_channels)
+            told = isinstance(backbone, DRUNetConfig) and backbone.noise_map
+            return DirectDenoiser(network, self.in_channels, noise_conditional=told)
+        if isinstance(backbone, (GSDRUNetConfig, GraDnCNNConfig)):
+            return backbone.build_model(self.in_channels)
+        return self.build_joint(backbone)
+
+    def build_joint(
+        self, backbone: GradResNetConfig | ResNetConfig | WideResNetConfig
+    ) -> JointModel:
+        """The joint model of ``backbone``."""
+        features = backbone.build(self.in_channels)
         return JointModel(
-            backbone,
-            self.head.build(backbone.num_features, self.num_classes),
+            features,
+            self.head.build(features.num_features, self.num_classes),
             in_channels=self.in_channels,
             reference_size=self.reference_size,
             extent=self.extent,
@@ -76,6 +115,10 @@ def create_model(
 
     >>> model = create_model("gradresnet18", num_classes=10, in_channels=3, width=16)
     """
+    if backbone in DENOISERS:
+        raise UserError(
+            f"{backbone!r} is a denoiser and has no head: make it by create_denoiser({backbone!r})"
+        )
     preset = find("backbone", BACKBONES, backbone).config
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     shape = validated(type(preset), {**preset.model_dump(), **options}, f"backbone {backbone}")
@@ -87,4 +130,23 @@ def create_model(
         "reference_size": size,
         "extent": extent,
     }
+    return validated(ModelConfig, config, "model").build_joint(shape)
+
+
+def create_denoiser(name: str, in_channels: int = 3, **options: Any) -> ScoreModel:
+    """A plain or gradient-step denoiser, with fresh weights.
+
+    Args:
+        name: a name from `ebmkit list denoisers`.
+        in_channels: 1 gray, 3 colour.
+        **options: fields of its configuration, as in ``width=16``.
+
+    Raises:
+        UserError: on an unknown name or an illegal option.
+
+    >>> denoiser = create_denoiser("drunet", in_channels=3, width=16)
+    """
+    preset = find("denoiser", DENOISERS, name).config
+    shape = validated(type(preset), {**preset.model_dump(), **options}, f"denoiser {name}")
+    config = {"backbone": shape, "in_channels": in_channels}
     return validated(ModelConfig, config, "model").build()

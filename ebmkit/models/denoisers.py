@@ -43,6 +43,7 @@ class DirectDenoiser(ScoreModel):
         self.network = network
         self.in_channels = in_channels
         self.noise_conditional = noise_conditional
+        self.denoises_unaided = not noise_conditional
 
     def forward(self, y: Tensor, sigma: Noise | None = None) -> Tensor:
         """Estimates of the clean images, the shape of ``y``, not clipped.

@@ -29,9 +29,8 @@ from ebmkit.models.norms import NormName, make_norm
 from ebmkit.models.parts import Features
 from ebmkit.models.pooling import mean_over_positions
 from ebmkit.models.recompute import recompute
-from ebmkit.registry import Preset
 
-__all__ = ["BACKBONES", "GradResNet", "GradResNetConfig"]
+__all__ = ["GradResNet", "GradResNetConfig"]
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
 
@@ -41,6 +40,7 @@ class GradResNetConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    kind: Literal["gradresnet"] = "gradresnet"
     depth: Literal[18, 34] = Field(18, description="18 (2-2-2-2 blocks) or 34 (3-4-6-3)")
     width: int = Field(64, ge=1, description="channels of stage 1; the others have 2, 4, 8 times")
     stem_kernel: Literal[3, 5, 7] = Field(3, description="size of the first convolution")
@@ -168,13 +168,3 @@ class GradResNet(nn.Module):
                     mean = nn.functional.adaptive_avg_pool2d(wide, grid).flatten(2).transpose(1, 2)
                 pooled.append(self.side[i](mean) if i < len(maps) - 1 else mean)
             return torch.cat(pooled, dim=2)
-
-
-BACKBONES: dict[str, Preset[GradResNetConfig]] = {
-    "gradresnet18": Preset(GradResNetConfig(depth=18), "the paper's network for 32x32 images"),
-    "gradresnet34": Preset(GradResNetConfig(depth=34), "the same, deeper (3-4-6-3 blocks)"),
-    "gradresnet18-imagenet": Preset(
-        GradResNetConfig(depth=18, stem_kernel=7, strides=(2, 1, 2, 2, 2)),
-        "the paper's network for 224x224 images: 7x7 stem of stride 2, no max-pool",
-    ),
-}

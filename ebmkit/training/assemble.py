@@ -6,8 +6,9 @@ from typing import Literal
 
 import torch
 
+from ebmkit.core import ScoreModel
 from ebmkit.data import ImageSet, StreamedSet, load_dataset
-from ebmkit.models import JointModel, ModelConfig
+from ebmkit.models import ModelConfig
 from ebmkit.parallel import World
 from ebmkit.training.config import DataConfig, TrainConfig
 from ebmkit.training.runs import RunFolder
@@ -29,7 +30,7 @@ def images_of(config: DataConfig, split: Split, progress: bool = False) -> Image
     )
 
 
-def build_model(config: TrainConfig, images: ImageSet | StreamedSet) -> JointModel:
+def build_model(config: TrainConfig, images: ImageSet | StreamedSet) -> ScoreModel:
     """The model that ``config`` describes for ``images``, with weights drawn from its seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -42,7 +43,7 @@ def model_config(config: TrainConfig, images: ImageSet | StreamedSet) -> ModelCo
     facts = {
         "in_channels": images.channels,
         "num_classes": images.num_classes,
-        "reference_size": trained_size(config, images),
+        "reference_size": config.model.reference_size or trained_size(config, images),
     }
     return ModelConfig.model_validate(config.model.model_dump() | facts)
 

@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from ebmkit.compute import ComputeConfig
 from ebmkit.data import StreamConfig
 from ebmkit.errors import UserError
-from ebmkit.models import BACKBONES, HEADS, ModelConfig
+from ebmkit.models import HEADS, ModelConfig
+from ebmkit.models.presets import find_network
 from ebmkit.objectives import BALANCE, parse_objective
 from ebmkit.registry import find
 from ebmkit.training.recipes import RECIPES, recipe_for
@@ -74,7 +75,9 @@ class TrainConfig(_Config):
     """Everything a training run depends on."""
 
     dataset: DataConfig = DataConfig()
-    backbone: str = Field("gradresnet18", description="a name from `ebmkit list backbones`")
+    backbone: str = Field(
+        "gradresnet18", description="a name from `ebmkit list backbones` or `denoisers`"
+    )
     head: str = Field("linear-quadratic", description="a name from `ebmkit list heads`")
     model: ModelConfig = ModelConfig()
     objective: str = Field("ce+dsm", description="objectives joined by +, as in ce+0.5*dsm")
@@ -119,7 +122,7 @@ def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfi
     """
     base = find("recipe", RECIPES, recipe).config if recipe else {}
     dataset = _dataset_name(merge(base, *layers))
-    base = base or recipe_for(dataset)
+    base = _expand(base or recipe_for(dataset))
     raw = merge(base, *[_expand(layer) for layer in layers])
     config = validated(TrainConfig, raw, "configuration")
     terms = {term.name: term for term in parse_objective(config.objective)}
@@ -137,8 +140,9 @@ def _expand(layer: Mapping[str, Any]) -> Mapping[str, Any]:
     """Put the settings of the presets that ``layer`` names below its own."""
     parts: dict[str, Any] = {}
     if "backbone" in layer:
-        preset = find("backbone", BACKBONES, str(layer["backbone"])).config
-        parts["backbone"] = preset.model_dump(exclude_unset=True)
+        preset = find_network(str(layer["backbone"])).config
+        own = preset.model_dump()
+        parts["backbone"] = {"kind": own["kind"]} | preset.model_dump(exclude_unset=True)
     if "head" in layer:
         parts["head"] = find("head", HEADS, str(layer["head"])).config.model_dump()
     return merge({"model": parts}, layer) if parts else layer

@@ -37,7 +37,7 @@ from ebmkit.errors import UserError
 from ebmkit.files import write_atomically
 from ebmkit.parallel import launch
 
-__all__ = ["RunFolder"]
+__all__ = ["RunFolder", "difference", "environment"]
 
 _FREE_TO_CHANGE = (
     "device",
@@ -116,13 +116,13 @@ class RunFolder:
         Raises:
             UserError: naming the first field that differs.
         """
-        old, new = _flat(self.config()), _flat(config.model_dump(mode="json"))
-        for key in sorted(old.keys() | new.keys()):
-            if key not in _FREE_TO_CHANGE and old.get(key) != new.get(key):
-                raise UserError(
-                    f"cannot go on with {str(self.path)!r} in another configuration: {key} was "
-                    f"{old.get(key)!r} and is now {new.get(key)!r}; leave it out or start a new run"
-                )
+        found = difference(self.config(), config.model_dump(mode="json"))
+        if found is not None:
+            key, old, new = found
+            raise UserError(
+                f"cannot go on with {str(self.path)!r} in another configuration: {key} was "
+                f"{old!r} and is now {new!r}; leave it out or start a new run"
+            )
 
     def log(self, row: dict[str, Any]) -> None:
         """Append ``row`` to ``metrics.jsonl``.
@@ -219,6 +219,15 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip()
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first field in which two configurations make different runs: its name, old and new."""
+    before, after = _flat(old), _flat(new)
+    for key in sorted(before.keys() | after.keys()):
+        if key not in _FREE_TO_CHANGE and before.get(key) != after.get(key):
+            return key, before.get(key), after.get(key)
+    return None
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:

@@ -6,7 +6,7 @@ import torch
 from ebmkit import JointModel, create_model
 from ebmkit.models import BACKBONES, HEADS
 
-SMALLEST = {"gradresnet18-imagenet": 32}  # total stride 16: below this the last maps are one pixel
+SMALLEST = {"gradresnet18-imagenet": 32, "resnet18-imagenet": 32}  # total stride 16: below this the last maps are one pixel
 NUM_CLASSES = 3
 
 
@@ -30,7 +30,9 @@ def size(backbone) -> int:
 def model(backbone, head) -> JointModel:
     """Each preset under each head, narrow, in float64, with the plain formula at every size."""
     torch.manual_seed(0)
-    return create_model(backbone, NUM_CLASSES, in_channels=1, head=head, width=8).double()
+    made = create_model(backbone, NUM_CLASSES, in_channels=1, head=head, width=8).double().eval()
+    made._warned = True  # of ReLU and BatchNorm, which some presets have: see test_ablations
+    return made
 
 
 @pytest.fixture

@@ -1,0 +1,250 @@
+r"""DnCNN (Zhang et al., arXiv 1608.03981): a chain of convolutions that estimates the noise.
+
+.. math:: D(y) = y - C_L\,r_{L-1} \circ \dots \circ r_1(y), \qquad
+    r_1 = \operatorname{relu} C_1, \quad r_l = \operatorname{relu} N_l\,C_l ,
+
+3x3 convolutions of 64 channels, N a batch normalisation; L = 17 for one noise level, 20 for blind
+and colour denoising. It does not receive sigma. Forms, by what is additive in it:
+
+=======  ======  ==========================================================================
+norm     bias    additive constants
+=======  ======  ==========================================================================
+batch    true    the first convolution's, and mean and bias of the norms (as published)
+none     true    one in every convolution: what remains when the norms of a trained network
+                 are folded into the convolutions, and how most weights are distributed
+batch    false   none: the norm divides by the deviation and subtracts no mean
+none     false   none
+=======  ======  ==========================================================================
+
+Without additive constants (Mohan et al., arXiv 1906.05478) the network in evaluation mode is
+homogeneous, :math:`D(a y) = a D(y)` for a > 0, and denoises beyond the noise it was trained on.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from ebmkit.core import Noise
+from ebmkit.errors import UserError
+
+__all__ = ["BiasFreeBatchNorm", "DnCNN", "DnCNNConfig", "convert_dncnn"]
+
+PUBLISHED_DEPTHS = (17, 20)
+
+
+class DnCNNConfig(BaseModel):
+    """Shape of a DnCNN."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["dncnn"] = "dncnn"
+    depth: int = Field(17, ge=3, description="convolutions; published: 17, blind or colour 20")
+    width: int = Field(64, ge=1, description="channels between the convolutions")
+    norm: Literal["batch", "none"] = Field(
+        "batch", description="batch (as published) or none (as when folded into the convolutions)"
+    )
+    bias: bool = Field(True, description="additive constants; false: none anywhere (bias-free)")
+
+    def build(self, in_channels: int) -> DnCNN:
+        """The network, with fresh weights, for images of ``in_channels`` channels."""
+        return DnCNN(in_channels, self)
+
+
+class BiasFreeBatchNorm(nn.BatchNorm2d):
+    r"""Batch normalisation without additive constants, :math:`w\,x/\sqrt{v + \epsilon}`.
+
+    v is the variance of the channel over the batch, in evaluation mode its running average (Mohan
+    et al., 2020, and their released code). No mean is subtracted and no bias added.
+
+    Args:
+        num_channels: channels C of the input (B, C, H, W).
+    """
+
+    def __init__(self, num_channels: int) -> None:
+        super().__init__(num_channels)
+        self.register_parameter("bias", None)  # the running mean stays at 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``x`` (B, C, H, W); same shape and type."""
+        if not self.training:
+            return super().forward(x)
+        variance = x.to(self.weight.dtype).var(dim=(0, 2, 3), unbiased=False)
+        assert self.running_var is not None
+        assert self.momentum is not None
+        with torch.no_grad():
+            self.running_var.lerp_(variance.detach(), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return x * scale.to(x.dtype)[:, None, None]
+
+
+class DnCNN(nn.Module):
+    """The network: noisy images to estimates of the clean ones.
+
+    Args:
+        in_channels: 1 for gray, 3 for colour.
+        config: the shape.
+    """
+
+    def __init__(self, in_channels: int, config: DnCNNConfig | None = None) -> None:
+        super().__init__()
+        config = config or DnCNNConfig()
+        width, folded = config.width, config.bias and config.norm == "none"
+        layers: list[nn.Module] = [
+            nn.Conv2d(in_channels, width, 3, padding=1, bias=config.bias),
+            nn.ReLU(inplace=True),
+        ]
+        for _ in range(config.depth - 2):
+            layers.append(nn.Conv2d(width, width, 3, padding=1, bias=folded))
+            if config.norm == "batch":
+                layers.append(nn.BatchNorm2d(width) if config.bias else BiasFreeBatchNorm(width))
+            layers.append(nn.ReLU(inplace=True))
+        layers.append(nn.Conv2d(width, in_channels, 3, padding=1, bias=folded))
+        self.layers = nn.Sequential(*layers)
+        self._initialise(width)
+
+    def forward(self, y: Tensor, sigma: Noise | None = None) -> Tensor:
+        """Estimates of the clean images of ``y`` (B, C, H, W), same shape; ``sigma`` is ignored."""
+        noise: Tensor = self.layers(y)
+        return y - noise
+
+    def _initialise(self, width: int) -> None:
+        """He's normal weights, and the small norm weights of the released training code."""
+        spread, least = math.sqrt(2 / (9 * width)), 0.025
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.BatchNorm2d):
+                with torch.no_grad():
+                    drawn = torch.randn_like(module.weight) * spread
+                    module.weight.copy_(drawn.sign() * drawn.abs().clamp_min(least))
+
+
+class _Conv(NamedTuple):
+    name: str  # of its parameters, as in model.0
+    weight: Tensor  # (out, in, 3, 3)
+    bias: Tensor  # (out,)
+
+
+def convert_dncnn(
+    state: Mapping[str, Tensor], eps: float | None = None
+) -> tuple[DnCNNConfig, int, dict[str, Tensor]]:
+    """The configuration, the number of channels and our state of published DnCNN weights.
+
+    Three namings are known: ``model.0.weight`` ... (KAIR), ``dncnn.0.weight`` ... (the training
+    codes of cszn/DnCNN and SaoYan/DnCNN-PyTorch), and ``in_conv.weight``, ``conv_list.0.weight``
+    ..., ``out_conv.weight`` (deepinv, whose network *adds* its last convolution: the sign is
+    changed). 17 or 20 convolutions, gray or colour, with or without biases. Batch normalisations
+    are folded into the convolutions, which is the same function in evaluation mode.
+
+    Args:
+        state: names to tensors; a leading ``module.`` (of DataParallel) is taken off.
+        eps: of the batch normalisations, which files do not tell. None: 1e-5 (PyTorch's) for
+            ``dncnn`` without a bias in the first convolution, as in SaoYan's code, and else 1e-4.
+
+    Returns:
+        The configuration, ``in_channels``, and what ``DnCNN(in_channels, config)`` loads.
+
+    Raises:
+        UserError: if it is anything else; it names the first parameter that is missing or odd.
+
+    >>> config, channels, weights = convert_dncnn(torch.load("dncnn_25.pth"))  # doctest: +SKIP
+    >>> network = DnCNN(channels, config)                                      # doctest: +SKIP
+    >>> network.load_state_dict(weights)                                       # doctest: +SKIP
+    """
+    named = {name.removeprefix("module."): value for name, value in state.items()}
+    first = next(iter(named), "nothing")
+    prefix = first.partition(".")[0]
+    if prefix in ("model", "dncnn"):
+        plain = prefix == "dncnn" and f"{prefix}.0.bias" not in named
+        convs = _read_sequence(named, prefix, (1e-5 if plain else 1e-4) if eps is None else eps)
+    elif prefix in ("in_conv", "conv_list", "out_conv"):
+        indices = [_position(name) for name in named if name.startswith("conv_list.")]
+        count = 1 + max(indices, default=-1)
+        names = ["in_conv", *(f"conv_list.{i}" for i in range(count)), "out_conv"]
+        convs = [_read_conv(named, name) for name in names]
+        last = convs[-1]
+        convs[-1] = _Conv(last.name, -last.weight, -last.bias)
+    else:
+        raise UserError(
+            f"{first!r} is no parameter of a published DnCNN: their names begin with model.0, "
+            "dncnn.0 or in_conv"
+        )
+    if named:
+        raise UserError(f"{next(iter(named))!r} is no parameter of a published DnCNN")
+    channels, width = convs[0].weight.shape[1], convs[0].weight.shape[0]
+    if len(convs) not in PUBLISHED_DEPTHS:
+        raise UserError(
+            f"these weights have {len(convs)} convolutions, the last {convs[-1].name!r}, and a "
+            "published DnCNN has 17 or 20"
+        )
+    widths = [channels, *[width] * (len(convs) - 1), channels]
+    for conv, inner, outer in zip(convs, widths, widths[1:], strict=False):
+        if conv.weight.shape != (outer, inner, 3, 3):
+            raise UserError(
+                f"'{conv.name}.weight' is {tuple(conv.weight.shape)} and would be "
+                f"{(outer, inner, 3, 3)} in a DnCNN of {channels} channel(s) and width {width}"
+            )
+    config = DnCNNConfig(depth=len(convs), width=width, norm="none")
+    ours = {}
+    for i, conv in enumerate(convs):  # an activation stands between each two
+        ours[f"layers.{2 * i}.weight"], ours[f"layers.{2 * i}.bias"] = conv.weight, conv.bias
+    return config, channels, ours
+
+
+def _read_sequence(named: dict[str, Tensor], prefix: str, eps: float) -> list[_Conv]:
+    """Convolutions, each with the norm behind it folded in, taken out of ``named``."""
+    last = max(_position(name) for name in named)
+    convs, at = [], 0
+    while at <= last:
+        conv = _read_conv(named, f"{prefix}.{at}")
+        if f"{prefix}.{at + 1}.weight" in named:
+            conv = _fold(conv, named, f"{prefix}.{at + 1}", eps)
+            at += 1
+        convs.append(conv)
+        at += 2
+    return convs
+
+
+def _position(name: str) -> int:
+    """The 5 of ``model.5.weight``."""
+    match = re.match(r"\w+\.(\d+)\.", name)
+    if match is None:
+        raise UserError(f"{name!r} is no parameter of a published DnCNN")
+    return int(match[1])
+
+
+def _read_conv(named: dict[str, Tensor], name: str) -> _Conv:
+    weight = _take(named, f"{name}.weight")
+    if weight.ndim != 4:
+        raise UserError(
+            f"'{name}.weight' is {tuple(weight.shape)} and in a published DnCNN the weight of a "
+            "convolution"
+        )
+    bias = named.pop(f"{name}.bias", None)
+    return _Conv(name, weight, weight.new_zeros(len(weight)) if bias is None else bias)
+
+
+def _fold(conv: _Conv, named: dict[str, Tensor], name: str, eps: float) -> _Conv:
+    """``conv`` followed by the norm called ``name`` with its running statistics, as one."""
+    parts = ("weight", "bias", "running_mean", "running_var")
+    weight, bias, mean, variance = (_take(named, f"{name}.{part}").double() for part in parts)
+    named.pop(f"{name}.num_batches_tracked", None)
+    scale = weight / (variance + eps).sqrt()
+    folded = conv.weight.double() * scale[:, None, None, None]
+    shift = bias + (conv.bias.double() - mean) * scale
+    return _Conv(conv.name, folded.to(conv.weight), shift.to(conv.weight))
+
+
+def _take(named: dict[str, Tensor], name: str) -> Tensor:
+    if name not in named:
+        raise UserError(f"{name!r} is missing from the weights: a published DnCNN has it")
+    return named.pop(name)

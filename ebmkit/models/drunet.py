@@ -1,0 +1,181 @@
+r"""DRUNet (Zhang et al., arXiv 2008.13751): a UNet of residual blocks, without any bias.
+
+With the head and tail convolutions :math:`C_0, C_1`, four scales of ``blocks`` residual blocks
+:math:`x + C\,\operatorname{act}(C\,x)` each, 2x2 convolutions of stride 2 down and transposed ones
+up, and additive skips:
+
+.. math::
+    x_1 = C_0\,[y, \sigma], \quad x_{i+1} = \operatorname{down}_i(x_i), \quad
+    D = C_1\,(x_1 + \operatorname{up}_1(x_2 + \operatorname{up}_2(x_3 + \operatorname{up}_3(x_4 +
+    \operatorname{body}(x_4))))) .
+
+It receives sigma as one more channel, constant over the image. With ReLU it is homogeneous in both,
+:math:`D(a y, a\sigma) = a D(y, \sigma)` for a > 0; the blind form, without that channel, in y.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from ebmkit.compute import widened, without_autocast
+from ebmkit.core import Noise, per_image
+from ebmkit.errors import UserError
+
+__all__ = ["DRUNet", "DRUNetConfig", "convert_drunet"]
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "elu": nn.ELU, "softplus": nn.Softplus}
+MULTIPLE = 8  # of height and width, for three halvings
+
+
+class DRUNetConfig(BaseModel):
+    """Shape of a DRUNet."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["drunet"] = "drunet"
+    width: int = Field(64, ge=1, description="channels of scale 1; the others have 2, 4, 8 times")
+    blocks: int = Field(4, ge=1, description="residual blocks of each scale, down and up")
+    noise_map: bool = Field(
+        True, description="sigma as an input channel (as published); false: the blind form"
+    )
+    activation: Literal["relu", "elu", "softplus"] = Field(
+        "relu", description="relu (as published), or the smooth elu, softplus"
+    )
+
+    def build(self, in_channels: int) -> DRUNet:
+        """The network, with fresh weights, for images of ``in_channels`` channels."""
+        return DRUNet(in_channels, self)
+
+
+class Block(nn.Module):
+    """x + conv(act(conv(x))), shape kept."""
+
+    def __init__(self, channels: int, activation: str) -> None:
+        super().__init__()
+        self.res = nn.Sequential(
+            _conv(channels, channels), ACTIVATIONS[activation](), _conv(channels, channels)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.res(x)
+        return out
+
+
+class DRUNet(nn.Module):
+    """The network: noisy images, and their noise level, to estimates of the clean ones.
+
+    Parameters are named as in the released code (cszn/DPIR), whose weights therefore fit.
+
+    Args:
+        in_channels: 1 for gray, 3 for colour.
+        config: the shape.
+    """
+
+    def __init__(self, in_channels: int, config: DRUNetConfig | None = None) -> None:
+        super().__init__()
+        config = config or DRUNetConfig()
+        self.noise_map = config.noise_map
+        widths = [config.width * 2**i for i in range(4)]
+
+        def blocks(channels: int) -> list[nn.Module]:
+            return [Block(channels, config.activation) for _ in range(config.blocks)]
+
+        def down(i: int) -> nn.Sequential:
+            stride = nn.Conv2d(widths[i], widths[i + 1], 2, 2, bias=False)
+            return nn.Sequential(*blocks(widths[i]), stride)
+
+        def up(i: int) -> nn.Sequential:
+            stride = nn.ConvTranspose2d(widths[i + 1], widths[i], 2, 2, bias=False)
+            return nn.Sequential(stride, *blocks(widths[i]))
+
+        self.m_head = _conv(in_channels + config.noise_map, widths[0])
+        self.m_down1, self.m_down2, self.m_down3 = down(0), down(1), down(2)
+        self.m_body = nn.Sequential(*blocks(widths[3]))
+        self.m_up3, self.m_up2, self.m_up1 = up(2), up(1), up(0)
+        self.m_tail = _conv(widths[0], in_channels)
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+                nn.init.orthogonal_(module.weight, gain=0.2)  # as the released training code
+
+    def forward(self, y: Tensor, sigma: Noise | None = None) -> Tensor:
+        """Estimates of the clean images, the shape of ``y``.
+
+        Args:
+            y: noisy images (B, C, H, W) of any size; other sizes than multiples of 8 are continued
+                by their last row and column, and cut.
+            sigma: their noise level, a float or (B,); the blind form ignores it.
+
+        Raises:
+            UserError: if sigma is needed and not given.
+        """
+        x = y
+        if self.noise_map:
+            if sigma is None:
+                raise UserError("this DRUNet takes the noise level as an input: give sigma")
+            x = torch.cat([y, per_image(sigma, y) * torch.ones_like(y[:, :1])], dim=1)
+        height, width = y.shape[-2:]
+        below, right = -height % MULTIPLE, -width % MULTIPLE
+        if below or right:
+            x = nn.functional.pad(x, (0, right, 0, below), mode="replicate")
+        x1 = self.m_head(x)
+        x2 = self.m_down1(x1)
+        x3 = self.m_down2(x2)
+        x4 = self.m_down3(x3)
+        h = self.m_up3(self.m_body(x4) + x4)
+        h = self.m_up1(self.m_up2(h + x3) + x2) + x1
+        with without_autocast(h):  # images have more bits than bfloat16
+            clean: Tensor = self.m_tail(widened(h))
+        return clean[..., :height, :width]
+
+
+def convert_drunet(
+    state: Mapping[str, Tensor],
+) -> tuple[DRUNetConfig, int, dict[str, Tensor]]:
+    """The configuration, the number of channels and our state of published DRUNet weights.
+
+    Of cszn/DPIR, KAIR and deepinv (``m_head.weight`` ...), which all name them alike. They do not
+    tell the activation, which is taken to be ReLU.
+
+    Args:
+        state: names to tensors; a leading ``module.`` (of DataParallel) is taken off.
+
+    Returns:
+        The configuration, ``in_channels``, and what ``DRUNet(in_channels, config)`` loads.
+
+    Raises:
+        UserError: if it is anything else; it names the first parameter that is missing or odd.
+    """
+    ours = {name.removeprefix("module."): value for name, value in state.items()}
+    for name in ("m_head.weight", "m_tail.weight"):
+        if name not in ours or ours[name].ndim != 4:
+            raise UserError(f"{name!r} is missing from the weights: a published DRUNet has it")
+    head, tail = ours["m_head.weight"], ours["m_tail.weight"]
+    channels = len(tail)
+    config = DRUNetConfig(
+        width=len(head),
+        blocks=max(1, len({n.split(".")[1] for n in ours if n.startswith("m_body.")})),
+        noise_map=head.shape[1] != channels,
+    )
+    with torch.device("meta"):
+        wanted = DRUNet(channels, config).state_dict()
+    for name, value in wanted.items():
+        if name not in ours:
+            raise UserError(f"{name!r} is missing from the weights: a published DRUNet has it")
+        if ours[name].shape != value.shape:
+            raise UserError(
+                f"{name!r} is {tuple(ours[name].shape)} and would be {tuple(value.shape)} in a "
+                f"DRUNet of {channels} channel(s) and width {config.width}"
+            )
+    for name in ours:
+        if name not in wanted:
+            raise UserError(f"{name!r} is no parameter of a published DRUNet")
+    return config, channels, ours
+
+
+def _conv(channels: int, out: int) -> nn.Conv2d:
+    return nn.Conv2d(channels, out, 3, padding=1, bias=False)

@@ -1,0 +1,230 @@
+r"""Denoisers that step down the gradient of a potential: energy models that the paper argues with.
+
+With a scalar potential :math:`g_\sigma`, :math:`D(y, \sigma) = y - \nabla g_\sigma(y)`. Tweedie's
+formula (CDN eq. 6) makes it an energy model,
+
+.. math:: \log p_\sigma(y) = -\,\frac{g_\sigma(y)}{\sigma^2} - \log Z .
+
+Training differentiates D, so g must be smooth. Two potentials:
+
+**GS-DRUNet** (Hurault et al., arXiv 2110.03220): half the squared residual of a denoising network,
+
+.. math:: g_\sigma(y) = \tfrac12 \|y - N(y, \sigma)\|^2, \quad
+    D = N + J_N^\top (y - N), \quad N \text{ a DRUNet with ELU and two blocks per scale.}
+
+**GraDnCNN** (Cohen et al., "It has potential", NeurIPS 2021): a convolutional network of one output
+channel, blind to sigma, into whose every layer the image is fed,
+
+.. math:: z_1 = a(C_0\,y), \quad z_{l+1} = a(A_l z_l + C_l\,y), \quad
+    g(y) = \textstyle\sum_{ij} (A_L z_L + C_L\,y)_{ij} .
+
+We know of no code of its authors. The layers are those of the code released with arXiv 2505.04820,
+which says that it works on their model: six layers between, 128 channels, a = ELU. It averages over
+positions. Ours sums, so that D does not change with the size of the image around a pixel, and
+log-densities grow with the number of pixels; at one size the two differ by a constant factor.
+
+A blind potential does not need sigma to denoise: it cancels. From :math:`\|\sigma \nabla \log p\|^2
+\approx d` the noise level that D implies is :math:`\hat\sigma = \|y - D(y)\| / \sqrt d`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from ebmkit.compute import widened, without_autocast
+from ebmkit.core import Energies, EnergyModel, Linearization, Noise, linearize, per_image
+from ebmkit.errors import UserError
+from ebmkit.linearization import forward_only
+from ebmkit.models.drunet import DRUNetConfig
+from ebmkit.models.parts import check_images
+
+__all__ = [
+    "GSDRUNetConfig",
+    "GraDnCNNConfig",
+    "GradientStep",
+    "HalfSquaredResidual",
+    "ScalarConvNet",
+]
+
+SMOOTH: dict[str, type[nn.Module]] = {"elu": nn.ELU, "softplus": nn.Softplus}
+
+
+class GradientStep(EnergyModel):
+    """log p(y) = -g(y, sigma) / sigma^2 of a potential g, so that D = y - grad g; without labels.
+
+    Args:
+        potential: noisy images (B, C, H, W) and sigma, None or a float or (B,), to g (B,), in
+            squared image units.
+        noise_conditional: whether the potential needs sigma.
+        in_channels: channels C that images must have; None does not check.
+    """
+
+    def __init__(
+        self, potential: nn.Module, noise_conditional: bool, in_channels: int | None = None
+    ) -> None:
+        super().__init__()
+        self.potential = potential
+        self.noise_conditional = noise_conditional
+        self.denoises_unaided = not noise_conditional
+        self.in_channels = in_channels
+
+    def forward(self, y: Tensor, sigma: Noise | None = None) -> Energies:
+        """Energies of noisy images ``y`` (B, C, H, W) at ``sigma``; no logits, (B, 0).
+
+        Raises:
+            UserError: if ``y`` is no batch of images or has other channels, or sigma is not given.
+        """
+        check_images(y, self.in_channels)
+        if sigma is None:
+            raise UserError(
+                "this model's log-density is -g(y) / sigma^2 and needs the noise level: give sigma"
+            )
+        g: Tensor = self.potential(y, sigma)
+        variance = sigma.to(g) ** 2 if isinstance(sigma, Tensor) else sigma**2
+        return Energies(g.new_zeros(len(y), 0), -g / variance)
+
+    def at(
+        self,
+        y: Tensor,
+        sigma: Noise | None = None,
+        differentiate: bool = True,
+        recorded: bool = False,
+    ) -> Linearization:
+        if not differentiate:
+            return forward_only(self, y, sigma)
+        if sigma is None and self.noise_conditional:
+            raise UserError("this model takes the noise level as an input: give sigma")
+        if sigma is None:  # any level serves to read off the gradient of g
+            return _Step(linearize(self, y, 1.0, recorded), 1.0, known=False)
+        return _Step(linearize(self, y, sigma, recorded), sigma, known=True)
+
+
+class _Step(Linearization):
+    """What the step ``D - y = -grad g`` says, taken at ``level``; ``known``: level is the noise's.
+
+    Where sigma is not known, the noise level that the step implies stands in for it.
+    """
+
+    def __init__(self, at: Linearization, level: Noise, known: bool) -> None:
+        energies = at.energies
+        if not known:
+            unknown = torch.full_like(energies.log_density, math.nan)
+            energies = Energies(energies.logits, unknown)
+        super().__init__(at.y, energies, at._pull)
+        self.level = level
+        self.known = known
+
+    def step(self) -> Tensor:
+        return per_image(self.level, self.y) ** 2 * super().score()
+
+    def score(self) -> Tensor:
+        if self.known:
+            return super().score()
+        return self.step() / per_image(self.noise_level(), self.y) ** 2
+
+    def noise_level(self) -> Tensor:
+        step = self.step().flatten(1)
+        norm = torch.linalg.vector_norm(step, dim=1) / math.sqrt(step.shape[1])
+        level: Tensor = norm.clamp_min(torch.finfo(step.dtype).eps)
+        return level
+
+    def denoised(self, sigma: Noise | None = None, c: Tensor | None = None) -> Tensor:
+        return self.y + self.step()
+
+
+class HalfSquaredResidual(nn.Module):
+    """g(y, sigma) = 1/2 ||y - N(y, sigma)||^2 of a network N from images to images."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, y: Tensor, sigma: Noise | None = None) -> Tensor:
+        """g of each of the images ``y`` (B, C, H, W): (B,)."""
+        residual = y - self.network(y, sigma)
+        with without_autocast(y):
+            return 0.5 * widened(residual).square().flatten(1).sum(dim=1)
+
+
+class ScalarConvNet(nn.Module):
+    """GraDnCNN's g: convolutions into each of which the image is fed, summed over positions.
+
+    Args:
+        in_channels: 1 for gray, 3 for colour.
+        config: the shape.
+    """
+
+    def __init__(self, in_channels: int, config: GraDnCNNConfig | None = None) -> None:
+        super().__init__()
+        config = config or GraDnCNNConfig()
+        width = config.width
+        self.first = nn.Conv2d(in_channels, width, 3, padding=1, bias=config.bias)
+        self.onward = nn.ModuleList(
+            nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(config.layers)
+        )
+        self.fed = nn.ModuleList(
+            nn.Conv2d(in_channels, width, 3, padding=1, bias=config.bias)
+            for _ in range(config.layers)
+        )
+        self.last = nn.Conv2d(width, 1, 3, padding=1, bias=False)
+        self.last_fed = nn.Conv2d(in_channels, 1, 3, padding=1, bias=False)
+        self.activation = SMOOTH[config.activation]()
+
+    def forward(self, y: Tensor, sigma: Noise | None = None) -> Tensor:
+        """g of each of the images ``y`` (B, C, H, W): (B,); ``sigma`` is ignored."""
+        z = self.activation(self.first(y))
+        for onward, fed in zip(self.onward, self.fed, strict=True):
+            z = self.activation(onward(z) + fed(y))
+        map_ = self.last(z) + self.last_fed(y)
+        with without_autocast(y):
+            return widened(map_).flatten(1).sum(dim=1)
+
+
+class GSDRUNetConfig(BaseModel):
+    """Shape of a GS-DRUNet."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["gs-drunet"] = "gs-drunet"
+    width: int = Field(64, ge=1, description="channels of scale 1; the others have 2, 4, 8 times")
+    blocks: int = Field(2, ge=1, description="residual blocks of each scale, down and up")
+    noise_map: bool = Field(
+        True, description="sigma as an input channel (as published); false: the blind form"
+    )
+    activation: Literal["elu", "softplus"] = Field(
+        "elu", description="elu (as published) or softplus; smooth, as it is differentiated twice"
+    )
+
+    def build_model(self, in_channels: int) -> GradientStep:
+        """The energy model, with fresh weights, for images of ``in_channels`` channels."""
+        shape = DRUNetConfig(
+            width=self.width,
+            blocks=self.blocks,
+            noise_map=self.noise_map,
+            activation=self.activation,
+        )
+        potential = HalfSquaredResidual(shape.build(in_channels))
+        return GradientStep(potential, self.noise_map, in_channels)
+
+
+class GraDnCNNConfig(BaseModel):
+    """Shape of a GraDnCNN."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["gradncnn"] = "gradncnn"
+    layers: int = Field(6, ge=1, description="layers between the first and the last")
+    width: int = Field(128, ge=1, description="channels between the layers")
+    activation: Literal["elu", "softplus"] = Field(
+        "elu", description="elu or softplus; smooth, as it is differentiated twice"
+    )
+    bias: bool = Field(True, description="biases in the convolutions of the image")
+
+    def build_model(self, in_channels: int) -> GradientStep:
+        """The energy model, with fresh weights, for images of ``in_channels`` channels."""
+        return GradientStep(ScalarConvNet(in_channels, self), False, in_channels)

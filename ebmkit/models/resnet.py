@@ -1,0 +1,115 @@
+r"""ResNet (He et al., arXiv 1512.03385): the classifier that the paper compares with.
+
+With a basic block :math:`B(x) = \operatorname{relu}(P x + N C_2 \operatorname{relu}(N C_1 x))`, N a
+batch normalisation and P the identity or a 1x1 convolution with one,
+
+=========  ======================================  ======================================
+stem       imagenet (as published)                 cifar (CDN section 4.1, for 32x32)
+=========  ======================================  ======================================
+first      7x7 convolution of stride 2             3x3 convolution of stride 1
+pooling    3x3 maximum of stride 2                 none
+stages     strides 1, 2, 2, 2, widths w, 2w, 4w, 8w   the same
+=========  ======================================  ======================================
+
+The features are the means over positions of the last stage. Blocks are torchvision's.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from ebmkit.compute import widened, without_autocast
+from ebmkit.models.parts import Features
+from ebmkit.models.pooling import mean_over_positions
+
+__all__ = ["ResNet", "ResNetConfig", "pool_last"]
+
+BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
+
+
+class ResNetConfig(BaseModel):
+    """Shape of a ResNet."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["resnet"] = "resnet"
+    depth: Literal[18, 34, 50] = Field(
+        18, description="18 (2-2-2-2 blocks), 34 (3-4-6-3) or 50 (the same, bottleneck blocks)"
+    )
+    width: int = Field(64, ge=1, description="channels of stage 1; the others have 2, 4, 8 times")
+    stem: Literal["cifar", "imagenet"] = Field(
+        "cifar", description="cifar: 3x3 of stride 1; imagenet: 7x7 of stride 2 and a max-pool"
+    )
+
+    def build(self, in_channels: int) -> ResNet:
+        """The network, with fresh weights, for images of ``in_channels`` channels."""
+        return ResNet(in_channels, self)
+
+
+class ResNet(nn.Module):
+    """A ResNet without its classifier; K = 8 * width features (32 * width at depth 50).
+
+    Parameters are named as in torchvision, whose published weights therefore fit at width 64 with
+    the stem of ImageNet (all but ``fc``).
+
+    Args:
+        in_channels: 1 for gray, 3 for colour.
+        config: the shape.
+    """
+
+    def __init__(self, in_channels: int, config: ResNetConfig | None = None) -> None:
+        from torchvision.models.resnet import BasicBlock, Bottleneck
+
+        super().__init__()
+        config = config or ResNetConfig()
+        block = Bottleneck if config.depth == 50 else BasicBlock
+        kernel, stride = (7, 2) if config.stem == "imagenet" else (3, 1)
+        self.conv1 = nn.Conv2d(in_channels, config.width, kernel, stride, kernel // 2, bias=False)
+        self.bn1 = nn.BatchNorm2d(config.width)
+        self.relu = nn.ReLU(inplace=True)
+        pooled = config.stem == "imagenet"
+        self.maxpool = nn.MaxPool2d(3, 2, 1) if pooled else nn.Identity()
+        channels, stages = config.width, []
+        for stage, count in enumerate(BLOCKS[config.depth]):
+            width = config.width * 2**stage
+            layers = []
+            for first in [True] + [False] * (count - 1):
+                stride = 2 if first and stage else 1
+                shortcut = None
+                if stride != 1 or channels != width * block.expansion:
+                    shortcut = nn.Sequential(
+                        nn.Conv2d(channels, width * block.expansion, 1, stride, bias=False),
+                        nn.BatchNorm2d(width * block.expansion),
+                    )
+                layers.append(block(channels, width, stride, shortcut))
+                channels = width * block.expansion
+            stages.append(nn.Sequential(*layers))
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
+        self.num_features = channels
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, y: Tensor) -> Features:
+        """Features of images ``y`` (B, C, H, W), H and W of any size from 1."""
+        h = self.maxpool(self.relu(self.bn1(self.conv1(y))))
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            h = stage(h)
+        return Features(pool_last((h,), (1, 1)).squeeze(1), (h,))
+
+    def pool(self, maps: tuple[Tensor, ...], grid: tuple[int, int]) -> Tensor:
+        """Features of each window of ``grid`` (rows, columns): (B, rows * columns, K), float32."""
+        return pool_last(maps, grid)
+
+
+def pool_last(maps: tuple[Tensor, ...], grid: tuple[int, int]) -> Tensor:
+    """Means of the last of ``maps`` (B, K, H, W) over each window of ``grid``: (B, windows, K)."""
+    h = maps[-1]
+    with without_autocast(h):
+        wide = widened(h)
+        if grid == (1, 1):
+            return mean_over_positions(wide)[:, None]
+        return nn.functional.adaptive_avg_pool2d(wide, grid).flatten(2).transpose(1, 2)
