@@ -133,9 +133,6 @@ class _Step(Linearization):
         level: Tensor = norm.clamp_min(torch.finfo(step.dtype).eps)
         return level
 
-    def denoised(self, sigma: Noise | None = None, c: Tensor | None = None) -> Tensor:
-        return self.y + self.step()
-
 
 class HalfSquaredResidual(nn.Module):
     """g(y, sigma) = 1/2 ||y - N(y, sigma)||^2 of a network N from images to images."""
