@@ -1,0 +1,204 @@
+"""What the suite certify says of a world that is known exactly, and of a small network."""
+
+import json
+
+import pytest
+import torch
+from mixture_world import Drawn
+from rich.console import Console
+from scipy.stats import binom, norm
+from two_processes import run_shared
+
+from ebmkit import GaussianMixture, UserError
+from ebmkit.evaluation import Setting, evaluate, tables
+from ebmkit.evaluation.certify import CERTIFY, CertifyConfig, run
+from ebmkit.evaluation.smoothing import lower_bound, vote_generator
+
+FEW = {"samples": 30, "selection": 10, "images": 6, "sigmas": [0.1, 0.3]}
+
+
+def measured(setting, **options):
+    setting.options = {CertifyConfig: CertifyConfig(**{**FEW, **options})}
+    with torch.no_grad():
+        return run(setting)
+
+
+@pytest.fixture
+def two_gaussians():
+    """Two equally likely round Gaussians: the boundary is the plane between them at any sigma."""
+    means = torch.full((2, 1, 4, 4), 0.5)
+    means[0] -= 0.06
+    means[1] += 0.06
+    model = GaussianMixture(means, 0.05**2).eval()
+    x, c = model.sample(40, torch.Generator().manual_seed(0))
+    return model, Drawn(x, c, class_names=("dark", "bright"))
+
+
+def test_radii_of_a_mixture_are_those_to_its_boundary(two_gaussians):
+    model, images = two_gaussians
+    options = {"samples": 1000, "selection": 50, "images": 20, "sigmas": [0.1]}
+    found = measured(Setting(model, images.first(20), batch_size=1050), **options)
+    x = images.images[:20].flatten(1)
+    margin = (x.mean(1) - 0.5) * 4  # along (1, .., 1) / 4
+    (level,) = found["levels"]
+    direct = level["classifiers"]["direct"]
+    pairs = zip(direct["predicted"], direct["radius"], margin.tolist(), strict=True)
+    for predicted, radius, m in pairs:
+        p = norm.cdf(abs(m) / 0.1)
+        unlucky = torch.tensor([max(0, int(binom.ppf(1e-6, 1000, p)))])
+        least = 0.1 * norm.ppf(float(lower_bound(unlucky, 1000, 0.001)))
+        if predicted is None:  # nearer than 1000 votes can tell
+            assert least <= 0
+            continue
+        assert predicted == (m > 0)
+        assert max(0, least) <= radius < abs(m)
+    right = (margin > 0).long() == images.labels[:20]
+    assert found["unsmoothed_accuracy"]["value"] == pytest.approx(float(right.double().mean()))
+
+
+def test_both_classifiers_are_asked_about_the_same_noise(two_gaussians):
+    """Here E[x|y] lies on the same side as y, so the same votes are cast, one for one."""
+    found = measured(Setting(*two_gaussians, batch_size=310), images=20, samples=300)
+    for level in found["levels"]:
+        assert level["classifiers"]["direct"] == level["classifiers"]["denoised"]
+        assert level["difference"]["value"] == 0
+    radii = [level["classifiers"]["direct"]["radius"] for level in found["levels"]]
+    assert len({*radii[0], *radii[1]}) > 20
+
+
+def test_denoising_first_is_what_is_certified(two_gaussians, monkeypatch):
+    """The second classifier sees the denoised images, the first the noisy ones."""
+    model, images = two_gaussians
+    calls = []
+    forward = GaussianMixture.forward
+
+    def watched(self, y, sigma=None):
+        calls.append((torch.as_tensor(y.std()), sigma))
+        return forward(self, y, sigma)
+
+    monkeypatch.setattr(GaussianMixture, "forward", watched)
+    measured(Setting(model, images, batch_size=500), images=1, sigmas=[0.3])
+    (_, zero), (noisy, sigma), (denoised, after) = calls
+    assert (zero, sigma, after) == (0.0, 0.3, 0.0)
+    assert noisy > 0.28
+    assert denoised < 0.1
+    calls.clear()
+    measured(Setting(model, images, batch_size=500), images=1, classifiers=["direct"])
+    assert [sigma for _, sigma in calls] == [0.0, 0.1, 0.3]
+
+
+def test_summaries_follow_from_the_images(network, squares):
+    found = measured(Setting(network, squares))
+    truth = found["labels"]
+    assert found["numbers"] == list(range(0, 30, 5))
+    assert truth == squares.labels[::5].tolist()
+    for level in found["levels"]:
+        for one in level["classifiers"].values():
+            right = [
+                r if p == c else -1
+                for p, r, c in zip(one["predicted"], one["radius"], truth, strict=True)
+            ]
+            for entry in one["certified"]:
+                share = sum(r >= entry["radius"] for r in right) / 6
+                assert entry["value"] == pytest.approx(share)
+            average = sum(max(0, r) for r in right) / 6
+            assert one["average_radius"]["value"] == pytest.approx(average)
+            assert one["abstained"]["value"] == pytest.approx(one["predicted"].count(None) / 6)
+            assert max(one["radius"]) <= level["largest_radius"] * (1 + 1e-9)
+
+
+def test_batch_size_and_processes_change_nothing(network, squares):
+    setting = Setting(network, squares)
+    whole = measured(setting, images=5, sigmas=[0.3])
+    assert measured(Setting(network, squares, batch_size=9), images=5, sigmas=[0.3]) == whole
+    assert run_shared(run, setting) == [whole, whole]
+    alone = Setting(network, squares.first(1))  # fewer images than processes
+    expected = measured(alone, sigmas=[0.3])
+    assert run_shared(run, alone) == [expected, expected]
+
+
+def test_a_limit_keeps_the_noise_of_the_images_it_keeps(two_gaussians, monkeypatch):
+    model, images = two_gaussians
+    keys = []
+    monkeypatch.setattr(
+        "ebmkit.evaluation.certify.vote_generator",
+        lambda seed, number: keys.append((seed, number)) or vote_generator(seed, number),
+    )
+
+    def by_number(images):
+        found = measured(Setting(model, images, seed=4), sigmas=[0.3], images=8)
+        assert keys == [(4, number) for number in found["numbers"]]
+        keys.clear()
+        (level,) = found["levels"]
+        one = level["classifiers"]["direct"]
+        pairs = zip(one["predicted"], one["radius"], strict=True)
+        return dict(zip(found["numbers"], pairs, strict=True))
+
+    whole, limited = by_number(images), by_number(images.first(24))
+    assert (list(whole), list(limited)) == (list(range(0, 40, 5)), list(range(0, 24, 3)))
+    both = whole.keys() & limited.keys()
+    assert both == {0, 15}
+    assert all(whole[n] == limited[n] for n in both)
+    assert len(set(whole.values())) > 3
+
+
+def test_the_bar_counts_noisy_images(network, squares):
+    told = []
+    setting = Setting(network, squares, advance=told.append)
+    options = CertifyConfig(**{**FEW, "samples": 31})
+    setting.options = {CertifyConfig: options}
+    setting.left = CERTIFY.passes(setting) * len(squares)
+    with torch.no_grad():
+        run(setting)
+    assert sum(told) == CERTIFY.passes(setting) * 30 == 17 * 30  # for 2 x 6 x 41 votes
+    assert setting.left == 0
+
+
+def test_files_and_table(network, squares, tmp_path):
+    results = evaluate(
+        network, squares, ["certify"], tmp_path, options={"certify": {**FEW, "radii": [0, 0.05]}}
+    )
+    document = json.loads((tmp_path / "certify.json").read_text())
+    assert document["options"]["samples"] == 30
+    assert document["options"]["alpha"] == 0.001
+    assert [level["sigma"] for level in document["levels"]] == [0.1, 0.3]
+    assert (tmp_path / "certified-accuracy.png").stat().st_size > 10_000
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(*tables(results))
+    console.file.close()
+    text = console.export_text()
+    assert "denoised" in text
+    assert "at 0.05" in text
+    assert "…" not in text
+
+
+def test_noise_that_the_denoiser_was_not_trained_for_is_told(network, squares):
+    (warning,) = measured(Setting(network, squares), images=1, sigmas=[0.1, 0.5])["warnings"]
+    assert "127.5/255 is outside the range" in warning
+    network.card.sigma_range = None
+    (warning,) = measured(Setting(network, squares), images=1)["warnings"]
+    assert "not trained to denoise" in warning
+    assert measured(Setting(network, squares), images=1, classifiers=["direct"])["warnings"] == []
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"samples": 9}, "samples 9 cannot certify anything at alpha 0.001: take at least 10"),
+        ({"alpha": 0.7}, "alpha = 0.7 is not legal"),
+        ({"sigmas": ["64"]}, "did you mean 64/255"),
+        ({"radii": [-1.0]}, "radii .-1.0. must be finite and not below 0"),
+        ({"classifiers": ["denoise"]}, "'direct' or 'denoised'"),
+        ({"votes": 5}, "no field 'votes'"),
+    ],
+)
+def test_illegal_settings_are_refused(options, words, network, squares, tmp_path):
+    with pytest.raises(UserError, match=words):
+        evaluate(network, squares, ["certify"], tmp_path, options={"certify": options})
+
+
+def test_a_model_without_labels_is_refused(network, squares, tmp_path):
+    network.card.classifies = False
+    with pytest.raises(UserError, match="trained without labels"):
+        evaluate(network, squares, ["certify"], tmp_path)
+    assert not CERTIFY.standard  # minutes to hours: never run unasked

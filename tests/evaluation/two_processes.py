@@ -1,0 +1,39 @@
+"""Two processes that share the images of an evaluation, played by two threads."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from ebmkit.parallel import World
+
+
+@dataclass(frozen=True)
+class Threads(World):
+    """Gathers among threads as `World` does among processes."""
+
+    slots: list = field(default_factory=lambda: [None, None])
+    barrier: threading.Barrier = field(default_factory=lambda: threading.Barrier(2, timeout=60))
+
+    def gather(self, thing):
+        self.slots[self.rank] = thing
+        self.barrier.wait()
+        everyone = list(self.slots)
+        self.barrier.wait()
+        return everyone
+
+
+def run_shared(run, setting):
+    """What ``run`` returns in each of two processes that share the work of ``setting``."""
+    first = Threads(rank=0, size=2)
+    second = replace(first, rank=1)
+
+    def one(world):
+        with torch.no_grad():
+            return run(replace(setting, world=world))
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(one, (first, second)))
