@@ -1,0 +1,135 @@
+"""Published weights: imported, then evaluated on pictures of several sizes like any run."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ebmkit
+from ebmkit import UserError
+from ebmkit.cli.evaluate import evaluate
+from ebmkit.cli.published import import_
+from ebmkit.data import load_dataset
+from ebmkit.evaluation.data import noisy_batches
+from ebmkit.metrics import psnr
+from ebmkit.models.published import import_weights
+
+SIGMA = 25 / 255
+
+
+def published(depth: int = 17, width: int = 4) -> dict[str, torch.Tensor]:
+    """Weights as KAIR names those of a gray DnCNN without norms: convolutions and ReLU in turn."""
+    generator = torch.Generator().manual_seed(0)
+    widths = [1, *[width] * (depth - 1), 1]
+    state = {}
+    for i, (inner, outer) in enumerate(itertools.pairwise(widths)):
+        state[f"model.{2 * i}.weight"] = torch.randn(outer, inner, 3, 3, generator=generator) / 4
+        state[f"model.{2 * i}.bias"] = torch.randn(outer, generator=generator) / 20
+    return state
+
+
+def network(state, y):
+    """y minus the residual, by the definition of DnCNN."""
+    h, count = y, len(state) // 2
+    for i in range(count):
+        weight, bias = state[f"model.{2 * i}.weight"], state[f"model.{2 * i}.bias"]
+        h = torch.nn.functional.conv2d(h, weight, bias, padding=1)
+        h = h.relu() if i < count - 1 else h
+    return y - h
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder with pictures of two sizes, one upright, one on its side."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name, shape in (("a", (20, 30)), ("b", (30, 20)), ("c", (20, 30))):
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(folder / f"{name}.png")
+    return folder
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_imported_weights_are_the_same_function(tmp_path, prefix):
+    state = published()
+    torch.save({prefix + name: value for name, value in state.items()}, tmp_path / "dncnn_25.pth")
+    import_weights(tmp_path / "dncnn_25.pth", tmp_path / "run", (SIGMA, SIGMA))
+    model = ebmkit.load(tmp_path / "run")
+    y = torch.rand(2, 1, 13, 17)
+    torch.testing.assert_close(model.denoise(y), network(state, y))
+    torch.testing.assert_close(model.denoise(y, SIGMA), network(state, y))  # it is blind
+    assert model.card.sigma_range == (SIGMA, SIGMA)
+
+
+def test_the_protocol_on_pictures_of_several_sizes(tmp_path, pictures, capsys):
+    """PSNR is the mean over pictures of each one's own, at full size, the output clipped."""
+    state = published()
+    torch.save(state, tmp_path / "dncnn_25.pth")
+    import_(tmp_path / "dncnn_25.pth", tmp_path / "run", ["25/255"])
+    evaluate(tmp_path / "run", suite="denoise", dataset="pictures", data_dir=pictures)
+    (path,) = (tmp_path / "run/evaluation").rglob("denoise.json")
+    document = json.loads(path.read_text())
+    images = load_dataset("pictures", pictures, "test")
+    expected = [
+        float(psnr(network(state, batch.y).clamp(0, 1), batch.x))
+        for batch in noisy_batches(images, SIGMA)
+    ]
+    assert len(expected) == document["images"] == 3
+    assert document["psnr"]["25"] == pytest.approx(np.mean(expected), abs=1e-4)
+    assert document["knows_sigma"]["unconditional"] == "unused"
+    assert "blind" not in document["denoisers"]  # it makes no estimate of sigma to denoise by
+    assert (path.parent / "denoising.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"model.0.weight": torch.zeros(4, 1, 3, 3)}, "model"),
+        ({"fc.weight": torch.zeros(3)}, "'fc.weight' is no parameter"),
+        ({"model.0.weight": 3}, "'model.0.weight' .* is no tensor"),
+        ({}, "holds no state dict"),
+    ],
+)
+def test_other_files_are_refused_in_one_sentence(tmp_path, content, words):
+    torch.save(content, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match=words):
+        import_weights(tmp_path / "weights.pth", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_files_that_would_execute_code_are_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (print, ("executed",))
+
+    torch.save({"model.0.weight": Evil()}, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match="read safely"):
+        import_weights(tmp_path / "weights.pth", tmp_path / "run")
+    (tmp_path / "text.pth").write_text("not weights")
+    with pytest.raises(UserError, match="read safely"):
+        import_weights(tmp_path / "text.pth", tmp_path / "run")
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path):
+    torch.save(published(), tmp_path / "weights.pth")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine").write_text("mine")
+    with pytest.raises(UserError, match="exists: choose another --out"):
+        import_weights(tmp_path / "weights.pth", tmp_path / "run")
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["mine"]
+
+
+def test_pictures_are_not_trained_on(pictures, tmp_path):
+    with pytest.raises(UserError, match="train on data set 'folder'"):
+        load_dataset("pictures", pictures, "train")
+    with pytest.raises(UserError, match="leave the image size out"):
+        load_dataset("pictures", pictures, "test", image_size=16)
+    Image.new("RGB", (8, 8)).save(pictures / "colour.png")
+    with pytest.raises(UserError, match="keep them apart"):
+        load_dataset("pictures", pictures, "test")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no pictures"):
+        load_dataset("pictures", tmp_path / "empty", "test")
