@@ -4,8 +4,9 @@ from ebmkit.data.augment import Augmentation
 from ebmkit.data.images import Picture, read_image, write_image
 from ebmkit.data.imagesets import ImageSet, Split, StreamedSet
 from ebmkit.data.noise import NoiseLaw
+from ebmkit.data.schedule import Phase, StreamConfig
 from ebmkit.data.sets import DATASETS, DatasetEntry, load_dataset
-from ebmkit.data.streams import Batch, Stream, StreamConfig
+from ebmkit.data.streams import Batch, Stream
 
 __all__ = [
     "DATASETS",
@@ -14,6 +15,7 @@ __all__ = [
     "DatasetEntry",
     "ImageSet",
     "NoiseLaw",
+    "Phase",
     "Picture",
     "Split",
     "Stream",

@@ -21,9 +21,11 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 from torch.nn.functional import pad
+
+from ebmkit.errors import UserError
 
 __all__ = [
     "Augmentation",
@@ -38,10 +40,15 @@ __all__ = [
 ]
 
 Mix = Literal["none", "mixup", "cutmix", "both"]
+Interval = tuple[float, float]
 
 
 class Augmentation(BaseModel):
-    """What is done to a batch, in this order: flip, crop, mix."""
+    """What is done to a batch, in this order: flip, crop, mix.
+
+    Raises:
+        UserError: if a resized crop is padded, or its ranges are no ranges.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -50,7 +57,24 @@ class Augmentation(BaseModel):
     crop_size: int | None = Field(
         None, ge=1, description="side of the random crop, pixels; none: the image's own size"
     )
+    crop_scale: Interval | None = Field(
+        None, description="random resized crop: shares of the area, as [0.08, 1]; none: a window"
+    )
+    crop_ratio: Interval = Field(
+        (3 / 4, 4 / 3), description="width by height of a resized crop, from and to"
+    )
     mix: Mix = Field("none", description="mixup, cutmix, or both (one of them per batch, evenly)")
+
+    @model_validator(mode="after")
+    def _check(self) -> Augmentation:
+        scale, ratio = self.crop_scale, self.crop_ratio
+        if scale is not None and self.crop_padding:
+            raise UserError("crop_scale resizes and crop_padding pads: take one of them")
+        if scale is not None and not 0 < scale[0] <= scale[1] <= 1:
+            raise UserError(f"crop_scale {list(scale)} must rise within 0 to 1, as [0.08, 1]")
+        if not 0 < ratio[0] <= ratio[1]:
+            raise UserError(f"crop_ratio {list(ratio)} must rise from above 0, as [0.75, 1.333]")
+        return self
 
 
 class Rows(NamedTuple):

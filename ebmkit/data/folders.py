@@ -1,9 +1,13 @@
 """Data sets that are folders of image files.
 
-``train/CLASS/*.png`` and ``test/CLASS/*.png``; or ``CLASS/*.png`` alone, of which a fixed tenth,
-chosen by a hash of each file's path, is the test set. Files that lie loose, without class folders,
-make a set without labels. Class folders sorted by name give the labels; folders inside them count
-as part of them. Images are brought to one size by resizing the shorter side and cutting the middle.
+``train/CLASS/*.png`` and ``test/CLASS/*.png`` (or ``val/``, as ImageNet calls it); or
+``CLASS/*.png`` alone, of which a fixed tenth, chosen by a hash of each file's path, is the test
+set. Files that lie loose, without class folders, make a set without labels. Class folders sorted by
+name give the labels; folders inside them count as part of them.
+
+Images are brought to one size by resizing the shorter side to it and cutting the middle. For a set
+of *whole pictures* the shorter side is brought to another length, as 256 for images of 224 pixels:
+the middle is what is evaluated on, training crops are cut from all of the picture.
 """
 
 from __future__ import annotations
@@ -11,82 +15,31 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from ebmkit.data import imagesets
-from ebmkit.data.images import open_picture, picture_header
+from ebmkit.data.images import picture_header
 from ebmkit.data.imagesets import ImageSet, Split, StreamedSet, held_out, shuffled
+from ebmkit.data.reading import FolderReader
 from ebmkit.errors import UserError
 
 __all__ = [
     "SUFFIXES",
-    "FolderReader",
     "Listing",
     "list_folder",
     "load_folder",
+    "part_folder",
     "progress_bar",
-    "to_pixels",
 ]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".ppm", ".pgm")
 
 T = TypeVar("T")
-
-
-class FolderReader:
-    """Reads image files by number, at one size and number of channels.
-
-    Args:
-        root: what the names are relative to.
-        names: of the files.
-        channels: 1 or 3; gray files are repeated to 3.
-        size: height and width to bring images to.
-    """
-
-    def __init__(
-        self, root: Path, names: Sequence[str], channels: int, size: tuple[int, int]
-    ) -> None:
-        self.root, self.channels, self.size = root, channels, size
-        # One buffer instead of many objects, whose reference counts would make workers copy them.
-        self._names = np.array([os.fsencode(name) for name in names])
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def read(self, rows: Sequence[int]) -> Tensor:
-        """Images (B, C, H, W) uint8.
-
-        Raises:
-            UserError: naming the file that cannot be read.
-        """
-        return torch.stack([self._one(os.fsdecode(self._names[row])) for row in rows])
-
-    def _one(self, name: str) -> Tensor:
-        path = self.root / name
-        opened = open_picture(path)
-        if opened.is_16_bit:
-            raise UserError(f"{str(path)!r} has 16 bits: convert the images of a data set to 8")
-        image = opened.image
-        if self.channels == 1 and image.mode == "RGB":
-            raise UserError(f"{str(path)!r} is in colour among gray images: convert it to gray")
-        return to_pixels(image, self.channels, self.size)
-
-
-def to_pixels(image: Image.Image, channels: int, size: tuple[int, int]) -> Tensor:
-    """A Pillow image as uint8 (channels, *size): shorter side resized (bicubic), middle cut out."""
-    image = image.convert("L" if channels == 1 else "RGB")
-    height, width = size
-    if image.size != (width, height):
-        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(image))
-    return pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()
 
 
 class Listing(NamedTuple):
@@ -104,7 +57,13 @@ class Listing(NamedTuple):
 
 
 def load_folder(
-    root: Path, split: Split, image_size: int | None = None, progress: bool = False
+    root: Path,
+    split: Split,
+    image_size: int | None = None,
+    progress: bool = False,
+    *,
+    side: int | None = None,
+    name: str = "folder",
 ) -> ImageSet | StreamedSet:
     """One split of a folder; streamed if decoded it takes more than `imagesets.MEMORY_LIMIT` bytes.
 
@@ -113,13 +72,16 @@ def load_folder(
         split: which part.
         image_size: side to bring images to; by default the files' own size, if they agree.
         progress: show a bar while files are read.
+        side: make it a set of whole pictures, whose shorter side is brought to this, at least
+            ``image_size``; its training images are always streamed.
+        name: of the set.
 
     Raises:
         UserError: if the folder is missing or empty, the split is missing, sizes differ without an
             ``image_size``, or a file cannot be read.
     """
     part = "test" if split == "test" else "train"
-    listing = list_folder(root, part, image_size, progress)
+    listing = list_folder(root, part, image_size, progress, side)
     rows = shuffled(len(listing.reader))
     if split != "test":
         train, held = held_out(len(rows), repr(str(root)))
@@ -127,9 +89,11 @@ def load_folder(
     reader, labels = listing.reader, listing.labels
     labels = None if labels is None else labels[rows]
     height, width = reader.size
-    if len(reader) * reader.channels * height * width > imagesets.MEMORY_LIMIT:
+    pictures = reader if side is not None and split == "train" else None
+    too_many = len(rows) * reader.channels * height * width > imagesets.MEMORY_LIMIT
+    if pictures is not None or too_many:
         return StreamedSet(
-            "folder",
+            name,
             split,
             reader,
             rows,
@@ -137,23 +101,27 @@ def load_folder(
             reader.size,
             labels,
             listing.class_names,
+            pictures,
         )
     images = torch.empty((len(rows), reader.channels, height, width), dtype=torch.uint8)
     for i, row in enumerate(progress_bar(rows.tolist(), f"reading {root.name}/{split}", progress)):
         images[i] = reader.read([row])[0]
-    return ImageSet("folder", split, images, labels, listing.class_names)
+    return ImageSet(name, split, images, labels, listing.class_names)
 
 
 def list_folder(
-    root: Path, part: str, image_size: int | None = None, progress: bool = False
+    root: Path,
+    part: str,
+    image_size: int | None = None,
+    progress: bool = False,
+    side: int | None = None,
 ) -> Listing:
     """All files of ``part`` of a folder, and their common shape.
 
     Args:
         root: the folder.
         part: "train", "test", or "all" for a folder that is one set.
-        image_size: as `load_folder`.
-        progress: as `load_folder`.
+        image_size, progress, side: as `load_folder`.
 
     Raises:
         UserError: as `load_folder`, short of reading the images.
@@ -169,24 +137,49 @@ def list_folder(
             names = [name for name in names if _is_test(name) == (part == "test")]
         base = root
     else:
-        base = root / part
-        if not base.is_dir():
-            raise UserError(f"{str(root)!r} has no folder {part!r}: put {part}/CLASS/*.png there")
+        base = part_folder(root, part)
         names, classes = _files(base)
-        classes = _training_classes(root, part, classes)
+        classes = _training_classes(root, base, classes)
     if not names:
         raise UserError(
             f"{str(base)!r} holds no {part} images: put files ending in {', '.join(SUFFIXES)} there"
         )
     numbers = {name: i for i, name in enumerate(classes)}
-    labels = torch.tensor([numbers[Path(n).parts[0]] for n in names]) if classes else None
+    labels = torch.tensor([numbers[_class_of(name)] for name in names]) if classes else None
     channels, size = _shape(base, names, image_size, progress)
-    return Listing(FolderReader(base, names, channels, size), labels, classes)
+    return Listing(FolderReader(base, names, channels, size, side), labels, classes)
 
 
 def has_parts(root: Path) -> bool:
     """Whether a folder has its training and test images in folders of their own."""
     return (root / "train").is_dir() or (root / "test").is_dir()
+
+
+def part_folder(root: Path, part: str) -> Path:
+    """The folder of ``part``, "train" or "test".
+
+    The test images are those of val/ where test/ is missing, or has no class folders and val/ does,
+    as in ImageNet.
+
+    Raises:
+        UserError: if there is none.
+    """
+    base, val = root / part, root / "val"
+    if part == "test" and val.is_dir():
+        labelled = _has_folders(val) and not _has_folders(base)
+        base = val if labelled or not base.is_dir() else base
+    if not base.is_dir():
+        raise UserError(f"{str(root)!r} has no folder {part!r}: put {part}/CLASS/*.png there")
+    return base
+
+
+def _has_folders(base: Path) -> bool:
+    return base.is_dir() and any(entry.is_dir() for entry in base.iterdir())
+
+
+def _class_of(name: str) -> str:
+    """The class folder that the relative path ``name`` begins with."""
+    return name.partition(os.sep)[0]
 
 
 def progress_bar(items: Iterable[T], text: str, show: bool) -> Iterable[T]:
@@ -205,38 +198,48 @@ def _files(base: Path) -> tuple[list[str], tuple[str, ...]]:
     ignored: list[str] = []
     for folder, subfolders, files in os.walk(base):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        inside = os.path.relpath(folder, base)
         for file in sorted(files):
-            kept = names if Path(file).suffix.lower() in SUFFIXES else ignored
+            kept = names if os.path.splitext(file)[1].lower() in SUFFIXES else ignored
             if not file.startswith("."):
-                kept.append(str(Path(folder, file).relative_to(base)))
+                kept.append(file if inside == os.curdir else os.path.join(inside, file))
     if ignored:
         warnings.warn(
             f"{len(ignored)} files in {str(base)!r} are not images and are left out, as "
             f"{ignored[0]!r}",
             stacklevel=4,
         )
-    loose = [name for name in names if len(Path(name).parts) == 1]
+    loose = [name for name in names if os.sep not in name]
     if loose and len(loose) < len(names):
         raise UserError(
             f"{str(base)!r} has class folders and loose images, as {loose[0]!r}: move every image "
             "into a class folder"
         )
-    classes = () if loose else tuple(sorted({Path(name).parts[0] for name in names}))
+    classes = () if loose else tuple(sorted({_class_of(name) for name in names}))
     return names, classes
 
 
-def _training_classes(root: Path, part: str, classes: tuple[str, ...]) -> tuple[str, ...]:
+def _training_classes(root: Path, base: Path, classes: tuple[str, ...]) -> tuple[str, ...]:
     """The classes of the training images, which number those of the test images too."""
-    if part == "train" or not classes or not (root / "train").is_dir():
+    train = root / "train"
+    if base == train or not train.is_dir():
         return classes
-    known = {entry.name for entry in os.scandir(root / "train") if entry.is_dir()}
+    known = {entry.name for entry in os.scandir(train) if entry.is_dir()}
+    known = {name for name in known if not name.startswith(".")}
+    if known and not classes:
+        raise UserError(
+            f"{str(base)!r} has loose images and train/ has class folders: sort them into folders "
+            "of the same names"
+        )
+    if not classes:
+        return classes
     unknown = sorted(set(classes) - known)
     if unknown:
         raise UserError(
-            f"{str(root)!r} has a class {unknown[0]!r} in test/ that is not in train/: add "
+            f"{str(root)!r} has a class {unknown[0]!r} in {base.name}/ that is not in train/: add "
             "training images of it, or take it out"
         )
-    return tuple(sorted(name for name in known if not name.startswith(".")))
+    return tuple(sorted(known))
 
 
 def _is_test(name: str) -> bool:

@@ -13,12 +13,14 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from ebmkit.data.crops import Cut
 from ebmkit.errors import UserError
 
 __all__ = [
     "MEMORY_LIMIT",
     "SPLITS",
     "ImageSet",
+    "PictureReader",
     "RowReader",
     "Split",
     "StreamedSet",
@@ -124,6 +126,24 @@ class RowReader(Protocol):
         ...
 
 
+class PictureReader(RowReader, Protocol):
+    """Reads crops of whole pictures, which may differ in size.
+
+    Attributes:
+        side: shorter side that pictures are brought to before a window is cut from them.
+    """
+
+    side: int
+
+    def read_cut(self, rows: Sequence[int], cut: Cut) -> Tensor:
+        """Crops (B, C, *cut.crop.size) uint8 of as many pictures.
+
+        Raises:
+            UserError: if one cannot be read.
+        """
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class StreamedSet:
     """Images on disk, read when asked for; the surface of `ImageSet` with other insides.
@@ -137,6 +157,8 @@ class StreamedSet:
         image_size: height and width, pixels.
         labels: (N,) int64, or None for a set without labels.
         class_names: one per label; empty without labels.
+        pictures: reads crops of the whole pictures, of which the images are the middle; None: crops
+            are cut from the images.
 
     Raises:
         UserError: if a label is out of range.
@@ -150,6 +172,7 @@ class StreamedSet:
     image_size: tuple[int, int]
     labels: Tensor | None = None
     class_names: tuple[str, ...] = ()
+    pictures: PictureReader | None = None
 
     def __post_init__(self) -> None:
         check_labels(f"data set {self.name!r}", self.labels, len(self.rows), len(self.class_names))
@@ -176,15 +199,23 @@ class StreamedSet:
         images, labels = self.read([index])
         return images[0], None if labels is None else int(labels[0])
 
-    def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    def read(self, indices: Sequence[int], cut: Cut | None = None) -> tuple[Tensor, Tensor | None]:
         """Several images (B, C, H, W) uint8 and their labels (B,), or None.
+
+        Args:
+            indices: which.
+            cut: crops to take of ``pictures`` instead.
 
         Raises:
             UserError: if one cannot be read.
         """
         chosen = torch.as_tensor(indices)
         labels = None if self.labels is None else self.labels[chosen]
-        return self.reader.read(self.rows[chosen].tolist()), labels
+        rows = self.rows[chosen].tolist()
+        if cut is None:
+            return self.reader.read(rows), labels
+        assert self.pictures is not None
+        return self.pictures.read_cut(rows, cut), labels
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """In order, ``size`` at a time: images (B, C, H, W) in [0, 1], labels (B,) or None.

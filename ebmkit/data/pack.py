@@ -21,8 +21,9 @@ from PIL import Image
 from torch import Tensor
 
 from ebmkit.data.cifar import CIFAR, torchvision_cifar
-from ebmkit.data.folders import has_parts, list_folder, progress_bar, to_pixels
+from ebmkit.data.folders import has_parts, list_folder, progress_bar
 from ebmkit.data.imagesets import shuffled
+from ebmkit.data.reading import to_pixels
 from ebmkit.errors import UserError, unknown_name
 
 __all__ = ["pack"]
@@ -132,7 +133,8 @@ def _folder_parts(
     root: Path, image_size: int | None, progress: bool
 ) -> tuple[list[_Part], tuple[str, ...]]:
     if has_parts(root):
-        groups = [part for part in ("train", "test") if (root / part).is_dir()]
+        names = {"train": ("train",), "test": ("test", "val")}
+        groups = [p for p in names if any((root / name).is_dir() for name in names[p])]
         listings = {part: list_folder(root, part, image_size, progress) for part in groups}
     else:
         listings = {"": list_folder(root, "all", image_size, progress)}

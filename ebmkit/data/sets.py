@@ -72,12 +72,40 @@ def _folder(request: Request) -> ImageSet | StreamedSet:
     return load_folder(request.data_dir, request.split, request.image_size, request.progress)
 
 
+def _imagenet(request: Request) -> ImageSet | StreamedSet:
+    from ebmkit.data.folders import load_folder
+
+    if request.data_dir is None:
+        raise UserError(
+            "data set 'imagenet' needs the folder with train/ and val/: name it by --data-dir"
+        )
+    size = request.image_size or 224
+    return load_folder(
+        request.data_dir,
+        request.split,
+        size,
+        request.progress,
+        side=round(size * 256 / 224),
+        name="imagenet",
+    )
+
+
 def _hdf5(request: Request) -> ImageSet | StreamedSet:
     from ebmkit.data.hdf5 import load_hdf5
 
     if request.data_dir is None:
         raise UserError("data set 'hdf5' needs an HDF5 file: name it by --data-dir")
     return load_hdf5(request.data_dir, request.split, request.image_size)
+
+
+def _pictures(request: Request) -> StreamedSet:
+    from ebmkit.data.pictures import load_pictures
+
+    if request.data_dir is None:
+        raise UserError("data set 'pictures' needs a folder of pictures: name it by --data-dir")
+    if request.image_size is not None:
+        raise UserError("data set 'pictures' keeps each picture's size: leave the image size out")
+    return load_pictures(request.data_dir, request.split)
 
 
 DATASETS: dict[str, DatasetEntry] = {
@@ -93,6 +121,13 @@ DATASETS: dict[str, DatasetEntry] = {
     ),
     "folder": DatasetEntry(
         _folder, "--data-dir is a folder: [train|test]/CLASS/*.png, or images without classes"
+    ),
+    "imagenet": DatasetEntry(
+        _imagenet,
+        "a folder of whole pictures, train|val/CLASS/*.JPEG: tested on the middle 224 of 256",
+    ),
+    "pictures": DatasetEntry(
+        _pictures, "--data-dir is a folder of pictures of any size, to evaluate denoisers on"
     ),
     "hdf5": DatasetEntry(_hdf5, "--data-dir is an HDF5 file, as `ebmkit data pack` writes it"),
 }

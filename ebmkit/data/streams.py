@@ -5,9 +5,12 @@ bits: the order of each epoch, flips and crops, mixing, noise levels and noise. 
 same batch whoever asks, in whatever order: continuing a run needs no state, the number of workers
 changes nothing, and with several processes ("ranks") each takes its share of the same global batch.
 
-Samples are numbered through: step t holds numbers :math:`tB, \dots, tB + B - 1`, number n is entry
-:math:`n \bmod N` of the permutation of epoch :math:`\lfloor n / N \rfloor`. No remainder is
+Samples are numbered through (`ebmkit.data.schedule` says how where batch sizes change); number n is
+entry :math:`n \bmod N` of the permutation of epoch :math:`\lfloor n / N \rfloor`. No remainder is
 dropped, and a set may be smaller than a batch.
+
+Crops of whole pictures are cut by the process that reads them, from numbers that travel with the
+request; everything else is done to the batch, on its device.
 """
 
 from __future__ import annotations
@@ -18,13 +21,11 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn.functional import one_hot
 from torch.utils.data import DataLoader, Dataset
 
 from ebmkit.data.augment import (
-    Augmentation,
     Rows,
     cutmix,
     flip,
@@ -33,23 +34,14 @@ from ebmkit.data.augment import (
     padded_crop,
     random_crop,
 )
+from ebmkit.data.crops import DRAWS, Crop, Cut, crop_boxes, resize_boxes
 from ebmkit.data.imagesets import ImageSet, StreamedSet, to_floats
-from ebmkit.data.noise import NoiseLaw
+from ebmkit.data.schedule import Span, StreamConfig, check_stream, span_at
 from ebmkit.errors import UserError
 
 __all__ = ["Batch", "Stream", "StreamConfig", "keyed_seed", "prefetched"]
 
 _MIX = {"mixup": mixup, "cutmix": cutmix, "both": mixup_or_cutmix}
-
-
-class StreamConfig(BaseModel):
-    """What an objective asks of its data."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    batch_size: int = Field(64, ge=1, description="images per step, over all processes")
-    augmentation: Augmentation = Field(Augmentation(), description="flips, crops, mixing")
-    noise: NoiseLaw = Field(NoiseLaw(), description="law of the noise level")
 
 
 class Batch(NamedTuple):
@@ -98,9 +90,10 @@ class Stream:
         rank: this process's number among ``world_size``.
         world_size: number of processes that share each batch.
         parts: number of parts that each process splits its share into.
+        steps: of the run, which ``config.phases`` are shares of; None where there are no phases.
 
     Raises:
-        UserError: if the set is empty, has no labels to mix, is smaller than the crop, or the batch
+        UserError: if the set is empty, has no labels to mix, is smaller than a crop, or a batch
             does not divide among the processes and their parts.
     """
 
@@ -115,25 +108,23 @@ class Stream:
         rank: int = 0,
         world_size: int = 1,
         parts: int = 1,
+        steps: int | None = None,
     ) -> None:
-        _check(source, config, name, world_size, parts)
+        self.spans = config.spans(steps)
+        check_stream(source, config, self.spans, name, world_size, parts)
         self.device = torch.device(device)
         self.source = source.to(self.device) if isinstance(source, ImageSet) else source
         self.config = config
         self.name = name
         self.seed = seed
         self.workers = workers
-        share = config.batch_size // world_size
+        self._whole = isinstance(source, StreamedSet) and source.pictures is not None
+        self.rank, self.world_size = rank, world_size
         # Mixing needs the image before the first one too; it is dropped afterwards.
         self._extra = int(config.augmentation.mix != "none" and world_size > 1)
-        positions = torch.arange(rank * share - self._extra, (rank + 1) * share)
-        positions = positions % config.batch_size
-        self._rows = Rows(config.batch_size, positions.to(self.device))
-        # the loader's sampler lists rows on the host; sets in memory are indexed where they are
-        in_memory = isinstance(source, ImageSet)
-        self._positions = self._rows.positions if in_memory else positions
         self._generator = torch.Generator(self.device)
         self._orders: dict[int, Tensor] = {}
+        self._held: dict[tuple[int, torch.device], Rows] = {}
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """The batches of steps ``start`` .. ``stop`` - 1.
@@ -145,7 +136,7 @@ class Stream:
             yield from self._streamed(self.source, start, stop)
             return
         for step in range(start, stop):
-            rows = self._indices(step)
+            rows = self._indices(step, self.device)
             labels = None if self.source.labels is None else self.source.labels[rows]
             yield self._prepare(step, self.source.images[rows], labels)
 
@@ -169,41 +160,70 @@ class Stream:
                 labels = labels.to(self.device, non_blocking=cuda)
             yield self._prepare(step, images, labels)
 
-    def _indices(self, step: int) -> Tensor:
-        """Which images of the set this process needs at ``step``, (B,), on the orders' device."""
-        batch, size = self.config.batch_size, len(self.source)
-        numbers = step * batch + self._positions
-        first, last = step * batch // size, ((step + 1) * batch - 1) // size
-        chosen = self._order(first)[numbers % size]
+    def _indices(self, step: int, device: torch.device) -> Tensor:
+        """Which images of the set this process needs at ``step``, (B,), on ``device``."""
+        span, size = span_at(self.spans, step), len(self.source)
+        begin = span.first + (step - span.start) * span.batch_size
+        numbers = begin + self._rows(span, device).positions
+        first, last = begin // size, (begin + span.batch_size - 1) // size
+        chosen = self._order(first, device)[numbers % size]
         for epoch in range(first + 1, last + 1):
             chosen = torch.where(
-                numbers // size == epoch, self._order(epoch)[numbers % size], chosen
+                numbers // size == epoch, self._order(epoch, device)[numbers % size], chosen
             )
         self._orders = {e: order for e, order in self._orders.items() if e >= last - 1}
         return chosen
 
-    def _order(self, epoch: int) -> Tensor:
+    def _order(self, epoch: int, device: torch.device) -> Tensor:
         if epoch not in self._orders:
-            generator = torch.Generator()
-            generator.manual_seed(keyed_seed(self.seed, self.name, "order", epoch))
-            order = torch.randperm(len(self.source), generator=generator)
-            self._orders[epoch] = order.to(self._positions.device)
+            order = torch.randperm(len(self.source), generator=self._on_host("order", epoch))
+            self._orders[epoch] = order.to(device)
         return self._orders[epoch]
+
+    def _rows(self, span: Span, device: torch.device) -> Rows:
+        """The rows of a global batch of ``span`` that this process holds."""
+        key = span.batch_size, device
+        if key not in self._held:
+            share = span.batch_size // self.world_size
+            rows = torch.arange(self.rank * share - self._extra, (self.rank + 1) * share)
+            self._held[key] = Rows(span.batch_size, (rows % span.batch_size).to(device))
+        return self._held[key]
+
+    def _cut(self, step: int) -> Cut | None:
+        """The crops that are drawn on the host: all of whole pictures, and resized ones."""
+        options, span = self.config.augmentation, span_at(self.spans, step)
+        if options.crop_scale is None and not (self._whole and span.crop_size is not None):
+            return None
+        side = span.crop_size
+        size = self.source.image_size if side is None else (side, side)
+        generator = self._on_host("crop", step)
+        draws = torch.rand(span.batch_size, DRAWS, generator=generator, dtype=torch.float64)
+        own = draws[self._rows(span, torch.device("cpu")).positions]
+        return Cut(Crop(size, options.crop_scale, options.crop_ratio), own)
 
     def _keyed(self, purpose: str, step: int) -> torch.Generator:
         return self._generator.manual_seed(keyed_seed(self.seed, self.name, purpose, step))
 
+    def _on_host(self, purpose: str, number: int) -> torch.Generator:
+        return torch.Generator().manual_seed(keyed_seed(self.seed, self.name, purpose, number))
+
     def _prepare(self, step: int, images: Tensor, labels: Tensor | None) -> Batch:
         """Augment, mix and add noise: images (B, C, H, W) uint8 to the batch of ``step``."""
-        options = self.config.augmentation
+        options, span = self.config.augmentation, span_at(self.spans, step)
+        rows = self._rows(span, self.device)
         generator = self._keyed("augment", step)
         if options.flip:
-            images = flip(images, generator, self._rows)
-        if options.crop_size is not None:
+            images = flip(images, generator, rows)
+        if self._whole:
+            pass  # who read them has cut them
+        elif (cut := self._cut(step)) is not None:
+            boxes = crop_boxes(images.shape[2], images.shape[3], cut)
+            images = resize_boxes(images, boxes, cut.crop.size)
+        elif span.crop_size is not None:
             padded = torch.nn.functional.pad(images, (options.crop_padding,) * 4)
-            images = random_crop(padded, options.crop_size, generator, self._rows)
+            images = random_crop(padded, span.crop_size, generator, rows)
         elif options.crop_padding:
-            images = padded_crop(images, options.crop_padding, generator, self._rows)
+            images = padded_crop(images, options.crop_padding, generator, rows)
         x = to_floats(images)
         soft = None if labels is None else one_hot(labels, self.source.num_classes).float()
         if options.mix != "none" and soft is not None:
@@ -222,7 +242,8 @@ class Stream:
 
     def _noise(self, step: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """Noise levels (B,) and noise of x's shape: this process's share of the global draw."""
-        total = self.config.batch_size
+        span = span_at(self.spans, step)
+        total = span.batch_size
         generator = self._keyed("noise", step)
         sigma = self.config.noise.sample(total, generator, self.device)
         if self.config.noise.range[1] == 0:
@@ -230,7 +251,7 @@ class Stream:
         eps = torch.randn((total, *x.shape[1:]), generator=generator, device=self.device)
         if len(x) == total:
             return sigma, eps
-        own = self._rows.positions[self._extra :]
+        own = self._rows(span, self.device).positions[self._extra :]
         return sigma[own], eps[own]
 
 
@@ -263,6 +284,13 @@ def prefetched(
         yield dict(zip(streams, present, strict=True))
 
 
+class _Request(NamedTuple):
+    """The images of a step, by their numbers, and the crops of whole pictures to take of them."""
+
+    indices: list[int]
+    cut: Cut | None
+
+
 class _Order:
     """The sampler of a loader: for each step, the images it needs."""
 
@@ -272,9 +300,11 @@ class _Order:
     def __len__(self) -> int:
         return len(self._steps)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[_Request]:
+        stream, host = self._stream, torch.device("cpu")
         for step in self._steps:
-            yield self._stream._indices(step).tolist()
+            cut = stream._cut(step) if stream._whole else None
+            yield _Request(stream._indices(step, host).tolist(), cut)
 
 
 class _Reading(Dataset[tuple[Tensor, Tensor | None] | UserError]):
@@ -283,9 +313,9 @@ class _Reading(Dataset[tuple[Tensor, Tensor | None] | UserError]):
     def __init__(self, source: StreamedSet) -> None:
         self._source = source
 
-    def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor | None] | UserError:
+    def __getitem__(self, request: _Request) -> tuple[Tensor, Tensor | None] | UserError:
         try:
-            return self._source.read(indices)
+            return self._source.read(*request)
         except UserError as error:
             return error
 
@@ -297,29 +327,3 @@ def _ignore_signals(worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def _check(
-    source: ImageSet | StreamedSet, config: StreamConfig, name: str, world_size: int, parts: int
-) -> None:
-    if len(source) == 0:
-        raise UserError(f"stream {name!r}: data set {source.name!r} has no {source.split} images")
-    if config.augmentation.mix != "none" and source.labels is None:
-        raise UserError(
-            f"stream {name!r}: {config.augmentation.mix} mixes labels, and data set "
-            f"{source.name!r} has none: set mix to none"
-        )
-    if config.batch_size % (world_size * parts):
-        split = f" of {parts} parts each (compute.accumulate)" if parts > 1 else ""
-        raise UserError(
-            f"stream {name!r}: a batch of {config.batch_size} does not divide among {world_size} "
-            f"process(es){split}: set streams.{name}.batch_size to a multiple of "
-            f"{world_size * parts}"
-        )
-    crop, padding = config.augmentation.crop_size, config.augmentation.crop_padding
-    if crop is not None and crop > min(source.image_size) + 2 * padding:
-        height, width = source.image_size
-        raise UserError(
-            f"stream {name!r}: crop_size {crop} is larger than the images, {height}x{width}: "
-            f"take at most {min(source.image_size) + 2 * padding}"
-        )

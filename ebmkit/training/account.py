@@ -3,7 +3,8 @@ r"""What a run really took, beside what it was counted to take.
 A step of F floating-point operations that lasted t seconds used the share :math:`F / (R t)` of a
 device that multiplies matrices at R per second. t is the median over the stretches between two rows
 of the log, without validations and saving, and without the first stretch (compilers and caches warm
-up in it) where there are others.
+up in it) where there are others. Where batch and image sizes change along the run, F and t are
+means over its steps, and each stage has a median of its own.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ from __future__ import annotations
 import gc
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ebmkit.errors import UserError
 from ebmkit.objectives import TrainingLoss
-from ebmkit.training.cost import StepCost, format_flops, format_seconds, step_cost
+from ebmkit.training.cost import Plan, StepCost, format_flops, format_seconds, run_cost
 from ebmkit.training.memory import (
     ADAMW_STATES,
     Memory,
@@ -27,16 +29,31 @@ from ebmkit.training.memory import (
     format_bytes,
     too_large,
 )
-from ebmkit.training.rehearse import Shapes
 
 __all__ = ["Account", "Budget", "Stopwatch", "peak_memory"]
 
 
+class Stretch(NamedTuple):
+    """Steps that were timed: how many, seconds, seconds of them for data, stage of the run."""
+
+    steps: int
+    seconds: float
+    data: float
+    stage: int
+
+
 class Stopwatch:
-    """Times stretches of steps, and how much of them went into waiting for data."""
+    """Times stretches of steps, and how much of them went into waiting for data.
+
+    Attributes:
+        stretches: those that were timed.
+        lengths: stage of the run -> number of its steps, to weigh the stages by; None: by the
+            steps that were timed.
+    """
 
     def __init__(self) -> None:
-        self.stretches: list[tuple[int, float, float]] = []  # steps, seconds, of them for data
+        self.stretches: list[Stretch] = []
+        self.lengths: Mapping[int, int] | None = None
         self.restart()
 
     def restart(self) -> None:
@@ -48,75 +65,111 @@ class Stopwatch:
         self._steps += 1
         self._data += data_seconds
 
-    def stop(self) -> float:
-        """End the stretch and begin another; seconds per step of the one that ended."""
+    def stop(self, stage: int = 0) -> float:
+        """End the stretch and begin another; seconds per step of the one that ended.
+
+        Args:
+            stage: of the run, that all of its steps were in.
+        """
         seconds = time.perf_counter() - self._begun
         steps = max(1, self._steps)
-        self.stretches.append((steps, seconds, self._data))
+        self.stretches.append(Stretch(steps, seconds, self._data, stage))
         self.restart()
         return seconds / steps
 
     @property
     def seconds(self) -> float:
-        """Median seconds of a step."""
-        return statistics.median(seconds / steps for steps, seconds, _ in self._settled)
+        """Seconds of a step: the median in each stage, averaged over the steps of the stages."""
+        total = steps = 0.0
+        for stage, own in self._by_stage().items():
+            length = self.lengths[stage] if self.lengths else sum(s.steps for s in own)
+            settled = own[1:] or own
+            total += length * statistics.median(s.seconds / s.steps for s in settled)
+            steps += length
+        return total / steps
 
     @property
     def data_share(self) -> float:
         """Share of the time that the host waited for data, 0 to 1."""
-        settled = self._settled
-        return sum(data for *_, data in settled) / sum(seconds for _, seconds, _ in settled)
+        settled = [s for own in self._by_stage().values() for s in own[1:] or own]
+        return sum(s.data for s in settled) / sum(s.seconds for s in settled)
 
-    @property
-    def _settled(self) -> list[tuple[int, float, float]]:
-        return self.stretches[1:] or self.stretches
+    def _by_stage(self) -> dict[int, list[Stretch]]:
+        found: dict[int, list[Stretch]] = {}
+        for stretch in self.stretches:
+            found.setdefault(stretch.stage, []).append(stretch)
+        return found
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The step of a run, to be counted before it is taken.
+    """The steps of a run, to be counted before they are taken.
 
     Args:
         loss: model and objectives, on the device and in the precision to train in.
-        shapes: images of each stream that this process takes in a step.
+        plan: the stages of the run, and the images that this process takes in a step of them.
         states: numbers that the optimiser keeps of each parameter.
         accumulate: parts that each batch is split into.
         processes: how many share each batch.
     """
 
     loss: TrainingLoss
-    shapes: Shapes
+    plan: Plan
     states: int = ADAMW_STATES
     accumulate: int = 1
     processes: int = 1
 
     def check(self) -> Memory:
-        """The memory that a step takes.
+        """The memory that the largest step takes.
 
         Raises:
             UserError: if the device has less free; the message says how large a batch would fit.
         """
-        return check_fits(self.loss, self.shapes, self.states, self.accumulate, self.processes)
+        needs = [
+            check_fits(
+                self.loss,
+                shapes,
+                self.states,
+                self.accumulate,
+                self.processes,
+                fields=stage.fields,
+            )
+            for stage, shapes in self.plan
+        ]
+        return max(needs, key=lambda memory: memory.total)
 
-    def cost(self, steps: int) -> StepCost:
-        """What a run of ``steps`` costs: counted, but for the device's measured matrix rate."""
-        return step_cost(self.loss, self.shapes, steps, self.states, self.accumulate)
+    def cost(self, steps: int, first: int = 0) -> StepCost:
+        """What steps ``first`` .. ``steps`` - 1 cost: counted, but for the device's matrix rate."""
+        cut = [
+            (stage._replace(start=max(first, stage.start), stop=min(steps, stage.stop)), shapes)
+            for stage, shapes in self.plan
+        ]
+        plan = [(stage, shapes) for stage, shapes in cut if stage.start < stage.stop]
+        return run_cost(self.loss, plan, self.states, self.accumulate)
 
-    def too_large(self, held: int) -> UserError:
+    def too_large(self, held: int, step: int = 0) -> UserError:
         """The error for a step that ran out of memory; it says how large a batch would fit.
 
         To be asked when nothing of the step is referred to any more, its exception included.
 
         Args:
             held: bytes of parameters and optimiser states, which are there already.
+            step: of the run.
         """
+        stage, shapes = next(own for own in reversed(self.plan) if own[0].start <= step)
         device = next(self.loss.parameters()).device
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
         limit = (available_memory(device) or 0) + held
         return too_large(
-            self.loss, self.shapes, limit, self.states, self.accumulate, self.processes
+            self.loss,
+            shapes,
+            limit,
+            self.states,
+            self.accumulate,
+            self.processes,
+            stage.fields,
         )
 
 
@@ -126,11 +179,11 @@ class Account:
 
     Attributes:
         steps: steps done now (a continued run counts its own).
-        step_seconds: median seconds of a step.
+        step_seconds: median seconds of a step, averaged over stages of the run.
         images_per_s: images of all streams and processes.
         data_share: share of the time that the host waited for data.
         peak_memory: bytes; on CUDA of tensors on the device, on a CPU of the whole process.
-        flops: objectives that share a forward pass -> FLOPs of a step of one process.
+        flops: objectives that share a forward pass -> FLOPs of a step of one process, on average.
         matrix_rate: FLOP/s of matrix products, measured on this device in this precision.
         share: share of that rate that the steps reached.
         precision, compiled, processes, device: how it was computed.
@@ -151,12 +204,12 @@ class Account:
 
     @classmethod
     def of(
-        cls, cost: StepCost, watch: Stopwatch, images_per_step: int, **circumstances: Any
+        cls, cost: StepCost, watch: Stopwatch, images_per_step: float, **circumstances: Any
     ) -> Account:
         """From what was counted and what was timed."""
         seconds = watch.seconds
         return cls(
-            steps=sum(steps for steps, *_ in watch.stretches),
+            steps=sum(stretch.steps for stretch in watch.stretches),
             step_seconds=seconds,
             images_per_s=images_per_step / seconds,
             data_share=watch.data_share,

@@ -122,8 +122,10 @@ def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfi
     """
     base = find("recipe", RECIPES, recipe).config if recipe else {}
     dataset = _dataset_name(merge(base, *layers))
-    base = _expand(base or recipe_for(dataset))
-    raw = merge(base, *[_expand(layer) for layer in layers])
+    base = base or recipe_for(dataset)
+    named = [layer["backbone"] for layer in layers if "backbone" in layer]
+    start = _expand(base | {"backbone": named[-1]} if named else base)  # not both presets' settings
+    raw = merge(start, *[_expand(layer) for layer in layers])
     config = validated(TrainConfig, raw, "configuration")
     terms = {term.name: term for term in parse_objective(config.objective)}
     for name in config.draw_from:

@@ -11,18 +11,22 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from ebmkit.compute import Precision
+from ebmkit.data.schedule import Stage
 from ebmkit.objectives import TrainingLoss
 from ebmkit.training.memory import ADAMW_STATES, Memory, format_bytes, step_memory
 from ebmkit.training.rehearse import Shapes, rehearse
 
-__all__ = ["StepCost", "matrix_rate", "step_cost", "step_flops"]
+__all__ = ["Plan", "StepCost", "matrix_rate", "run_cost", "step_cost", "step_flops"]
+
+Plan = Sequence[tuple[Stage, Shapes]]
+"""The stages of a run, with the shapes that this process takes of each stream in them."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +35,12 @@ class StepCost:
 
     Attributes:
         parameters: how many numbers are trained.
-        flops: objectives that share a forward pass -> FLOPs of a step.
-        memory: bytes.
+        flops: objectives that share a forward pass -> FLOPs of a step; the mean over the steps,
+            where sizes change along the run.
+        memory: bytes; of the largest step.
         rate: FLOP/s of matrix products on the device, in the precision of the run.
         steps: steps of the run.
+        stages: text about each stage of the run -> FLOPs of a step in it; empty for one alone.
     """
 
     parameters: int
@@ -42,6 +48,7 @@ class StepCost:
     memory: Memory
     rate: float
     steps: int
+    stages: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def step_flops(self) -> int:
@@ -67,6 +74,7 @@ class StepCost:
         memory = self.memory
         return [
             ("parameters", f"{self.parameters:,}"),
+            *((text, format_flops(count) + "FLOP a step") for text, count in self.stages.items()),
             *((f"{name} step", format_flops(count) + "FLOP") for name, count in self.flops.items()),
             (f"all {self.steps:,} steps", format_flops(self.run_flops) + "FLOP"),
             (
@@ -106,6 +114,47 @@ def step_cost(
         matrix_rate(device, loss.precision),
         steps,
     )
+
+
+def run_cost(
+    loss: TrainingLoss, plan: Plan, states: int = ADAMW_STATES, accumulate: int = 1
+) -> StepCost:
+    """Count and measure what the stages of a run cost together.
+
+    Args:
+        loss: model and objectives, on the device and in the precision to train in.
+        plan: its stages; what is asked for may be a part of a run.
+        states, accumulate: as for `ebmkit.training.memory.step_memory`.
+    """
+    lengths = [stage.stop - stage.start for stage, _ in plan]
+    steps = sum(lengths)
+    memory = max(
+        (step_memory(loss, shapes, states, accumulate) for _, shapes in plan),
+        key=lambda memory: memory.total,
+    )
+    if len(plan) == 1:
+        return step_cost(loss, plan[0][1], steps, states, accumulate, memory)
+    counts = [step_flops(loss, shapes) for _, shapes in plan]
+    mean = {
+        name: round(sum(n * own[name] for n, own in zip(lengths, counts, strict=True)) / steps)
+        for name in counts[0]
+    }
+    texts = [_stage_text(loss, stage, shapes) for stage, shapes in plan]
+    return StepCost(
+        sum(p.numel() for p in loss.parameters() if p.requires_grad),
+        mean,
+        memory,
+        matrix_rate(next(loss.parameters()).device, loss.precision),
+        steps,
+        {text: sum(own.values()) for text, own in zip(texts, counts, strict=True)},
+    )
+
+
+def _stage_text(loss: TrainingLoss, stage: Stage, shapes: Shapes) -> str:
+    """As "steps 1 to 100: classify 512x224x224, denoise 64x128x128"."""
+    own = {name: shapes[name] for name in loss.streams}
+    sizes = [f"{name} {count}x{height}x{width}" for name, (count, _, height, width) in own.items()]
+    return f"steps {stage.start + 1:,} to {stage.stop:,}: {', '.join(sizes)}"
 
 
 def step_flops(loss: TrainingLoss, shapes: Shapes) -> dict[str, int]:
@@ -184,11 +233,11 @@ def format_flops(count: float) -> str:
     >>> format_flops(6.71e16)
     '67.1 P'
     """
-    for prefix in ("", "k", "M", "G", "T"):
+    for prefix in ("", "k", "M", "G", "T", "P"):
         if count < 999.5:
             return f"{count:.3g} {prefix}"
         count /= 1000
-    return f"{count:.3g} P"
+    return f"{count:.3g} E"
 
 
 def format_seconds(seconds: float) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,6 +124,7 @@ def check_fits(
     accumulate: int = 1,
     ranks: int = 1,
     free: int | None = None,
+    fields: Mapping[str, str] | None = None,
 ) -> Memory:
     """The memory of a step, if the device has it free. Ask before the first step.
 
@@ -131,6 +132,7 @@ def check_fits(
         loss, shapes, states, accumulate: as for `step_memory`.
         ranks: processes that share each batch; ``shapes`` are of one of them.
         free: bytes that may be taken beyond the parameters; by default `available_memory`.
+        fields: as for `too_large`.
 
     Raises:
         UserError: if it has not; the message says what would fit.
@@ -142,7 +144,7 @@ def check_fits(
         if free is not None and device.type == "cpu":  # all processes of this machine share it
             free //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if free is not None and memory.total - memory.parameters > free:
-        raise too_large(loss, shapes, free + memory.parameters, states, accumulate, ranks)
+        raise too_large(loss, shapes, free + memory.parameters, states, accumulate, ranks, fields)
     return memory
 
 
@@ -153,6 +155,7 @@ def too_large(
     states: int = ADAMW_STATES,
     accumulate: int = 1,
     ranks: int = 1,
+    fields: Mapping[str, str] | None = None,
 ) -> UserError:
     """The error that tells of a step for which the memory does not suffice, and what would fit.
 
@@ -160,7 +163,9 @@ def too_large(
         loss, shapes, states, accumulate: as for `step_memory`.
         limit: bytes for the whole step, parameters and optimiser included.
         ranks: processes that share each batch.
+        fields: stream -> configuration of the sizes in question; by default ``streams.NAME``.
     """
+    fields = fields or {name: f"streams.{name}" for name in loss.streams}
     device = next(loss.parameters()).device
     need = step_memory(loss, shapes, states, accumulate).total
     problem = (
@@ -173,7 +178,7 @@ def too_large(
             f"{problem}not even one image of each stream fits; set a smaller model.backbone.width"
         )
     largest = " and ".join(
-        f"streams.{name}.batch_size={size * ranks}" for name, size in sizes.items()
+        f"{fields[name]}.batch_size={size * ranks}" for name, size in sizes.items()
     )
     parts = _parts_that_fit(loss, shapes, limit, states, accumulate)
     split = f", or compute.accumulate={parts} to keep the batch" if parts else ""

@@ -1,7 +1,7 @@
 """Recipes: what a data set brings, so that one command is right on digits and on CIFAR-10.
 
-A recipe is the lowest layer of a run's configuration. ``cifar10`` is the paper's (CDN appendix A);
-the others are ours.
+A recipe is the lowest layer of a run's configuration. ``cifar10`` and ``imagenet`` are the paper's
+(CDN appendix A); the others are ours.
 """
 
 from __future__ import annotations
@@ -36,6 +36,39 @@ _CIFAR: dict[str, Any] = {
     "validate_every": 1000,
     "checkpoint_every": 1000,
     "log_every": 50,
+}
+
+# 400 epochs of 1,281,167 images in batches of 512 are 1,000,912 steps.
+_IMAGENET: dict[str, Any] = {
+    "dataset": {"name": "imagenet", "image_size": 224, "workers": 8},
+    "backbone": "gradresnet18-imagenet",
+    "model": {"backbone": {"width": 64}},
+    "streams": {
+        "classify": _stream(
+            512,
+            "1/255",
+            "70/255",
+            flip=True,
+            crop_size=224,
+            crop_scale=[0.08, 1.0],
+            crop_ratio=[3 / 4, 4 / 3],
+            mix="both",
+        ),
+        "denoise": {
+            **_stream(64, "1/255", "70/255", flip=True, crop_size=128),
+            "phases": [
+                {"after": "150/400", "batch_size": 40, "crop_size": 160},
+                {"after": "260/400", "batch_size": 32, "crop_size": 192},
+                {"after": "340/400", "batch_size": 16, "crop_size": 224},
+            ],
+        },
+    },
+    "optimizer": {"lr": 2e-4, "weight_decay": 1e-4},
+    "steps": 1_000_912,
+    "validation_images": 1000,
+    "validate_every": 5000,
+    "checkpoint_every": 1000,
+    "log_every": 100,
 }
 
 _CIFAR_SHORT: dict[str, Any] = {
@@ -79,6 +112,28 @@ _PATCHES: dict[str, Any] = {
     "checkpoint_every": 100,
 }
 
+# Zhang et al. 2017, DnCNN-S: 50 epochs of 1,600 batches of 128 patches (by AdamW, not SGD).
+_DNCNN: dict[str, Any] = {
+    "dataset": {"name": "folder"},
+    "backbone": "dncnn",
+    "objective": "dsm",
+    "model": {"backbone": {"width": 64}},
+    "streams": {
+        "classify": _stream(128, "0", "20/255", flip=True, crop_size=40),
+        "denoise": {
+            "batch_size": 128,
+            "noise": {"kind": "fixed", "max": "25/255"},
+            "augmentation": {"flip": True, "crop_size": 40},
+        },
+    },
+    "optimizer": {"lr": 1e-3, "weight_decay": 1e-4},
+    "steps": 80_000,
+    "validation_images": 8,
+    "validate_every": 500,
+    "checkpoint_every": 500,
+    "log_every": 50,
+}
+
 _OWN: dict[str, Any] = {
     **_CIFAR,
     "model": {"backbone": {"width": 32}},
@@ -107,6 +162,12 @@ RECIPES: dict[str, Recipe] = {
     "cifar10-short": Recipe(
         _for("cifar10", _CIFAR_SHORT), "width 16, 1,000 steps, flips only: minutes on a CPU"
     ),
+    "imagenet": Recipe(
+        _IMAGENET, "the paper's ImageNet recipe: 400 epochs, crops from 128 to 224 pixels"
+    ),
+    "dncnn": Recipe(
+        _DNCNN, "DnCNN-S at sigma 25/255: 40x40 patches of a folder of gray images, as Train400"
+    ),
     "folder": Recipe(_for("folder", _OWN), "a start for images of your own in folders"),
     "hdf5": Recipe(_for("hdf5", _OWN), "a start for images of your own in HDF5"),
 }
@@ -114,4 +175,5 @@ RECIPES: dict[str, Recipe] = {
 
 def recipe_for(dataset: str) -> dict[str, Any]:
     """The recipe of the data set called ``dataset``; `folder`'s where it has none of its own."""
-    return RECIPES.get(dataset, RECIPES["folder"]).config | {"dataset": {"name": dataset}}
+    config = RECIPES.get(dataset, RECIPES["folder"]).config
+    return config | {"dataset": config["dataset"] | {"name": dataset}}

@@ -24,6 +24,7 @@ from ebmkit.card import ModelCard
 from ebmkit.compute import describe, pick_device
 from ebmkit.core import ScoreModel
 from ebmkit.data import Batch, ImageSet, Stream, StreamConfig, StreamedSet
+from ebmkit.data.schedule import Stage, images_between, stage_at, stages
 from ebmkit.data.streams import prefetched
 from ebmkit.errors import UserError
 from ebmkit.models import ModelConfig, save_model, save_weights
@@ -97,6 +98,7 @@ class Trainer:
         if isinstance(self.validation, ImageSet):
             self.validation = self.validation.to(self.device)
         self.streams = {name: self._stream(name) for name in self.loss.streams}
+        self.stages = stages({n: self._stream_config(n) for n in self.loss.streams}, config.steps)
         self.optimizer = make_optimizer(self.model, config.optimizer)
         decay = config.optimizer.ema
         self.average = (
@@ -116,10 +118,11 @@ class Trainer:
             self.average,
             self.world,
         )
+        self._check_stages()
         self.watch = Stopwatch()
         self.budget = Budget(
             self.loss,
-            {name: self._share(name) for name in self.loss.streams},
+            [(stage, self._shapes(stage)) for stage in self.stages],
             ADAMW_STATES + bool(decay),
             config.compute.accumulate,
             self.world.size,
@@ -163,8 +166,8 @@ class Trainer:
                 disk is full.
         """
         config = self.config
-        streams = {n: s.batches(self.step, config.steps) for n, s in self.streams.items()}
-        batches = prefetched(streams, self.device)
+        batches = self._batches(self.step, config.steps)
+        ends = {stage.stop for stage in self.stages}
         self.first_step = self.step
         self.begun = time.perf_counter()
         self.watch.restart()
@@ -176,6 +179,7 @@ class Trainer:
                     self.step % every == 0 or self.step == config.steps
                     for every in (config.log_every, config.validate_every, config.checkpoint_every)
                 ]
+                due[0] = due[0] or self.step in ends  # so that no speed is of two stages
                 alone = self.world.size == 1  # several agree on where to stop by reading
                 if self.device.type != "cpu" and not any(due) and not (alone and stop()):
                     continue  # reading would make the host wait for the device
@@ -200,14 +204,20 @@ class Trainer:
         return self.seconds_before + time.perf_counter() - self.begun
 
     def try_steps(self, count: int) -> None:
-        """Take ``count`` steps for the time they take; the trainer is of no use afterwards."""
-        streams = {name: stream.batches(0, count) for name, stream in self.streams.items()}
-        batches = prefetched(streams, self.device)
+        """Take ``count`` steps of each stage for the time they take, up to its length.
+
+        The trainer is of no use afterwards, but for its watch, which then tells of the whole run.
+        """
         self.model.train()
-        for _ in range(count):
-            self._advance(batches, False)
-            self._read()
-            self.watch.stop()
+        for number, stage in enumerate(self.stages):
+            self.step = stage.start
+            stop = min(stage.start + count, stage.stop)
+            batches = self._batches(stage.start, stop)
+            while self.step < stop:
+                self._advance(batches, False)
+                self._read()
+                self.watch.stop(number)
+        self.watch.lengths = {n: stage.stop - stage.start for n, stage in enumerate(self.stages)}
 
     @property
     def trained(self) -> ScoreModel:
@@ -277,10 +287,11 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         states = [v for own in self.optimizer.state.values() for v in own.values()]
         held = [*self.loss.parameters(), *(v for v in states if torch.is_tensor(v))]
-        raise self.budget.too_large(sum(t.nbytes for t in held))
+        raise self.budget.too_large(sum(t.nbytes for t in held), self.step)
 
     def _log_step(self, reading: Reading) -> None:
-        speed = self.images_per_step / self.watch.stop()
+        number = stage_at(self.stages, self.step - 1)
+        speed = self.stages[number].images_per_step / self.watch.stop(number)
         rate = learning_rate(self.config.optimizer, self.step - 1, self.config.steps)
         row = {"step": self.step, "lr": rate, "grad_norm": reading.grad_norm}
         self._log({"kind": "train", **row, **reading.parts, "images_per_s": speed})
@@ -308,18 +319,14 @@ class Trainer:
             "optimizer.lr or optimizer.clip_norm=1"
         )
 
-    @property
-    def images_per_step(self) -> int:
-        """Images of all streams and processes."""
-        return sum(self._stream_config(name).batch_size for name in self.loss.streams)
-
     def account(self) -> Account:
         """What the steps so far really took."""
         peak = peak_memory(self.device)  # before the counting, which takes some too
+        steps = self.step - self.first_step
         return Account.of(
-            self.budget.cost(self.config.steps),
+            self.budget.cost(self.step, self.first_step),
             self.watch,
-            self.images_per_step,
+            images_between(self.stages, self.first_step, self.step) / steps,
             peak_memory=peak,
             precision=self.update.precision,
             compiled=self.update.compiled,
@@ -332,6 +339,15 @@ class Trainer:
         for term in self.loss.terms:
             name = self.loss.stream_of[term.name]
             stream = self._stream_config(name)
+            if (
+                term.objective.needs_labels
+                and self.train.num_classes
+                and not self.model.num_classes
+            ):
+                raise UserError(
+                    f"objective {term.name!r} needs labels, and {self.config.backbone!r} is a "
+                    "denoiser without them: use --objective dsm, or a backbone"
+                )
             mixes = stream.augmentation.mix != "none"
             check_labels(term.name, term.objective, self.train.num_classes, mixes, name)
             if term.objective.needs_score and stream.noise.range[1] == 0:
@@ -340,16 +356,31 @@ class Trainer:
                     f"streams.{name}.noise.kind and max, as in squared-uniform and 100/255"
                 )
 
+    def _check_stages(self) -> None:
+        """Whether a compiler will take the shapes of all stages."""
+        if not self.update.compiled:
+            return
+        most = torch._dynamo.config.recompile_limit
+        if len(self.stages) > most:
+            raise UserError(
+                f"sizes change {len(self.stages) - 1} times along the run, and a step is compiled "
+                f"for {most} shapes at the most: take fewer phases, or --compile off"
+            )
+
     def _validate(self) -> None:
         """Measure on the held-out images; keep the weights if they are the best so far."""
         if self.measure is None:
             return
         model = self.trained.eval()
         loss = self._loss(model).to(self.device)
-        means = self.measure(model, loss)
+        stage = self.stages[stage_at(self.stages, self.step - 1)]
+        means = self.measure(model, loss, stage)
         self.model.train()
         self._log({"kind": "validation", "step": self.step, **means})
         summary = loss.summary({term.name: means[term.name] for term in loss.terms})
+        every = self.config.validate_every
+        if 0 < stage.start >= (self.step - 1) // every * every:
+            self.best = math.inf  # the first of a stage: crops of other sizes do not compare
         if summary < self.best:
             self.best = summary
             if self.run is not None:
@@ -364,11 +395,20 @@ class Trainer:
         config: StreamConfig = getattr(self.config.streams, name)
         return config
 
-    def _share(self, name: str) -> tuple[int, int, int, int]:
-        """Shape (B, C, H, W) of the images that this process takes of a stream in a step."""
-        config = self._stream_config(name)
-        count = config.batch_size // self.world.size
-        return count, self.train.channels, *_seen_size(config, self.train)
+    def _shapes(self, stage: Stage) -> dict[str, tuple[int, int, int, int]]:
+        """Shapes (B, C, H, W) of the images that this process takes of each stream in a step."""
+        return {
+            name: (
+                span.batch_size // self.world.size,
+                self.train.channels,
+                *_seen_size(span.crop_size, self.train),
+            )
+            for name, span in stage.spans.items()
+        }
+
+    def _batches(self, start: int, stop: int) -> Iterator[dict[str, Batch]]:
+        streams = {name: stream.batches(start, stop) for name, stream in self.streams.items()}
+        return prefetched(streams, self.device)
 
     def _stream(self, name: str) -> Stream:
         config = self.config
@@ -382,6 +422,7 @@ class Trainer:
             rank=self.world.rank,
             world_size=self.world.size,
             parts=config.compute.accumulate,
+            steps=config.steps,
         )
 
     def _log(self, row: dict[str, Any]) -> None:
@@ -394,15 +435,16 @@ class Trainer:
 def trained_size(config: TrainConfig, images: Images) -> tuple[int, int]:
     """Height and width that the network sees in training: of the crops, where there are any.
 
-    Those of the stream that score matching draws from, or else of the classifying one.
+    Those of the stream that score matching draws from, or else of the classifying one; the largest,
+    where crops grow along the run: at that size and below, the log-density is the plain formula's.
     """
     terms = parse_objective(config.objective)
     first = next((t for t in terms if t.objective.needs_score), terms[0])
     name = config.draw_from.get(first.name, first.objective.stream)
     stream: StreamConfig = getattr(config.streams, name)
-    return _seen_size(stream, images)
+    sizes = [_seen_size(span.crop_size, images) for span in stream.spans(config.steps)]
+    return max(sizes, key=lambda size: size[0] * size[1])
 
 
-def _seen_size(stream: StreamConfig, images: Images) -> tuple[int, int]:
-    crop = stream.augmentation.crop_size
+def _seen_size(crop: int | None, images: Images) -> tuple[int, int]:
     return images.image_size if crop is None else (crop, crop)

@@ -9,6 +9,7 @@ import torch
 
 from ebmkit.core import EnergyModel, ScoreModel
 from ebmkit.data import Batch, ImageSet, Stream, StreamConfig, StreamedSet
+from ebmkit.data.schedule import Stage
 from ebmkit.metrics import psnr
 from ebmkit.objectives import TrainingLoss
 from ebmkit.parallel import World
@@ -22,6 +23,9 @@ SIGMA = 25 / 255
 @dataclass
 class Validation:
     """Measures a model on held-out images, in equal batches that the processes share out.
+
+    Images are whole, but for streams whose crops change along the run: those see the middle, of the
+    size that is trained at the time.
 
     Args:
         images: the held-out images.
@@ -55,16 +59,22 @@ class Validation:
         }
 
     @torch.no_grad()
-    def __call__(self, model: ScoreModel, loss: TrainingLoss) -> dict[str, float]:
+    def __call__(
+        self, model: ScoreModel, loss: TrainingLoss, stage: Stage | None = None
+    ) -> dict[str, float]:
         """Means over the images: each term by name, ``accuracy`` and ``psnr_25`` where they apply.
 
         Args:
             model: in evaluation mode.
             loss: of that model.
+            stage: of the run; None: images are whole.
         """
+        crops = {n: s.crop_size for n, s in stage.spans.items()} if stage else {}
+        crops = {name: side for name, side in crops.items() if self.noise[name].phases}
         totals: dict[str, float] = {}
         for step in range(self.world.rank, self.steps, self.world.size):
             batches = {n: next(s.batches(step, step + 1)) for n, s in self.streams.items()}
+            batches = {n: _middle(batch, crops.get(n)) for n, batch in batches.items()}
             for name, value in self._measure(model, loss, batches).items():
                 totals[name] = totals.get(name, 0.0) + value / self.steps
         everyone = self.world.gather(totals)
@@ -86,3 +96,14 @@ class Validation:
             clean = model.denoise(batch.x + SIGMA * batch.eps, SIGMA)
             row["psnr_25"] = float(psnr(clean.clamp(0, 1), batch.x).mean())
         return row
+
+
+def _middle(batch: Batch, side: int | None) -> Batch:
+    """The same batch with its images cut to a square of ``side``."""
+    if side is None:
+        return batch
+    top, left = ((n - side) // 2 for n in batch.x.shape[-2:])
+    x, y, eps = (
+        t[..., top : top + side, left : left + side] for t in (batch.x, batch.y, batch.eps)
+    )
+    return batch._replace(x=x, y=y, eps=eps)

@@ -13,7 +13,7 @@ from toy_sets import as_streamed, make_set
 
 from ebmkit.data import DATASETS, ImageSet, StreamedSet, imagesets, load_dataset
 from ebmkit.data.cifar import CIFAR
-from ebmkit.data.folders import FolderReader
+from ebmkit.data.reading import FolderReader
 from ebmkit.errors import UserError
 
 SPLITS = ("train", "validation", "test")
@@ -390,5 +390,13 @@ def test_both_kinds_of_set_have_one_surface(make):
 
 
 def test_every_data_set_has_a_line_about_it():
-    assert list(DATASETS) == ["digits", "patches", "cifar10", "cifar100", "folder", "hdf5"]
+    assert list(DATASETS) == [
+        "digits",
+        "patches",
+        "cifar10",
+        "cifar100",
+        "folder",
+        "imagenet",
+        "hdf5",
+    ]
     assert all(entry.about for entry in DATASETS.values())

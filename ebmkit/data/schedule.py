@@ -1,0 +1,232 @@
+r"""What a stream is asked for, and how batch and crop sizes change along a run.
+
+Training may go from many small crops to few large ones (CDN appendix A, after Restormer, arXiv
+2111.09881). A *phase* begins after a share :math:`a_k` of the run's T steps, at step
+:math:`t_k = \operatorname{round}(a_k T)`, with batches of :math:`B_k` images. Samples are numbered
+through: step :math:`t \ge t_k` of phase k holds the numbers
+
+.. math:: n_k + (t - t_k) B_k, \dots, n_k + (t - t_k + 1) B_k - 1, \qquad
+    n_{k+1} = n_k + (t_{k+1} - t_k) B_k, \quad t_0 = n_0 = 0 ,
+
+so everything is still a function of the step.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Annotated, NamedTuple
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from ebmkit.data.augment import Augmentation
+from ebmkit.data.imagesets import ImageSet, StreamedSet
+from ebmkit.data.noise import NoiseLaw
+from ebmkit.errors import UserError
+
+__all__ = [
+    "Phase",
+    "Span",
+    "Stage",
+    "StreamConfig",
+    "check_stream",
+    "images_between",
+    "span_at",
+    "stage_at",
+    "stages",
+]
+
+
+def _share(value: object) -> float:
+    text = str(value).strip()
+    top, slash, bottom = text.partition("/")
+    try:
+        share = float(top) / float(bottom) if slash else float(text)
+    except (ValueError, ZeroDivisionError):
+        share = math.nan
+    if not 0 < share < 1:
+        raise UserError(
+            f"a phase begins after a share of the steps between 0 and 1, as 150/400, not {text!r}"
+        )
+    return share
+
+
+class Phase(BaseModel):
+    """Sizes from a point of the run on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    after: Annotated[float, BeforeValidator(_share)] = Field(
+        description="share of the run's steps after which it begins, as 150/400"
+    )
+    batch_size: int = Field(ge=1, description="images per step, over all processes")
+    crop_size: int | None = Field(
+        None, ge=1, description="side of the crop, pixels; none: the stream's own"
+    )
+
+
+class StreamConfig(BaseModel):
+    """What an objective asks of its data."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    batch_size: int = Field(64, ge=1, description="images per step, over all processes")
+    augmentation: Augmentation = Field(Augmentation(), description="flips, crops, mixing")
+    noise: NoiseLaw = Field(NoiseLaw(), description="law of the noise level")
+    phases: tuple[Phase, ...] = Field(
+        (), description="later sizes of batch and crop, as [{after: 1/2, batch_size: 32}]"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> StreamConfig:
+        begins = [phase.after for phase in self.phases]
+        if any(b <= a for a, b in itertools.pairwise(begins)):
+            raise UserError(
+                "phases must begin one after the other: "
+                f"{', '.join(f'{b:g}' for b in begins)} does not rise"
+            )
+        return self
+
+    def spans(self, steps: int | None = None) -> tuple[Span, ...]:
+        """The phases of a run of ``steps`` steps, the first one included.
+
+        Raises:
+            UserError: if there are phases and no number of steps for them to be shares of.
+        """
+        own = self.augmentation.crop_size
+        found = [Span(0, 0, 0, self.batch_size, own)]
+        if self.phases and steps is None:
+            raise UserError("a stream with phases needs the number of steps of the run")
+        for number, phase in enumerate(self.phases, 1):
+            last, start = found[-1], round(phase.after * (steps or 0))
+            first = last.first + (start - last.start) * last.batch_size
+            found.append(Span(number, start, first, phase.batch_size, phase.crop_size or own))
+        return tuple(found)
+
+
+class Span(NamedTuple):
+    """A phase of a stream in a run of known length.
+
+    Attributes:
+        number: 0 for the stream's own sizes, k for its k-th phase.
+        start: its first step.
+        first: number of the first sample of that step.
+        batch_size: images per step, over all processes.
+        crop_size: side of the crop, pixels; None: no crop.
+    """
+
+    number: int
+    start: int
+    first: int
+    batch_size: int
+    crop_size: int | None
+
+    def field(self, stream: str) -> str:
+        """The part of the configuration that says the sizes, for messages."""
+        return f"streams.{stream}" + (f".phases[{self.number - 1}]" if self.number else "")
+
+
+class Stage(NamedTuple):
+    """Steps of a run in which the sizes of no stream change.
+
+    Attributes:
+        start, stop: its steps, the second not included.
+        spans: stream -> its phase.
+    """
+
+    start: int
+    stop: int
+    spans: dict[str, Span]
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """Stream -> the part of the configuration that says its sizes."""
+        return {name: span.field(name) for name, span in self.spans.items()}
+
+    @property
+    def images_per_step(self) -> int:
+        """Images of all streams and processes."""
+        return sum(span.batch_size for span in self.spans.values())
+
+
+def span_at(spans: Sequence[Span], step: int) -> Span:
+    """The phase that ``step`` is in."""
+    return next(span for span in reversed(spans) if span.start <= step)
+
+
+def stages(streams: Mapping[str, StreamConfig], steps: int) -> tuple[Stage, ...]:
+    """The stages of a run of ``steps`` steps, in order; one where no stream has phases."""
+    spans = {name: config.spans(steps) for name, config in streams.items()}
+    begins = sorted({span.start for own in spans.values() for span in own if span.start < steps})
+    return tuple(
+        Stage(start, stop, {name: span_at(own, start) for name, own in spans.items()})
+        for start, stop in zip(begins, [*begins[1:], steps], strict=True)
+    )
+
+
+def stage_at(plan: Sequence[Stage], step: int) -> int:
+    """Number of the stage that ``step`` is in; the last for steps beyond the run."""
+    return max(number for number, stage in enumerate(plan) if stage.start <= step)
+
+
+def images_between(plan: Sequence[Stage], start: int, stop: int) -> int:
+    """Images of all streams and processes in steps ``start`` .. ``stop`` - 1."""
+    taken = (range(max(stage.start, start), min(stage.stop, stop)) for stage in plan)
+    return sum(len(own) * s.images_per_step for own, s in zip(taken, plan, strict=True))
+
+
+def check_stream(
+    source: ImageSet | StreamedSet,
+    config: StreamConfig,
+    spans: tuple[Span, ...],
+    name: str,
+    world_size: int,
+    parts: int,
+) -> None:
+    """Check that a stream can be drawn.
+
+    Args:
+        source: the data set.
+        config: what is asked of it.
+        spans: its phases.
+        name: the stream's.
+        world_size: processes that share each batch.
+        parts: that each process splits its share into.
+
+    Raises:
+        UserError: if the set is empty, has no labels to mix or is smaller than a crop, or a batch
+            does not divide; the message names the field of the phase at fault.
+    """
+    if len(source) == 0:
+        raise UserError(f"stream {name!r}: data set {source.name!r} has no {source.split} images")
+    if config.augmentation.mix != "none" and source.labels is None:
+        raise UserError(
+            f"stream {name!r}: {config.augmentation.mix} mixes labels, and data set "
+            f"{source.name!r} has none: set mix to none"
+        )
+    padding = config.augmentation.crop_padding
+    pictures = source.pictures if isinstance(source, StreamedSet) else None
+    if pictures is not None and padding:
+        raise UserError(
+            f"stream {name!r}: crop_padding needs images of one size, and data set "
+            f"{source.name!r} gives whole pictures: set crop_padding to 0"
+        )
+    height, width = source.image_size
+    side = (min(height, width) if pictures is None else pictures.side) + 2 * padding
+    for span in spans:
+        where = span.field(name)
+        if span.batch_size % (world_size * parts):
+            split = f" of {parts} parts each (compute.accumulate)" if parts > 1 else ""
+            raise UserError(
+                f"stream {name!r}: a batch of {span.batch_size} does not divide among {world_size} "
+                f"process(es){split}: set {where}.batch_size to a multiple of {world_size * parts}"
+            )
+        crop = span.crop_size
+        if crop is not None and config.augmentation.crop_scale is None and crop > side:
+            what = "the images" if pictures is None else "the shorter side of the pictures"
+            size = f"{height}x{width}" if pictures is None else f"{pictures.side}"
+            raise UserError(
+                f"stream {name!r}: crop_size {crop} is larger than {what}, {size}: take at most "
+                f"{side} in {where}"
+            )

@@ -1,0 +1,374 @@
+"""The paper's two recipes field by field, and ImageNet's along its phases, end to end."""
+
+import math
+import os
+import signal
+import sys
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import ebmkit
+from ebmkit.cli import main
+from ebmkit.models.heads import LinearQuadraticHead
+from ebmkit.models.parts import Features
+from ebmkit.objectives import TrainingLoss
+from ebmkit.training import Interrupted, RunFolder, Trainer, parse_assignments, resolve
+from ebmkit.training import memory as memory_module
+from ebmkit.training.account import Budget, Stopwatch
+from ebmkit.training.assemble import assemble, images_of
+from ebmkit.training.cost import step_flops
+from ebmkit.training.engine import TrainingStep
+from ebmkit.training.memory import step_memory
+from ebmkit.training.validation import Validation
+
+EVERYWHERE = {  # CDN appendix A: what both recipes share
+    "objective": "ce+dsm",
+    "optimizer.betas": (0.9, 0.999),
+    "optimizer.schedule": "cosine",
+    "optimizer.warmup_steps": 0,
+    "optimizer.decay_norms": True,
+    "optimizer.clip_norm": None,
+    "optimizer.ema": None,
+    "model.backbone.depth": 18,
+    "model.backbone.width": 64,
+    "model.backbone.activation": "gelu",
+    "model.backbone.bias": False,
+    "model.backbone.side_connections": True,
+    "model.backbone.channels_per_group": 8,
+    "streams.classify.augmentation.flip": True,
+    "streams.classify.augmentation.mix": "both",
+    "streams.classify.noise.kind": "squared-uniform",
+    "streams.classify.phases": (),
+    "streams.denoise.augmentation.flip": True,
+    "streams.denoise.augmentation.mix": "none",
+    "streams.denoise.augmentation.crop_padding": 0,
+    "streams.denoise.augmentation.crop_scale": None,
+    "streams.denoise.noise.kind": "squared-uniform",
+}
+TABLE = {
+    "cifar10": {
+        "dataset.name": "cifar10",
+        "model.backbone.stem_kernel": 3,
+        "model.backbone.strides": (1, 1, 2, 2, 2),
+        "optimizer.lr": 3e-4,
+        "optimizer.weight_decay": 0.05,
+        "steps": 78_000,
+        "streams.classify.batch_size": 128,
+        "streams.classify.augmentation.crop_padding": 4,
+        "streams.classify.augmentation.crop_size": None,
+        "streams.classify.augmentation.crop_scale": None,
+        "streams.classify.noise.min": 0.0,
+        "streams.classify.noise.max": 20 / 255,
+        "streams.denoise.batch_size": 64,
+        "streams.denoise.augmentation.crop_size": None,
+        "streams.denoise.noise.min": 1 / 255,
+        "streams.denoise.noise.max": 100 / 255,
+        "streams.denoise.phases": (),
+    },
+    "imagenet": {
+        "dataset.name": "imagenet",
+        "dataset.image_size": 224,
+        "backbone": "gradresnet18-imagenet",
+        "model.backbone.stem_kernel": 7,
+        "model.backbone.strides": (2, 1, 2, 2, 2),
+        "optimizer.lr": 2e-4,
+        "optimizer.weight_decay": 1e-4,
+        "steps": 1_000_912,
+        "streams.classify.batch_size": 512,
+        "streams.classify.augmentation.crop_padding": 0,
+        "streams.classify.augmentation.crop_size": 224,
+        "streams.classify.augmentation.crop_scale": (0.08, 1.0),
+        "streams.classify.augmentation.crop_ratio": (3 / 4, 4 / 3),
+        "streams.classify.noise.min": 1 / 255,
+        "streams.classify.noise.max": 70 / 255,
+        "streams.denoise.batch_size": 64,
+        "streams.denoise.augmentation.crop_size": 128,
+        "streams.denoise.noise.min": 1 / 255,
+        "streams.denoise.noise.max": 70 / 255,
+    },
+}
+EPOCHS = [(0, 64, 128), (150, 40, 160), (260, 32, 192), (340, 16, 224)]  # from, batch, side
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_the_recipe_is_the_paper_s(name):
+    config = resolve(recipe=name)
+    for path, value in {**EVERYWHERE, **TABLE[name]}.items():
+        found = config
+        for part in path.split("."):
+            found = getattr(found, part)
+        assert found == (pytest.approx(value) if isinstance(value, float) else value), path
+    assert resolve({"dataset": {"name": name}}) == config  # the data set's own
+
+
+def test_lengths_are_the_paper_s_epochs_of_the_classification_stream():
+    assert resolve(recipe="cifar10").steps == pytest.approx(200 * 50_000 / 128, rel=0.002)
+    assert resolve(recipe="imagenet").steps == round(400 * 1_281_167 / 512)
+
+
+def test_imagenet_s_phases_begin_at_the_paper_s_epochs():
+    config = resolve(recipe="imagenet")
+    per_epoch = Fraction(1_281_167, 512)
+    spans = config.streams.denoise.spans(config.steps)
+    found = [(float(s.start / per_epoch), s.batch_size, s.crop_size) for s in spans]
+    for (epoch, *sizes), (expected, *expected_sizes) in zip(found, EPOCHS, strict=True):
+        assert epoch == pytest.approx(expected, abs=1e-3)
+        assert sizes == expected_sizes
+    short = config.streams.denoise.spans(400)  # another length has the same proportions
+    assert [span.start for span in short] == [0, 150, 260, 340]
+
+
+# An eighth of the sizes: 28 pixels for 224, 32 for 256; batches of a few.
+PHASES = "[{after: 3/8, batch_size: 6, crop_size: 20}, {after: 5/8, batch_size: 4, crop_size: 24}"
+SMALL = [
+    "dataset.image_size=28", "dataset.workers=0", "model.backbone.width=8", "device=cpu",
+    "streams.classify.batch_size=8", "streams.classify.augmentation.crop_size=28",
+    "streams.denoise.batch_size=8", "streams.denoise.augmentation.crop_size=16",
+    f"streams.denoise.phases={PHASES}, {{after: 7/8, batch_size: 2, crop_size: 28}}]",
+    "steps=8", "log_every=1", "validate_every=3", "checkpoint_every=100",
+]  # fmt: skip
+# steps 1-3, 4-5, 6-7 and 8
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    root = tmp_path_factory.mktemp("imagenet")
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 8), ("val", 2)):
+        for name in ("n01", "n02", "n03"):
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3)).astype(np.uint8))
+                width, height = rng.integers(40, 65, 2).tolist()
+                coarse.resize((width, height)).save(root / part / name / f"{i}.JPEG")
+    return root
+
+
+def small(pictures, *assignments):
+    own = parse_assignments([*SMALL, *assignments])
+    return resolve({"dataset": {"data_dir": pictures}}, own, recipe="imagenet")
+
+
+def trainer_of(pictures, *assignments, run=None, reporter=None):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Budget, "check", lambda self: None)  # quicker; it has a test of its own
+        return assemble(small(pictures, *assignments), run, reporter)
+
+
+class Tiny(nn.Module):
+    """One convolution, so that tracing is done at once."""
+
+    num_features = 8
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+
+    def forward(self, y):
+        return Features(nn.functional.gelu(self.conv(y)).mean((2, 3)))
+
+
+def tiny_trainer(pictures, *assignments):
+    """Of a network that is counted and traced at once."""
+    torch.manual_seed(0)
+    config = small(pictures, "validation_images=0", *assignments)
+    model = ebmkit.JointModel(Tiny(), LinearQuadraticHead(8, 3))
+    return Trainer(model, config, images_of(config.dataset, "train"), reporter=Rows())
+
+
+class Rows:
+    """Keeps what is reported, and sends the process an interrupt after a step."""
+
+    def __init__(self, stop_at=None):
+        self.rows, self.stop_at = [], stop_at
+
+    def report(self, row):
+        self.rows.append(row)
+        if row["kind"] == "train" and row["step"] == self.stop_at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_run_stopped_within_a_phase_goes_on_to_the_same_bits(pictures, tmp_path):
+    config = small(pictures)
+    reports = Rows(), Rows(stop_at=4), Rows()  # step 5 is the second of its phase
+    whole = trainer_of(pictures, reporter=reports[0])
+    whole.fit()
+    cut = trainer_of(pictures, run=RunFolder.create(tmp_path / "cut", config), reporter=reports[1])
+    with pytest.raises(Interrupted, match="after step 4"):
+        cut.fit()
+    resumed = trainer_of(pictures, run=RunFolder.open(tmp_path / "cut"), reporter=reports[2])
+    assert resumed.step == 4
+    resumed.fit()
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[key]), key
+    columns = ("kind", "step", "ce", "dsm", "accuracy", "psnr_25")
+    expected, first, second = (
+        [{k: row.get(k) for k in columns} for row in report.rows] for report in reports
+    )
+    assert expected == [*first, *second]
+
+
+def test_speed_is_that_of_each_phase_and_every_phase_is_logged_at_its_end(pictures, monkeypatch):
+    trainer = trainer_of(pictures, "log_every=100", "validation_images=0", reporter=Rows())
+    monkeypatch.setattr(trainer.watch, "stop", lambda stage: 1.0)  # a second for every step
+    trainer.fit()
+    speeds = {row["step"]: row["images_per_s"] for row in trainer.reporter.rows}
+    assert speeds == {3: 16, 5: 14, 7: 12, 8: 10}
+
+
+def test_the_time_of_a_step_weighs_the_phases_by_their_steps(monkeypatch):
+    clock = iter([0, 9, 9, 10, 10, 12, 12, 42, 42, 46, 46])  # first stretches: compilation
+    monkeypatch.setattr("ebmkit.training.account.time.perf_counter", lambda: next(clock))
+    watch = Stopwatch()
+    for stage in (0, 0, 0, 1, 1):
+        watch.step(data_seconds=0.5)
+        watch.stop(stage)
+    assert watch.seconds == pytest.approx((3 * 1.5 + 2 * 4) / 5)  # by the steps that were timed
+    watch.lengths = {0: 100, 1: 300}
+    assert watch.seconds == pytest.approx((100 * 1.5 + 300 * 4) / 400)
+    assert watch.data_share == pytest.approx(3 * 0.5 / (1 + 2 + 4))
+
+
+def test_validation_sees_the_middle_at_the_size_of_the_phase(pictures, monkeypatch):
+    seen = []
+    measure = Validation._measure
+
+    def spy(self, model, loss, batches):
+        seen.append({name: tuple(batch.x.shape[-2:]) for name, batch in batches.items()})
+        return measure(self, model, loss, batches)
+
+    monkeypatch.setattr(Validation, "_measure", spy)
+    trainer_of(pictures, "validate_every=4").fit()
+    assert seen == [
+        {"classify": (28, 28), "denoise": (20, 20)},
+        {"classify": (28, 28), "denoise": (28, 28)},
+    ]
+
+
+def test_the_best_weights_are_of_the_last_phase(pictures, monkeypatch):
+    values = iter([3, 2, 1, 6, 7, 9, 8, 10])  # rises from phase to phase
+    monkeypatch.setattr(TrainingLoss, "summary", lambda *_: next(values))
+    trainer = trainer_of(pictures, "validate_every=1")
+    best = []
+    log = trainer._log
+    monkeypatch.setattr(trainer, "_log", lambda row: (best.append(trainer.best), log(row)))
+    trainer.fit()
+    before_each_validation = best[1::2]
+    assert [*before_each_validation, trainer.best] == [math.inf, 3, 2, 1, 6, 6, 9, 8, 10]
+
+
+def test_the_reference_is_the_largest_crop_unless_another_is_set(pictures):
+    trainer = trainer_of(pictures)
+    assert trainer.model.reference_size == trainer.card.image_size == (28, 28)
+    own = ("model.reference_size=[16, 16]", "model.extent=factor")
+    trainer = trainer_of(pictures, *own)
+    assert trainer.model.reference_size == (16, 16)
+    assert trainer.card.image_size == (28, 28)
+
+
+def test_the_cost_is_summed_over_the_phases_and_the_memory_is_the_most(pictures, monkeypatch):
+    monkeypatch.setattr("ebmkit.training.cost.matrix_rate", lambda *_: 1e9)
+    trainer = tiny_trainer(pictures)
+    plan = trainer.budget.plan
+    assert [shapes["denoise"] for _, shapes in plan] == [
+        (8, 3, 16, 16), (6, 3, 20, 20), (4, 3, 24, 24), (2, 3, 28, 28),
+    ]  # fmt: skip
+    cost = trainer.budget.cost(8)
+    counts = [sum(step_flops(trainer.loss, shapes).values()) for _, shapes in plan]
+    assert list(cost.stages.values()) == counts
+    assert cost.run_flops == pytest.approx(np.dot([3, 2, 2, 1], counts), rel=1e-6)
+    totals = [step_memory(trainer.loss, shapes).total for _, shapes in plan]
+    assert cost.memory.total == max(totals)
+    assert "steps 4 to 5: classify 8x28x28, denoise 6x20x20" in dict(cost.rows())
+    later = trainer.budget.cost(8, first=6)  # of a run that was continued
+    assert later.run_flops == pytest.approx(counts[2] + counts[3], rel=1e-6)
+
+
+def test_a_phase_that_does_not_fit_is_named(pictures, monkeypatch):
+    trainer = tiny_trainer(pictures, "objective=dsm")
+    needs = [step_memory(trainer.loss, shapes) for _, shapes in trainer.budget.plan]
+    assert max(range(4), key=lambda k: needs[k].total) == 1  # 6 images of 20 pixels
+    free = needs[1].total - needs[1].parameters - 1
+    monkeypatch.setattr(memory_module, "available_memory", lambda device: free)
+    with pytest.raises(ebmkit.UserError, match=r"set streams\.denoise\.phases\[0\]\.batch_size=5"):
+        trainer.budget.check()
+
+
+@pytest.mark.parametrize(
+    ("assignment", "told"),
+    [
+        ("compute.accumulate=4", r"phases\[0\]\.batch_size to a multiple of 4"),
+        ("streams.denoise.augmentation.crop_size=33", "crop_size 33 is larger than the shorter"),
+    ],
+)
+def test_phases_are_checked_before_the_first_step(pictures, assignment, told):
+    with pytest.raises(ebmkit.UserError, match=told):
+        trainer_of(pictures, assignment)
+
+
+@pytest.mark.slow
+def test_a_compiled_step_goes_through_the_phases(pictures, monkeypatch):
+    def fit(compile):
+        trainer = tiny_trainer(pictures, f"compute.compile='{compile}'")
+        trainer.fit()
+        return trainer
+
+    defaults = (*TrainingStep.__init__.__defaults__[:-1], "eager")
+    monkeypatch.setattr(TrainingStep.__init__, "__defaults__", defaults)
+    compiled, eager = fit("on"), fit("off")
+    assert compiled.update.compiled
+    for a, b in zip(compiled.reporter.rows, eager.reporter.rows, strict=True):
+        assert a["dsm"] == pytest.approx(b["dsm"], rel=1e-5)
+    for a, b in zip(compiled.model.parameters(), eager.model.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+    few = torch._dynamo.config.patch(recompile_limit=3)
+    with few, pytest.raises(ebmkit.UserError, match=r"change 3 times .* 3 shapes at the most"):
+        fit("on")
+
+
+def command(*arguments):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", ["ebmkit", *map(str, arguments)])
+        main()
+    return int(ended.value.code or 0)
+
+
+@pytest.mark.slow
+def test_imagenet_end_to_end_through_the_command_line(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "150")
+    options = [part for assignment in SMALL for part in ("--set", assignment)]
+    start = ["train", "--recipe", "imagenet", "--data-dir", pictures, *options]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert command(*start, "--dry-run") == 0
+    printed = capsys.readouterr().out
+    assert "steps 4 to 5: classify 8x28x28, denoise 6x20x20" in printed
+    assert "steps 8 to 8: classify 8x28x28, denoise 2x28x28" in printed
+    monkeypatch.setattr(Budget, "check", lambda self: None)  # quicker
+    assert command(*start, "--out", whole, "--no-evaluate") == 0
+
+    log = RunFolder.log
+
+    def interrupted(self, row):
+        log(self, row)
+        if (row["kind"], row["step"]) == ("train", 4):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "log", interrupted)
+        assert command(*start, "--out", cut, "--no-evaluate") == 130
+    assert command("train", "--resume", cut, "--no-evaluate") == 0
+    weights = [ebmkit.load(run).state_dict() for run in (whole, cut)]
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+
+    capsys.readouterr()
+    assert command("evaluate", cut, "--suite", "classify,denoise") == 0
+    printed = capsys.readouterr().out
+    assert "classify: imagenet test, 6 images" in printed
+    assert "denoise: imagenet test, 6 images" in printed
+    test = images_of(small(pictures).dataset, "test")
+    assert test.image_size == ebmkit.load(cut).card.image_size == (28, 28)
