@@ -8,6 +8,7 @@ from ebmkit.evaluation.suites import (
     Result,
     evaluate,
     evaluation_folder,
+    parse_options,
     parse_suites,
     tables,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "Suite",
     "evaluate",
     "evaluation_folder",
+    "parse_options",
     "parse_suites",
     "tables",
 ]

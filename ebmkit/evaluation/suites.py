@@ -35,11 +35,17 @@ from pydantic import BaseModel
 from ebmkit.compiled import inferring
 from ebmkit.core import ScoreModel
 from ebmkit.errors import UserError
+from ebmkit.evaluation.adversarial import ADVERSARIAL
 from ebmkit.evaluation.calibration import CALIBRATION
+from ebmkit.evaluation.certify import CERTIFY
 from ebmkit.evaluation.classify import CLASSIFY
 from ebmkit.evaluation.data import Images, fingerprint
 from ebmkit.evaluation.denoise import DENOISE
+from ebmkit.evaluation.jacobian import JACOBIAN
+from ebmkit.evaluation.linearity import LINEARITY
+from ebmkit.evaluation.robustness import ROBUSTNESS
 from ebmkit.evaluation.setting import NOISE_LEVELS, SIGMAS, Setting, Suite
+from ebmkit.evaluation.shift import SHIFT
 from ebmkit.files import write_atomically
 from ebmkit.parallel import World
 from ebmkit.registry import find
@@ -55,6 +61,12 @@ SUITES: dict[str, Suite] = {
     "classify": CLASSIFY,
     "denoise": DENOISE,
     "calibration": CALIBRATION,
+    "robustness": ROBUSTNESS,
+    "certify": CERTIFY,
+    "shift": SHIFT,
+    "jacobian": JACOBIAN,
+    "linearity": LINEARITY,
+    "adversarial": ADVERSARIAL,
 }
 
 VALUES_PER_BATCH = 1_500_000

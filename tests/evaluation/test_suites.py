@@ -14,6 +14,8 @@ from ebmkit.compiled import Inference
 from ebmkit.evaluation import SUITES, evaluation_folder, parse_suites, tables
 from ebmkit.evaluation.data import noisy_batches
 
+STANDARD = [name for name, suite in SUITES.items() if suite.standard]
+
 COMMON = {"suite", "dataset", "split", "images", "of", "seed", "sigmas", "model", "environment"}
 COMMON |= {"device", "seconds", "warnings", "weights", "precision", "compiled", "processes"}
 
@@ -32,8 +34,8 @@ def numbers(value):
 
 
 def test_contract_of_the_files(mixture, drawn, tmp_path):
-    results = evaluate(mixture, drawn, list(SUITES), tmp_path, limit=50, pictures=True)
-    read = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in SUITES}
+    results = evaluate(mixture, drawn, STANDARD, tmp_path, limit=50, pictures=True)
+    read = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in STANDARD}
     for name, document in read.items():
         assert document.keys() >= COMMON
         assert (document["images"], document["of"], document["split"]) == (50, 400, "test")
@@ -53,7 +55,7 @@ def test_contract_of_the_files(mixture, drawn, tmp_path):
 
 def test_batch_size_changes_nothing(network, squares, tmp_path):
     documents = [
-        {n: r.document for n, r in evaluate(network, squares, list(SUITES), tmp_path, **o).items()}
+        {n: r.document for n, r in evaluate(network, squares, STANDARD, tmp_path, **o).items()}
         for o in ({"batch_size": 30}, {"batch_size": 7}, {"batch_size": 1})
     ]
     whole = numbers(documents[0])
@@ -72,11 +74,11 @@ def test_a_compiled_evaluation_finds_the_same(network, squares, tmp_path, monkey
 
     monkeypatch.setattr("ebmkit.compiled.pick_compile", lambda mode, device: mode == "on")
     options = {"batch_size": 8, "sigmas": [0.1, 0.2], "noise_levels": [0.1]}
-    eager = evaluate(network, squares, list(SUITES), tmp_path / "eager", **options)
+    eager = evaluate(network, squares, STANDARD, tmp_path / "eager", **options)
     network.inference = Inference(mode="on", backend=backend)
-    compiled = evaluate(network, squares, list(SUITES), tmp_path, compile="on", **options)
+    compiled = evaluate(network, squares, STANDARD, tmp_path, compile="on", **options)
     assert len(graphs) == 2
-    for name in SUITES:
+    for name in STANDARD:
         expected, found = eager[name].document, compiled[name].document
         assert (found["compiled"], found["precision"]) == (True, "fp32")
         assert not expected["compiled"]
@@ -140,7 +142,7 @@ def test_the_model_is_left_as_it_was(network, squares, tmp_path):
 
 
 def test_tables_show_the_figures(mixture, drawn, tmp_path):
-    results = evaluate(mixture, drawn, list(SUITES), tmp_path, limit=50)
+    results = evaluate(mixture, drawn, STANDARD, tmp_path, limit=50)
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     for table in tables(results):
         console.print(table)
@@ -208,7 +210,8 @@ def test_evaluating_again_replaces_only_its_own_files(mixture, drawn, tmp_path):
 
 def test_all_means_those_that_apply(mixture, drawn):
     assert parse_suites("all", mixture, drawn) == list(SUITES)
-    assert parse_suites("all", mixture, Drawn(drawn.images, None)) == ["denoise"]
+    assert parse_suites("standard", mixture, drawn) == STANDARD
+    assert parse_suites("standard", mixture, Drawn(drawn.images, None)) == ["denoise"]
     assert parse_suites("denoise, classify,denoise", mixture, drawn) == ["denoise", "classify"]
 
 

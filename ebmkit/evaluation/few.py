@@ -1,0 +1,81 @@
+"""What suites share that measure few images, each at length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from torch import Tensor
+
+from ebmkit.core import ScoreModel
+from ebmkit.evaluation.data import Batch, Images
+from ebmkit.evaluation.setting import Setting
+from ebmkit.units import format_sigma
+
+__all__ = ["class_name", "first_columns", "noise_warnings"]
+
+K = TypeVar("K", bound=Hashable)
+
+
+def first_columns(
+    setting: Setting,
+    count: int,
+    sigma: float,
+    measure: Callable[[Batch], Mapping[K, Tensor]],
+    batch_size: int | None = None,
+) -> dict[K, Tensor]:
+    """`Setting.columns` of the first ``count`` images, told to the progress as one pass over all.
+
+    Args:
+        setting: its images may be fewer than ``count``; then all are taken.
+        count: how many images.
+        sigma: image units.
+        measure: what it gives has one entry per image of the batch, (B, ...).
+        batch_size: images at a time, if not the setting's; processes share batches.
+    """
+    images, total = setting.images.first(min(count, len(setting.images))), len(setting.images)
+    done = told = 0
+
+    def advance(more: int) -> None:
+        nonlocal done, told
+        done += more
+        news = total * done // len(images) - told
+        told += news
+        setting.left -= news
+        setting.advance(news)
+
+    few = replace(
+        setting,
+        images=images,
+        batch_size=batch_size or setting.batch_size,
+        advance=advance,
+        left=0,
+        _predictions={},
+    )
+    return few.columns(sigma, measure)
+
+
+def noise_warnings(model: ScoreModel, sigmas: Sequence[float]) -> list[str]:
+    """A sentence if ``model`` was not trained to denoise, or not at some of ``sigmas``."""
+    card = model.card
+    if card is None:
+        return []
+    if card.sigma_range is None:
+        return [
+            f"this model was not trained to denoise (its objective is {card.objective!r}): its "
+            "score means little; add dsm to the objective"
+        ]
+    low, high = card.sigma_range
+    outside = [s for s in sigmas if not low * (1 - 1e-6) <= s <= high * (1 + 1e-6)]
+    if not outside:
+        return []
+    return [
+        f"noise at {', '.join(format_sigma(s) for s in outside)} is outside the range that this "
+        f"model was trained for, {format_sigma(low)} to {format_sigma(high)}"
+    ]
+
+
+def class_name(images: Images, label: int) -> str:
+    """The name of a class of ``images``; its number, where there is none."""
+    return images.class_names[label] if label < len(images.class_names) else str(label)

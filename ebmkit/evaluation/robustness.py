@@ -1,0 +1,335 @@
+r"""Suite ``robustness``: accuracy against the strength of attacks, and against noise beside it.
+
+With :math:`\epsilon^*` the smallest strength, on a grid, at which an image is given a wrong label,
+
+.. math:: \text{accuracy}(\epsilon) = \text{share of images with } \epsilon^* > \epsilon .
+
+This is an upper bound of the accuracy under the worst perturbation, as tight as the attack is good:
+no attack proves that there is none (a certificate does).
+
+Protocol. PGD by foolbox in :math:`\ell_\infty` and :math:`\ell_2`, in image units, of 40 steps of
+2.5/40 of the strength from a random start, on float images within [0, 1] that are never rounded to
+255ths; in float32; on the first 200 images unless told otherwise (`RobustnessConfig`). Defences,
+how they are attacked through, and what noise they are judged on: `ebmkit.evaluation.attacks`. A
+defence with noise sums probabilities over ``draws`` draws, and each gradient of its attacker over
+``eot`` others. The *map* has the noise level as its second axis, as CDN section 5.1 asks: row 0 is
+``direct`` and row sigma is ``noise`` at that level.
+
+An attack that fails may be a bad attack. Four signs of masked gradients (Athalye et al. 2018,
+Carlini et al. 2019) are looked for, each of which makes a warning:
+
+- ``few_steps``, ``one_step``, ``random_noise``: at one strength the full attack is set against PGD
+  of a quarter of the steps, one step, and ten draws of noise of the same size. None may break more
+  images than it, beyond chance (sign test on the images that only one of the two breaks, 1 %);
+- ``gray``: in the ball of radius 1/2 (:math:`\ell_\infty`) or :math:`\sqrt d/2` (:math:`\ell_2`)
+  every image can be turned into the gray one, which gets one label. So there no classifier is right
+  more often than the share of the commonest label, and an attack that leaves more has failed;
+- with ``autoattack``, the accuracy under AutoAttack and by how much PGD's is above it.
+
+``robustness.json`` holds, beside the common entries (``images`` is the number attacked): ``chance``
+and ``epsilons``, by norm; ``curves``, by norm and defence, a list of accuracies (with intervals)
+over ``epsilons``; ``map``, by norm, a list of ``sigma`` and ``accuracy`` likewise; ``defences``,
+what each is; and ``checks``, by norm and defence, what is said above.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ebmkit.compiled import inferring
+from ebmkit.core import EnergyModel, ScoreModel
+from ebmkit.evaluation import masking
+from ebmkit.evaluation.attacks import (
+    Attack,
+    Defence,
+    Defended,
+    Norm,
+    image_noise,
+    rounds,
+    smallest_strengths,
+)
+from ebmkit.evaluation.autoattack import breaks as autoattack_breaks
+from ebmkit.evaluation.autoattack import check_installed
+from ebmkit.evaluation.data import Batch
+from ebmkit.evaluation.masking import norm_name, strength
+from ebmkit.evaluation.robustness_config import RobustnessConfig
+from ebmkit.evaluation.setting import Setting, Suite, check_classifies
+from ebmkit.evaluation.tables import new_table
+from ebmkit.units import in_255ths
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["ROBUSTNESS", "RobustnessConfig", "draw", "run", "table"]
+
+VALUES_PER_STEP = 32_768
+"""Pixel values that one step of an attack takes at least, if there are as many: 512 digits."""
+
+NOISE_TRIES = 10
+
+
+def passes(setting: Setting) -> int:
+    """Passes over the images: a PGD attack at one strength, with one draw of noise, is one."""
+    config = setting.option(RobustnessConfig)
+    total = 0
+    for norm in config.norms:
+        levels = len(config.strengths(norm)) - 1 + config.checks
+        total += rounds(levels) * sum(_cost(d, config) for d in config.attacked())
+        if config.checks or config.autoattack:
+            total += sum(_cost(d, config) for d in config.curve().values())
+    return total
+
+
+def run(setting: Setting) -> dict[str, Any]:
+    """Measure; see the module's text for what is returned.
+
+    Raises:
+        UserError: if AutoAttack is asked for and not installed, or an image leaves [0, 1].
+    """
+    config = setting.option(RobustnessConfig)
+    if config.autoattack:
+        check_installed()
+    with inferring(setting.model, "fp32", "off"):
+        work = _Work(setting, config)
+        warnings = _warnings(setting, config)
+        curves: dict[str, Any] = {}
+        maps: dict[str, Any] = {}
+        checks: dict[str, Any] = {}
+        for norm in config.norms:
+            found = {d: work.strengths(norm, d) for d in config.attacked()}
+            grid = config.strengths(norm)
+            curves[norm] = {n: _accuracies(found[d], grid) for n, d in config.curve().items()}
+            maps[norm] = [
+                {"sigma": d.sigma, "accuracy": _accuracies(found[d], grid)} for d in config.rows()
+            ]
+            checks[norm] = {}
+            if config.checks or config.autoattack:
+                for name, d in config.curve().items():
+                    signs = work.checks(norm, d, found[d])
+                    checks[norm][name] = signs.document
+                    warnings += [f"{name}, {norm_name(norm)}: {doubt}" for doubt in signs.doubts]
+    return {
+        "images": work.count,
+        "sigmas": list(config.noise_levels),
+        "precision": "fp32",
+        "compiled": False,
+        "chance": 1 / setting.model.num_classes,
+        "epsilons": {norm: list(config.strengths(norm)) for norm in config.norms},
+        "defences": {
+            name: {"about": _about(d, setting.model), "sigma": d.sigma}
+            for name, d in config.curve().items()
+        },
+        "curves": curves,
+        "map": maps,
+        "checks": checks,
+        "warnings": warnings,
+    }
+
+
+class _Work:
+    """The attacks on the first images of a setting, shared among its processes."""
+
+    def __init__(self, setting: Setting, config: RobustnessConfig) -> None:
+        assert isinstance(setting.model, EnergyModel)
+        self.setting, self.config, self.model = setting, config, setting.model
+        self.images = setting.images.first(min(config.images, len(setting.images)))
+        self.count = len(self.images)
+        self._exact, self._told = 0.0, 0
+
+    def strengths(self, norm: Norm, defence: Defence) -> Tensor:
+        """The smallest strength that breaks each image, (N,); beyond the grid, the gray radius."""
+        epsilons = list(self.config.strengths(norm)[1:])
+        if self.config.checks:
+            epsilons.append(self._gray_radius(norm))
+        cost = _cost(defence, self.config)
+
+        def measure(batch: Batch) -> dict[str, Tensor]:
+            assert batch.labels is not None
+            found = smallest_strengths(
+                self._pgd(norm),
+                self._target(defence),
+                batch.x,
+                batch.labels,
+                epsilons,
+                self._noise(batch.x, defence),
+                str(self.setting.seed),
+                partial(self._advance, cost, len(batch.x)),
+            )
+            return {"smallest": found}
+
+        return self._columns(measure, defence, cost * rounds(len(epsilons)))["smallest"]
+
+    def checks(self, norm: Norm, defence: Defence, smallest: Tensor) -> masking.Signs:
+        """What speaks against the attack that gave ``smallest`` (N,)."""
+        signs = masking.Signs(norm, smallest)
+        epsilon = masking.telling_strength(smallest, self.config.strengths(norm))
+        if epsilon is not None:
+            signs.compare(epsilon, self._at(norm, defence, epsilon))
+        if self.config.checks:
+            assert self.images.labels is not None
+            signs.gray(self._gray_radius(norm), self.images.labels)
+        return signs
+
+    def _at(self, norm: Norm, defence: Defence, epsilon: float) -> dict[str, Tensor]:
+        """Which images (N,) each attack breaks at ``epsilon``."""
+        pgd = self._pgd(norm)
+        attacks = {"pgd": pgd}
+        if self.config.checks:
+            attacks["few_steps"] = replace(pgd, steps=max(1, pgd.steps // 4))
+            attacks["one_step"] = Attack(norm, "one-step")
+            attacks["random_noise"] = Attack(norm, "noise", restarts=NOISE_TRIES)
+        cost = _cost(defence, self.config)
+
+        def measure(batch: Batch) -> dict[str, Tensor]:
+            x, labels, target = batch.x, batch.labels, self._target(defence)
+            assert labels is not None
+            noise, seed = self._noise(x, defence), f"check {self.setting.seed}"
+            found = {
+                name: attack.breaks(target, x, labels, epsilon, noise, seed)
+                for name, attack in attacks.items()
+            }
+            if self.config.autoattack:
+                found["autoattack"] = autoattack_breaks(
+                    target, norm, x, labels, epsilon, noise, self.setting.seed
+                )
+            return found
+
+        return self._columns(measure, defence, cost)
+
+    def _columns(
+        self, measure: Callable[[Batch], dict[str, Tensor]], defence: Defence, cost: int
+    ) -> dict[str, Tensor]:
+        """`Setting.columns` of the images attacked; the progress ends ``cost`` passes further."""
+        end = self._exact + cost
+        channels, (height, width) = self.images.channels, self.images.image_size
+        rows = max(self.setting.batch_size, VALUES_PER_STEP // (channels * height * width))
+        draws = self.config.eot if defence.random else 1
+        share = math.ceil(self.count / self.setting.world.size)
+        few = replace(
+            self.setting,
+            images=self.images,
+            batch_size=max(1, min(rows // draws, share)),
+            advance=lambda count: None,
+            _predictions={},
+        )
+        columns = few.columns(0.0, measure)
+        self._exact = end
+        self._tell()
+        return columns
+
+    def _advance(self, passes: float, images: int) -> None:
+        """Tell the setting that of so many passes so many images are done, by each process."""
+        self._exact += passes * images * self.setting.world.size / self.count
+        self._tell()
+
+    def _tell(self) -> None:
+        whole = int(self._exact * len(self.setting.images) + 1e-6) - self._told
+        if whole:
+            self._told += whole
+            self.setting.left -= whole
+            self.setting.advance(whole)
+
+    def _gray_radius(self, norm: Norm) -> float:
+        """The radius of the ball about any image that holds the gray one, 1/2 everywhere."""
+        height, width = self.images.image_size
+        return 0.5 if norm == "linf" else math.sqrt(self.images.channels * height * width) / 2
+
+    def _pgd(self, norm: Norm) -> Attack:
+        config = self.config
+        return Attack(norm, "pgd", config.steps, config.restarts, config.stepsize)
+
+    def _target(self, defence: Defence) -> Defended:
+        return Defended(self.model, defence, self.config.eot if defence.random else 1)
+
+    def _noise(self, x: Tensor, defence: Defence) -> Tensor | None:
+        if not defence.random:
+            return None
+        seed = f"judged on {self.setting.seed} {defence.sigma:.9g}"
+        return image_noise(x, self.config.draws, seed)
+
+
+def draw(setting: Setting, document: dict[str, Any], folder: Path) -> None:
+    """Write ``robustness.png`` and, unless there is one noise level, ``robustness-map.png``."""
+    from ebmkit.pictures import robustness as pictures
+
+    pictures.accuracy_against_strength(document, folder / "robustness.png")
+    if any(document["map"].values()):
+        pictures.strength_and_noise(document, folder / "robustness-map.png")
+
+
+def table(document: dict[str, Any]) -> Table:
+    """Accuracy and its interval at each strength, a column per defence; below, in the gray ball."""
+    names = list(document["defences"])
+    result = new_table(document, ("norm", "strength", *[f"{name}, % (95 %)" for name in names]))
+    for norm, curves in document["curves"].items():
+        for i, epsilon in enumerate(document["epsilons"][norm]):
+            cells = [_cell(curves[name][i]) for name in names]
+            result.add_row("" if i else norm_name(norm), strength(norm, epsilon), *cells)
+        checks = [document["checks"][norm].get(name, {}) for name in names]
+        if any("gray" in check for check in checks):
+            radius = strength(norm, checks[0]["gray"]["epsilon"])
+            result.add_row("gray ball", radius, *[_cell(c["gray"]["accuracy"]) for c in checks])
+        if any("autoattack" in check for check in checks):
+            cells = [
+                f"at {strength(norm, c['epsilon'])}: {_cell(c['autoattack'])}"
+                if "autoattack" in c
+                else "-"
+                for c in checks
+            ]
+            result.add_row("AutoAttack", "", *cells)
+        result.add_section()
+    return result
+
+
+def _cell(estimate: dict[str, Any]) -> str:
+    value, low, high = (100 * estimate[key] for key in ("value", "low", "high"))
+    return f"{value:.1f} ({low:.0f} to {high:.0f})"
+
+
+def _cost(defence: Defence, config: RobustnessConfig) -> int:
+    """Passes for one attack on ``defence``; a gradient through a denoiser takes four times one."""
+    return (config.eot if defence.random else 1) * (4 if defence.denoises else 1)
+
+
+def _accuracies(smallest: Tensor, grid: tuple[float, ...]) -> list[dict[str, Any]]:
+    return [masking.share(smallest > epsilon) for epsilon in grid]
+
+
+def _about(defence: Defence, model: ScoreModel) -> str:
+    level = f"{in_255ths(defence.sigma)}/255"
+    told = f"told {level}" if model.noise_conditional else "at its own estimate of the noise"
+    return {
+        "direct": "the network's label",
+        "noise": f"noise {level}, probabilities averaged",
+        "denoise": f"denoised by the same network, {told}",
+        "denoise+noise": f"noise {level}, denoised, probabilities averaged",
+    }[defence.name]
+
+
+def _warnings(setting: Setting, config: RobustnessConfig) -> list[str]:
+    card = setting.model.card
+    if card is None or card.sigma_range is not None:
+        return []
+    names = [name for name, d in config.curve().items() if d.denoises]
+    return [
+        f"{name}: this model was not trained to denoise (its objective is {card.objective!r})"
+        for name in names
+    ]
+
+
+ROBUSTNESS = Suite(
+    about="accuracy against l_inf and l2 attacks (PGD), a map over attack strength and noise level",
+    check=check_classifies,
+    passes=passes,
+    run=run,
+    draw=draw,
+    table=table,
+    options=RobustnessConfig,
+)

@@ -1,0 +1,93 @@
+"""Settings of the suite robustness: strengths, defences, noise levels, effort."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from ebmkit.evaluation.attacks import Defence, DefenceName, Norm
+from ebmkit.units import Sigma, SigmaOrZero, parse_sigma
+
+__all__ = ["RobustnessConfig"]
+
+
+def _ascending(values: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(sorted({0.0, *values}))
+
+
+def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(dict.fromkeys(values))
+
+
+def _radius(value: object) -> float:
+    """An l2 radius: a number, its text or a fraction; 2 is 2, as these radii may be above 1."""
+    try:
+        return parse_sigma(float(str(value)), allow_zero=True)
+    except ValueError:  # a fraction, or told in parse_sigma's words
+        return parse_sigma(value, allow_zero=True)
+
+
+Strengths = Annotated[tuple[SigmaOrZero, ...], AfterValidator(_ascending)]
+Radii = Annotated[
+    tuple[Annotated[float, BeforeValidator(_radius)], ...], AfterValidator(_ascending)
+]
+
+
+class RobustnessConfig(BaseModel):
+    """Settings of the suite, as in ``--set robustness.steps=100``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    images: int = Field(200, ge=1, description="how many images are attacked, from the first")
+    norms: Annotated[tuple[Norm, ...], AfterValidator(_distinct)] = Field(
+        ("linf", "l2"), min_length=1, description="norms in which strength is measured"
+    )
+    linf: Strengths = Field(
+        tuple(e / 255 for e in (0, 0.5, 1, 2, 4, 8, 16)),
+        description="strengths in the l_inf norm, image units, as 8/255; 0 is always among them",
+    )
+    l2: Radii = Field(
+        (0.0, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0),
+        description="strengths in the l2 norm, image units; 0 is always among them",
+    )
+    defences: Annotated[tuple[DefenceName, ...], AfterValidator(_distinct)] = Field(
+        ("direct", "noise"), min_length=1, description="how images are classified, a curve each"
+    )
+    sigma: Sigma = Field(
+        20 / 255, description="noise that the defences noise and denoise+noise add, image units"
+    )
+    noise_levels: Strengths = Field(
+        tuple(s / 255 for s in (0, 20, 50)),
+        description="noise levels of the map, image units; 0 is always among them; [0] for no map",
+    )
+    steps: int = Field(40, ge=1, description="steps of PGD")
+    restarts: int = Field(1, ge=1, description="random starts of PGD, of which the best counts")
+    stepsize: float | None = Field(
+        None, gt=0, description="step of PGD relative to the strength; none: 2.5 / steps"
+    )
+    eot: int = Field(4, ge=1, description="draws of noise that each gradient averages over")
+    draws: int = Field(16, ge=1, description="draws of noise that a defence averages over")
+    checks: bool = Field(True, description="look for signs of masked gradients")
+    autoattack: bool = Field(
+        False, description="run AutoAttack at the strength of the checks (needs pyautoattack)"
+    )
+
+    def strengths(self, norm: Norm) -> tuple[float, ...]:
+        """The grid of ``norm``, from 0 up."""
+        return self.linf if norm == "linf" else self.l2
+
+    def curve(self) -> dict[str, Defence]:
+        """The defences that get a curve, by name."""
+        return {
+            name: Defence(name, 0.0 if name == "direct" else self.sigma) for name in self.defences
+        }
+
+    def rows(self) -> list[Defence]:
+        """The rows of the map; none if there is but one noise level."""
+        levels = self.noise_levels if len(self.noise_levels) > 1 else ()
+        return [Defence("noise", sigma) if sigma else Defence("direct") for sigma in levels]
+
+    def attacked(self) -> list[Defence]:
+        """All that is attacked, once each."""
+        return list(dict.fromkeys([*self.curve().values(), *self.rows()]))

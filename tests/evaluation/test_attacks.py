@@ -1,0 +1,266 @@
+"""Attacks against classifiers whose distance to the nearest boundary is known."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from ebmkit import EnergyModel, GaussianMixture, UserError, create_model
+from ebmkit.core import Energies
+from ebmkit.evaluation import autoattack
+from ebmkit.evaluation.attacks import (
+    DEFENCES,
+    NORMS,
+    Attack,
+    Defence,
+    Defended,
+    image_noise,
+    rounds,
+    smallest_strengths,
+)
+
+SIDE = 4
+STRENGTHS = [0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32]
+GRID = {"linf": [0.01, 0.02, 0.04], "l2": [0.05, 0.1, 0.2]}
+
+
+def two_gaussians(variance=0.02):
+    """Two labels with equal covariance: the boundary is the plane between the means.
+
+    It stays so with noise and behind the denoiser, as both keep the symmetry about that plane.
+    """
+    direction = torch.linspace(-1, 1.5, SIDE**2).reshape(1, SIDE, SIDE)
+    middle = torch.full((1, SIDE, SIDE), 0.5)
+    means = torch.stack([middle - 0.06 * direction, middle + 0.06 * direction])
+    return GaussianMixture(means, variance, labels=[0, 1]).eval()
+
+
+def near_the_plane(model, count=60):
+    """Images with their label on its side, and the l_inf and l2 distances to the plane."""
+    normal = (model.means[1] - model.means[0]).flatten()
+    offset = model.means.flatten(1).mean(0)
+    generator = torch.Generator().manual_seed(4)
+    x = offset + 0.08 * torch.randn(count, SIDE**2, generator=generator).clamp(-2, 2)
+    height = (x - offset) @ normal
+    distance = {"linf": height.abs() / normal.abs().sum(), "l2": height.abs() / normal.norm()}
+    return x.reshape(-1, 1, SIDE, SIDE), (height > 0).long(), distance
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("name", DEFENCES)
+def test_the_smallest_strength_is_the_distance_to_the_plane(name, norm):
+    """Exactly, but for images near a strength of the grid, 0 among them: by 3 %.
+
+    The mean of n draws of noise moves the plane by sigma / sqrt(n), their median by 1.25 times
+    that; five such deviations are left out, too.
+    """
+    model, sigma, draws = two_gaussians(), 0.03, 256
+    x, labels, distances = near_the_plane(model, 100)
+    target = Defended(model, Defence(name, sigma), draws=4)
+    noise = image_noise(x, draws, "") if target.defence.random else None
+    found = smallest_strengths(Attack(norm, steps=20), target, x, labels, GRID[norm], noise)
+    grid = torch.tensor([0, *GRID[norm], math.inf], dtype=torch.float64)
+    exact = grid[torch.bucketize(distances[norm].double(), grid)]
+    unsure = 0.03 * distances[norm]
+    if target.defence.random:
+        per_l2 = float((distances[norm] / distances["l2"])[0])
+        unsure += per_l2 * 5 * 1.25 * sigma / math.sqrt(draws)
+    clear = ((distances[norm][:, None] - grid[:-1]).abs() > unsure[:, None]).all(1)
+    assert clear.sum() > 20
+    assert len(exact[clear].unique()) >= 3
+    assert torch.equal(found[clear], exact[clear])
+
+
+def test_one_step_is_enough_where_the_classifier_is_linear_and_noise_is_not():
+    model = two_gaussians()
+    x, labels, distances = near_the_plane(model)
+    target = Defended(model, Defence("direct"))
+    for norm in NORMS:
+        epsilon = float(distances[norm].median()) * 1.001
+        step, noise = (
+            Attack(norm, kind).breaks(target, x, labels, epsilon) for kind in ("one-step", "noise")
+        )
+        assert torch.equal(step, distances[norm] < epsilon)
+        assert noise.sum() < 0.4 * step.sum()
+        assert not (noise & ~step).any()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_perturbations_keep_to_the_ball_and_to_the_range_of_images(norm):
+    model = two_gaussians()
+    x = torch.rand(20, 1, SIDE, SIDE).round()  # in the corners, where clipping matters
+    labels = model.logits(x).argmax(1)
+    target = Defended(model, Defence("direct"))
+    for kind in ("pgd", "one-step", "noise"):
+        found = Attack(norm, kind).perturbed(target, x, labels, 0.3)
+        change = (found - x).flatten(1)
+        size = change.abs().amax(1) if norm == "linf" else change.norm(dim=1)
+        assert found.min() >= 0
+        assert found.max() <= 1
+        assert size.max() <= 0.3 * (1 + 1e-5)
+        assert size.min() > 0.01  # something was done
+
+
+def test_gradients_pass_through_the_denoiser():
+    """Against central differences in float64; eps^2 leaves about 1e-7 of the value."""
+    model = create_model("gradresnet18", num_classes=3, in_channels=1, width=8, image_size=8)
+    model = model.double().eval()
+    x = torch.rand(2, 1, 8, 8, dtype=torch.float64, requires_grad=True)
+    for name in DEFENCES:
+        target = Defended(model, Defence(name, 0.1))
+        noise = torch.randn(3, 1, 8, 8, dtype=torch.float64)
+        value = target.judged(x, noise)[:, 1].sum()
+        (gradient,) = torch.autograd.grad(value, x)
+        direction = torch.randn_like(x)
+        with torch.no_grad():
+            up, down = (
+                target.judged(x + step * direction, noise)[:, 1].sum() for step in (1e-5, -1e-5)
+            )
+        slope = (gradient * direction).sum()
+        assert slope.abs() > 1e-4
+        assert torch.allclose((up - down) / 2e-5, slope, rtol=1e-5)
+
+
+def test_averaged_gradients_are_those_of_the_expectation():
+    """E p(c|x + sigma eps) by Gauss-Hermite quadrature, against many draws: 5 standard errors."""
+    model, sigma, draws = two_gaussians(0.01), 0.2, 40_000
+    x = near_the_plane(model)[0][:1].double().requires_grad_()
+    model.double()
+    slope = (model.means[1] - model.means[0]) / (0.01 + sigma**2)  # of the logit, at that noise
+    at = float((slope * (x.detach() - model.means.mean(0))).sum())
+    nodes, weights = np.polynomial.hermite_e.hermegauss(60)
+    logit = torch.from_numpy(at + sigma * float(slope.norm()) * nodes)
+    weight = torch.from_numpy(weights / weights.sum())
+    p = torch.sigmoid(logit)
+    mean, derivative = (weight * p).sum(), (weight * p * (1 - p)).sum()
+
+    target = Defended(model, Defence("noise", sigma), draws, seed="many")
+    log_p = target(x)[:, 1]
+    (gradient,) = torch.autograd.grad(log_p.sum(), x)
+    error = 5 / math.sqrt(draws)
+    assert float(log_p.detach().exp()) == pytest.approx(
+        float(mean), abs=0.5 * error
+    )  # deviation <= 1/2
+    expected = (derivative / mean * slope).flatten()
+    found = gradient.flatten()
+    # p (1 - p) deviates by less than 1/8, and p, in the denominator, by less than 1/2
+    tolerance = error * (0.125 / float(mean) + 0.5 * float(derivative) / float(mean) ** 2)
+    assert torch.allclose(found, expected, rtol=0, atol=tolerance * float(slope.abs().max()))
+    assert tolerance < 0.15 * float(derivative / mean)
+
+
+def test_every_call_draws_anew_and_every_start_repeats():
+    model = two_gaussians()
+    target = Defended(model, Defence("noise", 0.2), draws=2, seed="a")
+    x = near_the_plane(model)[0][:3]
+    first, second = target(x), target(x)
+    assert not torch.equal(first, second)
+    target.restart("a")
+    assert torch.equal(target(x), first)
+    target.restart("b")
+    assert not torch.equal(target(x), first)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_an_image_is_attacked_alike_in_any_batch(norm):
+    """Few steps from far-off starts, so that another start would end elsewhere."""
+    model = two_gaussians()
+    x, labels, _ = near_the_plane(model)
+    target = Defended(model, Defence("direct"))
+    for attack in (Attack(norm, steps=2, stepsize=0.1), Attack(norm, "noise")):
+        whole = attack.perturbed(target, x, labels, 0.2, "s")
+        some = attack.perturbed(target, x[7:9], labels[7:9], 0.2, "s")
+        assert torch.allclose(whole[7:9], some, atol=1e-6)
+        assert not torch.allclose(attack.perturbed(target, x, labels, 0.2, "t"), whole, atol=1e-3)
+        assert not torch.allclose(whole[0] - x[0], whole[1] - x[1], atol=1e-3)
+    assert torch.equal(image_noise(x, 3, "s")[7:9], image_noise(x[7:9], 3, "s"))
+
+
+def test_nothing_is_left_behind():
+    """Neither in torch's generator, nor in gradients, nor in what wants them."""
+    model = create_model("gradresnet18", num_classes=3, in_channels=1, width=8, image_size=8).eval()
+    wanted = {name: p.requires_grad for name, p in model.named_parameters()}
+    x, labels = torch.rand(3, 1, 8, 8), torch.arange(3)
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        target = Defended(model, Defence("noise", 0.1), 2)
+        smallest_strengths(Attack("l2", steps=2), target, x, labels, [0.1], image_noise(x, 2, ""))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in model.parameters())
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == wanted
+
+
+def test_bisection_asks_no_more_than_it_says():
+    """Seven strengths take three attacks, and what is wrong unattacked takes none."""
+
+    class Counting(Attack):
+        asked = 0
+
+        def breaks(self, target, x, labels, epsilon, noise=None, seed=""):
+            Counting.asked += len(x)
+            return super().breaks(target, x, labels, epsilon, noise, seed)
+
+    model = two_gaussians()
+    x, labels, _ = near_the_plane(model, 20)
+    labels[:5] = 1 - labels[:5]
+    told = []
+    found = smallest_strengths(
+        Counting("linf", steps=3), Defended(model, Defence("direct")), x, labels, STRENGTHS,
+        done=lambda: told.append(1),
+    )  # fmt: skip
+    assert (rounds(len(STRENGTHS)), len(told)) == (3, 3)
+    assert Counting.asked == 3 * 15
+    assert (found == 0).nonzero().flatten().tolist() == [0, 1, 2, 3, 4]
+
+
+def test_images_outside_the_range_are_refused():
+    model = two_gaussians()
+    with pytest.raises(UserError, match=r"-0\.5 to 0\.2 cannot be attacked"):
+        Attack("linf").breaks(
+            Defended(model, Defence("direct")),
+            torch.linspace(-0.5, 0.2, SIDE**2).reshape(1, 1, SIDE, SIDE),
+            torch.zeros(1, dtype=torch.long),
+            0.1,
+        )
+
+
+class NotANumber(EnergyModel):
+    num_classes = 2
+
+    def forward(self, y, sigma=None):
+        return Energies(y.flatten(1)[:, :2] * math.nan, y.flatten(1).sum(1))
+
+
+def test_a_label_that_is_not_a_number_is_wrong():
+    x, labels = torch.rand(4, 1, SIDE, SIDE), torch.zeros(4, dtype=torch.long)
+    found = smallest_strengths(
+        Attack("l2"), Defended(NotANumber(), Defence("direct")), x, labels, [0.1]
+    )
+    assert found.tolist() == [0] * 4
+
+
+def test_autoattack_that_is_missing_is_told(monkeypatch):
+    monkeypatch.setattr(autoattack, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'ebmkit-vision\[autoattack\]'"):
+        autoattack.check_installed()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_autoattack_finds_the_plane_too(norm):
+    pytest.importorskip("pyautoattack")
+    model = two_gaussians()
+    x, labels, distances = near_the_plane(model, 12)
+    labels[0] = 1 - labels[0]  # wrong without an attack
+    epsilon = float(distances[norm].median()) * 1.001
+    state = torch.get_rng_state()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the package's own
+        target = Defended(model, Defence("direct"))
+        found = autoattack.breaks(target, norm, x, labels, epsilon)
+    expected = distances[norm] < epsilon
+    expected[0] = True
+    clear = (distances[norm] / epsilon).log().abs() > 0.01
+    assert torch.equal(found[clear], expected[clear])
+    assert torch.equal(torch.get_rng_state(), state)
