@@ -85,7 +85,8 @@ def _images(
     world: World,
 ) -> ImageSet | StreamedSet:
     """The images to evaluate on: those of the run's own data set, or another's."""
-    trained = resolve(RunFolder.open(run).config()).dataset
+    imported = dataset is not None and not (run / "config.yaml").exists()
+    trained = DataConfig(name="") if imported else resolve(RunFolder.open(run).config()).dataset
     name = dataset or trained.name
     own = name == trained.name
     where = DataConfig(

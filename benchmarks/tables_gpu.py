@@ -1,0 +1,94 @@
+"""The paper's tables at their own scale on one GPU, row by row, the most important first.
+
+    uv run python benchmarks/tables_gpu.py --data-dir DIR --work WORK --out OUT --seconds 540
+
+Each row is ``ebmkit reproduce TABLE --scale full --only ROW``, stopped by SIGTERM when the time is
+over: it saves, and the same command goes on with it, so the script can be given again until all
+rows are done. What is finished is copied to OUT after every row: TABLE.md, TABLE.json, TABLE.png.
+``--scale smoke`` rehearses it on digits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROWS = (
+    ("table1", "joint"),
+    ("table1", "gradresnet-dsm"),
+    ("table1", "resnet18"),
+    ("table1", "joint-mean"),
+    ("table1", "gradresnet-ce"),
+    ("table1", "drunet"),
+    ("table1", "dncnn"),
+    ("table3", "batch"),
+    ("table3", "relu"),
+    ("table3", "no-side"),
+    ("table3", "bias"),
+    ("table1", "gs-drunet"),
+    ("table1", "drunet-map"),
+    ("table1", "gradncnn"),
+    ("table1", "joint-sum"),
+)
+SAVING = 30
+"""Seconds that a stopped row is given to save and end."""
+
+
+def main() -> None:
+    """Run the rows that are left, within the time given."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", type=Path, help="CIFAR-10, as `ebmkit train` takes it")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--seconds", type=float, default=540, help="time for this call")
+    parser.add_argument("--scale", default="full")
+    options = parser.parse_args()
+    end = time.monotonic() + options.seconds - SAVING
+    options.out.mkdir(parents=True, exist_ok=True)
+    for table, row in ROWS:
+        left = end - time.monotonic()
+        if left <= 0:
+            break
+        command = [sys.executable, "-m", "ebmkit", "reproduce", table, "--only", row]
+        command += ["--scale", options.scale, "--out", str(options.work)]
+        if options.data_dir is not None:
+            command += ["--data-dir", str(options.data_dir)]
+        print(f"== {table} {row}, {left:.0f} s left", flush=True)
+        done = run(command, left)
+        for kind in ("md", "json", "png"):
+            source = options.work / f"{table}.{kind}"
+            if source.exists():
+                shutil.copyfile(source, options.out / source.name)
+        if not done:
+            print("stopped: give the same command again to go on", flush=True)
+            break
+
+
+def run(command: list[str], seconds: float) -> bool:
+    """Run ``command`` for ``seconds`` at most; whether it came to its end.
+
+    Raises:
+        SystemExit: if it failed.
+    """
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        code = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(SAVING)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        return False
+    if code:
+        sys.exit(code)
+    return True
+
+
+if __name__ == "__main__":
+    main()

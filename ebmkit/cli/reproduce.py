@@ -1,0 +1,83 @@
+"""``ebmkit reproduce``: the paper's tables and figures, ours beside the paper's."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ebmkit.cli.app import app
+from ebmkit.cli.console import TrainingBar, console
+from ebmkit.compute import pick_device
+from ebmkit.errors import UserError
+from ebmkit.reproduce import TARGETS, Rows, find_scale, targets_of
+from ebmkit.training import Interrupted, Trainer
+
+__all__ = ["reproduce"]
+
+
+@app.command()
+def reproduce(
+    target: Annotated[str, typer.Argument(help=f"{', '.join(TARGETS)}, or all")],
+    scale: Annotated[
+        str, typer.Option(help="smoke: seconds a row; cpu: CIFAR-10, minutes; full: the paper's")
+    ] = "smoke",
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="a row by name; may be repeated")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder of rows and reports [default: runs/reproduce-SCALE]")
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="where the data set is [default: data]")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1")] = "auto",
+    precision: Annotated[
+        str | None, typer.Option(help="of training: auto, fp32, tf32, bf16 [default: the scale's]")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of all rows")] = 0,
+) -> None:
+    """Reproduce a table or figure of the paper: Markdown, JSON and a picture in --out.
+
+    Every row is a run of its own. Finished rows are not repeated, an interrupted one goes on where
+    it was: give the same command again.
+    """
+    chosen = targets_of(target, only or [])
+    pick_device(device)
+    rows = Rows(
+        out or Path("runs") / f"reproduce-{scale}",
+        find_scale(scale),
+        data_dir,
+        device,
+        seed,
+        precision,
+        _fit,
+        lambda sentence: console.print(sentence, soft_wrap=True, highlight=False),
+        console.is_terminal,
+    )
+    try:
+        rows.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make folder {str(rows.out)!r}: {error.strerror}") from None
+    try:
+        for name in chosen:
+            for path in TARGETS[name].run(rows, only or []):
+                if path.suffix == ".md":
+                    console.print(path.read_text(), soft_wrap=True, highlight=False)
+                console.print(f"written: {path}", soft_wrap=True, highlight=False)
+    except (Interrupted, KeyboardInterrupt):
+        console.print(f"interrupted; the same command goes on with {rows.out}", soft_wrap=True)
+        raise typer.Exit(130) from None
+
+
+def _fit(trainer: Trainer, name: str) -> None:
+    """Train under a progress bar, or with a line where there is no terminal."""
+    steps = trainer.config.steps
+    went_on = f" after step {trainer.step:,}" if trainer.step else ""
+    console.print(f"{name}: training, {steps:,} steps{went_on}", soft_wrap=True, highlight=False)
+    bar = TrainingBar(steps, trainer.step)
+    trainer.reporter = bar if bar.live else None
+    with bar if bar.live else nullcontext():
+        trainer.fit()

@@ -1,0 +1,241 @@
+"""The paper's figures 1, 3 and 4, and its side claims, each as a target.
+
+- ``fig1``: bias and variance of generative and discriminative fits (`ebmkit.theory`); no networks.
+- ``fig3``: of the joint model, the pictures and spectra of the suite ``jacobian``; of a grid of
+  networks, {plain, scale-keeping norm} x {GELU, ReLU} x {no bias, biases}, the suite ``linearity``.
+- ``fig4``: accuracy under attack of ResNet18 and the joint model, by the suite ``robustness``.
+- ``claims``: each variant beside the joint model, denoising also beyond the noise trained on.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ebmkit.files import write_atomically
+from ebmkit.reproduce.report import Found, markdown
+from ebmkit.reproduce.rows import Row
+from ebmkit.reproduce.runs import Protocol, Rows
+from ebmkit.reproduce.tables import CLAIMS, GRID, JEM_MISSING, JOINT, TABLE1
+from ebmkit.reproduce.tabulate import circumstances, table_report
+from ebmkit.theory import figure1
+from ebmkit.theory import markdown as figure1_markdown
+from ebmkit.units import in_255ths
+
+__all__ = ["CLAIM_SIGMAS", "FIG4", "run_claims", "run_fig1", "run_fig3", "run_fig4"]
+
+CLAIM_SIGMAS = tuple(s / 255 for s in (15, 25, 50, 75, 100, 150, 200))
+"""Noise levels of ``claims``: training ends at 100/255."""
+
+FIG4 = (TABLE1.row("resnet18"), TABLE1.row("gradresnet-ce"), JOINT)
+
+OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "smoke": {
+        "jacobian": {"images": 1},
+        "linearity": {"images": 8},
+        "robustness": {"images": 20, "steps": 4, "draws": 2, "eot": 1, "noise_levels": ["0"]},
+    },
+    "cpu": {
+        "jacobian": {"images": 2},
+        "linearity": {"images": 32},
+        "robustness": {"images": 50, "draws": 4, "eot": 1},
+    },
+    "full": {
+        "jacobian": {"images": 3},
+        "linearity": {"images": 256},
+        "robustness": {"images": 1000, "restarts": 5},
+    },
+}
+"""By scale, settings of the suites behind the figures."""
+
+
+def run_fig1(rows: Rows, only: Sequence[str]) -> list[Path]:
+    """Figure 1: constants of real families, computed and measured; their tables and panels."""
+    from ebmkit.pictures.theory import draw_figure1
+
+    document = figure1(rows.scale.name, rows.seed)  # type: ignore[arg-type]
+    text = (
+        "## Figure 1: bias and variance of generative and discriminative fits (CDN figure 1)\n\n"
+        "Computed from the constants of equation (4), and measured over many training sets.\n\n"
+        f"{figure1_markdown(document)}\n"
+        f"- command: `ebmkit reproduce fig1 --scale {rows.scale.name}`\n- seed: {rows.seed}\n"
+    )
+    paths = _write(rows, "fig1", text, document)
+    draw_figure1(document, rows.out / "fig1.png")
+    return [*paths, rows.out / "fig1.png"]
+
+
+def run_fig3(rows: Rows, only: Sequence[str]) -> list[Path]:
+    """Figures 3 and 5, and the local linearity of the grid."""
+    from ebmkit.pictures.jacobian import linearity_grid
+
+    options = OPTIONS[rows.scale.name]
+    grid = _chosen(GRID, only)
+    rows.check(grid, "cifar10")
+    spectra = rows.measure(JOINT, "cifar10", Protocol("fig3", ("jacobian",), options=options))
+    protocol = Protocol("fig3", ("linearity",), options=options)
+    cells, found = [], []
+    for row in grid:
+        document = rows.measure(row, "cifar10", protocol)["linearity"]
+        config = rows.config(row, "cifar10").model.model_dump()["backbone"]
+        cells.append(
+            {"name": row.name, "label": row.label}
+            | {key: config[key] for key in ("norm", "activation", "bias")}
+            | {key: document[key] for key in ("levels", "theory")}
+        )
+        found.append(_found(rows, row, document))
+    report = {
+        "jacobian": spectra["jacobian"],
+        "cells": cells,
+        **circumstances(rows, "fig3", found),
+    }
+    paths = _write(rows, "fig3", _fig3_text(report), report)
+    linearity_grid(cells, rows.out / "fig3-linearity.png")
+    own = rows.folder(JOINT) / "evaluation" / "fig3"
+    for source, name in (("jacobian", "fig3"), ("spectrum", "fig3-spectrum")):
+        shutil.copyfile(own / f"{source}.png", rows.out / f"{name}.png")
+        paths.append(rows.out / f"{name}.png")
+    return [*paths, rows.out / "fig3-linearity.png"]
+
+
+def run_fig4(rows: Rows, only: Sequence[str]) -> list[Path]:
+    """Figure 4: accuracy against the strength of attacks; JEM is named as not run."""
+    from ebmkit.pictures.robustness import compare
+
+    chosen = _chosen(FIG4, only)
+    rows.check(chosen, "cifar10")
+    protocol = Protocol("fig4", ("robustness",), options=OPTIONS[rows.scale.name])
+    documents: dict[str, dict[str, Any] | None] = {}
+    found = []
+    for row in chosen:
+        document = rows.measure(row, "cifar10", protocol)["robustness"]
+        documents[f"{row.label} ({row.task})"] = document
+        found.append(_found(rows, row, document))
+    documents["JEM (WideResNet)"] = None
+    about = circumstances(rows, "fig4", found)
+    report = {"documents": documents, **about}
+    paths = _write(rows, "fig4", _fig4_text(documents, about["notes"]), report)
+    compare(documents, rows.out / "fig4.png")
+    paths.append(rows.out / "fig4.png")
+    for row in chosen:
+        drawn = rows.folder(row) / "evaluation" / "fig4" / "robustness-map.png"
+        if drawn.exists():
+            shutil.copyfile(drawn, rows.out / f"fig4-map-{row.name}.png")
+            paths.append(rows.out / f"fig4-map-{row.name}.png")
+    return paths
+
+
+def run_claims(rows: Rows, only: Sequence[str]) -> list[Path]:
+    """The side claims: a table like the others, denoising at more noise levels."""
+    from ebmkit.pictures.reproduce import beyond_training
+    from ebmkit.reproduce.report import write
+
+    report = table_report(CLAIMS, rows, only, CLAIM_SIGMAS)
+    paths = write(report, rows.out)
+    text = markdown(report) + "\n" + _beyond(report)
+    write_atomically(paths[0], text.encode())
+    beyond_training(report, rows.out / "claims-beyond.png")
+    return [*paths, rows.out / "claims-beyond.png"]
+
+
+def _chosen(rows: Sequence[Row], only: Sequence[str]) -> list[Row]:
+    return [row for row in rows if not only or row.name in only]
+
+
+def _found(rows: Rows, row: Row, document: dict[str, Any]) -> Found:
+    facts = rows.facts(row, "cifar10")
+    facts |= {key: document[key] for key in ("dataset", "images", "of")}
+    return Found(row, {}, facts, "done")
+
+
+def _write(rows: Rows, name: str, text: str, document: dict[str, Any]) -> list[Path]:
+    paths = [rows.out / f"{name}.md", rows.out / f"{name}.json"]
+    write_atomically(paths[0], text.encode())
+    write_atomically(paths[1], json.dumps(document, indent=2, allow_nan=False).encode())
+    return paths
+
+
+def _fig3_text(report: dict[str, Any]) -> str:
+    found = report["jacobian"]
+    lines = [
+        "## Figure 3: the Jacobian of the denoiser (CDN figures 3 and 5)",
+        "",
+        f"Eigenvalues at sigma {in_255ths(found['sigma'])}/255, three largest and two smallest in "
+        "magnitude. The paper's, on an image of its own: "
+        + ", ".join(f"{v:g}" for v in [*found["paper"]["largest"], *found["paper"]["smallest"]])
+        + ".",
+        "",
+        "| image | largest | smallest in magnitude | trace | above 1/2 | asymmetry |",
+        "| --- | --- | --- | ---: | ---: | ---: |",
+    ]
+    for number, image in enumerate(found["per_image"]):
+        cells = [", ".join(f"{p['value']:.3g}" for p in image[k]) for k in ("largest", "smallest")]
+        above = image.get("above_half", "-")
+        lines.append(
+            f"| {image.get('label') or number} | {cells[0]} | {cells[1]} | {image['trace']:.1f} "
+            f"| {above} | {image['asymmetry']:.1e} |"
+        )
+    lines += [
+        "",
+        "Local linearity, D(y) = J(y) y: the error |D - Jy| / |D|, and the degree k of homogeneity "
+        "of log p that fits best (the claim holds exactly at k = 2).",
+        "",
+        "| network | k in theory | sigma | error | k measured |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for cell in report["cells"]:
+        degree = (cell["theory"] or {}).get("degree")
+        for i, level in enumerate(cell["levels"]):
+            label = "" if i else cell["label"]
+            predicted = "" if i else "none" if degree is None else f"{degree:g}"
+            k = level["degree"]["value"]
+            lines.append(
+                f"| {label} | {predicted} | {in_255ths(level['sigma'])}/255 "
+                f"| {level['error']['value']:.4f} | {'-' if k is None else f'{k:.2f}'} |"
+            )
+    return "\n".join([*lines, "", *(f"- {note}" for note in report["notes"])]) + "\n"
+
+
+def _fig4_text(documents: dict[str, dict[str, Any] | None], notes: Sequence[str]) -> str:
+    lines = ["## Figure 4: accuracy under attack (CDN figure 4)", ""]
+    for name, document in documents.items():
+        if document is None:
+            lines += [f"{name}: {JEM_MISSING}.", ""]
+            continue
+        lines += [
+            f"{name}, {document['images']} images, accuracy in % (95 % interval):",
+            "",
+        ]
+        for norm, curves in document["curves"].items():
+            strengths = document["epsilons"][norm]
+            shown = [in_255ths(e) + "/255" if norm == "linf" else f"{e:g}" for e in strengths]
+            lines.append(f"| {norm} | " + " | ".join(shown) + " |")
+            lines.append("| --- |" + " ---: |" * len(shown))
+            for defence, curve in curves.items():
+                cells = [
+                    f"{100 * e['value']:.0f} ({100 * e['low']:.0f} to {100 * e['high']:.0f})"
+                    for e in curve
+                ]
+                lines.append(f"| {defence} | " + " | ".join(cells) + " |")
+            lines.append("")
+        lines += [f"Warning: {warning}" for warning in document["warnings"]]
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"
+
+
+def _beyond(report: dict[str, Any]) -> str:
+    """PSNR of every row at every noise level; training ends at 100/255."""
+    levels = [in_255ths(s) for s in CLAIM_SIGMAS]
+    lines = [
+        "PSNR in dB by noise level, in 255ths; the denoising stream ends at 100:",
+        "",
+        "| network | " + " | ".join(levels) + " |",
+        "| --- |" + " ---: |" * len(levels),
+    ]
+    for row in report["rows"]:
+        if row["status"] == "done":
+            cells = [f"{row['ours'][level]['value']:.2f}" for level in levels]
+            lines.append(f"| {row['label']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"

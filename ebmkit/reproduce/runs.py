@@ -1,0 +1,280 @@
+"""Rows as run folders: trained once, gone on with where they were, evaluated once.
+
+::
+
+    OUT/rows/joint/                      a run folder like any other: ebmkit evaluate OUT/rows/joint
+    OUT/rows/joint/evaluation/table/     what the tables read: classify.json, denoise.json
+    OUT/table1.md  table1.json  table1.png
+
+A row is finished when its last checkpoint is of the last step, and a suite when its JSON file is
+whole and says that it was measured as asked. Whatever is less is done again: a run whose files do
+not parse is moved aside, to ``rows/joint.broken-1``, and trained anew. A run of another
+configuration is never touched.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ebmkit.compute import pick_device
+from ebmkit.core import ScoreModel
+from ebmkit.data import ImageSet, StreamedSet
+from ebmkit.errors import UserError
+from ebmkit.evaluation import SIGMAS, SUITES, evaluate, parse_options
+from ebmkit.models import load
+from ebmkit.reproduce.rows import Row
+from ebmkit.reproduce.scales import Scale
+from ebmkit.training import DataConfig, RunFolder, TrainConfig, Trainer, resolve
+from ebmkit.training.assemble import assemble, images_of
+from ebmkit.training.runs import difference
+
+__all__ = ["Protocol", "Rows"]
+
+
+def _just_fit(trainer: Trainer, name: str) -> None:
+    trainer.fit()
+
+
+Fit = Callable[[Trainer, str], None]
+"""Trains what it is given (`Trainer.fit`), showing progress under a name."""
+
+Tell = Callable[[str], None]
+"""Told, in one sentence, of what is being done."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a trained row is measured.
+
+    Attributes:
+        name: of the folder of results.
+        suites: those to run, which must suit the model.
+        sigmas: noise levels of the suite ``denoise``, image units.
+        images: test images at most; None: all.
+        options: settings of suites.
+    """
+
+    name: str
+    suites: tuple[str, ...]
+    sigmas: tuple[float, ...] = SIGMAS
+    images: int | None = None
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+@dataclass
+class Rows:
+    """The runs of a reproduction.
+
+    Args:
+        out: where everything goes.
+        scale: how large.
+        data_dir: where the data set is, for scales that need one.
+        device: as of `TrainConfig`.
+        seed: of all runs.
+        precision: of training; None: the scale's.
+        fit: trains, showing progress.
+        tell: told of what is being done.
+        progress: whether evaluations show bars.
+    """
+
+    out: Path
+    scale: Scale
+    data_dir: Path | None = None
+    device: str = "auto"
+    seed: int = 0
+    precision: str | None = None
+    fit: Fit = _just_fit
+    tell: Tell = lambda sentence: None
+    progress: bool = False
+    _test: dict[tuple[str, int | None], ImageSet | StreamedSet] = field(default_factory=dict)
+
+    def folder(self, row: Row) -> Path:
+        """The run folder of ``row``."""
+        return self.out / "rows" / row.folder
+
+    def config(self, row: Row, family: str) -> TrainConfig:
+        """The whole configuration of ``row``, which must be one with a run of its own."""
+        given: dict[str, Any] = {"seed": self.seed, "device": self.device}
+        if self.data_dir is not None:
+            given["dataset"] = {"data_dir": self.data_dir.absolute()}
+        if self.precision is not None:
+            given["compute"] = {"precision": self.precision}
+        return resolve(self.scale.layer[family], row.layer, given, recipe=self.scale.recipe[family])
+
+    def check(self, rows: Sequence[Row], family: str) -> None:
+        """All mistakes first: whether data, models and memory suit every row not yet trained.
+
+        Raises:
+            UserError: if one does not, or a run folder holds another run.
+        """
+        for row in rows:
+            config = self.config(row, family)
+            if self._state(row, config) == "finished":
+                continue
+            trainer = assemble(config)
+            if self.scale.name != "smoke":
+                trainer.budget.check()
+
+    def train(self, row: Row, family: str) -> RunFolder:
+        """The finished run of ``row``, trained now as far as it is not.
+
+        Raises:
+            Interrupted: if training was; calling again goes on.
+            UserError: if it cannot be trained, or the folder holds another run.
+        """
+        config = self.config(row, family)
+        folder = self.folder(row)
+        state = self._state(row, config)
+        if state == "broken":
+            aside = _fresh(folder)
+            self.tell(f"{folder} does not read: moved to {aside.name}, and trained anew")
+            folder.rename(aside)
+            state = "new"
+        if state == "finished":
+            return RunFolder.open(folder)
+        run = RunFolder.create(folder, config) if state == "new" else RunFolder.open(folder)
+        trainer = assemble(config, run)
+        self.fit(trainer, row.name)
+        trainer.save()
+        return run
+
+    def measure(self, row: Row, family: str, protocol: Protocol) -> dict[str, dict[str, Any]]:
+        """What the suites of ``protocol`` find of ``row``, trained and measured now if need be.
+
+        Returns:
+            The documents by suite.
+        """
+        run = self.train(row, family)
+        config = self.config(row, family)
+        folder = run.path / "evaluation" / protocol.name
+        model: ScoreModel | None = None
+        images = self._images(config.dataset)
+        found = {}
+        for name in protocol.suites:
+            limit = protocol.images
+            wanted = _wanted(name, protocol, len(images))
+            document = _whole(folder / f"{name}.json", wanted)
+            if document is None:
+                model = model or load(run.path, device=str(pick_device(self.device)))
+                self.tell(f"{row.name}: measuring {name}")
+                results = evaluate(
+                    model,
+                    images,
+                    [name],
+                    folder,
+                    limit=limit,
+                    sigmas=protocol.sigmas,
+                    options={n: o for n, o in protocol.options.items() if n == name},
+                    progress=self.progress,
+                )
+                document = results[name].document
+            found[name] = document
+        return found
+
+    def finished(self, row: Row, family: str, protocol: Protocol) -> bool:
+        """Whether ``row`` is trained and all suites of ``protocol`` are measured."""
+        config = self.config(row, family)
+        if self._state(row, config) != "finished":
+            return False
+        folder = self.folder(row) / "evaluation" / protocol.name
+        images = self._images(config.dataset)
+        return all(
+            _whole(folder / f"{name}.json", _wanted(name, protocol, len(images))) is not None
+            for name in protocol.suites
+        )
+
+    def facts(self, row: Row, family: str) -> dict[str, Any]:
+        """How ``row`` was trained: seconds, steps, parameters, precision, machine, commit."""
+        run = RunFolder.open(self.folder(row))
+        state = run.load_checkpoint()
+        assert state is not None
+        config = self.config(row, family)
+        own = json.loads((run.path / "environment.json").read_text())
+        names = ("git_commit", "torch", "gpu", "threads", "cores", "platform")
+        return {
+            "seconds": state.get("seconds"),
+            "steps": state["step"],
+            "parameters": sum(p.numel() for p in load(run.path).parameters()),
+            "precision": config.compute.precision,
+            "seed": config.seed,
+            "lr": config.optimizer.lr,
+            **{name: own.get(name) for name in names},
+        }
+
+    def _images(self, data: DataConfig) -> ImageSet | StreamedSet:
+        key = (data.name, data.image_size)
+        if key not in self._test:
+            self._test[key] = images_of(data, "test")
+        return self._test[key]
+
+    def _state(self, row: Row, config: TrainConfig) -> str:
+        """``new``, ``begun``, ``finished`` or ``broken``.
+
+        Raises:
+            UserError: if the folder holds a run of another configuration.
+        """
+        folder = self.folder(row)
+        if not folder.exists():
+            return "new"
+        try:
+            run = RunFolder.open(folder)
+            saved = resolve(run.config())
+            checkpoint = run.load_checkpoint()
+        except UserError:
+            return "broken"
+        found = difference(saved.model_dump(mode="json"), config.model_dump(mode="json"))
+        if found is not None:
+            key, old, new = found
+            raise UserError(
+                f"{str(folder)!r} holds row {row.folder!r} of another configuration: {key} was "
+                f"{old!r} and would be {new!r}; choose another --out, or move that folder away"
+            )
+        if checkpoint is None or checkpoint["step"] < config.steps:
+            return "begun"
+        try:
+            load(folder)
+        except UserError:
+            return "broken"
+        return "finished"
+
+
+def _fresh(folder: Path) -> Path:
+    """A name beside ``folder`` that nothing has."""
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.broken-{number}")).exists():
+        number += 1
+    return aside
+
+
+def _whole(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The document at ``path``, if it is whole and all entries are as ``wanted``."""
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(document, dict):
+        return None
+    same = all(document.get(key) == value for key, value in wanted.items())
+    return document if same else None
+
+
+def _wanted(suite: str, protocol: Protocol, of: int) -> dict[str, Any]:
+    """Entries that a document must have to be the one asked for."""
+    wanted: dict[str, Any] = {
+        "suite": suite,
+        "of": of,
+        "seed": 0,
+    }
+    if suite == "denoise":
+        wanted["sigmas"] = list(protocol.sigmas)
+    kind = SUITES[suite].options
+    if kind is None:
+        wanted["images"] = of if protocol.images is None else min(of, protocol.images)
+    else:  # its settings say how many
+        given = parse_options({suite: protocol.options.get(suite, {})})[kind]
+        wanted["options"] = given.model_dump(mode="json")
+    return wanted

@@ -1,0 +1,90 @@
+"""Tables: train what is missing, measure, report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ebmkit.evaluation import SIGMAS
+from ebmkit.reproduce.report import Found, document, figures_of, write
+from ebmkit.reproduce.rows import Row, Table
+from ebmkit.reproduce.runs import Protocol, Rows
+
+__all__ = ["circumstances", "run_table"]
+
+SUITES_OF = {
+    "classification": ("classify",),
+    "denoising": ("denoise",),
+    "joint": ("classify", "denoise"),
+}
+"""What a row is measured by, by its task."""
+
+
+def run_table(
+    table: Table, rows: Rows, only: Sequence[str] = (), sigmas: Sequence[float] = SIGMAS
+) -> list[Path]:
+    """Train and measure the rows of ``table`` that are ``only``, all if empty; write the report.
+
+    Rows that are left out now but were finished before stay in the report.
+
+    Raises:
+        Interrupted: if training was; calling again goes on.
+        UserError: if a row does not exist, or cannot be trained.
+    """
+    return write(table_report(table, rows, only, sigmas), rows.out)
+
+
+def table_report(
+    table: Table, rows: Rows, only: Sequence[str] = (), sigmas: Sequence[float] = SIGMAS
+) -> dict[str, Any]:
+    """What `run_table` writes."""
+    chosen = [table.row(name) for name in only] or list(table.rows)
+    runs = {table.own(row).name: table.own(row) for row in chosen if row.missing is None}
+    rows.check(list(runs.values()), table.family)
+    for row in runs.values():
+        rows.measure(row, table.family, _protocol(row, rows, sigmas))
+    found = [_found(table, row, rows, sigmas) for row in table.rows]
+    return document(table, rows.scale.name, found, circumstances(rows, table.name, found))
+
+
+def _protocol(row: Row, rows: Rows, sigmas: Sequence[float]) -> Protocol:
+    name = "table" if tuple(sigmas) == SIGMAS else "claims"
+    return Protocol(name, SUITES_OF[row.task], tuple(sigmas), rows.scale.images)
+
+
+def _found(table: Table, row: Row, rows: Rows, sigmas: Sequence[float]) -> Found:
+    if row.missing is not None:
+        return Found(row, {}, {}, row.missing)
+    own = table.own(row)
+    protocol = _protocol(own, rows, sigmas)
+    if not rows.finished(own, table.family, protocol):
+        return Found(row, {}, {}, "not run yet")
+    documents = rows.measure(own, table.family, protocol)
+    facts = rows.facts(own, table.family)
+    if "denoise" in documents:
+        facts["knows_sigma"] = documents["denoise"]["knows_sigma"][row.reads]
+    first = next(iter(documents.values()))
+    facts |= {key: first[key] for key in ("dataset", "images", "of")}
+    return Found(row, figures_of(row, documents, facts["seconds"]), facts)
+
+
+def circumstances(rows: Rows, target: str, found: Sequence[Found]) -> dict[str, Any]:
+    """What stands below a table: data, hardware, versions, commits, command."""
+    done = [one.facts | {"task": one.row.task} for one in found if one.status == "done"]
+    command = f"ebmkit reproduce {target} --scale {rows.scale.name}"
+    notes = [f"command: `{command}`"]
+    if done:
+        facts = {
+            "data": [f"{f['dataset']}, {f['images']:,} test images" for f in done],
+            "hardware": [f["gpu"] or f"CPU, {f['threads']} of {f['cores']} cores" for f in done],
+            "steps": [f"{f['steps']:,}" for f in done],
+            "initial learning rate": [f"{f['lr']:g} ({f['task']})" for f in done],
+            "precision of training": [f["precision"] for f in done],
+            "seed, one run per row": [str(f["seed"]) for f in done],
+            "PyTorch": [f["torch"] for f in done],
+            "commit of training": [str(f["git_commit"]) for f in done],
+        }
+        notes += [f"{name}: {', '.join(dict.fromkeys(values))}" for name, values in facts.items()]
+        notes.append("hours are wall clock, validation and checkpoints included")
+    return {"about": rows.scale.about, "notes": notes, "command": command}

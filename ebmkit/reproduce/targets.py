@@ -1,0 +1,71 @@
+"""What ``ebmkit reproduce`` can be asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ebmkit.errors import UserError
+from ebmkit.registry import find
+from ebmkit.reproduce.figures import FIG4, run_claims, run_fig1, run_fig3, run_fig4
+from ebmkit.reproduce.rows import Row, Table
+from ebmkit.reproduce.runs import Rows
+from ebmkit.reproduce.tables import CLAIMS, GRID, TABLES
+from ebmkit.reproduce.tabulate import run_table
+
+__all__ = ["TARGETS", "Target", "targets_of"]
+
+
+class Target(NamedTuple):
+    """A table or figure.
+
+    Attributes:
+        about: one line.
+        run: trains, measures and reports, with the names of the rows wanted (none: all); gives the
+            paths of what it wrote.
+        rows: names of its rows, for ``--only``; none where it has no rows.
+    """
+
+    about: str
+    run: Callable[[Rows, Sequence[str]], list[Path]]
+    rows: tuple[str, ...] = ()
+
+
+def _table(table: Table) -> Target:
+    def run(rows: Rows, only: Sequence[str]) -> list[Path]:
+        return run_table(table, rows, only)
+
+    return Target(table.title, run, tuple(row.name for row in table.rows))
+
+
+def _names(rows: Sequence[Row]) -> tuple[str, ...]:
+    return tuple(row.name for row in rows)
+
+
+TARGETS: dict[str, Target] = {
+    **{name: _table(table) for name, table in TABLES.items()},
+    "fig1": Target("bias and variance of generative and discriminative fits", run_fig1),
+    "fig3": Target("Jacobian of the denoiser, local linearity", run_fig3, _names(GRID)),
+    "fig4": Target("accuracy under attack", run_fig4, _names(FIG4)),
+    "claims": Target(CLAIMS.title, run_claims, _names(CLAIMS.rows)),
+}
+
+
+def targets_of(name: str, only: Sequence[str]) -> list[str]:
+    """The targets that ``name`` means; ``all``: each of them.
+
+    Raises:
+        UserError: if there is no such target, or a row of ``only`` is none of it.
+    """
+    if name == "all":
+        if only:
+            raise UserError("--only picks rows of one target: name it instead of all")
+        return list(TARGETS)
+    target = find("target", TARGETS | {"all": None}, name)  # 'all' is suggested, too
+    assert target is not None
+    if only and not target.rows:
+        raise UserError(f"{name} has no rows to pick from: leave out --only")
+    for row in only:
+        find(f"row of {name}", dict.fromkeys(target.rows), row)
+    return [name]

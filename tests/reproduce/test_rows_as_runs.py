@@ -1,0 +1,176 @@
+"""Rows are runs: trained once, gone on with, measured once, never half-read."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from ebmkit import UserError, load
+from ebmkit.reproduce import TABLES, Protocol, Row, Rows, Scale, run_table
+from ebmkit.reproduce.report import markdown
+from ebmkit.training import Interrupted
+
+TINY = Scale(
+    "tiny",
+    "four steps",
+    {"cifar10": "digits", "imagenet": "digits"},
+    {
+        "cifar10": {
+            "model": {"backbone": {"width": 8}},
+            "streams": {"classify": {"batch_size": 8}, "denoise": {"batch_size": 4}},
+            "steps": 4,
+            "validation_images": 0,
+            "checkpoint_every": 2,
+        }
+    },
+    20,
+)
+ROW = Row("joint", "GradResNet", "joint", {"objective": "ce+dsm"}, {"accuracy": 96.3})
+PROTOCOL = Protocol("table", ("classify", "denoise"), (25 / 255,), 20)
+
+
+class Told(list):
+    """Collects the sentences, and the trainings."""
+
+    def __init__(self):
+        super().__init__()
+        self.trained = []
+
+    def fit(self, trainer, name):
+        self.trained.append((name, trainer.step))
+        trainer.fit()
+
+
+@pytest.fixture
+def told():
+    return Told()
+
+
+@pytest.fixture
+def rows(tmp_path, told):
+    return Rows(tmp_path, TINY, fit=told.fit, tell=told.append)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with the finished row, to be copied."""
+    out = tmp_path_factory.mktemp("finished")
+    Rows(out, TINY).measure(ROW, "cifar10", PROTOCOL)
+    return out
+
+
+@pytest.fixture
+def done(finished, tmp_path, told):
+    """The finished row in a folder of its own."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    return Rows(tmp_path, TINY, fit=told.fit, tell=told.append)
+
+
+def test_a_finished_row_is_neither_trained_nor_measured_again(done, told):
+    before = {p: p.stat().st_mtime_ns for p in done.out.rglob("*") if p.is_file()}
+    found = done.measure(ROW, "cifar10", PROTOCOL)
+    assert told.trained == []
+    assert told == []
+    assert found["classify"]["images"] == 20
+    assert {p: p.stat().st_mtime_ns for p in done.out.rglob("*") if p.is_file()} == before
+
+
+def test_an_interrupted_row_goes_on_where_it_was_and_ends_the_same(rows, told, finished):
+    def stop(trainer, name):
+        trainer.config = trainer.config.model_copy(update={"steps": 4})
+        advance = trainer._advance
+
+        def advance_and_stop(batches, asked):
+            advance(batches, asked)
+            if trainer.step == 2:
+                trainer.save()
+                raise Interrupted(2)
+
+        trainer._advance = advance_and_stop
+        trainer.fit()
+
+    rows.fit = stop
+    with pytest.raises(Interrupted):
+        rows.train(ROW, "cifar10")
+    rows.fit = told.fit
+    rows.train(ROW, "cifar10")
+    assert told.trained == [("joint", 2)]
+    state, expected = (load(out / "rows/joint").state_dict() for out in (rows.out, finished))
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("damage", ["config.yaml", "checkpoints/last.pt", "model.safetensors"])
+def test_a_broken_row_is_moved_aside_and_trained_anew(done, told, damage):
+    path = done.folder(ROW) / damage
+    path.write_bytes(path.read_bytes()[:3])
+    done.train(ROW, "cifar10")
+    assert told.trained == [("joint", 0)]
+    assert (done.out / "rows/joint.broken-1" / damage).exists()
+    assert "moved to joint.broken-1" in told[0]
+
+
+def test_half_a_result_is_measured_again(done, told):
+    path = done.folder(ROW) / "evaluation/table/classify.json"
+    whole = json.loads(path.read_text())
+    path.write_text(path.read_text()[:100])
+    found = done.measure(ROW, "cifar10", PROTOCOL)
+    assert told == ["joint: measuring classify"]
+    assert told.trained == []
+    assert found["classify"]["accuracy"] == whole["accuracy"]
+
+
+def test_other_noise_levels_are_measured_anew(done, told):
+    other = Protocol("table", ("denoise",), (50 / 255,), 20)
+    assert list(done.measure(ROW, "cifar10", other)["denoise"]["psnr"]) == ["50"]
+
+
+def test_a_run_of_another_configuration_is_left_alone(done):
+    done.seed = 1
+    with pytest.raises(UserError, match=r"another configuration: seed was 0 and would be 1"):
+        done.train(ROW, "cifar10")
+    assert load(done.folder(ROW)) is not None
+
+
+def test_a_table_of_one_row_says_what_did_not_run(done, capsys):
+    """No number is made up: other rows say that they did not run, beside the paper's figures."""
+    table = TABLES["table1"]
+    shutil.rmtree(done.folder(ROW) / "evaluation/table")
+    run_table(table, done, ["joint"])
+    report = json.loads((done.out / "table1.json").read_text())
+    assert [row["name"] for row in report["rows"]] == [row.name for row in table.rows]
+    by_name = {row["name"]: row for row in report["rows"]}
+    assert by_name["jem"]["status"].startswith("not run")
+    assert by_name["jem"]["ours"] == {}
+    assert by_name["jem"]["paper"] == {"accuracy": 92.9, "hours": 36}
+    assert by_name["dncnn"]["status"] == "not run yet"
+    assert by_name["dncnn"]["ours"] == {}
+    assert set(by_name["joint"]["ours"]) == {"accuracy", "15", "25", "50", "hours"}
+    assert by_name["joint-blind"]["knows_sigma"] == "estimated"
+    blind = by_name["joint-blind"]["ours"]["25"]["value"]
+    own = json.loads((done.folder(ROW) / "evaluation/table/denoise.json").read_text())
+    assert blind == own["denoisers"]["blind"]["psnr"]["25"]["value"]
+    text = markdown(report)
+    assert "| - (92.9) |" in text
+    assert "JEM (WideResNet): not run" in text
+    assert (done.out / "table1.png").stat().st_size > 10_000
+    assert str(done.out) not in json.dumps(report)
+
+
+def test_rows_that_need_a_data_folder_say_so(tmp_path):
+    from ebmkit.reproduce import find_scale
+
+    rows = Rows(tmp_path, find_scale("full"), tmp_path / "absent")
+    with pytest.raises(UserError, match="absent"):
+        run_table(TABLES["table2"], rows, ["imagenet-joint"])
+    assert not (tmp_path / "rows").exists()
+
+
+def test_a_scale_the_machine_cannot_hold_says_what_it_needs(tmp_path, monkeypatch):
+    from ebmkit.training import memory
+
+    monkeypatch.setattr(memory, "available_memory", lambda device: 2**20)
+    rows = Rows(tmp_path, TINY)
+    with pytest.raises(UserError, match="B"):
+        rows.check([ROW], "cifar10")
+    assert not (tmp_path / "rows").exists()
