@@ -20,7 +20,7 @@ from ebmkit.reproduce.report import Found, markdown
 from ebmkit.reproduce.rows import Row
 from ebmkit.reproduce.runs import Protocol, Rows
 from ebmkit.reproduce.tables import CLAIMS, GRID, JEM_MISSING, JOINT, TABLE1
-from ebmkit.reproduce.tabulate import circumstances, table_report
+from ebmkit.reproduce.tabulate import circumstances, data_of, table_report
 from ebmkit.theory import figure1
 from ebmkit.theory import markdown as figure1_markdown
 from ebmkit.units import in_255ths
@@ -147,7 +147,7 @@ def _chosen(rows: Sequence[Row], only: Sequence[str]) -> list[Row]:
 
 def _found(rows: Rows, row: Row, document: dict[str, Any]) -> Found:
     facts = rows.facts(row, "cifar10")
-    facts |= {key: document[key] for key in ("dataset", "images", "of")}
+    facts["data"] = [data_of(document)]
     return Found(row, {}, facts, "done")
 
 

@@ -54,14 +54,16 @@ class Protocol:
         name: of the folder of results.
         suites: those to run, which must suit the model.
         sigmas: noise levels of the suite ``denoise``, image units.
-        images: test images at most; None: all.
+        images: by suite, test images at most; all where it is not named.
+        noise_levels: of the suite ``classify``, image units.
         options: settings of suites.
     """
 
     name: str
     suites: tuple[str, ...]
     sigmas: tuple[float, ...] = SIGMAS
-    images: int | None = None
+    images: Mapping[str, int] = field(default_factory=dict)
+    noise_levels: tuple[float, ...] = (0.0,)
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
@@ -155,7 +157,6 @@ class Rows:
         images = self._images(config.dataset)
         found = {}
         for name in protocol.suites:
-            limit = protocol.images
             wanted = _wanted(name, protocol, len(images))
             document = _whole(folder / f"{name}.json", wanted)
             if document is None:
@@ -166,8 +167,9 @@ class Rows:
                     images,
                     [name],
                     folder,
-                    limit=limit,
+                    limit=protocol.images.get(name),
                     sigmas=protocol.sigmas,
+                    noise_levels=protocol.noise_levels,
                     options={n: o for n, o in protocol.options.items() if n == name},
                     progress=self.progress,
                 )
@@ -271,9 +273,11 @@ def _wanted(suite: str, protocol: Protocol, of: int) -> dict[str, Any]:
     }
     if suite == "denoise":
         wanted["sigmas"] = list(protocol.sigmas)
+    if suite == "classify":
+        wanted["sigmas"] = sorted({0.0, *protocol.noise_levels})
     kind = SUITES[suite].options
     if kind is None:
-        wanted["images"] = of if protocol.images is None else min(of, protocol.images)
+        wanted["images"] = min(of, protocol.images.get(suite, of))
     else:  # its settings say how many
         given = parse_options({suite: protocol.options.get(suite, {})})[kind]
         wanted["options"] = given.model_dump(mode="json")

@@ -38,7 +38,7 @@ class Scale:
         about: one line.
         recipe: by family of tables (cifar10, imagenet), the recipe below everything.
         layer: by family, what is laid over the recipe.
-        images: test images that rows are evaluated on at most; None: all.
+        images: by suite, test images that rows are evaluated on at most; all where it is not named.
         by_task: laid over the rows of a task.
     """
 
@@ -46,7 +46,7 @@ class Scale:
     about: str
     recipe: Mapping[str, str]
     layer: Mapping[str, Mapping[str, Any]]
-    images: int | None
+    images: Mapping[str, int]
     by_task: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
@@ -103,7 +103,7 @@ SCALES: dict[str, Scale] = {
         "seconds a row, on embedded data: that every row trains and is evaluated",
         {"cifar10": "digits", "imagenet": "imagenet"},
         {"cifar10": _SMOKE, "imagenet": _imagenet("digits", 8, 64, (5, 6, 7, 8)) | _SMOKE_STEPS},
-        100,
+        {"classify": 100, "denoise": 100},
         _GENTLE,
     ),
     "cpu": Scale(
@@ -111,7 +111,7 @@ SCALES: dict[str, Scale] = {
         "CIFAR-10, narrow networks, minutes a row on two cores",
         {"cifar10": "cifar10-short", "imagenet": "imagenet"},
         {"cifar10": _CPU, "imagenet": _imagenet("cifar10", 16, 128, (20, 24, 28, 32)) | _CPU},
-        None,
+        {"denoise": 1000},
         _GENTLE,
     ),
     "full": Scale(
@@ -119,7 +119,7 @@ SCALES: dict[str, Scale] = {
         "the paper's recipes, on a GPU",
         {"cifar10": "cifar10", "imagenet": "imagenet"},
         {"cifar10": {}, "imagenet": {}},
-        None,
+        {},
     ),
 }
 

@@ -11,7 +11,7 @@ from ebmkit.reproduce.report import Found, document, figures_of, write
 from ebmkit.reproduce.rows import Row, Table
 from ebmkit.reproduce.runs import Protocol, Rows
 
-__all__ = ["circumstances", "run_table"]
+__all__ = ["circumstances", "data_of", "run_table", "table_report"]
 
 SUITES_OF = {
     "classification": ("classify",),
@@ -64,9 +64,15 @@ def _found(table: Table, row: Row, rows: Rows, sigmas: Sequence[float]) -> Found
     facts = rows.facts(own, table.family)
     if "denoise" in documents:
         facts["knows_sigma"] = documents["denoise"]["knows_sigma"][row.reads]
-    first = next(iter(documents.values()))
-    facts |= {key: first[key] for key in ("dataset", "images", "of")}
+    facts["data"] = [data_of(document) for document in documents.values()]
     return Found(row, figures_of(row, documents, facts["seconds"]), facts)
+
+
+def data_of(document: dict[str, Any]) -> str:
+    """Which images a suite measured, in words."""
+    some = document["images"], document["of"]
+    count = f"all {some[1]:,}" if some[0] == some[1] else f"the first {some[0]:,} of {some[1]:,}"
+    return f"{document['dataset']}, {count} test images ({document['suite']})"
 
 
 def circumstances(rows: Rows, target: str, found: Sequence[Found]) -> dict[str, Any]:
@@ -76,7 +82,7 @@ def circumstances(rows: Rows, target: str, found: Sequence[Found]) -> dict[str, 
     notes = [f"command: `{command}`"]
     if done:
         facts = {
-            "data": [f"{f['dataset']}, {f['images']:,} test images" for f in done],
+            "data": [line for f in done for line in f["data"]],
             "hardware": [f["gpu"] or f"CPU, {f['threads']} of {f['cores']} cores" for f in done],
             "steps": [f"{f['steps']:,}" for f in done],
             "initial learning rate": [f"{f['lr']:g} ({f['task']})" for f in done],

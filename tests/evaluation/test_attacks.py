@@ -168,7 +168,7 @@ def test_an_image_is_attacked_alike_in_any_batch(norm):
     """Few steps from far-off starts, so that another start would end elsewhere."""
     model = two_gaussians()
     x, labels, _ = near_the_plane(model)
-    target = Defended(model, Defence("direct"))
+    target = Defended(model, Defence("noise", 0.3), draws=1)  # the attacker's draws repeat, too
     for attack in (Attack(norm, steps=2, stepsize=0.1), Attack(norm, "noise")):
         whole = attack.perturbed(target, x, labels, 0.2, "s")
         some = attack.perturbed(target, x[7:9], labels[7:9], 0.2, "s")

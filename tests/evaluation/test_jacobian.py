@@ -168,7 +168,7 @@ def test_a_plain_denoiser_has_singular_values():
     assert torch.allclose(stretched, found.values[:3])
     assert torch.allclose(found.smallest.values, found.values.flip(0)[:2])
     assert found.converged(1e-10)
-    with pytest.raises(UserError, match="not symmetric.*take method dense"):
+    with pytest.raises(UserError, match=r"not symmetric.*take method dense"):
         spectrum(operator, method="iterative")
 
 

@@ -24,10 +24,10 @@ TINY = Scale(
             "checkpoint_every": 2,
         }
     },
-    20,
+    {"classify": 20, "denoise": 20},
 )
 ROW = Row("joint", "GradResNet", "joint", {"objective": "ce+dsm"}, {"accuracy": 96.3})
-PROTOCOL = Protocol("table", ("classify", "denoise"), (25 / 255,), 20)
+PROTOCOL = Protocol("table", ("classify", "denoise"), (25 / 255,), TINY.images)
 
 
 class Told(list):
@@ -121,7 +121,7 @@ def test_half_a_result_is_measured_again(done, told):
 
 
 def test_other_noise_levels_are_measured_anew(done, told):
-    other = Protocol("table", ("denoise",), (50 / 255,), 20)
+    other = Protocol("table", ("denoise",), (50 / 255,), TINY.images)
     assert list(done.measure(ROW, "cifar10", other)["denoise"]["psnr"]) == ["50"]
 
 
