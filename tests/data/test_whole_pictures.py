@@ -104,6 +104,14 @@ def test_streams_of_whole_pictures_do_not_depend_on_workers_start_or_processes(f
     assert not torch.equal(whole[0].x, whole[1].x)
 
 
+@pytest.mark.parametrize("scale", [None, (0.08, 1.0)])
+def test_each_sample_has_a_crop_of_its_own(folder, scale):
+    config = StreamConfig(batch_size=4, augmentation=Augmentation(crop_size=16, crop_scale=scale))
+    one = load(folder).first(1)
+    crops = [b.x for b in Stream(one, config, "ce", 0, "cpu").batches(0, 3)]
+    assert len(torch.cat(crops).flatten(1).unique(dim=0)) == 12  # of one picture
+
+
 def test_what_a_stream_cannot_cut_from_whole_pictures_is_told(folder):
     for fields, told in (
         ({"crop_size": 33}, "shorter side of the pictures, 32: take at most 32"),

@@ -222,10 +222,10 @@ def test_what_is_not_homogeneous_is_left_over(world):
     change = clean - y.flatten()
     share = (rest @ change) ** 2 / (rest @ rest) / (change @ change)
     assert found.error.item() == pytest.approx(float(rest.norm() / clean.norm()), rel=1e-6)
-    assert found.explained.item() == pytest.approx(float(share), rel=1e-6)
+    assert found.explained.item() == pytest.approx(float(share), rel=1e-5)
     left = rest - (2 - found.degree) * change
     assert found.unexplained.item() == pytest.approx(float(left.norm() / clean.norm()), rel=1e-5)
-    assert abs(float(left @ change)) < 1e-8  # the best fit leaves nothing along the change
+    assert abs(float(left @ change)) < 1e-6  # the best fit leaves nothing along the change
 
 
 def test_a_bias_free_relu_denoiser_is_locally_linear():
