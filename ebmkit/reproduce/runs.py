@@ -105,7 +105,10 @@ class Rows:
             given["dataset"] = {"data_dir": self.data_dir.absolute()}
         if self.precision is not None:
             given["compute"] = {"precision": self.precision}
-        return resolve(self.scale.layer[family], row.layer, given, recipe=self.scale.recipe[family])
+        layers = [self.scale.layer[family], self.scale.by_task.get(row.task, {}), row.layer]
+        if self.scale.name == "full":
+            layers.append(row.at_full)
+        return resolve(*layers, given, recipe=self.scale.recipe[family])
 
     def check(self, rows: Sequence[Row], family: str) -> None:
         """All mistakes first: whether data, models and memory suit every row not yet trained.

@@ -88,6 +88,23 @@ def test_every_row_resolves_and_runs_are_shared_where_configurations_are_equal(s
     assert len(set(configs.values())) == len(configs)
 
 
+def test_below_full_rows_that_denoise_alone_learn_gently():
+    table = TABLES["table1"]
+    for scale, rates in [("cpu", (1e-3, 3e-3)), ("full", (3e-4, 3e-4))]:
+        rows = Rows(Path("out"), SCALES[scale])
+        found = [rows.config(table.row(n), "cifar10").optimizer for n in ("dncnn", "joint")]
+        assert tuple(o.lr for o in found) == rates
+        assert (found[0].clip_norm is None) == (scale == "full")
+
+
+def test_mixing_is_switched_whatever_the_recipe_has():
+    for scale, mix in [("smoke", "both"), ("cpu", "both"), ("full", "none")]:
+        rows = Rows(Path("out"), SCALES[scale])
+        config = rows.config(CLAIMS.row("mix"), "cifar10")
+        assert config.streams.classify.augmentation.mix == mix
+        assert rows.config(JOINT, "cifar10").streams.classify.augmentation.mix != mix
+
+
 def test_the_papers_recipe_is_the_full_scale():
     full = Rows(Path("out"), SCALES["full"])
     config = full.config(JOINT, "cifar10")
