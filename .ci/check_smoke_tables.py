@@ -7,9 +7,13 @@ import sys
 from pathlib import Path
 
 from ebmkit.reproduce import TABLES
-from ebmkit.reproduce.tables import CLAIMS
+from ebmkit.reproduce.figures import FIG4
+from ebmkit.reproduce.tables import CLAIMS, GRID
 
-PICTURES = ("fig1.png", "fig3.png", "fig3-spectrum.png", "fig3-linearity.png", "fig4.png")
+PICTURES = (
+    *(f"{name}.png" for name in ("table1", "table2", "table3", "claims", "claims-beyond")),
+    *(f"{name}.png" for name in ("fig1", "fig3", "fig3-spectrum", "fig3-linearity", "fig4")),
+)
 
 
 def main(folder: Path) -> None:
@@ -27,6 +31,12 @@ def main(folder: Path) -> None:
             expected = wanted.get(row.task, {"accuracy", "15", "25", "50"})
             assert expected <= found["ours"].keys(), f"{row.name}: {sorted(found['ours'])}"
         print(f"{table.name}: {len(names)} rows")
+    figures = {n: json.loads((folder / f"{n}.json").read_text()) for n in ("fig1", "fig3", "fig4")}
+    assert len(figures["fig1"]["settings"]) >= 4
+    assert [cell["name"] for cell in figures["fig3"]["cells"]] == [row.name for row in GRID]
+    attacked = [name for name, found in figures["fig4"]["documents"].items() if found]
+    assert len(attacked) == len(FIG4), attacked
+    assert figures["fig4"]["documents"]["JEM (WideResNet)"] is None
     for name in PICTURES:
         assert (folder / name).stat().st_size > 10_000, name
 

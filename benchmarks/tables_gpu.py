@@ -50,6 +50,7 @@ def main() -> None:
     options = parser.parse_args()
     end = time.monotonic() + options.seconds - SAVING
     options.out.mkdir(parents=True, exist_ok=True)
+    failed: list[str] = []
     for table, row in ROWS:
         left = end - time.monotonic()
         if left <= 0:
@@ -59,35 +60,32 @@ def main() -> None:
         if options.data_dir is not None:
             command += ["--data-dir", str(options.data_dir)]
         print(f"== {table} {row}, {left:.0f} s left", flush=True)
-        done = run(command, left)
+        code = run(command, left)
         for kind in ("md", "json", "png"):
             source = options.work / f"{table}.{kind}"
             if source.exists():
                 shutil.copyfile(source, options.out / source.name)
-        if not done:
+        if code is None:
             print("stopped: give the same command again to go on", flush=True)
             break
+        if code:
+            failed.append(f"{table} {row}")
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
-def run(command: list[str], seconds: float) -> bool:
-    """Run ``command`` for ``seconds`` at most; whether it came to its end.
-
-    Raises:
-        SystemExit: if it failed.
-    """
+def run(command: list[str], seconds: float) -> int | None:
+    """Run ``command`` for ``seconds`` at most; its exit code, None if it was stopped."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
-        code = process.wait(seconds)
+        return process.wait(seconds)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGTERM)
         try:
             process.wait(SAVING)
         except subprocess.TimeoutExpired:
             process.kill()
-        return False
-    if code:
-        sys.exit(code)
-    return True
+        return None
 
 
 if __name__ == "__main__":

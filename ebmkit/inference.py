@@ -9,7 +9,7 @@ the model was trained at and overlap by half, as in the model's own log-density 
 (`ebmkit.models.joint`, "tiles"), of whose gradient this is a smoother copy that never holds more
 than a few crops in memory. Everything else follows from the assembled score: the noise level
 :math:`\hat\sigma = \sqrt d/\|s\|` where none is given, and :math:`D(y) = y + \sigma^2 s(y)`. Of a
-plain denoiser the change :math:`D(y) - y` is assembled instead.
+plain denoiser, and of a gradient step, the change :math:`D(y) - y` is assembled instead.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def denoise_picture(
     if sigma is None and model.noise_conditional:
         raise UserError("this model takes the noise level as an input: give sigma")
     check_sigma(sigma)
-    if not model.differentiates:
+    if model.denoises_unaided or not model.differentiates:
 
         def change(crops: Tensor) -> Tensor:
             return model.denoise(crops, sigma, c) - crops

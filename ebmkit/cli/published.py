@@ -9,6 +9,7 @@ import typer
 
 from ebmkit.cli.app import app
 from ebmkit.cli.console import console
+from ebmkit.errors import UserError
 from ebmkit.units import parse_sigma
 
 __all__ = ["import_"]
@@ -29,6 +30,8 @@ def import_(
     """
     from ebmkit.models.published import import_weights
 
+    if len(sigma or []) > 2:
+        raise UserError(f"--sigma was given {len(sigma or [])} times: once, or lowest and highest")
     levels = sorted(parse_sigma(level) for level in sigma or [])
     model = import_weights(weights, out, (levels[0], levels[-1]) if levels else None)
     count = sum(p.numel() for p in model.parameters())

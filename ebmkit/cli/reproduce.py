@@ -12,7 +12,7 @@ from ebmkit.cli.app import app
 from ebmkit.cli.console import TrainingBar, console
 from ebmkit.compute import pick_device
 from ebmkit.errors import UserError
-from ebmkit.reproduce import TARGETS, Rows, find_scale, targets_of
+from ebmkit.reproduce import TARGETS, Rows, check_targets, find_scale, targets_of
 from ebmkit.training import Interrupted, Trainer
 
 __all__ = ["reproduce"]
@@ -24,14 +24,18 @@ def reproduce(
     scale: Annotated[
         str, typer.Option(help="smoke: seconds a row; cpu: CIFAR-10, minutes; full: the paper's")
     ] = "smoke",
+    more: Annotated[
+        list[str] | None, typer.Argument(help="more rows, after --only ROW", metavar="[ROW]...")
+    ] = None,
     only: Annotated[
-        list[str] | None, typer.Option("--only", help="a row by name; may be repeated")
+        list[str] | None, typer.Option("--only", help="a row by name; more may follow")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="folder of rows and reports [default: runs/reproduce-SCALE]")
     ] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="where the data set is [default: data]")
+    data_dir: Annotated[Path | None, typer.Option(help="where CIFAR-10 is [default: data]")] = None,
+    imagenet_dir: Annotated[
+        Path | None, typer.Option(help="where ImageNet is: table2 at full scale")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1")] = "auto",
     precision: Annotated[
@@ -44,7 +48,10 @@ def reproduce(
     Every row is a run of its own. Finished rows are not repeated, an interrupted one goes on where
     it was: give the same command again.
     """
-    chosen = targets_of(target, only or [])
+    if more and not only:
+        raise UserError(f"unexpected {more[0]!r}: name rows after --only, as in --only {more[0]}")
+    names = [*(only or []), *(more or [])]
+    chosen = targets_of(target, names)
     pick_device(device)
     rows = Rows(
         out or Path("runs") / f"reproduce-{scale}",
@@ -56,14 +63,20 @@ def reproduce(
         _fit,
         lambda sentence: console.print(sentence, soft_wrap=True, highlight=False),
         console.is_terminal,
+        imagenet_dir,
     )
+    if target == "all":
+        if scale == "full" and imagenet_dir is None:
+            console.print("table2 is left out: it needs ImageNet, --imagenet-dir")
+            chosen.remove("table2")
+        check_targets(chosen, rows)
     try:
         rows.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make folder {str(rows.out)!r}: {error.strerror}") from None
     try:
         for name in chosen:
-            for path in TARGETS[name].run(rows, only or []):
+            for path in TARGETS[name].run(rows, names):
                 if path.suffix == ".md":
                     console.print(path.read_text(), soft_wrap=True, highlight=False)
                 console.print(f"written: {path}", soft_wrap=True, highlight=False)

@@ -217,7 +217,6 @@ class _Work:
             images=self.images,
             batch_size=max(1, min(rows // draws, share)),
             advance=lambda count: None,
-            _predictions={},
         )
         columns = few.columns(0.0, measure)
         self._exact = end

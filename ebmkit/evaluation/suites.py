@@ -241,9 +241,9 @@ def evaluate(
             path = out_dir / f"{name}.json"
             setting.advance = lambda count: None
             if world.first:
-                write_atomically(path, json.dumps(document, indent=2, allow_nan=False).encode())
-                if pictures:
+                if pictures:  # first: who finds the document finds its pictures
                     suite.draw(setting, document, out_dir)
+                write_atomically(path, json.dumps(document, indent=2, allow_nan=False).encode())
             results[name] = Result(name, document, path)
     return results
 

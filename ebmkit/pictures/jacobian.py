@@ -258,23 +258,22 @@ def linearity_grid(cells: Sequence[dict[str, Any]], path: Path) -> None:
         for axes, name in ((top, "error"), (bottom, "degree")):
             found = [cell["levels"][k][name] for cell in cells]
             label = f"$\\sigma$ = {in_255ths(sigma)}/255" if axes is top else None
-            values = [estimate["value"] for estimate in found]
+            values = [math.nan if e["value"] is None else e["value"] for e in found]
             axes.errorbar(at, values, _bars(found), capsize=2, lw=1, label=label, **look)
+    names = {"group": "plain norm", "scale": "scale-keeping", "batch": "batch norm"}
+    activations = {"relu": "ReLU", "gelu": "GELU"}
+    ticks = []
     for i, cell in enumerate(cells):
         degree = cell["theory"] and cell["theory"]["degree"]
         if degree is not None:
             label = "theory" if "theory" not in bottom.get_legend_handles_labels()[1] else None
             bottom.plot([i - 0.42, i + 0.42], [degree] * 2, color="black", lw=1.2, label=label)
-        else:
-            bottom.text(
-                i, 0.02, "no k", transform=bottom.get_xaxis_transform(), ha="center", fontsize=7.5
-            )
-    names = {"group": "plain norm", "scale": "scale-keeping", "batch": "batch norm"}
-    ticks = [
-        f"{names.get(c['norm'], c['norm'])}\n{c['activation'].upper()}\n"
-        f"{'biases' if c['bias'] else 'no bias'}"
-        for c in cells
-    ]
+        ticks.append(
+            f"{names.get(cell['norm'], cell['norm'])}\n"
+            f"{activations.get(cell['activation'], cell['activation'])}\n"
+            f"{'biases' if cell['bias'] else 'no bias'}\n"
+            f"theory: {'no k' if degree is None else f'k = {degree:.0f}'}"
+        )
     bottom.set_xticks(range(len(cells)), ticks, fontsize=8)
     for axes in (top, bottom):
         for i in range(len(cells) - 1):
@@ -289,7 +288,7 @@ def linearity_grid(cells: Sequence[dict[str, Any]], path: Path) -> None:
 
 def _bars(estimates: Sequence[dict[str, Any]]) -> list[list[float]] | None:
     """Lengths of the error bars of ``estimates``; None if one is unknown."""
-    if any(e["low"] is None or e["high"] is None for e in estimates):
+    if any(e["value"] is None or e["low"] is None for e in estimates):
         return None
     return [
         [max(0.0, e["value"] - e["low"]) for e in estimates],

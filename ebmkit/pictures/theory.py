@@ -98,7 +98,7 @@ def _family(axes: Axes, setting: dict[str, Any]) -> None:
         if bias > 0:
             axes.axhline(bias, color=colour, lw=0.7, ls=":")
     if setting["crossing"] is not None and min(sizes) < setting["crossing"] < max(sizes):
-        axes.axvline(setting["crossing"], color=GRAY, lw=0.8)
+        axes.axvline(setting["crossing"], ymax=0.78, color=GRAY, lw=0.8)
     kind = "well specified" if setting["well_specified"] else "misspecified"
     axes.set_title(
         f"{setting['title']}\n{kind}, {setting['parameters']} parameters, rank {setting['rank']}",

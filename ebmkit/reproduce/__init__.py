@@ -5,7 +5,7 @@ from ebmkit.reproduce.runs import Protocol, Rows
 from ebmkit.reproduce.scales import SCALES, Scale, find_scale
 from ebmkit.reproduce.tables import TABLES
 from ebmkit.reproduce.tabulate import run_table
-from ebmkit.reproduce.targets import TARGETS, Target, targets_of
+from ebmkit.reproduce.targets import TARGETS, Target, check_targets, targets_of
 
 __all__ = [
     "SCALES",
@@ -18,6 +18,7 @@ __all__ = [
     "Scale",
     "Table",
     "Target",
+    "check_targets",
     "find_scale",
     "run_table",
     "targets_of",

@@ -11,18 +11,21 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ebmkit.evaluation.tables import number
 from ebmkit.files import write_atomically
-from ebmkit.reproduce.report import Found, markdown
+from ebmkit.reproduce.report import Found, is_open, markdown
 from ebmkit.reproduce.rows import Row
 from ebmkit.reproduce.runs import Protocol, Rows
 from ebmkit.reproduce.tables import CLAIMS, GRID, JEM_MISSING, JOINT, TABLE1
-from ebmkit.reproduce.tabulate import circumstances, data_of, table_report
+from ebmkit.reproduce.tabulate import circumstances, measured, table_report
 from ebmkit.theory import figure1
 from ebmkit.theory import markdown as figure1_markdown
+from ebmkit.training.runs import environment
 from ebmkit.units import in_255ths
 
 __all__ = ["CLAIM_SIGMAS", "FIG4", "run_claims", "run_fig1", "run_fig3", "run_fig4"]
@@ -56,16 +59,43 @@ def run_fig1(rows: Rows, only: Sequence[str]) -> list[Path]:
     """Figure 1: constants of real families, computed and measured; their tables and panels."""
     from ebmkit.pictures.theory import draw_figure1
 
-    document = figure1(rows.scale.name, rows.seed)  # type: ignore[arg-type]
+    document = _figure1(rows)
+    made = document["made"]
     text = (
         "## Figure 1: bias and variance of generative and discriminative fits (CDN figure 1)\n\n"
         "Computed from the constants of equation (4), and measured over many training sets.\n\n"
         f"{figure1_markdown(document)}\n"
-        f"- command: `ebmkit reproduce fig1 --scale {rows.scale.name}`\n- seed: {rows.seed}\n"
+        f"- the paper's constants, of no family: {_caption(document)}\n"
+        f"- command: `{rows.command('fig1')}`\n- seed: {rows.seed}\n"
+        f"- hardware: CPU, {made['threads']} of {made['cores']} cores, {made['hours']:.2f} hours; "
+        f"PyTorch {made['torch']}; commit {made['git_commit']}\n"
+        "- data: drawn from each family\n"
     )
     paths = _write(rows, "fig1", text, document)
     draw_figure1(document, rows.out / "fig1.png")
     return [*paths, rows.out / "fig1.png"]
+
+
+def _figure1(rows: Rows) -> dict[str, Any]:
+    """The document of figure 1: the one that is there if it is of this scale and seed, or anew."""
+    wanted = {"scale": rows.scale.name, "seed": rows.seed}
+    try:
+        old = json.loads((rows.out / "fig1.json").read_text())
+        if {key: old["made"][key] for key in wanted} == wanted:
+            return dict(old)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    begun = time.perf_counter()
+    document = figure1(rows.scale.name, rows.seed)  # type: ignore[arg-type]
+    names = ("git_commit", "torch", "threads", "cores", "platform")
+    found = environment()
+    hours = (time.perf_counter() - begun) / 3600
+    made = wanted | {"hours": hours} | {name: found[name] for name in names}
+    return {**document, "made": made}
+
+
+def _caption(document: dict[str, Any]) -> str:
+    return "; ".join(json.dumps(constants) for constants in document["paper"])
 
 
 def run_fig3(rows: Rows, only: Sequence[str]) -> list[Path]:
@@ -73,10 +103,9 @@ def run_fig3(rows: Rows, only: Sequence[str]) -> list[Path]:
     from ebmkit.pictures.jacobian import linearity_grid
 
     options = OPTIONS[rows.scale.name]
-    grid = _chosen(GRID, only)
-    rows.check(grid, "cifar10")
-    spectra = rows.measure(JOINT, "cifar10", Protocol("fig3", ("jacobian",), options=options))
     protocol = Protocol("fig3", ("linearity",), options=options)
+    grid = _run(rows, GRID, only, protocol)
+    spectra = rows.measure(JOINT, "cifar10", Protocol("fig3", ("jacobian",), options=options))
     cells, found = [], []
     for row in grid:
         document = rows.measure(row, "cifar10", protocol)["linearity"]
@@ -96,8 +125,9 @@ def run_fig3(rows: Rows, only: Sequence[str]) -> list[Path]:
     linearity_grid(cells, rows.out / "fig3-linearity.png")
     own = rows.folder(JOINT) / "evaluation" / "fig3"
     for source, name in (("jacobian", "fig3"), ("spectrum", "fig3-spectrum")):
-        shutil.copyfile(own / f"{source}.png", rows.out / f"{name}.png")
-        paths.append(rows.out / f"{name}.png")
+        if (own / f"{source}.png").exists():  # of no spectrum that is not dense
+            shutil.copyfile(own / f"{source}.png", rows.out / f"{name}.png")
+            paths.append(rows.out / f"{name}.png")
     return [*paths, rows.out / "fig3-linearity.png"]
 
 
@@ -105,9 +135,8 @@ def run_fig4(rows: Rows, only: Sequence[str]) -> list[Path]:
     """Figure 4: accuracy against the strength of attacks; JEM is named as not run."""
     from ebmkit.pictures.robustness import compare
 
-    chosen = _chosen(FIG4, only)
-    rows.check(chosen, "cifar10")
     protocol = Protocol("fig4", ("robustness",), options=OPTIONS[rows.scale.name])
+    chosen = _run(rows, FIG4, only, protocol)
     documents: dict[str, dict[str, Any] | None] = {}
     found = []
     for row in chosen:
@@ -135,19 +164,24 @@ def run_claims(rows: Rows, only: Sequence[str]) -> list[Path]:
 
     report = table_report(CLAIMS, rows, only, CLAIM_SIGMAS)
     paths = write(report, rows.out)
-    text = markdown(report) + "\n" + _beyond(report)
+    text = f"{markdown(report)}\n{_against_joint(report)}\n{_beyond(report)}"
     write_atomically(paths[0], text.encode())
     beyond_training(report, rows.out / "claims-beyond.png")
     return [*paths, rows.out / "claims-beyond.png"]
 
 
-def _chosen(rows: Sequence[Row], only: Sequence[str]) -> list[Row]:
-    return [row for row in rows if not only or row.name in only]
+def _run(rows: Rows, every: Sequence[Row], only: Sequence[str], protocol: Protocol) -> list[Row]:
+    """Measure the rows that are wanted; these, and those that were finished before."""
+    wanted = [row for row in every if not only or row.name in only]
+    rows.check(wanted, "cifar10")
+    for row in wanted:
+        rows.measure(row, "cifar10", protocol)
+    return [row for row in every if row in wanted or rows.finished(row, "cifar10", protocol)]
 
 
 def _found(rows: Rows, row: Row, document: dict[str, Any]) -> Found:
     facts = rows.facts(row, "cifar10")
-    facts["data"] = [data_of(document)]
+    facts |= measured([document])
     return Found(row, {}, facts, "done")
 
 
@@ -171,11 +205,11 @@ def _fig3_text(report: dict[str, Any]) -> str:
         "| image | largest | smallest in magnitude | trace | above 1/2 | asymmetry |",
         "| --- | --- | --- | ---: | ---: | ---: |",
     ]
-    for number, image in enumerate(found["per_image"]):
+    for index, image in enumerate(found["per_image"]):
         cells = [", ".join(f"{p['value']:.3g}" for p in image[k]) for k in ("largest", "smallest")]
         above = image.get("above_half", "-")
         lines.append(
-            f"| {image.get('label') or number} | {cells[0]} | {cells[1]} | {image['trace']:.1f} "
+            f"| {image.get('label') or index} | {cells[0]} | {cells[1]} | {image['trace']:.1f} "
             f"| {above} | {image['asymmetry']:.1e} |"
         )
     lines += [
@@ -191,11 +225,10 @@ def _fig3_text(report: dict[str, Any]) -> str:
         for i, level in enumerate(cell["levels"]):
             label = "" if i else cell["label"]
             predicted = "" if i else "none" if degree is None else f"{degree:g}"
-            k = level["degree"]["value"]
-            lines.append(
-                f"| {label} | {predicted} | {in_255ths(level['sigma'])}/255 "
-                f"| {level['error']['value']:.4f} | {'-' if k is None else f'{k:.2f}'} |"
-            )
+            error = number(level["error"]["value"], "{:.1e}")
+            k = number(level["degree"]["value"], "{:.2f}")
+            at = f"{in_255ths(level['sigma'])}/255"
+            lines.append(f"| {label} | {predicted} | {at} | {error} | {k} |")
     return "\n".join([*lines, "", *(f"- {note}" for note in report["notes"])]) + "\n"
 
 
@@ -225,6 +258,31 @@ def _fig4_text(documents: dict[str, dict[str, Any] | None], notes: Sequence[str]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"
 
 
+def _against_joint(report: dict[str, Any]) -> str:
+    """Each variant minus the joint network, and whether that is a difference."""
+    rows = {row["name"]: row for row in report["rows"]}
+    base = rows[JOINT.name]["ours"]
+    lines = [
+        "Each variant minus the joint network (*: a difference by the rule for orderings, of one "
+        "seed; the paper found none for ce+cdsm and ce+dsm+cdsm):",
+        "",
+        "| variant | accuracy, % | PSNR at 15/255 | at 25/255 | at 50/255 |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for name, row in rows.items():
+        if name != JOINT.name and row["status"] == "done" and base:
+            cells = [_change(row["ours"], base, m) for m in ("accuracy", "15", "25", "50")]
+            lines.append(f"| {row['label']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _change(ours: dict[str, Any], base: dict[str, Any], metric: str) -> str:
+    a, b = ours[metric], base[metric]
+    if a["value"] is None or b["value"] is None:
+        return "not finite"
+    return f"{a['value'] - b['value']:+.2f}{'' if is_open(a, b, metric) else ' *'}"
+
+
 def _beyond(report: dict[str, Any]) -> str:
     """PSNR of every row at every noise level; training ends at 100/255."""
     levels = [in_255ths(s) for s in CLAIM_SIGMAS]
@@ -236,6 +294,6 @@ def _beyond(report: dict[str, Any]) -> str:
     ]
     for row in report["rows"]:
         if row["status"] == "done":
-            cells = [f"{row['ours'][level]['value']:.2f}" for level in levels]
+            cells = [number(row["ours"][level]["value"], "{:.2f}") for level in levels]
             lines.append(f"| {row['label']} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

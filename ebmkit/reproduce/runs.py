@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ebmkit.compute import pick_device
+from ebmkit.compute import pick_device, pick_precision
 from ebmkit.core import ScoreModel
 from ebmkit.data import ImageSet, StreamedSet
 from ebmkit.errors import UserError
@@ -30,6 +30,7 @@ from ebmkit.reproduce.rows import Row
 from ebmkit.reproduce.scales import Scale
 from ebmkit.training import DataConfig, RunFolder, TrainConfig, Trainer, resolve
 from ebmkit.training.assemble import assemble, images_of
+from ebmkit.training.cost import format_seconds
 from ebmkit.training.runs import difference
 
 __all__ = ["Protocol", "Rows"]
@@ -74,7 +75,8 @@ class Rows:
     Args:
         out: where everything goes.
         scale: how large.
-        data_dir: where the data set is, for scales that need one.
+        data_dir: where CIFAR-10 is, for scales that need it.
+        imagenet_dir: where ImageNet is, for table 2 at full scale.
         device: as of `TrainConfig`.
         seed: of all runs.
         precision: of training; None: the scale's.
@@ -92,6 +94,7 @@ class Rows:
     fit: Fit = _just_fit
     tell: Tell = lambda sentence: None
     progress: bool = False
+    imagenet_dir: Path | None = None
     _test: dict[tuple[str, int | None], ImageSet | StreamedSet] = field(default_factory=dict)
 
     def folder(self, row: Row) -> Path:
@@ -101,8 +104,9 @@ class Rows:
     def config(self, row: Row, family: str) -> TrainConfig:
         """The whole configuration of ``row``, which must be one with a run of its own."""
         given: dict[str, Any] = {"seed": self.seed, "device": self.device}
-        if self.data_dir is not None:
-            given["dataset"] = {"data_dir": self.data_dir.absolute()}
+        data_dir = self.imagenet_dir if self._needs_imagenet(family) else self.data_dir
+        if data_dir is not None:
+            given["dataset"] = {"data_dir": data_dir.absolute()}
         if self.precision is not None:
             given["compute"] = {"precision": self.precision}
         layers = [self.scale.layer[family], self.scale.by_task.get(row.task, {}), row.layer]
@@ -110,19 +114,37 @@ class Rows:
             layers.append(row.at_full)
         return resolve(*layers, given, recipe=self.scale.recipe[family])
 
+    def command(self, target: str) -> str:
+        """What was typed, with names for the folders of this machine."""
+        words = ["ebmkit reproduce", target, "--scale", self.scale.name]
+        words += ["--data-dir DIR"] if self.data_dir is not None else []
+        words += ["--imagenet-dir DIR"] if self.imagenet_dir is not None else []
+        words += ["--precision", self.precision] if self.precision is not None else []
+        words += ["--seed", str(self.seed)] if self.seed else []
+        return " ".join(words)
+
+    def _needs_imagenet(self, family: str) -> bool:
+        return family == "imagenet" and self.scale.name == "full"
+
     def check(self, rows: Sequence[Row], family: str) -> None:
         """All mistakes first: whether data, models and memory suit every row not yet trained.
 
         Raises:
             UserError: if one does not, or a run folder holds another run.
         """
+        if self._needs_imagenet(family) and self.imagenet_dir is None:
+            raise UserError("table2 at full scale needs ImageNet: name its folder, --imagenet-dir")
         for row in rows:
             config = self.config(row, family)
             if self._state(row, config) == "finished":
                 continue
             trainer = assemble(config)
-            if self.scale.name != "smoke":
-                trainer.budget.check()
+            if self.scale.name == "smoke":
+                continue
+            trainer.budget.check()
+            if self.scale.name == "full" and trainer.device.type == "cpu":
+                seconds = trainer.budget.cost(config.steps).least_seconds
+                self.tell(f"{row.name}: at least {format_seconds(seconds)} on this CPU")
 
     def train(self, row: Row, family: str) -> RunFolder:
         """The finished run of ``row``, trained now as far as it is not.
@@ -204,7 +226,7 @@ class Rows:
             "seconds": state.get("seconds"),
             "steps": state["step"],
             "parameters": sum(p.numel() for p in load(run.path).parameters()),
-            "precision": config.compute.precision,
+            "precision": pick_precision(config.compute.precision, pick_device(config.device)),
             "seed": config.seed,
             "lr": config.optimizer.lr,
             **{name: own.get(name) for name in names},
@@ -229,7 +251,8 @@ class Rows:
             run = RunFolder.open(folder)
             saved = resolve(run.config())
             checkpoint = run.load_checkpoint()
-        except UserError:
+            json.loads((folder / "environment.json").read_text())
+        except (UserError, OSError, ValueError):
             return "broken"
         found = difference(saved.model_dump(mode="json"), config.model_dump(mode="json"))
         if found is not None:

@@ -173,7 +173,7 @@ TABLES: dict[str, Table] = {table.name: table for table in (TABLE1, TABLE2, TABL
 """By name."""
 
 _SCALE = Row("scale-norm", "scale-keeping norm", "joint", _backbone(norm="scale"))
-_SHARED_LAW = {"kind": "squared-uniform", "min": "0", "max": "100/255"}
+_SHARED_LAW = {"kind": "squared-uniform", "min": "1/255", "max": "100/255"}
 
 CLAIMS = Table(
     "claims",
@@ -191,7 +191,7 @@ CLAIMS = Table(
         ),
         Row(
             "equal-noise",
-            "classifier sees noise to 100/255",
+            "both streams with noise 1 to 100/255",
             "joint",
             {"streams": {"classify": {"noise": _SHARED_LAW}}},
         ),

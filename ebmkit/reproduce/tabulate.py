@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from ebmkit.reproduce.report import Found, document, figures_of, write
 from ebmkit.reproduce.rows import Row, Table
 from ebmkit.reproduce.runs import Protocol, Rows
 
-__all__ = ["circumstances", "data_of", "run_table", "table_report"]
+__all__ = ["circumstances", "measured", "run_table", "table_report"]
 
 SUITES_OF = {
     "classification": ("classify",),
@@ -64,8 +64,17 @@ def _found(table: Table, row: Row, rows: Rows, sigmas: Sequence[float]) -> Found
     facts = rows.facts(own, table.family)
     if "denoise" in documents:
         facts["knows_sigma"] = documents["denoise"]["knows_sigma"][row.reads]
-    facts["data"] = [data_of(document) for document in documents.values()]
+    facts |= measured(documents.values())
     return Found(row, figures_of(row, documents, facts["seconds"]), facts)
+
+
+def measured(documents: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Which images were measured, and by which code."""
+    found = list(documents)
+    return {
+        "data": [data_of(document) for document in found],
+        "measured_by": [document["environment"]["git_commit"] for document in found],
+    }
 
 
 def data_of(document: dict[str, Any]) -> str:
@@ -78,8 +87,9 @@ def data_of(document: dict[str, Any]) -> str:
 def circumstances(rows: Rows, target: str, found: Sequence[Found]) -> dict[str, Any]:
     """What stands below a table: data, hardware, versions, commits, command."""
     done = [one.facts | {"task": one.row.task} for one in found if one.status == "done"]
-    command = f"ebmkit reproduce {target} --scale {rows.scale.name}"
+    command = rows.command(target)
     notes = [f"command: `{command}`"]
+    dataset = next((f["data"][0].split(",")[0] for f in done), "")
     if done:
         facts = {
             "data": [line for f in done for line in f["data"]],
@@ -90,7 +100,13 @@ def circumstances(rows: Rows, target: str, found: Sequence[Found]) -> dict[str, 
             "seed, one run per row": [str(f["seed"]) for f in done],
             "PyTorch": [f["torch"] for f in done],
             "commit of training": [str(f["git_commit"]) for f in done],
+            "commit of measuring": [str(commit) for f in done for commit in f["measured_by"]],
         }
         notes += [f"{name}: {', '.join(dict.fromkeys(values))}" for name, values in facts.items()]
         notes.append("hours are wall clock, validation and checkpoints included")
-    return {"about": rows.scale.about, "notes": notes, "command": command}
+    return {
+        "about": rows.scale.about,
+        "dataset": dataset,
+        "notes": notes,
+        "command": command,
+    }

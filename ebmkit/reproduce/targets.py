@@ -14,7 +14,7 @@ from ebmkit.reproduce.runs import Rows
 from ebmkit.reproduce.tables import CLAIMS, GRID, TABLES
 from ebmkit.reproduce.tabulate import run_table
 
-__all__ = ["TARGETS", "Target", "targets_of"]
+__all__ = ["TARGETS", "Target", "check_targets", "targets_of"]
 
 
 class Target(NamedTuple):
@@ -25,31 +25,50 @@ class Target(NamedTuple):
         run: trains, measures and reports, with the names of the rows wanted (none: all); gives the
             paths of what it wrote.
         rows: names of its rows, for ``--only``; none where it has no rows.
+        needs: its runs, each with the family of settings that it is trained by.
     """
 
     about: str
     run: Callable[[Rows, Sequence[str]], list[Path]]
     rows: tuple[str, ...] = ()
-
-
-def _table(table: Table) -> Target:
-    def run(rows: Rows, only: Sequence[str]) -> list[Path]:
-        return run_table(table, rows, only)
-
-    return Target(table.title, run, tuple(row.name for row in table.rows))
+    needs: tuple[tuple[Row, str], ...] = ()
 
 
 def _names(rows: Sequence[Row]) -> tuple[str, ...]:
     return tuple(row.name for row in rows)
 
 
+def _needs(rows: Sequence[Row], family: str = "cifar10") -> tuple[tuple[Row, str], ...]:
+    return tuple((row, family) for row in rows if row.missing is None and row.run is None)
+
+
+def _table(table: Table) -> Target:
+    def run(rows: Rows, only: Sequence[str]) -> list[Path]:
+        return run_table(table, rows, only)
+
+    return Target(table.title, run, _names(table.rows), _needs(table.rows, table.family))
+
+
 TARGETS: dict[str, Target] = {
     **{name: _table(table) for name, table in TABLES.items()},
     "fig1": Target("bias and variance of generative and discriminative fits", run_fig1),
-    "fig3": Target("Jacobian of the denoiser, local linearity", run_fig3, _names(GRID)),
-    "fig4": Target("accuracy under attack", run_fig4, _names(FIG4)),
-    "claims": Target(CLAIMS.title, run_claims, _names(CLAIMS.rows)),
+    "fig3": Target(
+        "Jacobian of the denoiser, local linearity", run_fig3, _names(GRID), _needs(GRID)
+    ),
+    "fig4": Target("accuracy under attack", run_fig4, _names(FIG4), _needs(FIG4)),
+    "claims": Target(CLAIMS.title, run_claims, _names(CLAIMS.rows), _needs(CLAIMS.rows)),
 }
+
+
+def check_targets(names: Sequence[str], rows: Rows) -> None:
+    """All mistakes first: whether everything that ``names`` need can be trained.
+
+    Raises:
+        UserError: if something cannot, or its data is missing.
+    """
+    for name in names:
+        for row, family in TARGETS[name].needs:
+            rows.check([row], family)
 
 
 def targets_of(name: str, only: Sequence[str]) -> list[str]:

@@ -397,6 +397,7 @@ def test_every_data_set_has_a_line_about_it():
         "cifar100",
         "folder",
         "imagenet",
+        "pictures",
         "hdf5",
     ]
     assert all(entry.about for entry in DATASETS.values())

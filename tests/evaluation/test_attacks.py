@@ -60,7 +60,7 @@ def test_the_smallest_strength_is_the_distance_to_the_plane(name, norm):
     x, labels, distances = near_the_plane(model, 100)
     target = Defended(model, Defence(name, sigma), draws=4)
     noise = image_noise(x, draws, "") if target.defence.random else None
-    found = smallest_strengths(Attack(norm, steps=20), target, x, labels, GRID[norm], noise)
+    found = smallest_strengths(Attack(norm, steps=15), target, x, labels, GRID[norm], noise)
     grid = torch.tensor([0, *GRID[norm], math.inf], dtype=torch.float64)
     exact = grid[torch.bucketize(distances[norm].double(), grid)]
     unsure = 0.03 * distances[norm]

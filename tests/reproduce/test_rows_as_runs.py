@@ -160,7 +160,7 @@ def test_a_table_of_one_row_says_what_did_not_run(done, capsys):
 def test_rows_that_need_a_data_folder_say_so(tmp_path):
     from ebmkit.reproduce import find_scale
 
-    rows = Rows(tmp_path, find_scale("full"), tmp_path / "absent")
+    rows = Rows(tmp_path, find_scale("full"), imagenet_dir=tmp_path / "absent")
     with pytest.raises(UserError, match="absent"):
         run_table(TABLES["table2"], rows, ["imagenet-joint"])
     assert not (tmp_path / "rows").exists()

@@ -1,0 +1,162 @@
+"""What the suite ``jacobian`` writes is what the mathematics says of its images."""
+
+import json
+
+import pytest
+import torch
+from mixture_world import Drawn
+from rich.console import Console
+
+from ebmkit import Gaussian, UserError, evaluation
+from ebmkit.evaluation import tables
+from ebmkit.evaluation.data import noisy_batches
+from ebmkit.jacobian import jacobian
+from ebmkit.models import DirectDenoiser
+from ebmkit.pictures.jacobian import around_gray, magnification
+from ebmkit.spectrum import spectrum
+
+SIGMA = 0.05
+
+
+@pytest.fixture
+def evaluate(tmp_path):
+    """Run the suite; gives its document, and its pictures by name."""
+
+    def run(model, data, pictures=False, **options):
+        results = evaluation.evaluate(
+            model,
+            data,
+            ["jacobian"],
+            tmp_path,
+            options={"jacobian": {"sigma": SIGMA, **options}},
+            pictures=pictures,
+        )
+        read = json.loads((tmp_path / "jacobian.json").read_text())
+        assert read == results["jacobian"].document
+        return read, {path.name for path in tmp_path.glob("*.png")}
+
+    return run
+
+
+def test_a_gaussian_expects_the_error_that_it_makes(evaluate):
+    variances = torch.logspace(-3.2, -2.2, 16)
+    model = Gaussian(torch.full((1, 4, 4), 0.5), variances.diag()).eval()
+    x, c = model.sample(20, torch.Generator().manual_seed(1))
+    document, _ = evaluate(model, Drawn(x, c, class_names=("only",)), images=20)
+    gains = (variances / (variances + SIGMA**2)).double()
+    assert (document["images"], document["dimensions"]) == (20, 16)
+    for one in document["per_image"]:
+        assert one["trace"] == pytest.approx(float(gains.sum()), rel=1e-5)  # float32
+        assert one["eigenvalues"] == pytest.approx(gains.flip(0).tolist(), abs=1e-5)
+        assert one["above_half"] == int((gains > 0.5).sum())
+        assert (one["negative"], one["converged"], one["predicted"]) == (0, True, "only")
+        assert one["difference"] == pytest.approx(0, abs=1e-6)  # one label tells nothing
+    made = torch.tensor([10 ** (-one["psnr"] / 10) for one in document["per_image"]])
+    expected = 10 ** (-document["per_image"][0]["expected_psnr"] / 10)
+    # 20 images of 16 values: the mean error is known to about 8 %
+    assert float(made.mean()) == pytest.approx(expected, rel=0.3)
+
+
+def test_each_image_is_measured_at_the_noise_of_all_suites(network, squares, evaluate):
+    document, pictures = evaluate(network, squares, pictures=True, images=2)
+    assert pictures == {"jacobian.png", "spectrum.png"}
+    ((_, y, _),) = noisy_batches(squares.first(2), SIGMA, batch_size=2)
+    for i, one in enumerate(document["per_image"]):
+        found = spectrum(jacobian(network, y[i], SIGMA), 3, 2)
+        assert one["trace"] == pytest.approx(found.trace, rel=1e-4)
+        expected = [float(f"{v:.6g}") for v in found.values]
+        assert one["eigenvalues"] == pytest.approx(expected, abs=1e-4)
+        assert [p["value"] for p in one["largest"]] == pytest.approx(expected[:3], abs=1e-4)
+        removed = (network.denoise(y[i : i + 1], SIGMA) - y[i]).flatten().double()
+        shares = (found.largest.vectors.flatten(1) @ removed).square() / removed.square().sum()
+        shown = [p["noise"] for p in one["largest"]]
+        assert shown == pytest.approx(shares.tolist(), abs=1e-3)
+        assert one["label"] == squares.class_names[int(squares.labels[i])]
+        assert 0 < one["asymmetry"] < 1e-5
+
+
+def test_double_precision_leaves_the_model_as_it_was(network, squares, evaluate):
+    document, _ = evaluate(network, squares, images=1, precision="double")
+    assert document["precision"] == "fp64"
+    assert document["per_image"][0]["asymmetry"] < 1e-12
+    assert {p.dtype for p in network.parameters()} == {torch.float32}
+
+
+def test_images_without_labels_and_models_without(network, squares, evaluate):
+    network.card.classifies = False
+    document, pictures = evaluate(network, Drawn(squares.images, None), pictures=True, images=1)
+    assert not document["classes"]
+    assert document["per_image"][0]["predicted"] is None
+    assert "difference" not in document["per_image"][0]
+    assert "jacobian.png" in pictures
+
+
+def test_what_did_not_converge_is_told(mixture, drawn, evaluate):
+    document, pictures = evaluate(
+        mixture, drawn, images=2, method="iterative", tolerance=1e-12, products=100, pictures=True
+    )
+    assert document["method"] == "iterative"
+    assert "eigenvalues" not in document["per_image"][0]
+    assert "spectrum.png" not in pictures
+    (line,) = document["warnings"]
+    assert "of 2 of 2 images not all eigenpairs converged" in line
+    result = evaluation.suites.Result("jacobian", document, None)
+    (table,) = tables({"jacobian": result})
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(table)
+    console.file.close()
+    text = console.export_text()
+    assert "2.71" in text  # the paper's
+    assert "…" not in text
+
+
+class Swap(torch.nn.Module):
+    """A network that is no gradient: it turns pixels and halves them."""
+
+    def forward(self, y, sigma=None):
+        return 0.5 * y.roll(1, -1)
+
+
+def test_a_plain_denoiser_is_asymmetric(drawn, evaluate):
+    document, pictures = evaluate(DirectDenoiser(Swap()), drawn, pictures=True, images=1)
+    one = document["per_image"][0]
+    assert document["singular"]
+    assert one["eigenvalues"] == pytest.approx([0.5] * 16)
+    assert one["asymmetry"] == pytest.approx(2**0.5)  # J and J^T have no entry in common
+    assert one["trace"] == 0
+    assert one["expected_psnr"] is None
+    assert "jacobian.png" in pictures
+
+
+def test_a_plain_denoiser_of_large_images_is_refused(evaluate):
+    large = Drawn(torch.rand(1, 1, 60, 60), None)
+    with pytest.raises(UserError, match="images of 3600 values are too large"):
+        evaluate(DirectDenoiser(Swap()), large)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"sigma": "50"}, "did you mean 50/255"),
+        ({"method": "exact"}, "method"),
+        ({"largest": 16}, "of the 16 eigenvalues"),
+    ],
+)
+def test_illegal_settings_are_refused(options, words, mixture, drawn, evaluate):
+    with pytest.raises(UserError, match=words):
+        evaluate(mixture, drawn, **options)
+
+
+def test_differences_are_magnified_as_far_as_they_do_not_saturate():
+    assert magnification(torch.full((100,), 1e-4)) == 500  # the paper's factor
+    assert magnification(torch.full((100,), 0.0)) == 500
+    for size in (0.0011, 0.013, 0.2, 3.0):
+        image = size * torch.linspace(-1, 1, 1000).reshape(1, 20, 50)
+        factor = magnification(image)
+        shown = around_gray(image, factor)
+        outside = ((shown < 0) | (shown > 1)).double().mean()
+        assert outside <= 0.011
+        assert factor < 500
+        assert shown.max() > 0.5 + 0.5 / 2.6  # the next one, 2 or 2.5 times as large, would not fit
+    full = around_gray(torch.tensor([-2.0, 0, 1]))
+    assert torch.allclose(full, torch.tensor([0, 0.5, 0.75]))
