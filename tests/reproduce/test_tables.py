@@ -140,7 +140,12 @@ def test_orderings_hold_are_reversed_or_open():
         _found("relu", accuracy=(59.5, 58.5, 60.5), p15=(25.0, 24, 26), p25=(27.01, 26, 28)),
         _found("no-side", accuracy=(65, 64, 66), p15=(30.5, 29, 31)),
     ]
-    report = document(TABLES["table3"], "cpu", found, {"about": "", "notes": [], "command": ""})
+    report = document(
+        TABLES["table3"],
+        "cpu",
+        found,
+        {"about": "", "dataset": "cifar10", "notes": [], "command": ""},
+    )
     verdicts = {(o["worse"], o["metric"]): o["verdict"] for o in report["orderings"]}
     assert verdicts == {
         ("relu", "accuracy"): "open",  # each within the other's interval
