@@ -8,7 +8,7 @@ This is an upper bound of the accuracy under the worst perturbation, as tight as
 no attack proves that there is none (a certificate does).
 
 Protocol. PGD by foolbox in :math:`\ell_\infty` and :math:`\ell_2`, in image units, of 40 steps of
-2.5/40 of the strength from a random start, on float images within [0, 1] that are never rounded to
+0.2 of the strength from a random start, on float images within [0, 1] that are never rounded to
 255ths; in float32; on the first 200 images unless told otherwise (`RobustnessConfig`). Defences,
 how they are attacked through, and what noise they are judged on: `ebmkit.evaluation.attacks`. A
 defence with noise sums probabilities over ``draws`` draws, and each gradient of its attacker over

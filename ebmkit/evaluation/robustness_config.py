@@ -64,7 +64,9 @@ class RobustnessConfig(BaseModel):
     steps: int = Field(40, ge=1, description="steps of PGD")
     restarts: int = Field(1, ge=1, description="random starts of PGD, of which the best counts")
     stepsize: float | None = Field(
-        None, gt=0, description="step of PGD relative to the strength; none: 2.5 / steps"
+        None,
+        gt=0,
+        description="step of PGD relative to the strength; none: 0.2, or 2.5 / steps if larger",
     )
     eot: int = Field(4, ge=1, description="draws of noise that each gradient averages over")
     draws: int = Field(16, ge=1, description="draws of noise that a defence averages over")

@@ -6,7 +6,10 @@ import torch
 from ebmkit import JointModel, create_model
 from ebmkit.models import BACKBONES, HEADS
 
-SMALLEST = {"gradresnet18-imagenet": 32, "resnet18-imagenet": 32}  # total stride 16: below this the last maps are one pixel
+SMALLEST = {
+    "gradresnet18-imagenet": 32,
+    "resnet18-imagenet": 32,
+}  # total stride 16: below this the last maps are one pixel
 NUM_CLASSES = 3
 
 

@@ -8,10 +8,16 @@ from torch import nn
 
 from ebmkit import Energies, JointModel, create_model
 from ebmkit.inference import spread
-from ebmkit.models import Features, LinearQuadraticHead
+from ebmkit.models import BACKBONES, Features, LinearQuadraticHead
 from ebmkit.models.joint import EXTENTS, halves
 
 REFERENCE = 32  # a multiple of twice the total stride of every preset
+
+
+@pytest.fixture(params=[n for n, p in BACKBONES.items() if p.config.kind == "gradresnet"])
+def backbone(request) -> str:
+    """The GradResNets: what is checked here are their norms, and the extents over them."""
+    return request.param
 
 
 @pytest.fixture(params=EXTENTS)
