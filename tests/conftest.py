@@ -1,14 +1,50 @@
-"""Fixtures shared by all tests."""
+"""Processes of the tests, and fixtures shared by all of them."""
 
+import gc
+import os
 from pathlib import Path
 
+# One thread in each process of the tests and in each they start: two of them share two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 import pytest
-import torch
+
+
+@pytest.hookimpl(optionalhook=True, tryfirst=True)
+def pytest_xdist_auto_num_workers(config):
+    """How many processes ``-n auto`` is: one for each core, up to 4; where files are named, none.
+
+    Each process imports everything once, which costs more than a file of tests saves.
+    """
+    if any(".py" in argument for argument in config.args):
+        return 0
+    available = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    return min(4, len(available(0)))
+
+
+def pytest_configure(config):
+    """Workers of a data loader are forked, from Python 3.12 on with a warning beside a thread.
+
+    The processes of pytest-xdist have one, which only waits for messages.
+    """
+    config.addinivalue_line(
+        "filterwarnings", "ignore:This process .* is multi-threaded:DeprecationWarning"
+    )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def settled():
+    """What was imported by now lives to the end, so that looking for garbage can pass over it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def seeded():
     """Every test draws the same numbers, whichever tests ran before it."""
+    import torch
+
     torch.manual_seed(0)
 
 
@@ -19,3 +55,23 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the folder shared/ beside the repository")
     return folder
+
+
+@pytest.fixture(scope="module")
+def counted_once():
+    """For tests of runs that are alike: the memory of the first one's step stands for all.
+
+    Counting it (`tests/training/test_cost.py`) takes longer than a few steps of a small network.
+    """
+    from ebmkit.training import memory
+
+    count, found = memory.rehearse, []
+
+    def first(*arguments):
+        if not found:
+            found.append(count(*arguments))
+        return found[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "rehearse", first)
+        yield

@@ -178,7 +178,9 @@ def test_the_plot_shows_each_side_against_each_size(tmp_path, monkeypatch):
         return Row(name, "cpu", seconds, 1.0, 10.0 * seconds, 1.0, None, {}, "")
 
     figures = []
-    monkeypatch.setattr("ebmkit.pictures._save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(
+        "ebmkit.pictures.common.save_figure", lambda figure, path: figures.append(figure)
+    )
     rows = [row(w, who, w / k) for who, k in ((OURS, 2), (PLAIN, 1)) for w in (16, 8)]
     scaling_plot(rows, tmp_path / "curve.png")
     lines = {line.get_label(): line for line in figures[0].axes[0].lines}

@@ -1,53 +1,29 @@
 """The command line, as a user meets it: what it prints, leaves behind, refuses, and exits with."""
 
-import contextlib
-import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-import warnings
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from command_line import ebmkit_command
 from PIL import Image
 
 import ebmkit
-from ebmkit.cli import main
 from ebmkit.cli.list import tables
+
+pytestmark = pytest.mark.usefixtures("counted_once")
 
 SMALL = [
     "--width", "8", "--set", "log_every=1", "--set", "validation_images=16",
     "--set", "streams.classify.batch_size=16", "--set", "streams.denoise.batch_size=16",
     "--device", "cpu",
 ]  # fmt: skip
-
-
-class Ended(NamedTuple):
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def ebmkit_command(*arguments, cwd):
-    """Run the command line in this process, in folder ``cwd``; what it printed and ended with."""
-    out, err, before = io.StringIO(), io.StringIO(), warnings.showwarning
-    with (
-        contextlib.chdir(cwd),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-        pytest.MonkeyPatch.context() as patch,
-        pytest.raises(SystemExit) as ended,
-    ):
-        patch.setattr(sys, "argv", ["ebmkit", *map(str, arguments)])
-        patch.setenv("COLUMNS", "120")
-        main()
-    warnings.showwarning = before
-    return Ended(int(ended.value.code or 0), out.getvalue(), err.getvalue())
 
 
 def refused(result, *told):
@@ -64,7 +40,7 @@ def place(tmp_path_factory):
     """A folder with one small trained run on digits, made through the command line."""
     folder = tmp_path_factory.mktemp("place")
     result = ebmkit_command(
-        "train", "--backbone", "gradresnet18", "--objective", "ce+dsm", "--steps", 60,
+        "train", "--backbone", "gradresnet18", "--objective", "ce+dsm", "--steps", 12,
         "--out", "run", *SMALL, cwd=folder,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -206,21 +182,23 @@ def test_a_model_without_labels_denoises_and_says_that_it_cannot_classify(tmp_pa
 
 
 def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(tmp_path):
-    command = [sys.executable, "-m", "ebmkit", "train", "--steps", "100000", "--out", "run"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [*command, *SMALL], cwd=tmp_path, env=environment,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (metrics.is_file() and metrics.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    printed, told = process.communicate(timeout=60)
-    assert process.returncode == 130, told
-    assert "ebmkit train --resume run" in printed
-    assert "Traceback" not in told
+    metrics, ended = tmp_path / "run" / "metrics.jsonl", threading.Event()
+
+    def press():
+        while not ended.wait(0.02):
+            if metrics.is_file() and metrics.stat().st_size:
+                return os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=press)
+    thread.start()
+    try:
+        stopped = ebmkit_command("train", "--steps", 100_000, "--out", "run", *SMALL, cwd=tmp_path)
+    finally:
+        ended.set()
+        thread.join()
+    assert stopped.returncode == 130, stopped.stderr
+    assert "ebmkit train --resume run" in stopped.stdout
+    assert "Traceback" not in stopped.stderr
     assert (tmp_path / "run" / "checkpoints" / "last.pt").is_file()
 
 

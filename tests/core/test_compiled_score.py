@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 
-from ebmkit import Energies, EnergyModel, GaussianMixture, UserError, compiled, core, create_model
+from ebmkit import Energies, EnergyModel, GaussianMixture, UserError, core, create_model
 from ebmkit.compiled import PAYS, SIZES, Inference
 from ebmkit.core import linearize
 

@@ -20,9 +20,14 @@ MODULES = ["ebmkit", "ebmkit.models"] + [
 
 
 def test_import_is_light():
-    code = f"import sys, ebmkit; print([m for m in {HEAVY} if m in sys.modules])"
+    code = f"""
+import sys, ebmkit
+print([m for m in {HEAVY} if m in sys.modules])
+import ebmkit.pictures
+print("matplotlib" in sys.modules)
+"""
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert ran.stdout.strip() == "[]", ran.stderr
+    assert ran.stdout.splitlines() == ["[]", "False"], ran.stderr
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -90,7 +90,7 @@ def test_files_give_the_models_values_at_another_batch_size(tmp_path, suffix, ch
 @pytest.mark.parametrize(
     ("channels", "name"),
     [
-        (3, "denoiser.pt2"),
+        pytest.param(1, "classifier.pt2", marks=pytest.mark.slow),
         pytest.param(1, "classifier.onnx", marks=[needs_onnx, pytest.mark.slow]),
         pytest.param(3, "denoiser.onnx", marks=[needs_onnx, pytest.mark.slow]),
     ],
@@ -240,9 +240,11 @@ def test_sizes_and_batches(tmp_path):
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
-    shape = ModelConfig(backbone=GradResNetConfig(width=8), in_channels=1, num_classes=3)
-    card = ModelCard(image_size=(8, 8), channels=1, classifies=True)
-    save_model(tmp_path, shape.build(), shape, card)
+    """A network of the library, exported as users do, gives the denoised images of its model."""
+    shape = ModelConfig(backbone=GradResNetConfig(width=8), in_channels=3, num_classes=3)
+    card = ModelCard(image_size=(8, 8), channels=3, classifies=True)
+    model = shape.build()
+    save_model(tmp_path, model, shape, card)
     monkeypatch.chdir(tmp_path)
 
     def ended(*arguments):
@@ -251,12 +253,14 @@ def test_the_command(tmp_path, monkeypatch, capsys):
             main()
         return int(caught.value.code or 0), capsys.readouterr()
 
-    arguments = ("--out", "small.pt2", "--what", "classifier", "--image-size", "6x4")
+    arguments = ("--out", "small.pt2", "--what", "denoiser", "--image-size", "6x4")
     code, printed = ended(*arguments)
     assert code == 0, printed.err
-    assert "small.pt2: y (batch, 1, 6, 4) -> log_probabilities, log_density" in printed.out
-    assert "compared with the model on 6 random images: log_density differs by" in printed.out
-    assert (tmp_path / "small.pt2").is_file()
+    assert "small.pt2: y (batch, 3, 6, 4), sigma (batch) -> denoised" in printed.out
+    assert "compared with the model on 6 random images: denoised differs by" in printed.out
+    y, sigma = torch.rand(3, 3, 6, 4), torch.rand(3)
+    with torch.no_grad():
+        assert_equal(run_alone(tmp_path / "small.pt2", y, sigma), [model.denoise(y, sigma)])
     code, printed = ended(*arguments)
     assert code == 2
     assert "'small.pt2' exists" in printed.err

@@ -40,7 +40,7 @@ def image(*shape):
     return torch.rand(1, 1, *shape, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, 3])
 def test_a_tiling_of_a_torus_is_worth_its_tiles(backbone, extent, count):
     """On a torus each copy in an n x n tiling sees what the one image saw.
 
@@ -56,7 +56,7 @@ def test_a_tiling_of_a_torus_is_worth_its_tiles(backbone, extent, count):
 
 
 @pytest.mark.parametrize("extent", ["windows", "factor"])
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, 3])
 def test_a_tiling_of_a_torus_has_the_score_of_its_tile(backbone, extent, count):
     """The score of a pixel, and so what is denoised, does not depend on how large the image is.
 

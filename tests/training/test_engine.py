@@ -119,7 +119,7 @@ def test_nothing_is_compiled_again_after_the_first_step():
 def test_any_number_of_steps_can_be_compiled_in_one_process():
     # What a compiler keeps is counted by code object, up to 8; each step has its own.
     for count in range(2, 12):
-        step = make(tiny(), "ce", compile="on")
+        step = make(tiny(), "ce", backend="eager", compile="on")
         step(drawn(0, count), rate=1e-3)
         assert step.compiled
 

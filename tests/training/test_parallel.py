@@ -7,10 +7,13 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import ebmkit_command
 
 import ebmkit
 from ebmkit import parallel
@@ -52,11 +55,35 @@ def weights(path: Path) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory) -> Path:
-    """A run of four steps by two processes."""
+    """A run of four steps by two processes, this one and another, told what torchrun tells them."""
     folder = tmp_path_factory.mktemp("parallel")
-    done = run(launch(2, "train", "--steps=4", "--out=two", *SETTINGS), folder)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("run folder: two") == 1  # one process writes
+    arguments = ["train", "--steps=4", "--out=two", *SETTINGS]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        warnings.catch_warnings(),
+        subprocess.Popen(
+            [sys.executable, "-m", "ebmkit", *arguments],
+            cwd=folder, env={**os.environ, **variables, "RANK": "1"},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        ) as other,
+    ):  # fmt: skip
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # of torch itself
+        patch.setattr(parallel, "PATIENCE", timedelta(minutes=2))
+        patch.setattr(torch._dynamo.config, "optimize_ddp", True)  # which the run switches off
+        try:
+            first = ebmkit_command(*arguments, cwd=folder, RANK="0", **variables)
+            printed, told = other.communicate(timeout=120)
+        finally:
+            other.kill()
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+    assert first.returncode == other.returncode == 0, first.stderr + told
+    assert first.stdout.count("run folder: two") == 1
+    assert "run folder" not in printed  # one process writes
     return folder / "two"
 
 
@@ -115,14 +142,8 @@ def test_a_port_in_use_is_said(tmp_path):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        found = run(
-            [sys.executable, "-m", "ebmkit", "train", *SETTINGS, "--steps=1"],
-            tmp_path,
-            RANK="0",
-            WORLD_SIZE="2",
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=port,
-        )
+        variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        found = ebmkit_command("train", *SETTINGS, "--steps=1", cwd=tmp_path, RANK="0", **variables)
     assert found.returncode == 2
     assert f"port {port} is in use on this machine: choose another" in found.stderr
     assert "Traceback" not in found.stderr

@@ -15,6 +15,8 @@ from ebmkit.training import Interrupted, RunFolder, resolve
 from ebmkit.training.assemble import assemble
 from ebmkit.training.optim import learning_rate, make_optimizer
 
+pytestmark = pytest.mark.usefixtures("counted_once")
+
 SMALL = {
     "model": {"backbone": {"width": 8}},
     "steps": 8,
