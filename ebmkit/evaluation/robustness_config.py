@@ -62,7 +62,7 @@ class RobustnessConfig(BaseModel):
         description="noise levels of the map, image units; 0 is always among them; [0] for no map",
     )
     steps: int = Field(40, ge=1, description="steps of PGD")
-    restarts: int = Field(1, ge=1, description="random starts of PGD, of which the best counts")
+    restarts: int = Field(2, ge=1, description="random starts of PGD, of which the best counts")
     stepsize: float | None = Field(
         None,
         gt=0,

@@ -17,7 +17,14 @@ from ebmkit.evaluation.robustness import ROBUSTNESS
 from ebmkit.evaluation.setting import Setting
 from ebmkit.pictures import robustness as pictures
 
-QUICK = {"steps": 5, "eot": 2, "draws": 4, "linf": ["5/255", 0.04], "l2": [0.05, "0.1"]}
+QUICK = {
+    "steps": 5,
+    "restarts": 1,
+    "eot": 2,
+    "draws": 4,
+    "linf": ["5/255", 0.04],
+    "l2": [0.05, "0.1"],
+}
 QUICK |= {"noise_levels": [0, 0.02], "sigma": "0.02"}
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 import ebmkit
 from ebmkit.cli import main
+from ebmkit.cli.console import console
 from ebmkit.models.heads import LinearQuadraticHead
 from ebmkit.models.parts import Features
 from ebmkit.objectives import TrainingLoss
@@ -340,7 +341,7 @@ def command(*arguments):
 
 @pytest.mark.slow
 def test_imagenet_end_to_end_through_the_command_line(pictures, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "150")
+    monkeypatch.setattr(console, "_width", 150)
     options = [part for assignment in SMALL for part in ("--set", assignment)]
     start = ["train", "--recipe", "imagenet", "--data-dir", pictures, *options]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
