@@ -12,7 +12,7 @@ from ebmkit.cli.app import app
 from ebmkit.cli.console import console
 from ebmkit.compute import pick_device
 from ebmkit.core import ScoreModel
-from ebmkit.data import ImageSet, StreamedSet
+from ebmkit.data import AnyImages
 from ebmkit.evaluation import Images, evaluation_folder, parse_suites, tables
 from ebmkit.evaluation import evaluate as run_suites
 from ebmkit.models import load
@@ -83,7 +83,7 @@ def _images(
     image_size: int | None,
     split: Split,
     world: World,
-) -> ImageSet | StreamedSet:
+) -> AnyImages:
     """The images to evaluate on: those of the run's own data set, or another's."""
     imported = dataset is not None and not (run / "config.yaml").exists()
     trained = DataConfig(name="") if imported else resolve(RunFolder.open(run).config()).dataset

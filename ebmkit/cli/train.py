@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ebmkit.cli.app import app
 from ebmkit.cli.console import TensorBoard, Together, TrainingBar, console
-from ebmkit.data import ImageSet, StreamedSet
+from ebmkit.data import AnyImages
 from ebmkit.errors import UserError
 from ebmkit.files import write_atomically
 from ebmkit.parallel import World, join, launch, restarted
@@ -295,7 +295,7 @@ def _where(trainer: Trainer) -> str:
     return f"{trainer.device} ({step.precision}{compiled}{processes})"
 
 
-def _finish(trainer: Trainer, run: Path, test: ImageSet | StreamedSet) -> None:
+def _finish(trainer: Trainer, run: Path, test: AnyImages) -> None:
     """Evaluate on the test images, print the table, draw the pictures."""
     from ebmkit.cli.evaluate import evaluate_run
     from ebmkit.pictures import learning_curves

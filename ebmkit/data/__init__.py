@@ -2,7 +2,7 @@
 
 from ebmkit.data.augment import Augmentation
 from ebmkit.data.images import Picture, read_image, write_image
-from ebmkit.data.imagesets import ImageSet, Split, StreamedSet
+from ebmkit.data.imagesets import AnyImages, ImageSet, Split, StreamedSet
 from ebmkit.data.noise import NoiseLaw
 from ebmkit.data.schedule import Phase, StreamConfig
 from ebmkit.data.sets import DATASETS, DatasetEntry, load_dataset
@@ -10,6 +10,7 @@ from ebmkit.data.streams import Batch, Stream
 
 __all__ = [
     "DATASETS",
+    "AnyImages",
     "Augmentation",
     "Batch",
     "DatasetEntry",

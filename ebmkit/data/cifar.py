@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from ebmkit.data.hdf5 import load_rows, read_contents
-from ebmkit.data.imagesets import ImageSet, Split, StreamedSet, held_out
+from ebmkit.data.imagesets import AnyImages, ImageSet, Split, held_out
 from ebmkit.errors import UserError
 
 __all__ = ["CIFAR", "cifar", "torchvision_cifar"]
@@ -48,7 +48,7 @@ CIFAR = {
 """Both sets: torchvision's name and folder, and the published names of the classes."""
 
 
-def cifar(name: str, data_dir: Path, split: Split, download: bool) -> ImageSet | StreamedSet:
+def cifar(name: str, data_dir: Path, split: Split, download: bool) -> AnyImages:
     """One split of ``name`` ("cifar10" or "cifar100") as found in ``data_dir``.
 
     Raises:

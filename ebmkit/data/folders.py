@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ebmkit.data import imagesets
 from ebmkit.data.images import picture_header
-from ebmkit.data.imagesets import ImageSet, Split, StreamedSet, held_out, shuffled
+from ebmkit.data.imagesets import AnyImages, ImageSet, Split, StreamedSet, held_out, shuffled
 from ebmkit.data.reading import FolderReader
 from ebmkit.errors import UserError
 
@@ -64,7 +64,7 @@ def load_folder(
     *,
     side: int | None = None,
     name: str = "folder",
-) -> ImageSet | StreamedSet:
+) -> AnyImages:
     """One split of a folder; streamed if decoded it takes more than `imagesets.MEMORY_LIMIT` bytes.
 
     Args:

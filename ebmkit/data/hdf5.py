@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ebmkit.data import imagesets
-from ebmkit.data.imagesets import ImageSet, Split, StreamedSet, held_out, shuffled
+from ebmkit.data.imagesets import AnyImages, ImageSet, Split, StreamedSet, held_out, shuffled
 from ebmkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Hdf5Reader:
         return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
-def load_hdf5(path: Path, split: Split, image_size: int | None = None) -> ImageSet | StreamedSet:
+def load_hdf5(path: Path, split: Split, image_size: int | None = None) -> AnyImages:
     """One split of a file; streamed if its images take more than `imagesets.MEMORY_LIMIT` bytes.
 
     Raises:
@@ -102,7 +102,7 @@ def load_hdf5(path: Path, split: Split, image_size: int | None = None) -> ImageS
     return load_rows("hdf5", split, contents, rows)
 
 
-def load_rows(name: str, split: Split, contents: Contents, rows: Tensor) -> ImageSet | StreamedSet:
+def load_rows(name: str, split: Split, contents: Contents, rows: Tensor) -> AnyImages:
     """The set of ``rows`` (N,) of a file's images, in that order, in memory if it fits."""
     count, height, width, channels = contents.shape
     labels = None if contents.labels is None else contents.labels[rows]

@@ -19,6 +19,7 @@ from ebmkit.errors import UserError
 __all__ = [
     "MEMORY_LIMIT",
     "SPLITS",
+    "AnyImages",
     "ImageSet",
     "PictureReader",
     "RowReader",
@@ -226,6 +227,10 @@ class StreamedSet:
         for start in range(0, len(self), size):
             images, labels = self.read(range(start, min(start + size, len(self))))
             yield to_floats(images), labels
+
+
+AnyImages = ImageSet | StreamedSet
+"""Images of one split, in memory or on disk."""
 
 
 def check_labels(what: str, labels: Tensor | None, count: int, num_classes: int) -> None:

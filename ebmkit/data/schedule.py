@@ -21,7 +21,7 @@ from typing import Annotated, NamedTuple
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ebmkit.data.augment import Augmentation
-from ebmkit.data.imagesets import ImageSet, StreamedSet
+from ebmkit.data.imagesets import AnyImages, StreamedSet
 from ebmkit.data.noise import NoiseLaw
 from ebmkit.errors import UserError
 
@@ -177,7 +177,7 @@ def images_between(plan: Sequence[Stage], start: int, stop: int) -> int:
 
 
 def check_stream(
-    source: ImageSet | StreamedSet,
+    source: AnyImages,
     config: StreamConfig,
     spans: tuple[Span, ...],
     name: str,

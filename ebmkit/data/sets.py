@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ebmkit.data.imagesets import SPLITS, ImageSet, Split, StreamedSet
+from ebmkit.data.imagesets import SPLITS, AnyImages, ImageSet, Split, StreamedSet
 from ebmkit.errors import UserError, unknown_name
 from ebmkit.registry import find
 
@@ -33,7 +33,7 @@ class Request(NamedTuple):
 class DatasetEntry:
     """A named data set: its loader and one line of text ``about`` it."""
 
-    load: Callable[[Request], ImageSet | StreamedSet]
+    load: Callable[[Request], AnyImages]
     about: str
 
 
@@ -50,21 +50,21 @@ def _patches(request: Request) -> ImageSet:
     return patches(request.split, request.image_size or 32)
 
 
-def _cifar10(request: Request) -> ImageSet | StreamedSet:
+def _cifar10(request: Request) -> AnyImages:
     from ebmkit.data.cifar import cifar
 
     _own_size("cifar10", request, 32)
     return cifar("cifar10", request.data_dir or Path("data"), request.split, request.download)
 
 
-def _cifar100(request: Request) -> ImageSet | StreamedSet:
+def _cifar100(request: Request) -> AnyImages:
     from ebmkit.data.cifar import cifar
 
     _own_size("cifar100", request, 32)
     return cifar("cifar100", request.data_dir or Path("data"), request.split, request.download)
 
 
-def _folder(request: Request) -> ImageSet | StreamedSet:
+def _folder(request: Request) -> AnyImages:
     from ebmkit.data.folders import load_folder
 
     if request.data_dir is None:
@@ -72,7 +72,7 @@ def _folder(request: Request) -> ImageSet | StreamedSet:
     return load_folder(request.data_dir, request.split, request.image_size, request.progress)
 
 
-def _imagenet(request: Request) -> ImageSet | StreamedSet:
+def _imagenet(request: Request) -> AnyImages:
     from ebmkit.data.folders import load_folder
 
     if request.data_dir is None:
@@ -90,7 +90,7 @@ def _imagenet(request: Request) -> ImageSet | StreamedSet:
     )
 
 
-def _hdf5(request: Request) -> ImageSet | StreamedSet:
+def _hdf5(request: Request) -> AnyImages:
     from ebmkit.data.hdf5 import load_hdf5
 
     if request.data_dir is None:
@@ -141,7 +141,7 @@ def load_dataset(
     image_size: int | None = None,
     download: bool = True,
     progress: bool = True,
-) -> ImageSet | StreamedSet:
+) -> AnyImages:
     """One split of a data set.
 
     Args:

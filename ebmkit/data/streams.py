@@ -35,7 +35,7 @@ from ebmkit.data.augment import (
     random_crop,
 )
 from ebmkit.data.crops import DRAWS, Crop, Cut, crop_boxes, resize_boxes
-from ebmkit.data.imagesets import ImageSet, StreamedSet, to_floats
+from ebmkit.data.imagesets import AnyImages, ImageSet, StreamedSet, to_floats
 from ebmkit.data.schedule import Span, StreamConfig, check_stream, span_at
 from ebmkit.errors import UserError
 
@@ -99,7 +99,7 @@ class Stream:
 
     def __init__(
         self,
-        source: ImageSet | StreamedSet,
+        source: AnyImages,
         config: StreamConfig,
         name: str,
         seed: int,

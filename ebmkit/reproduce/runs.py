@@ -22,7 +22,7 @@ from typing import Any
 
 from ebmkit.compute import pick_device, pick_precision
 from ebmkit.core import ScoreModel
-from ebmkit.data import ImageSet, StreamedSet
+from ebmkit.data import AnyImages
 from ebmkit.errors import UserError
 from ebmkit.evaluation import SIGMAS, SUITES, evaluate, parse_options
 from ebmkit.models import load
@@ -95,7 +95,7 @@ class Rows:
     tell: Tell = lambda sentence: None
     progress: bool = False
     imagenet_dir: Path | None = None
-    _test: dict[tuple[str, int | None], ImageSet | StreamedSet] = field(default_factory=dict)
+    _test: dict[tuple[str, int | None], AnyImages] = field(default_factory=dict)
 
     def folder(self, row: Row) -> Path:
         """The run folder of ``row``."""
@@ -232,7 +232,7 @@ class Rows:
             **{name: own.get(name) for name in names},
         }
 
-    def _images(self, data: DataConfig) -> ImageSet | StreamedSet:
+    def _images(self, data: DataConfig) -> AnyImages:
         key = (data.name, data.image_size)
         if key not in self._test:
             self._test[key] = images_of(data, "test")

@@ -7,19 +7,20 @@ from typing import Literal
 import torch
 
 from ebmkit.core import ScoreModel
-from ebmkit.data import ImageSet, StreamedSet, load_dataset
+from ebmkit.data import AnyImages, load_dataset
 from ebmkit.models import ModelConfig
 from ebmkit.parallel import World
+from ebmkit.training.checks import trained_size
 from ebmkit.training.config import DataConfig, TrainConfig
 from ebmkit.training.runs import RunFolder
-from ebmkit.training.trainer import Reporter, Trainer, trained_size
+from ebmkit.training.trainer import Reporter, Trainer
 
 __all__ = ["assemble", "build_model", "images_of"]
 
 Split = Literal["train", "validation", "test"]
 
 
-def images_of(config: DataConfig, split: Split, progress: bool = False) -> ImageSet | StreamedSet:
+def images_of(config: DataConfig, split: Split, progress: bool = False) -> AnyImages:
     """The images of ``split``, as ``config`` names them.
 
     Raises:
@@ -30,7 +31,7 @@ def images_of(config: DataConfig, split: Split, progress: bool = False) -> Image
     )
 
 
-def build_model(config: TrainConfig, images: ImageSet | StreamedSet) -> ScoreModel:
+def build_model(config: TrainConfig, images: AnyImages) -> ScoreModel:
     """The model that ``config`` describes for ``images``, with weights drawn from its seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -38,7 +39,7 @@ def build_model(config: TrainConfig, images: ImageSet | StreamedSet) -> ScoreMod
     return model
 
 
-def model_config(config: TrainConfig, images: ImageSet | StreamedSet) -> ModelConfig:
+def model_config(config: TrainConfig, images: AnyImages) -> ModelConfig:
     """The model's configuration, with what follows from the images filled in."""
     facts = {
         "in_channels": images.channels,

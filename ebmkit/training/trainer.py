@@ -23,15 +23,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ebmkit.card import ModelCard
 from ebmkit.compute import describe, pick_device
 from ebmkit.core import ScoreModel
-from ebmkit.data import Batch, ImageSet, Stream, StreamConfig, StreamedSet
-from ebmkit.data.schedule import Stage, images_between, stage_at, stages
+from ebmkit.data import AnyImages, Batch, ImageSet, Stream, StreamConfig
+from ebmkit.data.schedule import images_between, stage_at, stages
 from ebmkit.data.streams import prefetched
 from ebmkit.errors import UserError
 from ebmkit.models import ModelConfig, save_model, save_weights
 from ebmkit.objectives import TrainingLoss, parse_objective
-from ebmkit.objectives.terms import check_labels
 from ebmkit.parallel import World, device_of_rank
 from ebmkit.training.account import Account, Budget, Stopwatch, peak_memory
+from ebmkit.training.checks import check_compiled, check_terms, shapes, trained_size
 from ebmkit.training.config import TrainConfig
 from ebmkit.training.engine import OutOfMemory, Reading, TrainingStep
 from ebmkit.training.memory import ADAMW_STATES
@@ -41,8 +41,6 @@ from ebmkit.training.stopping import stop_requested
 from ebmkit.training.validation import Validation
 
 __all__ = ["Interrupted", "Reporter", "Trainer"]
-
-Images = ImageSet | StreamedSet
 
 
 class Interrupted(Exception):
@@ -80,8 +78,8 @@ class Trainer:
 
     model: ScoreModel
     config: TrainConfig
-    train: Images
-    validation: Images | None = None
+    train: AnyImages
+    validation: AnyImages | None = None
     run: RunFolder | None = None
     built_from: ModelConfig | None = None
     reporter: Reporter | None = None
@@ -92,7 +90,7 @@ class Trainer:
         self.device = device_of_rank(pick_device(config.device))
         self.model.to(self.device)
         self.loss = self._loss(self.model).to(self.device)
-        self._check_terms()
+        check_terms(self.loss, config, self.train)
         if isinstance(self.train, ImageSet):
             self.train = self.train.to(self.device)  # once, for all streams
         if isinstance(self.validation, ImageSet):
@@ -118,11 +116,12 @@ class Trainer:
             self.average,
             self.world,
         )
-        self._check_stages()
+        if self.update.compiled:
+            check_compiled(self.stages)
         self.watch = Stopwatch()
         self.budget = Budget(
             self.loss,
-            [(stage, self._shapes(stage)) for stage in self.stages],
+            [(stage, shapes(stage, self.train, self.world.size)) for stage in self.stages],
             ADAMW_STATES + bool(decay),
             config.compute.accumulate,
             self.world.size,
@@ -334,39 +333,6 @@ class Trainer:
             device=describe(self.device),
         )
 
-    def _check_terms(self) -> None:
-        """Whether each objective can learn from its stream."""
-        for term in self.loss.terms:
-            name = self.loss.stream_of[term.name]
-            stream = self._stream_config(name)
-            if (
-                term.objective.needs_labels
-                and self.train.num_classes
-                and not self.model.num_classes
-            ):
-                raise UserError(
-                    f"objective {term.name!r} needs labels, and {self.config.backbone!r} is a "
-                    "denoiser without them: use --objective dsm, or a backbone"
-                )
-            mixes = stream.augmentation.mix != "none"
-            check_labels(term.name, term.objective, self.train.num_classes, mixes, name)
-            if term.objective.needs_score and stream.noise.range[1] == 0:
-                raise UserError(
-                    f"objective {term.name!r} learns from noise, and stream {name!r} has none: set "
-                    f"streams.{name}.noise.kind and max, as in squared-uniform and 100/255"
-                )
-
-    def _check_stages(self) -> None:
-        """Whether a compiler will take the shapes of all stages."""
-        if not self.update.compiled:
-            return
-        most = torch._dynamo.config.recompile_limit
-        if len(self.stages) > most:
-            raise UserError(
-                f"sizes change {len(self.stages) - 1} times along the run, and a step is compiled "
-                f"for {most} shapes at the most: take fewer phases, or --compile off"
-            )
-
     def _validate(self) -> None:
         """Measure on the held-out images; keep the weights if they are the best so far."""
         if self.measure is None:
@@ -395,17 +361,6 @@ class Trainer:
         config: StreamConfig = getattr(self.config.streams, name)
         return config
 
-    def _shapes(self, stage: Stage) -> dict[str, tuple[int, int, int, int]]:
-        """Shapes (B, C, H, W) of the images that this process takes of each stream in a step."""
-        return {
-            name: (
-                span.batch_size // self.world.size,
-                self.train.channels,
-                *_seen_size(span.crop_size, self.train),
-            )
-            for name, span in stage.spans.items()
-        }
-
     def _batches(self, start: int, stop: int) -> Iterator[dict[str, Batch]]:
         streams = {name: stream.batches(start, stop) for name, stream in self.streams.items()}
         return prefetched(streams, self.device)
@@ -430,21 +385,3 @@ class Trainer:
             self.run.log(row)
         if self.reporter is not None:
             self.reporter.report(row)
-
-
-def trained_size(config: TrainConfig, images: Images) -> tuple[int, int]:
-    """Height and width that the network sees in training: of the crops, where there are any.
-
-    Those of the stream that score matching draws from, or else of the classifying one; the largest,
-    where crops grow along the run: at that size and below, the log-density is the plain formula's.
-    """
-    terms = parse_objective(config.objective)
-    first = next((t for t in terms if t.objective.needs_score), terms[0])
-    name = config.draw_from.get(first.name, first.objective.stream)
-    stream: StreamConfig = getattr(config.streams, name)
-    sizes = [_seen_size(span.crop_size, images) for span in stream.spans(config.steps)]
-    return max(sizes, key=lambda size: size[0] * size[1])
-
-
-def _seen_size(crop: int | None, images: Images) -> tuple[int, int]:
-    return images.image_size if crop is None else (crop, crop)

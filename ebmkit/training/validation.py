@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ebmkit.core import EnergyModel, ScoreModel
-from ebmkit.data import Batch, ImageSet, Stream, StreamConfig, StreamedSet
+from ebmkit.data import AnyImages, Batch, Stream, StreamConfig
 from ebmkit.data.schedule import Stage
 from ebmkit.metrics import psnr
 from ebmkit.objectives import TrainingLoss
@@ -36,7 +36,7 @@ class Validation:
         world: the processes that share the work; all of them get the same means.
     """
 
-    images: ImageSet | StreamedSet
+    images: AnyImages
     noise: dict[str, StreamConfig]
     denoise_stream: str | None
     classifies: bool

@@ -1,0 +1,86 @@
+"""What a run needs of its data, objectives and compiler, checked before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ebmkit.data import AnyImages, StreamConfig
+from ebmkit.data.schedule import Stage
+from ebmkit.errors import UserError
+from ebmkit.objectives import TrainingLoss, parse_objective
+from ebmkit.objectives.terms import check_labels
+from ebmkit.training.config import TrainConfig
+
+__all__ = ["check_compiled", "check_terms", "shapes", "trained_size"]
+
+
+def check_terms(loss: TrainingLoss, config: TrainConfig, images: AnyImages) -> None:
+    """Check that each objective can learn from its stream.
+
+    Raises:
+        UserError: if labels or noise are missing that an objective needs, or labels are mixed that
+            it takes one by one.
+    """
+    for term in loss.terms:
+        name = loss.stream_of[term.name]
+        stream: StreamConfig = getattr(config.streams, name)
+        if term.objective.needs_labels and images.num_classes and not loss.model.num_classes:
+            raise UserError(
+                f"objective {term.name!r} needs labels, and {config.backbone!r} is a denoiser "
+                "without them: use --objective dsm, or a backbone"
+            )
+        mixes = stream.augmentation.mix != "none"
+        check_labels(term.name, term.objective, images.num_classes, mixes, name)
+        if term.objective.needs_score and stream.noise.range[1] == 0:
+            raise UserError(
+                f"objective {term.name!r} learns from noise, and stream {name!r} has none: set "
+                f"streams.{name}.noise.kind and max, as in squared-uniform and 100/255"
+            )
+
+
+def check_compiled(stages: Sequence[Stage]) -> None:
+    """Check that a compiler will take the shapes of all stages.
+
+    Raises:
+        UserError: if there are more than it compiles.
+    """
+    most = torch._dynamo.config.recompile_limit
+    if len(stages) > most:
+        raise UserError(
+            f"sizes change {len(stages) - 1} times along the run, and a step is compiled for "
+            f"{most} shapes at the most: take fewer phases, or --compile off"
+        )
+
+
+def shapes(
+    stage: Stage, images: AnyImages, processes: int = 1
+) -> dict[str, tuple[int, int, int, int]]:
+    """Shapes (B, C, H, W) of the images that a process takes of each stream in a step."""
+    return {
+        name: (
+            span.batch_size // processes,
+            images.channels,
+            *_seen_size(span.crop_size, images),
+        )
+        for name, span in stage.spans.items()
+    }
+
+
+def trained_size(config: TrainConfig, images: AnyImages) -> tuple[int, int]:
+    """Height and width that the network sees in training: of the crops, where there are any.
+
+    Those of the stream that score matching draws from, or else of the classifying one; the largest,
+    where crops grow along the run: at that size and below, the log-density is the plain formula's.
+    """
+    terms = parse_objective(config.objective)
+    first = next((t for t in terms if t.objective.needs_score), terms[0])
+    name = config.draw_from.get(first.name, first.objective.stream)
+    stream: StreamConfig = getattr(config.streams, name)
+    sizes = [_seen_size(span.crop_size, images) for span in stream.spans(config.steps)]
+    return max(sizes, key=lambda size: size[0] * size[1])
+
+
+def _seen_size(crop: int | None, images: AnyImages) -> tuple[int, int]:
+    return images.image_size if crop is None else (crop, crop)
