@@ -1,13 +1,13 @@
 """Evaluation: suites of measures with confidence intervals, as JSON, tables and pictures."""
 
 from ebmkit.evaluation.data import Images
+from ebmkit.evaluation.folders import evaluation_folder
 from ebmkit.evaluation.setting import NOISE_LEVELS, SIGMAS, Setting, Suite
 from ebmkit.evaluation.statistics import Estimate
 from ebmkit.evaluation.suites import (
     SUITES,
     Result,
     evaluate,
-    evaluation_folder,
     parse_options,
     parse_suites,
     tables,

@@ -1,4 +1,4 @@
-r"""Defences of a joint model as plain classifiers, and attacks on them by foolbox.
+r"""Attacks on a joint model by foolbox, through whatever defends it.
 
 An attack of strength :math:`\epsilon` looks for an image :math:`x'` near x, in :math:`[0, 1]^d`,
 that is given another label than the true one c. Projected gradient descent (PGD, Madry et al. 2018)
@@ -12,156 +12,39 @@ from a random point of the ball :math:`\|x' - x\| \le \epsilon`; the projection 
 and onto :math:`[0, 1]^d`, and n is the sign for :math:`\ell_\infty` and the direction for
 :math:`\ell_2`.
 
-The classifier that is attacked is one of four *defences*, with :math:`\epsilon_i` standard normal:
+Every defence (`ebmkit.evaluation.defences`) is attacked through. The gradient of a denoiser
+contains second derivatives of the model, :math:`\nabla D = I + \sigma^2 \nabla^2 \log p` (CDN eq.
+14). Where noise is added, each gradient is that of an average over new draws (expectation over
+transformation, Athalye et al. 2018): the attacker knows the defence, but not the draws on which it
+is judged.
 
-================= ==================================================================
-``direct``        :math:`p(c \mid x)`, as the network says
-``noise``         :math:`\frac1n \sum_i p(c \mid x + \sigma\epsilon_i)`
-``denoise``       :math:`p(c \mid D(x))`, with the same network's denoiser D
-``denoise+noise`` :math:`\frac1n \sum_i p(c \mid D(x + \sigma\epsilon_i))`
-================= ==================================================================
-
-D is told sigma where noise is added. Where none is, a blind model estimates the level itself, and a
-noise-conditional one is told sigma. Neither noisy nor denoised images are clipped: a clipped value
-has no gradient, which would hide the attack's way.
-
-Every defence is attacked through. The gradient of a denoiser contains second derivatives of the
-model, :math:`\nabla D = I + \sigma^2 \nabla^2 \log p` (CDN eq. 14). Where noise is added, each
-gradient is that of an average over new draws (expectation over transformation, Athalye et al.
-2018): the attacker knows the defence, but not the draws on which it is judged.
-
-An image is judged on draws of its own, the same at every strength, from its content and a seed. So
-are the random starts. Nothing depends on the batch in which an image is attacked.
+Random starts are drawn for each image from its content and a seed, so nothing depends on the batch
+in which an image is attacked.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ebmkit.core import EnergyModel
 from ebmkit.errors import UserError
+from ebmkit.evaluation.defences import Defended, frozen, image_numbers, labels_given
 
-__all__ = [
-    "DEFENCES",
-    "NORMS",
-    "Attack",
-    "Defence",
-    "DefenceName",
-    "Defended",
-    "Norm",
-    "frozen",
-    "image_noise",
-    "labels_given",
-    "rounds",
-    "smallest_strengths",
-]
+__all__ = ["NORMS", "Attack", "Norm", "rounds", "smallest_strengths"]
 
 Norm = Literal["linf", "l2"]
-DefenceName = Literal["direct", "noise", "denoise", "denoise+noise"]
 
 NORMS: tuple[Norm, ...] = get_args(Norm)
-DEFENCES: tuple[DefenceName, ...] = get_args(DefenceName)
 
 STEPSIZE = 0.2
 """Of PGD, relative to the strength. Steps of 0.03 or 0.06 in 40, as usual, left images unbroken on
 digits that this one broke, and AutoAttack."""
-
-
-@dataclass(frozen=True)
-class Defence:
-    """How an image is classified; see the module's text.
-
-    Args:
-        name: one of `DEFENCES`.
-        sigma: level of the noise that is added, or that a noise-conditional denoiser is told; image
-            units. No matter to ``direct``.
-    """
-
-    name: DefenceName
-    sigma: float = 0.0
-
-    @property
-    def random(self) -> bool:
-        """Whether noise is added, so that draws are averaged over."""
-        return self.name in ("noise", "denoise+noise")
-
-    @property
-    def denoises(self) -> bool:
-        """Whether images are denoised before they are classified."""
-        return self.name in ("denoise", "denoise+noise")
-
-
-class Defended(nn.Module):
-    """A defence as a plain classifier: images (B, C, H, W) in, log-probabilities (B, K) out.
-
-    Called, it is what an attacker can differentiate: each call averages over ``draws`` new draws of
-    noise, the same for all images. `judged` averages over given ones.
-
-    Args:
-        model: in evaluation mode, with labels.
-        defence: how it classifies.
-        draws: how many draws of noise each call averages over; no matter without noise.
-        seed: of these draws; see `restart`.
-    """
-
-    def __init__(
-        self, model: EnergyModel, defence: Defence, draws: int = 1, seed: str = ""
-    ) -> None:
-        super().__init__()
-        self.model = model
-        self.defence = defence
-        self.draws = draws
-        self.restart(seed)
-        self.eval()
-
-    def restart(self, seed: str) -> None:
-        """Draw anew from ``seed``, any text."""
-        self._generator = torch.Generator().manual_seed(_number(seed.encode()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """log of the class probabilities, (B, K)."""
-        if not self.defence.random:
-            return self.judged(x, None)
-        return self.judged(x, torch.randn(self.draws, *x.shape[1:], generator=self._generator))
-
-    def judged(self, x: Tensor, noise: Tensor | None) -> Tensor:
-        """log of the class probabilities (B, K), averaged over draws of ``noise``.
-
-        Args:
-            x: images (B, C, H, W).
-            noise: standard normal, (n, C, H, W) for all images or (B, n, C, H, W) for each its own;
-                not looked at by a defence that adds none.
-        """
-        y, told, draws = x, None, 1
-        if self.defence.random:
-            assert noise is not None
-            draws, told = noise.shape[-4], self.defence.sigma
-            y = (x[:, None] + told * noise.to(x)).flatten(0, 1)
-        if self.defence.denoises:
-            if self.model.noise_conditional:
-                told = self.defence.sigma
-            y, told = self.model.denoise(y, told), None
-        log_p = self.model.logits(y, told).log_softmax(dim=1)
-        log_p = log_p.reshape(len(x), draws, -1)
-        return log_p.logsumexp(dim=1) - math.log(draws)
-
-
-def image_noise(x: Tensor, draws: int, seed: str) -> Tensor:
-    """Standard normal noise for each image, from its content and ``seed``: (B, draws, C, H, W)."""
-    noise = [
-        torch.randn(draws, *x.shape[1:], generator=torch.Generator().manual_seed(number))
-        for number in _numbers(x, seed)
-    ]
-    return torch.stack(noise).to(x)
 
 
 @dataclass(frozen=True)
@@ -226,7 +109,7 @@ class Attack:
             warnings.simplefilter("ignore", DeprecationWarning)  # foolbox's imports from scipy
             from foolbox.models.pytorch import PyTorchModel
 
-        attack = self._foolbox(_numbers(x, seed))
+        attack = self._foolbox(image_numbers(x, seed))
         target.restart(seed)
         with torch.random.fork_rng([x.device] if x.is_cuda else []), frozen(target):
             classifier = PyTorchModel(target, bounds=(0, 1), device=x.device)
@@ -312,19 +195,6 @@ def rounds(count: int) -> int:
     return math.ceil(math.log2(count + 1))
 
 
-def labels_given(target: Defended, x: Tensor, noise: Tensor | None) -> Tensor:
-    """The label (B,) that images are given; -1, never right, where there is no finite one."""
-    draws = 1 if noise is None else noise.shape[1]
-    size = max(1, len(x) * target.draws // draws)  # as many rows at a time as in an attack
-    labels = []
-    with torch.no_grad():
-        for at in range(0, len(x), size):
-            rows = slice(at, at + size)
-            log_p = target.judged(x[rows], None if noise is None else noise[rows])
-            labels.append(log_p.argmax(dim=1).where(log_p.isfinite().any(dim=1), -1))
-    return torch.cat(labels)
-
-
 def _one_by_one(draw: Callable[..., Any], numbers: Sequence[int]) -> Callable[..., Any]:
     """``draw`` of foolbox, image by image, each from its own number, by torch's global generator.
 
@@ -342,15 +212,6 @@ def _one_by_one(draw: Callable[..., Any], numbers: Sequence[int]) -> Callable[..
     return drawn
 
 
-def _numbers(x: Tensor, seed: str) -> list[int]:
-    """A number for each image, of its content and ``seed``."""
-    return [_number(seed.encode(), image.numpy().tobytes()) for image in x.detach().cpu()]
-
-
-def _number(*parts: bytes) -> int:
-    return int.from_bytes(hashlib.sha256(b" ".join(parts)).digest()[:7])
-
-
 def _check_range(x: Tensor) -> None:
     low, high = float(x.min()), float(x.max())
     if low < 0 or high > 1:
@@ -358,17 +219,3 @@ def _check_range(x: Tensor) -> None:
             f"images with values from {low:.4g} to {high:.4g} cannot be attacked: they must be "
             "within [0, 1]"
         )
-
-
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Gradients are on, and none is wanted by a parameter, as foolbox calls ``backward``."""
-    wanted = [p for p in module.parameters() if p.requires_grad]
-    try:
-        for parameter in wanted:
-            parameter.requires_grad_(False)
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)

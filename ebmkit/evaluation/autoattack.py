@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ebmkit.errors import UserError
-from ebmkit.evaluation.attacks import Defended, Norm, frozen, labels_given
+from ebmkit.evaluation.attacks import Norm
+from ebmkit.evaluation.defences import Defended, frozen, labels_given
 
 __all__ = ["breaks", "check_installed"]
 

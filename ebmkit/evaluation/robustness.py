@@ -10,10 +10,10 @@ no attack proves that there is none (a certificate does).
 Protocol. PGD by foolbox in :math:`\ell_\infty` and :math:`\ell_2`, in image units, of 40 steps of
 0.2 of the strength from a random start, on float images within [0, 1] that are never rounded to
 255ths; in float32; on the first 200 images unless told otherwise (`RobustnessConfig`). Defences,
-how they are attacked through, and what noise they are judged on: `ebmkit.evaluation.attacks`. A
-defence with noise sums probabilities over ``draws`` draws, and each gradient of its attacker over
-``eot`` others. The *map* has the noise level as its second axis, as CDN section 5.1 asks: row 0 is
-``direct`` and row sigma is ``noise`` at that level.
+how they are attacked through, and what noise they are judged on: `ebmkit.evaluation.attacks` and
+`ebmkit.evaluation.defences`. A defence with noise sums probabilities over ``draws`` draws, and each
+gradient of its attacker over ``eot`` others. The *map* has the noise level as its second axis, as
+CDN section 5.1 asks: row 0 is ``direct`` and row sigma is ``noise`` at that level.
 
 An attack that fails may be a bad attack. Four signs of masked gradients (Athalye et al. 2018,
 Carlini et al. 2019) are looked for, each of which makes a warning:
@@ -46,18 +46,11 @@ from torch import Tensor
 from ebmkit.compiled import inferring
 from ebmkit.core import EnergyModel, ScoreModel
 from ebmkit.evaluation import masking
-from ebmkit.evaluation.attacks import (
-    Attack,
-    Defence,
-    Defended,
-    Norm,
-    image_noise,
-    rounds,
-    smallest_strengths,
-)
+from ebmkit.evaluation.attacks import Attack, Norm, rounds, smallest_strengths
 from ebmkit.evaluation.autoattack import breaks as autoattack_breaks
 from ebmkit.evaluation.autoattack import check_installed
 from ebmkit.evaluation.data import Batch
+from ebmkit.evaluation.defences import Defence, Defended, image_noise
 from ebmkit.evaluation.masking import norm_name, strength
 from ebmkit.evaluation.robustness_config import RobustnessConfig
 from ebmkit.evaluation.setting import Setting, Suite, check_classifies

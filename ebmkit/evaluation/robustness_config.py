@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from ebmkit.evaluation.attacks import Defence, DefenceName, Norm
+from ebmkit.evaluation.attacks import Norm
+from ebmkit.evaluation.defences import Defence, DefenceName
 from ebmkit.units import Sigma, SigmaOrZero, parse_sigma
 
 __all__ = ["RobustnessConfig"]

@@ -1,11 +1,7 @@
 """The table of suites, and `evaluate`, which runs them and writes what they find.
 
 Results are derived data: evaluating again replaces the files of the same suite in the same folder.
-Folders differ where results cannot be compared (`evaluation_folder`)::
-
-    RUN/evaluation/                   test images of the data set trained on, all or the first
-    RUN/evaluation/cifar100-test/     anything else: other images, other weights
-      classify.json  denoise.json  calibration.json  and pictures
+`ebmkit.evaluation.folders` says which folder that is.
 
 Every JSON file holds, beside what its suite measures: ``suite``, ``dataset``, ``split``, ``images``
 (how many were used), ``of`` (how many the split has) and their ``fingerprint``; ``seed`` and
@@ -21,7 +17,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -55,7 +50,7 @@ from ebmkit.validation import validated
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["SUITES", "Result", "evaluate", "evaluation_folder", "parse_suites", "tables"]
+__all__ = ["SUITES", "Result", "evaluate", "parse_options", "parse_suites", "tables"]
 
 SUITES: dict[str, Suite] = {
     "classify": CLASSIFY,
@@ -115,43 +110,6 @@ def parse_suites(text: str, model: ScoreModel, images: Images) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def evaluation_folder(
-    run: Path,
-    model: ScoreModel,
-    images: Images,
-    limit: int | None = None,
-    weights: str = "last",
-) -> Path:
-    """Where results of this model on these images belong; not made yet.
-
-    ``RUN/evaluation`` for the test split of the data set that the model was trained on, else a
-    folder in it that is named by what differs. Results of more images are never replaced by those
-    of fewer: these go to a folder named by the limit. A folder that holds results of other images
-    of the same name (two image folders, say) is left alone: the name gets the images' fingerprint.
-
-    Args:
-        run: the run folder.
-        model: its ``card`` says what it was trained on.
-        images: the whole split.
-        limit: how many of them are used; None: all.
-        weights: ``last`` or ``best``.
-    """
-    home = run / "evaluation"
-    used = len(images) if limit is None else min(limit, len(images))
-    parts = [images.name, images.split]
-    if weights != "last":
-        parts.append(weights)
-    name = re.sub(r"[^\w.-]+", "_", "-".join(parts)).lstrip(".")
-    trained_on = model.card.dataset if model.card else None
-    folder = home if parts == [trained_on, "test"] else home / name
-    mark = fingerprint(images)
-    if _holds(folder, lambda old: old.get("fingerprint", mark) != mark):
-        folder = home / f"{name}-{mark}"
-    if _holds(folder, lambda old: old.get("images", 0) > used):
-        folder = home / f"{name}-limit{used}"
-    return folder
-
-
 def evaluate(
     model: ScoreModel,
     images: Images,
@@ -177,7 +135,7 @@ def evaluate(
         model: any energy model; evaluated in evaluation mode, without gradients.
         images: the whole split.
         suites: names from `SUITES`.
-        out_dir: made if it is not there; see `evaluation_folder`.
+        out_dir: made if it is not there; see `ebmkit.evaluation.evaluation_folder`.
         limit: use only the first so many images.
         seed: of the noise.
         batch_size: images at a time; changes time and memory, not the results. None: up to 500
@@ -270,18 +228,6 @@ def parse_options(options: Mapping[str, Mapping[str, Any]]) -> dict[type[BaseMod
 def tables(results: dict[str, Result]) -> list[Table]:
     """One table for the terminal per suite: measures, values, 95 % intervals."""
     return [SUITES[name].table(result.document) for name, result in results.items()]
-
-
-def _holds(folder: Path, wanted: Callable[[dict[str, Any]], bool]) -> bool:
-    """Whether ``folder`` holds results of some suite that are as ``wanted``."""
-    for name in SUITES:
-        try:
-            document = json.loads((folder / f"{name}.json").read_text())
-        except (OSError, ValueError):  # not there, or not ours to read
-            continue
-        if isinstance(document, dict) and wanted(document):
-            return True
-    return False
 
 
 def _applies(suite: Suite, model: ScoreModel, images: Images) -> bool:

@@ -10,16 +10,8 @@ import torch
 from ebmkit import EnergyModel, GaussianMixture, UserError, create_model
 from ebmkit.core import Energies
 from ebmkit.evaluation import autoattack
-from ebmkit.evaluation.attacks import (
-    DEFENCES,
-    NORMS,
-    Attack,
-    Defence,
-    Defended,
-    image_noise,
-    rounds,
-    smallest_strengths,
-)
+from ebmkit.evaluation.attacks import NORMS, Attack, rounds, smallest_strengths
+from ebmkit.evaluation.defences import DEFENCES, Defence, Defended, image_noise
 
 SIDE = 4
 STRENGTHS = [0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32]
