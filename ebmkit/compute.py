@@ -18,7 +18,8 @@ import ctypes
 import os
 import shutil
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal, get_args
 
 import torch
@@ -33,6 +34,7 @@ __all__ = [
     "autocast",
     "describe",
     "keep_freed_memory",
+    "limited_threads",
     "memory_format",
     "pick_compile",
     "pick_device",
@@ -67,6 +69,17 @@ class ComputeConfig(BaseModel):
         description="activation checkpointing: less memory, a third more arithmetic for ce, twice "
         "as much for dsm",
     )
+
+
+@contextmanager
+def limited_threads(most: int | None) -> Iterator[None]:
+    """Inside, torch computes with ``most`` threads of the CPU at most; None: as it is."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(min(before, most or before))
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def pick_device(name: str) -> torch.device:

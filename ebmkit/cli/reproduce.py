@@ -10,7 +10,7 @@ import typer
 
 from ebmkit.cli.app import app
 from ebmkit.cli.console import TrainingBar, console
-from ebmkit.compute import pick_device
+from ebmkit.compute import limited_threads, pick_device
 from ebmkit.errors import UserError
 from ebmkit.reproduce import TARGETS, Rows, check_targets, find_scale, targets_of
 from ebmkit.training import Interrupted, Trainer
@@ -75,11 +75,12 @@ def reproduce(
     except OSError as error:
         raise UserError(f"cannot make folder {str(rows.out)!r}: {error.strerror}") from None
     try:
-        for name in chosen:
-            for path in TARGETS[name].run(rows, names):
-                if path.suffix == ".md":
-                    console.print(path.read_text(), soft_wrap=True, highlight=False)
-                console.print(f"written: {path}", soft_wrap=True, highlight=False)
+        with limited_threads(rows.scale.threads):
+            for name in chosen:
+                for path in TARGETS[name].run(rows, names):
+                    if path.suffix == ".md":
+                        console.print(path.read_text(), soft_wrap=True, highlight=False)
+                    console.print(f"written: {path}", soft_wrap=True, highlight=False)
     except (Interrupted, KeyboardInterrupt):
         console.print(f"interrupted; the same command goes on with {rows.out}", soft_wrap=True)
         raise typer.Exit(130) from None

@@ -40,6 +40,7 @@ class Scale:
         layer: by family, what is laid over the recipe.
         images: by suite, test images that rows are evaluated on at most; all where it is not named.
         by_task: laid over the rows of a task.
+        threads: of a CPU at most; None: as many as there are.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Scale:
     layer: Mapping[str, Mapping[str, Any]]
     images: Mapping[str, int]
     by_task: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    threads: int | None = None
 
 
 def _cpu_precision() -> str:
@@ -105,6 +107,7 @@ SCALES: dict[str, Scale] = {
         {"cifar10": _SMOKE, "imagenet": _imagenet("digits", 8, 64, (5, 6, 7, 8)) | _SMOKE_STEPS},
         {"classify": 100, "denoise": 100},
         _GENTLE,
+        threads=1,  # several are no faster on images this small, and far slower beside other work
     ),
     "cpu": Scale(
         "cpu",
