@@ -38,6 +38,8 @@ def _sentence(model: type[BaseModel], error: ValidationError, what: str) -> str:
         hint = f"did you mean {near[0]!r}? " if near else ""
         return f"{what}: there is no field {where!r}: {hint}fields here: {', '.join(known)}"
     reason = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "tuple_type":
+        reason = f"it takes several values: write [{first['input']}]"
     if not path:
         return f"{what}: {reason}"
     if isinstance(first["input"], dict):  # a rule about several fields together

@@ -13,7 +13,7 @@ from ebmkit.cli.console import console
 from ebmkit.compute import pick_device
 from ebmkit.core import ScoreModel
 from ebmkit.data import AnyImages
-from ebmkit.evaluation import Images, evaluation_folder, parse_suites, tables
+from ebmkit.evaluation import Images, evaluation_folder, parse_options, parse_suites, tables
 from ebmkit.evaluation import evaluate as run_suites
 from ebmkit.models import load
 from ebmkit.parallel import World, device_of_rank, join
@@ -118,8 +118,9 @@ def evaluate_run(
     """Run suites, print their tables and say where the files are; the first process does."""
     world = world or World()
     names = parse_suites(suites, model, images)
+    own = parse_options(options or {}, names)
     folder = world.from_first(
-        evaluation_folder(run, model, images, limit, weights) if world.first else run
+        evaluation_folder(run, model, images, limit, weights, own) if world.first else run
     )
     results = run_suites(
         model,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -75,7 +78,7 @@ def reproduce(
     except OSError as error:
         raise UserError(f"cannot make folder {str(rows.out)!r}: {error.strerror}") from None
     try:
-        with limited_threads(rows.scale.threads):
+        with limited_threads(rows.scale.threads), _terminated_as_interrupted():
             for name in chosen:
                 for path in TARGETS[name].run(rows, names):
                     if path.suffix == ".md":
@@ -84,6 +87,26 @@ def reproduce(
     except (Interrupted, KeyboardInterrupt):
         console.print(f"interrupted; the same command goes on with {rows.out}", soft_wrap=True)
         raise typer.Exit(130) from None
+    if rows.stopped:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in rows.stopped.items())
+        raise UserError(f"not all rows could be finished, the reports say so: {reasons}")
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Inside, a request to terminate ends what is going on as Ctrl-C does."""
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fit(trainer: Trainer, name: str) -> None:

@@ -8,15 +8,13 @@ on the same noisy copies :math:`y = x + \sigma\epsilon`, not clipped:
   smoothing", Salman et al., arXiv 2003.01908). It is given the true sigma, which is no secret: the
   one who certifies adds the noise.
 
-As is usual, every k-th image is certified, k as large as leaves ``images`` of them, because the
-first images of a folder may all be of one class. The noise on an image is keyed by its number, so
-that a limit, the batch size and the number of processes do not change it; it is the same at every
-sigma, but for its scale.
+The images certified are evenly spaced among all, because the first images of a folder may all be of
+one class. The noise on an image is keyed by its number, so that the batch size and the number of
+processes do not change it; it is the same at every sigma, but for its scale.
 
-``certify.json`` holds, beside the common entries: ``every`` (k), ``certified_images``, their
-``numbers``, ``labels``, and the ``unsmoothed_accuracy`` of the network on them, without noise;
-``radii``; and ``levels``, one entry per sigma with its ``largest_radius`` (all votes alike) and by
-classifier
+``certify.json`` holds, beside the common entries: ``certified_images``, their ``numbers``,
+``labels``, and the ``unsmoothed_accuracy`` of the network on them, without noise; ``radii``; and
+``levels``, one entry per sigma with its ``largest_radius`` (all votes alike) and by classifier
 
 - ``accuracy`` of the most frequent label, certified or not, and the share ``abstained``;
 - ``certified``, at each of ``radii`` the share of images certified right at that radius;
@@ -80,7 +78,7 @@ class CertifyConfig(BaseModel):
     alpha: float = Field(
         0.001, gt=0, lt=0.5, description="probability that an image's certificate is wrong"
     )
-    images: int = Field(100, ge=1, description="how many images: every k-th of them all")
+    images: int = Field(100, ge=1, description="how many images, evenly spaced among them all")
     radii: tuple[float, ...] = Field(
         (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6),
         min_length=1,
@@ -126,13 +124,18 @@ def labels_of(
 
 
 def _label(at: Linearization, sigma: Noise | None, c: Tensor | None) -> Tensor:
-    return at.energies.logits.argmax(dim=1)
+    return _named(at.energies.logits)
 
 
 def _label_and_denoised(
     at: Linearization, sigma: Noise | None, c: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    return at.energies.logits.argmax(dim=1), at.denoised(sigma).clamp(0, 1)
+    return _named(at.energies.logits), at.denoised(sigma).clamp(0, 1)
+
+
+def _named(logits: Tensor) -> Tensor:
+    """The label with the largest logit; -1, never right, where one is not a number."""
+    return logits.argmax(dim=1).where(~logits.isnan().any(dim=1), -1)
 
 
 def run(setting: Setting) -> dict[str, Any]:
@@ -166,7 +169,6 @@ def run(setting: Setting) -> dict[str, Any]:
     return {
         "sigmas": list(options.sigmas),
         "radii": list(options.radii),
-        "every": numbers[1] if len(numbers) > 1 else 1,
         "certified_images": len(numbers),
         "numbers": numbers,
         "labels": truth.tolist(),
@@ -177,9 +179,9 @@ def run(setting: Setting) -> dict[str, Any]:
 
 
 def _numbers(images: Images, options: CertifyConfig) -> list[int]:
-    """Which images are certified: every k-th, as many as asked for, or all if there are fewer."""
-    every = max(1, len(images) // options.images)
-    return list(range(0, len(images), every))[: options.images]
+    """Which images are certified: evenly spaced, as many as asked for, or all if fewer."""
+    count = min(options.images, len(images))
+    return [number * len(images) // count for number in range(count)]
 
 
 def _pick(setting: Setting, numbers: list[int]) -> dict[int, Tensor]:

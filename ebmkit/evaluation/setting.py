@@ -197,8 +197,8 @@ def check_classifies(model: ScoreModel, images: Images) -> None:
     """
     if not classifies(model):
         raise UserError(
-            "this model was trained without labels and cannot classify: leave out the suites "
-            "classify and calibration, or train with an objective that has ce or cdsm"
+            "this model was trained without labels and cannot classify: choose suites that need "
+            "none (denoise, jacobian, linearity), or train with an objective that has ce or cdsm"
         )
     if images.labels is None:
         raise UserError(

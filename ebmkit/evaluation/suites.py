@@ -7,7 +7,8 @@ Every JSON file holds, beside what its suite measures: ``suite``, ``dataset``, `
 (how many were used), ``of`` (how many the split has) and their ``fingerprint``; ``seed`` and
 ``sigmas`` (image units); ``model`` (objective, steps, training set) and ``weights``;
 ``environment`` (versions, git commit, command), ``device``, ``precision``, ``compiled`` (whether
-anything was), ``processes``, ``batch_size``, ``seconds`` and ``warnings``.
+anything was), ``processes``, ``batch_size``, ``seconds``, ``warnings``, and
+``pictures``, the names of those beside it that belong to it.
 
 Several processes (`ebmkit.parallel`) share the images; all of them get the same results, and the
 first alone writes.
@@ -17,8 +18,9 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +29,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import BaseModel
 
-from ebmkit.compiled import inferring
-from ebmkit.core import ScoreModel
+from ebmkit.compiled import device_of, inferring
+from ebmkit.core import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation.adversarial import ADVERSARIAL
 from ebmkit.evaluation.calibration import CALIBRATION
@@ -168,9 +170,9 @@ def evaluate(
     _check_images(model, used)
     for suite in chosen.values():
         suite.check(model, used)
+    own = parse_options(options or {}, chosen)
     batch_size = batch_size or _batch_size(used)
     levels = (_levels(sigmas, 1e-6, "sigmas"), _levels(noise_levels, 0, "noise levels"))
-    own = parse_options(options or {})
     setting = Setting(model, used, seed, batch_size, *levels, world, own)
     common = _common(setting, images, weights)
     results = {}
@@ -182,6 +184,7 @@ def evaluate(
     ):
         if world.first:
             _make(out_dir)
+        _check_finite(model, used)
         for name, suite in chosen.items():
             setting.left = suite.passes(setting) * len(used)
             setting.advance = start(name, setting.left)
@@ -199,18 +202,25 @@ def evaluate(
             path = out_dir / f"{name}.json"
             setting.advance = lambda count: None
             if world.first:
-                if pictures:  # first: who finds the document finds its pictures
-                    suite.draw(setting, document, out_dir)
+                drawn = _draw(suite, setting, document, path) if pictures else []
+                document["pictures"] = drawn
                 write_atomically(path, json.dumps(document, indent=2, allow_nan=False).encode())
             results[name] = Result(name, document, path)
     return results
 
 
-def parse_options(options: Mapping[str, Mapping[str, Any]]) -> dict[type[BaseModel], BaseModel]:
+def parse_options(
+    options: Mapping[str, Mapping[str, Any]], chosen: Container[str]
+) -> dict[type[BaseModel], BaseModel]:
     """Settings of suites, by their class.
 
+    Args:
+        options: by suite, fields and their values.
+        chosen: the suites that will run.
+
     Raises:
-        UserError: if there is no such suite, it has no settings, or one is not legal.
+        UserError: if there is no such suite, it is not among ``chosen``, it has no settings, or one
+            is not legal.
     """
     found: dict[type[BaseModel], BaseModel] = {}
     for name, values in options.items():
@@ -218,6 +228,8 @@ def parse_options(options: Mapping[str, Mapping[str, Any]]) -> dict[type[BaseMod
         if kind is None:
             having = [n for n, suite in SUITES.items() if suite.options is not None]
             raise UserError(f"suite {name!r} has no settings: those that do: {', '.join(having)}")
+        if name not in chosen:
+            raise UserError(f"settings of suite {name!r}, which does not run: --suite {name}")
         if not isinstance(values, Mapping):
             fields = ", ".join(kind.model_fields)
             raise UserError(f"settings of suite {name!r} must name a field: {fields}")
@@ -247,6 +259,46 @@ def _check_images(model: ScoreModel, images: Images) -> None:
             f"data set {images.name!r} has images of {images.channels} channel(s) and this model "
             f"takes {wanted}: choose a data set with {wanted}"
         )
+
+
+def _check_finite(model: ScoreModel, images: Images) -> None:
+    """Whether the model gives numbers at all: of a few images at a little noise."""
+    few = images.first(min(4, len(images)))
+    x = next(iter(few.batches(len(few))))[0].to(device_of(model))
+    found = [model.denoise(x, 25 / 255)]
+    if isinstance(model, EnergyModel):
+        found.append(model.energies(x, 25 / 255).logits)
+    if not all(output.isfinite().all() for output in found):
+        raise UserError(
+            "this model gives values that are not finite: its training diverged, or its weights "
+            "are damaged"
+        )
+
+
+def _draw(suite: Suite, setting: Setting, document: dict[str, Any], path: Path) -> list[str]:
+    """Put the pictures of ``document`` beside ``path``, in place of those of the one there.
+
+    Returns:
+        Their names.
+    """
+    with tempfile.TemporaryDirectory(prefix=".drawing-", dir=path.parent) as name:
+        aside = Path(name)
+        suite.draw(setting, document, aside)
+        drawn = sorted(picture.name for picture in aside.iterdir())
+        for old in set(_pictures_of(path)) - {*drawn}:
+            (path.parent / old).unlink(missing_ok=True)
+        for picture in drawn:  # before the document: who finds it finds its pictures
+            (aside / picture).replace(path.parent / picture)
+    return drawn
+
+
+def _pictures_of(path: Path) -> list[str]:
+    """Names of the pictures that the document at ``path`` says are its own."""
+    try:
+        names = json.loads(path.read_text()).get("pictures", [])
+    except (OSError, ValueError, AttributeError):  # none there, or not ours to read
+        return []
+    return [n for n in names if isinstance(n, str) and Path(n).name == n and n.endswith(".png")]
 
 
 def _batch_size(images: Images) -> int:

@@ -57,7 +57,8 @@ DENOISERS: dict[str, Preset[DnCNNConfig | DRUNetConfig | GSDRUNetConfig | GraDnC
     ),
     "gs-drunet-blind": Preset(GSDRUNetConfig(noise_map=False), "the same without the noise map"),
     "gradncnn": Preset(
-        GraDnCNNConfig(), "Cohen et al. 2021: y - gradient of a scalar network, an energy model"
+        GraDnCNNConfig(width=128),
+        "Cohen et al. 2021: y - gradient of a scalar network, an energy model",
     ),
 }
 

@@ -2,18 +2,22 @@
 
 A saved model is two files in one folder. ``model.safetensors`` holds the weights, ``model.json``
 the configuration that builds the network and the *card*: what the model was trained for (image
-size, range of noise levels, labels), so that later uses can warn or refuse outside it.
+size, range of noise levels, labels), so that later uses can warn or refuse outside it. The weights
+carry a digest of themselves: a file whose bits have changed is refused, not used.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
+import torch
 from pydantic import BaseModel, ConfigDict
+from torch import Tensor
 
 from ebmkit.card import ModelCard
 from ebmkit.core import ScoreModel
@@ -62,7 +66,8 @@ def save_weights(path: Path, model: ScoreModel) -> None:
         UserError: if the disk is full or not writable; what was there before is left as it was.
     """
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    write_atomically(path, safetensors.torch.save(state))
+    written = safetensors.torch.save(state, metadata={"sha256": _digest(state)})
+    write_atomically(path, written)
 
 
 def load(
@@ -109,7 +114,7 @@ def load(
             )
         model = document.model.build()
     try:
-        state = safetensors.torch.load_file(folder / names[weights])
+        state = _read_weights(folder / names[weights])
         model.load_state_dict(state)
     except safetensors.SafetensorError:
         raise UserError(f"{str(folder / names[weights])!r} is damaged: it does not parse") from None
@@ -118,6 +123,29 @@ def load(
         raise UserError(f"the weights in {str(folder)!r} do not fit the model: {reason}") from None
     model.card = document.card
     return model.eval().requires_grad_(False).to(device)
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of ``path``.
+
+    Raises:
+        UserError: if they are not those that were written.
+    """
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        state: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if "sha256" in metadata and metadata["sha256"] != _digest(state):
+        raise UserError(f"{str(path)!r} is damaged: its tensors are not those that were written")
+    return state
+
+
+def _digest(state: dict[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes, in the order of the names."""
+    found = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        found.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        found.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def _read_document(path: Path) -> _Document:

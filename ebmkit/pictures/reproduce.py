@@ -42,7 +42,8 @@ def compare_with_paper(report: dict[str, Any], path: Path) -> None:
     figure = new_figure(2.9 * len(panels) + 2.6, 0.34 * len(rows) + 1.5, layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     names = [
-        f"{row['label']} ({row['task']})" + ("" if row["status"] == "done" else ", not run")
+        f"{row['label']} ({row['task']})"
+        + ("" if row["status"] == "done" else ", " + row["status"].partition(":")[0])
         for row in rows
     ]
     for axis, (metric, title) in zip(axes, panels.items(), strict=True):
@@ -68,7 +69,7 @@ def compare_with_paper(report: dict[str, Any], path: Path) -> None:
     figure.legend(
         *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8
     )
-    figure.suptitle(report["title"], fontsize=10)
+    figure.suptitle(report["heading"], fontsize=10)
     save_figure(figure, path)
 
 

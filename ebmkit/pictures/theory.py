@@ -37,7 +37,7 @@ def draw_figure1(document: dict[str, Any], path: Path) -> None:
     rows = -(-panels // COLUMNS)
     figure = new_figure(4.1 * COLUMNS, 3.5 * rows + 0.5, layout="constrained")
     figure.suptitle(
-        "Excess error of labels against the number of training samples: the paper's bounds, and "
+        "Excess error of labels against the number of training samples: the paper's curves, and "
         "real families (lines: b + v/2n; points: measured, 95 %)",
         fontsize=11,
     )

@@ -1,7 +1,8 @@
 """The paper's tables and figures, each out of one command, at three scales."""
 
+from ebmkit.reproduce.keeping import Protocol
 from ebmkit.reproduce.rows import Expectation, Row, Table
-from ebmkit.reproduce.runs import Protocol, Rows
+from ebmkit.reproduce.runs import Rows
 from ebmkit.reproduce.scales import SCALES, Scale, find_scale
 from ebmkit.reproduce.tables import TABLES
 from ebmkit.reproduce.tabulate import run_table

@@ -12,15 +12,17 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ebmkit.evaluation.attacks import STEPSIZE
 from ebmkit.evaluation.tables import number
 from ebmkit.files import write_atomically
+from ebmkit.reproduce.keeping import Protocol
 from ebmkit.reproduce.report import Found, is_open, markdown
 from ebmkit.reproduce.rows import Row
-from ebmkit.reproduce.runs import Protocol, Rows
+from ebmkit.reproduce.runs import Rows
 from ebmkit.reproduce.tables import CLAIMS, GRID, JEM_MISSING, JOINT, TABLE1
 from ebmkit.reproduce.tabulate import circumstances, measured, table_report
 from ebmkit.theory import figure1
@@ -39,12 +41,21 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "smoke": {
         "jacobian": {"images": 1},
         "linearity": {"images": 8},
-        "robustness": {"images": 20, "steps": 4, "draws": 2, "eot": 1, "noise_levels": ["0"]},
+        "robustness": {
+            "images": 20,
+            "steps": 4,
+            "restarts": 1,
+            "draws": 2,
+            "eot": 2,
+            "noise_levels": ["0", "20/255"],
+            "linf": ["2/255", "8/255", "16/255"],
+            "l2": [0.25, 0.5, 1.0],
+        },
     },
     "cpu": {
         "jacobian": {"images": 2},
         "linearity": {"images": 32},
-        "robustness": {"images": 50, "draws": 4, "eot": 1},
+        "robustness": {"images": 50, "draws": 8, "eot": 4, "restarts": 1},
     },
     "full": {
         "jacobian": {"images": 3},
@@ -65,7 +76,7 @@ def run_fig1(rows: Rows, only: Sequence[str]) -> list[Path]:
         "## Figure 1: bias and variance of generative and discriminative fits (CDN figure 1)\n\n"
         "Computed from the constants of equation (4), and measured over many training sets.\n\n"
         f"{figure1_markdown(document)}\n"
-        f"- the paper's constants, of no family: {_caption(document)}\n"
+        f"- the paper's constants, illustrations of no family: {_caption(document)}\n"
         f"- command: `{rows.command('fig1')}`\n- seed: {rows.seed}\n"
         f"- hardware: CPU, {made['threads']} of {made['cores']} cores, {made['hours']:.2f} hours; "
         f"PyTorch {made['torch']}; commit {made['git_commit']}\n"
@@ -95,7 +106,10 @@ def _figure1(rows: Rows) -> dict[str, Any]:
 
 
 def _caption(document: dict[str, Any]) -> str:
-    return "; ".join(json.dumps(constants) for constants in document["paper"])
+    return "; ".join(
+        ", ".join(f"{name} = {value:g}" for name, value in constants.items())
+        for constants in document["paper"]
+    )
 
 
 def run_fig3(rows: Rows, only: Sequence[str]) -> list[Path]:
@@ -104,7 +118,8 @@ def run_fig3(rows: Rows, only: Sequence[str]) -> list[Path]:
 
     options = OPTIONS[rows.scale.name]
     protocol = Protocol("fig3", ("linearity",), options=options)
-    grid = _run(rows, GRID, only, protocol)
+    rows.check([JOINT], "cifar10")
+    grid = _run(rows, GRID, only, lambda row: protocol)
     spectra = rows.measure(JOINT, "cifar10", Protocol("fig3", ("jacobian",), options=options))
     cells, found = [], []
     for row in grid:
@@ -135,12 +150,11 @@ def run_fig4(rows: Rows, only: Sequence[str]) -> list[Path]:
     """Figure 4: accuracy against the strength of attacks; JEM is named as not run."""
     from ebmkit.pictures.robustness import compare
 
-    protocol = Protocol("fig4", ("robustness",), options=OPTIONS[rows.scale.name])
-    chosen = _run(rows, FIG4, only, protocol)
+    chosen = _run(rows, FIG4, only, lambda row: _attacks(rows, row))
     documents: dict[str, dict[str, Any] | None] = {}
     found = []
     for row in chosen:
-        document = rows.measure(row, "cifar10", protocol)["robustness"]
+        document = rows.measure(row, "cifar10", _attacks(rows, row))["robustness"]
         documents[f"{row.label} ({row.task})"] = document
         found.append(_found(rows, row, document))
     documents["JEM (WideResNet)"] = None
@@ -157,6 +171,15 @@ def run_fig4(rows: Rows, only: Sequence[str]) -> list[Path]:
     return paths
 
 
+def _attacks(rows: Rows, row: Row) -> Protocol:
+    """How ``row`` is attacked: a network that denoises defends itself by that, too."""
+    options = OPTIONS[rows.scale.name]
+    if row.task == "joint":
+        defences = {"defences": ["direct", "noise", "denoise"]}
+        options = options | {"robustness": options["robustness"] | defences}
+    return Protocol("fig4", ("robustness",), options=options)
+
+
 def run_claims(rows: Rows, only: Sequence[str]) -> list[Path]:
     """The side claims: a table like the others, denoising at more noise levels."""
     from ebmkit.pictures.reproduce import beyond_training
@@ -170,13 +193,15 @@ def run_claims(rows: Rows, only: Sequence[str]) -> list[Path]:
     return [*paths, rows.out / "claims-beyond.png"]
 
 
-def _run(rows: Rows, every: Sequence[Row], only: Sequence[str], protocol: Protocol) -> list[Row]:
-    """Measure the rows that are wanted; these, and those that were finished before."""
+def _run(
+    rows: Rows, every: Sequence[Row], only: Sequence[str], protocol: Callable[[Row], Protocol]
+) -> list[Row]:
+    """Measure the rows that are wanted; all that are finished, these and earlier ones."""
     wanted = [row for row in every if not only or row.name in only]
     rows.check(wanted, "cifar10")
     for row in wanted:
-        rows.measure(row, "cifar10", protocol)
-    return [row for row in every if row in wanted or rows.finished(row, "cifar10", protocol)]
+        rows.try_measure(row, "cifar10", protocol(row))
+    return [row for row in every if rows.finished(row, "cifar10", protocol(row))]
 
 
 def _found(rows: Rows, row: Row, document: dict[str, Any]) -> Found:
@@ -239,7 +264,8 @@ def _fig4_text(documents: dict[str, dict[str, Any] | None], notes: Sequence[str]
             lines += [f"{name}: {JEM_MISSING}.", ""]
             continue
         lines += [
-            f"{name}, {document['images']} images, accuracy in % (95 % interval):",
+            f"{name}, the first {document['images']} of {document['of']:,} {document['split']} "
+            "images, accuracy in % (95 % interval):",
             "",
         ]
         for norm, curves in document["curves"].items():
@@ -254,8 +280,20 @@ def _fig4_text(documents: dict[str, dict[str, Any] | None], notes: Sequence[str]
                 ]
                 lines.append(f"| {defence} | " + " | ".join(cells) + " |")
             lines.append("")
-        lines += [f"Warning: {warning}" for warning in document["warnings"]]
+        for key, defence in document["defences"].items():
+            lines.append(f"- {key}: {defence['about']}")
+        lines += [f"- warning: {warning}" for warning in document["warnings"]]
+        lines += [f"- attack: {_effort(document['options'])}", ""]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"
+
+
+def _effort(options: dict[str, Any]) -> str:
+    size = options["stepsize"] or max(STEPSIZE, 2.5 / options["steps"])
+    return (
+        f"PGD, {options['steps']} steps of {size:g} of the strength, {options['restarts']} random "
+        f"start(s); where noise is added, gradients over {options['eot']} draws and labels over "
+        f"{options['draws']}"
+    )
 
 
 def _against_joint(report: dict[str, Any]) -> str:

@@ -70,6 +70,7 @@ def document(
     return {
         "table": table.name,
         "title": table.title,
+        "heading": _heading(table, scale, circumstances["dataset"]),
         "scale": scale,
         **circumstances,
         "rows": [
@@ -122,13 +123,10 @@ def is_open(a: dict[str, float], b: dict[str, float], metric: str) -> bool:
 
 def markdown(report: dict[str, Any]) -> str:
     """``report`` as Markdown."""
-    small = report["scale"] != "full" and report["dataset"] not in report["title"].lower().replace(
-        "-", ""
-    )
     shown = [m for m in METRICS if any(m in {**r["ours"], **r["paper"]} for r in report["rows"])]
     heads = ["task", "network", "sigma", *(METRICS[m] for m in shown)]
     lines = [
-        f"## {report['title']}" + (f", here on {report['dataset']}" if small else ""),
+        f"## {report['heading']}",
         "",
         f"Scale `{report['scale']}`: {report['about']}. Each cell: ours (the paper's).",
         "",
@@ -158,6 +156,13 @@ def markdown(report: dict[str, Any]) -> str:
         lines += ["", f"One seed. {rule} {CLOSE} dB.", ""]
     lines += [f"- {sentence}" for sentence in report["notes"]]
     return "\n".join(lines) + "\n"
+
+
+def _heading(table: Table, scale: str, data: str) -> str:
+    """The title of ``table``, which names the data where they are not what it promises."""
+    if scale == "full" or not data or data in table.title.lower().replace("-", ""):
+        return table.title
+    return f"{table.title}, here on {data}"
 
 
 def _cell(metric: str, row: dict[str, Any]) -> str:

@@ -6,26 +6,30 @@
     OUT/rows/joint/evaluation/table/     what the tables read: classify.json, denoise.json
     OUT/table1.md  table1.json  table1.png
 
-A row is finished when its last checkpoint is of the last step, and a suite when its JSON file is
-whole and says that it was measured as asked. Whatever is less is done again: a run whose files do
-not parse is moved aside, to ``rows/joint.broken-1``, and trained anew. A run of another
-configuration is never touched.
+A row is finished when its checkpoint and its model are of the last step, and a suite when its JSON
+file is whole and says that it was measured as asked. Whatever is less is done again: a model that
+is missing, damaged or of an earlier step is written again from the checkpoint; a run whose
+configuration or checkpoint does not read is moved aside, to ``rows/joint.broken-1``, and trained
+anew. A run of another configuration is never touched. A row that cannot be finished, because it
+diverged, leaves its reason in ``rows/ROW.stopped.txt``, and the others go on.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ebmkit.compute import pick_device, pick_precision
+from ebmkit.compute import pick_device
 from ebmkit.core import ScoreModel
 from ebmkit.data import AnyImages
 from ebmkit.errors import UserError
-from ebmkit.evaluation import SIGMAS, SUITES, evaluate, parse_options
+from ebmkit.evaluation import evaluate
+from ebmkit.files import write_atomically
 from ebmkit.models import load
+from ebmkit.reproduce.keeping import Busy, Protocol, alone, fresh, holds, wanted_of, whole
 from ebmkit.reproduce.rows import Row
 from ebmkit.reproduce.scales import Scale
 from ebmkit.training import DataConfig, RunFolder, TrainConfig, Trainer, resolve
@@ -33,7 +37,7 @@ from ebmkit.training.assemble import assemble, images_of
 from ebmkit.training.cost import format_seconds
 from ebmkit.training.runs import difference
 
-__all__ = ["Protocol", "Rows"]
+__all__ = ["Rows"]
 
 
 def _just_fit(trainer: Trainer, name: str) -> None:
@@ -45,27 +49,6 @@ Fit = Callable[[Trainer, str], None]
 
 Tell = Callable[[str], None]
 """Told, in one sentence, of what is being done."""
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How a trained row is measured.
-
-    Attributes:
-        name: of the folder of results.
-        suites: those to run, which must suit the model.
-        sigmas: noise levels of the suite ``denoise``, image units.
-        images: by suite, test images at most; all where it is not named.
-        noise_levels: of the suite ``classify``, image units.
-        options: settings of suites.
-    """
-
-    name: str
-    suites: tuple[str, ...]
-    sigmas: tuple[float, ...] = SIGMAS
-    images: Mapping[str, int] = field(default_factory=dict)
-    noise_levels: tuple[float, ...] = (0.0,)
-    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass
@@ -83,6 +66,7 @@ class Rows:
         fit: trains, showing progress.
         tell: told of what is being done.
         progress: whether evaluations show bars.
+        stopped: rows that could not be finished, and why.
     """
 
     out: Path
@@ -95,6 +79,7 @@ class Rows:
     tell: Tell = lambda sentence: None
     progress: bool = False
     imagenet_dir: Path | None = None
+    stopped: dict[str, str] = field(default_factory=dict)
     _test: dict[tuple[str, int | None], AnyImages] = field(default_factory=dict)
 
     def folder(self, row: Row) -> Path:
@@ -126,6 +111,28 @@ class Rows:
     def _needs_imagenet(self, family: str) -> bool:
         return family == "imagenet" and self.scale.name == "full"
 
+    def try_measure(self, row: Row, family: str, protocol: Protocol) -> None:
+        """`measure`, or a note of why ``row`` cannot be finished, in `stopped`; others go on."""
+        note = self._note(row)
+        note.unlink(missing_ok=True)
+        try:
+            self.measure(row, family, protocol)
+        except UserError as error:
+            self.tell(f"{row.name}: stopped: {error}")
+            self.stopped[row.name] = str(error)
+            if note.parent.is_dir() and not isinstance(error, Busy):
+                write_atomically(note, f"{error}\n".encode())
+
+    def why_stopped(self, row: Row) -> str | None:
+        """Why ``row`` could not be finished when it was last tried; None if it was not tried."""
+        try:
+            return self._note(row).read_text().strip()
+        except (OSError, UnicodeDecodeError):
+            return None
+
+    def _note(self, row: Row) -> Path:
+        return self.folder(row).with_suffix(".stopped.txt")
+
     def check(self, rows: Sequence[Row], family: str) -> None:
         """All mistakes first: whether data, models and memory suit every row not yet trained.
 
@@ -141,7 +148,13 @@ class Rows:
             trainer = assemble(config)
             if self.scale.name == "smoke":
                 continue
-            trainer.budget.check()
+            try:
+                trainer.budget.check()
+            except UserError as error:
+                smaller = "" if self.scale.name == "cpu" else "; or a smaller --scale"
+                raise UserError(
+                    f"row {row.name}, scale {self.scale.name}: {error}{smaller}"
+                ) from None
             if self.scale.name == "full" and trainer.device.type == "cpu":
                 seconds = trainer.budget.cost(config.steps).least_seconds
                 self.tell(f"{row.name}: at least {format_seconds(seconds)} on this CPU")
@@ -155,18 +168,20 @@ class Rows:
         """
         config = self.config(row, family)
         folder = self.folder(row)
-        state = self._state(row, config)
-        if state == "broken":
-            aside = _fresh(folder)
-            self.tell(f"{folder} does not read: moved to {aside.name}, and trained anew")
-            folder.rename(aside)
-            state = "new"
-        if state == "finished":
-            return RunFolder.open(folder)
-        run = RunFolder.create(folder, config) if state == "new" else RunFolder.open(folder)
-        trainer = assemble(config, run)
-        self.fit(trainer, row.name)
-        trainer.save()
+        with alone(folder):
+            state = self._state(row, config)
+            if state == "broken":
+                aside = fresh(folder)
+                self.tell(f"{folder} does not read: moved to {aside.name}, and trained anew")
+                folder.rename(aside)
+                state = "new"
+            if state == "finished":
+                return RunFolder.open(folder)
+            run = RunFolder.create(folder, config) if state == "new" else RunFolder.open(folder)
+            trainer = assemble(config, run)
+            if trainer.step < config.steps:
+                self.fit(trainer, row.name)
+            trainer.save()
         return run
 
     def measure(self, row: Row, family: str, protocol: Protocol) -> dict[str, dict[str, Any]]:
@@ -182,8 +197,8 @@ class Rows:
         images = self._images(config.dataset)
         found = {}
         for name in protocol.suites:
-            wanted = _wanted(name, protocol, len(images))
-            document = _whole(folder / f"{name}.json", wanted)
+            wanted = wanted_of(name, protocol, len(images))
+            document = whole(folder / f"{name}.json", wanted)
             if document is None:
                 model = model or load(run.path, device=str(pick_device(self.device)))
                 self.tell(f"{row.name}: measuring {name}")
@@ -210,7 +225,7 @@ class Rows:
         folder = self.folder(row) / "evaluation" / protocol.name
         images = self._images(config.dataset)
         return all(
-            _whole(folder / f"{name}.json", _wanted(name, protocol, len(images))) is not None
+            whole(folder / f"{name}.json", wanted_of(name, protocol, len(images))) is not None
             for name in protocol.suites
         )
 
@@ -226,7 +241,7 @@ class Rows:
             "seconds": state.get("seconds"),
             "steps": state["step"],
             "parameters": sum(p.numel() for p in load(run.path).parameters()),
-            "precision": pick_precision(config.compute.precision, pick_device(config.device)),
+            "precision": state.get("precision", "not recorded"),
             "seed": config.seed,
             "lr": config.optimizer.lr,
             **{name: own.get(name) for name in names},
@@ -251,12 +266,16 @@ class Rows:
             run = RunFolder.open(folder)
             saved = resolve(run.config())
             checkpoint = run.load_checkpoint()
-            json.loads((folder / "environment.json").read_text())
+            environment = json.loads((folder / "environment.json").read_text())
         except (UserError, OSError, ValueError):
+            return "broken"
+        if not isinstance(environment, dict):
             return "broken"
         found = difference(saved.model_dump(mode="json"), config.model_dump(mode="json"))
         if found is not None:
             key, old, new = found
+            if not holds(run.config(), key):  # cut short
+                return "broken"
             raise UserError(
                 f"{str(folder)!r} holds row {row.folder!r} of another configuration: {key} was "
                 f"{old!r} and would be {new!r}; choose another --out, or move that folder away"
@@ -264,47 +283,8 @@ class Rows:
         if checkpoint is None or checkpoint["step"] < config.steps:
             return "begun"
         try:
-            load(folder)
+            card = load(folder).card
         except UserError:
-            return "broken"
-        return "finished"
-
-
-def _fresh(folder: Path) -> Path:
-    """A name beside ``folder`` that nothing has."""
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.broken-{number}")).exists():
-        number += 1
-    return aside
-
-
-def _whole(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The document at ``path``, if it is whole and all entries are as ``wanted``."""
-    try:
-        document = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    if not isinstance(document, dict):
-        return None
-    same = all(document.get(key) == value for key, value in wanted.items())
-    return document if same else None
-
-
-def _wanted(suite: str, protocol: Protocol, of: int) -> dict[str, Any]:
-    """Entries that a document must have to be the one asked for."""
-    wanted: dict[str, Any] = {
-        "suite": suite,
-        "of": of,
-        "seed": 0,
-    }
-    if suite == "denoise":
-        wanted["sigmas"] = list(protocol.sigmas)
-    if suite == "classify":
-        wanted["sigmas"] = sorted({0.0, *protocol.noise_levels})
-    kind = SUITES[suite].options
-    if kind is None:
-        wanted["images"] = min(of, protocol.images.get(suite, of))
-    else:  # its settings say how many
-        given = parse_options({suite: protocol.options.get(suite, {})})[kind]
-        wanted["options"] = given.model_dump(mode="json")
-    return wanted
+            return "begun"  # the checkpoint has it all: the model is written again
+        saved_all = card is not None and card.steps == checkpoint["step"]
+        return "finished" if saved_all else "begun"

@@ -38,6 +38,8 @@ JOINT = Row(
     _paper(96.3, 31.90, 29.00, 25.25, hours=1.3),
 )
 
+NOISY = Row("noisy", "nothing: the noisy image, clipped", "denoising", run="joint", reads="clipped")
+
 _RESNET = {"backbone": "resnet18", "head": "logit", "model": {"head": {"bias": True}}}
 
 TABLE1 = Table(
@@ -46,6 +48,7 @@ TABLE1 = Table(
     (
         Row("resnet18", "ResNet18", "classification", _RESNET | _CE, _paper(96.5, hours=0.7)),
         Row("gradresnet-ce", "GradResNet", "classification", _CE, _paper(96.1, hours=0.7)),
+        NOISY,
         Row(
             "dncnn",
             "DnCNN, 20 layers",
@@ -76,7 +79,15 @@ TABLE1 = Table(
             reads="blind",
         ),
         Row("gs-drunet", "GS-DRUNet", "denoising", {"backbone": "gs-drunet"} | _DSM),
-        Row("gradncnn", "GraDnCNN", "denoising", {"backbone": "gradncnn"} | _DSM),
+        Row(
+            "gradncnn",
+            "GraDnCNN",
+            "denoising",
+            {"backbone": "gradncnn"}
+            | _backbone(width=32)
+            | _DSM,  # twice the others', as published
+            at_full=_backbone(width=128),
+        ),
         Row("jem", "JEM (WideResNet)", "joint", {}, _paper(92.9, hours=36), missing=JEM_MISSING),
         JOINT,
         Row("joint-blind", "GradResNet, own sigma", "joint", run="joint", reads="blind"),
@@ -159,6 +170,7 @@ TABLE3 = Table(
         ),
         _BIAS,
         _NO_SIDE,
+        NOISY,
     ),
     (
         *(Expectation("joint", "relu", metric) for metric in ("accuracy", "15", "25", "50")),
@@ -184,7 +196,7 @@ CLAIMS = Table(
         Row("ce-dsm-cdsm", "ce+dsm+cdsm", "joint", {"objective": "ce+dsm+cdsm"}),
         Row(
             "mix",
-            "MixUp/CutMix switched: on (full: off)",
+            "MixUp/CutMix on below full, off at full",
             "joint",
             {"streams": {"classify": {"augmentation": {"mix": "both"}}}},
             at_full={"streams": {"classify": {"augmentation": {"mix": "none"}}}},
@@ -214,11 +226,14 @@ _SHARED = {
 }
 
 
+ACTIVATIONS = {"gelu": "GELU", "relu": "ReLU"}
+
+
 def _cell(norm: str, activation: str, bias: bool) -> Row:
     fields = {"norm": norm, "activation": activation, "bias": bias}
     layer = {"model": {"backbone": fields, "head": {"bias": bias}}}
     end = "bias" if bias else "none"
-    label = f"{norm} norm, {activation.upper()}, {'biases' if bias else 'no bias'}"
+    label = f"{norm} norm, {ACTIVATIONS[activation]}, {'biases' if bias else 'no bias'}"
     shared = _SHARED.get((norm, activation, bias))
     if shared is not None:
         return replace(shared, label=label)

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ebmkit.errors import UserError
 from ebmkit.evaluation import SIGMAS
+from ebmkit.reproduce.keeping import Protocol
 from ebmkit.reproduce.report import Found, document, figures_of, write
 from ebmkit.reproduce.rows import Row, Table
-from ebmkit.reproduce.runs import Protocol, Rows
+from ebmkit.reproduce.runs import Rows
 
 __all__ = ["circumstances", "measured", "run_table", "table_report"]
 
@@ -30,7 +32,8 @@ def run_table(
 
     Raises:
         Interrupted: if training was; calling again goes on.
-        UserError: if a row does not exist, or cannot be trained.
+        UserError: if a row does not exist, has no objective yet, or does not suit this machine.
+            One that stops later is named in ``rows.stopped`` and in the report.
     """
     return write(table_report(table, rows, only, sigmas), rows.out)
 
@@ -40,10 +43,12 @@ def table_report(
 ) -> dict[str, Any]:
     """What `run_table` writes."""
     chosen = [table.row(name) for name in only] or list(table.rows)
+    if only and all(row.missing is not None for row in chosen):
+        raise UserError(f"row {only[0]} cannot be trained: {chosen[0].missing}")
     runs = {table.own(row).name: table.own(row) for row in chosen if row.missing is None}
     rows.check(list(runs.values()), table.family)
     for row in runs.values():
-        rows.measure(row, table.family, _protocol(row, rows, sigmas))
+        rows.try_measure(row, table.family, _protocol(row, rows, sigmas))
     found = [_found(table, row, rows, sigmas) for row in table.rows]
     return document(table, rows.scale.name, found, circumstances(rows, table.name, found))
 
@@ -59,7 +64,8 @@ def _found(table: Table, row: Row, rows: Rows, sigmas: Sequence[float]) -> Found
     own = table.own(row)
     protocol = _protocol(own, rows, sigmas)
     if not rows.finished(own, table.family, protocol):
-        return Found(row, {}, {}, "not run yet")
+        reason = rows.why_stopped(own)
+        return Found(row, {}, {}, f"stopped: {reason}" if reason else "not run yet")
     documents = rows.measure(own, table.family, protocol)
     facts = rows.facts(own, table.family)
     if "denoise" in documents:
@@ -85,17 +91,21 @@ def data_of(document: dict[str, Any]) -> str:
 
 
 def circumstances(rows: Rows, target: str, found: Sequence[Found]) -> dict[str, Any]:
-    """What stands below a table: data, hardware, versions, commits, command."""
-    done = [one.facts | {"task": one.row.task} for one in found if one.status == "done"]
+    """What stands below a table or figure: data, hardware, versions, commits, command."""
+    ran = [one for one in found if one.status == "done"]
+    done = [one.facts | {"task": one.row.task} for one in ran]
     command = rows.command(target)
     notes = [f"command: `{command}`"]
     dataset = next((f["data"][0].split(",")[0] for f in done), "")
     if done:
+        owned = [(f, one) for f, one in zip(done, ran, strict=True) if one.row.run is None]
         facts = {
             "data": [line for f in done for line in f["data"]],
             "hardware": [f["gpu"] or f"CPU, {f['threads']} of {f['cores']} cores" for f in done],
             "steps": [f"{f['steps']:,}" for f in done],
+            "parameters": [f"{f['parameters']:,} ({one.row.name})" for f, one in owned],
             "initial learning rate": [f"{f['lr']:g} ({f['task']})" for f in done],
+            "hours of training": [f"{_hours(f)} ({one.row.name})" for f, one in owned],
             "precision of training": [f["precision"] for f in done],
             "seed, one run per row": [str(f["seed"]) for f in done],
             "PyTorch": [f["torch"] for f in done],
@@ -104,9 +114,16 @@ def circumstances(rows: Rows, target: str, found: Sequence[Found]) -> dict[str, 
         }
         notes += [f"{name}: {', '.join(dict.fromkeys(values))}" for name, values in facts.items()]
         notes.append("hours are wall clock, validation and checkpoints included")
+    if rows.scale.name == "smoke":
+        notes.append("nothing is learnt in so few steps: this shows that every row runs")
     return {
         "about": rows.scale.about,
         "dataset": dataset,
         "notes": notes,
         "command": command,
     }
+
+
+def _hours(facts: dict[str, Any]) -> str:
+    seconds = facts["seconds"]
+    return "-" if seconds is None else f"{seconds / 3600:.2g}"

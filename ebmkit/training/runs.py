@@ -26,6 +26,7 @@ import pickle
 import platform
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -175,12 +176,16 @@ class RunFolder:
         path = self.path / "checkpoints" / "last.pt"
         if not path.is_file():
             return None
+        damaged = UserError(f"{str(path)!r} is damaged: it cannot be read; start the run anew")
         try:
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError, OSError):
-            raise UserError(
-                f"{str(path)!r} is damaged: it cannot be read; start the run anew"
-            ) from None
+            with zipfile.ZipFile(path) as file:
+                if file.testzip() is not None:  # torch.load looks at no checksum
+                    raise damaged
+            state: Any = torch.load(path, map_location="cpu", weights_only=True)
+        except (zipfile.BadZipFile, RuntimeError, pickle.UnpicklingError, EOFError, OSError):
+            raise damaged from None
+        if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+            raise damaged
         return state
 
 

@@ -237,6 +237,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state_dict() if self.average else None,
             "running": self.loss.running,
+            "precision": self.update.precision,
         }
 
     def restore(self, state: dict[str, Any]) -> None:

@@ -98,7 +98,7 @@ def test_the_same_seed_gives_the_same_in_any_batches(plane, tmp_path, monkeypatc
 def test_progress_ends_where_it_said(plane, tmp_path):
     model, images, _ = plane
     told = []
-    config = suites.parse_options({"robustness": QUICK | {"images": 9}})
+    config = suites.parse_options({"robustness": QUICK | {"images": 9}}, ["robustness"])
     setting = Setting(model, images, options=config, batch_size=2, advance=told.append)
     setting.left = total = ROBUSTNESS.passes(setting) * len(images)
     with torch.no_grad():
@@ -124,6 +124,33 @@ def test_few_images_are_attacked_and_that_is_said(plane, tmp_path):
     assert "10 of 40 images" in text
     assert "60.0 (31 to 83)" in text  # 4 of 10 are wrong: Wilson's interval
     assert "gray ball" in text
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_the_table_fits_eighty_columns(count):
+    names = ["direct", "noise", "denoise", "denoise+noise"][-count:]
+    one = {"value": 1.0, "low": 0.949, "high": 1.0}
+    curve = {name: [one, one] for name in names}
+    checks = {
+        name: {"epsilon": 8 / 255 * (1 + (name == "noise")), "autoattack": one}
+        | {"gray": {"epsilon": 0.5, "accuracy": one}}
+        for name in names
+    }
+    document = {
+        "suite": "robustness", "dataset": "cifar10", "split": "test", "images": 200, "of": 10000,
+        "warnings": [], "defences": dict.fromkeys(names), "epsilons": {"linf": [0, 8 / 255]},
+        "curves": {"linf": curve}, "checks": {"linf": checks},
+    }  # fmt: skip
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(ROBUSTNESS.table(document))
+    console.file.close()
+    lines = console.export_text().splitlines()
+    assert all(name in lines[2] for name in names)  # no header is cut
+    assert sum("100.0" in line for line in lines) == (4 if count == 2 else 5)
+    assert ("100.0 (95 to 100)" in "".join(lines)) == (count == 2)
+    assert ("robustness.json" in "".join(lines)) == (count == 4)
+    second = [line.split() for line in lines if "16/255" in line]
+    assert [row.count("-") for row in second] == ([] if count == 2 else [3])  # noise alone
 
 
 class Steps(EnergyModel):
@@ -229,11 +256,13 @@ def test_a_model_that_is_always_wrong_has_a_document(plane, tmp_path):
 )
 def test_illegal_settings_are_told(settings, words):
     with pytest.raises(UserError, match=words):
-        suites.parse_options({"robustness": settings})
+        suites.parse_options({"robustness": settings}, ["robustness"])
 
 
 def test_strengths_are_read_as_people_write_them():
-    options = suites.parse_options({"robustness": {"linf": ["8/255", 0.5], "l2": [2, "1.5", 0]}})
+    options = suites.parse_options(
+        {"robustness": {"linf": ["8/255", 0.5], "l2": [2, "1.5", 0]}}, ["robustness"]
+    )
     (config,) = options.values()
     assert config.linf == (0, 8 / 255, 0.5)
     assert config.l2 == (0, 1.5, 2)

@@ -1,5 +1,6 @@
 """What `evaluate` writes, where, and which mistakes it refuses."""
 
+import copy
 import json
 from functools import partial
 
@@ -11,7 +12,7 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from ebmkit import ModelCard, UserError, evaluation
 from ebmkit.compiled import Inference
-from ebmkit.evaluation import SUITES, evaluation_folder, parse_suites, tables
+from ebmkit.evaluation import SUITES, evaluation_folder, parse_options, parse_suites, tables
 from ebmkit.evaluation.data import noisy_batches
 
 STANDARD = [name for name, suite in SUITES.items() if suite.standard]
@@ -184,6 +185,60 @@ def test_few_images_never_replace_the_results_of_more(mixture, drawn, tmp_path):
     aside = evaluation_folder(tmp_path, mixture, drawn, limit=10)
     assert aside == home / "mixture-test-limit10"
     assert evaluation_folder(tmp_path, mixture, drawn) == home
+
+
+def test_results_with_settings_of_their_own_never_replace_those_without(mixture, drawn, tmp_path):
+    mixture.card = card()
+
+    def folder(options):
+        own = parse_options(options, ["robustness", "shift"])
+        return evaluation_folder(tmp_path, mixture, drawn, options=own)
+
+    home = tmp_path / "evaluation"
+    assert folder({}) == home
+    assert folder({"robustness": {"steps": 40}}) == home  # the default
+    quick = folder({"robustness": {"steps": 2, "images": 5}})
+    assert quick == home / "mixture-test-images=5-steps=2"
+    several = {"robustness": {"linf": [n / 255 for n in range(9)]}}
+    assert folder(several) == folder(several)
+    assert folder(several) != folder({"robustness": {"linf": [n / 255 for n in range(8)]}})
+    assert len(folder(several).name) < 100
+
+
+def test_settings_of_a_suite_that_does_not_run_are_a_mistake(mixture, drawn, tmp_path):
+    with pytest.raises(UserError, match="settings of suite 'shift', which does not run"):
+        evaluate(mixture, drawn, ["classify"], tmp_path, options={"shift": {"strengths": [1]}})
+
+
+def test_pictures_of_an_earlier_result_do_not_stay_beside_a_new_one(mixture, drawn, tmp_path):
+    few = {"images": 4, "steps": 1, "restarts": 1, "draws": 2, "checks": False, "norms": ["linf"]}
+    for levels, map_there in (([0, 0.1], True), ([0], False)):
+        options = {"robustness": few | {"noise_levels": levels}}
+        found = evaluation.evaluate(mixture, drawn, ["robustness"], tmp_path, options=options)
+        assert (tmp_path / "robustness-map.png").exists() == map_there
+        pictures = sorted(path.name for path in tmp_path.glob("*.png"))
+        assert found["robustness"].document["pictures"] == pictures
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+def test_names_of_pictures_in_a_document_lead_nowhere_else(mixture, drawn, tmp_path):
+    kept = tmp_path / "kept.png"
+    kept.write_bytes(b"")
+    folder = tmp_path / "evaluation"
+    folder.mkdir()
+    (folder / "denoise.json").write_text(json.dumps({"pictures": ["../kept.png", str(kept), 3]}))
+    evaluation.evaluate(mixture, drawn, ["denoise"], folder, limit=5)
+    assert kept.exists()
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_a_diverged_model_is_told_by_every_suite(network, squares, tmp_path, suite):
+    broken = copy.deepcopy(network)
+    with torch.no_grad():
+        for parameter in broken.parameters():
+            parameter.fill_(torch.nan)
+    with pytest.raises(UserError, match="not finite: its training diverged"):
+        evaluate(broken, squares, [suite], tmp_path)
 
 
 def test_other_images_of_the_same_name_go_elsewhere(mixture, drawn, tmp_path):

@@ -180,6 +180,16 @@ def test_damaged_weights(run, keep):
     assert "model.safetensors' is damaged: it does not parse" in refusal(run[0])
 
 
+def test_a_flipped_bit_of_a_weight_is_noticed(run):
+    folder, _ = run
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="its tensors are not those that were written"):
+        load(folder)
+
+
 def test_weights_of_another_model(run):
     other = ModelConfig(backbone=GradResNetConfig(width=16), in_channels=1, num_classes=3)
     save_model(run[0], other.build(), config(), CARD)

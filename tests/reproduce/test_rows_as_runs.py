@@ -2,12 +2,15 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
 from ebmkit import UserError, load
+from ebmkit.models.saving import save_weights
 from ebmkit.reproduce import TABLES, Protocol, Row, Rows, Scale, run_table
+from ebmkit.reproduce.keeping import alone
 from ebmkit.reproduce.report import markdown
 from ebmkit.training import Interrupted
 
@@ -27,6 +30,7 @@ TINY = Scale(
     {"classify": 20, "denoise": 20},
 )
 ROW = Row("joint", "GradResNet", "joint", {"objective": "ce+dsm"}, {"accuracy": 96.3})
+DIVERGING = {"objective": "ce+dsm", "optimizer": {"lr": 1e30}}
 PROTOCOL = Protocol("table", ("classify", "denoise"), (25 / 255,), TINY.images)
 
 
@@ -100,20 +104,110 @@ def test_an_interrupted_row_goes_on_where_it_was_and_ends_the_same(rows, told, f
     assert all(torch.equal(state[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("damage", ["config.yaml", "checkpoints/last.pt", "model.safetensors"])
-def test_a_broken_row_is_moved_aside_and_trained_anew(done, told, damage):
+def cut(content):
+    return content[:3]
+
+
+def half(content):
+    return content[: len(content) // 2]
+
+
+def with_a_bit_flipped(content):
+    place = len(content) // 2
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+def no_list(content):
+    return b"[]"
+
+
+DAMAGES = [
+    ("config.yaml", cut),
+    ("config.yaml", half),
+    ("checkpoints/last.pt", cut),
+    ("checkpoints/last.pt", half),
+    ("checkpoints/last.pt", with_a_bit_flipped),
+    ("checkpoints/last.pt", no_list),
+    ("environment.json", no_list),
+]
+
+
+@pytest.mark.parametrize(("damage", "how"), DAMAGES)
+def test_a_broken_row_is_moved_aside_and_trained_anew(done, told, damage, how):
     path = done.folder(ROW) / damage
-    path.write_bytes(path.read_bytes()[:3])
+    path.write_bytes(how(path.read_bytes()))
     done.train(ROW, "cifar10")
     assert told.trained == [("joint", 0)]
     assert (done.out / "rows/joint.broken-1" / damage).exists()
     assert "moved to joint.broken-1" in told[0]
 
 
-def test_half_a_result_is_measured_again(done, told):
+@pytest.mark.parametrize("how", [cut, half, with_a_bit_flipped, None])
+def test_a_lost_or_damaged_model_is_written_again_from_the_checkpoint(done, told, how):
+    """The checkpoint has all of it, so nothing is trained."""
+    path = done.folder(ROW) / "model.safetensors"
+    whole = path.read_bytes()
+    if how is None:
+        path.unlink()
+    else:
+        path.write_bytes(how(whole))
+    done.train(ROW, "cifar10")
+    assert told.trained == []
+    assert path.read_bytes() == whole
+
+
+def test_a_model_of_an_earlier_step_than_the_checkpoint_is_not_the_finished_one(done, told):
+    """As a run leaves it that was killed between the last checkpoint and its model."""
+    folder = done.folder(ROW)
+    whole = (folder / "model.safetensors").read_bytes()
+    stale = load(folder)
+    with torch.no_grad():
+        next(stale.parameters()).add_(1)
+    document = json.loads((folder / "model.json").read_text())
+    save_weights(folder / "model.safetensors", stale)
+    document["card"]["steps"] = 2
+    (folder / "model.json").write_text(json.dumps(document))
+    done.train(ROW, "cifar10")
+    assert told.trained == []
+    assert (folder / "model.safetensors").read_bytes() == whole
+    assert load(folder).card.steps == 4
+
+
+def test_a_row_that_another_process_trains_is_left_to_it(done, told):
+    with (
+        alone(done.folder(ROW)),
+        pytest.raises(UserError, match="being trained by another process"),
+    ):
+        done.train(ROW, "cifar10")
+    done.train(ROW, "cifar10")
+
+
+def test_a_row_that_diverges_stops_alone_and_says_why(done, told):
+    """The table is written, with the reason where figures would stand; so it is the next time."""
+    table = replace(TABLES["table3"], rows=(ROW, replace(ROW, name="relu", layer=DIVERGING)))
+    run_table(table, done)
+    assert "loss" in done.stopped["relu"]
+    text = (done.out / "table3.md").read_text()
+    assert "GradResNet: stopped: " in text
+    again = Rows(done.out, TINY)
+    run_table(table, again, ["joint"])
+    assert (done.out / "table3.md").read_text() == text
+
+
+def half_a_document(path):
+    path.write_text(path.read_text()[:100])
+
+
+def a_document_without_its_figure(path):
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps(document | {"accuracy": None}))
+
+
+@pytest.mark.parametrize("damage", [half_a_document, a_document_without_its_figure])
+def test_half_a_result_is_measured_again(done, told, damage):
     path = done.folder(ROW) / "evaluation/table/classify.json"
     whole = json.loads(path.read_text())
-    path.write_text(path.read_text()[:100])
+    damage(path)
     found = done.measure(ROW, "cifar10", PROTOCOL)
     assert told == ["joint: measuring classify"]
     assert told.trained == []
