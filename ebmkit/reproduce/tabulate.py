@@ -115,7 +115,7 @@ def circumstances(rows: Rows, target: str, found: Sequence[Found]) -> dict[str, 
         notes += [f"{name}: {', '.join(dict.fromkeys(values))}" for name, values in facts.items()]
         notes.append("hours are wall clock, validation and checkpoints included")
     if rows.scale.name == "smoke":
-        notes.append("nothing is learnt in so few steps: this shows that every row runs")
+        notes.append("little is learnt in so few steps: this scale shows that every row runs")
     return {
         "about": rows.scale.about,
         "dataset": dataset,
