@@ -203,6 +203,7 @@ def _level(sigma: float, config: AdversarialConfig, columns: dict[str, Tensor]) 
 def draw(setting: Setting, document: dict[str, Any], folder: Path) -> None:
     """Write ``adversarial.png``, gradients at some noise levels, and ``adversarial-norms.png``."""
     from ebmkit.pictures import adversarial as pictures
+    from ebmkit.pictures.common import images_of
 
     config, model = setting.option(AdversarialConfig), _model(setting)
     sigmas = sorted(set(config.sigmas))
@@ -234,7 +235,8 @@ def draw(setting: Setting, document: dict[str, Any], folder: Path) -> None:
     assert clean is not None
     labels = few.labels
     titles = [] if labels is None else [class_name(setting.images, int(c)) for c in labels]
-    pictures.adversarial_grid(clean, titles, panels, folder / "adversarial.png")
+    about = images_of(document, len(few))
+    pictures.adversarial_grid(clean, titles, panels, folder / "adversarial.png", about)
     pictures.adversarial_norms(document, folder / "adversarial-norms.png")
 
 

@@ -56,7 +56,7 @@ from ebmkit.evaluation.tables import new_table, number
 from ebmkit.jacobian import DENSE, jacobian
 from ebmkit.metrics import psnr
 from ebmkit.spectrum import Eigenpairs, Method, spectrum
-from ebmkit.units import Sigma
+from ebmkit.units import Sigma, in_255ths
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -275,7 +275,13 @@ def draw(setting: Setting, document: dict[str, Any], folder: Path) -> None:
 
 
 def table(document: dict[str, Any]) -> Table:
-    """Of each image: trace, eigenvalues, asymmetry, PSNR; the paper's eigenvalues below."""
+    """Of each image: trace, eigenvalues, asymmetry, PSNR.
+
+    Below, the paper's eigenvalues, where data, noise level and quantity are the paper's; its
+    network and image are its own, as the caption says.
+    """
+    from rich.text import Text
+
     result = new_table(
         document, ("image", "trace", "> 1/2", "largest", "smallest", "asym.", "PSNR", "exp.")
     )
@@ -290,8 +296,11 @@ def table(document: dict[str, Any]) -> Table:
             number(one["psnr"], "{:.1f}"),
             number(one["expected_psnr"], "{:.1f}"),
         )
-    result.add_section()
+    same = document["dataset"] == "cifar10" and in_255ths(document["sigma"]) == "50"
+    if not same or document["singular"]:
+        return result
     paper = document["paper"]
+    result.add_section()
     result.add_row(
         "paper",
         "",
@@ -299,6 +308,8 @@ def table(document: dict[str, Any]) -> Table:
         " ".join(f"{value:.2f}" for value in paper["largest"]),
         " ".join(f"{value:.1e}" for value in paper["smallest"]),
     )
+    told = f"paper: its network, {paper['about']}"
+    result.caption = Text.assemble(told, *(("\n", result.caption) if result.caption else ()))
     return result
 
 

@@ -7,12 +7,22 @@ unconditional denoiser, given sigma:
 - ``of_change`` :math:`\|D - Jy\| / \|D - y\|`: the same by what the denoiser changes. At low noise
   every denoiser is close to the identity and the first error small, whatever the network;
 - ``degree``, the k for which :math:`D - Jy = (2 - k)(D - y)` fits best, for log p homogeneous of
-  degree k satisfies that exactly; and what it leaves: ``unexplained``, relative to :math:`\|D\|`,
-  and ``explained``, the share of :math:`\|D - Jy\|^2` it accounts for (null where the error is
+  degree k satisfies that exactly;
+- what is left where each image has its own k: ``unexplained``, relative to :math:`\|D\|`, and
+  ``explained``, the share of :math:`\|D - Jy\|^2` that k accounts for (null where the error is
   rounding);
-- ``euler_degree`` :math:`\langle y, s\rangle / \log p`, the mean over images of the one by the mean
-  of the other: k by Euler's identity, where log p has no unknown constant, as the
-  linear-quadratic head's :math:`-\frac12 (w^\top f)^2`; else null.
+- ``euler_degree`` :math:`\langle y, s\rangle / \log p`: k by Euler's identity, where log p has no
+  unknown constant, as the linear-quadratic head's :math:`-\frac12 (w^\top f)^2`; else null.
+
+``error``, ``unexplained`` and ``explained`` are means over images. The other three have
+denominators that may be near 0 at single images, where a mean of ratios would be one image's. So
+they are *pooled*: numerator and denominator are summed over images first,
+
+.. math:: k = 2 - \frac{\sum \langle D - Jy,\; D - y\rangle}{\sum \|D - y\|^2}
+
+(the least-squares fit to all images), :math:`\sum\langle y, s\rangle / \sum\log p`, and
+``of_change`` :math:`(\sum\|D - Jy\|^2 / \sum\|D - y\|^2)^{1/2}`. Their intervals are the
+bootstrap's, over images.
 
 `theory` says which k a network must have.
 
@@ -24,11 +34,14 @@ by noise level the estimates above with their 95 % intervals and ``sigma``; ``th
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
@@ -170,6 +183,8 @@ def run(setting: Setting) -> dict[str, Any]:
 
 def _measure(model: ScoreModel, sigma: float, batch: Batch) -> dict[str, Tensor]:
     columns = linearity(model, batch.y, sigma)._asdict()
+    change = (model.denoise(batch.y, sigma) - batch.y).flatten(1).double()
+    columns["moved"] = change.square().sum(1)  # ||D - y||^2, by which ratios are pooled
     # log p up to no constant: the linear-quadratic head says -(w f)^2 / 2
     if isinstance(model, JointModel) and isinstance(model.head, LinearQuadraticHead):
         columns["log_density"] = model.log_density(batch.y, sigma).double()
@@ -179,18 +194,39 @@ def _measure(model: ScoreModel, sigma: float, batch: Batch) -> dict[str, Tensor]
 def _level(columns: dict[str, Tensor], seed: int) -> dict[str, Any]:
     level: dict[str, Any] = {
         name: statistics.mean(columns[name]).document()
-        for name in ("error", "of_change", "degree", "unexplained", "explained")
+        for name in ("error", "unexplained", "explained")
     }
     if not level["error"]["value"] or level["error"]["value"] < ROUNDING:
         level["explained"] = None
+    moved = columns["moved"]
+    squares = _pooled(columns["of_change"].square() * moved, moved, seed, math.sqrt, lowest=0)
+    level["of_change"] = squares.document()
+    missing = (2 - columns["degree"]) * moved  # <D - J y, D - y>
+    level["degree"] = _pooled(missing, moved, seed, lambda ratio: 2 - ratio).document()
     level["euler_degree"] = None
-    if "log_density" in columns:
-        along, density = (columns[name].numpy() for name in ("along", "log_density"))
-        if density.any():
-            level["euler_degree"] = statistics.bootstrap(
-                lambda rows: float(along[rows].sum() / density[rows].sum()), len(along), seed
-            ).document()
+    if "log_density" in columns and columns["log_density"].any():
+        level["euler_degree"] = _pooled(columns["along"], columns["log_density"], seed).document()
     return level
+
+
+def _pooled(
+    top: Tensor,
+    bottom: Tensor,
+    seed: int,
+    of_ratio: Callable[[float], float] = float,
+    lowest: float = -math.inf,
+) -> statistics.Estimate:
+    """``of_ratio`` of the sum of ``top`` (n,) by that of ``bottom`` (n,), no end below ``lowest``;
+    undefined (nan) where the latter is 0, its interval for a single image."""
+    over, under = top.numpy(), bottom.numpy()
+
+    def ratio(rows: NDArray[np.intp]) -> float:
+        whole = float(under[rows].sum())
+        return of_ratio(float(over[rows].sum()) / whole) if whole else math.nan
+
+    if len(under) < 2:
+        return statistics.Estimate(ratio(np.arange(len(under))), math.nan, math.nan, len(under))
+    return statistics.bootstrap(ratio, len(under), seed, lowest=lowest)
 
 
 def draw(setting: Setting, document: dict[str, Any], folder: Path) -> None:
@@ -210,7 +246,7 @@ def table(document: dict[str, Any]) -> Table:
         result.add_row(
             f"{in_255ths(level['sigma'])}/255",
             number(error["value"], "{:.3g}"),
-            interval(error["low"], error["high"], "{:.3g}"),
+            interval(error["low"], error["high"], "{:.2g}"),
             number(level["of_change"]["value"], "{:.3g}"),
             number(level["degree"]["value"], "{:.3f}"),
             number(euler and euler["value"], "{:.3f}"),

@@ -257,32 +257,41 @@ def draw(setting: Setting, document: dict[str, Any], folder: Path) -> None:
 
 
 def table(document: dict[str, Any]) -> Table:
-    """Accuracy and its interval at each strength, a column per defence; below, in the gray ball."""
+    """Accuracy at each strength, a column per defence, with intervals where there are up to two;
+    below, in the gray ball and under AutoAttack."""
+    from rich.text import Text
+
     names = list(document["defences"])
-    result = new_table(document, ("norm", "strength", *[f"{name}, % (95 %)" for name in names]))
+    few = len(names) <= 2
+    heads = [f"{name}, % (95 %)" if few else name for name in names]
+    result = new_table(document, ("norm", "strength", *heads))
+    if not few:
+        told = "accuracy in %; 95 % intervals: robustness.json"
+        result.caption = Text.assemble(told, *(("\n", result.caption) if result.caption else ()))
+    cell = _cell if few else _value
     for norm, curves in document["curves"].items():
         for i, epsilon in enumerate(document["epsilons"][norm]):
-            cells = [_cell(curves[name][i]) for name in names]
+            cells = [cell(curves[name][i]) for name in names]
             result.add_row("" if i else norm_name(norm), strength(norm, epsilon), *cells)
         checks = [document["checks"][norm].get(name, {}) for name in names]
         if any("gray" in check for check in checks):
             radius = strength(norm, checks[0]["gray"]["epsilon"])
-            result.add_row("gray ball", radius, *[_cell(c["gray"]["accuracy"]) for c in checks])
-        if any("autoattack" in check for check in checks):
-            cells = [
-                f"at {strength(norm, c['epsilon'])}: {_cell(c['autoattack'])}"
-                if "autoattack" in c
-                else "-"
-                for c in checks
-            ]
-            result.add_row("AutoAttack", "", *cells)
+            result.add_row("gray ball", radius, *[cell(c["gray"]["accuracy"]) for c in checks])
+        for epsilon in sorted({c["epsilon"] for c in checks if "autoattack" in c}):
+            of = [c if c.get("epsilon") == epsilon else {} for c in checks]
+            cells = [cell(c["autoattack"]) if "autoattack" in c else "-" for c in of]
+            result.add_row("AutoAttack", strength(norm, epsilon), *cells)
         result.add_section()
     return result
 
 
 def _cell(estimate: dict[str, Any]) -> str:
-    value, low, high = (100 * estimate[key] for key in ("value", "low", "high"))
-    return f"{value:.1f} ({low:.0f} to {high:.0f})"
+    low, high = (100 * estimate[key] for key in ("low", "high"))
+    return f"{_value(estimate)} ({low:.0f} to {high:.0f})"
+
+
+def _value(estimate: dict[str, Any]) -> str:
+    return f"{100 * estimate['value']:.1f}"
 
 
 def _cost(defence: Defence, config: RobustnessConfig) -> int:

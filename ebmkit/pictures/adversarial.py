@@ -8,7 +8,17 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ebmkit.pictures.common import BLUE, GRAY, GREEN, ORANGE, new_figure, save_figure, show_image
+from ebmkit.pictures.common import (
+    BLUE,
+    GRAY,
+    GREEN,
+    ORANGE,
+    images_of,
+    legend_below,
+    new_figure,
+    save_figure,
+    show_image,
+)
 from ebmkit.pictures.jacobian import around_gray, image_grid
 from ebmkit.units import in_255ths
 
@@ -34,7 +44,11 @@ class AdversarialPanel(NamedTuple):
 
 
 def adversarial_grid(
-    clean: Tensor, labels: Sequence[str], panels: Sequence[AdversarialPanel], path: Path
+    clean: Tensor,
+    labels: Sequence[str],
+    panels: Sequence[AdversarialPanel],
+    path: Path,
+    data: str = "",
 ) -> None:
     """One row per image: the clean one, then at each noise level the noisy one and gradients.
 
@@ -43,6 +57,7 @@ def adversarial_grid(
         labels: their true labels, or empty.
         panels: one per noise level.
         path: the PNG file.
+        data: what the images are, for the title.
     """
     wide = 1 + panels[0].gradients.shape[1]
     shape = (clean.shape[-2], clean.shape[-1])
@@ -66,7 +81,7 @@ def adversarial_grid(
         0.008,
         1 - 0.16 / height,
         "Adversarial gradients as differences of denoisers: "
-        "$\\nabla \\log p(c|y) = (D_c - D_u) / \\sigma^2$",
+        f"$\\nabla \\log p(c|y) = (D_c - D_u) / \\sigma^2${data and f' ({data})'}",
         fontsize=10,
         weight="bold",
         va="center",
@@ -88,7 +103,7 @@ def adversarial_norms(document: dict[str, Any], path: Path) -> None:
         document: what ``adversarial.json`` holds.
         path: the PNG file.
     """
-    figure = new_figure(9.6, 4.2, layout="constrained")
+    figure = new_figure(9.6, 5.0, layout="constrained")
     left, right = figure.subplots(1, 2)
     noisy = [level for level in document["levels"] if level["sigma"]]
     clean = [level for level in document["levels"] if not level["sigma"]]
@@ -98,11 +113,14 @@ def adversarial_norms(document: dict[str, Any], path: Path) -> None:
         ("norm_predicted", "predicted label", BLUE, "o"),
         ("score_norm", "score $\\nabla\\log p(y)$", GREEN, "^"),
     )
+    # an interval of a mean may reach 0, which a logarithmic axis has not
+    values = [level[name]["value"] for level in noisy for name, *_ in series]
+    floor = min([value for value in values if value], default=1.0) / 5
     for name, label, colour, marker in series:
         values = [level[name]["value"] for level in noisy]
         left.plot(x, values, f"{marker}-", color=colour, ms=4, label=label)
         if all(level[name]["low"] is not None for level in noisy):
-            low = [max(level[name]["low"], 1e-12) for level in noisy]
+            low = [max(level[name]["low"], floor) for level in noisy]
             high = [level[name]["high"] for level in noisy]
             left.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
         for level in clean:
@@ -110,9 +128,10 @@ def adversarial_norms(document: dict[str, Any], path: Path) -> None:
     if clean:
         left.plot([], [], color=GRAY, ls=":", lw=1, label="at the clean image")
     left.set(xscale="log", yscale="log", xlabel="noise level sigma (1/255)")
+    left.set_ylim(bottom=floor)
     left.set(ylabel="l2 norm (nats per image unit)")
     left.set_title("Gradients of log p(c|y), mean over images", fontsize=10)
-    left.legend(fontsize=7.5, frameon=False)
+    legend_below(left, columns=2)
     lengths = len(document["lengths"])
     for k, length in enumerate(document["lengths"]):
         steps = [level["steps"][k] for level in noisy]
@@ -128,5 +147,6 @@ def adversarial_norms(document: dict[str, Any], path: Path) -> None:
     else:
         right.set_yscale("log")
     right.set_title("A step along the gradient of a target (l2 length)", fontsize=10)
-    right.legend(fontsize=7.5, frameon=False)
+    legend_below(right, columns=2)
+    figure.suptitle(f"Adversarial gradients: {images_of(document)}", fontsize=11)
     save_figure(figure, path)

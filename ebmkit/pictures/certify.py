@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ebmkit.pictures.common import BLUE, GRAY, ORANGE, new_figure, save_figure
+from ebmkit.pictures.common import BLUE, GRAY, ORANGE, images_of, new_figure, save_figure
 from ebmkit.units import in_255ths
 
 __all__ = ["certified_accuracy"]
@@ -60,8 +60,8 @@ def certified_accuracy(document: dict[str, Any], path: Path, names: Mapping[Any,
     panels[0].set_ylabel("certified accuracy (%)")
     votes, alpha = document["options"]["samples"], document["options"]["alpha"]
     figure.suptitle(
-        f"Certified accuracy: {document['certified_images']} images, {votes:,} votes each, "
-        f"$\\alpha$ = {alpha:g}",
+        f"Certified accuracy: {images_of(document, document['certified_images'])}, {votes:,} votes "
+        f"each, $\\alpha$ = {alpha:g}",
         fontsize=11,
     )
     handles, labels = panels[0].get_legend_handles_labels()

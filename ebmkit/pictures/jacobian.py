@@ -17,6 +17,9 @@ from ebmkit.pictures.common import (
     ORANGE,
     PURPLE,
     SKY,
+    bars_within,
+    images_of,
+    legend_below,
     new_figure,
     save_figure,
     show_image,
@@ -162,7 +165,7 @@ def jacobian_grid(rows: Sequence[JacobianRow], document: dict[str, Any], path: P
         place = axes[0][column].get_position()
         figure.text(place.x0, place.y1 + 0.05 / figure.get_figheight(), text, fontsize=8.5)
     height = figure.get_figheight()
-    title = f"Denoising, and {what} of the denoiser's Jacobian (value below, ± residual)"
+    title = f"{images_of(document)}: denoising, and {what} of the Jacobian (value, ± residual)"
     figure.text(0.008, 1 - 0.2 / height, title, fontsize=10, weight="bold", va="center")
     figure.text(
         0.008,
@@ -196,70 +199,85 @@ def spectra(document: dict[str, Any], path: Path) -> None:
     right.set_title("Magnitudes")
     left.legend(fontsize=7.5, frameon=False)
     sigma = in_255ths(document["sigma"])
-    figure.suptitle(f"Spectrum of the denoiser's Jacobian at $\\sigma$ = {sigma}/255", fontsize=11)
+    title = f"Spectrum of the denoiser's Jacobian at $\\sigma$ = {sigma}/255"
+    figure.suptitle(f"{title}: {images_of(document)}", fontsize=11)
     save_figure(figure, path)
 
 
 def linearity_curves(document: dict[str, Any], path: Path) -> None:
-    """Errors of D(y) = J(y) y, and the degree of homogeneity, against the noise level."""
-    figure = new_figure(9.2, 3.8, layout="constrained")
+    """Errors of D(y) = J(y) y, and the degree of homogeneity, against the noise level.
+
+    Args:
+        document: what ``linearity.json`` holds.
+        path: the PNG file.
+    """
+    figure = new_figure(9.2, 4.7, layout="constrained")
     left, right = figure.subplots(1, 2)
     levels = sorted(document["levels"], key=lambda level: float(level["sigma"]))
-    series = (
-        (left, "error", "$\\|D - Jy\\| / \\|D\\|$", BLUE, "o"),
-        (left, "of_change", "$\\|D - Jy\\| / \\|D - y\\|$", ORANGE, "s"),
-        (left, "unexplained", "rest of $D - Jy$ that no k explains, by $\\|D\\|$", GREEN, "^"),
-        (right, "degree", "best fit", BLUE, "o"),
-        (right, "euler_degree", "Euler's, $\\langle y, s\\rangle / \\log p$", ORANGE, "s"),
+    errors = (
+        ("error", "$\\|D - Jy\\| / \\|D\\|$", BLUE, "o"),
+        ("of_change", "$\\|D - Jy\\| / \\|D - y\\|$, pooled", ORANGE, "s"),
+        ("unexplained", "rest of $D - Jy$ that no k explains, by $\\|D\\|$", GREEN, "^"),
     )
-    for axes, name, label, colour, marker in series:
-        known = [level for level in levels if level[name] and level[name]["value"] is not None]
-        if known:
+    degrees = (
+        ("degree", "best fit", BLUE, "o"),
+        ("euler_degree", "Euler's, $\\langle y, s\\rangle / \\log p$", ORANGE, "s"),
+    )
+    for axes, series, limits_of in ((left, errors, _log_limits), (right, degrees, _degree_limits)):
+        limits = limits_of([level[name] for level in levels for name, *_ in series if level[name]])
+        cut = False
+        for name, label, colour, marker in series:
+            known = [level for level in levels if level[name]]
             x = [255 * level["sigma"] for level in known]
-            axes.errorbar(
-                x,
-                [level[name]["value"] for level in known],
-                _bars([level[name] for level in known]),
-                fmt=f"{marker}-",
-                color=colour,
-                ms=4,
-                lw=1.2,
-                capsize=2,
-                label=label,
-            )
-    left.set_yscale("log")
+            look = {"fmt": f"{marker}-", "color": colour, "ms": 4, "lw": 1.2, "label": label}
+            if known:
+                cut |= bars_within(axes, x, [level[name] for level in known], limits, **look)
+        if cut:
+            axes.plot([], [], marker=7, color=GRAY, ls="", label="the interval goes on")
+    left.set(yscale="log", ylabel="relative error")
     right.axhline(2, color=GRAY, ls=":", lw=1, label="2: locally linear")
     theory = document["theory"]
     if theory and theory["degree"] is not None:
         label = f"theory: {theory['degree']:.0f}"
         right.axhline(theory["degree"], color="black", ls="--", lw=0.8, label=label)
-    for axes, what in ((left, "relative error, mean"), (right, "degree k, mean")):
-        axes.set(xlabel="noise level sigma (1/255)", ylabel=what)
-        axes.legend(fontsize=7.5, frameon=False)
+    right.set_ylabel("degree k, pooled over images")
+    for axes in (left, right):
+        axes.set_xlabel("noise level sigma (1/255)")
+    legend_below(left)
+    legend_below(right, columns=2)
     left.set_title("Is D(y) = J(y) y?", fontsize=10)
     right.set_title("Degree of homogeneity of log p", fontsize=10)
+    figure.suptitle(f"Local linearity of the denoiser: {images_of(document)}", fontsize=11)
     save_figure(figure, path)
 
 
-def linearity_grid(cells: Sequence[dict[str, Any]], path: Path) -> None:
+def linearity_grid(cells: Sequence[dict[str, Any]], path: Path, data: str = "") -> None:
     """Local linearity of networks that differ in norm, activation and biases, beside the theory.
 
     Args:
         cells: by network ``norm`` (group or scale), ``activation`` (gelu or relu), ``bias`` (bool),
             ``levels`` and ``theory`` as in ``linearity.json``.
         path: the PNG file.
+        data: which images, for the title.
     """
     figure = new_figure(max(6.4, 1.15 * len(cells) + 1.4), 6.2, layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
     sigmas = [level["sigma"] for level in cells[0]["levels"]]
+    every = [level for cell in cells for level in cell["levels"]]
+    limits = {
+        "error": _log_limits([level["error"] for level in every]),
+        "degree": _degree_limits([level["degree"] for level in every]),
+    }
+    cut = False
     for k, sigma in enumerate(sigmas):
         at = np.arange(len(cells)) + (k - (len(sigmas) - 1) / 2) * 0.6 / len(sigmas)
         look = {"color": COLOURS[k % 6], "marker": MARKERS[k % 6], "ls": "", "ms": 5}
         for axes, name in ((top, "error"), (bottom, "degree")):
             found = [cell["levels"][k][name] for cell in cells]
             label = f"$\\sigma$ = {in_255ths(sigma)}/255" if axes is top else None
-            values = [math.nan if e["value"] is None else e["value"] for e in found]
-            axes.errorbar(at, values, _bars(found), capsize=2, lw=1, label=label, **look)
+            cut |= bars_within(axes, list(at), found, limits[name], lw=1, label=label, **look)
+    if cut:
+        top.plot([], [], marker=7, color=GRAY, ls="", label="the interval goes on")
     names = {"group": "plain norm", "scale": "scale-keeping", "batch": "batch norm"}
     activations = {"relu": "ReLU", "gelu": "GELU"}
     ticks = []
@@ -279,18 +297,24 @@ def linearity_grid(cells: Sequence[dict[str, Any]], path: Path) -> None:
         for i in range(len(cells) - 1):
             axes.axvline(i + 0.5, color=GRAY, lw=0.4)
     top.set(yscale="log", ylabel="$\\|D - Jy\\| / \\|D\\|$")
-    top.set_title("Local linearity D(y) = J(y) y: relative error (0: as section 4.2 claims)")
-    bottom.set(ylabel="degree k, best fit")
+    where = f", {data}" if data else ""
+    top.set_title(
+        f"Local linearity D(y) = J(y) y: relative error (0: as section 4.2 claims){where}"
+    )
+    bottom.set(ylabel="degree k, best fit, pooled")
     bottom.set_title("Degree of homogeneity of log p (locally linear: 2)")
-    figure.legend(loc="outside lower center", ncols=len(sigmas) + 1, frameon=False, fontsize=8.5)
+    figure.legend(loc="outside lower center", ncols=len(sigmas) + 2, frameon=False, fontsize=8.5)
     save_figure(figure, path)
 
 
-def _bars(estimates: Sequence[dict[str, Any]]) -> list[list[float]] | None:
-    """Lengths of the error bars of ``estimates``; None if one is unknown."""
-    if any(e["value"] is None or e["low"] is None for e in estimates):
-        return None
-    return [
-        [max(0.0, e["value"] - e["low"]) for e in estimates],
-        [max(0.0, e["high"] - e["value"]) for e in estimates],
-    ]
+def _log_limits(estimates: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    """What is drawn of ``estimates`` on a logarithmic axis, on which an interval may reach 0."""
+    values = [e["value"] for e in estimates if e["value"]]
+    highs = [e["high"] for e in estimates if e["high"]]
+    return min(values, default=0.1) / 5, max([*values, *highs], default=1.0)
+
+
+def _degree_limits(estimates: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    """What is drawn of degrees: 0 and 2, and no more beyond than lets these be told apart."""
+    ends = [e[k] for e in estimates for k in ("value", "low", "high") if e[k] is not None]
+    return max(-2.0, min([-0.5, *ends])), min(5.0, max([2.5, *ends]))

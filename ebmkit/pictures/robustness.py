@@ -15,6 +15,7 @@ from ebmkit.pictures.common import (
     ORANGE,
     PURPLE,
     SKY,
+    images_of,
     new_figure,
     save_figure,
 )
@@ -55,7 +56,7 @@ def accuracy_against_strength(document: dict[str, Any], path: Path) -> None:
             label = f"{name}: {document['defences'][name]['about']}"
             _line(axes, norm, document["epsilons"][norm], curve, label, look)
         _finish(axes, norm, document["chance"])
-    figure.suptitle(f"Accuracy under PGD attacks: {_what(document)}, bands 95 %", fontsize=11)
+    figure.suptitle(f"Accuracy under PGD attacks: {images_of(document)}, bands 95 %", fontsize=11)
     _legend(figure, columns=1)
     save_figure(figure, path)
 
@@ -92,7 +93,9 @@ def strength_and_noise(document: dict[str, Any], path: Path) -> None:
             ylabel="noise added, sigma (1/255)",
         )
     figure.colorbar(image, ax=panels, label="accuracy (%)")
-    figure.suptitle(f"Accuracy under PGD attacks and added noise: {_what(document)}", fontsize=11)
+    figure.suptitle(
+        f"Accuracy under PGD attacks and added noise: {images_of(document)}", fontsize=11
+    )
     save_figure(figure, path)
 
 
@@ -122,7 +125,7 @@ def compare(
             elif norm in run[name]["curves"]:
                 document = run[name]
                 curve = document["curves"][norm][defence]
-                label = f"{name} ({_what(document)})"
+                label = f"{name} ({images_of(document)})"
                 _line(axes, norm, document["epsilons"][norm], curve, label, look)
             points = (paper or {}).get(name, {}).get(norm)
             if points:
@@ -177,11 +180,6 @@ def _legend(figure: Any, columns: int) -> None:
 
 def _strength(norm: str, epsilon: float) -> str:
     return in_255ths(epsilon) if norm == "linf" else f"{epsilon:.3g}"
-
-
-def _what(document: dict[str, Any]) -> str:
-    where = f"{document['dataset']} {document['split']}".strip()
-    return f"{where}, {document['images']} images"
 
 
 def _has(document: dict[str, Any], defence: str) -> bool:

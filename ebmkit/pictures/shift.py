@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,9 @@ from ebmkit.pictures.common import (
     GRAY,
     GREEN,
     ORANGE,
+    PURPLE,
+    SKY,
+    images_of,
     new_figure,
     save_figure,
     show_image,
@@ -25,25 +29,66 @@ if TYPE_CHECKING:
 __all__ = ["accuracy_and_confidence", "corrupted_examples", "psnr_against_strength"]
 
 COLUMNS = 3
+LAST = 5.0
+"""Width of the last panel with its legend, inches."""
+
+LOOKS = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (PURPLE, "D"), (SKY, "v"), (GRAY, "P"))
 
 
 def accuracy_and_confidence(document: dict[str, Any], path: Path, chance: float) -> None:
-    """Accuracy and mean confidence against the strength, one panel per corruption; 0 is clean.
+    """Accuracy and mean confidence against the strength, one panel per corruption; then one by the
+    other, a point for each corruption and strength.
 
     Args:
         document: of the suite shift.
         path: the PNG file.
         chance: accuracy of guessing, 0..1.
     """
-    figure, panels = _panels(document, "Accuracy and confidence under corruption")
-    for axes, found in zip(panels, document["corruptions"].values(), strict=False):
-        rows = [{**document["clean"], "strength": 0}, *found["rows"]]
-        _line(axes, rows, "accuracy", BLUE, "o-", "accuracy", 100)
-        _line(axes, rows, "confidence", ORANGE, "s--", "mean confidence", 100)
+    figure, panels, last = _panels(document, "Accuracy and confidence under corruption", last=True)
+    ticks: list[str | int] = ["clean", *_strengths(document)]
+    for axes, found in zip(panels, document["corruptions"].values(), strict=True):
+        rows = [{**document["clean"], "strength": "clean"}, *found["rows"]]
+        _line(axes, rows, ticks, "accuracy", BLUE, "o-", "accuracy", 100)
+        _line(axes, rows, ticks, "confidence", ORANGE, "s--", "mean confidence", 100)
         axes.axhline(100 * chance, color=GRAY, ls=":", lw=1, label="chance")
-        axes.set(ylim=(0, 104), xlim=(-0.3, 5.3), xticks=range(6))
-        axes.set_xticklabels(["clean", *"12345"])
-    _finish(figure, panels, "accuracy, confidence (%)", path)
+        axes.set_ylim(0, 104)
+    assert last is not None
+    _one_by_the_other(last, document)
+    _finish(figure, panels, ticks, "accuracy, confidence (%)", path)
+
+
+def _one_by_the_other(axes: Axes, document: dict[str, Any]) -> None:
+    """Accuracy against mean confidence, larger points for higher strengths."""
+    axes.plot([0, 100], [0, 100], ls=":", color=GRAY, lw=1)
+    for (name, found), (colour, marker) in zip(
+        document["corruptions"].items(), itertools.cycle(LOOKS)
+    ):
+        rows = found["rows"]
+        axes.scatter(
+            [100 * row["confidence"]["value"] for row in rows],
+            [100 * row["accuracy"]["value"] for row in rows],
+            s=[8 + 9 * row["strength"] for row in rows],
+            color=colour,
+            marker=marker,
+            alpha=0.8,
+            lw=0,
+            label=name,
+        )
+    clean = document["clean"]
+    x, y = ([100 * clean[name]["value"]] for name in ("confidence", "accuracy"))
+    axes.scatter(x, y, s=90, color="black", marker="*", label="clean", zorder=3)
+    axes.set(xlim=(0, 102), ylim=(0, 102), xlabel="mean confidence (%)", ylabel="accuracy (%)")
+    axes.set_box_aspect(1)
+    slope = document["confidence_slope"]
+    told = "undefined" if slope is None else f"{slope:.2f}"
+    axes.set_title(f"Slope of confidence on accuracy: {told}", fontsize=10)
+    axes.legend(
+        loc="center left",
+        bbox_to_anchor=(1.01, 0.5),
+        frameon=False,
+        fontsize=8,
+        title="larger:\nstronger",
+    )
 
 
 def psnr_against_strength(document: dict[str, Any], path: Path) -> None:
@@ -53,13 +98,13 @@ def psnr_against_strength(document: dict[str, Any], path: Path) -> None:
         document: of the suite shift.
         path: the PNG file.
     """
-    figure, panels = _panels(document, "Denoising corrupted images, noise level estimated")
-    for axes, found in zip(panels, document["corruptions"].values(), strict=False):
-        _line(axes, found["rows"], "psnr_corrupted", GRAY, "o-", "corrupted")
+    figure, panels, _ = _panels(document, "Denoising corrupted images, noise level estimated")
+    ticks = _strengths(document)
+    for axes, found in zip(panels, document["corruptions"].values(), strict=True):
+        _line(axes, found["rows"], ticks, "psnr_corrupted", GRAY, "o-", "corrupted")
         if "psnr" in document["clean"]:
-            _line(axes, found["rows"], "psnr", GREEN, "s--", "denoised")
-        axes.set(xlim=(0.7, 5.3), xticks=range(1, 6))
-    _finish(figure, panels, "PSNR (dB), mean over changed images", path)
+            _line(axes, found["rows"], ticks, "psnr", GREEN, "s--", "denoised")
+    _finish(figure, panels, ticks, "PSNR (dB), mean over changed images", path)
 
 
 def corrupted_examples(
@@ -107,30 +152,44 @@ def corrupted_examples(
             above = f"strength {row['strength']}" if i == 0 else ""
             axes = figure.add_subplot(grid[i, k + 1])
             show_image(axes, image, f"{row['constant']:g}", above)
-    title = "Corruptions of one image, and their constants"
+    title = f"Corruptions and their constants: {images_of(document, 1)}"
     figure.text(0.02, 1 - 0.14 / height, title, fontsize=10, weight="bold", va="center")
     save_figure(figure, path)
 
 
-def _panels(document: dict[str, Any], title: str) -> tuple[Figure, list[Axes]]:
-    """A panel for each corruption, titled by its name."""
+def _strengths(document: dict[str, Any]) -> list[int]:
+    """Those measured, the same for all corruptions."""
+    return [row["strength"] for row in next(iter(document["corruptions"].values()))["rows"]]
+
+
+def _panels(
+    document: dict[str, Any], title: str, last: bool = False
+) -> tuple[Figure, list[Axes], Axes | None]:
+    """A panel for each corruption, titled by its name; and, if wanted, a ``last`` one beside."""
     names = list(document["corruptions"])
     columns = min(COLUMNS, len(names))
     rows = -(-len(names) // columns)
-    figure = new_figure(0.9 + 2.6 * columns, 1.2 + 2.15 * rows, layout="constrained")
-    panels = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
-    for axes in panels[len(names) :]:
-        axes.set_visible(False)
-    for axes, name in zip(panels, names, strict=False):
+    wide = 2.6 * columns + LAST * last
+    height = max(1.2 + 2.15 * rows, 4.2 if last else 0)
+    figure = new_figure(0.9 + wide, height, layout="constrained")
+    ratios = [2.6] * columns + [LAST] * last
+    grid = figure.add_gridspec(rows, len(ratios), width_ratios=ratios)
+    panels: list[Axes] = []
+    for i, name in enumerate(names):
+        shared = panels[0] if panels else None
+        axes = figure.add_subplot(grid[i // columns, i % columns], sharey=shared)
+        axes.tick_params(labelleft=i % columns == 0)
         axes.set_title(name, fontsize=10)
         axes.grid(axis="y", color=GRAY, alpha=0.25, lw=0.6)
-    figure.suptitle(f"{title} ({document['images']} images)", fontsize=11)
-    return figure, panels
+        panels.append(axes)
+    figure.suptitle(f"{title}: {images_of(document)}", fontsize=11)
+    return figure, panels, figure.add_subplot(grid[:, -1]) if last else None
 
 
 def _line(
     axes: Axes,
     rows: Sequence[dict[str, Any]],
+    ticks: Sequence[str | int],
     name: str,
     colour: str,
     look: str,
@@ -139,19 +198,24 @@ def _line(
 ) -> None:
     """A measure with its 95 % interval against the strength; rows without it are left out."""
     known = [row for row in rows if row[name]["value"] is not None]
-    x = [row["strength"] for row in known]
+    x = [ticks.index(row["strength"]) for row in known]
     axes.plot(
         x, [factor * row[name]["value"] for row in known], look, color=colour, ms=4, label=label
     )
     bounded = [row for row in known if row[name]["low"] is not None]
+    at = [ticks.index(row["strength"]) for row in bounded]
     low, high = ([factor * row[name][end] for row in bounded] for end in ("low", "high"))
-    axes.fill_between(
-        [row["strength"] for row in bounded], low, high, color=colour, alpha=0.18, lw=0
-    )
+    if len(at) == 1:  # a band would have no width
+        axes.vlines(at, low, high, color=colour, lw=1.2)
+    axes.fill_between(at, low, high, color=colour, alpha=0.18, lw=0)
 
 
-def _finish(figure: Figure, panels: Sequence[Axes], y: str, path: Path) -> None:
+def _finish(
+    figure: Figure, panels: Sequence[Axes], ticks: Sequence[str | int], y: str, path: Path
+) -> None:
     for axes in panels:
+        axes.set_xlim(-0.3, len(ticks) - 0.7)
+        axes.set_xticks(range(len(ticks)), [str(tick) for tick in ticks])
         axes.set_xlabel("strength", labelpad=1)
     figure.supylabel(y, fontsize=10)
     handles, labels = panels[0].get_legend_handles_labels()

@@ -137,7 +137,7 @@ def run_fig3(rows: Rows, only: Sequence[str]) -> list[Path]:
         **circumstances(rows, "fig3", found),
     }
     paths = _write(rows, "fig3", _fig3_text(report), report)
-    linearity_grid(cells, rows.out / "fig3-linearity.png")
+    linearity_grid(cells, rows.out / "fig3-linearity.png", report["dataset"])
     own = rows.folder(JOINT) / "evaluation" / "fig3"
     for source, name in (("jacobian", "fig3"), ("spectrum", "fig3-spectrum")):
         if (own / f"{source}.png").exists():  # of no spectrum that is not dense

@@ -1,6 +1,7 @@
 """What the suite ``jacobian`` writes is what the mathematics says of its images."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -101,13 +102,23 @@ def test_what_did_not_converge_is_told(mixture, drawn, evaluate):
     (line,) = document["warnings"]
     assert "of 2 of 2 images not all eigenpairs converged" in line
     result = evaluation.suites.Result("jacobian", document, None)
-    (table,) = tables({"jacobian": result})
-    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(table)
-    console.file.close()
-    text = console.export_text()
-    assert "2.71" in text  # the paper's
+    text = printed(result)
+    assert "2.71" not in text  # the paper's, of other images
     assert "…" not in text
+    document |= {"dataset": "cifar10", "sigma": 50 / 255}
+    text = printed(result)
+    assert "2.71" in text
+    assert "paper: its network, figure 3: one CIFAR-10 image" in text
+    assert "2.71" not in printed(replace(result, document={**document, "singular": True}))
+    assert "2.71" not in printed(replace(result, document={**document, "sigma": 25 / 255}))
+
+
+def printed(result):
+    """The table of ``result`` as a terminal of 80 columns shows it."""
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(*tables({"jacobian": result}))
+    console.file.close()
+    return console.export_text()
 
 
 class Swap(torch.nn.Module):

@@ -51,15 +51,54 @@ def test_a_cubic_density_has_degree_three(evaluate, tmp_path):
     assert (tmp_path / "linearity.png").stat().st_size > 10_000
 
 
-def test_levels_are_means_over_the_first_images(network, squares, evaluate):
+class Hill(EnergyModel):
+    """log p(y) = -(y - m)^2 / 2: D - y = -sigma^2 (y - m) and D - J y = sigma^2 m, of no degree."""
+
+    m = 0.5
+
+    def forward(self, y, sigma=None):
+        flat = y.flatten(1)
+        return Energies(flat[:, :0], -(flat - self.m).square().sum(1) / 2)
+
+
+def test_no_single_image_decides_a_pooled_ratio(evaluate):
+    """One image is hardly changed, so that its own ratios are far off: the sums do not mind."""
+    images = Drawn(torch.linspace(0, 1, 12).reshape(12, 1, 1, 1), None)
+    for level in evaluate(Hill().eval(), images)["levels"]:
+        sigma = level["sigma"]
+        ((_, y, _),) = noisy_batches(images, sigma, batch_size=12)
+        y = y.flatten().double()
+        off = y - Hill.m
+        own = 2 + Hill.m / off
+        pooled = 2 + Hill.m * float(off.sum() / off.square().sum())
+        assert (own - pooled).abs().max() > 10
+        assert level["degree"]["value"] == pytest.approx(pooled, abs=1e-3)
+        assert level["degree"]["low"] < pooled < level["degree"]["high"]
+        size = float((12 * Hill.m**2 / off.square().sum()).sqrt())
+        assert level["of_change"]["value"] == pytest.approx(size, rel=1e-3)
+        assert level["of_change"]["low"] >= 0
+
+
+def test_one_image_has_a_degree_and_no_interval(tmp_path):
+    images = Drawn(torch.rand(1, 1, 4, 4), None)
+    results = evaluation.evaluate(Cubic().eval(), images, ["linearity"], tmp_path, pictures=False)
+    degree = results["linearity"].document["levels"][0]["degree"]
+    assert degree["value"] == pytest.approx(3, abs=1e-4)
+    assert degree["low"] is None
+
+
+def test_levels_sum_up_the_first_images(network, squares, evaluate):
     document = evaluate(network, squares, images=10)
     for level in document["levels"]:
         sigma = level["sigma"]
         ((_, y, _),) = noisy_batches(squares.first(10), sigma, batch_size=10)
         found = linearity(network, y, sigma)
-        for name in ("error", "of_change", "degree", "unexplained", "explained"):
-            expected = float(getattr(found, name).mean())
-            assert level[name]["value"] == pytest.approx(expected, rel=1e-3)
+        moved = (network.denoise(y, sigma) - y).flatten(1).double().square().sum(1)
+        means = {n: getattr(found, n).mean() for n in ("error", "unexplained", "explained")}
+        means["degree"] = (found.degree * moved).sum() / moved.sum()
+        means["of_change"] = ((found.of_change.square() * moved).sum() / moved.sum()).sqrt()
+        for name, expected in means.items():
+            assert level[name]["value"] == pytest.approx(float(expected), rel=1e-3)
             assert level[name]["low"] < level[name]["value"] < level[name]["high"]
         euler = found.along.sum() / network.log_density(y).double().sum()
         assert level["euler_degree"]["value"] == pytest.approx(float(euler), rel=1e-3)

@@ -94,3 +94,24 @@ def test_pyplot_and_displays_are_not_touched(tmp_path, monkeypatch):
     row = {"step": 1, "kind": "train", "ce": 2.0}
     pictures.learning_curves([row], tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_bars_stay_within_limits(tmp_path):
+    """One wild row does not press the others flat, and says that it is wild."""
+    axes = pictures.common.new_figure(3, 3).add_subplot()
+    calm, wild = {"value": 2, "low": 1.5, "high": 2.5}, {"value": 30, "low": -35, "high": 95}
+    unknown = {"value": None, "low": None, "high": None}
+    assert not pictures.common.bars_within(axes, [0, 1], [calm, unknown], (-2, 5), fmt="o")
+    assert axes.get_lines()[0].get_xydata().tolist() == [[0, 2]]
+    assert pictures.common.bars_within(axes, [0, 1], [calm, wild], (-2, 5), fmt="o")
+    assert axes.get_ylim()[0] > -3
+    assert axes.get_ylim()[1] < 6
+    assert "30" in texts(axes)
+    carets = [line.get_marker() for line in axes.get_lines() if line.get_marker() in (6, 7)]
+    assert carets == [7, 6]
+
+
+def test_titles_name_the_images():
+    document = {"dataset": "cifar10", "split": "test", "images": 200}
+    assert pictures.common.images_of(document) == "cifar10 test, 200 images"
+    assert pictures.common.images_of(document, 1) == "cifar10 test, 1 image"

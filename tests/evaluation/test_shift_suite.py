@@ -14,6 +14,7 @@ from ebmkit.evaluation.corruptions import CORRUPTIONS, corrupt
 from ebmkit.evaluation.shift import SHIFT, ShiftConfig, run
 from ebmkit.metrics import psnr
 from ebmkit.models.denoisers import DirectDenoiser
+from ebmkit.pictures import shift as shift_pictures
 
 
 def measured(setting, **options):
@@ -175,6 +176,24 @@ def test_files_table_and_bar(network, squares, tmp_path):
         run(setting)
     assert sum(told) == 3 * 30
     assert setting.left == 0
+
+
+def test_pictures_span_the_strengths_measured(network, squares, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(shift_pictures, "save_figure", lambda figure, path: drawn.append(figure))
+    few = {"strengths": [1, 4], "corruptions": ["blur", "jpeg"]}
+    results = evaluate(network, squares, ["shift"], tmp_path, limit=6, options={"shift": few})
+    document = results["shift"].document
+    first, second, _ = drawn
+    for figure, ticks in ((first, ["clean", "1", "4"]), (second, ["1", "4"])):
+        axes = figure.axes[0]
+        assert [label.get_text() for label in axes.get_xticklabels()] == ticks
+        assert axes.get_xlim() == pytest.approx((-0.3, len(ticks) - 0.7))
+        assert "images" in figure.get_suptitle()
+    points = first.axes[-1].collections[1].get_offsets().tolist()  # jpeg: confidence, accuracy
+    rows = document["corruptions"]["jpeg"]["rows"]
+    expected = [[100 * row[n]["value"] for n in ("confidence", "accuracy")] for row in rows]
+    assert points == expected
 
 
 @pytest.mark.parametrize(
