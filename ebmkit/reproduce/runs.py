@@ -234,14 +234,14 @@ class Rows:
         run = RunFolder.open(self.folder(row))
         state = run.load_checkpoint()
         assert state is not None
-        config = self.config(row, family)
+        config, own_config = self.config(row, family), resolve(run.config())
         own = json.loads((run.path / "environment.json").read_text())
         names = ("git_commit", "torch", "gpu", "threads", "cores", "platform")
         return {
             "seconds": state.get("seconds"),
             "steps": state["step"],
             "parameters": sum(p.numel() for p in load(run.path).parameters()),
-            "precision": state.get("precision", "not recorded"),
+            "precision": state.get("precision", own_config.compute.precision),  # older: as asked
             "seed": config.seed,
             "lr": config.optimizer.lr,
             **{name: own.get(name) for name in names},
