@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from ebmkit import UserError
+from ebmkit.models import ModelConfig
 from ebmkit.reproduce import SCALES, TABLES, TARGETS, Rows, targets_of
 from ebmkit.reproduce.report import Found, document, markdown
 from ebmkit.reproduce.tables import CLAIMS, GRID, JOINT
@@ -111,6 +112,14 @@ def test_the_papers_recipe_is_the_full_scale():
     assert (config.steps, config.optimizer.lr, config.model.backbone.width) == (78_000, 3e-4, 64)
     imagenet = full.config(TABLES["table2"].row("imagenet-joint"), "imagenet")
     assert (imagenet.dataset.name, imagenet.steps) == ("imagenet", 1_000_912)
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("dncnn", 669_376), ("gradncnn", 911_003)])
+def test_at_full_the_denoisers_are_as_published(name, parameters):
+    """The recipe's width of 64 is DnCNN's, and must not become GraDnCNN's, whose own is 128."""
+    config = Rows(Path("out"), SCALES["full"]).config(TABLES["table1"].row(name), "cifar10")
+    network = ModelConfig.model_validate(config.model.model_dump() | {"in_channels": 3}).build()
+    assert sum(p.numel() for p in network.parameters()) == parameters
 
 
 def test_names_are_checked_and_the_nearest_is_suggested():
