@@ -168,6 +168,8 @@ class Rows:
         """
         config = self.config(row, family)
         folder = self.folder(row)
+        if self._state(row, config) == "finished":
+            return RunFolder.open(folder)
         with alone(folder):
             state = self._state(row, config)
             if state == "broken":

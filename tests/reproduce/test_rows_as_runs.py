@@ -174,11 +174,11 @@ def test_a_model_of_an_earlier_step_than_the_checkpoint_is_not_the_finished_one(
 
 
 def test_a_row_that_another_process_trains_is_left_to_it(done, told):
-    with (
-        alone(done.folder(ROW)),
-        pytest.raises(UserError, match="being trained by another process"),
-    ):
-        done.train(ROW, "cifar10")
+    with alone(done.folder(ROW)):
+        done.train(ROW, "cifar10")  # finished: only read
+        (done.folder(ROW) / "model.safetensors").unlink()
+        with pytest.raises(UserError, match="being trained by another process"):
+            done.train(ROW, "cifar10")
     done.train(ROW, "cifar10")
 
 
