@@ -102,7 +102,8 @@ def torchvision_cifar(name: str, data_dir: Path, train: bool, download: bool) ->
             if not existed:
                 with contextlib.suppress(OSError):  # not empty: keep what was fetched
                     root.rmdir()
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            cause = getattr(error, "reason", error)  # of a URLError: what the network said
+            reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
             raise UserError(f"{_where(name, data_dir)} (fetching it failed: {reason})") from None
         raise UserError(
             f"{str(root / facts.folder)!r} is incomplete or damaged: delete it and unpack "
