@@ -107,8 +107,8 @@ def _figure1(rows: Rows) -> dict[str, Any]:
 
 def _caption(document: dict[str, Any]) -> str:
     return "; ".join(
-        ", ".join(f"{name} = {value:g}" for name, value in constants.items())
-        for constants in document["paper"]
+        ", ".join(f"{name} = {curve[name]:g}" for name in ("b_gen", "b_dis", "v_gen", "v_dis"))
+        for curve in document["paper"]
     )
 
 
