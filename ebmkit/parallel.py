@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from ebmkit.errors import UserError
@@ -144,7 +145,12 @@ def join() -> Iterator[World]:
     if world.local_rank < torch.cuda.device_count():
         torch.cuda.set_device(world.local_rank)
     try:
-        dist.init_process_group(timeout=PATIENCE)
+        # torchrun keeps one store over restarts, where those who died left their addresses
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store, _, _ = next(rendezvous("env://", rank, size, timeout=PATIENCE))
+        store.set_timeout(PATIENCE)
+        store = dist.PrefixStore(f"attempt {attempt}", store)  # type: ignore[attr-defined]
+        dist.init_process_group(store=store, rank=rank, world_size=size, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise _unreachable(world, error) from None
     try:
