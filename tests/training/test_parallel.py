@@ -64,6 +64,7 @@ def two_processes(tmp_path_factory) -> Path:
     variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     with (
         pytest.MonkeyPatch.context() as patch,
+        torch._dynamo.config.patch(optimize_ddp=True),  # which the run switches off
         warnings.catch_warnings(),
         subprocess.Popen(
             [sys.executable, "-m", "ebmkit", *arguments],
@@ -73,7 +74,6 @@ def two_processes(tmp_path_factory) -> Path:
     ):  # fmt: skip
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # of torch itself
         patch.setattr(parallel, "PATIENCE", timedelta(minutes=2))
-        patch.setattr(torch._dynamo.config, "optimize_ddp", True)  # which the run switches off
         try:
             first = ebmkit_command(*arguments, cwd=folder, RANK="0", **variables)
             printed, told = other.communicate(timeout=120)
