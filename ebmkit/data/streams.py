@@ -15,7 +15,6 @@ request; everything else is done to the batch, on its device.
 
 from __future__ import annotations
 
-import hashlib
 import signal
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -38,8 +37,9 @@ from ebmkit.data.crops import DRAWS, Crop, Cut, crop_boxes, resize_boxes
 from ebmkit.data.imagesets import AnyImages, ImageSet, StreamedSet, to_floats
 from ebmkit.data.schedule import Span, StreamConfig, check_stream, span_at
 from ebmkit.errors import UserError
+from ebmkit.randomness import keyed_seed
 
-__all__ = ["Batch", "Stream", "StreamConfig", "keyed_seed", "prefetched"]
+__all__ = ["Batch", "Stream", "StreamConfig", "prefetched"]
 
 _MIX = {"mixup": mixup, "cutmix": cutmix, "both": mixup_or_cutmix}
 
@@ -62,16 +62,6 @@ class Batch(NamedTuple):
     eps: Tensor
     labels: Tensor | None
     soft: Tensor | None
-
-
-def keyed_seed(*key: object) -> int:
-    """A 63-bit seed for a `torch.Generator`, the same everywhere for the same key.
-
-    >>> keyed_seed(0, "ce", "noise", 7) == keyed_seed(0, "ce", "noise", 7)
-    True
-    """
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 class Stream:

@@ -11,8 +11,8 @@ import torch
 from toy_sets import as_streamed, make_set
 
 from ebmkit.data import Augmentation, NoiseLaw, Stream, StreamConfig
-from ebmkit.data.streams import keyed_seed
 from ebmkit.errors import UserError
+from ebmkit.randomness import keyed_seed
 
 NOISE = NoiseLaw(kind="squared-uniform", min="1/255", max="100/255")
 FULL = StreamConfig(

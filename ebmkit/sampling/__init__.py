@@ -1,0 +1,43 @@
+"""Samplers of any model: chains on a score, a density or a denoiser, never on a network."""
+
+from ebmkit.sampling.base import Chain, Chains, Info, Sampler, State
+from ebmkit.sampling.langevin import (
+    MALA,
+    AnnealedLangevin,
+    DensityChain,
+    Langevin,
+    PredictorCorrector,
+    geometric_sigmas,
+    langevin_move,
+)
+from ebmkit.sampling.target import (
+    DenoiserFunction,
+    DensityFunction,
+    ScoreFunction,
+    denoiser_of,
+    density_of,
+    label_density_of,
+    score_of,
+)
+
+__all__ = [
+    "MALA",
+    "AnnealedLangevin",
+    "Chain",
+    "Chains",
+    "DenoiserFunction",
+    "DensityChain",
+    "DensityFunction",
+    "Info",
+    "Langevin",
+    "PredictorCorrector",
+    "Sampler",
+    "ScoreFunction",
+    "State",
+    "denoiser_of",
+    "density_of",
+    "geometric_sigmas",
+    "label_density_of",
+    "langevin_move",
+    "score_of",
+]
