@@ -32,8 +32,10 @@ to the next,
     x' = x + (\sigma_i^2 - \sigma_{i+1}^2)\, s_{\sigma_i}(x)
          + \sigma_{i+1} \sqrt{1 - \sigma_{i+1}^2 / \sigma_i^2}\; \xi ,
 
-and then corrects by Langevin steps there, of the size that makes noise and drift differ by a given
-ratio: :math:`\eta = 2\,(\text{snr}\,\sqrt d / \|s\|)^2`, for each chain.
+and then corrects by Langevin steps there, of size :math:`\eta = 2\,\text{snr}^2 \sigma_{i+1}^2`. Song
+et al. take :math:`2\,(\text{snr}\,\|\xi\| / \|s\|)^2` with norms averaged over the batch; since
+:math:`\|s\|` is about :math:`\sqrt d / \sigma` the two agree in many dimensions, and here no chain
+sees another.
 """
 
 from __future__ import annotations
@@ -318,11 +320,9 @@ class PredictorCorrector:
         noise_std = then * math.sqrt(fall) / now
         moved = langevin_move(x, self.score(x, now), fall, noise_std, normal_like(x, generator))
         for _ in range(self.corrections):
-            score = self.score(moved, then)
-            square = score.flatten(1).square().sum(1).clamp_min(torch.finfo(x.dtype).tiny)
-            step_size = 2 * self.snr**2 * x[0].numel() / square
+            score, step_size = self.score(moved, then), 2 * (self.snr * then) ** 2
             xi = normal_like(x, generator)
-            moved = langevin_move(moved, score, step_size, (2 * step_size).sqrt(), xi)
+            moved = langevin_move(moved, score, step_size, math.sqrt(2 * step_size), xi)
         info = Info(root_mean_square(moved - x), sigma=torch.full_like(x.flatten(1)[:, 0], then))
         return Chain(moved, state.step + 1), info
 
