@@ -1,7 +1,10 @@
 """Samplers of any model: chains on a score, a density or a denoiser, never on a network."""
 
 from ebmkit.sampling.base import Chain, Chains, Info, Sampler, State
+from ebmkit.sampling.hmc import HMC
 from ebmkit.sampling.langevin import (
+    JEM_NOISE,
+    JEM_STEP,
     MALA,
     AnnealedLangevin,
     DensityChain,
@@ -21,6 +24,9 @@ from ebmkit.sampling.target import (
 )
 
 __all__ = [
+    "HMC",
+    "JEM_NOISE",
+    "JEM_STEP",
     "MALA",
     "AnnealedLangevin",
     "Chain",

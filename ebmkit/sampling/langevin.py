@@ -32,8 +32,9 @@ to the next,
     x' = x + (\sigma_i^2 - \sigma_{i+1}^2)\, s_{\sigma_i}(x)
          + \sigma_{i+1} \sqrt{1 - \sigma_{i+1}^2 / \sigma_i^2}\; \xi ,
 
-and then corrects by Langevin steps there, of size :math:`\eta = 2\,\text{snr}^2 \sigma_{i+1}^2`. Song
-et al. take :math:`2\,(\text{snr}\,\|\xi\| / \|s\|)^2` with norms averaged over the batch; since
+and then corrects by Langevin steps there, of size
+:math:`\eta = 2\,\text{snr}^2 \sigma_{i+1}^2`. Song et al. take
+:math:`2\,(\text{snr}\,\|\xi\| / \|s\|)^2` with norms averaged over the batch; since
 :math:`\|s\|` is about :math:`\sqrt d / \sigma` the two agree in many dimensions, and here no chain
 sees another.
 """
@@ -59,6 +60,7 @@ __all__ = [
     "DensityChain",
     "Langevin",
     "PredictorCorrector",
+    "adjusted",
     "geometric_sigmas",
     "langevin_move",
     "normal_like",
@@ -220,18 +222,26 @@ class MALA:
         back = (x - langevin_move(proposed, score, self.step_size, 0.0, xi)) / noise_std
         log_ratio = (log_density - state.log_density) / self.temperature
         log_ratio = log_ratio + 0.5 * (xi.square() - back.square()).flatten(1).sum(1)
-        u = torch.rand(len(x), generator=generator, dtype=log_ratio.dtype, device=x.device)
-        # where the ratio is not a number the proposal itself is kept, for `Chains` to find
-        accepted = (u.log() < log_ratio) | log_ratio.isnan()
-        rows = per_chain(accepted, x)
-        moved = torch.where(rows, proposed, x)  # type: ignore[arg-type]
-        new = DensityChain(
-            moved,
-            state.step + 1,
-            torch.where(accepted, log_density, state.log_density),
-            torch.where(rows, score, state.score),  # type: ignore[arg-type]
-        )
-        return new, Info(root_mean_square(moved - x), accepted=accepted)
+        return adjusted(state, DensityChain(proposed, 0, log_density, score), log_ratio, generator)
+
+
+def adjusted(
+    state: DensityChain, proposed: DensityChain, log_ratio: Tensor, generator: torch.Generator
+) -> tuple[DensityChain, Info]:
+    """``proposed`` where a uniform number is below exp(``log_ratio`` (B,)), ``state`` elsewhere."""
+    x = state.x
+    u = torch.rand(len(x), generator=generator, dtype=log_ratio.dtype, device=x.device)
+    # where the ratio is not a number the proposal itself is kept, for `Chains` to find
+    accepted = (u.log() < log_ratio) | log_ratio.isnan()
+    rows = per_chain(accepted, x)
+    moved = torch.where(rows, proposed.x, x)  # type: ignore[arg-type]
+    new = DensityChain(
+        moved,
+        state.step + 1,
+        torch.where(accepted, proposed.log_density, state.log_density),
+        torch.where(rows, proposed.score, state.score),  # type: ignore[arg-type]
+    )
+    return new, Info(root_mean_square(moved - x), accepted=accepted)
 
 
 class AnnealedLangevin:
