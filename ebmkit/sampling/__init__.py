@@ -1,6 +1,7 @@
 """Samplers of any model: chains on a score, a density or a denoiser, never on a network."""
 
 from ebmkit.sampling.base import Chain, Chains, Info, Sampler, State
+from ebmkit.sampling.diffusion import DDIM, NoisePredictor, noise_predictor_of
 from ebmkit.sampling.hmc import HMC
 from ebmkit.sampling.langevin import (
     JEM_NOISE,
@@ -13,6 +14,7 @@ from ebmkit.sampling.langevin import (
     geometric_sigmas,
     langevin_move,
 )
+from ebmkit.sampling.schedules import SCHEDULES, Schedule, make_schedule
 from ebmkit.sampling.target import (
     DenoiserFunction,
     DensityFunction,
@@ -24,10 +26,12 @@ from ebmkit.sampling.target import (
 )
 
 __all__ = [
+    "DDIM",
     "HMC",
     "JEM_NOISE",
     "JEM_STEP",
     "MALA",
+    "SCHEDULES",
     "AnnealedLangevin",
     "Chain",
     "Chains",
@@ -36,8 +40,10 @@ __all__ = [
     "DensityFunction",
     "Info",
     "Langevin",
+    "NoisePredictor",
     "PredictorCorrector",
     "Sampler",
+    "Schedule",
     "ScoreFunction",
     "State",
     "denoiser_of",
@@ -45,5 +51,7 @@ __all__ = [
     "geometric_sigmas",
     "label_density_of",
     "langevin_move",
+    "make_schedule",
+    "noise_predictor_of",
     "score_of",
 ]

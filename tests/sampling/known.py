@@ -40,6 +40,12 @@ def score(model):
     return lambda x, sigma=None: both(x, sigma)[1]
 
 
+def denoiser(model):
+    """y + sigma^2 score of the same."""
+    field = score(model)
+    return lambda y, sigma: y + sigma**2 * field(y, sigma)
+
+
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 

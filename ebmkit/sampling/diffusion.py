@@ -1,0 +1,176 @@
+r"""DDPM and DDIM as one update between two noise levels.
+
+In image units (`ebmkit.sampling.schedules`) a diffusion chain is at :math:`y = x + \sigma\epsilon`.
+A predictor of the noise says :math:`\hat\epsilon`, so the clean image is predicted as
+:math:`\hat x = y - \sigma\hat\epsilon`, and the chain goes to the next level
+:math:`\sigma' < \sigma` by
+
+.. math:: y' = \hat x + a\, \hat\epsilon + b\, \xi, \qquad \xi \sim \mathcal N(0, I).
+
+All samplers of this family are choices of a and b. With the deviation of the posterior of y' given
+y and x, :math:`s = \sigma' \sqrt{1 - \sigma'^2 / \sigma^2}`,
+
+==================================== ==================================== =========================
+sampler                              a                                    b
+==================================== ==================================== =========================
+DDIM, eta = 0                        :math:`\sigma'`                      0
+DDIM, any eta (RCG eq. 2.25)         :math:`\sqrt{\sigma'^2 - \eta^2s^2}` :math:`\eta s`
+DDPM: eta = 1 at all T steps         :math:`\sigma'^2 / \sigma`           :math:`s`
+DDPM, ``fixed_large``                :math:`\sigma'^2 / \sigma`           :math:`r \sqrt{\sigma^2 -
+                                                                          \sigma'^2}`
+ancestral sampling (Song et al.)     :math:`\sigma'^2 / \sigma`           :math:`s`
+==================================== ==================================== =========================
+
+where :math:`r^2 = (h^2 + \sigma'^2)/(h^2 + \sigma^2)`, with 1/h the width of the model's range of
+images, comes of the shrinking coordinates in which that variance is :math:`\beta_t`. At
+:math:`\sigma' = 0` all are :math:`y' = \hat x`. With eta = 0 the update is an Euler step of the
+probability-flow equation :math:`dy/d\sigma = \hat\epsilon`: its error is of first order in the
+step. With eta = 1 it is `PredictorCorrector` without corrections.
+
+Any denoiser predicts the noise, :math:`\hat\epsilon = (y - D(y, \sigma)) / \sigma`. A blind one
+finds sigma itself. The chain leaves out the levels it was not trained for (`Schedule.within`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from ebmkit.errors import UserError
+from ebmkit.sampling.base import Chain, Info, check_positive
+from ebmkit.sampling.langevin import normal_like, root_mean_square
+from ebmkit.sampling.schedules import Schedule
+from ebmkit.sampling.target import DenoiserFunction
+
+__all__ = ["DDIM", "NoisePredictor", "Variance", "noise_predictor_of", "update_coefficients"]
+
+Variance = Literal["fixed_small", "fixed_large"]
+
+
+class NoisePredictor(Protocol):
+    """(u_t, t) to the noise in u_t, shape of u_t: what diffusion networks are.
+
+    ``u_t`` is in the model's own coordinates, sqrt(abar) u + sqrt(1 - abar) eps.
+    """
+
+    def __call__(self, u: Tensor, t: int, /) -> Tensor: ...
+
+
+def noise_predictor_of(denoiser: DenoiserFunction, schedule: Schedule) -> NoisePredictor:
+    """The noise as ``denoiser`` sees it, (y - D(y, sigma)) / sigma.
+
+    Args:
+        denoiser: of images in image units, blind or not.
+        schedule: says which sigma and which coordinates a timestep is.
+    """
+
+    def predict(u: Tensor, t: int) -> Tensor:
+        y, sigma = schedule.to_image_units(u, t), schedule.sigma(t)
+        return (y - denoiser(y, sigma)) / sigma
+
+    return predict
+
+
+def update_coefficients(
+    sigma: float, lower: float, eta: float, variance: Variance = "fixed_small", half: float = 0.5
+) -> tuple[float, float]:
+    """The coefficients a and b of the module's table.
+
+    Args:
+        sigma: the present noise level, image units.
+        lower: the next one, 0 at the end.
+        eta: share of the posterior's deviation that is drawn anew.
+        variance: ``fixed_large`` for DDPM's larger variance, of eta = 1.
+        half: h, one over the width of the model's range of images.
+    """
+    deviation = lower * math.sqrt(max(0.0, 1 - (lower / sigma) ** 2))
+    kept = math.sqrt(max(0.0, lower**2 - (eta * deviation) ** 2))
+    if variance == "fixed_large" and lower:
+        shrunk = math.sqrt((half**2 + lower**2) / (half**2 + sigma**2))
+        return kept, shrunk * math.sqrt(sigma**2 - lower**2)
+    return kept, eta * deviation
+
+
+class DDIM:
+    """The diffusion chain over any timesteps, between DDIM (eta 0) and DDPM (eta 1, all steps).
+
+    The state is in image units: y = x + sigma(t) * eps at the present timestep, and the image
+    itself at the end. `start` makes the first one.
+
+    Args:
+        noise_predictor: a diffusion network, or `noise_predictor_of` a denoiser.
+        schedule: the noise levels.
+        timesteps: from the noisiest down, as `Schedule.timesteps` gives.
+        eta: from 0 to 1.
+        clip: whether the predicted clean image is clipped to [0, 1], where the clean images are.
+        rederive: whether the noise is then derived anew from the clipped image, as DDPM does;
+            DDIM in `diffusers` keeps the predicted one by default.
+        variance: ``fixed_large`` is DDPM's larger variance, for eta 1 only.
+
+    Raises:
+        UserError: if eta is not legal, or timesteps do not go down.
+    """
+
+    def __init__(
+        self,
+        noise_predictor: NoisePredictor,
+        schedule: Schedule,
+        timesteps: Sequence[int],
+        eta: float = 0.0,
+        clip: bool = False,
+        rederive: bool = True,
+        variance: Variance = "fixed_small",
+    ) -> None:
+        check_positive("eta", eta, zero=True)
+        if eta > 1:
+            raise UserError(f"eta {eta} is above 1: 0 is DDIM, 1 draws all of the noise anew")
+        if variance not in get_args(Variance):
+            raise UserError(f"unknown variance {variance!r}: fixed_small or fixed_large")
+        if variance == "fixed_large" and eta != 1:
+            raise UserError(f"variance fixed_large belongs to eta 1, not to {eta:g}")
+        if not timesteps:
+            raise UserError("no timesteps are given: take 1 or more")
+        levels = [schedule.sigma(t) for t in (*timesteps, -1)]
+        if min(timesteps) < 0 or any(b >= a for a, b in itertools.pairwise(levels)):
+            raise UserError("timesteps must go down to 0, as schedule.timesteps(50) gives")
+        self.noise_predictor, self.schedule = noise_predictor, schedule
+        self.timesteps, self.sigmas = tuple(timesteps), tuple(levels)
+        self.eta, self.clip, self.rederive, self.variance = eta, clip, rederive, variance
+        self.steps = len(self.timesteps)
+
+    def start(
+        self,
+        shape: Sequence[int],
+        generator: torch.Generator,
+        mean: Tensor | float = 0.5,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Where chains begin: ``mean`` with noise of the first level, (B, ...), image units."""
+        noise = torch.randn(tuple(shape), generator=generator, dtype=dtype, device=generator.device)
+        return mean + self.sigmas[0] * noise
+
+    def init(self, x: Tensor) -> Chain:
+        """Chains that start at ``x`` (B, ...), images with noise of the first level."""
+        return Chain(x, 0)
+
+    def step(self, state: Chain, generator: torch.Generator) -> tuple[Chain, Info]:
+        """From one timestep to the next, the last to the clean image."""
+        y, t = state.x, self.timesteps[state.step]
+        sigma, lower = self.sigmas[state.step : state.step + 2]
+        noise = self.noise_predictor(self.schedule.from_image_units(y, t), t)
+        clean = y - sigma * noise
+        if self.clip:
+            clean = clean.clamp(0, 1)
+            noise = (y - clean) / sigma if self.rederive else noise
+        low, high = self.schedule.image_range
+        a, b = update_coefficients(sigma, lower, self.eta, self.variance, 1 / (high - low))
+        moved = clean + a * noise if a else clean
+        if b:
+            moved = moved + b * normal_like(y, generator)
+        info = Info(root_mean_square(moved - y), sigma=torch.full_like(y.flatten(1)[:, 0], sigma))
+        return Chain(moved, state.step + 1), info
