@@ -1,8 +1,19 @@
 """Samplers of any model: chains on a score, a density or a denoiser, never on a network."""
 
+from ebmkit.sampling.ascent import Ascent, class_seeds
 from ebmkit.sampling.base import Chain, Chains, Info, Sampler, State
 from ebmkit.sampling.diffusion import DDIM, NoisePredictor, noise_predictor_of
 from ebmkit.sampling.hmc import HMC
+from ebmkit.sampling.inverse import (
+    BlockAverage,
+    Compressed,
+    LowPass,
+    Measurement,
+    Pixels,
+    center_hole,
+    random_pixels,
+)
+from ebmkit.sampling.kadkhodaie import StochasticAscent
 from ebmkit.sampling.langevin import (
     JEM_NOISE,
     JEM_STEP,
@@ -33,19 +44,28 @@ __all__ = [
     "MALA",
     "SCHEDULES",
     "AnnealedLangevin",
+    "Ascent",
+    "BlockAverage",
     "Chain",
     "Chains",
+    "Compressed",
     "DenoiserFunction",
     "DensityChain",
     "DensityFunction",
     "Info",
     "Langevin",
+    "LowPass",
+    "Measurement",
     "NoisePredictor",
+    "Pixels",
     "PredictorCorrector",
     "Sampler",
     "Schedule",
     "ScoreFunction",
     "State",
+    "StochasticAscent",
+    "center_hole",
+    "class_seeds",
     "denoiser_of",
     "density_of",
     "geometric_sigmas",
@@ -53,5 +73,6 @@ __all__ = [
     "langevin_move",
     "make_schedule",
     "noise_predictor_of",
+    "random_pixels",
     "score_of",
 ]
