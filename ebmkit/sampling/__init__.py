@@ -2,6 +2,13 @@
 
 from ebmkit.sampling.ascent import Ascent, class_seeds
 from ebmkit.sampling.base import Chain, Chains, Info, Sampler, State
+from ebmkit.sampling.diagnostics import (
+    Trace,
+    effective_size,
+    energy_gap,
+    random_projections,
+    split_rhat,
+)
 from ebmkit.sampling.diffusion import DDIM, NoisePredictor, noise_predictor_of
 from ebmkit.sampling.hmc import HMC
 from ebmkit.sampling.inverse import (
@@ -64,15 +71,20 @@ __all__ = [
     "ScoreFunction",
     "State",
     "StochasticAscent",
+    "Trace",
     "center_hole",
     "class_seeds",
     "denoiser_of",
     "density_of",
+    "effective_size",
+    "energy_gap",
     "geometric_sigmas",
     "label_density_of",
     "langevin_move",
     "make_schedule",
     "noise_predictor_of",
     "random_pixels",
+    "random_projections",
     "score_of",
+    "split_rhat",
 ]
