@@ -1,0 +1,393 @@
+"""Samplers by name: the table that the command line and the tests read.
+
+An entry knows what its sampler needs of a model, makes the sampler at fixed labels, says where
+chains start and for how many steps they run, and what is left to do at the end. All noise levels
+lie where the model was trained (`ebmkit.ModelCard.sigma_range`); a model in closed form has no
+limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from ebmkit.core import ScoreModel
+from ebmkit.errors import UserError
+from ebmkit.registry import find
+from ebmkit.sampling import config as configs
+from ebmkit.sampling.ascent import Ascent, class_seeds
+from ebmkit.sampling.base import Sampler
+from ebmkit.sampling.config import SamplerConfig, Start
+from ebmkit.sampling.diffusion import DDIM, noise_predictor_of
+from ebmkit.sampling.hmc import HMC
+from ebmkit.sampling.inverse import Measurement
+from ebmkit.sampling.kadkhodaie import StochasticAscent
+from ebmkit.sampling.langevin import (
+    MALA,
+    AnnealedLangevin,
+    Langevin,
+    PredictorCorrector,
+    geometric_sigmas,
+)
+from ebmkit.sampling.levels import check_level, first_level, highest, last_level, lowest
+from ebmkit.sampling.needs import Need, missing
+from ebmkit.sampling.schedules import make_schedule
+from ebmkit.sampling.target import denoiser_of, density_of, label_density_of, score_of
+
+__all__ = ["SAMPLERS", "SamplerEntry", "find_sampler", "make_restorer"]
+
+C = TypeVar("C", bound=SamplerConfig)
+Labels = Tensor | int | None
+
+
+@dataclass(frozen=True)
+class SamplerEntry(Generic[C]):
+    """A sampler that has a name.
+
+    Attributes:
+        name: of the table.
+        about: one line.
+        config: its settings; their defaults are for images in [0, 1] and models trained on noise
+            of 1 to 100/255.
+        needs: what a model must have.
+        make: model, labels and settings to the sampler.
+        exact: whether its samples have the model's law in the long run, as no other's have.
+        noisy_end: whether images at the end carry noise that `finish` takes out.
+    """
+
+    name: str
+    about: str
+    config: type[C]
+    needs: tuple[Need, ...]
+    make: Callable[[ScoreModel, Labels, C], Sampler[Any]]
+    exact: bool = False
+    noisy_end: bool = False
+
+    def drives(self, model: ScoreModel) -> bool:
+        """Whether it can drive ``model``."""
+        return missing(model, self.needs) is None
+
+    def check(self, model: ScoreModel, c: Labels = None) -> None:
+        """Whether it can drive ``model``, with labels ``c`` if they are given.
+
+        Raises:
+            UserError: if not; it says why, and which samplers can.
+        """
+        reason = missing(model, self.needs)
+        if reason is not None:
+            able = ", ".join(name for name, entry in SAMPLERS.items() if entry.drives(model))
+            raise UserError(f"sampler {self.name} cannot drive this model: {reason}; take {able}")
+        if c is not None and (reason := missing(model, ("labels",))) is not None:
+            raise UserError(f"labels cannot be asked of this model: {reason}; leave the label out")
+        if c is None and "labels" in self.needs:
+            raise UserError(f"sampler {self.name} climbs to a label: say which")
+
+    def build(self, model: ScoreModel, c: Labels = None, config: C | None = None) -> Sampler[Any]:
+        """The sampler of p(x), or of p(x|c) with labels ``c``, a number or (B,).
+
+        Raises:
+            UserError: if the model cannot be driven by it, or a noise level is not the model's.
+        """
+        self.check(model, c)
+        return self.make(model, c, self.config() if config is None else config)
+
+    def length(self, sampler: Sampler[Any], config: C) -> int:
+        """How many steps are taken: the sampler's own schedule, or what the settings say."""
+        return config.steps if sampler.steps is None else sampler.steps
+
+    def start(
+        self,
+        model: ScoreModel,
+        sampler: Sampler[Any],
+        config: C,
+        shape: Sequence[int],
+        generator: torch.Generator,
+        c: Labels = None,
+        data: tuple[Tensor, Tensor | None] | None = None,
+        mean: Tensor | float = 0.5,
+    ) -> Tensor:
+        """Where chains begin, (B, C, H, W) float32 on the generator's device.
+
+        Samplers that go down noise levels begin with noise of the first one on top of what
+        ``config.start`` says.
+
+        Args:
+            model: what is sampled.
+            sampler: as `build` made it.
+            config: its settings.
+            shape: (B, C, H, W).
+            generator: source of what is drawn.
+            c: labels, for ``seeds`` of labels; None: of all images.
+            data: training images and labels, for ``data`` and ``seeds``.
+            mean: what noise is laid about; gray, or the mean image.
+
+        Raises:
+            UserError: if data are needed and none are given.
+        """
+        device, level = generator.device, first_level(sampler)
+        if config.start == "uniform":
+            return torch.rand(tuple(shape), generator=generator, device=device)
+        if config.start == "noise":
+            if isinstance(sampler, StochasticAscent) and sampler.measurement is not None:
+                return sampler.start(tuple(shape), generator)
+            begin = torch.zeros(tuple(shape), device=device) + mean
+            level = highest(model, None) if level is None else level
+        else:
+            begin = _of_data(config.start, shape, generator, c, data).to(device)
+        if level is None:
+            return begin
+        return begin + level * torch.randn(tuple(shape), generator=generator, device=device)
+
+    def finish(
+        self, model: ScoreModel, sampler: Sampler[Any], x: Tensor, c: Labels = None
+    ) -> Tensor:
+        """``x`` without the noise of the last level; ``x`` itself where the end has none.
+
+        A blind model finds the level by itself.
+        """
+        if not self.noisy_end:
+            return x
+        level = last_level(sampler) if model.noise_conditional else None
+        if level is None and model.noise_conditional:
+            return x
+        return denoiser_of(model, c)(x, level)
+
+
+def find_sampler(name: str) -> SamplerEntry[Any]:
+    """The entry of `SAMPLERS` called ``name``.
+
+    Raises:
+        UserError: if there is none; it names the nearest.
+    """
+    return find("sampler", SAMPLERS, name)
+
+
+def make_restorer(
+    model: ScoreModel,
+    measurement: Measurement,
+    measured: Tensor,
+    config: configs.StochasticAscentConfig | None = None,
+    c: Labels = None,
+) -> StochasticAscent:
+    """The stochastic ascent under linear measurements: images that have exactly these.
+
+    Args:
+        model: a blind denoiser.
+        measurement: which numbers of an image are known.
+        measured: (B, n) or (1, n), what they are.
+        config: of the sampler ``ks``.
+        c: labels, a number or (B,).
+
+    Raises:
+        UserError: if the model cannot be driven by ``ks``, or a noise level is not the model's.
+    """
+    SAMPLERS["ks"].check(model, c)
+    return _ks(model, c, config or configs.StochasticAscentConfig(), measurement, measured)
+
+
+def _of_data(
+    kind: Start,
+    shape: Sequence[int],
+    generator: torch.Generator,
+    c: Labels,
+    data: tuple[Tensor, Tensor | None] | None,
+) -> Tensor:
+    """Images of the data set, or draws from the Gaussian of a label's, or of all."""
+    if data is None:
+        raise UserError(f"chains start from {kind}: give images of the data set")
+    images, labels = data
+    if kind == "data":
+        device = generator.device
+        at = torch.randint(len(images), (shape[0],), generator=generator, device=device)
+        return images[at.to(images.device)]
+    if c is None:
+        labels, c = torch.zeros(len(images), dtype=torch.int64, device=images.device), 0
+    if labels is None:
+        raise UserError("seeds of a label are made of its images: give their labels, too")
+    wanted = torch.as_tensor(c, device=images.device).expand(shape[0])
+    return class_seeds(images, labels, wanted, generator)
+
+
+def _langevin(model: ScoreModel, c: Labels, config: configs.LangevinConfig) -> Langevin:
+    return Langevin(
+        score_of(model, c), config.step_size, config.temperature, sigma=_level(model, config)
+    )
+
+
+def _sgld(model: ScoreModel, c: Labels, config: configs.SGLDConfig) -> Langevin:
+    return Langevin(
+        score_of(model, c),
+        config.step_size,
+        noise_std=config.noise,
+        sigma=_level(model, config),
+        largest_drift=config.largest_drift,
+    )
+
+
+def _mala(model: ScoreModel, c: Labels, config: configs.MALAConfig) -> MALA:
+    sigma = _level(model, config)
+    return MALA(density_of(model, c), config.step_size, config.temperature, sigma)  # type: ignore[arg-type]
+
+
+def _hmc(model: ScoreModel, c: Labels, config: configs.HMCConfig) -> HMC:
+    return HMC(
+        density_of(model, c),  # type: ignore[arg-type]
+        config.step_size,
+        config.leapfrogs,
+        config.jitter,
+        config.temperature,
+        _level(model, config),
+    )
+
+
+def _annealed(model: ScoreModel, c: Labels, config: configs.AnnealedConfig) -> AnnealedLangevin:
+    ends = highest(model, config.high), lowest(model, config.low)
+    sigmas = geometric_sigmas(*ends, max(1, config.steps // config.inner))
+    return AnnealedLangevin(
+        score_of(model, c), sigmas, config.inner, config.rate, config.temperature
+    )
+
+
+def _pc(model: ScoreModel, c: Labels, config: configs.PCConfig) -> PredictorCorrector:
+    ends = highest(model, config.high), lowest(model, config.low)
+    sigmas = geometric_sigmas(*ends, config.steps + 1)
+    return PredictorCorrector(score_of(model, c), sigmas, config.corrections, config.snr)
+
+
+def _ddim(model: ScoreModel, c: Labels, config: configs.DDIMConfig) -> DDIM:
+    schedule = make_schedule(config.schedule)
+    wanted = schedule.timesteps(config.steps, config.spacing)
+    usable = schedule.within(wanted, model.card.sigma_range if model.card else None)
+    predictor = noise_predictor_of(denoiser_of(model, c), schedule)
+    return DDIM(predictor, schedule, usable, config.eta, config.clip)
+
+
+def _ks(
+    model: ScoreModel,
+    c: Labels,
+    config: configs.StochasticAscentConfig,
+    measurement: Measurement | None = None,
+    measured: Tensor | None = None,
+) -> StochasticAscent:
+    last = lowest(model, config.last_sigma)
+    return StochasticAscent(
+        denoiser_of(model, c),
+        highest(model, config.first_sigma),
+        last,
+        config.first_step,
+        config.beta,
+        config.largest_step,
+        measurement,
+        measured,
+        config.steps,
+    )
+
+
+def _ascent(model: ScoreModel, c: Labels, config: configs.AscentConfig) -> Ascent:
+    assert c is not None
+    climb = label_density_of if config.objective == "label" else density_of
+    return Ascent(
+        climb(model, c),  # type: ignore[arg-type]
+        config.step_size,
+        config.direction,
+        config.radius,
+        config.ball,
+        sigma=_level(model, config),
+    )
+
+
+def _level(model: ScoreModel, config: configs.LevelConfig) -> float | None:
+    """Where the target is taken: what was asked for, or the lowest level, where there is one."""
+    if config.sigma is not None:
+        return check_level(model, config.sigma)
+    limits = model.card.sigma_range if model.card else None
+    return limits[0] if limits and model.noise_conditional else None
+
+
+SAMPLERS: dict[str, SamplerEntry[Any]] = {
+    entry.name: entry
+    for entry in (
+        SamplerEntry(
+            "langevin",
+            "unadjusted Langevin dynamics (ULA) at one noise level",
+            configs.LangevinConfig,
+            ("score",),
+            _langevin,
+            noisy_end=True,
+        ),
+        SamplerEntry(
+            "sgld",
+            "Langevin steps with too little noise, as JEM takes its negatives",
+            configs.SGLDConfig,
+            ("score",),
+            _sgld,
+        ),
+        SamplerEntry(
+            "mala",
+            "Metropolis-adjusted Langevin: exact for the model's density",
+            configs.MALAConfig,
+            ("density",),
+            _mala,
+            exact=True,
+            noisy_end=True,
+        ),
+        SamplerEntry(
+            "hmc",
+            "Hamiltonian Monte Carlo: exact for the model's density, with longer moves",
+            configs.HMCConfig,
+            ("density",),
+            _hmc,
+            exact=True,
+            noisy_end=True,
+        ),
+        SamplerEntry(
+            "annealed-langevin",
+            "Langevin dynamics down geometric noise levels (Song & Ermon 2019)",
+            configs.AnnealedConfig,
+            ("levels",),
+            _annealed,
+            noisy_end=True,
+        ),
+        SamplerEntry(
+            "pc",
+            "predictor-corrector down geometric noise levels (Song et al. 2021)",
+            configs.PCConfig,
+            ("levels",),
+            _pc,
+            noisy_end=True,
+        ),
+        SamplerEntry(
+            "ddpm",
+            "the diffusion chain with all of its noise, at every timestep (Ho et al. 2020)",
+            configs.DDPMConfig,
+            ("levels",),
+            _ddim,
+        ),
+        SamplerEntry(
+            "ddim",
+            "the diffusion chain without noise, at some timesteps (Song et al. 2021)",
+            configs.DDIMConfig,
+            ("levels",),
+            _ddim,
+        ),
+        SamplerEntry(
+            "ks",
+            "stochastic ascent of a blind denoiser (Kadkhodaie & Simoncelli 2021)",
+            configs.StochasticAscentConfig,
+            ("levels", "blind"),
+            _ks,
+        ),
+        SamplerEntry(
+            "ascent",
+            "gradient ascent to a label (Santurkar et al. 2019)",
+            configs.AscentConfig,
+            ("density", "labels"),
+            _ascent,
+        ),
+    )
+}
+"""All samplers, by name."""
