@@ -21,7 +21,9 @@ from ebmkit.models import HEADS, ModelConfig
 from ebmkit.models.presets import find_network
 from ebmkit.objectives import BALANCE, parse_objective
 from ebmkit.registry import find
+from ebmkit.training.negatives import NegativesConfig
 from ebmkit.training.recipes import RECIPES, recipe_for
+from ebmkit.training.watch import WatchConfig
 from ebmkit.validation import validated
 
 __all__ = [
@@ -62,6 +64,11 @@ class OptimizerConfig(_Config):
     warmup_steps: int = Field(0, ge=0, description="linear warm-up (the paper: none)")
     clip_norm: float | None = Field(None, gt=0, description="bound on the gradient's norm")
     ema: float | None = Field(None, gt=0, lt=1, description="decay of averaged weights, as 0.999")
+    sharpness: float | None = Field(
+        None,
+        gt=0,
+        description="rho of sharpness-aware minimisation (SAM): twice the cost of a step",
+    )
 
 
 class StreamsConfig(_Config):
@@ -69,6 +76,7 @@ class StreamsConfig(_Config):
 
     classify: StreamConfig
     denoise: StreamConfig
+    generate: StreamConfig = StreamConfig()
 
 
 class TrainConfig(_Config):
@@ -83,11 +91,13 @@ class TrainConfig(_Config):
     objective: str = Field("ce+dsm", description="objectives joined by +, as in ce+0.5*dsm")
     balance: float = Field(BALANCE, gt=0, description="lambda of balanced terms")
     streams: StreamsConfig
-    draw_from: dict[str, Literal["classify", "denoise"]] = Field(
+    draw_from: dict[str, Literal["classify", "denoise", "generate"]] = Field(
         {},
         description="objective -> stream, where not its own: ce: denoise shares one forward pass",
     )
     optimizer: OptimizerConfig = OptimizerConfig()
+    negatives: NegativesConfig = NegativesConfig()
+    watch: WatchConfig = WatchConfig()
     steps: int = Field(1000, ge=1, description="optimiser steps")
     seed: int = Field(0, ge=0, lt=2**63, description="of weights, order, augmentation and noise")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1")

@@ -9,6 +9,9 @@ since every loss is a mean over images. For a compiler the score is taken inside
 `torch.autograd.grad`, which has less to keep book of: the reference that the other is tested
 against.
 
+Sharpness-aware minimisation (SAM, Foret et al., arXiv 2010.01412, eq. 4) takes the gradient where
+the loss is larger, :math:`\nabla L(\theta + \rho\,\nabla L / \|\nabla L\|)`, at twice the cost.
+
 The host never waits for the device within a step. Losses, the gradient's norm and whether they are
 finite stay on the device; fused AdamW skips the update when they are not, and every later one, so
 the parameters are still those before the update when `TrainingStep.read` tells of it.
@@ -76,6 +79,7 @@ class TrainingStep:
         compute: precision, compilation, accumulation, recomputation.
         clip_norm: bound on the gradient's norm; None: none.
         average: averaged weights to update too.
+        sharpness: rho of sharpness-aware minimisation; None: the plain gradient.
         world: the processes that share each batch.
         backend: of `torch.compile`.
 
@@ -100,13 +104,14 @@ class TrainingStep:
         compute: ComputeConfig | None = None,
         clip_norm: float | None = None,
         average: AveragedModel | None = None,
+        sharpness: float | None = None,
         world: World | None = None,
         backend: str = "inductor",
     ) -> None:
         self.compute = compute or ComputeConfig()
         self.backend = backend
         self.loss, self.optimizer = loss, optimizer
-        self.clip_norm, self.average = clip_norm, average
+        self.clip_norm, self.average, self.sharpness = clip_norm, average, sharpness
         self.world = world or World()
         self.parameters = [p for p in loss.model.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
@@ -142,6 +147,9 @@ class TrainingStep:
         values[-1] = float(stop)
         with _told_of_memory():
             values[:-1] = self._differentiate(batches)
+            if self.sharpness is not None:
+                with self._uphill(self.sharpness):
+                    self._differentiate(batches)
             self.world.mean_(values)
             gradients = [p.grad for p in self.parameters if p.grad is not None]
             norm = nn.utils.get_total_norm(gradients)
@@ -161,6 +169,27 @@ class TrainingStep:
         return Reading(
             dict(zip(self.names, parts, strict=True)), norm, int(done), bool(failed), stop > 0
         )
+
+    def reset(self) -> None:
+        """Forget failures and count updates anew: the parameters were set from outside."""
+        for counter in (self._failed, self._done):
+            counter.zero_()
+
+    @contextmanager
+    def _uphill(self, rho: float) -> Iterator[None]:
+        """Within, the parameters lie ``rho`` further along their gradient."""
+        before = [p.detach().clone() for p in self.parameters]
+        moved = [(p, p.grad) for p in self.parameters if p.grad is not None]
+        scale = rho / nn.utils.get_total_norm([g for _, g in moved]).clamp_min(1e-12)
+        with torch.no_grad():
+            for p, gradient in moved:
+                p.add_(scale * gradient)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for p, old in zip(self.parameters, before, strict=True):
+                    p.copy_(old)
 
     def _note(self, values: Tensor, norm: Tensor) -> None:
         """Keep the step's values, unless one failed before; see whether this one did."""
