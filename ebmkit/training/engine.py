@@ -9,12 +9,9 @@ since every loss is a mean over images. For a compiler the score is taken inside
 `torch.autograd.grad`, which has less to keep book of: the reference that the other is tested
 against.
 
-Sharpness-aware minimisation (SAM, Foret et al., arXiv 2010.01412, eq. 4) takes the gradient where
-the loss is larger, :math:`\nabla L(\theta + \rho\,\nabla L / \|\nabla L\|)`, at twice the cost.
-
 The host never waits for the device within a step. Losses, the gradient's norm and whether they are
-finite stay on the device; fused AdamW skips the update when they are not, and every later one, so
-the parameters are still those before the update when `TrainingStep.read` tells of it.
+finite stay on the device; the fused optimiser skips the update when they are not, and every later
+one, so the parameters are still those before the update when `TrainingStep.read` tells of it.
 """
 
 from __future__ import annotations
@@ -44,6 +41,7 @@ from ebmkit.models import JointModel
 from ebmkit.objectives import Losses, TrainingLoss
 from ebmkit.parallel import World
 from ebmkit.training.rehearse import unreached
+from ebmkit.training.sharpness import Sharpness
 
 __all__ = ["OutOfMemory", "Reading", "TrainingStep"]
 
@@ -75,11 +73,11 @@ class TrainingStep:
 
     Args:
         loss: model and objectives, on their device.
-        optimizer: fused AdamW over the model's parameters (`make_optimizer`).
+        optimizer: a fused one over the model's parameters (`make_optimizer`).
         compute: precision, compilation, accumulation, recomputation.
         clip_norm: bound on the gradient's norm; None: none.
         average: averaged weights to update too.
-        sharpness: rho of sharpness-aware minimisation; None: the plain gradient.
+        sharpness: for sharpness-aware minimisation; None: the plain gradient.
         world: the processes that share each batch.
         backend: of `torch.compile`.
 
@@ -104,7 +102,7 @@ class TrainingStep:
         compute: ComputeConfig | None = None,
         clip_norm: float | None = None,
         average: AveragedModel | None = None,
-        sharpness: float | None = None,
+        sharpness: Sharpness | None = None,
         world: World | None = None,
         backend: str = "inductor",
     ) -> None:
@@ -148,7 +146,7 @@ class TrainingStep:
         with _told_of_memory():
             values[:-1] = self._differentiate(batches)
             if self.sharpness is not None:
-                with self._uphill(self.sharpness):
+                with self.sharpness.uphill(self.loss):
                     self._differentiate(batches)
             self.world.mean_(values)
             gradients = [p.grad for p in self.parameters if p.grad is not None]
@@ -174,22 +172,6 @@ class TrainingStep:
         """Forget failures and count updates anew: the parameters were set from outside."""
         for counter in (self._failed, self._done):
             counter.zero_()
-
-    @contextmanager
-    def _uphill(self, rho: float) -> Iterator[None]:
-        """Within, the parameters lie ``rho`` further along their gradient."""
-        before = [p.detach().clone() for p in self.parameters]
-        moved = [(p, p.grad) for p in self.parameters if p.grad is not None]
-        scale = rho / nn.utils.get_total_norm([g for _, g in moved]).clamp_min(1e-12)
-        with torch.no_grad():
-            for p, gradient in moved:
-                p.add_(scale * gradient)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for p, old in zip(self.parameters, before, strict=True):
-                    p.copy_(old)
 
     def _note(self, values: Tensor, norm: Tensor) -> None:
         """Keep the step's values, unless one failed before; see whether this one did."""

@@ -58,6 +58,10 @@ class NegativesConfig(BaseModel):
     start: Literal["uniform", "gaussian"] = Field(
         "uniform", description="where chains start: uniform noise, or class-wise Gaussians (JEM++)"
     )
+    training_mode: bool = Field(
+        False,
+        description="leave the network in training mode meanwhile: BatchNorm of the batch (JEM++)",
+    )
     penalty: float = Field(0.0, ge=0, description="alpha of the penalty of squared energies")
 
 
@@ -168,7 +172,7 @@ class Negatives:
         own: slice,
         total: int,
     ) -> Tensor:
-        """Chains ``x`` after the Langevin steps; the network is in evaluation mode meanwhile."""
+        """Chains ``x`` after the Langevin steps."""
         config, training = self.config, self.model.training
 
         def score(y: Tensor, sigma: Noise | None = None) -> Tensor:
@@ -188,7 +192,8 @@ class Negatives:
             bounds=(0.0, 1.0) if config.clip else None,
             normal=normal,
         )
-        self.model.eval()
+        if not config.training_mode:
+            self.model.eval()
         try:
             with torch.no_grad():
                 state = langevin.init(x)

@@ -36,11 +36,11 @@ from ebmkit.training.checks import check_compiled, check_terms, shapes, trained_
 from ebmkit.training.config import TrainConfig
 from ebmkit.training.cost import Effort
 from ebmkit.training.engine import OutOfMemory, Reading, TrainingStep
-from ebmkit.training.memory import ADAMW_STATES
 from ebmkit.training.negatives import Negatives, likelihood_terms
-from ebmkit.training.optim import learning_rate, make_optimizer
+from ebmkit.training.optim import learning_rate, make_optimizer, states_of
 from ebmkit.training.recovery import Recovery
 from ebmkit.training.runs import RunFolder
+from ebmkit.training.sharpness import Sharpness
 from ebmkit.training.stopping import stop_requested
 from ebmkit.training.validation import Validation
 
@@ -118,7 +118,7 @@ class Trainer:
             config.compute,
             config.optimizer.clip_norm,
             self.average,
-            config.optimizer.sharpness,
+            Sharpness.of(config.optimizer.sharpness, config.optimizer.sharpness_adaptive),
             self.world,
         )
         if self.update.compiled:
@@ -127,7 +127,7 @@ class Trainer:
         self.budget = Budget(
             self.loss,
             [(stage, shapes(stage, self.train, self.world.size)) for stage in self.stages],
-            ADAMW_STATES + bool(decay),
+            states_of(config.optimizer),
             config.compute.accumulate,
             self.world.size,
             Effort(
