@@ -179,10 +179,11 @@ def linearize(
     """Evaluate ``model`` at ``y`` (B, C, H, W) so that scores can be pulled back.
 
     The gradient is taken by `torch.func.vjp`, which compilers understand. The other way,
-    `torch.autograd.grad` with a graph, is for two cases. One is a BatchNorm in training mode, which
-    vjp cannot differentiate as it updates its running statistics in place: the paper's ablation,
-    whose "score" mixes the images of a batch. The other is an eager training step, where vjp's
-    bookkeeping of each operation is a few percent of a small network's time.
+    `torch.autograd.grad`, is for three cases. One is a BatchNorm in training mode, which vjp cannot
+    differentiate as it updates its running statistics in place: the paper's ablation, whose "score"
+    mixes the images of a batch. The others are an eager training step and an eager score that
+    nobody differentiates, where vjp's bookkeeping of each operation is up to a quarter of a small
+    network's time.
 
     Args:
         model: the model.
@@ -196,6 +197,9 @@ def linearize(
         return _linearize_outside_inference(model, y, sigma)
     if not compiling:
         model._warn_if_rough()
+    transformed = torch._C._are_functorch_transforms_active()
+    if not (compiling or torch.is_grad_enabled() or transformed):
+        return _linearize_for_values(model, y, sigma)
     recorded = recorded and torch.is_grad_enabled() and not y.requires_grad
     if recorded or (model.training and model.has_batch_norm):
         leaf = y.detach().requires_grad_()
@@ -212,6 +216,22 @@ def linearize(
 
     energies, pull = torch.func.vjp(lambda image: model(image, sigma), y)[:2]
     return Linearization(y, energies, lambda cotangent: pull(cotangent)[0])
+
+
+def _linearize_for_values(model: EnergyModel, y: Tensor, sigma: Noise | None) -> Linearization:
+    """`linearize` where gradients are disabled: nothing it gives can be differentiated again."""
+    leaf = y.detach().requires_grad_()
+    with torch.enable_grad():
+        energies = model(leaf, sigma)
+
+    def pull(cotangent: Energies) -> Tensor:
+        used = [i for i, output in enumerate(energies) if output.requires_grad]
+        outputs, weights = [energies[i] for i in used], [cotangent[i] for i in used]
+        # several gradients may be pulled back, so what they need is kept as long as this is
+        (gradient,) = torch.autograd.grad(outputs, leaf, weights, retain_graph=True)
+        return gradient
+
+    return Linearization(y, Energies(*(output.detach() for output in energies)), pull)
 
 
 def _linearize_outside_inference(

@@ -31,14 +31,15 @@ def tables() -> dict[str, dict[str, str]]:
     from ebmkit.data import DATASETS
     from ebmkit.evaluation import SUITES
     from ebmkit.models import BACKBONES, DENOISERS, HEADS
-    from ebmkit.objectives import OBJECTIVES
+    from ebmkit.objectives import ALIASES, OBJECTIVES
     from ebmkit.training import RECIPES
 
     return {
         "backbones": {name: preset.about for name, preset in BACKBONES.items()},
         "denoisers": {name: preset.about for name, preset in DENOISERS.items()},
         "heads": {name: preset.about for name, preset in HEADS.items()},
-        "objectives": {name: objective.about for name, objective in OBJECTIVES.items()},
+        "objectives": {name: objective.about for name, objective in OBJECTIVES.items()}
+        | {name: f"short for {'+'.join(parts)}" for name, parts in ALIASES.items()},
         "datasets": {name: dataset.about for name, dataset in DATASETS.items()},
         "recipes": {name: recipe.about for name, recipe in RECIPES.items()},
         "suites": {name: suite.about for name, suite in SUITES.items()},

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shlex
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,7 +33,7 @@ from ebmkit.training import (
 from ebmkit.training.assemble import assemble, images_of
 from ebmkit.training.cost import format_seconds
 
-__all__ = ["train"]
+__all__ = ["cost", "train"]
 
 TRIAL_STEPS = 4
 """How many steps ``--dry-run`` takes; all but the first are timed."""
@@ -141,6 +143,27 @@ def train(
                 )
                 raise typer.Exit(130) from None
         console.print(f"run folder: {path}", soft_wrap=True, highlight=False)
+
+
+def cost(**options: Any) -> None:
+    """Tell what a training run would cost: parameters, FLOPs, memory and time; writes nothing.
+
+    The options are those of `ebmkit train`. The FLOPs of Langevin steps, where an objective needs
+    samples of the model, are told apart.
+    """
+    train(**options, dry_run=True)
+
+
+def _same_options(without: Sequence[str]) -> None:
+    """Give `cost` the options of `train`, but for some."""
+    signature = inspect.signature(train, eval_str=True)
+    kept = [p for name, p in signature.parameters.items() if name not in without]
+    cost.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
+    cost.__annotations__ = {p.name: p.annotation for p in kept} | {"return": None}
+
+
+_same_options(without=("out", "resume", "evaluate", "tensorboard", "dry_run"))
+app.command()(cost)
 
 
 def _resolved(

@@ -32,13 +32,19 @@ __all__ = [
     "StreamConfig",
     "check_stream",
     "images_between",
+    "parse_share",
     "span_at",
     "stage_at",
     "stages",
 ]
 
 
-def _share(value: object) -> float:
+def parse_share(value: object) -> float:
+    """Read a share of a run's steps from ``0.5``, ``"0.5"`` or ``"150/400"``.
+
+    Raises:
+        UserError: if it does not parse or is not between 0 and 1.
+    """
     text = str(value).strip()
     top, slash, bottom = text.partition("/")
     try:
@@ -47,7 +53,8 @@ def _share(value: object) -> float:
         share = math.nan
     if not 0 < share < 1:
         raise UserError(
-            f"a phase begins after a share of the steps between 0 and 1, as 150/400, not {text!r}"
+            f"a share of the run's steps is between 0 and 1, as 150/400, not {text!r}: phases and "
+            "milestones begin after one"
         )
     return share
 
@@ -57,7 +64,7 @@ class Phase(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    after: Annotated[float, BeforeValidator(_share)] = Field(
+    after: Annotated[float, BeforeValidator(parse_share)] = Field(
         description="share of the run's steps after which it begins, as 150/400"
     )
     batch_size: int = Field(ge=1, description="images per step, over all processes")

@@ -54,6 +54,7 @@ class Batch(NamedTuple):
         eps: (B, C, H, W) standard normal; zeros where the law says no noise.
         labels: (B,) int64, before mixing; None without labels.
         soft: (B, K) label probabilities, mixed where the images are; None without labels.
+        negatives: (B, C, H, W), samples of the model being trained; who trains adds them.
     """
 
     x: Tensor
@@ -62,6 +63,7 @@ class Batch(NamedTuple):
     eps: Tensor
     labels: Tensor | None
     soft: Tensor | None
+    negatives: Tensor | None = None
 
 
 class Stream:

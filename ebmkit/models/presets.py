@@ -42,6 +42,12 @@ BACKBONES: dict[str, Preset[GradResNetConfig | ResNetConfig | WideResNetConfig]]
         ),
         "the same as JEM has it: no norm, leaky ReLU, biases",
     ),
+    "wideresnet10-jem": Preset(
+        WideResNetConfig(
+            depth=10, width=32, norm="none", activation="leaky_relu", bias=True, block="jem"
+        ),
+        "the same, small enough to train by JEM on a CPU",
+    ),
 }
 
 DENOISERS: dict[str, Preset[DnCNNConfig | DRUNetConfig | GSDRUNetConfig | GraDnCNNConfig]] = {

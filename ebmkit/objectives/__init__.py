@@ -1,9 +1,10 @@
 """Training objectives: what they need of data and model, their losses, and how they add up."""
 
 from ebmkit.objectives.combine import BALANCE, Losses, Term, TrainingLoss, parse_objective
-from ebmkit.objectives.terms import OBJECTIVES, Objective, Scale, Streamed
+from ebmkit.objectives.terms import ALIASES, OBJECTIVES, Objective, Scale, Streamed
 
 __all__ = [
+    "ALIASES",
     "BALANCE",
     "OBJECTIVES",
     "Losses",

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from ebmkit.compute import Precision, autocast, memory_format
 from ebmkit.core import Linearization, ScoreModel
 from ebmkit.errors import UserError
-from ebmkit.objectives.terms import OBJECTIVES, Objective, Scale, Streamed
+from ebmkit.objectives.terms import ALIASES, OBJECTIVES, LogDensity, Objective, Scale, Streamed
 from ebmkit.registry import find
 
 __all__ = ["BALANCE", "Losses", "Term", "TrainingLoss", "parse_objective"]
@@ -83,11 +83,13 @@ def parse_objective(text: str) -> tuple[Term, ...]:
                 f"objective {text!r} does not parse: write names joined by +, each with a "
                 "coefficient before it or none, as in ce+0.5*dsm"
             )
-        name = match["name"].strip()
-        find("objective", OBJECTIVES, name)
-        if any(term.name == name for term in terms):
-            raise UserError(f"objective {text!r} names {name!r} twice: give it one coefficient")
-        terms.append(Term(name, _coefficient(match["weight"], text)))
+        written = match["name"].strip()
+        weight = _coefficient(match["weight"], text)
+        for name in ALIASES.get(written, (written,)):
+            find("objective", OBJECTIVES | ALIASES, name)  # an alias is suggested, too
+            if any(term.name == name for term in terms):
+                raise UserError(f"objective {text!r} names {name!r} twice: give it one coefficient")
+            terms.append(Term(name, weight))
     return tuple(terms)
 
 
@@ -146,6 +148,7 @@ class TrainingLoss(nn.Module):
         recorded: whether scores are taken by recording a graph, not by `torch.func.vjp`; the same
             values (see `ebmkit.core.linearize`).
         differentiates: whether the loss differentiates the model by its input.
+        penalty: alpha of the energy penalty of maximum likelihood; 0 for none.
         balanced: names of the balanced terms.
         running: (len(balanced),) their running means.
     """
@@ -166,6 +169,7 @@ class TrainingLoss(nn.Module):
         self.stream_of = {term.name: term.objective.stream for term in terms} | dict(streams or {})
         self.precision: Precision = "fp32"
         self.separate = self.recorded = False
+        self.penalty = 0.0
         matching = any(term.objective.needs_score for term in terms)
         self.differentiates = matching and model.differentiates
         self.balanced = tuple(term.name for term in terms if term.balanced)
@@ -176,6 +180,11 @@ class TrainingLoss(nn.Module):
         """Names of the streams that batches are needed of."""
         return tuple(dict.fromkeys(self.stream_of[term.name] for term in self.terms))
 
+    @property
+    def needs_negatives(self) -> bool:
+        """Whether a batch must bring samples of the model."""
+        return any(term.objective.likelihood is not None for term in self.terms)
+
     def forward(self, batches: Mapping[str, Streamed]) -> Losses:
         """Losses of one batch per stream; of the streams given alone, if some are left out."""
         total: Tensor | float = 0.0
@@ -185,7 +194,11 @@ class TrainingLoss(nn.Module):
             batch = batches[stream]
             at = self._evaluate(batch, any(term.objective.needs_score for term in own))
             for term in own:
-                mean = term.objective.loss(at, batch).mean()
+                losses = term.objective.loss(at, batch)
+                if term.objective.likelihood is not None:
+                    losses, penalty = self._contrasted(term.objective.likelihood, losses, batch)
+                    total = total + self._factor(term, batch) * penalty
+                mean = losses.mean()
                 means[term.name] = mean.detach()
                 total = total + self._factor(term, batch) * mean
         assert isinstance(total, Tensor)
@@ -198,11 +211,12 @@ class TrainingLoss(nn.Module):
         """One number to compare states of a run by, lower is better.
 
         The means of plain terms plus lambda times the logarithms of score-matching means, whatever
-        the weights in training are.
+        the weights in training are. The difference that maximum likelihood lowers says nothing.
         """
         means = {name: torch.as_tensor(mean, dtype=torch.float64) for name, mean in parts.items()}
         matching = [t.name for t in self.terms if t.objective.scale is not Scale.PLAIN]
-        plain = sum(float(means[t.name]) for t in self.terms if t.name not in matching)
+        telling = [t for t in self.terms if t.objective.likelihood is None]
+        plain = sum(float(means[t.name]) for t in telling if t.name not in matching)
         logs = sum(float(means[name].log()) for name in matching)
         return plain + self.balance * logs / max(1, len(matching))
 
@@ -211,6 +225,19 @@ class TrainingLoss(nn.Module):
         if self.balanced:
             means = torch.stack([parts[name] for name in self.balanced])
             self.running.lerp_(means.to(self.running), 1 - MEMORY)
+
+    def _contrasted(
+        self, likelihood: LogDensity, energies: Tensor, batch: Streamed
+    ) -> tuple[Tensor, Tensor | float]:
+        """Energies of images (B,) minus those of negatives, (B,), and the penalty, a scalar."""
+        assert batch.negatives is not None
+        with autocast(batch.negatives.device, self.precision):
+            at = self.model.at(batch.negatives, None, differentiate=False)
+        negative = -likelihood(at.energies, batch.labels)
+        penalty: Tensor | float = 0.0
+        if self.penalty:
+            penalty = self.penalty * (energies.square() + negative.square()).mean()
+        return energies - negative, penalty
 
     def _evaluate(self, batch: Streamed, differentiate: bool) -> Linearization:
         y = batch.y

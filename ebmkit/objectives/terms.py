@@ -5,7 +5,9 @@ With :math:`y = x + \sigma\epsilon` (CDN eq. 5 and 13),
 .. math::
     \text{ce:}   & \quad -\log p(c \mid y) \\
     \text{dsm:}  & \quad \|\sigma\,\nabla_y \log p(y) + \epsilon\|^2 \\
-    \text{cdsm:} & \quad \|\sigma\,\nabla_y \log p(y \mid c) + \epsilon\|^2 .
+    \text{cdsm:} & \quad \|\sigma\,\nabla_y \log p(y \mid c) + \epsilon\|^2 \\
+    \text{ml:}   & \quad \log p(\tilde y) - \log p(y) \\
+    \text{cml:}  & \quad \log p(\tilde y \mid c) - \log p(y \mid c) .
 
 The first is cross-entropy, the second denoising score matching (Vincent, 2011): a regression whose
 minimiser at one sigma is the score of the noisy images, since
@@ -15,6 +17,16 @@ class-conditional denoiser.
 The paper does not say whether :math:`\|\cdot\|^2` is the sum over the d entries of an image or
 their mean; both are here by name (``dsm-sum``, ``dsm-mean``), and so is the balanced form that is
 the default (``dsm``): see `ebmkit.objectives.combine`.
+
+The last two are maximum likelihood. The gradient of :math:`-\log p(y)` by the parameters contains
+that of the constant nobody computes, which is an expectation over the model itself,
+:math:`-E_{\tilde y \sim p}[\nabla_\theta \log \tilde p(\tilde y)]` with the unnormalised
+:math:`\tilde p`. So the loss is a difference, whose value says nothing (it should stay near 0) and
+whose gradient is right if the *negatives* :math:`\tilde y` are samples of the model; whoever trains
+draws them (`ebmkit.training.negatives`), an objective does not sample. JEM (arXiv 1912.03263, eq.
+6-8) is ``ce+ml``, for short ``jem``. Both may carry a penalty
+:math:`\alpha\,(e^2(y) + e^2(\tilde y))` of the energies (Du & Mordatch, arXiv 1903.08689, eq. 7),
+which pulls them together when they run away.
 """
 
 from __future__ import annotations
@@ -25,10 +37,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ebmkit.core import Linearization
+from ebmkit.core import Energies, Linearization
 from ebmkit.errors import UserError
 
-__all__ = ["OBJECTIVES", "Objective", "Scale", "Streamed"]
+__all__ = ["ALIASES", "OBJECTIVES", "Objective", "Scale", "Streamed"]
 
 
 class Scale(Enum):
@@ -55,10 +67,18 @@ class Streamed(Protocol):
     def labels(self) -> Tensor | None: ...  # (B,) int64
     @property
     def soft(self) -> Tensor | None: ...  # (B, C): one-hot, or mixed by MixUp / CutMix
+    @property
+    def negatives(self) -> Tensor | None: ...  # (B, C, H, W), samples of the model
 
 
 class Loss(Protocol):
     def __call__(self, at: Linearization, batch: Streamed, /) -> Tensor: ...
+
+
+class LogDensity(Protocol):
+    """The log-density that maximum likelihood raises, (B,), of energies and labels (B,)."""
+
+    def __call__(self, energies: Energies, labels: Tensor | None, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -74,6 +94,9 @@ class Objective:
         needs_hard_labels: whether labels may not be mixed.
         needs_score: whether the loss differentiates the model by its input.
         scale: how the loss enters the total.
+        likelihood: the log-density whose maximum likelihood this is. Then the batch must bring
+            negatives, samples of the model, and ``loss`` is of the images alone: what
+            `TrainingLoss` adds is the same log-density of the negatives.
     """
 
     about: str
@@ -83,6 +106,7 @@ class Objective:
     needs_hard_labels: bool = False
     needs_score: bool = False
     scale: Scale = Scale.PLAIN
+    likelihood: LogDensity | None = None
 
 
 def cross_entropy(at: Linearization, batch: Streamed) -> Tensor:
@@ -100,6 +124,31 @@ def conditional_score_matching(at: Linearization, batch: Streamed) -> Tensor:
     """The same for the class-conditional score, (B,) (CDN section 3.3)."""
     assert batch.labels is not None
     return _squared(at.conditional_score(batch.labels), batch)
+
+
+def log_density(energies: Energies, labels: Tensor | None) -> Tensor:
+    """log p(y) up to a constant, (B,), nats."""
+    return energies.log_density
+
+
+def class_log_density(energies: Energies, labels: Tensor | None) -> Tensor:
+    """log p(y|c) up to a constant for each label, (B,), nats."""
+    assert labels is not None
+    return energies.log_density + energies.at_label(labels)
+
+
+def _likelihood(likelihood: LogDensity, what: str, conditional: bool) -> Objective:
+    def loss(at: Linearization, batch: Streamed) -> Tensor:
+        return -likelihood(at.energies, batch.labels)
+
+    return Objective(
+        about=f"maximum likelihood of {what} with negatives by Langevin dynamics",
+        stream="generate",
+        loss=loss,
+        needs_labels=conditional,
+        needs_hard_labels=conditional,
+        likelihood=likelihood,
+    )
 
 
 def _squared(score: Tensor, batch: Streamed) -> Tensor:
@@ -138,7 +187,12 @@ OBJECTIVES: dict[str, Objective] = {
     "cdsm": _score_matching(True, Scale.BALANCED),
     "cdsm-mean": _score_matching(True, Scale.MEAN),
     "cdsm-sum": _score_matching(True, Scale.SUM),
+    "ml": _likelihood(log_density, "log p(y)", False),
+    "cml": _likelihood(class_log_density, "log p(y|c)", True),
 }
+
+ALIASES: dict[str, tuple[str, ...]] = {"jem": ("ce", "ml")}
+"""Names that stand for several objectives."""
 
 
 def check_labels(

@@ -1,6 +1,6 @@
 """Samplers of any model: chains on a score, a density or a denoiser, never on a network."""
 
-from ebmkit.sampling.ascent import Ascent, class_seeds
+from ebmkit.sampling.ascent import Ascent
 from ebmkit.sampling.base import Chain, Chains, Info, Sampler, State
 from ebmkit.sampling.diagnostics import (
     Trace,
@@ -33,6 +33,7 @@ from ebmkit.sampling.langevin import (
     langevin_move,
 )
 from ebmkit.sampling.schedules import SCHEDULES, Schedule, make_schedule
+from ebmkit.sampling.seeds import ClassGaussians
 from ebmkit.sampling.target import (
     DenoiserFunction,
     DensityFunction,
@@ -55,6 +56,7 @@ __all__ = [
     "BlockAverage",
     "Chain",
     "Chains",
+    "ClassGaussians",
     "Compressed",
     "DenoiserFunction",
     "DensityChain",
@@ -73,7 +75,6 @@ __all__ = [
     "StochasticAscent",
     "Trace",
     "center_hole",
-    "class_seeds",
     "denoiser_of",
     "density_of",
     "effective_size",

@@ -12,7 +12,7 @@ where not asked for. On a robust classifier the images take on the look of the l
 
 Santurkar et al. (2019) take 60 steps of 0.5 in l2 with projection on a ball of radius 40, from
 seeds of the Gaussian that has the mean and covariance of the label's training images:
-`class_seeds`. With plain steps it is Langevin dynamics at temperature 0.
+`ebmkit.sampling.seeds`. With plain steps it is Langevin dynamics at temperature 0.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ebmkit.sampling.base import Info, check_positive, per_chain
 from ebmkit.sampling.langevin import langevin_move, root_mean_square
 from ebmkit.sampling.target import DensityFunction
 
-__all__ = ["Ascent", "AscentChain", "Ball", "Direction", "class_seeds"]
+__all__ = ["Ascent", "AscentChain", "Ball", "Direction"]
 
 Direction = Literal["l2", "plain", "sign"]
 Ball = Literal["l2", "linf"]
@@ -94,39 +94,6 @@ class Ascent:
         if self.bounds is not None:
             moved = moved.clamp(*self.bounds)
         return AscentChain(moved, state.step + 1, state.start), Info(root_mean_square(moved - x))
-
-
-def class_seeds(images: Tensor, labels: Tensor, c: Tensor, generator: torch.Generator) -> Tensor:
-    """Draws from the Gaussian with mean and covariance of each label's images.
-
-    A random combination of the centred images, with weights from N(0, 1 / (n - 1)), has exactly
-    their sample covariance; no d x d matrix is made.
-
-    Args:
-        images: (N, C, H, W), training images.
-        labels: (N,) theirs.
-        c: (B,) the labels wanted.
-        generator: on the device of the images.
-
-    Returns:
-        (B, C, H, W), not clipped.
-
-    Raises:
-        UserError: if a label has fewer than two images.
-    """
-    seeds = images.new_empty(len(c), *images.shape[1:])
-    for label in sorted(set(c.tolist())):
-        own = images[labels == label]
-        if len(own) < 2:
-            raise UserError(f"label {label} has {len(own)} images: a covariance takes 2 or more")
-        wanted = (c == label).to(images.device)
-        mean = own.mean(0)
-        weights = torch.randn(
-            int(wanted.sum()), len(own), generator=generator, dtype=own.dtype, device=own.device
-        )
-        offsets = weights @ (own - mean).flatten(1) / (len(own) - 1) ** 0.5
-        seeds[wanted] = mean + offsets.reshape(-1, *images.shape[1:])
-    return seeds
 
 
 def _directed(gradient: Tensor, direction: Direction) -> Tensor:

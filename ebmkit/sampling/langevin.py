@@ -43,6 +43,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -129,6 +130,7 @@ class Langevin:
         sigma: noise level handed to the score, for models that take one.
         largest_drift: bound on each entry of eta * score (JEM++, arXiv 2109.09032, clips so).
         bounds: x is clipped to them after each step; None: not at all.
+        normal: (x, generator) to standard normal numbers of x's shape.
 
     Raises:
         UserError: if a number is not legal.
@@ -145,8 +147,9 @@ class Langevin:
         sigma: float | None = None,
         largest_drift: float | None = None,
         bounds: tuple[float, float] | None = None,
+        normal: Callable[[Tensor, torch.Generator], Tensor] = normal_like,
     ) -> None:
-        self.score, self.sigma = score, sigma
+        self.score, self.sigma, self.normal = score, sigma, normal
         self.step_size = check_positive("step size", step_size)
         check_positive("temperature", temperature, zero=True)
         if noise_std is not None:
@@ -168,7 +171,7 @@ class Langevin:
         if self.largest_drift is not None:
             score = (step_size * score).clamp(-self.largest_drift, self.largest_drift)
             step_size = 1.0
-        moved = langevin_move(x, score, step_size, self.noise_std, normal_like(x, generator))
+        moved = langevin_move(x, score, step_size, self.noise_std, self.normal(x, generator))
         if self.bounds is not None:
             moved = moved.clamp(*self.bounds)
         return Chain(moved, state.step + 1), Info(root_mean_square(moved - x))

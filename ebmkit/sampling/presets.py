@@ -19,7 +19,7 @@ from ebmkit.core import ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.registry import find
 from ebmkit.sampling import config as configs
-from ebmkit.sampling.ascent import Ascent, class_seeds
+from ebmkit.sampling.ascent import Ascent
 from ebmkit.sampling.base import Sampler
 from ebmkit.sampling.config import SamplerConfig, Start
 from ebmkit.sampling.diffusion import DDIM, noise_predictor_of
@@ -36,6 +36,7 @@ from ebmkit.sampling.langevin import (
 from ebmkit.sampling.levels import check_level, first_level, highest, last_level, lowest
 from ebmkit.sampling.needs import Need, missing
 from ebmkit.sampling.schedules import make_schedule
+from ebmkit.sampling.seeds import ClassGaussians
 from ebmkit.sampling.target import denoiser_of, density_of, label_density_of, score_of
 
 __all__ = ["SAMPLERS", "SamplerEntry", "find_sampler", "make_restorer"]
@@ -205,11 +206,11 @@ def _of_data(
         at = torch.randint(len(images), (shape[0],), generator=generator, device=device)
         return images[at.to(images.device)]
     if c is None:
-        labels, c = torch.zeros(len(images), dtype=torch.int64, device=images.device), 0
+        return ClassGaussians(images).sample(shape[0], generator)
     if labels is None:
         raise UserError("seeds of a label are made of its images: give their labels, too")
     wanted = torch.as_tensor(c, device=images.device).expand(shape[0])
-    return class_seeds(images, labels, wanted, generator)
+    return ClassGaussians(images, labels).sample(shape[0], generator, wanted)
 
 
 def _langevin(model: ScoreModel, c: Labels, config: configs.LangevinConfig) -> Langevin:

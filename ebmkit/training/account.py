@@ -20,7 +20,7 @@ import torch
 
 from ebmkit.errors import UserError
 from ebmkit.objectives import TrainingLoss
-from ebmkit.training.cost import Plan, StepCost, format_flops, format_seconds, run_cost
+from ebmkit.training.cost import Effort, Plan, StepCost, format_flops, format_seconds, run_cost
 from ebmkit.training.memory import (
     ADAMW_STATES,
     Memory,
@@ -111,6 +111,7 @@ class Budget:
         states: numbers that the optimiser keeps of each parameter.
         accumulate: parts that each batch is split into.
         processes: how many share each batch.
+        effort: what a step does beside one gradient.
     """
 
     loss: TrainingLoss
@@ -118,6 +119,7 @@ class Budget:
     states: int = ADAMW_STATES
     accumulate: int = 1
     processes: int = 1
+    effort: Effort | None = None
 
     def check(self) -> Memory:
         """The memory that the largest step takes.
@@ -145,7 +147,7 @@ class Budget:
             for stage, shapes in self.plan
         ]
         plan = [(stage, shapes) for stage, shapes in cut if stage.start < stage.stop]
-        return run_cost(self.loss, plan, self.states, self.accumulate)
+        return run_cost(self.loss, plan, self.states, self.accumulate, self.effort)
 
     def too_large(self, held: int, step: int = 0) -> UserError:
         """The error for a step that ran out of memory; it says how large a batch would fit.

@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from ebmkit.compute import ComputeConfig
 from ebmkit.data import StreamConfig
+from ebmkit.data.schedule import parse_share
 from ebmkit.errors import UserError
 from ebmkit.models import HEADS, ModelConfig
 from ebmkit.models.presets import find_network
 from ebmkit.objectives import BALANCE, parse_objective
 from ebmkit.registry import find
+from ebmkit.training.negatives import NegativesConfig
 from ebmkit.training.recipes import RECIPES, recipe_for
+from ebmkit.training.watch import WatchConfig
 from ebmkit.validation import validated
 
 __all__ = [
@@ -35,6 +38,7 @@ __all__ = [
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, BeforeValidator(parse_share)]
 
 
 class _Config(BaseModel):
@@ -52,16 +56,34 @@ class DataConfig(_Config):
 
 
 class OptimizerConfig(_Config):
-    """AdamW with a cosine to 0 (CDN appendix A)."""
+    """AdamW with a cosine to 0 (CDN appendix A), or what JEM and its successors take."""
 
+    kind: Literal["adamw", "sgd"] = Field("adamw", description="adamw, or sgd with momentum")
     lr: float = Field(3e-4, gt=0, description="initial learning rate")
-    weight_decay: float = Field(0.05, ge=0, description="decoupled weight decay")
+    weight_decay: float = Field(
+        0.05, ge=0, description="decoupled weight decay; of sgd, added to the gradient"
+    )
     decay_norms: bool = Field(True, description="decay norm weights and biases too, as the paper")
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="of AdamW")
-    schedule: Literal["cosine", "constant"] = Field("cosine", description="of the learning rate")
+    momentum: Beta = Field(0.9, description="of sgd")
+    schedule: Literal["cosine", "constant", "milestones"] = Field(
+        "cosine", description="of the learning rate"
+    )
+    milestones: tuple[Share, ...] = Field(
+        (), description="shares of the steps after which it falls, as [160/200, 180/200]"
+    )
+    milestone_factor: float = Field(0.3, gt=0, lt=1, description="by what it falls at each")
     warmup_steps: int = Field(0, ge=0, description="linear warm-up (the paper: none)")
     clip_norm: float | None = Field(None, gt=0, description="bound on the gradient's norm")
     ema: float | None = Field(None, gt=0, lt=1, description="decay of averaged weights, as 0.999")
+    sharpness: float | None = Field(
+        None,
+        gt=0,
+        description="rho of sharpness-aware minimisation (SAM): twice the cost of a step",
+    )
+    sharpness_adaptive: bool = Field(
+        False, description="measure rho in units of each weight's size (ASAM)"
+    )
 
 
 class StreamsConfig(_Config):
@@ -69,6 +91,7 @@ class StreamsConfig(_Config):
 
     classify: StreamConfig
     denoise: StreamConfig
+    generate: StreamConfig = StreamConfig()
 
 
 class TrainConfig(_Config):
@@ -83,11 +106,13 @@ class TrainConfig(_Config):
     objective: str = Field("ce+dsm", description="objectives joined by +, as in ce+0.5*dsm")
     balance: float = Field(BALANCE, gt=0, description="lambda of balanced terms")
     streams: StreamsConfig
-    draw_from: dict[str, Literal["classify", "denoise"]] = Field(
+    draw_from: dict[str, Literal["classify", "denoise", "generate"]] = Field(
         {},
         description="objective -> stream, where not its own: ce: denoise shares one forward pass",
     )
     optimizer: OptimizerConfig = OptimizerConfig()
+    negatives: NegativesConfig = NegativesConfig()
+    watch: WatchConfig = WatchConfig()
     steps: int = Field(1000, ge=1, description="optimiser steps")
     seed: int = Field(0, ge=0, lt=2**63, description="of weights, order, augmentation and noise")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
@@ -115,14 +140,15 @@ def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfi
     Args:
         *layers: nested mappings, weakest first. Where one names a backbone or a head, that preset's
             own settings come in at that layer.
-        recipe: name of the recipe below them; by default that of the data set the layers name.
+        recipe: name of the recipe below them; by default that of the data set the layers name, for
+            the objective they name.
 
     Raises:
         UserError: on an unknown name, an unknown field or an illegal value.
     """
     base = find("recipe", RECIPES, recipe).config if recipe else {}
     dataset = _dataset_name(merge(base, *layers))
-    base = base or recipe_for(dataset)
+    base = base or recipe_for(dataset, str(merge(*layers).get("objective", "")))
     named = [layer["backbone"] for layer in layers if "backbone" in layer]
     start = _expand(base | {"backbone": named[-1]} if named else base)  # not both presets' settings
     raw = merge(start, *[_expand(layer) for layer in layers])

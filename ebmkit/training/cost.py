@@ -21,12 +21,25 @@ from ebmkit.compute import Precision
 from ebmkit.data.schedule import Stage
 from ebmkit.objectives import TrainingLoss
 from ebmkit.training.memory import ADAMW_STATES, Memory, format_bytes, step_memory
-from ebmkit.training.rehearse import Shapes, rehearse
+from ebmkit.training.rehearse import Shapes, rehearse, score_flops
 
-__all__ = ["Plan", "StepCost", "matrix_rate", "run_cost", "step_cost", "step_flops"]
+__all__ = ["Effort", "Plan", "StepCost", "matrix_rate", "run_cost", "step_cost", "step_flops"]
 
 Plan = Sequence[tuple[Stage, Shapes]]
 """The stages of a run, with the shapes that this process takes of each stream in them."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What a training step does beside the gradient of one loss.
+
+    Attributes:
+        chain_steps: Langevin steps of each negative; 0: there are none.
+        gradients: how often the gradient is taken; 2 for sharpness-aware minimisation.
+    """
+
+    chain_steps: int = 0
+    gradients: int = 1
 
 
 @dataclass(frozen=True)
@@ -75,7 +88,7 @@ class StepCost:
         return [
             ("parameters", f"{self.parameters:,}"),
             *((text, format_flops(count) + "FLOP a step") for text, count in self.stages.items()),
-            *((f"{name} step", format_flops(count) + "FLOP") for name, count in self.flops.items()),
+            *((_of_a_step(name), format_flops(n) + "FLOP") for name, n in self.flops.items()),
             (f"all {self.steps:,} steps", format_flops(self.run_flops) + "FLOP"),
             (
                 "memory",
@@ -96,6 +109,7 @@ def step_cost(
     states: int = ADAMW_STATES,
     accumulate: int = 1,
     memory: Memory | None = None,
+    effort: Effort | None = None,
 ) -> StepCost:
     """Count and measure what a run of ``steps`` steps costs.
 
@@ -105,11 +119,12 @@ def step_cost(
         steps: optimiser steps of the run.
         states, accumulate: as for `ebmkit.training.memory.step_memory`.
         memory: of the step, if it is known already.
+        effort: what the step does beside one gradient.
     """
     device = next(loss.parameters()).device
     return StepCost(
         sum(p.numel() for p in loss.parameters() if p.requires_grad),
-        step_flops(loss, shapes),
+        step_flops(loss, shapes, effort),
         memory or step_memory(loss, shapes, states, accumulate),
         matrix_rate(device, loss.precision),
         steps,
@@ -117,7 +132,11 @@ def step_cost(
 
 
 def run_cost(
-    loss: TrainingLoss, plan: Plan, states: int = ADAMW_STATES, accumulate: int = 1
+    loss: TrainingLoss,
+    plan: Plan,
+    states: int = ADAMW_STATES,
+    accumulate: int = 1,
+    effort: Effort | None = None,
 ) -> StepCost:
     """Count and measure what the stages of a run cost together.
 
@@ -125,6 +144,7 @@ def run_cost(
         loss: model and objectives, on the device and in the precision to train in.
         plan: its stages; what is asked for may be a part of a run.
         states, accumulate: as for `ebmkit.training.memory.step_memory`.
+        effort: what a step does beside one gradient.
     """
     lengths = [stage.stop - stage.start for stage, _ in plan]
     steps = sum(lengths)
@@ -133,8 +153,8 @@ def run_cost(
         key=lambda memory: memory.total,
     )
     if len(plan) == 1:
-        return step_cost(loss, plan[0][1], steps, states, accumulate, memory)
-    counts = [step_flops(loss, shapes) for _, shapes in plan]
+        return step_cost(loss, plan[0][1], steps, states, accumulate, memory, effort)
+    counts = [step_flops(loss, shapes, effort) for _, shapes in plan]
     mean = {
         name: round(sum(n * own[name] for n, own in zip(lengths, counts, strict=True)) / steps)
         for name in counts[0]
@@ -150,6 +170,10 @@ def run_cost(
     )
 
 
+def _of_a_step(name: str) -> str:
+    return name if name.endswith("steps") else f"{name} step"
+
+
 def _stage_text(loss: TrainingLoss, stage: Stage, shapes: Shapes) -> str:
     """As "steps 1 to 100: classify 512x224x224, denoise 64x128x128"."""
     own = {name: shapes[name] for name in loss.streams}
@@ -157,19 +181,26 @@ def _stage_text(loss: TrainingLoss, stage: Stage, shapes: Shapes) -> str:
     return f"steps {stage.start + 1:,} to {stage.stop:,}: {', '.join(sizes)}"
 
 
-def step_flops(loss: TrainingLoss, shapes: Shapes) -> dict[str, int]:
+def step_flops(loss: TrainingLoss, shapes: Shapes, effort: Effort | None = None) -> dict[str, int]:
     """FLOPs of forward and backward by objective; those of one stream, which share work, together.
 
-    Activation checkpointing counts as often as it computes.
+    Activation checkpointing counts as often as it computes. A Langevin step is a forward pass and
+    one pull-back to the image, about 2 forward passes.
 
     Returns:
-        Names joined by + -> FLOPs, as ``{"ce": ..., "dsm+cdsm": ...}``.
+        Names joined by + -> FLOPs, as ``{"ce": ..., "dsm+cdsm": ...}``; what negatives take is
+        called "20 Langevin steps".
     """
+    effort = effort or Effort()
     flops = {}
     for stream in loss.streams:
         own = copy.copy(loss)
         own.terms = tuple(term for term in loss.terms if loss.stream_of[term.name] == stream)
-        flops["+".join(term.name for term in own.terms)] = rehearse(own, shapes).flops
+        names = "+".join(term.name for term in own.terms)
+        flops[names] = effort.gradients * rehearse(own, shapes).flops
+        if effort.chain_steps and own.needs_negatives:
+            steps = effort.chain_steps * score_flops(loss.model, shapes[stream])
+            flops[f"{effort.chain_steps} Langevin steps"] = steps
     return flops
 
 

@@ -10,8 +10,8 @@ since every loss is a mean over images. For a compiler the score is taken inside
 against.
 
 The host never waits for the device within a step. Losses, the gradient's norm and whether they are
-finite stay on the device; fused AdamW skips the update when they are not, and every later one, so
-the parameters are still those before the update when `TrainingStep.read` tells of it.
+finite stay on the device; the fused optimiser skips the update when they are not, and every later
+one, so the parameters are still those before the update when `TrainingStep.read` tells of it.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from ebmkit.models import JointModel
 from ebmkit.objectives import Losses, TrainingLoss
 from ebmkit.parallel import World
 from ebmkit.training.rehearse import unreached
+from ebmkit.training.sharpness import Sharpness
 
 __all__ = ["OutOfMemory", "Reading", "TrainingStep"]
 
@@ -72,10 +73,11 @@ class TrainingStep:
 
     Args:
         loss: model and objectives, on their device.
-        optimizer: fused AdamW over the model's parameters (`make_optimizer`).
+        optimizer: a fused one over the model's parameters (`make_optimizer`).
         compute: precision, compilation, accumulation, recomputation.
         clip_norm: bound on the gradient's norm; None: none.
         average: averaged weights to update too.
+        sharpness: for sharpness-aware minimisation; None: the plain gradient.
         world: the processes that share each batch.
         backend: of `torch.compile`.
 
@@ -100,13 +102,14 @@ class TrainingStep:
         compute: ComputeConfig | None = None,
         clip_norm: float | None = None,
         average: AveragedModel | None = None,
+        sharpness: Sharpness | None = None,
         world: World | None = None,
         backend: str = "inductor",
     ) -> None:
         self.compute = compute or ComputeConfig()
         self.backend = backend
         self.loss, self.optimizer = loss, optimizer
-        self.clip_norm, self.average = clip_norm, average
+        self.clip_norm, self.average, self.sharpness = clip_norm, average, sharpness
         self.world = world or World()
         self.parameters = [p for p in loss.model.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
@@ -142,6 +145,9 @@ class TrainingStep:
         values[-1] = float(stop)
         with _told_of_memory():
             values[:-1] = self._differentiate(batches)
+            if self.sharpness is not None:
+                with self.sharpness.uphill(self.loss):
+                    self._differentiate(batches)
             self.world.mean_(values)
             gradients = [p.grad for p in self.parameters if p.grad is not None]
             norm = nn.utils.get_total_norm(gradients)
@@ -161,6 +167,11 @@ class TrainingStep:
         return Reading(
             dict(zip(self.names, parts, strict=True)), norm, int(done), bool(failed), stop > 0
         )
+
+    def reset(self) -> None:
+        """Forget failures and count updates anew: the parameters were set from outside."""
+        for counter in (self._failed, self._done):
+            counter.zero_()
 
     def _note(self, values: Tensor, norm: Tensor) -> None:
         """Keep the step's values, unless one failed before; see whether this one did."""

@@ -1,12 +1,16 @@
 """Recipes: what a data set brings, so that one command is right on digits and on CIFAR-10.
 
 A recipe is the lowest layer of a run's configuration. ``cifar10`` and ``imagenet`` are the paper's
-(CDN appendix A); the others are ours.
+(CDN appendix A); ``jem``, ``jem++`` and ``sada-jem`` follow the scripts that their authors
+released, in our units: their images live in [-1, 1], so noise and bounds are halved here, and a
+step of 1 is one of 1/4 (`ebmkit.sampling.langevin`). The others are ours.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
+
+from ebmkit.objectives import parse_objective
 
 __all__ = ["RECIPES", "Recipe", "recipe_for"]
 
@@ -146,6 +150,129 @@ _OWN: dict[str, Any] = {
 }
 
 
+def _jem_stream(augmented: bool, noise: float, padding: int = 4) -> dict[str, Any]:
+    own = {"flip": True, "crop_padding": padding} if augmented else {}
+    kind = "fixed" if noise else "none"
+    return {"batch_size": 64, "noise": {"kind": kind, "max": noise}, "augmentation": own}
+
+
+# 200 epochs of 50,000 images in batches of 64 are 156,250 steps.
+_JEM: dict[str, Any] = {
+    "backbone": "wideresnet28-10-jem",
+    "head": "logit",
+    "objective": "jem",
+    "streams": {
+        "classify": _jem_stream(True, 0.015),
+        "denoise": _stream(64, "1/255", "100/255", flip=True),
+        "generate": _jem_stream(True, 0.015),
+    },
+    "optimizer": {
+        "lr": 1e-4,
+        "weight_decay": 0.0,
+        "warmup_steps": 1000,
+        "schedule": "milestones",
+        "milestones": ["160/200", "180/200"],
+        "milestone_factor": 0.3,
+    },
+    "steps": 156_250,
+    "validation_images": 1000,
+    "validate_every": 1000,
+    "checkpoint_every": 1000,
+    "log_every": 50,
+}
+
+_SGD: dict[str, Any] = {
+    "kind": "sgd",
+    "lr": 0.1,
+    "momentum": 0.9,
+    "warmup_steps": 1000,
+    "schedule": "milestones",
+    "milestone_factor": 0.2,
+}
+
+# 150 epochs. Of its 5 x 5 proximal steps of 0.2 the inner ones reuse the upper layers' gradient
+# (YOPO); here 5 steps of 1 are taken with the whole gradient.
+_JEM_PP: dict[str, Any] = {
+    **_JEM,
+    "backbone": "wideresnet28-10",
+    "optimizer": {
+        **_SGD,
+        "weight_decay": 4e-4,
+        "milestones": ["50/150", "100/150", "125/150"],
+    },
+    "negatives": {
+        "steps": 5,
+        "noise": 0.0,
+        "largest_drift": 0.5,
+        "clip": True,
+        "start": "gaussian",
+        "training_mode": True,
+    },
+    "steps": 117_188,
+}
+
+_SADA_JEM: dict[str, Any] = {
+    **_JEM_PP,
+    "streams": {
+        **_JEM["streams"],
+        "classify": _jem_stream(True, 0.0),
+        "generate": _jem_stream(False, 0.0),
+    },
+    "optimizer": {
+        **_SGD,
+        "weight_decay": 5e-4,
+        "milestones": ["60/200", "120/200", "180/200"],
+        "sharpness": 2.0,
+        "sharpness_adaptive": True,
+    },
+    "steps": 156_250,
+}
+
+_SMALL_JEM: dict[str, Any] = {
+    "backbone": "wideresnet10-jem",
+    "head": "logit",
+    "objective": "jem",
+    "optimizer": {"lr": 3e-3, "weight_decay": 0.0},
+    "negatives": {"steps": 10, "buffer_size": 1000},
+    "watch": {"every": 25},
+}
+
+_DIGITS_JEM: dict[str, Any] = {
+    **_SMALL_JEM,
+    "streams": {
+        "classify": _jem_stream(False, 0.015) | {"batch_size": 128},
+        "denoise": _stream(64, "1/255", "100/255"),
+        "generate": _jem_stream(False, 0.015),
+    },
+    "steps": 400,
+    "validation_images": 143,
+    "validate_every": 50,
+    "checkpoint_every": 100,
+}
+
+_CIFAR_JEM_SHORT: dict[str, Any] = {
+    **_SMALL_JEM,
+    "streams": {
+        "classify": _jem_stream(True, 0.015, padding=0) | {"batch_size": 128},
+        "denoise": _stream(64, "1/255", "100/255", flip=True),
+        "generate": _jem_stream(True, 0.015, padding=0),
+    },
+    "optimizer": {"lr": 1e-3, "weight_decay": 0.0},
+    "steps": 1000,
+    "validation_images": 500,
+    "validate_every": 100,
+    "checkpoint_every": 100,
+    "log_every": 10,
+}
+
+
+def _wide(recipe: dict[str, Any]) -> dict[str, Any]:
+    """``recipe`` with denoising up to sigma 50, where an image is all noise: to sample from it."""
+    noise = {"kind": "log-uniform", "min": "1/255", "max": "50/1"}
+    denoise = {**recipe["streams"]["denoise"], "noise": noise}
+    return {**recipe, "streams": {**recipe["streams"], "denoise": denoise}}
+
+
 def _for(dataset: str, config: dict[str, Any]) -> dict[str, Any]:
     return {"dataset": {"name": dataset}, **config}
 
@@ -168,12 +295,48 @@ RECIPES: dict[str, Recipe] = {
     "dncnn": Recipe(
         _DNCNN, "DnCNN-S at sigma 25/255: 40x40 patches of a folder of gray images, as Train400"
     ),
+    "digits-wide": Recipe(
+        _for("digits", _wide(_DIGITS)), "digits with denoising up to sigma 50, to sample from noise"
+    ),
+    "cifar10-wide": Recipe(
+        _for("cifar10", _wide(_CIFAR_SHORT)), "cifar10-short with denoising up to sigma 50"
+    ),
+    "jem": Recipe(
+        _for("cifar10", _JEM), "JEM as its authors ran it: WideResNet-28-10, no norm, 200 epochs"
+    ),
+    "jem++": Recipe(
+        _for("cifar10", _JEM_PP), "JEM++: BatchNorm, SGD, Gaussian starts, bounded Langevin steps"
+    ),
+    "sada-jem": Recipe(
+        _for("cifar10", _SADA_JEM),
+        "SADA-JEM: sharpness-aware, likelihood of images without augmentation",
+    ),
+    "digits-jem": Recipe(_for("digits", _DIGITS_JEM), "JEM on digits on a CPU in minutes"),
+    "cifar10-jem-short": Recipe(
+        _for("cifar10", _CIFAR_JEM_SHORT), "JEM on CIFAR-10, a small network, 1,000 steps"
+    ),
     "folder": Recipe(_for("folder", _OWN), "a start for images of your own in folders"),
     "hdf5": Recipe(_for("hdf5", _OWN), "a start for images of your own in HDF5"),
 }
 
 
-def recipe_for(dataset: str) -> dict[str, Any]:
-    """The recipe of the data set called ``dataset``; `folder`'s where it has none of its own."""
-    config = RECIPES.get(dataset, RECIPES["folder"]).config
+JEM_RECIPES = {"digits": "digits-jem"}
+"""Data set -> its recipe for objectives that need negatives; `jem` where it has none of its own."""
+
+
+def recipe_for(dataset: str, objective: str = "") -> dict[str, Any]:
+    """The recipe of the data set called ``dataset``; `folder`'s where it has none of its own.
+
+    Args:
+        dataset: a name.
+        objective: the objective, if it was named: one that needs negatives has other recipes.
+
+    Raises:
+        UserError: if the objective does not parse.
+    """
+    named = parse_objective(objective) if objective else ()
+    if any(term.objective.likelihood is not None for term in named):
+        config = RECIPES[JEM_RECIPES.get(dataset, "jem")].config
+    else:
+        config = RECIPES.get(dataset, RECIPES["folder"]).config
     return config | {"dataset": config["dataset"] | {"name": dataset}}

@@ -40,7 +40,15 @@ from ebmkit.core import ScoreModel
 from ebmkit.data import Batch
 from ebmkit.objectives import TrainingLoss
 
-__all__ = ["Recorder", "Rehearsal", "Shapes", "forward_flops", "rehearse", "unreached"]
+__all__ = [
+    "Recorder",
+    "Rehearsal",
+    "Shapes",
+    "forward_flops",
+    "rehearse",
+    "score_flops",
+    "unreached",
+]
 
 Shapes = Mapping[str, tuple[int, int, int, int]]
 """Stream -> shape (B, C, H, W) of the images that this process takes of it in a step."""
@@ -136,6 +144,8 @@ def rehearse(loss: TrainingLoss, shapes: Shapes, accumulate: int = 1) -> Rehears
         fake.zero_grad(set_to_none=True)
         classes, device = fake.model.num_classes, next(fake.parameters()).device
         batches = {name: _batch(shapes[name], classes, device) for name in fake.streams}
+        for name in {fake.stream_of[term.name] for term in fake.terms if term.objective.likelihood}:
+            batches[name] = batches[name]._replace(negatives=torch.empty_like(batches[name].x))
         recorder.ignore([*fake.parameters(), *fake.buffers()])
         recorder.hold(t for batch in batches.values() for t in batch if t is not None)
         with recorder, torch.enable_grad():
@@ -157,6 +167,19 @@ def forward_flops(model: ScoreModel, shape: tuple[int, int, int]) -> int:
         sigma = torch.empty(1, device=image.device) if model.noise_conditional else None
         with recorder:
             fake(image, sigma)
+    return recorder.flops
+
+
+def score_flops(model: ScoreModel, shape: tuple[int, int, int, int]) -> int:
+    """FLOPs of the score of a batch of ``shape`` (B, C, H, W), without a gradient of it."""
+    recorder = Recorder()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fake = _fake(model, mode).eval()
+        images = torch.empty(shape, device=next(fake.parameters()).device)
+        sigma = torch.empty(shape[0], device=images.device) if model.noise_conditional else None
+        with recorder, torch.no_grad():
+            fake.at(images, sigma).score()
     return recorder.flops
 
 

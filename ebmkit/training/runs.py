@@ -10,6 +10,8 @@
       model.json             what builds the network, and what it was trained for
       checkpoints/last.pt    everything needed to go on exactly
       checkpoints/best.safetensors   the best weights by validation
+      checkpoints/buffer-*.h5        the chains that last.pt goes on with, where there are any
+      breaches/              what was logged before the run went back (`ebmkit.training.watch`)
       cost.json              seconds of a step, memory, share of the device's matrix rate
       evaluation/            written by `ebmkit evaluate`
 
@@ -19,6 +21,7 @@ configuration.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -157,18 +160,59 @@ class RunFolder:
         text = "".join(json.dumps(row) + "\n" for row in kept)
         write_atomically(self.path / "metrics.jsonl", text.encode())
 
-    def save_checkpoint(self, state: dict[str, Any]) -> None:
+    def set_aside(self, step: int, number: int) -> None:
+        """Move the rows after ``step`` into ``breaches/``, for the run goes back to it.
+
+        Args:
+            step: the last whose rows are kept.
+            number: of the breach, from 1.
+        """
+        rows = [row for row in self.metrics() if row["step"] > step]
+        folder = self.path / "breaches"
+        folder.mkdir(exist_ok=True)
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        write_atomically(folder / f"{number:02}.jsonl", text.encode())
+        self.forget_after(step)
+
+    def save_checkpoint(self, state: dict[str, Any], buffer: bytes | None = None) -> None:
         """Replace ``checkpoints/last.pt`` by ``state`` (tensors, numbers, strings) in one move.
+
+        Args:
+            state: what to save.
+            buffer: a replay buffer that belongs to it, as HDF5; it gets a file of its own, which
+                the checkpoint names.
 
         Raises:
             UserError: if the disk is full; the earlier checkpoint is untouched.
         """
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        write_atomically(self.path / "checkpoints" / "last.pt", buffer.getvalue())
+        folder = self.path / "checkpoints"
+        name = None
+        if buffer is not None:
+            digest = hashlib.sha256(buffer).hexdigest()
+            name = f"buffer-{state['step']}-{digest[:8]}.h5"
+            write_atomically(folder / name, buffer)
+            state = state | {"buffer": {"file": name, "sha256": digest}}
+        content = io.BytesIO()
+        torch.save(state, content)
+        write_atomically(folder / "last.pt", content.getvalue())
+        for old in folder.glob("buffer-*.h5"):
+            if old.name != name:
+                old.unlink(missing_ok=True)
+
+    def _read_buffer(self, saved: dict[str, str]) -> bytes:
+        path = self.path / "checkpoints" / Path(saved["file"]).name
+        content = path.read_bytes() if path.is_file() else b""
+        if hashlib.sha256(content).hexdigest() != saved["sha256"]:
+            raise UserError(
+                f"{str(path)!r} is missing or damaged: it is not the replay buffer that the "
+                "checkpoint was saved with; start the run anew"
+            )
+        return content
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The state of ``checkpoints/last.pt``, on the CPU; None if there is none yet.
+
+        A replay buffer that belongs to it is its entry ``buffer``, the bytes of the file.
 
         Raises:
             UserError: if the file is damaged, or holds anything but tensors and plain values.
@@ -186,6 +230,8 @@ class RunFolder:
             raise damaged from None
         if not isinstance(state, dict) or not isinstance(state.get("step"), int):
             raise damaged
+        if state.get("buffer") is not None:
+            state["buffer"] = self._read_buffer(state["buffer"])
         return state
 
 

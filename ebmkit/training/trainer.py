@@ -21,6 +21,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ebmkit.card import ModelCard
+from ebmkit.compiled import make_inference
 from ebmkit.compute import describe, pick_device
 from ebmkit.core import ScoreModel
 from ebmkit.data import AnyImages, Batch, ImageSet, Stream, StreamConfig
@@ -33,10 +34,13 @@ from ebmkit.parallel import World, device_of_rank
 from ebmkit.training.account import Account, Budget, Stopwatch, peak_memory
 from ebmkit.training.checks import check_compiled, check_terms, shapes, trained_size
 from ebmkit.training.config import TrainConfig
+from ebmkit.training.cost import Effort
 from ebmkit.training.engine import OutOfMemory, Reading, TrainingStep
-from ebmkit.training.memory import ADAMW_STATES
-from ebmkit.training.optim import learning_rate, make_optimizer
+from ebmkit.training.negatives import Negatives, likelihood_terms
+from ebmkit.training.optim import learning_rate, make_optimizer, states_of
+from ebmkit.training.recovery import Recovery
 from ebmkit.training.runs import RunFolder
+from ebmkit.training.sharpness import Sharpness
 from ebmkit.training.stopping import stop_requested
 from ebmkit.training.validation import Validation
 
@@ -114,6 +118,7 @@ class Trainer:
             config.compute,
             config.optimizer.clip_norm,
             self.average,
+            Sharpness.of(config.optimizer.sharpness, config.optimizer.sharpness_adaptive),
             self.world,
         )
         if self.update.compiled:
@@ -122,9 +127,13 @@ class Trainer:
         self.budget = Budget(
             self.loss,
             [(stage, shapes(stage, self.train, self.world.size)) for stage in self.stages],
-            ADAMW_STATES + bool(decay),
+            states_of(config.optimizer),
             config.compute.accumulate,
             self.world.size,
+            Effort(
+                config.negatives.steps if self.loss.needs_negatives else 0,
+                1 if config.optimizer.sharpness is None else 2,
+            ),
         )
         self.step = self.first_step = 0
         self.begun, self.seconds_before = time.perf_counter(), 0.0
@@ -145,11 +154,13 @@ class Trainer:
             classifies=any(term.objective.needs_labels for term in self.loss.terms),
         )
         self.model.card = self.trained.card = self.card
+        self.recovery = Recovery(self, self._negatives()) if self.loss.needs_negatives else None
         self.measure = None
-        if self.validation is not None and len(self.validation) > 0:
+        told = self._loss(self.model, likelihood=False).streams  # without negatives it has no value
+        if self.validation is not None and len(self.validation) > 0 and told:
             self.measure = Validation(
                 self.validation,
-                {name: self._stream_config(name) for name in self.loss.streams},
+                {name: self._stream_config(name) for name in told},
                 self.denoise_stream,
                 self.card.classifies,
                 self.device,
@@ -180,6 +191,10 @@ class Trainer:
                 ]
                 due[0] = due[0] or self.step in ends  # so that no speed is of two stages
                 alone = self.world.size == 1  # several agree on where to stop by reading
+                if self.recovery is not None and self.recovery.look(self.update.read()):
+                    batches = self._batches(self.step, config.steps)
+                    self.watch.restart()
+                    continue
                 if self.device.type != "cpu" and not any(due) and not (alone and stop()):
                     continue  # reading would make the host wait for the device
                 reading = self._read()
@@ -218,6 +233,11 @@ class Trainer:
                 self.watch.stop(number)
         self.watch.lengths = {n: stage.stop - stage.start for n, stage in enumerate(self.stages)}
 
+    @staticmethod
+    def clock() -> float:
+        """Now, in seconds; what `begun` is set from."""
+        return time.perf_counter()
+
     @property
     def trained(self) -> ScoreModel:
         """The model to use: the averaged one, where averaging is on."""
@@ -238,10 +258,23 @@ class Trainer:
             "average": self.average.state_dict() if self.average else None,
             "running": self.loss.running,
             "precision": self.update.precision,
+            "watch": self.recovery.state() if self.recovery else None,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go back to a `state`.
+        """Go back to a checkpoint: a `state`, and the replay buffer where there is one.
+
+        Raises:
+            UserError: if it is of another model.
+        """
+        self.restore_parts(state)
+        if self.recovery is not None:
+            self.recovery.restore(state["watch"], state["buffer"])
+        if self.run is not None:
+            self.run.forget_after(self.step)
+
+    def restore_parts(self, state: dict[str, Any]) -> None:
+        """Go back to a `state` of network, optimiser, averaged weights and running means.
 
         Raises:
             UserError: if it is of another model.
@@ -258,22 +291,23 @@ class Trainer:
         self.best = state["best"]
         self.seconds_before = state.get("seconds", 0.0)  # older checkpoints do not say
         self.card.steps = self.step
-        if self.run is not None:
-            self.run.forget_after(self.step)
+        self.update.reset()
 
     def save(self) -> None:
         """Write the checkpoint and the model, each in one move."""
         if self.run is None:
             return
-        self.run.save_checkpoint(self.state())
+        self.run.save_checkpoint(self.state(), self.recovery.buffer() if self.recovery else None)
         save_model(self.run.path, self.trained, self.built_from, self.card)
 
     def _advance(self, batches: Iterator[dict[str, Batch]], stop: bool) -> None:
         """Take one step."""
-        rate = learning_rate(self.config.optimizer, self.step, self.config.steps)
+        rate = self._rate(self.step)
         begun = time.perf_counter()
         drawn = next(batches)
         self.watch.step(time.perf_counter() - begun)
+        if self.recovery is not None:
+            drawn = self.recovery.join(drawn)
         fits = True
         try:
             self.update(drawn, rate, stop)
@@ -292,9 +326,14 @@ class Trainer:
     def _log_step(self, reading: Reading) -> None:
         number = stage_at(self.stages, self.step - 1)
         speed = self.stages[number].images_per_step / self.watch.stop(number)
-        rate = learning_rate(self.config.optimizer, self.step - 1, self.config.steps)
-        row = {"step": self.step, "lr": rate, "grad_norm": reading.grad_norm}
-        self._log({"kind": "train", **row, **reading.parts, "images_per_s": speed})
+        row = {"step": self.step, "lr": self._rate(self.step - 1), "grad_norm": reading.grad_norm}
+        if self.recovery is not None:
+            row["sample_rms"] = self.recovery.measures(reading).sample
+        self.report({"kind": "train", **row, **reading.parts, "images_per_s": speed})
+
+    def _rate(self, step: int) -> float:
+        rate = learning_rate(self.config.optimizer, step, self.config.steps)
+        return rate if self.recovery is None else self.recovery.learning_rate(rate)
 
     def _read(self) -> Reading:
         """What the last step did.
@@ -339,11 +378,11 @@ class Trainer:
         if self.measure is None:
             return
         model = self.trained.eval()
-        loss = self._loss(model).to(self.device)
+        loss = self._loss(model, likelihood=False).to(self.device)
         stage = self.stages[stage_at(self.stages, self.step - 1)]
         means = self.measure(model, loss, stage)
         self.model.train()
-        self._log({"kind": "validation", "step": self.step, **means})
+        self.report({"kind": "validation", "step": self.step, **means})
         summary = loss.summary({term.name: means[term.name] for term in loss.terms})
         every = self.config.validate_every
         if 0 < stage.start >= (self.step - 1) // every * every:
@@ -353,9 +392,18 @@ class Trainer:
             if self.run is not None:
                 save_weights(self.run.path / "checkpoints" / "best.safetensors", model)
 
-    def _loss(self, model: ScoreModel) -> TrainingLoss:
+    def _negatives(self) -> Negatives:
+        config = self.config
+        stream = self._stream_config(self.loss.stream_of[likelihood_terms(self.loss)[0].name])
+        inference = make_inference(self.model, self.update.precision, config.compute.compile)
+        chains, world = config.negatives, self.world
+        return Negatives(self.loss, chains, self.train, stream, config.seed, inference, world)
+
+    def _loss(self, model: ScoreModel, likelihood: bool = True) -> TrainingLoss:
         config = self.config
         terms = parse_objective(config.objective)
+        if not likelihood:
+            terms = tuple(term for term in terms if term.objective.likelihood is None)
         return TrainingLoss(model, terms, config.balance, config.draw_from)
 
     def _stream_config(self, name: str) -> StreamConfig:
@@ -381,7 +429,8 @@ class Trainer:
             steps=config.steps,
         )
 
-    def _log(self, row: dict[str, Any]) -> None:
+    def report(self, row: dict[str, Any]) -> None:
+        """Write a row of metrics, and show it."""
         if self.run is not None:
             self.run.log(row)
         if self.reporter is not None:

@@ -70,7 +70,7 @@ class Validation:
             stage: of the run; None: images are whole.
         """
         crops = {n: s.crop_size for n, s in stage.spans.items()} if stage else {}
-        crops = {name: side for name, side in crops.items() if self.noise[name].phases}
+        crops = {n: side for n, side in crops.items() if n in self.noise and self.noise[n].phases}
         totals: dict[str, float] = {}
         for step in range(self.world.rank, self.steps, self.world.size):
             batches = {n: next(s.batches(step, step + 1)) for n, s in self.streams.items()}

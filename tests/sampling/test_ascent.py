@@ -9,8 +9,8 @@ from ebmkit.errors import UserError
 from ebmkit.sampling import (
     Ascent,
     Chains,
+    ClassGaussians,
     Langevin,
-    class_seeds,
     density_of,
     label_density_of,
     score_of,
@@ -87,7 +87,9 @@ def test_seeds_have_mean_and_covariance_of_their_label():
     images[labels == 1] = 3 + images[labels == 1] @ torch.tensor([[1.0, 0.5], [0.2, 2.0]]).double()
     count = 20_000
     wanted = torch.arange(count) % 2
-    seeds = class_seeds(images, labels, wanted, known.generator(2)).flatten(1)
+    seeds = (
+        ClassGaussians(images, labels).sample(len(wanted), known.generator(2), wanted).flatten(1)
+    )
     for label in (0, 1):
         own = images[labels == label].flatten(1)
         drawn, cov = seeds[wanted == label], own.T.cov()
@@ -95,8 +97,8 @@ def test_seeds_have_mean_and_covariance_of_their_label():
         assert error.max() < 4
         spread = (cov.diag()[:, None] * cov.diag() + cov**2) / len(drawn)  # of a Gaussian's
         assert ((drawn.T.cov() - cov).abs() / spread.sqrt()).max() < 4
-    with pytest.raises(UserError, match="label 3 has 0 images"):
-        class_seeds(images, labels, torch.tensor([0, 3]), known.generator())
+    with pytest.raises(UserError, match="class 1 has 1 image"):
+        ClassGaussians(images, (labels * 0).index_fill(0, torch.tensor([3]), 1))
 
 
 @pytest.mark.parametrize(

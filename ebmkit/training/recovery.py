@@ -1,0 +1,143 @@
+"""What a trainer does beside the gradient where an objective needs negatives: chains and a watch.
+
+See `ebmkit.training.negatives` for the chains and `ebmkit.training.watch` for what counts as astray
+and what is done then.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ebmkit.data import Batch
+from ebmkit.errors import UserError
+from ebmkit.sampling.buffer import ReplayBuffer
+from ebmkit.training.engine import Reading
+from ebmkit.training.negatives import Negatives, likelihood_terms
+from ebmkit.training.watch import Breach, Measures, Watch, sentence
+
+if TYPE_CHECKING:
+    from ebmkit.training.trainer import Trainer
+
+__all__ = ["Recovery"]
+
+
+class Recovery:
+    """Draws a trainer's negatives, watches over it, and takes it back when it goes astray.
+
+    Args:
+        trainer: the trainer, all of whose other parts are made.
+        negatives: its chains.
+    """
+
+    def __init__(self, trainer: Trainer, negatives: Negatives) -> None:
+        self.trainer, self.negatives = trainer, negatives
+        self.watch = Watch(trainer.config.watch)
+        self._term = likelihood_terms(trainer.loss)[0].name
+        self._apply()
+
+    def join(self, batches: Mapping[str, Batch]) -> dict[str, Batch]:
+        """``batches`` with the negatives of the trainer's present step."""
+        if not self.watch.holds_a_state:
+            self.keep()
+        return self.negatives.join(batches, self.trainer.step)
+
+    def learning_rate(self, rate: float) -> float:
+        """The rate that is left of ``rate``."""
+        return rate * self.watch.remedies.rate
+
+    def measures(self, reading: Reading) -> Measures:
+        """What the watch looks at, the same in all processes."""
+        trainer = self.trainer
+        spread = trainer.world.mean_(self.negatives.spread.clone())
+        gap = reading.parts[self._term]
+        return Measures(trainer.step, reading.parts, gap, float(spread), reading.grad_norm)
+
+    def look(self, reading: Reading) -> bool:
+        """Look at the last step; whether the trainer was taken back.
+
+        Raises:
+            UserError: if it has gone astray too often; the message tells the history.
+        """
+        reason = self.watch.astray(self.measures(reading))
+        if reason is None:
+            if self.watch.due(self.trainer.step):
+                self.keep()
+            return False
+        breach, state = self.watch.breach(self.trainer.step, reason)
+        self._go_back(breach, state)
+        return True
+
+    def keep(self) -> None:
+        """Keep the trainer's present state to go back to."""
+        state = copy.deepcopy(self.trainer.state())
+        chains = self.negatives.buffer.images.clone()
+        self.watch.keep(self.trainer.step, (state, chains))
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the chains."""
+        return {**self.watch.state(), "attempt": self.negatives.attempt}
+
+    def buffer(self) -> bytes:
+        """The chains as an HDF5 file."""
+        return self.negatives.buffer.to_bytes()
+
+    def restore(self, state: dict[str, Any], buffer: bytes) -> None:
+        """Go back to a `state` and its `buffer`.
+
+        Raises:
+            UserError: if the buffer is of another size.
+        """
+        images = ReplayBuffer.read_images(buffer, "the replay buffer of the checkpoint")
+        own = self.negatives.buffer.images
+        if images.shape != own.shape:
+            raise UserError(
+                f"the replay buffer of the checkpoint holds images {tuple(images.shape)}, and this "
+                f"run wants {tuple(own.shape)}"
+            )
+        own.copy_(images)
+        self.watch.restore(state)
+        self.negatives.attempt = state["attempt"]
+        self._apply()
+
+    def _go_back(self, breach: Breach, kept: Any) -> None:
+        trainer, number = self.trainer, len(self.watch.history)
+        if trainer.run is not None:
+            trainer.run.set_aside(breach.back, number)
+        spent = trainer.seconds
+        state, chains = kept
+        trainer.restore_parts(copy.deepcopy(state))
+        trainer.seconds_before, trainer.begun = spent, trainer.clock()
+        self.negatives.buffer.images.copy_(chains)
+        self.negatives.attempt = number
+        self._apply()
+        trainer.report(
+            {
+                "kind": "breach",
+                "step": breach.back,
+                "at": breach.at,
+                "reason": breach.reason,
+                "change": breach.change,
+                **self.watch.remedies.document(),
+            }
+        )
+        trainer.save()
+        if breach.change is None:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        run, history = self.trainer.run, self.watch.history
+        told = "\n".join(f"  {sentence(breach)}" for breach in history)
+        saved = f"; the last good state is in {str(run.path)!r}" if run else ""
+        raise UserError(
+            f"the run went astray {len(history)} times and is given up{saved}:\n{told}\n"
+            "try a lower optimizer.lr, more negatives.steps or a smaller negatives.step_size"
+        )
+
+    def _apply(self) -> None:
+        """Let the changes of past breaches take effect."""
+        config, remedies = self.trainer.config.negatives, self.watch.remedies
+        self.negatives.steps = math.ceil(config.steps * remedies.steps)
+        self.trainer.loss.penalty = config.penalty + remedies.penalty
