@@ -55,7 +55,7 @@ def learn(
     law: NoiseLaw = AT_ONE_SIGMA,
     told: bool = False,
     seed: int = 0,
-    batch_size: int = 1024,
+    batch_size: int = 512,
 ) -> ebmkit.JointModel:
     """A joint model of the noisy mixture, by ``objective`` under a ``law`` of sigma."""
     torch.manual_seed(seed)
@@ -63,7 +63,7 @@ def learn(
     model = learner(told)
     loss = TrainingLoss(model, parse_objective(objective), streams={"ce": "denoise"})
     loss.recorded = True  # the faster way without a compiler
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in track(range(steps), f"learning by {objective}"):
         x, labels = mixture.sample(batch_size, generator)
@@ -118,9 +118,12 @@ def fields(log_joint: Callable[[Tensor], Tensor], points: Tensor) -> Fields:
     return Fields(values.detach(), torch.stack(slopes, dim=1))
 
 
-def plane(count: int = 81) -> Tensor:
-    """A grid of ``count`` x ``count`` points that holds the mixture, (count^2, 2, 1, 1)."""
-    axis = torch.linspace(-0.3, 1.3, count)
+def plane(count: int = 81, reach: float = 0.8) -> Tensor:
+    """A grid of ``count`` x ``count`` points around (0.5, 0.5), (count^2, 2, 1, 1).
+
+    Up to ``reach`` each way: 0.8 holds the mixture at sigma 0.1, and 1.5 at 0.2.
+    """
+    axis = torch.linspace(0.5 - reach, 0.5 + reach, count)
     return torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1).reshape(-1, 2, 1, 1)
 
 
