@@ -74,8 +74,7 @@ def possible(row: Row) -> bool:
     names = [name.split("*")[-1] for name in row.objective.split("+")]
     if not all(name in OBJECTIVES for name in names):
         return False
-    needs = [getattr(t.objective, "needs_negatives", False) for t in parse_objective(row.objective)]
-    return not any(needs)
+    return not any(term.objective.likelihood for term in parse_objective(row.objective))
 
 
 def blind_log_joint(mixture: ebmkit.GaussianMixture, law: NoiseLaw, y: Tensor) -> Tensor:
@@ -148,7 +147,9 @@ def main() -> None:
         if name not in options.only:
             continue
         if not possible(row):
-            console.print(f"{name}: skipped, {row.objective} is not there yet")
+            console.print(
+                f"{name}: skipped, {row.objective} needs negatives, which this loop does not draw"
+            )
             continue
         rows = []
         for seed in options.seeds:

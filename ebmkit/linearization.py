@@ -286,7 +286,14 @@ def _linearize_for_values(model: EnergyModel, y: Tensor, sigma: Noise | None) ->
         (gradient,) = torch.autograd.grad(outputs, leaf, weights, retain_graph=True)
         return gradient
 
-    return Linearization(y, Energies(*(output.detach() for output in energies)), pull)
+    def curve(score: Tensor) -> _Product:
+        with torch.enable_grad():
+            total = energies.log_density.sum()
+            (slope,) = torch.autograd.grad(total, leaf, create_graph=True)
+        options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+        return lambda v: torch.autograd.grad(slope, leaf, v, **options)[0]
+
+    return Linearization(y, Energies(*(output.detach() for output in energies)), pull, curve)
 
 
 def _linearize_outside_inference(

@@ -266,8 +266,6 @@ OBJECTIVES: dict[str, Objective] = {
     "cdsm-sum": _score_matching(True, Scale.SUM),
     "ml": _likelihood(log_density, "log p(y)", False),
     "cml": _likelihood(class_log_density, "log p(y|c)", True),
-
-
     "ism": Objective(
         about="implicit score matching of log p(y), by the trace of its Hessian; unweighted",
         stream="denoise",

@@ -185,6 +185,8 @@ def test_both_ways_to_differentiate_agree(head, side):
     loss.recorded = True
     recorded = loss(batch)
     torch.testing.assert_close(functional.values, recorded.values)
+    with torch.no_grad():
+        torch.testing.assert_close(loss(batch).values, recorded.values)
     assert (recorded.values[1] - 1).abs() > 1e-6  # a score of 0 has 1
     for a, b in zip(*(gradients(l.total, model) for l in (functional, recorded)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
