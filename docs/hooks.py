@@ -236,6 +236,46 @@ def layout_table() -> str:
     return "\n".join([*lines, "", f"{found['what']}. " + circumstances(found["environment"])])
 
 
+def mixture_table() -> str:
+    """`benchmarks/results/mixture.json` as a table."""
+    found = json.loads((RESULTS / "mixture.json").read_text())
+    names = (
+        "log p, nats (rms)", "log p, nats (max)", "p(c|y) (mean abs)", "p(c|y) (max)",
+        "sigma * score (rms)", "sigma * score (max)",
+    )  # fmt: skip
+    lines = [f"| objective | {' | '.join(names).replace('c|y', 'c given y')} | CPU s |"]
+    lines.append("|---|" + "---|" * (len(names) + 1))
+
+    def line(label: str, errors: list[dict[str, float]], seconds: str) -> str:
+        cells = []
+        for name in names:
+            values = [own[name] for own in errors]
+            cells.append(f"{sum(values) / len(values):.3f} (to {max(values):.3f})")
+        return f"| {label} | {' | '.join(cells)} | {seconds} |"
+
+    for name, row in found["rows"].items():
+        runs = row["runs"]
+        seconds = f"{sum(run['cpu_seconds'] for run in runs) / len(runs):.0f}"
+        before = [
+            run["errors_before_constants"] for run in runs if "errors_before_constants" in run
+        ]
+        levels = list(runs[0]["levels"])
+        if len(levels) > 1:
+            for level in levels:
+                label = f"{name}, at sigma {level}"
+                lines.append(line(label, [run["levels"][level] for run in runs], seconds))
+        elif before:
+            lines.append(
+                line(f"{name}, its two constants set", [r["errors"] for r in runs], seconds)
+            )
+            lines.append(line(f"{name}, one constant set", before, seconds))
+        else:
+            lines.append(line(name, [run["errors"] for run in runs], seconds))
+    count = len(next(iter(found["rows"].values()))["runs"])
+    note = f"{found['what']}; means over {count} seeds, and the worst of them. "
+    return "\n".join([*lines, "", note + circumstances(found["environment"])])
+
+
 def circumstances(environment: dict[str, Any]) -> str:
     """Hardware, versions and commit, in a sentence."""
     return (
@@ -256,4 +296,5 @@ MARKERS = {
     "<!-- precision -->": precision_table,
     "<!-- processes -->": processes_table,
     "<!-- layout -->": layout_table,
+    "<!-- mixture -->": mixture_table,
 }

@@ -19,7 +19,8 @@ test of this library.
 
 A *blind* network trained by denoising score matching under a law of sigma does not see sigma; it
 minimises to :math:`E[\sigma^2 s_\sigma(y) \mid y] / E[\sigma^2 \mid y]`, the expectation over the
-posterior of sigma given y: `GaussianMixture.blind_score`.
+posterior of sigma given y: `GaussianMixture.blind_score`. That is the score of one density, the
+mixture :math:`\int \pi(\sigma)\,\sigma^2 p_\sigma(y)\,d\sigma` over the law :math:`\pi`.
 """
 
 from __future__ import annotations

@@ -12,11 +12,17 @@ v of (logits, log-density)                            gives
 ===================================================== ========================================
 
 Asking for several costs one forward pass. `ebmkit.core` says what is made of them.
+
+The score is differentiated once more along vectors v, :math:`H(y)\,v` with the Hessian
+:math:`H = \nabla^2 \log p(y)`, for the objective that needs its trace.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -72,11 +78,15 @@ class Linearization:
     Made by `linearize`.
     """
 
-    def __init__(self, y: Tensor, energies: Energies, pull: _Pull) -> None:
+    def __init__(
+        self, y: Tensor, energies: Energies, pull: _Pull, curve: _Curve | None = None
+    ) -> None:
         self.y = y
         self.energies = energies
         self._pull = pull
+        self._curve = curve
         self._score: Tensor | None = None
+        self._product: _Product | None = None
 
     def score(self) -> Tensor:
         """grad_y log p(y), shape of y."""
@@ -88,6 +98,17 @@ class Linearization:
                 )
             )
         return self._score
+
+    def hessian_product(self, v: Tensor) -> Tensor:
+        """H(y) v of the Hessian H of log p(y), for each image with its own ``v``; shape of y.
+
+        The product is pulled back through the score, so H is taken to be symmetric and no image to
+        see another. Where a network has kinks (ReLU), H is what it is beside them.
+        """
+        if self._product is None:
+            assert self._curve is not None, "a plain denoiser has no density to differentiate twice"
+            self._product = self._curve(self.score())
+        return self._product(v)
 
     def label_score(self, c: Tensor) -> Tensor:
         """grad_y log p(c|y), shape of y."""
@@ -126,6 +147,16 @@ class Linearization:
 
 class _Pull(Protocol):
     def __call__(self, cotangent: Energies, /) -> Tensor: ...
+
+
+class _Product(Protocol):
+    def __call__(self, v: Tensor, /) -> Tensor: ...
+
+
+class _Curve(Protocol):
+    """From the score at y to products with the Hessian."""
+
+    def __call__(self, score: Tensor, /) -> _Product: ...
 
 
 class Estimate(Linearization):
@@ -212,10 +243,34 @@ def linearize(
             (gradient,) = torch.autograd.grad(outputs, leaf, weights, create_graph=True)
             return gradient
 
-        return Linearization(y, energies, pull_eager)
+        def curve_eager(score: Tensor) -> _Product:
+            options = {"create_graph": True, "allow_unused": True, "materialize_grads": True}
+            return lambda v: torch.autograd.grad(score, leaf, v, **options)[0]
+
+        return Linearization(y, energies, pull_eager, curve_eager)
 
     energies, pull = torch.func.vjp(lambda image: model(image, sigma), y)[:2]
-    return Linearization(y, energies, lambda cotangent: pull(cotangent)[0])
+    precision = _autocast_of(y)
+
+    def curve(score: Tensor) -> _Product:
+        def of_image(image: Tensor) -> Tensor:
+            log_density, pull = torch.func.vjp(lambda z: model(z, sigma).log_density, image)[:2]
+            gradient: Tensor = pull(torch.ones_like(log_density))[0]
+            return gradient
+
+        with precision():
+            pull_score = torch.func.vjp(of_image, y)[1]
+        return lambda v: pull_score(v)[0]
+
+    return Linearization(y, energies, lambda cotangent: pull(cotangent)[0], curve)
+
+
+def _autocast_of(y: Tensor) -> Callable[[], AbstractContextManager[object]]:
+    """What autocast is now, to be entered again."""
+    kind = y.device.type
+    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
+        return nullcontext
+    return partial(torch.autocast, kind, torch.get_autocast_dtype(kind), cache_enabled=False)
 
 
 def _linearize_for_values(model: EnergyModel, y: Tensor, sigma: Noise | None) -> Linearization:
@@ -231,7 +286,14 @@ def _linearize_for_values(model: EnergyModel, y: Tensor, sigma: Noise | None) ->
         (gradient,) = torch.autograd.grad(outputs, leaf, weights, retain_graph=True)
         return gradient
 
-    return Linearization(y, Energies(*(output.detach() for output in energies)), pull)
+    def curve(score: Tensor) -> _Product:
+        with torch.enable_grad():
+            total = energies.log_density.sum()
+            (slope,) = torch.autograd.grad(total, leaf, create_graph=True)
+        options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+        return lambda v: torch.autograd.grad(slope, leaf, v, **options)[0]
+
+    return Linearization(y, Energies(*(output.detach() for output in energies)), pull, curve)
 
 
 def _linearize_outside_inference(
@@ -249,7 +311,14 @@ def _linearize_outside_inference(
         with torch.inference_mode(False), torch.no_grad():
             return at._pull(Energies(*(c.clone() for c in cotangent)))
 
-    return Linearization(at.y, at.energies, pull)
+    def curve(score: Tensor) -> _Product:
+        def product(v: Tensor) -> Tensor:
+            with torch.inference_mode(False), torch.no_grad():
+                return at.hessian_product(v.clone())
+
+        return product
+
+    return Linearization(at.y, at.energies, pull, curve)
 
 
 def per_image(sigma: Noise, y: Tensor) -> Noise:

@@ -8,7 +8,14 @@ from ebmkit.models.gradientstep import GradientStep, GraDnCNNConfig, GSDRUNetCon
 from ebmkit.models.gradresnet import GradResNet, GradResNetConfig
 from ebmkit.models.heads import HEADS, HeadConfig, LinearQuadraticHead, LogitHead
 from ebmkit.models.joint import JointModel
-from ebmkit.models.parts import Backbone, Features, Head, WindowedBackbone
+from ebmkit.models.mlp import MLP, MLPConfig
+from ebmkit.models.parts import (
+    Backbone,
+    Features,
+    Head,
+    NoiseConditionalBackbone,
+    WindowedBackbone,
+)
 from ebmkit.models.presets import BACKBONES, DENOISERS
 from ebmkit.models.resnet import ResNet, ResNetConfig
 from ebmkit.models.saving import load, save_model, save_weights
@@ -18,6 +25,7 @@ __all__ = [
     "BACKBONES",
     "DENOISERS",
     "HEADS",
+    "MLP",
     "Backbone",
     "BackboneConfig",
     "DRUNet",
@@ -36,7 +44,9 @@ __all__ = [
     "JointModel",
     "LinearQuadraticHead",
     "LogitHead",
+    "MLPConfig",
     "ModelConfig",
+    "NoiseConditionalBackbone",
     "ResNet",
     "ResNetConfig",
     "WideResNet",

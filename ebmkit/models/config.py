@@ -15,6 +15,7 @@ from ebmkit.models.gradientstep import GraDnCNNConfig, GSDRUNetConfig
 from ebmkit.models.gradresnet import GradResNetConfig
 from ebmkit.models.heads import HEADS, HeadConfig
 from ebmkit.models.joint import Extent, JointModel
+from ebmkit.models.mlp import MLPConfig
 from ebmkit.models.presets import BACKBONES, DENOISERS
 from ebmkit.models.resnet import ResNetConfig
 from ebmkit.models.wideresnet import WideResNetConfig
@@ -35,6 +36,7 @@ BackboneConfig = Annotated[
     Annotated[GradResNetConfig, Tag("gradresnet")]
     | Annotated[ResNetConfig, Tag("resnet")]
     | Annotated[WideResNetConfig, Tag("wideresnet")]
+    | Annotated[MLPConfig, Tag("mlp")]
     | Annotated[DnCNNConfig, Tag("dncnn")]
     | Annotated[DRUNetConfig, Tag("drunet")]
     | Annotated[GSDRUNetConfig, Tag("gs-drunet")]
@@ -74,7 +76,7 @@ class ModelConfig(BaseModel):
         return self.build_joint(backbone)
 
     def build_joint(
-        self, backbone: GradResNetConfig | ResNetConfig | WideResNetConfig
+        self, backbone: GradResNetConfig | ResNetConfig | WideResNetConfig | MLPConfig
     ) -> JointModel:
         """The joint model of ``backbone``."""
         features = backbone.build(self.in_channels)

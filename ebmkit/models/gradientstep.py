@@ -115,7 +115,7 @@ class _Step(Linearization):
         if not known:
             unknown = torch.full_like(energies.log_density, math.nan)
             energies = Energies(energies.logits, unknown)
-        super().__init__(at.y, energies, at._pull)
+        super().__init__(at.y, energies, at._pull, at._curve if known else None)
         self.level = level
         self.known = known
 

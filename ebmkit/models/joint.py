@@ -22,6 +22,11 @@ all statistics are of the whole image; in ``windows`` the pooled features are lo
 normalisations' means and deviations are of the whole image; in ``tiles`` everything is local. At
 the reference area, and below it, the three are the paper's formula. ``tiles`` is the default
 because it denoises best, at four times the cost of ``factor`` (docs: "Images of any size").
+
+The paper's networks are blind to sigma. A backbone whose attribute ``noise_conditional`` is True is
+told it, and the model is then one of :math:`\log p_\sigma(y, c)` for every sigma, up to a constant
+that may depend on sigma. Without sigma the image is taken to be clean, :math:`\sigma = 0`, as in
+`ebmkit.GaussianMixture`.
 """
 
 from __future__ import annotations
@@ -45,10 +50,11 @@ EXTENTS: tuple[Extent, ...] = ("tiles", "factor", "windows")
 
 
 class JointModel(EnergyModel):
-    """log p(y, c) from a backbone and a head; blind to sigma, as in the paper.
+    """log p(y, c) from a backbone and a head; blind to sigma, as in the paper, or told it.
 
     Args:
-        backbone: images (B, C, H, W) to `Features` with K = ``backbone.num_features``.
+        backbone: images (B, C, H, W) to `Features` with K = ``backbone.num_features``; told sigma
+            too if it says so (`NoiseConditionalBackbone`).
         head: features (B, K) to `Energies`.
         in_channels: channels C that images must have; None does not check.
         reference_size: height and width at which the plain formula holds; None: at every size.
@@ -86,9 +92,13 @@ class JointModel(EnergyModel):
         self.input_mean = input_mean
         self.input_std = input_std
         self.num_classes = head.num_classes
+        self.noise_conditional = bool(getattr(backbone, "noise_conditional", False))
 
     def forward(self, y: Tensor, sigma: Noise | None = None) -> Energies:
-        """Energies of images ``y`` (B, C, H, W) in image units; ``sigma`` is ignored.
+        """Energies of images ``y`` (B, C, H, W) in image units.
+
+        ``sigma``, a float or (B,), is ignored by a blind backbone; without it one that is told
+        takes images to be clean.
 
         Raises:
             UserError: if ``y`` is no batch of images, or has another number of channels.
@@ -96,15 +106,16 @@ class JointModel(EnergyModel):
         check_images(y, self.in_channels)
         size = _parts(y, self.reference_size)
         if self.reference_size is None or size <= 1:
-            return self._energies(self._features(y).pooled)
+            return self._energies(self._features(y, sigma).pooled)
         if self.extent == "factor":
-            pooled = self._features(y).pooled
+            pooled = self._features(y, sigma).pooled
         elif self.extent == "windows":
             assert isinstance(self.backbone, WindowedBackbone)
             grid = self.window_grid(y.shape[-2], y.shape[-1])
-            pooled = self.backbone.pool(self._features(y).maps, grid).flatten(0, 1)  # (B * M, K)
+            maps = self._features(y, sigma).maps
+            pooled = self.backbone.pool(maps, grid).flatten(0, 1)  # (B * M, K)
         else:
-            return self._sum_of_tiles(y, self.reference_size)
+            return self._sum_of_tiles(y, sigma, self.reference_size)
         return _total(self._energies(pooled), y.shape[0], size)
 
     def set_recompute(self, on: bool) -> None:
@@ -120,7 +131,7 @@ class JointModel(EnergyModel):
             )
         setattr(self.backbone, "recompute", on)  # noqa: B010  (not every module has it)
 
-    def _sum_of_tiles(self, y: Tensor, reference: tuple[int, int]) -> Energies:
+    def _sum_of_tiles(self, y: Tensor, sigma: Noise | None, reference: tuple[int, int]) -> Energies:
         """Energies of crops, each by its area, summed."""
         rows, columns = (halves(n, 2 * r) for n, r in zip(y.shape[-2:], reference, strict=True))
         copies = (2 if len(rows) > 1 else 1) * (2 if len(columns) > 1 else 1)
@@ -130,7 +141,11 @@ class JointModel(EnergyModel):
             by_shape.setdefault((bottom - top, right - left), []).append(crop)
         logits, density = y.new_zeros(()), y.new_zeros(())
         for (height, width), crops in by_shape.items():  # crops of one shape in one pass
-            parts = self._energies(self._features(torch.stack(crops, dim=1).flatten(0, 1)).pooled)
+            told = sigma
+            if isinstance(sigma, Tensor) and sigma.ndim:
+                told = sigma.repeat_interleave(len(crops))
+            stacked = torch.stack(crops, dim=1).flatten(0, 1)
+            parts = self._energies(self._features(stacked, told).pooled)
             size = len(crops) * height * width / (reference[0] * reference[1] * copies)
             total = _total(parts, y.shape[0], size)
             logits, density = logits + total.logits, density + total.log_density
@@ -142,13 +157,17 @@ class JointModel(EnergyModel):
         rows, columns = self.reference_size
         return max(1, round(height / rows)), max(1, round(width / columns))
 
-    def _features(self, y: Tensor) -> Features:
+    def _features(self, y: Tensor, sigma: Noise | None) -> Features:
         if self.input_mean:
             y = y - self.input_mean
         if self.input_std != 1:
             y = y / self.input_std
-        features: Features = self.backbone(y)
-        return features
+        if not self.noise_conditional:
+            features: Features = self.backbone(y)
+            return features
+        level = torch.as_tensor(0.0 if sigma is None else sigma, dtype=y.dtype, device=y.device)
+        told: Features = self.backbone(y, level.reshape(-1).expand(len(y)))
+        return told
 
     def _energies(self, pooled: Tensor) -> Energies:
         with without_autocast(pooled):

@@ -14,7 +14,14 @@ from torch import Tensor
 from ebmkit.core import Energies
 from ebmkit.errors import UserError
 
-__all__ = ["Backbone", "Features", "Head", "WindowedBackbone", "check_images"]
+__all__ = [
+    "Backbone",
+    "Features",
+    "Head",
+    "NoiseConditionalBackbone",
+    "WindowedBackbone",
+    "check_images",
+]
 
 
 class Features(NamedTuple):
@@ -36,6 +43,19 @@ class Backbone(Protocol):
     num_features: int
 
     def __call__(self, y: Tensor, /) -> Features: ...
+
+
+@runtime_checkable
+class NoiseConditionalBackbone(Protocol):
+    """A backbone that is told sigma, (B,) in image units, if its ``noise_conditional`` is True.
+
+    One without that attribute, or where it is False, is called with the images alone.
+    """
+
+    num_features: int
+    noise_conditional: bool
+
+    def __call__(self, y: Tensor, sigma: Tensor, /) -> Features: ...
 
 
 @runtime_checkable

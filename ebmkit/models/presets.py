@@ -13,13 +13,14 @@ from ebmkit.models.dncnn import DnCNNConfig
 from ebmkit.models.drunet import DRUNetConfig
 from ebmkit.models.gradientstep import GraDnCNNConfig, GSDRUNetConfig
 from ebmkit.models.gradresnet import GradResNetConfig
+from ebmkit.models.mlp import MLPConfig
 from ebmkit.models.resnet import ResNetConfig
 from ebmkit.models.wideresnet import WideResNetConfig
 from ebmkit.registry import Preset, find
 
 __all__ = ["BACKBONES", "DENOISERS", "find_network"]
 
-BACKBONES: dict[str, Preset[GradResNetConfig | ResNetConfig | WideResNetConfig]] = {
+BACKBONES: dict[str, Preset[GradResNetConfig | ResNetConfig | WideResNetConfig | MLPConfig]] = {
     "gradresnet18": Preset(GradResNetConfig(depth=18), "the paper's network for 32x32 images"),
     "gradresnet34": Preset(GradResNetConfig(depth=34), "the same, deeper (3-4-6-3 blocks)"),
     "gradresnet18-imagenet": Preset(
@@ -47,6 +48,13 @@ BACKBONES: dict[str, Preset[GradResNetConfig | ResNetConfig | WideResNetConfig]]
             depth=10, width=32, norm="none", activation="leaky_relu", bias=True, block="jem"
         ),
         "the same, small enough to train by JEM on a CPU",
+    ),
+    "mlp": Preset(
+        MLPConfig(width=128, kernel=7), "perceptron on 7x7 patches; kernel=1 for points; blind"
+    ),
+    "mlp-sigma": Preset(
+        MLPConfig(width=128, kernel=7, noise_conditional=True),
+        "the same, told sigma: with dsm, an NCSN (Song & Ermon 2019)",
     ),
 }
 

@@ -14,6 +14,22 @@ minimiser at one sigma is the score of the noisy images, since
 :math:`\sigma\nabla\log p + \epsilon = (D(y) - x)/\sigma`; the third is the same for the
 class-conditional denoiser.
 
+A fourth learns the same score without the noise in its formula, implicit score matching
+(Hyvarinen, 2005; the thesis's eq. 2.5),
+
+.. math::
+    J(y) = \tfrac12 \|s(y)\|^2 + \operatorname{tr} \nabla s(y), \qquad
+    E\,J = \tfrac12 E\|s(y) - \nabla\log p_\sigma(y)\|^2 + \text{constant}, \qquad
+    \text{ism:} \quad d + 2\sigma^2 J(y) .
+
+So scaled it equals dsm in expectation, for every score and at every sigma, because
+:math:`E[\epsilon^\top s] = \sigma E[\operatorname{tr}\nabla s]` (Stein). The trace is exact up to
+`EXACT_TRACE` entries, one product with the Hessian H each; beyond, it is estimated without bias
+from one product, :math:`v^\top H v` with random signs v (Hutchinson; sliced score matching, Song et
+al. 2019). The signs must be independent of y, which the image's own noise is not:
+:math:`E[\epsilon^\top H \epsilon \mid y]` is no trace. So they are hashed from the *bits* of the
+noise (`probe_signs`): keyed as the noise is, and each image's own however a batch is divided.
+
 The paper does not say whether :math:`\|\cdot\|^2` is the sum over the d entries of an image or
 their mean; both are here by name (``dsm-sum``, ``dsm-mean``), and so is the balanced form that is
 the default (``dsm``): see `ebmkit.objectives.combine`.
@@ -35,18 +51,31 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ebmkit.core import Energies, Linearization
 from ebmkit.errors import UserError
 
-__all__ = ["ALIASES", "OBJECTIVES", "Objective", "Scale", "Streamed"]
+__all__ = [
+    "ALIASES",
+    "EXACT_TRACE",
+    "OBJECTIVES",
+    "Objective",
+    "Scale",
+    "Streamed",
+    "hyvarinen",
+    "probe_signs",
+]
+
+EXACT_TRACE = 16
+"""Up to how many entries of an image `hyvarinen` takes the trace exactly."""
 
 
 class Scale(Enum):
     """How a loss of one number per image entry is brought to the scale of one per image."""
 
-    PLAIN = "plain"  # a loss in nats per image as it stands
+    PLAIN = "plain"  # a loss per image as it stands
     MEAN = "mean"  # averaged over the d entries
     SUM = "sum"  # summed over the d entries
     BALANCED = "balanced"  # the logarithm of the average (see combine)
@@ -93,6 +122,7 @@ class Objective:
         needs_labels: whether data and model must have labels.
         needs_hard_labels: whether labels may not be mixed.
         needs_score: whether the loss differentiates the model by its input.
+        needs_hessian: whether it does so twice.
         scale: how the loss enters the total.
         likelihood: the log-density whose maximum likelihood this is. Then the batch must bring
             negatives, samples of the model, and ``loss`` is of the images alone: what
@@ -105,6 +135,7 @@ class Objective:
     needs_labels: bool = False
     needs_hard_labels: bool = False
     needs_score: bool = False
+    needs_hessian: bool = False
     scale: Scale = Scale.PLAIN
     likelihood: LogDensity | None = None
 
@@ -151,6 +182,52 @@ def _likelihood(likelihood: LogDensity, what: str, conditional: bool) -> Objecti
     )
 
 
+def implicit_score_matching(at: Linearization, batch: Streamed) -> Tensor:
+    """1 + 2 sigma^2 J / d, (B,): in expectation what dsm is, but below 0 at times."""
+    return 1 + 2 * batch.sigma**2 * hyvarinen(at, batch.eps) / at.y[0].numel()
+
+
+def hyvarinen(at: Linearization, eps: Tensor) -> Tensor:
+    """J = |s|^2 / 2 + tr grad s, (B,), in squared image units to the -1 (Hyvarinen 2005; the
+    thesis's eq. 2.5).
+
+    Args:
+        at: a linearised model at y of d entries; its score is differentiated along d directions,
+            or one if d is above `EXACT_TRACE`.
+        eps: continuous noise of y's shape, to take random directions from (`probe_signs`).
+    """
+    entries = at.y[0].numel()
+    if entries <= EXACT_TRACE:
+        trace = torch.zeros_like(at.energies.log_density)
+        for i in range(entries):
+            along = torch.zeros_like(at.y).flatten(1)
+            along[:, i] = 1
+            trace = trace + at.hessian_product(along.reshape(at.y.shape)).flatten(1)[:, i]
+    else:
+        signs = probe_signs(eps).to(at.y)
+        trace = (signs * at.hessian_product(signs)).flatten(1).sum(dim=1)
+    return 0.5 * at.score().square().flatten(1).sum(dim=1) + trace
+
+
+def probe_signs(eps: Tensor) -> Tensor:
+    """Random signs, of the shape and type of the continuous noise ``eps``, from its bits.
+
+    A hash of all bits of an entry is decided by the last ones, which say nothing of its value. So
+    the signs are as good as independent of anything that is a smooth function of the noise, and
+    the same for the same noise, on every device and under every compiler.
+    """
+    wide = eps.dtype == torch.float64
+    bits = eps.contiguous().view(torch.int64 if wide else torch.int32).to(torch.int64)
+    bits = (bits ^ (bits >> 32)) & _LOW
+    for factor, shift in ((0x5BD1E995, 15), (0x2C1B3C6D, 13), (0x297A2D39, 16)):
+        bits = (bits * factor) & _LOW  # below 2^63: the factors are below 2^31
+        bits = bits ^ (bits >> shift)
+    return (1 - 2 * (bits & 1)).to(eps.dtype)
+
+
+_LOW = 0xFFFFFFFF
+
+
 def _squared(score: Tensor, batch: Streamed) -> Tensor:
     sigma = batch.sigma.reshape(-1, *[1] * (score.ndim - 1))
     return (sigma * score + batch.eps).square().flatten(1).mean(dim=1)
@@ -189,6 +266,13 @@ OBJECTIVES: dict[str, Objective] = {
     "cdsm-sum": _score_matching(True, Scale.SUM),
     "ml": _likelihood(log_density, "log p(y)", False),
     "cml": _likelihood(class_log_density, "log p(y|c)", True),
+    "ism": Objective(
+        about="implicit score matching of log p(y), by the trace of its Hessian; unweighted",
+        stream="denoise",
+        loss=implicit_score_matching,
+        needs_score=True,
+        needs_hessian=True,
+    ),
 }
 
 ALIASES: dict[str, tuple[str, ...]] = {"jem": ("ce", "ml")}

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
+from ebmkit.core import ScoreModel
 from ebmkit.data import AnyImages, StreamConfig
 from ebmkit.data.schedule import Stage
 from ebmkit.errors import UserError
@@ -31,6 +33,8 @@ def check_terms(loss: TrainingLoss, config: TrainConfig, images: AnyImages) -> N
                 f"objective {term.name!r} needs labels, and {config.backbone!r} is a denoiser "
                 "without them: use --objective dsm, or a backbone"
             )
+        if term.objective.needs_hessian:
+            _check_hessian(term.name, loss.model)
         mixes = stream.augmentation.mix != "none"
         check_labels(term.name, term.objective, images.num_classes, mixes, name)
         if term.objective.needs_score and stream.noise.range[1] == 0:
@@ -38,6 +42,25 @@ def check_terms(loss: TrainingLoss, config: TrainConfig, images: AnyImages) -> N
                 f"objective {term.name!r} learns from noise, and stream {name!r} has none: set "
                 f"streams.{name}.noise.kind and max, as in squared-uniform and 100/255"
             )
+
+
+def _check_hessian(name: str, model: ScoreModel) -> None:
+    """Whether ``model`` has a second derivative by each image.
+
+    Raises:
+        UserError: if it has no density, or one with kinks or that mixes the images of a batch.
+    """
+    wrong = None
+    if not model.differentiates:
+        wrong = "this network is a plain denoiser and has none: use --objective dsm, or a backbone"
+    elif model.has_batch_norm:
+        wrong = "BatchNorm mixes the images of a batch: use another norm (norm=group), or dsm"
+    elif any(isinstance(m, (nn.ReLU, nn.LeakyReLU)) for m in model.modules()):
+        wrong = "that of ReLU is 0 beside its kinks: use a smooth activation, or dsm"
+    if wrong:
+        raise UserError(
+            f"objective {name!r} needs the second derivative of the density, and {wrong}"
+        )
 
 
 def check_compiled(stages: Sequence[Stage]) -> None:

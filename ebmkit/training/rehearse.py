@@ -11,9 +11,10 @@ A step of one stream comes to about 3 forward passes where the loss is of the fo
 (cross-entropy: the forward, then 2 for the gradient by activations and weights), and to
 :math:`3 + 3k` where k different scores are pulled back from it: one for each pull-back and two for
 differentiating it. So dsm costs 6, and dsm with cdsm on one batch 9; a cross-entropy beside them on
-the same batch is free. The count is exact for the eager step. It is up to 3 % off the rule: the
-gradient of a strided convolution by its weights is computed on a larger window the second time, and
-cross-entropy never needs the gradient by the image.
+the same batch is free. A product with the Hessian, as ism takes, differentiates forward pass and
+score by the image once more, so ism costs 12. The count is exact for the eager step. It is up to
+3 % off the rule, for ism 10 %: the gradient of a strided convolution by its weights is computed on
+a larger window the second time, and cross-entropy never needs the gradient by the image.
 
 Bytes are linear in the number of images at each moment, so two rehearsals tell every batch size.
 What an operation allocates and releases within itself (workspaces of convolution libraries) is not

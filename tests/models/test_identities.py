@@ -54,14 +54,14 @@ def test_energies_of_image_and_labels_agree(case):
 def test_scores_of_image_and_labels_agree(case):
     model, y = case
     sigma = 25 / 255
-    score = model.score(y)
-    posterior = model.logits(y).softmax(1)
+    score = model.score(y, sigma=sigma)
+    posterior = model.logits(y, sigma).softmax(1)
     labels = [torch.full((len(y),), c) for c in range(3)]
-    conditional = torch.stack([model.score(y, c) for c in labels])
+    conditional = torch.stack([model.score(y, c, sigma) for c in labels])
     average = torch.einsum("bc,cbijk->bijk", posterior, conditional)
     torch.testing.assert_close(average, score, **EXACT)
     for c, own in zip(labels, conditional, strict=True):
-        label_score = model.label_score(y, c)
+        label_score = model.label_score(y, c, sigma)
         torch.testing.assert_close(label_score, own - score, **EXACT)
         difference = model.denoise(y, sigma, c) - model.denoise(y, sigma)
         torch.testing.assert_close(label_score, difference / sigma**2, **EXACT)
@@ -179,8 +179,23 @@ def test_energies_of_a_batch_are_those_of_its_images(case):
     torch.testing.assert_close(model.score(y), separate, **EXACT)
 
 
-def test_blind_models_ignore_sigma(model, images):
-    for ours, theirs in zip(model(images, 0.3), model(images), strict=True):
-        assert torch.equal(ours, theirs)
+def test_sigma_is_for_those_that_are_told(model, images):
+    """Blind models ignore it, bit by bit; the others give each image's energies at its own."""
     assert isinstance(model(images), Energies)
-    assert not model.noise_conditional
+    clean, noisy = model(images), model(images, 0.3)
+    for ours, theirs in zip(noisy, clean, strict=True):
+        assert torch.equal(ours, theirs) == (not model.noise_conditional)
+    apart = model(images, torch.tensor([0.3, 0.0], dtype=images.dtype))
+    for ours, first, second in zip(apart, noisy, clean, strict=True):
+        torch.testing.assert_close(ours, torch.stack([first[0], second[1]]), **EXACT)
+
+
+@pytest.mark.parametrize("extent", ["tiles", "windows", "factor"])
+def test_each_part_of_an_image_is_told_the_noise_of_that_image(extent, model):
+    if not model.noise_conditional:
+        pytest.skip("blind")
+    model.reference_size, model.extent = (8, 8), extent
+    y, sigma = torch.rand(3, 1, 20, 17, dtype=torch.float64), torch.tensor([0.02, 0.1, 0.4])
+    together = model.score(y, sigma=sigma)
+    alone = [model.score(image[None], sigma=float(s)) for image, s in zip(y, sigma, strict=True)]
+    torch.testing.assert_close(together, torch.cat(alone), **EXACT | {"rtol": 1e-6})

@@ -1,0 +1,143 @@
+r"""A multi-layer perceptron on points, or on every patch of an image; blind, or told sigma.
+
+With the k x k patch :math:`y_{ij}` around each position (zeros beyond the rim),
+
+.. math::
+    h_1 = W_1 y_{ij} + b_1, \qquad
+    h_{l+1} = W_{l+1} \operatorname{act}\bigl((1 + \gamma_l) \odot h_l + \beta_l\bigr) + b_{l+1},
+
+and the features are the mean of :math:`h_L` over positions. An image of one pixel is a vector of
+its channels, and k = 1 makes this the plain perceptron of it: what mixtures in the plane are
+learned by. On images it is a small network with a receptive field of k pixels, at any size.
+
+The *blind* form has :math:`\gamma = \beta = 0`. The one that is told sigma reads both off it,
+
+.. math::
+    (\gamma_l, \beta_l) = A_l\,\phi(u), \quad
+    \phi(u) = \bigl(1, u, \cos u, \sin u, \dots, \cos F u, \sin F u\bigr), \quad
+    u = \tfrac12 \log(\sigma^2 + \sigma_0^2) - \log \sigma_1
+
+with :math:`\sigma_0 = 10^{-3}`, so that clean images have their place, and
+:math:`\sigma_1 = 0.1`. Trained by denoising score matching under a law of sigma it is a
+noise-conditional score network (Song & Ermon, arXiv 1907.05600), as the gradient of a density.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from ebmkit.compute import widened, without_autocast
+from ebmkit.models.parts import Features
+from ebmkit.models.resnet import pool_last
+
+__all__ = ["MLP", "MLPConfig"]
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "softplus": nn.Softplus,
+}
+SMALLEST, MIDDLE = 1e-3, 0.1  # sigma_0 and sigma_1, image units
+
+
+class MLPConfig(BaseModel):
+    """Shape of a multi-layer perceptron."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["mlp"] = "mlp"
+    width: int = Field(128, ge=1, description="features of every layer")
+    depth: int = Field(3, ge=1, description="layers, the one on patches included")
+    kernel: int = Field(1, ge=1, description="height and width of patches, odd; 1 for points")
+    activation: Literal["silu", "gelu", "softplus"] = Field(
+        "silu", description="silu, gelu or softplus; smooth, as scores are differentiated"
+    )
+    bias: bool = Field(True, description="biases in the layers")
+    noise_conditional: bool = Field(False, description="whether the network is told sigma")
+    frequencies: int = Field(4, ge=0, description="F, of the features of log sigma")
+
+    @model_validator(mode="after")
+    def _check(self) -> MLPConfig:
+        if self.kernel % 2 == 0:
+            raise ValueError(f"kernel {self.kernel} must be odd, as in 1, 5, 7")
+        return self
+
+    def build(self, in_channels: int) -> MLP:
+        """The network, with fresh weights, for images of ``in_channels`` channels."""
+        return MLP(in_channels, self)
+
+
+class MLP(nn.Module):
+    """The network; K = width features.
+
+    Args:
+        in_channels: channels of the images, or entries of points (B, C, 1, 1).
+        config: the shape; `MLPConfig` describes each field.
+
+    Attributes:
+        noise_conditional: whether `forward` needs sigma.
+    """
+
+    def __init__(self, in_channels: int, config: MLPConfig | None = None) -> None:
+        super().__init__()
+        config = config or MLPConfig()
+        self.num_features = config.width
+        self.noise_conditional = config.noise_conditional
+        if config.kernel == 1:
+            self.first: nn.Module = nn.Linear(in_channels, config.width, config.bias)
+        else:
+            pad = config.kernel // 2
+            self.first = nn.Conv2d(
+                in_channels, config.width, config.kernel, padding=pad, bias=config.bias
+            )
+        self.patches = config.kernel > 1
+        self.onward = nn.ModuleList(
+            nn.Linear(config.width, config.width, config.bias) for _ in range(config.depth - 1)
+        )
+        for layer in (self.first, *self.onward):
+            assert isinstance(layer, (nn.Linear, nn.Conv2d))
+            nn.init.kaiming_normal_(layer.weight)
+        self.activation = ACTIVATIONS[config.activation]()
+        self.frequencies = config.frequencies
+        self.told: nn.ModuleList | None = None
+        if config.noise_conditional:
+            numbers = 2 + 2 * config.frequencies
+            self.told = nn.ModuleList(
+                nn.Linear(numbers, 2 * config.width, bias=False) for _ in self.onward
+            )
+
+    def forward(self, y: Tensor, sigma: Tensor | None = None) -> Features:
+        """Features of images ``y`` (B, C, H, W) of any size.
+
+        ``sigma`` (B,), image units, is ignored by the blind form; without it images are clean.
+        """
+        # positions before features: products of matrices, whose higher derivatives are the fastest
+        h = self.first(y).movedim(1, -1) if self.patches else self.first(y.movedim(1, -1))
+        if self.told is None:
+            for layer in self.onward:
+                h = layer(self.activation(h))
+        else:
+            told = self._of_sigma(y.new_zeros(len(y)) if sigma is None else sigma)
+            for layer, read in zip(self.onward, self.told, strict=True):
+                scale, shift = read(told)[:, None, None].chunk(2, dim=-1)
+                h = layer(self.activation((1 + scale) * h + shift))
+        maps = h.movedim(-1, 1)
+        return Features(pool_last((maps,), (1, 1)).squeeze(1), (maps,))
+
+    def pool(self, maps: tuple[Tensor, ...], grid: tuple[int, int]) -> Tensor:
+        """Features of each window of ``grid`` (rows, columns): (B, rows * columns, K), float32."""
+        return pool_last(maps, grid)
+
+    def _of_sigma(self, sigma: Tensor) -> Tensor:
+        """phi of levels (B,): (B, 2 + 2 F)."""
+        with without_autocast(sigma):
+            level = widened(sigma)
+            u = 0.5 * (level.square() + SMALLEST**2).log() - math.log(MIDDLE)
+            waves = u[:, None] * torch.arange(1, self.frequencies + 1, device=u.device).to(u)
+            plain = torch.stack([torch.ones_like(u), u], dim=1)
+            return torch.cat([plain, waves.cos(), waves.sin()], dim=1)

@@ -1,0 +1,102 @@
+"""The study of a mixture in the plane: each objective finds the density, the labels, the score."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+FAST = ["cdsm", "ce+ism", "ce+dsm under a law, blind"]  # ce+dsm: test_examples
+
+
+@pytest.fixture(scope="module")
+def study():
+    spec = importlib.util.spec_from_file_location("mixture_study", BENCHMARKS / "mixture.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def example(study):
+    return study.load_example()
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_a_short_training_finds_the_mixture(study, example, name):
+    """About a tenth of the study's work. A constant density has errors of 1.2 nats, 0.5 and 1.0."""
+    row = study.ROWS[name]
+    law = row.law or example.AT_ONE_SIGMA
+    model = example.learn(example.truth(), 150, row.objective, law, row.told, batch_size=256)
+    errors = study.measure(example, row, model)["errors"]
+    assert errors["log p, nats (rms)"] < 0.35
+    assert errors["p(c|y) (mean abs)"] < 0.05
+    assert errors["sigma * score (rms)"] < 0.35
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ce+cdsm", "ce+ism", "ce+dsm under a law, told sigma (NCSN)"])
+def test_training_to_the_end_finds_it_closely(study, example, name):
+    row = study.ROWS[name]
+    model = study.train(example, row, seed=7, steps=1000)
+    errors = study.measure(example, row, model)["levels"]["0.1"]
+    assert errors["log p, nats (rms)"] < 0.1
+    assert errors["log p, nats (max)"] < 1
+    assert errors["p(c|y) (mean abs)"] < 0.02
+    assert errors["sigma * score (rms)"] < 0.12
+
+
+def test_errors_are_zero_at_the_truth_and_what_they_should_be_beside_it(study, example):
+    """Of a density tilted by exp(a y_1) and odds that are e times as high, by hand."""
+    mixture, points, sigma = example.truth(), example.plane(41), example.SIGMA
+    exact = example.fields(lambda y: mixture.log_joint(y, sigma), points)
+    torch.testing.assert_close(exact.score, mixture.score(points, sigma=sigma).flatten(1))
+    assert max(example.distances(example.aligned(exact, exact), exact, sigma).values()) < 1e-5
+
+    def tilted(y):
+        joint = mixture.log_joint(y, sigma)
+        log_p, odds = joint.logsumexp(1), joint[:, 1] - joint[:, 0] + 1
+        labels = torch.stack([torch.zeros_like(odds), odds], dim=1).log_softmax(1)
+        return labels + (log_p + 2 * y[:, 0, 0, 0] + 5)[:, None]
+
+    found = example.aligned(example.fields(tilted, points), exact)
+    errors = example.distances(found, exact, sigma)
+    weight = exact.log_density.softmax(0)
+    first = points[:, 0, 0, 0]
+    spread = ((first - (first * weight).sum()).square() * weight).sum().sqrt()
+    assert errors["log p, nats (rms)"] == pytest.approx(2 * float(spread), rel=1e-3)
+    assert errors["sigma * score (rms)"] == pytest.approx(2 * sigma, rel=1e-3)
+    assert errors["p(c|y) (max)"] == pytest.approx(0.2449, abs=0.01)  # at odds of e^-1/2
+
+
+def test_what_the_blind_network_learns_is_the_closed_form(study, example):
+    """The study's truth under a law has `GaussianMixture.blind_score`, and Bayes' labels."""
+    mixture, points = example.truth(), example.plane(9)
+    fields = example.fields(lambda y: study.blind_log_joint(mixture, study.LAW, y), points)
+    low, high = study.LAW.range
+    nodes = low * (high / low) ** ((torch.arange(200) + 0.5) / 200)
+    score = mixture.blind_score(points, nodes).flatten(1)
+    torch.testing.assert_close(fields.score, score, rtol=1e-2, atol=1e-2)
+    joint = torch.stack([mixture.log_joint(points, float(s)).exp() for s in nodes]).mean(0)
+    posterior = joint / joint.sum(1, keepdim=True)
+    torch.testing.assert_close(fields.posterior, posterior, rtol=1e-2, atol=1e-3)
+
+
+def test_the_study_writes_its_results_and_repeats_no_row(study, tmp_path, monkeypatch, capsys):
+    arguments = ["mixture", "--out", "rows", "--only", "ce+dsm", "jem", "--seeds", "3"]
+    arguments += ["--steps", "2", "--results", "found.json", "--picture", "found.png"]
+    monkeypatch.setattr(study, "GRID", {"count": 21, "reach": 0.8})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", arguments)
+    study.main()
+    first = json.loads(Path("found.json").read_text())
+    assert Path("found.png").is_file()
+    monkeypatch.setattr(study, "train", None)  # not called again
+    drawn = study.load_example()
+    monkeypatch.setattr(drawn, "draw", lambda rows, path: None)
+    monkeypatch.setattr(study, "load_example", lambda: drawn)
+    study.main()
+    assert json.loads(Path("found.json").read_text())["rows"] == first["rows"]

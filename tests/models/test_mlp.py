@@ -1,0 +1,119 @@
+"""The perceptron, blind and told sigma: what it computes, and that it is an NCSN."""
+
+import pytest
+import torch
+from torch import nn
+
+import ebmkit
+from ebmkit.data import Batch, NoiseLaw
+from ebmkit.errors import UserError
+from ebmkit.evaluation.denoise import estimates
+from ebmkit.models import JointModel, LinearQuadraticHead, MLPConfig
+from ebmkit.objectives import TrainingLoss, parse_objective
+from ebmkit.training import RunFolder, resolve
+from ebmkit.training.assemble import assemble
+from ebmkit.validation import validated
+
+
+def told(**options) -> JointModel:
+    backbone = MLPConfig(width=16, noise_conditional=True, **options).build(2).double()
+    return JointModel(backbone, LinearQuadraticHead(16, 3, bias=True).double())
+
+
+def test_of_points_it_is_a_plain_perceptron():
+    network = MLPConfig(width=8, depth=3).build(2)
+    plain = nn.Sequential(network.first, nn.SiLU(), network.onward[0], nn.SiLU(), network.onward[1])
+    y = torch.randn(5, 2)
+    torch.testing.assert_close(network(y[:, :, None, None]).pooled, plain(y))
+
+
+def test_of_images_it_is_one_on_every_patch():
+    network = MLPConfig(width=8, kernel=3, depth=2).build(1).double()
+    y = torch.rand(2, 1, 5, 6, dtype=torch.float64)
+    patches = nn.functional.unfold(y, 3, padding=1).movedim(1, 2)  # (B, positions, 9)
+    h = patches @ network.first.weight.flatten(1).T + network.first.bias
+    torch.testing.assert_close(network(y).pooled, network.onward[0](nn.functional.silu(h)).mean(1))
+
+
+def test_denoising_score_matching_under_a_law_of_sigma_is_ncsn():
+    """The sum over levels of lambda(sigma) E|s_sigma(y) - grad log q_sigma(y|x)|^2 with
+    lambda = sigma^2 (Song & Ermon 2019; the thesis's eq. 2.8) is dsm, in batches of mixed levels.
+    """
+    model, levels, count = told(), torch.tensor([0.02, 0.1, 0.4]).double(), 6
+    x, eps = torch.rand(count, 2, 1, 1).double(), torch.randn(3, count, 2, 1, 1).double()
+    by_level = []
+    for sigma, noise in zip(levels, eps, strict=True):
+        y = x + sigma * noise
+        target = (x - y) / sigma**2  # grad_y log N(y; x, sigma^2)
+        gap = model.score(y, sigma=float(sigma)) - target
+        by_level.append(sigma**2 * gap.square().flatten(1).sum(1).mean())
+    ncsn = sum(by_level) / len(levels)
+    sigma = levels.repeat_interleave(count)
+    flat, clean = eps.flatten(0, 1), x.repeat(3, 1, 1, 1)
+    batch = Batch(clean, clean + sigma[:, None, None, None] * flat, sigma, flat, None, None)
+    loss = TrainingLoss(model, parse_objective("dsm-sum"))({"denoise": batch})
+    torch.testing.assert_close(loss.total, ncsn)
+
+
+def test_what_is_told_changes_the_density_smoothly_down_to_clean_images():
+    model, y = told(), torch.rand(4, 2, 1, 1).double()
+    sigma = torch.tensor([0.0, 1e-5, 0.1, 0.2]).double()
+    found = model.log_density(y[:1].expand(4, -1, -1, -1), sigma)
+    assert found.isfinite().all()
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)
+    assert (found[2] - found[3]).abs() > 1e-3
+    torch.testing.assert_close(model.logits(y), model.logits(y, 0.0))
+
+
+def test_the_noise_level_is_an_input_and_no_answer():
+    model, y = told(), torch.rand(4, 2, 1, 1).double()
+    for ask in (model.estimate_sigma, model.denoise):
+        with pytest.raises(UserError, match="takes the noise level as an input"):
+            ask(y)
+    assert torch.equal(model.denoise(y, 0.1), y + 0.1**2 * model.score(y, sigma=0.1))
+
+
+def test_patches_have_a_middle():
+    with pytest.raises(UserError, match="kernel 4 must be odd"):
+        validated(MLPConfig, {"kernel": 4}, "backbone")
+
+
+def test_a_blind_network_learns_the_score_of_one_density():
+    """E[sigma^2 s | y] / E[sigma^2 | y] is the gradient of log of the sum of pi sigma^2 p_sigma."""
+    means = torch.tensor([[0.2, 0.3], [0.8, 0.6]], dtype=torch.float64)
+    mixture = ebmkit.GaussianMixture(means, 0.02)
+    levels = torch.tensor([0.05, 0.1, 0.4], dtype=torch.float64)
+    law = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
+    y = torch.rand(6, 2, dtype=torch.float64).requires_grad_()
+    logs = torch.stack([mixture.log_density(y, float(s)) for s in levels])
+    density = (logs + law.log()[:, None] + 2 * levels.log()[:, None]).logsumexp(0)
+    (gradient,) = torch.autograd.grad(density.sum(), y)
+    torch.testing.assert_close(mixture.blind_score(y.detach(), levels, law), gradient)
+
+
+@pytest.mark.usefixtures("counted_once")
+def test_an_ncsn_trains_validates_and_comes_back(tmp_path):
+    """That of the docs, on digits, at a few steps; with implicit score matching beside it."""
+    small = {
+        "backbone": "mlp-sigma",
+        "model": {"backbone": {"width": 8}},
+        "objective": "ce+dsm+ism",
+        "steps": 4,
+        "validation_images": 16,
+        "device": "cpu",
+        "streams": {"classify": {"batch_size": 8}, "denoise": {"batch_size": 8}},
+    }
+    config = resolve(small, {"streams": {"denoise": {"noise": {"kind": "log-uniform"}}}})
+    run = RunFolder.create(tmp_path / "ncsn", config)
+    assemble(config, run).fit()
+    last = [row for row in run.metrics() if row["kind"] == "validation"][-1]
+    assert {"ce", "dsm", "ism", "accuracy", "psnr_25"} < last.keys()
+    model = ebmkit.load(run.path)
+    assert model.noise_conditional
+    assert model.card.sigma_range == NoiseLaw(kind="log-uniform", min="1/255", max="100/255").range
+    y, labels = torch.rand(2, 1, 8, 8), torch.tensor([1, 2])
+    assert not torch.equal(model.score(y, sigma=0.05), model.score(y, sigma=0.2))
+    found, predicted, level = estimates(model, y, 0.1, labels)
+    assert "blind" not in found
+    assert level is None
+    assert torch.equal(predicted, model.logits(y, 0.1).argmax(1))
