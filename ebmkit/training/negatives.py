@@ -35,7 +35,7 @@ from ebmkit.sampling.buffer import ReplayBuffer
 from ebmkit.sampling.langevin import JEM_NOISE, JEM_STEP, Langevin, normal_like
 from ebmkit.sampling.seeds import ClassGaussians
 
-__all__ = ["Negatives", "NegativesConfig", "likelihood_terms"]
+__all__ = ["Negatives", "NegativesConfig", "likelihood_terms", "score_at"]
 
 FITTED = 10_000
 """Training images that the Gaussians of starting points are fitted to, at the most."""
@@ -176,7 +176,7 @@ class Negatives:
         config, training = self.config, self.model.training
 
         def score(y: Tensor, sigma: Noise | None = None) -> Tensor:
-            return self.inference(_score, self.model, True, y, sigma, labels)
+            return self.inference(score_at, self.model, True, y, sigma, labels)
 
         def normal(y: Tensor, generator: torch.Generator) -> Tensor:
             if len(y) == total:
@@ -216,7 +216,8 @@ class Negatives:
         return torch.cat([part.to(self.device) for part in self.world.gather(rows.cpu())])
 
 
-def _score(at: Linearization, sigma: Noise | None, c: Tensor | None) -> Tensor:
+def score_at(at: Linearization, sigma: Noise | None, c: Tensor | None) -> Tensor:
+    """The score at a forward pass, of p(x|c) where there are labels."""
     return at.score() if c is None else at.conditional_score(c)
 
 
