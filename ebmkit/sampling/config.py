@@ -27,12 +27,13 @@ __all__ = [
     "StochasticAscentConfig",
 ]
 
-Start = Literal["noise", "uniform", "data", "seeds"]
+Start = Literal["auto", "noise", "uniform", "data", "seeds"]
 
 _START = (
-    "noise: about gray, of the first or the model's highest level; uniform: in [0, 1]; data: "
-    "images of the data set; seeds: draws from the Gaussian of a label's images, or of all; "
-    "samplers that go down noise levels add the first one's noise to data and seeds"
+    "auto: seeds where images of the data set are at hand, else noise; noise: about gray, of the "
+    "first or the model's highest level; uniform: in [0, 1]; data: images of the data set; seeds: "
+    "draws from the Gaussian of a label's images, or of all; samplers that go down noise levels "
+    "add the first one's noise to data and seeds"
 )
 
 
@@ -42,7 +43,7 @@ class SamplerConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     steps: int = Field(1000, ge=1, description="steps of each chain")
-    start: Start = Field("noise", description=_START)
+    start: Start = Field("auto", description=_START)
 
 
 class LevelConfig(SamplerConfig):

@@ -37,7 +37,13 @@ from ebmkit.sampling.levels import check_level, first_level, highest, last_level
 from ebmkit.sampling.needs import Need, missing
 from ebmkit.sampling.schedules import make_schedule
 from ebmkit.sampling.seeds import ClassGaussians
-from ebmkit.sampling.target import denoiser_of, density_of, label_density_of, score_of
+from ebmkit.sampling.target import (
+    blind_denoiser_of,
+    denoiser_of,
+    density_of,
+    label_density_of,
+    score_of,
+)
 
 __all__ = ["SAMPLERS", "SamplerEntry", "find_sampler", "make_restorer"]
 
@@ -130,15 +136,18 @@ class SamplerEntry(Generic[C]):
             UserError: if data are needed and none are given.
         """
         device, level = generator.device, first_level(sampler)
-        if config.start == "uniform":
+        kind = config.start
+        if kind == "auto":
+            kind = "noise" if data is None or isinstance(sampler, StochasticAscent) else "seeds"
+        if kind == "uniform":
             return torch.rand(tuple(shape), generator=generator, device=device)
-        if config.start == "noise":
+        if kind == "noise":
             if isinstance(sampler, StochasticAscent) and sampler.measurement is not None:
                 return sampler.start(tuple(shape), generator)
             begin = torch.zeros(tuple(shape), device=device) + mean
             level = highest(model, None) if level is None else level
         else:
-            begin = _of_data(config.start, shape, generator, c, data).to(device)
+            begin = _of_data(kind, shape, generator, c, data).to(device)
         if level is None:
             return begin
         return begin + level * torch.randn(tuple(shape), generator=generator, device=device)
@@ -276,7 +285,7 @@ def _ks(
 ) -> StochasticAscent:
     last = lowest(model, config.last_sigma)
     return StochasticAscent(
-        denoiser_of(model, c),
+        blind_denoiser_of(model, c),
         highest(model, config.first_sigma),
         last,
         config.first_step,

@@ -28,6 +28,7 @@ __all__ = [
     "DenoiserFunction",
     "DensityFunction",
     "ScoreFunction",
+    "blind_denoiser_of",
     "denoiser_of",
     "density_of",
     "label_density_of",
@@ -112,6 +113,31 @@ def denoiser_of(model: ScoreModel, c: Tensor | int | None = None) -> DenoiserFun
         return model.denoise(y, sigma, c)
 
     _check(model, c)
+    return denoise
+
+
+def blind_denoiser_of(model: ScoreModel, c: Tensor | int | None = None) -> DenoiserFunction:
+    """The denoiser of a blind ``model`` at the noise level it finds, within those it was taught.
+
+    The level sqrt(d) / ||score|| is unbounded where the score is small, and so is the change that
+    is made of it. Beyond its range a model has no say of how much noise there is, so the level is
+    held to the range.
+
+    Raises:
+        UserError: if the model has no labels, or one is out of range.
+    """
+    _check(model, c)
+    limits = model.card.sigma_range if model.card else None
+    if limits is None:
+        return denoiser_of(model, c)
+    low, high = limits
+
+    def within(at: Linearization, sigma: Noise | None, labels: Tensor | None) -> Tensor:
+        return at.denoised(at.noise_level().clamp(low, high), labels)
+
+    def denoise(y: Tensor, sigma: Noise | None = None) -> Tensor:
+        return model.infer(within, y, None, None if c is None else model.check_labels(c, y))
+
     return denoise
 
 

@@ -14,6 +14,7 @@ from ebmkit.models import DirectDenoiser
 from ebmkit.sampling import Chains
 from ebmkit.sampling.inverse import random_pixels
 from ebmkit.sampling.presets import SAMPLERS, find_sampler, make_restorer
+from ebmkit.sampling.target import blind_denoiser_of
 
 SHAPE = (1, 4, 4)
 VARIANCE = 0.01
@@ -220,7 +221,7 @@ def test_noise_levels_lie_where_the_model_was_trained(entry):
     config = entry.config()
     sampler = entry.build(model, 1, config)
     start = entry.start(model, sampler, config, (64, *SHAPE), known.generator(), 1)
-    if config.start == "noise":
+    if config.start != "uniform":
         # gray with noise of at most 100/255
         assert float(start.std()) < 100 / 255 * 1.1
     known.run(sampler, start, min(30, entry.length(sampler, config)))
@@ -301,6 +302,33 @@ def test_chains_start_from_data_and_seeds_where_asked():
     many = (model, sampler, config, (count, *SHAPE), known.generator())
     variance = entry.start(*many, data=(images, None)).var(0).mean()
     assert float(variance) == pytest.approx(float(images.var(0).mean()) + 0.25, rel=0.03)
+    # which is what "auto" does with data; without, noise about gray
+    automatic = (model, sampler, entry.config(high=0.5), (4, *SHAPE))
+    asked = entry.start(*many[:3], (4, *SHAPE), known.generator(), data=(images, None))
+    found = entry.start(*automatic, known.generator(), data=(images, None))
+    assert torch.equal(found, asked)
+    gray = 0.5 + 0.5 * torch.randn(4, *SHAPE, generator=known.generator())
+    assert torch.equal(entry.start(*automatic, known.generator()), gray)
+
+
+def test_the_level_a_blind_model_finds_is_held_to_its_range():
+    """Where the score is small its level, sqrt(d) / ||score||, has no bound."""
+
+    class Energy(GaussianMixture):
+        noise_conditional = False
+
+        def forward(self, y, sigma=None):
+            return super().forward(y)
+
+    model = mixture(Energy)
+    y = torch.rand(5, *SHAPE, generator=known.generator())
+    y[0] = model.means[0] + 1e-4
+    levels = model.estimate_sigma(y)
+    assert levels[0] > 10
+    free, held = blind_denoiser_of(model, 0), blind_denoiser_of(carded(model), 0)
+    torch.testing.assert_close(held(y), model.denoise(y, levels.clamp(1 / 255, 100 / 255), 0))
+    model.card = None
+    torch.testing.assert_close(free(y), model.denoise(y, levels, 0))
 
 
 def test_the_last_noise_is_taken_out_at_the_end():
@@ -315,11 +343,11 @@ def test_the_last_noise_is_taken_out_at_the_end():
 
 
 def test_a_restored_image_has_the_measurements_given():
-    model = carded(mixture(BlindMixture))
+    model = mixture(BlindMixture)
     truth, _ = model.sample(1, known.generator(3))
     measurement = random_pixels(SHAPE, 0.5)
     measured = measurement.measure(truth)
-    config = SAMPLERS["ks"].config(first_step=0.1, beta=0.2)
+    config = SAMPLERS["ks"].config(first_step=0.1, beta=0.2, first_sigma=0.4)
     sampler = make_restorer(model, measurement, measured, config)
     start = SAMPLERS["ks"].start(model, sampler, config, (8, *SHAPE), known.generator())
     x = known.run(sampler, start, 2000)

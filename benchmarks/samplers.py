@@ -1,0 +1,69 @@
+"""How often samples of a trained model are recognised as the label asked for, by sampler and start.
+
+    uv run ebmkit train --out RUN
+    uv run python benchmarks/samplers.py RUN
+
+The judge is the model itself, so the shares are optimistic; they compare samplers and starts, not
+models. Writes ``benchmarks/results/samplers.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ebmkit
+from ebmkit.files import write_atomically
+from ebmkit.sampling import Chains, find_sampler
+from ebmkit.training import RunFolder, resolve
+from ebmkit.training.assemble import images_of
+
+RESULTS = Path(__file__).parent / "results" / "samplers.json"
+ROWS: dict[str, dict[str, Any]] = {
+    "ddim": {"steps": 100},
+    "ddpm": {"steps": 300},
+    "pc": {"steps": 60},
+    "annealed-langevin": {"steps": 100},
+    "ks": {"steps": 200, "first_step": 0.05, "beta": 0.1},
+}
+STARTS = ("noise", "seeds")
+
+
+def main() -> None:
+    """Sample every row from every start."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="run folder of a model with labels")
+    parser.add_argument("--each", type=int, default=4, help="chains of each label")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    model = ebmkit.load(options.run)
+    train = images_of(resolve(RunFolder.open(options.run).config()).dataset, "train")
+    images, labels = train.images.float() / 255, train.labels
+    wanted = torch.arange(model.num_classes).repeat_interleave(options.each)
+    found = []
+    for name, settings in ROWS.items():
+        for start in STARTS:
+            entry = find_sampler(name)
+            config = entry.config(**settings, start=start)
+            sampler = entry.build(model, wanted, config)
+            generator = torch.Generator().manual_seed(options.seed)
+            shape, data = (len(wanted), *images.shape[1:]), (images, labels)
+            x = entry.start(model, sampler, config, shape, generator, wanted, data)
+            begun = time.monotonic()
+            last = Chains(sampler, sampler.init(x)).run(entry.length(sampler, config), generator)
+            x = entry.finish(model, sampler, last.x, wanted).clamp(0, 1)
+            right = (model.logits(x).argmax(1) == wanted).double().mean()
+            row = {"sampler": name, "settings": settings, "start": start, "steps": last.step}
+            row |= {"recognised": float(right), "chains": len(wanted), "seed": options.seed}
+            found.append(row | {"seconds": round(time.monotonic() - begun, 1)})
+            print(found[-1], flush=True)
+    write_atomically(RESULTS, (json.dumps(found, indent=1) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()
