@@ -192,7 +192,7 @@ class Defended(nn.Module):
         chain = self.defence.refinement
         if noise is None:
             noise = x.new_zeros(chain.steps, *x.shape[1:])
-        xi = noise.to(x).unflatten(-4, (-1, chain.steps))
+        xi = noise.to(x).reshape(*noise.shape[:-4], -1, chain.steps, *x.shape[1:])
         xi = xi.expand(len(x), *xi.shape[-5:]).flatten(0, 1)
         y = x.repeat_interleave(len(xi) // len(x), dim=0)
         for step in range(chain.steps):

@@ -13,7 +13,7 @@ from ebmkit.evaluation.data import Batch, Images
 from ebmkit.evaluation.setting import Setting
 from ebmkit.units import format_sigma
 
-__all__ = ["class_name", "first_columns", "noise_warnings"]
+__all__ = ["class_name", "columns_of", "first_columns", "noise_warnings"]
 
 K = TypeVar("K", bound=Hashable)
 
@@ -34,8 +34,27 @@ def first_columns(
         measure: what it gives has one entry per image of the batch, (B, ...).
         batch_size: images at a time, if not the setting's; processes share batches.
     """
-    images, total = setting.images.first(min(count, len(setting.images))), len(setting.images)
-    done = told = 0
+    few = setting.images.first(min(count, len(setting.images)))
+    return columns_of(setting, few, sigma, measure, batch_size)
+
+
+def columns_of(
+    setting: Setting,
+    images: Images,
+    sigma: float,
+    measure: Callable[[Batch], Mapping[K, Tensor]],
+    batch_size: int | None = None,
+) -> dict[K, Tensor]:
+    """`Setting.columns` of other ``images``, told to the progress as one pass over the setting's.
+
+    Args:
+        setting: how; its images only count.
+        images: what is measured.
+        sigma: image units.
+        measure: what it gives has one entry per image of the batch, (B, ...).
+        batch_size: images at a time, if not the setting's; processes share batches.
+    """
+    total, done, told = len(setting.images), 0, 0
 
     def advance(more: int) -> None:
         nonlocal done, told

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -77,6 +78,7 @@ class Setting:
         noise_levels: levels for classification, image units; 0 is always among them.
         world: the processes that share the work.
         options: settings of suites that have some, by their class (`option`).
+        data_dir: where the data set's files are, for suites that look for others beside them.
         advance: told how many images more are done.
         left: how many images are left to measure, over all passes of a suite.
     """
@@ -89,6 +91,7 @@ class Setting:
     noise_levels: tuple[float, ...] = NOISE_LEVELS
     world: World = field(default_factory=World)
     options: Mapping[type[BaseModel], BaseModel] = field(default_factory=dict)
+    data_dir: Path | None = None
     advance: Callable[[int], None] = lambda count: None
     left: int = 0
     _predictions: dict[float, Predictions] = field(default_factory=dict)
@@ -177,6 +180,8 @@ class Suite(NamedTuple):
         options: the class of the suite's own settings, all with defaults; None: it has none. Those
             in force are in its JSON file as ``options``.
         standard: whether it is quick enough to be run unasked, at the end of training.
+        needs: the setting without which it has nothing to measure, so that ``all`` leaves it out.
+        ready: raises `UserError` where its settings name what is not there, before any suite runs.
     """
 
     about: str
@@ -187,6 +192,8 @@ class Suite(NamedTuple):
     table: Callable[[dict[str, Any]], Any]
     options: type[BaseModel] | None = None
     standard: bool = False
+    needs: str = ""
+    ready: Callable[[Setting], None] = lambda setting: None
 
 
 def check_classifies(model: ScoreModel, images: Images) -> None:
