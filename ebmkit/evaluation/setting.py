@@ -129,12 +129,12 @@ class Setting:
             start = time.perf_counter()
             own.append({key: column.cpu() for key, column in measure(batch).items()})
             seconds = time.perf_counter() - start
-            self._advance(min(share, total - done))  # with what the others do meanwhile
+            self.skip(min(share, total - done))  # with what the others do meanwhile
             done += min(share, total - done)
             if len(own) > 1:  # the first warms up
                 ahead = self.left / (len(batch.x) * self.world.size)
                 self.model.inference.expect(seconds * ahead)
-        self._advance(total - done)
+        self.skip(total - done)
         everyone = self.world.gather(own)
         batches = [part[k] for k in range(len(everyone[0])) for part in everyone if k < len(part)]
         return {key: torch.cat([columns[key] for columns in batches]) for key in batches[0]}
@@ -146,7 +146,7 @@ class Setting:
             UserError: if a probability is not finite.
         """
         if sigma in self._predictions:
-            self._advance(len(self.images))
+            self.skip(len(self.images))
             return self._predictions[sigma]
         model = self.model
         assert self.images.labels is not None
@@ -161,7 +161,8 @@ class Setting:
         self._predictions[sigma] = found
         return found
 
-    def _advance(self, count: int) -> None:
+    def skip(self, count: int) -> None:
+        """Tell the progress that ``count`` images more are done."""
         self.left -= count
         self.advance(count)
 

@@ -38,6 +38,7 @@ from ebmkit.evaluation.certify import CERTIFY
 from ebmkit.evaluation.classify import CLASSIFY
 from ebmkit.evaluation.data import Images, fingerprint
 from ebmkit.evaluation.denoise import DENOISE
+from ebmkit.evaluation.generation import GENERATION
 from ebmkit.evaluation.jacobian import JACOBIAN
 from ebmkit.evaluation.linearity import LINEARITY
 from ebmkit.evaluation.ood import OOD
@@ -66,6 +67,7 @@ SUITES: dict[str, Suite] = {
     "linearity": LINEARITY,
     "adversarial": ADVERSARIAL,
     "ood": OOD,
+    "generation": GENERATION,
 }
 
 VALUES_PER_BATCH = 1_500_000

@@ -39,7 +39,8 @@ def test_two_gaussians(apart):
     passed, slope = norm.sf(at + apart), norm.pdf(at + apart) / norm.pdf(at)
     error = math.sqrt((passed * (1 - passed) + slope**2 * 0.05 * 0.95) / n)
     assert found["fpr95"].value == pytest.approx(passed, abs=4 * error)
-    assert found["fpr95"].high - found["fpr95"].low == pytest.approx(3.92 * error, rel=0.25)
+    width = found["fpr95"].high - found["fpr95"].low
+    assert 0.5 < width / (3.92 * error) < 2  # a bootstrap of a quantile, whose own error is large
     swapped = detection(-normal(4000, 0, 2), -normal(4000, apart, 1))  # by -score, out for in
     assert swapped["auroc"].value == pytest.approx(found["auroc"].value)
     assert swapped["aupr_in"].value == pytest.approx(found["aupr_out"].value)
