@@ -1,4 +1,4 @@
-"""What suites share that measure few images, each at length."""
+"""What suites share that measure few images, each at length, or others than are evaluated."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import TypeVar
 from torch import Tensor
 
 from ebmkit.core import ScoreModel
+from ebmkit.errors import UserError
 from ebmkit.evaluation.data import Batch, Images
 from ebmkit.evaluation.setting import Setting
 from ebmkit.units import format_sigma
 
-__all__ = ["class_name", "columns_of", "first_columns", "noise_warnings"]
+__all__ = ["check_one_size", "class_name", "columns_of", "first_columns", "noise_warnings"]
 
 K = TypeVar("K", bound=Hashable)
 
@@ -73,6 +74,21 @@ def columns_of(
         _predictions={},
     )
     return few.columns(sigma, measure)
+
+
+def check_one_size(suite: str, images: Images) -> None:
+    """Whether all images have one size.
+
+    Raises:
+        UserError: if they are pictures of any size.
+    """
+    from ebmkit.data.pictures import PictureSet
+
+    if isinstance(images, PictureSet):
+        raise UserError(
+            f"suite {suite!r} compares images of one size, and those of {images.name!r} differ: "
+            "use data set 'folder' with --image-size"
+        )
 
 
 def noise_warnings(model: ScoreModel, sigmas: Sequence[float]) -> list[str]:

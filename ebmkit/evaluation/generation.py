@@ -43,7 +43,7 @@ from ebmkit.errors import UserError
 from ebmkit.evaluation import distances, statistics
 from ebmkit.evaluation.data import Batch, Images
 from ebmkit.evaluation.features import Extractor, find_extractor, same_weights
-from ebmkit.evaluation.few import class_name, columns_of
+from ebmkit.evaluation.few import check_one_size, class_name, columns_of
 from ebmkit.evaluation.generated import Generated, read_samples
 from ebmkit.evaluation.setting import Setting, Suite
 from ebmkit.evaluation.statistics import Estimate
@@ -81,7 +81,12 @@ class GenerationConfig(BaseModel):
 
 
 def check(model: ScoreModel, images: Images) -> None:
-    """Any model and images will do."""
+    """Any model will do, and images of one size.
+
+    Raises:
+        UserError: if their sizes differ.
+    """
+    check_one_size("generation", images)
 
 
 def ready(setting: Setting) -> None:

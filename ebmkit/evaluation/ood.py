@@ -16,6 +16,7 @@ A score that is not finite on some image of a set has no measures there, and a w
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,7 +30,7 @@ from ebmkit.core import EnergyModel, ScoreModel
 from ebmkit.evaluation import statistics
 from ebmkit.evaluation.data import Batch, Images
 from ebmkit.evaluation.detection import METRICS, detection
-from ebmkit.evaluation.few import columns_of, noise_warnings
+from ebmkit.evaluation.few import check_one_size, columns_of, noise_warnings
 from ebmkit.evaluation.ood_scores import known_scores, scores_of
 from ebmkit.evaluation.ood_sets import OutSet, find_set, standard_sets
 from ebmkit.evaluation.setting import Setting, Suite
@@ -66,7 +67,12 @@ class OodConfig(BaseModel):
 
 
 def check(model: ScoreModel, images: Images) -> None:
-    """Any model and images will do."""
+    """Any model will do, and images of one size.
+
+    Raises:
+        UserError: if their sizes differ.
+    """
+    check_one_size("ood", images)
 
 
 def find_sets(setting: Setting) -> list[OutSet]:
@@ -75,9 +81,15 @@ def find_sets(setting: Setting) -> list[OutSet]:
     Raises:
         UserError: if one is not there, or cannot be made of these images.
     """
-    return [
-        find_set(name, setting.images, setting.data_dir, setting.seed) for name in _names(setting)
-    ]
+    found: dict[str, OutSet] = {}
+    for name in _names(setting):
+        own = find_set(name, setting.images, setting.data_dir, setting.seed)
+        label, number = own.name, 1
+        while label in found or label == "in":  # folders of one name in two places
+            number += 1
+            label = f"{own.name}-{number}"
+        found[label] = replace(own, name=label)
+    return list(found.values())
 
 
 def run(setting: Setting) -> dict[str, Any]:

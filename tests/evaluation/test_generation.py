@@ -190,3 +190,23 @@ def test_weights_that_cannot_be_fetched_are_told(network, digits, tmp_path, monk
     settings = {"samples": str(write(tmp_path / "s.h5", digits.images[:5]))}
     with pytest.raises(UserError, match=r"cannot be fetched \(no route.*generation.weights=PATH"):
         evaluate(network, digits, tmp_path / "e", settings)
+
+
+@pytest.mark.slow
+def test_inception_takes_its_weights_from_a_file(tmp_path, monkeypatch):
+    """Random weights, as the published ones are no part of the tests; gray becomes colour."""
+    inception = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    kind = inception.FeatureExtractorInceptionV3
+    with monkeypatch.context() as patch:
+        patch.setattr(inception, "load_state_dict_from_url", lambda *a, **k: {})
+        patch.setattr(kind, "load_state_dict", lambda self, state: None)
+        network = kind("inception-v3-compat", ["2048", "logits_unbiased"])
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    own = features.inception(tmp_path / "w.pth", torch.device("cpu"))
+    assert list(own.names.values()) == ["FID", "KID", "IS", "precision", "recall"]
+    pixels = torch.randint(0, 256, (2, 1, 8, 8), dtype=torch.uint8)
+    found = own.extract(pixels / 255)
+    expected = network(pixels.repeat(1, 3, 1, 1))
+    assert found.features.shape == (2, 2048)
+    assert torch.allclose(found.features, expected[0], rtol=1e-4, atol=1e-6)
+    assert torch.allclose(found.logits, expected[1], rtol=1e-4, atol=1e-5)

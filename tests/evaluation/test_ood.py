@@ -15,6 +15,7 @@ from scipy.stats import norm
 from two_processes import run_shared
 
 from ebmkit import Gaussian, UserError, evaluation
+from ebmkit.data import load_dataset
 from ebmkit.evaluation import tables
 from ebmkit.evaluation.ood import OOD, OodConfig, run
 from ebmkit.evaluation.ood_scores import known_scores, scores_of
@@ -139,6 +140,26 @@ def test_folders_and_files_are_brought_to_the_models_size(squares, tmp_path):
     colour = Drawn(torch.rand(3, 3, 8, 8), None)
     gray = all_of(find_set(str(folder / "inside"), colour, None, 0).images)
     assert torch.allclose(gray, torch.full((1, 3, 8, 8), 100 / 255))
+
+
+def test_folders_of_one_name_are_two_sets(network, squares, tmp_path):
+    paths = [tmp_path / place / "in" for place in ("a", "b")]
+    for path in paths:
+        path.mkdir(parents=True)
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(path / "black.png")
+    settings = QUICK | {"sets": [str(path) for path in paths]}
+    document = evaluate(network, squares, tmp_path / "e", settings).document
+    assert list(document["sets"]) == ["in-2", "in-3"]
+    assert list(document["energy"]) == ["in", "in-2", "in-3"]
+
+
+def test_pictures_of_any_size_are_refused(network, tmp_path):
+    for side in (8, 9):
+        Image.fromarray(np.zeros((side, 8), np.uint8)).save(tmp_path / f"{side}.png")
+    pictures = load_dataset("pictures", tmp_path, "test")
+    for suite in ("ood", "generation"):
+        with pytest.raises(UserError, match="images of one size, and those of 'pictures' differ"):
+            evaluation.parse_suites(suite, network, pictures)
 
 
 def test_cifar100_stands_against_cifar10_where_it_is_found(squares, tmp_path):
