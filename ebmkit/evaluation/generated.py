@@ -1,4 +1,4 @@
-"""Samples that `ebmkit sample` wrote, as an HDF5 file.
+"""Samples that `ebmkit sample` wrote, as an HDF5 file; and real images to set beside them.
 
 ::
 
@@ -26,7 +26,7 @@ from torch import Tensor
 from ebmkit.errors import UserError
 from ebmkit.evaluation.data import Images
 
-__all__ = ["Generated", "read_samples"]
+__all__ = ["Generated", "other_split", "read_samples"]
 
 ATTRIBUTES = ("source", "sampler", "settings", "seed", "run", "filter")
 
@@ -80,6 +80,28 @@ def read_samples(path: Path, like: Images) -> Generated:
     digest = hashlib.sha256(images.tobytes()).hexdigest()[:8]
     about = {"file": path.name, "fingerprint": digest} | about
     return Generated(pixels[kept], labels, int((~kept).sum()), about)
+
+
+def other_split(images: Images, data_dir: Path | None) -> Images | None:
+    """Training images of the data set of ``images`` (test images, if it is those), if found."""
+    from ebmkit.data import DATASETS, load_dataset
+
+    if images.name not in DATASETS:
+        return None
+    sized = images.name in ("folder", "imagenet", "patches")
+    try:
+        other = load_dataset(
+            images.name,
+            data_dir,
+            "test" if images.split == "train" else "train",
+            image_size=images.image_size[0] if sized else None,
+            download=False,
+            progress=False,
+        )
+    except UserError:
+        return None
+    same = (other.channels, other.image_size) == (images.channels, images.image_size)
+    return other if same else None
 
 
 def _read(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:

@@ -44,7 +44,7 @@ from ebmkit.evaluation import distances, statistics
 from ebmkit.evaluation.data import Batch, Images
 from ebmkit.evaluation.features import Extractor, find_extractor, same_weights
 from ebmkit.evaluation.few import check_one_size, class_name, columns_of
-from ebmkit.evaluation.generated import Generated, read_samples
+from ebmkit.evaluation.generated import Generated, other_split, read_samples
 from ebmkit.evaluation.setting import Setting, Suite
 from ebmkit.evaluation.statistics import Estimate
 from ebmkit.evaluation.tables import interval, new_table, number
@@ -159,36 +159,13 @@ def _floor(
     setting: Setting, extractor: Extractor, count: int, real: Columns
 ) -> tuple[tuple[Columns, Columns], str]:
     """Columns of other real images and of what they are compared with, and what they are."""
-    other = _other_split(setting)
+    other = other_split(setting.images, setting.data_dir)
     if other is not None:
         few = other.first(count)
         return (_columns(setting, few, extractor), real), f"{few.split} images"
     setting.skip(len(setting.images))
     halves = [{name: column[k::2] for name, column in real.items()} for k in (0, 1)]
     return (halves[0], halves[1]), "half of the reference, against the other half"
-
-
-def _other_split(setting: Setting) -> Images | None:
-    """Training images of the reference's data set (test images, if it is those), if found."""
-    from ebmkit.data import DATASETS, load_dataset
-
-    images = setting.images
-    if images.name not in DATASETS:
-        return None
-    sized = images.name in ("folder", "imagenet", "patches")
-    try:
-        other = load_dataset(
-            images.name,
-            setting.data_dir,
-            "test" if images.split == "train" else "train",
-            image_size=images.image_size[0] if sized else None,
-            download=False,
-            progress=False,
-        )
-    except UserError:
-        return None
-    same = (other.channels, other.image_size) == (images.channels, images.image_size)
-    return other if same else None
 
 
 def _labels(

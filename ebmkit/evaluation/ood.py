@@ -100,7 +100,7 @@ def run(setting: Setting) -> dict[str, Any]:
     inside = setting.columns(0.0, measure)
     sets: dict[str, Any] = {}
     outside: dict[str, dict[str, Tensor]] = {}
-    warnings = noise_warnings(model, options.sigmas)
+    warnings = _warnings(model, options)
     for found in find_sets(setting):
         columns = outside[found.name] = columns_of(setting, found.images, 0.0, measure)
         unfinished = _unfinished(columns) | _unfinished(inside)
@@ -208,6 +208,15 @@ def table(document: dict[str, Any]) -> Table:
 def _few(images: Images) -> list[Tensor]:
     ((x, _),) = images.first(8).batches(8)
     return list(x)
+
+
+def _warnings(model: ScoreModel, options: OodConfig) -> list[str]:
+    if model.card is not None and model.card.sigma_range is None and options.sigmas:
+        return [
+            f"this model was not trained to denoise (its objective is {model.card.objective!r}): "
+            "the scores residual and noise-level mean little"
+        ]
+    return noise_warnings(model, options.sigmas)
 
 
 def _names(setting: Setting) -> list[str]:

@@ -180,6 +180,7 @@ def test_missing_inception_is_told_with_what_to_do(network, digits, tmp_path, mo
             evaluate(network, digits, tmp_path / "e", settings | {"weights": str(tmp_path / name)})
 
 
+@pytest.mark.slow
 def test_weights_that_cannot_be_fetched_are_told(network, digits, tmp_path, monkeypatch):
     inception = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
 

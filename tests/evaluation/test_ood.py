@@ -17,7 +17,7 @@ from two_processes import run_shared
 from ebmkit import Gaussian, UserError, evaluation
 from ebmkit.data import load_dataset
 from ebmkit.evaluation import tables
-from ebmkit.evaluation.ood import OOD, OodConfig, run
+from ebmkit.evaluation.ood import OOD, OodConfig, _warnings, run
 from ebmkit.evaluation.ood_scores import known_scores, scores_of
 from ebmkit.evaluation.ood_sets import MADE, find_set, partners, standard_sets
 from ebmkit.evaluation.setting import Setting
@@ -199,6 +199,9 @@ def test_models_have_the_scores_that_apply(network):
     assert len(known_scores(network, [0.1, 0.2])) == 3 + 2 * 3
     network.card.classifies = False
     assert "confidence" not in known_scores(network, [])
+    network.card.sigma_range = None
+    (line,) = _warnings(network, OodConfig())
+    assert "residual and noise-level mean little" in line
     denoiser = create_denoiser("dncnn", in_channels=1).eval()
     assert list(known_scores(denoiser, [0.1])) == ["residual-25.5", "noise-level-25.5"]
     found = scores_of(denoiser, torch.rand(2, 1, 8, 8), [0.1], 1)
