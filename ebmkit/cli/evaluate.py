@@ -70,30 +70,41 @@ def evaluate(
         console.quiet = not world.first
         place = device_of_rank(pick_device(device))
         model = load(run, device=str(place), weights=weights)
-        images = _images(run, dataset, data_dir, image_size, _split(split), world)
+        where = _where(run, dataset, data_dir, image_size)
+        images = _images(where, _split(split), world)
         evaluate_run(
-            model, run, images, suite, limit, seed, weights, precision, compile_, world, options
+            model,
+            run,
+            images,
+            suite,
+            limit,
+            seed,
+            weights,
+            precision,
+            compile_,
+            world,
+            options,
+            where.data_dir,
         )
 
 
-def _images(
-    run: Path,
-    dataset: str | None,
-    data_dir: Path | None,
-    image_size: int | None,
-    split: Split,
-    world: World,
-) -> AnyImages:
+def _where(
+    run: Path, dataset: str | None, data_dir: Path | None, image_size: int | None
+) -> DataConfig:
     """The images to evaluate on: those of the run's own data set, or another's."""
     imported = dataset is not None and not (run / "config.yaml").exists()
     trained = DataConfig(name="") if imported else resolve(RunFolder.open(run).config()).dataset
     name = dataset or trained.name
     own = name == trained.name
-    where = DataConfig(
+    return DataConfig(
         name=name,
         data_dir=data_dir or (trained.data_dir if own else None),
         image_size=image_size or (trained.image_size if own else None),
     )
+
+
+def _images(where: DataConfig, split: Split, world: World) -> AnyImages:
+    """One split of the data set ``where``."""
     if not world.first:
         world.from_first(None)  # where data must be fetched, one does it
     images = images_of(where, split, progress=console.is_terminal and world.first)
@@ -114,6 +125,7 @@ def evaluate_run(
     compile: str = "auto",
     world: World | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
+    data_dir: Path | None = None,
 ) -> None:
     """Run suites, print their tables and say where the files are; the first process does."""
     world = world or World()
@@ -135,6 +147,7 @@ def evaluate_run(
         options=options,
         progress=console.is_terminal,
         world=world,
+        data_dir=data_dir,
     )
     if not world.first:
         return

@@ -1,17 +1,26 @@
 r"""Defences: ways in which a joint model classifies an image that may have been attacked.
 
-One of four, with :math:`\epsilon_i` standard normal:
+One of five, with :math:`\epsilon_i` standard normal:
 
 ================= ==================================================================
 ``direct``        :math:`p(c \mid x)`, as the network says
 ``noise``         :math:`\frac1n \sum_i p(c \mid x + \sigma\epsilon_i)`
 ``denoise``       :math:`p(c \mid D(x))`, with the same network's denoiser D
 ``denoise+noise`` :math:`\frac1n \sum_i p(c \mid D(x + \sigma\epsilon_i))`
+``refine``        :math:`\frac1n \sum_i p(c \mid x^{(i)}_k)`, with n Langevin chains from x
 ================= ==================================================================
 
 D is told sigma where noise is added. Where none is, a blind model estimates the level itself, and a
 noise-conditional one is told sigma. Neither noisy nor denoised images are clipped: a clipped value
 has no gradient, which would hide the attack's way.
+
+A chain of ``refine`` (JEM, arXiv 1912.03263, section 5.3) starts at the image, :math:`x_0 = x`, and
+makes k steps :math:`x_{j+1} = x_j + a\, s(x_j) + b\, \xi_j` (`ebmkit.sampling.langevin_move`).
+JEM's images u = 2x - 1 are in [-1, 1], with :math:`u' = u + \nabla_u \log p + 0.01\, \xi`. The
+gradient by u is half the one by x, and x moves by half of what u does: :math:`a = 1/4` and
+:math:`b = 0.005`. This step suits JEM's density, which is nearly flat. The log-density of a model
+that was trained to denoise at sigma is curved by up to :math:`1/\sigma^2`, and chains diverge where
+a exceeds :math:`2\sigma^2`.
 
 An image is judged on draws of its own, the same at every strength, from its content and a seed.
 """
@@ -29,21 +38,40 @@ import torch
 from torch import Tensor, nn
 
 from ebmkit.core import EnergyModel
+from ebmkit.sampling import langevin_move
+from ebmkit.sampling.langevin import JEM_NOISE, JEM_STEP
+from ebmkit.units import in_255ths
 
 __all__ = [
     "DEFENCES",
     "Defence",
     "DefenceName",
     "Defended",
+    "Refinement",
     "frozen",
     "image_noise",
     "image_numbers",
     "labels_given",
 ]
 
-DefenceName = Literal["direct", "noise", "denoise", "denoise+noise"]
+DefenceName = Literal["direct", "noise", "denoise", "denoise+noise", "refine"]
 
 DEFENCES: tuple[DefenceName, ...] = get_args(DefenceName)
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """The chains of ``refine``; the defaults are JEM's step.
+
+    Args:
+        steps: k; 0 leaves images as they are.
+        step_size: a, of which the score is taken, squared image units.
+        noise_std: b, of the noise added in each step, image units.
+    """
+
+    steps: int = 1
+    step_size: float = JEM_STEP
+    noise_std: float = JEM_NOISE
 
 
 @dataclass(frozen=True)
@@ -53,16 +81,41 @@ class Defence:
     Args:
         name: one of `DEFENCES`.
         sigma: level of the noise that is added, or that a noise-conditional denoiser is told; image
-            units. No matter to ``direct``.
+            units. No matter to ``direct`` and ``refine``.
+        refinement: the chains; for ``refine`` alone.
     """
 
     name: DefenceName
     sigma: float = 0.0
+    refinement: Refinement = Refinement()
+
+    @property
+    def steps(self) -> int:
+        """How many Langevin steps refine an image."""
+        return self.refinement.steps if self.name == "refine" else 0
 
     @property
     def random(self) -> bool:
         """Whether noise is added, so that draws are averaged over."""
-        return self.name in ("noise", "denoise+noise")
+        noisy_chains = self.steps > 0 and self.refinement.noise_std > 0
+        return self.name in ("noise", "denoise+noise") or noisy_chains
+
+    @property
+    def noises(self) -> int:
+        """How many images of noise one draw takes: a chain takes one in each step."""
+        return max(1, self.steps)
+
+    def about(self, noise_conditional: bool) -> str:
+        """What it does, in words, to a model that is told the noise level or is not."""
+        level, chain = f"{in_255ths(self.sigma)}/255", self.refinement
+        told = f"told {level}" if noise_conditional else "at its own estimate of the noise"
+        return {
+            "direct": "the network's label",
+            "noise": f"noise {level}, probabilities averaged",
+            "denoise": f"denoised by the same network, {told}",
+            "denoise+noise": f"noise {level}, denoised, probabilities averaged",
+            "refine": f"Langevin, steps of {chain.step_size:g}, probabilities averaged",
+        }[self.name]
 
     @property
     def denoises(self) -> bool:
@@ -79,7 +132,7 @@ class Defended(nn.Module):
     Args:
         model: in evaluation mode, with labels.
         defence: how it classifies.
-        draws: how many draws of noise each call averages over; no matter without noise.
+        draws: how many draws of noise, or chains, each call averages over; no matter without noise.
         seed: of these draws; see `restart`.
     """
 
@@ -101,7 +154,8 @@ class Defended(nn.Module):
         """log of the class probabilities, (B, K)."""
         if not self.defence.random:
             return self.judged(x, None)
-        return self.judged(x, torch.randn(self.draws, *x.shape[1:], generator=self._generator))
+        count = self.draws * self.defence.noises
+        return self.judged(x, torch.randn(count, *x.shape[1:], generator=self._generator))
 
     def judged(self, x: Tensor, noise: Tensor | None) -> Tensor:
         """log of the class probabilities (B, K), averaged over draws of ``noise``.
@@ -109,10 +163,13 @@ class Defended(nn.Module):
         Args:
             x: images (B, C, H, W).
             noise: standard normal, (n, C, H, W) for all images or (B, n, C, H, W) for each its own;
-                not looked at by a defence that adds none.
+                n k for n chains of k steps; not looked at by a defence that adds none.
         """
         y, told, draws = x, None, 1
-        if self.defence.random:
+        if self.defence.steps:
+            y = self.refined(x, noise if self.defence.random else None)
+            draws = len(y) // len(x)
+        elif self.defence.random:
             assert noise is not None
             draws, told = noise.shape[-4], self.defence.sigma
             y = (x[:, None] + told * noise.to(x)).flatten(0, 1)
@@ -123,6 +180,25 @@ class Defended(nn.Module):
         log_p = self.model.logits(y, told).log_softmax(dim=1)
         log_p = log_p.reshape(len(x), draws, -1)
         return log_p.logsumexp(dim=1) - math.log(draws)
+
+    def refined(self, x: Tensor, noise: Tensor | None) -> Tensor:
+        """Where n Langevin chains from each image end, (B n, C, H, W), those of an image together.
+
+        Args:
+            x: images (B, C, H, W).
+            noise: standard normal, (n k, C, H, W) or (B, n k, C, H, W), a chain's steps together;
+                None: one chain without noise.
+        """
+        chain = self.defence.refinement
+        if noise is None:
+            noise = x.new_zeros(chain.steps, *x.shape[1:])
+        xi = noise.to(x).reshape(*noise.shape[:-4], -1, chain.steps, *x.shape[1:])
+        xi = xi.expand(len(x), *xi.shape[-5:]).flatten(0, 1)
+        y = x.repeat_interleave(len(xi) // len(x), dim=0)
+        for step in range(chain.steps):
+            score = self.model.score(y)
+            y = langevin_move(y, score, chain.step_size, chain.noise_std, xi[:, step])
+        return y
 
 
 def image_noise(x: Tensor, draws: int, seed: str) -> Tensor:
@@ -136,7 +212,7 @@ def image_noise(x: Tensor, draws: int, seed: str) -> Tensor:
 
 def labels_given(target: Defended, x: Tensor, noise: Tensor | None) -> Tensor:
     """The label (B,) that images are given; -1, never right, where there is no finite one."""
-    draws = 1 if noise is None else noise.shape[1]
+    draws = 1 if noise is None else noise.shape[1] // target.defence.noises
     size = max(1, len(x) * target.draws // draws)  # as many rows at a time as in an attack
     labels = []
     with torch.no_grad():

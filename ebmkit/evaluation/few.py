@@ -1,4 +1,4 @@
-"""What suites share that measure few images, each at length."""
+"""What suites share that measure few images, each at length, or others than are evaluated."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import TypeVar
 from torch import Tensor
 
 from ebmkit.core import ScoreModel
+from ebmkit.errors import UserError
 from ebmkit.evaluation.data import Batch, Images
 from ebmkit.evaluation.setting import Setting
 from ebmkit.units import format_sigma
 
-__all__ = ["class_name", "first_columns", "noise_warnings"]
+__all__ = ["check_one_size", "class_name", "columns_of", "first_columns", "noise_warnings"]
 
 K = TypeVar("K", bound=Hashable)
 
@@ -34,8 +35,27 @@ def first_columns(
         measure: what it gives has one entry per image of the batch, (B, ...).
         batch_size: images at a time, if not the setting's; processes share batches.
     """
-    images, total = setting.images.first(min(count, len(setting.images))), len(setting.images)
-    done = told = 0
+    few = setting.images.first(min(count, len(setting.images)))
+    return columns_of(setting, few, sigma, measure, batch_size)
+
+
+def columns_of(
+    setting: Setting,
+    images: Images,
+    sigma: float,
+    measure: Callable[[Batch], Mapping[K, Tensor]],
+    batch_size: int | None = None,
+) -> dict[K, Tensor]:
+    """`Setting.columns` of other ``images``, told to the progress as one pass over the setting's.
+
+    Args:
+        setting: how; its images only count.
+        images: what is measured.
+        sigma: image units.
+        measure: what it gives has one entry per image of the batch, (B, ...).
+        batch_size: images at a time, if not the setting's; processes share batches.
+    """
+    total, done, told = len(setting.images), 0, 0
 
     def advance(more: int) -> None:
         nonlocal done, told
@@ -54,6 +74,21 @@ def first_columns(
         _predictions={},
     )
     return few.columns(sigma, measure)
+
+
+def check_one_size(suite: str, images: Images) -> None:
+    """Whether all images have one size.
+
+    Raises:
+        UserError: if they are pictures of any size.
+    """
+    from ebmkit.data.pictures import PictureSet
+
+    if isinstance(images, PictureSet):
+        raise UserError(
+            f"suite {suite!r} compares images of one size, and those of {images.name!r} differ: "
+            "use data set 'folder' with --image-size"
+        )
 
 
 def noise_warnings(model: ScoreModel, sigmas: Sequence[float]) -> list[str]:

@@ -44,7 +44,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ebmkit.compiled import inferring
-from ebmkit.core import EnergyModel, ScoreModel
+from ebmkit.core import EnergyModel
 from ebmkit.evaluation import masking
 from ebmkit.evaluation.attacks import Attack, Norm, rounds, smallest_strengths
 from ebmkit.evaluation.autoattack import breaks as autoattack_breaks
@@ -54,8 +54,8 @@ from ebmkit.evaluation.defences import Defence, Defended, image_noise
 from ebmkit.evaluation.masking import norm_name, strength
 from ebmkit.evaluation.robustness_config import RobustnessConfig
 from ebmkit.evaluation.setting import Setting, Suite, check_classifies
+from ebmkit.evaluation.statistics import finite
 from ebmkit.evaluation.tables import new_table
-from ebmkit.units import in_255ths
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -66,6 +66,9 @@ VALUES_PER_STEP = 32_768
 """Pixel values that one step of an attack takes at least, if there are as many: 512 digits."""
 
 NOISE_TRIES = 10
+
+FAR = 0.25
+"""Root mean square per pixel, image units, by which a refinement may move images untold."""
 
 
 def passes(setting: Setting) -> int:
@@ -91,7 +94,8 @@ def run(setting: Setting) -> dict[str, Any]:
         check_installed()
     with inferring(setting.model, "fp32", "off"):
         work = _Work(setting, config)
-        warnings = _warnings(setting, config)
+        moved = {name: work.moved(d) for name, d in config.curve().items() if d.steps}
+        warnings = _warnings(setting, config, moved)
         curves: dict[str, Any] = {}
         maps: dict[str, Any] = {}
         checks: dict[str, Any] = {}
@@ -116,7 +120,8 @@ def run(setting: Setting) -> dict[str, Any]:
         "chance": 1 / setting.model.num_classes,
         "epsilons": {norm: list(config.strengths(norm)) for norm in config.norms},
         "defences": {
-            name: {"about": _about(d, setting.model), "sigma": d.sigma}
+            name: {"about": d.about(setting.model.noise_conditional), "sigma": d.sigma}
+            | ({"moved": finite(moved[name])} if name in moved else {})
             for name, d in config.curve().items()
         },
         "curves": curves,
@@ -158,6 +163,19 @@ class _Work:
             return {"smallest": found}
 
         return self._columns(measure, defence, cost * rounds(len(epsilons)))["smallest"]
+
+    def moved(self, defence: Defence) -> float:
+        """Root mean square per pixel, image units, of how far ``defence`` refines clean images."""
+        target = self._target(defence)
+
+        def measure(batch: Batch) -> dict[str, Tensor]:
+            noise = image_noise(batch.x, defence.noises, "moved") if defence.random else None
+            return {
+                "square": (target.refined(batch.x, noise) - batch.x).flatten(1).square().mean(1)
+            }
+
+        few = replace(self.setting, images=self.images, advance=lambda count: None)
+        return float(few.columns(0.0, measure)["square"].double().mean().sqrt())
 
     def checks(self, norm: Norm, defence: Defence, smallest: Tensor) -> masking.Signs:
         """What speaks against the attack that gave ``smallest`` (N,)."""
@@ -244,7 +262,7 @@ class _Work:
         if not defence.random:
             return None
         seed = f"judged on {self.setting.seed} {defence.sigma:.9g}"
-        return image_noise(x, self.config.draws, seed)
+        return image_noise(x, self.config.averaged(defence) * defence.noises, seed)
 
 
 def draw(setting: Setting, document: dict[str, Any], folder: Path) -> None:
@@ -295,31 +313,28 @@ def _value(estimate: dict[str, Any]) -> str:
 
 
 def _cost(defence: Defence, config: RobustnessConfig) -> int:
-    """Passes for one attack on ``defence``; a gradient through a denoiser takes four times one."""
-    return (config.eot if defence.random else 1) * (4 if defence.denoises else 1)
+    """Passes for one attack on ``defence``; a gradient through a score takes three more."""
+    scores = 1 if defence.denoises else defence.steps
+    return (config.eot if defence.random else 1) * (1 + 3 * scores)
 
 
 def _accuracies(smallest: Tensor, grid: tuple[float, ...]) -> list[dict[str, Any]]:
     return [masking.share(smallest > epsilon) for epsilon in grid]
 
 
-def _about(defence: Defence, model: ScoreModel) -> str:
-    level = f"{in_255ths(defence.sigma)}/255"
-    told = f"told {level}" if model.noise_conditional else "at its own estimate of the noise"
-    return {
-        "direct": "the network's label",
-        "noise": f"noise {level}, probabilities averaged",
-        "denoise": f"denoised by the same network, {told}",
-        "denoise+noise": f"noise {level}, denoised, probabilities averaged",
-    }[defence.name]
-
-
-def _warnings(setting: Setting, config: RobustnessConfig) -> list[str]:
+def _warnings(setting: Setting, config: RobustnessConfig, moved: dict[str, float]) -> list[str]:
+    found = [
+        f"{name} moves images by {rms:.3g} a pixel (root mean square, image units): steps of "
+        f"{config.refine_step_size:g} are too large for this model's score; set "
+        "robustness.refine_step_size to about the square of its lowest noise level"
+        for name, rms in moved.items()
+        if not rms <= FAR
+    ]
     card = setting.model.card
     if card is None or card.sigma_range is not None:
-        return []
+        return found
     names = [name for name, d in config.curve().items() if d.denoises]
-    return [
+    return found + [
         f"{name}: this model was not trained to denoise (its objective is {card.objective!r})"
         for name in names
     ]

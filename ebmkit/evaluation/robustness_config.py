@@ -7,7 +7,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from ebmkit.evaluation.attacks import Norm
-from ebmkit.evaluation.defences import Defence, DefenceName
+from ebmkit.evaluation.defences import Defence, DefenceName, Refinement
+from ebmkit.sampling.langevin import JEM_NOISE, JEM_STEP
 from ebmkit.units import Sigma, SigmaOrZero, parse_sigma
 
 __all__ = ["RobustnessConfig"]
@@ -71,6 +72,22 @@ class RobustnessConfig(BaseModel):
     )
     eot: int = Field(4, ge=1, description="draws of noise that each gradient averages over")
     draws: int = Field(16, ge=1, description="draws of noise that a defence averages over")
+    refine_steps: Annotated[tuple[Annotated[int, Field(ge=0)], ...], AfterValidator(_distinct)] = (
+        Field(
+            (0, 1, 10),
+            min_length=1,
+            description="Langevin steps of the defence refine, a curve each",
+        )
+    )
+    refine_chains: int = Field(4, ge=1, description="chains that refine averages over")
+    refine_step_size: float = Field(
+        JEM_STEP,
+        gt=0,
+        description="factor of the score in a step of refine, squared image units; default: JEM's",
+    )
+    refine_noise: SigmaOrZero = Field(
+        JEM_NOISE, description="noise added in a step of refine, image units; default: JEM's"
+    )
     checks: bool = Field(True, description="look for signs of masked gradients")
     autoattack: bool = Field(
         False, description="run AutoAttack at the strength of the checks (needs pyautoattack)"
@@ -81,15 +98,28 @@ class RobustnessConfig(BaseModel):
         return self.linf if norm == "linf" else self.l2
 
     def curve(self) -> dict[str, Defence]:
-        """The defences that get a curve, by name."""
-        return {
-            name: Defence(name, 0.0 if name == "direct" else self.sigma) for name in self.defences
-        }
+        """The defences that get a curve, by name; refine gets one for each number of steps."""
+        found: dict[str, Defence] = {}
+        for name in self.defences:
+            if name == "refine":
+                found |= {f"refine-{k}": self._refine(k) for k in self.refine_steps}
+            else:
+                found[name] = Defence(name, 0.0 if name == "direct" else self.sigma)
+        return found
 
     def rows(self) -> list[Defence]:
         """The rows of the map; none if there is but one noise level."""
         levels = self.noise_levels if len(self.noise_levels) > 1 else ()
         return [Defence("noise", sigma) if sigma else Defence("direct") for sigma in levels]
+
+    def averaged(self, defence: Defence) -> int:
+        """How many draws of noise, or chains, an image is judged on."""
+        return self.refine_chains if defence.name == "refine" else self.draws
+
+    def _refine(self, steps: int) -> Defence:
+        return Defence(
+            "refine", refinement=Refinement(steps, self.refine_step_size, self.refine_noise)
+        )
 
     def attacked(self) -> list[Defence]:
         """All that is attacked, once each."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -77,6 +78,7 @@ class Setting:
         noise_levels: levels for classification, image units; 0 is always among them.
         world: the processes that share the work.
         options: settings of suites that have some, by their class (`option`).
+        data_dir: where the data set's files are, for suites that look for others beside them.
         advance: told how many images more are done.
         left: how many images are left to measure, over all passes of a suite.
     """
@@ -89,6 +91,7 @@ class Setting:
     noise_levels: tuple[float, ...] = NOISE_LEVELS
     world: World = field(default_factory=World)
     options: Mapping[type[BaseModel], BaseModel] = field(default_factory=dict)
+    data_dir: Path | None = None
     advance: Callable[[int], None] = lambda count: None
     left: int = 0
     _predictions: dict[float, Predictions] = field(default_factory=dict)
@@ -126,12 +129,12 @@ class Setting:
             start = time.perf_counter()
             own.append({key: column.cpu() for key, column in measure(batch).items()})
             seconds = time.perf_counter() - start
-            self._advance(min(share, total - done))  # with what the others do meanwhile
+            self.skip(min(share, total - done))  # with what the others do meanwhile
             done += min(share, total - done)
             if len(own) > 1:  # the first warms up
                 ahead = self.left / (len(batch.x) * self.world.size)
                 self.model.inference.expect(seconds * ahead)
-        self._advance(total - done)
+        self.skip(total - done)
         everyone = self.world.gather(own)
         batches = [part[k] for k in range(len(everyone[0])) for part in everyone if k < len(part)]
         return {key: torch.cat([columns[key] for columns in batches]) for key in batches[0]}
@@ -143,7 +146,7 @@ class Setting:
             UserError: if a probability is not finite.
         """
         if sigma in self._predictions:
-            self._advance(len(self.images))
+            self.skip(len(self.images))
             return self._predictions[sigma]
         model = self.model
         assert self.images.labels is not None
@@ -158,7 +161,8 @@ class Setting:
         self._predictions[sigma] = found
         return found
 
-    def _advance(self, count: int) -> None:
+    def skip(self, count: int) -> None:
+        """Tell the progress that ``count`` images more are done."""
         self.left -= count
         self.advance(count)
 
@@ -177,6 +181,8 @@ class Suite(NamedTuple):
         options: the class of the suite's own settings, all with defaults; None: it has none. Those
             in force are in its JSON file as ``options``.
         standard: whether it is quick enough to be run unasked, at the end of training.
+        needs: the setting without which it has nothing to measure, so that ``all`` leaves it out.
+        ready: raises `UserError` where its settings name what is not there, before any suite runs.
     """
 
     about: str
@@ -187,6 +193,8 @@ class Suite(NamedTuple):
     table: Callable[[dict[str, Any]], Any]
     options: type[BaseModel] | None = None
     standard: bool = False
+    needs: str = ""
+    ready: Callable[[Setting], None] = lambda setting: None
 
 
 def check_classifies(model: ScoreModel, images: Images) -> None:

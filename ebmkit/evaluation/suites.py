@@ -38,8 +38,10 @@ from ebmkit.evaluation.certify import CERTIFY
 from ebmkit.evaluation.classify import CLASSIFY
 from ebmkit.evaluation.data import Images, fingerprint
 from ebmkit.evaluation.denoise import DENOISE
+from ebmkit.evaluation.generation import GENERATION
 from ebmkit.evaluation.jacobian import JACOBIAN
 from ebmkit.evaluation.linearity import LINEARITY
+from ebmkit.evaluation.ood import OOD
 from ebmkit.evaluation.robustness import ROBUSTNESS
 from ebmkit.evaluation.setting import NOISE_LEVELS, SIGMAS, Setting, Suite
 from ebmkit.evaluation.shift import SHIFT
@@ -64,6 +66,8 @@ SUITES: dict[str, Suite] = {
     "jacobian": JACOBIAN,
     "linearity": LINEARITY,
     "adversarial": ADVERSARIAL,
+    "ood": OOD,
+    "generation": GENERATION,
 }
 
 VALUES_PER_BATCH = 1_500_000
@@ -91,7 +95,7 @@ class Result:
 def parse_suites(text: str, model: ScoreModel, images: Images) -> list[str]:
     """The suites that ``text`` names, as in ``classify,denoise``.
 
-    ``standard``: the quick ones that apply; ``all``: every one that applies.
+    ``standard``: the quick ones that apply; ``all``: every one that applies and needs no setting.
 
     Raises:
         UserError: if a name is unknown, a suite named does not suit model and images, or none does.
@@ -99,7 +103,7 @@ def parse_suites(text: str, model: ScoreModel, images: Images) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     groups = {
         "standard": [name for name, suite in SUITES.items() if suite.standard],
-        "all": list(SUITES),
+        "all": [name for name, suite in SUITES.items() if not suite.needs],
     }
     if len(names) == 1 and names[0] in groups:
         names = [name for name in groups[names[0]] if _applies(SUITES[name], model, images)]
@@ -130,6 +134,7 @@ def evaluate(
     pictures: bool = True,
     progress: bool = False,
     world: World | None = None,
+    data_dir: Path | None = None,
 ) -> dict[str, Result]:
     """Run ``suites`` and write their JSON files and pictures into ``out_dir``, each in one move.
 
@@ -152,6 +157,7 @@ def evaluate(
         pictures: draw them, too.
         progress: show a progress bar.
         world: the processes that share the work, all of which must call this.
+        data_dir: where the data set's files are; the suite ``ood`` looks for others there.
 
     Returns:
         The results by suite, in the order asked for.
@@ -173,7 +179,7 @@ def evaluate(
     own = parse_options(options or {}, chosen)
     batch_size = batch_size or _batch_size(used)
     levels = (_levels(sigmas, 1e-6, "sigmas"), _levels(noise_levels, 0, "noise levels"))
-    setting = Setting(model, used, seed, batch_size, *levels, world, own)
+    setting = Setting(model, used, seed, batch_size, *levels, world, own, data_dir)
     common = _common(setting, images, weights)
     results = {}
     with (
@@ -182,9 +188,11 @@ def evaluate(
         torch.no_grad(),
         _bar(progress and world.first) as start,
     ):
+        _check_finite(model, used)
+        for suite in chosen.values():
+            suite.ready(setting)
         if world.first:
             _make(out_dir)
-        _check_finite(model, used)
         for name, suite in chosen.items():
             setting.left = suite.passes(setting) * len(used)
             setting.advance = start(name, setting.left)

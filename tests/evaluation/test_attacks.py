@@ -11,7 +11,7 @@ from ebmkit import EnergyModel, GaussianMixture, UserError, create_model
 from ebmkit.core import Energies
 from ebmkit.evaluation import autoattack
 from ebmkit.evaluation.attacks import NORMS, Attack, rounds, smallest_strengths
-from ebmkit.evaluation.defences import DEFENCES, Defence, Defended, image_noise
+from ebmkit.evaluation.defences import DEFENCES, Defence, Defended, Refinement, image_noise
 
 SIDE = 4
 STRENGTHS = [0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32]
@@ -21,7 +21,8 @@ GRID = {"linf": [0.01, 0.02, 0.04], "l2": [0.05, 0.1, 0.2]}
 def two_gaussians(variance=0.02):
     """Two labels with equal covariance: the boundary is the plane between the means.
 
-    It stays so with noise and behind the denoiser, as both keep the symmetry about that plane.
+    It stays so with noise, behind the denoiser and along Langevin steps, as all keep the symmetry
+    about that plane.
     """
     direction = torch.linspace(-1, 1.5, SIDE**2).reshape(1, SIDE, SIDE)
     middle = torch.full((1, SIDE, SIDE), 0.5)
@@ -50,8 +51,9 @@ def test_the_smallest_strength_is_the_distance_to_the_plane(name, norm):
     """
     model, sigma, draws = two_gaussians(), 0.03, 256
     x, labels, distances = near_the_plane(model, 100)
-    target = Defended(model, Defence(name, sigma), draws=4)
-    noise = image_noise(x, draws, "") if target.defence.random else None
+    defence = Defence(name, sigma, Refinement(2, 0.004, sigma / math.sqrt(2)))
+    target = Defended(model, defence, draws=4)
+    noise = image_noise(x, draws * defence.noises, "") if defence.random else None
     found = smallest_strengths(Attack(norm, steps=15), target, x, labels, GRID[norm], noise)
     grid = torch.tensor([0, *GRID[norm], math.inf], dtype=torch.float64)
     exact = grid[torch.bucketize(distances[norm].double(), grid)]
@@ -101,8 +103,8 @@ def test_gradients_pass_through_the_denoiser():
     model = model.double().eval()
     x = torch.rand(2, 1, 8, 8, dtype=torch.float64, requires_grad=True)
     for name in DEFENCES:
-        target = Defended(model, Defence(name, 0.1))
-        noise = torch.randn(3, 1, 8, 8, dtype=torch.float64)
+        target = Defended(model, Defence(name, 0.1, Refinement(2, 0.1, 0.1)))
+        noise = torch.randn(4, 1, 8, 8, dtype=torch.float64)
         value = target.judged(x, noise)[:, 1].sum()
         (gradient,) = torch.autograd.grad(value, x)
         direction = torch.randn_like(x)
@@ -113,6 +115,49 @@ def test_gradients_pass_through_the_denoiser():
         slope = (gradient * direction).sum()
         assert slope.abs() > 1e-4
         assert torch.allclose((up - down) / 2e-5, slope, rtol=1e-5)
+
+
+def test_refinement_is_langevin_dynamics_and_its_average():
+    """Two chains of three steps, by the score of two Gaussians of one variance, written out."""
+    variance, step, deviation = 0.02, 0.005, 0.04
+    model = two_gaussians(variance).double()
+    x = near_the_plane(model)[0][:5]
+    defence = Defence("refine", refinement=Refinement(3, step, deviation))
+    target = Defended(model, defence)
+    noise = image_noise(x, 2 * defence.noises, "chains")
+    ends = target.refined(x, noise)
+    by_hand = []
+    for i in range(5):
+        for chain in noise[i].split(3):
+            y = x[i]
+            for xi in chain:
+                squares = (y - model.means).flatten(1).square().sum(1)
+                weights = (-squares / (2 * variance)).softmax(0)
+                pull = (torch.einsum("k,kchw->chw", weights, model.means) - y) / variance
+                y = y + step * pull + deviation * xi
+            by_hand.append(y)
+    assert torch.allclose(ends, torch.stack(by_hand), atol=1e-12)
+    averaged = model.logits(ends).softmax(1).reshape(5, 2, 2).mean(1)
+    assert torch.allclose(target.judged(x, noise).exp(), averaged, atol=1e-12)
+
+
+def test_no_steps_of_refinement_are_no_defence():
+    model = two_gaussians()
+    x = near_the_plane(model)[0][:5]
+    nothing = Defence("refine", refinement=Refinement(0))
+    assert not nothing.random
+    assert torch.equal(Defended(model, nothing)(x), Defended(model, Defence("direct"))(x))
+
+
+def test_jems_step_is_for_images_in_minus_one_to_one():
+    """u' = u + grad_u log p(u) + 0.01 xi for u = 2x - 1, by a flat Gaussian in either unit."""
+    ours = GaussianMixture(torch.full((1, 1, 2, 2), 0.6, dtype=torch.float64), 1.5)
+    theirs = GaussianMixture(2 * ours.means - 1, 4 * 1.5)
+    x = torch.rand(3, 1, 2, 2, dtype=torch.float64)
+    u, noise = 2 * x - 1, torch.randn(1, 1, 2, 2, dtype=torch.float64)
+    expected = u + theirs.score(u) + 0.01 * noise
+    found = Defended(ours, Defence("refine")).refined(x, noise)
+    assert torch.allclose(2 * found - 1, expected, atol=1e-12)
 
 
 def test_averaged_gradients_are_those_of_the_expectation():

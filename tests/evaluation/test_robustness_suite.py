@@ -81,6 +81,29 @@ def test_curves_are_shares_of_images_farther_from_the_boundary(plane, tmp_path):
     assert {path.stem for path in tmp_path.glob("*.png")} == {"robustness", "robustness-map"}
 
 
+def test_refinement_gets_a_curve_for_each_number_of_steps(plane, tmp_path):
+    """JEM's protocol. Stable steps keep the plane where it is, so curves agree with direct's.
+
+    Chains make noise of 0.01 and all images within it of the plane unsure: there are none.
+    """
+    model, images, distances = plane
+    clear = ((distances["linf"][:, None] - torch.tensor([0, 5 / 255, 0.04])).abs() > 0.003).all(1)
+    few = Drawn(images.images[clear], images.labels[clear], class_names=images.class_names)
+    settings = QUICK | {"defences": ["direct", "refine"], "noise_levels": [0], "norms": ["linf"]}
+    settings |= {"refine_steps": [0, 1, 2], "refine_step_size": 0.004, "refine_noise": "0.001"}
+    document = evaluate(model, few, tmp_path, settings).document
+    curves = document["curves"]["linf"]
+    assert list(curves) == ["direct", "refine-0", "refine-1", "refine-2"]
+    assert document["defences"]["refine-2"]["moved"] > document["defences"]["refine-1"]["moved"] > 0
+    assert all(values(curve) == values(curves["direct"]) for curve in curves.values())
+    assert len(set(values(curves["direct"]))) == 3
+    assert document["warnings"] == []
+    settings |= {"refine_step_size": 0.25, "refine_steps": [1], "checks": False}  # JEM's
+    (warning,) = evaluate(model, few, tmp_path, settings).document["warnings"]
+    assert "refine-1 moves images by" in warning
+    assert "too large" in warning
+
+
 def test_the_same_seed_gives_the_same_in_any_batches(plane, tmp_path, monkeypatch):
     monkeypatch.setattr("ebmkit.evaluation.robustness.VALUES_PER_STEP", 1)
     model, images, _ = plane
@@ -248,7 +271,10 @@ def test_a_model_that_is_always_wrong_has_a_document(plane, tmp_path):
         ({"linf": [8]}, "did you mean 8/255"),
         ({"l2": ["far"]}, "'far' is not a noise level|'far'"),
         ({"l2": [-1]}, "not below 0"),
-        ({"defences": ["denoising"]}, "'direct', 'noise', 'denoise' or 'denoise\\+noise'"),
+        (
+            {"defences": ["denoising"]},
+            "'direct', 'noise', 'denoise', 'denoise\\+noise' or 'refine'",
+        ),
         ({"steps": 0}, "steps = 0 is not legal"),
         ({"norm": ["l2"]}, "did you mean 'norms'"),
         ({"defences": []}, "defences"),

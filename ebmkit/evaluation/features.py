@@ -1,0 +1,203 @@
+"""Networks that samples are judged by: the standard Inception, or a classifier of the user's.
+
+The Inception network is that of torch-fidelity, converted from the TensorFlow weights of 2015 that
+FID was defined by: uint8 images, resized to 299x299 as TensorFlow 1 did, features of the last
+pooling (2048), logits without bias. Its package is an extra, ``pip install
+'ebmkit-vision[generation]'``, and its weights are a file of 95 MB.
+
+Of a classifier, the features are those that its head gets, averaged over positions. What is
+measured by it has names of its own, as nothing makes it comparable with another's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ebmkit.core import EnergyModel, ScoreModel, classifies
+from ebmkit.errors import UserError
+
+__all__ = ["Extracted", "Extractor", "classifier", "find_extractor", "inception"]
+
+WEIGHTS = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+    "weights-inception-2015-12-05-6726825d.pth"
+)
+INSTEAD = "or measure by a classifier of your own, --set generation.extractor=RUN"
+
+
+class Extracted(NamedTuple):
+    """Features (B, d) and class logits (B, C) of a batch."""
+
+    features: Tensor
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A network that images are judged by.
+
+    Attributes:
+        kind: ``inception`` or ``classifier``.
+        run: name of the classifier's run; "" for Inception.
+        names: what its measures are called, by ``frechet``, ``kernel``, ``score``, ``precision``
+            and ``recall``.
+        extract: images (B, C, H, W) in [0, 1] to what it makes of them.
+        model: the classifier, if it is one.
+    """
+
+    kind: str
+    run: str
+    names: dict[str, str]
+    extract: Callable[[Tensor], Extracted]
+    model: EnergyModel | None = None
+
+
+def find_extractor(name: str, weights: Path | None, device: torch.device) -> Extractor:
+    """``inception``, or the classifier in the run folder ``name``.
+
+    Raises:
+        UserError: if there is no such thing, or what it needs is missing.
+    """
+    if name == "inception":
+        return inception(weights, device)
+    if weights is not None:
+        raise UserError("generation.weights is the file of Inception's: leave it out for a run")
+    return classifier(name, device)
+
+
+def inception(weights: Path | None, device: torch.device) -> Extractor:
+    """torch-fidelity's Inception.
+
+    Args:
+        weights: its file; None: fetched, or found in PyTorch's cache.
+        device: where to put it.
+
+    Raises:
+        UserError: if the package is not installed, or there are no weights.
+    """
+    if find_spec("torch_fidelity") is None:
+        raise UserError(
+            "the Inception network needs the package torch-fidelity, which is not installed: pip "
+            f"install 'ebmkit-vision[generation]', {INSTEAD}"
+        )
+    if weights is not None:
+        _check_weights(weights)
+    network = _network(weights).to(device)
+
+    def extract(x: Tensor) -> Extracted:
+        pixels = (255 * x).round().clamp(0, 255).byte()
+        features, logits = network(pixels.expand(-1, 3, -1, -1))
+        return Extracted(features.float(), logits.float())
+
+    names = {"frechet": "FID", "kernel": "KID", "score": "IS"}
+    return Extractor(
+        "inception", "", names | {"precision": "precision", "recall": "recall"}, extract
+    )
+
+
+def classifier(run: str, device: torch.device) -> Extractor:
+    """The classifier in the folder ``run``.
+
+    Raises:
+        UserError: if there is no run, or its model has no labels or no head.
+    """
+    from ebmkit.models import load
+
+    model = load(run, device=str(device))
+    if not classifies(model):
+        raise UserError(
+            f"generation.extractor: the model in {run!r} was trained without labels: name a run "
+            "with ce in its objective"
+        )
+    name = Path(os.path.abspath(run)).name
+    parts = ("frechet", "FD"), ("kernel", "KD")
+    names = {k: f"classifier-{v}" for k, v in parts}
+    names |= {k: f"classifier-{k}" for k in ("score", "precision", "recall")}
+    return Extractor("classifier", name, names, _of_head(model, run), model)
+
+
+def same_weights(extractor: Extractor, model: ScoreModel) -> bool:
+    """Whether the classifier is ``model`` itself."""
+    if extractor.model is None:
+        return False
+    own, other = extractor.model.state_dict(), model.state_dict()
+    if own.keys() != other.keys():
+        return False
+    return all(own[k].shape == v.shape and bool((own[k] == v).all()) for k, v in other.items())
+
+
+def _of_head(model: EnergyModel, run: str) -> Callable[[Tensor], Extracted]:
+    head = getattr(model, "head", None)
+    if not isinstance(head, torch.nn.Module):
+        raise UserError(
+            f"generation.extractor: the model in {run!r} has no features and head: name the run of "
+            "a network with a backbone"
+        )
+
+    def extract(x: Tensor) -> Extracted:
+        seen: list[Tensor] = []
+        hook = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        try:
+            logits = model.energies(x).logits
+        finally:
+            hook.remove()
+        if len(seen) != 1 or len(seen[0]) != len(x):
+            raise UserError(
+                f"generation.extractor: images of {x.shape[-2]}x{x.shape[-1]} are larger than the "
+                f"classifier in {run!r} was trained on, and have no one feature there: name another"
+            )
+        return Extracted(seen[0].float(), logits.float())
+
+    return extract
+
+
+def _check_weights(path: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"generation.weights: there is no file {str(path)!r}; it is {WEIGHTS}")
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception:  # whatever a damaged or hostile file makes the unpickler raise
+        state = None
+    if not isinstance(state, dict) or "fc.weight" not in state:
+        raise UserError(
+            f"generation.weights: {str(path)!r} does not hold the weights of torch-fidelity's "
+            f"Inception; they are {WEIGHTS}"
+        )
+
+
+def _network(weights: Path | None) -> Any:
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    before = socket.getdefaulttimeout()
+    try:
+        socket.setdefaulttimeout(30)
+        with contextlib.redirect_stderr(io.StringIO()):  # its download bar
+            return FeatureExtractorInceptionV3(
+                "inception-v3-compat",
+                ["2048", "logits_unbiased"],
+                feature_extractor_weights_path=None if weights is None else str(weights),
+            )
+    except (OSError, RuntimeError) as error:
+        if weights is not None:
+            raise UserError(
+                f"generation.weights: {str(weights)!r} does not fit torch-fidelity's Inception; "
+                f"the file is {WEIGHTS}"
+            ) from None
+        reason = str(getattr(error, "reason", error)).splitlines()[0]
+        raise UserError(
+            f"the weights of the Inception network cannot be fetched ({reason}): get {WEIGHTS} and "
+            f"name the file by --set generation.weights=PATH, {INSTEAD}"
+        ) from None
+    finally:
+        socket.setdefaulttimeout(before)

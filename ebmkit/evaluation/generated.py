@@ -1,0 +1,134 @@
+"""Samples that `ebmkit sample` wrote, as an HDF5 file; and real images to set beside them.
+
+::
+
+    images       (N, H, W, C) uint8
+    finite       (N,) bool: whether the chain ended with finite numbers
+    labels       (N,) int64, the label that was asked for (optional)
+
+with the attributes ``source`` (fresh or buffer), ``sampler``, ``settings``, ``seed``, ``run`` and
+``filter`` (what was left out before they were written; optional).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ebmkit.errors import UserError
+from ebmkit.evaluation.data import Images
+
+__all__ = ["Generated", "other_split", "read_samples"]
+
+ATTRIBUTES = ("source", "sampler", "settings", "seed", "run", "filter")
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Samples whose numbers are finite.
+
+    Attributes:
+        images: (N, C, H, W) uint8.
+        labels: (N,) int64 that were asked for, or None.
+        left_out: how many were not finite.
+        about: what the file says of them.
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    left_out: int
+    about: dict[str, Any]
+
+
+def read_samples(path: Path, like: Images) -> Generated:
+    """The samples in ``path``, to be compared with images ``like``.
+
+    Raises:
+        UserError: if the file is missing, damaged, or none of `ebmkit sample`'s, its images have
+            another shape, or none is finite.
+    """
+    from ebmkit.data.hdf5 import read_contents
+
+    if not path.is_file():
+        raise UserError(
+            f"generation.samples: there is no file {str(path)!r}: make one by `ebmkit sample RUN "
+            "--out DIR`"
+        )
+    contents = read_contents(path)
+    shape = (*like.image_size, like.channels)
+    if contents.shape[1:] != shape:
+        raise UserError(
+            f"generation.samples: {str(path)!r} holds images of {_shape(contents.shape[1:])} and "
+            f"{like.name!r} of {_shape(shape)}: compare with a data set of the same shape"
+        )
+    images, finite, about = _read(path)
+    if finite.shape != (len(images),):
+        raise UserError(f"{str(path)!r}: 'finite' must have one entry for each of {len(images)}")
+    kept = torch.from_numpy(finite)
+    if not kept.any():
+        raise UserError(f"{str(path)!r}: none of {len(images)} samples is finite: sample anew")
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    labels = None if contents.labels is None else contents.labels[kept]
+    digest = hashlib.sha256(images.tobytes()).hexdigest()[:8]
+    about = {"file": path.name, "fingerprint": digest} | about
+    return Generated(pixels[kept], labels, int((~kept).sum()), about)
+
+
+def other_split(images: Images, data_dir: Path | None) -> Images | None:
+    """Training images of the data set of ``images`` (test images, if it is those), if found."""
+    from ebmkit.data import DATASETS, load_dataset
+
+    if images.name not in DATASETS:
+        return None
+    sized = images.name in ("folder", "imagenet", "patches")
+    try:
+        other = load_dataset(
+            images.name,
+            data_dir,
+            "test" if images.split == "train" else "train",
+            image_size=images.image_size[0] if sized else None,
+            download=False,
+            progress=False,
+        )
+    except UserError:
+        return None
+    same = (other.channels, other.image_size) == (images.channels, images.image_size)
+    return other if same else None
+
+
+def _read(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    import h5py
+
+    with h5py.File(path, "r") as file:
+        images = file["images"][()]
+        finite = np.ones(len(images), bool)
+        if "finite" in file:
+            finite = file["finite"][()].astype(bool)
+        about = {name: _plain(file.attrs[name]) for name in ATTRIBUTES if name in file.attrs}
+    if "source" not in about:
+        raise UserError(
+            f"{str(path)!r} does not say where its samples come from: it must have the attribute "
+            "'source', fresh or buffer, as `ebmkit sample RUN --out DIR` writes it"
+        )
+    if isinstance(about.get("settings"), str):
+        with contextlib.suppress(ValueError):  # it stays text
+            about["settings"] = json.loads(about["settings"])
+    return images, finite, about
+
+
+def _plain(value: Any) -> Any:
+    """An attribute as JSON has it."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(str(n) for n in shape)

@@ -1,0 +1,263 @@
+"""The suite ood: sets, scores against a closed form, files, and what is refused."""
+
+import json
+import math
+from dataclasses import replace
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from mixture_world import Drawn
+from PIL import Image
+from rich.console import Console
+from scipy.stats import norm
+from two_processes import run_shared
+
+from ebmkit import Gaussian, UserError, evaluation
+from ebmkit.data import load_dataset
+from ebmkit.evaluation import tables
+from ebmkit.evaluation.ood import OOD, OodConfig, _warnings, run
+from ebmkit.evaluation.ood_scores import known_scores, scores_of
+from ebmkit.evaluation.ood_sets import MADE, find_set, partners, standard_sets
+from ebmkit.evaluation.setting import Setting
+from ebmkit.models.config import create_denoiser
+
+QUICK = {"sigmas": ["0.1"], "draws": 2}
+
+
+def evaluate(model, images, folder, settings=QUICK, **options):
+    options = {"pictures": False, "options": {"ood": settings}} | options
+    return evaluation.evaluate(model, images, ["ood"], folder, **options)["ood"]
+
+
+def all_of(images, size=4):
+    return torch.cat([x for x, _ in images.batches(size)])
+
+
+def test_scores_of_a_gaussian_are_in_closed_form():
+    """s(y) = -(y - m)/(v + sigma^2), so residual and noise level are sums of squares by hand."""
+    variance, sigma = 0.04, 0.1
+    model = Gaussian(torch.full((1, 4, 4), 0.5, dtype=torch.float64), variance).eval()
+    x = torch.rand(5, 1, 4, 4, dtype=torch.float64)
+    found = scores_of(model, x, [sigma], draws=100, seed=3)
+    square = (x - 0.5).flatten(1).square().sum(1)
+    density = -0.5 * square / variance - 8 * math.log(2 * math.pi * variance)
+    assert torch.allclose(found["log-density"], density)
+    assert torch.allclose(found["gradient"], -square.sqrt() / variance)
+    noisy = variance + sigma**2
+    # E||eps - sigma (u + sigma eps)/w||^2 = d (v/w)^2 + sigma^2 |u|^2/w^2, w = v + sigma^2
+    residual = (variance / noisy) ** 2 + sigma**2 * square / noisy**2 / 16
+    assert torch.allclose(found["residual-25.5"], -residual, rtol=0.1)  # 100 draws of 16 values
+    level = sigma**2 * (square + 16 * sigma**2) / noisy**2 / 16
+    assert torch.allclose(found["noise-level-25.5"], -level.log().abs(), atol=0.1)
+    mean = -0.5 * (square + 16 * sigma**2) / noisy - 8 * math.log(2 * math.pi * noisy)
+    assert torch.allclose(found["noisy-density-25.5"], mean, atol=0.5)
+    again = scores_of(model, x[2:3], [sigma], draws=100, seed=3)
+    assert torch.allclose(again["residual-25.5"], found["residual-25.5"][2:3])  # its own noise
+
+
+def test_auroc_of_the_exact_log_density(tmp_path, monkeypatch):
+    """One Gaussian against a narrower one: |x - m|^2 is chi-square, so the AUROC is an F tail."""
+    from scipy.stats import f
+
+    images = [
+        (0.5 + s * torch.randn(1500, 1, 2, 2, generator=torch.Generator().manual_seed(k)))
+        for k, s in ((1, 0.05), (2, 0.08))
+    ]
+    model = Gaussian(torch.full((1, 2, 2), 0.5), 0.05**2).eval()
+    other = Drawn(images[1], None, name="wide")
+    from ebmkit.evaluation import ood
+    from ebmkit.evaluation.ood_sets import OutSet
+
+    monkeypatch.setattr(ood, "find_set", lambda *a: OutSet("wide", "wide", other))
+    document = evaluate(model, Drawn(images[0], None), tmp_path).document
+    found = document["sets"]["wide"]["scores"]["log-density"]["auroc"]
+    exact = f.cdf((0.08 / 0.05) ** 2, 4, 4)  # P(a in < b out) of chi-squares scaled so
+    assert found["low"] < exact < found["high"]
+    assert found["value"] == pytest.approx(exact, abs=4 * 0.5 / math.sqrt(1500))
+    assert norm.cdf(0) < found["low"]
+    energy = document["energy"]
+    gap = energy["wide"]["value"] - energy["in"]["value"]
+    assert gap == pytest.approx(0.5 * 4 * ((0.08 / 0.05) ** 2 - 1), abs=0.4)  # 4 sd of 6/sqrt(1500)
+
+
+def test_made_sets_are_what_they_say_and_depend_on_the_seed_alone(squares):
+    for name in MADE:
+        found = find_set(name, squares, None, 0).images
+        whole = all_of(found, 30)
+        assert torch.equal(whole, all_of(found, 7))
+        assert torch.equal(all_of(found.first(5)), whole[:5]) or name == "interpolations"
+        assert whole.shape == squares.images.shape
+        assert whole.min() >= 0
+        assert whole.max() <= 1
+        again = all_of(find_set(name, squares, None, 1).images)
+        assert torch.equal(again, whole) == (name in ("interpolations", "inverted"))
+    assert torch.equal(all_of(find_set("inverted", squares, None, 0).images), 1 - squares.images)
+    constant = all_of(find_set("constant", squares, None, 0).images)
+    assert torch.equal(constant.amax((2, 3)), constant.amin((2, 3)))
+    shuffled = all_of(find_set("shuffled", squares, None, 0).images).flatten(1)
+    assert torch.equal(shuffled.sort(1)[0], squares.images.flatten(1).sort(1)[0])
+    gaussian = all_of(find_set("gaussian", Drawn(squares.images * 0.2 + 0.4, None), None, 0).images)
+    expected = (squares.images * 0.2 + 0.4).flatten(1)
+    assert torch.allclose(gaussian.flatten(1).mean(1), expected.mean(1), atol=4 * 0.058 / 8)
+
+
+def test_interpolations_are_means_of_two_classes(squares):
+    """Sorted by class, so that a partner is far off, and the last ones pair with the first."""
+    labels = torch.tensor([0] * 12 + [1] * 10 + [2] * 8)
+    sorted_ = Drawn(squares.images, labels)
+    other = partners(labels, 30)
+    assert all(labels[i] != labels[k] for i, k in enumerate(other))
+    assert (other[0], other[12], other[29]) == (12, 22, 0)
+    made = all_of(find_set("interpolations", sorted_, None, 0).images, 4)
+    assert torch.allclose(made, (squares.images + squares.images[other]) / 2)
+    assert partners(None, 3) == [1, 2, 0]
+    with pytest.raises(UserError, match="all 30 are of one"):
+        find_set("interpolations", Drawn(squares.images, torch.zeros(30).long()), None, 0)
+
+
+def test_folders_and_files_are_brought_to_the_models_size(squares, tmp_path):
+    """A wide colour picture: its height to 8, the middle cut, luma weights to gray."""
+    folder = tmp_path / "colours"
+    (folder / "inside").mkdir(parents=True)
+    red = np.zeros((16, 40, 3), np.uint8)
+    red[:, :6, 1] = 255  # yellow only where it is cut off
+    red[..., 0] = 255
+    Image.fromarray(red).save(folder / "a.png")
+    Image.fromarray(np.full((8, 8), 100, np.uint8)).save(folder / "inside" / "b.png")
+    found = find_set(str(folder), squares, None, 0)
+    assert (found.name, len(found.images)) == ("colours", 2)
+    x = all_of(found.images)
+    assert x.shape == (2, 1, 8, 8)
+    assert torch.allclose(x[0], torch.tensor(76 / 255))  # 0.299 of 255
+    assert torch.allclose(x[1], torch.tensor(100 / 255))
+    with h5py.File(tmp_path / "f.h5", "w") as file:
+        file["images"] = np.stack([red[:16, 12:28]] * 40)
+    found = find_set(str(tmp_path / "f.h5"), squares, None, 0)
+    assert len(found.images) == 30  # no more than there are in
+    assert torch.allclose(all_of(found.images), torch.tensor(76 / 255))
+    colour = Drawn(torch.rand(3, 3, 8, 8), None)
+    gray = all_of(find_set(str(folder / "inside"), colour, None, 0).images)
+    assert torch.allclose(gray, torch.full((1, 3, 8, 8), 100 / 255))
+
+
+def test_folders_of_one_name_are_two_sets(network, squares, tmp_path):
+    paths = [tmp_path / place / "in" for place in ("a", "b")]
+    for path in paths:
+        path.mkdir(parents=True)
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(path / "black.png")
+    settings = QUICK | {"sets": [str(path) for path in paths]}
+    document = evaluate(network, squares, tmp_path / "e", settings).document
+    assert list(document["sets"]) == ["in-2", "in-3"]
+    assert list(document["energy"]) == ["in", "in-2", "in-3"]
+
+
+def test_pictures_of_any_size_are_refused(network, tmp_path):
+    for side in (8, 9):
+        Image.fromarray(np.zeros((side, 8), np.uint8)).save(tmp_path / f"{side}.png")
+    pictures = load_dataset("pictures", tmp_path, "test")
+    for suite in ("ood", "generation"):
+        with pytest.raises(UserError, match="images of one size, and those of 'pictures' differ"):
+            evaluation.parse_suites(suite, network, pictures)
+
+
+def test_cifar100_stands_against_cifar10_where_it_is_found(squares, tmp_path):
+    cifar = replace(squares, name="cifar10")
+    assert standard_sets(cifar, tmp_path) == list(MADE[:4])
+    with h5py.File(tmp_path / "cifar100-test.h5", "w") as file:
+        file["images"] = np.full((50, 32, 32, 3), 7, np.uint8)
+        file["labels"] = np.zeros(50, int)
+    assert standard_sets(cifar, tmp_path)[0] == "cifar100"
+    like = Drawn(torch.rand(20, 3, 32, 32), None, name="cifar10")
+    found = find_set("cifar100", like, tmp_path, 0).images
+    assert torch.allclose(all_of(found), torch.full((20, 3, 32, 32), 7 / 255))
+    assert standard_sets(squares, tmp_path) == list(MADE)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("intrpolations", "did you mean 'interpolations'"),
+        ("/nowhere/at/all", "no folder or HDF5 file '/nowhere/at/all'"),
+        ("nothing.h5", "no folder or HDF5 file"),
+        ("cifar100", "cifar100"),
+        ("digits", "data set that is evaluated"),
+    ],
+)
+def test_sets_that_are_not_there_are_told_before_anything_runs(
+    name, words, network, squares, tmp_path
+):
+    images = replace(squares, name="digits")
+    folder = tmp_path / "evaluation"
+    with pytest.raises(UserError, match=words):
+        evaluate(network, images, folder, {"sets": [name]}, data_dir=tmp_path)
+    assert not folder.exists()
+
+
+def test_models_have_the_scores_that_apply(network):
+    assert len(known_scores(network, [0.1, 0.2])) == 3 + 2 * 3
+    network.card.classifies = False
+    assert "confidence" not in known_scores(network, [])
+    network.card.sigma_range = None
+    (line,) = _warnings(network, OodConfig())
+    assert "residual and noise-level mean little" in line
+    denoiser = create_denoiser("dncnn", in_channels=1).eval()
+    assert list(known_scores(denoiser, [0.1])) == ["residual-25.5", "noise-level-25.5"]
+    found = scores_of(denoiser, torch.rand(2, 1, 8, 8), [0.1], 1)
+    assert list(found) == ["residual-25.5", "noise-level-25.5"]
+
+
+def test_files_table_and_bar(network, squares, tmp_path):
+    settings = QUICK | {"sets": ["interpolations", "uniform"]}
+    result = evaluate(network, squares, tmp_path, settings, pictures=True)
+    document = json.loads((tmp_path / "ood.json").read_text())
+    assert document == result.document
+    assert list(document["sets"]) == ["interpolations", "uniform"]
+    assert document["pictures"] == ["ood-examples.png", "ood-histograms.png", "ood.png"]
+    for histogram in document["histograms"].values():
+        assert sum(histogram["in"]) == 30
+        assert all(sum(counts) == 30 for counts in histogram["sets"].values())
+    assert any("only 30 images" in line for line in document["warnings"])
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(*tables({"ood": result}))
+    console.file.close()
+    text = console.export_text()
+    assert "noisy-density-25.5" in text
+    assert "…" not in text
+    told = []
+    setting = Setting(network, squares, advance=told.append)
+    setting.options = {OodConfig: OodConfig(sets=("uniform", "auto"), sigmas=(0.1,), draws=1)}
+    setting.left = OOD.passes(setting) * 30
+    with torch.no_grad():
+        run(setting)
+    assert sum(told) == (1 + len(MADE)) * 30
+    assert setting.left == 0
+
+
+def test_two_processes_and_other_batches_find_the_same(network, squares):
+    options = {OodConfig: OodConfig(sets=("interpolations", "uniform"), sigmas=(0.1,), draws=1)}
+    with torch.no_grad():
+        alone = run(Setting(network, squares, options=options, batch_size=30))
+    for found in run_shared(run, Setting(network, squares, options=options, batch_size=7)):
+        for name, own in alone["sets"].items():
+            for score, measures in own["scores"].items():
+                value = found["sets"][name]["scores"][score]["auroc"]["value"]
+                assert value == pytest.approx(measures["auroc"]["value"], abs=0.01)
+
+
+def test_what_is_not_finite_has_no_measure(network, squares, tmp_path):
+    class Broken(type(network)):
+        def forward(self, y, sigma=None):
+            energies = super().forward(y, sigma)
+            bright = y.flatten(1).mean(1) > 0.8  # some of the constant images
+            return energies._replace(
+                log_density=torch.where(bright, torch.inf, energies.log_density)
+            )
+
+    network.__class__ = Broken
+    document = evaluate(network, squares, tmp_path, QUICK | {"sets": ["constant"]}).document
+    scores = document["sets"]["constant"]["scores"]
+    assert scores["log-density"] is None
+    assert scores["confidence"] is not None
+    assert any("log-density" in w and "not finite" in w for w in document["warnings"])
