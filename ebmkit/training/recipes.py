@@ -257,7 +257,7 @@ _CIFAR_JEM_SHORT: dict[str, Any] = {
         "denoise": _stream(64, "1/255", "100/255", flip=True),
         "generate": _jem_stream(True, 0.015, padding=0),
     },
-    "optimizer": {"lr": 1e-3, "weight_decay": 0.0},
+    "optimizer": {"lr": 3e-4, "weight_decay": 0.0, "warmup_steps": 30},
     "steps": 1000,
     "validation_images": 500,
     "validate_every": 100,
