@@ -234,7 +234,7 @@ def test_a_table_of_one_row_says_what_did_not_run(done, capsys):
     report = json.loads((done.out / "table1.json").read_text())
     assert [row["name"] for row in report["rows"]] == [row.name for row in table.rows]
     by_name = {row["name"]: row for row in report["rows"]}
-    assert by_name["jem"]["status"].startswith("not run")
+    assert by_name["jem"]["status"] == "not run yet"
     assert by_name["jem"]["ours"] == {}
     assert by_name["jem"]["paper"] == {"accuracy": 92.9, "hours": 36}
     assert by_name["dncnn"]["status"] == "not run yet"
@@ -246,7 +246,7 @@ def test_a_table_of_one_row_says_what_did_not_run(done, capsys):
     assert blind == own["denoisers"]["blind"]["psnr"]["25"]["value"]
     text = markdown(report)
     assert "| - (92.9) |" in text
-    assert "JEM (WideResNet): not run" in text
+    assert "JEM (WideResNet): not run yet" in text
     assert (done.out / "table1.png").stat().st_size > 10_000
     assert str(done.out) not in json.dumps(report)
 
