@@ -34,7 +34,7 @@ ROWS: dict[str, tuple[str, dict[str, Any], float | None]] = {
 }
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "ood": {"images": 1000},
+    "ood": {"sets": ["cifar100", "interpolations", "uniform"]},
     "robustness": {
         "images": 100,
         "steps": 20,
@@ -46,6 +46,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "checks": False,
     },
 }
+
+
+OOD_IMAGES = 1000
+"""Test images that the suite ood sets against as many strangers."""
 
 
 def configuration(name: str, data_dir: Path) -> Any:
@@ -85,12 +89,18 @@ def evaluate(name: str, run: RunFolder, data_dir: Path) -> dict[str, Any]:
     model = ebmkit.load(run.path)
     out = run.path / "study"
     suites = ["classify", "calibration", "ood", "robustness"]
-    strangers = ["interpolations", "uniform", str(data_dir / "cifar100-test.h5")]
-    options = {**OPTIONS, "ood": OPTIONS["ood"] | {"sets": strangers}}
     found = {}
     for suite in suites:
-        own = {suite: options[suite]} if suite in options else {}
-        result = run_suites(model, test, [suite], out, noise_levels=(0,), options=own)
+        result = run_suites(
+            model,
+            test,
+            [suite],
+            out,
+            limit=OOD_IMAGES if suite == "ood" else None,
+            noise_levels=(0,),
+            options={suite: OPTIONS[suite]} if suite in OPTIONS else {},
+            data_dir=data_dir,
+        )
         found[suite] = result[suite].document
     denoises = model.card is not None and model.card.sigma_range is not None
     if denoises:
@@ -115,7 +125,11 @@ def evaluate(name: str, run: RunFolder, data_dir: Path) -> dict[str, Any]:
         "accuracy": found["classify"]["accuracy"],
         "accuracy_interval": found["classify"]["accuracy_interval"],
         "ece": found["calibration"]["ece"],
-        "ood": found["ood"],
+        "auroc": {
+            name: {score: measures["auroc"] for score, measures in one["scores"].items()}
+            for name, one in found["ood"]["sets"].items()
+        },
+        "ood_images": found["ood"]["images"],
         "attacked_images": robust["images"],
         "epsilons": robust["epsilons"],
         "robust": {norm: curves["direct"] for norm, curves in robust["curves"].items()},

@@ -276,6 +276,85 @@ def mixture_table() -> str:
     return "\n".join([*lines, "", note + circumstances(found["environment"])])
 
 
+def jem_table() -> str:
+    """`benchmarks/results/jem.json` as a table: a column for each run."""
+    rows = list(json.loads((RESULTS / "jem.json").read_text()).values())
+
+    def share(estimate: dict[str, Any]) -> str:
+        return "{:.0f} ({:.0f} to {:.0f})".format(
+            *(100 * estimate[key] for key in ("value", "low", "high"))
+        )
+
+    def psnr(row: dict[str, Any]) -> str:
+        return " / ".join(f"{v:.2f}" for v in row["psnr"].values()) if row["psnr"] else "-"
+
+    lines = {
+        "network": [f"{row['backbone']}, {row['parameters']:,}" for row in rows],
+        "steps": [f"{row['steps']:,}" for row in rows],
+        "TFLOP of training": [f"{row['flops'] / 1e12:.0f}" for row in rows],
+        "hours (busy cores)": [f"{row['seconds'] / 3600:.2f}" for row in rows],
+        "breaches": [str(row["breaches"]) for row in rows],
+        "accuracy, % (95 %)": [
+            f"{100 * row['accuracy']:.1f} "
+            f"({100 * row['accuracy_interval'][0]:.1f} to {100 * row['accuracy_interval'][1]:.1f})"
+            for row in rows
+        ],
+        "ECE, %": [f"{100 * row['ece']:.1f}" for row in rows],
+        "PSNR at 15 / 25 / 50, dB": [psnr(row) for row in rows],
+    }
+    for name in rows[0]["auroc"]:
+        for score, label in JEM_SCORES.items():
+            cells = [share(row["auroc"][name][score]) for row in rows]
+            lines[f"AUROC, {name}, {label}, %"] = cells
+    for norm, label in (("linf", "l_inf"), ("l2", "l2")):
+        for i, epsilon in enumerate(rows[0]["epsilons"][norm]):
+            size = f"{255 * epsilon:.3g}/255" if norm == "linf" else f"{epsilon:g}"
+            cells = [share(row["robust"][norm][i]) for row in rows]
+            lines[f"under PGD, {label} {size}, %"] = cells
+    first = rows[0]
+    commits = ", ".join(sorted({row["environment"]["git_commit"] for row in rows}))
+    return "\n".join(
+        [
+            "| | " + " | ".join(f"`{row['name']}`" for row in rows) + " |",
+            "|---|" + "---|" * len(rows),
+            *(f"| {name} | {' | '.join(cells)} |" for name, cells in lines.items()),
+            "",
+            f"CIFAR-10, {first['images']:,} of 10,000 test images; AUROC on the first "
+            f"{first['ood_images']:,} against as many others; attacks (PGD, 20 steps, one start) "
+            f"on the first {first['attacked_images']}; PSNR on the first 1,000. "
+            "`benchmarks/jem.py --data-dir DIR`, seed "
+            f"{first['seed']}, {first['environment']['cores']} CPU cores that did other work, "
+            f"PyTorch {first['environment']['torch']}, code at {commits}.",
+        ]
+    )
+
+
+JEM_SCORES = {"log-density": "log p", "confidence": "max softmax", "gradient": "-norm of the score"}
+
+
+def jem_digits() -> str:
+    """`benchmarks/results/jem-digits.json` in words."""
+    found = json.loads((RESULTS / "jem-digits.json").read_text())
+    low, high = (100 * end for end in found["accuracy_interval"])
+    seen = {
+        start: "{:.0f} % ({:.0f} to {:.0f})".format(
+            *(100 * one[key] for key in ("value", "low", "high"))
+        )
+        for start, one in found["recognised"].items()
+    }
+    return (
+        f"**Digits** (`examples/jem_digits.py`, recipe `digits-jem`, {found['steps']} steps, seed "
+        f"{found['seed']}): accuracy {100 * found['accuracy']:.1f} % (95 %: {low:.1f} to "
+        f"{high:.1f}) on all {found['images']} test images, {found['breaches']} breaches, "
+        f"{found['seconds'] / 60:.1f} minutes. Chains of {found['chain_steps']} steps that climb "
+        f"log p(x|c) are taken for the digit that was asked for by a classifier trained separately "
+        f"(itself right on {100 * found['judge_accuracy']:.1f} % of the test images): "
+        f"{seen['noise']} of those that start from uniform noise, {seen['gaussian']} of those that "
+        f"start from the Gaussian of their class, of {found['samples']} each. "
+        + circumstances(found["environment"])
+    )
+
+
 def circumstances(environment: dict[str, Any]) -> str:
     """Hardware, versions and commit, in a sentence."""
     return (
@@ -296,5 +375,7 @@ MARKERS = {
     "<!-- precision -->": precision_table,
     "<!-- processes -->": processes_table,
     "<!-- layout -->": layout_table,
+    "<!-- jem digits -->": jem_digits,
+    "<!-- jem -->": jem_table,
     "<!-- mixture -->": mixture_table,
 }

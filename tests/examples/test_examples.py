@@ -33,3 +33,21 @@ def test_a_photograph_is_denoised_blindly(tmp_path):
     assert denoised > noisy + 3
     assert sigma == pytest.approx(25 / 255, rel=0.25)
     assert (tmp_path / "photo" / "photograph.png").is_file()
+
+
+def test_samples_of_jem_are_drawn_and_judged(tmp_path):
+    found = example("jem_digits").main(tmp_path / "jem", steps=2, chain_steps=2)
+    assert set(found["recognised"]) == {"noise", "gaussian"}
+    assert (tmp_path / "jem" / "jem-digits.png").stat().st_size > 5_000
+    again = example("jem_digits").main(tmp_path / "jem", steps=2, chain_steps=2)  # not trained anew
+    assert again["recognised"] == found["recognised"]
+
+
+@pytest.mark.slow
+def test_jem_learns_digits_without_a_breach(tmp_path):
+    """The preset's promise: at least 97 % right, and chains that another classifier recognises."""
+    found = example("jem_digits").main(tmp_path / "jem")
+    assert found["breaches"] == 0
+    assert found["accuracy"] >= 0.97
+    assert found["recognised"]["gaussian"]["low"] > 0.5
+    assert found["recognised"]["noise"]["low"] > 0.2  # by chance 0.1

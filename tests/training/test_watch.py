@@ -199,3 +199,20 @@ def test_uphill_leaves_running_means_alone():
     assert torch.equal(layers[1].running_mean, before)
     layers(torch.randn(8, 3))
     assert not torch.equal(layers[1].running_mean, before)
+
+
+@pytest.mark.slow
+def test_a_rate_a_hundred_times_too_high_is_recovered_from_or_ends_cleanly(tmp_path):
+    config = resolve({"objective": "jem", "steps": 60, "validation_images": 0})
+    wild = resolve(config.model_dump(mode="json"), {"optimizer": {"lr": 100 * config.optimizer.lr}})
+    trainer = assemble(wild, RunFolder.create(tmp_path / "run", wild))
+    try:
+        trainer.fit()
+    except UserError as error:
+        assert "went astray" in str(error)
+    history = trainer.recovery.watch.history
+    assert history
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+    saved = RunFolder.open(tmp_path / "run").load_checkpoint()
+    assert all(v.isfinite().all() for v in saved["model"].values())
+    assert len(list((tmp_path / "run" / "breaches").iterdir())) == len(history)
