@@ -77,9 +77,9 @@ class TrainingStep:
         compute: precision, compilation, accumulation, recomputation.
         clip_norm: bound on the gradient's norm; None: none.
         average: averaged weights to update too.
-        sharpness: for sharpness-aware minimisation; None: the plain gradient.
         world: the processes that share each batch.
         backend: of `torch.compile`.
+        sharpness: for sharpness-aware minimisation; None: the plain gradient.
 
     Attributes:
         precision: the one in force.
@@ -102,9 +102,9 @@ class TrainingStep:
         compute: ComputeConfig | None = None,
         clip_norm: float | None = None,
         average: AveragedModel | None = None,
-        sharpness: Sharpness | None = None,
         world: World | None = None,
         backend: str = "inductor",
+        sharpness: Sharpness | None = None,
     ) -> None:
         self.compute = compute or ComputeConfig()
         self.backend = backend

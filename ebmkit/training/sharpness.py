@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ebmkit.training.config import OptimizerConfig
+
 __all__ = ["Sharpness"]
 
 
@@ -35,9 +37,10 @@ class Sharpness:
     adaptive: bool = False
 
     @classmethod
-    def of(cls, rho: float | None, adaptive: bool) -> Sharpness | None:
-        """None where there is no rho."""
-        return None if rho is None else cls(rho, adaptive)
+    def of(cls, config: OptimizerConfig) -> Sharpness | None:
+        """As ``config`` has it; None where there is none."""
+        rho = config.sharpness
+        return None if rho is None else cls(rho, config.sharpness_adaptive)
 
     @contextmanager
     def uphill(self, module: nn.Module) -> Iterator[None]:

@@ -18,26 +18,29 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ebmkit.card import ModelCard
-from ebmkit.compiled import make_inference
 from ebmkit.compute import describe, pick_device
 from ebmkit.core import ScoreModel
-from ebmkit.data import AnyImages, Batch, ImageSet, Stream, StreamConfig
+from ebmkit.data import AnyImages, Batch, ImageSet
 from ebmkit.data.schedule import images_between, stage_at, stages
 from ebmkit.data.streams import prefetched
 from ebmkit.errors import UserError
 from ebmkit.models import ModelConfig, save_model, save_weights
-from ebmkit.objectives import TrainingLoss, parse_objective
 from ebmkit.parallel import World, device_of_rank
-from ebmkit.training.account import Account, Budget, Stopwatch, peak_memory
-from ebmkit.training.checks import check_compiled, check_terms, shapes, trained_size
+from ebmkit.training.account import Account, Stopwatch, peak_memory
+from ebmkit.training.checks import check_compiled, check_terms
 from ebmkit.training.config import TrainConfig
-from ebmkit.training.cost import Effort
 from ebmkit.training.engine import OutOfMemory, Reading, TrainingStep
-from ebmkit.training.negatives import Negatives, likelihood_terms
-from ebmkit.training.optim import learning_rate, make_optimizer, states_of
+from ebmkit.training.optim import learning_rate, make_optimizer
+from ebmkit.training.parts import (
+    make_average,
+    make_budget,
+    make_card,
+    make_loss,
+    make_negatives,
+    make_stream,
+    stream_config,
+)
 from ebmkit.training.recovery import Recovery
 from ebmkit.training.runs import RunFolder
 from ebmkit.training.sharpness import Sharpness
@@ -93,79 +96,40 @@ class Trainer:
         config = self.config
         self.device = device_of_rank(pick_device(config.device))
         self.model.to(self.device)
-        self.loss = self._loss(self.model).to(self.device)
+        self.loss = make_loss(self.model, config).to(self.device)
         check_terms(self.loss, config, self.train)
         if isinstance(self.train, ImageSet):
             self.train = self.train.to(self.device)  # once, for all streams
         if isinstance(self.validation, ImageSet):
             self.validation = self.validation.to(self.device)
-        self.streams = {name: self._stream(name) for name in self.loss.streams}
-        self.stages = stages({n: self._stream_config(n) for n in self.loss.streams}, config.steps)
+        names, world = self.loss.streams, self.world
+        self.streams = {n: make_stream(config, n, self.train, self.device, world) for n in names}
+        self.stages = stages({n: stream_config(config, n) for n in names}, config.steps)
         self.optimizer = make_optimizer(self.model, config.optimizer)
-        decay = config.optimizer.ema
-        self.average = (
-            AveragedModel(
-                self.model,
-                multi_avg_fn=get_ema_multi_avg_fn(decay),  # type: ignore[no-untyped-call]
-                use_buffers=False,
-            )
-            if decay
-            else None
-        )
+        self.average = make_average(self.model, config)
         self.update = TrainingStep(
             self.loss,
             self.optimizer,
             config.compute,
             config.optimizer.clip_norm,
             self.average,
-            Sharpness.of(config.optimizer.sharpness, config.optimizer.sharpness_adaptive),
-            self.world,
+            world,
+            sharpness=Sharpness.of(config.optimizer),
         )
         if self.update.compiled:
             check_compiled(self.stages)
         self.watch = Stopwatch()
-        self.budget = Budget(
-            self.loss,
-            [(stage, shapes(stage, self.train, self.world.size)) for stage in self.stages],
-            states_of(config.optimizer),
-            config.compute.accumulate,
-            self.world.size,
-            Effort(
-                config.negatives.steps if self.loss.needs_negatives else 0,
-                1 if config.optimizer.sharpness is None else 2,
-            ),
-        )
+        self.budget = make_budget(self.loss, config, self.stages, self.train, world)
         self.step = self.first_step = 0
         self.begun, self.seconds_before = time.perf_counter(), 0.0
         self.best = math.inf
-        matching = [t.name for t in self.loss.terms if t.objective.needs_score]
-        self.denoise_stream = self.loss.stream_of[matching[0]] if matching else None
-        self.card = ModelCard(
-            dataset=self.train.name,
-            objective=config.objective,
-            image_size=trained_size(config, self.train),
-            channels=self.train.channels,
-            class_names=list(self.train.class_names),
-            sigma_range=(
-                self._stream_config(self.denoise_stream).noise.range
-                if self.denoise_stream
-                else None
-            ),
-            classifies=any(term.objective.needs_labels for term in self.loss.terms),
-        )
+        self.card = make_card(self.loss, config, self.train)
         self.model.card = self.trained.card = self.card
-        self.recovery = Recovery(self, self._negatives()) if self.loss.needs_negatives else None
-        self.measure = None
-        told = self._loss(self.model, likelihood=False).streams  # without negatives it has no value
-        if self.validation is not None and len(self.validation) > 0 and told:
-            self.measure = Validation(
-                self.validation,
-                {name: self._stream_config(name) for name in told},
-                self.denoise_stream,
-                self.card.classifies,
-                self.device,
-                self.world,
-            )
+        self.recovery = None
+        if self.loss.needs_negatives:
+            chains = make_negatives(self.loss, config, self.train, self.update, world)
+            self.recovery = Recovery(self, chains)
+        self.measure = self._validation()
 
     def fit(self) -> ScoreModel:
         """Train from the present step to ``config.steps``; the model, in evaluation mode.
@@ -378,7 +342,7 @@ class Trainer:
         if self.measure is None:
             return
         model = self.trained.eval()
-        loss = self._loss(model, likelihood=False).to(self.device)
+        loss = make_loss(model, self.config, likelihood=False).to(self.device)
         stage = self.stages[stage_at(self.stages, self.step - 1)]
         means = self.measure(model, loss, stage)
         self.model.train()
@@ -392,42 +356,24 @@ class Trainer:
             if self.run is not None:
                 save_weights(self.run.path / "checkpoints" / "best.safetensors", model)
 
-    def _negatives(self) -> Negatives:
-        config = self.config
-        stream = self._stream_config(self.loss.stream_of[likelihood_terms(self.loss)[0].name])
-        inference = make_inference(self.model, self.update.precision, config.compute.compile)
-        chains, world = config.negatives, self.world
-        return Negatives(self.loss, chains, self.train, stream, config.seed, inference, world)
-
-    def _loss(self, model: ScoreModel, likelihood: bool = True) -> TrainingLoss:
-        config = self.config
-        terms = parse_objective(config.objective)
-        if not likelihood:
-            terms = tuple(term for term in terms if term.objective.likelihood is None)
-        return TrainingLoss(model, terms, config.balance, config.draw_from)
-
-    def _stream_config(self, name: str) -> StreamConfig:
-        config: StreamConfig = getattr(self.config.streams, name)
-        return config
+    def _validation(self) -> Validation | None:
+        """What measures on held-out images; objectives that need negatives have no value there."""
+        told = make_loss(self.model, self.config, likelihood=False)
+        if self.validation is None or len(self.validation) == 0 or not told.terms:
+            return None
+        matching = [term.name for term in told.terms if term.objective.needs_score]
+        return Validation(
+            self.validation,
+            {name: stream_config(self.config, name) for name in told.streams},
+            told.stream_of[matching[0]] if matching else None,
+            self.card.classifies,
+            self.device,
+            self.world,
+        )
 
     def _batches(self, start: int, stop: int) -> Iterator[dict[str, Batch]]:
         streams = {name: stream.batches(start, stop) for name, stream in self.streams.items()}
         return prefetched(streams, self.device)
-
-    def _stream(self, name: str) -> Stream:
-        config = self.config
-        return Stream(
-            self.train,
-            self._stream_config(name),
-            name,
-            config.seed,
-            self.device,
-            workers=config.dataset.workers,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            parts=config.compute.accumulate,
-            steps=config.steps,
-        )
 
     def report(self, row: dict[str, Any]) -> None:
         """Write a row of metrics, and show it."""

@@ -256,8 +256,8 @@ def test_the_best_weights_are_of_the_last_phase(pictures, monkeypatch):
     monkeypatch.setattr(TrainingLoss, "summary", lambda *_: next(values))
     trainer = trainer_of(pictures, "validate_every=1")
     best = []
-    log = trainer._log
-    monkeypatch.setattr(trainer, "_log", lambda row: (best.append(trainer.best), log(row)))
+    log = trainer.report
+    monkeypatch.setattr(trainer, "report", lambda row: (best.append(trainer.best), log(row)))
     trainer.fit()
     before_each_validation = best[1::2]
     assert [*before_each_validation, trainer.best] == [math.inf, 3, 2, 1, 6, 6, 9, 8, 10]

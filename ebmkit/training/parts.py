@@ -1,0 +1,119 @@
+"""What a trainer is made of, each part from the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ebmkit.card import ModelCard
+from ebmkit.compiled import make_inference
+from ebmkit.core import ScoreModel
+from ebmkit.data import AnyImages, Stream, StreamConfig
+from ebmkit.data.schedule import Stage
+from ebmkit.objectives import TrainingLoss, parse_objective
+from ebmkit.parallel import World
+from ebmkit.training.account import Budget
+from ebmkit.training.checks import shapes, trained_size
+from ebmkit.training.config import TrainConfig
+from ebmkit.training.cost import Effort
+from ebmkit.training.engine import TrainingStep
+from ebmkit.training.negatives import Negatives, likelihood_terms
+from ebmkit.training.optim import states_of
+
+__all__ = [
+    "make_average",
+    "make_budget",
+    "make_card",
+    "make_loss",
+    "make_negatives",
+    "make_stream",
+    "stream_config",
+]
+
+
+def stream_config(config: TrainConfig, name: str) -> StreamConfig:
+    """The configuration of the stream called ``name``."""
+    found: StreamConfig = getattr(config.streams, name)
+    return found
+
+
+def make_loss(model: ScoreModel, config: TrainConfig, likelihood: bool = True) -> TrainingLoss:
+    """Model and objectives; without those that need negatives, if not ``likelihood``."""
+    terms = parse_objective(config.objective)
+    if not likelihood:
+        terms = tuple(term for term in terms if term.objective.likelihood is None)
+    return TrainingLoss(model, terms, config.balance, config.draw_from)
+
+
+def make_stream(
+    config: TrainConfig, name: str, images: AnyImages, device: torch.device, world: World
+) -> Stream:
+    """The stream called ``name``, this process's share of it."""
+    return Stream(
+        images,
+        stream_config(config, name),
+        name,
+        config.seed,
+        device,
+        workers=config.dataset.workers,
+        rank=world.rank,
+        world_size=world.size,
+        parts=config.compute.accumulate,
+        steps=config.steps,
+    )
+
+
+def make_average(model: ScoreModel, config: TrainConfig) -> AveragedModel | None:
+    """The averaged weights, where they are asked for."""
+    decay = config.optimizer.ema
+    if decay is None:
+        return None
+    average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+    return AveragedModel(model, multi_avg_fn=average, use_buffers=False)
+
+
+def make_budget(
+    loss: TrainingLoss,
+    config: TrainConfig,
+    stages: Sequence[Stage],
+    images: AnyImages,
+    world: World,
+) -> Budget:
+    """The steps of the run, to be counted."""
+    return Budget(
+        loss,
+        [(stage, shapes(stage, images, world.size)) for stage in stages],
+        states_of(config.optimizer),
+        config.compute.accumulate,
+        world.size,
+        Effort(
+            config.negatives.steps if loss.needs_negatives else 0,
+            1 if config.optimizer.sharpness is None else 2,
+        ),
+    )
+
+
+def make_card(loss: TrainingLoss, config: TrainConfig, images: AnyImages) -> ModelCard:
+    """What the model is trained for."""
+    matching = [term.name for term in loss.terms if term.objective.needs_score]
+    denoise = stream_config(config, loss.stream_of[matching[0]]) if matching else None
+    return ModelCard(
+        dataset=images.name,
+        objective=config.objective,
+        image_size=trained_size(config, images),
+        channels=images.channels,
+        class_names=list(images.class_names),
+        sigma_range=denoise.noise.range if denoise else None,
+        classifies=any(term.objective.needs_labels for term in loss.terms),
+    )
+
+
+def make_negatives(
+    loss: TrainingLoss, config: TrainConfig, images: AnyImages, step: TrainingStep, world: World
+) -> Negatives:
+    """The chains of an objective that needs samples of the model, computed as ``step`` is."""
+    stream = stream_config(config, loss.stream_of[likelihood_terms(loss)[0].name])
+    inference = make_inference(loss.model, step.precision, config.compute.compile)
+    return Negatives(loss, config.negatives, images, stream, config.seed, inference, world)
