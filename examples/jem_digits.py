@@ -103,7 +103,7 @@ def main(out: Path, steps: int | None = None, chain_steps: int = 200, seed: int 
         "chain_steps": chain_steps,
         "samples": 10 * EACH,
         "recognised": {},
-        "environment": environment(),
+        "environment": {k: environment()[k] for k in ("torch", "cores", "gpu", "git_commit")},
     }
     shown = {}
     for start in ("noise", "gaussian"):
