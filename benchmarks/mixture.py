@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import re
 import time
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +26,6 @@ from torch import Tensor
 import ebmkit
 from ebmkit.data import NoiseLaw
 from ebmkit.files import write_atomically
-from ebmkit.objectives import OBJECTIVES, parse_objective
 from ebmkit.training.runs import environment
 
 RESULTS = Path(__file__).parent / "results" / "mixture.json"
@@ -46,6 +46,14 @@ class Row(NamedTuple):
     law: NoiseLaw | None = None
     told: bool = False
     by_class: bool = False  # whether log p(y|c) has a free constant for each class
+    temperature: float = 1.0  # of the chains that negatives are drawn by
+
+    @property
+    def remedy(self) -> str | None:
+        """How the model is set right before it is compared."""
+        if self.by_class:
+            return "its two constants set"
+        return "its log p over T" if self.temperature != 1 else None
 
 
 ROWS = {
@@ -54,6 +62,7 @@ ROWS = {
     "ce+cdsm": Row("ce+cdsm"),
     "ce+ism": Row("ce+ism"),
     "jem": Row("ce+ml"),
+    "jem, chains at T = 0.1": Row("ce+ml", temperature=0.1),
     "ce+dsm under a law, told sigma (NCSN)": Row("ce+dsm", LAW, told=True),
     "ce+dsm under a law, blind": Row("ce+dsm", LAW),
 }
@@ -67,14 +76,6 @@ def load_example() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def possible(row: Row) -> bool:
-    """Whether the objectives of ``row`` are in the table, and learn without negatives."""
-    names = [name.split("*")[-1] for name in row.objective.split("+")]
-    if not all(name in OBJECTIVES for name in names):
-        return False
-    return not any(term.objective.likelihood for term in parse_objective(row.objective))
 
 
 def blind_log_joint(mixture: ebmkit.GaussianMixture, law: NoiseLaw, y: Tensor) -> Tensor:
@@ -91,11 +92,20 @@ def blind_log_joint(mixture: ebmkit.GaussianMixture, law: NoiseLaw, y: Tensor) -
     return density[:, None] + joint.logsumexp(0).log_softmax(1)
 
 
+def warmed(log_joint: Tensor, temperature: float) -> Tensor:
+    r"""``log_joint`` (N, C) with the density that chains of a ``temperature`` T drew from.
+
+    Maximum likelihood rests where its negatives, of density :math:`q^{1/T}`, look like the images,
+    of density :math:`p_\sigma`. So what is learned is :math:`q = p_\sigma^T`, beside the labels.
+    """
+    return log_joint.logsumexp(1)[:, None] / temperature + log_joint.log_softmax(1)
+
+
 def train(example: ModuleType, row: Row, seed: int, steps: int) -> ebmkit.JointModel:
     """The model of ``row``."""
     law = row.law or example.AT_ONE_SIGMA
     model: ebmkit.JointModel = example.learn(
-        example.truth(), steps, row.objective, law, row.told, seed, BATCH
+        example.truth(), steps, row.objective, law, row.told, seed, BATCH, row.temperature
     )
     return model
 
@@ -103,27 +113,37 @@ def train(example: ModuleType, row: Row, seed: int, steps: int) -> ebmkit.JointM
 def compare(
     example: ModuleType, row: Row, model: ebmkit.JointModel, sigma: float, points: Tensor
 ) -> tuple[Any, Any, Any]:
-    """Fields of the truth, of the model with its free constants set, and with one alone."""
+    """Fields of what is to be found, of the model set right, and of the model as it is.
+
+    What is set right is what the objective cannot know: the constant of each class, or that its
+    chains are cold. One constant is set in both.
+    """
     mixture = example.truth()
     if row.law is not None and not row.told:
         exact = example.fields(lambda y: blind_log_joint(mixture, row.law, y), points)
     else:
         exact = example.fields(lambda y: mixture.log_joint(y, sigma), points)
-    found = example.fields(lambda y: model.log_joint(y, sigma), points)
-    plain = example.aligned(found, exact)
-    return exact, example.aligned(found, exact, by_class=True) if row.by_class else plain, plain
+    plain = example.fields(lambda y: model.log_joint(y, sigma), points)
+    right = plain
+    if row.temperature != 1:
+        right = example.fields(lambda y: warmed(model.log_joint(y, sigma), row.temperature), points)
+    return (
+        exact,
+        example.aligned(right, exact, by_class=row.by_class),
+        example.aligned(plain, exact),
+    )
 
 
 def measure(example: ModuleType, row: Row, model: ebmkit.JointModel) -> dict[str, Any]:
-    """Errors of ``model``: by level, the worst of them, and before the constants are set."""
+    """Errors of ``model``: by level, the worst of them, and before it is set right."""
     points = example.plane(**GRID)
     levels: dict[str, dict[str, float]] = {}
     result: dict[str, Any] = {}
     for sigma in LEVELS if row.told else (example.SIGMA,):
         exact, found, plain = compare(example, row, model, sigma, points)
         levels[str(sigma)] = example.distances(found, exact, sigma)
-        if row.by_class:
-            result["errors_before_constants"] = example.distances(plain, exact, sigma)
+        if row.remedy:
+            result["errors_before"] = example.distances(plain, exact, sigma)
     names = next(iter(levels.values()))
     worst = {name: max(errors[name] for errors in levels.values()) for name in names}
     return {"errors": worst, "levels": levels, **result}
@@ -141,19 +161,15 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     console, example = Console(), load_example()
+    commit = environment()["git_commit"]
     drawn: dict[str, tuple[Any, float]] = {}
     found: dict[str, Any] = {}
     for name, row in ROWS.items():
         if name not in options.only:
             continue
-        if not possible(row):
-            console.print(
-                f"{name}: skipped, {row.objective} needs negatives, which this loop does not draw"
-            )
-            continue
         rows = []
         for seed in options.seeds:
-            stem = options.out / f"{list(ROWS).index(name)}-{seed}-{options.steps}"
+            stem = options.out / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-{seed}-{options.steps}"
             model = example.learner(row.told)
             if stem.with_suffix(".json").exists():
                 model.load_state_dict(torch.load(stem.with_suffix(".pt"), weights_only=True))
@@ -164,18 +180,21 @@ def main() -> None:
                 model = train(example, row, seed, options.steps)
                 seconds = time.process_time() - begun
                 torch.save(model.state_dict(), stem.with_suffix(".pt"))
-                rows.append({"seed": seed, "cpu_seconds": seconds, **measure(example, row, model)})
+                about = {"seed": seed, "cpu_seconds": seconds, "git_commit": commit}
+                rows.append({**about, **measure(example, row, model)})
                 write_atomically(stem.with_suffix(".json"), json.dumps(rows[-1]).encode())
             console.print(rows[-1]["errors"])
             if seed == options.seeds[0]:
                 points = example.plane()
-                exact, learned, _ = compare(example, row, model, example.SIGMA, points)
+                exact, right, plain = compare(example, row, model, example.SIGMA, points)
                 if row.law is None or row.told:
                     drawn.setdefault(f"truth at {example.SIGMA}", (exact, example.SIGMA))
                 else:
                     drawn["truth under the law, blind"] = (exact, example.SIGMA)
-                drawn[name.replace(", ", ",\n")] = (learned, example.SIGMA)
-        found[name] = {"objective": row.objective, "told": row.told, "runs": rows}
+                shown = right if row.temperature == 1 else plain
+                drawn[name.replace(", ", ",\n")] = (shown, example.SIGMA)
+        about = {"objective": row.objective, "told": row.told, "remedy": row.remedy}
+        found[name] = {**about, "runs": rows}
     document = {
         "what": f"{options.steps} steps of {BATCH} points, perceptron of 64 features",
         "sigma": example.SIGMA,

@@ -256,24 +256,23 @@ def mixture_table() -> str:
     for name, row in found["rows"].items():
         runs = row["runs"]
         seconds = f"{sum(run['cpu_seconds'] for run in runs) / len(runs):.0f}"
-        before = [
-            run["errors_before_constants"] for run in runs if "errors_before_constants" in run
-        ]
+        before = [run["errors_before"] for run in runs if "errors_before" in run]
         levels = list(runs[0]["levels"])
         if len(levels) > 1:
             for level in levels:
                 label = f"{name}, at sigma {level}"
                 lines.append(line(label, [run["levels"][level] for run in runs], seconds))
         elif before:
-            lines.append(
-                line(f"{name}, its two constants set", [r["errors"] for r in runs], seconds)
-            )
-            lines.append(line(f"{name}, one constant set", before, seconds))
+            right = [run["errors"] for run in runs]
+            lines.append(line(f"{name}, {row['remedy']}", right, seconds))
+            lines.append(line(f"{name}, as it is", before, seconds))
         else:
             lines.append(line(name, [run["errors"] for run in runs], seconds))
+    commits = {run["git_commit"] for row in found["rows"].values() for run in row["runs"]}
+    environment = found["environment"] | {"git_commit": " and ".join(sorted(commits))}
     count = len(next(iter(found["rows"].values()))["runs"])
     note = f"{found['what']}; means over {count} seeds, and the worst of them. "
-    return "\n".join([*lines, "", note + circumstances(found["environment"])])
+    return "\n".join([*lines, "", note + circumstances(environment)])
 
 
 def jem_table() -> str:

@@ -23,8 +23,11 @@ from ebmkit.data import Batch, NoiseLaw
 from ebmkit.models import LinearQuadraticHead, MLPConfig
 from ebmkit.objectives import TrainingLoss, parse_objective
 from ebmkit.pictures.common import new_figure, save_figure
+from ebmkit.randomness import keyed_generator
+from ebmkit.sampling import MALA, Chains, density_of
 
 SIGMA = 0.1
+MOVES, MOVE_SIZE = 2, 0.005  # of a chain at each training step; image units squared
 AT_ONE_SIGMA = NoiseLaw(kind="fixed", max=SIGMA)
 MASS = 0.999
 
@@ -48,6 +51,37 @@ def learner(told: bool = False) -> ebmkit.JointModel:
     return ebmkit.JointModel(backbone, head, input_mean=0.5, input_std=0.25)
 
 
+class PersistentChains:
+    """Samples of ``model`` as it is being trained: chains that go on between training steps.
+
+    Persistent contrastive divergence (Tieleman 2008), with Langevin moves that are accepted or
+    rejected, so that chains in equilibrium have no bias.
+
+    Args:
+        model: what they follow.
+        count: of chains; they start uniformly around the mixture.
+        seed: of all that is drawn.
+        temperature: T; the chains sample p^(1/T).
+    """
+
+    def __init__(
+        self, model: ebmkit.JointModel, count: int, seed: int = 0, temperature: float = 1.0
+    ) -> None:
+        self.sampler = MALA(density_of(model), MOVE_SIZE, temperature)
+        self.seed, self.step = seed, 0
+        start = torch.rand(count, 2, 1, 1, generator=keyed_generator("cpu", seed, "start"))
+        self.x = 2 * start - 0.5
+
+    def draw(self) -> Tensor:
+        """Where the chains are after some moves, (count, 2, 1, 1)."""
+        generator = keyed_generator("cpu", self.seed, "negatives", self.step)
+        with torch.no_grad():
+            chains = Chains(self.sampler, self.sampler.init(self.x))
+            self.x = chains.run(MOVES, generator).x
+        self.step += 1
+        return self.x
+
+
 def learn(
     mixture: ebmkit.GaussianMixture,
     steps: int,
@@ -56,12 +90,18 @@ def learn(
     told: bool = False,
     seed: int = 0,
     batch_size: int = 512,
+    temperature: float = 1.0,
 ) -> ebmkit.JointModel:
-    """A joint model of the noisy mixture, by ``objective`` under a ``law`` of sigma."""
+    """A joint model of the noisy mixture, by ``objective`` under a ``law`` of sigma.
+
+    Negatives, where the objective needs them, are of ``temperature``.
+    """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = learner(told)
-    loss = TrainingLoss(model, parse_objective(objective), streams={"ce": "denoise"})
+    terms = parse_objective(objective)
+    loss = TrainingLoss(model, terms, streams={term.name: "denoise" for term in terms})
+    chains = PersistentChains(model, batch_size, seed, temperature)
     loss.recorded = True  # the faster way without a compiler
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -71,6 +111,8 @@ def learn(
         eps = torch.randn(x.shape, generator=generator)
         soft = nn.functional.one_hot(labels, 2).float()
         batch = Batch(x, x + sigma[:, None, None, None] * eps, sigma, eps, labels, soft)
+        if loss.needs_negatives:
+            batch = batch._replace(negatives=chains.draw())
         losses = loss({"denoise": batch})
         optimizer.zero_grad()
         losses.total.backward()

@@ -8,8 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import ebmkit
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-FAST = ["cdsm", "ce+ism", "ce+dsm under a law, blind"]  # ce+dsm: test_examples
+SLOW = [
+    "cdsm", "ce+cdsm", "ce+ism", "ce+dsm under a law, blind",
+    "ce+dsm under a law, told sigma (NCSN)",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -25,28 +30,60 @@ def example(study):
     return study.load_example()
 
 
-@pytest.mark.parametrize("name", FAST)
-def test_a_short_training_finds_the_mixture(study, example, name):
-    """About a tenth of the study's work. A constant density has errors of 1.2 nats, 0.5 and 1.0."""
-    row = study.ROWS[name]
-    law = row.law or example.AT_ONE_SIGMA
-    model = example.learn(example.truth(), 150, row.objective, law, row.told, batch_size=256)
+@pytest.mark.slow
+def test_a_short_training_by_chains_finds_the_mixture(study, example):
+    """About a twentieth of the study's work. A constant density errs by 1.2 nats, 0.5 and 1.0.
+
+    By denoising it is `test_examples`.
+    """
+    row = study.ROWS["jem"]
+    model = example.learn(example.truth(), 150, row.objective, batch_size=256)
     errors = study.measure(example, row, model)["errors"]
-    assert errors["log p, nats (rms)"] < 0.35
+    assert errors["log p, nats (rms)"] < 0.5
     assert errors["p(c|y) (mean abs)"] < 0.05
-    assert errors["sigma * score (rms)"] < 0.35
+    assert errors["sigma * score (rms)"] < 0.6
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ce+cdsm", "ce+ism", "ce+dsm under a law, told sigma (NCSN)"])
+@pytest.mark.parametrize("name", SLOW)
 def test_training_to_the_end_finds_it_closely(study, example, name):
     row = study.ROWS[name]
-    model = study.train(example, row, seed=7, steps=1000)
+    model = study.train(example, row, seed=7, steps=500)
     errors = study.measure(example, row, model)["levels"]["0.1"]
-    assert errors["log p, nats (rms)"] < 0.1
-    assert errors["log p, nats (max)"] < 1
-    assert errors["p(c|y) (mean abs)"] < 0.02
-    assert errors["sigma * score (rms)"] < 0.12
+    assert errors["log p, nats (rms)"] < 0.15
+    assert errors["log p, nats (max)"] < 1.5
+    assert errors["p(c|y) (mean abs)"] < 0.03
+    assert errors["sigma * score (rms)"] < 0.15
+
+
+@pytest.mark.slow
+def test_cold_chains_learn_a_power_of_the_density(study, example):
+    """At T = 0.1, p^0.1: a flat one, until its logarithm is divided by T. The labels are right."""
+    row = study.ROWS["jem, chains at T = 0.1"]
+    found = study.measure(example, row, study.train(example, row, seed=7, steps=500))
+    assert found["errors_before"]["log p, nats (rms)"] > 0.65
+    assert found["errors"]["log p, nats (rms)"] < 0.6
+    assert found["errors"]["p(c|y) (mean abs)"] < 0.03
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.25])
+def test_chains_go_on_to_equilibrium_at_their_temperature(example, temperature):
+    """Of a Gaussian of variance v they have the variance T v, up to 4 standard errors."""
+    variance, count = 0.02, 2000
+    model = ebmkit.GaussianMixture(torch.full((1, 2, 1, 1), 0.3), variance)
+    chains = example.PersistentChains(model, count, temperature=temperature)
+    for _ in range(25):
+        drawn = chains.draw()
+    exact = temperature * variance
+    assert (drawn.mean(0) - 0.3).abs().max() < 4 * (exact / count) ** 0.5
+    spread = (drawn - 0.3).square().mean() / exact
+    assert spread == pytest.approx(1, abs=4 * count**-0.5)  # of 2 count squares, of variance 2
+
+
+def test_warming_a_power_of_the_density_gives_it_back(study, example):
+    joint = example.truth().log_joint(example.plane(9), example.SIGMA)
+    power = 0.1 * joint.logsumexp(1)[:, None] + joint.log_softmax(1)
+    torch.testing.assert_close(study.warmed(power, 0.1), joint, rtol=1e-4, atol=1e-4)
 
 
 def test_errors_are_zero_at_the_truth_and_what_they_should_be_beside_it(study, example):
@@ -86,7 +123,7 @@ def test_what_the_blind_network_learns_is_the_closed_form(study, example):
 
 
 def test_the_study_writes_its_results_and_repeats_no_row(study, tmp_path, monkeypatch, capsys):
-    arguments = ["mixture", "--out", "rows", "--only", "ce+dsm", "jem", "--seeds", "3"]
+    arguments = ["mixture", "--out", "rows", "--only", "cdsm", "--seeds", "3"]
     arguments += ["--steps", "2", "--results", "found.json", "--picture", "found.png"]
     monkeypatch.setattr(study, "GRID", {"count": 21, "reach": 0.8})
     monkeypatch.chdir(tmp_path)
