@@ -29,6 +29,11 @@ ROWS: dict[str, tuple[str, dict[str, Any], float | None]] = {
     # name: (recipe, settings, compute as a multiple of the first row's; None: the recipe's steps)
     "ce+dsm": ("cifar10-short", {}, None),
     "jem, equal compute": ("cifar10-jem-short", {}, 1.0),
+    "jem, its authors' rate, equal compute": (
+        "cifar10-jem-short",
+        {"optimizer": {"lr": 1e-4}},
+        1.0,
+    ),
     "jem, 3 times the compute": ("cifar10-jem-short", {}, 3.0),
     "ce, JEM's network, equal compute": ("cifar10-jem-short", {"objective": "ce"}, 1.0),
 }
