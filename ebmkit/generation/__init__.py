@@ -8,7 +8,7 @@ from ebmkit.generation.labels import parse_label, parse_labels
 from ebmkit.generation.restore import Restored, restore
 from ebmkit.generation.results import write_results
 from ebmkit.generation.settings import SamplingSettings, default_sampler, make_settings
-from ebmkit.generation.sources import Sources, buffer_of, sources_for
+from ebmkit.generation.sources import Sources, at_hand, buffer_of, sources_for
 from ebmkit.generation.tasks import TASKS, Degraded, Task, TaskOptions, find_task
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Sources",
     "Task",
     "TaskOptions",
+    "at_hand",
     "baselines_of",
     "buffer_of",
     "default_sampler",

@@ -140,4 +140,12 @@ class _InCrops:
         self.model, self.c = model, c
 
     def __call__(self, y: Tensor, sigma: Noise | None = None, /) -> Tensor:
-        return torch.stack([denoise_picture(self.model, one, c=self.c).image for one in y])
+        return torch.stack([self._one(one) for one in y])
+
+    def _one(self, y: Tensor) -> Tensor:
+        found = denoise_picture(self.model, y, c=self.c)
+        limits = self.model.card.sigma_range if self.model.card else None
+        if limits is None or not self.model.differentiates or found.sigma <= limits[1]:
+            return found.image
+        # the level held to the range, as `ebmkit.sampling.target.blind_denoiser_of` holds it
+        return y + (limits[1] / found.sigma) ** 2 * (found.image - y)

@@ -84,6 +84,7 @@ def make_settings(
     steps: int | None = None,
     start: str | None = None,
     options: Mapping[str, Any] | None = None,
+    data_at_hand: bool = False,
     batch_size: int = 64,
     image_size: int | None = None,
     **others: Any,
@@ -98,6 +99,7 @@ def make_settings(
         steps: of each chain; None: the sampler's default.
         start: one of `STARTS`; None: the sampler's default.
         options: further settings of the sampler.
+        data_at_hand: whether training images can be had, for starts that are left open.
         batch_size: chains that are moved together; it changes what is drawn.
         image_size: side of the images; None: what the model was trained at.
         others: further fields of `SamplingSettings`.
@@ -134,9 +136,12 @@ def make_settings(
             values["start"] = start
         elif start == "mean":
             values["start"] = "noise"
+        if start in (None, "auto"):
+            given = str(values.get("start", entry.config.model_fields["start"].default))
+            own = "seeds" if data_at_hand and name != "ks" else "noise"
+            values["start"] = start = own if given == "auto" else given
         config = validated(entry.config, values, f"settings of sampler {name!r}")
         resolved = config.model_dump(mode="json")
-        start = start or str(resolved["start"])
         entry.build(model, labels, config)  # noise levels that are not the model's are refused
     return SamplingSettings(
         sampler=name,

@@ -17,7 +17,7 @@ from ebmkit.sampling.buffer import ReplayBuffer
 from ebmkit.training import DataConfig, RunFolder, resolve
 from ebmkit.training.assemble import Split, images_of
 
-__all__ = ["Sources", "buffer_of", "data_of", "sources_for"]
+__all__ = ["Sources", "at_hand", "buffer_of", "data_of", "sources_for"]
 
 MOST = 10_000
 """Training images that starts are drawn from, at the most."""
@@ -93,6 +93,17 @@ def data_of(run: Path, dataset: str | None = None, data_dir: Path | None = None)
     if dataset not in (None, own.name):
         return DataConfig(name=str(dataset), data_dir=data_dir)
     return own.model_copy(update={"data_dir": data_dir or own.data_dir})
+
+
+def at_hand(run: Path, dataset: str | None = None, data_dir: Path | None = None) -> bool:
+    """Whether the run's training images can be had, without fetching them."""
+    try:
+        config = data_of(run, dataset, data_dir)
+        where, size = config.data_dir, config.image_size
+        load_dataset(config.name, where, "train", image_size=size, download=False, progress=False)
+    except UserError:
+        return False
+    return True
 
 
 def buffer_of(run: Path, model: ScoreModel) -> ReplayBuffer:

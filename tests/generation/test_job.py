@@ -7,7 +7,7 @@ import h5py
 import pytest
 import torch
 from PIL import Image
-from small import SHAPE, mixture, small_network
+from small import SHAPE, BlindMixture, mixture, small_network
 
 from ebmkit import UserError
 from ebmkit.data.hdf5 import load_hdf5
@@ -24,7 +24,6 @@ from ebmkit.generation.diagnose import chain_diagnostics
 from ebmkit.generation.record import FRAMES, Record
 from ebmkit.sampling.base import Chain, Info
 from ebmkit.sampling.buffer import ReplayBuffer
-from ebmkit.sampling.levels import bounded_denoiser
 
 
 def job_at(path, model, settings, sources=None, **how):
@@ -300,12 +299,9 @@ def test_starts_within_the_noise_and_untrained_densities_are_cautioned(tmp_path)
     assert SamplingJob(jem, make_settings(jem, "sgld", steps=500), folder).cautions == []
 
 
-def test_a_blind_density_does_not_take_out_more_noise_than_it_was_trained_on(tmp_path):
-    """Where its estimate is within the range it is the model's own; beyond, the bound's Tweedie."""
-    model = small_network(tmp_path)
-    y = torch.rand(4, 1, 8, 8)
-    free, score, found = model.denoise(y), model.score(y), model.estimate_sigma(y)
-    for most in (0.5 * float(found.min()), 2 * float(found.max())):
-        model.card.sigma_range = (1e-9, most)
-        expected = free if most > float(found.max()) else y + most**2 * score
-        torch.testing.assert_close(bounded_denoiser(model)(y), expected, rtol=1e-4, atol=1e-6)
+def test_where_chains_start_is_settled_before_they_do():
+    """Seeds where data are at hand, but not for the ascent that starts from gray."""
+    assert make_settings(mixture(), "mala", data_at_hand=True).start == "seeds"
+    assert make_settings(mixture(), "mala").start == "noise"
+    assert make_settings(mixture(BlindMixture), "ks", data_at_hand=True).start == "noise"
+    assert make_settings(mixture(), "sgld", data_at_hand=True).start == "uniform"

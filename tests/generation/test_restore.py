@@ -26,6 +26,7 @@ PICTURE = torch.linspace(0, 1, 64).reshape(1, 8, 8)
 def test_restored_pictures_have_the_measurements(task):
     """A dark and a bright picture; the prior knows no others, so each is told from its half."""
     model = mixture(BlindMixture)
+    model.card = None  # it finds the level by itself, at any
     clean = torch.stack([torch.full(SHAPE, 0.3), torch.full(SHAPE, 0.7)])
     options = TaskOptions(share=0.75 if task.name == "compressed" else None)
     measurement = task.measurement(SHAPE, options)
@@ -58,9 +59,10 @@ def test_baselines_are_what_they_are_called():
     found = baselines_of(hole, hole.measure(PICTURE[None]))
     inside = ~torch.isclose(hole.project(PICTURE[None])[0], PICTURE)
     for name in ("mean", "nearest", "biharmonic"):
-        assert torch.equal(found[name][~inside], PICTURE[~inside]), name
+        torch.testing.assert_close(found[name][~inside], PICTURE[~inside])
     assert found["mean"][inside].unique().item() == pytest.approx(float(PICTURE[~inside].mean()))
-    assert set(found["nearest"][inside].tolist()) <= set(PICTURE[~inside].tolist())
+    gaps = found["nearest"][inside][:, None] - PICTURE[~inside]
+    assert float(gaps.abs().amin(1).max()) < 1e-6
     torch.testing.assert_close(found["biharmonic"], PICTURE, rtol=0, atol=1e-3)
     for share in (0.3, 1.0):
         blur = find_task("deblur").measurement(PICTURE.shape, TaskOptions(share=share))
