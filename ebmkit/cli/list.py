@@ -24,14 +24,18 @@ class Kind(StrEnum):
     datasets = "datasets"
     recipes = "recipes"
     suites = "suites"
+    samplers = "samplers"
+    tasks = "tasks"
 
 
 def tables() -> dict[str, dict[str, str]]:
     """Kind -> name -> one line about it, from the very tables the program looks names up in."""
     from ebmkit.data import DATASETS
     from ebmkit.evaluation import SUITES
+    from ebmkit.generation import TASKS
     from ebmkit.models import BACKBONES, DENOISERS, HEADS
     from ebmkit.objectives import ALIASES, OBJECTIVES
+    from ebmkit.sampling.presets import SAMPLERS
     from ebmkit.training import RECIPES
 
     return {
@@ -43,6 +47,8 @@ def tables() -> dict[str, dict[str, str]]:
         "datasets": {name: dataset.about for name, dataset in DATASETS.items()},
         "recipes": {name: recipe.about for name, recipe in RECIPES.items()},
         "suites": {name: suite.about for name, suite in SUITES.items()},
+        "samplers": {name: sampler.about for name, sampler in SAMPLERS.items()},
+        "tasks": {name: task.about for name, task in TASKS.items()},
     }
 
 

@@ -18,6 +18,7 @@ from ebmkit.compute import pick_device
 from ebmkit.core import ScoreModel, classifies
 from ebmkit.data.images import WRITERS, Picture, read_image, write_image
 from ebmkit.errors import UserError
+from ebmkit.generation import parse_label
 from ebmkit.inference import denoise_picture
 from ebmkit.models import load
 from ebmkit.units import format_sigma, parse_sigma
@@ -95,7 +96,7 @@ def denoise(
     level = None if sigma is None else parse_sigma(sigma)
     model = load(run, device=str(pick_device(device)), weights=weights)
     model.set_inference(precision, compile_)
-    c = None if label is None else _label(model, label)
+    c = None if label is None else parse_label(model, label)
     _warn_range(model, level)
     targets = [out / path.name for path in images]
     _check_targets(images, targets)
@@ -153,21 +154,6 @@ def _channels(model: ScoreModel) -> int | None:
 def _class_name(model: ScoreModel, label: int) -> str:
     names = model.card.class_names if model.card else []
     return names[label] if label < len(names) else str(label)
-
-
-def _label(model: ScoreModel, text: str) -> int:
-    names = model.card.class_names if model.card else []
-    if model.num_classes and model.card and not model.card.classifies:
-        raise UserError("the labels of this model were never trained: leave out --label")
-    if text in names:
-        return names.index(text)
-    try:
-        label = int(text)
-    except ValueError:
-        known = f"0 to {model.num_classes - 1}" + (f" or {', '.join(names)}" if names else "")
-        raise UserError(f"label {text!r} is unknown: this model knows {known}") from None
-    model.check_labels(label, torch.zeros(1))
-    return label
 
 
 def _warn_range(model: ScoreModel, sigma: float | None) -> None:

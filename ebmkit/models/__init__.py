@@ -18,7 +18,7 @@ from ebmkit.models.parts import (
 )
 from ebmkit.models.presets import BACKBONES, DENOISERS
 from ebmkit.models.resnet import ResNet, ResNetConfig
-from ebmkit.models.saving import load, save_model, save_weights
+from ebmkit.models.saving import load, save_model, save_weights, weights_digest
 from ebmkit.models.wideresnet import WideResNet, WideResNetConfig
 
 __all__ = [
@@ -57,4 +57,5 @@ __all__ = [
     "load",
     "save_model",
     "save_weights",
+    "weights_digest",
 ]

@@ -26,9 +26,11 @@ from ebmkit.files import write_atomically
 from ebmkit.models.config import ModelConfig
 from ebmkit.validation import validated
 
-__all__ = ["load", "save_model", "save_weights"]
+__all__ = ["digest", "load", "save_model", "save_weights", "weights_digest"]
 
 FORMAT = 1
+
+FILES = {"last": "model.safetensors", "best": "checkpoints/best.safetensors"}
 
 
 class _Document(BaseModel):
@@ -66,7 +68,7 @@ def save_weights(path: Path, model: ScoreModel) -> None:
         UserError: if the disk is full or not writable; what was there before is left as it was.
     """
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    written = safetensors.torch.save(state, metadata={"sha256": _digest(state)})
+    written = safetensors.torch.save(state, metadata={"sha256": digest(state)})
     write_atomically(path, written)
 
 
@@ -96,10 +98,9 @@ def load(
     folder = Path(run)
     if not folder.is_dir():
         raise UserError(f"there is no run folder {str(folder)!r}")
-    names = {"last": "model.safetensors", "best": "checkpoints/best.safetensors"}
-    if weights not in names:
-        raise UserError(f"weights {weights!r} must be one of {', '.join(names)}")
-    for name in ("model.json", names[weights]):
+    if weights not in FILES:
+        raise UserError(f"weights {weights!r} must be one of {', '.join(FILES)}")
+    for name in ("model.json", FILES[weights]):
         if not (folder / name).is_file():
             raise UserError(
                 f"{str(folder)!r} holds no {name}: it is no run folder, or training never saved a "
@@ -114,15 +115,20 @@ def load(
             )
         model = document.model.build()
     try:
-        state = _read_weights(folder / names[weights])
+        state = _read_weights(folder / FILES[weights])
         model.load_state_dict(state)
     except safetensors.SafetensorError:
-        raise UserError(f"{str(folder / names[weights])!r} is damaged: it does not parse") from None
+        raise UserError(f"{str(folder / FILES[weights])!r} is damaged: it does not parse") from None
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"the weights in {str(folder)!r} do not fit the model: {reason}") from None
     model.card = document.card
     return model.eval().requires_grad_(False).to(device)
+
+
+def weights_digest(run: Path, weights: str = "last") -> str:
+    """SHA-256 of the file of weights that `load` reads, to tell whether they are the same."""
+    return hashlib.sha256((run / FILES[weights]).read_bytes()).hexdigest()
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
@@ -134,12 +140,12 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     with safetensors.safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         state: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if "sha256" in metadata and metadata["sha256"] != _digest(state):
+    if "sha256" in metadata and metadata["sha256"] != digest(state):
         raise UserError(f"{str(path)!r} is damaged: its tensors are not those that were written")
     return state
 
 
-def _digest(state: dict[str, Tensor]) -> str:
+def digest(state: dict[str, Tensor]) -> str:
     """SHA-256 over names, types, shapes and bytes, in the order of the names."""
     found = hashlib.sha256()
     for name, value in sorted(state.items()):

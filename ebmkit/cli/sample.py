@@ -1,0 +1,179 @@
+"""``ebmkit sample``: images from a trained model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ebmkit.cli.app import app
+from ebmkit.cli.console import console, errors
+from ebmkit.compute import pick_device
+from ebmkit.errors import UserError
+from ebmkit.generation import (
+    Interrupted,
+    SamplingFolder,
+    SamplingJob,
+    at_hand,
+    make_settings,
+    sources_for,
+    write_results,
+)
+from ebmkit.models import load, weights_digest
+from ebmkit.training import parse_assignments
+from ebmkit.training.stopping import stop_requested
+
+__all__ = ["sample"]
+
+
+@app.command()
+def sample(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    out: Annotated[Path, typer.Option(help="folder for the samples: a new one, or one to go on")],
+    sampler: Annotated[
+        str | None,
+        typer.Option(
+            help="see `ebmkit list samplers`; buffer: the replay buffer's chains as they are "
+            "[default: ks for blind denoisers, ddim if the noise level is an input, else sgld]"
+        ),
+    ] = None,
+    count: Annotated[int, typer.Option("-n", "--count", help="number of samples")] = 64,
+    label: Annotated[
+        str | None, typer.Option(help="class, name or number; all: each in turn")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="of each chain [default: the sampler's]")
+    ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            help="noise (about gray), uniform, data, seeds (Gaussian of a class), mean (noise "
+            "about the mean image), buffer [default: the sampler's]"
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="a setting of the sampler, as step_size=1e-4; may be repeated"),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of starts and steps")] = 0,
+    batch_size: Annotated[
+        int, typer.Option(help="chains moved together; changes which samples are drawn")
+    ] = 64,
+    image_size: Annotated[
+        int | None, typer.Option(help="side of the images [default: the trained size]")
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="to start from and compare energies with [default: the one trained on]"),
+    ] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="where its files are")] = None,
+    weights: Annotated[str, typer.Option(help="last, or best by validation")] = "last",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1")] = "auto",
+    precision: Annotated[
+        str, typer.Option(help="of products: fp32, tf32, bf16; auto: fp32")
+    ] = "auto",
+    compile_: Annotated[
+        str,
+        typer.Option(
+            "--compile",
+            help="compile the score: on, off; auto: off, so that going on repeats every bit",
+        ),
+    ] = "auto",
+) -> None:
+    """Draw images from a trained model, of p(x) or with --label of p(x|c).
+
+    Writes samples.h5 (every sample and its energies; also a data set of kind hdf5), samples.png,
+    path.png, path.gif and sampling.json (settings, traces, diagnostics). After Ctrl-C, or if it was
+    killed, the same command goes on where it was, to the same samples.
+    """
+    place = pick_device(device)
+    model = load(run, device=str(place), weights=weights)
+    model.set_inference(precision, compile_)
+    settings = make_settings(
+        model,
+        sampler,
+        count=count,
+        label=label,
+        steps=steps,
+        start=start,
+        options=parse_assignments(set_ or []),
+        data_at_hand=at_hand(run, dataset, data_dir),
+        batch_size=batch_size,
+        image_size=image_size,
+        seed=seed,
+        weights=weights,
+        digest=weights_digest(run, weights),
+        dataset=dataset or "",
+        precision=model.inference.precision,
+        compile="on" if model.inference.mode == "on" else "off",
+        computed_on=place.type,
+    )
+    sources = sources_for(run, model, settings, dataset, data_dir, console.is_terminal)
+    job = SamplingJob(model, settings, SamplingFolder(out), sources)
+    job.folder.begin(settings)
+    for sentence in job.cautions:
+        _warn(sentence)
+    with job.folder.alone():
+        _draw(job)
+        document = write_results(job, str(run))
+    _tell(document, out, len(job.cautions))
+
+
+def _draw(job: SamplingJob) -> None:
+    settings = job.settings
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    with bar, stop_requested() as stop:
+        task = bar.add_task(f"{settings.count:,} samples by {settings.sampler}", total=None)
+        try:
+            job.run(lambda done, total: bar.update(task, completed=done, total=total), stop)
+        except Interrupted as stopped:
+            bar.stop()
+            console.print(
+                f"interrupted; saved after step {stopped.done:,} of {stopped.total:,}. Go on with "
+                "the same command.",
+                soft_wrap=True,
+                highlight=False,
+            )
+            raise typer.Exit(130) from None
+
+
+def _tell(document: dict[str, Any], out: Path, before: int) -> None:
+    """What came out; warnings after the first ``before``, which were told at the start."""
+    diagnostics = document["diagnostics"]
+    energies, chains = diagnostics["energies"], diagnostics["chains"]
+    lines = [f"{document['samples']:,} samples in {document['seconds']:.1f} s: {out}"]
+    if diagnostics["acceptance"] is not None:
+        lines.append(f"acceptance {diagnostics['acceptance']:.2f}")
+    if chains.get("split_rhat") is not None:
+        lines.append(
+            f"split R-hat {chains['split_rhat']:.3f}, effective size "
+            f"{chains['effective_size']:.0f} of {chains['draws'] * chains['chains']} draws"
+        )
+    if energies.get("gap") is not None:
+        lines.append(
+            f"mean log p: samples {energies['log_density_of_samples']:.1f}, held-out images "
+            f"{energies['log_density_of_data']:.1f} (nats)"
+        )
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False)
+    found = document["warnings"][before:]
+    for sentence in found:
+        _warn(sentence)
+    if len(document["lost"]) == document["samples"]:
+        raise UserError(f"every chain left the finite numbers; see {str(out / 'sampling.json')!r}")
+
+
+def _warn(sentence: str) -> None:
+    errors.print(f"warning: {sentence}", style="yellow", highlight=False, soft_wrap=True)

@@ -1,0 +1,155 @@
+"""``ebmkit sample`` and ``ebmkit restore``, as a user meets them."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from command_line import ebmkit_command
+from PIL import Image
+
+from ebmkit.generation import SamplingJob
+from ebmkit.sampling.buffer import ReplayBuffer
+from ebmkit.training import RunFolder
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "generation"))
+from small import save_run
+
+QUICK = ["--steps", 6, "--set", "beta=0.5", "--device", "cpu"]
+
+
+def refused(result, *told):
+    """One sentence on stderr, exit code 2, no traceback."""
+    assert result.returncode == 2, result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    for text in told:
+        assert text in result.stderr
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with runs and pictures."""
+    folder = tmp_path_factory.mktemp("place")
+    save_run(folder / "run")
+    save_run(folder / "jem", sigma_range=None, objective="jem")
+    (folder / "jem" / "checkpoints").mkdir()
+    buffer = ReplayBuffer(torch.rand(6, 1, 8, 8), num_classes=3)
+    RunFolder(folder / "jem").save_checkpoint({"step": 1}, buffer.to_bytes())
+    digit = (np.eye(8) * 255).astype(np.uint8)
+    Image.fromarray(digit).save(folder / "gray.png")
+    Image.fromarray(digit[:4]).save(folder / "half.png")
+    return folder
+
+
+def samples(path):
+    with h5py.File(path / "samples.h5") as file:
+        return file["samples"][()], dict(file.attrs)
+
+
+def test_an_interrupted_command_goes_on_to_the_same_samples(place, monkeypatch):
+    ask = ["sample", "run", "-n", 6, "--label", "all", "--batch-size", 4, *QUICK]
+    whole = ebmkit_command(*ask, "--out", "whole", cwd=place)
+    assert whole.returncode == 0, whole.stderr
+    assert "noise of 100/255 about gray" in whole.stderr
+    draw = SamplingJob._generator
+
+    def signalled(self, number, step):
+        if (number, step) == (1, 3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return draw(self, number, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SamplingJob, "_generator", signalled)
+        stopped = ebmkit_command(*ask, "--out", "broken", cwd=place)
+    assert stopped.returncode == 130
+    assert "saved after step 9 of 12" in stopped.stdout
+    assert not (place / "broken" / "samples.h5").exists()
+    other = ebmkit_command(*ask, "--seed", 1, "--out", "broken", cwd=place)
+    assert "seed was 0 and is now 1" in other.stderr.splitlines()[-1]
+    later = ebmkit_command(*ask, "--out", "broken", cwd=place)
+    assert later.returncode == 0, later.stderr
+    (a, one), (b, two) = samples(place / "whole"), samples(place / "broken")
+    assert np.array_equal(a, b)
+    assert one == two
+    document = json.loads((place / "broken" / "sampling.json").read_text())
+    assert "holds no config.yaml" in document["diagnostics"]["energies"]["note"]
+    again = ebmkit_command(*ask, "--out", "broken", cwd=place)
+    refused(again, "finished samples")
+
+
+def test_data_that_is_named_is_compared_with(place):
+    result = ebmkit_command(
+        "sample", "run", "-n", 2, "--dataset", "digits", "--start", "mean", *QUICK,
+        "--out", "named", cwd=place,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "held-out images" in result.stdout
+    document = json.loads((place / "named" / "sampling.json").read_text())
+    assert document["diagnostics"]["energies"]["images"] > 10
+
+
+def test_the_replay_buffer_from_the_command_line(place):
+    as_is = ebmkit_command("sample", "jem", "-n", 4, "--sampler", "buffer", "--out", "b", cwd=place)
+    assert as_is.returncode == 0, as_is.stderr
+    x, attributes = samples(place / "b")
+    assert (attributes["source"], attributes["sampler"]) == ("buffer", "buffer")
+    assert x.shape == (4, 1, 8, 8)
+    on = ebmkit_command("sample", "jem", "-n", 2, "--start", "buffer", "--out", "c", cwd=place)
+    assert on.returncode == 0, on.stderr
+    assert samples(place / "c")[1]["source"] == "buffer"
+    assert samples(place / "c")[1]["sampler"] == "sgld"  # JEM's default
+    none = ebmkit_command("sample", "run", "--start", "buffer", "--out", "d", cwd=place)
+    refused(none, "no replay buffer")
+
+
+def test_if_every_chain_is_lost_it_says_so_and_fails(place):
+    result = ebmkit_command(
+        "sample", "jem", "-n", 2, "--steps", 40, "--set", "step_size=1e38", "--set", "noise=0",
+        "--out", "lost", cwd=place,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "every chain left the finite numbers" in result.stderr.splitlines()[-1]
+    document = json.loads((place / "lost" / "sampling.json").read_text())
+    assert [entry["chain"] for entry in document["lost"]] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["sample", "run", "-n", "0"], "0 samples"),
+        (["sample", "run", "--steps", "0"], "0 steps move no chain"),
+        (["sample", "run", "--sampler", "kss"], "did you mean 'ks'"),
+        (["sample", "run", "--label", "7"], "label 7 is out of range"),
+        (["sample", "run", "--set", "betta=1"], "did you mean 'beta'"),
+        (["sample", "run", "--start", "seeds"], "name the data by --dataset"),
+        (["sample", "jem", "--sampler", "ddim"], "was not trained to denoise"),
+        (["restore", "jem", "gray.png"], "was not trained to denoise"),
+        (["restore", "run", "gray.png", "--task", "derain"], "unknown task"),
+        (["restore", "run", "gray.png", "--mask", "half.png"], "mask"),
+        (["restore", "run", "gray.png", "--steps", "0"], "0 steps move no chain"),
+    ],
+)
+def test_mistakes_are_told_in_one_sentence(place, arguments, told):
+    result = ebmkit_command(*arguments, "--out", "never", cwd=place)
+    refused(result, told)
+    assert not (place / "never").exists()
+
+
+def test_restore_writes_pictures_beside_simple_methods(place):
+    result = ebmkit_command(
+        "restore", "run", "gray.png", "--task", "superres", "--samples", 2, *QUICK, "--out", "r",
+        cwd=place,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "bicubic" in result.stdout
+    kinds = ("measured", "restored-1", "restored-2", "mean", "comparison")
+    assert {p.name for p in (place / "r").iterdir()} == {
+        "gray.json", *(f"gray-{kind}.png" for kind in kinds)
+    }  # fmt: skip
+    again = ebmkit_command("restore", "run", "gray.png", "--out", "r", cwd=place)
+    refused(again, "exists")
