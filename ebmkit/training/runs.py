@@ -21,6 +21,7 @@ configuration.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -35,7 +36,7 @@ from typing import Any
 
 import torch
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from ebmkit.errors import UserError
 from ebmkit.files import write_atomically
@@ -120,7 +121,10 @@ class RunFolder:
         Raises:
             UserError: naming the first field that differs.
         """
-        found = difference(self.config(), config.model_dump(mode="json"))
+        old = self.config()
+        with contextlib.suppress(ValidationError):  # fields that came later have their defaults
+            old = type(config).model_validate(old).model_dump(mode="json")
+        found = difference(old, config.model_dump(mode="json"))
         if found is not None:
             key, old, new = found
             raise UserError(

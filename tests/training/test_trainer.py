@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+import yaml
 
 import ebmkit
 from ebmkit.objectives import TrainingLoss
@@ -282,3 +283,23 @@ def test_batch_norm_and_relu_train_with_a_warning(tmp_path):
     assert "table 3" in told
     statistics = trainer.model.backbone.stages[0][0].norm.running_mean
     assert statistics.abs().sum() > 0
+
+
+def test_a_run_of_an_earlier_version_goes_on(tmp_path):
+    """Its configuration lacks the fields that came later, whose defaults change nothing."""
+    cut = start(tmp_path, "cut", reporter=StopAt(3))
+    with pytest.raises(Interrupted):
+        cut.fit()
+    path = tmp_path / "cut" / "config.yaml"
+    values = yaml.safe_load(path.read_text())
+    del values["negatives"], values["watch"], values["streams"]["generate"]
+    del values["optimizer"]["sharpness"]
+    path.write_text(yaml.safe_dump(values))
+    run = RunFolder.open(tmp_path / "cut")
+    run.check_same(resolve(run.config()))
+    state = run.load_checkpoint()
+    del state["watch"]
+    run.save_checkpoint(state)
+    resumed = assemble(resolve(run.config()), run)
+    assert resumed.step == 3
+    resumed.fit()
