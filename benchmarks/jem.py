@@ -36,10 +36,11 @@ ROWS: dict[str, tuple[str, dict[str, Any], float | None]] = {
     ),
     "jem, 3 times the compute": ("cifar10-jem-short", {}, 3.0),
     "ce, JEM's network, equal compute": ("cifar10-jem-short", {"objective": "ce"}, 1.0),
+    "digits, ce+dsm": ("digits", {}, None),
+    "digits, jem": ("digits-jem", {}, None),
 }
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "ood": {"sets": ["cifar100", "interpolations", "uniform"]},
     "robustness": {
         "images": 100,
         "steps": 20,
@@ -53,6 +54,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+STRANGERS = {
+    "cifar10": ["cifar100", "interpolations", "uniform"],
+    "digits": ["interpolations", "constant", "uniform"],
+}
+
 OOD_IMAGES = 1000
 """Test images that the suite ood sets against as many strangers."""
 
@@ -60,7 +66,7 @@ OOD_IMAGES = 1000
 def configuration(name: str, data_dir: Path) -> Any:
     """The row's configuration, with the steps that its share of compute allows."""
     recipe, settings, share = ROWS[name]
-    where = {"dataset": {"data_dir": data_dir.absolute()}}
+    where = {} if name.startswith("digits") else {"dataset": {"data_dir": data_dir.absolute()}}
     config = resolve(where, settings, recipe=recipe)
     if share is None:
         return config
@@ -95,6 +101,7 @@ def evaluate(name: str, run: RunFolder, data_dir: Path) -> dict[str, Any]:
     out = run.path / "study"
     suites = ["classify", "calibration", "ood", "robustness"]
     found = {}
+    options = OPTIONS | {"ood": {"sets": STRANGERS[config.dataset.name]}}
     for suite in suites:
         result = run_suites(
             model,
@@ -103,7 +110,7 @@ def evaluate(name: str, run: RunFolder, data_dir: Path) -> dict[str, Any]:
             out,
             limit=OOD_IMAGES if suite == "ood" else None,
             noise_levels=(0,),
-            options={suite: OPTIONS[suite]} if suite in OPTIONS else {},
+            options={suite: options[suite]} if suite in options else {},
             data_dir=data_dir,
         )
         found[suite] = result[suite].document
@@ -116,6 +123,7 @@ def evaluate(name: str, run: RunFolder, data_dir: Path) -> dict[str, Any]:
     robust = found["robustness"]
     return {
         "name": name,
+        "dataset": config.dataset.name,
         "objective": config.objective,
         "recipe": ROWS[name][0],
         "backbone": config.backbone,

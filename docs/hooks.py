@@ -275,9 +275,10 @@ def mixture_table() -> str:
     return "\n".join([*lines, "", note + circumstances(environment)])
 
 
-def jem_table() -> str:
-    """`benchmarks/results/jem.json` as a table: a column for each run."""
-    rows = list(json.loads((RESULTS / "jem.json").read_text()).values())
+def jem_table(dataset: str) -> str:
+    """`benchmarks/results/jem.json` as a table: a column for each run on ``dataset``."""
+    found = json.loads((RESULTS / "jem.json").read_text()).values()
+    rows = [row for row in found if row["dataset"] == dataset]
 
     def share(estimate: dict[str, Any]) -> str:
         return "{:.0f} ({:.0f} to {:.0f})".format(
@@ -318,9 +319,9 @@ def jem_table() -> str:
             "|---|" + "---|" * len(rows),
             *(f"| {name} | {' | '.join(cells)} |" for name, cells in lines.items()),
             "",
-            f"CIFAR-10, {first['images']:,} of 10,000 test images; AUROC on the first "
+            f"{DATA[dataset]}, {first['images']:,} test images; AUROC on the first "
             f"{first['ood_images']:,} against as many others; attacks (PGD, 20 steps, one start) "
-            f"on the first {first['attacked_images']}; PSNR on the first 1,000. "
+            f"on the first {first['attacked_images']}; PSNR on the first 1,000 at most. "
             "`benchmarks/jem.py --data-dir DIR`, seed "
             f"{first['seed']}, {first['environment']['cores']} CPU cores that did other work, "
             f"PyTorch {first['environment']['torch']}, code at {commits}.",
@@ -328,6 +329,7 @@ def jem_table() -> str:
     )
 
 
+DATA = {"cifar10": "CIFAR-10 (9,980 of its 10,000 test images are at hand)", "digits": "Digits"}
 JEM_SCORES = {"log-density": "log p", "confidence": "max softmax", "gradient": "-norm of the score"}
 
 
@@ -375,6 +377,7 @@ MARKERS = {
     "<!-- processes -->": processes_table,
     "<!-- layout -->": layout_table,
     "<!-- jem digits -->": jem_digits,
-    "<!-- jem -->": jem_table,
+    "<!-- jem: cifar10 -->": partial(jem_table, "cifar10"),
+    "<!-- jem: digits -->": partial(jem_table, "digits"),
     "<!-- mixture -->": mixture_table,
 }
