@@ -130,7 +130,7 @@ def main() -> None:
         "samples": options.samples,
         "beta": options.beta,
         "rows": rows,
-        "environment": environment(),
+        "environment": {k: environment()[k] for k in ("torch", "cores", "gpu", "git_commit")},
     }
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{options.run.name}-restore.json"

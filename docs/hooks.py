@@ -329,6 +329,27 @@ def jem_table(dataset: str) -> str:
     )
 
 
+def restore_table() -> str:
+    """`benchmarks/results/restore-*.json` as a table: PSNR of each task and method."""
+    lines = [
+        "| run | beta | task | restored | simple methods |",
+        "|---|---|---|---:|---|",
+    ]
+    environment: dict[str, Any] = {}
+    for name in ("digits", "cifar10", "cifar10-beta1"):
+        found = json.loads((RESULTS / f"restore-{name}.json").read_text())
+        environment = found["environment"]
+        for row in found["rows"]:
+            own = row["psnr"].pop("restored")
+            simple = ", ".join(f"{who} {one['value']:.2f}" for who, one in row["psnr"].items())
+            lines.append(
+                f"| {found['dataset']}, {found['images']} test images | {found['beta']:g} | "
+                f"{row['task']} | {own['value']:.2f} ({own['low']:.2f} to {own['high']:.2f}) | "
+                f"{simple} |"
+            )
+    return "\n".join([*lines, "", circumstances(environment)])
+
+
 DATA = {"cifar10": "CIFAR-10 (9,980 of its 10,000 test images are at hand)", "digits": "Digits"}
 JEM_SCORES = {"log-density": "log p", "confidence": "max softmax", "gradient": "-norm of the score"}
 
@@ -376,6 +397,7 @@ MARKERS = {
     "<!-- precision -->": precision_table,
     "<!-- processes -->": processes_table,
     "<!-- layout -->": layout_table,
+    "<!-- restore -->": restore_table,
     "<!-- jem digits -->": jem_digits,
     "<!-- jem: cifar10 -->": partial(jem_table, "cifar10"),
     "<!-- jem: digits -->": partial(jem_table, "digits"),
