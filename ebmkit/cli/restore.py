@@ -60,7 +60,9 @@ def restore(
         list[str] | None,
         typer.Option("--set", help="a setting of the sampler ks, as beta=0.1; may be repeated"),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="of the noise, and of what is measured")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="of the noise, and of what is measured")
+    ] = 0,
     weights: Annotated[str, typer.Option(help="last, or best by validation")] = "last",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1")] = "auto",
     precision: Annotated[

@@ -57,7 +57,7 @@ def sample(
         list[str] | None,
         typer.Option("--set", help="a setting of the sampler, as step_size=1e-4; may be repeated"),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="of starts and steps")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="of starts and steps")] = 0,
     batch_size: Annotated[
         int, typer.Option(help="chains moved together; changes which samples are drawn")
     ] = 64,

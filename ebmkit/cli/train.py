@@ -51,7 +51,8 @@ def train(
         Path | None, typer.Option(help="where its files are [default: data]")
     ] = None,
     backbone: Annotated[
-        str | None, typer.Option(help="[default: gradresnet18]; see `ebmkit list backbones`")
+        str | None,
+        typer.Option(help="[default: the recipe's, gradresnet18]; see `ebmkit list backbones`"),
     ] = None,
     objective: Annotated[
         str | None,

@@ -43,6 +43,11 @@ def to_floats(images: Tensor) -> Tensor:
     return images.to(torch.float32) / 255
 
 
+def evenly(count: int, n: int) -> Tensor:
+    """``n`` of the numbers 0 .. count - 1, in order and evenly spaced, int64."""
+    return torch.arange(n) * count // n
+
+
 @dataclass(frozen=True, eq=False)
 class ImageSet:
     """Images in memory, on one device.
@@ -92,6 +97,14 @@ class ImageSet:
     def num_classes(self) -> int:
         """Number of labels; 0 for a set without them."""
         return len(self.class_names) if self.labels is not None else 0
+
+    def spread(self, n: int) -> ImageSet:
+        """At most ``n`` images, evenly through the set, which may be sorted by class."""
+        if len(self) <= n:
+            return self
+        rows = evenly(len(self), n).to(self.images.device)
+        labels = None if self.labels is None else self.labels[rows]
+        return replace(self, images=self.images[rows], labels=labels)
 
     def first(self, n: int) -> ImageSet:
         """The first ``n`` images, or all if there are fewer."""
@@ -185,6 +198,14 @@ class StreamedSet:
     def num_classes(self) -> int:
         """Number of labels; 0 for a set without them."""
         return len(self.class_names) if self.labels is not None else 0
+
+    def spread(self, n: int) -> StreamedSet:
+        """At most ``n`` images, evenly through the set, which may be sorted by class."""
+        if len(self) <= n:
+            return self
+        chosen = evenly(len(self), n)
+        labels = None if self.labels is None else self.labels[chosen]
+        return replace(self, rows=self.rows[chosen], labels=labels)
 
     def first(self, n: int) -> StreamedSet:
         """The first ``n`` images, or all if there are fewer."""

@@ -49,7 +49,7 @@ class SamplingSettings(BaseModel):
     start: str = Field(description="where chains start")
     count: int = Field(description="number of chains")
     label: str | None = Field(None, description="name or number of a class, or all")
-    seed: int = Field(0, description="of starts and steps")
+    seed: int = Field(0, ge=0, lt=2**63, description="of starts and steps")
     batch_size: int = Field(description="chains that are moved together")
     image_size: tuple[int, int] = Field(description="height and width")
     channels: int = Field(description="1 gray, 3 colour")

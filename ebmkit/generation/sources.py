@@ -60,7 +60,7 @@ def sources_for(
     """
     train = None
     if settings.start in OF_DATA:
-        images = images_of(data_of(run, dataset, data_dir), "train", progress).first(MOST)
+        images = images_of(data_of(run, dataset, data_dir), "train", progress).spread(MOST)
         train = _checked(next(iter(images.batches(MOST))), settings)
     buffer = buffer_of(run, model) if settings.start == BUFFER else None
     if buffer is not None and tuple(buffer.images.shape[1:]) != settings.shape:

@@ -157,14 +157,16 @@ class SamplerEntry(Generic[C]):
     ) -> Tensor:
         """``x`` without the noise of the last level; ``x`` itself where the end has none.
 
-        A blind model finds the level by itself.
+        A blind model finds the level by itself, within those it was trained at. A model that was
+        never trained to denoise has no such noise: its density is that of the images themselves.
         """
-        if not self.noisy_end:
+        untrained = model.card is not None and model.card.sigma_range is None
+        if not self.noisy_end or untrained:
             return x
-        level = last_level(sampler) if model.noise_conditional else None
-        if level is None and model.noise_conditional:
-            return x
-        return denoiser_of(model, c)(x, level)
+        if not model.noise_conditional:
+            return blind_denoiser_of(model, c)(x)
+        level = last_level(sampler)
+        return x if level is None else denoiser_of(model, c)(x, level)
 
 
 def find_sampler(name: str) -> SamplerEntry[Any]:

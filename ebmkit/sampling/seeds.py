@@ -63,7 +63,15 @@ class ClassGaussians:
             count: how many.
             generator: on the device of the images.
             labels: (count,), which Gaussians; None: classes as often as they are in the set.
+
+        Raises:
+            UserError: if there were no images of a label.
         """
+        if labels is not None and len(labels) and int(labels.max()) >= len(self.means):
+            raise UserError(
+                f"label {int(labels.max())} has 0 images to fit a Gaussian to, the largest label "
+                f"among them is {len(self.means) - 1}: start chains from uniform noise"
+            )
         if labels is None:
             labels = torch.multinomial(self.shares, count, replacement=True, generator=generator)
         kind: dict[str, Any] = {"dtype": self.shares.dtype, "device": self.shares.device}

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ebmkit.compiled import Inference
 from ebmkit.core import EnergyModel, ScoreModel
-from ebmkit.data import AnyImages, Batch, ImageSet, StreamConfig
+from ebmkit.data import AnyImages, Batch, StreamConfig
 from ebmkit.errors import UserError
 from ebmkit.linearization import Linearization, Noise
 from ebmkit.objectives import Term, TrainingLoss
@@ -222,15 +222,5 @@ def score_at(at: Linearization, sigma: Noise | None, c: Tensor | None) -> Tensor
 
 
 def _fitted(images: AnyImages, device: torch.device) -> ClassGaussians:
-    some = images.first(FITTED) if not isinstance(images, ImageSet) else _spread(images)
-    floats, labels = next(iter(some.batches(FITTED)))
+    floats, labels = next(iter(images.spread(FITTED).batches(FITTED)))
     return ClassGaussians(floats.to(device), None if labels is None else labels.to(device))
-
-
-def _spread(images: ImageSet) -> ImageSet:
-    """At most `FITTED` of the images, evenly through the set."""
-    if len(images) <= FITTED:
-        return images
-    rows = torch.arange(FITTED, device=images.images.device) * len(images) // FITTED
-    labels = None if images.labels is None else images.labels[rows]
-    return ImageSet(images.name, images.split, images.images[rows], labels, images.class_names)

@@ -320,8 +320,8 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-JEM_RECIPES = {"digits": "digits-jem"}
-"""Data set -> its recipe for objectives that need negatives; `jem` where it has none of its own."""
+JEM_RECIPES = {"digits": "digits-jem", "cifar10": "jem", "cifar100": "jem"}
+"""Data set -> its recipe for objectives that need negatives; others have the small network's."""
 
 
 def recipe_for(dataset: str, objective: str = "") -> dict[str, Any]:
@@ -336,7 +336,7 @@ def recipe_for(dataset: str, objective: str = "") -> dict[str, Any]:
     """
     named = parse_objective(objective) if objective else ()
     if any(term.objective.likelihood is not None for term in named):
-        config = RECIPES[JEM_RECIPES.get(dataset, "jem")].config
+        config = RECIPES[JEM_RECIPES.get(dataset, "cifar10-jem-short")].config
     else:
         config = RECIPES.get(dataset, RECIPES["folder"]).config
     return config | {"dataset": config["dataset"] | {"name": dataset}}

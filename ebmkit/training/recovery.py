@@ -6,10 +6,12 @@ and what is done then.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from ebmkit.data import Batch
 from ebmkit.errors import UserError
@@ -71,9 +73,9 @@ class Recovery:
         return True
 
     def keep(self) -> None:
-        """Keep the trainer's present state to go back to."""
-        state = copy.deepcopy(self.trainer.state())
-        chains = self.negatives.buffer.images.clone()
+        """Keep the trainer's present state to go back to, in the host's memory."""
+        state = tree_map_only(Tensor, _on_host, self.trainer.state())
+        chains = _on_host(self.negatives.buffer.images)
         self.watch.keep(self.trainer.step, (state, chains))
 
     def state(self) -> dict[str, Any]:
@@ -104,15 +106,16 @@ class Recovery:
 
     def _go_back(self, breach: Breach, kept: Any) -> None:
         trainer, number = self.trainer, len(self.watch.history)
-        if trainer.run is not None:
-            trainer.run.set_aside(breach.back, number)
         spent = trainer.seconds
         state, chains = kept
-        trainer.restore_parts(copy.deepcopy(state))
+        trainer.restore_parts(tree_map_only(Tensor, _on_host, state))
         trainer.seconds_before, trainer.begun = spent, trainer.clock()
         self.negatives.buffer.images.copy_(chains)
         self.negatives.attempt = number
         self._apply()
+        trainer.save()  # first: who is killed now goes on from here, with the count of breaches
+        if trainer.run is not None:
+            trainer.run.set_aside(breach.back, number)
         trainer.report(
             {
                 "kind": "breach",
@@ -123,7 +126,6 @@ class Recovery:
                 **self.watch.remedies.document(),
             }
         )
-        trainer.save()
         if breach.change is None:
             self._give_up()
 
@@ -141,3 +143,8 @@ class Recovery:
         config, remedies = self.trainer.config.negatives, self.watch.remedies
         self.negatives.steps = math.ceil(config.steps * remedies.steps)
         self.trainer.loss.penalty = config.penalty + remedies.penalty
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """A copy of ``tensor`` on the CPU that nobody changes."""
+    return tensor.detach().to("cpu", copy=True)

@@ -46,7 +46,7 @@ class Sharpness:
     def uphill(self, module: nn.Module) -> Iterator[None]:
         """Within, the parameters of ``module`` lie uphill along their gradients.
 
-        Afterwards they are what they were, to the bit. Running means of BatchNorm stay untouched.
+        Afterwards they are what they were, to the bit. Running statistics of BatchNorm do not move.
         """
         moved = [(p, p.grad) for p in module.parameters() if p.grad is not None]
         sizes = [p.detach().abs() if self.adaptive else torch.ones_like(p) for p, _ in moved]

@@ -401,3 +401,12 @@ def test_every_data_set_has_a_line_about_it():
         "hdf5",
     ]
     assert all(entry.about for entry in DATASETS.values())
+
+
+def test_some_images_spread_evenly_through_a_sorted_set():
+    images = torch.arange(40, dtype=torch.uint8).reshape(40, 1, 1, 1)
+    sorted_set = ImageSet("own", "train", images, torch.arange(40) // 10, ("a", "b", "c", "d"))
+    some = sorted_set.spread(8)
+    assert some.labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert some.images.flatten().tolist() == [0, 5, 10, 15, 20, 25, 30, 35]
+    assert sorted_set.spread(100) is sorted_set

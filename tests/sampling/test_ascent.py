@@ -101,6 +101,12 @@ def test_seeds_have_mean_and_covariance_of_their_label():
         ClassGaussians(images, (labels * 0).index_fill(0, torch.tensor([3]), 1))
 
 
+def test_a_label_without_images_has_no_seeds():
+    gaussians = ClassGaussians(torch.rand(8, 1, 2, 2), torch.arange(8) % 2)
+    with pytest.raises(UserError, match="label 5 has 0 images"):
+        gaussians.sample(2, known.generator(), torch.tensor([0, 5]))
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

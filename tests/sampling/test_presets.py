@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from ebmkit import GaussianMixture, ModelCard
 from ebmkit.errors import UserError
-from ebmkit.models import DirectDenoiser
+from ebmkit.models import DirectDenoiser, create_model
 from ebmkit.sampling import Chains
 from ebmkit.sampling.inverse import random_pixels
 from ebmkit.sampling.presets import SAMPLERS, find_sampler, make_restorer
@@ -354,3 +354,17 @@ def test_a_restored_image_has_the_measurements_given():
     torch.testing.assert_close(measurement.measure(x), measured.expand(8, -1))
     # it is an image of the truth's own component
     assert (mixture().logits(x).argmax(1) == mixture().logits(truth).argmax(1)).all()
+
+
+@pytest.mark.parametrize("name", ["langevin", "mala", "hmc"])
+def test_what_was_never_taught_to_denoise_takes_no_noise_out_at_the_end(name):
+    """JEM's density is that of images: the level its score implies would move them far away."""
+    model = create_model("wideresnet10-jem", num_classes=2, in_channels=1, head="logit", width=8)
+    model.eval().requires_grad_(False)
+    model.card = ModelCard(classifies=True)
+    entry = find_sampler(name)
+    x = torch.rand(3, 1, 6, 6)
+    assert entry.finish(model, entry.build(model), x) is x
+    model.card = ModelCard(classifies=True, sigma_range=(1 / 255, 100 / 255))
+    moved = entry.finish(model, entry.build(model), x) - x
+    assert 0 < moved.flatten(1).square().mean(1).sqrt().max() <= 100 / 255 + 1e-6
