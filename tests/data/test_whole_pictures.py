@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
+from toy_sets import drawn
 
 from ebmkit.data import Augmentation, ImageSet, NoiseLaw, Stream, StreamConfig, load_dataset
 from ebmkit.data.crops import DRAWS, Crop, Cut, crop_boxes
@@ -94,13 +95,13 @@ def test_streams_of_whole_pictures_do_not_depend_on_workers_start_or_processes(f
     shares = [batches(rank=r, world_size=2) for r in range(2)]
     others.append(
         [
-            [torch.cat(pair) for pair in zip(*both, strict=True)]
+            [torch.cat(pair) for pair in zip(*map(drawn, both), strict=True)]
             for both in zip(*shares, strict=True)
         ]
     )
     for other in others:
         for a, b in zip(whole, other, strict=True):
-            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+            assert all(torch.equal(x, y) for x, y in zip(drawn(a), drawn(b), strict=True))
     assert not torch.equal(whole[0].x, whole[1].x)
 
 

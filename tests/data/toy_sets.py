@@ -37,3 +37,8 @@ def as_streamed(source, damaged=()):
         source.labels,
         source.class_names,
     )
+
+
+def drawn(batch):
+    """The columns of a batch that a stream draws, all but the negatives of the model."""
+    return list(batch)[:6]
