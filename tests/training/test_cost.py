@@ -170,7 +170,8 @@ def test_the_peak_is_that_of_the_allocator_but_for_what_convolutions_use_within(
         peak = max(peak, now)
     drawn = sum(t.nbytes for batch in batches.values() for t in batch[:6])
     largest_map = 4 * 32 * 8 * 16 * 16
-    assert 0 <= drawn + peak - max(rehearse(loss, shapes).live) <= 2 * largest_map
+    # what they use depends on the processor: 2 maps with AVX-512, a little more with AVX2
+    assert 0 <= drawn + peak - max(rehearse(loss, shapes).live) <= 3 * largest_map
 
 
 def test_a_loss_is_left_untouched_by_rehearsals(monkeypatch):
