@@ -35,6 +35,7 @@ def test_a_photograph_is_denoised_blindly(tmp_path):
     assert (tmp_path / "photo" / "photograph.png").is_file()
 
 
+@pytest.mark.slow
 def test_samples_of_jem_are_drawn_and_judged(tmp_path):
     found = example("jem_digits").main(tmp_path / "jem", steps=2, chain_steps=2)
     assert set(found["recognised"]) == {"noise", "gaussian"}
