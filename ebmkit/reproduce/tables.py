@@ -4,7 +4,7 @@ Table 1 has rows beside the paper's: what the denoisers know of the noise level 
 formula needs sigma, a blind DnCNN does not), so GradResNet stands there with the level that it
 estimates itself as well, and DRUNet with its published noise map; and the gradient-step denoisers
 that the paper argues against. JEM's row is the published recipe at full scale; below, a small
-network and ten Langevin steps. Nothing trains it to denoise, and its PSNR says so.
+network and five Langevin steps. Nothing trains it to denoise, and its PSNR says so.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ JEM = Row(
         "objective": "jem",
         "streams": {"classify": _LITTLE_NOISE, "generate": {"batch_size": 32, **_LITTLE_NOISE}},
         "optimizer": {"lr": 3e-4, "weight_decay": 0.0, "warmup_steps": 30},
-        "negatives": {"steps": 10, "buffer_size": 1000},
+        "negatives": {"steps": 5, "buffer_size": 1000},
     }
-    | _backbone(width=16),
+    | _backbone(width=8),
     _paper(92.9, hours=36),
     at_full=RECIPES["jem"].config,
 )
