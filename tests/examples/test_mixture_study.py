@@ -56,16 +56,6 @@ def test_training_to_the_end_finds_it_closely(study, example, name):
     assert errors["sigma * score (rms)"] < 0.15
 
 
-@pytest.mark.slow
-def test_cold_chains_learn_a_power_of_the_density(study, example):
-    """At T = 0.1, p^0.1: a flat one, until its logarithm is divided by T. The labels are right."""
-    row = study.ROWS["jem, chains at T = 0.1"]
-    found = study.measure(example, row, study.train(example, row, seed=7, steps=500))
-    assert found["errors_before"]["log p, nats (rms)"] > 0.65
-    assert found["errors"]["log p, nats (rms)"] < 0.6
-    assert found["errors"]["p(c|y) (mean abs)"] < 0.03
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.25])
 def test_chains_go_on_to_equilibrium_at_their_temperature(example, temperature):
     """Of a Gaussian of variance v they have the variance T v, up to 4 standard errors."""
