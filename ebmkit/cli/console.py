@@ -65,6 +65,11 @@ class TrainingBar:
 
     def report(self, row: dict[str, Any]) -> None:
         """Show a row of metrics."""
+        if row["kind"] == "breach":
+            errors.print(f"breach: {row['told']}", style="yellow", highlight=False, soft_wrap=True)
+            self.progress.update(self.task, completed=row["step"])
+            self.next_line = row["step"]
+            return
         values = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k not in _HIDDEN)
         if row["kind"] == "validation":
             if not self.live:
@@ -104,7 +109,7 @@ class TensorBoard:
     def report(self, row: dict[str, Any]) -> None:
         """Write a row of metrics."""
         for key, value in row.items():
-            if key not in ("kind", "step"):
+            if key not in ("kind", "step") and isinstance(value, (int, float)):
                 self.writer.add_scalar(f"{row['kind']}/{key}", value, row["step"])
 
 

@@ -123,6 +123,7 @@ class Recovery:
                 "at": breach.at,
                 "reason": breach.reason,
                 "change": breach.change,
+                "told": sentence(breach),
                 **self.watch.remedies.document(),
             }
         )

@@ -244,3 +244,17 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
         assert torch.equal(value, weights[1][key]), key
     rows = [json.loads(r) for r in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows if r["kind"] == "train"] == list(range(1, 61))
+
+
+def test_a_run_that_goes_astray_says_so_and_ends_with_its_history(tmp_path):
+    arguments = ["--set=watch.breaches=1", "--set=optimizer.lr=3", "--set=validation_images=0"]
+    arguments += ["--set=negatives.steps=2", "--set=negatives.buffer_size=128", "--width=8"]
+    ended = ebmkit_command(
+        "train", "--objective=jem", "--steps=40", "--no-evaluate", *arguments, cwd=tmp_path
+    )
+    assert ended.returncode == 2
+    assert "breach: step " in ended.stderr
+    assert "back to step 0, learning rate times 0.3" in ended.stderr
+    assert "went astray 2 times and is given up" in ended.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    assert len(list((run / "breaches").iterdir())) == 2
