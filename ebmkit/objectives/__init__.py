@@ -1,17 +1,27 @@
 """Training objectives: what they need of data and model, their losses, and how they add up."""
 
 from ebmkit.objectives.combine import BALANCE, Losses, Term, TrainingLoss, parse_objective
+from ebmkit.objectives.settings import (
+    AdversarialConfig,
+    DiffusionConfig,
+    TermSettings,
+    TradesConfig,
+)
 from ebmkit.objectives.terms import ALIASES, OBJECTIVES, Objective, Scale, Streamed
 
 __all__ = [
     "ALIASES",
     "BALANCE",
     "OBJECTIVES",
+    "AdversarialConfig",
+    "DiffusionConfig",
     "Losses",
     "Objective",
     "Scale",
     "Streamed",
     "Term",
+    "TermSettings",
+    "TradesConfig",
     "TrainingLoss",
     "parse_objective",
 ]

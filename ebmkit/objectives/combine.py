@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from ebmkit.compute import Precision, autocast, memory_format
 from ebmkit.core import Linearization, ScoreModel
 from ebmkit.errors import UserError
+from ebmkit.objectives.settings import TermSettings
 from ebmkit.objectives.terms import ALIASES, OBJECTIVES, LogDensity, Objective, Scale, Streamed
 from ebmkit.registry import find
 
@@ -140,6 +141,7 @@ class TrainingLoss(nn.Module):
         balance: lambda of the balanced terms together.
         streams: name of a term -> stream to draw from, where it is not the objective's own. Terms
             on one stream see the same batch.
+        settings: of single terms.
 
     Attributes:
         precision: what the network computes in; scores, residuals and losses are float32 always.
@@ -161,9 +163,11 @@ class TrainingLoss(nn.Module):
         terms: Sequence[Term],
         balance: float = BALANCE,
         streams: Mapping[str, str] | None = None,
+        settings: TermSettings | None = None,
     ) -> None:
         super().__init__()
         self.model = model
+        self.settings = settings or TermSettings()
         self.terms = tuple(terms)
         self.balance = balance
         self.stream_of = {term.name: term.objective.stream for term in terms} | dict(streams or {})

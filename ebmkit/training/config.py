@@ -20,7 +20,7 @@ from ebmkit.data.schedule import parse_share
 from ebmkit.errors import UserError
 from ebmkit.models import HEADS, ModelConfig
 from ebmkit.models.presets import find_network
-from ebmkit.objectives import BALANCE, parse_objective
+from ebmkit.objectives import BALANCE, TermSettings, parse_objective
 from ebmkit.registry import find
 from ebmkit.training.negatives import NegativesConfig
 from ebmkit.training.recipes import RECIPES, recipe_for
@@ -105,6 +105,9 @@ class TrainConfig(_Config):
     model: ModelConfig = ModelConfig()
     objective: str = Field("ce+dsm", description="objectives joined by +, as in ce+0.5*dsm")
     balance: float = Field(BALANCE, gt=0, description="lambda of balanced terms")
+    terms: TermSettings = Field(
+        TermSettings(), description="settings of single objectives, as objective.adv.eps=0.5"
+    )
     streams: StreamsConfig
     draw_from: dict[str, Literal["classify", "denoise", "generate"]] = Field(
         {},
@@ -146,6 +149,7 @@ def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfi
     Raises:
         UserError: on an unknown name, an unknown field or an illegal value.
     """
+    layers = tuple(_terms_apart(layer) for layer in layers)
     base = find("recipe", RECIPES, recipe).config if recipe else {}
     dataset = _dataset_name(merge(base, *layers))
     base = base or recipe_for(dataset, str(merge(*layers).get("objective", "")))
@@ -162,6 +166,16 @@ def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfi
 def _dataset_name(raw: Mapping[str, Any]) -> str:
     named = raw.get("dataset", {})
     return str(named.get("name", "digits")) if isinstance(named, Mapping) else "digits"
+
+
+def _terms_apart(layer: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``layer`` with the settings under ``objective`` in their place, ``terms``."""
+    if not isinstance(layer.get("objective"), Mapping):
+        return layer
+    own = dict(layer["objective"])
+    named = {"objective": own.pop("name")} if "name" in own else {}
+    rest = {key: value for key, value in layer.items() if key != "objective"}
+    return merge(rest, named, {"terms": own})
 
 
 def _expand(layer: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -197,8 +211,15 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
             raise UserError(f"the value of --set {text!r} is not YAML") from None
         for part in reversed(keys):
             nested = {part: nested}
+        own = (result.get("objective"), nested.get("objective"))
+        if {type(value) for value in own} == {str, dict}:  # a name, and settings of its terms
+            result, nested = ({**m, "objective": _named(m["objective"])} for m in (result, nested))
         result = merge(result, nested)
     return result
+
+
+def _named(objective: str | dict[str, Any]) -> dict[str, Any]:
+    return {"name": objective} if isinstance(objective, str) else objective
 
 
 def read_config(path: Path) -> dict[str, Any]:

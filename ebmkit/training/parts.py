@@ -44,7 +44,7 @@ def make_loss(model: ScoreModel, config: TrainConfig, likelihood: bool = True) -
     terms = parse_objective(config.objective)
     if not likelihood:
         terms = tuple(term for term in terms if term.objective.likelihood is None)
-    return TrainingLoss(model, terms, config.balance, config.draw_from)
+    return TrainingLoss(model, terms, config.balance, config.draw_from, config.terms)
 
 
 def make_stream(

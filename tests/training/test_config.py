@@ -28,6 +28,19 @@ def test_presets_come_in_below_what_is_said_beside_them():
     assert resolve({"head": "logit"}).model.head.kind == "logit"
 
 
+def test_settings_of_objectives_stand_under_their_names():
+    assigned = parse_assignments(["objective.adv.norm=linf", "objective.adv.eps=0.1"])
+    config = resolve({"objective": "ce"}, assigned)
+    assert (config.objective, config.terms.adv.norm, config.terms.adv.eps) == ("ce", "linf", 0.1)
+    both = parse_assignments(["objective=ce", "objective.adv.eps=0.1"])
+    assert resolve({}, both).objective == "ce"
+    assert resolve({}, both).terms.adv.eps == 0.1
+    file = {"objective": {"name": "ce", "adv": {"eps": 0.2}}}
+    assert resolve(file).terms.adv.eps == 0.2
+    with pytest.raises(ebmkit.UserError, match=r"terms\.avd.*'adv'"):
+        resolve(parse_assignments(["objective.avd.eps=1"]))
+
+
 def test_a_resolved_configuration_resolves_to_itself():
     config = resolve({"dataset": {"name": "cifar10"}, "backbone": "gradresnet34"})
     again = resolve(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json"))))
