@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ebmkit.sampling.ascent import Ball, Direction
 from ebmkit.sampling.langevin import JEM_NOISE, JEM_STEP
-from ebmkit.sampling.schedules import Spacing
+from ebmkit.schedules import Spacing
 from ebmkit.units import Sigma, SigmaOrZero
 
 __all__ = [

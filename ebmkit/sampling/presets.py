@@ -35,7 +35,6 @@ from ebmkit.sampling.langevin import (
 )
 from ebmkit.sampling.levels import check_level, first_level, highest, last_level, lowest
 from ebmkit.sampling.needs import Need, missing
-from ebmkit.sampling.schedules import make_schedule
 from ebmkit.sampling.seeds import ClassGaussians
 from ebmkit.sampling.target import (
     blind_denoiser_of,
@@ -44,6 +43,7 @@ from ebmkit.sampling.target import (
     label_density_of,
     score_of,
 )
+from ebmkit.schedules import make_schedule
 
 __all__ = ["SAMPLERS", "SamplerEntry", "find_sampler", "make_restorer"]
 
