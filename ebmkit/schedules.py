@@ -106,6 +106,9 @@ class Schedule:
     def __len__(self) -> int:
         return len(self.betas)
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Schedule:
+        return self  # nothing of it changes
+
     def abar(self, t: int) -> float:
         """The share of the image in the variance after step ``t``; 1 at t = -1.
 

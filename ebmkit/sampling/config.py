@@ -132,7 +132,9 @@ class DDIMConfig(SamplerConfig):
         100, ge=1, le=1000, description="timesteps of 1000; those the model was trained for count"
     )
     eta: float = Field(0.0, ge=0, le=1, description="share of the noise drawn anew; 1: ancestral")
-    schedule: Literal["linear", "cosine"] = Field("linear", description="noise schedule")
+    schedule: Literal["linear", "cosine"] | None = Field(
+        None, description="noise schedule; none: a diffusion model's own, else linear"
+    )
     spacing: Spacing = Field("trailing", description="which timesteps: leading, linspace, trailing")
     clip: bool = Field(True, description="clip the predicted clean image to [0, 1]")
 
