@@ -2,6 +2,7 @@
 
 from ebmkit.models.config import BackboneConfig, ModelConfig, create_denoiser, create_model
 from ebmkit.models.denoisers import DirectDenoiser
+from ebmkit.models.diffusion import DiffusionModel
 from ebmkit.models.dncnn import DnCNN, DnCNNConfig
 from ebmkit.models.drunet import DRUNet, DRUNetConfig
 from ebmkit.models.gradientstep import GradientStep, GraDnCNNConfig, GSDRUNetConfig
@@ -19,6 +20,7 @@ from ebmkit.models.parts import (
 from ebmkit.models.presets import BACKBONES, DENOISERS
 from ebmkit.models.resnet import ResNet, ResNetConfig
 from ebmkit.models.saving import load, save_model, save_weights, weights_digest
+from ebmkit.models.unet import UNetConfig
 from ebmkit.models.wideresnet import WideResNet, WideResNetConfig
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "BackboneConfig",
     "DRUNet",
     "DRUNetConfig",
+    "DiffusionModel",
     "DirectDenoiser",
     "DnCNN",
     "DnCNNConfig",
@@ -49,6 +52,7 @@ __all__ = [
     "NoiseConditionalBackbone",
     "ResNet",
     "ResNetConfig",
+    "UNetConfig",
     "WideResNet",
     "WideResNetConfig",
     "WindowedBackbone",

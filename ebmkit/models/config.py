@@ -18,6 +18,7 @@ from ebmkit.models.joint import Extent, JointModel
 from ebmkit.models.mlp import MLPConfig
 from ebmkit.models.presets import BACKBONES, DENOISERS
 from ebmkit.models.resnet import ResNetConfig
+from ebmkit.models.unet import UNetConfig
 from ebmkit.models.wideresnet import WideResNetConfig
 from ebmkit.registry import find
 from ebmkit.validation import validated
@@ -40,7 +41,8 @@ BackboneConfig = Annotated[
     | Annotated[DnCNNConfig, Tag("dncnn")]
     | Annotated[DRUNetConfig, Tag("drunet")]
     | Annotated[GSDRUNetConfig, Tag("gs-drunet")]
-    | Annotated[GraDnCNNConfig, Tag("gradncnn")],
+    | Annotated[GraDnCNNConfig, Tag("gradncnn")]
+    | Annotated[UNetConfig, Tag("unet")],
     Discriminator(_kind),
 ]
 """Every network's configuration; ``kind`` says which."""
@@ -67,6 +69,8 @@ class ModelConfig(BaseModel):
     def build(self) -> ScoreModel:
         """The model, with fresh weights: joint, of a backbone, or a denoiser."""
         backbone = self.backbone
+        if isinstance(backbone, UNetConfig):
+            return backbone.build_model(self.in_channels, self.num_classes)
         if isinstance(backbone, (DnCNNConfig, DRUNetConfig)):
             network = backbone.build(self.in_channels)
             told = isinstance(backbone, DRUNetConfig) and backbone.noise_map
