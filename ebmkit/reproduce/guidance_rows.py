@@ -132,7 +132,9 @@ def _free(w: float) -> Way:
 
 def _of_time(row: Row, scale: float) -> Way:
     own = {"guidance": "classifier", "scale": scale, "schedule": "exact", "view": "noisy"}
-    return Way(f"{row.name} {scale:g}", f"{row.label}, s = {scale:g}", row.name, own, group="rivals")
+    return Way(
+        f"{row.name} {scale:g}", f"{row.label}, s = {scale:g}", row.name, own, group="rivals"
+    )
 
 
 def _seen(name: str, about: str, **own: Any) -> Way:
