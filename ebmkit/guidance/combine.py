@@ -179,8 +179,8 @@ class Guidance:
         else:
             start, end = known[above - 1], known[above]
             found = above - 1 + (level - start) / (end - start)
-        # what was computed from a timestep is that timestep
-        return torch.where(sigma > 0, (found * 1e6).round() / 1e6, -1.0)
+        # a level that is a timestep's, perhaps in float32, is that timestep
+        return torch.where(sigma > 0, (found * 1e3).round() / 1e3, -1.0)
 
     @cached_property
     def _log_levels(self) -> Tensor:
