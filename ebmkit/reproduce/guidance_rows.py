@@ -142,7 +142,7 @@ def _seen(name: str, about: str, **own: Any) -> Way:
 
 
 def _early(row: Row, low: float, name: str, about: str) -> Way:
-    own = {"schedule": f"step:at=500,low={low:g}"} if low == 0 else {"late": 0.5}
+    own: dict[str, Any] = {"schedule": "step:at=500,low=0"} if low == 0 else {"late": 0.5}
     own |= {"guidance": "classifier", "view": "noisy" if row is JOINT else "shrunk"}
     return Way(f"{row.name} {name}", f"{row.label}, {about}", row.name, COMMON | own, group="noise")
 
@@ -154,8 +154,7 @@ WAYS: tuple[Way, ...] = (
         "accumulated",
         "5 gradients summed, s = 10 after 20 % of the steps (figure 4.4)",
         guidance="accumulated",
-        inner="classifier",
-        n=5,
+        options={"n": 5},
         scale=10.0,
         schedule="exact",
         late=0.2,
@@ -185,7 +184,7 @@ WAYS: tuple[Way, ...] = (
         "pgd",
         "E(x, y) after 10 normalised steps of 0.01, linear, s = 4",
         guidance="pgd",
-        n=10,
+        options={"n": 10},
         schedule="linear",
     ),
     *(_guided_by(row) for row in (PLAIN, *ROBUST[:2], ROBUST_DSM, JEM)),
