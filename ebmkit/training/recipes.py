@@ -283,7 +283,7 @@ def _ddpm(recipe: dict[str, Any], batch_size: int, **augmentation: Any) -> dict[
 
 
 _DIGITS_DDPM: dict[str, Any] = {
-    **_ddpm(_DIGITS, 128),
+    **_ddpm(_DIGITS, 64),
     "optimizer": {"lr": 2e-3, "weight_decay": 0.0, "ema": 0.995, "clip_norm": 1.0},
     "steps": 1500,
     "validate_every": 250,
