@@ -17,6 +17,7 @@ from ebmkit.models.parts import (
     NoiseConditionalBackbone,
     WindowedBackbone,
 )
+from ebmkit.models.pipelines import import_unet
 from ebmkit.models.presets import BACKBONES, DENOISERS
 from ebmkit.models.resnet import ResNet, ResNetConfig
 from ebmkit.models.saving import load, save_model, save_weights, weights_digest
@@ -58,6 +59,7 @@ __all__ = [
     "WindowedBackbone",
     "create_denoiser",
     "create_model",
+    "import_unet",
     "load",
     "save_model",
     "save_weights",

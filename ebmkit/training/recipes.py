@@ -285,7 +285,8 @@ def _ddpm(recipe: dict[str, Any], batch_size: int, **augmentation: Any) -> dict[
 
 
 _DIGITS_DDPM: dict[str, Any] = {
-    **_ddpm(_DIGITS, 128),
+    **_ddpm(_DIGITS, 64),
+    "model": {"backbone": {"width": 32}},
     "optimizer": {"lr": 2e-3, "weight_decay": 0.0, "ema": 0.995, "clip_norm": 1.0},
     "steps": 1500,
     "validate_every": 250,
@@ -312,6 +313,7 @@ _CIFAR_DDPM: dict[str, Any] = {
 
 _CIFAR_DDPM_SHORT: dict[str, Any] = {
     **_ddpm(_CIFAR_SHORT, 32, flip=True),
+    "model": {"backbone": {"width": 32}},
     "optimizer": {"lr": 1e-3, "weight_decay": 0.0, "ema": 0.999, "clip_norm": 1.0},
     "steps": 3000,
     "validate_every": 500,
