@@ -96,8 +96,11 @@ class LogitModel(EnergyModel):
 
 
 def _of_channels(name: str, values: float | Sequence[float], channels: int | None) -> Tensor:
-    """(C or 1, 1, 1)."""
-    found = torch.as_tensor(values, dtype=torch.float32).reshape(-1, 1, 1)
+    """A number of all, or (C, 1, 1)."""
+    found = torch.as_tensor(values, dtype=torch.float32)
+    if not found.ndim:
+        return found
+    found = found.reshape(-1, 1, 1)
     if channels is not None and len(found) not in (1, channels):
         raise UserError(f"{name} has {len(found)} numbers for {channels} channel(s)")
     return found

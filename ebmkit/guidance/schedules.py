@@ -125,7 +125,7 @@ class Step(GuidanceSchedule):
         return self.weight(t, abar, total) * (1 - abar).sqrt()
 
     def weight(self, t: Tensor, abar: Tensor, total: int) -> Tensor:
-        return torch.where(t >= self.at, 1.0, self.low).to(t.dtype)
+        return torch.where(t >= self.at, torch.ones_like(t), torch.full_like(t, self.low))
 
 
 class Linear(GuidanceSchedule):
