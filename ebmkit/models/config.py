@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveInt, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveFloat, PositiveInt, Tag
 
 from ebmkit.core import ScoreModel
 from ebmkit.errors import UserError
@@ -61,8 +61,12 @@ class ModelConfig(BaseModel):
     extent: Extent = Field(
         "tiles", description="larger images: tiles, factor or windows (see JointModel)"
     )
-    input_mean: float = Field(0.0, description="subtracted from images; acts as a bias, so 0")
-    input_std: float = Field(1.0, gt=0, description="images are divided by it")
+    input_mean: float | tuple[float, ...] = Field(
+        0.0, description="subtracted from images, one number or one per channel; acts as a bias"
+    )
+    input_std: PositiveFloat | tuple[PositiveFloat, ...] = Field(
+        1.0, description="images are divided by it, one number or one per channel"
+    )
 
     def build(self) -> ScoreModel:
         """The model, with fresh weights: joint, of a backbone, or a denoiser."""

@@ -13,9 +13,11 @@ legacy   pickles in turn (a magic number, the version, facts of the machine, the
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import struct
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 from typing import IO, Any
@@ -27,6 +29,12 @@ from ebmkit.models.pickled import Damaged, Refusal, StorageRecord, TensorRecord
 from ebmkit.models.unpickle import unpickle
 
 __all__ = ["read_torch_file"]
+
+NOT_PLAIN = (
+    *(RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError, IndexError),
+    *(AttributeError, AssertionError, TypeError, struct.error),
+)
+"""What `torch.load` raises of files with other objects, and of those that are none of its own."""
 
 MAGIC = 0x1950A86A20F9469CFC6C
 VERSION = 1001
@@ -43,12 +51,9 @@ def read_torch_file(path: Path) -> Any:
             file.read(1)
     except OSError as error:
         raise UserError(f"cannot read {str(path)!r}: {error.strerror}") from None
-    try:
+    with warnings.catch_warnings(), contextlib.suppress(*NOT_PLAIN):
+        warnings.simplefilter("ignore")  # of pickles that only the second reader takes
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError):
-        pass
-    except (AttributeError, AssertionError, TypeError, struct.error):  # pickles that are none
-        pass
     try:
         with path.open("rb") as file:
             return _read_zip(path) if zipfile.is_zipfile(path) else _read_legacy(file)
