@@ -17,6 +17,7 @@ from ebmkit.models.parts import (
     WindowedBackbone,
 )
 from ebmkit.models.presets import BACKBONES, DENOISERS
+from ebmkit.models.published import import_checkpoint, load_checkpoint
 from ebmkit.models.resnet import ResNet, ResNetConfig
 from ebmkit.models.saving import load, save_model, save_weights, weights_digest
 from ebmkit.models.wideresnet import WideResNet, WideResNetConfig
@@ -54,7 +55,9 @@ __all__ = [
     "WindowedBackbone",
     "create_denoiser",
     "create_model",
+    "import_checkpoint",
     "load",
+    "load_checkpoint",
     "save_model",
     "save_weights",
     "weights_digest",
