@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from ebmkit.core import EnergyModel, ScoreModel, classifies
+from ebmkit.core import EnergyModel, ScoreModel
 
 __all__ = ["Need", "missing"]
 
@@ -27,7 +27,7 @@ def missing(model: ScoreModel, needs: Sequence[Need]) -> str | None:
             isinstance(model, EnergyModel),
             f"{type(model).__name__} is a plain denoiser and has no log-density",
         ),
-        "labels": (classifies(model), "it was trained without labels"),
+        "labels": (_knows_labels(model), "it was trained without labels"),
         "levels": (
             model.card is None or model.card.sigma_range is not None,
             "it was not trained to denoise, so noise levels mean nothing to it",
@@ -42,3 +42,9 @@ def missing(model: ScoreModel, needs: Sequence[Need]) -> str | None:
         if not has:
             return reason
     return None
+
+
+def _knows_labels(model: ScoreModel) -> bool:
+    """Whether it can be asked for a label: it has labels and, if it says, was trained on them."""
+    trained = model.card is None or model.card.classifies
+    return model.num_classes > 0 and trained
