@@ -266,6 +266,70 @@ _CIFAR_JEM_SHORT: dict[str, Any] = {
 }
 
 
+def _ddpm(recipe: dict[str, Any], batch_size: int, **augmentation: Any) -> dict[str, Any]:
+    """Noise prediction by a UNet; validation and streams of ``recipe``."""
+    denoise = {
+        "batch_size": batch_size,
+        "noise": {"kind": "diffusion"},
+        "augmentation": augmentation,
+    }
+    return {
+        **recipe,
+        "backbone": "unet",
+        "model": {},
+        "objective": "ddpm",
+        "streams": {**recipe["streams"], "denoise": denoise},
+    }
+
+
+_DIGITS_DDPM: dict[str, Any] = {
+    **_ddpm(_DIGITS, 64),
+    "model": {"backbone": {"width": 32}},
+    "optimizer": {"lr": 2e-3, "weight_decay": 0.0, "ema": 0.995, "clip_norm": 1.0},
+    "steps": 1500,
+    "validate_every": 250,
+    "checkpoint_every": 250,
+}
+
+# Ho et al. 2020, appendix B: Adam at a constant rate, 800,000 steps.
+_CIFAR_DDPM: dict[str, Any] = {
+    **_ddpm(_CIFAR, 128, flip=True),
+    "backbone": "unet-cifar10",
+    "optimizer": {
+        "lr": 2e-4,
+        "weight_decay": 0.0,
+        "schedule": "constant",
+        "warmup_steps": 5000,
+        "clip_norm": 1.0,
+        "ema": 0.9999,
+    },
+    "steps": 800_000,
+    "validate_every": 5000,
+    "checkpoint_every": 5000,
+    "log_every": 100,
+}
+
+_CIFAR_DDPM_SHORT: dict[str, Any] = {
+    **_ddpm(_CIFAR_SHORT, 32, flip=True),
+    "model": {"backbone": {"width": 32}},
+    "optimizer": {"lr": 1e-3, "weight_decay": 0.0, "ema": 0.999, "clip_norm": 1.0},
+    "steps": 3000,
+    "validate_every": 500,
+    "checkpoint_every": 500,
+}
+
+
+def _noisy_classifier(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Cross-entropy at all levels of a diffusion, by a network that is told the level."""
+    classify = {**recipe["streams"]["classify"], "noise": {"kind": "diffusion"}}
+    return {
+        **recipe,
+        "model": {**recipe["model"], "noise_conditional": True},
+        "objective": "ce",
+        "streams": {**recipe["streams"], "classify": classify},
+    }
+
+
 def _wide(recipe: dict[str, Any]) -> dict[str, Any]:
     """``recipe`` with denoising up to sigma 50, where an image is all noise: to sample from it."""
     noise = {"kind": "log-uniform", "min": "1/255", "max": "50/1"}
@@ -315,6 +379,22 @@ RECIPES: dict[str, Recipe] = {
     "cifar10-jem-short": Recipe(
         _for("cifar10", _CIFAR_JEM_SHORT), "JEM on CIFAR-10, a small network, 1,000 steps"
     ),
+    "digits-ddpm": Recipe(
+        _for("digits", _DIGITS_DDPM), "a diffusion model of digits on a CPU in about two minutes"
+    ),
+    "cifar10-ddpm": Recipe(
+        _for("cifar10", _CIFAR_DDPM), "DDPM as its authors ran it, 800,000 steps; for a GPU"
+    ),
+    "cifar10-ddpm-short": Recipe(
+        _for("cifar10", _CIFAR_DDPM_SHORT), "a small diffusion model, minutes on a CPU"
+    ),
+    "digits-noisy-classifier": Recipe(
+        _for("digits", _noisy_classifier(_DIGITS)),
+        "a classifier that is told the noise, trained at all levels of a diffusion",
+    ),
+    "cifar10-noisy-classifier": Recipe(
+        _for("cifar10", _noisy_classifier(_CIFAR_SHORT)), "the same, of cifar10-short"
+    ),
     "folder": Recipe(_for("folder", _OWN), "a start for images of your own in folders"),
     "hdf5": Recipe(_for("hdf5", _OWN), "a start for images of your own in HDF5"),
 }
@@ -324,12 +404,17 @@ JEM_RECIPES = {"digits": "digits-jem", "cifar10": "jem", "cifar100": "jem"}
 """Data set -> its recipe for objectives that need negatives; others have the small network's."""
 
 
+DDPM_RECIPES = {"digits": "digits-ddpm", "cifar10": "cifar10-ddpm", "cifar100": "cifar10-ddpm"}
+"""Data set -> its recipe for noise prediction alone; others have the small network's."""
+
+
 def recipe_for(dataset: str, objective: str = "") -> dict[str, Any]:
     """The recipe of the data set called ``dataset``; `folder`'s where it has none of its own.
 
     Args:
         dataset: a name.
-        objective: the objective, if it was named: one that needs negatives has other recipes.
+        objective: the objective, if it was named: one that needs negatives has other recipes, and
+            so has noise prediction alone.
 
     Raises:
         UserError: if the objective does not parse.
@@ -337,6 +422,8 @@ def recipe_for(dataset: str, objective: str = "") -> dict[str, Any]:
     named = parse_objective(objective) if objective else ()
     if any(term.objective.likelihood is not None for term in named):
         config = RECIPES[JEM_RECIPES.get(dataset, "cifar10-jem-short")].config
+    elif [term.name for term in named] == ["ddpm"]:
+        config = RECIPES[DDPM_RECIPES.get(dataset, "cifar10-ddpm-short")].config
     else:
         config = RECIPES.get(dataset, RECIPES["folder"]).config
     return config | {"dataset": config["dataset"] | {"name": dataset}}
