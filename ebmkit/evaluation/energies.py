@@ -25,20 +25,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
-from ebmkit.compiled import device_of
 from ebmkit.core import EnergyModel, Noise
 from ebmkit.errors import UserError
 from ebmkit.evaluation import statistics
-from ebmkit.evaluation.data import Images
 from ebmkit.objectives import parse_objective
 
 __all__ = [
     "ImageEnergies",
     "Reading",
-    "class_energies",
     "class_statistics",
     "energies_of",
     "reading_of",
@@ -103,37 +99,6 @@ def energies_of(
     logits = reading_of(model, reading) == "logits"
     energy = -found.logits.logsumexp(dim=1) if logits else -found.log_density
     return ImageEnergies(energy, found.log_posterior())
-
-
-def class_energies(
-    model: EnergyModel, images: Images, reading: Reading = "auto", batch_size: int = 250
-) -> list[dict[str, Any]]:
-    """Statistics of E(x), and of E(x, y) of the true label, by class (RCG figure 4.12).
-
-    Args:
-        model: in evaluation mode.
-        images: with labels, in [0, 1].
-        reading: see the module's table.
-        batch_size: images at a time.
-
-    Returns:
-        As `class_statistics`; E(x, y) is left out where the model has other labels than the images.
-
-    Raises:
-        UserError: if the images have no labels, or logits are asked for and the model has none.
-    """
-    if images.labels is None:
-        raise UserError(
-            f"data set {images.name!r} has no labels, so there are no energies by class"
-        )
-    parts = []
-    with torch.no_grad():
-        for x, _ in images.batches(batch_size):
-            parts.append(energies_of(model, x.to(device_of(model)), None, reading))
-    columns = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
-    found, labels = ImageEnergies(*columns), images.labels.cpu()
-    own = found.joint(labels) if model.num_classes == images.num_classes else None
-    return class_statistics(found.energy, own, labels, images.class_names)
 
 
 def class_statistics(

@@ -17,7 +17,7 @@ from ebmkit.evaluation import tables
 from ebmkit.evaluation.data import noisy_batches
 from ebmkit.evaluation.diffusion_path import DIFFUSION_PATH, run
 from ebmkit.evaluation.diffusion_views import VIEWS, DiffusionPathConfig, views_at
-from ebmkit.evaluation.energies import class_energies, energies_of, reading_of
+from ebmkit.evaluation.energies import class_statistics, energies_of, reading_of
 from ebmkit.evaluation.setting import Setting
 from ebmkit.models import GradResNetConfig, HeadConfig, ModelConfig, save_model
 from ebmkit.sampling.schedules import make_schedule
@@ -135,10 +135,6 @@ def test_energies_are_those_of_images_built_by_hand(far, tmp_path):
         assert entry["energy"]["count"] == len(own)
         assert entry["energy"]["value"] == pytest.approx(float(own.mean()), rel=1e-4)
         assert entry["energy"]["std"] == pytest.approx(float(own.std()), rel=1e-4)
-    assert class_energies(mixture, images, batch_size=7) == [
-        {k: pytest.approx(v, rel=1e-4) if isinstance(v, dict) else v for k, v in entry.items()}
-        for entry in found["classes"]
-    ]
 
 
 def test_logits_are_read_where_no_objective_trained_the_density(network, squares):
@@ -262,14 +258,14 @@ def test_what_cannot_be_measured_is_told(change, words, network, squares, tmp_pa
         evaluate(network, squares, tmp_path / "e", change)
 
 
-def test_models_without_labels_have_energies_by_class(squares):
+def test_models_without_labels_have_an_energy_alone(squares):
     model = create_model("gradresnet18", num_classes=0, in_channels=1, width=8, image_size=8)
-    model.eval()
-    found = class_energies(model, squares)
-    assert found[1].keys() == {"label", "name", "energy"}
-    own = model.energy(squares.images[1::3]).mean()
-    assert found[1]["energy"]["value"] == pytest.approx(float(own), rel=1e-4)
+    model.eval().requires_grad_(False)
+    found = energies_of(model, squares.images)
+    assert torch.equal(found.energy, model.energy(squares.images))
+    assert found.log_posterior.shape == (30, 0)
     with pytest.raises(UserError, match="cannot be read off logits"):
-        class_energies(model, squares, "logits")
-    with pytest.raises(UserError, match="no labels, so there are no energies by class"):
-        class_energies(model, replace(squares, labels=None))
+        reading_of(model, "logits")
+    (entry,) = class_statistics(found.energy[:1], None, torch.zeros(1, dtype=torch.long))
+    assert entry.keys() == {"label", "name", "energy"}
+    assert (entry["name"], entry["energy"]["count"], entry["energy"]["std"]) == ("0", 1, None)
