@@ -148,7 +148,8 @@ def make_settings(
             values["start"] = "noise"
         if start in (None, "auto"):
             given = str(values.get("start", entry.config.model_fields["start"].default))
-            own = "seeds" if data_at_hand and name != "ks" else "noise"
+            seeds = data_at_hand and name != "ks" and model.schedule is None
+            own = "seeds" if seeds else "noise"
             values["start"] = start = own if given == "auto" else given
         config = validated(entry.config, values, f"settings of sampler {name!r}")
         resolved = config.model_dump(mode="json")
