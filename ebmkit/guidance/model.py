@@ -301,10 +301,14 @@ class _Guided(Linearization):
     def label_score(self, c: Tensor) -> Tensor:
         return self.added(c)[1]
 
-    def conditional_score(self, c: Tensor) -> Tensor:
+    def conditional_score(self, c: Tensor, hidden: Tensor | None = None) -> Tensor:
         if isinstance(self.model, GuidedDensityModel):
-            return self.base.score() + self.label_score(c)
-        return self.model.score(self.y, c, self.sigma)
+            guided = self.base.score() + self.label_score(c)
+        else:
+            guided = self.model.score(self.y, c, self.sigma)
+        if hidden is None:
+            return guided
+        return torch.where(hidden.reshape(-1, *[1] * (guided.ndim - 1)), self.score(), guided)
 
     def denoised(self, sigma: Noise | None = None, c: Tensor | None = None) -> Tensor:
         level = self.noise_level() if sigma is None else sigma
