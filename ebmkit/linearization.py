@@ -37,6 +37,7 @@ __all__ = [
     "Estimate",
     "Linearization",
     "Noise",
+    "autocast_of",
     "forward_only",
     "linearize",
     "per_image",
@@ -131,11 +132,17 @@ class Linearization:
             )
         )
 
-    def conditional_score(self, c: Tensor) -> Tensor:
-        """grad_y log p(y|c) = grad_y log p(y, c), shape of y."""
-        return self._pull(
-            Energies(self._at_label_cotangent(c), torch.ones_like(self.energies.log_density))
-        )
+    def conditional_score(self, c: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """grad_y log p(y|c) = grad_y log p(y, c), shape of y.
+
+        Args:
+            c: labels (B,).
+            hidden: (B,) bool, images whose label is left out, for which it is grad_y log p(y).
+        """
+        of_label = self._at_label_cotangent(c)
+        if hidden is not None:
+            of_label = of_label.masked_fill(hidden[:, None], 0.0)
+        return self._pull(Energies(of_label, torch.ones_like(self.energies.log_density)))
 
     def noise_level(self) -> Tensor:
         """The noise level that the score implies, sqrt(d) / ||score||, (B,)."""
@@ -262,7 +269,7 @@ def linearize(
         return Linearization(y, energies, pull_eager, curve_eager)
 
     energies, pull = torch.func.vjp(lambda image: model(image, sigma), y)[:2]
-    precision = _autocast_of(y)
+    precision = autocast_of(y)
 
     def curve(score: Tensor) -> _Product:
         def of_image(image: Tensor) -> Tensor:
@@ -277,7 +284,7 @@ def linearize(
     return Linearization(y, energies, lambda cotangent: pull(cotangent)[0], curve)
 
 
-def _autocast_of(y: Tensor) -> Callable[[], AbstractContextManager[object]]:
+def autocast_of(y: Tensor) -> Callable[[], AbstractContextManager[object]]:
     """What autocast is now, to be entered again."""
     kind = y.device.type
     if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):

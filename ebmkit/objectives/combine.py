@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -59,15 +59,22 @@ _TERM = re.compile(r"(?:(?P<weight>[^*]+)\*)?(?P<name>[^*]+)")
 
 @dataclass(frozen=True)
 class Term:
-    """One summand: an objective by name, and its coefficient if one was given."""
+    """One summand: an objective by name, and its coefficient if one was given.
+
+    Attributes:
+        settings: of single objectives.
+        objective: the entry of `OBJECTIVES`, under the settings.
+    """
 
     name: str
     weight: float | None = None
+    settings: TermSettings = field(default=TermSettings(), repr=False)
+    objective: Objective = field(init=False, repr=False, compare=False)
 
-    @property
-    def objective(self) -> Objective:
-        """The entry of `OBJECTIVES`."""
-        return OBJECTIVES[self.name]
+    def __post_init__(self) -> None:
+        entry = OBJECTIVES[self.name]
+        own = entry if entry.under is None else entry.under(self.settings)
+        object.__setattr__(self, "objective", own)
 
     @property
     def balanced(self) -> bool:
@@ -178,7 +185,7 @@ class TrainingLoss(nn.Module):
         super().__init__()
         self.model = model
         self.settings = settings or TermSettings()
-        self.terms = tuple(terms)
+        self.terms = tuple(replace(term, settings=self.settings) for term in terms)
         self.balance = balance
         self.stream_of = {term.name: term.objective.stream for term in terms} | dict(streams or {})
         self.precision: Precision = "fp32"

@@ -30,6 +30,17 @@ al. 2019). The signs must be independent of y, which the image's own noise is no
 :math:`E[\epsilon^\top H \epsilon \mid y]` is no trace. So they are hashed from the *bits* of the
 noise (`probe_signs`): keyed as the noise is, and each image's own however a batch is divided.
 
+A diffusion model is trained by noise prediction at the levels of its schedule (Ho et al. 2020, eq.
+14; RCG eq. 2.15),
+
+.. math:: \text{ddpm:} \quad \|\hat\epsilon - \epsilon\|^2, \qquad
+    \hat\epsilon = -\sigma\,\nabla_y \log p_\sigma(y),
+
+averaged over entries: dsm of any model under the noise law ``diffusion``. With class dropout it is
+of :math:`\log p(y \mid c)`, but for a share of images whose label is hidden, so that one network
+learns both scores (Ho & Salimans, arXiv 2207.12598). Which images is hashed from their noise, too
+(`hidden_labels`).
+
 The paper does not say whether :math:`\|\cdot\|^2` is the sum over the d entries of an image or
 their mean; both are here by name (``dsm-sum``, ``dsm-mean``), and so is the balanced form that is
 the default (``dsm``): see `ebmkit.objectives.combine`.
@@ -59,7 +70,8 @@ does (`ebmkit.training.attacks`), by projected gradient descent.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Protocol
 
@@ -68,6 +80,7 @@ from torch import Tensor
 
 from ebmkit.core import Energies, Linearization
 from ebmkit.errors import UserError
+from ebmkit.objectives.settings import TermSettings
 
 __all__ = [
     "ALIASES",
@@ -78,6 +91,7 @@ __all__ = [
     "Scale",
     "Streamed",
     "divergence",
+    "hidden_labels",
     "hyvarinen",
     "probe_signs",
 ]
@@ -150,6 +164,8 @@ class Objective:
         likelihood: the log-density whose maximum likelihood this is. Then the batch must bring
             negatives, samples of the model, and ``loss`` is of the images alone: what
             `TrainingLoss` adds is the same log-density of the negatives.
+        under: from settings of single objectives to what this one is under them; None: they do not
+            change it.
         attack: what an attack raises, whose images the batch must bring. Then ``loss`` is taken at
             these (`Aim.LOSS`), or at y, and `TrainingLoss` adds the divergence (`Aim.DIVERGENCE`).
     """
@@ -163,6 +179,7 @@ class Objective:
     needs_hessian: bool = False
     scale: Scale = Scale.PLAIN
     likelihood: LogDensity | None = None
+    under: Callable[[TermSettings], Objective] | None = None
     attack: Aim | None = None
 
 
@@ -248,13 +265,28 @@ def probe_signs(eps: Tensor) -> Tensor:
     the signs are as good as independent of anything that is a smooth function of the noise, and
     the same for the same noise, on every device and under every compiler.
     """
+    return (1 - 2 * (_hashed(eps) & 1)).to(eps.dtype)
+
+
+def hidden_labels(eps: Tensor, share: float) -> Tensor:
+    """Which images of noise ``eps`` (B, ...) hide their label, (B,) bool: a ``share`` of them.
+
+    A hash of the image's own noise decides, so it is keyed as the noise is, and the same however a
+    batch is divided.
+    """
+    uniform = (_hashed(eps).flatten(1).sum(1) & _LOW).double() / (_LOW + 1)  # in [0, 1)
+    return uniform < share
+
+
+def _hashed(eps: Tensor) -> Tensor:
+    """A hash of the bits of each entry, 0 to 2^32 - 1, int64."""
     wide = eps.dtype == torch.float64
     bits = eps.contiguous().view(torch.int64 if wide else torch.int32).to(torch.int64)
     bits = (bits ^ (bits >> 32)) & _LOW
     for factor, shift in ((0x5BD1E995, 15), (0x2C1B3C6D, 13), (0x297A2D39, 16)):
         bits = (bits * factor) & _LOW  # below 2^63: the factors are below 2^31
         bits = bits ^ (bits >> shift)
-    return (1 - 2 * (bits & 1)).to(eps.dtype)
+    return bits
 
 
 _LOW = 0xFFFFFFFF
@@ -281,6 +313,20 @@ def _score_matching(conditional: bool, scale: Scale) -> Objective:
         needs_score=True,
         scale=scale,
     )
+
+
+def _noise_prediction(settings: TermSettings) -> Objective:
+    """``ddpm``, of the conditional score where there is class dropout."""
+    share = settings.ddpm.class_dropout
+    if share is None:
+        return OBJECTIVES["ddpm"]
+
+    def loss(at: Linearization, batch: Streamed) -> Tensor:
+        assert batch.labels is not None
+        hidden = hidden_labels(batch.eps, share) if share else None
+        return _squared(at.conditional_score(batch.labels, hidden), batch)
+
+    return replace(OBJECTIVES["ddpm"], loss=loss, needs_labels=True, needs_hard_labels=True)
 
 
 OBJECTIVES: dict[str, Objective] = {
@@ -318,6 +364,14 @@ OBJECTIVES: dict[str, Objective] = {
         loss=implicit_score_matching,
         needs_score=True,
         needs_hessian=True,
+    ),
+    "ddpm": Objective(
+        about="noise prediction of a diffusion model, at the levels of its schedule; unweighted",
+        stream="denoise",
+        loss=denoising_score_matching,
+        needs_score=True,
+        scale=Scale.MEAN,
+        under=_noise_prediction,
     ),
 }
 

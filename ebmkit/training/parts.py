@@ -9,7 +9,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ebmkit.card import ModelCard
 from ebmkit.compiled import make_inference
-from ebmkit.core import ScoreModel
+from ebmkit.core import EnergyModel, ScoreModel
 from ebmkit.data import AnyImages, Stream, StreamConfig
 from ebmkit.data.schedule import Stage
 from ebmkit.objectives import TrainingLoss, parse_objective
@@ -108,7 +108,8 @@ def make_card(loss: TrainingLoss, config: TrainConfig, images: AnyImages) -> Mod
         channels=images.channels,
         class_names=list(images.class_names),
         sigma_range=denoise.noise.range if denoise else None,
-        classifies=any(term.objective.needs_labels for term in loss.terms),
+        classifies=isinstance(loss.model, EnergyModel)
+        and any(term.objective.needs_labels for term in loss.terms),
         attack=_attack_text(loss),
     )
 
