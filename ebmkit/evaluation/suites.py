@@ -44,6 +44,7 @@ from ebmkit.evaluation.jacobian import JACOBIAN
 from ebmkit.evaluation.linearity import LINEARITY
 from ebmkit.evaluation.ood import OOD
 from ebmkit.evaluation.robustness import ROBUSTNESS
+from ebmkit.evaluation.robustness_grid import ROBUSTNESS_GRID
 from ebmkit.evaluation.setting import NOISE_LEVELS, SIGMAS, Setting, Suite
 from ebmkit.evaluation.shift import SHIFT
 from ebmkit.files import write_atomically
@@ -62,6 +63,7 @@ SUITES: dict[str, Suite] = {
     "denoise": DENOISE,
     "calibration": CALIBRATION,
     "robustness": ROBUSTNESS,
+    "robustness-grid": ROBUSTNESS_GRID,
     "certify": CERTIFY,
     "shift": SHIFT,
     "jacobian": JACOBIAN,

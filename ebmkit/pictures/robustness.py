@@ -24,7 +24,7 @@ from ebmkit.units import in_255ths
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["accuracy_against_strength", "compare", "strength_and_noise"]
+__all__ = ["accuracy_against_strength", "compare", "grid", "strength_and_noise"]
 
 LOOKS = (
     (BLUE, "o", "-"),
@@ -96,6 +96,34 @@ def strength_and_noise(document: dict[str, Any], path: Path) -> None:
     figure.suptitle(
         f"Accuracy under PGD attacks and added noise: {images_of(document)}", fontsize=11
     )
+    save_figure(figure, path)
+
+
+def grid(document: dict[str, Any], names: Sequence[str], path: Path) -> None:
+    """Accuracy against the test radius, one line per network, the thesis's thin beside them.
+
+    Args:
+        document: as in ``robustness-grid.json``.
+        names: of its columns.
+        path: the PNG file.
+    """
+    norm = document["norm"]
+    figure = new_figure(5.6, 4.6, layout="constrained")
+    axes = figure.add_subplot()
+    colours: dict[float, str] = {}
+    theirs = document["thesis"]
+    for look, (name, column) in enumerate(zip(names, document["columns"], strict=True)):
+        _line(axes, norm, document["epsilons"], column["accuracy"], name, look)
+        if column["trained"] is not None:
+            colours.setdefault(column["trained"][1], LOOKS[look % len(LOOKS)][0])
+    for radius in sorted({e["train"] for e in theirs} & colours.keys()):
+        points = sorted((e["test"], e["accuracy"]) for e in theirs if e["train"] == radius)
+        x, y = np.array(points, dtype=float).T
+        label = f"trained {radius:g}, thesis (ResNet-50)"
+        axes.plot(x, 100 * y, color=colours[radius], ls=":", lw=0.9, label=label)
+    _finish(axes, norm, document["chance"])
+    figure.suptitle(f"Accuracy under PGD attacks: {images_of(document)}, bands 95 %", fontsize=10)
+    _legend(figure, columns=2)
     save_figure(figure, path)
 
 
