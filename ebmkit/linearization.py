@@ -9,6 +9,7 @@ v of (logits, log-density)                            gives
 (0, 1)                                                the score :math:`\nabla\log p(y)`
 (one-hot(c) - posterior, 0)                           :math:`\nabla\log p(c \mid y)`
 (one-hot(c) - posterior, 1)                           :math:`\nabla\log p(y \mid c)`
+(w - sum(w) posterior, 0)                             :math:`\nabla\sum_c w_c \log p(c \mid y)`
 ===================================================== ========================================
 
 Asking for several costs one forward pass. `ebmkit.core` says what is made of them.
@@ -116,6 +117,17 @@ class Linearization:
         return self._pull(
             Energies(
                 self._at_label_cotangent(c),
+                torch.zeros_like(self.energies.log_density),
+            )
+        )
+
+    def posterior_score(self, weights: Tensor) -> Tensor:
+        """grad_y sum_c w_c log p(c|y) with weights w (B, C) that do not move; shape of y."""
+        posterior = self.energies.logits.softmax(dim=1)
+        weights = weights.to(posterior)
+        return self._pull(
+            Energies(
+                weights - weights.sum(1, keepdim=True) * posterior,
                 torch.zeros_like(self.energies.log_density),
             )
         )

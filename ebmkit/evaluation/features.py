@@ -27,7 +27,7 @@ from torch import Tensor
 from ebmkit.core import EnergyModel, ScoreModel, classifies
 from ebmkit.errors import UserError
 
-__all__ = ["Extracted", "Extractor", "classifier", "find_extractor", "inception"]
+__all__ = ["Extracted", "Extractor", "classifier", "classifier_of", "find_extractor", "inception"]
 
 WEIGHTS = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
@@ -120,11 +120,19 @@ def classifier(run: str, device: torch.device) -> Extractor:
             f"generation.extractor: the model in {run!r} was trained without labels: name a run "
             "with ce in its objective"
         )
-    name = Path(os.path.abspath(run)).name
+    return classifier_of(model, Path(os.path.abspath(run)).name)
+
+
+def classifier_of(model: EnergyModel, run: str) -> Extractor:
+    """The classifier ``model`` of the run called ``run``.
+
+    Raises:
+        UserError: if it has no features and head.
+    """
     parts = ("frechet", "FD"), ("kernel", "KD")
     names = {k: f"classifier-{v}" for k, v in parts}
     names |= {k: f"classifier-{k}" for k in ("score", "precision", "recall")}
-    return Extractor("classifier", name, names, _of_head(model, run), model)
+    return Extractor("classifier", run, names, _of_head(model, run), model)
 
 
 def same_weights(extractor: Extractor, model: ScoreModel) -> bool:

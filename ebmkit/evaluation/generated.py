@@ -48,8 +48,13 @@ class Generated:
     about: dict[str, Any]
 
 
-def read_samples(path: Path, like: Images) -> Generated:
+def read_samples(path: Path, like: Images, setting: str = "generation.samples") -> Generated:
     """The samples in ``path``, to be compared with images ``like``.
+
+    Args:
+        path: the HDF5 file.
+        like: images of the wanted shape.
+        setting: which setting names the file, for errors.
 
     Raises:
         UserError: if the file is missing, damaged, or none of `ebmkit sample`'s, its images have
@@ -59,14 +64,13 @@ def read_samples(path: Path, like: Images) -> Generated:
 
     if not path.is_file():
         raise UserError(
-            f"generation.samples: there is no file {str(path)!r}: make one by `ebmkit sample RUN "
-            "--out DIR`"
+            f"{setting}: there is no file {str(path)!r}: make one by `ebmkit sample RUN --out DIR`"
         )
     contents = read_contents(path)
     shape = (*like.image_size, like.channels)
     if contents.shape[1:] != shape:
         raise UserError(
-            f"generation.samples: {str(path)!r} holds images of {_shape(contents.shape[1:])} and "
+            f"{setting}: {str(path)!r} holds images of {_shape(contents.shape[1:])} and "
             f"{like.name!r} of {_shape(shape)}: compare with a data set of the same shape"
         )
     images, finite, about = _read(path)

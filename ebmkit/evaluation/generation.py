@@ -18,52 +18,54 @@ are samples, from the other split of the data set where it is found, else of hal
 against each other: the *floor*, which a perfect model would come down to.
 
 With labels that were asked for, and a classifier of the same classes as extractor, the *label
-accuracy* is the share of samples that it gives that label; of each class it is told with Wilson's
-interval, and with ``diversity``, the mean distance between the features of two samples over that of
-two real images: 0 if all are alike, 1 if they differ as real ones do.
+accuracy* is the share of samples that it gives that label. Of each class it is told, too, with its
+own Frechet and kernel distance, ``diversity``, saturation and energy gap
+(`ebmkit.evaluation.guided`). Saturation and, if the model evaluated is an energy model, the energy
+gap under it are measured in all cases.
 
 ``generation.json`` holds, beside the common entries (``images`` is the reference): ``samples``:
 ``count``, ``left_out`` (not finite), ``source`` (fresh or buffer) and what else the file says;
 ``extractor``: ``kind``, ``run``, ``features`` (d), ``accuracy`` on the reference; ``measures`` and
-``floor``, by name, with ``count`` and ``of``, what the floor is made of; ``labels``: ``accuracy``,
-``classes``.
+``floor``, by name, with ``count`` and ``of``, what the floor is made of; ``saturation`` and
+``energy_gap`` of all samples; ``labels``: ``accuracy``, ``means`` over classes and ``classes``. The
+last three are as `ebmkit.evaluation.guided.measure_guided` has them.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ebmkit.core import ScoreModel
+from ebmkit.core import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation import distances, statistics
 from ebmkit.evaluation.data import Batch, Images
 from ebmkit.evaluation.features import Extractor, find_extractor, same_weights
 from ebmkit.evaluation.few import check_one_size, class_name, columns_of
 from ebmkit.evaluation.generated import Generated, other_split, read_samples
+from ebmkit.evaluation.generation_table import table
+from ebmkit.evaluation.guided import by_class, class_means
+from ebmkit.evaluation.guided_measures import (
+    MOST_FEATURES,
+    Columns,
+    Seen,
+    columns_of_images,
+    energy_gap,
+    saturation,
+)
 from ebmkit.evaluation.setting import Setting, Suite
 from ebmkit.evaluation.statistics import Estimate
-from ebmkit.evaluation.tables import interval, new_table, number
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 __all__ = ["GENERATION", "GenerationConfig", "draw", "run", "table"]
-
-Columns = dict[str, Tensor]
 
 ENOUGH = 10
 """Samples for each feature, below which a Frechet distance is told to be biased."""
 
-MOST_FEATURES = 512
-"""Features, up to which the Frechet distance gets an interval: each is 20 distances."""
-
 SHOWN = 24
-FORMS = {"kernel": "{:.4g}", "precision": "{:.1%}", "recall": "{:.1%}"}
 
 
 class GenerationConfig(BaseModel):
@@ -108,11 +110,12 @@ def run(setting: Setting) -> dict[str, Any]:
         UserError: if a sample or a feature is missing or not finite.
     """
     generated, extractor = _samples(setting), _extractor(setting)
-    samples = _columns(setting, _image_set(generated, setting.images), extractor)
-    real = _columns(setting, setting.images, extractor)
-    floor, of = _floor(setting, extractor, len(generated.images), real)
+    images = setting.images
+    samples = _columns(setting, _image_set(generated, images), extractor)
+    real = _columns(setting, images, extractor)
+    floor, of, spare = _floor(setting, extractor, len(generated.images), real)
     for name, columns in (("samples", samples), ("reference", real), ("floor", floor[0])):
-        if not all(column.isfinite().all() for column in columns.values()):
+        if not all(columns[part].isfinite().all() for part in ("features", "logits")):
             raise UserError(
                 f"generation: the extractor gives values that are not finite of the {name}: "
                 "name another by generation.extractor"
@@ -131,7 +134,8 @@ def run(setting: Setting) -> dict[str, Any]:
         "names": extractor.names,
         "measures": _measures(samples, real, extractor),
         "floor": _measures(*floor, extractor) | {"of": of, "count": len(floor[0]["features"])},
-        "labels": _labels(setting, extractor, generated, samples, real),
+        **_pixels_and_energies(setting, generated, samples, real),
+        "labels": _labels(setting, extractor, generated, samples, real, spare),
     }
     return document | {"warnings": _warnings(setting, extractor, generated, document)}
 
@@ -157,42 +161,56 @@ def _measures(samples: Columns, real: Columns, extractor: Extractor) -> dict[str
 
 def _floor(
     setting: Setting, extractor: Extractor, count: int, real: Columns
-) -> tuple[tuple[Columns, Columns], str]:
-    """Columns of other real images and of what they are compared with, and what they are."""
+) -> tuple[tuple[Columns, Columns], str, Seen | None]:
+    """Columns of other real images and of what they are compared with, what they are, and the same
+    with labels, if they are no part of the reference."""
     other = other_split(setting.images, setting.data_dir)
     if other is not None:
         few = other.first(count)
-        return (_columns(setting, few, extractor), real), f"{few.split} images"
+        columns = _columns(setting, few, extractor)
+        labels = None if few.labels is None else few.labels.cpu()
+        return (columns, real), f"{few.split} images", Seen(columns, labels)
     setting.skip(len(setting.images))
     halves = [{name: column[k::2] for name, column in real.items()} for k in (0, 1)]
-    return (halves[0], halves[1]), "half of the reference, against the other half"
+    return (halves[0], halves[1]), "half of the reference, against the other half", None
+
+
+def _pixels_and_energies(
+    setting: Setting, generated: Generated, samples: Columns, real: Columns
+) -> dict[str, Any]:
+    """Saturation and energy gap, beside real images of the same labels where they are known."""
+    labels, wanted = setting.images.labels, generated.labels
+    if labels is None or wanted is None or not torch.isin(wanted, labels.cpu()).all():
+        labels = wanted = None
+    known = Seen(real, None if labels is None else labels.cpu())
+    return {
+        "saturation": saturation(samples, known.among(wanted)),
+        "energy_gap": energy_gap(Seen(samples, wanted), known),
+    }
 
 
 def _labels(
-    setting: Setting, extractor: Extractor, generated: Generated, samples: Columns, real: Columns
+    setting: Setting,
+    extractor: Extractor,
+    generated: Generated,
+    samples: Columns,
+    real: Columns,
+    others: Seen | None,
 ) -> dict[str, Any] | None:
     """How well samples show the labels that were asked for; None where nobody knows."""
     images, wanted = setting.images, generated.labels
     if wanted is None or images.labels is None or not _same_classes(setting, extractor):
         return None
     right = samples["logits"].argmax(dim=1) == wanted
-    classes = []
-    for label in sorted(set(wanted.tolist())):
-        own = wanted == label
-        spread = [
-            distances.mean_distance(columns["features"][mask])
-            for columns, mask in ((samples, own), (real, images.labels.cpu() == label))
-        ]
-        ratio = spread[0] / spread[1] if spread[1] else float("nan")
-        classes.append(
-            {
-                "label": label,
-                "name": class_name(images, label),
-                "accuracy": _share(right[own]).document(),
-                "diversity": statistics.finite(ratio),
-            }
-        )
-    return {"accuracy": _share(right).document(), "classes": classes}
+    known = Seen(real, images.labels.cpu())
+    if others is not None and others.labels is None:
+        others = None
+    classes = by_class(Seen(samples, wanted), known, others, images.class_names, True)
+    return {
+        "accuracy": _share(right).document(),
+        "means": class_means(classes),
+        "classes": classes,
+    }
 
 
 def _accuracy(setting: Setting, extractor: Extractor, real: Columns) -> dict[str, Any] | None:
@@ -212,8 +230,11 @@ def _share(right: Tensor) -> Estimate:
 
 
 def _columns(setting: Setting, images: Images, extractor: Extractor) -> Columns:
+    model = setting.model if isinstance(setting.model, EnergyModel) else None
+    known = setting.images.num_classes
+
     def measure(batch: Batch) -> Columns:
-        return extractor.extract(batch.x)._asdict()
+        return columns_of_images(batch.x, extractor, model, known)
 
     return columns_of(setting, images, 0.0, measure)
 
@@ -265,45 +286,6 @@ def draw(setting: Setting, document: dict[str, Any], folder: Path) -> None:
     pictures.samples_beside_real(x, list(real), told, document, folder / "generation.png")
     if document["labels"] is not None:
         pictures.by_class(document, folder / "generation-classes.png")
-
-
-def table(document: dict[str, Any]) -> Table:
-    """Every measure, with its interval, beside the floor; then label accuracy."""
-    count, floor = document["samples"]["count"], document["floor"]
-    result = new_table(document, ("measure", f"{count} samples", "95 % interval", "real images"))
-    kinds = {name: kind for kind, name in document["names"].items()}
-    for name, found in document["measures"].items():
-        form = FORMS.get(kinds[name], "{:.2f}")
-        span = interval(found["low"], found["high"], form)
-        real = number(floor[name]["value"], form)
-        result.add_row(name, number(found["value"], form), span, real)
-    labels, extractor = document["labels"], document["extractor"]
-    if labels is not None:
-        own = labels["accuracy"]
-        span = interval(own["low"], own["high"], "{:.1%}")
-        real = number((extractor["accuracy"] or own)["value"], "{:.1%}")
-        result.add_row("label accuracy", number(own["value"], "{:.1%}"), span, real)
-    result.caption = "\n".join([*described(document), str(result.caption or "")]).strip()
-    return result
-
-
-def described(document: dict[str, Any]) -> list[str]:
-    """What must be known to read the measures: samples, reference, extractor."""
-    samples, extractor, floor = (document[k] for k in ("samples", "extractor", "floor"))
-    left = f", {samples['left_out']} not finite left out" if samples["left_out"] else ""
-    chosen = samples.get("filter")
-    filtered = f", filter: {chosen}" if chosen else ", no filter"
-    by = "Inception of 2015 (torch-fidelity)"
-    if extractor["kind"] == "classifier":
-        known = extractor["accuracy"]
-        right = f", {known['value']:.1%} right on the reference" if known else ""
-        by = f"the classifier of run {extractor['run']}{right}"
-    reference = f"{document['dataset']} {document['split']}, {document['images']} images"
-    return [
-        f"samples: {samples['count']}, {samples['source']}{left}{filtered}",
-        f"reference: {reference}; extractor: {by}",
-        f"real images: {floor['count']}, {floor['of']}",
-    ]
 
 
 def _samples(setting: Setting) -> Generated:

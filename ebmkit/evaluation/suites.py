@@ -38,6 +38,7 @@ from ebmkit.evaluation.certify import CERTIFY
 from ebmkit.evaluation.classify import CLASSIFY
 from ebmkit.evaluation.data import Images, fingerprint
 from ebmkit.evaluation.denoise import DENOISE
+from ebmkit.evaluation.diffusion_path import DIFFUSION_PATH
 from ebmkit.evaluation.generation import GENERATION
 from ebmkit.evaluation.jacobian import JACOBIAN
 from ebmkit.evaluation.linearity import LINEARITY
@@ -68,6 +69,7 @@ SUITES: dict[str, Suite] = {
     "adversarial": ADVERSARIAL,
     "ood": OOD,
     "generation": GENERATION,
+    "diffusion-path": DIFFUSION_PATH,
 }
 
 VALUES_PER_BATCH = 1_500_000

@@ -19,6 +19,7 @@ from ebmkit.models.parts import (
 )
 from ebmkit.models.pipelines import import_unet
 from ebmkit.models.presets import BACKBONES, DENOISERS
+from ebmkit.models.published import import_checkpoint, load_checkpoint
 from ebmkit.models.resnet import ResNet, ResNetConfig
 from ebmkit.models.saving import load, save_model, save_weights, weights_digest
 from ebmkit.models.unet import UNetConfig
@@ -59,8 +60,10 @@ __all__ = [
     "WindowedBackbone",
     "create_denoiser",
     "create_model",
+    "import_checkpoint",
     "import_unet",
     "load",
+    "load_checkpoint",
     "save_model",
     "save_weights",
     "weights_digest",

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveInt, Tag, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    model_validator,
+)
 from torch import nn
 
 from ebmkit.core import ScoreModel
@@ -69,8 +78,12 @@ class ModelConfig(BaseModel):
     extent: Extent = Field(
         "tiles", description="larger images: tiles, factor or windows (see JointModel)"
     )
-    input_mean: float = Field(0.0, description="subtracted from images; acts as a bias, so 0")
-    input_std: float = Field(1.0, gt=0, description="images are divided by it")
+    input_mean: float | tuple[float, ...] = Field(
+        0.0, description="subtracted from images, one number or one per channel; acts as a bias"
+    )
+    input_std: PositiveFloat | tuple[PositiveFloat, ...] = Field(
+        1.0, description="images are divided by it, one number or one per channel"
+    )
     noise_conditional: bool = Field(
         False,
         description="a backbone is told sigma, as a classifier along a diffusion is: it sees the "

@@ -35,6 +35,13 @@ BACKBONES: dict[str, Preset[GradResNetConfig | ResNetConfig | WideResNetConfig |
     "resnet18-imagenet": Preset(
         ResNetConfig(depth=18, stem="imagenet"), "He et al. 2016, for 224x224 images; to classify"
     ),
+    "resnet50": Preset(
+        ResNetConfig(depth=50, stem="cifar"),
+        "He et al. 2016, 50 layers, adapted to 32x32 images as resnet18 is; to classify",
+    ),
+    "resnet50-imagenet": Preset(
+        ResNetConfig(depth=50, stem="imagenet"), "He et al. 2016, for 224x224 images; to classify"
+    ),
     "wideresnet28-10": Preset(
         WideResNetConfig(depth=28, width=160), "Zagoruyko and Komodakis 2016; to classify"
     ),

@@ -54,6 +54,18 @@ draws them (`ebmkit.training.negatives`), an objective does not sample. JEM (arX
 6-8) is ``ce+ml``, for short ``jem``. Both may carry a penalty
 :math:`\alpha\,(e^2(y) + e^2(\tilde y))` of the energies (Du & Mordatch, arXiv 1903.08689, eq. 7),
 which pulls them together when they run away.
+
+Two more are cross-entropy under attack, with :math:`y'` in a ball of radius eps about y,
+
+.. math::
+    \text{adv:}    & \quad -\log p(c \mid y'), \qquad
+                      y' = \arg\max_{\|y' - y\| \le \epsilon} -\log p(c \mid y') \\
+    \text{trades:} & \quad -\log p(c \mid y) + \beta\, KL(p(\cdot \mid y) \,\|\, p(\cdot \mid y')),
+                      \qquad y' = \arg\max KL .
+
+The first is adversarial training (Madry et al., arXiv 1706.06083; RCG eq. 2.28-2.30), the second
+TRADES (Zhang et al., arXiv 1901.08573, eq. 5). An objective does not attack, either: whoever trains
+does (`ebmkit.training.attacks`), by projected gradient descent.
 """
 
 from __future__ import annotations
@@ -74,9 +86,11 @@ __all__ = [
     "ALIASES",
     "EXACT_TRACE",
     "OBJECTIVES",
+    "Aim",
     "Objective",
     "Scale",
     "Streamed",
+    "divergence",
     "hidden_labels",
     "hyvarinen",
     "probe_signs",
@@ -93,6 +107,13 @@ class Scale(Enum):
     MEAN = "mean"  # averaged over the d entries
     SUM = "sum"  # summed over the d entries
     BALANCED = "balanced"  # the logarithm of the average (see combine)
+
+
+class Aim(Enum):
+    """What an attack on an objective's images raises."""
+
+    LOSS = "loss"  # the loss, which is taken at the attacked images
+    DIVERGENCE = "divergence"  # KL(p(clean) || p(attacked)), which is added to the loss
 
 
 class Streamed(Protocol):
@@ -112,6 +133,8 @@ class Streamed(Protocol):
     def soft(self) -> Tensor | None: ...  # (B, C): one-hot, or mixed by MixUp / CutMix
     @property
     def negatives(self) -> Tensor | None: ...  # (B, C, H, W), samples of the model
+    @property
+    def attacked(self) -> Tensor | None: ...  # (B, C, H, W), y after an attack
 
 
 class Loss(Protocol):
@@ -143,6 +166,8 @@ class Objective:
             `TrainingLoss` adds is the same log-density of the negatives.
         under: from settings of single objectives to what this one is under them; None: they do not
             change it.
+        attack: what an attack raises, whose images the batch must bring. Then ``loss`` is taken at
+            these (`Aim.LOSS`), or at y, and `TrainingLoss` adds the divergence (`Aim.DIVERGENCE`).
     """
 
     about: str
@@ -155,12 +180,19 @@ class Objective:
     scale: Scale = Scale.PLAIN
     likelihood: LogDensity | None = None
     under: Callable[[TermSettings], Objective] | None = None
+    attack: Aim | None = None
 
 
 def cross_entropy(at: Linearization, batch: Streamed) -> Tensor:
     """-sum_c q_c log p(c|y) with the (soft) labels q, (B,), in nats (CDN eq. 13)."""
     assert batch.soft is not None
     return -(batch.soft * at.energies.log_posterior()).sum(dim=1)
+
+
+def divergence(clean: Energies, attacked: Energies) -> Tensor:
+    """KL(p(c|y) || p(c|y')), (B,), in nats; differentiable in both (TRADES eq. 5)."""
+    log_p, log_q = clean.log_posterior(), attacked.log_posterior()
+    return (log_p.exp() * (log_p - log_q)).sum(dim=1)
 
 
 def denoising_score_matching(at: Linearization, batch: Streamed) -> Tensor:
@@ -303,6 +335,20 @@ OBJECTIVES: dict[str, Objective] = {
         stream="classify",
         loss=cross_entropy,
         needs_labels=True,
+    ),
+    "adv": Objective(
+        about="cross-entropy of images under attack (PGD), for a robust classifier",
+        stream="classify",
+        loss=cross_entropy,
+        needs_labels=True,
+        attack=Aim.LOSS,
+    ),
+    "trades": Objective(
+        about="cross-entropy plus the divergence that an attack makes (TRADES)",
+        stream="classify",
+        loss=cross_entropy,
+        needs_labels=True,
+        attack=Aim.DIVERGENCE,
     ),
     "dsm": _score_matching(False, Scale.BALANCED),
     "dsm-mean": _score_matching(False, Scale.MEAN),

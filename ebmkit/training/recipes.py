@@ -3,7 +3,9 @@
 A recipe is the lowest layer of a run's configuration. ``cifar10`` and ``imagenet`` are the paper's
 (CDN appendix A); ``jem``, ``jem++`` and ``sada-jem`` follow the scripts that their authors
 released, in our units: their images live in [-1, 1], so noise and bounds are halved here, and a
-step of 1 is one of 1/4 (`ebmkit.sampling.langevin`). The others are ours.
+step of 1 is one of 1/4 (`ebmkit.sampling.langevin`). ``cifar10-robust`` has the numbers of the
+`robustness` package, by which RCG's classifiers were trained, but for its changes of colour and
+rotations. The others are ours.
 """
 
 from __future__ import annotations
@@ -330,6 +332,63 @@ def _noisy_classifier(recipe: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+_NO_NOISE: dict[str, Any] = {"kind": "none"}
+
+# 150 epochs of 50,000 images in batches of 128 are 58,594 steps.
+_CIFAR_ROBUST: dict[str, Any] = {
+    **_CIFAR,
+    "backbone": "resnet50",
+    "head": "logit",
+    "objective": "adv",
+    "model": {"backbone": {"width": 64}},
+    "terms": {"adv": {"steps": 7, "random_start": False}},
+    "streams": {
+        "classify": {
+            "batch_size": 128,
+            "noise": _NO_NOISE,
+            "augmentation": {"flip": True, "crop_padding": 4},
+        },
+        "denoise": _CIFAR["streams"]["denoise"],
+    },
+    "optimizer": {
+        "kind": "sgd",
+        "lr": 0.1,
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+        "schedule": "milestones",
+        "milestones": ["50/150", "100/150"],
+        "milestone_factor": 0.1,
+    },
+    "steps": 58_594,
+}
+
+_CIFAR_ROBUST_SHORT: dict[str, Any] = {
+    **_CIFAR_SHORT,
+    "backbone": "resnet18",
+    "head": "logit",
+    "objective": "adv",
+    "terms": {"adv": {"steps": 3}, "trades": {"steps": 3}},
+    "streams": {
+        "classify": {"batch_size": 128, "noise": _NO_NOISE, "augmentation": {"flip": True}},
+        "denoise": _CIFAR_SHORT["streams"]["denoise"],
+    },
+    "steps": 400,
+    "validate_every": 100,
+}
+
+_DIGITS_ROBUST: dict[str, Any] = {
+    **_DIGITS,
+    "head": "logit",
+    "objective": "adv",
+    "model": {"backbone": {"width": 8}},
+    "streams": {
+        "classify": {"batch_size": 128, "noise": _NO_NOISE, "augmentation": {"crop_padding": 1}},
+        "denoise": _DIGITS["streams"]["denoise"],
+    },
+    "steps": 400,
+}
+
+
 def _wide(recipe: dict[str, Any]) -> dict[str, Any]:
     """``recipe`` with denoising up to sigma 50, where an image is all noise: to sample from it."""
     noise = {"kind": "log-uniform", "min": "1/255", "max": "50/1"}
@@ -395,6 +454,17 @@ RECIPES: dict[str, Recipe] = {
     "cifar10-noisy-classifier": Recipe(
         _for("cifar10", _noisy_classifier(_CIFAR_SHORT)), "the same, of cifar10-short"
     ),
+    "cifar10-robust": Recipe(
+        _for("cifar10", _CIFAR_ROBUST),
+        "adversarial training as the robustness package has it: ResNet-50, l2 0.5, 150 epochs",
+    ),
+    "cifar10-robust-short": Recipe(
+        _for("cifar10", _CIFAR_ROBUST_SHORT),
+        "adversarial training, width 16, 3 steps of PGD, 400 steps: minutes on a CPU",
+    ),
+    "digits-robust": Recipe(
+        _for("digits", _DIGITS_ROBUST), "adversarial training on digits on a CPU in a minute"
+    ),
     "folder": Recipe(_for("folder", _OWN), "a start for images of your own in folders"),
     "hdf5": Recipe(_for("hdf5", _OWN), "a start for images of your own in HDF5"),
 }
@@ -407,6 +477,13 @@ JEM_RECIPES = {"digits": "digits-jem", "cifar10": "jem", "cifar100": "jem"}
 DDPM_RECIPES = {"digits": "digits-ddpm", "cifar10": "cifar10-ddpm", "cifar100": "cifar10-ddpm"}
 """Data set -> its recipe for noise prediction alone; others have the small network's."""
 
+ROBUST_RECIPES = {
+    "digits": "digits-robust",
+    "cifar10": "cifar10-robust",
+    "cifar100": "cifar10-robust",
+}
+"""Data set -> its recipe for objectives that attack; others keep their own, with a logit head."""
+
 
 def recipe_for(dataset: str, objective: str = "") -> dict[str, Any]:
     """The recipe of the data set called ``dataset``; `folder`'s where it has none of its own.
@@ -414,7 +491,7 @@ def recipe_for(dataset: str, objective: str = "") -> dict[str, Any]:
     Args:
         dataset: a name.
         objective: the objective, if it was named: one that needs negatives has other recipes, and
-            so has noise prediction alone.
+            so have noise prediction alone and one that trains under attack.
 
     Raises:
         UserError: if the objective does not parse.
@@ -424,6 +501,9 @@ def recipe_for(dataset: str, objective: str = "") -> dict[str, Any]:
         config = RECIPES[JEM_RECIPES.get(dataset, "cifar10-jem-short")].config
     elif [term.name for term in named] == ["ddpm"]:
         config = RECIPES[DDPM_RECIPES.get(dataset, "cifar10-ddpm-short")].config
+    elif any(term.objective.attack is not None for term in named):
+        name = ROBUST_RECIPES.get(dataset, dataset)
+        config = RECIPES.get(name, RECIPES["folder"]).config | {"head": "logit"}
     else:
         config = RECIPES.get(dataset, RECIPES["folder"]).config
     return config | {"dataset": config["dataset"] | {"name": dataset}}

@@ -33,9 +33,10 @@ from ebmkit.randomness import keyed_seed
 from ebmkit.training.account import Account, Stopwatch, peak_memory
 from ebmkit.training.checks import check_compiled, check_terms
 from ebmkit.training.config import TrainConfig
-from ebmkit.training.engine import OutOfMemory, Reading, TrainingStep
+from ebmkit.training.engine import OutOfMemory, Reading, TrainingStep, told_of_memory
 from ebmkit.training.optim import learning_rate, make_optimizer
 from ebmkit.training.parts import (
+    make_attacks,
     make_average,
     make_budget,
     make_card,
@@ -132,6 +133,9 @@ class Trainer:
         if self.loss.needs_negatives:
             chains = make_negatives(self.loss, config, self.train, self.update, world)
             self.recovery = Recovery(self, chains)
+        self.attacks = None
+        if self.loss.needs_attack:
+            self.attacks = make_attacks(self.loss, config, self.update, world)
         self.measure = self._validation()
         dropouts = [m for m in self.model.modules() if isinstance(m, _DropoutNd)]
         self.drops = any(dropout.p > 0 for dropout in dropouts)
@@ -277,10 +281,13 @@ class Trainer:
         begun = time.perf_counter()
         drawn = next(batches)
         self.watch.step(time.perf_counter() - begun)
-        if self.recovery is not None:
-            drawn = self.recovery.join(drawn)
         fits = True
         try:
+            with told_of_memory():
+                if self.recovery is not None:
+                    drawn = self.recovery.join(drawn)
+                if self.attacks is not None:
+                    drawn = self.attacks.join(drawn, self.step)
             self.update(drawn, rate, stop)
         except OutOfMemory:
             fits = False

@@ -86,6 +86,18 @@ def test_real_images_as_samples(network, digits, judge, tmp_path):
     assert document["labels"]["accuracy"]["value"] == pytest.approx(float(shown))
     assert len(document["labels"]["classes"]) == 10
     assert all(0.7 < c["diversity"] < 1.4 for c in document["labels"]["classes"])
+    for entry in document["labels"]["classes"]:  # the floor is of the same images
+        assert entry["frechet"]["value"] == pytest.approx(entry["floor"]["frechet"], rel=1e-3)
+        assert entry["count"] == entry["floor"]["count"]
+        assert entry["count"] == int((train.labels == entry["label"]).sum())
+    x = train.images
+    ends = ((x <= 1) | (x >= 254)).double().mean()
+    assert document["saturation"]["ends"]["samples"]["value"] == pytest.approx(float(ends))
+    made, known = network.energy(train.floats()).double(), network.energy(digits.floats()).double()
+    means = torch.stack([known[digits.labels == c].mean() for c in train.labels])
+    gap = float((made - means).mean())
+    assert document["energy_gap"]["energy"]["value"] == pytest.approx(gap, abs=1e-5)
+    assert document["energy_gap"]["joint_energy"] is None  # this network knows other labels
     assert document["pictures"] == ["generation-classes.png", "generation.png"]
     few, left = document["warnings"]
     assert "biased upwards" in few
@@ -97,6 +109,8 @@ def test_real_images_as_samples(network, digits, judge, tmp_path):
     assert "samples: 200, fresh, 3 not finite left out, filter: p > 0.9" in text
     assert "digits test, 360 images" in text
     assert "run judge" in text
+    assert "E(x) gap, nats" in text
+    assert "black or white" in text
     assert "…" not in text
 
     one = write(tmp_path / "one.h5", torch.zeros(200, 1, 8, 8, dtype=torch.uint8), source="buffer")

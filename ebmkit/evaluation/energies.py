@@ -1,0 +1,137 @@
+r"""Energies of images and labels, and their statistics by class.
+
+.. math:: E(x) = -\log p(x), \qquad E(x, y) = -\log p(x, y) = E(x) - \log p(y \mid x),
+
+in nats, up to one constant of the model. They can be read in two ways:
+
+========== ========================================== =======================================
+reading    E(x)                                       E(x, y)
+========== ========================================== =======================================
+``model``  the model's own -log density               that, minus log p(y|x)
+``logits`` -logsumexp of the logits                   -logit of y (RCG eq. 2.32-2.38)
+========== ========================================== =======================================
+
+For the head ``logit`` both are the same. A head with a density of its own that no objective trained
+(``ce`` or ``adv`` alone) has nothing to say by it, so ``auto`` takes the logits there, and the
+model's own density everywhere else.
+
+Noise-conditional models are told that clean images have noise 0.
+
+RCG stands for the thesis "Robust classifier guidance" (Sapienza, 2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+from ebmkit.core import EnergyModel, Noise
+from ebmkit.errors import UserError
+from ebmkit.evaluation import statistics
+from ebmkit.objectives import parse_objective
+
+__all__ = [
+    "ImageEnergies",
+    "Reading",
+    "class_statistics",
+    "energies_of",
+    "reading_of",
+    "spread",
+]
+
+Reading = Literal["auto", "model", "logits"]
+
+
+def reading_of(model: EnergyModel, reading: Reading = "auto") -> Reading:
+    """How the energies of ``model`` are read, ``model`` or ``logits``; see the module's table.
+
+    Raises:
+        UserError: if logits are asked for and the model has none.
+    """
+    if reading == "logits" and not model.num_classes:
+        raise UserError("this model has no labels, so its energies cannot be read off logits")
+    if reading != "auto":
+        return reading
+    if not model.num_classes or model.card is None:
+        return "model"
+    try:
+        terms = [term.objective for term in parse_objective(model.card.objective)]
+    except UserError:  # an imported model, or one composed by hand
+        return "model"
+    trained = any(term.needs_score or term.likelihood is not None for term in terms)
+    return "model" if trained else "logits"
+
+
+class ImageEnergies(NamedTuple):
+    """What `energies_of` reads off a batch.
+
+    Attributes:
+        energy: E(y), (B,), nats.
+        log_posterior: log p(c|y), (B, K), K = 0 for a model without labels. The predicted label is
+            its largest: E(y, c) is less exact, for E(y) may be large.
+    """
+
+    energy: Tensor
+    log_posterior: Tensor
+
+    def joint(self, labels: Tensor) -> Tensor:
+        """E(y, c) = E(y) - log p(c|y) of the labels (B,), (B,), nats."""
+        return self.energy - self.log_posterior.gather(1, labels[:, None]).squeeze(1)
+
+
+def energies_of(
+    model: EnergyModel, y: Tensor, sigma: Noise | None = None, reading: Reading = "auto"
+) -> ImageEnergies:
+    """E(y), and log p(c|y) for E(y, c).
+
+    Args:
+        model: in evaluation mode.
+        y: images (B, C, H, W), image units.
+        sigma: the noise in them, image units, for noise-conditional models; None: 0.
+        reading: see the module's table.
+
+    Raises:
+        UserError: if logits are asked for and the model has none.
+    """
+    found = model.energies(y, 0.0 if sigma is None else sigma)
+    logits = reading_of(model, reading) == "logits"
+    energy = -found.logits.logsumexp(dim=1) if logits else -found.log_density
+    return ImageEnergies(energy, found.log_posterior())
+
+
+def class_statistics(
+    energy: Tensor, joint: Tensor | None, labels: Tensor, names: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """Mean and standard deviation by class of energies that are known.
+
+    Args:
+        energy: E(x), (N,), nats.
+        joint: E(x, y) of each image's own label, (N,), or None.
+        labels: (N,).
+        names: of the classes; a class without one is called by its number.
+
+    Returns:
+        One entry per class that has an image, in order: ``label``, ``name``, ``energy`` and, with
+        ``joint``, ``joint_energy``; each with ``value`` (the mean), ``low``, ``high`` (95 %
+        interval of the mean), ``count`` and ``std`` over images.
+    """
+    found = []
+    for label in sorted(set(labels.tolist())):
+        own = labels == label
+        entry = {
+            "label": label,
+            "name": names[label] if label < len(names) else str(label),
+            "energy": spread(energy[own]),
+        }
+        if joint is not None:
+            entry["joint_energy"] = spread(joint[own])
+        found.append(entry)
+    return found
+
+
+def spread(values: Tensor) -> dict[str, Any]:
+    """The mean of ``values`` (n,) with its 95 % interval, and their standard deviation ``std``."""
+    std = float(values.double().std()) if len(values) > 1 else float("nan")
+    return statistics.mean(values).document() | {"std": statistics.finite(std)}

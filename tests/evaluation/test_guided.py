@@ -1,0 +1,209 @@
+"""What is said of samples that were asked for by label: identities, and closed forms."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from mixture_world import Drawn
+
+from ebmkit import GaussianMixture, UserError
+from ebmkit.evaluation.features import Extracted, Extractor, classifier_of
+from ebmkit.evaluation.guided import measure_guided
+from ebmkit.evaluation.guided_measures import Seen, energy_gap, pixel_columns
+from ebmkit.models import create_model
+
+NAMES = {"frechet": "FD", "kernel": "KD"}
+
+
+def plain(model):
+    """An extractor whose features are the pixels, and whose logits are the mixture's."""
+
+    def extract(x):
+        return Extracted(x.flatten(1), model.logits(x, 0.0))
+
+    return Extractor("classifier", "exact", NAMES, extract, model)
+
+
+@pytest.fixture
+def world():
+    """Three classes of 4x4 gray images, 40 images of each, rounded to 255ths."""
+    means = torch.full((3, 1, 4, 4), 0.4)
+    means[1], means[2] = 0.5, 0.6
+    model = GaussianMixture(means, 0.003)
+    noise = torch.randn(120, 1, 4, 4, generator=torch.Generator().manual_seed(4))
+    labels = torch.arange(120) % 3
+    x = (255 * (means[labels] + 0.003**0.5 * noise)).round() / 255
+    assert 2 / 255 < x.min() < x.max() < 253 / 255
+    return model, Drawn(x, labels, class_names=tuple("abc"))
+
+
+def test_real_images_as_samples_have_no_distance_and_no_gap(world):
+    model, real = world
+    found = measure_guided(real.images, real.labels, real, plain(model), model, batch_size=50)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    exact = (model.logits(real.images, 0.0).argmax(1) == real.labels).double().mean()
+    assert found["accuracy"]["value"] == pytest.approx(float(exact))
+    for entry in (found, *found["classes"]):
+        assert entry["frechet"]["value"] == pytest.approx(0, abs=1e-9)
+        assert entry["kernel"]["value"] < 0  # unbiased, and as near as sets can be
+        for gap in entry["energy_gap"].values():
+            assert gap["value"] == pytest.approx(0, abs=1e-6)
+            assert gap["low"] < 0 < gap["high"]
+        assert entry["saturation"]["ends"]["samples"]["value"] == 0
+        assert entry["saturation"]["colour"] is None
+    for entry in found["classes"]:
+        assert (entry["count"], entry["real_count"], entry["diversity"]) == (40, 40, 1)
+        assert entry["floor"]["count"] == 20
+        assert entry["floor"]["frechet"] > 0
+    assert [entry["name"] for entry in found["classes"]] == ["a", "b", "c"]
+    assert found["means"]["diversity"] == 1
+
+
+def test_each_class_is_compared_with_its_own_images(world):
+    """Samples that show the next class: far away class by class, though not as a whole."""
+    model, real = world
+    wrong = (real.labels + 1) % 3
+    found = measure_guided(real.images, wrong, real, plain(model), model, others=real)
+    assert found["frechet"]["value"] == pytest.approx(0, abs=1e-9)
+    assert found["accuracy"]["value"] < 0.1
+    shift = 16 * 0.1**2  # squared distance of the means of neighbours, in pixels
+    # the mean of 40 has an error of sqrt(0.003 / 40) in each of 16 pixels and both sets
+    error = 2 * (shift**0.5) * (2 * 0.003 / 40) ** 0.5
+    for entry in found["classes"][1:]:
+        assert entry["frechet"]["value"] == pytest.approx(shift, abs=0.03 + 4 * error)
+        assert entry["frechet"]["low"] < entry["frechet"]["value"] < entry["frechet"]["high"]
+    # as many other real images, here the same ones
+    assert all(e["floor"]["frechet"] == pytest.approx(0, abs=1e-9) for e in found["classes"])
+    # E(x, y) of the wrong label is higher by the log-odds; E(x) only by the labels' order
+    gap = found["energy_gap"]
+    assert gap["joint_energy"]["low"] > 10
+    assert abs(gap["energy"]["value"]) < 1e-4
+
+
+def test_saturation_of_constructed_images():
+    """Half black or white; the saturation of HSV as the standard library's colorsys has it."""
+    import colorsys
+
+    x = torch.rand(2, 3, 5, 4, generator=torch.Generator().manual_seed(0)) * 0.8 + 0.1
+    x[1, :, :, :2] = torch.tensor([0.0, 1 / 255])
+    x[1, :, :, 2:] = torch.tensor([1.0, 254 / 255])
+    x[0, :, 0] = 2 / 255
+    x[0, :, 1] = 253 / 255
+    found = pixel_columns(x)
+    assert found["ends"].tolist() == [0, 1]
+    by_hand = [
+        np.mean([colorsys.rgb_to_hsv(*pixel)[1] for pixel in image.flatten(1).T.tolist()])
+        for image in x
+    ]
+    assert found["colour"].tolist() == pytest.approx(by_hand, abs=1e-6)
+    assert pixel_columns(torch.zeros(1, 3, 2, 2))["colour"].item() == 0
+    assert pixel_columns(torch.tensor([1.0, 0, 0]).reshape(1, 3, 1, 1))["colour"].item() == 1
+
+
+def test_the_gap_of_one_label_is_welch_and_of_several_weighs_by_samples():
+    g = torch.Generator().manual_seed(1)
+    made, known = torch.randn(30, generator=g) - 2, 3 * torch.randn(50, generator=g)
+    ones, others = torch.ones(30).long(), torch.ones(50).long()
+    gap = energy_gap(Seen({"energy": made}, ones), Seen({"energy": known}, others))
+    test = scipy.stats.ttest_ind(made.double(), known.double(), equal_var=False)
+    interval = test.confidence_interval(0.95)
+    assert gap["joint_energy"] is None
+    assert gap["energy"]["value"] == pytest.approx(float(made.mean() - known.mean()), abs=1e-6)
+    assert (gap["energy"]["low"], gap["energy"]["high"]) == pytest.approx(tuple(interval), rel=1e-6)
+    assert energy_gap(Seen({"energy": made}, None), Seen({"energy": known}, None)) == gap
+    # classes at -10 and 10: samples of the first alone have no gap, though real means are at 0
+    real = Seen({"energy": torch.tensor([-11.0, -9, 9, 11])}, torch.tensor([0, 0, 1, 1]))
+    first = Seen({"energy": torch.tensor([-10.0, -10])}, torch.tensor([0, 0]))
+    assert energy_gap(first, real)["energy"]["value"] == 0
+    none = Seen({"energy": torch.tensor([1.0])}, torch.tensor([2]))
+    assert energy_gap(none, real)["energy"]["value"] is None
+
+
+def test_gaps_cover_the_truth(world):
+    """Of 200 sets of samples 5 % of intervals may miss: at most 22, at 4 standard errors."""
+    g = torch.Generator().manual_seed(3)
+    missed = 0
+    for _ in range(200):
+        labels = torch.arange(30) % 3
+        real = Seen({"energy": labels + torch.randn(30, generator=g)}, labels)
+        few = labels[:12]
+        made = Seen({"energy": few - 0.5 + 2 * torch.randn(12, generator=g)}, few)
+        gap = energy_gap(made, real)["energy"]
+        missed += not gap["low"] < -0.5 < gap["high"]
+    assert missed <= 22
+
+
+def test_few_samples_have_numbers_where_there_are_any(world):
+    model, real = world
+    labels = torch.tensor([0, 1, 1])
+    found = measure_guided(real.images[[0, 1, 4]], labels, real, plain(model), model)
+    one, two = found["classes"]
+    assert (one["count"], one["frechet"]["value"], one["diversity"]) == (1, None, None)
+    assert one["energy_gap"]["energy"]["value"] is not None
+    assert one["energy_gap"]["energy"]["low"] is None
+    assert two["frechet"]["value"] > 0
+    assert two["frechet"]["low"] is None
+    assert two["floor"]["count"] == 2
+    assert found["means"]["frechet"] == two["frechet"]["value"]
+    assert found["real_count"] == 80  # of the labels asked for
+    json.dumps(found, allow_nan=False)
+
+
+def test_floats_are_rounded_as_files_have_them(world):
+    model, real = world
+    floats = real.images + 0.4 / 255
+    bytes_ = (255 * real.images).round().byte()
+    extractor = plain(model)
+    a, b = (measure_guided(x, real.labels, real, extractor, model) for x in (floats, bytes_))
+    assert a == b
+
+
+def test_without_labels_or_a_model_the_rest_is_measured(world):
+    model, real = world
+    unknown = replace(plain(model), model=None)
+    found = measure_guided(real.images, None, replace(real, labels=None), unknown)
+    assert (found["accuracy"], found["classes"], found["energy_gap"]) == (None, None, None)
+    assert found["frechet"]["value"] == pytest.approx(0, abs=1e-9)
+    labelled = measure_guided(real.images, real.labels, real, unknown)
+    assert labelled["accuracy"] is None
+    assert len(labelled["classes"]) == 3
+
+
+def test_a_network_is_an_extractor_and_a_model_with_other_labels_has_no_joint_gap(squares):
+    judge, other = (
+        create_model("gradresnet18", num_classes=c, in_channels=1, width=8, image_size=8).eval()
+        for c in (3, 5)
+    )
+    found = measure_guided(
+        squares.images, squares.labels, squares, classifier_of(judge, "judge"), other
+    )
+    with torch.no_grad():
+        rounded = (255 * squares.images).round() / 255
+        right = (judge.logits(rounded).argmax(1) == squares.labels).double().mean()
+        gap = other.energy(rounded).mean() - other.energy(squares.images).mean()
+    assert found["accuracy"]["value"] == pytest.approx(float(right))
+    assert found["energy_gap"]["joint_energy"] is None
+    assert found["energy_gap"]["energy"]["value"] == pytest.approx(float(gap), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"samples": torch.rand(2, 1, 5, 4)}, r"\(1, 5, 4\) cannot be compared with .*\(1, 4, 4\)"),
+        ({"samples": torch.rand(2, 4)}, r"must be \(N, C, H, W\)"),
+        ({"samples": torch.full((2, 1, 4, 4), torch.nan)}, "2 of 2 samples are not finite"),
+        ({"labels": torch.tensor([0])}, "2 samples need 2 labels"),
+        ({"labels": torch.tensor([0, 7])}, "no image of label 7"),
+        ({"real": "unlabelled"}, "has none: compare with a labelled"),
+    ],
+)
+def test_what_does_not_fit_is_told(change, words, world):
+    model, real = world
+    given = {"samples": real.images[:2], "labels": real.labels[:2], "real": real} | change
+    if given["real"] == "unlabelled":
+        given["real"] = replace(real, labels=None)
+    with pytest.raises(UserError, match=words):
+        measure_guided(**given, extractor=plain(model))
