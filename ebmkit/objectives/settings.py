@@ -6,7 +6,7 @@ resolved configuration keeps them as ``terms.adv.eps``.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -34,6 +34,9 @@ class AdversarialConfig(_Settings):
         None, description="length of a step, image units; none: 2.5 eps / steps"
     )
     random_start: bool = Field(True, description="start at a random point of the ball")
+    warmup_steps: int = Field(
+        0, ge=0, description="training steps over which eps grows from 0, for radii that are hard"
+    )
     targeted: bool = Field(
         False, description="attack towards a random other label, not away from the true one"
     )
@@ -50,6 +53,13 @@ class AdversarialConfig(_Settings):
     def step(self) -> float:
         """Length of a step, image units."""
         return 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
+
+    def at(self, step: int) -> Self:
+        """What holds at training step ``step``, the first being 0: eps and step size in warm-up."""
+        share = (step + 1) / (self.warmup_steps + 1)
+        if share >= 1:
+            return self
+        return self.model_copy(update={"eps": share * self.eps, "step_size": share * self.step})
 
 
 class TradesConfig(AdversarialConfig):

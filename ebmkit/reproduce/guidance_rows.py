@@ -53,7 +53,6 @@ DIFFUSION = Row(
     "diffusion",
     {"objective": "ddpm", "terms": {"ddpm": {"class_dropout": 0.1}}},
 )
-OWN = Row("own-diffusion", "joint GradResNet in the UNet's place", "own-diffusion")
 JUDGE = Row("judge", "judge: ResNet18, cross-entropy", "judge", {"objective": "ce"} | _CLEAN)
 PLAIN = Row("plain", "plain classifier", "guide", {"objective": "ce"} | _CLEAN)
 ROBUST = tuple(_robust(eps) for eps in (0.25, 0.5, 1.0))
@@ -73,6 +72,13 @@ KAWAR = Row(
     {"objective": "adv"}
     | _attack(0.5, early_stop=True, variance_preserving=True, random_start=False)
     | _OF_TIME,
+)
+
+OWN = Row(
+    "own-diffusion",
+    "joint GradResNet told the noise (ce+ddpm), in the UNet's place",
+    "own-diffusion",
+    {"objective": "ce+ddpm"} | _OF_TIME,
 )
 
 ON_GRID = (PLAIN, *ROBUST, ROBUST_DSM)
@@ -142,7 +148,9 @@ def _seen(name: str, about: str, **own: Any) -> Way:
 
 
 def _early(row: Row, low: float, name: str, about: str) -> Way:
-    own: dict[str, Any] = {"schedule": "step:at=500,low=0"} if low == 0 else {"late": 0.5}
+    own: dict[str, Any] = {"schedule": "step:at=100,low=0"}
+    if low:
+        own = {"schedule": "exact", "late": 0.9}
     own |= {"guidance": "classifier", "view": "noisy" if row is JOINT else "shrunk"}
     return Way(f"{row.name} {name}", f"{row.label}, {about}", row.name, COMMON | own, group="noise")
 
@@ -197,19 +205,27 @@ WAYS: tuple[Way, ...] = (
         view="clean",
         through=True,
     ),
-    _early(ROBUST[-1], 0.0, "early", "above t = 500 alone"),
-    _early(ROBUST[-1], 1.0, "late", "below t = 500 alone"),
-    _early(JOINT, 0.0, "early", "above t = 500 alone"),
-    _early(JOINT, 1.0, "late", "below t = 500 alone"),
-    *(_of_time(row, scale) for row in (OF_TIME, KAWAR) for scale in (1.0, 4.0)),
+    _early(ROBUST[-1], 0.0, "early", "above t = 100 alone"),
+    _early(ROBUST[-1], 1.0, "late", "below t = 100 alone"),
+    _early(JOINT, 0.0, "early", "above t = 100 alone"),
+    _early(JOINT, 1.0, "late", "below t = 100 alone"),
+    *(_of_time(row, scale) for row in (OF_TIME, KAWAR, OWN) for scale in (1.0, 4.0)),
     _free(1.0),
     _free(3.0),
-    Way("own", "unguided", base="own-diffusion", group="own"),
+    Way("own", "the joint GradResNet alone, unguided", base="own-diffusion", group="own"),
     Way(
-        "own classifier",
+        "own free 1",
+        "the joint GradResNet alone, its own score of the label",
+        None,
+        {"guidance": "classifier-free", "scale": 1.0},
+        base="own-diffusion",
+        group="own",
+    ),
+    Way(
+        "own robust",
         "the joint GradResNet guided by the robust classifier",
         "robust-1",
-        COMMON | {"guidance": "classifier"},
+        COMMON,
         base="own-diffusion",
         group="own",
     ),

@@ -104,6 +104,7 @@ class Attacks:
         inference: precision and compilation of the gradient.
         world: the processes that share each batch.
         parts: that a process attacks its share in, one after the other, to need less memory.
+        warm: whether warm-up is over: attacks are at full strength whatever the step.
 
     Attributes:
         terms: stream -> the term that attacks its images.
@@ -120,8 +121,9 @@ class Attacks:
         inference: Inference | None = None,
         world: World | None = None,
         parts: int = 1,
+        warm: bool = False,
     ) -> None:
-        self.terms = attack_terms(loss)
+        self.terms, self.warm = attack_terms(loss), warm
         model = loss.model
         if not isinstance(model, EnergyModel) or model.num_classes == 0:
             names = " and ".join(repr(term.name) for term in self.terms.values())
@@ -155,6 +157,7 @@ class Attacks:
         """
         term = self.terms[stream]
         config, aim = self.settings.attack(term.name), term.objective.attack
+        config = config if self.warm else config.at(step)
         assert aim is not None
         if config.eps == 0:
             return batch.y

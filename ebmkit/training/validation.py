@@ -78,7 +78,7 @@ class Validation:
         crops = {n: s.crop_size for n, s in stage.spans.items()} if stage else {}
         crops = {n: side for n, side in crops.items() if n in self.noise and self.noise[n].phases}
         totals: dict[str, float] = {}
-        attacks = Attacks(loss, 0) if loss.needs_attack else None
+        attacks = Attacks(loss, 0, warm=True) if loss.needs_attack else None
         for step in range(self.world.rank, self.steps, self.world.size):
             batches = {n: next(s.batches(step, step + 1)) for n, s in self.streams.items()}
             batches = {n: _middle(batch, crops.get(n)) for n, batch in batches.items()}
