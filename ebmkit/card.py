@@ -22,3 +22,6 @@ class ModelCard(BaseModel):
         None, description="noise levels of the denoising stream, image units; None: not trained"
     )
     classifies: bool = Field(False, description="whether labels were trained")
+    attack: str = Field(
+        "", description="norm and radius of the attack in training, as in l2 0.5; empty: none"
+    )

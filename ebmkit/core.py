@@ -52,6 +52,7 @@ from ebmkit.linearization import (
     per_image,
     sigma_of_score,
 )
+from ebmkit.schedules import Schedule
 
 __all__ = [
     "Denoiser",
@@ -94,6 +95,7 @@ class ScoreModel(nn.Module, ABC):
             sigma and ignore it, so that samplers can treat all models alike.
         differentiates: whether the score is a gradient, so that training it differentiates twice.
         denoises_unaided: whether `denoise` makes no use of sigma, even where it is given.
+        schedule: the noise levels that it has, where it is a diffusion model; None for others.
         card: what the model was trained for; None before it was.
         inference: how scores and the like are computed (`set_inference`).
     """
@@ -102,6 +104,7 @@ class ScoreModel(nn.Module, ABC):
     noise_conditional: bool = False
     differentiates: bool = True
     denoises_unaided: bool = False
+    schedule: Schedule | None = None
     card: ModelCard | None = None
     inference: Inference = Inference()
 

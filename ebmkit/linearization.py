@@ -9,6 +9,7 @@ v of (logits, log-density)                            gives
 (0, 1)                                                the score :math:`\nabla\log p(y)`
 (one-hot(c) - posterior, 0)                           :math:`\nabla\log p(c \mid y)`
 (one-hot(c) - posterior, 1)                           :math:`\nabla\log p(y \mid c)`
+(w - sum(w) posterior, 0)                             :math:`\nabla\sum_c w_c \log p(c \mid y)`
 ===================================================== ========================================
 
 Asking for several costs one forward pass. `ebmkit.core` says what is made of them.
@@ -36,6 +37,7 @@ __all__ = [
     "Estimate",
     "Linearization",
     "Noise",
+    "autocast_of",
     "forward_only",
     "linearize",
     "per_image",
@@ -119,11 +121,28 @@ class Linearization:
             )
         )
 
-    def conditional_score(self, c: Tensor) -> Tensor:
-        """grad_y log p(y|c) = grad_y log p(y, c), shape of y."""
+    def posterior_score(self, weights: Tensor) -> Tensor:
+        """grad_y sum_c w_c log p(c|y) with weights w (B, C) that do not move; shape of y."""
+        posterior = self.energies.logits.softmax(dim=1)
+        weights = weights.to(posterior)
         return self._pull(
-            Energies(self._at_label_cotangent(c), torch.ones_like(self.energies.log_density))
+            Energies(
+                weights - weights.sum(1, keepdim=True) * posterior,
+                torch.zeros_like(self.energies.log_density),
+            )
         )
+
+    def conditional_score(self, c: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """grad_y log p(y|c) = grad_y log p(y, c), shape of y.
+
+        Args:
+            c: labels (B,).
+            hidden: (B,) bool, images whose label is left out, for which it is grad_y log p(y).
+        """
+        of_label = self._at_label_cotangent(c)
+        if hidden is not None:
+            of_label = of_label.masked_fill(hidden[:, None], 0.0)
+        return self._pull(Energies(of_label, torch.ones_like(self.energies.log_density)))
 
     def noise_level(self) -> Tensor:
         """The noise level that the score implies, sqrt(d) / ||score||, (B,)."""
@@ -250,7 +269,7 @@ def linearize(
         return Linearization(y, energies, pull_eager, curve_eager)
 
     energies, pull = torch.func.vjp(lambda image: model(image, sigma), y)[:2]
-    precision = _autocast_of(y)
+    precision = autocast_of(y)
 
     def curve(score: Tensor) -> _Product:
         def of_image(image: Tensor) -> Tensor:
@@ -265,7 +284,7 @@ def linearize(
     return Linearization(y, energies, lambda cotangent: pull(cotangent)[0], curve)
 
 
-def _autocast_of(y: Tensor) -> Callable[[], AbstractContextManager[object]]:
+def autocast_of(y: Tensor) -> Callable[[], AbstractContextManager[object]]:
     """What autocast is now, to be entered again."""
     kind = y.device.type
     if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):

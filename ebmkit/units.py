@@ -15,7 +15,15 @@ from pydantic import BeforeValidator
 
 from ebmkit.errors import UserError
 
-__all__ = ["Sigma", "SigmaOrZero", "format_sigma", "in_255ths", "parse_sigma"]
+__all__ = [
+    "Radius",
+    "Sigma",
+    "SigmaOrZero",
+    "format_sigma",
+    "in_255ths",
+    "parse_radius",
+    "parse_sigma",
+]
 
 
 def parse_sigma(value: object, allow_zero: bool = False) -> float:
@@ -58,6 +66,30 @@ def _parse_sigma_or_zero(value: object) -> float:
     return parse_sigma(value, allow_zero=True)
 
 
+def parse_radius(value: object) -> float:
+    """Read the radius of a ball of images, image units: a number, its text or a fraction.
+
+    2 is 2, for an l2 radius may well be above 1.
+
+    Raises:
+        UserError: if it does not parse or is not a finite number of 0 or more.
+
+    >>> parse_radius("51/255"), parse_radius("2")
+    (0.2, 2.0)
+    """
+    text = str(value).strip()
+    try:
+        top, slash, bottom = text.partition("/")
+        radius = float(top) / float(bottom) if slash else float(text)
+    except (ValueError, ZeroDivisionError):
+        raise UserError(
+            f"{text!r} is no radius: write a number or a fraction, as in 0.5 or 8/255"
+        ) from None
+    if not 0 <= radius < math.inf:
+        raise UserError(f"radius {text!r} must be a finite number of 0 or more, as in 0.5 or 8/255")
+    return radius
+
+
 def format_sigma(sigma: float) -> str:
     """Write a noise level in 255ths, as people read it.
 
@@ -72,6 +104,9 @@ Sigma = Annotated[float, BeforeValidator(parse_sigma)]
 
 SigmaOrZero = Annotated[float, BeforeValidator(_parse_sigma_or_zero)]
 """The same where 0 stands for no noise."""
+
+Radius = Annotated[float, BeforeValidator(parse_radius)]
+"""A pydantic field holding a radius of 0 or more; accepts the forms of `parse_radius`."""
 
 
 def in_255ths(sigma: float) -> str:

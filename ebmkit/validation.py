@@ -33,7 +33,8 @@ def _sentence(model: type[BaseModel], error: ValidationError, what: str) -> str:
     path, _ = _follow(model, location)
     where = ".".join(path)
     if first["type"] == "extra_forbidden":
-        known = sorted(_follow(model, location[:-1])[1].model_fields)
+        fields = _follow(model, location[:-1])[1].model_fields
+        known = sorted(field.alias or name for name, field in fields.items())
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}? " if near else ""
         return f"{what}: there is no field {where!r}: {hint}fields here: {', '.join(known)}"

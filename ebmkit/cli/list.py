@@ -26,6 +26,7 @@ class Kind(StrEnum):
     suites = "suites"
     samplers = "samplers"
     tasks = "tasks"
+    guidance = "guidance"
 
 
 def tables() -> dict[str, dict[str, str]]:
@@ -33,6 +34,7 @@ def tables() -> dict[str, dict[str, str]]:
     from ebmkit.data import DATASETS
     from ebmkit.evaluation import SUITES
     from ebmkit.generation import TASKS
+    from ebmkit.guidance import GUIDANCE_SCHEDULES, GUIDES
     from ebmkit.models import BACKBONES, DENOISERS, HEADS
     from ebmkit.objectives import ALIASES, OBJECTIVES
     from ebmkit.sampling.presets import SAMPLERS
@@ -49,6 +51,8 @@ def tables() -> dict[str, dict[str, str]]:
         "suites": {name: suite.about for name, suite in SUITES.items()},
         "samplers": {name: sampler.about for name, sampler in SAMPLERS.items()},
         "tasks": {name: task.about for name, task in TASKS.items()},
+        "guidance": {name: guide.about for name, guide in GUIDES.items()}
+        | {f"--schedule {kind.form}": kind.about for kind in GUIDANCE_SCHEDULES.values()},
     }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +19,9 @@ from ebmkit.generation import (
     SamplingFolder,
     SamplingJob,
     at_hand,
+    default_folder,
+    guidance_asked,
+    guide_by,
     make_settings,
     sources_for,
     write_results,
@@ -31,7 +36,13 @@ __all__ = ["sample"]
 @app.command()
 def sample(
     run: Annotated[Path, typer.Argument(help="run folder")],
-    out: Annotated[Path, typer.Option(help="folder for the samples: a new one, or one to go on")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="folder for the samples: a new one, or one to go on [default: RUN/samples/ and a "
+            "name made of the settings]"
+        ),
+    ] = None,
     sampler: Annotated[
         str | None,
         typer.Option(
@@ -57,6 +68,39 @@ def sample(
         list[str] | None,
         typer.Option("--set", help="a setting of the sampler, as step_size=1e-4; may be repeated"),
     ] = None,
+    guide: Annotated[
+        Path | None, typer.Option(help="run folder of the classifier or joint model that guides")
+    ] = None,
+    guidance: Annotated[
+        str | None,
+        typer.Option(
+            help="see `ebmkit list guidance`; classifier-free needs no --guide [default: energy]"
+        ),
+    ] = None,
+    scale: Annotated[float | None, typer.Option(help="of guidance [default: 1]")] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            help="of guidance: exact, constant, step:at=500,low=0.37, linear, power:k=2, "
+            "sigmoid:t0=500,y0=0.05,k=0.02 [default: exact]"
+        ),
+    ] = None,
+    view: Annotated[
+        str | None,
+        typer.Option(
+            help="what the guide sees: noisy, shrunk, clean, clean-through (its gradient back "
+            "through the denoiser) [default: noisy if it takes the noise level, else shrunk]"
+        ),
+    ] = None,
+    late: Annotated[
+        float | None,
+        typer.Option(help="share of the noise levels that pass unguided first [default: 0]"),
+    ] = None,
+    guide_set: Annotated[
+        list[str] | None,
+        typer.Option(help="a setting of the guide, as n=50, gamma=0.01, lambda=0.15, inner=dual"),
+    ] = None,
+    guide_weights: Annotated[str, typer.Option(help="of the guide: last, or best")] = "last",
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="of starts and steps")] = 0,
     batch_size: Annotated[
         int, typer.Option(help="chains moved together; changes which samples are drawn")
@@ -84,13 +128,27 @@ def sample(
 ) -> None:
     """Draw images from a trained model, of p(x) or with --label of p(x|c).
 
+    With --guide a classifier's energies lead the chains of another model, a diffusion model say, to
+    the label: --guidance energy --scale 4 --schedule sigmoid:t0=500,y0=0.05,k=0.02.
+
     Writes samples.h5 (every sample and its energies; also a data set of kind hdf5), samples.png,
     path.png, path.gif and sampling.json (settings, traces, diagnostics). After Ctrl-C, or if it was
     killed, the same command goes on where it was, to the same samples.
     """
     place = pick_device(device)
+    how = guidance_asked(
+        guide, guidance, scale, schedule, view, late, parse_assignments(guide_set or [])
+    )
     model = load(run, device=str(place), weights=weights)
     model.set_inference(precision, compile_)
+    inference, guided = model.inference, dict[str, Any]()
+    if how is not None:
+        with _counting("mean energies of the guide") as progress:
+            found = guide_by(
+                model, how, guide, guide_weights, run, dataset, data_dir, progress,
+                console.is_terminal,
+            )  # fmt: skip
+        model, guided = found.model, found.settings
     settings = make_settings(
         model,
         sampler,
@@ -106,10 +164,12 @@ def sample(
         weights=weights,
         digest=weights_digest(run, weights),
         dataset=dataset or "",
-        precision=model.inference.precision,
-        compile="on" if model.inference.mode == "on" else "off",
+        precision=inference.precision,
+        compile="on" if inference.mode == "on" else "off",
         computed_on=place.type,
+        **guided,
     )
+    out = default_folder(run, settings) if out is None else out
     sources = sources_for(run, model, settings, dataset, data_dir, console.is_terminal)
     job = SamplingJob(model, settings, SamplingFolder(out), sources)
     job.folder.begin(settings)
@@ -119,6 +179,14 @@ def sample(
         _draw(job)
         document = write_results(job, str(run))
     _tell(document, out, len(job.cautions))
+
+
+@contextmanager
+def _counting(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar that is shown once something is counted."""
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None, visible=False)
+        yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
 
 
 def _draw(job: SamplingJob) -> None:

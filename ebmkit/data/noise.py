@@ -3,11 +3,16 @@ r"""Laws of the noise level.
 Training draws one :math:`\sigma` per image, in image units. The paper's law (CDN sec. 3.3) is the
 square of a uniform variable, :math:`\sqrt\sigma \sim U[\sqrt{\min}, \sqrt{\max}]`, whose density
 falls as :math:`1/\sqrt\sigma`: between a uniform one and a log-uniform one (:math:`1/\sigma`).
+
+Diffusion models draw a timestep t uniformly of the T = 1000 levels of a schedule (Ho et al. 2020,
+algorithm 1). Their images live in [-1, 1], so in image units it is
+:math:`\sigma_t = \tfrac12\sqrt{(1 - \bar\alpha_t)/\bar\alpha_t}` (`ebmkit.schedules`).
 """
 
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Literal
 
 import torch
@@ -15,11 +20,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from ebmkit.errors import UserError
+from ebmkit.schedules import make_schedule
 from ebmkit.units import SigmaOrZero
 
 __all__ = ["NoiseKind", "NoiseLaw"]
 
-NoiseKind = Literal["squared-uniform", "log-uniform", "uniform", "fixed", "none"]
+NoiseKind = Literal["squared-uniform", "log-uniform", "uniform", "fixed", "diffusion", "none"]
 
 
 class NoiseLaw(BaseModel):
@@ -28,14 +34,23 @@ class NoiseLaw(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: NoiseKind = Field(
-        "none", description="squared-uniform (the paper's), log-uniform, uniform, fixed (max), none"
+        "none",
+        description="squared-uniform (the paper's), log-uniform, uniform, fixed (max), diffusion "
+        "(the levels of a schedule), none",
     )
-    min: SigmaOrZero = Field(0.0, description="smallest noise level, image units")
-    max: SigmaOrZero = Field(0.0, description="largest noise level, image units")
+    min: SigmaOrZero = Field(
+        0.0, description="smallest noise level, image units; diffusion has its schedule's"
+    )
+    max: SigmaOrZero = Field(
+        0.0, description="largest noise level, image units; diffusion has its schedule's"
+    )
+    schedule: Literal["linear", "cosine"] = Field(
+        "linear", description="of diffusion, whose 1000 levels are drawn alike"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> NoiseLaw:
-        if self.kind == "none":
+        if self.kind in ("none", "diffusion"):
             return self
         if self.max <= 0:
             raise UserError(f"a {self.kind} noise law needs max above 0, as in 100/255")
@@ -50,6 +65,8 @@ class NoiseLaw(BaseModel):
         """The smallest and the largest level that can be drawn, image units."""
         if self.kind == "none":
             return 0.0, 0.0
+        if self.kind == "diffusion":
+            return make_schedule(self.schedule).sigma_range
         return (self.max, self.max) if self.kind == "fixed" else (self.min, self.max)
 
     def sample(self, count: int, generator: torch.Generator, device: torch.device | str) -> Tensor:
@@ -60,6 +77,10 @@ class NoiseLaw(BaseModel):
             generator: on the same device.
             device: where.
         """
+        if self.kind == "diffusion":
+            levels = _levels(self.schedule, str(device))
+            chosen = torch.randint(len(levels), (count,), generator=generator, device=device)
+            return levels[chosen]
         low, high = self.range
         if low == high:
             return torch.full((count,), high, device=device)
@@ -70,3 +91,9 @@ class NoiseLaw(BaseModel):
         if self.kind == "log-uniform":
             return low * torch.pow(high / low, u)
         return low + (high - low) * u
+
+
+@cache
+def _levels(schedule: str, device: str) -> Tensor:
+    """The noise levels of the schedule, (T,) float32, kept on the device."""
+    return make_schedule(schedule).sigmas.float().to(device)

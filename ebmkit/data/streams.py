@@ -55,6 +55,7 @@ class Batch(NamedTuple):
         labels: (B,) int64, before mixing; None without labels.
         soft: (B, K) label probabilities, mixed where the images are; None without labels.
         negatives: (B, C, H, W), samples of the model being trained; who trains adds them.
+        attacked: (B, C, H, W), ``y`` after an attack on the model; who trains adds them.
     """
 
     x: Tensor
@@ -64,6 +65,7 @@ class Batch(NamedTuple):
     labels: Tensor | None
     soft: Tensor | None
     negatives: Tensor | None = None
+    attacked: Tensor | None = None
 
 
 class Stream:

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
+from ebmkit.data.identity import fingerprint
 from ebmkit.parallel import World
 
 __all__ = ["Batch", "Images", "fingerprint", "noise_generator", "noisy_batches"]
@@ -47,16 +48,6 @@ class Batch(NamedTuple):
     x: Tensor
     y: Tensor
     labels: Tensor | None
-
-
-def fingerprint(images: Images) -> str:
-    """Eight digits that tell sets of images apart: of their number, labels, and first pictures."""
-    digest = hashlib.sha256(f"{len(images)} {images.channels} {images.image_size}".encode())
-    if images.labels is not None:
-        digest.update(images.labels.cpu().numpy().tobytes())
-    for x, _ in images.first(16).batches(16):
-        digest.update((255 * x).round().byte().cpu().numpy().tobytes())
-    return digest.hexdigest()[:8]
 
 
 def noise_generator(seed: int, sigma: float) -> torch.Generator:

@@ -101,7 +101,7 @@ def theory(
     activation: str,
     bias: bool,
     head: str = "linear-quadratic",
-    input_mean: float = 0.0,
+    input_mean: float | tuple[float, ...] = 0.0,
 ) -> Theory:
     """The degree of homogeneity of log p of a GradResNet, and so its local linearity.
 
@@ -112,7 +112,7 @@ def theory(
         activation: relu or gelu.
         bias: whether convolutions and norms have biases.
         head: the head's kind.
-        input_mean: what is subtracted from images.
+        input_mean: what is subtracted from images, one number or one per channel.
 
     >>> theory("scale", "relu", bias=False).degree
     2.0
@@ -121,7 +121,7 @@ def theory(
         return Theory(None, "logsumexp of the logits is not homogeneous")
     if bias:
         return Theory(None, "biases do not scale with the image")
-    if input_mean:
+    if any(input_mean) if isinstance(input_mean, tuple) else input_mean:
         return Theory(None, "the input mean acts as a bias")
     if norm == "batch":
         return Theory(None, "the running mean of a batch norm acts as a bias")

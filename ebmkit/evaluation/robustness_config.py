@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from ebmkit.evaluation.attacks import Norm
 from ebmkit.evaluation.defences import Defence, DefenceName, Refinement
 from ebmkit.sampling.langevin import JEM_NOISE, JEM_STEP
-from ebmkit.units import Sigma, SigmaOrZero, parse_sigma
+from ebmkit.units import Radius, Sigma, SigmaOrZero
 
-__all__ = ["RobustnessConfig"]
+__all__ = ["Radii", "RobustnessConfig"]
 
 
 def _ascending(values: tuple[float, ...]) -> tuple[float, ...]:
@@ -22,18 +22,8 @@ def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(dict.fromkeys(values))
 
 
-def _radius(value: object) -> float:
-    """An l2 radius: a number, its text or a fraction; 2 is 2, as these radii may be above 1."""
-    try:
-        return parse_sigma(float(str(value)), allow_zero=True)
-    except ValueError:  # a fraction, or told in parse_sigma's words
-        return parse_sigma(value, allow_zero=True)
-
-
 Strengths = Annotated[tuple[SigmaOrZero, ...], AfterValidator(_ascending)]
-Radii = Annotated[
-    tuple[Annotated[float, BeforeValidator(_radius)], ...], AfterValidator(_ascending)
-]
+Radii = Annotated[tuple[Radius, ...], AfterValidator(_ascending)]
 
 
 class RobustnessConfig(BaseModel):

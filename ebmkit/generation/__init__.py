@@ -2,6 +2,13 @@
 
 from ebmkit.generation.baselines import baselines_of
 from ebmkit.generation.diagnose import CHAINS_AT_ONE_LEVEL
+from ebmkit.generation.guiding import (
+    GuidedRun,
+    default_folder,
+    guidance_asked,
+    guide_by,
+    mean_energies,
+)
 from ebmkit.generation.job import Interrupted, SamplingJob
 from ebmkit.generation.keeping import SamplingFolder
 from ebmkit.generation.labels import parse_label, parse_labels
@@ -15,6 +22,7 @@ __all__ = [
     "CHAINS_AT_ONE_LEVEL",
     "TASKS",
     "Degraded",
+    "GuidedRun",
     "Interrupted",
     "Restored",
     "SamplingFolder",
@@ -26,9 +34,13 @@ __all__ = [
     "at_hand",
     "baselines_of",
     "buffer_of",
+    "default_folder",
     "default_sampler",
     "find_task",
+    "guidance_asked",
+    "guide_by",
     "make_settings",
+    "mean_energies",
     "parse_label",
     "parse_labels",
     "restore",

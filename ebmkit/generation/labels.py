@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ebmkit.core import ScoreModel
 from ebmkit.errors import UserError
+from ebmkit.sampling.needs import takes_labels
 
 __all__ = ["class_names_of", "parse_label", "parse_labels"]
 
@@ -18,7 +19,7 @@ def parse_label(model: ScoreModel, text: str) -> int:
         UserError: if the model has no labels, none were trained, or it knows no such label.
     """
     names = model.card.class_names if model.card else []
-    if model.num_classes and model.card and not model.card.classifies:
+    if model.num_classes and not takes_labels(model):
         raise UserError("the labels of this model were never trained: leave out --label")
     if model.num_classes == 0:
         raise UserError("this model was trained without labels: leave out --label")

@@ -175,7 +175,9 @@ def _draw(
     )
     start = f"from {settings.start}"
     steps = f", {document['steps']} steps {start}" if document["steps"] else ""
-    title = f"{settings.sampler}{steps}, seed {settings.seed}"
+    how = settings.guidance
+    guided = "" if how is None else f", guided by {how.guidance} at {how.scale:g}"
+    title = f"{settings.sampler}{steps}{guided}, seed {settings.seed}"
     sample_grid(sampled, folder / "samples.png", title, settings.count)
     if "frames" not in first:
         return ["samples.png"]

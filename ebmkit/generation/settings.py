@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ebmkit.core import ScoreModel, classifies
 from ebmkit.errors import UserError, unknown_name
 from ebmkit.generation.labels import parse_labels
+from ebmkit.guidance.config import GuidanceConfig
 from ebmkit.objectives import parse_objective
 from ebmkit.sampling.base import Sampler
 from ebmkit.sampling.config import SamplerConfig, Start
@@ -58,6 +59,13 @@ class SamplingSettings(BaseModel):
     dataset: str = Field("", description="whose images chains start from, if from any")
     precision: str = Field("fp32", description="of products")
     compile: str = Field("off", description="on or off")
+    guidance: GuidanceConfig | None = Field(None, description="how samples are guided, if they are")
+    guide: str = Field("", description="name of the guide's run folder")
+    guide_weights: str = Field("", description="last or best")
+    guide_digest: str = Field("", description="of the guide's weights")
+    guide_means: list[float] | None = Field(
+        None, description="mean energy of each label's training images, nats"
+    )
     computed_on: str = Field("cpu", description="kind of device")
 
     @property
@@ -108,6 +116,8 @@ def make_settings(
         UserError: if the sampler is unknown or cannot drive the model, or a value is not legal.
     """
     name = sampler or default_sampler(model)
+    if others.get("guidance") is not None and label is None:
+        raise UserError("guidance leads to a label: say which by --label, or all for each in turn")
     for what, value in (("samples", count), ("chains in a batch", batch_size)):
         if value < 1:
             raise UserError(f"{value} {what} cannot be drawn: take 1 or more")
@@ -138,7 +148,8 @@ def make_settings(
             values["start"] = "noise"
         if start in (None, "auto"):
             given = str(values.get("start", entry.config.model_fields["start"].default))
-            own = "seeds" if data_at_hand and name != "ks" else "noise"
+            seeds = data_at_hand and name != "ks" and model.schedule is None
+            own = "seeds" if seeds else "noise"
             values["start"] = start = own if given == "auto" else given
         config = validated(entry.config, values, f"settings of sampler {name!r}")
         resolved = config.model_dump(mode="json")

@@ -2,6 +2,7 @@
 
 from ebmkit.models.config import BackboneConfig, ModelConfig, create_denoiser, create_model
 from ebmkit.models.denoisers import DirectDenoiser
+from ebmkit.models.diffusion import DiffusionModel
 from ebmkit.models.dncnn import DnCNN, DnCNNConfig
 from ebmkit.models.drunet import DRUNet, DRUNetConfig
 from ebmkit.models.gradientstep import GradientStep, GraDnCNNConfig, GSDRUNetConfig
@@ -16,9 +17,12 @@ from ebmkit.models.parts import (
     NoiseConditionalBackbone,
     WindowedBackbone,
 )
+from ebmkit.models.pipelines import import_unet
 from ebmkit.models.presets import BACKBONES, DENOISERS
+from ebmkit.models.published import import_checkpoint, load_checkpoint
 from ebmkit.models.resnet import ResNet, ResNetConfig
 from ebmkit.models.saving import load, save_model, save_weights, weights_digest
+from ebmkit.models.unet import UNetConfig
 from ebmkit.models.wideresnet import WideResNet, WideResNetConfig
 
 __all__ = [
@@ -30,6 +34,7 @@ __all__ = [
     "BackboneConfig",
     "DRUNet",
     "DRUNetConfig",
+    "DiffusionModel",
     "DirectDenoiser",
     "DnCNN",
     "DnCNNConfig",
@@ -49,12 +54,16 @@ __all__ = [
     "NoiseConditionalBackbone",
     "ResNet",
     "ResNetConfig",
+    "UNetConfig",
     "WideResNet",
     "WideResNetConfig",
     "WindowedBackbone",
     "create_denoiser",
     "create_model",
+    "import_checkpoint",
+    "import_unet",
     "load",
+    "load_checkpoint",
     "save_model",
     "save_weights",
     "weights_digest",

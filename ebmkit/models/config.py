@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveInt, Tag
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    model_validator,
+)
+from torch import nn
 
 from ebmkit.core import ScoreModel
 from ebmkit.errors import UserError
+from ebmkit.models.conditioned import NoiseConditioned
 from ebmkit.models.denoisers import DirectDenoiser
 from ebmkit.models.dncnn import DnCNNConfig
 from ebmkit.models.drunet import DRUNetConfig
@@ -16,8 +27,10 @@ from ebmkit.models.gradresnet import GradResNetConfig
 from ebmkit.models.heads import HEADS, HeadConfig
 from ebmkit.models.joint import Extent, JointModel
 from ebmkit.models.mlp import MLPConfig
+from ebmkit.models.parts import Backbone
 from ebmkit.models.presets import BACKBONES, DENOISERS
 from ebmkit.models.resnet import ResNetConfig
+from ebmkit.models.unet import UNetConfig
 from ebmkit.models.wideresnet import WideResNetConfig
 from ebmkit.registry import find
 from ebmkit.validation import validated
@@ -40,10 +53,14 @@ BackboneConfig = Annotated[
     | Annotated[DnCNNConfig, Tag("dncnn")]
     | Annotated[DRUNetConfig, Tag("drunet")]
     | Annotated[GSDRUNetConfig, Tag("gs-drunet")]
-    | Annotated[GraDnCNNConfig, Tag("gradncnn")],
+    | Annotated[GraDnCNNConfig, Tag("gradncnn")]
+    | Annotated[UNetConfig, Tag("unet")],
     Discriminator(_kind),
 ]
 """Every network's configuration; ``kind`` says which."""
+
+
+_WHOLE = (DnCNNConfig, DRUNetConfig, GSDRUNetConfig, GraDnCNNConfig, UNetConfig)
 
 
 class ModelConfig(BaseModel):
@@ -61,12 +78,41 @@ class ModelConfig(BaseModel):
     extent: Extent = Field(
         "tiles", description="larger images: tiles, factor or windows (see JointModel)"
     )
-    input_mean: float = Field(0.0, description="subtracted from images; acts as a bias, so 0")
-    input_std: float = Field(1.0, gt=0, description="images are divided by it")
+    input_mean: float | tuple[float, ...] = Field(
+        0.0, description="subtracted from images, one number or one per channel; acts as a bias"
+    )
+    input_std: PositiveFloat | tuple[PositiveFloat, ...] = Field(
+        1.0, description="images are divided by it, one number or one per channel"
+    )
+    noise_conditional: bool = Field(
+        False,
+        description="a backbone is told sigma, as a classifier along a diffusion is: it sees the "
+        "variance-preserving image and a map of the level",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if not self.noise_conditional:
+            return self
+        if isinstance(self.backbone, _WHOLE):
+            raise UserError(
+                f"model.noise_conditional is of backbones, and {self.backbone.kind!r} is a whole "
+                "model: leave it out"
+            )
+        if getattr(self.backbone, "noise_conditional", False):
+            raise UserError("this backbone is told sigma already: leave out noise_conditional")
+        if self.input_mean or self.input_std != 1:
+            raise UserError(
+                "a noise-conditional model scales its images by the noise level: leave out "
+                "input_mean and input_std"
+            )
+        return self
 
     def build(self) -> ScoreModel:
         """The model, with fresh weights: joint, of a backbone, or a denoiser."""
         backbone = self.backbone
+        if isinstance(backbone, UNetConfig):
+            return backbone.build_model(self.in_channels, self.num_classes)
         if isinstance(backbone, (DnCNNConfig, DRUNetConfig)):
             network = backbone.build(self.in_channels)
             told = isinstance(backbone, DRUNetConfig) and backbone.noise_map
@@ -79,7 +125,11 @@ class ModelConfig(BaseModel):
         self, backbone: GradResNetConfig | ResNetConfig | WideResNetConfig | MLPConfig
     ) -> JointModel:
         """The joint model of ``backbone``."""
-        features = backbone.build(self.in_channels)
+        if self.noise_conditional:
+            features: Backbone = NoiseConditioned(backbone.build(self.in_channels + 1))
+        else:
+            features = backbone.build(self.in_channels)
+        assert isinstance(features, nn.Module)
         return JointModel(
             features,
             self.head.build(features.num_features, self.num_classes),

@@ -59,11 +59,13 @@ class JointModel(EnergyModel):
         in_channels: channels C that images must have; None does not check.
         reference_size: height and width at which the plain formula holds; None: at every size.
         extent: ``tiles``, ``factor`` or ``windows`` (see the module's text), for larger images.
-        input_mean: subtracted from images before the backbone. It acts as a bias.
-        input_std: images are divided by it before the backbone.
+        input_mean: subtracted from images before the backbone, one number or one per channel. It
+            acts as a bias. Scores stay gradients with respect to the image itself.
+        input_std: images are divided by it before the backbone, one number or one per channel.
 
     Raises:
-        UserError: if ``windows`` is asked of a backbone that cannot pool over windows.
+        UserError: if ``windows`` is asked of a backbone that cannot pool over windows, or there are
+            more or fewer means or deviations than channels.
     """
 
     def __init__(
@@ -73,10 +75,20 @@ class JointModel(EnergyModel):
         in_channels: int | None = None,
         reference_size: tuple[int, int] | None = None,
         extent: Extent = "tiles",
-        input_mean: float = 0.0,
-        input_std: float = 1.0,
+        input_mean: float | tuple[float, ...] = 0.0,
+        input_std: float | tuple[float, ...] = 1.0,
     ) -> None:
         super().__init__()
+        for name, numbers in (("input_mean", input_mean), ("input_std", input_std)):
+            if not isinstance(numbers, tuple):
+                continue
+            if in_channels and len(numbers) != in_channels:
+                raise UserError(
+                    f"{name} has {len(numbers)} numbers and images have {in_channels} channel(s): "
+                    "give one number, or one per channel"
+                )
+            values = torch.tensor(numbers).reshape(-1, 1, 1)  # moves with the model
+            self.register_buffer(f"_{name}", values, persistent=False)
         if not isinstance(backbone, Backbone) or not isinstance(head, Head):
             raise UserError("a backbone needs num_features, a head needs num_classes")
         if reference_size and extent == "windows" and not isinstance(backbone, WindowedBackbone):
@@ -158,9 +170,13 @@ class JointModel(EnergyModel):
         return max(1, round(height / rows)), max(1, round(width / columns))
 
     def _features(self, y: Tensor, sigma: Noise | None) -> Features:
-        if self.input_mean:
+        if isinstance(self.input_mean, tuple):
+            y = y - self.get_buffer("_input_mean")
+        elif self.input_mean:
             y = y - self.input_mean
-        if self.input_std != 1:
+        if isinstance(self.input_std, tuple):
+            y = y / self.get_buffer("_input_std")
+        elif self.input_std != 1:
             y = y / self.input_std
         if not self.noise_conditional:
             features: Features = self.backbone(y)

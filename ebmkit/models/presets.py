@@ -1,8 +1,8 @@
 """Networks by name: the tables that `ebmkit list`, the command line and the tests read.
 
 `BACKBONES` make features, and a head energies of them (`ebmkit.models.JointModel`). `DENOISERS` are
-whole models: plain denoisers without a density, and gradient-step denoisers, whose density has no
-labels.
+whole models: plain denoisers without a density, gradient-step denoisers, whose density has no
+labels, and diffusion models.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from ebmkit.models.gradientstep import GraDnCNNConfig, GSDRUNetConfig
 from ebmkit.models.gradresnet import GradResNetConfig
 from ebmkit.models.mlp import MLPConfig
 from ebmkit.models.resnet import ResNetConfig
+from ebmkit.models.unet import UNetConfig
 from ebmkit.models.wideresnet import WideResNetConfig
 from ebmkit.registry import Preset, find
 
@@ -33,6 +34,13 @@ BACKBONES: dict[str, Preset[GradResNetConfig | ResNetConfig | WideResNetConfig |
     ),
     "resnet18-imagenet": Preset(
         ResNetConfig(depth=18, stem="imagenet"), "He et al. 2016, for 224x224 images; to classify"
+    ),
+    "resnet50": Preset(
+        ResNetConfig(depth=50, stem="cifar"),
+        "He et al. 2016, 50 layers, adapted to 32x32 images as resnet18 is; to classify",
+    ),
+    "resnet50-imagenet": Preset(
+        ResNetConfig(depth=50, stem="imagenet"), "He et al. 2016, for 224x224 images; to classify"
     ),
     "wideresnet28-10": Preset(
         WideResNetConfig(depth=28, width=160), "Zagoruyko and Komodakis 2016; to classify"
@@ -58,7 +66,9 @@ BACKBONES: dict[str, Preset[GradResNetConfig | ResNetConfig | WideResNetConfig |
     ),
 }
 
-DENOISERS: dict[str, Preset[DnCNNConfig | DRUNetConfig | GSDRUNetConfig | GraDnCNNConfig]] = {
+DENOISERS: dict[
+    str, Preset[DnCNNConfig | DRUNetConfig | GSDRUNetConfig | GraDnCNNConfig | UNetConfig]
+] = {
     "dncnn": Preset(DnCNNConfig(depth=17), "Zhang et al. 2017: 17 layers, residual, blind"),
     "dncnn20": Preset(DnCNNConfig(depth=20), "the same with 20 layers, as for colour"),
     "dncnn20-bias-free": Preset(
@@ -73,6 +83,26 @@ DENOISERS: dict[str, Preset[DnCNNConfig | DRUNetConfig | GSDRUNetConfig | GraDnC
     "gradncnn": Preset(
         GraDnCNNConfig(width=128),
         "Cohen et al. 2021: y - gradient of a scalar network, an energy model",
+    ),
+    "unet": Preset(
+        UNetConfig(width=32, multipliers=(1, 2, 2)),
+        "a small diffusion UNet that predicts noise, told the timestep; by diffusers",
+    ),
+    "unet-cifar10": Preset(
+        UNetConfig(
+            width=128,
+            multipliers=(1, 2, 2, 2),
+            attention=(1,),
+            norm_groups=32,
+            dropout=0.1,
+            options={
+                "downsample_padding": 0,
+                "flip_sin_to_cos": False,
+                "freq_shift": 1,
+                "norm_eps": 1e-6,
+            },
+        ),
+        "Ho et al. 2020 for 32x32 images: 35.7 M parameters, attention at 16x16; by diffusers",
     ),
 }
 

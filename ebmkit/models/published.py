@@ -1,31 +1,47 @@
-"""Published weights of DnCNN and DRUNet as models of ours.
+"""Checkpoints that people have as models of ours: read, converted, and kept like a run.
 
-Files are read by `torch.load` with ``weights_only``: tensors in dictionaries, nothing is executed.
+`load_checkpoint` gives the model, `import_checkpoint` makes a folder of it that `ebmkit.load` and
+the command line take. `ebmkit.models.foreign` knows the kinds, `ebmkit.models.torchfile` reads the
+files: nothing in them is executed.
+
+>>> model = load_checkpoint("cifar_l2_0_5.pt")                           # doctest: +SKIP
+>>> model.log_joint(images)                                              # doctest: +SKIP
 """
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor
 
 from ebmkit.card import ModelCard
+from ebmkit.core import ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.models.config import ModelConfig
 from ebmkit.models.denoisers import DirectDenoiser
-from ebmkit.models.dncnn import convert_dncnn
-from ebmkit.models.drunet import convert_drunet
+from ebmkit.models.foreign import (
+    KINDS,
+    Converted,
+    Numbers,
+    convert_denoiser,
+    convert_jem,
+    convert_robustness,
+    convert_state,
+    kind_of,
+    renamed,
+)
+from ebmkit.models.hub import locate
 from ebmkit.models.saving import save_model
+from ebmkit.models.torchfile import read_torch_file
+from ebmkit.registry import find
 
-__all__ = ["import_weights", "read_state"]
+__all__ = ["import_checkpoint", "import_weights", "load_checkpoint", "read_state"]
 
-NESTED = ("state_dict", "params", "model", "net")
+NESTED = ("model_state_dict", "state_dict", "params", "model", "net")
 """Under which names training codes keep the weights in a checkpoint."""
 
 
@@ -33,26 +49,18 @@ def read_state(path: Path) -> dict[str, Tensor]:
     """The tensors in a ``.pth`` or ``.safetensors`` file, by name.
 
     Raises:
-        UserError: if it cannot be read, or holds anything but tensors.
+        UserError: if it cannot be read, asks for what may run code, or holds no state dict.
     """
-    try:
-        if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors":
+        try:
             return dict(safetensors.torch.load_file(path))
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"cannot read {str(path)!r}: {error.strerror}") from None
-    except (
-        RuntimeError,
-        pickle.UnpicklingError,
-        EOFError,
-        ValueError,
-        KeyError,
-        safetensors.SafetensorError,
-    ):
-        raise UserError(
-            f"{str(path)!r} holds no weights that can be read safely: it must be a state dict "
-            "saved by torch.save, or safetensors"
-        ) from None
+        except OSError as error:
+            raise UserError(f"cannot read {str(path)!r}: {error.strerror or error}") from None
+        except safetensors.SafetensorError:
+            raise UserError(
+                f"{str(path)!r} holds no weights that can be read safely: it does not parse"
+            ) from None
+    content = read_torch_file(path)
     for name in NESTED:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
@@ -64,35 +72,172 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return {str(name): value for name, value in content.items()}
 
 
+def load_checkpoint(
+    source: str | Path,
+    kind: str | None = None,
+    *,
+    backbone: str | None = None,
+    rename: Sequence[tuple[str, str]] = (),
+    classes: int | None = None,
+    mean: Numbers | None = None,
+    std: Numbers | None = None,
+    image_size: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    dataset: str = "",
+    class_names: Sequence[str] = (),
+    sigma_range: tuple[float, float] | None = None,
+) -> ScoreModel:
+    """The model in a checkpoint of another program, frozen and in evaluation mode.
+
+    Args:
+        source: a file, or ``owner/name:file`` on the Hugging Face hub.
+        kind: a name of `KINDS`; None: as the names of its parameters tell.
+        backbone: for ``state``, a name from `ebmkit list backbones`.
+        rename: prefixes to replace in the names, (old, new), in order, before all else.
+        classes: labels C; None: as many as the classifier has.
+        mean: what the network subtracts from images in [0, 1], one number or one per channel;
+            None: what the checkpoint tells, else 0.
+        std: what it divides them by then; None: what the checkpoint tells, else 1.
+        image_size: height and width of the images it was trained on, if the kind does not tell.
+        settings: for ``state``, fields of `ModelConfig` that differ from the preset's, nested.
+        dataset: name of the set it was trained on.
+        class_names: by label.
+        sigma_range: the noise levels it was trained for, image units.
+
+    Returns:
+        The model; its ``card`` says what is known of its training.
+
+    Raises:
+        UserError: if the file cannot be read or would run code, or the weights do not fit.
+    """
+    return _loaded(
+        _convert(source, kind, backbone, rename, classes, mean, std, image_size, settings),
+        source,
+        dataset,
+        class_names,
+        sigma_range,
+    )[0]
+
+
+def import_checkpoint(
+    source: str | Path, folder: Path, kind: str | None = None, **options: Any
+) -> ScoreModel:
+    """Make of a checkpoint a folder that `ebmkit.load` and the command line take.
+
+    Args:
+        source: as for `load_checkpoint`.
+        folder: a new folder, or an empty one.
+        kind: as for `load_checkpoint`.
+        **options: its other options.
+
+    Raises:
+        UserError: as `load_checkpoint` does, or if the folder is not empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{str(folder)!r} exists: choose another --out")
+    told = ("dataset", "class_names", "sigma_range")
+    conversion = {name: value for name, value in options.items() if name not in told}
+    converted = _convert(source, kind, **conversion)
+    known = {name: options[name] for name in told if name in options}
+    model, config = _loaded(converted, source, **known)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make folder {str(folder)!r}: {error.strerror}") from None
+    assert model.card is not None
+    save_model(folder, model, config, model.card)
+    return model
+
+
 def import_weights(
     path: Path, folder: Path, sigma_range: tuple[float, float] | None = None
 ) -> DirectDenoiser:
-    """Make of published weights a folder that `ebmkit.load` and the command line take.
+    """`import_checkpoint` of a published DnCNN or DRUNet.
 
     Args:
-        path: a state dict of a DnCNN or DRUNet (`convert_dncnn`, `convert_drunet`).
+        path: its state dict (`convert_dncnn`, `convert_drunet`).
         folder: a new folder.
         sigma_range: the noise levels it was trained for, image units, if known.
 
     Raises:
         UserError: if the weights are of neither network, or the folder is not empty.
     """
-    state = read_state(path)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{str(folder)!r} exists: choose another --out")
-    convert = convert_drunet if any("m_head" in name for name in state) else convert_dncnn
-    backbone, channels, weights = convert(state)
-    config = ModelConfig(backbone=backbone, in_channels=1 if channels == 1 else 3)
-    model = config.build()
+    model = import_checkpoint(path, folder, "denoiser", sigma_range=sigma_range)
     assert isinstance(model, DirectDenoiser)
-    model.network.load_state_dict(weights)
-    card = ModelCard(
-        dataset="", objective=f"published: {path.name}", channels=channels, sigma_range=sigma_range
-    )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make folder {str(folder)!r}: {error.strerror}") from None
-    save_model(folder, model, config, card)
-    model.card = card
     return model
+
+
+def _convert(
+    source: str | Path,
+    kind: str | None,
+    backbone: str | None = None,
+    rename: Sequence[tuple[str, str]] = (),
+    classes: int | None = None,
+    mean: Numbers | None = None,
+    std: Numbers | None = None,
+    image_size: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Converted:
+    if kind is not None:
+        find("kind of checkpoint", KINDS, kind)
+    state = read_state(locate(str(source)))
+    kind = kind or ("state" if backbone else kind_of(renamed(state, rename)))
+    if kind is None:
+        names = ", ".join(list(state)[:4])
+        raise UserError(
+            f"the names in {str(source)!r} ({names}, ...) do not tell what network it is: say "
+            f"--backbone, or --as {', '.join(KINDS)}"
+        )
+    if kind != "state" and (backbone or settings):
+        raise UserError(f"--backbone and --set belong to --as state, not to {kind!r}")
+    if kind == "state":
+        if backbone is None:
+            raise UserError("--as state needs --backbone, a name from `ebmkit list backbones`")
+        chosen: dict[str, Any] = {"input_mean": mean, "input_std": std, **(settings or {})}
+        chosen = {name: value for name, value in chosen.items() if value is not None}
+        converted = convert_state(state, backbone, rename, classes, chosen)
+    elif kind == "robustness":
+        converted = convert_robustness(renamed(state, rename), mean, std)
+    elif kind == "jem":
+        converted = convert_jem(renamed(state, rename), mean, std)
+    else:
+        converted = convert_denoiser(renamed(state, rename))
+    if classes is not None and classes != converted.config.num_classes:
+        raise UserError(
+            f"the classifier has {converted.config.num_classes} labels, not {classes}: leave "
+            "--classes out"
+        )
+    if image_size is not None:
+        config = converted.config
+        if converted.classifies:
+            config = config.model_copy(update={"reference_size": (image_size, image_size)})
+        converted = converted._replace(config=config, image_size=image_size)
+    return converted
+
+
+def _loaded(
+    converted: Converted,
+    source: str | Path,
+    dataset: str = "",
+    class_names: Sequence[str] = (),
+    sigma_range: tuple[float, float] | None = None,
+) -> tuple[ScoreModel, ModelConfig]:
+    config, size = converted.config, converted.image_size
+    if class_names and len(class_names) != config.num_classes:
+        raise UserError(
+            f"{dataset or 'the data set'} has {len(class_names)} classes and this classifier "
+            f"{config.num_classes}"
+        )
+    model = config.build()
+    counts = {n: v for n, v in model.state_dict().items() if n.endswith("num_batches_tracked")}
+    model.load_state_dict({**counts, **converted.state})
+    model.card = ModelCard(
+        dataset=dataset,
+        objective=f"published: {str(source).rpartition('/')[2]}",
+        channels=config.in_channels,
+        image_size=(size, size) if size else None,
+        class_names=list(class_names),
+        sigma_range=sigma_range,
+        classifies=converted.classifies,
+    )
+    return model.eval().requires_grad_(False), config

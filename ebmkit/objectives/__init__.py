@@ -7,13 +7,14 @@ from ebmkit.objectives.settings import (
     TermSettings,
     TradesConfig,
 )
-from ebmkit.objectives.terms import ALIASES, OBJECTIVES, Objective, Scale, Streamed
+from ebmkit.objectives.terms import ALIASES, OBJECTIVES, Aim, Objective, Scale, Streamed
 
 __all__ = [
     "ALIASES",
     "BALANCE",
     "OBJECTIVES",
     "AdversarialConfig",
+    "Aim",
     "DiffusionConfig",
     "Losses",
     "Objective",

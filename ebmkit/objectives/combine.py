@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -33,8 +33,17 @@ from torch import Tensor, nn
 from ebmkit.compute import Precision, autocast, memory_format
 from ebmkit.core import Linearization, ScoreModel
 from ebmkit.errors import UserError
-from ebmkit.objectives.settings import TermSettings
-from ebmkit.objectives.terms import ALIASES, OBJECTIVES, LogDensity, Objective, Scale, Streamed
+from ebmkit.objectives.settings import TermSettings, TradesConfig
+from ebmkit.objectives.terms import (
+    ALIASES,
+    OBJECTIVES,
+    Aim,
+    LogDensity,
+    Objective,
+    Scale,
+    Streamed,
+    divergence,
+)
 from ebmkit.registry import find
 
 __all__ = ["BALANCE", "Losses", "Term", "TrainingLoss", "parse_objective"]
@@ -50,15 +59,22 @@ _TERM = re.compile(r"(?:(?P<weight>[^*]+)\*)?(?P<name>[^*]+)")
 
 @dataclass(frozen=True)
 class Term:
-    """One summand: an objective by name, and its coefficient if one was given."""
+    """One summand: an objective by name, and its coefficient if one was given.
+
+    Attributes:
+        settings: of single objectives.
+        objective: the entry of `OBJECTIVES`, under the settings.
+    """
 
     name: str
     weight: float | None = None
+    settings: TermSettings = field(default=TermSettings(), repr=False)
+    objective: Objective = field(init=False, repr=False, compare=False)
 
-    @property
-    def objective(self) -> Objective:
-        """The entry of `OBJECTIVES`."""
-        return OBJECTIVES[self.name]
+    def __post_init__(self) -> None:
+        entry = OBJECTIVES[self.name]
+        own = entry if entry.under is None else entry.under(self.settings)
+        object.__setattr__(self, "objective", own)
 
     @property
     def balanced(self) -> bool:
@@ -133,7 +149,8 @@ class TrainingLoss(nn.Module):
     """Model and objectives in one module, whose forward returns the loss.
 
     Scores are taken inside, so this is the module that compilers and data parallelism wrap. Terms
-    of one stream share its batch and one forward pass, and each score is pulled back once.
+    of one stream share its batch and one forward pass, and each score is pulled back once; what is
+    taken at attacked images is one more pass.
 
     Args:
         model: the model to train.
@@ -168,7 +185,7 @@ class TrainingLoss(nn.Module):
         super().__init__()
         self.model = model
         self.settings = settings or TermSettings()
-        self.terms = tuple(terms)
+        self.terms = tuple(replace(term, settings=self.settings) for term in terms)
         self.balance = balance
         self.stream_of = {term.name: term.objective.stream for term in terms} | dict(streams or {})
         self.precision: Precision = "fp32"
@@ -189,6 +206,11 @@ class TrainingLoss(nn.Module):
         """Whether a batch must bring samples of the model."""
         return any(term.objective.likelihood is not None for term in self.terms)
 
+    @property
+    def needs_attack(self) -> bool:
+        """Whether a batch must bring attacked images."""
+        return any(term.objective.attack is not None for term in self.terms)
+
     def forward(self, batches: Mapping[str, Streamed]) -> Losses:
         """Losses of one batch per stream; of the streams given alone, if some are left out."""
         total: Tensor | float = 0.0
@@ -196,9 +218,21 @@ class TrainingLoss(nn.Module):
         for stream in (stream for stream in self.streams if stream in batches):
             own = [term for term in self.terms if self.stream_of[term.name] == stream]
             batch = batches[stream]
-            at = self._evaluate(batch, any(term.objective.needs_score for term in own))
+            at = attacked = None
+            if any(term.objective.attack is not Aim.LOSS for term in own):
+                matching = any(term.objective.needs_score for term in own)
+                at = self._evaluate(batch, batch.y, matching)
+            if any(term.objective.attack is not None for term in own):
+                assert batch.attacked is not None
+                attacked = self._evaluate(batch, batch.attacked, False)
             for term in own:
-                losses = term.objective.loss(at, batch)
+                where = attacked if term.objective.attack is Aim.LOSS else at
+                assert where is not None
+                losses = term.objective.loss(where, batch)
+                if term.objective.attack is Aim.DIVERGENCE:
+                    assert attacked is not None
+                    beta = self._trades(term).beta
+                    losses = losses + beta * divergence(where.energies, attacked.energies)
                 if term.objective.likelihood is not None:
                     losses, penalty = self._contrasted(term.objective.likelihood, losses, batch)
                     total = total + self._factor(term, batch) * penalty
@@ -243,8 +277,12 @@ class TrainingLoss(nn.Module):
             penalty = self.penalty * (energies.square() + negative.square()).mean()
         return energies - negative, penalty
 
-    def _evaluate(self, batch: Streamed, differentiate: bool) -> Linearization:
-        y = batch.y
+    def _trades(self, term: Term) -> TradesConfig:
+        config = self.settings.attack(term.name)
+        assert isinstance(config, TradesConfig)
+        return config
+
+    def _evaluate(self, batch: Streamed, y: Tensor, differentiate: bool) -> Linearization:
         layout = memory_format(y.device, differentiate)
         if y.ndim == 4 and layout != memory_format(y.device, self.differentiates):
             y = y.contiguous(memory_format=layout)  # else the parameters' layout decides

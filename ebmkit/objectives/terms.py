@@ -30,6 +30,17 @@ al. 2019). The signs must be independent of y, which the image's own noise is no
 :math:`E[\epsilon^\top H \epsilon \mid y]` is no trace. So they are hashed from the *bits* of the
 noise (`probe_signs`): keyed as the noise is, and each image's own however a batch is divided.
 
+A diffusion model is trained by noise prediction at the levels of its schedule (Ho et al. 2020, eq.
+14; RCG eq. 2.15),
+
+.. math:: \text{ddpm:} \quad \|\hat\epsilon - \epsilon\|^2, \qquad
+    \hat\epsilon = -\sigma\,\nabla_y \log p_\sigma(y),
+
+averaged over entries: dsm of any model under the noise law ``diffusion``. With class dropout it is
+of :math:`\log p(y \mid c)`, but for a share of images whose label is hidden, so that one network
+learns both scores (Ho & Salimans, arXiv 2207.12598). Which images is hashed from their noise, too
+(`hidden_labels`).
+
 The paper does not say whether :math:`\|\cdot\|^2` is the sum over the d entries of an image or
 their mean; both are here by name (``dsm-sum``, ``dsm-mean``), and so is the balanced form that is
 the default (``dsm``): see `ebmkit.objectives.combine`.
@@ -43,11 +54,24 @@ draws them (`ebmkit.training.negatives`), an objective does not sample. JEM (arX
 6-8) is ``ce+ml``, for short ``jem``. Both may carry a penalty
 :math:`\alpha\,(e^2(y) + e^2(\tilde y))` of the energies (Du & Mordatch, arXiv 1903.08689, eq. 7),
 which pulls them together when they run away.
+
+Two more are cross-entropy under attack, with :math:`y'` in a ball of radius eps about y,
+
+.. math::
+    \text{adv:}    & \quad -\log p(c \mid y'), \qquad
+                      y' = \arg\max_{\|y' - y\| \le \epsilon} -\log p(c \mid y') \\
+    \text{trades:} & \quad -\log p(c \mid y) + \beta\, KL(p(\cdot \mid y) \,\|\, p(\cdot \mid y')),
+                      \qquad y' = \arg\max KL .
+
+The first is adversarial training (Madry et al., arXiv 1706.06083; RCG eq. 2.28-2.30), the second
+TRADES (Zhang et al., arXiv 1901.08573, eq. 5). An objective does not attack, either: whoever trains
+does (`ebmkit.training.attacks`), by projected gradient descent.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Protocol
 
@@ -56,14 +80,18 @@ from torch import Tensor
 
 from ebmkit.core import Energies, Linearization
 from ebmkit.errors import UserError
+from ebmkit.objectives.settings import TermSettings
 
 __all__ = [
     "ALIASES",
     "EXACT_TRACE",
     "OBJECTIVES",
+    "Aim",
     "Objective",
     "Scale",
     "Streamed",
+    "divergence",
+    "hidden_labels",
     "hyvarinen",
     "probe_signs",
 ]
@@ -79,6 +107,13 @@ class Scale(Enum):
     MEAN = "mean"  # averaged over the d entries
     SUM = "sum"  # summed over the d entries
     BALANCED = "balanced"  # the logarithm of the average (see combine)
+
+
+class Aim(Enum):
+    """What an attack on an objective's images raises."""
+
+    LOSS = "loss"  # the loss, which is taken at the attacked images
+    DIVERGENCE = "divergence"  # KL(p(clean) || p(attacked)), which is added to the loss
 
 
 class Streamed(Protocol):
@@ -98,6 +133,8 @@ class Streamed(Protocol):
     def soft(self) -> Tensor | None: ...  # (B, C): one-hot, or mixed by MixUp / CutMix
     @property
     def negatives(self) -> Tensor | None: ...  # (B, C, H, W), samples of the model
+    @property
+    def attacked(self) -> Tensor | None: ...  # (B, C, H, W), y after an attack
 
 
 class Loss(Protocol):
@@ -127,6 +164,10 @@ class Objective:
         likelihood: the log-density whose maximum likelihood this is. Then the batch must bring
             negatives, samples of the model, and ``loss`` is of the images alone: what
             `TrainingLoss` adds is the same log-density of the negatives.
+        under: from settings of single objectives to what this one is under them; None: they do not
+            change it.
+        attack: what an attack raises, whose images the batch must bring. Then ``loss`` is taken at
+            these (`Aim.LOSS`), or at y, and `TrainingLoss` adds the divergence (`Aim.DIVERGENCE`).
     """
 
     about: str
@@ -138,12 +179,20 @@ class Objective:
     needs_hessian: bool = False
     scale: Scale = Scale.PLAIN
     likelihood: LogDensity | None = None
+    under: Callable[[TermSettings], Objective] | None = None
+    attack: Aim | None = None
 
 
 def cross_entropy(at: Linearization, batch: Streamed) -> Tensor:
     """-sum_c q_c log p(c|y) with the (soft) labels q, (B,), in nats (CDN eq. 13)."""
     assert batch.soft is not None
     return -(batch.soft * at.energies.log_posterior()).sum(dim=1)
+
+
+def divergence(clean: Energies, attacked: Energies) -> Tensor:
+    """KL(p(c|y) || p(c|y')), (B,), in nats; differentiable in both (TRADES eq. 5)."""
+    log_p, log_q = clean.log_posterior(), attacked.log_posterior()
+    return (log_p.exp() * (log_p - log_q)).sum(dim=1)
 
 
 def denoising_score_matching(at: Linearization, batch: Streamed) -> Tensor:
@@ -216,13 +265,28 @@ def probe_signs(eps: Tensor) -> Tensor:
     the signs are as good as independent of anything that is a smooth function of the noise, and
     the same for the same noise, on every device and under every compiler.
     """
+    return (1 - 2 * (_hashed(eps) & 1)).to(eps.dtype)
+
+
+def hidden_labels(eps: Tensor, share: float) -> Tensor:
+    """Which images of noise ``eps`` (B, ...) hide their label, (B,) bool: a ``share`` of them.
+
+    A hash of the image's own noise decides, so it is keyed as the noise is, and the same however a
+    batch is divided.
+    """
+    uniform = (_hashed(eps).flatten(1).sum(1) & _LOW).double() / (_LOW + 1)  # in [0, 1)
+    return uniform < share
+
+
+def _hashed(eps: Tensor) -> Tensor:
+    """A hash of the bits of each entry, 0 to 2^32 - 1, int64."""
     wide = eps.dtype == torch.float64
     bits = eps.contiguous().view(torch.int64 if wide else torch.int32).to(torch.int64)
     bits = (bits ^ (bits >> 32)) & _LOW
     for factor, shift in ((0x5BD1E995, 15), (0x2C1B3C6D, 13), (0x297A2D39, 16)):
         bits = (bits * factor) & _LOW  # below 2^63: the factors are below 2^31
         bits = bits ^ (bits >> shift)
-    return (1 - 2 * (bits & 1)).to(eps.dtype)
+    return bits
 
 
 _LOW = 0xFFFFFFFF
@@ -251,12 +315,40 @@ def _score_matching(conditional: bool, scale: Scale) -> Objective:
     )
 
 
+def _noise_prediction(settings: TermSettings) -> Objective:
+    """``ddpm``, of the conditional score where there is class dropout."""
+    share = settings.ddpm.class_dropout
+    if share is None:
+        return OBJECTIVES["ddpm"]
+
+    def loss(at: Linearization, batch: Streamed) -> Tensor:
+        assert batch.labels is not None
+        hidden = hidden_labels(batch.eps, share) if share else None
+        return _squared(at.conditional_score(batch.labels, hidden), batch)
+
+    return replace(OBJECTIVES["ddpm"], loss=loss, needs_labels=True, needs_hard_labels=True)
+
+
 OBJECTIVES: dict[str, Objective] = {
     "ce": Objective(
         about="cross-entropy of the labels, -log p(c|y)",
         stream="classify",
         loss=cross_entropy,
         needs_labels=True,
+    ),
+    "adv": Objective(
+        about="cross-entropy of images under attack (PGD), for a robust classifier",
+        stream="classify",
+        loss=cross_entropy,
+        needs_labels=True,
+        attack=Aim.LOSS,
+    ),
+    "trades": Objective(
+        about="cross-entropy plus the divergence that an attack makes (TRADES)",
+        stream="classify",
+        loss=cross_entropy,
+        needs_labels=True,
+        attack=Aim.DIVERGENCE,
     ),
     "dsm": _score_matching(False, Scale.BALANCED),
     "dsm-mean": _score_matching(False, Scale.MEAN),
@@ -272,6 +364,14 @@ OBJECTIVES: dict[str, Objective] = {
         loss=implicit_score_matching,
         needs_score=True,
         needs_hessian=True,
+    ),
+    "ddpm": Objective(
+        about="noise prediction of a diffusion model, at the levels of its schedule; unweighted",
+        stream="denoise",
+        loss=denoising_score_matching,
+        needs_score=True,
+        scale=Scale.MEAN,
+        under=_noise_prediction,
     ),
 }
 

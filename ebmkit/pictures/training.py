@@ -53,7 +53,7 @@ def _curve(axes: Axes, metrics: Sequence[dict[str, Any]], name: str) -> None:
             continue
         step = np.array([r["step"] for r in rows])
         value = np.array([r[name] for r in rows], dtype=float)
-        value *= 100 if name == "accuracy" else 1
+        value *= 100 if name.startswith("accuracy") else 1
         values += value.tolist()
         if kind == "validation":
             axes.plot(step, value, "o-", color=colour, ms=3, lw=1.2, label="held-out")
@@ -71,6 +71,7 @@ def _curve(axes: Axes, metrics: Sequence[dict[str, Any]], name: str) -> None:
         axes.set_yscale("log")
     titles = {
         "accuracy": "accuracy (%)",
+        "accuracy_attacked": "accuracy under the attack of training (%)",
         "ce": "loss ce (nats)",
         "lr": "learning rate",
         "grad_norm": "norm of the gradient",

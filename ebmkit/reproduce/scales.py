@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from ebmkit.registry import find
+from ebmkit.training import RECIPES
 
 __all__ = ["SCALES", "Scale", "find_scale"]
 
@@ -96,6 +97,84 @@ def _imagenet(name: str, width: int, batch: int, crops: tuple[int, ...]) -> dict
     }
 
 
+_PLAIN_HEAD: dict[str, Any] = {"head": "logit", "model": {"head": {"bias": True}}}
+
+
+def _small(width: int, classify: int, steps: int, every: int) -> dict[str, Any]:
+    """The networks of target guidance: E(x, y) = -logit, E(x) = -logsumexp (RCG eq. 2.32-2.38)."""
+    return {
+        **_PLAIN_HEAD,
+        "model": {"backbone": {"width": width}, **_PLAIN_HEAD["model"]},
+        "streams": {"classify": {"batch_size": classify}, "denoise": {"batch_size": 32}},
+        "steps": steps,
+        "validation_images": 0,
+        "checkpoint_every": every,
+    }
+
+
+def _attacked(batch: int, steps: int, warmup: int) -> dict[str, Any]:
+    attack = {"terms": {"adv": {"steps": 3, "warmup_steps": warmup}}}
+    return {**attack, "streams": {"classify": {"batch_size": batch}}, "steps": steps}
+
+
+def _unet(width: int, blocks: int, batch: int, steps: int, every: int) -> dict[str, Any]:
+    return {
+        "backbone": "unet",
+        "head": "linear-quadratic",
+        "model": {"backbone": {"width": width, "blocks": blocks}},
+        "streams": {"denoise": {"batch_size": batch}},
+        "optimizer": {"lr": 2e-3, "weight_decay": 0.0, "ema": 0.995, "clip_norm": 1.0},
+        "steps": steps,
+        "checkpoint_every": every,
+    }
+
+
+def _small_jem(batch: int, steps: int) -> dict[str, Any]:
+    noise = {"kind": "fixed", "min": 0.0, "max": 0.015}
+    stream = {"batch_size": batch, "noise": noise}
+    return {
+        "backbone": "wideresnet10-jem",
+        "streams": {"classify": stream, "generate": stream},
+        "optimizer": {"lr": 1e-3, "weight_decay": 0.0, "warmup_steps": 30},
+        "negatives": {"steps": 5, "buffer_size": 1000},
+        "steps": steps,
+    }
+
+
+def _own_unet(batch: int, steps: int) -> dict[str, Any]:
+    """A joint model in the UNet's place, told the noise; scale-keeping norms, or none begins."""
+    return {
+        "model": {"backbone": {"norm": "scale"}},
+        "streams": {"classify": {"batch_size": batch}, "denoise": {"batch_size": batch}},
+        "optimizer": {"clip_norm": 1.0, "ema": 0.995},
+        "steps": steps,
+    }
+
+
+_RESNET18 = {"backbone": "resnet18"}
+_SMOKE_GUIDANCE = {
+    "judge": _RESNET18,
+    "robust": _attacked(64, 160, 80),
+    "diffusion": _unet(32, 1, 64, 600, 200),
+    "jem": _small_jem(64, 100),
+    "own-diffusion": _own_unet(64, 200),
+}
+_CPU_GUIDANCE = {
+    "judge": {**_RESNET18, "steps": 500},
+    "robust": _attacked(64, 400, 200),
+    "diffusion": _unet(32, 1, 32, 2000, 200),
+    "jem": _small_jem(64, 250),
+    "own-diffusion": _own_unet(32, 600),
+}
+_FULL_GUIDANCE = {
+    "guide": RECIPES["cifar10-robust"].config | {"objective": "ce"},
+    "judge": {"backbone": "wideresnet28-10"},
+    "robust": RECIPES["cifar10-robust"].config,
+    "diffusion": RECIPES["cifar10-ddpm"].config,
+    "jem": RECIPES["jem"].config,
+    "own-diffusion": {"model": {"backbone": {"norm": "scale"}}, "optimizer": {"ema": 0.9999}},
+}
+
 _GENTLE = {"denoising": {"optimizer": {"lr": 1e-3, "clip_norm": 1.0}}}
 _SMOKE_STEPS = {key: _SMOKE[key] for key in ("steps", "validation_images", "checkpoint_every")}
 
@@ -103,26 +182,35 @@ SCALES: dict[str, Scale] = {
     "smoke": Scale(
         "smoke",
         "seconds a row, on embedded data: that every row trains and is evaluated",
-        {"cifar10": "digits", "imagenet": "imagenet"},
-        {"cifar10": _SMOKE, "imagenet": _imagenet("digits", 8, 64, (5, 6, 7, 8)) | _SMOKE_STEPS},
+        {"cifar10": "digits", "imagenet": "imagenet", "guidance": "digits"},
+        {
+            "cifar10": _SMOKE,
+            "imagenet": _imagenet("digits", 8, 64, (5, 6, 7, 8)) | _SMOKE_STEPS,
+            "guidance": _small(8, 64, 160, 80),
+        },
         {"classify": 100, "denoise": 100},
-        _GENTLE,
+        _GENTLE | _SMOKE_GUIDANCE,
         threads=1,  # several are no faster on images this small, and far slower beside other work
     ),
     "cpu": Scale(
         "cpu",
         "CIFAR-10, narrow networks, minutes a row on two cores",
-        {"cifar10": "cifar10-short", "imagenet": "imagenet"},
-        {"cifar10": _CPU, "imagenet": _imagenet("cifar10", 16, 128, (20, 24, 28, 32)) | _CPU},
+        {"cifar10": "cifar10-short", "imagenet": "imagenet", "guidance": "cifar10-short"},
+        {
+            "cifar10": _CPU,
+            "imagenet": _imagenet("cifar10", 16, 128, (20, 24, 28, 32)) | _CPU,
+            "guidance": _small(16, 128, 400, 50),
+        },
         {"denoise": 1000},
-        _GENTLE,
+        _GENTLE | _CPU_GUIDANCE,
     ),
     "full": Scale(
         "full",
         "the paper's recipes, on a GPU",
-        {"cifar10": "cifar10", "imagenet": "imagenet"},
-        {"cifar10": {}, "imagenet": {}},
+        {"cifar10": "cifar10", "imagenet": "imagenet", "guidance": "cifar10"},
+        {"cifar10": {}, "imagenet": {}, "guidance": _PLAIN_HEAD},
         {},
+        _FULL_GUIDANCE,
     ),
 }
 

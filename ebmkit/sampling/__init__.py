@@ -33,7 +33,6 @@ from ebmkit.sampling.langevin import (
     langevin_move,
 )
 from ebmkit.sampling.presets import SAMPLERS, SamplerEntry, find_sampler, make_restorer
-from ebmkit.sampling.schedules import SCHEDULES, Schedule, make_schedule
 from ebmkit.sampling.seeds import ClassGaussians
 from ebmkit.sampling.target import (
     DenoiserFunction,
@@ -45,6 +44,7 @@ from ebmkit.sampling.target import (
     label_density_of,
     score_of,
 )
+from ebmkit.schedules import SCHEDULES, Schedule, make_schedule
 
 __all__ = [
     "DDIM",

@@ -8,7 +8,8 @@ With a log-density :math:`\ell(x)`, :math:`\log p(c \mid x)` (`label_density_of`
 
 with :math:`\Pi` the projection on a ball about the start and on the range of images, each left out
 where not asked for. On a robust classifier the images take on the look of the label, which is what
-"perceptually aligned gradients" means; on a plain one they hardly change.
+"perceptually aligned gradients" means; on a plain one they hardly change. On the loss, in a small
+ball, it is projected gradient descent, the attack of Madry et al. (arXiv 1706.06083).
 
 Santurkar et al. (2019) take 60 steps of 0.5 in l2 with projection on a ball of radius 40, from
 seeds of the Gaussian that has the mean and covariance of the label's training images:
@@ -47,11 +48,12 @@ class Ascent:
     Args:
         density: what is climbed, with its gradient.
         step_size: length of a step in image units (``l2``), of each entry (``sign``), or eta in
-            image units squared (``plain``).
+            image units squared (``plain``); a number or (B,).
         direction: ``l2``, ``plain`` or ``sign``.
-        radius: of a ball about the start that chains do not leave, image units; None: no ball.
+        radius: of a ball about the start that chains do not leave, image units, a number or (B,);
+            None: no ball.
         ball: its norm.
-        bounds: x is clipped to them after each step; None: not at all.
+        bounds: x is clipped to them after each step, numbers or (B,); None: not at all.
         sigma: noise level handed to the density, for models that take one.
 
     Raises:
@@ -63,11 +65,11 @@ class Ascent:
     def __init__(
         self,
         density: DensityFunction,
-        step_size: float = 0.5,
+        step_size: float | Tensor = 0.5,
         direction: Direction = "l2",
-        radius: float | None = None,
+        radius: float | Tensor | None = None,
         ball: Ball = "l2",
-        bounds: tuple[float, float] | None = (0.0, 1.0),
+        bounds: tuple[float, float] | tuple[Tensor, Tensor] | None = (0.0, 1.0),
         sigma: float | None = None,
     ) -> None:
         if direction not in get_args(Direction):
@@ -76,8 +78,8 @@ class Ascent:
         if ball not in get_args(Ball):
             raise UserError(f"unknown ball {ball!r}: known: {', '.join(get_args(Ball))}")
         self.density, self.sigma = density, sigma
-        self.step_size = check_positive("step size", step_size)
-        self.radius = None if radius is None else check_positive("radius", radius)
+        self.step_size = _checked("step size", step_size)
+        self.radius = None if radius is None else _checked("radius", radius)
         self.direction, self.ball, self.bounds = direction, ball, bounds
 
     def init(self, x: Tensor) -> AscentChain:
@@ -92,7 +94,8 @@ class Ascent:
         if self.radius is not None:
             moved = state.start + _within(moved - state.start, self.radius, self.ball)
         if self.bounds is not None:
-            moved = moved.clamp(*self.bounds)
+            low, high = (per_chain(bound, moved) for bound in self.bounds)
+            moved = torch.clamp(moved, low, high)  # type: ignore[arg-type]  # both are of one kind
         return AscentChain(moved, state.step + 1, state.start), Info(root_mean_square(moved - x))
 
 
@@ -105,9 +108,16 @@ def _directed(gradient: Tensor, direction: Direction) -> Tensor:
     return gradient / per_chain(norm.clamp_min(torch.finfo(gradient.dtype).tiny), gradient)
 
 
-def _within(offset: Tensor, radius: float, ball: Ball) -> Tensor:
+def _within(offset: Tensor, radius: float | Tensor, ball: Ball) -> Tensor:
     """The nearest offset (B, ...) in the ball."""
     if ball == "linf":
-        return offset.clamp(-radius, radius)
+        bound = torch.as_tensor(per_chain(radius, offset)).to(offset)
+        return torch.minimum(torch.maximum(offset, -bound), bound)
     norm = torch.linalg.vector_norm(offset.flatten(1), dim=1)
-    return offset * per_chain((radius / norm.clamp_min(radius)), offset)
+    longest = torch.maximum(norm, torch.as_tensor(radius).to(norm))
+    return offset * per_chain(radius / longest, offset)
+
+
+def _checked(name: str, value: float | Tensor) -> float | Tensor:
+    """A number above 0, or (B,) of them, which are not looked at."""
+    return value if isinstance(value, Tensor) else check_positive(name, value)

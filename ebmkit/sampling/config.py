@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ebmkit.sampling.ascent import Ball, Direction
 from ebmkit.sampling.langevin import JEM_NOISE, JEM_STEP
-from ebmkit.sampling.schedules import Spacing
+from ebmkit.schedules import Spacing
 from ebmkit.units import Sigma, SigmaOrZero
 
 __all__ = [
@@ -132,7 +132,9 @@ class DDIMConfig(SamplerConfig):
         100, ge=1, le=1000, description="timesteps of 1000; those the model was trained for count"
     )
     eta: float = Field(0.0, ge=0, le=1, description="share of the noise drawn anew; 1: ancestral")
-    schedule: Literal["linear", "cosine"] = Field("linear", description="noise schedule")
+    schedule: Literal["linear", "cosine"] | None = Field(
+        None, description="noise schedule; none: a diffusion model's own, else linear"
+    )
     spacing: Spacing = Field("trailing", description="which timesteps: leading, linspace, trailing")
     clip: bool = Field(True, description="clip the predicted clean image to [0, 1]")
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from ebmkit.core import EnergyModel, ScoreModel, classifies
 
-__all__ = ["Need", "missing"]
+__all__ = ["Need", "missing", "takes_labels"]
 
 Need = Literal["score", "density", "labels", "levels", "blind"]
 """
@@ -19,6 +19,15 @@ Need = Literal["score", "density", "labels", "levels", "blind"]
 """
 
 
+def takes_labels(model: ScoreModel) -> bool:
+    """Whether ``model`` has a score for each label that it was trained on.
+
+    A class-conditional diffusion model has, and is no classifier.
+    """
+    conditional = not isinstance(model, EnergyModel) and model.num_classes > 0
+    return conditional or classifies(model)
+
+
 def missing(model: ScoreModel, needs: Sequence[Need]) -> str | None:
     """Why ``model`` does not have what a sampler ``needs``, for a sentence; None if it does."""
     reasons: dict[Need, tuple[bool, str]] = {
@@ -27,7 +36,7 @@ def missing(model: ScoreModel, needs: Sequence[Need]) -> str | None:
             isinstance(model, EnergyModel),
             f"{type(model).__name__} is a plain denoiser and has no log-density",
         ),
-        "labels": (classifies(model), "it was trained without labels"),
+        "labels": (takes_labels(model), "it was trained without labels"),
         "levels": (
             model.card is None or model.card.sigma_range is not None,
             "it was not trained to denoise, so noise levels mean nothing to it",

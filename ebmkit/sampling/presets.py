@@ -35,7 +35,6 @@ from ebmkit.sampling.langevin import (
 )
 from ebmkit.sampling.levels import check_level, first_level, highest, last_level, lowest
 from ebmkit.sampling.needs import Need, missing
-from ebmkit.sampling.schedules import make_schedule
 from ebmkit.sampling.seeds import ClassGaussians
 from ebmkit.sampling.target import (
     blind_denoiser_of,
@@ -44,6 +43,7 @@ from ebmkit.sampling.target import (
     label_density_of,
     score_of,
 )
+from ebmkit.schedules import Schedule, make_schedule
 
 __all__ = ["SAMPLERS", "SamplerEntry", "find_sampler", "make_restorer"]
 
@@ -271,11 +271,28 @@ def _pc(model: ScoreModel, c: Labels, config: configs.PCConfig) -> PredictorCorr
 
 
 def _ddim(model: ScoreModel, c: Labels, config: configs.DDIMConfig) -> DDIM:
-    schedule = make_schedule(config.schedule)
+    schedule = _schedule(model, config.schedule)
+    if config.steps > len(schedule):
+        raise UserError(f"{config.steps} timesteps cannot be had: this model has {len(schedule)}")
     wanted = schedule.timesteps(config.steps, config.spacing)
     usable = schedule.within(wanted, model.card.sigma_range if model.card else None)
     predictor = noise_predictor_of(denoiser_of(model, c), schedule)
     return DDIM(predictor, schedule, usable, config.eta, config.clip)
+
+
+def _schedule(model: ScoreModel, asked: str | None) -> Schedule:
+    """The noise levels of a diffusion model, or those called ``asked``; linear if none is."""
+    own = model.schedule
+    if own is None:
+        return make_schedule(asked or "linear")
+    if asked is not None:
+        other = make_schedule(asked, len(own), own.image_range)
+        if not torch.allclose(own.betas.double(), other.betas, rtol=1e-4):
+            raise UserError(
+                f"schedule {asked!r} is not the one that this diffusion model was trained on: "
+                "leave it out"
+            )
+    return own
 
 
 def _ks(

@@ -22,6 +22,7 @@ from ebmkit.models import HEADS, ModelConfig
 from ebmkit.models.presets import find_network
 from ebmkit.objectives import BALANCE, TermSettings, parse_objective
 from ebmkit.registry import find
+from ebmkit.training.diffusion import diffusion_settings
 from ebmkit.training.negatives import NegativesConfig
 from ebmkit.training.recipes import RECIPES, recipe_for
 from ebmkit.training.watch import WatchConfig
@@ -155,7 +156,9 @@ def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfi
     base = base or recipe_for(dataset, str(merge(*layers).get("objective", "")))
     named = [layer["backbone"] for layer in layers if "backbone" in layer]
     start = _expand(base | {"backbone": named[-1]} if named else base)  # not both presets' settings
-    raw = merge(start, *[_expand(layer) for layer in layers])
+    expanded = [_expand(layer) for layer in layers]
+    raw = merge(start, *expanded)
+    raw = merge(raw, diffusion_settings(raw, merge(*expanded)))
     config = validated(TrainConfig, raw, "configuration")
     terms = {term.name: term for term in parse_objective(config.objective)}
     for name in config.draw_from:

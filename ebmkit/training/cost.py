@@ -20,8 +20,9 @@ import torch
 from ebmkit.compute import Precision
 from ebmkit.data.schedule import Stage
 from ebmkit.objectives import TrainingLoss
+from ebmkit.training.attacks import attack_passes
 from ebmkit.training.memory import ADAMW_STATES, Memory, format_bytes, step_memory
-from ebmkit.training.rehearse import Shapes, rehearse, score_flops
+from ebmkit.training.rehearse import Shapes, forward_flops, rehearse, score_flops
 
 __all__ = ["Effort", "Plan", "StepCost", "matrix_rate", "run_cost", "step_cost", "step_flops"]
 
@@ -184,12 +185,12 @@ def _stage_text(loss: TrainingLoss, stage: Stage, shapes: Shapes) -> str:
 def step_flops(loss: TrainingLoss, shapes: Shapes, effort: Effort | None = None) -> dict[str, int]:
     """FLOPs of forward and backward by objective; those of one stream, which share work, together.
 
-    Activation checkpointing counts as often as it computes. A Langevin step is a forward pass and
-    one pull-back to the image, about 2 forward passes.
+    Activation checkpointing counts as often as it computes. A Langevin step, and a step of an
+    attack, is a forward pass and one pull-back to the image, about 2 forward passes.
 
     Returns:
         Names joined by + -> FLOPs, as ``{"ce": ..., "dsm+cdsm": ...}``; what negatives take is
-        called "20 Langevin steps".
+        called "20 Langevin steps", and attacks "7 attack steps".
     """
     effort = effort or Effort()
     flops = {}
@@ -201,6 +202,13 @@ def step_flops(loss: TrainingLoss, shapes: Shapes, effort: Effort | None = None)
         if effort.chain_steps and own.needs_negatives:
             steps = effort.chain_steps * score_flops(loss.model, shapes[stream])
             flops[f"{effort.chain_steps} Langevin steps"] = steps
+        if own.needs_attack:
+            count, extra = attack_passes(own)
+            if count:
+                name = f"{count} attack steps"
+                taken = count * score_flops(loss.model, shapes[stream], of_labels=True)
+                taken += extra * shapes[stream][0] * forward_flops(loss.model, shapes[stream][1:])
+                flops[name] = flops.get(name, 0) + taken
     return flops
 
 

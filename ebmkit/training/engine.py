@@ -43,7 +43,7 @@ from ebmkit.parallel import World
 from ebmkit.training.rehearse import unreached
 from ebmkit.training.sharpness import Sharpness
 
-__all__ = ["OutOfMemory", "Reading", "TrainingStep"]
+__all__ = ["OutOfMemory", "Reading", "TrainingStep", "told_of_memory"]
 
 
 class OutOfMemory(Exception):
@@ -143,7 +143,7 @@ class TrainingStep:
             group["lr"] = rate
         values = torch.zeros(len(self.names) + 1, device=self.device)
         values[-1] = float(stop)
-        with _told_of_memory():
+        with told_of_memory():
             values[:-1] = self._differentiate(batches)
             if self.sharpness is not None:
                 with self.sharpness.uphill(self.loss):
@@ -317,7 +317,7 @@ def _memory_budget(share: float) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def _told_of_memory() -> Iterator[None]:
+def told_of_memory() -> Iterator[None]:
     """Turn an allocation that failed into `OutOfMemory`."""
     full = False
     try:

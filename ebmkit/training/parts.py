@@ -9,12 +9,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ebmkit.card import ModelCard
 from ebmkit.compiled import make_inference
-from ebmkit.core import ScoreModel
+from ebmkit.core import EnergyModel, ScoreModel
 from ebmkit.data import AnyImages, Stream, StreamConfig
 from ebmkit.data.schedule import Stage
 from ebmkit.objectives import TrainingLoss, parse_objective
 from ebmkit.parallel import World
 from ebmkit.training.account import Budget
+from ebmkit.training.attacks import Attacks, attack_terms
 from ebmkit.training.checks import shapes, trained_size
 from ebmkit.training.config import TrainConfig
 from ebmkit.training.cost import Effort
@@ -23,6 +24,7 @@ from ebmkit.training.negatives import Negatives, likelihood_terms
 from ebmkit.training.optim import states_of
 
 __all__ = [
+    "make_attacks",
     "make_average",
     "make_budget",
     "make_card",
@@ -106,8 +108,24 @@ def make_card(loss: TrainingLoss, config: TrainConfig, images: AnyImages) -> Mod
         channels=images.channels,
         class_names=list(images.class_names),
         sigma_range=denoise.noise.range if denoise else None,
-        classifies=any(term.objective.needs_labels for term in loss.terms),
+        classifies=isinstance(loss.model, EnergyModel)
+        and any(term.objective.needs_labels for term in loss.terms),
+        attack=_attack_text(loss),
     )
+
+
+def _attack_text(loss: TrainingLoss) -> str:
+    """Norm and radius of the attack, as in "l2 0.5"; empty where there is none."""
+    configs = [loss.settings.attack(term.name) for term in attack_terms(loss).values()]
+    return next((f"{c.norm} {c.eps:.6g}" for c in configs if c.eps), "")
+
+
+def make_attacks(
+    loss: TrainingLoss, config: TrainConfig, step: TrainingStep, world: World
+) -> Attacks:
+    """The attacks of objectives that train under one, computed as ``step`` is."""
+    inference = make_inference(loss.model, step.precision, config.compute.compile)
+    return Attacks(loss, config.seed, inference, world, config.compute.accumulate)
 
 
 def make_negatives(

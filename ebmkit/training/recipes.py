@@ -3,7 +3,9 @@
 A recipe is the lowest layer of a run's configuration. ``cifar10`` and ``imagenet`` are the paper's
 (CDN appendix A); ``jem``, ``jem++`` and ``sada-jem`` follow the scripts that their authors
 released, in our units: their images live in [-1, 1], so noise and bounds are halved here, and a
-step of 1 is one of 1/4 (`ebmkit.sampling.langevin`). The others are ours.
+step of 1 is one of 1/4 (`ebmkit.sampling.langevin`). ``cifar10-robust`` has the numbers of the
+`robustness` package, by which RCG's classifiers were trained, but for its changes of colour and
+rotations. The others are ours.
 """
 
 from __future__ import annotations
@@ -266,6 +268,127 @@ _CIFAR_JEM_SHORT: dict[str, Any] = {
 }
 
 
+def _ddpm(recipe: dict[str, Any], batch_size: int, **augmentation: Any) -> dict[str, Any]:
+    """Noise prediction by a UNet; validation and streams of ``recipe``."""
+    denoise = {
+        "batch_size": batch_size,
+        "noise": {"kind": "diffusion"},
+        "augmentation": augmentation,
+    }
+    return {
+        **recipe,
+        "backbone": "unet",
+        "model": {},
+        "objective": "ddpm",
+        "streams": {**recipe["streams"], "denoise": denoise},
+    }
+
+
+_DIGITS_DDPM: dict[str, Any] = {
+    **_ddpm(_DIGITS, 64),
+    "model": {"backbone": {"width": 32}},
+    "optimizer": {"lr": 2e-3, "weight_decay": 0.0, "ema": 0.995, "clip_norm": 1.0},
+    "steps": 1500,
+    "validate_every": 250,
+    "checkpoint_every": 250,
+}
+
+# Ho et al. 2020, appendix B: Adam at a constant rate, 800,000 steps.
+_CIFAR_DDPM: dict[str, Any] = {
+    **_ddpm(_CIFAR, 128, flip=True),
+    "backbone": "unet-cifar10",
+    "optimizer": {
+        "lr": 2e-4,
+        "weight_decay": 0.0,
+        "schedule": "constant",
+        "warmup_steps": 5000,
+        "clip_norm": 1.0,
+        "ema": 0.9999,
+    },
+    "steps": 800_000,
+    "validate_every": 5000,
+    "checkpoint_every": 5000,
+    "log_every": 100,
+}
+
+_CIFAR_DDPM_SHORT: dict[str, Any] = {
+    **_ddpm(_CIFAR_SHORT, 32, flip=True),
+    "model": {"backbone": {"width": 32}},
+    "optimizer": {"lr": 1e-3, "weight_decay": 0.0, "ema": 0.999, "clip_norm": 1.0},
+    "steps": 3000,
+    "validate_every": 500,
+    "checkpoint_every": 500,
+}
+
+
+def _noisy_classifier(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Cross-entropy at all levels of a diffusion, by a network that is told the level."""
+    classify = {**recipe["streams"]["classify"], "noise": {"kind": "diffusion"}}
+    return {
+        **recipe,
+        "model": {**recipe["model"], "noise_conditional": True},
+        "objective": "ce",
+        "streams": {**recipe["streams"], "classify": classify},
+    }
+
+
+_NO_NOISE: dict[str, Any] = {"kind": "none"}
+
+# 150 epochs of 50,000 images in batches of 128 are 58,594 steps.
+_CIFAR_ROBUST: dict[str, Any] = {
+    **_CIFAR,
+    "backbone": "resnet50",
+    "head": "logit",
+    "objective": "adv",
+    "model": {"backbone": {"width": 64}},
+    "terms": {"adv": {"steps": 7, "random_start": False}},
+    "streams": {
+        "classify": {
+            "batch_size": 128,
+            "noise": _NO_NOISE,
+            "augmentation": {"flip": True, "crop_padding": 4},
+        },
+        "denoise": _CIFAR["streams"]["denoise"],
+    },
+    "optimizer": {
+        "kind": "sgd",
+        "lr": 0.1,
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+        "schedule": "milestones",
+        "milestones": ["50/150", "100/150"],
+        "milestone_factor": 0.1,
+    },
+    "steps": 58_594,
+}
+
+_CIFAR_ROBUST_SHORT: dict[str, Any] = {
+    **_CIFAR_SHORT,
+    "backbone": "resnet18",
+    "head": "logit",
+    "objective": "adv",
+    "terms": {"adv": {"steps": 3}, "trades": {"steps": 3}},
+    "streams": {
+        "classify": {"batch_size": 128, "noise": _NO_NOISE, "augmentation": {"flip": True}},
+        "denoise": _CIFAR_SHORT["streams"]["denoise"],
+    },
+    "steps": 400,
+    "validate_every": 100,
+}
+
+_DIGITS_ROBUST: dict[str, Any] = {
+    **_DIGITS,
+    "head": "logit",
+    "objective": "adv",
+    "model": {"backbone": {"width": 8}},
+    "streams": {
+        "classify": {"batch_size": 128, "noise": _NO_NOISE, "augmentation": {"crop_padding": 1}},
+        "denoise": _DIGITS["streams"]["denoise"],
+    },
+    "steps": 400,
+}
+
+
 def _wide(recipe: dict[str, Any]) -> dict[str, Any]:
     """``recipe`` with denoising up to sigma 50, where an image is all noise: to sample from it."""
     noise = {"kind": "log-uniform", "min": "1/255", "max": "50/1"}
@@ -315,6 +438,33 @@ RECIPES: dict[str, Recipe] = {
     "cifar10-jem-short": Recipe(
         _for("cifar10", _CIFAR_JEM_SHORT), "JEM on CIFAR-10, a small network, 1,000 steps"
     ),
+    "digits-ddpm": Recipe(
+        _for("digits", _DIGITS_DDPM), "a diffusion model of digits on a CPU in about two minutes"
+    ),
+    "cifar10-ddpm": Recipe(
+        _for("cifar10", _CIFAR_DDPM), "DDPM as its authors ran it, 800,000 steps; for a GPU"
+    ),
+    "cifar10-ddpm-short": Recipe(
+        _for("cifar10", _CIFAR_DDPM_SHORT), "a small diffusion model, minutes on a CPU"
+    ),
+    "digits-noisy-classifier": Recipe(
+        _for("digits", _noisy_classifier(_DIGITS)),
+        "a classifier that is told the noise, trained at all levels of a diffusion",
+    ),
+    "cifar10-noisy-classifier": Recipe(
+        _for("cifar10", _noisy_classifier(_CIFAR_SHORT)), "the same, of cifar10-short"
+    ),
+    "cifar10-robust": Recipe(
+        _for("cifar10", _CIFAR_ROBUST),
+        "adversarial training as the robustness package has it: ResNet-50, l2 0.5, 150 epochs",
+    ),
+    "cifar10-robust-short": Recipe(
+        _for("cifar10", _CIFAR_ROBUST_SHORT),
+        "adversarial training, width 16, 3 steps of PGD, 400 steps: minutes on a CPU",
+    ),
+    "digits-robust": Recipe(
+        _for("digits", _DIGITS_ROBUST), "adversarial training on digits on a CPU in a minute"
+    ),
     "folder": Recipe(_for("folder", _OWN), "a start for images of your own in folders"),
     "hdf5": Recipe(_for("hdf5", _OWN), "a start for images of your own in HDF5"),
 }
@@ -324,12 +474,24 @@ JEM_RECIPES = {"digits": "digits-jem", "cifar10": "jem", "cifar100": "jem"}
 """Data set -> its recipe for objectives that need negatives; others have the small network's."""
 
 
+DDPM_RECIPES = {"digits": "digits-ddpm", "cifar10": "cifar10-ddpm", "cifar100": "cifar10-ddpm"}
+"""Data set -> its recipe for noise prediction alone; others have the small network's."""
+
+ROBUST_RECIPES = {
+    "digits": "digits-robust",
+    "cifar10": "cifar10-robust",
+    "cifar100": "cifar10-robust",
+}
+"""Data set -> its recipe for objectives that attack; others keep their own, with a logit head."""
+
+
 def recipe_for(dataset: str, objective: str = "") -> dict[str, Any]:
     """The recipe of the data set called ``dataset``; `folder`'s where it has none of its own.
 
     Args:
         dataset: a name.
-        objective: the objective, if it was named: one that needs negatives has other recipes.
+        objective: the objective, if it was named: one that needs negatives has other recipes, and
+            so have noise prediction alone and one that trains under attack.
 
     Raises:
         UserError: if the objective does not parse.
@@ -337,6 +499,11 @@ def recipe_for(dataset: str, objective: str = "") -> dict[str, Any]:
     named = parse_objective(objective) if objective else ()
     if any(term.objective.likelihood is not None for term in named):
         config = RECIPES[JEM_RECIPES.get(dataset, "cifar10-jem-short")].config
+    elif [term.name for term in named] == ["ddpm"]:
+        config = RECIPES[DDPM_RECIPES.get(dataset, "cifar10-ddpm-short")].config
+    elif any(term.objective.attack is not None for term in named):
+        name = ROBUST_RECIPES.get(dataset, dataset)
+        config = RECIPES.get(name, RECIPES["folder"]).config | {"head": "logit"}
     else:
         config = RECIPES.get(dataset, RECIPES["folder"]).config
     return config | {"dataset": config["dataset"] | {"name": dataset}}

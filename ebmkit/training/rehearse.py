@@ -143,10 +143,7 @@ def rehearse(loss: TrainingLoss, shapes: Shapes, accumulate: int = 1) -> Rehears
         warnings.simplefilter("ignore")  # they are about the model, and training itself says them
         fake = _fake(loss, mode).train()
         fake.zero_grad(set_to_none=True)
-        classes, device = fake.model.num_classes, next(fake.parameters()).device
-        batches = {name: _batch(shapes[name], classes, device) for name in fake.streams}
-        for name in {fake.stream_of[term.name] for term in fake.terms if term.objective.likelihood}:
-            batches[name] = batches[name]._replace(negatives=torch.empty_like(batches[name].x))
+        batches = _batches(fake, shapes)
         recorder.ignore([*fake.parameters(), *fake.buffers()])
         recorder.hold(t for batch in batches.values() for t in batch if t is not None)
         with recorder, torch.enable_grad():
@@ -171,8 +168,16 @@ def forward_flops(model: ScoreModel, shape: tuple[int, int, int]) -> int:
     return recorder.flops
 
 
-def score_flops(model: ScoreModel, shape: tuple[int, int, int, int]) -> int:
-    """FLOPs of the score of a batch of ``shape`` (B, C, H, W), without a gradient of it."""
+def score_flops(
+    model: ScoreModel, shape: tuple[int, int, int, int], of_labels: bool = False
+) -> int:
+    """FLOPs of the score of a batch of ``shape`` (B, C, H, W), without a gradient of it.
+
+    Args:
+        model: any.
+        shape: of the batch.
+        of_labels: of the gradient of log-posteriors instead, which an attack climbs.
+    """
     recorder = Recorder()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -180,7 +185,11 @@ def score_flops(model: ScoreModel, shape: tuple[int, int, int, int]) -> int:
         images = torch.empty(shape, device=next(fake.parameters()).device)
         sigma = torch.empty(shape[0], device=images.device) if model.noise_conditional else None
         with recorder, torch.no_grad():
-            fake.at(images, sigma).score()
+            at = fake.at(images, sigma)
+            if of_labels:
+                at.posterior_score(torch.ones_like(at.energies.logits))
+            else:
+                at.score()
     return recorder.flops
 
 
@@ -190,9 +199,8 @@ def unreached(loss: TrainingLoss, shapes: Shapes) -> list[str]:
         warnings.simplefilter("ignore")
         fake = _fake(loss, mode).train()
         fake.zero_grad(set_to_none=True)
-        classes, device = fake.model.num_classes, next(fake.parameters()).device
         with torch.enable_grad():
-            fake({n: _batch(shapes[n], classes, device) for n in fake.streams}).total.backward()
+            fake(_batches(fake, shapes)).total.backward()
         return [n for n, p in fake.named_parameters() if p.requires_grad and p.grad is None]
 
 
@@ -200,6 +208,19 @@ def _fake(module: M, mode: FakeTensorMode) -> M:
     """A copy of ``module`` without numbers; nothing is allocated."""
     tensors = [*module.parameters(), *module.buffers()]
     return copy.deepcopy(module, {id(t): mode.from_tensor(t) for t in tensors})
+
+
+def _batches(loss: TrainingLoss, shapes: Shapes) -> dict[str, Batch]:
+    """A batch of each stream, with all that who trains adds to it."""
+    classes, device = loss.model.num_classes, next(loss.parameters()).device
+    batches = {name: _batch(shapes[name], classes, device) for name in loss.streams}
+    for term in loss.terms:
+        name = loss.stream_of[term.name]
+        if term.objective.likelihood is not None:
+            batches[name] = batches[name]._replace(negatives=torch.empty_like(batches[name].x))
+        if term.objective.attack is not None:
+            batches[name] = batches[name]._replace(attacked=torch.empty_like(batches[name].x))
+    return batches
 
 
 def _batch(shape: tuple[int, int, int, int], num_classes: int, device: torch.device) -> Batch:

@@ -5,8 +5,9 @@ One step draws a batch from each stream, takes the gradient of the sum of the ob
 
 .. math:: \eta_t = \tfrac12 \eta\,(1 + \cos(\pi t / T)) .
 
-Everything drawn is a function of (seed, stream, step), so a run continued from a checkpoint does
-the same arithmetic as one that was never stopped: on a CPU the bits are equal.
+Everything drawn is a function of (seed, stream, step), and dropout also of the process, so a run
+continued from a checkpoint does the same arithmetic as one that was never stopped: on a CPU the
+bits are equal.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
 import torch
+from torch.nn.modules.dropout import _DropoutNd
 
 from ebmkit.compute import describe, pick_device
 from ebmkit.core import ScoreModel
@@ -27,12 +29,14 @@ from ebmkit.data.streams import prefetched
 from ebmkit.errors import UserError
 from ebmkit.models import ModelConfig, save_model, save_weights
 from ebmkit.parallel import World, device_of_rank
+from ebmkit.randomness import keyed_seed
 from ebmkit.training.account import Account, Stopwatch, peak_memory
 from ebmkit.training.checks import check_compiled, check_terms
 from ebmkit.training.config import TrainConfig
-from ebmkit.training.engine import OutOfMemory, Reading, TrainingStep
+from ebmkit.training.engine import OutOfMemory, Reading, TrainingStep, told_of_memory
 from ebmkit.training.optim import learning_rate, make_optimizer
 from ebmkit.training.parts import (
+    make_attacks,
     make_average,
     make_budget,
     make_card,
@@ -129,7 +133,12 @@ class Trainer:
         if self.loss.needs_negatives:
             chains = make_negatives(self.loss, config, self.train, self.update, world)
             self.recovery = Recovery(self, chains)
+        self.attacks = None
+        if self.loss.needs_attack:
+            self.attacks = make_attacks(self.loss, config, self.update, world)
         self.measure = self._validation()
+        dropouts = [m for m in self.model.modules() if isinstance(m, _DropoutNd)]
+        self.drops = any(dropout.p > 0 for dropout in dropouts)
 
     def fit(self) -> ScoreModel:
         """Train from the present step to ``config.steps``; the model, in evaluation mode.
@@ -267,13 +276,18 @@ class Trainer:
     def _advance(self, batches: Iterator[dict[str, Batch]], stop: bool) -> None:
         """Take one step."""
         rate = self._rate(self.step)
+        if self.drops:
+            torch.manual_seed(keyed_seed(self.config.seed, "dropout", self.step, self.world.rank))
         begun = time.perf_counter()
         drawn = next(batches)
         self.watch.step(time.perf_counter() - begun)
-        if self.recovery is not None:
-            drawn = self.recovery.join(drawn)
         fits = True
         try:
+            with told_of_memory():
+                if self.recovery is not None:
+                    drawn = self.recovery.join(drawn)
+                if self.attacks is not None:
+                    drawn = self.attacks.join(drawn, self.step)
             self.update(drawn, rate, stop)
         except OutOfMemory:
             fits = False

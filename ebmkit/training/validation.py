@@ -1,4 +1,8 @@
-"""Validation: losses, accuracy and PSNR on held-out images, with the same noise every time."""
+"""Validation: losses, accuracy and PSNR on held-out images, with the same noise every time.
+
+Objectives that train under attack are measured so, too: the held-out images are attacked as in
+training, from the same starts every time, and the loss stands under the objective's name.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from ebmkit.data.schedule import Stage
 from ebmkit.metrics import psnr
 from ebmkit.objectives import TrainingLoss
 from ebmkit.parallel import World
+from ebmkit.training.attacks import Attacks
 
 __all__ = ["Validation"]
 
@@ -62,7 +67,8 @@ class Validation:
     def __call__(
         self, model: ScoreModel, loss: TrainingLoss, stage: Stage | None = None
     ) -> dict[str, float]:
-        """Means over the images: each term by name, ``accuracy`` and ``psnr_25`` where they apply.
+        """Means over the images: each term by name, and where they apply ``accuracy``,
+        ``accuracy_attacked`` (under the attack of training) and ``psnr_25``.
 
         Args:
             model: in evaluation mode.
@@ -72,9 +78,12 @@ class Validation:
         crops = {n: s.crop_size for n, s in stage.spans.items()} if stage else {}
         crops = {n: side for n, side in crops.items() if n in self.noise and self.noise[n].phases}
         totals: dict[str, float] = {}
+        attacks = Attacks(loss, 0, warm=True) if loss.needs_attack else None
         for step in range(self.world.rank, self.steps, self.world.size):
             batches = {n: next(s.batches(step, step + 1)) for n, s in self.streams.items()}
             batches = {n: _middle(batch, crops.get(n)) for n, batch in batches.items()}
+            if attacks is not None:
+                batches = attacks.join(batches, step)
             for name, value in self._measure(model, loss, batches).items():
                 totals[name] = totals.get(name, 0.0) + value / self.steps
         everyone = self.world.gather(totals)
@@ -91,6 +100,12 @@ class Validation:
             assert isinstance(model, EnergyModel)
             right = model.logits(batch.x).argmax(1).eq(batch.labels)
             row["accuracy"] = float(right.float().mean())
+            attacked = next((b for b in batches.values() if b.attacked is not None), None)
+            if attacked is not None:
+                assert attacked.attacked is not None
+                assert attacked.labels is not None
+                label = model.logits(attacked.attacked, attacked.sigma).argmax(1)
+                row["accuracy_attacked"] = float(label.eq(attacked.labels).float().mean())
         if self.denoise_stream is not None:
             batch = batches[self.denoise_stream]
             clean = model.denoise(batch.x + SIGMA * batch.eps, SIGMA)

@@ -1,0 +1,55 @@
+"""Guidance of diffusion models, and of any sampler, by the energies of a classifier."""
+
+from ebmkit.guidance.combine import (
+    Guidance,
+    View,
+    classifier_free,
+    guided_denoiser,
+    guided_density,
+    guided_noise,
+    guided_score,
+    weight_of_diffusers,
+    weight_of_thesis,
+)
+from ebmkit.guidance.config import CLASSIFIER_FREE, GUIDES, GuidanceConfig, make_guidance
+from ebmkit.guidance.guides import (
+    accumulated_guide,
+    classifier_guide,
+    dual_guide,
+    energy_guide,
+    pgd_guide,
+)
+from ebmkit.guidance.logits import LogitModel
+from ebmkit.guidance.means import ClassEnergies, class_energies, stored_energies
+from ebmkit.guidance.model import GuidedModel, guided_model
+from ebmkit.guidance.schedules import GUIDANCE_SCHEDULES, GuidanceSchedule, parse_schedule
+
+__all__ = [
+    "CLASSIFIER_FREE",
+    "GUIDANCE_SCHEDULES",
+    "GUIDES",
+    "ClassEnergies",
+    "Guidance",
+    "GuidanceConfig",
+    "GuidanceSchedule",
+    "GuidedModel",
+    "LogitModel",
+    "View",
+    "accumulated_guide",
+    "class_energies",
+    "classifier_free",
+    "classifier_guide",
+    "dual_guide",
+    "energy_guide",
+    "guided_denoiser",
+    "guided_density",
+    "guided_model",
+    "guided_noise",
+    "guided_score",
+    "make_guidance",
+    "parse_schedule",
+    "pgd_guide",
+    "stored_energies",
+    "weight_of_diffusers",
+    "weight_of_thesis",
+]

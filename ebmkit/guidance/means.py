@@ -1,0 +1,172 @@
+r"""Class-wise mean energies of a guide on a data set, computed once and stored with its run.
+
+For images x with labels c, in nats,
+
+.. math::
+    \bar E_c = \text{mean of } E(x) = -\log p(x), \qquad
+    \bar E_{c,c} = \text{mean of } E(x, c) = -\log p(x, c)
+
+over the images of each label (RCG figure 4.12, and eq. 4.5 of the dual objective).
+
+The file is ``RUN/energies/DATASET-FINGERPRINT.json``, of the images' fingerprint. It names the
+digest of the weights; with other weights it is computed anew.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from ebmkit.compiled import device_of
+from ebmkit.core import EnergyModel
+from ebmkit.errors import UserError
+from ebmkit.files import write_atomically
+from ebmkit.guidance.guides import check_guide
+
+__all__ = ["ClassEnergies", "LabelledImages", "class_energies", "stored_energies"]
+
+BATCH = 256
+
+
+class LabelledImages(Protocol):
+    """What energies are computed on: a data set of `ebmkit.data`, say."""
+
+    def __len__(self) -> int: ...
+
+    def batches(self, size: int, /) -> Iterable[tuple[Tensor, Tensor | None]]:
+        """Images (B, C, H, W) in [0, 1] and their labels (B,)."""
+        ...
+
+
+class ClassEnergies(BaseModel):
+    """Means and standard deviations over the images of each label, (C,), in nats."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    energy: list[float] = Field(description="mean of E(x)")
+    joint: list[float] = Field(description="mean of E(x, c) with the image's own label c")
+    energy_std: list[float] = Field(description="standard deviation of E(x)")
+    joint_std: list[float] = Field(description="standard deviation of E(x, c)")
+    images: list[int] = Field(description="number of images of the label")
+
+
+class _Stored(ClassEnergies):
+    dataset: str
+    fingerprint: str
+    digest: str = Field(description="of the weights")
+    sigma: float | None = Field(description="noise level that the model was told")
+
+
+@torch.no_grad()
+def class_energies(
+    model: EnergyModel,
+    images: LabelledImages,
+    progress: Callable[[int, int], None] | None = None,
+    batch_size: int = BATCH,
+) -> ClassEnergies:
+    """Energies of each label's images.
+
+    A model that takes the noise level is told the lowest it was trained for.
+
+    Args:
+        model: with labels.
+        images: with labels.
+        progress: told of (images done, images in all).
+        batch_size: images that go through the model together.
+
+    Raises:
+        UserError: if model or images have no labels, an image's label is not the model's, one of
+            the model's labels has no image, or an energy is not finite.
+    """
+    check_guide(model)
+    device, level, done = device_of(model), told_level(model), 0
+    sums = torch.zeros(5, model.num_classes, dtype=torch.float64)
+    for x, labels in images.batches(batch_size):
+        if labels is None:
+            raise UserError("mean energies of labels need images with labels, and these have none")
+        c = model.check_labels(labels.to(device), x)
+        energies = model.energies(x.to(device), level)
+        free = -energies.log_density.double()
+        joint = free - energies.at_label(c).double()
+        columns = torch.stack([torch.ones_like(free), free, free**2, joint, joint**2])
+        sums.index_add_(1, c.cpu(), columns.cpu())
+        done += len(x)
+        if progress is not None:
+            progress(done, len(images))
+    count, free, free2, joint, joint2 = sums
+    empty = torch.nonzero(count == 0).flatten().tolist()
+    if empty:
+        raise UserError(f"labels {empty} have no image in this data set: take the one that the "
+                        "guide was trained on")  # fmt: skip
+    if not bool(sums.isfinite().all()):
+        raise UserError("an energy of the guide is not finite: its training diverged")
+    return ClassEnergies(
+        energy=(free / count).tolist(),
+        joint=(joint / count).tolist(),
+        energy_std=_deviation(free, free2, count),
+        joint_std=_deviation(joint, joint2, count),
+        images=count.long().tolist(),
+    )
+
+
+def stored_energies(
+    run: Path,
+    dataset: str,
+    fingerprint: str,
+    digest: str,
+    compute: Callable[[], ClassEnergies],
+    sigma: float | None = None,
+) -> ClassEnergies:
+    """The energies stored in ``run``, or those that ``compute`` gives, which are stored then.
+
+    Args:
+        run: the guide's folder.
+        dataset: name of the images.
+        fingerprint: of the images.
+        digest: of the guide's weights.
+        compute: `class_energies` of the two.
+        sigma: noise level that the model is told.
+
+    Raises:
+        UserError: if ``compute`` does, or the file cannot be written.
+    """
+    name = re.sub(r"[^\w.-]", "_", f"{dataset}-{fingerprint}")
+    path = run / "energies" / f"{name}.json"
+    facts = {
+        "dataset": dataset,
+        "fingerprint": fingerprint,
+        "digest": digest,
+        "sigma": sigma,
+    }
+    try:
+        kept = _Stored.model_validate(json.loads(path.read_text()))
+        if all(getattr(kept, key) == value for key, value in facts.items()):
+            return kept
+    except (OSError, ValueError, ValidationError):
+        pass  # none yet, or damaged: it is only a result of other files
+    found = compute()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make folder {str(path.parent)!r}: {error.strerror}") from None
+    document = facts | found.model_dump(mode="json")
+    write_atomically(path, json.dumps(document, indent=1).encode())
+    return found
+
+
+def told_level(model: EnergyModel) -> float | None:
+    """The noise level that ``model`` is told of clean images."""
+    limits = model.card.sigma_range if model.card else None
+    return limits[0] if limits and model.noise_conditional else None
+
+
+def _deviation(total: Tensor, squares: Tensor, count: Tensor) -> list[float]:
+    spread: list[float] = (squares / count - (total / count) ** 2).clamp_min(0).sqrt().tolist()
+    return spread

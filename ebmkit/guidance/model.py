@@ -1,0 +1,382 @@
+r"""A guided model: a model of images and a guide, together a model of images of a label.
+
+Its score of a label is that of `ebmkit.guidance.combine`, :math:`s(y) + s\,w\,\nabla_y h_c(v(y))`,
+and without a label that of the base alone. It is a `ebmkit.core.ScoreModel`, so every sampler that
+can drive the base drives it.
+
+If the base has a log-density, so has the guided model, :math:`\log p(y) + s\,w\,h_c(v(y))` up to a
+constant, for samplers that accept or reject.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from ebmkit.card import ModelCard
+from ebmkit.compiled import Inference
+from ebmkit.core import EnergyModel, ScoreModel
+from ebmkit.errors import UserError
+from ebmkit.guidance.combine import (
+    Guidance,
+    View,
+    classifier_free,
+    guided_denoiser,
+    guided_density,
+    guided_score,
+)
+from ebmkit.guidance.config import CLASSIFIER_FREE, GuidanceConfig
+from ebmkit.guidance.guides import check_guide
+from ebmkit.linearization import Energies, Linearization, Noise
+from ebmkit.sampling.base import per_chain
+from ebmkit.sampling.langevin import root_mean_square
+from ebmkit.sampling.schedules import Schedule, make_schedule
+from ebmkit.sampling.target import label_density_of
+
+__all__ = ["GuidedDensityModel", "GuidedModel", "guided_model"]
+
+
+def guided_model(
+    base: ScoreModel,
+    guide: EnergyModel | None,
+    config: GuidanceConfig | None = None,
+    means: Sequence[float] | None = None,
+) -> GuidedModel:
+    """``base`` guided by ``guide``: with a log-density if the base has one and the view allows.
+
+    Args:
+        base: what is sampled.
+        guide: what knows the labels; None for classifier-free guidance.
+        config: how; joint energy at scale 1 by default.
+        means: (C,) mean E of each label's training images, where the guide needs them.
+
+    Raises:
+        UserError: if the two do not fit, or a setting does not.
+
+    >>> guided = guided_model(base, robust, make_guidance(scale=4))      # doctest: +SKIP
+    >>> SAMPLERS["ddim"].build(guided, c=3)                              # doctest: +SKIP
+    """
+    config = config or GuidanceConfig()
+    dense = isinstance(base, EnergyModel) and config.view != "clean"
+    return (GuidedDensityModel if dense else GuidedModel)(base, guide, config, means)
+
+
+class GuidedModel(ScoreModel):
+    """A model of images whose samples are guided to labels; made by `guided_model`.
+
+    Args:
+        base: what is sampled.
+        guide: what knows the labels; None for classifier-free guidance, where the base does.
+        config: how.
+        means: (C,) mean E of each label's training images, where the guide needs them.
+
+    Attributes:
+        base: as given.
+        guide: as given.
+        config: as given.
+        view: what the guide sees.
+        schedule: of the diffusion model that the base is; absent of other bases.
+
+    Raises:
+        UserError: if base and guide differ in image size, channels or number of labels, there are
+            no labels, the guide needs means and gets none, or the view does not suit it.
+    """
+
+    def __init__(
+        self,
+        base: ScoreModel,
+        guide: EnergyModel | None,
+        config: GuidanceConfig,
+        means: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.base, self.guide, self.config = base, guide, config
+        self.means = None if means is None else tuple(map(float, means))
+        self.noise_conditional, self.differentiates = base.noise_conditional, base.differentiates
+        self.inference = Inference(base.inference.precision)
+        own = getattr(base, "schedule", None)
+        if isinstance(own, Schedule):
+            self.schedule = own
+        self._diffusion = own if isinstance(own, Schedule) else make_schedule()
+        self.view: View = "noisy"
+        if config.guidance == CLASSIFIER_FREE:
+            if guide is not None:
+                raise UserError(f"{CLASSIFIER_FREE} guidance takes no guide: leave it out")
+            if base.num_classes == 0:
+                raise UserError(
+                    f"{CLASSIFIER_FREE} guidance needs a model that was trained with labels, and "
+                    "this one was not: give a guide"
+                )
+            self.num_classes, self.card = base.num_classes, _with_labels(base.card, base)
+        else:
+            if guide is None:
+                raise UserError(f"guidance {config.guidance!r} needs a guide: give a classifier")
+            check_guide(guide)
+            _check_fit(base, guide)
+            self.num_classes, self.card = guide.num_classes, _with_labels(base.card, guide)
+            self.view = config.view or ("noisy" if guide.noise_conditional else "shrunk")
+            if guide.noise_conditional and self.view == "shrunk":
+                raise UserError(
+                    "this guide takes the noise level and shrinks images itself: take the view "
+                    "noisy"
+                )
+            self.guidance(0)  # settings that need more are refused
+
+    def guidance(self, c: Tensor | int) -> Guidance:
+        """The guidance to labels ``c``, a number or (B,)."""
+        how, guide = self.config, self.guide
+        make = how.entry.make
+        assert guide is not None
+        assert make is not None
+        return Guidance(
+            make(guide, c, how.settings, self.means),
+            how.scale,
+            how.schedule,
+            self.view,
+            how.through,
+            how.late,
+            self._diffusion,
+        )
+
+    def score(self, y: Tensor, c: Tensor | int | None = None, sigma: Noise | None = None) -> Tensor:
+        """The guided score, or without ``c`` the base's; shape of y, per image unit.
+
+        Raises:
+            UserError: if the guide does not know a label.
+        """
+        if c is None:
+            return self.base.score(y, None, sigma)
+        labels = self.check_labels(c, y)
+        if self.guide is None:
+            weight = self._mixing(sigma)
+            return _mixed(
+                weight,
+                lambda: self.base.score(y, None, sigma),
+                lambda: self.base.score(y, labels, sigma),
+            )
+        return guided_score(lambda y, sigma=None: self.base.score(y, None, sigma),
+                            self.guidance(labels))(y, sigma)  # fmt: skip
+
+    def denoise(
+        self, y: Tensor, sigma: Noise | None = None, c: Tensor | int | None = None
+    ) -> Tensor:
+        """The guided estimate of the clean image, or without ``c`` the base's; shape of y.
+
+        Raises:
+            UserError: if the guide does not know a label, or the base needs sigma.
+        """
+        if c is None:
+            return self.base.denoise(y, sigma)
+        labels = self.check_labels(c, y)
+        if self.guide is None:
+            if sigma is None:
+                plain = self.base.denoise(y)
+                weight = self._mixing(root_mean_square(plain - y))
+                return _mixed(weight, lambda: plain, lambda: self.base.denoise(y, None, labels))
+            return _mixed(
+                self._mixing(sigma),
+                lambda: self.base.denoise(y, sigma),
+                lambda: self.base.denoise(y, sigma, labels),
+            )
+        return guided_denoiser(lambda y, sigma=None: self.base.denoise(y, sigma),
+                               self.guidance(labels))(y, sigma)  # fmt: skip
+
+    def at(
+        self,
+        y: Tensor,
+        sigma: Noise | None = None,
+        differentiate: bool = True,
+        recorded: bool = False,
+    ) -> Linearization:
+        return _Guided(self, self.base.at(y, sigma, differentiate, recorded), sigma)
+
+    def estimate_sigma(self, y: Tensor) -> Tensor:
+        return self.base.estimate_sigma(y)
+
+    def set_inference(self, precision: str = "fp32", compile: str = "off") -> Self:
+        """`ScoreModel.set_inference` of base and guide, each compiled by itself."""
+        for model in (self.base, self.guide):
+            if model is not None:
+                model.set_inference(precision, compile)
+        self.inference = Inference(self.base.inference.precision)
+        return self
+
+    def check_labels(self, c: Tensor | int, y: Tensor) -> Tensor:
+        try:
+            return super().check_labels(c, y)
+        except UserError as error:
+            names = self.card.class_names if self.card else []
+            if "out of range" not in str(error) or not names:
+                raise
+            raise UserError(f"{error} ({', '.join(names)})") from None
+
+    def _mixing(self, sigma: Noise | None) -> float | Tensor:
+        """w of classifier-free guidance at a noise level."""
+        how = self.config
+        return Guidance(_nothing, how.scale, how.schedule, late=how.late,
+                        diffusion=self._diffusion).weight(sigma)  # fmt: skip
+
+
+class GuidedDensityModel(GuidedModel, EnergyModel):
+    """A `GuidedModel` whose base has a log-density; its logits are those of the guide."""
+
+    def forward(self, y: Tensor, sigma: Noise | None = None) -> Energies:
+        knows = self.base if self.guide is None else self.guide
+        assert isinstance(knows, EnergyModel)
+        assert isinstance(self.base, EnergyModel)
+        return _energies(
+            knows.energies(y, sigma).logits,
+            self.base.energies(y, sigma).log_density,
+            lambda c: _label_density(self, y, sigma, c),
+        )
+
+    def energies(self, y: Tensor, sigma: Noise | None = None) -> Energies:
+        """The base's log-density of ``y`` (B, C, H, W), the guide's logits of the same image.
+
+        ``at_label`` of it is what guidance adds to the log-density.
+        """
+        return self.forward(y, sigma)
+
+
+class _Energies(Energies):
+    """Energies of which `at_label` is s w h_c, so that log-density plus it is the guided one."""
+
+    added: Callable[[Tensor], tuple[Tensor, Tensor]]
+
+    def at_label(self, c: Tensor) -> Tensor:
+        return self.added(c)[0]
+
+
+def _energies(
+    logits: Tensor, log_density: Tensor, added: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> Energies:
+    found = _Energies(logits, log_density)
+    found.added = added
+    return found
+
+
+def _label_density(
+    model: GuidedModel, y: Tensor, sigma: Noise | None, c: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What guidance to ``c`` adds to log-density (B,) and score."""
+    if model.guide is not None:
+        zero = y.new_zeros(len(y)), torch.zeros_like(y)
+        return guided_density(lambda y, sigma=None: zero, model.guidance(c))(y, sigma)
+    assert isinstance(model.base, EnergyModel)
+    weight = model._mixing(sigma)
+    value, gradient = label_density_of(model.base, c)(y, sigma)
+    return weight * value, per_chain(weight, y) * gradient
+
+
+class _Guided(Linearization):
+    """One forward pass of the base, to which guidance is added on demand."""
+
+    def __init__(self, model: GuidedModel, base: Linearization, sigma: Noise | None) -> None:
+        energies = base.energies
+        if isinstance(model, GuidedDensityModel):
+            nothing = base.y.new_zeros(len(base.y), model.num_classes)
+            energies = _energies(nothing, base.energies.log_density, self.added)
+        super().__init__(base.y, energies, _no_pull)
+        self.model, self.base, self.sigma = model, base, sigma
+        self._added: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
+
+    def added(self, c: Tensor) -> tuple[Tensor, Tensor]:
+        """What guidance to ``c`` adds to log-density and score, worked out once."""
+        if self._added is None or self._added[0] is not c:
+            self._added = c, _label_density(self.model, self.y, self.sigma, c)
+        return self._added[1]
+
+    def score(self) -> Tensor:
+        return self.base.score()
+
+    def hessian_product(self, v: Tensor) -> Tensor:
+        return self.base.hessian_product(v)
+
+    def noise_level(self) -> Tensor:
+        return self.base.noise_level()
+
+    def label_score(self, c: Tensor) -> Tensor:
+        return self.added(c)[1]
+
+    def conditional_score(self, c: Tensor) -> Tensor:
+        if isinstance(self.model, GuidedDensityModel):
+            return self.base.score() + self.label_score(c)
+        return self.model.score(self.y, c, self.sigma)
+
+    def denoised(self, sigma: Noise | None = None, c: Tensor | None = None) -> Tensor:
+        level = self.noise_level() if sigma is None else sigma
+        if c is None:
+            return self.base.denoised(level)
+        model = self.model
+        if model.guide is None:
+            return _mixed(
+                model._mixing(level),
+                lambda: self.base.denoised(level),
+                lambda: self.base.denoised(level, c),
+            )
+
+        def denoise(y: Tensor, sigma: Noise | None = None) -> Tensor:
+            # the pass that was made already, but for gradients that go back through it
+            return self.base.denoised(sigma) if y is self.y else model.base.denoise(y, sigma)
+
+        return guided_denoiser(denoise, model.guidance(c))(self.y, level)
+
+
+def _mixed(
+    weight: float | Tensor, plain: Callable[[], Tensor], labelled: Callable[[], Tensor]
+) -> Tensor:
+    """`classifier_free` at a weight that may be one for each image (B,)."""
+    if not isinstance(weight, Tensor):
+        return classifier_free(labelled, plain, weight)()
+    base = plain()
+    return base + per_chain(weight, base) * (labelled() - base)
+
+
+def _nothing(v: Tensor, sigma: Noise | None = None) -> tuple[Tensor, Tensor]:
+    raise AssertionError("classifier-free guidance has no guide")
+
+
+def _no_pull(cotangent: Energies) -> Tensor:
+    raise AssertionError("gradients of a guided model are sums, not one pull-back")
+
+
+def _with_labels(card: ModelCard | None, knows: ScoreModel) -> ModelCard | None:
+    """The base's card with the labels of what knows them."""
+    if card is None:
+        return None
+    names = knows.card.class_names if knows.card else card.class_names
+    names = names if len(names) == knows.num_classes else []
+    return card.model_copy(update={"class_names": names, "classifies": True})
+
+
+def _check_fit(base: ScoreModel, guide: EnergyModel) -> None:
+    for what, of_base, of_guide in (
+        ("images of size", _size(base), _size(guide)),
+        ("channels", _channels(base), _channels(guide)),
+        ("labels", _labels(base), guide.num_classes),
+    ):
+        if of_base is not None and of_guide is not None and of_base != of_guide:
+            raise UserError(
+                f"the sampled model has {what} {of_base} and the guide {of_guide}: take two that "
+                "were trained on the same kind of images"
+            )
+
+
+def _size(model: ScoreModel) -> str | None:
+    size = model.card.image_size if model.card else None
+    return f"{size[0]}x{size[1]}" if size else None
+
+
+def _channels(model: ScoreModel) -> int | None:
+    if model.card is not None:
+        return model.card.channels
+    found: int | None = getattr(model, "in_channels", None)
+    return found
+
+
+def _labels(model: ScoreModel) -> int | None:
+    names = model.card.class_names if model.card else []
+    return model.num_classes or len(names) or None

@@ -1,0 +1,221 @@
+r"""How strongly a guide pulls at each timestep.
+
+In the coordinates :math:`u_t` of a diffusion model guidance at scale s is
+
+.. math:: \hat\epsilon = \epsilon(u_t, t) - s\, g(t)\, \nabla_{u_t} h ,
+
+with a guide h that is raised. Where h is the exact log-posterior of the noisy image and s = 1,
+:math:`g = \sqrt{1 - \bar\alpha_t}` gives the exact conditional noise. RCG tries others.
+``constant`` and ``step`` multiply that factor (its section 4.5 has s = 30, then 11 from the middle
+of the chain: s = 30 with ``low`` = 11/30), the others stand in its place (section 4.7):
+
+=========================== ====================================================================
+schedule                    g(t), t = 0 the cleanest of T timesteps
+=========================== ====================================================================
+``exact``                   :math:`\sqrt{1 - \bar\alpha_t}`
+``constant``                the same: s does not change
+``step:at=500,low=0.37``    :math:`\sqrt{1 - \bar\alpha_t}`, times ``low`` below timestep ``at``
+``linear``                  :math:`t / T`
+``power:k=2``               :math:`(1 - \bar\alpha_t)^k`; k = 0.5 is ``exact``
+``sigmoid:t0=500,y0=0.05,`` :math:`(1 - y_0) / (1 + e^{-k (t - t_0)}) + y_0` (eq. 4.4)
+``k=0.02``
+=========================== ====================================================================
+
+In image units (`ebmkit.schedules`) the same is :math:`\hat\epsilon = \epsilon - s\,w\,\sigma
+\nabla_y h` with the weight :math:`w = g(t) / \sqrt{1 - \bar\alpha_t}`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from ebmkit.errors import UserError
+from ebmkit.validation import validated
+
+__all__ = [
+    "GUIDANCE_SCHEDULES",
+    "Constant",
+    "Exact",
+    "GuidanceSchedule",
+    "Linear",
+    "Power",
+    "Sigmoid",
+    "Step",
+    "parse_schedule",
+]
+
+
+class GuidanceSchedule(BaseModel, ABC):
+    """g(t). A subclass has a ``name``, a line ``about`` it, an example ``form``, and `factor`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    name: ClassVar[str]
+    about: ClassVar[str]
+    form: ClassVar[str]
+
+    @abstractmethod
+    def factor(self, t: Tensor, abar: Tensor, total: int) -> Tensor:
+        """g(t), shape of ``t``.
+
+        Args:
+            t: timesteps from 0 to total - 1, whole or between two, float64.
+            abar: share of the image in the variance there, of the same shape.
+            total: number of timesteps T.
+        """
+
+    def value(self, t: float, abar: float, total: int = 1000) -> float:
+        """`factor` of one timestep."""
+        exact = torch.float64
+        one = torch.tensor(t, dtype=exact), torch.tensor(abar, dtype=exact)
+        return float(self.factor(*one, total))
+
+    def weight(self, t: Tensor, abar: Tensor, total: int) -> Tensor:
+        """w(t) = g(t) / sqrt(1 - abar), shape of ``t``; 1 where there is no noise."""
+        exact = (1 - abar).sqrt()
+        found = self.factor(t, abar, total) / exact
+        return torch.where(exact > 0, found, torch.ones_like(found))
+
+    def __str__(self) -> str:
+        """The written form, that `parse_schedule` reads."""
+        values = ",".join(f"{k}={v:g}" if float(f"{v:g}") == v else f"{k}={v!r}"
+                          for k, v in self.model_dump().items())  # fmt: skip
+        return f"{self.name}:{values}" if values else self.name
+
+
+class Exact(GuidanceSchedule):
+    """sqrt(1 - abar)."""
+
+    name = "exact"
+    about = "sqrt(1 - abar), exact for the posterior of noisy images at scale 1 (the default)"
+    form = "exact"
+
+    def factor(self, t: Tensor, abar: Tensor, total: int) -> Tensor:
+        return (1 - abar).sqrt()
+
+    def weight(self, t: Tensor, abar: Tensor, total: int) -> Tensor:
+        return torch.ones_like(t)
+
+
+class Constant(Exact):
+    """sqrt(1 - abar), by the name that a scale without a step has."""
+
+    name = "constant"
+    about = "the exact factor at every timestep: the scale does not change"
+    form = "constant"
+
+
+class Step(GuidanceSchedule):
+    """sqrt(1 - abar), times ``low`` below timestep ``at``."""
+
+    name = "step"
+    about = "the exact factor, times low below timestep at (RCG section 4.5)"
+    form = "step:at=500,low=0.37"
+
+    at: float = Field(500.0, ge=0, description="timestep of the step")
+    low: float = Field(11 / 30, ge=0, description="share of the scale below it")
+
+    def factor(self, t: Tensor, abar: Tensor, total: int) -> Tensor:
+        return self.weight(t, abar, total) * (1 - abar).sqrt()
+
+    def weight(self, t: Tensor, abar: Tensor, total: int) -> Tensor:
+        return torch.where(t >= self.at, torch.ones_like(t), torch.full_like(t, self.low))
+
+
+class Linear(GuidanceSchedule):
+    """t / T."""
+
+    name = "linear"
+    about = "t / T in place of the exact factor (RCG figure 4.17)"
+    form = "linear"
+
+    def factor(self, t: Tensor, abar: Tensor, total: int) -> Tensor:
+        return t / total
+
+
+class Power(GuidanceSchedule):
+    """(1 - abar)^k."""
+
+    name = "power"
+    about = "(1 - abar)^k in place of the exact factor, which has k = 0.5 (RCG section 4.7)"
+    form = "power:k=2"
+
+    k: float = Field(0.5, ge=0, description="the exponent; RCG shows 0.5, 2 and 8")
+
+    def factor(self, t: Tensor, abar: Tensor, total: int) -> Tensor:
+        return (1 - abar) ** self.k
+
+
+class Sigmoid(GuidanceSchedule):
+    """(1 - y0) / (1 + exp(-k (t - t0))) + y0."""
+
+    name = "sigmoid"
+    about = "from y0 up to 1 about timestep t0, in place of the exact factor (RCG eq. 4.4)"
+    form = "sigmoid:t0=500,y0=0.05,k=0.02"
+
+    t0: float = Field(500.0, description="timestep of the middle")
+    y0: float = Field(0.05, ge=0, le=1, description="value at the clean end")
+    k: float = Field(0.02, description="steepness, per timestep")
+
+    def factor(self, t: Tensor, abar: Tensor, total: int) -> Tensor:
+        return (1 - self.y0) * torch.sigmoid(self.k * (t - self.t0)) + self.y0
+
+
+GUIDANCE_SCHEDULES: dict[str, type[GuidanceSchedule]] = {
+    kind.name: kind for kind in (Exact, Constant, Step, Linear, Power, Sigmoid)
+}
+"""All schedules of guidance, by name."""
+
+
+def parse_schedule(text: str) -> GuidanceSchedule:
+    """The schedule that ``text`` names, as ``sigmoid:t0=500,y0=0.05,k=0.02``.
+
+    Parameters that are left out have the values of RCG.
+
+    Raises:
+        UserError: if it does not parse; it shows the form of each schedule.
+
+    >>> parse_schedule("power:k=2").value(0, abar=0.5)
+    0.25
+    """
+    name, colon, rest = text.strip().partition(":")
+    if name not in GUIDANCE_SCHEDULES:
+        raise UserError(f"schedule {text!r} is none of those known: {_forms()}")
+    kind = GUIDANCE_SCHEDULES[name]
+    values: dict[str, Any] = {}
+    for part in rest.split(",") if colon else ():
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        own = kind.model_fields
+        if not equals or key not in own:
+            what = f"parameter {key!r}" if equals else repr(part)
+            legal = ", ".join(own) or "none"
+            raise UserError(
+                f"schedule {text!r}: {what} is unknown; those of {name} are: {legal}; {_forms()}"
+            )
+        number = _number(value)
+        if number is None or key in values:
+            raise UserError(
+                f"schedule {text!r}: {key} = {value!r} is "
+                f"{'given twice' if key in values else 'no number'}; {_forms()}"
+            )
+        values[key] = number
+    return validated(kind, values, f"schedule {text!r}")
+
+
+def _number(text: str) -> float | None:
+    top, slash, bottom = text.partition("/")
+    try:
+        value = float(top) / float(bottom) if slash else float(text)
+    except (ValueError, ZeroDivisionError):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _forms() -> str:
+    return "write " + " or ".join(kind.form for kind in GUIDANCE_SCHEDULES.values())

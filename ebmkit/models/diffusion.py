@@ -1,0 +1,245 @@
+r"""Diffusion models: networks that predict the noise, as models of images in image units.
+
+A diffusion network sees an image in coordinates that keep its variance,
+
+.. math:: u_t = \sqrt{\bar\alpha_t}\,\bigl((b - a)\,x + a\bigr) + \sqrt{1 - \bar\alpha_t}\,\epsilon,
+
+where [a, b] is its range of clean images, usually [-1, 1], and predicts :math:`\epsilon`. With the
+noise level in image units, :math:`\sigma = \sqrt{(1 - \bar\alpha)/\bar\alpha}\,/\,(b - a)`, that is
+the noisy image :math:`y = x + \sigma\epsilon` of all other models here (`ebmkit.schedules`), so
+
+.. math::
+    u = \frac{(b - a)\,y + a}{\sqrt{1 + (b - a)^2\sigma^2}}, \qquad
+    D(y, \sigma) = y - \sigma\,\hat\epsilon(u, t), \qquad
+    s(y) = \nabla_y \log p_\sigma(y) = -\hat\epsilon(u, t) / \sigma,
+
+with t the timestep whose level is the nearest to sigma on a logarithmic scale: the schedule's own
+levels are exact. Denoising score matching of s is noise prediction,
+:math:`\|\sigma s + \epsilon\|^2 = \|\hat\epsilon - \epsilon\|^2`.
+
+Networks may predict something else of u, from which the noise follows: with ``v_prediction``
+(Salimans & Ho 2022) :math:`v = \sqrt{\bar\alpha}\,\epsilon - \sqrt{1 - \bar\alpha}\,u_0`, with
+``sample`` the clean image :math:`u_0` itself,
+
+.. math::
+    \hat\epsilon = \sqrt{\bar\alpha}\,\hat v + \sqrt{1 - \bar\alpha}\,u, \qquad
+    \hat\epsilon = (u - \sqrt{\bar\alpha}\,\hat u_0) / \sqrt{1 - \bar\alpha} .
+
+A class-conditional network has an embedding for each label and one more, the *null label*, which
+stands for none: the same weights give :math:`\log p(y \mid c)` and :math:`\log p(y)`, and their
+difference is the implicit classifier of classifier-free guidance (Ho & Salimans 2022).
+
+Levels outside the schedule. Below its lowest level, clean images included, the score is that of
+the lowest level, and D goes to y as sigma goes to 0. Above its highest the network is told the
+last timestep, and u keeps its variance. Samplers stay within (`ebmkit.ModelCard.sigma_range`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ebmkit.core import Linearization, Noise, ScoreModel, per_image
+from ebmkit.errors import UserError
+from ebmkit.linearization import Energies, autocast_of
+from ebmkit.models.parts import check_images
+from ebmkit.schedules import Schedule
+
+__all__ = ["DiffusionModel", "NoisePrediction", "PredictionType"]
+
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
+
+
+class DiffusionModel(ScoreModel):
+    """A noise-predicting network, as a model in image units: trained, sampled and used as such.
+
+    Args:
+        network: (u, t) to its prediction, u (B, C, H, W) and t (B,) int64; with labels (u, t, c).
+            A tensor, or an object with one as ``sample``, as networks of `diffusers` give. Where it
+            has 2C channels, the second half, a variance, is left out.
+        schedule: its noise levels, and the range its clean images live in.
+        in_channels: channels C that images must have; None does not check.
+        num_classes: labels; 0 for a network without.
+        null_label: whether the network takes the label C for none.
+        prediction: what the network predicts (see the module's text).
+        multiple: of what height and width must be for the network; other images are continued by
+            their last row and column, and cut.
+
+    Raises:
+        UserError: if the prediction is unknown.
+    """
+
+    noise_conditional = True
+    differentiates = False
+    schedule: Schedule
+
+    log_edges: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: Schedule,
+        in_channels: int | None = None,
+        num_classes: int = 0,
+        null_label: bool = True,
+        prediction: PredictionType = "epsilon",
+        multiple: int = 1,
+    ) -> None:
+        super().__init__()
+        if prediction not in _TO_NOISE:
+            raise UserError(f"unknown prediction {prediction!r}: known: {', '.join(_TO_NOISE)}")
+        self.network = network
+        self.schedule = schedule
+        self.in_channels = in_channels
+        self.num_classes = num_classes
+        self.null_label = null_label
+        self.prediction = prediction
+        self.multiple = multiple
+        self._lowest = schedule.sigma_range[0]
+        logs = schedule.sigmas.log()
+        edges = ((logs[1:] + logs[:-1]) / 2).float()
+        self.register_buffer("log_edges", edges, persistent=False)
+
+    def forward(self, y: Tensor, sigma: Noise | None = None, c: Tensor | None = None) -> Tensor:
+        """The noise in ``y``, of standard deviation 1; shape of y.
+
+        Args:
+            y: noisy images (B, C, H, W), image units.
+            sigma: their noise level, a float or (B,).
+            c: labels (B,), where C is the null label; None: all without.
+
+        Raises:
+            UserError: if ``y`` is no batch of images or has other channels, sigma is missing, or
+                the network cannot do without labels.
+        """
+        return self.at(y, sigma).noise(c)
+
+    def at(
+        self,
+        y: Tensor,
+        sigma: Noise | None = None,
+        differentiate: bool = True,
+        recorded: bool = False,
+    ) -> NoisePrediction:
+        check_images(y, self.in_channels)
+        if sigma is None:
+            raise UserError("this model takes the noise level as an input: give sigma")
+        return NoisePrediction(self, y, sigma)
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """The timesteps (B,) int64 whose levels are the nearest to ``sigma`` (B,), by ratio."""
+        return torch.bucketize(sigma.log().to(self.log_edges), self.log_edges)
+
+    def no_label(self) -> int:
+        """The label that stands for none.
+
+        Raises:
+            UserError: if the network has none.
+        """
+        if not self.null_label:
+            raise UserError(
+                "this diffusion model was trained with labels only and has none that stands for "
+                "no label: give a label, as --label 3"
+            )
+        return self.num_classes
+
+    def _noise(self, y: Tensor, level: Tensor, c: Tensor | None) -> Tensor:
+        """The noise in ``y`` at the levels (B,), with labels (B,), the null label among them."""
+        low, high = self.schedule.image_range
+        told = (high - low) * per_image(level, y)
+        assert isinstance(told, Tensor)
+        root_abar = (1 + told.square()).rsqrt()
+        root_rest = told * root_abar
+        u = ((high - low) * y + low) * root_abar
+        predicted = self._predict(u, self.timestep(level), c).to(y.dtype)
+        noise: Tensor = _TO_NOISE[self.prediction](predicted, u, root_abar, root_rest)
+        return noise
+
+    def _predict(self, u: Tensor, t: Tensor, c: Tensor | None) -> Tensor:
+        height, width = u.shape[-2:]
+        below, right = -height % self.multiple, -width % self.multiple
+        if below or right:
+            u = nn.functional.pad(u, (0, right, 0, below), mode="replicate")
+        if self.num_classes == 0:
+            out = self.network(u, t)
+        else:
+            out = self.network(u, t, torch.full_like(t, self.no_label()) if c is None else c)
+        predicted: Tensor = out if isinstance(out, Tensor) else out.sample
+        return predicted[:, : u.shape[1], :height, :width]
+
+
+class NoisePrediction(Linearization):
+    """What a diffusion model says at ``y``; each label, and none, costs one network call.
+
+    Args:
+        model: it predicts.
+        y: noisy images (B, C, H, W).
+        sigma: their noise level, a float or (B,).
+    """
+
+    def __init__(self, model: DiffusionModel, y: Tensor, sigma: Noise) -> None:
+        nothing = Energies(y.new_zeros(len(y), 0), y.new_full((len(y),), math.nan))
+        super().__init__(y, nothing, _no_density)
+        self.model = model
+        self.sigma = torch.as_tensor(sigma, dtype=y.dtype, device=y.device).expand(len(y))
+        self._level = self.sigma.clamp_min(model._lowest)
+        self._precision = autocast_of(y)
+        self._plain: Tensor | None = None
+
+    def noise(self, c: Tensor | None = None) -> Tensor:
+        """The noise in y, shape of y; with labels ``c`` (B,), the null label among them."""
+        if c is not None:
+            with self._precision():
+                return self.model._noise(self.y, self._level, c)
+        if self._plain is None:
+            with self._precision():
+                self._plain = self.model._noise(self.y, self._level, None)
+        return self._plain
+
+    def score(self) -> Tensor:
+        return -self.noise() / per_image(self._level, self.y)
+
+    def conditional_score(self, c: Tensor, hidden: Tensor | None = None) -> Tensor:
+        if hidden is not None:
+            c = torch.where(hidden, self.model.no_label(), c)
+        return -self.noise(c) / per_image(self._level, self.y)
+
+    def label_score(self, c: Tensor) -> Tensor:
+        """grad_y log p(c|y) of the implicit classifier, the difference of two scores."""
+        return self.conditional_score(c) - self.score()
+
+    def noise_level(self) -> Tensor:
+        """The level that was given, (B,)."""
+        return self.sigma
+
+    def denoised(self, sigma: Noise | None = None, c: Tensor | None = None) -> Tensor:
+        level = self.sigma if sigma is None else sigma
+        change = per_image(level, self.y) ** 2 / per_image(self._level, self.y)
+        return self.y - change * self.noise(c)
+
+
+def _no_density(cotangent: Energies) -> Tensor:
+    raise AssertionError("a diffusion model has no density")
+
+
+def _from_noise(f: Tensor, u: Tensor, root_abar: Tensor, root_rest: Tensor) -> Tensor:
+    return f
+
+
+def _from_v(f: Tensor, u: Tensor, root_abar: Tensor, root_rest: Tensor) -> Tensor:
+    return root_abar * f + root_rest * u
+
+
+def _from_sample(f: Tensor, u: Tensor, root_abar: Tensor, root_rest: Tensor) -> Tensor:
+    return (u - root_abar * f) / root_rest
+
+
+_TO_NOISE: Mapping[str, Any] = {
+    "epsilon": _from_noise,
+    "v_prediction": _from_v,
+    "sample": _from_sample,
+}

@@ -1,0 +1,257 @@
+"""Diffusion models that others trained with `diffusers`, as models of ours.
+
+A pipeline is a folder, or a name on the Hugging Face hub, of a UNet and a scheduler:
+
+- ``unet/config.json`` and ``unet/diffusion_pytorch_model.safetensors``, the network;
+- ``scheduler/scheduler_config.json``: its noise schedule, and what it predicts;
+
+or the same files in one folder. A network without a scheduler is taken to be of the linear schedule
+of DDPM. Weights are read as tensors alone; nothing is executed. What is written is a folder like a
+run's, which `ebmkit.load` and the command line take.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ebmkit.card import ModelCard
+from ebmkit.errors import UserError
+from ebmkit.models.config import ModelConfig
+from ebmkit.models.diffusion import DiffusionModel
+from ebmkit.models.published import read_state
+from ebmkit.models.saving import save_model
+from ebmkit.models.unet import INSTALL, UNetConfig
+from ebmkit.validation import validated
+
+__all__ = ["import_unet", "read_unet"]
+
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+SETTINGS = ("model_index.json", "config.json", "scheduler_config.json")
+_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def import_unet(
+    path_or_name: str | Path,
+    out: str | Path,
+    image_range: tuple[float, float] = (-1.0, 1.0),
+    null_label: bool = False,
+) -> DiffusionModel:
+    """Make of a `diffusers` UNet a folder that `ebmkit.load` and the command line take.
+
+    Args:
+        path_or_name: a folder of a pipeline, or of a UNet alone; or owner/name on the hub.
+        out: a new folder.
+        image_range: where its clean images live.
+        null_label: whether the last of a class-conditional network's labels stands for none.
+
+    Returns:
+        The model, frozen as `ebmkit.load` gives it.
+
+    Raises:
+        UserError: if there is no such folder or name, the files are not of a UNet of images that
+            predicts noise over timesteps, or ``out`` is not empty.
+
+    >>> import_unet("google/ddpm-cifar10-32", "runs/ddpm-cifar10")       # doctest: +SKIP
+    """
+    folder = Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{str(folder)!r} exists: choose another --out")
+    model, config = read_unet(path_or_name, image_range, null_label)
+    assert model.card is not None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make folder {str(folder)!r}: {error.strerror}") from None
+    save_model(folder, model, config, model.card)
+    return model
+
+
+def read_unet(
+    path_or_name: str | Path,
+    image_range: tuple[float, float] = (-1.0, 1.0),
+    null_label: bool = False,
+) -> tuple[DiffusionModel, ModelConfig]:
+    """The model of `import_unet`, and what builds it; nothing is written.
+
+    Raises:
+        UserError: as `import_unet`.
+    """
+    source = _folder(path_or_name)
+    network = source / "unet" if (source / "unet" / "config.json").is_file() else source
+    if not (network / "config.json").is_file():
+        raise UserError(
+            f"{str(path_or_name)!r} holds no unet/config.json nor config.json: it is no diffusers "
+            "pipeline, nor a UNet's folder"
+        )
+    weights = next((network / name for name in WEIGHTS if (network / name).is_file()), None)
+    if weights is None:
+        raise UserError(f"{str(network)!r} holds none of {', '.join(WEIGHTS)}: no weights")
+    shape = _read(network / "config.json")
+    scheduler = next((p for p in _schedulers(source, network) if p.is_file()), None)
+    diffusion = _diffusion(_read(scheduler) if scheduler else {})
+    config = _config(shape, {**diffusion, "image_range": image_range, "null_label": null_label})
+    model = config.build()
+    assert isinstance(model, DiffusionModel)
+    try:
+        model.network.load_state_dict(_renamed(read_state(weights)))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(
+            f"the weights in {str(weights)!r} do not fit config.json: {reason}"
+        ) from None
+    model.card = ModelCard(
+        objective=f"published: {Path(path_or_name).name}",
+        image_size=_size(shape.get("sample_size")),
+        channels=config.in_channels,
+        sigma_range=model.schedule.sigma_range,
+    )
+    return model.eval().requires_grad_(False), config
+
+
+def _folder(path_or_name: str | Path) -> Path:
+    """Where the files are; a hub's are fetched, or taken from its cache."""
+    folder = Path(path_or_name)
+    if folder.is_dir():
+        return folder
+    name = str(path_or_name)
+    if not _HUB_NAME.fullmatch(name):
+        raise UserError(f"there is no folder {name!r}, and a name on the hub is like owner/name")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise UserError(f"{name!r} is fetched by huggingface_hub: {INSTALL}") from None
+    found = folder
+    try:
+        for weights in WEIGHTS:  # the second only where there is no first
+            wanted = [f"{where}{file}" for where in ("", "unet/") for file in (*SETTINGS, weights)]
+            found = Path(snapshot_download(name, allow_patterns=[*wanted, "scheduler/*.json"]))
+            if any((found / where / weights).is_file() for where in ("", "unet")):
+                break
+    except Exception as error:  # of the network, of the hub, of the disk
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(
+            f"there is no folder {name!r}, and the hub does not give it: {reason}"
+        ) from None
+    return found
+
+
+def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` with the parameters of self-attention named as they are since diffusers 0.17."""
+
+    def now(found: re.Match[str]) -> str:
+        return f"{found[1]}.{_ATTENTION[found[2]]}."
+
+    old = "|".join(_ATTENTION)
+    return {
+        re.sub(rf"(attentions\.\d+)\.({old})\.", now, name): value for name, value in state.items()
+    }
+
+
+def _schedulers(source: Path, network: Path) -> list[Path]:
+    where = (source / "scheduler", source, network, network.parent / "scheduler")
+    return [folder / "scheduler_config.json" for folder in where]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        raise UserError(f"{str(path)!r} is damaged: it is not JSON") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{str(path)!r} is damaged: it holds no names and values")
+    return {str(key): value for key, value in values.items()}
+
+
+def _diffusion(scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    """The schedule, and what is predicted, as fields of `UNetConfig`."""
+    known = {"linear": "linear", "squaredcos_cap_v2": "cosine"}
+    name = str(scheduler.get("beta_schedule", "linear"))
+    if name not in known or scheduler.get("trained_betas") is not None:
+        raise UserError(
+            f"the scheduler's beta_schedule {name!r} is not known: {', '.join(known)} are"
+        )
+    if scheduler.get("rescale_betas_zero_snr"):
+        raise UserError("a schedule that ends in noise alone (rescale_betas_zero_snr) has no sigma")
+    return {
+        "schedule": known[name],
+        "betas": (scheduler.get("beta_start", 1e-4), scheduler.get("beta_end", 0.02)),
+        "timesteps": scheduler.get("num_train_timesteps", 1000),
+        "prediction": scheduler.get("prediction_type", "epsilon"),
+    }
+
+
+def _config(shape: Mapping[str, Any], diffusion: Mapping[str, Any]) -> ModelConfig:
+    """The configuration of the network that a ``config.json`` describes."""
+    try:
+        from diffusers import UNet2DModel
+    except ImportError:
+        raise UserError(f"a UNet is built by diffusers, which is missing: {INSTALL}") from None
+    kind = str(shape.get("_class_name", "UNet2DModel"))
+    if kind != "UNet2DModel":
+        raise UserError(f"config.json is of a {kind}: only UNet2DModel, of images alone, is known")
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(UNet2DModel.__init__).parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    }
+    given = {key: value for key, value in shape.items() if not key.startswith("_")}
+    unknown = sorted(set(given) - set(defaults))
+    if unknown:
+        raise UserError(f"diffusers does not know {', '.join(unknown)} of config.json")
+    values = defaults | given
+    channels = values["in_channels"]
+    if channels not in (1, 3) or values["out_channels"] not in (channels, 2 * channels):
+        raise UserError(
+            f"this UNet takes {channels} channels and gives {values['out_channels']}: it must take "
+            "images of 1 or 3, and give as many, or twice as many with variances"
+        )
+    if values["time_embedding_type"] == "fourier" or values["class_embed_type"] is not None:
+        raise UserError("this UNet is not told timesteps and labels by number: it is not known")
+    levels, widths = len(values["block_out_channels"]), values["block_out_channels"]
+    whole = [width // widths[0] for width in widths]
+    labels = values["num_class_embeds"]
+    fields = {
+        "kind": "unet",
+        "width": widths[0],
+        "multipliers": whole,
+        "blocks": values["layers_per_block"],
+        "attention": [i for i, name in enumerate(values["down_block_types"]) if "Attn" in name],
+        "head_channels": values["attention_head_dim"],
+        "norm_groups": values["norm_num_groups"],
+        "dropout": values["dropout"],
+        "class_conditional": labels is not None,
+        **diffusion,
+    }
+    said = {"num_class_embeds", "in_channels", "sample_size", "num_train_timesteps"}
+    plain = validated(UNetConfig, {**fields, "multipliers": [max(1, n) for n in whole]}, "UNet")
+    made = {**defaults, **plain.arguments(channels, 0)}
+    options = {
+        key: value
+        for key, value in given.items()
+        if key not in said and _listed(value) != _listed(made[key])
+    }
+    if values["time_embedding_type"] == "learned":
+        options["num_train_timesteps"] = values["num_train_timesteps"]
+    assert levels == len(plain.multipliers)
+    backbone = plain.model_dump() | {"options": options}
+    count = 0 if labels is None else labels - int(plain.null_label)
+    raw = {"backbone": backbone, "in_channels": channels, "num_classes": count}
+    return validated(ModelConfig, raw, "UNet")
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _size(sample: Any) -> tuple[int, int] | None:
+    if isinstance(sample, int):
+        return (sample, sample)
+    return (int(sample[0]), int(sample[1])) if isinstance(sample, list) else None

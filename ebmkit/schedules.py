@@ -1,0 +1,217 @@
+r"""Noise schedules of diffusion models, and what they are in image units.
+
+A diffusion model of T steps adds noise of variance :math:`\beta_t` at step t and knows images u as
+
+.. math:: u_t = \sqrt{\bar\alpha_t}\, u_0 + \sqrt{1 - \bar\alpha_t}\, \epsilon, \qquad
+    \bar\alpha_t = \prod_{s \le t} (1 - \beta_s), \qquad t = 0, \dots, T - 1.
+
+Its clean images live in a range [a, b], usually [-1, 1]; ours in [0, 1], x = (u - a) / (b - a). So
+the same noisy image in image units is
+
+.. math::
+    y = \frac{u_t / \sqrt{\bar\alpha_t} - a}{b - a} = x + \sigma_t \epsilon, \qquad
+    \sigma_t = \frac{1}{b - a} \sqrt{\frac{1 - \bar\alpha_t}{\bar\alpha_t}} ,
+
+halved where images live in [-1, 1]. That is all a sampler needs of a schedule: a list of noise
+levels. The step before the first, t = -1, is the clean image, :math:`\bar\alpha_{-1} = 1`.
+
+============ ====================================================================================
+schedule     betas
+============ ====================================================================================
+``linear``   from 1e-4 to 0.02 in equal steps (Ho et al. 2020)
+``cosine``   :math:`\bar\alpha(t) \propto \cos^2(\frac{t/T + 0.008}{1.008} \frac\pi2)`, beta at
+             most 0.999 (Nichol & Dhariwal 2021, eq. 17)
+============ ====================================================================================
+
+Of the T steps a sampler visits some, from the noisiest down. The names of the spacings are those of
+`diffusers`; with count n
+
+============ ====================================================================================
+spacing      timesteps
+============ ====================================================================================
+``leading``  0, r, 2r, ... with r = T // n: ends at 0, leaves the noisiest steps out
+``linspace`` n of equal distance from T - 1 to 0, rounded
+``trailing`` T - 1, T - 1 - T/n, ...: begins at T - 1, leaves the cleanest steps out
+============ ====================================================================================
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ebmkit.errors import UserError
+from ebmkit.registry import find
+from ebmkit.units import format_sigma
+
+__all__ = [
+    "SCHEDULES",
+    "Schedule",
+    "Spacing",
+    "cosine_betas",
+    "linear_betas",
+    "make_schedule",
+]
+
+Spacing = Literal["leading", "linspace", "trailing"]
+
+
+def linear_betas(steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> Tensor:
+    """Variances (T,) in equal steps from ``first`` to ``last``, float64 (Ho et al. 2020)."""
+    return torch.linspace(first, last, steps, dtype=torch.float64)
+
+
+def cosine_betas(steps: int = 1000, offset: float = 0.008, largest: float = 0.999) -> Tensor:
+    """Variances (T,) of the cosine schedule, float64 (Nichol & Dhariwal 2021, eq. 17)."""
+    t = torch.arange(steps + 1, dtype=torch.float64) / steps
+    abar = ((t + offset) / (1 + offset) * math.pi / 2).cos().square()
+    return (1 - abar[1:] / abar[:-1]).clamp_max(largest)
+
+
+SCHEDULES: dict[str, Callable[[int], Tensor]] = {"linear": linear_betas, "cosine": cosine_betas}
+"""Number of steps T to the variances (T,), by name."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Noise levels of a diffusion model, by timestep.
+
+    Args:
+        betas: (T,) variances of the noise added at each step, in [0, 1).
+        image_range: where clean images live in the model's own coordinates.
+
+    Raises:
+        UserError: if a variance or the range is not legal.
+    """
+
+    betas: Tensor
+    image_range: tuple[float, float] = (-1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if self.betas.ndim != 1 or not len(self.betas):
+            raise UserError(f"variances must be (T,), not {tuple(self.betas.shape)}")
+        if not bool(((self.betas > 0) & (self.betas < 1)).all()):
+            raise UserError("the variances of a schedule must lie between 0 and 1")
+        low, high = self.image_range
+        if not low < high:
+            raise UserError(f"image range {low:g} to {high:g} must go up, as -1 to 1 does")
+        abar = (1 - self.betas.double()).cumprod(0)
+        object.__setattr__(self, "_abar", (1.0, *abar.tolist()))
+
+    def __len__(self) -> int:
+        return len(self.betas)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Schedule:
+        return self  # nothing of it changes
+
+    def abar(self, t: int) -> float:
+        """The share of the image in the variance after step ``t``; 1 at t = -1.
+
+        Raises:
+            UserError: if there is no such step.
+        """
+        if not -1 <= t < len(self):
+            raise UserError(f"timestep {t} is out of range: this schedule has 0 to {len(self) - 1}")
+        value: float = self._abar[t + 1]  # type: ignore[attr-defined]
+        return value
+
+    def sigma(self, t: int) -> float:
+        """Noise level at timestep ``t``, image units; 0 at t = -1."""
+        abar, (low, high) = self.abar(t), self.image_range
+        return math.sqrt((1 - abar) / abar) / (high - low)
+
+    @property
+    def sigmas(self) -> Tensor:
+        """Noise levels of all timesteps, (T,) float64, image units."""
+        return torch.tensor([self.sigma(t) for t in range(len(self))], dtype=torch.float64)
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        """The lowest and the highest noise level, image units."""
+        return self.sigma(0), self.sigma(len(self) - 1)
+
+    def nearest(self, sigma: float) -> int:
+        """The timestep whose noise level has the smallest ratio to ``sigma``, image units.
+
+        Raises:
+            UserError: if sigma is not above 0.
+        """
+        if not sigma > 0:
+            raise UserError(f"sigma {sigma} must be a finite number above 0, as in 25 / 255")
+        return min(range(len(self)), key=lambda t: abs(math.log(self.sigma(t) / sigma)))
+
+    def to_image_units(self, u: Tensor, t: int) -> Tensor:
+        """Noisy images ``u`` of the model's coordinates as y = x + sigma(t) * eps."""
+        low, high = self.image_range
+        return (u / math.sqrt(self.abar(t)) - low) / (high - low)
+
+    def from_image_units(self, y: Tensor, t: int) -> Tensor:
+        """The inverse of `to_image_units`: what the diffusion network takes at timestep ``t``."""
+        low, high = self.image_range
+        return (y * (high - low) + low) * math.sqrt(self.abar(t))
+
+    def timesteps(self, count: int, spacing: Spacing = "trailing") -> tuple[int, ...]:
+        """``count`` timesteps from the noisiest to the cleanest; the module's text has the table.
+
+        Raises:
+            UserError: if there are not as many, or the spacing is unknown.
+        """
+        total = len(self)
+        if not 1 <= count <= total:
+            raise UserError(f"{count} timesteps cannot be had of {total}: take 1 to {total}")
+        if spacing == "leading":
+            chosen = [i * (total // count) for i in reversed(range(count))]
+        elif spacing == "linspace":
+            ratio = (total - 1) / (count - 1) if count > 1 else 0.0
+            chosen = [round(i * ratio) for i in reversed(range(count))]
+        elif spacing == "trailing":
+            chosen = [round(total - i * (total / count)) - 1 for i in range(count)]
+        else:
+            raise UserError(f"unknown spacing {spacing!r}: known: {', '.join(get_args(Spacing))}")
+        return tuple(chosen)
+
+    def within(
+        self, timesteps: Sequence[int], sigma_range: tuple[float, float] | None
+    ) -> tuple[int, ...]:
+        """Those of ``timesteps`` at whose noise level a model was trained.
+
+        Args:
+            timesteps: any.
+            sigma_range: lowest and highest noise level of the model, image units; None: no limit.
+
+        Raises:
+            UserError: if none is left.
+        """
+        if sigma_range is None:
+            return tuple(timesteps)
+        low, high = sigma_range
+        slack = 1e-6  # of 100/255, written and read
+        left = [t for t in timesteps if low * (1 - slack) <= self.sigma(t) <= high * (1 + slack)]
+        if not left:
+            levels = [self.sigma(t) for t in timesteps]
+            raise UserError(
+                f"none of the {len(levels)} noise levels from {format_sigma(max(levels))} to "
+                f"{format_sigma(min(levels))} lies where the model was trained, "
+                f"{format_sigma(low)} to {format_sigma(high)}: take more timesteps"
+            )
+        return tuple(left)
+
+
+def make_schedule(
+    name: str = "linear", steps: int = 1000, image_range: tuple[float, float] = (-1.0, 1.0)
+) -> Schedule:
+    """The schedule called ``name`` in `SCHEDULES`.
+
+    Raises:
+        UserError: if there is none.
+
+    >>> schedule = make_schedule("linear")
+    >>> schedule.nearest(schedule.sigma(400))
+    400
+    """
+    return Schedule(find("schedule", SCHEDULES, name)(steps), image_range)

@@ -1,0 +1,220 @@
+"""``ebmkit sample --guide``, as a user meets it."""
+
+import json
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from command_line import ebmkit_command
+
+from ebmkit import ModelCard
+from ebmkit.generation import SamplingJob, default_folder
+from ebmkit.generation.guiding import VIEWS, guidance_asked, guide_by
+from ebmkit.generation.settings import make_settings
+from ebmkit.guidance import GUIDANCE_SCHEDULES, GUIDES
+from ebmkit.models import ModelConfig, load, save_model
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "generation"))
+from small import save_run
+
+NAMES = [str(n) for n in range(10)]
+QUICK = ["-n", 4, "--sampler", "ddim", "--steps", 12, "--device", "cpu"]
+AS_IN_THE_DOCS = [
+    "--label", 3, "--guidance", "energy", "--scale", 4, "--schedule",
+    "sigmoid:t0=500,y0=0.05,k=0.02",
+]  # fmt: skip
+
+
+def save_denoiser(folder, size=(8, 8), channels=1):
+    """A run of an untrained denoiser that takes the noise level: what a diffusion model is."""
+    config = ModelConfig(backbone={"kind": "drunet", "width": 4, "blocks": 1}, in_channels=channels)
+    folder.mkdir(parents=True)
+    torch.manual_seed(1)
+    card = ModelCard(image_size=size, channels=channels, sigma_range=(0.005, 80.0))
+    save_model(folder, config.build(), config, card)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("place")
+    save_denoiser(folder / "diffusion")
+    save_run(folder / "robust", 10, class_names=NAMES, objective="ce", sigma_range=None)
+    save_run(folder / "joint", 10, class_names=NAMES)
+    save_run(folder / "three")
+    save_run(folder / "unlabelled", 0)
+    save_run(folder / "colour", 10, class_names=NAMES, channels=3)
+    save_run(folder / "large", 10, class_names=NAMES, image_size=(16, 16))
+    return folder
+
+
+def refused(result, *told):
+    """One sentence on stderr, exit code 2, no traceback."""
+    assert result.returncode == 2, result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    for text in told:
+        assert text in result.stderr
+
+
+def samples(path):
+    with h5py.File(path / "samples.h5") as file:
+        return file["samples"][()], file["labels"][()] if "labels" in file else None
+
+
+def test_the_command_as_in_the_docs(place):
+    ask = ["sample", "diffusion", "--guide", "robust", *AS_IN_THE_DOCS, "-n", 2, "--steps", 5]
+    result = ebmkit_command(*ask, cwd=place)
+    assert result.returncode == 0, result.stderr
+    (out,) = (place / "diffusion" / "samples").iterdir()
+    document = json.loads((out / "sampling.json").read_text())
+    settings = document["settings"]
+    assert settings["sampler"] == "ddim"
+    assert settings["guidance"] == {
+        "guidance": "energy", "options": {}, "scale": 4.0, "view": "shrunk", "through": False,
+        "schedule": "sigmoid:t0=500,y0=0.05,k=0.02", "late": 0.0,
+    }  # fmt: skip
+    assert settings["guide"] == "robust"
+    assert len(settings["guide_digest"]) == 64
+    x, labels = samples(out)
+    assert np.isfinite(x).all()
+    assert labels.tolist() == [3, 3]
+    refused(ebmkit_command(*ask, cwd=place), "finished samples")
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("guidance", [g for g, e in GUIDES.items() if e.make is not None])
+def test_every_guide_and_view_moves_the_samples(place, guidance, view):
+    with_steps = {"n": 2} if guidance in ("pgd", "accumulated") else {}
+    asked = guidance_asked(place / "robust", guidance, 3.0, None, view, None, with_steps)
+    base = load(place / "diffusion")
+    ends = []
+    found = guide_by(base, asked, place / "robust", dataset="digits")
+    for model, extra in ((found.model, found.settings), (base, {})):
+        settings = make_settings(
+            model, "ddim", count=2, label="3" if extra else None, steps=4, **extra
+        )
+        folder = default_folder(place / "diffusion", settings)
+        job = SamplingJob(model, settings, _folder(folder, settings))
+        job.run()
+        ends.append(job.finished(0)["samples"])
+    assert ends[0].isfinite().all()
+    assert not torch.equal(*ends)
+
+
+def _folder(path, settings):
+    from ebmkit.generation import SamplingFolder
+
+    folder = SamplingFolder(path)
+    folder.begin(settings)
+    return folder
+
+
+def test_scale_0_gives_the_unguided_samples(place):
+    for out, more in (("none", ["--label", 3, "--guide", "robust", "--scale", 0]), ("plain", [])):
+        result = ebmkit_command("sample", "diffusion", *more, *QUICK, "--out", out, cwd=place)
+        assert result.returncode == 0, result.stderr
+    with (
+        h5py.File(place / "none" / "samples.h5") as a,
+        h5py.File(place / "plain" / "samples.h5") as b,
+    ):
+        assert np.array_equal(a["samples"][()], b["samples"][()])
+
+
+def test_an_interrupted_command_goes_on_and_other_guidance_is_refused(place, monkeypatch):
+    ask = ["sample", "diffusion", "--guide", "robust", "--label", "all", "--batch-size", 2, *QUICK]
+    whole = ebmkit_command(*ask, "--set", "eta=1", "--out", "whole", cwd=place)
+    assert whole.returncode == 0, whole.stderr
+    draw = SamplingJob._generator
+
+    def killed(self, number, step):
+        if (number, step) == (1, 2):
+            raise KeyboardInterrupt
+        return draw(self, number, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SamplingJob, "_generator", killed)
+        ebmkit_command(*ask, "--set", "eta=1", "--out", "broken", cwd=place)
+    assert not (place / "broken" / "samples.h5").exists()
+    for more, told in (
+        (["--scale", 2], "guidance.scale was 1.0 and is now 2.0"),
+        (["--late", 0.2], "guidance.late was 0.0 and is now 0.2"),
+        (["--guidance", "pgd"], "guidance"),
+    ):
+        other = ebmkit_command(*ask, "--set", "eta=1", *more, "--out", "broken", cwd=place)
+        refused(other, "unfinished samples of other settings", told)
+    later = ebmkit_command(*ask, "--set", "eta=1", "--out", "broken", cwd=place)
+    assert later.returncode == 0, later.stderr
+    for a, b in zip(samples(place / "whole"), samples(place / "broken"), strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_mean_energies_of_dual_are_stored_with_the_guide(place):
+    ask = ["sample", "diffusion", "--guide", "joint", "--label", 3, "--guidance", "dual",
+           "--guide-set", "lambda=0.3", "--dataset", "digits", *QUICK]  # fmt: skip
+    result = ebmkit_command(*ask, "--out", "dual", cwd=place)
+    assert result.returncode == 0, result.stderr
+    (stored,) = (place / "joint" / "energies").glob("digits-*.json")
+    kept = json.loads(stored.read_text())
+    settings = json.loads((place / "dual" / "sampling.json").read_text())["settings"]
+    assert settings["guide_means"] == kept["energy"]
+    assert settings["guidance"]["options"] == {"lambda": 0.3}
+    assert kept["digest"] == settings["guide_digest"]
+    assert sum(kept["images"]) > 1000
+
+
+def test_classifier_free_guidance_of_a_model_with_labels(place):
+    ask = ["sample", "joint", "--guidance", "classifier-free", "--label", "2", *QUICK]
+    result = ebmkit_command(*ask, "--scale", 2, "--out", "free", cwd=place)
+    assert result.returncode == 0, result.stderr
+    refused(
+        ebmkit_command("sample", "diffusion", *ask[2:], "--out", "free2", cwd=place),
+        "trained with labels, and this one was not",
+    )
+    refused(
+        ebmkit_command(*ask, "--guide", "robust", "--out", "free3", cwd=place),
+        "takes no guide",
+    )
+
+
+@pytest.mark.parametrize(
+    ("ask", "told"),
+    [
+        (["--guide", "robust"], "say which by --label, or all"),
+        (["--scale", "4", "--label", "3"], "--scale is of guidance, and there is no guide"),
+        (["--schedule", "linear"], "--schedule is of guidance"),
+        (["--guide-set", "n=3"], "--guide-set is of guidance"),
+        (["--guide", "robust", "--label", "12"], "label 12 is out of range"),
+        (
+            ["--guide", "robust", "--label", "frog"],
+            "label 'frog' is unknown: this model knows 0",
+        ),
+        (["--guide", "robust", "--label", "3", "--schedule", "cubic"], "write exact or constant"),
+        (["--guide", "robust", "--label", "3", "--schedule", "power:q=1"], "'q' is unknown"),
+        (["--guide", "robust", "--label", "3", "--guidance", "energi"], "did you mean 'energy'"),
+        (["--guide", "robust", "--label", "3", "--guide-set", "n=3"], "there is no field 'n'"),
+        (["--guide", "robust", "--label", "3", "--view", "dark"], "unknown view 'dark'"),
+        (["--guide", "robust", "--label", "3", "--scale", "-1"], "scale = -1"),
+        (["--guide", "robust", "--label", "3", "--late", "2"], "late = 2"),
+        (["--guide", "large", "--label", "3"], "size 8x8 and the guide 16x16"),
+        (["--guide", "colour", "--label", "3"], "channels 1 and the guide 3"),
+        (["--guide", "unlabelled", "--label", "3"], "was trained without"),
+        (["--guide", "diffusion", "--label", "3"], "gives no energies"),
+        (["--guide", "nowhere", "--label", "3"], "there is no run folder 'nowhere'"),
+    ],
+)
+def test_bad_input_is_told_in_a_sentence(place, ask, told):
+    refused(ebmkit_command("sample", "diffusion", *ask, "--out", "bad", cwd=place), told)
+    assert not (place / "bad").exists()
+
+
+def test_other_class_counts_are_refused(place):
+    ask = ["sample", "joint", "--guide", "three", "--label", "0", *QUICK, "--out", "bad"]
+    refused(ebmkit_command(*ask, cwd=place), "labels 10 and the guide 3")
+
+
+def test_guides_and_schedules_are_listed(place):
+    result = ebmkit_command("list", "guidance", cwd=place)
+    for name in [*GUIDES, *GUIDANCE_SCHEDULES]:
+        assert name in result.stdout

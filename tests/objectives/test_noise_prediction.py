@@ -1,0 +1,111 @@
+"""Noise prediction: dsm under the law of a diffusion, and labels that are hidden at random."""
+
+import pytest
+import torch
+
+from ebmkit import create_model
+from ebmkit.data import Batch, NoiseLaw
+from ebmkit.objectives import TermSettings, TrainingLoss, parse_objective
+from ebmkit.objectives.terms import hidden_labels
+from ebmkit.schedules import make_schedule
+
+
+def batch_of(count=6, classes=3):
+    generator = torch.Generator().manual_seed(3)
+    law = NoiseLaw(kind="diffusion")
+    x = torch.rand(count, 1, 8, 8, generator=generator)
+    eps = torch.randn(x.shape, generator=generator)
+    sigma = law.sample(count, generator, "cpu")
+    labels = torch.arange(count) % classes
+    soft = torch.nn.functional.one_hot(labels, classes).float()
+    return Batch(x, x + sigma[:, None, None, None] * eps, sigma, eps, labels, soft)
+
+
+def loss_of(model, objective, **ddpm):
+    settings = TermSettings.model_validate({"ddpm": ddpm})
+    return TrainingLoss(model, parse_objective(objective), settings=settings)
+
+
+def model_of(**options):
+    torch.manual_seed(0)
+    return create_model("gradresnet18", 3, in_channels=1, width=8, **options).eval()
+
+
+def test_it_is_score_matching_of_any_model():
+    """Our own joint model in the UNet's place: ddpm is dsm-mean, value and gradient."""
+    model, batch = model_of(), batch_of()
+    gradients = []
+    for objective in ("ddpm", "dsm-mean"):
+        model.zero_grad()
+        losses = loss_of(model, objective)({"denoise": batch})
+        losses.total.backward()
+        gradients.append([losses.total.detach(), *(p.grad.clone() for p in model.parameters())])
+    for ours, theirs in zip(*gradients, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("share", "same_as"), [(0.0, "cdsm-mean"), (1.0, "dsm-mean")])
+def test_at_its_ends_class_dropout_is_one_score_or_the_other(share, same_as):
+    model, batch = model_of(), batch_of()
+    ours = loss_of(model, "ddpm", class_dropout=share)({"denoise": batch}).total
+    theirs = loss_of(model, same_as)({"denoise": batch}).values[0]
+    torch.testing.assert_close(ours.detach(), theirs)
+    assert ours.requires_grad
+
+
+def test_a_hidden_label_leaves_the_score_of_the_image_alone():
+    """Half of the labels: the loss is the mean of the two scores' losses over their images."""
+    model, batch = model_of(), batch_of(40)
+    hidden = hidden_labels(batch.eps, 0.5)
+    assert 0 < hidden.sum() < 40
+    wide = batch.sigma[:, None, None, None]
+    plain = (wide * model.score(batch.y) + batch.eps).square().flatten(1).mean(1)
+    told = (wide * model.score(batch.y, batch.labels) + batch.eps).square().flatten(1).mean(1)
+    expected = torch.where(hidden, plain, told).mean().detach()
+    found = loss_of(model, "ddpm", class_dropout=0.5)({"denoise": batch}).total.detach()
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(plain, told, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_labels_are_hidden_at_random(share, dtype):
+    """The share within 4 standard errors; nothing of the noise's size or sign is told by it."""
+    count = 20_000
+    eps = torch.randn(count, 1, 2, 2, dtype=dtype)
+    hidden = hidden_labels(eps, share)
+    error = (share * (1 - share) / count) ** 0.5
+    assert float(hidden.double().mean()) == pytest.approx(share, abs=4 * error)
+    for statistic in (eps.flatten(1).sum(1), eps.square().flatten(1).sum(1)):
+        z = (statistic - statistic.mean()) / statistic.std()
+        assert abs(float(z[hidden].mean())) < 4 / (share * count) ** 0.5
+
+
+def test_which_labels_are_hidden_does_not_depend_on_how_a_batch_is_divided():
+    eps = torch.randn(12, 3, 8, 8)
+    whole = hidden_labels(eps, 0.5)
+    parts = torch.cat([hidden_labels(part, 0.5) for part in eps.flip(0).split(5)])
+    assert torch.equal(whole, parts.flip(0))
+    assert not torch.equal(whole, hidden_labels(torch.randn_like(eps), 0.5))
+
+
+def test_labels_are_needed_only_where_the_network_is_told_them():
+    (plain,) = loss_of(model_of(), "ddpm").terms
+    (told,) = loss_of(model_of(), "ddpm", class_dropout=0.1).terms
+    assert not plain.objective.needs_labels
+    assert told.objective.needs_labels
+    assert told.objective.needs_hard_labels
+    (term,) = parse_objective("ddpm")
+    assert term == parse_objective("ddpm")[0]
+
+
+def test_all_levels_of_the_schedule_are_drawn_alike():
+    """40 draws of each of the 1000 levels: chi-square within 5 of its standard deviations."""
+    law = NoiseLaw(kind="diffusion", schedule="cosine")
+    levels = make_schedule("cosine").sigmas.float()
+    drawn = law.sample(40_000, torch.Generator().manual_seed(0), "cpu")
+    assert law.range == make_schedule("cosine").sigma_range
+    assert set(drawn.tolist()) <= set(levels.tolist())
+    counts = torch.bincount(torch.searchsorted(levels, drawn), minlength=1000)
+    chi_square = float(((counts - 40) ** 2 / 40).sum())
+    assert chi_square == pytest.approx(999, abs=5 * (2 * 999) ** 0.5)

@@ -1,0 +1,171 @@
+"""Training diffusion models from the command line: one schedule for all parts of a run."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from command_line import ebmkit_command
+
+import ebmkit
+from ebmkit.errors import UserError
+from ebmkit.models import DiffusionModel
+from ebmkit.sampling import DDIM, SAMPLERS
+from ebmkit.schedules import make_schedule
+from ebmkit.training import RECIPES, parse_assignments, resolve
+from ebmkit.training.assemble import assemble
+from ebmkit.training.recipes import recipe_for
+
+SMALL = [
+    *("--set", "model.backbone.width=8", "--set", "model.backbone.multipliers=[1, 2]"),
+    *("--set", "model.backbone.blocks=1", "--steps", 3, "--device", "cpu"),
+    *("--set", "streams.denoise.batch_size=8", "--set", "validation_images=16"),
+]
+
+
+def said(*assignments, **named):
+    return resolve(named, parse_assignments(assignments))
+
+
+def test_the_schedule_is_said_once():
+    config = said("objective.ddpm.schedule=cosine", backbone="unet", objective="ddpm")
+    law, network = config.streams.denoise.noise, config.model.backbone
+    assert (law.kind, law.schedule) == ("diffusion", "cosine")
+    assert law.range == make_schedule("cosine").sigma_range
+    assert (network.schedule, network.class_conditional) == ("cosine", False)
+    told = said("objective.ddpm.class_dropout=0.1", backbone="unet", objective="ddpm")
+    assert told.model.backbone.class_conditional
+    assert told.model.backbone.schedule == "linear"
+
+
+def test_a_resolved_configuration_resolves_to_itself():
+    config = said("objective.ddpm.class_dropout=0.1", backbone="unet", objective="ddpm")
+    again = resolve(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json"))))
+    assert again == config
+
+
+def test_a_joint_model_can_be_the_denoiser():
+    config = said(backbone="gradresnet18", objective="ce+ddpm")
+    assert config.streams.denoise.noise.kind == "diffusion"
+    assert config.streams.classify.noise.kind == "squared-uniform"
+    alone = said(backbone="gradresnet18", objective="ddpm")
+    assert alone.model.backbone.kind == "gradresnet"
+
+
+@pytest.mark.parametrize(
+    ("assignments", "words"),
+    [
+        (["streams.denoise.noise.kind=uniform"], "streams.denoise.noise.kind is 'uniform'"),
+        (["streams.denoise.noise.schedule=cosine"], "noise.schedule is 'cosine': leave that out"),
+        (["model.backbone.schedule=cosine"], "schedule = 'cosine' contradicts objective.ddpm.sch"),
+        (["model.backbone.class_conditional=true"], "contradicts objective.ddpm.class_dropout"),
+        (["model.backbone.timesteps=100"], "timesteps = 100 contradicts the noise law"),
+        (["objective.ddpm.schedule=sigmoid"], "'sigmoid' is not legal"),
+    ],
+    ids=str,
+)
+def test_contradictions_are_refused(assignments, words):
+    with pytest.raises(UserError, match=words):
+        said(*assignments, backbone="unet", objective="ddpm")
+
+
+def test_recipes_of_diffusion_models():
+    assert recipe_for("digits", "ddpm") == RECIPES["digits-ddpm"].config
+    assert recipe_for("cifar10", "ddpm") == RECIPES["cifar10-ddpm"].config
+    assert recipe_for("folder", "ddpm")["backbone"] == "unet"
+    assert recipe_for("digits", "ce+ddpm") == RECIPES["digits"].config
+    config = resolve({"objective": "ddpm"})
+    assert (config.backbone, config.dataset.name) == ("unet", "digits")
+    # Ho et al. 2020, appendix B
+    theirs = resolve(recipe="cifar10-ddpm")
+    assert (theirs.steps, theirs.optimizer.lr, theirs.optimizer.ema) == (800_000, 2e-4, 0.9999)
+    assert theirs.streams.denoise.batch_size == 128
+    assert theirs.streams.denoise.augmentation.flip
+    assert theirs.model.backbone.dropout == 0.1
+    assert theirs.backbone == "unet-cifar10"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of a class-conditional UNet, from the command line to its evaluation."""
+    pytest.importorskip("diffusers")
+    folder = tmp_path_factory.mktemp("ddpm")
+    ask = ["train", "--dataset", "digits", "--backbone", "unet", "--objective", "ddpm", *SMALL]
+    ask += ["--set", "objective.ddpm.class_dropout=0.2", "--out", "run"]
+    ended = ebmkit_command(*ask, cwd=folder)
+    assert ended.returncode == 0, ended.stderr
+    assert "PSNR dB" in ended.stdout
+    return folder / "run"
+
+
+def test_a_run_leaves_a_model_and_its_evaluation(run):
+    model = ebmkit.load(run)
+    assert isinstance(model, DiffusionModel)
+    assert (model.num_classes, model.null_label) == (10, True)
+    assert model.card.sigma_range == pytest.approx(make_schedule("linear").sigma_range)
+    assert not model.card.classifies
+    found = [path.stem for path in (run / "evaluation").rglob("*.json")]
+    assert found == ["denoise"]
+
+
+def test_samples_by_ddim_on_its_own_schedule_with_and_without_a_label(run):
+    for label in ([], ["--label", "3"]):
+        out = run.parent / f"samples{len(label)}"
+        ask = ["sample", run, "-n", 2, "--steps", 3, *label, "--out", out, "--device", "cpu"]
+        ended = ebmkit_command(*ask, cwd=run.parent)
+        assert ended.returncode == 0, ended.stderr
+        document = json.loads((out / "sampling.json").read_text())
+        assert document["settings"]["sampler"] == "ddim"
+        assert document["settings"]["start"] == "noise"
+    ended = ebmkit_command("sample", run, "--label", "eleven", "--out", "x", cwd=run.parent)
+    assert ended.returncode == 2
+    assert "label 'eleven' is unknown" in ended.stderr
+
+
+def test_the_model_s_schedule_is_sampled_and_no_other():
+    pytest.importorskip("diffusers")
+    config = said("objective.ddpm.schedule=cosine", backbone="unet", objective="ddpm")
+    small = {**config.model.backbone.model_dump(), "width": 8, "blocks": 1}
+    model = ebmkit.models.create_denoiser("unet", 1, **small)
+    sampler = SAMPLERS["ddim"].build(model)
+    assert isinstance(sampler, DDIM)
+    assert sampler.schedule is model.schedule
+    settings = SAMPLERS["ddim"].config
+    assert SAMPLERS["ddim"].build(model, None, settings(schedule="cosine")).steps == 100
+    with pytest.raises(UserError, match="schedule 'linear' is not the one"):
+        SAMPLERS["ddim"].build(model, None, settings(schedule="linear"))
+    with pytest.raises(UserError, match="labels cannot be asked of this model"):
+        SAMPLERS["ddim"].build(model, 3)
+    with pytest.raises(UserError, match="has no log-density"):
+        SAMPLERS["mala"].build(model)
+
+
+@pytest.mark.usefixtures("counted_once")
+def test_an_interrupted_run_with_dropout_goes_on_to_the_same_bits(tmp_path):
+    """Dropout is keyed by the step, whatever was drawn in between."""
+    pytest.importorskip("diffusers")
+    from ebmkit.training import RunFolder
+
+    layer = parse_assignments(
+        [f"{v}" for v in SMALL if "=" in str(v)]
+        + ["model.backbone.dropout=0.5", "checkpoint_every=2", "optimizer.ema=0.9", "device=cpu"]
+    )
+    config = resolve({"backbone": "unet", "objective": "ddpm", "steps": 4}, layer)
+    whole = assemble(config, RunFolder.create(tmp_path / "whole", config))
+    whole.fit()
+    cut = assemble(config, RunFolder.create(tmp_path / "cut", config))
+    cut.model.train()
+    batches = cut._batches(0, 4)
+    for _ in range(2):
+        cut._advance(batches, False)
+        cut._read()
+    cut.save()
+    torch.rand(7)
+    resumed = assemble(config, RunFolder.open(tmp_path / "cut"))
+    assert resumed.step == 2
+    resumed.fit()
+    ends = [ebmkit.load(tmp_path / name).state_dict() for name in ("whole", "cut")]
+    averaged = whole.trained.state_dict()
+    for key, value in ends[0].items():
+        assert torch.equal(value, ends[1][key]), key
+        assert torch.equal(value, averaged[key])
