@@ -231,6 +231,7 @@ def _models(setting: Setting) -> dict[str, EnergyModel]:
         while name in found:
             number += 1
             name = f"{base}-{number}"
+        model.set_inference(setting.model.inference.precision)
         found[name] = model
     for model in found.values():
         reading_of(model, config.energies)
