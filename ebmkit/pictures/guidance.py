@@ -21,7 +21,7 @@ def samples_of_ways(ways: Sequence[tuple[str, str, Tensor]], path: Path) -> None
         path: the PNG file.
     """
     columns = max(len(images) for _, _, images in ways)
-    cell, left = 0.42, 4.6
+    cell, left = 0.42, 4.0
     figure = new_figure(left + cell * columns + 0.1, cell * len(ways) + 0.35)
     width, height = figure.get_size_inches()
     for row, (name, about, images) in enumerate(ways):
@@ -80,7 +80,7 @@ def compare_ways(ways: Sequence[dict[str, Any]], path: Path) -> None:
     axes[0].set_xlim(0, 1)
     axes[2].axvline(1, color=ORANGE, linewidth=0.8)
     axes[4].axvline(0, color=ORANGE, linewidth=0.8)
-    axes[1].set_xscale("log")
+    axes[1].set_xlim(left=0)
     axes[0].set_yticks(places, [way["name"] for way in ways], fontsize=7)
     axes[0].invert_yaxis()
     save_figure(figure, path)

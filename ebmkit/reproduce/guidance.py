@@ -163,6 +163,7 @@ class _Study:
             return None
         first, *others = chosen
         model = self._model(first.name)
+        options["name"] = first.name
         options["beside"] = [str(self.rows.folder(row)) for row in others]
         wanted = {"options": options, "digests": [self._digest(row.name) for row in chosen]}
         path = self.folder / f"{name}.json"

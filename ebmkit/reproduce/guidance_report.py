@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ebmkit.evaluation.robustness_grid import names
 from ebmkit.files import write_atomically
 from ebmkit.reproduce.guidance_rows import TABLE_2_1
 
@@ -22,6 +23,7 @@ GROUPS = {
     "rivals": "Rivals: told the noise (log p(y|x, t)), or trained with labels",
     "own": "A joint model in the place of the UNet",
 }
+HEADS = ("s", "eta", "recognised", "distance (real)", "diversity", "saturated", "gap", "time")
 
 
 def write(report: dict[str, Any], shown: Mapping[str, Tensor], folder: Path) -> list[Path]:
@@ -83,8 +85,7 @@ def _grid(document: dict[str, Any] | None) -> list[str]:
 
 
 def _grid_table(document: dict[str, Any]) -> list[str]:
-    columns = document["columns"]
-    heads = [f"{column['name']}" for column in columns]
+    columns, heads = document["columns"], names(document)
     lines = [
         f"Accuracy in % (95 % interval) on {document['options']['images']} test images at most, "
         f"{document['options']['steps']}-step PGD; rows: eps of the attack.",
@@ -161,9 +162,9 @@ def _ways(report: dict[str, Any]) -> list[str]:
         "interval). *Distance*: Frechet distance in the judge's features to real images of the "
         "class, mean over classes; of few images it is biased upwards, and *real* is what as many "
         "real images have. *Diversity*: 1 if images of a class differ as real ones do. "
-        "*Saturated*: pixel values at the ends of the range, %, real images' in brackets. *Gap*: mean E(x) "
-        "under the most robust classifier, minus real images', nats. *Time*: seconds an image. "
-        f"Scales s are the thesis's times {amount['strength']:g}, where they are not 1.",
+        "*Saturated*: pixel values at the ends of the range, %, real images' in brackets. "
+        "*Gap*: mean E(x) under the most robust classifier, minus real images', nats. *Time*: seconds "
+        f"an image. Scales s are the thesis's times {amount['strength']:g}, where they are not 1.",
         "",
     ]
     for group, title in GROUPS.items():
@@ -173,8 +174,8 @@ def _ways(report: dict[str, Any]) -> list[str]:
         lines += [
             f"#### {title}",
             "",
-            "| way | | s | eta | recognised | distance (real) | diversity | saturated | gap | time |",
-            "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+            f"| way | | {' | '.join(HEADS)} |",
+            "| --- | --- |" + " ---: |" * len(HEADS),
             *(_way(way) for way in own),
             "",
         ]
