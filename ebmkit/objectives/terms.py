@@ -380,7 +380,7 @@ ALIASES: dict[str, tuple[str, ...]] = {"jem": ("ce", "ml")}
 
 
 def check_labels(
-    name: str, objective: Objective, num_classes: int, mixes: bool, stream: str
+    name: str, objective: Objective, num_classes: int, mixes: bool = False, stream: str = ""
 ) -> None:
     """Whether the data of ``stream`` can serve ``objective``.
 

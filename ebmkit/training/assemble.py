@@ -9,6 +9,8 @@ import torch
 from ebmkit.core import ScoreModel
 from ebmkit.data import AnyImages, load_dataset
 from ebmkit.models import ModelConfig
+from ebmkit.objectives import parse_objective
+from ebmkit.objectives.terms import check_labels
 from ebmkit.parallel import World
 from ebmkit.training.checks import trained_size
 from ebmkit.training.config import DataConfig, TrainConfig
@@ -76,6 +78,8 @@ def assemble(
         world.from_first(None)
     if config.dataset.limit is not None:
         train = train.first(config.dataset.limit)
+    for term in parse_objective(config.objective):  # before the network, whose head may want some
+        check_labels(term.name, term.objective, train.num_classes)
     validation = None
     if config.validation_images:
         validation = images_of(config.dataset, "validation").first(config.validation_images)
