@@ -79,9 +79,9 @@ KAWAR = Row(
 
 OWN = Row(
     "own-diffusion",
-    "joint GradResNet told the noise (ce+ddpm), in the UNet's place",
+    "joint GradResNet told the noise (ce+10*ddpm), in the UNet's place",
     "own-diffusion",
-    {"objective": "ce+ddpm"} | _OF_TIME,
+    {"objective": "ce+10*ddpm"} | _OF_TIME,
 )
 
 ON_GRID = (PLAIN, *ROBUST, ROBUST_DSM)
