@@ -163,8 +163,9 @@ def _ways(report: dict[str, Any]) -> list[str]:
         "class, mean over classes; of few images it is biased upwards, and *real* is what as many "
         "real images have. *Diversity*: 1 if images of a class differ as real ones do. "
         "*Saturated*: pixel values at the ends of the range, %, real images' in brackets. "
-        "*Gap*: mean E(x) under the most robust classifier, minus real images', nats. *Time*: seconds "
-        f"an image. Scales s are the thesis's times {amount['strength']:g}, where they are not 1.",
+        "*Gap*: mean E(x) under the most robust classifier, minus real images', nats. "
+        "*Time*: seconds an image. Scales s are the thesis's times "
+        f"{amount['strength']:g}, where they are not 1.",
         "",
     ]
     for group, title in GROUPS.items():
