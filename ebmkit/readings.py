@@ -9,7 +9,8 @@ reading     E(y)                                             E(y, c)
 
 With a head ``logit`` the two are one. With another, a model whose objective trains labels alone
 (``ce``, ``adv``, ``trades``) has a density that nothing trained, and logits that RCG (eq.
-2.32-2.38) and JEM read as energies. ``auto`` takes the logits there, and the model's own density elsewhere.
+2.32-2.38) and JEM read as energies. ``auto`` takes the logits there, and the model's own density
+elsewhere.
 """
 
 from __future__ import annotations

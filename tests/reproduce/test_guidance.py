@@ -11,6 +11,7 @@ from ebmkit.models import create_denoiser, create_model
 from ebmkit.reproduce.guidance_report import markdown
 from ebmkit.reproduce.guidance_rows import AMOUNTS, NETWORKS, WAYS, Way
 from ebmkit.reproduce.guided import Drawing, keep_drawing
+from ebmkit.reproduce.keeping import alone
 from ebmkit.reproduce.scales import SCALES
 from ebmkit.training import RECIPES, resolve
 
@@ -53,6 +54,11 @@ def test_at_full_scale_networks_have_the_published_recipes():
     assert of("robust-0.5").steps == of("plain").steps == robust.steps
     assert of("diffusion").steps == RECIPES["cifar10-ddpm"].config["steps"]
     assert of("jem").steps == RECIPES["jem"].config["steps"]
+
+
+def test_rows_whose_names_have_dots_have_locks_of_their_own(tmp_path):
+    with alone(tmp_path / "robust-0.25"), alone(tmp_path / "robust-0.5"):
+        assert {p.name for p in tmp_path.iterdir()} == {"robust-0.25.lock", "robust-0.5.lock"}
 
 
 def test_scales_are_multiplied_unless_they_are_exact():
