@@ -51,6 +51,7 @@ GPU: dict[str, dict[str, Any]] = {
     "base": {
         "model": {"backbone": {"width": 64}},
         "streams": {"classify": {"batch_size": 256}, "denoise": {"batch_size": 128}},
+        "optimizer": {"lr": 1e-3},
         "steps": 4000,
         "checkpoint_every": 500,
     },
