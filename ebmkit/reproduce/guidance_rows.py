@@ -301,7 +301,7 @@ AMOUNTS: dict[str, Amount] = {
     "cpu": Amount(
         per_class=12,
         steps=50,
-        strength=5.0,
+        strength=2.5,
         real=2000,
         etas=(0.0, 0.2, 0.5, 1.0),
         lengths=(10, 20, 50),
