@@ -111,11 +111,10 @@ def _directed(gradient: Tensor, direction: Direction) -> Tensor:
 def _within(offset: Tensor, radius: float | Tensor, ball: Ball) -> Tensor:
     """The nearest offset (B, ...) in the ball."""
     if ball == "linf":
-        bound = torch.as_tensor(per_chain(radius, offset)).to(offset)
-        return torch.minimum(torch.maximum(offset, -bound), bound)
+        bound = per_chain(radius, offset)
+        return torch.clamp(offset, -bound, bound)  # type: ignore[arg-type]  # both are of one kind
     norm = torch.linalg.vector_norm(offset.flatten(1), dim=1)
-    longest = torch.maximum(norm, torch.as_tensor(radius).to(norm))
-    return offset * per_chain(radius / longest, offset)
+    return offset * per_chain(radius / norm.clamp_min(radius), offset)
 
 
 def _checked(name: str, value: float | Tensor) -> float | Tensor:

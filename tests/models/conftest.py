@@ -9,6 +9,7 @@ from ebmkit.models import BACKBONES, HEADS
 SMALLEST = {
     "gradresnet18-imagenet": 32,
     "resnet18-imagenet": 32,
+    "resnet50-imagenet": 32,
 }  # total stride 16: below this the last maps are one pixel
 NUM_CLASSES = 3
 

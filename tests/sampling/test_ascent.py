@@ -71,6 +71,22 @@ def test_chains_stay_in_the_ball(ball):
     torch.testing.assert_close(norm, torch.full((6,), 0.15, dtype=torch.float64))
 
 
+@pytest.mark.parametrize(("direction", "ball"), [("l2", "l2"), ("sign", "linf")])
+def test_numbers_of_each_chain_are_those_it_would_have_alone(direction, ball):
+    target, x = model(), start()
+    steps, radii = torch.rand(2, 6, dtype=torch.float64, generator=known.generator()) / 5 + 0.02
+    low, high = torch.full((6,), -torch.inf).double(), torch.full((6,), torch.inf).double()
+    low[0], high[0] = 0.4, 0.6
+    density = label_density_of(target, 1)
+    together = known.run(Ascent(density, steps, direction, radii, ball, (low, high)), x, 5)
+    for i in range(6):
+        bounds = (float(low[i]), float(high[i]))
+        one = Ascent(density, float(steps[i]), direction, float(radii[i]), ball, bounds)
+        alone = known.run(one, x[i : i + 1], 5)
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=0, atol=1e-12)
+    assert together[0].max() <= 0.6
+
+
 def test_a_point_without_gradient_stays():
     sampler = Ascent(lambda x, sigma=None: (x.sum(1), torch.zeros_like(x)), 0.5, bounds=None)
     x = torch.rand(3, 4)
