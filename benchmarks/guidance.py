@@ -64,7 +64,11 @@ GPU: dict[str, dict[str, Any]] = {
         "checkpoint_every": 500,
     },
     "jem": {"model": {"backbone": {"width": 64}}, "steps": 2000},
-    "own-diffusion": {"streams": {"denoise": {"batch_size": 128}}, "steps": 6000},
+    "own-diffusion": {
+        "streams": {"denoise": {"batch_size": 128}},
+        "optimizer": {"lr": 5e-4, "ema": 0.999},
+        "steps": 6000,
+    },
 }
 
 

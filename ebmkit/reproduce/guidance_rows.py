@@ -79,9 +79,13 @@ KAWAR = Row(
 
 OWN = Row(
     "own-diffusion",
-    "joint GradResNet told the noise (ce+10*ddpm), in the UNet's place",
+    "joint GradResNet told the noise, by noise prediction alone, in the UNet's place",
     "own-diffusion",
-    {"objective": "ce+10*ddpm"} | _OF_TIME,
+    {
+        "objective": "ddpm",
+        "terms": {"ddpm": {"class_dropout": 0.1}},
+        "model": {"noise_conditional": True},
+    },
 )
 
 ON_GRID = (PLAIN, *ROBUST, ROBUST_DSM)
@@ -228,10 +232,10 @@ WAYS: tuple[Way, ...] = (
     *(_of_time(row, exact) for row in (OF_TIME, KAWAR, OWN) for exact in (True, False)),
     _free(1.0),
     _free(3.0),
-    Way("own", "the joint model alone, unguided", base="own-diffusion", group="own"),
+    Way("own", "the joint model, unguided", base="own-diffusion", group="own"),
     Way(
         "own free 1",
-        "the joint model alone, its own score of the label",
+        "the joint model by its own score of the label",
         None,
         {"guidance": "classifier-free", "scale": 1.0},
         base="own-diffusion",
