@@ -304,7 +304,7 @@ AMOUNTS: dict[str, Amount] = {
     ),
     "cpu": Amount(
         per_class=12,
-        steps=50,
+        steps=25,
         strength=2.5,
         real=2000,
         etas=(0.0, 0.2, 0.5, 1.0),

@@ -368,7 +368,10 @@ _CIFAR_ROBUST_SHORT: dict[str, Any] = {
     "backbone": "gradresnet18-imagenet",
     "head": "logit",
     "objective": "adv",
-    "terms": {"adv": {"steps": 3}, "trades": {"steps": 3}},
+    "terms": {
+        "adv": {"steps": 3, "warmup_steps": 200},
+        "trades": {"steps": 3, "warmup_steps": 200},
+    },
     "streams": {
         "classify": {"batch_size": 128, "noise": _NO_NOISE, "augmentation": {"flip": True}},
         "denoise": _CIFAR_SHORT["streams"]["denoise"],
@@ -381,6 +384,7 @@ _DIGITS_ROBUST: dict[str, Any] = {
     **_DIGITS,
     "head": "logit",
     "objective": "adv",
+    "terms": {"adv": {"warmup_steps": 200}, "trades": {"warmup_steps": 200}},
     "model": {"backbone": {"width": 8}},
     "streams": {
         "classify": {"batch_size": 128, "noise": _NO_NOISE, "augmentation": {"crop_padding": 1}},

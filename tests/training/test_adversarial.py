@@ -30,7 +30,7 @@ from ebmkit.training.rehearse import Recorder, unreached
 TINY = {
     "objective": "adv",
     "model": {"backbone": {"width": 8}},
-    "terms": {"adv": {"steps": 2}, "trades": {"steps": 2}},
+    "terms": {"adv": {"steps": 2, "warmup_steps": 0}, "trades": {"steps": 2, "warmup_steps": 0}},
     "streams": {"classify": {"batch_size": 8}, "denoise": {"batch_size": 8}},
     "steps": 6,
     "log_every": 1,
@@ -213,6 +213,23 @@ def test_radii_of_noisy_images_are_those_of_what_a_diffusion_model_sees():
     plain = attacked(model, batch, **settings | {"variance_preserving": False})
     moved = (plain - batch.y)[2:].flatten(1).norm(dim=1)
     torch.testing.assert_close(moved, torch.full((4,), 0.2).double())
+
+
+def test_radii_grow_during_warm_up_and_are_full_where_it_is_measured():
+    model, batch = classifier(), draw()
+    sigma = torch.full((6,), 3.0).double()  # noisy images, which nothing clips
+    batch = batch._replace(sigma=sigma, y=batch.x + 3 * batch.eps)
+    settings = {"eps": 0.4, "steps": 3, "step_size": 10.0, "warmup_steps": 3}
+    own = attacks(model, **settings)
+
+    def radius(step):
+        moved = own.attack("classify", batch, step) - batch.y
+        return moved.flatten(1).norm(dim=1)
+
+    for step, share in ((0, 0.25), (1, 0.5), (2, 0.75), (3, 1.0), (9, 1.0)):
+        torch.testing.assert_close(radius(step), torch.full((6,), share * 0.4).double())
+    own.warm = True
+    torch.testing.assert_close(radius(0), torch.full((6,), 0.4).double())
 
 
 def test_the_attack_leaves_the_network_as_it_was():
