@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from ebmkit.reproduce import TABLES
 from ebmkit.reproduce.figures import FIG4
+from ebmkit.reproduce.guidance_rows import AMOUNTS
 from ebmkit.reproduce.tables import CLAIMS, GRID
 
 PICTURES = (
     *(f"{name}.png" for name in ("table1", "table2", "table3", "claims", "claims-beyond")),
     *(f"{name}.png" for name in ("fig1", "fig3", "fig3-spectrum", "fig3-linearity", "fig4")),
+    *(f"guidance-{name}.png" for name in ("samples", "ways", "diffusion-path", "robustness-grid")),
 )
+
+ROBUST_MARGIN, GUIDED_MARGIN = 0.1, 0.3
+"""Of accuracy at l2 0.5, robust over plain; of recognised samples, guided over unguided."""
 
 
 def main(folder: Path) -> None:
@@ -36,8 +42,23 @@ def main(folder: Path) -> None:
     assert [cell["name"] for cell in figures["fig3"]["cells"]] == [row.name for row in GRID]
     attacked = [name for name, found in figures["fig4"]["documents"].items() if found]
     assert len(attacked) == len(FIG4), attacked
+    check_guidance(json.loads((folder / "guidance.json").read_text()))
     for name in PICTURES:
         assert (folder / name).stat().st_size > 10_000, name
+
+
+def check_guidance(report: dict[str, Any]) -> None:
+    """Whether training under attack and guidance do what they are for, by the stated margins."""
+    at = report["grid"]["epsilons"].index(0.5)
+    robust = {c["name"]: c["accuracy"][at]["value"] for c in report["grid"]["columns"]}
+    assert robust["robust-0.5"] > robust["plain"] + ROBUST_MARGIN, robust
+    ways = {way["name"]: way for way in report["ways"]}
+    assert list(ways) == [w for w in ways if w in AMOUNTS["smoke"].ways], list(ways)
+    assert len(ways) == len(AMOUNTS["smoke"].ways)
+    seen = {name: way["accuracy"]["value"] for name, way in ways.items()}
+    for name in ("energy", "by robust-0.5", "free 1"):
+        assert seen[name] > seen["unguided"] + GUIDED_MARGIN, seen
+    print(f"guidance: {len(ways)} ways, robust {robust}, recognised {seen}")
 
 
 if __name__ == "__main__":

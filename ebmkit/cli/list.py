@@ -26,6 +26,7 @@ class Kind(StrEnum):
     suites = "suites"
     samplers = "samplers"
     tasks = "tasks"
+    checkpoints = "checkpoints"
     guidance = "guidance"
 
 
@@ -36,6 +37,7 @@ def tables() -> dict[str, dict[str, str]]:
     from ebmkit.generation import TASKS
     from ebmkit.guidance import GUIDANCE_SCHEDULES, GUIDES
     from ebmkit.models import BACKBONES, DENOISERS, HEADS
+    from ebmkit.models.foreign import KINDS
     from ebmkit.objectives import ALIASES, OBJECTIVES
     from ebmkit.sampling.presets import SAMPLERS
     from ebmkit.training import RECIPES
@@ -51,6 +53,7 @@ def tables() -> dict[str, dict[str, str]]:
         "suites": {name: suite.about for name, suite in SUITES.items()},
         "samplers": {name: sampler.about for name, sampler in SAMPLERS.items()},
         "tasks": {name: task.about for name, task in TASKS.items()},
+        "checkpoints": dict(KINDS),
         "guidance": {name: guide.about for name, guide in GUIDES.items()}
         | {f"--schedule {kind.form}": kind.about for kind in GUIDANCE_SCHEDULES.values()},
     }

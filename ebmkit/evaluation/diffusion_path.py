@@ -12,7 +12,7 @@ Of every view are measured accuracy and the means of E(x) and of E(x, y) of the 
 
 ``diffusion-path.json`` holds, beside the common entries (``sigmas`` are those of the timesteps):
 ``timesteps``, ``abar``, ``chance`` (one over the number of classes), ``views`` (in words),
-``files`` (what the file of samples says, or null) and ``models``, by name (``this run`` is the one
+``files`` (what the file of samples says, or null) and ``models``, by name (the first is the one
 evaluated) ``reading`` (of its energies), ``clean``, ``path``, ``chance_from``, ``classes`` and
 ``samples``. ``clean`` and each entry of ``path[view]`` have ``accuracy``, ``energy`` and
 ``joint_energy``, the latter two with ``std`` over images; the entries of ``path`` also ``t``,
@@ -56,7 +56,6 @@ if TYPE_CHECKING:
 __all__ = ["DIFFUSION_PATH", "draw", "run", "table"]
 
 SHORT = {"timestep": "x_t", "image": "image", "dark": "dark", "faded": "faded"}
-OWN = "this run"
 SHOWN = 9
 LISTED = (0.1, 0.2, 0.4, 1.0)
 """Shares of the last timestep at which the table tells accuracy."""
@@ -211,7 +210,7 @@ def _models(setting: Setting) -> dict[str, EnergyModel]:
 
     assert isinstance(setting.model, EnergyModel)
     config = setting.option(DiffusionPathConfig)
-    found: dict[str, EnergyModel] = {OWN: setting.model}
+    found: dict[str, EnergyModel] = {setting.option(DiffusionPathConfig).name: setting.model}
     for path in config.beside:
         model = load(path, device=str(setting.device))
         known = setting.model.num_classes
@@ -231,6 +230,7 @@ def _models(setting: Setting) -> dict[str, EnergyModel]:
         while name in found:
             number += 1
             name = f"{base}-{number}"
+        model.set_inference(setting.model.inference.precision)
         found[name] = model
     for model in found.values():
         reading_of(model, config.energies)

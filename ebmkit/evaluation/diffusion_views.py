@@ -56,6 +56,7 @@ class DiffusionPathConfig(BaseModel):
     steps: int = Field(1000, ge=2, description="timesteps T of the diffusion model")
     step: int = Field(50, ge=1, description="timesteps from one measured to the next")
     until: int | None = Field(None, ge=0, description="the last timestep [default: T - 1]")
+    name: str = Field("this run", description="what the run evaluated is called")
     beside: tuple[Path, ...] = Field(
         (), description="run folders of further classifiers, drawn in the same pictures"
     )

@@ -2,35 +2,25 @@ r"""Energies of images and labels, and their statistics by class.
 
 .. math:: E(x) = -\log p(x), \qquad E(x, y) = -\log p(x, y) = E(x) - \log p(y \mid x),
 
-in nats, up to one constant of the model. They can be read in two ways:
-
-========== ========================================== =======================================
-reading    E(x)                                       E(x, y)
-========== ========================================== =======================================
-``model``  the model's own -log density               that, minus log p(y|x)
-``logits`` -logsumexp of the logits                   -logit of y (RCG eq. 2.32-2.38)
-========== ========================================== =======================================
-
-For the head ``logit`` both are the same. A head with a density of its own that no objective trained
-(``ce`` or ``adv`` alone) has nothing to say by it, so ``auto`` takes the logits there, and the
-model's own density everywhere else.
+in nats, up to one constant of the model, read as `ebmkit.readings` says: where a head has a density
+of its own that no objective trained (``ce`` or ``adv`` alone), off the logits.
 
 Noise-conditional models are told that clean images have noise 0.
 
-RCG stands for the thesis "Robust classifier guidance" (Sapienza, 2024).
+RCG stands for the thesis "Classifier-free Diffusion Guidance with a Robust Energy-Based Classifier"
+(Sapienza, 2024).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ebmkit.core import EnergyModel, Noise
-from ebmkit.errors import UserError
 from ebmkit.evaluation import statistics
-from ebmkit.objectives import parse_objective
+from ebmkit.readings import Reading, reading_of
 
 __all__ = [
     "ImageEnergies",
@@ -40,28 +30,6 @@ __all__ = [
     "reading_of",
     "spread",
 ]
-
-Reading = Literal["auto", "model", "logits"]
-
-
-def reading_of(model: EnergyModel, reading: Reading = "auto") -> Reading:
-    """How the energies of ``model`` are read, ``model`` or ``logits``; see the module's table.
-
-    Raises:
-        UserError: if logits are asked for and the model has none.
-    """
-    if reading == "logits" and not model.num_classes:
-        raise UserError("this model has no labels, so its energies cannot be read off logits")
-    if reading != "auto":
-        return reading
-    if not model.num_classes or model.card is None:
-        return "model"
-    try:
-        terms = [term.objective for term in parse_objective(model.card.objective)]
-    except UserError:  # an imported model, or one composed by hand
-        return "model"
-    trained = any(term.needs_score or term.likelihood is not None for term in terms)
-    return "model" if trained else "logits"
 
 
 class ImageEnergies(NamedTuple):

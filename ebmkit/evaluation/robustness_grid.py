@@ -75,6 +75,7 @@ class RobustnessGridConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    name: str = Field("", description="what the run evaluated is called")
     beside: Annotated[tuple[str, ...], AfterValidator(_distinct)] = Field(
         (), description="folders of more runs, a column each"
     )
@@ -150,7 +151,11 @@ def _columns(setting: Setting) -> list[_Column]:
     from ebmkit.models import load
 
     assert isinstance(setting.model, EnergyModel)
-    found = [_Column("", setting.model, trained(setting.model.card))]
+    found = [
+        _Column(
+            setting.option(RobustnessGridConfig).name, setting.model, trained(setting.model.card)
+        )
+    ]
     for run in setting.option(RobustnessGridConfig).beside:
         model = load(run, device=str(setting.device))
         try:

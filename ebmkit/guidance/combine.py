@@ -55,8 +55,8 @@ from ebmkit.linearization import Noise
 from ebmkit.sampling.base import per_chain
 from ebmkit.sampling.diffusion import NoisePredictor
 from ebmkit.sampling.langevin import root_mean_square
-from ebmkit.sampling.schedules import Schedule, make_schedule
 from ebmkit.sampling.target import DenoiserFunction, DensityFunction, ScoreFunction
+from ebmkit.schedules import Schedule, make_schedule
 
 __all__ = [
     "Guidance",
@@ -185,8 +185,7 @@ class Guidance:
     @cached_property
     def _log_levels(self) -> Tensor:
         """log sigma(t), (T,) float64."""
-        levels = [self.diffusion.sigma(t) for t in range(len(self.diffusion))]
-        return torch.tensor(levels, dtype=torch.float64).log()
+        return self.diffusion.sigmas.log()
 
 
 Guidances = Guidance | Sequence[Guidance]

@@ -23,6 +23,11 @@ Channels beyond the images' own are variances, and stay. Where there is noise al
 (:math:`\bar\alpha` below 1e-7, as at the end of a rescaled schedule), a guide sees nothing, and the
 prediction stays.
 
+Schedulers that clip the predicted clean image, as those of DDPM's models do, must clip the guided
+one, and DDIM's of `diffusers` keeps the noise as it was predicted. Under strong guidance the two
+then disagree, and what is cut off pushes *away* from the label. So the guided noise is derived from
+the clipped image here (``clip``), as DDPM does in any case.
+
 A class-conditional UNet gets the label itself, or with ``classifier_free`` = w the mixture
 :math:`\hat\epsilon_u + w(\hat\epsilon_c - \hat\epsilon_u)`; its own label for none is the last.
 
@@ -49,6 +54,7 @@ from ebmkit.guidance.pipelines import (
     as_guide,
     check_pipeline,
     check_unet,
+    clipped,
     from_noise,
     in_precision_of,
     labels_of,
@@ -83,6 +89,7 @@ def guided(
     classifier_free: float | None = None,
     null_label: int | None = None,
     image_range: tuple[float, float] = (-1.0, 1.0),
+    clip: bool | None = None,
     **settings: Any,
 ) -> P:
     """A pipeline like ``pipeline`` whose samples are guided to ``label``.
@@ -108,6 +115,8 @@ def guided(
             label itself.
         null_label: the UNet's label for none; None: its last.
         image_range: where clean images of the UNet live.
+        clip: whether the guided prediction of the clean image is held to the scheduler's
+            ``clip_sample_range``, and the noise derived from it; None: if the scheduler clips.
         **settings: of the guide, as n and gamma of ``pgd``.
 
     Raises:
@@ -138,6 +147,7 @@ def guided(
         classifier_free=classifier_free,
         null_label=null_label,
         image_range=image_range,
+        clip=clip,
     )
     made.scheduler = scheduler
     made.unet = unet
@@ -162,6 +172,7 @@ class GuidedUNet(nn.Module):
         classifier_free: as for `guided`.
         null_label: as for `guided`.
         image_range: as for `guided`.
+        clip: as for `guided`.
 
     Raises:
         UserError: as `guided`.
@@ -182,6 +193,7 @@ class GuidedUNet(nn.Module):
         classifier_free: float | None = None,
         null_label: int | None = None,
         image_range: tuple[float, float] = (-1.0, 1.0),
+        clip: bool | None = None,
     ) -> None:
         super().__init__()
         how = config or GuidanceConfig()
@@ -193,6 +205,9 @@ class GuidedUNet(nn.Module):
                 f"the scheduler's prediction_type {self.prediction!r} is not known: "
                 f"{', '.join(PREDICTIONS)} are"
             )
+        clips = getattr(scheduler.config, "clip_sample", False) if clip is None else clip
+        limit = getattr(scheduler.config, "clip_sample_range", None) or 1.0
+        self.limit: float | None = float(limit) if clips else None
         self.channels = check_unet(unet)
         self.label: int | Tensor = labels_of(label)
         self.guide: EnergyModel | None = None
@@ -358,6 +373,8 @@ class _Part:
         out, hat = outs[0].detach(), found.detach()
         if found is noises[0]:
             return out
+        if owner.limit is not None:
+            hat = clipped(hat, wide, abar, owner.limit)
         change = hat - noises[0].detach()
         first = from_noise(out[:, :channels].to(hat.dtype), hat, change, abar, owner.prediction)
         return torch.cat([first.to(out.dtype), out[:, channels:]], dim=1)

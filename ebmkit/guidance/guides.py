@@ -17,7 +17,8 @@ guide           h(v), to be raised, in nats
 =============== ================================================================================
 
 Classifier and energy differ by :math:`\log p(v)`: the first asks for an image that no other label
-explains, the second for one that the label makes likely.
+explains, the second for one that the label makes likely. Energies are read as `ebmkit.readings`
+says: of a model that was trained to classify alone, off its logits.
 
 The last two take an inner guide h and n normalised steps up it,
 
@@ -28,8 +29,8 @@ PGD guidance. Neither is the gradient of its value: the way from v to :math:`v_n
 differentiated.
 
 A guide is a `ebmkit.sampling.target.DensityFunction`: v (B, ...) and the noise level of v in image
-units, or None, to the value (B,) and the gradient. RCG is the thesis "Guiding diffusion models with
-a robust classifier's energies" (Sapienza, 2024) here and in all docstrings of this package.
+units, or None, to the value (B,) and the gradient. RCG is the thesis "Classifier-free Diffusion
+Guidance with a Robust Energy-Based Classifier" (Sapienza, 2024) here and in all docstrings.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from torch import Tensor
 from ebmkit.core import EnergyModel, classifies
 from ebmkit.errors import UserError
 from ebmkit.linearization import Linearization, Noise
+from ebmkit.readings import as_read
 from ebmkit.sampling.base import check_positive, per_chain
 from ebmkit.sampling.target import DensityFunction, density_of, label_density_of
 
@@ -74,7 +76,7 @@ def classifier_guide(model: EnergyModel, c: Tensor | int) -> DensityFunction:
     Raises:
         UserError: if the model has no labels that were trained, or one is out of range.
     """
-    check_guide(model)
+    model = as_read(check_guide(model))
     return _at_own_level(model, label_density_of(model, c))
 
 
@@ -88,7 +90,7 @@ def energy_guide(model: EnergyModel, c: Tensor | int) -> DensityFunction:
     Raises:
         UserError: if the model has no labels that were trained, or one is out of range.
     """
-    check_guide(model)
+    model = as_read(check_guide(model))
     return _at_own_level(model, density_of(model, c))
 
 
@@ -111,7 +113,7 @@ def dual_guide(
         UserError: if the model has no labels that were trained, one is out of range, or there is
             not one finite mean for each label.
     """
-    check_guide(model)
+    model = as_read(check_guide(model))
     check_positive("lambda", weight, zero=True)
     by_label = torch.as_tensor(means, dtype=torch.float64).flatten()
     if by_label.shape != (model.num_classes,) or not bool(by_label.isfinite().all()):
@@ -179,8 +181,8 @@ def accumulated_guide(
     return guide
 
 
-def check_guide(model: object) -> None:
-    """Whether ``model`` can be a guide.
+def check_guide(model: object) -> EnergyModel:
+    """``model``, which can be a guide.
 
     Raises:
         UserError: if it gives no energies, or has no labels that were trained.
@@ -194,6 +196,7 @@ def check_guide(model: object) -> None:
         raise UserError("a guide must know labels, and this model was trained without: take one "
                         "that was trained to classify")  # fmt: skip
     model._warned = True  # that layers such as ReLU make a poor denoiser is no news of a guide
+    return model
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from ebmkit.core import EnergyModel
 from ebmkit.errors import UserError
 from ebmkit.files import write_atomically
 from ebmkit.guidance.guides import check_guide
+from ebmkit.readings import as_read
 
 __all__ = ["ClassEnergies", "LabelledImages", "class_energies", "stored_energies"]
 
@@ -85,7 +86,7 @@ def class_energies(
         UserError: if model or images have no labels, an image's label is not the model's, one of
             the model's labels has no image, or an energy is not finite.
     """
-    check_guide(model)
+    model = as_read(check_guide(model))
     device, level, done = device_of(model), told_level(model), 0
     sums = torch.zeros(5, model.num_classes, dtype=torch.float64)
     for x, labels in images.batches(batch_size):

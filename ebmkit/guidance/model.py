@@ -33,8 +33,8 @@ from ebmkit.guidance.guides import check_guide
 from ebmkit.linearization import Energies, Linearization, Noise
 from ebmkit.sampling.base import per_chain
 from ebmkit.sampling.langevin import root_mean_square
-from ebmkit.sampling.schedules import Schedule, make_schedule
 from ebmkit.sampling.target import label_density_of
+from ebmkit.schedules import make_schedule
 
 __all__ = ["GuidedDensityModel", "GuidedModel", "guided_model"]
 
@@ -78,7 +78,7 @@ class GuidedModel(ScoreModel):
         guide: as given.
         config: as given.
         view: what the guide sees.
-        schedule: of the diffusion model that the base is; absent of other bases.
+        schedule: of the diffusion model that the base is; None of other bases.
 
     Raises:
         UserError: if base and guide differ in image size, channels or number of labels, there are
@@ -97,10 +97,8 @@ class GuidedModel(ScoreModel):
         self.means = None if means is None else tuple(map(float, means))
         self.noise_conditional, self.differentiates = base.noise_conditional, base.differentiates
         self.inference = Inference(base.inference.precision)
-        own = getattr(base, "schedule", None)
-        if isinstance(own, Schedule):
-            self.schedule = own
-        self._diffusion = own if isinstance(own, Schedule) else make_schedule()
+        self.schedule = base.schedule
+        self._diffusion = base.schedule or make_schedule()
         self.view: View = "noisy"
         if config.guidance == CLASSIFIER_FREE:
             if guide is not None:
@@ -301,10 +299,14 @@ class _Guided(Linearization):
     def label_score(self, c: Tensor) -> Tensor:
         return self.added(c)[1]
 
-    def conditional_score(self, c: Tensor) -> Tensor:
+    def conditional_score(self, c: Tensor, hidden: Tensor | None = None) -> Tensor:
         if isinstance(self.model, GuidedDensityModel):
-            return self.base.score() + self.label_score(c)
-        return self.model.score(self.y, c, self.sigma)
+            guided = self.base.score() + self.label_score(c)
+        else:
+            guided = self.model.score(self.y, c, self.sigma)
+        if hidden is None:
+            return guided
+        return torch.where(hidden.reshape(-1, *[1] * (guided.ndim - 1)), self.score(), guided)
 
     def denoised(self, sigma: Noise | None = None, c: Tensor | None = None) -> Tensor:
         level = self.noise_level() if sigma is None else sigma

@@ -24,6 +24,7 @@ __all__ = [
     "as_guide",
     "check_pipeline",
     "check_unet",
+    "clipped",
     "from_noise",
     "in_precision_of",
     "labels_of",
@@ -201,3 +202,10 @@ def from_noise(out: Tensor, hat: Tensor, change: Tensor, abar: float, prediction
     if prediction == "v_prediction":
         return out + change / math.sqrt(abar)
     return out - change * math.sqrt((1 - abar) / abar)
+
+
+def clipped(noise: Tensor, u: Tensor, abar: float, limit: float) -> Tensor:
+    """``noise`` where the clean image that it implies is held to -limit .. limit."""
+    clean = (u - math.sqrt(1 - abar) * noise) / math.sqrt(abar)
+    held: Tensor = (u - math.sqrt(abar) * clean.clamp(-limit, limit)) / math.sqrt(1 - abar)
+    return held

@@ -34,7 +34,7 @@ from ebmkit.models.foreign import (
     kind_of,
     renamed,
 )
-from ebmkit.models.hub import locate
+from ebmkit.models.hub import is_hub_name, locate
 from ebmkit.models.saving import save_model
 from ebmkit.models.torchfile import read_torch_file
 from ebmkit.registry import find
@@ -90,7 +90,8 @@ def load_checkpoint(
     """The model in a checkpoint of another program, frozen and in evaluation mode.
 
     Args:
-        source: a file, or ``owner/name:file`` on the Hugging Face hub.
+        source: a file, or ``owner/name:file`` on the Hugging Face hub; of diffusers a folder, or
+            ``owner/name``.
         kind: a name of `KINDS`; None: as the names of its parameters tell.
         backbone: for ``state``, a name from `ebmkit list backbones`.
         rename: prefixes to replace in the names, (old, new), in order, before all else.
@@ -110,13 +111,16 @@ def load_checkpoint(
     Raises:
         UserError: if the file cannot be read or would run code, or the weights do not fit.
     """
-    return _loaded(
-        _convert(source, kind, backbone, rename, classes, mean, std, image_size, settings),
-        source,
-        dataset,
-        class_names,
-        sigma_range,
-    )[0]
+    conversion = {
+        "backbone": backbone,
+        "rename": rename,
+        "classes": classes,
+        "mean": mean,
+        "std": std,
+        "image_size": image_size,
+        "settings": settings,
+    }
+    return _made(source, kind, conversion, dataset, class_names, sigma_range)[0]
 
 
 def import_checkpoint(
@@ -135,11 +139,8 @@ def import_checkpoint(
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{str(folder)!r} exists: choose another --out")
-    told = ("dataset", "class_names", "sigma_range")
-    conversion = {name: value for name, value in options.items() if name not in told}
-    converted = _convert(source, kind, **conversion)
-    known = {name: options[name] for name in told if name in options}
-    model, config = _loaded(converted, source, **known)
+    told = {n: options.pop(n) for n in ("dataset", "class_names", "sigma_range") if n in options}
+    model, config = _made(source, kind, options, **told)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -167,6 +168,39 @@ def import_weights(
     return model
 
 
+def _made(
+    source: str | Path,
+    kind: str | None,
+    conversion: Mapping[str, Any],
+    dataset: str = "",
+    class_names: Sequence[str] = (),
+    sigma_range: tuple[float, float] | None = None,
+) -> tuple[ScoreModel, ModelConfig]:
+    """The model of a checkpoint, frozen, with its card, and what builds it."""
+    if kind is not None:
+        find("kind of checkpoint", KINDS, kind)
+    if (Path(source) / "model.json").is_file():
+        raise UserError(f"{str(source)!r} is a model's folder already: use it as it is")
+    folder = Path(source).is_dir()
+    named = not Path(source).exists() and is_hub_name(str(source)) and ":" not in str(source)
+    if kind == "diffusers" or (kind is None and (folder or named)):
+        from ebmkit.models.pipelines import read_unet
+
+        other = next((name for name, value in conversion.items() if value), None)
+        if other:
+            raise UserError(f"a UNet of diffusers says itself what it is: leave {other} out")
+        model, config = read_unet(source)
+        assert model.card is not None
+        if class_names and config.num_classes == len(class_names):
+            model.card.class_names = list(class_names)
+        model.card.dataset = dataset
+        return model, config
+    if folder:
+        raise UserError(f"{str(source)!r} is a folder: name the file of weights in it")
+    converted = _convert(source, kind, **conversion)
+    return _loaded(converted, source, dataset, class_names, sigma_range)
+
+
 def _convert(
     source: str | Path,
     kind: str | None,
@@ -178,8 +212,6 @@ def _convert(
     image_size: int | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Converted:
-    if kind is not None:
-        find("kind of checkpoint", KINDS, kind)
     state = read_state(locate(str(source)))
     kind = kind or ("state" if backbone else kind_of(renamed(state, rename)))
     if kind is None:

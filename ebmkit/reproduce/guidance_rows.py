@@ -7,14 +7,16 @@ section 4.2) or trained on noise; the two *rivals* that the thesis argues agains
 classifier and a robust one of Kawar et al. 2023; and the *judge*, a classifier of another
 architecture that guides nothing and says which class it sees.
 
-The ways are the thesis's, with its scales, schedules and eta where it gives them, and one common
-setting (`COMMON`) in which guides, and what they see, are compared with each other.
+The ways are the thesis's, with its schedules and eta where it gives them, and one common setting
+(`COMMON`) in which guides, and what they see, are compared with each other. Scales are the thesis's
+times the `Amount.strength` of a scale of reproduction, for what moves an image of another size, and
+classifiers trained for minutes, is another number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ebmkit.reproduce.rows import Row
@@ -26,6 +28,7 @@ __all__ = [
     "JUDGE",
     "NETWORKS",
     "ON_GRID",
+    "TABLE_2_1",
     "WAYS",
     "Amount",
     "Way",
@@ -76,9 +79,9 @@ KAWAR = Row(
 
 OWN = Row(
     "own-diffusion",
-    "joint GradResNet told the noise (ce+ddpm), in the UNet's place",
+    "joint GradResNet told the noise (ce+10*ddpm), in the UNet's place",
     "own-diffusion",
-    {"objective": "ce+ddpm"} | _OF_TIME,
+    {"objective": "ce+10*ddpm"} | _OF_TIME,
 )
 
 ON_GRID = (PLAIN, *ROBUST, ROBUST_DSM)
@@ -102,6 +105,7 @@ class Way:
         eta: of DDIM.
         base: name of the network that is guided.
         group: of the report.
+        fixed: whether the scale is not multiplied with `Amount.strength`.
     """
 
     name: str
@@ -111,15 +115,25 @@ class Way:
     eta: float = 0.8
     base: str = "diffusion"
     group: str = "thesis"
+    fixed: bool = False
+
+    def times(self, strength: float) -> Way:
+        """The same with its scale multiplied, unless it is fixed."""
+        if self.fixed or not self.settings:
+            return self
+        return replace(self, settings={**self.settings, "scale": strength * self.settings["scale"]})
 
 
 COMMON: dict[str, Any] = {
     "guidance": "energy",
     "scale": 4.0,
-    "schedule": "sigmoid:t0=500,y0=0.05,k=0.02",
+    "schedule": "exact",
     "view": "shrunk",
 }
-"""RCG figure 4.13: the setting that the thesis ends with."""
+"""In which guides and views are compared."""
+
+SIGMOID: dict[str, Any] = {"schedule": "sigmoid:t0=500,y0=0.05,k=0.02"}
+"""RCG figure 4.13, with which the thesis ends."""
 
 
 def _way(name: str, about: str, guide: str = "robust-1", eta: float = 0.8, **own: Any) -> Way:
@@ -127,104 +141,107 @@ def _way(name: str, about: str, guide: str = "robust-1", eta: float = 0.8, **own
 
 
 def _guided_by(row: Row, **own: Any) -> Way:
-    settings = COMMON | own
-    return Way(f"by {row.name}", row.label, row.name, settings, group="guides")
+    return Way(f"by {row.name}", row.label, row.name, COMMON | own, group="guides")
 
 
 def _free(w: float) -> Way:
     settings = {"guidance": "classifier-free", "scale": w}
-    return Way(f"free {w:g}", f"classifier-free, w = {w:g}", None, settings, group="rivals")
-
-
-def _of_time(row: Row, scale: float) -> Way:
-    own = {"guidance": "classifier", "scale": scale, "schedule": "exact", "view": "noisy"}
     return Way(
-        f"{row.name} {scale:g}", f"{row.label}, s = {scale:g}", row.name, own, group="rivals"
+        f"free {w:g}", f"classifier-free, w = {w:g}", None, settings, group="rivals", fixed=True
     )
 
 
-def _seen(name: str, about: str, **own: Any) -> Way:
-    return Way(f"sees {name}", about, "robust-1", COMMON | own, group="views")
+def _of_time(row: Row, exact: bool) -> Way:
+    own = {"guidance": "classifier", "scale": 1.0 if exact else 4.0, "view": "noisy"}
+    name = f"{row.name}{' exact' if exact else ''}"
+    return Way(name, row.label, row.name, COMMON | own, group="rivals", fixed=exact)
 
 
-def _early(row: Row, low: float, name: str, about: str) -> Way:
-    own: dict[str, Any] = {"schedule": "step:at=100,low=0"}
-    if low:
-        own = {"schedule": "exact", "late": 0.9}
-    own |= {"guidance": "classifier", "view": "noisy" if row is JOINT else "shrunk"}
-    return Way(f"{row.name} {name}", f"{row.label}, {about}", row.name, COMMON | own, group="noise")
+def _seen(name: str, about: str, guide: str = "robust-0.5", **own: Any) -> Way:
+    return Way(f"sees {name}", about, guide, COMMON | own, group="views")
+
+
+def _part(row: Row, high: bool) -> Way:
+    """Guidance above t = 100 alone, or below: about where noise takes robust classifiers away."""
+    own: dict[str, Any] = {"schedule": "step:at=100,low=0"} if high else {"late": 0.9}
+    own["view"] = "noisy" if row is JOINT else "shrunk"
+    name, about = ("high", "above t = 100") if high else ("low", "below t = 100")
+    settings = COMMON | own | {"guidance": "classifier"}
+    return Way(
+        f"{row.name} {name}", f"{row.label}, {about} alone", row.name, settings, group="noise"
+    )
 
 
 WAYS: tuple[Way, ...] = (
     Way("unguided", "no guidance: the label is not known"),
-    _way("classifier", "log p(y|x), s = 4", guidance="classifier"),
+    _way("classifier", "log p(y|x)", guidance="classifier"),
     _way(
         "accumulated",
-        "5 gradients summed, s = 10 after 20 % of the steps (figure 4.4)",
+        "5 gradients summed, after 20 % of the steps (figure 4.4)",
         guidance="accumulated",
         options={"n": 5},
         scale=10.0,
-        schedule="exact",
         late=0.2,
         eta=1.0,
     ),
     _way(
         "step",
-        "s = 30, then 11 (figure 4.7)",
+        "log p(y|x), 11/30 of the scale below t = 500 (figure 4.7)",
         guidance="classifier",
         scale=30.0,
         schedule="step:at=500,low=0.3667",
         eta=0.5,
     ),
-    _way("energy exact", "E(x, y), sqrt(1 - abar), s = 4", schedule="exact"),
-    _way("power 2", "E(x, y), (1 - abar)^2, s = 4", schedule="power:k=2"),
-    _way("power 8", "E(x, y), (1 - abar)^8, s = 4", schedule="power:k=8"),
+    _way("energy", "E(x, y)"),
+    _way("power 2", "E(x, y), (1 - abar)^2 (figure 4.10)", schedule="power:k=2"),
+    _way("power 8", "E(x, y), (1 - abar)^8 (figure 4.10)", schedule="power:k=8"),
     _way(
         "sigmoid 650",
-        "E(x, y), sigmoid (650, 0.1, 0.01), s = 12 (figure 4.11)",
+        "E(x, y), sigmoid of (650, 0.1, 0.01) (figure 4.11)",
         scale=12.0,
         schedule="sigmoid:t0=650,y0=0.1,k=0.01",
         eta=1.0,
     ),
-    _way("sigmoid 500", "E(x, y), sigmoid (500, 0.05, 0.02), s = 4 (figure 4.13)"),
-    _way("dual", "E(x, y) + 0.15 |mean - E(x)|, the same (figure 4.14)", guidance="dual"),
+    _way("sigmoid 500", "E(x, y), sigmoid of (500, 0.05, 0.02) (figure 4.13)", **SIGMOID),
+    _way(
+        "dual",
+        "E(x, y) + 0.15 |mean - E(x)|, same sigmoid (figure 4.14)",
+        guidance="dual",
+        **SIGMOID,
+    ),
     _way(
         "pgd",
-        "E(x, y) after 10 normalised steps of 0.01, linear, s = 4",
+        "E(x, y) after 10 steps of 0.01, linear (figure 4.17)",
         guidance="pgd",
         options={"n": 10},
         schedule="linear",
     ),
     *(_guided_by(row) for row in (PLAIN, *ROBUST[:2], ROBUST_DSM, JEM)),
     _guided_by(JOINT, view="noisy"),
-    _seen("noisy", "the guide sees y = x + sigma eps", view="noisy"),
-    _seen("clean", "the guide sees the predicted clean image", view="clean"),
-    _seen(
-        "clean-through",
-        "the same, and its gradient goes back through the denoiser",
-        view="clean",
-        through=True,
-    ),
-    _early(ROBUST[-1], 0.0, "early", "above t = 100 alone"),
-    _early(ROBUST[-1], 1.0, "late", "below t = 100 alone"),
-    _early(JOINT, 0.0, "early", "above t = 100 alone"),
-    _early(JOINT, 1.0, "late", "below t = 100 alone"),
-    *(_of_time(row, scale) for row in (OF_TIME, KAWAR, OWN) for scale in (1.0, 4.0)),
+    _seen("shrunk", "x_t brought to the range of images, as in the thesis"),
+    _seen("noisy", "y = x + sigma eps", view="noisy"),
+    _seen("clean", "the predicted clean image", view="clean"),
+    _seen("through", "the same, gradient through the denoiser", view="clean", through=True),
+    _seen("shrunk (joint)", "joint CDN: x_t brought to the range", "joint"),
+    _seen("clean (joint)", "joint CDN: the predicted clean image", "joint", view="clean"),
+    *(_part(row, high) for row in (ROBUST[1], JOINT) for high in (True, False)),
+    *(_of_time(row, exact) for row in (OF_TIME, KAWAR, OWN) for exact in (True, False)),
     _free(1.0),
     _free(3.0),
-    Way("own", "the joint GradResNet alone, unguided", base="own-diffusion", group="own"),
+    Way("own", "the joint model alone, unguided", base="own-diffusion", group="own"),
     Way(
         "own free 1",
-        "the joint GradResNet alone, its own score of the label",
+        "the joint model alone, its own score of the label",
         None,
         {"guidance": "classifier-free", "scale": 1.0},
         base="own-diffusion",
         group="own",
+        fixed=True,
     ),
     Way(
         "own robust",
-        "the joint GradResNet guided by the robust classifier",
-        "robust-1",
+        "the joint model guided by the robust classifier",
+        "robust-0.5",
         COMMON,
         base="own-diffusion",
         group="own",
@@ -234,38 +251,81 @@ WAYS: tuple[Way, ...] = (
 
 @dataclass(frozen=True)
 class Amount:
-    """How much is drawn and measured at a scale.
+    """How much is trained, drawn and measured at a scale.
 
     Attributes:
         per_class: images of each class that a way draws.
         steps: of DDIM.
-        real: real images that measures compare with.
+        strength: what scales of guidance are multiplied with.
+        real: test images that measures compare with, at the most.
         etas: of the table of DDIM.
         lengths: its numbers of steps.
-        drawn: images of each of its cells.
         path: settings of the suite ``diffusion-path``.
         grid: settings of the suite ``robustness-grid``.
+        path_images: test images of the first.
+        networks: names of those trained; empty: all.
+        ways: names of those drawn; empty: all.
     """
 
     per_class: int
     steps: int
+    strength: float
     real: int
     etas: tuple[float, ...]
     lengths: tuple[int, ...]
-    drawn: int
     path: Mapping[str, Any]
     grid: Mapping[str, Any]
+    path_images: int | None = None
+    networks: tuple[str, ...] = ()
+    ways: tuple[str, ...] = ()
 
 
 AMOUNTS: dict[str, Amount] = {
     "smoke": Amount(
-        10, 20, 360, (0.0, 1.0), (5, 20), 100, {"step": 100}, {"images": 100, "steps": 10}
+        per_class=10,
+        steps=20,
+        strength=5.0,
+        real=360,
+        etas=(0.0, 1.0),
+        lengths=(5, 20),
+        path={"step": 100},
+        grid={"images": 200, "steps": 10},
+        path_images=200,
+        networks=("diffusion", "judge", "plain", "robust-0.5", "robust-1", "joint", "of-time"),
+        ways=(
+            *("unguided", "classifier", "step", "energy", "sigmoid 500", "dual", "pgd"),
+            *("by plain", "by robust-0.5", "by joint", "sees noisy", "sees clean"),
+            *("of-time exact", "of-time", "free 1"),
+        ),
     ),
     "cpu": Amount(
-        12, 50, 2000, (0.0, 0.2, 0.5, 1.0), (10, 20, 50), 120, {"step": 50}, {"images": 500}
+        per_class=12,
+        steps=50,
+        strength=2.5,
+        real=2000,
+        etas=(0.0, 0.2, 0.5, 1.0),
+        lengths=(10, 20, 50),
+        path={"step": 50},
+        grid={"images": 500},
+        path_images=1000,
     ),
     "full": Amount(
-        1000, 100, 10_000, (0.0, 0.2, 0.5, 1.0), (10, 20, 50, 100), 10_000, {"step": 10}, {}
+        per_class=1000,
+        steps=100,
+        strength=1.0,
+        real=10_000,
+        etas=(0.0, 0.2, 0.5, 1.0),
+        lengths=(10, 20, 50, 100),
+        path={"step": 10},
+        grid={"images": 10_000},
     ),
 }
 """By the name of a scale."""
+
+TABLE_2_1 = {
+    0.0: {10: 13.36, 20: 6.84, 50: 4.67, 100: 4.16},
+    0.2: {10: 14.04, 20: 7.11, 50: 4.77, 100: 4.25},
+    0.5: {10: 16.66, 20: 8.35, 50: 5.25, 100: 4.46},
+    1.0: {10: 41.07, 20: 18.36, 50: 8.01, 100: 5.78},
+}
+"""FID of DDIM on CIFAR-10 by eta and steps (RCG table 2.1, of Song et al. 2021)."""

@@ -35,7 +35,7 @@ from ebmkit.randomness import keyed_generator
 from ebmkit.reproduce.guidance_rows import Way
 from ebmkit.sampling import SAMPLERS, Chains
 
-__all__ = ["Drawn", "Drawing", "keep_drawing"]
+__all__ = ["Drawing", "Drawn", "keep_drawing"]
 
 BATCH = 100
 """Chains that are moved together."""

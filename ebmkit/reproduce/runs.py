@@ -33,7 +33,7 @@ from ebmkit.reproduce.keeping import Busy, Protocol, alone, fresh, holds, wanted
 from ebmkit.reproduce.rows import Row
 from ebmkit.reproduce.scales import Scale
 from ebmkit.training import DataConfig, RunFolder, TrainConfig, Trainer, resolve
-from ebmkit.training.assemble import assemble, images_of
+from ebmkit.training.assemble import Split, assemble, images_of
 from ebmkit.training.cost import format_seconds
 from ebmkit.training.runs import difference
 
@@ -113,15 +113,24 @@ class Rows:
 
     def try_measure(self, row: Row, family: str, protocol: Protocol) -> None:
         """`measure`, or a note of why ``row`` cannot be finished, in `stopped`; others go on."""
+        self._try(row, lambda: self.measure(row, family, protocol))
+
+    def try_train(self, row: Row, family: str) -> bool:
+        """`train`, or a note as of `try_measure`; whether it is trained."""
+        return self._try(row, lambda: self.train(row, family))
+
+    def _try(self, row: Row, what: Callable[[], object]) -> bool:
         note = self._note(row)
         note.unlink(missing_ok=True)
         try:
-            self.measure(row, family, protocol)
+            what()
         except UserError as error:
             self.tell(f"{row.name}: stopped: {error}")
             self.stopped[row.name] = str(error)
             if note.parent.is_dir() and not isinstance(error, Busy):
                 write_atomically(note, f"{error}\n".encode())
+            return False
+        return True
 
     def why_stopped(self, row: Row) -> str | None:
         """Why ``row`` could not be finished when it was last tried; None if it was not tried."""
@@ -131,7 +140,7 @@ class Rows:
             return None
 
     def _note(self, row: Row) -> Path:
-        return self.folder(row).with_suffix(".stopped.txt")
+        return self.folder(row).with_name(f"{row.folder}.stopped.txt")
 
     def check(self, rows: Sequence[Row], family: str) -> None:
         """All mistakes first: whether data, models and memory suit every row not yet trained.
@@ -254,6 +263,19 @@ class Rows:
         if key not in self._test:
             self._test[key] = images_of(data, "test")
         return self._test[key]
+
+    def trained(self, row: Row, family: str) -> bool:
+        """Whether ``row`` is trained to its end.
+
+        Raises:
+            UserError: if the folder holds a run of another configuration.
+        """
+        return self._state(row, self.config(row, family)) == "finished"
+
+    def images(self, row: Row, family: str, split: Split) -> AnyImages:
+        """The images of ``split`` that ``row`` is trained or measured on."""
+        data = self.config(row, family).dataset
+        return self._images(data) if split == "test" else images_of(data, split)
 
     def _state(self, row: Row, config: TrainConfig) -> str:
         """``new``, ``begun``, ``finished`` or ``broken``.

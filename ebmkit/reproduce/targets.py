@@ -9,6 +9,8 @@ from typing import NamedTuple
 from ebmkit.errors import UserError
 from ebmkit.registry import find
 from ebmkit.reproduce.figures import FIG4, run_claims, run_fig1, run_fig3, run_fig4
+from ebmkit.reproduce.guidance import FAMILY, run_guidance
+from ebmkit.reproduce.guidance_rows import NETWORKS
 from ebmkit.reproduce.rows import Row, Table
 from ebmkit.reproduce.runs import Rows
 from ebmkit.reproduce.tables import CLAIMS, GRID, TABLES
@@ -56,6 +58,12 @@ TARGETS: dict[str, Target] = {
         "Jacobian of the denoiser, local linearity", run_fig3, _names(GRID), _needs(GRID)
     ),
     "fig4": Target("accuracy under attack", run_fig4, _names(FIG4), _needs(FIG4)),
+    "guidance": Target(
+        "guiding a diffusion model by energies (the second paper)",
+        lambda rows, only: run_guidance(rows, only),
+        _names(NETWORKS),
+        _needs(NETWORKS, FAMILY),
+    ),
     "claims": Target(CLAIMS.title, run_claims, _names(CLAIMS.rows), _needs(CLAIMS.rows)),
 }
 

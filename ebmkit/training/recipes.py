@@ -288,7 +288,7 @@ _DIGITS_DDPM: dict[str, Any] = {
     **_ddpm(_DIGITS, 64),
     "model": {"backbone": {"width": 32}},
     "optimizer": {"lr": 2e-3, "weight_decay": 0.0, "ema": 0.995, "clip_norm": 1.0},
-    "steps": 1500,
+    "steps": 1200,
     "validate_every": 250,
     "checkpoint_every": 250,
 }
@@ -440,7 +440,7 @@ RECIPES: dict[str, Recipe] = {
         _for("cifar10", _CIFAR_JEM_SHORT), "JEM on CIFAR-10, a small network, 1,000 steps"
     ),
     "digits-ddpm": Recipe(
-        _for("digits", _DIGITS_DDPM), "a diffusion model of digits on a CPU in about two minutes"
+        _for("digits", _DIGITS_DDPM), "a diffusion model of digits on a CPU in minutes"
     ),
     "cifar10-ddpm": Recipe(
         _for("cifar10", _CIFAR_DDPM), "DDPM as its authors ran it, 800,000 steps; for a GPU"

@@ -27,6 +27,13 @@ def test_a_model_composed_by_hand_trains_saves_and_loads(tmp_path):
     assert example("compose").main(steps=60, out=tmp_path / "own") > 0.6
 
 
+def test_a_pipeline_of_diffusers_is_guided(tmp_path):
+    unguided, with_guide = example("guide_diffusers").main(steps=5, out=tmp_path / "a.png")
+    assert with_guide > unguided + 0.1
+    assert (tmp_path / "a.png").is_file()
+    assert (tmp_path / "a-unguided.png").is_file()
+
+
 @pytest.mark.slow
 def test_a_photograph_is_denoised_blindly(tmp_path):
     noisy, denoised, sigma = example("denoise_photo").main(400, tmp_path / "photo", size=200)

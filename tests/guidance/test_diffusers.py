@@ -92,7 +92,7 @@ def seen(pipe):
     return states
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.7])
+@pytest.mark.parametrize(("eta", "clip"), [(0.0, False), (0.7, False), (0.7, True)])
 @pytest.mark.parametrize(
     "how",
     [
@@ -103,9 +103,12 @@ def seen(pipe):
     ],
     ids=str,
 )
-def test_the_trajectory_is_our_own_chains(pipeline, classifier, eta, how):
+def test_the_trajectory_is_our_own_chains(pipeline, classifier, eta, clip, how):
     """float64 throughout: the two write one update in other coordinates, so they differ by
     rounding, which the division by sqrt(abar), 1/150 at the start, enlarges."""
+    if clip:
+        how = {key: value for key, value in how.items() if key != "late"}  # guided at all levels
+        pipeline.scheduler.register_to_config(clip_sample=True)
     labels = torch.tensor([0, 3, 1])
     made = guided(pipeline, classifier, labels, "energy", scale=4.0, **how)
     states = seen(made)
@@ -120,7 +123,7 @@ def test_the_trajectory_is_our_own_chains(pipeline, classifier, eta, how):
 
     guidance = Guidance(energy_guide(classifier, labels), 4.0, **how)
     timesteps = [int(t) for t in made.scheduler.timesteps]
-    ours = DDIM(guided_noise(predictor, schedule, guidance), schedule, timesteps, eta)
+    ours = DDIM(guided_noise(predictor, schedule, guidance), schedule, timesteps, eta, clip)
     draws = generator()
     u = torch.randn(BATCH, CHANNELS, SIZE, SIZE, generator=draws, dtype=torch.float64)
     state = ours.init(schedule.to_image_units(u, timesteps[0]))
@@ -132,6 +135,21 @@ def test_the_trajectory_is_our_own_chains(pipeline, classifier, eta, how):
     assert len(states) == STEPS
     middle = timesteps[STEPS // 2]
     assert (made.unet(u, middle).sample - predictor(u, middle)).abs().max() > 1e-4
+
+
+def test_strong_guidance_of_a_clipping_scheduler_goes_to_the_label(pipeline, classifier):
+    """The noise that is cut off must not push back: without ``clip`` it does."""
+    pipeline.scheduler.register_to_config(clip_sample=True)
+    guide = classifier_guide(classifier, 2)
+
+    def value(pipe):
+        images = torch.tensor(images_of(pipe, 2, 20)).permute(0, 3, 1, 2).double()
+        return float(guide(images)[0].detach().mean())
+
+    plain, strong = value(pipeline), value(guided(pipeline, classifier, 2, scale=200.0))
+    against = value(guided(pipeline, classifier, 2, scale=200.0, clip=False))
+    assert strong > plain + 0.5
+    assert against < strong - 0.5
 
 
 def test_scale_0_is_the_pipeline_itself(pipeline, classifier):
@@ -236,7 +254,7 @@ def test_labels_of_each_image_serve_batches_twice_as_large(pipeline, classifier)
 
 
 def test_class_conditional_networks(classifier):
-    network, scheduler = unet(num_class_embeds=CLASSES + 1), DDIMScheduler()
+    network, scheduler = unet(num_class_embeds=CLASSES + 1), DDIMScheduler(clip_sample=False)
     u = torch.randn(2, CHANNELS, SIZE, SIZE, dtype=torch.float64)
 
     def plain(label):

@@ -90,7 +90,7 @@ def test_score_and_denoised_image_are_of_the_noise():
 
 
 def test_levels_outside_the_schedule():
-    """Clean images have the score of the lowest level and are left as they are; far noise is t = T."""
+    """Clean images have the score of the lowest level and stay as they are."""
     schedule = make_schedule("linear")
     low, high = schedule.sigma_range
     network = Stub()

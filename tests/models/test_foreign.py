@@ -318,7 +318,7 @@ def test_a_file_on_the_hub(monkeypatch, robust):
     with pytest.raises(UserError, match=r"cannot fetch 'madry/robust:absent.pt' .* no such file$"):
         load_checkpoint("madry/robust:absent.pt")
     with pytest.raises(UserError, match=r"say the file too, as in madry/robust:model.pt"):
-        load_checkpoint("madry/robust")
+        load_checkpoint("madry/robust", "robustness")
     with pytest.raises(UserError, match=r"cannot read 'weights/absent.pt': no such file"):
         load_checkpoint("weights/absent.pt")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
@@ -333,3 +333,31 @@ def test_one_number_or_one_per_channel_normalise_alike():
     each = ModelConfig.model_validate({**values, "input_mean": [0.5] * 3}).build().eval()
     each.load_state_dict(one.state_dict())  # no new names
     assert torch.equal(each.logits(x), one.logits(x))
+
+
+def test_a_unet_of_diffusers(tmp_path):
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    network = UNet2DModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+    ).eval()  # fmt: skip
+    DDPMPipeline(network, DDPMScheduler()).save_pretrained(tmp_path / "pipe")
+    import_(str(tmp_path / "pipe"), tmp_path / "run", dataset="cifar10")
+    model = ebmkit.load(tmp_path / "run")
+    u = torch.randn(2, 3, 8, 8)
+    y, sigma = model.schedule.to_image_units(u, 300), model.schedule.sigma(300)
+    with torch.no_grad():
+        expected = network(u, 300).sample
+    # float32: the way to image units and back divides and multiplies by sqrt(abar)
+    torch.testing.assert_close(model(y, sigma), expected, rtol=1e-3, atol=1e-4)
+    assert model.card.dataset == "cifar10"
+    with pytest.raises(UserError, match="leave classes out"):
+        import_(str(tmp_path / "pipe"), tmp_path / "other", classes=10)
+    with pytest.raises(UserError, match="is a model's folder already"):
+        import_(str(tmp_path / "run"), tmp_path / "other")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="it is no diffusers pipeline"):
+        import_(str(tmp_path / "empty"), tmp_path / "other")
+    with pytest.raises(UserError, match="is a folder: name the file"):
+        import_(str(tmp_path / "empty"), tmp_path / "other", kind="jem")

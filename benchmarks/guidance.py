@@ -1,0 +1,134 @@
+"""Every way of guiding, beyond what `ebmkit reproduce guidance` does in its time.
+
+    uv run python benchmarks/guidance.py digits --out runs/guidance-digits
+    uv run python benchmarks/guidance.py gpu --data-dir DIR --out runs/guidance-gpu --seconds 540
+
+``digits``: all networks and ways on digits, trained for minutes; under an hour on two CPU cores.
+``gpu``: CIFAR-10 at width 64 on one GPU, about half an hour, in as many calls of ``--seconds`` as
+it takes: what is finished is kept, and an interrupted network goes on. ``--rehearse`` runs it on
+digits. Both give guidance.md, guidance.json and the pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ebmkit.reproduce import SCALES, Rows
+from ebmkit.reproduce.guidance import run_guidance
+from ebmkit.reproduce.guidance_rows import AMOUNTS, Amount
+from ebmkit.reproduce.scales import Scale
+from ebmkit.training import Interrupted
+from ebmkit.training.config import merge
+
+
+def attacked(batch: int, steps: int, of_attack: int) -> dict[str, Any]:
+    """Settings of networks that are trained under attack."""
+    attack = {"terms": {"adv": {"steps": of_attack, "warmup_steps": steps // 2}}}
+    return {**attack, "streams": {"classify": {"batch_size": batch}}, "steps": steps}
+
+
+DIGITS: dict[str, dict[str, Any]] = {
+    "base": {
+        "model": {"backbone": {"width": 16}},
+        "streams": {"classify": {"batch_size": 128}, "denoise": {"batch_size": 64}},
+        "steps": 400,
+    },
+    "robust": attacked(128, 400, 4),
+    "diffusion": {"streams": {"denoise": {"batch_size": 128}}, "steps": 1500},
+    "jem": {"steps": 300},
+    "own-diffusion": {"streams": {"denoise": {"batch_size": 64}}, "steps": 1500},
+    "cdn": {"steps": 800},
+}
+
+GPU: dict[str, dict[str, Any]] = {
+    "base": {
+        "model": {"backbone": {"width": 64}},
+        "streams": {"classify": {"batch_size": 256}, "denoise": {"batch_size": 128}},
+        "optimizer": {"lr": 1e-3},
+        "steps": 4000,
+        "checkpoint_every": 500,
+    },
+    "robust": attacked(256, 2500, 5),
+    "diffusion": {
+        "model": {"backbone": {"width": 128, "blocks": 2}},
+        "streams": {"denoise": {"batch_size": 256}},
+        "optimizer": {"lr": 4e-4, "ema": 0.999},
+        "steps": 10_000,
+        "checkpoint_every": 500,
+    },
+    "jem": {"model": {"backbone": {"width": 64}}, "steps": 2000},
+    "own-diffusion": {"streams": {"denoise": {"batch_size": 128}}, "steps": 6000},
+}
+
+
+def scale(name: str, under: str) -> Scale:
+    """The scale ``under`` with other networks and lengths."""
+    base, own = SCALES[under], DIGITS if name == "digits" else GPU
+    tasks = {task: merge(base.by_task.get(task, {}), layer) for task, layer in own.items()}
+    return replace(
+        base,
+        about=f"benchmarks/guidance.py {name}",
+        layer={**base.layer, "guidance": merge(base.layer["guidance"], own["base"])},
+        by_task={**base.by_task, **tasks},
+        threads=None,
+    )
+
+
+def amount(name: str, under: str) -> Amount:
+    """All networks and ways."""
+    more = {"per_class": 30, "steps": 50} if name == "digits" else {"per_class": 50, "steps": 100}
+    return replace(
+        AMOUNTS[under],
+        **more,
+        etas=(0.0, 0.2, 0.5, 1.0),
+        lengths=(10, 20, 50, 100),
+        path={"step": 50},
+        grid={"images": 360 if name == "digits" else 1000},
+        path_images=None if name == "digits" else 2000,
+        networks=(),
+        ways=(),
+    )
+
+
+def main() -> None:
+    """Train, draw, measure, report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("setting", choices=("digits", "gpu"))
+    parser.add_argument("--out", type=Path, required=True, help="folder of rows and reports")
+    parser.add_argument("--data-dir", type=Path, help="CIFAR-10, as `ebmkit train` takes it")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="*", default=[], help="networks to train")
+    parser.add_argument("--threads", type=int, help="of the CPU [default: all]")
+    parser.add_argument("--seconds", type=int, help="stop, to go on by the same command")
+    parser.add_argument("--rehearse", action="store_true", help="on digits")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.seconds:
+        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        signal.alarm(options.seconds)
+    options.out.mkdir(parents=True, exist_ok=True)
+    under = "smoke" if options.rehearse or options.setting == "digits" else "cpu"
+    rows = Rows(
+        options.out,
+        scale(options.setting, under),
+        options.data_dir,
+        seed=options.seed,
+        tell=lambda text: print(text, flush=True),
+    )
+    try:
+        for path in run_guidance(rows, options.only, amount(options.setting, under)):
+            print(path)
+    except Interrupted as stopped:
+        print(f"{stopped}: give the same command again to go on")
+
+
+if __name__ == "__main__":
+    main()
