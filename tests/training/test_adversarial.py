@@ -215,6 +215,17 @@ def test_radii_of_noisy_images_are_those_of_what_a_diffusion_model_sees():
     torch.testing.assert_close(moved, torch.full((4,), 0.2).double())
 
 
+def test_in_warm_up_the_radius_grows_to_its_own():
+    """Steps are longer than the ball: images end on its surface, whose radius can be measured."""
+    model = classifier()
+    batch = draw()._replace(sigma=torch.full((6,), 1e-9).double())  # not clipped
+    settings = {"eps": 0.4, "step_size": 2.0, "warmup_steps": 3}
+    for step, share in ((0, 1 / 4), (1, 2 / 4), (2, 3 / 4), (3, 1), (9, 1)):
+        moved = attacked(model, batch, step=step, **settings) - batch.y
+        expected = torch.full((6,), 0.4 * share).double()
+        torch.testing.assert_close(moved.flatten(1).norm(dim=1), expected)
+
+
 def test_the_attack_leaves_the_network_as_it_was():
     """In training mode, without gradients, its running statistics unmoved; and does not warn."""
     model, batch = classifier().train(), draw()
