@@ -270,7 +270,7 @@ def test_a_model_that_is_always_wrong_has_a_document(plane, tmp_path):
     [
         ({"linf": [8]}, "did you mean 8/255"),
         ({"l2": ["far"]}, "'far' is not a noise level|'far'"),
-        ({"l2": [-1]}, "not below 0"),
+        ({"l2": [-1]}, "of 0 or more"),
         (
             {"defences": ["denoising"]},
             "'direct', 'noise', 'denoise', 'denoise\\+noise' or 'refine'",
