@@ -309,7 +309,7 @@ AMOUNTS: dict[str, Amount] = {
         real=2000,
         etas=(0.0, 0.2, 0.5, 1.0),
         lengths=(10, 20, 50),
-        path={"step": 50},
+        path={"step": 100},
         grid={"images": 500},
         path_images=1000,
     ),
