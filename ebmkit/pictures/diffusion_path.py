@@ -29,7 +29,11 @@ if TYPE_CHECKING:
 
 __all__ = ["accuracies", "by_class", "energies"]
 
-LOOKS = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (PURPLE, "D"), (SKY, "v"), ("black", "P"))
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, "black")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "p")
+LOOKS = tuple(zip(itertools.islice(itertools.cycle(COLOURS), 66), itertools.cycle(MARKERS)))
+"""Colour and marker of each model; 6 and 11 have no common divisor, so 66 models differ."""
+
 PANELS = {
     "noise": {"timestep": "x_t", "image": "image units, x + sigma eps"},
     "no noise": {"dark": "dark, sqrt(abar) x", "faded": "faded, x_t without noise"},

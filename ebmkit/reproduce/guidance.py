@@ -38,6 +38,7 @@ from ebmkit.reproduce.guidance_rows import (
     JUDGE,
     NETWORKS,
     ON_GRID,
+    ON_PATH,
     PLAIN,
     ROBUST,
     WAYS,
@@ -87,7 +88,7 @@ def run_guidance(rows: Rows, only: Sequence[str], amount: Amount | None = None) 
         "grid": study.suite("robustness-grid", ON_GRID, dict(amount.grid), None),
         "path": study.suite(
             "diffusion-path",
-            [r for r in trained if r not in (DIFFUSION, JUDGE)],
+            [r for r in trained if r in ON_PATH],
             dict(amount.path),
             amount.path_images,
         ),

@@ -28,6 +28,7 @@ __all__ = [
     "JUDGE",
     "NETWORKS",
     "ON_GRID",
+    "ON_PATH",
     "TABLE_2_1",
     "WAYS",
     "Amount",
@@ -90,6 +91,9 @@ OWN = Row(
 
 ON_GRID = (PLAIN, *ROBUST, ROBUST_DSM)
 """Rows of the robustness grid."""
+
+ON_PATH = (PLAIN, *ROBUST, ROBUST_DSM, JOINT, OF_TIME, KAWAR)
+"""Rows of the curves along the diffusion."""
 
 GUIDES = (PLAIN, *ROBUST, ROBUST_DSM, JOINT, JEM, OF_TIME, KAWAR)
 
