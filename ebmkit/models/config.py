@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -9,9 +10,9 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
-    PositiveFloat,
     PositiveInt,
     Tag,
+    field_validator,
     model_validator,
 )
 from torch import nn
@@ -81,7 +82,7 @@ class ModelConfig(BaseModel):
     input_mean: float | tuple[float, ...] = Field(
         0.0, description="subtracted from images, one number or one per channel; acts as a bias"
     )
-    input_std: PositiveFloat | tuple[PositiveFloat, ...] = Field(
+    input_std: float | tuple[float, ...] = Field(
         1.0, description="images are divided by it, one number or one per channel"
     )
     noise_conditional: bool = Field(
@@ -89,6 +90,14 @@ class ModelConfig(BaseModel):
         description="a backbone is told sigma, as a classifier along a diffusion is: it sees the "
         "variance-preserving image and a map of the level",
     )
+
+    @field_validator("input_std")
+    @classmethod
+    def _above_zero(cls, found: float | tuple[float, ...]) -> float | tuple[float, ...]:
+        numbers = found if isinstance(found, tuple) else (found,)
+        if not all(0 < number < math.inf for number in numbers):
+            raise ValueError("images are divided by it: numbers must be above 0, as in 0.25")
+        return found
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:

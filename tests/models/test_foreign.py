@@ -14,6 +14,7 @@ from ebmkit.cli.published import import_
 from ebmkit.data.cifar import CIFAR
 from ebmkit.models import ModelConfig, create_model, load_checkpoint
 from ebmkit.models.published import import_checkpoint
+from ebmkit.validation import validated
 
 WIDTH, COUNTS, CLASSES = 2, (3, 4, 6, 3), 10
 MEAN, STD = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2023, 0.1994, 0.2010])
@@ -361,3 +362,9 @@ def test_a_unet_of_diffusers(tmp_path):
         import_(str(tmp_path / "empty"), tmp_path / "other")
     with pytest.raises(UserError, match="is a folder: name the file"):
         import_(str(tmp_path / "empty"), tmp_path / "other", kind="jem")
+
+
+@pytest.mark.parametrize("std", [0.0, -1.0, [0.2, 0.0, 0.2]])
+def test_a_deviation_that_is_not_above_zero_is_told_in_words(std):
+    with pytest.raises(UserError, match=r"input_std = .* is not legal: .*above 0"):
+        validated(ModelConfig, {"input_std": std}, "model")
