@@ -9,7 +9,7 @@
 ::
 
     OUT/guidance.md  guidance.json  guidance*.png
-    OUT/rows/NETWORK/            run folders
+    OUT/rows/guidance/NETWORK/   run folders
     OUT/guidance/                images of every way, and what was measured of them
 """
 
@@ -264,11 +264,14 @@ class _Study:
     def _model(self, name: str) -> ScoreModel:
         if name not in self._loaded:
             device = str(pick_device(self.rows.device))
-            self._loaded[name] = load(self.rows.out / "rows" / name, device=device)
+            self._loaded[name] = load(self._folder(name), device=device)
         return self._loaded[name]
 
     def _digest(self, name: str) -> str:
-        return weights_digest(self.rows.out / "rows" / name)
+        return weights_digest(self._folder(name))
+
+    def _folder(self, name: str) -> Path:
+        return self.rows.folder(next(row for row in NETWORKS if row.name == name))
 
 
 def _same(path: Path, wanted: dict[str, Any], within: str | None = None) -> bool:

@@ -42,34 +42,39 @@ _OF_TIME = {
 }
 
 
+def _row(name: str, label: str, task: str, layer: Mapping[str, Any]) -> Row:
+    """A network; the tables of the other paper have some of the names."""
+    return Row(name, label, task, layer, within="guidance")
+
+
 def _attack(eps: float, **more: Any) -> dict[str, Any]:
     return {"terms": {"adv": {"norm": "l2", "eps": eps, **more}}}
 
 
 def _robust(eps: float) -> Row:
     layer = {"objective": "adv"} | _attack(eps) | _CLEAN
-    return Row(f"robust-{eps:g}", f"robust classifier, l2 {eps:g}", "robust", layer)
+    return _row(f"robust-{eps:g}", f"robust classifier, l2 {eps:g}", "robust", layer)
 
 
-DIFFUSION = Row(
+DIFFUSION = _row(
     "diffusion",
     "diffusion model",
     "diffusion",
     {"objective": "ddpm", "terms": {"ddpm": {"class_dropout": 0.1}}},
 )
-JUDGE = Row("judge", "judge: ResNet18, cross-entropy", "judge", {"objective": "ce"} | _CLEAN)
-PLAIN = Row("plain", "plain classifier", "guide", {"objective": "ce"} | _CLEAN)
+JUDGE = _row("judge", "judge: ResNet18, cross-entropy", "judge", {"objective": "ce"} | _CLEAN)
+PLAIN = _row("plain", "plain classifier", "guide", {"objective": "ce"} | _CLEAN)
 ROBUST = tuple(_robust(eps) for eps in (0.25, 0.5, 1.0))
-ROBUST_DSM = Row(
+ROBUST_DSM = _row(
     "robust-dsm",
     "robust classifier, l2 0.5, that denoises too (adv+dsm)",
     "robust",
     {"objective": "adv+dsm"} | _attack(0.5) | _CLEAN,
 )
-JOINT = Row("joint", "joint CDN (ce+dsm)", "cdn", {"objective": "ce+dsm"})
-JEM = Row("jem", "JEM", "jem", {"objective": "jem"})
-OF_TIME = Row("of-time", "time-dependent classifier", "guide", {"objective": "ce"} | _OF_TIME)
-KAWAR = Row(
+JOINT = _row("joint", "joint CDN (ce+dsm)", "cdn", {"objective": "ce+dsm"})
+JEM = _row("jem", "JEM", "jem", {"objective": "jem"})
+OF_TIME = _row("of-time", "time-dependent classifier", "guide", {"objective": "ce"} | _OF_TIME)
+KAWAR = _row(
     "kawar",
     "time-dependent robust classifier (Kawar et al.)",
     "robust",
@@ -78,7 +83,7 @@ KAWAR = Row(
     | _OF_TIME,
 )
 
-OWN = Row(
+OWN = _row(
     "own-diffusion",
     "joint GradResNet told the noise, by noise prediction alone, in the UNet's place",
     "own-diffusion",

@@ -41,6 +41,7 @@ class Row:
         reads: which denoiser of the suite ``denoise`` its PSNR is of.
         at_full: what is laid over ``layer`` at the scale ``full``, whose recipe differs.
         missing: why there is no such run; None: there is.
+        within: folder of its run's folder, for rows whose names other tables have, too.
     """
 
     name: str
@@ -52,11 +53,13 @@ class Row:
     reads: str = "unconditional"
     at_full: Mapping[str, Any] = field(default_factory=dict)
     missing: str | None = None
+    within: str = ""
 
     @property
     def folder(self) -> str:
-        """Name of the run's folder."""
-        return self.run or self.name
+        """The run's folder, below that of all rows."""
+        name = self.run or self.name
+        return f"{self.within}/{name}" if self.within else name
 
 
 class Expectation(NamedTuple):

@@ -140,7 +140,8 @@ class Rows:
             return None
 
     def _note(self, row: Row) -> Path:
-        return self.folder(row).with_name(f"{row.folder}.stopped.txt")
+        folder = self.folder(row)
+        return folder.with_name(f"{folder.name}.stopped.txt")
 
     def check(self, rows: Sequence[Row], family: str) -> None:
         """All mistakes first: whether data, models and memory suit every row not yet trained.

@@ -8,11 +8,13 @@ import torch
 from ebmkit.card import ModelCard
 from ebmkit.guidance import make_guidance
 from ebmkit.models import create_denoiser, create_model
+from ebmkit.reproduce.guidance import FAMILY
 from ebmkit.reproduce.guidance_report import markdown
 from ebmkit.reproduce.guidance_rows import AMOUNTS, NETWORKS, WAYS, Way
 from ebmkit.reproduce.guided import Drawing, keep_drawing
 from ebmkit.reproduce.keeping import alone
 from ebmkit.reproduce.scales import SCALES
+from ebmkit.reproduce.targets import TARGETS
 from ebmkit.training import RECIPES, resolve
 
 NAMES = {row.name for row in NETWORKS}
@@ -59,6 +61,13 @@ def test_at_full_scale_networks_have_the_published_recipes():
 def test_rows_whose_names_have_dots_have_locks_of_their_own(tmp_path):
     with alone(tmp_path / "robust-0.25"), alone(tmp_path / "robust-0.5"):
         assert {p.name for p in tmp_path.iterdir()} == {"robust-0.25.lock", "robust-0.5.lock"}
+
+
+def test_networks_share_no_folder_with_other_targets():
+    """All targets may share an --out; "joint" of table 1 is another network than the guide."""
+    others = {row.folder for t in TARGETS.values() for row, family in t.needs if family != FAMILY}
+    assert "joint" in others
+    assert not others & {row.folder for row in NETWORKS}
 
 
 def test_scales_are_multiplied_unless_they_are_exact():
