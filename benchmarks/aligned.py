@@ -19,9 +19,9 @@ from torch import Tensor
 import ebmkit
 from ebmkit.data import AnyImages
 from ebmkit.evaluation.statistics import proportion
-from ebmkit.files import write_atomically
 from ebmkit.pictures.common import new_figure, save_figure, show_image
 from ebmkit.sampling import Ascent, Chains, label_density_of
+from ebmkit.storage import write_atomically
 from ebmkit.training import RunFolder, resolve
 from ebmkit.training.assemble import images_of
 from ebmkit.training.runs import environment

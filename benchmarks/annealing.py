@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from ebmkit import GaussianMixture
-from ebmkit.files import write_atomically
 from ebmkit.pictures.common import BLUE, GRAY, ORANGE, new_figure, save_figure
 from ebmkit.sampling import (
     AnnealedLangevin,
@@ -30,6 +29,7 @@ from ebmkit.sampling import (
     geometric_sigmas,
     score_of,
 )
+from ebmkit.storage import write_atomically
 
 RESULTS = Path(__file__).parent / "results" / "annealing.json"
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "naive-annealed.png"

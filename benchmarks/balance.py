@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 import ebmkit
-from ebmkit.files import write_atomically
+from ebmkit.storage import write_atomically
 from ebmkit.training import RunFolder, parse_assignments, resolve
 from ebmkit.training.assemble import assemble, images_of
 

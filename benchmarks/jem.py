@@ -19,7 +19,7 @@ from rich.console import Console
 
 import ebmkit
 from ebmkit.evaluation import evaluate as run_suites
-from ebmkit.files import write_atomically
+from ebmkit.storage import write_atomically
 from ebmkit.training import RunFolder, resolve
 from ebmkit.training.assemble import assemble, images_of
 

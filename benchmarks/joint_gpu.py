@@ -37,8 +37,8 @@ from ebmkit.bench import Setting, document, measure, training
 from ebmkit.compute import ComputeConfig, describe, pick_device
 from ebmkit.data import Batch
 from ebmkit.data.streams import prefetched
-from ebmkit.files import write_atomically
 from ebmkit.objectives import TrainingLoss
+from ebmkit.storage import write_atomically
 from ebmkit.training import TrainConfig, Trainer, resolve
 from ebmkit.training.assemble import assemble
 from ebmkit.training.engine import TrainingStep

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from ebmkit.bench import interleave
 from ebmkit.compute import keep_freed_memory
 from ebmkit.core import EnergyModel, linearize
-from ebmkit.files import write_atomically
 from ebmkit.models import create_model
+from ebmkit.storage import write_atomically
 from ebmkit.training.runs import environment
 
 BATCH, SIGMA = 64, 0.1

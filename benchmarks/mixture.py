@@ -25,7 +25,7 @@ from torch import Tensor
 
 import ebmkit
 from ebmkit.data import NoiseLaw
-from ebmkit.files import write_atomically
+from ebmkit.storage import write_atomically
 from ebmkit.training.runs import environment
 
 RESULTS = Path(__file__).parent / "results" / "mixture.json"

@@ -26,8 +26,8 @@ from ebmkit.compute import Precision, autocast
 from ebmkit.core import EnergyModel, linearize
 from ebmkit.data import ImageSet
 from ebmkit.evaluation.data import noisy_batches
-from ebmkit.files import write_atomically
 from ebmkit.metrics import psnr
+from ebmkit.storage import write_atomically
 from ebmkit.training import resolve
 from ebmkit.training.assemble import assemble, images_of
 from ebmkit.training.runs import environment

@@ -22,7 +22,7 @@ from typing import Any
 
 from rich.progress import track
 
-from ebmkit.files import write_atomically
+from ebmkit.storage import write_atomically
 from ebmkit.training.runs import environment
 
 BATCH = 64

@@ -25,12 +25,12 @@ from torch import Tensor
 import ebmkit
 from ebmkit.compute import pick_device
 from ebmkit.evaluation.statistics import mean
-from ebmkit.files import write_atomically
 from ebmkit.generation import TaskOptions, baselines_of, find_task, restore
 from ebmkit.generation.sources import data_of
 from ebmkit.metrics import psnr
 from ebmkit.pictures.sampling import Panel, restorations
 from ebmkit.sampling.config import StochasticAscentConfig
+from ebmkit.storage import write_atomically
 from ebmkit.training.assemble import images_of
 from ebmkit.training.runs import environment
 

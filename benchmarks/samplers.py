@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 import ebmkit
-from ebmkit.files import write_atomically
 from ebmkit.sampling import Chains, find_sampler
+from ebmkit.storage import write_atomically
 from ebmkit.training import RunFolder, resolve
 from ebmkit.training.assemble import images_of
 

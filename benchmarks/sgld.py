@@ -28,10 +28,10 @@ from ebmkit.bench import interleave, ratio_to
 from ebmkit.compiled import make_inference
 from ebmkit.compute import describe, keep_freed_memory, pick_device
 from ebmkit.core import EnergyModel
-from ebmkit.files import write_atomically
 from ebmkit.models import create_model
 from ebmkit.sampling import Langevin
 from ebmkit.sampling.langevin import JEM_NOISE, JEM_STEP
+from ebmkit.storage import write_atomically
 from ebmkit.training.negatives import score_at
 from ebmkit.training.runs import environment
 

@@ -24,9 +24,9 @@ from torch import Tensor
 import ebmkit
 from ebmkit.data import read_image
 from ebmkit.evaluation.data import noise_generator
-from ebmkit.files import write_atomically
 from ebmkit.inference import picture_score
 from ebmkit.metrics import psnr
+from ebmkit.storage import write_atomically
 from ebmkit.training.runs import environment
 
 RESULTS = Path(__file__).parent / "results" / "sizes.json"

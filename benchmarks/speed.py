@@ -36,7 +36,7 @@ from ebmkit.bench import (
     training,
 )
 from ebmkit.compute import ComputeConfig, pick_compile, pick_device, pick_precision
-from ebmkit.files import write_atomically
+from ebmkit.storage import write_atomically
 
 OBJECTIVES = ("ce", "dsm", "cdsm", "ce+dsm")
 

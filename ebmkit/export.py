@@ -32,8 +32,8 @@ from torch import Tensor
 
 from ebmkit.core import ScoreModel, classifies
 from ebmkit.errors import UserError, unknown_name
-from ebmkit.files import write_atomically
 from ebmkit.formats import Task, run_onnx, run_pt2, to_onnx, to_pt2
+from ebmkit.storage import write_atomically
 
 __all__ = ["Difference", "Exported", "What", "export"]
 

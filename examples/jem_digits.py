@@ -24,10 +24,10 @@ import ebmkit
 from ebmkit.data import load_dataset
 from ebmkit.evaluation import evaluate
 from ebmkit.evaluation.statistics import proportion
-from ebmkit.files import write_atomically
 from ebmkit.pictures.common import new_figure, save_figure, show_image
 from ebmkit.sampling import Chains, ClassGaussians, Langevin, score_of
 from ebmkit.sampling.langevin import JEM_NOISE, JEM_STEP
+from ebmkit.storage import write_atomically
 from ebmkit.training import RunFolder, resolve
 from ebmkit.training.assemble import assemble
 from ebmkit.training.runs import environment

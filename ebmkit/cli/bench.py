@@ -28,7 +28,7 @@ from ebmkit.cli.app import app
 from ebmkit.cli.console import console
 from ebmkit.compute import ComputeConfig, pick_compile, pick_device, pick_precision
 from ebmkit.errors import UserError
-from ebmkit.files import write_atomically
+from ebmkit.storage import write_atomically
 
 __all__ = ["bench"]
 

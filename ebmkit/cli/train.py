@@ -18,8 +18,8 @@ from ebmkit.cli.app import app
 from ebmkit.cli.console import TensorBoard, Together, TrainingBar, console
 from ebmkit.data import AnyImages
 from ebmkit.errors import UserError
-from ebmkit.files import write_atomically
 from ebmkit.parallel import World, join, launch, restarted
+from ebmkit.storage import write_atomically
 from ebmkit.training import (
     Interrupted,
     Reporter,

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ebmkit.errors import UserError
-from ebmkit.files import write_atomically
+from ebmkit.storage import write_atomically
 
 __all__ = [
     "MAX_PIXELS",

@@ -47,9 +47,9 @@ from ebmkit.evaluation.robustness import ROBUSTNESS
 from ebmkit.evaluation.robustness_grid import ROBUSTNESS_GRID
 from ebmkit.evaluation.setting import NOISE_LEVELS, SIGMAS, Setting, Suite
 from ebmkit.evaluation.shift import SHIFT
-from ebmkit.files import write_atomically
 from ebmkit.parallel import World
 from ebmkit.registry import find
+from ebmkit.storage import write_atomically
 from ebmkit.training.runs import environment
 from ebmkit.validation import validated
 

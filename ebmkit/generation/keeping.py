@@ -27,9 +27,9 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ebmkit.errors import UserError
-from ebmkit.files import write_atomically
 from ebmkit.generation.settings import SamplingSettings
 from ebmkit.models.saving import digest
+from ebmkit.storage import write_atomically
 from ebmkit.training.runs import difference
 
 __all__ = ["SamplingFolder"]

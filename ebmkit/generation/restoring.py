@@ -15,7 +15,6 @@ from torch import Tensor
 from ebmkit.core import ScoreModel
 from ebmkit.data.images import Picture, read_image, write_image
 from ebmkit.errors import UserError
-from ebmkit.files import write_atomically
 from ebmkit.generation.baselines import baselines_of
 from ebmkit.generation.restore import restore
 from ebmkit.generation.results import far_from_images
@@ -23,6 +22,7 @@ from ebmkit.generation.tasks import Degraded, Task, TaskOptions, degrade
 from ebmkit.metrics import psnr
 from ebmkit.pictures.sampling import Panel, restorations
 from ebmkit.sampling.config import StochasticAscentConfig
+from ebmkit.storage import write_atomically
 from ebmkit.training.runs import environment
 
 __all__ = ["RestoreJob", "read_mask"]

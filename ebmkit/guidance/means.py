@@ -27,9 +27,9 @@ from torch import Tensor
 from ebmkit.compiled import device_of
 from ebmkit.core import EnergyModel
 from ebmkit.errors import UserError
-from ebmkit.files import write_atomically
 from ebmkit.guidance.guides import check_guide
 from ebmkit.readings import as_read
+from ebmkit.storage import write_atomically
 
 __all__ = ["ClassEnergies", "LabelledImages", "class_energies", "stored_energies"]
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from ebmkit.card import ModelCard
 from ebmkit.core import ScoreModel
 from ebmkit.errors import UserError
-from ebmkit.files import write_atomically
 from ebmkit.models.config import ModelConfig
+from ebmkit.storage import write_atomically
 from ebmkit.validation import validated
 
 __all__ = ["digest", "load", "save_model", "save_weights", "weights_digest"]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from ebmkit.files import write_atomically
+from ebmkit.storage import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

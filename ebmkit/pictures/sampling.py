@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ebmkit.files import write_atomically
 from ebmkit.pictures.common import DPI, GRAY, new_figure, save_figure, show_image
 from ebmkit.pictures.jacobian import image_grid
+from ebmkit.storage import write_atomically
 
 __all__ = ["Panel", "Sampled", "path_animation", "path_strip", "restorations", "sample_grid"]
 

@@ -18,13 +18,13 @@ from typing import Any
 
 from ebmkit.evaluation.attacks import STEPSIZE
 from ebmkit.evaluation.tables import number
-from ebmkit.files import write_atomically
 from ebmkit.reproduce.keeping import Protocol
 from ebmkit.reproduce.report import Found, is_open, markdown
 from ebmkit.reproduce.rows import Row
 from ebmkit.reproduce.runs import Rows
 from ebmkit.reproduce.tables import CLAIMS, GRID, JEM, JOINT, TABLE1
 from ebmkit.reproduce.tabulate import circumstances, measured, table_report
+from ebmkit.storage import write_atomically
 from ebmkit.theory import figure1
 from ebmkit.theory import markdown as figure1_markdown
 from ebmkit.training.runs import environment

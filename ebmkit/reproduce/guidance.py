@@ -30,7 +30,6 @@ from ebmkit.errors import UserError
 from ebmkit.evaluation import SUITES, evaluate
 from ebmkit.evaluation.features import Extractor, classifier
 from ebmkit.evaluation.guided import measure_guided
-from ebmkit.files import write_atomically
 from ebmkit.models import load, weights_digest
 from ebmkit.reproduce.guidance_rows import (
     AMOUNTS,
@@ -51,6 +50,7 @@ from ebmkit.reproduce.report import Found
 from ebmkit.reproduce.rows import Row
 from ebmkit.reproduce.runs import Rows
 from ebmkit.reproduce.tabulate import circumstances, measured
+from ebmkit.storage import write_atomically
 
 __all__ = ["FAMILY", "run_guidance"]
 

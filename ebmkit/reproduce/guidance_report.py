@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from ebmkit.evaluation.robustness_grid import names
-from ebmkit.files import write_atomically
 from ebmkit.reproduce.guidance_rows import TABLE_2_1
+from ebmkit.storage import write_atomically
 
 __all__ = ["markdown", "write"]
 

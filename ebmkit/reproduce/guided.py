@@ -29,11 +29,11 @@ from torch import Tensor
 from ebmkit.core import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation.data import Images
-from ebmkit.files import write_atomically
 from ebmkit.guidance import class_energies, guided_model, make_guidance
 from ebmkit.randomness import keyed_generator
 from ebmkit.reproduce.guidance_rows import Way
 from ebmkit.sampling import SAMPLERS, Chains
+from ebmkit.storage import write_atomically
 
 __all__ = ["Drawing", "Drawn", "keep_drawing"]
 

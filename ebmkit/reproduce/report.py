@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ebmkit.files import write_atomically
 from ebmkit.reproduce.rows import METRICS, Expectation, Row, Table
+from ebmkit.storage import write_atomically
 
 __all__ = ["Found", "document", "figures_of", "is_open", "markdown", "write"]
 

@@ -27,11 +27,11 @@ from ebmkit.core import ScoreModel
 from ebmkit.data import AnyImages
 from ebmkit.errors import UserError
 from ebmkit.evaluation import evaluate
-from ebmkit.files import write_atomically
 from ebmkit.models import load
 from ebmkit.reproduce.keeping import Busy, Protocol, alone, fresh, holds, wanted_of, whole
 from ebmkit.reproduce.rows import Row
 from ebmkit.reproduce.scales import Scale
+from ebmkit.storage import write_atomically
 from ebmkit.training import DataConfig, RunFolder, TrainConfig, Trainer, resolve
 from ebmkit.training.assemble import Split, assemble, images_of
 from ebmkit.training.cost import format_seconds

@@ -39,8 +39,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ebmkit.errors import UserError
-from ebmkit.files import write_atomically
 from ebmkit.parallel import launch
+from ebmkit.storage import write_atomically
 
 __all__ = ["RunFolder", "difference", "environment"]
 

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from ebmkit.errors import UserError
-from ebmkit.files import write_atomically
+from ebmkit.storage import write_atomically
 
 
 def disk_full(*_args):
