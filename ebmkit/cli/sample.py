@@ -28,7 +28,7 @@ from ebmkit.generation import (
 )
 from ebmkit.models import load, weights_digest
 from ebmkit.training import parse_assignments
-from ebmkit.training.stopping import stop_requested
+from ebmkit.training.stopping import exit_code, stop_requested
 
 __all__ = ["sample"]
 
@@ -214,7 +214,7 @@ def _draw(job: SamplingJob) -> None:
                 soft_wrap=True,
                 highlight=False,
             )
-            raise typer.Exit(130) from None
+            raise typer.Exit(exit_code(stop.signal)) from None
 
 
 def _tell(document: dict[str, Any], out: Path, before: int) -> None:

@@ -23,10 +23,18 @@ from ebmkit.card import ModelCard
 from ebmkit.core import ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.models.config import ModelConfig
-from ebmkit.storage import write_atomically
+from ebmkit.storage import read_together, write_atomically
 from ebmkit.validation import validated
 
-__all__ = ["digest", "load", "save_model", "save_weights", "weights_digest"]
+__all__ = [
+    "digest",
+    "load",
+    "model_files",
+    "save_model",
+    "save_weights",
+    "weights_digest",
+    "weights_file",
+]
 
 FORMAT = 1
 
@@ -55,10 +63,21 @@ def save_model(
     Raises:
         UserError: if the disk is full or not writable; what was there before is left as it was.
     """
-    save_weights(folder / "model.safetensors", model)
+    for name, content in model_files(model, config, card).items():
+        write_atomically(folder / name, content)
+
+
+def model_files(model: ScoreModel, config: ModelConfig | None, card: ModelCard) -> dict[str, bytes]:
+    """The files of a saved model by name, as of `save_model`."""
     document = _Document(format=FORMAT, model=config, card=card)
     text = json.dumps(document.model_dump(mode="json"), indent=2)
-    write_atomically(folder / "model.json", text.encode())
+    return {"model.safetensors": weights_file(model), "model.json": text.encode()}
+
+
+def weights_file(model: ScoreModel) -> bytes:
+    """The state of ``model`` as a safetensors file."""
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    return safetensors.torch.save(state, metadata={"sha256": digest(state)})
 
 
 def save_weights(path: Path, model: ScoreModel) -> None:
@@ -67,9 +86,7 @@ def save_weights(path: Path, model: ScoreModel) -> None:
     Raises:
         UserError: if the disk is full or not writable; what was there before is left as it was.
     """
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    written = safetensors.torch.save(state, metadata={"sha256": digest(state)})
-    write_atomically(path, written)
+    write_atomically(path, weights_file(model))
 
 
 def load(
@@ -106,7 +123,8 @@ def load(
                 f"{str(folder)!r} holds no {name}: it is no run folder, or training never saved a "
                 "model there (`ebmkit train --resume` goes on with an interrupted run)"
             )
-    document = _read_document(folder / "model.json")
+    content = read_together(folder, ["model.json", FILES[weights]])
+    document = _read_document(content["model.json"], folder / "model.json")
     if model is None:
         if document.model is None:
             raise UserError(
@@ -115,7 +133,7 @@ def load(
             )
         model = document.model.build()
     try:
-        state = _read_weights(folder / FILES[weights])
+        state = _read_weights(content[FILES[weights]], folder / FILES[weights])
         model.load_state_dict(state)
     except safetensors.SafetensorError:
         raise UserError(f"{str(folder / FILES[weights])!r} is damaged: it does not parse") from None
@@ -131,15 +149,16 @@ def weights_digest(run: Path, weights: str = "last") -> str:
     return hashlib.sha256((run / FILES[weights]).read_bytes()).hexdigest()
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of ``path``.
+def _read_weights(content: bytes, path: Path) -> dict[str, Tensor]:
+    """The tensors in the ``content`` of ``path``.
 
     Raises:
         UserError: if they are not those that were written.
+        SafetensorError: if it does not parse.
     """
-    with safetensors.safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        state: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    state: dict[str, Tensor] = safetensors.torch.load(content)
+    length = int.from_bytes(content[:8], "little")
+    metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
     if "sha256" in metadata and metadata["sha256"] != digest(state):
         raise UserError(f"{str(path)!r} is damaged: its tensors are not those that were written")
     return state
@@ -154,9 +173,9 @@ def digest(state: dict[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def _read_document(path: Path) -> _Document:
+def _read_document(content: bytes, path: Path) -> _Document:
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(content)
     except (UnicodeDecodeError, json.JSONDecodeError):
         raise UserError(f"{str(path)!r} is damaged: it is not JSON") from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:

@@ -125,6 +125,7 @@ class TrainConfig(_Config):
     validate_every: int = Field(100, ge=1, description="steps between validations")
     validation_images: int = Field(500, ge=0, description="held-out images to validate on; 0: none")
     checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="checkpoints that are kept, the newest")
 
 
 def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
@@ -27,10 +28,12 @@ from ebmkit.data import AnyImages, Batch, ImageSet
 from ebmkit.data.schedule import images_between, stage_at, stages
 from ebmkit.data.streams import prefetched
 from ebmkit.errors import UserError
-from ebmkit.models import ModelConfig, save_model, save_weights
+from ebmkit.models import ModelConfig
+from ebmkit.models.saving import model_files, weights_file
 from ebmkit.parallel import World, device_of_rank
 from ebmkit.randomness import keyed_seed
 from ebmkit.training.account import Account, Stopwatch, peak_memory
+from ebmkit.training.checkpoints import BEST
 from ebmkit.training.checks import check_compiled, check_terms
 from ebmkit.training.config import TrainConfig
 from ebmkit.training.engine import OutOfMemory, Reading, TrainingStep, told_of_memory
@@ -55,11 +58,16 @@ __all__ = ["Interrupted", "Reporter", "Trainer"]
 
 
 class Interrupted(Exception):
-    """Training was stopped by a signal, after its state was saved; ``step`` says where."""
+    """Training was stopped by a signal, after its state was saved.
 
-    def __init__(self, step: int) -> None:
+    Attributes:
+        step: where.
+        signal: by which; None: another process was asked to.
+    """
+
+    def __init__(self, step: int, signum: int | None = None) -> None:
         super().__init__(f"interrupted after step {step}")
-        self.step = step
+        self.step, self.signal = step, signum
 
 
 class Reporter(Protocol):
@@ -127,6 +135,8 @@ class Trainer:
         self.step = self.first_step = 0
         self.begun, self.seconds_before = time.perf_counter(), 0.0
         self.best = math.inf
+        self.best_weights: bytes | None = None
+        self._best_on_disk: bytes | None = None
         self.card = make_card(self.loss, config, self.train)
         self.model.card = self.trained.card = self.card
         self.recovery = None
@@ -155,7 +165,8 @@ class Trainer:
         self.begun = time.perf_counter()
         self.watch.restart()
         self.model.train()
-        with stop_requested() as stop:
+        holding = nullcontext() if self.run is None else self.run.held()
+        with holding, stop_requested() as stop:
             while self.step < config.steps:
                 self._advance(batches, stop())
                 due = [
@@ -181,7 +192,7 @@ class Trainer:
                 if due[1] or due[2]:
                     self.watch.restart()
                 if asked:
-                    raise Interrupted(self.step)
+                    raise Interrupted(self.step, stop.signal)
         return self.trained.eval()
 
     @property
@@ -222,6 +233,11 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Everything needed to go on exactly, as tensors and plain values."""
+        watch = self.recovery.state() if self.recovery else None
+        return {**self.state_of_parts(), "watch": watch}
+
+    def state_of_parts(self) -> dict[str, Any]:
+        """The part of `state` that `restore_parts` takes."""
         return {
             "step": self.step,
             "seconds": self.seconds,
@@ -231,7 +247,6 @@ class Trainer:
             "average": self.average.state_dict() if self.average else None,
             "running": self.loss.running,
             "precision": self.update.precision,
-            "watch": self.recovery.state() if self.recovery else None,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -244,7 +259,11 @@ class Trainer:
         if self.recovery is not None:
             self.recovery.restore(state["watch"], state["buffer"])
         if self.run is not None:
-            self.run.forget_after(self.step)
+            with self.run.held():
+                self.run.forget_after(self.step)
+            if math.isfinite(self.best):
+                self.best_weights = self._best_on_disk = self.run.read_best()
+                self.best = math.inf if self.best_weights is None else self.best
 
     def restore_parts(self, state: dict[str, Any]) -> None:
         """Go back to a `state` of network, optimiser, averaged weights and running means.
@@ -266,12 +285,24 @@ class Trainer:
         self.card.steps = self.step
         self.update.reset()
 
-    def save(self) -> None:
-        """Write the checkpoint and the model, each in one move."""
+    def save(self, gone_back: tuple[int, dict[str, Any]] | None = None) -> None:
+        """Write the checkpoint, the model and the best weights so far, all or nothing.
+
+        Args:
+            gone_back: as of `RunFolder.save_checkpoint`.
+
+        Raises:
+            UserError: if they cannot be written; the earlier ones are whole.
+        """
         if self.run is None:
             return
-        self.run.save_checkpoint(self.state(), self.recovery.buffer() if self.recovery else None)
-        save_model(self.run.path, self.trained, self.built_from, self.card)
+        files = model_files(self.trained, self.built_from, self.card)
+        if self.best_weights is not None and self.best_weights is not self._best_on_disk:
+            files[BEST] = self.best_weights
+        buffer = self.recovery.buffer() if self.recovery else None
+        keep = self.config.keep_checkpoints
+        self.run.save_checkpoint(self.state(), buffer, files, keep, gone_back)
+        self._best_on_disk = self.best_weights
 
     def _advance(self, batches: Iterator[dict[str, Batch]], stop: bool) -> None:
         """Take one step."""
@@ -367,8 +398,7 @@ class Trainer:
             self.best = math.inf  # the first of a stage: crops of other sizes do not compare
         if summary < self.best:
             self.best = summary
-            if self.run is not None:
-                save_weights(self.run.path / "checkpoints" / "best.safetensors", model)
+            self.best_weights = weights_file(model) if self.run is not None else None
 
     def _validation(self) -> Validation | None:
         """What measures on held-out images; objectives that need negatives have no value there."""
@@ -389,9 +419,9 @@ class Trainer:
         streams = {name: stream.batches(start, stop) for name, stream in self.streams.items()}
         return prefetched(streams, self.device)
 
-    def report(self, row: dict[str, Any]) -> None:
-        """Write a row of metrics, and show it."""
-        if self.run is not None:
+    def report(self, row: dict[str, Any], written: bool = False) -> None:
+        """Write a row of metrics, unless it is ``written``, and show it."""
+        if self.run is not None and not written:
             self.run.log(row)
         if self.reporter is not None:
             self.reporter.report(row)

@@ -142,8 +142,8 @@ def test_going_back_is_exact(tmp_path):
 
     def going(breach, state):
         go_back(breach, state)
-        old, chains = kept[breach.back]
-        assert torch.equal(recovery.negatives.buffer.images, chains)
+        old = kept[breach.back].state
+        assert torch.equal(recovery.negatives.buffer.images, kept[breach.back].chains)
         for name, value in trainer.model.state_dict().items():
             assert torch.equal(value, old["model"][name])
         moments = trainer.optimizer.state_dict()["state"]
