@@ -33,6 +33,7 @@ __all__ = [
     "FORMAT",
     "MANIFEST",
     "DamagedFile",
+    "DamagedManifest",
     "Entry",
     "Manifest",
     "begin_manifest",
@@ -63,6 +64,10 @@ KIND = "ebmkit run"
 
 class DamagedFile(UserError):
     """A file that is not what was written."""
+
+
+class DamagedManifest(DamagedFile):
+    """The manifest itself is not what was written."""
 
 
 class Entry(NamedTuple):
@@ -119,11 +124,13 @@ def read_manifest(root: Path) -> Manifest | None:
     """The manifest of the run folder ``root``; None if there is none.
 
     Raises:
-        DamagedFile: if it is damaged.
+        DamagedManifest: if it is damaged.
         UserError: if it is of a later version.
     """
     path = root / MANIFEST
-    damaged = DamagedFile(f"{str(path)!r} is damaged: it is not the manifest of a run")
+    damaged = DamagedManifest(
+        f"{str(path)!r} is damaged: move it away, or let `ebmkit train --resume` make it anew"
+    )
     try:
         with path.open("rb") as file:
             content = file.read(LARGEST + 1)
@@ -193,7 +200,8 @@ def write_together(
         for name, content in files.items():
             current = root / name
             with writing(current):
-                current.parent.mkdir(exist_ok=True)
+                if current.parent != root:
+                    current.parent.mkdir(exist_ok=True)
                 staged[name] = stage(current, content)
         with _changing(root) as manifest:
             manifest.files |= {name: entry_of(content) for name, content in files.items()}
@@ -201,8 +209,11 @@ def write_together(
             manifest.removed = tuple(name for name in drop if manifest.files.pop(name, None))
             manifest.pending = {name: path.name for name, path in staged.items()}
             with writing(root / MANIFEST):
-                replace_file(root / MANIFEST, manifest.to_bytes())
-            committed = True
+                redo = stage(root / MANIFEST, manifest.to_bytes())
+                staged[MANIFEST] = redo
+                os.replace(redo, root / MANIFEST)
+                committed = True  # whatever fails now, the next writer finishes it
+                sync_folder(root)
             with writing(current):
                 _finish(root, manifest)
     finally:
@@ -276,7 +287,8 @@ def settle(root: Path) -> None:
         DamagedFile: if the manifest is damaged.
     """
     with _changing(root):
-        pass
+        for path in root.glob(f".{MANIFEST}.*{PARTIAL}"):  # only who is in here writes such
+            path.unlink(missing_ok=True)
 
 
 def _read(root: Path, name: str, manifest: Manifest | None) -> bytes:
@@ -321,7 +333,7 @@ def _changing(root: Path) -> Iterator[Manifest]:
     try:
         manifest = read_manifest(root)
         if manifest is None:
-            raise DamagedFile(f"{str(root / MANIFEST)!r} is missing")
+            raise DamagedManifest(f"{str(root / MANIFEST)!r} is missing")
         with writing(root / MANIFEST):
             _finish(root, manifest)
         yield manifest

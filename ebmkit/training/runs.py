@@ -36,7 +36,9 @@ from ebmkit.errors import UserError
 from ebmkit.storage import DamagedFile, held, read_together, write_atomically, write_together
 from ebmkit.storage.atomic import Content
 from ebmkit.storage.manifest import (
+    FOLDERS,
     MANIFEST,
+    DamagedManifest,
     Manifest,
     begin_manifest,
     entry_of,
@@ -161,7 +163,10 @@ class RunFolder:
             DamagedFile: if it is not what was written.
         """
         path = self.path / "config.yaml"
-        content = self._read("config.yaml")
+        try:
+            content = self._read("config.yaml")
+        except DamagedManifest:  # told, and made anew, by who writes
+            content = path.read_bytes()
         try:
             values = yaml.safe_load(content)
         except (yaml.YAMLError, UnicodeDecodeError):
@@ -271,7 +276,7 @@ class RunFolder:
         manifest, errors = None, list[DamagedFile]()
         try:
             manifest = read_manifest(self.path)
-        except DamagedFile as error:
+        except DamagedManifest as error:
             warnings.warn(f"{error}; checkpoints are judged by what they hold", stacklevel=2)
         for name in candidates(all_names(self.path, manifest)):
             try:
@@ -308,11 +313,18 @@ class RunFolder:
             self.journal.look_again()
 
     def _put_in_order(self) -> None:
-        """Settle what was being written, and remove what no checkpoint needs."""
+        """Settle what was being written, and remove what killed processes left."""
+        for name in FOLDERS:
+            path = self.path / name
+            if path.is_symlink() and not _inside(path, self.path):
+                raise UserError(
+                    f"{str(path)!r} is a link out of the run, which is not followed to write: "
+                    "link the whole run folder instead"
+                )
         try:
             manifest = read_manifest(self.path)
-        except DamagedFile as error:
-            warnings.warn(f"{error}; it is made anew of the files as they are", stacklevel=3)
+        except DamagedManifest as error:
+            warnings.warn(f"{error}; now it is made anew of the files as they are", stacklevel=3)
             manifest = None
             (self.path / MANIFEST).rename(_fresh(self.path / f"{MANIFEST}.damaged"))
         if manifest is None:
@@ -325,7 +337,7 @@ class RunFolder:
 def _or_none(path: Path) -> Manifest | None:
     try:
         return read_manifest(path)
-    except DamagedFile:
+    except DamagedManifest:
         return None
 
 
@@ -333,6 +345,10 @@ def _awaits_config(path: Path) -> bool:
     """Whether the configuration is written, and only to be moved into place."""
     manifest = _or_none(path)
     return manifest is not None and "config.yaml" in manifest.pending
+
+
+def _inside(path: Path, root: Path) -> bool:
+    return path.resolve().is_relative_to(root.resolve())
 
 
 def _fresh(path: Path) -> Path:
