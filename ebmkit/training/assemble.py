@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -95,9 +96,10 @@ def assemble(
     )
     if trainer.device.type == "cpu":  # where running out of memory ends the process unasked
         trainer.budget.check()
-    checkpoint = world.from_first(run.load_checkpoint() if run is not None else None)
-    if checkpoint is not None:
-        trainer.restore(checkpoint)
-    elif run is not None:
-        run.forget_after(0)
+    with run.held() if run is not None else nullcontext():
+        checkpoint = world.from_first(run.load_checkpoint() if run is not None else None)
+        if checkpoint is not None:
+            trainer.restore(checkpoint)
+        elif run is not None:
+            run.forget_after(0)
     return trainer

@@ -219,7 +219,8 @@ class RunFolder:
             write_atomically(aside, content)
         kept = self.journal.up_to(step)
         if len(kept) != len(content) or (known is not None and known.size > len(kept)):
-            self._write({METRICS: kept})
+            with self.held():
+                self._write({METRICS: kept})
 
     def save_checkpoint(
         self,
@@ -273,11 +274,7 @@ class RunFolder:
         Raises:
             DamagedFile: if there are checkpoints and none of them is whole.
         """
-        manifest, errors = None, list[DamagedFile]()
-        try:
-            manifest = read_manifest(self.path)
-        except DamagedManifest as error:
-            warnings.warn(f"{error}; checkpoints are judged by what they hold", stacklevel=2)
+        manifest, errors = read_manifest(self.path), list[DamagedFile]()
         for name in candidates(all_names(self.path, manifest)):
             try:
                 state = read_checkpoint(self.path, name)

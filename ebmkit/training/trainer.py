@@ -259,8 +259,7 @@ class Trainer:
         if self.recovery is not None:
             self.recovery.restore(state["watch"], state["buffer"])
         if self.run is not None:
-            with self.run.held():
-                self.run.forget_after(self.step)
+            self.run.forget_after(self.step)
             if math.isfinite(self.best):
                 self.best_weights = self._best_on_disk = self.run.read_best()
                 self.best = math.inf if self.best_weights is None else self.best
