@@ -41,7 +41,11 @@ def verify(
     if as_json:
         console.print_json(json.dumps([finding._asdict() for finding in found]))
     else:
-        table = Table("file", "state", "bytes", "", show_edge=False)
+        table = Table(show_edge=False)
+        longest = max((len(finding.name) for finding in found), default=0)
+        table.add_column("file", no_wrap=True, min_width=longest)
+        for title in ("state", "bytes", ""):
+            table.add_column(title, justify="right" if title == "bytes" else "left")
         for name, state, size, reason in found:
             table.add_row(name, state, f"{size:,}", reason)
         console.print(table)

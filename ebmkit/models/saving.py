@@ -141,6 +141,7 @@ def load(
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"the weights in {str(folder)!r} do not fit the model: {reason}") from None
     model.card = document.card
+    model.weights_sha256 = hashlib.sha256(content[FILES[weights]]).hexdigest()
     return model.eval().requires_grad_(False).to(device)
 
 

@@ -16,9 +16,8 @@ from ebmkit.storage.manifest import (
     Entry,
     entry_of,
     read_manifest,
-    read_together,
-    write_together,
 )
+from ebmkit.storage.together import read_together, write_together
 
 __all__ = ["Finding", "accept_files", "files_of", "leftovers", "verify_run"]
 

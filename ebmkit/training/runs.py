@@ -44,8 +44,8 @@ from ebmkit.storage.manifest import (
     entry_of,
     matches,
     read_manifest,
-    settle,
 )
+from ebmkit.storage.together import settle
 from ebmkit.storage.verify import files_of, leftovers
 from ebmkit.training.checkpoints import (
     BEST,

@@ -35,8 +35,8 @@ def exit_code(signum: int | None) -> int:
 def stop_requested() -> Iterator[Stop]:
     """Within, the first of `SIGNALS` only raises a flag, so that no step is cut in half.
 
-    A SIGINT after that interrupts at once. A signal that the process was started to ignore, as
-    ``nohup`` does, stays ignored.
+    A SIGINT after that interrupts at once. A closed terminal that the process was started to
+    ignore, by ``nohup``, stays ignored.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
@@ -48,7 +48,8 @@ def stop_requested() -> Iterator[Stop]:
             raise KeyboardInterrupt
         stop.signal = stop.signal or signum
 
-    heard = [s for s in SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    heard = [s for s in SIGNALS if not (ignored and s == signal.SIGHUP)]
     before = {s: signal.signal(s, handle) for s in heard}
     try:
         yield stop

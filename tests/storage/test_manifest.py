@@ -19,7 +19,8 @@ from ebmkit.storage import (
     write_atomically,
     write_together,
 )
-from ebmkit.storage.manifest import begin_manifest, entry_of, read_manifest, settle
+from ebmkit.storage.manifest import begin_manifest, entry_of, read_manifest
+from ebmkit.storage.together import settle
 from ebmkit.storage.verify import accept_files, leftovers, verify_run
 
 OLD = {"model.json": b"old card", "checkpoints/step-1.pt": b"state 1", "model.st": b"old weights"}
