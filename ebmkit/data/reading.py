@@ -52,6 +52,10 @@ class FolderReader:
     def __len__(self) -> int:
         return len(self._names)
 
+    def name(self, row: int) -> str:
+        """The file of ``row``, relative to the root."""
+        return os.fsdecode(self._names[row])
+
     def read(self, rows: Sequence[int]) -> Tensor:
         """Images (B, C, H, W) uint8.
 
@@ -102,7 +106,7 @@ class FolderReader:
         return resized
 
     def _open(self, row: int) -> Image.Image:
-        path = self.root / os.fsdecode(self._names[row])
+        path = self.root / self.name(row)
         opened = open_picture(path)
         if opened.is_16_bit:
             raise UserError(f"{str(path)!r} has 16 bits: convert the images of a data set to 8")

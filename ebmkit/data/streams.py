@@ -154,6 +154,12 @@ class Stream:
                 labels = labels.to(self.device, non_blocking=cuda)
             yield self._prepare(step, images, labels)
 
+    def numbers(self, step: int) -> list[int]:
+        """Numbers in the data set of the images in this process's batch of ``step``."""
+        place = self.device if isinstance(self.source, ImageSet) else torch.device("cpu")
+        found: list[int] = self._indices(step, place).tolist()
+        return found[self._extra :]
+
     def _indices(self, step: int, device: torch.device) -> Tensor:
         """Which images of the set this process needs at ``step``, (B,), on ``device``."""
         span, size = span_at(self.spans, step), len(self.source)

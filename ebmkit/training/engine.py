@@ -43,7 +43,7 @@ from ebmkit.parallel import World
 from ebmkit.training.rehearse import unreached
 from ebmkit.training.sharpness import Sharpness
 
-__all__ = ["OutOfMemory", "Reading", "TrainingStep", "told_of_memory"]
+__all__ = ["OutOfMemory", "Reading", "TrainingStep", "split_batches", "told_of_memory"]
 
 
 class OutOfMemory(Exception):
@@ -143,6 +143,9 @@ class TrainingStep:
             group["lr"] = rate
         values = torch.zeros(len(self.names) + 1, device=self.device)
         values[-1] = float(stop)
+        has_statistics = self.loss.model.has_batch_norm  # which the forward pass moves
+        statistics = list(self.loss.model.buffers()) if has_statistics else []
+        before_step = [buffer.clone() for buffer in statistics]
         with told_of_memory():
             values[:-1] = self._differentiate(batches)
             if self.sharpness is not None:
@@ -155,9 +158,12 @@ class TrainingStep:
             if self.clip_norm is not None:
                 nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
             self.optimizer.step()
-        if self.average is not None:
-            self.average.update_parameters(self.loss.model)
+        self._follow()
+        running = self.loss.running.clone()
         self.loss.remember(dict(zip(self.names, values[:-1], strict=True)))
+        self._unless_failed(self.loss.running, running)
+        for now, before in zip(statistics, before_step, strict=True):
+            self._unless_failed(now, before)
 
     def read(self) -> Reading:
         """What the last step did; waits for the device."""
@@ -167,6 +173,24 @@ class TrainingStep:
         return Reading(
             dict(zip(self.names, parts, strict=True)), norm, int(done), bool(failed), stop > 0
         )
+
+    def _unless_failed(self, now: Tensor, before: Tensor) -> None:
+        """Bring ``now`` back to ``before`` if a step has failed, without waiting for the device."""
+        now.copy_(torch.where(self._failed > 0, before, now))
+
+    def _follow(self) -> None:
+        """Move the averaged weights; once a step has failed they stay."""
+        average = self.average
+        if average is None:
+            return
+        if self.device.type == "cpu":
+            if not bool(self._failed):
+                average.update_parameters(self.loss.model)
+            return
+        held = [tensor.clone() for tensor in average.module.state_dict().values()]
+        average.update_parameters(self.loss.model)
+        for now, before in zip(average.module.state_dict().values(), held, strict=True):
+            self._unless_failed(now, before)
 
     def reset(self) -> None:
         """Forget failures and count updates anew: the parameters were set from outside."""
@@ -203,7 +227,7 @@ class TrainingStep:
         values = torch.zeros(len(self.names), device=self.device)
         count = self.compute.accumulate
         drawn = {name: batches[name] for name in self.loss.streams}
-        parts = list(_split(drawn, count, self.loss.separate))
+        parts = list(split_batches(drawn, count, self.loss.separate))
         budget = 0.3 if self.compute.recompute and self.compiled else 1.0
         for i, part in enumerate(parts):
             if self.compiled:
@@ -284,7 +308,9 @@ def _shape(batch: Batch) -> tuple[int, int, int, int]:
     return count, channels, height, width
 
 
-def _split(batches: Mapping[str, Batch], count: int, separate: bool) -> Iterator[dict[str, Batch]]:
+def split_batches(
+    batches: Mapping[str, Batch], count: int, separate: bool
+) -> Iterator[dict[str, Batch]]:
     """What is taken forward and backward at once: ``count`` equal parts, streams apart or not."""
     for k in range(count):
         part = {name: _part(batch, k, count) for name, batch in batches.items()}

@@ -19,6 +19,7 @@ from ebmkit.errors import UserError
 from ebmkit.sampling.buffer import ReplayBuffer
 from ebmkit.training.engine import Reading
 from ebmkit.training.negatives import Negatives, likelihood_terms
+from ebmkit.training.nonfinite import is_finite, report_of, told, write_report
 from ebmkit.training.watch import Breach, Measures, Watch, sentence
 
 if TYPE_CHECKING:
@@ -77,8 +78,9 @@ class Recovery:
             if self.watch.due(self.trainer.step):
                 self.keep()
             return False
+        detail = None if is_finite(reading) else self._looked_into(reading)
         breach, state = self.watch.breach(self.trainer.step, reason)
-        self._go_back(breach, state)
+        self._go_back(breach, state, detail)
         return True
 
     def keep(self) -> None:
@@ -124,7 +126,15 @@ class Recovery:
         self.negatives.attempt = state["attempt"]
         self._apply()
 
-    def _go_back(self, breach: Breach, kept: Kept) -> None:
+    def _looked_into(self, reading: Reading) -> list[str]:
+        """What is found of a step that is not finite, in short lines; all of it is written."""
+        trainer = self.trainer
+        report = report_of(trainer, trainer.step, reading, trainer.drawn)
+        if trainer.run is not None:
+            write_report(trainer.run.path, report)
+        return told(report)
+
+    def _go_back(self, breach: Breach, kept: Kept, detail: list[str] | None) -> None:
         trainer, number = self.trainer, len(self.watch.history)
         spent = trainer.seconds
         trainer.restore_parts(tree_map_only(Tensor, _on_host, kept.state))
@@ -133,7 +143,7 @@ class Recovery:
         self.negatives.buffer.images.copy_(kept.chains)
         self.negatives.attempt = number
         self._apply()
-        row = {
+        row: dict[str, Any] = {
             "kind": "breach",
             "step": breach.back,
             "at": breach.at,
@@ -142,6 +152,8 @@ class Recovery:
             "told": sentence(breach),
             **self.watch.remedies.document(),
         }
+        if detail is not None:
+            row["detail"] = detail
         trainer.save(gone_back=(number, row))
         trainer.report(row, written=True)
         if breach.change is None:

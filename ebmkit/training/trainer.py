@@ -37,6 +37,7 @@ from ebmkit.training.checkpoints import BEST
 from ebmkit.training.checks import check_compiled, check_terms
 from ebmkit.training.config import TrainConfig
 from ebmkit.training.engine import OutOfMemory, Reading, TrainingStep, told_of_memory
+from ebmkit.training.nonfinite import stopped
 from ebmkit.training.optim import learning_rate, make_optimizer
 from ebmkit.training.parts import (
     make_attacks,
@@ -139,7 +140,7 @@ class Trainer:
         self._best_on_disk: bytes | None = None
         self.card = make_card(self.loss, config, self.train)
         self.model.card = self.trained.card = self.card
-        self.recovery = None
+        self.recovery, self.drawn = None, dict[str, Batch]()
         if self.loss.needs_negatives:
             chains = make_negatives(self.loss, config, self.train, self.update, world)
             self.recovery = Recovery(self, chains)
@@ -159,7 +160,7 @@ class Trainer:
                 disk is full.
         """
         config = self.config
-        batches = self._batches(self.step, config.steps)
+        batches = self.batches(self.step, config.steps)
         ends = {stage.stop for stage in self.stages}
         self.first_step = self.step
         self.begun = time.perf_counter()
@@ -176,7 +177,7 @@ class Trainer:
                 due[0] = due[0] or self.step in ends  # so that no speed is of two stages
                 alone = self.world.size == 1  # several agree on where to stop by reading
                 if self.recovery is not None and self.recovery.look(self.update.read()):
-                    batches = self._batches(self.step, config.steps)
+                    batches = self.batches(self.step, config.steps)
                     self.watch.restart()
                     continue
                 if self.device.type != "cpu" and not any(due) and not (alone and stop()):
@@ -210,7 +211,7 @@ class Trainer:
         for number, stage in enumerate(self.stages):
             self.step = stage.start
             stop = min(stage.start + count, stage.stop)
-            batches = self._batches(stage.start, stop)
+            batches = self.batches(stage.start, stop)
             while self.step < stop:
                 self._advance(batches, False)
                 self._read()
@@ -305,7 +306,7 @@ class Trainer:
 
     def _advance(self, batches: Iterator[dict[str, Batch]], stop: bool) -> None:
         """Take one step."""
-        rate = self._rate(self.step)
+        rate = self.rate_at(self.step)
         if self.drops:
             torch.manual_seed(keyed_seed(self.config.seed, "dropout", self.step, self.world.rank))
         begun = time.perf_counter()
@@ -315,7 +316,7 @@ class Trainer:
         try:
             with told_of_memory():
                 if self.recovery is not None:
-                    drawn = self.recovery.join(drawn)
+                    drawn = self.drawn = self.recovery.join(drawn)
                 if self.attacks is not None:
                     drawn = self.attacks.join(drawn, self.step)
             self.update(drawn, rate, stop)
@@ -334,12 +335,13 @@ class Trainer:
     def _log_step(self, reading: Reading) -> None:
         number = stage_at(self.stages, self.step - 1)
         speed = self.stages[number].images_per_step / self.watch.stop(number)
-        row = {"step": self.step, "lr": self._rate(self.step - 1), "grad_norm": reading.grad_norm}
+        row = {"step": self.step, "lr": self.rate_at(self.step - 1), "grad_norm": reading.grad_norm}
         if self.recovery is not None:
             row["sample_rms"] = self.recovery.measures(reading).sample
         self.report({"kind": "train", **row, **reading.parts, "images_per_s": speed})
 
-    def _rate(self, step: int) -> float:
+    def rate_at(self, step: int) -> float:
+        """The learning rate of ``step``, counted from 0."""
         rate = learning_rate(self.config.optimizer, step, self.config.steps)
         return rate if self.recovery is None else self.recovery.learning_rate(rate)
 
@@ -351,20 +353,9 @@ class Trainer:
         """
         reading = self.update.read()
         if reading.failed:
-            step = self.first_step + reading.done + 1
-            bad = [name for name, mean in reading.parts.items() if not math.isfinite(mean)]
-            if bad:
-                self._stop_at(step, f"loss {bad[0]!r} is {reading.parts[bad[0]]}")
-            self._stop_at(step, f"the gradient's norm is {reading.grad_norm}")
+            raise stopped(self, self.first_step + reading.done + 1, reading)
         self.card.steps = self.step
         return reading
-
-    def _stop_at(self, step: int, what: str) -> NoReturn:
-        saved = f"; the last checkpoint is in {str(self.run.path)!r}" if self.run else ""
-        raise UserError(
-            f"{what} at step {step}: stopped before the update{saved}; try a lower "
-            "optimizer.lr or optimizer.clip_norm=1"
-        )
 
     def account(self) -> Account:
         """What the steps so far really took."""
@@ -414,7 +405,8 @@ class Trainer:
             self.world,
         )
 
-    def _batches(self, start: int, stop: int) -> Iterator[dict[str, Batch]]:
+    def batches(self, start: int, stop: int) -> Iterator[dict[str, Batch]]:
+        """One batch of each stream for the steps ``start`` .. ``stop`` - 1."""
         streams = {name: stream.batches(start, stop) for name, stream in self.streams.items()}
         return prefetched(streams, self.device)
 
