@@ -105,7 +105,7 @@ def test_chains_move_by_langevin_steps_and_go_back_into_the_buffer(tmp_path):
     trainer = start(tmp_path, "run", {"negatives": {"noise": 0.0, "restart": 0.0}})
     negatives = trainer.recovery.negatives
     before = negatives.buffer.images.clone()
-    batch = next(trainer._batches(0, 1))["generate"]
+    batch = next(trainer.batches(0, 1))["generate"]
     moved = negatives.draw(batch, 0)
     changed = (negatives.buffer.images != before).flatten(1).any(1)
     assert changed.sum() == len(batch.x)
@@ -133,7 +133,7 @@ def test_negatives_are_a_function_of_the_step_and_the_same_for_any_number_of_pro
         trainer = start(tmp_path, f"{world.rank}-{world.size}-{len(list(tmp_path.iterdir()))}")
         negatives = trainer.recovery.negatives
         negatives.world = world
-        batch = next(trainer._batches(0, 1))["generate"]
+        batch = next(trainer.batches(0, 1))["generate"]
         return negatives.draw(Batch(*(None if c is None else c[rows] for c in batch)), 0), negatives
 
     def beside(other, rank, own):
@@ -236,7 +236,7 @@ def test_the_cost_of_chains_is_counted_and_told(tmp_path):
     shapes = trainer.budget.plan[0][1]
     flops = step_flops(trainer.loss, shapes, Effort(2))
     assert list(flops) == ["ce", "ml", "2 Langevin steps"]
-    batches = next(trainer._batches(0, 1))
+    batches = next(trainer.batches(0, 1))
     with Recorder() as counted:
         trainer.recovery.negatives.draw(batches["generate"], 0)
     assert flops["2 Langevin steps"] == counted.flops  # of the real chains
@@ -299,6 +299,6 @@ def test_starts_from_gaussians_and_bounds_are_kept(tmp_path):
     trainer.recovery.negatives.config = trainer.recovery.negatives.config.model_copy(
         update={"restart": 0.0}
     )
-    trainer.recovery.negatives.draw(next(trainer._batches(0, 1))["generate"], 0)
+    trainer.recovery.negatives.draw(next(trainer.batches(0, 1))["generate"], 0)
     after = trainer.recovery.negatives.buffer.images
     assert ((after - before.clamp(0, 1)).abs()[after != before] <= 0.02 + 1e-6).all()

@@ -140,8 +140,8 @@ def test_going_back_is_exact(tmp_path):
         keep()
         kept[trainer.step] = recovery.watch._states[-1][1]
 
-    def going(breach, state):
-        go_back(breach, state)
+    def going(breach, state, detail):
+        go_back(breach, state, detail)
         old = kept[breach.back].state
         assert torch.equal(recovery.negatives.buffer.images, kept[breach.back].chains)
         for name, value in trainer.model.state_dict().items():
