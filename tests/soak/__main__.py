@@ -23,6 +23,8 @@ from tests.soak.flat import stay_flat
 from tests.soak.kills import killed
 from tests.soak.scenarios import TRAININGS
 
+TOLD = ("ebmkit", "python", "torch", "numpy", "cores", "git_commit")
+
 
 def main() -> int:
     """Run what was asked for; the exit code."""
@@ -70,9 +72,7 @@ def main() -> int:
         document = {
             "command": " ".join(["python -m tests.soak", *sys.argv[1:]]),
             "seed": asked.seed,
-            "environment": {
-                k: v for k, v in environment().items() if k not in ("command", "launch")
-            },
+            "environment": {k: v for k, v in environment().items() if k in TOLD},
             "results": results,
             "broken": broken,
         }
@@ -91,9 +91,8 @@ def table(results: dict[str, Any]) -> Table:
         shown.add_column(title)
     for name, found in results.items():
         if "kills" in found:
-            ended = (
-                f"{len(found['differing'])} differences" if found["differing"] else "the same bits"
-            )
+            count = len(found["differing"])
+            ended = f"{count} differences" if count else "the same bits"
             counts = ("kills", "in_a_save", "one_rank", "at_start", "steps_lost")
             shown.add_row(name, *(str(found[key]) for key in counts), ended)
         else:

@@ -13,6 +13,7 @@ SMALL = (
     "--set=log_every=1",
 )
 MLP = ("--backbone", "mlp", "--set=model.backbone.width=16")
+AVERAGED = ("--set=optimizer.ema=0.9",)
 CHAINS = ("--set=negatives.buffer_size=100", "--set=negatives.steps=2", "--set=watch.every=10")
 
 TRAININGS = {
@@ -24,7 +25,7 @@ TRAININGS = {
             (
                 *MLP,
                 *SMALL,
-                "--set=optimizer.ema=0.9",
+                *AVERAGED,
                 "--set=streams.classify.augmentation.mix=both",
             ),
             (6000, 900),
@@ -59,7 +60,7 @@ TRAININGS = {
         Training(
             "two-ranks",
             "ce+dsm by two processes under torchrun; all killed, or one",
-            (*MLP, *SMALL, "--set=optimizer.ema=0.9"),
+            (*MLP, *SMALL, *AVERAGED),
             (4000, 500),
             ranks=2,
         ),
