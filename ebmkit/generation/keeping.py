@@ -23,6 +23,7 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from ebmkit.errors import UserError
@@ -134,6 +135,8 @@ class SamplingFolder:
             raise UserError(
                 f"{str(self.home / SETTINGS)!r} is damaged: it does not parse; choose another --out"
             )
+        with contextlib.suppress(ValidationError):  # fields that came later have their defaults
+            old = type(settings).model_validate(old).model_dump(mode="json")
         found = difference(old, settings.model_dump(mode="json"))
         if found is not None:
             key, before, now = found

@@ -53,6 +53,7 @@ from ebmkit.training.recovery import Recovery
 from ebmkit.training.runs import RunFolder
 from ebmkit.training.sharpness import Sharpness
 from ebmkit.training.stopping import stop_requested
+from ebmkit.training.upgrade import upgraded
 from ebmkit.training.validation import Validation
 
 __all__ = ["Interrupted", "Reporter", "Trainer"]
@@ -272,6 +273,7 @@ class Trainer:
             UserError: if it is of another model.
         """
         try:
+            state = upgraded(state, self.loss.balanced)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             if self.average is not None:
@@ -281,7 +283,7 @@ class Trainer:
             raise UserError("the checkpoint does not fit this model and optimiser") from None
         self.step = self.first_step = state["step"]
         self.best = state["best"]
-        self.seconds_before = state.get("seconds", 0.0)  # older checkpoints do not say
+        self.seconds_before = state["seconds"]
         self.card.steps = self.step
         self.update.reset()
 
