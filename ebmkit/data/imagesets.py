@@ -6,9 +6,10 @@ Images are uint8 (N, C, H, W), labels int64 (N,). What leaves a data set for a m
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ __all__ = [
     "MEMORY_LIMIT",
     "SPLITS",
     "AnyImages",
+    "Faults",
     "ImageSet",
     "PictureReader",
     "RowReader",
@@ -36,6 +38,22 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 MEMORY_LIMIT = 2**30
 """Bytes of decoded images above which a set on disk is streamed instead of held in memory."""
+
+
+class Faults(NamedTuple):
+    """What is done about faults of a folder of images.
+
+    Attributes:
+        skip: leave out images that cannot be read, and say which, instead of ending.
+        follow: read through links that lead out of the folder.
+    """
+
+    skip: bool = False
+    follow: bool = False
+
+
+MOST_IN_A_ROW = 100
+"""Images that may be skipped one after the other."""
 
 
 def to_floats(images: Tensor) -> Tensor:
@@ -173,6 +191,8 @@ class StreamedSet:
         class_names: one per label; empty without labels.
         pictures: reads crops of the whole pictures, of which the images are the middle; None: crops
             are cut from the images.
+        skip: an image that cannot be read is left out: the next one takes its place.
+        skipped: what was left out so far, in this process: number -> reason.
 
     Raises:
         UserError: if a label is out of range.
@@ -187,6 +207,8 @@ class StreamedSet:
     labels: Tensor | None = None
     class_names: tuple[str, ...] = ()
     pictures: PictureReader | None = None
+    skip: bool = False
+    skipped: dict[int, str] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         check_labels(f"data set {self.name!r}", self.labels, len(self.rows), len(self.class_names))
@@ -231,6 +253,29 @@ class StreamedSet:
         Raises:
             UserError: if one cannot be read.
         """
+        if not self.skip:
+            return self._read(indices, cut)
+        with contextlib.suppress(UserError):
+            return self._read(indices, cut)
+        single = [None if cut is None else cut.of(i) for i in range(len(indices))]
+        read = [self._readable(n, own) for n, own in zip(indices, single, strict=True)]
+        images = torch.cat([image for image, _ in read])
+        return images, None if self.labels is None else torch.cat([label for _, label in read])
+
+    def _readable(self, number: int, cut: Cut | None) -> tuple[Tensor, Tensor]:
+        """Image ``number`` (1, C, H, W) and its label, or the next that can be read."""
+        for ahead in range(MOST_IN_A_ROW):
+            chosen = (int(number) + ahead) % len(self)
+            try:
+                image, label = self._read([chosen], cut)
+            except UserError as error:
+                self.skipped[chosen] = str(error)
+                last = error
+            else:
+                return image, torch.zeros(0) if label is None else label
+        raise UserError(f"{MOST_IN_A_ROW} images in a row cannot be read: {last}")
+
+    def _read(self, indices: Sequence[int], cut: Cut | None) -> tuple[Tensor, Tensor | None]:
         chosen = torch.as_tensor(indices)
         labels = None if self.labels is None else self.labels[chosen]
         rows = self.rows[chosen].tolist()

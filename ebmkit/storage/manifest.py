@@ -36,7 +36,7 @@ MANIFEST = "manifest.json"
 FORMAT = 2
 """Of run folders: 1 had no manifest."""
 
-FOLDERS = ("checkpoints", "breaches", "evaluation")
+FOLDERS = ("checkpoints", "breaches", "evaluation", "energies")
 """Folders whose files are entered, beside those in the run folder itself."""
 
 LARGEST = 64 * 2**20

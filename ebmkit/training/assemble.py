@@ -9,6 +9,7 @@ import torch
 
 from ebmkit.core import ScoreModel
 from ebmkit.data import AnyImages, load_dataset
+from ebmkit.data.imagesets import Faults
 from ebmkit.models import ModelConfig
 from ebmkit.objectives import parse_objective
 from ebmkit.objectives.terms import check_labels
@@ -30,7 +31,12 @@ def images_of(config: DataConfig, split: Split, progress: bool = False) -> AnyIm
         UserError: if the data set is unknown, missing or incomplete.
     """
     return load_dataset(
-        config.name, config.data_dir, split, image_size=config.image_size, progress=progress
+        config.name,
+        config.data_dir,
+        split,
+        image_size=config.image_size,
+        progress=progress,
+        faults=Faults(config.unreadable == "skip", config.links == "follow"),
     )
 
 

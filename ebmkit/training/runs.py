@@ -72,6 +72,8 @@ _FREE_TO_CHANGE = (
     "keep_checkpoints",
     "dataset.data_dir",
     "dataset.workers",
+    "dataset.unreadable",
+    "dataset.links",
     "compute.precision",
     "compute.compile",
     "compute.accumulate",

@@ -26,7 +26,7 @@ from ebmkit.compute import describe, pick_device
 from ebmkit.core import ScoreModel
 from ebmkit.data import AnyImages, Batch, ImageSet
 from ebmkit.data.schedule import images_between, stage_at, stages
-from ebmkit.data.streams import prefetched
+from ebmkit.data.streams import prefetched, told_of_readers
 from ebmkit.errors import UserError
 from ebmkit.models import ModelConfig
 from ebmkit.models.saving import model_files, weights_file
@@ -168,7 +168,7 @@ class Trainer:
         self.watch.restart()
         self.model.train()
         holding = nullcontext() if self.run is None else self.run.held()
-        with holding, stop_requested() as stop:
+        with holding, told_of_readers(), stop_requested() as stop:
             while self.step < config.steps:
                 self._advance(batches, stop())
                 due = [
@@ -340,6 +340,9 @@ class Trainer:
         row = {"step": self.step, "lr": self.rate_at(self.step - 1), "grad_norm": reading.grad_norm}
         if self.recovery is not None:
             row["sample_rms"] = self.recovery.measures(reading).sample
+        skipped = len({n for stream in self.streams.values() for n in stream.skipped})
+        if skipped:
+            row["unreadable_images"] = skipped
         self.report({"kind": "train", **row, **reading.parts, "images_per_s": speed})
 
     def rate_at(self, step: int) -> float:
