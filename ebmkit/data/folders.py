@@ -126,7 +126,7 @@ def load_folder(
     images = torch.empty((len(rows), reader.channels, height, width), dtype=torch.uint8)
     for i, row in enumerate(progress_bar(rows.tolist(), f"reading {root.name}/{split}", progress)):
         images[i] = reader.read([row])[0]
-    return ImageSet(name, split, images, labels, listing.class_names)
+    return ImageSet(name, split, images, labels, listing.class_names, reader, rows)
 
 
 def list_folder(
