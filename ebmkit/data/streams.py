@@ -190,9 +190,8 @@ class Stream:
         items = iter(loader)
         try:
             yield from self._received(source, items, start)
-        except (
-            RuntimeError
-        ):  # dead or stalled: they ignore requests to end, and exit waits for them
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            # dead or stalled: they ignore requests to end, and the end of this process waits for them
             workers = list(getattr(items, "_workers", ()))
             getattr(items, "_shutdown_workers", tuple)()
             for worker in workers:
