@@ -191,7 +191,7 @@ class Stream:
         try:
             yield from self._received(source, items, start)
         except (RuntimeError, ConnectionError, EOFError) as error:
-            # dead or stalled: they ignore requests to end, and the end of this process waits for them
+            # dead or stalled: they ignore requests to end, and exit would wait for them
             workers = list(getattr(items, "_workers", ()))
             getattr(items, "_shutdown_workers", tuple)()
             for worker in workers:
