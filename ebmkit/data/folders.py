@@ -126,7 +126,7 @@ def load_folder(
     images = torch.empty((len(rows), reader.channels, height, width), dtype=torch.uint8)
     for i, row in enumerate(progress_bar(rows.tolist(), f"reading {root.name}/{split}", progress)):
         images[i] = reader.read([row])[0]
-    return ImageSet(name, split, images, labels, listing.class_names)
+    return ImageSet(name, split, images, labels, listing.class_names, reader, rows)
 
 
 def list_folder(
@@ -172,7 +172,7 @@ def list_folder(
         names = readable(base, names, faults, picture_header if image_size is None else None)
     numbers = {name: i for i, name in enumerate(classes)}
     labels = torch.tensor([numbers[_class_of(name)] for name in names]) if classes else None
-    channels, size = _shape(base, names, image_size, progress)
+    channels, size = _shape(base, names, image_size, progress, faults.skip)
     return Listing(FolderReader(base, names, channels, size, side), labels, classes)
 
 
@@ -346,16 +346,24 @@ def _is_test(name: str) -> bool:
 
 
 def _shape(
-    base: Path, names: list[str], image_size: int | None, progress: bool
+    base: Path, names: list[str], image_size: int | None, progress: bool, skip: bool
 ) -> tuple[int, tuple[int, int]]:
     """Channels and size of a set: of all headers, or of a hundred where the size is given."""
     step = 1 if image_size is None else max(1, len(names) // 100)
-    channels = 1
+    channels, last = 1, None
     sizes: dict[tuple[int, int], str] = {}
     for name in progress_bar(names[::step], f"looking into {base.name}", progress):
-        found, size = picture_header(base / name)
+        try:
+            found, size = picture_header(base / name)
+        except UserError as error:
+            if not skip:
+                raise UserError(f"{error} (dataset.unreadable=skip leaves such out)") from None
+            last = error
+            continue
         channels = max(channels, found)
         sizes.setdefault(size, name)
+    if not sizes:
+        raise UserError(f"none of {len(names[::step])} images in {str(base)!r} can be read: {last}")
     if image_size is not None:
         return channels, (image_size, image_size)
     if len(sizes) > 1:

@@ -123,8 +123,8 @@ def load_rows(name: str, split: Split, contents: Contents, rows: Tensor) -> AnyI
     """The set of ``rows`` (N,) of a file's images, in that order, in memory if it fits."""
     count, height, width, channels = contents.shape
     labels = None if contents.labels is None else contents.labels[rows]
+    reader = Hdf5Reader(contents)
     if count * height * width * channels > imagesets.MEMORY_LIMIT:
-        reader = Hdf5Reader(contents)
         return StreamedSet(
             name, split, reader, rows, channels, (height, width), labels, contents.class_names
         )
@@ -135,7 +135,7 @@ def load_rows(name: str, split: Split, contents: Contents, rows: Tensor) -> AnyI
         assert found is not None  # its contents were read
         images = read_array(found, what)
     pixels = torch.from_numpy(images)[rows].permute(0, 3, 1, 2).contiguous()
-    return ImageSet(name, split, pixels, labels, contents.class_names)
+    return ImageSet(name, split, pixels, labels, contents.class_names, reader, rows)
 
 
 def read_contents(path: Path, group: str = "", class_names: tuple[str, ...] = ()) -> Contents:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ __all__ = [
     "StreamedSet",
     "check_labels",
     "held_out",
+    "origin",
     "shuffled",
     "to_floats",
 ]
@@ -76,6 +77,8 @@ class ImageSet:
         images: (N, C, H, W) uint8, C = 1 or 3.
         labels: (N,) int64, or None for a set without labels.
         class_names: one per label; empty without labels.
+        reader: what they were read by, where it was a file or folder of the user's.
+        rows: (N,) int64, the reader's row of each image.
 
     Raises:
         UserError: if the images are not uint8 (N, C, H, W), or a label is out of range.
@@ -86,6 +89,8 @@ class ImageSet:
     images: Tensor
     labels: Tensor | None = None
     class_names: tuple[str, ...] = ()
+    reader: RowReader | None = field(default=None, repr=False)
+    rows: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         what = f"data set {self.name!r}"
@@ -120,14 +125,17 @@ class ImageSet:
         """At most ``n`` images, evenly through the set, which may be sorted by class."""
         if len(self) <= n:
             return self
-        rows = evenly(len(self), n).to(self.images.device)
-        labels = None if self.labels is None else self.labels[rows]
-        return replace(self, images=self.images[rows], labels=labels)
+        chosen = evenly(len(self), n)
+        rows = None if self.rows is None else self.rows[chosen]
+        chosen = chosen.to(self.images.device)
+        labels = None if self.labels is None else self.labels[chosen]
+        return replace(self, images=self.images[chosen], labels=labels, rows=rows)
 
     def first(self, n: int) -> ImageSet:
         """The first ``n`` images, or all if there are fewer."""
         labels = None if self.labels is None else self.labels[:n]
-        return replace(self, images=self.images[:n], labels=labels)
+        rows = None if self.rows is None else self.rows[:n]
+        return replace(self, images=self.images[:n], labels=labels, rows=rows)
 
     def to(self, device: torch.device | str) -> ImageSet:
         """The same set on ``device``; itself if it is there already."""
@@ -297,6 +305,18 @@ class StreamedSet:
 
 AnyImages = ImageSet | StreamedSet
 """Images of one split, in memory or on disk."""
+
+
+def origin(images: AnyImages, number: int) -> dict[str, Any]:
+    """Where image ``number`` came from: ``image``, the number; ``row`` of its reader, and ``file``
+    relative to the folder, where there are any."""
+    found: dict[str, Any] = {"image": number}
+    if images.rows is not None:
+        found["row"] = row = int(images.rows[number])
+        name = getattr(images.reader, "name", None)  # a folder's
+        if name is not None:
+            found["file"] = name(row)
+    return found
 
 
 def check_labels(what: str, labels: Tensor | None, count: int, num_classes: int) -> None:

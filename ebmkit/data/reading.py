@@ -110,7 +110,7 @@ class FolderReader:
         try:
             opened = open_picture(path, MAX_PIXELS_IN_SET)
         except UserError as error:
-            raise UserError(f"{error} (dataset.unreadable=skip leaves such images out)") from None
+            raise UserError(f"{error} (dataset.unreadable=skip leaves such out)") from None
         if opened.is_16_bit:
             raise UserError(f"{str(path)!r} has 16 bits: convert the images of a data set to 8")
         if self.channels == 1 and opened.image.mode == "RGB":

@@ -40,6 +40,7 @@ from ebmkit.errors import UserError
 from ebmkit.models import JointModel
 from ebmkit.objectives import Losses, TrainingLoss
 from ebmkit.parallel import World
+from ebmkit.training.averaging import follow
 from ebmkit.training.rehearse import unreached
 from ebmkit.training.sharpness import Sharpness
 
@@ -57,6 +58,8 @@ class Reading(NamedTuple):
         parts: each term's mean of the last step; of the failing one, if one failed.
         grad_norm: of that step, before clipping.
         done: number of updates since the step was made.
+        skipped: number of steps without one after those: the failing one, and what followed it
+            before the host heard.
         failed: whether a loss or the gradient was not finite, and updates ended.
         asked_to_stop: whether any process was asked to.
     """
@@ -64,6 +67,7 @@ class Reading(NamedTuple):
     parts: dict[str, float]
     grad_norm: float
     done: int
+    skipped: int
     failed: bool
     asked_to_stop: bool
 
@@ -125,6 +129,7 @@ class TrainingStep:
         self._values = torch.zeros(len(self.names) + 2, device=self.device)  # parts, stop, norm
         self._failed = torch.zeros((), device=self.device)
         self._done = torch.zeros((), device=self.device)
+        self._taken, self._fresh = 0, True  # steps so far; whether the optimiser knew none before
         optimizer.found_inf = self._failed  # type: ignore[attr-defined]  # fused AdamW reads it
 
     def __call__(self, batches: Mapping[str, Batch], rate: float, stop: bool = False) -> None:
@@ -143,9 +148,12 @@ class TrainingStep:
             group["lr"] = rate
         values = torch.zeros(len(self.names) + 1, device=self.device)
         values[-1] = float(stop)
-        has_statistics = self.loss.model.has_batch_norm  # which the forward pass moves
-        statistics = list(self.loss.model.buffers()) if has_statistics else []
-        before_step = [buffer.clone() for buffer in statistics]
+        if self._taken == 0:
+            self._fresh = not self.optimizer.state
+        self._taken += 1
+        buffers = self.loss.model.buffers() if self.loss.model.has_batch_norm else ()
+        moving = [self.loss.running, *buffers]  # besides what the optimiser moves
+        before = [buffer.clone() for buffer in moving]
         with told_of_memory():
             values[:-1] = self._differentiate(batches)
             if self.sharpness is not None:
@@ -158,44 +166,40 @@ class TrainingStep:
             if self.clip_norm is not None:
                 nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
             self.optimizer.step()
-        self._follow()
-        running = self.loss.running.clone()
         self.loss.remember(dict(zip(self.names, values[:-1], strict=True)))
-        self._unless_failed(self.loss.running, running)
-        for now, before in zip(statistics, before_step, strict=True):
-            self._unless_failed(now, before)
+        for now, old in zip(moving, before, strict=True):
+            now.copy_(torch.where(self._failed > 0, old, now))
+        if self.average is not None:
+            follow(self.average, self.loss.model, self._failed)
 
     def read(self) -> Reading:
         """What the last step did; waits for the device."""
         *parts, stop, norm, failed, done = torch.cat(
             [self._values, self._failed[None], self._done[None]]
         ).tolist()
-        return Reading(
-            dict(zip(self.names, parts, strict=True)), norm, int(done), bool(failed), stop > 0
-        )
+        means = dict(zip(self.names, parts, strict=True))
+        return Reading(means, norm, int(done), self._taken - int(done), bool(failed), stop > 0)
 
-    def _unless_failed(self, now: Tensor, before: Tensor) -> None:
-        """Bring ``now`` back to ``before`` if a step has failed, without waiting for the device."""
-        now.copy_(torch.where(self._failed > 0, before, now))
+    def undo_skipped(self, rate: float) -> None:
+        """Bring what the host counts back to where the last update left it, and forget the failure.
 
-    def _follow(self) -> None:
-        """Move the averaged weights; once a step has failed they stay."""
-        average = self.average
-        if average is None:
-            return
-        if self.device.type == "cpu":
-            if not bool(self._failed):
-                average.update_parameters(self.loss.model)
-            return
-        held = [tensor.clone() for tensor in average.module.state_dict().values()]
-        average.update_parameters(self.loss.model)
-        for now, before in zip(average.module.state_dict().values(), held, strict=True):
-            self._unless_failed(now, before)
+        Args:
+            rate: learning rate of that update.
+        """
+        reading = self.read()
+        if self.average is not None:
+            self.average.n_averaged -= reading.skipped
+        if self._fresh and reading.done == 0:
+            self.optimizer.state.clear()  # made by the failing step; SGD's is not even set to 0
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.reset()
 
     def reset(self) -> None:
         """Forget failures and count updates anew: the parameters were set from outside."""
         for counter in (self._failed, self._done):
             counter.zero_()
+        self._taken = 0
 
     def _note(self, values: Tensor, norm: Tensor) -> None:
         """Keep the step's values, unless one failed before; see whether this one did."""

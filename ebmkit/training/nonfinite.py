@@ -1,45 +1,42 @@
-"""What went wrong in a step whose loss or gradient is not finite.
+"""What becomes of a run whose loss or gradient is not finite.
 
-The optimiser skips such a step, so the network is still what it was before it, and everything drawn
-is a function of (seed, stream, step): the step can be looked at again, piece by piece. It is, in
-eager mode: each term, each image of the batch by itself, each layer in the order of the forward
-pass, each parameter's gradient. What is found is written to ``RUN/nonfinite-STEP.json``; the state
-before the step becomes a checkpoint.
+The optimiser skips such a step, and whatever else it moved is put back, so the run is still what it
+was before it. Everything drawn is a function of (seed, stream, step): so the step can be looked at
+again (`ebmkit.training.diagnose`), also where the host hears of it later. What is found is written
+to ``RUN/nonfinite-STEP.json``; the state before the step becomes a checkpoint.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
 
-from ebmkit.data import Batch, StreamedSet
-from ebmkit.data.reading import FolderReader
+from ebmkit.data import Batch
+from ebmkit.data.imagesets import origin
 from ebmkit.errors import UserError
-from ebmkit.objectives import Losses, TrainingLoss
+from ebmkit.randomness import keyed_seed
 from ebmkit.storage import write_atomically
-from ebmkit.training.engine import Reading, split_batches
+from ebmkit.training.diagnose import diagnose, plain
+from ebmkit.training.engine import Reading
 
 if TYPE_CHECKING:
     from ebmkit.training.trainer import Trainer
 
-__all__ = ["diagnose", "is_finite", "report_of", "stopped", "told", "write_report"]
+__all__ = ["is_finite", "keep_report", "report_of", "stopped", "told", "write_report"]
 
 SHOWN = 5
-"""Images, parameters and the like in the message, and the largest gradients in the report."""
+"""Images and parameters in the message."""
+
+GRADIENTS = 3
+"""Gradients in the message."""
 
 MOST_REPORTS = 20
 """Reports that a run keeps."""
-
-SECONDS = 60.0
-"""Time to look at images one by one."""
 
 
 def is_finite(reading: Reading) -> bool:
@@ -47,30 +44,29 @@ def is_finite(reading: Reading) -> bool:
     return all(map(math.isfinite, [*reading.parts.values(), reading.grad_norm]))
 
 
-def stopped(trainer: Trainer, step: int, reading: Reading) -> UserError:
-    """The error that ends a run whose step ``step`` is not finite, after saving the state before.
+def stopped(trainer: Trainer, reading: Reading) -> UserError:
+    """The error that ends a run of which a step is not finite, after saving the state before it.
 
     Args:
         trainer: all of its processes must call.
-        step: the first that failed, counted from 1.
-        reading: of that step.
+        reading: of the first step that failed.
     """
-    report = report_of(trainer, step, reading)
-    trainer.update.reset()
-    trainer.step = trainer.card.steps = step - 1
-    for group in trainer.optimizer.param_groups:
-        group["lr"] = trainer.rate_at(step - 2) if step > 1 else trainer.config.optimizer.lr
-    if trainer.average is not None:
-        trainer.average.n_averaged.fill_(step - 1)  # which may have been counted on
+    done = trainer.step - reading.skipped
+    report = report_of(trainer, done + 1, reading)
+    rate = trainer.rate_at(done - 1) if done else trainer.config.optimizer.lr
+    trainer.update.undo_skipped(rate)
+    trainer.step = trainer.card.steps = done
     where = ""
     if trainer.run is not None:
-        path = write_report(trainer.run.path, report)
-        trainer.save()
-        report_is = f"; all of it is in {path.name}" if path else ""
-        where = f"; the state before it is saved in {str(trainer.run.path)!r}{report_is}"
-    lines = [f"{_headline(report)} at step {step}: stopped before the update{where}"]
+        where = f"; the state before it is saved in {str(trainer.run.path)!r}"
+        try:
+            trainer.save()
+        except UserError as error:
+            where = f"; {error}"
+        where += keep_report(trainer.run.path, report)
+    lines = [f"{_headline(report)} at step {done + 1}: stopped before the update{where}"]
     lines += [f"  {line}" for line in told(report)]
-    return UserError("\n".join([*lines, "  try a lower optimizer.lr, or optimizer.clip_norm=1"]))
+    return UserError("\n".join([*lines, f"  {_advice(report)}"]))
 
 
 def report_of(
@@ -82,73 +78,38 @@ def report_of(
     """What is found of ``step`` in all processes, as plain values.
 
     Args:
-        trainer: whose parameters are those before the step.
+        trainer: whose parameters are those before the step. All of its processes must call.
         step: counted from 1.
         reading: of that step.
-        drawn: its batches with all that joined them; None: they are drawn again.
+        drawn: its batches, with their negatives; None: they are drawn again.
     """
-    if drawn is None:
-        drawn = next(trainer.batches(step - 1, step))
-        if trainer.attacks is not None:
-            drawn = trainer.attacks.join(drawn, step - 1)
-    seen = None
-    if trainer.step == step:  # nothing came after
-        named = trainer.model.named_parameters()
-        seen = {name: p.grad for name, p in named if p.grad is not None}
-    own = diagnose(trainer.loss, drawn, trainer.config.compute.accumulate, seen)
-    for name, found in own["streams"].items():
-        _name_images(trainer, name, step - 1, found)
+    try:
+        own = _looked_at(trainer, step, drawn)
+    except Exception as error:  # must not hide what it was to explain, nor leave others waiting
+        reason = next(iter(str(error).strip().splitlines()), "")
+        own = {"failed": f"{type(error).__name__}: {reason}", "streams": {}}
+    for name, stream in trainer.streams.items():
+        found = own["streams"].setdefault(name, {})
+        found["indices"] = stream.numbers(step - 1)
+        for row in (*found.get("images", ()), *found.get("largest", ())):
+            number = found["indices"][row["position"]]
+            row |= origin(stream.source, number)
+            if number in stream.skipped:
+                row["left_out"] = "cannot be read: one of the next took its place"
     everyone = trainer.world.gather(own)
     report = {
         "step": step,
-        "terms": {name: _plain(value) for name, value in reading.parts.items()},
-        "grad_norm": _plain(reading.grad_norm),
+        "terms": {name: plain(value) for name, value in reading.parts.items()},
+        "grad_norm": plain(reading.grad_norm),
         "lr": trainer.rate_at(step - 1),
+        "precision": trainer.update.precision,
+        "compiled": trainer.update.compiled,
         **own,
     }
     if len(everyone) > 1:
-        report["by_process"] = everyone
-        at_fault = [n for n, other in enumerate(everyone) if _at_fault(other)]
-        report |= everyone[at_fault[0]] if at_fault else {}
-        report["process"] = at_fault[0] if at_fault else 0
+        number = max(range(len(everyone)), key=lambda n: (_at_fault(everyone[n]), -n))
+        report |= {**everyone[number], "process": number, "by_process": everyone}
     return report
-
-
-def diagnose(
-    loss: TrainingLoss,
-    batches: Mapping[str, Batch],
-    parts: int = 1,
-    gradients: Mapping[str, Tensor] | None = None,
-) -> dict[str, Any]:
-    """Look at a step piece by piece; nothing is changed.
-
-    Args:
-        loss: model and objectives.
-        batches: stream -> its batch.
-        parts: that a batch is split into, to need less memory.
-        gradients: that the step left, by parameter, where they are at hand; told of where taking
-            them again finds nothing.
-
-    Returns:
-        ``gradients``: the largest, by parameter; ``parameters``: those that are not finite;
-        ``layer``: the first whose output is not, or None; ``streams``: by name, the ``images``
-        (numbers in the batch) whose loss or gradient is not finite, and ``looked_at``, how many.
-    """
-    kept = [(buffer, buffer.clone()) for buffer in loss.model.buffers()]
-    with _eagerly(loss):
-        with _first_bad_layer(loss.model) as layer:
-            again = _taken_again(loss, batches, parts)
-        streams = {name: _images(loss, name, batch) for name, batch in batches.items()}
-    for buffer, before in kept:  # statistics of BatchNorm, which a forward pass moves
-        buffer.copy_(before)
-    return {
-        "gradients": _largest(again if gradients is None or _bad(again) else gradients),
-        "parameters": [
-            name for name, p in loss.model.named_parameters() if not bool(p.isfinite().all())
-        ],
-        "layer": layer[0] if layer else None,
-        "streams": streams,
-    }
 
 
 def told(report: Mapping[str, Any]) -> list[str]:
@@ -156,30 +117,24 @@ def told(report: Mapping[str, Any]) -> list[str]:
     terms = ", ".join(f"{name} {value}" for name, value in report["terms"].items())
     lines = [f"terms: {terms}; gradient's norm {report['grad_norm']}; lr {report['lr']:.3g}"]
     if "process" in report:
-        lines.append(f"process {report['process']} of {len(report['by_process'])}")
-    for name, found in report["streams"].items():
-        rows = found["images"]
-        if rows:
-            words = ", ".join(_image_in_words(row) for row in rows[:SHOWN])
-            more = f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
-            lines.append(f"stream {name}: not finite by themselves: images {words}{more}")
-        else:
-            numbers = ", ".join(map(str, found["indices"][:SHOWN]))
-            more = ", ..." if len(found["indices"]) > SHOWN else ""
-            lines.append(
-                f"stream {name}: images {numbers}{more}; of {found['size']}, {found['looked_at']} "
-                "were looked at and are finite by themselves"
-            )
+        lines.append(f"process {report['process']} of {len(report['by_process'])}:")
+    lines += [f"stream {name}: {_stream(found)}" for name, found in report["streams"].items()]
+    if "failed" in report:
+        return [*lines, f"the step could not be taken again: {report['failed']}"]
     if report["layer"]:
         lines.append(f"first layer with an output that is not finite: {report['layer']}")
     if report["parameters"]:
-        lines.append(f"parameters that are not finite: {', '.join(report['parameters'][:SHOWN])}")
-    largest = ", ".join(f"{g['parameter']} {g['largest']}" for g in report["gradients"][:SHOWN])
+        lines.append(f"parameters that are not finite: {_some(report['parameters'])}")
+    largest = ", ".join(_gradient(row) for row in report["gradients"][:GRADIENTS])
     return [*lines, f"largest gradients: {largest}"]
 
 
 def write_report(run: Path, report: Mapping[str, Any]) -> Path | None:
-    """Write ``nonfinite-STEP.json`` under a name that is free; None if there are too many."""
+    """Write ``nonfinite-STEP.json`` under a name that is free; None if there are too many.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
     if len(list(run.glob("nonfinite-*.json"))) >= MOST_REPORTS:
         return None
     path, number = run / f"nonfinite-{report['step']}.json", 1
@@ -190,6 +145,33 @@ def write_report(run: Path, report: Mapping[str, Any]) -> Path | None:
     return path
 
 
+def keep_report(run: Path, report: Mapping[str, Any]) -> str:
+    """Write a report if that can be done; where it is, in words that go on a sentence."""
+    try:
+        path = write_report(run, report)
+    except UserError as error:
+        return f"; no report: {error}"
+    return f"; no report: there are {MOST_REPORTS}" if path is None else f"; report: {path.name}"
+
+
+def _looked_at(trainer: Trainer, step: int, drawn: Mapping[str, Batch] | None) -> dict[str, Any]:
+    """What this process finds of ``step``."""
+    if drawn is None:
+        drawn = next(trainer.batches(step - 1, step))
+    if trainer.attacks is not None:
+        drawn = trainer.attacks.join(drawn, step - 1)
+    left = None
+    if trainer.step == step and trainer.update.clip_norm is None:  # nothing touched them since
+        named = trainer.model.named_parameters()
+        left = {name: p.grad for name, p in named if p.grad is not None}
+    if trainer.drops:
+        seed, rank = trainer.config.seed, trainer.world.rank
+        torch.manual_seed(keyed_seed(seed, "dropout", step - 1, rank))
+    sharpness = trainer.update.sharpness
+    uphill = None if sharpness is None else sharpness.uphill
+    return diagnose(trainer.loss, drawn, trainer.config.compute.accumulate, left or None, uphill)
+
+
 def _headline(report: Mapping[str, Any]) -> str:
     bad = [(n, v) for n, v in report["terms"].items() if isinstance(v, str)]
     if bad:
@@ -197,130 +179,65 @@ def _headline(report: Mapping[str, Any]) -> str:
     return f"the gradient's norm is {report['grad_norm']}"
 
 
-def _image_in_words(row: Mapping[str, Any]) -> str:
-    file = f" ({row['file']})" if row.get("file") else ""
-    terms = " and ".join(row["terms"]) or "its gradient"
-    return f"{row.get('image', row['position'])}{file} [{terms}, sigma {row['sigma']}]"
+def _advice(report: Mapping[str, Any]) -> str:
+    lower = "try a lower optimizer.lr, or optimizer.clip_norm=1"
+    if report["precision"] != "fp32":
+        lower += ", or --precision fp32"
+    if "failed" in report:
+        return lower
+    rows = [row for found in report["streams"].values() for row in found["images"]]
+    if report["parameters"]:
+        return "go on from an earlier checkpoint: these parameters were spoilt before this step"
+    if any(not row["finite"]["image"] for row in rows):
+        return "mend these images, or leave them out: they hold pixels that are not numbers"
+    if not report["reproduced"]:
+        how = "eagerly " if report["compiled"] else ""
+        return (
+            f"taken again {how}the step is finite: go on with --resume, and if it fails again "
+            "with --compile off, or on another device"
+        )
+    return lower
 
 
-def _taken_again(loss: TrainingLoss, batches: Mapping[str, Batch], parts: int) -> dict[str, Tensor]:
-    """The gradient of the whole step, by parameter."""
-    named = [(n, p) for n, p in loss.model.named_parameters() if p.requires_grad]
-    totals: dict[str, Tensor] = {}
-    for part in split_batches(dict(batches), parts, True):
-        for (name, _), own in zip(named, _gradient(loss.forward(part), named), strict=True):
-            if own is not None:
-                totals[name] = totals.get(name, torch.zeros_like(own)) + own / parts
-    return totals
-
-
-def _bad(gradients: Mapping[str, Tensor]) -> bool:
-    return not all(bool(gradient.isfinite().all()) for gradient in gradients.values())
-
-
-def _largest(gradients: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-    """Gradients that are not finite first, then the largest."""
-    rows = []
-    for name, gradient in gradients.items():
-        bad = int((~gradient.isfinite()).sum())
-        largest = float(gradient.abs().max())
-        rows.append((bad, math.inf if math.isnan(largest) else largest, name, gradient))
-    rows.sort(key=lambda row: (-row[0], -row[1]))
-    return [
-        {
-            "parameter": name,
-            "largest": _plain(largest),
-            "norm": _plain(float(gradient.norm())),
-            "not_finite": bad,
-            "entries": gradient.numel(),
-        }
-        for bad, largest, name, gradient in rows[: 4 * SHOWN]
-    ]
-
-
-def _gradient(losses: Losses, named: list[tuple[str, nn.Parameter]]) -> tuple[Tensor | None, ...]:
-    """By parameter; not by `backward`, which other processes would hear of."""
-    found: tuple[Tensor | None, ...] = torch.autograd.grad(
-        losses.total, [p for _, p in named], allow_unused=True
+def _stream(found: Mapping[str, Any]) -> str:
+    """What was found of a stream, in words."""
+    rows = found.get("images")
+    if rows:
+        return f"not finite by themselves: images {_some([_image(row) for row in rows])}"
+    images = f"images {_some([str(n) for n in found['indices']], ', ...')}"
+    if rows is None:
+        return images
+    if found["looked_at"] == found["size"]:
+        return f"{images}; all {found['size']} are finite by themselves"
+    return (
+        f"{images}; {found['looked_at']} of {found['size']} were looked at and are finite by "
+        "themselves"
     )
-    return found
 
 
-def _images(loss: TrainingLoss, stream: str, batch: Batch) -> dict[str, Any]:
-    """The images of a batch that are at fault by themselves."""
-    count = len(batch.x)
-    if loss.model.has_batch_norm:  # an image by itself is another thing
-        return {"images": [], "looked_at": 0, "size": count}
-    named = [(n, p) for n, p in loss.model.named_parameters() if p.requires_grad]
-    rows, looked_at, begun = [], 0, time.perf_counter()
-    for position, part in enumerate(split_batches({stream: batch}, count, True)):
-        if time.perf_counter() - begun > SECONDS:
-            break
-        looked_at += 1
-        losses = loss.forward(part)
-        terms = [name for name, mean in losses.parts.items() if not math.isfinite(float(mean))]
-        gradients = _gradient(losses, named)
-        if terms or not all(bool(g.isfinite().all()) for g in gradients if g is not None):
-            own = part[stream]
-            rows.append(
-                {
-                    "position": position,
-                    "terms": terms,
-                    "sigma": f"{float(own.sigma[0]) * 255:.4g}/255",
-                    "label": None if own.labels is None else int(own.labels[0]),
-                    "image_is_finite": bool(own.x.isfinite().all()),
-                    "noisy_is_finite": bool(own.y.isfinite().all()),
-                }
-            )
-    return {"images": rows, "looked_at": looked_at, "size": count}
+def _image(row: Mapping[str, Any]) -> str:
+    words = [" and ".join(row["terms"]) or "its gradient", f"sigma {row['sigma']}"]
+    words += [] if row["label"] is None else [f"label {row['label']}"]
+    words += [f"{name} not finite" for name, fine in row["finite"].items() if not fine]
+    file = f" ({row['file']})" if "file" in row else ""
+    return f"{row['image']}{file} [{', '.join(words)}]"
 
 
-def _name_images(trainer: Trainer, name: str, step: int, found: dict[str, Any]) -> None:
-    """Add the numbers of a batch's images in the data set, and names of files."""
-    stream = trainer.streams[name]
-    numbers = stream.numbers(step)
-    source, reader = stream.source, getattr(stream.source, "reader", None)
-    found["indices"] = numbers
-    for row in found["images"]:
-        row["image"] = numbers[row["position"]]
-        if isinstance(source, StreamedSet) and isinstance(reader, FolderReader):
-            row["file"] = reader.name(int(source.rows[row["image"]]))
+def _gradient(row: Mapping[str, Any]) -> str:
+    share = f" ({row['not_finite'] / row['entries']:.0%} not finite)" if row["not_finite"] else ""
+    return f"{row['parameter']} {row['largest']}{share}"
 
 
-@contextmanager
-def _eagerly(loss: TrainingLoss) -> Iterator[None]:
-    """Within, scores are recorded, as hooks of layers can follow them."""
-    recorded, loss.recorded = loss.recorded, True
-    try:
-        yield
-    finally:
-        loss.recorded = recorded
+def _some(words: list[str], more: str | None = None) -> str:
+    """The first of ``words``, and how many more there are (or just ``more``)."""
+    left = len(words) - SHOWN
+    rest = f" and {left} more" if more is None else more
+    return ", ".join(words[:SHOWN]) + (rest if left > 0 else "")
 
 
-@contextmanager
-def _first_bad_layer(model: nn.Module) -> Iterator[list[str]]:
-    """Collects the names of layers whose outputs are not finite, in order."""
-    found: list[str] = []
-    hooks = []
-    for name, module in model.named_modules():
-        if next(module.children(), None) is None:
-
-            def look(module: nn.Module, inputs: Any, output: Any, name: str = name) -> None:
-                if isinstance(output, Tensor) and not bool(output.detach().isfinite().all()):
-                    found.append(f"{name} ({type(module).__name__})")
-
-            hooks.append(module.register_forward_hook(look))
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _at_fault(own: Mapping[str, Any]) -> bool:
-    return any(found["images"] for found in own["streams"].values())
-
-
-def _plain(value: float) -> float | str:
-    """A number as JSON has it; others in words."""
-    return float(f"{value:.6g}") if math.isfinite(value) else str(value)
+def _at_fault(own: Mapping[str, Any]) -> tuple[bool, bool, bool]:
+    """How sure it is that the fault lies in what a process was given; larger is surer."""
+    if "failed" in own:
+        return False, False, False
+    images = any(found["images"] for found in own["streams"].values())
+    return images, own["layer"] is not None, own["reproduced"]

@@ -19,7 +19,7 @@ from ebmkit.errors import UserError
 from ebmkit.sampling.buffer import ReplayBuffer
 from ebmkit.training.engine import Reading
 from ebmkit.training.negatives import Negatives, likelihood_terms
-from ebmkit.training.nonfinite import is_finite, report_of, told, write_report
+from ebmkit.training.nonfinite import is_finite, keep_report, report_of, told
 from ebmkit.training.watch import Breach, Measures, Watch, sentence
 
 if TYPE_CHECKING:
@@ -131,7 +131,8 @@ class Recovery:
         trainer = self.trainer
         report = report_of(trainer, trainer.step, reading, trainer.drawn)
         if trainer.run is not None:
-            write_report(trainer.run.path, report)
+            where = keep_report(trainer.run.path, report)
+            return [*told(report), where.removeprefix("; ")]
         return told(report)
 
     def _go_back(self, breach: Breach, kept: Kept, detail: list[str] | None) -> None:
@@ -157,11 +158,12 @@ class Recovery:
         trainer.save(gone_back=(number, row))
         trainer.report(row, written=True)
         if breach.change is None:
-            self._give_up()
+            self._give_up(detail or [])
 
-    def _give_up(self) -> None:
+    def _give_up(self, detail: list[str]) -> None:
         run, history = self.trainer.run, self.watch.history
-        told = "\n".join(f"  {sentence(breach)}" for breach in history)
+        told = "\n".join([f"  {sentence(breach)}" for breach in history])
+        told += "".join(f"\n    {line}" for line in detail)
         saved = f"; the last good state is in {str(run.path)!r}" if run else ""
         raise UserError(
             f"the run went astray {len(history)} times and is given up{saved}:\n{told}\n"

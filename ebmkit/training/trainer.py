@@ -358,7 +358,7 @@ class Trainer:
         """
         reading = self.update.read()
         if reading.failed:
-            raise stopped(self, self.first_step + reading.done + 1, reading)
+            raise stopped(self, reading)
         self.card.steps = self.step
         return reading
 
