@@ -276,12 +276,13 @@ def _class_of(name: str) -> str:
 
 def progress_bar(items: Iterable[T], text: str, show: bool) -> Iterable[T]:
     """``items``, with a bar on a terminal's standard error if ``show``."""
-    from rich.console import Console
     from rich.progress import track
 
-    console = Console(stderr=True)
+    from ebmkit.terminal import CleanConsole, for_bar
+
+    console = CleanConsole(stderr=True)
     hidden = not (show and console.is_terminal)
-    return track(items, text, console=console, transient=True, disable=hidden)
+    return track(items, for_bar(text), console=console, transient=True, disable=hidden)
 
 
 def _files(base: Path) -> tuple[list[str], tuple[str, ...]]:
