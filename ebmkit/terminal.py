@@ -45,7 +45,7 @@ def clean(text: str, kept: str = "\n\t") -> str:
 
 
 def one_line(text: str) -> str:
-    r"""A name that comes from elsewhere, `clean` and without line breaks, which would pass for ours.
+    r"""A name from elsewhere, `clean` and without line breaks, which would pass for ours.
 
     >>> one_line("cat\ndone")
     'cat\\ndone'

@@ -255,15 +255,16 @@ def _brought(other: Any, like: Images) -> Images:
 
 
 def _folder(root: Path, like: Images) -> Images:
-    from ebmkit.data.folders import SUFFIXES
-    from ebmkit.data.images import open_picture
+    from ebmkit.data.finding import SUFFIXES, find_images
+    from ebmkit.data.images import MAX_PIXELS_IN_SET, open_picture
 
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    names = find_images(root, root, ask="copy it into the folder, or make a folder without links")
+    files = sorted(root / name for name in names)
     if not files:
         raise UserError(f"{str(root)!r} holds no images: put files ending in {SUFFIXES} there")
 
     def read(row: int) -> Any:
-        opened = open_picture(files[row])
+        opened = open_picture(files[row], MAX_PIXELS_IN_SET)
         if opened.is_16_bit:
             raise UserError(f"{str(files[row])!r} has 16 bits: convert it to 8")
         return opened.image
