@@ -123,8 +123,10 @@ def read_image(path: Path | str, channels: int | None = None) -> Picture:
         warnings.warn(note, stacklevel=2)
     pixels = np.asarray(opened.image)
     bits, top = (16, 65535) if opened.is_16_bit else (8, 255)
-    image = torch.from_numpy(pixels.astype(np.float32) / top)
-    image = image[None] if image.ndim == 2 else image.permute(2, 0, 1).contiguous()
+    pixels = pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, 2, 0)
+    levels = pixels.astype(np.float32, order="C")
+    levels /= top  # in place: a large picture's numbers are gigabytes
+    image = torch.from_numpy(levels)
     return Picture(_with_channels(image, channels, path), bits, opened.mode)
 
 
