@@ -187,7 +187,25 @@ class Stream:
             worker_init_fn=_ignore_signals,
             generator=torch.Generator(),  # leaves the process's own generator alone
         )
-        for step, item in enumerate(loader, start):
+        items = iter(loader)
+        try:
+            yield from self._received(source, items, start)
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            # dead or stalled: they ignore requests to end, and exit would wait for them
+            workers = list(getattr(items, "_workers", ()))
+            getattr(items, "_shutdown_workers", tuple)()
+            for worker in workers:
+                worker.kill()
+            if isinstance(error, RuntimeError):
+                raise
+            raise RuntimeError("DataLoader worker ended") from None
+
+    def _received(
+        self, source: StreamedSet, items: Iterator[_Item | UserError], start: int
+    ) -> Iterator[Batch]:
+        """The batches made of what was read."""
+        cuda = self.device.type == "cuda"
+        for step, item in enumerate(items, start):
             if isinstance(item, UserError):
                 raise item
             images, labels, skipped = item

@@ -168,7 +168,7 @@ class Trainer:
         self.watch.restart()
         self.model.train()
         holding = nullcontext() if self.run is None else self.run.held()
-        with holding, told_of_readers(), stop_requested() as stop:
+        with told_of_readers(), holding, stop_requested() as stop:
             while self.step < config.steps:
                 self._advance(batches, stop())
                 due = [
