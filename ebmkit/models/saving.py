@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 
-import safetensors
 import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -23,12 +23,18 @@ from ebmkit.card import ModelCard
 from ebmkit.core import ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.models.config import ModelConfig
+from ebmkit.models.sizes import AtMost
 from ebmkit.storage import write_atomically
+from ebmkit.storage.reading import check_links, read_json
+from ebmkit.storage.tensors import read_header, read_tensors
 from ebmkit.validation import validated
 
 __all__ = ["digest", "load", "save_model", "save_weights", "weights_digest"]
 
 FORMAT = 1
+
+DOCUMENT_BYTES = 2**22
+"""Of ``model.json``: room for the names of ImageNet's 21,841 classes."""
 
 FILES = {"last": "model.safetensors", "best": "checkpoints/best.safetensors"}
 
@@ -106,6 +112,7 @@ def load(
                 f"{str(folder)!r} holds no {name}: it is no run folder, or training never saved a "
                 "model there (`ebmkit train --resume` goes on with an interrupted run)"
             )
+    check_links(folder)
     document = _read_document(folder / "model.json")
     if model is None:
         if document.model is None:
@@ -113,12 +120,12 @@ def load(
                 f"{str(folder)!r} holds a network composed by hand: give it, as in "
                 "ebmkit.load(run, model=JointModel(...))"
             )
-        model = document.model.build()
+        shapes = read_header(folder / FILES[weights]).shapes
+        with AtMost(sum(map(math.prod, shapes.values()))):
+            model = document.model.build()
     try:
         state = _read_weights(folder / FILES[weights])
         model.load_state_dict(state)
-    except safetensors.SafetensorError:
-        raise UserError(f"{str(folder / FILES[weights])!r} is damaged: it does not parse") from None
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"the weights in {str(folder)!r} do not fit the model: {reason}") from None
@@ -137,9 +144,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: if they are not those that were written.
     """
-    with safetensors.safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        state: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    state, metadata = read_tensors(path)
     if "sha256" in metadata and metadata["sha256"] != digest(state):
         raise UserError(f"{str(path)!r} is damaged: its tensors are not those that were written")
     return state
@@ -155,10 +160,7 @@ def digest(state: dict[str, Tensor]) -> str:
 
 
 def _read_document(path: Path) -> _Document:
-    try:
-        values = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError):
-        raise UserError(f"{str(path)!r} is damaged: it is not JSON") from None
+    values = read_json(path, DOCUMENT_BYTES, finite=True)
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise UserError(f"{str(path)!r} is not of format {FORMAT}: made by another version?")
     return validated(_Document, values, str(path))
