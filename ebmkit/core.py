@@ -97,6 +97,7 @@ class ScoreModel(nn.Module, ABC):
         denoises_unaided: whether `denoise` makes no use of sigma, even where it is given.
         schedule: the noise levels that it has, where it is a diffusion model; None for others.
         card: what the model was trained for; None before it was.
+        weights_sha256: SHA-256 of the file that the weights were loaded from, if they were.
         inference: how scores and the like are computed (`set_inference`).
     """
 
@@ -106,6 +107,7 @@ class ScoreModel(nn.Module, ABC):
     denoises_unaided: bool = False
     schedule: Schedule | None = None
     card: ModelCard | None = None
+    weights_sha256: str | None = None
     inference: Inference = Inference()
 
     @abstractmethod

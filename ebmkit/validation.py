@@ -37,7 +37,8 @@ def _sentence(model: type[BaseModel], error: ValidationError, what: str) -> str:
         known = sorted(field.alias or name for name, field in fields.items())
         near = difflib.get_close_matches(path[-1][:100], known, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        return f"{what}: there is no field {shown('.'.join(path))}: {hint}fields here: {', '.join(known)}"
+        odd = shown(".".join(path))
+        return f"{what}: there is no field {odd}: {hint}fields here: {', '.join(known)}"
     reason = first["msg"].removeprefix("Value error, ")
     if first["type"] == "tuple_type":
         reason = f"it takes several values: write [{shown(first['input'])}]"

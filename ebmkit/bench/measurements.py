@@ -32,7 +32,7 @@ from ebmkit.compute import ComputeConfig, pick_compile, pick_precision
 from ebmkit.errors import UserError
 from ebmkit.models import JointModel, create_model
 from ebmkit.training.engine import OutOfMemory
-from ebmkit.training.runs import environment
+from ebmkit.training.environment import environment
 
 __all__ = [
     "NUM_CLASSES",

@@ -1,6 +1,7 @@
 """The application: its commands, and how it ends.
 
-Exit codes: 0 done; 2 a mistake in what was given, told in one sentence; 130 interrupted.
+Exit codes: 0 done; 2 a mistake in what was given, told in one sentence; 130 interrupted by Ctrl-C;
+143 asked to terminate, 129 left by the terminal: in each case what was done is saved.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from ebmkit.cli import (
     sample,
     train,
     use,
+    verify,
 )
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "sample",
     "train",
     "use",
+    "verify",
 ]

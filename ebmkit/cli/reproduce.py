@@ -17,6 +17,7 @@ from ebmkit.compute import limited_threads, pick_device
 from ebmkit.errors import UserError
 from ebmkit.reproduce import TARGETS, Rows, check_targets, find_scale, targets_of
 from ebmkit.training import Interrupted, Trainer
+from ebmkit.training.stopping import Stop, exit_code
 
 __all__ = ["reproduce"]
 
@@ -77,26 +78,29 @@ def reproduce(
         rows.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make folder {str(rows.out)!r}: {error.strerror}") from None
+    stop = Stop()
     try:
-        with limited_threads(rows.scale.threads), _terminated_as_interrupted():
+        with limited_threads(rows.scale.threads), _terminated_as_interrupted(stop):
             for name in chosen:
                 for path in TARGETS[name].run(rows, names):
                     if path.suffix == ".md":
                         console.print(path.read_text(), soft_wrap=True, highlight=False)
                     console.print(f"written: {path}", soft_wrap=True, highlight=False)
-    except (Interrupted, KeyboardInterrupt):
+    except (Interrupted, KeyboardInterrupt) as stopped:
+        signum = stopped.signal if isinstance(stopped, Interrupted) else stop.signal
         console.print(f"interrupted; the same command goes on with {rows.out}", soft_wrap=True)
-        raise typer.Exit(130) from None
+        raise typer.Exit(exit_code(signum or signal.SIGINT)) from None
     if rows.stopped:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in rows.stopped.items())
         raise UserError(f"not all rows could be finished, the reports say so: {reasons}")
 
 
 @contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Inside, a request to terminate ends what is going on as Ctrl-C does."""
+def _terminated_as_interrupted(stop: Stop) -> Iterator[None]:
+    """Inside, a request to terminate ends what is going on as Ctrl-C does, and ``stop`` tells."""
 
     def interrupt(signum: int, frame: object) -> None:
+        stop.signal = signum
         raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():

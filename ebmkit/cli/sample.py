@@ -26,9 +26,9 @@ from ebmkit.generation import (
     sources_for,
     write_results,
 )
-from ebmkit.models import load, weights_digest
+from ebmkit.models import load
 from ebmkit.training import parse_assignments
-from ebmkit.training.stopping import stop_requested
+from ebmkit.training.stopping import exit_code, stop_requested
 
 __all__ = ["sample"]
 
@@ -141,7 +141,7 @@ def sample(
     )
     model = load(run, device=str(place), weights=weights)
     model.set_inference(precision, compile_)
-    inference, guided = model.inference, dict[str, Any]()
+    inference, guided, digest = model.inference, dict[str, Any](), model.weights_sha256
     if how is not None:
         with _counting("mean energies of the guide") as progress:
             found = guide_by(
@@ -162,7 +162,7 @@ def sample(
         image_size=image_size,
         seed=seed,
         weights=weights,
-        digest=weights_digest(run, weights),
+        digest=digest or "",
         dataset=dataset or "",
         precision=inference.precision,
         compile="on" if inference.mode == "on" else "off",
@@ -214,7 +214,7 @@ def _draw(job: SamplingJob) -> None:
                 soft_wrap=True,
                 highlight=False,
             )
-            raise typer.Exit(130) from None
+            raise typer.Exit(exit_code(stop.signal)) from None
 
 
 def _tell(document: dict[str, Any], out: Path, before: int) -> None:

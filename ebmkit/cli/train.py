@@ -7,7 +7,7 @@ import json
 import shlex
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +32,7 @@ from ebmkit.training import (
 )
 from ebmkit.training.assemble import assemble, images_of
 from ebmkit.training.cost import format_seconds
+from ebmkit.training.stopping import exit_code
 
 __all__ = ["cost", "train"]
 
@@ -119,17 +120,23 @@ def train(
         TensorBoard.check()
     if resume is not None and (out is not None or recipe is not None):
         raise UserError("--resume goes on in its own folder: leave out --out and --recipe")
-    with join() as world:
+    if resume is not None and RunFolder.is_unborn(resume):
+        console.print(f"nothing was saved in {resume} yet: the run starts anew", soft_wrap=True)
+        out, resume = resume, None
+    with join() as world, ExitStack() as stack:
         console.quiet = not world.first
         resolved, resume = _resolved(world, layers, recipe, out, resume)
         if dry_run:
             _predict(resolved, world)
             return
         run = RunFolder.open(resume) if resume is not None and world.first else None
+        if run is not None:
+            stack.enter_context(run.held())
         trainer = assemble(resolved, run, progress=console.is_terminal, world=world)
         test = images_of(resolved.dataset, "test", console.is_terminal) if evaluate else None
         if resume is None and world.first:  # nothing is written if data or model are at fault
             run = RunFolder.create(out or _fresh_folder(resolved), resolved)
+            stack.enter_context(run.held())
             trainer.run = run
         path = world.from_first(run.path if run else Path())
         _fit(trainer, path, tensorboard)
@@ -278,7 +285,7 @@ def _fit(trainer: Trainer, run: Path, tensorboard: bool) -> None:
             soft_wrap=True,
             highlight=False,
         )
-        raise typer.Exit(130) from None
+        raise typer.Exit(exit_code(stopped.signal)) from None
     finally:
         if board is not None:
             board.close()

@@ -47,6 +47,10 @@ class Cut(NamedTuple):
     crop: Crop
     draws: Tensor
 
+    def of(self, number: int) -> Cut:
+        """That of one picture of the batch."""
+        return Cut(self.crop, self.draws[number : number + 1])
+
 
 def crop_boxes(height: int, width: int, cut: Cut) -> Tensor:
     """Boxes (top, left, height, width) in pictures of one size, (B, 4) int64.

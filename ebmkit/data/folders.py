@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -24,7 +24,15 @@ from torch import Tensor
 
 from ebmkit.data import imagesets
 from ebmkit.data.images import picture_header
-from ebmkit.data.imagesets import AnyImages, ImageSet, Split, StreamedSet, held_out, shuffled
+from ebmkit.data.imagesets import (
+    AnyImages,
+    Faults,
+    ImageSet,
+    Split,
+    StreamedSet,
+    held_out,
+    shuffled,
+)
 from ebmkit.data.reading import FolderReader
 from ebmkit.errors import UserError
 
@@ -35,9 +43,14 @@ __all__ = [
     "load_folder",
     "part_folder",
     "progress_bar",
+    "readable",
+    "tell_skipped",
 ]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".ppm", ".pgm")
+
+SHOWN = 3
+"""Images that a warning names."""
 
 T = TypeVar("T")
 
@@ -64,6 +77,7 @@ def load_folder(
     *,
     side: int | None = None,
     name: str = "folder",
+    faults: Faults | None = None,
 ) -> AnyImages:
     """One split of a folder; streamed if decoded it takes more than `imagesets.MEMORY_LIMIT` bytes.
 
@@ -75,13 +89,15 @@ def load_folder(
         side: make it a set of whole pictures, whose shorter side is brought to this, at least
             ``image_size``; its training images are always streamed.
         name: of the set.
+        faults: what is done about images that cannot be read, and about links.
 
     Raises:
         UserError: if the folder is missing or empty, the split is missing, sizes differ without an
             ``image_size``, or a file cannot be read.
     """
     part = "test" if split == "test" else "train"
-    listing = list_folder(root, part, image_size, progress, side)
+    faults = faults or Faults()
+    listing = list_folder(root, part, image_size, progress, side, faults)
     rows = shuffled(len(listing.reader))
     if split != "test":
         train, held = held_out(len(rows), repr(str(root)))
@@ -90,6 +106,9 @@ def load_folder(
     labels = None if labels is None else labels[rows]
     height, width = reader.size
     pictures = reader if side is not None and split == "train" else None
+    if faults.skip and pictures is None:
+        rows = _readable_rows(listing, rows, f"{root.name}/{split}", progress)
+        labels = None if listing.labels is None else listing.labels[rows]
     too_many = len(rows) * reader.channels * height * width > imagesets.MEMORY_LIMIT
     if pictures is not None or too_many:
         return StreamedSet(
@@ -102,11 +121,12 @@ def load_folder(
             labels,
             listing.class_names,
             pictures,
+            faults.skip,
         )
     images = torch.empty((len(rows), reader.channels, height, width), dtype=torch.uint8)
     for i, row in enumerate(progress_bar(rows.tolist(), f"reading {root.name}/{split}", progress)):
         images[i] = reader.read([row])[0]
-    return ImageSet(name, split, images, labels, listing.class_names)
+    return ImageSet(name, split, images, labels, listing.class_names, reader, rows)
 
 
 def list_folder(
@@ -115,13 +135,14 @@ def list_folder(
     image_size: int | None = None,
     progress: bool = False,
     side: int | None = None,
+    faults: Faults | None = None,
 ) -> Listing:
     """All files of ``part`` of a folder, and their common shape.
 
     Args:
         root: the folder.
         part: "train", "test", or "all" for a folder that is one set.
-        image_size, progress, side: as `load_folder`.
+        image_size, progress, side, faults: as `load_folder`.
 
     Raises:
         UserError: as `load_folder`, short of reading the images.
@@ -144,10 +165,81 @@ def list_folder(
         raise UserError(
             f"{str(base)!r} holds no {part} images: put files ending in {', '.join(SUFFIXES)} there"
         )
+    faults = faults or Faults()
+    if not faults.follow:
+        _check_links(root, base, names)
+    if faults.skip:
+        names = readable(base, names, faults, picture_header if image_size is None else None)
     numbers = {name: i for i, name in enumerate(classes)}
     labels = torch.tensor([numbers[_class_of(name)] for name in names]) if classes else None
-    channels, size = _shape(base, names, image_size, progress)
+    channels, size = _shape(base, names, image_size, progress, faults.skip)
     return Listing(FolderReader(base, names, channels, size, side), labels, classes)
+
+
+def readable(
+    base: Path, names: list[str], faults: Faults, look: Callable[[Path], object] | None
+) -> list[str]:
+    """Those of ``names`` whose headers ``look`` can read, where others are to be skipped."""
+    if not faults.skip or look is None:
+        return names
+    kept, lost = [], []
+    for name in names:
+        try:
+            look(base / name)
+        except UserError as error:
+            lost.append(str(error))
+        else:
+            kept.append(name)
+    tell_skipped(base.name, lost, len(names))
+    if not kept:
+        raise UserError(f"none of {len(names)} images in {str(base)!r} can be read: {lost[0]}")
+    return kept
+
+
+def tell_skipped(what: str, lost: Sequence[str], count: int) -> None:
+    """Warn of images that are left out."""
+    if lost:
+        more = f" and {len(lost) - SHOWN} more" if len(lost) > SHOWN else ""
+        warnings.warn(
+            f"{len(lost)} of {count} images of {what} cannot be read and are left out: "
+            f"{'; '.join(lost[:SHOWN])}{more}",
+            stacklevel=4,
+        )
+
+
+def _readable_rows(listing: Listing, rows: Tensor, what: str, progress: bool) -> Tensor:
+    """The rows whose images can be read, after reading each."""
+    kept, lost = [], []
+    for row in progress_bar(rows.tolist(), f"looking through {what}", progress):
+        try:
+            listing.reader.read([row])
+        except UserError as error:
+            lost.append(str(error))
+        else:
+            kept.append(row)
+    tell_skipped(what, lost, len(rows))
+    if not kept:
+        raise UserError(f"none of {len(rows)} images of {what} can be read: {lost[0]}")
+    return torch.tensor(kept)
+
+
+def _check_links(root: Path, base: Path, names: list[str]) -> None:
+    """Check that no image is a link to something outside ``root``, which may be one itself.
+
+    Raises:
+        UserError: naming the first that is.
+    """
+    home = os.path.realpath(root)
+    for name in names:
+        path = os.path.join(base, name)
+        if not os.path.islink(path) and not os.path.islink(os.path.dirname(path)):
+            continue
+        target = os.path.realpath(path)
+        if os.path.commonpath([home, target]) != home:
+            raise UserError(
+                f"{path!r} is a link out of the folder, to {target!r}: copy the image into it, or "
+                "set dataset.links=follow"
+            )
 
 
 def has_parts(root: Path) -> bool:
@@ -196,7 +288,11 @@ def _files(base: Path) -> tuple[list[str], tuple[str, ...]]:
     """Image files under ``base``, relative and sorted, and the class folders they are in."""
     names: list[str] = []
     ignored: list[str] = []
-    for folder, subfolders, files in os.walk(base):
+
+    def fail(error: OSError) -> None:
+        raise UserError(f"cannot look into {str(error.filename)!r}: {error.strerror}") from None
+
+    for folder, subfolders, files in os.walk(base, onerror=fail):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         inside = os.path.relpath(folder, base)
         for file in sorted(files):
@@ -250,16 +346,24 @@ def _is_test(name: str) -> bool:
 
 
 def _shape(
-    base: Path, names: list[str], image_size: int | None, progress: bool
+    base: Path, names: list[str], image_size: int | None, progress: bool, skip: bool
 ) -> tuple[int, tuple[int, int]]:
     """Channels and size of a set: of all headers, or of a hundred where the size is given."""
     step = 1 if image_size is None else max(1, len(names) // 100)
-    channels = 1
+    channels, last = 1, None
     sizes: dict[tuple[int, int], str] = {}
     for name in progress_bar(names[::step], f"looking into {base.name}", progress):
-        found, size = picture_header(base / name)
+        try:
+            found, size = picture_header(base / name)
+        except UserError as error:
+            if not skip:
+                raise UserError(f"{error} (dataset.unreadable=skip leaves such out)") from None
+            last = error
+            continue
         channels = max(channels, found)
         sizes.setdefault(size, name)
+    if not sizes:
+        raise UserError(f"none of {len(names[::step])} images in {str(base)!r} can be read: {last}")
     if image_size is not None:
         return channels, (image_size, image_size)
     if len(sizes) > 1:

@@ -23,8 +23,10 @@ import torch
 from torch import Tensor
 
 from ebmkit.data import imagesets
+from ebmkit.data.images import MAX_PIXELS
 from ebmkit.data.imagesets import AnyImages, ImageSet, Split, StreamedSet, held_out, shuffled
 from ebmkit.errors import UserError
+from ebmkit.storage.hdf5 import MOST_NAMES, find_array, open_hdf5, read_array, read_names
 
 if TYPE_CHECKING:
     import h5py
@@ -71,7 +73,10 @@ class Hdf5Reader:
 
         with _reading(self._path):
             if self._owner != os.getpid():
-                self._images = h5py.File(self._path, "r")[f"{self._group}/images"]
+                what = repr(str(self._path))
+                self._images = find_array(h5py.File(self._path, "r"), f"{self._group}/images", what)
+                if self._images is None:
+                    raise UserError(f"{what} was changed while it was read")
                 self._owner = os.getpid()
             images = np.stack([self._images[row] for row in rows])
         return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
@@ -106,17 +111,19 @@ def load_rows(name: str, split: Split, contents: Contents, rows: Tensor) -> AnyI
     """The set of ``rows`` (N,) of a file's images, in that order, in memory if it fits."""
     count, height, width, channels = contents.shape
     labels = None if contents.labels is None else contents.labels[rows]
+    reader = Hdf5Reader(contents.path, contents.group)
     if count * height * width * channels > imagesets.MEMORY_LIMIT:
-        reader = Hdf5Reader(contents.path, contents.group)
         return StreamedSet(
             name, split, reader, rows, channels, (height, width), labels, contents.class_names
         )
-    import h5py
-
-    with _reading(contents.path), h5py.File(contents.path, "r") as file:
-        images = file[f"{contents.group}/images"][()]
+    what = repr(str(contents.path))
+    with open_hdf5(contents.path) as file:
+        found = find_array(file, f"{contents.group}/images", what)
+        if found is None or found.shape != contents.shape:
+            raise UserError(f"{what} was changed while it was read")
+        images = read_array(found, what)
     pixels = torch.from_numpy(images)[rows].permute(0, 3, 1, 2).contiguous()
-    return ImageSet(name, split, pixels, labels, contents.class_names)
+    return ImageSet(name, split, pixels, labels, contents.class_names, reader, rows)
 
 
 def read_contents(path: Path, group: str = "", class_names: tuple[str, ...] = ()) -> Contents:
@@ -130,37 +137,36 @@ def read_contents(path: Path, group: str = "", class_names: tuple[str, ...] = ()
     Raises:
         UserError: if the file is missing or damaged, or its arrays are illegal.
     """
-    import h5py
-
     _check_path(path)
-    with _reading(path), h5py.File(path, "r") as file:
-        images = file.get(f"{group}/images")
-        if not isinstance(images, h5py.Dataset):
+    what = repr(str(path))
+    with open_hdf5(path) as file:
+        images = find_array(file, f"{group}/images", what)
+        if images is None:
             raise UserError(
-                f"{str(path)!r} has no array '{group}/images': it must hold images (N, H, W, C) "
+                f"{what} has no array '{group}/images': it must hold images (N, H, W, C) "
                 "uint8, and labels (N,) if there are any; `ebmkit data pack` writes such files"
             )
-        where = f"{str(path)!r}, array {images.name!r}"
+        where = f"{what}, array {images.name!r}"
         if images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape:
             raise UserError(
                 f"{where}: images must be (N, H, W, C) with 1 or 3 channels, not {images.shape}"
             )
         if images.dtype != np.uint8:
             raise UserError(f"{where}: images must be uint8 (0..255), not {images.dtype}")
-        names, labels = class_names or _class_names(file), file.get(f"{group}/labels")
-        numbers = None if labels is None else _checked_labels(path, labels, len(images), names)
+        if images.shape[1] * images.shape[2] > MAX_PIXELS:
+            raise UserError(f"{where}: images of {images.shape[1:3]} have too many pixels")
+        names, labels = class_names or _class_names(file, what), _labels(file, group, what)
+        numbers = None if labels is None else _checked_labels(what, labels, len(images), names)
         if numbers is not None and not names:
-            names = tuple(str(c) for c in range(1 + _largest_label(file)))
+            names = tuple(str(c) for c in range(1 + _largest_label(file, what)))
         return Contents(path, group, tuple(images.shape), numbers, names)
 
 
 def _group_of(path: Path, split: Split) -> str:
     """The group that a split is taken from; "" where the file holds one set."""
-    import h5py
-
     _check_path(path)
     wanted = "test" if split == "test" else "train"
-    with _reading(path), h5py.File(path, "r") as file:
+    with open_hdf5(path) as file:
         if "train" not in file and "test" not in file:
             return ""
         if wanted not in file:
@@ -185,36 +191,49 @@ def _reading(path: Path) -> Iterator[None]:
     """Turn what h5py says of a damaged file into one sentence."""
     try:
         yield
-    except (OSError, KeyError, RuntimeError) as error:
+    except UserError:
+        raise
+    except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
         raise UserError(
             f"{str(path)!r} cannot be read as an HDF5 file ({str(error).splitlines()[0]}): it is "
             "damaged, incomplete, or something else"
         ) from None
 
 
-def _class_names(file: h5py.File) -> tuple[str, ...]:
-    if "class_names" not in file:
-        return ()
-    return tuple(file["class_names"].asstr()[()].tolist())
+def _class_names(file: h5py.File, what: str) -> tuple[str, ...]:
+    found = find_array(file, "class_names", what)
+    return () if found is None else read_names(found, what)
 
 
-def _largest_label(file: h5py.File) -> int:
+def _labels(file: h5py.File, group: str, what: str) -> h5py.Dataset | None:
+    name = f"{group}/labels"
+    if name.lstrip("/") not in file:
+        return None
+    found = find_array(file, name, what)
+    if found is None:
+        raise UserError(f"{what}: {name!r} must be an array of labels (N,)")
+    return found
+
+
+def _largest_label(file: h5py.File, what: str) -> int:
     """The largest label of all groups, so that a training and a test set agree on the classes."""
-    found = [file[name] for name in ("labels", "train/labels", "test/labels") if name in file]
-    return max(int(np.max(labels[()], initial=0)) for labels in found)
+    found = [_labels(file, group, what) for group in ("", "train", "test")]
+    arrays = [read_array(labels, what) for labels in found if labels is not None]
+    return max(int(np.max(labels, initial=0)) for labels in arrays)
 
 
-def _checked_labels(path: Path, labels: h5py.Dataset, count: int, names: tuple[str, ...]) -> Tensor:
-    where = f"{str(path)!r}, array {labels.name!r}"
+def _checked_labels(what: str, labels: h5py.Dataset, count: int, names: tuple[str, ...]) -> Tensor:
+    where = f"{what}, array {labels.name!r}"
     if labels.shape != (count,) or labels.dtype.kind not in "iu":
         raise UserError(
             f"{where}: {count} images need {count} whole-numbered labels, not "
             f"{labels.shape} {labels.dtype}"
         )
-    numbers = torch.from_numpy(labels[()].astype(np.int64))
-    top = len(names) if names else torch.iinfo(torch.int32).max
+    numbers = torch.from_numpy(read_array(labels, what).astype(np.int64))
+    top = len(names) if names else MOST_NAMES
     outside = numbers[(numbers < 0) | (numbers >= top)]
     if len(outside):
-        legal = f"0 to {len(names) - 1}" if names else "0 and up"
-        raise UserError(f"{where}: label {int(outside[0])} is out of range: labels are {legal}")
+        raise UserError(
+            f"{where}: label {int(outside[0])} is out of range: labels are 0 to {top - 1}"
+        )
     return numbers

@@ -6,9 +6,10 @@ Images are uint8 (N, C, H, W), labels int64 (N,). What leaves a data set for a m
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ __all__ = [
     "MEMORY_LIMIT",
     "SPLITS",
     "AnyImages",
+    "Faults",
     "ImageSet",
     "PictureReader",
     "RowReader",
@@ -27,6 +29,7 @@ __all__ = [
     "StreamedSet",
     "check_labels",
     "held_out",
+    "origin",
     "shuffled",
     "to_floats",
 ]
@@ -36,6 +39,22 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 MEMORY_LIMIT = 2**30
 """Bytes of decoded images above which a set on disk is streamed instead of held in memory."""
+
+
+class Faults(NamedTuple):
+    """What is done about faults of a folder of images.
+
+    Attributes:
+        skip: leave out images that cannot be read, and say which, instead of ending.
+        follow: read through links that lead out of the folder.
+    """
+
+    skip: bool = False
+    follow: bool = False
+
+
+MOST_IN_A_ROW = 100
+"""Images that may be skipped one after the other."""
 
 
 def to_floats(images: Tensor) -> Tensor:
@@ -58,6 +77,8 @@ class ImageSet:
         images: (N, C, H, W) uint8, C = 1 or 3.
         labels: (N,) int64, or None for a set without labels.
         class_names: one per label; empty without labels.
+        reader: what they were read by, where it was a file or folder of the user's.
+        rows: (N,) int64, the reader's row of each image.
 
     Raises:
         UserError: if the images are not uint8 (N, C, H, W), or a label is out of range.
@@ -68,6 +89,8 @@ class ImageSet:
     images: Tensor
     labels: Tensor | None = None
     class_names: tuple[str, ...] = ()
+    reader: RowReader | None = field(default=None, repr=False)
+    rows: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         what = f"data set {self.name!r}"
@@ -102,14 +125,17 @@ class ImageSet:
         """At most ``n`` images, evenly through the set, which may be sorted by class."""
         if len(self) <= n:
             return self
-        rows = evenly(len(self), n).to(self.images.device)
-        labels = None if self.labels is None else self.labels[rows]
-        return replace(self, images=self.images[rows], labels=labels)
+        chosen = evenly(len(self), n)
+        rows = None if self.rows is None else self.rows[chosen]
+        chosen = chosen.to(self.images.device)
+        labels = None if self.labels is None else self.labels[chosen]
+        return replace(self, images=self.images[chosen], labels=labels, rows=rows)
 
     def first(self, n: int) -> ImageSet:
         """The first ``n`` images, or all if there are fewer."""
         labels = None if self.labels is None else self.labels[:n]
-        return replace(self, images=self.images[:n], labels=labels)
+        rows = None if self.rows is None else self.rows[:n]
+        return replace(self, images=self.images[:n], labels=labels, rows=rows)
 
     def to(self, device: torch.device | str) -> ImageSet:
         """The same set on ``device``; itself if it is there already."""
@@ -173,6 +199,8 @@ class StreamedSet:
         class_names: one per label; empty without labels.
         pictures: reads crops of the whole pictures, of which the images are the middle; None: crops
             are cut from the images.
+        skip: an image that cannot be read is left out: the next one takes its place.
+        skipped: what was left out so far, in this process: number -> reason.
 
     Raises:
         UserError: if a label is out of range.
@@ -187,6 +215,8 @@ class StreamedSet:
     labels: Tensor | None = None
     class_names: tuple[str, ...] = ()
     pictures: PictureReader | None = None
+    skip: bool = False
+    skipped: dict[int, str] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         check_labels(f"data set {self.name!r}", self.labels, len(self.rows), len(self.class_names))
@@ -231,6 +261,29 @@ class StreamedSet:
         Raises:
             UserError: if one cannot be read.
         """
+        if not self.skip:
+            return self._read(indices, cut)
+        with contextlib.suppress(UserError):
+            return self._read(indices, cut)
+        single = [None if cut is None else cut.of(i) for i in range(len(indices))]
+        read = [self._readable(n, own) for n, own in zip(indices, single, strict=True)]
+        images = torch.cat([image for image, _ in read])
+        return images, None if self.labels is None else torch.cat([label for _, label in read])
+
+    def _readable(self, number: int, cut: Cut | None) -> tuple[Tensor, Tensor]:
+        """Image ``number`` (1, C, H, W) and its label, or the next that can be read."""
+        for ahead in range(MOST_IN_A_ROW):
+            chosen = (int(number) + ahead) % len(self)
+            try:
+                image, label = self._read([chosen], cut)
+            except UserError as error:
+                self.skipped[chosen] = str(error)
+                last = error
+            else:
+                return image, torch.zeros(0) if label is None else label
+        raise UserError(f"{MOST_IN_A_ROW} images in a row cannot be read: {last}")
+
+    def _read(self, indices: Sequence[int], cut: Cut | None) -> tuple[Tensor, Tensor | None]:
         chosen = torch.as_tensor(indices)
         labels = None if self.labels is None else self.labels[chosen]
         rows = self.rows[chosen].tolist()
@@ -252,6 +305,18 @@ class StreamedSet:
 
 AnyImages = ImageSet | StreamedSet
 """Images of one split, in memory or on disk."""
+
+
+def origin(images: AnyImages, number: int) -> dict[str, Any]:
+    """Where image ``number`` came from: ``image``, the number; ``row`` of its reader, and ``file``
+    relative to the folder, where there are any."""
+    found: dict[str, Any] = {"image": number}
+    if images.rows is not None:
+        found["row"] = row = int(images.rows[number])
+        name = getattr(images.reader, "name", None)  # a folder's
+        if name is not None:
+            found["file"] = name(row)
+    return found
 
 
 def check_labels(what: str, labels: Tensor | None, count: int, num_classes: int) -> None:

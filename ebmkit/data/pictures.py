@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ebmkit.data.folders import SUFFIXES
+from ebmkit.data.folders import SUFFIXES, readable
 from ebmkit.data.images import picture_header
-from ebmkit.data.imagesets import Split, StreamedSet, to_floats
+from ebmkit.data.imagesets import Faults, Split, StreamedSet, to_floats
 from ebmkit.data.reading import FolderReader, as_tensor
 from ebmkit.errors import UserError
 
@@ -44,7 +44,7 @@ class PictureSet(StreamedSet):
             yield to_floats(images), None
 
 
-def load_pictures(root: Path, split: Split) -> PictureSet:
+def load_pictures(root: Path, split: Split, faults: Faults | None = None) -> PictureSet:
     """The pictures in the folder ``root``, sorted by name.
 
     Raises:
@@ -61,6 +61,7 @@ def load_pictures(root: Path, split: Split) -> PictureSet:
     names = sorted(p.name for p in root.iterdir() if p.suffix.lower() in SUFFIXES)
     if not names:
         raise UserError(f"{str(root)!r} holds no pictures: put files ending in {SUFFIXES} there")
+    names = readable(root, names, faults or Faults(), picture_header)
     headers = [picture_header(root / name) for name in names]
     channels = {count for count, _ in headers}
     if len(channels) > 1:

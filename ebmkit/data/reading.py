@@ -52,6 +52,10 @@ class FolderReader:
     def __len__(self) -> int:
         return len(self._names)
 
+    def name(self, row: int) -> str:
+        """The file of ``row``, relative to the root."""
+        return os.fsdecode(self._names[row])
+
     def read(self, rows: Sequence[int]) -> Tensor:
         """Images (B, C, H, W) uint8.
 
@@ -84,7 +88,7 @@ class FolderReader:
         from torchvision.transforms.v2 import functional
 
         image, size = self._open(row), cut.crop.size
-        own = Cut(cut.crop, cut.draws[number : number + 1])
+        own = cut.of(number)
         if cut.crop.scale is None:
             pixels = self._brought_to_side(image)
             top, left, height, width = crop_boxes(pixels.shape[1], pixels.shape[2], own)[0].tolist()
@@ -102,8 +106,11 @@ class FolderReader:
         return resized
 
     def _open(self, row: int) -> Image.Image:
-        path = self.root / os.fsdecode(self._names[row])
-        opened = open_picture(path)
+        path = self.root / self.name(row)
+        try:
+            opened = open_picture(path)
+        except UserError as error:
+            raise UserError(f"{error} (dataset.unreadable=skip leaves such out)") from None
         if opened.is_16_bit:
             raise UserError(f"{str(path)!r} has 16 bits: convert the images of a data set to 8")
         if self.channels == 1 and opened.image.mode == "RGB":

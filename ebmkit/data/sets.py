@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ebmkit.data.imagesets import SPLITS, AnyImages, ImageSet, Split, StreamedSet
+from ebmkit.data.imagesets import SPLITS, AnyImages, Faults, ImageSet, Split, StreamedSet
 from ebmkit.errors import UserError, unknown_name
 from ebmkit.registry import find
 
@@ -27,6 +27,7 @@ class Request(NamedTuple):
     image_size: int | None
     download: bool
     progress: bool
+    faults: Faults = Faults()
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,13 @@ def _folder(request: Request) -> AnyImages:
 
     if request.data_dir is None:
         raise UserError("data set 'folder' needs a folder of images: name it by --data-dir")
-    return load_folder(request.data_dir, request.split, request.image_size, request.progress)
+    return load_folder(
+        request.data_dir,
+        request.split,
+        request.image_size,
+        request.progress,
+        faults=request.faults,
+    )
 
 
 def _imagenet(request: Request) -> AnyImages:
@@ -87,6 +94,7 @@ def _imagenet(request: Request) -> AnyImages:
         request.progress,
         side=round(size * 256 / 224),
         name="imagenet",
+        faults=request.faults,
     )
 
 
@@ -105,7 +113,7 @@ def _pictures(request: Request) -> StreamedSet:
         raise UserError("data set 'pictures' needs a folder of pictures: name it by --data-dir")
     if request.image_size is not None:
         raise UserError("data set 'pictures' keeps each picture's size: leave the image size out")
-    return load_pictures(request.data_dir, request.split)
+    return load_pictures(request.data_dir, request.split, request.faults)
 
 
 DATASETS: dict[str, DatasetEntry] = {
@@ -141,6 +149,7 @@ def load_dataset(
     image_size: int | None = None,
     download: bool = True,
     progress: bool = True,
+    faults: Faults | None = None,
 ) -> AnyImages:
     """One split of a data set.
 
@@ -151,6 +160,7 @@ def load_dataset(
         image_size: side of the images, pixels, for sets that can be cut to size.
         download: fetch CIFAR if it is not there.
         progress: show a progress bar while many files are read.
+        faults: what is done about images of a folder that cannot be read, and about links.
 
     Raises:
         UserError: if there is no such set or split, or files are missing, incomplete or illegal.
@@ -160,7 +170,8 @@ def load_dataset(
         raise unknown_name("split", split, SPLITS)
     if image_size is not None and image_size < 1:
         raise UserError(f"image size {image_size} is not a number of pixels: take 1 or more")
-    return entry.load(Request(data_dir, split, image_size, download, progress))
+    faults = faults or Faults()
+    return entry.load(Request(data_dir, split, image_size, download, progress, faults))
 
 
 def _own_size(name: str, request: Request, side: int) -> None:

@@ -16,7 +16,9 @@ request; everything else is done to the batch, on its device.
 from __future__ import annotations
 
 import signal
+import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -68,6 +70,41 @@ class Batch(NamedTuple):
     attacked: Tensor | None = None
 
 
+STALL = 900.0
+"""Seconds to wait for a process that reads images."""
+
+WARNINGS = 10
+"""Images left out that are told of one by one."""
+
+
+@contextmanager
+def told_of_readers() -> Iterator[None]:
+    """Within, the end of a process that reads images is told in one sentence.
+
+    PyTorch raises it wherever the main thread is at the time.
+
+    Raises:
+        UserError: then.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if "DataLoader timed out" in text:
+            raise UserError(
+                f"no image was read for {STALL:.0f} s: see whether the disk or network that they "
+                "lie on still answers"
+            ) from None
+        if "DataLoader worker" not in text:
+            raise
+        reason = text.partition("killed by signal: ")[2].split(".")[0].strip()
+        how = f"was killed by a signal: {reason}" if reason else "ended"
+        raise UserError(
+            f"a process that reads images {how}; often the memory does not suffice: take fewer "
+            "dataset.workers"
+        ) from None
+
+
 class Stream:
     """Batches of ``source`` as ``config`` wants them, indexed by step.
 
@@ -85,6 +122,9 @@ class Stream:
         world_size: number of processes that share each batch.
         parts: number of parts that each process splits its share into.
         steps: of the run, which ``config.phases`` are shares of; None where there are no phases.
+
+    Attributes:
+        skipped: images that could not be read and were left out so far: number -> reason.
 
     Raises:
         UserError: if the set is empty, has no labels to mix, is smaller than a crop, or a batch
@@ -112,6 +152,7 @@ class Stream:
         self.name = name
         self.seed = seed
         self.workers = workers
+        self.skipped: dict[int, str] = {}
         self._whole = isinstance(source, StreamedSet) and source.pictures is not None
         self.rank, self.world_size = rank, world_size
         # Mixing needs the image before the first one too; it is dropped afterwards.
@@ -138,6 +179,7 @@ class Stream:
         cuda = self.device.type == "cuda"
         loader = DataLoader(
             _Reading(source),
+            timeout=STALL if self.workers else 0,
             batch_size=None,
             sampler=_Order(self, start, stop),
             num_workers=self.workers,
@@ -145,14 +187,46 @@ class Stream:
             worker_init_fn=_ignore_signals,
             generator=torch.Generator(),  # leaves the process's own generator alone
         )
-        for step, item in enumerate(loader, start):
+        items = iter(loader)
+        try:
+            yield from self._received(source, items, start)
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            # dead or stalled: they ignore requests to end, and exit would wait for them
+            workers = list(getattr(items, "_workers", ()))
+            getattr(items, "_shutdown_workers", tuple)()
+            for worker in workers:
+                worker.kill()
+            if isinstance(error, RuntimeError):
+                raise
+            raise RuntimeError("DataLoader worker ended") from None
+
+    def _received(
+        self, source: StreamedSet, items: Iterator[_Item | UserError], start: int
+    ) -> Iterator[Batch]:
+        """The batches made of what was read."""
+        cuda = self.device.type == "cuda"
+        for step, item in enumerate(items, start):
             if isinstance(item, UserError):
                 raise item
-            images, labels = item
+            images, labels, skipped = item
+            self._tell(source, skipped)
             images = images.to(self.device, non_blocking=cuda)
             if labels is not None:
                 labels = labels.to(self.device, non_blocking=cuda)
             yield self._prepare(step, images, labels)
+
+    def _tell(self, source: StreamedSet, skipped: dict[int, str]) -> None:
+        """Warn of the first images that are left out; all are counted."""
+        for number, reason in skipped.items():
+            if number not in self.skipped and len(self.skipped) < WARNINGS:
+                warnings.warn(f"left out of stream {self.name!r}: {reason}", stacklevel=2)
+            self.skipped[number] = reason
+
+    def numbers(self, step: int) -> list[int]:
+        """Numbers in the data set of the images in this process's batch of ``step``."""
+        place = self.device if isinstance(self.source, ImageSet) else torch.device("cpu")
+        found: list[int] = self._indices(step, place).tolist()
+        return found[self._extra :]
 
     def _indices(self, step: int, device: torch.device) -> Tensor:
         """Which images of the set this process needs at ``step``, (B,), on ``device``."""
@@ -301,15 +375,20 @@ class _Order:
             yield _Request(stream._indices(step, host).tolist(), cut)
 
 
-class _Reading(Dataset[tuple[Tensor, Tensor | None] | UserError]):
+_Item = tuple[Tensor, Tensor | None, dict[int, str]]
+
+
+class _Reading(Dataset[_Item | UserError]):
     """What workers run: whole batches; a user's mistake is handed over without a traceback."""
 
     def __init__(self, source: StreamedSet) -> None:
         self._source = source
 
-    def __getitem__(self, request: _Request) -> tuple[Tensor, Tensor | None] | UserError:
+    def __getitem__(self, request: _Request) -> _Item | UserError:
+        self._source.skipped.clear()
         try:
-            return self._source.read(*request)
+            images, labels = self._source.read(*request)
+            return images, labels, dict(self._source.skipped)
         except UserError as error:
             return error
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ebmkit.errors import UserError
 from ebmkit.evaluation.data import Images
+from ebmkit.storage.hdf5 import find_array, open_hdf5, read_array
 
 __all__ = ["Generated", "other_split", "read_samples"]
 
@@ -109,13 +110,14 @@ def other_split(images: Images, data_dir: Path | None) -> Images | None:
 
 
 def _read(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    import h5py
-
-    with h5py.File(path, "r") as file:
-        images = file["images"][()]
+    what = repr(str(path))
+    with open_hdf5(path) as file:
+        found, marks = find_array(file, "images", what), find_array(file, "finite", what)
+        assert found is not None  # its contents were read
+        images = read_array(found, what)
         finite = np.ones(len(images), bool)
-        if "finite" in file:
-            finite = file["finite"][()].astype(bool)
+        if marks is not None:
+            finite = read_array(marks, what).astype(bool)
         about = {name: _plain(file.attrs[name]) for name in ATTRIBUTES if name in file.attrs}
     if "source" not in about:
         raise UserError(

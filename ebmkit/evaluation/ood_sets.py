@@ -275,10 +275,11 @@ def _file(path: Path, like: Images) -> Images:
     import h5py
 
     from ebmkit.data.hdf5 import load_rows, read_contents
+    from ebmkit.storage.hdf5 import open_hdf5
 
     group = ""
     if h5py.is_hdf5(path):
-        with h5py.File(path, "r") as file:
+        with open_hdf5(path) as file:
             group = next((g for g in ("test", "train") if "images" not in file and g in file), "")
     contents = read_contents(path, group)
     rows = torch.arange(min(contents.shape[0], len(like)))

@@ -49,8 +49,8 @@ from ebmkit.evaluation.setting import NOISE_LEVELS, SIGMAS, Setting, Suite
 from ebmkit.evaluation.shift import SHIFT
 from ebmkit.parallel import World
 from ebmkit.registry import find
-from ebmkit.storage import write_atomically
-from ebmkit.training.runs import environment
+from ebmkit.storage import remove_file, write_atomically
+from ebmkit.training.environment import environment
 from ebmkit.validation import validated
 
 if TYPE_CHECKING:
@@ -300,9 +300,9 @@ def _draw(suite: Suite, setting: Setting, document: dict[str, Any], path: Path) 
         suite.draw(setting, document, aside)
         drawn = sorted(picture.name for picture in aside.iterdir())
         for old in set(_pictures_of(path)) - {*drawn}:
-            (path.parent / old).unlink(missing_ok=True)
+            remove_file(path.parent / old)
         for picture in drawn:  # before the document: who finds it finds its pictures
-            (aside / picture).replace(path.parent / picture)
+            write_atomically(path.parent / picture, (aside / picture).read_bytes())
     return drawn
 
 

@@ -136,7 +136,7 @@ def guide_by(
             "guidance": config.model_copy(update={"view": guided.view}),
             "guide": guide.resolve().name,
             "guide_weights": weights,
-            "guide_digest": weights_digest(guide, weights),
+            "guide_digest": model.weights_sha256 or "",
             "guide_means": None if guided.means is None else list(guided.means),
         },
     )
@@ -179,7 +179,7 @@ def mean_energies(
         run,
         data.name,
         fingerprint(images),
-        weights_digest(run, weights),
+        model.weights_sha256 or weights_digest(run, weights),
         lambda: class_energies(model, images, progress),
         told_level(model),
     )

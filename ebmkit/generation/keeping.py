@@ -23,13 +23,13 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
-from filelock import FileLock, Timeout
+from pydantic import ValidationError
 from torch import Tensor
 
 from ebmkit.errors import UserError
 from ebmkit.generation.settings import SamplingSettings
 from ebmkit.models.saving import digest
-from ebmkit.storage import write_atomically
+from ebmkit.storage import held, write_atomically
 from ebmkit.training.runs import difference
 
 __all__ = ["SamplingFolder"]
@@ -73,16 +73,10 @@ class SamplingFolder:
         """Within, no other process works in the folder.
 
         Raises:
-            UserError: if one does.
+            Busy: if one does.
         """
-        try:
-            with FileLock(self.home / ".lock", timeout=0):
-                yield
-        except Timeout:
-            raise UserError(
-                f"another process is sampling into {str(self.path)!r}: wait for it, or choose "
-                "another --out"
-            ) from None
+        with held(self.home, "sampling"):
+            yield
 
     def save(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Write ``tensors`` under ``name``.
@@ -141,6 +135,8 @@ class SamplingFolder:
             raise UserError(
                 f"{str(self.home / SETTINGS)!r} is damaged: it does not parse; choose another --out"
             )
+        with contextlib.suppress(ValidationError):  # fields that came later have their defaults
+            old = type(settings).model_validate(old).model_dump(mode="json")
         found = difference(old, settings.model_dump(mode="json"))
         if found is not None:
             key, before, now = found

@@ -23,7 +23,7 @@ from ebmkit.metrics import psnr
 from ebmkit.pictures.sampling import Panel, restorations
 from ebmkit.sampling.config import StochasticAscentConfig
 from ebmkit.storage import write_atomically
-from ebmkit.training.runs import environment
+from ebmkit.training.environment import environment
 
 __all__ = ["RestoreJob", "read_mask"]
 

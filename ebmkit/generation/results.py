@@ -32,7 +32,7 @@ from ebmkit.generation.labels import class_names_of
 from ebmkit.generation.record import means_of
 from ebmkit.generation.settings import BUFFER
 from ebmkit.pictures.sampling import Sampled, path_animation, path_strip, sample_grid
-from ebmkit.training.runs import environment
+from ebmkit.training.environment import environment
 
 __all__ = ["far_from_images", "source_of", "write_results"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from ebmkit.data import load_dataset
 from ebmkit.errors import UserError
 from ebmkit.generation.settings import BUFFER, SamplingSettings
 from ebmkit.sampling.buffer import ReplayBuffer
+from ebmkit.storage.hdf5 import open_hdf5
 from ebmkit.training import DataConfig, RunFolder, resolve
 from ebmkit.training.assemble import Split, images_of
 
@@ -112,8 +112,6 @@ def buffer_of(run: Path, model: ScoreModel) -> ReplayBuffer:
     Raises:
         UserError: if the run has none, or the file is damaged.
     """
-    import h5py
-
     state = RunFolder(run).load_checkpoint() or {}
     content = state.get("buffer")
     if content is None:
@@ -121,8 +119,9 @@ def buffer_of(run: Path, model: ScoreModel) -> ReplayBuffer:
             f"{str(run)!r} has no replay buffer: objectives with ml or cml (jem) train with one; "
             "start from noise, uniform, data or seeds"
         )
-    images = ReplayBuffer.read_images(content, f"the replay buffer of {str(run)!r}")
-    with h5py.File(io.BytesIO(content), "r") as file:
+    what = f"the replay buffer of {str(run)!r}"
+    images = ReplayBuffer.read_images(content, what)
+    with open_hdf5(content, what) as file:
         labelled = "labels" in file
     return ReplayBuffer(images, model.num_classes if labelled else 0)
 

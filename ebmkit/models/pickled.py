@@ -45,7 +45,7 @@ class Inert:
 
 @dataclass(eq=False)
 class StorageRecord:
-    """One storage of the file: ``numel`` elements of ``dtype``, at ``key``; (n,) bytes come later."""
+    """One storage of the file: ``numel`` elements of ``dtype``, at ``key``; bytes (n,) follow."""
 
     key: str
     dtype: torch.dtype

@@ -24,17 +24,22 @@ from ebmkit.core import ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.models.config import ModelConfig
 from ebmkit.models.sizes import AtMost
-from ebmkit.storage import write_atomically
-from ebmkit.storage.reading import check_links, read_json
-from ebmkit.storage.tensors import read_header, read_tensors
+from ebmkit.storage import read_together, write_atomically
+from ebmkit.storage.reading import check_links, parse_json
+from ebmkit.storage.tensors import parse_header, parse_tensors
 from ebmkit.validation import validated
 
-__all__ = ["digest", "load", "save_model", "save_weights", "weights_digest"]
+__all__ = [
+    "digest",
+    "load",
+    "model_files",
+    "save_model",
+    "save_weights",
+    "weights_digest",
+    "weights_file",
+]
 
 FORMAT = 1
-
-DOCUMENT_BYTES = 2**22
-"""Of ``model.json``: room for the names of ImageNet's 21,841 classes."""
 
 FILES = {"last": "model.safetensors", "best": "checkpoints/best.safetensors"}
 
@@ -61,10 +66,21 @@ def save_model(
     Raises:
         UserError: if the disk is full or not writable; what was there before is left as it was.
     """
-    save_weights(folder / "model.safetensors", model)
+    for name, content in model_files(model, config, card).items():
+        write_atomically(folder / name, content)
+
+
+def model_files(model: ScoreModel, config: ModelConfig | None, card: ModelCard) -> dict[str, bytes]:
+    """The files of a saved model by name, as of `save_model`."""
     document = _Document(format=FORMAT, model=config, card=card)
     text = json.dumps(document.model_dump(mode="json"), indent=2)
-    write_atomically(folder / "model.json", text.encode())
+    return {"model.safetensors": weights_file(model), "model.json": text.encode()}
+
+
+def weights_file(model: ScoreModel) -> bytes:
+    """The state of ``model`` as a safetensors file."""
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    return safetensors.torch.save(state, metadata={"sha256": digest(state)})
 
 
 def save_weights(path: Path, model: ScoreModel) -> None:
@@ -73,9 +89,7 @@ def save_weights(path: Path, model: ScoreModel) -> None:
     Raises:
         UserError: if the disk is full or not writable; what was there before is left as it was.
     """
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    written = safetensors.torch.save(state, metadata={"sha256": digest(state)})
-    write_atomically(path, written)
+    write_atomically(path, weights_file(model))
 
 
 def load(
@@ -113,23 +127,25 @@ def load(
                 "model there (`ebmkit train --resume` goes on with an interrupted run)"
             )
     check_links(folder)
-    document = _read_document(folder / "model.json")
+    content = read_together(folder, ["model.json", FILES[weights]])
+    document = _read_document(content["model.json"], folder / "model.json")
     if model is None:
         if document.model is None:
             raise UserError(
                 f"{str(folder)!r} holds a network composed by hand: give it, as in "
                 "ebmkit.load(run, model=JointModel(...))"
             )
-        shapes = read_header(folder / FILES[weights]).shapes
+        shapes = parse_header(content[FILES[weights]], folder / FILES[weights]).shapes
         with AtMost(sum(map(math.prod, shapes.values()))):
             model = document.model.build()
     try:
-        state = _read_weights(folder / FILES[weights])
+        state = _read_weights(content[FILES[weights]], folder / FILES[weights])
         model.load_state_dict(state)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"the weights in {str(folder)!r} do not fit the model: {reason}") from None
     model.card = document.card
+    model.weights_sha256 = hashlib.sha256(content[FILES[weights]]).hexdigest()
     return model.eval().requires_grad_(False).to(device)
 
 
@@ -138,13 +154,13 @@ def weights_digest(run: Path, weights: str = "last") -> str:
     return hashlib.sha256((run / FILES[weights]).read_bytes()).hexdigest()
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of ``path``.
+def _read_weights(content: bytes, path: Path) -> dict[str, Tensor]:
+    """The tensors in the ``content`` of ``path``.
 
     Raises:
-        UserError: if they are not those that were written.
+        UserError: if it does not parse, or they are not those that were written.
     """
-    state, metadata = read_tensors(path)
+    state, metadata = parse_tensors(content, path)
     if "sha256" in metadata and metadata["sha256"] != digest(state):
         raise UserError(f"{str(path)!r} is damaged: its tensors are not those that were written")
     return state
@@ -159,8 +175,8 @@ def digest(state: dict[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def _read_document(path: Path) -> _Document:
-    values = read_json(path, DOCUMENT_BYTES, finite=True)
+def _read_document(content: bytes, path: Path) -> _Document:
+    values = parse_json(content, repr(str(path)), finite=True)
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise UserError(f"{str(path)!r} is not of format {FORMAT}: made by another version?")
     return validated(_Document, values, str(path))

@@ -6,7 +6,7 @@ of torch that make tensors are counted before they take any memory.
 >>> with AtMost(1000):
 ...     torch.nn.Linear(10**6, 10**6)
 Traceback (most recent call last):
-ebmkit.errors.UserError: the network would have more parameters than its file of weights has...
+ebmkit.errors.UserError: the network would have more parameters than its file of weights has: they do not belong together
 """
 
 from __future__ import annotations

@@ -31,10 +31,10 @@ import torch
 
 from ebmkit.errors import UserError
 from ebmkit.models.pickled import Damaged, Refusal, StorageRecord, TensorRecord
-from ebmkit.models.unpickle import unpickle
+from ebmkit.models.unpickle import Readable, unpickle
 from ebmkit.storage.reading import MIB, opened
 
-__all__ = ["read_torch_file"]
+__all__ = ["read_torch_content", "read_torch_file"]
 
 NOT_PLAIN = (
     *(zipfile.BadZipFile, struct.error, RecursionError, NotImplementedError, RuntimeError),
@@ -63,11 +63,24 @@ def read_torch_file(path: Path) -> Any:
     Raises:
         UserError: if it cannot be read, is no such file, or asks for what could run code.
     """
+    with opened(path) as (file, size):
+        return _read(_Bounded(file, size), path)
+
+
+def read_torch_content(content: bytes, path: Path) -> Any:
+    """`read_torch_file` of a file that is read already; ``path`` names it in messages.
+
+    Raises:
+        UserError: as `read_torch_file`.
+    """
+    return _read(_Bounded(io.BytesIO(content), len(content)), path)
+
+
+def _read(whole: _Bounded, path: Path) -> Any:
+    zipped = whole.read(4) == b"PK\x03\x04"
+    whole.seek(0)
     try:
-        with opened(path) as (file, size):
-            if file.read(4) == b"PK\x03\x04":
-                return _read_zip(_Bounded(file, size))
-            return _read_legacy(_Bounded(file, size))
+        return _read_zip(whole) if zipped else _read_legacy(whole)
     except Refusal as refusal:
         raise UserError(
             f"{str(path)!r} cannot be read safely: it asks for {refusal}, which no weights need "
@@ -91,7 +104,6 @@ class _Bounded(io.RawIOBase):
         self._file, self.size = file, size
         self.most = size
         """Bytes that can be read at once."""
-        file.seek(0)
 
     def read(self, count: int | None = -1) -> bytes:
         left = max(0, self.size - self._file.tell())
@@ -173,13 +185,13 @@ def _entry(archive: zipfile.ZipFile, name: str, most: int) -> bytes:
     return archive.read(name)
 
 
-def _fill(data: torch.Tensor, file: IO[bytes]) -> None:
+def _fill(data: torch.Tensor, file: Readable) -> None:
     """Read as many bytes as ``data`` (n,) uint8 has into it.
 
     Raises:
         Damaged: if there are fewer.
     """
-    into = memoryview(data.numpy())
+    into = data.numpy().data
     for start in range(0, len(into), CHUNK):
         part = file.read(min(CHUNK, len(into) - start))
         into[start : start + len(part)] = part

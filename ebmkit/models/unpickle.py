@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import pickle
 import pickletools
-from typing import IO, Any
+from typing import IO, Any, Protocol, cast
 
 from ebmkit.models.pickled import (
     Damaged,
@@ -40,7 +40,7 @@ from ebmkit.models.pickled import (
     storage_of,
 )
 
-__all__ = ["unpickle"]
+__all__ = ["Readable", "unpickle"]
 
 MARK = object()
 
@@ -51,7 +51,17 @@ COPIES = 16
 """Elements that calls may copy for each byte of the pickle, beside a million."""
 
 
-def unpickle(file: IO[bytes], storages: dict[str, StorageRecord] | None = None) -> Any:
+class Readable(Protocol):
+    """What is asked of a file of bytes."""
+
+    def read(self, count: int, /) -> bytes: ...
+
+    def readline(self) -> bytes: ...
+
+    def tell(self) -> int: ...
+
+
+def unpickle(file: Readable, storages: dict[str, StorageRecord] | None = None) -> Any:
     """The next object in ``file``, with records in place of tensors and `Inert` of all else.
 
     Args:
@@ -81,9 +91,11 @@ class _Machine:
         self.copied = 0
         self.bytes = 0
 
-    def run(self, file: IO[bytes]) -> Any:
+    def run(self, file: Readable) -> Any:
         start = file.tell()
-        for steps, (opcode, argument, position) in enumerate(pickletools.genops(file)):
+        for steps, (opcode, argument, position) in enumerate(
+            pickletools.genops(cast(IO[bytes], file))
+        ):
             if opcode.name == "STOP":
                 return self.stack.pop()
             if steps > STEPS:

@@ -27,7 +27,7 @@ from ebmkit.reproduce.tabulate import circumstances, measured, table_report
 from ebmkit.storage import write_atomically
 from ebmkit.theory import figure1
 from ebmkit.theory import markdown as figure1_markdown
-from ebmkit.training.runs import environment
+from ebmkit.training.environment import environment
 from ebmkit.units import in_255ths
 
 __all__ = ["CLAIM_SIGMAS", "FIG4", "run_claims", "run_fig1", "run_fig3", "run_fig4"]

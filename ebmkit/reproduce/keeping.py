@@ -9,10 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from ebmkit.errors import UserError
 from ebmkit.evaluation import SIGMAS, SUITES, parse_options
+from ebmkit.storage import Busy, held
 
 __all__ = ["Busy", "Protocol", "alone", "fresh", "holds", "wanted_of", "whole"]
 
@@ -47,10 +45,6 @@ class Protocol:
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
-class Busy(UserError):
-    """Another process is at work on a row."""
-
-
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Keeps other processes from training the row in ``folder``; a dead one's lock is free.
@@ -59,18 +53,8 @@ def alone(folder: Path) -> Iterator[None]:
         Busy: if one does.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise Busy(
-            f"row {folder.name!r} in {str(folder.parent)!r} is being trained by another process: "
-            "wait for it, or choose another --out"
-        ) from None
-    try:
+    with held(folder.parent, "training", name=folder.name):
         yield
-    finally:
-        lock.release()
 
 
 def holds(values: Any, key: str) -> bool:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ebmkit.errors import UserError
+from ebmkit.storage.hdf5 import find_array, open_hdf5, read_array
 
 __all__ = ["ReplayBuffer"]
 
@@ -105,14 +106,8 @@ class ReplayBuffer:
         Raises:
             UserError: if it is not such a file.
         """
-        import h5py
-
-        damaged = UserError(f"{what} is damaged: it holds no replay buffer")
-        try:
-            with h5py.File(io.BytesIO(content), "r") as file:
-                found = file.get("images")
-                if not isinstance(found, h5py.Dataset) or found.dtype != "float32":
-                    raise damaged
-                return torch.from_numpy(found[()])
-        except (OSError, KeyError, ValueError, RuntimeError):
-            raise damaged from None
+        with open_hdf5(content, what) as file:
+            found = find_array(file, "images", what)
+            if found is None or found.dtype != "float32" or found.ndim != 4:
+                raise UserError(f"{what} is damaged: it holds no replay buffer")
+            return torch.from_numpy(read_array(found, what))

@@ -1,5 +1,20 @@
 """Files that outlive crashes: written whole, noticed when damaged, one writer at a time."""
 
-from ebmkit.storage.atomic import write_atomically
+from ebmkit.storage.locks import Busy, held
+from ebmkit.storage.manifest import DamagedFile
+from ebmkit.storage.together import (
+    read_together,
+    remove_file,
+    write_atomically,
+    write_together,
+)
 
-__all__ = ["write_atomically"]
+__all__ = [
+    "Busy",
+    "DamagedFile",
+    "held",
+    "read_together",
+    "remove_file",
+    "write_atomically",
+    "write_together",
+]

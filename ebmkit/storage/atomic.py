@@ -1,37 +1,106 @@
-"""Writing files so that a crash, a full disk or Ctrl-C never leaves half of one."""
+"""Writing a file in one move, so that a crash, a full disk or Ctrl-C never leaves half of one.
+
+The content goes to a temporary file beside the file's place, ``.NAME.RANDOM.partial``, is brought
+to the disk, and is then moved over what was there. A process that is killed on the way leaves the
+temporary behind and the file as it was.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from ebmkit.errors import UserError
 
-__all__ = ["write_atomically"]
+__all__ = ["PARTIAL", "Content", "replace_file", "stage", "sync_folder", "writing"]
+
+PARTIAL = ".partial"
+"""What the names of temporary files end in; they begin with a dot."""
+
+Content = bytes | memoryview
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write ``content`` to ``path`` in one move: readers see the old file or the new one.
+def stage(path: Path, content: Content) -> Path:
+    """Write ``content`` to a temporary file beside ``path``, down to the disk; its path.
 
     Raises:
-        UserError: if it cannot be written; the old file, if any, is untouched.
+        OSError: if it cannot be written; nothing is left behind then.
     """
-    temporary: str | None = None
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent)
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    return Path(temporary)
+
+
+def replace_file(path: Path, content: Content) -> None:
+    """Put ``content`` in the place of ``path``, in one move.
+
+    Raises:
+        OSError: if it cannot be written; what was there before is untouched.
+    """
+    temporary = stage(path, content)
+    try:
         os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in ``folder`` to the disk; where a file system cannot, nothing happens.
+
+    Raises:
+        OSError: if the disk fails.
+    """
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # a folder that one may write into and not read, or none that can be opened
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Tell of an `OSError` within as of ``path``, which could not be written.
+
+    Raises:
+        UserError: then.
+    """
+    try:
+        yield
     except OSError as error:
         raise UserError(
-            f"cannot write {str(path)!r}: {error.strerror}; what was there before is untouched"
+            f"cannot write {str(path)!r}: {error.strerror or error}{_advice(error)}; what was "
+            "there before is untouched"
         ) from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
+
+
+def _advice(error: OSError) -> str:
+    told = {
+        errno.ENOSPC: "free some space",
+        errno.EDQUOT: "free some of your quota",
+        errno.EROFS: "write to another disk",
+        errno.EACCES: "check the folder's permissions",
+        errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
+    }
+    return f" ({told[error.errno]})" if error.errno in told else ""

@@ -32,18 +32,23 @@ import yaml
 from ebmkit.errors import UserError
 
 __all__ = [
+    "DamagedFile",
     "check_links",
     "opened",
     "parse_json",
     "parse_yaml",
     "read_bytes",
     "read_json",
-    "read_rows",
     "read_text",
     "read_yaml",
 ]
 
 MIB = 2**20
+
+
+class DamagedFile(UserError):
+    """A file that is not what was written."""
+
 
 DEPTH = 50
 """Values within values, at the most; a configuration has 5."""
@@ -53,11 +58,6 @@ YAML_BYTES = MIB // 4
 
 JSON_BYTES = 64 * MIB
 """Of a document, at the most, where no other number is given."""
-
-ROWS_BYTES = 1024 * MIB
-"""Of ``metrics.jsonl``: some 5 million rows."""
-
-ROW_BYTES = MIB
 
 WHOLE = 2**64
 
@@ -96,13 +96,15 @@ def read_bytes(path: Path, most: int) -> bytes:
         UserError: if it is anything else, is larger or cannot be read.
     """
     with opened(path) as (file, size):
-        content = file.read(most + 1) if size <= most else b""
-    if size > most or len(content) > most:
-        raise UserError(
-            f"{str(path)!r} has {max(size, len(content))} bytes, more than the {most} that a file "
-            "of its kind may have"
-        )
-    return content
+        if size > most:
+            raise UserError(
+                f"{str(path)!r} has {size} bytes, more than the {most} that a file of its kind may "
+                "have"
+            )
+        try:
+            return file.read(size)
+        except MemoryError:
+            raise UserError(f"{str(path)!r} has {size} bytes, too many for this memory") from None
 
 
 def read_text(path: Path, most: int = JSON_BYTES) -> str:
@@ -111,10 +113,14 @@ def read_text(path: Path, most: int = JSON_BYTES) -> str:
     Raises:
         UserError: as `read_bytes`, or if it is not UTF-8.
     """
+    return _decoded(read_bytes(path, most), repr(str(path)))
+
+
+def _decoded(content: bytes, what: str) -> str:
     try:
-        return read_bytes(path, most).decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise UserError(f"{str(path)!r} is damaged: it is not UTF-8") from None
+        raise DamagedFile(f"{what} is damaged: it is not UTF-8") from None
 
 
 def read_json(path: Path, most: int = JSON_BYTES, finite: bool = False) -> Any:
@@ -131,8 +137,8 @@ def read_json(path: Path, most: int = JSON_BYTES, finite: bool = False) -> Any:
     return parse_json(read_text(path, most), repr(str(path)), finite)
 
 
-def parse_json(text: str, what: str, finite: bool = False) -> Any:
-    """The value that ``text`` writes in JSON; ``what`` names it in messages.
+def parse_json(content: str | bytes, what: str, finite: bool = False) -> Any:
+    """The value that ``content`` writes in JSON, as `read_json`; ``what`` names it in messages.
 
     Raises:
         UserError: if it is no JSON, or none that is read here.
@@ -152,36 +158,15 @@ def parse_json(text: str, what: str, finite: bool = False) -> Any:
         return found
 
     try:
+        text = _decoded(content, what) if isinstance(content, bytes) else content
         value = json.loads(
             text, parse_float=number, parse_constant=number, object_pairs_hook=mapping
         )
     except UserError:
         raise
     except (ValueError, RecursionError):  # also numbers of more digits than Python takes
-        raise UserError(f"{what} is damaged: it is not JSON") from None
+        raise DamagedFile(f"{what} is damaged: it is not JSON") from None
     return _checked(value, what)
-
-
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The mappings in the lines of ``path``, up to the first line that holds none.
-
-    A crash cuts the last line short. There are none if there is no such file.
-
-    Raises:
-        UserError: if it is no ordinary file, or is larger than any run makes it.
-    """
-    if not os.path.lexists(path):
-        return
-    for line in read_bytes(path, ROWS_BYTES).split(b"\n"):
-        try:
-            if len(line) > ROW_BYTES:
-                return
-            row = parse_json(line.decode(), "a row")
-        except ValueError:
-            return
-        if not isinstance(row, dict):
-            return
-        yield row
 
 
 def read_yaml(path: Path, most: int = YAML_BYTES) -> Any:
@@ -193,12 +178,13 @@ def read_yaml(path: Path, most: int = YAML_BYTES) -> Any:
     return parse_yaml(read_text(path, most), repr(str(path)))
 
 
-def parse_yaml(text: str, what: str) -> Any:
-    """The value that ``text`` writes in YAML; ``what`` names it in messages.
+def parse_yaml(content: str | bytes, what: str) -> Any:
+    """The value that ``content`` writes in YAML; ``what`` names it in messages.
 
     Raises:
         UserError: if it is no YAML, or none that is read here.
     """
+    text = _decoded(content, what) if isinstance(content, bytes) else content
     if len(text) > YAML_BYTES:
         raise UserError(f"{what} is not YAML that is read here: it has {len(text)} characters")
     loader = None

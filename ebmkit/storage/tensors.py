@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors
+import safetensors.torch
 from torch import Tensor
 
-from ebmkit.errors import UserError, shown
-from ebmkit.storage.reading import MIB, opened, parse_json
+from ebmkit.errors import shown
+from ebmkit.storage.reading import MIB, DamagedFile, parse_json, read_bytes
 
-__all__ = ["Header", "read_header", "read_tensors"]
+__all__ = ["Header", "parse_header", "parse_tensors", "read_tensors"]
 
 HEADER_BYTES = 8 * MIB
 """Of a header: 80,000 tensors or so."""
@@ -36,6 +37,8 @@ ITEM_BYTES = {
     **dict.fromkeys(("I32", "U32", "F32"), 4),
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 8),
 }
+
+LARGEST_FILE = 2**36
 
 LARGEST = 2**40
 """Elements of a tensor, where one of its dimensions is 0 and the others say nothing of its size."""
@@ -48,32 +51,31 @@ class Header(NamedTuple):
     metadata: dict[str, str]
 
 
-def read_header(path: Path) -> Header:
-    """The header of the safetensors file ``path``.
+def parse_header(content: bytes | memoryview, path: Path) -> Header:
+    """The header of a safetensors file that holds ``content``.
+
+    Args:
+        content: all of it.
+        path: names it in messages.
 
     Raises:
-        UserError: if the file cannot be read, or is not such as its header says.
+        DamagedFile: if the file is not such as its header says.
     """
-    with opened(path) as (file, size):
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if length > size - 8:
-            raise _damaged(path, "it does not parse")
-        if length > HEADER_BYTES:
-            raise _damaged(path, f"its header has {length} bytes, more than {HEADER_BYTES}")
-        text = file.read(length)
-    try:
-        found = parse_json(text.decode(), f"the header of {str(path)!r}", finite=True)
-    except UnicodeDecodeError:
-        raise _damaged(path, "it does not parse") from None
+    size = len(content)
+    length = struct.unpack_from("<Q", content)[0] if size >= 8 else size
+    if length > size - 8:
+        raise _damaged(path, "it does not parse")
+    if length > HEADER_BYTES:
+        raise _damaged(path, f"its header has {length} bytes, more than {HEADER_BYTES}")
+    text = bytes(content[8 : 8 + length])
+    found = parse_json(text, f"the header of {str(path)!r}", finite=True)
     if not isinstance(found, dict):
         raise _damaged(path, "it does not parse")
     metadata = found.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _damaged(path, "its metadata are not names with texts")
-    spans = sorted(_span(name, entry, path) for name, entry in found.items())
     end = 0
-    for first, last, name in spans:
+    for first, last, name in sorted(_span(name, entry, path) for name, entry in found.items()):
         if first != end:
             raise _damaged(path, f"the bytes of {shown(name)} overlap others or leave a hole")
         end = last
@@ -82,18 +84,27 @@ def read_header(path: Path) -> Header:
     return Header({name: tuple(entry["shape"]) for name, entry in found.items()}, metadata)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of ``path`` on the CPU, by name, and its metadata.
+def parse_tensors(content: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file on the CPU, by name, and its metadata.
 
     Raises:
-        UserError: as `read_header`.
+        DamagedFile: as `parse_header`.
     """
-    header = read_header(path)
+    header = parse_header(content, path)
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in header.shapes}, header.metadata
-    except (safetensors.SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError):
+        return safetensors.torch.load(content), header.metadata
+    except (safetensors.SafetensorError, RuntimeError, ValueError, TypeError, KeyError):
         raise _damaged(path, "it does not parse") from None
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """`parse_tensors` of the file ``path``.
+
+    Raises:
+        UserError: if it cannot be read.
+        DamagedFile: as `parse_header`.
+    """
+    return parse_tensors(read_bytes(path, LARGEST_FILE), path)
 
 
 def _span(name: str, entry: Any, path: Path) -> tuple[int, int, str]:
@@ -121,5 +132,5 @@ def _whole(numbers: Any) -> bool:
     return isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers)
 
 
-def _damaged(path: Path, why: str) -> UserError:
-    return UserError(f"{str(path)!r} is damaged: {why}")
+def _damaged(path: Path, why: str) -> DamagedFile:
+    return DamagedFile(f"{str(path)!r} is damaged: {why}")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
 
 from ebmkit.core import ScoreModel
 from ebmkit.data import AnyImages, load_dataset
+from ebmkit.data.imagesets import Faults
 from ebmkit.models import ModelConfig
 from ebmkit.objectives import parse_objective
 from ebmkit.objectives.terms import check_labels
@@ -29,7 +31,12 @@ def images_of(config: DataConfig, split: Split, progress: bool = False) -> AnyIm
         UserError: if the data set is unknown, missing or incomplete.
     """
     return load_dataset(
-        config.name, config.data_dir, split, image_size=config.image_size, progress=progress
+        config.name,
+        config.data_dir,
+        split,
+        image_size=config.image_size,
+        progress=progress,
+        faults=Faults(config.unreadable == "skip", config.links == "follow"),
     )
 
 
@@ -95,9 +102,10 @@ def assemble(
     )
     if trainer.device.type == "cpu":  # where running out of memory ends the process unasked
         trainer.budget.check()
-    checkpoint = world.from_first(run.load_checkpoint() if run is not None else None)
-    if checkpoint is not None:
-        trainer.restore(checkpoint)
-    elif run is not None:
-        run.forget_after(0)
+    with run.held() if run is not None else nullcontext():
+        checkpoint = world.from_first(run.load_checkpoint() if run is not None else None)
+        if checkpoint is not None:
+            trainer.restore(checkpoint)
+        elif run is not None:
+            run.forget_after(0)
     return trainer

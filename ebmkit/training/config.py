@@ -53,6 +53,12 @@ class DataConfig(_Config):
     data_dir: Path | None = Field(None, description="where its files are")
     image_size: int | None = Field(None, ge=1, description="height and width to bring images to")
     workers: int = Field(0, ge=0, description="processes that read images, for sets on disk")
+    unreadable: Literal["error", "skip"] = Field(
+        "error", description="an image of a folder that cannot be read: end, or leave it out"
+    )
+    links: Literal["inside", "follow"] = Field(
+        "inside", description="links in a folder: only to images inside it, or to anywhere"
+    )
     limit: int | None = Field(None, ge=1, description="use only so many training images")
 
 
@@ -125,6 +131,7 @@ class TrainConfig(_Config):
     validate_every: int = Field(100, ge=1, description="steps between validations")
     validation_images: int = Field(500, ge=0, description="held-out images to validate on; 0: none")
     checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="checkpoints that are kept, the newest")
 
 
 def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,10 +40,11 @@ from ebmkit.errors import UserError
 from ebmkit.models import JointModel
 from ebmkit.objectives import Losses, TrainingLoss
 from ebmkit.parallel import World
+from ebmkit.training.averaging import follow
 from ebmkit.training.rehearse import unreached
 from ebmkit.training.sharpness import Sharpness
 
-__all__ = ["OutOfMemory", "Reading", "TrainingStep", "told_of_memory"]
+__all__ = ["OutOfMemory", "Reading", "TrainingStep", "split_batches", "told_of_memory"]
 
 
 class OutOfMemory(Exception):
@@ -57,6 +58,8 @@ class Reading(NamedTuple):
         parts: each term's mean of the last step; of the failing one, if one failed.
         grad_norm: of that step, before clipping.
         done: number of updates since the step was made.
+        skipped: number of steps without one after those: the failing one, and what followed it
+            before the host heard.
         failed: whether a loss or the gradient was not finite, and updates ended.
         asked_to_stop: whether any process was asked to.
     """
@@ -64,6 +67,7 @@ class Reading(NamedTuple):
     parts: dict[str, float]
     grad_norm: float
     done: int
+    skipped: int
     failed: bool
     asked_to_stop: bool
 
@@ -125,6 +129,7 @@ class TrainingStep:
         self._values = torch.zeros(len(self.names) + 2, device=self.device)  # parts, stop, norm
         self._failed = torch.zeros((), device=self.device)
         self._done = torch.zeros((), device=self.device)
+        self._taken, self._fresh = 0, True  # steps so far; whether the optimiser knew none before
         optimizer.found_inf = self._failed  # type: ignore[attr-defined]  # fused AdamW reads it
 
     def __call__(self, batches: Mapping[str, Batch], rate: float, stop: bool = False) -> None:
@@ -143,6 +148,12 @@ class TrainingStep:
             group["lr"] = rate
         values = torch.zeros(len(self.names) + 1, device=self.device)
         values[-1] = float(stop)
+        if self._taken == 0:
+            self._fresh = not self.optimizer.state
+        self._taken += 1
+        buffers = self.loss.model.buffers() if self.loss.model.has_batch_norm else ()
+        moving = [self.loss.running, *buffers]  # besides what the optimiser moves
+        before = [buffer.clone() for buffer in moving]
         with told_of_memory():
             values[:-1] = self._differentiate(batches)
             if self.sharpness is not None:
@@ -155,23 +166,40 @@ class TrainingStep:
             if self.clip_norm is not None:
                 nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
             self.optimizer.step()
-        if self.average is not None:
-            self.average.update_parameters(self.loss.model)
         self.loss.remember(dict(zip(self.names, values[:-1], strict=True)))
+        for now, old in zip(moving, before, strict=True):
+            now.copy_(torch.where(self._failed > 0, old, now))
+        if self.average is not None:
+            follow(self.average, self.loss.model, self._failed)
 
     def read(self) -> Reading:
         """What the last step did; waits for the device."""
         *parts, stop, norm, failed, done = torch.cat(
             [self._values, self._failed[None], self._done[None]]
         ).tolist()
-        return Reading(
-            dict(zip(self.names, parts, strict=True)), norm, int(done), bool(failed), stop > 0
-        )
+        means = dict(zip(self.names, parts, strict=True))
+        return Reading(means, norm, int(done), self._taken - int(done), bool(failed), stop > 0)
+
+    def undo_skipped(self, rate: float) -> None:
+        """Bring what the host counts back to where the last update left it, and forget the failure.
+
+        Args:
+            rate: learning rate of that update.
+        """
+        reading = self.read()
+        if self.average is not None:
+            self.average.n_averaged -= reading.skipped
+        if self._fresh and reading.done == 0:
+            self.optimizer.state.clear()  # made by the failing step; SGD's is not even set to 0
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.reset()
 
     def reset(self) -> None:
         """Forget failures and count updates anew: the parameters were set from outside."""
         for counter in (self._failed, self._done):
             counter.zero_()
+        self._taken = 0
 
     def _note(self, values: Tensor, norm: Tensor) -> None:
         """Keep the step's values, unless one failed before; see whether this one did."""
@@ -203,7 +231,7 @@ class TrainingStep:
         values = torch.zeros(len(self.names), device=self.device)
         count = self.compute.accumulate
         drawn = {name: batches[name] for name in self.loss.streams}
-        parts = list(_split(drawn, count, self.loss.separate))
+        parts = list(split_batches(drawn, count, self.loss.separate))
         budget = 0.3 if self.compute.recompute and self.compiled else 1.0
         for i, part in enumerate(parts):
             if self.compiled:
@@ -284,7 +312,9 @@ def _shape(batch: Batch) -> tuple[int, int, int, int]:
     return count, channels, height, width
 
 
-def _split(batches: Mapping[str, Batch], count: int, separate: bool) -> Iterator[dict[str, Batch]]:
+def split_batches(
+    batches: Mapping[str, Batch], count: int, separate: bool
+) -> Iterator[dict[str, Batch]]:
     """What is taken forward and backward at once: ``count`` equal parts, streams apart or not."""
     for k in range(count):
         part = {name: _part(batch, k, count) for name, batch in batches.items()}

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -18,12 +19,21 @@ from ebmkit.errors import UserError
 from ebmkit.sampling.buffer import ReplayBuffer
 from ebmkit.training.engine import Reading
 from ebmkit.training.negatives import Negatives, likelihood_terms
+from ebmkit.training.nonfinite import is_finite, keep_report, report_of, told
 from ebmkit.training.watch import Breach, Measures, Watch, sentence
 
 if TYPE_CHECKING:
     from ebmkit.training.trainer import Trainer
 
 __all__ = ["Recovery"]
+
+
+class Kept(NamedTuple):
+    """A state to go back to: the trainer's, its chains, and the best weights by then."""
+
+    state: dict[str, Any]
+    chains: Tensor
+    best_weights: bytes | None
 
 
 class Recovery:
@@ -68,19 +78,28 @@ class Recovery:
             if self.watch.due(self.trainer.step):
                 self.keep()
             return False
+        detail = None if is_finite(reading) else self._looked_into(reading)
         breach, state = self.watch.breach(self.trainer.step, reason)
-        self._go_back(breach, state)
+        self._go_back(breach, state, detail)
         return True
 
     def keep(self) -> None:
         """Keep the trainer's present state to go back to, in the host's memory."""
-        state = tree_map_only(Tensor, _on_host, self.trainer.state())
+        trainer = self.trainer
+        state = tree_map_only(Tensor, _on_host, trainer.state_of_parts())
         chains = _on_host(self.negatives.buffer.images)
-        self.watch.keep(self.trainer.step, (state, chains))
+        self.watch.keep(trainer.step, Kept(state, chains, trainer.best_weights))
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside the chains."""
-        return {**self.watch.state(), "attempt": self.negatives.attempt}
+        """What a checkpoint keeps beside the chains: remedies, history, states to go back to."""
+        best: dict[int, Tensor] = {}  # most have the same
+        kept = []
+        for step, own in self.watch.states:
+            weights = own.best_weights
+            if weights is not None and id(weights) not in best:
+                best[id(weights)] = torch.frombuffer(bytearray(weights), dtype=torch.uint8)
+            kept.append([step, own.state, own.chains, best.get(id(weights))])
+        return {**self.watch.state(), "attempt": self.negatives.attempt, "kept": kept}
 
     def buffer(self) -> bytes:
         """The chains as an HDF5 file."""
@@ -101,38 +120,50 @@ class Recovery:
             )
         own.copy_(images)
         self.watch.restore(state)
+        for step, own_state, chains, best in state.get("kept", []):  # older checkpoints: none
+            weights = None if best is None else best.numpy().tobytes()
+            self.watch.keep(step, Kept(own_state, chains, weights))
         self.negatives.attempt = state["attempt"]
         self._apply()
 
-    def _go_back(self, breach: Breach, kept: Any) -> None:
+    def _looked_into(self, reading: Reading) -> list[str]:
+        """What is found of a step that is not finite, in short lines; all of it is written."""
+        trainer = self.trainer
+        report = report_of(trainer, trainer.step, reading, trainer.drawn)
+        if trainer.run is not None:
+            where = keep_report(trainer.run.path, report)
+            return [*told(report), where.removeprefix("; ")]
+        return told(report)
+
+    def _go_back(self, breach: Breach, kept: Kept, detail: list[str] | None) -> None:
         trainer, number = self.trainer, len(self.watch.history)
         spent = trainer.seconds
-        state, chains = kept
-        trainer.restore_parts(tree_map_only(Tensor, _on_host, state))
+        trainer.restore_parts(tree_map_only(Tensor, _on_host, kept.state))
+        trainer.best_weights = kept.best_weights
         trainer.seconds_before, trainer.begun = spent, trainer.clock()
-        self.negatives.buffer.images.copy_(chains)
+        self.negatives.buffer.images.copy_(kept.chains)
         self.negatives.attempt = number
         self._apply()
-        trainer.save()  # first: who is killed now goes on from here, with the count of breaches
-        if trainer.run is not None:
-            trainer.run.set_aside(breach.back, number)
-        trainer.report(
-            {
-                "kind": "breach",
-                "step": breach.back,
-                "at": breach.at,
-                "reason": breach.reason,
-                "change": breach.change,
-                "told": sentence(breach),
-                **self.watch.remedies.document(),
-            }
-        )
+        row: dict[str, Any] = {
+            "kind": "breach",
+            "step": breach.back,
+            "at": breach.at,
+            "reason": breach.reason,
+            "change": breach.change,
+            "told": sentence(breach),
+            **self.watch.remedies.document(),
+        }
+        if detail is not None:
+            row["detail"] = detail
+        trainer.save(gone_back=(number, row))
+        trainer.report(row, written=True)
         if breach.change is None:
-            self._give_up()
+            self._give_up(detail or [])
 
-    def _give_up(self) -> None:
+    def _give_up(self, detail: list[str]) -> None:
         run, history = self.trainer.run, self.watch.history
-        told = "\n".join(f"  {sentence(breach)}" for breach in history)
+        told = "\n".join([f"  {sentence(breach)}" for breach in history])
+        told += "".join(f"\n    {line}" for line in detail)
         saved = f"; the last good state is in {str(run.path)!r}" if run else ""
         raise UserError(
             f"the run went astray {len(history)} times and is given up{saved}:\n{told}\n"

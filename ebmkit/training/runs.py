@@ -8,49 +8,73 @@
       metrics.jsonl          one row per log or validation
       model.safetensors      the weights (the averaged ones, where averaging is on)
       model.json             what builds the network, and what it was trained for
-      checkpoints/last.pt    everything needed to go on exactly
-      checkpoints/best.safetensors   the best weights by validation
-      checkpoints/buffer-*.h5        the chains that last.pt goes on with, where there are any
+      checkpoints/           everything needed to go on exactly, and the best weights by validation
       breaches/              what was logged before the run went back (`ebmkit.training.watch`)
       cost.json              seconds of a step, memory, share of the device's matrix rate
       evaluation/            written by `ebmkit evaluate`
+      manifest.json          length and SHA-256 of every file (`ebmkit.storage.manifest`)
 
-A new run never writes into a folder that holds anything; a continued one must have the same
-configuration.
+This is format 2; format 1 had no manifest, and one checkpoint (`ebmkit.training.checkpoints`); it
+is read, and becomes format 2 when the run goes on. A new run never writes into a folder that holds
+anything; a continued one must have the same configuration. One process at a time writes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
-import os
-import pickle
-import platform
-import subprocess
-import sys
-import zipfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from ebmkit.errors import UserError
-from ebmkit.parallel import launch
-from ebmkit.storage import write_atomically
+from ebmkit.storage import DamagedFile, held, read_together, write_atomically, write_together
+from ebmkit.storage.atomic import Content
+from ebmkit.storage.manifest import (
+    FOLDERS,
+    MANIFEST,
+    DamagedManifest,
+    Manifest,
+    begin_manifest,
+    entry_of,
+    matches,
+    read_manifest,
+)
+from ebmkit.storage.reading import YAML_BYTES, check_links, parse_yaml, read_bytes
+from ebmkit.storage.together import settle
+from ebmkit.storage.verify import files_of, leftovers
+from ebmkit.training.checkpoints import (
+    BEST,
+    all_names,
+    buffer_name,
+    candidates,
+    checkpoint_name,
+    pack_state,
+    read_checkpoint,
+    superseded,
+)
+from ebmkit.training.environment import environment
+from ebmkit.training.journal import Journal, as_lines
 
-__all__ = ["RunFolder", "difference", "environment"]
+__all__ = ["RunFolder", "difference"]
+
+METRICS = "metrics.jsonl"
 
 _FREE_TO_CHANGE = (
     "device",
     "log_every",
     "validate_every",
     "checkpoint_every",
+    "keep_checkpoints",
     "dataset.data_dir",
     "dataset.workers",
+    "dataset.unreadable",
+    "dataset.links",
     "compute.precision",
     "compute.compile",
     "compute.accumulate",
@@ -62,11 +86,13 @@ _FREE_TO_CHANGE = (
 class RunFolder:
     """Reads and writes the files of one run.
 
-    Make one with `create` or `open`.
+    Make one with `create` or `open`; write within `held`.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.journal = Journal(path / METRICS)
+        self._holds = False
 
     @classmethod
     def create(cls, path: Path, config: BaseModel) -> RunFolder:
@@ -75,19 +101,23 @@ class RunFolder:
         Raises:
             UserError: if something is there already, or it cannot be written.
         """
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and not cls.is_unborn(path):
             raise UserError(
                 f"run folder {str(path)!r} exists: go on with it by --resume {path}, or choose "
                 "another --out"
             )
         try:
-            (path / "checkpoints").mkdir(parents=True)
+            (path / "checkpoints").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make run folder {str(path)!r}: {error.strerror}") from None
         run = cls(path)
-        document = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-        write_atomically(path / "config.yaml", document.encode())
-        write_atomically(path / "environment.json", json.dumps(environment(), indent=2).encode())
+        with run.held():
+            if (path / "config.yaml").exists():
+                raise UserError(f"run folder {str(path)!r} was just made by another process")
+            document = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+            about = json.dumps(environment(), indent=2)
+            files = {"environment.json": about.encode(), "config.yaml": document.encode()}
+            write_together(path, files)
         return run
 
     @classmethod
@@ -95,24 +125,58 @@ class RunFolder:
         """The run at ``path``.
 
         Raises:
-            UserError: if there is none.
+            UserError: if there is none, or a link in it leads out of it.
         """
-        if not (path / "config.yaml").is_file():
+        if not (path / "config.yaml").is_file() and not _awaits_config(path):
             raise UserError(f"{str(path)!r} is no run folder: it holds no config.yaml")
+        check_links(path)
         return cls(path)
+
+    @staticmethod
+    def is_unborn(path: Path) -> bool:
+        """Whether ``path`` is an empty folder, as one whose maker was killed very soon is."""
+        if not path.is_dir():
+            return False
+        remains = [p for p in path.iterdir() if not p.name.startswith(".")]
+        known = all(p.name in ("checkpoints", MANIFEST) for p in remains)
+        return known and not any(path.glob("checkpoints/*")) and not _awaits_config(path)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Within, this process alone writes; what a killed one left behind is put in order.
+
+        Raises:
+            Busy: if another process does.
+            UserError: if the folder cannot be written into.
+        """
+        if self._holds:
+            yield
+            return
+        with held(self.path, "training", "take another run folder"):
+            self._holds = True
+            try:
+                self._put_in_order()
+                yield
+            finally:
+                self._holds = False
 
     def config(self) -> dict[str, Any]:
         """The resolved configuration, as a mapping.
 
         Raises:
-            UserError: if it does not parse.
+            DamagedFile: if it is not what was written.
         """
+        path = self.path / "config.yaml"
         try:
-            values = yaml.safe_load((self.path / "config.yaml").read_text())
-        except (yaml.YAMLError, UnicodeDecodeError):
-            values = None
+            content = self._read("config.yaml")
+        except DamagedManifest:  # told, and made anew, by who writes
+            content = read_bytes(path, YAML_BYTES)
+        try:
+            values = parse_yaml(content, repr(str(path)))
+        except UserError as error:
+            raise DamagedFile(f"{str(path)!r} is damaged: {error}") from None
         if not isinstance(values, dict):
-            raise UserError(f"{str(self.path / 'config.yaml')!r} is damaged: it does not parse")
+            raise DamagedFile(f"{str(path)!r} is damaged: it does not parse")
         return values
 
     def check_same(self, config: BaseModel) -> None:
@@ -138,142 +202,163 @@ class RunFolder:
         Raises:
             UserError: if it cannot be written.
         """
-        try:
-            with (self.path / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write metrics.jsonl: {error.strerror}") from error
+        self.journal.append(row)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of ``metrics.jsonl``; a last line cut short by a crash is left out."""
-        path = self.path / "metrics.jsonl"
-        rows = []
-        for line in path.read_text().splitlines() if path.exists() else []:
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return rows
+        return self.journal.rows()
 
     def forget_after(self, step: int) -> None:
-        """Drop the rows after ``step``, which a continued run writes again."""
-        rows = self.metrics()
-        kept = [row for row in rows if row["step"] <= step]
-        if len(kept) == len(rows):
-            return
-        text = "".join(json.dumps(row) + "\n" for row in kept)
-        write_atomically(self.path / "metrics.jsonl", text.encode())
+        """Cut ``metrics.jsonl`` after ``step``, whose later rows a continued run writes again."""
+        content = self.journal.content()
+        manifest = _or_none(self.path)
+        known = manifest.files.get(METRICS) if manifest else None
+        if known is not None and not matches(content, known):
+            aside = _fresh(self.path / f"{METRICS}.damaged")
+            warnings.warn(
+                f"{str(self.path / METRICS)!r} is damaged: it is kept as {aside.name}, and the run "
+                "goes on with those of its rows that can be read",
+                stacklevel=2,
+            )
+            write_atomically(aside, content)
+        kept = self.journal.up_to(step)
+        if len(kept) != len(content) or (known is not None and known.size > len(kept)):
+            with self.held():
+                self._write({METRICS: kept})
 
-    def set_aside(self, step: int, number: int) -> None:
-        """Move the rows after ``step`` into ``breaches/``, for the run goes back to it.
+    def save_checkpoint(
+        self,
+        state: dict[str, Any],
+        buffer: bytes | None = None,
+        files: Mapping[str, bytes] | None = None,
+        keep: int = 2,
+        gone_back: tuple[int, dict[str, Any]] | None = None,
+    ) -> None:
+        """Write the checkpoint of ``state`` and what belongs to it, all or nothing.
 
         Args:
-            step: the last whose rows are kept.
-            number: of the breach, from 1.
-        """
-        rows = [row for row in self.metrics() if row["step"] > step]
-        folder = self.path / "breaches"
-        folder.mkdir(exist_ok=True)
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        write_atomically(folder / f"{number:02}.jsonl", text.encode())
-        self.forget_after(step)
-
-    def save_checkpoint(self, state: dict[str, Any], buffer: bytes | None = None) -> None:
-        """Replace ``checkpoints/last.pt`` by ``state`` (tensors, numbers, strings) in one move.
-
-        Args:
-            state: what to save.
-            buffer: a replay buffer that belongs to it, as HDF5; it gets a file of its own, which
-                the checkpoint names.
+            state: tensors, numbers, strings; ``step`` among them.
+            buffer: a replay buffer that belongs to it, as HDF5; it gets a file of its own.
+            files: other files to write with it.
+            keep: number of checkpoints that are kept, this one included.
+            gone_back: the run went back to this checkpoint: the number of the breach, from 1, and
+                the row that tells of it. The rows after the checkpoint go to ``breaches/``.
 
         Raises:
-            UserError: if the disk is full; the earlier checkpoint is untouched.
+            UserError: if the disk is full, say; all files are as they were.
         """
-        folder = self.path / "checkpoints"
-        name = None
+        step: int = state["step"]
+        written: dict[str, Content] = dict(files or {})
         if buffer is not None:
             digest = hashlib.sha256(buffer).hexdigest()
-            name = f"buffer-{state['step']}-{digest[:8]}.h5"
-            write_atomically(folder / name, buffer)
-            state = state | {"buffer": {"file": name, "sha256": digest}}
-        content = io.BytesIO()
-        torch.save(state, content)
-        write_atomically(folder / "last.pt", content.getvalue())
-        for old in folder.glob("buffer-*.h5"):
-            if old.name != name:
-                old.unlink(missing_ok=True)
-
-    def _read_buffer(self, saved: dict[str, str]) -> bytes:
-        path = self.path / "checkpoints" / Path(saved["file"]).name
-        content = path.read_bytes() if path.is_file() else b""
-        if hashlib.sha256(content).hexdigest() != saved["sha256"]:
-            raise UserError(
-                f"{str(path)!r} is missing or damaged: it is not the replay buffer that the "
-                "checkpoint was saved with; start the run anew"
-            )
-        return content
+            name = buffer_name(step, digest)
+            written[name] = buffer
+            state = state | {"buffer": {"file": Path(name).name, "sha256": digest}}
+        if gone_back is not None:
+            number, row = gone_back
+            written[f"breaches/{number:02}.jsonl"] = as_lines(self.journal.after(step))
+            written[METRICS] = self.journal.up_to(step) + as_lines([row])
+        written[checkpoint_name(step)] = pack_state(state)
+        manifest = read_manifest(self.path)
+        old = superseded([*manifest.files, *written] if manifest else written, step, keep)
+        try:
+            with self.held():
+                self._write(written, [name for name in old if name not in written])
+        except UserError as error:
+            last = next(iter(candidates(manifest.files)), None) if manifest else None
+            told = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
+            raise UserError(f"step {step} is not saved: {error}; {told}") from error
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        """The state of ``checkpoints/last.pt``, on the CPU; None if there is none yet.
+        """The state of the newest whole checkpoint, on the CPU; None if there is none yet.
 
-        A replay buffer that belongs to it is its entry ``buffer``, the bytes of the file.
+        A replay buffer that belongs to it is its entry ``buffer``, the bytes of the file. Damaged
+        checkpoints are passed over, with a warning.
 
         Raises:
-            UserError: if the file is damaged, or holds anything but tensors and plain values.
+            DamagedFile: if there are checkpoints and none of them is whole.
         """
-        path = self.path / "checkpoints" / "last.pt"
-        if not path.is_file():
-            return None
-        damaged = UserError(f"{str(path)!r} is damaged: it cannot be read; start the run anew")
+        manifest, errors = read_manifest(self.path), list[DamagedFile]()
+        for name in candidates(all_names(self.path, manifest)):
+            try:
+                state = read_checkpoint(self.path, name)
+            except DamagedFile as error:
+                errors.append(error)
+                continue
+            for damage in errors:
+                warnings.warn(f"{damage}; going back to step {state['step']}", stacklevel=2)
+            return state
+        if errors:
+            raise DamagedFile(f"{errors[0]}; no whole checkpoint is left: start the run anew")
+        return None
+
+    def read_best(self) -> bytes | None:
+        """The file of the best weights; None if there is none, or it is damaged."""
         try:
-            with zipfile.ZipFile(path) as file:
-                if file.testzip() is not None:  # torch.load looks at no checksum
-                    raise damaged
-            state: Any = torch.load(path, map_location="cpu", weights_only=True)
-        except (zipfile.BadZipFile, RuntimeError, pickle.UnpicklingError, EOFError, OSError):
-            raise damaged from None
-        if not isinstance(state, dict) or not isinstance(state.get("step"), int):
-            raise damaged
-        if state.get("buffer") is not None:
-            state["buffer"] = self._read_buffer(state["buffer"])
-        return state
+            return self._read(BEST)
+        except DamagedFile as error:
+            if (self.path / BEST).exists():
+                warnings.warn(f"{error}; the best weights are looked for anew", stacklevel=2)
+            return None
+
+    def _read(self, name: str) -> bytes:
+        return read_together(self.path, [name])[name]
+
+    def _write(self, files: Mapping[str, Content], drop: Sequence[str] = ()) -> None:
+        """Write files together, and vouch for the metrics so far."""
+        new = files.get(METRICS)
+        grown = self.journal.entry() if new is None else entry_of(new, grows=True)
+        known = grown.size or new is not None
+        write_together(self.path, files, drop, {METRICS: grown} if known else {})
+        if new is not None:
+            self.journal.look_again()
+
+    def _put_in_order(self) -> None:
+        """Settle what was being written, and remove what killed processes left."""
+        for name in FOLDERS:
+            path = self.path / name
+            if path.is_symlink() and not _inside(path, self.path):
+                raise UserError(
+                    f"{str(path)!r} is a link out of the run, which is not followed to write: "
+                    "link the whole run folder instead"
+                )
+        try:
+            manifest = read_manifest(self.path)
+        except DamagedManifest as error:
+            warnings.warn(f"{error}; now it is made anew of the files as they are", stacklevel=3)
+            manifest = None
+            (self.path / MANIFEST).rename(_fresh(self.path / f"{MANIFEST}.damaged"))
+        if manifest is None:
+            begin_manifest(self.path, files_of(self.path, growing=[METRICS]))
+        settle(self.path)
+        for path in leftovers(self.path):
+            path.unlink(missing_ok=True)
 
 
-def environment() -> dict[str, Any]:
-    """Versions, device, git commit and command of this process."""
-    from importlib.metadata import version
-
-    import ebmkit
-
-    cuda = torch.cuda.is_available()
-    return {
-        "ebmkit": ebmkit.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": version("torchvision"),
-        "numpy": version("numpy"),
-        "platform": platform.platform(),
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if cuda else None,
-        "git_commit": _git_commit(),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
-        "launch": launch(),
-        "command": ["ebmkit", *sys.argv[1:]],
-    }
-
-
-def _git_commit() -> str | None:
-    """The commit of the code that runs, if it runs from a checkout."""
-    source = Path(__file__).resolve().parents[2]
-    if not (source / ".git").exists():
-        return None
-    command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=12"]
+def _or_none(path: Path) -> Manifest | None:
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
+        return read_manifest(path)
+    except DamagedManifest:
         return None
-    return result.stdout.strip()
+
+
+def _awaits_config(path: Path) -> bool:
+    """Whether the configuration is written, and only to be moved into place."""
+    manifest = _or_none(path)
+    return manifest is not None and "config.yaml" in manifest.pending
+
+
+def _inside(path: Path, root: Path) -> bool:
+    return path.resolve().is_relative_to(root.resolve())
+
+
+def _fresh(path: Path) -> Path:
+    """``path``, or a name like it that nothing has."""
+    number, found = 1, path
+    while found.exists():
+        number += 1
+        found = path.with_name(f"{path.name}-{number}")
+    return found
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, Any, Any] | None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
@@ -25,15 +26,18 @@ from ebmkit.compute import describe, pick_device
 from ebmkit.core import ScoreModel
 from ebmkit.data import AnyImages, Batch, ImageSet
 from ebmkit.data.schedule import images_between, stage_at, stages
-from ebmkit.data.streams import prefetched
+from ebmkit.data.streams import prefetched, told_of_readers
 from ebmkit.errors import UserError
-from ebmkit.models import ModelConfig, save_model, save_weights
+from ebmkit.models import ModelConfig
+from ebmkit.models.saving import model_files, weights_file
 from ebmkit.parallel import World, device_of_rank
 from ebmkit.randomness import keyed_seed
 from ebmkit.training.account import Account, Stopwatch, peak_memory
+from ebmkit.training.checkpoints import BEST
 from ebmkit.training.checks import check_compiled, check_terms
 from ebmkit.training.config import TrainConfig
 from ebmkit.training.engine import OutOfMemory, Reading, TrainingStep, told_of_memory
+from ebmkit.training.nonfinite import stopped
 from ebmkit.training.optim import learning_rate, make_optimizer
 from ebmkit.training.parts import (
     make_attacks,
@@ -49,17 +53,23 @@ from ebmkit.training.recovery import Recovery
 from ebmkit.training.runs import RunFolder
 from ebmkit.training.sharpness import Sharpness
 from ebmkit.training.stopping import stop_requested
+from ebmkit.training.upgrade import upgraded
 from ebmkit.training.validation import Validation
 
 __all__ = ["Interrupted", "Reporter", "Trainer"]
 
 
 class Interrupted(Exception):
-    """Training was stopped by a signal, after its state was saved; ``step`` says where."""
+    """Training was stopped by a signal, after its state was saved.
 
-    def __init__(self, step: int) -> None:
+    Attributes:
+        step: where.
+        signal: by which; None: another process was asked to.
+    """
+
+    def __init__(self, step: int, signum: int | None = None) -> None:
         super().__init__(f"interrupted after step {step}")
-        self.step = step
+        self.step, self.signal = step, signum
 
 
 class Reporter(Protocol):
@@ -127,9 +137,11 @@ class Trainer:
         self.step = self.first_step = 0
         self.begun, self.seconds_before = time.perf_counter(), 0.0
         self.best = math.inf
+        self.best_weights: bytes | None = None
+        self._best_on_disk: bytes | None = None
         self.card = make_card(self.loss, config, self.train)
         self.model.card = self.trained.card = self.card
-        self.recovery = None
+        self.recovery, self.drawn = None, dict[str, Batch]()
         if self.loss.needs_negatives:
             chains = make_negatives(self.loss, config, self.train, self.update, world)
             self.recovery = Recovery(self, chains)
@@ -149,13 +161,14 @@ class Trainer:
                 disk is full.
         """
         config = self.config
-        batches = self._batches(self.step, config.steps)
+        batches = self.batches(self.step, config.steps)
         ends = {stage.stop for stage in self.stages}
         self.first_step = self.step
         self.begun = time.perf_counter()
         self.watch.restart()
         self.model.train()
-        with stop_requested() as stop:
+        holding = nullcontext() if self.run is None else self.run.held()
+        with told_of_readers(), holding, stop_requested() as stop:
             while self.step < config.steps:
                 self._advance(batches, stop())
                 due = [
@@ -165,7 +178,7 @@ class Trainer:
                 due[0] = due[0] or self.step in ends  # so that no speed is of two stages
                 alone = self.world.size == 1  # several agree on where to stop by reading
                 if self.recovery is not None and self.recovery.look(self.update.read()):
-                    batches = self._batches(self.step, config.steps)
+                    batches = self.batches(self.step, config.steps)
                     self.watch.restart()
                     continue
                 if self.device.type != "cpu" and not any(due) and not (alone and stop()):
@@ -181,7 +194,7 @@ class Trainer:
                 if due[1] or due[2]:
                     self.watch.restart()
                 if asked:
-                    raise Interrupted(self.step)
+                    raise Interrupted(self.step, stop.signal)
         return self.trained.eval()
 
     @property
@@ -199,7 +212,7 @@ class Trainer:
         for number, stage in enumerate(self.stages):
             self.step = stage.start
             stop = min(stage.start + count, stage.stop)
-            batches = self._batches(stage.start, stop)
+            batches = self.batches(stage.start, stop)
             while self.step < stop:
                 self._advance(batches, False)
                 self._read()
@@ -222,6 +235,11 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Everything needed to go on exactly, as tensors and plain values."""
+        watch = self.recovery.state() if self.recovery else None
+        return {**self.state_of_parts(), "watch": watch}
+
+    def state_of_parts(self) -> dict[str, Any]:
+        """The part of `state` that `restore_parts` takes."""
         return {
             "step": self.step,
             "seconds": self.seconds,
@@ -231,7 +249,6 @@ class Trainer:
             "average": self.average.state_dict() if self.average else None,
             "running": self.loss.running,
             "precision": self.update.precision,
-            "watch": self.recovery.state() if self.recovery else None,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -245,6 +262,9 @@ class Trainer:
             self.recovery.restore(state["watch"], state["buffer"])
         if self.run is not None:
             self.run.forget_after(self.step)
+            if math.isfinite(self.best):
+                self.best_weights = self._best_on_disk = self.run.read_best()
+                self.best = math.inf if self.best_weights is None else self.best
 
     def restore_parts(self, state: dict[str, Any]) -> None:
         """Go back to a `state` of network, optimiser, averaged weights and running means.
@@ -253,6 +273,7 @@ class Trainer:
             UserError: if it is of another model.
         """
         try:
+            state = upgraded(state, self.loss.balanced)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             if self.average is not None:
@@ -262,20 +283,32 @@ class Trainer:
             raise UserError("the checkpoint does not fit this model and optimiser") from None
         self.step = self.first_step = state["step"]
         self.best = state["best"]
-        self.seconds_before = state.get("seconds", 0.0)  # older checkpoints do not say
+        self.seconds_before = state["seconds"]
         self.card.steps = self.step
         self.update.reset()
 
-    def save(self) -> None:
-        """Write the checkpoint and the model, each in one move."""
+    def save(self, gone_back: tuple[int, dict[str, Any]] | None = None) -> None:
+        """Write the checkpoint, the model and the best weights so far, all or nothing.
+
+        Args:
+            gone_back: as of `RunFolder.save_checkpoint`.
+
+        Raises:
+            UserError: if they cannot be written; the earlier ones are whole.
+        """
         if self.run is None:
             return
-        self.run.save_checkpoint(self.state(), self.recovery.buffer() if self.recovery else None)
-        save_model(self.run.path, self.trained, self.built_from, self.card)
+        files = model_files(self.trained, self.built_from, self.card)
+        if self.best_weights is not None and self.best_weights is not self._best_on_disk:
+            files[BEST] = self.best_weights
+        buffer = self.recovery.buffer() if self.recovery else None
+        keep = self.config.keep_checkpoints
+        self.run.save_checkpoint(self.state(), buffer, files, keep, gone_back)
+        self._best_on_disk = self.best_weights
 
     def _advance(self, batches: Iterator[dict[str, Batch]], stop: bool) -> None:
         """Take one step."""
-        rate = self._rate(self.step)
+        rate = self.rate_at(self.step)
         if self.drops:
             torch.manual_seed(keyed_seed(self.config.seed, "dropout", self.step, self.world.rank))
         begun = time.perf_counter()
@@ -285,7 +318,7 @@ class Trainer:
         try:
             with told_of_memory():
                 if self.recovery is not None:
-                    drawn = self.recovery.join(drawn)
+                    drawn = self.drawn = self.recovery.join(drawn)
                 if self.attacks is not None:
                     drawn = self.attacks.join(drawn, self.step)
             self.update(drawn, rate, stop)
@@ -304,12 +337,16 @@ class Trainer:
     def _log_step(self, reading: Reading) -> None:
         number = stage_at(self.stages, self.step - 1)
         speed = self.stages[number].images_per_step / self.watch.stop(number)
-        row = {"step": self.step, "lr": self._rate(self.step - 1), "grad_norm": reading.grad_norm}
+        row = {"step": self.step, "lr": self.rate_at(self.step - 1), "grad_norm": reading.grad_norm}
         if self.recovery is not None:
             row["sample_rms"] = self.recovery.measures(reading).sample
+        skipped = len({n for stream in self.streams.values() for n in stream.skipped})
+        if skipped:
+            row["unreadable_images"] = skipped
         self.report({"kind": "train", **row, **reading.parts, "images_per_s": speed})
 
-    def _rate(self, step: int) -> float:
+    def rate_at(self, step: int) -> float:
+        """The learning rate of ``step``, counted from 0."""
         rate = learning_rate(self.config.optimizer, step, self.config.steps)
         return rate if self.recovery is None else self.recovery.learning_rate(rate)
 
@@ -321,20 +358,9 @@ class Trainer:
         """
         reading = self.update.read()
         if reading.failed:
-            step = self.first_step + reading.done + 1
-            bad = [name for name, mean in reading.parts.items() if not math.isfinite(mean)]
-            if bad:
-                self._stop_at(step, f"loss {bad[0]!r} is {reading.parts[bad[0]]}")
-            self._stop_at(step, f"the gradient's norm is {reading.grad_norm}")
+            raise stopped(self, reading)
         self.card.steps = self.step
         return reading
-
-    def _stop_at(self, step: int, what: str) -> NoReturn:
-        saved = f"; the last checkpoint is in {str(self.run.path)!r}" if self.run else ""
-        raise UserError(
-            f"{what} at step {step}: stopped before the update{saved}; try a lower "
-            "optimizer.lr or optimizer.clip_norm=1"
-        )
 
     def account(self) -> Account:
         """What the steps so far really took."""
@@ -367,8 +393,7 @@ class Trainer:
             self.best = math.inf  # the first of a stage: crops of other sizes do not compare
         if summary < self.best:
             self.best = summary
-            if self.run is not None:
-                save_weights(self.run.path / "checkpoints" / "best.safetensors", model)
+            self.best_weights = weights_file(model) if self.run is not None else None
 
     def _validation(self) -> Validation | None:
         """What measures on held-out images; objectives that need negatives have no value there."""
@@ -385,13 +410,14 @@ class Trainer:
             self.world,
         )
 
-    def _batches(self, start: int, stop: int) -> Iterator[dict[str, Batch]]:
+    def batches(self, start: int, stop: int) -> Iterator[dict[str, Batch]]:
+        """One batch of each stream for the steps ``start`` .. ``stop`` - 1."""
         streams = {name: stream.batches(start, stop) for name, stream in self.streams.items()}
         return prefetched(streams, self.device)
 
-    def report(self, row: dict[str, Any]) -> None:
-        """Write a row of metrics, and show it."""
-        if self.run is not None:
+    def report(self, row: dict[str, Any], written: bool = False) -> None:
+        """Write a row of metrics, unless it is ``written``, and show it."""
+        if self.run is not None and not written:
             self.run.log(row)
         if self.reporter is not None:
             self.reporter.report(row)

@@ -144,6 +144,11 @@ class Watch:
     _states: list[tuple[int, Any]] = field(default_factory=list)
 
     @property
+    def states(self) -> list[tuple[int, Any]]:
+        """The states to go back to, by step, oldest first."""
+        return self._states
+
+    @property
     def holds_a_state(self) -> bool:
         """Whether there is a state to go back to."""
         return bool(self._states)
@@ -212,7 +217,7 @@ class Watch:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go back to a `state`; states to go back to are kept anew from here on."""
+        """Go back to a `state`; states to go back to are to be given by `keep`."""
         self.remedies = Remedies(**state["remedies"])
         self.history = [Breach(*row) for row in state["history"]]
         self._gap, self._gradient = state["gap"], state["gradient"]

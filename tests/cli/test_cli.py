@@ -63,7 +63,7 @@ def test_training_ends_with_a_table_and_pictures(place):
         "model.json",
         "model.safetensors",
         "learning_curves.png",
-        "checkpoints/last.pt",
+        "manifest.json",
         "checkpoints/best.safetensors",
     ):
         assert (run / name).is_file(), name
@@ -199,7 +199,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(tmp_path):
     assert stopped.returncode == 130, stopped.stderr
     assert "ebmkit train --resume run" in stopped.stdout
     assert "Traceback" not in stopped.stderr
-    assert (tmp_path / "run" / "checkpoints" / "last.pt").is_file()
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*.pt"))
 
 
 def test_packing_a_folder_and_training_on_the_file(tmp_path):

@@ -66,7 +66,7 @@ def test_an_interrupted_command_goes_on_to_the_same_samples(place, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(SamplingJob, "_generator", signalled)
         stopped = ebmkit_command(*ask, "--out", "broken", cwd=place)
-    assert stopped.returncode == 130
+    assert stopped.returncode == 143
     assert "saved after step 9 of 12" in stopped.stdout
     assert not (place / "broken" / "samples.h5").exists()
     other = ebmkit_command(*ask, "--seed", 1, "--out", "broken", cwd=place)

@@ -134,7 +134,7 @@ def test_other_settings_finished_and_foreign_folders_are_refused(tmp_path):
         job_at(out, model, settings).run()
     state.unlink()
     again = job_at(out, model, settings)
-    refused = pytest.raises(UserError, match="another process")
+    refused = pytest.raises(UserError, match="has been sampling")
     with again.folder.alone(), refused, SamplingFolder(out).alone():
         pass
     again.run()

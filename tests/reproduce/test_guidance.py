@@ -60,7 +60,7 @@ def test_at_full_scale_networks_have_the_published_recipes():
 
 def test_rows_whose_names_have_dots_have_locks_of_their_own(tmp_path):
     with alone(tmp_path / "robust-0.25"), alone(tmp_path / "robust-0.5"):
-        assert {p.name for p in tmp_path.iterdir()} == {"robust-0.25.lock", "robust-0.5.lock"}
+        assert {p.name for p in tmp_path.glob("*.lock")} == {"robust-0.25.lock", "robust-0.5.lock"}
 
 
 def test_networks_share_no_folder_with_other_targets():

@@ -1,6 +1,7 @@
 """Rows are runs: trained once, gone on with, measured once, never half-read."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -124,22 +125,34 @@ def no_list(content):
 DAMAGES = [
     ("config.yaml", cut),
     ("config.yaml", half),
-    ("checkpoints/last.pt", cut),
-    ("checkpoints/last.pt", half),
-    ("checkpoints/last.pt", with_a_bit_flipped),
-    ("checkpoints/last.pt", no_list),
+    ("checkpoints/*.pt", cut),
+    ("checkpoints/*.pt", half),
+    ("checkpoints/*.pt", with_a_bit_flipped),
+    ("checkpoints/*.pt", no_list),
     ("environment.json", no_list),
 ]
 
 
 @pytest.mark.parametrize(("damage", "how"), DAMAGES)
 def test_a_broken_row_is_moved_aside_and_trained_anew(done, told, damage, how):
-    path = done.folder(ROW) / damage
-    path.write_bytes(how(path.read_bytes()))
+    for path in done.folder(ROW).glob(damage):
+        path.write_bytes(how(path.read_bytes()))
     done.train(ROW, "cifar10")
     assert told.trained == [("joint", 0)]
-    assert (done.out / "rows/joint.broken-1" / damage).exists()
+    assert list((done.out / "rows/joint.broken-1").glob(damage))
     assert "moved to joint.broken-1" in told[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*step-00000004.pt. is damaged.*going back to step 2")
+def test_a_row_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before(done, told):
+    folder = done.folder(ROW)
+    whole = load(folder).state_dict()
+    path = folder / "checkpoints" / "step-00000004.pt"
+    path.write_bytes(with_a_bit_flipped(path.read_bytes()))
+    done.train(ROW, "cifar10")
+    assert told.trained == [("joint", 2)]
+    again = load(folder).state_dict()
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
 
 
 @pytest.mark.parametrize("how", [cut, half, with_a_bit_flipped, None])
@@ -177,7 +190,7 @@ def test_a_row_that_another_process_trains_is_left_to_it(done, told):
     with alone(done.folder(ROW)):
         done.train(ROW, "cifar10")  # finished: only read
         (done.folder(ROW) / "model.safetensors").unlink()
-        with pytest.raises(UserError, match="being trained by another process"):
+        with pytest.raises(UserError, match=rf"process {os.getpid()} on .* has been training"):
             done.train(ROW, "cifar10")
     done.train(ROW, "cifar10")
 

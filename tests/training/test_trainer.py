@@ -12,6 +12,7 @@ import yaml
 
 import ebmkit
 from ebmkit.objectives import TrainingLoss
+from ebmkit.storage.verify import accept_files
 from ebmkit.training import Interrupted, RunFolder, resolve
 from ebmkit.training.assemble import assemble
 from ebmkit.training.optim import learning_rate, make_optimizer
@@ -160,7 +161,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
     trainer = start(tmp_path, "run", reporter=StopAt(2))
     with pytest.raises(Interrupted):
         trainer.fit()
-    path = tmp_path / "run" / "checkpoints" / "last.pt"
+    path = tmp_path / "run" / "checkpoints" / "step-00000002.pt"
     before = path.read_bytes()
 
     def full(*_):
@@ -253,7 +254,7 @@ def test_going_on_differently_is_refused_by_field(tmp_path):
 def test_a_damaged_checkpoint_is_said_to_be(tmp_path):
     trainer = start(tmp_path, "run", {"steps": 3})
     trainer.fit()
-    path = tmp_path / "run" / "checkpoints" / "last.pt"
+    path = tmp_path / "run" / "checkpoints" / "step-00000003.pt"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ebmkit.UserError, match="damaged"):
         assemble(trainer.config, RunFolder.open(tmp_path / "run"))
@@ -265,9 +266,12 @@ def test_a_checkpoint_with_code_in_it_is_not_executed(tmp_path):
             return (os.mkdir, (str(tmp_path / "harm"),))
 
     trainer = start(tmp_path, "run", {"steps": 3})
-    torch.save({"step": Harm()}, tmp_path / "run" / "checkpoints" / "last.pt")
-    with pytest.raises(ebmkit.UserError, match="cannot be read"):
-        trainer.run.load_checkpoint()
+    torch.save({"step": Harm()}, tmp_path / "run" / "checkpoints" / "step-00000003.pt")
+    accept_files(tmp_path / "run", ["checkpoints/step-00000003.pt"])
+    for _ in range(2):  # vouched for by a manifest, and without one
+        with pytest.raises(ebmkit.UserError, match=r"damaged: .* no whole checkpoint is left"):
+            trainer.run.load_checkpoint()
+        (tmp_path / "run" / "manifest.json").unlink(missing_ok=True)
     assert not (tmp_path / "harm").exists()
 
 
@@ -295,11 +299,13 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path):
     del values["negatives"], values["watch"], values["streams"]["generate"]
     del values["optimizer"]["sharpness"]
     path.write_text(yaml.safe_dump(values))
+    (tmp_path / "cut" / "manifest.json").unlink()
     run = RunFolder.open(tmp_path / "cut")
     run.check_same(resolve(run.config()))
     state = run.load_checkpoint()
     del state["watch"]
-    run.save_checkpoint(state)
+    torch.save(state, tmp_path / "cut" / "checkpoints" / "last.pt")
+    (tmp_path / "cut" / "checkpoints" / "step-00000003.pt").unlink()
     resumed = assemble(resolve(run.config()), run)
     assert resumed.step == 3
     resumed.fit()

@@ -140,10 +140,10 @@ def test_going_back_is_exact(tmp_path):
         keep()
         kept[trainer.step] = recovery.watch._states[-1][1]
 
-    def going(breach, state):
-        go_back(breach, state)
-        old, chains = kept[breach.back]
-        assert torch.equal(recovery.negatives.buffer.images, chains)
+    def going(breach, state, detail):
+        go_back(breach, state, detail)
+        old = kept[breach.back].state
+        assert torch.equal(recovery.negatives.buffer.images, kept[breach.back].chains)
         for name, value in trainer.model.state_dict().items():
             assert torch.equal(value, old["model"][name])
         moments = trainer.optimizer.state_dict()["state"]

@@ -1,0 +1,61 @@
+"""``ebmkit verify``: whether every file of a run is what was written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from ebmkit.cli.app import app
+from ebmkit.cli.console import console
+from ebmkit.errors import UserError
+from ebmkit.storage.verify import accept_files, verify_run
+
+__all__ = ["verify"]
+
+_WRONG = ("changed", "missing")
+
+
+@app.command()
+def verify(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    accept: Annotated[
+        list[str] | None,
+        typer.Option(help="enter this file as it is now, for its change was meant; repeatable"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
+) -> None:
+    """Compare every file of a run with the checksum that it was written with.
+
+    Exit code 2 if one is changed or missing. Reads only, unless --accept is given.
+    """
+    if not run.is_dir():
+        raise UserError(f"there is no run folder {str(run)!r}")
+    if accept:
+        accept_files(run, accept)
+    found = verify_run(run)
+    wrong = [finding for finding in found if finding.state in _WRONG]
+    if as_json:
+        console.print_json(json.dumps([finding._asdict() for finding in found]))
+    else:
+        table = Table(show_edge=False)
+        longest = max((len(finding.name) for finding in found), default=0)
+        table.add_column("file", no_wrap=True, min_width=longest)
+        for title in ("state", "bytes", ""):
+            table.add_column(title, justify="right" if title == "bytes" else "left")
+        for name, state, size, reason in found:
+            table.add_row(name, state, f"{size:,}", reason)
+        console.print(table)
+    if wrong:
+        names = ", ".join(finding.name for finding in wrong)
+        raise UserError(
+            f"{len(wrong)} of {len(found)} files in {str(run)!r} are not what was written: {names};"
+            " `ebmkit train --resume` goes on from what is whole, --accept NAME enters a file whose"
+            " change was meant"
+        )
+    if not as_json:
+        whole = sum(finding.state == "whole" for finding in found)
+        console.print(f"all {whole} files of the run are whole")

@@ -1,0 +1,125 @@
+"""Looking over all files of a run folder: which are what was written, and which are not."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from ebmkit.errors import UserError
+from ebmkit.storage.atomic import PARTIAL
+from ebmkit.storage.manifest import (
+    FOLDERS,
+    MANIFEST,
+    DamagedFile,
+    Entry,
+    entry_of,
+    read_manifest,
+)
+from ebmkit.storage.together import read_together, write_together
+
+__all__ = ["Finding", "accept_files", "files_of", "leftovers", "verify_run"]
+
+WRITTEN_ALONE = ("config.yaml", "environment.json", "metrics.jsonl", "model.", "cost.json")
+"""Beginnings of the names of files in the run folder itself that only its holder writes."""
+
+OLD = 3600.0
+"""Seconds after which a temporary file of any process is left over."""
+
+
+class Finding(NamedTuple):
+    """What was found of a file.
+
+    Attributes:
+        name: relative to the run folder.
+        state: ``whole``, ``changed`` (cut short, exchanged, or with bits that differ), ``missing``,
+            or ``unknown`` to the manifest.
+        size: bytes; 0 where there is no file.
+        reason: why it is not whole, in words; empty where it is.
+    """
+
+    name: str
+    state: str
+    size: int
+    reason: str = ""
+
+
+def verify_run(root: Path) -> list[Finding]:
+    """Compare every file of the run folder ``root`` with its manifest; sorted by name.
+
+    Raises:
+        UserError: if it has no manifest, or that is damaged.
+    """
+    manifest = read_manifest(root)
+    if manifest is None:
+        raise UserError(
+            f"{str(root)!r} has no {MANIFEST}: it is no run folder, or one of an earlier version, "
+            "which gets one when the run goes on"
+        )
+    found = [_look(root, name) for name in manifest.files]
+    known = set(manifest.files)
+    for name in _names(root):
+        if name not in known:
+            found.append(Finding(name, "unknown", (root / name).stat().st_size, "not of the run"))
+    return sorted(found)
+
+
+def accept_files(root: Path, names: Iterable[str]) -> None:
+    """Enter files into the manifest as they are now, where their change was meant.
+
+    Raises:
+        UserError: if one is not there.
+    """
+    contents = {}
+    for name in names:
+        path = root / name
+        if name not in set(_names(root)):
+            raise UserError(f"there is no file {name!r} in {str(root)!r} that could be of the run")
+        contents[name] = path.read_bytes()
+    write_together(root, contents)
+
+
+def files_of(root: Path, growing: Iterable[str] = ()) -> dict[str, Entry]:
+    """Entries of all files that lie in ``root`` and its own folders, as they are."""
+    grow = set(growing)
+    return {name: entry_of((root / name).read_bytes(), name in grow) for name in _names(root)}
+
+
+def leftovers(root: Path) -> Iterator[Path]:
+    """Temporary files of killed processes, seen from the one that holds the folder."""
+    now = time.time()
+    for folder in (root, root / "checkpoints", root / "breaches"):
+        for path in folder.glob(f".*{PARTIAL}"):
+            ours = folder != root or path.name[1:].startswith(WRITTEN_ALONE)
+            if ours or now - path.stat().st_mtime > OLD:
+                yield path
+    for path in (root / "evaluation").rglob(f".*{PARTIAL}"):
+        if now - path.stat().st_mtime > OLD:
+            yield path
+
+
+def _look(root: Path, name: str) -> Finding:
+    path = root / name
+    try:
+        content = read_together(root, [name])[name]
+    except DamagedFile as error:
+        reason = str(error).partition(" is damaged: ")[2]
+        there = path.is_file()
+        size = path.stat().st_size if there else 0
+        return Finding(name, "changed" if there else "missing", size, reason)
+    return Finding(name, "whole", len(content))
+
+
+def _names(root: Path) -> list[str]:
+    """Files that belong to a run by where they lie; hidden ones and links do not."""
+    found = [path for path in root.iterdir() if path.name != MANIFEST]
+    for folder in FOLDERS:
+        found += (root / folder).rglob("*")
+    names = []
+    for path in found:
+        name = path.relative_to(root)
+        hidden = any(part.startswith(".") for part in name.parts)
+        if path.is_file() and not path.is_symlink() and not hidden:
+            names.append(name.as_posix())
+    return sorted(names)

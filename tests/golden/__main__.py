@@ -1,0 +1,127 @@
+"""Short runs whose metrics and bits are kept: ``python -m tests.golden [--write]``.
+
+The bits of a run depend on the order of sums, which processors choose differently. So they are
+computed as no processor chooses: ATen's plain kernels, no oneDNN, MKL's compatible branch, one
+thread (`FIXED`, set before PyTorch is loaded). What is left is PyTorch's version and the kind of
+machine, by which the kept bits are named; on others the metrics agree to rounding.
+
+Without ``--write`` the runs are made and printed as JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+FIXED = {
+    "ATEN_CPU_CAPABILITY": "default",
+    "MKL_CBWR": "COMPATIBLE",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+}
+
+KEPT = Path(__file__).resolve().parent / "golden.json"
+
+SMALL: dict[str, Any] = {
+    "model": {"backbone": {"width": 4, "channels_per_group": 4}},
+    "steps": 6,
+    "log_every": 1,
+    "validate_every": 3,
+    "validation_images": 20,
+    "checkpoint_every": 4,
+    "device": "cpu",
+    "compute": {"compile": "off"},
+    "streams": {
+        "classify": {"batch_size": 8},
+        "denoise": {"batch_size": 8},
+        "generate": {"batch_size": 8},
+    },
+}
+
+RUNS: dict[str, dict[str, Any]] = {
+    "ce+dsm": {
+        "optimizer": {"ema": 0.9, "clip_norm": 1.0},
+        "streams": {"classify": {"augmentation": {"mix": "both", "crop_padding": 1}}},
+    },
+    "jem": {
+        "objective": "jem",
+        "backbone": "gradresnet18",
+        "negatives": {"buffer_size": 20, "steps": 2},
+        "watch": {"every": 2},
+    },
+    "adv+dsm": {"objective": "adv+dsm", "terms": {"adv": {"eps": 0.5, "steps": 2}}},
+    "cdsm-sgd": {"objective": "ce+cdsm", "optimizer": {"kind": "sgd", "sharpness": 0.05}},
+}
+
+
+def machine() -> str:
+    """What the kept bits belong to."""
+    import torch
+
+    return f"torch {torch.__version__.partition('+')[0]}, {platform.machine()}"
+
+
+def run_all() -> dict[str, Any]:
+    """The metrics of each run, and the SHA-256 of all tensors of its last checkpoint."""
+    import torch
+
+    from ebmkit.training import RunFolder, resolve
+    from ebmkit.training.assemble import assemble
+
+    torch.backends.mkldnn.enabled = False
+    found = {}
+    with tempfile.TemporaryDirectory() as place:
+        for name, layer in RUNS.items():
+            config = resolve(SMALL, layer)
+            run = RunFolder.create(Path(place) / name, config)
+            assemble(config, run).fit()
+            digest = hashlib.sha256()
+            _digest(digest, run.load_checkpoint())
+            rows = [{k: v for k, v in r.items() if k != "images_per_s"} for r in run.metrics()]
+            found[name] = {"metrics": rows, "sha256": digest.hexdigest()}
+    return found
+
+
+def _digest(into: Any, value: Any) -> None:
+    """Add a nested state, the clock on the wall apart."""
+    import torch
+
+    if isinstance(value, dict):
+        for key in sorted(value, key=str):
+            if key not in ("seconds", "buffer"):
+                into.update(repr(key).encode())
+                _digest(into, value[key])
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            _digest(into, part)
+    elif isinstance(value, torch.Tensor):
+        into.update(f"{value.dtype} {tuple(value.shape)}".encode())
+        into.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    else:
+        into.update(repr(value).encode())
+
+
+def main() -> None:
+    """Print what the runs give, or keep it."""
+    if any(os.environ.get(name) != value for name, value in FIXED.items()):
+        words = [sys.executable, "-m", "tests.golden", *sys.argv[1:]]
+        os.execve(sys.executable, words, os.environ | FIXED)
+    found = run_all()
+    if "--write" in sys.argv:
+        kept = json.loads(KEPT.read_text()) if KEPT.exists() else {"bits": {}}
+        bits = {**kept["bits"], machine(): {name: own["sha256"] for name, own in found.items()}}
+        metrics = {name: own["metrics"] for name, own in found.items()}
+        document = {"made_on": machine(), "metrics": metrics, "bits": bits}
+        KEPT.write_text(json.dumps(document, indent=1) + "\n")
+    else:
+        print(json.dumps({"machine": machine(), "runs": found}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""What is tried, and how often."""
+
+from __future__ import annotations
+
+from tests.soak.kills import Training
+
+SMALL = (
+    "--set=streams.classify.batch_size=16",
+    "--set=streams.denoise.batch_size=16",
+    "--set=checkpoint_every=7",
+    "--set=validate_every=10",
+    "--set=validation_images=16",
+    "--set=log_every=1",
+)
+MLP = ("--backbone", "mlp", "--set=model.backbone.width=16")
+AVERAGED = ("--set=optimizer.ema=0.9",)
+CHAINS = ("--set=negatives.buffer_size=100", "--set=negatives.steps=2", "--set=watch.every=10")
+
+TRAININGS = {
+    t.name: t
+    for t in (
+        Training(
+            "ce+dsm",
+            "ce+dsm with averaged weights, MixUp and CutMix",
+            (
+                *MLP,
+                *SMALL,
+                *AVERAGED,
+                "--set=streams.classify.augmentation.mix=both",
+            ),
+            (6000, 900),
+        ),
+        Training(
+            "gradresnet18",
+            "ce+dsm on the paper's network, width 8",
+            ("--width", "8", *SMALL),
+            (2000, 300),
+        ),
+        Training(
+            "jem",
+            "jem with its replay buffer and its states to go back to",
+            (*MLP, *SMALL, *CHAINS, "--objective", "jem"),
+            (3000, 500),
+        ),
+        Training(
+            "jem-astray",
+            "jem that goes astray over and over, and goes back",
+            (
+                *MLP,
+                *SMALL,
+                *CHAINS,
+                "--objective",
+                "jem",
+                "--set=watch.gap=0.3",
+                "--set=watch.breaches=1000",
+                "--set=watch.order=[rate]",
+            ),
+            (1500, 300),
+        ),
+        Training(
+            "two-ranks",
+            "ce+dsm by two processes under torchrun; all killed, or one",
+            (*MLP, *SMALL, *AVERAGED),
+            (4000, 500),
+            ranks=2,
+        ),
+        Training(
+            "control-randomness",
+            "control: randomness is not restored",
+            (*MLP, *SMALL),
+            (900, 400),
+            defect="randomness",
+        ),
+        Training(
+            "control-optimizer",
+            "control: the optimiser's state is not restored",
+            (*MLP, *SMALL),
+            (900, 400),
+            defect="optimizer",
+        ),
+    )
+}

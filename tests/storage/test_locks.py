@@ -1,0 +1,103 @@
+"""One writer to a folder: who comes second is told who is there, and the dead do not block."""
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+
+import pytest
+
+from ebmkit.errors import UserError
+from ebmkit.storage import Busy, held, locks
+
+HOLD = """
+import sys, time, os
+from pathlib import Path
+from ebmkit.storage import held
+with held(Path(sys.argv[1]), "training"):
+    if sys.argv[2] == "forks" and os.fork() == 0:
+        time.sleep(1.5)  # as a process that reads images, which notices a little later
+        os._exit(0)
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def hold(folder, how="plainly"):
+    """A process that holds ``folder``."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder), how], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_the_second_is_told_the_holder_s_host_process_and_start(tmp_path):
+    process = hold(tmp_path)
+    try:
+        told = (
+            rf"process {process.pid} on '{re.escape(platform.node())}' has been training in "
+            rf"'{re.escape(str(tmp_path))}' since 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC: wait for it"
+        )
+        with pytest.raises(Busy, match=told), held(tmp_path, "training"):
+            pass
+    finally:
+        process.kill()
+        process.communicate()
+    with held(tmp_path, "training"):  # its holder is dead, and did not clean up
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == [".lock"]
+
+
+@pytest.mark.slow
+def test_processes_that_a_dead_holder_left_do_not_block(tmp_path):
+    process = hold(tmp_path, "forks")
+    process.kill()
+    process.stdout.close()
+    process.wait()
+    with held(tmp_path, "training"):
+        pass
+
+
+def test_a_holder_on_another_machine_is_not_taken_for_dead(tmp_path):
+    with held(tmp_path, "training"):
+        path = tmp_path / ".holder.json"
+        values = json.loads(path.read_text())
+        path.write_text(json.dumps(values | {"host": "elsewhere", "process": 999_999_999}))
+        with pytest.raises(Busy, match="process 999999999 on 'elsewhere'"), held(tmp_path, "x"):
+            pass
+
+
+def test_a_number_that_another_process_got_is_not_the_holder(tmp_path):
+    own = locks._self("training")
+    assert not locks._is_dead(own)
+    assert locks._is_dead(own | {"started": "12"})
+    assert locks._is_dead(own | {"process": 10**40})
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"process": "1"}', b"[" * 50_000, b"\xff"])
+def test_whatever_the_holder_s_file_says_the_lock_counts(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(locks, "PATIENCE", 0.1)
+    with held(tmp_path, "training"):
+        (tmp_path / ".holder.json").write_bytes(content)
+        with pytest.raises(Busy, match="another process works in"), held(tmp_path, "training"):
+            pass
+
+
+def test_parts_of_a_folder_have_locks_of_their_own(tmp_path):
+    with (
+        held(tmp_path, "training", name="a"),
+        held(tmp_path, "training", name="b"),
+        pytest.raises(Busy, match="/a' since"),
+        held(tmp_path, "training", name="a"),
+    ):
+        pass
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_into_is_named(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="cannot write"), held(tmp_path, "training"):
+        pass

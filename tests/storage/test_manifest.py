@@ -1,0 +1,305 @@
+"""The manifest of a run folder, and files that change together, whatever happens on the way."""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import tempfile
+import threading
+from pathlib import Path
+
+import pytest
+
+from ebmkit.errors import UserError
+from ebmkit.storage import (
+    DamagedFile,
+    read_together,
+    remove_file,
+    write_atomically,
+    write_together,
+)
+from ebmkit.storage.manifest import begin_manifest, entry_of, read_manifest
+from ebmkit.storage.together import settle
+from ebmkit.storage.verify import accept_files, leftovers, verify_run
+
+OLD = {"model.json": b"old card", "checkpoints/step-1.pt": b"state 1", "model.st": b"old weights"}
+NEW = {"model.json": b"new card", "checkpoints/step-2.pt": b"state 2", "model.st": b"new weights"}
+DROPPED = "checkpoints/step-1.pt"
+
+STEPS = [(os, "replace"), (os, "unlink"), (os, "fsync"), (os, "chmod"), (tempfile, "mkstemp")]
+"""What writing consists of, as far as the disk can fail or a process be killed in between."""
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: from then on the process does nothing to the disk."""
+
+
+@contextlib.contextmanager
+def failing_at(number, error, forever):
+    """Within, the ``number``-th operation on the disk raises; yields the list of those done."""
+    done = []
+
+    def wrapped(name, act):
+        def run(*arguments, **options):
+            failed = len(done) == number or (forever and len(done) > number)
+            done.append(name)
+            if failed:
+                raise error
+            return act(*arguments, **options)
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in STEPS:
+            patch.setattr(module, name, wrapped(name, getattr(module, name)))
+        yield done
+
+
+def make_run(root):
+    (root / "checkpoints").mkdir(parents=True)
+    begin_manifest(root, {})
+    write_together(root, OLD)
+    return root
+
+
+def change(root):
+    write_together(root, NEW, drop=[DROPPED])
+
+
+def contents(root):
+    """All that readers see: through the manifest."""
+    return read_together(root, read_manifest(root).files)
+
+
+OPERATIONS = 29
+"""At least as many as `change` consists of; `test_every_operation_is_tried` sees to it."""
+
+
+def test_every_operation_is_tried(tmp_path):
+    make_run(tmp_path / "run")
+    with failing_at(10**6, Killed(), False) as done:
+        change(tmp_path / "run")
+    assert 15 < len(done) <= OPERATIONS, len(done)
+
+
+@pytest.mark.parametrize("number", range(OPERATIONS))
+def test_who_is_killed_leaves_all_old_files_or_all_new_ones(tmp_path, number):
+    """Killed before each single operation; readers need nobody to clean up."""
+    root = make_run(tmp_path / "run")
+    with failing_at(number, Killed(), True), contextlib.suppress(Killed):
+        change(root)
+    seen = contents(root)
+    assert seen in (OLD, NEW)
+    settle(root)
+    assert contents(root) == seen
+    for path in leftovers(root):
+        path.unlink()
+    lying = {p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()}
+    assert lying - {"manifest.json", ".manifest.json.lock"} == set(seen)
+    change(root)
+    assert contents(root) == NEW
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO])
+@pytest.mark.parametrize("forever", [False, True], ids=["once", "from then on"])
+def test_a_disk_that_fails_leaves_all_old_files_or_all_new_ones(tmp_path, code, forever):
+    """At each single operation: it is told in words, and what is there is whole."""
+    for number in range(OPERATIONS):
+        root = make_run(tmp_path / str(number))
+        error, told = OSError(code, os.strerror(code)), None
+        with failing_at(number, error, forever) as done:
+            try:
+                change(root)
+            except UserError as caught:
+                told = str(caught)
+        if len(done) <= number:
+            break
+        seen = contents(root)
+        assert seen in (OLD, NEW)
+        assert told is None or os.strerror(code) in told
+        assert told is not None or seen == NEW
+        change(root)  # the disk works again
+        assert contents(root) == NEW
+        assert {f.state for f in verify_run(root)} == {"whole"}
+
+
+def test_a_folder_that_vanished_is_named(tmp_path):
+    root = make_run(tmp_path / "run")
+    shutil.rmtree(root)
+    with pytest.raises(UserError, match=r"cannot write .*model\.json.*No such file or directory"):
+        change(root)
+    assert not root.exists()
+
+
+def test_readers_see_one_moment_while_another_writes(tmp_path):
+    """Card and weights always belong together, though no reader takes a lock."""
+    root = make_run(tmp_path / "run")
+    ended = threading.Event()
+
+    def write():
+        for number in range(150):
+            text = str(number).encode()
+            write_together(root, {"model.json": text, "model.st": text * 10_000})
+        ended.set()
+
+    write_together(root, {"model.json": b"x", "model.st": b"x" * 10_000})
+    writer, seen = threading.Thread(target=write), set()
+    writer.start()
+    while not ended.is_set():
+        found = read_together(root, ["model.json", "model.st"])
+        assert found["model.st"] == found["model.json"] * 10_000
+        seen.add(found["model.json"])
+    writer.join()
+    assert len(seen) > 3
+
+
+def damaged(content, how):
+    if how == "emptied":
+        return b""
+    if how == "cut short":
+        return content[:-1]
+    if how == "longer":
+        return content + b"\0"
+    place = len(content) // 2
+    return content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :]
+
+
+@pytest.mark.parametrize("how", ["emptied", "cut short", "longer", "one bit"])
+@pytest.mark.parametrize("name", OLD)
+def test_damage_is_noticed_and_named(tmp_path, name, how):
+    root = make_run(tmp_path / "run")
+    path = root / name
+    path.write_bytes(damaged(path.read_bytes(), how))
+    with pytest.raises(DamagedFile, match=rf"{path.name}.* is damaged: it"):
+        read_together(root, [name])
+    assert {f.name: f.state for f in verify_run(root)} == dict.fromkeys(OLD, "whole") | {
+        name: "changed"
+    }
+
+
+def test_files_that_are_missing_exchanged_or_foreign_are_told_apart(tmp_path):
+    root = make_run(tmp_path / "run")
+    (root / "model.json").unlink()
+    shutil.copy(root / "model.st", root / "checkpoints" / "step-1.pt")
+    (root / "mine.txt").write_text("a note")
+    assert {f.name: f.state for f in verify_run(root)} == {
+        "model.json": "missing",
+        "checkpoints/step-1.pt": "changed",
+        "model.st": "whole",
+        "mine.txt": "unknown",
+    }
+    with pytest.raises(DamagedFile, match=r"model\.json' is damaged: it is missing"):
+        read_together(root, ["model.json"])
+    accept_files(root, ["checkpoints/step-1.pt", "mine.txt"])
+    assert [f.name for f in verify_run(root) if f.state != "whole"] == ["model.json"]
+    with pytest.raises(UserError, match=r"no file '\.\./elsewhere'"):
+        accept_files(root, ["../elsewhere"])
+
+
+@pytest.mark.parametrize("how", ["emptied", "cut short", "one bit"])
+def test_a_damaged_manifest_is_said_to_be(tmp_path, how):
+    root = make_run(tmp_path / "run")
+    path = root / "manifest.json"
+    path.write_bytes(damaged(path.read_bytes(), how))
+    with pytest.raises(DamagedFile, match=r"manifest\.json' is damaged"):
+        read_manifest(root)
+
+
+def test_a_log_may_grow_beyond_what_is_vouched_for(tmp_path):
+    root = make_run(tmp_path / "run")
+    path = root / "metrics.jsonl"
+    path.write_bytes(b"1\n2\n")
+    write_together(root, {}, grown={"metrics.jsonl": entry_of(b"1\n2\n", grows=True)})
+    with path.open("ab") as file:
+        file.write(b"3\n")
+    assert read_together(root, ["metrics.jsonl"]) == {"metrics.jsonl": b"1\n2\n3\n"}
+    path.write_bytes(b"1\n5\n3\n")
+    with pytest.raises(DamagedFile):
+        read_together(root, ["metrics.jsonl"])
+
+
+def test_files_written_one_by_one_into_a_run_are_entered(tmp_path):
+    root = make_run(tmp_path / "run")
+    (root / "evaluation" / "set").mkdir(parents=True)
+    (root / "mine").mkdir()
+    write_atomically(root / "evaluation" / "set" / "classify.json", b"{}")
+    write_atomically(root / "mine" / "note.json", b"{}")
+    assert "evaluation/set/classify.json" in read_manifest(root).files
+    assert "mine/note.json" not in read_manifest(root).files
+    remove_file(root / "evaluation" / "set" / "classify.json")
+    assert not (root / "evaluation" / "set" / "classify.json").exists()
+    assert set(read_manifest(root).files) == set(OLD)
+
+
+def test_a_foreign_manifest_is_left_alone(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"name": "a web page"}')
+    write_atomically(tmp_path / "picture.png", b"png")
+    assert (tmp_path / "manifest.json").read_text() == '{"name": "a web page"}'
+
+
+def altered(root, **entries):
+    """Replace entries of the manifest, with a digest that is right."""
+    from ebmkit.storage.manifest import _digest
+
+    values = json.loads((root / "manifest.json").read_text())
+    values |= entries
+    del values["sha256"]
+    (root / "manifest.json").write_text(json.dumps(values | {"sha256": _digest(values)}))
+
+
+ENTRY = {"bytes": 3, "sha256": "0" * 64}
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"files": {"../victim": ENTRY}},
+        {"files": {"/etc/passwd": ENTRY}},
+        {"files": {"a/../../victim": ENTRY}},
+        {"files": {"model.json": ENTRY}, "pending": {"model.json": "../.model.json.x.partial"}},
+        {"files": {"model.json": ENTRY}, "pending": {"model.json": "victim"}},
+        {"pending": {"../victim": ".victim.x.partial"}},
+        {"removed": ["../victim"]},
+        {"removed": ["/etc/passwd"]},
+        {"removed": [["model.json"]]},
+        {"files": ["model.json"]},
+        {"files": {"model.json": {"bytes": "many", "sha256": 3}}},
+        {"files": {"model.json": None}},
+    ],
+)
+def test_a_manifest_that_names_files_elsewhere_is_refused(tmp_path, entries):
+    root = make_run(tmp_path / "run")
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / ".model.json.x.partial").write_text("poison")
+    altered(root, **entries)
+    with pytest.raises(DamagedFile):
+        read_manifest(root)
+    with pytest.raises(DamagedFile):
+        settle(root)
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_a_run_of_a_later_format_is_refused(tmp_path):
+    root = make_run(tmp_path / "run")
+    altered(root, format=3)
+    with pytest.raises(UserError, match="run of format 3, and this version knows 2 and earlier"):
+        read_manifest(root)
+
+
+def test_temporary_files_of_the_dead_go_and_those_of_others_stay(tmp_path):
+    root = make_run(tmp_path / "run")
+    (root / "evaluation").mkdir()
+    names = ("checkpoints/.step-9.pt.abc.partial", ".metrics.jsonl.abc.partial")
+    others = (".means.h5.abc.partial", "evaluation/.classify.json.abc.partial")
+    for name in (*names, *others):
+        (root / name).write_bytes(b"half")
+    assert {p.relative_to(root).as_posix() for p in leftovers(root)} == set(names)
+    for name in others:
+        os.utime(root / name, (0, 0))
+    assert {p.relative_to(root).as_posix() for p in leftovers(root)} == {*names, *others}
+
+
+def test_a_name_without_a_run_is_a_plain_file(tmp_path):
+    write_atomically(tmp_path / "a.txt", b"text")
+    assert [p.name for p in Path(tmp_path).iterdir()] == ["a.txt"]

@@ -1,0 +1,420 @@
+"""Steps that are not finite: nothing of them stays, and the report names what was at fault."""
+
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ebmkit
+from ebmkit.data.images import write_image
+from ebmkit.data.imagesets import origin
+from ebmkit.data.pack import pack
+from ebmkit.data.sets import load_dataset
+from ebmkit.training import Interrupted, RunFolder, resolve
+from ebmkit.training.assemble import assemble
+from ebmkit.training.nonfinite import report_of
+from ebmkit.training.parts import make_average
+
+pytestmark = pytest.mark.usefixtures("counted_once")
+
+SMALL = {
+    "model": {"backbone": {"width": 8}},
+    "steps": 6,
+    "log_every": 1,
+    "validation_images": 0,
+    "checkpoint_every": 100,
+    "device": "cpu",
+    "streams": {
+        "classify": {"batch_size": 8},
+        "denoise": {"batch_size": 8},
+        "generate": {"batch_size": 8},
+    },
+    "negatives": {"buffer_size": 20, "steps": 2},
+    "watch": {"every": 2, "breaches": 1},
+}
+
+KINDS = {
+    "plain": {},
+    "averaged": {"optimizer": {"ema": 0.9}},
+    "sam": {"optimizer": {"sharpness": 0.1}},
+    "clipped": {"optimizer": {"clip_norm": 1.0}},
+    "in parts": {"compute": {"accumulate": 2}},
+    "sgd": {"optimizer": {"kind": "sgd"}},
+    "adv": {"objective": "adv+dsm", "terms": {"adv": {"eps": 0.3, "steps": 2}}},
+    "batch norm": {"objective": "ce", "model": {"backbone": {"norm": "batch"}}},
+}
+
+
+def start(root, *layers):
+    config = resolve(SMALL, *layers)
+    return assemble(config, RunFolder.create(root, config))
+
+
+def spoil_batches(trainer, at, stream, position, value=float("nan")):
+    """From the ``at``-th step on, one image of a stream's batches has a pixel that is no number."""
+    draw = trainer.batches
+
+    def batches(first, stop):
+        for step, drawn in enumerate(draw(first, stop), first):
+            if step >= at - 1:
+                batch = drawn[stream]
+                x, y = batch.x.clone(), batch.y.clone()
+                x[position, 0, 2, 3] = y[position, 0, 2, 3] = value
+                drawn = {**drawn, stream: batch._replace(x=x, y=y)}
+            yield drawn
+
+    trainer.batches = batches
+
+
+def frozen(state):
+    """A deep copy, wall clock apart."""
+    kept = {k: v for k, v in state.items() if k != "seconds"}
+    return torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, kept)
+
+
+def assert_equal(one, other):
+    leaves = [torch.utils._pytree.tree_flatten(frozen(s)) for s in (one, other)]
+    assert leaves[0][1] == leaves[1][1], (leaves[0][1], leaves[1][1])
+    for a, b in zip(leaves[0][0], leaves[1][0], strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, (a, b)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_state_is_the_one_before_the_step_to_the_bit(tmp_path, kind):
+    """Weights, optimiser, averages, running means, statistics: as of a run that ended before it."""
+    before = start(tmp_path / "before", KINDS[kind], {"steps": 6})
+    states = []
+    before.report = lambda row, written=False: states.append(frozen(before.state()))
+    before.fit()
+    trainer = start(tmp_path / "run", KINDS[kind])
+    spoil_batches(trainer, 4, trainer.loss.streams[0], 5)
+    with pytest.raises(ebmkit.UserError, match="at step 4: stopped before the update"):
+        trainer.fit()
+    assert_equal(trainer.state(), states[2])
+    saved = RunFolder(tmp_path / "run").load_checkpoint()
+    assert_equal({**saved, "buffer": 0}, {**states[2], "buffer": 0})
+    resumed = assemble(trainer.config, RunFolder.open(tmp_path / "run"))
+    resumed.fit()  # the pixel was bad luck
+    assert_equal(resumed.state(), states[-1])
+
+
+@pytest.mark.parametrize("kind", ["averaged", "sgd", "batch norm"])
+@pytest.mark.parametrize("done", [0, 2])
+def test_steps_that_follow_before_the_host_hears_leave_nothing_either(tmp_path, kind, done):
+    """As on a GPU, where the host reads every few steps; also where the first step fails."""
+    trainer = start(tmp_path / "run", KINDS[kind])
+    drawn = list(trainer.batches(0, done + 2))
+    for number in range(done):
+        trainer.update(drawn[number], 1e-3 / (1 + number))
+    trainer.update.read()
+    before = frozen(trainer.state())
+    batch = drawn[done]["classify"]
+    bad = batch._replace(x=batch.x * math.nan, y=batch.y * math.nan)
+    trainer.update({**drawn[done], "classify": bad}, 0.5)
+    trainer.update(drawn[done + 1], 0.25)
+    reading = trainer.update.read()
+    assert (reading.failed, reading.done, reading.skipped) == (True, done, 2)
+    trainer.update.undo_skipped(1e-3 / done if done else trainer.config.optimizer.lr)
+    assert_equal(trainer.state(), before)
+
+
+def test_averaged_weights_are_those_of_pytorch(tmp_path):
+    """What `AveragedModel.update_parameters` gives, to the bit."""
+    trainer = start(tmp_path / "run", KINDS["averaged"])
+    reference = make_average(trainer.model, trainer.config)
+    for drawn in trainer.batches(0, 3):
+        trainer.update(drawn, 1e-2)
+        reference.update_parameters(trainer.model)
+    assert_equal(trainer.average.state_dict(), reference.state_dict())
+
+
+@pytest.mark.parametrize(("stream", "term"), [("classify", "ce"), ("denoise", "dsm")])
+def test_the_report_names_term_step_images_and_gradients(tmp_path, stream, term):
+    trainer = start(tmp_path / "run")
+    spoil_batches(trainer, 3, stream, 5)
+    with pytest.raises(ebmkit.UserError) as ended:
+        trainer.fit()
+    report = json.loads((tmp_path / "run" / "nonfinite-3.json").read_text())
+    image = trainer.streams[stream].numbers(2)[5]
+    assert report["step"] == 3
+    assert report["terms"][term] == "nan"
+    assert report["streams"][stream]["indices"] == trainer.streams[stream].numbers(2)
+    (row,) = report["streams"][stream]["images"]
+    assert (row["position"], row["image"], row["terms"]) == (5, image, [term])
+    assert row["finite"] == {"image": False, "noisy": False, "sigma": True, "noise": True}
+    other = report["streams"][{"classify": "denoise", "denoise": "classify"}[stream]]
+    assert (other["images"], other["looked_at"], other["size"]) == ([], 8, 8)
+    (fine,) = trainer.streams[stream].batches(2, 3)
+    assert row["sigma"] == f"{float(fine.sigma[5]) * 255:.4g}/255"
+    assert row["label"] == int(fine.labels[5])
+    assert report["reproduced"]
+    assert report["layer"].startswith("backbone.")
+    assert report["gradients"][0]["not_finite"] > 0
+    assert report["parameters"] == []
+    told = str(ended.value)
+    assert f"loss {term!r} is nan at step 3: stopped before the update; the state before it" in told
+    assert f"stream {stream}: not finite by themselves: images {image} [{term}, sigma" in told
+    assert f"largest gradients: {report['gradients'][0]['parameter']}" in told
+    assert "mend these images" in told
+    assert len(told.splitlines()) < 10
+
+
+def test_numbers_in_the_report_are_those_of_the_data_set(tmp_path):
+    """The image that a stream draws is the one its number names."""
+    plain = {name: {"augmentation": {"crop_padding": 0}} for name in ("classify", "denoise")}
+    trainer = start(tmp_path / "run", {"streams": plain})
+    for name in plain:
+        stream = trainer.streams[name]
+        (batch,) = stream.batches(7, 8)
+        assert torch.equal(batch.x, trainer.train.floats(torch.tensor(stream.numbers(7))))
+
+
+def test_a_gradient_without_an_image_at_fault_is_told_as_such(tmp_path):
+    trainer = start(tmp_path / "run")
+    weight = trainer.model.head.density.weight
+    weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(ebmkit.UserError, match=r"gradient's norm is (inf|nan) at step 1") as ended:
+        trainer.fit()
+    assert "largest gradients: head.density.weight inf" in str(ended.value)
+    assert "all 8 are finite by themselves" in str(ended.value)
+
+
+def test_parameters_that_are_not_finite_are_named(tmp_path):
+    trainer = start(tmp_path / "run")
+    with torch.no_grad():
+        trainer.model.head.density.weight[0] = float("inf")
+    with pytest.raises(ebmkit.UserError, match=r"not finite: head\.density\.weight"):
+        trainer.fit()
+
+
+def test_a_breach_of_maximum_likelihood_names_them_too(tmp_path):
+    """The run goes back, and its chains with it; the row and a file say what was at fault."""
+    trainer = start(tmp_path / "run", {"objective": "jem"})
+    draw, done = trainer.batches, []
+
+    def batches(first, stop):
+        for step, drawn in enumerate(draw(first, stop), first):
+            if step == 4 and not done:
+                done.append(step)
+                batch = drawn["classify"]
+                drawn = {**drawn, "classify": batch._replace(y=batch.y * math.nan)}
+            yield drawn
+
+    trainer.batches = batches
+    trainer.fit()
+    (row,) = [row for row in trainer.run.metrics() if row["kind"] == "breach"]
+    assert "loss 'ce' is nan" in row["reason"]
+    assert any(
+        "stream classify: not finite by themselves: images" in line for line in row["detail"]
+    )
+    report = json.loads((tmp_path / "run" / "nonfinite-5.json").read_text())
+    assert len(report["streams"]["classify"]["images"]) == 8
+    assert bool(trainer.recovery.negatives.buffer.images.isfinite().all())
+
+
+def test_reports_are_bounded_and_never_overwritten(tmp_path):
+    from ebmkit.training.nonfinite import MOST_REPORTS, write_report
+
+    names = {write_report(tmp_path, {"step": 3}) for _ in range(MOST_REPORTS)}
+    assert len(names) == MOST_REPORTS
+    assert write_report(tmp_path, {"step": 3}) is None
+
+
+@pytest.mark.parametrize("kind", ["plain", "in parts", "sam", "adv", "drops", "jem"])
+def test_what_is_looked_at_is_the_step_itself(tmp_path, kind):
+    """Its gradient is that of the step: the same batch, noise, attack, chains and dropout."""
+    trainer = start(tmp_path / "run", KINDS.get(kind, {"objective": "ce+dsm"}), MORE.get(kind, {}))
+    trainer.update._failed.fill_(1)  # as if it had failed: the parameters stay
+    trainer.model.train()
+    trainer._advance(trainer.batches(0, 1), False)
+    own = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
+    trainer.optimizer.zero_grad()
+    drawn = trainer.drawn if trainer.recovery else None
+    report = report_of(trainer, 1, trainer.update.read(), drawn)
+    assert "failed" not in report
+    assert not report["reproduced"]
+    assert len(report["gradients"]) > 3
+    for row in report["gradients"]:
+        assert row["norm"] == pytest.approx(float(own[row["parameter"]].norm()), rel=2e-5)
+
+
+MORE = {
+    "drops": {"backbone": "wideresnet10-jem", "model": {"backbone": {"dropout": 0.5}}},
+    "jem": {"objective": "jem"},
+}
+
+
+def test_what_happens_uphill_is_looked_at_too(tmp_path):
+    trainer = start(tmp_path / "run", {"optimizer": {"sharpness": 1e30}})
+    before = frozen(trainer.state())
+    with pytest.raises(ebmkit.UserError, match="at step 1: stopped before the update"):
+        trainer.fit()
+    assert_equal(trainer.state(), before)
+    report = json.loads((tmp_path / "run" / "nonfinite-1.json").read_text())
+    assert report["reproduced"]
+    assert report["layer"] is not None or report["gradients"][0]["not_finite"] > 0
+
+
+def test_a_fault_that_does_not_come_again_is_told_as_such(tmp_path):
+    trainer = start(tmp_path / "run")
+    times = iter([math.inf])
+    trainer.model.head.density.weight.register_hook(lambda gradient: gradient * next(times, 1))
+    with pytest.raises(ebmkit.UserError, match="taken again the step is finite: go on with"):
+        trainer.fit()
+
+
+def test_a_breach_under_attack_is_looked_into(tmp_path):
+    trainer = start(tmp_path / "run", {"objective": "jem+0.1*adv", "terms": {"adv": {"eps": 0.1}}})
+    spoil_batches(trainer, 3, "generate", 2)
+    with pytest.raises(ebmkit.UserError, match="given up") as ended:
+        trainer.fit()
+    report = json.loads((tmp_path / "run" / "nonfinite-3.json").read_text())
+    assert "failed" not in report
+    assert [row["position"] for row in report["streams"]["generate"]["images"]] == [2]
+    assert "not finite by themselves: images" in str(ended.value)
+
+
+def test_the_step_is_named_where_a_run_goes_on_in_the_same_process(tmp_path):
+    trainer = start(tmp_path / "run")
+    trainer.reporter = Stop(2)
+    with pytest.raises(Interrupted):
+        trainer.fit()
+    spoil_batches(trainer, 4, "denoise", 0)
+    with pytest.raises(ebmkit.UserError, match="at step 4: stopped before"):
+        trainer.fit()
+    assert RunFolder(tmp_path / "run").load_checkpoint()["step"] == 3
+
+
+class Stop:
+    """Asks the process to stop, as Ctrl-C does, when a step is reported."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def report(self, row):
+        if row["step"] == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_what_cannot_be_written_does_not_hide_what_happened(tmp_path):
+    """No file may grow beyond 2 kB, as if the disk were full."""
+    trainer = start(tmp_path / "run")
+    spoil_batches(trainer, 2, "denoise", 0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+        with pytest.raises(ebmkit.UserError, match="'dsm' is nan at step 2") as ended:
+            trainer.fit()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    told = str(ended.value)
+    assert "step 1 is not saved: cannot write" in told
+    assert "no report: cannot write" in told
+    assert "not finite by themselves: images" in told
+
+
+def test_what_cannot_be_looked_at_does_not_hide_what_happened(tmp_path):
+    trainer = start(tmp_path / "run")
+    spoil_batches(trainer, 2, "denoise", 0)
+    draw = trainer.batches
+
+    def once(first, stop):
+        if stop - first == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return draw(first, stop)
+
+    trainer.batches = once
+    with pytest.raises(ebmkit.UserError, match="'dsm' is nan at step 2") as ended:
+        trainer.fit()
+    told = str(ended.value)
+    assert "could not be taken again: OutOfMemoryError: CUDA out of memory" in told
+    numbers = trainer.streams["denoise"].numbers(1)
+    assert f"stream denoise: images {numbers[0]}, {numbers[1]}" in told
+
+
+@pytest.mark.parametrize("kind", ["folder", "hdf5"])
+def test_images_know_the_file_they_came_from(tmp_path, kind):
+    folder = tmp_path / "images"
+    (folder / "train").mkdir(parents=True)
+    pixels = torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    for i, image in enumerate(pixels):
+        write_image(image, folder / "train" / f"{i:02}.png")
+    place = folder
+    if kind == "hdf5":
+        place = tmp_path / "images.h5"
+        pack(folder, place)
+    whole = load_dataset(kind, place, "train")
+    for images in (whole, whole.first(5), whole.spread(4)):
+        for number in range(len(images)):
+            found = origin(images, number)
+            assert torch.equal(images.images[number], images.reader.read([found["row"]])[0])
+            if kind == "folder":
+                row = int(found["file"].removesuffix(".png"))
+                assert torch.equal(images.floats([number])[0], (pixels[row] * 255).round() / 255)
+
+
+TWO = """
+import sys
+import torch
+from ebmkit.parallel import join
+from ebmkit.training import RunFolder, resolve
+from ebmkit.training.assemble import assemble
+from test_nonfinite import SMALL, spoil_batches
+
+config = resolve(SMALL)
+with join() as world:
+    run = RunFolder.create(sys.argv[1], config) if world.first else None
+    trainer = assemble(config, run, world=world)
+    if world.rank == 1:
+        spoil_batches(trainer, 3, "denoise", 1)
+    before = world.gather(0)
+    try:
+        trainer.fit()
+    except ebmkit.UserError as error:
+        print(world.rank, trainer.step, error, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_the_process_is_named_whose_share_was_at_fault(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(TWO.replace("sys.argv[1]", f"Path({str(tmp_path / 'run')!r})"))
+    script.write_text("import ebmkit\nfrom pathlib import Path\n" + script.read_text())
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*command, str(script)],
+        env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        assert f"{rank} 2 loss 'dsm' is nan at step 3" in done.stdout
+    assert done.stdout.count("process 1 of 2") == 2
+    report = json.loads((tmp_path / "run" / "nonfinite-3.json").read_text())
+    assert [own["streams"]["denoise"]["looked_at"] for own in report["by_process"]] == [4, 4]
+    (row,) = report["streams"]["denoise"]["images"]
+    # the second process has the second half of the batch that one process would draw
+    alone = start(tmp_path / "alone")
+    assert row["image"] == alone.streams["denoise"].numbers(2)[4 + 1]
+    assert RunFolder(tmp_path / "run").load_checkpoint()["step"] == 2
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_looked_at_eagerly(tmp_path):
+    small = {"backbone": "mlp", "model": {"backbone": {"width": 8}}, "compute": {"compile": "on"}}
+    trainer = start(tmp_path / "run", small)
+    assert trainer.update.compiled
+    spoil_batches(trainer, 2, "denoise", 3)
+    with pytest.raises(ebmkit.UserError, match="'dsm' is nan at step 2: stopped before"):
+        trainer.fit()
+    report = json.loads((tmp_path / "run" / "nonfinite-2.json").read_text())
+    assert report["compiled"]
+    assert [row["position"] for row in report["streams"]["denoise"]["images"]] == [3]
+    assert report["layer"].startswith("backbone.")

@@ -1,0 +1,337 @@
+"""Run folders under damage, faults and older formats; nothing is lost that need not be."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+import ebmkit
+from ebmkit.errors import UserError
+from ebmkit.storage import DamagedFile, write_atomically
+from ebmkit.storage.manifest import read_manifest
+from ebmkit.storage.verify import verify_run
+from ebmkit.training import RunFolder, resolve
+from ebmkit.training.assemble import assemble
+from ebmkit.training.journal import whole_rows
+
+pytestmark = pytest.mark.usefixtures("counted_once")
+
+SMALL = {
+    "model": {"backbone": {"width": 4, "channels_per_group": 4}},
+    "optimizer": {"ema": 0.9},
+    "steps": 6,
+    "log_every": 1,
+    "validate_every": 2,
+    "validation_images": 16,
+    "checkpoint_every": 2,
+    "device": "cpu",
+    "streams": {"classify": {"batch_size": 8}, "denoise": {"batch_size": 8}},
+}
+
+CHECKPOINTS = ("checkpoints/step-00000004.pt", "checkpoints/step-00000006.pt")
+FILES = (
+    "config.yaml",
+    "environment.json",
+    "metrics.jsonl",
+    "model.json",
+    "model.safetensors",
+    "checkpoints/best.safetensors",
+    "evaluation/classify.json",
+    *CHECKPOINTS,
+)
+
+
+def train(root, seed=0):
+    run = RunFolder.create(root, resolve(SMALL, {"seed": seed}))
+    assemble(resolve(SMALL, {"seed": seed}), run).fit()
+    (root / "evaluation").mkdir()
+    write_atomically(root / "evaluation" / "classify.json", json.dumps({"seed": seed}).encode())
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Two finished runs, of different seeds; never to be changed."""
+    place = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context():
+        return [train(place / str(seed), seed) for seed in (0, 1)]
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return shutil.copytree(trained[0], tmp_path / "run")
+
+
+def go_on(root, **layer):
+    folder = RunFolder.open(root)
+    trainer = assemble(resolve(folder.config(), layer), folder)
+    trainer.fit()
+    return trainer
+
+
+def bits(root):
+    return {k: v.tolist() for k, v in ebmkit.load(root).state_dict().items()}
+
+
+def rows_of(root):
+    rows = RunFolder(root).metrics()
+    return [{k: v for k, v in row.items() if k != "images_per_s"} for row in rows]
+
+
+def flip(content, place):
+    return content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :]
+
+
+def in_a_tensor(content):
+    """Near the end of the file, where safetensors and torch.load look at no checksum."""
+    return flip(content, len(content) * 3 // 4)
+
+
+DAMAGES = {
+    "emptied": lambda content, other: b"",
+    "cut": lambda content, other: content[: len(content) // 2],
+    "first bit": lambda content, other: flip(content, 0),
+    "in a tensor": lambda content, other: in_a_tensor(content),
+    "last bit": lambda content, other: flip(content, len(content) - 1),
+    "of another run": lambda content, other: other,
+    "missing": None,
+}
+
+
+def damage(root, name, how, other):
+    path = root / name
+    if DAMAGES[how] is None:
+        path.unlink()
+    else:
+        path.write_bytes(DAMAGES[how](path.read_bytes(), (other / name).read_bytes()))
+
+
+def test_every_file_of_a_run_is_vouched_for(trained):
+    assert set(FILES) == set(read_manifest(trained[0]).files)
+    assert all(found.state == "whole" for found in verify_run(trained[0]))
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("name", FILES)
+def test_damage_to_any_file_is_noticed(run, trained, name, how):
+    """By looking over the run; and by whoever needs the file, who says which it is."""
+    if how == "of another run" and name in ("environment.json", "model.json"):
+        pytest.skip("says the same in both runs")
+    damage(run, name, how, trained[1])
+    assert [found.name for found in verify_run(run) if found.state != "whole"] == [name]
+    file = name.rpartition("/")[2]
+    if name == "config.yaml" and how == "missing":
+        with pytest.raises(UserError, match=r"no config\.yaml"):
+            RunFolder.open(run)
+    elif name == "config.yaml":
+        with pytest.raises(DamagedFile, match=rf"{file}' is damaged"):
+            RunFolder.open(run).config()
+    elif name.startswith("model."):
+        with pytest.raises(UserError, match=file):
+            ebmkit.load(run)
+    elif name == "checkpoints/best.safetensors":
+        with pytest.raises(UserError, match=file):
+            ebmkit.load(run, weights="best")
+    elif name == "metrics.jsonl":
+        with pytest.warns(UserWarning, match=rf"{file}' is damaged: it is kept as"):
+            RunFolder.open(run).forget_after(6)
+    elif name == CHECKPOINTS[1]:
+        with pytest.warns(UserWarning, match=rf"{file}' is damaged: .*; going back to step 4"):
+            assert RunFolder.open(run).load_checkpoint()["step"] == 4
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_run_goes_on_from_its_newest_whole_checkpoint(run, trained, how):
+    """And ends with the same bits, metrics and best weights; the damaged file is replaced."""
+    damage(run, CHECKPOINTS[1], how, trained[1])
+    damage(run, "model.safetensors", how, trained[1])
+    with pytest.warns(UserWarning, match="going back to step 4"):
+        assert go_on(run).first_step == 4
+    assert bits(run) == bits(trained[0])
+    assert all(found.state == "whole" for found in verify_run(run))
+    assert rows_of(run) == rows_of(trained[0])
+
+
+def test_without_its_manifest_a_run_goes_on_and_gets_a_new_one(run, trained):
+    (run / "manifest.json").unlink()
+    path = run / CHECKPOINTS[1]
+    path.write_bytes(in_a_tensor(path.read_bytes()))
+    with pytest.warns(UserWarning, match="going back to step 4"):  # the archive's own checksums
+        go_on(run)
+    assert bits(run) == bits(trained[0])
+    assert all(found.state == "whole" for found in verify_run(run))
+
+
+def test_a_damaged_manifest_is_set_aside_and_made_anew(run, trained):
+    path = run / "manifest.json"
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(DamagedFile, match=r"manifest\.json"):
+        ebmkit.load(run)
+    with pytest.warns(UserWarning, match=r"manifest\.json' is damaged"):
+        go_on(run)
+    assert (run / "manifest.json.damaged").is_file()
+    assert bits(run) == bits(trained[0])
+
+
+def test_checkpoints_of_another_step_are_not_taken(run):
+    shutil.copy(run / CHECKPOINTS[1], run / "checkpoints/step-00000009.pt")
+    assert RunFolder.open(run).load_checkpoint()["step"] == 6
+    (run / "manifest.json").unlink()
+    with pytest.warns(UserWarning, match=r"step-00000009.pt' is damaged: it holds step 6"):
+        assert RunFolder.open(run).load_checkpoint()["step"] == 6
+
+
+def test_if_no_checkpoint_is_whole_nothing_is_begun_anew(run):
+    for name in CHECKPOINTS:
+        (run / name).write_bytes(b"")
+    with pytest.raises(DamagedFile, match="no whole checkpoint is left"):
+        go_on(run)
+    assert RunFolder(run).metrics()[-1]["step"] == 6
+
+
+def test_metrics_cut_anywhere_are_read_and_gone_on_with(run, trained):
+    """Every byte of the last two rows; what is after the checkpoint is written again."""
+    whole = (run / "metrics.jsonl").read_bytes()
+    (run / CHECKPOINTS[1]).unlink()
+    (run / "manifest.json").unlink()
+    folder = RunFolder.open(run)
+    with folder.held():
+        pass
+    rows = folder.metrics()
+    ends = [end for _, end in whole_rows(whole)]
+    for cut in range(ends[-3], len(whole) + 1, 7):
+        (run / "manifest.json").unlink()
+        (run / "metrics.jsonl").write_bytes(whole[:cut])
+        folder = RunFolder.open(run)
+        assert folder.metrics() == rows[: sum(end <= cut for end in ends)]
+        with folder.held():
+            folder.forget_after(6)
+            folder.log({"step": 7, "kind": "train"})
+        assert folder.metrics()[-1] == {"step": 7, "kind": "train"}
+        assert folder.metrics()[:-1] == rows[: sum(end <= cut for end in ends)]
+
+
+def test_so_many_checkpoints_are_kept(tmp_path):
+    for keep, kept in ((1, [6]), (3, [2, 4, 6])):
+        root = tmp_path / str(keep)
+        config = resolve(SMALL, {"keep_checkpoints": keep})
+        assemble(config, RunFolder.create(root, config)).fit()
+        names = sorted(p.name for p in (root / "checkpoints").glob("step-*"))
+        assert names == [f"step-{step:08}.pt" for step in kept]
+
+
+def test_a_run_of_format_1_becomes_one_of_format_2(run, trained):
+    (run / "manifest.json").unlink()
+    (run / CHECKPOINTS[1]).unlink()
+    (run / CHECKPOINTS[0]).rename(run / "checkpoints" / "last.pt")
+    assert go_on(run).first_step == 4
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
+        "best.safetensors",
+        "step-00000006.pt",
+    ]
+    assert bits(run) == bits(trained[0])
+
+
+@pytest.mark.parametrize("remains", [(), ("checkpoints/",), ("checkpoints/", ".lock")])
+def test_who_is_killed_before_the_first_file_can_begin_again(tmp_path, remains):
+    root = tmp_path / "run"
+    root.mkdir()
+    for name in remains:
+        (root / name).mkdir() if name.endswith("/") else (root / name).touch()
+    assert RunFolder.is_unborn(root)
+    RunFolder.create(root, resolve(SMALL))
+    assert not RunFolder.is_unborn(root)
+
+
+def test_a_folder_with_anything_else_in_it_is_not_taken(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "mine.pt").touch()
+    assert not RunFolder.is_unborn(tmp_path)
+    with pytest.raises(UserError, match="exists: go on with it by --resume"):
+        RunFolder.create(tmp_path, resolve(SMALL))
+
+
+def test_a_folder_that_links_out_is_not_written_into(run, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    shutil.move(run / "checkpoints", elsewhere)
+    (run / "checkpoints").symlink_to(elsewhere)
+    before = sorted(p.name for p in elsewhere.iterdir())
+    with pytest.raises(UserError, match="checkpoints' is a link out of the run"):
+        go_on(run, steps=6)
+    assert sorted(p.name for p in elsewhere.iterdir()) == before
+
+
+def test_what_happened_is_told_when_a_save_fails(run, monkeypatch):
+    """Where the run stands, and what there is to go on from."""
+    folder = RunFolder.open(run)
+    state = folder.load_checkpoint()
+
+    def full(handle):
+        with open("/dev/full", "wb", buffering=0) as file:
+            file.write(b"x")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(
+        UserError,
+        match=r"step 6 is not saved: .*No space left on device .* checkpoint is .*step-00000006",
+    ):
+        folder.save_checkpoint(state)
+    monkeypatch.undo()
+    assert RunFolder.open(run).load_checkpoint()["step"] == 6
+
+
+LIMITED = """
+import resource, sys
+sys.argv = ["ebmkit", "train", "--resume", sys.argv[1], "--set", "keep_checkpoints=2"]
+from ebmkit.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*step-00000006.pt. is damaged. it is missing")
+def test_a_real_limit_of_file_sizes_keeps_the_checkpoint_before(run):
+    """As a quota would: the system refuses the write, not a stand-in for it."""
+    (run / CHECKPOINTS[1]).unlink()
+    before = (run / CHECKPOINTS[0]).read_bytes()
+    ended = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(run)], capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 2
+    assert "Traceback" not in ended.stderr
+    assert "step 6 is not saved" in ended.stderr
+    assert "File too large" in ended.stderr
+    assert (run / CHECKPOINTS[0]).read_bytes() == before
+    assert RunFolder.open(run).load_checkpoint()["step"] == 4
+    assert not list(run.rglob("*.partial"))
+
+
+def test_a_vanished_folder_is_told(tmp_path):
+    class Vanish:
+        def report(self, row):
+            if row["step"] == 3:
+                shutil.rmtree(tmp_path / "run")
+
+    config = resolve(SMALL)
+    trainer = assemble(config, RunFolder.create(tmp_path / "run", config), Vanish())
+    with pytest.raises(UserError, match=r"cannot write .*No such file or directory"):
+        trainer.fit()
+    assert not (tmp_path / "run").exists()
+
+
+def test_going_on_warns_of_nothing_when_all_is_well(run):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        go_on(run)
+
+
+def test_a_checkpoint_is_a_plain_file_of_tensors(run):
+    state = torch.load(run / CHECKPOINTS[1], weights_only=True)
+    assert {"model", "optimizer", "average", "running", "step"} <= state.keys()
