@@ -1,0 +1,118 @@
+"""Signals and company: what a process does that is asked to stop, or meets another."""
+
+import hashlib
+import json
+import os
+import re
+import signal
+import time
+
+import pytest
+
+import ebmkit
+from ebmkit.storage.verify import verify_run
+from tests.soak.compare import differences, last_step, logged_step
+from tests.soak.kills import START
+from tests.soak.processes import Command, marked
+from tests.soak.processes import ebmkit as command_line
+from tests.soak.scenarios import MLP, SMALL
+
+pytestmark = pytest.mark.slow
+
+STEPS = 800
+
+
+def train(tmp_path, *arguments, steps=STEPS, ranks=1):
+    words = ["train", "--no-evaluate", "--device", "cpu", "--steps", steps, *MLP, *SMALL]
+    line = command_line(*words, *arguments, ranks=ranks)
+    return Command(line, tmp_path, tmp_path / "log.txt")
+
+
+def wait_for(what, until=START):
+    end = time.monotonic() + until
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def grows(run):
+    """Becomes true when the run logs a step beyond those logged now."""
+    before = logged_step(run) if run.exists() else 0
+    return lambda: run.exists() and logged_step(run) > before
+
+
+def test_whatever_asks_it_to_stop_training_saves_and_goes_on_to_the_same_bits(tmp_path):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert train(tmp_path, "--out", whole).wait(300) == 0
+    asked = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+    where = ["--out", run]
+    for number, code in asked:
+        command = train(tmp_path, *where)
+        wait_for(grows(run))
+        command.signal(number)
+        assert command.wait(60) == code
+        assert last_step(run) == logged_step(run)  # nothing is lost
+        where = ["--resume", run]
+    assert "ebmkit train --resume" in (tmp_path / "log.txt").read_text()
+    assert train(tmp_path, *where).wait(300) == 0
+    assert differences(whole, run) == []
+
+
+def test_a_request_to_end_while_saving_or_starting_harms_nothing(tmp_path):
+    run = tmp_path / "run"
+    command = train(tmp_path, "--out", run)
+    folder = run / "checkpoints"
+    wait_for(lambda: folder.is_dir() and any(n.endswith(".partial") for n in os.listdir(folder)))
+    command.signal(signal.SIGTERM)
+    assert command.wait(60) == 143
+    assert all(found.state == "whole" for found in verify_run(run))
+    for seconds in (0.2, 2.5):  # before there is anything to save
+        command = train(tmp_path, "--resume", run)
+        time.sleep(seconds)
+        command.signal(signal.SIGTERM)
+        assert command.wait(60) in (143, -signal.SIGTERM)
+    assert all(found.state == "whole" for found in verify_run(run))
+
+
+def test_torchrun_asked_to_end_lets_its_processes_save(tmp_path):
+    run = tmp_path / "run"
+    command = train(tmp_path, "--out", run, ranks=2)
+    wait_for(grows(run), 90)
+    command.signal(signal.SIGTERM)
+    assert command.wait(90) != 0
+    assert last_step(run) == logged_step(run) > 0
+    assert all(found.state == "whole" for found in verify_run(run))
+    assert marked(command.mark) == []
+
+
+def test_a_second_command_is_refused_and_a_dead_one_does_not_block(tmp_path):
+    run = tmp_path / "run"
+    first = train(tmp_path, "--out", run, steps=100_000)
+    wait_for(grows(run))
+    second = train(tmp_path, "--resume", run, steps=100_000)
+    assert second.wait(60) == 2
+    told = (tmp_path / "log.txt").read_text()
+    assert re.search(rf"process {first.process.pid} on '.*' has been training in .* since 20", told)
+    assert "Traceback" not in told
+    first.kill()
+    third = train(tmp_path, "--resume", run, steps=100_000)
+    wait_for(grows(run))
+    third.signal(signal.SIGTERM)
+    assert third.wait(60) == 143
+
+
+def test_who_reads_while_it_trains_sees_card_and_weights_of_one_moment(tmp_path):
+    """Hundreds of loads: a number of steps always comes with the same weights."""
+    run = tmp_path / "run"
+    command = train(tmp_path, "--set=checkpoint_every=1", "--out", run, steps=100_000)
+    wait_for(lambda: (run / "model.json").exists())
+    seen, loads, end = {}, 0, time.monotonic() + 8
+    while time.monotonic() < end:
+        model = ebmkit.load(run)
+        content = json.dumps([p.sum().item() for p in model.parameters()])
+        seen.setdefault(model.card.steps, set()).add(hashlib.sha256(content.encode()).hexdigest())
+        loads += 1
+    command.kill()
+    assert loads > 100
+    assert len(seen) > 20
+    assert all(len(found) == 1 for found in seen.values())

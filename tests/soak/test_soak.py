@@ -1,0 +1,25 @@
+"""The short form of `python -m tests.soak`: a few kills of each kind of training."""
+
+import pytest
+
+from tests.soak.kills import killed
+from tests.soak.scenarios import TRAININGS
+
+pytestmark = pytest.mark.slow
+
+FEW = [("ce+dsm", 3, 2), ("jem", 2, 1), ("jem-astray", 2, 0), ("two-ranks", 2, 1)]
+
+
+@pytest.mark.parametrize(("name", "kills", "saves"), FEW, ids=[name for name, *_ in FEW])
+def test_training_that_is_killed_ends_as_if_it_never_was(tmp_path, name, kills, saves):
+    """Weights, averages, optimiser, buffer, watch, best weights and metrics: the same bits."""
+    outcome = killed(TRAININGS[name], tmp_path, kills, saves, 1, True, print)
+    assert outcome.differing == []
+    assert outcome.kills == kills
+    assert outcome.in_a_save >= saves  # proven by the file left behind
+
+
+@pytest.mark.parametrize("name", ["control-randomness", "control-optimizer"])
+def test_what_is_not_restored_is_seen(tmp_path, name):
+    """A defect put in on purpose must show, or the comparison proves nothing."""
+    assert killed(TRAININGS[name], tmp_path, 1, 0, 2, True, print).differing
