@@ -6,7 +6,7 @@ of torch that make tensors are counted before they take any memory.
 >>> with AtMost(1000):
 ...     torch.nn.Linear(10**6, 10**6)
 Traceback (most recent call last):
-ebmkit.errors.UserError: the network would have more parameters than its file of weights has: they do not belong together
+ebmkit.errors.UserError: the network would have more parameters than its weights are
 """
 
 from __future__ import annotations
@@ -58,8 +58,5 @@ class AtMost(TorchFunctionMode):
             steps = [n for n in (*args, *kwargs.values()) if type(n) is int]
             self.left -= max(steps, default=0)
         if self.left < 0:
-            raise UserError(
-                "the network would have more parameters than its file of weights has: they do not "
-                "belong together"
-            )
+            raise UserError("the network would have more parameters than its weights are")
         return func(*args, **kwargs)
