@@ -14,6 +14,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -65,14 +66,16 @@ def write_together(
     committed = False
     current = root / next(iter(files), MANIFEST)
     try:
-        for name, content in files.items():
-            current = root / name
-            with writing(current):
-                if current.parent != root:
-                    current.parent.mkdir(exist_ok=True)
-                staged[name] = stage(current, content)
+        with ThreadPoolExecutor(1) as aside:  # digests are taken while the disk writes
+            entries = {name: aside.submit(entry_of, content) for name, content in files.items()}
+            for name, content in files.items():
+                current = root / name
+                with writing(current):
+                    if current.parent != root:
+                        current.parent.mkdir(exist_ok=True)
+                    staged[name] = stage(current, content)
         with _changing(root) as manifest:
-            manifest.files |= {name: entry_of(content) for name, content in files.items()}
+            manifest.files |= {name: entry.result() for name, entry in entries.items()}
             manifest.files |= grown or {}
             manifest.removed = tuple(name for name in drop if manifest.files.pop(name, None))
             manifest.pending = {name: path.name for name, path in staged.items()}
