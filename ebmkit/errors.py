@@ -13,8 +13,27 @@ from typing import Any
 __all__ = ["UserError", "plain", "shown", "unknown_name"]
 
 
+MOST = 1000
+"""Characters of a sentence; of a longer one, which quotes something long, the middle is left out."""
+
+
 class UserError(ValueError):
-    """A mistake in what the user gave: input, option, file or folder."""
+    r"""A mistake in what the user gave: input, option, file or folder.
+
+    Its sentence stays one, whatever it quotes: characters that would act on a terminal are spelled
+    out, and the middle of a very long one is left out.
+
+    >>> print(UserError("there is no file " + "evil\x1b[2J\n"))
+    there is no file evil\x1b[2J\n
+    """
+
+    def __init__(self, sentence: object = "") -> None:
+        text = str(sentence)
+        if len(text) > MOST:
+            text = f"{text[: MOST - 300]} ... {text[-300:]}"
+        if not text.isprintable():
+            text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+        super().__init__(text)
 
 
 def shown(value: Any, most: int = 200) -> str:
