@@ -14,7 +14,7 @@ __all__ = ["UserError", "plain", "shown", "unknown_name"]
 
 
 MOST = 1000
-"""Characters of a sentence; of a longer one, which quotes something long, the middle is left out."""
+"""Characters of a sentence; a longer one, which quotes something long, loses its middle."""
 
 
 class UserError(ValueError):

@@ -13,7 +13,7 @@ from ebmkit.data import load_dataset
 from ebmkit.errors import UserError
 from ebmkit.generation.settings import BUFFER, SamplingSettings
 from ebmkit.sampling.buffer import ReplayBuffer
-from ebmkit.storage.hdf5 import open_hdf5
+from ebmkit.storage.hdf5 import holds, open_hdf5
 from ebmkit.training import DataConfig, RunFolder, resolve
 from ebmkit.training.assemble import Split, images_of
 
@@ -122,7 +122,7 @@ def buffer_of(run: Path, model: ScoreModel) -> ReplayBuffer:
     what = f"the replay buffer of {str(run)!r}"
     images = ReplayBuffer.read_images(content, what)
     with open_hdf5(content, what) as file:
-        labelled = "labels" in file
+        labelled = holds(file, "labels")
     return ReplayBuffer(images, model.num_classes if labelled else 0)
 
 
