@@ -72,7 +72,8 @@ RUNS: dict[str, dict[str, Any]] = {
     },
 }
 """A small network; the paper's for CIFAR-10; this one with a replay buffer, which is saved too, and
-so are three earlier states and their chains, to go back to."""
+so are three earlier states and their chains, to go back to. That is 1.4 GB a save: 2.9 % with two
+cores to two processes, and 6 to 17 % where others kept processor and disk busy."""
 
 
 def main() -> None:
