@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -18,41 +16,15 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.text import Text
 
 from ebmkit.errors import UserError
+from ebmkit.terminal import CleanConsole
 from ebmkit.training import Reporter
 
-__all__ = ["CleanConsole", "TensorBoard", "Together", "TrainingBar", "clean", "console", "errors"]
+__all__ = ["TensorBoard", "Together", "TrainingBar", "console", "errors"]
 
-_HARMFUL = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
-"""Kinds of characters that change how a terminal shows what follows, or cannot be shown."""
-
-
-def clean(text: str) -> str:
-    r"""``text`` with its control characters, changes of direction and the like spelled out.
-
-    Names of files and classes come from elsewhere; what they say must not steer a terminal.
-
-    >>> clean("cat\x1b[2J")
-    'cat\\x1b[2J'
-    """
-    if text.isprintable():
-        return text
-    return "".join(
-        c if c in "\n\t" or unicodedata.category(c) not in _HARMFUL else repr(c)[1:-1] for c in text
-    )
-
-
-class CleanConsole(Console):
-    """A console whose plain strings, cells of tables among them, are shown `clean`."""
-
-    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
-        return super().render_str(clean(text), **options)
-
-
-console = CleanConsole(markup=False)
-errors = CleanConsole(stderr=True, markup=False)
+console = CleanConsole()
+errors = CleanConsole(stderr=True)
 
 _HIDDEN = ("kind", "step", "lr", "images_per_s")
 

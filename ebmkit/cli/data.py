@@ -22,12 +22,25 @@ def pack(
     image_size: Annotated[
         int | None, typer.Option(min=1, help="height and width to bring images to")
     ] = None,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="leave out images that cannot be read")
+    ] = False,
+    follow_links: Annotated[
+        bool, typer.Option("--follow-links", help="follow links that lead out of the folder")
+    ] = False,
 ) -> None:
     """Pack a folder of images, or a torchvision data set, into one HDF5 file.
 
     Train on it with --dataset hdf5 --data-dir OUT.h5.
     """
+    from ebmkit.data.imagesets import Faults
     from ebmkit.data.pack import pack as pack_file
 
-    pack_file(src, out, image_size=image_size, progress=console.is_terminal)
+    pack_file(
+        src,
+        out,
+        image_size=image_size,
+        progress=console.is_terminal,
+        faults=Faults(skip_unreadable, follow_links),
+    )
     console.print(f"wrote {out}", soft_wrap=True, highlight=False)

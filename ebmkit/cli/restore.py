@@ -18,6 +18,7 @@ from ebmkit.generation.settings import no_steps
 from ebmkit.models import load
 from ebmkit.sampling.config import StochasticAscentConfig
 from ebmkit.sampling.presets import SAMPLERS
+from ebmkit.terminal import for_bar, shown_name
 from ebmkit.training import parse_assignments
 from ebmkit.validation import validated
 
@@ -98,7 +99,7 @@ def restore(
         for sentence in document["warnings"]:
             errors.print(f"warning: {sentence}", style="yellow", highlight=False, soft_wrap=True)
         if document["psnr"] is not None:
-            table.add_row(path.name, *_cells(document["psnr"]))
+            table.add_row(shown_name(path.name), *_cells(document["psnr"]))
     if table.row_count:
         console.print(table)
     console.print(f"pictures: {out}", soft_wrap=True, highlight=False)
@@ -106,7 +107,7 @@ def restore(
 
 def _restore_one(job: RestoreJob, path: Path, out: Path) -> dict[str, Any]:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        line = bar.add_task(path.name, total=None)
+        line = bar.add_task(for_bar(path.name), total=None)
         return job.run_on(
             path, out, lambda done, total: bar.update(line, completed=done, total=total)
         )

@@ -7,7 +7,7 @@ import json
 import shlex
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +20,7 @@ from ebmkit.data import AnyImages
 from ebmkit.errors import UserError
 from ebmkit.parallel import World, join, launch, restarted
 from ebmkit.storage import write_atomically
+from ebmkit.storage.reading import read_json
 from ebmkit.training import (
     Interrupted,
     Reporter,
@@ -205,8 +206,12 @@ def _interrupted_run(out: Path | None, config: TrainConfig) -> Path | None:
     folders = [out] if out is not None else sorted(Path("runs").glob(f"{_stem(config)}*"))
     for folder in folders:
         path = folder / "environment.json"
-        if path.is_file() and json.loads(path.read_text()).get("launch") == launch():
-            return folder
+        if not path.is_file():
+            continue
+        with suppress(UserError):  # not ours to read
+            document = read_json(path)
+            if isinstance(document, dict) and document.get("launch") == launch():
+                return folder
     return None
 
 

@@ -9,7 +9,6 @@ import torch
 import typer
 from rich.progress import Progress
 from rich.table import Table
-from rich.text import Text
 from torch import Tensor, nn
 
 from ebmkit.cli.app import app
@@ -21,6 +20,7 @@ from ebmkit.errors import UserError
 from ebmkit.generation import parse_label
 from ebmkit.inference import denoise_picture
 from ebmkit.models import load
+from ebmkit.terminal import for_bar, one_line, shown_name
 from ebmkit.units import format_sigma, parse_sigma
 
 __all__ = ["classify", "denoise"]
@@ -59,8 +59,8 @@ def classify(
         for rank, label in enumerate(posterior.argsort(descending=True)[:top].tolist()):
             first = rank == 0
             table.add_row(
-                Text(path.name if first else ""),
-                Text(_class_name(model, label)),
+                shown_name(path.name) if first else "",
+                shown_name(_class_name(model, label)),
                 f"{float(posterior[label]):.2%}",
                 f"{float(energies.log_density[0]):.1f}" if first else "",
             )
@@ -112,7 +112,7 @@ def denoise(
         write_image(result.image.clamp(0, 1), target, bits=picture.bits)
         how = "given" if level is not None else "estimated"
         console.print(
-            f"{target}: noise level {format_sigma(result.sigma)} ({how}) taken out",
+            f"{one_line(str(target))}: noise level {format_sigma(result.sigma)} ({how}) taken out",
             soft_wrap=True,
             highlight=False,
         )
@@ -135,7 +135,7 @@ def _denoise_one(
     device: torch.device,
 ) -> _Result:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(name, total=None)
+        task = bar.add_task(for_bar(name), total=None)
         result = denoise_picture(
             model,
             picture.image.to(device),

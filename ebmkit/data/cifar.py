@@ -22,6 +22,10 @@ from ebmkit.errors import UserError
 __all__ = ["CIFAR", "cifar", "torchvision_cifar"]
 
 
+LARGEST_FILE = 200 * 2**20
+"""Bytes; the largest that is published has 155 MB."""
+
+
 class _Facts(NamedTuple):
     torchvision_name: str
     folder: str
@@ -84,6 +88,9 @@ def cifar(name: str, data_dir: Path, split: Split, download: bool) -> AnyImages:
 def torchvision_cifar(name: str, data_dir: Path, train: bool, download: bool) -> ImageSet:
     """All official training or test images, through `torchvision.datasets`.
 
+    The files are pickles, which can run any code when they are opened: torchvision compares the
+    digest of each with that of the published one before it does. No other file is opened.
+
     Raises:
         UserError: if the folder is incomplete, or cannot be fetched.
     """
@@ -91,6 +98,7 @@ def torchvision_cifar(name: str, data_dir: Path, train: bool, download: bool) ->
 
     facts = CIFAR[name]
     root = data_dir.parent if data_dir.name == facts.folder else data_dir
+    _check_files(root / facts.folder)
     timeout, existed = socket.getdefaulttimeout(), root.exists()
     try:
         socket.setdefaulttimeout(30)
@@ -118,6 +126,20 @@ def torchvision_cifar(name: str, data_dir: Path, train: bool, download: bool) ->
         labels=torch.tensor(source.targets, dtype=torch.int64),
         class_names=facts.class_names,
     )
+
+
+def _check_files(folder: Path) -> None:
+    """Check that what is in ``folder``, if it is there, can be looked at to its end.
+
+    Raises:
+        UserError: if not.
+    """
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if not path.is_file() or path.stat().st_size > LARGEST_FILE:
+            raise UserError(
+                f"{str(path)!r} is no file of the published data set: delete {str(folder)!r} and "
+                "unpack it anew"
+            )
 
 
 def source_archive(name: str) -> str:

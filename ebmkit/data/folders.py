@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ebmkit.data import imagesets
+from ebmkit.data.finding import SUFFIXES, check_inside, find_images
 from ebmkit.data.images import picture_header
 from ebmkit.data.imagesets import (
     AnyImages,
@@ -44,10 +45,9 @@ __all__ = [
     "part_folder",
     "progress_bar",
     "readable",
+    "readable_rows",
     "tell_skipped",
 ]
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".ppm", ".pgm")
 
 SHOWN = 3
 """Images that a warning names."""
@@ -107,7 +107,7 @@ def load_folder(
     height, width = reader.size
     pictures = reader if side is not None and split == "train" else None
     if faults.skip and pictures is None:
-        rows = _readable_rows(listing, rows, f"{root.name}/{split}", progress)
+        rows = readable_rows(listing, rows, f"{root.name}/{split}", progress)
         labels = None if listing.labels is None else listing.labels[rows]
     too_many = len(rows) * reader.channels * height * width > imagesets.MEMORY_LIMIT
     if pictures is not None or too_many:
@@ -152,28 +152,26 @@ def list_folder(
         raise UserError(
             f"{str(root)!r} {what}: name a folder of images, as in DIR/train/CLASS/*.png"
         )
-    if not has_parts(root):
-        names, classes = _files(root)
-        if part != "all":
-            names = [name for name in names if _is_test(name) == (part == "test")]
-        base = root
-    else:
-        base = part_folder(root, part)
-        names, classes = _files(base)
+    faults = faults or Faults()
+    for own in () if faults.follow else ("train", "test", "val"):
+        check_inside(root, root / own)
+    base = part_folder(root, part) if has_parts(root) else root
+    names, classes = _sorted_by_class(base, find_images(root, base, faults.follow))
+    if base == root and part != "all":
+        names = [name for name in names if _is_test(name) == (part == "test")]
+    elif base != root:
         classes = _training_classes(root, base, classes)
     if not names:
         raise UserError(
             f"{str(base)!r} holds no {part} images: put files ending in {', '.join(SUFFIXES)} there"
         )
-    faults = faults or Faults()
-    if not faults.follow:
-        _check_links(root, base, names)
     if faults.skip:
         names = readable(base, names, faults, picture_header if image_size is None else None)
     numbers = {name: i for i, name in enumerate(classes)}
     labels = torch.tensor([numbers[_class_of(name)] for name in names]) if classes else None
     channels, size = _shape(base, names, image_size, progress, faults.skip)
-    return Listing(FolderReader(base, names, channels, size, side), labels, classes)
+    reader = FolderReader(base, names, channels, size, side)
+    return Listing(reader, labels, tuple(_as_text(name) for name in classes))
 
 
 def readable(
@@ -207,8 +205,12 @@ def tell_skipped(what: str, lost: Sequence[str], count: int) -> None:
         )
 
 
-def _readable_rows(listing: Listing, rows: Tensor, what: str, progress: bool) -> Tensor:
-    """The rows whose images can be read, after reading each."""
+def readable_rows(listing: Listing, rows: Tensor, what: str, progress: bool) -> Tensor:
+    """The rows whose images can be read, after reading each.
+
+    Raises:
+        UserError: if none can.
+    """
     kept, lost = [], []
     for row in progress_bar(rows.tolist(), f"looking through {what}", progress):
         try:
@@ -221,25 +223,6 @@ def _readable_rows(listing: Listing, rows: Tensor, what: str, progress: bool) ->
     if not kept:
         raise UserError(f"none of {len(rows)} images of {what} can be read: {lost[0]}")
     return torch.tensor(kept)
-
-
-def _check_links(root: Path, base: Path, names: list[str]) -> None:
-    """Check that no image is a link to something outside ``root``, which may be one itself.
-
-    Raises:
-        UserError: naming the first that is.
-    """
-    home = os.path.realpath(root)
-    for name in names:
-        path = os.path.join(base, name)
-        if not os.path.islink(path) and not os.path.islink(os.path.dirname(path)):
-            continue
-        target = os.path.realpath(path)
-        if os.path.commonpath([home, target]) != home:
-            raise UserError(
-                f"{path!r} is a link out of the folder, to {target!r}: copy the image into it, or "
-                "set dataset.links=follow"
-            )
 
 
 def has_parts(root: Path) -> bool:
@@ -276,35 +259,21 @@ def _class_of(name: str) -> str:
 
 def progress_bar(items: Iterable[T], text: str, show: bool) -> Iterable[T]:
     """``items``, with a bar on a terminal's standard error if ``show``."""
-    from rich.console import Console
     from rich.progress import track
 
-    console = Console(stderr=True)
+    from ebmkit.terminal import CleanConsole, for_bar
+
+    console = CleanConsole(stderr=True)
     hidden = not (show and console.is_terminal)
-    return track(items, text, console=console, transient=True, disable=hidden)
+    return track(items, for_bar(text), console=console, transient=True, disable=hidden)
 
 
-def _files(base: Path) -> tuple[list[str], tuple[str, ...]]:
-    """Image files under ``base``, relative and sorted, and the class folders they are in."""
-    names: list[str] = []
-    ignored: list[str] = []
+def _sorted_by_class(base: Path, names: list[str]) -> tuple[list[str], tuple[str, ...]]:
+    """``names``, and the class folders that they are in.
 
-    def fail(error: OSError) -> None:
-        raise UserError(f"cannot look into {str(error.filename)!r}: {error.strerror}") from None
-
-    for folder, subfolders, files in os.walk(base, onerror=fail):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        inside = os.path.relpath(folder, base)
-        for file in sorted(files):
-            kept = names if os.path.splitext(file)[1].lower() in SUFFIXES else ignored
-            if not file.startswith("."):
-                kept.append(file if inside == os.curdir else os.path.join(inside, file))
-    if ignored:
-        warnings.warn(
-            f"{len(ignored)} files in {str(base)!r} are not images and are left out, as "
-            f"{ignored[0]!r}",
-            stacklevel=4,
-        )
+    Raises:
+        UserError: if some are in class folders and some are not.
+    """
     loose = [name for name in names if os.sep not in name]
     if loose and len(loose) < len(names):
         raise UserError(
@@ -313,6 +282,11 @@ def _files(base: Path) -> tuple[list[str], tuple[str, ...]]:
         )
     classes = () if loose else tuple(sorted({_class_of(name) for name in names}))
     return names, classes
+
+
+def _as_text(name: str) -> str:
+    r"""A folder's name as text that any file can hold: bytes that are no UTF-8 as ``\xff``."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _training_classes(root: Path, base: Path, classes: tuple[str, ...]) -> tuple[str, ...]:
@@ -341,7 +315,7 @@ def _training_classes(root: Path, base: Path, classes: tuple[str, ...]) -> tuple
 def _is_test(name: str) -> bool:
     """Whether a file is of the test tenth: decided by its path alone, so that adding files moves
     none."""
-    digest = hashlib.blake2b(Path(name).as_posix().encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(os.fsencode(Path(name).as_posix()), digest_size=8).digest()
     return int.from_bytes(digest, "big") % 10 == 0
 
 

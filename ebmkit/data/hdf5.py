@@ -12,9 +12,8 @@ class_names beside them. `ebmkit.data.pack.pack` writes such files.
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,10 +22,18 @@ import torch
 from torch import Tensor
 
 from ebmkit.data import imagesets
-from ebmkit.data.images import MAX_PIXELS
+from ebmkit.data.images import MAX_PIXELS_IN_SET
 from ebmkit.data.imagesets import AnyImages, ImageSet, Split, StreamedSet, held_out, shuffled
 from ebmkit.errors import UserError
-from ebmkit.storage.hdf5 import MOST_NAMES, find_array, open_hdf5, read_array, read_names
+from ebmkit.storage.hdf5 import (
+    MOST_NAMES,
+    find_array,
+    holds,
+    open_hdf5,
+    read_array,
+    read_names,
+    told_of_damage,
+)
 
 if TYPE_CHECKING:
     import h5py
@@ -43,6 +50,7 @@ class Contents(NamedTuple):
         shape: (N, H, W, C).
         labels: (N,) int64, or None.
         class_names: one per label; the numbers where the file has no names.
+        stamp: the file's size and time, which tell whether it was changed.
     """
 
     path: Path
@@ -50,33 +58,37 @@ class Contents(NamedTuple):
     shape: tuple[int, int, int, int]
     labels: Tensor | None
     class_names: tuple[str, ...]
+    stamp: tuple[int, int]
 
 
 class Hdf5Reader:
-    """Reads rows of a file's images; each process opens the file for itself, at its first read."""
+    """Reads rows of a file's images; each process opens the file for itself, at its first read.
 
-    def __init__(self, path: Path, group: str) -> None:
-        self._path, self._group = path, group
+    The file must stay what it was when ``contents`` was read: a run whose images change under it
+    is not the run that its configuration names.
+    """
+
+    def __init__(self, contents: Contents) -> None:
+        self._path, self._group, self._stamp = contents.path, contents.group, contents.stamp
         self._images: Any = None
         self._owner = -1
 
     def __getstate__(self) -> dict[str, object]:
-        return {"_path": self._path, "_group": self._group, "_images": None, "_owner": -1}
+        return self.__dict__ | {"_images": None, "_owner": -1}
 
     def read(self, rows: Sequence[int]) -> Tensor:
         """Images (B, C, H, W) uint8.
 
         Raises:
-            UserError: if the file is gone or damaged.
+            UserError: if the file is gone, damaged, or was changed.
         """
         import h5py
 
-        with _reading(self._path):
+        _check_stamp(self._path, self._stamp)
+        with told_of_damage(repr(str(self._path))):
             if self._owner != os.getpid():
                 what = repr(str(self._path))
                 self._images = find_array(h5py.File(self._path, "r"), f"{self._group}/images", what)
-                if self._images is None:
-                    raise UserError(f"{what} was changed while it was read")
                 self._owner = os.getpid()
             images = np.stack([self._images[row] for row in rows])
         return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
@@ -111,16 +123,16 @@ def load_rows(name: str, split: Split, contents: Contents, rows: Tensor) -> AnyI
     """The set of ``rows`` (N,) of a file's images, in that order, in memory if it fits."""
     count, height, width, channels = contents.shape
     labels = None if contents.labels is None else contents.labels[rows]
-    reader = Hdf5Reader(contents.path, contents.group)
+    reader = Hdf5Reader(contents)
     if count * height * width * channels > imagesets.MEMORY_LIMIT:
         return StreamedSet(
             name, split, reader, rows, channels, (height, width), labels, contents.class_names
         )
     what = repr(str(contents.path))
     with open_hdf5(contents.path) as file:
+        _check_stamp(contents.path, contents.stamp)
         found = find_array(file, f"{contents.group}/images", what)
-        if found is None or found.shape != contents.shape:
-            raise UserError(f"{what} was changed while it was read")
+        assert found is not None  # its contents were read
         images = read_array(found, what)
     pixels = torch.from_numpy(images)[rows].permute(0, 3, 1, 2).contiguous()
     return ImageSet(name, split, pixels, labels, contents.class_names, reader, rows)
@@ -138,7 +150,7 @@ def read_contents(path: Path, group: str = "", class_names: tuple[str, ...] = ()
         UserError: if the file is missing or damaged, or its arrays are illegal.
     """
     _check_path(path)
-    what = repr(str(path))
+    what, stamp = repr(str(path)), _stamp(path)
     with open_hdf5(path) as file:
         images = find_array(file, f"{group}/images", what)
         if images is None:
@@ -153,13 +165,16 @@ def read_contents(path: Path, group: str = "", class_names: tuple[str, ...] = ()
             )
         if images.dtype != np.uint8:
             raise UserError(f"{where}: images must be uint8 (0..255), not {images.dtype}")
-        if images.shape[1] * images.shape[2] > MAX_PIXELS:
-            raise UserError(f"{where}: images of {images.shape[1:3]} have too many pixels")
+        if images.shape[1] * images.shape[2] > MAX_PIXELS_IN_SET:
+            raise UserError(
+                f"{where}: images of {images.shape[1]:,}x{images.shape[2]:,} have more than "
+                f"{MAX_PIXELS_IN_SET // 10**6} megapixels: cut them into smaller ones"
+            )
         names, labels = class_names or _class_names(file, what), _labels(file, group, what)
         numbers = None if labels is None else _checked_labels(what, labels, len(images), names)
         if numbers is not None and not names:
             names = tuple(str(c) for c in range(1 + _largest_label(file, what)))
-        return Contents(path, group, tuple(images.shape), numbers, names)
+        return Contents(path, group, tuple(images.shape), numbers, names, stamp)
 
 
 def _group_of(path: Path, split: Split) -> str:
@@ -167,9 +182,9 @@ def _group_of(path: Path, split: Split) -> str:
     _check_path(path)
     wanted = "test" if split == "test" else "train"
     with open_hdf5(path) as file:
-        if "train" not in file and "test" not in file:
+        if not holds(file, "train") and not holds(file, "test"):
             return ""
-        if wanted not in file:
+        if not holds(file, wanted):
             raise UserError(
                 f"{str(path)!r} has no group {wanted!r}, so no {split} images: pack a folder with "
                 "train/ and test/ in it"
@@ -186,18 +201,19 @@ def _check_path(path: Path) -> None:
         )
 
 
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn what h5py says of a damaged file into one sentence."""
+def _stamp(path: Path) -> tuple[int, int]:
     try:
-        yield
-    except UserError:
-        raise
-    except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{str(path)!r} cannot be read as an HDF5 file ({str(error).splitlines()[0]}): it is "
-            "damaged, incomplete, or something else"
-        ) from None
+        found = path.stat()
+    except OSError as error:
+        raise UserError(f"{str(path)!r} cannot be read: {error.strerror}") from None
+    return found.st_size, found.st_mtime_ns
+
+
+def _check_stamp(path: Path, stamp: tuple[int, int]) -> None:
+    if not path.is_file():
+        raise UserError(f"{str(path)!r} is gone, while it was in use: put it back and go on")
+    if _stamp(path) != stamp:
+        raise UserError(f"{str(path)!r} was changed while it was in use: start anew with it")
 
 
 def _class_names(file: h5py.File, what: str) -> tuple[str, ...]:
@@ -206,20 +222,14 @@ def _class_names(file: h5py.File, what: str) -> tuple[str, ...]:
 
 
 def _labels(file: h5py.File, group: str, what: str) -> h5py.Dataset | None:
-    name = f"{group}/labels"
-    if name.lstrip("/") not in file:
-        return None
-    found = find_array(file, name, what)
-    if found is None:
-        raise UserError(f"{what}: {name!r} must be an array of labels (N,)")
-    return found
+    return find_array(file, f"{group}/labels", what)
 
 
 def _largest_label(file: h5py.File, what: str) -> int:
     """The largest label of all groups, so that a training and a test set agree on the classes."""
     found = [_labels(file, group, what) for group in ("", "train", "test")]
-    arrays = [read_array(labels, what) for labels in found if labels is not None]
-    return max(int(np.max(labels, initial=0)) for labels in arrays)
+    checked = [_checked_labels(what, own, len(own), ()) for own in found if own is not None]
+    return max(int(labels.max()) for labels in checked if len(labels))
 
 
 def _checked_labels(what: str, labels: h5py.Dataset, count: int, names: tuple[str, ...]) -> Tensor:

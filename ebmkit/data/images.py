@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import struct
 import warnings
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ebmkit.errors import UserError
@@ -24,10 +25,12 @@ from ebmkit.storage import write_atomically
 
 __all__ = [
     "MAX_PIXELS",
+    "MAX_PIXELS_IN_SET",
     "WRITERS",
     "Opened",
     "Picture",
     "open_picture",
+    "picture_header",
     "read_image",
     "write_image",
 ]
@@ -35,8 +38,25 @@ __all__ = [
 MAX_PIXELS = 170_000_000
 """Pictures with more pixels are refused as decompression bombs."""
 
+MAX_PIXELS_IN_SET = 89_000_000
+"""The same for images of a data set, which many processes read (and where Pillow warns)."""
+
+MAX_SCANS = 200
+"""Passes of a progressive JPEG over all of its pixels; encoders make about 10."""
+
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "PPM")
 WRITERS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF"}
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes a picture upright, by its EXIF orientation."""
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
 
 # What Pillow's decoders raise on files that are damaged, or made to hurt.
@@ -103,8 +123,10 @@ def read_image(path: Path | str, channels: int | None = None) -> Picture:
         warnings.warn(note, stacklevel=2)
     pixels = np.asarray(opened.image)
     bits, top = (16, 65535) if opened.is_16_bit else (8, 255)
-    image = torch.from_numpy(pixels.astype(np.float32) / top)
-    image = image[None] if image.ndim == 2 else image.permute(2, 0, 1).contiguous()
+    pixels = pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, 2, 0)
+    levels = pixels.astype(np.float32, order="C")
+    levels /= top  # in place: a large picture's numbers are gigabytes
+    image = torch.from_numpy(levels)
     return Picture(_with_channels(image, channels, path), bits, opened.mode)
 
 
@@ -146,8 +168,12 @@ def write_image(image: Tensor, path: Path | str, overwrite: bool = False, bits: 
     write_atomically(path, buffer.getvalue())
 
 
-def open_picture(path: Path) -> Opened:
+def open_picture(path: Path, most: int = MAX_PIXELS) -> Opened:
     """Open, check and decode a picture; its notes tell what a reader should know.
+
+    Args:
+        path: the file.
+        most: pixels that it may have.
 
     Raises:
         UserError: as `read_image`.
@@ -157,12 +183,12 @@ def open_picture(path: Path) -> Opened:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own: damage raises, size is checked here
             with Image.open(path, formats=_FORMATS) as image:
-                _check_header(image, path)
+                _check_header(image, path, most)
                 return _decoded(image, path)
-    except (UserError, Image.DecompressionBombError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise _too_large(path) from None
+    except UserError:
+        raise
+    except Image.DecompressionBombError:
+        raise _too_large(path, most) from None
     except UnidentifiedImageError:
         raise UserError(
             f"{str(path)!r} is not a picture that can be read: give an 8-bit PNG, JPEG or TIFF "
@@ -176,8 +202,12 @@ def open_picture(path: Path) -> Opened:
         ) from None
 
 
-def picture_header(path: Path) -> tuple[int, tuple[int, int]]:
+def picture_header(path: Path, most: int = MAX_PIXELS_IN_SET) -> tuple[int, tuple[int, int]]:
     """Channels (1 or 3) and (height, width) of a picture, without decoding it.
+
+    Args:
+        path: the file.
+        most: pixels that it may have.
 
     Raises:
         UserError: as `read_image`, as far as the header tells.
@@ -188,45 +218,72 @@ def picture_header(path: Path) -> tuple[int, tuple[int, int]]:
             warnings.simplefilter("ignore")
             with Image.open(path, formats=_FORMATS) as image:
                 width, height = image.size
-                turned = image.getexif().get(0x0112, 1) >= 5
+                if width * height > most:
+                    raise _too_large(path, most)
+                turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
                 gray = image.mode in ("1", "L", "LA", "I", "F", *_SIXTEEN_BIT)
+    except UserError:
+        raise
     except (*_BROKEN, Image.DecompressionBombError):
-        open_picture(path)  # says why
+        open_picture(path, most)  # says why
         raise UserError(f"{str(path)!r} has a damaged header: get the file again") from None
     return 1 if gray else 3, (width, height) if turned else (height, width)
 
 
 def _check_file(path: Path) -> None:
-    if path.is_dir():
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        raise UserError(f"there is no file {str(path)!r}: check the name") from None
+    except (OSError, ValueError) as error:  # a name too long, links in a circle, a null byte
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{str(path)!r} cannot be opened ({reason}): check the name") from None
+    if stat.S_ISDIR(found.st_mode):
         raise UserError(f"{str(path)!r} is a folder: name a picture in it")
-    if not path.exists():
-        raise UserError(f"there is no file {str(path)!r}: check the name")
-    if not path.is_file():
+    if not stat.S_ISREG(found.st_mode):
         raise UserError(f"{str(path)!r} is not an ordinary file: give a PNG, JPEG or TIFF file")
     if not os.access(path, os.R_OK):
         raise UserError(f"{str(path)!r} may not be read: check its permissions")
-    if path.stat().st_size == 0:
+    if found.st_size == 0:
         raise UserError(f"{str(path)!r} is empty: get the file again")
 
 
-def _too_large(path: Path) -> UserError:
+def _too_large(path: Path, most: int) -> UserError:
     return UserError(
-        f"{str(path)!r} has more than {MAX_PIXELS // 10**6} megapixels: cut it into smaller ones"
+        f"{str(path)!r} has more than {most // 10**6} megapixels: cut it into smaller ones"
     )
 
 
-def _check_header(image: Image.Image, path: Path) -> None:
-    """Refuse, before decoding, what is too large, animated, or has too many bits."""
-    if image.width * image.height > MAX_PIXELS:
-        raise _too_large(path)
-    if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:  # MPO: a camera's thumbnails
+def _check_header(image: Image.Image, path: Path, most: int) -> None:
+    """Refuse, before decoding, what is too large, animated, or has too many bits or passes."""
+    if image.width * image.height > most:
+        raise _too_large(path, most)
+    if _has_more(image):
         raise UserError(
             f"{str(path)!r} is animated or has several pages: save one of them as a picture"
+        )
+    if image.info.get("progressive") and path.read_bytes().count(b"\xff\xda") > MAX_SCANS:
+        raise UserError(
+            f"{str(path)!r} is a JPEG of more than {MAX_SCANS} passes, as is done to fill the "
+            "time: save it anew"
         )
     if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
         raise UserError(
             f"{str(path)!r} has 32 bits per pixel: convert it to 8 bits, or to 16-bit gray"
         )
+
+
+def _has_more(image: Image.Image) -> bool:
+    """Whether there is a second picture in the file; others are not counted, which takes long."""
+    if image.format == "MPO":  # a camera's thumbnails
+        return False
+    if image.format != "TIFF":
+        return bool(getattr(image, "is_animated", False))
+    try:
+        image.seek(1)
+    except EOFError:
+        return False
+    return True
 
 
 def _decoded(image: Image.Image, path: Path) -> Opened:
@@ -235,7 +292,8 @@ def _decoded(image: Image.Image, path: Path) -> Opened:
     if _is_deep_colour(path, image):
         notes.append(f"{str(path)!r} has 16-bit colour, which is read with 8 bits")
     image.load()
-    upright = ImageOps.exif_transpose(image)
+    turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    upright = image if turn is None else image.transpose(turn)
     if upright.mode == "I":  # how older Pillows call a 16-bit gray PNG
         return Opened(Image.fromarray(np.asarray(upright).astype(np.uint16)), mode, tuple(notes))
     if upright.mode in _SIXTEEN_BIT:

@@ -21,8 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from ebmkit.data.cifar import CIFAR, torchvision_cifar
-from ebmkit.data.folders import has_parts, list_folder, progress_bar
-from ebmkit.data.imagesets import shuffled
+from ebmkit.data.folders import has_parts, list_folder, progress_bar, readable_rows
+from ebmkit.data.imagesets import Faults, shuffled
 from ebmkit.data.reading import to_pixels
 from ebmkit.errors import UserError, unknown_name
 
@@ -30,6 +30,9 @@ __all__ = ["pack"]
 
 _BLOCK = 256
 _CHUNK_BYTES = 65536
+
+_BROKEN = (OSError, RuntimeError, ValueError, TypeError, LookupError, EOFError, SyntaxError)
+"""What torchvision raises on files that are missing, damaged or something else."""
 
 
 class _Part(NamedTuple):
@@ -47,6 +50,7 @@ def pack(
     overwrite: bool = False,
     image_size: int | None = None,
     progress: bool = True,
+    faults: Faults | None = None,
 ) -> None:
     """Write the images and labels of ``src`` to the HDF5 file ``out``.
 
@@ -60,6 +64,7 @@ def pack(
         overwrite: replace a file that exists.
         image_size: side to bring images to; needed where they differ in size.
         progress: show a bar.
+        faults: what is done about images of a folder that cannot be read, and about links.
 
     Raises:
         UserError: if ``out`` exists, ``src`` is missing or incomplete, or an image cannot be read;
@@ -70,7 +75,7 @@ def pack(
         raise UserError(f"{str(out)!r} exists: move it away, or choose another name")
     if not out.parent.is_dir():
         raise UserError(f"cannot write {str(out)!r}: there is no folder {str(out.parent)!r}")
-    parts, class_names = _parts(str(src), image_size, progress)
+    parts, class_names = _parts(str(src), image_size, progress, faults or Faults())
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{out.name}.", dir=out.parent)
     except OSError as error:
@@ -119,25 +124,30 @@ def _write(group: h5py.Group, part: _Part, progress: bool) -> None:
         group.create_dataset("labels", data=torch.cat(labels).numpy())
 
 
-def _parts(src: str, image_size: int | None, progress: bool) -> tuple[list[_Part], tuple[str, ...]]:
+def _parts(
+    src: str, image_size: int | None, progress: bool, faults: Faults
+) -> tuple[list[_Part], tuple[str, ...]]:
     if src.startswith("torchvision:"):
         return _torchvision_parts(src, image_size)
     folder = Path(src)
     for name, facts in CIFAR.items():
         if folder.name == facts.folder or (folder / facts.folder).is_dir():
             return _cifar_parts(name, folder, image_size)
-    return _folder_parts(folder, image_size, progress)
+    return _folder_parts(folder, image_size, progress, faults)
 
 
 def _folder_parts(
-    root: Path, image_size: int | None, progress: bool
+    root: Path, image_size: int | None, progress: bool, faults: Faults
 ) -> tuple[list[_Part], tuple[str, ...]]:
     if has_parts(root):
         names = {"train": ("train",), "test": ("test", "val")}
         groups = [p for p in names if any((root / name).is_dir() for name in names[p])]
-        listings = {part: list_folder(root, part, image_size, progress) for part in groups}
     else:
-        listings = {"": list_folder(root, "all", image_size, progress)}
+        groups = [""]
+    listings = {
+        part: list_folder(root, part or "all", image_size, progress, faults=faults)
+        for part in groups
+    }
     shapes = {(listing.reader.channels, listing.reader.size) for listing in listings.values()}
     if len(shapes) > 1:
         raise UserError(
@@ -147,6 +157,8 @@ def _folder_parts(
     parts = []
     for group, listing in listings.items():
         order = shuffled(len(listing.reader))
+        if faults.skip:
+            order = readable_rows(listing, order, f"{root.name}/{group}", progress)
 
         def read(
             rows: list[int], listing: Any = listing, order: Tensor = order
@@ -196,7 +208,7 @@ def _torchvision_parts(src: str, image_size: int | None) -> tuple[list[_Part], t
     for group, choice in choices.items():
         try:
             source = make(folder or "data", **choice, **download)
-        except (OSError, RuntimeError, ValueError) as error:
+        except _BROKEN as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"cannot get {src!r} into {folder or 'data'!r}: {reason}") from None
         parts.append(_Part(group, len(source), _item_reader(source, src, image_size)))
@@ -208,7 +220,10 @@ def _item_reader(
     source: Any, src: str, image_size: int | None
 ) -> Callable[[list[int]], tuple[Tensor, Tensor | None]]:
     """Reads (Pillow image, label) items at the size and colour of the first."""
-    first = source[0]
+    try:
+        first = source[0]
+    except _BROKEN as error:
+        raise UserError(f"the first image of {src!r} cannot be read: {error}") from None
     if not (isinstance(first, tuple) and isinstance(first[0], Image.Image)):
         raise UserError(f"{src!r} does not give images with labels: pack a folder of images")
     channels = 1 if first[0].mode in ("1", "L") else 3
@@ -217,7 +232,10 @@ def _item_reader(
     def read(rows: list[int]) -> tuple[Tensor, Tensor | None]:
         images, labels = [], []
         for row in rows:
-            image, label = source[row]
+            try:
+                image, label = source[row]
+            except _BROKEN as error:
+                raise UserError(f"image {row} of {src!r} cannot be read: {error}") from None
             if image_size is None and image.size[::-1] != size:
                 raise UserError(f"images of {src!r} differ in size: choose one by --image-size")
             if not isinstance(label, int):

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ebmkit.data.folders import SUFFIXES, readable
+from ebmkit.data.finding import SUFFIXES, find_images
+from ebmkit.data.folders import readable
 from ebmkit.data.images import picture_header
 from ebmkit.data.imagesets import Faults, Split, StreamedSet, to_floats
 from ebmkit.data.reading import FolderReader, as_tensor
@@ -58,10 +59,11 @@ def load_pictures(root: Path, split: Split, faults: Faults | None = None) -> Pic
         )
     if not root.is_dir():
         raise UserError(f"{str(root)!r} is not a folder: name a folder of pictures by --data-dir")
-    names = sorted(p.name for p in root.iterdir() if p.suffix.lower() in SUFFIXES)
+    faults = faults or Faults()
+    names = find_images(root, root, faults.follow, deep=False)
     if not names:
         raise UserError(f"{str(root)!r} holds no pictures: put files ending in {SUFFIXES} there")
-    names = readable(root, names, faults or Faults(), picture_header)
+    names = readable(root, names, faults, picture_header)
     headers = [picture_header(root / name) for name in names]
     channels = {count for count, _ in headers}
     if len(channels) > 1:

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ebmkit.data.crops import Cut, crop_boxes
-from ebmkit.data.images import open_picture
+from ebmkit.data.images import MAX_PIXELS_IN_SET, open_picture
 from ebmkit.errors import UserError
 
 __all__ = ["FolderReader", "as_tensor", "to_pixels"]
@@ -108,7 +108,7 @@ class FolderReader:
     def _open(self, row: int) -> Image.Image:
         path = self.root / self.name(row)
         try:
-            opened = open_picture(path)
+            opened = open_picture(path, MAX_PIXELS_IN_SET)
         except UserError as error:
             raise UserError(f"{error} (dataset.unreadable=skip leaves such out)") from None
         if opened.is_16_bit:

@@ -21,6 +21,7 @@ import torch
 from ebmkit.evaluation import statistics
 from ebmkit.evaluation.setting import Setting, Suite, check_classifies
 from ebmkit.evaluation.tables import interval, new_table, number
+from ebmkit.terminal import shown_name
 from ebmkit.units import in_255ths
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def table(document: dict[str, Any]) -> Table:
         worst = min(known, key=lambda name: known[name]["value"])
         estimate = known[worst]
         span = interval(estimate["low"], estimate["high"], "{:.2%}")
-        result.add_row(f"worst class: {worst}", f"{estimate['value']:.2%}", span)
+        result.add_row(f"worst class: {shown_name(worst)}", f"{estimate['value']:.2%}", span)
     for level in document["against_noise"]:
         if level["sigma"]:
             estimate = level["accuracy"]

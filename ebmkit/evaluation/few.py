@@ -12,6 +12,7 @@ from ebmkit.core import ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation.data import Batch, Images
 from ebmkit.evaluation.setting import Setting
+from ebmkit.terminal import shown_name
 from ebmkit.units import format_sigma
 
 __all__ = ["check_one_size", "class_name", "columns_of", "first_columns", "noise_warnings"]
@@ -112,5 +113,6 @@ def noise_warnings(model: ScoreModel, sigmas: Sequence[float]) -> list[str]:
 
 
 def class_name(images: Images, label: int) -> str:
-    """The name of a class of ``images``; its number, where there is none."""
-    return images.class_names[label] if label < len(images.class_names) else str(label)
+    """The name of a class of ``images`` as pictures show it; its number, where there is none."""
+    names = images.class_names
+    return shown_name(names[label]) if label < len(names) else str(label)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ebmkit.errors import UserError
 from ebmkit.evaluation.data import Images
-from ebmkit.storage.hdf5 import find_array, open_hdf5, read_array
+from ebmkit.storage.hdf5 import find_array, open_hdf5, read_array, read_attribute
 
 __all__ = ["Generated", "other_split", "read_samples"]
 
@@ -118,7 +118,8 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
         finite = np.ones(len(images), bool)
         if marks is not None:
             finite = read_array(marks, what).astype(bool)
-        about = {name: _plain(file.attrs[name]) for name in ATTRIBUTES if name in file.attrs}
+        said = {name: read_attribute(file, name, what) for name in ATTRIBUTES}
+    about = {name: value for name, value in said.items() if value is not None}
     if "source" not in about:
         raise UserError(
             f"{str(path)!r} does not say where its samples come from: it must have the attribute "
@@ -128,12 +129,6 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
         with contextlib.suppress(ValueError):  # it stays text
             about["settings"] = json.loads(about["settings"])
     return images, finite, about
-
-
-def _plain(value: Any) -> Any:
-    """An attribute as JSON has it."""
-    value = value.tolist() if hasattr(value, "tolist") else value
-    return value.decode() if isinstance(value, bytes) else value
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -255,15 +255,16 @@ def _brought(other: Any, like: Images) -> Images:
 
 
 def _folder(root: Path, like: Images) -> Images:
-    from ebmkit.data.folders import SUFFIXES
-    from ebmkit.data.images import open_picture
+    from ebmkit.data.finding import SUFFIXES, find_images
+    from ebmkit.data.images import MAX_PIXELS_IN_SET, open_picture
 
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    names = find_images(root, root, ask="copy it into the folder, or make a folder without links")
+    files = sorted(root / name for name in names)
     if not files:
         raise UserError(f"{str(root)!r} holds no images: put files ending in {SUFFIXES} there")
 
     def read(row: int) -> Any:
-        opened = open_picture(files[row])
+        opened = open_picture(files[row], MAX_PIXELS_IN_SET)
         if opened.is_16_bit:
             raise UserError(f"{str(files[row])!r} has 16 bits: convert it to 8")
         return opened.image
@@ -275,12 +276,13 @@ def _file(path: Path, like: Images) -> Images:
     import h5py
 
     from ebmkit.data.hdf5 import load_rows, read_contents
-    from ebmkit.storage.hdf5 import open_hdf5
+    from ebmkit.storage.hdf5 import holds, open_hdf5
 
     group = ""
     if h5py.is_hdf5(path):
         with open_hdf5(path) as file:
-            group = next((g for g in ("test", "train") if "images" not in file and g in file), "")
+            if not holds(file, "images"):
+                group = next((g for g in ("test", "train") if holds(file, g)), "")
     contents = read_contents(path, group)
     rows = torch.arange(min(contents.shape[0], len(like)))
     return _brought(load_rows(path.name, "test", contents, rows), like)

@@ -13,7 +13,7 @@ from ebmkit.data import load_dataset
 from ebmkit.errors import UserError
 from ebmkit.generation.settings import BUFFER, SamplingSettings
 from ebmkit.sampling.buffer import ReplayBuffer
-from ebmkit.storage.hdf5 import open_hdf5
+from ebmkit.storage.hdf5 import holds, open_hdf5
 from ebmkit.training import DataConfig, RunFolder, resolve
 from ebmkit.training.assemble import Split, images_of
 
@@ -60,7 +60,11 @@ def sources_for(
     """
     train = None
     if settings.start in OF_DATA:
-        images = images_of(data_of(run, dataset, data_dir), "train", progress).spread(MOST)
+        source = data_of(run, dataset, data_dir)
+        ours = (
+            data_dir is not None or source.data_dir is None
+        )  # into a run's own nothing is fetched
+        images = images_of(source, "train", progress, download=ours).spread(MOST)
         train = _checked(next(iter(images.batches(MOST))), settings)
     buffer = buffer_of(run, model) if settings.start == BUFFER else None
     if buffer is not None and tuple(buffer.images.shape[1:]) != settings.shape:
@@ -122,7 +126,7 @@ def buffer_of(run: Path, model: ScoreModel) -> ReplayBuffer:
     what = f"the replay buffer of {str(run)!r}"
     images = ReplayBuffer.read_images(content, what)
     with open_hdf5(content, what) as file:
-        labelled = "labels" in file
+        labelled = holds(file, "labels")
     return ReplayBuffer(images, model.num_classes if labelled else 0)
 
 

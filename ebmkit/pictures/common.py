@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from ebmkit.storage import write_atomically
+from ebmkit.terminal import clean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,9 +54,9 @@ def show_image(axes: Axes, image: Tensor, below: str, above: str) -> None:
     axes.set_xticks([])
     axes.set_yticks([])
     if below:
-        axes.set_xlabel(below, fontsize=7.5, labelpad=2)
+        axes.set_xlabel(clean(below), fontsize=7.5, labelpad=2)
     if above:
-        axes.set_title(above, fontsize=8.5, pad=3)
+        axes.set_title(clean(above), fontsize=8.5, pad=3)
     for side in axes.spines.values():
         side.set(linewidth=0.4, color=GRAY)
 
@@ -146,6 +147,14 @@ def new_figure(width: float, height: float, layout: Literal["constrained"] | Non
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write ``figure`` as a PNG file, in one move."""
+    from matplotlib.text import Text
+
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    try:
+        figure.savefig(buffer, format="png")
+    except ValueError:  # a name with dollar signs, taken for mathematics
+        for text in figure.findobj(Text):
+            text.set_parse_math(False)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
     write_atomically(path, buffer.getvalue())

@@ -22,6 +22,7 @@ from ebmkit.pictures.common import (
     save_figure,
     show_image,
 )
+from ebmkit.terminal import shown_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -157,7 +158,7 @@ def by_class(document: dict[str, Any], path: Path) -> None:
                 axes.axhspan(*ends, color=ORANGE, alpha=0.1, lw=0)
             classes = [c for c in samples.get("classes", []) if c["label"] in places]
             _dots(axes, classes, places, 0.12, ORANGE, "s", "samples")
-        names = [c["name"] for c in found["classes"]]
+        names = [shown_name(c["name"]) for c in found["classes"]]
         slanted = most > 1 and max(len(n) for n in names) > 2
         axes.set_xticks(
             range(len(names)),

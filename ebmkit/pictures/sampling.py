@@ -17,6 +17,7 @@ from torch import Tensor
 from ebmkit.pictures.common import DPI, GRAY, new_figure, save_figure, show_image
 from ebmkit.pictures.jacobian import image_grid
 from ebmkit.storage import write_atomically
+from ebmkit.terminal import shown_name
 
 __all__ = ["Panel", "Sampled", "path_animation", "path_strip", "restorations", "sample_grid"]
 
@@ -66,13 +67,13 @@ def sample_grid(sampled: Sampled, path: Path, title: str, total: int) -> None:
     classes = [] if labels is None else sorted(set(labels.tolist()))[:ROWS]
     if labels is not None and len(classes) > 1:
         rows = [torch.nonzero(labels == c).flatten().tolist()[:COLUMNS] for c in classes]
-        names = [sampled.class_names[c] for c in classes]
+        names = [shown_name(sampled.class_names[c]) for c in classes]
     else:
         count = min(len(sampled.images), ROWS * COLUMNS)
         wide = min(2 * COLUMNS, math.ceil(math.sqrt(count)))
         rows = [list(range(at, min(at + wide, count))) for at in range(0, count, wide)]
         if labels is not None:
-            title = f"{title}, class {sampled.class_names[int(labels[0])]}"
+            title = f"{title}, class {shown_name(sampled.class_names[int(labels[0])])}"
     mosaic = _mosaic([[sampled.images[i] for i in row] for row in rows], _lost(sampled, rows))
     shown = sum(map(len, rows))
     note = title if shown == total else f"{title}: {shown} of {total:,}"

@@ -21,6 +21,7 @@ from ebmkit.pictures.common import (
     save_figure,
     show_image,
 )
+from ebmkit.terminal import shown_name
 from ebmkit.units import in_255ths
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def confusion_matrix(counts: Sequence[Sequence[int]], names: Sequence[str], path
         names: of the classes.
         path: the PNG file.
     """
-    matrix = np.asarray(counts)
+    matrix, names = np.asarray(counts), [shown_name(name) for name in names]
     share = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
     side = 1.6 + 0.46 * len(names)
     figure = new_figure(side + 0.9, side, layout="constrained")

@@ -13,6 +13,7 @@ A way is drawn again where its settings, or the weights of the networks, are oth
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -34,6 +35,7 @@ from ebmkit.randomness import keyed_generator
 from ebmkit.reproduce.guidance_rows import Way
 from ebmkit.sampling import SAMPLERS, Chains
 from ebmkit.storage import write_atomically
+from ebmkit.storage.hdf5 import find_array, open_hdf5, read_array, read_attribute
 
 __all__ = ["Drawing", "Drawn", "keep_drawing"]
 
@@ -161,6 +163,20 @@ class Drawn:
     seconds: float
 
 
+def _read_kept(path: Path, key: str, count: int) -> tuple[Tensor, float] | None:
+    """The images in ``path`` and the seconds they took; None if there are none of this ``key``."""
+    what = repr(str(path))
+    with contextlib.suppress(UserError), open_hdf5(path) as file:
+        if read_attribute(file, "key", what) != key:
+            return None
+        images, seconds = find_array(file, "images", what), read_attribute(file, "seconds", what)
+        if images is None or images.dtype != "uint8" or images.ndim != 4 or len(images) != count:
+            return None
+        pixels = torch.from_numpy(read_array(images, what))
+        return pixels.permute(0, 3, 1, 2).contiguous(), float(seconds)
+    return None
+
+
 def keep_drawing(
     drawing: Drawing,
     way: Way,
@@ -183,14 +199,10 @@ def keep_drawing(
     settings = drawing.settings(way, steps, used, len(labels))
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     path = folder / f"{re.sub(r'[^0-9a-z.]+', '-', (name or way.name).lower())}.h5"
-    try:
-        with h5py.File(path, "r") as file:
-            if file.attrs["key"] == key:
-                advance(len(labels))
-                pixels = torch.from_numpy(file["images"][()]).permute(0, 3, 1, 2).contiguous()
-                return Drawn(pixels, labels, float(file.attrs["seconds"]))
-    except (OSError, KeyError):
-        pass  # none yet, or damaged
+    kept = _read_kept(path, key, len(labels))
+    if kept is not None:
+        advance(len(labels))
+        return Drawn(kept[0], labels, kept[1])
     begun = time.perf_counter()
     with torch.no_grad():
         x = drawing.draw(way, steps, eta, count, advance)

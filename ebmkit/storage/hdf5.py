@@ -1,15 +1,24 @@
 """HDF5 files that somebody else may have made.
 
 HDF5 is more than arrays: a file can refer to others (external links and storage, virtual data
-sets), name filters for which the library loads code, and claim sizes that no disk holds. Read here
-are plain arrays that lie in the file itself, by hard links, compressed by the filters that come
-with HDF5 and h5py, of numbers or text, and of a size that is looked at before a byte is read.
+sets), name filters for which the library loads code, claim sizes that no disk holds, and hold
+chunks that unpack to a million times their size. Read here are plain arrays that lie in the file
+itself, by hard links, compressed by gzip or lzf, of numbers or text, and of sizes that are looked
+at before a byte is unpacked:
+
+- an array is no larger than what the bytes of it in the file can unpack to;
+- no chunk unpacks to more than `UNPACKED` bytes, whatever its header says;
+- text of any length, which lies in a heap that many entries may share, is read entry by entry.
+
+What remains is the library's own reading of a damaged file's structures, which is C.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import math
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,31 +30,41 @@ from ebmkit.errors import UserError
 if TYPE_CHECKING:
     import h5py
 
-__all__ = ["LARGEST", "check_dataset", "find_array", "open_hdf5", "read_array", "read_names"]
+__all__ = [
+    "LARGEST",
+    "LONGEST_NAME",
+    "MOST_NAMES",
+    "check_dataset",
+    "find_array",
+    "holds",
+    "open_hdf5",
+    "read_array",
+    "read_attribute",
+    "read_names",
+    "told_of_damage",
+]
 
 LARGEST = 4 * 2**30
 """Bytes that an array may have that is read as a whole."""
 
-LARGEST_CHUNK = 256 * 2**20
+LARGEST_CHUNK = 64 * 2**20
 """Bytes of a chunk, which is unpacked as a whole."""
 
-MOST_ROWS = 10**8
+UNPACKED = 256 * 2**20
+"""Bytes that a chunk may unpack to: one that says it is small may hold more."""
 
+MOST_ROWS = 2**25
 MOST_NAMES, LONGEST_NAME = 100_000, 1000
+LONGEST_TEXT = 2**20
 
-_FILTERS = {
-    1: "gzip",
-    2: "shuffle",
-    3: "fletcher32",
-    4: "szip",
-    5: "nbit",
-    6: "scaleoffset",
-    32000: "lzf",
-}
-"""Those that come with HDF5 and h5py; for others the library would load a plugin."""
+_GZIP, _LZF = 1, 32000
+_FILTERS = {_GZIP: "gzip", 2: "shuffle", 3: "fletcher32", _LZF: "lzf"}
+"""Those that are read. For others the library would load a plugin; its own szip, nbit and
+scaleoffset are hardly used and have a history of faults."""
 
-_RATIO = 1100
-"""Deflate packs a byte into no less than 1/1032."""
+_RATIO = {_GZIP: 1032, _LZF: 88}
+"""What a filter unpacks a byte to, at the most: a token of deflate's takes 2 bits and gives 258
+bytes, one of LZF's takes 3 bytes and gives 264."""
 
 _BROKEN = (OSError, KeyError, RuntimeError, ValueError, TypeError, OverflowError, MemoryError)
 """What h5py raises on damaged files; `UserError` is a `ValueError` and passes."""
@@ -65,12 +84,25 @@ def open_hdf5(source: Path | bytes, what: str = "") -> Iterator[h5py.File]:
     import h5py
 
     what = what or (repr(str(source)) if isinstance(source, Path) else "the content")
-    if isinstance(source, Path) and not source.is_file():
-        there = source.exists()
-        raise UserError(f"{what} is not an ordinary file" if there else f"there is no file {what}")
-    try:
+    with told_of_damage(what):
+        if isinstance(source, Path) and not source.is_file():
+            there = source.exists()
+            raise UserError(
+                f"{what} is not an ordinary file" if there else f"there is no file {what}"
+            )
         with h5py.File(io.BytesIO(source) if isinstance(source, bytes) else source, "r") as file:
             yield file
+
+
+@contextlib.contextmanager
+def told_of_damage(what: str) -> Iterator[None]:
+    """Within, what h5py raises on a damaged file is told in one sentence.
+
+    Raises:
+        UserError: then.
+    """
+    try:
+        yield
     except UserError:
         raise
     except _BROKEN as error:
@@ -79,6 +111,11 @@ def open_hdf5(source: Path | bytes, what: str = "") -> Iterator[h5py.File]:
             f"{what} cannot be read as an HDF5 file ({reason}): it is damaged, incomplete, or "
             "something else"
         ) from None
+
+
+def holds(file: h5py.File, name: str) -> bool:
+    """Whether the root of ``file`` has an entry ``name``, of whatever kind; nothing is opened."""
+    return file.get(name, getlink=True) is not None
 
 
 def find_array(file: h5py.File, name: str, what: str) -> h5py.Dataset | None:
@@ -104,7 +141,7 @@ def find_array(file: h5py.File, name: str, what: str) -> h5py.Dataset | None:
             )
         found = found[part]
     if not isinstance(found, h5py.Dataset):
-        return None
+        raise UserError(f"{what}: {name!r} is a group, not an array")
     check_dataset(found, what)
     return found
 
@@ -123,13 +160,8 @@ def check_dataset(dataset: h5py.Dataset, what: str) -> None:
         raise UserError(
             f"{where}: its data lie in other files, which are not read: write them into this one"
         )
-    for number in range(plan.get_nfilters()):
-        code = plan.get_filter(number)[0]
-        if code not in _FILTERS:
-            raise UserError(
-                f"{where}: it is packed by filter {code}, for which code would be loaded: pack it "
-                "by gzip or lzf"
-            )
+    filters = [plan.get_filter(number)[0] for number in range(plan.get_nfilters())]
+    _check_filters(filters, where)
     kind = dataset.dtype
     text = h5py.check_string_dtype(kind) is not None
     if not text and (kind.hasobject or kind.kind not in "iufb"):
@@ -138,16 +170,87 @@ def check_dataset(dataset: h5py.Dataset, what: str) -> None:
         raise UserError(f"{where}: it is empty")
     if len(dataset.shape) and dataset.shape[0] > MOST_ROWS:
         raise UserError(f"{where}: it has {dataset.shape[0]:,} rows, more than {MOST_ROWS:,}")
-    size, stored = _bytes(dataset.shape, kind.itemsize), dataset.id.get_storage_size()
-    if size > _RATIO * stored + 2**20:
-        raise UserError(
-            f"{where}: it claims {size:,} bytes, and the file holds {stored:,} of it: the file is "
-            "incomplete, or made to fill the memory"
-        )
     if dataset.chunks and _bytes(dataset.chunks, kind.itemsize) > LARGEST_CHUNK:
         raise UserError(
             f"{where}: its chunks {dataset.chunks} are larger than {LARGEST_CHUNK // 2**20} MiB: "
             "write it in smaller ones"
+        )
+    _check_size(dataset, filters, where)
+
+
+def _check_filters(filters: list[int], where: str) -> None:
+    for code in filters:
+        if code not in _FILTERS:
+            raise UserError(
+                f"{where}: it is packed by filter {code}, which is not read: pack it by gzip or lzf"
+            )
+    packers = [i for i, code in enumerate(filters) if code in _RATIO]
+    shuffled_late = packers and 2 in filters[packers[0] :]
+    if len(packers) > 1 or len(set(filters)) < len(filters) or shuffled_late:
+        names = ", ".join(_FILTERS[code] for code in filters)
+        raise UserError(
+            f"{where}: it is packed by {names}, one upon the other, as is done to fill the memory: "
+            "pack it by one of gzip and lzf"
+        )
+
+
+def _check_size(dataset: h5py.Dataset, filters: list[int], where: str) -> None:
+    """Whether the file has the bytes for what an array claims to be."""
+    item = dataset.dtype.itemsize
+    size, room = _bytes(dataset.shape, item), dataset.file.id.get_filesize()
+    packer = next((code for code in filters if code in _RATIO), None)
+    ratio = 1 if packer is None else _RATIO[packer]
+    stored = dataset.id.get_storage_size()
+    if dataset.chunks:
+        plain = _bytes(dataset.chunks, item)
+        slots = math.prod(-(-n // c) for n, c in zip(dataset.shape, dataset.chunks, strict=True))
+        stored, large = _stored_chunks(dataset, slots, UNPACKED // ratio)
+        for offset in large:
+            _check_chunk(dataset, offset, packer, plain, where)
+    if stored > room or size > ratio * stored + 2**20:
+        raise UserError(
+            f"{where}: it claims {size:,} bytes, and the file holds {min(stored, room):,} of it: "
+            "the file is incomplete, or made to fill the memory"
+        )
+
+
+def _stored_chunks(
+    dataset: h5py.Dataset, slots: int, small: int
+) -> tuple[int, list[tuple[int, ...]]]:
+    """Bytes of all chunks in the file, and the offsets of those that are not ``small``."""
+    stored, count, large = 0, 0, list[tuple[int, ...]]()
+
+    def add(chunk: Any) -> bool | None:
+        nonlocal stored, count
+        stored, count = stored + chunk.size, count + 1
+        if chunk.size > small:
+            large.append(chunk.chunk_offset)
+        return True if count > slots else None  # an index that runs in circles
+
+    dataset.id.chunk_iter(add)
+    return (stored, large) if count <= slots else (2**63, [])
+
+
+def _check_chunk(
+    dataset: h5py.Dataset, offset: tuple[int, ...], packer: int | None, plain: int, where: str
+) -> None:
+    """Check that a chunk which could unpack to more than `UNPACKED` bytes does not."""
+    mask, content = dataset.id.read_direct_chunk(offset)
+    plan = dataset.id.get_create_plist()
+    filters = [plan.get_filter(number)[0] for number in range(plan.get_nfilters())]
+    packed = packer is not None and not mask >> filters.index(packer) & 1
+    fits = len(content) <= plain + plain // 100 + 1024
+    if fits and packed and packer == _GZIP:
+        try:
+            fits = len(zlib.decompressobj().decompress(content, UNPACKED + 1)) <= UNPACKED
+        except zlib.error:
+            fits = False
+    elif fits and packed:
+        fits = len(content) * _RATIO[_LZF] <= 2 * UNPACKED
+    if not fits:
+        raise UserError(
+            f"{where}: its chunk at {offset} is damaged, or could unpack to more than "
+            f"{UNPACKED // 2**20} MiB: write it in smaller chunks"
         )
 
 
@@ -183,15 +286,42 @@ def read_names(dataset: h5py.Dataset, what: str) -> tuple[str, ...]:
             f"{where}: {len(dataset):,} names of {dataset.dtype.itemsize:,} bytes are more than "
             f"{MOST_NAMES:,} of {LONGEST_NAME:,}"
         )
-    names = tuple(str(name) for name in dataset.asstr(errors="replace")[()].tolist())
-    longest = max(map(len, names), default=0)
-    if longest > LONGEST_NAME:
-        raise UserError(f"{where}: a name of {longest:,} characters: {LONGEST_NAME} at most")
-    return names
+    text, names = dataset.asstr(errors="replace"), list[str]()
+    for number in range(len(dataset)):  # not at once: all may be one long text in the heap
+        names.append(str(text[number]))
+        if len(names[-1]) > LONGEST_NAME:
+            raise UserError(
+                f"{where}: name {number} has {len(names[-1]):,} characters, and {LONGEST_NAME} are "
+                "the most"
+            )
+    return tuple(names)
+
+
+def read_attribute(file: h5py.File, name: str, what: str) -> Any:
+    """One number or text of the file's attributes; None if there is none of this name.
+
+    Raises:
+        UserError: if it is something else, or too long.
+    """
+    import h5py
+
+    if name not in file.attrs:
+        return None
+    held = file.attrs.get_id(name)
+    text = h5py.check_string_dtype(held.dtype) is not None
+    if (
+        held.shape != ()
+        or held.dtype.itemsize > LONGEST_TEXT
+        or not (text or held.dtype.kind in "iufb")
+    ):
+        raise UserError(f"{what}: its attribute {name!r} must be one number or text")
+    value = file.attrs[name]
+    value = value.decode(errors="replace") if isinstance(value, bytes) else value
+    value = value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, str) and len(value) > LONGEST_TEXT:
+        raise UserError(f"{what}: its attribute {name!r} has {len(value):,} characters")
+    return value
 
 
 def _bytes(shape: tuple[int, ...], item: int) -> int:
-    total = item
-    for n in shape:
-        total *= n
-    return total
+    return math.prod(shape) * item

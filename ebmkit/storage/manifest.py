@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from ebmkit.errors import UserError
 from ebmkit.storage.atomic import PARTIAL, Content, replace_file, writing
+from ebmkit.storage.reading import MIB, DamagedFile, read_json
 
 __all__ = [
     "FORMAT",
@@ -39,14 +40,10 @@ FORMAT = 2
 FOLDERS = ("checkpoints", "breaches", "evaluation", "energies")
 """Folders whose files are entered, beside those in the run folder itself."""
 
-LARGEST = 64 * 2**20
+LARGEST = 16 * MIB
 """Bytes of a manifest, at the most."""
 
 KIND = "ebmkit run"
-
-
-class DamagedFile(UserError):
-    """A file that is not what was written."""
 
 
 class DamagedManifest(DamagedFile):
@@ -115,14 +112,10 @@ def read_manifest(root: Path) -> Manifest | None:
         f"{str(path)!r} is damaged: move it away, or let `ebmkit train --resume` make it anew"
     )
     try:
-        with path.open("rb") as file:
-            content = file.read(LARGEST + 1)
-        if len(content) > LARGEST:
-            raise damaged
-        values = json.loads(content)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError):
+        values = read_json(path, LARGEST)
+    except UserError:
+        if not path.exists() and not path.is_symlink():
+            return None
         raise damaged from None
     if not isinstance(values, dict) or values.get("kind") != KIND:
         raise damaged

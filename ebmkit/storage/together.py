@@ -32,8 +32,12 @@ from ebmkit.storage.manifest import (
     matches,
     read_manifest,
 )
+from ebmkit.storage.reading import read_bytes
 
 __all__ = ["read_together", "remove_file", "settle", "write_atomically", "write_together"]
+
+LARGEST = 2**34
+"""Bytes of a file of a run, at the most."""
 
 PATIENCE = 60.0
 """Seconds to wait for another process that changes the manifest."""
@@ -167,11 +171,10 @@ def _read(root: Path, name: str, manifest: Manifest | None) -> bytes:
     reason = "it is missing"
     for candidate in candidates:
         try:
-            content = candidate.read_bytes()
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            reason = f"it cannot be read ({error.strerror})"
+            content = read_bytes(candidate, LARGEST)
+        except UserError as error:
+            if candidate.exists():
+                reason = f"it cannot be read ({error})"
             continue
         if known is None or matches(content, known):
             return content

@@ -45,6 +45,7 @@ from ebmkit.storage.manifest import (
     matches,
     read_manifest,
 )
+from ebmkit.storage.reading import YAML_BYTES, check_links, parse_yaml, read_bytes
 from ebmkit.storage.together import settle
 from ebmkit.storage.verify import files_of, leftovers
 from ebmkit.training.checkpoints import (
@@ -124,10 +125,11 @@ class RunFolder:
         """The run at ``path``.
 
         Raises:
-            UserError: if there is none.
+            UserError: if there is none, or a link in it leads out of it.
         """
         if not (path / "config.yaml").is_file() and not _awaits_config(path):
             raise UserError(f"{str(path)!r} is no run folder: it holds no config.yaml")
+        check_links(path)
         return cls(path)
 
     @staticmethod
@@ -168,11 +170,11 @@ class RunFolder:
         try:
             content = self._read("config.yaml")
         except DamagedManifest:  # told, and made anew, by who writes
-            content = path.read_bytes()
+            content = read_bytes(path, YAML_BYTES)
         try:
-            values = yaml.safe_load(content)
-        except (yaml.YAMLError, UnicodeDecodeError):
-            values = None
+            values = parse_yaml(content, repr(str(path)))
+        except UserError as error:
+            raise DamagedFile(f"{str(path)!r} is damaged: {error}") from None
         if not isinstance(values, dict):
             raise DamagedFile(f"{str(path)!r} is damaged: it does not parse")
         return values

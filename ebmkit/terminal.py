@@ -1,0 +1,83 @@
+r"""What is shown on a terminal is text and nothing else.
+
+Names of files and classes, and messages of libraries, come from elsewhere. A terminal takes control
+characters in them for commands (set the title, clear the screen, move up and write over), and
+changes of direction show a name other than it is. They are spelled out, as in ``\x1b``, whichever
+way they reach the screen.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.segment import Segment
+from rich.text import Text
+
+__all__ = ["CleanConsole", "clean", "for_bar", "one_line", "shown_name"]
+
+_HARMFUL = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
+"""Kinds of characters that change how a terminal shows what follows, or cannot be shown."""
+
+
+LONGEST = 60
+"""Characters of a name that are shown."""
+
+
+def clean(text: str, kept: str = "\n\t") -> str:
+    r"""``text`` with its control characters, changes of direction and the like spelled out.
+
+    Args:
+        text: what is to be shown.
+        kept: control characters that stay.
+
+    >>> clean("cat\x1b[2J")
+    'cat\\x1b[2J'
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c in kept or unicodedata.category(c) not in _HARMFUL else repr(c)[1:-1] for c in text
+    )
+
+
+def one_line(text: str) -> str:
+    r"""A name from elsewhere, `clean` and without line breaks, which would pass for ours.
+
+    >>> one_line("cat\ndone")
+    'cat\\ndone'
+    """
+    return clean(text, "")
+
+
+def shown_name(name: str) -> str:
+    """A class's or file's name as pictures and tables show it: `one_line`, and not too long."""
+    name = one_line(name)
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 3]}..."
+
+
+def for_bar(name: str) -> str:
+    """A name as a progress bar takes it, which reads markup in brackets."""
+    return escape(one_line(name))
+
+
+class CleanConsole(Console):
+    """A console that shows all text `clean`, and names as they are: no markup, no ``:emoji:``."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+        """Plain strings, cells of tables among them; before they are measured."""
+        return super().render_str(clean(text), **options)
+
+    def render(self, renderable: Any, options: Any = None) -> Iterable[Segment]:
+        """All the rest; what rich itself says to the terminal has ``control``."""
+        for segment in super().render(renderable, options):
+            if segment.control is None and not segment.text.isprintable():
+                yield Segment(clean(segment.text), segment.style)
+            else:
+                yield segment
