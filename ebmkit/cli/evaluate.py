@@ -71,7 +71,8 @@ def evaluate(
         place = device_of_rank(pick_device(device))
         model = load(run, device=str(place), weights=weights)
         where = _where(run, dataset, data_dir, image_size)
-        images = _images(where, _split(split), world)
+        ours = data_dir is not None or where.data_dir is None  # else the run names the folder
+        images = _images(where, _split(split), world, download=ours)
         evaluate_run(
             model,
             run,
@@ -103,11 +104,14 @@ def _where(
     )
 
 
-def _images(where: DataConfig, split: Split, world: World) -> AnyImages:
-    """One split of the data set ``where``."""
+def _images(where: DataConfig, split: Split, world: World, download: bool) -> AnyImages:
+    """One split of the data set ``where``, fetched where ``download`` says so.
+
+    Into a folder that only the run names nothing is written, for the run may be a stranger's.
+    """
     if not world.first:
         world.from_first(None)  # where data must be fetched, one does it
-    images = images_of(where, split, progress=console.is_terminal and world.first)
+    images = images_of(where, split, console.is_terminal and world.first, download)
     if world.first:
         world.from_first(None)
     return images

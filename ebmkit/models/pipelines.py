@@ -102,7 +102,7 @@ def read_unet(
     diffusion = _diffusion(_read(scheduler) if scheduler else {})
     config = _config(shape, {**diffusion, "image_range": image_range, "null_label": null_label})
     state = _renamed(read_state(weights))
-    with AtMost(sum(value.numel() for value in state.values())):
+    with AtMost(sum(value.numel() for value in state.values()), len(state)):
         model = config.build()
     assert isinstance(model, DiffusionModel)
     try:

@@ -138,7 +138,7 @@ def load(
                 "ebmkit.load(run, model=JointModel(...))"
             )
         shapes = parse_header(content[FILES[weights]], folder / FILES[weights]).shapes
-        with AtMost(sum(map(math.prod, shapes.values()))):
+        with AtMost(sum(map(math.prod, shapes.values())), len(shapes)):
             model = document.model.build()
     try:
         state = _read_weights(content[FILES[weights]], folder / FILES[weights])

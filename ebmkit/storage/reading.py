@@ -61,6 +61,9 @@ JSON_BYTES = 64 * MIB
 
 WHOLE = 2**64
 
+DIGITS = 100
+"""Characters of a number, a date or the like in YAML: some take a time that grows like n**2."""
+
 EXPANDED = 20_000
 """Values that a YAML document may have, where an alias counts as all that it stands for."""
 
@@ -211,6 +214,8 @@ def _expanded(node: yaml.Node, what: str, known: dict[int, int], depth: int) -> 
     Raises:
         UserError: if those are too many, too deep, without end, or one has a name twice.
     """
+    if isinstance(node, yaml.ScalarNode) and len(node.value) > DIGITS and "str" not in node.tag:
+        raise UserError(f"{what} holds a value of {len(node.value)} characters that is no text")
     if depth > DEPTH or known.get(id(node), 1) == 0:  # 0: it is within itself
         _deep(what)
     if id(node) in known or isinstance(node, yaml.ScalarNode):

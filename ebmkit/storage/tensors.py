@@ -119,7 +119,7 @@ def _span(name: str, entry: Any, path: Path) -> tuple[int, int, str]:
     dtype, shape, place = (entry[field] for field in fields)
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise _damaged(path, f"{shown(name)} is of the type {shown(dtype)}, which no weights need")
-    if not _whole(shape) or math.prod(max(1, n) for n in shape) > LARGEST:
+    if not _whole(shape) or len(shape) > 64 or math.prod(max(1, n) for n in shape) > LARGEST:
         raise _damaged(path, f"{shown(name)} has the shape {shown(shape)}")
     if not _whole(place) or len(place) != 2 or place[1] - place[0] < 0:
         raise _damaged(path, f"{shown(name)} lies at {shown(place)}")

@@ -24,8 +24,16 @@ __all__ = ["assemble", "build_model", "images_of"]
 Split = Literal["train", "validation", "test"]
 
 
-def images_of(config: DataConfig, split: Split, progress: bool = False) -> AnyImages:
+def images_of(
+    config: DataConfig, split: Split, progress: bool = False, download: bool = True
+) -> AnyImages:
     """The images of ``split``, as ``config`` names them.
+
+    Args:
+        config: the data set.
+        split: of it.
+        progress: whether to show bars while data is downloaded or read.
+        download: fetch CIFAR if it is not there.
 
     Raises:
         UserError: if the data set is unknown, missing or incomplete.
@@ -35,6 +43,7 @@ def images_of(config: DataConfig, split: Split, progress: bool = False) -> AnyIm
         config.data_dir,
         split,
         image_size=config.image_size,
+        download=download,
         progress=progress,
         faults=Faults(config.unreadable == "skip", config.links == "follow"),
     )

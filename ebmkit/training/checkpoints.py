@@ -130,10 +130,11 @@ def _unpacked(content: bytes, path: Path) -> dict[str, Any]:
 
 
 def _read_buffer(root: Path, saved: Any) -> bytes:
-    known = isinstance(saved, dict) and isinstance(saved.get("file"), str)
-    name = f"checkpoints/{Path(saved['file']).name}" if known else ""
+    facts = saved if isinstance(saved, dict) else {}
+    named = facts.get("file")
+    name = f"checkpoints/{Path(named).name}" if isinstance(named, str) else ""
     content = read_together(root, [name])[name] if _BUFFER.fullmatch(name) else b""
-    if hashlib.sha256(content).hexdigest() != saved["sha256"]:
+    if hashlib.sha256(content).hexdigest() != facts.get("sha256"):
         raise DamagedFile(
             f"{str(root / name)!r} is missing or damaged: it is not the replay buffer that the "
             "checkpoint was saved with"

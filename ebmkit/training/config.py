@@ -38,6 +38,9 @@ __all__ = [
 ]
 
 
+MOST_KEYS = 20
+"""Names in a key, as of optimizer.lr two."""
+
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, BeforeValidator(parse_share)]
 
@@ -213,7 +216,7 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
     for text in assignments:
         key, equals, value = text.partition("=")
         keys = key.strip().split(".")
-        if not equals or not all(keys):
+        if not equals or not all(keys) or len(keys) > MOST_KEYS:
             raise UserError(
                 f"--set {shown(text)} is not of the form key=value, as in optimizer.lr=1e-3"
             )
