@@ -10,10 +10,10 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["Report", "UserError", "plain", "shown", "unknown_name"]
+__all__ = ["UserError", "plain", "shown", "unknown_name"]
 
 
-MOST = 1000
+MOST = 4000
 """Characters of a sentence; a longer one, which quotes something long, loses its middle."""
 
 
@@ -25,24 +25,23 @@ class UserError(ValueError):
 
     >>> print(UserError("there is no file " + "evil\x1b[2J\n"))
     there is no file evil\x1b[2J\n
+
+    Args:
+        sentence: what is wrong, and what to do.
+        details: lines below it, where one sentence cannot hold what was found.
     """
 
-    def __init__(self, sentence: object = "") -> None:
-        super().__init__(self._shown(str(sentence)))
-
-    @staticmethod
-    def _shown(text: str) -> str:
-        if len(text) > MOST:
-            text = f"{text[: MOST - 300]} ... {text[-300:]}"
-        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    def __init__(self, sentence: object = "", details: Iterable[str] = ()) -> None:
+        super().__init__("\n".join([_one(str(sentence)), *(f"  {_one(line)}" for line in details)]))
 
 
-class Report(UserError):
-    """A sentence, and lines below it; each is cut and cleaned by itself."""
-
-    @staticmethod
-    def _shown(text: str) -> str:
-        return "\n".join(UserError._shown(line) for line in text.split("\n"))
+def _one(text: str) -> str:
+    """``text`` as one line that a terminal can show."""
+    if len(text) > MOST:
+        text = f"{text[: MOST - 300]} ... {text[-300:]}"
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return text
 
 
 def shown(value: Any, most: int = 200) -> str:

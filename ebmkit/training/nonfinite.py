@@ -18,7 +18,7 @@ import torch
 
 from ebmkit.data import Batch
 from ebmkit.data.imagesets import origin
-from ebmkit.errors import Report, UserError, shown
+from ebmkit.errors import UserError, shown
 from ebmkit.randomness import keyed_seed
 from ebmkit.storage import write_atomically
 from ebmkit.training.diagnose import diagnose, plain
@@ -64,9 +64,8 @@ def stopped(trainer: Trainer, reading: Reading) -> UserError:
         except UserError as error:
             where = f"; {error}"
         where += keep_report(trainer.run.path, report)
-    lines = [f"{_headline(report)} at step {done + 1}: stopped before the update{where}"]
-    lines += [f"  {line}" for line in told(report)]
-    return Report("\n".join([*lines, f"  {_advice(report)}"]))
+    sentence = f"{_headline(report)} at step {done + 1}: stopped before the update{where}"
+    return UserError(sentence, [*told(report), _advice(report)])
 
 
 def report_of(

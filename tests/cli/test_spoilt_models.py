@@ -79,3 +79,8 @@ def test_logits_that_are_no_numbers_are_right_for_no_label():
     """`argmax` takes the first nan for the largest: an image of class 0 would count as right."""
     logits = torch.tensor([[math.nan] * 3, [0.0, math.nan, 1.0], [0.0, 2.0, -math.inf]])
     assert likeliest(logits).tolist() == [-1, -1, 1]
+
+
+def test_an_error_keeps_its_lines_and_no_more():
+    error = ebmkit.UserError("one\nsentence", ["two", "three\x1b"])
+    assert str(error) == "one\\nsentence\n  two\n  three\\x1b"
