@@ -18,7 +18,7 @@ import torch
 
 from ebmkit.data import Batch
 from ebmkit.data.imagesets import origin
-from ebmkit.errors import UserError
+from ebmkit.errors import UserError, shown
 from ebmkit.randomness import keyed_seed
 from ebmkit.storage import write_atomically
 from ebmkit.training.diagnose import diagnose, plain
@@ -221,7 +221,7 @@ def _image(row: Mapping[str, Any]) -> str:
     words = [" and ".join(row["terms"]) or "its gradient", f"sigma {row['sigma']}"]
     words += [] if row["label"] is None else [f"label {row['label']}"]
     words += [f"{name} not finite" for name, fine in row["finite"].items() if not fine]
-    file = f" ({row['file']})" if "file" in row else ""
+    file = f" ({shown(row['file'])})" if "file" in row else ""
     return f"{row['image']}{file} [{', '.join(words)}]"
 
 

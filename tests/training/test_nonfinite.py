@@ -19,7 +19,7 @@ from ebmkit.data.pack import pack
 from ebmkit.data.sets import load_dataset
 from ebmkit.training import Interrupted, RunFolder, resolve
 from ebmkit.training.assemble import assemble
-from ebmkit.training.nonfinite import report_of
+from ebmkit.training.nonfinite import report_of, told
 from ebmkit.training.parts import make_average
 
 pytestmark = pytest.mark.usefixtures("counted_once")
@@ -426,3 +426,12 @@ def test_a_compiled_step_is_looked_at_eagerly(tmp_path):
     assert report["compiled"]
     assert [row["position"] for row in report["streams"]["denoise"]["images"]] == [3]
     assert report["layer"].startswith("backbone.")
+
+
+def test_a_file_s_name_cannot_add_lines_to_the_message(tmp_path):
+    row = {"position": 0, "image": 7, "terms": ["ce"], "sigma": "0/255", "label": None}
+    row |= {"finite": {"image": False}, "file": "a\nebmkit: all is well\x1b[2J.png"}
+    found = {"size": 2, "looked_at": 2, "images": [row], "indices": [7, 8]}
+    report = {"terms": {"ce": "nan"}, "grad_norm": "nan", "lr": 0.1, "streams": {"classify": found}}
+    (_, line, _) = told({**report, "failed": "no"})
+    assert r"images 7 ('a\nebmkit: all is well\x1b[2J.png') [ce" in line
