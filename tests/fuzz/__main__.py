@@ -115,7 +115,7 @@ def child(name: str, count: int, seed: int) -> int:
         signal.alarm(SECONDS)
         outcomes[check(target, content)] += 1
         signal.alarm(0)
-        if sum(outcomes.values()) % 500 == 0:
+        if sum(outcomes.values()) % 50 == 0:
             tell()
 
     signal.signal(signal.SIGALRM, too_slow)

@@ -205,6 +205,19 @@ def _manifest(content: bytes) -> object:
     return settle(root)
 
 
+def _signed(content: bytes) -> object:
+    """A manifest whose digest of itself is right, whatever it says."""
+    from ebmkit.storage.manifest import _digest
+
+    try:
+        values = json.loads(content)
+        values.pop("sha256", None)
+        signed = json.dumps(values | {"sha256": _digest(values)}).encode()
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        signed = content
+    return _manifest(signed)
+
+
 def _journal(content: bytes) -> object:
     from ebmkit.training.journal import Journal
 
@@ -333,6 +346,7 @@ TARGETS = {
     "checkpoint": Target(_checkpoint, lambda: _torch_seeds() + of_run("checkpoints/*.pt")(), 0.3),
     "stranger's .pt": Target(_torch_file, _torch_seeds, 0.5),
     "manifest": Target(_manifest, of_run("manifest.json"), 0.5),
+    "manifest, signed": Target(_signed, of_run("manifest.json"), 0.5),
     "metrics.jsonl": Target(_journal, lambda: [b'{"step": 1, "ce": 2.0}\n{"step": 2}\n']),
     "holder": Target(_holder, lambda: [json.dumps({"process": 1, "host": "a"}).encode()]),
     "run folder": Target(_whole_run, lambda: [bytes([k, 0, 9, 9, 65]) for k in range(12)], 0.05),
