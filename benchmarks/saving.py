@@ -2,7 +2,7 @@
 
     uv run python benchmarks/saving.py --out benchmarks/results/promises-saving.json
 
-Some eight minutes on a CPU. The state of several runs is saved as the trainer does it, and plainly:
+Some six minutes on a CPU. The state of several runs is saved as the trainer does it, and plainly:
 `torch.save` and safetensors over the old files, no digest, no fsync, nothing kept. The difference,
 as a share of the sixty seconds between saves, is the cost; all of a save is told too. Before each
 save the disk is idle: what the plain one leaves to the kernel costs the plain one nothing, and is
@@ -72,7 +72,8 @@ RUNS: dict[str, dict[str, Any]] = {
     },
 }
 """A small network; the paper's for CIFAR-10; this one with a replay buffer, which is saved too, and
-so are three earlier states and their chains, to go back to."""
+so are three earlier states and their chains, to go back to. That is 1.4 GB a save: 2.9 % on two
+cores at a load of 3.8, but 6 % at 5.5 and 17 % (three rounds) at 7.4."""
 
 
 def main() -> None:

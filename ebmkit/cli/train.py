@@ -6,6 +6,7 @@ import inspect
 import json
 import shlex
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
@@ -21,6 +22,7 @@ from ebmkit.errors import UserError
 from ebmkit.parallel import World, join, launch, restarted
 from ebmkit.storage import write_atomically
 from ebmkit.storage.reading import read_json
+from ebmkit.storage.verify import verify_run
 from ebmkit.training import (
     Interrupted,
     Reporter,
@@ -268,6 +270,8 @@ def _fit(trainer: Trainer, run: Path, tensorboard: bool) -> None:
     )
     if trainer.step >= config.steps:
         console.print(f"this run is finished: {config.steps} of {config.steps} steps are done")
+        if trainer.run is not None:
+            _mend(trainer, trainer.run)
         return
     if trainer.step:
         console.print(f"going on after step {trainer.step}")
@@ -304,6 +308,15 @@ def _fit(trainer: Trainer, run: Path, tensorboard: bool) -> None:
         soft_wrap=True,
         highlight=False,
     )
+
+
+def _mend(trainer: Trainer, run: RunFolder) -> None:
+    """Write the model again where it is damaged: the checkpoint has all of it."""
+    names = ("model.safetensors", "model.json")
+    bad = [f.name for f in verify_run(run.path) if f.name in names and f.state != "whole"]
+    if bad:
+        warnings.warn(f"written again from the checkpoint: {' and '.join(bad)}", stacklevel=2)
+        trainer.save()
 
 
 def _predict(config: TrainConfig, world: World) -> None:

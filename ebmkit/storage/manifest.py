@@ -127,15 +127,12 @@ def read_manifest(root: Path) -> Manifest | None:
     if values.pop("sha256", None) != _digest(values) or values.get("format") != FORMAT:
         raise damaged
     try:
-        files = {
-            _checked(name): Entry(int(e["bytes"]), str(e["sha256"]), bool(e.get("grows", False)))
-            for name, e in values["files"].items()
-        }
+        files = {_checked(name): _entry(e) for name, e in values["files"].items()}
         pending = {name: _checked_partial(name, own) for name, own in values["pending"].items()}
         removed = tuple(_checked(name) for name in values["removed"])
         if pending.keys() - files.keys() or files.keys() & set(removed):
             raise damaged
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         raise damaged from None
     return Manifest(files, pending, removed)
 
@@ -155,6 +152,18 @@ def matches(content: Content, entry: Entry) -> bool:
     if len(content) < entry.size or (len(content) > entry.size and not entry.grows):
         return False
     return hashlib.sha256(memoryview(content)[: entry.size]).hexdigest() == entry.sha256
+
+
+def _entry(values: dict[str, Any]) -> Entry:
+    """An entry as it was written.
+
+    Raises:
+        KeyError, TypeError, ValueError: if it is none.
+    """
+    size, digest = values["bytes"], values["sha256"]
+    if type(size) is not int or size < 0 or not isinstance(digest, str):
+        raise ValueError(values)
+    return Entry(size, digest, values.get("grows") is True)
 
 
 def _checked(name: str) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -125,6 +126,13 @@ def _unpacked(content: bytes, path: Path) -> dict[str, Any]:
     except UserError:
         raise damaged from None
     if not isinstance(state, dict) or type(state.get("step")) is not int or state["step"] < 0:
+        raise damaged
+    numbers = [state.get("best", math.inf), state.get("seconds", 0.0)]
+    if any(type(number) not in (int, float) for number in numbers):
+        raise damaged
+    if not isinstance(state.get("watch"), dict | None) or not isinstance(
+        state.get("buffer"), dict | None
+    ):
         raise damaged
     return state
 

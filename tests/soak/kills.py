@@ -103,6 +103,10 @@ def killed(
                 kill_at_random(command, run, drawn, outcome, training.ranks)
         finally:
             command.kill()
+        if command.process.returncode not in (-9, 1):  # torchrun ends with 1 when a rank was killed
+            raise RuntimeError(f"not killed: exit code {command.process.returncode}; see {log}")
+        if command.process.returncode == 1 and training.ranks == 1:
+            raise RuntimeError(f"failed by itself; see {log}")
         outcome.kills += 1
         lost = max(0, logged_step(run) - last_step(run)) if run.exists() else 0
         outcome.steps_lost += lost
