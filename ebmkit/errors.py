@@ -25,15 +25,23 @@ class UserError(ValueError):
 
     >>> print(UserError("there is no file " + "evil\x1b[2J\n"))
     there is no file evil\x1b[2J\n
+
+    Args:
+        sentence: what is wrong, and what to do.
+        details: lines below it, where one sentence cannot hold what was found.
     """
 
-    def __init__(self, sentence: object = "") -> None:
-        text = str(sentence)
-        if len(text) > MOST:
-            text = f"{text[: MOST - 300]} ... {text[-300:]}"
-        if not text.isprintable():
-            text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-        super().__init__(text)
+    def __init__(self, sentence: object = "", details: Iterable[str] = ()) -> None:
+        super().__init__("\n".join([_one(str(sentence)), *(f"  {_one(line)}" for line in details)]))
+
+
+def _one(text: str) -> str:
+    """``text`` as one line that a terminal can show."""
+    if len(text) > MOST:
+        text = f"{text[: MOST - 300]} ... {text[-300:]}"
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return text
 
 
 def shown(value: Any, most: int = 200) -> str:

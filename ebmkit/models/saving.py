@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import warnings
 from pathlib import Path
 
 import safetensors.torch
@@ -107,7 +108,8 @@ def load(
         weights: ``last``, or ``best`` by validation.
 
     Returns:
-        The model; its attribute ``card`` says what it was trained for.
+        The model; its attribute ``card`` says what it was trained for. Weights that are not finite
+        are warned of, by name.
 
     Raises:
         UserError: if the folder holds no such model or the files do not fit together.
@@ -144,9 +146,23 @@ def load(
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"the weights in {str(folder)!r} do not fit the model: {reason}") from None
+    _warn_of_numbers(model, folder / FILES[weights])
     model.card = document.card
     model.weights_sha256 = hashlib.sha256(content[FILES[weights]]).hexdigest()
     return model.eval().requires_grad_(False).to(device)
+
+
+def _warn_of_numbers(model: ScoreModel, path: Path) -> None:
+    """Warn of weights that are not finite; buffers may be infinite, as masks are."""
+    bad = [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
+    bad += [name for name, b in model.named_buffers() if bool(b.isnan().any())]
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        warnings.warn(
+            f"{str(path)!r} holds weights that are not finite ({', '.join(bad[:3])}{more}): "
+            "training diverged, and what the model gives has no meaning",
+            stacklevel=3,
+        )
 
 
 def weights_digest(run: Path, weights: str = "last") -> str:

@@ -321,7 +321,7 @@ TARGETS = {
     "sigma": string(_sigma, "25/255", "0.1", "1e-3", "25", "0/1", " 8/255 "),
     "share": string(_share, "160/200", "0.5", "1"),
     "schedule": string(_schedule, "sigmoid:t0=500,y0=0.05,k=0.02", "constant", "linear:a=1"),
-    "labels": string(_labels, "3", "cat", "all", "dog", "0,1", "cat,dog"),
+    "labels": string(_labels, "3", "9" * 20, "cat", "all", "dog", "0,1", "cat,dog"),
     "assignments": string(
         _assignments, "steps=3", "objective.adv.eps=0.5\nobjective=adv", "dataset={name: digits}"
     ),
