@@ -13,7 +13,7 @@ from typing import Any
 __all__ = ["UserError", "plain", "shown", "unknown_name"]
 
 
-MOST = 1000
+MOST = 4000
 """Characters of a sentence; a longer one, which quotes something long, loses its middle."""
 
 

@@ -261,7 +261,7 @@ def test_a_folder_that_links_out_is_not_written_into(run, tmp_path):
     shutil.move(run / "checkpoints", elsewhere)
     (run / "checkpoints").symlink_to(elsewhere)
     before = sorted(p.name for p in elsewhere.iterdir())
-    with pytest.raises(UserError, match="checkpoints' is a link out of the run"):
+    with pytest.raises(UserError, match=r"checkpoints' is a link to .*elsewhere"):
         go_on(run, steps=6)
     assert sorted(p.name for p in elsewhere.iterdir()) == before
 
