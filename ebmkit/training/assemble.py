@@ -24,7 +24,9 @@ __all__ = ["assemble", "build_model", "images_of"]
 Split = Literal["train", "validation", "test"]
 
 
-def images_of(config: DataConfig, split: Split, progress: bool = False) -> AnyImages:
+def images_of(
+    config: DataConfig, split: Split, progress: bool = False, download: bool = True
+) -> AnyImages:
     """The images of ``split``, as ``config`` names them.
 
     Raises:
@@ -35,6 +37,7 @@ def images_of(config: DataConfig, split: Split, progress: bool = False) -> AnyIm
         config.data_dir,
         split,
         image_size=config.image_size,
+        download=download,
         progress=progress,
         faults=Faults(config.unreadable == "skip", config.links == "follow"),
     )
