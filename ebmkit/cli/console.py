@@ -70,6 +70,8 @@ class TrainingBar:
             self.progress.update(self.task, completed=row["step"])
             self.next_line = row["step"]
             return
+        if row["kind"] == "unreadable":
+            return
         values = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k not in _HIDDEN)
         if row["kind"] == "validation":
             if not self.live:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
+from pydantic import BaseModel, ConfigDict
 
 from ebmkit.cli.app import app
 from ebmkit.cli.console import console
 from ebmkit.compute import pick_device
 from ebmkit.core import ScoreModel
-from ebmkit.data import AnyImages
+from ebmkit.data import AnyImages, StreamedSet
 from ebmkit.evaluation import Images, evaluation_folder, parse_options, parse_suites, tables
 from ebmkit.evaluation import evaluate as run_suites
 from ebmkit.models import load
 from ebmkit.parallel import World, device_of_rank, join
 from ebmkit.training import DataConfig, RunFolder, parse_assignments, resolve
 from ebmkit.training.assemble import Split, images_of
+from ebmkit.validation import validated
 
 __all__ = ["evaluate", "evaluate_run"]
 
@@ -56,7 +58,9 @@ def evaluate(
     ] = "auto",
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="a suite's setting, as robustness.steps=10; may be repeated"),
+        typer.Option(
+            "--set", help="a suite's setting, as robustness.steps=10, or dataset.unreadable=skip"
+        ),
     ] = None,
 ) -> None:
     """Evaluate a trained model: tables here, JSON and pictures under RUN/evaluation.
@@ -66,13 +70,15 @@ def evaluate(
     processes share the images.
     """
     options = parse_assignments(set_ or [])
+    faults = validated(_Reading, options.pop("dataset", {}), "--set dataset")
     with join() as world:
         console.quiet = not world.first
         place = device_of_rank(pick_device(device))
         model = load(run, device=str(place), weights=weights)
         where = _where(run, dataset, data_dir, image_size)
+        where = where.model_copy(update=faults.model_dump(exclude_unset=True))
         ours = data_dir is not None or where.data_dir is None  # else the run names the folder
-        images = _images(where, _split(split), world, download=ours)
+        images = _images(where, _split(split), world, limit, download=ours)
         evaluate_run(
             model,
             run,
@@ -89,6 +95,15 @@ def evaluate(
         )
 
 
+class _Reading(BaseModel):
+    """What `evaluate` may say of the data set's faults, by --set."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    unreadable: Literal["error", "skip"] = "error"
+    links: Literal["inside", "follow"] = "inside"
+
+
 def _where(
     run: Path, dataset: str | None, data_dir: Path | None, image_size: int | None
 ) -> DataConfig:
@@ -98,22 +113,29 @@ def _where(
     name = dataset or trained.name
     own = name == trained.name
     return DataConfig(
+        unreadable=trained.unreadable,
+        links=trained.links if own else "inside",
         name=name,
         data_dir=data_dir or (trained.data_dir if own else None),
         image_size=image_size or (trained.image_size if own else None),
     )
 
 
-def _images(where: DataConfig, split: Split, world: World, download: bool) -> AnyImages:
-    """One split of the data set ``where``, fetched where ``download`` says so.
+def _images(
+    where: DataConfig, split: Split, world: World, limit: int | None, download: bool
+) -> AnyImages:
+    """One split of the data set ``where``, without images that are left out.
 
-    Into a folder that only the run names nothing is written, for the run may be a stranger's.
+    It is fetched where ``download`` says so: into a folder that only the run names nothing is
+    written, for the run may be a stranger's.
     """
     if not world.first:
         world.from_first(None)  # where data must be fetched, one does it
     images = images_of(where, split, console.is_terminal and world.first, download)
     if world.first:
         world.from_first(None)
+    if isinstance(images, StreamedSet) and images.skip:  # as training images of any size
+        images = images.first(limit or len(images)).readable()
     return images
 
 

@@ -18,6 +18,7 @@ from rich.table import Table
 from ebmkit.cli.app import app
 from ebmkit.cli.console import TensorBoard, Together, TrainingBar, console
 from ebmkit.data import AnyImages
+from ebmkit.data.imagesets import some_of
 from ebmkit.errors import UserError
 from ebmkit.parallel import World, join, launch, restarted
 from ebmkit.storage import write_atomically
@@ -303,6 +304,13 @@ def _fit(trainer: Trainer, run: Path, tensorboard: bool) -> None:
     if trainer.run is not None:
         text = json.dumps(account.document(), indent=2)
         write_atomically(run / "cost.json", text.encode())
+    if trainer.left_out:
+        console.print(
+            f"{len(trainer.left_out)} training images cannot be read and were left out: "
+            f"{some_of(trainer.left_out.reasons)}",
+            soft_wrap=True,
+            highlight=False,
+        )
     console.print(
         f"{config.steps - first:,} steps in {seconds:.0f} s; {account.sentence()}",
         soft_wrap=True,

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -26,6 +26,7 @@ from ebmkit.data import imagesets
 from ebmkit.data.finding import SUFFIXES, check_inside, find_images
 from ebmkit.data.images import picture_header
 from ebmkit.data.imagesets import (
+    HINT,
     AnyImages,
     Faults,
     ImageSet,
@@ -33,6 +34,7 @@ from ebmkit.data.imagesets import (
     StreamedSet,
     held_out,
     shuffled,
+    some_of,
 )
 from ebmkit.data.reading import FolderReader
 from ebmkit.errors import UserError
@@ -49,9 +51,6 @@ __all__ = [
     "tell_skipped",
 ]
 
-SHOWN = 3
-"""Images that a warning names."""
-
 T = TypeVar("T")
 
 
@@ -62,11 +61,13 @@ class Listing(NamedTuple):
         reader: reads them.
         labels: (N,) int64, or None without class folders.
         class_names: names of the class folders, sorted.
+        lost: why files were left out.
     """
 
     reader: FolderReader
     labels: Tensor | None
     class_names: tuple[str, ...]
+    lost: list[str]
 
 
 def load_folder(
@@ -106,8 +107,10 @@ def load_folder(
     labels = None if labels is None else labels[rows]
     height, width = reader.size
     pictures = reader if side is not None and split == "train" else None
+    lost = listing.lost
     if faults.skip and pictures is None:
-        rows = readable_rows(listing, rows, f"{root.name}/{split}", progress)
+        rows, more = readable_rows(listing, rows, f"{root.name}/{split}", progress)
+        lost = [*lost, *more]
         labels = None if listing.labels is None else listing.labels[rows]
     too_many = len(rows) * reader.channels * height * width > imagesets.MEMORY_LIMIT
     if pictures is not None or too_many:
@@ -122,11 +125,12 @@ def load_folder(
             listing.class_names,
             pictures,
             faults.skip,
+            left_out=tuple(lost),
         )
     images = torch.empty((len(rows), reader.channels, height, width), dtype=torch.uint8)
     for i, row in enumerate(progress_bar(rows.tolist(), f"reading {root.name}/{split}", progress)):
         images[i] = reader.read([row])[0]
-    return ImageSet(name, split, images, labels, listing.class_names, reader, rows)
+    return ImageSet(name, split, images, labels, listing.class_names, reader, rows, tuple(lost))
 
 
 def list_folder(
@@ -165,25 +169,26 @@ def list_folder(
         raise UserError(
             f"{str(base)!r} holds no {part} images: put files ending in {', '.join(SUFFIXES)} there"
         )
-    if faults.skip:
-        names = readable(base, names, faults, picture_header if image_size is None else None)
+    lost: list[str] = []
+    if faults.skip and image_size is None:
+        names, lost = readable(base, names)
     numbers = {name: i for i, name in enumerate(classes)}
     labels = torch.tensor([numbers[_class_of(name)] for name in names]) if classes else None
     channels, size = _shape(base, names, image_size, progress, faults.skip)
     reader = FolderReader(base, names, channels, size, side)
-    return Listing(reader, labels, tuple(_as_text(name) for name in classes))
+    return Listing(reader, labels, tuple(_as_text(name) for name in classes), lost)
 
 
-def readable(
-    base: Path, names: list[str], faults: Faults, look: Callable[[Path], object] | None
-) -> list[str]:
-    """Those of ``names`` whose headers ``look`` can read, where others are to be skipped."""
-    if not faults.skip or look is None:
-        return names
+def readable(base: Path, names: list[str]) -> tuple[list[str], list[str]]:
+    """Those of ``names`` whose headers can be read, and why the others' cannot.
+
+    Raises:
+        UserError: if none can.
+    """
     kept, lost = [], []
     for name in names:
         try:
-            look(base / name)
+            picture_header(base / name)
         except UserError as error:
             lost.append(str(error))
         else:
@@ -191,22 +196,23 @@ def readable(
     tell_skipped(base.name, lost, len(names))
     if not kept:
         raise UserError(f"none of {len(names)} images in {str(base)!r} can be read: {lost[0]}")
-    return kept
+    return kept, lost
 
 
 def tell_skipped(what: str, lost: Sequence[str], count: int) -> None:
     """Warn of images that are left out."""
     if lost:
-        more = f" and {len(lost) - SHOWN} more" if len(lost) > SHOWN else ""
         warnings.warn(
             f"{len(lost)} of {count} images of {what} cannot be read and are left out: "
-            f"{'; '.join(lost[:SHOWN])}{more}",
+            f"{some_of(lost)}",
             stacklevel=4,
         )
 
 
-def readable_rows(listing: Listing, rows: Tensor, what: str, progress: bool) -> Tensor:
-    """The rows whose images can be read, after reading each.
+def readable_rows(
+    listing: Listing, rows: Tensor, what: str, progress: bool
+) -> tuple[Tensor, list[str]]:
+    """The rows whose images can be read, after reading each, and why the others cannot.
 
     Raises:
         UserError: if none can.
@@ -216,13 +222,13 @@ def readable_rows(listing: Listing, rows: Tensor, what: str, progress: bool) -> 
         try:
             listing.reader.read([row])
         except UserError as error:
-            lost.append(str(error))
+            lost.append(str(error).removesuffix(HINT))
         else:
             kept.append(row)
     tell_skipped(what, lost, len(rows))
     if not kept:
         raise UserError(f"none of {len(rows)} images of {what} can be read: {lost[0]}")
-    return torch.tensor(kept)
+    return torch.tensor(kept), lost
 
 
 def has_parts(root: Path) -> bool:
@@ -331,7 +337,7 @@ def _shape(
             found, size = picture_header(base / name)
         except UserError as error:
             if not skip:
-                raise UserError(f"{error} (dataset.unreadable=skip leaves such out)") from None
+                raise UserError(f"{error}{HINT}") from None
             last = error
             continue
         channels = max(channels, found)

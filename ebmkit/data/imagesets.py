@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -53,6 +53,19 @@ class Faults(NamedTuple):
     follow: bool = False
 
 
+HINT = " (dataset.unreadable=skip leaves such out)"
+"""What is said of an image that cannot be read, where it is an error."""
+
+SHOWN = 3
+"""Images left out that a sentence names."""
+
+
+def some_of(reasons: Sequence[str]) -> str:
+    """The first of the ``reasons`` why images were left out, and how many there are more."""
+    more = f"; and {len(reasons) - SHOWN} more" if len(reasons) > SHOWN else ""
+    return f"{'; '.join(reasons[:SHOWN])}{more}"
+
+
 MOST_IN_A_ROW = 100
 """Images that may be skipped one after the other."""
 
@@ -79,6 +92,7 @@ class ImageSet:
         class_names: one per label; empty without labels.
         reader: what they were read by, where it was a file or folder of the user's.
         rows: (N,) int64, the reader's row of each image.
+        left_out: why images were left out when the set was loaded.
 
     Raises:
         UserError: if the images are not uint8 (N, C, H, W), or a label is out of range.
@@ -91,6 +105,7 @@ class ImageSet:
     class_names: tuple[str, ...] = ()
     reader: RowReader | None = field(default=None, repr=False)
     rows: Tensor | None = field(default=None, repr=False)
+    left_out: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         what = f"data set {self.name!r}"
@@ -201,6 +216,7 @@ class StreamedSet:
             are cut from the images.
         skip: an image that cannot be read is left out: the next one takes its place.
         skipped: what was left out so far, in this process: number -> reason.
+        left_out: why images were left out when the set was loaded.
 
     Raises:
         UserError: if a label is out of range.
@@ -217,6 +233,7 @@ class StreamedSet:
     pictures: PictureReader | None = None
     skip: bool = False
     skipped: dict[int, str] = field(default_factory=dict, repr=False)
+    left_out: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_labels(f"data set {self.name!r}", self.labels, len(self.rows), len(self.class_names))
@@ -277,13 +294,12 @@ class StreamedSet:
             try:
                 image, label = self._read([chosen], cut)
             except UserError as error:
-                self.skipped[chosen] = str(error)
-                last = error
+                self.skipped[chosen] = last = str(error).removesuffix(HINT)
             else:
                 return image, torch.zeros(0) if label is None else label
         raise UserError(f"{MOST_IN_A_ROW} images in a row cannot be read: {last}")
 
-    def _read(self, indices: Sequence[int], cut: Cut | None) -> tuple[Tensor, Tensor | None]:
+    def _read(self, indices: Sequence[int], cut: Cut | None = None) -> tuple[Tensor, Tensor | None]:
         chosen = torch.as_tensor(indices)
         labels = None if self.labels is None else self.labels[chosen]
         rows = self.rows[chosen].tolist()
@@ -295,12 +311,53 @@ class StreamedSet:
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """In order, ``size`` at a time: images (B, C, H, W) in [0, 1], labels (B,) or None.
 
+        With ``skip``, images that cannot be read are missing: their batch is smaller.
+
         Raises:
             UserError: if an image cannot be read.
         """
         for start in range(0, len(self), size):
-            images, labels = self.read(range(start, min(start + size, len(self))))
+            numbers = range(start, min(start + size, len(self)))
+            try:
+                images, labels = self._read(numbers)
+            except UserError:
+                kept, _ = self._readable_of(numbers)
+                if not kept:
+                    continue
+                images, labels = self._read(kept)
             yield to_floats(images), labels
+
+    def readable(self) -> Self:
+        """Those that can be read, after reading each; from then on none may be missing.
+
+        Raises:
+            UserError: if none can.
+        """
+        kept, lost = self._readable_of(range(len(self)))
+        if not kept:
+            raise UserError(f"none of {len(self)} images of {self.name!r} can be read: {lost[0]}")
+        chosen = torch.as_tensor(kept)
+        return replace(
+            self,
+            rows=self.rows[chosen],
+            labels=None if self.labels is None else self.labels[chosen],
+            skip=False,
+            left_out=(*self.left_out, *lost),
+        )
+
+    def _readable_of(self, numbers: Sequence[int]) -> tuple[list[int], list[str]]:
+        """Those of ``numbers`` that can be read, and why the others cannot."""
+        kept, lost = [], []
+        for number in numbers:
+            try:
+                self._read([number])
+            except UserError as error:
+                if not self.skip:
+                    raise
+                lost.append(str(error).removesuffix(HINT))
+            else:
+                kept.append(number)
+        return kept, lost
 
 
 AnyImages = ImageSet | StreamedSet

@@ -158,7 +158,7 @@ def _folder_parts(
     for group, listing in listings.items():
         order = shuffled(len(listing.reader))
         if faults.skip:
-            order = readable_rows(listing, order, f"{root.name}/{group}", progress)
+            order, _ = readable_rows(listing, order, f"{root.name}/{group}", progress)
 
         def read(
             rows: list[int], listing: Any = listing, order: Tensor = order

@@ -63,7 +63,9 @@ def load_pictures(root: Path, split: Split, faults: Faults | None = None) -> Pic
     names = find_images(root, root, faults.follow, deep=False)
     if not names:
         raise UserError(f"{str(root)!r} holds no pictures: put files ending in {SUFFIXES} there")
-    names = readable(root, names, faults, picture_header)
+    lost: list[str] = []
+    if faults.skip:
+        names, lost = readable(root, names)
     headers = [picture_header(root / name) for name in names]
     channels = {count for count, _ in headers}
     if len(channels) > 1:
@@ -72,4 +74,14 @@ def load_pictures(root: Path, split: Split, faults: Faults | None = None) -> Pic
     size = max(h for _, (h, _) in headers), max(w for _, (_, w) in headers)
     reader = _WholeReader(root, names, channels.pop(), size)
     rows: Sequence[int] = range(len(names))
-    return PictureSet("pictures", split, reader, torch.as_tensor(rows), reader.channels, size)
+    images = PictureSet(
+        "pictures",
+        split,
+        reader,
+        torch.as_tensor(rows),
+        reader.channels,
+        size,
+        skip=faults.skip,
+        left_out=tuple(lost),
+    )
+    return images.readable() if faults.skip else images

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ebmkit.data.crops import Cut, crop_boxes
 from ebmkit.data.images import MAX_PIXELS_IN_SET, open_picture
+from ebmkit.data.imagesets import HINT
 from ebmkit.errors import UserError
 
 __all__ = ["FolderReader", "as_tensor", "to_pixels"]
@@ -110,7 +111,7 @@ class FolderReader:
         try:
             opened = open_picture(path, MAX_PIXELS_IN_SET)
         except UserError as error:
-            raise UserError(f"{error} (dataset.unreadable=skip leaves such out)") from None
+            raise UserError(f"{error}{HINT}") from None
         if opened.is_16_bit:
             raise UserError(f"{str(path)!r} has 16 bits: convert the images of a data set to 8")
         if self.channels == 1 and opened.image.mode == "RGB":

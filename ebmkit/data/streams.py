@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import signal
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -78,10 +78,13 @@ WARNINGS = 10
 
 
 @contextmanager
-def told_of_readers() -> Iterator[None]:
+def told_of_readers(saved: Callable[[], str] = str) -> Iterator[None]:
     """Within, the end of a process that reads images is told in one sentence.
 
     PyTorch raises it wherever the main thread is at the time.
+
+    Args:
+        saved: says what is not lost.
 
     Raises:
         UserError: then.
@@ -89,20 +92,31 @@ def told_of_readers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        text = str(error)
-        if "DataLoader timed out" in text:
-            raise UserError(
-                f"no image was read for {STALL:.0f} s: see whether the disk or network that they "
-                "lie on still answers"
-            ) from None
-        if "DataLoader worker" not in text:
+        told = _told(str(error))
+        if told is None:
             raise
-        reason = text.partition("killed by signal: ")[2].split(".")[0].strip()
-        how = f"was killed by a signal: {reason}" if reason else "ended"
-        raise UserError(
-            f"a process that reads images {how}; often the memory does not suffice: take fewer "
-            "dataset.workers"
-        ) from None
+        raise UserError(f"{told}{saved()}") from None
+
+
+def _told(text: str) -> str | None:
+    """What an error of PyTorch's says of reading processes, in words; None if it is of others."""
+    if "DataLoader timed out" in text:
+        return (
+            f"no image was read for {STALL:.0f} s: see whether the disk or network that they lie "
+            "on still answers"
+        )
+    if "DataLoader worker" not in text:
+        return None
+    reason = text.partition("killed by signal: ")[2].split(".")[0].strip()
+    if not reason:
+        ended = "a process that reads images ended unasked"
+        return f"{ended}: see what it said, or take fewer dataset.workers"
+    cause = "the memory may not suffice: take fewer dataset.workers"
+    if "Bus" in reason:
+        cause = "shared memory may be full: enlarge /dev/shm, or take fewer dataset.workers"
+    elif "Segmentation" in reason:
+        cause = "a library that decodes images may have met a damaged one"
+    return f"a process that reads images was killed by a signal, {reason}; {cause}"
 
 
 class Stream:
@@ -193,9 +207,13 @@ class Stream:
         except (RuntimeError, ConnectionError, EOFError) as error:
             # dead or stalled: they ignore requests to end, and exit would wait for them
             workers = list(getattr(items, "_workers", ()))
+            codes = [worker.exitcode for worker in workers if worker.exitcode]
             getattr(items, "_shutdown_workers", tuple)()
             for worker in workers:
                 worker.kill()
+            if codes and codes[0] < 0 and "killed by signal" not in str(error):
+                name = signal.strsignal(-codes[0])
+                raise RuntimeError(f"DataLoader worker is killed by signal: {name}. ") from None
             if isinstance(error, RuntimeError):
                 raise
             raise RuntimeError("DataLoader worker ended") from None

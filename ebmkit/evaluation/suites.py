@@ -78,6 +78,9 @@ SUITES: dict[str, Suite] = {
 VALUES_PER_BATCH = 1_500_000
 """Pixel values in a batch at most, where the caller does not say: 488 colour images of 32x32."""
 
+SHOWN = 5
+"""Images left out whose reasons a document keeps."""
+
 SHARES = 8
 """The number of batches is a multiple of this, so that 2, 4 or 8 processes have equal shares."""
 
@@ -342,6 +345,7 @@ def _common(setting: Setting, split: Images, weights: str) -> dict[str, Any]:
     """What every JSON file says of the circumstances."""
     card = setting.model.card
     trained = card and {"objective": card.objective, "steps": card.steps, "dataset": card.dataset}
+    lost = getattr(split, "left_out", ())
     return {
         "dataset": setting.images.name,
         "split": setting.images.split,
@@ -355,6 +359,7 @@ def _common(setting: Setting, split: Images, weights: str) -> dict[str, Any]:
         "device": str(setting.device),
         "processes": setting.world.size,
         "batch_size": setting.batch_size,
+        **({"unreadable": {"count": len(lost), "reasons": list(lost[:SHOWN])}} if lost else {}),
     }
 
 

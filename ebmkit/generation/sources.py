@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ebmkit.core import ScoreModel
-from ebmkit.data import load_dataset
 from ebmkit.errors import UserError
 from ebmkit.generation.settings import BUFFER, SamplingSettings
 from ebmkit.sampling.buffer import ReplayBuffer
@@ -95,7 +94,7 @@ def data_of(run: Path, dataset: str | None = None, data_dir: Path | None = None)
         return DataConfig(name=dataset, data_dir=data_dir)
     own = resolve(RunFolder.open(run).config()).dataset
     if dataset not in (None, own.name):
-        return DataConfig(name=str(dataset), data_dir=data_dir)
+        return DataConfig(name=str(dataset), data_dir=data_dir, unreadable=own.unreadable)
     return own.model_copy(update={"data_dir": data_dir or own.data_dir})
 
 
@@ -103,8 +102,7 @@ def at_hand(run: Path, dataset: str | None = None, data_dir: Path | None = None)
     """Whether the run's training images can be had, without fetching them."""
     try:
         config = data_of(run, dataset, data_dir)
-        where, size = config.data_dir, config.image_size
-        load_dataset(config.name, where, "train", image_size=size, download=False, progress=False)
+        images_of(config, "train", download=False)
     except UserError:
         return False
     return True
@@ -132,14 +130,7 @@ def buffer_of(run: Path, model: ScoreModel) -> ReplayBuffer:
 
 def _held_out(config: DataConfig, settings: SamplingSettings) -> Tensor:
     split: Split = "validation"
-    images = load_dataset(
-        config.name,
-        config.data_dir,
-        split,
-        image_size=config.image_size,
-        download=False,
-        progress=False,
-    ).first(COMPARED)
+    images = images_of(config, split, download=False).first(COMPARED)
     return _checked(next(iter(images.batches(COMPARED))), settings)[0]
 
 

@@ -37,6 +37,7 @@ from ebmkit.training.checkpoints import BEST
 from ebmkit.training.checks import check_compiled, check_terms
 from ebmkit.training.config import TrainConfig
 from ebmkit.training.engine import OutOfMemory, Reading, TrainingStep, told_of_memory
+from ebmkit.training.leftout import LeftOut
 from ebmkit.training.nonfinite import stopped
 from ebmkit.training.optim import learning_rate, make_optimizer
 from ebmkit.training.parts import (
@@ -118,6 +119,7 @@ class Trainer:
             self.validation = self.validation.to(self.device)
         names, world = self.loss.streams, self.world
         self.streams = {n: make_stream(config, n, self.train, self.device, world) for n in names}
+        self.left_out = LeftOut(self.train, self.streams, world)
         self.stages = stages({n: stream_config(config, n) for n in names}, config.steps)
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self.average = make_average(self.model, config)
@@ -168,7 +170,7 @@ class Trainer:
         self.watch.restart()
         self.model.train()
         holding = nullcontext() if self.run is None else self.run.held()
-        with told_of_readers(), holding, stop_requested() as stop:
+        with told_of_readers(self._where_saved), holding, stop_requested() as stop:
             while self.step < config.steps:
                 self._advance(batches, stop())
                 due = [
@@ -213,10 +215,11 @@ class Trainer:
             self.step = stage.start
             stop = min(stage.start + count, stage.stop)
             batches = self.batches(stage.start, stop)
-            while self.step < stop:
-                self._advance(batches, False)
-                self._read()
-                self.watch.stop(number)
+            with told_of_readers():
+                while self.step < stop:
+                    self._advance(batches, False)
+                    self._read()
+                    self.watch.stop(number)
         self.watch.lengths = {n: stage.stop - stage.start for n, stage in enumerate(self.stages)}
 
     @staticmethod
@@ -249,6 +252,7 @@ class Trainer:
             "average": self.average.state_dict() if self.average else None,
             "running": self.loss.running,
             "precision": self.update.precision,
+            **self.left_out.state(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -286,6 +290,7 @@ class Trainer:
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError("the checkpoint does not fit this model and optimiser") from None
         self.step = self.first_step = state["step"]
+        self.left_out.restore(state)
         self.card.steps = self.step
         self.update.reset()
 
@@ -298,6 +303,7 @@ class Trainer:
         Raises:
             UserError: if they cannot be written; the earlier ones are whole.
         """
+        self.left_out.look()
         if self.run is None:
             return
         files = model_files(self.trained, self.built_from, self.card)
@@ -330,6 +336,12 @@ class Trainer:
             self._explain_memory()
         self.step += 1
 
+    def _where_saved(self) -> str:
+        if self.run is None:
+            return ""
+        last = self.run.last_checkpoint()
+        return f"; {'the last checkpoint is ' + last if last else 'there is no checkpoint yet'}"
+
     def _explain_memory(self) -> NoReturn:
         self.optimizer.zero_grad(set_to_none=True)
         states = [v for own in self.optimizer.state.values() for v in own.values()]
@@ -342,10 +354,12 @@ class Trainer:
         row = {"step": self.step, "lr": self.rate_at(self.step - 1), "grad_norm": reading.grad_norm}
         if self.recovery is not None:
             row["sample_rms"] = self.recovery.measures(reading).sample
-        skipped = len({n for stream in self.streams.values() for n in stream.skipped})
-        if skipped:
-            row["unreadable_images"] = skipped
+        self.left_out.look()
+        if self.left_out:
+            row["unreadable_images"] = len(self.left_out)
         self.report({"kind": "train", **row, **reading.parts, "images_per_s": speed})
+        if self.left_out and self.step == self.config.steps:
+            self.report(self.left_out.row(self.step))
 
     def rate_at(self, step: int) -> float:
         """The learning rate of ``step``, counted from 0."""

@@ -132,7 +132,9 @@ def test_training_counts_what_it_left_out(folder, tmp_path):
     run = RunFolder.create(tmp_path / "run", config)
     with pytest.warns(UserWarning, match="left out of stream 'classify': .*png"):
         assemble(config, run).fit()
-    assert run.metrics()[-1]["unreadable_images"] == 2
+    *_, last, told = run.metrics()
+    assert last["unreadable_images"] == told["count"] == 2
+    assert told["kind"] == "unreadable"
 
 
 @pytest.mark.filterwarnings("ignore:left out of stream")
