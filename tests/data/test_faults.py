@@ -167,7 +167,7 @@ class KillReader:
 def test_a_reading_process_that_is_killed_is_told_and_nothing_hangs(folder, tmp_path):
     config = small(folder, unreadable="skip", workers=1)
     run = RunFolder.create(tmp_path / "run", config)
-    told = r"a process that reads images (was killed by a signal: Killed|ended).*dataset\.workers"
+    told = r"a process that reads images (was killed by a signal, Killed|ended).*dataset\.workers"
     with warnings.catch_warnings(), pytest.raises(UserError, match=told):
         warnings.simplefilter("ignore")
         assemble(config.model_copy(update={"steps": 500}), run, KillReader()).fit()
@@ -179,7 +179,7 @@ def test_a_disk_that_does_not_answer_ends_the_wait(folder, monkeypatch):
     from ebmkit.data import streams
 
     monkeypatch.setattr(streams, "STALL", 1.0)
-    monkeypatch.setattr("ebmkit.data.reading.open_picture", lambda path: signal.pause())
+    monkeypatch.setattr("ebmkit.data.reading.open_picture", lambda *path: signal.pause())
     source = images_of(small(folder, unreadable="skip").dataset, "train")
     config = StreamConfig(batch_size=8, augmentation={"crop_size": 16})
     stream = Stream(source, config, "classify", 0, "cpu", 1)
