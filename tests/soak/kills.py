@@ -88,7 +88,7 @@ def killed(
     drawn = random.Random(seed)
     whole, run = reference(training, place, quick), place / "killed"
     log = place / "killed.log"
-    while outcome.kills < kills or (outcome.in_a_save < saves and outcome.kills < 2 * kills):
+    while outcome.kills < kills or (outcome.in_a_save < saves and outcome.kills < 3 * kills):
         if run.exists() and last_step(run) >= training.steps[quick]:
             raise RuntimeError(f"the run ended after {outcome.kills} kills; make it longer")
         resume = ["--resume", run] if run.exists() else ["--out", run]

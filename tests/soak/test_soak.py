@@ -15,7 +15,7 @@ def test_training_that_is_killed_ends_as_if_it_never_was(tmp_path, name, kills, 
     """Weights, averages, optimiser, buffer, watch, best weights and metrics: the same bits."""
     outcome = killed(TRAININGS[name], tmp_path, kills, saves, 1, True, print)
     assert outcome.differing == []
-    assert outcome.kills == kills
+    assert outcome.kills >= kills
     assert outcome.in_a_save >= saves  # proven by the file left behind
 
 
