@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import BaseModel, ConfigDict, Field
 
 __all__ = ["ModelCard"]
+
+Side = Annotated[int, Field(ge=1, le=2**14)]
 
 
 class ModelCard(BaseModel):
@@ -15,8 +19,8 @@ class ModelCard(BaseModel):
     dataset: str = Field("", description="name of the training set")
     objective: str = Field("", description="as on the command line")
     steps: int = Field(0, description="optimiser steps done")
-    image_size: tuple[int, int] | None = Field(None, description="height and width in training")
-    channels: int = Field(3, description="1 gray, 3 colour")
+    image_size: tuple[Side, Side] | None = Field(None, description="height and width in training")
+    channels: int = Field(3, ge=1, le=1024, description="1 gray, 3 colour")
     class_names: list[str] = Field([], description="by label; empty without labels")
     sigma_range: tuple[float, float] | None = Field(
         None, description="noise levels of the denoising stream, image units; None: not trained"

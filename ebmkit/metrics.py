@@ -9,7 +9,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-__all__ = ["psnr"]
+__all__ = ["likeliest", "psnr"]
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """The label with the largest of the logits (B, C), (B,); -1, never right, where one is not a
+    number."""
+    return logits.argmax(dim=1).where(~logits.isnan().any(dim=1), -1)
 
 
 def psnr(estimate: Tensor, clean: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from ebmkit.errors import UserError
+from ebmkit.errors import UserError, plain, shown
 
 __all__ = ["validated"]
 
@@ -31,21 +31,24 @@ def _sentence(model: type[BaseModel], error: ValidationError, what: str) -> str:
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
     path, _ = _follow(model, location)
-    where = ".".join(path)
+    where = plain(".".join(path))
     if first["type"] == "extra_forbidden":
         fields = _follow(model, location[:-1])[1].model_fields
         known = sorted(field.alias or name for name, field in fields.items())
-        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.4)
+        near = difflib.get_close_matches(path[-1][:100], known, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        return f"{what}: there is no field {where!r}: {hint}fields here: {', '.join(known)}"
+        odd = shown(".".join(path))
+        return f"{what}: there is no field {odd}: {hint}fields here: {', '.join(known)}"
     reason = first["msg"].removeprefix("Value error, ")
     if first["type"] == "tuple_type":
-        reason = f"it takes several values: write [{first['input']}]"
+        reason = f"it takes several values: write [{shown(first['input'])}]"
     if not path:
         return f"{what}: {reason}"
     if isinstance(first["input"], dict):  # a rule about several fields together
         return f"{what}: {where}: {reason}"
-    return f"{what}: {where} = {first['input']!r} is not legal: {reason[0].lower()}{reason[1:]}"
+    return (
+        f"{what}: {where} = {shown(first['input'])} is not legal: {reason[0].lower()}{reason[1:]}"
+    )
 
 
 def _follow(model: type[BaseModel], location: Sequence[str]) -> tuple[list[str], type[BaseModel]]:

@@ -77,7 +77,8 @@ def evaluate(
         model = load(run, device=str(place), weights=weights)
         where = _where(run, dataset, data_dir, image_size)
         where = where.model_copy(update=faults.model_dump(exclude_unset=True))
-        images = _images(where, _split(split), world, limit)
+        ours = data_dir is not None or where.data_dir is None  # else the run names the folder
+        images = _images(where, _split(split), world, ours, limit)
         evaluate_run(
             model,
             run,
@@ -120,11 +121,16 @@ def _where(
     )
 
 
-def _images(where: DataConfig, split: Split, world: World, limit: int | None) -> AnyImages:
-    """One split of the data set ``where``, without images that are left out."""
+def _images(
+    where: DataConfig, split: Split, world: World, download: bool, limit: int | None
+) -> AnyImages:
+    """One split of the data set ``where``, fetched where ``download`` says so.
+
+    Into a folder that only the run names nothing is written, for the run may be a stranger's.
+    """
     if not world.first:
         world.from_first(None)  # where data must be fetched, one does it
-    images = images_of(where, split, progress=console.is_terminal and world.first)
+    images = images_of(where, split, console.is_terminal and world.first, download)
     if world.first:
         world.from_first(None)
     if isinstance(images, StreamedSet) and images.skip:  # as training images of any size

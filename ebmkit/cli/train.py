@@ -6,8 +6,9 @@ import inspect
 import json
 import shlex
 import time
+import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,8 @@ from ebmkit.data.imagesets import some_of
 from ebmkit.errors import UserError
 from ebmkit.parallel import World, join, launch, restarted
 from ebmkit.storage import write_atomically
+from ebmkit.storage.reading import read_json
+from ebmkit.storage.verify import verify_run
 from ebmkit.training import (
     Interrupted,
     Reporter,
@@ -206,8 +209,12 @@ def _interrupted_run(out: Path | None, config: TrainConfig) -> Path | None:
     folders = [out] if out is not None else sorted(Path("runs").glob(f"{_stem(config)}*"))
     for folder in folders:
         path = folder / "environment.json"
-        if path.is_file() and json.loads(path.read_text()).get("launch") == launch():
-            return folder
+        if not path.is_file():
+            continue
+        with suppress(UserError):  # not ours to read
+            document = read_json(path)
+            if isinstance(document, dict) and document.get("launch") == launch():
+                return folder
     return None
 
 
@@ -264,6 +271,8 @@ def _fit(trainer: Trainer, run: Path, tensorboard: bool) -> None:
     )
     if trainer.step >= config.steps:
         console.print(f"this run is finished: {config.steps} of {config.steps} steps are done")
+        if trainer.run is not None:
+            _mend(trainer, trainer.run)
         return
     if trainer.step:
         console.print(f"going on after step {trainer.step}")
@@ -307,6 +316,15 @@ def _fit(trainer: Trainer, run: Path, tensorboard: bool) -> None:
         soft_wrap=True,
         highlight=False,
     )
+
+
+def _mend(trainer: Trainer, run: RunFolder) -> None:
+    """Write the model again where it is damaged: the checkpoint has all of it."""
+    names = ("model.safetensors", "model.json")
+    bad = [f.name for f in verify_run(run.path) if f.name in names and f.state != "whole"]
+    if bad:
+        warnings.warn(f"written again from the checkpoint: {' and '.join(bad)}", stacklevel=2)
+        trainer.save()
 
 
 def _predict(config: TrainConfig, world: World) -> None:

@@ -56,6 +56,7 @@ def classify(
         y = _sized(model, picture.image) if resize else picture.image
         energies = model(y[None].to(pick_device(device)))
         posterior = energies.log_posterior()[0].exp().cpu()
+        _check_numbers(run, path, posterior)
         for rank, label in enumerate(posterior.argsort(descending=True)[:top].tolist()):
             first = rank == 0
             table.add_row(
@@ -109,6 +110,7 @@ def denoise(
     for path, target in zip(images, targets, strict=True):
         picture = read_image(path, _channels(model))
         result = _denoise_one(model, picture, level, c, target.name, pick_device(device))
+        _check_numbers(run, path, result.image)
         write_image(result.image.clamp(0, 1), target, bits=picture.bits)
         how = "given" if level is not None else "estimated"
         console.print(
@@ -145,6 +147,14 @@ def _denoise_one(
         )
     image = result.image.cpu()
     return _Result(image.mean(0, keepdim=True) if picture.was_gray else image, result.sigma)
+
+
+def _check_numbers(run: Path, picture: Path, found: Tensor) -> None:
+    if not bool(found.isfinite().all()):
+        raise UserError(
+            f"the model in {str(run)!r} gives values that are not finite for {picture.name!r}: its "
+            "training diverged, or its weights are damaged; `--weights best` may be whole"
+        )
 
 
 def _channels(model: ScoreModel) -> int | None:

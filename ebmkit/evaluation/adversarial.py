@@ -47,6 +47,7 @@ from ebmkit.evaluation.data import Batch, Images, noisy_batches
 from ebmkit.evaluation.few import class_name, first_columns, noise_warnings
 from ebmkit.evaluation.setting import Setting, Suite, check_classifies
 from ebmkit.evaluation.tables import new_table, number
+from ebmkit.metrics import likeliest
 from ebmkit.units import Sigma, in_255ths
 
 if TYPE_CHECKING:
@@ -182,7 +183,7 @@ def _of_target(
         after = model.energies(step, level)
         columns[f"gain {i}"] = after.at_label(c) - before
         columns[f"promised {i}"] = length * norm
-        columns[f"reached {i}"] = (after.logits.argmax(1) == c).to(norm)
+        columns[f"reached {i}"] = (likeliest(after.logits) == c).to(norm)
     return columns
 
 

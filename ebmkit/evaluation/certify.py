@@ -51,6 +51,7 @@ from ebmkit.evaluation.smoothing import (
     vote_generator,
 )
 from ebmkit.evaluation.tables import new_table, number
+from ebmkit.metrics import likeliest
 from ebmkit.units import Sigma, format_sigma
 
 if TYPE_CHECKING:
@@ -124,18 +125,13 @@ def labels_of(
 
 
 def _label(at: Linearization, sigma: Noise | None, c: Tensor | None) -> Tensor:
-    return _named(at.energies.logits)
+    return likeliest(at.energies.logits)
 
 
 def _label_and_denoised(
     at: Linearization, sigma: Noise | None, c: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    return _named(at.energies.logits), at.denoised(sigma).clamp(0, 1)
-
-
-def _named(logits: Tensor) -> Tensor:
-    """The label with the largest logit; -1, never right, where one is not a number."""
-    return logits.argmax(dim=1).where(~logits.isnan().any(dim=1), -1)
+    return likeliest(at.energies.logits), at.denoised(sigma).clamp(0, 1)
 
 
 def run(setting: Setting) -> dict[str, Any]:

@@ -47,7 +47,7 @@ from ebmkit.evaluation import statistics
 from ebmkit.evaluation.data import Batch, Images, noisy_batches
 from ebmkit.evaluation.setting import Setting, Suite
 from ebmkit.evaluation.tables import interval, new_table, number
-from ebmkit.metrics import psnr
+from ebmkit.metrics import likeliest, psnr
 from ebmkit.units import format_sigma, in_255ths
 
 if TYPE_CHECKING:
@@ -95,7 +95,8 @@ def estimates(
         labels: the true ones (B,); None leaves ``conditional_true`` out.
 
     Returns:
-        The estimates; the labels predicted from y (B,), or None if the model has none; and the
+        The estimates; the labels predicted from y (B,), -1 where
+        logits are not finite, or None if the model has none; and the
         estimated noise level (B,), or None if the model is noise-conditional.
     """
     if not classifies(model):
@@ -122,6 +123,7 @@ def _estimator(
             if labels is not None:
                 found["conditional_true"] = at.denoised(sigma, labels)
             found["conditional_predicted"] = at.denoised(sigma, predicted)
+            predicted = likeliest(at.energies.logits)
         if blind:
             noise = at.noise_level()
             found["blind"] = at.denoised(noise)

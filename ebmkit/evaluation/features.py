@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ebmkit.core import EnergyModel, ScoreModel, classifies
 from ebmkit.errors import UserError
+from ebmkit.models.torchfile import read_torch_file
 
 __all__ = ["Extracted", "Extractor", "classifier", "classifier_of", "find_extractor", "inception"]
 
@@ -174,8 +175,8 @@ def _check_weights(path: Path) -> None:
     if not path.is_file():
         raise UserError(f"generation.weights: there is no file {str(path)!r}; it is {WEIGHTS}")
     try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception:  # whatever a damaged or hostile file makes the unpickler raise
+        state = read_torch_file(path)
+    except UserError:
         state = None
     if not isinstance(state, dict) or "fc.weight" not in state:
         raise UserError(

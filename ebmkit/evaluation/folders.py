@@ -21,6 +21,7 @@ from pydantic import BaseModel
 
 from ebmkit.core import ScoreModel
 from ebmkit.evaluation.data import Images, fingerprint
+from ebmkit.storage.reading import read_json
 
 __all__ = ["evaluation_folder"]
 
@@ -88,7 +89,7 @@ def _holds(folder: Path, wanted: Callable[[dict[str, Any]], bool]) -> bool:
     """Whether ``folder`` holds results of some suite that are as ``wanted``."""
     for path in folder.glob("*.json"):
         try:
-            document = json.loads(path.read_text())
+            document = read_json(path)
         except (OSError, ValueError):  # not ours to read
             continue
         if isinstance(document, dict) and "suite" in document and wanted(document):

@@ -46,6 +46,7 @@ from ebmkit.evaluation.guided_measures import (
     kernel,
     saturation,
 )
+from ebmkit.metrics import likeliest
 
 __all__ = ["by_class", "class_means", "measure_guided"]
 
@@ -222,7 +223,7 @@ def _distances(samples: Columns, real: Columns, others: Columns | None) -> dict[
 
 
 def _accuracy(columns: Columns, wanted: Tensor) -> dict[str, Any]:
-    right = columns["logits"].argmax(dim=1) == wanted
+    right = likeliest(columns["logits"]) == wanted
     return statistics.proportion(int(right.sum()), len(right)).document()
 
 

@@ -50,6 +50,7 @@ from ebmkit.evaluation.shift import SHIFT
 from ebmkit.parallel import World
 from ebmkit.registry import find
 from ebmkit.storage import remove_file, write_atomically
+from ebmkit.storage.reading import read_json
 from ebmkit.training.environment import environment
 from ebmkit.validation import validated
 
@@ -312,7 +313,7 @@ def _draw(suite: Suite, setting: Setting, document: dict[str, Any], path: Path) 
 def _pictures_of(path: Path) -> list[str]:
     """Names of the pictures that the document at ``path`` says are its own."""
     try:
-        names = json.loads(path.read_text()).get("pictures", [])
+        names = read_json(path).get("pictures", [])
     except (OSError, ValueError, AttributeError):  # none there, or not ours to read
         return []
     return [n for n in names if isinstance(n, str) and Path(n).name == n and n.endswith(".png")]

@@ -168,7 +168,8 @@ def mean_energies(
         UserError: if the images cannot be had, or are not the model's.
     """
     data = data_of(source or run, dataset, data_dir)
-    images = images_of(data, "train", bars)
+    ours = data_dir is not None or data.data_dir is None  # into a run's own nothing is fetched
+    images = images_of(data, "train", bars, download=ours)
     size = model.card.image_size if model.card else None
     if size is not None and tuple(images.image_size) != tuple(size):
         raise UserError(

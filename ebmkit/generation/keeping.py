@@ -30,6 +30,8 @@ from ebmkit.errors import UserError
 from ebmkit.generation.settings import SamplingSettings
 from ebmkit.models.saving import digest
 from ebmkit.storage import held, write_atomically
+from ebmkit.storage.reading import read_json
+from ebmkit.storage.tensors import read_tensors
 from ebmkit.training.runs import difference
 
 __all__ = ["SamplingFolder"]
@@ -98,10 +100,8 @@ class SamplingFolder:
         if not path.is_file():
             return None
         try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except safetensors.SafetensorError:
+            state, metadata = read_tensors(path)
+        except UserError:
             state, metadata = {}, {}
         if not state or metadata.get("sha256") != digest(state):
             raise UserError(
@@ -128,8 +128,8 @@ class SamplingFolder:
 
     def _check_same(self, settings: SamplingSettings) -> None:
         try:
-            old = json.loads((self.home / SETTINGS).read_text())
-        except (OSError, ValueError):
+            old = read_json(self.home / SETTINGS)
+        except UserError:
             old = None
         if not isinstance(old, dict):
             raise UserError(

@@ -30,6 +30,10 @@ def parse_label(model: ScoreModel, text: str) -> int:
     except ValueError:
         known = f"0 to {model.num_classes - 1}" + (f" or {', '.join(names)}" if names else "")
         raise UserError(f"label {text!r} is unknown: this model knows {known}") from None
+    if not -(2**31) < label < 2**31:  # more than a tensor of labels can hold
+        raise UserError(
+            f"label {text.strip()!r:.60} is out of range: labels are 0 to {model.num_classes - 1}"
+        )
     model.check_labels(label, torch.zeros(1))
     return label
 

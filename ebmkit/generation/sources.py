@@ -59,7 +59,11 @@ def sources_for(
     """
     train = None
     if settings.start in OF_DATA:
-        images = images_of(data_of(run, dataset, data_dir), "train", progress).spread(MOST)
+        source = data_of(run, dataset, data_dir)
+        ours = (
+            data_dir is not None or source.data_dir is None
+        )  # into a run's own nothing is fetched
+        images = images_of(source, "train", progress, download=ours).spread(MOST)
         train = _checked(next(iter(images.batches(MOST))), settings)
     buffer = buffer_of(run, model) if settings.start == BUFFER else None
     if buffer is not None and tuple(buffer.images.shape[1:]) != settings.shape:

@@ -30,6 +30,7 @@ from ebmkit.errors import UserError
 from ebmkit.guidance.guides import check_guide
 from ebmkit.readings import as_read
 from ebmkit.storage import write_atomically
+from ebmkit.storage.reading import read_json
 
 __all__ = ["ClassEnergies", "LabelledImages", "class_energies", "stored_energies"]
 
@@ -147,7 +148,7 @@ def stored_energies(
         "sigma": sigma,
     }
     try:
-        kept = _Stored.model_validate(json.loads(path.read_text()))
+        kept = _Stored.model_validate(read_json(path))
         if all(getattr(kept, key) == value for key, value in facts.items()):
             return kept
     except (OSError, ValueError, ValidationError):

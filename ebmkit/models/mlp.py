@@ -59,7 +59,7 @@ class MLPConfig(BaseModel):
     )
     bias: bool = Field(True, description="biases in the layers")
     noise_conditional: bool = Field(False, description="whether the network is told sigma")
-    frequencies: int = Field(4, ge=0, description="F, of the features of log sigma")
+    frequencies: int = Field(4, ge=0, le=1000, description="F, of the features of log sigma")
 
     @model_validator(mode="after")
     def _check(self) -> MLPConfig:

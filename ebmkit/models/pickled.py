@@ -45,12 +45,12 @@ class Inert:
 
 @dataclass(eq=False)
 class StorageRecord:
-    """One storage of the file: ``numel`` elements of ``dtype``, at ``key``; bytes come later."""
+    """One storage of the file: ``numel`` elements of ``dtype``, at ``key``; bytes (n,) follow."""
 
     key: str
     dtype: torch.dtype
     numel: int
-    data: bytes | None = field(default=None, repr=False)
+    data: torch.Tensor | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, eq=False)

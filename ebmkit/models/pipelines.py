@@ -13,7 +13,6 @@ run's, which `ebmkit.load` and the command line take.
 from __future__ import annotations
 
 import inspect
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +26,9 @@ from ebmkit.models.config import ModelConfig
 from ebmkit.models.diffusion import DiffusionModel
 from ebmkit.models.published import read_state
 from ebmkit.models.saving import save_model
+from ebmkit.models.sizes import AtMost
 from ebmkit.models.unet import INSTALL, UNetConfig
+from ebmkit.storage.reading import MIB, check_links, read_json
 from ebmkit.validation import validated
 
 __all__ = ["import_unet", "read_unet"]
@@ -85,6 +86,8 @@ def read_unet(
         UserError: as `import_unet`.
     """
     source = _folder(path_or_name)
+    in_cache = source.absolute().parent.name == "snapshots"  # the hub's: its files are links
+    check_links(source, source.absolute().parents[1] if in_cache else None)
     network = source / "unet" if (source / "unet" / "config.json").is_file() else source
     if not (network / "config.json").is_file():
         raise UserError(
@@ -98,10 +101,12 @@ def read_unet(
     scheduler = next((p for p in _schedulers(source, network) if p.is_file()), None)
     diffusion = _diffusion(_read(scheduler) if scheduler else {})
     config = _config(shape, {**diffusion, "image_range": image_range, "null_label": null_label})
-    model = config.build()
+    state = _renamed(read_state(weights))
+    with AtMost(sum(value.numel() for value in state.values()), len(state)):
+        model = config.build()
     assert isinstance(model, DiffusionModel)
     try:
-        model.network.load_state_dict(_renamed(read_state(weights)))
+        model.network.load_state_dict(state)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(
@@ -161,10 +166,7 @@ def _schedulers(source: Path, network: Path) -> list[Path]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
-        raise UserError(f"{str(path)!r} is damaged: it is not JSON") from None
+    values = read_json(path, MIB, finite=True)
     if not isinstance(values, dict):
         raise UserError(f"{str(path)!r} is damaged: it holds no names and values")
     return {str(key): value for key, value in values.items()}

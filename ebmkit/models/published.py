@@ -14,13 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 from torch import Tensor
 
 from ebmkit.card import ModelCard
 from ebmkit.core import ScoreModel
-from ebmkit.errors import UserError
+from ebmkit.errors import UserError, plain
 from ebmkit.models.config import ModelConfig
 from ebmkit.models.denoisers import DirectDenoiser
 from ebmkit.models.foreign import (
@@ -38,6 +36,7 @@ from ebmkit.models.hub import is_hub_name, locate
 from ebmkit.models.saving import save_model
 from ebmkit.models.torchfile import read_torch_file
 from ebmkit.registry import find
+from ebmkit.storage.tensors import read_tensors
 
 __all__ = ["import_checkpoint", "import_weights", "load_checkpoint", "read_state"]
 
@@ -52,23 +51,18 @@ def read_state(path: Path) -> dict[str, Tensor]:
         UserError: if it cannot be read, asks for what may run code, or holds no state dict.
     """
     if path.suffix == ".safetensors":
-        try:
-            return dict(safetensors.torch.load_file(path))
-        except OSError as error:
-            raise UserError(f"cannot read {str(path)!r}: {error.strerror or error}") from None
-        except safetensors.SafetensorError:
-            raise UserError(
-                f"{str(path)!r} holds no weights that can be read safely: it does not parse"
-            ) from None
+        return read_tensors(path)[0]
     content = read_torch_file(path)
     for name in NESTED:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
     if not isinstance(content, Mapping) or not content:
         raise UserError(f"{str(path)!r} holds no state dict: names of parameters with tensors")
-    odd = next((name for name, value in content.items() if not isinstance(value, Tensor)), None)
+    odd = next(
+        (plain(str(name)) for name, value in content.items() if not isinstance(value, Tensor)), None
+    )
     if odd is not None:
-        raise UserError(f"{odd!r} in {str(path)!r} is no tensor: give the network's state dict")
+        raise UserError(f"{odd} in {str(path)!r} is no tensor: give the network's state dict")
     return {str(name): value for name, value in content.items()}
 
 
@@ -215,7 +209,7 @@ def _convert(
     state = read_state(locate(str(source)))
     kind = kind or ("state" if backbone else kind_of(renamed(state, rename)))
     if kind is None:
-        names = ", ".join(list(state)[:4])
+        names = ", ".join(plain(name) for name in list(state)[:4])
         raise UserError(
             f"the names in {str(source)!r} ({names}, ...) do not tell what network it is: say "
             f"--backbone, or --as {', '.join(KINDS)}"

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import warnings
 from pathlib import Path
 
-import safetensors
 import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -23,7 +24,10 @@ from ebmkit.card import ModelCard
 from ebmkit.core import ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.models.config import ModelConfig
+from ebmkit.models.sizes import AtMost
 from ebmkit.storage import read_together, write_atomically
+from ebmkit.storage.reading import check_links, parse_json
+from ebmkit.storage.tensors import parse_header, parse_tensors
 from ebmkit.validation import validated
 
 __all__ = [
@@ -104,7 +108,8 @@ def load(
         weights: ``last``, or ``best`` by validation.
 
     Returns:
-        The model; its attribute ``card`` says what it was trained for.
+        The model; its attribute ``card`` says what it was trained for. Weights that are not finite
+        are warned of, by name.
 
     Raises:
         UserError: if the folder holds no such model or the files do not fit together.
@@ -123,6 +128,7 @@ def load(
                 f"{str(folder)!r} holds no {name}: it is no run folder, or training never saved a "
                 "model there (`ebmkit train --resume` goes on with an interrupted run)"
             )
+    check_links(folder)
     content = read_together(folder, ["model.json", FILES[weights]])
     document = _read_document(content["model.json"], folder / "model.json")
     if model is None:
@@ -131,18 +137,32 @@ def load(
                 f"{str(folder)!r} holds a network composed by hand: give it, as in "
                 "ebmkit.load(run, model=JointModel(...))"
             )
-        model = document.model.build()
+        shapes = parse_header(content[FILES[weights]], folder / FILES[weights]).shapes
+        with AtMost(sum(map(math.prod, shapes.values())), len(shapes)):
+            model = document.model.build()
     try:
         state = _read_weights(content[FILES[weights]], folder / FILES[weights])
         model.load_state_dict(state)
-    except safetensors.SafetensorError:
-        raise UserError(f"{str(folder / FILES[weights])!r} is damaged: it does not parse") from None
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"the weights in {str(folder)!r} do not fit the model: {reason}") from None
+    _warn_of_numbers(model, folder / FILES[weights])
     model.card = document.card
     model.weights_sha256 = hashlib.sha256(content[FILES[weights]]).hexdigest()
     return model.eval().requires_grad_(False).to(device)
+
+
+def _warn_of_numbers(model: ScoreModel, path: Path) -> None:
+    """Warn of weights that are not finite; buffers may be infinite, as masks are."""
+    bad = [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
+    bad += [name for name, b in model.named_buffers() if bool(b.isnan().any())]
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        warnings.warn(
+            f"{str(path)!r} holds weights that are not finite ({', '.join(bad[:3])}{more}): "
+            "training diverged, and what the model gives has no meaning",
+            stacklevel=3,
+        )
 
 
 def weights_digest(run: Path, weights: str = "last") -> str:
@@ -154,12 +174,9 @@ def _read_weights(content: bytes, path: Path) -> dict[str, Tensor]:
     """The tensors in the ``content`` of ``path``.
 
     Raises:
-        UserError: if they are not those that were written.
-        SafetensorError: if it does not parse.
+        UserError: if it does not parse, or they are not those that were written.
     """
-    state: dict[str, Tensor] = safetensors.torch.load(content)
-    length = int.from_bytes(content[:8], "little")
-    metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+    state, metadata = parse_tensors(content, path)
     if "sha256" in metadata and metadata["sha256"] != digest(state):
         raise UserError(f"{str(path)!r} is damaged: its tensors are not those that were written")
     return state
@@ -175,10 +192,7 @@ def digest(state: dict[str, Tensor]) -> str:
 
 
 def _read_document(content: bytes, path: Path) -> _Document:
-    try:
-        values = json.loads(content)
-    except (UnicodeDecodeError, json.JSONDecodeError):
-        raise UserError(f"{str(path)!r} is damaged: it is not JSON") from None
+    values = parse_json(content, repr(str(path)), finite=True)
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise UserError(f"{str(path)!r} is not of format {FORMAT}: made by another version?")
     return validated(_Document, values, str(path))

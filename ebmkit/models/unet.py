@@ -54,7 +54,7 @@ class UNetConfig(BaseModel):
     betas: tuple[float, float] = Field(
         (1e-4, 0.02), description="first and last variance of the linear schedule"
     )
-    timesteps: int = Field(1000, ge=2, description="T, steps of the schedule")
+    timesteps: int = Field(1000, ge=2, le=100_000, description="T, steps of the schedule")
     image_range: tuple[float, float] = Field(
         (-1.0, 1.0), description="where clean images live in the network's coordinates"
     )

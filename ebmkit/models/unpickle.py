@@ -13,6 +13,9 @@ inert         an `Inert`, which remembers its name; calling it gives another, BU
 all others    a `Refusal` that says the name
 ============  ==================================================================================
 
+A pickle may be small and stand for much: what lies on its stack can be copied again and again by
+calling ``list`` on it. So copies are counted, and are bounded by the bytes that were read.
+
 Nothing is imported, no object's method is looked up by a name from the file, and attributes are
 never set. Inert are the libraries whose objects training codes leave beside the weights (dill,
 robustness, cox, optimisers, numpy), without the names in ``SUSPECT``, which also reach code through
@@ -25,7 +28,7 @@ from __future__ import annotations
 
 import pickle
 import pickletools
-from typing import IO, Any
+from typing import IO, Any, Protocol, cast
 
 from ebmkit.models.pickled import (
     Damaged,
@@ -37,12 +40,28 @@ from ebmkit.models.pickled import (
     storage_of,
 )
 
-__all__ = ["unpickle"]
+__all__ = ["Readable", "unpickle"]
 
 MARK = object()
 
+STEPS = 5_000_000
+"""Instructions of a pickle, at the most: 100,000 tensors or so, 10 s."""
 
-def unpickle(file: IO[bytes], storages: dict[str, StorageRecord] | None = None) -> Any:
+COPIES = 16
+"""Elements that calls may copy for each byte of the pickle, beside a million."""
+
+
+class Readable(Protocol):
+    """What is asked of a file of bytes."""
+
+    def read(self, count: int, /) -> bytes: ...
+
+    def readline(self) -> bytes: ...
+
+    def tell(self) -> int: ...
+
+
+def unpickle(file: Readable, storages: dict[str, StorageRecord] | None = None) -> Any:
     """The next object in ``file``, with records in place of tensors and `Inert` of all else.
 
     Args:
@@ -60,8 +79,8 @@ def unpickle(file: IO[bytes], storages: dict[str, StorageRecord] | None = None) 
     except (
         *(ValueError, TypeError, KeyError, IndexError, EOFError, AttributeError, OverflowError),
         *(RecursionError, MemoryError, pickle.UnpicklingError),
-    ) as error:
-        raise Damaged(str(error)) from None
+    ):
+        raise Damaged from None
 
 
 class _Machine:
@@ -69,17 +88,35 @@ class _Machine:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.storages = storages
+        self.copied = 0
+        self.bytes = 0
 
-    def run(self, file: IO[bytes]) -> Any:
-        for opcode, argument, _position in pickletools.genops(file):
+    def run(self, file: Readable) -> Any:
+        start = file.tell()
+        for steps, (opcode, argument, position) in enumerate(
+            pickletools.genops(cast(IO[bytes], file))
+        ):
             if opcode.name == "STOP":
                 return self.stack.pop()
+            if steps > STEPS:
+                raise Damaged(f"its pickle has more than {STEPS} instructions")
+            self.bytes = (position or 0) - start
             self.step(opcode.name, argument)
         raise Damaged
 
+    def call(self, function: Any, args: Any) -> Any:
+        """`called`, which may copy what it is given."""
+        parts = args if isinstance(args, tuple) else ()
+        self.copied += len(parts) + sum(len(p) for p in parts if isinstance(p, COPIED))
+        if self.copied > 1_000_000 + COPIES * self.bytes:
+            raise Damaged("its pickle copies the same content over and over")
+        return called(function, args)
+
     def marked(self) -> list[Any]:
         """What lies above the topmost mark, taken off with it."""
-        at = max(i for i, value in enumerate(self.stack) if value is MARK)
+        at = len(self.stack) - 1
+        while self.stack[at] is not MARK:  # an IndexError where there is none
+            at -= 1
         above = self.stack[at + 1 :]
         del self.stack[at:]
         return above
@@ -154,19 +191,19 @@ class _Machine:
                 self.memo[len(self.memo)] = stack[-1]
             case "GLOBAL" | "INST":
                 found = self.named(*argument.split(" ", 1))
-                stack.append(called(found, tuple(self.marked())) if name == "INST" else found)
+                stack.append(self.call(found, tuple(self.marked())) if name == "INST" else found)
             case "STACK_GLOBAL":
                 attribute, module = stack.pop(), stack.pop()
                 stack.append(self.named(module, attribute))
             case "REDUCE" | "NEWOBJ":
                 args, function = stack.pop(), stack.pop()
-                stack.append(called(function, args))
+                stack.append(self.call(function, args))
             case "NEWOBJ_EX":
                 _keywords, args, function = stack.pop(), stack.pop(), stack.pop()
-                stack.append(called(function, args))
+                stack.append(self.call(function, args))
             case "OBJ":
                 function, *parts = self.marked()
-                stack.append(called(function, tuple(parts)))
+                stack.append(self.call(function, tuple(parts)))
             case "BUILD":
                 stack.pop()  # attributes of what is not made
             case "BINPERSID":
@@ -178,6 +215,8 @@ class _Machine:
             case _:
                 raise Damaged
 
+
+COPIED = (str, bytes, list, tuple, dict, set, frozenset)
 
 PLAIN = frozenset(
     {

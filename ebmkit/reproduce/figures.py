@@ -25,6 +25,7 @@ from ebmkit.reproduce.runs import Rows
 from ebmkit.reproduce.tables import CLAIMS, GRID, JEM, JOINT, TABLE1
 from ebmkit.reproduce.tabulate import circumstances, measured, table_report
 from ebmkit.storage import write_atomically
+from ebmkit.storage.reading import read_json
 from ebmkit.theory import figure1
 from ebmkit.theory import markdown as figure1_markdown
 from ebmkit.training.environment import environment
@@ -91,7 +92,7 @@ def _figure1(rows: Rows) -> dict[str, Any]:
     """The document of figure 1: the one that is there if it is of this scale and seed, or anew."""
     wanted = {"scale": rows.scale.name, "seed": rows.seed}
     try:
-        old = json.loads((rows.out / "fig1.json").read_text())
+        old = read_json(rows.out / "fig1.json")
         if {key: old["made"][key] for key in wanted} == wanted:
             return dict(old)
     except (OSError, ValueError, KeyError, TypeError):

@@ -51,6 +51,7 @@ from ebmkit.reproduce.rows import Row
 from ebmkit.reproduce.runs import Rows
 from ebmkit.reproduce.tabulate import circumstances, measured
 from ebmkit.storage import write_atomically
+from ebmkit.storage.reading import read_json
 
 __all__ = ["FAMILY", "run_guidance"]
 
@@ -182,9 +183,11 @@ class _Study:
                 progress=self.rows.progress,
             )
             write_atomically(kept, json.dumps(wanted).encode())
-        document: dict[str, Any] = json.loads(path.read_text())
-        for picture in document["pictures"]:
-            target = self.rows.out / f"guidance-{picture}"
+        document: dict[str, Any] = read_json(path)
+        for picture in map(Path, document["pictures"]):
+            if picture.name != str(picture):
+                raise UserError(f"{str(path)!r} is damaged: it names a picture elsewhere")
+            target = self.rows.out / f"guidance-{picture.name}"
             shutil.copyfile(self.folder / picture, target)
             self.copied.append(target)
         return document
@@ -236,7 +239,7 @@ class _Study:
         }
         path = self.folder / f"{name.replace(' ', '-')}.json"
         if _same(path, key, within="key"):
-            return dict(json.loads(path.read_text())["found"])
+            return dict(read_json(path)["found"])
         model = None if energy is None else self._model(energy)
         assert model is None or isinstance(model, EnergyModel)
         found = measure_guided(
@@ -277,7 +280,7 @@ class _Study:
 def _same(path: Path, wanted: dict[str, Any], within: str | None = None) -> bool:
     """Whether the JSON at ``path`` is ``wanted``, or its entry ``within`` is."""
     try:
-        document = json.loads(path.read_text())
+        document = read_json(path)
         found = document if within is None else document[within]
     except (OSError, ValueError, KeyError, TypeError):
         return False

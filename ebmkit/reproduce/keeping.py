@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 
 from ebmkit.evaluation import SIGMAS, SUITES, parse_options
 from ebmkit.storage import Busy, held
+from ebmkit.storage.reading import read_json
 
 __all__ = ["Busy", "Protocol", "alone", "fresh", "holds", "wanted_of", "whole"]
 
@@ -77,7 +77,7 @@ def fresh(folder: Path) -> Path:
 def whole(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
     """The document at ``path``, if it is whole and all entries are as ``wanted``."""
     try:
-        document = json.loads(path.read_text())
+        document = read_json(path)
     except (OSError, ValueError):
         return None
     if not isinstance(document, dict):

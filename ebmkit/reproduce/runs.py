@@ -16,7 +16,6 @@ diverged, leaves its reason in ``rows/ROW.stopped.txt``, and the others go on.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +31,7 @@ from ebmkit.reproduce.keeping import Busy, Protocol, alone, fresh, holds, wanted
 from ebmkit.reproduce.rows import Row
 from ebmkit.reproduce.scales import Scale
 from ebmkit.storage import write_atomically
+from ebmkit.storage.reading import MIB, read_json, read_text
 from ebmkit.training import DataConfig, RunFolder, TrainConfig, Trainer, resolve
 from ebmkit.training.assemble import Split, assemble, images_of
 from ebmkit.training.cost import format_seconds
@@ -135,8 +135,8 @@ class Rows:
     def why_stopped(self, row: Row) -> str | None:
         """Why ``row`` could not be finished when it was last tried; None if it was not tried."""
         try:
-            return self._note(row).read_text().strip()
-        except (OSError, UnicodeDecodeError):
+            return read_text(self._note(row), MIB).strip()
+        except UserError:
             return None
 
     def _note(self, row: Row) -> Path:
@@ -247,7 +247,7 @@ class Rows:
         state = run.load_checkpoint()
         assert state is not None
         config, own_config = self.config(row, family), resolve(run.config())
-        own = json.loads((run.path / "environment.json").read_text())
+        own = read_json(run.path / "environment.json")
         names = ("git_commit", "torch", "gpu", "threads", "cores", "platform")
         return {
             "seconds": state.get("seconds"),
@@ -291,7 +291,7 @@ class Rows:
             run = RunFolder.open(folder)
             saved = resolve(run.config())
             checkpoint = run.load_checkpoint()
-            environment = json.loads((folder / "environment.json").read_text())
+            environment = read_json(folder / "environment.json")
         except (UserError, OSError, ValueError):
             return "broken"
         if not isinstance(environment, dict):

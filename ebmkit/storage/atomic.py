@@ -24,6 +24,16 @@ PARTIAL = ".partial"
 Content = bytes | memoryview
 
 
+def _umask() -> int:
+    """The process's mask of permissions, which can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+_UMASK = _umask()
+
+
 def stage(path: Path, content: Content) -> Path:
     """Write ``content`` to a temporary file beside ``path``, down to the disk; its path.
 
@@ -36,7 +46,7 @@ def stage(path: Path, content: Content) -> Path:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, 0o666 & ~_UMASK)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
@@ -89,10 +99,10 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"cannot write {str(path)!r}: {error.strerror or error}{_advice(error)}; what was "
-            "there before is untouched"
-        ) from error
+        told = f"cannot write {str(path)!r}: {error.strerror or error}{_advice(error)}"
+        if not path.parent.is_dir():
+            raise UserError(f"{told}: the folder is not there (moved, or removed?)") from error
+        raise UserError(f"{told}; what was there before is untouched") from error
 
 
 def _advice(error: OSError) -> str:

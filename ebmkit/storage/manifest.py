@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from ebmkit.errors import UserError
 from ebmkit.storage.atomic import PARTIAL, Content, replace_file, writing
+from ebmkit.storage.reading import MIB, DamagedFile, read_json
 
 __all__ = [
     "FORMAT",
@@ -39,14 +40,10 @@ FORMAT = 2
 FOLDERS = ("checkpoints", "breaches", "evaluation", "energies")
 """Folders whose files are entered, beside those in the run folder itself."""
 
-LARGEST = 64 * 2**20
+LARGEST = 16 * MIB
 """Bytes of a manifest, at the most."""
 
 KIND = "ebmkit run"
-
-
-class DamagedFile(UserError):
-    """A file that is not what was written."""
 
 
 class DamagedManifest(DamagedFile):
@@ -115,14 +112,10 @@ def read_manifest(root: Path) -> Manifest | None:
         f"{str(path)!r} is damaged: move it away, or let `ebmkit train --resume` make it anew"
     )
     try:
-        with path.open("rb") as file:
-            content = file.read(LARGEST + 1)
-        if len(content) > LARGEST:
-            raise damaged
-        values = json.loads(content)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError):
+        values = read_json(path, LARGEST)
+    except UserError:
+        if not path.exists() and not path.is_symlink():
+            return None
         raise damaged from None
     if not isinstance(values, dict) or values.get("kind") != KIND:
         raise damaged
@@ -134,15 +127,12 @@ def read_manifest(root: Path) -> Manifest | None:
     if values.pop("sha256", None) != _digest(values) or values.get("format") != FORMAT:
         raise damaged
     try:
-        files = {
-            _checked(name): Entry(int(e["bytes"]), str(e["sha256"]), bool(e.get("grows", False)))
-            for name, e in values["files"].items()
-        }
+        files = {_checked(name): _entry(e) for name, e in values["files"].items()}
         pending = {name: _checked_partial(name, own) for name, own in values["pending"].items()}
         removed = tuple(_checked(name) for name in values["removed"])
         if pending.keys() - files.keys() or files.keys() & set(removed):
             raise damaged
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         raise damaged from None
     return Manifest(files, pending, removed)
 
@@ -162,6 +152,18 @@ def matches(content: Content, entry: Entry) -> bool:
     if len(content) < entry.size or (len(content) > entry.size and not entry.grows):
         return False
     return hashlib.sha256(memoryview(content)[: entry.size]).hexdigest() == entry.sha256
+
+
+def _entry(values: dict[str, Any]) -> Entry:
+    """An entry as it was written.
+
+    Raises:
+        KeyError, TypeError, ValueError: if it is none.
+    """
+    size, digest = values["bytes"], values["sha256"]
+    if type(size) is not int or size < 0 or not isinstance(digest, str):
+        raise ValueError(values)
+    return Entry(size, digest, values.get("grows") is True)
 
 
 def _checked(name: str) -> str:

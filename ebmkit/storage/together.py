@@ -32,8 +32,19 @@ from ebmkit.storage.manifest import (
     matches,
     read_manifest,
 )
+from ebmkit.storage.reading import read_bytes
 
-__all__ = ["read_together", "remove_file", "settle", "write_atomically", "write_together"]
+__all__ = [
+    "read_entered",
+    "read_together",
+    "remove_file",
+    "settle",
+    "write_atomically",
+    "write_together",
+]
+
+LARGEST = 2**34
+"""Bytes of a file of a run, at the most."""
 
 PATIENCE = 60.0
 """Seconds to wait for another process that changes the manifest."""
@@ -138,7 +149,7 @@ def read_together(root: Path, names: Iterable[str]) -> dict[str, bytes]:
     for attempt in range(20):
         manifest = read_manifest(root)
         try:
-            return {name: _read(root, name, manifest) for name in wanted}
+            return {name: read_entered(root, name, manifest) for name in wanted}
         except DamagedFile:  # or else replaced just now by another process
             if attempt == 19 or read_manifest(root) == manifest:
                 raise
@@ -158,7 +169,12 @@ def settle(root: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _read(root: Path, name: str, manifest: Manifest | None) -> bytes:
+def read_entered(root: Path, name: str, manifest: Manifest | None) -> bytes:
+    """The content of a file as ``manifest`` has it; as it is, if it is not in there.
+
+    Raises:
+        DamagedFile: if it is missing or another.
+    """
     path = root / name
     known = manifest.files.get(name) if manifest else None
     candidates = [path]
@@ -167,11 +183,10 @@ def _read(root: Path, name: str, manifest: Manifest | None) -> bytes:
     reason = "it is missing"
     for candidate in candidates:
         try:
-            content = candidate.read_bytes()
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            reason = f"it cannot be read ({error.strerror})"
+            content = read_bytes(candidate, LARGEST)
+        except UserError as error:
+            if candidate.exists():
+                reason = f"it cannot be read ({error})"
             continue
         if known is None or matches(content, known):
             return content
@@ -181,7 +196,9 @@ def _read(root: Path, name: str, manifest: Manifest | None) -> bytes:
             if short
             else "its bytes are not those that were written"
         )
-    raise DamagedFile(f"{str(path)!r} is damaged: {reason}")
+    meant = name in ("config.yaml", "environment.json") and path.is_file()
+    advice = f" (if that was meant: ebmkit verify {root} --accept {name})" if meant else ""
+    raise DamagedFile(f"{str(path)!r} is damaged: {reason}{advice}")
 
 
 @contextlib.contextmanager

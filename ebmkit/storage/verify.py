@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,15 +15,19 @@ from ebmkit.storage.manifest import (
     MANIFEST,
     DamagedFile,
     Entry,
+    Manifest,
     entry_of,
     read_manifest,
 )
-from ebmkit.storage.together import read_together, write_together
+from ebmkit.storage.together import read_entered, write_together
 
 __all__ = ["Finding", "accept_files", "files_of", "leftovers", "verify_run"]
 
 WRITTEN_ALONE = ("config.yaml", "environment.json", "metrics.jsonl", "model.", "cost.json")
 """Beginnings of the names of files in the run folder itself that only its holder writes."""
+
+ATTEMPTS = 20
+"""To see a run at rest that is being written."""
 
 OLD = 3600.0
 """Seconds after which a temporary file of any process is left over."""
@@ -51,17 +56,21 @@ def verify_run(root: Path) -> list[Finding]:
     Raises:
         UserError: if it has no manifest, or that is damaged.
     """
-    manifest = read_manifest(root)
-    if manifest is None:
-        raise UserError(
-            f"{str(root)!r} has no {MANIFEST}: it is no run folder, or one of an earlier version, "
-            "which gets one when the run goes on"
-        )
-    found = [_look(root, name) for name in manifest.files]
-    known = set(manifest.files)
-    for name in _names(root):
-        if name not in known:
-            found.append(Finding(name, "unknown", (root / name).stat().st_size, "not of the run"))
+    for attempt in range(ATTEMPTS):
+        manifest = read_manifest(root)
+        if manifest is None:
+            raise UserError(
+                f"{str(root)!r} has no {MANIFEST}: it is no run folder, or one of an earlier "
+                "version, which gets one when the run goes on"
+            )
+        found = [_look(root, name, manifest) for name in manifest.files]
+        for name in set(_names(root)) - manifest.files.keys():
+            with contextlib.suppress(FileNotFoundError):  # it was on its way out
+                size = (root / name).stat().st_size
+                found.append(Finding(name, "unknown", size, "not of the run"))
+        if attempt == ATTEMPTS - 1 or read_manifest(root) == manifest:
+            break  # else a process that trains changed files meanwhile
+        time.sleep(0.05)
     return sorted(found)
 
 
@@ -94,15 +103,16 @@ def leftovers(root: Path) -> Iterator[Path]:
             ours = folder != root or path.name[1:].startswith(WRITTEN_ALONE)
             if ours or now - path.stat().st_mtime > OLD:
                 yield path
-    for path in (root / "evaluation").rglob(f".*{PARTIAL}"):
-        if now - path.stat().st_mtime > OLD:
-            yield path
+    for pattern in (f".*{PARTIAL}", ".drawing-*/*"):
+        for path in (root / "evaluation").rglob(pattern):
+            if now - path.stat().st_mtime > OLD:
+                yield path
 
 
-def _look(root: Path, name: str) -> Finding:
+def _look(root: Path, name: str, manifest: Manifest) -> Finding:
     path = root / name
     try:
-        content = read_together(root, [name])[name]
+        content = read_entered(root, name, manifest)
     except DamagedFile as error:
         reason = str(error).partition(" is damaged: ")[2]
         there = path.is_file()

@@ -42,6 +42,10 @@ class Stretch(NamedTuple):
     stage: int
 
 
+MOST_STRETCHES = 1000
+"""That a stopwatch keeps; then neighbours are put together."""
+
+
 class Stopwatch:
     """Times stretches of steps, and how much of them went into waiting for data.
 
@@ -74,6 +78,8 @@ class Stopwatch:
         seconds = time.perf_counter() - self._begun
         steps = max(1, self._steps)
         self.stretches.append(Stretch(steps, seconds, self._data, stage))
+        if len(self.stretches) > MOST_STRETCHES:
+            self.stretches = [s for own in self._by_stage().values() for s in _paired(own)]
         self.restart()
         return seconds / steps
 
@@ -99,6 +105,16 @@ class Stopwatch:
         for stretch in self.stretches:
             found.setdefault(stretch.stage, []).append(stretch)
         return found
+
+
+def _paired(stretches: list[Stretch]) -> list[Stretch]:
+    """Neighbours of one stage put together; the first, in which things warm up, stays alone."""
+    first, *rest = stretches
+    pairs = [
+        Stretch(a.steps + b.steps, a.seconds + b.seconds, a.data + b.data, a.stage)
+        for a, b in zip(rest[::2], rest[1::2], strict=False)
+    ]
+    return [first, *pairs, *rest[len(pairs) * 2 :]]
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,12 @@ def images_of(
 ) -> AnyImages:
     """The images of ``split``, as ``config`` names them.
 
+    Args:
+        config: the data set.
+        split: of it.
+        progress: whether to show bars while data is downloaded or read.
+        download: fetch CIFAR if it is not there.
+
     Raises:
         UserError: if the data set is unknown, missing or incomplete.
     """

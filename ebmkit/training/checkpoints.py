@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import re
-import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ebmkit.errors import UserError
+from ebmkit.models.torchfile import read_torch_content
 from ebmkit.storage import DamagedFile, read_together
 from ebmkit.storage.manifest import Manifest
 
@@ -120,24 +122,27 @@ def _step_of(name: str) -> int:
 def _unpacked(content: bytes, path: Path) -> dict[str, Any]:
     damaged = DamagedFile(f"{str(path)!r} is damaged: it cannot be read as a checkpoint")
     try:
-        with zipfile.ZipFile(io.BytesIO(content)) as file:
-            if file.testzip() is not None:  # torch.load looks at no checksum
-                raise damaged
-        state: Any = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except DamagedFile:
-        raise
-    except Exception:  # decoders of damaged bytes raise whatever they stumble over
+        state = read_torch_content(content, path)
+    except UserError:
         raise damaged from None
     if not isinstance(state, dict) or type(state.get("step")) is not int or state["step"] < 0:
+        raise damaged
+    numbers = [state.get("best", math.inf), state.get("seconds", 0.0)]
+    if any(type(number) not in (int, float) for number in numbers):
+        raise damaged
+    if not isinstance(state.get("watch"), dict | None) or not isinstance(
+        state.get("buffer"), dict | None
+    ):
         raise damaged
     return state
 
 
 def _read_buffer(root: Path, saved: Any) -> bytes:
-    known = isinstance(saved, dict) and isinstance(saved.get("file"), str)
-    name = f"checkpoints/{Path(saved['file']).name}" if known else ""
+    facts = saved if isinstance(saved, dict) else {}
+    named = facts.get("file")
+    name = f"checkpoints/{Path(named).name}" if isinstance(named, str) else ""
     content = read_together(root, [name])[name] if _BUFFER.fullmatch(name) else b""
-    if hashlib.sha256(content).hexdigest() != saved["sha256"]:
+    if hashlib.sha256(content).hexdigest() != facts.get("sha256"):
         raise DamagedFile(
             f"{str(root / name)!r} is missing or damaged: it is not the replay buffer that the "
             "checkpoint was saved with"

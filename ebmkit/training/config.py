@@ -11,17 +11,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from ebmkit.compute import ComputeConfig
 from ebmkit.data import StreamConfig
 from ebmkit.data.schedule import parse_share
-from ebmkit.errors import UserError
+from ebmkit.errors import UserError, shown
 from ebmkit.models import HEADS, ModelConfig
 from ebmkit.models.presets import find_network
 from ebmkit.objectives import BALANCE, TermSettings, parse_objective
 from ebmkit.registry import find
+from ebmkit.storage.reading import YAML_BYTES, parse_yaml, read_text
 from ebmkit.training.diffusion import diffusion_settings
 from ebmkit.training.negatives import NegativesConfig
 from ebmkit.training.recipes import RECIPES, recipe_for
@@ -37,6 +37,9 @@ __all__ = [
     "resolve",
 ]
 
+
+MOST_KEYS = 20
+"""Names in a key, as of optimizer.lr two."""
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, BeforeValidator(parse_share)]
@@ -213,12 +216,11 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
     for text in assignments:
         key, equals, value = text.partition("=")
         keys = key.strip().split(".")
-        if not equals or not all(keys):
-            raise UserError(f"--set {text!r} is not of the form key=value, as in optimizer.lr=1e-3")
-        try:
-            nested: Any = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(f"the value of --set {text!r} is not YAML") from None
+        if not equals or not all(keys) or len(keys) > MOST_KEYS:
+            raise UserError(
+                f"--set {shown(text)} is not of the form key=value, as in optimizer.lr=1e-3"
+            )
+        nested: Any = parse_yaml(value, f"the value of --set {shown(text)}")
         for part in reversed(keys):
             nested = {part: nested}
         own = (result.get("objective"), nested.get("objective"))
@@ -238,12 +240,7 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         UserError: if it cannot be read, is not YAML or holds no mapping.
     """
-    try:
-        values = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read configuration {str(path)!r}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise UserError(f"configuration {str(path)!r} is not YAML") from None
+    values = parse_yaml(read_text(path, YAML_BYTES), f"configuration {str(path)!r}")
     if not isinstance(values, dict):
         raise UserError(
             f"configuration {str(path)!r} must hold fields, as a run's config.yaml does"

@@ -14,8 +14,12 @@ from typing import Any
 
 from ebmkit.storage.atomic import writing
 from ebmkit.storage.manifest import Entry
+from ebmkit.storage.reading import MIB, read_bytes
 
 __all__ = ["Journal", "as_lines", "whole_rows"]
+
+LARGEST = 1024 * MIB
+"""Bytes: some 5 million rows."""
 
 
 class Journal:
@@ -44,11 +48,14 @@ class Journal:
         self._hash.update(line)
 
     def content(self) -> bytes:
-        """All bytes; none if there is no file."""
-        try:
-            return self.path.read_bytes()
-        except FileNotFoundError:
+        """All bytes; none if there is no file.
+
+        Raises:
+            UserError: if it is something else than a file, or larger than any run makes it.
+        """
+        if not os.path.lexists(self.path):
             return b""
+        return read_bytes(self.path, LARGEST)
 
     def rows(self) -> list[dict[str, Any]]:
         """Its rows, up to the first that is not whole."""

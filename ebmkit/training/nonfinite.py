@@ -18,7 +18,7 @@ import torch
 
 from ebmkit.data import Batch
 from ebmkit.data.imagesets import origin
-from ebmkit.errors import UserError
+from ebmkit.errors import UserError, shown
 from ebmkit.randomness import keyed_seed
 from ebmkit.storage import write_atomically
 from ebmkit.training.diagnose import diagnose, plain
@@ -32,8 +32,8 @@ __all__ = ["is_finite", "keep_report", "report_of", "stopped", "told", "write_re
 SHOWN = 5
 """Images and parameters in the message."""
 
-GRADIENTS = 3
-"""Gradients in the message."""
+LARGEST = 3
+"""Largest gradients and parameters in the message."""
 
 MOST_REPORTS = 20
 """Reports that a run keeps."""
@@ -64,9 +64,8 @@ def stopped(trainer: Trainer, reading: Reading) -> UserError:
         except UserError as error:
             where = f"; {error}"
         where += keep_report(trainer.run.path, report)
-    lines = [f"{_headline(report)} at step {done + 1}: stopped before the update{where}"]
-    lines += [f"  {line}" for line in told(report)]
-    return UserError("\n".join([*lines, f"  {_advice(report)}"]))
+    sentence = f"{_headline(report)} at step {done + 1}: stopped before the update{where}"
+    return UserError(sentence, [*told(report), _advice(report)])
 
 
 def report_of(
@@ -125,8 +124,9 @@ def told(report: Mapping[str, Any]) -> list[str]:
         lines.append(f"first layer with an output that is not finite: {report['layer']}")
     if report["parameters"]:
         lines.append(f"parameters that are not finite: {_some(report['parameters'])}")
-    largest = ", ".join(_gradient(row) for row in report["gradients"][:GRADIENTS])
-    return [*lines, f"largest gradients: {largest}"]
+    else:
+        lines.append(f"largest parameters: {_largest(report['largest_parameters'])}")
+    return [*lines, f"largest gradients: {_largest(report['gradients'])}"]
 
 
 def write_report(run: Path, report: Mapping[str, Any]) -> Path | None:
@@ -202,6 +202,8 @@ def _advice(report: Mapping[str, Any]) -> str:
 def _stream(found: Mapping[str, Any]) -> str:
     """What was found of a stream, in words."""
     rows = found.get("images")
+    if rows and len(rows) == found["size"]:
+        return f"none of the {len(rows)} images is finite by itself"
     if rows:
         return f"not finite by themselves: images {_some([_image(row) for row in rows])}"
     images = f"images {_some([str(n) for n in found['indices']], ', ...')}"
@@ -219,13 +221,17 @@ def _image(row: Mapping[str, Any]) -> str:
     words = [" and ".join(row["terms"]) or "its gradient", f"sigma {row['sigma']}"]
     words += [] if row["label"] is None else [f"label {row['label']}"]
     words += [f"{name} not finite" for name, fine in row["finite"].items() if not fine]
-    file = f" ({row['file']})" if "file" in row else ""
+    file = f" ({shown(row['file'])})" if "file" in row else ""
     return f"{row['image']}{file} [{', '.join(words)}]"
 
 
-def _gradient(row: Mapping[str, Any]) -> str:
-    share = f" ({row['not_finite'] / row['entries']:.0%} not finite)" if row["not_finite"] else ""
-    return f"{row['parameter']} {row['largest']}{share}"
+def _largest(rows: list[Mapping[str, Any]]) -> str:
+    words = []
+    for row in rows[:LARGEST]:
+        bad = row["not_finite"] / row["entries"]
+        share = f" ({bad:.0%} not finite)" if bad else ""
+        words.append(f"{row['parameter']} {row['largest']}{share}")
+    return ", ".join(words)
 
 
 def _some(words: list[str], more: str | None = None) -> str:

@@ -162,12 +162,11 @@ class Recovery:
 
     def _give_up(self, detail: list[str]) -> None:
         run, history = self.trainer.run, self.watch.history
-        told = "\n".join([f"  {sentence(breach)}" for breach in history])
-        told += "".join(f"\n    {line}" for line in detail)
         saved = f"; the last good state is in {str(run.path)!r}" if run else ""
         raise UserError(
-            f"the run went astray {len(history)} times and is given up{saved}:\n{told}\n"
-            "try a lower optimizer.lr, more negatives.steps or a smaller negatives.step_size"
+            f"the run went astray {len(history)} times and is given up{saved}; try a lower "
+            "optimizer.lr, more negatives.steps or a smaller negatives.step_size:",
+            [*map(sentence, history), *(f"  {line}" for line in detail)],
         )
 
     def _apply(self) -> None:

@@ -34,7 +34,7 @@ from pydantic import BaseModel, ValidationError
 
 from ebmkit.errors import UserError
 from ebmkit.storage import DamagedFile, held, read_together, write_atomically, write_together
-from ebmkit.storage.atomic import Content
+from ebmkit.storage.atomic import PARTIAL, Content
 from ebmkit.storage.manifest import (
     FOLDERS,
     MANIFEST,
@@ -45,6 +45,7 @@ from ebmkit.storage.manifest import (
     matches,
     read_manifest,
 )
+from ebmkit.storage.reading import YAML_BYTES, check_links, parse_yaml, read_bytes
 from ebmkit.storage.together import settle
 from ebmkit.storage.verify import files_of, leftovers
 from ebmkit.training.checkpoints import (
@@ -124,10 +125,15 @@ class RunFolder:
         """The run at ``path``.
 
         Raises:
-            UserError: if there is none.
+            UserError: if there is none, or a link in it leads out of it.
         """
         if not (path / "config.yaml").is_file() and not _awaits_config(path):
+            if (path / MANIFEST).is_file():
+                raise DamagedFile(
+                    f"{str(path / 'config.yaml')!r} is missing: this was a run folder"
+                )
             raise UserError(f"{str(path)!r} is no run folder: it holds no config.yaml")
+        check_links(path)
         return cls(path)
 
     @staticmethod
@@ -135,8 +141,8 @@ class RunFolder:
         """Whether ``path`` is an empty folder, as one whose maker was killed very soon is."""
         if not path.is_dir():
             return False
-        remains = [p for p in path.iterdir() if not p.name.startswith(".")]
-        known = all(p.name in ("checkpoints", MANIFEST) for p in remains)
+        own = ("checkpoints", MANIFEST, ".lock", ".holder.json", f".{MANIFEST}.lock")
+        known = all(p.name in own or p.name.endswith(PARTIAL) for p in path.iterdir())
         return known and not any(path.glob("checkpoints/*")) and not _awaits_config(path)
 
     @contextlib.contextmanager
@@ -168,11 +174,11 @@ class RunFolder:
         try:
             content = self._read("config.yaml")
         except DamagedManifest:  # told, and made anew, by who writes
-            content = path.read_bytes()
+            content = read_bytes(path, YAML_BYTES)
         try:
-            values = yaml.safe_load(content)
-        except (yaml.YAMLError, UnicodeDecodeError):
-            values = None
+            values = parse_yaml(content, repr(str(path)))
+        except UserError as error:
+            raise DamagedFile(f"{str(path)!r} is damaged: {error}") from None
         if not isinstance(values, dict):
             raise DamagedFile(f"{str(path)!r} is damaged: it does not parse")
         return values
@@ -300,7 +306,8 @@ class RunFolder:
         try:
             return self._read(BEST)
         except DamagedFile as error:
-            if (self.path / BEST).exists():
+            manifest = _or_none(self.path)
+            if (self.path / BEST).exists() or (manifest and BEST in manifest.files):
                 warnings.warn(f"{error}; the best weights are looked for anew", stacklevel=2)
             return None
 
@@ -331,6 +338,13 @@ class RunFolder:
             warnings.warn(f"{error}; now it is made anew of the files as they are", stacklevel=3)
             manifest = None
             (self.path / MANIFEST).rename(_fresh(self.path / f"{MANIFEST}.damaged"))
+        else:
+            if manifest is None and any((self.path / "checkpoints").glob("step-*.pt")):
+                warnings.warn(
+                    f"{str(self.path / MANIFEST)!r} is missing; it is made anew of the files as "
+                    "they are",
+                    stacklevel=3,
+                )
         if manifest is None:
             begin_manifest(self.path, files_of(self.path, growing=[METRICS]))
         settle(self.path)

@@ -263,7 +263,10 @@ class Trainer:
         """
         self.restore_parts(state)
         if self.recovery is not None:
-            self.recovery.restore(state["watch"], state["buffer"])
+            try:
+                self.recovery.restore(state["watch"], state["buffer"])
+            except (KeyError, TypeError, AttributeError, RuntimeError):
+                raise UserError("the checkpoint's chains and watch are not of this run") from None
         if self.run is not None:
             self.run.forget_after(self.step)
             if math.isfinite(self.best):
@@ -283,12 +286,11 @@ class Trainer:
             if self.average is not None:
                 self.average.load_state_dict(state["average"])
             self.loss.running.copy_(state["running"])
-        except (RuntimeError, ValueError, KeyError, TypeError):
+            self.best, self.seconds_before = float(state["best"]), float(state["seconds"])
+            self.left_out.restore(state)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError("the checkpoint does not fit this model and optimiser") from None
         self.step = self.first_step = state["step"]
-        self.best = state["best"]
-        self.seconds_before = state["seconds"]
-        self.left_out.restore(state)
         self.card.steps = self.step
         self.update.reset()
 

@@ -14,6 +14,7 @@ Configurations need nothing: fields that came later have defaults that change no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ def upgraded(state: dict[str, Any], balanced: Sequence[str]) -> dict[str, Any]:
     Raises:
         KeyError, TypeError: if it is no checkpoint of any version.
     """
-    state = {"seconds": 0.0, "precision": None, "watch": None, **state}
+    state = {"seconds": 0.0, "best": math.inf, "precision": None, "watch": None, **state}
     if isinstance(state["running"], dict):
         means = [float(state["running"].get(name, 1.0)) for name in balanced]
         state["running"] = torch.tensor(means)

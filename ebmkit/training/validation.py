@@ -14,7 +14,7 @@ import torch
 from ebmkit.core import EnergyModel, ScoreModel
 from ebmkit.data import AnyImages, Batch, Stream, StreamConfig
 from ebmkit.data.schedule import Stage
-from ebmkit.metrics import psnr
+from ebmkit.metrics import likeliest, psnr
 from ebmkit.objectives import TrainingLoss
 from ebmkit.parallel import World
 from ebmkit.training.attacks import Attacks
@@ -98,13 +98,13 @@ class Validation:
             batch = next(iter(batches.values()))
             assert batch.labels is not None
             assert isinstance(model, EnergyModel)
-            right = model.logits(batch.x).argmax(1).eq(batch.labels)
+            right = likeliest(model.logits(batch.x)).eq(batch.labels)
             row["accuracy"] = float(right.float().mean())
             attacked = next((b for b in batches.values() if b.attacked is not None), None)
             if attacked is not None:
                 assert attacked.attacked is not None
                 assert attacked.labels is not None
-                label = model.logits(attacked.attacked, attacked.sigma).argmax(1)
+                label = likeliest(model.logits(attacked.attacked, attacked.sigma))
                 row["accuracy_attacked"] = float(label.eq(attacked.labels).float().mean())
         if self.denoise_stream is not None:
             batch = batches[self.denoise_stream]

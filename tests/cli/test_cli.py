@@ -128,7 +128,7 @@ def test_list_shows_the_tables(place, kind):
         (["--set", "optimizer.rl=1"], "did you mean 'lr'"),
         (["--set", "streams.denoise.noise.max=0"], "needs max above 0"),
         (["--set", "nonsense"], "key=value"),
-        (["--config", "absent.yaml"], "cannot read configuration"),
+        (["--config", "absent.yaml"], "cannot read"),
         (["--device", "tpu"], "unknown device 'tpu'"),
         (["--dataset", "patches", "--objective", "ce+dsm"], "needs labels"),
         (["--dataset", "cifar10", "--data-dir", "nowhere"], "nowhere"),

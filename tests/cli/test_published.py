@@ -89,7 +89,7 @@ def test_the_protocol_on_pictures_of_several_sizes(tmp_path, pictures, capsys):
     [
         ({"model.0.weight": torch.zeros(4, 1, 3, 3)}, "model"),
         ({"fc.weight": torch.zeros(3)}, "'fc.weight' is no parameter"),
-        ({"model.0.weight": 3}, "'model.0.weight' .* is no tensor"),
+        ({"model.0.weight": 3}, r"model\.0\.weight.* is no tensor"),
         ({}, "holds no state dict"),
     ],
 )

@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+from ebmkit.training.environment import environment
 from tests.hostile.case import Case, outside
 from tests.hostile.corpus import all_cases, index, slug, write
 from tests.hostile.watch import Ending, opened
@@ -67,7 +68,10 @@ def main() -> int:
         if wrong is not None:
             print(f"{case.kind}: {case.name}: {wrong}")
     spent = time.perf_counter() - start
+    told = ("ebmkit", "python", "torch", "cores", "git_commit")
     document = {
+        "command": "python -m tests.hostile OUT --open",
+        "environment": {k: v for k, v in environment().items() if k in told},
         "files": len(rows),
         "refused": sum(row["how"] == "refused" for row in rows),
         "opened_harmlessly": sum(row["how"] == "opened" for row in rows),

@@ -53,7 +53,7 @@ NEVER = re.compile(
     r"marshal\.loads"
 )
 CHANGES = re.compile(
-    r"os\.(mkdir|rename|remove|rmdir|link|symlink|truncate|chmod|chown|utime|putenv)|"
+    r"os\.(mkdir|rename|remove|rmdir|link|symlink|truncate|chmod|chown|utime)|"
     r"shutil\.(rmtree|move|copy|unpack_archive|make_archive|chown)"
 )
 LOOKS = ("open", "os.listdir", "os.scandir")

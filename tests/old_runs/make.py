@@ -49,6 +49,7 @@ RUNS = {
     "2026-11-26-sampling": ("0f622b9", TINY, True),
     "2026-11-26-jem": ("0f622b9", [*TINY, *JEM], False),
     "2026-11-26-adv": ("b19e35e", [*TINY, *ADV], True),
+    "2026-11-26-manifest": ("df13dd3", [*TINY, *JEM], True),
 }
 """Name -> the commit, the options of its `ebmkit train`, and whether it samples."""
 

@@ -73,7 +73,10 @@ def test_an_old_run_goes_on_to_its_end(run):
         [r[term] for r in f.metrics() if r["kind"] == "train" and r["step"] > 4]
         for f in (folder, fresh.run)
     ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    # the first of these steps sees what was saved; attacks then amplify a rounding step by step:
+    # 2e-2 after four where two versions of PyTorch meet
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-2)
+    assert losses[0] == pytest.approx(losses[1], rel=5e-2 if term == "adv" else 1e-2)
 
 
 @on_every(RUNS[:1] + RUNS[-1:])

@@ -88,14 +88,14 @@ def killed(
     drawn = random.Random(seed)
     whole, run = reference(training, place, quick), place / "killed"
     log = place / "killed.log"
-    while outcome.kills < kills:
+    while outcome.kills < kills or (outcome.in_a_save < saves and outcome.kills < 2 * kills):
         if run.exists() and last_step(run) >= training.steps[quick]:
             raise RuntimeError(f"the run ended after {outcome.kills} kills; make it longer")
         resume = ["--resume", run] if run.exists() else ["--out", run]
         command = Command(training.command(*resume, quick=quick), place, log)
         try:
             wanted = saves - outcome.in_a_save
-            in_a_save = drawn.random() < max(wanted, 0) / (kills - outcome.kills)
+            in_a_save = drawn.random() < max(wanted, 0) / max(1, kills - outcome.kills)
             if in_a_save:
                 hit = kill_in_a_save(command, run, drawn)
                 outcome.in_a_save += hit
@@ -103,6 +103,10 @@ def killed(
                 kill_at_random(command, run, drawn, outcome, training.ranks)
         finally:
             command.kill()
+        if command.process.returncode not in (-9, 1):  # torchrun ends with 1 when a rank was killed
+            raise RuntimeError(f"not killed: exit code {command.process.returncode}; see {log}")
+        if command.process.returncode == 1 and training.ranks == 1:
+            raise RuntimeError(f"failed by itself; see {log}")
         outcome.kills += 1
         lost = max(0, logged_step(run) - last_step(run)) if run.exists() else 0
         outcome.steps_lost += lost

@@ -407,7 +407,7 @@ def test_the_cost_of_attacks_is_counted_and_told(tmp_path):
         shapes = trainer.budget.plan[0][1]
         flops = step_flops(trainer.loss, shapes)
         assert list(flops) == [objective, "2 attack steps"]
-        batch = next(trainer._batches(0, 1))["classify"]
+        batch = next(trainer.batches(0, 1))["classify"]
         with Recorder() as counted:
             trainer.attacks.attack("classify", batch, 0)
         assert flops["2 attack steps"] == counted.flops

@@ -155,7 +155,7 @@ def test_an_interrupted_run_with_dropout_goes_on_to_the_same_bits(tmp_path):
     whole.fit()
     cut = assemble(config, RunFolder.create(tmp_path / "cut", config))
     cut.model.train()
-    batches = cut._batches(0, 4)
+    batches = cut.batches(0, 4)
     for _ in range(2):
         cut._advance(batches, False)
         cut._read()

@@ -19,7 +19,7 @@ from ebmkit.data.pack import pack
 from ebmkit.data.sets import load_dataset
 from ebmkit.training import Interrupted, RunFolder, resolve
 from ebmkit.training.assemble import assemble
-from ebmkit.training.nonfinite import report_of
+from ebmkit.training.nonfinite import report_of, told
 from ebmkit.training.parts import make_average
 
 pytestmark = pytest.mark.usefixtures("counted_once")
@@ -211,9 +211,7 @@ def test_a_breach_of_maximum_likelihood_names_them_too(tmp_path):
     trainer.fit()
     (row,) = [row for row in trainer.run.metrics() if row["kind"] == "breach"]
     assert "loss 'ce' is nan" in row["reason"]
-    assert any(
-        "stream classify: not finite by themselves: images" in line for line in row["detail"]
-    )
+    assert "stream classify: none of the 8 images is finite by itself" in "\n".join(row["detail"])
     report = json.loads((tmp_path / "run" / "nonfinite-5.json").read_text())
     assert len(report["streams"]["classify"]["images"]) == 8
     assert bool(trainer.recovery.negatives.buffer.images.isfinite().all())
@@ -268,6 +266,16 @@ def test_a_fault_that_does_not_come_again_is_told_as_such(tmp_path):
     trainer.model.head.density.weight.register_hook(lambda gradient: gradient * next(times, 1))
     with pytest.raises(ebmkit.UserError, match="taken again the step is finite: go on with"):
         trainer.fit()
+
+
+def test_a_rate_that_is_too_high_is_not_the_fault_of_the_images(tmp_path):
+    trainer = start(tmp_path / "run", {"optimizer": {"lr": 1e30, "schedule": "constant"}})
+    with pytest.raises(ebmkit.UserError, match=r"at step 2: stopped before") as ended:
+        trainer.fit()
+    told = str(ended.value)
+    assert "stream denoise: none of the 8 images is finite by itself" in told
+    assert "largest parameters: backbone." in told
+    assert told.splitlines()[-1].strip() == "try a lower optimizer.lr, or optimizer.clip_norm=1"
 
 
 def test_a_breach_under_attack_is_looked_into(tmp_path):
@@ -418,3 +426,12 @@ def test_a_compiled_step_is_looked_at_eagerly(tmp_path):
     assert report["compiled"]
     assert [row["position"] for row in report["streams"]["denoise"]["images"]] == [3]
     assert report["layer"].startswith("backbone.")
+
+
+def test_a_file_s_name_cannot_add_lines_to_the_message(tmp_path):
+    row = {"position": 0, "image": 7, "terms": ["ce"], "sigma": "0/255", "label": None}
+    row |= {"finite": {"image": False}, "file": "a\nebmkit: all is well\x1b[2J.png"}
+    found = {"size": 2, "looked_at": 2, "images": [row], "indices": [7, 8]}
+    report = {"terms": {"ce": "nan"}, "grad_norm": "nan", "lr": 0.1, "streams": {"classify": found}}
+    (_, line, _) = told({**report, "failed": "no"})
+    assert r"images 7 ('a\nebmkit: all is well\x1b[2J.png') [ce" in line

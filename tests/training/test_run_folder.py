@@ -126,7 +126,7 @@ def test_damage_to_any_file_is_noticed(run, trained, name, how):
     assert [found.name for found in verify_run(run) if found.state != "whole"] == [name]
     file = name.rpartition("/")[2]
     if name == "config.yaml" and how == "missing":
-        with pytest.raises(UserError, match=r"no config\.yaml"):
+        with pytest.raises(UserError, match=r"config\.yaml. is missing: this was a run"):
             RunFolder.open(run)
     elif name == "config.yaml":
         with pytest.raises(DamagedFile, match=rf"{file}' is damaged"):
@@ -161,8 +161,10 @@ def test_without_its_manifest_a_run_goes_on_and_gets_a_new_one(run, trained):
     (run / "manifest.json").unlink()
     path = run / CHECKPOINTS[1]
     path.write_bytes(in_a_tensor(path.read_bytes()))
-    with pytest.warns(UserWarning, match="going back to step 4"):  # the archive's own checksums
+    told = r"manifest\.json. is missing; it is made anew|going back to step 4"
+    with pytest.warns(UserWarning, match=told) as caught:  # the archive's own checksums
         go_on(run)
+    assert len(caught) == 2
     assert bits(run) == bits(trained[0])
     assert all(found.state == "whole" for found in verify_run(run))
 
@@ -194,6 +196,7 @@ def test_if_no_checkpoint_is_whole_nothing_is_begun_anew(run):
     assert RunFolder(run).metrics()[-1]["step"] == 6
 
 
+@pytest.mark.filterwarnings("ignore:.*manifest.json. is missing; it is made anew")
 def test_metrics_cut_anywhere_are_read_and_gone_on_with(run, trained):
     """Every byte of the last two rows; what is after the checkpoint is written again."""
     whole = (run / "metrics.jsonl").read_bytes()
@@ -261,7 +264,7 @@ def test_a_folder_that_links_out_is_not_written_into(run, tmp_path):
     shutil.move(run / "checkpoints", elsewhere)
     (run / "checkpoints").symlink_to(elsewhere)
     before = sorted(p.name for p in elsewhere.iterdir())
-    with pytest.raises(UserError, match="checkpoints' is a link out of the run"):
+    with pytest.raises(UserError, match=r"checkpoints' is a link to .*elsewhere"):
         go_on(run, steps=6)
     assert sorted(p.name for p in elsewhere.iterdir()) == before
 

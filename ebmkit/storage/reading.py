@@ -1,0 +1,301 @@
+"""Reading files that somebody else may have written: bounded, and taken for data alone.
+
+A run folder, a model or a configuration from a stranger may be made to hurt. What is read through
+this module is an ordinary file (no pipe, no device, which never end), of a bounded size, UTF-8, and
+a bounded depth. JSON and YAML are read as every reader of ours needs them, which is less than they
+allow:
+
+- no name twice in one mapping, of which parsers silently keep the last;
+- no more values than the file has room for: YAML's aliases repeat a part, and a part of repeated
+  parts grows like ``9**n``;
+- no tags of YAML beyond its plain values;
+- no characters that no name or text needs and that break paths or output: NUL, lone surrogates;
+- no whole numbers beyond 64 bits, which no setting needs and Python may refuse to print;
+- no ``NaN`` and ``Infinity`` where ``finite`` is asked for.
+
+Everything else is a `UserError` that names the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+import yaml
+
+from ebmkit.errors import UserError
+
+__all__ = [
+    "DamagedFile",
+    "check_links",
+    "opened",
+    "parse_json",
+    "parse_yaml",
+    "read_bytes",
+    "read_json",
+    "read_text",
+    "read_yaml",
+]
+
+MIB = 2**20
+
+
+class DamagedFile(UserError):
+    """A file that is not what was written."""
+
+
+DEPTH = 50
+"""Values within values, at the most; a configuration has 5."""
+
+YAML_BYTES = MIB // 4
+"""Of a configuration; a resolved one has 5 thousand. Reading takes 20 s for each MiB."""
+
+JSON_BYTES = 64 * MIB
+"""Of a document, at the most, where no other number is given."""
+
+WHOLE = 2**64
+
+DIGITS = 100
+"""Characters of a number, a date or the like in YAML: some take a time that grows like n**2."""
+
+EXPANDED = 20_000
+"""Values that a YAML document may have, where an alias counts as all that it stands for."""
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[tuple[IO[bytes], int]]:
+    """The ordinary file ``path``, open to be read, and its number of bytes.
+
+    Raises:
+        UserError: if it is anything else, or cannot be read.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # before opening, for that can have effects
+            raise UserError(f"{str(path)!r} is no ordinary file")
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise UserError(f"cannot read {str(path)!r}: {error.strerror}") from None
+    except UserError:
+        raise
+    except ValueError:  # a NUL in its name
+        raise UserError(f"there is no file {str(path)!r}") from None
+    with os.fdopen(handle, "rb") as file:
+        try:
+            yield file, os.fstat(handle).st_size
+        except OSError as error:
+            raise UserError(f"cannot read {str(path)!r}: {error.strerror or error}") from None
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """The content of the ordinary file ``path``, of ``most`` bytes at the most.
+
+    Raises:
+        UserError: if it is anything else, is larger or cannot be read.
+    """
+    with opened(path) as (file, size):
+        if size > most:
+            raise UserError(
+                f"{str(path)!r} has {size} bytes, more than the {most} that a file of its kind may "
+                "have"
+            )
+        try:
+            return file.read(size)
+        except MemoryError:
+            raise UserError(f"{str(path)!r} has {size} bytes, too many for this memory") from None
+
+
+def read_text(path: Path, most: int = JSON_BYTES) -> str:
+    """The text of ``path``; a byte order mark is left out.
+
+    Raises:
+        UserError: as `read_bytes`, or if it is not UTF-8.
+    """
+    return _decoded(read_bytes(path, most), repr(str(path)))
+
+
+def _decoded(content: bytes, what: str) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise DamagedFile(f"{what} is damaged: it is not UTF-8") from None
+
+
+def read_json(path: Path, most: int = JSON_BYTES, finite: bool = False) -> Any:
+    """The JSON document in ``path``.
+
+    Args:
+        path: an ordinary file.
+        most: bytes that it may have.
+        finite: refuse numbers that are none.
+
+    Raises:
+        UserError: if it cannot be read or is no such document.
+    """
+    return parse_json(read_text(path, most), repr(str(path)), finite)
+
+
+def parse_json(content: str | bytes, what: str, finite: bool = False) -> Any:
+    """The value that ``content`` writes in JSON, as `read_json`; ``what`` names it in messages.
+
+    Raises:
+        UserError: if it is no JSON, or none that is read here.
+    """
+
+    def number(digits: str) -> float:
+        found = float(digits)
+        if finite and not math.isfinite(found):
+            raise ValueError(digits)
+        return found
+
+    def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            _twice(what, next(name for name in names if names.count(name) > 1))
+        return found
+
+    try:
+        text = _decoded(content, what) if isinstance(content, bytes) else content
+        value = json.loads(
+            text, parse_float=number, parse_constant=number, object_pairs_hook=mapping
+        )
+    except UserError:
+        raise
+    except (ValueError, RecursionError):  # also numbers of more digits than Python takes
+        raise DamagedFile(f"{what} is damaged: it is not JSON") from None
+    return _checked(value, what)
+
+
+def read_yaml(path: Path, most: int = YAML_BYTES) -> Any:
+    """The YAML document in ``path``.
+
+    Raises:
+        UserError: if it cannot be read or is no such document.
+    """
+    return parse_yaml(read_text(path, most), repr(str(path)))
+
+
+def parse_yaml(content: str | bytes, what: str) -> Any:
+    """The value that ``content`` writes in YAML; ``what`` names it in messages.
+
+    Raises:
+        UserError: if it is no YAML, or none that is read here.
+    """
+    text = _decoded(content, what) if isinstance(content, bytes) else content
+    if len(text) > YAML_BYTES:
+        raise UserError(f"{what} is not YAML that is read here: it has {len(text)} characters")
+    loader = None
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _expanded(node, what, {}, 0)
+        value: Any = loader.construct_document(node)
+    except UserError:
+        raise
+    except Exception:  # its arithmetic on numbers and dates raises errors of many classes
+        raise UserError(f"{what} is not YAML, or none of plain values") from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+    return _checked(value, what)
+
+
+def _expanded(node: yaml.Node, what: str, known: dict[int, int], depth: int) -> int:
+    """How many values ``node`` stands for, its aliases written out.
+
+    Raises:
+        UserError: if those are too many, too deep, without end, or one has a name twice.
+    """
+    if isinstance(node, yaml.ScalarNode) and len(node.value) > DIGITS and "str" not in node.tag:
+        raise UserError(f"{what} holds a value of {len(node.value)} characters that is no text")
+    if depth > DEPTH or known.get(id(node), 1) == 0:  # 0: it is within itself
+        _deep(what)
+    if id(node) in known or isinstance(node, yaml.ScalarNode):
+        return known.get(id(node), 1)
+    known[id(node)] = 0
+    parts: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        seen = set[tuple[str, str]]()
+        for key, value in node.value:
+            parts += [key, value]
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if (key.tag, key.value) in seen:
+                    _twice(what, key.value)
+                seen.add((key.tag, key.value))
+    elif isinstance(node, yaml.SequenceNode):
+        parts += node.value
+    total = 1
+    for part in parts:
+        total += _expanded(part, what, known, depth + 1)
+        if total > EXPANDED:
+            raise UserError(f"{what} holds more than {EXPANDED} values, aliases written out")
+    known[id(node)] = total
+    return total
+
+
+def _checked(value: Any, what: str) -> Any:
+    """``value`` itself, if it is not too deep and its texts are such that one can write them."""
+    level = [value]
+    for _ in range(DEPTH):
+        inner: list[Any] = []
+        for part in level:
+            if isinstance(part, str):
+                _check_text(part, what)
+            elif isinstance(part, int) and not -WHOLE < part < WHOLE:
+                raise UserError(f"{what} holds a whole number of more than 64 bits")
+            elif isinstance(part, dict):
+                inner += part.keys()
+                inner += part.values()
+            elif isinstance(part, (list, tuple, set)):
+                inner += part
+        if not inner:
+            return value
+        level = inner
+    _deep(what)
+
+
+def _check_text(text: str, what: str) -> None:
+    if "\0" in text or (not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text)):
+        raise UserError(f"{what} holds text that cannot be written: {text[:40]!a}")
+
+
+def _deep(what: str) -> NoReturn:
+    raise UserError(f"{what} is nested deeper than {DEPTH} values within values")
+
+
+def _twice(what: str, name: str) -> NoReturn:
+    raise UserError(f"{what} has {name[:40]!r} twice in one place: which is meant?")
+
+
+def check_links(folder: Path, home: Path | None = None) -> None:
+    """Whether no link in ``folder``, which may be one itself, leads out of it.
+
+    Args:
+        folder: whose files are to be read or written.
+        home: what links may not lead out of; None: the folder.
+
+    Raises:
+        UserError: naming the first that does: reading it would read, and writing through it would
+            change, what is none of the folder's.
+    """
+    start = os.path.realpath(folder)
+    root = os.path.realpath(home) if home else start
+    for place, folders, files in os.walk(start):
+        for name in (*folders, *files):
+            path = os.path.join(place, name)
+            if not os.path.islink(path):
+                continue
+            target = os.path.realpath(path)
+            if os.path.commonpath([root, target]) != root:
+                raise UserError(
+                    f"{path!r} is a link to {target!r}, out of its folder, and is not followed: "
+                    "put the file itself there if you trust it"
+                )
