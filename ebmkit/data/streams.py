@@ -15,11 +15,13 @@ request; everything else is done to the batch, on its device.
 
 from __future__ import annotations
 
+import atexit
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -77,6 +79,19 @@ WARNINGS = 10
 """Images left out that are told of one by one."""
 
 
+_LOADING: WeakSet[Any] = WeakSet()
+"""Iterators of loaders, whose processes do not heed a request to end."""
+
+
+def _end_readers() -> None:
+    for iterator in list(_LOADING):
+        for worker in getattr(iterator, "_workers", ()):
+            worker.kill()
+
+
+atexit.register(_end_readers)  # before multiprocessing's own, which would wait for them
+
+
 @contextmanager
 def told_of_readers(saved: Callable[[], str] = str) -> Iterator[None]:
     """Within, the end of a process that reads images is told in one sentence.
@@ -95,6 +110,7 @@ def told_of_readers(saved: Callable[[], str] = str) -> Iterator[None]:
         told = _told(str(error))
         if told is None:
             raise
+        _end_readers()
         raise UserError(f"{told}{saved()}") from None
 
 
@@ -202,17 +218,18 @@ class Stream:
             generator=torch.Generator(),  # leaves the process's own generator alone
         )
         items = iter(loader)
+        _LOADING.add(items)
         try:
             yield from self._received(source, items, start)
         except (RuntimeError, ConnectionError, EOFError) as error:
             # dead or stalled: they ignore requests to end, and exit would wait for them
             workers = list(getattr(items, "_workers", ()))
-            codes = [worker.exitcode for worker in workers if worker.exitcode]
             getattr(items, "_shutdown_workers", tuple)()
+            codes = [worker.exitcode for worker in workers if worker.exitcode]
             for worker in workers:
                 worker.kill()
-            if codes and codes[0] < 0 and "killed by signal" not in str(error):
-                name = signal.strsignal(-codes[0])
+            if codes and min(codes) < 0 and "killed by signal" not in str(error):
+                name = signal.strsignal(-min(codes))
                 raise RuntimeError(f"DataLoader worker is killed by signal: {name}. ") from None
             if isinstance(error, RuntimeError):
                 raise

@@ -287,10 +287,10 @@ class Trainer:
                 self.average.load_state_dict(state["average"])
             self.loss.running.copy_(state["running"])
             self.best, self.seconds_before = float(state["best"]), float(state["seconds"])
+            self.left_out.restore(state)
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError("the checkpoint does not fit this model and optimiser") from None
         self.step = self.first_step = state["step"]
-        self.left_out.restore(state)
         self.card.steps = self.step
         self.update.reset()
 

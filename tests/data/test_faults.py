@@ -82,6 +82,7 @@ def test_by_option_images_in_memory_are_left_out_and_counted(folder):
     assert len(found) == 22
     assert found.labels.bincount().tolist() == [11, 11]
     (sentence,) = told
+    assert len(found.left_out) == 2
     assert "2 of 24 images of set/test cannot be read and are left out: " in sentence
     assert "03.png" in sentence
     assert "07.png" in sentence
@@ -132,9 +133,48 @@ def test_training_counts_what_it_left_out(folder, tmp_path):
     run = RunFolder.create(tmp_path / "run", config)
     with pytest.warns(UserWarning, match="left out of stream 'classify': .*png"):
         assemble(config, run).fit()
-    *_, last, told = run.metrics()
-    assert last["unreadable_images"] == told["count"] == 2
+    *rows, told = run.metrics()
+    assert rows[-1]["unreadable_images"] == 2
     assert told["kind"] == "unreadable"
+    assert told["count"] == 2
+    assert sorted(why.partition(".png")[0][-7:] for why in told["reasons"]) == [
+        "cats/03",
+        "dogs/07",
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:left out of stream")
+def test_a_run_that_goes_on_counts_as_one_that_never_stopped(folder, tmp_path):
+    config = small(folder, unreadable="skip")
+    whole, cut = (RunFolder.create(tmp_path / name, config) for name in ("whole", "cut"))
+    assemble(config, whole).fit()
+
+    class Stop(Exception):
+        pass
+
+    class StopAt:
+        def report(self, row):
+            if row["step"] == 10:
+                raise Stop
+
+    with pytest.raises(Stop):
+        assemble(config, cut, StopAt()).fit()
+    assert cut.load_checkpoint()["step"] == 8
+    assemble(config, cut).fit()
+
+    def told(run):
+        return [(row["step"], row.get("unreadable_images"), row["kind"]) for row in run.metrics()]
+
+    assert told(cut) == told(whole)
+
+
+def test_training_images_of_any_size_are_left_out_of_an_evaluation(folder):
+    images = images_of(small(folder, unreadable="skip").dataset, "train")
+    found = images.readable()
+    assert len(found) == len(images) - len(found.left_out)
+    assert 1 <= len(found.left_out) <= 2  # the other may be held out
+    assert sum(len(x) for x, _ in images.batches(5)) == len(found)
+    assert {len(x) for x, _ in found.batches(len(found))} == {len(found)}
 
 
 @pytest.mark.filterwarnings("ignore:left out of stream")
@@ -167,7 +207,7 @@ class KillReader:
 def test_a_reading_process_that_is_killed_is_told_and_nothing_hangs(folder, tmp_path):
     config = small(folder, unreadable="skip", workers=1)
     run = RunFolder.create(tmp_path / "run", config)
-    told = r"a process that reads images (was killed by a signal, Killed|ended).*dataset\.workers"
+    told = r"was killed by a signal, Killed; .*dataset\.workers; the last checkpoint is .*0*4\.pt"
     with warnings.catch_warnings(), pytest.raises(UserError, match=told):
         warnings.simplefilter("ignore")
         assemble(config.model_copy(update={"steps": 500}), run, KillReader()).fit()
@@ -179,7 +219,7 @@ def test_a_disk_that_does_not_answer_ends_the_wait(folder, monkeypatch):
     from ebmkit.data import streams
 
     monkeypatch.setattr(streams, "STALL", 1.0)
-    monkeypatch.setattr("ebmkit.data.reading.open_picture", lambda *path: signal.pause())
+    monkeypatch.setattr("ebmkit.data.reading.open_picture", lambda *_: signal.pause())
     source = images_of(small(folder, unreadable="skip").dataset, "train")
     config = StreamConfig(batch_size=8, augmentation={"crop_size": 16})
     stream = Stream(source, config, "classify", 0, "cpu", 1)
@@ -219,3 +259,21 @@ def test_a_data_file_that_vanishes_is_named(tmp_path, monkeypatch):
     path.unlink()
     with pytest.raises(UserError, match=r"set\.h5"):
         streamed.read([0])
+
+
+def test_a_data_file_that_is_changed_is_named(tmp_path, monkeypatch):
+    import h5py
+
+    from ebmkit.data import imagesets
+
+    monkeypatch.setattr(imagesets, "MEMORY_LIMIT", 100)
+    path = tmp_path / "set.h5"
+    with h5py.File(path, "w") as file:
+        file["images"] = np.zeros((40, 8, 8, 1), np.uint8)
+    streamed = load_dataset("hdf5", path, "train", progress=False)
+    streamed.read([0])
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["images"] = np.ones((41, 8, 8, 1), np.uint8)
+    os.replace(tmp_path / "other.h5", path)
+    with pytest.raises(UserError, match=r"set\.h5' was changed while it was in use"):
+        streamed.read([1])
