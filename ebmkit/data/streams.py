@@ -15,18 +15,13 @@ request; everything else is done to the batch, on its device.
 
 from __future__ import annotations
 
-import atexit
-import signal
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, NamedTuple
-from weakref import WeakSet
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
-from torch.utils.data import DataLoader, Dataset
 
 from ebmkit.data.augment import (
     Rows,
@@ -39,8 +34,8 @@ from ebmkit.data.augment import (
 )
 from ebmkit.data.crops import DRAWS, Crop, Cut, crop_boxes, resize_boxes
 from ebmkit.data.imagesets import AnyImages, ImageSet, StreamedSet, to_floats
+from ebmkit.data.loading import Request, read_batches
 from ebmkit.data.schedule import Span, StreamConfig, check_stream, span_at
-from ebmkit.errors import UserError
 from ebmkit.randomness import keyed_seed
 
 __all__ = ["Batch", "Stream", "StreamConfig", "prefetched"]
@@ -72,67 +67,8 @@ class Batch(NamedTuple):
     attacked: Tensor | None = None
 
 
-STALL = 900.0
-"""Seconds to wait for a process that reads images."""
-
 WARNINGS = 10
 """Images left out that are told of one by one."""
-
-
-_LOADING: WeakSet[Any] = WeakSet()
-"""Iterators of loaders, whose processes do not heed a request to end."""
-
-
-def _end_readers() -> None:
-    for iterator in list(_LOADING):
-        for worker in getattr(iterator, "_workers", ()):
-            worker.kill()
-
-
-atexit.register(_end_readers)  # before multiprocessing's own, which would wait for them
-
-
-@contextmanager
-def told_of_readers(saved: Callable[[], str] = str) -> Iterator[None]:
-    """Within, the end of a process that reads images is told in one sentence.
-
-    PyTorch raises it wherever the main thread is at the time.
-
-    Args:
-        saved: says what is not lost.
-
-    Raises:
-        UserError: then.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        told = _told(str(error))
-        if told is None:
-            raise
-        _end_readers()
-        raise UserError(f"{told}{saved()}") from None
-
-
-def _told(text: str) -> str | None:
-    """What an error of PyTorch's says of reading processes, in words; None if it is of others."""
-    if "DataLoader timed out" in text:
-        return (
-            f"no image was read for {STALL:.0f} s: see whether the disk or network that they lie "
-            "on still answers"
-        )
-    if "DataLoader worker" not in text:
-        return None
-    reason = text.partition("killed by signal: ")[2].split(".")[0].strip()
-    if not reason:
-        ended = "a process that reads images ended unasked"
-        return f"{ended}: see what it said, or take fewer dataset.workers"
-    cause = "the memory may not suffice: take fewer dataset.workers"
-    if "Bus" in reason:
-        cause = "shared memory may be full: enlarge /dev/shm, or take fewer dataset.workers"
-    elif "Segmentation" in reason:
-        cause = "a library that decodes images may have met a damaged one"
-    return f"a process that reads images was killed by a signal, {reason}; {cause}"
 
 
 class Stream:
@@ -207,50 +143,15 @@ class Stream:
 
     def _streamed(self, source: StreamedSet, start: int, stop: int) -> Iterator[Batch]:
         cuda = self.device.type == "cuda"
-        loader = DataLoader(
-            _Reading(source),
-            timeout=STALL if self.workers else 0,
-            batch_size=None,
-            sampler=_Order(self, start, stop),
-            num_workers=self.workers,
-            pin_memory=cuda,
-            worker_init_fn=_ignore_signals,
-            generator=torch.Generator(),  # leaves the process's own generator alone
-        )
-        items = iter(loader)
-        _LOADING.add(items)
-        try:
-            yield from self._received(source, items, start)
-        except (RuntimeError, ConnectionError, EOFError) as error:
-            # dead or stalled: they ignore requests to end, and exit would wait for them
-            workers = list(getattr(items, "_workers", ()))
-            getattr(items, "_shutdown_workers", tuple)()
-            codes = [worker.exitcode for worker in workers if worker.exitcode]
-            for worker in workers:
-                worker.kill()
-            if codes and min(codes) < 0 and "killed by signal" not in str(error):
-                name = signal.strsignal(-min(codes))
-                raise RuntimeError(f"DataLoader worker is killed by signal: {name}. ") from None
-            if isinstance(error, RuntimeError):
-                raise
-            raise RuntimeError("DataLoader worker ended") from None
-
-    def _received(
-        self, source: StreamedSet, items: Iterator[_Item | UserError], start: int
-    ) -> Iterator[Batch]:
-        """The batches made of what was read."""
-        cuda = self.device.type == "cuda"
-        for step, item in enumerate(items, start):
-            if isinstance(item, UserError):
-                raise item
-            images, labels, skipped = item
-            self._tell(source, skipped)
+        read = read_batches(source, _Order(self, start, stop), self.workers, cuda)
+        for step, (images, labels, skipped) in enumerate(read, start):
+            self._tell(skipped)
             images = images.to(self.device, non_blocking=cuda)
             if labels is not None:
                 labels = labels.to(self.device, non_blocking=cuda)
             yield self._prepare(step, images, labels)
 
-    def _tell(self, source: StreamedSet, skipped: dict[int, str]) -> None:
+    def _tell(self, skipped: dict[int, str]) -> None:
         """Warn of the first images that are left out; all are counted."""
         for number, reason in skipped.items():
             if number not in self.skipped and len(self.skipped) < WARNINGS:
@@ -387,13 +288,6 @@ def prefetched(
         yield dict(zip(streams, present, strict=True))
 
 
-class _Request(NamedTuple):
-    """The images of a step, by their numbers, and the crops of whole pictures to take of them."""
-
-    indices: list[int]
-    cut: Cut | None
-
-
 class _Order:
     """The sampler of a loader: for each step, the images it needs."""
 
@@ -403,35 +297,8 @@ class _Order:
     def __len__(self) -> int:
         return len(self._steps)
 
-    def __iter__(self) -> Iterator[_Request]:
+    def __iter__(self) -> Iterator[Request]:
         stream, host = self._stream, torch.device("cpu")
         for step in self._steps:
             cut = stream._cut(step) if stream._whole else None
-            yield _Request(stream._indices(step, host).tolist(), cut)
-
-
-_Item = tuple[Tensor, Tensor | None, dict[int, str]]
-
-
-class _Reading(Dataset[_Item | UserError]):
-    """What workers run: whole batches; a user's mistake is handed over without a traceback."""
-
-    def __init__(self, source: StreamedSet) -> None:
-        self._source = source
-
-    def __getitem__(self, request: _Request) -> _Item | UserError:
-        self._source.skipped.clear()
-        try:
-            images, labels = self._source.read(*request)
-            return images, labels, dict(self._source.skipped)
-        except UserError as error:
-            return error
-
-
-def _ignore_signals(worker: int) -> None:
-    """Ctrl-C, and a launcher's request to end, reach every process of a group.
-
-    The main one answers, and ends its workers in its own time.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            yield Request(stream._indices(step, host).tolist(), cut)

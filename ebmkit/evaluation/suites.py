@@ -299,7 +299,7 @@ def _draw(suite: Suite, setting: Setting, document: dict[str, Any], path: Path) 
     Returns:
         Their names.
     """
-    with tempfile.TemporaryDirectory(prefix=".drawing-", dir=path.parent) as name:
+    with tempfile.TemporaryDirectory(prefix="ebmkit-drawing-") as name:
         aside = Path(name)
         suite.draw(setting, document, aside)
         drawn = sorted(picture.name for picture in aside.iterdir())

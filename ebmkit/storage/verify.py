@@ -103,10 +103,9 @@ def leftovers(root: Path) -> Iterator[Path]:
             ours = folder != root or path.name[1:].startswith(WRITTEN_ALONE)
             if ours or now - path.stat().st_mtime > OLD:
                 yield path
-    for pattern in (f".*{PARTIAL}", ".drawing-*/*"):
-        for path in (root / "evaluation").rglob(pattern):
-            if now - path.stat().st_mtime > OLD:
-                yield path
+    for path in (root / "evaluation").rglob(f".*{PARTIAL}"):
+        if now - path.stat().st_mtime > OLD:
+            yield path
 
 
 def _look(root: Path, name: str, manifest: Manifest) -> Finding:

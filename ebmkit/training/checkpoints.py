@@ -79,11 +79,11 @@ def superseded(names: Iterable[str], step: int, keep: int) -> list[str]:
     return [name for name in held if _step_of(name) not in kept]
 
 
-def pack_state(state: dict[str, Any]) -> memoryview:
+def pack_state(state: dict[str, Any]) -> bytes:
     """A checkpoint's bytes."""
     content = io.BytesIO()
     torch.save(state, content)
-    return content.getbuffer()
+    return content.getvalue()  # shares its memory; a view in a cycle crashes Python 3.12.1
 
 
 def read_checkpoint(root: Path, name: str) -> dict[str, Any]:

@@ -10,6 +10,8 @@
       model.json             what builds the network, and what it was trained for
       checkpoints/           everything needed to go on exactly, and the best weights by validation
       breaches/              what was logged before the run went back (`ebmkit.training.watch`)
+      nonfinite-STEP.json    what was found of a step that is not finite
+      energies/              mean energies by label, where the run has guided another
       cost.json              seconds of a step, memory, share of the device's matrix rate
       evaluation/            written by `ebmkit evaluate`
       manifest.json          length and SHA-256 of every file (`ebmkit.storage.manifest`)

@@ -25,8 +25,9 @@ from torch.nn.modules.dropout import _DropoutNd
 from ebmkit.compute import describe, pick_device
 from ebmkit.core import ScoreModel
 from ebmkit.data import AnyImages, Batch, ImageSet
+from ebmkit.data.loading import told_of_readers
 from ebmkit.data.schedule import images_between, stage_at, stages
-from ebmkit.data.streams import prefetched, told_of_readers
+from ebmkit.data.streams import prefetched
 from ebmkit.errors import UserError
 from ebmkit.models import ModelConfig
 from ebmkit.models.saving import model_files, weights_file
@@ -192,6 +193,7 @@ class Trainer:
                     self._validate()
                 asked = stop() if alone else reading.asked_to_stop
                 if due[2] or asked:
+                    self.left_out.look()  # here, where all processes come by
                     self.save()
                 if due[1] or due[2]:
                     self.watch.restart()
@@ -303,7 +305,6 @@ class Trainer:
         Raises:
             UserError: if they cannot be written; the earlier ones are whole.
         """
-        self.left_out.look()
         if self.run is None:
             return
         files = model_files(self.trained, self.built_from, self.card)

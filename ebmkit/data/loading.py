@@ -1,0 +1,165 @@
+"""Processes that read images of a set on disk, and what is done when one dies or stalls.
+
+Each gets the requests of whole batches and hands over pixels; a user's mistake comes as a value, so
+that it has no traceback. They do not heed Ctrl-C and requests to end, for these reach all processes
+of a group: the main one ends them in its own time, by SIGKILL where it must.
+"""
+
+from __future__ import annotations
+
+import atexit
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ebmkit.data.crops import Cut
+from ebmkit.data.imagesets import StreamedSet
+from ebmkit.errors import UserError
+
+__all__ = ["Request", "read_batches", "told_of_readers"]
+
+STALL = 900.0
+"""Seconds to wait for a process that reads images."""
+
+_LOADING: WeakSet[Any] = WeakSet()
+"""Iterators of loaders, whose processes do not heed a request to end."""
+
+
+def _end_readers() -> None:
+    for iterator in list(_LOADING):
+        for worker in getattr(iterator, "_workers", ()):
+            worker.kill()
+
+
+atexit.register(_end_readers)  # before multiprocessing's own, which would wait for them
+
+
+@contextmanager
+def told_of_readers(saved: Callable[[], str] = str) -> Iterator[None]:
+    """Within, the end of a process that reads images is told in one sentence.
+
+    PyTorch raises it wherever the main thread is at the time.
+
+    Args:
+        saved: says what is not lost.
+
+    Raises:
+        UserError: then.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        told = _told(str(error))
+        if told is None:
+            raise
+        _end_readers()
+        raise UserError(f"{told}{saved()}") from None
+
+
+def _told(text: str) -> str | None:
+    """What an error of PyTorch's says of reading processes, in words; None if it is of others."""
+    if "DataLoader timed out" in text:
+        return (
+            f"no image was read for {STALL:.0f} s: see whether the disk or network that they lie "
+            "on still answers"
+        )
+    if "DataLoader worker" not in text:
+        return None
+    reason = text.partition("killed by signal: ")[2].split(".")[0].strip()
+    if not reason:
+        ended = "a process that reads images ended unasked"
+        return f"{ended}: see what it said, or take fewer dataset.workers"
+    cause = "the memory may not suffice: take fewer dataset.workers"
+    if "Bus" in reason:
+        cause = "shared memory may be full: enlarge /dev/shm, or take fewer dataset.workers"
+    elif "Segmentation" in reason:
+        cause = "a library that decodes images may have met a damaged one"
+    return f"a process that reads images was killed by a signal, {reason}; {cause}"
+
+
+class Request(NamedTuple):
+    """The images of a step, by their numbers, and the crops of whole pictures to take of them."""
+
+    indices: list[int]
+    cut: Cut | None
+
+
+Item = tuple[Tensor, Tensor | None, dict[int, str]]
+"""Images, labels, and the numbers of those that were left out with the reasons."""
+
+
+def read_batches(
+    source: StreamedSet, requests: Iterable[Request], workers: int, pinned: bool
+) -> Iterator[Item]:
+    """What ``requests`` ask for, in order.
+
+    Args:
+        source: the set.
+        requests: may be iterated once, here.
+        workers: reading processes; 0: this one reads.
+        pinned: whether to put the images where a GPU fetches them from.
+
+    Raises:
+        UserError: if an image cannot be read.
+        RuntimeError: if a process ended or stalls; `told_of_readers` puts it in words.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        _Reading(source),
+        timeout=STALL if workers else 0,
+        batch_size=None,
+        sampler=requests,
+        num_workers=workers,
+        pin_memory=pinned,
+        worker_init_fn=_ignore_signals,
+        generator=torch.Generator(),  # leaves the process's own generator alone
+    )
+    items = iter(loader)
+    _LOADING.add(items)
+    try:
+        for item in items:
+            if isinstance(item, UserError):
+                raise item
+            yield item
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        # dead or stalled: they ignore requests to end, and exit would wait for them
+        processes = list(getattr(items, "_workers", ()))
+        getattr(items, "_shutdown_workers", tuple)()
+        codes = [process.exitcode for process in processes if process.exitcode]
+        for process in processes:
+            process.kill()
+        if codes and min(codes) < 0 and "killed by signal" not in str(error):
+            name = signal.strsignal(-min(codes))
+            raise RuntimeError(f"DataLoader worker is killed by signal: {name}. ") from None
+        if isinstance(error, RuntimeError):
+            raise
+        raise RuntimeError("DataLoader worker ended") from None
+
+
+class _Reading(Dataset[Item | UserError]):
+    """What workers run: whole batches; a user's mistake is handed over without a traceback."""
+
+    def __init__(self, source: StreamedSet) -> None:
+        self._source = source
+
+    def __getitem__(self, request: Request) -> Item | UserError:
+        self._source.skipped.clear()
+        try:
+            images, labels = self._source.read(*request)
+            return images, labels, dict(self._source.skipped)
+        except UserError as error:
+            return error
+
+
+def _ignore_signals(worker: int) -> None:
+    """Ctrl-C, and a launcher's request to end, reach every process of a group.
+
+    The main one answers, and ends its workers in its own time.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
