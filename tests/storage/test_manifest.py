@@ -5,6 +5,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -154,6 +156,40 @@ def test_readers_see_one_moment_while_another_writes(tmp_path):
     assert len(seen) > 3
 
 
+def test_looking_over_a_run_that_is_written_finds_it_whole(tmp_path):
+    """Checkpoints come and go meanwhile: none is missing, none unknown."""
+    root = make_run(tmp_path / "run")
+    ended = threading.Event()
+
+    def write():
+        for number in range(2, 60):
+            names = [f"checkpoints/step-{k}.pt" for k in (number, number - 1)]
+            write_together(root, {names[0]: b"state"}, drop=names[1:])
+        ended.set()
+
+    writer, looks = threading.Thread(target=write), 0
+    writer.start()
+    while not ended.is_set():
+        assert {f.name: f.state for f in verify_run(root) if f.state != "whole"} == {}
+        looks += 1
+    writer.join()
+    assert looks > 3
+
+
+PERMISSIONS = """
+import os, pathlib, sys
+os.umask(0o077)
+from ebmkit.storage import write_atomically
+write_atomically(pathlib.Path(sys.argv[1]), b"private")
+"""
+
+
+def test_files_are_as_private_as_the_user_wants_them(tmp_path):
+    path = tmp_path / "weights"
+    subprocess.run([sys.executable, "-c", PERMISSIONS, str(path)], check=True)
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
 def damaged(content, how):
     if how == "emptied":
         return b""
@@ -266,6 +302,9 @@ ENTRY = {"bytes": 3, "sha256": "0" * 64}
         {"files": ["model.json"]},
         {"files": {"model.json": {"bytes": "many", "sha256": 3}}},
         {"files": {"model.json": None}},
+        {"files": {"model.json": {"bytes": float("inf"), "sha256": "0" * 64}}},
+        {"files": {"model.json": {"bytes": -1, "sha256": "0" * 64}}},
+        {"files": {"model.json": {"bytes": True, "sha256": "0" * 64}}},
     ],
 )
 def test_a_manifest_that_names_files_elsewhere_is_refused(tmp_path, entries):

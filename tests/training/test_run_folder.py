@@ -9,12 +9,13 @@ import warnings
 
 import pytest
 import torch
+from command_line import ebmkit_command
 
 import ebmkit
 from ebmkit.errors import UserError
 from ebmkit.storage import DamagedFile, write_atomically
 from ebmkit.storage.manifest import read_manifest
-from ebmkit.storage.verify import verify_run
+from ebmkit.storage.verify import accept_files, verify_run
 from ebmkit.training import RunFolder, resolve
 from ebmkit.training.assemble import assemble
 from ebmkit.training.journal import whole_rows
@@ -249,6 +250,53 @@ def test_who_is_killed_before_the_first_file_can_begin_again(tmp_path, remains):
     assert RunFolder.is_unborn(root)
     RunFolder.create(root, resolve(SMALL))
     assert not RunFolder.is_unborn(root)
+
+
+def test_a_folder_with_hidden_files_of_others_is_not_taken(tmp_path):
+    (tmp_path / ".bashrc").touch()
+    assert not RunFolder.is_unborn(tmp_path)
+
+
+def test_best_weights_that_are_lost_are_told(run, trained):
+    """And found again: the run goes back, and validates what it had validated."""
+    (run / "checkpoints" / "best.safetensors").unlink()
+    (run / CHECKPOINTS[1]).unlink()
+    told = r"going back to step 4|best\.safetensors' is damaged: it is missing; the best weights"
+    with pytest.warns(UserWarning, match=told) as caught:
+        go_on(run)
+    assert len(caught) == 2
+    assert (run / "checkpoints" / "best.safetensors").is_file()
+
+
+@pytest.mark.filterwarnings("default:written again from the checkpoint")
+@pytest.mark.parametrize("name", ["model.safetensors", "model.json"])
+def test_a_damaged_model_of_a_finished_run_is_written_again(run, name):
+    whole = (run / name).read_bytes()
+    (run / name).write_bytes(flip(whole, len(whole) - 2))
+    ended = ebmkit_command("train", "--resume", run, "--no-evaluate", cwd=run.parent)
+    assert ended.returncode == 0, ended.stderr
+    assert f"written again from the checkpoint: {name}" in ended.stderr
+    assert (run / name).read_bytes() == whole
+    assert all(found.state == "whole" for found in verify_run(run))
+
+
+FIELDS = {
+    "buffer": [5, {"file": "a"}, {"file": 3, "sha256": 3}, {"file": "../x", "sha256": "0"}],
+    "best": ["hello", None, [1.0]],
+    "seconds": ["a"],
+    "watch": [3],
+    "step": [True, -1, 4.0, None],
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(f, v) for f, vs in FIELDS.items() for v in vs])
+def test_a_checkpoint_whose_fields_lie_is_passed_over(run, field, value):
+    """One that is vouched for, as a stranger could make it: the one before is taken."""
+    state = torch.load(run / CHECKPOINTS[1], weights_only=True)
+    torch.save(state | {field: value}, run / CHECKPOINTS[1])
+    accept_files(run, [CHECKPOINTS[1]])
+    with pytest.warns(UserWarning, match="going back to step 4"):
+        assert RunFolder.open(run).load_checkpoint()["step"] == 4
 
 
 def test_a_folder_with_anything_else_in_it_is_not_taken(tmp_path):
