@@ -27,7 +27,7 @@ WRITTEN_ALONE = ("config.yaml", "environment.json", "metrics.jsonl", "model.", "
 """Beginnings of the names of files in the run folder itself that only its holder writes."""
 
 ATTEMPTS = 20
-"""To see a run at rest that is being written."""
+"""To see a file at rest that is being written."""
 
 OLD = 3600.0
 """Seconds after which a temporary file of any process is left over."""
@@ -53,25 +53,21 @@ class Finding(NamedTuple):
 def verify_run(root: Path) -> list[Finding]:
     """Compare every file of the run folder ``root`` with its manifest; sorted by name.
 
+    No lock is taken, so another process may change files meanwhile. What looks wrong is looked at
+    again, by itself, until the manifest said the same of it before and after.
+
     Raises:
         UserError: if it has no manifest, or that is damaged.
     """
-    for attempt in range(ATTEMPTS):
-        manifest = read_manifest(root)
-        if manifest is None:
-            raise UserError(
-                f"{str(root)!r} has no {MANIFEST}: it is no run folder, or one of an earlier "
-                "version, which gets one when the run goes on"
-            )
-        found = [_look(root, name, manifest) for name in manifest.files]
-        for name in set(_names(root)) - manifest.files.keys():
-            with contextlib.suppress(FileNotFoundError):  # it was on its way out
-                size = (root / name).stat().st_size
-                found.append(Finding(name, "unknown", size, "not of the run"))
-        if attempt == ATTEMPTS - 1 or read_manifest(root) == manifest:
-            break  # else a process that trains changed files meanwhile
-        time.sleep(0.05)
-    return sorted(found)
+    manifest = _manifest(root)
+    found = []
+    for name in sorted(manifest.files.keys() | set(_names(root))):
+        finding = _look(root, name, manifest)
+        if finding is not None and finding.state != "whole":
+            finding = _look_again(root, name)
+        if finding is not None:
+            found.append(finding)
+    return found
 
 
 def accept_files(root: Path, names: Iterable[str]) -> None:
@@ -108,16 +104,55 @@ def leftovers(root: Path) -> Iterator[Path]:
             yield path
 
 
-def _look(root: Path, name: str, manifest: Manifest) -> Finding:
+def _look_again(root: Path, name: str) -> Finding | None:
+    """What is found of a file while the manifest says the same of it."""
+    finding = None
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(0.05)
+        before = _manifest(root)
+        finding = _look(root, name, before)
+        if (
+            finding is None
+            or finding.state == "whole"
+            or _said(before, name) == _said(_manifest(root), name)
+        ):
+            break
+    return finding
+
+
+def _look(root: Path, name: str, manifest: Manifest) -> Finding | None:
+    """What is found of a file beside ``manifest``; None if it is not there and need not be."""
     path = root / name
+    there = path.is_file()
+    size = 0
+    if there:
+        with contextlib.suppress(FileNotFoundError):  # it was on its way out
+            size = path.stat().st_size
+    if name not in manifest.files:
+        gone = not there or name in manifest.removed
+        return None if gone else Finding(name, "unknown", size, "not of the run")
     try:
         content = read_entered(root, name, manifest)
     except DamagedFile as error:
         reason = str(error).partition(" is damaged: ")[2]
-        there = path.is_file()
-        size = path.stat().st_size if there else 0
         return Finding(name, "changed" if there else "missing", size, reason)
     return Finding(name, "whole", len(content))
+
+
+def _manifest(root: Path) -> Manifest:
+    manifest = read_manifest(root)
+    if manifest is None:
+        raise UserError(
+            f"{str(root)!r} has no {MANIFEST}: it is no run folder, or one of an earlier version, "
+            "which gets one when the run goes on"
+        )
+    return manifest
+
+
+def _said(manifest: Manifest, name: str) -> tuple[Entry | None, str | None, bool]:
+    """All that the manifest has of a file."""
+    return manifest.files.get(name), manifest.pending.get(name), name in manifest.removed
 
 
 def _names(root: Path) -> list[str]:
