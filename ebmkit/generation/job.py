@@ -179,8 +179,25 @@ class SamplingJob:
             x = _as_from_file(sampler.init(self._start(number, sampler, c)))
             record.begin(x.x)
             return Chains(sampler, x), 0.0
-        record.restore(kept)
+        try:
+            chains = self._restored(sampler, kept)
+            record.restore(kept)
+            seconds = float(kept["seconds"])
+        except (KeyError, TypeError, ValueError, IndexError, RuntimeError, OverflowError):
+            what = f"{str(self.folder.home)!r} holds a state that is not of this job"
+            raise UserError(f"{what}: choose another --out") from None
+        return chains, seconds
+
+    def _restored(self, sampler: Sampler[Any], kept: dict[str, Tensor]) -> Chains[Any]:
+        """The chains of a state that was saved.
+
+        Raises:
+            KeyError, TypeError, ValueError, RuntimeError: if it is of another job.
+        """
         fields = {k[6:]: v for k, v in kept.items() if k.startswith("state.")}
+        count = len(kept["finished"])
+        if fields["x"].shape != (count, *self.settings.shape):
+            raise ValueError(fields["x"].shape)
         blank = sampler.init(fields["x"].to(self.device))
         values = {
             name: int(value) if isinstance(getattr(blank, name), int) else value.to(self.device)
@@ -189,7 +206,7 @@ class SamplingJob:
         died = {int(k): int(s) for k, s in kept["died"].tolist()} if "died" in kept else {}
         chains = Chains(sampler, blank._replace(**values), died)
         chains.finished = kept["finished"].to(self.device)
-        return chains, float(kept["seconds"])
+        return chains
 
     def _save(self, number: int, chains: Chains[Any], record: Record, seconds: float) -> None:
         fields: dict[str, Any] = chains.state._asdict()

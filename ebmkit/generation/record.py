@@ -79,8 +79,14 @@ class Record:
         return found
 
     def restore(self, kept: dict[str, Tensor]) -> None:
-        """Go on from what `tensors` gave."""
+        """Go on from what `tensors` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError, RuntimeError: if it is nothing of that kind.
+        """
         self.stride = int(kept["stride"])
+        if self.stride < 1:
+            raise ValueError(self.stride)
         self._sums = list(kept["sums"]) if "sums" in kept else []
         self._draws = list(kept["draws"]) if "draws" in kept else []
         self._frames = list(kept["frames"]) if "frames" in kept else []

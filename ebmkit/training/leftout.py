@@ -57,9 +57,9 @@ class LeftOut:
         """For a checkpoint."""
         return {"unreadable": self.found} if self.found else {}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go back to a checkpoint."""
-        self.found = dict(state.get("unreadable", {}))
+    def restore(self, found: Mapping[int, str]) -> None:
+        """Go back to what a checkpoint had found."""
+        self.found = dict(found)
 
     def row(self, step: int) -> dict[str, Any]:
         """For the end of the metrics: how many, and why the first ones."""

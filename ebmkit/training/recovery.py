@@ -20,7 +20,9 @@ from ebmkit.sampling.buffer import ReplayBuffer
 from ebmkit.training.engine import Reading
 from ebmkit.training.negatives import Negatives, likelihood_terms
 from ebmkit.training.nonfinite import is_finite, keep_report, report_of, told
+from ebmkit.training.saved import SavedWatch, check_tensor
 from ebmkit.training.watch import Breach, Measures, Watch, sentence
+from ebmkit.validation import validated
 
 if TYPE_CHECKING:
     from ebmkit.training.trainer import Trainer
@@ -105,25 +107,25 @@ class Recovery:
         """The chains as an HDF5 file."""
         return self.negatives.buffer.to_bytes()
 
-    def restore(self, state: dict[str, Any], buffer: bytes) -> None:
+    def restore(self, state: Any, buffer: Any) -> None:
         """Go back to a `state` and its `buffer`.
 
         Raises:
-            UserError: if the buffer is of another size.
+            UserError: if they are of another run.
         """
+        if not isinstance(buffer, bytes):
+            raise UserError("the checkpoint has no replay buffer, which this run needs")
         images = ReplayBuffer.read_images(buffer, "the replay buffer of the checkpoint")
         own = self.negatives.buffer.images
-        if images.shape != own.shape:
-            raise UserError(
-                f"the replay buffer of the checkpoint holds images {tuple(images.shape)}, and this "
-                f"run wants {tuple(own.shape)}"
-            )
+        check_tensor("the replay buffer", images, own)
+        saved = validated(SavedWatch, state, "the checkpoint: watch")
         own.copy_(images)
-        self.watch.restore(state)
-        for step, own_state, chains, best in state.get("kept", []):  # older checkpoints: none
+        self.watch.restore(saved.model_dump(exclude={"attempt", "kept"}))
+        for step, own_state, chains, best in saved.kept:
+            check_tensor(f"the chains kept at step {step}", chains, own)
             weights = None if best is None else best.numpy().tobytes()
             self.watch.keep(step, Kept(own_state, chains, weights))
-        self.negatives.attempt = state["attempt"]
+        self.negatives.attempt = saved.attempt
         self._apply()
 
     def _looked_into(self, reading: Reading) -> list[str]:

@@ -53,10 +53,12 @@ from ebmkit.training.parts import (
 )
 from ebmkit.training.recovery import Recovery
 from ebmkit.training.runs import RunFolder
+from ebmkit.training.saved import SavedState, check_tensor, restore_module, restore_optimizer
 from ebmkit.training.sharpness import Sharpness
 from ebmkit.training.stopping import stop_requested
 from ebmkit.training.upgrade import upgraded
 from ebmkit.training.validation import Validation
+from ebmkit.validation import validated
 
 __all__ = ["Interrupted", "Reporter", "Trainer"]
 
@@ -261,14 +263,15 @@ class Trainer:
         """Go back to a checkpoint: a `state`, and the replay buffer where there is one.
 
         Raises:
-            UserError: if it is of another model.
+            UserError: if it is of another run.
         """
         self.restore_parts(state)
+        if self.step > self.config.steps:
+            raise UserError(
+                f"the checkpoint is of step {self.step}, and this run has {self.config.steps}"
+            )
         if self.recovery is not None:
-            try:
-                self.recovery.restore(state["watch"], state["buffer"])
-            except (KeyError, TypeError, AttributeError, RuntimeError):
-                raise UserError("the checkpoint's chains and watch are not of this run") from None
+            self.recovery.restore(state.get("watch"), state.get("buffer"))
         if self.run is not None:
             self.run.forget_after(self.step)
             if math.isfinite(self.best):
@@ -279,20 +282,22 @@ class Trainer:
         """Go back to a `state` of network, optimiser, averaged weights and running means.
 
         Raises:
-            UserError: if it is of another model.
+            UserError: if it is of another run.
         """
         try:
             state = upgraded(state, self.loss.balanced)
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            if self.average is not None:
-                self.average.load_state_dict(state["average"])
-            self.loss.running.copy_(state["running"])
-            self.best, self.seconds_before = float(state["best"]), float(state["seconds"])
-            self.left_out.restore(state)
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
-            raise UserError("the checkpoint does not fit this model and optimiser") from None
-        self.step = self.first_step = state["step"]
+        except (TypeError, ValueError, RuntimeError):
+            raise UserError("the checkpoint is of no version of this program") from None
+        saved = validated(SavedState, state, "the checkpoint")
+        check_tensor("'running'", saved.running, self.loss.running)
+        restore_module("model", self.model, saved.model)
+        restore_optimizer(self.optimizer, saved.optimizer)
+        if self.average is not None:
+            restore_module("average", self.average, saved.average or {})
+        self.loss.running.copy_(saved.running)
+        self.best, self.seconds_before = saved.best, saved.seconds
+        self.left_out.restore(saved.unreadable)
+        self.step = self.first_step = saved.step
         self.card.steps = self.step
         self.update.reset()
 

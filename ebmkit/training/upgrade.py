@@ -4,7 +4,7 @@
 until              what a checkpoint had                         today
 =================  ============================================  ==================================
 2026-11-20         ``running``: mapping from term to mean        tensor, in the order of the terms
-2026-11-20         an optimiser that is not fused                fused: it skips what is not finite
+2026-11-20         an optimiser that is not fused                the same state, for a fused one
 2026-11-25         no ``seconds``, ``precision``, ``watch``      0; as computed now; none
 2026-11-26         no ``kept`` in ``watch``                      kept anew from here on
 =================  ============================================  ==================================
@@ -31,13 +31,10 @@ def upgraded(state: dict[str, Any], balanced: Sequence[str]) -> dict[str, Any]:
         balanced: names of the terms that have a running mean, in order.
 
     Raises:
-        KeyError, TypeError: if it is no checkpoint of any version.
+        TypeError, ValueError: if it is of no version.
     """
     state = {"seconds": 0.0, "best": math.inf, "precision": None, "watch": None, **state}
-    if isinstance(state["running"], dict):
+    if isinstance(state.get("running"), dict):
         means = [float(state["running"].get(name, 1.0)) for name in balanced]
         state["running"] = torch.tensor(means)
-    optimizer = state["optimizer"]
-    groups = [group | {"fused": True} for group in optimizer["param_groups"]]
-    state["optimizer"] = optimizer | {"param_groups": groups}
     return state

@@ -265,6 +265,103 @@ def _whole_run(content: bytes) -> object:
     return None
 
 
+def _leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where everything in a checkpoint lies, containers included."""
+    found = [path] if path else []
+    if isinstance(value, (dict, list, tuple)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        found += [leaf for key, own in items for leaf in _leaves(own, (*path, key))]
+    return found
+
+
+def _edited(value: Any, path: tuple[Any, ...], new: Any) -> Any:
+    """A copy of ``value`` with ``new`` at ``path``; `GONE` takes away what is there."""
+    if not path:
+        return new
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    changed = _edited(value[path[0]], path[1:], new)
+    if changed is GONE:
+        del copy[path[0]]
+    else:
+        copy[path[0]] = changed
+    return copy
+
+
+GONE = object()
+
+REPLACEMENTS: list[Callable[[Any], Any]] = [
+    lambda old: GONE,
+    *(
+        lambda old, new=new: new
+        for new in (None, True, -1, 0, 2**62, 1.5, float("nan"), float("inf"), "", "x", [], {}, [1])
+    ),
+    lambda old: [old],
+    lambda old: {"x": old},
+    lambda old: {0: old},
+    *(
+        lambda old, change=change: change(old) if isinstance(old, torch.Tensor) else change(ONE)
+        for change in (
+            lambda t: t[None],
+            lambda t: t.flatten()[:0],
+            lambda t: t.double(),
+            lambda t: t.long(),
+            lambda t: t.bool(),
+            lambda t: t.to(torch.complex64),
+            lambda t: t * float("nan"),
+            lambda t: t * 1e30,
+            lambda t: torch.full_like(t, -1),
+            lambda t: t.half(),
+            lambda t: torch.zeros(()).expand(3, 10**9),
+        )
+    ),
+]
+"""What stands in a checkpoint in the place of what was there."""
+
+ONE = torch.ones(1)
+
+
+@cache
+def _saved() -> tuple[dict[str, Any], bytes]:
+    """The state of a run's checkpoint, and its replay buffer."""
+    from ebmkit.training import RunFolder
+
+    state = RunFolder.open(run_folder()).load_checkpoint()
+    assert state is not None
+    return state, state.pop("buffer")
+
+
+@cache
+def _trainer() -> Any:
+    """What goes on with a checkpoint by one step; to make one anew for each takes too long."""
+    from ebmkit.training import RunFolder, resolve
+    from ebmkit.training.assemble import assemble
+
+    return assemble(resolve(RunFolder.open(run_folder()).config() | {"steps": 3}), None)
+
+
+def _gone_on_with(content: bytes) -> object:
+    """Which entries of a checkpoint are exchanged, for what, is in the bytes; training goes on,
+    and back to a state that the checkpoint kept."""
+    from ebmkit.training.checkpoints import _unpacked, pack_state
+
+    state, buffer = _saved()
+    for number in range(0, min(len(content) - 2, 9), 3):
+        where, what = int.from_bytes(content[number : number + 2], "big"), content[number + 2]
+        places = _leaves(state)
+        path = places[where % len(places)]
+        old: Any = state
+        for key in path:
+            old = old[key]
+        state = _edited(state, path, REPLACEMENTS[what % len(REPLACEMENTS)](old))
+    state = _unpacked(pack_state(state), Path("step-00000002.pt"))
+    trainer = _trainer()
+    trainer.restore(state | {"buffer": buffer})
+    trainer.fit()
+    breach, kept = trainer.recovery.watch.breach(3, "made up")
+    trainer.recovery._go_back(breach, kept, None)
+    return trainer.step
+
+
 def _hdf5(content: bytes) -> object:
     from ebmkit.data import load_dataset
     from ebmkit.sampling.buffer import ReplayBuffer
@@ -344,6 +441,9 @@ TARGETS = {
     "model.json": Target(_card, of_run("model.json")),
     "safetensors": Target(_weights, of_run("*.safetensors")),
     "checkpoint": Target(_checkpoint, lambda: _torch_seeds() + of_run("checkpoints/*.pt")(), 0.3),
+    "checkpoint, gone on with": Target(
+        _gone_on_with, lambda: [b"", *(bytes([k % 2, 37 * k, 7 * k]) for k in range(6))], 0.1
+    ),
     "stranger's .pt": Target(_torch_file, _torch_seeds, 0.5),
     "manifest": Target(_manifest, of_run("manifest.json"), 0.5),
     "manifest, signed": Target(_signed, of_run("manifest.json"), 0.5),

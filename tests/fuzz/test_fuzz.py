@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tests.fuzz.mutate import mutated
 from tests.fuzz.targets import TARGETS, check
 
-DEAR = ("run folder", "config", "assignments", "checkpoint", "hdf5")
+DEAR = ("run folder", "checkpoint, gone on with", "config", "assignments", "checkpoint", "hdf5")
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -132,6 +132,13 @@ def test_other_settings_finished_and_foreign_folders_are_refused(tmp_path):
     state.write_bytes(content)
     with pytest.raises(UserError, match="damaged"):
         job_at(out, model, settings).run()
+    content[-1] ^= 1
+    state.write_bytes(content)
+    whole = SamplingFolder(out).load("state")
+    for name, value in {"stride": torch.tensor(0), "finished": torch.ones(9) > 0}.items():
+        SamplingFolder(out).save("state", whole | {name: value})
+        with pytest.raises(UserError, match="a state that is not of this job"):
+            job_at(out, model, settings).run()
     state.unlink()
     again = job_at(out, model, settings)
     refused = pytest.raises(UserError, match="has been sampling")

@@ -1,0 +1,123 @@
+"""Runs from a stranger that are gone on with: sound archives that lie in what they hold."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ebmkit.training import RunFolder, resolve
+from ebmkit.training.assemble import assemble
+from ebmkit.training.checkpoints import pack_state
+from tests.hostile.case import Case
+from tests.hostile.making import Make
+
+LAYER = """
+objective: jem
+backbone: gradresnet18
+model: {backbone: {width: 4, channels_per_group: 4}}
+negatives: {buffer_size: 20, steps: 1}
+streams: {classify: {batch_size: 2}, denoise: {batch_size: 2}, generate: {batch_size: 2}}
+validation_images: 0
+checkpoint_every: 1
+keep_checkpoints: 3
+device: cpu
+steps: 3
+"""
+
+CHECKPOINT = "checkpoints/step-00000002.pt"
+
+
+@cache
+def stopped_run() -> Path:
+    """A run stopped after two steps of three."""
+    root = Path(tempfile.mkdtemp()) / "run"
+    layer = root.parent / "layer.yaml"
+    layer.write_text(LAYER)
+    # in a process of its own: cases are forks of this one, and autograd's threads do not fork
+    words = [sys.executable, "-m", "ebmkit", "train", "--config", str(layer), "--out", str(root)]
+    subprocess.run(words, check=True, capture_output=True, cwd=root.parent)
+    for step in (1, 3):
+        (root / f"checkpoints/step-{step:08}.pt").unlink()
+    (root / "manifest.json").unlink()
+    return root
+
+
+def with_state(change: Callable[[dict[str, Any]], object], name: str = CHECKPOINT) -> Make:
+    """The run with a state that ``change`` has been at, and nothing that vouches for it."""
+
+    def make(folder: Path) -> Path:
+        root = shutil.copytree(stopped_run(), folder / "run")
+        state = torch.load(root / CHECKPOINT, weights_only=True)
+        change(state)
+        (root / CHECKPOINT).unlink()
+        (root / name).write_bytes(pack_state(state))
+        return root
+
+    return make
+
+
+def moments(state: dict[str, Any], **new: torch.Tensor) -> None:
+    for own in state["optimizer"]["state"].values():
+        own |= new
+
+
+def groups(state: dict[str, Any], **new: object) -> None:
+    for group in state["optimizer"]["param_groups"]:
+        group |= new
+
+
+def weights(state: dict[str, Any], value: float) -> None:
+    for tensor in state["model"].values():
+        tensor.fill_(value)
+
+
+def go_on(root: Path) -> None:
+    """As `ebmkit train --resume` does, which then evaluates."""
+    run = RunFolder.open(root)
+    assemble(resolve(run.config()), run).fit()
+
+
+QUICK = ("moments of nothing", "Langevin steps of 2^62", "a history of anything")
+
+CASES = [
+    Case("resumed: as it was left", "resumed", with_state(lambda s: None), None, 500, 20),
+    *(
+        Case(f"resumed: {name}", "resumed", with_state(change), says, 500, 20, name not in QUICK)
+        for name, change, says in (
+            ("moments of nothing", lambda s: moments(s, exp_avg=torch.ones(0)), "'exp_avg' is"),
+            ("moments of 2^40",
+             lambda s: moments(s, exp_avg_sq=torch.ones(1).as_strided((2**20, 2**20), (0, 0))),
+             "damaged"),
+            ("moments without moments", lambda s: moments(s, evil=torch.ones(1)), "another optim"),
+            ("a parameter of nobody",
+             lambda s: s["optimizer"]["state"].update({10**9: {}}), "of another optim"),
+            ("groups that say what to do",
+             lambda s: groups(s, lr=1e30, maximize=True, params=[10**6] * 9, foreach=[0]), None),
+            ("weights that are no numbers", lambda s: weights(s, float("nan")), None),
+            ("weights beyond all bounds", lambda s: weights(s, 1e38), None),
+            ("Langevin steps of 2^62",
+             lambda s: s["watch"]["remedies"].update(steps=2.0**62), "remedies.steps"),
+            ("an attempt of 10^4000",
+             lambda s: s["watch"].update(attempt=10**4000), None),
+            ("a history of anything", lambda s: s["watch"].update(history=[["\x1b"]]), "history"),
+            ("chains of another shape",
+             lambda s: s["watch"]["kept"][0].__setitem__(2, torch.ones(1)), "chains kept at"),
+            ("a watch of nothing", lambda s: s.update(watch={}), "the checkpoint: watch"),
+            ("running means of another shape", lambda s: s.update(running=torch.ones(99)), "runn"),
+            ("seconds without end", lambda s: s.update(seconds=float("inf")), "seconds"),
+        )
+    ),
+    Case("resumed: a step of 10^15", "resumed",
+         with_state(lambda s: s.update(step=10**15), f"checkpoints/step-{10**15}.pt"),
+         "this run has 3", 500, 20),
+]  # fmt: skip
+
+OPENERS = {"resumed": go_on}
