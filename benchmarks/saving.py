@@ -142,7 +142,7 @@ def measure(layer: dict[str, Any], place: Path, rounds: int) -> dict[str, Any]:
             trainer._advance(batches, False)  # another state each time
             if trainer.recovery is not None:  # which keeps three to go back to
                 trainer.recovery.look(trainer.update.read())
-            trainer.best_weights = weights_file(trainer.trained)
+            trainer.best.weights = weights_file(trainer.trained)
             for seconds, save in ways if turn % 2 else reversed(ways):
                 os.sync()
                 begun = time.perf_counter()
@@ -168,8 +168,8 @@ def save_plainly(trainer: Trainer, folder: Path) -> None:
     torch.save(trainer.state(), folder / "last.pt")
     state = {k: v.contiguous() for k, v in trainer.trained.state_dict().items()}
     safetensors.torch.save_file(state, folder / "model.safetensors")
-    assert trainer.best_weights is not None
-    (folder / Path(BEST).name).write_bytes(trainer.best_weights)
+    assert trainer.best.weights is not None
+    (folder / Path(BEST).name).write_bytes(trainer.best.weights)
     if trainer.recovery is not None:
         (folder / "buffer.h5").write_bytes(trainer.recovery.buffer())
 

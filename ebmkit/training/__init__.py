@@ -10,7 +10,8 @@ from ebmkit.training.config import (
 )
 from ebmkit.training.recipes import RECIPES
 from ebmkit.training.runs import RunFolder
-from ebmkit.training.trainer import Interrupted, Reporter, Trainer
+from ebmkit.training.stopping import Interrupted
+from ebmkit.training.trainer import Reporter, Trainer
 
 __all__ = [
     "RECIPES",

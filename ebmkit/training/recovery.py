@@ -20,7 +20,7 @@ from ebmkit.sampling.buffer import ReplayBuffer
 from ebmkit.training.engine import Reading
 from ebmkit.training.negatives import Negatives, likelihood_terms
 from ebmkit.training.nonfinite import is_finite, keep_report, report_of, told
-from ebmkit.training.saved import SavedWatch, check_tensor
+from ebmkit.training.saved import SavedWatch, check_tensor, parts_of, restore_parts
 from ebmkit.training.watch import Breach, Measures, Watch, sentence
 from ebmkit.validation import validated
 
@@ -88,9 +88,9 @@ class Recovery:
     def keep(self) -> None:
         """Keep the trainer's present state to go back to, in the host's memory."""
         trainer = self.trainer
-        state = tree_map_only(Tensor, _on_host, trainer.state_of_parts())
+        state = tree_map_only(Tensor, _on_host, parts_of(trainer))
         chains = _on_host(self.negatives.buffer.images)
-        self.watch.keep(trainer.step, Kept(state, chains, trainer.best_weights))
+        self.watch.keep(trainer.step, Kept(state, chains, trainer.best.weights))
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the chains: remedies, history, states to go back to."""
@@ -140,8 +140,8 @@ class Recovery:
     def _go_back(self, breach: Breach, kept: Kept, detail: list[str] | None) -> None:
         trainer, number = self.trainer, len(self.watch.history)
         spent = trainer.seconds
-        trainer.restore_parts(tree_map_only(Tensor, _on_host, kept.state))
-        trainer.best_weights = kept.best_weights
+        restore_parts(trainer, tree_map_only(Tensor, _on_host, kept.state))
+        trainer.best.weights = kept.best_weights
         trainer.seconds_before, trainer.begun = spent, trainer.clock()
         self.negatives.buffer.images.copy_(kept.chains)
         self.negatives.attempt = number

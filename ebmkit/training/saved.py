@@ -9,6 +9,7 @@
 ``average``     the averaged weights, by name; none where averaging is off
 ``running``     running means of the balanced terms
 ``unreadable``  images left out: number in the set -> why
+``precision``   that it was trained in, for tables
 ``watch``       breaches so far and states to go back to, for objectives that need negatives
 ==============  ==================================================================
 
@@ -21,22 +22,29 @@ type, every tensor for its shape before anything is taken over.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt
 from torch import Tensor, nn
 
 from ebmkit.errors import UserError, shown
+from ebmkit.training.upgrade import upgraded
 from ebmkit.training.watch import MOST_STEPS, Breach
+from ebmkit.validation import validated
+
+if TYPE_CHECKING:
+    from ebmkit.training.trainer import Trainer
 
 __all__ = [
     "SavedOptimizer",
     "SavedState",
     "SavedWatch",
     "check_tensor",
+    "parts_of",
     "restore_module",
     "restore_optimizer",
+    "restore_parts",
 ]
 
 NonNegative = Annotated[FiniteFloat, Field(ge=0)]
@@ -100,6 +108,44 @@ class SavedWatch(_Schema):
     attempt: NonNegativeInt
     kept: list[SavedKept] = []
     """Oldest first."""
+
+
+def parts_of(trainer: Trainer) -> dict[str, Any]:
+    """The part of a trainer's state that `restore_parts` takes."""
+    return {
+        "step": trainer.step,
+        "seconds": trainer.seconds,
+        "best": trainer.best.loss,
+        "model": trainer.model.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "average": trainer.average.state_dict() if trainer.average else None,
+        "running": trainer.loss.running,
+        "precision": trainer.update.precision,
+        **trainer.left_out.state(),
+    }
+
+
+def restore_parts(trainer: Trainer, state: dict[str, Any]) -> None:
+    """Take a trainer back to a state of network, optimiser, averaged weights and running means.
+
+    Raises:
+        UserError: if it is of another run.
+    """
+    try:
+        state = upgraded(state, trainer.loss.balanced)
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError("the checkpoint is of no version of this program") from None
+    saved = validated(SavedState, state, "the checkpoint")
+    check_tensor("'running'", saved.running, trainer.loss.running)
+    restore_module("model", trainer.model, saved.model)
+    restore_optimizer(trainer.optimizer, saved.optimizer)
+    if trainer.average is not None:
+        restore_module("average", trainer.average, saved.average or {})
+    trainer.loss.running.copy_(saved.running)
+    trainer.best.loss, trainer.seconds_before = saved.best, saved.seconds
+    trainer.left_out.restore(saved.unreadable)
+    trainer.step = trainer.first_step = trainer.card.steps = saved.step
+    trainer.update.reset()
 
 
 def restore_module(what: str, module: nn.Module, found: Mapping[str, Tensor]) -> None:

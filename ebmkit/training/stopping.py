@@ -7,9 +7,22 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["Stop", "exit_code", "stop_requested"]
+__all__ = ["Interrupted", "Stop", "exit_code", "stop_requested"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Interrupted(Exception):
+    """Training was stopped by a signal, after its state was saved.
+
+    Attributes:
+        step: where.
+        signal: by which; None: another process was asked to.
+    """
+
+    def __init__(self, step: int, signum: int | None = None) -> None:
+        super().__init__(f"interrupted after step {step}")
+        self.step, self.signal = step, signum
 
 
 class Stop:

@@ -30,11 +30,11 @@ from ebmkit.data.schedule import images_between, stage_at, stages
 from ebmkit.data.streams import prefetched
 from ebmkit.errors import UserError
 from ebmkit.models import ModelConfig
-from ebmkit.models.saving import model_files, weights_file
+from ebmkit.models.saving import model_files
 from ebmkit.parallel import World, device_of_rank
 from ebmkit.randomness import keyed_seed
 from ebmkit.training.account import Account, Stopwatch, peak_memory
-from ebmkit.training.checkpoints import BEST
+from ebmkit.training.best import Best
 from ebmkit.training.checks import check_compiled, check_terms
 from ebmkit.training.config import TrainConfig
 from ebmkit.training.engine import OutOfMemory, Reading, TrainingStep, told_of_memory
@@ -53,27 +53,12 @@ from ebmkit.training.parts import (
 )
 from ebmkit.training.recovery import Recovery
 from ebmkit.training.runs import RunFolder
-from ebmkit.training.saved import SavedState, check_tensor, restore_module, restore_optimizer
+from ebmkit.training.saved import parts_of, restore_parts
 from ebmkit.training.sharpness import Sharpness
-from ebmkit.training.stopping import stop_requested
-from ebmkit.training.upgrade import upgraded
+from ebmkit.training.stopping import Interrupted, stop_requested
 from ebmkit.training.validation import Validation
-from ebmkit.validation import validated
 
-__all__ = ["Interrupted", "Reporter", "Trainer"]
-
-
-class Interrupted(Exception):
-    """Training was stopped by a signal, after its state was saved.
-
-    Attributes:
-        step: where.
-        signal: by which; None: another process was asked to.
-    """
-
-    def __init__(self, step: int, signum: int | None = None) -> None:
-        super().__init__(f"interrupted after step {step}")
-        self.step, self.signal = step, signum
+__all__ = ["Reporter", "Trainer"]
 
 
 class Reporter(Protocol):
@@ -141,9 +126,7 @@ class Trainer:
         self.budget = make_budget(self.loss, config, self.stages, self.train, world)
         self.step = self.first_step = 0
         self.begun, self.seconds_before = time.perf_counter(), 0.0
-        self.best = math.inf
-        self.best_weights: bytes | None = None
-        self._best_on_disk: bytes | None = None
+        self.best = Best(self.run)
         self.card = make_card(self.loss, config, self.train)
         self.model.card = self.trained.card = self.card
         self.recovery, self.drawn = None, dict[str, Batch]()
@@ -153,7 +136,10 @@ class Trainer:
         self.attacks = None
         if self.loss.needs_attack:
             self.attacks = make_attacks(self.loss, config, self.update, world)
-        self.measure = self._validation()
+        told = make_loss(self.model, config, likelihood=False)
+        laws = {name: stream_config(config, name) for name in told.streams}
+        classifies = self.card.classifies
+        self.measure = Validation.of(told, self.validation, laws, classifies, self.device, world)
         dropouts = [m for m in self.model.modules() if isinstance(m, _DropoutNd)]
         self.drops = any(dropout.p > 0 for dropout in dropouts)
 
@@ -243,21 +229,7 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Everything needed to go on exactly, as tensors and plain values."""
         watch = self.recovery.state() if self.recovery else None
-        return {**self.state_of_parts(), "watch": watch}
-
-    def state_of_parts(self) -> dict[str, Any]:
-        """The part of `state` that `restore_parts` takes."""
-        return {
-            "step": self.step,
-            "seconds": self.seconds,
-            "best": self.best,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "average": self.average.state_dict() if self.average else None,
-            "running": self.loss.running,
-            "precision": self.update.precision,
-            **self.left_out.state(),
-        }
+        return {**parts_of(self), "watch": watch}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go back to a checkpoint: a `state`, and the replay buffer where there is one.
@@ -265,7 +237,7 @@ class Trainer:
         Raises:
             UserError: if it is of another run.
         """
-        self.restore_parts(state)
+        restore_parts(self, state)
         if self.step > self.config.steps:
             raise UserError(
                 f"the checkpoint is of step {self.step}, and this run has {self.config.steps}"
@@ -274,32 +246,7 @@ class Trainer:
             self.recovery.restore(state.get("watch"), state.get("buffer"))
         if self.run is not None:
             self.run.forget_after(self.step)
-            if math.isfinite(self.best):
-                self.best_weights = self._best_on_disk = self.run.read_best()
-                self.best = math.inf if self.best_weights is None else self.best
-
-    def restore_parts(self, state: dict[str, Any]) -> None:
-        """Go back to a `state` of network, optimiser, averaged weights and running means.
-
-        Raises:
-            UserError: if it is of another run.
-        """
-        try:
-            state = upgraded(state, self.loss.balanced)
-        except (TypeError, ValueError, RuntimeError):
-            raise UserError("the checkpoint is of no version of this program") from None
-        saved = validated(SavedState, state, "the checkpoint")
-        check_tensor("'running'", saved.running, self.loss.running)
-        restore_module("model", self.model, saved.model)
-        restore_optimizer(self.optimizer, saved.optimizer)
-        if self.average is not None:
-            restore_module("average", self.average, saved.average or {})
-        self.loss.running.copy_(saved.running)
-        self.best, self.seconds_before = saved.best, saved.seconds
-        self.left_out.restore(saved.unreadable)
-        self.step = self.first_step = saved.step
-        self.card.steps = self.step
-        self.update.reset()
+            self.best.restore()
 
     def save(self, gone_back: tuple[int, dict[str, Any]] | None = None) -> None:
         """Write the checkpoint, the model and the best weights so far, all or nothing.
@@ -312,13 +259,11 @@ class Trainer:
         """
         if self.run is None:
             return
-        files = model_files(self.trained, self.built_from, self.card)
-        if self.best_weights is not None and self.best_weights is not self._best_on_disk:
-            files[BEST] = self.best_weights
+        files = model_files(self.trained, self.built_from, self.card) | self.best.files()
         buffer = self.recovery.buffer() if self.recovery else None
         keep = self.config.keep_checkpoints
         self.run.save_checkpoint(self.state(), buffer, files, keep, gone_back)
-        self._best_on_disk = self.best_weights
+        self.best.written()
 
     def _advance(self, batches: Iterator[dict[str, Batch]], stop: bool) -> None:
         """Take one step."""
@@ -412,25 +357,8 @@ class Trainer:
         summary = loss.summary({term.name: means[term.name] for term in loss.terms})
         every = self.config.validate_every
         if 0 < stage.start >= (self.step - 1) // every * every:
-            self.best = math.inf  # the first of a stage: crops of other sizes do not compare
-        if summary < self.best:
-            self.best = summary
-            self.best_weights = weights_file(model) if self.run is not None else None
-
-    def _validation(self) -> Validation | None:
-        """What measures on held-out images; objectives that need negatives have no value there."""
-        told = make_loss(self.model, self.config, likelihood=False)
-        if self.validation is None or len(self.validation) == 0 or not told.terms:
-            return None
-        matching = [term.name for term in told.terms if term.objective.needs_score]
-        return Validation(
-            self.validation,
-            {name: stream_config(self.config, name) for name in told.streams},
-            told.stream_of[matching[0]] if matching else None,
-            self.card.classifies,
-            self.device,
-            self.world,
-        )
+            self.best.loss = math.inf  # the first of a stage: crops of other sizes do not compare
+        self.best.offer(summary, model)
 
     def batches(self, start: int, stop: int) -> Iterator[dict[str, Batch]]:
         """One batch of each stream for the steps ``start`` .. ``stop`` - 1."""

@@ -63,6 +63,26 @@ class Validation:
             for name, config in self.noise.items()
         }
 
+    @classmethod
+    def of(
+        cls,
+        loss: TrainingLoss,
+        images: AnyImages | None,
+        noise: dict[str, StreamConfig],
+        classifies: bool,
+        device: torch.device,
+        world: World,
+    ) -> Validation | None:
+        """What measures ``loss``; None where there are no images or nothing to measure.
+
+        Objectives that need negatives have no value on held-out images: ``loss`` is without them.
+        """
+        if images is None or len(images) == 0 or not loss.terms:
+            return None
+        matching = [term.name for term in loss.terms if term.objective.needs_score]
+        denoises = loss.stream_of[matching[0]] if matching else None
+        return cls(images, noise, denoises, classifies, device, world)
+
     @torch.no_grad()
     def __call__(
         self, model: ScoreModel, loss: TrainingLoss, stage: Stage | None = None

@@ -29,15 +29,9 @@ def spoil(defect: str) -> None:
     if defect == "randomness":
         randomness.keyed_seed.__code__ = _forgetful.__code__
     elif defect == "optimizer":
-        from ebmkit.training import Trainer
+        from ebmkit.training import saved
 
-        restore = Trainer.restore_parts
-
-        def without(self, state):
-            fresh = self.optimizer.state_dict()
-            restore(self, {**state, "optimizer": fresh})
-
-        Trainer.restore_parts = without
+        saved.restore_optimizer = lambda optimizer, state: None
     else:
         raise ValueError(defect)
 
