@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 
 from ebmkit.data.hdf5 import load_rows, read_contents
-from ebmkit.data.imagesets import AnyImages, ImageSet, Split, held_out
+from ebmkit.data.imagesets import ImageSet, Split, held_out
+from ebmkit.data.streamed import AnyImages
 from ebmkit.errors import UserError
 
 __all__ = ["CIFAR", "cifar", "torchvision_cifar"]

@@ -25,18 +25,9 @@ from torch import Tensor
 from ebmkit.data import imagesets
 from ebmkit.data.finding import SUFFIXES, check_inside, find_images
 from ebmkit.data.images import picture_header
-from ebmkit.data.imagesets import (
-    HINT,
-    AnyImages,
-    Faults,
-    ImageSet,
-    Split,
-    StreamedSet,
-    held_out,
-    shuffled,
-    some_of,
-)
+from ebmkit.data.imagesets import HINT, Faults, ImageSet, Split, held_out, shuffled, some_of
 from ebmkit.data.reading import FolderReader
+from ebmkit.data.streamed import AnyImages, StreamedSet
 from ebmkit.errors import UserError
 
 __all__ = [

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from ebmkit.data import imagesets
 from ebmkit.data.images import MAX_PIXELS_IN_SET
-from ebmkit.data.imagesets import AnyImages, ImageSet, Split, StreamedSet, held_out, shuffled
+from ebmkit.data.imagesets import ImageSet, Split, held_out, shuffled
+from ebmkit.data.streamed import AnyImages, StreamedSet
 from ebmkit.errors import UserError
 from ebmkit.storage.hdf5 import (
     MOST_NAMES,

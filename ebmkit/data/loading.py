@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ebmkit.data.crops import Cut
-from ebmkit.data.imagesets import StreamedSet
+from ebmkit.data.streamed import StreamedSet
 from ebmkit.errors import UserError
 
 __all__ = ["Request", "read_batches", "told_of_readers"]

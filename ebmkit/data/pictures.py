@@ -16,8 +16,9 @@ from torch import Tensor
 from ebmkit.data.finding import SUFFIXES, find_images
 from ebmkit.data.folders import readable
 from ebmkit.data.images import picture_header
-from ebmkit.data.imagesets import Faults, Split, StreamedSet, to_floats
+from ebmkit.data.imagesets import Faults, Split, to_floats
 from ebmkit.data.reading import FolderReader, as_tensor
+from ebmkit.data.streamed import StreamedSet
 from ebmkit.errors import UserError
 
 __all__ = ["PictureSet", "load_pictures"]

@@ -21,8 +21,8 @@ from typing import Annotated, NamedTuple
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ebmkit.data.augment import Augmentation
-from ebmkit.data.imagesets import AnyImages, StreamedSet
 from ebmkit.data.noise import NoiseLaw
+from ebmkit.data.streamed import AnyImages, StreamedSet
 from ebmkit.errors import UserError
 
 __all__ = [

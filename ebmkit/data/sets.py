@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ebmkit.data.imagesets import SPLITS, AnyImages, Faults, ImageSet, Split, StreamedSet
+from ebmkit.data.imagesets import SPLITS, Faults, ImageSet, Split
+from ebmkit.data.streamed import AnyImages, StreamedSet
 from ebmkit.errors import UserError, unknown_name
 from ebmkit.registry import find
 

@@ -33,9 +33,10 @@ from ebmkit.data.augment import (
     random_crop,
 )
 from ebmkit.data.crops import DRAWS, Crop, Cut, crop_boxes, resize_boxes
-from ebmkit.data.imagesets import AnyImages, ImageSet, StreamedSet, to_floats
+from ebmkit.data.imagesets import ImageSet, to_floats
 from ebmkit.data.loading import Request, read_batches
 from ebmkit.data.schedule import Span, StreamConfig, check_stream, span_at
+from ebmkit.data.streamed import AnyImages, StreamedSet
 from ebmkit.randomness import keyed_seed
 
 __all__ = ["Batch", "Stream", "StreamConfig", "prefetched"]
