@@ -32,7 +32,7 @@ from ebmkit.models.saving import digest
 from ebmkit.storage import held, write_atomically
 from ebmkit.storage.reading import read_json
 from ebmkit.storage.tensors import read_tensors
-from ebmkit.training.runs import difference
+from ebmkit.training.differences import difference
 
 __all__ = ["SamplingFolder"]
 

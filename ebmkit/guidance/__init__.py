@@ -3,15 +3,13 @@
 from ebmkit.guidance.combine import (
     Guidance,
     View,
-    classifier_free,
     guided_denoiser,
     guided_density,
     guided_noise,
     guided_score,
-    weight_of_diffusers,
-    weight_of_thesis,
 )
 from ebmkit.guidance.config import CLASSIFIER_FREE, GUIDES, GuidanceConfig, make_guidance
+from ebmkit.guidance.free import classifier_free, weight_of_diffusers, weight_of_thesis
 from ebmkit.guidance.guides import (
     accumulated_guide,
     classifier_guide,

@@ -30,12 +30,6 @@ the same thing three times, with the weight w = :math:`g(t) / \sqrt{1 - \bar\alp
 :math:`\sigma = \sqrt{(1 - \bar\alpha)/\bar\alpha}\,/\,(b - a)`. So the mean of a reverse step moves
 by s times the *variance* of that step times the gradient (RCG eq. 2.17 has its deviation). Several
 guidances add up.
-
-Classifier-free guidance mixes two predictions at a weight w,
-
-.. math:: \hat\epsilon = \epsilon_u + w\,(\epsilon_c - \epsilon_u) ,
-
-w = 0 unconditional and w = 1 conditional: it is guidance by the classifier that the two imply.
 """
 
 from __future__ import annotations
@@ -44,7 +38,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -61,20 +55,15 @@ from ebmkit.schedules import Schedule, make_schedule
 __all__ = [
     "Guidance",
     "View",
-    "classifier_free",
     "guided_denoiser",
     "guided_density",
     "guided_noise",
     "guided_score",
-    "weight_of_diffusers",
-    "weight_of_thesis",
 ]
 
 View = Literal["noisy", "shrunk", "clean"]
 
 EXACT = Exact()
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -288,39 +277,6 @@ def guided_density(density: DensityFunction, guidance: Guidances) -> DensityFunc
         return values[-1] + value, own + push
 
     return guided
-
-
-def classifier_free(conditional: F, unconditional: F, weight: float) -> F:
-    """out_u + w (out_c - out_u), of noise predictions, scores or denoisers alike.
-
-    Args:
-        conditional: of the label.
-        unconditional: of the same arguments.
-        weight: w; 0 is ``unconditional`` and 1 ``conditional``, each alone and to the bit.
-
-    Raises:
-        UserError: if the weight is below 0 or not finite.
-    """
-    if not 0 <= weight < math.inf:
-        raise UserError(f"scale {weight} must be a finite number of 0 or more")
-    if weight in (0, 1):
-        return conditional if weight else unconditional
-
-    def mixed(*arguments: Any) -> Any:
-        base = unconditional(*arguments)
-        return base + weight * (conditional(*arguments) - base)
-
-    return cast(F, mixed)
-
-
-def weight_of_diffusers(guidance_scale: float) -> float:
-    """w of `diffusers`' ``guidance_scale``, which mixes in the same way: the number itself."""
-    return guidance_scale
-
-
-def weight_of_thesis(s: float) -> float:
-    """w of RCG's s (algorithm 4: (s + 1) eps_c - s eps_u), where s = 0 is conditional: 1 + s."""
-    return 1 + s
 
 
 def _blindly(denoiser: DenoiserFunction, using: list[Guidance], y: Tensor) -> Tensor:

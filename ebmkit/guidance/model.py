@@ -20,15 +20,9 @@ from ebmkit.card import ModelCard
 from ebmkit.compiled import Inference
 from ebmkit.core import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
-from ebmkit.guidance.combine import (
-    Guidance,
-    View,
-    classifier_free,
-    guided_denoiser,
-    guided_density,
-    guided_score,
-)
+from ebmkit.guidance.combine import Guidance, View, guided_denoiser, guided_density, guided_score
 from ebmkit.guidance.config import CLASSIFIER_FREE, GuidanceConfig
+from ebmkit.guidance.free import classifier_free
 from ebmkit.guidance.guides import check_guide
 from ebmkit.linearization import Energies, Linearization, Noise
 from ebmkit.sampling.base import per_chain

@@ -80,6 +80,7 @@ from torch import Tensor
 
 from ebmkit.core import Energies, Linearization
 from ebmkit.errors import UserError
+from ebmkit.objectives.probes import hidden_labels, probe_signs
 from ebmkit.objectives.settings import TermSettings
 
 __all__ = [
@@ -91,9 +92,7 @@ __all__ = [
     "Scale",
     "Streamed",
     "divergence",
-    "hidden_labels",
     "hyvarinen",
-    "probe_signs",
 ]
 
 EXACT_TRACE = 16
@@ -256,40 +255,6 @@ def hyvarinen(at: Linearization, eps: Tensor) -> Tensor:
         signs = probe_signs(eps).to(at.y)
         trace = (signs * at.hessian_product(signs)).flatten(1).sum(dim=1)
     return 0.5 * at.score().square().flatten(1).sum(dim=1) + trace
-
-
-def probe_signs(eps: Tensor) -> Tensor:
-    """Random signs, of the shape and type of the continuous noise ``eps``, from its bits.
-
-    A hash of all bits of an entry is decided by the last ones, which say nothing of its value. So
-    the signs are as good as independent of anything that is a smooth function of the noise, and
-    the same for the same noise, on every device and under every compiler.
-    """
-    return (1 - 2 * (_hashed(eps) & 1)).to(eps.dtype)
-
-
-def hidden_labels(eps: Tensor, share: float) -> Tensor:
-    """Which images of noise ``eps`` (B, ...) hide their label, (B,) bool: a ``share`` of them.
-
-    A hash of the image's own noise decides, so it is keyed as the noise is, and the same however a
-    batch is divided.
-    """
-    uniform = (_hashed(eps).flatten(1).sum(1) & _LOW).double() / (_LOW + 1)  # in [0, 1)
-    return uniform < share
-
-
-def _hashed(eps: Tensor) -> Tensor:
-    """A hash of the bits of each entry, 0 to 2^32 - 1, int64."""
-    wide = eps.dtype == torch.float64
-    bits = eps.contiguous().view(torch.int64 if wide else torch.int32).to(torch.int64)
-    bits = (bits ^ (bits >> 32)) & _LOW
-    for factor, shift in ((0x5BD1E995, 15), (0x2C1B3C6D, 13), (0x297A2D39, 16)):
-        bits = (bits * factor) & _LOW  # below 2^63: the factors are below 2^31
-        bits = bits ^ (bits >> shift)
-    return bits
-
-
-_LOW = 0xFFFFFFFF
 
 
 def _squared(score: Tensor, batch: Streamed) -> Tensor:

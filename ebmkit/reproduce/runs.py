@@ -35,7 +35,7 @@ from ebmkit.storage.reading import MIB, read_json, read_text
 from ebmkit.training import DataConfig, RunFolder, TrainConfig, Trainer, resolve
 from ebmkit.training.assemble import Split, assemble, images_of
 from ebmkit.training.cost import format_seconds
-from ebmkit.training.runs import difference
+from ebmkit.training.differences import difference
 
 __all__ = ["Rows"]
 

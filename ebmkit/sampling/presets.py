@@ -19,31 +19,28 @@ from ebmkit.core import ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.registry import find
 from ebmkit.sampling import config as configs
-from ebmkit.sampling.ascent import Ascent
 from ebmkit.sampling.base import Sampler
 from ebmkit.sampling.config import SamplerConfig, Start
-from ebmkit.sampling.diffusion import DDIM, noise_predictor_of
-from ebmkit.sampling.hmc import HMC
 from ebmkit.sampling.inverse import Measurement
 from ebmkit.sampling.kadkhodaie import StochasticAscent
-from ebmkit.sampling.langevin import (
-    MALA,
-    AnnealedLangevin,
-    Langevin,
-    PredictorCorrector,
-    geometric_sigmas,
+from ebmkit.sampling.levels import first_level, highest, last_level
+from ebmkit.sampling.makers import (
+    make_annealed,
+    make_ascent,
+    make_ddim,
+    make_hmc,
+    make_ks,
+    make_langevin,
+    make_mala,
+    make_pc,
+    make_sgld,
 )
-from ebmkit.sampling.levels import check_level, first_level, highest, last_level, lowest
 from ebmkit.sampling.needs import Need, missing
 from ebmkit.sampling.seeds import ClassGaussians
 from ebmkit.sampling.target import (
     blind_denoiser_of,
     denoiser_of,
-    density_of,
-    label_density_of,
-    score_of,
 )
-from ebmkit.schedules import Schedule, make_schedule
 
 __all__ = ["SAMPLERS", "SamplerEntry", "find_sampler", "make_restorer"]
 
@@ -198,7 +195,7 @@ def make_restorer(
         UserError: if the model cannot be driven by ``ks``, or a noise level is not the model's.
     """
     SAMPLERS["ks"].check(model, c)
-    return _ks(model, c, config or configs.StochasticAscentConfig(), measurement, measured)
+    return make_ks(model, c, config or configs.StochasticAscentConfig(), measurement, measured)
 
 
 def _of_data(
@@ -224,119 +221,6 @@ def _of_data(
     return ClassGaussians(images, labels).sample(shape[0], generator, wanted)
 
 
-def _langevin(model: ScoreModel, c: Labels, config: configs.LangevinConfig) -> Langevin:
-    return Langevin(
-        score_of(model, c), config.step_size, config.temperature, sigma=_level(model, config)
-    )
-
-
-def _sgld(model: ScoreModel, c: Labels, config: configs.SGLDConfig) -> Langevin:
-    return Langevin(
-        score_of(model, c),
-        config.step_size,
-        noise_std=config.noise,
-        sigma=_level(model, config),
-        largest_drift=config.largest_drift,
-    )
-
-
-def _mala(model: ScoreModel, c: Labels, config: configs.MALAConfig) -> MALA:
-    sigma = _level(model, config)
-    return MALA(density_of(model, c), config.step_size, config.temperature, sigma)  # type: ignore[arg-type]
-
-
-def _hmc(model: ScoreModel, c: Labels, config: configs.HMCConfig) -> HMC:
-    return HMC(
-        density_of(model, c),  # type: ignore[arg-type]
-        config.step_size,
-        config.leapfrogs,
-        config.jitter,
-        config.temperature,
-        _level(model, config),
-    )
-
-
-def _annealed(model: ScoreModel, c: Labels, config: configs.AnnealedConfig) -> AnnealedLangevin:
-    ends = highest(model, config.high), lowest(model, config.low)
-    sigmas = geometric_sigmas(*ends, max(1, config.steps // config.inner))
-    return AnnealedLangevin(
-        score_of(model, c), sigmas, config.inner, config.rate, config.temperature
-    )
-
-
-def _pc(model: ScoreModel, c: Labels, config: configs.PCConfig) -> PredictorCorrector:
-    ends = highest(model, config.high), lowest(model, config.low)
-    sigmas = geometric_sigmas(*ends, config.steps + 1)
-    return PredictorCorrector(score_of(model, c), sigmas, config.corrections, config.snr)
-
-
-def _ddim(model: ScoreModel, c: Labels, config: configs.DDIMConfig) -> DDIM:
-    schedule = _schedule(model, config.schedule)
-    if config.steps > len(schedule):
-        raise UserError(f"{config.steps} timesteps cannot be had: this model has {len(schedule)}")
-    wanted = schedule.timesteps(config.steps, config.spacing)
-    usable = schedule.within(wanted, model.card.sigma_range if model.card else None)
-    predictor = noise_predictor_of(denoiser_of(model, c), schedule)
-    return DDIM(predictor, schedule, usable, config.eta, config.clip)
-
-
-def _schedule(model: ScoreModel, asked: str | None) -> Schedule:
-    """The noise levels of a diffusion model, or those called ``asked``; linear if none is."""
-    own = model.schedule
-    if own is None:
-        return make_schedule(asked or "linear")
-    if asked is not None:
-        other = make_schedule(asked, len(own), own.image_range)
-        if not torch.allclose(own.betas.double(), other.betas, rtol=1e-4):
-            raise UserError(
-                f"schedule {asked!r} is not the one that this diffusion model was trained on: "
-                "leave it out"
-            )
-    return own
-
-
-def _ks(
-    model: ScoreModel,
-    c: Labels,
-    config: configs.StochasticAscentConfig,
-    measurement: Measurement | None = None,
-    measured: Tensor | None = None,
-) -> StochasticAscent:
-    last = lowest(model, config.last_sigma)
-    return StochasticAscent(
-        blind_denoiser_of(model, c),
-        highest(model, config.first_sigma),
-        last,
-        config.first_step,
-        config.beta,
-        config.largest_step,
-        measurement,
-        measured,
-        config.steps,
-    )
-
-
-def _ascent(model: ScoreModel, c: Labels, config: configs.AscentConfig) -> Ascent:
-    assert c is not None
-    climb = label_density_of if config.objective == "label" else density_of
-    return Ascent(
-        climb(model, c),  # type: ignore[arg-type]
-        config.step_size,
-        config.direction,
-        config.radius,
-        config.ball,
-        sigma=_level(model, config),
-    )
-
-
-def _level(model: ScoreModel, config: configs.LevelConfig) -> float | None:
-    """Where the target is taken: what was asked for, or the lowest level, where there is one."""
-    if config.sigma is not None:
-        return check_level(model, config.sigma)
-    limits = model.card.sigma_range if model.card else None
-    return limits[0] if limits and model.noise_conditional else None
-
-
 SAMPLERS: dict[str, SamplerEntry[Any]] = {
     entry.name: entry
     for entry in (
@@ -345,7 +229,7 @@ SAMPLERS: dict[str, SamplerEntry[Any]] = {
             "unadjusted Langevin dynamics (ULA) at one noise level",
             configs.LangevinConfig,
             ("score",),
-            _langevin,
+            make_langevin,
             noisy_end=True,
         ),
         SamplerEntry(
@@ -353,14 +237,14 @@ SAMPLERS: dict[str, SamplerEntry[Any]] = {
             "Langevin steps with too little noise, as JEM takes its negatives",
             configs.SGLDConfig,
             ("score",),
-            _sgld,
+            make_sgld,
         ),
         SamplerEntry(
             "mala",
             "Metropolis-adjusted Langevin: exact for the model's density",
             configs.MALAConfig,
             ("density",),
-            _mala,
+            make_mala,
             exact=True,
             noisy_end=True,
         ),
@@ -369,7 +253,7 @@ SAMPLERS: dict[str, SamplerEntry[Any]] = {
             "Hamiltonian Monte Carlo: exact for the model's density, with longer moves",
             configs.HMCConfig,
             ("density",),
-            _hmc,
+            make_hmc,
             exact=True,
             noisy_end=True,
         ),
@@ -378,7 +262,7 @@ SAMPLERS: dict[str, SamplerEntry[Any]] = {
             "Langevin dynamics down geometric noise levels (Song & Ermon 2019)",
             configs.AnnealedConfig,
             ("levels",),
-            _annealed,
+            make_annealed,
             noisy_end=True,
         ),
         SamplerEntry(
@@ -386,7 +270,7 @@ SAMPLERS: dict[str, SamplerEntry[Any]] = {
             "predictor-corrector down geometric noise levels (Song et al. 2021)",
             configs.PCConfig,
             ("levels",),
-            _pc,
+            make_pc,
             noisy_end=True,
         ),
         SamplerEntry(
@@ -394,28 +278,28 @@ SAMPLERS: dict[str, SamplerEntry[Any]] = {
             "the diffusion chain with all of its noise, at every timestep (Ho et al. 2020)",
             configs.DDPMConfig,
             ("levels",),
-            _ddim,
+            make_ddim,
         ),
         SamplerEntry(
             "ddim",
             "the diffusion chain without noise, at some timesteps (Song et al. 2021)",
             configs.DDIMConfig,
             ("levels",),
-            _ddim,
+            make_ddim,
         ),
         SamplerEntry(
             "ks",
             "stochastic ascent of a blind denoiser (Kadkhodaie & Simoncelli 2021)",
             configs.StochasticAscentConfig,
             ("levels", "blind"),
-            _ks,
+            make_ks,
         ),
         SamplerEntry(
             "ascent",
             "gradient ascent to a label (Santurkar et al. 2019)",
             configs.AscentConfig,
             ("density", "labels"),
-            _ascent,
+            make_ascent,
         ),
     )
 }

@@ -60,29 +60,13 @@ from ebmkit.training.checkpoints import (
     read_checkpoint,
     superseded,
 )
+from ebmkit.training.differences import difference
 from ebmkit.training.environment import environment
 from ebmkit.training.journal import Journal, as_lines
 
-__all__ = ["RunFolder", "difference"]
+__all__ = ["RunFolder"]
 
 METRICS = "metrics.jsonl"
-
-_FREE_TO_CHANGE = (
-    "device",
-    "log_every",
-    "validate_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "dataset.data_dir",
-    "dataset.workers",
-    "dataset.unreadable",
-    "dataset.links",
-    "compute.precision",
-    "compute.compile",
-    "compute.accumulate",
-    "compute.recompute",
-)
-"""Fields that a continued run may set differently: they change nothing, or rounding alone."""
 
 
 class RunFolder:
@@ -378,21 +362,3 @@ def _fresh(path: Path) -> Path:
         number += 1
         found = path.with_name(f"{path.name}-{number}")
     return found
-
-
-def difference(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    """The first field in which two configurations make different runs: its name, old and new."""
-    before, after = _flat(old), _flat(new)
-    for key in sorted(before.keys() | after.keys()):
-        if key not in _FREE_TO_CHANGE and before.get(key) != after.get(key):
-            return key, before.get(key), after.get(key)
-    return None
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(values, dict):
-        return {prefix: values}
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        result |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return result

@@ -12,7 +12,8 @@ from ebmkit.data import ImageSet
 from ebmkit.errors import UserError
 from ebmkit.models import HEADS
 from ebmkit.objectives import TrainingLoss, parse_objective
-from ebmkit.objectives.terms import EXACT_TRACE, hyvarinen, implicit_score_matching, probe_signs
+from ebmkit.objectives.probes import probe_signs
+from ebmkit.objectives.terms import EXACT_TRACE, hyvarinen, implicit_score_matching
 from ebmkit.training import resolve
 from ebmkit.training.assemble import build_model
 from ebmkit.training.checks import check_terms

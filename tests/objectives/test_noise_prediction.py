@@ -6,7 +6,7 @@ import torch
 from ebmkit import create_model
 from ebmkit.data import Batch, NoiseLaw
 from ebmkit.objectives import TermSettings, TrainingLoss, parse_objective
-from ebmkit.objectives.terms import hidden_labels
+from ebmkit.objectives.probes import hidden_labels
 from ebmkit.schedules import make_schedule
 
 

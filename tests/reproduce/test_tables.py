@@ -10,7 +10,7 @@ from ebmkit.models import ModelConfig
 from ebmkit.reproduce import SCALES, TABLES, TARGETS, Rows, targets_of
 from ebmkit.reproduce.report import Found, document, markdown
 from ebmkit.reproduce.tables import CLAIMS, GRID, JOINT
-from ebmkit.training.runs import difference
+from ebmkit.training.differences import difference
 
 ALL = [*TABLES.values(), CLAIMS]
 
