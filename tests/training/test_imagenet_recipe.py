@@ -257,10 +257,10 @@ def test_the_best_weights_are_of_the_last_phase(pictures, monkeypatch):
     trainer = trainer_of(pictures, "validate_every=1")
     best = []
     log = trainer.report
-    monkeypatch.setattr(trainer, "report", lambda row: (best.append(trainer.best), log(row)))
+    monkeypatch.setattr(trainer, "report", lambda row: (best.append(trainer.best.loss), log(row)))
     trainer.fit()
     before_each_validation = best[1::2]
-    assert [*before_each_validation, trainer.best] == [math.inf, 3, 2, 1, 6, 6, 9, 8, 10]
+    assert [*before_each_validation, trainer.best.loss] == [math.inf, 3, 2, 1, 6, 6, 9, 8, 10]
 
 
 def test_the_reference_is_the_largest_crop_unless_another_is_set(pictures):
