@@ -18,30 +18,26 @@ __all__ = ["Best"]
 class Best:
     """Keeps the weights of the least validation loss.
 
-    Args:
-        run: where they are written; None: the loss alone is kept.
-
     Attributes:
         loss: the least so far; infinite before the first validation.
-        weights: safetensors; None before the first validation.
+        weights: safetensors; None before the first validation, and where nothing is saved.
     """
 
-    def __init__(self, run: RunFolder | None) -> None:
+    def __init__(self) -> None:
         self.loss = math.inf
         self.weights: bytes | None = None
-        self._run = run
         self._on_disk: bytes | None = None
 
-    def offer(self, loss: float, model: ScoreModel) -> None:
-        """Keep the weights of ``model`` if its ``loss`` is the least so far."""
+    def offer(self, loss: float, model: ScoreModel, saves: bool) -> None:
+        """Note ``loss`` if it is the least so far; keep the ``model`` if it ``saves``."""
         if loss < self.loss:
             self.loss = loss
-            self.weights = weights_file(model) if self._run is not None else None
+            self.weights = weights_file(model) if saves else None
 
-    def restore(self) -> None:
-        """Read the weights of the present `loss` from the run; if they are lost, begin anew."""
-        if self._run is not None and math.isfinite(self.loss):
-            self.weights = self._on_disk = self._run.read_best()
+    def restore(self, run: RunFolder) -> None:
+        """Read the weights of the present `loss` from ``run``; if they are lost, begin anew."""
+        if math.isfinite(self.loss):
+            self.weights = self._on_disk = run.read_best()
             self.loss = math.inf if self.weights is None else self.loss
 
     def files(self) -> dict[str, bytes]:

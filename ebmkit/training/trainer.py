@@ -126,7 +126,7 @@ class Trainer:
         self.budget = make_budget(self.loss, config, self.stages, self.train, world)
         self.step = self.first_step = 0
         self.begun, self.seconds_before = time.perf_counter(), 0.0
-        self.best = Best(self.run)
+        self.best = Best()
         self.card = make_card(self.loss, config, self.train)
         self.model.card = self.trained.card = self.card
         self.recovery, self.drawn = None, dict[str, Batch]()
@@ -246,7 +246,7 @@ class Trainer:
             self.recovery.restore(state.get("watch"), state.get("buffer"))
         if self.run is not None:
             self.run.forget_after(self.step)
-            self.best.restore()
+            self.best.restore(self.run)
 
     def save(self, gone_back: tuple[int, dict[str, Any]] | None = None) -> None:
         """Write the checkpoint, the model and the best weights so far, all or nothing.
@@ -358,7 +358,7 @@ class Trainer:
         every = self.config.validate_every
         if 0 < stage.start >= (self.step - 1) // every * every:
             self.best.loss = math.inf  # the first of a stage: crops of other sizes do not compare
-        self.best.offer(summary, model)
+        self.best.offer(summary, model, saves=self.run is not None)
 
     def batches(self, start: int, stop: int) -> Iterator[dict[str, Batch]]:
         """One batch of each stream for the steps ``start`` .. ``stop`` - 1."""
