@@ -36,6 +36,7 @@ class Command:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=heed_hangups,
             )
 
     def kill(self) -> None:
@@ -70,6 +71,11 @@ class Command:
     def over(self) -> bool:
         """Whether it has ended by itself."""
         return self.process.poll() is not None
+
+
+def heed_hangups() -> None:
+    """As in a terminal, also where the tests were started by ``nohup``, which ignores them."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def signal_to(pid: int, number: int) -> None:
