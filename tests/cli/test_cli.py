@@ -229,12 +229,12 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
         command, cwd=tmp_path, env=os.environ | threads,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    checkpoint = tmp_path / "run" / "checkpoints" / "last.pt"
+    checkpoints = tmp_path / "run" / "checkpoints"
     deadline = time.monotonic() + 60
-    while not checkpoint.is_file() and time.monotonic() < deadline:
+    while not any(checkpoints.glob("step-*.pt")) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.kill()
-    process.wait()
+    assert process.wait() == -9
     resumed = ebmkit_command("train", "--resume", "run", "--no-evaluate", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     whole = ebmkit_command("train", *options[:-1], "whole", "--no-evaluate", *SMALL, cwd=tmp_path)

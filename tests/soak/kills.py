@@ -88,7 +88,12 @@ def killed(
     drawn = random.Random(seed)
     whole, run = reference(training, place, quick), place / "killed"
     log = place / "killed.log"
-    while outcome.kills < kills or (outcome.in_a_save < saves and outcome.kills < 3 * kills):
+    went_on = False  # from a checkpoint; else a defect in going on could not show
+    while (
+        outcome.kills < kills
+        or (outcome.in_a_save < saves and outcome.kills < 3 * kills)
+        or (not went_on and outcome.kills < 9 * kills)
+    ):
         if run.exists() and last_step(run) >= training.steps[quick]:
             raise RuntimeError(f"the run ended after {outcome.kills} kills; make it longer")
         resume = ["--resume", run] if run.exists() else ["--out", run]
@@ -110,6 +115,7 @@ def killed(
         outcome.kills += 1
         lost = max(0, logged_step(run) - last_step(run)) if run.exists() else 0
         outcome.steps_lost += lost
+        went_on = went_on or last_step(run) > 0
         tell(f"kill {outcome.kills} of {kills}, at step {last_step(run)}")
     resume = ["--resume", run] if run.exists() else ["--out", run]
     finish(training.command(*resume, quick=quick), place, log, training.defect)
