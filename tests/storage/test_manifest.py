@@ -18,6 +18,7 @@ from ebmkit.storage import (
     DamagedFile,
     read_together,
     remove_file,
+    verify,
     write_atomically,
     write_together,
 )
@@ -154,6 +155,20 @@ def test_readers_see_one_moment_while_another_writes(tmp_path):
         seen.add(found["model.json"])
     writer.join()
     assert len(seen) > 3
+
+
+def test_a_writer_that_is_always_faster_is_not_taken_for_damage(tmp_path, monkeypatch):
+    """Another checkpoint takes the place of the last after each look at the manifest."""
+    root, numbers, read = make_run(tmp_path / "run"), iter(range(2, 10_000)), verify.read_manifest
+
+    def read_and_write(place):
+        found, number = read(place), next(numbers)
+        names = [f"checkpoints/step-{k}.pt" for k in (number, number - 1)]
+        write_together(root, {names[0]: b"state"}, drop=names[1:])
+        return found
+
+    monkeypatch.setattr(verify, "read_manifest", read_and_write)
+    assert {f.name: f.state for f in verify_run(root) if f.state != "whole"} == {}
 
 
 def test_looking_over_a_run_that_is_written_finds_it_whole(tmp_path):
