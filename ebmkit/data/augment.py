@@ -12,6 +12,11 @@ where the weight w is :math:`\lambda` everywhere for MixUp, and for CutMix 0 ins
 :math:`(1 - \lambda) H W` around a uniform pixel, clipped to the image, and 1 outside. Soft labels
 are mixed with the mean of w, which corrects :math:`\lambda` for the clipping.
 
+Cutout (DeVries & Taylor 2017) paints a square over each image; its centre is uniform, so that the
+square may be clipped. *Alternating* flips (Jordan 2024, arXiv 2404.00498) mirror a random half of
+the images in the first epoch, the other half in the second, and so on: two epochs show each image
+both ways, where independent flips show a quarter of them one way twice.
+
 A process that holds only some images of a global batch says so by `Rows`: the draw is always that
 of the global batch, so that the number of processes does not change it.
 """
@@ -32,28 +37,35 @@ __all__ = [
     "Mix",
     "Rows",
     "cutmix",
+    "cutout",
     "flip",
     "mixup",
     "mixup_or_cutmix",
+    "padded",
     "padded_crop",
     "random_crop",
 ]
 
 Mix = Literal["none", "mixup", "cutmix", "both"]
+Flip = bool | Literal["alternating"]
 Interval = tuple[float, float]
 
 
 class Augmentation(BaseModel):
-    """What is done to a batch, in this order: flip, crop, mix.
+    """What is done to a batch, in this order: flip, crop, cutout, mix.
 
     Raises:
-        UserError: if a resized crop is padded, or its ranges are no ranges.
+        UserError: if a resized crop is padded, its ranges are no ranges, or an option says how to
+            do what is not done.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    flip: bool = Field(False, description="mirror left-right with probability 1/2")
-    crop_padding: int = Field(0, ge=0, description="black pixels added on each side before a crop")
+    flip: Flip = Field(
+        False, description="mirror left-right: true (probability 1/2), alternating (by epoch)"
+    )
+    crop_padding: int = Field(0, ge=0, description="pixels added on each side before a crop")
+    crop_fill: Literal["black", "reflect"] = Field("black", description="what the padding shows")
     crop_size: int | None = Field(
         None, ge=1, description="side of the random crop, pixels; none: the image's own size"
     )
@@ -63,7 +75,11 @@ class Augmentation(BaseModel):
     crop_ratio: Interval = Field(
         (3 / 4, 4 / 3), description="width by height of a resized crop, from and to"
     )
+    cutout: int = Field(
+        0, ge=0, description="side of a square painted over in the image's mean colour, pixels"
+    )
     mix: Mix = Field("none", description="mixup, cutmix, or both (one of them per batch, evenly)")
+    mix_probability: float = Field(1.0, gt=0, le=1, description="share of batches that are mixed")
 
     @model_validator(mode="after")
     def _check(self) -> Augmentation:
@@ -74,6 +90,13 @@ class Augmentation(BaseModel):
             raise UserError(f"crop_scale {list(scale)} must rise within 0 to 1, as [0.08, 1]")
         if not 0 < ratio[0] <= ratio[1]:
             raise UserError(f"crop_ratio {list(ratio)} must rise from above 0, as [0.75, 1.333]")
+        if self.crop_fill == "reflect" and not self.crop_padding:
+            raise UserError("crop_fill=reflect fills a padding: set crop_padding, as 4")
+        if self.mix_probability < 1 and self.mix == "none":
+            raise UserError(
+                f"mix_probability {self.mix_probability:g} is of mixed batches: set mix to mixup, "
+                "cutmix or both"
+            )
         return self
 
 
@@ -91,15 +114,46 @@ class Rows(NamedTuple):
 
 def flip(x: Tensor, generator: torch.Generator, rows: Rows | None = None) -> Tensor:
     """Mirror each image (B, C, H, W) left-right with probability 1/2."""
-    mirrored = _draw(x, 2, generator, rows).bool()
-    return torch.where(mirrored[:, None, None, None], x.flip(-1), x)
+    return mirror(x, _draw(x, 2, generator, rows).bool())
+
+
+def mirror(x: Tensor, which: Tensor) -> Tensor:
+    """Mirror the images (B, C, H, W) left-right that ``which`` (B,) bool says."""
+    return torch.where(which[:, None, None, None], x.flip(-1), x)
+
+
+def padded(x: Tensor, padding: int, fill: str = "black") -> Tensor:
+    """Add ``padding`` pixels on each side of ``x`` (B, C, H, W): black, or the image reflected."""
+    if fill == "black":
+        return pad(x, (padding,) * 4)
+    height, width = x.shape[-2:]
+    down, across = (_reflected(n, padding, x.device) for n in (height, width))
+    return x[:, :, down][:, :, :, across]
 
 
 def padded_crop(
-    x: Tensor, padding: int, generator: torch.Generator, rows: Rows | None = None
+    x: Tensor,
+    padding: int,
+    generator: torch.Generator,
+    rows: Rows | None = None,
+    fill: str = "black",
 ) -> Tensor:
-    """Shift each image (B, C, H, W) by up to ``padding`` pixels each way, zeros coming in."""
-    return random_crop(pad(x, (padding,) * 4), tuple(x.shape[-2:]), generator, rows)
+    """Shift each image (B, C, H, W) by up to ``padding`` pixels each way; ``fill`` comes in."""
+    return random_crop(padded(x, padding, fill), tuple(x.shape[-2:]), generator, rows)
+
+
+def cutout(
+    x: Tensor, side: int, generator: torch.Generator, rows: Rows | None = None
+) -> Tensor:
+    """Paint a square of ``side`` pixels over each image (B, C, H, W) in its mean colour."""
+    height, width = x.shape[-2:]
+    top = _draw(x, height, generator, rows) - side // 2
+    left = _draw(x, width, generator, rows) - side // 2
+    down = torch.arange(height, device=x.device) - top[:, None]
+    across = torch.arange(width, device=x.device) - left[:, None]
+    inside = ((down >= 0) & (down < side))[:, None, :, None]
+    inside = inside & ((across >= 0) & (across < side))[:, None, None, :]
+    return torch.where(inside, x.mean(dim=(2, 3), keepdim=True), x)
 
 
 def random_crop(
@@ -131,6 +185,12 @@ def mixup_or_cutmix(x: Tensor, soft: Tensor, generator: torch.Generator) -> tupl
     cut = torch.rand((), generator=generator, device=x.device) < 0.5
     weight_cut, weight_up = _cutmix_weight(x, generator), _mixup_weight(x, generator)
     return _mix(x, soft, torch.where(cut, weight_cut, weight_up))
+
+
+def _reflected(size: int, padding: int, device: torch.device) -> Tensor:
+    """Numbers of the pixels that a side of ``size``, reflected at its ends, shows."""
+    numbers = torch.arange(-padding, size + padding, device=device).abs()
+    return (size - 1) - ((size - 1) - numbers).abs()
 
 
 def _draw(x: Tensor, below: int, generator: torch.Generator, rows: Rows | None) -> Tensor:

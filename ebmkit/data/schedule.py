@@ -220,6 +220,11 @@ def check_stream(
             f"{source.name!r} gives whole pictures: set crop_padding to 0"
         )
     height, width = source.image_size
+    if config.augmentation.crop_fill == "reflect" and padding >= min(height, width):
+        raise UserError(
+            f"stream {name!r}: images of {height}x{width} cannot be reflected {padding} pixels "
+            f"wide: set crop_padding to at most {min(height, width) - 1}"
+        )
     side = (min(height, width) if pictures is None else pictures.side) + 2 * padding
     for span in spans:
         where = span.field(name)

@@ -26,9 +26,12 @@ from torch.nn.functional import one_hot
 from ebmkit.data.augment import (
     Rows,
     cutmix,
+    cutout,
     flip,
+    mirror,
     mixup,
     mixup_or_cutmix,
+    padded,
     padded_crop,
     random_crop,
 )
@@ -126,6 +129,7 @@ class Stream:
         self._extra = int(config.augmentation.mix != "none" and world_size > 1)
         self._generator = torch.Generator(self.device)
         self._orders: dict[int, Tensor] = {}
+        self._first_flips: Tensor | None = None
         self._held: dict[tuple[int, torch.device], Rows] = {}
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
@@ -217,7 +221,9 @@ class Stream:
         options, span = self.config.augmentation, span_at(self.spans, step)
         rows = self._rows(span, self.device)
         generator = self._keyed("augment", step)
-        if options.flip:
+        if options.flip == "alternating":
+            images = mirror(images, self._mirrored(step))
+        elif options.flip:
             images = flip(images, generator, rows)
         if self._whole:
             pass  # who read them has cut them
@@ -225,13 +231,17 @@ class Stream:
             boxes = crop_boxes(images.shape[2], images.shape[3], cut)
             images = resize_boxes(images, boxes, cut.crop.size)
         elif span.crop_size is not None:
-            padded = torch.nn.functional.pad(images, (options.crop_padding,) * 4)
-            images = random_crop(padded, span.crop_size, generator, rows)
+            wide = padded(images, options.crop_padding, options.crop_fill)
+            images = random_crop(wide, span.crop_size, generator, rows)
         elif options.crop_padding:
-            images = padded_crop(images, options.crop_padding, generator, rows)
+            images = padded_crop(
+                images, options.crop_padding, generator, rows, options.crop_fill
+            )
         x = to_floats(images)
+        if options.cutout:
+            x = cutout(x, options.cutout, generator, rows)
         soft = None if labels is None else one_hot(labels, self.source.num_classes).float()
-        if options.mix != "none" and soft is not None:
+        if options.mix != "none" and soft is not None and self._mixes(step):
             x, soft = _MIX[options.mix](x, soft, self._keyed("mix", step))
         own = slice(self._extra, None)
         x = x[own]
@@ -244,6 +254,23 @@ class Stream:
             labels=None if labels is None else labels[own],
             soft=None if soft is None else soft[own],
         )
+
+    def _mirrored(self, step: int) -> Tensor:
+        """Which images of this process's batch alternating flips mirror at ``step``, (B,) bool."""
+        span, size = span_at(self.spans, step), len(self.source)
+        begin = span.first + (step - span.start) * span.batch_size
+        epochs = (begin + self._rows(span, self.device).positions) // size
+        if self._first_flips is None:
+            drawn = torch.randint(2, (size,), generator=self._on_host("flip", 0))
+            self._first_flips = drawn.to(self.device)
+        return (self._first_flips[self._indices(step, self.device)] + epochs) % 2 == 1
+
+    def _mixes(self, step: int) -> bool:
+        """Whether the batch of ``step`` is mixed."""
+        share = self.config.augmentation.mix_probability
+        if share == 1:
+            return True
+        return float(torch.rand((), generator=self._on_host("mix share", step))) < share
 
     def _noise(self, step: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """Noise levels (B,) and noise of x's shape: this process's share of the global draw."""

@@ -41,7 +41,9 @@ class GradResNetConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["gradresnet"] = "gradresnet"
-    depth: Literal[18, 34] = Field(18, description="18 (2-2-2-2 blocks) or 34 (3-4-6-3)")
+    depth: Literal[10, 18, 34] = Field(
+        18, description="10 (1-1-1-1 blocks), 18 (2-2-2-2) or 34 (3-4-6-3)"
+    )
     width: int = Field(64, ge=1, description="channels of stage 1; the others have 2, 4, 8 times")
     stem_kernel: Literal[3, 5, 7] = Field(3, description="size of the first convolution")
     strides: tuple[int, int, int, int, int] = Field(
@@ -120,7 +122,7 @@ class GradResNet(nn.Module):
         super().__init__()
         self.recompute = False
         config = config or GradResNetConfig()
-        blocks = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}[config.depth]
+        blocks = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}[config.depth]
         widths = [config.width * 2**i for i in range(4)]
         self.in_channels = in_channels
         self.stem = nn.Conv2d(

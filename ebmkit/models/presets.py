@@ -23,6 +23,9 @@ __all__ = ["BACKBONES", "DENOISERS", "find_network"]
 
 BACKBONES: dict[str, Preset[GradResNetConfig | ResNetConfig | WideResNetConfig | MLPConfig]] = {
     "gradresnet18": Preset(GradResNetConfig(depth=18), "the paper's network for 32x32 images"),
+    "gradresnet10": Preset(
+        GradResNetConfig(depth=10), "the same, one block a stage: twice the steps for a FLOP"
+    ),
     "gradresnet34": Preset(GradResNetConfig(depth=34), "the same, deeper (3-4-6-3 blocks)"),
     "gradresnet18-imagenet": Preset(
         GradResNetConfig(depth=18, stem_kernel=7, strides=(2, 1, 2, 2, 2)),

@@ -6,11 +6,14 @@ import torchvision.transforms.v2 as tv
 import torchvision.transforms.v2.functional as functional
 
 from ebmkit.data.augment import (
+    Augmentation,
     Rows,
     cutmix,
+    cutout,
     flip,
     mixup,
     mixup_or_cutmix,
+    padded,
     padded_crop,
     random_crop,
 )
@@ -71,6 +74,39 @@ def test_random_crops_are_torchvisions_per_image():
             window = functional.crop(images, top, left, 5, 5)
             matches += (cropped == window).flatten(1).all(1)
     assert (matches == 1).all()
+
+
+def test_reflected_padding_is_torchs():
+    images = torch.rand(3, 2, 5, 7)
+    expected = torch.nn.functional.pad(images, (4,) * 4, mode="reflect")
+    assert torch.equal(padded(images, 4, "reflect"), expected)
+    whole = (images * 255).to(torch.uint8)  # which torch's does not take
+    assert torch.equal(padded(whole, 4, "reflect").float(), padded(whole.float(), 4, "reflect"))
+
+
+def test_cutout_paints_one_square_around_each_centre():
+    images = torch.rand(4000, 2, 6, 5)
+    found = cutout(images, 3, generator())
+    changed = (found != images).any(1)
+    mean = images.mean((2, 3), keepdim=True).expand_as(images)
+    assert torch.equal(found, torch.where(changed[:, None], mean, images))
+    rows, columns = changed.any(2).sum(1), changed.any(1).sum(1)
+    assert torch.equal(changed.sum((1, 2)), rows * columns)  # a rectangle
+    whole = int(((rows == 3) & (columns == 3)).sum())  # centres that are no rim's
+    expected = 4000 * (4 / 6) * (3 / 5)
+    assert abs(whole - expected) < 4 * (expected * 0.6) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"crop_fill": "reflect"}, "set crop_padding"),
+        ({"mix_probability": 0.5}, "set mix to mixup"),
+    ],
+)
+def test_options_of_what_is_not_done_are_refused(options, words):
+    with pytest.raises(Exception, match=words):
+        Augmentation(**options)
 
 
 @pytest.mark.parametrize("seed", range(20))

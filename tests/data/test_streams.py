@@ -91,6 +91,55 @@ def test_ranks_slice_the_global_draw(toy, mix, make):
         assert same(whole, joined)
 
 
+NEWER = Augmentation(
+    flip="alternating",
+    crop_padding=2,
+    crop_fill="reflect",
+    cutout=3,
+    mix="both",
+    mix_probability=0.5,
+)
+
+
+@pytest.mark.parametrize("make", [lambda s: s, as_streamed])
+def test_ranks_slice_the_global_draw_of_alternating_flips_and_cutout(toy, make):
+    config = FULL.model_copy(update={"augmentation": NEWER})
+    source = make(toy)
+    ranks = [stream(source, config, rank=r, world_size=2).batches(0, 8) for r in range(2)]
+    for whole, first, second in zip(stream(source, config).batches(0, 8), *ranks, strict=True):
+        joined = [torch.cat(pair) for pair in zip(drawn(first), drawn(second), strict=True)]
+        assert same(whole, joined)
+    tail = list(stream(source, config).batches(5, 8))
+    assert all(map(same, list(stream(source, config).batches(0, 8))[5:], tail))
+
+
+def test_alternating_flips_show_each_image_both_ways_in_two_epochs():
+    source = make_set(count=10)
+    config = StreamConfig(batch_size=4, augmentation=Augmentation(flip="alternating"))
+    seen = torch.cat([b.x for b in stream(source, config).batches(0, 10)])  # 4 epochs
+    for epochs in (seen[:20], seen[20:]):
+        for image in source.floats():
+            assert (epochs == image).flatten(1).all(1).sum() == 1
+            assert (epochs == image.flip(-1)).flatten(1).all(1).sum() == 1
+    mirrored = [(seen[:10] == image.flip(-1)).flatten(1).all(1).any() for image in source.floats()]
+    assert 0 < sum(mirrored) < 10
+
+
+def test_a_share_of_the_batches_is_mixed(toy):
+    augmentation = Augmentation(mix="mixup", mix_probability=0.3)
+    config = StreamConfig(batch_size=2, augmentation=augmentation)
+    batches = stream(toy, config).batches(0, 400)
+    mixed = sum(bool((b.soft.max(1).values < 1).any()) for b in batches)
+    hidden = 1 - 5 / 22 * 1.0  # two images of one class cannot be told from unmixed
+    assert abs(mixed - 400 * 0.3 * hidden) < 5 * (400 * 0.3 * 0.7) ** 0.5
+
+
+def test_images_too_small_to_reflect_are_refused(toy):
+    config = StreamConfig(augmentation=Augmentation(crop_padding=6, crop_fill="reflect"))
+    with pytest.raises(UserError, match="at most 5"):
+        stream(toy, config)
+
+
 def test_each_epoch_visits_every_image_once_and_drops_none():
     source = make_set(count=10)
     keys = source.images.flatten(1).sum(1)
