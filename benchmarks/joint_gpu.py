@@ -11,6 +11,9 @@ can be given again until all are done:
 4. ``train``: the recipe, in WORK/run; interrupted after --seconds, the next call goes on with it.
 5. ``evaluate``: accuracy and PSNR of the result.
 
+``step``, which only ``--stages step`` runs, needs no data: the joint step of width 64 and of width
+16 eager in TF32, eager in bf16 and compiled, each against the plain eager step in the same minute.
+
 ``--rehearse`` does all of it at a tiny size on whatever device there is.
 """
 
@@ -18,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import re
 import signal
@@ -55,6 +59,13 @@ KINDS = {
     "copies": r"memcpy|memset|copy|cat|fill",
 }
 PROFILED = 20
+STAGES = ["check", "speed", "profile", "train", "evaluate"]
+WAYS = {
+    "eager tf32": ComputeConfig(precision="tf32", compile="off"),
+    "eager bf16": ComputeConfig(precision="bf16", compile="off"),
+    "compiled bf16": ComputeConfig(precision="bf16", compile="on"),
+    "compiled tf32": ComputeConfig(precision="tf32", compile="on"),
+}
 
 
 def main() -> None:
@@ -67,19 +78,27 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="default: the recipe's 78,000")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--stages", nargs="+", choices=[*STAGES, "step"], default=STAGES)
+    parser.add_argument("--ways", nargs="+", choices=[*WAYS], default=[*WAYS], help="of step")
     options = parser.parse_args()
     end = time.monotonic() + options.seconds
     options.out.mkdir(parents=True, exist_ok=True)
+    if "step" in options.stages:
+        steps_by_way(options, end)
+    if options.stages == ["step"]:
+        return
     config = configuration(options)
     stages = {"check": check, "speed": speed, "profile": kernels}
     for name, stage in stages.items():
         path = options.out / f"{name}.json"
-        if not path.exists():
+        if name in options.stages and not path.exists():
             begun = time.perf_counter()
             found = stage(config, options.rehearse)
             found |= {"seconds": time.perf_counter() - begun, "environment": environment()}
             write_atomically(path, json.dumps(found, indent=2).encode())
     run = options.work / "run"
+    if "train" not in options.stages:
+        return summary(options.out)
     if not (options.out / "train.json").exists() and end - time.monotonic() > 60:
         train(config, run, options, end - time.monotonic())
     left = end - time.monotonic()
@@ -153,6 +172,27 @@ def speed(config: TrainConfig, rehearse: bool) -> dict[str, Any]:
         found = training(setting, objective, 3, device, config.compute)
         rows += measure(found, device, 3 if rehearse else 15)
     return document(rows)
+
+
+def steps_by_way(options: argparse.Namespace, end: float) -> None:
+    """The joint step by each of `WAYS`; ``step.json`` grows, so that what is cut short is kept."""
+    rows: list[Any] = []
+    device = pick_device(options.device)
+    sizes = [(8, 8, 4)] if options.rehearse else [(64, 32, 64), (16, 32, 64)]
+    for way, (width, size, batch) in itertools.product(options.ways, sizes):
+        if time.monotonic() > end or (options.rehearse and way != "eager bf16"):
+            continue
+        begun = time.monotonic()
+        setting = Setting(f"train ce+dsm, {way},", "gradresnet18", width, size, batch)
+        try:
+            rows += measure(training(setting, "ce+dsm", 3, device, WAYS[way]), device, 5)
+        except Exception as error:
+            print(f"{way}, width {width}: {type(error).__name__}: {str(error)[:500]}", flush=True)
+            continue
+        for row in rows[-3:]:
+            print(row.name, f"{1e3 * row.median_s:.2f} ms, {row.peak_mb:.0f} MB", flush=True)
+        print(f"{way}: {time.monotonic() - begun:.0f} s with what it takes to compile", flush=True)
+        write_atomically(options.out / "step.json", json.dumps(document(rows)).encode())
 
 
 def kernels(config: TrainConfig, rehearse: bool) -> dict[str, Any]:

@@ -62,7 +62,8 @@ class Trial:
     crop: int = 0
     crop_mode: str = "reflect"
     cutout: int = 0
-    mix: float = 0.0  # probability of MixUp
+    mix: float = 0.0  # probability that a batch is mixed
+    mix_kind: str = "mixup"  # mixup, cutmix, both
     ce_sigma: float = 20.0
     dsm_sigma: tuple[float, float] = (1.0, 100.0)
     dsm_law: float = 2.0  # sigma = uniform ** law between the ends
@@ -95,6 +96,7 @@ class Trial:
     final: float = 0.0
     ema: float = 0.99
     # measurement
+    train: int = 0  # images to train on; 0: all
     test: int = 4000
     psnr: int = 1000
     extra: dict[str, Any] = field(default_factory=dict)
@@ -422,7 +424,7 @@ class Run:
         if t.whiten:
             self._whiten()
         host = torch.Generator().manual_seed(t.seed)
-        n = len(data.train)
+        n = t.train or len(data.train)
         self.rows_ce = order(n, t.classify_batch, t.steps, host).to(device)
         self.flips = (torch.rand(n, generator=host) < 0.5).to(device)
         dsm_batch = max(t.denoise_batch, t.dsm_crop_batch, 1)
@@ -505,7 +507,7 @@ class Run:
         if kind == "none":
             return x
         if kind == "alternating":
-            epoch = self.update.step_number * batch // len(self.data.train)
+            epoch = self.update.step_number * batch // len(self.flips)
             mirrored = self.flips[rows] ^ (epoch % 2).bool()
         else:
             mirrored = self._rand(len(x)) < 0.5
@@ -523,20 +525,33 @@ class Run:
             span = torch.arange(32, device=self.device)
             inside = (span >= where[..., None]) & (span < where[..., None] + t.cutout)
             hole = inside[:, 0, :, None] & inside[:, 1, None, :]
-            x = x.masked_fill(hole[:, None], 0.45)
+            x = torch.where(hole[:, None], x.mean((2, 3), keepdim=True), x)
         if small:
             x = F.interpolate(x, size=small, mode="bilinear", antialias=True)
         soft = (self.data.labels[rows][:, None] == torch.arange(10, device=self.device)).float()
         if t.label_smoothing:
             soft = soft * (1 - t.label_smoothing) + t.label_smoothing / 10
         if t.mix:
-            lam = torch.where(self._rand(1) < t.mix, self._rand(1), torch.ones_like(self._rand(1)))
-            x = lam * x + (1 - lam) * x.roll(1, 0)
+            kinds = {"mixup": 0.0, "cutmix": 1.0, "both": 0.5}
+            weight = self._rand(1).expand(32, 32)
+            cut = self._rand(1) < kinds[t.mix_kind]
+            weight = torch.where(cut, self._outside_box(), weight)
+            weight = torch.where(self._rand(1) < t.mix, weight, torch.ones_like(weight))
+            lam = weight.mean()
+            x = weight * x + (1 - weight) * x.roll(1, 0)
             soft = lam * soft + (1 - lam) * soft.roll(1, 0)
         if t.ce_sigma:
             sigma = (self._rand(len(x), 1, 1, 1) * math.sqrt(t.ce_sigma)).square() / 255
             x = x + sigma * self._randn(x)
         return x.contiguous(memory_format=self.layout), soft
+
+    def _outside_box(self) -> Tensor:
+        """CutMix's weight (32, 32): 0 inside the box."""
+        half = 16 * (1 - self._rand(1)).sqrt()
+        centre = self._rand(2) * 32
+        span = torch.arange(32, device=self.device) + 0.5
+        down, across = ((span - c).abs() < half for c in centre.unbind())
+        return 1.0 - (down[:, None] & across).float()
 
     def _denoise_batch(self, crop: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         t = self.t
