@@ -21,7 +21,7 @@ from ebmkit.training.config import TrainConfig
 from ebmkit.training.cost import Effort
 from ebmkit.training.engine import TrainingStep
 from ebmkit.training.negatives import Negatives, likelihood_terms
-from ebmkit.training.optim import states_of
+from ebmkit.training.optim import optimizer_flops, states_of
 
 __all__ = [
     "make_attacks",
@@ -87,12 +87,13 @@ def make_budget(
     return Budget(
         loss,
         [(stage, shapes(stage, images, world.size)) for stage in stages],
-        states_of(config.optimizer),
+        states_of(loss.model, config.optimizer),
         config.compute.accumulate,
         world.size,
         Effort(
             config.negatives.steps if loss.needs_negatives else 0,
             1 if config.optimizer.sharpness is None else 2,
+            optimizer_flops(loss.model, config.optimizer),
         ),
     )
 
