@@ -229,6 +229,11 @@ def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfi
     terms = {term.name: term for term in parse_objective(config.objective)}
     for name in config.draw_from:
         find("objective in draw_from", terms, name)
+    if config.terms.ce.label_smoothing and "ce" not in terms:
+        raise UserError(
+            f"objective.ce.label_smoothing = {config.terms.ce.label_smoothing} does nothing: "
+            f"objective {config.objective!r} has no term ce; leave it out"
+        )
     return config
 
 

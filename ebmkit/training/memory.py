@@ -66,7 +66,8 @@ def step_memory(
 ) -> Memory:
     """Memory of one eager training step, without running it.
 
-    Exact for the tensors of the step. Not in it: workspaces of convolution libraries, what the
+    Exact for the tensors of the step. Not in it: what Muon's update holds for a moment, about six
+    times the matrices, when the activations are gone; workspaces of convolution libraries, what the
     allocator wastes, the data set, and, on CUDA, the context (about half a GB) and the batch that
     is drawn ahead.
 
