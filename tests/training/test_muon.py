@@ -6,6 +6,7 @@ import pytest
 import torch
 from command_line import ebmkit_command
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import ebmkit
@@ -200,17 +201,17 @@ def test_nothing_moves_to_the_bit_where_a_step_failed(value):
     assert not torch.equal(model[0].weight, before[0])
 
 
-def test_the_update_waits_for_nothing():
-    """On fake tensors, where reading a value is an error."""
-    from torch._subclasses import FakeTensorMode
-
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_update_waits_for_nothing(device):
+    """On tensors without numbers, where reading one is an error; those of a GPU need none."""
     with FakeTensorMode():
-        weights = [nn.Parameter(torch.empty(8, 4, 3, 3)), nn.Parameter(torch.empty(8, 8))]
-        optimizer = Muon(weights, [], 0.1)
-        optimizer.found_inf = torch.zeros(())
-        for w in weights:
-            w.grad = torch.empty_like(w)
+        weights = [torch.empty(8, 4, 3, 3, device=device), torch.empty(8, 8, device=device)]
+        optimizer = Muon(map(nn.Parameter, weights), [], 0.1)
+        optimizer.found_inf = torch.zeros((), device=device)
+        for weight in optimizer.param_groups[0]["params"]:
+            weight.grad = torch.empty_like(weight)
         optimizer.step()
+        assert {w.device.type for own in optimizer.state.values() for w in own.values()} == {device}
 
 
 def test_parameters_without_a_gradient_stay():
