@@ -3,6 +3,7 @@
 from ebmkit.objectives.combine import BALANCE, Losses, Term, TrainingLoss, parse_objective
 from ebmkit.objectives.settings import (
     AdversarialConfig,
+    ClassificationConfig,
     DiffusionConfig,
     TermSettings,
     TradesConfig,
@@ -15,6 +16,7 @@ __all__ = [
     "OBJECTIVES",
     "AdversarialConfig",
     "Aim",
+    "ClassificationConfig",
     "DiffusionConfig",
     "Losses",
     "Objective",

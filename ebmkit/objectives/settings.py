@@ -13,11 +13,25 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ebmkit.errors import UserError
 from ebmkit.units import Radius
 
-__all__ = ["AdversarialConfig", "DiffusionConfig", "TermSettings", "TradesConfig"]
+__all__ = [
+    "AdversarialConfig",
+    "ClassificationConfig",
+    "DiffusionConfig",
+    "TermSettings",
+    "TradesConfig",
+]
 
 
 class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ClassificationConfig(_Settings):
+    """Cross-entropy of the labels."""
+
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="share of each label that is spread over all classes, as 0.1"
+    )
 
 
 class AdversarialConfig(_Settings):
@@ -96,6 +110,7 @@ class DiffusionConfig(_Settings):
 class TermSettings(_Settings):
     """Settings by the name of the objective."""
 
+    ce: ClassificationConfig = ClassificationConfig()
     adv: AdversarialConfig = AdversarialConfig()
     trades: TradesConfig = TradesConfig()
     ddpm: DiffusionConfig = DiffusionConfig()

@@ -294,12 +294,26 @@ def _noise_prediction(settings: TermSettings) -> Objective:
     return replace(OBJECTIVES["ddpm"], loss=loss, needs_labels=True, needs_hard_labels=True)
 
 
+def _classification(settings: TermSettings) -> Objective:
+    """``ce``, of smoothed labels where that is asked for."""
+    share = settings.ce.label_smoothing
+    if not share:
+        return OBJECTIVES["ce"]
+
+    def loss(at: Linearization, batch: Streamed) -> Tensor:
+        log_posterior = at.energies.log_posterior()
+        return (1 - share) * cross_entropy(at, batch) - share * log_posterior.mean(dim=1)
+
+    return replace(OBJECTIVES["ce"], loss=loss)
+
+
 OBJECTIVES: dict[str, Objective] = {
     "ce": Objective(
         about="cross-entropy of the labels, -log p(c|y)",
         stream="classify",
         loss=cross_entropy,
         needs_labels=True,
+        under=_classification,
     ),
     "adv": Objective(
         about="cross-entropy of images under attack (PGD), for a robust classifier",

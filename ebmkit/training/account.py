@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
@@ -132,7 +133,7 @@ class Budget:
 
     loss: TrainingLoss
     plan: Plan
-    states: int = ADAMW_STATES
+    states: int | Fraction = ADAMW_STATES
     accumulate: int = 1
     processes: int = 1
     effort: Effort | None = None

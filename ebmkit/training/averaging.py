@@ -1,12 +1,34 @@
-"""Averaged weights that stay where they are once a step has failed."""
+r"""Averaged weights that stay where they are once a step has failed.
+
+With decay d, after t steps of which :math:`\bar\theta` is the mean,
+
+.. math:: \bar\theta \leftarrow d_t \bar\theta + (1 - d_t)\,\theta, \qquad d_t = d .
+
+Such a mean holds the first weights for about 1 / (1 - d) steps. With warm-up
+:math:`d_t = \min(d, (1 + t) / (10 + t))`, which is the mean of a fixed share of the steps so far,
+until d is reached.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-__all__ = ["follow"]
+__all__ = ["exponential_average", "follow"]
+
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
+
+def exponential_average(model: nn.Module, decay: float, warmup: bool = False) -> AveragedModel:
+    """Averaged weights of ``model``, with a constant decay or its warm-up."""
+
+    def move(means: Tensors, now: Tensors, count: Tensor | int) -> None:
+        t = int(count)
+        own = min(decay, (1 + t) / (10 + t)) if warmup else decay
+        get_ema_multi_avg_fn(own)(means, now, count)  # type: ignore[no-untyped-call]
+
+    return AveragedModel(model, multi_avg_fn=move, use_buffers=False)
 
 
 @torch.no_grad()

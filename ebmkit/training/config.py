@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ebmkit.compute import ComputeConfig
 from ebmkit.data import StreamConfig
@@ -66,18 +66,33 @@ class DataConfig(_Config):
 
 
 class OptimizerConfig(_Config):
-    """AdamW with a cosine to 0 (CDN appendix A), or what JEM and its successors take."""
+    """AdamW with a cosine to 0 (CDN appendix A), what JEM and its successors take, or Muon."""
 
-    kind: Literal["adamw", "sgd"] = Field("adamw", description="adamw, or sgd with momentum")
-    lr: float = Field(3e-4, gt=0, description="initial learning rate")
+    kind: Literal["adamw", "sgd", "muon"] = Field(
+        "adamw",
+        description="adamw, sgd with momentum, or muon for weight matrices and adamw for the rest",
+    )
+    lr: float = Field(3e-4, gt=0, description="initial learning rate; of muon, of the matrices")
+    adamw_lr: float | None = Field(
+        None, gt=0, description="of muon: initial rate of the rest; none: 3e-3"
+    )
+    adamw_for: tuple[str, ...] = Field(
+        (), description="of muon: matrices left to AdamW, by a part of their names, as [stem]"
+    )
     weight_decay: float = Field(
         0.05, ge=0, description="decoupled weight decay; of sgd, added to the gradient"
     )
     decay_norms: bool = Field(True, description="decay norm weights and biases too, as the paper")
-    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="of AdamW")
-    momentum: Beta = Field(0.9, description="of sgd")
-    schedule: Literal["cosine", "constant", "milestones"] = Field(
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="of AdamW, beside muon too")
+    momentum: Beta = Field(0.9, description="of sgd and muon; of muon by default 0.95")
+    nesterov: bool | None = Field(None, description="of muon: Nesterov's momentum; none: true")
+    schedule: Literal["cosine", "constant", "milestones", "linear", "warmup-stable-decay"] = Field(
         "cosine", description="of the learning rate"
+    )
+    decay_share: Share | None = Field(
+        None,
+        description="of warmup-stable-decay: share of the steps, at the end, over which it falls "
+        "to 0; none: 0.2",
     )
     milestones: tuple[Share, ...] = Field(
         (), description="shares of the steps after which it falls, as [160/200, 180/200]"
@@ -86,6 +101,9 @@ class OptimizerConfig(_Config):
     warmup_steps: int = Field(0, ge=0, description="linear warm-up (the paper: none)")
     clip_norm: float | None = Field(None, gt=0, description="bound on the gradient's norm")
     ema: float | None = Field(None, gt=0, lt=1, description="decay of averaged weights, as 0.999")
+    ema_warmup: bool = Field(
+        False, description="after t steps a decay of (1 + t) / (10 + t), while that is less"
+    )
     sharpness: float | None = Field(
         None,
         gt=0,
@@ -94,6 +112,44 @@ class OptimizerConfig(_Config):
     sharpness_adaptive: bool = Field(
         False, description="measure rho in units of each weight's size (ASAM)"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: Any) -> Any:
+        """Defaults that depend on what else is set."""
+        if not isinstance(values, Mapping):
+            return values
+        filled = dict(values)
+        if filled.get("kind") == "muon":
+            filled.setdefault("momentum", 0.95)
+            _default(filled, adamw_lr=3e-3, nesterov=True)
+        if filled.get("schedule") == "warmup-stable-decay":
+            _default(filled, decay_share=0.2)
+        return filled
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimizerConfig:
+        """Refuse what would do nothing."""
+        schedule = self.schedule == "warmup-stable-decay"
+        for name, takes, needs in (
+            ("adamw_lr", self.kind == "muon", "kind=muon"),
+            ("adamw_for", self.kind == "muon", "kind=muon"),
+            ("nesterov", self.kind == "muon", "kind=muon"),
+            ("decay_share", schedule, "schedule=warmup-stable-decay"),
+            ("ema_warmup", self.ema is not None, "ema, as 0.999"),
+        ):
+            value = getattr(self, name)
+            if value not in (None, ()) and not takes and not (name == "ema_warmup" and not value):
+                raise UserError(
+                    f"{name} = {shown(value)} does nothing here: leave it out, or set "
+                    f"optimizer.{needs}"
+                )
+        return self
+
+
+def _default(values: dict[str, Any], **defaults: Any) -> None:
+    """Set what is not there, or None."""
+    values |= {name: value for name, value in defaults.items() if values.get(name) is None}
 
 
 class StreamsConfig(_Config):
@@ -173,6 +229,11 @@ def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfi
     terms = {term.name: term for term in parse_objective(config.objective)}
     for name in config.draw_from:
         find("objective in draw_from", terms, name)
+    if config.terms.ce.label_smoothing and "ce" not in terms:
+        raise UserError(
+            f"objective.ce.label_smoothing = {config.terms.ce.label_smoothing} does nothing: "
+            f"objective {config.objective!r} has no term ce; leave it out"
+        )
     return config
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import torch
 
@@ -37,10 +38,12 @@ class Effort:
     Attributes:
         chain_steps: Langevin steps of each negative; 0: there are none.
         gradients: how often the gradient is taken; 2 for sharpness-aware minimisation.
+        update_flops: FLOPs of the optimiser's matrix products.
     """
 
     chain_steps: int = 0
     gradients: int = 1
+    update_flops: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ def step_cost(
     loss: TrainingLoss,
     shapes: Shapes,
     steps: int,
-    states: int = ADAMW_STATES,
+    states: int | Fraction = ADAMW_STATES,
     accumulate: int = 1,
     memory: Memory | None = None,
     effort: Effort | None = None,
@@ -135,7 +138,7 @@ def step_cost(
 def run_cost(
     loss: TrainingLoss,
     plan: Plan,
-    states: int = ADAMW_STATES,
+    states: int | Fraction = ADAMW_STATES,
     accumulate: int = 1,
     effort: Effort | None = None,
 ) -> StepCost:
@@ -190,7 +193,7 @@ def step_flops(loss: TrainingLoss, shapes: Shapes, effort: Effort | None = None)
 
     Returns:
         Names joined by + -> FLOPs, as ``{"ce": ..., "dsm+cdsm": ...}``; what negatives take is
-        called "20 Langevin steps", and attacks "7 attack steps".
+        called "20 Langevin steps", attacks "7 attack steps", and Muon's products "optimiser".
     """
     effort = effort or Effort()
     flops = {}
@@ -209,6 +212,8 @@ def step_flops(loss: TrainingLoss, shapes: Shapes, effort: Effort | None = None)
                 taken = count * score_flops(loss.model, shapes[stream], of_labels=True)
                 taken += extra * shapes[stream][0] * forward_flops(loss.model, shapes[stream][1:])
                 flops[name] = flops.get(name, 0) + taken
+    if effort.update_flops:
+        flops["optimiser"] = effort.update_flops
     return flops
 
 

@@ -25,12 +25,19 @@ _FREE_TO_CHANGE = (
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    """The first field in which two configurations make different runs: its name, old and new."""
+    """The first field in which two configurations make different runs: its name, old and new.
+
+    The kind of a part comes before what follows from it.
+    """
     before, after = _flat(old), _flat(new)
-    for key in sorted(before.keys() | after.keys()):
+    for key in sorted(before.keys() | after.keys(), key=lambda key: (not _is_kind(key), key)):
         if key not in _FREE_TO_CHANGE and before.get(key) != after.get(key):
             return key, before.get(key), after.get(key)
     return None
+
+
+def _is_kind(key: str) -> bool:
+    return key.rpartition(".")[2] == "kind"
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:

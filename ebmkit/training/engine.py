@@ -41,6 +41,7 @@ from ebmkit.models import JointModel
 from ebmkit.objectives import Losses, TrainingLoss
 from ebmkit.parallel import World
 from ebmkit.training.averaging import follow
+from ebmkit.training.optim import set_rate
 from ebmkit.training.rehearse import unreached
 from ebmkit.training.sharpness import Sharpness
 
@@ -130,7 +131,7 @@ class TrainingStep:
         self._failed = torch.zeros((), device=self.device)
         self._done = torch.zeros((), device=self.device)
         self._taken, self._fresh = 0, True  # steps so far; whether the optimiser knew none before
-        optimizer.found_inf = self._failed  # type: ignore[attr-defined]  # fused AdamW reads it
+        optimizer.found_inf = self._failed  # type: ignore[attr-defined]  # they read it
 
     def __call__(self, batches: Mapping[str, Batch], rate: float, stop: bool = False) -> None:
         """One step at learning rate ``rate`` on this process's share of each stream's batch.
@@ -144,8 +145,7 @@ class TrainingStep:
             OutOfMemory: if the memory does not suffice.
             UserError: if the step cannot be compiled and must be.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self.optimizer, rate)
         values = torch.zeros(len(self.names) + 1, device=self.device)
         values[-1] = float(stop)
         if self._taken == 0:
@@ -191,8 +191,7 @@ class TrainingStep:
             self.average.n_averaged -= reading.skipped
         if self._fresh and reading.done == 0:
             self.optimizer.state.clear()  # made by the failing step; SGD's is not even set to 0
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self.optimizer, rate)
         self.reset()
 
     def reset(self) -> None:

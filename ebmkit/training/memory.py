@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -61,11 +62,12 @@ class Memory:
 
 
 def step_memory(
-    loss: TrainingLoss, shapes: Shapes, states: int = ADAMW_STATES, accumulate: int = 1
+    loss: TrainingLoss, shapes: Shapes, states: int | Fraction = ADAMW_STATES, accumulate: int = 1
 ) -> Memory:
     """Memory of one eager training step, without running it.
 
-    Exact for the tensors of the step. Not in it: workspaces of convolution libraries, what the
+    Exact for the tensors of the step. Not in it: what Muon's update holds for a moment, about six
+    times the matrices, when the activations are gone; workspaces of convolution libraries, what the
     allocator wastes, the data set, and, on CUDA, the context (about half a GB) and the batch that
     is drawn ahead.
 
@@ -85,7 +87,7 @@ def largest_batch(
     loss: TrainingLoss,
     shapes: Shapes,
     limit: int,
-    states: int = ADAMW_STATES,
+    states: int | Fraction = ADAMW_STATES,
     accumulate: int = 1,
 ) -> dict[str, int] | None:
     """The largest batch of each stream, in the proportions of ``shapes``, that ``limit`` allows.
@@ -120,7 +122,7 @@ def largest_batch(
 def check_fits(
     loss: TrainingLoss,
     shapes: Shapes,
-    states: int = ADAMW_STATES,
+    states: int | Fraction = ADAMW_STATES,
     accumulate: int = 1,
     ranks: int = 1,
     free: int | None = None,
@@ -152,7 +154,7 @@ def too_large(
     loss: TrainingLoss,
     shapes: Shapes,
     limit: int,
-    states: int = ADAMW_STATES,
+    states: int | Fraction = ADAMW_STATES,
     accumulate: int = 1,
     ranks: int = 1,
     fields: Mapping[str, str] | None = None,
@@ -211,14 +213,14 @@ def format_bytes(count: float) -> str:
     return f"{count:.1f} GB"
 
 
-def _fixed(loss: TrainingLoss, states: int) -> tuple[int, int]:
+def _fixed(loss: TrainingLoss, states: int | Fraction) -> tuple[int, int]:
     """Bytes of parameters with buffers, and of the optimiser."""
     weights = sum(t.nbytes for t in [*loss.parameters(), *loss.buffers()])
-    return weights, states * sum(p.nbytes for p in loss.parameters() if p.requires_grad)
+    return weights, int(states * sum(p.nbytes for p in loss.parameters() if p.requires_grad))
 
 
 def _parts_that_fit(
-    loss: TrainingLoss, shapes: Shapes, limit: int, states: int, accumulate: int
+    loss: TrainingLoss, shapes: Shapes, limit: int, states: int | Fraction, accumulate: int
 ) -> int | None:
     """The smallest number of parts, above ``accumulate``, that divides all batches and fits."""
     common = math.gcd(*(shapes[name][0] for name in loss.streams))

@@ -5,23 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from ebmkit.card import ModelCard
 from ebmkit.compiled import make_inference
 from ebmkit.core import EnergyModel, ScoreModel
 from ebmkit.data import AnyImages, Stream, StreamConfig
 from ebmkit.data.schedule import Stage
-from ebmkit.objectives import TrainingLoss, parse_objective
+from ebmkit.objectives import ClassificationConfig, TrainingLoss, parse_objective
 from ebmkit.parallel import World
 from ebmkit.training.account import Budget
 from ebmkit.training.attacks import Attacks, attack_terms
+from ebmkit.training.averaging import exponential_average
 from ebmkit.training.checks import shapes, trained_size
 from ebmkit.training.config import TrainConfig
 from ebmkit.training.cost import Effort
 from ebmkit.training.engine import TrainingStep
 from ebmkit.training.negatives import Negatives, likelihood_terms
-from ebmkit.training.optim import states_of
+from ebmkit.training.optim import optimizer_flops, states_of
 
 __all__ = [
     "make_attacks",
@@ -41,12 +42,20 @@ def stream_config(config: TrainConfig, name: str) -> StreamConfig:
     return found
 
 
-def make_loss(model: ScoreModel, config: TrainConfig, likelihood: bool = True) -> TrainingLoss:
-    """Model and objectives; without those that need negatives, if not ``likelihood``."""
-    terms = parse_objective(config.objective)
-    if not likelihood:
+def make_loss(model: ScoreModel, config: TrainConfig, training: bool = True) -> TrainingLoss:
+    """Model and objectives.
+
+    Args:
+        model: to train, or to validate.
+        config: the run's.
+        training: False to validate: without objectives that need negatives, and without smoothing
+            of labels.
+    """
+    terms, settings = parse_objective(config.objective), config.terms
+    if not training:
         terms = tuple(term for term in terms if term.objective.likelihood is None)
-    return TrainingLoss(model, terms, config.balance, config.draw_from, config.terms)
+        settings = settings.model_copy(update={"ce": ClassificationConfig()})
+    return TrainingLoss(model, terms, config.balance, config.draw_from, settings)
 
 
 def make_stream(
@@ -72,8 +81,7 @@ def make_average(model: ScoreModel, config: TrainConfig) -> AveragedModel | None
     decay = config.optimizer.ema
     if decay is None:
         return None
-    average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-    return AveragedModel(model, multi_avg_fn=average, use_buffers=False)
+    return exponential_average(model, decay, config.optimizer.ema_warmup)
 
 
 def make_budget(
@@ -87,12 +95,13 @@ def make_budget(
     return Budget(
         loss,
         [(stage, shapes(stage, images, world.size)) for stage in stages],
-        states_of(config.optimizer),
+        states_of(loss.model, config.optimizer),
         config.compute.accumulate,
         world.size,
         Effort(
             config.negatives.steps if loss.needs_negatives else 0,
             1 if config.optimizer.sharpness is None else 2,
+            optimizer_flops(loss.model, config.optimizer),
         ),
     )
 

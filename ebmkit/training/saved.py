@@ -172,12 +172,13 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: SavedOptimizer) -
     Raises:
         UserError: if it is of another optimiser or of other parameters.
     """
-    adam = isinstance(optimizer, torch.optim.AdamW)
-    names = {"step", "exp_avg", "exp_avg_sq"} if adam else {"momentum_buffer"}
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    adam, momentum = {"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"}
+    groups = optimizer.param_groups
+    names = [adam if "betas" in group else momentum for group in groups for _ in group["params"]]
+    parameters = [p for group in groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for number, found in saved.state.items():
-        if number >= len(parameters) or found.keys() != names:
+        if number >= len(parameters) or found.keys() != names[number]:
             raise _misfit(f"optimizer, parameter {number}, is of another optimiser or model")
         state[number] = {}
         for name, value in found.items():
@@ -185,8 +186,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: SavedOptimizer) -
             check_tensor(f"optimizer, parameter {number}, {name!r}", value, own)
             # the kernels want it dense, in the order of the parameter
             state[number][name] = torch.empty_like(own).copy_(value)
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    own_groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": own_groups})
 
 
 def check_tensor(what: str, found: Tensor, own: Tensor) -> None:

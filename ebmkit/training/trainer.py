@@ -136,7 +136,7 @@ class Trainer:
         self.attacks = None
         if self.loss.needs_attack:
             self.attacks = make_attacks(self.loss, config, self.update, world)
-        told = make_loss(self.model, config, likelihood=False)
+        told = make_loss(self.model, config, training=False)
         laws = {name: stream_config(config, name) for name in told.streams}
         classifies = self.card.classifies
         self.measure = Validation.of(told, self.validation, laws, classifies, self.device, world)
@@ -349,7 +349,7 @@ class Trainer:
         if self.measure is None:
             return
         model = self.trained.eval()
-        loss = make_loss(model, self.config, likelihood=False).to(self.device)
+        loss = make_loss(model, self.config, training=False).to(self.device)
         stage = self.stages[stage_at(self.stages, self.step - 1)]
         means = self.measure(model, loss, stage)
         self.model.train()

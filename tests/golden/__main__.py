@@ -56,6 +56,15 @@ RUNS: dict[str, dict[str, Any]] = {
         "watch": {"every": 2},
     },
     "adv+dsm": {"objective": "adv+dsm", "terms": {"adv": {"eps": 0.5, "steps": 2}}},
+    "ce+dsm-muon": {
+        "optimizer": {
+            "kind": "muon",
+            "schedule": "warmup-stable-decay",
+            "ema": 0.99,
+            "ema_warmup": True,
+        },
+        "terms": {"ce": {"label_smoothing": 0.1}},
+    },
     "cdsm-sgd": {"objective": "ce+cdsm", "optimizer": {"kind": "sgd", "sharpness": 0.05}},
 }
 

@@ -102,6 +102,8 @@ CASES = [
              lambda s: s["optimizer"]["state"].update({10**9: {}}), "of another optim"),
             ("groups that say what to do",
              lambda s: groups(s, lr=1e30, maximize=True, params=[10**6] * 9, foreach=[0]), None),
+            ("momentum beside moments",
+             lambda s: moments(s, momentum_buffer=torch.ones(0)), "another optim"),
             ("weights that are no numbers", lambda s: weights(s, float("nan")), None),
             ("weights beyond all bounds", lambda s: weights(s, 1e38), None),
             ("Langevin steps of 2^62",

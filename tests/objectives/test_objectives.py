@@ -9,7 +9,7 @@ from torch import Tensor
 
 import ebmkit
 from ebmkit.core import Energies, EnergyModel
-from ebmkit.objectives import OBJECTIVES, Term, TrainingLoss, parse_objective
+from ebmkit.objectives import OBJECTIVES, Term, TermSettings, TrainingLoss, parse_objective
 from ebmkit.objectives.terms import check_labels
 
 
@@ -51,6 +51,20 @@ def test_cross_entropy_equals_torch_with_hard_and_mixed_labels(model):
         loss = TrainingLoss(model, parse_objective("ce"))({"classify": batch._replace(soft=soft)})
         expected = torch.nn.functional.cross_entropy(model.logits(batch.y), soft)
         assert torch.allclose(loss.total, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
+def test_smoothed_cross_entropy_equals_torch_with_hard_and_mixed_labels(model, share):
+    batch = draw()
+    settings = TermSettings(ce={"label_smoothing": share})
+    own = TrainingLoss(model, parse_objective("ce"), settings=settings)
+    for soft in (batch.soft, 0.3 * batch.soft + 0.7 * batch.soft.roll(1, 0)):
+        loss = own({"classify": batch._replace(soft=soft)}).total
+        logits = model.logits(batch.y)
+        expected = torch.nn.functional.cross_entropy(logits, soft, label_smoothing=share)
+        assert torch.allclose(loss, expected, rtol=1e-12)
+        pairs = zip(gradients(loss, model), gradients(expected, model), strict=True)
+        assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in pairs)
 
 
 @pytest.mark.parametrize("name", ["dsm", "cdsm"])

@@ -37,6 +37,19 @@ TRAININGS = {
             (2000, 300),
         ),
         Training(
+            "muon",
+            "ce+dsm by Muon, with averaged weights that warm up",
+            (
+                "--width",
+                "8",
+                *SMALL,
+                *AVERAGED,
+                "--set=optimizer.kind=muon",
+                "--set=optimizer.ema_warmup=true",
+            ),
+            (2000, 300),
+        ),
+        Training(
             "jem",
             "jem with its replay buffer and its states to go back to",
             (*MLP, *SMALL, *CHAINS, "--objective", "jem"),

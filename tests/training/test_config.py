@@ -41,6 +41,16 @@ def test_settings_of_objectives_stand_under_their_names():
         resolve(parse_assignments(["objective.avd.eps=1"]))
 
 
+def test_smoothing_of_labels_needs_cross_entropy():
+    assigned = parse_assignments(["objective.ce.label_smoothing=0.1"])
+    assert resolve({"objective": "ce+dsm"}, assigned).terms.ce.label_smoothing == 0.1
+    assert resolve({}).terms.ce.label_smoothing == 0
+    with pytest.raises(ebmkit.UserError, match=r"label_smoothing = 0\.1 does nothing.*no term ce"):
+        resolve({"objective": "dsm"}, assigned)
+    with pytest.raises(ebmkit.UserError, match=r"terms\.ce\.label_smoothing = .*1.* is not legal"):
+        resolve(parse_assignments(["objective.ce.label_smoothing=1"]))
+
+
 def test_a_resolved_configuration_resolves_to_itself():
     config = resolve({"dataset": {"name": "cifar10"}, "backbone": "gradresnet34"})
     again = resolve(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json"))))

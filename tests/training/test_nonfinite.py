@@ -47,6 +47,11 @@ KINDS = {
     "clipped": {"optimizer": {"clip_norm": 1.0}},
     "in parts": {"compute": {"accumulate": 2}},
     "sgd": {"optimizer": {"kind": "sgd"}},
+    "muon": {"optimizer": {"kind": "muon"}},
+    "muon in parts, clipped": {
+        "optimizer": {"kind": "muon", "clip_norm": 1.0, "sharpness": 0.1, "ema": 0.9},
+        "compute": {"accumulate": 2},
+    },
     "adv": {"objective": "adv+dsm", "terms": {"adv": {"eps": 0.3, "steps": 2}}},
     "batch norm": {"objective": "ce", "model": {"backbone": {"norm": "batch"}}},
 }
@@ -105,7 +110,7 @@ def test_the_state_is_the_one_before_the_step_to_the_bit(tmp_path, kind):
     assert_equal(resumed.state(), states[-1])
 
 
-@pytest.mark.parametrize("kind", ["averaged", "sgd", "batch norm"])
+@pytest.mark.parametrize("kind", ["averaged", "sgd", "muon", "batch norm"])
 @pytest.mark.parametrize("done", [0, 2])
 def test_steps_that_follow_before_the_host_hears_leave_nothing_either(tmp_path, kind, done):
     """As on a GPU, where the host reads every few steps; also where the first step fails."""
@@ -133,6 +138,22 @@ def test_averaged_weights_are_those_of_pytorch(tmp_path):
         trainer.update(drawn, 1e-2)
         reference.update_parameters(trainer.model)
     assert_equal(trainer.average.state_dict(), reference.state_dict())
+
+
+def test_the_decay_of_averaged_weights_can_warm_up(tmp_path):
+    """By the formula in float64; so the first weights are soon forgotten."""
+    layer = {"optimizer": {"ema": 0.6, "ema_warmup": True}}
+    trainer = start(tmp_path / "run", layer)
+    mean = None
+    for t, drawn in enumerate(trainer.batches(0, 8)):
+        trainer.update(drawn, 1e-2)
+        now = trainer.model.backbone.stem.weight.detach().double()
+        decay = min(0.6, (1 + t) / (10 + t))
+        mean = now if mean is None else decay * mean + (1 - decay) * now
+    found = trainer.average.module.backbone.stem.weight.detach().double()
+    torch.testing.assert_close(found, mean, rtol=1e-6, atol=1e-7)
+    assert decay == (1 + 7) / (10 + 7)
+    assert min(0.6, (1 + 20) / (10 + 20)) == 0.6  # it is reached
 
 
 @pytest.mark.parametrize(("stream", "term"), [("classify", "ce"), ("denoise", "dsm")])

@@ -53,11 +53,12 @@ def weights(path: Path) -> torch.Tensor:
     return torch.cat([v.flatten() for v in ebmkit.load(path).state_dict().values()])
 
 
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory) -> Path:
+@pytest.fixture(scope="module", params=["adamw", "muon"])
+def two_processes(request, tmp_path_factory) -> Path:
     """A run of four steps by two processes, this one and another, told what torchrun tells them."""
     folder = tmp_path_factory.mktemp("parallel")
-    arguments = ["train", "--steps=4", "--out=two", *SETTINGS]
+    kind = f"--set=optimizer.kind={request.param}"
+    arguments = ["train", "--steps=4", "--out=two", kind, *SETTINGS]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

@@ -88,6 +88,63 @@ def test_what_does_not_fit_is_refused_by_name(saved, where, new, says):
     trainer.restore(state)  # it is whole again
 
 
+@pytest.fixture(scope="module")
+def saved_by_muon():
+    layer = {
+        "model": {"backbone": {"width": 4, "channels_per_group": 4}},
+        "streams": {name: {"batch_size": 2} for name in ("classify", "denoise")},
+        "optimizer": {"kind": "muon"},
+        "validation_images": 0,
+        "device": "cpu",
+    }
+    trainers = [assemble(resolve({**layer, "steps": n}), None) for n in (1, 2)]
+    trainers[0].fit()
+    return trainers[1], trainers[0].state()
+
+
+def part(state, number):
+    return state["optimizer"]["state"][number]
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "new", "says"),
+    [
+        (
+            0,
+            "momentum_buffer",
+            ONES(0),
+            "optimizer, parameter 0, 'momentum_buffer' is float32 (0,)",
+        ),
+        (0, "momentum_buffer", torch.ones(4, 1, 3, 3).double(), "'momentum_buffer' is float64"),
+        (0, "exp_avg", ONES(1), "parameter 0, is of another optimiser"),
+        (0, "momentum_buffer", None, "checkpoint: optimizer.state"),
+        (-1, "exp_avg", ONES(2), "'exp_avg' is float32 (2,)"),
+        (-1, "momentum_buffer", ONES(1), "is of another optimiser"),
+    ],
+)
+def test_what_muon_kept_is_looked_at_by_the_kind_of_parameter(
+    saved_by_muon, number, name, new, says
+):
+    trainer, state = saved_by_muon
+    own = part(state, number % len(state["optimizer"]["state"]))
+    old = own.copy()
+    own[name] = new
+    try:
+        with pytest.raises(UserError, match=re.escape(says)):
+            trainer.restore(state)
+    finally:
+        own.clear()
+        own |= old
+    trainer.restore(state)
+
+
+def test_states_of_adamw_do_not_become_muon_s_nor_the_other_way_round(saved, saved_by_muon):
+    for (trainer, _), (_, state) in ((saved, saved_by_muon), (saved_by_muon, saved)):
+        found = SavedOptimizer.model_validate(state["optimizer"])
+        with pytest.raises(UserError, match="is of another optimiser or model"):
+            restore_optimizer(trainer.optimizer, found)
+
+
 def test_a_state_to_go_back_to_is_looked_at_when_it_is_used(saved):
     trainer, state = saved
     own = kept(state)[0][1]
@@ -101,7 +158,7 @@ def test_a_state_to_go_back_to_is_looked_at_when_it_is_used(saved):
         own["model"] = old
 
 
-@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+@pytest.mark.parametrize("kind", ["adamw", "sgd", "muon"])
 def test_an_optimiser_goes_on_to_the_same_bits_whatever_the_file_sets(kind):
     """Its groups, with rates, decays and signs, are the configuration's."""
 

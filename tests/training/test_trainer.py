@@ -58,8 +58,12 @@ def bits(trainer):
         {},
         {"optimizer": {"ema": 0.9, "clip_norm": 1.0, "decay_norms": False}},
         {"streams": {"classify": {"augmentation": {"mix": "both", "crop_padding": 1}}}},
+        {
+            "optimizer": {"kind": "muon", "schedule": "linear", "ema": 0.9, "ema_warmup": True},
+            "terms": {"ce": {"label_smoothing": 0.1}},
+        },
     ],
-    ids=["plain", "averaged", "augmented"],
+    ids=["plain", "averaged", "augmented", "muon"],
 )
 def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, layer):
     whole = start(tmp_path, "whole", layer)
@@ -203,6 +207,39 @@ def test_the_rate_is_torch_s_cosine_annealing():
         assert learning_rate(config, step, 50) == pytest.approx(schedule.get_last_lr()[0], rel=1e-9)
         optimizer.step()
         schedule.step()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "torch_s"),
+    [
+        ("linear", lambda o, n: torch.optim.lr_scheduler.LinearLR(o, 1.0, 1e-12, n)),
+        (
+            "warmup-stable-decay",  # 40 steps, of which the last 0.25 fall
+            lambda o, n: torch.optim.lr_scheduler.SequentialLR(
+                o,
+                [
+                    torch.optim.lr_scheduler.LinearLR(o, 1 / 5, 1.0, 4),
+                    torch.optim.lr_scheduler.LinearLR(o, 1.0, 1e-12, n // 4),
+                ],
+                [3 * n // 4],
+            ),
+        ),
+    ],
+)
+def test_the_rate_is_that_of_a_schedule_of_torch(schedule, torch_s):
+    stable = schedule == "warmup-stable-decay"
+    own = {"decay_share": 0.25, "warmup_steps": 5} if stable else {}
+    config = resolve({"optimizer": {"lr": 0.1, "schedule": schedule, **own}}).optimizer
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # SequentialLR's own
+        reference = torch_s(optimizer, 40)
+        for step in range(40):
+            expected = pytest.approx(reference.get_last_lr()[0], rel=1e-9)
+            assert learning_rate(config, step, 40) == expected, step
+            optimizer.step()
+            reference.step()
+    assert learning_rate(config, 40, 40) == 0
 
 
 def test_norm_weights_can_be_kept_from_decay():
