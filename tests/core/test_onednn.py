@@ -70,7 +70,7 @@ def test_scan_detects_the_corruption_without_the_change():
     found, _ = scan("--unguarded", *QUICK)
     if not any(found.values()):
         pytest.skip("no corruption without the change: is it still needed?")
-    assert all(code < 0 for code in found.values()), found
+    assert all(found.values()), found
 
 
 def strided(channels=4, stride=2, **options):
