@@ -52,6 +52,7 @@ from ebmkit.linearization import (
     per_image,
     sigma_of_score,
 )
+from ebmkit.onednn import subsample_before_1x1
 from ebmkit.schedules import Schedule
 
 __all__ = [
@@ -148,6 +149,7 @@ class ScoreModel(nn.Module, ABC):
         """
         self.inference = make_inference(self, precision, compile)
         keep_freed_memory(device_of(self))
+        subsample_before_1x1(self)
         return self.to(memory_format=torch.channels_last)
 
     def infer(

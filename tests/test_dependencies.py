@@ -11,7 +11,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
 REQUIRED = {canonicalize_name(Requirement(r).name) for r in PROJECT["dependencies"]}
 OPTIONAL = [r for extra in PROJECT["optional-dependencies"].values() for r in extra]
 EXTRA = {canonicalize_name(Requirement(r).name) for r in OPTIONAL}
@@ -86,3 +87,34 @@ def test_every_dependency_is_pinned_with_hashes():
     for requirement in map(Requirement, [*PROJECT["dependencies"], *OPTIONAL]):
         versions = pinned[canonicalize_name(requirement.name)]
         assert all(v in requirement.specifier for v in versions), (requirement, versions)
+
+
+def pins_of(lines):
+    """Name -> the exact versions that it is pinned to, with their markers."""
+    found = {}
+    for requirement in map(Requirement, lines):
+        (pin,) = requirement.specifier
+        assert pin.operator == "=="
+        pins = found.setdefault(canonicalize_name(requirement.name), set())
+        pins.add((pin.version, str(requirement.marker or "")))
+    return found
+
+
+def test_a_clone_and_constraints_txt_have_the_same_pins():
+    """`.ci/constraints` writes both; those of pyproject.toml are also of the tools, unhashed."""
+    clone = pins_of(PYPROJECT["tool"]["uv"]["constraint-dependencies"])
+    lines = re.findall(r"^[\w.-]+==[^\\\n]+", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    users = pins_of(lines)
+    assert {name: {v for v, _ in clone.get(name, ())} for name in users} == {
+        name: {v for v, _ in pins} for name, pins in users.items()
+    }
+    tools = map(Requirement, PYPROJECT["dependency-groups"]["dev"])
+    assert {canonicalize_name(tool.name) for tool in tools} - clone.keys() == set()
+    assert {"griffelib", "pluggy", "mkdocs-autorefs"} <= clone.keys()  # what the tools need, too
+
+
+def test_newest_versions_are_tried_without_the_pins():
+    """uv takes constraints from the project of the folder it runs in."""
+    text = (ROOT / ".ci" / "dependencies").read_text()
+    (install,) = re.findall(r"run\(\[\*install.*", text)
+    assert "cwd=place" in install

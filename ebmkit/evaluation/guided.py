@@ -89,11 +89,11 @@ def measure_guided(
         - ``count``, ``real_count``: samples, and real images of the same labels;
         - ``accuracy``: recognised, or null without labels or with an extractor of other classes;
         - ``frechet``, ``kernel``: of all samples against all those real images; ``floor``:
-          ``count``, ``frechet`` and ``kernel`` of other real images;
+            ``count``, ``frechet`` and ``kernel`` of other real images;
         - ``saturation``: ``ends`` and ``colour`` (null for gray images), each with ``samples`` and
-          ``real``;
+            ``real``;
         - ``energy_gap``: ``energy`` and ``joint_energy`` (of E(x, y); null without labels that the
-          model knows), or null without a model;
+            model knows), or null without a model;
         - ``means``: as `class_means`, or null without labels;
         - ``classes``: as `by_class`, or null without labels.
 

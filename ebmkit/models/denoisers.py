@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ebmkit.core import Estimate, Linearization, Noise, ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.models.parts import check_images
+from ebmkit.onednn import subsample_before_1x1
 
 __all__ = ["DirectDenoiser"]
 
@@ -41,6 +42,7 @@ class DirectDenoiser(ScoreModel):
     ) -> None:
         super().__init__()
         self.network = network
+        subsample_before_1x1(self)
         self.in_channels = in_channels
         self.noise_conditional = noise_conditional
         self.denoises_unaided = not noise_conditional

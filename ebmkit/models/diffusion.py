@@ -47,6 +47,7 @@ from ebmkit.core import Linearization, Noise, ScoreModel, per_image
 from ebmkit.errors import UserError
 from ebmkit.linearization import Energies, autocast_of
 from ebmkit.models.parts import check_images
+from ebmkit.onednn import subsample_before_1x1
 from ebmkit.schedules import Schedule
 
 __all__ = ["DiffusionModel", "NoisePrediction", "PredictionType"]
@@ -93,6 +94,7 @@ class DiffusionModel(ScoreModel):
         if prediction not in _TO_NOISE:
             raise UserError(f"unknown prediction {prediction!r}: known: {', '.join(_TO_NOISE)}")
         self.network = network
+        subsample_before_1x1(self)
         self.schedule = schedule
         self.in_channels = in_channels
         self.num_classes = num_classes

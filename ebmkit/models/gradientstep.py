@@ -42,6 +42,7 @@ from ebmkit.errors import UserError
 from ebmkit.linearization import forward_only
 from ebmkit.models.drunet import DRUNetConfig
 from ebmkit.models.parts import check_images
+from ebmkit.onednn import subsample_before_1x1
 
 __all__ = [
     "GSDRUNetConfig",
@@ -69,6 +70,7 @@ class GradientStep(EnergyModel):
     ) -> None:
         super().__init__()
         self.potential = potential
+        subsample_before_1x1(self)
         self.noise_conditional = noise_conditional
         self.denoises_unaided = not noise_conditional
         self.in_channels = in_channels

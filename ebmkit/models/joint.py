@@ -42,6 +42,7 @@ from ebmkit.compute import widened, without_autocast
 from ebmkit.core import Energies, EnergyModel, Noise
 from ebmkit.errors import UserError
 from ebmkit.models.parts import Backbone, Features, Head, WindowedBackbone, check_images
+from ebmkit.onednn import subsample_before_1x1
 
 __all__ = ["EXTENTS", "Extent", "JointModel"]
 
@@ -98,6 +99,7 @@ class JointModel(EnergyModel):
             )
         self.backbone = backbone
         self.head = head
+        subsample_before_1x1(self)
         self.in_channels = in_channels
         self.reference_size = reference_size
         self.extent = extent

@@ -39,6 +39,7 @@ from ebmkit.data import Batch
 from ebmkit.errors import UserError
 from ebmkit.models import JointModel
 from ebmkit.objectives import Losses, TrainingLoss
+from ebmkit.onednn import subsample_before_1x1
 from ebmkit.parallel import World
 from ebmkit.training.averaging import follow
 from ebmkit.training.optim import set_rate
@@ -121,6 +122,7 @@ class TrainingStep:
         self.precision = pick_precision(self.compute.precision, self.device)
         set_tf32(self.device, self.precision)
         loss.precision = self.precision
+        subsample_before_1x1(loss.model)  # as the models here do when made; others may not
         loss.model.to(memory_format=memory_format(self.device, loss.differentiates))
         keep_freed_memory(self.device)
         self._parallel: nn.Module | None = None  # made with the first batch

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ebmkit_tests.command_line import ebmkit_command
 from PIL import Image
 from rich.progress import Progress
 from rich.table import Table
@@ -19,7 +20,6 @@ from rich.text import Text
 
 from ebmkit.data.folders import progress_bar
 from ebmkit.terminal import CleanConsole, clean, for_bar, one_line, shown_name
-from tests.command_line import ebmkit_command
 
 SPEAKS = ("\x1b]0;owned\x07cat", "dog\n\x1b[2Jdone", "$\\frac{bird$", "[red]\u202egnp")
 

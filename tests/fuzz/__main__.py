@@ -1,9 +1,9 @@
-"""The long form: ``python -m tests.fuzz [--inputs N] [--only TARGET] [--json FILE]``.
+"""The long form: ``python -m ebmkit_tests.fuzz [--inputs N] [--only TARGET] [--json FILE]``.
 
-Coverage-guided by atheris (libFuzzer) where it is installed, as in ``uv run --with atheris python
--m tests.fuzz`` (it has wheels for CPython 3.11); else mutants of the seeds, drawn by a seeded
-generator. Each target runs in a process of its own with bounded memory. A failing input is kept,
-and its traceback shown.
+Coverage-guided by atheris (libFuzzer) where it is installed, as in
+``uv run --with atheris python -m ebmkit_tests.fuzz`` (it has wheels for CPython 3.11); else mutants
+of the seeds, drawn by a seeded generator. Each target runs in a process of its own with bounded
+memory. A failing input is kept, and its traceback shown.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ if GUIDED and "--child" in sys.argv:  # before anything else imports what is to 
         import ebmkit.storage.verify
         import ebmkit.training  # noqa: F401
 
-from tests.fuzz.mutate import mutated  # noqa: E402
-from tests.fuzz.targets import SECONDS, TARGETS, check  # noqa: E402
+from ebmkit_tests.fuzz.mutate import mutated  # noqa: E402
+from ebmkit_tests.fuzz.targets import SECONDS, TARGETS, check  # noqa: E402
 
 MEMORY = 12 * 2**30
 """Bytes of address space that a process may take; PyTorch maps 6 GiB by itself."""
@@ -50,7 +50,7 @@ MEMORY = 12 * 2**30
 
 def main() -> int:
     """Fuzz what was asked for; 1 if something failed."""
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m ebmkit_tests.fuzz", description=__doc__)
     parser.add_argument("--inputs", type=int, default=20_000, help="of a cheap target")
     parser.add_argument("--only", action="append", choices=list(TARGETS))
     parser.add_argument("--seed", type=int, default=0)
@@ -63,7 +63,7 @@ def main() -> int:
     for name in asked.only or TARGETS:
         count = max(20, round(asked.inputs * TARGETS[name].share))
         begun = time.monotonic()
-        words = [sys.executable, "-m", "tests.fuzz", "--child", name]
+        words = [sys.executable, "-m", "ebmkit_tests.fuzz", "--child", name]
         words += ["--inputs", str(count), "--seed", str(asked.seed)]
         with console.status(f"{name}: {count:,} inputs"):
             ended = subprocess.run(words, capture_output=True, text=True)
@@ -88,7 +88,7 @@ def main() -> int:
 
         told = ("ebmkit", "python", "torch", "cores", "git_commit")
         document = {
-            "command": " ".join(["python -m tests.fuzz", *sys.argv[1:]]),
+            "command": " ".join(["python -m ebmkit_tests.fuzz", *sys.argv[1:]]),
             "guided": "atheris" if GUIDED else "seeded mutants",
             "environment": {k: v for k, v in environment().items() if k in told},
             "results": results,

@@ -1,13 +1,15 @@
-"""Every parser of ours on made-up inputs, always the same; `python -m tests.fuzz` tries more."""
+"""Every parser of ours on inputs that are the same each time.
+
+`python -m ebmkit_tests.fuzz` tries more.
+"""
 
 import random
 
 import pytest
+from ebmkit_tests.fuzz.mutate import mutated
+from ebmkit_tests.fuzz.targets import TARGETS, check
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-from tests.fuzz.mutate import mutated
-from tests.fuzz.targets import TARGETS, check
 
 DEAR = ("run folder", "checkpoint, gone on with", "config", "assignments", "checkpoint", "hdf5")
 

@@ -1,4 +1,4 @@
-"""Short runs whose metrics and bits are kept: ``python -m tests.golden [--write]``.
+"""Short runs whose metrics and bits are kept: ``python -m ebmkit_tests.golden [--write]``.
 
 The bits of a run depend on the order of sums, which processors choose differently. So they are
 computed as no processor chooses: ATen's plain kernels, no oneDNN, MKL's compatible branch, one
@@ -119,7 +119,7 @@ def _digest(into: Any, value: Any) -> None:
 def main() -> None:
     """Print what the runs give, or keep it."""
     if any(os.environ.get(name) != value for name, value in FIXED.items()):
-        words = [sys.executable, "-m", "tests.golden", *sys.argv[1:]]
+        words = [sys.executable, "-m", "ebmkit_tests.golden", *sys.argv[1:]]
         os.execve(sys.executable, words, os.environ | FIXED)
     found = run_all()
     if "--write" in sys.argv:

@@ -12,9 +12,9 @@ HERE = Path(__file__).resolve().parent
 
 
 def golden(**environment):
-    """The runs of `tests.golden`, made by a fresh process."""
+    """The runs of `ebmkit_tests.golden`, made by a fresh process."""
     ended = subprocess.run(
-        [sys.executable, "-m", "tests.golden"],
+        [sys.executable, "-m", "ebmkit_tests.golden"],
         cwd=HERE.parents[1],
         env=os.environ | environment,
         capture_output=True,

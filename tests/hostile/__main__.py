@@ -1,4 +1,4 @@
-"""Write the corpus of hostile files, and open it: ``python -m tests.hostile OUT [--open]``.
+"""Write the corpus of hostile files, and open it: ``python -m ebmkit_tests.hostile OUT [--open]``.
 
 ``OUT/index.json`` says what lies where. With ``--open`` each file is opened in a process of its
 own, and the command ends with 1 if one of them did what it must not. ``--json`` keeps the figures.
@@ -14,10 +14,11 @@ import sys
 import time
 from pathlib import Path
 
+from ebmkit_tests.hostile.case import Case, outside
+from ebmkit_tests.hostile.corpus import all_cases, index, slug, write
+from ebmkit_tests.hostile.watch import Ending, opened
+
 from ebmkit.training.environment import environment
-from tests.hostile.case import Case, outside
-from tests.hostile.corpus import all_cases, index, slug, write
-from tests.hostile.watch import Ending, opened
 
 
 def complaint(case: Case, ending: Ending) -> str | None:
@@ -40,7 +41,7 @@ def complaint(case: Case, ending: Ending) -> str | None:
 
 def main() -> int:
     """Write, and open if asked to."""
-    parser = argparse.ArgumentParser(prog="python -m tests.hostile", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m ebmkit_tests.hostile", description=__doc__)
     parser.add_argument("out", type=Path, help="a new folder")
     parser.add_argument("--open", action="store_true", help="open each file too")
     parser.add_argument("--quick", action="store_true", help="without the slow ones")
@@ -70,7 +71,7 @@ def main() -> int:
     spent = time.perf_counter() - start
     told = ("ebmkit", "python", "torch", "cores", "git_commit")
     document = {
-        "command": "python -m tests.hostile OUT --open",
+        "command": "python -m ebmkit_tests.hostile OUT --open",
         "environment": {k: v for k, v in environment().items() if k in told},
         "files": len(rows),
         "refused": sum(row["how"] == "refused" for row in rows),

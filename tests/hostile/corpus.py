@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.hostile.case import SECRET, Case, outside
+from ebmkit_tests.hostile.case import SECRET, Case, outside
 
 __all__ = ["all_cases", "write"]
 
@@ -18,7 +18,7 @@ def all_cases() -> tuple[list[Case], dict[str, Callable[[Path], object]]]:
     cases: list[Case] = []
     openers: dict[str, Callable[[Path], object]] = {}
     for path in sorted(Path(__file__).parent.glob("files_*.py")):
-        module = importlib.import_module(f"tests.hostile.{path.stem}")
+        module = importlib.import_module(f"ebmkit_tests.hostile.{path.stem}")
         cases += module.CASES
         openers |= module.OPENERS
     names = [slug(case.name) for case in cases]

@@ -9,15 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torchvision  # noqa: F401  (so that no case pays for importing it)
+from ebmkit_tests.hostile.case import Case, outside
+from ebmkit_tests.hostile.files_hdf5 import external_link
+from ebmkit_tests.hostile.making import GIGAPIXEL, Make, encoded, png
 from torchvision.transforms.v2 import functional  # noqa: F401
 
 from ebmkit.data import load_dataset
 from ebmkit.data.embedded import digits
 from ebmkit.data.imagesets import Faults
 from ebmkit.evaluation.ood_sets import find_set
-from tests.hostile.case import Case, outside
-from tests.hostile.files_hdf5 import external_link
-from tests.hostile.making import GIGAPIXEL, Make, encoded, png
 
 
 def folder_with(change: Callable[[Path, Path], None], classes: int = 2, count: int = 12) -> Make:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+from ebmkit_tests.hostile.case import Case, outside
+from ebmkit_tests.hostile.making import Make, fifo, link
 
 from ebmkit.data import load_dataset
 from ebmkit.data.embedded import digits
 from ebmkit.evaluation.generated import read_samples
 from ebmkit.sampling.buffer import ReplayBuffer
-from tests.hostile.case import Case, outside
-from tests.hostile.making import Make, fifo, link
 
 
 def hdf5(fill: Callable[[h5py.File, Path], None], name: str = "set.h5", **options: object) -> Make:

@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 import yaml
 from diffusers import UNet2DModel  # noqa: F401  (importing it looks for IPv6: not in a case)
+from ebmkit_tests.hostile.case import Case, outside
+from ebmkit_tests.hostile.making import Make
 
 import ebmkit
 from ebmkit.errors import UserError
@@ -29,8 +31,6 @@ from ebmkit.models.torchfile import read_torch_file
 from ebmkit.storage.tensors import read_tensors
 from ebmkit.storage.verify import verify_run
 from ebmkit.training import RunFolder, resolve
-from tests.hostile.case import Case, outside
-from tests.hostile.making import Make
 
 # ---------------------------------------------------------------- safetensors
 

@@ -7,12 +7,12 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+from ebmkit_tests.hostile.case import Case
+from ebmkit_tests.hostile.files_hdf5 import zeros_packed
+from ebmkit_tests.hostile.making import GIGAPIXEL, Make, encoded, fifo, link, png, png_chunk
 from PIL import Image
 
 from ebmkit.data import read_image
-from tests.hostile.case import Case
-from tests.hostile.files_hdf5 import zeros_packed
-from tests.hostile.making import GIGAPIXEL, Make, encoded, fifo, link, png, png_chunk
 
 SMALL = zlib.compress(bytes(8 * 9))
 """The pixels of a picture of 8x8."""

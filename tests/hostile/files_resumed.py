@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ebmkit_tests.hostile.case import Case
+from ebmkit_tests.hostile.making import Make
 
 from ebmkit.training import RunFolder, resolve
 from ebmkit.training.assemble import assemble
 from ebmkit.training.checkpoints import pack_state
-from tests.hostile.case import Case
-from tests.hostile.making import Make
 
 LAYER = """
 objective: jem

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from ebmkit_tests.hostile.case import Case, outside
 
 from ebmkit.errors import UserError
 from ebmkit.guidance.schedules import parse_schedule
@@ -14,7 +15,6 @@ from ebmkit.storage.reading import read_json, read_text
 from ebmkit.training import resolve
 from ebmkit.training.config import parse_assignments, read_config
 from ebmkit.units import parse_radius, parse_sigma
-from tests.hostile.case import Case, outside
 
 
 def written(text: str | bytes, name: str = "config.yaml"):

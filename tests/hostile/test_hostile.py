@@ -1,7 +1,7 @@
 """The corpus of hostile files is refused: nothing runs, nothing else is read, memory is bounded.
 
-The corpus is made and opened by ``python -m tests.hostile``, in processes of its own, for an audit
-hook stays for good and a bound on memory would be that of the tests.
+The corpus is made and opened by ``python -m ebmkit_tests.hostile``, in processes of its own, for an
+audit hook stays for good and a bound on memory would be that of the tests.
 """
 
 import json
@@ -16,7 +16,15 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 def run(out, *arguments):
     found = out / "found.json"
-    command = [sys.executable, "-m", "tests.hostile", out / "corpus", "--open", "--json", found]
+    command = [
+        sys.executable,
+        "-m",
+        "ebmkit_tests.hostile",
+        out / "corpus",
+        "--open",
+        "--json",
+        found,
+    ]
     ended = subprocess.run(
         [*map(str, command), *arguments],
         cwd=REPOSITORY,

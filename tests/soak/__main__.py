@@ -1,4 +1,4 @@
-"""The long form of the promises: ``python -m tests.soak``, from the repository's root.
+"""The long form of the promises: ``python -m ebmkit_tests.soak``, from the repository's root.
 
 Kills training at random and compares how it ends with a run that was never interrupted, bit by bit;
 runs 20,000 steps and watches memory, files and descriptors. Ends with a table, exit code 1 if a
@@ -15,20 +15,20 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ebmkit_tests.soak.flat import stay_flat
+from ebmkit_tests.soak.kills import killed
+from ebmkit_tests.soak.scenarios import TRAININGS
 from rich.console import Console
 from rich.table import Table
 
 from ebmkit.training.environment import environment
-from tests.soak.flat import stay_flat
-from tests.soak.kills import killed
-from tests.soak.scenarios import TRAININGS
 
 TOLD = ("ebmkit", "python", "torch", "numpy", "cores", "git_commit")
 
 
 def main() -> int:
     """Run what was asked for; the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m ebmkit_tests.soak", description=__doc__)
     names = [*TRAININGS, "flat"]
     parser.add_argument("--only", action="append", choices=names, help="a scenario; repeatable")
     parser.add_argument("--kills", type=int, default=20, help="of each training")
@@ -70,7 +70,7 @@ def main() -> int:
     console.print(table(results))
     if asked.json:
         document = {
-            "command": " ".join(["python -m tests.soak", *sys.argv[1:]]),
+            "command": " ".join(["python -m ebmkit_tests.soak", *sys.argv[1:]]),
             "seed": asked.seed,
             "environment": {k: v for k, v in environment().items() if k in TOLD},
             "results": results,

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.soak.compare import differences, last_step, logged_step
-from tests.soak.processes import Command, ebmkit
+from ebmkit_tests.soak.compare import differences, last_step, logged_step
+from ebmkit_tests.soak.processes import Command, ebmkit
 
 START = 40.0
 """Seconds in which a command must have begun to train."""
@@ -39,7 +39,7 @@ class Training:
 
     def command(self, *arguments: object, quick: bool) -> list[str]:
         steps = self.steps[1] if quick else self.steps[0]
-        wrapper = "tests.soak.unrestored" if self.defect else None
+        wrapper = "ebmkit_tests.soak.unrestored" if self.defect else None
         words = ["train", "--no-evaluate", "--device", "cpu", "--steps", steps, *self.options]
         return ebmkit(*words, *arguments, wrapper=wrapper, ranks=self.ranks)
 

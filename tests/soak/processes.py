@@ -109,7 +109,7 @@ def ebmkit(*arguments: object, wrapper: str | None = None, ranks: int = 1) -> li
 
     Args:
         arguments: of the command.
-        wrapper: module that runs it in another way (`tests.soak.unrestored`).
+        wrapper: module that runs it in another way (`ebmkit_tests.soak.unrestored`).
         ranks: processes, started by torchrun.
     """
     words = [str(argument) for argument in arguments]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.soak.kills import Training
+from ebmkit_tests.soak.kills import Training
 
 SMALL = (
     "--set=streams.classify.batch_size=16",

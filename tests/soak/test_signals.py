@@ -8,14 +8,14 @@ import signal
 import time
 
 import pytest
+from ebmkit_tests.soak.compare import differences, last_step, logged_step
+from ebmkit_tests.soak.kills import START
+from ebmkit_tests.soak.processes import Command, marked
+from ebmkit_tests.soak.processes import ebmkit as command_line
+from ebmkit_tests.soak.scenarios import MLP, SMALL
 
 import ebmkit
 from ebmkit.storage.verify import verify_run
-from tests.soak.compare import differences, last_step, logged_step
-from tests.soak.kills import START
-from tests.soak.processes import Command, marked
-from tests.soak.processes import ebmkit as command_line
-from tests.soak.scenarios import MLP, SMALL
 
 pytestmark = pytest.mark.slow
 

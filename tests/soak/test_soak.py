@@ -1,9 +1,8 @@
-"""The short form of `python -m tests.soak`: a few kills of each kind of training."""
+"""The short form of `python -m ebmkit_tests.soak`: a few kills of each kind of training."""
 
 import pytest
-
-from tests.soak.kills import killed
-from tests.soak.scenarios import TRAININGS
+from ebmkit_tests.soak.kills import killed
+from ebmkit_tests.soak.scenarios import TRAININGS
 
 pytestmark = pytest.mark.slow
 

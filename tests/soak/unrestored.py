@@ -18,7 +18,7 @@ _count = itertools.count()
 def _forgetful(*key: object) -> int:
     import hashlib
 
-    from tests.soak.unrestored import _count
+    from ebmkit_tests.soak.unrestored import _count
 
     digest = hashlib.blake2b(repr((key[0], next(_count))).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
