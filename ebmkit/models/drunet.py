@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ebmkit.compute import widened, without_autocast
 from ebmkit.core import Noise, per_image
 from ebmkit.errors import UserError
+from ebmkit.models.convolution import Conv2d
 
 __all__ = ["DRUNet", "DRUNetConfig", "convert_drunet"]
 
@@ -86,7 +87,7 @@ class DRUNet(nn.Module):
             return [Block(channels, config.activation) for _ in range(config.blocks)]
 
         def down(i: int) -> nn.Sequential:
-            stride = nn.Conv2d(widths[i], widths[i + 1], 2, 2, bias=False)
+            stride = Conv2d(widths[i], widths[i + 1], 2, 2, bias=False)
             return nn.Sequential(*blocks(widths[i]), stride)
 
         def up(i: int) -> nn.Sequential:
@@ -177,5 +178,5 @@ def convert_drunet(
     return config, channels, ours
 
 
-def _conv(channels: int, out: int) -> nn.Conv2d:
-    return nn.Conv2d(channels, out, 3, padding=1, bias=False)
+def _conv(channels: int, out: int) -> Conv2d:
+    return Conv2d(channels, out, 3, padding=1, bias=False)

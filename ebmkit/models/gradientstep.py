@@ -40,6 +40,7 @@ from ebmkit.compute import widened, without_autocast
 from ebmkit.core import Energies, EnergyModel, Linearization, Noise, linearize, per_image
 from ebmkit.errors import UserError
 from ebmkit.linearization import forward_only
+from ebmkit.models.convolution import Conv2d
 from ebmkit.models.drunet import DRUNetConfig
 from ebmkit.models.parts import check_images
 from ebmkit.onednn import subsample_before_1x1
@@ -162,16 +163,15 @@ class ScalarConvNet(nn.Module):
         super().__init__()
         config = config or GraDnCNNConfig()
         width = config.width
-        self.first = nn.Conv2d(in_channels, width, 3, padding=1, bias=config.bias)
+        self.first = Conv2d(in_channels, width, 3, padding=1, bias=config.bias)
         self.onward = nn.ModuleList(
-            nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(config.layers)
+            Conv2d(width, width, 3, padding=1, bias=False) for _ in range(config.layers)
         )
         self.fed = nn.ModuleList(
-            nn.Conv2d(in_channels, width, 3, padding=1, bias=config.bias)
-            for _ in range(config.layers)
+            Conv2d(in_channels, width, 3, padding=1, bias=config.bias) for _ in range(config.layers)
         )
-        self.last = nn.Conv2d(width, 1, 3, padding=1, bias=False)
-        self.last_fed = nn.Conv2d(in_channels, 1, 3, padding=1, bias=False)
+        self.last = Conv2d(width, 1, 3, padding=1, bias=False)
+        self.last_fed = Conv2d(in_channels, 1, 3, padding=1, bias=False)
         self.activation = SMOOTH[config.activation]()
 
     def forward(self, y: Tensor, sigma: Noise | None = None) -> Tensor:

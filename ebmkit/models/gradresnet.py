@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from ebmkit.compute import widened, without_autocast
+from ebmkit.models.convolution import Conv2d
 from ebmkit.models.norms import NormName, make_norm
 from ebmkit.models.parts import Features
 from ebmkit.models.pooling import mean_over_positions
@@ -89,14 +90,14 @@ class Block(nn.Module):
             name = config.norm if wanted else "none"
             return make_norm(name, out, config.channels_per_group, config.bias)
 
-        self.conv1 = nn.Conv2d(channels, out, 3, stride, 1, bias=config.bias)
+        self.conv1 = Conv2d(channels, out, 3, stride, 1, bias=config.bias)
         self.norm1 = norm(config.norm_everywhere)
-        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=config.bias)
+        self.conv2 = Conv2d(out, out, 3, 1, 1, bias=config.bias)
         self.norm2 = norm(config.norm_everywhere)
         self.activation = ACTIVATIONS[config.activation]()
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or channels != out:
-            project = nn.Conv2d(channels, out, 1, stride, bias=config.bias)
+            project = Conv2d(channels, out, 1, stride, bias=config.bias)
             self.shortcut = nn.Sequential(project, norm(config.shortcut_norm))
         self.norm = norm(not config.norm_everywhere)
 
@@ -125,7 +126,7 @@ class GradResNet(nn.Module):
         blocks = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}[config.depth]
         widths = [config.width * 2**i for i in range(4)]
         self.in_channels = in_channels
-        self.stem = nn.Conv2d(
+        self.stem = Conv2d(
             in_channels,
             config.width,
             config.stem_kernel,

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from ebmkit.compute import widened, without_autocast
+from ebmkit.models.convolution import Conv2d
 from ebmkit.models.parts import Features
 from ebmkit.models.pooling import mean_over_positions
 
@@ -67,7 +68,7 @@ class ResNet(nn.Module):
         config = config or ResNetConfig()
         block = Bottleneck if config.depth == 50 else BasicBlock
         kernel, stride = (7, 2) if config.stem == "imagenet" else (3, 1)
-        self.conv1 = nn.Conv2d(in_channels, config.width, kernel, stride, kernel // 2, bias=False)
+        self.conv1 = Conv2d(in_channels, config.width, kernel, stride, kernel // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(config.width)
         self.relu = nn.ReLU(inplace=True)
         pooled = config.stem == "imagenet"
@@ -81,7 +82,7 @@ class ResNet(nn.Module):
                 shortcut = None
                 if stride != 1 or channels != width * block.expansion:
                     shortcut = nn.Sequential(
-                        nn.Conv2d(channels, width * block.expansion, 1, stride, bias=False),
+                        Conv2d(channels, width * block.expansion, 1, stride, bias=False),
                         nn.BatchNorm2d(width * block.expansion),
                     )
                 layers.append(block(channels, width, stride, shortcut))

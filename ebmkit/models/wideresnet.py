@@ -24,6 +24,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+from ebmkit.models.convolution import Conv2d
 from ebmkit.models.norms import make_norm
 from ebmkit.models.parts import Features
 from ebmkit.models.recompute import recompute
@@ -74,14 +75,14 @@ class Block(nn.Module):
         super().__init__()
         strides = (1, stride) if config.block == "jem" else (stride, 1)
         self.norm1 = make_norm(config.norm, channels, 8, bias=True)
-        self.conv1 = nn.Conv2d(channels, out, 3, strides[0], 1, bias=config.bias)
+        self.conv1 = Conv2d(channels, out, 3, strides[0], 1, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.norm2 = make_norm(config.norm, out, 8, bias=True)
-        self.conv2 = nn.Conv2d(out, out, 3, strides[1], 1, bias=config.bias)
+        self.conv2 = Conv2d(out, out, 3, strides[1], 1, bias=config.bias)
         self.activation = _activation(config)
         self.shortcut: nn.Module | None = None
         if stride != 1 or channels != out:
-            self.shortcut = nn.Conv2d(channels, out, 1, stride, bias=config.bias)
+            self.shortcut = Conv2d(channels, out, 1, stride, bias=config.bias)
         self.shortcut_activated = config.block == "wrn"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,7 +111,7 @@ class WideResNet(nn.Module):
         super().__init__()
         self.recompute = False
         config = config or WideResNetConfig()
-        self.stem = nn.Conv2d(in_channels, STEM_CHANNELS, 3, 1, 1, bias=config.bias)
+        self.stem = Conv2d(in_channels, STEM_CHANNELS, 3, 1, 1, bias=config.bias)
         count = (config.depth - 4) // 6
         blocks, channels = [], STEM_CHANNELS
         for width, stride in zip((1, 2, 4), (1, 2, 2), strict=True):
