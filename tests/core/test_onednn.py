@@ -13,9 +13,12 @@ import pytest
 import torch
 from torch import nn
 
-from ebmkit import JointModel, create_model
+from ebmkit import Energies, EnergyModel, JointModel, create_model
+from ebmkit.compute import ComputeConfig
 from ebmkit.models import DirectDenoiser, Features, LogitHead
+from ebmkit.objectives import TrainingLoss, parse_objective
 from ebmkit.onednn import subsample_before_1x1
+from ebmkit.training.engine import TrainingStep
 
 SCAN = Path(__file__).resolve().parent / "strided_1x1.py"
 OWN = ["own backbone", "own denoiser", "own model"]
@@ -184,3 +187,26 @@ def test_a_users_backbone_keeps_its_parameters_and_can_be_copied_and_saved():
 
 def test_plain_denoisers_are_changed_too():
     assert DirectDenoiser(nn.Sequential(strided())).network[0].stride == (1, 1)
+
+
+class Own(EnergyModel):
+    """A whole model of a user, which no constructor here sees."""
+
+    num_classes = 5
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = Backbone().float()
+
+    def forward(self, y, sigma=None):
+        logits = self.backbone(y).pooled
+        return Energies(logits, logits.logsumexp(1))
+
+
+def test_training_and_set_inference_change_a_users_model():
+    trained, used = Own(), Own()
+    assert trained.backbone.conv.stride == (2, 2)
+    loss = TrainingLoss(trained, parse_objective("ce"))
+    TrainingStep(loss, torch.optim.AdamW(trained.parameters()), ComputeConfig(compile="off"))
+    assert trained.backbone.conv.stride == (1, 1)
+    assert used.set_inference().backbone.conv.stride == (1, 1)
