@@ -98,6 +98,25 @@ def test_singular_values_come_near_one(shape):
     assert 0.68 < float(after[large].min()) <= float(after.max()) < 1.21
 
 
+@pytest.mark.parametrize("shape", [(24, 24), (32, 288), (64, 16)])
+@pytest.mark.parametrize("rank", [3, None])
+def test_directions_that_have_no_gradient_are_not_made_of_rounding(shape, rank):
+    """Of singular values from 1 down to 1e-6, and of three alone: as in float64."""
+    small = min(shape)
+    u, _ = torch.linalg.qr(normal(0, shape[0], small, dtype=torch.float64))
+    v, _ = torch.linalg.qr(normal(1, shape[1], small, dtype=torch.float64))
+    s = torch.logspace(0, -6, small, dtype=torch.float64)
+    s[rank:] = 0 if rank else s[rank:]
+    x = ((u * s) @ v.mT)[None]
+    expected = orthogonalize(x)
+    error = (orthogonalize(x.float()) - expected).norm() / expected.norm()
+    assert float(error) < 1e-3
+    ours = torch.linalg.svdvals(orthogonalize(x.float()))[0]
+    assert float(ours.max()) < 1.21
+    if rank:
+        assert float(ours[rank:].max()) < 1e-3
+
+
 def test_a_convolution_moves_as_its_matrix_in_any_layout():
     start, gradients = normal(0, 8, 4, 3, 3), [[normal(i, 8, 4, 3, 3)] for i in (1, 2)]
     [expected] = moved([start], gradients)

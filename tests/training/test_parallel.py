@@ -53,7 +53,7 @@ def weights(path: Path) -> torch.Tensor:
     return torch.cat([v.flatten() for v in ebmkit.load(path).state_dict().values()])
 
 
-@pytest.fixture(scope="module", params=["adamw", "muon"])
+@pytest.fixture(scope="module", params=["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def two_processes(request, tmp_path_factory) -> Path:
     """A run of four steps by two processes, this one and another, told what torchrun tells them."""
     folder = tmp_path_factory.mktemp("parallel")
