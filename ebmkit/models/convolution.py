@@ -32,6 +32,10 @@ from torch import Tensor, nn
 
 __all__ = ["Conv2d", "conv2d"]
 
+SMALL = 3e7
+"""Multiplications on a CPU up to which PyTorch's own derivatives are taken: calling into Python
+takes longer than what would be spared."""
+
 
 @dataclass(frozen=True)
 class _Options:
@@ -87,7 +91,9 @@ def conv2d(
         groups: of channels.
     """
     options = _Options(tuple(stride), tuple(padding), tuple(dilation), groups)
-    if not torch.is_grad_enabled():
+    frozen = isinstance(weight, nn.Parameter) and not weight.requires_grad
+    small = x.device.type == "cpu" and x.numel() * weight.numel() < SMALL * x.shape[1]
+    if frozen or small or not torch.is_grad_enabled():
         return options.apply(x, weight, bias)
     kind = x.device.type
     if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
@@ -95,23 +101,18 @@ def conv2d(
         if x.dtype != torch.float64:  # as PyTorch does
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
-    frozen = isinstance(weight, nn.Parameter) and not weight.requires_grad
-    return _convolve(x, weight, bias, options, not frozen)
+    return _convolve(x, weight, bias, options)
 
 
-def _convolve(
-    x: Tensor, weight: Tensor, bias: Tensor | None, options: _Options, linked: bool
-) -> Tensor:
-    """F(x, w) + bias; without the derivative by w unless ``linked``."""
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, options: _Options) -> Tensor:
+    """F(x, w) + bias."""
     if not torch.is_grad_enabled():
         return options.apply(x, weight, bias)
-    links: list[Tensor] = []
     shape = _output_shape(x, weight, options)
-    if linked:
-        links.append(_WeightLink.apply(weight, (x,), shape, options, False))
+    links = [_WeightLink.apply(weight, (x,), shape, options, False)]
     if bias is not None:
         links.append(bias[:, None, None].expand(shape))
-    out: Tensor = _Convolution.apply(x, weight, bias, options, linked, *links)
+    out: Tensor = _Convolution.apply(x, weight, bias, options, *links)
     return out
 
 
@@ -131,16 +132,12 @@ def _output_shape(x: Tensor, weight: Tensor, options: _Options) -> tuple[int, ..
     return (x.shape[0], weight.shape[0], *sizes)
 
 
-def _input_gradient(
-    gradient: Tensor, weight: Tensor, x: Tensor, options: _Options, linked: bool
-) -> Tensor:
-    """I(g, w), of the shape of ``x``, whose values do not matter; ``linked`` as in `_convolve`."""
+def _input_gradient(gradient: Tensor, weight: Tensor, x: Tensor, options: _Options) -> Tensor:
+    """I(g, w), of the shape of ``x``, whose values do not matter."""
     if not torch.is_grad_enabled():
         return _backward(gradient, x, weight, options, of_weight=False)
-    links: list[Tensor] = []
-    if linked:
-        links.append(_WeightLink.apply(weight, (gradient,), x.shape, options, True))
-    out: Tensor = _InputGradient.apply(gradient, weight, x, options, linked, *links)
+    link = _WeightLink.apply(weight, (gradient,), x.shape, options, True)
+    out: Tensor = _InputGradient.apply(gradient, weight, x, options, link)
     return out
 
 
@@ -194,14 +191,13 @@ class _Convolution(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         options: _Options,
-        linked: bool,
         *links: Tensor,
     ) -> Tensor:
         return options.apply(x, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, ctx.options, ctx.linked, *links = inputs
+        x, weight, _, ctx.options, *links = inputs
         ctx.links = len(links)
         ctx.save_for_backward(x, weight)
         ctx.save_for_forward(x, weight)
@@ -213,9 +209,9 @@ class _Convolution(torch.autograd.Function):
         at_x, at_weight = ctx.saved_tensors
         moved = []
         if x is not None:
-            moved.append(_convolve(x, at_weight, None, ctx.options, ctx.linked))
+            moved.append(_convolve(x, at_weight, None, ctx.options))
         if weight is not None:
-            moved.append(_convolve(at_x, weight, None, ctx.options, True))
+            moved.append(_convolve(at_x, weight, None, ctx.options))
         if bias is not None:
             moved.append(bias[:, None, None].expand(_output_shape(at_x, at_weight, ctx.options)))
         return sum(moved[1:], start=moved[0])
@@ -225,8 +221,8 @@ class _Convolution(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         of_x = None
         if ctx.needs_input_grad[0]:
-            of_x = _input_gradient(gradient, weight, x, ctx.options, ctx.linked)
-        return (of_x, None, None, None, None, *(gradient for _ in range(ctx.links)))
+            of_x = _input_gradient(gradient, weight, x, ctx.options)
+        return (of_x, None, None, None, *(gradient for _ in range(ctx.links)))
 
 
 @_positional
@@ -241,14 +237,13 @@ class _InputGradient(torch.autograd.Function):
         weight: Tensor,
         x: Tensor,
         options: _Options,
-        linked: bool,
-        *links: Tensor,
+        link: Tensor,
     ) -> Tensor:
         return _backward(gradient, x, weight, options, of_weight=False)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        gradient, weight, x, ctx.options, ctx.linked, *_ = inputs
+        gradient, weight, x, ctx.options, *_ = inputs
         ctx.save_for_backward(weight)
         ctx.save_for_forward(gradient, weight, x)
 
@@ -257,9 +252,9 @@ class _InputGradient(torch.autograd.Function):
         at_gradient, at_weight, x = ctx.saved_tensors
         moved = []
         if gradient is not None:
-            moved.append(_input_gradient(gradient, at_weight, x, ctx.options, ctx.linked))
+            moved.append(_input_gradient(gradient, at_weight, x, ctx.options))
         if weight is not None:
-            moved.append(_input_gradient(at_gradient, weight, x, ctx.options, True))
+            moved.append(_input_gradient(at_gradient, weight, x, ctx.options))
         return sum(moved, start=torch.zeros_like(x))
 
     @staticmethod
@@ -267,8 +262,8 @@ class _InputGradient(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         of_gradient = None
         if ctx.needs_input_grad[0]:
-            of_gradient = _convolve(v, weight, None, ctx.options, ctx.linked)
-        return (of_gradient, None, None, None, None, *([v] if ctx.linked else []))
+            of_gradient = _convolve(v, weight, None, ctx.options)
+        return (of_gradient, None, None, None, v)
 
 
 @_positional
@@ -302,9 +297,9 @@ class _WeightGradient(torch.autograd.Function):
         gradient, x = ctx.saved_tensors
         of_gradient = of_x = None
         if ctx.needs_input_grad[0]:
-            of_gradient = _convolve(x, u, None, ctx.options, True)
+            of_gradient = _convolve(x, u, None, ctx.options)
         if ctx.needs_input_grad[1]:
-            of_x = _input_gradient(gradient, u, x, ctx.options, True)
+            of_x = _input_gradient(gradient, u, x, ctx.options)
         return of_gradient, of_x, None, None
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from ebmkit.models import convolution as module_under_test
 from ebmkit.models.convolution import Conv2d
 
 SHAPES = [
@@ -28,6 +29,12 @@ SHAPES = [
     {"in_channels": 4, "out_channels": 6, "kernel_size": (3, 2), "dilation": 2, "groups": 2},
     {"in_channels": 2, "out_channels": 3, "kernel_size": 2, "stride": 2, "bias": False},
 ]
+
+
+@pytest.fixture(autouse=True)
+def _no_convolution_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module_under_test, "SMALL", 0)
+
 
 Score = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
 
@@ -140,6 +147,15 @@ def test_score_computes_no_weight_gradient_and_no_kernel_is_an_image(score: Scor
     with _Convolutions() as second:
         torch.autograd.grad((s + 1).square().mean() + out.mean(), own.weight)
     assert sorted(map(str, second.found)) in (["(3, 3)", "W", "W"], ["(3, 3)", "I", "W", "W"])
+
+
+def test_small_convolutions_take_the_shorter_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, _, y = _pair(SHAPES[0])
+    names = []
+    for small in (0, 1e9):
+        monkeypatch.setattr(module_under_test, "SMALL", small)
+        names.append(type(own(y).grad_fn).__name__)
+    assert names == ["_ConvolutionBackward", "ConvolutionBackward0"]
 
 
 def test_frozen_weights_and_no_grad() -> None:
