@@ -27,7 +27,7 @@ RESULTS = Path(__file__).parent / "results" / "jem.json"
 
 ROWS: dict[str, tuple[str, dict[str, Any], float | None]] = {
     # name: (recipe, settings, compute as a multiple of the first row's; None: the recipe's steps)
-    "ce+dsm": ("cifar10-short", {}, None),
+    "ce+dsm": ("cifar10-adamw", {}, None),
     "jem, equal compute": ("cifar10-jem-short", {}, 1.0),
     "jem, its authors' rate, equal compute": (
         "cifar10-jem-short",
@@ -36,7 +36,7 @@ ROWS: dict[str, tuple[str, dict[str, Any], float | None]] = {
     ),
     "jem, 3 times the compute": ("cifar10-jem-short", {}, 3.0),
     "ce, JEM's network, equal compute": ("cifar10-jem-short", {"objective": "ce"}, 1.0),
-    "digits, ce+dsm": ("digits", {}, None),
+    "digits, ce+dsm": ("digits-adamw", {}, None),
     "digits, jem": ("digits-jem", {}, None),
 }
 

@@ -1,7 +1,7 @@
 """What precision does to the result: one run each in fp32, bf16, and bf16 without exceptions.
 
     uv run python benchmarks/precision.py --out benchmarks/results/precision.json
-    uv run python benchmarks/precision.py --recipe cifar10-short --data-dir DIR --out ...
+    uv run python benchmarks/precision.py --recipe cifar10-adamw --data-dir DIR --out ...
 
 In bf16 the network runs under autocast, and the statistics of norms, the means over positions and
 the head stay in float32. *bf16, no exceptions* leaves these to autocast too; it shows what the

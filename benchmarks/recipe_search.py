@@ -305,7 +305,9 @@ class Updater:
             v.reshape(p.shape)
             for v, p in zip(self.flat.split([p.numel() for p in self.rest]), self.rest, strict=True)
         ]
-        scale = [torch.full((p.numel(),), k) for p, k in zip(self.rest, self.rest_scale, strict=True)]
+        scale = [
+            torch.full((p.numel(),), k) for p, k in zip(self.rest, self.rest_scale, strict=True)
+        ]
         self.rest_scale = torch.cat(scale).to(rates.device)
         self.first, self.second = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
         self.average = [p.detach().clone() for p in self.parameters]
@@ -785,7 +787,13 @@ def finish(run: Run, out: Path) -> None:
     changed = {k: v for k, v in asdict(run.t).items() if v != asdict(Trial())[k]}
     record(out, {"name": run.t.name, "steps_done": run.done, **found, "trial": changed})
     line = {k: found.get(k) for k in ("accuracy", "accuracy_flips", "psnr", "tflop", "seconds")}
-    print(run.t.name, run.t.seed, line, found.get("error", found.get("graph_error", ""))[-900:], flush=True)
+    print(
+        run.t.name,
+        run.t.seed,
+        line,
+        found.get("error", found.get("graph_error", ""))[-900:],
+        flush=True,
+    )
 
 
 def main() -> None:

@@ -142,9 +142,7 @@ def padded_crop(
     return random_crop(padded(x, padding, fill), tuple(x.shape[-2:]), generator, rows)
 
 
-def cutout(
-    x: Tensor, side: int, generator: torch.Generator, rows: Rows | None = None
-) -> Tensor:
+def cutout(x: Tensor, side: int, generator: torch.Generator, rows: Rows | None = None) -> Tensor:
     """Paint a square of ``side`` pixels over each image (B, C, H, W) in its mean colour."""
     height, width = x.shape[-2:]
     top = _draw(x, height, generator, rows) - side // 2

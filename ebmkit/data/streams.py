@@ -234,9 +234,7 @@ class Stream:
             wide = padded(images, options.crop_padding, options.crop_fill)
             images = random_crop(wide, span.crop_size, generator, rows)
         elif options.crop_padding:
-            images = padded_crop(
-                images, options.crop_padding, generator, rows, options.crop_fill
-            )
+            images = padded_crop(images, options.crop_padding, generator, rows, options.crop_fill)
         x = to_floats(images)
         if options.cutout:
             x = cutout(x, options.cutout, generator, rows)

@@ -183,7 +183,7 @@ SCALES: dict[str, Scale] = {
     "smoke": Scale(
         "smoke",
         "seconds a row, on embedded data: that every row trains and is evaluated",
-        {"cifar10": "digits", "imagenet": "imagenet", "guidance": "digits"},
+        {"cifar10": "digits-adamw", "imagenet": "imagenet", "guidance": "digits-adamw"},
         {
             "cifar10": _SMOKE,
             "imagenet": _imagenet("digits", 8, 64, (5, 6, 7, 8)) | _SMOKE_STEPS,
@@ -196,7 +196,7 @@ SCALES: dict[str, Scale] = {
     "cpu": Scale(
         "cpu",
         "CIFAR-10, narrow networks, minutes a row on two cores",
-        {"cifar10": "cifar10-short", "imagenet": "imagenet", "guidance": "cifar10-short"},
+        {"cifar10": "cifar10-adamw", "imagenet": "imagenet", "guidance": "cifar10-adamw"},
         {
             "cifar10": _CPU,
             "imagenet": _imagenet("cifar10", 16, 128, (20, 24, 28, 32)) | _CPU,
@@ -208,7 +208,7 @@ SCALES: dict[str, Scale] = {
     "full": Scale(
         "full",
         "the paper's recipes, on a GPU",
-        {"cifar10": "cifar10", "imagenet": "imagenet", "guidance": "cifar10"},
+        {"cifar10": "cdn-cifar10", "imagenet": "imagenet", "guidance": "cdn-cifar10"},
         {"cifar10": {}, "imagenet": {}, "guidance": _PLAIN_HEAD},
         {},
         _FULL_GUIDANCE,

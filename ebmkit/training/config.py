@@ -223,6 +223,7 @@ def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfi
     named = [layer["backbone"] for layer in layers if "backbone" in layer]
     start = _expand(base | {"backbone": named[-1]} if named else base)  # not both presets' settings
     expanded = [_expand(layer) for layer in layers]
+    start = _without_rates(start, merge(*expanded))
     raw = merge(start, *expanded)
     raw = merge(raw, diffusion_settings(raw, merge(*expanded)))
     config = validated(TrainConfig, raw, "configuration")
@@ -235,6 +236,19 @@ def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfi
             f"objective {config.objective!r} has no term ce; leave it out"
         )
     return config
+
+
+MUON_RATES = ("lr", "adamw_lr", "adamw_for", "momentum", "nesterov")
+"""Settings that no other optimiser can take over from Muon."""
+
+
+def _without_rates(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` without Muon's own settings, where ``over`` chooses another optimiser."""
+    own, chosen = base.get("optimizer", {}), over.get("optimizer", {})
+    kind = chosen.get("kind", "muon") if isinstance(chosen, Mapping) else "muon"
+    if own.get("kind") != "muon" or kind == "muon":
+        return base
+    return dict(base) | {"optimizer": {k: v for k, v in own.items() if k not in MUON_RATES}}
 
 
 def _dataset_name(raw: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """Recipes: what a data set brings, so that one command is right on digits and on CIFAR-10.
 
-A recipe is the lowest layer of a run's configuration. ``cifar10`` and ``imagenet`` are the paper's
-(CDN appendix A); ``jem``, ``jem++`` and ``sada-jem`` follow the scripts that their authors
+A recipe is the lowest layer of a run's configuration. ``cdn-cifar10`` and ``imagenet`` are the
+paper's (CDN appendix A); ``jem``, ``jem++`` and ``sada-jem`` follow the scripts that their authors
 released, in our units: their images live in [-1, 1], so noise and bounds are halved here, and a
 step of 1 is one of 1/4 (`ebmkit.sampling.langevin`). ``cifar10-robust`` has the numbers of the
 `robustness` package, by which RCG's classifiers were trained, but for its changes of colour and
@@ -14,9 +14,13 @@ from typing import Any, NamedTuple
 
 from ebmkit.objectives import parse_objective
 from ebmkit.training.recipes_joint import (
+    CDN_CIFAR,
     CIFAR,
+    CIFAR_ADAMW,
+    CIFAR_CPU,
     CIFAR_SHORT,
     DIGITS,
+    DIGITS_ADAMW,
     DNCNN,
     IMAGENET,
     OWN,
@@ -53,16 +57,31 @@ def _for(dataset: str, config: dict[str, Any]) -> dict[str, Any]:
 
 
 RECIPES: dict[str, Recipe] = {
-    "digits": Recipe(_for("digits", DIGITS), "8x8 digits on a CPU in about two minutes"),
+    "digits": Recipe(_for("digits", DIGITS), "8x8 digits on a CPU in a minute, by Muon"),
+    "digits-adamw": Recipe(
+        _for("digits", DIGITS_ADAMW),
+        "the same by AdamW alone, 800 steps: what digits is compared with",
+    ),
     "patches": Recipe(
         _for("patches", PATCHES), "photo patches, denoising alone, on a CPU in minutes"
     ),
     "cifar10": Recipe(
-        _for("cifar10", CIFAR), "the paper's CIFAR-10 recipe: width 64, 78,000 steps, MixUp/CutMix"
+        _for("cifar10", CIFAR), "cifar10-cpu at width 64, for a GPU: 18 PFLOP; not run yet"
     ),
-    "cifar100": Recipe(_for("cifar100", CIFAR), "the paper's CIFAR-10 recipe on CIFAR-100"),
+    "cdn-cifar10": Recipe(
+        _for("cifar10", CDN_CIFAR),
+        "the paper's CIFAR-10 recipe: width 64, 78,000 steps of AdamW, MixUp/CutMix",
+    ),
+    "cifar100": Recipe(_for("cifar100", CDN_CIFAR), "the paper's CIFAR-10 recipe on CIFAR-100"),
     "cifar10-short": Recipe(
-        _for("cifar10", CIFAR_SHORT), "width 16, 1,000 steps, flips only: minutes on a CPU"
+        _for("cifar10", CIFAR_SHORT), "width 16, 54 TFLOP by Muon: minutes on a CPU"
+    ),
+    "cifar10-cpu": Recipe(
+        _for("cifar10", CIFAR_CPU), "width 32, 2.6 PFLOP by Muon: hours on two CPU cores"
+    ),
+    "cifar10-adamw": Recipe(
+        _for("cifar10", CIFAR_ADAMW),
+        "width 16, 54 TFLOP by AdamW, flips only: what cifar10-short is compared with",
     ),
     "imagenet": Recipe(
         IMAGENET, "the paper's ImageNet recipe: 400 epochs, crops from 128 to 224 pixels"
@@ -71,10 +90,11 @@ RECIPES: dict[str, Recipe] = {
         DNCNN, "DnCNN-S at sigma 25/255: 40x40 patches of a folder of gray images, as Train400"
     ),
     "digits-wide": Recipe(
-        _for("digits", wide(DIGITS)), "digits with denoising up to sigma 50, to sample from noise"
+        _for("digits", wide(DIGITS_ADAMW)),
+        "digits-adamw with denoising up to sigma 50, to sample from noise",
     ),
     "cifar10-wide": Recipe(
-        _for("cifar10", wide(CIFAR_SHORT)), "cifar10-short with denoising up to sigma 50"
+        _for("cifar10", wide(CIFAR_ADAMW)), "cifar10-adamw with denoising up to sigma 50"
     ),
     "jem": Recipe(
         _for("cifar10", JEM), "JEM as its authors ran it: WideResNet-28-10, no norm, 200 epochs"
@@ -100,11 +120,11 @@ RECIPES: dict[str, Recipe] = {
         _for("cifar10", CIFAR_DDPM_SHORT), "a small diffusion model, minutes on a CPU"
     ),
     "digits-noisy-classifier": Recipe(
-        _for("digits", noisy_classifier(DIGITS)),
+        _for("digits", noisy_classifier(DIGITS_ADAMW)),
         "a classifier that is told the noise, trained at all levels of a diffusion",
     ),
     "cifar10-noisy-classifier": Recipe(
-        _for("cifar10", noisy_classifier(CIFAR_SHORT)), "the same, of cifar10-short"
+        _for("cifar10", noisy_classifier(CIFAR_ADAMW)), "the same, of cifar10-adamw"
     ),
     "cifar10-robust": Recipe(
         _for("cifar10", CIFAR_ROBUST),

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from ebmkit.training.recipes_joint import (
-    CIFAR,
-    CIFAR_SHORT,
-    DIGITS,
+    CDN_CIFAR,
+    CIFAR_ADAMW,
+    DIGITS_ADAMW,
     stream,
 )
 
@@ -165,7 +165,7 @@ def _ddpm(recipe: dict[str, Any], batch_size: int, **augmentation: Any) -> dict[
 
 
 DIGITS_DDPM: dict[str, Any] = {
-    **_ddpm(DIGITS, 64),
+    **_ddpm(DIGITS_ADAMW, 64),
     "model": {"backbone": {"width": 32}},
     "optimizer": {"lr": 2e-3, "weight_decay": 0.0, "ema": 0.995, "clip_norm": 1.0},
     "steps": 1200,
@@ -175,7 +175,7 @@ DIGITS_DDPM: dict[str, Any] = {
 
 # Ho et al. 2020, appendix B: Adam at a constant rate, 800,000 steps.
 CIFAR_DDPM: dict[str, Any] = {
-    **_ddpm(CIFAR, 128, flip=True),
+    **_ddpm(CDN_CIFAR, 128, flip=True),
     "backbone": "unet-cifar10",
     "optimizer": {
         "lr": 2e-4,
@@ -192,7 +192,7 @@ CIFAR_DDPM: dict[str, Any] = {
 }
 
 CIFAR_DDPM_SHORT: dict[str, Any] = {
-    **_ddpm(CIFAR_SHORT, 32, flip=True),
+    **_ddpm(CIFAR_ADAMW, 32, flip=True),
     "model": {"backbone": {"width": 32}},
     "optimizer": {"lr": 1e-3, "weight_decay": 0.0, "ema": 0.999, "clip_norm": 1.0},
     "steps": 3000,
@@ -216,7 +216,7 @@ _NO_NOISE: dict[str, Any] = {"kind": "none"}
 
 # 150 epochs of 50,000 images in batches of 128 are 58,594 steps.
 CIFAR_ROBUST: dict[str, Any] = {
-    **CIFAR,
+    **CDN_CIFAR,
     "backbone": "resnet50",
     "head": "logit",
     "objective": "adv",
@@ -228,7 +228,7 @@ CIFAR_ROBUST: dict[str, Any] = {
             "noise": _NO_NOISE,
             "augmentation": {"flip": True, "crop_padding": 4},
         },
-        "denoise": CIFAR["streams"]["denoise"],
+        "denoise": CDN_CIFAR["streams"]["denoise"],
     },
     "optimizer": {
         "kind": "sgd",
@@ -244,7 +244,7 @@ CIFAR_ROBUST: dict[str, Any] = {
 
 # The strides of the network for ImageNet take a quarter of the work.
 CIFAR_ROBUST_SHORT: dict[str, Any] = {
-    **CIFAR_SHORT,
+    **CIFAR_ADAMW,
     "backbone": "gradresnet18-imagenet",
     "head": "logit",
     "objective": "adv",
@@ -254,21 +254,21 @@ CIFAR_ROBUST_SHORT: dict[str, Any] = {
     },
     "streams": {
         "classify": {"batch_size": 128, "noise": _NO_NOISE, "augmentation": {"flip": True}},
-        "denoise": CIFAR_SHORT["streams"]["denoise"],
+        "denoise": CIFAR_ADAMW["streams"]["denoise"],
     },
     "steps": 400,
     "validate_every": 100,
 }
 
 DIGITS_ROBUST: dict[str, Any] = {
-    **DIGITS,
+    **DIGITS_ADAMW,
     "head": "logit",
     "objective": "adv",
     "terms": {"adv": {"warmup_steps": 200}, "trades": {"warmup_steps": 200}},
     "model": {"backbone": {"width": 8}},
     "streams": {
         "classify": {"batch_size": 128, "noise": _NO_NOISE, "augmentation": {"crop_padding": 1}},
-        "denoise": DIGITS["streams"]["denoise"],
+        "denoise": DIGITS_ADAMW["streams"]["denoise"],
     },
     "steps": 400,
 }

@@ -68,7 +68,7 @@ def test_every_recipe_is_legal(name):
     assert isinstance(resolve(recipe=name), TrainConfig)
 
 
-def test_cifar10_is_the_paper_s_recipe():
+def test_cdn_cifar10_is_the_paper_s_recipe():
     # CDN appendix A
     config = resolve({"dataset": {"name": "cifar10"}})
     classify, denoise = config.streams.classify, config.streams.denoise
