@@ -88,7 +88,8 @@ def conv2d(
     """
     options = _Options(tuple(stride), tuple(padding), tuple(dilation), groups)
     frozen = isinstance(weight, nn.Parameter) and not weight.requires_grad
-    small = x.device.type == "cpu" and x.numel() * weight.numel() < SMALL * x.shape[1]
+    work = x.numel() * weight.numel() // (x.shape[1] * stride[0] * stride[1])
+    small = x.device.type == "cpu" and work < SMALL
     if frozen or small or not torch.is_grad_enabled():
         return options.apply(x, weight, bias)
     kind = x.device.type
