@@ -59,12 +59,8 @@ class Conv2d(nn.Conv2d):
         """The convolution of ``x`` (B, C, H, W) or (C, H, W)."""
         if self.padding_mode != "zeros" or isinstance(self.padding, str) or x.ndim != 4:
             return super().forward(x)
-        stride = self.stride
-        if self.kernel_size == (1, 1) and self.padding == (0, 0) and stride != (1, 1):
-            # the same values; a strided 1x1 convolution copies the pixels that it sees as well
-            x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
         out: Tensor = conv2d(
-            x, self.weight, self.bias, stride, self.padding, self.dilation, self.groups
+            x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
         )
         return out
 
@@ -92,7 +88,8 @@ def conv2d(
     """
     options = _Options(tuple(stride), tuple(padding), tuple(dilation), groups)
     frozen = isinstance(weight, nn.Parameter) and not weight.requires_grad
-    small = x.device.type == "cpu" and x.numel() * weight.numel() < SMALL * x.shape[1]
+    work = x.numel() * weight.numel() // (x.shape[1] * stride[0] * stride[1])
+    small = x.device.type == "cpu" and work < SMALL
     if frozen or small or not torch.is_grad_enabled():
         return options.apply(x, weight, bias)
     kind = x.device.type
