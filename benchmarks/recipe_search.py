@@ -16,6 +16,7 @@ OUT/trials.jsonl: its fields, FLOPs, seconds, accuracy, PSNR and the losses alon
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -109,20 +110,22 @@ class _InputGradient(torch.autograd.Function):
     """conv^T(g, w) (the gradient by the input), whose own weight gradient is one kernel."""
 
     @staticmethod
-    def forward(ctx, g, w, x, stride, padding):
+    def forward(ctx: Any, g: Tensor, w: Tensor, x: Tensor, stride: int, padding: int) -> Tensor:
         ctx.save_for_backward(g, w)
         ctx.stride, ctx.padding = stride, padding
         return _backward(g, x, w, stride, padding, (True, False))[0]
 
     @staticmethod
-    def backward(ctx, v):
+    def backward(ctx: Any, v: Tensor) -> tuple[Any, ...]:
         g, w = ctx.saved_tensors
         by_g = F.conv2d(v, w, None, ctx.stride, ctx.padding)
         by_w = _backward(g, v, w, ctx.stride, ctx.padding, (False, True))[1]
         return by_g, by_w, None, None, None
 
 
-def _backward(g, x, w, stride, padding, mask):
+def _backward(
+    g: Tensor, x: Tensor, w: Tensor, stride: int, padding: int, mask: tuple[bool, bool]
+) -> tuple[Tensor, ...]:
     where = (*mask, False)
     args = ([stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1, where)
     return aten.convolution_backward(g, x, w, None, *args)
@@ -130,13 +133,13 @@ def _backward(g, x, w, stride, padding, mask):
 
 class _Conv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w, stride, padding):
+    def forward(ctx: Any, x: Tensor, w: Tensor, stride: int, padding: int) -> Tensor:
         ctx.save_for_backward(x, w)
         ctx.stride, ctx.padding = stride, padding
         return F.conv2d(x, w, None, stride, padding)
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, w = ctx.saved_tensors
         by_x = by_w = None
         if torch.is_grad_enabled():  # the score: only the input's gradient is wanted
@@ -247,7 +250,7 @@ def flops_per_image(net: Net, side: int) -> float:
     with torch.no_grad():
         hooks = []
 
-        def count(module, args, out):
+        def count(module: Conv, args: Any, out: Tensor) -> None:
             nonlocal total
             kernel = module.weight[0].numel()
             total += 2.0 * kernel * out.numel()
@@ -462,7 +465,7 @@ class Run:
             cuts.add(round(share * t.steps))
         ends = sorted(cuts)
         rows = []
-        for a, b in zip(ends[:-1], ends[1:], strict=True):
+        for a, b in itertools.pairwise(ends):
             rows.append((a, b, {
                 "dsm": a >= round(t.dsm_after * t.steps) and t.denoise_batch > 0,
                 "dsm_crop": t.dsm_crop if a < round(t.dsm_until * t.steps) else 0,

@@ -242,13 +242,13 @@ MUON_RATES = ("lr", "adamw_lr", "adamw_for", "momentum", "nesterov")
 """Settings that no other optimiser can take over from Muon."""
 
 
-def _without_rates(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def _without_rates(base: Mapping[str, Any], over: Mapping[str, Any]) -> Mapping[str, Any]:
     """``base`` without Muon's own settings, where ``over`` chooses another optimiser."""
     own, chosen = base.get("optimizer", {}), over.get("optimizer", {})
     kind = chosen.get("kind", "muon") if isinstance(chosen, Mapping) else "muon"
     if own.get("kind") != "muon" or kind == "muon":
         return base
-    return dict(base) | {"optimizer": {k: v for k, v in own.items() if k not in MUON_RATES}}
+    return {**base, "optimizer": {k: v for k, v in own.items() if k not in MUON_RATES}}
 
 
 def _dataset_name(raw: Mapping[str, Any]) -> str:

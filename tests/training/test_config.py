@@ -5,6 +5,7 @@ import yaml
 
 import ebmkit
 from ebmkit.training import RECIPES, TrainConfig, parse_assignments, read_config, resolve
+from ebmkit.training.rehearse import forward_flops
 
 
 def test_later_layers_win():
@@ -68,9 +69,37 @@ def test_every_recipe_is_legal(name):
     assert isinstance(resolve(recipe=name), TrainConfig)
 
 
+def test_another_optimiser_does_not_inherit_muon_s_rates():
+    ours = resolve(recipe="digits").optimizer
+    assert (ours.kind, ours.lr) == ("muon", 1e-2)
+    plain = resolve({"optimizer": {"kind": "adamw"}}, recipe="digits").optimizer
+    assert (plain.kind, plain.lr, plain.adamw_lr, plain.nesterov) == ("adamw", 3e-4, None, None)
+    assert plain.schedule == ours.schedule  # what any optimiser has stays
+    named = resolve({"optimizer": {"kind": "sgd", "lr": 0.1}}, recipe="digits").optimizer
+    assert (named.kind, named.lr, named.momentum) == ("sgd", 0.1, 0.9)
+    slower = resolve({"optimizer": {"lr": 5e-3}}, recipe="digits").optimizer
+    assert (slower.kind, slower.lr, slower.momentum) == ("muon", 5e-3, 0.9)
+
+
+def test_short_recipes_cost_no_more_than_what_they_are_compared_with():
+    def joint_flops(name):
+        config = resolve(recipe=name)
+        model = ebmkit.create_model(
+            config.backbone, 10, in_channels=3, width=config.model.backbone.width
+        )
+        image = forward_flops(model, (3, 32, 32))
+        streams = config.streams
+        per_step = 3 * streams.classify.batch_size + 6 * streams.denoise.batch_size
+        return image * per_step * config.steps
+
+    plain = joint_flops("cifar10-adamw")
+    assert joint_flops("cifar10-short") <= plain
+    assert joint_flops("cifar10-cpu") <= 2.6e15
+
+
 def test_cdn_cifar10_is_the_paper_s_recipe():
     # CDN appendix A
-    config = resolve({"dataset": {"name": "cifar10"}})
+    config = resolve(recipe="cdn-cifar10")
     classify, denoise = config.streams.classify, config.streams.denoise
     assert config.model.backbone.width == 64
     assert config.steps == 78_000

@@ -1,0 +1,208 @@
+"""Time to quality: seconds, steps and FLOPs until a run is as good as stated, two recipes beside.
+
+    uv run python benchmarks/time_to_quality.py --data digits --out OUT
+    uv run python benchmarks/time_to_quality.py --data cifar10 --data-dir DIR --out OUT --marks 2
+
+A *mark* is an accuracy and three PSNRs (at sigma 15, 25, 50 of 255; for digits gains over the noisy
+image). A recipe's rate falls to 0 at the end of a run, so what is asked of each recipe is the
+shortest *length* (in steps) whose run, trained to its end, reaches the mark on test images (mean
+over seeds). The lengths of `LENGTHS` are tried from short to long; all runs stay in OUT, finished
+ones are not repeated, and an interrupted one is resumed. Training time is counted, evaluation is
+not. OUT/time-to-quality-DATA.json and .png (quality against FLOPs) hold every run, reached or not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ebmkit.storage import write_atomically
+from ebmkit.training.runs import environment
+
+LEVELS = ("15", "25", "50")
+RECIPES = {
+    "digits": {"AdamW": "digits-adamw", "ours": "digits"},
+    "cifar10": {"AdamW": "cifar10-adamw", "ours": "cifar10-short"},
+}
+MARKS: dict[str, list[tuple[float, tuple[float, ...]]]] = {
+    "digits": [(0.985, (3.2, 4.1, 5.5))],
+    "cifar10": [
+        (0.66, (29.9, 26.9, 22.9)),
+        (0.775, (30.8, 27.8, 23.8)),
+        (0.90, (31.3, 28.4, 24.5)),
+    ],
+}
+"""Accuracy and PSNR, dB; of digits the gains."""
+
+LENGTHS = {
+    "digits": {"AdamW": (400, 800, 1600), "ours": (200, 300, 400, 600)},
+    "cifar10": {
+        "AdamW": (1000, 2000, 4000, 8000, 16_000, 32_000),
+        "ours": (350, 500, 700, 1000, 2100, 4200, 8400, 16_800),
+    },
+}
+
+
+def main() -> None:
+    """Train until each recipe has reached each mark, or its lengths are used up."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", choices=[*RECIPES], default="digits")
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--marks", type=int, help="how many marks, from the easiest; default: all")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--longest", type=int, default=10**9, help="steps of the longest run")
+    parser.add_argument("--only", nargs="+", choices=["AdamW", "ours"], default=["AdamW", "ours"])
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    marks = MARKS[options.data][: options.marks]
+    runs: list[dict[str, Any]] = []
+    for who in options.only:
+        left = list(marks)
+        for steps in LENGTHS[options.data][who]:
+            if not left or steps > options.longest:
+                break
+            own = [measured(options, who, steps, seed) for seed in range(options.seeds)]
+            runs += own
+            while left and reaches(own, left[0]):
+                left.pop(0)
+            write(options, runs, marks)
+    write(options, runs, marks)
+
+
+def measured(options: argparse.Namespace, who: str, steps: int, seed: int) -> dict[str, Any]:
+    """Train and evaluate one run, or what is left of it."""
+    recipe = RECIPES[options.data][who]
+    run = options.out / f"{recipe}-{steps}-{seed}"
+    if not (run / "cost.json").exists():
+        line = ["train", "--no-evaluate"]
+        if (run / "config.yaml").exists():
+            line += ["--resume", str(run)]
+        else:
+            line += ["--recipe", recipe, "--steps", str(steps), "--seed", str(seed)]
+            line += ["--out", str(run), *where(options)]
+        call(line)
+    for suite, more in (("classify", []), ("denoise", ["--limit", "1000"])):
+        if not (run / "evaluation" / f"{suite}.json").exists():
+            call(["evaluate", str(run), "--suite", suite, *more])
+    cost = json.loads((run / "cost.json").read_text())
+    classify = json.loads((run / "evaluation" / "classify.json").read_text())
+    denoise = json.loads((run / "evaluation" / "denoise.json").read_text())
+    psnr = [denoise["psnr"][level] for level in LEVELS]
+    if options.data == "digits":
+        psnr = [denoise["psnr"][level] - denoise["psnr_noisy"][level] for level in LEVELS]
+    return {
+        "who": who,
+        "recipe": recipe,
+        "steps": steps,
+        "seed": seed,
+        "tflop": sum(cost["flops"].values()) * steps / 1e12,
+        "seconds": cost["step_seconds"] * steps,
+        "accuracy": classify["accuracy"],
+        "psnr": psnr,
+        "commit": json.loads((run / "environment.json").read_text()).get("git_commit"),
+    }
+
+
+def where(options: argparse.Namespace) -> list[str]:
+    """Options that name the data."""
+    return ["--data-dir", str(options.data_dir)] if options.data_dir else []
+
+
+def call(line: list[str]) -> None:
+    """Run one command of ebmkit; its own message is what is shown if it fails."""
+    ended = subprocess.run([sys.executable, "-m", "ebmkit", *line])
+    if ended.returncode:
+        sys.exit(ended.returncode)
+
+
+def reaches(runs: list[dict[str, Any]], mark: tuple[float, tuple[float, ...]]) -> bool:
+    """Whether the mean over ``runs`` is at the mark in all four qualities."""
+    accuracy, psnr = mark
+    found = [statistics.mean(run["psnr"][i] for run in runs) for i in range(3)]
+    good = statistics.mean(run["accuracy"] for run in runs) >= accuracy
+    return good and all(f >= p for f, p in zip(found, psnr, strict=True))
+
+
+def summary(
+    runs: list[dict[str, Any]], marks: list[tuple[float, tuple[float, ...]]]
+) -> list[dict[str, Any]]:
+    """For each mark and recipe, the shortest length that reached it; None where none did."""
+    rows = []
+    for mark in marks:
+        for who in dict.fromkeys(run["who"] for run in runs):
+            lengths = sorted({run["steps"] for run in runs if run["who"] == who})
+            groups = [[r for r in runs if r["who"] == who and r["steps"] == n] for n in lengths]
+            first = next((group for group in groups if reaches(group, mark)), None)
+            row: dict[str, Any] = {"mark": mark, "who": who, "longest_tried": lengths[-1]}
+            if first is not None:
+                keys = ("steps", "tflop", "seconds", "accuracy")
+                row |= {key: statistics.mean(run[key] for run in first) for key in keys}
+                row |= {"psnr": [statistics.mean(r["psnr"][i] for r in first) for i in range(3)]}
+                row |= {"seeds": len(first)}
+            rows.append(row)
+    return rows
+
+
+def write(
+    options: argparse.Namespace,
+    runs: list[dict[str, Any]],
+    marks: list[tuple[float, tuple[float, ...]]],
+) -> None:
+    """The JSON file, the plot, and a table on the terminal."""
+    rows = summary(runs, marks)
+    found = {
+        "command": " ".join(["python", *sys.argv]),
+        "environment": environment(),
+        "marks": rows,
+        "runs": runs,
+    }
+    path = options.out / f"time-to-quality-{options.data}.json"
+    write_atomically(path, json.dumps(found, indent=1).encode())
+    plot(runs, options.data, path.with_suffix(".png"))
+    table = Table("mark", "recipe", "steps", "TFLOP", "seconds", "accuracy", "PSNR")
+    for row in rows:
+        accuracy, psnr = row["mark"]
+        mark = f"{accuracy:.1%}, {' / '.join(map(str, psnr))}"
+        if "steps" not in row:
+            table.add_row(mark, row["who"], f"not by {row['longest_tried']}")
+            continue
+        cells = [f"{row['steps']:.0f}", f"{row['tflop']:.1f}", f"{row['seconds']:.0f}"]
+        own = " / ".join(f"{value:.2f}" for value in row["psnr"])
+        table.add_row(mark, row["who"], *cells, f"{row['accuracy']:.1%}", own)
+    Console().print(table)
+
+
+def plot(runs: list[dict[str, Any]], data: str, path: Path) -> None:
+    """Accuracy and PSNR at 25/255 against FLOPs, a point for each run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for who, colour in (("AdamW", "tab:gray"), ("ours", "tab:blue")):
+        own = sorted((r for r in runs if r["who"] == who), key=lambda r: r["tflop"])
+        cost = [run["tflop"] for run in own]
+        axes[0].plot(cost, [100 * run["accuracy"] for run in own], "o", color=colour, label=who)
+        axes[1].plot(cost, [run["psnr"][1] for run in own], "o", color=colour, label=who)
+    gain = "gain" if data == "digits" else "PSNR"
+    for axis, name in zip(axes, ("accuracy, %", f"{gain} at 25/255, dB"), strict=True):
+        axis.set(xscale="log", xlabel="training, TFLOP", ylabel=name)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.suptitle(f"{data}: one point a run")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()
