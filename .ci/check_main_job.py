@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-FLOOR = {"15": 2.5, "25": 3.6, "50": 5.2}
+FLOOR = {"15": 3.2, "25": 4.1, "50": 5.5}
 """dB above the noisy image, by sigma * 255."""
 
 run = Path(sys.argv[1])

@@ -30,6 +30,8 @@ from ebmkit.core import Energies, EnergyModel
 from ebmkit.data import Batch, NoiseLaw
 from ebmkit.errors import UserError
 from ebmkit.models.convolution import Conv2d
+from ebmkit.models.gelu import GELU
+from ebmkit.models.norms import GroupNorm
 from ebmkit.objectives import BALANCE, Scale, Term, TrainingLoss, parse_objective
 from ebmkit.training.config import OptimizerConfig
 from ebmkit.training.engine import TrainingStep
@@ -260,9 +262,13 @@ def plain_inference(
 
 
 def _plain(model: EnergyModel) -> EnergyModel:
-    """A contiguous copy, of PyTorch's own layers."""
+    """A contiguous copy, of PyTorch's own layers and derivatives."""
     own = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     for module in own.modules():
         if isinstance(module, Conv2d):
             module.__class__ = nn.Conv2d  # type: ignore[assignment]
+        elif isinstance(module, GELU):
+            module.__class__ = nn.GELU  # type: ignore[assignment]
+        elif isinstance(module, GroupNorm):
+            module.plain = True
     return own

@@ -170,13 +170,13 @@ def _backward(
 _POSITIONAL = inspect.Signature([inspect.Parameter("inputs", inspect.Parameter.VAR_POSITIONAL)])
 
 
-def _positional(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+def positional(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
     """Spare `apply` the binding of arguments, which takes as long as a small convolution."""
     function.forward.__signature__ = _POSITIONAL  # type: ignore[attr-defined]
     return function
 
 
-@_positional
+@positional
 class _Convolution(torch.autograd.Function):
     """F(x, w) + bias, whose gradients by weights and bias go by the links."""
 
@@ -222,7 +222,7 @@ class _Convolution(torch.autograd.Function):
         return (of_x, None, None, None, *(gradient for _ in range(ctx.links)))
 
 
-@_positional
+@positional
 class _InputGradient(torch.autograd.Function):
     """I(g, w), whose gradient by the weights goes by the link."""
 
@@ -263,7 +263,7 @@ class _InputGradient(torch.autograd.Function):
         return (of_gradient, None, None, None, v)
 
 
-@_positional
+@positional
 class _WeightGradient(torch.autograd.Function):
     """W(g, x)."""
 
@@ -300,7 +300,7 @@ class _WeightGradient(torch.autograd.Function):
         return of_gradient, of_x, None, None
 
 
-@_positional
+@positional
 class _WeightLink(torch.autograd.Function):
     """0, in the shape of F(x, w) or I(g, w), with their derivative by w.
 

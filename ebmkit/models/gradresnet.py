@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ebmkit.compute import widened, without_autocast
 from ebmkit.models.convolution import Conv2d
+from ebmkit.models.gelu import GELU
 from ebmkit.models.norms import NormName, make_norm
 from ebmkit.models.parts import Features
 from ebmkit.models.pooling import mean_over_positions
@@ -33,7 +34,7 @@ from ebmkit.models.recompute import recompute
 
 __all__ = ["GradResNet", "GradResNetConfig"]
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
+ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": GELU, "relu": nn.ReLU}
 
 
 class GradResNetConfig(BaseModel):

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ebmkit.compute import widened, without_autocast
+from ebmkit.models.groupnorm import group_norm
 
 NormName = Literal["group", "scale", "batch", "none"]
 
@@ -36,7 +37,12 @@ class GroupNorm(nn.Module):
         keep_scale: multiply the mean deviation over the groups back in (see the module's text).
         bias: add a learned bias (the paper's ablation "biases").
         eps: added to the variances; for images in [0, 1] far below any variance met.
+
+    Attributes:
+        plain: whether to take PyTorch's own derivatives, not those of `ebmkit.models.groupnorm`.
     """
+
+    plain = False
 
     def __init__(
         self,
@@ -61,7 +67,8 @@ class GroupNorm(nn.Module):
         """Normalise ``x`` (B, C, H, W); same shape and type, statistics in float32 or better."""
         with without_autocast(x):
             wide = widened(x)
-            y = nn.functional.group_norm(wide, self.num_groups, self.weight, self.bias, self.eps)
+            norm = nn.functional.group_norm if self.keep_scale or self.plain else group_norm
+            y = norm(wide, self.num_groups, self.weight, self.bias, self.eps)
             if self.keep_scale:
                 groups = wide.reshape(x.shape[0], self.num_groups, -1)
                 deviation = (groups.var(dim=2, unbiased=False) + self.eps).sqrt()

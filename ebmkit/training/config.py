@@ -211,7 +211,8 @@ def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfi
         *layers: nested mappings, weakest first. Where one names a backbone or a head, that preset's
             own settings come in at that layer.
         recipe: name of the recipe below them; by default that of the data set the layers name, for
-            the objective they name.
+            the objective they name, and none below the configuration of a run: a field that it
+            lacks, since it is of an earlier version, has its default.
 
     Raises:
         UserError: on an unknown name, an unknown field or an illegal value.
@@ -219,7 +220,8 @@ def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfi
     layers = tuple(_terms_apart(layer) for layer in layers)
     base = find("recipe", RECIPES, recipe).config if recipe else {}
     dataset = _dataset_name(merge(base, *layers))
-    base = base or recipe_for(dataset, str(merge(*layers).get("objective", "")))
+    if not base and not any(layer.keys() >= OF_A_RUN for layer in layers):
+        base = recipe_for(dataset, str(merge(*layers).get("objective", "")))
     named = [layer["backbone"] for layer in layers if "backbone" in layer]
     start = _expand(base | {"backbone": named[-1]} if named else base)  # not both presets' settings
     expanded = [_expand(layer) for layer in layers]
@@ -237,6 +239,9 @@ def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfi
         )
     return config
 
+
+OF_A_RUN = {"dataset", "backbone", "head", "model", "objective", "streams", "optimizer", "steps"}
+"""Fields by which a run's whole configuration is known."""
 
 MUON_RATES = ("lr", "adamw_lr", "adamw_for", "momentum", "nesterov")
 """Settings that no other optimiser can take over from Muon."""
