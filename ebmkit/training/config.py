@@ -225,7 +225,7 @@ def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfi
     named = [layer["backbone"] for layer in layers if "backbone" in layer]
     start = _expand(base | {"backbone": named[-1]} if named else base)  # not both presets' settings
     expanded = [_expand(layer) for layer in layers]
-    start = _without_rates(start, merge(*expanded))
+    start = _fitting(start, merge(*expanded))
     raw = merge(start, *expanded)
     raw = merge(raw, diffusion_settings(raw, merge(*expanded)))
     config = validated(TrainConfig, raw, "configuration")
@@ -247,13 +247,19 @@ MUON_RATES = ("lr", "adamw_lr", "adamw_for", "momentum", "nesterov")
 """Settings that no other optimiser can take over from Muon."""
 
 
-def _without_rates(base: Mapping[str, Any], over: Mapping[str, Any]) -> Mapping[str, Any]:
-    """``base`` without Muon's own settings, where ``over`` chooses another optimiser."""
+def _fitting(base: Mapping[str, Any], over: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``base`` without settings of the optimiser that those in ``over`` leave without a use."""
     own, chosen = base.get("optimizer", {}), over.get("optimizer", {})
-    kind = chosen.get("kind", "muon") if isinstance(chosen, Mapping) else "muon"
-    if own.get("kind") != "muon" or kind == "muon":
+    if not isinstance(chosen, Mapping):
         return base
-    return {**base, "optimizer": {k: v for k, v in own.items() if k not in MUON_RATES}}
+    idle: tuple[str, ...] = ()
+    if own.get("kind") == "muon" and chosen.get("kind", "muon") != "muon":
+        idle += MUON_RATES
+    if chosen.get("schedule", own.get("schedule")) != own.get("schedule"):
+        idle += ("decay_share",)
+    if "ema" in chosen and chosen["ema"] is None:
+        idle += ("ema_warmup",)
+    return {**base, "optimizer": {k: v for k, v in own.items() if k not in idle}}
 
 
 def _dataset_name(raw: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from ebmkit.models import Features, LinearQuadraticHead, LogitHead
         ({"width": 12}, "width 12 is no multiple of channels_per_group 8"),
         ({"width": 0}, "width = 0 is not legal: input should be greater than or equal to 1"),
         ({"width": 3, "channels_per_group": 1}, "width 3 must be even"),
-        ({"depth": 50}, "depth = 50 is not legal: input should be 18 or 34"),
+        ({"depth": 50}, "depth = 50 is not legal: input should be 10, 18 or 34"),
         (
             {"activation": "silu"},
             "activation = 'silu' is not legal: input should be 'gelu' or 'relu'",

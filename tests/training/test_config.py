@@ -77,8 +77,17 @@ def test_another_optimiser_does_not_inherit_muon_s_rates():
     assert plain.schedule == ours.schedule  # what any optimiser has stays
     named = resolve({"optimizer": {"kind": "sgd", "lr": 0.1}}, recipe="digits").optimizer
     assert (named.kind, named.lr, named.momentum) == ("sgd", 0.1, 0.9)
+    fading = resolve({"optimizer": {"schedule": "linear", "ema": None}}, recipe="digits").optimizer
+    assert (fading.decay_share, fading.ema_warmup, fading.lr) == (None, False, 1e-2)
     slower = resolve({"optimizer": {"lr": 5e-3}}, recipe="digits").optimizer
     assert (slower.kind, slower.lr, slower.momentum) == ("muon", 5e-3, 0.9)
+
+
+def test_nothing_of_a_recipe_comes_into_the_configuration_of_an_earlier_run():
+    old = resolve(recipe="digits-adamw").model_dump(mode="json")
+    for name in ("kind", "ema", "ema_warmup", "adamw_lr", "decay_share"):
+        old["optimizer"].pop(name)
+    assert resolve(old) == resolve(recipe="digits-adamw")
 
 
 def test_short_recipes_cost_no_more_than_what_they_are_compared_with():

@@ -337,18 +337,19 @@ def test_every_objective_trains_with_it(tmp_path, layer):
 )
 def test_what_would_do_nothing_is_refused(fields, says):
     with pytest.raises(ebmkit.UserError, match=says) as error:
-        resolve({"optimizer": fields})
+        resolve({"optimizer": fields}, recipe="digits-adamw")
     assert "\n" not in str(error.value)
 
 
 def test_defaults_depend_on_the_kind_and_resolve_to_themselves():
-    config = resolve({"optimizer": {"kind": "muon"}})
+    config = resolve({"optimizer": {"kind": "muon"}}, recipe="digits-adamw")
     own = config.optimizer
     assert (own.momentum, own.nesterov, own.adamw_lr) == (0.95, True, 3e-3)
     assert resolve(config.model_dump(mode="json")) == config
-    plain = resolve({}).optimizer
+    plain = resolve(recipe="digits-adamw").optimizer
     assert (plain.momentum, plain.nesterov, plain.adamw_lr) == (0.9, None, None)
-    stable = resolve({"optimizer": {"schedule": "warmup-stable-decay"}}).optimizer
+    chosen = {"optimizer": {"schedule": "warmup-stable-decay"}}
+    stable = resolve(chosen, recipe="digits-adamw").optimizer
     assert stable.decay_share == 0.2
 
 
@@ -364,7 +365,11 @@ def test_a_model_without_matrices_is_refused():
 
 def test_mistakes_end_the_command_with_one_sentence(tmp_path):
     small = ["--width=8", "--device=cpu", "--steps=40", "--no-evaluate", "--set=log_every=1"]
-    small += ["--set=streams.classify.batch_size=8", "--set=streams.denoise.batch_size=8"]
+    small += [
+        "--recipe=digits-adamw",
+        "--set=streams.classify.batch_size=8",
+        "--set=streams.denoise.batch_size=8",
+    ]
     muon_run = ["--set=optimizer.kind=muon", *small]
 
     def refused(*words):

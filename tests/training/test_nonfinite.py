@@ -290,7 +290,8 @@ def test_a_fault_that_does_not_come_again_is_told_as_such(tmp_path):
 
 
 def test_a_rate_that_is_too_high_is_not_the_fault_of_the_images(tmp_path):
-    trainer = start(tmp_path / "run", {"optimizer": {"lr": 1e30, "schedule": "constant"}})
+    rate = {"kind": "adamw", "lr": 1e30, "schedule": "constant"}
+    trainer = start(tmp_path / "run", {"optimizer": rate})
     with pytest.raises(ebmkit.UserError, match=r"at step 2: stopped before") as ended:
         trainer.fit()
     told = str(ended.value)

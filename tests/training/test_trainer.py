@@ -11,6 +11,7 @@ import torch
 import yaml
 
 import ebmkit
+from ebmkit import training
 from ebmkit.objectives import TrainingLoss
 from ebmkit.storage.verify import accept_files
 from ebmkit.training import Interrupted, RunFolder, resolve
@@ -199,7 +200,7 @@ def test_best_weights_are_those_of_the_best_validation(tmp_path, monkeypatch):
 
 
 def test_the_rate_is_torch_s_cosine_annealing():
-    config = resolve({"optimizer": {"lr": 0.1}}).optimizer
+    config = resolve({"optimizer": {"lr": 0.1}}, recipe="digits-adamw").optimizer
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=0.1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50)
@@ -229,7 +230,8 @@ def test_the_rate_is_torch_s_cosine_annealing():
 def test_the_rate_is_that_of_a_schedule_of_torch(schedule, torch_s):
     stable = schedule == "warmup-stable-decay"
     own = {"decay_share": 0.25, "warmup_steps": 5} if stable else {}
-    config = resolve({"optimizer": {"lr": 0.1, "schedule": schedule, **own}}).optimizer
+    chosen = {"optimizer": {"lr": 0.1, "schedule": schedule, **own}}
+    config = resolve(chosen, recipe="digits-adamw").optimizer
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # SequentialLR's own
@@ -244,14 +246,14 @@ def test_the_rate_is_that_of_a_schedule_of_torch(schedule, torch_s):
 
 def test_norm_weights_can_be_kept_from_decay():
     model = ebmkit.create_model("gradresnet18", 10, 1, width=8)
-    config = resolve({"optimizer": {"decay_norms": False}}).optimizer
+    config = resolve({"optimizer": {"decay_norms": False}}, recipe="digits-adamw").optimizer
     groups = make_optimizer(model, config).param_groups
     assert [g["weight_decay"] for g in groups] == [0.05, 0.0]
     norms = [
         p for n, p in model.named_parameters() if "norm" in n or n.endswith("shortcut.1.weight")
     ]
     assert {id(p) for p in groups[1]["params"]} == {id(p) for p in norms}
-    everything = make_optimizer(model, resolve({}).optimizer).param_groups
+    everything = make_optimizer(model, resolve(recipe="digits-adamw").optimizer).param_groups
     assert len(everything) == 1  # the paper decays all
 
 
@@ -277,6 +279,9 @@ def test_a_run_tells_what_it_ran_on(tmp_path):
 
 
 def test_going_on_differently_is_refused_by_field(tmp_path):
+    def resolve(*layers):
+        return training.resolve(*layers, recipe="digits-adamw")
+
     run = RunFolder.create(tmp_path / "run", resolve(SMALL))
     run.check_same(resolve(SMALL, {"log_every": 5, "device": "auto"}))
     with pytest.raises(ebmkit.UserError, match=r"optimizer\.lr was 0\.003 and is now 0\.1"):
