@@ -168,11 +168,18 @@ DIGITS_ADAMW: dict[str, Any] = {
     "checkpoint_every": 100,
 }
 
+# lambda is 8: digits are soon classified, and denoising begins late.
 DIGITS: dict[str, Any] = {
     **DIGITS_ADAMW,
-    "balance": 4.0,
+    "balance": 8.0,
+    "streams": {
+        "classify": stream(96, "0", "20/255", crop_padding=1),
+        "denoise": stream(64, "1/255", "100/255"),
+    },
     "optimizer": MUON,
-    "steps": 400,
+    "steps": 360,
+    "validate_every": 60,
+    "checkpoint_every": 120,
 }
 
 PATCHES: dict[str, Any] = {
