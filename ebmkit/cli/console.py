@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import (
     BarColumn,
@@ -19,7 +19,9 @@ from rich.progress import (
 
 from ebmkit.errors import UserError
 from ebmkit.terminal import CleanConsole
-from ebmkit.training import Reporter
+
+if TYPE_CHECKING:
+    from ebmkit.training import Reporter
 
 __all__ = ["TensorBoard", "Together", "TrainingBar", "console", "errors"]
 

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ebmkit.cli.app import app
 from ebmkit.cli.console import console
 
 __all__ = ["list_", "tables"]
@@ -59,7 +58,6 @@ def tables() -> dict[str, dict[str, str]]:
     }
 
 
-@app.command("list")
 def list_(kind: Annotated[Kind, typer.Argument(help="what to list")]) -> None:
     """List the parts that options can name."""
     table = Table(kind.value.removesuffix("s"), "about")

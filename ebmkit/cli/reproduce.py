@@ -7,29 +7,30 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ebmkit.cli.app import app
 from ebmkit.cli.console import TrainingBar, console
-from ebmkit.compute import limited_threads, pick_device
 from ebmkit.errors import UserError
-from ebmkit.reproduce import TARGETS, Rows, check_targets, find_scale, targets_of
-from ebmkit.training import Interrupted, Trainer
-from ebmkit.training.stopping import Stop, exit_code
+
+if TYPE_CHECKING:
+    from ebmkit.training import Trainer
+    from ebmkit.training.stopping import Stop
 
 __all__ = ["reproduce"]
 
 
-@app.command()
 def reproduce(
-    target: Annotated[str, typer.Argument(help=f"{', '.join(TARGETS)}, or all")],
+    target: Annotated[
+        str,
+        typer.Argument(help="table1, table2, table3, fig1, fig3, fig4, guidance, claims, or all"),
+    ],
     scale: Annotated[
         str, typer.Option(help="smoke: seconds a row; cpu: CIFAR-10, minutes; full: the paper's")
     ] = "smoke",
     more: Annotated[
-        list[str] | None, typer.Argument(help="more rows, after --only ROW", metavar="[ROW]...")
+        list[str] | None, typer.Argument(help="more rows, after --only ROW", metavar="ROW")
     ] = None,
     only: Annotated[
         list[str] | None, typer.Option("--only", help="a row by name; more may follow")
@@ -52,6 +53,11 @@ def reproduce(
     Every row is a run of its own. Finished rows are not repeated, an interrupted one goes on where
     it was: give the same command again.
     """
+    from ebmkit.compute import limited_threads, pick_device
+    from ebmkit.reproduce import TARGETS, Rows, check_targets, find_scale, targets_of
+    from ebmkit.training import Interrupted
+    from ebmkit.training.stopping import Stop, exit_code
+
     if more and not only:
         raise UserError(f"unexpected {more[0]!r}: name rows after --only, as in --only {more[0]}")
     names = [*(only or []), *(more or [])]

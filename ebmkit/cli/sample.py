@@ -5,35 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ebmkit.cli.app import app
 from ebmkit.cli.console import console, errors
-from ebmkit.compute import pick_device
 from ebmkit.errors import UserError
-from ebmkit.generation import (
-    Interrupted,
-    SamplingFolder,
-    SamplingJob,
-    at_hand,
-    default_folder,
-    guidance_asked,
-    guide_by,
-    make_settings,
-    sources_for,
-    write_results,
-)
-from ebmkit.models import load
-from ebmkit.training import parse_assignments
-from ebmkit.training.stopping import exit_code, stop_requested
+
+if TYPE_CHECKING:
+    from ebmkit.generation import SamplingJob
 
 __all__ = ["sample"]
 
 
-@app.command()
 def sample(
     run: Annotated[Path, typer.Argument(help="run folder")],
     out: Annotated[
@@ -135,6 +120,21 @@ def sample(
     path.png, path.gif and sampling.json (settings, traces, diagnostics). After Ctrl-C, or if it was
     killed, the same command goes on where it was, to the same samples.
     """
+    from ebmkit.compute import pick_device
+    from ebmkit.generation import (
+        SamplingFolder,
+        SamplingJob,
+        at_hand,
+        default_folder,
+        guidance_asked,
+        guide_by,
+        make_settings,
+        sources_for,
+        write_results,
+    )
+    from ebmkit.models import load
+    from ebmkit.training import parse_assignments
+
     place = pick_device(device)
     how = guidance_asked(
         guide, guidance, scale, schedule, view, late, parse_assignments(guide_set or [])
@@ -190,6 +190,9 @@ def _counting(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _draw(job: SamplingJob) -> None:
+    from ebmkit.generation import Interrupted
+    from ebmkit.training.stopping import exit_code, stop_requested
+
     settings = job.settings
     bar = Progress(
         TextColumn("{task.description}"),

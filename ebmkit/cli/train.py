@@ -10,33 +10,18 @@ import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from ebmkit.cli.app import app
 from ebmkit.cli.console import TensorBoard, Together, TrainingBar, console
-from ebmkit.data import AnyImages
-from ebmkit.data.imagesets import some_of
 from ebmkit.errors import UserError
-from ebmkit.parallel import World, join, launch, restarted
-from ebmkit.storage import write_atomically
-from ebmkit.storage.reading import read_json
-from ebmkit.storage.verify import verify_run
-from ebmkit.training import (
-    Interrupted,
-    Reporter,
-    RunFolder,
-    TrainConfig,
-    Trainer,
-    parse_assignments,
-    read_config,
-    resolve,
-)
-from ebmkit.training.assemble import assemble, images_of
-from ebmkit.training.cost import format_seconds
-from ebmkit.training.stopping import exit_code
+
+if TYPE_CHECKING:
+    from ebmkit.data import AnyImages
+    from ebmkit.parallel import World
+    from ebmkit.training import Reporter, RunFolder, TrainConfig, Trainer
 
 __all__ = ["cost", "train"]
 
@@ -47,7 +32,6 @@ FINAL_IMAGES = 1000
 """The evaluation that ends a run looks at so many test images at the most."""
 
 
-@app.command()
 def train(
     dataset: Annotated[
         str | None, typer.Option(help="data set [default: digits]; see `ebmkit list datasets`")
@@ -105,6 +89,10 @@ def train(
     Later settings win: recipe < --config < named options < --set. Started by `torchrun -m ebmkit
     train ...`, all its processes train together.
     """
+    from ebmkit.parallel import join
+    from ebmkit.training import RunFolder, parse_assignments, read_config
+    from ebmkit.training.assemble import assemble, images_of
+
     named = _named(
         dataset=dataset,
         data_dir=data_dir,
@@ -175,7 +163,6 @@ def _same_options(without: Sequence[str]) -> None:
 
 
 _same_options(without=("out", "resume", "evaluate", "tensorboard", "dry_run"))
-app.command()(cost)
 
 
 def _resolved(
@@ -189,6 +176,9 @@ def _resolved(
 
     Only the first process needs to see the run folder.
     """
+    from ebmkit.parallel import launch, restarted
+    from ebmkit.training import RunFolder, resolve
+
     found: tuple[dict[str, Any], Path | None] = ({}, None)
     if world.first:
         if resume is None:
@@ -206,6 +196,9 @@ def _resolved(
 
 def _interrupted_run(out: Path | None, config: TrainConfig) -> Path | None:
     """The folder that this command wrote to before its launcher started it again, if it did."""
+    from ebmkit.parallel import launch
+    from ebmkit.storage.reading import read_json
+
     folders = [out] if out is not None else sorted(Path("runs").glob(f"{_stem(config)}*"))
     for folder in folders:
         path = folder / "environment.json"
@@ -260,6 +253,11 @@ def _fresh_folder(config: TrainConfig) -> Path:
 
 
 def _fit(trainer: Trainer, run: Path, tensorboard: bool) -> None:
+    from ebmkit.data.imagesets import some_of
+    from ebmkit.storage import write_atomically
+    from ebmkit.training import Interrupted
+    from ebmkit.training.stopping import exit_code
+
     config = trainer.config
     parameters = sum(p.numel() for p in trainer.model.parameters())
     console.print(
@@ -320,6 +318,8 @@ def _fit(trainer: Trainer, run: Path, tensorboard: bool) -> None:
 
 def _mend(trainer: Trainer, run: RunFolder) -> None:
     """Write the model again where it is damaged: the checkpoint has all of it."""
+    from ebmkit.storage.verify import verify_run
+
     names = ("model.safetensors", "model.json")
     bad = [f.name for f in verify_run(run.path) if f.name in names and f.state != "whole"]
     if bad:
@@ -329,6 +329,9 @@ def _mend(trainer: Trainer, run: RunFolder) -> None:
 
 def _predict(config: TrainConfig, world: World) -> None:
     """Tell what the run would cost: counted, and timed over a few steps; nothing is written."""
+    from ebmkit.training.assemble import assemble
+    from ebmkit.training.cost import format_seconds
+
     trainer = assemble(config, progress=console.is_terminal, world=world)
     with console.status("counting, and trying a few steps"):
         cost = trainer.budget.cost(config.steps)

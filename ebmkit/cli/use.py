@@ -3,35 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich.progress import Progress
 from rich.table import Table
-from torch import Tensor, nn
 
-from ebmkit.cli.app import app
 from ebmkit.cli.console import console, errors
-from ebmkit.compute import pick_device
-from ebmkit.core import ScoreModel, classifies
-from ebmkit.data.images import WRITERS, Picture, read_image, write_image
 from ebmkit.errors import UserError
-from ebmkit.generation import parse_label
-from ebmkit.inference import denoise_picture
-from ebmkit.models import load
 from ebmkit.terminal import for_bar, one_line, shown_name
-from ebmkit.units import format_sigma, parse_sigma
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ebmkit.core import ScoreModel
+    from ebmkit.data.images import Picture
 
 __all__ = ["classify", "denoise"]
 
 RunArgument = Annotated[Path, typer.Argument(help="run folder")]
-ImagesArgument = Annotated[list[Path], typer.Argument(help="pictures: PNG, JPEG, TIFF")]
+ImagesArgument = Annotated[list[Path], typer.Argument(metavar="IMAGE", help="pictures: PNG, JPEG, TIFF")]
 WeightsOption = Annotated[str, typer.Option(help="last, or best by validation")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1")]
 
 
-@app.command()
 def classify(
     run: RunArgument,
     images: ImagesArgument,
@@ -47,6 +43,11 @@ def classify(
     Log-densities are in nats, up to one constant of the model: compare them between pictures of one
     size.
     """
+    from ebmkit.compute import pick_device
+    from ebmkit.core import classifies
+    from ebmkit.data.images import read_image
+    from ebmkit.models import load
+
     model = load(run, device=str(pick_device(device)), weights=weights)
     if not classifies(model):
         raise UserError(f"the model in {str(run)!r} was trained without labels: it cannot classify")
@@ -68,7 +69,6 @@ def classify(
     console.print(table)
 
 
-@app.command()
 def denoise(
     run: RunArgument,
     images: ImagesArgument,
@@ -94,6 +94,12 @@ def denoise(
     Writes each picture under its own name into --out, and never over an existing file. The gray
     value of a gray picture is the mean over channels where the model is for colour.
     """
+    from ebmkit.compute import pick_device
+    from ebmkit.data.images import read_image, write_image
+    from ebmkit.generation import parse_label
+    from ebmkit.models import load
+    from ebmkit.units import format_sigma, parse_sigma
+
     level = None if sigma is None else parse_sigma(sigma)
     model = load(run, device=str(pick_device(device)), weights=weights)
     model.set_inference(precision, compile_)
@@ -136,6 +142,8 @@ def _denoise_one(
     name: str,
     device: torch.device,
 ) -> _Result:
+    from ebmkit.inference import denoise_picture
+
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(for_bar(name), total=None)
         result = denoise_picture(
@@ -167,6 +175,8 @@ def _class_name(model: ScoreModel, label: int) -> str:
 
 
 def _warn_range(model: ScoreModel, sigma: float | None) -> None:
+    from ebmkit.units import format_sigma
+
     if model.card is None:
         return
     if model.card.sigma_range is None:
@@ -184,6 +194,8 @@ def _warn_range(model: ScoreModel, sigma: float | None) -> None:
 
 
 def _check_targets(sources: list[Path], targets: list[Path]) -> None:
+    from ebmkit.data.images import WRITERS
+
     for i, (source, target) in enumerate(zip(sources, targets, strict=True)):
         if target in targets[:i]:
             raise UserError(f"two pictures are called {source.name!r}: denoise them separately")
@@ -198,6 +210,8 @@ def _check_targets(sources: list[Path], targets: list[Path]) -> None:
 
 def _sized(model: ScoreModel, image: Tensor) -> Tensor:
     """The picture at the trained size: shorter side scaled, middle cut out."""
+    from torch import nn
+
     size = model.card.image_size if model.card else None
     if size is None or tuple(image.shape[-2:]) == tuple(size):
         return image
