@@ -9,15 +9,17 @@ at the top only what declares and shows their options, and the rest where it is 
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Annotated, TextIO
 
 import typer
 
 from ebmkit import __version__
 from ebmkit.cli.bench import bench
-from ebmkit.cli.console import errors
+from ebmkit.cli.console import errors, warn
 from ebmkit.cli.data import pack
 from ebmkit.cli.evaluate import evaluate
 from ebmkit.cli.export import export
@@ -34,7 +36,7 @@ from ebmkit.errors import UserError
 
 __all__ = ["app", "main"]
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "cost": cost,
     "evaluate": evaluate,
@@ -90,7 +92,7 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    errors.print(f"warning: {message}", style="yellow", highlight=False, soft_wrap=True)
+    warn(message)
 
 
 def main() -> None:
@@ -98,8 +100,9 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        from ebmkit.parallel import yield_to_others
+        if "RANK" in os.environ:  # one of several processes, of which one speaks
+            from ebmkit.parallel import yield_to_others
 
-        yield_to_others(error)
-        errors.print(f"ebmkit: {error}", style="red", highlight=False, soft_wrap=True)
+            yield_to_others(error)
+        errors.say(f"ebmkit: {error}", "red")
         sys.exit(2)

@@ -98,7 +98,7 @@ def bench(
     console.print(_table(rows, base))
     if json_ is not None:
         write_atomically(json_, (json.dumps(document(rows), indent=1) + "\n").encode())
-        console.print(f"rows: {json_}", soft_wrap=True, highlight=False)
+        console.say(f"rows: {json_}")
 
 
 def _check_new(path: Path) -> None:

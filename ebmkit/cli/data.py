@@ -41,4 +41,4 @@ def pack(
         progress=console.is_terminal,
         faults=Faults(skip_unreadable, follow_links),
     )
-    console.print(f"wrote {out}", soft_wrap=True, highlight=False)
+    console.say(f"wrote {out}")

@@ -180,7 +180,7 @@ def evaluate_run(
         return
     for table in tables(results):
         console.print(table)
-    console.print(f"tables and pictures: {folder}", soft_wrap=True, highlight=False)
+    console.say(f"tables and pictures: {folder}")
 
 
 def _split(name: str) -> Split:

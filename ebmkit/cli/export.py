@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from ebmkit.cli.console import console, errors
+from ebmkit.cli.console import console, errors, warn
 from ebmkit.errors import UserError
 
 __all__ = ["export"]
@@ -42,7 +42,7 @@ def export(
     size = None if image_size is None else _parse_size(image_size)
     model = load(run, weights=weights)
     if what != "classifier" and model.card and model.card.sigma_range is None:
-        errors.print("warning: this model was never trained to denoise", style="yellow")
+        warn("this model was never trained to denoise")
     with errors.status(f"exporting {out.name}"):
         done = export_model(model, out, what, size, batch=batch)
     shapes = ", ".join(
@@ -56,7 +56,7 @@ def export(
         for name, difference in done.differences.items()
     ]
     for line in lines:
-        console.print(line, soft_wrap=True, highlight=False)
+        console.say(line)
 
 
 def _parse_size(text: str) -> tuple[int, int]:

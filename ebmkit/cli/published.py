@@ -84,9 +84,7 @@ def import_(
     count = sum(p.numel() for p in model.parameters())
     kind = type(getattr(model, "network", getattr(model, "backbone", model))).__name__
     labels = f", {model.num_classes} classes" if model.num_classes else ""
-    console.print(
-        f"{kind} with {count:,} parameters{labels}: {out}", soft_wrap=True, highlight=False
-    )
+    console.print(f"{kind} with {count:,} parameters{labels}: {out}")
 
 
 def _rule(text: str) -> tuple[str, str]:

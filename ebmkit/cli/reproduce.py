@@ -71,13 +71,13 @@ def reproduce(
         seed,
         precision,
         _fit,
-        lambda sentence: console.print(sentence, soft_wrap=True, highlight=False),
+        console.say,
         console.is_terminal,
         imagenet_dir,
     )
     if target == "all":
         if scale == "full" and imagenet_dir is None:
-            console.print("table2 is left out: it needs ImageNet, --imagenet-dir")
+            console.say("table2 is left out: it needs ImageNet, --imagenet-dir")
             chosen.remove("table2")
         check_targets(chosen, rows)
     try:
@@ -90,11 +90,11 @@ def reproduce(
             for name in chosen:
                 for path in TARGETS[name].run(rows, names):
                     if path.suffix == ".md":
-                        console.print(path.read_text(), soft_wrap=True, highlight=False)
-                    console.print(f"written: {path}", soft_wrap=True, highlight=False)
+                        console.say(path.read_text())
+                    console.say(f"written: {path}")
     except (Interrupted, KeyboardInterrupt) as stopped:
         signum = stopped.signal if isinstance(stopped, Interrupted) else stop.signal
-        console.print(f"interrupted; the same command goes on with {rows.out}", soft_wrap=True)
+        console.say(f"interrupted; the same command goes on with {rows.out}")
         raise typer.Exit(exit_code(signum or signal.SIGINT)) from None
     if rows.stopped:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in rows.stopped.items())
@@ -123,7 +123,7 @@ def _fit(trainer: Trainer, name: str) -> None:
     """Train under a progress bar, or with a line where there is no terminal."""
     steps = trainer.config.steps
     went_on = f" after step {trainer.step:,}" if trainer.step else ""
-    console.print(f"{name}: training, {steps:,} steps{went_on}", soft_wrap=True, highlight=False)
+    console.say(f"{name}: training, {steps:,} steps{went_on}")
     bar = TrainingBar(steps, trainer.step)
     trainer.reporter = bar if bar.live else None
     with bar if bar.live else nullcontext():

@@ -9,7 +9,7 @@ import typer
 from rich.progress import Progress
 from rich.table import Table
 
-from ebmkit.cli.console import console, errors
+from ebmkit.cli.console import console, warn
 from ebmkit.terminal import for_bar, shown_name
 
 if TYPE_CHECKING:
@@ -101,12 +101,12 @@ def restore(
     for path in images:
         document = _restore_one(job, path, out)
         for sentence in document["warnings"]:
-            errors.print(f"warning: {sentence}", style="yellow", highlight=False, soft_wrap=True)
+            warn(sentence)
         if document["psnr"] is not None:
             table.add_row(shown_name(path.name), *_cells(document["psnr"]))
     if table.row_count:
         console.print(table)
-    console.print(f"pictures: {out}", soft_wrap=True, highlight=False)
+    console.say(f"pictures: {out}")
 
 
 def _restore_one(job: RestoreJob, path: Path, out: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ebmkit.cli.console import console, errors
+from ebmkit.cli.console import console, warn
 from ebmkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def sample(
     job = SamplingJob(model, settings, SamplingFolder(out), sources)
     job.folder.begin(settings)
     for sentence in job.cautions:
-        _warn(sentence)
+        warn(sentence)
     with job.folder.alone():
         _draw(job)
         document = write_results(job, str(run))
@@ -211,11 +211,9 @@ def _draw(job: SamplingJob) -> None:
             job.run(lambda done, total: bar.update(task, completed=done, total=total), stop)
         except Interrupted as stopped:
             bar.stop()
-            console.print(
+            console.say(
                 f"interrupted; saved after step {stopped.done:,} of {stopped.total:,}. Go on with "
-                "the same command.",
-                soft_wrap=True,
-                highlight=False,
+                "the same command."
             )
             raise typer.Exit(exit_code(stop.signal)) from None
 
@@ -238,13 +236,9 @@ def _tell(document: dict[str, Any], out: Path, before: int) -> None:
             f"{energies['log_density_of_data']:.1f} (nats)"
         )
     for line in lines:
-        console.print(line, soft_wrap=True, highlight=False)
+        console.say(line)
     found = document["warnings"][before:]
     for sentence in found:
-        _warn(sentence)
+        warn(sentence)
     if len(document["lost"]) == document["samples"]:
         raise UserError(f"every chain left the finite numbers; see {str(out / 'sampling.json')!r}")
-
-
-def _warn(sentence: str) -> None:
-    errors.print(f"warning: {sentence}", style="yellow", highlight=False, soft_wrap=True)

@@ -113,7 +113,7 @@ def train(
     if resume is not None and (out is not None or recipe is not None):
         raise UserError("--resume goes on in its own folder: leave out --out and --recipe")
     if resume is not None and RunFolder.is_unborn(resume):
-        console.print(f"nothing was saved in {resume} yet: the run starts anew", soft_wrap=True)
+        console.say(f"nothing was saved in {resume} yet: the run starts anew")
         out, resume = resume, None
     with join() as world, ExitStack() as stack:
         console.quiet = not world.first
@@ -136,13 +136,12 @@ def train(
             try:
                 _finish(trainer, path, test)
             except KeyboardInterrupt:
-                console.print(
+                console.say(
                     "interrupted; the model is saved. Evaluate it with:\n"
-                    f"  ebmkit evaluate {_quoted(path)}",
-                    soft_wrap=True,
+                    f"  ebmkit evaluate {_quoted(path)}"
                 )
                 raise typer.Exit(130) from None
-        console.print(f"run folder: {path}", soft_wrap=True, highlight=False)
+        console.say(f"run folder: {path}")
 
 
 def cost(**options: Any) -> None:
@@ -260,20 +259,18 @@ def _fit(trainer: Trainer, run: Path, tensorboard: bool) -> None:
 
     config = trainer.config
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    console.print(
+    console.say(
         f"{config.objective} on {trainer.train.name} ({len(trainer.train):,} images), "
         f"{config.backbone} with {parameters:,} parameters, {config.steps:,} steps "
-        f"on {_where(trainer)}, in {run}",
-        soft_wrap=True,
-        highlight=False,
+        f"on {_where(trainer)}, in {run}"
     )
     if trainer.step >= config.steps:
-        console.print(f"this run is finished: {config.steps} of {config.steps} steps are done")
+        console.say(f"this run is finished: {config.steps} of {config.steps} steps are done")
         if trainer.run is not None:
             _mend(trainer, trainer.run)
         return
     if trainer.step:
-        console.print(f"going on after step {trainer.step}")
+        console.say(f"going on after step {trainer.step}")
     bar = TrainingBar(config.steps, trainer.step)
     reporters: list[Reporter] = [bar]
     wanted = tensorboard and trainer.world.first
@@ -287,11 +284,9 @@ def _fit(trainer: Trainer, run: Path, tensorboard: bool) -> None:
         with bar if bar.live and trainer.world.first else nullcontext():
             trainer.fit()
     except Interrupted as stopped:
-        console.print(
+        console.say(
             f"interrupted; saved after step {stopped.step}. Go on with:\n"
-            f"  ebmkit train --resume {_quoted(run)}",
-            soft_wrap=True,
-            highlight=False,
+            f"  ebmkit train --resume {_quoted(run)}"
         )
         raise typer.Exit(exit_code(stopped.signal)) from None
     finally:
@@ -303,17 +298,11 @@ def _fit(trainer: Trainer, run: Path, tensorboard: bool) -> None:
         text = json.dumps(account.document(), indent=2)
         write_atomically(run / "cost.json", text.encode())
     if trainer.left_out:
-        console.print(
+        console.say(
             f"{len(trainer.left_out)} training images cannot be read and were left out: "
-            f"{some_of(trainer.left_out.reasons)}",
-            soft_wrap=True,
-            highlight=False,
+            f"{some_of(trainer.left_out.reasons)}"
         )
-    console.print(
-        f"{config.steps - first:,} steps in {seconds:.0f} s; {account.sentence()}",
-        soft_wrap=True,
-        highlight=False,
-    )
+    console.say(f"{config.steps - first:,} steps in {seconds:.0f} s; {account.sentence()}")
 
 
 def _mend(trainer: Trainer, run: RunFolder) -> None:

@@ -9,7 +9,7 @@ import typer
 from rich.progress import Progress
 from rich.table import Table
 
-from ebmkit.cli.console import console, errors
+from ebmkit.cli.console import console, errors, warn
 from ebmkit.errors import UserError
 from ebmkit.terminal import for_bar, one_line, shown_name
 
@@ -19,11 +19,14 @@ if TYPE_CHECKING:
 
     from ebmkit.core import ScoreModel
     from ebmkit.data.images import Picture
+    from ebmkit.inference import Denoised
 
 __all__ = ["classify", "denoise"]
 
 RunArgument = Annotated[Path, typer.Argument(help="run folder")]
-ImagesArgument = Annotated[list[Path], typer.Argument(metavar="IMAGE", help="pictures: PNG, JPEG, TIFF")]
+ImagesArgument = Annotated[
+    list[Path], typer.Argument(metavar="IMAGE", help="pictures: PNG, JPEG, TIFF")
+]
 WeightsOption = Annotated[str, typer.Option(help="last, or best by validation")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1")]
 
@@ -119,19 +122,11 @@ def denoise(
         _check_numbers(run, path, result.image)
         write_image(result.image.clamp(0, 1), target, bits=picture.bits)
         how = "given" if level is not None else "estimated"
-        console.print(
-            f"{one_line(str(target))}: noise level {format_sigma(result.sigma)} ({how}) taken out",
-            soft_wrap=True,
-            highlight=False,
+        console.say(
+            f"{one_line(str(target))}: noise level {format_sigma(result.sigma)} ({how}) taken out"
         )
         if level is None:
             _warn_range(model, result.sigma)
-
-
-class _Result:
-    def __init__(self, image: Tensor, sigma: float) -> None:
-        self.image = image
-        self.sigma = sigma
 
 
 def _denoise_one(
@@ -141,7 +136,7 @@ def _denoise_one(
     c: int | None,
     name: str,
     device: torch.device,
-) -> _Result:
+) -> Denoised:
     from ebmkit.inference import denoise_picture
 
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -154,7 +149,7 @@ def _denoise_one(
             progress=lambda done, count: bar.update(task, completed=done, total=count),
         )
     image = result.image.cpu()
-    return _Result(image.mean(0, keepdim=True) if picture.was_gray else image, result.sigma)
+    return result._replace(image=image.mean(0, keepdim=True) if picture.was_gray else image)
 
 
 def _check_numbers(run: Path, picture: Path, found: Tensor) -> None:
@@ -180,16 +175,13 @@ def _warn_range(model: ScoreModel, sigma: float | None) -> None:
     if model.card is None:
         return
     if model.card.sigma_range is None:
-        errors.print("warning: this model was never trained to denoise", style="yellow")
+        warn("this model was never trained to denoise")
     elif sigma is not None:
         low, high = model.card.sigma_range
         if not low <= sigma <= high:
-            errors.print(
-                f"warning: noise level {format_sigma(sigma)} is outside the range this model was "
-                f"trained for, {format_sigma(low)} to {format_sigma(high)}",
-                style="yellow",
-                soft_wrap=True,
-                highlight=False,
+            warn(
+                f"noise level {format_sigma(sigma)} is outside the range this model was "
+                f"trained for, {format_sigma(low)} to {format_sigma(high)}"
             )
 
 
@@ -218,11 +210,9 @@ def _sized(model: ScoreModel, image: Tensor) -> Tensor:
     height, width = image.shape[-2:]
     scale = max(size[0] / height, size[1] / width)
     scaled = (max(size[0], round(height * scale)), max(size[1], round(width * scale)))
-    errors.print(
+    errors.say(
         f"note: {width}x{height} picture brought to {size[1]}x{size[0]}, the trained size "
-        "(--no-resize leaves it)",
-        highlight=False,
-        soft_wrap=True,
+        "(--no-resize leaves it)"
     )
     small = nn.functional.interpolate(image[None], scaled, mode="bilinear", antialias=True)[0]
     top, left = (scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2

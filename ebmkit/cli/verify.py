@@ -57,4 +57,4 @@ def verify(
         )
     if not as_json:
         whole = sum(finding.state == "whole" for finding in found)
-        console.print(f"all {whole} files of the run are whole")
+        console.say(f"all {whole} files of the run are whole")
