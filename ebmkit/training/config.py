@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from ebmkit.compute import ComputeConfig
 from ebmkit.data import StreamConfig
-from ebmkit.data.schedule import parse_share
+from ebmkit.data.schedule import parse_decay_share, parse_share
 from ebmkit.errors import UserError, shown
 from ebmkit.models import HEADS, ModelConfig
 from ebmkit.models.presets import find_network
@@ -43,6 +43,7 @@ MOST_KEYS = 20
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, BeforeValidator(parse_share)]
+DecayShare = Annotated[float, BeforeValidator(parse_decay_share)]
 
 
 class _Config(BaseModel):
@@ -89,7 +90,7 @@ class OptimizerConfig(_Config):
     schedule: Literal["cosine", "constant", "milestones", "linear", "warmup-stable-decay"] = Field(
         "cosine", description="of the learning rate"
     )
-    decay_share: Share | None = Field(
+    decay_share: DecayShare | None = Field(
         None,
         description="of warmup-stable-decay: share of the steps, at the end, over which it falls "
         "to 0; none: 0.2",
