@@ -144,7 +144,9 @@ def test_cutout_as_large_as_an_image_or_crop_is_refused(toy):
     def cut(side, **options):
         return StreamConfig(augmentation=Augmentation(cutout=side, **options))
 
-    with pytest.raises(UserError, match=r"cutout 6 .*6x6: set streams\.ce\.aug.*cutout to at most 5"):
+    with pytest.raises(
+        UserError, match=r"cutout 6 .*6x6: set streams\.ce\.aug.*cutout to at most 5"
+    ):
         stream(toy, cut(6))
     with pytest.raises(UserError, match=r"cutout 4 .*4x4: .*to at most 3, or to 0"):
         stream(toy, cut(4, crop_size=4))

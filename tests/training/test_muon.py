@@ -390,3 +390,20 @@ def test_mistakes_end_the_command_with_one_sentence(tmp_path):
     assert ended.returncode == 0
     told = refused("--resume=adamw", "--set=optimizer.kind=muon")
     assert "optimizer.kind was 'adamw' and is now 'muon'" in told
+
+
+def test_a_run_by_muon_is_not_resumed_with_other_choices(tmp_path):
+    """The message names the choice, not what depends on it."""
+    small = ["--width=8", "--device=cpu", "--steps=2", "--no-evaluate", "--recipe=digits"]
+    small += [f"--set=streams.{name}.batch_size=8" for name in ("classify", "denoise")]
+    ended = ebmkit_command("train", *small, "--out=run", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    for field, was, now in (
+        ("kind=adamw", "'muon'", "'adamw'"),
+        ("schedule=cosine", "'warmup-stable-decay'", "'cosine'"),
+        ("ema=null", "0.98", "None"),
+    ):
+        ended = ebmkit_command("train", "--resume=run", f"--set=optimizer.{field}", cwd=tmp_path)
+        assert ended.returncode == 2, ended.stdout + ended.stderr
+        name = field.partition("=")[0]
+        assert f"optimizer.{name} was {was} and is now {now}" in ended.stderr
