@@ -140,6 +140,28 @@ def test_images_too_small_to_reflect_are_refused(toy):
         stream(toy, config)
 
 
+def test_cutout_as_large_as_an_image_or_crop_is_refused(toy):
+    def cut(side, **options):
+        return StreamConfig(augmentation=Augmentation(cutout=side, **options))
+
+    with pytest.raises(
+        UserError, match=r"cutout 6 .*6x6: set streams\.ce\.aug.*cutout to at most 5"
+    ):
+        stream(toy, cut(6))
+    with pytest.raises(UserError, match=r"cutout 4 .*4x4: .*to at most 3, or to 0"):
+        stream(toy, cut(4, crop_size=4))
+    assert next(stream(toy, cut(5)).batches(0, 1)).x.shape == (64, 3, 6, 6)
+
+
+def test_the_order_of_an_epoch_is_kept_for_each_device(streamed):
+    """A sampler asks for it on the host, alternating flips on the device of the batch."""
+    own = stream(streamed)
+    order = own._order(0, torch.device("cpu"))
+    meta = own._order(0, torch.device("meta"))
+    assert (meta.device.type, meta.shape) == ("meta", order.shape)
+    assert own._order(0, torch.device("cpu")) is order
+
+
 def test_each_epoch_visits_every_image_once_and_drops_none():
     source = make_set(count=10)
     keys = source.images.flatten(1).sum(1)
