@@ -2,13 +2,18 @@
 
 import gc
 import os
+import sys
 from pathlib import Path
 
 # One thread in each process of the tests and in each they start: two of them share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# Some 100 processes are started, and importing torch takes twice as long without cached bytecode.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import pytest
+
+sys.dont_write_bytecode = False
 
 
 @pytest.hookimpl(optionalhook=True, tryfirst=True)
