@@ -62,15 +62,41 @@ def shared() -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def counted_once():
-    """For tests of runs that are alike: the memory of the first one's step stands for all.
+@pytest.fixture(autouse=True, scope="session")
+def counted_once_a_process():
+    """The memory of a step is counted once for each network, loss and shapes.
 
     Counting it (`tests/training/test_cost.py`) takes longer than a few steps of a small network.
     """
-    from ebmkit.training import memory
+    from ebmkit.training import account
 
-    count, found = memory.rehearse, []
+    count, found = account.step_memory, {}
+
+    def once(loss, shapes, *arguments):
+        tensors = [*loss.named_parameters(), *loss.named_buffers()]
+        key = (
+            repr(loss),
+            tuple((name, t.shape, t.dtype, t.device, t.requires_grad) for name, t in tensors),
+            str([(t.name, t.weight, t.settings, loss.stream_of[t.name]) for t in loss.terms]),
+            loss.separate,
+            tuple(shapes.items()),
+            *arguments,
+        )
+        if key not in found:
+            found[key] = count(loss, shapes, *arguments)
+        return found[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(account, "step_memory", once)
+        yield
+
+
+@pytest.fixture(scope="module")
+def counted_once(counted_once_a_process):
+    """For tests of runs that are alike: the memory of the first one's step stands for all."""
+    from ebmkit.training import account
+
+    count, found = account.step_memory, []
 
     def first(*arguments):
         if not found:
@@ -78,5 +104,6 @@ def counted_once():
         return found[0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "rehearse", first)
+        patch.setattr(account, "step_memory", first)
+        patch.setattr(account, "_MEMORIES", {})
         yield
