@@ -123,7 +123,9 @@ class Trainer:
         if self.update.compiled:
             check_compiled(self.stages)
         self.watch = Stopwatch()
-        self.budget = make_budget(self.loss, config, self.stages, self.train, world)
+        self.budget = make_budget(
+            self.loss, config, self.stages, self.train, world, self.built_from
+        )
         self.step = self.first_step = 0
         self.begun, self.seconds_before = time.perf_counter(), 0.0
         self.best = Best()

@@ -1,5 +1,6 @@
 """Streams are a function of the step: any start, any number of workers, any number of processes."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -238,6 +239,25 @@ def test_a_damaged_file_is_told_in_one_sentence(toy, workers):
         list(stream(source, workers=workers).batches(0, 3))
     assert "is damaged" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_no_reading_process_outlives_its_stream(streamed, monkeypatch):
+    """Nor where it does not end when asked to; on a busy machine it may not in time."""
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.0)
+    batches = stream(streamed, workers=2).batches(0, 1000)
+    next(batches)
+    processes = multiprocessing.active_children()
+    assert len(processes) == 2
+    for process in processes:
+        os.kill(process.pid, signal.SIGSTOP)
+    batches.close()
+    try:
+        for process in processes:
+            process.join(2)
+            assert not process.is_alive()
+    finally:
+        for process in processes:
+            process.kill()
 
 
 @pytest.mark.parametrize(
