@@ -124,4 +124,7 @@ def _say(console: Console, line: str) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; the same call resumes") from None

@@ -55,6 +55,8 @@ class Workshop:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         source = folder / "source"
+        if folder.exists() and not source.exists():
+            raise SystemExit(f"{folder} is in the way: it was not made by this command")
         if not source.exists() or source.read_text() != fingerprint():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
