@@ -25,6 +25,7 @@ from ebmkit.training.parts import make_average
 pytestmark = pytest.mark.usefixtures("counted_once")
 
 SMALL = {
+    "backbone": "gradresnet10",
     "model": {"backbone": {"width": 8}},
     "steps": 6,
     "log_every": 1,

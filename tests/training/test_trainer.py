@@ -22,6 +22,7 @@ from ebmkit.training.optim import learning_rate, make_optimizer
 pytestmark = pytest.mark.usefixtures("counted_once")
 
 SMALL = {
+    "backbone": "gradresnet10",
     "model": {"backbone": {"width": 8}},
     "steps": 8,
     "log_every": 1,
