@@ -9,7 +9,8 @@ features into a log-density and class logits, everything else is derived.
 
 from ebmkit.analytic import Gaussian, GaussianMixture
 from ebmkit.card import ModelCard
-from ebmkit.core import Denoiser, Energies, EnergyModel, ScoreModel
+from ebmkit.compile import optimize
+from ebmkit.energy import Denoiser, Energies, EnergyModel, ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.models import JointModel, create_model, load, save_model
 
@@ -28,5 +29,6 @@ __all__ = [
     "__version__",
     "create_model",
     "load",
+    "optimize",
     "save_model",
 ]

@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict
 from ebmkit.cli.app import app
 from ebmkit.cli.console import console
 from ebmkit.compute import pick_device
-from ebmkit.core import ScoreModel
 from ebmkit.data import AnyImages, StreamedSet
+from ebmkit.energy import ScoreModel
 from ebmkit.evaluation import Images, evaluation_folder, parse_options, parse_suites, tables
 from ebmkit.evaluation import evaluate as run_suites
 from ebmkit.models import load

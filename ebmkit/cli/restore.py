@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ebmkit.cli.app import app
 from ebmkit.cli.console import console, errors
+from ebmkit.compile import optimize
 from ebmkit.compute import pick_device
 from ebmkit.generation import TaskOptions, find_task, parse_label
 from ebmkit.generation.restoring import RestoreJob, make_folder, read_mask
@@ -86,7 +87,7 @@ def restore(
     no_steps(values)
     config = validated(StochasticAscentConfig, values, "settings of sampler 'ks'")
     model = load(run, device=str(pick_device(device)), weights=weights)
-    model.set_inference(precision, compile_)
+    model = optimize(model, precision, compile_)
     c = None if label is None else parse_label(model, label)
     SAMPLERS["ks"].check(model, c)
     options = TaskOptions(None if mask is None else read_mask(mask), share, factor, seed)

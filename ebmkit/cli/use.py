@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from ebmkit.cli.app import app
 from ebmkit.cli.console import console, errors
+from ebmkit.compile import optimize
 from ebmkit.compute import pick_device
-from ebmkit.core import ScoreModel, classifies
 from ebmkit.data.images import WRITERS, Picture, read_image, write_image
+from ebmkit.energy import ScoreModel, classifies
 from ebmkit.errors import UserError
 from ebmkit.generation import parse_label
 from ebmkit.inference import denoise_picture
@@ -96,7 +97,7 @@ def denoise(
     """
     level = None if sigma is None else parse_sigma(sigma)
     model = load(run, device=str(pick_device(device)), weights=weights)
-    model.set_inference(precision, compile_)
+    model = optimize(model, precision, compile_)
     c = None if label is None else parse_label(model, label)
     _warn_range(model, level)
     targets = [out / path.name for path in images]
