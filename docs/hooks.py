@@ -86,7 +86,6 @@ def sizes_table() -> str:
 def command_reference() -> str:
     """Every command with its arguments and options, from the objects that parse them."""
     from ebmkit.cli import app
-    from ebmkit.cli import commands as _commands  # noqa: F401  (registers them)
 
     lines: list[str] = []
     _describe(typer.main.get_command(app), "ebmkit", lines)
@@ -94,6 +93,8 @@ def command_reference() -> str:
 
 
 def _describe(command: Any, name: str, lines: list[str]) -> None:
+    from ebmkit.cli.help import argument_name
+
     children = getattr(command, "commands", None)
     if children:
         for child in children.values():
@@ -102,15 +103,11 @@ def _describe(command: Any, name: str, lines: list[str]) -> None:
     paragraphs = (command.help or "").replace("\n\n", "\0").replace("\n", " ").split("\0")
     arguments = [p for p in command.params if p.param_type_name == "argument"]
     options = [p for p in command.params if p.param_type_name == "option" and p.name != "help"]
-    usage = " ".join([name, *(_metavar(a) for a in arguments), "[OPTIONS]"])
+    usage = " ".join([name, *map(argument_name, arguments), "[OPTIONS]"])
     lines += [f"## {name}", "", "```", usage, "```", "", *paragraphs, ""]
-    rows = [(f"`{_metavar(a)}`", getattr(a, "help", "") or "") for a in arguments]
+    rows = [(f"`{argument_name(a)}`", getattr(a, "help", "") or "") for a in arguments]
     rows += [(f"`{' / '.join([*o.opts, *o.secondary_opts])}`", o.help or "") for o in options]
     lines += _table(("argument or option", "meaning"), rows)
-
-
-def _metavar(argument: Any) -> str:
-    return argument.name.upper() + (" ..." if argument.nargs == -1 else "")
 
 
 def component_tables() -> str:

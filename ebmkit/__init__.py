@@ -7,12 +7,16 @@ features into a log-density and class logits, everything else is derived.
 >>> model = ebmkit.create_model("gradresnet18", num_classes=10, in_channels=3, width=16)
 """
 
-from ebmkit.analytic import Gaussian, GaussianMixture
-from ebmkit.card import ModelCard
-from ebmkit.compile import optimize
-from ebmkit.energy import Denoiser, Energies, EnergyModel, ScoreModel
-from ebmkit.errors import UserError
-from ebmkit.models import JointModel, create_model, load, save_model
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ebmkit.analytic import Gaussian, GaussianMixture
+    from ebmkit.card import ModelCard
+    from ebmkit.compile import optimize
+    from ebmkit.energy import Denoiser, Energies, EnergyModel, ScoreModel
+    from ebmkit.errors import UserError
+    from ebmkit.models import JointModel, create_model, load, save_model
 
 __version__ = "0.1.0"
 
@@ -32,3 +36,30 @@ __all__ = [
     "optimize",
     "save_model",
 ]
+
+_HOMES = ("errors", "card", "energy", "compile", "analytic", "models")
+"""The modules that define these names."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name, or a module of the package, at first use (PEP 562).
+
+    PyTorch takes seconds to import, and `ebmkit --help` must not wait for it.
+    """
+    if name in __all__:
+        for home in _HOMES:
+            module = import_module(f"{__name__}.{home}")
+            if name in module.__all__:
+                value = globals()[name] = getattr(module, name)
+                return value
+    elif not name.startswith("_"):
+        try:
+            return import_module(f"{__name__}.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"{__name__}.{name}":
+                raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

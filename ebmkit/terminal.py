@@ -70,6 +70,10 @@ class CleanConsole(Console):
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, **options)
 
+    def say(self, text: object, style: str | None = None) -> None:
+        """Print a sentence, which the terminal breaks where its line ends."""
+        self.print(text, style=style, soft_wrap=True, highlight=False)
+
     def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
         """Plain strings, cells of tables among them; before they are measured."""
         return super().render_str(clean(text), **options)

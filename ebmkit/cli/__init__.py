@@ -1,4 +1,4 @@
-"""The command line: ``ebmkit train | evaluate | classify | denoise | list | data``."""
+"""The command line: one file for each command, gathered in `ebmkit.cli.app`."""
 
 from ebmkit.cli.app import app, main
 

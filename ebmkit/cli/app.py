@@ -2,21 +2,56 @@
 
 Exit codes: 0 done; 2 a mistake in what was given, told in one sentence; 130 interrupted by Ctrl-C;
 143 asked to terminate, 129 left by the terminal: in each case what was done is saved.
+
+Help, and a mistake in a command line, must not wait for PyTorch: the modules of the commands import
+at the top only what declares and shows their options, and the rest where it is used.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
-from typing import TextIO
+from collections.abc import Callable
+from typing import Annotated, TextIO
 
 import typer
 
-from ebmkit.cli.console import errors
+from ebmkit import __version__
+from ebmkit.cli.bench import bench
+from ebmkit.cli.console import errors, warn
+from ebmkit.cli.data import pack
+from ebmkit.cli.evaluate import evaluate
+from ebmkit.cli.export import export
+from ebmkit.cli.help import Command
+from ebmkit.cli.list import list_
+from ebmkit.cli.published import import_
+from ebmkit.cli.reproduce import reproduce
+from ebmkit.cli.restore import restore
+from ebmkit.cli.sample import sample
+from ebmkit.cli.train import cost, train
+from ebmkit.cli.use import classify, denoise
+from ebmkit.cli.verify import verify
 from ebmkit.errors import UserError
-from ebmkit.parallel import yield_to_others
 
 __all__ = ["app", "main"]
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "train": train,
+    "cost": cost,
+    "evaluate": evaluate,
+    "classify": classify,
+    "denoise": denoise,
+    "sample": sample,
+    "restore": restore,
+    "reproduce": reproduce,
+    "import": import_,
+    "export": export,
+    "verify": verify,
+    "bench": bench,
+    "list": list_,
+}
+"""In the order of `ebmkit --help`; after them comes `data`."""
 
 app = typer.Typer(
     name="ebmkit",
@@ -26,12 +61,26 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+for _name, _function in COMMANDS.items():
+    app.command(_name, cls=Command)(_function)
 data_app = typer.Typer(help="Prepare data sets.", no_args_is_help=True)
+data_app.command("pack", cls=Command)(pack)
 app.add_typer(data_app, name="data")
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"ebmkit {__version__}")
+        raise typer.Exit
+
+
 @app.callback(invoke_without_command=False)
-def _common() -> None:
+def _common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
     warnings.showwarning = _show_warning
 
 
@@ -43,16 +92,17 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    errors.print(f"warning: {message}", style="yellow", highlight=False, soft_wrap=True)
+    warn(message)
 
 
 def main() -> None:
     """Run the command line; a user's mistake ends it with one sentence and exit code 2."""
-    from ebmkit.cli import commands  # noqa: F401  (registers the commands)
-
     try:
         app()
     except UserError as error:
-        yield_to_others(error)
-        errors.print(f"ebmkit: {error}", style="red", highlight=False, soft_wrap=True)
+        if "RANK" in os.environ:  # one of several processes, of which one speaks
+            from ebmkit.parallel import yield_to_others
+
+            yield_to_others(error)
+        errors.say(f"ebmkit: {error}", "red")
         sys.exit(2)

@@ -4,36 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ebmkit.bench import (
-    INFERENCES,
-    SCALING,
-    Row,
-    Setting,
-    document,
-    inference,
-    measure,
-    network,
-    scaling,
-    scaling_settings,
-    timed_terms,
-    training,
-)
-from ebmkit.cli.app import app
 from ebmkit.cli.console import console
-from ebmkit.compute import ComputeConfig, pick_compile, pick_device, pick_precision
 from ebmkit.errors import UserError
-from ebmkit.storage import write_atomically
+
+if TYPE_CHECKING:
+    from ebmkit.bench import Row, Setting
 
 __all__ = ["bench"]
 
 
-@app.command()
 def bench(
     backbone: Annotated[str, typer.Option(help="see `ebmkit list backbones`")] = "gradresnet18",
     objective: Annotated[
@@ -64,6 +49,22 @@ def bench(
     All candidates of a measurement run once per round, in alternating order; the ratio is the
     median over rounds of plain time / own time, with its quartiles. Above 1 is faster than plain.
     """
+    from ebmkit.bench import (
+        INFERENCES,
+        SCALING,
+        Setting,
+        document,
+        inference,
+        measure,
+        network,
+        scaling,
+        scaling_settings,
+        timed_terms,
+        training,
+    )
+    from ebmkit.compute import ComputeConfig, pick_compile, pick_device, pick_precision
+    from ebmkit.storage import write_atomically
+
     if json_ is not None:
         _check_new(json_)
     where = pick_device(device)
@@ -97,7 +98,7 @@ def bench(
     console.print(_table(rows, base))
     if json_ is not None:
         write_atomically(json_, (json.dumps(document(rows), indent=1) + "\n").encode())
-        console.print(f"rows: {json_}", soft_wrap=True, highlight=False)
+        console.say(f"rows: {json_}")
 
 
 def _check_new(path: Path) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import (
     BarColumn,
@@ -19,12 +18,20 @@ from rich.progress import (
 
 from ebmkit.errors import UserError
 from ebmkit.terminal import CleanConsole
-from ebmkit.training import Reporter
 
-__all__ = ["TensorBoard", "Together", "TrainingBar", "console", "errors"]
+if TYPE_CHECKING:
+    from ebmkit.training import Reporter
+
+__all__ = ["TensorBoard", "Together", "TrainingBar", "console", "errors", "warn"]
 
 console = CleanConsole()
 errors = CleanConsole(stderr=True)
+
+
+def warn(sentence: object) -> None:
+    """Show a warning."""
+    errors.say(f"warning: {sentence}", "yellow")
+
 
 _HIDDEN = ("kind", "step", "lr", "images_per_s")
 
@@ -55,18 +62,13 @@ class TrainingBar:
         self.progress.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.progress.stop()
 
     def report(self, row: dict[str, Any]) -> None:
         """Show a row of metrics."""
         if row["kind"] == "breach":
-            errors.print(f"breach: {row['told']}", style="yellow", highlight=False, soft_wrap=True)
+            errors.say(f"breach: {row['told']}", "yellow")
             self.progress.update(self.task, completed=row["step"])
             self.next_line = row["step"]
             return
@@ -75,12 +77,12 @@ class TrainingBar:
         values = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k not in _HIDDEN)
         if row["kind"] == "validation":
             if not self.live:
-                console.print(f"step {row['step']}/{self.steps}  held-out: {values}")
+                console.say(f"step {row['step']}/{self.steps}  held-out: {values}")
             return
         rate = f"{row['images_per_s']:.0f} images/s"
         self.progress.update(self.task, completed=row["step"], losses=values, rate=rate)
         if not self.live and row["step"] >= self.next_line:
-            console.print(f"step {row['step']}/{self.steps}  {values}  {rate}")
+            console.say(f"step {row['step']}/{self.steps}  {values}  {rate}")
             self.next_line = row["step"] + max(1, self.steps // 20)
 
 

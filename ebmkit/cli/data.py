@@ -7,13 +7,11 @@ from typing import Annotated
 
 import typer
 
-from ebmkit.cli.app import data_app
 from ebmkit.cli.console import console
 
 __all__ = ["pack"]
 
 
-@data_app.command()
 def pack(
     src: Annotated[
         str, typer.Argument(help="image folder, CIFAR folder, or torchvision:NAME[:FOLDER]")
@@ -43,4 +41,4 @@ def pack(
         progress=console.is_terminal,
         faults=Faults(skip_unreadable, follow_links),
     )
-    console.print(f"wrote {out}", soft_wrap=True, highlight=False)
+    console.say(f"wrote {out}")

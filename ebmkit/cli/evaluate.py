@@ -4,28 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pydantic import BaseModel, ConfigDict
 
-from ebmkit.cli.app import app
 from ebmkit.cli.console import console
-from ebmkit.compute import pick_device
-from ebmkit.data import AnyImages, StreamedSet
-from ebmkit.energy import ScoreModel
-from ebmkit.evaluation import Images, evaluation_folder, parse_options, parse_suites, tables
-from ebmkit.evaluation import evaluate as run_suites
-from ebmkit.models import load
-from ebmkit.parallel import World, device_of_rank, join
-from ebmkit.training import DataConfig, RunFolder, parse_assignments, resolve
-from ebmkit.training.assemble import Split, images_of
-from ebmkit.validation import validated
+
+if TYPE_CHECKING:
+    from ebmkit.data import AnyImages
+    from ebmkit.energy import ScoreModel
+    from ebmkit.evaluation import Images
+    from ebmkit.parallel import World
+    from ebmkit.training import DataConfig
+    from ebmkit.training.assemble import Split
 
 __all__ = ["evaluate", "evaluate_run"]
 
 
-@app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="run folder")],
     suite: Annotated[
@@ -69,8 +64,14 @@ def evaluate(
     drawn from a fixed seed. Intervals are 95 %. Started by `torchrun -m ebmkit evaluate ...`, its
     processes share the images.
     """
+    from ebmkit.compute import pick_device
+    from ebmkit.models import load
+    from ebmkit.parallel import device_of_rank, join
+    from ebmkit.training.config import FaultsConfig, parse_assignments
+    from ebmkit.validation import validated
+
     options = parse_assignments(set_ or [])
-    faults = validated(_Reading, options.pop("dataset", {}), "--set dataset")
+    faults = validated(FaultsConfig, options.pop("dataset", {}), "--set dataset")
     with join() as world:
         console.quiet = not world.first
         place = device_of_rank(pick_device(device))
@@ -95,19 +96,12 @@ def evaluate(
         )
 
 
-class _Reading(BaseModel):
-    """What `evaluate` may say of the data set's faults, by --set."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    unreadable: Literal["error", "skip"] = "error"
-    links: Literal["inside", "follow"] = "inside"
-
-
 def _where(
     run: Path, dataset: str | None, data_dir: Path | None, image_size: int | None
 ) -> DataConfig:
     """The images to evaluate on: those of the run's own data set, or another's."""
+    from ebmkit.training import DataConfig, RunFolder, resolve
+
     imported = dataset is not None and not (run / "config.yaml").exists()
     trained = DataConfig(name="") if imported else resolve(RunFolder.open(run).config()).dataset
     name = dataset or trained.name
@@ -129,6 +123,9 @@ def _images(
     It is fetched where ``download`` says so: into a folder that only the run names nothing is
     written, for the run may be a stranger's.
     """
+    from ebmkit.data import StreamedSet
+    from ebmkit.training.assemble import images_of
+
     if not world.first:
         world.from_first(None)  # where data must be fetched, one does it
     images = images_of(where, split, console.is_terminal and world.first, download)
@@ -154,6 +151,10 @@ def evaluate_run(
     data_dir: Path | None = None,
 ) -> None:
     """Run suites, print their tables and say where the files are; the first process does."""
+    from ebmkit.evaluation import evaluate as run_suites
+    from ebmkit.evaluation import evaluation_folder, parse_options, parse_suites, tables
+    from ebmkit.parallel import World
+
     world = world or World()
     names = parse_suites(suites, model, images)
     own = parse_options(options or {}, names)
@@ -179,7 +180,7 @@ def evaluate_run(
         return
     for table in tables(results):
         console.print(table)
-    console.print(f"tables and pictures: {folder}", soft_wrap=True, highlight=False)
+    console.say(f"tables and pictures: {folder}")
 
 
 def _split(name: str) -> Split:

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from ebmkit.cli.app import app
-from ebmkit.cli.console import console, errors
+from ebmkit.cli.console import console, errors, warn
 from ebmkit.errors import UserError
-from ebmkit.export import What
-from ebmkit.export import export as export_model
-from ebmkit.models import load
 
 __all__ = ["export"]
 
 
-@app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="run folder")],
     out: Annotated[Path, typer.Option(help="new file: .pt2 for PyTorch, .onnx for ONNX runtimes")],
     what: Annotated[
-        What,
+        Literal["classifier", "denoiser", "blind-denoiser"],
         typer.Option(
             help="classifier: log-probabilities and log-density; denoiser: takes the noise level; "
             "blind-denoiser: estimates it"
@@ -41,10 +36,13 @@ def export(
     The file is loaded again, run on random images and compared with the model before it is kept. An
     existing file is never overwritten.
     """
+    from ebmkit.export import export as export_model
+    from ebmkit.models import load
+
     size = None if image_size is None else _parse_size(image_size)
     model = load(run, weights=weights)
     if what != "classifier" and model.card and model.card.sigma_range is None:
-        errors.print("warning: this model was never trained to denoise", style="yellow")
+        warn("this model was never trained to denoise")
     with errors.status(f"exporting {out.name}"):
         done = export_model(model, out, what, size, batch=batch)
     shapes = ", ".join(
@@ -58,7 +56,7 @@ def export(
         for name, difference in done.differences.items()
     ]
     for line in lines:
-        console.print(line, soft_wrap=True, highlight=False)
+        console.say(line)
 
 
 def _parse_size(text: str) -> tuple[int, int]:

@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal, get_args
 
 import typer
 from rich.table import Table
 
-from ebmkit.cli.app import app
 from ebmkit.cli.console import console
 
 __all__ = ["list_", "tables"]
 
 
-class Kind(StrEnum):
-    """What can be listed."""
-
-    backbones = "backbones"
-    denoisers = "denoisers"
-    heads = "heads"
-    objectives = "objectives"
-    datasets = "datasets"
-    recipes = "recipes"
-    suites = "suites"
-    samplers = "samplers"
-    tasks = "tasks"
-    checkpoints = "checkpoints"
-    guidance = "guidance"
+Kind = Literal[
+    "backbones", "denoisers", "heads", "objectives", "datasets", "recipes", "suites", "samplers",
+    "tasks", "checkpoints", "guidance",
+]  # fmt: skip
 
 
 def tables() -> dict[str, dict[str, str]]:
@@ -59,10 +47,9 @@ def tables() -> dict[str, dict[str, str]]:
     }
 
 
-@app.command("list")
-def list_(kind: Annotated[Kind, typer.Argument(help="what to list")]) -> None:
+def list_(kind: Annotated[Kind, typer.Argument(help=", ".join(get_args(Kind)))]) -> None:
     """List the parts that options can name."""
-    table = Table(kind.value.removesuffix("s"), "about")
-    for name, about in tables()[kind.value].items():
+    table = Table(kind.removesuffix("s"), "about")
+    for name, about in tables()[kind].items():
         table.add_row(name, about)
     console.print(table)

@@ -7,15 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from ebmkit.cli.app import app
 from ebmkit.cli.console import console
 from ebmkit.errors import UserError
-from ebmkit.units import parse_sigma
 
 __all__ = ["import_"]
 
 
-@app.command("import")
 def import_(
     source: Annotated[
         str,
@@ -60,6 +57,7 @@ def import_(
     """
     from ebmkit.models.published import import_checkpoint
     from ebmkit.training.config import parse_assignments
+    from ebmkit.units import parse_sigma
 
     if len(sigma or []) > 2:
         raise UserError(f"--sigma was given {len(sigma or [])} times: once, or lowest and highest")
@@ -86,9 +84,7 @@ def import_(
     count = sum(p.numel() for p in model.parameters())
     kind = type(getattr(model, "network", getattr(model, "backbone", model))).__name__
     labels = f", {model.num_classes} classes" if model.num_classes else ""
-    console.print(
-        f"{kind} with {count:,} parameters{labels}: {out}", soft_wrap=True, highlight=False
-    )
+    console.print(f"{kind} with {count:,} parameters{labels}: {out}")
 
 
 def _rule(text: str) -> tuple[str, str]:

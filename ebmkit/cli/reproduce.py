@@ -7,29 +7,30 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ebmkit.cli.app import app
 from ebmkit.cli.console import TrainingBar, console
-from ebmkit.compute import limited_threads, pick_device
 from ebmkit.errors import UserError
-from ebmkit.reproduce import TARGETS, Rows, check_targets, find_scale, targets_of
-from ebmkit.training import Interrupted, Trainer
-from ebmkit.training.stopping import Stop, exit_code
+
+if TYPE_CHECKING:
+    from ebmkit.training import Trainer
+    from ebmkit.training.stopping import Stop
 
 __all__ = ["reproduce"]
 
 
-@app.command()
 def reproduce(
-    target: Annotated[str, typer.Argument(help=f"{', '.join(TARGETS)}, or all")],
+    target: Annotated[
+        str,
+        typer.Argument(help="table1, table2, table3, fig1, fig3, fig4, guidance, claims, or all"),
+    ],
     scale: Annotated[
         str, typer.Option(help="smoke: seconds a row; cpu: CIFAR-10, minutes; full: the paper's")
     ] = "smoke",
     more: Annotated[
-        list[str] | None, typer.Argument(help="more rows, after --only ROW", metavar="[ROW]...")
+        list[str] | None, typer.Argument(help="more rows, after --only ROW", metavar="ROW")
     ] = None,
     only: Annotated[
         list[str] | None, typer.Option("--only", help="a row by name; more may follow")
@@ -52,6 +53,11 @@ def reproduce(
     Every row is a run of its own. Finished rows are not repeated, an interrupted one goes on where
     it was: give the same command again.
     """
+    from ebmkit.compute import limited_threads, pick_device
+    from ebmkit.reproduce import TARGETS, Rows, check_targets, find_scale, targets_of
+    from ebmkit.training import Interrupted
+    from ebmkit.training.stopping import Stop, exit_code
+
     if more and not only:
         raise UserError(f"unexpected {more[0]!r}: name rows after --only, as in --only {more[0]}")
     names = [*(only or []), *(more or [])]
@@ -65,13 +71,13 @@ def reproduce(
         seed,
         precision,
         _fit,
-        lambda sentence: console.print(sentence, soft_wrap=True, highlight=False),
+        console.say,
         console.is_terminal,
         imagenet_dir,
     )
     if target == "all":
         if scale == "full" and imagenet_dir is None:
-            console.print("table2 is left out: it needs ImageNet, --imagenet-dir")
+            console.say("table2 is left out: it needs ImageNet, --imagenet-dir")
             chosen.remove("table2")
         check_targets(chosen, rows)
     try:
@@ -84,11 +90,11 @@ def reproduce(
             for name in chosen:
                 for path in TARGETS[name].run(rows, names):
                     if path.suffix == ".md":
-                        console.print(path.read_text(), soft_wrap=True, highlight=False)
-                    console.print(f"written: {path}", soft_wrap=True, highlight=False)
+                        console.say(path.read_text())
+                    console.say(f"written: {path}")
     except (Interrupted, KeyboardInterrupt) as stopped:
         signum = stopped.signal if isinstance(stopped, Interrupted) else stop.signal
-        console.print(f"interrupted; the same command goes on with {rows.out}", soft_wrap=True)
+        console.say(f"interrupted; the same command goes on with {rows.out}")
         raise typer.Exit(exit_code(signum or signal.SIGINT)) from None
     if rows.stopped:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in rows.stopped.items())
@@ -117,7 +123,7 @@ def _fit(trainer: Trainer, name: str) -> None:
     """Train under a progress bar, or with a line where there is no terminal."""
     steps = trainer.config.steps
     went_on = f" after step {trainer.step:,}" if trainer.step else ""
-    console.print(f"{name}: training, {steps:,} steps{went_on}", soft_wrap=True, highlight=False)
+    console.say(f"{name}: training, {steps:,} steps{went_on}")
     bar = TrainingBar(steps, trainer.step)
     trainer.reporter = bar if bar.live else None
     with bar if bar.live else nullcontext():

@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import Progress
 from rich.table import Table
 
-from ebmkit.cli.app import app
-from ebmkit.cli.console import console, errors
-from ebmkit.compile import optimize
-from ebmkit.compute import pick_device
-from ebmkit.generation import TaskOptions, find_task, parse_label
-from ebmkit.generation.restoring import RestoreJob, make_folder, read_mask
-from ebmkit.generation.settings import no_steps
-from ebmkit.models import load
-from ebmkit.sampling.config import StochasticAscentConfig
-from ebmkit.sampling.presets import SAMPLERS
+from ebmkit.cli.console import console, warn
 from ebmkit.terminal import for_bar, shown_name
-from ebmkit.training import parse_assignments
-from ebmkit.validation import validated
+
+if TYPE_CHECKING:
+    from ebmkit.generation.restoring import RestoreJob
 
 __all__ = ["restore"]
 
 
-@app.command()
 def restore(
     run: Annotated[Path, typer.Argument(help="run folder of a blind denoiser")],
-    images: Annotated[list[Path], typer.Argument(help="pictures: PNG, JPEG, TIFF")],
+    images: Annotated[
+        list[Path], typer.Argument(metavar="IMAGE", help="pictures: PNG, JPEG, TIFF")
+    ],
     out: Annotated[Path, typer.Option(help="folder for what is written")],
     task: Annotated[
         str, typer.Option(help="inpaint, random-pixels, superres, deblur, compressed")
@@ -80,6 +73,17 @@ def restore(
     simple methods. With --measured it is what was measured. Writes NAME-measured.png,
     NAME-restored.png, NAME-comparison.png and NAME.json; nothing is overwritten.
     """
+    from ebmkit.compile import optimize
+    from ebmkit.compute import pick_device
+    from ebmkit.generation import TaskOptions, find_task, parse_label
+    from ebmkit.generation.restoring import RestoreJob, make_folder, read_mask
+    from ebmkit.generation.settings import no_steps
+    from ebmkit.models import load
+    from ebmkit.sampling.config import StochasticAscentConfig
+    from ebmkit.sampling.presets import SAMPLERS
+    from ebmkit.training import parse_assignments
+    from ebmkit.validation import validated
+
     chosen = find_task(task)
     values: dict[str, Any] = parse_assignments(set_ or [])
     if steps is not None:
@@ -98,12 +102,12 @@ def restore(
     for path in images:
         document = _restore_one(job, path, out)
         for sentence in document["warnings"]:
-            errors.print(f"warning: {sentence}", style="yellow", highlight=False, soft_wrap=True)
+            warn(sentence)
         if document["psnr"] is not None:
             table.add_row(shown_name(path.name), *_cells(document["psnr"]))
     if table.row_count:
         console.print(table)
-    console.print(f"pictures: {out}", soft_wrap=True, highlight=False)
+    console.say(f"pictures: {out}")
 
 
 def _restore_one(job: RestoreJob, path: Path, out: Path) -> dict[str, Any]:

@@ -5,36 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ebmkit.cli.app import app
-from ebmkit.cli.console import console, errors
-from ebmkit.compile import laid_out, make_inference
-from ebmkit.compute import pick_device
+from ebmkit.cli.console import console, warn
 from ebmkit.errors import UserError
-from ebmkit.generation import (
-    Interrupted,
-    SamplingFolder,
-    SamplingJob,
-    at_hand,
-    default_folder,
-    guidance_asked,
-    guide_by,
-    make_settings,
-    sources_for,
-    write_results,
-)
-from ebmkit.models import load
-from ebmkit.training import parse_assignments
-from ebmkit.training.stopping import exit_code, stop_requested
+
+if TYPE_CHECKING:
+    from ebmkit.generation import SamplingJob
 
 __all__ = ["sample"]
 
 
-@app.command()
 def sample(
     run: Annotated[Path, typer.Argument(help="run folder")],
     out: Annotated[
@@ -136,6 +120,22 @@ def sample(
     path.png, path.gif and sampling.json (settings, traces, diagnostics). After Ctrl-C, or if it was
     killed, the same command goes on where it was, to the same samples.
     """
+    from ebmkit.compile import laid_out, make_inference
+    from ebmkit.compute import pick_device
+    from ebmkit.generation import (
+        SamplingFolder,
+        SamplingJob,
+        at_hand,
+        default_folder,
+        guidance_asked,
+        guide_by,
+        make_settings,
+        sources_for,
+        write_results,
+    )
+    from ebmkit.models import load
+    from ebmkit.training import parse_assignments
+
     place = pick_device(device)
     how = guidance_asked(
         guide, guidance, scale, schedule, view, late, parse_assignments(guide_set or [])
@@ -176,7 +176,7 @@ def sample(
     job = SamplingJob(model, settings, SamplingFolder(out), sources)
     job.folder.begin(settings)
     for sentence in job.cautions:
-        _warn(sentence)
+        warn(sentence)
     with job.folder.alone():
         _draw(job)
         document = write_results(job, str(run))
@@ -192,6 +192,9 @@ def _counting(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _draw(job: SamplingJob) -> None:
+    from ebmkit.generation import Interrupted
+    from ebmkit.training.stopping import exit_code, stop_requested
+
     settings = job.settings
     bar = Progress(
         TextColumn("{task.description}"),
@@ -210,11 +213,9 @@ def _draw(job: SamplingJob) -> None:
             job.run(lambda done, total: bar.update(task, completed=done, total=total), stop)
         except Interrupted as stopped:
             bar.stop()
-            console.print(
+            console.say(
                 f"interrupted; saved after step {stopped.done:,} of {stopped.total:,}. Go on with "
-                "the same command.",
-                soft_wrap=True,
-                highlight=False,
+                "the same command."
             )
             raise typer.Exit(exit_code(stop.signal)) from None
 
@@ -237,13 +238,9 @@ def _tell(document: dict[str, Any], out: Path, before: int) -> None:
             f"{energies['log_density_of_data']:.1f} (nats)"
         )
     for line in lines:
-        console.print(line, soft_wrap=True, highlight=False)
+        console.say(line)
     found = document["warnings"][before:]
     for sentence in found:
-        _warn(sentence)
+        warn(sentence)
     if len(document["lost"]) == document["samples"]:
         raise UserError(f"every chain left the finite numbers; see {str(out / 'sampling.json')!r}")
-
-
-def _warn(sentence: str) -> None:
-    errors.print(f"warning: {sentence}", style="yellow", highlight=False, soft_wrap=True)

@@ -10,33 +10,18 @@ import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from ebmkit.cli.app import app
 from ebmkit.cli.console import TensorBoard, Together, TrainingBar, console
-from ebmkit.data import AnyImages
-from ebmkit.data.imagesets import some_of
 from ebmkit.errors import UserError
-from ebmkit.parallel import World, join, launch, restarted
-from ebmkit.storage import write_atomically
-from ebmkit.storage.reading import read_json
-from ebmkit.storage.verify import verify_run
-from ebmkit.training import (
-    Interrupted,
-    Reporter,
-    RunFolder,
-    TrainConfig,
-    Trainer,
-    parse_assignments,
-    read_config,
-    resolve,
-)
-from ebmkit.training.assemble import assemble, images_of
-from ebmkit.training.cost import format_seconds
-from ebmkit.training.stopping import exit_code
+
+if TYPE_CHECKING:
+    from ebmkit.data import AnyImages
+    from ebmkit.parallel import World
+    from ebmkit.training import Reporter, RunFolder, TrainConfig, Trainer
 
 __all__ = ["cost", "train"]
 
@@ -47,7 +32,6 @@ FINAL_IMAGES = 1000
 """The evaluation that ends a run looks at so many test images at the most."""
 
 
-@app.command()
 def train(
     dataset: Annotated[
         str | None, typer.Option(help="data set [default: digits]; see `ebmkit list datasets`")
@@ -105,6 +89,10 @@ def train(
     Later settings win: recipe < --config < named options < --set. Started by `torchrun -m ebmkit
     train ...`, all its processes train together.
     """
+    from ebmkit.parallel import join
+    from ebmkit.training import RunFolder, parse_assignments, read_config
+    from ebmkit.training.assemble import assemble, images_of
+
     named = _named(
         dataset=dataset,
         data_dir=data_dir,
@@ -125,7 +113,7 @@ def train(
     if resume is not None and (out is not None or recipe is not None):
         raise UserError("--resume goes on in its own folder: leave out --out and --recipe")
     if resume is not None and RunFolder.is_unborn(resume):
-        console.print(f"nothing was saved in {resume} yet: the run starts anew", soft_wrap=True)
+        console.say(f"nothing was saved in {resume} yet: the run starts anew")
         out, resume = resume, None
     with join() as world, ExitStack() as stack:
         console.quiet = not world.first
@@ -148,13 +136,12 @@ def train(
             try:
                 _finish(trainer, path, test)
             except KeyboardInterrupt:
-                console.print(
+                console.say(
                     "interrupted; the model is saved. Evaluate it with:\n"
-                    f"  ebmkit evaluate {_quoted(path)}",
-                    soft_wrap=True,
+                    f"  ebmkit evaluate {_quoted(path)}"
                 )
                 raise typer.Exit(130) from None
-        console.print(f"run folder: {path}", soft_wrap=True, highlight=False)
+        console.say(f"run folder: {path}")
 
 
 def cost(**options: Any) -> None:
@@ -175,7 +162,6 @@ def _same_options(without: Sequence[str]) -> None:
 
 
 _same_options(without=("out", "resume", "evaluate", "tensorboard", "dry_run"))
-app.command()(cost)
 
 
 def _resolved(
@@ -189,6 +175,9 @@ def _resolved(
 
     Only the first process needs to see the run folder.
     """
+    from ebmkit.parallel import launch, restarted
+    from ebmkit.training import RunFolder, resolve
+
     found: tuple[dict[str, Any], Path | None] = ({}, None)
     if world.first:
         if resume is None:
@@ -206,6 +195,9 @@ def _resolved(
 
 def _interrupted_run(out: Path | None, config: TrainConfig) -> Path | None:
     """The folder that this command wrote to before its launcher started it again, if it did."""
+    from ebmkit.parallel import launch
+    from ebmkit.storage.reading import read_json
+
     folders = [out] if out is not None else sorted(Path("runs").glob(f"{_stem(config)}*"))
     for folder in folders:
         path = folder / "environment.json"
@@ -260,22 +252,25 @@ def _fresh_folder(config: TrainConfig) -> Path:
 
 
 def _fit(trainer: Trainer, run: Path, tensorboard: bool) -> None:
+    from ebmkit.data.imagesets import some_of
+    from ebmkit.storage import write_atomically
+    from ebmkit.training import Interrupted
+    from ebmkit.training.stopping import exit_code
+
     config = trainer.config
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    console.print(
+    console.say(
         f"{config.objective} on {trainer.train.name} ({len(trainer.train):,} images), "
         f"{config.backbone} with {parameters:,} parameters, {config.steps:,} steps "
-        f"on {_where(trainer)}, in {run}",
-        soft_wrap=True,
-        highlight=False,
+        f"on {_where(trainer)}, in {run}"
     )
     if trainer.step >= config.steps:
-        console.print(f"this run is finished: {config.steps} of {config.steps} steps are done")
+        console.say(f"this run is finished: {config.steps} of {config.steps} steps are done")
         if trainer.run is not None:
             _mend(trainer, trainer.run)
         return
     if trainer.step:
-        console.print(f"going on after step {trainer.step}")
+        console.say(f"going on after step {trainer.step}")
     bar = TrainingBar(config.steps, trainer.step)
     reporters: list[Reporter] = [bar]
     wanted = tensorboard and trainer.world.first
@@ -289,11 +284,9 @@ def _fit(trainer: Trainer, run: Path, tensorboard: bool) -> None:
         with bar if bar.live and trainer.world.first else nullcontext():
             trainer.fit()
     except Interrupted as stopped:
-        console.print(
+        console.say(
             f"interrupted; saved after step {stopped.step}. Go on with:\n"
-            f"  ebmkit train --resume {_quoted(run)}",
-            soft_wrap=True,
-            highlight=False,
+            f"  ebmkit train --resume {_quoted(run)}"
         )
         raise typer.Exit(exit_code(stopped.signal)) from None
     finally:
@@ -305,21 +298,17 @@ def _fit(trainer: Trainer, run: Path, tensorboard: bool) -> None:
         text = json.dumps(account.document(), indent=2)
         write_atomically(run / "cost.json", text.encode())
     if trainer.left_out:
-        console.print(
+        console.say(
             f"{len(trainer.left_out)} training images cannot be read and were left out: "
-            f"{some_of(trainer.left_out.reasons)}",
-            soft_wrap=True,
-            highlight=False,
+            f"{some_of(trainer.left_out.reasons)}"
         )
-    console.print(
-        f"{config.steps - first:,} steps in {seconds:.0f} s; {account.sentence()}",
-        soft_wrap=True,
-        highlight=False,
-    )
+    console.say(f"{config.steps - first:,} steps in {seconds:.0f} s; {account.sentence()}")
 
 
 def _mend(trainer: Trainer, run: RunFolder) -> None:
     """Write the model again where it is damaged: the checkpoint has all of it."""
+    from ebmkit.storage.verify import verify_run
+
     names = ("model.safetensors", "model.json")
     bad = [f.name for f in verify_run(run.path) if f.name in names and f.state != "whole"]
     if bad:
@@ -329,6 +318,9 @@ def _mend(trainer: Trainer, run: RunFolder) -> None:
 
 def _predict(config: TrainConfig, world: World) -> None:
     """Tell what the run would cost: counted, and timed over a few steps; nothing is written."""
+    from ebmkit.training.assemble import assemble
+    from ebmkit.training.cost import format_seconds
+
     trainer = assemble(config, progress=console.is_terminal, world=world)
     with console.status("counting, and trying a few steps"):
         cost = trainer.budget.cost(config.steps)

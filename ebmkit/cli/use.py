@@ -3,36 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich.progress import Progress
 from rich.table import Table
-from torch import Tensor, nn
 
-from ebmkit.cli.app import app
-from ebmkit.cli.console import console, errors
-from ebmkit.compile import optimize
-from ebmkit.compute import pick_device
-from ebmkit.data.images import WRITERS, Picture, read_image, write_image
-from ebmkit.energy import ScoreModel, classifies
+from ebmkit.cli.console import console, errors, warn
 from ebmkit.errors import UserError
-from ebmkit.generation import parse_label
-from ebmkit.inference import denoise_picture
-from ebmkit.models import load
 from ebmkit.terminal import for_bar, one_line, shown_name
-from ebmkit.units import format_sigma, parse_sigma
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ebmkit.data.images import Picture
+    from ebmkit.energy import ScoreModel
+    from ebmkit.inference import Denoised
 
 __all__ = ["classify", "denoise"]
 
 RunArgument = Annotated[Path, typer.Argument(help="run folder")]
-ImagesArgument = Annotated[list[Path], typer.Argument(help="pictures: PNG, JPEG, TIFF")]
+ImagesArgument = Annotated[
+    list[Path], typer.Argument(metavar="IMAGE", help="pictures: PNG, JPEG, TIFF")
+]
 WeightsOption = Annotated[str, typer.Option(help="last, or best by validation")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1")]
 
 
-@app.command()
 def classify(
     run: RunArgument,
     images: ImagesArgument,
@@ -48,6 +46,11 @@ def classify(
     Log-densities are in nats, up to one constant of the model: compare them between pictures of one
     size.
     """
+    from ebmkit.compute import pick_device
+    from ebmkit.data.images import read_image
+    from ebmkit.energy import classifies
+    from ebmkit.models import load
+
     model = load(run, device=str(pick_device(device)), weights=weights)
     if not classifies(model):
         raise UserError(f"the model in {str(run)!r} was trained without labels: it cannot classify")
@@ -69,7 +72,6 @@ def classify(
     console.print(table)
 
 
-@app.command()
 def denoise(
     run: RunArgument,
     images: ImagesArgument,
@@ -95,6 +97,13 @@ def denoise(
     Writes each picture under its own name into --out, and never over an existing file. The gray
     value of a gray picture is the mean over channels where the model is for colour.
     """
+    from ebmkit.compile import optimize
+    from ebmkit.compute import pick_device
+    from ebmkit.data.images import read_image, write_image
+    from ebmkit.generation import parse_label
+    from ebmkit.models import load
+    from ebmkit.units import format_sigma, parse_sigma
+
     level = None if sigma is None else parse_sigma(sigma)
     model = load(run, device=str(pick_device(device)), weights=weights)
     model = optimize(model, precision, compile_)
@@ -114,19 +123,11 @@ def denoise(
         _check_numbers(run, path, result.image)
         write_image(result.image.clamp(0, 1), target, bits=picture.bits)
         how = "given" if level is not None else "estimated"
-        console.print(
-            f"{one_line(str(target))}: noise level {format_sigma(result.sigma)} ({how}) taken out",
-            soft_wrap=True,
-            highlight=False,
+        console.say(
+            f"{one_line(str(target))}: noise level {format_sigma(result.sigma)} ({how}) taken out"
         )
         if level is None:
             _warn_range(model, result.sigma)
-
-
-class _Result:
-    def __init__(self, image: Tensor, sigma: float) -> None:
-        self.image = image
-        self.sigma = sigma
 
 
 def _denoise_one(
@@ -136,7 +137,9 @@ def _denoise_one(
     c: int | None,
     name: str,
     device: torch.device,
-) -> _Result:
+) -> Denoised:
+    from ebmkit.inference import denoise_picture
+
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(for_bar(name), total=None)
         result = denoise_picture(
@@ -147,7 +150,7 @@ def _denoise_one(
             progress=lambda done, count: bar.update(task, completed=done, total=count),
         )
     image = result.image.cpu()
-    return _Result(image.mean(0, keepdim=True) if picture.was_gray else image, result.sigma)
+    return result._replace(image=image.mean(0, keepdim=True) if picture.was_gray else image)
 
 
 def _check_numbers(run: Path, picture: Path, found: Tensor) -> None:
@@ -168,23 +171,24 @@ def _class_name(model: ScoreModel, label: int) -> str:
 
 
 def _warn_range(model: ScoreModel, sigma: float | None) -> None:
+    from ebmkit.units import format_sigma
+
     if model.card is None:
         return
     if model.card.sigma_range is None:
-        errors.print("warning: this model was never trained to denoise", style="yellow")
+        warn("this model was never trained to denoise")
     elif sigma is not None:
         low, high = model.card.sigma_range
         if not low <= sigma <= high:
-            errors.print(
-                f"warning: noise level {format_sigma(sigma)} is outside the range this model was "
-                f"trained for, {format_sigma(low)} to {format_sigma(high)}",
-                style="yellow",
-                soft_wrap=True,
-                highlight=False,
+            warn(
+                f"noise level {format_sigma(sigma)} is outside the range this model was "
+                f"trained for, {format_sigma(low)} to {format_sigma(high)}"
             )
 
 
 def _check_targets(sources: list[Path], targets: list[Path]) -> None:
+    from ebmkit.data.images import WRITERS
+
     for i, (source, target) in enumerate(zip(sources, targets, strict=True)):
         if target in targets[:i]:
             raise UserError(f"two pictures are called {source.name!r}: denoise them separately")
@@ -199,17 +203,17 @@ def _check_targets(sources: list[Path], targets: list[Path]) -> None:
 
 def _sized(model: ScoreModel, image: Tensor) -> Tensor:
     """The picture at the trained size: shorter side scaled, middle cut out."""
+    from torch import nn
+
     size = model.card.image_size if model.card else None
     if size is None or tuple(image.shape[-2:]) == tuple(size):
         return image
     height, width = image.shape[-2:]
     scale = max(size[0] / height, size[1] / width)
     scaled = (max(size[0], round(height * scale)), max(size[1], round(width * scale)))
-    errors.print(
+    errors.say(
         f"note: {width}x{height} picture brought to {size[1]}x{size[0]}, the trained size "
-        "(--no-resize leaves it)",
-        highlight=False,
-        soft_wrap=True,
+        "(--no-resize leaves it)"
     )
     small = nn.functional.interpolate(image[None], scaled, mode="bilinear", antialias=True)[0]
     top, left = (scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2

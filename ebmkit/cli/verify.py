@@ -9,17 +9,14 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ebmkit.cli.app import app
 from ebmkit.cli.console import console
 from ebmkit.errors import UserError
-from ebmkit.storage.verify import accept_files, verify_run
 
 __all__ = ["verify"]
 
 _WRONG = ("changed", "missing")
 
 
-@app.command()
 def verify(
     run: Annotated[Path, typer.Argument(help="run folder")],
     accept: Annotated[
@@ -32,6 +29,8 @@ def verify(
 
     Exit code 2 if one is changed or missing. Reads only, unless --accept is given.
     """
+    from ebmkit.storage.verify import accept_files, verify_run
+
     if not run.is_dir():
         raise UserError(f"there is no run folder {str(run)!r}")
     if accept:
@@ -58,4 +57,4 @@ def verify(
         )
     if not as_json:
         whole = sum(finding.state == "whole" for finding in found)
-        console.print(f"all {whole} files of the run are whole")
+        console.say(f"all {whole} files of the run are whole")

@@ -30,6 +30,7 @@ from ebmkit.validation import validated
 
 __all__ = [
     "DataConfig",
+    "FaultsConfig",
     "OptimizerConfig",
     "TrainConfig",
     "parse_assignments",
@@ -63,6 +64,13 @@ class DataConfig(_Config):
         "inside", description="links in a folder: only to images inside it, or to anywhere"
     )
     limit: int | None = Field(None, ge=1, description="use only so many training images")
+
+
+class FaultsConfig(_Config):
+    """What ``ebmkit evaluate --set dataset.FIELD=VALUE`` may change of a run's `DataConfig`."""
+
+    unreadable: Literal["error", "skip"] = "error"
+    links: Literal["inside", "follow"] = "inside"
 
 
 class OptimizerConfig(_Config):

@@ -119,10 +119,11 @@ CIFAR_SHORT: dict[str, Any] = {
     "validate_every": 300,
 }
 
-# 2.6 PFLOP: 39 epochs of the classification stream.
+# 2.6 PFLOP: 53 epochs of the classification stream.
 CIFAR_CPU: dict[str, Any] = {
     **CIFAR_ADAMW,
-    "model": {"backbone": {"width": 32}},
+    "backbone": "gradresnet10",
+    "model": {"backbone": {"width": 40}},
     "streams": {
         "classify": stream(
             160,
@@ -137,7 +138,7 @@ CIFAR_CPU: dict[str, Any] = {
         "denoise": stream(48, "1/255", "100/255", flip=True),
     },
     "optimizer": MUON | {"decay_share": 0.5, "ema": 0.995},
-    "steps": 12_000,
+    "steps": 16_500,
     "validate_every": 500,
     "checkpoint_every": 100,
 }
@@ -145,11 +146,13 @@ CIFAR_CPU: dict[str, Any] = {
 # 18 PFLOP: 61 epochs of the classification stream.
 CIFAR: dict[str, Any] = {
     **CIFAR_CPU,
+    "backbone": "gradresnet18",
     "model": {"backbone": {"width": 64}},
     "streams": {
         "classify": CIFAR_CPU["streams"]["classify"] | {"batch_size": 256},
         "denoise": stream(96, "1/255", "100/255", flip=True),
     },
+    "steps": 12_000,
     "validation_images": 1000,
     "checkpoint_every": 1000,
     "log_every": 50,

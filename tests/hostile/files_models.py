@@ -370,7 +370,6 @@ def use_run(root: Path) -> None:
 
 def evaluate(root: Path) -> None:
     from ebmkit.cli.app import app
-    from ebmkit.cli.commands import evaluate as _  # noqa: F401
 
     app(["evaluate", str(root), "--device", "cpu", "--limit", "10"], standalone_mode=False)
 

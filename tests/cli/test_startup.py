@@ -1,0 +1,103 @@
+"""Help, versions and mistyped command lines do not wait for PyTorch; `import ebmkit` neither."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import typer
+from command_line import ebmkit_command
+
+import ebmkit
+from ebmkit.cli import app
+from ebmkit.cli.list import Kind, tables
+from ebmkit.export import What
+from ebmkit.generation import TASKS
+from ebmkit.reproduce import TARGETS
+
+HEAVY = {"torch", "torchvision", "sympy", "scipy", "sklearn", "matplotlib", "numpy", "h5py"}
+COMMANDS = typer.main.get_command(app).commands
+
+AND_SAY_MODULES = """
+import atexit, runpy, sys
+atexit.register(lambda: print("MODULES", *sys.modules))
+sys.argv[0] = "ebmkit"
+runpy.run_module("ebmkit", run_name="__main__", alter_sys=False)
+"""
+
+
+def fresh(code, *arguments):
+    """Exit code, output, and imported top-level modules of a new process."""
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    output, _, modules = done.stdout.partition("MODULES")
+    assert modules, done.stderr
+    return done.returncode, output + done.stderr, {name.split(".")[0] for name in modules.split()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told", "also_absent"),
+    [
+        (["--help"], 0, "Commands:", {"pydantic"}),
+        (["--version"], 0, f"ebmkit {ebmkit.__version__}\n", {"pydantic"}),
+        (["--hlep"], 2, "No such option: --hlep", {"pydantic"}),
+        (["trian"], 2, "No such command 'trian'", set()),  # Typer itself imports pydantic
+        (["train", "--help"], 0, "--objective", set()),
+        (["train", "--stpes", "3"], 2, "No such option: --stpes", set()),
+        (["export", "run"], 2, "Missing option '--out'", set()),
+    ],
+)
+def test_help_version_and_mistakes_import_nothing_heavy(arguments, code, told, also_absent):
+    ended, output, modules = fresh(AND_SAY_MODULES, *arguments)
+    assert ended == code, output
+    assert told in output
+    assert modules & (HEAVY | also_absent) == set()
+
+
+def test_importing_the_package_imports_only_the_standard_library():
+    _, _, modules = fresh("import sys; old = {*sys.modules}; import ebmkit; "
+                          "print('MODULES', *({*sys.modules} - old))")  # fmt: skip
+    assert {m for m in modules if m not in sys.stdlib_module_names} == {"ebmkit"}
+
+
+def test_every_public_name_is_listed_importable_and_seen_by_static_tools():
+    tree = ast.parse(Path(ebmkit.__file__).read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    declared = {alias.name for node in block.body for alias in node.names}
+    assert declared | {"__version__"} == set(ebmkit.__all__) <= set(dir(ebmkit))
+    for node in block.body:
+        for alias in node.names:
+            assert getattr(ebmkit, alias.name) is getattr(sys.modules[node.module], alias.name)
+    assert ebmkit.evaluation is sys.modules["ebmkit.evaluation"]
+    with pytest.raises(AttributeError, match="no attribute 'laod'"):
+        _ = ebmkit.laod
+
+
+def help_of(command, parameter):
+    (found,) = (p for p in COMMANDS[command].params if p.name == parameter)
+    return found.help
+
+
+def test_names_that_options_know_without_imports_are_those_of_the_tables():
+    """Where help or a choice names the rows of a table whose module imports PyTorch."""
+    assert help_of("reproduce", "target") == f"{', '.join(TARGETS)}, or all"
+    assert help_of("restore", "task") == ", ".join(TASKS)
+    assert help_of("list", "kind") == ", ".join(tables())
+    assert get_args(Kind) == tuple(tables())
+    ended = ebmkit_command("export", "run", "--out", "x", "--what", "all", cwd=".")
+    assert ended.returncode == 2
+    assert all(repr(what) in ended.stderr for what in get_args(What))
+
+
+def test_help_names_values_as_other_command_lines_do():
+    def shown(command):
+        return ebmkit_command(command, "--help", cwd=".").stdout
+
+    assert "Usage: ebmkit denoise [OPTIONS] RUN IMAGE...\n" in shown("denoise")
+    assert "Usage: ebmkit reproduce [OPTIONS] TARGET [ROW]...\n" in shown("reproduce")
+    train = shown("train")
+    for option in ("--steps INTEGER", "--out PATH", "--set TEXT", "--backbone TEXT"):
+        assert f"{option} " in train
+    for command in COMMANDS.keys() - {"data"}:
+        assert not any(f"<{kind}" in shown(command) for kind in ("str", "int", "path", "list", "f"))
