@@ -41,7 +41,7 @@ def main() -> None:
     """Train, evaluate and write; rows that the file has already are kept."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON file, added to")
-    parser.add_argument("--recipe", default="digits")
+    parser.add_argument("--recipe", default="digits-adamw")
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--steps", type=int, help="default: the recipe's")
     parser.add_argument("--device", default="auto")

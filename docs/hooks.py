@@ -374,6 +374,37 @@ def jem_digits() -> str:
     )
 
 
+def time_to_quality_tables() -> str:
+    """`benchmarks/results/time-to-quality-*.json` as tables, one for each data set measured."""
+    lines: list[str] = []
+    for data in ("digits", "cifar10"):
+        path = RESULTS / f"time-to-quality-{data}.json"
+        lines += [f"**{data}**", ""]
+        if not path.exists():
+            lines += ["Not measured yet.", ""]
+            continue
+        found = json.loads(path.read_text())
+        quality = "gain, dB" if data == "digits" else "PSNR, dB"
+        measured = f"steps | TFLOP | seconds | accuracy | {quality}"
+        lines += [f"| mark: accuracy, {quality} | recipe | {measured} |"]
+        lines += ["|---|---|---:|---:|---:|---:|---|"]
+        recipes = {run["who"]: run["recipe"] for run in found["runs"]}
+        for row in found["marks"]:
+            accuracy, psnr = row["mark"]
+            cells = [f"{accuracy:.1%}, {' / '.join(map(str, psnr))}", f"`{recipes[row['who']]}`"]
+            if "steps" in row:
+                cells += [f"{row['steps']:,.0f}", f"{row['tflop']:,.1f}", f"{row['seconds']:,.0f}"]
+                cells += [f"{row['accuracy']:.1%}", " / ".join(f"{v:.2f}" for v in row["psnr"])]
+            else:
+                cells += [f"not by {row['longest_tried']:,}", "", "", "", ""]
+            lines.append(f"| {' | '.join(cells)} |")
+        commits = sorted({run["commit"] or "unknown" for run in found["runs"]})
+        seeds = len({run["seed"] for run in found["runs"]})
+        told = circumstances(found["environment"] | {"git_commit": ", ".join(commits)})
+        lines += ["", f"{seeds} seed{'s' if seeds > 1 else ''}, seconds of training. {told}", ""]
+    return "\n".join(lines)
+
+
 def circumstances(environment: dict[str, Any]) -> str:
     """Hardware, versions and commit, in a sentence."""
     return (
@@ -395,6 +426,7 @@ MARKERS = {
     "<!-- processes -->": processes_table,
     "<!-- layout -->": layout_table,
     "<!-- restore -->": restore_table,
+    "<!-- time-to-quality -->": time_to_quality_tables,
     "<!-- jem digits -->": jem_digits,
     "<!-- jem: cifar10 -->": partial(jem_table, "cifar10"),
     "<!-- jem: digits -->": partial(jem_table, "digits"),

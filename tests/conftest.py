@@ -2,13 +2,18 @@
 
 import gc
 import os
+import sys
 from pathlib import Path
 
 # One thread in each process of the tests and in each they start: two of them share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# Some 100 processes are started, and importing torch takes twice as long without cached bytecode.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import pytest
+
+sys.dont_write_bytecode = False
 
 
 @pytest.hookimpl(optionalhook=True, tryfirst=True)
@@ -57,15 +62,41 @@ def shared() -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def counted_once():
-    """For tests of runs that are alike: the memory of the first one's step stands for all.
+@pytest.fixture(autouse=True, scope="session")
+def counted_once_a_process():
+    """The memory of a step is counted once for each network, loss and shapes.
 
     Counting it (`tests/training/test_cost.py`) takes longer than a few steps of a small network.
     """
-    from ebmkit.training import memory
+    from ebmkit.training import account
 
-    count, found = memory.rehearse, []
+    count, found = account.step_memory, {}
+
+    def once(loss, shapes, *arguments):
+        tensors = [*loss.named_parameters(), *loss.named_buffers()]
+        key = (
+            repr(loss),
+            tuple((name, t.shape, t.dtype, t.device, t.requires_grad) for name, t in tensors),
+            str([(t.name, t.weight, t.settings, loss.stream_of[t.name]) for t in loss.terms]),
+            loss.separate,
+            tuple(shapes.items()),
+            *arguments,
+        )
+        if key not in found:
+            found[key] = count(loss, shapes, *arguments)
+        return found[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(account, "step_memory", once)
+        yield
+
+
+@pytest.fixture(scope="module")
+def counted_once(counted_once_a_process):
+    """For tests of runs that are alike: the memory of the first one's step stands for all."""
+    from ebmkit.training import account
+
+    count, found = account.step_memory, []
 
     def first(*arguments):
         if not found:
@@ -73,5 +104,6 @@ def counted_once():
         return found[0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "rehearse", first)
+        patch.setattr(account, "step_memory", first)
+        patch.setattr(account, "_MEMORIES", {})
         yield

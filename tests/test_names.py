@@ -30,16 +30,24 @@ def foreign(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("module", ["fuzz", "hostile", "soak"])
-def test_modules_run_beside_a_foreign_package_called_tests(module, foreign):
+def test_modules_run_beside_a_foreign_package_called_tests(foreign):
+    """One after the other in one process, which imports torch once."""
+    modules = ("fuzz", "hostile", "soak")
     code = f"""
 import runpy, sys
 sys.path.insert(0, {str(foreign)!r})
 import tests
 assert tests.FOREIGN
 sys.argv = ["", "--help"]
-runpy.run_module("ebmkit_tests.{module}", {{}}, "__main__")
+for module in {modules}:
+    try:
+        runpy.run_module("ebmkit_tests." + module, {{}}, "__main__")
+    except SystemExit as end:
+        assert not end.code, (module, end.code)
+    else:
+        raise AssertionError(module)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert f"python -m ebmkit_tests.{module}" in done.stdout
+    for module in modules:
+        assert f"python -m ebmkit_tests.{module}" in done.stdout

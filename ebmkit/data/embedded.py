@@ -10,6 +10,8 @@ patches (both without overlap), so that no pixel is in two splits.
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import torch
 
@@ -27,6 +29,19 @@ _COLUMNS: dict[Split, tuple[int, int]] = {
 
 def digits(split: Split) -> ImageSet:
     """One split of scikit-learn's digits: (N, 1, 8, 8), labels 0..9."""
+    pixels, labels, rows = _digits()
+    return ImageSet(
+        name="digits",
+        split=split,
+        images=torch.from_numpy(pixels[rows[split]]),  # a copy
+        labels=torch.from_numpy(labels[rows[split]]),
+        class_names=tuple("0123456789"),
+    )
+
+
+@cache
+def _digits() -> tuple[np.ndarray, np.ndarray, dict[Split, np.ndarray]]:
+    """Pixels (N, 1, 8, 8), labels, and the rows of each split: read from the text file once."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -37,14 +52,11 @@ def digits(split: Split) -> ImageSet:
     train, validation = train_test_split(
         train, test_size=0.1, stratify=labels[train], random_state=0
     )
-    rows = {"train": train, "validation": validation, "test": test}[split]
-    pixels = np.round(values[rows] * 255 / 16).astype(np.uint8).reshape(-1, 1, 8, 8)
-    return ImageSet(
-        name="digits",
-        split=split,
-        images=torch.from_numpy(pixels),
-        labels=torch.from_numpy(labels[rows]).long(),
-        class_names=tuple("0123456789"),
+    pixels = np.round(values * 255 / 16).astype(np.uint8).reshape(-1, 1, 8, 8)
+    return (
+        pixels,
+        labels.astype(np.int64),
+        {"train": train, "validation": validation, "test": test},
     )
 
 

@@ -12,7 +12,6 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -27,14 +26,13 @@ __all__ = ["Request", "read_batches", "told_of_readers"]
 STALL = 900.0
 """Seconds to wait for a process that reads images."""
 
-_LOADING: WeakSet[Any] = WeakSet()
-"""Iterators of loaders, whose processes do not heed a request to end."""
+_READERS: set[Any] = set()
+"""Processes that read and may still live; they do not heed a request to end."""
 
 
 def _end_readers() -> None:
-    for iterator in list(_LOADING):
-        for worker in getattr(iterator, "_workers", ()):
-            worker.kill()
+    for process in list(_READERS):
+        process.kill()
 
 
 atexit.register(_end_readers)  # before multiprocessing's own, which would wait for them
@@ -120,25 +118,29 @@ def read_batches(
         generator=torch.Generator(),  # leaves the process's own generator alone
     )
     items = iter(loader)
-    _LOADING.add(items)
+    processes = list(getattr(items, "_workers", ()))
+    _READERS.update(processes)
     try:
         for item in items:
             if isinstance(item, UserError):
                 raise item
             yield item
     except (RuntimeError, ConnectionError, EOFError) as error:
-        # dead or stalled: they ignore requests to end, and exit would wait for them
-        processes = list(getattr(items, "_workers", ()))
         getattr(items, "_shutdown_workers", tuple)()
         codes = [process.exitcode for process in processes if process.exitcode]
-        for process in processes:
-            process.kill()
         if codes and min(codes) < 0 and "killed by signal" not in str(error):
             name = signal.strsignal(-min(codes))
             raise RuntimeError(f"DataLoader worker is killed by signal: {name}. ") from None
         if isinstance(error, RuntimeError):
             raise
         raise RuntimeError("DataLoader worker ended") from None
+    finally:
+        # PyTorch asks them to end, waits some seconds, and asks once more by a signal that they
+        # ignore: on a busy machine some outlive that, and the exit of this process waits for them
+        getattr(items, "_shutdown_workers", tuple)()
+        for process in processes:
+            process.kill()
+        _READERS.difference_update(processes)
 
 
 class _Reading(Dataset[Item | UserError]):

@@ -32,6 +32,7 @@ __all__ = [
     "StreamConfig",
     "check_stream",
     "images_between",
+    "parse_decay_share",
     "parse_share",
     "span_at",
     "stage_at",
@@ -45,18 +46,42 @@ def parse_share(value: object) -> float:
     Raises:
         UserError: if it does not parse or is not between 0 and 1.
     """
-    text = str(value).strip()
-    top, slash, bottom = text.partition("/")
-    try:
-        share = float(top) / float(bottom) if slash else float(text)
-    except (ValueError, ZeroDivisionError):
-        share = math.nan
+    share = _quotient(value)
     if not 0 < share < 1:
         raise UserError(
-            f"a share of the run's steps is between 0 and 1, as 150/400, not {text!r}: phases and "
-            "milestones begin after one"
+            f"a share of the run's steps is between 0 and 1, as 150/400, not {_text(value)!r}: "
+            "phases and milestones begin after one"
         )
     return share
+
+
+def parse_decay_share(value: object) -> float:
+    """Read the share of a run's steps, at its end, over which the rate falls.
+
+    Raises:
+        UserError: if it does not parse, or is not above 0 and at most 1.
+    """
+    share = _quotient(value)
+    if not 0 < share <= 1:
+        raise UserError(
+            "the share of the steps, at the end, over which the rate falls is above 0 and at most "
+            f"1, as 0.2 or 100/400, not {_text(value)!r}"
+        )
+    return share
+
+
+def _text(value: object) -> str:
+    return str(value).strip()
+
+
+def _quotient(value: object) -> float:
+    """A number or a quotient of two; NaN for anything else."""
+    text = _text(value)
+    top, slash, bottom = text.partition("/")
+    try:
+        return float(top) / float(bottom) if slash else float(text)
+    except (ValueError, ZeroDivisionError):
+        return math.nan
 
 
 class Phase(BaseModel):
@@ -202,8 +227,9 @@ def check_stream(
         parts: that each process splits its share into.
 
     Raises:
-        UserError: if the set is empty, has no labels to mix or is smaller than a crop, or a batch
-            does not divide; the message names the field of the phase at fault.
+        UserError: if the set is empty, has no labels to mix or is smaller than a crop, a square of
+            cutout covers an image, or a batch does not divide; the message names the field of the
+            phase at fault.
     """
     if len(source) == 0:
         raise UserError(f"stream {name!r}: data set {source.name!r} has no {source.split} images")
@@ -241,4 +267,11 @@ def check_stream(
             raise UserError(
                 f"stream {name!r}: crop_size {crop} is larger than {what}, {size}: take at most "
                 f"{side} in {where}"
+            )
+        seen = (height, width) if crop is None else (crop, crop)
+        if config.augmentation.cutout >= min(seen):
+            raise UserError(
+                f"stream {name!r}: cutout {config.augmentation.cutout} can cover a whole image of "
+                f"{seen[0]}x{seen[1]}: set streams.{name}.augmentation.cutout to at most "
+                f"{min(seen) - 1}, or to 0 for none"
             )

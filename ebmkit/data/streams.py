@@ -128,7 +128,7 @@ class Stream:
         # Mixing needs the image before the first one too; it is dropped afterwards.
         self._extra = int(config.augmentation.mix != "none" and world_size > 1)
         self._generator = torch.Generator(self.device)
-        self._orders: dict[int, Tensor] = {}
+        self._orders: dict[tuple[int, torch.device], Tensor] = {}
         self._first_flips: Tensor | None = None
         self._held: dict[tuple[int, torch.device], Rows] = {}
 
@@ -180,14 +180,15 @@ class Stream:
             chosen = torch.where(
                 numbers // size == epoch, self._order(epoch, device)[numbers % size], chosen
             )
-        self._orders = {e: order for e, order in self._orders.items() if e >= last - 1}
+        self._orders = {key: own for key, own in self._orders.items() if key[0] >= last - 1}
         return chosen
 
     def _order(self, epoch: int, device: torch.device) -> Tensor:
-        if epoch not in self._orders:
+        key = epoch, device
+        if key not in self._orders:
             order = torch.randperm(len(self.source), generator=self._on_host("order", epoch))
-            self._orders[epoch] = order.to(device)
-        return self._orders[epoch]
+            self._orders[key] = order.to(device)
+        return self._orders[key]
 
     def _rows(self, span: Span, device: torch.device) -> Rows:
         """The rows of a global batch of ``span`` that this process holds."""

@@ -28,8 +28,10 @@ from ebmkit.training.memory import (
     available_memory,
     check_fits,
     format_bytes,
+    step_memory,
     too_large,
 )
+from ebmkit.training.rehearse import Shapes
 
 __all__ = ["Account", "Budget", "Stopwatch", "peak_memory"]
 
@@ -118,6 +120,10 @@ def _paired(stretches: list[Stretch]) -> list[Stretch]:
     return [first, *pairs, *rest[len(pairs) * 2 :]]
 
 
+_MEMORIES: dict[object, Memory] = {}
+"""What was counted in this process, by all that the count depends on."""
+
+
 @dataclass(frozen=True)
 class Budget:
     """The steps of a run, to be counted before they are taken.
@@ -129,6 +135,8 @@ class Budget:
         accumulate: parts that each batch is split into.
         processes: how many share each batch.
         effort: what a step does beside one gradient.
+        described: configurations of run and model as text, device included. A process counts the
+            memory of a step once for each; None: each time, as for a model composed by hand.
     """
 
     loss: TrainingLoss
@@ -137,6 +145,7 @@ class Budget:
     accumulate: int = 1
     processes: int = 1
     effort: Effort | None = None
+    described: str | None = None
 
     def check(self) -> Memory:
         """The memory that the largest step takes.
@@ -152,10 +161,19 @@ class Budget:
                 self.accumulate,
                 self.processes,
                 fields=stage.fields,
+                memory=self._memory(shapes),
             )
             for stage, shapes in self.plan
         ]
         return max(needs, key=lambda memory: memory.total)
+
+    def _memory(self, shapes: Shapes) -> Memory:
+        if self.described is None:
+            return step_memory(self.loss, shapes, self.states, self.accumulate)
+        key = (self.described, tuple(shapes.items()), self.states, self.accumulate)
+        if key not in _MEMORIES:
+            _MEMORIES[key] = step_memory(self.loss, shapes, self.states, self.accumulate)
+        return _MEMORIES[key]
 
     def cost(self, steps: int, first: int = 0) -> StepCost:
         """What steps ``first`` .. ``steps`` - 1 cost: counted, but for the device's matrix rate."""

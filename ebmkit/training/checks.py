@@ -1,8 +1,10 @@
-"""What a run needs of its data, objectives and compiler, checked before the first step."""
+"""What a run needs of its data, objectives and compiler, and whether it learnt anything."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import warnings
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -12,10 +14,10 @@ from ebmkit.data.schedule import Stage
 from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.objectives import TrainingLoss, parse_objective
-from ebmkit.objectives.terms import check_labels
+from ebmkit.objectives.terms import Scale, check_labels
 from ebmkit.training.config import TrainConfig
 
-__all__ = ["check_compiled", "check_terms", "shapes", "trained_size"]
+__all__ = ["check_compiled", "check_learnt", "check_terms", "shapes", "trained_size"]
 
 
 def check_terms(loss: TrainingLoss, config: TrainConfig, images: AnyImages) -> None:
@@ -75,6 +77,43 @@ def check_compiled(stages: Sequence[Stage]) -> None:
             f"sizes change {len(stages) - 1} times along the run, and a step is compiled for "
             f"{most} shapes at the most: take fewer phases, or --compile off"
         )
+
+
+NOT_LEARNT = {"ce": 0.98, "score": 0.97}
+"""Shares of the loss of guessing, or of a score of zero, from which on nothing was learnt."""
+
+LEAST_STEPS = 100
+"""Shorter runs are not judged."""
+
+
+def check_learnt(
+    means: Mapping[str, float], loss: TrainingLoss, classes: int, config: TrainConfig
+) -> None:
+    """Warn at the end of a run where cross-entropy and score matching are those of no model.
+
+    A rate that is too high need not give NaN: Muon's update is bounded, and a network with group
+    norms takes weights of any size.
+
+    Args:
+        means: the last validation's.
+        loss: what they are of.
+        classes: number of classes.
+        config: the run's.
+    """
+    matching = [t.name for t in loss.terms if t.objective.scale is not Scale.PLAIN]
+    told = dict.fromkeys(matching, "that of a score of zero (1)")
+    idle = {name: means[name] >= NOT_LEARNT["score"] for name in matching}
+    if "ce" in means and classes > 1:
+        told["ce"] = f"that of guessing (log {classes} = {math.log(classes):.2f})"
+        idle["ce"] = means["ce"] >= NOT_LEARNT["ce"] * math.log(classes)
+    if config.steps < LEAST_STEPS or not idle or not all(idle.values()):
+        return
+    found = " and ".join(f"{name} = {means[name]:.2f} is {told[name]}" for name in sorted(idle))
+    warnings.warn(
+        f"learnt nothing: {found}: the rate (optimizer.lr = {config.optimizer.lr:g}) may be too "
+        f"high, or {config.steps:,} steps too few",
+        stacklevel=2,
+    )
 
 
 def shapes(

@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from ebmkit.compute import ComputeConfig
 from ebmkit.data import StreamConfig
-from ebmkit.data.schedule import parse_share
+from ebmkit.data.schedule import parse_decay_share, parse_share
 from ebmkit.errors import UserError, shown
 from ebmkit.models import HEADS, ModelConfig
 from ebmkit.models.presets import find_network
@@ -44,6 +44,7 @@ MOST_KEYS = 20
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, BeforeValidator(parse_share)]
+DecayShare = Annotated[float, BeforeValidator(parse_decay_share)]
 
 
 class _Config(BaseModel):
@@ -80,7 +81,12 @@ class OptimizerConfig(_Config):
         "adamw",
         description="adamw, sgd with momentum, or muon for weight matrices and adamw for the rest",
     )
-    lr: float = Field(3e-4, gt=0, description="initial learning rate; of muon, of the matrices")
+    lr: float = Field(
+        3e-4,
+        gt=0,
+        description="initial learning rate; of muon, of the matrices; a recipe's is of its own "
+        "kind, for another it is 3e-4 of adamw, 1e-2 of muon, 0.1 of sgd",
+    )
     adamw_lr: float | None = Field(
         None, gt=0, description="of muon: initial rate of the rest; none: 3e-3"
     )
@@ -97,7 +103,7 @@ class OptimizerConfig(_Config):
     schedule: Literal["cosine", "constant", "milestones", "linear", "warmup-stable-decay"] = Field(
         "cosine", description="of the learning rate"
     )
-    decay_share: Share | None = Field(
+    decay_share: DecayShare | None = Field(
         None,
         description="of warmup-stable-decay: share of the steps, at the end, over which it falls "
         "to 0; none: 0.2",
@@ -128,31 +134,42 @@ class OptimizerConfig(_Config):
         if not isinstance(values, Mapping):
             return values
         filled = dict(values)
-        if filled.get("kind") == "muon":
+        kind = filled.get("kind")
+        if isinstance(kind, str) and kind in RATES:
+            filled.setdefault("lr", RATES[kind])
+        if kind == "muon":
             filled.setdefault("momentum", 0.95)
             _default(filled, adamw_lr=3e-3, nesterov=True)
         if filled.get("schedule") == "warmup-stable-decay":
             _default(filled, decay_share=0.2)
         return filled
 
-    @model_validator(mode="after")
-    def _check(self) -> OptimizerConfig:
-        """Refuse what would do nothing."""
-        schedule = self.schedule == "warmup-stable-decay"
-        for name, takes, needs in (
-            ("adamw_lr", self.kind == "muon", "kind=muon"),
-            ("adamw_for", self.kind == "muon", "kind=muon"),
-            ("nesterov", self.kind == "muon", "kind=muon"),
-            ("decay_share", schedule, "schedule=warmup-stable-decay"),
-            ("ema_warmup", self.ema is not None, "ema, as 0.999"),
-        ):
-            value = getattr(self, name)
-            if value not in (None, ()) and not takes and not (name == "ema_warmup" and not value):
-                raise UserError(
-                    f"{name} = {shown(value)} does nothing here: leave it out, or set "
-                    f"optimizer.{needs}"
-                )
-        return self
+    def idle(self) -> dict[str, str]:
+        """Fields that are set and do nothing beside the others -> the setting that uses them."""
+        stable = self.schedule == "warmup-stable-decay"
+        milestones = self.schedule == "milestones"
+        needs = {
+            "adamw_lr": (self.kind == "muon", "kind=muon"),
+            "adamw_for": (self.kind == "muon", "kind=muon"),
+            "nesterov": (self.kind == "muon", "kind=muon"),
+            "momentum": (self.kind != "adamw", "kind=muon or sgd"),
+            "betas": (self.kind != "sgd", "kind=adamw or muon"),
+            "decay_share": (stable, "schedule=warmup-stable-decay"),
+            "milestones": (milestones, "schedule=milestones"),
+            "milestone_factor": (milestones, "schedule=milestones"),
+            "ema_warmup": (self.ema is not None, "ema, as 0.999"),
+            "sharpness_adaptive": (self.sharpness is not None, "sharpness, as 0.05"),
+        }
+        fields = type(self).model_fields
+        return {
+            name: needed
+            for name, (used, needed) in needs.items()
+            if not used and getattr(self, name) != fields[name].default
+        }
+
+
+RATES = {"adamw": 3e-4, "muon": 1e-2, "sgd": 0.1}
+"""Initial learning rates of the kinds, where none is set."""
 
 
 def _default(values: dict[str, Any], **defaults: Any) -> None:
@@ -232,11 +249,15 @@ def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfi
         base = recipe_for(dataset, str(merge(*layers).get("objective", "")))
     named = [layer["backbone"] for layer in layers if "backbone" in layer]
     start = _expand(base | {"backbone": named[-1]} if named else base)  # not both presets' settings
-    expanded = [_expand(layer) for layer in layers]
-    start = _fitting(start, merge(*expanded))
+    expanded = [start, *(_expand(layer) for layer in layers)]
+    start, *expanded = (
+        _fitting(own, merge(*expanded[i:]), whole=i == 1 or own.keys() >= OF_A_RUN)
+        for i, own in enumerate(expanded, 1)
+    )
     raw = merge(start, *expanded)
     raw = merge(raw, diffusion_settings(raw, merge(*expanded)))
     config = validated(TrainConfig, raw, "configuration")
+    _check_used(config, merge(*(own for own in (start, *expanded) if not own.keys() >= OF_A_RUN)))
     terms = {term.name: term for term in parse_objective(config.objective)}
     for name in config.draw_from:
         find("objective in draw_from", terms, name)
@@ -251,23 +272,57 @@ def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfi
 OF_A_RUN = {"dataset", "backbone", "head", "model", "objective", "streams", "optimizer", "steps"}
 """Fields by which a run's whole configuration is known."""
 
-MUON_RATES = ("lr", "adamw_lr", "adamw_for", "momentum", "nesterov")
-"""Settings that no other optimiser can take over from Muon."""
+OF_A_KIND = ("lr", "momentum", "nesterov", "adamw_lr", "adamw_for")
+"""Settings of an optimiser that another does not take over."""
 
 
-def _fitting(base: Mapping[str, Any], over: Mapping[str, Any]) -> Mapping[str, Any]:
-    """``base`` without settings of the optimiser that those in ``over`` leave without a use."""
-    own, chosen = base.get("optimizer", {}), over.get("optimizer", {})
-    if not isinstance(chosen, Mapping):
-        return base
+def _fitting(layer: Mapping[str, Any], over: Mapping[str, Any], whole: bool) -> Mapping[str, Any]:
+    """``layer`` without settings of the optimiser that choices in ``over`` leave without a use.
+
+    Where a ``whole`` layer, a recipe or a run, names no kind or schedule, it means the default; a
+    part means whatever is chosen.
+    """
+    own, chosen = layer.get("optimizer"), over.get("optimizer")
+    if not isinstance(own, Mapping) or not isinstance(chosen, Mapping):
+        return layer
+    kind = own.get("kind", "adamw" if whole else chosen.get("kind"))
+    schedule = own.get("schedule", "cosine" if whole else chosen.get("schedule"))
     idle: tuple[str, ...] = ()
-    if own.get("kind") == "muon" and chosen.get("kind", "muon") != "muon":
-        idle += MUON_RATES
-    if chosen.get("schedule", own.get("schedule")) != own.get("schedule"):
-        idle += ("decay_share",)
-    if "ema" in chosen and chosen["ema"] is None:
+    if chosen.get("kind", kind) != kind:
+        idle += OF_A_KIND + (("betas",) if chosen["kind"] == "sgd" else ())
+    if chosen.get("schedule", schedule) != schedule:
+        idle += ("decay_share", "milestones", "milestone_factor")
+    if chosen.get("ema", 1) is None:
         idle += ("ema_warmup",)
-    return {**base, "optimizer": {k: v for k, v in own.items() if k not in idle}}
+    if chosen.get("sharpness", 1) is None:
+        idle += ("sharpness_adaptive",)
+    return {**layer, "optimizer": {k: v for k, v in own.items() if k not in idle}}
+
+
+def _check_used(config: TrainConfig, given: Mapping[str, Any]) -> None:
+    """Refuse what would do nothing in the optimiser.
+
+    Args:
+        config: the resolved configuration.
+        given: the layers below it, but for whole configurations of runs: those of earlier versions
+            may hold such settings.
+
+    Raises:
+        UserError: naming the first field.
+    """
+    own = given.get("optimizer", {})
+    for name, needed in config.optimizer.idle().items():
+        if name in own:
+            raise UserError(
+                f"optimizer.{name} = {shown(getattr(config.optimizer, name))} does nothing here: "
+                f"leave it out, or set optimizer.{needed}"
+            )
+    warm, steps = config.optimizer.warmup_steps, config.steps
+    if warm >= steps and ("warmup_steps" in own or "steps" in given):
+        raise UserError(
+            f"optimizer.warmup_steps = {warm} does not end before the run does: set it below "
+            f"{steps}, the steps, or to 0"
+        )
 
 
 def _dataset_name(raw: Mapping[str, Any]) -> str:

@@ -27,7 +27,7 @@ _FREE_TO_CHANGE = (
 def difference(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, Any, Any] | None:
     """The first field in which two configurations make different runs: its name, old and new.
 
-    The kind of a part comes before what follows from it.
+    The kind of a part, or a schedule, comes before what follows from it.
     """
     before, after = _flat(old), _flat(new)
     for key in sorted(before.keys() | after.keys(), key=lambda key: (not _is_kind(key), key)):
@@ -37,7 +37,7 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, Any, Any]
 
 
 def _is_kind(key: str) -> bool:
-    return key.rpartition(".")[2] == "kind"
+    return key.rpartition(".")[2] in ("kind", "schedule")
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:

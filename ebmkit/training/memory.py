@@ -127,6 +127,7 @@ def check_fits(
     ranks: int = 1,
     free: int | None = None,
     fields: Mapping[str, str] | None = None,
+    memory: Memory | None = None,
 ) -> Memory:
     """The memory of a step, if the device has it free. Ask before the first step.
 
@@ -135,11 +136,12 @@ def check_fits(
         ranks: processes that share each batch; ``shapes`` are of one of them.
         free: bytes that may be taken beyond the parameters; by default `available_memory`.
         fields: as for `too_large`.
+        memory: of the step, if it is known; by default `step_memory`.
 
     Raises:
         UserError: if it has not; the message says what would fit.
     """
-    memory = step_memory(loss, shapes, states, accumulate)
+    memory = memory or step_memory(loss, shapes, states, accumulate)
     device = next(loss.parameters()).device
     if free is None:
         free = available_memory(device)

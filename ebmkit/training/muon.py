@@ -1,6 +1,7 @@
 r"""Muon: momentum whose matrices are orthogonalised (Jordan et al., 2024; Liu et al., 2502.16982).
 
-A weight of shape (out, ...) is a matrix W of R rows, its outputs, and C columns. With gradient G,
+A weight of shape (R, ...) is a matrix W of R rows and C columns. Its rows are a layer's outputs, or
+a transposed convolution's inputs, as its weight is (in, out, h, w). With gradient G,
 
 .. math::
     M \leftarrow \mu M + (1 - \mu) G, \qquad U = \mu M + (1 - \mu) G, \qquad
@@ -28,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Muon", "muon_flops", "orthogonalize"]
+__all__ = ["Muon", "as_matrix", "by_products", "orthogonalize"]
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
@@ -64,9 +65,8 @@ class Muon(torch.optim.Optimizer):
         own = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov}
         adamw = torch.optim.AdamW(rest, lr=lr, betas=betas, fused=True) if rest else None
         self.adamw, self.found_inf = adamw, torch.zeros(())
-        super().__init__(
-            [{"params": [*matrices], **own}, *(adamw.param_groups if adamw else ())], {}
-        )
+        groups = adamw.param_groups if adamw else []
+        super().__init__([{"params": [*matrices], **own}, *groups], {})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -79,23 +79,22 @@ class Muon(torch.optim.Optimizer):
             self.adamw.step()
 
     def _move(self, group: dict[str, Any]) -> None:
-        weights = sorted((p for p in group["params"] if p.grad is not None), key=_shape)
-        for p in weights:
-            if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        weights = sorted((p for p in group["params"] if p.grad is not None), key=as_matrix)
+        for p in (p for p in weights if "momentum_buffer" not in self.state[p]):
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         if not weights:
             return
         buffers = [self.state[p]["momentum_buffer"] for p in weights]
-        w, m, g = map(_flat, (weights, buffers, [p.grad for p in weights]))
+        gradients = [p.grad for p in weights]
+        w, m, g = (torch.cat([t.flatten() for t in own]) for own in (weights, buffers, gradients))
         mu, lr = group["momentum"], group["lr"]
         momentum = m.lerp(g, 1 - mu)
         update = g.lerp_(momentum, mu) if group["nesterov"] else momentum.clone()
-        begin = 0
-        for (rows, columns), same in itertools.groupby(weights, _shape):
-            end = begin + len(list(same)) * rows * columns
-            part = update[begin:end].view(-1, rows, columns)
+        left = update
+        for (rows, columns), same in itertools.groupby(weights, as_matrix):
+            count = len(list(same)) * rows * columns
+            part, left = left[:count].view(-1, rows, columns), left[count:]
             part.copy_(orthogonalize(part)).mul_(0.2 * max(rows, columns) ** 0.5)
-            begin = end
         moved = (w * (1 - lr * group["weight_decay"])).sub_(update, alpha=lr)
         failed = self.found_inf.to(w.device) > 0
         for targets, new, old in ((weights, moved, w), (buffers, momentum, m)):
@@ -114,7 +113,7 @@ def orthogonalize(x: Tensor) -> Tensor:
         return orthogonalize(x.mT).mT
     a, b, c = COEFFICIENTS
     x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp_min(EPS)
-    if _by_products(x, *x.shape[1:]):
+    if by_products(x, *x.shape[1:]):
         gram, product = x @ x.mT, torch.empty(0)
         for left in reversed(range(STEPS)):
             factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
@@ -129,25 +128,11 @@ def orthogonalize(x: Tensor) -> Tensor:
     return x
 
 
-def muon_flops(matrices: Iterable[Tensor]) -> int:
-    """FLOPs of orthogonalising ``matrices`` once."""
-    total = 0
-    for matrix in matrices:
-        small, large = sorted(_shape(matrix))
-        if _by_products(matrix, small, large):
-            total += 4 * small**2 * large + (8 * STEPS - 6) * small**3
-        else:
-            total += STEPS * (4 * small**2 * large + 2 * small**3)
-    return total
-
-
-def _by_products(x: Tensor, small: int, large: int) -> bool:
+def by_products(x: Tensor, small: int, large: int) -> bool:
+    """Whether NS multiplies matrices like ``x`` by a product of the five factors."""
     return not x.is_cuda and large >= 2 * small
 
 
-def _shape(weight: Tensor) -> tuple[int, int]:
+def as_matrix(weight: Tensor) -> tuple[int, int]:
+    """Rows and columns."""
     return weight.shape[0], weight[0].numel()
-
-
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([t.flatten() for t in tensors])

@@ -20,12 +20,12 @@ from torch import nn
 
 from ebmkit.errors import UserError, shown
 from ebmkit.training.config import OptimizerConfig
-from ebmkit.training.muon import Muon, muon_flops
+from ebmkit.training.muon import STEPS, Muon, as_matrix, by_products
 
 __all__ = ["learning_rate", "make_optimizer", "optimizer_flops", "set_rate", "states_of"]
 
 MATRIX_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
-"""Layers whose weights Muon moves."""
+"""Layers whose weights Muon moves; ConvTranspose1d and 3d are left to AdamW."""
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -47,8 +47,10 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """Fused AdamW or SGD over all parameters, or Muon for matrices and AdamW for the rest.
 
-    Vectors and scalars decay only with ``decay_norms``. All skip the update where the engine says
-    that a gradient is not finite.
+    Matrices are the weights of convolutions and linear layers, but for the module that the model
+    calls ``head``; ``adamw_for`` leaves more of them to AdamW, as a head of another name. Vectors
+    and scalars decay only with ``decay_norms``. All skip the update where the engine says that a
+    gradient is not finite.
 
     Raises:
         UserError: if Muon finds no matrices, or ``adamw_for`` names none of them.
@@ -88,8 +90,15 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def optimizer_flops(model: nn.Module, config: OptimizerConfig) -> int:
-    """FLOPs of the matrix products of an update."""
-    return muon_flops(_matrices(model, config)) if config.kind == "muon" else 0
+    """FLOPs of the matrix products of an update: Muon orthogonalises each matrix once."""
+    total = 0
+    for matrix in _matrices(model, config) if config.kind == "muon" else ():
+        small, large = sorted(as_matrix(matrix))
+        if by_products(matrix, small, large):
+            total += 4 * small**2 * large + (8 * STEPS - 6) * small**3
+        else:
+            total += STEPS * (4 * small**2 * large + 2 * small**3)
+    return total
 
 
 def states_of(model: nn.Module, config: OptimizerConfig) -> Fraction:
@@ -104,18 +113,19 @@ def states_of(model: nn.Module, config: OptimizerConfig) -> Fraction:
 
 
 def _matrices(model: nn.Module, config: OptimizerConfig) -> list[nn.Parameter]:
-    """What Muon moves: weights of convolutions and linear layers, but for the head.
+    """What Muon moves: weights of convolutions and linear layers, but for the module ``head``.
 
     Raises:
         UserError: if there are none, or ``adamw_for`` names none of them.
     """
     part = getattr(model, "head", None)
-    head = {id(p) for p in part.parameters()} if isinstance(part, nn.Module) else set()
+    seen = {id(p) for p in part.parameters()} if isinstance(part, nn.Module) else set()
     found: dict[str, nn.Parameter] = {}
     for name, module in model.named_modules():
         if isinstance(module, MATRIX_LAYERS):
             weight = module.weight  # a tensor that is no parameter where it is computed
-            if isinstance(weight, nn.Parameter) and weight.requires_grad and id(weight) not in head:
+            if isinstance(weight, nn.Parameter) and weight.requires_grad and id(weight) not in seen:
+                seen.add(id(weight))  # layers may share it
                 found[f"{name}.weight"] = weight
     for part in config.adamw_for:
         if not any(part in name for name in found):

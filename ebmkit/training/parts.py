@@ -12,6 +12,7 @@ from ebmkit.compile import make_inference
 from ebmkit.data import AnyImages, Stream, StreamConfig
 from ebmkit.data.schedule import Stage
 from ebmkit.energy import EnergyModel, ScoreModel
+from ebmkit.models import ModelConfig
 from ebmkit.objectives import ClassificationConfig, TrainingLoss, parse_objective
 from ebmkit.parallel import World
 from ebmkit.training.account import Budget
@@ -90,8 +91,13 @@ def make_budget(
     stages: Sequence[Stage],
     images: AnyImages,
     world: World,
+    built_from: ModelConfig | None = None,
 ) -> Budget:
-    """The steps of the run, to be counted."""
+    """The steps of the run, to be counted; ``built_from`` describes the model, if it can be."""
+    device = next(loss.parameters()).device
+    described = None
+    if built_from is not None:
+        described = f"{device} {built_from.model_dump_json()} {config.model_dump_json()}"
     return Budget(
         loss,
         [(stage, shapes(stage, images, world.size)) for stage in stages],
@@ -103,6 +109,7 @@ def make_budget(
             1 if config.optimizer.sharpness is None else 2,
             optimizer_flops(loss.model, config.optimizer),
         ),
+        described,
     )
 
 

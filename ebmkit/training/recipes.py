@@ -57,7 +57,9 @@ def _for(dataset: str, config: dict[str, Any]) -> dict[str, Any]:
 
 
 RECIPES: dict[str, Recipe] = {
-    "digits": Recipe(_for("digits", DIGITS), "8x8 digits on a CPU in a minute, by Muon"),
+    "digits": Recipe(
+        _for("digits", DIGITS), "8x8 digits by Muon, in about 80 seconds on two cores"
+    ),
     "digits-adamw": Recipe(
         _for("digits", DIGITS_ADAMW),
         "the same by AdamW alone, 800 steps: what digits is compared with",
@@ -66,7 +68,8 @@ RECIPES: dict[str, Recipe] = {
         _for("patches", PATCHES), "photo patches, denoising alone, on a CPU in minutes"
     ),
     "cifar10": Recipe(
-        _for("cifar10", CIFAR), "cifar10-cpu at width 64, for a GPU: 18 PFLOP; not run yet"
+        _for("cifar10", CIFAR),
+        "GradResNet18 of width 64 by Muon, for a GPU: 18 PFLOP; not run yet",
     ),
     "cdn-cifar10": Recipe(
         _for("cifar10", CDN_CIFAR),
@@ -74,14 +77,15 @@ RECIPES: dict[str, Recipe] = {
     ),
     "cifar100": Recipe(_for("cifar100", CDN_CIFAR), "the paper's CIFAR-10 recipe on CIFAR-100"),
     "cifar10-short": Recipe(
-        _for("cifar10", CIFAR_SHORT), "width 16, 54 TFLOP by Muon: minutes on a CPU"
+        _for("cifar10", CIFAR_SHORT), "GradResNet10 of width 16, 53 TFLOP by Muon: minutes on a CPU"
     ),
     "cifar10-cpu": Recipe(
-        _for("cifar10", CIFAR_CPU), "width 32, 2.6 PFLOP by Muon: hours on two CPU cores"
+        _for("cifar10", CIFAR_CPU),
+        "GradResNet10 of width 40, 2.6 PFLOP by Muon: hours on two CPU cores",
     ),
     "cifar10-adamw": Recipe(
         _for("cifar10", CIFAR_ADAMW),
-        "width 16, 54 TFLOP by AdamW, flips only: what cifar10-short is compared with",
+        "GradResNet18 of width 16, 54 TFLOP by AdamW, flips: what cifar10-short is compared with",
     ),
     "imagenet": Recipe(
         IMAGENET, "the paper's ImageNet recipe: 400 epochs, crops from 128 to 224 pixels"

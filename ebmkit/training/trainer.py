@@ -35,7 +35,7 @@ from ebmkit.parallel import World, device_of_rank
 from ebmkit.randomness import keyed_seed
 from ebmkit.training.account import Account, Stopwatch, peak_memory
 from ebmkit.training.best import Best
-from ebmkit.training.checks import check_compiled, check_terms
+from ebmkit.training.checks import check_compiled, check_learnt, check_terms
 from ebmkit.training.config import TrainConfig
 from ebmkit.training.engine import OutOfMemory, Reading, TrainingStep, told_of_memory
 from ebmkit.training.leftout import LeftOut
@@ -123,7 +123,9 @@ class Trainer:
         if self.update.compiled:
             check_compiled(self.stages)
         self.watch = Stopwatch()
-        self.budget = make_budget(self.loss, config, self.stages, self.train, world)
+        self.budget = make_budget(
+            self.loss, config, self.stages, self.train, world, self.built_from
+        )
         self.step = self.first_step = 0
         self.begun, self.seconds_before = time.perf_counter(), 0.0
         self.best = Best()
@@ -354,6 +356,8 @@ class Trainer:
         means = self.measure(model, loss, stage)
         self.model.train()
         self.report({"kind": "validation", "step": self.step, **means})
+        if self.step == self.config.steps and self.world.first:
+            check_learnt(means, loss, model.num_classes, self.config)
         summary = loss.summary({term.name: means[term.name] for term in loss.terms})
         every = self.config.validate_every
         if 0 < stage.start >= (self.step - 1) // every * every:

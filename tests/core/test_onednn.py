@@ -58,8 +58,9 @@ def test_small_networks_train_without_memory_corruption():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("layout", [[], ["--contiguous"]], ids=["channels-last", "contiguous"])
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("threads", "layout"), [(1, []), (2, ["--contiguous"])], ids=["1-channels-last", "2-contiguous"]
+)
 def test_every_preset_trains_without_memory_corruption(threads, layout):
     pytest.importorskip("diffusers")
     found, said = scan(*layout, threads=threads)

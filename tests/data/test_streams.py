@@ -1,5 +1,6 @@
 """Streams are a function of the step: any start, any number of workers, any number of processes."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -140,6 +141,28 @@ def test_images_too_small_to_reflect_are_refused(toy):
         stream(toy, config)
 
 
+def test_cutout_as_large_as_an_image_or_crop_is_refused(toy):
+    def cut(side, **options):
+        return StreamConfig(augmentation=Augmentation(cutout=side, **options))
+
+    with pytest.raises(
+        UserError, match=r"cutout 6 .*6x6: set streams\.ce\.aug.*cutout to at most 5"
+    ):
+        stream(toy, cut(6))
+    with pytest.raises(UserError, match=r"cutout 4 .*4x4: .*to at most 3, or to 0"):
+        stream(toy, cut(4, crop_size=4))
+    assert next(stream(toy, cut(5)).batches(0, 1)).x.shape == (64, 3, 6, 6)
+
+
+def test_the_order_of_an_epoch_is_kept_for_each_device(streamed):
+    """A sampler asks for it on the host, alternating flips on the device of the batch."""
+    own = stream(streamed)
+    order = own._order(0, torch.device("cpu"))
+    meta = own._order(0, torch.device("meta"))
+    assert (meta.device.type, meta.shape) == ("meta", order.shape)
+    assert own._order(0, torch.device("cpu")) is order
+
+
 def test_each_epoch_visits_every_image_once_and_drops_none():
     source = make_set(count=10)
     keys = source.images.flatten(1).sum(1)
@@ -216,6 +239,25 @@ def test_a_damaged_file_is_told_in_one_sentence(toy, workers):
         list(stream(source, workers=workers).batches(0, 3))
     assert "is damaged" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_no_reading_process_outlives_its_stream(streamed, monkeypatch):
+    """Nor where it does not end when asked to; on a busy machine it may not in time."""
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.0)
+    batches = stream(streamed, workers=2).batches(0, 1000)
+    next(batches)
+    processes = multiprocessing.active_children()
+    assert len(processes) == 2
+    for process in processes:
+        os.kill(process.pid, signal.SIGSTOP)
+    batches.close()
+    try:
+        for process in processes:
+            process.join(2)
+            assert not process.is_alive()
+    finally:
+        for process in processes:
+            process.kill()
 
 
 @pytest.mark.parametrize(

@@ -59,13 +59,17 @@ RUNS: dict[str, dict[str, Any]] = {
     "ce+dsm-muon": {
         "optimizer": {
             "kind": "muon",
+            "lr": 3e-3,
             "schedule": "warmup-stable-decay",
             "ema": 0.99,
             "ema_warmup": True,
         },
         "terms": {"ce": {"label_smoothing": 0.1}},
     },
-    "cdsm-sgd": {"objective": "ce+cdsm", "optimizer": {"kind": "sgd", "sharpness": 0.05}},
+    "cdsm-sgd": {
+        "objective": "ce+cdsm",
+        "optimizer": {"kind": "sgd", "lr": 3e-3, "sharpness": 0.05},
+    },
 }
 
 

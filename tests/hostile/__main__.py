@@ -44,13 +44,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m ebmkit_tests.hostile", description=__doc__)
     parser.add_argument("out", type=Path, help="a new folder")
     parser.add_argument("--open", action="store_true", help="open each file too")
-    parser.add_argument("--quick", action="store_true", help="without the slow ones")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--quick", action="store_true", help="without the slow ones")
+    which.add_argument("--slow", action="store_true", help="the slow ones alone")
     parser.add_argument("--only", default="", help="part of the name or kind of the cases wanted")
     parser.add_argument("--json", type=Path, help="where to keep what came of opening them")
     wanted = parser.parse_args()
     cases, openers = all_cases()
     cases = [c for c in cases if wanted.only in c.name or wanted.only == c.kind]
-    cases = [c for c in cases if not (c.slow and wanted.quick)]
+    cases = [c for c in cases if not (c.slow if wanted.quick else wanted.slow and not c.slow)]
     home = wanted.out.resolve()
     paths = [write(case, home) for case in cases]
     (home / "index.json").write_text(index(cases, paths, home))

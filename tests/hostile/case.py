@@ -32,7 +32,7 @@ class Case:
         make: given an empty folder of its own, writes it there and returns what is to be opened.
         says: a regular expression that the `UserError` must match; None: it opens, harmlessly.
         mib: memory that opening it may take, MiB.
-        seconds: time that it may take.
+        seconds: of the processor that it may take.
         slow: not in the default suite.
     """
 

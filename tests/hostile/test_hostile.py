@@ -51,4 +51,4 @@ def test_hostile_files_are_refused(tmp_path):
 
 @pytest.mark.slow
 def test_large_hostile_files_are_refused(tmp_path):
-    judged(run(tmp_path))
+    judged(run(tmp_path, "--slow"))

@@ -66,7 +66,7 @@ class Ending:
     Attributes:
         how: ``opened``, ``refused`` (by `UserError`), ``raised`` (anything else), ``died``.
         text: of the error.
-        seconds: that it took.
+        seconds: of the processor that it took, whatever else the machine was doing.
         mib: by how much the memory in use grew at its highest.
         touched: what it opened, changed or ran that is not its own.
     """
@@ -169,7 +169,7 @@ def _attempt(call: Callable[[Path], object], path: Path, own: Path) -> Ending:
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     warnings.simplefilter("ignore")
-    watch, start = Watch(), time.perf_counter()
+    watch, start = Watch(), time.process_time()
     watch.begin(own)
     try:
         call(path)
@@ -181,7 +181,7 @@ def _attempt(call: Callable[[Path], object], path: Path, own: Path) -> Ending:
         text = f"{type(error).__name__}: {error!s:.300} ({where.filename}:{where.lineno})"
         ending = Ending("raised", text)
     ending.touched = watch.end()
-    ending.seconds = round(time.perf_counter() - start, 3)
+    ending.seconds = round(time.process_time() - start, 3)
     ending.mib = round(_status("VmHWM") - before, 1)
     return ending
 
@@ -196,7 +196,8 @@ def opened(
         path: what to open.
         own: the folder whose files may be read and written.
         forbidden: a folder that nothing may look into.
-        seconds: after twice as many it is killed.
+        seconds: of the processor that it may take; after four times as many on the clock, and two
+            more, it is killed.
     """
     touched: list[str] = []
     reader, writer = os.pipe()
@@ -210,7 +211,7 @@ def opened(
             os._exit(0)
         os.close(writer)
         try:
-            ready, _, _ = select.select([reader], [], [], 2 * seconds + 2)
+            ready, _, _ = select.select([reader], [], [], 4 * seconds + 2)
             content = os.read(reader, 2**16) if ready else b""
             if not ready:
                 os.kill(child, signal.SIGKILL)
@@ -221,6 +222,6 @@ def opened(
         ending = Ending(**json.loads(content))
     else:
         why = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else "no answer"
-        ending = Ending("died", why if ready else "never ended", 2 * seconds + 2)
+        ending = Ending("died", why if ready else "never ended", 4 * seconds + 2)
     ending.touched += list(dict.fromkeys(touched))
     return ending

@@ -2,16 +2,10 @@
 
 import pytest
 import torch
+from ebmkit_tests.support.small_models import small_model, small_size
 
-from ebmkit import JointModel, create_model
+from ebmkit import JointModel
 from ebmkit.models import BACKBONES, HEADS
-
-SMALLEST = {
-    "gradresnet18-imagenet": 32,
-    "resnet18-imagenet": 32,
-    "resnet50-imagenet": 32,
-}  # total stride 16: below this the last maps are one pixel
-NUM_CLASSES = 3
 
 
 @pytest.fixture(params=sorted(BACKBONES))
@@ -26,17 +20,12 @@ def head(request) -> str:
 
 @pytest.fixture
 def size(backbone) -> int:
-    """A small reference size that suits the backbone."""
-    return SMALLEST.get(backbone, 8)
+    return small_size(backbone)
 
 
 @pytest.fixture
 def model(backbone, head) -> JointModel:
-    """Each preset under each head, narrow, in float64, with the plain formula at every size."""
-    torch.manual_seed(0)
-    made = create_model(backbone, NUM_CLASSES, in_channels=1, head=head, width=8).double().eval()
-    made._warned = True  # of ReLU and BatchNorm, which some presets have: see test_ablations
-    return made
+    return small_model(backbone, head)
 
 
 @pytest.fixture

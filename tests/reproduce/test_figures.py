@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from ebmkit.pictures import theory
 from ebmkit.reproduce import SCALES, Rows, figures
 
 FOUND = Path(__file__).parents[2] / "docs" / "results" / "fig1.json"
@@ -25,8 +26,11 @@ def test_figure_1_is_computed_once_and_says_how(rows, monkeypatch):
         return json.loads(FOUND.read_text())
 
     monkeypatch.setattr(figures, "figure1", computed)
-    for _ in range(2):
-        paths = figures.run_fig1(rows, ())
+    paths = figures.run_fig1(rows, ())
+    drawn = []
+    monkeypatch.setattr(theory, "draw_figure1", lambda document, path: drawn.append(document))
+    figures.run_fig1(rows, ())
+    assert drawn == [json.loads((rows.out / "fig1.json").read_text())]
     text = paths[0].read_text()
     assert "b_gen = 5, b_dis = 1, v_gen = 20, v_dis = 100" in text
     assert "command: `ebmkit reproduce fig1 --scale cpu`" in text

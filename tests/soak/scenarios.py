@@ -47,7 +47,7 @@ TRAININGS = {
                 "--set=optimizer.kind=muon",
                 "--set=optimizer.ema_warmup=true",
             ),
-            (2000, 300),
+            (2000, 180),
         ),
         Training(
             "jem",

@@ -1,36 +1,36 @@
 """One writer to a folder: who comes second is told who is there, and the dead do not block."""
 
 import json
+import multiprocessing
 import os
 import platform
 import re
-import subprocess
-import sys
+import time
 
 import pytest
 
 from ebmkit.errors import UserError
 from ebmkit.storage import Busy, held, locks
 
-HOLD = """
-import sys, time, os
-from pathlib import Path
-from ebmkit.storage import held
-with held(Path(sys.argv[1]), "training"):
-    if sys.argv[2] == "forks" and os.fork() == 0:
-        time.sleep(1.5)  # as a process that reads images, which notices a little later
-        os._exit(0)
-    print("held", flush=True)
-    time.sleep(60)
-"""
+FORK = multiprocessing.get_context("fork")
+"""A copy of this process, in which nothing has to be imported."""
 
 
-def hold(folder, how="plainly"):
+def hold(folder, forks=False):
     """A process that holds ``folder``."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(folder), how], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "held\n"
+    ready = FORK.Event()
+
+    def training():
+        with held(folder, "training"):
+            if forks and os.fork() == 0:
+                time.sleep(1.5)  # as a process that reads images, which notices a little later
+                os._exit(0)
+            ready.set()
+            time.sleep(60)
+
+    process = FORK.Process(target=training, daemon=True)
+    process.start()
+    assert ready.wait(30)
     return process
 
 
@@ -45,18 +45,16 @@ def test_the_second_is_told_the_holder_s_host_process_and_start(tmp_path):
             pass
     finally:
         process.kill()
-        process.communicate()
+        process.join()
     with held(tmp_path, "training"):  # its holder is dead, and did not clean up
         pass
     assert [p.name for p in tmp_path.iterdir()] == [".lock"]
 
 
-@pytest.mark.slow
 def test_processes_that_a_dead_holder_left_do_not_block(tmp_path):
-    process = hold(tmp_path, "forks")
+    process = hold(tmp_path, forks=True)
     process.kill()
-    process.stdout.close()
-    process.wait()
+    process.join()
     with held(tmp_path, "training"):
         pass
 

@@ -5,8 +5,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -16,6 +14,7 @@ import pytest
 from ebmkit.errors import UserError
 from ebmkit.storage import (
     DamagedFile,
+    atomic,
     read_together,
     remove_file,
     verify,
@@ -141,7 +140,7 @@ def test_readers_see_one_moment_while_another_writes(tmp_path):
     ended = threading.Event()
 
     def write():
-        for number in range(150):
+        for number in range(60):
             text = str(number).encode()
             write_together(root, {"model.json": text, "model.st": text * 10_000})
         ended.set()
@@ -177,7 +176,7 @@ def test_looking_over_a_run_that_is_written_finds_it_whole(tmp_path):
     ended = threading.Event()
 
     def write():
-        for number in range(2, 60):
+        for number in range(2, 30):
             names = [f"checkpoints/step-{k}.pt" for k in (number, number - 1)]
             write_together(root, {names[0]: b"state"}, drop=names[1:])
         ended.set()
@@ -191,18 +190,17 @@ def test_looking_over_a_run_that_is_written_finds_it_whole(tmp_path):
     assert looks > 3
 
 
-PERMISSIONS = """
-import os, pathlib, sys
-os.umask(0o077)
-from ebmkit.storage import write_atomically
-write_atomically(pathlib.Path(sys.argv[1]), b"private")
-"""
-
-
-def test_files_are_as_private_as_the_user_wants_them(tmp_path):
+@pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o600), (0o027, 0o640)])
+def test_files_are_as_private_as_the_user_wants_them(tmp_path, monkeypatch, umask, mode):
+    """By the umask of the process, which is read when the module is imported."""
+    before = os.umask(umask)
+    try:
+        monkeypatch.setattr(atomic, "_UMASK", atomic._umask())
+    finally:
+        os.umask(before)
     path = tmp_path / "weights"
-    subprocess.run([sys.executable, "-c", PERMISSIONS, str(path)], check=True)
-    assert path.stat().st_mode & 0o777 == 0o600
+    write_atomically(path, b"private")
+    assert path.stat().st_mode & 0o777 == mode
 
 
 def damaged(content, how):

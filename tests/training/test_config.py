@@ -4,8 +4,10 @@ import pytest
 import yaml
 
 import ebmkit
+from ebmkit.objectives import TrainingLoss, parse_objective
 from ebmkit.training import RECIPES, TrainConfig, parse_assignments, read_config, resolve
-from ebmkit.training.rehearse import forward_flops
+from ebmkit.training.cost import Effort, step_flops
+from ebmkit.training.optim import optimizer_flops
 
 
 def test_later_layers_win():
@@ -83,6 +85,55 @@ def test_another_optimiser_does_not_inherit_muon_s_rates():
     assert (slower.kind, slower.lr, slower.momentum) == ("muon", 5e-3, 0.9)
 
 
+def test_a_kind_that_a_recipe_does_not_have_starts_from_its_own_rate_and_momentum():
+    def chosen(kind, recipe, *layers):
+        own = resolve({"optimizer": {"kind": kind}}, *layers, recipe=recipe).optimizer
+        return own.lr, own.momentum
+
+    assert chosen("muon", "jem++") == chosen("muon", "cdn-cifar10") == (1e-2, 0.95)
+    assert chosen("sgd", "digits") == chosen("sgd", "digits-adamw") == (0.1, 0.9)
+    assert chosen("adamw", "jem++") == (3e-4, 0.9)
+    assert chosen("sgd", "jem++", {"optimizer": {"momentum": 0.8}}) == (0.1, 0.8)
+    file = {"optimizer": {"lr": 1e-3}}  # for whatever kind is chosen
+    later = {"optimizer": {"kind": "adamw"}}
+    assert resolve(file, later, recipe="digits").optimizer.lr == 1e-3
+    of_sgd = {"optimizer": {"kind": "sgd", "lr": 0.2, "momentum": 0.8, "betas": [0.9, 0.999]}}
+    assert resolve(of_sgd, later, recipe="digits").optimizer.lr == 3e-4
+
+
+def test_a_run_of_an_earlier_version_may_hold_what_does_nothing():
+    run = resolve({"steps": 5}, recipe="digits-adamw").model_dump(mode="json")
+    run["optimizer"] |= {"momentum": 0.5, "milestones": [0.5], "warmup_steps": 9}
+    again = resolve(run)
+    assert again.model_dump(mode="json") == run
+    with pytest.raises(ebmkit.UserError, match=r"momentum = 0\.4 does nothing"):
+        resolve(run, {"optimizer": {"momentum": 0.4}})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "fields", "says"),
+    [
+        ("digits", {"milestones": ["1/2"]}, "milestones = .*schedule=milestones"),
+        ("digits", {"milestone_factor": 0.1}, "milestone_factor = 0.1 does .*schedule=milestones"),
+        ("digits-adamw", {"momentum": 0.5}, "momentum = 0.5 does nothing.*kind=muon or sgd"),
+        ("jem++", {"betas": [0.5, 0.9]}, "betas = .* does nothing.*kind=adamw or muon"),
+        ("digits", {"sharpness_adaptive": True}, "sharpness_adaptive = True .*optimizer.sharpness"),
+        ("digits", {"warmup_steps": 360}, "warmup_steps = 360 does not end before.*below 360"),
+        ("digits", {"decay_share": 0}, "decay_share = 0 is not legal.*above 0 and at most 1.*'0'"),
+        ("digits", {"decay_share": 1.5}, "decay_share = 1.5 is not legal.*above 0 and at most 1"),
+    ],
+)
+def test_optimiser_fields_that_would_do_nothing_are_refused(recipe, fields, says):
+    with pytest.raises(ebmkit.UserError, match=says) as error:
+        resolve({"optimizer": fields}, recipe=recipe)
+    assert "milestones begin" not in str(error.value)
+
+
+def test_all_of_a_run_may_be_the_decay():
+    chosen = {"optimizer": {"decay_share": "360/360"}}
+    assert resolve(chosen, recipe="digits").optimizer.decay_share == 1
+
+
 def test_nothing_of_a_recipe_comes_into_the_configuration_of_an_earlier_run():
     old = resolve(recipe="digits-adamw").model_dump(mode="json")
     for name in ("kind", "ema", "ema_warmup", "adamw_lr", "decay_share"):
@@ -96,10 +147,13 @@ def test_short_recipes_cost_no_more_than_what_they_are_compared_with():
         model = ebmkit.create_model(
             config.backbone, 10, in_channels=3, width=config.model.backbone.width
         )
-        image = forward_flops(model, (3, 32, 32))
-        streams = config.streams
-        per_step = 3 * streams.classify.batch_size + 6 * streams.denoise.batch_size
-        return image * per_step * config.steps
+        shapes = {
+            name: (getattr(config.streams, name).batch_size, 3, 32, 32)
+            for name in ("classify", "denoise")
+        }
+        effort = Effort(update_flops=optimizer_flops(model, config.optimizer))
+        loss = TrainingLoss(model, parse_objective(config.objective))
+        return sum(step_flops(loss, shapes, effort).values()) * config.steps
 
     plain = joint_flops("cifar10-adamw")
     assert joint_flops("cifar10-short") <= plain

@@ -10,10 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ebmkit
 from ebmkit.data import Batch
+from ebmkit.data.schedule import Stage
 from ebmkit.errors import UserError
 from ebmkit.models.heads import LinearQuadraticHead
 from ebmkit.models.parts import Features
 from ebmkit.objectives import TrainingLoss, parse_objective
+from ebmkit.training import account
 from ebmkit.training import memory as memory_module
 from ebmkit.training.cost import StepCost, matrix_rate, step_cost, step_flops
 from ebmkit.training.memory import (
@@ -230,6 +232,27 @@ def test_a_step_too_large_is_refused_with_what_would_fit():
     shared = str(too_large(loss, SHAPES, need.total - 1, ranks=3))
     assert "streams.classify.batch_size=21 and streams.denoise.batch_size=9" in shared
     assert "not even one image" in str(too_large(loss, SHAPES, need.parameters))
+
+
+def test_a_step_is_counted_once_for_each_description(monkeypatch):
+    """Again for other shapes, states or another description; of none, each time."""
+    calls, none = [], Memory(0, 0, 0, 0)
+    monkeypatch.setattr(account, "_MEMORIES", {})
+    monkeypatch.setattr(account, "step_memory", lambda *given: calls.append(given) or none)
+    loss, small = tiny_loss(), {name: (2, *shape[1:]) for name, shape in SHAPES.items()}
+    stage = Stage(0, 1, {})
+    for described, shapes, states, known in (
+        ("a", SHAPES, 2, False),
+        ("a", SHAPES, 2, True),
+        ("a", small, 2, False),
+        ("a", SHAPES, 3, False),
+        ("b", SHAPES, 2, False),
+        (None, SHAPES, 2, False),
+        (None, SHAPES, 2, False),
+    ):
+        before = len(calls)
+        account.Budget(loss, [(stage, shapes)], states, described=described).check()
+        assert len(calls) - before == (not known)
 
 
 def test_free_memory_is_that_of_the_tightest_control_group(tmp_path, monkeypatch):

@@ -182,6 +182,23 @@ def test_matrices_are_weights_of_convolutions_and_linear_layers_but_for_the_head
     assert not any(name.startswith("head") for name in chosen)
 
 
+def test_a_weight_that_layers_share_is_moved_and_counted_once():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3))
+    model[1].weight = model[0].weight
+    first, rest = make_optimizer(model, muon()).param_groups
+    assert [id(p) for p in first["params"]] == [id(model[0].weight), id(model[2].weight)]
+    assert all(p.ndim == 1 for p in rest["params"])
+    alone = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3))
+    assert optimizer_flops(model, muon()) == optimizer_flops(alone, muon())
+
+
+def test_transposed_convolutions_of_two_dimensions_alone_are_matrices():
+    model = nn.Sequential(nn.ConvTranspose2d(4, 3, 2), nn.ConvTranspose1d(4, 3, 2))
+    first, rest = make_optimizer(model, muon()).param_groups
+    assert [id(p) for p in first["params"]] == [id(model[0].weight)]
+    assert any(p is model[1].weight for p in rest["params"])
+
+
 def test_matrices_can_be_left_to_adamw():
     model = ebmkit.create_model("gradresnet18", 10, 1, width=8)
     count = len(make_optimizer(model, muon()).param_groups[0]["params"])
@@ -390,3 +407,20 @@ def test_mistakes_end_the_command_with_one_sentence(tmp_path):
     assert ended.returncode == 0
     told = refused("--resume=adamw", "--set=optimizer.kind=muon")
     assert "optimizer.kind was 'adamw' and is now 'muon'" in told
+
+
+def test_a_run_by_muon_is_not_resumed_with_other_choices(tmp_path):
+    """The message names the choice, not what depends on it."""
+    small = ["--width=8", "--device=cpu", "--steps=2", "--no-evaluate", "--recipe=digits"]
+    small += [f"--set=streams.{name}.batch_size=8" for name in ("classify", "denoise")]
+    ended = ebmkit_command("train", *small, "--out=run", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    for field, was, now in (
+        ("kind=adamw", "'muon'", "'adamw'"),
+        ("schedule=cosine", "'warmup-stable-decay'", "'cosine'"),
+        ("ema=null", "0.98", "None"),
+    ):
+        ended = ebmkit_command("train", "--resume=run", f"--set=optimizer.{field}", cwd=tmp_path)
+        assert ended.returncode == 2, ended.stdout + ended.stderr
+        name = field.partition("=")[0]
+        assert f"optimizer.{name} was {was} and is now {now}" in ended.stderr

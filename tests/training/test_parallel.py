@@ -55,11 +55,15 @@ def weights(path: Path) -> torch.Tensor:
 
 @pytest.fixture(scope="module", params=["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def two_processes(request, tmp_path_factory) -> Path:
-    """A run of four steps by two processes, this one and another, told what torchrun tells them."""
-    folder = tmp_path_factory.mktemp("parallel")
-    kind = f"--set=optimizer.kind={request.param}"
-    own = ["--recipe=digits-adamw", kind]  # at the rate of AdamW: rounding grows with it
-    arguments = ["train", "--steps=4", "--out=two", *own, *SETTINGS]
+    """A run of four steps by two processes."""
+    own = ["--recipe=digits-adamw", f"--set=optimizer.kind={request.param}"]
+    own += ["--set=optimizer.lr=3e-3"]  # of the recipe: rounding grows with the rate
+    return train_by_two(tmp_path_factory.mktemp("parallel"), "--steps=4", *own)
+
+
+def train_by_two(folder: Path, *own: str) -> Path:
+    """A run by two processes, this one and another, told what torchrun tells them."""
+    arguments = ["train", "--out=two", *own, *SETTINGS]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -114,6 +118,27 @@ def test_two_processes_train_as_one_with_the_double_batch(two_processes, alone):
     documents = list((two_processes / "evaluation").glob("*.json"))
     assert all(json.loads(path.read_text())["processes"] == 2 for path in documents)
     assert documents
+
+
+@pytest.mark.slow
+def test_one_step_of_the_recipe_by_two_processes_is_one_by_a_single_one(tmp_path):
+    """By Muon at 1e-2, averaged, with alternating flips; to a thousandth of how far it moved."""
+    two = train_by_two(
+        tmp_path,
+        "--recipe=digits",
+        "--steps=1",
+        "--set=streams.classify.augmentation.flip=alternating",
+    )
+    config = resolve(RunFolder.open(two).config())
+    own = config.optimizer
+    assert (own.kind, own.lr, own.momentum, own.ema_warmup) == ("muon", 1e-2, 0.9, True)
+    trainer = assemble(config, None)
+    states = [{k: v.clone() for k, v in trainer.trained.state_dict().items()}]
+    states += [trainer.fit().state_dict(), ebmkit.load(two).state_dict()]
+    start, one, other = (torch.cat([v.flatten() for v in s.values()]) for s in states)
+    moved = float((one - start).norm())
+    assert moved > 0.001 * float(start.norm())
+    assert float((other - one).norm()) < 1e-3 * moved  # 1.3e-4
 
 
 def test_a_run_goes_on_with_another_number_of_processes(two_processes, alone):

@@ -12,10 +12,11 @@ import yaml
 
 import ebmkit
 from ebmkit import training
-from ebmkit.objectives import TrainingLoss
+from ebmkit.objectives import TrainingLoss, parse_objective
 from ebmkit.storage.verify import accept_files
 from ebmkit.training import Interrupted, RunFolder, resolve
 from ebmkit.training.assemble import assemble
+from ebmkit.training.checks import check_learnt
 from ebmkit.training.optim import learning_rate, make_optimizer
 
 pytestmark = pytest.mark.usefixtures("counted_once")
@@ -242,6 +243,41 @@ def test_the_rate_is_that_of_a_schedule_of_torch(schedule, torch_s):
             optimizer.step()
             reference.step()
     assert learning_rate(config, 40, 40) == 0
+
+
+def test_a_run_that_learns_nothing_says_so():
+    """Where nothing overflows: Muon's update is bounded, and group norms take any weights."""
+    layer = {
+        "model": {"backbone": {"width": 4, "channels_per_group": 4}},
+        "steps": 100,
+        "validate_every": 50,
+        "log_every": 50,
+    }
+    lost = assemble(resolve(SMALL, layer, {"optimizer": {"lr": 10}}, recipe="digits"), None)
+    with pytest.warns(
+        UserWarning, match=r"learnt nothing: ce = .*\(log 10 = 2\.30\) and dsm ="
+    ) as told:
+        lost.fit()
+    assert "optimizer.lr = 10" in str(told[0].message)
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize(
+    ("means", "steps", "warns"),
+    [
+        ({"ce": 2.30, "dsm": 0.98}, 100, True),
+        ({"ce": 2.30, "dsm": 0.98}, 99, False),
+        ({"ce": 2.30, "dsm": 0.90}, 100, False),
+        ({"ce": 1.50, "dsm": 1.00}, 100, False),  # denoising begins late
+    ],
+)
+def test_a_run_that_learnt_a_little_or_was_short_is_not_judged(means, steps, warns):
+    config = resolve({"steps": steps}, recipe="digits-adamw")
+    loss = TrainingLoss(ebmkit.create_model("mlp", 10, 1), parse_objective("ce+dsm"))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        check_learnt(means, loss, 10, config)
+    assert bool(told) == warns
 
 
 def test_norm_weights_can_be_kept_from_decay():

@@ -1,0 +1,108 @@
+"""Entries computed in processes of their own, and kept in a folder until all are there.
+
+The processes are forked from one that has imported the libraries, which takes longer than most
+entries do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+FIXED = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "passive",
+    "MKL_CBWR": "COMPATIBLE",
+    "COLUMNS": "1000",
+    "NO_COLOR": "1",
+}
+"""Environment of all processes: one thread, and sums whose order depends on nothing else."""
+
+IMPORTED = [
+    *("ebmkit.cli", "ebmkit.cli.commands", "torch._subclasses.fake_tensor", "torch._dynamo"),
+    *("torchvision", "torchmetrics", "foolbox", "diffusers", "h5py", "scipy", "PIL.Image"),
+    *("sklearn.datasets", "sklearn.metrics", "sklearn.model_selection", "matplotlib.pyplot"),
+]
+"""Modules that are imported before a process is forked, where they exist."""
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def fingerprint() -> str:
+    """Of the source of the package."""
+    found = hashlib.sha256()
+    for path in sorted((ROOT / "ebmkit").rglob("*.py")):
+        found.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
+    return found.hexdigest()
+
+
+class Workshop:
+    """Computes entries, each once.
+
+    Args:
+        folder: where results and the training runs that entries share are kept; what is there of
+            other source is deleted.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        source = folder / "source"
+        if folder.exists() and not source.exists():
+            raise SystemExit(f"{folder} is in the way: it was not made by this command")
+        if not source.exists() or source.read_text() != fingerprint():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            source.write_text(fingerprint())
+        os.environ.update(FIXED)
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(IMPORTED)
+
+    def compute(self, name: str) -> dict[str, Any]:
+        """The summary of an entry, or its last line of error as ``failed``."""
+        from ebmkit_tests.freeze.entries import ENTRIES
+
+        for needed in ENTRIES[name].runs:
+            if "failed" in (found := self.compute(needed)):
+                return {"failed": f"{needed}: {found['failed']}"}
+        place = self.folder / name.replace("/", "~")
+        result = place / "result.json"
+        if not result.exists():
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir()
+            process = self._context.Process(target=_child, args=(name, place))
+            process.start()
+            process.join()
+            if process.exitcode:
+                lines = (place / "stderr").read_text(errors="replace").split("\n")
+                last = [line.strip() for line in lines if line.strip()] or ["no message"]
+                result.write_text(json.dumps({"failed": last[-1]}))
+        found = json.loads(result.read_text())
+        if "failed" in found:
+            result.unlink()  # the next call tries again
+        return found
+
+
+def _child(name: str, place: Path) -> None:
+    from ebmkit_tests.freeze.entries import ENTRIES
+    from ebmkit_tests.freeze.numbers import summarize
+
+    for stream in (sys.stdout, sys.stderr):
+        with open(place / stream.name.strip("<>"), "wb") as file:
+            os.dup2(file.fileno(), stream.fileno())
+    os.chdir(place)
+    try:
+        text = json.dumps(summarize(ENTRIES[name].compute()))
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    Path("result.part").write_text(text)
+    os.replace("result.part", "result.json")

@@ -1,0 +1,25 @@
+"""Small models of every kind: each backbone preset under each head, in float64."""
+
+import torch
+
+from ebmkit import JointModel, create_model
+
+SMALLEST = {
+    "gradresnet18-imagenet": 32,
+    "resnet18-imagenet": 32,
+    "resnet50-imagenet": 32,
+}  # total stride 16: below this the last maps are one pixel
+NUM_CLASSES = 3
+
+
+def small_size(backbone: str) -> int:
+    """A small reference size that suits the backbone."""
+    return SMALLEST.get(backbone, 8)
+
+
+def small_model(backbone: str, head: str) -> JointModel:
+    """A preset under a head, narrow, in float64, with the plain formula at every size."""
+    torch.manual_seed(0)
+    made = create_model(backbone, NUM_CLASSES, in_channels=1, head=head, width=8).double().eval()
+    made._warned = True  # of ReLU and BatchNorm, which some presets have: see test_ablations
+    return made
