@@ -314,7 +314,8 @@ class TrainingLoss(nn.Module):
                 return None, [model._score(y, sigma, c) for c in labels], []
         model.warn_if_rough()
         targets = [LogDensity(c) for c in labels if c is not None]
-        marginal, products = [], list[Tensor]()
+        marginal: list[Tensor] = []
+        products: list[Tensor] = []
         energies = None
         if vectors:
             energies, score, products = hessian_products(

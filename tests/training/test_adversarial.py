@@ -394,7 +394,8 @@ def test_the_compiled_attack_is_the_eager_one():
     model, batch = classifier(), draw()
     eager = attacked(model, batch)
     inference = Inference(mode="on", backend="aot_eager")
-    own = attacks(model, inference=inference)
+    own = attacks(model)
+    own.computed = inference.wrap(model)
     for _ in range(2):  # compiled when a size repeats
         found = own.attack("classify", batch, 0)
     assert inference.compiled
