@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ebmkit.bench import interleave
 from ebmkit.compute import keep_freed_memory
-from ebmkit.core import EnergyModel, linearize
+from ebmkit.energy import EnergyModel
 from ebmkit.models import create_model
 from ebmkit.storage import write_atomically
 from ebmkit.training.runs import environment
@@ -92,7 +92,7 @@ def candidates(width: int) -> dict[str, Callable[[], object]]:
 def dsm_step(model: EnergyModel, y: Tensor) -> None:
     """Gradients of a score-matching loss."""
     model.zero_grad(set_to_none=True)
-    (SIGMA * linearize(model, y).score() + y).square().mean().backward()  # type: ignore[no-untyped-call]
+    (SIGMA * model.score(y) + y).square().mean().backward()  # type: ignore[no-untyped-call]
 
 
 def ce_step(model: EnergyModel, y: Tensor) -> None:

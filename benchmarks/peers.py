@@ -36,8 +36,8 @@ from ebmkit.bench import (
 )
 from ebmkit.bench.timing import Build, Step
 from ebmkit.compute import ComputeConfig, set_tf32
-from ebmkit.core import EnergyModel
 from ebmkit.data import Batch
+from ebmkit.energy import EnergyModel
 
 TORCHEBM, REGISTRY, DRUNET = "torchebm", "registry's ebmkit", "deepinv DRUNet"
 TOLERANCE = 1e-3

@@ -22,9 +22,10 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from ebmkit.compute import Precision, autocast
-from ebmkit.core import EnergyModel, linearize
+from ebmkit.compile import Inference
+from ebmkit.compute import Precision
 from ebmkit.data import ImageSet
+from ebmkit.energy import EnergyModel
 from ebmkit.evaluation.data import noisy_batches
 from ebmkit.metrics import psnr
 from ebmkit.storage import write_atomically
@@ -109,9 +110,8 @@ def psnrs(model: EnergyModel, images: ImageSet, precision: Precision) -> dict[st
     for level in SIGMAS:
         sigma, values = level / 255, []
         for x, y, _ in noisy_batches(images, sigma, 0, 250):
-            with autocast(y.device, precision):
-                at = linearize(model, y, sigma)
-            values.append(psnr((y + sigma**2 * at.score()).clamp(0, 1), x))
+            computed = Inference(precision).wrap(model)
+            values.append(psnr(computed.denoise(y, sigma).clamp(0, 1), x))
         found[str(level)] = float(torch.cat(values).mean())
     return found
 
@@ -120,7 +120,7 @@ def psnrs(model: EnergyModel, images: ImageSet, precision: Precision) -> dict[st
 def everything_under_autocast() -> Iterator[None]:
     """Within, nothing of the network is kept in float32 against autocast."""
     places = ("norms", "gradresnet", "joint")
-    patches = [mock.patch(f"ebmkit.models.{place}.widened", new=_itself) for place in places]
+    patches = [mock.patch(f"ebmkit.models.{place}.upcast", new=_itself) for place in places]
     patches += [
         mock.patch(f"ebmkit.models.{place}.without_autocast", new=_no_exception) for place in places
     ]

@@ -25,14 +25,13 @@ from rich.table import Table
 from torch import Tensor
 
 from ebmkit.bench import interleave, ratio_to
-from ebmkit.compiled import make_inference
+from ebmkit.compile import make_inference
 from ebmkit.compute import describe, keep_freed_memory, pick_device
-from ebmkit.core import EnergyModel
+from ebmkit.energy import EnergyModel
 from ebmkit.models import create_model
 from ebmkit.sampling import Langevin
 from ebmkit.sampling.langevin import JEM_NOISE, JEM_STEP
 from ebmkit.storage import write_atomically
-from ebmkit.training.negatives import score_at
 from ebmkit.training.runs import environment
 
 STEPS = 5
@@ -54,11 +53,11 @@ def plain(model: EnergyModel, x: Tensor) -> Callable[[], Tensor]:
 
 def ours(model: EnergyModel, x: Tensor, precision: str, compile: str) -> Callable[[], Tensor]:
     """The same steps as training takes them."""
-    inference = make_inference(model, precision, compile)
+    computed = make_inference(x.device, precision, compile).wrap(model)
     generator = torch.Generator(x.device).manual_seed(0)
 
     def score(y: Tensor, sigma: Any = None) -> Tensor:
-        return inference(score_at, model, True, y, None, None)
+        return computed.score(y)
 
     langevin = Langevin(score, JEM_STEP, noise_std=JEM_NOISE)
 

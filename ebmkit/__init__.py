@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ebmkit.analytic import Gaussian, GaussianMixture
     from ebmkit.card import ModelCard
-    from ebmkit.core import Denoiser, Energies, EnergyModel, ScoreModel
+    from ebmkit.compile import optimize
+    from ebmkit.energy import Denoiser, Energies, EnergyModel, ScoreModel
     from ebmkit.errors import UserError
     from ebmkit.models import JointModel, create_model, load, save_model
 
@@ -32,10 +33,11 @@ __all__ = [
     "__version__",
     "create_model",
     "load",
+    "optimize",
     "save_model",
 ]
 
-_HOMES = ("errors", "card", "analytic", "core", "models")
+_HOMES = ("errors", "card", "energy", "compile", "analytic", "models")
 """The modules that define these names."""
 
 

@@ -30,7 +30,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ebmkit.core import Energies, EnergyModel, Noise
+from ebmkit.energy import Energies, EnergyModel, Noise
 from ebmkit.errors import UserError
 
 __all__ = ["Gaussian", "GaussianMixture"]
@@ -144,7 +144,7 @@ class GaussianMixture(EnergyModel):
         """
         sigmas = sigmas.to(y)
         law = torch.ones_like(sigmas) if weights is None else weights.to(y)
-        scores = torch.stack([self.score(y, c, sigma=float(s)) for s in sigmas])
+        scores = torch.stack([self.score(y, float(s), c) for s in sigmas])
         evidence = torch.stack([self(y, float(s)).log_density for s in sigmas])
         if c is not None:
             labels = self.check_labels(c, y)

@@ -2,7 +2,7 @@ r"""Where and in which numbers things are computed: device, precision, compilati
 
 A precision is what matrix products and convolutions are done in. Parameters, their gradients and
 the optimiser are float32 always; what autocast would round to bfloat16 and should not be is kept in
-float32 (`widened`, `without_autocast`): the statistics of norms, the means over positions, the head
+float32 (`upcast`, `without_autocast`): the statistics of norms, the means over positions, the head
 (logits and log-density), the residual :math:`\sigma\nabla\log p + \epsilon` and every loss.
 
 ========  ==================================================================================
@@ -40,7 +40,7 @@ __all__ = [
     "pick_device",
     "pick_precision",
     "set_tf32",
-    "widened",
+    "upcast",
     "without_autocast",
 ]
 
@@ -194,7 +194,7 @@ def keep_freed_memory(device: torch.device) -> None:
         library.mallopt(_MMAP_THRESHOLD, 2**30)
 
 
-def widened(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """``x`` in float32 if it has fewer bits, else itself."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 

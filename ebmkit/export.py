@@ -30,7 +30,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from ebmkit.core import ScoreModel, classifies
+from ebmkit.energy import ScoreModel, classifies
 from ebmkit.errors import UserError, unknown_name
 from ebmkit.formats import Task, run_onnx, run_pt2, to_onnx, to_pt2
 from ebmkit.storage import write_atomically
@@ -190,15 +190,14 @@ def _task(model: ScoreModel, what: str, size: tuple[int, int, int], batch: int |
     """
 
     def classify(y: Tensor, sigma: Tensor | None = None) -> tuple[Tensor, ...]:
-        energies = model.at(y, sigma, differentiate=False).energies
+        energies = model(y, sigma)
         return energies.log_posterior(), energies.log_density
 
     def denoise(y: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
         return (model.denoise(y, sigma),)
 
     def denoise_blindly(y: Tensor) -> tuple[Tensor, ...]:
-        at = model.at(y)
-        return at.denoised(), at.noise_level()
+        return model.denoise_blind(y)
 
     if what not in get_args(What):
         raise unknown_name("kind of export", what, get_args(What))

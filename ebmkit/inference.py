@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ebmkit.core import ScoreModel, check_sigma, sigma_of_score
+from ebmkit.energy import ScoreModel, check_sigma, sigma_of_score
 from ebmkit.errors import UserError
 
 __all__ = ["Denoised", "denoise_picture", "picture_score"]
@@ -70,7 +70,7 @@ def denoise_picture(
     if sigma is None and model.noise_conditional:
         raise UserError("this model takes the noise level as an input: give sigma")
     check_sigma(sigma)
-    if model.denoises_unaided or not model.differentiates:
+    if model.ignores_sigma or not model.is_energy_based:
 
         def change(crops: Tensor) -> Tensor:
             return model.denoise(crops, sigma, c) - crops
@@ -104,7 +104,7 @@ def picture_score(
     if tile is None:
         size = model.card.image_size if model.card else None
         tile = 2 * max(size) if size else TILE
-    return _assemble(lambda crops: model.score(crops, c, sigma), y, tile, overlap, progress)
+    return _assemble(lambda crops: model.score(crops, sigma, c), y, tile, overlap, progress)
 
 
 def _assemble(

@@ -34,7 +34,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ebmkit.core import EnergyModel, ScoreModel
+from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
 
 __all__ = ["DENSE", "Jacobian", "Linearity", "directional", "jacobian", "linearity"]

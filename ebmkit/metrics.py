@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-__all__ = ["likeliest", "psnr"]
+__all__ = ["predict", "psnr"]
 
 
-def likeliest(logits: Tensor) -> Tensor:
+def predict(logits: Tensor) -> Tensor:
     """The label with the largest of the logits (B, C), (B,); -1, never right, where one is not a
     number."""
     return logits.argmax(dim=1).where(~logits.isnan().any(dim=1), -1)

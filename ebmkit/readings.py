@@ -19,12 +19,12 @@ from typing import Literal
 
 from torch import Tensor
 
-from ebmkit.compiled import Inference
-from ebmkit.core import Energies, EnergyModel, Noise
+from ebmkit.compile import WrappedEnergyModel
+from ebmkit.energy import Energies, EnergyModel, Noise
 from ebmkit.errors import UserError
 from ebmkit.objectives import parse_objective
 
-__all__ = ["ReadByLogits", "Reading", "as_read", "reading_of"]
+__all__ = ["LogitEnergy", "Reading", "as_read", "reading_of"]
 
 Reading = Literal["auto", "model", "logits"]
 
@@ -55,12 +55,14 @@ def as_read(model: EnergyModel, reading: Reading = "auto") -> EnergyModel:
     Raises:
         UserError: if logits are asked for and the model has none.
     """
-    if isinstance(model, ReadByLogits) or reading_of(model, reading) == "model":
+    if reading_of(model, reading) == "model":
         return model
-    return ReadByLogits(model)
+    if isinstance(model, WrappedEnergyModel):
+        return WrappedEnergyModel(as_read(model.model, reading), model.inference)
+    return model if isinstance(model, LogitEnergy) else LogitEnergy(model)
 
 
-class ReadByLogits(EnergyModel):
+class LogitEnergy(EnergyModel):
     """A classifier with E(y) = -logsumexp(logits) and E(y, c) = -logit_c.
 
     Args:
@@ -69,10 +71,9 @@ class ReadByLogits(EnergyModel):
 
     def __init__(self, model: EnergyModel) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.training = model, model.training
         self.num_classes, self.noise_conditional = model.num_classes, model.noise_conditional
-        self.card, self.inference = model.card, Inference(model.inference.precision)
-        self._warned = model._warned
+        self.card, self.in_channels = model.card, model.in_channels
 
     def forward(self, y: Tensor, sigma: Noise | None = None) -> Energies:
         """Energies of noisy images ``y`` (B, C, H, W) in image units."""

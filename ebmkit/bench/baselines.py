@@ -25,9 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from ebmkit.bench.timing import Step
+from ebmkit.compile import laid_out, make_inference
 from ebmkit.compute import ComputeConfig, Precision, pick_compile, set_tf32
-from ebmkit.core import Energies, EnergyModel
 from ebmkit.data import Batch, NoiseLaw
+from ebmkit.energy import Energies, EnergyModel
 from ebmkit.errors import UserError
 from ebmkit.models.convolution import Conv2d
 from ebmkit.models.gelu import GELU
@@ -227,8 +228,9 @@ def our_inference(
     """
     compute = compute or ComputeConfig()
     own = copy.deepcopy(model).eval().requires_grad_(False)
-    own.set_inference(compute.precision, "on" if pick_compile(compute.compile, y.device) else "off")
-    precision = own.inference.precision
+    mode = "on" if pick_compile(compute.compile, y.device) else "off"
+    inference = make_inference(y.device, compute.precision, mode)
+    own, precision = laid_out(own, inference), inference.precision
     calls = {
         "logits": lambda: own.logits(y),
         "score": lambda: own.score(y),

@@ -11,8 +11,8 @@ import typer
 from ebmkit.cli.console import console
 
 if TYPE_CHECKING:
-    from ebmkit.core import ScoreModel
     from ebmkit.data import AnyImages
+    from ebmkit.energy import ScoreModel
     from ebmkit.evaluation import Images
     from ebmkit.parallel import World
     from ebmkit.training import DataConfig

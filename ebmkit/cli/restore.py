@@ -73,6 +73,7 @@ def restore(
     simple methods. With --measured it is what was measured. Writes NAME-measured.png,
     NAME-restored.png, NAME-comparison.png and NAME.json; nothing is overwritten.
     """
+    from ebmkit.compile import optimize
     from ebmkit.compute import pick_device
     from ebmkit.generation import TaskOptions, find_task, parse_label
     from ebmkit.generation.restoring import RestoreJob, make_folder, read_mask
@@ -90,7 +91,7 @@ def restore(
     no_steps(values)
     config = validated(StochasticAscentConfig, values, "settings of sampler 'ks'")
     model = load(run, device=str(pick_device(device)), weights=weights)
-    model.set_inference(precision, compile_)
+    model = optimize(model, precision, compile_)
     c = None if label is None else parse_label(model, label)
     SAMPLERS["ks"].check(model, c)
     options = TaskOptions(None if mask is None else read_mask(mask), share, factor, seed)

@@ -120,6 +120,7 @@ def sample(
     path.png, path.gif and sampling.json (settings, traces, diagnostics). After Ctrl-C, or if it was
     killed, the same command goes on where it was, to the same samples.
     """
+    from ebmkit.compile import laid_out, make_inference
     from ebmkit.compute import pick_device
     from ebmkit.generation import (
         SamplingFolder,
@@ -140,13 +141,14 @@ def sample(
         guide, guidance, scale, schedule, view, late, parse_assignments(guide_set or [])
     )
     model = load(run, device=str(place), weights=weights)
-    model.set_inference(precision, compile_)
-    inference, guided, digest = model.inference, dict[str, Any](), model.weights_sha256
+    inference = make_inference(place, precision, compile_)
+    model = laid_out(model, inference)
+    guided, digest = dict[str, Any](), model.weights_sha256
     if how is not None:
         with _counting("mean energies of the guide") as progress:
             found = guide_by(
                 model, how, guide, guide_weights, run, dataset, data_dir, progress,
-                console.is_terminal,
+                console.is_terminal, inference,
             )  # fmt: skip
         model, guided = found.model, found.settings
     settings = make_settings(

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ebmkit.core import ScoreModel
     from ebmkit.data.images import Picture
+    from ebmkit.energy import ScoreModel
     from ebmkit.inference import Denoised
 
 __all__ = ["classify", "denoise"]
@@ -47,8 +47,8 @@ def classify(
     size.
     """
     from ebmkit.compute import pick_device
-    from ebmkit.core import classifies
     from ebmkit.data.images import read_image
+    from ebmkit.energy import classifies
     from ebmkit.models import load
 
     model = load(run, device=str(pick_device(device)), weights=weights)
@@ -97,6 +97,7 @@ def denoise(
     Writes each picture under its own name into --out, and never over an existing file. The gray
     value of a gray picture is the mean over channels where the model is for colour.
     """
+    from ebmkit.compile import optimize
     from ebmkit.compute import pick_device
     from ebmkit.data.images import read_image, write_image
     from ebmkit.generation import parse_label
@@ -105,7 +106,7 @@ def denoise(
 
     level = None if sigma is None else parse_sigma(sigma)
     model = load(run, device=str(pick_device(device)), weights=weights)
-    model.set_inference(precision, compile_)
+    model = optimize(model, precision, compile_)
     c = None if label is None else parse_label(model, label)
     _warn_range(model, level)
     targets = [out / path.name for path in images]

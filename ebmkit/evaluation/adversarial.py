@@ -39,15 +39,15 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
 from torch import Tensor
 
-from ebmkit.compiled import inferring
-from ebmkit.core import EnergyModel, ScoreModel
+from ebmkit.compile import in_float32
+from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation import statistics
 from ebmkit.evaluation.data import Batch, Images, noisy_batches
 from ebmkit.evaluation.few import class_name, first_columns, noise_warnings
 from ebmkit.evaluation.setting import Setting, Suite, check_classifies
 from ebmkit.evaluation.tables import new_table, number
-from ebmkit.metrics import likeliest
+from ebmkit.metrics import predict
 from ebmkit.units import Sigma, in_255ths
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def run(setting: Setting) -> dict[str, Any]:
     used = min(config.images, len(setting.images))
     rows = min(setting.batch_size, math.ceil(used / setting.world.size))
     levels = []
-    with inferring(model, "fp32", "off"):
+    with in_float32(setting.device):
         for sigma in _levels(setting):
             measure = partial(_measure, model, sigma, config)
             columns = first_columns(setting, used, sigma, measure, rows)
@@ -131,7 +131,7 @@ def run(setting: Setting) -> dict[str, Any]:
 
 
 def _model(setting: Setting) -> EnergyModel:
-    model = setting.model
+    model = setting.exact_model
     assert isinstance(model, EnergyModel)
     if setting.option(AdversarialConfig).precision == "double":
         return copy.deepcopy(model).double()
@@ -183,7 +183,7 @@ def _of_target(
         after = model.energies(step, level)
         columns[f"gain {i}"] = after.at_label(c) - before
         columns[f"promised {i}"] = length * norm
-        columns[f"reached {i}"] = (likeliest(after.logits) == c).to(norm)
+        columns[f"reached {i}"] = (predict(after.logits) == c).to(norm)
     return columns
 
 
@@ -211,7 +211,7 @@ def draw(setting: Setting, document: dict[str, Any], folder: Path) -> None:
     middle = sorted({0, (len(sigmas) - 1) // 2, len(sigmas) - 1})[:PANELS]
     few = setting.images.first(min(ROWS, len(setting.images)))
     panels, targets, clean = [], None, None
-    with inferring(model, "fp32", "off"):
+    with in_float32(setting.device):
         for sigma in [sigmas[i] for i in middle]:
             ((clean, y, _),) = noisy_batches(few, sigma, setting.seed, ROWS, setting.device)
             y = y.double() if config.precision == "double" else y

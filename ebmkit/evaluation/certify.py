@@ -37,7 +37,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from ebmkit.core import EnergyModel, Linearization, Noise, ScoreModel
+from ebmkit.energy import EnergyModel, LogDensity, ScoreModel, tweedie
 from ebmkit.errors import UserError
 from ebmkit.evaluation import statistics
 from ebmkit.evaluation.data import Images
@@ -51,7 +51,7 @@ from ebmkit.evaluation.smoothing import (
     vote_generator,
 )
 from ebmkit.evaluation.tables import new_table, number
-from ebmkit.metrics import likeliest
+from ebmkit.metrics import predict
 from ebmkit.units import Sigma, format_sigma
 
 if TYPE_CHECKING:
@@ -115,23 +115,13 @@ def labels_of(
     """
     found = {}
     if "denoised" in which:
-        label, clean = model.infer(_label_and_denoised, y, sigma)
-        found["denoised"] = model.infer(_label, clean, 0.0, differentiate=False)
+        energies, (score,) = model.value_and_grads(y, sigma, LogDensity())
+        clean = tweedie(y, score, sigma).clamp(0, 1)
+        found["denoised"] = predict(model.logits(clean, 0.0))
+        found["direct"] = predict(energies.logits)
     else:
-        label = model.infer(_label, y, sigma, differentiate=False)
-    if "direct" in which:
-        found["direct"] = label
+        found["direct"] = predict(model.logits(y, sigma))
     return {name: found[name] for name in which}
-
-
-def _label(at: Linearization, sigma: Noise | None, c: Tensor | None) -> Tensor:
-    return likeliest(at.energies.logits)
-
-
-def _label_and_denoised(
-    at: Linearization, sigma: Noise | None, c: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return likeliest(at.energies.logits), at.denoised(sigma).clamp(0, 1)
 
 
 def run(setting: Setting) -> dict[str, Any]:
@@ -207,7 +197,7 @@ def _watch(setting: Setting) -> Callable[[int], None]:
         nonlocal before
         now, size = time.perf_counter(), setting.world.size
         if before and votes:  # the first batch warms up
-            setting.model.inference.expect((now - before) / votes * setting.left / size)
+            setting.inference.expect((now - before) / votes * setting.left / size)
         before = now
         done = min(votes * size, setting.left)  # with what the others do meanwhile
         setting.left -= done
@@ -221,7 +211,7 @@ def _unsmoothed(setting: Setting, model: EnergyModel, images: list[Tensor]) -> l
     found: list[Tensor] = []
     for start in range(0, len(images), setting.batch_size):
         x = torch.stack(images[start : start + setting.batch_size])
-        found += model.infer(_label, x, 0.0, differentiate=False).cpu()
+        found += predict(model.logits(x, 0.0)).cpu()
     return found
 
 

@@ -37,7 +37,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ebmkit.core import EnergyModel
+from ebmkit.energy import EnergyModel
 from ebmkit.sampling import langevin_move
 from ebmkit.sampling.langevin import JEM_NOISE, JEM_STEP
 from ebmkit.units import in_255ths

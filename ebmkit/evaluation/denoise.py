@@ -34,20 +34,27 @@ above, with ``psnr``, ``gain`` (dB) and ``ssim`` by noise level; ``estimated_sig
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ebmkit.compiled import Wanted
-from ebmkit.core import Linearization, Noise, ScoreModel, classifies
+from ebmkit.energy import (
+    Energies,
+    LogDensity,
+    ScoreModel,
+    Target,
+    classifies,
+    sigma_of_score,
+    tweedie,
+)
 from ebmkit.evaluation import statistics
 from ebmkit.evaluation.data import Batch, Images, noisy_batches
 from ebmkit.evaluation.setting import Setting, Suite
 from ebmkit.evaluation.tables import interval, new_table, number
-from ebmkit.metrics import likeliest, psnr
+from ebmkit.metrics import predict, psnr
 from ebmkit.units import format_sigma, in_255ths
 
 if TYPE_CHECKING:
@@ -101,35 +108,36 @@ def estimates(
     """
     if not classifies(model):
         labels = None
-    blind = not (model.noise_conditional or model.denoises_unaided)
-    wanted = _estimator(classifies(model), blind)
-    return model.infer(wanted, y, sigma, labels)
+    predicted = noise = None
+    if classifies(model):
+        conditional: dict[str, Target] = {}
+        if labels is not None:
+            conditional["conditional_true"] = LogDensity(labels)
+        conditional["conditional_predicted"] = PredictedLogDensity()
+        targets = [LogDensity(), *conditional.values()]
+        energies, (score, *scores) = model.value_and_grads(y, sigma, *targets)
+        found = {"unconditional": tweedie(y, score, sigma)}
+        found |= {n: tweedie(y, s, sigma) for n, s in zip(conditional, scores, strict=True)}
+        predicted = predict(energies.logits)
+    elif model.is_energy_based and not model.ignores_sigma:
+        score = model.score(y, sigma)
+        found = {"unconditional": tweedie(y, score, sigma)}
+    else:
+        found = {"unconditional": model.denoise(y, sigma)}
+        if not (model.noise_conditional or model.ignores_sigma):
+            found["blind"], noise = model.denoise_blind(y)
+        return {name: x.clamp(0, 1) for name, x in found.items()}, None, noise
+    if not model.noise_conditional:
+        noise = sigma_of_score(score)
+        found["blind"] = tweedie(y, score, noise)
+    return {name: x.clamp(0, 1) for name, x in found.items()}, predicted, noise
 
 
-@cache
-def _estimator(
-    classifies: bool, blind: bool
-) -> Wanted[tuple[Estimates, Tensor | None, Tensor | None]]:
-    """`estimates` for such models, of one forward pass."""
+class PredictedLogDensity(NamedTuple):
+    """log p(y|c) up to a constant, of the label c that the model predicts from y."""
 
-    def wanted(
-        at: Linearization, sigma: Noise | None, labels: Tensor | None
-    ) -> tuple[Estimates, Tensor | None, Tensor | None]:
-        assert sigma is not None
-        found = {"unconditional": at.denoised(sigma)}
-        predicted = noise = None
-        if classifies:
-            predicted = at.energies.logits.argmax(dim=1)
-            if labels is not None:
-                found["conditional_true"] = at.denoised(sigma, labels)
-            found["conditional_predicted"] = at.denoised(sigma, predicted)
-            predicted = likeliest(at.energies.logits)
-        if blind:
-            noise = at.noise_level()
-            found["blind"] = at.denoised(noise)
-        return {name: x.clamp(0, 1) for name, x in found.items()}, predicted, noise
-
-    return wanted
+    def __call__(self, energies: Energies) -> Tensor:
+        return LogDensity(energies.logits.argmax(dim=1))(energies)
 
 
 def ssim_window(image_size: tuple[int, int]) -> dict[str, Any]:
@@ -210,7 +218,7 @@ def knows_sigma(model: ScoreModel, denoiser: str) -> str:
         return "unused"
     if denoiser == "blind":
         return "estimated"
-    return "unused" if model.denoises_unaided else "true"
+    return "unused" if model.ignores_sigma else "true"
 
 
 def _measure(setting: Setting, sigma: float, batch: Batch) -> dict[tuple[str, str], Tensor]:

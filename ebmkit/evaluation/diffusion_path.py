@@ -31,7 +31,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ebmkit.core import EnergyModel, ScoreModel, classifies
+from ebmkit.compile import optimize
+from ebmkit.energy import EnergyModel, ScoreModel, classifies
 from ebmkit.errors import UserError
 from ebmkit.evaluation import statistics
 from ebmkit.evaluation.data import Batch, Images, noisy_batches
@@ -230,8 +231,7 @@ def _models(setting: Setting) -> dict[str, EnergyModel]:
         while name in found:
             number += 1
             name = f"{base}-{number}"
-        model.set_inference(setting.model.inference.precision)
-        found[name] = model
+        found[name] = optimize(model, setting.inference.precision)
     for model in found.values():
         reading_of(model, config.energies)
     return found

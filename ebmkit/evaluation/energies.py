@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ebmkit.core import EnergyModel, Noise
+from ebmkit.energy import EnergyModel, Noise
 from ebmkit.evaluation import statistics
 from ebmkit.readings import Reading, reading_of
 

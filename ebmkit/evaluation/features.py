@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ebmkit.core import EnergyModel, ScoreModel, classifies
+from ebmkit.compile import unwrapped
+from ebmkit.energy import EnergyModel, ScoreModel, classifies
 from ebmkit.errors import UserError
 from ebmkit.models.torchfile import read_torch_file
 
@@ -140,7 +141,7 @@ def same_weights(extractor: Extractor, model: ScoreModel) -> bool:
     """Whether the classifier is ``model`` itself."""
     if extractor.model is None:
         return False
-    own, other = extractor.model.state_dict(), model.state_dict()
+    own, other = extractor.model.state_dict(), unwrapped(model).state_dict()
     if own.keys() != other.keys():
         return False
     return all(own[k].shape == v.shape and bool((own[k] == v).all()) for k, v in other.items())

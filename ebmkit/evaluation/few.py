@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from ebmkit.core import ScoreModel
+from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation.data import Batch, Images
 from ebmkit.evaluation.setting import Setting

@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from ebmkit.core import ScoreModel
+from ebmkit.energy import ScoreModel
 from ebmkit.evaluation.data import Images, fingerprint
 from ebmkit.storage.reading import read_json
 

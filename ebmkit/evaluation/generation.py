@@ -40,7 +40,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ebmkit.core import EnergyModel, ScoreModel
+from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation import distances, statistics
 from ebmkit.evaluation.data import Batch, Images

@@ -30,8 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ebmkit.compiled import device_of
-from ebmkit.core import EnergyModel
+from ebmkit.compile import device_of
+from ebmkit.energy import EnergyModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation import distances, statistics
 from ebmkit.evaluation.data import Images
@@ -46,7 +46,7 @@ from ebmkit.evaluation.guided_measures import (
     kernel,
     saturation,
 )
-from ebmkit.metrics import likeliest
+from ebmkit.metrics import predict
 
 __all__ = ["by_class", "class_means", "measure_guided"]
 
@@ -223,7 +223,7 @@ def _distances(samples: Columns, real: Columns, others: Columns | None) -> dict[
 
 
 def _accuracy(columns: Columns, wanted: Tensor) -> dict[str, Any]:
-    right = likeliest(columns["logits"]) == wanted
+    right = predict(columns["logits"]) == wanted
     return statistics.proportion(int(right.sum()), len(right)).document()
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ebmkit.core import EnergyModel
+from ebmkit.energy import EnergyModel
 from ebmkit.evaluation import distances, statistics
 from ebmkit.evaluation.energies import ImageEnergies, Reading, energies_of
 from ebmkit.evaluation.features import Extractor

@@ -45,8 +45,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ebmkit.compiled import inferring
-from ebmkit.core import EnergyModel, ScoreModel, classifies
+from ebmkit.compile import in_float32
+from ebmkit.energy import EnergyModel, ScoreModel, classifies
 from ebmkit.errors import UserError
 from ebmkit.evaluation.data import Batch, Images
 from ebmkit.evaluation.few import class_name, first_columns, noise_warnings
@@ -130,11 +130,11 @@ def run(setting: Setting) -> dict[str, Any]:
     Raises:
         UserError: if the Jacobian is not finite, or has fewer eigenvalues than are asked for.
     """
-    config, model = setting.option(JacobianConfig), setting.model
+    config, model = setting.option(JacobianConfig), setting.exact_model
     double = config.precision == "double"
     if double:
         model = copy.deepcopy(model).double()
-    with inferring(model, "fp32", "off"):
+    with in_float32(setting.device):
         found = Found(
             first_columns(
                 setting,

@@ -45,8 +45,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ebmkit.compiled import inferring
-from ebmkit.core import ScoreModel
+from ebmkit.compile import in_float32
+from ebmkit.energy import ScoreModel
 from ebmkit.evaluation import statistics
 from ebmkit.evaluation.data import Batch, Images
 from ebmkit.evaluation.few import first_columns, noise_warnings
@@ -160,11 +160,11 @@ def theory_of(model: ScoreModel) -> Theory | None:
 
 def run(setting: Setting) -> dict[str, Any]:
     """Measure; see the module's text for what is returned."""
-    config, model = setting.option(LinearityConfig), setting.model
+    config, model = setting.option(LinearityConfig), setting.exact_model
     used = min(config.images, len(setting.images))
     rows = min(setting.batch_size, MAX_BATCH, math.ceil(used / setting.world.size))
     levels = []
-    with inferring(model, "fp32", "off"):
+    with in_float32(setting.device):
         for sigma in config.sigmas:
             measure = partial(_measure, model, sigma)
             columns = first_columns(setting, used, sigma, measure, rows)

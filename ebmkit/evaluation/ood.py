@@ -26,7 +26,7 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ebmkit.core import EnergyModel, ScoreModel
+from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.evaluation import statistics
 from ebmkit.evaluation.data import Batch, Images
 from ebmkit.evaluation.detection import METRICS, detection

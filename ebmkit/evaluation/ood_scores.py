@@ -32,7 +32,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ebmkit.core import EnergyModel, Linearization, Noise, ScoreModel, classifies
+from ebmkit.energy import EnergyModel, LogDensity, ScoreModel, classifies
 from ebmkit.evaluation.defences import image_noise
 from ebmkit.units import format_sigma
 
@@ -82,31 +82,30 @@ def scores_of(
     found: dict[str, Tensor] = {}
     if isinstance(model, EnergyModel):
         told = 0.0 if model.noise_conditional else None
-        posterior, density, score = model.infer(_all, x, told)
-        found["log-density"] = density
+        energies, (score,) = model.value_and_grads(x, told, LogDensity())
+        found["log-density"] = energies.log_density
         if classifies(model):
-            found["confidence"] = posterior.amax(dim=1)
+            found["confidence"] = energies.log_posterior().exp().amax(dim=1)
         found["gradient"] = -score.flatten(1).norm(dim=1)
     for sigma in sigmas:
         eps = image_noise(x, draws, f"ood {seed} {sigma:.9g}").movedim(1, 0)
         columns: dict[str, list[Tensor]] = {name: [] for name in NOISY}
         for own in eps:
-            _, density, score = model.infer(_all, x + sigma * own, sigma)
+            y = x + sigma * own
+            if isinstance(model, EnergyModel):
+                density, score = model.density_and_score(y, sigma)
+                columns["noisy-density"].append(density)
+            else:
+                score = model.score(y, sigma)
             scaled = sigma * score
             columns["residual"].append((scaled + own).flatten(1).square().mean(dim=1))
             columns["noise-level"].append(scaled.flatten(1).square().mean(dim=1))
-            columns["noisy-density"].append(density)
-        means = {name: torch.stack(parts).mean(dim=0) for name, parts in columns.items()}
+        means = {n: torch.stack(parts).mean(dim=0) for n, parts in columns.items() if parts}
         found[_at("residual", sigma)] = -means["residual"]
         found[_at("noise-level", sigma)] = -means["noise-level"].log().abs()
         if isinstance(model, EnergyModel):
             found[_at("noisy-density", sigma)] = means["noisy-density"]
     return found
-
-
-def _all(at: Linearization, sigma: Noise | None, c: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Posterior (B, C), log-density (B,) and score."""
-    return at.energies.log_posterior().exp(), at.energies.log_density, at.score()
 
 
 def _at(name: str, sigma: float) -> str:

@@ -43,8 +43,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ebmkit.compiled import inferring
-from ebmkit.core import EnergyModel
+from ebmkit.compile import in_float32
+from ebmkit.energy import EnergyModel
 from ebmkit.evaluation import masking
 from ebmkit.evaluation.attacks import Attack, Norm, rounds, smallest_strengths
 from ebmkit.evaluation.autoattack import breaks as autoattack_breaks
@@ -92,7 +92,7 @@ def run(setting: Setting) -> dict[str, Any]:
     config = setting.option(RobustnessConfig)
     if config.autoattack:
         check_installed()
-    with inferring(setting.model, "fp32", "off"):
+    with in_float32(setting.device):
         work = _Work(setting, config)
         moved = {name: work.moved(d) for name, d in config.curve().items() if d.steps}
         warnings = _warnings(setting, config, moved)
@@ -135,8 +135,9 @@ class _Work:
     """The attacks on the first images of a setting, shared among its processes."""
 
     def __init__(self, setting: Setting, config: RobustnessConfig) -> None:
-        assert isinstance(setting.model, EnergyModel)
-        self.setting, self.config, self.model = setting, config, setting.model
+        model = setting.exact_model
+        assert isinstance(model, EnergyModel)
+        self.setting, self.config, self.model = setting, config, model
         self.images = setting.images.first(min(config.images, len(setting.images)))
         self.count = len(self.images)
         self._exact, self._told = 0.0, 0

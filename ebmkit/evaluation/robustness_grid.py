@@ -34,8 +34,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ebmkit.card import ModelCard
-from ebmkit.compiled import inferring
-from ebmkit.core import EnergyModel
+from ebmkit.compile import in_float32
+from ebmkit.energy import EnergyModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation.attacks import Attack, Norm
 from ebmkit.evaluation.data import Batch, Images
@@ -125,7 +125,7 @@ def run(setting: Setting) -> dict[str, Any]:
     images = setting.images.first(min(config.images, len(setting.images)))
     columns = []
     for column in _columns(setting):
-        with inferring(column.model, "fp32", "off"):
+        with in_float32(setting.device):
             smallest = _smallest(setting, images, column.model, config)
         accuracy = [share(smallest > epsilon) for epsilon in config.epsilons]
         columns.append({"name": column.name, "trained": column.trained, "accuracy": accuracy})
@@ -150,12 +150,9 @@ def _columns(setting: Setting) -> list[_Column]:
     """The networks, by training radius; those of which it is not known last."""
     from ebmkit.models import load
 
-    assert isinstance(setting.model, EnergyModel)
-    found = [
-        _Column(
-            setting.option(RobustnessGridConfig).name, setting.model, trained(setting.model.card)
-        )
-    ]
+    model = setting.exact_model
+    assert isinstance(model, EnergyModel)
+    found = [_Column(setting.option(RobustnessGridConfig).name, model, trained(setting.model.card))]
     for run in setting.option(RobustnessGridConfig).beside:
         model = load(run, device=str(setting.device))
         try:

@@ -17,8 +17,8 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from ebmkit.compiled import device_of
-from ebmkit.core import EnergyModel, ScoreModel, classifies
+from ebmkit.compile import Inference, device_of, unwrapped
+from ebmkit.energy import EnergyModel, ScoreModel, classifies
 from ebmkit.errors import UserError
 from ebmkit.evaluation.data import Batch, Images, noisy_batches
 from ebmkit.parallel import World
@@ -81,6 +81,7 @@ class Setting:
         data_dir: where the data set's files are, for suites that look for others beside them.
         advance: told how many images more are done.
         left: how many images are left to measure, over all passes of a suite.
+        inference: how the model is computed, which may be a wrapper.
     """
 
     model: ScoreModel
@@ -94,6 +95,7 @@ class Setting:
     data_dir: Path | None = None
     advance: Callable[[int], None] = lambda count: None
     left: int = 0
+    inference: Inference = field(default_factory=Inference)
     _predictions: dict[float, Predictions] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -103,6 +105,11 @@ class Setting:
     def device(self) -> torch.device:
         """Where the model is."""
         return device_of(self.model)
+
+    @property
+    def exact_model(self) -> ScoreModel:
+        """The model computed in float32 and eagerly, for what is sensitive to rounding."""
+        return unwrapped(self.model)
 
     def option(self, kind: type[O]) -> O:
         """The settings of class ``kind`` that were given, or its defaults."""
@@ -133,7 +140,7 @@ class Setting:
             done += min(share, total - done)
             if len(own) > 1:  # the first warms up
                 ahead = self.left / (len(batch.x) * self.world.size)
-                self.model.inference.expect(seconds * ahead)
+                self.inference.expect(seconds * ahead)
         self.skip(total - done)
         everyone = self.world.gather(own)
         batches = [part[k] for k in range(len(everyone[0])) for part in everyone if k < len(part)]

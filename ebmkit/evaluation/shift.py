@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -36,8 +35,7 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ebmkit.compiled import Wanted
-from ebmkit.core import Linearization, Noise, ScoreModel, classifies
+from ebmkit.energy import EnergyModel, ScoreModel, classifies
 from ebmkit.errors import UserError
 from ebmkit.evaluation import statistics
 from ebmkit.evaluation.calibration import calibration_error
@@ -166,10 +164,13 @@ def _columns(
 
 
 def _measure(model: ScoreModel, x: Tensor, y: Tensor, labels: Tensor | None) -> Columns:
-    blind = not model.noise_conditional
-    posterior, clean, sigma = model.infer(
-        _wanted(labels is not None, blind), y, None if blind else 0.0, differentiate=blind
-    )
+    posterior = clean = sigma = None
+    if labels is not None:
+        assert isinstance(model, EnergyModel)
+        energies = model.energies(y, 0.0 if model.noise_conditional else None)
+        posterior = energies.log_posterior().exp()
+    if not model.noise_conditional:
+        clean, sigma = model.denoise_blind(y)
     columns = {
         "psnr_corrupted": psnr(y, x),
         "rmse": (y - x).square().flatten(1).mean(dim=1).sqrt(),
@@ -178,25 +179,8 @@ def _measure(model: ScoreModel, x: Tensor, y: Tensor, labels: Tensor | None) -> 
         confidence, predicted = posterior.max(dim=1)
         columns |= {"confidence": confidence, "right": predicted == labels}
     if clean is not None and sigma is not None:
-        columns |= {"psnr": psnr(clean, x), "estimated_sigma": sigma}
+        columns |= {"psnr": psnr(clean.clamp(0, 1), x), "estimated_sigma": sigma}
     return columns
-
-
-@cache
-def _wanted(
-    labelled: bool, blind: bool
-) -> Wanted[tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    """Posterior (B, C), denoised images and estimated noise level (B,), where there are any."""
-
-    def wanted(
-        at: Linearization, sigma: Noise | None, c: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        posterior = at.energies.log_posterior().exp() if labelled else None
-        if not blind:
-            return posterior, None, None
-        return posterior, at.denoised().clamp(0, 1), at.noise_level()
-
-    return wanted
 
 
 def _row(columns: Columns, seed: int) -> dict[str, Any]:

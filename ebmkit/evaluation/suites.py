@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import BaseModel
 
-from ebmkit.compiled import device_of, inferring
-from ebmkit.core import EnergyModel, ScoreModel
+from ebmkit.compile import device_of, make_inference, tf32_restored, unwrapped
+from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation.adversarial import ADVERSARIAL
 from ebmkit.evaluation.calibration import CALIBRATION
@@ -160,7 +160,7 @@ def evaluate(
         weights: which of the run's weights the model has; only written down.
         precision: auto (fp32, so that results can be compared), fp32, tf32 or bf16.
         compile: on, off or auto: on CUDA, once minutes of work are left; see
-            `ScoreModel.set_inference`, whose own setting waits meanwhile.
+            `ebmkit.optimize`. A wrapper that the model has already is left out.
         options: by suite, settings of its own, as in ``{"robustness": {"steps": 10}}``.
         pictures: draw them, too.
         progress: show a progress bar.
@@ -187,15 +187,18 @@ def evaluate(
     own = parse_options(options or {}, chosen)
     batch_size = batch_size or _batch_size(used)
     levels = (_levels(sigmas, 1e-6, "sigmas"), _levels(noise_levels, 0, "noise levels"))
-    setting = Setting(model, used, seed, batch_size, *levels, world, own, data_dir)
-    common = _common(setting, images, weights)
     results = {}
     with (
-        inferring(model, precision, compile) as inference,
+        tf32_restored(device_of(model)),
         _evaluation_mode(model),
         torch.no_grad(),
         _bar(progress and world.first) as start,
     ):
+        inference = make_inference(device_of(model), precision, compile)
+        model = inference.wrap(unwrapped(model))
+        setting = Setting(model, used, seed, batch_size, *levels, world, own, data_dir)
+        setting.inference = inference
+        common = _common(setting, images, weights)
         _check_finite(model, used)
         for suite in chosen.values():
             suite.ready(setting)

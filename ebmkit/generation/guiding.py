@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ebmkit.compiled import device_of
-from ebmkit.core import EnergyModel, ScoreModel
+from ebmkit.compile import Inference, device_of, laid_out
 from ebmkit.data.identity import fingerprint
+from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError, unknown_name
 from ebmkit.generation.settings import SamplingSettings
 from ebmkit.generation.sources import data_of
@@ -97,6 +97,7 @@ def guide_by(
     data_dir: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
     bars: bool = False,
+    inference: Inference | None = None,
 ) -> GuidedRun:
     """``base`` guided by the model in folder ``guide``.
 
@@ -110,6 +111,7 @@ def guide_by(
         data_dir: where its files are.
         progress: told of (images, images in all) while mean energies are computed.
         bars: whether to show bars while data is read.
+        inference: how the guide is computed; None: eagerly, in float32.
 
     Raises:
         UserError: if the folder holds no model, or the two do not fit.
@@ -119,8 +121,8 @@ def guide_by(
     model = load(guide, device=str(device_of(base)), weights=weights)
     check_guide(model)
     assert isinstance(model, EnergyModel)
-    mode = "on" if base.inference.mode == "on" else "off"
-    model.set_inference(base.inference.precision, mode)
+    if inference is not None:
+        model = laid_out(model, inference)
     if not config.needs_means:
         guided = guided_model(base, model, config)
     else:

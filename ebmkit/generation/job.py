@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ebmkit.compiled import device_of
-from ebmkit.core import EnergyModel, ScoreModel, classifies
+from ebmkit.compile import device_of
+from ebmkit.energy import EnergyModel, ScoreModel, classifies
 from ebmkit.errors import UserError
 from ebmkit.generation.diagnose import CHAINS_AT_ONE_LEVEL
 from ebmkit.generation.keeping import STATE, SamplingFolder
@@ -287,9 +287,7 @@ class SamplingJob:
             known: Tensor | None = getattr(state, "log_density", None)
             if known is not None:
                 return known
-            energies = model.energies(state.x, getattr(sampler, "sigma", None))
-            density = energies.log_density
-            return density if c is None else density + energies.at_label(c)
+            return model.log_density(state.x, getattr(sampler, "sigma", None), c)
 
         return summary
 

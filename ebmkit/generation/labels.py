@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ebmkit.core import ScoreModel
+from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.sampling.needs import takes_labels
 

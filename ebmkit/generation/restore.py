@@ -17,12 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ebmkit.compiled import device_of
-from ebmkit.core import ScoreModel
+from ebmkit.compile import device_of
+from ebmkit.energy import Noise, ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.generation.record import means_of
 from ebmkit.inference import TILE, denoise_picture
-from ebmkit.linearization import Noise
 from ebmkit.randomness import keyed_generator
 from ebmkit.sampling.base import Chains
 from ebmkit.sampling.config import StochasticAscentConfig
@@ -145,7 +144,7 @@ class _InCrops:
     def _one(self, y: Tensor) -> Tensor:
         found = denoise_picture(self.model, y, c=self.c)
         limits = self.model.card.sigma_range if self.model.card else None
-        if limits is None or not self.model.differentiates or found.sigma <= limits[1]:
+        if limits is None or not self.model.is_energy_based or found.sigma <= limits[1]:
             return found.image
         # the level held to the range, as `ebmkit.sampling.target.blind_denoiser_of` holds it
         return y + (limits[1] / found.sigma) ** 2 * (found.image - y)

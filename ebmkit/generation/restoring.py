@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ebmkit.core import ScoreModel
 from ebmkit.data.images import Picture, read_image, write_image
+from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.generation.baselines import baselines_of
 from ebmkit.generation.restore import restore

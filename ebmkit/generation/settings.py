@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ebmkit.core import ScoreModel, classifies
+from ebmkit.energy import ScoreModel, classifies
 from ebmkit.errors import UserError, unknown_name
 from ebmkit.generation.labels import parse_labels
 from ebmkit.guidance.config import GuidanceConfig

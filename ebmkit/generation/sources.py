@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ebmkit.core import ScoreModel
+from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.generation.settings import BUFFER, SamplingSettings
 from ebmkit.sampling.buffer import ReplayBuffer

@@ -43,9 +43,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from ebmkit.energy import Noise
 from ebmkit.errors import UserError
 from ebmkit.guidance.schedules import Exact, GuidanceSchedule, parse_schedule
-from ebmkit.linearization import Noise
 from ebmkit.sampling.base import per_chain
 from ebmkit.sampling.diffusion import NoisePredictor
 from ebmkit.sampling.langevin import root_mean_square

@@ -9,7 +9,7 @@ from typing import Any, Generic, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
-from ebmkit.core import EnergyModel
+from ebmkit.energy import EnergyModel
 from ebmkit.errors import UserError
 from ebmkit.guidance.combine import View
 from ebmkit.guidance.guides import (

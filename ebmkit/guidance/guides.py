@@ -36,14 +36,13 @@ Guidance with a Robust Energy-Based Classifier" (Sapienza, 2024) here and in all
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ebmkit.core import EnergyModel, classifies
+from ebmkit.energy import Energies, EnergyModel, Noise, classifies, upcast_energies
 from ebmkit.errors import UserError
-from ebmkit.linearization import Linearization, Noise
 from ebmkit.readings import as_read
 from ebmkit.sampling.base import check_positive, per_chain
 from ebmkit.sampling.target import DensityFunction, density_of, label_density_of
@@ -122,10 +121,12 @@ def dual_guide(
             f"{by_label.tolist()}"
         )
     density_of(model, c)  # checks the labels
-    wanted = _Dual(tuple(by_label.tolist()), weight)
 
     def guide(v: Tensor, sigma: Noise | None = None) -> tuple[Tensor, Tensor]:
-        return model.infer(wanted, v, sigma, model.check_labels(c, v))
+        labels = model.check_labels(c, v)
+        target = DualTarget(labels, by_label.to(v)[labels], torch.tensor(weight).to(v))
+        energies, (gradient,) = model.value_and_grads(v, sigma, target)
+        return target(upcast_energies(energies)), gradient
 
     return _at_own_level(model, guide)
 
@@ -195,28 +196,26 @@ def check_guide(model: object) -> EnergyModel:
     if not classifies(model):
         raise UserError("a guide must know labels, and this model was trained without: take one "
                         "that was trained to classify")  # fmt: skip
-    model._warned = True  # that layers such as ReLU make a poor denoiser is no news of a guide
     return model
 
 
-@dataclass(frozen=True)
-class _Dual:
-    """What `dual_guide` makes of one forward pass."""
+class DualTarget(NamedTuple):
+    """-(E(v, c) + lambda |mean - E(v)|) (RCG eq. 4.6).
 
-    means: tuple[float, ...]
-    weight: float
+    Attributes:
+        labels: c (B,).
+        means: (B,), mean E of training images of these labels, nats.
+        weight: lambda, a scalar.
+    """
 
-    def __call__(
-        self, at: Linearization, sigma: Noise | None, c: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        assert c is not None
-        density = at.energies.log_density
-        mean = torch.tensor(self.means, dtype=density.dtype, device=density.device)[c]
-        off = mean + density  # mean energy minus E(v)
-        value = density + at.energies.at_label(c) - self.weight * off.abs()
-        score = at.score()
-        pull = per_chain(off.sign(), score) * score
-        return value, at.conditional_score(c) - self.weight * pull
+    labels: Tensor
+    means: Tensor
+    weight: Tensor
+
+    def __call__(self, energies: Energies) -> Tensor:
+        density = energies.log_density
+        away = (self.means + density).abs()  # |mean energy - E(v)|
+        return density + energies.at_label(self.labels) - self.weight * away
 
 
 def _at_own_level(model: EnergyModel, guide: DensityFunction) -> DensityFunction:

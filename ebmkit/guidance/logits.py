@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ebmkit.core import Energies, EnergyModel, Noise
+from ebmkit.energy import Energies, EnergyModel, Noise
 from ebmkit.errors import UserError
 
 __all__ = ["LogitModel"]

@@ -24,8 +24,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from ebmkit.compiled import device_of
-from ebmkit.core import EnergyModel
+from ebmkit.compile import device_of
+from ebmkit.energy import EnergyModel
 from ebmkit.errors import UserError
 from ebmkit.guidance.guides import check_guide
 from ebmkit.readings import as_read

@@ -1,8 +1,8 @@
 r"""A guided model: a model of images and a guide, together a model of images of a label.
 
 Its score of a label is that of `ebmkit.guidance.combine`, :math:`s(y) + s\,w\,\nabla_y h_c(v(y))`,
-and without a label that of the base alone. It is a `ebmkit.core.ScoreModel`, so every sampler that
-can drive the base drives it.
+and without a label that of the base alone. It is a `ebmkit.energy.ScoreModel`, so every sampler
+that can drive the base drives it.
 
 If the base has a log-density, so has the guided model, :math:`\log p(y) + s\,w\,h_c(v(y))` up to a
 constant, for samplers that accept or reject.
@@ -11,20 +11,19 @@ constant, for samplers that accept or reject.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ebmkit.card import ModelCard
-from ebmkit.compiled import Inference
-from ebmkit.core import EnergyModel, ScoreModel
+from ebmkit.compile import HasParts
+from ebmkit.energy import Energies, EnergyModel, Noise, ScoreModel, upcast_energies
 from ebmkit.errors import UserError
 from ebmkit.guidance.combine import Guidance, View, guided_denoiser, guided_density, guided_score
 from ebmkit.guidance.config import CLASSIFIER_FREE, GuidanceConfig
 from ebmkit.guidance.free import classifier_free
 from ebmkit.guidance.guides import check_guide
-from ebmkit.linearization import Energies, Linearization, Noise
 from ebmkit.sampling.base import per_chain
 from ebmkit.sampling.langevin import root_mean_square
 from ebmkit.sampling.target import label_density_of
@@ -58,7 +57,7 @@ def guided_model(
     return (GuidedDensityModel if dense else GuidedModel)(base, guide, config, means)
 
 
-class GuidedModel(ScoreModel):
+class GuidedModel(HasParts, ScoreModel):
     """A model of images whose samples are guided to labels; made by `guided_model`.
 
     Args:
@@ -89,8 +88,7 @@ class GuidedModel(ScoreModel):
         super().__init__()
         self.base, self.guide, self.config = base, guide, config
         self.means = None if means is None else tuple(map(float, means))
-        self.noise_conditional, self.differentiates = base.noise_conditional, base.differentiates
-        self.inference = Inference(base.inference.precision)
+        self.noise_conditional, self.is_energy_based = base.noise_conditional, base.is_energy_based
         self.schedule = base.schedule
         self._diffusion = base.schedule or make_schedule()
         self.view: View = "noisy"
@@ -133,24 +131,20 @@ class GuidedModel(ScoreModel):
             self._diffusion,
         )
 
-    def score(self, y: Tensor, c: Tensor | int | None = None, sigma: Noise | None = None) -> Tensor:
-        """The guided score, or without ``c`` the base's; shape of y, per image unit.
+    def with_parts(self, wrap: Callable[[Any], Any]) -> GuidedModel:
+        guide = None if self.guide is None else wrap(self.guide)
+        return type(self)(wrap(self.base), guide, self.config, self.means)
 
-        Raises:
-            UserError: if the guide does not know a label.
-        """
+    def _score(self, y: Tensor, sigma: Noise | None, c: Tensor | None) -> Tensor:
         if c is None:
-            return self.base.score(y, None, sigma)
-        labels = self.check_labels(c, y)
+            return self.base.score(y, sigma)
         if self.guide is None:
-            weight = self._mixing(sigma)
             return _mixed(
-                weight,
-                lambda: self.base.score(y, None, sigma),
-                lambda: self.base.score(y, labels, sigma),
+                self._mixing(sigma),
+                lambda: self.base.score(y, sigma),
+                lambda: self.base.score(y, sigma, c),
             )
-        return guided_score(lambda y, sigma=None: self.base.score(y, None, sigma),
-                            self.guidance(labels))(y, sigma)  # fmt: skip
+        return guided_score(self.base.score, self.guidance(c))(y, sigma)
 
     def denoise(
         self, y: Tensor, sigma: Noise | None = None, c: Tensor | int | None = None
@@ -173,28 +167,23 @@ class GuidedModel(ScoreModel):
                 lambda: self.base.denoise(y, sigma),
                 lambda: self.base.denoise(y, sigma, labels),
             )
-        return guided_denoiser(lambda y, sigma=None: self.base.denoise(y, sigma),
-                               self.guidance(labels))(y, sigma)  # fmt: skip
+        return guided_denoiser(self.base.denoise, self.guidance(labels))(y, sigma)
 
-    def at(
+    def denoise_blind(
         self,
         y: Tensor,
-        sigma: Noise | None = None,
-        differentiate: bool = True,
-        recorded: bool = False,
-    ) -> Linearization:
-        return _Guided(self, self.base.at(y, sigma, differentiate, recorded), sigma)
+        c: Tensor | int | None = None,
+        sigma_range: tuple[float, float] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        if c is None:
+            return self.base.denoise_blind(y, None, sigma_range)
+        sigma = self.base.estimate_sigma(y)
+        if sigma_range is not None:
+            sigma = sigma.clamp(*sigma_range)
+        return self.denoise(y, sigma, c), sigma
 
     def estimate_sigma(self, y: Tensor) -> Tensor:
         return self.base.estimate_sigma(y)
-
-    def set_inference(self, precision: str = "fp32", compile: str = "off") -> Self:
-        """`ScoreModel.set_inference` of base and guide, each compiled by itself."""
-        for model in (self.base, self.guide):
-            if model is not None:
-                model.set_inference(precision, compile)
-        self.inference = Inference(self.base.inference.precision)
-        return self
 
     def check_labels(self, c: Tensor | int, y: Tensor) -> Tensor:
         try:
@@ -216,109 +205,53 @@ class GuidedDensityModel(GuidedModel, EnergyModel):
     """A `GuidedModel` whose base has a log-density; its logits are those of the guide."""
 
     def forward(self, y: Tensor, sigma: Noise | None = None) -> Energies:
+        """The base's log-density of ``y`` (B, C, H, W), the guide's logits of the same image.
+
+        The guided log-density of a label is that of `density_and_score`.
+        """
         knows = self.base if self.guide is None else self.guide
         assert isinstance(knows, EnergyModel)
         assert isinstance(self.base, EnergyModel)
-        return _energies(
-            knows.energies(y, sigma).logits,
-            self.base.energies(y, sigma).log_density,
-            lambda c: _label_density(self, y, sigma, c),
-        )
+        base = self.base(y, sigma)
+        logits = base.logits if knows is self.base else knows(y, sigma).logits
+        return upcast_energies(Energies(logits, base.log_density))
 
-    def energies(self, y: Tensor, sigma: Noise | None = None) -> Energies:
-        """The base's log-density of ``y`` (B, C, H, W), the guide's logits of the same image.
-
-        ``at_label`` of it is what guidance adds to the log-density.
-        """
-        return self.forward(y, sigma)
-
-
-class _Energies(Energies):
-    """Energies of which `at_label` is s w h_c, so that log-density plus it is the guided one."""
-
-    added: Callable[[Tensor], tuple[Tensor, Tensor]]
-
-    def at_label(self, c: Tensor) -> Tensor:
-        return self.added(c)[0]
-
-
-def _energies(
-    logits: Tensor, log_density: Tensor, added: Callable[[Tensor], tuple[Tensor, Tensor]]
-) -> Energies:
-    found = _Energies(logits, log_density)
-    found.added = added
-    return found
-
-
-def _label_density(
-    model: GuidedModel, y: Tensor, sigma: Noise | None, c: Tensor
-) -> tuple[Tensor, Tensor]:
-    """What guidance to ``c`` adds to log-density (B,) and score."""
-    if model.guide is not None:
-        zero = y.new_zeros(len(y)), torch.zeros_like(y)
-        return guided_density(lambda y, sigma=None: zero, model.guidance(c))(y, sigma)
-    assert isinstance(model.base, EnergyModel)
-    weight = model._mixing(sigma)
-    value, gradient = label_density_of(model.base, c)(y, sigma)
-    return weight * value, per_chain(weight, y) * gradient
-
-
-class _Guided(Linearization):
-    """One forward pass of the base, to which guidance is added on demand."""
-
-    def __init__(self, model: GuidedModel, base: Linearization, sigma: Noise | None) -> None:
-        energies = base.energies
-        if isinstance(model, GuidedDensityModel):
-            nothing = base.y.new_zeros(len(base.y), model.num_classes)
-            energies = _energies(nothing, base.energies.log_density, self.added)
-        super().__init__(base.y, energies, _no_pull)
-        self.model, self.base, self.sigma = model, base, sigma
-        self._added: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
-
-    def added(self, c: Tensor) -> tuple[Tensor, Tensor]:
-        """What guidance to ``c`` adds to log-density and score, worked out once."""
-        if self._added is None or self._added[0] is not c:
-            self._added = c, _label_density(self.model, self.y, self.sigma, c)
-        return self._added[1]
-
-    def score(self) -> Tensor:
-        return self.base.score()
-
-    def hessian_product(self, v: Tensor) -> Tensor:
-        return self.base.hessian_product(v)
-
-    def noise_level(self) -> Tensor:
-        return self.base.noise_level()
-
-    def label_score(self, c: Tensor) -> Tensor:
-        return self.added(c)[1]
-
-    def conditional_score(self, c: Tensor, hidden: Tensor | None = None) -> Tensor:
-        if isinstance(self.model, GuidedDensityModel):
-            guided = self.base.score() + self.label_score(c)
-        else:
-            guided = self.model.score(self.y, c, self.sigma)
-        if hidden is None:
-            return guided
-        return torch.where(hidden.reshape(-1, *[1] * (guided.ndim - 1)), self.score(), guided)
-
-    def denoised(self, sigma: Noise | None = None, c: Tensor | None = None) -> Tensor:
-        level = self.noise_level() if sigma is None else sigma
+    def density_and_score(
+        self, y: Tensor, sigma: Noise | None = None, c: Tensor | int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        assert isinstance(self.base, EnergyModel)
+        value, score = self.base.density_and_score(y, sigma)
         if c is None:
-            return self.base.denoised(level)
-        model = self.model
-        if model.guide is None:
-            return _mixed(
-                model._mixing(level),
-                lambda: self.base.denoised(level),
-                lambda: self.base.denoised(level, c),
-            )
+            return value, score
+        added, gradient = self._guidance_at(y, sigma, self.check_labels(c, y))
+        return value + added, score + gradient
 
-        def denoise(y: Tensor, sigma: Noise | None = None) -> Tensor:
-            # the pass that was made already, but for gradients that go back through it
-            return self.base.denoised(sigma) if y is self.y else model.base.denoise(y, sigma)
+    def log_density(
+        self, y: Tensor, sigma: Noise | None = None, c: Tensor | int | None = None
+    ) -> Tensor:
+        assert isinstance(self.base, EnergyModel)
+        value = self.base.log_density(y, sigma)
+        if c is None:
+            return value
+        return value + self._guidance_at(y, sigma, self.check_labels(c, y))[0]
 
-        return guided_denoiser(denoise, model.guidance(c))(self.y, level)
+    def label_score(self, y: Tensor, c: Tensor | int, sigma: Noise | None = None) -> Tensor:
+        """What guidance to ``c`` adds to the score; shape of y.
+
+        Raises:
+            UserError: if the guide does not know a label.
+        """
+        return self._guidance_at(y, sigma, self.check_labels(c, y))[1]
+
+    def _guidance_at(self, y: Tensor, sigma: Noise | None, c: Tensor) -> tuple[Tensor, Tensor]:
+        """What guidance to ``c`` adds to log-density (B,) and score."""
+        if self.guide is not None:
+            zero = y.new_zeros(len(y)), torch.zeros_like(y)
+            return guided_density(lambda y, sigma=None: zero, self.guidance(c))(y, sigma)
+        assert isinstance(self.base, EnergyModel)
+        weight = self._mixing(sigma)
+        value, gradient = label_density_of(self.base, c)(y, sigma)
+        return weight * value, per_chain(weight, y) * gradient
 
 
 def _mixed(
@@ -333,10 +266,6 @@ def _mixed(
 
 def _nothing(v: Tensor, sigma: Noise | None = None) -> tuple[Tensor, Tensor]:
     raise AssertionError("classifier-free guidance has no guide")
-
-
-def _no_pull(cotangent: Energies) -> Tensor:
-    raise AssertionError("gradients of a guided model are sums, not one pull-back")
 
 
 def _with_labels(card: ModelCard | None, knows: ScoreModel) -> ModelCard | None:

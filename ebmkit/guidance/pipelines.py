@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ebmkit.core import EnergyModel
+from ebmkit.energy import EnergyModel, Noise
 from ebmkit.errors import UserError
 from ebmkit.guidance.guides import check_guide
 from ebmkit.guidance.logits import LogitModel
-from ebmkit.linearization import Noise
 from ebmkit.sampling.schedules import Schedule
 from ebmkit.sampling.target import DensityFunction
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ebmkit.core import EnergyModel
+from ebmkit.energy import EnergyModel, Noise
 from ebmkit.errors import UserError
 from ebmkit.guidance.combine import Guidance, View, guided_noise
 from ebmkit.guidance.config import CLASSIFIER_FREE, GuidanceConfig
@@ -27,7 +27,6 @@ from ebmkit.guidance.pipelines import (
     sizes,
     to_noise,
 )
-from ebmkit.linearization import Noise
 
 __all__ = ["GuidedUNet"]
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ebmkit.core import per_image
+from ebmkit.energy import per_image
 from ebmkit.models.parts import Backbone, Features, WindowedBackbone
 
 __all__ = ["NoiseConditioned"]

@@ -17,7 +17,7 @@ from pydantic import (
 )
 from torch import nn
 
-from ebmkit.core import ScoreModel
+from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.models.conditioned import NoiseConditioned
 from ebmkit.models.denoisers import DirectDenoiser

@@ -8,16 +8,19 @@ identity of Tweedie and Miyasawa (CDN eq. 6)
 
 Denoising score matching of such a model is the regression that denoisers are always trained by,
 each image weighted by :math:`1/\sigma^2`. The vector field s is the gradient of no log-density:
-nothing makes its Jacobian symmetric.
+nothing makes its Jacobian symmetric. The noise level that it implies is
+:math:`\hat\sigma = \|D - y\|/\sqrt d`, which stands in where sigma is not given.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
-from ebmkit.core import Estimate, Linearization, Noise, ScoreModel
+from ebmkit.energy import Noise, ScoreModel, check_sigma, per_image
 from ebmkit.errors import UserError
 from ebmkit.models.parts import check_images
 from ebmkit.onednn import subsample_before_1x1
@@ -35,7 +38,7 @@ class DirectDenoiser(ScoreModel):
         noise_conditional: whether the network needs sigma.
     """
 
-    differentiates = False
+    is_energy_based = False
 
     def __init__(
         self, network: nn.Module, in_channels: int | None = None, noise_conditional: bool = False
@@ -45,7 +48,7 @@ class DirectDenoiser(ScoreModel):
         subsample_before_1x1(self)
         self.in_channels = in_channels
         self.noise_conditional = noise_conditional
-        self.denoises_unaided = not noise_conditional
+        self.ignores_sigma = not noise_conditional
 
     def forward(self, y: Tensor, sigma: Noise | None = None) -> Tensor:
         """Estimates of the clean images, the shape of ``y``, not clipped.
@@ -63,11 +66,41 @@ class DirectDenoiser(ScoreModel):
 
         def __call__(self, y: Tensor, sigma: Noise | None = None) -> Tensor: ...
 
-    def at(
+    def _score(self, y: Tensor, sigma: Noise | None, c: Tensor | None) -> Tensor:
+        change = self(y, sigma).to(y.dtype) - y
+        level = implied_sigma(change) if sigma is None else sigma
+        return change / per_image(level, y) ** 2
+
+    def denoise(
+        self, y: Tensor, sigma: Noise | None = None, c: Tensor | int | None = None
+    ) -> Tensor:
+        """The network's estimate of the clean images, shape of y, not clipped.
+
+        Raises:
+            UserError: if sigma is needed and not given, or not above 0, or a label is given.
+        """
+        check_sigma(sigma)
+        self._labels(c, y)
+        return self(y, sigma).to(y.dtype)
+
+    def denoise_blind(
         self,
         y: Tensor,
-        sigma: Noise | None = None,
-        differentiate: bool = True,
-        recorded: bool = False,
-    ) -> Linearization:
-        return Estimate(y, self(y, sigma).to(y.dtype), sigma)
+        c: Tensor | int | None = None,
+        sigma_range: tuple[float, float] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        self._check_blind()
+        clean = self.denoise(y, None, c)
+        sigma = implied_sigma(clean - y)
+        return clean, sigma if sigma_range is None else sigma.clamp(*sigma_range)
+
+    def estimate_sigma(self, y: Tensor) -> Tensor:
+        return self.denoise_blind(y)[1]
+
+
+def implied_sigma(change: Tensor) -> Tensor:
+    """The noise level ||D(y) - y|| / sqrt(d) that a ``change`` D(y) - y (B, ...) implies, (B,)."""
+    flat = change.flatten(1)
+    norm = torch.linalg.vector_norm(flat, dim=1) / math.sqrt(flat.shape[1])
+    level: Tensor = norm.clamp_min(torch.finfo(change.dtype).eps)
+    return level

@@ -36,21 +36,19 @@ last timestep, and u keeps its variance. Samplers stay within (`ebmkit.ModelCard
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ebmkit.core import Linearization, Noise, ScoreModel, per_image
+from ebmkit.energy import Noise, ScoreModel, check_sigma, per_image
 from ebmkit.errors import UserError
-from ebmkit.linearization import Energies, autocast_of
 from ebmkit.models.parts import check_images
 from ebmkit.onednn import subsample_before_1x1
 from ebmkit.schedules import Schedule
 
-__all__ = ["DiffusionModel", "NoisePrediction", "PredictionType"]
+__all__ = ["DiffusionModel", "PredictionType"]
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
@@ -75,7 +73,7 @@ class DiffusionModel(ScoreModel):
     """
 
     noise_conditional = True
-    differentiates = False
+    is_energy_based = False
     schedule: Schedule
 
     log_edges: Tensor
@@ -118,19 +116,44 @@ class DiffusionModel(ScoreModel):
             UserError: if ``y`` is no batch of images or has other channels, sigma is missing, or
                 the network cannot do without labels.
         """
-        return self.at(y, sigma).noise(c)
-
-    def at(
-        self,
-        y: Tensor,
-        sigma: Noise | None = None,
-        differentiate: bool = True,
-        recorded: bool = False,
-    ) -> NoisePrediction:
         check_images(y, self.in_channels)
+        return self._noise(y, self._levels(y, sigma)[1], c)
+
+    def _score(self, y: Tensor, sigma: Noise | None, c: Tensor | None) -> Tensor:
+        level = self._levels(y, sigma)[1]
+        if c is not None and self.null_label:
+            c = torch.where(c < 0, self.num_classes, c)
+        score: Tensor = -self(y, sigma, c) / per_image(level, y)
+        return score
+
+    def denoise(
+        self, y: Tensor, sigma: Noise | None = None, c: Tensor | int | None = None
+    ) -> Tensor:
+        """D(y, sigma) = y - sigma * noise, shape of y; not clipped.
+
+        Raises:
+            UserError: if sigma is missing or not above 0, or a label is out of range.
+        """
+        check_sigma(sigma)
+        given, level = self._levels(y, sigma)
+        change = per_image(given, y) ** 2 / per_image(level, y)
+        clean: Tensor = y - change * self(y, sigma, self._labels(c, y))
+        return clean
+
+    def label_score(self, y: Tensor, c: Tensor | int, sigma: Noise | None = None) -> Tensor:
+        """grad log p(c|y) of the implicit classifier, the difference of two scores; shape of y.
+
+        Raises:
+            UserError: if a label is out of range, or the model has no labels or no null label.
+        """
+        return self.score(y, sigma, c) - self.score(y, sigma)
+
+    def _levels(self, y: Tensor, sigma: Noise | None) -> tuple[Tensor, Tensor]:
+        """The noise levels (B,) as given, and those that the schedule has."""
         if sigma is None:
             raise UserError("this model takes the noise level as an input: give sigma")
-        return NoisePrediction(self, y, sigma)
+        given = torch.as_tensor(sigma, dtype=y.dtype, device=y.device).expand(len(y))
+        return given, given.clamp_min(self._lowest)
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """The timesteps (B,) int64 whose levels are the nearest to ``sigma`` (B,), by ratio."""
@@ -172,60 +195,6 @@ class DiffusionModel(ScoreModel):
             out = self.network(u, t, torch.full_like(t, self.no_label()) if c is None else c)
         predicted: Tensor = out if isinstance(out, Tensor) else out.sample
         return predicted[:, : u.shape[1], :height, :width]
-
-
-class NoisePrediction(Linearization):
-    """What a diffusion model says at ``y``; each label, and none, costs one network call.
-
-    Args:
-        model: it predicts.
-        y: noisy images (B, C, H, W).
-        sigma: their noise level, a float or (B,).
-    """
-
-    def __init__(self, model: DiffusionModel, y: Tensor, sigma: Noise) -> None:
-        nothing = Energies(y.new_zeros(len(y), 0), y.new_full((len(y),), math.nan))
-        super().__init__(y, nothing, _no_density)
-        self.model = model
-        self.sigma = torch.as_tensor(sigma, dtype=y.dtype, device=y.device).expand(len(y))
-        self._level = self.sigma.clamp_min(model._lowest)
-        self._precision = autocast_of(y)
-        self._plain: Tensor | None = None
-
-    def noise(self, c: Tensor | None = None) -> Tensor:
-        """The noise in y, shape of y; with labels ``c`` (B,), the null label among them."""
-        if c is not None:
-            with self._precision():
-                return self.model._noise(self.y, self._level, c)
-        if self._plain is None:
-            with self._precision():
-                self._plain = self.model._noise(self.y, self._level, None)
-        return self._plain
-
-    def score(self) -> Tensor:
-        return -self.noise() / per_image(self._level, self.y)
-
-    def conditional_score(self, c: Tensor, hidden: Tensor | None = None) -> Tensor:
-        if hidden is not None:
-            c = torch.where(hidden, self.model.no_label(), c)
-        return -self.noise(c) / per_image(self._level, self.y)
-
-    def label_score(self, c: Tensor) -> Tensor:
-        """grad_y log p(c|y) of the implicit classifier, the difference of two scores."""
-        return self.conditional_score(c) - self.score()
-
-    def noise_level(self) -> Tensor:
-        """The level that was given, (B,)."""
-        return self.sigma
-
-    def denoised(self, sigma: Noise | None = None, c: Tensor | None = None) -> Tensor:
-        level = self.sigma if sigma is None else sigma
-        change = per_image(level, self.y) ** 2 / per_image(self._level, self.y)
-        return self.y - change * self.noise(c)
-
-
-def _no_density(cotangent: Energies) -> Tensor:
-    raise AssertionError("a diffusion model has no density")
 
 
 def _from_noise(f: Tensor, u: Tensor, root_abar: Tensor, root_rest: Tensor) -> Tensor:

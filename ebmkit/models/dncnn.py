@@ -31,7 +31,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from ebmkit.core import Noise
+from ebmkit.energy import Noise
 from ebmkit.errors import UserError
 
 __all__ = ["BiasFreeBatchNorm", "DnCNN", "DnCNNConfig", "convert_dncnn"]

@@ -22,8 +22,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from ebmkit.compute import widened, without_autocast
-from ebmkit.core import Noise, per_image
+from ebmkit.compute import upcast, without_autocast
+from ebmkit.energy import Noise, per_image
 from ebmkit.errors import UserError
 from ebmkit.models.convolution import Conv2d
 
@@ -130,7 +130,7 @@ class DRUNet(nn.Module):
         h = self.m_up3(self.m_body(x4) + x4)
         h = self.m_up1(self.m_up2(h + x3) + x2) + x1
         with without_autocast(h):  # images have more bits than bfloat16
-            clean: Tensor = self.m_tail(widened(h))
+            clean: Tensor = self.m_tail(upcast(h))
         return clean[..., :height, :width]
 
 

@@ -29,18 +29,16 @@ A blind potential does not need sigma to denoise: it cancels. From :math:`\|\sig
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from ebmkit.compute import widened, without_autocast
-from ebmkit.core import Energies, EnergyModel, Linearization, Noise, linearize, per_image
+from ebmkit.compute import upcast, without_autocast
+from ebmkit.energy import Energies, EnergyModel, Noise, per_image
 from ebmkit.errors import UserError
-from ebmkit.linearization import forward_only
 from ebmkit.models.convolution import Conv2d
+from ebmkit.models.denoisers import implied_sigma
 from ebmkit.models.drunet import DRUNetConfig
 from ebmkit.models.parts import check_images
 from ebmkit.onednn import subsample_before_1x1
@@ -73,7 +71,7 @@ class GradientStep(EnergyModel):
         self.potential = potential
         subsample_before_1x1(self)
         self.noise_conditional = noise_conditional
-        self.denoises_unaided = not noise_conditional
+        self.ignores_sigma = not noise_conditional
         self.in_channels = in_channels
 
     def forward(self, y: Tensor, sigma: Noise | None = None) -> Energies:
@@ -91,50 +89,31 @@ class GradientStep(EnergyModel):
         variance = sigma.to(g) ** 2 if isinstance(sigma, Tensor) else sigma**2
         return Energies(g.new_zeros(len(y), 0), -g / variance)
 
-    def at(
+    def _score(self, y: Tensor, sigma: Noise | None, c: Tensor | None) -> Tensor:
+        if sigma is not None:
+            return super()._score(y, sigma, c)
+        self._check_blind()
+        step = self._step(y)
+        return step / per_image(implied_sigma(step), y) ** 2
+
+    def denoise_blind(
         self,
         y: Tensor,
-        sigma: Noise | None = None,
-        differentiate: bool = True,
-        recorded: bool = False,
-    ) -> Linearization:
-        if not differentiate:
-            return forward_only(self, y, sigma)
-        if sigma is None and self.noise_conditional:
-            raise UserError("this model takes the noise level as an input: give sigma")
-        if sigma is None:  # any level serves to read off the gradient of g
-            return _Step(linearize(self, y, 1.0, recorded), 1.0, known=False)
-        return _Step(linearize(self, y, sigma, recorded), sigma, known=True)
+        c: Tensor | int | None = None,
+        sigma_range: tuple[float, float] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        self._check_blind()
+        self._labels(c, y)
+        step = self._step(y)
+        sigma = implied_sigma(step)
+        return y + step, sigma if sigma_range is None else sigma.clamp(*sigma_range)
 
+    def estimate_sigma(self, y: Tensor) -> Tensor:
+        return self.denoise_blind(y)[1]
 
-class _Step(Linearization):
-    """What the step ``D - y = -grad g`` says, taken at ``level``; ``known``: level is the noise's.
-
-    Where sigma is not known, the noise level that the step implies stands in for it.
-    """
-
-    def __init__(self, at: Linearization, level: Noise, known: bool) -> None:
-        energies = at.energies
-        if not known:
-            unknown = torch.full_like(energies.log_density, math.nan)
-            energies = Energies(energies.logits, unknown)
-        super().__init__(at.y, energies, at._pull, at._curve if known else None)
-        self.level = level
-        self.known = known
-
-    def step(self) -> Tensor:
-        return per_image(self.level, self.y) ** 2 * super().score()
-
-    def score(self) -> Tensor:
-        if self.known:
-            return super().score()
-        return self.step() / per_image(self.noise_level(), self.y) ** 2
-
-    def noise_level(self) -> Tensor:
-        step = self.step().flatten(1)
-        norm = torch.linalg.vector_norm(step, dim=1) / math.sqrt(step.shape[1])
-        level: Tensor = norm.clamp_min(torch.finfo(step.dtype).eps)
-        return level
+    def _step(self, y: Tensor) -> Tensor:
+        """-grad g of a blind potential: the score at any noise level, times its square."""
+        return super()._score(y, 1.0, None)
 
 
 class HalfSquaredResidual(nn.Module):
@@ -148,7 +127,7 @@ class HalfSquaredResidual(nn.Module):
         """g of each of the images ``y`` (B, C, H, W): (B,)."""
         residual = y - self.network(y, sigma)
         with without_autocast(y):
-            return 0.5 * widened(residual).square().flatten(1).sum(dim=1)
+            return 0.5 * upcast(residual).square().flatten(1).sum(dim=1)
 
 
 class ScalarConvNet(nn.Module):
@@ -181,7 +160,7 @@ class ScalarConvNet(nn.Module):
             z = self.activation(onward(z) + fed(y))
         map_ = self.last(z) + self.last_fed(y)
         with without_autocast(y):
-            return widened(map_).flatten(1).sum(dim=1)
+            return upcast(map_).flatten(1).sum(dim=1)
 
 
 class GSDRUNetConfig(BaseModel):

@@ -24,7 +24,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from ebmkit.compute import widened, without_autocast
+from ebmkit.compute import upcast, without_autocast
 from ebmkit.models.convolution import Conv2d
 from ebmkit.models.gelu import GELU
 from ebmkit.models.norms import NormName, make_norm
@@ -165,7 +165,7 @@ class GradResNet(nn.Module):
         pooled = []
         with without_autocast(maps[0]):
             for i, h in enumerate(maps):
-                wide = widened(h)
+                wide = upcast(h)
                 if grid == (1, 1):
                     mean = mean_over_positions(wide)[:, None]
                 else:

@@ -18,7 +18,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from ebmkit.core import Energies
+from ebmkit.energy import Energies
 from ebmkit.errors import UserError
 from ebmkit.registry import Preset
 

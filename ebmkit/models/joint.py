@@ -38,8 +38,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ebmkit.compute import widened, without_autocast
-from ebmkit.core import Energies, EnergyModel, Noise
+from ebmkit.compute import upcast, without_autocast
+from ebmkit.energy import Energies, EnergyModel, Noise
 from ebmkit.errors import UserError
 from ebmkit.models.parts import Backbone, Features, Head, WindowedBackbone, check_images
 from ebmkit.onednn import subsample_before_1x1
@@ -189,7 +189,7 @@ class JointModel(EnergyModel):
 
     def _energies(self, pooled: Tensor) -> Energies:
         with without_autocast(pooled):
-            energies: Energies = self.head(widened(pooled))
+            energies: Energies = self.head(upcast(pooled))
             return energies
 
 

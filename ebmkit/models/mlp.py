@@ -31,7 +31,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from ebmkit.compute import widened, without_autocast
+from ebmkit.compute import upcast, without_autocast
 from ebmkit.models.parts import Features
 from ebmkit.models.resnet import pool_last
 
@@ -136,7 +136,7 @@ class MLP(nn.Module):
     def _of_sigma(self, sigma: Tensor) -> Tensor:
         """phi of levels (B,): (B, 2 + 2 F)."""
         with without_autocast(sigma):
-            level = widened(sigma)
+            level = upcast(sigma)
             u = 0.5 * (level.square() + SMALLEST**2).log() - math.log(MIDDLE)
             waves = u[:, None] * torch.arange(1, self.frequencies + 1, device=u.device).to(u)
             plain = torch.stack([torch.ones_like(u), u], dim=1)

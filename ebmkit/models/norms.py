@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ebmkit.compute import widened, without_autocast
+from ebmkit.compute import upcast, without_autocast
 from ebmkit.models.groupnorm import group_norm
 
 NormName = Literal["group", "scale", "batch", "none"]
@@ -66,7 +66,7 @@ class GroupNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` (B, C, H, W); same shape and type, statistics in float32 or better."""
         with without_autocast(x):
-            wide = widened(x)
+            wide = upcast(x)
             norm = nn.functional.group_norm if self.keep_scale or self.plain else group_norm
             y = norm(wide, self.num_groups, self.weight, self.bias, self.eps)
             if self.keep_scale:

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from ebmkit.core import Energies
+from ebmkit.energy import Energies
 from ebmkit.errors import UserError
 
 __all__ = [

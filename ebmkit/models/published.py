@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from ebmkit.card import ModelCard
-from ebmkit.core import ScoreModel
+from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError, plain
 from ebmkit.models.config import ModelConfig
 from ebmkit.models.denoisers import DirectDenoiser

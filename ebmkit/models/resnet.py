@@ -21,7 +21,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from ebmkit.compute import widened, without_autocast
+from ebmkit.compute import upcast, without_autocast
 from ebmkit.models.convolution import Conv2d
 from ebmkit.models.parts import Features
 from ebmkit.models.pooling import mean_over_positions
@@ -110,7 +110,7 @@ def pool_last(maps: tuple[Tensor, ...], grid: tuple[int, int]) -> Tensor:
     """Means of the last of ``maps`` (B, K, H, W) over each window of ``grid``: (B, windows, K)."""
     h = maps[-1]
     with without_autocast(h):
-        wide = widened(h)
+        wide = upcast(h)
         if grid == (1, 1):
             return mean_over_positions(wide)[:, None]
         return nn.functional.adaptive_avg_pool2d(wide, grid).flatten(2).transpose(1, 2)

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from ebmkit.card import ModelCard
-from ebmkit.core import ScoreModel
+from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.models.config import ModelConfig
 from ebmkit.models.sizes import AtMost

@@ -8,7 +8,15 @@ from ebmkit.objectives.settings import (
     TermSettings,
     TradesConfig,
 )
-from ebmkit.objectives.terms import ALIASES, OBJECTIVES, Aim, Objective, Scale, Streamed
+from ebmkit.objectives.terms import (
+    ALIASES,
+    OBJECTIVES,
+    Aim,
+    BatchLike,
+    ModelOutput,
+    Objective,
+    Scale,
+)
 
 __all__ = [
     "ALIASES",
@@ -16,12 +24,13 @@ __all__ = [
     "OBJECTIVES",
     "AdversarialConfig",
     "Aim",
+    "BatchLike",
     "ClassificationConfig",
     "DiffusionConfig",
     "Losses",
+    "ModelOutput",
     "Objective",
     "Scale",
-    "Streamed",
     "Term",
     "TermSettings",
     "TradesConfig",

@@ -31,17 +31,26 @@ import torch
 from torch import Tensor, nn
 
 from ebmkit.compute import Precision, autocast, memory_format
-from ebmkit.core import Linearization, ScoreModel
+from ebmkit.energy import (
+    Energies,
+    EnergyModel,
+    LogDensity,
+    Noise,
+    ScoreModel,
+    hessian_products,
+    value_and_grads,
+)
 from ebmkit.errors import UserError
 from ebmkit.objectives.settings import TermSettings, TradesConfig
 from ebmkit.objectives.terms import (
     ALIASES,
     OBJECTIVES,
     Aim,
-    LogDensity,
+    BatchLike,
+    LogDensityOf,
+    ModelOutput,
     Objective,
     Scale,
-    Streamed,
     divergence,
 )
 from ebmkit.registry import find
@@ -51,7 +60,7 @@ __all__ = ["BALANCE", "Losses", "Term", "TrainingLoss", "parse_objective"]
 BALANCE = 2.0
 """lambda of the balanced form; how it was found is told in the docs ("The balance")."""
 
-MEMORY = 0.9
+EMA_DECAY = 0.9
 """Weight of the past in the running mean of a balanced term."""
 
 _TERM = re.compile(r"(?:(?P<weight>[^*]+)\*)?(?P<name>[^*]+)")
@@ -149,8 +158,8 @@ class TrainingLoss(nn.Module):
     """Model and objectives in one module, whose forward returns the loss.
 
     Scores are taken inside, so this is the module that compilers and data parallelism wrap. Terms
-    of one stream share its batch and one forward pass, and each score is pulled back once; what is
-    taken at attacked images is one more pass.
+    of one stream share its batch and one forward pass, and each score is taken once; what is taken
+    at attacked images is one more pass.
 
     Args:
         model: the model to train.
@@ -164,8 +173,8 @@ class TrainingLoss(nn.Module):
         precision: what the network computes in; scores, residuals and losses are float32 always.
         separate: whether each stream is to go backward before the next goes forward, so that no two
             are kept at once; for who calls this module, which sums over the streams it is given.
-        recorded: whether scores are taken by recording a graph, not by `torch.func.vjp`; the same
-            values (see `ebmkit.core.linearize`).
+        use_autograd: whether scores are taken by `torch.autograd.grad`, not by `torch.func.vjp`;
+            the same values (see `ebmkit.energy.value_and_grads`).
         differentiates: whether the loss differentiates the model by its input.
         penalty: alpha of the energy penalty of maximum likelihood; 0 for none.
         balanced: names of the balanced terms.
@@ -189,10 +198,10 @@ class TrainingLoss(nn.Module):
         self.balance = balance
         self.stream_of = {term.name: term.objective.stream for term in terms} | dict(streams or {})
         self.precision: Precision = "fp32"
-        self.separate = self.recorded = False
+        self.separate, self.use_autograd = False, True
         self.penalty = 0.0
         matching = any(term.objective.needs_score for term in terms)
-        self.differentiates = matching and model.differentiates
+        self.differentiates = matching and model.is_energy_based
         self.balanced = tuple(term.name for term in terms if term.balanced)
         self.register_buffer("running", torch.ones(len(self.balanced)), persistent=False)
 
@@ -211,28 +220,28 @@ class TrainingLoss(nn.Module):
         """Whether a batch must bring attacked images."""
         return any(term.objective.attack is not None for term in self.terms)
 
-    def forward(self, batches: Mapping[str, Streamed]) -> Losses:
+    def forward(self, batches: Mapping[str, BatchLike]) -> Losses:
         """Losses of one batch per stream; of the streams given alone, if some are left out."""
         total: Tensor | float = 0.0
         means: dict[str, Tensor] = {}
         for stream in (stream for stream in self.streams if stream in batches):
             own = [term for term in self.terms if self.stream_of[term.name] == stream]
             batch = batches[stream]
-            at = attacked = None
-            if any(term.objective.attack is not Aim.LOSS for term in own):
-                matching = any(term.objective.needs_score for term in own)
-                at = self._evaluate(batch, batch.y, matching)
+            outputs = self._outputs(own, batch)
+            attacked = None
             if any(term.objective.attack is not None for term in own):
                 assert batch.attacked is not None
-                attacked = self._evaluate(batch, batch.attacked, False)
+                attacked = self._energies(batch.attacked, batch.sigma)
             for term in own:
-                where = attacked if term.objective.attack is Aim.LOSS else at
-                assert where is not None
-                losses = term.objective.loss(where, batch)
+                output = outputs[term.name]
+                if term.objective.attack is Aim.LOSS:
+                    output = ModelOutput(attacked)
+                losses = term.objective.loss(output, batch)
                 if term.objective.attack is Aim.DIVERGENCE:
+                    assert output.energies is not None
                     assert attacked is not None
                     beta = self._trades(term).beta
-                    losses = losses + beta * divergence(where.energies, attacked.energies)
+                    losses = losses + beta * divergence(output.energies, attacked)
                 if term.objective.likelihood is not None:
                     losses, penalty = self._contrasted(term.objective.likelihood, losses, batch)
                     total = total + self._factor(term, batch) * penalty
@@ -262,16 +271,14 @@ class TrainingLoss(nn.Module):
         """Update the running means of balanced terms; call once after each optimiser step."""
         if self.balanced:
             means = torch.stack([parts[name] for name in self.balanced])
-            self.running.lerp_(means.to(self.running), 1 - MEMORY)
+            self.running.lerp_(means.to(self.running), 1 - EMA_DECAY)
 
     def _contrasted(
-        self, likelihood: LogDensity, energies: Tensor, batch: Streamed
+        self, likelihood: LogDensityOf, energies: Tensor, batch: BatchLike
     ) -> tuple[Tensor, Tensor | float]:
         """Energies of images (B,) minus those of negatives, (B,), and the penalty, a scalar."""
         assert batch.negatives is not None
-        with autocast(batch.negatives.device, self.precision):
-            at = self.model.at(batch.negatives, None, differentiate=False)
-        negative = -likelihood(at.energies, batch.labels)
+        negative = -likelihood(self._forward(batch.negatives, None), batch.labels)
         penalty: Tensor | float = 0.0
         if self.penalty:
             penalty = self.penalty * (energies.square() + negative.square()).mean()
@@ -282,14 +289,68 @@ class TrainingLoss(nn.Module):
         assert isinstance(config, TradesConfig)
         return config
 
-    def _evaluate(self, batch: Streamed, y: Tensor, differentiate: bool) -> Linearization:
+    def _outputs(self, terms: Sequence[Term], batch: BatchLike) -> dict[str, ModelOutput]:
+        """What each of ``terms`` reads of the model at the images of ``batch``."""
+        matching = {term.name: term.objective for term in terms if term.objective.needs_score}
+        if not matching:
+            needed = any(term.objective.attack is not Aim.LOSS for term in terms)
+            energies = self._energies(batch.y, batch.sigma) if needed else None
+            return {term.name: ModelOutput(energies) for term in terms}
+        labels = [o.score_labels and o.score_labels(batch) for o in matching.values()]
+        products = [o.hessian_vectors for o in matching.values() if o.hessian_vectors]
+        vectors = products[0](batch) if products else []
+        y = self._laid_out(batch.y, differentiate=True)
+        energies, scores, found = self._scores(y, batch.sigma, labels, vectors)
+        by_name = dict(zip(matching, scores, strict=True))
+        return {t.name: ModelOutput(energies, by_name.get(t.name), found) for t in terms}
+
+    def _scores(
+        self, y: Tensor, sigma: Tensor, labels: list[Tensor | None], vectors: list[Tensor]
+    ) -> tuple[Energies | None, list[Tensor], list[Tensor]]:
+        """Energies, the score for each of ``labels``, products of the Hessian with ``vectors``."""
+        model = self.model
+        if not isinstance(model, EnergyModel):
+            with autocast(y.device, self.precision):
+                return None, [model._score(y, sigma, c) for c in labels], []
+        model.warn_if_rough()
+        targets = [LogDensity(c) for c in labels if c is not None]
+        marginal: list[Tensor] = []
+        products: list[Tensor] = []
+        energies = None
+        if vectors:
+            energies, score, products = hessian_products(
+                self._forward, y, sigma, vectors, self.use_autograd
+            )
+            marginal = [score]
+        elif len(targets) < len(labels):
+            targets.append(LogDensity())
+        if targets:
+            energies, scores = value_and_grads(
+                self._forward, y, sigma, *targets, use_autograd=self.use_autograd
+            )
+            marginal = marginal or scores[-1:]
+            conditional = iter(scores)
+        return energies, [marginal[0] if c is None else next(conditional) for c in labels], products
+
+    def _energies(self, y: Tensor, sigma: Tensor) -> Energies | None:
+        """Energies where no score is needed; None of a plain denoiser."""
+        if not isinstance(self.model, EnergyModel):
+            return None
+        return self._forward(self._laid_out(y, differentiate=False), sigma)
+
+    def _forward(self, y: Tensor, sigma: Noise | None) -> Energies:
+        """The model's forward pass at the precision of training."""
+        with autocast(y.device, self.precision):
+            energies: Energies = self.model(y, sigma)
+        return energies
+
+    def _laid_out(self, y: Tensor, differentiate: bool) -> Tensor:
         layout = memory_format(y.device, differentiate)
         if y.ndim == 4 and layout != memory_format(y.device, self.differentiates):
-            y = y.contiguous(memory_format=layout)  # else the parameters' layout decides
-        with autocast(y.device, self.precision):
-            return self.model.at(y, batch.sigma, differentiate, self.recorded)
+            return y.contiguous(memory_format=layout)  # else the parameters' layout decides
+        return y
 
-    def _factor(self, term: Term, batch: Streamed) -> Tensor | float:
+    def _factor(self, term: Term, batch: BatchLike) -> Tensor | float:
         """What the mean over entries is multiplied with in the total."""
         if term.balanced:
             running = self.running[self.balanced.index(term.name)]

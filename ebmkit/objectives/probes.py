@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["hidden_labels", "probe_signs"]
+__all__ = ["label_dropout", "probe_signs"]
 
 
 def probe_signs(eps: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ def probe_signs(eps: Tensor) -> Tensor:
     return (1 - 2 * (_hashed(eps) & 1)).to(eps.dtype)
 
 
-def hidden_labels(eps: Tensor, share: float) -> Tensor:
+def label_dropout(eps: Tensor, share: float) -> Tensor:
     """Which images of noise ``eps`` (B, ...) hide their label, (B,) bool: a ``share`` of them.
 
     A hash of the image's own noise decides, so it is keyed as the noise is, and the same however a

@@ -39,7 +39,7 @@ A diffusion model is trained by noise prediction at the levels of its schedule (
 averaged over entries: dsm of any model under the noise law ``diffusion``. With class dropout it is
 of :math:`\log p(y \mid c)`, but for a share of images whose label is hidden, so that one network
 learns both scores (Ho & Salimans, arXiv 2207.12598). Which images is hashed from their noise, too
-(`hidden_labels`).
+(`label_dropout`).
 
 The paper does not say whether :math:`\|\cdot\|^2` is the sum over the d entries of an image or
 their mean; both are here by name (``dsm-sum``, ``dsm-mean``), and so is the balanced form that is
@@ -70,17 +70,17 @@ does (`ebmkit.training.attacks`), by projected gradient descent.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ebmkit.core import Energies, Linearization
+from ebmkit.energy import Energies
 from ebmkit.errors import UserError
-from ebmkit.objectives.probes import hidden_labels, probe_signs
+from ebmkit.objectives.probes import label_dropout, probe_signs
 from ebmkit.objectives.settings import TermSettings
 
 __all__ = [
@@ -88,11 +88,13 @@ __all__ = [
     "EXACT_TRACE",
     "OBJECTIVES",
     "Aim",
+    "BatchLike",
+    "ModelOutput",
     "Objective",
     "Scale",
-    "Streamed",
     "divergence",
     "hyvarinen",
+    "trace_vectors",
 ]
 
 EXACT_TRACE = 16
@@ -115,7 +117,7 @@ class Aim(Enum):
     DIVERGENCE = "divergence"  # KL(p(clean) || p(attacked)), which is added to the loss
 
 
-class Streamed(Protocol):
+class BatchLike(Protocol):
     """What objectives read of a batch (`ebmkit.data.Batch` is one)."""
 
     @property
@@ -136,11 +138,25 @@ class Streamed(Protocol):
     def attacked(self) -> Tensor | None: ...  # (B, C, H, W), y after an attack
 
 
+class ModelOutput(NamedTuple):
+    """What a loss reads of the model at the images of a batch.
+
+    Attributes:
+        energies: of a model that has them.
+        score: of the labels that `Objective.score_labels` names; None where no score is needed.
+        hessian_products: H v for each of `Objective.hessian_vectors`.
+    """
+
+    energies: Energies | None
+    score: Tensor | None = None
+    hessian_products: Sequence[Tensor] = ()
+
+
 class Loss(Protocol):
-    def __call__(self, at: Linearization, batch: Streamed, /) -> Tensor: ...
+    def __call__(self, output: ModelOutput, batch: BatchLike, /) -> Tensor: ...
 
 
-class LogDensity(Protocol):
+class LogDensityOf(Protocol):
     """The log-density that maximum likelihood raises, (B,), of energies and labels (B,)."""
 
     def __call__(self, energies: Energies, labels: Tensor | None, /) -> Tensor: ...
@@ -153,12 +169,15 @@ class Objective:
     Attributes:
         about: one line.
         stream: name of the data stream it draws from unless told otherwise.
-        loss: from a linearised model and a batch, the loss of each image (B,), unreduced over the
+        loss: from what the model says and a batch, the loss of each image (B,), unreduced over the
             batch; summed terms are *means* over the d entries, `scale` says what becomes of them.
         needs_labels: whether data and model must have labels.
         needs_hard_labels: whether labels may not be mixed.
         needs_score: whether the loss differentiates the model by its input.
-        needs_hessian: whether it does so twice.
+        score_labels: from a batch to the labels (B,) whose score is needed, -1 for none; None: the
+            score of log p(y).
+        hessian_vectors: from a batch to the vectors that the Hessian is multiplied with; None
+            where the loss does not differentiate twice.
         scale: how the loss enters the total.
         likelihood: the log-density whose maximum likelihood this is. Then the batch must bring
             negatives, samples of the model, and ``loss`` is of the images alone: what
@@ -175,17 +194,19 @@ class Objective:
     needs_labels: bool = False
     needs_hard_labels: bool = False
     needs_score: bool = False
-    needs_hessian: bool = False
+    score_labels: Callable[[BatchLike], Tensor] | None = None
+    hessian_vectors: Callable[[BatchLike], list[Tensor]] | None = None
     scale: Scale = Scale.PLAIN
-    likelihood: LogDensity | None = None
+    likelihood: LogDensityOf | None = None
     under: Callable[[TermSettings], Objective] | None = None
     attack: Aim | None = None
 
 
-def cross_entropy(at: Linearization, batch: Streamed) -> Tensor:
+def cross_entropy(output: ModelOutput, batch: BatchLike) -> Tensor:
     """-sum_c q_c log p(c|y) with the (soft) labels q, (B,), in nats (CDN eq. 13)."""
     assert batch.soft is not None
-    return -(batch.soft * at.energies.log_posterior()).sum(dim=1)
+    assert output.energies is not None
+    return -(batch.soft * output.energies.log_posterior()).sum(dim=1)
 
 
 def divergence(clean: Energies, attacked: Energies) -> Tensor:
@@ -194,15 +215,18 @@ def divergence(clean: Energies, attacked: Energies) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(dim=1)
 
 
-def denoising_score_matching(at: Linearization, batch: Streamed) -> Tensor:
+def denoising_score_matching(output: ModelOutput, batch: BatchLike) -> Tensor:
     """Mean over entries of (sigma * score + eps)^2, (B,); 1 for a score of zero (CDN eq. 13)."""
-    return _squared(at.score(), batch)
+    score = output.score
+    assert score is not None
+    sigma = batch.sigma.reshape(-1, *[1] * (score.ndim - 1))
+    return (sigma * score + batch.eps).square().flatten(1).mean(dim=1)
 
 
-def conditional_score_matching(at: Linearization, batch: Streamed) -> Tensor:
-    """The same for the class-conditional score, (B,) (CDN section 3.3)."""
+def labels_of(batch: BatchLike) -> Tensor:
+    """The labels (B,), for the class-conditional score (CDN section 3.3)."""
     assert batch.labels is not None
-    return _squared(at.conditional_score(batch.labels), batch)
+    return batch.labels
 
 
 def log_density(energies: Energies, labels: Tensor | None) -> Tensor:
@@ -216,9 +240,10 @@ def class_log_density(energies: Energies, labels: Tensor | None) -> Tensor:
     return energies.log_density + energies.at_label(labels)
 
 
-def _likelihood(likelihood: LogDensity, what: str, conditional: bool) -> Objective:
-    def loss(at: Linearization, batch: Streamed) -> Tensor:
-        return -likelihood(at.energies, batch.labels)
+def _likelihood(likelihood: LogDensityOf, what: str, conditional: bool) -> Objective:
+    def loss(output: ModelOutput, batch: BatchLike) -> Tensor:
+        assert output.energies is not None
+        return -likelihood(output.energies, batch.labels)
 
     return Objective(
         about=f"maximum likelihood of {what} with negatives by Langevin dynamics",
@@ -230,36 +255,39 @@ def _likelihood(likelihood: LogDensity, what: str, conditional: bool) -> Objecti
     )
 
 
-def implicit_score_matching(at: Linearization, batch: Streamed) -> Tensor:
+def implicit_score_matching(output: ModelOutput, batch: BatchLike) -> Tensor:
     """1 + 2 sigma^2 J / d, (B,): in expectation what dsm is, but below 0 at times."""
-    return 1 + 2 * batch.sigma**2 * hyvarinen(at, batch.eps) / at.y[0].numel()
+    assert output.score is not None
+    J = hyvarinen(output.score, trace_vectors(batch), output.hessian_products)
+    return 1 + 2 * batch.sigma**2 * J / batch.y[0].numel()
 
 
-def hyvarinen(at: Linearization, eps: Tensor) -> Tensor:
+def trace_vectors(batch: BatchLike) -> list[Tensor]:
+    """Vectors v, each (B, ...), so that the mean of the sum of v^T H v is the trace of H.
+
+    The unit vectors up to `EXACT_TRACE` entries of an image; beyond, one of random signs, taken
+    from the bits of the noise (`probe_signs`).
+    """
+    y, entries = batch.y, batch.y[0].numel()
+    if entries > EXACT_TRACE:
+        return [probe_signs(batch.eps).to(y)]
+    units = torch.eye(entries, dtype=y.dtype, device=y.device).reshape(entries, *y.shape[1:])
+    return [unit.expand(y.shape) for unit in units]
+
+
+def hyvarinen(score: Tensor, vectors: Sequence[Tensor], products: Sequence[Tensor]) -> Tensor:
     """J = |s|^2 / 2 + tr grad s, (B,), in squared image units to the -1 (Hyvarinen 2005; the
     thesis's eq. 2.5).
 
     Args:
-        at: a linearised model at y of d entries; its score is differentiated along d directions,
-            or one if d is above `EXACT_TRACE`.
-        eps: continuous noise of y's shape, to take random directions from (`probe_signs`).
+        score: s, (B, ...).
+        vectors: v, of the shape of the score (`trace_vectors`).
+        products: H v for each.
     """
-    entries = at.y[0].numel()
-    if entries <= EXACT_TRACE:
-        trace = torch.zeros_like(at.energies.log_density)
-        for i in range(entries):
-            along = torch.zeros_like(at.y).flatten(1)
-            along[:, i] = 1
-            trace = trace + at.hessian_product(along.reshape(at.y.shape)).flatten(1)[:, i]
-    else:
-        signs = probe_signs(eps).to(at.y)
-        trace = (signs * at.hessian_product(signs)).flatten(1).sum(dim=1)
-    return 0.5 * at.score().square().flatten(1).sum(dim=1) + trace
-
-
-def _squared(score: Tensor, batch: Streamed) -> Tensor:
-    sigma = batch.sigma.reshape(-1, *[1] * (score.ndim - 1))
-    return (sigma * score + batch.eps).square().flatten(1).mean(dim=1)
+    trace = torch.zeros(len(score), dtype=score.dtype, device=score.device)
+    for v, product in zip(vectors, products, strict=True):
+        trace = trace + (v * product).flatten(1).sum(dim=1)
+    return 0.5 * score.square().flatten(1).sum(dim=1) + trace
 
 
 def _score_matching(conditional: bool, scale: Scale) -> Objective:
@@ -272,10 +300,11 @@ def _score_matching(conditional: bool, scale: Scale) -> Objective:
     return Objective(
         about=f"denoising score matching of {what}; {how}",
         stream="denoise",
-        loss=conditional_score_matching if conditional else denoising_score_matching,
+        loss=denoising_score_matching,
         needs_labels=conditional,
         needs_hard_labels=conditional,
         needs_score=True,
+        score_labels=labels_of if conditional else None,
         scale=scale,
     )
 
@@ -286,12 +315,13 @@ def _noise_prediction(settings: TermSettings) -> Objective:
     if share is None:
         return OBJECTIVES["ddpm"]
 
-    def loss(at: Linearization, batch: Streamed) -> Tensor:
-        assert batch.labels is not None
-        hidden = hidden_labels(batch.eps, share) if share else None
-        return _squared(at.conditional_score(batch.labels, hidden), batch)
+    def some_labels(batch: BatchLike) -> Tensor:
+        labels = labels_of(batch)
+        return labels.masked_fill(label_dropout(batch.eps, share), -1) if share else labels
 
-    return replace(OBJECTIVES["ddpm"], loss=loss, needs_labels=True, needs_hard_labels=True)
+    return replace(
+        OBJECTIVES["ddpm"], score_labels=some_labels, needs_labels=True, needs_hard_labels=True
+    )
 
 
 def _classification(settings: TermSettings) -> Objective:
@@ -300,9 +330,10 @@ def _classification(settings: TermSettings) -> Objective:
     if not share:
         return OBJECTIVES["ce"]
 
-    def loss(at: Linearization, batch: Streamed) -> Tensor:
-        log_posterior = at.energies.log_posterior()
-        return (1 - share) * cross_entropy(at, batch) - share * log_posterior.mean(dim=1)
+    def loss(output: ModelOutput, batch: BatchLike) -> Tensor:
+        assert output.energies is not None
+        log_posterior = output.energies.log_posterior()
+        return (1 - share) * cross_entropy(output, batch) - share * log_posterior.mean(dim=1)
 
     return replace(OBJECTIVES["ce"], loss=loss)
 
@@ -342,7 +373,7 @@ OBJECTIVES: dict[str, Objective] = {
         stream="denoise",
         loss=implicit_score_matching,
         needs_score=True,
-        needs_hessian=True,
+        hessian_vectors=trace_vectors,
     ),
     "ddpm": Objective(
         about="noise prediction of a diffusion model, at the levels of its schedule; unweighted",

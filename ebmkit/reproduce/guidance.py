@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from ebmkit.compute import pick_device
-from ebmkit.core import EnergyModel, ScoreModel
+from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation import SUITES, evaluate
 from ebmkit.evaluation.features import Extractor, classifier

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ebmkit.core import EnergyModel, ScoreModel
+from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation.data import Images
 from ebmkit.guidance import class_energies, guided_model, make_guidance

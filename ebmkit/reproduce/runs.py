@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from ebmkit.compute import pick_device
-from ebmkit.core import ScoreModel
 from ebmkit.data import AnyImages
+from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation import evaluate
 from ebmkit.models import load

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ebmkit.core import ScoreModel
+from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.sampling.base import Sampler
 from ebmkit.units import format_sigma

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ebmkit.core import ScoreModel
+from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.sampling import config as configs
 from ebmkit.sampling.ascent import Ascent

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from ebmkit.core import EnergyModel, ScoreModel, classifies
+from ebmkit.energy import EnergyModel, ScoreModel, classifies
 
 __all__ = ["Need", "missing", "takes_labels"]
 

@@ -20,9 +20,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ebmkit.core import EnergyModel, ScoreModel
+from ebmkit.energy import EnergyModel, LabelLogProbability, Noise, ScoreModel, upcast_energies
 from ebmkit.errors import UserError
-from ebmkit.linearization import Linearization, Noise
 
 __all__ = [
     "DenoiserFunction",
@@ -62,7 +61,7 @@ def score_of(model: ScoreModel, c: Tensor | int | None = None) -> ScoreFunction:
     """
 
     def score(x: Tensor, sigma: Noise | None = None) -> Tensor:
-        return model.score(x, c, sigma)
+        return model.score(x, sigma, c)
 
     _check(model, c)
     return score
@@ -81,8 +80,7 @@ def density_of(model: EnergyModel, c: Tensor | int | None = None) -> DensityFunc
         )
 
     def density(x: Tensor, sigma: Noise | None = None) -> tuple[Tensor, Tensor]:
-        labels = None if c is None else model.check_labels(c, x)
-        return model.infer(_density, x, sigma, labels)
+        return model.density_and_score(x, sigma, c)
 
     _check(model, c)
     return density
@@ -96,7 +94,9 @@ def label_density_of(model: EnergyModel, c: Tensor | int) -> DensityFunction:
     """
 
     def density(x: Tensor, sigma: Noise | None = None) -> tuple[Tensor, Tensor]:
-        return model.infer(_label_density, x, sigma, model.check_labels(c, x))
+        target = LabelLogProbability(model.check_labels(c, x))
+        energies, (gradient,) = model.value_and_grads(x, sigma, target)
+        return target(upcast_energies(energies)), gradient
 
     _check(model, c)
     return density
@@ -127,16 +127,10 @@ def blind_denoiser_of(model: ScoreModel, c: Tensor | int | None = None) -> Denoi
         UserError: if the model has no labels, or one is out of range.
     """
     _check(model, c)
-    limits = model.card.sigma_range if model.card else None
-    if limits is None:
-        return denoiser_of(model, c)
-    low, high = limits
-
-    def within(at: Linearization, sigma: Noise | None, labels: Tensor | None) -> Tensor:
-        return at.denoised(at.noise_level().clamp(low, high), labels)
+    sigma_range = model.card.sigma_range if model.card else None
 
     def denoise(y: Tensor, sigma: Noise | None = None) -> Tensor:
-        return model.infer(within, y, None, None if c is None else model.check_labels(c, y))
+        return model.denoise_blind(y, c, sigma_range)[0]
 
     return denoise
 
@@ -147,17 +141,3 @@ def _check(model: ScoreModel, c: Tensor | int | None) -> None:
         model.check_labels(
             c, torch.zeros(count, device=c.device if isinstance(c, Tensor) else None)
         )
-
-
-def _density(at: Linearization, sigma: Noise | None, c: Tensor | None) -> tuple[Tensor, Tensor]:
-    log_density = at.energies.log_density
-    if c is None:
-        return log_density, at.score()
-    return log_density + at.energies.at_label(c), at.conditional_score(c)
-
-
-def _label_density(
-    at: Linearization, sigma: Noise | None, c: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    assert c is not None
-    return at.energies.at_label(c), at.label_score(c)

@@ -7,9 +7,9 @@ from typing import Literal
 
 import torch
 
-from ebmkit.core import ScoreModel
 from ebmkit.data import AnyImages, load_dataset
 from ebmkit.data.imagesets import Faults
+from ebmkit.energy import ScoreModel
 from ebmkit.models import ModelConfig
 from ebmkit.objectives import parse_objective
 from ebmkit.objectives.terms import check_labels

@@ -40,19 +40,17 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ebmkit.compiled import Inference
-from ebmkit.compute import widened
-from ebmkit.core import EnergyModel
+from ebmkit.compile import Inference
 from ebmkit.data import Batch
+from ebmkit.energy import EnergyModel, Noise, WeightedLogProbability, upcast_energies
 from ebmkit.errors import UserError
-from ebmkit.linearization import Linearization, Noise
 from ebmkit.objectives import AdversarialConfig, Aim, Term, TrainingLoss
 from ebmkit.parallel import World
 from ebmkit.randomness import keyed_generator
 from ebmkit.sampling.ascent import Ascent
 from ebmkit.sampling.base import per_chain
 
-__all__ = ["NUDGE", "Attacks", "attack_passes", "attack_terms", "climbed"]
+__all__ = ["NUDGE", "Attacks", "attack_passes", "attack_terms"]
 
 NUDGE = 0.001
 """Deviation of the Gaussian noise that TRADES starts at, image units."""
@@ -139,7 +137,7 @@ class Attacks:
                 )
         self.model: EnergyModel = model
         self.settings, self.seed, self.parts = loss.settings, seed, parts
-        self.inference, self.world = inference or Inference(), world or World()
+        self.computed, self.world = (inference or Inference()).wrap(model), world or World()
 
     def join(self, batches: Mapping[str, Batch], step: int) -> dict[str, Batch]:
         """``batches`` of ``step`` with attacked images in those that need them."""
@@ -165,7 +163,7 @@ class Attacks:
         start, other = self._drawn(batch, config, aim, generator)
         size = -(-len(batch.y) // self.parts)
         found = []
-        with _judging(self.model), torch.no_grad():
+        with _in_eval_mode(self.model), torch.no_grad():
             for first in range(0, len(batch.y), size):
                 rows = slice(first, first + size)
                 own = Batch(*(None if c is None else c[rows] for c in batch))  # type: ignore[arg-type]
@@ -208,12 +206,12 @@ class Attacks:
         scale = _scale(batch, config)
 
         def density(y: Tensor, sigma: Noise | None = None) -> tuple[Tensor, Tensor]:
-            value, gradient, label = self.inference(
-                climbed, self.model, True, y, batch.sigma, weights
-            )
+            target = WeightedLogProbability(weights)
+            energies, (gradient,) = self.computed.value_and_grads(y, batch.sigma, target)
             if config.early_stop:
+                label = energies.logits.argmax(dim=1)
                 gradient = gradient * per_chain(label == labels, gradient)
-            return value, gradient
+            return target(upcast_energies(energies)), gradient
 
         sampler = Ascent(
             density,
@@ -232,7 +230,7 @@ class Attacks:
         """w (B, C), of the log-posteriors whose sum is raised."""
         assert batch.soft is not None
         if aim is Aim.DIVERGENCE:
-            return -self.inference(_posterior, self.model, False, batch.y, batch.sigma, None)
+            return -self.computed.energies(batch.y, batch.sigma).logits.softmax(dim=1)
         if other is not None:
             chosen = torch.nn.functional.one_hot(other, self.model.num_classes)
             return chosen.to(batch.soft)
@@ -241,19 +239,6 @@ class Attacks:
 
 _UNUSED = torch.Generator()
 """An ascent draws nothing."""
-
-
-def climbed(
-    at: Linearization, sigma: Noise | None, weights: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """sum_c w_c log p(c|y) (B,) of weights (B, C), its gradient, and the likeliest label (B,)."""
-    assert weights is not None
-    value = (weights * widened(at.energies.logits).log_softmax(dim=1)).sum(dim=1)
-    return value, at.posterior_score(weights), at.energies.logits.argmax(dim=1)
-
-
-def _posterior(at: Linearization, sigma: Noise | None, c: Tensor | None) -> Tensor:
-    return widened(at.energies.logits).softmax(dim=1)
 
 
 def _in_unit_ball(
@@ -297,14 +282,11 @@ def _kept(start: Tensor, batch: Batch) -> Tensor:
 
 
 @contextmanager
-def _judging(model: EnergyModel) -> Iterator[None]:
-    """Within, ``model`` is in evaluation mode, and silent about norms and kinks: its gradients are
-    those of a classifier, not a score."""
-    training, warned = model.training, model._warned
+def _in_eval_mode(model: EnergyModel) -> Iterator[None]:
+    """Within, ``model`` is in evaluation mode."""
+    training = model.training
     model.eval()
-    model._warned = True
     try:
         yield
     finally:
         model.train(training)
-        model._warned = warned

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from ebmkit.core import ScoreModel
 from ebmkit.data import AnyImages, StreamConfig
 from ebmkit.data.schedule import Stage
+from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.objectives import TrainingLoss, parse_objective
 from ebmkit.objectives.terms import Scale, check_labels
@@ -35,7 +35,7 @@ def check_terms(loss: TrainingLoss, config: TrainConfig, images: AnyImages) -> N
                 f"objective {term.name!r} needs labels, and {config.backbone!r} is a denoiser "
                 "without them: use --objective dsm, or a backbone"
             )
-        if term.objective.needs_hessian:
+        if term.objective.hessian_vectors:
             _check_hessian(term.name, loss.model)
         mixes = stream.augmentation.mix != "none"
         check_labels(term.name, term.objective, images.num_classes, mixes, name)
@@ -53,7 +53,7 @@ def _check_hessian(name: str, model: ScoreModel) -> None:
         UserError: if it has no density, or one with kinks or that mixes the images of a batch.
     """
     wrong = None
-    if not model.differentiates:
+    if not model.is_energy_based:
         wrong = "this network is a plain denoiser and has none: use --objective dsm, or a backbone"
     elif model.has_batch_norm:
         wrong = "BatchNorm mixes the images of a batch: use another norm (norm=group), or dsm"

@@ -63,15 +63,15 @@ def diagnose(
     """
     model, kept = loss.model, [(b, b.clone()) for b in loss.model.buffers()]
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    training, recorded = model.training, loss.recorded
+    training, use_autograd = model.training, loss.use_autograd
     try:
-        loss.recorded = True
+        loss.use_autograd = True
         with _first_bad_layer(model) as layer:
             again, fine = _taken_again(loss, batches, parts, named, uphill)
         model.eval()
         streams = {name: _images(loss, name, batch, named) for name, batch in batches.items()}
     finally:
-        loss.recorded = recorded
+        loss.use_autograd = use_autograd
         model.train(training)
         for buffer, before in kept:  # statistics of BatchNorm, which a forward pass moves
             buffer.copy_(before)

@@ -266,7 +266,7 @@ class TrainingStep:
         # in one graph a compiler can merge streams, and DDP must see all gradients in one backward
         self.loss.separate = not compiled and self.world.size == 1
         # vjp is for compilers, and recomputes only what the score itself needs
-        self.loss.recorded = not compiled and not self.compute.recompute
+        self.loss.use_autograd = not compiled and not self.compute.recompute
         self.loss._compiled_call_impl = None
         if compiled:
             self.loss._compiled_call_impl = self._compiled_loss()

@@ -23,11 +23,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ebmkit.compiled import Inference
-from ebmkit.core import EnergyModel, ScoreModel
+from ebmkit.compile import Inference
 from ebmkit.data import AnyImages, Batch, StreamConfig
+from ebmkit.energy import EnergyModel, Noise
 from ebmkit.errors import UserError
-from ebmkit.linearization import Linearization, Noise
 from ebmkit.objectives import Term, TrainingLoss
 from ebmkit.parallel import World
 from ebmkit.randomness import keyed_generator
@@ -35,7 +34,7 @@ from ebmkit.sampling.buffer import ReplayBuffer
 from ebmkit.sampling.langevin import JEM_NOISE, JEM_STEP, Langevin, normal_like
 from ebmkit.sampling.seeds import ClassGaussians
 
-__all__ = ["Negatives", "NegativesConfig", "likelihood_terms", "score_at"]
+__all__ = ["Negatives", "NegativesConfig", "likelihood_terms"]
 
 FITTED = 10_000
 """Training images that the Gaussians of starting points are fitted to, at the most."""
@@ -127,9 +126,9 @@ class Negatives:
                 f"a batch of {batch_size} negatives needs as many chains, and the replay buffer "
                 f"holds {config.buffer_size}: raise negatives.buffer_size"
             )
-        self.model: ScoreModel = loss.model
+        self.model: EnergyModel = loss.model
         self.config, self.seed, self.world = config, seed, world or World()
-        self.inference = inference or Inference()
+        self.computed = (inference or Inference()).wrap(self.model)
         self.stream = loss.stream_of[terms[0].name]
         self.conditional = terms[0].objective.needs_labels
         self.steps, self.attempt = config.steps, 0
@@ -176,7 +175,7 @@ class Negatives:
         config, training = self.config, self.model.training
 
         def score(y: Tensor, sigma: Noise | None = None) -> Tensor:
-            return self.inference(score_at, self.model, True, y, sigma, labels)
+            return self.computed._score(y, sigma, labels)  # labels are those of the batch
 
         def normal(y: Tensor, generator: torch.Generator) -> Tensor:
             if len(y) == total:
@@ -214,11 +213,6 @@ class Negatives:
         if self.world.size == 1:
             return rows
         return torch.cat([part.to(self.device) for part in self.world.gather(rows.cpu())])
-
-
-def score_at(at: Linearization, sigma: Noise | None, c: Tensor | None) -> Tensor:
-    """The score at a forward pass, of p(x|c) where there are labels."""
-    return at.score() if c is None else at.conditional_score(c)
 
 
 def _fitted(images: AnyImages, device: torch.device) -> ClassGaussians:

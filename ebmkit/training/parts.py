@@ -8,10 +8,10 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 from ebmkit.card import ModelCard
-from ebmkit.compiled import make_inference
-from ebmkit.core import EnergyModel, ScoreModel
+from ebmkit.compile import make_inference
 from ebmkit.data import AnyImages, Stream, StreamConfig
 from ebmkit.data.schedule import Stage
+from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.models import ModelConfig
 from ebmkit.objectives import ClassificationConfig, TrainingLoss, parse_objective
 from ebmkit.parallel import World
@@ -140,7 +140,7 @@ def make_attacks(
     loss: TrainingLoss, config: TrainConfig, step: TrainingStep, world: World
 ) -> Attacks:
     """The attacks of objectives that train under one, computed as ``step`` is."""
-    inference = make_inference(loss.model, step.precision, config.compute.compile)
+    inference = make_inference(step.device, step.precision, config.compute.compile)
     return Attacks(loss, config.seed, inference, world, config.compute.accumulate)
 
 
@@ -149,5 +149,5 @@ def make_negatives(
 ) -> Negatives:
     """The chains of an objective that needs samples of the model, computed as ``step`` is."""
     stream = stream_config(config, loss.stream_of[likelihood_terms(loss)[0].name])
-    inference = make_inference(loss.model, step.precision, config.compute.compile)
+    inference = make_inference(step.device, step.precision, config.compute.compile)
     return Negatives(loss, config.negatives, images, stream, config.seed, inference, world)

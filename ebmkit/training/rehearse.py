@@ -37,8 +37,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from ebmkit.core import ScoreModel
 from ebmkit.data import Batch
+from ebmkit.energy import EnergyModel, ScoreModel, WeightedLogProbability
 from ebmkit.objectives import TrainingLoss
 
 __all__ = [
@@ -185,11 +185,12 @@ def score_flops(
         images = torch.empty(shape, device=next(fake.parameters()).device)
         sigma = torch.empty(shape[0], device=images.device) if model.noise_conditional else None
         with recorder, torch.no_grad():
-            at = fake.at(images, sigma)
             if of_labels:
-                at.posterior_score(torch.ones_like(at.energies.logits))
+                assert isinstance(fake, EnergyModel)
+                weights = torch.ones(len(images), fake.num_classes, device=images.device)
+                fake.value_and_grads(images, sigma, WeightedLogProbability(weights))
             else:
-                at.score()
+                fake.score(images, sigma)
     return recorder.flops
 
 

@@ -23,11 +23,11 @@ import torch
 from torch.nn.modules.dropout import _DropoutNd
 
 from ebmkit.compute import describe, pick_device
-from ebmkit.core import ScoreModel
 from ebmkit.data import AnyImages, Batch, ImageSet
 from ebmkit.data.loading import told_of_readers
 from ebmkit.data.schedule import images_between, stage_at, stages
 from ebmkit.data.streams import prefetched
+from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.models import ModelConfig
 from ebmkit.models.saving import model_files

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ebmkit.core import EnergyModel, ScoreModel
 from ebmkit.data import AnyImages, Batch, Stream, StreamConfig
 from ebmkit.data.schedule import Stage
-from ebmkit.metrics import likeliest, psnr
+from ebmkit.energy import EnergyModel, ScoreModel
+from ebmkit.metrics import predict, psnr
 from ebmkit.objectives import TrainingLoss
 from ebmkit.parallel import World
 from ebmkit.training.attacks import Attacks
@@ -118,13 +118,13 @@ class Validation:
             batch = next(iter(batches.values()))
             assert batch.labels is not None
             assert isinstance(model, EnergyModel)
-            right = likeliest(model.logits(batch.x)).eq(batch.labels)
+            right = predict(model.logits(batch.x)).eq(batch.labels)
             row["accuracy"] = float(right.float().mean())
             attacked = next((b for b in batches.values() if b.attacked is not None), None)
             if attacked is not None:
                 assert attacked.attacked is not None
                 assert attacked.labels is not None
-                label = likeliest(model.logits(attacked.attacked, attacked.sigma))
+                label = predict(model.logits(attacked.attacked, attacked.sigma))
                 row["accuracy_attacked"] = float(label.eq(attacked.labels).float().mean())
         if self.denoise_stream is not None:
             batch = batches[self.denoise_stream]

@@ -10,7 +10,7 @@ from command_line import ebmkit_command
 import ebmkit
 from ebmkit.card import ModelCard
 from ebmkit.data.images import write_image
-from ebmkit.metrics import likeliest
+from ebmkit.metrics import predict
 from ebmkit.models import save_model
 from ebmkit.models.config import ModelConfig
 
@@ -78,7 +78,7 @@ def test_commands_refuse_what_is_no_number(place, command):
 def test_logits_that_are_no_numbers_are_right_for_no_label():
     """`argmax` takes the first nan for the largest: an image of class 0 would count as right."""
     logits = torch.tensor([[math.nan] * 3, [0.0, math.nan, 1.0], [0.0, 2.0, -math.inf]])
-    assert likeliest(logits).tolist() == [-1, -1, 1]
+    assert predict(logits).tolist() == [-1, -1, 1]
 
 
 def test_an_error_keeps_its_lines_and_no_more():

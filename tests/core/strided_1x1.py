@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import ebmkit
 import ebmkit.onednn
 from ebmkit import models
-from ebmkit.core import ScoreModel
+from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.models import BACKBONES, DENOISERS, Features
 
 CLASSES, CHANNELS, IMAGES = 3, 3, 2
@@ -88,7 +88,7 @@ def own_models() -> dict[str, ScoreModel]:
     return {
         "own backbone": models.JointModel(OwnResNet(), head),
         "own denoiser": models.DirectDenoiser(OwnUNet()),
-        "own model": OwnEnergy().set_inference(),
+        "own model": ebmkit.optimize(OwnEnergy()),
     }
 
 
@@ -108,11 +108,9 @@ def names() -> list[str]:
 
 def losses(model: ScoreModel, y: Tensor):
     """One that needs a backward pass, and one that needs two."""
-    at = model.at(y, 0.3)
-    if at.energies.logits.shape[1]:
-        yield at.energies.logits.square().sum()
-    at = model.at(y, 0.3, recorded=True)
-    yield at.score().square().sum()
+    if isinstance(model, EnergyModel) and model.num_classes:
+        yield model(y, 0.3).logits.square().sum()
+    yield model.score(y, 0.3).square().sum()
 
 
 def train(name: str, layout: torch.memory_format) -> None:

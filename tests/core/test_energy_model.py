@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ebmkit import Denoiser, Energies, EnergyModel, GaussianMixture, UserError
-from ebmkit.core import linearize
+from ebmkit.energy import LabelLogProbability, LogDensity
 
 
 class Blind(EnergyModel):
@@ -36,14 +36,27 @@ def test_energies_by_hand():
     torch.testing.assert_close(energies.at_label(torch.tensor([1])), torch.tensor([math.log(0.75)]))
 
 
-def test_one_linearization_gives_energies_and_every_score():
+def test_one_forward_pass_gives_energies_and_every_score():
     model, sigma = mixture(), 0.2
     y, c = torch.rand(5, 1, 1, 2, dtype=torch.float64), torch.tensor([0, 1, 1, 0, 1])
-    at = linearize(model, y, sigma)
-    assert torch.equal(at.energies.log_density, model.log_density(y, sigma))
-    assert torch.equal(at.score(), model.score(y, sigma=sigma))
-    assert torch.equal(at.conditional_score(c), model.score(y, c, sigma))
-    assert torch.equal(at.label_score(c), model.label_score(y, c, sigma))
+    targets = LogDensity(), LogDensity(c), LabelLogProbability(c)
+    energies, scores = model.value_and_grads(y, sigma, *targets)
+    assert torch.equal(energies.log_density, model.log_density(y, sigma))
+    assert torch.equal(scores[0], model.score(y, sigma))
+    assert torch.equal(scores[1], model.score(y, sigma, c))
+    assert torch.equal(scores[2], model.label_score(y, c, sigma))
+
+
+def test_the_label_minus_one_stands_for_none():
+    model, y = mixture(), torch.rand(3, 1, 1, 2, dtype=torch.float64)
+    scores = model._score(y, 0.2, torch.tensor([0, -1, 1]))
+    assert torch.equal(scores[1], model.score(y, 0.2)[1])
+    torch.testing.assert_close(scores[::2], model.score(y[::2], 0.2, torch.tensor([0, 1])))
+
+
+def test_labels_in_the_place_of_sigma_are_refused():
+    with pytest.raises(UserError, match="labels go as c="):
+        mixture().score(torch.rand(2, 1, 1, 2, dtype=torch.float64), torch.tensor([0, 1]))
 
 
 def test_adversarial_gradient_is_the_difference_of_the_denoisers():
@@ -119,8 +132,8 @@ def test_energy_models_are_denoisers():
 )
 def test_labels_come_as_number_or_tensor(label):
     model, y = mixture(), torch.rand(2, 1, 1, 2, dtype=torch.float64)
-    expected = model.score(y, torch.tensor([1, 1]), 0.1)
-    assert torch.equal(model.score(y, label, 0.1), expected)
+    expected = model.score(y, 0.1, torch.tensor([1, 1]))
+    assert torch.equal(model.score(y, 0.1, label), expected)
 
 
 @pytest.mark.parametrize(

@@ -132,9 +132,7 @@ def test_blind_score_with_one_sigma_is_the_score():
     one = torch.tensor([0.3], dtype=torch.float64)
     c = torch.tensor([0, 1] * 5)
     for label in (None, c):
-        torch.testing.assert_close(
-            model.blind_score(y, one, c=label), model.score(y, label, sigma=0.3)
-        )
+        torch.testing.assert_close(model.blind_score(y, one, c=label), model.score(y, 0.3, label))
 
 
 @pytest.mark.parametrize("label", [None, 0, 1])

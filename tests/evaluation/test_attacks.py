@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ebmkit import EnergyModel, GaussianMixture, UserError, create_model
-from ebmkit.core import Energies
+from ebmkit.energy import Energies
 from ebmkit.evaluation import autoattack
 from ebmkit.evaluation.attacks import NORMS, Attack, rounds, smallest_strengths
 from ebmkit.evaluation.defences import DEFENCES, Defence, Defended, Refinement, image_noise

@@ -10,7 +10,7 @@ from rich.console import Console
 from test_attacks import SIDE, near_the_plane, two_gaussians
 
 from ebmkit import EnergyModel, UserError, evaluation
-from ebmkit.core import Energies
+from ebmkit.energy import Energies
 from ebmkit.evaluation import autoattack, suites
 from ebmkit.evaluation.masking import Signs, telling_strength
 from ebmkit.evaluation.robustness import ROBUSTNESS

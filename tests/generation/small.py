@@ -53,9 +53,12 @@ class BlindMixture(Mixture):
     noise_conditional = False
 
     def denoise(self, y, sigma=None, c=None):
+        return self.denoise_blind(y, c)[0]
+
+    def denoise_blind(self, y, c=None, sigma_range=None):
         squares = (y[:, None] - self.means).flatten(2).square().mean(2).amin(1)
         level = (squares - 0.01).clamp_min(1e-8).sqrt()
-        return GaussianMixture.posterior_mean(self, y, level, c)
+        return GaussianMixture.posterior_mean(self, y, level, c), level
 
 
 def mixture(kind=Mixture, edge=float("inf")):

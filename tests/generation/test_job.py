@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from small import SHAPE, BlindMixture, mixture, small_network
 
+import ebmkit
 from ebmkit import UserError
 from ebmkit.data.hdf5 import load_hdf5
 from ebmkit.generation import (
@@ -81,7 +82,7 @@ def test_a_job_that_was_killed_goes_on_to_the_same_bits(tmp_path, sampler, at):
 
 
 def test_a_network_goes_on_to_the_same_bits_after_a_request_to_stop(tmp_path):
-    model = small_network(tmp_path / "run").set_inference()
+    model = ebmkit.optimize(small_network(tmp_path / "run"))
     options = {"beta": 0.5}
     settings = make_settings(model, "ks", count=3, label="dog", steps=8, options=options)
     whole = job_at(tmp_path / "whole", model, settings)

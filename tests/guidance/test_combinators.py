@@ -220,9 +220,7 @@ def test_off_is_unconditional_to_the_bit_and_calls_no_guide(off):
     y, sigma = LINEAR.to_image_units(u, t), LINEAR.sigma(t)
     base = predictor(model)
     assert torch.equal(guided_noise(base, LINEAR, guidance)(u, t), base(u, t))
-    assert torch.equal(
-        guided_score(score_of(model), guidance)(y, sigma), model.score(y, None, sigma)
-    )
+    assert torch.equal(guided_score(score_of(model), guidance)(y, sigma), model.score(y, sigma))
     denoise = guided_denoiser(denoiser_of(model), guidance)
     assert torch.equal(denoise(y, sigma), model.denoise(y, sigma))
     for a, b in zip(guided_density(density_of(model), guidance)(y, sigma),

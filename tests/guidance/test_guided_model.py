@@ -6,7 +6,7 @@ from torch import nn
 from world import SHAPE, Blind, draw, generator, pictures, run
 
 from ebmkit import GaussianMixture, ModelCard, ScoreModel, UserError
-from ebmkit.core import EnergyModel, Estimate
+from ebmkit.energy import EnergyModel
 from ebmkit.guidance import GUIDES, LogitModel, guided_model, make_guidance
 from ebmkit.models import DirectDenoiser
 from ebmkit.sampling import make_schedule
@@ -26,18 +26,15 @@ class Free(ScoreModel):
     """The mixture as a network that predicts noise: no density, and labels of its own."""
 
     noise_conditional = True
-    differentiates = False
+    is_energy_based = False
 
     def __init__(self):
         super().__init__()
         self.inside, self.schedule = pictures(dtype=torch.float64), make_schedule("cosine")
         self.num_classes = 2
 
-    def at(self, y, sigma=None, differentiate=True, recorded=False):
-        return Estimate(y, self.inside.denoise(y, sigma), sigma)
-
-    def score(self, y, c=None, sigma=None):
-        return self.inside.score(y, c, sigma)
+    def _score(self, y, sigma, c):
+        return self.inside.score(y, sigma, c)
 
     def denoise(self, y, sigma=None, c=None):
         return self.inside.denoise(y, sigma, c)
@@ -121,11 +118,10 @@ def test_its_density_is_the_bases_plus_the_guides():
     base = model.base
     at_label, push = label_density_of(base, c)(y, 0.2)
     torch.testing.assert_close(value, base.log_density(y, 0.2) + 3 * at_label)
-    torch.testing.assert_close(gradient, base.score(y, None, 0.2) + 3 * push)
-    torch.testing.assert_close(model.score(y, c, 0.2), gradient)
-    energies = model.energies(y, 0.2)
-    torch.testing.assert_close(energies.log_density + energies.at_label(c), value)
-    torch.testing.assert_close(energies.logits, base.logits(y, 0.2))
+    torch.testing.assert_close(gradient, base.score(y, 0.2) + 3 * push)
+    torch.testing.assert_close(model.score(y, 0.2, c), gradient)
+    torch.testing.assert_close(model.log_density(y, 0.2, c), value)
+    torch.testing.assert_close(model.logits(y, 0.2), base.logits(y, 0.2))
 
 
 def test_a_guide_is_called_once_for_a_density():
@@ -195,8 +191,8 @@ def test_classifier_free_guidance_of_a_model_with_labels(w):
     assert model.schedule is base.schedule
     assert missing(model, ("labels",)) is None
     y, c = draw(4, *SHAPE), torch.tensor([0, 1, 1, 0])
-    u, own = base.score(y, None, 0.4), base.score(y, c, 0.4)
-    torch.testing.assert_close(model.score(y, c, 0.4), u + w * (own - u))
+    u, own = base.score(y, 0.4), base.score(y, 0.4, c)
+    torch.testing.assert_close(model.score(y, 0.4, c), u + w * (own - u))
     u, own = base.denoise(y, 0.4), base.denoise(y, 0.4, c)
     torch.testing.assert_close(model.denoise(y, 0.4, c), u + w * (own - u))
     if w in (0, 1):
@@ -221,8 +217,8 @@ def test_classifier_free_guidance_of_a_density_is_its_own_classifier():
     value, gradient = density_of(model, c)(y, 0.3)
     at_label, push = label_density_of(base, c)(y, 0.3)
     torch.testing.assert_close(value, base.log_density(y, 0.3) + 2 * at_label)
-    torch.testing.assert_close(gradient, base.score(y, None, 0.3) + 2 * push)
-    torch.testing.assert_close(model.score(y, c, 0.3), gradient)
+    torch.testing.assert_close(gradient, base.score(y, 0.3) + 2 * push)
+    torch.testing.assert_close(model.score(y, 0.3, c), gradient)
 
 
 # --- what does not fit ---------------------------------------------------------------------------
@@ -255,7 +251,7 @@ def test_other_numbers_of_labels_are_refused_and_unknown_labels_named():
         guided_model(carded(), LogitModel(nn.Flatten(), 2, in_channels=3), EXACT)
     model = guided_model(carded(), carded(), EXACT)
     with pytest.raises(UserError, match=r"label 2 is out of range.*\(dark, bright\)"):
-        model.score(torch.rand(1, *SHAPE), 2, 0.1)
+        model.score(torch.rand(1, *SHAPE), 0.1, 2)
     with pytest.raises(UserError, match="needs a guide"):
         guided_model(carded(), None, EXACT)
     with pytest.raises(UserError, match="takes no guide"):

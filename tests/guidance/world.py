@@ -32,7 +32,11 @@ class Blind(GaussianMixture):
     noise_conditional = False
 
     def denoise(self, y, sigma=None, c=None):
-        return GaussianMixture.posterior_mean(self, y, self.estimate_sigma(y), c)
+        return self.denoise_blind(y, c)[0]
+
+    def denoise_blind(self, y, c=None, sigma_range=None):
+        level = self.estimate_sigma(y)
+        return GaussianMixture.posterior_mean(self, y, level, c), level
 
     def estimate_sigma(self, y):
         squares = (y[:, None] - self.means).flatten(2).square().mean(2).amin(1)

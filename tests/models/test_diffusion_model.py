@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import ebmkit
+from ebmkit import optimize
 from ebmkit.errors import UserError
 from ebmkit.models import DENOISERS, DiffusionModel, ModelConfig, UNetConfig, create_denoiser
 from ebmkit.models.saving import save_model
@@ -72,9 +73,9 @@ def test_the_noise_comes_back_from_the_score():
     schedule = make_schedule("cosine")
     sigma = schedule.sigmas.float()
     y = 0.5 + sigma[:, None, None, None] * torch.randn(1000, 1, 2, 2)
-    at = DiffusionModel(Stub(), schedule).at(y, sigma)
-    noise = -sigma[:, None, None, None] * at.score()
-    torch.testing.assert_close(noise, at.noise(), rtol=1e-6, atol=0)
+    model = DiffusionModel(Stub(), schedule)
+    noise = -sigma[:, None, None, None] * model.score(y, sigma)
+    torch.testing.assert_close(noise, model(y, sigma), rtol=1e-6, atol=0)
 
 
 def test_score_and_denoised_image_are_of_the_noise():
@@ -84,7 +85,6 @@ def test_score_and_denoised_image_are_of_the_noise():
     wide = sigma[:, None, None, None]
     torch.testing.assert_close(model.denoise(y, sigma), y - wide * noise)
     torch.testing.assert_close(model.score(y, sigma=sigma), -noise / wide)
-    assert torch.equal(model.at(y, sigma).noise_level(), sigma)
     one = model.denoise(y[:1], 0.1)
     torch.testing.assert_close(one, model.denoise(y, sigma)[:1], rtol=1e-6, atol=1e-8)
 
@@ -132,27 +132,23 @@ def test_what_a_network_predicts_gives_the_noise(prediction):
 # --- labels --------------------------------------------------------------------------------------
 
 
-def test_labels_and_none_cost_one_call_each():
+def test_label_minus_one_is_the_null_label():
     network = Stub()
     model = DiffusionModel(network, make_schedule("linear"), num_classes=3).double()
     y, labels = torch.rand(2, 1, 4, 4, dtype=torch.float64), torch.tensor([2, 0])
-    at = model.at(y, 0.5)
-    plain, conditional = at.score(), at.conditional_score(labels)
-    at.denoised(0.5)
+    plain, conditional = model.score(y, 0.5), model.score(y, 0.5, labels)
     assert [told[2].tolist() for told in network.told] == [[3, 3], [2, 0]]
-    torch.testing.assert_close(at.label_score(labels), conditional - plain)
-    torch.testing.assert_close(model.score(y, labels, 0.5), conditional)
+    torch.testing.assert_close(model.label_score(y, labels, 0.5), conditional - plain)
     assert not torch.allclose(conditional, plain)
-    hidden = torch.tensor([True, False])
     expected = torch.stack([plain[0], conditional[1]])
-    torch.testing.assert_close(at.conditional_score(labels, hidden), expected)
+    torch.testing.assert_close(model._score(y, 0.5, torch.tensor([-1, 0])), expected)
     with pytest.raises(UserError, match="label 3 is out of range"):
-        model.score(y, 3, 0.5)
+        model.score(y, 0.5, 3)
 
 
 def test_a_network_that_knows_labels_only_is_not_asked_without():
     model = DiffusionModel(Stub(), make_schedule("linear"), num_classes=3, null_label=False)
-    assert model.score(torch.rand(1, 1, 4, 4), 2, 0.5).isfinite().all()
+    assert model.score(torch.rand(1, 1, 4, 4), 0.5, 2).isfinite().all()
     with pytest.raises(UserError, match="trained with labels only"):
         model.score(torch.rand(1, 1, 4, 4), sigma=0.5)
 
@@ -182,8 +178,7 @@ def test_images_of_any_size(shape):
 def test_every_parameter_gets_a_gradient():
     model = labelled().train()
     y = torch.rand(3, 1, 8, 8, dtype=torch.float64)
-    at = model.at(y, 0.3)
-    score = at.conditional_score(torch.tensor([0, 1, 2])) + at.score()
+    score = model.score(y, 0.3, torch.tensor([0, 1, 2])) + model.score(y, 0.3)
     score.square().sum().backward()
     idle = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert idle == []
@@ -206,10 +201,10 @@ def test_saved_and_loaded(tmp_path):
     save_model(tmp_path, model, config, card)
     again = ebmkit.load(tmp_path)
     y, labels = torch.rand(2, 1, 8, 8), torch.tensor([0, 2])
-    assert torch.equal(again.score(y, labels, 0.5), model.score(y, labels, 0.5))
+    assert torch.equal(again.score(y, 0.5, labels), model.score(y, 0.5, labels))
     assert torch.equal(again.score(y, sigma=0.5), model.score(y, sigma=0.5))
     assert torch.equal(again.schedule.betas, make_schedule("cosine").betas)
-    assert not ebmkit.core.classifies(again)
+    assert not ebmkit.energy.classifies(again)
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
@@ -271,8 +266,7 @@ def test_a_compiler_sees_one_graph():
         torch.testing.assert_close(compiled(y, sigma), model.score(y, sigma=sigma))
 
 
-def test_the_network_computes_in_the_precision_that_is_set():
-    """It is called after the forward pass was asked for, and still within autocast."""
+def test_the_network_computes_in_the_precision_of_the_wrapper():
     seen = []
 
     def answer(u, t):
@@ -280,9 +274,7 @@ def test_the_network_computes_in_the_precision_that_is_set():
         return u
 
     model = DiffusionModel(Stub(answer), make_schedule("linear")).requires_grad_(False)
-    model.set_inference("bf16")
-    assert model.denoise(torch.rand(1, 1, 4, 4), 0.5).dtype == torch.float32
-    model.set_inference("fp32")
+    assert optimize(model, "bf16").denoise(torch.rand(1, 1, 4, 4), 0.5).dtype == torch.float32
     model.denoise(torch.rand(1, 1, 4, 4), 0.5)
     assert seen == [True, False]
 

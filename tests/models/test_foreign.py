@@ -134,7 +134,7 @@ def test_gradients_are_by_the_image_not_by_the_normalised_one(robust):
     copy = x.clone().requires_grad_(True)
     resnet_logits(state, copy)[:, 3].sum().backward()
     expected = copy.grad
-    found = model.score(x, 3)
+    found = model.score(x, c=3)
     error = (found - expected).norm() / expected.norm()  # float32, 50 layers back
     assert error < 1e-3
 

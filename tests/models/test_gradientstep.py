@@ -108,7 +108,7 @@ def test_training_differentiates_the_denoiser(model, y):
     x = torch.rand_like(y)
 
     def loss() -> torch.Tensor:
-        return (model.at(y, SIGMA).denoised(SIGMA) - x).square().sum()
+        return (model.denoise(y, SIGMA) - x).square().sum()
 
     parameters = list(model.parameters())
     ways = [torch.randn_like(p) for p in parameters]

@@ -10,7 +10,7 @@ from ebmkit_tests.support.small_models import small_model, small_size
 from torch import nn
 
 from ebmkit import Energies
-from ebmkit.core import linearize
+from ebmkit.energy import LogDensity, value_and_grads
 from ebmkit.models import BACKBONES, HEADS
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -75,7 +75,7 @@ def test_scores_of_image_and_labels_agree(case):
     score = model.score(y, sigma=sigma)
     posterior = model.logits(y, sigma).softmax(1)
     labels = [torch.full((len(y),), c) for c in range(3)]
-    conditional = torch.stack([model.score(y, c, sigma) for c in labels])
+    conditional = torch.stack([model.score(y, sigma, c) for c in labels])
     average = torch.einsum("bc,cbijk->bijk", posterior, conditional)
     torch.testing.assert_close(average, score, **EXACT)
     for c, own in zip(labels, conditional, strict=True):
@@ -98,7 +98,7 @@ def test_scores_are_finite_differences(case):
     step, one_hot = 1e-6, nn.functional.one_hot(c, 3).bool()
     functions = [
         (model.score(y), model.log_density),
-        (model.score(y, c), lambda z: model.log_joint(z)[one_hot]),
+        (model.score(y, c=c), lambda z: model.log_joint(z)[one_hot]),
         (model.label_score(y, c), lambda z: model.logits(z).log_softmax(1)[one_hot]),
     ]
     for _ in range(3):
@@ -115,7 +115,7 @@ def test_second_derivatives_by_the_image(model, images):
     only_smooth(model)
     leaf = images[:1].clone().requires_grad_()
     assert torch.autograd.gradcheck(model.score, leaf, fast_mode=True)
-    assert torch.autograd.gradcheck(lambda y: model.score(y, 1), leaf, fast_mode=True)
+    assert torch.autograd.gradcheck(lambda y: model.score(y, c=1), leaf, fast_mode=True)
     assert torch.autograd.gradgradcheck(model.log_density, leaf, fast_mode=True)
 
 
@@ -133,8 +133,8 @@ def test_scores_train_every_parameter_rightly(model, images, labels):
     directions = [p.square().mean().sqrt().clamp(min=0.1) * torch.randn_like(p) for p in start]
 
     def value():
-        at = linearize(model, images)
-        return (weights * torch.stack([at.score(), at.conditional_score(labels)])).sum()
+        scores = model.value_and_grads(images, None, LogDensity(), LogDensity(labels))[1]
+        return (weights * torch.stack(scores)).sum()
 
     def moved(by):
         with torch.no_grad():
@@ -154,8 +154,8 @@ def test_the_functional_path_is_plain_double_backward(model, images, labels):
     noise, sigma = torch.randn_like(images), 0.1
     parameters = list(model.parameters())
 
-    at = linearize(model, images)
-    scores = [at.score(), at.conditional_score(labels)]
+    targets = LogDensity(), LogDensity(labels)
+    scores = value_and_grads(model, images, None, *targets, use_autograd=False)[1]
 
     leaf = images.clone().requires_grad_()
     rows = torch.arange(len(labels))

@@ -56,7 +56,7 @@ def test_a_black_picture_stays_black():
 def test_a_picture_of_one_crop_is_the_model_itself():
     model = ebmkit.create_model("gradresnet18", 3, in_channels=1, width=8, image_size=16).double()
     y = torch.rand(1, 32, 30).double()
-    torch.testing.assert_close(picture_score(model, y, c=2, tile=32), model.score(y[None], 2)[0])
+    torch.testing.assert_close(picture_score(model, y, c=2, tile=32), model.score(y[None], c=2)[0])
 
 
 @pytest.mark.parametrize("sigma", [0.0, -0.1, float("inf"), float("nan")])

@@ -106,8 +106,8 @@ def test_labels_with_and_without_one_for_none(tmp_path):
         plain.score(y, sigma=0.5)
     free = import_unet(tmp_path / "theirs", tmp_path / "three", null_label=True)
     assert free.num_classes == 3
-    assert torch.equal(free.score(y, 2, 0.5), plain.score(y, 2, 0.5))
-    assert torch.equal(free.score(y, sigma=0.5), plain.score(y, 3, 0.5))
+    assert torch.equal(free.score(y, 0.5, 2), plain.score(y, 0.5, 2))
+    assert torch.equal(free.score(y, sigma=0.5), plain.score(y, 0.5, 3))
     assert ebmkit.load(tmp_path / "three").num_classes == 3
 
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ebmkit import create_model
-from ebmkit.core import linearize
+from ebmkit.energy import LogDensity, value_and_grads
 from ebmkit.errors import UserError
 from ebmkit.models.gradresnet import Block, GradResNetConfig
 from ebmkit.models.recompute import recompute
@@ -39,20 +39,32 @@ def network(again, dtype=torch.float64, **options):
     return model
 
 
-def dsm(at, labels, eps):
-    return (0.1 * at.score() + eps).square().flatten(1).sum(1).mean()
+def evaluated(model, y, labels):
+    """Energies, and both scores, as a step that computes again takes them."""
+    targets = LogDensity(), LogDensity(labels)
+    return value_and_grads(model, y, None, *targets, use_autograd=False)
 
 
-def ce(at, labels, eps):
-    return nn.functional.cross_entropy(at.energies.logits, labels)
+def dsm(model, y, labels, eps):
+    targets = [LogDensity()]
+    _, (score,) = value_and_grads(model, y, None, *targets, use_autograd=False)
+    return (0.1 * score + eps).square().flatten(1).sum(1).mean()
 
 
-def both_scores(at, labels, eps):
-    return dsm(at, labels, eps) + (at.conditional_score(labels) + eps).square().mean()
+def ce(model, y, labels, eps):
+    return nn.functional.cross_entropy(model(y).logits, labels)
 
 
-def joint(at, labels, eps):
-    return ce(at, labels, eps) + dsm(at, labels, eps)
+def both_scores(model, y, labels, eps):
+    _, (score, conditional) = evaluated(model, y, labels)
+    plain = (0.1 * score + eps).square().flatten(1).sum(1).mean()
+    return plain + (conditional + eps).square().mean()
+
+
+def joint(model, y, labels, eps):
+    energies, (score, _) = evaluated(model, y, labels)
+    plain = (0.1 * score + eps).square().flatten(1).sum(1).mean()
+    return nn.functional.cross_entropy(energies.logits, labels) + plain
 
 
 def batch(size=4, pixels=16, dtype=torch.float64):
@@ -77,7 +89,7 @@ def test_losses_and_gradients_are_the_same(loss, options):
     plain, again = network(False, **options), network(True, **options)
     values = []
     for model in (plain, again):
-        value = loss(linearize(model, y), labels, eps)
+        value = loss(model, y, labels, eps)
         value.backward()
         values.append(value.detach())
     torch.testing.assert_close(*values, rtol=1e-12, atol=0)
@@ -200,9 +212,7 @@ def test_a_step_keeps_less(loss, kept_factor, peak_factor):
     for again in (False, True):
         model = network(again, torch.float32)
         with Alive([*model.parameters(), y, eps]) as alive:
-            value = loss(linearize(model, y), labels, eps) if loss is dsm else None
-            if value is None:
-                value = nn.functional.cross_entropy(model(y).logits, labels)
+            value = loss(model, y, labels, eps)
             kept.append(alive.bytes())
             value.backward()
         peak.append(alive.peak)
@@ -231,7 +241,7 @@ def test_a_score_costs_one_more_forward_pass_and_no_gradient_of_parameters():
     y = batch()[0]
     for model, forward in ((network(False), 20), (network(True), 20 + 19)):
         with Convolutions() as counted:
-            score = linearize(model, y).score()
+            _, (score,) = value_and_grads(model, y, None, LogDensity(), use_autograd=False)
         assert score.requires_grad
         assert (counted.forward, counted.by_input, counted.by_weight) == (forward, 20, 0)
 

@@ -7,13 +7,18 @@ import torch
 from test_objectives import Drawn, gradients
 
 import ebmkit
-from ebmkit.core import linearize
 from ebmkit.data import ImageSet
+from ebmkit.energy import hessian_products
 from ebmkit.errors import UserError
 from ebmkit.models import HEADS
-from ebmkit.objectives import TrainingLoss, parse_objective
+from ebmkit.objectives import ModelOutput, TrainingLoss, parse_objective
 from ebmkit.objectives.probes import probe_signs
-from ebmkit.objectives.terms import EXACT_TRACE, hyvarinen, implicit_score_matching
+from ebmkit.objectives.terms import (
+    EXACT_TRACE,
+    hyvarinen,
+    implicit_score_matching,
+    trace_vectors,
+)
 from ebmkit.training import resolve
 from ebmkit.training.assemble import build_model
 from ebmkit.training.checks import check_terms
@@ -43,12 +48,14 @@ def within(values: torch.Tensor, expected: float, errors: float = 4) -> bool:
     return abs(float(values.mean()) - expected) < errors * float(values.std()) / len(values) ** 0.5
 
 
-@pytest.mark.parametrize("recorded", [True, False])
-def test_the_value_is_hyvarinens_formula(recorded):
+@pytest.mark.parametrize("use_autograd", [True, False])
+def test_the_value_is_hyvarinens_formula(use_autograd):
     """Against differences of the log-density: at a step of 1e-3 second ones err by 1e-5 or so."""
     model, step = mixture(3), 1e-3
     y = torch.randn(5, 3, dtype=torch.float64)
-    found = hyvarinen(linearize(model, y, SIGMA, recorded), torch.zeros_like(y))
+    vectors = [e.expand_as(y) for e in torch.eye(3, dtype=y.dtype)]
+    _, score, products = hessian_products(model, y, SIGMA, vectors, use_autograd)
+    found = hyvarinen(score, vectors, products)
     expected = torch.zeros_like(found)
     for along in step * torch.eye(3, dtype=torch.float64):
         down, here, up = (model.log_density(y + k * along, SIGMA) for k in (-1, 0, 1))
@@ -61,10 +68,13 @@ def test_beyond_a_few_entries_the_trace_is_estimated_without_bias():
     entries = EXACT_TRACE + 4
     model = mixture(entries)
     batch = draw(model, 2000)
-    at = linearize(model, batch.y, SIGMA)
-    basis = torch.eye(entries, dtype=torch.float64)
-    trace = sum(at.hessian_product(e.expand_as(batch.y))[:, i] for i, e in enumerate(basis))
-    estimate = hyvarinen(at, batch.eps) - 0.5 * at.score().square().sum(1)
+    basis = [e.expand_as(batch.y) for e in torch.eye(entries, dtype=torch.float64)]
+    vectors = trace_vectors(batch)
+    assert len(vectors) == 1
+    _, score, products = hessian_products(model, batch.y, SIGMA, [*vectors, *basis])
+    score, products = score.detach(), [product.detach() for product in products]
+    trace = sum(product[:, i] for i, product in enumerate(products[1:]))
+    estimate = hyvarinen(score, vectors, products[:1]) - 0.5 * score.square().sum(1)
     assert estimate.sub(trace).std() > 0.1
     assert within(estimate - trace, 0)
 
@@ -77,8 +87,8 @@ def test_an_images_own_noise_is_no_probe():
     peaks = torch.tensor([[-0.6], [0.6]], dtype=torch.float64)
     model = ebmkit.GaussianMixture(peaks, 0.02)
     batch = draw(model, 40_000)
-    hessian = linearize(model, batch.y, SIGMA).hessian_product(torch.ones_like(batch.y))
-    assert not within(((batch.eps.square() - 1) * hessian).sum(1), 0, errors=10)
+    _, _, (hessian,) = hessian_products(model, batch.y, SIGMA, [torch.ones_like(batch.y)])
+    assert not within(((batch.eps.square() - 1) * hessian.detach()).sum(1), 0, errors=10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -109,11 +119,14 @@ def test_in_expectation_it_is_denoising_score_matching():
         exact = model.score(batch.y, sigma=SIGMA)
         rests = []
         for level in (0.1, 0.3, 0.8):
-            at = linearize(model, batch.y, level)
-            dsm = (SIGMA * at.score() + batch.eps).square().mean(1)
-            ism = implicit_score_matching(at, batch)
+            vectors = trace_vectors(batch)
+            energies, score, products = hessian_products(model, batch.y, level, vectors)
+            products = [product.detach() for product in products]
+            output = ModelOutput(energies, score.detach(), products)
+            dsm = (SIGMA * output.score + batch.eps).square().mean(1)
+            ism = implicit_score_matching(output, batch)
             assert within(ism - dsm, 0)
-            rests.append(ism - SIGMA**2 * (at.score() - exact).square().mean(1))
+            rests.append(ism - SIGMA**2 * (output.score - exact).square().mean(1))
         assert within(rests[0] - rests[1], 0)
         assert within(rests[2] - rests[1], 0)
 

@@ -6,7 +6,7 @@ import torch
 from ebmkit import create_model
 from ebmkit.data import Batch, NoiseLaw
 from ebmkit.objectives import TermSettings, TrainingLoss, parse_objective
-from ebmkit.objectives.probes import hidden_labels
+from ebmkit.objectives.probes import label_dropout
 from ebmkit.schedules import make_schedule
 
 
@@ -39,7 +39,12 @@ def test_it_is_score_matching_of_any_model():
         model.zero_grad()
         losses = loss_of(model, objective)({"denoise": batch})
         losses.total.backward()
-        gradients.append([losses.total.detach(), *(p.grad.clone() for p in model.parameters())])
+        gradients.append(
+            [
+                losses.total.detach(),
+                *(p.grad.clone() for p in model.parameters() if p.grad is not None),
+            ]
+        )
     for ours, theirs in zip(*gradients, strict=True):
         assert torch.equal(ours, theirs)
 
@@ -56,11 +61,11 @@ def test_at_its_ends_class_dropout_is_one_score_or_the_other(share, same_as):
 def test_a_hidden_label_leaves_the_score_of_the_image_alone():
     """Half of the labels: the loss is the mean of the two scores' losses over their images."""
     model, batch = model_of(), batch_of(40)
-    hidden = hidden_labels(batch.eps, 0.5)
+    hidden = label_dropout(batch.eps, 0.5)
     assert 0 < hidden.sum() < 40
     wide = batch.sigma[:, None, None, None]
     plain = (wide * model.score(batch.y) + batch.eps).square().flatten(1).mean(1)
-    told = (wide * model.score(batch.y, batch.labels) + batch.eps).square().flatten(1).mean(1)
+    told = (wide * model.score(batch.y, c=batch.labels) + batch.eps).square().flatten(1).mean(1)
     expected = torch.where(hidden, plain, told).mean().detach()
     found = loss_of(model, "ddpm", class_dropout=0.5)({"denoise": batch}).total.detach()
     torch.testing.assert_close(found, expected)
@@ -73,7 +78,7 @@ def test_labels_are_hidden_at_random(share, dtype):
     """The share within 4 standard errors; nothing of the noise's size or sign is told by it."""
     count = 20_000
     eps = torch.randn(count, 1, 2, 2, dtype=dtype)
-    hidden = hidden_labels(eps, share)
+    hidden = label_dropout(eps, share)
     error = (share * (1 - share) / count) ** 0.5
     assert float(hidden.double().mean()) == pytest.approx(share, abs=4 * error)
     for statistic in (eps.flatten(1).sum(1), eps.square().flatten(1).sum(1)):
@@ -83,10 +88,10 @@ def test_labels_are_hidden_at_random(share, dtype):
 
 def test_which_labels_are_hidden_does_not_depend_on_how_a_batch_is_divided():
     eps = torch.randn(12, 3, 8, 8)
-    whole = hidden_labels(eps, 0.5)
-    parts = torch.cat([hidden_labels(part, 0.5) for part in eps.flip(0).split(5)])
+    whole = label_dropout(eps, 0.5)
+    parts = torch.cat([label_dropout(part, 0.5) for part in eps.flip(0).split(5)])
     assert torch.equal(whole, parts.flip(0))
-    assert not torch.equal(whole, hidden_labels(torch.randn_like(eps), 0.5))
+    assert not torch.equal(whole, label_dropout(torch.randn_like(eps), 0.5))
 
 
 def test_labels_are_needed_only_where_the_network_is_told_them():

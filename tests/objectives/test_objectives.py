@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import ebmkit
-from ebmkit.core import Energies, EnergyModel
+from ebmkit.energy import Energies, EnergyModel
 from ebmkit.objectives import OBJECTIVES, Term, TermSettings, TrainingLoss, parse_objective
 from ebmkit.objectives.terms import check_labels
 

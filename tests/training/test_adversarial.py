@@ -10,8 +10,8 @@ import torch
 from command_line import ebmkit_command
 from torch import nn
 
-import ebmkit
 from ebmkit import UserError
+from ebmkit.compile import Inference
 from ebmkit.compute import ComputeConfig
 from ebmkit.data import Batch
 from ebmkit.models import JointModel, load
@@ -393,11 +393,12 @@ def test_the_compiled_step_is_the_eager_one(objective, backend):
 def test_the_compiled_attack_is_the_eager_one():
     model, batch = classifier(), draw()
     eager = attacked(model, batch)
+    inference = Inference(mode="on", backend="aot_eager")
     own = attacks(model)
-    own.inference = ebmkit.compiled.Inference(mode="on", backend="aot_eager")
+    own.computed = inference.wrap(model)
     for _ in range(2):  # compiled when a size repeats
         found = own.attack("classify", batch, 0)
-    assert own.inference.compiled
+    assert inference.compiled
     torch.testing.assert_close(found, eager, rtol=0, atol=1e-10)
 
 

@@ -1,17 +1,14 @@
-"""Inference: compiled or not, in any precision, the same quantities, and no graph is kept."""
+"""Wrapped models: compiled or not, in any precision, the same quantities, and no graph is kept."""
 
-import copy
 import gc
-import pickle
 
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 
-from ebmkit import Energies, EnergyModel, GaussianMixture, UserError, core, create_model
-from ebmkit.compiled import PAYS, SIZES, Inference
-from ebmkit.core import linearize
+from ebmkit import Energies, EnergyModel, GaussianMixture, UserError, create_model, energy, optimize
+from ebmkit.compile import COMPILE_THRESHOLD_SECONDS, MAX_SIZES, Inference, unwrapped
 
 
 class Small(EnergyModel):
@@ -59,7 +56,7 @@ def y():
 C = torch.tensor([0, 2, 1, 1])
 QUANTITIES = {
     "score": lambda model, y: model.score(y),
-    "conditional score": lambda model, y: model.score(y, C),
+    "conditional score": lambda model, y: model.score(y, c=C),
     "label score": lambda model, y: model.label_score(y, C),
     "denoised": lambda model, y: model.denoise(y, 0.1),
     "denoised given the label": lambda model, y: model.denoise(y, 0.1, C),
@@ -74,10 +71,10 @@ QUANTITIES = {
 @pytest.mark.parametrize("quantity", QUANTITIES.values(), ids=QUANTITIES.keys())
 def test_compiled_quantities_are_the_eager_ones(quantity, small, counting, y):
     expected = quantity(small, y)
-    small.inference = Inference(mode="on", backend=counting)
+    wrapped = Inference(mode="on", backend=counting).wrap(small)
     for _ in range(3):  # the first call is eager, the second compiles
         # the same operations; a noise level squared in float32 instead of float64
-        torch.testing.assert_close(quantity(small, y), expected, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(quantity(wrapped, y), expected, rtol=1e-6, atol=1e-7)
     assert counting.graphs == 1
 
 
@@ -87,58 +84,68 @@ def test_another_noise_level_is_not_another_function(counting):
     mixture = GaussianMixture(means, 0.05)
     levels = [0.1, 0.2, 0.3, torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)]
     y = torch.rand(4, 1, 3, 3, dtype=torch.float64)
-    mixture.inference = Inference(mode="on", backend=counting)
+    wrapped = Inference(mode="on", backend=counting).wrap(mixture)
     for level in levels:
         expected = mixture.posterior_mean(y, level)
-        torch.testing.assert_close(mixture.denoise(y, level), expected)
-        assert not mixture.denoise(y, level).requires_grad
+        torch.testing.assert_close(wrapped.denoise(y, level), expected)
+        assert not wrapped.denoise(y, level).requires_grad
     assert counting.graphs == 1
 
 
 def test_sizes_that_do_not_repeat_are_never_compiled(small, counting, y):
-    small.inference = Inference(mode="on", backend=counting)
+    inference = Inference(mode="on", backend=counting)
+    wrapped = inference.wrap(small)
     for count in (4, 3, 4, 1, 4, 3):
-        small.score(y[:count])
+        wrapped.score(y[:count])
     assert counting.graphs == 0
-    assert not small.inference.compiled
+    assert not inference.compiled
     for count in (4, 4, 3, 4, 1, 4):
-        torch.testing.assert_close(small.score(y[:count]), linearize(small, y[:count]).score())
+        torch.testing.assert_close(wrapped.score(y[:count]), small.score(y[:count]))
     assert counting.graphs == 1
-    assert small.inference.compiled
+    assert inference.compiled
 
 
 def test_so_many_sizes_are_compiled_and_no_more(small, counting):
-    small.inference = Inference(mode="on", backend=counting)
-    for count in range(1, SIZES + 3):
+    wrapped = Inference(mode="on", backend=counting).wrap(small)
+    for count in range(1, MAX_SIZES + 3):
         for _ in range(2):
-            assert small.log_density(torch.rand(count, 1, 4, 4)).shape == (count,)
-    assert counting.graphs == SIZES
+            assert wrapped.log_density(torch.rand(count, 1, 4, 4)).shape == (count,)
+    assert counting.graphs == MAX_SIZES
 
 
 def test_a_network_of_the_library_compiles_with_its_weights_left_free(counting):
     model = create_model("gradresnet18", 3, in_channels=1, width=8, image_size=8).eval()
     model.requires_grad_(False)
     y = torch.rand(2, 1, 8, 8)
-    model.inference = Inference(mode="on", backend=counting)
+    wrapped = Inference(mode="on", backend=counting).wrap(model)
     for _ in range(2):
         for parameter in model.parameters():  # other weights are not another function
             parameter.mul_(1.1)
-        expected = linearize(model, y).score()
+        expected = model.score(y)
         for _ in range(2):
-            torch.testing.assert_close(model.score(y), expected)
+            torch.testing.assert_close(wrapped.score(y), expected)
     assert counting.graphs == 1
 
 
 def test_auto_compiles_once_enough_work_lies_ahead(small, counting, y):
-    small.inference = Inference(mode="auto", backend=counting)
-    small.inference.expect(PAYS / 2)
+    inference = Inference(mode="auto", backend=counting)
+    wrapped = inference.wrap(small)
+    inference.expect(COMPILE_THRESHOLD_SECONDS / 2)
     for _ in range(3):
-        small.score(y)
+        wrapped.score(y)
     assert counting.graphs == 0
-    small.inference.expect(2 * PAYS)
+    inference.expect(2 * COMPILE_THRESHOLD_SECONDS)
     for _ in range(3):
-        small.score(y)
+        wrapped.score(y)
     assert counting.graphs == 1
+
+
+def test_a_wrapper_has_what_the_model_has(small):
+    wrapped = optimize(small)
+    assert isinstance(wrapped, EnergyModel)
+    assert (wrapped.num_classes, wrapped.noise_conditional) == (3, False)
+    assert unwrapped(wrapped) is small
+    assert {id(p) for p in wrapped.parameters()} == {id(p) for p in small.parameters()}
 
 
 # --- no graph is kept ----------------------------------------------------------------------------
@@ -154,7 +161,7 @@ def living_tensors():
 def test_a_frozen_model_keeps_nothing(name, mode, small, counting, y):
     """Whether or not the user says no_grad; not even until Python looks for cycles."""
     quantity = QUANTITIES[name]
-    small.inference = Inference(mode=mode, backend=counting)
+    small = Inference(mode=mode, backend=counting).wrap(small)
     for _ in range(3):
         assert quantity(small, y).grad_fn is None
     gc.collect()
@@ -169,45 +176,53 @@ def test_a_frozen_model_keeps_nothing(name, mode, small, counting, y):
 
 
 def test_a_frozen_model_records_no_second_derivatives(small, y, monkeypatch):
-    """With gradients switched on, a pull-back would be recorded to be differentiated again."""
-    modes = []
+    """With gradients switched on, a derivative would be recorded to be differentiated again."""
+    recorded, original = [], energy.value_and_grads
 
-    def spy(*arguments):
-        modes.append(torch.is_grad_enabled())
-        return linearize(*arguments)
+    def spy(*arguments, record):
+        recorded.append(record)
+        return original(*arguments, record=record)
 
-    monkeypatch.setattr(core, "linearize", spy)
+    monkeypatch.setattr(energy, "value_and_grads", spy)
     small.score(y)
     small.requires_grad_(True).score(y)
-    assert modes == [False, True]
+    assert recorded == [False, True]
 
 
 def test_where_a_gradient_is_wanted_nothing_is_compiled(small, counting, y):
     weight = next(small.requires_grad_(True).parameters())
     expected = torch.autograd.grad(small.score(y).square().sum(), weight)
-    small.inference = Inference("bf16", "on", counting)
+    wrapped = Inference(mode="on", backend=counting).wrap(small)
     for _ in range(3):
-        found = torch.autograd.grad(small.score(y).square().sum(), weight)
+        found = torch.autograd.grad(wrapped.score(y).square().sum(), weight)
         assert torch.equal(found[0], expected[0])
     small.requires_grad_(False)
     leaf = y.clone().requires_grad_()
-    assert small.log_density(leaf).requires_grad
-    gradient = torch.func.grad(lambda image: small.log_density(image).sum())(y)
-    torch.testing.assert_close(gradient, linearize(small, y).score())
+    assert wrapped.log_density(leaf).requires_grad
+    gradient = torch.func.grad(lambda image: wrapped.log_density(image).sum())(y)
+    torch.testing.assert_close(gradient, small.score(y))
     assert counting.graphs == 0
+
+
+def test_a_score_can_be_differentiated_by_the_image_and_within_a_functional_transform(small, y):
+    leaf, v = y.clone().requires_grad_(), torch.randn_like(y)
+    (product,) = torch.autograd.grad(small.score(leaf), leaf, v)
+    functional = torch.func.vjp(small.score, y)[1](v)[0]
+    torch.testing.assert_close(functional, product)
+    torch.testing.assert_close(energy.hessian_products(small, y, None, [v])[2][0], product)
 
 
 def test_a_trainable_model_is_compiled_under_no_grad(small, counting, y):
     small.requires_grad_(True)
     expected = small.score(y).detach()
-    small.inference = Inference(mode="on", backend=counting)
+    wrapped = Inference(mode="on", backend=counting).wrap(small)
     with torch.no_grad():
         for _ in range(2):
-            torch.testing.assert_close(small.score(y), expected)
+            torch.testing.assert_close(wrapped.score(y), expected)
     with torch.inference_mode():
         made_there = y.clone()
-        torch.testing.assert_close(small.score(made_there, sigma=0.1), expected)
-        torch.testing.assert_close(small.score(made_there), expected)
+        torch.testing.assert_close(wrapped.score(made_there, sigma=0.1), expected)
+        torch.testing.assert_close(wrapped.score(made_there), expected)
     assert counting.graphs == 1
 
 
@@ -216,26 +231,16 @@ def test_a_trainable_model_is_compiled_under_no_grad(small, counting, y):
 
 def test_bf16_rounds_the_network_and_nothing_else(small, counting, y):
     expected = {name: quantity(small, y) for name, quantity in QUANTITIES.items()}
-    small.inference = Inference("bf16", "on", counting)
+    wrapped = Inference("bf16", "on", counting).wrap(small)
     for name, quantity in QUANTITIES.items():
         for _ in range(2):
-            found = quantity(small, y)
+            found = quantity(wrapped, y)
             assert found.dtype == torch.float32
             error = (found - expected[name]).norm() / expected[name].norm()
             # bfloat16 has 8 bits: 2^-9 a rounding, a few of which add up in so small a network
             assert error < 2e-2, name
-    assert not torch.equal(small.score(y), expected["score"])
-    assert small(y).log_density.dtype == torch.float32  # forward is not touched
-    assert torch.equal(linearize(small, y).score(), expected["score"])
-
-
-def test_a_copy_starts_without(small, y):
-    expected = small.set_inference().score(y)
-    small.set_inference("bf16")
-    assert not torch.equal(small.score(y), expected)
-    for twin in (copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
-        assert torch.equal(twin.score(y), expected)
-    assert torch.equal(Small.score(small.set_inference(), y), expected)
+    assert not torch.equal(wrapped.score(y), expected["score"])
+    assert torch.equal(small.score(y), expected["score"])  # the model itself is not touched
 
 
 @pytest.mark.parametrize(
@@ -248,12 +253,11 @@ def test_a_copy_starts_without(small, y):
 )
 def test_what_the_device_does_not_have_is_refused(options, words, small):
     with pytest.raises(UserError, match=words):
-        small.set_inference(**options)
-    assert small.inference.precision == "fp32"
+        optimize(small, **options)
 
 
 def test_auto_is_float32_and_eager_on_a_cpu(small):
-    inference = small.set_inference("auto", "auto").inference
+    inference = optimize(small, "auto", "auto").inference
     assert (inference.precision, inference.mode) == ("fp32", "off")
 
 
@@ -271,16 +275,17 @@ class Talking(Small):
 def test_what_cannot_be_compiled_is_told(y, counting):
     model = Talking().eval().requires_grad_(False)
     expected = model.score(y)
-    model.inference = Inference(mode="on", backend=counting)
-    model.score(y)
+    wrapped = Inference(mode="on", backend=counting).wrap(model)
+    wrapped.score(y)
     with pytest.raises(UserError, match=r"cannot be compiled: .* use --compile off"):
-        model.score(y)
-    model.inference = Inference(mode="auto", backend=counting)
-    model.inference.expect(2 * PAYS)
-    model.score(y)
+        wrapped.score(y)
+    inference = Inference(mode="auto", backend=counting)
+    inference.expect(2 * COMPILE_THRESHOLD_SECONDS)
+    wrapped = inference.wrap(model)
+    wrapped.score(y)
     with pytest.warns(UserWarning, match="not compiled, running eagerly"):
-        assert torch.equal(model.score(y), expected)
-    assert torch.equal(model.score(y), expected)  # and is not tried again
+        assert torch.equal(wrapped.score(y), expected)
+    assert torch.equal(wrapped.score(y), expected)  # and is not tried again
 
 
 @pytest.mark.slow
@@ -290,10 +295,10 @@ def test_the_real_compiler_gives_the_same_scores():
     model.requires_grad_(False)
     y, c = torch.rand(4, 1, 8, 8), torch.tensor([0, 2, 1, 1])
     expected = model.score(y), model.denoise(y, 0.1, c)
-    model.set_inference(compile="on")
+    wrapped = optimize(model, compile="on")
     for _ in range(3):
-        found = model.score(y), model.denoise(y, 0.1, c)
+        found = wrapped.score(y), wrapped.denoise(y, 0.1, c)
         for a, b in zip(found, expected, strict=True):
             # sums in another order: 1e-7 a sum, up to 1e-5 through 18 layers and back
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
-    assert model.inference.compiled
+    assert wrapped.inference.compiled
