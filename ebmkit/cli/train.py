@@ -85,7 +85,7 @@ def train(
 ) -> None:
     """Train one joint model, then evaluate it on the test images.
 
-    Without any option: GradResNet18 on scikit-learn's digits by ce+dsm, about a minute on two cores.
+    Without any option: GradResNet18 on scikit-learn's digits by ce+dsm, a minute on two cores.
     Later settings win: recipe < --config < named options < --set. Started by `torchrun -m ebmkit
     train ...`, all its processes train together.
     """
