@@ -9,6 +9,7 @@ An interrupted call is resumed by the same call. The smoke tables take far longe
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -44,14 +45,16 @@ def main(arguments: list[str] | None = None) -> int:
     names = [name for name in ENTRIES if chosen(name)]
     if not names:
         parser.error(f"no entry is named so; there are {', '.join(list(ENTRIES)[:3])}, ...")
+    key = hashlib.sha256(repr((fingerprint(), asked.only, asked.skip)).encode()).hexdigest()[:8]
+    work = path.with_suffix(f".{asked.action}-{key}")  # another call does not share it
     if asked.action == "record":
-        return record(path, names)
+        return record(path, names, work)
     recorded = json.loads(path.read_text())["entries"]
     lost = [name for name in recorded.keys() - ENTRIES.keys() if chosen(name)]
-    return check(path, recorded, [name for name in names if name in recorded], lost)
+    return check(path, work, [name for name in names if name in recorded], lost)
 
 
-def record(path: Path, names: list[str]) -> int:
+def record(path: Path, names: list[str], work: Path) -> int:
     """Compute what ``path`` does not hold yet and write it there, entry by entry."""
     document: dict[str, Any] = {"made": _made(), "entries": {}}
     if path.exists():
@@ -59,7 +62,6 @@ def record(path: Path, names: list[str]) -> int:
         if document["made"]["source"] != fingerprint():
             raise SystemExit(f"{path} was recorded at other source: delete it or name another file")
     entries = document["entries"]
-    work = path.with_suffix(".work")
     shop = Workshop(work)
     wanted = [name for name in names if "failed" in entries.get(name, {"failed": ""})]
     with Progress(auto_refresh=False) as progress:
@@ -79,11 +81,11 @@ def record(path: Path, names: list[str]) -> int:
     return int(bool(failed))
 
 
-def check(path: Path, recorded: dict[str, Any], names: list[str], lost: list[str]) -> int:
+def check(path: Path, work: Path, names: list[str], lost: list[str]) -> int:
     """Compute entries again and say which differ from those recorded."""
-    work = path.with_suffix(".compared")
     shop = Workshop(work)
-    made = json.loads(path.read_text())["made"]
+    document = json.loads(path.read_text())
+    made, recorded = document["made"], document["entries"]
     with Progress(auto_refresh=False) as progress:
         if made["machine"] != _made()["machine"]:
             _say(progress.console, f"recorded on another machine, {made['machine']}")

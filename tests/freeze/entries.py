@@ -71,7 +71,10 @@ def _resume(name: str) -> dict[str, Any]:
 
 
 def _trained(run: Path) -> dict[str, Any]:
-    """Losses and weights of a run, and what its model gives."""
+    """Losses and weights of a run, and what its model gives.
+
+    Those of the first steps are kept one by one: there a change of rounding is still small.
+    """
     import safetensors.numpy
 
     curves: dict[str, list[float]] = {}
@@ -81,6 +84,7 @@ def _trained(run: Path) -> dict[str, Any]:
             if isinstance(value, (int, float)) and key not in ("step", "images_per_s"):
                 curves.setdefault(f"{row['kind']}.{key}", []).append(value)
     return {
+        "first": {key: values[:3] for key, values in curves.items()},
         "last": {key: values[-1] for key, values in curves.items()},
         "curves": {key: np.array(values) for key, values in curves.items()},
         "weights": Weights(safetensors.numpy.load_file(run / "model.safetensors").values()),

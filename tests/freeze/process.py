@@ -48,19 +48,12 @@ class Workshop:
     """Computes entries, each once.
 
     Args:
-        folder: where results and the training runs that entries share are kept; what is there of
-            other source is deleted.
+        folder: where results and the training runs that entries share are kept.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        source = folder / "source"
-        if folder.exists() and not source.exists():
-            raise SystemExit(f"{folder} is in the way: it was not made by this command")
-        if not source.exists() or source.read_text() != fingerprint():
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            source.write_text(fingerprint())
+        folder.mkdir(parents=True, exist_ok=True)
         os.environ.update(FIXED)
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(IMPORTED)
