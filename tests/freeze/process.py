@@ -85,7 +85,7 @@ class Workshop:
 
 def _child(name: str, place: Path) -> None:
     from ebmkit_tests.freeze.entries import ENTRIES
-    from ebmkit_tests.freeze.numbers import summarize
+    from ebmkit_tests.freeze.summary import summarize
 
     for stream in (sys.stdout, sys.stderr):
         with open(place / stream.name.strip("<>"), "wb") as file:
