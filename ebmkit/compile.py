@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar, cast
@@ -83,7 +84,7 @@ class Inference:
 
     Args:
         precision: what the network computes in; results are float32.
-        mode: ``on`` compiles; ``auto`` compiles once `expect` was told of enough work.
+        mode: ``on`` compiles; ``auto`` compiles once `expect` got enough seconds.
         backend: what `torch.compile` compiles with.
 
     Attributes:
@@ -138,12 +139,12 @@ class Inference:
         self.compiling = self.compiled = False
 
 
-class HasParts:
+class HasParts(ABC):
     """A model that is made of others, each of which is wrapped by itself."""
 
+    @abstractmethod
     def with_parts(self, wrap: Callable[[Any], Any]) -> Any:
         """A copy of this model with ``wrap(part)`` in place of each part."""
-        raise NotImplementedError
 
 
 class WrappedModel(ScoreModel):

@@ -94,7 +94,7 @@ def reproduce(
                     console.say(f"written: {path}")
     except (Interrupted, KeyboardInterrupt) as stopped:
         signum = stopped.signal if isinstance(stopped, Interrupted) else stop.signal
-        console.say(f"interrupted; the same command goes on with {rows.out}")
+        console.say(f"interrupted; run the same command to resume {rows.out}")
         raise typer.Exit(exit_code(signum or signal.SIGINT)) from None
     if rows.stopped:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in rows.stopped.items())

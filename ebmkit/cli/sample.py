@@ -118,7 +118,7 @@ def sample(
 
     Writes samples.h5 (every sample and its energies; also a data set of kind hdf5), samples.png,
     path.png, path.gif and sampling.json (settings, traces, diagnostics). After Ctrl-C, or if it was
-    killed, the same command goes on where it was, to the same samples.
+    killed, the same command resumes where it was, to the same samples.
     """
     from ebmkit.compile import laid_out, make_inference
     from ebmkit.compute import pick_device
