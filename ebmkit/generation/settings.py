@@ -208,8 +208,8 @@ def cautions(
         if level < wide:
             found.append(
                 f"chains begin with noise of {format_sigma(level)} about {description}, within "
-                f"what the model was trained for (up to {format_sigma(card.sigma_range[1])}); images lie "
-                f"about {wide:.2g} from their mean, so this noise does not hide where they began, "
+                f"what the model was trained for (up to {format_sigma(card.sigma_range[1])}); images "
+                f"lie about {wide:.2g} from their mean, so this noise does not hide where they began, "
                 "and samples vary less than images do: start from seeds, or train to higher noise"
             )
     if entry.name == "sgld" and settings.start != BUFFER and settings.options["steps"] < 100:
