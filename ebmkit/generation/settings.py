@@ -208,9 +208,10 @@ def cautions(
         if level < wide:
             found.append(
                 f"chains begin with noise of {format_sigma(level)} about {description}, within "
-                f"what the model was trained for (up to {format_sigma(card.sigma_range[1])}); images "
-                f"lie about {wide:.2g} from their mean, so this noise does not hide where they began, "
-                "and samples vary less than images do: start from seeds, or train to higher noise"
+                "what the model was trained for (up to "
+                f"{format_sigma(card.sigma_range[1])}); images lie about {wide:.2g} from their "
+                "mean, so this noise does not hide where they began, and samples vary less than "
+                "images do: start from seeds, or train to higher noise"
             )
     if entry.name == "sgld" and settings.start != BUFFER and settings.options["steps"] < 100:
         found.append(
