@@ -317,12 +317,6 @@ def _check_used(config: TrainConfig, given: Mapping[str, Any]) -> None:
                 f"optimizer.{name} = {shown(getattr(config.optimizer, name))} does nothing here: "
                 f"leave it out, or set optimizer.{needed}"
             )
-    warm, steps = config.optimizer.warmup_steps, config.steps
-    if warm >= steps and ("warmup_steps" in own or "steps" in given):
-        raise UserError(
-            f"optimizer.warmup_steps = {warm} does not end before the run does: set it below "
-            f"{steps}, the steps, or to 0"
-        )
 
 
 def _dataset_name(raw: Mapping[str, Any]) -> str:
