@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from ebmkit_tests.freeze.entries import ENTRIES
-from ebmkit_tests.freeze.numbers import compare
 from ebmkit_tests.freeze.process import ROOT, Workshop, fingerprint
+from ebmkit_tests.freeze.summary import compare
 from rich.console import Console
 from rich.progress import Progress
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from ebmkit_tests.freeze import commands as c
-from ebmkit_tests.freeze.numbers import Weights
+from ebmkit_tests.freeze.summary import Weights
 
 
 class Entry(NamedTuple):

@@ -76,7 +76,9 @@ class Workshop:
             if process.exitcode:
                 lines = (place / "stderr").read_text(errors="replace").split("\n")
                 last = [line.strip() for line in lines if line.strip()] or ["no message"]
-                result.write_text(json.dumps({"failed": last[-1]}))
+                killed = process.exitcode < 0
+                said = f"killed by signal {-process.exitcode}" if killed else last[-1]
+                result.write_text(json.dumps({"failed": said}))
         found = json.loads(result.read_text())
         if "failed" in found:
             result.unlink()  # the next call tries again
@@ -85,7 +87,7 @@ class Workshop:
 
 def _child(name: str, place: Path) -> None:
     from ebmkit_tests.freeze.entries import ENTRIES
-    from ebmkit_tests.freeze.numbers import summarize
+    from ebmkit_tests.freeze.summary import summarize
 
     for stream in (sys.stdout, sys.stderr):
         with open(place / stream.name.strip("<>"), "wb") as file:

@@ -7,7 +7,7 @@ import pytest
 from ebmkit_tests.freeze import process
 from ebmkit_tests.freeze.__main__ import main
 from ebmkit_tests.freeze.entries import ENTRIES, Entry
-from ebmkit_tests.freeze.numbers import Weights, compare, summarize
+from ebmkit_tests.freeze.summary import Weights, compare, summarize
 
 ENTRY = "sample/langevin/mixture"
 
