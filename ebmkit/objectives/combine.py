@@ -316,6 +316,7 @@ class TrainingLoss(nn.Module):
         targets = [LogDensity(c) for c in labels if c is not None]
         marginal: list[Tensor] = []
         products: list[Tensor] = []
+        scores: list[Tensor] = []
         energies = None
         if vectors:
             energies, score, products = hessian_products(
@@ -329,7 +330,7 @@ class TrainingLoss(nn.Module):
                 self._forward, y, sigma, *targets, use_autograd=self.use_autograd
             )
             marginal = marginal or scores[-1:]
-            conditional = iter(scores)
+        conditional = iter(scores)
         return energies, [marginal[0] if c is None else next(conditional) for c in labels], products
 
     def _energies(self, y: Tensor, sigma: Tensor) -> Energies | None:
