@@ -76,9 +76,9 @@ def main() -> None:
         for c in range(images.num_classes):
             show_image(axes[row, c + 1], ends[c * EACH], "", images.class_names[c])
     save_figure(figure, options.out.with_suffix(".png"))
-    about = {"each": EACH, "steps": STEPS, "step": STEP, "seed": options.seed}
+    description = {"each": EACH, "steps": STEPS, "step": STEP, "seed": options.seed}
     kept = {k: environment()[k] for k in ("torch", "cores", "gpu", "git_commit")}
-    document = {"rows": found, **about, "dataset": images.name, "environment": kept}
+    document = {"rows": found, **description, "dataset": images.name, "environment": kept}
     write_atomically(options.out.with_suffix(".json"), json.dumps(document, indent=1).encode())
     for name, own in found.items():
         print(f"{name:24}", *(f"{who} {100 * one['value']:.0f} %" for who, one in own.items()))

@@ -78,7 +78,7 @@ def scale(name: str, under: str) -> Scale:
     tasks = {task: merge(base.by_task.get(task, {}), layer) for task, layer in own.items()}
     return replace(
         base,
-        about=f"benchmarks/guidance.py {name}",
+        description=f"benchmarks/guidance.py {name}",
         layer={**base.layer, "guidance": merge(base.layer["guidance"], own["base"])},
         by_task={**base.by_task, **tasks},
         threads=None,
@@ -119,7 +119,7 @@ def main() -> None:
         signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         signal.alarm(options.seconds)
     options.out.mkdir(parents=True, exist_ok=True)
-    under = "smoke" if options.rehearse or options.setting == "digits" else "cpu"
+    under = "smoke" if options.trace_step or options.setting == "digits" else "cpu"
     rows = Rows(
         options.out,
         scale(options.setting, under),

@@ -180,8 +180,8 @@ def main() -> None:
                 model = train(example, row, seed, options.steps)
                 seconds = time.process_time() - begun
                 torch.save(model.state_dict(), stem.with_suffix(".pt"))
-                about = {"seed": seed, "cpu_seconds": seconds, "git_commit": commit}
-                rows.append({**about, **measure(example, row, model)})
+                description = {"seed": seed, "cpu_seconds": seconds, "git_commit": commit}
+                rows.append({**description, **measure(example, row, model)})
                 write_atomically(stem.with_suffix(".json"), json.dumps(rows[-1]).encode())
             console.print(rows[-1]["errors"])
             if seed == options.seeds[0]:
@@ -193,8 +193,8 @@ def main() -> None:
                     drawn["truth under the law, blind"] = (exact, example.SIGMA)
                 shown = right if row.temperature == 1 else plain
                 drawn[name.replace(", ", ",\n")] = (shown, example.SIGMA)
-        about = {"objective": row.objective, "told": row.told, "remedy": row.remedy}
-        found[name] = {**about, "runs": rows}
+        description = {"objective": row.objective, "told": row.told, "remedy": row.remedy}
+        found[name] = {**description, "runs": rows}
     document = {
         "what": f"{options.steps} steps of {BATCH} points, perceptron of 64 features",
         "sigma": example.SIGMA,

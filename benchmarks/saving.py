@@ -100,10 +100,10 @@ def main() -> None:
         )
     if asked.out:
         told = ("ebmkit", "python", "torch", "platform", "threads", "cores", "git_commit")
-        about = {k: v for k, v in environment().items() if k in told}
+        description = {k: v for k, v in environment().items() if k in told}
         document = {
             "command": " ".join(["python benchmarks/saving.py", *sys.argv[1:]]),
-            "environment": about
+            "environment": description
             | {"processor": processor(), "disk_mb_per_second": rate, "load": os.getloadavg()},
             "seed": 0,
             "rounds": asked.rounds,
@@ -240,8 +240,8 @@ def disk_rate(path: Path, megabytes: int = 256) -> float:
 
 def processor() -> str:
     """Its name."""
-    about = Path("/proc/cpuinfo")
-    lines = about.read_text().splitlines() if about.is_file() else []
+    description = Path("/proc/cpuinfo")
+    lines = description.read_text().splitlines() if description.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
 

@@ -105,8 +105,12 @@ def main() -> None:
         table.add_row(name, f"{rate:.1f}", f"{rate * options.batch:,.0f}", spread)
     Console().print(table)
     if options.out is not None:
-        about = {"backbone": options.backbone, "batch": options.batch, "device": describe(device)}
-        document = {**about, "rows": rows, "environment": environment()}
+        description = {
+            "backbone": options.backbone,
+            "batch": options.batch,
+            "device": describe(device),
+        }
+        document = {**description, "rows": rows, "environment": environment()}
         write_atomically(options.out, (json.dumps(document, indent=1) + "\n").encode())
 
 

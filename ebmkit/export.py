@@ -113,10 +113,10 @@ def export(
     size = _image_shape(model, image_size, channels)
     frozen = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
     task = _task(frozen, what, size, batch)
-    about = {"what": what, "card": model.card.model_dump(mode="json") if model.card else None}
+    description = {"what": what, "card": model.card.model_dump(mode="json") if model.card else None}
     to_bytes, run = (to_pt2, run_pt2) if path.suffix == ".pt2" else (to_onnx, run_onnx)
     try:
-        content = to_bytes(task, json.dumps(about))
+        content = to_bytes(task, json.dumps(description))
     except RuntimeError as error:  # a UserError is none
         cause: BaseException = error
         while cause.__cause__ is not None:

@@ -95,14 +95,14 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def to_pt2(task: Task, about: str) -> bytes:
+def to_pt2(task: Task, description: str) -> bytes:
     """The task as the bytes of a ``.pt2`` file."""
     graph, arguments, shapes = _trace(task)
     file = io.BytesIO()
     with _quiet():
         program = torch.export.export(graph, arguments, dynamic_shapes=shapes, strict=False)
         program.example_inputs = None  # a file has no use for the tensors that it was traced at
-        torch.export.save(program, file, extra_files={"ebmkit.json": about})
+        torch.export.save(program, file, extra_files={"ebmkit.json": description})
     return file.getvalue()
 
 
@@ -112,7 +112,7 @@ def run_pt2(content: bytes, task: Task, arguments: Sequence[Tensor]) -> tuple[Te
     return outputs
 
 
-def to_onnx(task: Task, about: str) -> bytes:
+def to_onnx(task: Task, description: str) -> bytes:
     """The task as the bytes of an ``.onnx`` file."""
     backward = torch.ops.aten.convolution_backward.default
     graph, arguments, shapes = _trace(task, {backward: _convolution_backward})
@@ -127,7 +127,7 @@ def to_onnx(task: Task, about: str) -> bytes:
             verbose=False,
         )
     assert program is not None
-    program.model.metadata_props["ebmkit"] = about
+    program.model.metadata_props["ebmkit"] = description
     content: bytes = program.model_proto.SerializeToString()
     return content
 

@@ -32,8 +32,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ebmkit.errors import UserError
 
 __all__ = [
+    "DistributedContext",
     "LostOthers",
-    "World",
     "announced",
     "device_of_rank",
     "join",
@@ -55,7 +55,7 @@ class LostOthers(UserError):
 
 
 @dataclass(frozen=True)
-class World:
+class DistributedContext:
     """The processes of one run, seen from one of them.
 
     Attributes:
@@ -80,7 +80,7 @@ class World:
             values /= self.size
         return values
 
-    def from_first(self, thing: T) -> T:
+    def broadcast(self, thing: T) -> T:
         """What the first process passed here, on all of them (tensors on the CPU)."""
         if self.size == 1:
             return thing
@@ -123,7 +123,7 @@ def announced() -> bool:
 
 
 @contextmanager
-def join() -> Iterator[World]:
+def join() -> Iterator[DistributedContext]:
     """The group that ``torchrun`` announced, for as long as the context lasts; else one process.
 
     Tensors travel by NCCL between GPUs and by gloo between CPUs.
@@ -133,12 +133,12 @@ def join() -> Iterator[World]:
             reached.
     """
     if not announced():
-        yield World()
+        yield DistributedContext()
         return
     rank, size = _number("RANK"), _number("WORLD_SIZE")
     if not 0 <= rank < size:
         raise UserError(f"RANK {rank} must be at least 0 and below WORLD_SIZE {size}")
-    world = World(rank, size, _number("LOCAL_RANK", rank))
+    world = DistributedContext(rank, size, _number("LOCAL_RANK", rank))
     if size == 1:
         yield world
         return
@@ -219,7 +219,7 @@ def _lost(error: RuntimeError) -> bool:
     return is_distributed or any(word in str(error).lower() for word in words)
 
 
-def _unreachable(world: World, error: Exception) -> UserError:
+def _unreachable(world: DistributedContext, error: Exception) -> UserError:
     port = os.environ["MASTER_PORT"]
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if "in use" in str(error).lower() or "eaddrinuse" in str(error).lower():

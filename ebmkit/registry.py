@@ -24,7 +24,7 @@ class Preset(Generic[C]):
     """A named configuration: ``config`` and one line of text ``about`` it."""
 
     config: C
-    about: str
+    description: str
 
 
 def find(kind: str, table: dict[str, T], name: str) -> T:

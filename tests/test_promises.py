@@ -1,10 +1,10 @@
-"""The page of promises names tests that exist, and figures no host."""
+"""The page on reliability and security names tests that exist, and figures no host."""
 
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "promises.md"
+PAGE = ROOT / "docs" / "reliability.md"
 
 
 def test_every_test_that_is_named_exists():

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ebmkit.data import AnyImages
     from ebmkit.energy import ScoreModel
     from ebmkit.evaluation import Images
-    from ebmkit.parallel import World
+    from ebmkit.parallel import DistributedContext
     from ebmkit.training import DataConfig
     from ebmkit.training.assemble import Split
 
@@ -116,7 +116,7 @@ def _where(
 
 
 def _images(
-    where: DataConfig, split: Split, world: World, limit: int | None, download: bool
+    where: DataConfig, split: Split, world: DistributedContext, limit: int | None, download: bool
 ) -> AnyImages:
     """One split of the data set ``where``, without images that are left out.
 
@@ -127,10 +127,10 @@ def _images(
     from ebmkit.training.assemble import images_of
 
     if not world.first:
-        world.from_first(None)  # where data must be fetched, one does it
+        world.broadcast(None)  # where data must be fetched, one does it
     images = images_of(where, split, console.is_terminal and world.first, download)
     if world.first:
-        world.from_first(None)
+        world.broadcast(None)
     if isinstance(images, StreamedSet) and images.skip:  # as training images of any size
         images = images.first(limit or len(images)).readable()
     return images
@@ -146,19 +146,19 @@ def evaluate_run(
     weights: str = "last",
     precision: str = "auto",
     compile: str = "auto",
-    world: World | None = None,
+    world: DistributedContext | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     data_dir: Path | None = None,
 ) -> None:
     """Run suites, print their tables and say where the files are; the first process does."""
     from ebmkit.evaluation import evaluate as run_suites
     from ebmkit.evaluation import evaluation_folder, parse_options, parse_suites, tables
-    from ebmkit.parallel import World
+    from ebmkit.parallel import DistributedContext
 
-    world = world or World()
+    world = world or DistributedContext()
     names = parse_suites(suites, model, images)
     own = parse_options(options or {}, names)
-    folder = world.from_first(
+    folder = world.broadcast(
         evaluation_folder(run, model, images, limit, weights, own) if world.first else run
     )
     results = run_suites(

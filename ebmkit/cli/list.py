@@ -31,25 +31,25 @@ def tables() -> dict[str, dict[str, str]]:
     from ebmkit.training import RECIPES
 
     return {
-        "backbones": {name: preset.about for name, preset in BACKBONES.items()},
-        "denoisers": {name: preset.about for name, preset in DENOISERS.items()},
-        "heads": {name: preset.about for name, preset in HEADS.items()},
-        "objectives": {name: objective.about for name, objective in OBJECTIVES.items()}
+        "backbones": {name: preset.description for name, preset in BACKBONES.items()},
+        "denoisers": {name: preset.description for name, preset in DENOISERS.items()},
+        "heads": {name: preset.description for name, preset in HEADS.items()},
+        "objectives": {name: objective.description for name, objective in OBJECTIVES.items()}
         | {name: f"short for {'+'.join(parts)}" for name, parts in ALIASES.items()},
-        "datasets": {name: dataset.about for name, dataset in DATASETS.items()},
-        "recipes": {name: recipe.about for name, recipe in RECIPES.items()},
-        "suites": {name: suite.about for name, suite in SUITES.items()},
-        "samplers": {name: sampler.about for name, sampler in SAMPLERS.items()},
-        "tasks": {name: task.about for name, task in TASKS.items()},
+        "datasets": {name: dataset.description for name, dataset in DATASETS.items()},
+        "recipes": {name: recipe.description for name, recipe in RECIPES.items()},
+        "suites": {name: suite.description for name, suite in SUITES.items()},
+        "samplers": {name: sampler.description for name, sampler in SAMPLERS.items()},
+        "tasks": {name: task.description for name, task in TASKS.items()},
         "checkpoints": dict(KINDS),
-        "guidance": {name: guide.about for name, guide in GUIDES.items()}
-        | {f"--schedule {kind.form}": kind.about for kind in GUIDANCE_SCHEDULES.values()},
+        "guidance": {name: guide.description for name, guide in GUIDES.items()}
+        | {f"--schedule {kind.form}": kind.description for kind in GUIDANCE_SCHEDULES.values()},
     }
 
 
 def list_(kind: Annotated[Kind, typer.Argument(help=", ".join(get_args(Kind)))]) -> None:
     """List the parts that options can name."""
     table = Table(kind.removesuffix("s"), "about")
-    for name, about in tables()[kind].items():
-        table.add_row(name, about)
+    for name, description in tables()[kind].items():
+        table.add_row(name, description)
     console.print(table)

@@ -20,7 +20,7 @@ from ebmkit.errors import UserError
 
 if TYPE_CHECKING:
     from ebmkit.data import AnyImages
-    from ebmkit.parallel import World
+    from ebmkit.parallel import DistributedContext
     from ebmkit.training import Reporter, RunFolder, TrainConfig, Trainer
 
 __all__ = ["cost", "train"]
@@ -130,7 +130,7 @@ def train(
             run = RunFolder.create(out or _fresh_folder(resolved), resolved)
             stack.enter_context(run.held())
             trainer.run = run
-        path = world.from_first(run.path if run else Path())
+        path = world.broadcast(run.path if run else Path())
         _fit(trainer, path, tensorboard)
         if test is not None:
             try:
@@ -165,7 +165,7 @@ _same_options(without=("out", "resume", "evaluate", "tensorboard", "dry_run"))
 
 
 def _resolved(
-    world: World,
+    world: DistributedContext,
     layers: list[dict[str, Any]],
     recipe: str | None,
     out: Path | None,
@@ -189,7 +189,7 @@ def _resolved(
         if resume is not None:
             RunFolder.open(resume).check_same(resolved)
         found = resolved.model_dump(mode="json"), resume
-    config, resume = world.from_first(found)
+    config, resume = world.broadcast(found)
     return resolve(config), resume
 
 
@@ -316,7 +316,7 @@ def _mend(trainer: Trainer, run: RunFolder) -> None:
         trainer.save()
 
 
-def _predict(config: TrainConfig, world: World) -> None:
+def _predict(config: TrainConfig, world: DistributedContext) -> None:
     """Tell what the run would cost: counted, and timed over a few steps; nothing is written."""
     from ebmkit.training.assemble import assemble
     from ebmkit.training.cost import format_seconds

@@ -36,7 +36,7 @@ class DatasetEntry:
     """A named data set: its loader and one line of text ``about`` it."""
 
     load: Callable[[Request], AnyImages]
-    about: str
+    description: str
 
 
 def _digits(request: Request) -> ImageSet:

@@ -1,8 +1,8 @@
 """Evaluation: suites of measures with confidence intervals, as JSON, tables and pictures."""
 
+from ebmkit.evaluation.context import NOISE_LEVELS, SIGMAS, EvaluationContext, Suite
 from ebmkit.evaluation.data import Images
 from ebmkit.evaluation.folders import evaluation_folder
-from ebmkit.evaluation.setting import NOISE_LEVELS, SIGMAS, Setting, Suite
 from ebmkit.evaluation.statistics import Estimate
 from ebmkit.evaluation.suites import (
     SUITES,
@@ -18,9 +18,9 @@ __all__ = [
     "SIGMAS",
     "SUITES",
     "Estimate",
+    "EvaluationContext",
     "Images",
     "Result",
-    "Setting",
     "Suite",
     "evaluate",
     "evaluation_folder",

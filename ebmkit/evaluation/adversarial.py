@@ -43,9 +43,9 @@ from ebmkit.compile import in_float32
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation import statistics
+from ebmkit.evaluation.context import EvaluationContext, Suite, check_classifies
 from ebmkit.evaluation.data import Batch, Images, noisy_batches
-from ebmkit.evaluation.few import class_name, first_columns, noise_warnings
-from ebmkit.evaluation.setting import Setting, Suite, check_classifies
+from ebmkit.evaluation.subset import class_name, first_columns, noise_warnings
 from ebmkit.evaluation.tables import new_table, number
 from ebmkit.metrics import predict
 from ebmkit.units import Sigma, in_255ths
@@ -107,7 +107,7 @@ def check(model: ScoreModel, images: Images) -> None:
         raise UserError("a model of one class has no adversarial gradients: they are all 0")
 
 
-def run(setting: Setting) -> dict[str, Any]:
+def run(setting: EvaluationContext) -> dict[str, Any]:
     """Measure; see the module's text for what is returned."""
     config, model = setting.option(AdversarialConfig), _model(setting)
     used = min(config.images, len(setting.images))
@@ -130,7 +130,7 @@ def run(setting: Setting) -> dict[str, Any]:
     }
 
 
-def _model(setting: Setting) -> EnergyModel:
+def _model(setting: EvaluationContext) -> EnergyModel:
     model = setting.exact_model
     assert isinstance(model, EnergyModel)
     if setting.option(AdversarialConfig).precision == "double":
@@ -138,7 +138,7 @@ def _model(setting: Setting) -> EnergyModel:
     return model
 
 
-def _levels(setting: Setting) -> list[float]:
+def _levels(setting: EvaluationContext) -> list[float]:
     """Those asked for, ascending; the clean image first, if the model needs no sigma."""
     levels = sorted(set(setting.option(AdversarialConfig).sigmas))
     return levels if setting.model.noise_conditional else [0.0, *levels]
@@ -201,7 +201,7 @@ def _level(sigma: float, config: AdversarialConfig, columns: dict[str, Tensor]) 
     return {"sigma": sigma, "identity_error": None, "rounding": None, **means, "steps": steps}
 
 
-def draw(setting: Setting, document: dict[str, Any], folder: Path) -> None:
+def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``adversarial.png``, gradients at some noise levels, and ``adversarial-norms.png``."""
     from ebmkit.pictures import adversarial as pictures
     from ebmkit.pictures.common import images_of
@@ -236,8 +236,8 @@ def draw(setting: Setting, document: dict[str, Any], folder: Path) -> None:
     assert clean is not None
     labels = few.labels
     titles = [] if labels is None else [class_name(setting.images, int(c)) for c in labels]
-    about = images_of(document, len(few))
-    pictures.adversarial_grid(clean, titles, panels, folder / "adversarial.png", about)
+    description = images_of(document, len(few))
+    pictures.adversarial_grid(clean, titles, panels, folder / "adversarial.png", description)
     pictures.adversarial_norms(document, folder / "adversarial-norms.png")
 
 
@@ -263,7 +263,7 @@ def table(document: dict[str, Any]) -> Table:
 
 
 ADVERSARIAL = Suite(
-    about="adversarial gradients as differences of denoisers (eq. 9), their size against noise",
+    description="adversarial gradients as differences of denoisers (eq. 9), size against noise",
     check=check,
     passes=lambda setting: len(_levels(setting)),
     run=run,

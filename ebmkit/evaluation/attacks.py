@@ -34,9 +34,9 @@ import torch
 from torch import Tensor
 
 from ebmkit.errors import UserError
-from ebmkit.evaluation.defences import Defended, frozen, image_numbers, labels_given
+from ebmkit.evaluation.defences import DefendedClassifier, frozen, image_numbers, labels_given
 
-__all__ = ["NORMS", "Attack", "Norm", "rounds", "smallest_strengths"]
+__all__ = ["NORMS", "Attack", "Norm", "minimal_epsilons", "rounds"]
 
 Norm = Literal["linf", "l2"]
 
@@ -69,7 +69,7 @@ class Attack:
 
     def breaks(
         self,
-        target: Defended,
+        target: DefendedClassifier,
         x: Tensor,
         labels: Tensor,
         epsilon: float,
@@ -83,7 +83,7 @@ class Attack:
             x: images (B, C, H, W) in [0, 1].
             labels: the true ones (B,).
             epsilon: strength, image units.
-            noise: on which images are judged, as `Defended.judged` takes it for each image.
+            noise: of the evaluation of each image, as `DefendedClassifier.judged` takes it.
             seed: of random starts and of the attacker's draws, any text.
 
         Raises:
@@ -102,7 +102,7 @@ class Attack:
         return broken
 
     def perturbed(
-        self, target: Defended, x: Tensor, labels: Tensor, epsilon: float, seed: str = ""
+        self, target: DefendedClassifier, x: Tensor, labels: Tensor, epsilon: float, seed: str = ""
     ) -> Tensor:
         """The images (B, C, H, W) that one start of the attack ends with, in [0, 1]."""
         with warnings.catch_warnings():
@@ -145,9 +145,9 @@ class Attack:
         return attack
 
 
-def smallest_strengths(
+def minimal_epsilons(
     attack: Attack,
-    target: Defended,
+    target: DefendedClassifier,
     x: Tensor,
     labels: Tensor,
     epsilons: Sequence[float],
@@ -167,7 +167,7 @@ def smallest_strengths(
         x: images (B, C, H, W) in [0, 1].
         labels: the true ones (B,).
         epsilons: strengths above 0, image units.
-        noise: on which images are judged, as `Defended.judged` takes it for each image.
+        noise: of the evaluation of each image, as `DefendedClassifier.judged` takes it.
         seed: any text.
         done: called after each of the `rounds` of bisection.
 
@@ -191,7 +191,7 @@ def smallest_strengths(
 
 
 def rounds(count: int) -> int:
-    """How many attacks on an image `smallest_strengths` makes at most, of ``count`` strengths."""
+    """How many attacks on an image `minimal_epsilons` makes at most, of ``count`` strengths."""
     return math.ceil(math.log2(count + 1))
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ebmkit.errors import UserError
 from ebmkit.evaluation.attacks import Norm
-from ebmkit.evaluation.defences import Defended, frozen, labels_given
+from ebmkit.evaluation.defences import DefendedClassifier, frozen, labels_given
 
 __all__ = ["breaks", "check_installed"]
 
@@ -42,7 +42,7 @@ def check_installed() -> None:
 
 
 def breaks(
-    target: Defended,
+    target: DefendedClassifier,
     norm: Norm,
     x: Tensor,
     labels: Tensor,
@@ -61,7 +61,7 @@ def breaks(
         x: images (B, C, H, W) in [0, 1].
         labels: the true ones (B,).
         epsilon: strength, image units.
-        noise: on which images are judged, as `Defended.judged` takes it for each image.
+        noise: on which images are judged, as `DefendedClassifier.judged` takes it for each image.
         seed: of the attack.
 
     Raises:
@@ -81,7 +81,7 @@ def breaks(
     return broken
 
 
-def _adversary(target: Defended, norm: Norm, epsilon: float, x: Tensor, seed: int) -> Any:
+def _adversary(target: DefendedClassifier, norm: Norm, epsilon: float, x: Tensor, seed: int) -> Any:
     """AutoAttack: its standard version or, where noise is added, that for randomised defences.
 
     Its margin losses need three classes, four where they are targeted, and Square in l2 needs

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ebmkit.evaluation import statistics
-from ebmkit.evaluation.setting import Predictions, Setting, Suite, check_classifies
+from ebmkit.evaluation.context import EvaluationContext, Predictions, Suite, check_classifies
 from ebmkit.evaluation.statistics import Estimate
 from ebmkit.evaluation.tables import interval, new_table, number
 from ebmkit.units import in_255ths
@@ -84,7 +84,7 @@ def reliability(confidence: Tensor, right: Tensor, bins: int = BINS) -> list[dic
     return rows
 
 
-def run(setting: Setting) -> dict[str, Any]:
+def run(setting: EvaluationContext) -> dict[str, Any]:
     """Measure; see the module's text for what is returned."""
     levels = [_level(setting.predictions(s), s, setting.seed) for s in (0.0, NOISY)]
     document: dict[str, Any] = {"sigmas": [0.0, NOISY], "levels": levels}
@@ -95,7 +95,7 @@ def run(setting: Setting) -> dict[str, Any]:
     return document
 
 
-def draw(setting: Setting, document: dict[str, Any], folder: Path) -> None:
+def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``reliability.png``."""
     from ebmkit import pictures
 
@@ -132,7 +132,7 @@ def _bin_of(confidence: Tensor, bins: int) -> NDArray[np.intp]:
 
 
 CALIBRATION = Suite(
-    about="calibration error, Brier score and likelihood, clean and at 25/255; reliability diagram",
+    description="calibration error, Brier score and likelihood, clean and at 25/255; a diagram",
     check=check_classifies,
     passes=lambda setting: 2,
     run=run,

@@ -40,8 +40,8 @@ from torch import Tensor
 from ebmkit.energy import EnergyModel, LogDensity, ScoreModel, tweedie
 from ebmkit.errors import UserError
 from ebmkit.evaluation import statistics
+from ebmkit.evaluation.context import EvaluationContext, Suite, check_classifies
 from ebmkit.evaluation.data import Images
-from ebmkit.evaluation.setting import Setting, Suite, check_classifies
 from ebmkit.evaluation.smoothing import (
     ABSTAIN,
     Certificates,
@@ -124,7 +124,7 @@ def labels_of(
     return {name: found[name] for name in which}
 
 
-def run(setting: Setting) -> dict[str, Any]:
+def run(setting: EvaluationContext) -> dict[str, Any]:
     """Measure; see the module's text for what is returned."""
     options, model, images = setting.option(CertifyConfig), setting.model, setting.images
     assert isinstance(model, EnergyModel)
@@ -170,7 +170,7 @@ def _numbers(images: Images, options: CertifyConfig) -> list[int]:
     return [number * len(images) // count for number in range(count)]
 
 
-def _pick(setting: Setting, numbers: list[int]) -> dict[int, Tensor]:
+def _pick(setting: EvaluationContext, numbers: list[int]) -> dict[int, Tensor]:
     """The images (C, H, W) with these ``numbers``, by number, on the device of the model."""
     found: dict[int, Tensor] = {}
     wanted, start = set(numbers), 0
@@ -183,13 +183,13 @@ def _pick(setting: Setting, numbers: list[int]) -> dict[int, Tensor]:
     return {number: found[number] for number in numbers}
 
 
-def _in_order(setting: Setting, own: list[T]) -> list[T]:
+def _in_order(setting: EvaluationContext, own: list[T]) -> list[T]:
     """One thing for each image, of all processes, in the order of the images."""
     everyone = setting.world.gather(own)
     return [part[k] for k in range(len(everyone[0])) for part in everyone if k < len(part)]
 
 
-def _watch(setting: Setting) -> Callable[[int], None]:
+def _watch(setting: EvaluationContext) -> Callable[[int], None]:
     """What moves the progress bar by so many votes, and foresees the time that is left."""
     before = 0.0
 
@@ -206,7 +206,9 @@ def _watch(setting: Setting) -> Callable[[int], None]:
     return advance
 
 
-def _unsmoothed(setting: Setting, model: EnergyModel, images: list[Tensor]) -> list[Tensor]:
+def _unsmoothed(
+    setting: EvaluationContext, model: EnergyModel, images: list[Tensor]
+) -> list[Tensor]:
     """The label of each image, without noise."""
     found: list[Tensor] = []
     for start in range(0, len(images), setting.batch_size):
@@ -216,7 +218,7 @@ def _unsmoothed(setting: Setting, model: EnergyModel, images: list[Tensor]) -> l
 
 
 def _certify(
-    setting: Setting,
+    setting: EvaluationContext,
     options: CertifyConfig,
     sigma: float,
     index: int,
@@ -262,7 +264,7 @@ def _counted(found: Certificates, truth: Tensor) -> Tensor:
     return found.right_radius(truth).clamp(min=0)
 
 
-def draw(setting: Setting, document: dict[str, Any], folder: Path) -> None:
+def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``certified-accuracy.png``."""
     from ebmkit.pictures.certify import certified_accuracy
 
@@ -292,7 +294,7 @@ def table(document: dict[str, Any]) -> Table:
     return result
 
 
-def _passes(setting: Setting) -> int:
+def _passes(setting: EvaluationContext) -> int:
     """Every vote counts as one image."""
     options = setting.option(CertifyConfig)
     votes = len(options.sigmas) * (options.selection + options.samples)
@@ -321,7 +323,7 @@ def _warnings(model: ScoreModel, options: CertifyConfig) -> list[str]:
 
 
 CERTIFY = Suite(
-    about="randomised smoothing: certified accuracy against l2 radius, direct and denoise first",
+    description="randomised smoothing: certified accuracy by l2 radius, direct and denoise first",
     check=check_classifies,
     passes=_passes,
     run=run,

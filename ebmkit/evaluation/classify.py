@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ebmkit.evaluation import statistics
-from ebmkit.evaluation.setting import Setting, Suite, check_classifies
+from ebmkit.evaluation.context import EvaluationContext, Suite, check_classifies
 from ebmkit.evaluation.tables import interval, new_table, number
 from ebmkit.terminal import shown_name
 from ebmkit.units import in_255ths
@@ -33,7 +33,7 @@ MAX_CONFUSION = 100
 MAX_DRAWN = 20
 
 
-def run(setting: Setting) -> dict[str, Any]:
+def run(setting: EvaluationContext) -> dict[str, Any]:
     """Measure; see the module's text for what is returned."""
     images, names = setting.images, setting.images.class_names
     clean = setting.predictions(0.0)
@@ -68,7 +68,7 @@ def run(setting: Setting) -> dict[str, Any]:
     }
 
 
-def draw(setting: Setting, document: dict[str, Any], folder: Path) -> None:
+def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``accuracy-against-noise.png`` and, for up to 20 classes, ``confusion.png``."""
     from ebmkit import pictures
 
@@ -116,7 +116,7 @@ def _confusion(
     return matrix
 
 
-def _warnings(setting: Setting) -> list[str]:
+def _warnings(setting: EvaluationContext) -> list[str]:
     card, names = setting.model.card, list(setting.images.class_names)
     if card is None or not card.class_names or not names or card.class_names == names:
         return []
@@ -128,7 +128,7 @@ def _warnings(setting: Setting) -> list[str]:
 
 
 CLASSIFY = Suite(
-    about="accuracy (all, per class, against noise), likelihood of the labels, confusion matrix",
+    description="accuracy (all, per class, against noise), likelihood, confusion matrix",
     check=check_classifies,
     passes=lambda setting: len(setting.noise_levels) + 1,
     run=run,

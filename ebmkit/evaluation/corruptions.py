@@ -64,7 +64,7 @@ class Corruption(NamedTuple):
         apply: an image (C, H, W) in [0, 1], a constant and a generator, to the corrupted image.
     """
 
-    about: str
+    description: str
     unit: str
     cifar: tuple[float, ...]
     imagenet: tuple[float, ...]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ebmkit.data.identity import fingerprint
-from ebmkit.parallel import World
+from ebmkit.parallel import DistributedContext
 
 __all__ = ["Batch", "Images", "fingerprint", "noise_generator", "noisy_batches"]
 
@@ -62,13 +62,13 @@ def noisy_batches(
     seed: int = 0,
     batch_size: int = 250,
     device: torch.device | str = "cpu",
-    world: World | None = None,
+    world: DistributedContext | None = None,
 ) -> Iterator[Batch]:
     """All ``images`` in order, noisy at level ``sigma``, on ``device``; at 0 the clean ones.
 
     Of several processes each gets every W-th batch; the noise of the others is drawn all the same.
     """
-    world = world or World()
+    world = world or DistributedContext()
     generator = noise_generator(seed, sigma)
     for number, (x, labels) in enumerate(images.batches(batch_size)):
         y = x

@@ -46,7 +46,7 @@ __all__ = [
     "DEFENCES",
     "Defence",
     "DefenceName",
-    "Defended",
+    "DefendedClassifier",
     "Refinement",
     "frozen",
     "image_noise",
@@ -105,7 +105,7 @@ class Defence:
         """How many images of noise one draw takes: a chain takes one in each step."""
         return max(1, self.steps)
 
-    def about(self, noise_conditional: bool) -> str:
+    def description(self, noise_conditional: bool) -> str:
         """What it does, in words, to a model that is told the noise level or is not."""
         level, chain = f"{in_255ths(self.sigma)}/255", self.refinement
         told = f"told {level}" if noise_conditional else "at its own estimate of the noise"
@@ -123,7 +123,7 @@ class Defence:
         return self.name in ("denoise", "denoise+noise")
 
 
-class Defended(nn.Module):
+class DefendedClassifier(nn.Module):
     """A defence as a plain classifier: images (B, C, H, W) in, log-probabilities (B, K) out.
 
     Called, it is what an attacker can differentiate: each call averages over ``draws`` new draws of
@@ -210,7 +210,7 @@ def image_noise(x: Tensor, draws: int, seed: str) -> Tensor:
     return torch.stack(noise).to(x)
 
 
-def labels_given(target: Defended, x: Tensor, noise: Tensor | None) -> Tensor:
+def labels_given(target: DefendedClassifier, x: Tensor, noise: Tensor | None) -> Tensor:
     """The label (B,) that images are given; -1, never right, where there is no finite one."""
     draws = 1 if noise is None else noise.shape[1] // target.defence.noises
     size = max(1, len(x) * target.draws // draws)  # as many rows at a time as in an attack

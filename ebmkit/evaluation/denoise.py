@@ -51,8 +51,8 @@ from ebmkit.energy import (
     tweedie,
 )
 from ebmkit.evaluation import statistics
+from ebmkit.evaluation.context import EvaluationContext, Suite
 from ebmkit.evaluation.data import Batch, Images, noisy_batches
-from ebmkit.evaluation.setting import Setting, Suite
 from ebmkit.evaluation.tables import interval, new_table, number
 from ebmkit.metrics import predict, psnr
 from ebmkit.units import format_sigma, in_255ths
@@ -163,7 +163,7 @@ def check(model: ScoreModel, images: Images) -> None:
     """Every model can denoise; one that never learnt to gets a warning in its results."""
 
 
-def run(setting: Setting) -> dict[str, Any]:
+def run(setting: EvaluationContext) -> dict[str, Any]:
     """Measure; see the module's text for what is returned."""
     denoisers: dict[str, dict[str, Any]] = {}
     sigmas: dict[str, Any] = {}
@@ -221,7 +221,9 @@ def knows_sigma(model: ScoreModel, denoiser: str) -> str:
     return "unused" if model.ignores_sigma else "true"
 
 
-def _measure(setting: Setting, sigma: float, batch: Batch) -> dict[tuple[str, str], Tensor]:
+def _measure(
+    setting: EvaluationContext, sigma: float, batch: Batch
+) -> dict[tuple[str, str], Tensor]:
     """By denoiser and measure, and by "" and what else is known of each image: (B,)."""
     x, y, labels = batch
     if setting.images.num_classes != setting.model.num_classes:
@@ -238,7 +240,7 @@ def _measure(setting: Setting, sigma: float, batch: Batch) -> dict[tuple[str, st
     return columns
 
 
-def draw(setting: Setting, document: dict[str, Any], folder: Path) -> None:
+def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``denoising.png``, the first images under each denoiser, and ``psnr.png``."""
     from ebmkit import pictures
 
@@ -294,7 +296,7 @@ def table(document: dict[str, Any]) -> Table:
     return result
 
 
-def _warnings(setting: Setting) -> list[str]:
+def _warnings(setting: EvaluationContext) -> list[str]:
     card = setting.model.card
     if card is None:
         return []
@@ -315,7 +317,7 @@ def _warnings(setting: Setting) -> list[str]:
 
 
 DENOISE = Suite(
-    about="PSNR and SSIM of the unconditional, conditional and blind denoisers",
+    description="PSNR and SSIM of the unconditional, conditional and blind denoisers",
     check=check,
     passes=lambda setting: len(setting.sigmas),
     run=run,

@@ -35,6 +35,7 @@ from ebmkit.compile import optimize
 from ebmkit.energy import EnergyModel, ScoreModel, classifies
 from ebmkit.errors import UserError
 from ebmkit.evaluation import statistics
+from ebmkit.evaluation.context import EvaluationContext, Suite, check_classifies
 from ebmkit.evaluation.data import Batch, Images, noisy_batches
 from ebmkit.evaluation.diffusion_views import VIEWS, DiffusionPathConfig, views_at
 from ebmkit.evaluation.energies import (
@@ -45,9 +46,8 @@ from ebmkit.evaluation.energies import (
     reading_of,
     spread,
 )
-from ebmkit.evaluation.few import check_one_size, columns_of
 from ebmkit.evaluation.generated import Generated, read_samples
-from ebmkit.evaluation.setting import Setting, Suite, check_classifies
+from ebmkit.evaluation.subset import check_one_size, columns_of
 from ebmkit.evaluation.tables import new_table, number
 from ebmkit.sampling.schedules import Schedule
 
@@ -72,7 +72,7 @@ def check(model: ScoreModel, images: Images) -> None:
     check_one_size("diffusion-path", images)
 
 
-def ready(setting: Setting) -> None:
+def ready(setting: EvaluationContext) -> None:
     """Whether the settings fit together, and further runs and samples are there.
 
     Raises:
@@ -83,7 +83,7 @@ def ready(setting: Setting) -> None:
     _samples(setting)
 
 
-def run(setting: Setting) -> dict[str, Any]:
+def run(setting: EvaluationContext) -> dict[str, Any]:
     """Measure; see the module's text for what is returned."""
     config, generated = setting.option(DiffusionPathConfig), _samples(setting)
     schedule, timesteps = config.make_schedule(), config.timesteps()
@@ -129,7 +129,8 @@ def run(setting: Setting) -> dict[str, Any]:
         "views": VIEWS,
         "models": documents,
         "files": generated
-        and generated.about | {"count": len(generated.images), "left_out": generated.left_out},
+        and generated.description
+        | {"count": len(generated.images), "left_out": generated.left_out},
         "warnings": _warnings(documents),
     }
 
@@ -170,7 +171,7 @@ def _row(columns: dict[Key, Tensor], name: str, view: str) -> dict[str, Any]:
 
 
 def _of_samples(
-    setting: Setting, models: dict[str, EnergyModel], generated: Generated | None
+    setting: EvaluationContext, models: dict[str, EnergyModel], generated: Generated | None
 ) -> dict[str, dict[str, Any]]:
     """Energies of samples, by model; none without a file."""
     if generated is None:
@@ -201,7 +202,7 @@ def _of_samples(
     return documents
 
 
-def _models(setting: Setting) -> dict[str, EnergyModel]:
+def _models(setting: EvaluationContext) -> dict[str, EnergyModel]:
     """The model evaluated and those beside it, by name.
 
     Raises:
@@ -237,7 +238,7 @@ def _models(setting: Setting) -> dict[str, EnergyModel]:
     return found
 
 
-def _samples(setting: Setting) -> Generated | None:
+def _samples(setting: EvaluationContext) -> Generated | None:
     path = setting.option(DiffusionPathConfig).samples
     if path is None:
         return None
@@ -265,7 +266,7 @@ def _warnings(documents: dict[str, dict[str, Any]]) -> list[str]:
     return found
 
 
-def draw(setting: Setting, document: dict[str, Any], folder: Path) -> None:
+def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``diffusion-path.png``, ``diffusion-energies.png`` and ``class-energies.png``."""
     from ebmkit.pictures import diffusion_path as pictures
 
@@ -310,10 +311,10 @@ def table(document: dict[str, Any]) -> Table:
                 own = number(found["samples"][measure]["value"], "{:.4g}")
                 result.add_row("  samples", own, *[""] * (len(rows) + 1))
         result.add_section()
-    about = [f"{SHORT[view]}: {words}" for view, words in document["views"].items()]
-    about.append("E: means, nats; along t of what is seen as x_t")
-    about.append(f"95 % intervals of accuracies: at most {100 * widest:.1f} points wide")
-    result.caption = "\n".join([*about, str(result.caption or "")]).strip()
+    description = [f"{SHORT[view]}: {words}" for view, words in document["views"].items()]
+    description.append("E: means, nats; along t of what is seen as x_t")
+    description.append(f"95 % intervals of accuracies: at most {100 * widest:.1f} points wide")
+    result.caption = "\n".join([*description, str(result.caption or "")]).strip()
     return result
 
 
@@ -323,13 +324,13 @@ def _spread_over(count: int, most: int) -> list[int]:
     return sorted({round(i * (count - 1) / max(1, few - 1)) for i in range(few)})
 
 
-def _passes(setting: Setting) -> int:
+def _passes(setting: EvaluationContext) -> int:
     config = setting.option(DiffusionPathConfig)
     return 1 + len(config.timesteps()) + (config.samples is not None)
 
 
 DIFFUSION_PATH = Suite(
-    about="accuracy and energies along a diffusion model's path: noise, darkness, by class",
+    description="accuracy and energies along a diffusion model's path: noise, darkness, by class",
     check=check,
     passes=_passes,
     run=run,

@@ -46,7 +46,7 @@ class Generated:
     images: Tensor
     labels: Tensor | None
     left_out: int
-    about: dict[str, Any]
+    description: dict[str, Any]
 
 
 def read_samples(path: Path, like: Images, setting: str = "generation.samples") -> Generated:
@@ -74,7 +74,7 @@ def read_samples(path: Path, like: Images, setting: str = "generation.samples") 
             f"{setting}: {str(path)!r} holds images of {_shape(contents.shape[1:])} and "
             f"{like.name!r} of {_shape(shape)}: compare with a data set of the same shape"
         )
-    images, finite, about = _read(path)
+    images, finite, description = _read(path)
     if finite.shape != (len(images),):
         raise UserError(f"{str(path)!r}: 'finite' must have one entry for each of {len(images)}")
     kept = torch.from_numpy(finite)
@@ -83,8 +83,8 @@ def read_samples(path: Path, like: Images, setting: str = "generation.samples") 
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
     labels = None if contents.labels is None else contents.labels[kept]
     digest = hashlib.sha256(images.tobytes()).hexdigest()[:8]
-    about = {"file": path.name, "fingerprint": digest} | about
-    return Generated(pixels[kept], labels, int((~kept).sum()), about)
+    description = {"file": path.name, "fingerprint": digest} | description
+    return Generated(pixels[kept], labels, int((~kept).sum()), description)
 
 
 def other_split(images: Images, data_dir: Path | None) -> Images | None:
@@ -119,16 +119,16 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
         if marks is not None:
             finite = read_array(marks, what).astype(bool)
         said = {name: read_attribute(file, name, what) for name in ATTRIBUTES}
-    about = {name: value for name, value in said.items() if value is not None}
-    if "source" not in about:
+    description = {name: value for name, value in said.items() if value is not None}
+    if "source" not in description:
         raise UserError(
             f"{str(path)!r} does not say where its samples come from: it must have the attribute "
             "'source', fresh or buffer, as `ebmkit sample RUN --out DIR` writes it"
         )
-    if isinstance(about.get("settings"), str):
+    if isinstance(description.get("settings"), str):
         with contextlib.suppress(ValueError):  # it stays text
-            about["settings"] = json.loads(about["settings"])
-    return images, finite, about
+            description["settings"] = json.loads(description["settings"])
+    return images, finite, description
 
 
 def _shape(shape: tuple[int, ...]) -> str:

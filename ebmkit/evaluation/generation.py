@@ -43,22 +43,22 @@ from torch import Tensor
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation import distances, statistics
+from ebmkit.evaluation.context import EvaluationContext, Suite
 from ebmkit.evaluation.data import Batch, Images
 from ebmkit.evaluation.features import Extractor, find_extractor, same_weights
-from ebmkit.evaluation.few import check_one_size, class_name, columns_of
 from ebmkit.evaluation.generated import Generated, other_split, read_samples
 from ebmkit.evaluation.generation_table import table
 from ebmkit.evaluation.guided import by_class, class_means
 from ebmkit.evaluation.guided_measures import (
     MOST_FEATURES,
     Columns,
-    Seen,
+    Features,
     columns_of_images,
     energy_gap,
     saturation,
 )
-from ebmkit.evaluation.setting import Setting, Suite
 from ebmkit.evaluation.statistics import Estimate
+from ebmkit.evaluation.subset import check_one_size, class_name, columns_of
 
 __all__ = ["GENERATION", "GenerationConfig", "draw", "run", "table"]
 
@@ -91,7 +91,7 @@ def check(model: ScoreModel, images: Images) -> None:
     check_one_size("generation", images)
 
 
-def ready(setting: Setting) -> None:
+def ready(setting: EvaluationContext) -> None:
     """Whether samples and extractor are there.
 
     Raises:
@@ -100,10 +100,10 @@ def ready(setting: Setting) -> None:
     _samples(setting)
     if setting.world.first:
         _extractor(setting)  # which may fetch weights: one does it
-    setting.world.from_first(None)
+    setting.world.broadcast(None)
 
 
-def run(setting: Setting) -> dict[str, Any]:
+def run(setting: EvaluationContext) -> dict[str, Any]:
     """Measure; see the module's text for what is returned.
 
     Raises:
@@ -123,7 +123,7 @@ def run(setting: Setting) -> dict[str, Any]:
     width = real["features"].shape[1]
     document: dict[str, Any] = {
         "sigmas": [],
-        "samples": generated.about
+        "samples": generated.description
         | {"count": len(generated.images), "left_out": generated.left_out},
         "extractor": {
             "kind": extractor.kind,
@@ -160,8 +160,8 @@ def _measures(samples: Columns, real: Columns, extractor: Extractor) -> dict[str
 
 
 def _floor(
-    setting: Setting, extractor: Extractor, count: int, real: Columns
-) -> tuple[tuple[Columns, Columns], str, Seen | None]:
+    setting: EvaluationContext, extractor: Extractor, count: int, real: Columns
+) -> tuple[tuple[Columns, Columns], str, Features | None]:
     """Columns of other real images and of what they are compared with, what they are, and the same
     with labels, if they are no part of the reference."""
     other = other_split(setting.images, setting.data_dir)
@@ -169,43 +169,43 @@ def _floor(
         few = other.first(count)
         columns = _columns(setting, few, extractor)
         labels = None if few.labels is None else few.labels.cpu()
-        return (columns, real), f"{few.split} images", Seen(columns, labels)
+        return (columns, real), f"{few.split} images", Features(columns, labels)
     setting.skip(len(setting.images))
     halves = [{name: column[k::2] for name, column in real.items()} for k in (0, 1)]
     return (halves[0], halves[1]), "half of the reference, against the other half", None
 
 
 def _pixels_and_energies(
-    setting: Setting, generated: Generated, samples: Columns, real: Columns
+    setting: EvaluationContext, generated: Generated, samples: Columns, real: Columns
 ) -> dict[str, Any]:
     """Saturation and energy gap, beside real images of the same labels where they are known."""
     labels, wanted = setting.images.labels, generated.labels
     if labels is None or wanted is None or not torch.isin(wanted, labels.cpu()).all():
         labels = wanted = None
-    known = Seen(real, None if labels is None else labels.cpu())
+    known = Features(real, None if labels is None else labels.cpu())
     return {
         "saturation": saturation(samples, known.among(wanted)),
-        "energy_gap": energy_gap(Seen(samples, wanted), known),
+        "energy_gap": energy_gap(Features(samples, wanted), known),
     }
 
 
 def _labels(
-    setting: Setting,
+    setting: EvaluationContext,
     extractor: Extractor,
     generated: Generated,
     samples: Columns,
     real: Columns,
-    others: Seen | None,
+    others: Features | None,
 ) -> dict[str, Any] | None:
     """How well samples show the labels that were asked for; None where nobody knows."""
     images, wanted = setting.images, generated.labels
     if wanted is None or images.labels is None or not _same_classes(setting, extractor):
         return None
     right = samples["logits"].argmax(dim=1) == wanted
-    known = Seen(real, images.labels.cpu())
+    known = Features(real, images.labels.cpu())
     if others is not None and others.labels is None:
         others = None
-    classes = by_class(Seen(samples, wanted), known, others, images.class_names, True)
+    classes = by_class(Features(samples, wanted), known, others, images.class_names, True)
     return {
         "accuracy": _share(right).document(),
         "means": class_means(classes),
@@ -213,14 +213,16 @@ def _labels(
     }
 
 
-def _accuracy(setting: Setting, extractor: Extractor, real: Columns) -> dict[str, Any] | None:
+def _accuracy(
+    setting: EvaluationContext, extractor: Extractor, real: Columns
+) -> dict[str, Any] | None:
     labels = setting.images.labels
     if labels is None or not _same_classes(setting, extractor):
         return None
     return _share(real["logits"].argmax(dim=1) == labels.cpu()).document()
 
 
-def _same_classes(setting: Setting, extractor: Extractor) -> bool:
+def _same_classes(setting: EvaluationContext, extractor: Extractor) -> bool:
     model = extractor.model
     return model is not None and model.num_classes == setting.images.num_classes
 
@@ -229,7 +231,7 @@ def _share(right: Tensor) -> Estimate:
     return statistics.proportion(int(right.sum()), len(right))
 
 
-def _columns(setting: Setting, images: Images, extractor: Extractor) -> Columns:
+def _columns(setting: EvaluationContext, images: Images, extractor: Extractor) -> Columns:
     model = setting.model if isinstance(setting.model, EnergyModel) else None
     known = setting.images.num_classes
 
@@ -240,7 +242,7 @@ def _columns(setting: Setting, images: Images, extractor: Extractor) -> Columns:
 
 
 def _warnings(
-    setting: Setting, extractor: Extractor, generated: Generated, document: dict[str, Any]
+    setting: EvaluationContext, extractor: Extractor, generated: Generated, document: dict[str, Any]
 ) -> list[str]:
     found, names = [], extractor.names
     least = min(len(generated.images), len(setting.images))
@@ -272,7 +274,7 @@ def _warnings(
     return found
 
 
-def draw(setting: Setting, document: dict[str, Any], folder: Path) -> None:
+def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``generation.png`` and, where labels were asked for, ``generation-classes.png``."""
     from ebmkit.pictures import generation as pictures
 
@@ -288,7 +290,7 @@ def draw(setting: Setting, document: dict[str, Any], folder: Path) -> None:
         pictures.by_class(document, folder / "generation-classes.png")
 
 
-def _samples(setting: Setting) -> Generated:
+def _samples(setting: EvaluationContext) -> Generated:
     path = setting.option(GenerationConfig).samples
     if path is None:
         raise UserError(
@@ -298,7 +300,7 @@ def _samples(setting: Setting) -> Generated:
     return read_samples(path, setting.images)
 
 
-def _extractor(setting: Setting) -> Extractor:
+def _extractor(setting: EvaluationContext) -> Extractor:
     config = setting.option(GenerationConfig)
     return find_extractor(config.extractor, config.weights, setting.device)
 
@@ -311,7 +313,7 @@ def _image_set(generated: Generated, like: Images) -> Images:
 
 
 GENERATION = Suite(
-    about="samples against real images: FID, KID, IS, precision, recall, or those of a classifier",
+    description="samples against real images: FID, KID, IS, precision, recall, or by a classifier",
     check=check,
     passes=lambda setting: 3,
     run=run,

@@ -39,7 +39,7 @@ from ebmkit.evaluation.energies import Reading
 from ebmkit.evaluation.features import Extractor
 from ebmkit.evaluation.guided_measures import (
     Columns,
-    Seen,
+    Features,
     columns_of_images,
     energy_gap,
     frechet,
@@ -116,13 +116,13 @@ def measure_guided(
 
     starts = range(0, len(pixels), batch_size)
     drawn = _gathered(see, [pixels[at : at + batch_size].float() / 255 for at in starts])
-    known = Seen(_gathered(see, [x for x, _ in real.batches(batch_size)]), _on_cpu(real.labels))
+    known = Features(_gathered(see, [x for x, _ in real.batches(batch_size)]), _on_cpu(real.labels))
     spare = None
     if others is not None:
-        spare = Seen(
+        spare = Features(
             _gathered(see, [x for x, _ in others.batches(batch_size)]), _on_cpu(others.labels)
         )
-    made, same = Seen(drawn, wanted), known.among(wanted)
+    made, same = Features(drawn, wanted), known.among(wanted)
     judged = extractor.model is not None and extractor.model.num_classes == real.num_classes
     classes = None
     if wanted is not None:
@@ -140,7 +140,7 @@ def measure_guided(
 
 
 def by_class(
-    samples: Seen, real: Seen, others: Seen | None, names: Sequence[str], judged: bool
+    samples: Features, real: Features, others: Features | None, names: Sequence[str], judged: bool
 ) -> list[dict[str, Any]]:
     """One entry per label that was asked for.
 
@@ -180,8 +180,8 @@ def by_class(
                 "diversity_interval": diversity.interval(),
                 "saturation": saturation(made, known),
                 "energy_gap": energy_gap(
-                    Seen(made, wanted),
-                    Seen(known, torch.full((len(known["features"]),), label)),
+                    Features(made, wanted),
+                    Features(known, torch.full((len(known["features"]),), label)),
                 ),
             }
         )

@@ -20,7 +20,7 @@ from ebmkit.evaluation.statistics import LEVEL, Estimate
 __all__ = [
     "MOST_FEATURES",
     "Columns",
-    "Seen",
+    "Features",
     "columns_of_images",
     "energy_gap",
     "frechet",
@@ -37,7 +37,7 @@ MOST_FEATURES = 512
 UNKNOWN = float("nan")
 
 
-class Seen(NamedTuple):
+class Features(NamedTuple):
     """Columns, one entry per image, and the labels (N,), or None."""
 
     columns: Columns
@@ -102,7 +102,7 @@ def saturation(samples: Columns, real: Columns) -> dict[str, Any]:
     }
 
 
-def energy_gap(samples: Seen, real: Seen) -> dict[str, Any] | None:
+def energy_gap(samples: Features, real: Features) -> dict[str, Any] | None:
     """``energy`` and ``joint_energy``: means of samples minus those of real images of their labels.
 
     Without labels, of all. Null where there are no energies, or no labels that the model knows.

@@ -48,10 +48,10 @@ from torch import Tensor
 from ebmkit.compile import in_float32
 from ebmkit.energy import EnergyModel, ScoreModel, classifies
 from ebmkit.errors import UserError
+from ebmkit.evaluation.context import EvaluationContext, Suite
 from ebmkit.evaluation.data import Batch, Images
-from ebmkit.evaluation.few import class_name, first_columns, noise_warnings
-from ebmkit.evaluation.setting import Setting, Suite
 from ebmkit.evaluation.statistics import finite
+from ebmkit.evaluation.subset import class_name, first_columns, noise_warnings
 from ebmkit.evaluation.tables import new_table, number
 from ebmkit.jacobian import DENSE, jacobian
 from ebmkit.metrics import psnr
@@ -124,7 +124,7 @@ def check(model: ScoreModel, images: Images) -> None:
         )
 
 
-def run(setting: Setting) -> dict[str, Any]:
+def run(setting: EvaluationContext) -> dict[str, Any]:
     """Measure; see the module's text for what is returned.
 
     Raises:
@@ -196,7 +196,7 @@ def _measure(
     return columns
 
 
-def _document(setting: Setting, found: Found, i: int) -> dict[str, Any]:
+def _document(setting: EvaluationContext, found: Found, i: int) -> dict[str, Any]:
     columns, images = found.columns, setting.images
     sigma = setting.option(JacobianConfig).sigma
     trace, size = float(columns["trace"][i]), columns["x"][i].numel()
@@ -253,7 +253,7 @@ def _warnings(model: ScoreModel, per_image: list[dict[str, Any]]) -> list[str]:
     return found
 
 
-def draw(setting: Setting, document: dict[str, Any], folder: Path) -> None:
+def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``jacobian.png`` and, if dense, ``spectrum.png``."""
     from ebmkit.pictures import jacobian as pictures
 
@@ -308,13 +308,13 @@ def table(document: dict[str, Any]) -> Table:
         " ".join(f"{value:.2f}" for value in paper["largest"]),
         " ".join(f"{value:.1e}" for value in paper["smallest"]),
     )
-    told = f"paper: its network, {paper['about']}"
+    told = f"paper: its network, {paper['description']}"
     result.caption = Text.assemble(told, *(("\n", result.caption) if result.caption else ()))
     return result
 
 
 JACOBIAN = Suite(
-    about="eigenvalues and eigenvectors of the denoiser's Jacobian at a few images",
+    description="eigenvalues and eigenvectors of the denoiser's Jacobian at a few images",
     check=check,
     passes=lambda setting: 1,
     run=run,

@@ -48,9 +48,9 @@ from torch import Tensor
 from ebmkit.compile import in_float32
 from ebmkit.energy import ScoreModel
 from ebmkit.evaluation import statistics
+from ebmkit.evaluation.context import SIGMAS, EvaluationContext, Suite
 from ebmkit.evaluation.data import Batch, Images
-from ebmkit.evaluation.few import first_columns, noise_warnings
-from ebmkit.evaluation.setting import SIGMAS, Setting, Suite
+from ebmkit.evaluation.subset import first_columns, noise_warnings
 from ebmkit.evaluation.tables import interval, new_table, number
 from ebmkit.jacobian import linearity
 from ebmkit.models import GradResNet, JointModel, LinearQuadraticHead
@@ -158,7 +158,7 @@ def theory_of(model: ScoreModel) -> Theory | None:
     )
 
 
-def run(setting: Setting) -> dict[str, Any]:
+def run(setting: EvaluationContext) -> dict[str, Any]:
     """Measure; see the module's text for what is returned."""
     config, model = setting.option(LinearityConfig), setting.exact_model
     used = min(config.images, len(setting.images))
@@ -229,7 +229,7 @@ def _pooled(
     return statistics.bootstrap(ratio, len(under), seed, lowest=lowest)
 
 
-def draw(setting: Setting, document: dict[str, Any], folder: Path) -> None:
+def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``linearity.png``: errors and degree against the noise level."""
     from ebmkit.pictures import jacobian as pictures
 
@@ -260,7 +260,7 @@ def table(document: dict[str, Any]) -> Table:
 
 
 LINEARITY = Suite(
-    about="whether D(y) = J(y) y, and the degree of homogeneity of log p that fits best",
+    description="whether D(y) = J(y) y, and the degree of homogeneity of log p that fits best",
     check=check,
     passes=lambda setting: len(setting.option(LinearityConfig).sigmas),
     run=run,

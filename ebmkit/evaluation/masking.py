@@ -20,7 +20,7 @@ from torch import Tensor
 from ebmkit.evaluation import statistics
 from ebmkit.units import in_255ths
 
-__all__ = ["Signs", "norm_name", "share", "strength", "telling_strength"]
+__all__ = ["MaskingChecks", "norm_name", "share", "strength", "telling_strength"]
 
 SIGNIFICANT = 0.01
 """The level of the sign test."""
@@ -35,7 +35,7 @@ WEAKER = {
 }
 
 
-class Signs:
+class MaskingChecks:
     """What speaks against an attack on one defence.
 
     Args:

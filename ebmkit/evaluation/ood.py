@@ -28,12 +28,12 @@ from torch import Tensor
 
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.evaluation import statistics
+from ebmkit.evaluation.context import EvaluationContext, Suite
 from ebmkit.evaluation.data import Batch, Images
 from ebmkit.evaluation.detection import METRICS, detection
-from ebmkit.evaluation.few import check_one_size, columns_of, noise_warnings
 from ebmkit.evaluation.ood_scores import known_scores, scores_of
 from ebmkit.evaluation.ood_sets import OutSet, find_set, standard_sets
-from ebmkit.evaluation.setting import Setting, Suite
+from ebmkit.evaluation.subset import check_one_size, columns_of, noise_warnings
 from ebmkit.evaluation.tables import interval, new_table, number
 from ebmkit.units import Sigma
 
@@ -75,7 +75,7 @@ def check(model: ScoreModel, images: Images) -> None:
     check_one_size("ood", images)
 
 
-def find_sets(setting: Setting) -> list[OutSet]:
+def find_sets(setting: EvaluationContext) -> list[OutSet]:
     """The sets that the settings name.
 
     Raises:
@@ -92,7 +92,7 @@ def find_sets(setting: Setting) -> list[OutSet]:
     return list(found.values())
 
 
-def run(setting: Setting) -> dict[str, Any]:
+def run(setting: EvaluationContext) -> dict[str, Any]:
     """Measure; see the module's text for what is returned."""
     options, model = setting.option(OodConfig), setting.model
     names = known_scores(model, options.sigmas)
@@ -110,7 +110,7 @@ def run(setting: Setting) -> dict[str, Any]:
                 "there is no measure"
             )
         sets[found.name] = {
-            "about": found.about,
+            "about": found.description,
             "count": len(found.images),
             "mean": {name: statistics.mean(columns[name]).document() for name in names},
             "scores": {
@@ -145,11 +145,11 @@ def run(setting: Setting) -> dict[str, Any]:
     return document
 
 
-def _measure(setting: Setting, options: OodConfig, batch: Batch) -> dict[str, Tensor]:
+def _measure(setting: EvaluationContext, options: OodConfig, batch: Batch) -> dict[str, Tensor]:
     return scores_of(setting.model, batch.x, options.sigmas, options.draws, setting.seed)
 
 
-def _compared(inside: Tensor, outside: Tensor, setting: Setting) -> dict[str, Any]:
+def _compared(inside: Tensor, outside: Tensor, setting: EvaluationContext) -> dict[str, Any]:
     found = detection(inside, outside, setting.seed)
     return {name: estimate.document() for name, estimate in found.items()}
 
@@ -180,7 +180,7 @@ def _histogram(inside: Tensor, outside: dict[str, Tensor]) -> dict[str, Any]:
     return {"edges": [float(e) for e in edges], "in": counts(inside), "sets": sets}
 
 
-def draw(setting: Setting, document: dict[str, Any], folder: Path) -> None:
+def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``ood.png``, ``ood-histograms.png`` and ``ood-examples.png``."""
     from ebmkit.pictures import ood as pictures
 
@@ -219,7 +219,7 @@ def _warnings(model: ScoreModel, options: OodConfig) -> list[str]:
     return noise_warnings(model, options.sigmas)
 
 
-def _names(setting: Setting) -> list[str]:
+def _names(setting: EvaluationContext) -> list[str]:
     names: list[str] = []
     for name in setting.option(OodConfig).sets:
         auto = name == "auto"
@@ -227,12 +227,12 @@ def _names(setting: Setting) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _ready(setting: Setting) -> None:
+def _ready(setting: EvaluationContext) -> None:
     find_sets(setting)
 
 
 OOD = Suite(
-    about="out-of-distribution detection: AUROC, AUPR and FPR95 of JEM's scores and of noisy ones",
+    description="out-of-distribution detection: AUROC, AUPR, FPR95 of JEM's and noisy scores",
     check=check,
     passes=lambda setting: 1 + len(_names(setting)),
     run=run,

@@ -54,14 +54,14 @@ def known_scores(model: ScoreModel, sigmas: Sequence[float]) -> dict[str, str]:
     """The scores that ``model`` has, each with what it is in words."""
     density = isinstance(model, EnergyModel)
     clean = {
-        name: about
-        for name, about in CLEAN.items()
+        name: description
+        for name, description in CLEAN.items()
         if (classifies(model) if name == "confidence" else density)
     }
     noisy = {
-        _at(name, sigma): f"{about}, sigma {format_sigma(sigma)}"
+        _at(name, sigma): f"{description}, sigma {format_sigma(sigma)}"
         for sigma in sigmas
-        for name, about in NOISY.items()
+        for name, description in NOISY.items()
         if density or name != "noisy-density"
     }
     return clean | noisy

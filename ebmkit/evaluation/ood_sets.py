@@ -36,7 +36,7 @@ class OutSet:
     """
 
     name: str
-    about: str
+    description: str
     images: Images
 
 
@@ -195,10 +195,10 @@ def find_set(name: str, images: Images, data_dir: Path | None, seed: int) -> Out
     """
     if name == "interpolations":
         partners(images.labels, len(images))  # or says why not
-        about = "means of two images of different classes"
+        description = "means of two images of different classes"
         return OutSet(
             name,
-            about if images.labels is not None else "means of two images",
+            description if images.labels is not None else "means of two images",
             Made(images, name, seed),
         )
     if name in MAKERS:

@@ -46,14 +46,14 @@ from torch import Tensor
 from ebmkit.compile import in_float32
 from ebmkit.energy import EnergyModel
 from ebmkit.evaluation import masking
-from ebmkit.evaluation.attacks import Attack, Norm, rounds, smallest_strengths
+from ebmkit.evaluation.attacks import Attack, Norm, minimal_epsilons, rounds
 from ebmkit.evaluation.autoattack import breaks as autoattack_breaks
 from ebmkit.evaluation.autoattack import check_installed
+from ebmkit.evaluation.context import EvaluationContext, Suite, check_classifies
 from ebmkit.evaluation.data import Batch
-from ebmkit.evaluation.defences import Defence, Defended, image_noise
+from ebmkit.evaluation.defences import Defence, DefendedClassifier, image_noise
 from ebmkit.evaluation.masking import norm_name, strength
 from ebmkit.evaluation.robustness_config import RobustnessConfig
-from ebmkit.evaluation.setting import Setting, Suite, check_classifies
 from ebmkit.evaluation.statistics import finite
 from ebmkit.evaluation.tables import new_table
 
@@ -71,7 +71,7 @@ FAR = 0.25
 """Root mean square per pixel, image units, by which a refinement may move images untold."""
 
 
-def passes(setting: Setting) -> int:
+def passes(setting: EvaluationContext) -> int:
     """Passes over the images: a PGD attack at one strength, with one draw of noise, is one."""
     config = setting.option(RobustnessConfig)
     total = 0
@@ -83,7 +83,7 @@ def passes(setting: Setting) -> int:
     return total
 
 
-def run(setting: Setting) -> dict[str, Any]:
+def run(setting: EvaluationContext) -> dict[str, Any]:
     """Measure; see the module's text for what is returned.
 
     Raises:
@@ -120,7 +120,7 @@ def run(setting: Setting) -> dict[str, Any]:
         "chance": 1 / setting.model.num_classes,
         "epsilons": {norm: list(config.strengths(norm)) for norm in config.norms},
         "defences": {
-            name: {"about": d.about(setting.model.noise_conditional), "sigma": d.sigma}
+            name: {"about": d.description(setting.model.noise_conditional), "sigma": d.sigma}
             | ({"moved": finite(moved[name])} if name in moved else {})
             for name, d in config.curve().items()
         },
@@ -134,7 +134,7 @@ def run(setting: Setting) -> dict[str, Any]:
 class _Work:
     """The attacks on the first images of a setting, shared among its processes."""
 
-    def __init__(self, setting: Setting, config: RobustnessConfig) -> None:
+    def __init__(self, setting: EvaluationContext, config: RobustnessConfig) -> None:
         model = setting.exact_model
         assert isinstance(model, EnergyModel)
         self.setting, self.config, self.model = setting, config, model
@@ -151,7 +151,7 @@ class _Work:
 
         def measure(batch: Batch) -> dict[str, Tensor]:
             assert batch.labels is not None
-            found = smallest_strengths(
+            found = minimal_epsilons(
                 self._pgd(norm),
                 self._target(defence),
                 batch.x,
@@ -178,9 +178,9 @@ class _Work:
         few = replace(self.setting, images=self.images, advance=lambda count: None)
         return float(few.columns(0.0, measure)["square"].double().mean().sqrt())
 
-    def checks(self, norm: Norm, defence: Defence, smallest: Tensor) -> masking.Signs:
+    def checks(self, norm: Norm, defence: Defence, smallest: Tensor) -> masking.MaskingChecks:
         """What speaks against the attack that gave ``smallest`` (N,)."""
-        signs = masking.Signs(norm, smallest)
+        signs = masking.MaskingChecks(norm, smallest)
         epsilon = masking.telling_strength(smallest, self.config.strengths(norm))
         if epsilon is not None:
             signs.compare(epsilon, self._at(norm, defence, epsilon))
@@ -218,7 +218,7 @@ class _Work:
     def _columns(
         self, measure: Callable[[Batch], dict[str, Tensor]], defence: Defence, cost: int
     ) -> dict[str, Tensor]:
-        """`Setting.columns` of the images attacked; the progress ends ``cost`` passes further."""
+        """`EvaluationContext.columns` of attacked images; progress ends ``cost`` passes on."""
         end = self._exact + cost
         channels, (height, width) = self.images.channels, self.images.image_size
         rows = max(self.setting.batch_size, VALUES_PER_STEP // (channels * height * width))
@@ -256,8 +256,8 @@ class _Work:
         config = self.config
         return Attack(norm, "pgd", config.steps, config.restarts, config.stepsize)
 
-    def _target(self, defence: Defence) -> Defended:
-        return Defended(self.model, defence, self.config.eot if defence.random else 1)
+    def _target(self, defence: Defence) -> DefendedClassifier:
+        return DefendedClassifier(self.model, defence, self.config.eot if defence.random else 1)
 
     def _noise(self, x: Tensor, defence: Defence) -> Tensor | None:
         if not defence.random:
@@ -266,7 +266,7 @@ class _Work:
         return image_noise(x, self.config.averaged(defence) * defence.noises, seed)
 
 
-def draw(setting: Setting, document: dict[str, Any], folder: Path) -> None:
+def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``robustness.png`` and, unless there is one noise level, ``robustness-map.png``."""
     from ebmkit.pictures import robustness as pictures
 
@@ -323,7 +323,9 @@ def _accuracies(smallest: Tensor, grid: tuple[float, ...]) -> list[dict[str, Any
     return [masking.share(smallest > epsilon) for epsilon in grid]
 
 
-def _warnings(setting: Setting, config: RobustnessConfig, moved: dict[str, float]) -> list[str]:
+def _warnings(
+    setting: EvaluationContext, config: RobustnessConfig, moved: dict[str, float]
+) -> list[str]:
     found = [
         f"{name} moves images by {rms:.3g} a pixel (root mean square, image units): steps of "
         f"{config.refine_step_size:g} are too large for this model's score; set "
@@ -342,7 +344,7 @@ def _warnings(setting: Setting, config: RobustnessConfig, moved: dict[str, float
 
 
 ROBUSTNESS = Suite(
-    about="accuracy against l_inf and l2 attacks (PGD), a map over attack strength and noise level",
+    description="accuracy against l_inf and l2 attacks (PGD), a map over strength and noise",
     check=check_classifies,
     passes=passes,
     run=run,

@@ -38,13 +38,13 @@ from ebmkit.compile import in_float32
 from ebmkit.energy import EnergyModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation.attacks import Attack, Norm
+from ebmkit.evaluation.context import EvaluationContext, Suite, check_classifies
 from ebmkit.evaluation.data import Batch, Images
-from ebmkit.evaluation.defences import Defence, Defended, labels_given
-from ebmkit.evaluation.few import columns_of
+from ebmkit.evaluation.defences import Defence, DefendedClassifier, labels_given
 from ebmkit.evaluation.masking import norm_name, share
 from ebmkit.evaluation.masking import strength as in_words
 from ebmkit.evaluation.robustness_config import Radii
-from ebmkit.evaluation.setting import Setting, Suite, check_classifies
+from ebmkit.evaluation.subset import columns_of
 from ebmkit.evaluation.tables import new_table
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def trained(card: ModelCard | None) -> tuple[str, float] | None:
     return (norm, float(radius)) if radius else ("", 0.0)
 
 
-def ready(setting: Setting) -> None:
+def ready(setting: EvaluationContext) -> None:
     """Whether the runs beside are there, and know the same labels.
 
     Raises:
@@ -115,7 +115,7 @@ def ready(setting: Setting) -> None:
     _columns(setting)
 
 
-def run(setting: Setting) -> dict[str, Any]:
+def run(setting: EvaluationContext) -> dict[str, Any]:
     """Measure; see the module's text for what is returned.
 
     Raises:
@@ -146,7 +146,7 @@ def run(setting: Setting) -> dict[str, Any]:
     }
 
 
-def _columns(setting: Setting) -> list[_Column]:
+def _columns(setting: EvaluationContext) -> list[_Column]:
     """The networks, by training radius; those of which it is not known last."""
     from ebmkit.models import load
 
@@ -171,10 +171,10 @@ def _columns(setting: Setting) -> list[_Column]:
 
 
 def _smallest(
-    setting: Setting, images: Images, model: EnergyModel, config: RobustnessGridConfig
+    setting: EvaluationContext, images: Images, model: EnergyModel, config: RobustnessGridConfig
 ) -> Tensor:
     """The smallest radius of the grid that breaks each image, (N,); inf where none does."""
-    target = Defended(model, Defence("direct"))
+    target = DefendedClassifier(model, Defence("direct"))
     attack = Attack(config.norm, "pgd", config.steps, config.restarts, 2.5 / config.steps)
 
     def measure(batch: Batch) -> dict[str, Tensor]:
@@ -198,7 +198,7 @@ def _smallest(
     return columns_of(own, images, 0.0, measure, min(rows, share_of))["smallest"]
 
 
-def draw(setting: Setting, document: dict[str, Any], folder: Path) -> None:
+def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``robustness-grid.png``: accuracy against the test radius, a line per network."""
     from ebmkit.pictures.robustness import grid
 
@@ -248,7 +248,7 @@ def _cell(estimate: dict[str, Any], with_interval: bool) -> str:
 
 
 ROBUSTNESS_GRID = Suite(
-    about="accuracy by test and training epsilon, of this run and of others beside it (PGD)",
+    description="accuracy by test and training epsilon, of this run and of others beside it (PGD)",
     check=check_classifies,
     passes=lambda setting: 1 + len(setting.option(RobustnessGridConfig).beside),
     run=run,

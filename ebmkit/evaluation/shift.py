@@ -39,6 +39,7 @@ from ebmkit.energy import EnergyModel, ScoreModel, classifies
 from ebmkit.errors import UserError
 from ebmkit.evaluation import statistics
 from ebmkit.evaluation.calibration import calibration_error
+from ebmkit.evaluation.context import EvaluationContext, Suite
 from ebmkit.evaluation.corruptions import (
     CORRUPTIONS,
     STRENGTHS,
@@ -47,7 +48,6 @@ from ebmkit.evaluation.corruptions import (
     corrupt,
 )
 from ebmkit.evaluation.data import Batch, Images
-from ebmkit.evaluation.setting import Setting, Suite
 from ebmkit.evaluation.tables import new_table, number
 from ebmkit.metrics import psnr
 from ebmkit.registry import find
@@ -101,7 +101,7 @@ def check(model: ScoreModel, images: Images) -> None:
         )
 
 
-def run(setting: Setting) -> dict[str, Any]:
+def run(setting: EvaluationContext) -> dict[str, Any]:
     """Measure; see the module's text for what is returned."""
     options, images = setting.option(ShiftConfig), setting.images
     kind = _constants(options, images)
@@ -129,7 +129,7 @@ def run(setting: Setting) -> dict[str, Any]:
                     f"{name} at strength {strength}: the PSNR of the denoised image is not finite "
                     f"on {bad} images, so the mean is left out: the model diverged"
                 )
-        corruptions[name] = {"about": corruption.about, "unit": corruption.unit, "rows": rows}
+        corruptions[name] = {"about": corruption.description, "unit": corruption.unit, "rows": rows}
     document: dict[str, Any] = {
         "sigmas": [],
         "constants": kind,
@@ -149,7 +149,7 @@ def run(setting: Setting) -> dict[str, Any]:
 
 
 def _columns(
-    setting: Setting, labelled: bool, corrupted: Callable[[Tensor, int], Tensor]
+    setting: EvaluationContext, labelled: bool, corrupted: Callable[[Tensor, int], Tensor]
 ) -> Columns:
     """Measures of each image, (N,), under one corruption, a function of images and the number of
     the first."""
@@ -205,7 +205,7 @@ def _row(columns: Columns, seed: int) -> dict[str, Any]:
     return row
 
 
-def draw(setting: Setting, document: dict[str, Any], folder: Path) -> None:
+def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``shift.png``, ``shift-psnr.png`` and ``shift-examples.png``, as far as they apply."""
     from ebmkit.pictures import shift as pictures
 
@@ -274,12 +274,12 @@ def _slope(rows: list[dict[str, Any]]) -> float | None:
     return statistics.finite(float(((x - x.mean()) * y).sum()) / spread)
 
 
-def _passes(setting: Setting) -> int:
+def _passes(setting: EvaluationContext) -> int:
     options = setting.option(ShiftConfig)
     return 1 + len(options.corruptions) * len(set(options.strengths))
 
 
-def _warnings(setting: Setting, labelled: bool) -> list[str]:
+def _warnings(setting: EvaluationContext, labelled: bool) -> list[str]:
     model, images, found = setting.model, setting.images, []
     if classifies(model) and not labelled:
         found.append(
@@ -300,7 +300,7 @@ def _warnings(setting: Setting, labelled: bool) -> list[str]:
 
 
 SHIFT = Suite(
-    about="accuracy, confidence and PSNR under six corruptions at five strengths",
+    description="accuracy, confidence and PSNR under six corruptions at five strengths",
     check=check,
     passes=_passes,
     run=run,

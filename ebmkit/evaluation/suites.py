@@ -36,6 +36,7 @@ from ebmkit.evaluation.adversarial import ADVERSARIAL
 from ebmkit.evaluation.calibration import CALIBRATION
 from ebmkit.evaluation.certify import CERTIFY
 from ebmkit.evaluation.classify import CLASSIFY
+from ebmkit.evaluation.context import NOISE_LEVELS, SIGMAS, EvaluationContext, Suite
 from ebmkit.evaluation.data import Images, fingerprint
 from ebmkit.evaluation.denoise import DENOISE
 from ebmkit.evaluation.diffusion_path import DIFFUSION_PATH
@@ -45,9 +46,8 @@ from ebmkit.evaluation.linearity import LINEARITY
 from ebmkit.evaluation.ood import OOD
 from ebmkit.evaluation.robustness import ROBUSTNESS
 from ebmkit.evaluation.robustness_grid import ROBUSTNESS_GRID
-from ebmkit.evaluation.setting import NOISE_LEVELS, SIGMAS, Setting, Suite
 from ebmkit.evaluation.shift import SHIFT
-from ebmkit.parallel import World
+from ebmkit.parallel import DistributedContext
 from ebmkit.registry import find
 from ebmkit.storage import remove_file, write_atomically
 from ebmkit.storage.reading import read_json
@@ -141,7 +141,7 @@ def evaluate(
     options: Mapping[str, Mapping[str, Any]] | None = None,
     pictures: bool = True,
     progress: bool = False,
-    world: World | None = None,
+    world: DistributedContext | None = None,
     data_dir: Path | None = None,
 ) -> dict[str, Result]:
     """Run ``suites`` and write their JSON files and pictures into ``out_dir``, each in one move.
@@ -174,7 +174,7 @@ def evaluate(
         UserError: if a suite does not suit model and images, a number is illegal, the device lacks
             the precision, or a file cannot be written. Suites already done stay written.
     """
-    world = world or World()
+    world = world or DistributedContext()
     chosen = {name: find("suite", SUITES, name) for name in suites}
     if limit is not None and limit < 1:
         raise UserError(f"limit {limit} leaves no images: take 1 or more, or leave it out")
@@ -196,7 +196,7 @@ def evaluate(
     ):
         inference = make_inference(device_of(model), precision, compile)
         model = inference.wrap(unwrapped(model))
-        setting = Setting(model, used, seed, batch_size, *levels, world, own, data_dir)
+        setting = EvaluationContext(model, used, seed, batch_size, *levels, world, own, data_dir)
         setting.inference = inference
         common = _common(setting, images, weights)
         _check_finite(model, used)
@@ -217,7 +217,7 @@ def evaluate(
             if suite.options is not None:
                 how["options"] = setting.option(suite.options).model_dump(mode="json")
             document = {"suite": name, **common, **how, "warnings": [], **found}
-            document = world.from_first(document)
+            document = world.broadcast(document)
             path = out_dir / f"{name}.json"
             setting.advance = lambda count: None
             if world.first:
@@ -296,7 +296,9 @@ def _check_finite(model: ScoreModel, images: Images) -> None:
         )
 
 
-def _draw(suite: Suite, setting: Setting, document: dict[str, Any], path: Path) -> list[str]:
+def _draw(
+    suite: Suite, setting: EvaluationContext, document: dict[str, Any], path: Path
+) -> list[str]:
     """Put the pictures of ``document`` beside ``path``, in place of those of the one there.
 
     Returns:
@@ -344,7 +346,7 @@ def _levels(sigmas: Sequence[float], lowest: float, what: str) -> tuple[float, .
     return tuple(sigmas)
 
 
-def _common(setting: Setting, split: Images, weights: str) -> dict[str, Any]:
+def _common(setting: EvaluationContext, split: Images, weights: str) -> dict[str, Any]:
     """What every JSON file says of the circumstances."""
     card = setting.model.card
     trained = card and {"objective": card.objective, "steps": card.steps, "dataset": card.dataset}

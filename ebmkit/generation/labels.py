@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
-from ebmkit.sampling.needs import takes_labels
+from ebmkit.sampling.requirements import takes_labels
 
 __all__ = ["class_names_of", "parse_label", "parse_labels"]
 

@@ -200,17 +200,18 @@ def cautions(
             f"this model was trained by {card.objective or 'an unknown objective'}, which trains "
             "no density: its samples show what its classifier responds to, not what images are"
         )
-    about = {"noise": "gray", "mean": "the mean image"}.get(settings.start)
+    description = {"noise": "gray", "mean": "the mean image"}.get(settings.start)
     level = first_level(sampler) if entry.name != "ascent" else None
-    if about is not None and card is not None and card.sigma_range is not None:
+    if description is not None and card is not None and card.sigma_range is not None:
         level = highest(model, None) if level is None else level
         wide = SPREAD * (settings.channels * settings.image_size[0] * settings.image_size[1]) ** 0.5
         if level < wide:
             found.append(
-                f"chains begin with noise of {format_sigma(level)} about {about}, within what the "
-                f"model was trained for (up to {format_sigma(card.sigma_range[1])}); images lie "
-                f"about {wide:.2g} from their mean, so this noise does not hide where they began, "
-                "and samples vary less than images do: start from seeds, or train to higher noise"
+                f"chains begin with noise of {format_sigma(level)} about {description}, within "
+                "what the model was trained for (up to "
+                f"{format_sigma(card.sigma_range[1])}); images lie about {wide:.2g} from their "
+                "mean, so this noise does not hide where they began, and samples vary less than "
+                "images do: start from seeds, or train to higher noise"
             )
     if entry.name == "sgld" and settings.start != BUFFER and settings.options["steps"] < 100:
         found.append(

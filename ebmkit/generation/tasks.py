@@ -56,7 +56,7 @@ class Task:
     """
 
     name: str
-    about: str
+    description: str
     make: Callable[[Shape, TaskOptions], Measurement]
     takes: tuple[str, ...]
     share: float | None = None

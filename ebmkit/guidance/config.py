@@ -99,7 +99,7 @@ class GuideEntry(Generic[S]):
     """
 
     name: str
-    about: str
+    description: str
     config: type[S]
     make: Callable[[EnergyModel, Labels, S, Means], DensityFunction] | None
 

@@ -57,7 +57,7 @@ class GuidanceSchedule(BaseModel, ABC):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: ClassVar[str]
-    about: ClassVar[str]
+    description: ClassVar[str]
     form: ClassVar[str]
 
     @abstractmethod
@@ -93,7 +93,7 @@ class Exact(GuidanceSchedule):
     """sqrt(1 - abar)."""
 
     name = "exact"
-    about = "sqrt(1 - abar), exact for the posterior of noisy images at scale 1 (the default)"
+    description = "sqrt(1 - abar), exact for the posterior of noisy images at scale 1 (the default)"
     form = "exact"
 
     def factor(self, t: Tensor, abar: Tensor, total: int) -> Tensor:
@@ -107,7 +107,7 @@ class Constant(Exact):
     """sqrt(1 - abar), by the name that a scale without a step has."""
 
     name = "constant"
-    about = "the exact factor at every timestep: the scale does not change"
+    description = "the exact factor at every timestep: the scale does not change"
     form = "constant"
 
 
@@ -115,7 +115,7 @@ class Step(GuidanceSchedule):
     """sqrt(1 - abar), times ``low`` below timestep ``at``."""
 
     name = "step"
-    about = "the exact factor, times low below timestep at (RCG section 4.5)"
+    description = "the exact factor, times low below timestep at (RCG section 4.5)"
     form = "step:at=500,low=0.37"
 
     at: float = Field(500.0, ge=0, description="timestep of the step")
@@ -132,7 +132,7 @@ class Linear(GuidanceSchedule):
     """t / T."""
 
     name = "linear"
-    about = "t / T in place of the exact factor (RCG figure 4.17)"
+    description = "t / T in place of the exact factor (RCG figure 4.17)"
     form = "linear"
 
     def factor(self, t: Tensor, abar: Tensor, total: int) -> Tensor:
@@ -143,7 +143,7 @@ class Power(GuidanceSchedule):
     """(1 - abar)^k."""
 
     name = "power"
-    about = "(1 - abar)^k in place of the exact factor, which has k = 0.5 (RCG section 4.7)"
+    description = "(1 - abar)^k in place of the exact factor, which has k = 0.5 (RCG section 4.7)"
     form = "power:k=2"
 
     k: float = Field(0.5, ge=0, description="the exponent; RCG shows 0.5, 2 and 8")
@@ -156,7 +156,7 @@ class Sigmoid(GuidanceSchedule):
     """(1 - y0) / (1 + exp(-k (t - t0))) + y0."""
 
     name = "sigmoid"
-    about = "from y0 up to 1 about timestep t0, in place of the exact factor (RCG eq. 4.4)"
+    description = "from y0 up to 1 about timestep t0, in place of the exact factor (RCG eq. 4.4)"
     form = "sigmoid:t0=500,y0=0.05,k=0.02"
 
     t0: float = Field(500.0, description="timestep of the middle")

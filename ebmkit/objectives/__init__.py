@@ -11,7 +11,7 @@ from ebmkit.objectives.settings import (
 from ebmkit.objectives.terms import (
     ALIASES,
     OBJECTIVES,
-    Aim,
+    AttackTarget,
     BatchLike,
     ModelOutput,
     Objective,
@@ -23,7 +23,7 @@ __all__ = [
     "BALANCE",
     "OBJECTIVES",
     "AdversarialConfig",
-    "Aim",
+    "AttackTarget",
     "BatchLike",
     "ClassificationConfig",
     "DiffusionConfig",

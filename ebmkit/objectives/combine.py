@@ -45,7 +45,7 @@ from ebmkit.objectives.settings import TermSettings, TradesConfig
 from ebmkit.objectives.terms import (
     ALIASES,
     OBJECTIVES,
-    Aim,
+    AttackTarget,
     BatchLike,
     LogDensityOf,
     ModelOutput,
@@ -234,10 +234,10 @@ class TrainingLoss(nn.Module):
                 attacked = self._energies(batch.attacked, batch.sigma)
             for term in own:
                 output = outputs[term.name]
-                if term.objective.attack is Aim.LOSS:
+                if term.objective.attack is AttackTarget.LOSS:
                     output = ModelOutput(attacked)
                 losses = term.objective.loss(output, batch)
-                if term.objective.attack is Aim.DIVERGENCE:
+                if term.objective.attack is AttackTarget.DIVERGENCE:
                     assert output.energies is not None
                     assert attacked is not None
                     beta = self._trades(term).beta
@@ -293,7 +293,7 @@ class TrainingLoss(nn.Module):
         """What each of ``terms`` reads of the model at the images of ``batch``."""
         matching = {term.name: term.objective for term in terms if term.objective.needs_score}
         if not matching:
-            needed = any(term.objective.attack is not Aim.LOSS for term in terms)
+            needed = any(term.objective.attack is not AttackTarget.LOSS for term in terms)
             energies = self._energies(batch.y, batch.sigma) if needed else None
             return {term.name: ModelOutput(energies) for term in terms}
         labels = [o.score_labels and o.score_labels(batch) for o in matching.values()]

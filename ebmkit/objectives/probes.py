@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["label_dropout", "probe_signs"]
+__all__ = ["label_dropout", "rademacher_probes"]
 
 
-def probe_signs(eps: Tensor) -> Tensor:
+def rademacher_probes(eps: Tensor) -> Tensor:
     """Random signs, of the shape and type of the continuous noise ``eps``, from its bits.
 
     A hash of all bits of an entry is decided by the last ones, which say nothing of its value. So

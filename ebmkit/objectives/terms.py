@@ -28,7 +28,7 @@ So scaled it equals dsm in expectation, for every score and at every sigma, beca
 from one product, :math:`v^\top H v` with random signs v (Hutchinson; sliced score matching, Song et
 al. 2019). The signs must be independent of y, which the image's own noise is not:
 :math:`E[\epsilon^\top H \epsilon \mid y]` is no trace. So they are hashed from the *bits* of the
-noise (`probe_signs`): keyed as the noise is, and each image's own however a batch is divided.
+noise (`rademacher_probes`): keyed as the noise is, and each image's own however a batch is divided.
 
 A diffusion model is trained by noise prediction at the levels of its schedule (Ho et al. 2020, eq.
 14; RCG eq. 2.15),
@@ -80,14 +80,14 @@ from torch import Tensor
 
 from ebmkit.energy import Energies
 from ebmkit.errors import UserError
-from ebmkit.objectives.probes import label_dropout, probe_signs
+from ebmkit.objectives.probes import label_dropout, rademacher_probes
 from ebmkit.objectives.settings import TermSettings
 
 __all__ = [
     "ALIASES",
     "EXACT_TRACE",
     "OBJECTIVES",
-    "Aim",
+    "AttackTarget",
     "BatchLike",
     "ModelOutput",
     "Objective",
@@ -110,7 +110,7 @@ class Scale(Enum):
     BALANCED = "balanced"  # the logarithm of the average (see combine)
 
 
-class Aim(Enum):
+class AttackTarget(Enum):
     """What an attack on an objective's images raises."""
 
     LOSS = "loss"  # the loss, which is taken at the attacked images
@@ -185,10 +185,11 @@ class Objective:
         under: from settings of single objectives to what this one is under them; None: they do not
             change it.
         attack: what an attack raises, whose images the batch must bring. Then ``loss`` is taken at
-            these (`Aim.LOSS`), or at y, and `TrainingLoss` adds the divergence (`Aim.DIVERGENCE`).
+            these (`AttackTarget.LOSS`), or at y, and `TrainingLoss` adds the divergence
+            (`AttackTarget.DIVERGENCE`).
     """
 
-    about: str
+    description: str
     stream: str
     loss: Loss
     needs_labels: bool = False
@@ -199,7 +200,7 @@ class Objective:
     scale: Scale = Scale.PLAIN
     likelihood: LogDensityOf | None = None
     under: Callable[[TermSettings], Objective] | None = None
-    attack: Aim | None = None
+    attack: AttackTarget | None = None
 
 
 def cross_entropy(output: ModelOutput, batch: BatchLike) -> Tensor:
@@ -246,7 +247,7 @@ def _likelihood(likelihood: LogDensityOf, what: str, conditional: bool) -> Objec
         return -likelihood(output.energies, batch.labels)
 
     return Objective(
-        about=f"maximum likelihood of {what} with negatives by Langevin dynamics",
+        description=f"maximum likelihood of {what} with negatives by Langevin dynamics",
         stream="generate",
         loss=loss,
         needs_labels=conditional,
@@ -266,11 +267,11 @@ def trace_vectors(batch: BatchLike) -> list[Tensor]:
     """Vectors v, each (B, ...), so that the mean of the sum of v^T H v is the trace of H.
 
     The unit vectors up to `EXACT_TRACE` entries of an image; beyond, one of random signs, taken
-    from the bits of the noise (`probe_signs`).
+    from the bits of the noise (`rademacher_probes`).
     """
     y, entries = batch.y, batch.y[0].numel()
     if entries > EXACT_TRACE:
-        return [probe_signs(batch.eps).to(y)]
+        return [rademacher_probes(batch.eps).to(y)]
     units = torch.eye(entries, dtype=y.dtype, device=y.device).reshape(entries, *y.shape[1:])
     return [unit.expand(y.shape) for unit in units]
 
@@ -298,7 +299,7 @@ def _score_matching(conditional: bool, scale: Scale) -> Objective:
         Scale.SUM: "sum over the entries of an image, unweighted",
     }[scale]
     return Objective(
-        about=f"denoising score matching of {what}; {how}",
+        description=f"denoising score matching of {what}; {how}",
         stream="denoise",
         loss=denoising_score_matching,
         needs_labels=conditional,
@@ -340,25 +341,25 @@ def _classification(settings: TermSettings) -> Objective:
 
 OBJECTIVES: dict[str, Objective] = {
     "ce": Objective(
-        about="cross-entropy of the labels, -log p(c|y)",
+        description="cross-entropy of the labels, -log p(c|y)",
         stream="classify",
         loss=cross_entropy,
         needs_labels=True,
         under=_classification,
     ),
     "adv": Objective(
-        about="cross-entropy of images under attack (PGD), for a robust classifier",
+        description="cross-entropy of images under attack (PGD), for a robust classifier",
         stream="classify",
         loss=cross_entropy,
         needs_labels=True,
-        attack=Aim.LOSS,
+        attack=AttackTarget.LOSS,
     ),
     "trades": Objective(
-        about="cross-entropy plus the divergence that an attack makes (TRADES)",
+        description="cross-entropy plus the divergence that an attack makes (TRADES)",
         stream="classify",
         loss=cross_entropy,
         needs_labels=True,
-        attack=Aim.DIVERGENCE,
+        attack=AttackTarget.DIVERGENCE,
     ),
     "dsm": _score_matching(False, Scale.BALANCED),
     "dsm-mean": _score_matching(False, Scale.MEAN),
@@ -369,14 +370,14 @@ OBJECTIVES: dict[str, Objective] = {
     "ml": _likelihood(log_density, "log p(y)", False),
     "cml": _likelihood(class_log_density, "log p(y|c)", True),
     "ism": Objective(
-        about="implicit score matching of log p(y), by the trace of its Hessian; unweighted",
+        description="implicit score matching of log p(y), by the trace of its Hessian; unweighted",
         stream="denoise",
         loss=implicit_score_matching,
         needs_score=True,
         hessian_vectors=trace_vectors,
     ),
     "ddpm": Objective(
-        about="noise prediction of a diffusion model, at the levels of its schedule; unweighted",
+        description="noise prediction at the levels of a diffusion schedule; unweighted",
         stream="denoise",
         loss=denoising_score_matching,
         needs_score=True,

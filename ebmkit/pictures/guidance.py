@@ -24,12 +24,12 @@ def samples_of_ways(ways: Sequence[tuple[str, str, Tensor]], path: Path) -> None
     cell, left = 0.42, 4.0
     figure = new_figure(left + cell * columns + 0.1, cell * len(ways) + 0.35)
     width, height = figure.get_size_inches()
-    for row, (name, about, images) in enumerate(ways):
+    for row, (name, description, images) in enumerate(ways):
         top = height - 0.3 - cell * (row + 1)
         figure.text(
             (left - 0.08) / width,
             (top + cell / 2) / height,
-            f"{name}: {about}" if len(about) < 64 else f"{name}: {about[:62]}...",
+            f"{name}: {description}" if len(description) < 64 else f"{name}: {description[:62]}...",
             ha="right",
             va="center",
             fontsize=6.5,

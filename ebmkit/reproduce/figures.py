@@ -158,9 +158,9 @@ def run_fig4(rows: Rows, only: Sequence[str]) -> list[Path]:
         document = rows.measure(row, "cifar10", _attacks(rows, row))["robustness"]
         documents[f"{row.label} ({row.task})"] = document
         found.append(_found(rows, row, document))
-    about = circumstances(rows, "fig4", found)
-    report = {"documents": documents, **about}
-    paths = _write(rows, "fig4", _fig4_text(documents, about["notes"]), report)
+    description = circumstances(rows, "fig4", found)
+    report = {"documents": documents, **description}
+    paths = _write(rows, "fig4", _fig4_text(documents, description["notes"]), report)
     compare(documents, rows.out / "fig4.png")
     paths.append(rows.out / "fig4.png")
     for row in chosen:
@@ -278,7 +278,7 @@ def _fig4_text(documents: dict[str, dict[str, Any]], notes: Sequence[str]) -> st
                 lines.append(f"| {defence} | " + " | ".join(cells) + " |")
             lines.append("")
         for key, defence in document["defences"].items():
-            lines.append(f"- {key}: {defence['about']}")
+            lines.append(f"- {key}: {defence['description']}")
         lines += [f"- warning: {warning}" for warning in document["warnings"]]
         lines += [f"- attack: {_effort(document['options'])}", ""]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"

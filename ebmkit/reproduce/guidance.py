@@ -34,7 +34,7 @@ from ebmkit.models import load, weights_digest
 from ebmkit.reproduce.guidance_rows import (
     AMOUNTS,
     DIFFUSION,
-    JUDGE,
+    EVALUATION_CLASSIFIER,
     NETWORKS,
     ON_GRID,
     ON_PATH,
@@ -42,7 +42,7 @@ from ebmkit.reproduce.guidance_rows import (
     ROBUST,
     WAYS,
     Amount,
-    Way,
+    GuidanceMethod,
 )
 from ebmkit.reproduce.guided import Drawing, Drawn, keep_drawing
 from ebmkit.reproduce.keeping import Protocol
@@ -120,8 +120,8 @@ class _Study:
         self._loaded: dict[str, ScoreModel] = {}
         self._judge: Extractor | None = None
         self.folder = rows.out / "guidance"
-        self.test = rows.images(JUDGE, FAMILY, "test").spread(amount.real)
-        self.train = rows.images(JUDGE, FAMILY, "train")
+        self.test = rows.images(EVALUATION_CLASSIFIER, FAMILY, "test").spread(amount.real)
+        self.train = rows.images(EVALUATION_CLASSIFIER, FAMILY, "train")
         count = self.test.num_classes * amount.per_class
         self.others = self.train.spread(2 * count)
         self.drawing = Drawing(
@@ -195,7 +195,7 @@ class _Study:
     def ddim(self) -> list[dict[str, Any]]:
         """Distances of unguided images by eta and number of steps."""
         way, found = WAYS[0], list[dict[str, Any]]()
-        if DIFFUSION not in self.trained or JUDGE not in self.trained:
+        if DIFFUSION not in self.trained or EVALUATION_CLASSIFIER not in self.trained:
             return found
         for eta in self.amount.etas:
             for steps in self.amount.lengths:
@@ -210,20 +210,25 @@ class _Study:
         for way in (way.times(self.amount.strength) for way in WAYS):
             if self.amount.ways and way.name not in self.amount.ways:
                 continue
-            if not {way.base, way.guide or way.base, JUDGE.name} <= names:
+            if not {way.base, way.guide or way.base, EVALUATION_CLASSIFIER.name} <= names:
                 continue
-            about = {"name": way.name, "about": way.about, "group": way.group, "eta": way.eta}
-            about |= {"guide": way.guide, "settings": dict(way.settings), "base": way.base}
+            description = {
+                "name": way.name,
+                "about": way.description,
+                "group": way.group,
+                "eta": way.eta,
+            }
+            description |= {"guide": way.guide, "settings": dict(way.settings), "base": way.base}
             try:
                 drawn = self._drawn(way, way.name, self.amount.steps, None)
             except UserError as error:
-                found.append(about | {"stopped": str(error)})
+                found.append(description | {"stopped": str(error)})
                 continue
             self.shown[way.name] = drawn.images[: self.test.num_classes]
-            found.append(about | self._measured(way.name, drawn, True))
+            found.append(description | self._measured(way.name, drawn, True))
         return found
 
-    def _drawn(self, way: Way, name: str, steps: int, eta: float | None) -> Drawn:
+    def _drawn(self, way: GuidanceMethod, name: str, steps: int, eta: float | None) -> Drawn:
         self.rows.tell(f"drawing: {name}")
         return keep_drawing(self.drawing, way, self.folder, steps, eta, name=name)
 
@@ -232,7 +237,7 @@ class _Study:
         energy = self._energy()
         key = {
             "images": hashlib.sha256(drawn.images.numpy().tobytes()).hexdigest(),
-            "judge": self._digest(JUDGE.name),
+            "judge": self._digest(EVALUATION_CLASSIFIER.name),
             "energy": None if energy is None else self._digest(energy),
             "real": len(self.test),
             "labelled": labelled,
@@ -261,7 +266,7 @@ class _Study:
     def _extractor(self) -> Extractor:
         if self._judge is None:
             device = pick_device(self.rows.device)
-            self._judge = classifier(str(self.rows.folder(JUDGE)), device)
+            self._judge = classifier(str(self.rows.folder(EVALUATION_CLASSIFIER)), device)
         return self._judge
 
     def _model(self, name: str) -> ScoreModel:

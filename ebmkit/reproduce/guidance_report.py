@@ -52,7 +52,7 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [
         f"## Guidance of a diffusion model, on {report['dataset']} (RCG chapter 4)",
         "",
-        f"Scale: {report['about']}.",
+        f"Scale: {report['description']}.",
         "",
         *_networks(report["networks"]),
         *_grid(report["grid"]),
@@ -185,8 +185,8 @@ def _ways(report: dict[str, Any]) -> list[str]:
 
 def _way(way: dict[str, Any]) -> str:
     scale = f"{way['settings']['scale']:g}" if way["settings"] else ""
-    about = way["about"].replace("|", "\\|")
-    head = f"| {way['name']} | {about} | {scale} | {way['eta']:g} | "
+    description = way["about"].replace("|", "\\|")
+    head = f"| {way['name']} | {description} | {scale} | {way['eta']:g} | "
     if "stopped" in way:
         return head + f"{way['stopped']} | | | | | |"
     means, ends = way["means"], way["saturation"]["ends"]

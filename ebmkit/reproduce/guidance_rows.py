@@ -24,15 +24,15 @@ from ebmkit.reproduce.rows import Row
 __all__ = [
     "AMOUNTS",
     "DIFFUSION",
+    "EVALUATION_CLASSIFIER",
     "GUIDES",
-    "JUDGE",
     "NETWORKS",
     "ON_GRID",
     "ON_PATH",
     "TABLE_2_1",
     "WAYS",
     "Amount",
-    "Way",
+    "GuidanceMethod",
 ]
 
 _CLEAN = {"streams": {"classify": {"noise": {"kind": "none", "min": 0.0, "max": 0.0}}}}
@@ -62,7 +62,9 @@ DIFFUSION = _row(
     "diffusion",
     {"objective": "ddpm", "terms": {"ddpm": {"class_dropout": 0.1}}},
 )
-JUDGE = _row("judge", "judge: ResNet18, cross-entropy", "judge", {"objective": "ce"} | _CLEAN)
+EVALUATION_CLASSIFIER = _row(
+    "judge", "judge: ResNet18, cross-entropy", "judge", {"objective": "ce"} | _CLEAN
+)
 PLAIN = _row("plain", "plain classifier", "guide", {"objective": "ce"} | _CLEAN)
 ROBUST = tuple(_robust(eps) for eps in (0.25, 0.5, 1.0))
 ROBUST_DSM = _row(
@@ -102,12 +104,12 @@ ON_PATH = (PLAIN, *ROBUST, ROBUST_DSM, JOINT, OF_TIME, KAWAR)
 
 GUIDES = (PLAIN, *ROBUST, ROBUST_DSM, JOINT, JEM, OF_TIME, KAWAR)
 
-NETWORKS = (DIFFUSION, OWN, JUDGE, *GUIDES)
+NETWORKS = (DIFFUSION, OWN, EVALUATION_CLASSIFIER, *GUIDES)
 """All networks, in the order in which they are trained."""
 
 
 @dataclass(frozen=True)
-class Way:
+class GuidanceMethod:
     """One way to draw images of a wanted class.
 
     Attributes:
@@ -122,7 +124,7 @@ class Way:
     """
 
     name: str
-    about: str
+    description: str
     guide: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     eta: float = 0.8
@@ -130,7 +132,7 @@ class Way:
     group: str = "thesis"
     fixed: bool = False
 
-    def times(self, strength: float) -> Way:
+    def times(self, strength: float) -> GuidanceMethod:
         """The same with its scale multiplied, unless it is fixed."""
         if self.fixed or not self.settings:
             return self
@@ -149,44 +151,46 @@ SIGMOID: dict[str, Any] = {"schedule": "sigmoid:t0=500,y0=0.05,k=0.02"}
 """RCG figure 4.13, with which the thesis ends."""
 
 
-def _way(name: str, about: str, guide: str = "robust-1", eta: float = 0.8, **own: Any) -> Way:
-    return Way(name, about, guide, COMMON | own, eta)
+def _way(
+    name: str, description: str, guide: str = "robust-1", eta: float = 0.8, **own: Any
+) -> GuidanceMethod:
+    return GuidanceMethod(name, description, guide, COMMON | own, eta)
 
 
-def _guided_by(row: Row, **own: Any) -> Way:
-    return Way(f"by {row.name}", row.label, row.name, COMMON | own, group="guides")
+def _guided_by(row: Row, **own: Any) -> GuidanceMethod:
+    return GuidanceMethod(f"by {row.name}", row.label, row.name, COMMON | own, group="guides")
 
 
-def _free(w: float) -> Way:
+def _free(w: float) -> GuidanceMethod:
     settings = {"guidance": "classifier-free", "scale": w}
-    return Way(
+    return GuidanceMethod(
         f"free {w:g}", f"classifier-free, w = {w:g}", None, settings, group="rivals", fixed=True
     )
 
 
-def _of_time(row: Row, exact: bool) -> Way:
+def _of_time(row: Row, exact: bool) -> GuidanceMethod:
     own = {"guidance": "classifier", "scale": 1.0 if exact else 4.0, "view": "noisy"}
     name = f"{row.name}{' exact' if exact else ''}"
-    return Way(name, row.label, row.name, COMMON | own, group="rivals", fixed=exact)
+    return GuidanceMethod(name, row.label, row.name, COMMON | own, group="rivals", fixed=exact)
 
 
-def _seen(name: str, about: str, guide: str = "robust-0.5", **own: Any) -> Way:
-    return Way(f"sees {name}", about, guide, COMMON | own, group="views")
+def _seen(name: str, description: str, guide: str = "robust-0.5", **own: Any) -> GuidanceMethod:
+    return GuidanceMethod(f"sees {name}", description, guide, COMMON | own, group="views")
 
 
-def _part(row: Row, high: bool) -> Way:
+def _part(row: Row, high: bool) -> GuidanceMethod:
     """Guidance above t = 100 alone, or below: about where noise takes robust classifiers away."""
     own: dict[str, Any] = {"schedule": "step:at=100,low=0"} if high else {"late": 0.9}
     own["view"] = "noisy" if row is JOINT else "shrunk"
-    name, about = ("high", "above t = 100") if high else ("low", "below t = 100")
+    name, description = ("high", "above t = 100") if high else ("low", "below t = 100")
     settings = COMMON | own | {"guidance": "classifier"}
-    return Way(
-        f"{row.name} {name}", f"{row.label}, {about} alone", row.name, settings, group="noise"
+    return GuidanceMethod(
+        f"{row.name} {name}", f"{row.label}, {description} alone", row.name, settings, group="noise"
     )
 
 
-WAYS: tuple[Way, ...] = (
-    Way("unguided", "no guidance: the label is not known"),
+WAYS: tuple[GuidanceMethod, ...] = (
+    GuidanceMethod("unguided", "no guidance: the label is not known"),
     _way("classifier", "log p(y|x)", guidance="classifier"),
     _way(
         "accumulated",
@@ -241,8 +245,8 @@ WAYS: tuple[Way, ...] = (
     *(_of_time(row, exact) for row in (OF_TIME, KAWAR, OWN) for exact in (True, False)),
     _free(1.0),
     _free(3.0),
-    Way("own", "the joint model, unguided", base="own-diffusion", group="own"),
-    Way(
+    GuidanceMethod("own", "the joint model, unguided", base="own-diffusion", group="own"),
+    GuidanceMethod(
         "own free 1",
         "the joint model by its own score of the label",
         None,
@@ -251,7 +255,7 @@ WAYS: tuple[Way, ...] = (
         group="own",
         fixed=True,
     ),
-    Way(
+    GuidanceMethod(
         "own robust",
         "the joint model guided by the robust classifier",
         "robust-0.5",

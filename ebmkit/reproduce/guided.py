@@ -32,7 +32,7 @@ from ebmkit.errors import UserError
 from ebmkit.evaluation.data import Images
 from ebmkit.guidance import class_energies, guided_model, make_guidance
 from ebmkit.randomness import keyed_generator
-from ebmkit.reproduce.guidance_rows import Way
+from ebmkit.reproduce.guidance_rows import GuidanceMethod
 from ebmkit.sampling import SAMPLERS, Chains
 from ebmkit.storage import write_atomically
 from ebmkit.storage.hdf5 import find_array, open_hdf5, read_array, read_attribute
@@ -70,7 +70,7 @@ class Drawing:
         """Wanted labels (N,), in turn: 0, 1, ..., C - 1, 0, ..."""
         return torch.arange(self.classes * self.per_class) % self.classes
 
-    def settings(self, way: Way, steps: int, eta: float, count: int) -> dict[str, Any]:
+    def settings(self, way: GuidanceMethod, steps: int, eta: float, count: int) -> dict[str, Any]:
         """All that the images of ``way`` depend on."""
         names = [way.base, *([way.guide] if way.guide else [])]
         return {
@@ -86,7 +86,7 @@ class Drawing:
 
     def draw(
         self,
-        way: Way,
+        way: GuidanceMethod,
         steps: int,
         eta: float | None = None,
         count: int | None = None,
@@ -133,7 +133,7 @@ class Drawing:
             advance(len(own))
         return torch.cat(found)
 
-    def model(self, way: Way) -> ScoreModel:
+    def model(self, way: GuidanceMethod) -> ScoreModel:
         """The model that ``way`` samples: guided, or the base itself."""
         base = self.models(way.base)
         if not way.settings:
@@ -179,7 +179,7 @@ def _read_kept(path: Path, key: str, count: int) -> tuple[Tensor, float] | None:
 
 def keep_drawing(
     drawing: Drawing,
-    way: Way,
+    way: GuidanceMethod,
     folder: Path,
     steps: int,
     eta: float | None = None,
@@ -213,9 +213,9 @@ def keep_drawing(
         rows = pixels.permute(0, 2, 3, 1).contiguous().numpy()
         file.create_dataset("images", data=rows, compression="gzip")
         file.create_dataset("labels", data=labels.numpy())
-        about = {"key": key, "seconds": seconds, "source": "fresh", "sampler": "ddim"}
-        about |= {"settings": json.dumps(settings), "seed": drawing.seed, "run": way.base}
-        file.attrs.update(about)
+        description = {"key": key, "seconds": seconds, "source": "fresh", "sampler": "ddim"}
+        description |= {"settings": json.dumps(settings), "seed": drawing.seed, "run": way.base}
+        file.attrs.update(description)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path, content.getvalue())
     return Drawn(pixels, labels, seconds)

@@ -128,7 +128,7 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [
         f"## {report['heading']}",
         "",
-        f"Scale `{report['scale']}`: {report['about']}. Each cell: ours (the paper's).",
+        f"Scale `{report['scale']}`: {report['description']}. Each cell: ours (the paper's).",
         "",
         _line(heads),
         _line(["---"] * 3 + ["---:"] * len(shown)),

@@ -45,7 +45,7 @@ class Scale:
     """
 
     name: str
-    about: str
+    description: str
     recipe: Mapping[str, str]
     layer: Mapping[str, Mapping[str, Any]]
     images: Mapping[str, int]

@@ -117,7 +117,7 @@ def circumstances(rows: Rows, target: str, found: Sequence[Found]) -> dict[str, 
     if rows.scale.name == "smoke":
         notes.append("little is learnt in so few steps: this scale shows that every row runs")
     return {
-        "about": rows.scale.about,
+        "about": rows.scale.description,
         "dataset": dataset,
         "notes": notes,
         "command": command,

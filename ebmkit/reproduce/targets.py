@@ -30,7 +30,7 @@ class Target(NamedTuple):
         needs: its runs, each with the family of settings that it is trained by.
     """
 
-    about: str
+    description: str
     run: Callable[[Rows, Sequence[str]], list[Path]]
     rows: tuple[str, ...] = ()
     needs: tuple[tuple[Row, str], ...] = ()

@@ -21,10 +21,7 @@ from ebmkit.registry import find
 from ebmkit.sampling import config as configs
 from ebmkit.sampling.base import Sampler
 from ebmkit.sampling.config import SamplerConfig, Start
-from ebmkit.sampling.inverse import Measurement
-from ebmkit.sampling.kadkhodaie import StochasticAscent
-from ebmkit.sampling.levels import first_level, highest, last_level
-from ebmkit.sampling.makers import (
+from ebmkit.sampling.factories import (
     make_annealed,
     make_ascent,
     make_ddim,
@@ -35,7 +32,10 @@ from ebmkit.sampling.makers import (
     make_pc,
     make_sgld,
 )
-from ebmkit.sampling.needs import Need, missing
+from ebmkit.sampling.inverse import Measurement
+from ebmkit.sampling.kadkhodaie import StochasticAscent
+from ebmkit.sampling.levels import first_level, highest, last_level
+from ebmkit.sampling.requirements import Need, missing
 from ebmkit.sampling.seeds import ClassGaussians
 from ebmkit.sampling.target import (
     blind_denoiser_of,
@@ -64,7 +64,7 @@ class SamplerEntry(Generic[C]):
     """
 
     name: str
-    about: str
+    description: str
     config: type[C]
     needs: tuple[Need, ...]
     make: Callable[[ScoreModel, Labels, C], Sampler[Any]]

@@ -1,20 +1,20 @@
 """Files that outlive crashes: written whole, noticed when damaged, one writer at a time."""
 
-from ebmkit.storage.locks import Busy, held
-from ebmkit.storage.manifest import DamagedFile
-from ebmkit.storage.together import (
+from ebmkit.storage.commit import (
+    commit_files,
     read_together,
     remove_file,
     write_atomically,
-    write_together,
 )
+from ebmkit.storage.locks import Busy, held
+from ebmkit.storage.manifest import DamagedFile
 
 __all__ = [
     "Busy",
     "DamagedFile",
+    "commit_files",
     "held",
     "read_together",
     "remove_file",
     "write_atomically",
-    "write_together",
 ]

@@ -4,7 +4,7 @@
 cut short, emptied, exchanged, lost, or in which a single bit has changed is noticed before it is
 used. A log that only grows is entered with the length and digest of its first bytes. The manifest
 carries a digest of itself. How files and manifest change together is told in
-`ebmkit.storage.together`.
+`ebmkit.storage.commit`.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from ebmkit.errors import UserError
 from ebmkit.storage.atomic import PARTIAL
+from ebmkit.storage.commit import commit_files, read_entered
 from ebmkit.storage.manifest import (
     FOLDERS,
     MANIFEST,
@@ -19,9 +20,8 @@ from ebmkit.storage.manifest import (
     entry_of,
     read_manifest,
 )
-from ebmkit.storage.together import read_entered, write_together
 
-__all__ = ["Finding", "accept_files", "files_of", "leftovers", "verify_run"]
+__all__ = ["Finding", "accept_files", "files_of", "stale_temporary_files", "verify_run"]
 
 WRITTEN_ALONE = ("config.yaml", "environment.json", "metrics.jsonl", "model.", "cost.json")
 """Beginnings of the names of files in the run folder itself that only its holder writes."""
@@ -82,7 +82,7 @@ def accept_files(root: Path, names: Iterable[str]) -> None:
         if name not in set(_names(root)):
             raise UserError(f"there is no file {name!r} in {str(root)!r} that could be of the run")
         contents[name] = path.read_bytes()
-    write_together(root, contents)
+    commit_files(root, contents)
 
 
 def files_of(root: Path, growing: Iterable[str] = ()) -> dict[str, Entry]:
@@ -91,7 +91,7 @@ def files_of(root: Path, growing: Iterable[str] = ()) -> dict[str, Entry]:
     return {name: entry_of((root / name).read_bytes(), name in grow) for name in _names(root)}
 
 
-def leftovers(root: Path) -> Iterator[Path]:
+def stale_temporary_files(root: Path) -> Iterator[Path]:
     """Temporary files of killed processes, seen from the one that holds the folder."""
     now = time.time()
     for folder in (root, root / "checkpoints", root / "breaches"):

@@ -104,7 +104,7 @@ def _setting(
     return {
         "name": setting.name,
         "title": setting.title,
-        "about": setting.about,
+        "about": setting.description,
         "well_specified": setting.well_specified,
         "classes": family.num_classes,
         "dim": family.dim,

@@ -35,7 +35,7 @@ class Setting:
 
     name: str
     title: str
-    about: str
+    description: str
     truth: Truth
     family: Family
     well_specified: bool
@@ -95,8 +95,8 @@ SETTINGS = (
     Setting(
         name="many-parameters",
         title="Opposite means, d = 20",
-        about="Two unit Gaussians in 20 dimensions, 3 standard deviations apart; family: unit "
-        "covariances, opposite means.",
+        description="Two unit Gaussians in 20 dimensions, 3 standard deviations apart; family: "
+        "unit covariances, opposite means.",
         truth=_on_an_axis(20, 3.0),
         family=CentredMeans(2, 20),
         well_specified=True,
@@ -105,7 +105,7 @@ SETTINGS = (
     Setting(
         name="naive-bayes",
         title="Naive Bayes, correlated features",
-        about="Two Gaussians in the plane with correlation 0.3; family: one diagonal covariance.",
+        description="Two Gaussians in the plane, correlation 0.3; family: one diagonal covariance.",
         truth=_truth([[1.2, 1.2], [-1.2, -1.2]], [[[1.0, 0.3], [0.3, 1.0]]], [0.5, 0.5]),
         family=NaiveBayes(2, 2),
         well_specified=False,
@@ -114,7 +114,7 @@ SETTINGS = (
     Setting(
         name="centred-means",
         title="Centred means, C = 3",
-        about="Three unit Gaussians in the plane whose means sum to zero; family: the same.",
+        description="Three unit Gaussians in the plane whose means sum to zero; family: the same.",
         truth=_truth([[2.0, 0.0], [-1.0, 1.5], [-1.0, -1.5]], _UNIT, [0.4, 0.3, 0.3]),
         family=CentredMeans(3, 2),
         well_specified=True,
@@ -123,7 +123,7 @@ SETTINGS = (
     Setting(
         name="shared-covariance",
         title="Shared covariance, C = 3",
-        about="Three Gaussians in the plane with one covariance; family: the same.",
+        description="Three Gaussians in the plane with one covariance; family: the same.",
         truth=_truth(
             [[1.8, 0.2], [-1.0, 1.6], [-0.6, -1.6]],
             [[[1.0, 0.4], [0.4, 0.8]]],
@@ -136,7 +136,7 @@ SETTINGS = (
     Setting(
         name="class-covariances",
         title="Class covariances",
-        about="Two Gaussians in the plane with a covariance each; family: the same.",
+        description="Two Gaussians in the plane with a covariance each; family: the same.",
         truth=_truth(
             [[0.8, 0.0], [-0.8, 0.4]],
             [[[1.0, 0.3], [0.3, 0.6]], [[0.7, -0.2], [-0.2, 1.4]]],
@@ -149,7 +149,7 @@ SETTINGS = (
     Setting(
         name="unequal-covariances",
         title="Shared covariance, truth unequal",
-        about="Two Gaussians in the plane, one with about three times the other's variances; "
+        description="Two Gaussians in the plane, one with about three times the other's variances; "
         "family: one covariance.",
         truth=_truth(
             [[1.0, 0.0], [-1.0, 0.0]],
@@ -163,7 +163,7 @@ SETTINGS = (
     Setting(
         name="two-humps",
         title="Shared covariance, truth not Gaussian",
-        about="Two classes in the plane, one with a fifth of its mass in a hump of its own; "
+        description="Two classes in the plane, one with a fifth of its mass in a hump of its own; "
         "family: one covariance.",
         truth=_truth([[1.0, 0.0], [1.0, 3.5], [-1.0, 0.0]], _UNIT, [0.4, 0.1, 0.5], [0, 0, 1]),
         family=SharedCovariance(2, 2),

@@ -13,7 +13,7 @@ from ebmkit.energy import ScoreModel
 from ebmkit.models import ModelConfig
 from ebmkit.objectives import parse_objective
 from ebmkit.objectives.terms import check_labels
-from ebmkit.parallel import World
+from ebmkit.parallel import DistributedContext
 from ebmkit.training.checks import trained_size
 from ebmkit.training.config import DataConfig, TrainConfig
 from ebmkit.training.runs import RunFolder
@@ -72,7 +72,7 @@ def assemble(
     run: RunFolder | None = None,
     reporter: Reporter | None = None,
     progress: bool = False,
-    world: World | None = None,
+    world: DistributedContext | None = None,
 ) -> Trainer:
     """Everything built: load the data, build the model, and go on from the run's checkpoint.
 
@@ -86,12 +86,12 @@ def assemble(
     Raises:
         UserError: as the parts do.
     """
-    world = world or World()
+    world = world or DistributedContext()
     if not world.first:
-        world.from_first(None)  # where data must be fetched, one does it
+        world.broadcast(None)  # where data must be fetched, one does it
     train = images_of(config.dataset, "train", progress)
     if world.first:
-        world.from_first(None)
+        world.broadcast(None)
     if config.dataset.limit is not None:
         train = train.first(config.dataset.limit)
     for term in parse_objective(config.objective):  # before the network, whose head may want some
@@ -112,7 +112,7 @@ def assemble(
     if trainer.device.type == "cpu":  # where running out of memory ends the process unasked
         trainer.budget.check()
     with run.held() if run is not None else nullcontext():
-        checkpoint = world.from_first(run.load_checkpoint() if run is not None else None)
+        checkpoint = world.broadcast(run.load_checkpoint() if run is not None else None)
         if checkpoint is not None:
             trainer.restore(checkpoint)
         elif run is not None:

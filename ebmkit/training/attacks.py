@@ -44,8 +44,8 @@ from ebmkit.compile import Inference
 from ebmkit.data import Batch
 from ebmkit.energy import EnergyModel, Noise, WeightedLogProbability, upcast_energies
 from ebmkit.errors import UserError
-from ebmkit.objectives import AdversarialConfig, Aim, Term, TrainingLoss
-from ebmkit.parallel import World
+from ebmkit.objectives import AdversarialConfig, AttackTarget, Term, TrainingLoss
+from ebmkit.parallel import DistributedContext
 from ebmkit.randomness import keyed_generator
 from ebmkit.sampling.ascent import Ascent
 from ebmkit.sampling.base import per_chain
@@ -90,7 +90,7 @@ def attack_passes(loss: TrainingLoss) -> tuple[int, int]:
     config = loss.settings.attack(term.name)
     if config.eps == 0:
         return 0, 0
-    return config.steps, int(term.objective.attack is Aim.DIVERGENCE)
+    return config.steps, int(term.objective.attack is AttackTarget.DIVERGENCE)
 
 
 class Attacks:
@@ -117,7 +117,7 @@ class Attacks:
         loss: TrainingLoss,
         seed: int,
         inference: Inference | None = None,
-        world: World | None = None,
+        world: DistributedContext | None = None,
         parts: int = 1,
         warm: bool = False,
     ) -> None:
@@ -137,7 +137,10 @@ class Attacks:
                 )
         self.model: EnergyModel = model
         self.settings, self.seed, self.parts = loss.settings, seed, parts
-        self.computed, self.world = (inference or Inference()).wrap(model), world or World()
+        self.computed, self.world = (
+            (inference or Inference()).wrap(model),
+            world or DistributedContext(),
+        )
 
     def join(self, batches: Mapping[str, Batch], step: int) -> dict[str, Batch]:
         """``batches`` of ``step`` with attacked images in those that need them."""
@@ -172,7 +175,7 @@ class Attacks:
         return torch.cat(found)
 
     def _drawn(
-        self, batch: Batch, config: AdversarialConfig, aim: Aim, generator: torch.Generator
+        self, batch: Batch, config: AdversarialConfig, aim: AttackTarget, generator: torch.Generator
     ) -> tuple[Tensor, Tensor | None]:
         """Where the images start, shape of y, and the labels they are to take, (B,), if any."""
         y, world = batch.y, self.world
@@ -186,7 +189,7 @@ class Attacks:
         if not config.random_start:
             return y, other
         shape = (total, *y.shape[1:])
-        if aim is Aim.DIVERGENCE:
+        if aim is AttackTarget.DIVERGENCE:
             nudge = torch.randn(shape, generator=generator, device=y.device, dtype=y.dtype)
             return _kept(y + NUDGE * nudge[own], batch), other
         radius = per_chain(config.eps * _scale(batch, config), y)
@@ -199,7 +202,7 @@ class Attacks:
         start: Tensor,
         other: Tensor | None,
         config: AdversarialConfig,
-        aim: Aim,
+        aim: AttackTarget,
     ) -> Tensor:
         """The images that the steps lead to from ``start``."""
         weights, labels = self._weights(batch, other, aim), _labels(batch)
@@ -226,10 +229,10 @@ class Attacks:
             state, _ = sampler.step(state, _UNUSED)
         return state.x
 
-    def _weights(self, batch: Batch, other: Tensor | None, aim: Aim) -> Tensor:
+    def _weights(self, batch: Batch, other: Tensor | None, aim: AttackTarget) -> Tensor:
         """w (B, C), of the log-posteriors whose sum is raised."""
         assert batch.soft is not None
-        if aim is Aim.DIVERGENCE:
+        if aim is AttackTarget.DIVERGENCE:
             return -self.computed.energies(batch.y, batch.sigma).logits.softmax(dim=1)
         if other is not None:
             chosen = torch.nn.functional.one_hot(other, self.model.num_classes)

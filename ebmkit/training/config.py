@@ -23,9 +23,9 @@ from ebmkit.objectives import BALANCE, TermSettings, parse_objective
 from ebmkit.registry import find
 from ebmkit.storage.reading import YAML_BYTES, parse_yaml, read_text
 from ebmkit.training.diffusion import diffusion_settings
+from ebmkit.training.divergence import WatchConfig
 from ebmkit.training.negatives import NegativesConfig
 from ebmkit.training.recipes import RECIPES, recipe_for
-from ebmkit.training.watch import WatchConfig
 from ebmkit.validation import validated
 
 __all__ = [

@@ -3,7 +3,7 @@ r"""What a training run costs, before it runs, and the share of the device that 
 A step of F floating-point operations on a device that multiplies matrices at R per second takes at
 least :math:`F / R`; one that took t seconds reached the share :math:`F / (R t)`. R is measured, not
 read off a data sheet: a product of two large square matrices in the precision of the run. F is
-counted (`ebmkit.training.rehearse`): matrix products and convolutions alone, which is nearly all.
+counted (`ebmkit.training.trace`): matrix products and convolutions alone, which is nearly all.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ebmkit.data.schedule import Stage
 from ebmkit.objectives import TrainingLoss
 from ebmkit.training.attacks import attack_passes
 from ebmkit.training.memory import ADAMW_STATES, Memory, format_bytes, step_memory
-from ebmkit.training.rehearse import Shapes, forward_flops, rehearse, score_flops
+from ebmkit.training.trace import Shapes, forward_flops, score_flops, trace_step
 
 __all__ = ["Effort", "Plan", "StepCost", "matrix_rate", "run_cost", "step_cost", "step_flops"]
 
@@ -201,7 +201,7 @@ def step_flops(loss: TrainingLoss, shapes: Shapes, effort: Effort | None = None)
         own = copy.copy(loss)
         own.terms = tuple(term for term in loss.terms if loss.stream_of[term.name] == stream)
         names = "+".join(term.name for term in own.terms)
-        flops[names] = effort.gradients * rehearse(own, shapes).flops
+        flops[names] = effort.gradients * trace_step(own, shapes).flops
         if effort.chain_steps and own.needs_negatives:
             steps = effort.chain_steps * score_flops(loss.model, shapes[stream])
             flops[f"{effort.chain_steps} Langevin steps"] = steps

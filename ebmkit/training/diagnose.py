@@ -40,7 +40,7 @@ def diagnose(
     batches: Mapping[str, Batch],
     parts: int = 1,
     gradients: Mapping[str, Tensor] | None = None,
-    uphill: Uphill | None = None,
+    perturbed: Uphill | None = None,
 ) -> dict[str, Any]:
     """Look at a step piece by piece; nothing is changed but the parameters' ``grad``.
 
@@ -52,7 +52,7 @@ def diagnose(
         parts: that a batch is split into, to need less memory.
         gradients: that the step left, by parameter, where they are at hand; told of where taking
             them again finds nothing.
-        uphill: where the gradient is taken a second time (`Sharpness.uphill`).
+        uphill: where the gradient is taken a second time (`Sharpness.perturbed`).
 
     Returns:
         Plain values. ``reproduced``: whether the step is not finite again. ``layer``: the first
@@ -67,7 +67,7 @@ def diagnose(
     try:
         loss.use_autograd = True
         with _first_bad_layer(model) as layer:
-            again, fine = _taken_again(loss, batches, parts, named, uphill)
+            again, fine = _taken_again(loss, batches, parts, named, perturbed)
         model.eval()
         streams = {name: _images(loss, name, batch, named) for name, batch in batches.items()}
     finally:
@@ -99,15 +99,15 @@ def _taken_again(
     batches: Mapping[str, Batch],
     parts: int,
     named: Named,
-    uphill: Uphill | None,
+    perturbed: Uphill | None,
 ) -> tuple[dict[str, Tensor], bool]:
     """The gradient of the whole step by parameter, and whether it and the losses are finite."""
     totals: dict[str, Tensor] = {}
     fine = True
-    for again in (False, True) if uphill is not None else (False,):
+    for again in (False, True) if perturbed is not None else (False,):
         if again and not fine:
             break
-        with uphill(loss) if again and uphill is not None else nullcontext():
+        with perturbed(loss) if again and perturbed is not None else nullcontext():
             totals = {}
             for part in split_batches(dict(batches), parts, True):
                 total, values = _losses(loss, part)

@@ -40,20 +40,20 @@ from ebmkit.errors import UserError
 from ebmkit.models import JointModel
 from ebmkit.objectives import Losses, TrainingLoss
 from ebmkit.onednn import subsample_before_1x1
-from ebmkit.parallel import World
+from ebmkit.parallel import DistributedContext
 from ebmkit.training.averaging import follow
 from ebmkit.training.optim import set_rate
-from ebmkit.training.rehearse import unreached
 from ebmkit.training.sharpness import Sharpness
+from ebmkit.training.trace import unused_parameters
 
-__all__ = ["OutOfMemory", "Reading", "TrainingStep", "split_batches", "told_of_memory"]
+__all__ = ["OutOfMemory", "StepStats", "TrainingStep", "split_batches", "translate_out_of_memory"]
 
 
 class OutOfMemory(Exception):
     """The step did not fit into the device's memory."""
 
 
-class Reading(NamedTuple):
+class StepStats(NamedTuple):
     """What steps did, on the host.
 
     Attributes:
@@ -108,7 +108,7 @@ class TrainingStep:
         compute: ComputeConfig | None = None,
         clip_norm: float | None = None,
         average: AveragedModel | None = None,
-        world: World | None = None,
+        world: DistributedContext | None = None,
         backend: str = "inductor",
         sharpness: Sharpness | None = None,
     ) -> None:
@@ -116,7 +116,7 @@ class TrainingStep:
         self.backend = backend
         self.loss, self.optimizer = loss, optimizer
         self.clip_norm, self.average, self.sharpness = clip_norm, average, sharpness
-        self.world = world or World()
+        self.world = world or DistributedContext()
         self.parameters = [p for p in loss.model.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
         self.precision = pick_precision(self.compute.precision, self.device)
@@ -156,10 +156,10 @@ class TrainingStep:
         buffers = self.loss.model.buffers() if self.loss.model.has_batch_norm else ()
         moving = [self.loss.running, *buffers]  # besides what the optimiser moves
         before = [buffer.clone() for buffer in moving]
-        with told_of_memory():
+        with translate_out_of_memory():
             values[:-1] = self._differentiate(batches)
             if self.sharpness is not None:
-                with self.sharpness.uphill(self.loss):
+                with self.sharpness.perturbed(self.loss):
                     self._differentiate(batches)
             self.world.mean_(values)
             gradients = [p.grad for p in self.parameters if p.grad is not None]
@@ -174,13 +174,13 @@ class TrainingStep:
         if self.average is not None:
             follow(self.average, self.loss.model, self._failed)
 
-    def read(self) -> Reading:
+    def read(self) -> StepStats:
         """What the last step did; waits for the device."""
         *parts, stop, norm, failed, done = torch.cat(
             [self._values, self._failed[None], self._done[None]]
         ).tolist()
         means = dict(zip(self.names, parts, strict=True))
-        return Reading(means, norm, int(done), self._taken - int(done), bool(failed), stop > 0)
+        return StepStats(means, norm, int(done), self._taken - int(done), bool(failed), stop > 0)
 
     def undo_skipped(self, rate: float) -> None:
         """Bring what the host counts back to where the last update left it, and forget the failure.
@@ -302,7 +302,9 @@ class TrainingStep:
         if self.world.size == 1:
             return nullcontext()
         if self._parallel is None:
-            unused = unreached(self.loss, {n: _shape(batch) for n, batch in batches.items()})
+            unused = unused_parameters(
+                self.loss, {n: _shape(batch) for n, batch in batches.items()}
+            )
             self._parallel = self.world.wrap(self.loss, unused, self.loss.model.has_batch_norm)
         assert isinstance(self._parallel, DistributedDataParallel)
         return nullcontext() if last else self._parallel.no_sync()
@@ -348,7 +350,7 @@ def _memory_budget(share: float) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def told_of_memory() -> Iterator[None]:
+def translate_out_of_memory() -> Iterator[None]:
     """Turn an allocation that failed into `OutOfMemory`."""
     full = False
     try:

@@ -1,6 +1,6 @@
 r"""What memory a training step needs, what a device has, and how large a batch fits.
 
-With bytes :math:`b_t(n)` alive at moment t of a step of n images (`ebmkit.training.rehearse`),
+With bytes :math:`b_t(n)` alive at moment t of a step of n images (`ebmkit.training.trace`),
 
 .. math::
     \text{total} = \text{parameters} + \text{optimiser} + \max_t b_t(n), \qquad
@@ -22,7 +22,7 @@ import torch
 
 from ebmkit.errors import UserError
 from ebmkit.objectives import TrainingLoss
-from ebmkit.training.rehearse import Shapes, rehearse
+from ebmkit.training.trace import Shapes, trace_step
 
 __all__ = [
     "Memory",
@@ -78,7 +78,7 @@ def step_memory(
             weights.
         accumulate: parts that each batch is split into.
     """
-    step = rehearse(loss, shapes, accumulate)
+    step = trace_step(loss, shapes, accumulate)
     fixed, optimizer = _fixed(loss, states)
     return Memory(fixed, step.gradients, optimizer, max(step.live) - step.gradients)
 
@@ -102,7 +102,7 @@ def largest_batch(
     """
     left = limit - sum(_fixed(loss, states))
     two, four = (
-        rehearse(loss, {n: (k * s[0], *s[1:]) for n, s in shapes.items()}, accumulate).live
+        trace_step(loss, {n: (k * s[0], *s[1:]) for n, s in shapes.items()}, accumulate).live
         for k in (2, 4)  # not 1: a batch of one image may be laid out differently
     )
     scale = math.inf  # in batches of `shapes`

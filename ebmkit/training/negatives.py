@@ -28,7 +28,7 @@ from ebmkit.data import AnyImages, Batch, StreamConfig
 from ebmkit.energy import EnergyModel, Noise
 from ebmkit.errors import UserError
 from ebmkit.objectives import Term, TrainingLoss
-from ebmkit.parallel import World
+from ebmkit.parallel import DistributedContext
 from ebmkit.randomness import keyed_generator
 from ebmkit.sampling.buffer import ReplayBuffer
 from ebmkit.sampling.langevin import JEM_NOISE, JEM_STEP, Langevin, normal_like
@@ -101,7 +101,7 @@ class Negatives:
         stream: StreamConfig,
         seed: int,
         inference: Inference | None = None,
-        world: World | None = None,
+        world: DistributedContext | None = None,
     ) -> None:
         terms = likelihood_terms(loss)
         if not isinstance(loss.model, EnergyModel):
@@ -127,7 +127,7 @@ class Negatives:
                 f"holds {config.buffer_size}: raise negatives.buffer_size"
             )
         self.model: EnergyModel = loss.model
-        self.config, self.seed, self.world = config, seed, world or World()
+        self.config, self.seed, self.world = config, seed, world or DistributedContext()
         self.computed = (inference or Inference()).wrap(self.model)
         self.stream = loss.stream_of[terms[0].name]
         self.conditional = terms[0].objective.needs_labels

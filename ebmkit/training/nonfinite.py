@@ -22,7 +22,7 @@ from ebmkit.errors import UserError, shown
 from ebmkit.randomness import keyed_seed
 from ebmkit.storage import write_atomically
 from ebmkit.training.diagnose import diagnose, plain
-from ebmkit.training.engine import Reading
+from ebmkit.training.engine import StepStats
 
 if TYPE_CHECKING:
     from ebmkit.training.trainer import Trainer
@@ -39,12 +39,12 @@ MOST_REPORTS = 20
 """Reports that a run keeps."""
 
 
-def is_finite(reading: Reading) -> bool:
+def is_finite(reading: StepStats) -> bool:
     """Whether the losses and the gradient of a step are numbers."""
     return all(map(math.isfinite, [*reading.parts.values(), reading.grad_norm]))
 
 
-def stopped(trainer: Trainer, reading: Reading) -> UserError:
+def stopped(trainer: Trainer, reading: StepStats) -> UserError:
     """The error that ends a run of which a step is not finite, after saving the state before it.
 
     Args:
@@ -71,7 +71,7 @@ def stopped(trainer: Trainer, reading: Reading) -> UserError:
 def report_of(
     trainer: Trainer,
     step: int,
-    reading: Reading,
+    reading: StepStats,
     drawn: Mapping[str, Batch] | None = None,
 ) -> dict[str, Any]:
     """What is found of ``step`` in all processes, as plain values.
@@ -168,8 +168,8 @@ def _looked_at(trainer: Trainer, step: int, drawn: Mapping[str, Batch] | None) -
         seed, rank = trainer.config.seed, trainer.world.rank
         torch.manual_seed(keyed_seed(seed, "dropout", step - 1, rank))
     sharpness = trainer.update.sharpness
-    uphill = None if sharpness is None else sharpness.uphill
-    return diagnose(trainer.loss, drawn, trainer.config.compute.accumulate, left or None, uphill)
+    perturbed = None if sharpness is None else sharpness.perturbed
+    return diagnose(trainer.loss, drawn, trainer.config.compute.accumulate, left or None, perturbed)
 
 
 def _headline(report: Mapping[str, Any]) -> str:

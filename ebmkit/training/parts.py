@@ -14,8 +14,7 @@ from ebmkit.data.schedule import Stage
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.models import ModelConfig
 from ebmkit.objectives import ClassificationConfig, TrainingLoss, parse_objective
-from ebmkit.parallel import World
-from ebmkit.training.account import Budget
+from ebmkit.parallel import DistributedContext
 from ebmkit.training.attacks import Attacks, attack_terms
 from ebmkit.training.averaging import exponential_average
 from ebmkit.training.checks import shapes, trained_size
@@ -24,6 +23,7 @@ from ebmkit.training.cost import Effort
 from ebmkit.training.engine import TrainingStep
 from ebmkit.training.negatives import Negatives, likelihood_terms
 from ebmkit.training.optim import optimizer_flops, states_of
+from ebmkit.training.run_stats import Budget
 
 __all__ = [
     "make_attacks",
@@ -60,7 +60,11 @@ def make_loss(model: ScoreModel, config: TrainConfig, training: bool = True) -> 
 
 
 def make_stream(
-    config: TrainConfig, name: str, images: AnyImages, device: torch.device, world: World
+    config: TrainConfig,
+    name: str,
+    images: AnyImages,
+    device: torch.device,
+    world: DistributedContext,
 ) -> Stream:
     """The stream called ``name``, this process's share of it."""
     return Stream(
@@ -90,7 +94,7 @@ def make_budget(
     config: TrainConfig,
     stages: Sequence[Stage],
     images: AnyImages,
-    world: World,
+    world: DistributedContext,
     built_from: ModelConfig | None = None,
 ) -> Budget:
     """The steps of the run, to be counted; ``built_from`` describes the model, if it can be."""
@@ -137,7 +141,7 @@ def _attack_text(loss: TrainingLoss) -> str:
 
 
 def make_attacks(
-    loss: TrainingLoss, config: TrainConfig, step: TrainingStep, world: World
+    loss: TrainingLoss, config: TrainConfig, step: TrainingStep, world: DistributedContext
 ) -> Attacks:
     """The attacks of objectives that train under one, computed as ``step`` is."""
     inference = make_inference(step.device, step.precision, config.compute.compile)
@@ -145,7 +149,11 @@ def make_attacks(
 
 
 def make_negatives(
-    loss: TrainingLoss, config: TrainConfig, images: AnyImages, step: TrainingStep, world: World
+    loss: TrainingLoss,
+    config: TrainConfig,
+    images: AnyImages,
+    step: TrainingStep,
+    world: DistributedContext,
 ) -> Negatives:
     """The chains of an objective that needs samples of the model, computed as ``step`` is."""
     stream = stream_config(config, loss.stream_of[likelihood_terms(loss)[0].name])

@@ -49,7 +49,7 @@ class Recipe(NamedTuple):
     """Defaults for a data set: a nested mapping of `TrainConfig` fields, and a line about it."""
 
     config: dict[str, Any]
-    about: str
+    description: str
 
 
 def _for(dataset: str, config: dict[str, Any]) -> dict[str, Any]:

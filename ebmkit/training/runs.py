@@ -9,7 +9,7 @@
       model.safetensors      the weights (the averaged ones, where averaging is on)
       model.json             what builds the network, and what it was trained for
       checkpoints/           everything needed to go on exactly, and the best weights by validation
-      breaches/              what was logged before the run went back (`ebmkit.training.watch`)
+      breaches/              what was logged before the run went back (`ebmkit.training.divergence`)
       nonfinite-STEP.json    what was found of a step that is not finite
       energies/              mean energies by label, where the run has guided another
       cost.json              seconds of a step, memory, share of the device's matrix rate
@@ -35,8 +35,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ebmkit.errors import UserError
-from ebmkit.storage import DamagedFile, held, read_together, write_atomically, write_together
+from ebmkit.storage import DamagedFile, commit_files, held, read_together, write_atomically
 from ebmkit.storage.atomic import PARTIAL, Content
+from ebmkit.storage.commit import recover
 from ebmkit.storage.manifest import (
     FOLDERS,
     MANIFEST,
@@ -48,8 +49,7 @@ from ebmkit.storage.manifest import (
     read_manifest,
 )
 from ebmkit.storage.reading import YAML_BYTES, check_links, parse_yaml, read_bytes
-from ebmkit.storage.together import settle
-from ebmkit.storage.verify import files_of, leftovers
+from ebmkit.storage.verify import files_of, stale_temporary_files
 from ebmkit.training.checkpoints import (
     BEST,
     all_names,
@@ -101,9 +101,9 @@ class RunFolder:
             if (path / "config.yaml").exists():
                 raise UserError(f"run folder {str(path)!r} was just made by another process")
             document = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-            about = json.dumps(environment(), indent=2)
-            files = {"environment.json": about.encode(), "config.yaml": document.encode()}
-            write_together(path, files)
+            description = json.dumps(environment(), indent=2)
+            files = {"environment.json": description.encode(), "config.yaml": document.encode()}
+            commit_files(path, files)
         return run
 
     @classmethod
@@ -305,7 +305,7 @@ class RunFolder:
         new = files.get(METRICS)
         grown = self.journal.entry() if new is None else entry_of(new, grows=True)
         known = grown.size or new is not None
-        write_together(self.path, files, drop, {METRICS: grown} if known else {})
+        commit_files(self.path, files, drop, {METRICS: grown} if known else {})
         if new is not None:
             self.journal.look_again()
 
@@ -333,8 +333,8 @@ class RunFolder:
                 )
         if manifest is None:
             begin_manifest(self.path, files_of(self.path, growing=[METRICS]))
-        settle(self.path)
-        for path in leftovers(self.path):
+        recover(self.path)
+        for path in stale_temporary_files(self.path):
             path.unlink(missing_ok=True)
 
 

@@ -43,7 +43,7 @@ class Sharpness:
         return None if rho is None else cls(rho, config.sharpness_adaptive)
 
     @contextmanager
-    def uphill(self, module: nn.Module) -> Iterator[None]:
+    def perturbed(self, module: nn.Module) -> Iterator[None]:
         """Within, the parameters of ``module`` lie uphill along their gradients.
 
         Afterwards they are what they were, to the bit. Running statistics of BatchNorm do not move.

@@ -31,14 +31,13 @@ from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.models import ModelConfig
 from ebmkit.models.saving import model_files
-from ebmkit.parallel import World, device_of_rank
+from ebmkit.parallel import DistributedContext, device_of_rank
 from ebmkit.randomness import keyed_seed
-from ebmkit.training.account import Account, Stopwatch, peak_memory
 from ebmkit.training.best import Best
+from ebmkit.training.checkpoint_state import parts_of, restore_parts
 from ebmkit.training.checks import check_compiled, check_learnt, check_terms
 from ebmkit.training.config import TrainConfig
-from ebmkit.training.engine import OutOfMemory, Reading, TrainingStep, told_of_memory
-from ebmkit.training.leftout import LeftOut
+from ebmkit.training.engine import OutOfMemory, StepStats, TrainingStep, translate_out_of_memory
 from ebmkit.training.nonfinite import stopped
 from ebmkit.training.optim import learning_rate, make_optimizer
 from ebmkit.training.parts import (
@@ -51,10 +50,11 @@ from ebmkit.training.parts import (
     make_stream,
     stream_config,
 )
-from ebmkit.training.recovery import Recovery
+from ebmkit.training.rollback import Recovery
+from ebmkit.training.run_stats import RunStats, Stopwatch, peak_memory
 from ebmkit.training.runs import RunFolder
-from ebmkit.training.saved import parts_of, restore_parts
 from ebmkit.training.sharpness import Sharpness
+from ebmkit.training.skipped import SkippedSamples
 from ebmkit.training.stopping import Interrupted, stop_requested
 from ebmkit.training.validation import Validation
 
@@ -93,7 +93,7 @@ class Trainer:
     run: RunFolder | None = None
     built_from: ModelConfig | None = None
     reporter: Reporter | None = None
-    world: World = field(default_factory=World)
+    world: DistributedContext = field(default_factory=DistributedContext)
 
     def __post_init__(self) -> None:
         config = self.config
@@ -107,7 +107,7 @@ class Trainer:
             self.validation = self.validation.to(self.device)
         names, world = self.loss.streams, self.world
         self.streams = {n: make_stream(config, n, self.train, self.device, world) for n in names}
-        self.left_out = LeftOut(self.train, self.streams, world)
+        self.left_out = SkippedSamples(self.train, self.streams, world)
         self.stages = stages({n: stream_config(config, n) for n in names}, config.steps)
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self.average = make_average(self.model, config)
@@ -277,7 +277,7 @@ class Trainer:
         self.watch.step(time.perf_counter() - begun)
         fits = True
         try:
-            with told_of_memory():
+            with translate_out_of_memory():
                 if self.recovery is not None:
                     drawn = self.drawn = self.recovery.join(drawn)
                 if self.attacks is not None:
@@ -301,7 +301,7 @@ class Trainer:
         held = [*self.loss.parameters(), *(v for v in states if torch.is_tensor(v))]
         raise self.budget.too_large(sum(t.nbytes for t in held), self.step)
 
-    def _log_step(self, reading: Reading) -> None:
+    def _log_step(self, reading: StepStats) -> None:
         number = stage_at(self.stages, self.step - 1)
         speed = self.stages[number].images_per_step / self.watch.stop(number)
         row = {"step": self.step, "lr": self.rate_at(self.step - 1), "grad_norm": reading.grad_norm}
@@ -319,7 +319,7 @@ class Trainer:
         rate = learning_rate(self.config.optimizer, step, self.config.steps)
         return rate if self.recovery is None else self.recovery.learning_rate(rate)
 
-    def _read(self) -> Reading:
+    def _read(self) -> StepStats:
         """What the last step did.
 
         Raises:
@@ -331,11 +331,11 @@ class Trainer:
         self.card.steps = self.step
         return reading
 
-    def account(self) -> Account:
+    def account(self) -> RunStats:
         """What the steps so far really took."""
         peak = peak_memory(self.device)  # before the counting, which takes some too
         steps = self.step - self.first_step
-        return Account.of(
+        return RunStats.of(
             self.budget.cost(self.step, self.first_step),
             self.watch,
             images_between(self.stages, self.first_step, self.step) / steps,

@@ -16,7 +16,7 @@ from ebmkit.data.schedule import Stage
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.metrics import predict, psnr
 from ebmkit.objectives import TrainingLoss
-from ebmkit.parallel import World
+from ebmkit.parallel import DistributedContext
 from ebmkit.training.attacks import Attacks
 
 __all__ = ["Validation"]
@@ -46,7 +46,7 @@ class Validation:
     denoise_stream: str | None
     classifies: bool
     device: torch.device
-    world: World
+    world: DistributedContext
 
     def __post_init__(self) -> None:
         count = len(self.images)
@@ -71,7 +71,7 @@ class Validation:
         noise: dict[str, StreamConfig],
         classifies: bool,
         device: torch.device,
-        world: World,
+        world: DistributedContext,
     ) -> Validation | None:
         """What measures ``loss``; None where there are no images or nothing to measure.
 

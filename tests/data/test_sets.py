@@ -400,7 +400,7 @@ def test_every_data_set_has_a_line_about_it():
         "pictures",
         "hdf5",
     ]
-    assert all(entry.about for entry in DATASETS.values())
+    assert all(entry.description for entry in DATASETS.values())
 
 
 def test_some_images_spread_evenly_through_a_sorted_set():

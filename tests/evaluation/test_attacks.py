@@ -10,8 +10,14 @@ import torch
 from ebmkit import EnergyModel, GaussianMixture, UserError, create_model
 from ebmkit.energy import Energies
 from ebmkit.evaluation import autoattack
-from ebmkit.evaluation.attacks import NORMS, Attack, rounds, smallest_strengths
-from ebmkit.evaluation.defences import DEFENCES, Defence, Defended, Refinement, image_noise
+from ebmkit.evaluation.attacks import NORMS, Attack, minimal_epsilons, rounds
+from ebmkit.evaluation.defences import (
+    DEFENCES,
+    Defence,
+    DefendedClassifier,
+    Refinement,
+    image_noise,
+)
 
 SIDE = 4
 STRENGTHS = [0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32]
@@ -52,9 +58,9 @@ def test_the_smallest_strength_is_the_distance_to_the_plane(name, norm):
     model, sigma, draws = two_gaussians(), 0.03, 256
     x, labels, distances = near_the_plane(model, 100)
     defence = Defence(name, sigma, Refinement(2, 0.004, sigma / math.sqrt(2)))
-    target = Defended(model, defence, draws=4)
+    target = DefendedClassifier(model, defence, draws=4)
     noise = image_noise(x, draws * defence.noises, "") if defence.random else None
-    found = smallest_strengths(Attack(norm, steps=15), target, x, labels, GRID[norm], noise)
+    found = minimal_epsilons(Attack(norm, steps=15), target, x, labels, GRID[norm], noise)
     grid = torch.tensor([0, *GRID[norm], math.inf], dtype=torch.float64)
     exact = grid[torch.bucketize(distances[norm].double(), grid)]
     unsure = 0.03 * distances[norm]
@@ -70,7 +76,7 @@ def test_the_smallest_strength_is_the_distance_to_the_plane(name, norm):
 def test_one_step_is_enough_where_the_classifier_is_linear_and_noise_is_not():
     model = two_gaussians()
     x, labels, distances = near_the_plane(model)
-    target = Defended(model, Defence("direct"))
+    target = DefendedClassifier(model, Defence("direct"))
     for norm in NORMS:
         epsilon = float(distances[norm].median()) * 1.001
         step, noise = (
@@ -86,7 +92,7 @@ def test_perturbations_keep_to_the_ball_and_to_the_range_of_images(norm):
     model = two_gaussians()
     x = torch.rand(20, 1, SIDE, SIDE).round()  # in the corners, where clipping matters
     labels = model.logits(x).argmax(1)
-    target = Defended(model, Defence("direct"))
+    target = DefendedClassifier(model, Defence("direct"))
     for kind in ("pgd", "one-step", "noise"):
         found = Attack(norm, kind).perturbed(target, x, labels, 0.3)
         change = (found - x).flatten(1)
@@ -103,7 +109,7 @@ def test_gradients_pass_through_the_denoiser():
     model = model.double().eval()
     x = torch.rand(2, 1, 8, 8, dtype=torch.float64, requires_grad=True)
     for name in DEFENCES:
-        target = Defended(model, Defence(name, 0.1, Refinement(2, 0.1, 0.1)))
+        target = DefendedClassifier(model, Defence(name, 0.1, Refinement(2, 0.1, 0.1)))
         noise = torch.randn(4, 1, 8, 8, dtype=torch.float64)
         value = target.judged(x, noise)[:, 1].sum()
         (gradient,) = torch.autograd.grad(value, x)
@@ -123,7 +129,7 @@ def test_refinement_is_langevin_dynamics_and_its_average():
     model = two_gaussians(variance).double()
     x = near_the_plane(model)[0][:5]
     defence = Defence("refine", refinement=Refinement(3, step, deviation))
-    target = Defended(model, defence)
+    target = DefendedClassifier(model, defence)
     noise = image_noise(x, 2 * defence.noises, "chains")
     ends = target.refined(x, noise)
     by_hand = []
@@ -146,7 +152,9 @@ def test_no_steps_of_refinement_are_no_defence():
     x = near_the_plane(model)[0][:5]
     nothing = Defence("refine", refinement=Refinement(0))
     assert not nothing.random
-    assert torch.equal(Defended(model, nothing)(x), Defended(model, Defence("direct"))(x))
+    assert torch.equal(
+        DefendedClassifier(model, nothing)(x), DefendedClassifier(model, Defence("direct"))(x)
+    )
 
 
 def test_jems_step_is_for_images_in_minus_one_to_one():
@@ -156,7 +164,7 @@ def test_jems_step_is_for_images_in_minus_one_to_one():
     x = torch.rand(3, 1, 2, 2, dtype=torch.float64)
     u, noise = 2 * x - 1, torch.randn(1, 1, 2, 2, dtype=torch.float64)
     expected = u + theirs.score(u) + 0.01 * noise
-    found = Defended(ours, Defence("refine")).refined(x, noise)
+    found = DefendedClassifier(ours, Defence("refine")).refined(x, noise)
     assert torch.allclose(2 * found - 1, expected, atol=1e-12)
 
 
@@ -173,7 +181,7 @@ def test_averaged_gradients_are_those_of_the_expectation():
     p = torch.sigmoid(logit)
     mean, derivative = (weight * p).sum(), (weight * p * (1 - p)).sum()
 
-    target = Defended(model, Defence("noise", sigma), draws, seed="many")
+    target = DefendedClassifier(model, Defence("noise", sigma), draws, seed="many")
     log_p = target(x)[:, 1]
     (gradient,) = torch.autograd.grad(log_p.sum(), x)
     error = 5 / math.sqrt(draws)
@@ -190,7 +198,7 @@ def test_averaged_gradients_are_those_of_the_expectation():
 
 def test_every_call_draws_anew_and_every_start_repeats():
     model = two_gaussians()
-    target = Defended(model, Defence("noise", 0.2), draws=2, seed="a")
+    target = DefendedClassifier(model, Defence("noise", 0.2), draws=2, seed="a")
     x = near_the_plane(model)[0][:3]
     first, second = target(x), target(x)
     assert not torch.equal(first, second)
@@ -205,7 +213,9 @@ def test_an_image_is_attacked_alike_in_any_batch(norm):
     """Few steps from far-off starts, so that another start would end elsewhere."""
     model = two_gaussians()
     x, labels, _ = near_the_plane(model)
-    target = Defended(model, Defence("noise", 0.3), draws=1)  # the attacker's draws repeat, too
+    target = DefendedClassifier(
+        model, Defence("noise", 0.3), draws=1
+    )  # the attacker's draws repeat, too
     for attack in (Attack(norm, steps=2, stepsize=0.1), Attack(norm, "noise")):
         whole = attack.perturbed(target, x, labels, 0.2, "s")
         some = attack.perturbed(target, x[7:9], labels[7:9], 0.2, "s")
@@ -222,8 +232,8 @@ def test_nothing_is_left_behind():
     x, labels = torch.rand(3, 1, 8, 8), torch.arange(3)
     state = torch.get_rng_state()
     with torch.no_grad():
-        target = Defended(model, Defence("noise", 0.1), 2)
-        smallest_strengths(Attack("l2", steps=2), target, x, labels, [0.1], image_noise(x, 2, ""))
+        target = DefendedClassifier(model, Defence("noise", 0.1), 2)
+        minimal_epsilons(Attack("l2", steps=2), target, x, labels, [0.1], image_noise(x, 2, ""))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in model.parameters())
     assert {name: p.requires_grad for name, p in model.named_parameters()} == wanted
@@ -243,8 +253,9 @@ def test_bisection_asks_no_more_than_it_says():
     x, labels, _ = near_the_plane(model, 20)
     labels[:5] = 1 - labels[:5]
     told = []
-    found = smallest_strengths(
-        Counting("linf", steps=3), Defended(model, Defence("direct")), x, labels, STRENGTHS,
+    found = minimal_epsilons(
+        Counting("linf", steps=3), DefendedClassifier(model, Defence("direct")),
+        x, labels, STRENGTHS,
         done=lambda: told.append(1),
     )  # fmt: skip
     assert (rounds(len(STRENGTHS)), len(told)) == (3, 3)
@@ -256,7 +267,7 @@ def test_images_outside_the_range_are_refused():
     model = two_gaussians()
     with pytest.raises(UserError, match=r"-0\.5 to 0\.2 cannot be attacked"):
         Attack("linf").breaks(
-            Defended(model, Defence("direct")),
+            DefendedClassifier(model, Defence("direct")),
             torch.linspace(-0.5, 0.2, SIDE**2).reshape(1, 1, SIDE, SIDE),
             torch.zeros(1, dtype=torch.long),
             0.1,
@@ -272,8 +283,8 @@ class NotANumber(EnergyModel):
 
 def test_a_label_that_is_not_a_number_is_wrong():
     x, labels = torch.rand(4, 1, SIDE, SIDE), torch.zeros(4, dtype=torch.long)
-    found = smallest_strengths(
-        Attack("l2"), Defended(NotANumber(), Defence("direct")), x, labels, [0.1]
+    found = minimal_epsilons(
+        Attack("l2"), DefendedClassifier(NotANumber(), Defence("direct")), x, labels, [0.1]
     )
     assert found.tolist() == [0] * 4
 
@@ -294,7 +305,7 @@ def test_autoattack_finds_the_plane_too(norm):
     state = torch.get_rng_state()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the package's own
-        target = Defended(model, Defence("direct"))
+        target = DefendedClassifier(model, Defence("direct"))
         found = autoattack.breaks(target, norm, x, labels, epsilon)
     expected = distances[norm] < epsilon
     expected[0] = True

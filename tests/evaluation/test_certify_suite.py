@@ -10,7 +10,7 @@ from scipy.stats import binom, norm
 from two_processes import run_shared
 
 from ebmkit import GaussianMixture, UserError
-from ebmkit.evaluation import Setting, evaluate, tables
+from ebmkit.evaluation import EvaluationContext, evaluate, tables
 from ebmkit.evaluation.certify import CERTIFY, CertifyConfig, run
 from ebmkit.evaluation.smoothing import lower_bound, vote_generator
 
@@ -37,7 +37,7 @@ def two_gaussians():
 def test_radii_of_a_mixture_are_those_to_its_boundary(two_gaussians):
     model, images = two_gaussians
     options = {"samples": 1000, "selection": 50, "images": 20, "sigmas": [0.1]}
-    found = measured(Setting(model, images.first(20), batch_size=1050), **options)
+    found = measured(EvaluationContext(model, images.first(20), batch_size=1050), **options)
     x = images.images[:20].flatten(1)
     margin = (x.mean(1) - 0.5) * 4  # along (1, .., 1) / 4
     (level,) = found["levels"]
@@ -58,7 +58,7 @@ def test_radii_of_a_mixture_are_those_to_its_boundary(two_gaussians):
 
 def test_both_classifiers_are_asked_about_the_same_noise(two_gaussians):
     """Here E[x|y] lies on the same side as y, so the same votes are cast, one for one."""
-    found = measured(Setting(*two_gaussians, batch_size=310), images=20, samples=300)
+    found = measured(EvaluationContext(*two_gaussians, batch_size=310), images=20, samples=300)
     for level in found["levels"]:
         assert level["classifiers"]["direct"] == level["classifiers"]["denoised"]
         assert level["difference"]["value"] == 0
@@ -77,18 +77,18 @@ def test_denoising_first_is_what_is_certified(two_gaussians, monkeypatch):
         return forward(self, y, sigma)
 
     monkeypatch.setattr(GaussianMixture, "forward", watched)
-    measured(Setting(model, images, batch_size=500), images=1, sigmas=[0.3])
+    measured(EvaluationContext(model, images, batch_size=500), images=1, sigmas=[0.3])
     (_, zero), (noisy, sigma), (denoised, after) = calls
     assert (zero, sigma, after) == (0.0, 0.3, 0.0)
     assert noisy > 0.28
     assert denoised < 0.1
     calls.clear()
-    measured(Setting(model, images, batch_size=500), images=1, classifiers=["direct"])
+    measured(EvaluationContext(model, images, batch_size=500), images=1, classifiers=["direct"])
     assert [sigma for _, sigma in calls] == [0.0, 0.1, 0.3]
 
 
 def test_summaries_follow_from_the_images(network, squares):
-    found = measured(Setting(network, squares))
+    found = measured(EvaluationContext(network, squares))
     truth = found["labels"]
     assert found["numbers"] == list(range(0, 30, 5))
     assert truth == squares.labels[::5].tolist()
@@ -108,11 +108,13 @@ def test_summaries_follow_from_the_images(network, squares):
 
 
 def test_batch_size_and_processes_change_nothing(network, squares):
-    setting = Setting(network, squares)
+    setting = EvaluationContext(network, squares)
     whole = measured(setting, images=5, sigmas=[0.3])
-    assert measured(Setting(network, squares, batch_size=9), images=5, sigmas=[0.3]) == whole
+    assert (
+        measured(EvaluationContext(network, squares, batch_size=9), images=5, sigmas=[0.3]) == whole
+    )
     assert run_shared(run, setting) == [whole, whole]
-    alone = Setting(network, squares.first(1))  # fewer images than processes
+    alone = EvaluationContext(network, squares.first(1))  # fewer images than processes
     expected = measured(alone, sigmas=[0.3])
     assert run_shared(run, alone) == [expected, expected]
 
@@ -126,7 +128,7 @@ def test_a_limit_keeps_the_noise_of_the_images_it_keeps(two_gaussians, monkeypat
     )
 
     def by_number(images):
-        found = measured(Setting(model, images, seed=4), sigmas=[0.3], images=8)
+        found = measured(EvaluationContext(model, images, seed=4), sigmas=[0.3], images=8)
         assert keys == [(4, number) for number in found["numbers"]]
         keys.clear()
         (level,) = found["levels"]
@@ -144,7 +146,7 @@ def test_a_limit_keeps_the_noise_of_the_images_it_keeps(two_gaussians, monkeypat
 
 def test_the_bar_counts_noisy_images(network, squares):
     told = []
-    setting = Setting(network, squares, advance=told.append)
+    setting = EvaluationContext(network, squares, advance=told.append)
     options = CertifyConfig(**{**FEW, "samples": 31})
     setting.options = {CertifyConfig: options}
     setting.left = CERTIFY.passes(setting) * len(squares)
@@ -173,12 +175,17 @@ def test_files_and_table(network, squares, tmp_path):
 
 
 def test_noise_that_the_denoiser_was_not_trained_for_is_told(network, squares):
-    (warning,) = measured(Setting(network, squares), images=1, sigmas=[0.1, 0.5])["warnings"]
+    (warning,) = measured(EvaluationContext(network, squares), images=1, sigmas=[0.1, 0.5])[
+        "warnings"
+    ]
     assert "127.5/255 is outside the range" in warning
     network.card.sigma_range = None
-    (warning,) = measured(Setting(network, squares), images=1)["warnings"]
+    (warning,) = measured(EvaluationContext(network, squares), images=1)["warnings"]
     assert "not trained to denoise" in warning
-    assert measured(Setting(network, squares), images=1, classifiers=["direct"])["warnings"] == []
+    assert (
+        measured(EvaluationContext(network, squares), images=1, classifiers=["direct"])["warnings"]
+        == []
+    )
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,11 @@ from two_processes import run_shared
 
 from ebmkit import GaussianMixture, ModelCard, UserError, create_model, evaluation
 from ebmkit.evaluation import tables
+from ebmkit.evaluation.context import EvaluationContext
 from ebmkit.evaluation.data import noisy_batches
 from ebmkit.evaluation.diffusion_path import DIFFUSION_PATH, run
 from ebmkit.evaluation.diffusion_views import VIEWS, DiffusionPathConfig, views_at
 from ebmkit.evaluation.energies import class_statistics, energies_of, reading_of
-from ebmkit.evaluation.setting import Setting
 from ebmkit.models import GradResNetConfig, HeadConfig, ModelConfig, save_model
 from ebmkit.sampling.schedules import make_schedule
 
@@ -226,7 +226,9 @@ def test_processes_share_the_work_and_the_progress_ends(network, squares, tmp_pa
     path = write(tmp_path / "s.h5", squares.images[:11], squares.labels[:11])
     options = {DiffusionPathConfig: DiffusionPathConfig(step=300, until=300, samples=path)}
     told = []
-    setting = Setting(network, squares, options=options, advance=told.append, batch_size=7)
+    setting = EvaluationContext(
+        network, squares, options=options, advance=told.append, batch_size=7
+    )
     setting.left = DIFFUSION_PATH.passes(setting) * len(squares)
     with torch.no_grad():
         alone = run(setting)

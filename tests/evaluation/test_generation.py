@@ -15,8 +15,8 @@ from two_processes import run_shared
 from ebmkit import ModelCard, UserError, evaluation
 from ebmkit.data import load_dataset
 from ebmkit.evaluation import features, tables
+from ebmkit.evaluation.context import EvaluationContext
 from ebmkit.evaluation.generation import GENERATION, GenerationConfig, run
-from ebmkit.evaluation.setting import Setting
 from ebmkit.models import GradResNetConfig, ModelConfig, load, save_model
 
 
@@ -141,7 +141,7 @@ def test_processes_share_the_work_and_the_progress_ends(network, digits, judge, 
     path = write(tmp_path / "s.h5", digits.images[:100], labels=digits.labels[:100])
     config = GenerationConfig(samples=path, extractor=str(judge))
     told = []
-    setting = Setting(
+    setting = EvaluationContext(
         network, digits, options={GenerationConfig: config}, advance=told.append, batch_size=50
     )
     setting.left = GENERATION.passes(setting) * len(digits)

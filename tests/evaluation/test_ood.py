@@ -17,10 +17,10 @@ from two_processes import run_shared
 from ebmkit import Gaussian, UserError, evaluation
 from ebmkit.data import load_dataset
 from ebmkit.evaluation import tables
+from ebmkit.evaluation.context import EvaluationContext
 from ebmkit.evaluation.ood import OOD, OodConfig, _warnings, run
 from ebmkit.evaluation.ood_scores import known_scores, scores_of
 from ebmkit.evaluation.ood_sets import MADE, find_set, partners, standard_sets
-from ebmkit.evaluation.setting import Setting
 from ebmkit.models.config import create_denoiser
 
 QUICK = {"sigmas": ["0.1"], "draws": 2}
@@ -226,7 +226,7 @@ def test_files_table_and_bar(network, squares, tmp_path):
     assert "noisy-density-25.5" in text
     assert "…" not in text
     told = []
-    setting = Setting(network, squares, advance=told.append)
+    setting = EvaluationContext(network, squares, advance=told.append)
     setting.options = {OodConfig: OodConfig(sets=("uniform", "auto"), sigmas=(0.1,), draws=1)}
     setting.left = OOD.passes(setting) * 30
     with torch.no_grad():
@@ -238,8 +238,10 @@ def test_files_table_and_bar(network, squares, tmp_path):
 def test_two_processes_and_other_batches_find_the_same(network, squares):
     options = {OodConfig: OodConfig(sets=("interpolations", "uniform"), sigmas=(0.1,), draws=1)}
     with torch.no_grad():
-        alone = run(Setting(network, squares, options=options, batch_size=30))
-    for found in run_shared(run, Setting(network, squares, options=options, batch_size=7)):
+        alone = run(EvaluationContext(network, squares, options=options, batch_size=30))
+    for found in run_shared(
+        run, EvaluationContext(network, squares, options=options, batch_size=7)
+    ):
         for name, own in alone["sets"].items():
             for score, measures in own["scores"].items():
                 value = found["sets"][name]["scores"][score]["auroc"]["value"]

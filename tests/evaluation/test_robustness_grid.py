@@ -11,8 +11,8 @@ from ebmkit import GaussianMixture, UserError
 from ebmkit.card import ModelCard
 from ebmkit.data import ImageSet
 from ebmkit.evaluation import evaluate, tables
+from ebmkit.evaluation.context import EvaluationContext
 from ebmkit.evaluation.robustness_grid import THESIS, names, trained
-from ebmkit.evaluation.setting import Setting
 from ebmkit.evaluation.suites import parse_options
 from ebmkit.models import ModelConfig, save_model
 from ebmkit.models.config import create_model
@@ -143,7 +143,7 @@ def test_mistakes_are_told_before_any_image(tmp_path):
         options = parse_options({"robustness-grid": {"beside": [run]} | more}, ["robustness-grid"])
         from ebmkit.evaluation.robustness_grid import ready
 
-        ready(Setting(separated(), images([60, 200]), options=options))
+        ready(EvaluationContext(separated(), images([60, 200]), options=options))
 
     with pytest.raises(UserError, match="there is no run folder 'nowhere'"):
         ask("nowhere")

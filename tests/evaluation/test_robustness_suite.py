@@ -12,9 +12,9 @@ from test_attacks import SIDE, near_the_plane, two_gaussians
 from ebmkit import EnergyModel, UserError, evaluation
 from ebmkit.energy import Energies
 from ebmkit.evaluation import autoattack, suites
-from ebmkit.evaluation.masking import Signs, telling_strength
+from ebmkit.evaluation.context import EvaluationContext
+from ebmkit.evaluation.masking import MaskingChecks, telling_strength
 from ebmkit.evaluation.robustness import ROBUSTNESS
-from ebmkit.evaluation.setting import Setting
 from ebmkit.pictures import robustness as pictures
 
 QUICK = {
@@ -122,7 +122,7 @@ def test_progress_ends_where_it_said(plane, tmp_path):
     model, images, _ = plane
     told = []
     config = suites.parse_options({"robustness": QUICK | {"images": 9}}, ["robustness"])
-    setting = Setting(model, images, options=config, batch_size=2, advance=told.append)
+    setting = EvaluationContext(model, images, options=config, batch_size=2, advance=told.append)
     setting.left = total = ROBUSTNESS.passes(setting) * len(images)
     with torch.no_grad():
         ROBUSTNESS.run(setting)
@@ -229,7 +229,7 @@ def test_a_weaker_attack_that_breaks_more_is_told():
     broken = torch.arange(100) < 30
 
     def doubts(**others):
-        signs = Signs("l2", smallest)
+        signs = MaskingChecks("l2", smallest)
         signs.compare(0.5, {"pgd": broken, **others})
         return signs
 

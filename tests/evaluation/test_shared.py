@@ -14,9 +14,9 @@ import torch
 from mixture_world import Drawn
 
 from ebmkit.evaluation import SUITES, evaluate
+from ebmkit.evaluation.context import EvaluationContext
 from ebmkit.evaluation.data import noisy_batches
-from ebmkit.evaluation.setting import Setting
-from ebmkit.parallel import World
+from ebmkit.parallel import DistributedContext
 
 STANDARD = [name for name, suite in SUITES.items() if suite.standard]
 
@@ -24,7 +24,7 @@ CIRCUMSTANCES = ("seconds", "environment", "processes")
 
 
 @dataclass(frozen=True)
-class Threads(World):
+class Threads(DistributedContext):
     """Processes played by threads: what each gathers lies in a list that all of them see."""
 
     table: list = field(default_factory=list)
@@ -37,7 +37,7 @@ class Threads(World):
         self.barrier.wait(60)
         return everything
 
-    def from_first(self, thing):
+    def broadcast(self, thing):
         return self.gather(thing)[0]
 
 
@@ -88,7 +88,9 @@ def test_every_process_has_the_figures_of_a_single_one(
 def test_each_image_is_measured_once_with_its_own_noise(squares):
     whole = torch.cat([batch.y for batch in noisy_batches(squares, 0.1, 0, 4)])
     own = [
-        torch.cat([batch.y for batch in noisy_batches(squares, 0.1, 0, 4, world=World(r, 3))])
+        torch.cat(
+            [batch.y for batch in noisy_batches(squares, 0.1, 0, 4, world=DistributedContext(r, 3))]
+        )
         for r in range(3)
     ]
     assert sum(len(part) for part in own) == len(squares)
@@ -98,7 +100,9 @@ def test_each_image_is_measured_once_with_its_own_noise(squares):
 def test_the_bar_of_the_first_reaches_the_end(network, squares):
     def work(world):
         seen = []
-        setting = Setting(network, squares, batch_size=4, world=world, advance=seen.append)
+        setting = EvaluationContext(
+            network, squares, batch_size=4, world=world, advance=seen.append
+        )
         setting.columns(0.1, lambda batch: {"x": batch.x.flatten(1).sum(1)})
         return seen
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from two_processes import run_shared
 
 from ebmkit import UserError
-from ebmkit.evaluation import Setting, evaluate, tables
+from ebmkit.evaluation import EvaluationContext, evaluate, tables
 from ebmkit.evaluation.corruptions import CORRUPTIONS, corrupt
 from ebmkit.evaluation.shift import SHIFT, ShiftConfig, run
 from ebmkit.metrics import psnr
@@ -32,7 +32,7 @@ def numbers(value):
 
 
 def test_rows_are_what_the_model_says_of_the_corrupted_images(network, squares):
-    found = measured(Setting(network, squares, seed=3), strengths=[2, 5])
+    found = measured(EvaluationContext(network, squares, seed=3), strengths=[2, 5])
     assert list(found["corruptions"]) == list(CORRUPTIONS)
     x, labels, errors, rows = squares.images, squares.labels, [], [found["clean"]]
     for name, one in found["corruptions"].items():
@@ -74,31 +74,35 @@ def test_rows_are_what_the_model_says_of_the_corrupted_images(network, squares):
 def test_unchanged_images_have_no_psnr(network):
     """Salt or pepper of 1 % leaves most images of 64 values as they are."""
     images = Drawn(torch.rand(30, 1, 8, 8), torch.arange(30) % 3)
-    row = measured(Setting(network, images), corruptions=["salt-and-pepper"], strengths=[1])
+    row = measured(
+        EvaluationContext(network, images), corruptions=["salt-and-pepper"], strengths=[1]
+    )
     (row,) = row["corruptions"]["salt-and-pepper"]["rows"]
     assert 3 < row["psnr_corrupted"]["count"] < 27  # 1 - 0.99^64 = 47 % change
     assert row["psnr"]["count"] == row["gain"]["count"] == row["psnr_corrupted"]["count"]
     assert row["psnr"]["value"] is not None
     assert row["accuracy"]["count"] == 30
-    clean = measured(Setting(network, images), corruptions=["blur"], strengths=[1])["clean"]
+    clean = measured(EvaluationContext(network, images), corruptions=["blur"], strengths=[1])[
+        "clean"
+    ]
     assert clean["psnr_corrupted"]["value"] is None
     assert clean["psnr"]["count"] == 30  # what denoising does to clean images
 
 
 def test_batch_size_and_processes_change_nothing_but_rounding(network, squares):
     options = {"strengths": [5], "corruptions": ["poisson", "salt-and-pepper", "jpeg"]}
-    setting = Setting(network, squares, batch_size=7)
+    setting = EvaluationContext(network, squares, batch_size=7)
     found = measured(setting, **options)
     shared = run_shared(run, setting)
     assert shared == [found, found]
-    whole = measured(Setting(network, squares), **options)
+    whole = measured(EvaluationContext(network, squares), **options)
     # float32 convolutions order their sums by the batch
     assert numbers(found) == pytest.approx(numbers(whole), rel=1e-3, abs=1e-4)
 
 
 def test_a_plain_denoiser_is_measured_without_labels(squares):
     model = DirectDenoiser(Identity(), in_channels=1).eval()
-    found = measured(Setting(model, squares), strengths=[3])
+    found = measured(EvaluationContext(model, squares), strengths=[3])
     assert "mean_corruption_error" not in found
     assert found["warnings"] == []
     for one in found["corruptions"].values():
@@ -114,7 +118,9 @@ class Identity(torch.nn.Module):
 
 
 def test_a_model_that_must_be_told_sigma_only_classifies(mixture, drawn):
-    found = measured(Setting(mixture, drawn.first(50)), corruptions=["blur"], strengths=[1, 5])
+    found = measured(
+        EvaluationContext(mixture, drawn.first(50)), corruptions=["blur"], strengths=[1, 5]
+    )
     (warning,) = found["warnings"]
     assert "cannot estimate it" in warning
     mild, strong = found["corruptions"]["blur"]["rows"]
@@ -126,7 +132,7 @@ def test_a_model_that_must_be_told_sigma_only_classifies(mixture, drawn):
 
 def test_other_classes_leave_denoising(network, squares):
     other = Drawn(squares.images, squares.labels % 2, class_names=("a", "b"))
-    found = measured(Setting(network, other), corruptions=["blur"], strengths=[1])
+    found = measured(EvaluationContext(network, other), corruptions=["blur"], strengths=[1])
     assert "accuracy" not in found["clean"]
     assert any("has not the 3 classes" in line for line in found["warnings"])
 
@@ -134,7 +140,7 @@ def test_other_classes_leave_denoising(network, squares):
 def test_a_diverged_model_is_told(network, squares):
     next(network.parameters()).fill_(float("nan"))
     found = measured(
-        Setting(network, Drawn(squares.images, None)), corruptions=["blur"], strengths=[1]
+        EvaluationContext(network, Drawn(squares.images, None)), corruptions=["blur"], strengths=[1]
     )
     assert any("not finite on 30 images" in line for line in found["warnings"])
     (row,) = found["corruptions"]["blur"]["rows"]
@@ -169,7 +175,7 @@ def test_files_table_and_bar(network, squares, tmp_path):
     assert "mean error" in text
     assert "…" not in text
     told = []
-    setting = Setting(network, squares, advance=told.append)
+    setting = EvaluationContext(network, squares, advance=told.append)
     setting.options = {ShiftConfig: ShiftConfig(strengths=(1, 1), corruptions=("blur", "jpeg"))}
     setting.left = SHIFT.passes(setting) * 30
     with torch.no_grad():

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ebmkit.parallel import World
+from ebmkit.parallel import DistributedContext
 
 
 @dataclass(frozen=True)
-class Threads(World):
-    """Gathers among threads as `World` does among processes."""
+class Threads(DistributedContext):
+    """Gathers among threads as `DistributedContext` does among processes."""
 
     slots: list = field(default_factory=lambda: [None, None])
     barrier: threading.Barrier = field(default_factory=lambda: threading.Barrier(2, timeout=60))

@@ -195,14 +195,14 @@ def _torch_file(content: bytes) -> object:
 
 
 def _manifest(content: bytes) -> object:
+    from ebmkit.storage.commit import recover
     from ebmkit.storage.manifest import read_manifest
-    from ebmkit.storage.together import settle
 
     root = place() / "manifested"
     root.mkdir(exist_ok=True)
     (root / "manifest.json").write_bytes(content)
     read_manifest(root)
-    return settle(root)
+    return recover(root)
 
 
 def _signed(content: bytes) -> object:

@@ -280,7 +280,7 @@ def test_written_schedules_come_back_and_cover_the_table():
         assert type(written) is kind
         assert parse_schedule(str(written)) == written
         assert parse_schedule(name) == kind()
-        assert kind.about
+        assert kind.description
     assert str(parse_schedule("sigmoid:k=0.02, t0=500")) == "sigmoid:t0=500,y0=0.05,k=0.02"
     assert parse_schedule("step:low=11/30").low == 11 / 30
 

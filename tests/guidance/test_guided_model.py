@@ -10,8 +10,8 @@ from ebmkit.energy import EnergyModel
 from ebmkit.guidance import GUIDES, LogitModel, guided_model, make_guidance
 from ebmkit.models import DirectDenoiser
 from ebmkit.sampling import make_schedule
-from ebmkit.sampling.needs import missing
 from ebmkit.sampling.presets import SAMPLERS
+from ebmkit.sampling.requirements import missing
 from ebmkit.sampling.target import density_of, label_density_of
 
 EXACT = make_guidance(guidance="classifier")
@@ -104,7 +104,7 @@ def test_guided_samples_are_of_the_label_that_was_asked_for(name):
 def test_the_table_of_guides_is_tested_and_described():
     assert {"classifier", "energy", "dual", "pgd", "accumulated", "classifier-free"} == set(GUIDES)
     for entry in GUIDES.values():
-        assert entry.about
+        assert entry.description
         assert all(f.description for f in entry.config.model_fields.values())
 
 

@@ -199,7 +199,7 @@ def test_input_normalisation_keeps_scores_in_image_units():
 
 def test_tables_build_what_they_describe():
     for name, preset in BACKBONES.items():
-        assert preset.about, name
+        assert preset.description, name
         if preset.config.kind == "gradresnet":
             assert preset.config.build(3).num_features == 11.5 * preset.config.width
 

@@ -153,9 +153,9 @@ def test_the_file_says_what_it_is_and_the_model_stays_as_it_was(tmp_path):
     model = small().double().train()
     model.card = ModelCard(dataset="digits", image_size=(5, 7), channels=1, sigma_range=(0.1, 0.2))
     path = export(model, tmp_path / "denoiser.pt2").path
-    about = {"ebmkit.json": ""}
-    program = torch.export.load(path, extra_files=about)
-    assert json.loads(about["ebmkit.json"])["card"]["dataset"] == "digits"
+    description = {"ebmkit.json": ""}
+    program = torch.export.load(path, extra_files=description)
+    assert json.loads(description["ebmkit.json"])["card"]["dataset"] == "digits"
     assert program.example_inputs is None
     assert run_alone(path, torch.rand(1, 1, 5, 7), torch.ones(1))[0].dtype == torch.float32
     assert model.training

@@ -12,7 +12,7 @@ from ebmkit.energy import hessian_products
 from ebmkit.errors import UserError
 from ebmkit.models import HEADS
 from ebmkit.objectives import ModelOutput, TrainingLoss, parse_objective
-from ebmkit.objectives.probes import probe_signs
+from ebmkit.objectives.probes import rademacher_probes
 from ebmkit.objectives.terms import (
     EXACT_TRACE,
     hyvarinen,
@@ -94,9 +94,9 @@ def test_an_images_own_noise_is_no_probe():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_probes_are_signs_that_say_nothing_of_the_noise(dtype):
     eps = torch.randn(4000, 50, dtype=dtype)
-    signs = probe_signs(eps)
+    signs = rademacher_probes(eps)
     assert set(signs.unique().tolist()) == {-1.0, 1.0}
-    assert torch.equal(signs[7:9], probe_signs(eps[7:9]))  # each image has its own
+    assert torch.equal(signs[7:9], rademacher_probes(eps[7:9]))  # each image has its own
     products = [
         signs,
         signs * eps,
@@ -236,7 +236,7 @@ def test_validation_can_compare_values_below_zero():
 def test_a_step_costs_two_of_denoising_score_matching():
     """Forward and score are 2 forward passes, differentiating both by the image 2, the gradient 8.
 
-    So 12 against 6 (`ebmkit.training.rehearse`), counted on numbers that are not there.
+    So 12 against 6 (`ebmkit.training.trace`), counted on numbers that are not there.
     """
     costs = {}
     for name in ("dsm", "ism"):

@@ -10,7 +10,7 @@ from ebmkit.guidance import make_guidance
 from ebmkit.models import create_denoiser, create_model
 from ebmkit.reproduce.guidance import FAMILY
 from ebmkit.reproduce.guidance_report import markdown
-from ebmkit.reproduce.guidance_rows import AMOUNTS, NETWORKS, WAYS, Way
+from ebmkit.reproduce.guidance_rows import AMOUNTS, NETWORKS, WAYS, GuidanceMethod
 from ebmkit.reproduce.guided import Drawing, keep_drawing
 from ebmkit.reproduce.keeping import alone
 from ebmkit.reproduce.scales import SCALES
@@ -71,9 +71,9 @@ def test_networks_share_no_folder_with_other_targets():
 
 
 def test_scales_are_multiplied_unless_they_are_exact():
-    assert Way("w", "", "g", {"scale": 4.0}).times(5).settings["scale"] == 20
-    assert Way("w", "", "g", {"scale": 1.0}, fixed=True).times(5).settings["scale"] == 1
-    assert Way("w", "").times(5).settings == {}
+    assert GuidanceMethod("w", "", "g", {"scale": 4.0}).times(5).settings["scale"] == 20
+    assert GuidanceMethod("w", "", "g", {"scale": 1.0}, fixed=True).times(5).settings["scale"] == 1
+    assert GuidanceMethod("w", "").times(5).settings == {}
 
 
 @pytest.fixture
@@ -90,12 +90,14 @@ def drawing():
     return Drawing(models.__getitem__, lambda name: f"{name} 1", 3, 2, 0, None)
 
 
-GUIDED = Way("guided", "", "guide", {"guidance": "energy", "scale": 4.0, "view": "shrunk"})
+GUIDED = GuidanceMethod(
+    "guided", "", "guide", {"guidance": "energy", "scale": 4.0, "view": "shrunk"}
+)
 
 
 def test_ways_start_alike_and_scale_0_is_unguided(drawing):
-    plain = drawing.draw(Way("unguided", ""), 3)
-    zero = Way("zero", "", "guide", GUIDED.settings | {"scale": 0.0})
+    plain = drawing.draw(GuidanceMethod("unguided", ""), 3)
+    zero = GuidanceMethod("zero", "", "guide", GUIDED.settings | {"scale": 0.0})
     assert torch.equal(drawing.draw(zero, 3), plain)
     assert not torch.equal(drawing.draw(GUIDED, 3), plain)
     assert drawing.labels.tolist() == [0, 1, 2, 0, 1, 2]

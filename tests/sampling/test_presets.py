@@ -151,7 +151,7 @@ def test_settings_say_what_they_are_and_refuse_others(entry):
     assert all(field.description for field in entry.config.model_fields.values())
     with pytest.raises(ValidationError, match="Extra inputs"):
         entry.config(speed=1)
-    assert entry.about
+    assert entry.description
     assert find_sampler(entry.name) is entry
 
 

@@ -61,7 +61,11 @@ def main() -> int:
                     asked.quick,
                     lambda text, name=name, status=status: status.update(f"{name}: {text}"),
                 )
-                found = {"about": training.about, "ranks": training.ranks, **outcome.document()}
+                found = {
+                    "about": training.description,
+                    "ranks": training.ranks,
+                    **outcome.document(),
+                }
                 whole = bool(outcome.differing) == bool(training.defect)
                 whole = whole and (training.defect is not None or outcome.in_a_save >= saves)
         results[name] = found

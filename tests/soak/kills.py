@@ -31,7 +31,7 @@ class Training:
     """
 
     name: str
-    about: str
+    description: str
     options: tuple[str, ...]
     steps: tuple[int, int]
     ranks: int = 1

@@ -15,15 +15,15 @@ from ebmkit.errors import UserError
 from ebmkit.storage import (
     DamagedFile,
     atomic,
+    commit_files,
     read_together,
     remove_file,
     verify,
     write_atomically,
-    write_together,
 )
+from ebmkit.storage.commit import recover
 from ebmkit.storage.manifest import begin_manifest, entry_of, read_manifest
-from ebmkit.storage.together import settle
-from ebmkit.storage.verify import accept_files, leftovers, verify_run
+from ebmkit.storage.verify import accept_files, stale_temporary_files, verify_run
 
 OLD = {"model.json": b"old card", "checkpoints/step-1.pt": b"state 1", "model.st": b"old weights"}
 NEW = {"model.json": b"new card", "checkpoints/step-2.pt": b"state 2", "model.st": b"new weights"}
@@ -61,12 +61,12 @@ def failing_at(number, error, forever):
 def make_run(root):
     (root / "checkpoints").mkdir(parents=True)
     begin_manifest(root, {})
-    write_together(root, OLD)
+    commit_files(root, OLD)
     return root
 
 
 def change(root):
-    write_together(root, NEW, drop=[DROPPED])
+    commit_files(root, NEW, drop=[DROPPED])
 
 
 def contents(root):
@@ -93,9 +93,9 @@ def test_who_is_killed_leaves_all_old_files_or_all_new_ones(tmp_path, number):
         change(root)
     seen = contents(root)
     assert seen in (OLD, NEW)
-    settle(root)
+    recover(root)
     assert contents(root) == seen
-    for path in leftovers(root):
+    for path in stale_temporary_files(root):
         path.unlink()
     lying = {p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()}
     assert lying - {"manifest.json", ".manifest.json.lock"} == set(seen)
@@ -142,10 +142,10 @@ def test_readers_see_one_moment_while_another_writes(tmp_path):
     def write():
         for number in range(60):
             text = str(number).encode()
-            write_together(root, {"model.json": text, "model.st": text * 10_000})
+            commit_files(root, {"model.json": text, "model.st": text * 10_000})
         ended.set()
 
-    write_together(root, {"model.json": b"x", "model.st": b"x" * 10_000})
+    commit_files(root, {"model.json": b"x", "model.st": b"x" * 10_000})
     writer, seen = threading.Thread(target=write), set()
     writer.start()
     while not ended.is_set():
@@ -163,7 +163,7 @@ def test_a_writer_that_is_always_faster_is_not_taken_for_damage(tmp_path, monkey
     def read_and_write(place):
         found, number = read(place), next(numbers)
         names = [f"checkpoints/step-{k}.pt" for k in (number, number - 1)]
-        write_together(root, {names[0]: b"state"}, drop=names[1:])
+        commit_files(root, {names[0]: b"state"}, drop=names[1:])
         return found
 
     monkeypatch.setattr(verify, "read_manifest", read_and_write)
@@ -178,7 +178,7 @@ def test_looking_over_a_run_that_is_written_finds_it_whole(tmp_path):
     def write():
         for number in range(2, 30):
             names = [f"checkpoints/step-{k}.pt" for k in (number, number - 1)]
-            write_together(root, {names[0]: b"state"}, drop=names[1:])
+            commit_files(root, {names[0]: b"state"}, drop=names[1:])
         ended.set()
 
     writer, looks = threading.Thread(target=write), 0
@@ -259,7 +259,7 @@ def test_a_log_may_grow_beyond_what_is_vouched_for(tmp_path):
     root = make_run(tmp_path / "run")
     path = root / "metrics.jsonl"
     path.write_bytes(b"1\n2\n")
-    write_together(root, {}, grown={"metrics.jsonl": entry_of(b"1\n2\n", grows=True)})
+    commit_files(root, {}, grown={"metrics.jsonl": entry_of(b"1\n2\n", grows=True)})
     with path.open("ab") as file:
         file.write(b"3\n")
     assert read_together(root, ["metrics.jsonl"]) == {"metrics.jsonl": b"1\n2\n3\n"}
@@ -328,7 +328,7 @@ def test_a_manifest_that_names_files_elsewhere_is_refused(tmp_path, entries):
     with pytest.raises(DamagedFile):
         read_manifest(root)
     with pytest.raises(DamagedFile):
-        settle(root)
+        recover(root)
     assert (tmp_path / "victim").read_text() == "precious"
 
 
@@ -346,10 +346,13 @@ def test_temporary_files_of_the_dead_go_and_those_of_others_stay(tmp_path):
     others = (".means.h5.abc.partial", "evaluation/.classify.json.abc.partial")
     for name in (*names, *others):
         (root / name).write_bytes(b"half")
-    assert {p.relative_to(root).as_posix() for p in leftovers(root)} == set(names)
+    assert {p.relative_to(root).as_posix() for p in stale_temporary_files(root)} == set(names)
     for name in others:
         os.utime(root / name, (0, 0))
-    assert {p.relative_to(root).as_posix() for p in leftovers(root)} == {*names, *others}
+    assert {p.relative_to(root).as_posix() for p in stale_temporary_files(root)} == {
+        *names,
+        *others,
+    }
 
 
 def test_a_name_without_a_run_is_a_plain_file(tmp_path):

@@ -18,14 +18,14 @@ from ebmkit.models import JointModel, load
 from ebmkit.models.heads import LinearQuadraticHead, LogitHead
 from ebmkit.models.parts import Features
 from ebmkit.objectives import AdversarialConfig, TermSettings, TrainingLoss, parse_objective
-from ebmkit.parallel import World
+from ebmkit.parallel import DistributedContext
 from ebmkit.training import Interrupted, RunFolder, resolve
 from ebmkit.training.assemble import assemble
 from ebmkit.training.attacks import Attacks
 from ebmkit.training.cost import step_flops
 from ebmkit.training.engine import TrainingStep
 from ebmkit.training.optim import make_optimizer
-from ebmkit.training.rehearse import Recorder, unreached
+from ebmkit.training.trace import Recorder, unused_parameters
 
 TINY = {
     "objective": "adv",
@@ -337,7 +337,7 @@ def test_attacks_are_a_function_of_the_step_and_the_same_for_any_number_of_proce
     assert not torch.equal(whole, attacked(model, batch, objective, step=5, **settings))
     for rank in (0, 1):
         own = attacks(model, objective, **settings)
-        own.world = World(rank, 2)
+        own.world = DistributedContext(rank, 2)
         rows = slice(4 * rank, 4 * rank + 4)
         share = Batch(*(None if c is None else c[rows] for c in batch))
         found = own.attack("classify", share, 4)
@@ -415,7 +415,7 @@ def test_the_cost_of_attacks_is_counted_and_told(tmp_path):
         forwards = {"adv": 3, "trades": 6}[objective]  # forward and backward, twice for trades
         expected = 2 * passes / forwards
         assert flops["2 attack steps"] / flops[objective] == pytest.approx(expected, rel=0.05)
-        assert unreached(trainer.loss, shapes) == []
+        assert unused_parameters(trainer.loss, shapes) == []
     assert "2 attack steps" not in step_flops(
         start(tmp_path, "none", {"terms": {"adv": {"eps": 0}}}).loss, shapes
     )

@@ -26,7 +26,7 @@ from ebmkit.training.memory import (
     step_memory,
     too_large,
 )
-from ebmkit.training.rehearse import Recorder, forward_flops, rehearse
+from ebmkit.training.trace import Recorder, forward_flops, trace_step
 
 SHAPES = {"classify": (8, 1, 16, 16), "denoise": (4, 1, 16, 16)}
 PAPER = {"classify": (128, 3, 32, 32), "denoise": (64, 3, 32, 32)}
@@ -143,12 +143,12 @@ def test_the_rehearsed_peak_is_that_of_real_tensors(objective, precision):
     loss = loss_of(objective)
     loss.precision = precision
     real = run_for_real(loss, batches_of(loss))
-    rehearsed = rehearse(loss, SHAPES)
+    rehearsed = trace_step(loss, SHAPES)
     assert max(rehearsed.live) == max(real.live)
     assert rehearsed.gradients == sum(
         p.grad.nbytes for p in loss.parameters() if p.grad is not None
     )
-    assert rehearse(loss, SHAPES) == rehearsed  # gradients that are there change nothing
+    assert trace_step(loss, SHAPES) == rehearsed  # gradients that are there change nothing
 
 
 @pytest.mark.parametrize("objective", ["ce", "dsm"])
@@ -173,7 +173,7 @@ def test_the_peak_is_that_of_the_allocator_but_for_what_convolutions_use_within(
     drawn = sum(t.nbytes for batch in batches.values() for t in batch[:6])
     largest_map = 4 * 32 * 8 * 16 * 16
     # what they use depends on the processor: 2 maps with AVX-512, a little more with AVX2
-    assert 0 <= drawn + peak - max(rehearse(loss, shapes).live) <= 3 * largest_map
+    assert 0 <= drawn + peak - max(trace_step(loss, shapes).live) <= 3 * largest_map
 
 
 def test_a_loss_is_left_untouched_by_rehearsals(monkeypatch):
@@ -194,11 +194,11 @@ def test_a_loss_is_left_untouched_by_rehearsals(monkeypatch):
 def test_three_parts_of_a_batch_take_what_they_really_take():
     shapes = {"classify": (6, 1, 16, 16), "denoise": (3, 1, 16, 16)}
     loss = tiny_loss()
-    parts = rehearse(loss, shapes, accumulate=3)
+    parts = trace_step(loss, shapes, accumulate=3)
     real = run_for_real(loss, batches_of(loss, shapes), parts=3)
     assert max(parts.live) == max(real.live)
-    assert parts.flops == real.flops == rehearse(loss, shapes).flops
-    assert max(parts.live) < max(rehearse(loss, shapes).live)
+    assert parts.flops == real.flops == trace_step(loss, shapes).flops
+    assert max(parts.live) < max(trace_step(loss, shapes).live)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -20,11 +20,11 @@ from ebmkit.models.parts import Features
 from ebmkit.objectives import TrainingLoss
 from ebmkit.training import Interrupted, RunFolder, Trainer, parse_assignments, resolve
 from ebmkit.training import memory as memory_module
-from ebmkit.training.account import Budget, Stopwatch
 from ebmkit.training.assemble import assemble, images_of
 from ebmkit.training.cost import step_flops
 from ebmkit.training.engine import TrainingStep
 from ebmkit.training.memory import step_memory
+from ebmkit.training.run_stats import Budget, Stopwatch
 from ebmkit.training.validation import Validation
 
 EVERYWHERE = {  # CDN appendix A: what both recipes share
@@ -225,7 +225,7 @@ def test_speed_is_that_of_each_phase_and_every_phase_is_logged_at_its_end(pictur
 
 def test_the_time_of_a_step_weighs_the_phases_by_their_steps(monkeypatch):
     clock = iter([0, 9, 9, 10, 10, 12, 12, 42, 42, 46, 46])  # first stretches: compilation
-    monkeypatch.setattr("ebmkit.training.account.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("ebmkit.training.run_stats.time.perf_counter", lambda: next(clock))
     watch = Stopwatch()
     for stage in (0, 0, 0, 1, 1):
         watch.step(data_seconds=0.5)

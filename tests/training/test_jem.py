@@ -13,12 +13,12 @@ import ebmkit
 from ebmkit import GaussianMixture, UserError
 from ebmkit.data import Batch
 from ebmkit.objectives import TrainingLoss, parse_objective
-from ebmkit.parallel import World
+from ebmkit.parallel import DistributedContext
 from ebmkit.sampling.buffer import ReplayBuffer
 from ebmkit.training import RECIPES, Interrupted, RunFolder, resolve
 from ebmkit.training.assemble import assemble
 from ebmkit.training.cost import Effort, step_flops
-from ebmkit.training.rehearse import Recorder, forward_flops
+from ebmkit.training.trace import Recorder, forward_flops
 
 TINY = {
     "objective": "jem",
@@ -121,7 +121,7 @@ def test_chains_move_by_langevin_steps_and_go_back_into_the_buffer(tmp_path):
 
 
 def test_negatives_are_a_function_of_the_step_and_the_same_for_any_number_of_processes(tmp_path):
-    class Half(World):
+    class Half(DistributedContext):
         """One of two processes; what the other passes is worked out by the other."""
 
         others: list
@@ -139,8 +139,8 @@ def test_negatives_are_a_function_of_the_step_and_the_same_for_any_number_of_pro
     def beside(other, rank, own):
         return [own, other] if rank == 0 else [other, own]
 
-    whole, buffer = drawn(World(), slice(None))
-    again, _ = drawn(World(), slice(None))
+    whole, buffer = drawn(DistributedContext(), slice(None))
+    again, _ = drawn(DistributedContext(), slice(None))
     assert torch.equal(whole, again)
     for rank in (0, 1):
         world = Half(rank, 2)

@@ -222,9 +222,9 @@ def test_without_a_launcher_there_is_one_process(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     with parallel.join() as world:
-        assert world == parallel.World(0, 1, 0)
+        assert world == parallel.DistributedContext(0, 1, 0)
         assert world.gather("x") == ["x"]
-        assert world.from_first("y") == "y"
+        assert world.broadcast("y") == "y"
         assert torch.equal(world.mean_(torch.ones(2)), torch.ones(2))
 
 

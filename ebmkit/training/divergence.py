@@ -31,7 +31,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["Breach", "Measures", "Remedies", "Watch", "WatchConfig", "sentence"]
+__all__ = ["Divergence", "DivergenceMonitor", "Measures", "Mitigations", "WatchConfig", "sentence"]
 
 Change = Literal["rate", "steps", "penalty"]
 
@@ -81,7 +81,7 @@ class Measures(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Remedies:
+class Mitigations:
     """What breaches have changed so far.
 
     Attributes:
@@ -94,21 +94,21 @@ class Remedies:
     steps: float = 1.0
     penalty: float = 0.0
 
-    def after(self, change: Change) -> Remedies:
+    def after(self, change: Change) -> Mitigations:
         """With one thing changed."""
         if change == "rate":
-            return Remedies(self.rate * RATE_FACTOR, self.steps, self.penalty)
+            return Mitigations(self.rate * RATE_FACTOR, self.steps, self.penalty)
         if change == "steps":
-            return Remedies(self.rate, min(MOST_STEPS, self.steps * STEPS_FACTOR), self.penalty)
+            return Mitigations(self.rate, min(MOST_STEPS, self.steps * STEPS_FACTOR), self.penalty)
         penalty = self.penalty * PENALTY_FACTOR or LEAST_PENALTY
-        return Remedies(self.rate, self.steps, penalty)
+        return Mitigations(self.rate, self.steps, penalty)
 
     def document(self) -> dict[str, float]:
         """As plain values."""
         return {"rate": self.rate, "steps": self.steps, "penalty": self.penalty}
 
 
-class Breach(NamedTuple):
+class Divergence(NamedTuple):
     """A run that went astray.
 
     Attributes:
@@ -125,7 +125,7 @@ class Breach(NamedTuple):
 
 
 @dataclass
-class Watch:
+class DivergenceMonitor:
     """Looks at the measures of each step, keeps states to go back to, and counts breaches.
 
     Args:
@@ -137,8 +137,8 @@ class Watch:
     """
 
     config: WatchConfig
-    remedies: Remedies = field(default_factory=Remedies)
-    history: list[Breach] = field(default_factory=list)
+    remedies: Mitigations = field(default_factory=Mitigations)
+    history: list[Divergence] = field(default_factory=list)
     _gap: float = 0.0
     _gradient: float = math.nan
     _states: list[tuple[int, Any]] = field(default_factory=list)
@@ -189,7 +189,7 @@ class Watch:
         """Keep ``state``, a copy that nobody changes; the last three are kept."""
         self._states = [*self._states, (step, state)][-3:]
 
-    def breach(self, at: int, reason: str) -> tuple[Breach, Any]:
+    def breach(self, at: int, reason: str) -> tuple[Divergence, Any]:
         """Note a breach; what to change, and the state to go back to.
 
         The newest state that the run outlived by half the distance between states; states after it
@@ -202,7 +202,7 @@ class Watch:
         if len(self.history) < self.config.breaches:
             change = self.config.order[len(self.history) % len(self.config.order)]
             self.remedies = self.remedies.after(change)
-        found = Breach(at, reason, back, change)
+        found = Divergence(at, reason, back, change)
         self.history.append(found)
         self._gap, self._gradient = 0.0, math.nan
         return found, state
@@ -218,13 +218,13 @@ class Watch:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go back to a `state`; states to go back to are to be given by `keep`."""
-        self.remedies = Remedies(**state["remedies"])
-        self.history = [Breach(*row) for row in state["history"]]
+        self.remedies = Mitigations(**state["remedies"])
+        self.history = [Divergence(*row) for row in state["history"]]
         self._gap, self._gradient = state["gap"], state["gradient"]
         self._states = []
 
 
-def sentence(breach: Breach) -> str:
+def sentence(breach: Divergence) -> str:
     """A breach in words."""
     changes = {
         "rate": f"learning rate times {RATE_FACTOR:g}",

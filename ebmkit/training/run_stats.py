@@ -31,9 +31,9 @@ from ebmkit.training.memory import (
     step_memory,
     too_large,
 )
-from ebmkit.training.rehearse import Shapes
+from ebmkit.training.trace import Shapes
 
-__all__ = ["Account", "Budget", "Stopwatch", "peak_memory"]
+__all__ = ["Budget", "RunStats", "Stopwatch", "peak_memory"]
 
 
 class Stretch(NamedTuple):
@@ -211,7 +211,7 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Account:
+class RunStats:
     """What a run took; written to ``RUN/cost.json``.
 
     Attributes:
@@ -242,7 +242,7 @@ class Account:
     @classmethod
     def of(
         cls, cost: StepCost, watch: Stopwatch, images_per_step: float, **circumstances: Any
-    ) -> Account:
+    ) -> RunStats:
         """From what was counted and what was timed."""
         seconds = watch.seconds
         return cls(

@@ -9,8 +9,8 @@ import torch
 from ebmkit import UserError
 from ebmkit.training import RunFolder, resolve
 from ebmkit.training.assemble import assemble
+from ebmkit.training.divergence import DivergenceMonitor, Measures, Mitigations, WatchConfig
 from ebmkit.training.sharpness import Sharpness
-from ebmkit.training.watch import Measures, Remedies, Watch, WatchConfig
 
 TINY = {
     "objective": "jem",
@@ -49,13 +49,13 @@ def measures(step=1, **changes):
     ],
 )
 def test_what_is_seen(changes, words):
-    watch = Watch(WatchConfig())
+    watch = DivergenceMonitor(WatchConfig())
     assert all(watch.astray(measures(step)) is None for step in range(20))
     assert words in watch.astray(measures(20, **changes))
 
 
 def test_a_gap_that_stays_is_seen_and_one_step_is_not():
-    watch = Watch(WatchConfig(gap=10))
+    watch = DivergenceMonitor(WatchConfig(gap=10))
     assert watch.astray(measures(gap=60.0)) is None
     reasons = [watch.astray(measures(gap=12.0)) for _ in range(40)]
     assert reasons[0] is None
@@ -63,7 +63,7 @@ def test_a_gap_that_stays_is_seen_and_one_step_is_not():
 
 
 def test_it_goes_back_to_a_state_that_was_outlived_and_changes_one_thing_at_a_time():
-    watch = Watch(WatchConfig(every=10, breaches=4))
+    watch = DivergenceMonitor(WatchConfig(every=10, breaches=4))
     for step in (0, 10, 20, 30):
         watch.keep(step, f"state {step}")
     found = []
@@ -82,8 +82,8 @@ def test_it_goes_back_to_a_state_that_was_outlived_and_changes_one_thing_at_a_ti
     assert [back for back, _, _ in found] == [20] * 5
     assert [change for _, change, _ in found] == ["rate", "steps", "penalty", "rate", None]
     assert [count for _, _, count in found] == [1, 1, 1, 1, 0]
-    assert watch.remedies == Remedies(pytest.approx(0.09), 1.5, 0.01)
-    again = Watch(WatchConfig())
+    assert watch.remedies == Mitigations(pytest.approx(0.09), 1.5, 0.01)
+    again = DivergenceMonitor(WatchConfig())
     again.restore(json.loads(json.dumps(watch.state())))
     assert again.remedies == watch.remedies
     assert again.history == watch.history
@@ -183,7 +183,7 @@ def test_sharpness_is_its_formula_and_leaves_the_weights_as_they_were():
         gradients = {n: p.grad.clone() for n, p in layer.named_parameters()}
         sizes = {n: before[n].abs() if adaptive else torch.ones_like(p) for n, p in before.items()}
         norm = sum(((sizes[n] * g) ** 2).sum() for n, g in gradients.items()).sqrt()
-        with Sharpness(0.7, adaptive).uphill(layer):
+        with Sharpness(0.7, adaptive).perturbed(layer):
             for name, p in layer.named_parameters():
                 expected = before[name] + 0.7 * sizes[name] ** 2 * gradients[name] / norm
                 torch.testing.assert_close(p.detach(), expected)
@@ -194,7 +194,7 @@ def test_uphill_leaves_running_means_alone():
     layers = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
     layers(torch.randn(8, 3)).square().sum().backward()
     before = layers[1].running_mean.clone()
-    with Sharpness(0.1).uphill(layers):
+    with Sharpness(0.1).perturbed(layers):
         layers(torch.randn(8, 3))
     assert torch.equal(layers[1].running_mean, before)
     layers(torch.randn(8, 3))

@@ -1,7 +1,7 @@
 """What a trainer does beside the gradient where an objective needs negatives: chains and a watch.
 
-See `ebmkit.training.negatives` for the chains and `ebmkit.training.watch` for what counts as astray
-and what is done then.
+See `ebmkit.training.negatives` for the chains and `ebmkit.training.divergence` for what
+diverged means and what is done then.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch.utils._pytree import tree_map_only
 from ebmkit.data import Batch
 from ebmkit.errors import UserError
 from ebmkit.sampling.buffer import ReplayBuffer
-from ebmkit.training.engine import Reading
+from ebmkit.training.checkpoint_state import SavedWatch, check_tensor, parts_of, restore_parts
+from ebmkit.training.divergence import Divergence, DivergenceMonitor, Measures, sentence
+from ebmkit.training.engine import StepStats
 from ebmkit.training.negatives import Negatives, likelihood_terms
 from ebmkit.training.nonfinite import is_finite, keep_report, report_of, told
-from ebmkit.training.saved import SavedWatch, check_tensor, parts_of, restore_parts
-from ebmkit.training.watch import Breach, Measures, Watch, sentence
 from ebmkit.validation import validated
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Recovery"]
 
 
-class Kept(NamedTuple):
+class Snapshot(NamedTuple):
     """A state to go back to: the trainer's, its chains, and the best weights by then."""
 
     state: dict[str, Any]
@@ -48,7 +48,7 @@ class Recovery:
 
     def __init__(self, trainer: Trainer, negatives: Negatives) -> None:
         self.trainer, self.negatives = trainer, negatives
-        self.watch = Watch(trainer.config.watch)
+        self.watch = DivergenceMonitor(trainer.config.watch)
         self._term = likelihood_terms(trainer.loss)[0].name
         self._apply()
 
@@ -62,14 +62,14 @@ class Recovery:
         """The rate that is left of ``rate``."""
         return rate * self.watch.remedies.rate
 
-    def measures(self, reading: Reading) -> Measures:
+    def measures(self, reading: StepStats) -> Measures:
         """What the watch looks at, the same in all processes."""
         trainer = self.trainer
         spread = trainer.world.mean_(self.negatives.spread.clone())
         gap = reading.parts[self._term]
         return Measures(trainer.step, reading.parts, gap, float(spread), reading.grad_norm)
 
-    def look(self, reading: Reading) -> bool:
+    def look(self, reading: StepStats) -> bool:
         """Look at the last step; whether the trainer was taken back.
 
         Raises:
@@ -90,7 +90,7 @@ class Recovery:
         trainer = self.trainer
         state = tree_map_only(Tensor, _on_host, parts_of(trainer))
         chains = _on_host(self.negatives.buffer.images)
-        self.watch.keep(trainer.step, Kept(state, chains, trainer.best.weights))
+        self.watch.keep(trainer.step, Snapshot(state, chains, trainer.best.weights))
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the chains: remedies, history, states to go back to."""
@@ -124,11 +124,11 @@ class Recovery:
         for step, own_state, chains, best in saved.kept:
             check_tensor(f"the chains kept at step {step}", chains, own)
             weights = None if best is None else best.numpy().tobytes()
-            self.watch.keep(step, Kept(own_state, chains, weights))
+            self.watch.keep(step, Snapshot(own_state, chains, weights))
         self.negatives.attempt = saved.attempt
         self._apply()
 
-    def _looked_into(self, reading: Reading) -> list[str]:
+    def _looked_into(self, reading: StepStats) -> list[str]:
         """What is found of a step that is not finite, in short lines; all of it is written."""
         trainer = self.trainer
         report = report_of(trainer, trainer.step, reading, trainer.drawn)
@@ -137,7 +137,7 @@ class Recovery:
             return [*told(report), where.removeprefix("; ")]
         return told(report)
 
-    def _go_back(self, breach: Breach, kept: Kept, detail: list[str] | None) -> None:
+    def _go_back(self, breach: Divergence, kept: Snapshot, detail: list[str] | None) -> None:
         trainer, number = self.trainer, len(self.watch.history)
         spent = trainer.seconds
         restore_parts(trainer, tree_map_only(Tensor, _on_host, kept.state))

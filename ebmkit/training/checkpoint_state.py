@@ -29,8 +29,8 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt
 from torch import Tensor, nn
 
 from ebmkit.errors import UserError, shown
+from ebmkit.training.divergence import MOST_STEPS, Divergence
 from ebmkit.training.upgrade import upgraded
-from ebmkit.training.watch import MOST_STEPS, Breach
 from ebmkit.validation import validated
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class SavedState(_Schema):
 
 
 class SavedRemedies(_Schema):
-    """What breaches have changed, as `ebmkit.training.watch.Remedies`."""
+    """What breaches have changed, as `ebmkit.training.divergence.Mitigations`."""
 
     rate: Annotated[FiniteFloat, Field(gt=0, le=1)]
     steps: Annotated[FiniteFloat, Field(ge=1, le=MOST_STEPS)]
@@ -102,7 +102,7 @@ class SavedWatch(_Schema):
     """What a checkpoint keeps of watch and chains, but for the chains, which have their file."""
 
     remedies: SavedRemedies
-    history: list[Breach]
+    history: list[Divergence]
     gap: float
     gradient: float
     attempt: NonNegativeInt

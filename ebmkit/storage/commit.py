@@ -4,7 +4,7 @@ A redo log makes one change of many. The new contents lie beside their places, o
 the manifest is replaced by one that has their digests and says where they lie (``pending``): that
 is the moment at which the change has happened. Then they are moved into place. Whoever is killed
 before that moment has changed nothing; whoever is killed after it has left everything to finish the
-change, which the next writer does (`settle`), and readers follow ``pending`` meanwhile. So a reader
+change, which the next writer does (`recover`); readers follow ``pending`` meanwhile. So a reader
 sees all of the old files or all of the new ones, without a lock.
 """
 
@@ -35,12 +35,12 @@ from ebmkit.storage.manifest import (
 from ebmkit.storage.reading import read_bytes
 
 __all__ = [
+    "commit_files",
     "read_entered",
     "read_together",
+    "recover",
     "remove_file",
-    "settle",
     "write_atomically",
-    "write_together",
 ]
 
 LARGEST = 2**34
@@ -50,7 +50,7 @@ PATIENCE = 60.0
 """Seconds to wait for another process that changes the manifest."""
 
 
-def write_together(
+def commit_files(
     root: Path,
     files: Mapping[str, Content],
     drop: Sequence[str] = (),
@@ -112,7 +112,7 @@ def write_atomically(path: Path, content: Content) -> None:
     found = _home(path)
     if found is not None:
         try:
-            write_together(found[0], {found[1]: content})
+            commit_files(found[0], {found[1]: content})
         except DamagedFile:  # the file is good nevertheless
             pass
         else:
@@ -130,7 +130,7 @@ def remove_file(path: Path) -> None:
     found = _home(path)
     if found is not None:
         with contextlib.suppress(DamagedFile):
-            write_together(found[0], {}, drop=[found[1]])
+            commit_files(found[0], {}, drop=[found[1]])
     with writing(path):
         path.unlink(missing_ok=True)
 
@@ -157,7 +157,7 @@ def read_together(root: Path, names: Iterable[str]) -> dict[str, bytes]:
     raise AssertionError
 
 
-def settle(root: Path) -> None:
+def recover(root: Path) -> None:
     """Finish what a killed process had begun to write.
 
     Raises:

@@ -8,8 +8,8 @@ import torch
 from ebmkit import UserError
 from ebmkit.training import RunFolder, resolve
 from ebmkit.training.assemble import assemble
+from ebmkit.training.checkpoint_state import SavedOptimizer, restore_optimizer
 from ebmkit.training.optim import make_optimizer
-from ebmkit.training.saved import SavedOptimizer, restore_optimizer
 
 ONES = torch.ones
 

@@ -10,15 +10,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from ebmkit.data import AnyImages, Stream, StreamedSet
-from ebmkit.parallel import World
+from ebmkit.parallel import DistributedContext
 
-__all__ = ["LeftOut"]
+__all__ = ["SkippedSamples"]
 
 SHOWN = 5
 """Reasons that are written to the metrics."""
 
 
-class LeftOut:
+class SkippedSamples:
     """What was left out so far.
 
     Args:
@@ -30,7 +30,9 @@ class LeftOut:
         found: number of an image in the set -> why it cannot be read.
     """
 
-    def __init__(self, images: AnyImages, streams: Mapping[str, Stream], world: World) -> None:
+    def __init__(
+        self, images: AnyImages, streams: Mapping[str, Stream], world: DistributedContext
+    ) -> None:
         self.before = images.left_out
         self.found: dict[int, str] = {}
         self._streams, self._world = streams, world

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
+from ebmkit.evaluation.context import EvaluationContext
 from ebmkit.evaluation.data import Batch, Images
-from ebmkit.evaluation.setting import Setting
 from ebmkit.terminal import shown_name
 from ebmkit.units import format_sigma
 
@@ -21,13 +21,13 @@ K = TypeVar("K", bound=Hashable)
 
 
 def first_columns(
-    setting: Setting,
+    setting: EvaluationContext,
     count: int,
     sigma: float,
     measure: Callable[[Batch], Mapping[K, Tensor]],
     batch_size: int | None = None,
 ) -> dict[K, Tensor]:
-    """`Setting.columns` of the first ``count`` images, told to the progress as one pass over all.
+    """`EvaluationContext.columns` of the first ``count`` images, one pass of the progress.
 
     Args:
         setting: its images may be fewer than ``count``; then all are taken.
@@ -41,13 +41,13 @@ def first_columns(
 
 
 def columns_of(
-    setting: Setting,
+    setting: EvaluationContext,
     images: Images,
     sigma: float,
     measure: Callable[[Batch], Mapping[K, Tensor]],
     batch_size: int | None = None,
 ) -> dict[K, Tensor]:
-    """`Setting.columns` of other ``images``, told to the progress as one pass over the setting's.
+    """`EvaluationContext.columns` of other ``images``, one pass of the progress.
 
     Args:
         setting: how; its images only count.

@@ -21,13 +21,13 @@ from ebmkit.compile import Inference, device_of, unwrapped
 from ebmkit.energy import EnergyModel, ScoreModel, classifies
 from ebmkit.errors import UserError
 from ebmkit.evaluation.data import Batch, Images, noisy_batches
-from ebmkit.parallel import World
+from ebmkit.parallel import DistributedContext
 
 __all__ = [
     "NOISE_LEVELS",
     "SIGMAS",
+    "EvaluationContext",
     "Predictions",
-    "Setting",
     "Suite",
     "check_classifies",
 ]
@@ -66,7 +66,7 @@ class Predictions(NamedTuple):
 
 
 @dataclass
-class Setting:
+class EvaluationContext:
     """One model, one set of images, and the protocol.
 
     Args:
@@ -90,7 +90,7 @@ class Setting:
     batch_size: int = 250
     sigmas: tuple[float, ...] = SIGMAS
     noise_levels: tuple[float, ...] = NOISE_LEVELS
-    world: World = field(default_factory=World)
+    world: DistributedContext = field(default_factory=DistributedContext)
     options: Mapping[type[BaseModel], BaseModel] = field(default_factory=dict)
     data_dir: Path | None = None
     advance: Callable[[int], None] = lambda count: None
@@ -192,16 +192,16 @@ class Suite(NamedTuple):
         ready: raises `UserError` where its settings name what is not there, before any suite runs.
     """
 
-    about: str
+    description: str
     check: Callable[[ScoreModel, Images], None]
-    passes: Callable[[Setting], int]
-    run: Callable[[Setting], dict[str, Any]]
-    draw: Callable[[Setting, dict[str, Any], Any], None]
+    passes: Callable[[EvaluationContext], int]
+    run: Callable[[EvaluationContext], dict[str, Any]]
+    draw: Callable[[EvaluationContext, dict[str, Any], Any], None]
     table: Callable[[dict[str, Any]], Any]
     options: type[BaseModel] | None = None
     standard: bool = False
     needs: str = ""
-    ready: Callable[[Setting], None] = lambda setting: None
+    ready: Callable[[EvaluationContext], None] = lambda setting: None
 
 
 def check_classifies(model: ScoreModel, images: Images) -> None:

@@ -43,12 +43,12 @@ from ebmkit.objectives import TrainingLoss
 
 __all__ = [
     "Recorder",
-    "Rehearsal",
     "Shapes",
+    "StepTrace",
     "forward_flops",
-    "rehearse",
     "score_flops",
-    "unreached",
+    "trace_step",
+    "unused_parameters",
 ]
 
 Shapes = Mapping[str, tuple[int, int, int, int]]
@@ -114,7 +114,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
-class Rehearsal:
+class StepTrace:
     """What a rehearsed step took.
 
     Attributes:
@@ -128,7 +128,7 @@ class Rehearsal:
     gradients: int
 
 
-def rehearse(loss: TrainingLoss, shapes: Shapes, accumulate: int = 1) -> Rehearsal:
+def trace_step(loss: TrainingLoss, shapes: Shapes, accumulate: int = 1) -> StepTrace:
     """Run forward and backward of ``loss`` on fake batches of ``shapes``; ``loss`` is untouched.
 
     Args:
@@ -153,7 +153,7 @@ def rehearse(loss: TrainingLoss, shapes: Shapes, accumulate: int = 1) -> Rehears
                 for group in groups:
                     fake(group).total.backward()
         gradients = sum(p.grad.nbytes for p in fake.parameters() if p.grad is not None)
-    return Rehearsal(recorder.flops * accumulate // parts_run, tuple(recorder.live), gradients)
+    return StepTrace(recorder.flops * accumulate // parts_run, tuple(recorder.live), gradients)
 
 
 def forward_flops(model: ScoreModel, shape: tuple[int, int, int]) -> int:
@@ -194,7 +194,7 @@ def score_flops(
     return recorder.flops
 
 
-def unreached(loss: TrainingLoss, shapes: Shapes) -> list[str]:
+def unused_parameters(loss: TrainingLoss, shapes: Shapes) -> list[str]:
     """Names in ``loss`` of the trained parameters that get no gradient on batches of ``shapes``."""
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, warnings.catch_warnings():
         warnings.simplefilter("ignore")
