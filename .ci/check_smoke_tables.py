@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ebmkit.reproduce import TABLES
-from ebmkit.reproduce.figures import FIG4
-from ebmkit.reproduce.guidance_rows import AMOUNTS
-from ebmkit.reproduce.tables import CLAIMS, GRID
+from ebmkit.experiments import TABLES
+from ebmkit.experiments.figures import FIG4
+from ebmkit.experiments.guidance_rows import AMOUNTS
+from ebmkit.experiments.tables import CLAIMS, GRID
 
 PICTURES = (
     *(f"{name}.png" for name in ("table1", "table2", "table3", "claims", "claims-beyond")),

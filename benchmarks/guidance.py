@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from ebmkit.reproduce import SCALES, Rows
-from ebmkit.reproduce.guidance import run_guidance
-from ebmkit.reproduce.guidance_rows import AMOUNTS, Amount
-from ebmkit.reproduce.scales import Scale
+from ebmkit.experiments import SCALES, Rows
+from ebmkit.experiments.guidance import run_guidance
+from ebmkit.experiments.guidance_rows import AMOUNTS, Amount
+from ebmkit.experiments.scales import Scale
 from ebmkit.training import Interrupted
 from ebmkit.training.config import merge
 

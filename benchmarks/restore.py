@@ -3,7 +3,7 @@
     uv run python benchmarks/restore.py RUN --data-dir DIR --images 20
 
 RUN is a blind denoiser. Its own test images are measured, restored by stochastic ascent
-(`ebmkit.generation.restore`), and compared. Writes ``RUN-restore.json`` and a picture beside it
+(`ebmkit.sampling.jobs.restore`), and compared. Writes ``RUN-restore.json`` and a picture beside it
 into ``--out``: PSNR in dB, the mean over images of each image's own, clipped to [0, 1], with 95 %
 intervals (Student's) that cover the choice of images.
 """
@@ -25,11 +25,11 @@ from torch import Tensor
 import ebmkit
 from ebmkit.compute import pick_device
 from ebmkit.evaluation.statistics import mean
-from ebmkit.generation import TaskOptions, baselines_of, find_task, restore
-from ebmkit.generation.sources import data_of
 from ebmkit.metrics import psnr
-from ebmkit.pictures.sampling import Panel, restorations
+from ebmkit.plots.sampling import Panel, restorations
 from ebmkit.sampling.config import StochasticAscentConfig
+from ebmkit.sampling.jobs import TaskOptions, baselines_of, find_task, restore
+from ebmkit.sampling.jobs.sources import data_of
 from ebmkit.storage import write_atomically
 from ebmkit.training.assemble import images_of
 from ebmkit.training.runs import environment

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from ebmkit.card import ModelCard
 from ebmkit.compute import upcast
 from ebmkit.errors import UserError
-from ebmkit.schedules import Schedule
+from ebmkit.noise import Schedule
 
 __all__ = [
     "Denoiser",

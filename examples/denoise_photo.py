@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ebmkit.inference import denoise_picture
 from ebmkit.metrics import psnr
+from ebmkit.noise import format_sigma
 from ebmkit.training import RunFolder, resolve
 from ebmkit.training.assemble import assemble
-from ebmkit.units import format_sigma
 
 SIGMA = 25 / 255
 

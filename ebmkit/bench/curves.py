@@ -77,7 +77,7 @@ def scaling_plot(rows: Sequence[Row], path: Path) -> None:
     """
     from matplotlib.ticker import NullLocator
 
-    from ebmkit.pictures.common import BLUE, ORANGE, new_figure, save_figure
+    from ebmkit.plots.common import BLUE, ORANGE, new_figure, save_figure
 
     found = [(setting, row) for row in rows if (setting := Setting.read(row.name))]
     found = [(setting, row) for setting, row in found if setting.what == SCALING]

@@ -22,11 +22,11 @@ def tables() -> dict[str, dict[str, str]]:
     """Kind -> name -> one line about it, from the very tables the program looks names up in."""
     from ebmkit.data import DATASETS
     from ebmkit.evaluation import SUITES
-    from ebmkit.generation import TASKS
     from ebmkit.guidance import GUIDANCE_SCHEDULES, GUIDES
     from ebmkit.models import BACKBONES, DENOISERS, HEADS
     from ebmkit.models.foreign import KINDS
     from ebmkit.objectives import ALIASES, OBJECTIVES
+    from ebmkit.sampling.jobs import TASKS
     from ebmkit.sampling.presets import SAMPLERS
     from ebmkit.training import RECIPES
 

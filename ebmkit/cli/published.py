@@ -56,8 +56,8 @@ def import_(
     diffusers. Then, for example: ebmkit evaluate OUT --suite robustness
     """
     from ebmkit.models.published import import_checkpoint
+    from ebmkit.noise import parse_sigma
     from ebmkit.training.config import parse_assignments
-    from ebmkit.units import parse_sigma
 
     if len(sigma or []) > 2:
         raise UserError(f"--sigma was given {len(sigma or [])} times: once, or lowest and highest")

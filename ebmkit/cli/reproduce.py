@@ -54,7 +54,7 @@ def reproduce(
     it was: give the same command again.
     """
     from ebmkit.compute import limited_threads, pick_device
-    from ebmkit.reproduce import TARGETS, Rows, check_targets, find_scale, targets_of
+    from ebmkit.experiments import TARGETS, Rows, check_targets, find_scale, targets_of
     from ebmkit.training import Interrupted
     from ebmkit.training.stopping import Stop, exit_code
 

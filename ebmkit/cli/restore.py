@@ -13,7 +13,7 @@ from ebmkit.cli.console import console, warn
 from ebmkit.terminal import for_bar, shown_name
 
 if TYPE_CHECKING:
-    from ebmkit.generation.restoring import RestoreJob
+    from ebmkit.sampling.jobs.restoring import RestoreJob
 
 __all__ = ["restore"]
 
@@ -75,11 +75,11 @@ def restore(
     """
     from ebmkit.compile import optimize
     from ebmkit.compute import pick_device
-    from ebmkit.generation import TaskOptions, find_task, parse_label
-    from ebmkit.generation.restoring import RestoreJob, make_folder, read_mask
-    from ebmkit.generation.settings import no_steps
     from ebmkit.models import load
     from ebmkit.sampling.config import StochasticAscentConfig
+    from ebmkit.sampling.jobs import TaskOptions, find_task, parse_label
+    from ebmkit.sampling.jobs.restoring import RestoreJob, make_folder, read_mask
+    from ebmkit.sampling.jobs.settings import no_steps
     from ebmkit.sampling.presets import SAMPLERS
     from ebmkit.training import parse_assignments
     from ebmkit.validation import validated

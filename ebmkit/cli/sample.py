@@ -14,7 +14,7 @@ from ebmkit.cli.console import console, warn
 from ebmkit.errors import UserError
 
 if TYPE_CHECKING:
-    from ebmkit.generation import SamplingJob
+    from ebmkit.sampling.jobs import SamplingJob
 
 __all__ = ["sample"]
 
@@ -122,7 +122,8 @@ def sample(
     """
     from ebmkit.compile import laid_out, make_inference
     from ebmkit.compute import pick_device
-    from ebmkit.generation import (
+    from ebmkit.models import load
+    from ebmkit.sampling.jobs import (
         SamplingFolder,
         SamplingJob,
         at_hand,
@@ -133,7 +134,6 @@ def sample(
         sources_for,
         write_results,
     )
-    from ebmkit.models import load
     from ebmkit.training import parse_assignments
 
     place = pick_device(device)
@@ -192,7 +192,7 @@ def _counting(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _draw(job: SamplingJob) -> None:
-    from ebmkit.generation import Interrupted
+    from ebmkit.sampling.jobs import Interrupted
     from ebmkit.training.stopping import exit_code, stop_requested
 
     settings = job.settings

@@ -347,7 +347,7 @@ def _where(trainer: Trainer) -> str:
 def _finish(trainer: Trainer, run: Path, test: AnyImages) -> None:
     """Evaluate on the test images, print the table, draw the pictures."""
     from ebmkit.cli.evaluate import evaluate_run
-    from ebmkit.pictures import learning_curves
+    from ebmkit.plots import learning_curves
 
     if trainer.run is not None:
         learning_curves(trainer.run.metrics(), run / "learning_curves.png")

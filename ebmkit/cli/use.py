@@ -100,9 +100,9 @@ def denoise(
     from ebmkit.compile import optimize
     from ebmkit.compute import pick_device
     from ebmkit.data.images import read_image, write_image
-    from ebmkit.generation import parse_label
     from ebmkit.models import load
-    from ebmkit.units import format_sigma, parse_sigma
+    from ebmkit.noise import format_sigma, parse_sigma
+    from ebmkit.sampling.jobs import parse_label
 
     level = None if sigma is None else parse_sigma(sigma)
     model = load(run, device=str(pick_device(device)), weights=weights)
@@ -171,7 +171,7 @@ def _class_name(model: ScoreModel, label: int) -> str:
 
 
 def _warn_range(model: ScoreModel, sigma: float | None) -> None:
-    from ebmkit.units import format_sigma
+    from ebmkit.noise import format_sigma
 
     if model.card is None:
         return

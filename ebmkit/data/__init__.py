@@ -3,11 +3,11 @@
 from ebmkit.data.augment import Augmentation
 from ebmkit.data.images import Picture, read_image, write_image
 from ebmkit.data.imagesets import ImageSet, Split
-from ebmkit.data.noise import NoiseLaw
 from ebmkit.data.schedule import Phase, StreamConfig
 from ebmkit.data.sets import DATASETS, DatasetEntry, load_dataset
 from ebmkit.data.streamed import AnyImages, StreamedSet
 from ebmkit.data.streams import Batch, Stream
+from ebmkit.noise import NoiseLaw
 
 __all__ = [
     "DATASETS",

@@ -21,9 +21,9 @@ from typing import Annotated, NamedTuple
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ebmkit.data.augment import Augmentation
-from ebmkit.data.noise import NoiseLaw
 from ebmkit.data.streamed import AnyImages, StreamedSet
 from ebmkit.errors import UserError
+from ebmkit.noise import NoiseLaw
 
 __all__ = [
     "Phase",

@@ -48,7 +48,7 @@ from ebmkit.evaluation.data import Batch, Images, noisy_batches
 from ebmkit.evaluation.subset import class_name, first_columns, noise_warnings
 from ebmkit.evaluation.tables import new_table, number
 from ebmkit.metrics import predict
-from ebmkit.units import Sigma, in_255ths
+from ebmkit.noise import Sigma, in_255ths
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -203,8 +203,8 @@ def _level(sigma: float, config: AdversarialConfig, columns: dict[str, Tensor]) 
 
 def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``adversarial.png``, gradients at some noise levels, and ``adversarial-norms.png``."""
-    from ebmkit.pictures import adversarial as pictures
-    from ebmkit.pictures.common import images_of
+    from ebmkit.plots import adversarial as pictures
+    from ebmkit.plots.common import images_of
 
     config, model = setting.option(AdversarialConfig), _model(setting)
     sigmas = sorted(set(config.sigmas))

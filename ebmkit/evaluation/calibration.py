@@ -30,7 +30,7 @@ from ebmkit.evaluation import statistics
 from ebmkit.evaluation.context import EvaluationContext, Predictions, Suite, check_classifies
 from ebmkit.evaluation.statistics import Estimate
 from ebmkit.evaluation.tables import interval, new_table, number
-from ebmkit.units import in_255ths
+from ebmkit.noise import in_255ths
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -97,9 +97,9 @@ def run(setting: EvaluationContext) -> dict[str, Any]:
 
 def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``reliability.png``."""
-    from ebmkit import pictures
+    from ebmkit import plots
 
-    pictures.reliability_diagram(document["levels"], folder / "reliability.png")
+    plots.reliability_diagram(document["levels"], folder / "reliability.png")
 
 
 def table(document: dict[str, Any]) -> Table:

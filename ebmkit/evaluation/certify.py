@@ -52,7 +52,7 @@ from ebmkit.evaluation.smoothing import (
 )
 from ebmkit.evaluation.tables import new_table, number
 from ebmkit.metrics import predict
-from ebmkit.units import Sigma, format_sigma
+from ebmkit.noise import Sigma, format_sigma
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -266,7 +266,7 @@ def _counted(found: Certificates, truth: Tensor) -> Tensor:
 
 def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``certified-accuracy.png``."""
-    from ebmkit.pictures.certify import certified_accuracy
+    from ebmkit.plots.certify import certified_accuracy
 
     certified_accuracy(document, folder / "certified-accuracy.png", CLASSIFIERS)
 

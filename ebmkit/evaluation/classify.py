@@ -21,8 +21,8 @@ import torch
 from ebmkit.evaluation import statistics
 from ebmkit.evaluation.context import EvaluationContext, Suite, check_classifies
 from ebmkit.evaluation.tables import interval, new_table, number
+from ebmkit.noise import in_255ths
 from ebmkit.terminal import shown_name
-from ebmkit.units import in_255ths
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -70,15 +70,15 @@ def run(setting: EvaluationContext) -> dict[str, Any]:
 
 def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``accuracy-against-noise.png`` and, for up to 20 classes, ``confusion.png``."""
-    from ebmkit import pictures
+    from ebmkit import plots
 
-    pictures.accuracy_against_noise(
+    plots.accuracy_against_noise(
         document["against_noise"],
         folder / "accuracy-against-noise.png",
         chance=1 / setting.model.num_classes,
     )
     if setting.model.num_classes <= MAX_DRAWN:
-        pictures.confusion_matrix(
+        plots.confusion_matrix(
             document["confusion"], list(document["per_class"]), folder / "confusion.png"
         )
 

@@ -38,9 +38,9 @@ import torch
 from torch import Tensor, nn
 
 from ebmkit.energy import EnergyModel
+from ebmkit.noise import in_255ths
 from ebmkit.sampling import langevin_move
 from ebmkit.sampling.langevin import JEM_NOISE, JEM_STEP
-from ebmkit.units import in_255ths
 
 __all__ = [
     "DEFENCES",

@@ -55,7 +55,7 @@ from ebmkit.evaluation.context import EvaluationContext, Suite
 from ebmkit.evaluation.data import Batch, Images, noisy_batches
 from ebmkit.evaluation.tables import interval, new_table, number
 from ebmkit.metrics import predict, psnr
-from ebmkit.units import format_sigma, in_255ths
+from ebmkit.noise import format_sigma, in_255ths
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -242,9 +242,9 @@ def _measure(
 
 def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``denoising.png``, the first images under each denoiser, and ``psnr.png``."""
-    from ebmkit import pictures
+    from ebmkit import plots
 
-    pictures.psnr_bars(document["denoisers"], folder / "psnr.png")
+    plots.psnr_bars(document["denoisers"], folder / "psnr.png")
     few = setting.images.first(SHOWN)
     clean = None
     levels = []
@@ -255,9 +255,9 @@ def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> 
         shown = {"noisy": y, "$D_u$": found["unconditional"]}
         if "conditional_predicted" in found:
             shown["$D_c$"] = found["conditional_predicted"]
-        levels.append(pictures.DenoisedLevel(sigma, shown))
+        levels.append(plots.DenoisedLevel(sigma, shown))
     if clean is not None:
-        pictures.denoising_grid(clean, levels, folder / "denoising.png", NOTE)
+        plots.denoising_grid(clean, levels, folder / "denoising.png", NOTE)
 
 
 def _middles(batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:

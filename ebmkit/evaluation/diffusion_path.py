@@ -49,7 +49,7 @@ from ebmkit.evaluation.energies import (
 from ebmkit.evaluation.generated import Generated, read_samples
 from ebmkit.evaluation.subset import check_one_size, columns_of
 from ebmkit.evaluation.tables import new_table, number
-from ebmkit.sampling.schedules import Schedule
+from ebmkit.noise import Schedule
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -268,7 +268,7 @@ def _warnings(documents: dict[str, dict[str, Any]]) -> list[str]:
 
 def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``diffusion-path.png``, ``diffusion-energies.png`` and ``class-energies.png``."""
-    from ebmkit.pictures import diffusion_path as pictures
+    from ebmkit.plots import diffusion_path as pictures
 
     config = setting.option(DiffusionPathConfig)
     schedule, timesteps = config.make_schedule(), config.timesteps()

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from ebmkit.errors import UserError
 from ebmkit.evaluation.energies import Reading
-from ebmkit.sampling.schedules import Schedule, make_schedule
+from ebmkit.noise import Schedule, make_schedule
 
 __all__ = ["VIEWS", "DiffusionPathConfig", "views_at"]
 

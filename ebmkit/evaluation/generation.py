@@ -276,7 +276,7 @@ def _warnings(
 
 def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``generation.png`` and, where labels were asked for, ``generation-classes.png``."""
-    from ebmkit.pictures import generation as pictures
+    from ebmkit.plots import generation as pictures
 
     generated = _samples(setting)
     x = [image / 255 for image in generated.images[:SHOWN]]

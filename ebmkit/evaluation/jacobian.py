@@ -55,8 +55,8 @@ from ebmkit.evaluation.subset import class_name, first_columns, noise_warnings
 from ebmkit.evaluation.tables import new_table, number
 from ebmkit.jacobian import DENSE, jacobian
 from ebmkit.metrics import psnr
+from ebmkit.noise import Sigma, in_255ths
 from ebmkit.spectrum import Eigenpairs, Method, spectrum
-from ebmkit.units import Sigma, in_255ths
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -255,7 +255,7 @@ def _warnings(model: ScoreModel, per_image: list[dict[str, Any]]) -> list[str]:
 
 def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``jacobian.png`` and, if dense, ``spectrum.png``."""
-    from ebmkit.pictures import jacobian as pictures
+    from ebmkit.plots import jacobian as pictures
 
     found = _FOUND[id(setting)]
     columns = found.columns

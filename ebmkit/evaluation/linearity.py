@@ -55,7 +55,7 @@ from ebmkit.evaluation.tables import interval, new_table, number
 from ebmkit.jacobian import linearity
 from ebmkit.models import GradResNet, JointModel, LinearQuadraticHead
 from ebmkit.models.norms import GroupNorm
-from ebmkit.units import Sigma, in_255ths
+from ebmkit.noise import Sigma, in_255ths
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -231,7 +231,7 @@ def _pooled(
 
 def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``linearity.png``: errors and degree against the noise level."""
-    from ebmkit.pictures import jacobian as pictures
+    from ebmkit.plots import jacobian as pictures
 
     pictures.linearity_curves(document, folder / "linearity.png")
 

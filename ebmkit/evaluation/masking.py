@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from ebmkit.evaluation import statistics
-from ebmkit.units import in_255ths
+from ebmkit.noise import in_255ths
 
 __all__ = ["MaskingChecks", "norm_name", "share", "strength", "telling_strength"]
 

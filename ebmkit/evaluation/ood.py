@@ -35,7 +35,7 @@ from ebmkit.evaluation.ood_scores import known_scores, scores_of
 from ebmkit.evaluation.ood_sets import OutSet, find_set, standard_sets
 from ebmkit.evaluation.subset import check_one_size, columns_of, noise_warnings
 from ebmkit.evaluation.tables import interval, new_table, number
-from ebmkit.units import Sigma
+from ebmkit.noise import Sigma
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -182,7 +182,7 @@ def _histogram(inside: Tensor, outside: dict[str, Tensor]) -> dict[str, Any]:
 
 def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``ood.png``, ``ood-histograms.png`` and ``ood-examples.png``."""
-    from ebmkit.pictures import ood as pictures
+    from ebmkit.plots import ood as pictures
 
     pictures.auroc_map(document, folder / "ood.png")
     pictures.histograms(document, folder / "ood-histograms.png")

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from ebmkit.energy import EnergyModel, LogDensity, ScoreModel, classifies
 from ebmkit.evaluation.defences import image_noise
-from ebmkit.units import format_sigma
+from ebmkit.noise import format_sigma
 
 __all__ = ["known_scores", "scores_of"]
 

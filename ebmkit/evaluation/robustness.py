@@ -268,7 +268,7 @@ class _Work:
 
 def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``robustness.png`` and, unless there is one noise level, ``robustness-map.png``."""
-    from ebmkit.pictures import robustness as pictures
+    from ebmkit.plots import robustness as pictures
 
     pictures.accuracy_against_strength(document, folder / "robustness.png")
     if any(document["map"].values()):

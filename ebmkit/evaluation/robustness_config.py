@@ -8,8 +8,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from ebmkit.evaluation.attacks import Norm
 from ebmkit.evaluation.defences import Defence, DefenceName, Refinement
+from ebmkit.noise import Radius, Sigma, SigmaOrZero
 from ebmkit.sampling.langevin import JEM_NOISE, JEM_STEP
-from ebmkit.units import Radius, Sigma, SigmaOrZero
 
 __all__ = ["Radii", "RobustnessConfig"]
 

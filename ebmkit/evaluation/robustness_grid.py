@@ -200,7 +200,7 @@ def _smallest(
 
 def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``robustness-grid.png``: accuracy against the test radius, a line per network."""
-    from ebmkit.pictures.robustness import grid
+    from ebmkit.plots.robustness import grid
 
     grid(document, names(document), folder / "robustness-grid.png")
 

@@ -207,7 +207,7 @@ def _row(columns: Columns, seed: int) -> dict[str, Any]:
 
 def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``shift.png``, ``shift-psnr.png`` and ``shift-examples.png``, as far as they apply."""
-    from ebmkit.pictures import shift as pictures
+    from ebmkit.plots import shift as pictures
 
     if "accuracy" in document["clean"]:
         chance = 1 / setting.model.num_classes

@@ -12,8 +12,8 @@ from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation.context import EvaluationContext
 from ebmkit.evaluation.data import Batch, Images
+from ebmkit.noise import format_sigma
 from ebmkit.terminal import shown_name
-from ebmkit.units import format_sigma
 
 __all__ = ["check_one_size", "class_name", "columns_of", "first_columns", "noise_warnings"]
 

@@ -14,7 +14,7 @@ from ebmkit.energy import EnergyModel, Noise
 from ebmkit.errors import UserError
 from ebmkit.guidance.guides import check_guide
 from ebmkit.guidance.logits import LogitModel
-from ebmkit.sampling.schedules import Schedule
+from ebmkit.noise import Schedule
 from ebmkit.sampling.target import DensityFunction
 
 __all__ = [

@@ -21,7 +21,7 @@ schedule                    g(t), t = 0 the cleanest of T timesteps
 ``k=0.02``
 =========================== ====================================================================
 
-In image units (`ebmkit.schedules`) the same is :math:`\hat\epsilon = \epsilon - s\,w\,\sigma
+In image units (`ebmkit.noise`) the same is :math:`\hat\epsilon = \epsilon - s\,w\,\sigma
 \nabla_y h` with the weight :math:`w = g(t) / \sqrt{1 - \bar\alpha_t}`.
 """
 

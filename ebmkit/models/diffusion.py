@@ -6,7 +6,7 @@ A diffusion network sees an image in coordinates that keep its variance,
 
 where [a, b] is its range of clean images, usually [-1, 1], and predicts :math:`\epsilon`. With the
 noise level in image units, :math:`\sigma = \sqrt{(1 - \bar\alpha)/\bar\alpha}\,/\,(b - a)`, that is
-the noisy image :math:`y = x + \sigma\epsilon` of all other models here (`ebmkit.schedules`), so
+the noisy image :math:`y = x + \sigma\epsilon` of all other models here (`ebmkit.noise`), so
 
 .. math::
     u = \frac{(b - a)\,y + a}{\sqrt{1 + (b - a)^2\sigma^2}}, \qquad
@@ -45,8 +45,8 @@ from torch import Tensor, nn
 from ebmkit.energy import Noise, ScoreModel, check_sigma, per_image
 from ebmkit.errors import UserError
 from ebmkit.models.parts import check_images
+from ebmkit.noise import Schedule
 from ebmkit.onednn import subsample_before_1x1
-from ebmkit.schedules import Schedule
 
 __all__ = ["DiffusionModel", "PredictionType"]
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from ebmkit.errors import UserError
 from ebmkit.models.diffusion import DiffusionModel, PredictionType
-from ebmkit.schedules import SCHEDULES, Schedule, linear_betas
+from ebmkit.noise import SCHEDULES, Schedule, linear_betas
 
 __all__ = ["UNetConfig"]
 

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ebmkit.errors import UserError
-from ebmkit.units import Radius
+from ebmkit.noise import Radius
 
 __all__ = [
     "AdversarialConfig",

@@ -1,5 +1,6 @@
 """Samplers of any model: chains on a score, a density or a denoiser, never on a network."""
 
+from ebmkit.noise import SCHEDULES, Schedule, make_schedule
 from ebmkit.sampling.ascent import Ascent
 from ebmkit.sampling.base import Chain, Chains, Info, Sampler, State
 from ebmkit.sampling.diagnostics import (
@@ -44,7 +45,6 @@ from ebmkit.sampling.target import (
     label_density_of,
     score_of,
 )
-from ebmkit.schedules import SCHEDULES, Schedule, make_schedule
 
 __all__ = [
     "DDIM",

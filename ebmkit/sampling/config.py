@@ -6,10 +6,9 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ebmkit.noise import Sigma, SigmaOrZero, Spacing
 from ebmkit.sampling.ascent import Ball, Direction
 from ebmkit.sampling.langevin import JEM_NOISE, JEM_STEP
-from ebmkit.schedules import Spacing
-from ebmkit.units import Sigma, SigmaOrZero
 
 __all__ = [
     "AnnealedConfig",

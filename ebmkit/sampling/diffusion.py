@@ -1,6 +1,6 @@
 r"""DDPM and DDIM as one update between two noise levels.
 
-In image units (`ebmkit.schedules`) a diffusion chain is at :math:`y = x + \sigma\epsilon`.
+In image units (`ebmkit.noise`) a diffusion chain is at :math:`y = x + \sigma\epsilon`.
 A predictor of the noise says :math:`\hat\epsilon`, so the clean image is predicted as
 :math:`\hat x = y - \sigma\hat\epsilon`, and the chain goes to the next level
 :math:`\sigma' < \sigma` by
@@ -42,10 +42,10 @@ import torch
 from torch import Tensor
 
 from ebmkit.errors import UserError
+from ebmkit.noise import Schedule
 from ebmkit.sampling.base import Chain, Info, check_positive
 from ebmkit.sampling.langevin import normal_like, root_mean_square
 from ebmkit.sampling.target import DenoiserFunction
-from ebmkit.schedules import Schedule
 
 __all__ = ["DDIM", "NoisePredictor", "Variance", "noise_predictor_of", "update_coefficients"]
 

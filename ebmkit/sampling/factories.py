@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
+from ebmkit.noise import Schedule, make_schedule
 from ebmkit.sampling import config as configs
 from ebmkit.sampling.ascent import Ascent
 from ebmkit.sampling.diffusion import DDIM, noise_predictor_of
@@ -31,7 +32,6 @@ from ebmkit.sampling.target import (
     label_density_of,
     score_of,
 )
-from ebmkit.schedules import Schedule, make_schedule
 
 __all__ = [
     "make_annealed",

@@ -6,8 +6,8 @@ from typing import Any
 
 from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
+from ebmkit.noise import format_sigma
 from ebmkit.sampling.base import Sampler
-from ebmkit.units import format_sigma
 
 __all__ = ["HIGHEST", "LOWEST", "check_level", "first_level", "highest", "last_level", "lowest"]
 

@@ -179,7 +179,7 @@ def test_the_plot_shows_each_side_against_each_size(tmp_path, monkeypatch):
 
     figures = []
     monkeypatch.setattr(
-        "ebmkit.pictures.common.save_figure", lambda figure, path: figures.append(figure)
+        "ebmkit.plots.common.save_figure", lambda figure, path: figures.append(figure)
     )
     rows = [row(w, who, w / k) for who, k in ((OURS, 2), (PLAIN, 1)) for w in (16, 8)]
     scaling_plot(rows, tmp_path / "curve.png")

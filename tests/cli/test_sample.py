@@ -13,8 +13,8 @@ import torch
 from command_line import ebmkit_command
 from PIL import Image
 
-from ebmkit.generation import SamplingJob
 from ebmkit.sampling.buffer import ReplayBuffer
+from ebmkit.sampling.jobs import SamplingJob
 from ebmkit.training import RunFolder
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "generation"))

@@ -13,9 +13,9 @@ from command_line import ebmkit_command
 import ebmkit
 from ebmkit.cli import app
 from ebmkit.cli.list import Kind, tables
+from ebmkit.experiments import TARGETS
 from ebmkit.export import What
-from ebmkit.generation import TASKS
-from ebmkit.reproduce import TARGETS
+from ebmkit.sampling.jobs import TASKS
 
 HEAVY = {"torch", "torchvision", "sympy", "scipy", "sklearn", "matplotlib", "numpy", "h5py"}
 COMMANDS = typer.main.get_command(app).commands

@@ -23,7 +23,7 @@ def test_import_is_light():
     code = f"""
 import sys, ebmkit
 print([m for m in {HEAVY} if m in sys.modules])
-import ebmkit.pictures
+import ebmkit.plots
 print("matplotlib" in sys.modules)
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

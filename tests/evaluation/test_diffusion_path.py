@@ -20,7 +20,7 @@ from ebmkit.evaluation.diffusion_path import DIFFUSION_PATH, run
 from ebmkit.evaluation.diffusion_views import VIEWS, DiffusionPathConfig, views_at
 from ebmkit.evaluation.energies import class_statistics, energies_of, reading_of
 from ebmkit.models import GradResNetConfig, HeadConfig, ModelConfig, save_model
-from ebmkit.sampling.schedules import make_schedule
+from ebmkit.noise import make_schedule
 
 
 class Blind(GaussianMixture):

@@ -13,7 +13,7 @@ from ebmkit.evaluation import tables
 from ebmkit.evaluation.data import noisy_batches
 from ebmkit.jacobian import jacobian
 from ebmkit.models import DirectDenoiser
-from ebmkit.pictures.jacobian import around_gray, magnification
+from ebmkit.plots.jacobian import around_gray, magnification
 from ebmkit.spectrum import spectrum
 
 SIGMA = 0.05

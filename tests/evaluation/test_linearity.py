@@ -8,7 +8,7 @@ from ebmkit import Energies, EnergyModel, UserError, create_model, evaluation
 from ebmkit.evaluation.data import noisy_batches
 from ebmkit.evaluation.linearity import theory
 from ebmkit.jacobian import linearity
-from ebmkit.pictures.jacobian import linearity_grid
+from ebmkit.plots.jacobian import linearity_grid
 
 
 @pytest.fixture

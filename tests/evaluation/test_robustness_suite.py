@@ -15,7 +15,7 @@ from ebmkit.evaluation import autoattack, suites
 from ebmkit.evaluation.context import EvaluationContext
 from ebmkit.evaluation.masking import MaskingChecks, telling_strength
 from ebmkit.evaluation.robustness import ROBUSTNESS
-from ebmkit.pictures import robustness as pictures
+from ebmkit.plots import robustness as pictures
 
 QUICK = {
     "steps": 5,

@@ -14,7 +14,7 @@ from ebmkit.evaluation.corruptions import CORRUPTIONS, corrupt
 from ebmkit.evaluation.shift import SHIFT, ShiftConfig, run
 from ebmkit.metrics import psnr
 from ebmkit.models.denoisers import DirectDenoiser
-from ebmkit.pictures import shift as shift_pictures
+from ebmkit.plots import shift as shift_pictures
 
 
 def measured(setting, **options):

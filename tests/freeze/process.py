@@ -27,7 +27,7 @@ FIXED = {
 """Environment of all processes: one thread, and sums whose order depends on nothing else."""
 
 IMPORTED = [
-    *("ebmkit.cli", "ebmkit.cli.commands", "torch._subclasses.fake_tensor", "torch._dynamo"),
+    *("ebmkit.cli", "torch._subclasses.fake_tensor", "torch._dynamo"),
     *("torchvision", "torchmetrics", "foolbox", "diffusers", "h5py", "scipy", "PIL.Image"),
     *("sklearn.datasets", "sklearn.metrics", "sklearn.model_selection", "matplotlib.pyplot"),
 ]

@@ -35,9 +35,9 @@ if GUIDED and "--child" in sys.argv:  # before anything else imports what is to 
     with atheris.instrument_imports(include=["ebmkit"]):
         import ebmkit.data.hdf5
         import ebmkit.evaluation.suites
-        import ebmkit.generation.labels
         import ebmkit.guidance.config
         import ebmkit.models.published
+        import ebmkit.sampling.jobs.labels
         import ebmkit.storage.verify
         import ebmkit.training  # noqa: F401
 

@@ -102,7 +102,7 @@ def _objective(text: str) -> object:
 
 
 def _sigma(text: str) -> object:
-    from ebmkit.units import parse_radius, parse_sigma
+    from ebmkit.noise import parse_radius, parse_sigma
 
     for parse in (parse_sigma, parse_radius):
         try:
@@ -139,7 +139,7 @@ def _classifier() -> Any:
 
 
 def _labels(text: str) -> object:
-    from ebmkit.generation.labels import parse_labels
+    from ebmkit.sampling.jobs.labels import parse_labels
 
     return parse_labels(_classifier(), text, 7)
 

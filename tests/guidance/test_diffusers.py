@@ -20,8 +20,8 @@ from ebmkit import UserError, create_model
 from ebmkit.card import ModelCard
 from ebmkit.guidance import Guidance, LogitModel, classifier_guide, energy_guide, guided_noise
 from ebmkit.guidance.diffusers import GuidedUNet, guided, schedule_of
+from ebmkit.noise import make_schedule
 from ebmkit.sampling.diffusion import DDIM
-from ebmkit.sampling.schedules import make_schedule
 
 SIZE, CHANNELS, CLASSES, BATCH, STEPS = 8, 3, 4, 3, 6
 

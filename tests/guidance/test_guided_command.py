@@ -11,11 +11,11 @@ import torch
 from command_line import ebmkit_command
 
 from ebmkit import ModelCard
-from ebmkit.generation import SamplingJob, default_folder
-from ebmkit.generation.guiding import VIEWS, guidance_asked, guide_by
-from ebmkit.generation.settings import make_settings
 from ebmkit.guidance import GUIDANCE_SCHEDULES, GUIDES
 from ebmkit.models import ModelConfig, load, save_model
+from ebmkit.sampling.jobs import SamplingJob, default_folder
+from ebmkit.sampling.jobs.guiding import VIEWS, guidance_asked, guide_by
+from ebmkit.sampling.jobs.settings import make_settings
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "generation"))
 from small import save_run
@@ -104,7 +104,7 @@ def test_every_guide_and_view_moves_the_samples(place, guidance, view):
 
 
 def _folder(path, settings):
-    from ebmkit.generation import SamplingFolder
+    from ebmkit.sampling.jobs import SamplingFolder
 
     folder = SamplingFolder(path)
     folder.begin(settings)

@@ -10,11 +10,11 @@ from ebmkit_tests.hostile.case import Case, outside
 
 from ebmkit.errors import UserError
 from ebmkit.guidance.schedules import parse_schedule
+from ebmkit.noise import parse_radius, parse_sigma
 from ebmkit.objectives import parse_objective
 from ebmkit.storage.reading import read_json, read_text
 from ebmkit.training import resolve
 from ebmkit.training.config import parse_assignments, read_config
-from ebmkit.units import parse_radius, parse_sigma
 
 
 def written(text: str | bytes, name: str = "config.yaml"):

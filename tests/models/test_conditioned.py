@@ -14,7 +14,7 @@ from ebmkit.evaluation import evaluate
 from ebmkit.models import BACKBONES, Features, JointModel, ModelConfig
 from ebmkit.models.conditioned import LOWEST, NoiseConditioned
 from ebmkit.models.heads import LogitHead
-from ebmkit.schedules import make_schedule
+from ebmkit.noise import make_schedule
 from ebmkit.training import resolve
 from ebmkit.validation import validated
 

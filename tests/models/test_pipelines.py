@@ -71,7 +71,7 @@ def test_a_folder_of_a_network_alone_and_one_without_subfolders(tmp_path):
     network = unet()
     network.save_pretrained(tmp_path / "alone")
     linear = import_unet(tmp_path / "alone", tmp_path / "ours")
-    assert torch.equal(linear.schedule.betas, ebmkit.schedules.linear_betas())
+    assert torch.equal(linear.schedule.betas, ebmkit.noise.linear_betas())
     diffusers.DDPMScheduler(beta_end=0.01, prediction_type="v_prediction").save_pretrained(
         tmp_path / "alone"
     )

@@ -5,9 +5,9 @@ import torch
 
 from ebmkit import create_model
 from ebmkit.data import Batch, NoiseLaw
+from ebmkit.noise import make_schedule
 from ebmkit.objectives import TermSettings, TrainingLoss, parse_objective
 from ebmkit.objectives.probes import label_dropout
-from ebmkit.schedules import make_schedule
 
 
 def batch_of(count=6, classes=3):

@@ -85,7 +85,7 @@ found = {
 with open(os.path.join(folder, "expected.json"), "w") as file:
     json.dump(found, file)
 if samples:
-    from ebmkit.generation.job import SamplingJob
+    from ebmkit.sampling.jobs.job import SamplingJob
     draw = SamplingJob._generator
     def stopping(self, number, step):
         if (number, step) == (1, 2):

@@ -9,6 +9,7 @@ import torch
 
 from ebmkit import Gaussian
 from ebmkit.errors import UserError
+from ebmkit.noise import linear_betas
 from ebmkit.sampling import (
     DDIM,
     PredictorCorrector,
@@ -16,7 +17,6 @@ from ebmkit.sampling import (
     make_schedule,
     noise_predictor_of,
 )
-from ebmkit.sampling.schedules import linear_betas
 
 
 def stub(u, t):

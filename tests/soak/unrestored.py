@@ -29,9 +29,9 @@ def spoil(defect: str) -> None:
     if defect == "randomness":
         randomness.keyed_seed.__code__ = _forgetful.__code__
     elif defect == "optimizer":
-        from ebmkit.training import saved
+        from ebmkit.training import checkpoint_state
 
-        saved.restore_optimizer = lambda optimizer, state: None
+        checkpoint_state.restore_optimizer = lambda optimizer, state: None
     else:
         raise ValueError(defect)
 

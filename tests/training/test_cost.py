@@ -15,8 +15,8 @@ from ebmkit.errors import UserError
 from ebmkit.models.heads import LinearQuadraticHead
 from ebmkit.models.parts import Features
 from ebmkit.objectives import TrainingLoss, parse_objective
-from ebmkit.training import account
 from ebmkit.training import memory as memory_module
+from ebmkit.training import run_stats
 from ebmkit.training.cost import StepCost, matrix_rate, step_cost, step_flops
 from ebmkit.training.memory import (
     Memory,
@@ -237,8 +237,8 @@ def test_a_step_too_large_is_refused_with_what_would_fit():
 def test_a_step_is_counted_once_for_each_description(monkeypatch):
     """Again for other shapes, states or another description; of none, each time."""
     calls, none = [], Memory(0, 0, 0, 0)
-    monkeypatch.setattr(account, "_MEMORIES", {})
-    monkeypatch.setattr(account, "step_memory", lambda *given: calls.append(given) or none)
+    monkeypatch.setattr(run_stats, "_MEMORIES", {})
+    monkeypatch.setattr(run_stats, "step_memory", lambda *given: calls.append(given) or none)
     loss, small = tiny_loss(), {name: (2, *shape[1:]) for name, shape in SHAPES.items()}
     stage = Stage(0, 1, {})
     for described, shapes, states, known in (
@@ -251,7 +251,7 @@ def test_a_step_is_counted_once_for_each_description(monkeypatch):
         (None, SHAPES, 2, False),
     ):
         before = len(calls)
-        account.Budget(loss, [(stage, shapes)], states, described=described).check()
+        run_stats.Budget(loss, [(stage, shapes)], states, described=described).check()
         assert len(calls) - before == (not known)
 
 

@@ -10,8 +10,8 @@ from command_line import ebmkit_command
 import ebmkit
 from ebmkit.errors import UserError
 from ebmkit.models import DiffusionModel
+from ebmkit.noise import make_schedule
 from ebmkit.sampling import DDIM, SAMPLERS
-from ebmkit.schedules import make_schedule
 from ebmkit.training import RECIPES, parse_assignments, resolve
 from ebmkit.training.assemble import assemble
 from ebmkit.training.recipes import recipe_for

@@ -1,0 +1,205 @@
+"""Figure 1 for the paper's constants and for real families, computed and measured.
+
+The document (`figure1`) holds numbers only and is JSON as it stands:
+
+- ``paper``: the two sets of constants in the caption of figure 1;
+- ``settings``: for each family its constants, and the measured errors at a range of n;
+- ``settings[i]["fit"]``: v and b estimated from the measurements alone.
+
+Errors and b are in nats, v in nats times samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ebmkit.errors import unknown_name
+from ebmkit.evaluation.statistics import finite
+from ebmkit.experiments.theory.constants import Expansion, discriminative, generative
+from ebmkit.experiments.theory.measure import Fitted, Point, fit_bias, fit_variance, measure
+from ebmkit.experiments.theory.settings import PAPER, SETTINGS, Setting
+
+__all__ = ["Scale", "figure1", "markdown", "rows"]
+
+Scale = Literal["smoke", "cpu", "full"]
+
+SIZES = 9  # numbers of samples per setting, each twice the one before
+FITTED = 4  # of them, the largest, that v and b are estimated from
+
+ROUNDING = 1e-7  # nats: a bias below is zero but for quadrature and rounding
+
+
+@dataclass(frozen=True)
+class _Budget:
+    numbers: int  # of features (sets x samples x features) per setting and size
+    most: int  # training sets
+    least: int
+
+
+_BUDGETS: dict[str, _Budget] = {
+    "smoke": _Budget(numbers=300_000, most=200, least=30),
+    "cpu": _Budget(numbers=15_000_000, most=8000, least=50),
+    "full": _Budget(numbers=150_000_000, most=40_000, least=200),
+}
+
+
+def figure1(
+    scale: Scale, seed: int = 0, progress: Callable[[int, int], None] | None = None
+) -> dict[str, Any]:
+    """Compute and measure the constants of equation (4).
+
+    Args:
+        scale: how many training sets: ``smoke`` (seconds), ``cpu`` (minutes), ``full`` (an hour).
+            The constants are the same at every scale.
+        seed: of the training sets.
+        progress: called with the number of points measured so far and in all.
+
+    Raises:
+        UserError: if ``scale`` is unknown.
+
+    Source: arXiv 2410.03505, figure 1, equation (4), appendix D.
+    """
+    if scale not in _BUDGETS:
+        raise unknown_name("scale", scale, _BUDGETS)
+    total = len(SETTINGS) * SIZES
+    settings = []
+    for number, setting in enumerate(SETTINGS):
+
+        def advance(done: int, before: int = number * SIZES) -> None:
+            if progress is not None:
+                progress(before + done, total)
+
+        settings.append(_setting(setting, _BUDGETS[scale], seed, advance))
+    return {
+        "figure": "fig1",
+        "scale": scale,
+        "seed": seed,
+        "unit": "nats",
+        "paper": [dict(curve) for curve in PAPER],
+        "settings": settings,
+    }
+
+
+def _setting(
+    setting: Setting, budget: _Budget, seed: int, advance: Callable[[int], None]
+) -> dict[str, Any]:
+    family = setting.family
+    nodes = setting.truth.nodes()
+    gen, dis = generative(family, nodes), discriminative(family, nodes)
+    start = family.weights(family.gaussians(dis.theta))
+    points: list[list[Point]] = []
+    for k in range(SIZES):
+        n = setting.smallest * 2**k
+        sets = max(budget.least, min(budget.most, budget.numbers // (n * len(start))))
+        points.append(measure(setting, n, sets, start, seed))
+        advance(k + 1)
+    measured = {
+        "generative": [p[0] for p in points],
+        "discriminative": [p[1] for p in points],
+    }
+    b_gen, b_dis = (b if b > ROUNDING else 0.0 for b in (gen.bias, dis.bias))
+    saved, gap = dis.variance - gen.variance, b_gen - b_dis
+    return {
+        "name": setting.name,
+        "title": setting.title,
+        "about": setting.description,
+        "well_specified": setting.well_specified,
+        "classes": family.num_classes,
+        "dim": family.dim,
+        "parameters": family.num_parameters,
+        "rank": dis.rank,
+        "b_gen": b_gen,
+        "b_dis": b_dis,
+        "v_gen": gen.variance,
+        "v_dis": dis.variance,
+        "formula_gen": gen.formula,
+        "formula_dis": dis.formula,
+        "crossing": saved / (2 * gap) if gap > 0 and saved > 0 else None,
+        "measured": {name: [_document(p) for p in row] for name, row in measured.items()},
+        "fit": {
+            "generative": _fit(measured["generative"], gen),
+            "discriminative": _fit(measured["discriminative"], dis),
+        },
+    }
+
+
+def _document(point: Point) -> dict[str, Any]:
+    return {
+        "n": point.n,
+        "sets": point.sets,
+        "without_fit": point.without,
+        "excess": finite(point.excess),
+        "standard_error": finite(point.error),
+    }
+
+
+def _fit(points: Sequence[Point], expansion: Expansion) -> dict[str, Any]:
+    """v and b from the largest sizes at which every training set had a fit."""
+    usable = [p for p in points if p.without == 0][-FITTED:]
+    if len(usable) < FITTED:
+        return {"sizes": [p.n for p in usable], "v": None, "b": None}
+    return {
+        "sizes": [p.n for p in usable],
+        "v": _estimate(fit_variance(usable, expansion.bias)),
+        "b": _estimate(fit_bias(usable)),
+    }
+
+
+def _estimate(fitted: Fitted) -> dict[str, Any]:
+    low, high = fitted.interval()
+    return {"value": fitted.value, "standard_error": fitted.error, "low": low, "high": high}
+
+
+def rows(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row per family and estimator of a document of `figure1`.
+
+    Keys: ``family``, ``about``, ``estimator`` (generative or discriminative), ``well_specified``,
+    ``parameters``, ``rank``, ``v`` and ``b`` (computed), ``v_formula`` (the paper's expression),
+    ``v_measured`` and ``b_measured`` (each with value, standard_error, low and high at 95 %;
+    None if too few training sets had a fit).
+    """
+    found = []
+    for setting in document["settings"]:
+        for estimator, short in (("generative", "gen"), ("discriminative", "dis")):
+            fit = setting["fit"][estimator]
+            found.append(
+                {
+                    "family": setting["title"],
+                    "about": setting["about"],
+                    "estimator": estimator,
+                    "well_specified": setting["well_specified"],
+                    "parameters": setting["parameters"],
+                    "rank": setting["rank"],
+                    "v": setting[f"v_{short}"],
+                    "v_formula": setting[f"formula_{short}"],
+                    "v_measured": fit["v"],
+                    "b": setting[f"b_{short}"],
+                    "b_measured": fit["b"],
+                }
+            )
+    return found
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """`rows` as a Markdown table; intervals at 95 %, b in thousandths of a nat."""
+    lines = [
+        "| family | fit | parameters | rank | v | v by (26)-(27) | v measured | b (mnat) "
+        "| b measured (mnat) |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows(document):
+        lines.append(
+            f"| {row['family']} | {row['estimator']} | {row['parameters']} | {row['rank']} "
+            f"| {row['v']:.3f} | {row['v_formula']:.3f} | {_interval(row['v_measured'], 1, 2)} "
+            f"| {1e3 * row['b']:.3f} | {_interval(row['b_measured'], 1e3, 3)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _interval(estimate: dict[str, Any] | None, factor: float, digits: int) -> str:
+    if estimate is None:
+        return "not measured"
+    value, low, high = (f"{factor * estimate[k]:.{digits}f}" for k in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"

@@ -1,0 +1,409 @@
+r"""Noise levels: their units, the laws that training draws them from, diffusion schedules.
+
+**Units.** Everywhere in ebmkit, sigma is the standard deviation of the noise in *image units*:
+images live in [0, 1]. People say "25" and mean :math:`25/255`; so options and configuration fields
+accept the fraction as text, and a bare "25" is refused with the fraction that was probably meant
+("25/1" insists on it; a float is taken as it is, so that saved configurations load again).
+
+**Laws.** Training draws one :math:`\sigma` per image, in image units. The paper's law (CDN sec.
+3.3) is the square of a uniform variable, :math:`\sqrt\sigma \sim U[\sqrt{\min}, \sqrt{\max}]`,
+whose density falls as :math:`1/\sqrt\sigma`: between a uniform one and a log-uniform one
+(:math:`1/\sigma`).
+
+Diffusion models draw a timestep t uniformly of the T = 1000 levels of a schedule (Ho et al. 2020,
+algorithm 1). Their images live in [-1, 1], so in image units it is
+:math:`\sigma_t = \tfrac12\sqrt{(1 - \bar\alpha_t)/\bar\alpha_t}`.
+
+**Schedules.** A diffusion model of T steps adds noise of variance :math:`\beta_t` at step t and
+knows images u as
+
+.. math:: u_t = \sqrt{\bar\alpha_t}\, u_0 + \sqrt{1 - \bar\alpha_t}\, \epsilon, \qquad
+    \bar\alpha_t = \prod_{s \le t} (1 - \beta_s), \qquad t = 0, \dots, T - 1.
+
+Its clean images live in a range [a, b], usually [-1, 1]; ours in [0, 1], x = (u - a) / (b - a). So
+the same noisy image in image units is
+
+.. math::
+    y = \frac{u_t / \sqrt{\bar\alpha_t} - a}{b - a} = x + \sigma_t \epsilon, \qquad
+    \sigma_t = \frac{1}{b - a} \sqrt{\frac{1 - \bar\alpha_t}{\bar\alpha_t}} ,
+
+halved where images live in [-1, 1]. That is all a sampler needs of a schedule: a list of noise
+levels. The step before the first, t = -1, is the clean image, :math:`\bar\alpha_{-1} = 1`.
+
+============ ====================================================================================
+schedule     betas
+============ ====================================================================================
+``linear``   from 1e-4 to 0.02 in equal steps (Ho et al. 2020)
+``cosine``   :math:`\bar\alpha(t) \propto \cos^2(\frac{t/T + 0.008}{1.008} \frac\pi2)`, beta at
+             most 0.999 (Nichol & Dhariwal 2021, eq. 17)
+============ ====================================================================================
+
+Of the T steps a sampler visits some, from the noisiest down. The names of the spacings are those of
+`diffusers`; with count n
+
+============ ====================================================================================
+spacing      timesteps
+============ ====================================================================================
+``leading``  0, r, 2r, ... with r = T // n: ends at 0, leaves the noisiest steps out
+``linspace`` n of equal distance from T - 1 to 0, rounded
+``trailing`` T - 1, T - 1 - T/n, ...: begins at T - 1, leaves the cleanest steps out
+============ ====================================================================================
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Literal, get_args
+
+import torch
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from ebmkit.errors import UserError
+from ebmkit.registry import find
+
+__all__ = [
+    "SCHEDULES",
+    "NoiseKind",
+    "NoiseLaw",
+    "Radius",
+    "Schedule",
+    "Sigma",
+    "SigmaOrZero",
+    "Spacing",
+    "cosine_betas",
+    "format_sigma",
+    "in_255ths",
+    "linear_betas",
+    "make_schedule",
+    "parse_radius",
+    "parse_sigma",
+]
+
+
+def parse_sigma(value: object, allow_zero: bool = False) -> float:
+    """Read a noise level from ``0.1``, ``"0.1"`` or ``"25/255"``.
+
+    Args:
+        value: a number or its text.
+        allow_zero: accept 0, no noise.
+
+    Returns:
+        The standard deviation in image units.
+
+    Raises:
+        UserError: if the value does not parse, is not finite, is not above 0 (not 0 or above), or
+            is a bare number above 1 as text or whole number, which nobody means in image units.
+
+    >>> parse_sigma("51/255")
+    0.2
+    """
+    text = str(value).strip()
+    try:
+        top, slash, bottom = text.partition("/")
+        sigma = float(top) / float(bottom) if slash else float(text)
+    except (ValueError, ZeroDivisionError):
+        raise UserError(
+            f"sigma {text!r} is not a noise level: write a number or a fraction, as in 25/255"
+        ) from None
+    if not math.isfinite(sigma) or sigma < 0 or (sigma == 0 and not allow_zero):
+        least = "not below 0" if allow_zero else "above 0"
+        raise UserError(f"sigma {text!r} must be a finite number {least}, as in 25/255")
+    if sigma > 1 and not slash and not isinstance(value, float):
+        raise UserError(
+            f"sigma {text!r} is beyond the range of an image, 0 to 1: did you mean {text}/255? "
+            f"(if not, write {text}/1)"
+        )
+    return sigma
+
+
+def _parse_sigma_or_zero(value: object) -> float:
+    return parse_sigma(value, allow_zero=True)
+
+
+def parse_radius(value: object) -> float:
+    """Read the radius of a ball of images, image units: a number, its text or a fraction.
+
+    2 is 2, for an l2 radius may well be above 1.
+
+    Raises:
+        UserError: if it does not parse or is not a finite number of 0 or more.
+
+    >>> parse_radius("51/255"), parse_radius("2")
+    (0.2, 2.0)
+    """
+    text = str(value).strip()
+    try:
+        top, slash, bottom = text.partition("/")
+        radius = float(top) / float(bottom) if slash else float(text)
+    except (ValueError, ZeroDivisionError):
+        raise UserError(
+            f"{text!r} is no radius: write a number or a fraction, as in 0.5 or 8/255"
+        ) from None
+    if not 0 <= radius < math.inf:
+        raise UserError(f"radius {text!r} must be a finite number of 0 or more, as in 0.5 or 8/255")
+    return radius
+
+
+def format_sigma(sigma: float) -> str:
+    """Write a noise level in 255ths, as people read it.
+
+    >>> format_sigma(25 / 255)
+    '25/255'
+    """
+    return f"{sigma * 255:.4g}/255"
+
+
+Sigma = Annotated[float, BeforeValidator(parse_sigma)]
+"""A pydantic field holding a noise level; accepts the forms of `parse_sigma`."""
+
+SigmaOrZero = Annotated[float, BeforeValidator(_parse_sigma_or_zero)]
+"""The same where 0 stands for no noise."""
+
+Radius = Annotated[float, BeforeValidator(parse_radius)]
+"""A pydantic field holding a radius of 0 or more; accepts the forms of `parse_radius`."""
+
+
+def in_255ths(sigma: float) -> str:
+    """How JSON keys and pictures name a noise level.
+
+    >>> in_255ths(25 / 255)
+    '25'
+    """
+    return f"{sigma * 255:.4g}"
+
+
+Spacing = Literal["leading", "linspace", "trailing"]
+
+
+def linear_betas(steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> Tensor:
+    """Variances (T,) in equal steps from ``first`` to ``last``, float64 (Ho et al. 2020)."""
+    return torch.linspace(first, last, steps, dtype=torch.float64)
+
+
+def cosine_betas(steps: int = 1000, offset: float = 0.008, largest: float = 0.999) -> Tensor:
+    """Variances (T,) of the cosine schedule, float64 (Nichol & Dhariwal 2021, eq. 17)."""
+    t = torch.arange(steps + 1, dtype=torch.float64) / steps
+    abar = ((t + offset) / (1 + offset) * math.pi / 2).cos().square()
+    return (1 - abar[1:] / abar[:-1]).clamp_max(largest)
+
+
+SCHEDULES: dict[str, Callable[[int], Tensor]] = {"linear": linear_betas, "cosine": cosine_betas}
+"""Number of steps T to the variances (T,), by name."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Noise levels of a diffusion model, by timestep.
+
+    Args:
+        betas: (T,) variances of the noise added at each step, in [0, 1).
+        image_range: where clean images live in the model's own coordinates.
+
+    Raises:
+        UserError: if a variance or the range is not legal.
+    """
+
+    betas: Tensor
+    image_range: tuple[float, float] = (-1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if self.betas.ndim != 1 or not len(self.betas):
+            raise UserError(f"variances must be (T,), not {tuple(self.betas.shape)}")
+        if not bool(((self.betas > 0) & (self.betas < 1)).all()):
+            raise UserError("the variances of a schedule must lie between 0 and 1")
+        low, high = self.image_range
+        if not low < high:
+            raise UserError(f"image range {low:g} to {high:g} must go up, as -1 to 1 does")
+        abar = (1 - self.betas.double()).cumprod(0)
+        object.__setattr__(self, "_abar", (1.0, *abar.tolist()))
+
+    def __len__(self) -> int:
+        return len(self.betas)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Schedule:
+        return self  # nothing of it changes
+
+    def abar(self, t: int) -> float:
+        """The share of the image in the variance after step ``t``; 1 at t = -1.
+
+        Raises:
+            UserError: if there is no such step.
+        """
+        if not -1 <= t < len(self):
+            raise UserError(f"timestep {t} is out of range: this schedule has 0 to {len(self) - 1}")
+        value: float = self._abar[t + 1]  # type: ignore[attr-defined]
+        return value
+
+    def sigma(self, t: int) -> float:
+        """Noise level at timestep ``t``, image units; 0 at t = -1."""
+        abar, (low, high) = self.abar(t), self.image_range
+        return math.sqrt((1 - abar) / abar) / (high - low)
+
+    @property
+    def sigmas(self) -> Tensor:
+        """Noise levels of all timesteps, (T,) float64, image units."""
+        return torch.tensor([self.sigma(t) for t in range(len(self))], dtype=torch.float64)
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        """The lowest and the highest noise level, image units."""
+        return self.sigma(0), self.sigma(len(self) - 1)
+
+    def nearest(self, sigma: float) -> int:
+        """The timestep whose noise level has the smallest ratio to ``sigma``, image units.
+
+        Raises:
+            UserError: if sigma is not above 0.
+        """
+        if not sigma > 0:
+            raise UserError(f"sigma {sigma} must be a finite number above 0, as in 25 / 255")
+        return min(range(len(self)), key=lambda t: abs(math.log(self.sigma(t) / sigma)))
+
+    def to_image_units(self, u: Tensor, t: int) -> Tensor:
+        """Noisy images ``u`` of the model's coordinates as y = x + sigma(t) * eps."""
+        low, high = self.image_range
+        return (u / math.sqrt(self.abar(t)) - low) / (high - low)
+
+    def from_image_units(self, y: Tensor, t: int) -> Tensor:
+        """The inverse of `to_image_units`: what the diffusion network takes at timestep ``t``."""
+        low, high = self.image_range
+        return (y * (high - low) + low) * math.sqrt(self.abar(t))
+
+    def timesteps(self, count: int, spacing: Spacing = "trailing") -> tuple[int, ...]:
+        """``count`` timesteps from the noisiest to the cleanest; the module's text has the table.
+
+        Raises:
+            UserError: if there are not as many, or the spacing is unknown.
+        """
+        total = len(self)
+        if not 1 <= count <= total:
+            raise UserError(f"{count} timesteps cannot be had of {total}: take 1 to {total}")
+        if spacing == "leading":
+            chosen = [i * (total // count) for i in reversed(range(count))]
+        elif spacing == "linspace":
+            ratio = (total - 1) / (count - 1) if count > 1 else 0.0
+            chosen = [round(i * ratio) for i in reversed(range(count))]
+        elif spacing == "trailing":
+            chosen = [round(total - i * (total / count)) - 1 for i in range(count)]
+        else:
+            raise UserError(f"unknown spacing {spacing!r}: known: {', '.join(get_args(Spacing))}")
+        return tuple(chosen)
+
+    def within(
+        self, timesteps: Sequence[int], sigma_range: tuple[float, float] | None
+    ) -> tuple[int, ...]:
+        """Those of ``timesteps`` at whose noise level a model was trained.
+
+        Args:
+            timesteps: any.
+            sigma_range: lowest and highest noise level of the model, image units; None: no limit.
+
+        Raises:
+            UserError: if none is left.
+        """
+        if sigma_range is None:
+            return tuple(timesteps)
+        low, high = sigma_range
+        slack = 1e-6  # of 100/255, written and read
+        left = [t for t in timesteps if low * (1 - slack) <= self.sigma(t) <= high * (1 + slack)]
+        if not left:
+            levels = [self.sigma(t) for t in timesteps]
+            raise UserError(
+                f"none of the {len(levels)} noise levels from {format_sigma(max(levels))} to "
+                f"{format_sigma(min(levels))} lies where the model was trained, "
+                f"{format_sigma(low)} to {format_sigma(high)}: take more timesteps"
+            )
+        return tuple(left)
+
+
+def make_schedule(
+    name: str = "linear", steps: int = 1000, image_range: tuple[float, float] = (-1.0, 1.0)
+) -> Schedule:
+    """The schedule called ``name`` in `SCHEDULES`.
+
+    Raises:
+        UserError: if there is none.
+
+    >>> schedule = make_schedule("linear")
+    >>> schedule.nearest(schedule.sigma(400))
+    400
+    """
+    return Schedule(find("schedule", SCHEDULES, name)(steps), image_range)
+
+
+NoiseKind = Literal["squared-uniform", "log-uniform", "uniform", "fixed", "diffusion", "none"]
+
+
+class NoiseLaw(BaseModel):
+    """How noise levels are drawn. Levels are in image units and may be written ``25/255``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: NoiseKind = Field(
+        "none",
+        description="squared-uniform (the paper's), log-uniform, uniform, fixed (max), diffusion "
+        "(the levels of a schedule), none",
+    )
+    min: SigmaOrZero = Field(
+        0.0, description="smallest noise level, image units; diffusion has its schedule's"
+    )
+    max: SigmaOrZero = Field(
+        0.0, description="largest noise level, image units; diffusion has its schedule's"
+    )
+    schedule: Literal["linear", "cosine"] = Field(
+        "linear", description="of diffusion, whose 1000 levels are drawn alike"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> NoiseLaw:
+        if self.kind in ("none", "diffusion"):
+            return self
+        if self.max <= 0:
+            raise UserError(f"a {self.kind} noise law needs max above 0, as in 100/255")
+        if self.min > self.max:
+            raise UserError(f"noise level min {self.min:g} is above max {self.max:g}: swap them")
+        if self.kind == "log-uniform" and self.min == 0:
+            raise UserError("a log-uniform noise law needs min above 0, as in 1/255")
+        return self
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The smallest and the largest level that can be drawn, image units."""
+        if self.kind == "none":
+            return 0.0, 0.0
+        if self.kind == "diffusion":
+            return make_schedule(self.schedule).sigma_range
+        return (self.max, self.max) if self.kind == "fixed" else (self.min, self.max)
+
+    def sample(self, count: int, generator: torch.Generator, device: torch.device | str) -> Tensor:
+        """Draw ``count`` independent levels, (count,) float32 on ``device``, image units.
+
+        Args:
+            count: how many.
+            generator: on the same device.
+            device: where.
+        """
+        if self.kind == "diffusion":
+            levels = _levels(self.schedule, str(device))
+            chosen = torch.randint(len(levels), (count,), generator=generator, device=device)
+            return levels[chosen]
+        low, high = self.range
+        if low == high:
+            return torch.full((count,), high, device=device)
+        u = torch.rand(count, generator=generator, device=device)
+        if self.kind == "squared-uniform":
+            first, last = math.sqrt(low), math.sqrt(high)
+            return (first + (last - first) * u).square()
+        if self.kind == "log-uniform":
+            return low * torch.pow(high / low, u)
+        return low + (high - low) * u
+
+
+@cache
+def _levels(schedule: str, device: str) -> Tensor:
+    """The noise levels of the schedule, (T,) float32, kept on the device."""
+    return make_schedule(schedule).sigmas.float().to(device)

@@ -1,0 +1,117 @@
+"""Pictures show the figures they were given, and are written in one move."""
+
+import sys
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ebmkit import UserError, plots
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures drawn, kept after they are saved."""
+    kept = []
+    save = plots.common.save_figure
+
+    def keep(figure, path):
+        save(figure, path)
+        with Image.open(path) as image:
+            image.verify()
+        kept.append(figure)
+
+    for module in (plots.suites, plots.training):
+        monkeypatch.setattr(module, "save_figure", keep)
+    return kept
+
+
+def texts(figure):
+    return [t.get_text() for t in figure.findobj(match=lambda a: hasattr(a, "get_text"))]
+
+
+def test_denoising_grid_prints_the_psnr_of_each_picture(figures, tmp_path):
+    clean = torch.rand(2, 3, 8, 8)
+    level = plots.DenoisedLevel(25 / 255, {"noisy": clean + 0.1, "better": clean + 0.01})
+    plots.denoising_grid(clean, [level], tmp_path / "grid.png", "a note")
+    shown = texts(figures[0])
+    assert shown.count("20.0 dB") == 2
+    assert shown.count("40.0 dB") == 2
+    assert "$\\sigma$ = 25/255" in shown
+    assert "a note" in shown
+    drawn = figures[0].axes[0].images[0]
+    assert drawn.get_interpolation() == "nearest"
+    assert np.allclose(drawn.get_array(), clean[0].movedim(0, -1))
+
+
+def test_learning_curves_draw_each_measure_once(figures, tmp_path):
+    rows = [
+        {"step": i, "kind": "train", "ce": 2.0, "lr": 1e-3, "images_per_s": 9} for i in range(40)
+    ]
+    rows += [{"step": 20, "kind": "validation", "ce": 1.5, "accuracy": 0.5, "psnr_25": 27.0}]
+    rows += [{"step": 39, "kind": "validation", "ce": float("nan"), "accuracy": 0.75}]
+    plots.learning_curves(rows, tmp_path / "curves.png")
+    panels = {axes.get_title(): axes for axes in figures[0].axes}
+    assert list(panels) == [
+        "loss ce (nats)", "accuracy (%)", "PSNR at sigma 25/255 (dB)", "learning rate",
+    ]  # fmt: skip
+    (accuracy,) = panels["accuracy (%)"].lines
+    assert accuracy.get_xydata().tolist() == [[20, 50], [39, 75]]
+    raw, smoothed, held_out = panels["loss ce (nats)"].lines
+    assert len(raw.get_ydata()) == 40
+    assert np.allclose(smoothed.get_ydata(), 2)
+    assert held_out.get_xydata().tolist() == [[20, 1.5]]  # what is not finite is left out
+    plots.learning_curves([], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_bars_carry_values_and_intervals(figures, tmp_path):
+    estimate = {"value": 30.04, "low": 29.0, "high": 31.0}
+    unknown = {"value": None, "low": None, "high": None}
+    denoisers = {
+        "noisy": {"about": "noisy input", "psnr": {"25": {**estimate, "value": 20.15}}},
+        "blind": {"about": "blind", "psnr": {"25": estimate}},
+        "failed": {"about": "failed", "psnr": {"25": unknown}},
+    }
+    denoisers["noisy"]["psnr"]["25"]["low"] = denoisers["noisy"]["psnr"]["25"]["high"] = None
+    plots.psnr_bars(denoisers, tmp_path / "bars.png")
+    assert {"20.1", "30.0", "25/255"} <= set(texts(figures[0]))
+    assert [round(bar.get_height(), 2) for bar in figures[0].axes[0].patches] == [20.15, 30.04]
+
+
+def test_a_picture_that_cannot_be_written_is_told(tmp_path):
+    rows = [{"step": 1, "kind": "train", "ce": 2.0}]
+    with pytest.raises(UserError, match="cannot write"):
+        plots.learning_curves(rows, tmp_path / "absent" / "curves.png")
+
+
+def test_pyplot_and_displays_are_not_touched(tmp_path, monkeypatch):
+    """A picture is drawn where pyplot, which looks for a display, cannot be imported."""
+    monkeypatch.delattr(matplotlib, "pyplot", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    row = {"step": 1, "kind": "train", "ce": 2.0}
+    plots.learning_curves([row], tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_bars_stay_within_limits(tmp_path):
+    """One wild row does not press the others flat, and says that it is wild."""
+    axes = plots.common.new_figure(3, 3).add_subplot()
+    calm, wild = {"value": 2, "low": 1.5, "high": 2.5}, {"value": 30, "low": -35, "high": 95}
+    unknown = {"value": None, "low": None, "high": None}
+    assert not plots.common.bars_within(axes, [0, 1], [calm, unknown], (-2, 5), fmt="o")
+    assert axes.get_lines()[0].get_xydata().tolist() == [[0, 2]]
+    assert plots.common.bars_within(axes, [0, 1], [calm, wild], (-2, 5), fmt="o")
+    assert axes.get_ylim()[0] > -3
+    assert axes.get_ylim()[1] < 6
+    assert "30" in texts(axes)
+    carets = [line.get_marker() for line in axes.get_lines() if line.get_marker() in (6, 7)]
+    assert carets == [7, 6]
+
+
+def test_titles_name_the_images():
+    document = {"dataset": "cifar10", "split": "test", "images": 200}
+    assert plots.common.images_of(document) == "cifar10 test, 200 images"
+    assert plots.common.images_of(document, 1) == "cifar10 test, 1 image"

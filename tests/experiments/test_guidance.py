@@ -1,0 +1,141 @@
+"""The target guidance: its ways are legal, its images are drawn once and comparable, its report."""
+
+import json
+
+import pytest
+import torch
+
+from ebmkit.card import ModelCard
+from ebmkit.experiments.guidance import FAMILY
+from ebmkit.experiments.guidance_report import markdown
+from ebmkit.experiments.guidance_rows import AMOUNTS, NETWORKS, WAYS, GuidanceMethod
+from ebmkit.experiments.guided import Drawing, keep_drawing
+from ebmkit.experiments.keeping import alone
+from ebmkit.experiments.scales import SCALES
+from ebmkit.experiments.targets import TARGETS
+from ebmkit.guidance import make_guidance
+from ebmkit.models import create_denoiser, create_model
+from ebmkit.training import RECIPES, resolve
+
+NAMES = {row.name for row in NETWORKS}
+
+
+def test_every_way_is_legal_and_of_known_networks():
+    assert len({way.name for way in WAYS}) == len(WAYS)
+    for way in WAYS:
+        assert {way.base, way.guide or way.base} <= NAMES
+        if way.settings:
+            make_guidance(**way.settings)
+    for amount in AMOUNTS.values():
+        assert set(amount.networks) <= NAMES
+        assert set(amount.ways) <= {way.name for way in WAYS}
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("row", NETWORKS, ids=lambda row: row.name)
+def test_every_network_has_a_configuration_at_every_scale(row, scale):
+    own = SCALES[scale]
+    layers = [own.layer["guidance"], own.by_task.get(row.task, {}), row.layer]
+    config = resolve(*layers, recipe=own.recipe["guidance"])
+    assert config.objective == row.layer["objective"]
+    if row.name.startswith("robust-0") or row.name == "robust-1":
+        assert config.terms.adv.eps == float(row.name.removeprefix("robust-"))
+
+
+def test_at_full_scale_networks_have_the_published_recipes():
+    own = SCALES["full"]
+    by_name = {row.name: row for row in NETWORKS}
+
+    def of(name):
+        row = by_name[name]
+        layers = [own.layer["guidance"], own.by_task.get(row.task, {}), row.layer]
+        return resolve(*layers, recipe=own.recipe["guidance"])
+
+    robust = resolve(recipe="cifar10-robust")
+    assert of("robust-0.5").backbone == robust.backbone == "resnet50"
+    assert of("robust-0.5").steps == of("plain").steps == robust.steps
+    assert of("diffusion").steps == RECIPES["cifar10-ddpm"].config["steps"]
+    assert of("jem").steps == RECIPES["jem"].config["steps"]
+
+
+def test_rows_whose_names_have_dots_have_locks_of_their_own(tmp_path):
+    with alone(tmp_path / "robust-0.25"), alone(tmp_path / "robust-0.5"):
+        assert {p.name for p in tmp_path.glob("*.lock")} == {"robust-0.25.lock", "robust-0.5.lock"}
+
+
+def test_networks_share_no_folder_with_other_targets():
+    """All targets may share an --out; "joint" of table 1 is another network than the guide."""
+    others = {row.folder for t in TARGETS.values() for row, family in t.needs if family != FAMILY}
+    assert "joint" in others
+    assert not others & {row.folder for row in NETWORKS}
+
+
+def test_scales_are_multiplied_unless_they_are_exact():
+    assert GuidanceMethod("w", "", "g", {"scale": 4.0}).times(5).settings["scale"] == 20
+    assert GuidanceMethod("w", "", "g", {"scale": 1.0}, fixed=True).times(5).settings["scale"] == 1
+    assert GuidanceMethod("w", "").times(5).settings == {}
+
+
+@pytest.fixture
+def drawing():
+    torch.manual_seed(0)
+    diffusion = create_denoiser("unet", 1, width=8, multipliers=(1, 1), blocks=1)
+    diffusion.card = ModelCard(
+        image_size=(8, 8), channels=1, sigma_range=diffusion.schedule.sigma_range
+    )
+    guide = create_model("gradresnet18", 3, 1, head="logit", image_size=8, width=8)
+    models = {"diffusion": diffusion, "guide": guide}
+    for model in models.values():
+        model.eval().requires_grad_(False)
+    return Drawing(models.__getitem__, lambda name: f"{name} 1", 3, 2, 0, None)
+
+
+GUIDED = GuidanceMethod(
+    "guided", "", "guide", {"guidance": "energy", "scale": 4.0, "view": "shrunk"}
+)
+
+
+def test_ways_start_alike_and_scale_0_is_unguided(drawing):
+    plain = drawing.draw(GuidanceMethod("unguided", ""), 3)
+    zero = GuidanceMethod("zero", "", "guide", GUIDED.settings | {"scale": 0.0})
+    assert torch.equal(drawing.draw(zero, 3), plain)
+    assert not torch.equal(drawing.draw(GUIDED, 3), plain)
+    assert drawing.labels.tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def test_images_are_drawn_once_and_anew_for_other_weights(drawing, tmp_path, monkeypatch):
+    first = keep_drawing(drawing, GUIDED, tmp_path, 2)
+    draw, calls = Drawing.draw, []
+
+    def counted(self, *arguments, **named):
+        calls.append(arguments)
+        return draw(self, *arguments, **named)
+
+    monkeypatch.setattr(Drawing, "draw", counted)
+    again = keep_drawing(drawing, GUIDED, tmp_path, 2)
+    assert not calls
+    assert torch.equal(first.images, again.images)
+    assert again.seconds == first.seconds
+    keep_drawing(drawing, GUIDED, tmp_path, 3)
+    assert len(calls) == 1
+    drawing.digests = lambda name: f"{name} 2"
+    keep_drawing(drawing, GUIDED, tmp_path, 3)
+    assert len(calls) == 2
+    (tmp_path / "guided.h5").write_bytes(b"cut short")
+    keep_drawing(drawing, GUIDED, tmp_path, 3)
+    assert len(calls) == 3
+
+
+def test_a_report_of_nothing_yet_reads():
+    report = {
+        "networks": [],
+        "grid": None,
+        "path": None,
+        "ddim": [],
+        "ways": [],
+        "amount": {},
+        "dataset": "digits",
+        "about": "a test",
+        "notes": ["command: none"],
+    }
+    assert "command: none" in markdown(json.loads(json.dumps(report)))

@@ -1,0 +1,169 @@
+"""The tables: the paper's figures, rows that differ only in what they name, and reports."""
+
+import copy
+from pathlib import Path
+
+import pytest
+
+from ebmkit import UserError
+from ebmkit.experiments import SCALES, TABLES, TARGETS, Rows, targets_of
+from ebmkit.experiments.report import Found, document, markdown
+from ebmkit.experiments.tables import CLAIMS, GRID, JOINT
+from ebmkit.models import ModelConfig
+from ebmkit.training.differences import difference
+
+ALL = [*TABLES.values(), CLAIMS]
+
+PAPER = {  # facts of arXiv 2410.03505, tables 1 to 3: accuracy, PSNR at 15, 25, 50, hours
+    "resnet18": (96.5, None, None, None, 0.7),
+    "gradresnet-ce": (96.1, None, None, None, 0.7),
+    "dncnn": (None, 32.05, 29.07, 25.23, 0.8),
+    "drunet": (None, 32.12, 29.20, 25.52, 0.9),
+    "gradresnet-dsm": (None, 32.21, 29.28, 25.51, 1.3),
+    "jem": (92.9, None, None, None, 36),
+    "joint": (96.3, 31.90, 29.00, 25.25, 1.3),
+    "imagenet-resnet18": (69.8, None, None, None, 96),
+    "imagenet-joint": (68.6, 34.59, 31.94, 27.17, 208),
+    "relu": (92.0, 29.59, 24.90, 17.11, None),
+    "batch": (11.9, 24.33, 20.84, 18.06, None),
+    "bias": (95.9, 31.95, 29.03, 25.30, None),
+    "no-side": (94.0, 31.86, 28.95, 25.17, None),
+}
+
+
+def test_the_papers_figures_stand_beside_their_rows():
+    found = {
+        row.name: tuple(row.paper.get(m) for m in ("accuracy", "15", "25", "50", "hours"))
+        for table in TABLES.values()
+        for row in table.rows
+        if row.paper
+    }
+    assert found == PAPER
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_rows_differ_only_in_what_they_name(scale):
+    rows = Rows(Path("out"), SCALES[scale])
+    base = rows.config(JOINT, "cifar10").model_dump(mode="json")
+    expected = {
+        "relu": {"model.backbone.activation"},
+        "batch": {"model.backbone.norm"},
+        "bias": {"model.backbone.bias", "model.head.bias"},
+        "no-side": {"model.backbone.side_connections"},
+        "scale-norm": {"model.backbone.norm"},
+        "ce-cdsm": {"objective"},
+        "mix": {"streams.classify.augmentation.mix"},
+        "norm-everywhere": {"model.backbone.norm_everywhere"},
+        "joint-mean": {"objective"},
+    }
+    for table in ALL:
+        for row in table.rows:
+            if row.name in expected:
+                own = rows.config(row, "cifar10").model_dump(mode="json")
+                assert _differing(base, own) == expected[row.name], row.name
+
+
+def _differing(old: dict, new: dict) -> set[str]:
+    old, new, found = copy.deepcopy(old), copy.deepcopy(new), set()
+    while (first := difference(old, new)) is not None:
+        key = first[0]
+        found.add(key)
+        for tree in (old, new):
+            *path, last = key.split(".")
+            for part in path:
+                tree = tree[part]
+            tree.pop(last, None)
+    return found
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_row_resolves_and_runs_are_shared_where_configurations_are_equal(scale):
+    """Two rows that read one folder mean one run; two folders never hold the same run."""
+    rows = Rows(Path("out"), SCALES[scale])
+    configs = {}
+    for family, some in [*((t.family, t.rows) for t in ALL), ("cifar10", GRID)]:
+        for row in some:
+            if row.missing is None and row.run is None:
+                dump = str(rows.config(row, family).model_dump(mode="json"))
+                assert configs.setdefault((family, row.folder), dump) == dump, row.name
+    assert len(set(configs.values())) == len(configs)
+
+
+def test_below_full_rows_that_denoise_alone_learn_gently():
+    table = TABLES["table1"]
+    for scale, rates in [("cpu", (1e-3, 3e-3)), ("full", (3e-4, 3e-4))]:
+        rows = Rows(Path("out"), SCALES[scale])
+        found = [rows.config(table.row(n), "cifar10").optimizer for n in ("dncnn", "joint")]
+        assert tuple(o.lr for o in found) == rates
+        assert (found[0].clip_norm is None) == (scale == "full")
+
+
+def test_mixing_is_switched_whatever_the_recipe_has():
+    for scale, mix in [("smoke", "both"), ("cpu", "both"), ("full", "none")]:
+        rows = Rows(Path("out"), SCALES[scale])
+        config = rows.config(CLAIMS.row("mix"), "cifar10")
+        assert config.streams.classify.augmentation.mix == mix
+        assert rows.config(JOINT, "cifar10").streams.classify.augmentation.mix != mix
+
+
+def test_the_papers_recipe_is_the_full_scale():
+    full = Rows(Path("out"), SCALES["full"])
+    config = full.config(JOINT, "cifar10")
+    assert (config.steps, config.optimizer.lr, config.model.backbone.width) == (78_000, 3e-4, 64)
+    imagenet = full.config(TABLES["table2"].row("imagenet-joint"), "imagenet")
+    assert (imagenet.dataset.name, imagenet.steps) == ("imagenet", 1_000_912)
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("dncnn", 669_376), ("gradncnn", 911_003)])
+def test_at_full_the_denoisers_are_as_published(name, parameters):
+    """The recipe's width of 64 is DnCNN's, and must not become GraDnCNN's, whose own is 128."""
+    config = Rows(Path("out"), SCALES["full"]).config(TABLES["table1"].row(name), "cifar10")
+    network = ModelConfig.model_validate(config.model.model_dump() | {"in_channels": 3}).build()
+    assert sum(p.numel() for p in network.parameters()) == parameters
+
+
+def test_names_are_checked_and_the_nearest_is_suggested():
+    for name, only, words in [
+        ("tabel1", [], "did you mean 'table1'"),
+        ("table1", ["jonit"], "unknown row of table1 'jonit': did you mean 'joint'"),
+        ("all", ["joint"], "picks rows of one target"),
+        ("fig1", ["joint"], "has no rows"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            targets_of(name, only)
+    assert targets_of("all", []) == list(TARGETS)
+
+
+def _found(name: str, **figures: tuple[float, float, float]) -> Found:
+    row = TABLES["table3"].row(name)
+    ours = {
+        ("accuracy" if key == "accuracy" else key[1:]): {"value": v, "low": low, "high": high}
+        for key, (v, low, high) in figures.items()
+    }
+    return Found(row, ours, {"knows_sigma": "true"}, "done")
+
+
+def test_orderings_hold_are_reversed_or_open():
+    found = [
+        _found("joint", accuracy=(60, 59, 61), p15=(30.0, 29, 31), p25=(27.0, 26, 28)),
+        _found("relu", accuracy=(59.5, 58.5, 60.5), p15=(25.0, 24, 26), p25=(27.01, 26, 28)),
+        _found("no-side", accuracy=(65, 64, 66), p15=(30.5, 29, 31)),
+    ]
+    report = document(
+        TABLES["table3"],
+        "cpu",
+        found,
+        {"about": "", "dataset": "cifar10", "notes": [], "command": ""},
+    )
+    verdicts = {(o["worse"], o["metric"]): o["verdict"] for o in report["orderings"]}
+    assert verdicts == {
+        ("relu", "accuracy"): "open",  # each within the other's interval
+        ("relu", "15"): "holds",
+        ("relu", "25"): "open",  # within 0.1 dB
+        ("no-side", "accuracy"): "reversed",
+        ("no-side", "15"): "reversed",
+    }
+    (row,) = [o for o in report["orderings"] if (o["worse"], o["metric"]) == ("relu", "15")]
+    assert row["paper"] == pytest.approx(31.90 - 29.59)
+    assert row["ours"] == pytest.approx(5.0)
+    assert "| joint | relu | PSNR at 15/255, dB | +5.00 | +2.31 | holds |" in markdown(report)

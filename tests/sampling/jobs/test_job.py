@@ -1,0 +1,315 @@
+"""Sampling jobs: they go on to the same bits, keep what is finite, and say what they are."""
+
+import itertools
+import json
+
+import h5py
+import pytest
+import torch
+from PIL import Image
+from small import SHAPE, BlindMixture, mixture, small_network
+
+import ebmkit
+from ebmkit import UserError
+from ebmkit.data.hdf5 import load_hdf5
+from ebmkit.sampling.base import Chain, Info
+from ebmkit.sampling.buffer import ReplayBuffer
+from ebmkit.sampling.jobs import (
+    Interrupted,
+    SamplingFolder,
+    SamplingJob,
+    Sources,
+    default_sampler,
+    make_settings,
+    write_results,
+)
+from ebmkit.sampling.jobs.diagnose import chain_diagnostics
+from ebmkit.sampling.jobs.record import FRAMES, Record
+
+
+def job_at(path, model, settings, sources=None, **how):
+    folder = SamplingFolder(path)
+    folder.begin(settings)
+    return SamplingJob(model, settings, folder, sources, **how)
+
+
+def everything(job):
+    """All that was kept, but for the time it took."""
+    batches = [job.finished(number) for number in range(job.batches)]
+    return [{k: v for k, v in batch.items() if k != "seconds"} for batch in batches]
+
+
+def same(one, two):
+    assert len(one) == len(two)
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            torch.testing.assert_close(a[key], b[key], rtol=0, atol=0, equal_nan=True)
+
+
+class Killed(Exception):
+    pass
+
+
+def killing(at):
+    def hook(done, total):
+        if done == at:
+            raise Killed
+
+    return hook
+
+
+# --- going on ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", ["mala", "hmc", "langevin", "annealed-langevin"])
+@pytest.mark.parametrize("at", [4, 14])
+def test_a_job_that_was_killed_goes_on_to_the_same_bits(tmp_path, sampler, at):
+    """In the first batch or in the second; what was done since the last save is done again."""
+    model = mixture()
+    settings = make_settings(model, sampler, count=5, batch_size=3, label="all", steps=10)
+    whole = job_at(tmp_path / "whole", model, settings)
+    whole.run()
+    broken = job_at(tmp_path / "broken", model, settings, save_seconds=0)
+    with pytest.raises(Killed):
+        broken.run(killing(at))
+    later = job_at(tmp_path / "broken", model, settings)
+    steps = []
+    later.run(lambda done, total: steps.append(done))
+    assert steps[0] <= at + 1  # what is finished is not drawn again
+    assert 20 in steps
+    same(everything(whole), everything(later))
+
+
+def test_a_network_goes_on_to_the_same_bits_after_a_request_to_stop(tmp_path):
+    model = ebmkit.optimize(small_network(tmp_path / "run"))
+    options = {"beta": 0.5}
+    settings = make_settings(model, "ks", count=3, label="dog", steps=8, options=options)
+    whole = job_at(tmp_path / "whole", model, settings)
+    whole.run()
+    calls = []
+    broken = job_at(tmp_path / "broken", model, settings)
+    with pytest.raises(Interrupted, match="after step 5 of 8"):
+        broken.run(stop=lambda: calls.append(1) or len(calls) > 4)
+    later = job_at(tmp_path / "broken", model, settings)
+    later.run()
+    same(everything(whole), everything(later))
+
+
+def test_chains_that_were_lost_before_stay_lost(tmp_path):
+    model = mixture(edge=0.75)
+    settings = make_settings(model, "langevin", count=8, steps=12, options={"step_size": 0.004})
+    whole = job_at(tmp_path / "whole", model, settings)
+    whole.run()
+    assert 0 < int((whole.finished(0)["died"] >= 0).sum()) < 8
+    broken = job_at(tmp_path / "broken", model, settings, save_seconds=0)
+    with pytest.raises(Killed):
+        broken.run(killing(10))
+    later = job_at(tmp_path / "broken", model, settings)
+    later.run()
+    same(everything(whole), everything(later))
+
+
+def test_every_step_of_every_batch_draws_its_own_numbers(tmp_path):
+    job = SamplingJob(mixture(), make_settings(mixture(), "mala"), SamplingFolder(tmp_path))
+    keys = [(batch, step) for batch in range(3) for step in range(3)]
+    drawn = {float(torch.rand((), generator=job._generator(*key))) for key in keys}
+    assert len(drawn) == len(keys)
+
+
+def test_other_settings_finished_and_foreign_folders_are_refused(tmp_path):
+    model = mixture()
+    settings = make_settings(model, "mala", count=2, steps=4)
+    out = tmp_path / "out"
+    job = job_at(out, model, settings, save_seconds=0)
+    with pytest.raises(Killed):
+        job.run(killing(2))
+    other = make_settings(model, "mala", count=2, steps=4, options={"step_size": 0.5})
+    with pytest.raises(UserError, match=r"options\.step_size was 0\.0001 and is now 0\.5"):
+        SamplingFolder(out).begin(other)
+    state = out / "unfinished" / "state.safetensors"
+    content = bytearray(state.read_bytes())
+    content[-1] ^= 1
+    state.write_bytes(content)
+    with pytest.raises(UserError, match="damaged"):
+        job_at(out, model, settings).run()
+    content[-1] ^= 1
+    state.write_bytes(content)
+    whole = SamplingFolder(out).load("state")
+    for name, value in {"stride": torch.tensor(0), "finished": torch.ones(9) > 0}.items():
+        SamplingFolder(out).save("state", whole | {name: value})
+        with pytest.raises(UserError, match="a state that is not of this job"):
+            job_at(out, model, settings).run()
+    state.unlink()
+    again = job_at(out, model, settings)
+    refused = pytest.raises(UserError, match="has been sampling")
+    with again.folder.alone(), refused, SamplingFolder(out).alone():
+        pass
+    again.run()
+    write_results(again, "run")
+    assert not (out / "unfinished").exists()
+    with pytest.raises(UserError, match="finished samples"):
+        SamplingFolder(out).begin(settings)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    with pytest.raises(UserError, match="something else"):
+        SamplingFolder(tmp_path / "mine").begin(settings)
+
+
+# --- what is written -----------------------------------------------------------------------------
+
+
+def test_files_say_what_the_samples_are(tmp_path):
+    model = mixture()
+    settings = make_settings(model, "mala", count=6, batch_size=4, label="all", steps=20, seed=3)
+    held_out = torch.full((5, *SHAPE), 0.3)
+    job = job_at(tmp_path, model, settings, Sources(held_out=held_out))
+    job.run()
+    document = write_results(job, "some-run")
+    with h5py.File(tmp_path / "samples.h5") as file:
+        x = torch.from_numpy(file["samples"][()])
+        torch.testing.assert_close(
+            torch.from_numpy(file["log_joint"][()]), model.log_joint(x, 0.001)
+        )
+        density = torch.from_numpy(file["log_density"][()])
+        torch.testing.assert_close(density, model.log_density(x, 0.001))
+        assert file["labels"][()].tolist() == [0, 1, 0, 1, 0, 1]
+        assert file["finite"][()].all()
+        assert {k: file.attrs[k] for k in ("source", "sampler", "seed", "run")} == {
+            "source": "fresh", "sampler": "mala", "seed": 3, "run": "some-run",
+        }  # fmt: skip
+        assert json.loads(file.attrs["settings"]) == settings.model_dump(mode="json")
+    read = load_hdf5(tmp_path / "samples.h5", "test")  # samples are a data set
+    assert read.class_names == ("dark", "bright")
+    assert bool(
+        (x.clamp(0, 1)[:, None] - read.floats()).abs().flatten(2).amax(2).amin() < 0.5 / 254
+    )
+    assert document == json.loads((tmp_path / "sampling.json").read_text())
+    assert len(document["traces"]["acceptance"]) == 20
+    energies = document["diagnostics"]["energies"]
+    gap = model.log_density(held_out, 0.001).mean() - density.mean()
+    assert energies["gap"] == pytest.approx(float(gap), rel=1e-4)
+    for name in ("samples.png", "path.png", "path.gif"):
+        with Image.open(tmp_path / name) as picture:
+            picture.load()
+    with Image.open(tmp_path / "path.gif") as film:
+        assert film.n_frames > 2
+
+
+def test_chains_that_leave_the_finite_numbers_are_named_and_the_rest_is_kept(tmp_path):
+    model = mixture(edge=0.75)
+    settings = make_settings(model, "langevin", count=8, steps=12, options={"step_size": 0.004})
+    job = job_at(tmp_path, model, settings)
+    job.run()
+    document = write_results(job, "run")
+    lost = {entry["chain"] for entry in document["lost"]}
+    assert 0 < len(lost) < 8
+    assert f"chain {min(lost)} at step" in document["warnings"][-1]
+    with h5py.File(tmp_path / "samples.h5") as file:
+        assert set((~file["finite"][()]).nonzero()[0].tolist()) == lost
+        assert torch.from_numpy(file["samples"][()]).isfinite().all()
+
+
+def test_the_buffer_gives_its_chains_and_others_start_from_them(tmp_path):
+    model = mixture()
+    buffer = ReplayBuffer(torch.rand(6, *SHAPE), num_classes=2)
+    settings = make_settings(model, "buffer", count=4, label="bright")
+    with pytest.raises(UserError, match="4 chains of a label are asked for and it has 3"):
+        job_at(tmp_path / "many", model, settings, Sources(buffer=buffer))
+    settings = make_settings(model, "buffer", count=3, label="bright")
+    job = job_at(tmp_path / "as-is", model, settings, Sources(buffer=buffer))
+    job.run()
+    document = write_results(job, "run")
+    with h5py.File(tmp_path / "as-is" / "samples.h5") as file:
+        found = {tuple(x.ravel().tolist()) for x in file["samples"][()]}
+        assert file.attrs["source"] == "buffer"
+    assert found == {tuple(x.flatten().tolist()) for x in buffer.images[3:]}
+    assert "no meaning" in document["diagnostics"]["chains"]["meaning"]
+    settings = make_settings(
+        model, "sgld", count=2, steps=1, start="buffer", options={"step_size": 1e-9, "noise": 0}
+    )
+    job = job_at(tmp_path / "on", model, settings, Sources(buffer=buffer))
+    job.run()
+    x = job.finished(0)["samples"]
+    near = (x[:, None] - buffer.images).abs().flatten(2).amax(2).amin(1)
+    assert float(near.max()) < 1e-5
+
+
+def test_frames_stay_bounded_and_evenly_spread():
+    record = Record(1000, None, 2)
+    record.begin(torch.zeros(3, *SHAPE))
+    info = Info(torch.ones(3))
+    for step in range(1, 1001):
+        record.note(Chain(torch.zeros(3, *SHAPE), step), info, torch.ones(3, dtype=torch.bool))
+    moments = record.tensors()["moments"].tolist()
+    assert FRAMES / 2 - 1 <= len(moments) <= FRAMES
+    assert len({b - a for a, b in itertools.pairwise(moments)}) == 1
+    assert moments[0] == 0
+
+
+def test_diagnostics_say_where_they_have_no_meaning():
+    draws = torch.randn(400, 8, dtype=torch.float64)
+    finite = torch.ones(8, dtype=torch.bool)
+    found = chain_diagnostics("mala", [draws[:, :5], draws[:, 5:]], finite, 1)
+    assert found["split_rhat"] < 1.02  # independent draws
+    assert 0.7 * 1600 < found["effective_size"] < 1.4 * 1600
+    assert "no meaning" in chain_diagnostics("ddim", [draws], finite, 1)["meaning"]
+
+
+# --- what is refused, and what is cautioned ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"sampler": "mla"}, "did you mean 'mala'"),
+        ({"count": 0}, "0 samples cannot be drawn"),
+        ({"steps": 0}, "0 steps move no chain.*--sampler buffer"),
+        ({"label": "2"}, "label 2 is out of range: this model knows 0 to 1"),
+        ({"label": "cow"}, "this model knows 0 to 1 or dark, bright"),
+        ({"sampler": "ks"}, "ks cannot drive this model: it takes the noise level.*mala"),
+        ({"options": {"stepsize": 1}}, "did you mean 'step_size'"),
+        ({"start": "bufer"}, "did you mean 'buffer'"),
+        ({"options": {"sigma": "2/1"}}, "outside what this model was trained for"),
+        ({"sampler": "buffer", "steps": 5}, "takes chains as they are"),
+    ],
+)
+def test_bad_settings_are_told_in_a_sentence(asked, told):
+    with pytest.raises(UserError, match=told):
+        make_settings(mixture(), **({"sampler": "mala"} | asked))
+
+
+def test_a_model_without_labels_refuses_them(tmp_path):
+    model = small_network(tmp_path, num_classes=0, objective="dsm")
+    with pytest.raises(UserError, match="without labels"):
+        make_settings(model, label="all")
+
+
+def test_each_kind_of_model_has_a_default_sampler(tmp_path):
+    assert default_sampler(small_network(tmp_path / "blind")) == "ks"
+    assert default_sampler(mixture()) == "ddim"
+    jem = small_network(tmp_path / "jem", sigma_range=None, objective="jem")
+    assert default_sampler(jem) == "sgld"
+
+
+def test_starts_within_the_noise_and_untrained_densities_are_cautioned(tmp_path):
+    model = small_network(tmp_path / "blind")
+    folder = SamplingFolder(tmp_path / "out")
+    near = SamplingJob(model, make_settings(model, "ks"), folder)
+    assert "noise of 100/255 about gray" in near.cautions[0]
+    wide = small_network(tmp_path / "wide", sigma_range=(1 / 255, 50.0))
+    assert SamplingJob(wide, make_settings(wide, "ks"), folder).cautions == []
+    plain = small_network(tmp_path / "ce", sigma_range=None, objective="ce")
+    cautions = SamplingJob(plain, make_settings(plain, "sgld"), folder).cautions
+    assert "trains no density" in cautions[0]
+    assert "--start buffer" in cautions[1]
+    jem = small_network(tmp_path / "jem", sigma_range=None, objective="jem")
+    assert SamplingJob(jem, make_settings(jem, "sgld", steps=500), folder).cautions == []
+
+
+def test_where_chains_start_is_settled_before_they_do():
+    """Seeds where data are at hand, but not for the ascent that starts from gray."""
+    assert make_settings(mixture(), "mala", data_at_hand=True).start == "seeds"
+    assert make_settings(mixture(), "mala").start == "noise"
+    assert make_settings(mixture(BlindMixture), "ks", data_at_hand=True).start == "noise"
+    assert make_settings(mixture(), "sgld", data_at_hand=True).start == "uniform"

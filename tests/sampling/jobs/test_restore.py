@@ -1,0 +1,156 @@
+"""Restored pictures have their measurements, and stand beside simple methods."""
+
+import importlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small import SHAPE, BlindMixture, mixture, small_network
+
+from ebmkit import UserError
+from ebmkit.data import write_image
+from ebmkit.metrics import psnr
+from ebmkit.sampling.config import StochasticAscentConfig
+from ebmkit.sampling.inverse import center_hole
+from ebmkit.sampling.jobs import TASKS, TaskOptions, baselines_of, find_task, restore
+from ebmkit.sampling.jobs.restoring import RestoreJob, read_mask
+from ebmkit.sampling.jobs.tasks import degrade
+
+QUICK = StochasticAscentConfig(steps=60, beta=0.3, first_sigma=0.9, last_sigma=0.01)
+PICTURE = torch.linspace(0, 1, 64).reshape(1, 8, 8)
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_restored_pictures_have_the_measurements(task):
+    """A dark and a bright picture; the prior knows no others, so each is told from its half."""
+    model = mixture(BlindMixture)
+    model.card = None  # it finds the level by itself, at any
+    clean = torch.stack([torch.full(SHAPE, 0.3), torch.full(SHAPE, 0.7)])
+    options = TaskOptions(share=0.75 if task.name == "compressed" else None)
+    measurement = task.measurement(SHAPE, options)
+    measured = measurement.measure(clean)
+    found = restore(model, measurement, measured, QUICK, samples=3)
+    assert found.images.shape == (2, 3, *SHAPE)
+    assert bool(found.finite.all())
+    off = measurement.measure(found.images.flatten(0, 1)) - measured.repeat_interleave(3, 0)
+    assert float(off.abs().max()) < 1e-5
+    assert float(found.error.max()) < 1e-5
+    brightness = found.images.flatten(2).mean(2)
+    assert float((brightness - torch.tensor([[0.3], [0.7]])).abs().max()) < 0.15
+    again = restore(model, measurement, measured, QUICK, samples=3)
+    assert torch.equal(found.images, again.images)
+    other = restore(model, measurement, measured, QUICK, samples=3, seed=1)
+    assert not torch.equal(found.images, other.images)
+
+
+def test_baselines_are_what_they_are_called():
+    blocks = find_task("superres").measurement(PICTURE.shape, TaskOptions())
+    found = baselines_of(blocks, blocks.measure(PICTURE[None]))
+    small = PICTURE.reshape(4, 2, 4, 2).mean((1, 3)).numpy()
+    nearest = np.kron(small, np.ones((2, 2)))
+    np.testing.assert_allclose(found["nearest"][0], nearest, atol=1e-6)
+    plane = torch.linspace(0.1, 0.9, 32).expand(1, 32, 32)  # a plane is kept, away from the edges
+    blocks = find_task("superres").measurement(plane.shape, TaskOptions())
+    middle = baselines_of(blocks, blocks.measure(plane[None]))["bicubic"][0, 6:-6, 6:-6]
+    torch.testing.assert_close(middle, plane[0, 6:-6, 6:-6], rtol=0, atol=1e-5)
+    hole = center_hole(PICTURE.shape, 0.25)
+    found = baselines_of(hole, hole.measure(PICTURE[None]))
+    inside = ~torch.isclose(hole.project(PICTURE[None])[0], PICTURE)
+    for name in ("mean", "nearest", "biharmonic"):
+        torch.testing.assert_close(found[name][~inside], PICTURE[~inside])
+    assert found["mean"][inside].unique().item() == pytest.approx(float(PICTURE[~inside].mean()))
+    gaps = found["nearest"][inside][:, None] - PICTURE[~inside]
+    assert float(gaps.abs().amin(1).max()) < 1e-6
+    torch.testing.assert_close(found["biharmonic"], PICTURE, rtol=0, atol=1e-3)
+    for share in (0.3, 1.0):
+        blur = find_task("deblur").measurement(PICTURE.shape, TaskOptions(share=share))
+        found = baselines_of(blur, blur.measure(PICTURE[None]))["low-passed"]
+        assert (float(psnr(found[None], PICTURE[None])) > 60) == (share == 1)
+
+
+def test_a_small_picture_can_be_what_was_measured():
+    known = degrade(TASKS["superres"], PICTURE, TaskOptions(factor=3), measured=True)
+    assert known.measurement.shape == (1, 24, 24)
+    assert known.clean is None
+    torch.testing.assert_close(known.look, PICTURE.repeat_interleave(3, 1).repeat_interleave(3, 2))
+    odd = degrade(TASKS["superres"], torch.rand(3, 9, 7), TaskOptions())
+    assert odd.clean.shape == (3, 8, 6)
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "told"),
+    [
+        ("inpaint", {"mask": torch.ones(4, 8, dtype=torch.bool)}, "mask of 4 x 8 does not fit"),
+        ("inpaint", {"mask": torch.zeros(8, 8, dtype=torch.bool)}, "black everywhere"),
+        ("inpaint", {"factor": 2}, "task inpaint has no --factor: it takes --mask or --share"),
+        ("inpaint", {"share": 1.5}, "share 1.5"),
+        ("superres", {"factor": 1}, "factor 1"),
+        ("superres", {"mask": torch.ones(8, 8, dtype=torch.bool)}, "no --mask"),
+        ("deblur", {"share": 0.0}, "share 0.0"),
+    ],
+)
+def test_bad_options_are_told_in_a_sentence(task, options, told):
+    with pytest.raises(UserError, match=told):
+        degrade(TASKS[task], PICTURE, TaskOptions(**options))
+
+
+def test_what_cannot_be_restored_is_told(tmp_path):
+    hole = center_hole(SHAPE)
+    measured = torch.zeros(1, hole.count)
+    with pytest.raises(UserError, match="ks cannot drive this model"):
+        restore(mixture(), hole, measured)
+    with pytest.raises(UserError, match="0 samples"):
+        restore(mixture(BlindMixture), hole, measured, samples=0)
+    with pytest.raises(UserError, match="did you mean 'inpaint'"):
+        find_task("inpant")
+    with pytest.raises(UserError, match="measures no picture"):
+        degrade(TASKS["compressed"], PICTURE, TaskOptions(), measured=True)
+    large = center_hole((1, 2000, 2000))
+    with pytest.raises(UserError, match="megapixel"):
+        restore(mixture(BlindMixture), large, torch.zeros(1, 1))
+    write_image(torch.full((1, 8, 8), 0.5), tmp_path / "mask.png")
+    with pytest.raises(UserError, match="neither black nor white"):
+        read_mask(tmp_path / "mask.png")
+
+
+def test_pictures_beyond_twice_the_trained_size_are_denoised_in_crops(tmp_path, monkeypatch):
+    """And come out as large as they were, with their measurements."""
+    module, crops = importlib.import_module("ebmkit.sampling.jobs.restore"), []
+    plain = module.denoise_picture
+    monkeypatch.setattr(
+        module, "denoise_picture", lambda *a, **k: crops.append(a[1].shape) or plain(*a, **k)
+    )
+    model = small_network(tmp_path)
+    for side in (16, 20):
+        hole = center_hole((1, side, side))
+        measured = hole.measure(torch.full((1, 1, side, side), 0.5))
+        found = restore(model, hole, measured, StochasticAscentConfig(steps=2))
+        assert found.images.shape == (1, 1, 1, side, side)
+        assert float(found.error.max()) < 1e-3
+        assert bool(crops) == (side > 16)
+
+
+def test_files_of_a_restoration(tmp_path):
+    model = small_network(tmp_path / "run")
+    write_image(PICTURE, tmp_path / "ramp.png")
+    config = StochasticAscentConfig(steps=3)
+    job = RestoreJob(model, TASKS["inpaint"], TaskOptions(), config, samples=2, run="run")
+    job.check([tmp_path / "ramp.png"], tmp_path)
+    document = job.run_on(tmp_path / "ramp.png", tmp_path)
+    assert document == json.loads((tmp_path / "ramp.json").read_text())
+    for target in job.targets(tmp_path / "ramp.png", tmp_path):
+        assert target.is_file(), target
+    with Image.open(tmp_path / "ramp-mean.png") as picture:
+        mean = torch.from_numpy(np.asarray(picture) / 255).float()[None]
+    clean = torch.from_numpy(np.asarray(Image.open(tmp_path / "ramp.png")) / 255).float()[None]
+    found = float(psnr(mean[None], clean[None]))
+    assert document["psnr"]["mean_of_samples"] == pytest.approx(found, abs=0.2)  # 8-bit rounding
+    assert set(document["psnr"]["baselines"]) == {"mean", "nearest", "biharmonic"}
+    assert len(document["sigmas"]) == document["steps"] == 3
+    with pytest.raises(UserError, match="exists"):
+        job.check([tmp_path / "ramp.png"], tmp_path)
+    only = job._replace(measured=True)
+    (tmp_path / "two").mkdir()
+    assert only.run_on(tmp_path / "ramp.png", tmp_path / "two")["psnr"] is None
