@@ -429,7 +429,7 @@ def test_the_cost_of_attacks_is_counted_and_told(tmp_path):
         assert list(flops) == [objective, "2 attack steps"]
         batch = next(trainer.batches(0, 1))["classify"]
         with Recorder() as counted:
-            trainer.preparations["adv"].attack(batch, 0)
+            trainer.preparations[objective].attack(batch, 0)
         assert flops["2 attack steps"] == counted.flops
         forwards = {"adv": 3, "trades": 6}[objective]  # forward and backward, twice for trades
         expected = 2 * passes / forwards
