@@ -18,7 +18,7 @@ from ebmkit.data import StreamConfig
 from ebmkit.data.schedule import parse_decay_share, parse_share
 from ebmkit.errors import UserError, shown
 from ebmkit.models import HEADS, ModelConfig
-from ebmkit.models.presets import find_network
+from ebmkit.models.config import find_network
 from ebmkit.objectives import BALANCE, TermSettings, parse_objective
 from ebmkit.registry import find
 from ebmkit.storage.reading import YAML_BYTES, parse_yaml, read_text
@@ -190,7 +190,8 @@ class TrainConfig(_Config):
 
     dataset: DataConfig = DataConfig()
     backbone: str = Field(
-        "gradresnet18", description="a name from `ebmkit list backbones` or `denoisers`"
+        "gradresnet18",
+        description="a name from `ebmkit list backbones` or `denoisers`, or timm:NAME",
     )
     head: str = Field("linear-quadratic", description="a name from `ebmkit list heads`")
     model: ModelConfig = ModelConfig()

@@ -13,6 +13,7 @@ from ebmkit.data import AnyImages, Stream, StreamConfig
 from ebmkit.data.schedule import Stage
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.models import ModelConfig
+from ebmkit.models.heads import trained_energies
 from ebmkit.objectives import ClassificationConfig, TrainingLoss, parse_objective
 from ebmkit.parallel import DistributedContext
 from ebmkit.training.attacks import Attacks, attack_terms
@@ -121,7 +122,7 @@ def make_card(loss: TrainingLoss, config: TrainConfig, images: AnyImages) -> Mod
     """What the model is trained for."""
     matching = [term.name for term in loss.terms if term.objective.needs_score]
     denoise = stream_config(config, loss.stream_of[matching[0]]) if matching else None
-    return ModelCard(
+    card = ModelCard(
         dataset=images.name,
         objective=config.objective,
         image_size=trained_size(config, images),
@@ -132,6 +133,7 @@ def make_card(loss: TrainingLoss, config: TrainConfig, images: AnyImages) -> Mod
         and any(term.objective.needs_labels for term in loss.terms),
         attack=_attack_text(loss),
     )
+    return card.model_copy(update={"energies": trained_energies(card)})
 
 
 def _attack_text(loss: TrainingLoss) -> str:

@@ -15,7 +15,7 @@ from ebmkit.cli.published import import_
 from ebmkit.data import load_dataset
 from ebmkit.evaluation.data import noisy_batches
 from ebmkit.metrics import psnr
-from ebmkit.models.published import import_weights
+from ebmkit.models.importing import import_weights
 
 SIGMA = 25 / 255
 
