@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from ebmkit.compute import upcast, without_autocast
 from ebmkit.energy import Energies, EnergyModel, Noise
 from ebmkit.errors import UserError
-from ebmkit.models.parts import Backbone, Features, Head, WindowedBackbone, check_images
+from ebmkit.models.base import Backbone, Features, Head, WindowedBackbone, check_images
 from ebmkit.onednn import subsample_before_1x1
 
 __all__ = ["EXTENTS", "Extent", "JointModel"]

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from ebmkit.errors import UserError
-from ebmkit.models.torchfile import read_torch_content
 from ebmkit.storage import DamagedFile, read_together
 from ebmkit.storage.manifest import Manifest
+from ebmkit.storage.torchfile import read_torch_content
 
 __all__ = [
     "BEST",

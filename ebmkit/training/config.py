@@ -18,7 +18,7 @@ from ebmkit.data import StreamConfig
 from ebmkit.data.schedule import parse_decay_share, parse_share
 from ebmkit.errors import UserError, shown
 from ebmkit.models import HEADS, ModelConfig
-from ebmkit.models.presets import find_network
+from ebmkit.models.config import find_network
 from ebmkit.objectives import BALANCE, OBJECTIVES, ObjectiveConfig, TermSettings, parse_objective
 from ebmkit.objectives.likelihood import NegativesConfig
 from ebmkit.registry import find
@@ -190,7 +190,8 @@ class TrainConfig(_Config):
 
     dataset: DataConfig = DataConfig()
     backbone: str = Field(
-        "gradresnet18", description="a name from `ebmkit list backbones` or `denoisers`"
+        "gradresnet18",
+        description="a name from `ebmkit list backbones` or `denoisers`, or timm:NAME",
     )
     head: str = Field("linear-quadratic", description="a name from `ebmkit list heads`")
     model: ModelConfig = ModelConfig()
@@ -255,7 +256,9 @@ def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfi
     if not base and not any(layer.keys() >= OF_A_RUN for layer in layers):
         base = recipe_for(dataset, str(merge(*layers).get("objective", "")))
     named = [layer["backbone"] for layer in layers if "backbone" in layer]
-    start = _expand(base | {"backbone": named[-1]} if named else base)  # not both presets' settings
+    if named:  # not both presets' settings, nor any that the network does not have
+        base = {**base, "backbone": named[-1], "model": _fitting_network(base, str(named[-1]))}
+    start = _expand(base)
     expanded = [start, *(_expand(layer) for layer in layers)]
     start, *expanded = (
         _fitting(own, merge(*expanded[i:]), whole=i == 1 or own.keys() >= OF_A_RUN)
@@ -305,6 +308,15 @@ def _fitting(layer: Mapping[str, Any], over: Mapping[str, Any], whole: bool) -> 
     if chosen.get("sharpness", 1) is None:
         idle += ("sharpness_adaptive",)
     return {**layer, "optimizer": {k: v for k, v in own.items() if k not in idle}}
+
+
+def _fitting_network(recipe: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The model of a ``recipe``, its backbone without the fields that network ``name`` lacks."""
+    model = dict(recipe.get("model", {}))
+    if isinstance(model.get("backbone"), Mapping):
+        fields = type(find_network(name).config).model_fields
+        model["backbone"] = {k: v for k, v in model["backbone"].items() if k in fields}
+    return model
 
 
 def _check_used(config: TrainConfig, given: Mapping[str, Any]) -> None:

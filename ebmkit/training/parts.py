@@ -125,6 +125,7 @@ def make_card(loss: TrainingLoss, config: TrainConfig, images: AnyImages) -> Mod
         sigma_range=denoise.noise.range if denoise else None,
         classifies=isinstance(loss.model, EnergyModel)
         and any(term.objective.needs_labels for term in loss.terms),
+        energies="model" if any(t.objective.trains_density for t in loss.terms) else "logits",
         **{name: text for term in loss.terms for name, text in term.objective.card.items()},
     )
 

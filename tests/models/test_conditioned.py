@@ -12,7 +12,7 @@ from ebmkit.data import load_dataset
 from ebmkit.errors import UserError
 from ebmkit.evaluation import evaluate
 from ebmkit.models import BACKBONES, Features, JointModel, ModelConfig
-from ebmkit.models.conditioned import LOWEST, NoiseConditioned
+from ebmkit.models.base import LOWEST, NoiseConditioned
 from ebmkit.models.heads import LogitHead
 from ebmkit.noise import make_schedule
 from ebmkit.training import resolve

@@ -15,8 +15,8 @@ from ebmkit.compile import Inference
 from ebmkit.compute import ComputeConfig
 from ebmkit.data import Batch
 from ebmkit.models import JointModel, load
+from ebmkit.models.base import Features
 from ebmkit.models.heads import LinearQuadraticHead, LogitHead
-from ebmkit.models.parts import Features
 from ebmkit.objectives import OBJECTIVES, RunContext, TrainingLoss, parse_objective
 from ebmkit.objectives.adversarial import AdversarialConfig, Attack
 from ebmkit.parallel import DistributedContext

@@ -12,8 +12,8 @@ import ebmkit
 from ebmkit.data import Batch
 from ebmkit.data.schedule import Stage
 from ebmkit.errors import UserError
+from ebmkit.models.base import Features
 from ebmkit.models.heads import LinearQuadraticHead
-from ebmkit.models.parts import Features
 from ebmkit.objectives import TrainingLoss, parse_objective
 from ebmkit.training import memory as memory_module
 from ebmkit.training import run_stats

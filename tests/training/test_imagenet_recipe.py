@@ -15,8 +15,8 @@ from torch import nn
 import ebmkit
 from ebmkit.cli import main
 from ebmkit.cli.console import console
+from ebmkit.models.base import Features
 from ebmkit.models.heads import LinearQuadraticHead
-from ebmkit.models.parts import Features
 from ebmkit.objectives import TrainingLoss
 from ebmkit.training import Interrupted, RunFolder, Trainer, parse_assignments, resolve
 from ebmkit.training import memory as memory_module
