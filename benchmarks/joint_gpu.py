@@ -46,10 +46,10 @@ from ebmkit.data.streams import prefetched
 from ebmkit.objectives import TrainingLoss
 from ebmkit.storage import write_atomically
 from ebmkit.training import TrainConfig, Trainer, resolve
-from ebmkit.training.assemble import assemble
-from ebmkit.training.engine import TrainingStep
+from ebmkit.training.loop import assemble
 from ebmkit.training.optim import make_optimizer
-from ebmkit.training.runs import environment
+from ebmkit.training.run_folder import environment
+from ebmkit.training.step import TrainingStep
 
 KINDS = {
     "compiled pointwise and reductions": r"^triton",

@@ -42,10 +42,10 @@ from torch import Tensor
 
 from ebmkit.compile import Inference
 from ebmkit.data import Batch
+from ebmkit.distributed import DistributedContext
 from ebmkit.energy import EnergyModel, Noise, WeightedLogProbability, upcast_energies
 from ebmkit.errors import UserError
 from ebmkit.objectives import AdversarialConfig, AttackTarget, Term, TrainingLoss
-from ebmkit.parallel import DistributedContext
 from ebmkit.randomness import keyed_generator
 from ebmkit.sampling.ascent import Ascent
 from ebmkit.sampling.base import per_chain

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from ebmkit.compile import Inference
 from ebmkit.data import AnyImages, Batch, StreamConfig
+from ebmkit.distributed import DistributedContext
 from ebmkit.energy import EnergyModel, Noise
 from ebmkit.errors import UserError
 from ebmkit.objectives import Term, TrainingLoss
-from ebmkit.parallel import DistributedContext
 from ebmkit.randomness import keyed_generator
 from ebmkit.sampling.buffer import ReplayBuffer
 from ebmkit.sampling.langevin import JEM_NOISE, JEM_STEP, Langevin, normal_like

@@ -14,18 +14,17 @@ from ebmkit import UserError
 from ebmkit.compile import Inference
 from ebmkit.compute import ComputeConfig
 from ebmkit.data import Batch
+from ebmkit.distributed import DistributedContext
 from ebmkit.models import JointModel, load
 from ebmkit.models.heads import LinearQuadraticHead, LogitHead
 from ebmkit.models.parts import Features
 from ebmkit.objectives import AdversarialConfig, TermSettings, TrainingLoss, parse_objective
-from ebmkit.parallel import DistributedContext
 from ebmkit.training import Interrupted, RunFolder, resolve
-from ebmkit.training.assemble import assemble
 from ebmkit.training.attacks import Attacks
-from ebmkit.training.cost import step_flops
-from ebmkit.training.engine import TrainingStep
+from ebmkit.training.cost import Recorder, step_flops, trace_step
+from ebmkit.training.loop import assemble
 from ebmkit.training.optim import make_optimizer
-from ebmkit.training.trace import Recorder, unused_parameters
+from ebmkit.training.step import TrainingStep
 
 TINY = {
     "objective": "adv",
@@ -415,7 +414,7 @@ def test_the_cost_of_attacks_is_counted_and_told(tmp_path):
         forwards = {"adv": 3, "trades": 6}[objective]  # forward and backward, twice for trades
         expected = 2 * passes / forwards
         assert flops["2 attack steps"] / flops[objective] == pytest.approx(expected, rel=0.05)
-        assert unused_parameters(trainer.loss, shapes) == []
+        assert trace_step(trainer.loss, shapes).unused == ()
     assert "2 attack steps" not in step_flops(
         start(tmp_path, "none", {"terms": {"adv": {"eps": 0}}}).loss, shapes
     )

@@ -13,7 +13,7 @@ from ebmkit.models import DiffusionModel
 from ebmkit.noise import make_schedule
 from ebmkit.sampling import DDIM, SAMPLERS
 from ebmkit.training import RECIPES, parse_assignments, resolve
-from ebmkit.training.assemble import assemble
+from ebmkit.training.loop import assemble
 from ebmkit.training.recipes import recipe_for
 
 SMALL = [

@@ -17,8 +17,8 @@ from ebmkit.models.norms import GroupNorm
 from ebmkit.models.parts import Features
 from ebmkit.objectives import TrainingLoss, parse_objective
 from ebmkit.training import resolve
-from ebmkit.training.engine import TrainingStep
 from ebmkit.training.optim import make_optimizer
+from ebmkit.training.step import TrainingStep
 
 CPU = torch.device("cpu")
 

@@ -18,9 +18,9 @@ from ebmkit.data.pack import pack
 from ebmkit.data.sets import load_dataset
 from ebmkit.data.streamed import origin
 from ebmkit.training import Interrupted, RunFolder, resolve
-from ebmkit.training.assemble import assemble
-from ebmkit.training.nonfinite import report_of, told
-from ebmkit.training.parts import make_average
+from ebmkit.training.loop import assemble
+from ebmkit.training.nonfinite import describe
+from ebmkit.training.optim import exponential_average
 
 pytestmark = pytest.mark.usefixtures("counted_once")
 
@@ -97,18 +97,18 @@ def test_the_state_is_the_one_before_the_step_to_the_bit(tmp_path, kind):
     """Weights, optimiser, averages, running means, statistics: as of a run that ended before it."""
     before = start(tmp_path / "before", KINDS[kind], {"steps": 6})
     states = []
-    before.report = lambda row, written=False: states.append(frozen(before.state()))
+    before.report = lambda row, written=False: states.append(frozen(before.state_dict()))
     before.fit()
     trainer = start(tmp_path / "run", KINDS[kind])
     spoil_batches(trainer, 4, trainer.loss.streams[0], 5)
     with pytest.raises(ebmkit.UserError, match="at step 4: stopped before the update"):
         trainer.fit()
-    assert_equal(trainer.state(), states[2])
+    assert_equal(trainer.state_dict(), states[2])
     saved = RunFolder(tmp_path / "run").load_checkpoint()
     assert_equal({**saved, "buffer": 0}, {**states[2], "buffer": 0})
     resumed = assemble(trainer.config, RunFolder.open(tmp_path / "run"))
     resumed.fit()  # the pixel was bad luck
-    assert_equal(resumed.state(), states[-1])
+    assert_equal(resumed.state_dict(), states[-1])
 
 
 @pytest.mark.parametrize("kind", ["averaged", "sgd", "muon", "batch norm"])
@@ -120,7 +120,7 @@ def test_steps_that_follow_before_the_host_hears_leave_nothing_either(tmp_path, 
     for number in range(done):
         trainer.update(drawn[number], 1e-3 / (1 + number))
     trainer.update.read()
-    before = frozen(trainer.state())
+    before = frozen(trainer.state_dict())
     batch = drawn[done]["classify"]
     bad = batch._replace(x=batch.x * math.nan, y=batch.y * math.nan)
     trainer.update({**drawn[done], "classify": bad}, 0.5)
@@ -128,17 +128,17 @@ def test_steps_that_follow_before_the_host_hears_leave_nothing_either(tmp_path, 
     reading = trainer.update.read()
     assert (reading.failed, reading.done, reading.skipped) == (True, done, 2)
     trainer.update.undo_skipped(1e-3 / done if done else trainer.config.optimizer.lr)
-    assert_equal(trainer.state(), before)
+    assert_equal(trainer.state_dict(), before)
 
 
 def test_averaged_weights_are_those_of_pytorch(tmp_path):
     """What `AveragedModel.update_parameters` gives, to the bit."""
     trainer = start(tmp_path / "run", KINDS["averaged"])
-    reference = make_average(trainer.model, trainer.config)
+    reference = exponential_average(trainer.model, trainer.config.optimizer.ema)
     for drawn in trainer.batches(0, 3):
         trainer.update(drawn, 1e-2)
         reference.update_parameters(trainer.model)
-    assert_equal(trainer.average.state_dict(), reference.state_dict())
+    assert_equal(trainer.update.average.state_dict(), reference.state_dict())
 
 
 def test_the_decay_of_averaged_weights_can_warm_up(tmp_path):
@@ -151,7 +151,7 @@ def test_the_decay_of_averaged_weights_can_warm_up(tmp_path):
         now = trainer.model.backbone.stem.weight.detach().double()
         decay = min(0.6, (1 + t) / (10 + t))
         mean = now if mean is None else decay * mean + (1 - decay) * now
-    found = trainer.average.module.backbone.stem.weight.detach().double()
+    found = trainer.update.average.module.backbone.stem.weight.detach().double()
     torch.testing.assert_close(found, mean, rtol=1e-6, atol=1e-7)
     assert decay == (1 + 7) / (10 + 7)
     assert min(0.6, (1 + 20) / (10 + 20)) == 0.6  # it is reached
@@ -236,7 +236,7 @@ def test_a_breach_of_maximum_likelihood_names_them_too(tmp_path):
     assert "stream classify: none of the 8 images is finite by itself" in "\n".join(row["detail"])
     report = json.loads((tmp_path / "run" / "nonfinite-5.json").read_text())
     assert len(report["streams"]["classify"]["images"]) == 8
-    assert bool(trainer.recovery.negatives.buffer.images.isfinite().all())
+    assert bool(trainer.rollback.negatives.buffer.images.isfinite().all())
 
 
 def test_reports_are_bounded_and_never_overwritten(tmp_path):
@@ -255,9 +255,8 @@ def test_what_is_looked_at_is_the_step_itself(tmp_path, kind):
     trainer.model.train()
     trainer._advance(trainer.batches(0, 1), False)
     own = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
-    trainer.optimizer.zero_grad()
-    drawn = trainer.drawn if trainer.recovery else None
-    report = report_of(trainer, 1, trainer.update.read(), drawn)
+    trainer.update.optimizer.zero_grad()
+    report = trainer.diagnose(1, trainer.update.read())
     assert "failed" not in report
     assert not report["reproduced"]
     assert len(report["gradients"]) > 3
@@ -273,10 +272,10 @@ MORE = {
 
 def test_what_happens_uphill_is_looked_at_too(tmp_path):
     trainer = start(tmp_path / "run", {"optimizer": {"sharpness": 1e30}})
-    before = frozen(trainer.state())
+    before = frozen(trainer.state_dict())
     with pytest.raises(ebmkit.UserError, match="at step 1: stopped before the update"):
         trainer.fit()
-    assert_equal(trainer.state(), before)
+    assert_equal(trainer.state_dict(), before)
     report = json.loads((tmp_path / "run" / "nonfinite-1.json").read_text())
     assert report["reproduced"]
     assert report["layer"] is not None or report["gradients"][0]["not_finite"] > 0
@@ -394,9 +393,9 @@ def test_images_know_the_file_they_came_from(tmp_path, kind):
 TWO = """
 import sys
 import torch
-from ebmkit.parallel import join
+from ebmkit.distributed import join
 from ebmkit.training import RunFolder, resolve
-from ebmkit.training.assemble import assemble
+from ebmkit.training.loop import assemble
 from test_nonfinite import SMALL, spoil_batches
 
 config = resolve(SMALL)
@@ -456,5 +455,5 @@ def test_a_file_s_name_cannot_add_lines_to_the_message(tmp_path):
     row |= {"finite": {"image": False}, "file": "a\nebmkit: all is well\x1b[2J.png"}
     found = {"size": 2, "looked_at": 2, "images": [row], "indices": [7, 8]}
     report = {"terms": {"ce": "nan"}, "grad_norm": "nan", "lr": 0.1, "streams": {"classify": found}}
-    (_, line, _) = told({**report, "failed": "no"})
+    (_, line, _) = describe({**report, "failed": "no"})
     assert r"images 7 ('a\nebmkit: all is well\x1b[2J.png') [ce" in line

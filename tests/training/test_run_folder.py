@@ -17,8 +17,8 @@ from ebmkit.storage import DamagedFile, write_atomically
 from ebmkit.storage.manifest import read_manifest
 from ebmkit.storage.verify import accept_files, verify_run
 from ebmkit.training import RunFolder, resolve
-from ebmkit.training.assemble import assemble
-from ebmkit.training.journal import whole_rows
+from ebmkit.training.loop import assemble
+from ebmkit.training.metrics import whole_rows
 
 pytestmark = pytest.mark.usefixtures("counted_once")
 

@@ -15,9 +15,9 @@ from ebmkit import training
 from ebmkit.objectives import TrainingLoss, parse_objective
 from ebmkit.storage.verify import accept_files
 from ebmkit.training import Interrupted, RunFolder, resolve
-from ebmkit.training.assemble import assemble
-from ebmkit.training.checks import check_learnt
+from ebmkit.training.loop import assemble
 from ebmkit.training.optim import learning_rate, make_optimizer
+from ebmkit.training.setup import check_learnt
 
 pytestmark = pytest.mark.usefixtures("counted_once")
 

@@ -21,7 +21,7 @@ from ebmkit.cli.train import _interrupted_run
 from ebmkit.data import StreamConfig, load_dataset
 from ebmkit.data.streams import Stream
 from ebmkit.training import RunFolder, resolve
-from ebmkit.training.assemble import assemble
+from ebmkit.training.loop import assemble
 
 SETTINGS = [
     "--width=8",
