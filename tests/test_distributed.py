@@ -16,7 +16,7 @@ import torch
 from command_line import ebmkit_command
 
 import ebmkit
-from ebmkit import parallel
+from ebmkit import distributed
 from ebmkit.cli.train import _interrupted_run
 from ebmkit.data import StreamConfig, load_dataset
 from ebmkit.data.streams import Stream
@@ -79,7 +79,7 @@ def train_by_two(folder: Path, *own: str) -> Path:
         ) as other,
     ):  # fmt: skip
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # of torch itself
-        patch.setattr(parallel, "PATIENCE", timedelta(minutes=2))
+        patch.setattr(distributed, "PATIENCE", timedelta(minutes=2))
         try:
             first = ebmkit_command(*arguments, cwd=folder, RANK="0", **variables)
             printed, told = other.communicate(timeout=120)
@@ -182,15 +182,15 @@ def test_mistakes_of_the_launcher_are_said(monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("RANK", "2")
     with pytest.raises(ebmkit.UserError, match=r"RANK 2 must be .* below WORLD_SIZE 2"):
-        parallel.join().__enter__()
+        distributed.join().__enter__()
     monkeypatch.setenv("RANK", "one")
     with pytest.raises(ebmkit.UserError, match="RANK='one' must be a whole number"):
-        parallel.join().__enter__()
+        distributed.join().__enter__()
     monkeypatch.setenv("LOCAL_RANK", "4")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ebmkit.UserError, match=r"has no GPU of its own.*--nproc-per-node 2"):
-        parallel.device_of_rank(torch.device("cuda"))
+        distributed.device_of_rank(torch.device("cuda"))
 
 
 def test_only_the_run_of_this_launch_is_continued(tmp_path, monkeypatch):
@@ -221,8 +221,8 @@ def test_a_mistake_under_torchrun_is_one_sentence(tmp_path):
 def test_without_a_launcher_there_is_one_process(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with parallel.join() as world:
-        assert world == parallel.DistributedContext(0, 1, 0)
+    with distributed.join() as world:
+        assert world == distributed.DistributedContext(0, 1, 0)
         assert world.gather("x") == ["x"]
         assert world.broadcast("y") == "y"
         assert torch.equal(world.mean_(torch.ones(2)), torch.ones(2))

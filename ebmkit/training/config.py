@@ -49,8 +49,20 @@ RATES = {"adamw": 3e-4, "muon": 1e-2, "sgd": 0.1}
 OF_A_RUN = {"dataset", "backbone", "head", "model", "objective", "streams", "optimizer", "steps"}
 """Fields by which a run's whole configuration is known."""
 
-OF_A_KIND = ("lr", "momentum", "nesterov", "adamw_lr", "adamw_for")
-"""Settings of an optimiser that another does not take over."""
+USED_BY: dict[str, tuple[str, tuple[str, ...] | str]] = {
+    "adamw_lr": ("kind", ("muon",)),
+    "adamw_for": ("kind", ("muon",)),
+    "nesterov": ("kind", ("muon",)),
+    "momentum": ("kind", ("muon", "sgd")),
+    "betas": ("kind", ("adamw", "muon")),
+    "decay_share": ("schedule", ("warmup-stable-decay",)),
+    "milestones": ("schedule", ("milestones",)),
+    "milestone_factor": ("schedule", ("milestones",)),
+    "ema_warmup": ("ema", "ema, as 0.999"),
+    "sharpness_adaptive": ("sharpness", "sharpness, as 0.05"),
+}
+"""Settings of an optimiser -> the one that uses them, and at which values or, where it need only be
+set, how."""
 
 FREE_TO_CHANGE = (
     "device",
@@ -173,26 +185,13 @@ class OptimizerConfig(_Config):
 
     def idle(self) -> dict[str, str]:
         """Fields that are set and do nothing beside the others -> the setting that uses them."""
-        stable = self.schedule == "warmup-stable-decay"
-        milestones = self.schedule == "milestones"
-        needs = {
-            "adamw_lr": (self.kind == "muon", "kind=muon"),
-            "adamw_for": (self.kind == "muon", "kind=muon"),
-            "nesterov": (self.kind == "muon", "kind=muon"),
-            "momentum": (self.kind != "adamw", "kind=muon or sgd"),
-            "betas": (self.kind != "sgd", "kind=adamw or muon"),
-            "decay_share": (stable, "schedule=warmup-stable-decay"),
-            "milestones": (milestones, "schedule=milestones"),
-            "milestone_factor": (milestones, "schedule=milestones"),
-            "ema_warmup": (self.ema is not None, "ema, as 0.999"),
-            "sharpness_adaptive": (self.sharpness is not None, "sharpness, as 0.05"),
-        }
-        fields = type(self).model_fields
-        return {
-            name: needed
-            for name, (used, needed) in needs.items()
-            if not used and getattr(self, name) != fields[name].default
-        }
+        found = {}
+        for name, (setting, at) in USED_BY.items():
+            chosen = getattr(self, setting)
+            used = chosen in at if isinstance(at, tuple) else chosen is not None
+            if not used and getattr(self, name) != type(self).model_fields[name].default:
+                found[name] = f"{setting}={' or '.join(at)}" if isinstance(at, tuple) else at
+        return found
 
 
 def _default(values: dict[str, Any], **defaults: Any) -> None:
@@ -323,17 +322,16 @@ def _fitting(layer: Mapping[str, Any], over: Mapping[str, Any], whole: bool) -> 
     own, chosen = layer.get("optimizer"), over.get("optimizer")
     if not isinstance(own, Mapping) or not isinstance(chosen, Mapping):
         return layer
-    kind = own.get("kind", "adamw" if whole else chosen.get("kind"))
-    schedule = own.get("schedule", "cosine" if whole else chosen.get("schedule"))
-    idle: tuple[str, ...] = ()
-    if chosen.get("kind", kind) != kind:
-        idle += OF_A_KIND + (("betas",) if chosen["kind"] == "sgd" else ())
-    if chosen.get("schedule", schedule) != schedule:
-        idle += ("decay_share", "milestones", "milestone_factor")
-    if chosen.get("ema", 1) is None:
-        idle += ("ema_warmup",)
-    if chosen.get("sharpness", 1) is None:
-        idle += ("sharpness_adaptive",)
+    idle: set[str] = set()
+    for setting, default in {"kind": "adamw", "schedule": "cosine"}.items():
+        before = own.get(setting, default if whole else chosen.get(setting))
+        if chosen.get(setting, before) != before:
+            idle |= {name for name, (by, _) in USED_BY.items() if by == setting}
+            if setting == "kind":
+                idle = (idle | {"lr"}) - (set() if chosen["kind"] == "sgd" else {"betas"})
+    idle |= {
+        n for n, (by, at) in USED_BY.items() if isinstance(at, str) and chosen.get(by, 1) is None
+    }
     return {**layer, "optimizer": {k: v for k, v in own.items() if k not in idle}}
 
 
