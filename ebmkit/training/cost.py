@@ -44,11 +44,11 @@ import statistics
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -138,8 +138,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._now -= self._bytes.pop(key)
 
 
-@dataclass(frozen=True)
-class StepTrace:
+class StepTrace(NamedTuple):
     """What a traced step took.
 
     Attributes:
@@ -183,43 +182,33 @@ def trace_step(loss: TrainingLoss, shapes: Shapes, accumulate: int = 1) -> StepT
     return StepTrace(flops, tuple(recorder.live), gradients, unused)
 
 
-def forward_flops(model: ScoreModel, shape: tuple[int, int, int]) -> int:
-    """FLOPs of the forward pass of one image of ``shape`` (C, H, W), two to a multiply-add."""
-    return _flops(model, (1, *shape), lambda fake, y, sigma: fake(y, sigma))
-
-
-def score_flops(
-    model: ScoreModel, shape: tuple[int, int, int, int], of_labels: bool = False
+def network_flops(
+    model: ScoreModel,
+    shape: tuple[int, int, int, int],
+    of: Literal["forward", "score", "posteriors"] = "forward",
 ) -> int:
-    """FLOPs of the score of a batch of ``shape`` (B, C, H, W), without a gradient of it.
+    """FLOPs of a model on a batch of ``shape`` (B, C, H, W), two to a multiply-add.
 
     Args:
         model: any.
         shape: of the batch.
-        of_labels: of the gradient of log-posteriors instead, which an attack climbs.
+        of: the forward pass, the score without a gradient of it, or the gradient of log-posteriors,
+            which an attack climbs.
     """
-
-    def of_posteriors(fake: Any, y: Tensor, sigma: Tensor | None) -> None:
-        weights = torch.ones(len(y), fake.num_classes, device=y.device)
-        fake.value_and_grads(y, sigma, WeightedLogProbability(weights))
-
-    assert not of_labels or isinstance(model, EnergyModel)
-    return _flops(model, shape, of_posteriors if of_labels else lambda f, y, s: f.score(y, s))
-
-
-def _flops(
-    model: ScoreModel,
-    shape: tuple[int, int, int, int],
-    run: Callable[[Any, Tensor, Tensor | None], object],
-) -> int:
-    """FLOPs of ``run(model, y, sigma)`` on fake images ``y`` of ``shape``."""
     recorder = Recorder()
     with _fake(model) as fake, torch.no_grad():
         fake.eval()
-        images = torch.empty(shape, device=next(fake.parameters()).device)
-        sigma = torch.empty(shape[0], device=images.device) if model.noise_conditional else None
+        y = torch.empty(shape, device=next(fake.parameters()).device)
+        sigma = torch.empty(shape[0], device=y.device) if model.noise_conditional else None
         with recorder:
-            run(fake, images, sigma)
+            if of == "posteriors":
+                assert isinstance(fake, EnergyModel)
+                weights = torch.ones(len(y), fake.num_classes, device=y.device)
+                fake.value_and_grads(y, sigma, WeightedLogProbability(weights))
+            elif of == "score":
+                fake.score(y, sigma)
+            else:
+                fake(y, sigma)
     return recorder.flops
 
 
@@ -292,14 +281,14 @@ def step_flops(loss: TrainingLoss, shapes: Shapes, effort: Effort | None = None)
         names = "+".join(term.name for term in own.terms)
         flops[names] = effort.gradients * trace_step(own, shapes).flops
         if effort.chain_steps and own.needs_negatives:
-            steps = effort.chain_steps * score_flops(loss.model, shapes[stream])
-            flops[f"{effort.chain_steps} Langevin steps"] = steps
+            score = network_flops(loss.model, shapes[stream], "score")
+            flops[f"{effort.chain_steps} Langevin steps"] = effort.chain_steps * score
         if own.needs_attack:
             count, extra = attack_passes(own)
             if count:
                 name = f"{count} attack steps"
-                taken = count * score_flops(loss.model, shapes[stream], of_labels=True)
-                taken += extra * shapes[stream][0] * forward_flops(loss.model, shapes[stream][1:])
+                taken = count * network_flops(loss.model, shapes[stream], "posteriors")
+                taken += extra * network_flops(loss.model, shapes[stream])
                 flops[name] = flops.get(name, 0) + taken
     if effort.update_flops:
         flops["optimiser"] = effort.update_flops
@@ -626,11 +615,14 @@ class Stopwatch:
         Args:
             stage: of the run, that all of its steps were in.
         """
-        seconds = time.perf_counter() - self._begun
-        steps = max(1, self._steps)
+        seconds, steps = time.perf_counter() - self._begun, max(1, self._steps)
         self.stretches.append(Stretch(steps, seconds, self._data, stage))
-        if len(self.stretches) > MOST_STRETCHES:
-            self.stretches = [s for own in self._by_stage().values() for s in _paired(own)]
+        if len(self.stretches) > MOST_STRETCHES:  # put neighbours together, but for the first
+            self.stretches = [
+                _joined(own)
+                for first, *rest in self._by_stage().values()
+                for own in [[first], *(rest[i : i + 2] for i in range(0, len(rest), 2))]
+            ]
         self.restart()
         return seconds / steps
 
@@ -658,14 +650,9 @@ class Stopwatch:
         return found
 
 
-def _paired(stretches: list[Stretch]) -> list[Stretch]:
-    """Neighbours of one stage put together; the first, in which things warm up, stays alone."""
-    first, *rest = stretches
-    pairs = [
-        Stretch(a.steps + b.steps, a.seconds + b.seconds, a.data + b.data, a.stage)
-        for a, b in zip(rest[::2], rest[1::2], strict=False)
-    ]
-    return [first, *pairs, *rest[len(pairs) * 2 :]]
+def _joined(own: Sequence[Stretch]) -> Stretch:
+    steps, seconds, data = (sum(column) for column in list(zip(*own, strict=True))[:3])
+    return Stretch(int(steps), seconds, data, own[0].stage)
 
 
 @dataclass(frozen=True)
@@ -696,23 +683,6 @@ class RunStats:
     compiled: bool
     processes: int
     device: str
-
-    @classmethod
-    def of(
-        cls, cost: StepCost, watch: Stopwatch, images_per_step: float, **circumstances: Any
-    ) -> RunStats:
-        """From what was counted and what was timed."""
-        seconds = watch.seconds
-        return cls(
-            steps=sum(stretch.steps for stretch in watch.stretches),
-            step_seconds=seconds,
-            images_per_s=images_per_step / seconds,
-            data_share=watch.data_share,
-            flops=cost.flops,
-            matrix_rate=cost.rate,
-            share=cost.mfu(seconds),
-            **circumstances,
-        )
 
     def sentence(self) -> str:
         """One line for the end of a run."""

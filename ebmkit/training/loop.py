@@ -395,12 +395,18 @@ class Trainer:
     def run_stats(self) -> RunStats:
         """What the steps so far really took."""
         peak = peak_memory(self.device)  # before the counting, which takes some too
-        steps = self.step - self.first_step
-        return RunStats.of(
-            self.budget.cost(self.step, self.first_step),
-            self.stopwatch,
-            images_between(self.stages, self.first_step, self.step) / steps,
+        first, last, seconds = self.first_step, self.step, self.stopwatch.seconds
+        cost = self.budget.cost(last, first)
+        images = images_between(self.stages, first, last) / (last - first)
+        return RunStats(
+            steps=sum(stretch.steps for stretch in self.stopwatch.stretches),
+            step_seconds=seconds,
+            images_per_s=images / seconds,
+            data_share=self.stopwatch.data_share,
             peak_memory=peak,
+            flops=cost.flops,
+            matrix_rate=cost.rate,
+            share=cost.mfu(seconds),
             precision=self.update.precision,
             compiled=self.update.compiled,
             processes=self.world.size,

@@ -25,7 +25,7 @@ from ebmkit.training.cost import (
     Memory,
     Recorder,
     StepCost,
-    forward_flops,
+    network_flops,
     step_flops,
     step_memory,
     trace_step,
@@ -108,7 +108,7 @@ def test_a_step_costs_three_passes_and_three_more_for_each_score(objective, stre
     # 3 %: the second derivative of a strided convolution is computed on a larger window and cut,
     # and cross-entropy alone needs no gradient by the image.
     loss = loss_of(objective, streams, width=64, channels=3)
-    forward = forward_flops(loss.model, (3, 32, 32))
+    forward = network_flops(loss.model, (1, 3, 32, 32))
     for (name, count), stream in zip(step_flops(loss, PAPER).items(), loss.streams, strict=True):
         assert count == pytest.approx(passes[name] * PAPER[stream][0] * forward, rel=0.03)
 
@@ -117,7 +117,7 @@ def test_the_papers_network_and_recipe_cost_what_is_known_of_them():
     # 11.2 M parameters, 1.11 GFLOP forward, 78k steps of 128 + 64 images about 66 PFLOP: the last
     # by the rule of 3 and 6 passes, which is off by up to 3 %.
     loss = loss_of("ce+dsm", width=64, channels=3)
-    assert forward_flops(loss.model, (3, 32, 32)) == pytest.approx(1.11e9, rel=0.005)
+    assert network_flops(loss.model, (1, 3, 32, 32)) == pytest.approx(1.11e9, rel=0.005)
     cost = StepCost(
         sum(p.numel() for p in loss.parameters()),
         step_flops(loss, PAPER),

@@ -134,7 +134,8 @@ def test_steps_that_follow_before_the_host_hears_leave_nothing_either(tmp_path, 
 def test_averaged_weights_are_those_of_pytorch(tmp_path):
     """What `AveragedModel.update_parameters` gives, to the bit."""
     trainer = start(tmp_path / "run", KINDS["averaged"])
-    reference = exponential_average(trainer.model, trainer.config.optimizer.ema)
+    config = trainer.config.optimizer
+    reference = exponential_average(trainer.model, config.ema, config.ema_warmup)
     for drawn in trainer.batches(0, 3):
         trainer.update(drawn, 1e-2)
         reference.update_parameters(trainer.model)
