@@ -114,11 +114,9 @@ def pick_precision(name: str, device: torch.device) -> Precision:
     ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     if name == "auto":
         return "bf16" if ampere else "fp32"
-    for precision in PRECISIONS:
-        if name == precision:
-            break
-    else:
+    if name not in PRECISIONS:
         raise unknown_name("precision", name, ["auto", *PRECISIONS])
+    precision: Precision = name
     if precision == "tf32" and not ampere:
         raise UserError(
             f"precision 'tf32' needs an NVIDIA GPU of compute capability 8.0 or more, and the "

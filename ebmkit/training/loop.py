@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
 import torch
-from torch.nn.modules.dropout import _DropoutNd
+from torch import nn
 
 from ebmkit.compile import make_inference
 from ebmkit.compute import describe, peak_memory, pick_device
@@ -77,6 +77,15 @@ __all__ = [
     "exit_code",
     "stop_requested",
 ]
+
+DROPOUTS = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -242,8 +251,7 @@ class Trainer:
             laws = {name: config.stream(name) for name in measured.streams}
             classifies = self.card.classifies
             self.validator = Validation(measured, self.validation, laws, classifies, device, world)
-        dropouts = [m for m in model.modules() if isinstance(m, _DropoutNd)]
-        self._drops = any(dropout.p > 0 for dropout in dropouts)
+        self._drops = any(isinstance(m, DROPOUTS) and m.p > 0 for m in model.modules())
 
     @property
     def step(self) -> int:

@@ -350,13 +350,13 @@ def advice(report: Mapping[str, Any]) -> str:
         return lower
     rows = [row for found in report["streams"].values() for row in found["images"]]
     if report["parameters"]:
-        return "go on from an earlier checkpoint: these parameters were spoilt before this step"
+        return "resume from an earlier checkpoint: these parameters were spoilt before this step"
     if any(not row["finite"]["image"] for row in rows):
         return "mend these images, or leave them out: they hold pixels that are not numbers"
     if not report["reproduced"]:
         how = "eagerly " if report["compiled"] else ""
         return (
-            f"taken again {how}the step is finite: go on with --resume, and if it fails again "
+            f"taken again {how}the step is finite: resume with --resume, and if it fails again "
             "with --compile off, or on another device"
         )
     return lower

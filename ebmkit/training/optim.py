@@ -363,7 +363,7 @@ class SAM:
         norm = nn.utils.get_total_norm([s * g for s, (_, g) in zip(sizes, moved, strict=True)])
         scale = self.rho / norm.clamp_min(torch.finfo(norm.dtype).tiny)
         before = [p.detach().clone() for p, _ in moved]
-        kinds = nn.modules.batchnorm._BatchNorm
+        kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
         momenta = [(m, m.momentum) for m in module.modules() if isinstance(m, kinds)]
         with torch.no_grad():
             for (p, gradient), size in zip(moved, sizes, strict=True):

@@ -104,7 +104,7 @@ class RunFolder:
         """
         if path.exists() and not cls.is_unborn(path):
             raise UserError(
-                f"run folder {str(path)!r} exists: go on with it by --resume {path}, or choose "
+                f"run folder {str(path)!r} exists: resume it by --resume {path}, or choose "
                 "another --out"
             )
         try:
@@ -185,7 +185,7 @@ class RunFolder:
         return values
 
     def check_same(self, config: BaseModel) -> None:
-        """Whether going on with ``config`` would be the same run.
+        """Whether resuming with ``config`` would be the same run.
 
         Raises:
             UserError: naming the first field that differs.
@@ -197,7 +197,7 @@ class RunFolder:
         if found is not None:
             key, old, new = found
             raise UserError(
-                f"cannot go on with {str(self.path)!r} in another configuration: {key} was "
+                f"cannot resume {str(self.path)!r} with another configuration: {key} was "
                 f"{old!r} and is now {new!r}; leave it out or start a new run"
             )
 
@@ -214,7 +214,7 @@ class RunFolder:
         return self.log_file.rows()
 
     def forget_after(self, step: int) -> None:
-        """Cut ``metrics.jsonl`` after ``step``, whose later rows a continued run writes again."""
+        """Cut ``metrics.jsonl`` after ``step``, whose later rows a resumed run writes again."""
         content = self.log_file.content()
         manifest = _or_none(self.path)
         known = manifest.files.get(METRICS) if manifest else None
@@ -222,7 +222,7 @@ class RunFolder:
             aside = _fresh(self.path / f"{METRICS}.damaged")
             warnings.warn(
                 f"{str(self.path / METRICS)!r} is damaged: it is kept as {aside.name}, and the run "
-                "goes on with those of its rows that can be read",
+                "continues with those of its rows that can be read",
                 stacklevel=2,
             )
             write_atomically(aside, content)

@@ -298,7 +298,7 @@ def test_run_folders_are_never_overwritten(tmp_path):
     config = resolve(SMALL)
     (tmp_path / "run").mkdir()
     RunFolder.create(tmp_path / "run", config)  # an empty folder is fine
-    with pytest.raises(ebmkit.UserError, match="exists: go on with it by --resume"):
+    with pytest.raises(ebmkit.UserError, match="exists: resume it by --resume"):
         RunFolder.create(tmp_path / "run", config)
     (tmp_path / "file").write_text("precious")
     with pytest.raises(ebmkit.UserError, match="exists"):

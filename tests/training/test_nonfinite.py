@@ -286,7 +286,7 @@ def test_a_fault_that_does_not_come_again_is_told_as_such(tmp_path):
     trainer = start(tmp_path / "run")
     times = iter([math.inf])
     trainer.model.head.density.weight.register_hook(lambda gradient: gradient * next(times, 1))
-    with pytest.raises(ebmkit.UserError, match="taken again the step is finite: go on with"):
+    with pytest.raises(ebmkit.UserError, match="taken again the step is finite: resume with"):
         trainer.fit()
 
 

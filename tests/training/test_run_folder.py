@@ -303,7 +303,7 @@ def test_a_folder_with_anything_else_in_it_is_not_taken(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "mine.pt").touch()
     assert not RunFolder.is_unborn(tmp_path)
-    with pytest.raises(UserError, match="exists: go on with it by --resume"):
+    with pytest.raises(UserError, match="exists: resume it by --resume"):
         RunFolder.create(tmp_path, resolve(SMALL))
 
 
