@@ -114,11 +114,8 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
     parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
     kept = [p for p in parameters if config.decay_norms or p.ndim > 1]
     free = [p for p in parameters if not config.decay_norms and p.ndim <= 1]
-    groups: list[dict[str, Any]] = []
-    if kept:
-        groups.append({"params": kept, "weight_decay": config.weight_decay})
-    if free:
-        groups.append({"params": free, "weight_decay": 0.0})
+    decays = ((kept, config.weight_decay), (free, 0.0))
+    groups: list[dict[str, Any]] = [{"params": p, "weight_decay": w} for p, w in decays if p]
     if config.kind == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
     if config.kind == "adamw":

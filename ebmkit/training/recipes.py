@@ -475,19 +475,16 @@ RECIPES: dict[str, Recipe] = {
     "hdf5": _recipe("hdf5", OWN, "a start for images of your own in HDF5"),
 }
 
-JEM_RECIPES = {"digits": "digits-jem", "cifar10": "jem", "cifar100": "jem"}
-"""Data set -> its recipe for objectives that need negatives; others have the small network's."""
-
-
-DDPM_RECIPES = {"digits": "digits-ddpm", "cifar10": "cifar10-ddpm", "cifar100": "cifar10-ddpm"}
-"""Data set -> its recipe for noise prediction alone; others have the small network's."""
-
-ROBUST_RECIPES = {
-    "digits": "digits-robust",
-    "cifar10": "cifar10-robust",
-    "cifar100": "cifar10-robust",
+SPECIAL = {
+    "likelihood": {"digits": "digits-jem", "cifar10": "jem", "cifar100": "jem"},
+    "ddpm": {"digits": "digits-ddpm", "cifar10": "cifar10-ddpm", "cifar100": "cifar10-ddpm"},
+    "attack": {
+        "digits": "digits-robust",
+        "cifar10": "cifar10-robust",
+        "cifar100": "cifar10-robust",
+    },
 }
-"""Data set -> its recipe for objectives that attack; others keep their own, with a logit head."""
+"""Kind of objective -> data set -> its recipe, where that is not the data set's own."""
 
 
 def recipe_for(dataset: str, objective: str = "") -> Config:
@@ -496,19 +493,19 @@ def recipe_for(dataset: str, objective: str = "") -> Config:
     Args:
         dataset: a name.
         objective: the objective, if it was named: one that needs negatives has other recipes, and
-            so have noise prediction alone and one that trains under attack.
+            so have noise prediction alone (other data sets have the small network's of either) and
+            one that trains under attack (others keep their own, with a logit head).
 
     Raises:
         UserError: if the objective does not parse.
     """
-    named = parse_objective(objective) if objective else ()
-    if any(term.objective.likelihood is not None for term in named):
-        config = RECIPES[JEM_RECIPES.get(dataset, "cifar10-jem-short")].config
-    elif [term.name for term in named] == ["ddpm"]:
-        config = RECIPES[DDPM_RECIPES.get(dataset, "cifar10-ddpm-short")].config
-    elif any(term.objective.attack is not None for term in named):
-        name = ROBUST_RECIPES.get(dataset, dataset)
-        config = RECIPES.get(name, RECIPES["folder"]).config | {"head": "logit"}
-    else:
-        config = RECIPES.get(dataset, RECIPES["folder"]).config
+    terms = parse_objective(objective) if objective else ()
+    name, head = dataset, {}
+    if any(term.objective.likelihood is not None for term in terms):
+        name = SPECIAL["likelihood"].get(dataset, "cifar10-jem-short")
+    elif [term.name for term in terms] == ["ddpm"]:
+        name = SPECIAL["ddpm"].get(dataset, "cifar10-ddpm-short")
+    elif any(term.objective.attack is not None for term in terms):
+        name, head = SPECIAL["attack"].get(dataset, dataset), {"head": "logit"}
+    config = RECIPES.get(name, RECIPES["folder"]).config | head
     return config | {"dataset": config["dataset"] | {"name": dataset}}

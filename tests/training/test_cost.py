@@ -2,17 +2,14 @@
 
 import contextlib
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
-from torch.utils import benchmark
 from torch.utils.flop_counter import FlopCounterMode
 
 import ebmkit
-from ebmkit import compute
-from ebmkit.compute import available_memory, matrix_rate
+from ebmkit.compute import matrix_rate
 from ebmkit.data import Batch
 from ebmkit.data.schedule import Stage
 from ebmkit.errors import UserError
@@ -260,30 +257,6 @@ def test_a_step_is_counted_once_for_each_description(monkeypatch):
         before = len(calls)
         Budget(loss, [(stage, shapes)], states, described=described).check()
         assert len(calls) - before == (not known)
-
-
-def test_free_memory_is_that_of_the_tightest_control_group(tmp_path, monkeypatch):
-    inner = tmp_path / "root" / "a" / "b"
-    inner.mkdir(parents=True)
-
-    def write(folder, most, used, cache):
-        (folder / "memory.max").write_text(f"{most}\n")
-        (folder / "memory.current").write_text(f"{used}\n")
-        (folder / "memory.stat").write_text(f"anon 5\ninactive_file {cache}\n")
-
-    write(inner, "max", 10, 0)
-    write(inner.parent, 1000, 600, 50)
-    (tmp_path / "cgroup").write_text("0::/a/b\n")
-    found = compute._group_free(tmp_path / "cgroup", tmp_path / "root")
-    monkeypatch.setattr(compute, "_group_free", lambda: found)
-    assert available_memory(torch.device("cpu")) == 450
-
-
-def test_the_matrix_rate_is_in_flops_per_second(monkeypatch):
-    # 10 ms a product, whatever it took
-    timed = SimpleNamespace(median=0.01)
-    monkeypatch.setattr(benchmark.Timer, "blocked_autorange", lambda self, min_run_time: timed)
-    assert matrix_rate(torch.device("cpu")) == pytest.approx(2 * 1024**3 / 0.01)
 
 
 @pytest.mark.gpu
