@@ -63,7 +63,6 @@ from ebmkit.data.schedule import Stage
 from ebmkit.energy import EnergyModel, ScoreModel, WeightedLogProbability
 from ebmkit.errors import UserError
 from ebmkit.objectives import TrainingLoss
-from ebmkit.training.attacks import attack_passes
 
 __all__ = ["Budget", "Effort", "Memory", "RunStats", "StepCost", "Stopwatch", "step_flops"]
 
@@ -169,10 +168,11 @@ def trace_step(loss: TrainingLoss, shapes: Shapes, accumulate: int = 1) -> StepT
         fake.train().zero_grad(set_to_none=True)
         batches = {name: _batch(fake, name, shapes[name]) for name in loss.streams}
         recorder.ignore([*fake.parameters(), *fake.buffers()])
-        recorder.hold(t for batch in batches.values() for t in batch if t is not None)
+        recorder.hold(t for batch in batches.values() for t in batch.tensors)
         with recorder, torch.enable_grad():
             for _ in range(parts_run):
-                part = {name: _part(batch, accumulate) for name, batch in batches.items()}
+                first = {n: slice(0, -(-len(b.x) // accumulate)) for n, b in batches.items()}
+                part = {name: batch.rows(first[name]) for name, batch in batches.items()}
                 for group in [{n: b} for n, b in part.items()] if loss.separate else [part]:
                     fake(group).total.backward()
         trained = [(name, p) for name, p in fake.named_parameters() if p.requires_grad]
@@ -233,19 +233,11 @@ def _batch(loss: TrainingLoss, stream: str, shape: tuple[int, int, int, int]) ->
     if classes:
         labels = torch.empty(count, dtype=torch.int64, device=device)
         batch = batch._replace(labels=labels, soft=torch.empty(count, classes, device=device))
-    own = [term.objective for term in loss.terms if loss.stream_of[term.name] == stream]
-    if any(objective.likelihood is not None for objective in own):
-        batch = batch._replace(negatives=torch.empty_like(x))
-    if any(objective.attack is not None for objective in own):
-        batch = batch._replace(attacked=torch.empty_like(x))
+    for term in loss.terms:
+        if loss.stream_of[term.name] == stream:
+            columns = {column: torch.empty_like(x) for column in term.objective.columns}
+            batch = batch.with_columns(term.name, columns)
     return batch
-
-
-def _part(batch: Batch, accumulate: int) -> Batch:
-    """The first of ``accumulate`` parts, as views."""
-    count = -(-len(batch.x) // accumulate)
-    cut = [None if column is None else column[:count] for column in batch]
-    return Batch(*cut)  # type: ignore[arg-type]  # the optional columns stay where they were
 
 
 @dataclass(frozen=True)
@@ -253,12 +245,10 @@ class Effort:
     """What a training step does beside the gradient of one loss.
 
     Attributes:
-        chain_steps: Langevin steps of each negative; 0: there are none.
         gradients: how often the gradient is taken; 2 for sharpness-aware minimisation.
         update_flops: FLOPs of the optimiser's matrix products.
     """
 
-    chain_steps: int = 0
     gradients: int = 1
     update_flops: int = 0
 
@@ -280,16 +270,13 @@ def step_flops(loss: TrainingLoss, shapes: Shapes, effort: Effort | None = None)
         own.terms = tuple(term for term in loss.terms if loss.stream_of[term.name] == stream)
         names = "+".join(term.name for term in own.terms)
         flops[names] = effort.gradients * trace_step(own, shapes).flops
-        if effort.chain_steps and own.needs_negatives:
-            score = network_flops(loss.model, shapes[stream], "score")
-            flops[f"{effort.chain_steps} Langevin steps"] = effort.chain_steps * score
-        if own.needs_attack:
-            count, extra = attack_passes(own)
-            if count:
-                name = f"{count} attack steps"
-                taken = count * network_flops(loss.model, shapes[stream], "posteriors")
-                taken += extra * network_flops(loss.model, shapes[stream])
-                flops[name] = flops.get(name, 0) + taken
+        for extra in (term.objective.extra_passes for term in own.terms):
+            if extra is not None:
+                of: Literal["score", "posteriors"] = "posteriors" if extra.of_labels else "score"
+                taken = extra.gradients * network_flops(loss.model, shapes[stream], of)
+                if extra.forwards:
+                    taken += extra.forwards * network_flops(loss.model, shapes[stream])
+                flops[extra.name] = flops.get(extra.name, 0) + taken
     if effort.update_flops:
         flops["optimiser"] = effort.update_flops
     return flops

@@ -16,7 +16,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
@@ -36,13 +36,12 @@ from ebmkit.errors import UserError
 from ebmkit.models import ModelConfig
 from ebmkit.models.saving import model_files
 from ebmkit.objectives import parse_objective
-from ebmkit.objectives.terms import check_labels
+from ebmkit.objectives.likelihood import Negatives
+from ebmkit.objectives.loss import check_labels
 from ebmkit.randomness import keyed_seed
 from ebmkit.training import nonfinite
-from ebmkit.training.attacks import Attacks
 from ebmkit.training.config import TrainConfig
 from ebmkit.training.cost import Budget, Effort, RunStats, Stopwatch
-from ebmkit.training.negatives import Negatives, likelihood_terms
 from ebmkit.training.optim import (
     SAM,
     exponential_average,
@@ -171,7 +170,8 @@ class Trainer:
 
     Attributes:
         state: what a checkpoint holds for all objectives.
-        rollback: negatives and divergence detection, where an objective needs negatives.
+        preparations: objective -> what adds columns to its batches.
+        rollback: divergence detection, where an objective needs negatives.
 
     Raises:
         UserError: if the images do not suit model or objective, the batches do not divide among
@@ -233,18 +233,23 @@ class Trainer:
         self.card = make_card(self.loss, config, self.train)
         model.card = self.trained.card = self.card
         self._drawn: dict[str, Batch] = {}
-        inference = make_inference(device, self.update.precision, config.compute.compile)
-        self.rollback: Rollback | None = None
-        self.attacks: Attacks | None = None
-        if self.loss.needs_negatives:
-            stream = config.stream(self.loss.stream_of[likelihood_terms(self.loss)[0].name])
-            chains = Negatives(
-                self.loss, config.negatives, self.train, stream, config.seed, inference, world
+        self.preparations = self.loss.preparations(
+            seed=config.seed,
+            inference=make_inference(device, self.update.precision, config.compute.compile),
+            world=world,
+            parts=config.compute.accumulate,
+            images=self.train,
+            streams={name: config.stream(name) for name in self.loss.streams},
+        )
+        chains = {n: p for n, p in self.preparations.items() if isinstance(p, Negatives)}
+        if len(chains) > 1:
+            raise UserError(
+                f"objectives {' and '.join(chains)} need negatives of different densities: choose "
+                "one of them"
             )
-            self.rollback = Rollback(config.watch, chains, self.state)
-        if self.loss.needs_attack:
-            parts = config.compute.accumulate
-            self.attacks = Attacks(self.loss, config.seed, inference, world, parts)
+        self.rollback: Rollback | None = None
+        for name, negatives in chains.items():
+            self.rollback = Rollback(config.watch, name, negatives, self.state)
         self.validator: Validation | None = None
         measured = make_loss(model, config, training=False)
         if self.validation is not None and len(self.validation) and measured.terms:
@@ -380,14 +385,6 @@ class Trainer:
         streams = {name: stream.batches(start, stop) for name, stream in self.streams.items()}
         return prefetched(streams, self.device)
 
-    def prepare(self, batches: Mapping[str, Batch], step: int) -> dict[str, Batch]:
-        """``batches`` of ``step`` with what objectives need beside them: negatives and attacks."""
-        if self.rollback is not None:
-            batches = self.rollback.negatives.join(batches, step)
-        if self.attacks is not None:
-            batches = self.attacks.join(batches, step)
-        return dict(batches)
-
     def rate_at(self, step: int) -> float:
         """The learning rate of ``step``, counted from 0."""
         rate = learning_rate(self.config.optimizer, step, self.config.steps)
@@ -432,7 +429,8 @@ class Trainer:
         def find() -> dict[str, Any]:
             drawn = self._drawn  # of chains that have moved on
             if self.rollback is None:
-                drawn = self.prepare(next(self.batches(step - 1, step)), step - 1)
+                drawn = next(self.batches(step - 1, step))
+                drawn = self.loss.prepared(self.preparations, drawn, step - 1)
             gradients = None
             if self.step == step and self.update.clip_norm is None:  # nothing touched them since
                 named = self.model.named_parameters()
@@ -466,7 +464,6 @@ class Trainer:
             config.compute.accumulate,
             self.world.size,
             Effort(
-                config.negatives.steps if loss.needs_negatives else 0,
                 1 if config.optimizer.sharpness is None else 2,
                 optimizer_flops(self.model, config.optimizer),
             ),
@@ -489,7 +486,7 @@ class Trainer:
         fits = True
         try:
             with translate_out_of_memory():
-                drawn = self.prepare(drawn, self.step)
+                drawn = self.loss.prepared(self.preparations, drawn, self.step)
                 if self.rollback is not None:
                     self._drawn = drawn
             self.update(drawn, rate, stop)

@@ -478,7 +478,7 @@ RECIPES: dict[str, Recipe] = {
 SPECIAL = {
     "likelihood": {"digits": "digits-jem", "cifar10": "jem", "cifar100": "jem"},
     "ddpm": {"digits": "digits-ddpm", "cifar10": "cifar10-ddpm", "cifar100": "cifar10-ddpm"},
-    "attack": {
+    "adversarial": {
         "digits": "digits-robust",
         "cifar10": "cifar10-robust",
         "cifar100": "cifar10-robust",
@@ -500,12 +500,13 @@ def recipe_for(dataset: str, objective: str = "") -> Config:
         UserError: if the objective does not parse.
     """
     terms = parse_objective(objective) if objective else ()
+    families = {term.objective.family for term in terms}
     name, head = dataset, {}
-    if any(term.objective.likelihood is not None for term in terms):
+    if "likelihood" in families:
         name = SPECIAL["likelihood"].get(dataset, "cifar10-jem-short")
     elif [term.name for term in terms] == ["ddpm"]:
         name = SPECIAL["ddpm"].get(dataset, "cifar10-ddpm-short")
-    elif any(term.objective.attack is not None for term in terms):
-        name, head = SPECIAL["attack"].get(dataset, dataset), {"head": "logit"}
+    elif "adversarial" in families:
+        name, head = SPECIAL["adversarial"].get(dataset, dataset), {"head": "logit"}
     config = RECIPES.get(name, RECIPES["folder"]).config | head
     return config | {"dataset": config["dataset"] | {"name": dataset}}

@@ -36,9 +36,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ebmkit.errors import UserError
+from ebmkit.objectives.likelihood import Negatives
 from ebmkit.sampling.buffer import ReplayBuffer
 from ebmkit.training.config import WatchConfig
-from ebmkit.training.negatives import Negatives, likelihood_terms
 from ebmkit.training.state import Saved, TrainingState, check_tensor
 from ebmkit.training.step import StepStats
 from ebmkit.validation import validated
@@ -219,17 +219,20 @@ class DivergenceMonitor:
 
 
 class Rollback:
-    """Draws a run's negatives, monitors it, and takes it back when it diverges.
+    """Monitors a run that draws negatives, and takes it back when it diverges.
 
     Args:
         config: when it has diverged, and what is changed then.
+        term: the objective that needs them.
         negatives: its chains.
         state: of the run.
     """
 
-    def __init__(self, config: WatchConfig, negatives: Negatives, state: TrainingState) -> None:
+    def __init__(
+        self, config: WatchConfig, term: str, negatives: Negatives, state: TrainingState
+    ) -> None:
         self.monitor, self.negatives, self.state = DivergenceMonitor(config), negatives, state
-        self._term = likelihood_terms(state.update.loss)[0].name
+        self._term = term
         self._apply()
 
     def learning_rate(self, rate: float) -> float:
@@ -337,7 +340,7 @@ class Rollback:
         """Let the mitigations take effect."""
         config, mitigations = self.negatives.config, self.monitor.mitigations
         self.negatives.steps = math.ceil(config.steps * mitigations.steps)
-        self.state.update.loss.penalty = config.penalty + mitigations.penalty
+        self.negatives.penalty = config.penalty + mitigations.penalty
 
 
 def _on_host(tensor: Tensor) -> Tensor:

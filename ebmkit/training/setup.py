@@ -17,9 +17,8 @@ from ebmkit.data.schedule import Stage
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.models import ModelConfig
-from ebmkit.objectives import ClassificationConfig, TrainingLoss, parse_objective
-from ebmkit.objectives.terms import Scale, check_labels
-from ebmkit.training.attacks import attack_terms
+from ebmkit.objectives import Scale, TrainingLoss, parse_objective
+from ebmkit.objectives.loss import check_labels
 from ebmkit.training.config import DataConfig, TrainConfig
 
 __all__ = [
@@ -93,21 +92,18 @@ def make_loss(model: ScoreModel, config: TrainConfig, training: bool = True) -> 
     Args:
         model: to train, or to validate.
         config: the run's.
-        training: False to validate: without objectives that need negatives, and without smoothing
-            of labels.
+        training: False to validate: with the losses of held-out images (`Term.for_validation`).
     """
-    terms, settings = parse_objective(config.objective), config.terms
+    terms = parse_objective(config.objective, config.objective_settings())
     if not training:
-        terms = tuple(term for term in terms if term.objective.likelihood is None)
-        settings = settings.model_copy(update={"ce": ClassificationConfig()})
-    return TrainingLoss(model, terms, config.balance, config.draw_from, settings)
+        terms = tuple(own for term in terms if (own := term.for_validation()) is not None)
+    return TrainingLoss(model, terms, config.balance, config.draw_from)
 
 
 def make_card(loss: TrainingLoss, config: TrainConfig, images: AnyImages) -> ModelCard:
     """What the model is trained for."""
     matching = [term.name for term in loss.terms if term.objective.needs_score]
     denoise = config.stream(loss.stream_of[matching[0]]) if matching else None
-    attacks = [loss.settings.attack(term.name) for term in attack_terms(loss).values()]
     return ModelCard(
         dataset=images.name,
         objective=config.objective,
@@ -117,7 +113,7 @@ def make_card(loss: TrainingLoss, config: TrainConfig, images: AnyImages) -> Mod
         sigma_range=denoise.noise.range if denoise else None,
         classifies=isinstance(loss.model, EnergyModel)
         and any(term.objective.needs_labels for term in loss.terms),
-        attack=next((f"{c.norm} {c.eps:.6g}" for c in attacks if c.eps), ""),
+        **{name: text for term in loss.terms for name, text in term.objective.card.items()},
     )
 
 
