@@ -156,11 +156,7 @@ class StepTrace(NamedTuple):
 def trace_step(loss: TrainingLoss, shapes: Shapes, accumulate: int = 1) -> StepTrace:
     """Run forward and backward of ``loss`` on fake batches of ``shapes``; ``loss`` is untouched.
 
-    Args:
-        loss: model and objectives, on the device and in the precision to train in. If it is
-            compiled, the eager step is traced.
-        shapes: images of each stream of ``loss``.
-        accumulate: parts that the batches are run in, one after the other, adding up gradients.
+    If it is compiled, the eager step is traced. Arguments are those of `Budget`.
     """
     recorder = Recorder()
     parts_run = min(accumulate, 2)  # from the second on they are alike
@@ -189,11 +185,8 @@ def network_flops(
 ) -> int:
     """FLOPs of a model on a batch of ``shape`` (B, C, H, W), two to a multiply-add.
 
-    Args:
-        model: any.
-        shape: of the batch.
-        of: the forward pass, the score without a gradient of it, or the gradient of log-posteriors,
-            which an attack climbs.
+    Either of the forward pass, the score without a gradient of it, or the gradient of
+    log-posteriors, which an attack climbs.
     """
     recorder = Recorder()
     with _fake(model) as fake, torch.no_grad():
@@ -311,16 +304,9 @@ def step_memory(
     """Memory of one eager training step, without running it.
 
     Exact for the tensors of the step. Not in it: what Muon's update holds for a moment, about six
-    times the matrices, when the activations are gone; workspaces of convolution libraries, what the
-    allocator wastes, the data set, and, on CUDA, the context (about half a GB) and the batch that
-    is drawn ahead.
-
-    Args:
-        loss: model and objectives, on the device and in the precision to train in.
-        shapes: images of each stream of ``loss``, for this process.
-        states: numbers that the optimiser keeps of each parameter; 2 for AdamW, 3 with averaged
-            weights.
-        accumulate: parts that each batch is split into.
+    times the matrices, when the activations are gone; what the allocator wastes, the data set, and,
+    on CUDA, the context (about half a GB) and the batch that is drawn ahead. Arguments are those of
+    `Budget`.
     """
     step = trace_step(loss, shapes, accumulate)
     weights = sum(t.nbytes for t in [*loss.parameters(), *loss.buffers()])
@@ -438,9 +424,10 @@ class Budget:
         plan = [(stage, shapes) for stage, shapes in cut if stage.start < stage.stop]
         counts = [step_flops(loss, shapes, self.effort) for _, shapes in plan]
         lengths = [stage.stop - stage.start for stage, _ in plan]
+        total = sum(lengths)
         mean = {
-            name: round(sum(map(math.prod, zip(lengths, own, strict=True))) / sum(lengths))
-            for name, own in ((name, [count[name] for count in counts]) for name in counts[0])
+            name: round(sum(n * own[name] for n, own in zip(lengths, counts, strict=True)) / total)
+            for name in counts[0]
         }
         texts = [_stage_text(loss, stage, shapes) for stage, shapes in plan]
         totals = [sum(own.values()) for own in counts]
@@ -449,7 +436,7 @@ class Budget:
             mean,
             max((self.memory(shapes) for _, shapes in plan), key=lambda memory: memory.total),
             matrix_rate(self.device, loss.precision),
-            sum(lengths),
+            total,
             dict(zip(texts, totals, strict=True)) if len(plan) > 1 else {},
         )
 

@@ -57,15 +57,8 @@ SNAPSHOTS = 3
 
 
 class Measures(NamedTuple):
-    """What is looked at after a step.
-
-    Attributes:
-        step: number of steps done.
-        losses: each term's mean.
-        gap: of the energies, nats.
-        sample: rms of the negatives about gray, image units.
-        gradient: norm of the gradient.
-    """
+    """What is measured after a step: means of the terms, the gap in nats, the rms of the negatives
+    in image units, and the norm of the gradient."""
 
     step: int
     losses: dict[str, float]
@@ -75,13 +68,8 @@ class Measures(NamedTuple):
 
 
 class Mitigations(NamedTuple):
-    """What divergences have changed so far.
-
-    Attributes:
-        rate: factor of the learning rate.
-        steps: factor of the Langevin steps.
-        penalty: added to the configured penalty.
-    """
+    """What divergences have changed so far: factors of the learning rate and of the Langevin steps,
+    and what is added to the penalty."""
 
     rate: Annotated[FiniteFloat, Field(gt=0, le=1)] = 1.0
     steps: Annotated[FiniteFloat, Field(ge=1, le=MOST_STEPS)] = 1.0
