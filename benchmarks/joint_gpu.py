@@ -234,7 +234,7 @@ def kernels(config: TrainConfig, trace_step: bool) -> dict[str, Any]:
         "largest": sorted(largest, reverse=True)[:25],
         "flops": cost.flops,
         "matrix_rate": cost.rate,
-        "share_of_matrix_rate": cost.share(seconds["fresh batches"]),
+        "share_of_matrix_rate": cost.mfu(seconds["fresh batches"]),
         "device": describe(trainer.device),
     }
 

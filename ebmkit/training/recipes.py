@@ -28,7 +28,7 @@ class Recipe(NamedTuple):
     description: str
 
 
-def _length(steps: int, images: int, validate: int, save: int, log: int | None = None) -> Config:
+def _length(steps: int, *, images: int, validate: int, save: int, log: int | None = None) -> Config:
     """Steps of a run, validation images, steps between validations, checkpoints and log rows."""
     fields = {
         "steps": steps,
@@ -53,7 +53,7 @@ def _width(channels: int) -> Config:
     return {"model": {"backbone": {"width": channels}}}
 
 
-def _adamw(lr: float, weight_decay: float, **others: Any) -> Config:
+def _adamw(lr: float, *, weight_decay: float, **others: Any) -> Config:
     return {"optimizer": {"lr": lr, "weight_decay": weight_decay, **others}}
 
 
@@ -67,8 +67,8 @@ CDN_CIFAR: Config = {
         _stream(128, "0", "20/255", flip=True, crop_padding=4, mix="both"),
         _denoise(64, flip=True),
     ),
-    **_adamw(3e-4, 0.05),
-    **_length(78_000, 1000, 1000, 1000, log=50),
+    **_adamw(3e-4, weight_decay=0.05),
+    **_length(78_000, images=1000, validate=1000, save=1000, log=50),
 }
 
 # 400 epochs of 1,281,167 images in batches of 512 are 1,000,912 steps.
@@ -96,15 +96,15 @@ IMAGENET: Config = {
             ],
         },
     ),
-    **_adamw(2e-4, 1e-4),
-    **_length(1_000_912, 1000, 5000, 1000, log=100),
+    **_adamw(2e-4, weight_decay=1e-4),
+    **_length(1_000_912, images=1000, validate=5000, save=1000, log=100),
 }
 
 CIFAR_ADAMW: Config = {
     **_width(16),
     **_streams(_stream(128, "0", "20/255", flip=True), _denoise(64, flip=True)),
-    **_adamw(3e-3, 0.05),
-    **_length(1000, 500, 100, 250, log=10),
+    **_adamw(3e-3, weight_decay=0.05),
+    **_length(1000, images=500, validate=100, save=250, log=10),
 }
 
 MUON: Config = {
@@ -126,7 +126,7 @@ CIFAR_SHORT: Config = {
     "backbone": "gradresnet10",
     **_streams(_stream(128, "0", "5/255", crop_padding=2, **_SHIFTED), _denoise(64, flip=True)),
     "optimizer": MUON,
-    **_length(2100, 500, 300, 250, log=10),
+    **_length(2100, images=500, validate=300, save=250, log=10),
 }
 
 
@@ -141,7 +141,7 @@ CIFAR_CPU: Config = {
     **_width(40),
     **_streams(_mixed(160), _denoise(48, flip=True)),
     "optimizer": MUON | {"decay_share": 0.5, "ema": 0.995},
-    **_length(16_500, 500, 500, 100, log=10),
+    **_length(16_500, images=500, validate=500, save=100, log=10),
 }
 
 # 18 PFLOP: 61 epochs of the classification stream.
@@ -150,14 +150,14 @@ CIFAR: Config = {
     "backbone": "gradresnet18",
     **_width(64),
     **_streams(_mixed(256), _denoise(96, flip=True)),
-    **_length(12_000, 1000, 500, 1000, log=50),
+    **_length(12_000, images=1000, validate=500, save=1000, log=50),
 }
 
 DIGITS_ADAMW: Config = {
     **_width(16),
     **_streams(_stream(128, "0", "20/255", crop_padding=1), _denoise(64)),
-    **_adamw(3e-3, 0.05),
-    **_length(800, 143, 50, 100),
+    **_adamw(3e-3, weight_decay=0.05),
+    **_length(800, images=143, validate=50, save=100),
 }
 
 # lambda is 8: digits are soon classified, and denoising begins late.
@@ -166,14 +166,14 @@ DIGITS: Config = {
     "balance": 8.0,
     **_streams(_stream(96, "0", "20/255", crop_padding=1), _denoise(64)),
     "optimizer": MUON,
-    **_length(360, 143, 60, 120),
+    **_length(360, images=143, validate=60, save=120),
 }
 
 PATCHES: Config = {
     **_width(16),
     "objective": "dsm",
     **_streams(_stream(64, "0", "20/255", flip=True), _denoise(64, flip=True)),
-    **_adamw(2e-3, 0.05, clip_norm=1.0),
+    **_adamw(2e-3, weight_decay=0.05, clip_norm=1.0),
     "steps": 400,
     "validate_every": 50,
     "checkpoint_every": 100,
@@ -193,15 +193,15 @@ DNCNN: Config = {
             "augmentation": {"flip": True, "crop_size": 40},
         },
     ),
-    **_adamw(1e-3, 1e-4),
-    **_length(80_000, 8, 500, 500, log=50),
+    **_adamw(1e-3, weight_decay=1e-4),
+    **_length(80_000, images=8, validate=500, save=500, log=50),
 }
 
 OWN: Config = {
     **CDN_CIFAR,
     **_width(32),
     **_streams(_stream(64, "0", "20/255", flip=True, crop_padding=4), _denoise(32, flip=True)),
-    **_adamw(1e-3, 0.05),
+    **_adamw(1e-3, weight_decay=0.05),
     "steps": 10_000,
 }
 
@@ -236,7 +236,7 @@ JEM: Config = {
     "objective": "jem",
     **_jem_streams(64, 0.015, _CROPPED, _denoise(64, flip=True), **_CROPPED),
     **_milestones(0.3, "160/200", "180/200", lr=1e-4, weight_decay=0.0, warmup_steps=1000),
-    **_length(156_250, 1000, 1000, 1000, log=50),
+    **_length(156_250, images=1000, validate=1000, save=1000, log=50),
 }
 
 # 150 epochs. Of its 5 x 5 proximal steps of 0.2 the inner ones reuse the upper layers' gradient
@@ -286,8 +286,8 @@ _SMALL_JEM: Config = {
 DIGITS_JEM: Config = {
     **_SMALL_JEM,
     **_jem_streams(128, 0.015, {}, _denoise(64)),
-    **_adamw(3e-3, 0.0),
-    **_length(400, 143, 50, 100),
+    **_adamw(3e-3, weight_decay=0.0),
+    **_length(400, images=143, validate=50, save=100),
 }
 
 _FLIPPED: Config = {"flip": True, "crop_padding": 0}
@@ -295,8 +295,8 @@ _FLIPPED: Config = {"flip": True, "crop_padding": 0}
 CIFAR_JEM_SHORT: Config = {
     **_SMALL_JEM,
     **_jem_streams(128, 0.015, _FLIPPED, _denoise(64, flip=True), **_FLIPPED),
-    **_adamw(3e-4, 0.0, warmup_steps=30),
-    **_length(1000, 500, 100, 100, log=10),
+    **_adamw(3e-4, weight_decay=0.0, warmup_steps=30),
+    **_length(1000, images=500, validate=100, save=100, log=10),
 }
 
 
@@ -311,23 +311,25 @@ def _ddpm(recipe: Config, batch_size: int, **augmentation: Any) -> Config:
 DIGITS_DDPM: Config = {
     **_ddpm(DIGITS_ADAMW, 64),
     **_width(32),
-    **_adamw(2e-3, 0.0, ema=0.995, clip_norm=1.0),
-    **_length(1200, 143, 250, 250),
+    **_adamw(2e-3, weight_decay=0.0, ema=0.995, clip_norm=1.0),
+    **_length(1200, images=143, validate=250, save=250),
 }
 
 # Ho et al. 2020, appendix B: Adam at a constant rate, 800,000 steps.
 CIFAR_DDPM: Config = {
     **_ddpm(CDN_CIFAR, 128, flip=True),
     "backbone": "unet-cifar10",
-    **_adamw(2e-4, 0.0, schedule="constant", warmup_steps=5000, clip_norm=1.0, ema=0.9999),
-    **_length(800_000, 1000, 5000, 5000, log=100),
+    **_adamw(
+        2e-4, weight_decay=0.0, schedule="constant", warmup_steps=5000, clip_norm=1.0, ema=0.9999
+    ),
+    **_length(800_000, images=1000, validate=5000, save=5000, log=100),
 }
 
 CIFAR_DDPM_SHORT: Config = {
     **_ddpm(CIFAR_ADAMW, 32, flip=True),
     **_width(32),
-    **_adamw(1e-3, 0.0, ema=0.999, clip_norm=1.0),
-    **_length(3000, 500, 500, 500, log=10),
+    **_adamw(1e-3, weight_decay=0.0, ema=0.999, clip_norm=1.0),
+    **_length(3000, images=500, validate=500, save=500, log=10),
 }
 
 
