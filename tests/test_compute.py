@@ -20,7 +20,7 @@ from ebmkit.compute import (
 CPU = torch.device("cpu")
 
 
-def test_a_precision_or_mode_that_the_device_lacks_is_said(monkeypatch):
+def test_a_precision_or_mode_that_the_device_lacks_is_refused(monkeypatch):
     with pytest.raises(ebmkit.UserError, match=r"'tf32' needs an NVIDIA GPU.*device is a CPU: use"):
         pick_precision("tf32", CPU)
     with pytest.raises(ebmkit.UserError, match=r"unknown precision 'fp8'.*auto, bf16, fp32, tf32"):

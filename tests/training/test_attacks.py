@@ -375,7 +375,7 @@ class StopAt:
 
 
 @pytest.mark.usefixtures("counted_once")
-def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path):
+def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path):
     layer = {"objective": "trades+dsm", "steps": 5, "optimizer": {"sharpness": 0.1, "ema": 0.9}}
     whole = start(tmp_path, "whole", layer)
     whole.fit()
@@ -420,7 +420,7 @@ def test_the_compiled_attack_is_the_eager_one():
     torch.testing.assert_close(found, eager, rtol=0, atol=1e-10)
 
 
-def test_the_cost_of_attacks_is_counted_and_told(tmp_path):
+def test_the_cost_of_attacks_is_counted_and_printed(tmp_path):
     for objective, passes in (("adv", 2), ("trades", 2.5)):
         trainer = start(tmp_path, objective, {"objective": objective})
         shapes = trainer.budget.plan[0][1]
@@ -480,7 +480,7 @@ def test_robust_recipes(tmp_path):
         ({"terms": {"trades": {"random_start": False}}}, "no gradient at the image itself"),
     ],
 )
-def test_mistakes_are_told_before_the_first_step(layer, words):
+def test_mistakes_are_reported_before_the_first_step(layer, words):
     with pytest.raises(UserError, match=words):
         assemble(resolve(TINY, layer))
 

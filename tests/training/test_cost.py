@@ -143,7 +143,7 @@ def run_for_real(loss: TrainingLoss, batches: dict[str, Batch], parts: int = 1) 
     ("objective", "precision"),
     [("ce", "fp32"), ("ce+dsm", "bf16"), ("dsm+cdsm", "fp32")],
 )
-def test_the_rehearsed_peak_is_that_of_real_tensors(objective, precision):
+def test_the_traced_memory_peak_is_that_of_real_tensors(objective, precision):
     loss = loss_of(objective)
     loss.precision = precision
     real = run_for_real(loss, batches_of(loss))
@@ -180,7 +180,7 @@ def test_the_peak_is_that_of_the_allocator_but_for_what_convolutions_use_within(
     assert 0 <= drawn + peak - max(trace_step(loss, shapes).live) <= 3 * largest_map
 
 
-def test_a_loss_is_left_untouched_by_rehearsals(monkeypatch):
+def test_tracing_leaves_a_loss_untouched(monkeypatch):
     loss = tiny_loss()
     monkeypatch.setattr(loss, "_compiled_call_impl", lambda *_: pytest.fail("ran compiled"))
     before = [p.clone() for p in loss.parameters()]

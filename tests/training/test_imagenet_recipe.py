@@ -194,7 +194,7 @@ class Rows:
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_run_stopped_within_a_phase_goes_on_to_the_same_bits(pictures, tmp_path):
+def test_a_run_stopped_within_a_phase_resumes_to_the_same_bits(pictures, tmp_path):
     config = small(pictures)
     reports = Rows(), Rows(stop_at=4), Rows()  # step 5 is the second of its phase
     whole = trainer_of(pictures, reporter=reports[0])

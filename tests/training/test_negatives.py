@@ -183,7 +183,7 @@ class StopAt:
     [{}, {"objective": "ce+cml", "optimizer": {"kind": "sgd", "sharpness": 0.1, "ema": 0.9}}],
     ids=["jem", "cml-sgd-sam"],
 )
-def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, layer):
+def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, layer):
     whole = start(tmp_path, "whole", layer)
     whole.fit()
     cut = start(tmp_path, "cut", layer, reporter=StopAt(3))
@@ -232,7 +232,7 @@ def test_a_checkpoint_without_its_chains_is_refused(tmp_path):
         assemble(trainer.config, RunFolder.open(tmp_path / "run"))
 
 
-def test_the_cost_of_chains_is_counted_and_told(tmp_path):
+def test_the_cost_of_chains_is_counted_and_printed(tmp_path):
     trainer = start(tmp_path, "run")
     shapes = trainer.budget.plan[0][1]
     flops = step_flops(trainer.loss, shapes)
@@ -285,7 +285,7 @@ def test_recipes_are_the_published_ones_in_our_units():
         ),
     ],
 )
-def test_mistakes_are_told_before_the_first_step(layer, words):
+def test_mistakes_are_reported_before_the_first_step(layer, words):
     with pytest.raises(UserError, match=words):
         assemble(resolve(TINY, layer))
 

@@ -113,7 +113,7 @@ def test_the_state_is_the_one_before_the_step_to_the_bit(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["averaged", "sgd", "muon", "batch norm"])
 @pytest.mark.parametrize("done", [0, 2])
-def test_steps_that_follow_before_the_host_hears_leave_nothing_either(tmp_path, kind, done):
+def test_steps_after_a_failed_one_leave_nothing_until_the_host_reads(tmp_path, kind, done):
     """As on a GPU, where the host reads every few steps; also where the first step fails."""
     trainer = start(tmp_path / "run", KINDS[kind])
     drawn = list(trainer.batches(0, done + 2))
@@ -199,7 +199,7 @@ def test_numbers_in_the_report_are_those_of_the_data_set(tmp_path):
         assert torch.equal(batch.x, trainer.train.floats(torch.tensor(stream.numbers(7))))
 
 
-def test_a_gradient_without_an_image_at_fault_is_told_as_such(tmp_path):
+def test_a_gradient_without_an_image_at_fault_is_reported_as_such(tmp_path):
     trainer = start(tmp_path / "run")
     weight = trainer.model.head.density.weight
     weight.register_hook(lambda gradient: gradient * float("inf"))
@@ -217,7 +217,7 @@ def test_parameters_that_are_not_finite_are_named(tmp_path):
         trainer.fit()
 
 
-def test_a_breach_of_maximum_likelihood_names_them_too(tmp_path):
+def test_a_divergence_of_maximum_likelihood_is_diagnosed_too(tmp_path):
     """The run goes back, and its chains with it; the row and a file say what was at fault."""
     trainer = start(tmp_path / "run", {"objective": "jem"})
     draw, done = trainer.batches, []
@@ -249,7 +249,7 @@ def test_reports_are_bounded_and_never_overwritten(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["plain", "in parts", "sam", "adv", "drops", "jem"])
-def test_what_is_looked_at_is_the_step_itself(tmp_path, kind):
+def test_the_diagnosed_step_is_the_step_itself(tmp_path, kind):
     """Its gradient is that of the step: the same batch, noise, attack, chains and dropout."""
     trainer = start(tmp_path / "run", KINDS.get(kind, {"objective": "ce+dsm"}), MORE.get(kind, {}))
     trainer.update._failed.fill_(1)  # as if it had failed: the parameters stay
@@ -271,7 +271,7 @@ MORE = {
 }
 
 
-def test_what_happens_uphill_is_looked_at_too(tmp_path):
+def test_the_second_gradient_of_sam_is_diagnosed_too(tmp_path):
     trainer = start(tmp_path / "run", {"optimizer": {"sharpness": 1e30}})
     before = frozen(trainer.state_dict())
     with pytest.raises(ebmkit.UserError, match="at step 1: stopped before the update"):
@@ -282,7 +282,7 @@ def test_what_happens_uphill_is_looked_at_too(tmp_path):
     assert report["layer"] is not None or report["gradients"][0]["not_finite"] > 0
 
 
-def test_a_fault_that_does_not_come_again_is_told_as_such(tmp_path):
+def test_a_fault_that_does_not_come_again_is_reported_as_such(tmp_path):
     trainer = start(tmp_path / "run")
     times = iter([math.inf])
     trainer.model.head.density.weight.register_hook(lambda gradient: gradient * next(times, 1))
@@ -301,7 +301,7 @@ def test_a_rate_that_is_too_high_is_not_the_fault_of_the_images(tmp_path):
     assert told.splitlines()[-1].strip() == "try a lower optimizer.lr, or optimizer.clip_norm=1"
 
 
-def test_a_breach_under_attack_is_looked_into(tmp_path):
+def test_a_divergence_under_attack_is_diagnosed(tmp_path):
     trainer = start(tmp_path / "run", {"objective": "jem+0.1*adv", "terms": {"adv": {"eps": 0.1}}})
     spoil_batches(trainer, 3, "generate", 2)
     with pytest.raises(ebmkit.UserError, match="given up") as ended:
@@ -312,7 +312,7 @@ def test_a_breach_under_attack_is_looked_into(tmp_path):
     assert "not finite by themselves: images" in str(ended.value)
 
 
-def test_the_step_is_named_where_a_run_goes_on_in_the_same_process(tmp_path):
+def test_the_step_is_named_after_resuming_in_the_same_process(tmp_path):
     trainer = start(tmp_path / "run")
     trainer.reporter = Stop(2)
     with pytest.raises(Interrupted):
@@ -334,7 +334,7 @@ class Stop:
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_what_cannot_be_written_does_not_hide_what_happened(tmp_path):
+def test_a_failed_write_does_not_hide_the_error(tmp_path):
     """No file may grow beyond 2 kB, as if the disk were full."""
     trainer = start(tmp_path / "run")
     spoil_batches(trainer, 2, "denoise", 0)
@@ -351,7 +351,7 @@ def test_what_cannot_be_written_does_not_hide_what_happened(tmp_path):
     assert "not finite by themselves: images" in told
 
 
-def test_what_cannot_be_looked_at_does_not_hide_what_happened(tmp_path):
+def test_a_failed_diagnosis_does_not_hide_the_error(tmp_path):
     trainer = start(tmp_path / "run")
     spoil_batches(trainer, 2, "denoise", 0)
     draw = trainer.batches
@@ -438,7 +438,7 @@ def test_the_process_is_named_whose_share_was_at_fault(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_compiled_step_is_looked_at_eagerly(tmp_path):
+def test_a_compiled_step_is_diagnosed_eagerly(tmp_path):
     small = {"backbone": "mlp", "model": {"backbone": {"width": 8}}, "compute": {"compile": "on"}}
     trainer = start(tmp_path / "run", small)
     assert trainer.update.compiled

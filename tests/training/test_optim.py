@@ -357,7 +357,7 @@ def test_every_objective_trains_with_it(tmp_path, layer):
         ({"schedule": "warmup-stable-decay", "decay_share": 2}, "decay_share = 2 is not legal"),
     ],
 )
-def test_what_would_do_nothing_is_refused(fields, says):
+def test_settings_without_effect_are_refused(fields, says):
     with pytest.raises(ebmkit.UserError, match=says) as error:
         resolve({"optimizer": fields}, recipe="digits-adamw")
     assert "\n" not in str(error.value)

@@ -49,13 +49,13 @@ def measures(step=1, **changes):
         ({"gradient": 1e5}, "the gradient's norm is 1e"),
     ],
 )
-def test_what_is_seen(changes, words):
+def test_each_kind_of_divergence_is_detected(changes, words):
     monitor = DivergenceMonitor(WatchConfig())
     assert all(monitor.check(measures(step)) is None for step in range(20))
     assert words in monitor.check(measures(20, **changes))
 
 
-def test_a_gap_that_stays_is_seen_and_one_step_is_not():
+def test_a_lasting_gap_is_detected_and_one_step_is_not():
     monitor = DivergenceMonitor(WatchConfig(gap=10))
     assert monitor.check(measures(gap=60.0)) is None
     reasons = [monitor.check(measures(gap=12.0)) for _ in range(40)]
@@ -63,7 +63,7 @@ def test_a_gap_that_stays_is_seen_and_one_step_is_not():
     assert reasons[-1] is not None
 
 
-def test_it_goes_back_to_a_state_that_was_outlived_and_changes_one_thing_at_a_time():
+def test_rollback_takes_a_good_snapshot_and_changes_one_thing_at_a_time():
     monitor = DivergenceMonitor(WatchConfig(every=10, breaches=4))
     for step in (0, 10, 20, 30):
         monitor.keep(Snapshot(step, {}, torch.zeros(0), None))
@@ -102,7 +102,7 @@ def spoilt(tmp_path, times):
     return trainer, reporter
 
 
-def test_a_run_that_is_spoilt_once_goes_on(tmp_path):
+def test_a_run_that_diverges_once_continues(tmp_path):
     trainer, reporter = spoilt(tmp_path, 1)
     trainer.fit()
     assert trainer.step == 12
@@ -122,7 +122,7 @@ def test_a_run_that_is_spoilt_once_goes_on(tmp_path):
     assert resumed.rollback.negatives.attempt == 1
 
 
-def test_going_back_is_exact(tmp_path):
+def test_rollback_is_exact(tmp_path):
     """The state after a breach is the kept one, to the bit: network, optimiser, chains."""
     trainer, _ = spoilt(tmp_path, 1)
     kept = {}
@@ -167,7 +167,7 @@ def test_a_run_that_never_recovers_ends_with_its_history(tmp_path):
     assert all(v.isfinite().all() for v in saved["model"].values())
 
 
-def test_sharpness_is_its_formula_and_leaves_the_weights_as_they_were():
+def test_sam_is_its_formula_and_restores_the_weights():
     layer = torch.nn.Linear(3, 2).double()
     x = torch.randn(5, 3, dtype=torch.float64)
     before = {n: p.detach().clone() for n, p in layer.named_parameters()}
@@ -184,7 +184,7 @@ def test_sharpness_is_its_formula_and_leaves_the_weights_as_they_were():
         assert all(torch.equal(p, before[n]) for n, p in layer.named_parameters())
 
 
-def test_uphill_leaves_running_means_alone():
+def test_sam_leaves_running_means_alone():
     layers = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
     layers(torch.randn(8, 3)).square().sum().backward()
     before = layers[1].running_mean.clone()

@@ -70,7 +70,7 @@ def kept(state):
         (lambda s: (kept(s)[0], 2), ONES(1), "the chains kept at step 0 is float32 (1,)"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(saved, where, new, says):
+def test_checkpoint_entries_that_do_not_fit_are_refused_by_name(saved, where, new, says):
     """Moments of another shape were memory of others: the fused kernel reads and writes it."""
     trainer, state = saved
     inside, name = where(state)
@@ -122,9 +122,7 @@ def part(state, number):
         (-1, "momentum_buffer", ONES(1), "is of another optimiser"),
     ],
 )
-def test_what_muon_kept_is_looked_at_by_the_kind_of_parameter(
-    saved_by_muon, number, name, new, says
-):
+def test_muon_states_are_checked_by_the_kind_of_parameter(saved_by_muon, number, name, new, says):
     trainer, state = saved_by_muon
     own = part(state, number % len(state["optimizer"]["state"]))
     old = own.copy()
@@ -145,7 +143,7 @@ def test_states_of_adamw_do_not_become_muon_s_nor_the_other_way_round(saved, sav
             restore_optimizer(trainer.update.optimizer, found)
 
 
-def test_a_state_to_go_back_to_is_looked_at_when_it_is_used(saved):
+def test_a_snapshot_is_checked_when_it_is_used(saved):
     trainer, state = saved
     own = kept(state)[0][1]
     old, own["model"] = own["model"], {}
@@ -158,7 +156,7 @@ def test_a_state_to_go_back_to_is_looked_at_when_it_is_used(saved):
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd", "muon"])
-def test_an_optimiser_goes_on_to_the_same_bits_whatever_the_file_sets(kind):
+def test_an_optimiser_resumes_to_the_same_bits_whatever_the_file_sets(kind):
     """Its groups, with rates, decays and signs, are the configuration's."""
 
     def made():

@@ -128,7 +128,7 @@ def test_any_number_of_steps_can_be_compiled_in_one_process():
         assert step.compiled
 
 
-def test_a_batch_that_does_not_divide_into_parts_is_said():
+def test_a_batch_that_does_not_divide_into_parts_is_refused():
     with pytest.raises(ebmkit.UserError, match="batch of 5 does not divide into 2 parts"):
         make(tiny(), accumulate=2)(drawn(0, 5), rate=1e-3)
 
