@@ -25,7 +25,7 @@ from torch import Tensor
 from ebmkit.energy import ScoreModel, check_sigma, sigma_of_score
 from ebmkit.errors import UserError
 
-__all__ = ["Denoised", "denoise_picture", "picture_score"]
+__all__ = ["Denoised", "denoise_image", "image_score"]
 
 TILE = 256
 """Side of the crops where the model does not say what it was trained at."""
@@ -44,7 +44,7 @@ class Denoised(NamedTuple):
 
 
 @torch.no_grad()
-def denoise_picture(
+def denoise_image(
     model: ScoreModel,
     y: Tensor,
     sigma: float | None = None,
@@ -79,16 +79,16 @@ def denoise_picture(
         if sigma is None:
             sigma = float(moved.square().mean().sqrt())
         return Denoised(y + moved, sigma)
-    score = picture_score(model, y, sigma, c, tile, overlap, progress)
+    score = image_score(model, y, sigma, c, tile, overlap, progress)
     if sigma is None:
         # the level is that of the unconditional score
-        plain = score if c is None else picture_score(model, y, None, None, tile, overlap)
+        plain = score if c is None else image_score(model, y, None, None, tile, overlap)
         sigma = float(sigma_of_score(plain[None]))
     return Denoised(y + sigma**2 * score, sigma)
 
 
 @torch.no_grad()
-def picture_score(
+def image_score(
     model: ScoreModel,
     y: Tensor,
     sigma: float | None = None,
@@ -99,7 +99,7 @@ def picture_score(
 ) -> Tensor:
     """grad log p(y) or grad log p(y|c) of a picture ``y`` (C, H, W), from crops; same shape.
 
-    The arguments are those of `denoise_picture`.
+    The arguments are those of `denoise_image`.
     """
     if tile is None:
         size = model.card.image_size if model.card else None

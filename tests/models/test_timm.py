@@ -135,7 +135,7 @@ def test_a_saved_model_fetches_nothing(tmp_path):
 
 def test_windows_need_maps():
     with pytest.raises(UserError, match=r"has no method pool\(maps, grid\)"):
-        tiny(image_size=8, extent="windows")
+        tiny(image_size=8, size_scaling="windows")
 
 
 def test_names(monkeypatch):
