@@ -47,8 +47,6 @@ from ebmkit.energy import ScoreModel, classifies
 from ebmkit.errors import UserError, unknown_name
 from ebmkit.storage import write_atomically
 
-__all__ = ["Difference", "Exported", "What", "export"]
-
 What = Literal["classifier", "denoiser", "blind-denoiser"]
 
 MEDIAN, LARGEST = 1e-4, 1e-2

@@ -45,16 +45,6 @@ from ebmkit.models.wideresnet import WideResNetConfig
 from ebmkit.registry import Preset, find
 from ebmkit.validation import validated
 
-__all__ = [
-    "BACKBONES",
-    "DENOISERS",
-    "NETWORKS",
-    "ModelConfig",
-    "create_denoiser",
-    "create_model",
-    "find_network",
-]
-
 NETWORKS: tuple[type[NetworkConfig], ...] = (
     GradResNetConfig,
     ResNetConfig,

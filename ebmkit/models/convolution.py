@@ -30,8 +30,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Conv2d", "conv2d"]
-
 SMALL = 3e7
 """Multiplications on a CPU up to which PyTorch's own derivatives are taken: calling into Python
 takes longer than what would be spared."""

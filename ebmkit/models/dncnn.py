@@ -38,8 +38,6 @@ from ebmkit.models.base import DenoiserConfig
 from ebmkit.models.denoisers import DirectDenoiser
 from ebmkit.registry import Preset
 
-__all__ = ["BiasFreeBatchNorm", "DnCNN", "DnCNNConfig", "convert_dncnn"]
-
 PUBLISHED_DEPTHS = (17, 20)
 
 

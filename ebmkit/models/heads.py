@@ -38,17 +38,6 @@ from ebmkit.energy import Energies, EnergyModel, Noise
 from ebmkit.errors import UserError
 from ebmkit.registry import Preset
 
-__all__ = [
-    "HEADS",
-    "EnergySource",
-    "HeadConfig",
-    "LinearQuadraticHead",
-    "LogitEnergy",
-    "LogitHead",
-    "energy_source",
-    "trained_energies",
-]
-
 EnergySource = Literal["auto", "model", "logits"]
 
 

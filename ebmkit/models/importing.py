@@ -48,15 +48,6 @@ from ebmkit.storage.tensors import read_tensors
 from ebmkit.storage.torchfile import read_torch_file
 from ebmkit.validation import validated
 
-__all__ = [
-    "KINDS",
-    "import_checkpoint",
-    "load_checkpoint",
-    "read_checkpoint",
-    "read_state",
-    "save_as_run",
-]
-
 KINDS = {
     "robustness": "files of the robustness package: an adversarially trained ResNet",
     "jem": "JEM's released WideResNet",

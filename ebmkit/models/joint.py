@@ -44,8 +44,6 @@ from ebmkit.errors import UserError
 from ebmkit.models.base import Backbone, Features, Head, WindowedBackbone, check_images
 from ebmkit.onednn import subsample_before_1x1
 
-__all__ = ["SIZE_SCALINGS", "JointModel", "SizeScaling"]
-
 SizeScaling = Literal["tiles", "factor", "windows"]
 SIZE_SCALINGS: tuple[SizeScaling, ...] = get_args(SizeScaling)
 

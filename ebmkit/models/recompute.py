@@ -40,8 +40,6 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from ebmkit.errors import UserError
 
-__all__ = ["recompute"]
-
 
 def recompute(block: nn.Module, x: Tensor) -> Tensor:
     """``block(x)``, whose activations are computed again when they are needed, not kept.

@@ -37,8 +37,6 @@ from typing import IO, Any, Protocol, cast
 
 import torch
 
-__all__ = ["Damaged", "Inert", "Readable", "Refusal", "StorageRecord", "TensorRecord", "unpickle"]
-
 
 class Damaged(Exception):
     """The bytes are no pickle, or none of tensors in containers."""
