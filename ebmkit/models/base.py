@@ -44,21 +44,6 @@ from ebmkit.energy import Energies, ScoreModel, per_image
 from ebmkit.errors import UserError
 from ebmkit.registry import Preset
 
-__all__ = [
-    "Backbone",
-    "BackboneConfig",
-    "DenoiserConfig",
-    "Features",
-    "Head",
-    "MeanPooled",
-    "NetworkConfig",
-    "NoiseConditionalBackbone",
-    "NoiseConditioned",
-    "WindowedBackbone",
-    "check_images",
-    "mean_over_windows",
-]
-
 
 class Features(NamedTuple):
     """What a backbone sees in a batch of images.

@@ -37,23 +37,13 @@ from ebmkit.models.drunet import DRUNetConfig
 from ebmkit.models.gradientstep import GraDnCNNConfig, GSDRUNetConfig
 from ebmkit.models.gradresnet import GradResNetConfig
 from ebmkit.models.heads import HEADS, HeadConfig
-from ebmkit.models.joint import Extent, JointModel
+from ebmkit.models.joint import JointModel, SizeScaling
 from ebmkit.models.mlp import MLPConfig
 from ebmkit.models.resnet import ResNetConfig
 from ebmkit.models.timm import TimmConfig
 from ebmkit.models.wideresnet import WideResNetConfig
 from ebmkit.registry import Preset, find
 from ebmkit.validation import validated
-
-__all__ = [
-    "BACKBONES",
-    "DENOISERS",
-    "NETWORKS",
-    "ModelConfig",
-    "create_denoiser",
-    "create_model",
-    "find_network",
-]
 
 NETWORKS: tuple[type[NetworkConfig], ...] = (
     GradResNetConfig,
@@ -136,7 +126,7 @@ class ModelConfig(BaseModel):
     reference_size: tuple[PositiveInt, PositiveInt] | None = Field(
         None, description="height and width at which log-densities are the plain formula's"
     )
-    extent: Extent = Field(
+    size_scaling: SizeScaling = Field(
         "tiles", description="larger images: tiles, factor or windows (see JointModel)"
     )
     input_mean: float | tuple[float, ...] = Field(
@@ -150,6 +140,15 @@ class ModelConfig(BaseModel):
         description="a backbone is told sigma, as a classifier along a diffusion is: it sees the "
         "variance-preserving image and a map of the level",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _upgrade(cls, values: Any) -> Any:
+        """Documents of versions before December 2026 call ``size_scaling`` ``extent``."""
+        if not isinstance(values, dict) or "extent" not in values:
+            return values
+        rest = {name: value for name, value in values.items() if name != "extent"}
+        return {"size_scaling": values["extent"]} | rest
 
     @field_validator("input_std")
     @classmethod
@@ -195,7 +194,7 @@ class ModelConfig(BaseModel):
             self.head.build(backbone.num_features, self.num_classes),
             in_channels=self.in_channels,
             reference_size=self.reference_size,
-            extent=self.extent,
+            size_scaling=self.size_scaling,
             input_mean=self.input_mean,
             input_std=self.input_std,
         )
@@ -207,7 +206,7 @@ def create_model(
     in_channels: int = 3,
     head: str = "linear-quadratic",
     image_size: tuple[int, int] | int | None = None,
-    extent: Extent = "tiles",
+    size_scaling: SizeScaling = "tiles",
     **options: Any,
 ) -> JointModel:
     """A joint model by the names of its parts, with fresh weights.
@@ -219,7 +218,7 @@ def create_model(
         head: a name from `ebmkit list heads`.
         image_size: the reference size, as (height, width) or one number for both; at it, and below,
             the log-density is the plain formula's. None: the plain formula at every size.
-        extent: how the log-density grows beyond the reference size (see `JointModel`).
+        size_scaling: how the log-density grows beyond the reference size (see `JointModel`).
         **options: fields of the backbone's configuration, as in ``width=16``.
 
     Raises:
@@ -238,7 +237,7 @@ def create_model(
         "in_channels": in_channels,
         "num_classes": num_classes,
         "reference_size": size,
-        "extent": extent,
+        "size_scaling": size_scaling,
     }
     model = validated(ModelConfig, config, "model").build()
     assert isinstance(model, JointModel)

@@ -30,8 +30,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Conv2d", "conv2d"]
-
 SMALL = 3e7
 """Multiplications on a CPU up to which PyTorch's own derivatives are taken: calling into Python
 takes longer than what would be spared."""
@@ -201,8 +199,8 @@ class _Convolution(torch.autograd.Function):
         at, along = ctx.saved_tensors, []
         for slot, tangent in enumerate(moved[2:5]):
             if tangent is not None and slot != ctx.by:
-                factors = (*at[:slot], tangent, *at[slot + 1 :])
-                along.append(_derivative(ctx.by, *factors, None, ctx.options))
+                x, weight, g = (tangent if i == slot else at[i] for i in range(3))
+                along.append(_derivative(ctx.by, x, weight, g, None, ctx.options))
         if moved[5] is not None:
             shape = ctx.options.output_shape(*at[:2])
             along.append(moved[5][:, None, None].expand(shape))
@@ -210,13 +208,13 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-        factors, found = list(ctx.saved_tensors), [None, None, None]
-        factors[ctx.by] = v
+        x, weight, g = (v if i == ctx.by else t for i, t in enumerate(ctx.saved_tensors))
+        of_x = of_g = None
         if ctx.by != G and ctx.needs_input_grad[2 + G]:
-            found[G] = _derivative(G, factors[X], factors[W], None, None, ctx.options)
+            of_g = _derivative(G, x, weight, None, None, ctx.options)
         if ctx.by != X and ctx.needs_input_grad[2 + X]:
-            found[X] = _derivative(X, *factors, None, ctx.options)
-        return (None, None, *found, None, *(v for _ in range(ctx.links)))
+            of_x = _derivative(X, x, weight, g, None, ctx.options)
+        return (None, None, of_x, None, of_g, None, *(v for _ in range(ctx.links)))
 
 
 @positional

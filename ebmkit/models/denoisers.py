@@ -25,8 +25,6 @@ from ebmkit.errors import UserError
 from ebmkit.models.base import check_images
 from ebmkit.onednn import subsample_before_1x1
 
-__all__ = ["DirectDenoiser"]
-
 
 class DirectDenoiser(ScoreModel):
     """A network that denoises directly, as a `ScoreModel`: trained, evaluated and used as such.

@@ -55,8 +55,6 @@ from ebmkit.noise import SCHEDULES, Schedule, linear_betas
 from ebmkit.onednn import subsample_before_1x1
 from ebmkit.registry import Preset
 
-__all__ = ["DiffusionModel", "PredictionType", "UNetConfig"]
-
 INSTALL = 'uv sync --extra diffusion, or pip install "ebmkit-vision[diffusion]"'
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]

@@ -30,14 +30,13 @@ from typing import Literal, NamedTuple
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ebmkit.energy import Noise
 from ebmkit.errors import UserError
 from ebmkit.models.base import DenoiserConfig
 from ebmkit.models.denoisers import DirectDenoiser
 from ebmkit.registry import Preset
-
-__all__ = ["BiasFreeBatchNorm", "DnCNN", "DnCNNConfig", "convert_dncnn"]
 
 PUBLISHED_DEPTHS = (17, 20)
 
@@ -253,10 +252,10 @@ def _fold(conv: _Conv, named: dict[str, Tensor], name: str, eps: float) -> _Conv
     parts = ("weight", "bias", "running_mean", "running_var")
     weight, bias, mean, variance = (_take(named, f"{name}.{part}").double() for part in parts)
     named.pop(f"{name}.num_batches_tracked", None)
-    scale = weight / (variance + eps).sqrt()
-    folded = conv.weight.double() * scale[:, None, None, None]
-    shift = bias + (conv.bias.double() - mean) * scale
-    return _Conv(conv.name, folded.to(conv.weight), shift.to(conv.weight))
+    folded, shift = fuse_conv_bn_weights(
+        conv.weight.double(), conv.bias.double(), mean, variance, eps, weight, bias
+    )
+    return _Conv(conv.name, folded.detach().to(conv.weight), shift.detach().to(conv.weight))
 
 
 def _take(named: dict[str, Tensor], name: str) -> Tensor:

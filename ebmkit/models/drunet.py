@@ -30,8 +30,6 @@ from ebmkit.models.convolution import Conv2d
 from ebmkit.models.denoisers import DirectDenoiser
 from ebmkit.registry import Preset
 
-__all__ = ["DRUNet", "DRUNetConfig", "convert_drunet"]
-
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "elu": nn.ELU, "softplus": nn.Softplus}
 MULTIPLE = 8  # of height and width, for three halvings
 

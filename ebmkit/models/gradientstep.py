@@ -44,14 +44,6 @@ from ebmkit.models.drunet import DRUNetConfig
 from ebmkit.onednn import subsample_before_1x1
 from ebmkit.registry import Preset
 
-__all__ = [
-    "GSDRUNetConfig",
-    "GraDnCNNConfig",
-    "GradientStep",
-    "HalfSquaredResidual",
-    "ScalarConvNet",
-]
-
 SMOOTH: dict[str, type[nn.Module]] = {"elu": nn.ELU, "softplus": nn.Softplus}
 
 

@@ -32,8 +32,6 @@ from ebmkit.models.norms import NormName, make_norm
 from ebmkit.models.recompute import recompute
 from ebmkit.registry import Preset
 
-__all__ = ["GradResNet", "GradResNetConfig"]
-
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": GELU, "relu": nn.ReLU}
 
 

@@ -37,16 +37,6 @@ from ebmkit.energy import Energies, EnergyModel, Noise
 from ebmkit.errors import UserError
 from ebmkit.registry import Preset
 
-__all__ = [
-    "HEADS",
-    "EnergySource",
-    "HeadConfig",
-    "LinearQuadraticHead",
-    "LogitEnergy",
-    "LogitHead",
-    "energy_source",
-]
-
 EnergySource = Literal["auto", "model", "logits"]
 
 LABELS_ALONE = {"ce", "adv", "trades"}

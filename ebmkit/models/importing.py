@@ -48,15 +48,6 @@ from ebmkit.storage.tensors import read_tensors
 from ebmkit.storage.torchfile import read_torch_file
 from ebmkit.validation import validated
 
-__all__ = [
-    "KINDS",
-    "import_checkpoint",
-    "load_checkpoint",
-    "read_checkpoint",
-    "read_state",
-    "save_as_run",
-]
-
 KINDS = {
     "robustness": "files of the robustness package: an adversarially trained ResNet",
     "jem": "JEM's released WideResNet",
@@ -358,6 +349,19 @@ def _renamed(state: State, rules: Iterable[tuple[str, str]]) -> dict[str, Tensor
     return result
 
 
+def _substituted(
+    state: State, *rules: tuple[str, str | Callable[[re.Match[str]], str]]
+) -> dict[str, Tensor]:
+    """``state`` with regular expressions replaced in its names, and ``backbone.`` before them."""
+    ours = {}
+    for name, value in state.items():
+        new = name
+        for old, replacement in rules:
+            new = re.sub(old, replacement, new, count=1)
+        ours[new if new.startswith("head.") else f"backbone.{new}"] = value
+    return ours
+
+
 def _convert_robustness(state: State, mean: Numbers | None, std: Numbers | None) -> Converted:
     """A ResNet of the ``robustness`` package, with its normalisation.
 
@@ -374,15 +378,9 @@ def _convert_robustness(state: State, mean: Numbers | None, std: Numbers | None)
         if given is None and found is None:
             raise UserError(f"the checkpoint has no normalizer.{part}: give --mean and --std")
         statistics.append(given if found is None or given is not None else _numbers(found))
-    rules = {".shortcut.": ".downsample.", "linear.": "fc."}
-    ours = {}
-    for name, value in named.items():
-        new = name
-        for old, replacement in rules.items():
-            starts = old.startswith(".") or new.startswith(old)
-            new = new.replace(old, replacement, 1) if starts else new
-        new = f"head.classifier.{new[3:]}" if new.startswith("fc.") else f"backbone.{new}"
-        ours[new] = value
+    ours = _substituted(
+        named, (r"\.shortcut\.", ".downsample."), (r"^(linear|fc)\.", "head.classifier.")
+    )
     shape = _resnet(ours)
     config = {
         "backbone": shape,
@@ -429,20 +427,17 @@ def _convert_jem(state: State, mean: Numbers | None, std: Numbers | None) -> Con
     if not blocks or width is None:
         raise UserError("'f.layer1.0.conv1.weight' is missing from the weights: JEM's have it")
     count = len(blocks)
-    ours = {}
-    for name, value in plain.items():
-        if name.startswith(("f.linear.", "energy_output.")):
-            continue
-        match = re.fullmatch(r"f\.layer([123])\.(\d+)\.(.+)", name)
-        if match:
-            index = (int(match[1]) - 1) * count + int(match[2])
-            part = match[3].replace("shortcut.0.", "shortcut.").replace("bn", "norm")
-            ours[f"backbone.blocks.{index}.{part}"] = value
-        elif name.startswith("class_output."):
-            ours[name.replace("class_output", "head.classifier")] = value
-        else:
-            new = name.removeprefix("f.").replace("conv1.", "stem.").replace("bn1.", "norm.")
-            ours[f"backbone.{new}"] = value
+    unused = ("f.linear.", "energy_output.")
+    ours = _substituted(
+        {name: value for name, value in plain.items() if not name.startswith(unused)},
+        (r"^f\.layer([123])\.(\d+)", lambda m: f"blocks.{(int(m[1]) - 1) * count + int(m[2])}"),
+        (r"(?<=\.)shortcut\.0\.", "shortcut."),
+        (r"(?<=\.)bn(?=[12]\.)", "norm"),
+        (r"^f\.conv1\.", "stem."),
+        (r"^f\.norm1\.", "norm."),
+        (r"^class_output\.", "head.classifier."),
+        (r"^f\.", ""),
+    )
     config = {
         "backbone": {
             "kind": "wideresnet",

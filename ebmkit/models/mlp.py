@@ -35,8 +35,6 @@ from ebmkit.compute import upcast, without_autocast
 from ebmkit.models.base import BackboneConfig, Features, MeanPooled
 from ebmkit.registry import Preset
 
-__all__ = ["MLP", "MLPConfig"]
-
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "silu": nn.SiLU,
     "gelu": nn.GELU,

@@ -44,8 +44,6 @@ from torch import Tensor, nn
 from ebmkit.compute import upcast, without_autocast
 from ebmkit.models.convolution import positional
 
-__all__ = ["GroupNorm", "NormName", "group_norm", "make_norm"]
-
 NormName = Literal["group", "scale", "batch", "none"]
 
 

@@ -27,8 +27,6 @@ from ebmkit.storage.reading import MIB, check_links, read_json
 from ebmkit.storage.tensors import LimitedSize
 from ebmkit.validation import validated
 
-__all__ = ["import_unet", "read_unet"]
-
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 SETTINGS = ("model_index.json", "config.json", "scheduler_config.json")
 # names of self-attention before diffusers 0.17, and since

@@ -25,8 +25,6 @@ from ebmkit.models.base import BackboneConfig, Features, MeanPooled
 from ebmkit.models.convolution import Conv2d
 from ebmkit.registry import Preset
 
-__all__ = ["ResNet", "ResNetConfig"]
-
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 
 

@@ -28,16 +28,6 @@ from ebmkit.storage.reading import check_links, parse_json
 from ebmkit.storage.tensors import LimitedSize, parse_tensors
 from ebmkit.validation import validated
 
-__all__ = [
-    "digest",
-    "load",
-    "model_files",
-    "save_model",
-    "save_weights",
-    "weights_digest",
-    "weights_file",
-]
-
 FORMAT = 1
 
 FILES = {"last": "model.safetensors", "best": "checkpoints/best.safetensors"}

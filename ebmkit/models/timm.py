@@ -24,8 +24,6 @@ from torch import Tensor, nn
 from ebmkit.errors import UserError, shown
 from ebmkit.models.base import BackboneConfig, Features
 
-__all__ = ["TimmBackbone", "TimmConfig"]
-
 INSTALL = "pip install 'ebmkit-vision[timm]'"
 
 OWN_ARGUMENTS = frozenset(

@@ -30,8 +30,6 @@ from ebmkit.models.norms import make_norm
 from ebmkit.models.recompute import recompute
 from ebmkit.registry import Preset
 
-__all__ = ["WideResNet", "WideResNetConfig"]
-
 STEM_CHANNELS = 16
 
 

@@ -37,8 +37,6 @@ from typing import IO, Any, Protocol, cast
 
 import torch
 
-__all__ = ["Damaged", "Inert", "Readable", "Refusal", "StorageRecord", "TensorRecord", "unpickle"]
-
 
 class Damaged(Exception):
     """The bytes are no pickle, or none of tensors in containers."""
@@ -181,28 +179,22 @@ def _whole(numbers: Any) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> TensorRecord:
+def _tensor(
+    storage: Any, offset: Any, size: Any, stride: Any, *rest: Any, dtype: Any = None
+) -> TensorRecord:
     """``torch._utils._rebuild_tensor`` and its second form; hooks in ``rest`` are left out."""
-    if not isinstance(storage, StorageRecord):
+    (start,), sizes, strides = _whole([offset]), _whole(size), _whole(stride)
+    if not isinstance(storage, StorageRecord) or len(sizes) != len(strides):
         raise Damaged
-    return _view(storage, storage.dtype, offset, size, stride)
+    return TensorRecord(storage, dtype or storage.dtype, start, sizes, strides)
 
 
 def _tensor_v3(
     storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, *_: Any
 ) -> TensorRecord:
-    if not isinstance(storage, StorageRecord) or not isinstance(dtype, torch.dtype):
+    if not isinstance(dtype, torch.dtype):
         raise Damaged
-    return _view(storage, dtype, offset, size, stride)
-
-
-def _view(
-    storage: StorageRecord, dtype: torch.dtype, offset: Any, size: Any, stride: Any
-) -> TensorRecord:
-    (start,), sizes, strides = _whole([offset]), _whole(size), _whole(stride)
-    if len(sizes) != len(strides):
-        raise Damaged
-    return TensorRecord(storage, dtype, start, sizes, strides)
+    return _tensor(storage, offset, size, stride, dtype=dtype)
 
 
 def _from_type(make: Any, kind: Any, args: Any, state: Any) -> Any:

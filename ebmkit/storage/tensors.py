@@ -35,8 +35,6 @@ from torch.overrides import TorchFunctionMode
 from ebmkit.errors import UserError, shown
 from ebmkit.storage.reading import MIB, DamagedFile, parse_json, read_bytes
 
-__all__ = ["LimitedSize", "parse_tensors", "read_tensors"]
-
 HEADER_BYTES = 8 * MIB
 """Of a header: 80,000 tensors or so."""
 

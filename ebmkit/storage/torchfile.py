@@ -40,8 +40,6 @@ from ebmkit.storage.pickles import (
 )
 from ebmkit.storage.reading import MIB, opened
 
-__all__ = ["read_torch_content", "read_torch_file"]
-
 NOT_PLAIN = (
     *(zipfile.BadZipFile, struct.error, RecursionError, NotImplementedError, RuntimeError),
     *(KeyError, ValueError, EOFError, OverflowError, MemoryError, AttributeError, TypeError),

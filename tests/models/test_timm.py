@@ -4,13 +4,13 @@ import sys
 
 import pytest
 import torch
+from ebmkit.training.loop import assemble
 
 import ebmkit
 from ebmkit import UserError, create_model
 from ebmkit.models import JointModel, ModelConfig, TimmConfig
 from ebmkit.models.config import find_network
 from ebmkit.training import RunFolder, resolve
-from ebmkit.training.assemble import assemble
 from ebmkit.validation import validated
 
 pytest.importorskip("timm")
@@ -135,7 +135,7 @@ def test_a_saved_model_fetches_nothing(tmp_path):
 
 def test_windows_need_maps():
     with pytest.raises(UserError, match=r"has no method pool\(maps, grid\)"):
-        tiny(image_size=8, extent="windows")
+        tiny(image_size=8, size_scaling="windows")
 
 
 def test_names(monkeypatch):

@@ -79,7 +79,9 @@ def test_every_backbone_can_be_told(preset):
 
 
 def test_larger_images_and_recomputation_work_as_without():
-    windows = conditioned("gradresnet18", reference_size=(8, 8), extent="windows").double().eval()
+    windows = (
+        conditioned("gradresnet18", reference_size=(8, 8), size_scaling="windows").double().eval()
+    )
     y = torch.rand(2, 1, 16, 16, dtype=torch.float64)
     assert windows.score(y, sigma=0.5).isfinite().all()
     tiles = conditioned("gradresnet18", reference_size=(8, 8)).double().eval()
