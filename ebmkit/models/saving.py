@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -23,6 +24,7 @@ from ebmkit.card import ModelCard
 from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.models.config import ModelConfig
+from ebmkit.plugins import check_plugins, load_plugins
 from ebmkit.storage import read_together, write_atomically
 from ebmkit.storage.reading import check_links, parse_json
 from ebmkit.storage.tensors import LimitedSize, parse_tensors
@@ -86,6 +88,7 @@ def load(
     model: ScoreModel | None = None,
     device: str = "cpu",
     weights: str = "last",
+    plugins: Sequence[str | os.PathLike[str]] = (),
 ) -> ScoreModel:
     """The trained model in the folder ``run``, frozen and in evaluation mode.
 
@@ -94,6 +97,7 @@ def load(
         model: the network to load into; needed only for one that was composed by hand.
         device: where to put it.
         weights: ``last``, or ``best`` by validation.
+        plugins: to import first (`ebmkit.plugins`), for a model with parts from them.
 
     Returns:
         The model; its attribute ``card`` says what it was trained for. Weights that are not finite
@@ -105,6 +109,7 @@ def load(
     >>> model = load("runs/digits")                                      # doctest: +SKIP
     >>> model.denoise(y, sigma=25 / 255)                                 # doctest: +SKIP
     """
+    load_plugins(plugins)
     folder = Path(run)
     if not folder.is_dir():
         raise UserError(f"there is no run folder {str(folder)!r}")
@@ -173,4 +178,6 @@ def _read_document(content: bytes, path: Path) -> _Document:
     values = parse_json(content, repr(str(path)), finite=True)
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise UserError(f"{str(path)!r} is not of format {FORMAT}: made by another version?")
+    card = values.get("card")
+    check_plugins(card.get("plugins", ()) if isinstance(card, dict) else (), repr(str(path.parent)))
     return validated(_Document, values, str(path))
