@@ -31,8 +31,8 @@ def network():
 
 
 def made(name, model, c, means=MEANS, **options):
-    settings = make_guidance(guidance=name, options=options).settings
-    return GUIDES[name].make(model, c, settings, means)
+    options = make_guidance(guidance=name, options=options).options
+    return GUIDES[name].make(model, c, GUIDES[name].settings(**options), means)
 
 
 OPTIONS = {"pgd": {"n": 3, "gamma": 0.02}, "accumulated": {"n": 3, "gamma": 0.02}}
