@@ -1,15 +1,15 @@
 """How large a reproduction is: for CI, for two cores, and as the paper has it.
 
 ========= ============================== ================== =============================
-scale     data                           network            training of a row
+scale     data                           network            training of a variant
 ========= ============================== ================== =============================
 smoke     scikit-learn's digits, 8x8     width 8            60 steps: seconds
 cpu       CIFAR-10                       width 16           1,000 steps: minutes on 2 cores
 full      CIFAR-10 (table 2: ImageNet)   width 64           the paper's recipe, on a GPU
 ========= ============================== ================== =============================
 
-Nothing else differs between the rows of a table than what the row names, with one exception: below
-``full`` the rows that denoise alone learn at a third of the rate, with clipped gradients. At the
+Nothing else differs between the variants of a table than what each names, with one exception: below
+``full`` those that denoise alone learn at a third of the rate, with clipped gradients. At the
 rate of the others, which the small recipes have so that minutes suffice, they fell back to the
 identity after some hundred steps and stayed there. Table 2 follows the
 ImageNet recipe at every scale, crops that grow and batches that shrink included; below ``full`` on
@@ -25,22 +25,22 @@ from typing import Any
 import torch
 
 from ebmkit.registry import find
-from ebmkit.training import RECIPES
+from ebmkit.training import RECIPES, TrainConfig, resolve
 
 __all__ = ["SCALES", "Scale", "find_scale"]
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Settings that all rows of a table share.
+    """Settings that all variants of an experiment share.
 
     Attributes:
         name: as on the command line.
-        about: one line.
-        recipe: by family of tables (cifar10, imagenet), the recipe below everything.
+        description: one line.
+        recipe: by family of variants (cifar10, imagenet, guidance), the recipe below everything.
         layer: by family, what is laid over the recipe.
-        images: by suite, test images that rows are evaluated on at most; all where it is not named.
-        by_task: laid over the rows of a task.
+        images: by suite, test images evaluated at most; all where it is not named.
+        by_task: laid over the variants of a task.
         threads: of a CPU at most; None: as many as there are.
     """
 
@@ -51,6 +51,17 @@ class Scale:
     images: Mapping[str, int]
     by_task: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     threads: int | None = None
+
+    def resolve(self, family: str, task: str, *layers: Mapping[str, Any]) -> TrainConfig:
+        """The whole configuration of a variant: its recipe, and above it the scale's layers.
+
+        Args:
+            family: of the variant.
+            task: of the variant.
+            layers: what is laid over both.
+        """
+        own = (self.layer[family], self.by_task.get(task, {}))
+        return resolve(*own, *layers, recipe=self.recipe[family])
 
 
 def _cpu_precision() -> str:

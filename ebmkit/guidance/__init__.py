@@ -25,8 +25,6 @@ from ebmkit.guidance.score import (
     guided_noise,
     guided_score,
     make_guidance,
-    weight_of_diffusers,
-    weight_of_thesis,
 )
 
 __all__ = [
@@ -57,6 +55,4 @@ __all__ = [
     "parse_schedule",
     "pgd_guide",
     "stored_energies",
-    "weight_of_diffusers",
-    "weight_of_thesis",
 ]

@@ -4,20 +4,15 @@ A pipeline asks its UNet for a prediction at (u_t, t) and leaves the rest to its
 UNet whose prediction is guided guides the pipeline, whatever the scheduler (DDPM, DDIM,
 DPM-Solver, Euler, ...). `GuidedUNet` is one: it has the configuration, type and signature of the
 UNet that it wraps. With :math:`\bar\alpha` of the scheduler and images in [a, b], usually
-[-1, 1], each prediction is an affine function of the noise,
+[-1, 1], the noise is an affine function of each prediction,
 
 .. math::
     \hat\epsilon = \sqrt{\bar\alpha}\,\hat v + \sqrt{1 - \bar\alpha}\,u
-                 = (u - \sqrt{\bar\alpha}\,\hat u_0) / \sqrt{1 - \bar\alpha} ,
+                 = (u - \sqrt{\bar\alpha}\,\hat u_0) / \sqrt{1 - \bar\alpha}
+                 = p \cdot \text{prediction} + q\,u ,
 
-guidance changes the noise by :math:`\Delta = -s\,g(t)\,\nabla_u h` (`ebmkit.guidance.guided_noise`,
-where the guide gets images in [0, 1]), and so the prediction by
-
-================ =================================================
-``epsilon``      :math:`\Delta`
-``v_prediction`` :math:`\Delta / \sqrt{\bar\alpha}`
-``sample``       :math:`-\Delta\,\sqrt{(1 - \bar\alpha)/\bar\alpha}`
-================ =================================================
+guidance changes it by :math:`\Delta = -s\,g(t)\,\nabla_u h` (`ebmkit.guidance.guided_noise`, where
+the guide gets images in [0, 1]), and so the prediction by :math:`\Delta / p`.
 
 Channels beyond the images' own are variances, and stay. Where there is noise alone
 (:math:`\bar\alpha` below 1e-7, as at the end of a rescaled schedule), the prediction stays.
@@ -57,7 +52,12 @@ __all__ = ["GuidedUNet", "guided", "schedule_of"]
 LATENT = ("vae", "vqvae", "vqgan", "movq", "prior")
 """Components of pipelines whose UNet works on codes of images."""
 
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
+PREDICTIONS: dict[str, Callable[[float], tuple[float, float]]] = {
+    "epsilon": lambda abar: (1.0, 0.0),
+    "v_prediction": lambda abar: (math.sqrt(abar), math.sqrt(1 - abar)),
+    "sample": lambda abar: (-math.sqrt(abar / (1 - abar)), 1 / math.sqrt(1 - abar)),
+}
+"""By name, p and q of the noise = p * prediction + q * u_t."""
 
 NOISE_ALONE = 1e-7
 """Below this share of the image in the variance there is nothing to guide by."""
@@ -94,13 +94,8 @@ def guided(
             gives logits of images in [0, 1] (`LogitModel` for other ranges); None for
             ``classifier-free``.
         label: of all images, or one for each, (B,).
-        guidance: a name from `ebmkit list guidance`.
-        scale: s; 0 is unguided. Of ``classifier-free``, w.
-        schedule: g(t), as sigmoid:t0=500,y0=0.05,k=0.02.
-        view: input of the guide: noisy, x_t or x0_hat; None: noisy if the guide takes the noise
-            level, else x_t.
-        backpropagate: whether the gradient of ``x0_hat`` goes back through the UNet.
-        start: share of noise levels, from the noisiest, before guidance.
+        guidance: as of `ebmkit.guidance.GuidanceConfig`, like ``scale``, ``schedule``, ``view``,
+            ``backpropagate`` and ``start``.
         means: (C,) mean E of each label's training images, for ``dual``.
         classifier_free: w, in addition to a guide, for a class-conditional UNet; None: it gets the
             label itself.
@@ -320,10 +315,11 @@ class GuidedUNet(nn.Module):
         outs: list[Tensor] = []
         noises: list[Tensor] = []
 
+        p, q = PREDICTIONS[self.prediction](abar)
+
         def noise(wide: Tensor, t: int) -> Tensor:
             outs.append(predict(wide.to(u.dtype)))
-            noises.append(_noise_of(outs[0][:, :channels].to(wide.dtype), wide, abar,
-                                    self.prediction))  # fmt: skip
+            noises.append(p * outs[0][:, :channels].to(wide.dtype) + q * wide)
             return noises[0]
 
         wide = u if u.dtype == torch.float64 else u.float()
@@ -335,13 +331,7 @@ class GuidedUNet(nn.Module):
             clean = (wide - math.sqrt(1 - abar) * hat) / math.sqrt(abar)
             clean = clean.clamp(-self.limit, self.limit)
             hat = (wide - math.sqrt(abar) * clean) / math.sqrt(1 - abar)
-        first = out[:, :channels].to(hat.dtype)
-        if self.prediction == "epsilon":
-            first = hat
-        elif self.prediction == "v_prediction":
-            first = first + (hat - plain) / math.sqrt(abar)
-        else:
-            first = first - (hat - plain) * math.sqrt((1 - abar) / abar)
+        first = out[:, :channels].to(hat.dtype) + (hat - plain) / p
         return torch.cat([first.to(out.dtype), out[:, channels:]], dim=1)
 
     def _check_sample(self, sample: Tensor) -> None:
@@ -408,14 +398,6 @@ def schedule_of(scheduler: Any, image_range: tuple[float, float] = (-1.0, 1.0)) 
     known = abar.detach().double().cpu().clamp_min(NOISE_ALONE / 2)
     before = torch.cat([known.new_ones(1), known[:-1]])
     return _Levels((1 - known / before).clamp(1e-12, 1 - 1e-12), image_range)
-
-
-def _noise_of(out: Tensor, u: Tensor, abar: float, prediction: str) -> Tensor:
-    if prediction == "epsilon":
-        return out
-    if prediction == "v_prediction":
-        return math.sqrt(abar) * out + math.sqrt(1 - abar) * u
-    return (u - math.sqrt(abar) * out) / math.sqrt(1 - abar)
 
 
 def _in_precision_of(model: nn.Module, guide: DensityFunction) -> DensityFunction:

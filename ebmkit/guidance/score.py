@@ -35,7 +35,8 @@ Classifier-free guidance mixes two predictions at a weight w (Ho & Salimans, 220
 
 .. math:: \hat\epsilon = \epsilon_u + w\,(\epsilon_c - \epsilon_u) ,
 
-w = 0 unconditional and w = 1 conditional: it is guidance by the classifier that the two imply.
+w = 0 unconditional and w = 1 conditional: it is guidance by the classifier that the two imply. Here
+w is the ``guidance_scale`` of `diffusers`, and 1 + s of RCG's algorithm 4.
 """
 
 from __future__ import annotations
@@ -72,8 +73,6 @@ __all__ = [
     "guided_noise",
     "guided_score",
     "make_guidance",
-    "weight_of_diffusers",
-    "weight_of_thesis",
 ]
 
 View = Literal["noisy", "x_t", "x0_hat"]
@@ -472,13 +471,3 @@ def classifier_free(conditional: F, unconditional: F, weight: float | Tensor) ->
         return base + per_chain(weight, base) * (conditional(*arguments) - base)
 
     return mixed  # type: ignore[return-value]
-
-
-def weight_of_diffusers(guidance_scale: float) -> float:
-    """w of `diffusers`' ``guidance_scale``, which mixes in the same way: the number itself."""
-    return guidance_scale
-
-
-def weight_of_thesis(s: float) -> float:
-    """w of RCG's s (algorithm 4: (s + 1) eps_c - s eps_u), where s = 0 is conditional: 1 + s."""
-    return 1 + s

@@ -19,8 +19,6 @@ from ebmkit.guidance import (
     guided_noise,
     guided_score,
     parse_schedule,
-    weight_of_diffusers,
-    weight_of_thesis,
 )
 from ebmkit.sampling import (
     DDIM,
@@ -334,9 +332,9 @@ def test_scales_of_others_are_converted():
     """The thesis mixes (s + 1) eps_c - s eps_u, diffusers eps_u + scale (eps_c - eps_u)."""
     c, u = draw(3, 2), draw(3, 2, seed=1)
     for number in (0.0, 0.5, 2.0):
-        mixed = classifier_free(lambda: c, lambda: u, weight_of_thesis(number))()
+        mixed = classifier_free(lambda: c, lambda: u, 1 + number)()
         torch.testing.assert_close(mixed, (number + 1) * c - number * u)
-        mixed = classifier_free(lambda: c, lambda: u, weight_of_diffusers(number))()
+        mixed = classifier_free(lambda: c, lambda: u, number)()
         torch.testing.assert_close(mixed, u + number * (c - u))
     with pytest.raises(UserError, match="scale -1"):
         classifier_free(lambda: c, lambda: u, -1)

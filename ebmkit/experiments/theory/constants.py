@@ -38,8 +38,8 @@ from torch.func import grad, jacrev, vmap
 
 from ebmkit.errors import UserError
 from ebmkit.experiments.theory.families import Family, moments
-from ebmkit.experiments.theory.regression import softmax_regression
-from ebmkit.experiments.theory.truth import Nodes
+from ebmkit.experiments.theory.fits import softmax_regression
+from ebmkit.experiments.theory.settings import Nodes
 
 __all__ = ["Expansion", "discriminative", "expand", "generative"]
 
