@@ -31,8 +31,6 @@ from ebmkit.noise import in_255ths
 from ebmkit.storage.reading import read_json
 from ebmkit.training.environment import environment
 
-__all__ = ["ATTACKED", "FIGURE_EXPERIMENTS"]
-
 ATTACKED = (*(TABLES["table1"].variant(name) for name in ("resnet18", "gradresnet-ce")), JEM, JOINT)
 """The networks of ``fig4``."""
 

@@ -79,8 +79,6 @@ from ebmkit.storage import write_atomically
 from ebmkit.storage.hdf5 import find_array, open_hdf5, read_array, read_attribute
 from ebmkit.storage.reading import read_json
 
-__all__ = ["GUIDANCE_EXPERIMENT", "Drawing", "guidance_text", "run_guidance"]
-
 CLASSIFY = Protocol("guidance", ("classify",), images={"classify": 1000})
 
 BATCH = 100

@@ -22,20 +22,6 @@ from typing import Any
 
 from ebmkit.experiments.runs import Variant
 
-__all__ = [
-    "AMOUNTS",
-    "DIFFUSION",
-    "EVALUATION_CLASSIFIER",
-    "METHODS",
-    "NETWORKS",
-    "ON_GRID",
-    "ON_PATH",
-    "PLAIN",
-    "ROBUST",
-    "Amount",
-    "GuidanceMethod",
-]
-
 _CLEAN = {"streams": {"classify": {"noise": {"kind": "none", "min": 0.0, "max": 0.0}}}}
 _OF_TIME = {
     "streams": {"classify": {"noise": {"kind": "diffusion"}}},

@@ -24,13 +24,6 @@ from ebmkit.plots.common import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = [
-    "beyond_training",
-    "compare_methods",
-    "compare_with_paper",
-    "draw_figure1",
-    "samples_of_methods",
-]
 
 PSNR_PANELS = {level: f"PSNR, dB, at sigma {level}/255" for level in ("15", "25", "50")}
 PANELS = {"accuracy": "accuracy, %", **PSNR_PANELS}

@@ -17,17 +17,6 @@ from typing import Any, NamedTuple
 from ebmkit.experiments.runs import ExperimentRuns, Protocol, Variant
 from ebmkit.storage import write_atomically
 
-__all__ = [
-    "Experiment",
-    "Report",
-    "Result",
-    "circumstances",
-    "line",
-    "run_grid",
-    "table_head",
-    "write",
-]
-
 
 class Report(NamedTuple):
     """What an experiment found.

@@ -40,8 +40,6 @@ from ebmkit.training.assemble import Split, assemble, images_of
 from ebmkit.training.cost import format_seconds
 from ebmkit.training.differences import difference
 
-__all__ = ["ExperimentRuns", "Protocol", "Variant", "exclusive"]
-
 REPORTED = {
     "classify": ("accuracy", "accuracy_interval"),
     "denoise": ("denoisers", "knows_sigma"),
@@ -202,8 +200,6 @@ class ExperimentRuns:
     def _needs_imagenet(self, variant: Variant) -> bool:
         return variant.family == "imagenet" and self.scale.name == "full"
 
-    # --- one variant -----------------------------------------------------------------------------
-
     def try_run(self, variant: Variant, protocol: Protocol | None) -> None:
         """`measure`, or without a protocol `train`; why it cannot be finished goes to `stopped`."""
         note = self._note(variant)
@@ -301,6 +297,7 @@ class ExperimentRuns:
                     folder,
                     limit=protocol.images.get(suite),
                     sigmas=protocol.sigmas,
+                    noise_levels=(0.0,),
                     options={n: o for n, o in protocol.options.items() if n == suite},
                     progress=self.progress,
                 )

@@ -27,8 +27,6 @@ import torch
 from ebmkit.registry import find
 from ebmkit.training import RECIPES, TrainConfig, resolve
 
-__all__ = ["SCALES", "Scale", "find_scale"]
-
 
 @dataclass(frozen=True)
 class Scale:

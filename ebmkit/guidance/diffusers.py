@@ -47,8 +47,6 @@ from ebmkit.guidance.score import Guidance, GuidanceConfig, View, guided_noise, 
 from ebmkit.noise import Schedule
 from ebmkit.sampling.target import DensityFunction
 
-__all__ = ["GuidedUNet", "guided", "schedule_of"]
-
 LATENT = ("vae", "vqvae", "vqgan", "movq", "prior")
 """Components of pipelines whose UNet works on codes of images."""
 

@@ -49,19 +49,6 @@ from ebmkit.readings import as_read
 from ebmkit.sampling.base import check_positive, per_chain
 from ebmkit.sampling.target import DensityFunction, density_of, label_density_of
 
-__all__ = [
-    "CLASSIFIER_FREE",
-    "GUIDES",
-    "Guide",
-    "accumulated_guide",
-    "check_guide",
-    "classifier_guide",
-    "clean_sigma",
-    "dual_guide",
-    "energy_guide",
-    "pgd_guide",
-]
-
 CLASSIFIER_FREE = "classifier-free"
 """Guidance that needs no guide: the sampled model itself knows labels."""
 
@@ -72,11 +59,7 @@ _INNER = "the guide that is climbed: classifier, energy or dual"
 
 
 def classifier_guide(model: EnergyModel, c: Labels) -> DensityFunction:
-    """log p(c|v): classifier guidance.
-
-    Args:
-        model: with labels.
-        c: a label, or (B,).
+    """log p(c|v) of labels ``c``, a number or (B,): classifier guidance.
 
     Raises:
         UserError: if the model has no labels that were trained, or one is out of range.
@@ -88,7 +71,8 @@ def classifier_guide(model: EnergyModel, c: Labels) -> DensityFunction:
 def energy_guide(model: EnergyModel, c: Labels) -> DensityFunction:
     """log p(v, c) = -E(v, c), up to a constant: joint-energy guidance (RCG section 4.6).
 
-    Args and errors are those of `classifier_guide`.
+    Raises:
+        UserError: as `classifier_guide`.
     """
     model = as_read(check_guide(model))
     return _with_clean_sigma(model, density_of(model, c))
@@ -139,7 +123,7 @@ def pgd_guide(inner: DensityFunction, steps: int = 100, step_size: float = 0.01)
     Args:
         inner: a guide.
         steps: n; 0 is ``inner`` itself.
-        step_size: gamma, the l2 length of a step, in image units of what the guide gets.
+        step_size: gamma, the l2 length of a step, in image units of the guide's input.
 
     Raises:
         UserError: if a number is not legal.
@@ -158,13 +142,8 @@ def accumulated_guide(
 ) -> DensityFunction:
     """The sums of ``inner`` and of its gradient along normalised steps up it (RCG section 4.3).
 
-    Args:
-        inner: a guide.
-        steps: n, the number of gradients added; 1 is ``inner`` itself.
-        step_size: as of `pgd_guide`.
-
-    Raises:
-        UserError: if a number is not legal.
+    ``steps``, n, is the number of gradients added; 1 is ``inner`` itself. The rest is as of
+    `pgd_guide`.
     """
     _check_steps(steps, 1, step_size)
 
@@ -197,17 +176,11 @@ def _check_steps(steps: int, least: int, step_size: float) -> None:
 
 
 class DualTarget(NamedTuple):
-    """-(E(v, c) + lambda |mean - E(v)|) (RCG eq. 4.6).
+    """-(E(v, c) + lambda |mean - E(v)|) (RCG eq. 4.6)."""
 
-    Attributes:
-        labels: c (B,).
-        means: (B,), mean E of training images of these labels, nats.
-        weight: lambda, a scalar.
-    """
-
-    labels: Tensor
-    means: Tensor
-    weight: Tensor
+    labels: Tensor  # c (B,)
+    means: Tensor  # (B,), mean E of training images of these labels, nats
+    weight: Tensor  # lambda, a scalar
 
     def __call__(self, energies: Energies) -> Tensor:
         density = energies.log_density

@@ -32,8 +32,6 @@ from ebmkit.readings import as_read
 from ebmkit.storage import write_atomically
 from ebmkit.storage.reading import read_json
 
-__all__ = ["ClassEnergies", "LabelledImages", "class_energies", "stored_energies"]
-
 
 class LabelledImages(Protocol):
     """What energies are computed on: a data set of `ebmkit.data`, say."""
@@ -66,11 +64,7 @@ def class_energies(
 ) -> ClassEnergies:
     """Energies of each label's images, at `ebmkit.guidance.guides.clean_sigma`.
 
-    Args:
-        model: with labels.
-        images: with labels.
-        progress: called with (images done, images in all).
-        batch_size: images per forward pass.
+    ``progress`` is called with (images done, images in all).
 
     Raises:
         UserError: if model or images have no labels, an image's label is not the model's, one of

@@ -34,8 +34,6 @@ from ebmkit.sampling.base import per_chain
 from ebmkit.sampling.langevin import root_mean_square
 from ebmkit.sampling.target import label_density_of
 
-__all__ = ["GuidedDensityModel", "GuidedModel", "guided_model"]
-
 
 def guided_model(
     base: ScoreModel,

@@ -38,8 +38,6 @@ from torch import Tensor
 from ebmkit.errors import UserError
 from ebmkit.validation import validated
 
-__all__ = ["GUIDANCE_SCHEDULES", "GuidanceSchedule", "parse_schedule"]
-
 
 class GuidanceSchedule(BaseModel, ABC):
     """g(t). A subclass has a ``name``, a ``description``, an example ``form``, and `factor`."""

@@ -63,18 +63,6 @@ from ebmkit.sampling.langevin import root_mean_square
 from ebmkit.sampling.target import DenoiserFunction, DensityFunction, ScoreFunction
 from ebmkit.validation import validated
 
-__all__ = [
-    "Guidance",
-    "GuidanceConfig",
-    "View",
-    "classifier_free",
-    "guided_denoiser",
-    "guided_density",
-    "guided_noise",
-    "guided_score",
-    "make_guidance",
-]
-
 View = Literal["noisy", "x_t", "x0_hat"]
 
 RENAMED = {"late": "start", "through": "backpropagate", "shrunk": "x_t", "clean": "x0_hat"}
@@ -92,14 +80,17 @@ class GuidanceConfig(BaseModel):
     schedule: str = Field("exact", description="g(t), as sigmoid:t0=500,y0=0.05,k=0.02")
     view: View | None = Field(
         None,
-        description="input of the guide: noisy, x_t or x0_hat; none: noisy if the guide takes the "
-        "noise level, else x_t",
+        description="input of the guide: noisy, x_t or x0_hat; none: noisy if it takes the noise "
+        "level, else x_t",
     )
     backpropagate: bool = Field(
         False, description="whether the gradient of view x0_hat goes back through the denoiser"
     )
     start: float = Field(
-        0.0, ge=0, le=1, description="share of noise levels, from the noisiest, before guidance"
+        0.0,
+        ge=0,
+        le=1,
+        description="share of noise levels, from the noisiest, before guidance (RCG section 4.3)",
     )
 
     @model_validator(mode="before")
@@ -139,18 +130,11 @@ class GuidanceConfig(BaseModel):
         means: Sequence[float] | None,
         diffusion: Schedule,
     ) -> Guidance:
-        """The guidance to labels ``c``.
-
-        Args:
-            guide: what knows the labels; None for classifier-free guidance, of which only
-                the weight remains.
-            c: a number or (B,).
-            means: (C,) mean E of each label's training images, where the guide needs them.
-            diffusion: as of `Guidance`.
+        """The guidance to labels ``c``, a number or (B,); classifier-free without a guide.
 
         Raises:
             UserError: if there is a guide and none is needed or the reverse, it does not know the
-                labels, needs means and gets none, or the view does not suit it.
+                labels, needs ``means`` and gets none, or the view does not suit it.
         """
         how = (self.backpropagate, self.start, diffusion)
         entry = GUIDES[self.guidance]
@@ -183,17 +167,11 @@ def make_guidance(**values: Any) -> GuidanceConfig:
 
 @dataclass(frozen=True)
 class Guidance:
-    """One guide, and how it is used.
+    """One guide, and how it is used; the other fields are those of `GuidanceConfig`.
 
     Args:
         guide: a function that is increased; it gets the noise level of its input, image units, or
             None of a clean image. None where only the weight is used.
-        scale: s, 0 or more.
-        schedule: g(t), or its written form.
-        view: the guide's input.
-        backpropagate: whether the gradient of ``x0_hat`` goes back through the denoiser.
-        start: share of the T noise levels, from the noisiest down, at which guidance is still off
-            (late activation, RCG section 4.3).
         diffusion: says which timestep and which abar a noise level is; `guided_noise` takes its
             own instead.
 
@@ -231,11 +209,7 @@ class Guidance:
     ) -> tuple[Tensor, Tensor]:
         """h(v(y)) (B,) and its gradient by ``y`` (B, ...), without scale and weight.
 
-        Args:
-            y: noisy images.
-            sigma: their noise level; None: no noise.
-            x0_hat: the denoised images.
-            vjp: a gradient by ``x0_hat`` to one by ``y``, for ``backpropagate``.
+        ``vjp`` takes a gradient by the denoised images ``x0_hat`` to one by ``y``.
         """
         assert self.guide is not None
         if self.view == "noisy":
@@ -407,16 +381,8 @@ def _evaluate(
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """The model's output at ``x``, and what guidance adds to log-density (B,) and score (B, ...).
 
-    The latter is None where guidance is off.
-
-    Args:
-        model: of images in its own coordinates.
-        x0_hat_of: images and the model's output at them to denoised images, image units.
-        active: the guidances that are on, with their weights.
-        x: noisy images in the model's coordinates.
-        y: the same in image units.
-        sigma: their noise level.
-        width: dx / dy.
+    The latter is None where no guidance is active. The model's coordinates are those of ``x``, with
+    dx / dy = ``width``; ``x0_hat_of`` takes x and the output there to denoised images.
     """
     if not active:
         return model(x), None

@@ -41,8 +41,6 @@ from ebmkit.experiments.theory.families import Family, moments
 from ebmkit.experiments.theory.fits import softmax_regression
 from ebmkit.experiments.theory.settings import Nodes
 
-__all__ = ["Expansion", "discriminative", "expand", "generative"]
-
 RANK_TOLERANCE = 1e-9  # of eigenvalues, relative to the largest
 FLAT = 1e-6  # norm of a slope that is zero but for quadrature and rounding
 

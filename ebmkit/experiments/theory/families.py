@@ -35,17 +35,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = [
-    "CentredMeans",
-    "ClassCovariances",
-    "Family",
-    "Gaussians",
-    "Moments",
-    "NaiveBayes",
-    "SharedCovariance",
-    "moments",
-]
-
 
 class Gaussians(NamedTuple):
     """Weights and Gaussians of the classes; leading dimensions are many models at once."""

@@ -20,8 +20,6 @@ from ebmkit.experiments.theory.constants import Expansion, discriminative, gener
 from ebmkit.experiments.theory.fits import Fitted, Point, fit_bias, fit_variance, measure
 from ebmkit.experiments.theory.settings import PAPER, SETTINGS, Setting
 
-__all__ = ["figure1", "markdown", "rows"]
-
 SIZES = 9  # numbers of samples per setting, each twice the one before
 FITTED = 4  # of them, the largest, that v and b are estimated from
 

@@ -39,16 +39,6 @@ from torch.func import grad
 from ebmkit.experiments.theory.families import Gaussians, Moments, moments
 from ebmkit.experiments.theory.settings import Setting
 
-__all__ = [
-    "ExcessError",
-    "Fitted",
-    "Point",
-    "fit_bias",
-    "fit_variance",
-    "measure",
-    "softmax_regression",
-]
-
 TOLERANCE = 1e-5  # of r; the last step is full, so the error left is about its square
 STEPS = 40
 FLAT = 1e-10  # smallest second derivative at a maximum, relative to the mean square of features

@@ -38,8 +38,6 @@ from ebmkit.experiments.theory.families import (
     SharedCovariance,
 )
 
-__all__ = ["PAPER", "SETTINGS", "Nodes", "Setting", "Truth"]
-
 
 class Nodes(NamedTuple):
     """A quadrature rule for a truth."""
