@@ -226,8 +226,7 @@ def draw_figure1(document: dict[str, Any], path: Path) -> None:
     for panel, setting in zip(axes[len(document["paper"]) :], document["settings"], strict=True):
         _family(panel, setting)
     for panel in axes:
-        panel.set_xscale("log")
-        panel.set_yscale("log")
+        panel.set(xscale="log", yscale="log")
         panel.grid(alpha=0.25, lw=0.5)
         panel.set_xlabel("training samples n", fontsize=8.5)
         panel.set_ylabel("excess error (nats)", fontsize=8.5)

@@ -283,41 +283,36 @@ class ExperimentRuns:
     def measure(self, variant: Variant, protocol: Protocol) -> dict[str, dict[str, Any]]:
         """The documents by suite of ``variant``, trained and measured now if need be."""
         run = self.train(variant)
-        folder, images = run.path / "evaluation" / protocol.name, self.images(variant, "test")
-        model, found = None, {}
-        for suite in protocol.suites:
-            document = protocol.document_in(folder, suite, len(images))
-            if document is None:
-                model = model or load(run.path, device=str(pick_device(self.device)))
-                self.log(f"{variant.name}: measuring {suite}")
-                results = evaluate(
-                    model,
-                    images,
-                    [suite],
-                    folder,
-                    limit=protocol.images.get(suite),
-                    sigmas=protocol.sigmas,
-                    noise_levels=(0.0,),
-                    options={n: o for n, o in protocol.options.items() if n == suite},
-                    progress=self.progress,
-                )
-                document = results[suite].document
-            found[suite] = document
+        found, model = self._documents(variant, protocol), None
+        for suite in (suite for suite, document in found.items() if document is None):
+            model = model or load(run.path, device=str(pick_device(self.device)))
+            self.log(f"{variant.name}: measuring {suite}")
+            results = evaluate(
+                model,
+                self.images(variant, "test"),
+                [suite],
+                run.path / "evaluation" / protocol.name,
+                limit=protocol.images.get(suite),
+                sigmas=protocol.sigmas,
+                noise_levels=(0.0,),
+                options={n: o for n, o in protocol.options.items() if n == suite},
+                progress=self.progress,
+            )
+            found[suite] = results[suite].document
         return found
 
     def measured(self, variant: Variant, protocol: Protocol) -> dict[str, dict[str, Any]] | None:
         """`measure` of a variant that is trained and measured already; else None."""
         if not self.trained(variant):
             return None
+        found = self._documents(variant, protocol)
+        return None if None in found.values() else found
+
+    def _documents(self, variant: Variant, protocol: Protocol) -> dict[str, Any]:
+        """The documents by suite that are complete; None of others."""
         folder = self.folder(variant) / "evaluation" / protocol.name
         count = len(self.images(variant, "test"))
-        found = {}
-        for suite in protocol.suites:
-            document = protocol.document_in(folder, suite, count)
-            if document is None:
-                return None
-            found[suite] = document
-        return found
+        return {suite: protocol.document_in(folder, suite, count) for suite in protocol.suites}
 
     def trained(self, variant: Variant) -> bool:
         """Whether ``variant`` is trained to its end.

@@ -444,8 +444,9 @@ def run_claims(runs: ExperimentRuns, only: Sequence[str]) -> Report:
     from ebmkit.experiments.plots import beyond_training
 
     report = run_table(CLAIMS, runs, only, CLAIM_SIGMAS)
-    plots = {**report.plots, "claims-beyond.png": partial(beyond_training, report.document)}
-    return report._replace(text=claims_text(report.document), plots=plots)
+    beyond = {"claims-beyond.png": partial(beyond_training, report.document)}
+    plots = {**report.plots, **beyond}
+    return Report(report.document, claims_text(report.document), plots)
 
 
 def claims_text(report: Mapping[str, Any]) -> str:

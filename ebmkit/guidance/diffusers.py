@@ -31,6 +31,7 @@ A class-conditional UNet gets the label itself, or with ``classifier_free`` = w 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -248,32 +249,28 @@ class GuidedUNet(nn.Module):
             UserError: if there are other labels than images, the images have another size than the
                 guide takes, a timestep is out of range, or the guide is on another device.
         """
-        self._check_sample(sample)
         batch, outs, kind = len(sample), [], None
-        for part, t in self._parts(timestep, batch):
+        labels = self._check_sample(sample)
+        for part, t in _parts(timestep, batch):
 
             def own(value: Any, part: slice = part) -> Any:
                 """Of an argument what belongs to these images."""
                 each = isinstance(value, Tensor) and value.ndim and len(value) == batch
                 return value[part] if each else value
 
-            each = isinstance(timestep, Tensor) and timestep.numel() > 1
-            given = [own(value) for value in args]
+            at, given = own(timestep), [own(value) for value in args]
             named = {key: own(value) for key, value in kwargs.items()}
-            at = timestep[part] if each else timestep  # type: ignore[index]
 
             def call(u: Tensor, more: dict[str, Tensor]) -> Tensor:
                 nonlocal kind
                 out = self.unet(u, at, *given, **{**named, **more})  # noqa: B023
-                if isinstance(out, Tensor | tuple):
-                    first: Tensor = out if isinstance(out, Tensor) else out[0]
-                    return first
-                kind = type(out)
-                found: Tensor = out.sample
+                if not isinstance(out, Tensor | tuple):
+                    kind, out = type(out), out.sample
+                found: Tensor = out[0] if isinstance(out, tuple) else out
                 return found
 
-            labels = self._labels(part, sample)
-            outs.append(self._guided(sample[part], t, labels, named.get("class_labels"), call))
+            c = named.get("class_labels")
+            outs.append(self._guided(sample[part], t, labels[part], c, call))
         out = torch.cat(outs) if len(outs) > 1 else outs[0]
         if not return_dict:
             return (out,)
@@ -284,12 +281,8 @@ class GuidedUNet(nn.Module):
     ) -> Tensor:
         """The UNet's output at images ``u`` of one timestep ``t``, its prediction guided.
 
-        Args:
-            u: (b, C, H, W).
-            t: a whole number, or between two.
-            labels: (b,), of guidance.
-            own: labels that the UNet was called with.
-            call: the UNet, given images and arguments to add.
+        ``labels`` (b,) are those of guidance, ``own`` those that the UNet was called with, if any;
+        ``call`` is the UNet, given images and arguments to add.
         """
         abar, channels = self.schedule.abar(t), self.channels
 
@@ -312,7 +305,6 @@ class GuidedUNet(nn.Module):
             return predict(u)
         outs: list[Tensor] = []
         noises: list[Tensor] = []
-
         p, q = PREDICTIONS[self.prediction](abar)
 
         def noise(wide: Tensor, t: int) -> Tensor:
@@ -332,36 +324,32 @@ class GuidedUNet(nn.Module):
         first = out[:, :channels].to(hat.dtype) + (hat - plain) / p
         return torch.cat([first.to(out.dtype), out[:, channels:]], dim=1)
 
-    def _check_sample(self, sample: Tensor) -> None:
-        if self.guide is None:
-            return
-        own = next(self.guide.parameters(), None)
+    def _check_sample(self, sample: Tensor) -> Tensor:
+        """The labels (B,) of images that suit the guide."""
+        own = None if self.guide is None else next(self.guide.parameters(), None)
         if own is not None and own.device != sample.device:
             raise UserError(
                 f"the guide is on {own.device} and the pipeline on {sample.device}: move it, as in "
                 f"model.to({str(sample.device)!r})"
             )
-        _check_size(tuple(sample.shape[-2:]), self.guide)
+        if self.guide is not None:
+            _check_size(tuple(sample.shape[-2:]), self.guide)
+        labels = torch.as_tensor(self.label).reshape(-1)
+        repeats, rest = divmod(len(sample), len(labels))
+        if rest:
+            count = f"{len(labels)} labels and {len(sample)} images"
+            raise UserError(f"there are {count}: give one for each")
+        return labels.repeat(repeats).to(sample.device)
 
-    def _parts(self, timestep: Tensor | float, batch: int) -> list[tuple[slice, float]]:
-        """Neighbouring images of one timestep and, at most, one set of labels."""
-        times = torch.as_tensor(timestep, dtype=torch.float64).reshape(-1).tolist()
-        if len(times) not in (1, batch):
-            raise UserError(f"{batch} images need 1 timestep or {batch}, not {len(times)}")
-        each = times * batch if len(times) == 1 else times
-        count = len(self.label) if isinstance(self.label, Tensor) else batch
-        if batch % count:
-            raise UserError(f"there are {count} labels and {batch} images: give one for each")
-        cuts = [0, *(i for i in range(1, batch) if i % count == 0 or each[i] != each[i - 1])]
-        return [(slice(a, b), each[a]) for a, b in zip(cuts, [*cuts[1:], batch], strict=True)]
 
-    def _labels(self, part: slice, sample: Tensor) -> Tensor:
-        """The labels of some images, (b,) on their device."""
-        count = part.stop - part.start
-        if not isinstance(self.label, Tensor):
-            return torch.full((count,), self.label, device=sample.device)
-        first = part.start % len(self.label)
-        return self.label[first : first + count].to(sample.device)
+def _parts(timestep: Tensor | float, batch: int) -> list[tuple[slice, float]]:
+    """Neighbouring images of one timestep."""
+    times = torch.as_tensor(timestep, dtype=torch.float64).reshape(-1).tolist()
+    if len(times) not in (1, batch):
+        raise UserError(f"{batch} images need 1 timestep or {batch}, not {len(times)}")
+    each = times * batch if len(times) == 1 else times
+    cuts = [0, *(i for i in range(1, batch) if each[i] != each[i - 1]), batch]
+    return [(slice(a, b), each[a]) for a, b in itertools.pairwise(cuts)]
 
 
 @dataclass(frozen=True)

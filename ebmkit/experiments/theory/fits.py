@@ -285,22 +285,15 @@ def _point(n: int, sets: int, errors: Tensor) -> Point:
 
 
 def fit_variance(points: Sequence[Point], bias: float) -> Fitted:
-    """v from 2 n (excess - bias) = v + w / n.
-
-    Args:
-        points: at two sizes or more.
-        bias: the computed b, nats.
-    """
+    """v from 2 n (excess - bias) = v + w / n, at two sizes or more; ``bias`` is the computed b."""
     n, excess, error = _columns(points)
-    design = np.stack([np.ones_like(n), 1 / n], 1)
-    return _least_squares(design, 2 * n * (excess - bias), 2 * n * error)[0]
+    return _constant_term(n, 2 * n * (excess - bias), 2 * n * error, 1)
 
 
 def fit_bias(points: Sequence[Point]) -> Fitted:
     """b from excess = b + v / 2n + w / n^2, at three sizes or more."""
     n, excess, error = _columns(points)
-    design = np.stack([np.ones_like(n), 0.5 / n, 1 / n**2], 1)
-    return _least_squares(design, excess, error)[0]
+    return _constant_term(n, excess, error, 2)
 
 
 def _columns(points: Sequence[Point]) -> tuple[NDArray[np.float64], ...]:
@@ -311,13 +304,9 @@ def _columns(points: Sequence[Point]) -> tuple[NDArray[np.float64], ...]:
     return n, excess, pooled / np.sqrt(sets) / (2 * n)
 
 
-def _least_squares(
-    design: NDArray[np.float64], values: NDArray[np.float64], errors: NDArray[np.float64]
-) -> list[Fitted]:
-    """Coefficients of a regression with known, independent errors."""
-    scaled = design / errors[:, None]
-    size = np.abs(scaled).max(0)
-    inverse = np.linalg.pinv(scaled / size)
-    found = inverse @ (values / errors) / size
-    spread = np.sqrt(np.einsum("ij,ij->i", inverse, inverse)) / size
-    return [Fitted(float(v), float(e)) for v, e in zip(found, spread, strict=True)]
+def _constant_term(
+    n: NDArray[np.float64], values: NDArray[np.float64], errors: NDArray[np.float64], degree: int
+) -> Fitted:
+    """That of a polynomial in 1 / n, fitted to values with known, independent errors."""
+    found, covariance = np.polyfit(1 / n, values, degree, w=1 / errors, cov="unscaled")
+    return Fitted(float(found[-1]), math.sqrt(covariance[-1, -1]))
