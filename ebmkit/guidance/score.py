@@ -309,19 +309,16 @@ def guided_denoiser(denoiser: DenoiserFunction, guidance: Guidances) -> Denoiser
     """
 
     def guided(y: Tensor, sigma: Noise | None = None) -> Tensor:
-        denoise, active = lambda y: denoiser(y, sigma), _active(guidance, sigma)
-        level = sigma
-        if sigma is None and active:
+        denoise, level = lambda y: denoiser(y, sigma), sigma
+        if level is None:
             clean = denoiser(y, None)
             level = root_mean_square(clean - y).clamp_min(torch.finfo(y.dtype).tiny)
-            active = _active(guidance, level)
-            if not any(g.backpropagate for g, _ in active):
+            if not any(g.backpropagate for g in _listed(guidance)):
                 denoise = lambda y: clean  # noqa: E731
-        own, added = _evaluate(denoise, lambda y, clean: clean, active, y, y, level)
-        if added is None:
-            return own
-        assert level is not None
-        return own + per_chain(level, y) ** 2 * added[1]
+        own, added = _evaluate(
+            denoise, lambda y, clean: clean, _active(guidance, level), y, y, level
+        )
+        return own if added is None else own + per_chain(level, y) ** 2 * added[1]
 
     return guided
 

@@ -2,6 +2,7 @@
 
 import json
 
+import h5py
 import pytest
 import torch
 
@@ -118,6 +119,17 @@ def test_images_are_drawn_once_and_anew_for_other_weights(drawing, tmp_path, mon
     (tmp_path / "guided.h5").write_bytes(b"cut short")
     drawing.stored(GUIDED, 3)
     assert len(calls) == 3
+
+
+def test_images_drawn_under_earlier_names_of_settings_are_read(drawing, tmp_path, monkeypatch):
+    first = drawing.stored(GUIDED, 2)
+    with h5py.File(tmp_path / "guided.h5", "r+") as file:
+        settings = json.loads(file.attrs["settings"])
+        own = settings["guidance"]
+        own |= {"view": "shrunk", "through": own.pop("backpropagate"), "late": own.pop("start")}
+        file.attrs["settings"] = json.dumps(settings)
+    monkeypatch.setattr(Drawing, "draw", None)
+    assert torch.equal(drawing.stored(GUIDED, 2).images, first.images)
 
 
 def test_a_report_of_nothing_yet_reads():

@@ -362,3 +362,11 @@ def test_a_score_without_a_level_is_guided_at_full_weight():
     guidance = Guidance(classifier_guide(model, 1), 2.0, "power:k=8", "x_t", start=0.5)
     push = guided_score(score_of(model), guidance)(y) - model.score(y)
     torch.testing.assert_close(push, 2 * classifier_guide(model, 1)(y)[1])
+
+
+def test_a_schedule_that_ends_at_0_guides_a_blind_denoiser_at_high_noise():
+    model = pictures(Blind, torch.float64)
+    y = model.sample(4, generator())[0] + 0.3 * draw(4, 1, 4, 4)
+    guidance = Guidance(classifier_guide(model, 1), 2.0, "step:at=1,low=0")
+    found = guided_denoiser(denoiser_of(model), guidance)(y)
+    assert (found - model.denoise(y)).abs().amax() > 1e-4
