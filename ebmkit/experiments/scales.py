@@ -121,60 +121,45 @@ def _small(width: int, classify: int, steps: int, every: int) -> dict[str, Any]:
     }
 
 
-def _attacked(batch: int, steps: int, warmup: int) -> dict[str, Any]:
-    attack = {"terms": {"adv": {"steps": 3, "warmup_steps": warmup}}}
-    return {**attack, "streams": {"classify": {"batch_size": batch}}, "steps": steps}
-
-
-def _unet(width: int, blocks: int, batch: int, steps: int, every: int) -> dict[str, Any]:
-    return {
-        "backbone": "unet",
-        "head": "linear-quadratic",
-        "model": {"backbone": {"width": width, "blocks": blocks}},
-        "streams": {"denoise": {"batch_size": batch}},
-        "optimizer": {"lr": 2e-3, "weight_decay": 0.0, "ema": 0.995, "clip_norm": 1.0},
-        "steps": steps,
-        "checkpoint_every": every,
-    }
-
-
-def _small_jem(batch: int, steps: int) -> dict[str, Any]:
+def _small_networks(
+    judge: dict[str, Any], robust: int, jem: int, diffusion: tuple[int, int], own: tuple[int, int]
+) -> dict[str, dict[str, Any]]:
+    """By task, what is laid over `_small`: numbers of steps, or batch size and steps."""
     noise = {"kind": "fixed", "min": 0.0, "max": 0.015}
-    stream = {"batch_size": batch, "noise": noise}
+    stream = {"batch_size": 64, "noise": noise}
     return {
-        "backbone": "wideresnet10-jem",
-        "streams": {"classify": stream, "generate": stream},
-        "optimizer": {"lr": 1e-3, "weight_decay": 0.0, "warmup_steps": 30},
-        "negatives": {"steps": 5, "buffer_size": 1000},
-        "steps": steps,
+        "judge": {"backbone": "resnet18", **judge},
+        "robust": {
+            "terms": {"adv": {"steps": 3, "warmup_steps": robust // 2}},
+            "streams": {"classify": {"batch_size": 64}},
+            "steps": robust,
+        },
+        "diffusion": {
+            "backbone": "unet",
+            "head": "linear-quadratic",
+            "model": {"backbone": {"width": 32, "blocks": 1}},
+            "streams": {"denoise": {"batch_size": diffusion[0]}},
+            "optimizer": {"lr": 2e-3, "weight_decay": 0.0, "ema": 0.995, "clip_norm": 1.0},
+            "steps": diffusion[1],
+            "checkpoint_every": 200,
+        },
+        "jem": {
+            "backbone": "wideresnet10-jem",
+            "streams": {"classify": stream, "generate": stream},
+            "optimizer": {"lr": 1e-3, "weight_decay": 0.0, "warmup_steps": 30},
+            "negatives": {"steps": 5, "buffer_size": 1000},
+            "steps": jem,
+        },
+        # in the UNet's place; with plain norms, or cross-entropy beside, none begins to learn
+        "own-diffusion": {
+            "model": {"backbone": {"norm": "scale"}},
+            "streams": {"denoise": {"batch_size": own[0]}},
+            "optimizer": {"lr": 1e-3, "weight_decay": 0.0, "clip_norm": 1.0, "ema": 0.995},
+            "steps": own[1],
+        },
     }
 
 
-def _own_unet(batch: int, steps: int) -> dict[str, Any]:
-    """A joint model in the UNet's place; with plain norms, or cross-entropy beside, none begins."""
-    return {
-        "model": {"backbone": {"norm": "scale"}},
-        "streams": {"denoise": {"batch_size": batch}},
-        "optimizer": {"lr": 1e-3, "weight_decay": 0.0, "clip_norm": 1.0, "ema": 0.995},
-        "steps": steps,
-    }
-
-
-_RESNET18 = {"backbone": "resnet18"}
-_SMOKE_GUIDANCE = {
-    "judge": _RESNET18,
-    "robust": _attacked(64, 160, 80),
-    "diffusion": _unet(32, 1, 64, 600, 200),
-    "jem": _small_jem(64, 100),
-    "own-diffusion": _own_unet(64, 200),
-}
-_CPU_GUIDANCE = {
-    "judge": {**_RESNET18, "steps": 500},
-    "robust": _attacked(64, 400, 200),
-    "diffusion": _unet(32, 1, 32, 2000, 200),
-    "jem": _small_jem(64, 250),
-    "own-diffusion": _own_unet(32, 600),
-}
 _FULL_GUIDANCE = {
     "guide": RECIPES["cifar10-robust"].config | {"objective": "ce"},
     "judge": {"backbone": "wideresnet28-10"},
@@ -199,7 +184,7 @@ SCALES: dict[str, Scale] = {
             "guidance": _small(8, 64, 160, 80),
         },
         {"classify": 100, "denoise": 100},
-        _GENTLE | _SMOKE_GUIDANCE,
+        _GENTLE | _small_networks({}, 160, 100, (64, 600), (64, 200)),
         threads=1,  # several are no faster on images this small, and far slower beside other work
     ),
     "cpu": Scale(
@@ -212,7 +197,7 @@ SCALES: dict[str, Scale] = {
             "guidance": _small(16, 128, 400, 50),
         },
         {"denoise": 1000},
-        _GENTLE | _CPU_GUIDANCE,
+        _GENTLE | _small_networks({"steps": 500}, 400, 250, (32, 2000), (32, 600)),
     ),
     "full": Scale(
         "full",

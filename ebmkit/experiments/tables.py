@@ -444,8 +444,8 @@ def run_claims(runs: ExperimentRuns, only: Sequence[str]) -> Report:
     from ebmkit.experiments.plots import beyond_training
 
     report = run_table(CLAIMS, runs, only, CLAIM_SIGMAS)
-    beyond = {"claims-beyond.png": partial(beyond_training, report.document)}
-    plots = {**report.plots, **beyond}
+    plots = dict(report.plots)
+    plots["claims-beyond.png"] = partial(beyond_training, report.document)
     return Report(report.document, claims_text(report.document), plots)
 
 

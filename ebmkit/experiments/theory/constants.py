@@ -102,8 +102,9 @@ def expand(loss: Loss, label_loss: Loss, theta: Tensor, nodes: Nodes) -> Expansi
     centre = torch.einsum("nc,nci->i", shares, scores)
     spread = torch.einsum("nc,nci,ncj->ij", shares, scores, scores) - torch.outer(centre, centre)
     hessian = _hessian(mean_loss)(theta)
-    options = {"rtol": RANK_TOLERANCE, "hermitian": True}
-    inverse = torch.linalg.pinv(0.5 * (hessian + hessian.mT), **options)
+    inverse: Tensor = torch.linalg.pinv(
+        0.5 * (hessian + hessian.mT), rtol=RANK_TOLERANCE, hermitian=True
+    )
     covariance = inverse @ spread @ inverse
     steps = scores @ inverse
 
@@ -122,7 +123,7 @@ def expand(loss: Loss, label_loss: Loss, theta: Tensor, nodes: Nodes) -> Expansi
         bias=float(error(theta)),
         variance=formula if drift is None else formula + 2 * float(slope @ drift),
         formula=formula,
-        rank=int(torch.linalg.matrix_rank(hessian, **options)),
+        rank=int(torch.linalg.matrix_rank(hessian, rtol=RANK_TOLERANCE, hermitian=True)),
         covariance=covariance,
         drift=drift,
         slope=slope,
