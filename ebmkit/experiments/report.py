@@ -94,8 +94,11 @@ def run_grid(
 
 def _result(runs: ExperimentRuns, variant: Variant, protocol: Protocol | None) -> Result:
     own = variant.run or variant
-    documents = {} if protocol is None else runs.measured(own, protocol)
-    if documents is None or not runs.trained(own):
+    if protocol is None:
+        documents = {} if runs.trained(own) else None
+    else:
+        documents = runs.measured(own, protocol)
+    if documents is None:
         reason = runs.why_stopped(own)
         return Result(variant, status=f"stopped: {reason}" if reason else "not run yet")
     return Result(variant, documents, runs.facts(own) | measured_facts(documents.values()))
