@@ -94,6 +94,7 @@ def run_grid(
 
 def _result(runs: ExperimentRuns, variant: Variant, protocol: Protocol | None) -> Result:
     own = variant.run or variant
+    documents: dict[str, dict[str, Any]] | None
     if protocol is None:
         documents = {} if runs.trained(own) else None
     else:
