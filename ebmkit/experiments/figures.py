@@ -29,7 +29,7 @@ from ebmkit.experiments.theory import figure1
 from ebmkit.experiments.theory import markdown as figure1_markdown
 from ebmkit.noise import in_255ths
 from ebmkit.storage.reading import read_json
-from ebmkit.training.environment import environment
+from ebmkit.training.run_folder import environment
 
 ATTACKED = (*(TABLES["table1"].variant(name) for name in ("resnet18", "gradresnet-ce")), JEM, JOINT)
 """The networks of ``fig4``."""

@@ -18,7 +18,7 @@ guide           h(v), to be increased, in nats
 
 Classifier and energy differ by :math:`\log p(v)`: the first asks for an image that no other label
 explains, the second for one that the label makes likely. The energies of a model that was trained
-to classify alone are those of its logits (`ebmkit.readings`).
+to classify alone are those of its logits (`ebmkit.models.heads.LogitEnergy`).
 
 The last two take an inner guide h and n normalised steps up it,
 
@@ -45,7 +45,7 @@ from torch import Tensor
 
 from ebmkit.energy import Energies, EnergyModel, Noise, classifies, upcast_energies
 from ebmkit.errors import UserError
-from ebmkit.readings import as_read
+from ebmkit.models.heads import LogitEnergy
 from ebmkit.sampling.base import check_positive, per_chain
 from ebmkit.sampling.target import DensityFunction, density_of, label_density_of
 
@@ -64,7 +64,7 @@ def classifier_guide(model: EnergyModel, c: Labels) -> DensityFunction:
     Raises:
         UserError: if the model has no labels that were trained, or one is out of range.
     """
-    model = as_read(check_guide(model))
+    model = LogitEnergy.of(check_guide(model))
     return _with_clean_sigma(model, label_density_of(model, c))
 
 
@@ -74,7 +74,7 @@ def energy_guide(model: EnergyModel, c: Labels) -> DensityFunction:
     Raises:
         UserError: as `classifier_guide`.
     """
-    model = as_read(check_guide(model))
+    model = LogitEnergy.of(check_guide(model))
     return _with_clean_sigma(model, density_of(model, c))
 
 
@@ -93,7 +93,7 @@ def dual_guide(
     Raises:
         UserError: as `classifier_guide`, or if there is not one finite mean for each label.
     """
-    model = as_read(check_guide(model))
+    model = LogitEnergy.of(check_guide(model))
     check_positive("lambda", weight, zero=True)
     if means is None:
         raise UserError(

@@ -10,7 +10,7 @@ from ebmkit.experiments import EXPERIMENTS, SCALES, TABLES, ExperimentRuns, expe
 from ebmkit.experiments.report import Result
 from ebmkit.experiments.tables import CLAIMS, GRID, JOINT, table_document, table_text
 from ebmkit.models import ModelConfig
-from ebmkit.training.differences import difference
+from ebmkit.training.config import difference
 
 ALL = [*TABLES.values(), CLAIMS]
 
