@@ -73,13 +73,13 @@ def sample(
     view: Annotated[
         str | None,
         typer.Option(
-            help="what the guide sees: noisy, shrunk, clean, clean-through (its gradient back "
-            "through the denoiser) [default: noisy if it takes the noise level, else shrunk]"
+            help="input of the guide: noisy, x_t, x0_hat, x0_hat-backpropagate (its gradient "
+            "through the denoiser) [default: noisy if it takes the noise level, else x_t]"
         ),
     ] = None,
-    late: Annotated[
+    guide_start: Annotated[
         float | None,
-        typer.Option(help="share of the noise levels that pass unguided first [default: 0]"),
+        typer.Option(help="share of the noise levels before guidance starts [default: 0]"),
     ] = None,
     guide_set: Annotated[
         list[str] | None,
@@ -138,7 +138,7 @@ def sample(
 
     place = pick_device(device)
     how = guidance_asked(
-        guide, guidance, scale, schedule, view, late, parse_assignments(guide_set or [])
+        guide, guidance, scale, schedule, view, guide_start, parse_assignments(guide_set or [])
     )
     model = load(run, device=str(place), weights=weights)
     inference = make_inference(place, precision, compile_)

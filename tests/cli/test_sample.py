@@ -17,7 +17,7 @@ from ebmkit.sampling.buffer import ReplayBuffer
 from ebmkit.sampling.jobs import SamplingJob
 from ebmkit.training import RunFolder
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "generation"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "sampling" / "jobs"))
 from small import save_run
 
 QUICK = ["--steps", 6, "--set", "beta=0.5", "--device", "cpu"]

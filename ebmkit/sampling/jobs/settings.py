@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ebmkit.energy import ScoreModel, classifies
 from ebmkit.errors import UserError, unknown_name
-from ebmkit.guidance.config import GuidanceConfig
+from ebmkit.guidance.score import GuidanceConfig
 from ebmkit.noise import format_sigma
 from ebmkit.objectives import parse_objective
 from ebmkit.sampling.base import Sampler
