@@ -108,12 +108,8 @@ def _numbers(option: str, text: str | None) -> float | tuple[float, ...] | None:
 
 def _class_names(dataset: str | None) -> tuple[str, ...]:
     from ebmkit.data import DATASETS
-    from ebmkit.data.cifar import CIFAR
     from ebmkit.registry import find
 
     if dataset is None:
         return ()
-    find("data set", DATASETS, dataset)
-    if dataset in CIFAR:
-        return CIFAR[dataset].class_names
-    return tuple("0123456789") if dataset == "digits" else ()
+    return find("data set", DATASETS, dataset).class_names

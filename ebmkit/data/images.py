@@ -7,11 +7,13 @@ with the way to mend it. Size and kind are judged from the header before a pixel
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import stat
 import struct
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,6 +60,7 @@ _TURNS = {
 }
 """What makes a picture upright, by its EXIF orientation."""
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
+_GRAY = ("1", "L", "LA", "I", "F", *_SIXTEEN_BIT)
 
 # What Pillow's decoders raise on files that are damaged, or made to hurt.
 _BROKEN = (
@@ -89,7 +92,7 @@ class Picture(NamedTuple):
     @property
     def was_gray(self) -> bool:
         """Whether the file is gray, also where its picture was repeated to three channels."""
-        return self.mode in ("1", "L", "LA", "I", "F", *_SIXTEEN_BIT)
+        return self.mode in _GRAY
 
 
 class Opened(NamedTuple):
@@ -158,7 +161,7 @@ def write_image(image: Tensor, path: Path | str, overwrite: bool = False, bits: 
     levels = image.detach().cpu().double().clamp(0, 1).permute(1, 2, 0).numpy()
     levels = levels[:, :, 0] if image.shape[0] == 1 else levels
     deep = bits == 16 and levels.ndim == 2 and kind != "JPEG"
-    pixels = np.round(levels * 65535).astype(np.uint16) if deep else _bytes(levels)
+    pixels = np.round(levels * (65535 if deep else 255)).astype(np.uint16 if deep else np.uint8)
     options = {"quality": 95, "subsampling": 0} if kind == "JPEG" else {}
     buffer = io.BytesIO()
     try:
@@ -178,28 +181,9 @@ def open_picture(path: Path, most: int = MAX_PIXELS) -> Opened:
     Raises:
         UserError: as `read_image`.
     """
-    _check_file(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own: damage raises, size is checked here
-            with Image.open(path, formats=_FORMATS) as image:
-                _check_header(image, path, most)
-                return _decoded(image, path)
-    except UserError:
-        raise
-    except Image.DecompressionBombError:
-        raise _too_large(path, most) from None
-    except UnidentifiedImageError:
-        raise UserError(
-            f"{str(path)!r} is not a picture that can be read: give an 8-bit PNG, JPEG or TIFF "
-            "(or 16-bit gray)"
-        ) from None
-    except _BROKEN as error:
-        reason = str(error).strip().splitlines()
-        raise UserError(
-            f"{str(path)!r} is damaged or incomplete and cannot be read "
-            f"({reason[0] if reason else type(error).__name__}): get the file again"
-        ) from None
+    with _opened(path, most) as image:
+        _check_header(image, path)
+        return _decoded(image, path)
 
 
 def picture_header(path: Path, most: int = MAX_PIXELS_IN_SET) -> tuple[int, tuple[int, int]]:
@@ -212,22 +196,39 @@ def picture_header(path: Path, most: int = MAX_PIXELS_IN_SET) -> tuple[int, tupl
     Raises:
         UserError: as `read_image`, as far as the header tells.
     """
+    with _opened(path, most) as image:
+        turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+        size = image.size if turned else image.size[::-1]
+        return 1 if image.mode in _GRAY else 3, size
+
+
+@contextlib.contextmanager
+def _opened(path: Path, most: int) -> Iterator[Image.Image]:
+    """A file as Pillow opens it, of at most so many pixels; what goes wrong is one sentence."""
     _check_file(path)
+    large = f"{str(path)!r} has more than {most // 10**6} megapixels: cut it into smaller ones"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # Pillow's own: damage raises, size is checked here
             with Image.open(path, formats=_FORMATS) as image:
-                width, height = image.size
-                if width * height > most:
-                    raise _too_large(path, most)
-                turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-                gray = image.mode in ("1", "L", "LA", "I", "F", *_SIXTEEN_BIT)
+                if image.width * image.height > most:
+                    raise UserError(large)
+                yield image
     except UserError:
         raise
-    except (*_BROKEN, Image.DecompressionBombError):
-        open_picture(path, most)  # says why
-        raise UserError(f"{str(path)!r} has a damaged header: get the file again") from None
-    return 1 if gray else 3, (width, height) if turned else (height, width)
+    except Image.DecompressionBombError:
+        raise UserError(large) from None
+    except UnidentifiedImageError:
+        raise UserError(
+            f"{str(path)!r} is not a picture that can be read: give an 8-bit PNG, JPEG or TIFF "
+            "(or 16-bit gray)"
+        ) from None
+    except _BROKEN as error:
+        reason = str(error).strip().splitlines()
+        raise UserError(
+            f"{str(path)!r} is damaged or incomplete and cannot be read "
+            f"({reason[0] if reason else type(error).__name__}): get the file again"
+        ) from None
 
 
 def _check_file(path: Path) -> None:
@@ -248,16 +249,8 @@ def _check_file(path: Path) -> None:
         raise UserError(f"{str(path)!r} is empty: get the file again")
 
 
-def _too_large(path: Path, most: int) -> UserError:
-    return UserError(
-        f"{str(path)!r} has more than {most // 10**6} megapixels: cut it into smaller ones"
-    )
-
-
-def _check_header(image: Image.Image, path: Path, most: int) -> None:
-    """Refuse, before decoding, what is too large, animated, or has too many bits or passes."""
-    if image.width * image.height > most:
-        raise _too_large(path, most)
+def _check_header(image: Image.Image, path: Path) -> None:
+    """Refuse, before decoding, what is animated, or has too many bits or passes."""
     if _has_more(image):
         raise UserError(
             f"{str(path)!r} is animated or has several pages: save one of them as a picture"
@@ -289,7 +282,9 @@ def _has_more(image: Image.Image) -> bool:
 def _decoded(image: Image.Image, path: Path) -> Opened:
     """Decode, turn upright, and bring to L, RGB or 16-bit gray."""
     mode, notes = image.mode, []
-    if _is_deep_colour(path, image):
+    with path.open("rb") as file:
+        header = file.read(26)
+    if image.format == "PNG" and header[24] == 16 and header[25] != 0:  # depth, and not gray
         notes.append(f"{str(path)!r} has 16-bit colour, which is read with 8 bits")
     image.load()
     turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
@@ -309,15 +304,6 @@ def _decoded(image: Image.Image, path: Path) -> Opened:
     return Opened(upright.convert("L" if gray else "RGB"), mode, tuple(notes))
 
 
-def _is_deep_colour(path: Path, image: Image.Image) -> bool:
-    """Whether this is a PNG with 16 bits and more than one channel; Pillow cuts those to 8 bits."""
-    if image.format != "PNG":
-        return False
-    with path.open("rb") as file:
-        header = file.read(26)
-    return header[24] == 16 and header[25] != 0
-
-
 def _with_channels(image: Tensor, channels: int | None, path: Path) -> Tensor:
     if channels is None or channels == len(image):
         return image
@@ -328,7 +314,3 @@ def _with_channels(image: Tensor, channels: int | None, path: Path) -> Tensor:
     raise UserError(
         f"{str(path)!r} is in colour and the model takes {channels} channel: convert it to gray"
     )
-
-
-def _bytes(levels: np.ndarray) -> np.ndarray:
-    return np.round(levels * 255).astype(np.uint8)

@@ -9,42 +9,64 @@ Samples are numbered through (`ebmkit.data.schedule` says how where batch sizes 
 entry :math:`n \bmod N` of the permutation of epoch :math:`\lfloor n / N \rfloor`. No remainder is
 dropped, and a set may be smaller than a batch.
 
-Crops of whole pictures are cut by the process that reads them, from numbers that travel with the
-request; everything else is done to the batch, on its device.
+Images on disk are read by worker processes. Each gets the requests of whole batches and hands over
+pixels; crops of whole images it cuts itself, from numbers that travel with the request. Everything
+else is done to the batch, on its device. A user's mistake comes as a value, so that it has no
+traceback. Workers do not heed Ctrl-C and requests to end, which reach all processes of a group: the
+main one ends them in its own time, by SIGKILL where it must.
 """
 
 from __future__ import annotations
 
+import atexit
+import signal
 import warnings
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
+from torch.utils.data import DataLoader, Dataset
 
 from ebmkit.data.augment import (
+    DRAWS,
+    Crop,
+    Cut,
     Rows,
-    cutmix,
+    crop_boxes,
     cutout,
     flip,
     mirror,
-    mixup,
-    mixup_or_cutmix,
+    mix,
     padded,
-    padded_crop,
     random_crop,
+    resize_boxes,
 )
-from ebmkit.data.crops import DRAWS, Crop, Cut, crop_boxes, resize_boxes
-from ebmkit.data.imagesets import ImageSet, to_floats
-from ebmkit.data.loading import Request, read_batches
+from ebmkit.data.imagesets import AnyImages, ImageSet, StreamedSet, to_floats
 from ebmkit.data.schedule import Span, StreamConfig, check_stream, span_at
-from ebmkit.data.streamed import AnyImages, StreamedSet
-from ebmkit.randomness import keyed_seed
+from ebmkit.errors import UserError
+from ebmkit.randomness import keyed_generator, keyed_seed
 
-__all__ = ["Batch", "Stream", "StreamConfig", "prefetched"]
+__all__ = ["Batch", "Stream", "prefetched", "translate_worker_errors"]
 
-_MIX = {"mixup": mixup, "cutmix": cutmix, "both": mixup_or_cutmix}
+MAX_WARNINGS = 10
+"""Images left out that are warned of one by one."""
+
+WORKER_TIMEOUT = 900.0
+"""Seconds to wait for a process that reads images."""
+
+_WORKERS: set[Any] = set()
+"""Processes that read and may still live; they do not heed a request to end."""
+
+
+def _kill_workers() -> None:
+    for process in list(_WORKERS):
+        process.kill()
+
+
+atexit.register(_kill_workers)  # before multiprocessing's own, which would wait for them
 
 
 class Batch(NamedTuple):
@@ -69,10 +91,6 @@ class Batch(NamedTuple):
     soft: Tensor | None
     negatives: Tensor | None = None
     attacked: Tensor | None = None
-
-
-WARNINGS = 10
-"""Images left out that are told of one by one."""
 
 
 class Stream:
@@ -123,7 +141,7 @@ class Stream:
         self.seed = seed
         self.workers = workers
         self.skipped: dict[int, str] = {}
-        self._whole = isinstance(source, StreamedSet) and source.pictures is not None
+        self._whole = isinstance(source, StreamedSet) and source.crops is not None
         self.rank, self.world_size = rank, world_size
         # Mixing needs the image before the first one too; it is dropped afterwards.
         self._extra = int(config.augmentation.mix != "none" and world_size > 1)
@@ -142,26 +160,25 @@ class Stream:
             yield from self._streamed(self.source, start, stop)
             return
         for step in range(start, stop):
-            rows = self._indices(step, self.device)
-            labels = None if self.source.labels is None else self.source.labels[rows]
-            yield self._prepare(step, self.source.images[rows], labels)
+            yield self._prepare(step, *self.source.read(self._indices(step, self.device)))
 
     def _streamed(self, source: StreamedSet, start: int, stop: int) -> Iterator[Batch]:
-        cuda = self.device.type == "cuda"
-        read = read_batches(source, _Order(self, start, stop), self.workers, cuda)
-        for step, (images, labels, skipped) in enumerate(read, start):
-            self._tell(skipped)
+        cuda, host = self.device.type == "cuda", torch.device("cpu")
+        steps = range(start, stop)
+        requests = (
+            (self._indices(step, host).tolist(), self._cut(step) if self._whole else None)
+            for step in steps
+        )
+        read = _read_batches(source, requests, self.workers, cuda)
+        for step, (images, labels, skipped) in zip(steps, read, strict=True):
+            for number, reason in skipped.items():  # the first are warned of, all are counted
+                if number not in self.skipped and len(self.skipped) < MAX_WARNINGS:
+                    warnings.warn(f"left out of stream {self.name!r}: {reason}", stacklevel=2)
+                self.skipped[number] = reason
             images = images.to(self.device, non_blocking=cuda)
             if labels is not None:
                 labels = labels.to(self.device, non_blocking=cuda)
             yield self._prepare(step, images, labels)
-
-    def _tell(self, skipped: dict[int, str]) -> None:
-        """Warn of the first images that are left out; all are counted."""
-        for number, reason in skipped.items():
-            if number not in self.skipped and len(self.skipped) < WARNINGS:
-                warnings.warn(f"left out of stream {self.name!r}: {reason}", stacklevel=2)
-            self.skipped[number] = reason
 
     def numbers(self, step: int) -> list[int]:
         """Numbers in the data set of the images in this process's batch of ``step``."""
@@ -215,7 +232,7 @@ class Stream:
         return self._generator.manual_seed(keyed_seed(self.seed, self.name, purpose, step))
 
     def _on_host(self, purpose: str, number: int) -> torch.Generator:
-        return torch.Generator().manual_seed(keyed_seed(self.seed, self.name, purpose, number))
+        return keyed_generator("cpu", self.seed, self.name, purpose, number)
 
     def _prepare(self, step: int, images: Tensor, labels: Tensor | None) -> Batch:
         """Augment, mix and add noise: images (B, C, H, W) uint8 to the batch of ``step``."""
@@ -231,17 +248,16 @@ class Stream:
         elif (cut := self._cut(step)) is not None:
             boxes = crop_boxes(images.shape[2], images.shape[3], cut)
             images = resize_boxes(images, boxes, cut.crop.size)
-        elif span.crop_size is not None:
+        elif span.crop_size is not None or options.crop_padding:
+            size = span.crop_size or tuple(images.shape[-2:])
             wide = padded(images, options.crop_padding, options.crop_fill)
-            images = random_crop(wide, span.crop_size, generator, rows)
-        elif options.crop_padding:
-            images = padded_crop(images, options.crop_padding, generator, rows, options.crop_fill)
+            images = random_crop(wide, size, generator, rows)
         x = to_floats(images)
         if options.cutout:
             x = cutout(x, options.cutout, generator, rows)
         soft = None if labels is None else one_hot(labels, self.source.num_classes).float()
         if options.mix != "none" and soft is not None and self._mixes(step):
-            x, soft = _MIX[options.mix](x, soft, self._keyed("mix", step))
+            x, soft = mix(x, soft, options.mix, self._keyed("mix", step))
         own = slice(self._extra, None)
         x = x[own]
         sigma, eps = self._noise(step, x)
@@ -315,17 +331,120 @@ def prefetched(
         yield dict(zip(streams, present, strict=True))
 
 
-class _Order:
-    """The sampler of a loader: for each step, the images it needs."""
+@contextmanager
+def translate_worker_errors(saved: Callable[[], str] = str) -> Iterator[None]:
+    """Within, the end of a process that reads images is told in one sentence.
 
-    def __init__(self, stream: Stream, start: int, stop: int) -> None:
-        self._stream, self._steps = stream, range(start, stop)
+    PyTorch raises it wherever the main thread is at the time.
 
-    def __len__(self) -> int:
-        return len(self._steps)
+    Args:
+        saved: says what is not lost.
 
-    def __iter__(self) -> Iterator[Request]:
-        stream, host = self._stream, torch.device("cpu")
-        for step in self._steps:
-            cut = stream._cut(step) if stream._whole else None
-            yield Request(stream._indices(step, host).tolist(), cut)
+    Raises:
+        UserError: then.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        sentence = _worker_sentence(str(error))
+        if sentence is None:
+            raise
+        _kill_workers()
+        raise UserError(f"{sentence}{saved()}") from None
+
+
+def _worker_sentence(text: str) -> str | None:
+    """What an error of PyTorch's says of worker processes, in words; None if it is of others."""
+    if "DataLoader timed out" in text:
+        return (
+            f"no image was read for {WORKER_TIMEOUT:.0f} s: see whether the disk or network that "
+            "they lie on still answers"
+        )
+    if "DataLoader worker" not in text:
+        return None
+    reason = text.partition("killed by signal: ")[2].split(".")[0].strip()
+    if not reason:
+        ended = "a process that reads images ended unasked"
+        return f"{ended}: see what it said, or take fewer dataset.workers"
+    cause = "the memory may not suffice: take fewer dataset.workers"
+    if "Bus" in reason:
+        cause = "shared memory may be full: enlarge /dev/shm, or take fewer dataset.workers"
+    elif "Segmentation" in reason:
+        cause = "a library that decodes images may have met a damaged one"
+    return f"a process that reads images was killed by a signal, {reason}; {cause}"
+
+
+Item = tuple[Tensor, Tensor | None, dict[int, str]]
+"""Images, labels, and the numbers of those that were left out with the reasons."""
+
+
+def _read_batches(
+    source: StreamedSet,
+    requests: Iterable[tuple[list[int], Cut | None]],
+    workers: int,
+    pinned: bool,
+) -> Iterator[Item]:
+    """What ``requests`` ask for, in order: numbers of images, and crops to take of them.
+
+    Raises:
+        UserError: if an image cannot be read.
+        RuntimeError: if a process ended or stalls; `translate_worker_errors` puts it in words.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        _Batches(source),
+        timeout=WORKER_TIMEOUT if workers else 0,
+        batch_size=None,
+        sampler=requests,
+        num_workers=workers,
+        pin_memory=pinned,
+        worker_init_fn=_ignore_signals,
+        generator=torch.Generator(),  # leaves the process's own generator alone
+    )
+    items = iter(loader)
+    processes = list(getattr(items, "_workers", ()))
+    _WORKERS.update(processes)
+    try:
+        for item in items:
+            if isinstance(item, UserError):
+                raise item
+            yield item
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        getattr(items, "_shutdown_workers", tuple)()
+        codes = [process.exitcode for process in processes if process.exitcode]
+        if codes and min(codes) < 0 and "killed by signal" not in str(error):
+            name = signal.strsignal(-min(codes))
+            raise RuntimeError(f"DataLoader worker is killed by signal: {name}. ") from None
+        if isinstance(error, RuntimeError):
+            raise
+        raise RuntimeError("DataLoader worker ended") from None
+    finally:
+        # PyTorch asks them to end, waits some seconds, and asks once more by a signal that they
+        # ignore: on a busy machine some outlive that, and the exit of this process waits for them
+        getattr(items, "_shutdown_workers", tuple)()
+        for process in processes:
+            process.kill()
+        _WORKERS.difference_update(processes)
+
+
+class _Batches(Dataset[Item | UserError]):
+    """What workers run: whole batches; a user's mistake is handed over without a traceback."""
+
+    def __init__(self, source: StreamedSet) -> None:
+        self._source = source
+
+    def __getitem__(self, request: tuple[list[int], Cut | None]) -> Item | UserError:
+        self._source.skipped.clear()
+        try:
+            images, labels = self._source.read(*request)
+            return images, labels, dict(self._source.skipped)
+        except UserError as error:
+            return error
+
+
+def _ignore_signals(worker: int) -> None:
+    """Ctrl-C, and a launcher's request to end, reach every process of a group.
+
+    The main one answers, and ends its workers in its own time.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

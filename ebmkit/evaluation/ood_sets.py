@@ -233,7 +233,7 @@ class _Brought:
 
     def read(self, rows: Sequence[int]) -> Tensor:
         """Images (B, C, H, W) uint8."""
-        from ebmkit.data.reading import to_pixels
+        from ebmkit.data.folders import to_pixels
 
         return torch.stack([to_pixels(self._read(r), self._channels, self._size) for r in rows])
 
@@ -255,7 +255,7 @@ def _brought(other: Any, like: Images) -> Images:
 
 
 def _folder(root: Path, like: Images) -> Images:
-    from ebmkit.data.finding import SUFFIXES, find_images
+    from ebmkit.data.folders import SUFFIXES, find_images
     from ebmkit.data.images import MAX_PIXELS_IN_SET, open_picture
 
     names = find_images(root, root, ask="copy it into the folder, or make a folder without links")
@@ -292,4 +292,6 @@ def _streamed(name: str, read: Callable[[int], Any], count: int, like: Images) -
     from ebmkit.data import StreamedSet
 
     reader = _Brought(read, like.channels, like.image_size)
-    return StreamedSet(name, "test", reader, torch.arange(count), like.channels, like.image_size)
+    return StreamedSet(
+        reader, torch.arange(count), like.channels, like.image_size, name=name, split="test"
+    )

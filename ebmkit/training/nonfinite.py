@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ebmkit.data import Batch
-from ebmkit.data.streamed import origin
+from ebmkit.data.imagesets import origin
 from ebmkit.errors import UserError, shown
 from ebmkit.randomness import keyed_seed
 from ebmkit.storage import write_atomically

@@ -24,9 +24,8 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from ebmkit.compute import describe, pick_device
 from ebmkit.data import AnyImages, Batch, ImageSet
-from ebmkit.data.loading import told_of_readers
 from ebmkit.data.schedule import images_between, stage_at, stages
-from ebmkit.data.streams import prefetched
+from ebmkit.data.streams import prefetched, translate_worker_errors
 from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.models import ModelConfig
@@ -161,7 +160,7 @@ class Trainer:
         self.watch.restart()
         self.model.train()
         holding = nullcontext() if self.run is None else self.run.held()
-        with told_of_readers(self._where_saved), holding, stop_requested() as stop:
+        with translate_worker_errors(self._where_saved), holding, stop_requested() as stop:
             while self.step < config.steps:
                 self._advance(batches, stop())
                 due = [
@@ -207,7 +206,7 @@ class Trainer:
             self.step = stage.start
             stop = min(stage.start + count, stage.stop)
             batches = self.batches(stage.start, stop)
-            with told_of_readers():
+            with translate_worker_errors():
                 while self.step < stop:
                     self._advance(batches, False)
                     self._read()

@@ -8,7 +8,7 @@ from torchvision.transforms import v2
 from toy_sets import as_streamed, make_set
 
 from ebmkit.data import Augmentation, Stream, StreamConfig
-from ebmkit.data.crops import DRAWS, Crop, Cut, crop_boxes, resize_boxes
+from ebmkit.data.augment import DRAWS, Crop, Cut, crop_boxes, resize_boxes
 
 
 def drawn(count: int, seed: int = 0) -> torch.Tensor:

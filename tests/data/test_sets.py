@@ -12,8 +12,8 @@ from PIL import Image
 from toy_sets import as_streamed, make_set
 
 from ebmkit.data import DATASETS, ImageSet, StreamedSet, imagesets, load_dataset
-from ebmkit.data.cifar import CIFAR
-from ebmkit.data.reading import FolderReader
+from ebmkit.data.folders import FolderReader
+from ebmkit.data.standard import CIFAR
 from ebmkit.errors import UserError
 
 SPLITS = ("train", "validation", "test")
@@ -374,7 +374,7 @@ def test_a_wrong_request_is_told(name, options, told):
 )
 def test_an_illegal_set_of_ones_own_is_told(images, labels, told):
     with pytest.raises(UserError, match=rf"'mine'.*{told}"):
-        ImageSet("mine", "train", images, labels, ("a", "b"))
+        ImageSet(images, labels, ("a", "b"), "mine")
 
 
 @pytest.mark.parametrize("make", [lambda s: s, as_streamed])
@@ -405,7 +405,7 @@ def test_every_data_set_has_a_line_about_it():
 
 def test_some_images_spread_evenly_through_a_sorted_set():
     images = torch.arange(40, dtype=torch.uint8).reshape(40, 1, 1, 1)
-    sorted_set = ImageSet("own", "train", images, torch.arange(40) // 10, ("a", "b", "c", "d"))
+    sorted_set = ImageSet(images, torch.arange(40) // 10, ("a", "b", "c", "d"))
     some = sorted_set.spread(8)
     assert some.labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert some.images.flatten().tolist() == [0, 5, 10, 15, 20, 25, 30, 35]

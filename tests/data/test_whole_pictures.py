@@ -9,7 +9,7 @@ from torchvision.transforms import v2
 from toy_sets import drawn
 
 from ebmkit.data import Augmentation, ImageSet, NoiseLaw, Stream, StreamConfig, load_dataset
-from ebmkit.data.crops import DRAWS, Crop, Cut, crop_boxes
+from ebmkit.data.augment import DRAWS, Crop, Cut, crop_boxes
 from ebmkit.errors import UserError
 
 SIZE, SIDE = 28, 32  # 224 and 256, an eighth
