@@ -25,8 +25,8 @@ from ebmkit.cli.console import errors, warn
 from ebmkit.cli.data import pack
 from ebmkit.cli.evaluate import evaluate
 from ebmkit.cli.export import export
-from ebmkit.cli.help import Command
 from ebmkit.cli.list import list_
+from ebmkit.cli.options import Command
 from ebmkit.cli.published import import_
 from ebmkit.cli.reproduce import reproduce
 from ebmkit.cli.restore import restore

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ebmkit.cli.console import console
+from ebmkit.cli.options import IMAGE_SIZE
 
 __all__ = ["pack"]
 
@@ -17,9 +18,7 @@ def pack(
         str, typer.Argument(help="image folder, CIFAR folder, or torchvision:NAME[:FOLDER]")
     ],
     out: Annotated[Path, typer.Argument(help="the HDF5 file to write")],
-    image_size: Annotated[
-        int | None, typer.Option(min=1, help="height and width to bring images to")
-    ] = None,
+    image_size: Annotated[int | None, IMAGE_SIZE] = None,
     skip_unreadable: Annotated[
         bool, typer.Option("--skip-unreadable", help="leave out images that cannot be read")
     ] = False,
@@ -31,14 +30,9 @@ def pack(
 
     Train on it with --dataset hdf5 --data-dir OUT.h5.
     """
-    from ebmkit.data.imagesets import Faults
+    from ebmkit.data import Faults
     from ebmkit.data.pack import pack as pack_file
 
-    pack_file(
-        src,
-        out,
-        image_size=image_size,
-        progress=console.is_terminal,
-        faults=Faults(skip_unreadable, follow_links),
-    )
+    faults = Faults(skip_unreadable, follow_links)
+    pack_file(src, out, image_size=image_size, progress=console.is_terminal, faults=faults)
     console.say(f"wrote {out}")

@@ -8,13 +8,14 @@ from typing import Annotated, Literal
 import typer
 
 from ebmkit.cli.console import console, errors, warn
+from ebmkit.cli.options import RUN, WEIGHTS
 from ebmkit.errors import UserError
 
 __all__ = ["export"]
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="run folder")],
+    run: Annotated[Path, RUN],
     out: Annotated[Path, typer.Option(help="new file: .pt2 for PyTorch, .onnx for ONNX runtimes")],
     what: Annotated[
         Literal["classifier", "denoiser", "blind-denoiser"],
@@ -29,7 +30,7 @@ def export(
     batch: Annotated[
         int | None, typer.Option(min=1, help="images at a time [default: any number]")
     ] = None,
-    weights: Annotated[str, typer.Option(help="last, or best by validation")] = "last",
+    weights: Annotated[str, WEIGHTS] = "last",
 ) -> None:
     """Write a trained model as a file for PyTorch or an ONNX runtime.
 
@@ -48,15 +49,13 @@ def export(
     shapes = ", ".join(
         f"{name} ({', '.join(str(n) for n in shape)})" for name, shape in done.inputs.items()
     )
-    lines = [f"{done.path}: {shapes} -> {', '.join(done.differences)}"]
-    lines += [
-        f"compared with the model on {sum(done.batches)} random images: {name} differs by "
-        f"{difference.largest:.1e} of its largest value at the most, {difference.median:.1e} "
-        "at the median"
-        for name, difference in done.differences.items()
-    ]
-    for line in lines:
-        console.say(line)
+    console.say(f"{done.path}: {shapes} -> {', '.join(done.differences)}")
+    for name, difference in done.differences.items():
+        console.say(
+            f"compared with the model on {sum(done.batches)} random images: {name} differs by "
+            f"{difference.largest:.1e} of its largest value at the most, {difference.median:.1e} "
+            "at the median"
+        )
 
 
 def _parse_size(text: str) -> tuple[int, int]:

@@ -55,8 +55,10 @@ def import_(
     Files of the robustness package, JEM's, published DnCNN and DRUNet, state dicts, and UNets of
     diffusers. Then, for example: ebmkit evaluate OUT --suite robustness
     """
+    from ebmkit.data import DATASETS
     from ebmkit.models.published import import_checkpoint
     from ebmkit.noise import parse_sigma
+    from ebmkit.registry import find
     from ebmkit.training.config import parse_assignments
 
     if len(sigma or []) > 2:
@@ -78,7 +80,7 @@ def import_(
         image_size=image_size,
         settings=settings.get("model"),
         dataset=dataset or "",
-        class_names=_class_names(dataset),
+        class_names=find("data set", DATASETS, dataset).class_names if dataset else (),
         sigma_range=(levels[0], levels[-1]) if levels else None,
     )
     count = sum(p.numel() for p in model.parameters())
@@ -104,12 +106,3 @@ def _numbers(option: str, text: str | None) -> float | tuple[float, ...] | None:
             f"{option} {text!r} must be one number or one per channel, as 0.49,0.48,0.45"
         ) from None
     return numbers[0] if len(numbers) == 1 else numbers
-
-
-def _class_names(dataset: str | None) -> tuple[str, ...]:
-    from ebmkit.data import DATASETS
-    from ebmkit.registry import find
-
-    if dataset is None:
-        return ()
-    return find("data set", DATASETS, dataset).class_names

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ebmkit.cli.console import TrainingBar, console
+from ebmkit.cli.console import TrainingBar, console, interrupted
+from ebmkit.cli.options import DEVICE, SEED
 from ebmkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,11 +43,11 @@ def reproduce(
     imagenet_dir: Annotated[
         Path | None, typer.Option(help="where ImageNet is: table2 at full scale")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1")] = "auto",
+    device: Annotated[str, DEVICE] = "auto",
     precision: Annotated[
         str | None, typer.Option(help="of training: auto, fp32, tf32, bf16 [default: the scale's]")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="of all rows")] = 0,
+    seed: Annotated[int, SEED] = 0,
 ) -> None:
     """Reproduce a table or figure of the paper: Markdown, JSON and a picture in --out.
 
@@ -56,7 +57,7 @@ def reproduce(
     from ebmkit.compute import limited_threads, pick_device
     from ebmkit.experiments import TARGETS, Rows, check_targets, find_scale, targets_of
     from ebmkit.training import Interrupted
-    from ebmkit.training.stopping import Stop, exit_code
+    from ebmkit.training.stopping import Stop
 
     if more and not only:
         raise UserError(f"unexpected {more[0]!r}: name rows after --only, as in --only {more[0]}")
@@ -94,8 +95,7 @@ def reproduce(
                     console.say(f"written: {path}")
     except (Interrupted, KeyboardInterrupt) as stopped:
         signum = stopped.signal if isinstance(stopped, Interrupted) else stop.signal
-        console.say(f"interrupted; run the same command to resume {rows.out}")
-        raise typer.Exit(exit_code(signum or signal.SIGINT)) from None
+        interrupted(f"run the same command to resume {rows.out}", signum or signal.SIGINT)
     if rows.stopped:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in rows.stopped.items())
         raise UserError(f"not all rows could be finished, the reports say so: {reasons}")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ebmkit.cli.console import console, warn
+from ebmkit.cli.console import bar, console, counting, interrupted, left, warn
+from ebmkit.cli.options import COMPILE, DATA_DIR, DEVICE, PRECISION, RUN, SEED, SETTING, WEIGHTS
 from ebmkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,7 +18,7 @@ __all__ = ["sample"]
 
 
 def sample(
-    run: Annotated[Path, typer.Argument(help="run folder")],
+    run: Annotated[Path, RUN],
     out: Annotated[
         Path | None,
         typer.Option(
@@ -49,10 +47,7 @@ def sample(
             "about the mean image), buffer [default: the sampler's]"
         ),
     ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="a setting of the sampler, as step_size=1e-4; may be repeated"),
-    ] = None,
+    set_: Annotated[list[str] | None, SETTING] = None,
     guide: Annotated[
         Path | None, typer.Option(help="run folder of the classifier or joint model that guides")
     ] = None,
@@ -86,7 +81,7 @@ def sample(
         typer.Option(help="a setting of the guide, as n=50, gamma=0.01, lambda=0.15, inner=dual"),
     ] = None,
     guide_weights: Annotated[str, typer.Option(help="of the guide: last, or best")] = "last",
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="of starts and steps")] = 0,
+    seed: Annotated[int, SEED] = 0,
     batch_size: Annotated[
         int, typer.Option(help="chains moved together; changes which samples are drawn")
     ] = 64,
@@ -97,19 +92,11 @@ def sample(
         str | None,
         typer.Option(help="to start from and compare energies with [default: the one trained on]"),
     ] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="where its files are")] = None,
-    weights: Annotated[str, typer.Option(help="last, or best by validation")] = "last",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1")] = "auto",
-    precision: Annotated[
-        str, typer.Option(help="of products: fp32, tf32, bf16; auto: fp32")
-    ] = "auto",
-    compile_: Annotated[
-        str,
-        typer.Option(
-            "--compile",
-            help="compile the score: on, off; auto: off, so that going on repeats every bit",
-        ),
-    ] = "auto",
+    data_dir: Annotated[Path | None, DATA_DIR] = None,
+    weights: Annotated[str, WEIGHTS] = "last",
+    device: Annotated[str, DEVICE] = "auto",
+    precision: Annotated[str, PRECISION] = "auto",
+    compile_: Annotated[str, COMPILE] = "auto",
 ) -> None:
     """Draw images from a trained model, of p(x) or with --label of p(x|c).
 
@@ -145,7 +132,7 @@ def sample(
     model = laid_out(model, inference)
     guided, digest = dict[str, Any](), model.weights_sha256
     if how is not None:
-        with _counting("mean energies of the guide") as progress:
+        with counting("mean energies of the guide") as progress:
             found = guide_by(
                 model, how, guide, guide_weights, run, dataset, data_dir, progress,
                 console.is_terminal, inference,
@@ -183,41 +170,23 @@ def sample(
     _tell(document, out, len(job.cautions))
 
 
-@contextmanager
-def _counting(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar that is shown once something is counted."""
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None, visible=False)
-        yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
-
-
 def _draw(job: SamplingJob) -> None:
     from ebmkit.sampling.jobs import Interrupted
-    from ebmkit.training.stopping import exit_code, stop_requested
+    from ebmkit.training.stopping import stop_requested
 
-    settings = job.settings
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(compact=True),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    with bar, stop_requested() as stop:
-        task = bar.add_task(f"{settings.count:,} samples by {settings.sampler}", total=None)
+    what = f"{job.settings.count:,} samples by {job.settings.sampler}"
+    steps = "step {task.completed:,.0f}/{task.total:,.0f}"
+    with bar(steps, *left(), transient=True) as progress, stop_requested() as stop:
+        task = progress.add_task(what, total=None)
         try:
-            job.run(lambda done, total: bar.update(task, completed=done, total=total), stop)
+            job.run(lambda done, total: progress.update(task, completed=done, total=total), stop)
         except Interrupted as stopped:
-            bar.stop()
-            console.say(
-                f"interrupted; saved after step {stopped.done:,} of {stopped.total:,}. Go on with "
-                "the same command."
+            progress.stop()
+            interrupted(
+                f"saved after step {stopped.done:,} of {stopped.total:,}. Go on with the same "
+                "command.",
+                stop.signal,
             )
-            raise typer.Exit(exit_code(stop.signal)) from None
 
 
 def _tell(document: dict[str, Any], out: Path, before: int) -> None:

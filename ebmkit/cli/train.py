@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import shlex
+import signal
 import time
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from ebmkit.cli.console import TensorBoard, Together, TrainingBar, console
+from ebmkit.cli.console import Reporters, TensorBoard, TrainingBar, console, interrupted
+from ebmkit.cli.evaluate import evaluate_run
+from ebmkit.cli.options import DATA_DIR, DEVICE, IMAGE_SIZE, TRAIN_PRECISION
 from ebmkit.errors import UserError
 
 if TYPE_CHECKING:
-    from ebmkit.data import AnyImages
     from ebmkit.parallel import DistributedContext
     from ebmkit.training import Reporter, RunFolder, TrainConfig, Trainer
 
@@ -36,9 +39,7 @@ def train(
     dataset: Annotated[
         str | None, typer.Option(help="data set [default: digits]; see `ebmkit list datasets`")
     ] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="where its files are [default: data]")
-    ] = None,
+    data_dir: Annotated[Path | None, DATA_DIR] = None,
     backbone: Annotated[
         str | None,
         typer.Option(help="[default: the recipe's, gradresnet18]; see `ebmkit list backbones`"),
@@ -58,18 +59,14 @@ def train(
     recipe: Annotated[
         str | None, typer.Option(help="defaults to start from [default: the data set's]")
     ] = None,
-    image_size: Annotated[
-        int | None, typer.Option(min=1, help="height and width to bring images to")
-    ] = None,
+    image_size: Annotated[int | None, IMAGE_SIZE] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of configuration fields")] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", help="one field, as optimizer.lr=1e-3; may be repeated"),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1")] = None,
-    precision: Annotated[
-        str | None, typer.Option(help="of products: auto, fp32, tf32, bf16 [default: auto]")
-    ] = None,
+    device: Annotated[str | None, DEVICE] = None,
+    precision: Annotated[str | None, TRAIN_PRECISION] = None,
     compile_: Annotated[
         str | None,
         typer.Option("--compile", help="compile the step: auto, on, off [default: auto]"),
@@ -93,21 +90,19 @@ def train(
     from ebmkit.training import RunFolder, parse_assignments, read_config
     from ebmkit.training.assemble import assemble, images_of
 
-    named = _named(
-        dataset=dataset,
-        data_dir=data_dir,
-        image_size=image_size,
-        backbone=backbone,
-        objective=objective,
-        width=width,
-        steps=steps,
-        seed=seed,
-        device=device,
-        precision=precision,
-        compile=compile_,
-    )
+    where = data_dir.absolute() if data_dir else None  # so that the run can be used from anywhere
+    named = {
+        "dataset": {"name": dataset, "data_dir": where, "image_size": image_size},
+        "backbone": backbone,
+        "model": {"backbone": {"width": width}},
+        "objective": objective,
+        "steps": steps,
+        "seed": seed,
+        "device": device,
+        "compute": {"precision": precision, "compile": compile_},
+    }
     layers = [read_config(config)] if config else []
-    layers += [named, parse_assignments(set_ or [])]
+    layers += [_given(named), parse_assignments(set_ or [])]
     if tensorboard:
         TensorBoard.check()
     if resume is not None and (out is not None or recipe is not None):
@@ -133,14 +128,20 @@ def train(
         path = world.broadcast(run.path if run else Path())
         _fit(trainer, path, tensorboard)
         if test is not None:
+            from ebmkit.plots import learning_curves
+
             try:
-                _finish(trainer, path, test)
+                if trainer.run is not None:
+                    learning_curves(trainer.run.metrics(), path / "learning_curves.png")
+                limit = FINAL_IMAGES if len(test) > FINAL_IMAGES else None
+                model = trainer.trained.eval().requires_grad_(False)
+                evaluate_run(model, path, test, limit=limit, world=trainer.world)
             except KeyboardInterrupt:
-                console.say(
-                    "interrupted; the model is saved. Evaluate it with:\n"
-                    f"  ebmkit evaluate {_quoted(path)}"
+                interrupted(
+                    "the model is saved. Evaluate it with:\n"
+                    f"  ebmkit evaluate {shlex.quote(str(path))}",
+                    signal.SIGINT,
                 )
-                raise typer.Exit(130) from None
         console.say(f"run folder: {path}")
 
 
@@ -210,32 +211,10 @@ def _interrupted_run(out: Path | None, config: TrainConfig) -> Path | None:
     return None
 
 
-def _quoted(run: Path) -> str:
-    return shlex.quote(str(run))
-
-
-def _named(
-    dataset: str | None,
-    data_dir: Path | None,
-    image_size: int | None,
-    width: int | None,
-    precision: str | None,
-    compile: str | None,
-    **plain: Any,
-) -> dict[str, Any]:
-    """The named options that were given, as a configuration layer."""
-    layer: dict[str, Any] = {key: value for key, value in plain.items() if value is not None}
-    where = data_dir.absolute() if data_dir else None  # so that the run can be used from anywhere
-    data = {"name": dataset, "data_dir": where, "image_size": image_size}
-    given = {key: value for key, value in data.items() if value is not None}
-    if given:
-        layer["dataset"] = given
-    if width is not None:
-        layer["model"] = {"backbone": {"width": width}}
-    compute = {"precision": precision, "compile": compile}
-    if any(compute.values()):
-        layer["compute"] = {key: value for key, value in compute.items() if value is not None}
-    return layer
+def _given(layer: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given, as a configuration layer."""
+    found = {k: _given(v) if isinstance(v, dict) else v for k, v in layer.items()}
+    return {key: value for key, value in found.items() if value is not None and value != {}}
 
 
 def _stem(config: TrainConfig) -> str:
@@ -244,54 +223,48 @@ def _stem(config: TrainConfig) -> str:
 
 
 def _fresh_folder(config: TrainConfig) -> Path:
-    name = _stem(config)
-    number = 1
-    while (path := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
-        number += 1
-    return path
+    path = Path("runs") / _stem(config)
+    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(folder for folder in itertools.chain([path], numbered) if not folder.exists())
 
 
 def _fit(trainer: Trainer, run: Path, tensorboard: bool) -> None:
     from ebmkit.data.imagesets import some_of
     from ebmkit.storage import write_atomically
     from ebmkit.training import Interrupted
-    from ebmkit.training.stopping import exit_code
 
-    config = trainer.config
+    config, first = trainer.config, trainer.step
     parameters = sum(p.numel() for p in trainer.model.parameters())
     console.say(
         f"{config.objective} on {trainer.train.name} ({len(trainer.train):,} images), "
         f"{config.backbone} with {parameters:,} parameters, {config.steps:,} steps "
         f"on {_where(trainer)}, in {run}"
     )
-    if trainer.step >= config.steps:
+    if first >= config.steps:
         console.say(f"this run is finished: {config.steps} of {config.steps} steps are done")
         if trainer.run is not None:
             _mend(trainer, trainer.run)
         return
-    if trainer.step:
-        console.say(f"going on after step {trainer.step}")
-    bar = TrainingBar(config.steps, trainer.step)
+    if first:
+        console.say(f"going on after step {first}")
+    bar = TrainingBar(config.steps, first)
     reporters: list[Reporter] = [bar]
-    wanted = tensorboard and trainer.world.first
-    board = TensorBoard(run / "tensorboard", trainer.step) if wanted else None
-    if board is not None:
-        reporters.append(board)
-    trainer.reporter = Together(reporters) if trainer.world.first else None
     start = time.perf_counter()
-    first = trainer.step
     try:
-        with bar if bar.live and trainer.world.first else nullcontext():
+        with ExitStack() as stack:
+            if tensorboard and trainer.world.first:
+                reporters.append(board := TensorBoard(run / "tensorboard", first))
+                stack.callback(board.writer.close)
+            trainer.reporter = Reporters(reporters) if trainer.world.first else None
+            if bar.live and trainer.world.first:
+                stack.enter_context(bar)
             trainer.fit()
     except Interrupted as stopped:
-        console.say(
-            f"interrupted; saved after step {stopped.step}. Go on with:\n"
-            f"  ebmkit train --resume {_quoted(run)}"
+        interrupted(
+            f"saved after step {stopped.step}. Go on with:\n"
+            f"  ebmkit train --resume {shlex.quote(str(run))}",
+            stopped.signal,
         )
-        raise typer.Exit(exit_code(stopped.signal)) from None
-    finally:
-        if board is not None:
-            board.close()
     seconds = time.perf_counter() - start
     account = trainer.account()
     if trainer.run is not None:
@@ -342,15 +315,3 @@ def _where(trainer: Trainer) -> str:
     compiled = ", compiled" if step.compiled else ""
     processes = f", {trainer.world.size} processes" if trainer.world.size > 1 else ""
     return f"{trainer.device} ({step.precision}{compiled}{processes})"
-
-
-def _finish(trainer: Trainer, run: Path, test: AnyImages) -> None:
-    """Evaluate on the test images, print the table, draw the pictures."""
-    from ebmkit.cli.evaluate import evaluate_run
-    from ebmkit.plots import learning_curves
-
-    if trainer.run is not None:
-        learning_curves(trainer.run.metrics(), run / "learning_curves.png")
-    limit = FINAL_IMAGES if len(test) > FINAL_IMAGES else None
-    model = trainer.trained.eval().requires_grad_(False)
-    evaluate_run(model, run, test, limit=limit, world=trainer.world)

@@ -10,15 +10,14 @@ import typer
 from rich.table import Table
 
 from ebmkit.cli.console import console
+from ebmkit.cli.options import RUN
 from ebmkit.errors import UserError
 
 __all__ = ["verify"]
 
-_WRONG = ("changed", "missing")
-
 
 def verify(
-    run: Annotated[Path, typer.Argument(help="run folder")],
+    run: Annotated[Path, RUN],
     accept: Annotated[
         list[str] | None,
         typer.Option(help="enter this file as it is now, for its change was meant; repeatable"),
@@ -36,7 +35,7 @@ def verify(
     if accept:
         accept_files(run, accept)
     found = verify_run(run)
-    wrong = [finding for finding in found if finding.state in _WRONG]
+    wrong = [finding for finding in found if finding.state in ("changed", "missing")]
     if as_json:
         console.print_json(json.dumps([finding._asdict() for finding in found]))
     else:

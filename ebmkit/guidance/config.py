@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from torch import Tensor
 
 from ebmkit.energy import EnergyModel
-from ebmkit.errors import UserError
+from ebmkit.errors import UserError, validated
 from ebmkit.guidance.combine import View
 from ebmkit.guidance.guides import (
     DUAL_WEIGHT,
@@ -25,7 +25,6 @@ from ebmkit.guidance.guides import (
 from ebmkit.guidance.schedules import parse_schedule
 from ebmkit.registry import find
 from ebmkit.sampling.target import DensityFunction
-from ebmkit.validation import validated
 
 __all__ = [
     "CLASSIFIER_FREE",

@@ -18,7 +18,7 @@ from pydantic import (
 from torch import nn
 
 from ebmkit.energy import ScoreModel
-from ebmkit.errors import UserError
+from ebmkit.errors import UserError, validated
 from ebmkit.models.conditioned import NoiseConditioned
 from ebmkit.models.denoisers import DirectDenoiser
 from ebmkit.models.dncnn import DnCNNConfig
@@ -34,7 +34,6 @@ from ebmkit.models.resnet import ResNetConfig
 from ebmkit.models.unet import UNetConfig
 from ebmkit.models.wideresnet import WideResNetConfig
 from ebmkit.registry import find
-from ebmkit.validation import validated
 
 __all__ = ["BackboneConfig", "ModelConfig", "create_denoiser", "create_model"]
 

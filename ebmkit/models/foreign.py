@@ -27,14 +27,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ebmkit.errors import UserError
+from ebmkit.errors import UserError, validated
 from ebmkit.models.config import ModelConfig
 from ebmkit.models.dncnn import convert_dncnn
 from ebmkit.models.drunet import convert_drunet
 from ebmkit.models.presets import BACKBONES
 from ebmkit.models.resnet import BLOCKS
 from ebmkit.registry import find
-from ebmkit.validation import validated
 
 __all__ = [
     "KINDS",

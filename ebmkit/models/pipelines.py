@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from ebmkit.card import ModelCard
-from ebmkit.errors import UserError
+from ebmkit.errors import UserError, validated
 from ebmkit.models.config import ModelConfig
 from ebmkit.models.diffusion import DiffusionModel
 from ebmkit.models.published import read_state
@@ -29,7 +29,6 @@ from ebmkit.models.saving import save_model
 from ebmkit.models.sizes import AtMost
 from ebmkit.models.unet import INSTALL, UNetConfig
 from ebmkit.storage.reading import MIB, check_links, read_json
-from ebmkit.validation import validated
 
 __all__ = ["import_unet", "read_unet"]
 

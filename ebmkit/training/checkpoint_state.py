@@ -28,10 +28,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt
 from torch import Tensor, nn
 
-from ebmkit.errors import UserError, shown
+from ebmkit.errors import UserError, shown, validated
 from ebmkit.training.divergence import MOST_STEPS, Divergence
 from ebmkit.training.upgrade import upgraded
-from ebmkit.validation import validated
 
 if TYPE_CHECKING:
     from ebmkit.training.trainer import Trainer

@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from ebmkit.compute import ComputeConfig
 from ebmkit.data import StreamConfig
 from ebmkit.data.schedule import parse_decay_share, parse_share
-from ebmkit.errors import UserError, shown
+from ebmkit.errors import UserError, shown, validated
 from ebmkit.models import HEADS, ModelConfig
 from ebmkit.models.presets import find_network
 from ebmkit.objectives import BALANCE, OBJECTIVES, ObjectiveConfig, TermSettings, parse_objective
@@ -26,7 +26,6 @@ from ebmkit.storage.reading import YAML_BYTES, parse_yaml, read_text
 from ebmkit.training.diffusion import diffusion_settings
 from ebmkit.training.divergence import WatchConfig
 from ebmkit.training.recipes import RECIPES, recipe_for
-from ebmkit.validation import validated
 
 __all__ = [
     "DataConfig",

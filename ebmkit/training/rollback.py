@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ebmkit.errors import UserError
+from ebmkit.errors import UserError, validated
 from ebmkit.objectives.likelihood import Negatives
 from ebmkit.sampling.buffer import ReplayBuffer
 from ebmkit.training.checkpoint_state import SavedWatch, check_tensor, parts_of, restore_parts
 from ebmkit.training.divergence import Divergence, DivergenceMonitor, Measures, sentence
 from ebmkit.training.engine import StepStats
 from ebmkit.training.nonfinite import is_finite, keep_report, report_of, told
-from ebmkit.validation import validated
 
 if TYPE_CHECKING:
     from ebmkit.training.trainer import Trainer

@@ -1,13 +1,37 @@
-"""Help that names values as other command lines do: RUN, IMAGE..., INTEGER, PATH."""
+"""Options that several commands share, and help that names values as other command lines do: RUN,
+IMAGE..., INTEGER, PATH.
+
+An option is declared here once and given its type and default by each command, as in
+``device: Annotated[str, DEVICE] = "auto"``.
+"""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
+import typer
 from typer.core import TyperCommand
 
-__all__ = ["Command", "argument_name"]
+RUN = typer.Argument(help="run folder")
+IMAGES = typer.Argument(metavar="IMAGE", help="pictures: PNG, JPEG, TIFF")
+WEIGHTS = typer.Option(help="last, or best by validation")
+DEVICE = typer.Option(help="auto, cpu, cuda, cuda:1")
+PRECISION = typer.Option(help="of products: fp32, tf32, bf16; auto: fp32")
+TRAIN_PRECISION = typer.Option(
+    help="of products in training: auto, fp32, tf32, bf16 [default: the configuration's, auto]"
+)
+COMPILE = typer.Option(
+    "--compile", help="compile the score: on, off; auto: off, for it seldom pays"
+)
+DATASET = typer.Option(help="data set [default: the one trained on]; see `ebmkit list datasets`")
+DATA_DIR = typer.Option(help="where its files are")
+IMAGE_SIZE = typer.Option(min=1, help="height and width to bring images to")
+LABEL = typer.Option(help="class (name or number), for the conditional denoiser")
+WIDTH = typer.Option(min=1, help="channels of the first stage")
+SEED = typer.Option(min=0, max=2**63 - 1, help="of everything that is drawn")
+SETTING = typer.Option("--set", help="a setting of the sampler, as step_size=1e-4; may be repeated")
+SIGMA_HELP = "noise level, as 25/255"
 
 VALUES = {"str": "TEXT", "int": "INTEGER", "float": "FLOAT", "path": "PATH"}
 """Names of an option's value, by the types that Typer shows: ``<str>``, ``<list[Path]>``."""
