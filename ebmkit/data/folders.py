@@ -21,11 +21,12 @@ followed inside the folder alone, unless the user says otherwise; the folder its
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -39,7 +40,6 @@ from ebmkit.data.imagesets import (
     HINT,
     AnyImages,
     DatasetRequest,
-    Faults,
     ImageSet,
     StreamedSet,
     readable,
@@ -53,18 +53,15 @@ from ebmkit.terminal import progress_bar
 __all__ = [
     "SUFFIXES",
     "FolderReader",
-    "Listing",
     "find_images",
     "has_parts",
     "list_folder",
     "load_folder",
     "load_imagenet",
     "load_pictures",
-    "readable_files",
+    "readable_images",
     "to_pixels",
 ]
-
-T = TypeVar("T")
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".ppm", ".pgm")
 
@@ -177,24 +174,6 @@ def to_pixels(image: Image.Image, channels: int, size: tuple[int, int] | None = 
     return pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()
 
 
-class Listing(NamedTuple):
-    """The image files of one split of a folder.
-
-    Attributes:
-        reader: reads them.
-        size: height and width of what it gives.
-        labels: (N,) int64, or None without class folders.
-        class_names: names of the class folders, sorted.
-        left_out: why files were left out.
-    """
-
-    reader: FolderReader
-    size: tuple[int, int]
-    labels: Tensor | None
-    class_names: tuple[str, ...]
-    left_out: list[str]
-
-
 def load_folder(request: DatasetRequest, side: int | None = None) -> AnyImages:
     """One split of a folder; streamed if decoded it takes more than `imagesets.MEMORY_LIMIT` bytes.
 
@@ -208,36 +187,31 @@ def load_folder(request: DatasetRequest, side: int | None = None) -> AnyImages:
         UserError: if the folder is missing or empty, the split is missing, sizes differ without an
             image size, or a file cannot be read.
     """
-    root, split, faults = request.path("a folder of images"), request.split, request.faults
-    part = "test" if split == "test" else "train"
-    listing = list_folder(root, part, request.image_size, request.progress, side, faults)
-    reader, lost = listing.reader, listing.left_out
-    count = len(reader)
+    root, split, skip = request.path("a folder of images"), request.split, request.faults.skip
+    images = list_folder(request, "test" if split == "test" else "train", side)
+    count, what = len(images), f"{root.name}/{split}"
     rows = shuffled(count) if split == "test" else split_rows(split, count, repr(str(root)))
-    crops = reader if side is not None and split == "train" else None
-    if faults.skip and crops is None:
-        found, more = readable_rows(listing, rows, f"{root.name}/{split}", request.progress)
-        rows, lost = found, [*lost, *more]
-    labels = None if listing.labels is None else listing.labels[rows]
-    height, width = listing.size
-    facts = (labels, listing.class_names, request.name, split)
-    too_many = len(rows) * reader.channels * height * width > imagesets.MEMORY_LIMIT
-    if crops is not None or too_many:
-        return StreamedSet(
-            reader,
-            rows,
-            reader.channels,
-            listing.size,
-            *facts,
-            crops=crops,
-            skip=faults.skip,
-            left_out=tuple(lost),
-        )
-    images = torch.empty((len(rows), reader.channels, height, width), dtype=torch.uint8)
-    bar = progress_bar(rows.tolist(), f"reading {root.name}/{split}", request.progress)
+    images = images.select(rows)
+    if images.crops is not None:
+        return replace(images, skip=skip)
+    images = readable_images(images, what, request)
+    shape = (len(images), images.channels, *images.image_size)
+    if math.prod(shape) > imagesets.MEMORY_LIMIT:
+        return replace(images, skip=skip)
+    pixels = torch.empty(shape, dtype=torch.uint8)
+    bar = progress_bar(images.rows.tolist(), f"reading {what}", request.progress)
     for i, row in enumerate(bar):
-        images[i] = reader.read([row])[0]
-    return ImageSet(images, *facts, reader, rows, tuple(lost))
+        pixels[i] = images.reader.read([row])[0]
+    return ImageSet(
+        pixels,
+        images.labels,
+        images.class_names,
+        images.name,
+        split,
+        images.reader,
+        images.rows,
+        images.left_out,
+    )
 
 
 def load_imagenet(request: DatasetRequest) -> AnyImages:
@@ -273,7 +247,7 @@ def load_pictures(request: DatasetRequest) -> StreamedSet:
         raise UserError(f"{str(root)!r} holds no pictures: put files ending in {SUFFIXES} there")
     lost: list[str] = []
     if faults.skip:
-        names, lost = readable_files(root, names)
+        names, lost = _readable_files(root, names)
     headers = [picture_header(root / name) for name in names]
     channels, *others = {count for count, _ in headers}
     if others:
@@ -292,32 +266,22 @@ def load_pictures(request: DatasetRequest) -> StreamedSet:
     return images.readable() if faults.skip else images
 
 
-def list_folder(
-    root: Path,
-    part: str,
-    image_size: int | None = None,
-    progress: bool = False,
-    side: int | None = None,
-    faults: Faults | None = None,
-) -> Listing:
-    """All files of ``part`` of a folder, and their common shape.
+def list_folder(request: DatasetRequest, part: str, side: int | None = None) -> StreamedSet:
+    """All files of ``part`` of a folder, in the order in which they are found.
 
     Args:
-        root: the folder.
+        request, side: as `load_folder`.
         part: "train", "test", or "all" for a folder that is one set.
-        image_size, side: as `load_folder`.
-        progress: show a bar while files are read.
-        faults: what is done about images that cannot be read, and about links.
 
     Raises:
         UserError: as `load_folder`, short of reading the images.
     """
+    root, faults = request.path("a folder of images"), request.faults
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "does not exist"
         raise UserError(
             f"{str(root)!r} {what}: name a folder of images, as in DIR/train/CLASS/*.png"
         )
-    faults = faults or Faults()
     for own in () if faults.follow else ("train", "test", "val"):
         _check_inside(str(root / own), os.path.realpath(root), REMEDY)
     base = _part_folder(root, part) if has_parts(root) else root
@@ -332,52 +296,57 @@ def list_folder(
             f"{str(base)!r} holds no {part} images: put files ending in {', '.join(SUFFIXES)} there"
         )
     lost: list[str] = []
-    if faults.skip and image_size is None:
-        names, lost = readable_files(base, names)
+    if faults.skip and request.image_size is None:
+        names, lost = _readable_files(base, names)
     numbers = {name: i for i, name in enumerate(classes)}
-    labels = torch.tensor([numbers[_class_of(name)] for name in names]) if classes else None
-    channels, size = _shape(base, names, image_size, progress, faults.skip)
-    reader = FolderReader(base, names, channels, size, side)
+    channels, size = _shape(base, names, request)
     # bytes of a folder's name that are no UTF-8 as \xff, so that any file can hold it
     texts = (os.fsencode(name).decode("utf-8", "backslashreplace") for name in classes)
-    return Listing(reader, size, labels, tuple(texts), lost)
+    reader = FolderReader(base, names, channels, size, side)
+    return StreamedSet(
+        reader,
+        torch.arange(len(names)),
+        channels,
+        size,
+        torch.tensor([numbers[_class_of(name)] for name in names]) if classes else None,
+        tuple(texts),
+        request.name,
+        request.split,
+        crops=reader if side is not None and request.split == "train" else None,
+        left_out=tuple(lost),
+    )
 
 
-def readable_files(base: Path, names: list[str]) -> tuple[list[str], list[str]]:
-    """Those of ``names`` whose headers can be read, and why the others' cannot.
+def _readable_files(base: Path, names: list[str]) -> tuple[list[str], list[str]]:
+    """Those of ``names`` whose headers can be read, and why the others' cannot."""
+    found, reasons = readable(names, lambda name: picture_header(base / name))
+    _warn_left_out(reasons, len(names), base.name)
+    if not found:
+        raise UserError(f"none of {len(names)} images in {str(base)!r} can be read: {reasons[0]}")
+    return found, reasons
+
+
+def readable_images(images: StreamedSet, what: str, request: DatasetRequest) -> StreamedSet:
+    """Those of ``images`` that can be read, and a warning about the others, where these are to be
+    left out; else all.
 
     Raises:
         UserError: if none can.
     """
-    return _sifted(names, lambda name: picture_header(base / name), base.name)
+    if not request.faults.skip:
+        return images
+    found = images.readable(what, request.progress)
+    _warn_left_out(found.left_out[len(images.left_out) :], len(images), what)
+    return found
 
 
-def readable_rows(
-    listing: Listing, rows: Tensor, what: str, progress: bool
-) -> tuple[Tensor, list[str]]:
-    """The rows whose images can be read, after reading each, and why the others cannot.
-
-    Raises:
-        UserError: if none can.
-    """
-    found, reasons = _sifted(rows.tolist(), lambda row: listing.reader.read([row]), what, progress)
-    return torch.tensor(found), reasons
-
-
-def _sifted(
-    items: list[T], read: Callable[[T], object], what: str, progress: bool = False
-) -> tuple[list[T], list[str]]:
-    """`readable` items of ``what``, and a warning about the others."""
-    found, reasons = readable(progress_bar(items, f"looking through {what}", progress), read)
+def _warn_left_out(reasons: Sequence[str], count: int, what: str) -> None:
     if reasons:
         warnings.warn(
-            f"{len(reasons)} of {len(items)} images of {what} cannot be read and are left out: "
+            f"{len(reasons)} of {count} images of {what} cannot be read and are left out: "
             f"{some_of(reasons)}",
             stacklevel=4,
         )
-    if not found:
-        raise UserError(f"none of {len(items)} images of {what} can be read: {reasons[0]}")
-    return found, reasons
 
 
 def has_parts(root: Path) -> bool:
@@ -447,18 +416,17 @@ def _is_test(name: str) -> bool:
     return int.from_bytes(digest, "big") % 10 == 0
 
 
-def _shape(
-    base: Path, names: list[str], image_size: int | None, progress: bool, skip: bool
-) -> tuple[int, tuple[int, int]]:
+def _shape(base: Path, names: list[str], request: DatasetRequest) -> tuple[int, tuple[int, int]]:
     """Channels and size of a set: of all headers, or of a hundred where the size is given."""
-    step = 1 if image_size is None else max(1, len(names) // 100)
+    side = request.image_size
+    step = 1 if side is None else max(1, len(names) // 100)
     channels, last = 1, None
     sizes: dict[tuple[int, int], str] = {}
-    for name in progress_bar(names[::step], f"looking into {base.name}", progress):
+    for name in progress_bar(names[::step], f"looking into {base.name}", request.progress):
         try:
             found, size = picture_header(base / name)
         except UserError as error:
-            if not skip:
+            if not request.faults.skip:
                 raise UserError(f"{error}{HINT}") from None
             last = error
             continue
@@ -466,8 +434,8 @@ def _shape(
         sizes.setdefault(size, name)
     if not sizes:
         raise UserError(f"none of {len(names[::step])} images in {str(base)!r} can be read: {last}")
-    if image_size is not None:
-        return channels, (image_size, image_size)
+    if side is not None:
+        return channels, (side, side)
     if len(sizes) > 1:
         (first, a), (second, b) = list(sizes.items())[:2]
         raise UserError(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ebmkit.data.augment import Cut
 from ebmkit.errors import UserError
+from ebmkit.terminal import progress_bar
 
 __all__ = [
     "MEMORY_LIMIT",
@@ -381,17 +382,21 @@ class StreamedSet(_Images):
                 images, labels = self._read(numbers)
             yield to_floats(images), labels
 
-    def readable(self) -> StreamedSet:
+    def readable(self, what: str = "", progress: bool = False) -> StreamedSet:
         """Those that can be read, after reading each; from then on none may be missing.
+
+        Args:
+            what: names the images in the bar and the error; by default the set's name.
+            progress: show a bar.
 
         Raises:
             UserError: if none can.
         """
-        found, reasons = readable(range(len(self)), lambda number: self._read([number]))
+        what = what or repr(self.name)
+        numbers = progress_bar(range(len(self)), f"looking through {what}", progress)
+        found, reasons = readable(numbers, lambda number: self._read([number]))
         if not found:
-            raise UserError(
-                f"none of {len(self)} images of {self.name!r} can be read: {reasons[0]}"
-            )
+            raise UserError(f"none of {len(self)} images of {what} can be read: {reasons[0]}")
         whole = self.select(torch.as_tensor(found))
         return replace(whole, skip=False, left_out=(*self.left_out, *reasons))
 

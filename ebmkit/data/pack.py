@@ -21,8 +21,8 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from ebmkit.data.folders import has_parts, list_folder, readable_rows, to_pixels
-from ebmkit.data.imagesets import Faults, ImageSet, StreamedSet, shuffled
+from ebmkit.data.folders import has_parts, list_folder, readable_images, to_pixels
+from ebmkit.data.imagesets import DatasetRequest, Faults, ImageSet, StreamedSet, shuffled
 from ebmkit.data.standard import CIFAR, torchvision_cifar
 from ebmkit.errors import UserError, unknown_name
 from ebmkit.terminal import progress_bar
@@ -185,20 +185,12 @@ def _folder_parts(root: Path, image_size: int | None, progress: bool, faults: Fa
     if has_parts(root):
         there = {name for name in ("train", "test", "val") if (root / name).is_dir()}
         groups = ["train"] * ("train" in there) + ["test"] * bool(there - {"train"})
-    parts: dict[str, ImageSet | StreamedSet] = {}
+    request = DatasetRequest("folder", "train", root, image_size, False, progress, faults)
+    parts: dict[str, StreamedSet] = {}
     for group in groups:
-        listing = list_folder(root, group or "all", image_size, progress, faults=faults)
-        order = shuffled(len(listing.reader))
-        if faults.skip:
-            order, _ = readable_rows(listing, order, f"{root.name}/{group}", progress)
-        parts[group] = StreamedSet(
-            listing.reader,
-            order,
-            listing.reader.channels,
-            listing.size,
-            None if listing.labels is None else listing.labels[order],
-            listing.class_names,
-        )
+        images = list_folder(request, group or "all")
+        images = images.select(shuffled(len(images)))
+        parts[group] = readable_images(images, f"{root.name}/{group}", request)
     if len({(part.channels, part.image_size) for part in parts.values()}) > 1:
         raise UserError(
             f"training and test images in {str(root)!r} differ in size or colour: give an image "

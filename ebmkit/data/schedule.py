@@ -20,7 +20,6 @@ from typing import Annotated, NamedTuple
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ebmkit.data.augment import Augmentation
-from ebmkit.data.imagesets import AnyImages
 from ebmkit.errors import UserError
 from ebmkit.noise import NoiseLaw, parse_fraction
 
@@ -29,7 +28,6 @@ __all__ = [
     "Span",
     "Stage",
     "StreamConfig",
-    "check_stream",
     "images_between",
     "parse_decay_share",
     "parse_share",
@@ -191,72 +189,3 @@ def images_between(plan: Sequence[Stage], start: int, stop: int) -> int:
     """Images of all streams and processes in steps ``start`` .. ``stop`` - 1."""
     taken = (range(max(stage.start, start), min(stage.stop, stop)) for stage in plan)
     return sum(len(own) * s.images_per_step for own, s in zip(taken, plan, strict=True))
-
-
-def check_stream(
-    source: AnyImages,
-    config: StreamConfig,
-    spans: tuple[Span, ...],
-    name: str,
-    world_size: int,
-    parts: int,
-) -> None:
-    """Check that a stream can be drawn.
-
-    Args:
-        source: the data set.
-        config: what is asked of it.
-        spans: its phases.
-        name: the stream's.
-        world_size: processes that share each batch.
-        parts: that each process splits its share into.
-
-    Raises:
-        UserError: if the set is empty, has no labels to mix or is smaller than a crop, a square of
-            cutout covers an image, or a batch does not divide; the message names the field of the
-            phase at fault.
-    """
-    augmentation, crops = config.augmentation, getattr(source, "crops", None)
-    (height, width), padding = source.image_size, augmentation.crop_padding
-    least = min(height, width)
-
-    def check(passed: bool, sentence: str) -> None:
-        if not passed:
-            raise UserError(f"stream {name!r}: {sentence}")
-
-    check(len(source) > 0, f"data set {source.name!r} has no {source.split} images")
-    check(
-        augmentation.mix == "none" or source.labels is not None,
-        f"{augmentation.mix} mixes labels, and data set {source.name!r} has none: set mix to none",
-    )
-    check(
-        crops is None or not padding,
-        f"crop_padding needs images of one size, and data set {source.name!r} gives whole "
-        "pictures: set crop_padding to 0",
-    )
-    check(
-        augmentation.crop_fill != "reflect" or padding < least,
-        f"images of {height}x{width} cannot be reflected {padding} pixels wide: set crop_padding "
-        f"to at most {least - 1}",
-    )
-    side = (least if crops is None else crops.side) + 2 * padding
-    for span in spans:
-        where, crop = span.field(name), span.crop_size
-        split = f" of {parts} parts each (compute.accumulate)" if parts > 1 else ""
-        check(
-            span.batch_size % (world_size * parts) == 0,
-            f"a batch of {span.batch_size} does not divide among {world_size} process(es){split}: "
-            f"set {where}.batch_size to a multiple of {world_size * parts}",
-        )
-        what = "the images" if crops is None else "the shorter side of the pictures"
-        size = f"{height}x{width}" if crops is None else f"{crops.side}"
-        check(
-            crop is None or augmentation.crop_scale is not None or crop <= side,
-            f"crop_size {crop} is larger than {what}, {size}: take at most {side} in {where}",
-        )
-        seen = (height, width) if crop is None else (crop, crop)
-        check(
-            augmentation.cutout < min(seen),
-            f"cutout {augmentation.cutout} can cover a whole image of {seen[0]}x{seen[1]}: set "
-            f"streams.{name}.augmentation.cutout to at most {min(seen) - 1}, or to 0 for none",
-        )

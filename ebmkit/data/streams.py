@@ -45,7 +45,7 @@ from ebmkit.data.augment import (
     resize_boxes,
 )
 from ebmkit.data.imagesets import AnyImages, ImageSet, StreamedSet, to_floats
-from ebmkit.data.schedule import Span, StreamConfig, check_stream, span_at
+from ebmkit.data.schedule import Span, StreamConfig, span_at
 from ebmkit.errors import UserError
 from ebmkit.randomness import keyed_generator, keyed_seed
 
@@ -164,7 +164,6 @@ class Stream:
         steps: int | None = None,
     ) -> None:
         self.spans = config.spans(steps)
-        check_stream(source, config, self.spans, name, world_size, parts)
         self.device = torch.device(device)
         self.source = source.to(self.device) if isinstance(source, ImageSet) else source
         self.config = config
@@ -172,14 +171,64 @@ class Stream:
         self.seed = seed
         self.workers = workers
         self.skipped: dict[int, str] = {}
-        self._whole = isinstance(source, StreamedSet) and source.crops is not None
+        self.crops = source.crops if isinstance(source, StreamedSet) else None
         self.rank, self.world_size = rank, world_size
+        self._check(parts)
         # Mixing needs the image before the first one too; it is dropped afterwards.
         self._extra = int(config.augmentation.mix != "none" and world_size > 1)
         self._generator = torch.Generator(self.device)
         self._orders: dict[tuple[int, torch.device], Tensor] = {}
         self._first_flips: Tensor | None = None
         self._held: dict[tuple[int, torch.device], Rows] = {}
+
+    def _check(self, parts: int) -> None:
+        """Check that the stream can be drawn; messages name the field of the phase at fault."""
+        source, options, crops = self.source, self.config.augmentation, self.crops
+        (height, width), padding = source.image_size, options.crop_padding
+        least, data = min(height, width), f"data set {source.name!r}"
+        share = self.world_size * parts
+        split = f" of {parts} parts each (compute.accumulate)" if parts > 1 else ""
+
+        def check(passed: bool, sentence: str) -> None:
+            if not passed:
+                raise UserError(f"stream {self.name!r}: {sentence}")
+
+        check(len(source) > 0, f"{data} has no {source.split} images")
+        check(
+            options.mix == "none" or source.labels is not None,
+            f"{options.mix} mixes labels, and {data} has none: set mix to none",
+        )
+        check(
+            crops is None or not padding,
+            f"crop_padding needs images of one size, and {data} gives whole pictures: set "
+            "crop_padding to 0",
+        )
+        check(
+            options.crop_fill != "reflect" or padding < least,
+            f"images of {height}x{width} cannot be reflected {padding} pixels wide: set "
+            f"crop_padding to at most {least - 1}",
+        )
+        what, side = f"the images, {height}x{width}", least + 2 * padding
+        if crops is not None:
+            what, side = f"the shorter side of the pictures, {crops.side}", crops.side
+        for span in self.spans:
+            where, crop = span.field(self.name), span.crop_size
+            check(
+                span.batch_size % share == 0,
+                f"a batch of {span.batch_size} does not divide among {self.world_size} "
+                f"process(es){split}: set {where}.batch_size to a multiple of {share}",
+            )
+            check(
+                crop is None or options.crop_scale is not None or crop <= side,
+                f"crop_size {crop} is larger than {what}: take at most {side} in {where}",
+            )
+            seen = (height, width) if crop is None else (crop, crop)
+            check(
+                options.cutout < min(seen),
+                f"cutout {options.cutout} can cover a whole image of {seen[0]}x{seen[1]}: set "
+                f"streams.{self.name}.augmentation.cutout to at most {min(seen) - 1}, or to 0 for "
+                "none",
+            )
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """The batches of steps ``start`` .. ``stop`` - 1.
@@ -197,7 +246,10 @@ class Stream:
         cuda, host = self.device.type == "cuda", torch.device("cpu")
         steps = range(start, stop)
         requests = (
-            (self._indices(step, host).tolist(), self._cut(step) if self._whole else None)
+            (
+                self._indices(step, host).tolist(),
+                self._cut(step) if self.crops is not None else None,
+            )
             for step in steps
         )
         read = _read_batches(source, requests, self.workers, cuda)
@@ -250,7 +302,9 @@ class Stream:
     def _cut(self, step: int) -> Cut | None:
         """The crops that are drawn on the host: all of whole pictures, and resized ones."""
         options, span = self.config.augmentation, span_at(self.spans, step)
-        if options.crop_scale is None and not (self._whole and span.crop_size is not None):
+        if options.crop_scale is None and not (
+            self.crops is not None and span.crop_size is not None
+        ):
             return None
         side = span.crop_size
         size = self.source.image_size if side is None else (side, side)
@@ -274,7 +328,7 @@ class Stream:
             images = mirror(images, self._mirrored(step))
         elif options.flip:
             images = flip(images, generator, rows)
-        if self._whole:
+        if self.crops is not None:
             pass  # who read them has cut them
         elif (cut := self._cut(step)) is not None:
             boxes = crop_boxes(images.shape[2], images.shape[3], cut)
