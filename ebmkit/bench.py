@@ -32,7 +32,6 @@ the denoising stream; a joint objective classifies twice as many images, as the 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import gc
 import math
 import os
@@ -41,7 +40,6 @@ import statistics
 import timeit
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import distributions
 from typing import Any, NamedTuple
@@ -133,31 +131,18 @@ class Ratio(NamedTuple):
     high: float
 
 
-@dataclass(frozen=True)
-class Row:
-    """One measurement, as it stands in the JSON file.
+class Row(NamedTuple):
+    """One measurement, as it stands in the JSON file."""
 
-    Attributes:
-        name: what was done, colon, who did it.
-        device: on what.
-        median_s: median over rounds of the seconds of one step.
-        images_per_s: images of one step by that median.
-        peak_mb: most memory held, in 10^6 bytes (`peak_memory`).
-        ratio: how many times as fast as the plain eager step in float32: median over rounds.
-        ratio_range: lower and upper quartile of that over rounds.
-        ratios: who else was in the comparison -> the same against them: median, quartiles.
-        note: what a reader must know to compare.
-    """
-
-    name: str
+    name: str  # what was done, colon, who did it
     device: str
-    median_s: float
-    images_per_s: float
-    peak_mb: float
-    ratio: float | None
-    ratio_range: tuple[float, float] | None
-    ratios: dict[str, Ratio]
-    note: str
+    median_s: float  # over rounds, of one step
+    images_per_s: float  # of one step by that median
+    peak_mb: float  # in 10^6 bytes (`peak_memory`)
+    ratio: float | None  # times as fast as the plain eager step in float32: median over rounds
+    ratio_range: tuple[float, float] | None  # its lower and upper quartile
+    ratios: dict[str, Ratio]  # who else was compared -> the same against them: median, quartiles
+    note: str  # what a reader must know to compare
 
 
 class Comparison(NamedTuple):
@@ -181,7 +166,7 @@ def interleave(
 
     Args:
         candidates: name -> what to call.
-        rounds: how often each is timed. Even rounds go through them in order, odd ones backwards.
+        rounds: how often each is timed; even rounds go through them in order, odd ones backwards.
         warmup: untimed calls of each before the first round, at least 1.
         shortest: if the last warm-up call of the fastest candidate took less than so many seconds,
             each timing is the mean over as many calls as make it so long, the same for all.
@@ -208,17 +193,11 @@ def ratio_to(base: Sequence[float], own: Sequence[float]) -> Ratio:
 
 
 def peak_memory(build: Build, device: torch.device, calls: int = 3) -> tuple[Step, int]:
-    """Build a step, call it, and count what it holds at most.
+    """Build a step, call it (the first calls compile), and count what it holds at most, in bytes.
 
-    Args:
-        build: makes the step.
-        device: where its tensors are.
-        calls: untimed calls; the first ones compile and record.
-
-    Returns:
-        The step, and the peak in bytes of all tensors that came to be on ``device`` since before
-        it was built: parameters, gradients, optimiser state, activations, work space of kernels
-        as far as PyTorch's allocator hands it out. The same count for every candidate.
+    That is the peak of all tensors that came to be on ``device`` since before it was built:
+    parameters, gradients, optimiser state, activations, work space of kernels as far as PyTorch's
+    allocator hands it out. The same count for every candidate.
     """
 
     def called() -> Step:
@@ -289,7 +268,7 @@ def document(rows: Sequence[Row]) -> dict[str, Any]:
     peers = {name: found.version for name in PEERS for found in distributions(name=name)}
     return {
         "environment": environment() | {"peers": peers},
-        "rows": [dataclasses.asdict(row) for row in rows],
+        "rows": [row._asdict() for row in rows],
     }
 
 
@@ -314,14 +293,9 @@ def network(setting: Setting, channels: int, device: torch.device) -> JointModel
 def make_batch(
     count: int, channels: int, image_size: int, device: torch.device, generator: torch.Generator
 ) -> Batch:
-    """A batch (B, C, H, H) of uniform random images, noisy as in the paper's denoising stream.
+    """``count`` uniform random images (B, C, H, H), noisy as in the paper's denoising stream.
 
-    Args:
-        count: images B.
-        channels: C.
-        image_size: H, pixels.
-        device: where the batch ends up.
-        generator: on the CPU.
+    The ``generator`` is on the CPU, and the batch ends up on ``device``.
     """
     shape = (count, channels, image_size, image_size)
     law = NoiseLaw(kind="squared-uniform", min=1 / 255, max=100 / 255)
@@ -436,16 +410,10 @@ def timed_terms(objective: str) -> tuple[Term, ...]:
 
 
 class OurStep:
-    """The library's training step, on a copy of ``model``.
-
-    Args:
-        model: copied.
-        objective: as `timed_terms` reads it.
-        batches: called by each step.
-        compute: precision and compilation.
+    """The library's training step of ``objective``, on a copy of ``model``.
 
     Raises:
-        UserError: as `TrainingStep` does.
+        UserError: as `timed_terms` and `TrainingStep`.
     """
 
     def __init__(
@@ -473,9 +441,7 @@ class OurStep:
 class PlainStep:
     """The training step that everyone writes, on a contiguous copy of ``model``; gives its loss.
 
-    Args:
-        model, objective, batches: as for `OurStep`.
-        precision: ``fp32``, with TF32 off for convolutions too, or ``tf32``.
+    Precision is ``fp32``, with TF32 off for convolutions too, or ``tf32``.
     """
 
     def __init__(
@@ -529,14 +495,9 @@ def _plain_term(term: Term, energies: Energies, y: Tensor, batch: Batch) -> Tens
 def our_inference(
     model: EnergyModel, what: str, y: Tensor, compute: ComputeConfig | None = None
 ) -> Step:
-    """``model.logits``, ``.score`` or ``.denoise`` of ``y``, as with a loaded (frozen) model.
+    """One of `INFERENCES` of noisy images ``y``, as with a loaded (frozen) model.
 
-    Args:
-        model: copied, frozen.
-        what: one of `INFERENCES`.
-        y: noisy images.
-        compute: precision and compilation; ``auto`` precision is float32, ``auto`` compilation
-            compiles where training does.
+    ``auto`` precision is float32, ``auto`` compilation compiles where training does.
 
     Raises:
         UserError: if the device lacks the precision or a compiler.
@@ -598,11 +559,9 @@ def scaling_settings(
     batches: Sequence[int] = (16, 32, 64, 128, 256),
 ) -> list[Setting]:
     """``base``, and it with one of width, image size and batch changed, each once."""
-    settings = [base]
-    settings += [base._replace(width=width) for width in widths]
-    settings += [base._replace(image_size=size) for size in image_sizes]
-    settings += [base._replace(batch=batch) for batch in batches]
-    return list(dict.fromkeys(settings))
+    changes: dict[str, Any] = {"width": widths, "image_size": image_sizes, "batch": batches}
+    changed = [base._replace(**{k: value}) for k, values in changes.items() for value in values]
+    return list(dict.fromkeys([base, *changed]))
 
 
 def scaling(

@@ -105,35 +105,24 @@ class DatasetRequest(NamedTuple):
 
 
 class RowReader(Protocol):
-    """Reads images of a data set on disk by their row.
+    """Reads images of a data set on disk by their row; `UserError` if one cannot be read.
 
     Picklable; opens files in the process that reads.
     """
 
     def read(self, rows: Sequence[int]) -> Tensor:
-        """Images (B, C, H, W) uint8.
-
-        Raises:
-            UserError: if one cannot be read.
-        """
+        """Images (B, C, H, W) uint8."""
         ...
 
 
 class CropReader(RowReader, Protocol):
-    """Reads crops of whole images, which may differ in size.
-
-    Attributes:
-        side: shorter side that images are brought to before a window is cut from them.
-    """
+    """Reads crops of whole images, which may differ in size."""
 
     side: int
+    """Shorter side that images are brought to before a window is cut from them."""
 
     def read_cut(self, rows: Sequence[int], cut: Cut) -> Tensor:
-        """Crops (B, C, *cut.crop.size) uint8 of as many images.
-
-        Raises:
-            UserError: if one cannot be read.
-        """
+        """Crops (B, C, *cut.crop.size) uint8 of as many images."""
         ...
 
 
@@ -144,8 +133,14 @@ class _Images(ABC):
     class_names: tuple[str, ...]
     rows: Tensor | None
 
+    one_size: bool = True
+    skip: bool = False
+
     @abstractmethod
     def __len__(self) -> int: ...
+
+    @abstractmethod
+    def read_exactly(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]: ...
 
     @property
     def num_classes(self) -> int:
@@ -165,6 +160,28 @@ class _Images(ABC):
     def spread(self, n: int) -> Self:
         """At most ``n`` images, evenly through the set, which may be sorted by class."""
         return self if len(self) <= n else self.select(torch.arange(n) * len(self) // n)
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """In order, ``size`` at a time: images (B, C, H, W) in [0, 1], labels (B,) or None.
+
+        Where ``skip`` is set, images that cannot be read are missing: their batch is smaller.
+
+        Raises:
+            UserError: if an image cannot be read.
+        """
+        size = size if self.one_size else 1
+        for start in range(0, len(self), size):
+            numbers: Sequence[int] = range(start, min(start + size, len(self)))
+            try:
+                images, labels = self.read_exactly(numbers)
+            except UserError:
+                if not self.skip:
+                    raise
+                numbers, _ = readable(numbers, lambda number: self.read_exactly([number]))
+                if not numbers:
+                    continue
+                images, labels = self.read_exactly(numbers)
+            yield to_floats(images), labels
 
     def _check_labels(self, what: str) -> None:
         """Check that labels are (N,) int64 within 0 .. K - 1, and name the classes by default."""
@@ -260,15 +277,11 @@ class ImageSet(_Images):
         rows = torch.as_tensor(indices)
         return self.images[rows], None if self.labels is None else self.labels[rows]
 
+    read_exactly = read
+
     def floats(self, rows: Tensor | Sequence[int] | slice = slice(None)) -> Tensor:
         """Images at ``rows`` as float32 (B, C, H, W) in [0, 1]."""
         return to_floats(self.images[rows])
-
-    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """In order, ``size`` at a time: images (B, C, H, W) in [0, 1], labels (B,) or None."""
-        for start in range(0, len(self), size):
-            rows = slice(start, start + size)
-            yield self.floats(rows), None if self.labels is None else self.labels[rows]
 
 
 @dataclass(frozen=True, eq=False)
@@ -311,15 +324,6 @@ class StreamedSet(_Images):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int | None]:
-        """One image (C, H, W) uint8 and its label, or None.
-
-        Raises:
-            UserError: if it cannot be read.
-        """
-        images, labels = self.read([index])
-        return images[0], None if labels is None else int(labels[0])
-
     def read(self, indices: Sequence[int], cut: Cut | None = None) -> tuple[Tensor, Tensor | None]:
         """Several images (B, C, H, W) uint8 and their labels (B,), or None.
 
@@ -331,9 +335,9 @@ class StreamedSet(_Images):
             UserError: if one cannot be read.
         """
         if not self.skip:
-            return self._read(indices, cut)
+            return self.read_exactly(indices, cut)
         with contextlib.suppress(UserError):
-            return self._read(indices, cut)
+            return self.read_exactly(indices, cut)
         single = [None if cut is None else cut.of(i) for i in range(len(indices))]
         read = [self._next_readable(n, own) for n, own in zip(indices, single, strict=True)]
         images = torch.cat([image for image, _ in read])
@@ -344,14 +348,17 @@ class StreamedSet(_Images):
         for ahead in range(MAX_CONSECUTIVE_SKIPS):
             chosen = (int(number) + ahead) % len(self)
             try:
-                image, label = self._read([chosen], cut)
+                image, label = self.read_exactly([chosen], cut)
             except UserError as error:
                 self.skipped[chosen] = last = str(error).removesuffix(HINT)
             else:
                 return image, torch.zeros(0) if label is None else label
         raise UserError(f"{MAX_CONSECUTIVE_SKIPS} images in a row cannot be read: {last}")
 
-    def _read(self, indices: Sequence[int], cut: Cut | None = None) -> tuple[Tensor, Tensor | None]:
+    def read_exactly(
+        self, indices: Sequence[int], cut: Cut | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `read`, but no image takes the place of one that cannot be read."""
         chosen = torch.as_tensor(indices)
         labels = None if self.labels is None else self.labels[chosen]
         rows = self.rows[chosen].tolist()
@@ -359,28 +366,6 @@ class StreamedSet(_Images):
             return self.reader.read(rows), labels
         assert self.crops is not None
         return self.crops.read_cut(rows, cut), labels
-
-    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """In order, ``size`` at a time: images (B, C, H, W) in [0, 1], labels (B,) or None.
-
-        With ``skip``, images that cannot be read are missing: their batch is smaller.
-
-        Raises:
-            UserError: if an image cannot be read.
-        """
-        size = size if self.one_size else 1
-        for start in range(0, len(self), size):
-            numbers: Sequence[int] = range(start, min(start + size, len(self)))
-            try:
-                images, labels = self._read(numbers)
-            except UserError:
-                if not self.skip:
-                    raise
-                numbers, _ = readable(numbers, lambda number: self._read([number]))
-                if not numbers:
-                    continue
-                images, labels = self._read(numbers)
-            yield to_floats(images), labels
 
     def readable(self, what: str = "", progress: bool = False) -> StreamedSet:
         """Those that can be read, after reading each; from then on none may be missing.
@@ -394,7 +379,7 @@ class StreamedSet(_Images):
         """
         what = what or repr(self.name)
         numbers = progress_bar(range(len(self)), f"looking through {what}", progress)
-        found, reasons = readable(numbers, lambda number: self._read([number]))
+        found, reasons = readable(numbers, lambda number: self.read_exactly([number]))
         if not found:
             raise UserError(f"none of {len(self)} images of {what} can be read: {reasons[0]}")
         whole = self.select(torch.as_tensor(found))

@@ -247,7 +247,7 @@ def _brought(other: Any, like: Images) -> Images:
     from PIL import Image
 
     def read(row: int) -> Any:
-        pixels = other.images[row] if hasattr(other, "images") else other[row][0]
+        (pixels,), _ = other.read([row])
         array = pixels.movedim(0, -1).numpy()
         return Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array)
 
