@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, TextIO
 
 import typer
+from typer import Option
 
 from ebmkit import __version__
 from ebmkit.cli.bench import bench
@@ -70,7 +71,7 @@ PLUGIN = inspect.Parameter(
     default=[],
     annotation=Annotated[
         list[str],
-        typer.Option(
+        Option(
             callback=_load_plugins,
             is_eager=True,
             help="Python file with parts of your own, or an installed plugin; may be repeated",
@@ -120,8 +121,7 @@ def _show_version(wanted: bool) -> None:
 @app.callback(invoke_without_command=False)
 def _common(
     version: Annotated[
-        bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+        bool, Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     warnings.showwarning = _show_warning

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
 from rich.progress import MofNCompleteColumn, TimeElapsedColumn
 from rich.table import Table
+from typer import Option
 
 from ebmkit.cli.console import bar, console
 from ebmkit.cli.options import DEVICE, WIDTH
@@ -21,28 +21,28 @@ __all__ = ["bench"]
 
 
 def bench(
-    backbone: Annotated[str, typer.Option(help="see `ebmkit list backbones`")] = "gradresnet18",
+    backbone: Annotated[str, Option(help="see `ebmkit list backbones`")] = "gradresnet18",
     objective: Annotated[
-        str, typer.Option(help="objectives to time, joined by commas")
+        str, Option(help="objectives to time, joined by commas")
     ] = "ce,dsm,cdsm,ce+dsm",
     width: Annotated[int, WIDTH] = 16,
-    image_size: Annotated[int, typer.Option(min=1, help="height and width of images")] = 32,
-    channels: Annotated[int, typer.Option(min=1, help="1 gray, 3 colour")] = 3,
+    image_size: Annotated[int, Option(min=1, help="height and width of images")] = 32,
+    channels: Annotated[int, Option(min=1, help="1 gray, 3 colour")] = 3,
     batch: Annotated[
-        int, typer.Option(min=1, help="images per step; joint objectives classify twice as many")
+        int, Option(min=1, help="images per step; joint objectives classify twice as many")
     ] = 64,
-    rounds: Annotated[int, typer.Option(min=1, help="how often each candidate is timed")] = 9,
+    rounds: Annotated[int, Option(min=1, help="how often each candidate is timed")] = 9,
     device: Annotated[str, DEVICE] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, fp32, tf32, bf16")] = "auto",
-    compile_: Annotated[str, typer.Option("--compile", help="auto, on, off")] = "auto",
+    precision: Annotated[str, Option(help="auto, fp32, tf32, bf16")] = "auto",
+    compile_: Annotated[str, Option("--compile", help="auto, on, off")] = "auto",
     inference_: Annotated[
-        bool, typer.Option("--inference/--no-inference", help="time inference too")
+        bool, Option("--inference/--no-inference", help="time inference too")
     ] = True,
     scaling_: Annotated[
-        bool, typer.Option("--scaling", help="also time dsm against width, size and batch")
+        bool, Option("--scaling", help="also time dsm against width, size and batch")
     ] = False,
     json_: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="write the rows and versions")
+        Path | None, Option("--json", metavar="FILE", help="write the rows and versions")
     ] = None,
 ) -> None:
     """Time training steps and inference against the plain eager way of writing them.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from ebmkit.cli.console import console
 from ebmkit.cli.options import IMAGE_SIZE
@@ -14,16 +14,14 @@ __all__ = ["pack"]
 
 
 def pack(
-    src: Annotated[
-        str, typer.Argument(help="image folder, CIFAR folder, or torchvision:NAME[:FOLDER]")
-    ],
-    out: Annotated[Path, typer.Argument(help="the HDF5 file to write")],
+    src: Annotated[str, Argument(help="image folder, CIFAR folder, or torchvision:NAME[:FOLDER]")],
+    out: Annotated[Path, Argument(help="the HDF5 file to write")],
     image_size: Annotated[int | None, IMAGE_SIZE] = None,
     skip_unreadable: Annotated[
-        bool, typer.Option("--skip-unreadable", help="leave out images that cannot be read")
+        bool, Option("--skip-unreadable", help="leave out images that cannot be read")
     ] = False,
     follow_links: Annotated[
-        bool, typer.Option("--follow-links", help="follow links that lead out of the folder")
+        bool, Option("--follow-links", help="follow links that lead out of the folder")
     ] = False,
 ) -> None:
     """Pack a folder of images, or a torchvision data set, into one HDF5 file.

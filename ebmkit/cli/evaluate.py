@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
-import typer
+from typer import Option
 
 from ebmkit.cli.console import console
 from ebmkit.cli.options import (
@@ -35,29 +35,26 @@ def evaluate(
     run: Annotated[Path, RUN],
     suite: Annotated[
         str,
-        typer.Option(
+        Option(
             help="suites joined by commas; standard: the quick ones; all; see `ebmkit list suites`"
         ),
     ] = "standard",
     dataset: Annotated[str | None, DATASET] = None,
     data_dir: Annotated[Path | None, DATA_DIR] = None,
     image_size: Annotated[int | None, IMAGE_SIZE] = None,
-    split: Annotated[str, typer.Option(help="test, validation or train")] = "test",
-    limit: Annotated[int | None, typer.Option(min=1, help="only the first N images")] = None,
+    split: Annotated[str, Option(help="test, validation or train")] = "test",
+    limit: Annotated[int | None, Option(min=1, help="only the first N images")] = None,
     seed: Annotated[int, SEED] = 0,
     weights: Annotated[str, WEIGHTS] = "last",
     device: Annotated[str, DEVICE] = "auto",
     precision: Annotated[str, PRECISION] = "auto",
     compile_: Annotated[
         str,
-        typer.Option(
-            "--compile",
-            help="compile the score: on, off; auto: on CUDA, for minutes of work",
-        ),
+        Option("--compile", help="compile the score: on, off; auto: on CUDA, for minutes of work"),
     ] = "auto",
     set_: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             "--set", help="a suite's setting, as robustness.steps=10, or dataset.unreadable=skip"
         ),
     ] = None,

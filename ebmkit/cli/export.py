@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
+from typer import Option
 
 from ebmkit.cli.console import console, errors, warn
 from ebmkit.cli.options import RUN, WEIGHTS
@@ -16,19 +16,19 @@ __all__ = ["export"]
 
 def export(
     run: Annotated[Path, RUN],
-    out: Annotated[Path, typer.Option(help="new file: .pt2 for PyTorch, .onnx for ONNX runtimes")],
+    out: Annotated[Path, Option(help="new file: .pt2 for PyTorch, .onnx for ONNX runtimes")],
     what: Annotated[
         Literal["classifier", "denoiser", "blind-denoiser"],
-        typer.Option(
+        Option(
             help="classifier: log-probabilities and log-density; denoiser: takes the noise level; "
             "blind-denoiser: estimates it"
         ),
     ] = "denoiser",
     image_size: Annotated[
-        str | None, typer.Option(help="H or HxW, in pixels [default: the trained size]")
+        str | None, Option(help="H or HxW, in pixels [default: the trained size]")
     ] = None,
     batch: Annotated[
-        int | None, typer.Option(min=1, help="images at a time [default: any number]")
+        int | None, Option(min=1, help="images at a time [default: any number]")
     ] = None,
     weights: Annotated[str, WEIGHTS] = "last",
 ) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, get_args
 
-import typer
 from rich.table import Table
+from typer import Argument
 
 from ebmkit.cli.console import console
 
@@ -47,7 +47,7 @@ def tables() -> dict[str, dict[str, str]]:
     }
 
 
-def list_(kind: Annotated[Kind, typer.Argument(help=", ".join(get_args(Kind)))]) -> None:
+def list_(kind: Annotated[Kind, Argument(help=", ".join(get_args(Kind)))]) -> None:
     """List the parts that options can name."""
     table = Table(kind.removesuffix("s"), "about")
     for name, description in tables()[kind].items():

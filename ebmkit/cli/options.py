@@ -10,27 +10,25 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import typer
+from typer import Argument, Option
 from typer.core import TyperCommand
 
-RUN = typer.Argument(help="run folder")
-IMAGES = typer.Argument(metavar="IMAGE", help="pictures: PNG, JPEG, TIFF")
-WEIGHTS = typer.Option(help="last, or best by validation")
-DEVICE = typer.Option(help="auto, cpu, cuda, cuda:1")
-PRECISION = typer.Option(help="of products: fp32, tf32, bf16; auto: fp32")
-TRAIN_PRECISION = typer.Option(
+RUN = Argument(help="run folder")
+IMAGES = Argument(metavar="IMAGE", help="pictures: PNG, JPEG, TIFF")
+WEIGHTS = Option(help="last, or best by validation")
+DEVICE = Option(help="auto, cpu, cuda, cuda:1")
+PRECISION = Option(help="of products: fp32, tf32, bf16; auto: fp32")
+TRAIN_PRECISION = Option(
     help="of products in training: auto, fp32, tf32, bf16 [default: the configuration's, auto]"
 )
-COMPILE = typer.Option(
-    "--compile", help="compile the score: on, off; auto: off, for it seldom pays"
-)
-DATASET = typer.Option(help="data set [default: the one trained on]; see `ebmkit list datasets`")
-DATA_DIR = typer.Option(help="where its files are")
-IMAGE_SIZE = typer.Option(min=1, help="height and width to bring images to")
-LABEL = typer.Option(help="class (name or number), for the conditional denoiser")
-WIDTH = typer.Option(min=1, help="channels of the first stage")
-SEED = typer.Option(min=0, max=2**63 - 1, help="of everything that is drawn")
-SETTING = typer.Option("--set", help="a setting of the sampler, as step_size=1e-4; may be repeated")
+COMPILE = Option("--compile", help="compile the score: on, off; auto: off, for it seldom pays")
+DATASET = Option(help="data set [default: the one trained on]; see `ebmkit list datasets`")
+DATA_DIR = Option(help="where its files are")
+IMAGE_SIZE = Option(min=1, help="height and width to bring images to")
+LABEL = Option(help="class (name or number), for the conditional denoiser")
+WIDTH = Option(min=1, help="channels of the first stage")
+SEED = Option(min=0, max=2**63 - 1, help="of everything that is drawn")
+SETTING = Option("--set", help="a setting of the sampler, as step_size=1e-4; may be repeated")
 SIGMA_HELP = "noise level, as 25/255"
 
 VALUES = {"str": "TEXT", "int": "INTEGER", "float": "FLOAT", "path": "PATH"}

@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
 from ebmkit.cli.console import TrainingBar, console, interrupted
 from ebmkit.cli.options import DEVICE, SEED
@@ -24,28 +24,27 @@ __all__ = ["reproduce"]
 
 def reproduce(
     target: Annotated[
-        str,
-        typer.Argument(help="table1, table2, table3, fig1, fig3, fig4, guidance, claims, or all"),
+        str, Argument(help="table1, table2, table3, fig1, fig3, fig4, guidance, claims, or all")
     ],
     scale: Annotated[
-        str, typer.Option(help="smoke: seconds a row; cpu: CIFAR-10, minutes; full: the paper's")
+        str, Option(help="smoke: seconds a row; cpu: CIFAR-10, minutes; full: the paper's")
     ] = "smoke",
     more: Annotated[
-        list[str] | None, typer.Argument(help="more rows, after --only ROW", metavar="ROW")
+        list[str] | None, Argument(help="more rows, after --only ROW", metavar="ROW")
     ] = None,
     only: Annotated[
-        list[str] | None, typer.Option("--only", help="a row by name; more may follow")
+        list[str] | None, Option("--only", help="a row by name; more may follow")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="folder of rows and reports [default: runs/reproduce-SCALE]")
+        Path | None, Option(help="folder of rows and reports [default: runs/reproduce-SCALE]")
     ] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="where CIFAR-10 is [default: data]")] = None,
+    data_dir: Annotated[Path | None, Option(help="where CIFAR-10 is [default: data]")] = None,
     imagenet_dir: Annotated[
-        Path | None, typer.Option(help="where ImageNet is: table2 at full scale")
+        Path | None, Option(help="where ImageNet is: table2 at full scale")
     ] = None,
     device: Annotated[str, DEVICE] = "auto",
     precision: Annotated[
-        str | None, typer.Option(help="of training: auto, fp32, tf32, bf16 [default: the scale's]")
+        str | None, Option(help="of training: auto, fp32, tf32, bf16 [default: the scale's]")
     ] = None,
     seed: Annotated[int, SEED] = 0,
 ) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich.table import Table
+from typer import Argument, Option
 
 from ebmkit.cli.console import console, counting, warn
 from ebmkit.cli.options import COMPILE, DEVICE, IMAGES, LABEL, PRECISION, SEED, WEIGHTS
@@ -16,37 +16,36 @@ __all__ = ["restore"]
 
 
 def restore(
-    run: Annotated[Path, typer.Argument(help="run folder of a blind denoiser")],
+    run: Annotated[Path, Argument(help="run folder of a blind denoiser")],
     images: Annotated[list[Path], IMAGES],
-    out: Annotated[Path, typer.Option(help="folder for what is written")],
+    out: Annotated[Path, Option(help="folder for what is written")],
     task: Annotated[
-        str, typer.Option(help="inpaint, random-pixels, superres, deblur, compressed")
+        str, Option(help="inpaint, random-pixels, superres, deblur, compressed")
     ] = "inpaint",
     mask: Annotated[
-        Path | None,
-        typer.Option(help="inpaint: a picture, white where to fill in [default: a hole]"),
+        Path | None, Option(help="inpaint: a picture, white where to fill in [default: a hole]")
     ] = None,
     share: Annotated[
         float | None,
-        typer.Option(
+        Option(
             help="of the picture: the hole (inpaint, 0.1), or what is known (random-pixels 0.5, "
             "deblur 0.25, compressed 0.25)"
         ),
     ] = None,
-    factor: Annotated[int | None, typer.Option(help="superres: by which to enlarge, 2")] = None,
+    factor: Annotated[int | None, Option(help="superres: by which to enlarge, 2")] = None,
     measured: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--measured",
             help="the pictures are the measured ones: with the parts to fill in, small, or blurred",
         ),
     ] = False,
-    samples: Annotated[int, typer.Option(help="restorations of each, and their mean")] = 1,
+    samples: Annotated[int, Option(help="restorations of each, and their mean")] = 1,
     label: Annotated[str | None, LABEL] = None,
-    steps: Annotated[int | None, typer.Option(help="at the most")] = None,
+    steps: Annotated[int | None, Option(help="at the most")] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="a setting of the sampler ks, as beta=0.1; may be repeated"),
+        Option("--set", help="a setting of the sampler ks, as beta=0.1; may be repeated"),
     ] = None,
     seed: Annotated[int, SEED] = 0,
     weights: Annotated[str, WEIGHTS] = "last",

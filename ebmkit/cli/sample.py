@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
 from ebmkit.cli.console import bar, console, counting, interrupted, left, warn
 from ebmkit.cli.options import COMPILE, DATA_DIR, DEVICE, PRECISION, RUN, SEED, SETTING, WEIGHTS
@@ -21,76 +21,71 @@ def sample(
     run: Annotated[Path, RUN],
     out: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             help="folder for the samples: a new one, or one to go on [default: RUN/samples/ and a "
             "name made of the settings]"
         ),
     ] = None,
     sampler: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="see `ebmkit list samplers`; buffer: the replay buffer's chains as they are "
             "[default: ks for blind denoisers, ddim if the noise level is an input, else sgld]"
         ),
     ] = None,
-    count: Annotated[int, typer.Option("-n", "--count", help="number of samples")] = 64,
-    label: Annotated[
-        str | None, typer.Option(help="class, name or number; all: each in turn")
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="of each chain [default: the sampler's]")
-    ] = None,
+    count: Annotated[int, Option("-n", "--count", help="number of samples")] = 64,
+    label: Annotated[str | None, Option(help="class, name or number; all: each in turn")] = None,
+    steps: Annotated[int | None, Option(help="of each chain [default: the sampler's]")] = None,
     start: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="noise (about gray), uniform, data, seeds (Gaussian of a class), mean (noise "
             "about the mean image), buffer [default: the sampler's]"
         ),
     ] = None,
     set_: Annotated[list[str] | None, SETTING] = None,
     guide: Annotated[
-        Path | None, typer.Option(help="run folder of the classifier or joint model that guides")
+        Path | None, Option(help="run folder of the classifier or joint model that guides")
     ] = None,
     guidance: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="see `ebmkit list guidance`; classifier-free needs no --guide [default: energy]"
         ),
     ] = None,
-    scale: Annotated[float | None, typer.Option(help="of guidance [default: 1]")] = None,
+    scale: Annotated[float | None, Option(help="of guidance [default: 1]")] = None,
     schedule: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="of guidance: exact, constant, step:at=500,low=0.37, linear, power:k=2, "
             "sigmoid:t0=500,y0=0.05,k=0.02 [default: exact]"
         ),
     ] = None,
     view: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="what the guide sees: noisy, shrunk, clean, clean-through (its gradient back "
             "through the denoiser) [default: noisy if it takes the noise level, else shrunk]"
         ),
     ] = None,
     late: Annotated[
-        float | None,
-        typer.Option(help="share of the noise levels that pass unguided first [default: 0]"),
+        float | None, Option(help="share of the noise levels that pass unguided first [default: 0]")
     ] = None,
     guide_set: Annotated[
         list[str] | None,
-        typer.Option(help="a setting of the guide, as n=50, gamma=0.01, lambda=0.15, inner=dual"),
+        Option(help="a setting of the guide, as n=50, gamma=0.01, lambda=0.15, inner=dual"),
     ] = None,
-    guide_weights: Annotated[str, typer.Option(help="of the guide: last, or best")] = "last",
+    guide_weights: Annotated[str, Option(help="of the guide: last, or best")] = "last",
     seed: Annotated[int, SEED] = 0,
     batch_size: Annotated[
-        int, typer.Option(help="chains moved together; changes which samples are drawn")
+        int, Option(help="chains moved together; changes which samples are drawn")
     ] = 64,
     image_size: Annotated[
-        int | None, typer.Option(help="side of the images [default: the trained size]")
+        int | None, Option(help="side of the images [default: the trained size]")
     ] = None,
     dataset: Annotated[
         str | None,
-        typer.Option(help="to start from and compare energies with [default: the one trained on]"),
+        Option(help="to start from and compare energies with [default: the one trained on]"),
     ] = None,
     data_dir: Annotated[Path | None, DATA_DIR] = None,
     weights: Annotated[str, WEIGHTS] = "last",

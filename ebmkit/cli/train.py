@@ -14,8 +14,8 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from rich.table import Table
+from typer import Option
 
 from ebmkit.cli.console import Reporters, TensorBoard, TrainingBar, console, interrupted
 from ebmkit.cli.evaluate import evaluate_run
@@ -37,47 +37,43 @@ FINAL_IMAGES = 1000
 
 def train(
     dataset: Annotated[
-        str | None, typer.Option(help="data set [default: digits]; see `ebmkit list datasets`")
+        str | None, Option(help="data set [default: digits]; see `ebmkit list datasets`")
     ] = None,
     data_dir: Annotated[Path | None, DATA_DIR] = None,
     backbone: Annotated[
         str | None,
-        typer.Option(help="[default: the recipe's, gradresnet18]; see `ebmkit list backbones`"),
+        Option(help="[default: the recipe's, gradresnet18]; see `ebmkit list backbones`"),
     ] = None,
     objective: Annotated[
         str | None,
-        typer.Option(help="objectives joined by +, as ce+0.5*dsm [default: the recipe's, ce+dsm]"),
+        Option(help="objectives joined by +, as ce+0.5*dsm [default: the recipe's, ce+dsm]"),
     ] = None,
-    width: Annotated[int | None, typer.Option(help="channels of the first stage")] = None,
-    steps: Annotated[int | None, typer.Option(help="optimiser steps")] = None,
+    width: Annotated[int | None, Option(help="channels of the first stage")] = None,
+    steps: Annotated[int | None, Option(help="optimiser steps")] = None,
     seed: Annotated[
-        int | None, typer.Option(help="of weights, order, augmentation and noise [default: 0]")
+        int | None, Option(help="of weights, order, augmentation and noise [default: 0]")
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="run folder [default: a new one under runs/]")
-    ] = None,
+    out: Annotated[Path | None, Option(help="run folder [default: a new one under runs/]")] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="defaults to start from [default: the data set's]")
+        str | None, Option(help="defaults to start from [default: the data set's]")
     ] = None,
     image_size: Annotated[int | None, IMAGE_SIZE] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file of configuration fields")] = None,
+    config: Annotated[Path | None, Option(help="YAML file of configuration fields")] = None,
     set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="one field, as optimizer.lr=1e-3; may be repeated"),
+        list[str] | None, Option("--set", help="one field, as optimizer.lr=1e-3; may be repeated")
     ] = None,
     device: Annotated[str | None, DEVICE] = None,
     precision: Annotated[str | None, TRAIN_PRECISION] = None,
     compile_: Annotated[
-        str | None,
-        typer.Option("--compile", help="compile the step: auto, on, off [default: auto]"),
+        str | None, Option("--compile", help="compile the step: auto, on, off [default: auto]")
     ] = None,
-    resume: Annotated[Path | None, typer.Option(help="go on with this run")] = None,
+    resume: Annotated[Path | None, Option(help="go on with this run")] = None,
     evaluate: Annotated[
-        bool, typer.Option(help="evaluate on the test images and draw pictures at the end")
+        bool, Option(help="evaluate on the test images and draw pictures at the end")
     ] = True,
-    tensorboard: Annotated[bool, typer.Option(help="also write TensorBoard events")] = False,
+    tensorboard: Annotated[bool, Option(help="also write TensorBoard events")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="tell what the run would cost, and write nothing")
+        bool, Option("--dry-run", help="tell what the run would cost, and write nothing")
     ] = False,
 ) -> None:
     """Train one joint model, then evaluate it on the test images.

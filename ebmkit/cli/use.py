@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
 from rich.table import Table
+from typer import Option
 
 from ebmkit.cli.console import console, counting, errors, warn
 from ebmkit.cli.options import COMPILE, DEVICE, IMAGES, LABEL, PRECISION, RUN, WEIGHTS
@@ -24,9 +24,9 @@ __all__ = ["classify", "denoise"]
 def classify(
     run: Annotated[Path, RUN],
     images: Annotated[list[Path], IMAGES],
-    top: Annotated[int, typer.Option(min=1, help="how many classes to show")] = 3,
+    top: Annotated[int, Option(min=1, help="how many classes to show")] = 3,
     resize: Annotated[
-        bool, typer.Option(help="bring pictures to the size the model was trained at")
+        bool, Option(help="bring pictures to the size the model was trained at")
     ] = True,
     weights: Annotated[str, WEIGHTS] = "last",
     device: Annotated[str, DEVICE] = "auto",
@@ -66,9 +66,9 @@ def classify(
 def denoise(
     run: Annotated[Path, RUN],
     images: Annotated[list[Path], IMAGES],
-    out: Annotated[Path, typer.Option(help="folder for the denoised pictures")],
+    out: Annotated[Path, Option(help="folder for the denoised pictures")],
     sigma: Annotated[
-        str | None, typer.Option(help="noise level, as 25/255 [default: estimated by the model]")
+        str | None, Option(help="noise level, as 25/255 [default: estimated by the model]")
     ] = None,
     label: Annotated[str | None, LABEL] = None,
     weights: Annotated[str, WEIGHTS] = "last",

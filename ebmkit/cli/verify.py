@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from rich.table import Table
+from typer import Option
 
 from ebmkit.cli.console import console
 from ebmkit.cli.options import RUN
@@ -20,9 +20,9 @@ def verify(
     run: Annotated[Path, RUN],
     accept: Annotated[
         list[str] | None,
-        typer.Option(help="enter this file as it is now, for its change was meant; repeatable"),
+        Option(help="enter this file as it is now, for its change was meant; repeatable"),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
+    as_json: Annotated[bool, Option("--json", help="print JSON instead of a table")] = False,
 ) -> None:
     """Compare every file of a run with the checksum that it was written with.
 
