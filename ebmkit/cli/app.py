@@ -37,8 +37,6 @@ from ebmkit.cli.use import classify, denoise
 from ebmkit.cli.verify import verify
 from ebmkit.errors import UserError
 
-__all__ = ["app", "main"]
-
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "cost": cost,

@@ -17,8 +17,6 @@ from ebmkit.errors import UserError
 if TYPE_CHECKING:
     from ebmkit.bench import Row, Setting
 
-__all__ = ["bench"]
-
 
 def bench(
     backbone: Annotated[str, Option(help="see `ebmkit list backbones`")] = "gradresnet18",

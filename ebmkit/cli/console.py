@@ -24,19 +24,6 @@ from ebmkit.terminal import CleanConsole, for_bar
 if TYPE_CHECKING:
     from ebmkit.training import Reporter
 
-__all__ = [
-    "Reporters",
-    "TensorBoard",
-    "TrainingBar",
-    "bar",
-    "console",
-    "counting",
-    "errors",
-    "interrupted",
-    "left",
-    "warn",
-]
-
 console = CleanConsole()
 errors = CleanConsole(stderr=True)
 

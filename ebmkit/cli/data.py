@@ -10,8 +10,6 @@ from typer import Argument, Option
 from ebmkit.cli.console import console
 from ebmkit.cli.options import IMAGE_SIZE
 
-__all__ = ["pack"]
-
 
 def pack(
     src: Annotated[str, Argument(help="image folder, CIFAR folder, or torchvision:NAME[:FOLDER]")],

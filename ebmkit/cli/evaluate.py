@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from ebmkit.training import DataConfig
     from ebmkit.training.assemble import Split
 
-__all__ = ["evaluate", "evaluate_run"]
-
 
 def evaluate(
     run: Annotated[Path, RUN],

@@ -11,8 +11,6 @@ from ebmkit.cli.console import console, errors, warn
 from ebmkit.cli.options import RUN, WEIGHTS
 from ebmkit.errors import UserError
 
-__all__ = ["export"]
-
 
 def export(
     run: Annotated[Path, RUN],

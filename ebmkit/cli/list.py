@@ -9,9 +9,6 @@ from typer import Argument
 
 from ebmkit.cli.console import console
 
-__all__ = ["list_", "tables"]
-
-
 Kind = Literal[
     "backbones", "denoisers", "heads", "objectives", "datasets", "recipes", "suites", "samplers",
     "tasks", "checkpoints", "guidance",

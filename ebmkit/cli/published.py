@@ -10,8 +10,6 @@ from typer import Argument, Option
 from ebmkit.cli.console import console
 from ebmkit.errors import UserError
 
-__all__ = ["import_"]
-
 
 def import_(
     source: Annotated[

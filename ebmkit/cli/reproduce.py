@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from ebmkit.training import Trainer
     from ebmkit.training.stopping import Stop
 
-__all__ = ["reproduce"]
-
 
 def reproduce(
     target: Annotated[

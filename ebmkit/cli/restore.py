@@ -12,8 +12,6 @@ from ebmkit.cli.console import console, counting, warn
 from ebmkit.cli.options import COMPILE, DEVICE, IMAGES, LABEL, PRECISION, SEED, WEIGHTS
 from ebmkit.terminal import shown_name
 
-__all__ = ["restore"]
-
 
 def restore(
     run: Annotated[Path, Argument(help="run folder of a blind denoiser")],

@@ -14,8 +14,6 @@ from ebmkit.errors import UserError
 if TYPE_CHECKING:
     from ebmkit.sampling.jobs import SamplingJob
 
-__all__ = ["sample"]
-
 
 def sample(
     run: Annotated[Path, RUN],

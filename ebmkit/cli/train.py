@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from ebmkit.parallel import DistributedContext
     from ebmkit.training import Reporter, RunFolder, TrainConfig, Trainer
 
-__all__ = ["cost", "train"]
-
 TRIAL_STEPS = 4
 """How many steps ``--dry-run`` takes; all but the first are timed."""
 

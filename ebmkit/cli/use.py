@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from ebmkit.energy import ScoreModel
 
-__all__ = ["classify", "denoise"]
-
 
 def classify(
     run: Annotated[Path, RUN],

@@ -13,8 +13,6 @@ from ebmkit.cli.console import console
 from ebmkit.cli.options import RUN
 from ebmkit.errors import UserError
 
-__all__ = ["verify"]
-
 
 def verify(
     run: Annotated[Path, RUN],

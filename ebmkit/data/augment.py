@@ -42,22 +42,6 @@ from torch.nn.functional import pad
 
 from ebmkit.errors import UserError
 
-__all__ = [
-    "DRAWS",
-    "Augmentation",
-    "Crop",
-    "Cut",
-    "Rows",
-    "crop_boxes",
-    "cutout",
-    "flip",
-    "mirror",
-    "mix",
-    "padded",
-    "random_crop",
-    "resize_boxes",
-]
-
 DRAWS = 22
 """Numbers that a box is resolved from: two for each of ten attempts, and two for its place."""
 

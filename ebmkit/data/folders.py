@@ -50,19 +50,6 @@ from ebmkit.data.imagesets import (
 from ebmkit.errors import UserError
 from ebmkit.terminal import progress_bar
 
-__all__ = [
-    "SUFFIXES",
-    "FolderReader",
-    "find_images",
-    "has_parts",
-    "list_folder",
-    "load_folder",
-    "load_imagenet",
-    "load_pictures",
-    "readable_images",
-    "to_pixels",
-]
-
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".ppm", ".pgm")
 
 MAX_DEPTH = 64

@@ -48,8 +48,6 @@ from ebmkit.storage.hdf5 import (
 if TYPE_CHECKING:
     import h5py
 
-__all__ = ["Hdf5Reader", "load_hdf5", "load_rows", "read_contents"]
-
 
 @dataclass
 class Hdf5Reader:

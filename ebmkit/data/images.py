@@ -25,18 +25,6 @@ from torch import Tensor
 from ebmkit.errors import UserError
 from ebmkit.storage import write_atomically
 
-__all__ = [
-    "MAX_PIXELS",
-    "MAX_PIXELS_IN_SET",
-    "WRITERS",
-    "Opened",
-    "Picture",
-    "open_picture",
-    "picture_header",
-    "read_image",
-    "write_image",
-]
-
 MAX_PIXELS = 170_000_000
 """Pictures with more pixels are refused as decompression bombs."""
 

@@ -21,26 +21,6 @@ from ebmkit.data.augment import Cut
 from ebmkit.errors import UserError
 from ebmkit.terminal import progress_bar
 
-__all__ = [
-    "MEMORY_LIMIT",
-    "SPLITS",
-    "AnyImages",
-    "CropReader",
-    "DatasetRequest",
-    "Faults",
-    "ImageSet",
-    "RowReader",
-    "Split",
-    "StreamedSet",
-    "fingerprint",
-    "origin",
-    "readable",
-    "shuffled",
-    "some_of",
-    "split_rows",
-    "to_floats",
-]
-
 T = TypeVar("T")
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)

@@ -27,8 +27,6 @@ from ebmkit.data.standard import CIFAR, torchvision_cifar
 from ebmkit.errors import UserError, unknown_name
 from ebmkit.terminal import progress_bar
 
-__all__ = ["pack"]
-
 _BLOCK = 256
 _CHUNK_BYTES = 65536
 

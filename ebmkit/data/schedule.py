@@ -23,19 +23,6 @@ from ebmkit.data.augment import Augmentation
 from ebmkit.errors import UserError
 from ebmkit.noise import NoiseLaw, parse_fraction
 
-__all__ = [
-    "Phase",
-    "Span",
-    "Stage",
-    "StreamConfig",
-    "images_between",
-    "parse_decay_share",
-    "parse_share",
-    "span_at",
-    "stage_at",
-    "stages",
-]
-
 
 def parse_share(value: object) -> float:
     """Read a share of a run's steps from ``0.5``, ``"0.5"`` or ``"150/400"``.

@@ -18,8 +18,6 @@ from ebmkit.data.standard import CIFAR, DIGITS, load_cifar, load_digits, load_pa
 from ebmkit.errors import UserError, unknown_name
 from ebmkit.registry import find
 
-__all__ = ["DATASETS", "DatasetEntry", "load_dataset"]
-
 
 @dataclass(frozen=True)
 class DatasetEntry:

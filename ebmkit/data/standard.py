@@ -29,8 +29,6 @@ from ebmkit.data.hdf5 import load_rows, read_contents
 from ebmkit.data.imagesets import AnyImages, DatasetRequest, ImageSet, Split, split_rows
 from ebmkit.errors import UserError
 
-__all__ = ["CIFAR", "DIGITS", "load_cifar", "load_digits", "load_patches", "torchvision_cifar"]
-
 DIGITS = tuple("0123456789")
 
 MAX_FILE_SIZE = 200 * 2**20

@@ -49,8 +49,6 @@ from ebmkit.data.schedule import Span, StreamConfig, span_at
 from ebmkit.errors import UserError
 from ebmkit.randomness import keyed_generator, keyed_seed
 
-__all__ = ["Batch", "Stream", "prefetched", "translate_worker_errors"]
-
 MAX_WARNINGS = 10
 """Images left out that are warned of one by one."""
 
