@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ebmkit.data.folders import has_parts, list_folder, readable_images, to_pixels
 from ebmkit.data.imagesets import DatasetRequest, Faults, ImageSet, StreamedSet, shuffled
-from ebmkit.data.standard import CIFAR, torchvision_cifar
+from ebmkit.data.sets import CIFAR, torchvision_cifar
 from ebmkit.errors import UserError, unknown_name
 from ebmkit.terminal import progress_bar
 

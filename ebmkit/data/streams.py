@@ -9,26 +9,19 @@ Samples are numbered through (`ebmkit.data.schedule` says how where batch sizes 
 entry :math:`n \bmod N` of the permutation of epoch :math:`\lfloor n / N \rfloor`. No remainder is
 dropped, and a set may be smaller than a batch.
 
-Images on disk are read by worker processes. Each gets the requests of whole batches and hands over
-pixels; crops of whole images it cuts itself, from numbers that travel with the request. Everything
-else is done to the batch, on its device. A user's mistake comes as a value, so that it has no
-traceback. Workers do not heed Ctrl-C and requests to end, which reach all processes of a group: the
-main one ends them in its own time, by SIGKILL where it must.
+Crops of whole images are cut by the process that reads them (`ebmkit.data.workers`), from numbers
+that travel with the request; everything else is done to the batch, on its device.
 """
 
 from __future__ import annotations
 
-import atexit
-import signal
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
-from torch.utils.data import DataLoader, Dataset
 
 from ebmkit.data.augment import (
     DRAWS,
@@ -46,25 +39,12 @@ from ebmkit.data.augment import (
 )
 from ebmkit.data.imagesets import AnyImages, ImageSet, StreamedSet, to_floats
 from ebmkit.data.schedule import Span, StreamConfig, span_at
+from ebmkit.data.workers import read_batches
 from ebmkit.errors import UserError
 from ebmkit.randomness import keyed_generator, keyed_seed
 
 MAX_WARNINGS = 10
 """Images left out that are warned of one by one."""
-
-WORKER_TIMEOUT = 900.0
-"""Seconds to wait for a process that reads images."""
-
-_WORKERS: set[Any] = set()
-"""Processes that read and may still live; they do not heed a request to end."""
-
-
-def _kill_workers() -> None:
-    for process in list(_WORKERS):
-        process.kill()
-
-
-atexit.register(_kill_workers)  # before multiprocessing's own, which would wait for them
 
 
 class Batch(NamedTuple):
@@ -250,7 +230,7 @@ class Stream:
             )
             for step in steps
         )
-        read = _read_batches(source, requests, self.workers, cuda)
+        read = read_batches(source, requests, self.workers, cuda)
         for step, (images, labels, skipped) in zip(steps, read, strict=True):
             for number, reason in skipped.items():  # the first are warned of, all are counted
                 if number not in self.skipped and len(self.skipped) < MAX_WARNINGS:
@@ -412,122 +392,3 @@ def prefetched(
             column.record_stream(main)
         present, ahead = ahead, draw()
         yield dict(zip(streams, present, strict=True))
-
-
-@contextmanager
-def translate_worker_errors(saved: Callable[[], str] = str) -> Iterator[None]:
-    """Within, the end of a process that reads images is told in one sentence.
-
-    PyTorch raises it wherever the main thread is at the time.
-
-    Args:
-        saved: says what is not lost.
-
-    Raises:
-        UserError: then.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        sentence = _worker_sentence(str(error))
-        if sentence is None:
-            raise
-        _kill_workers()
-        raise UserError(f"{sentence}{saved()}") from None
-
-
-def _worker_sentence(text: str) -> str | None:
-    """What an error of PyTorch's says of worker processes, in words; None if it is of others."""
-    if "DataLoader timed out" in text:
-        return (
-            f"no image was read for {WORKER_TIMEOUT:.0f} s: see whether the disk or network that "
-            "they lie on still answers"
-        )
-    if "DataLoader worker" not in text:
-        return None
-    reason = text.partition("killed by signal: ")[2].split(".")[0].strip()
-    if not reason:
-        ended = "a process that reads images ended unasked"
-        return f"{ended}: see what it said, or take fewer dataset.workers"
-    cause = "the memory may not suffice: take fewer dataset.workers"
-    if "Bus" in reason:
-        cause = "shared memory may be full: enlarge /dev/shm, or take fewer dataset.workers"
-    elif "Segmentation" in reason:
-        cause = "a library that decodes images may have met a damaged one"
-    return f"a process that reads images was killed by a signal, {reason}; {cause}"
-
-
-Item = tuple[Tensor, Tensor | None, dict[int, str]]
-"""Images, labels, and the numbers of those that were left out with the reasons."""
-
-
-def _read_batches(
-    source: StreamedSet,
-    requests: Iterable[tuple[list[int], Cut | None]],
-    workers: int,
-    pinned: bool,
-) -> Iterator[Item]:
-    """What ``requests`` ask for, in order: numbers of images, and crops to take of them.
-
-    Raises:
-        UserError: if an image cannot be read.
-        RuntimeError: if a process ended or stalls; `translate_worker_errors` puts it in words.
-    """
-    loader: DataLoader[Any] = DataLoader(
-        _Batches(source),
-        timeout=WORKER_TIMEOUT if workers else 0,
-        batch_size=None,
-        sampler=requests,
-        num_workers=workers,
-        pin_memory=pinned,
-        worker_init_fn=_ignore_signals,
-        generator=torch.Generator(),  # leaves the process's own generator alone
-    )
-    items = iter(loader)
-    processes = list(getattr(items, "_workers", ()))
-    _WORKERS.update(processes)
-    try:
-        for item in items:
-            if isinstance(item, UserError):
-                raise item
-            yield item
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        getattr(items, "_shutdown_workers", tuple)()
-        codes = [process.exitcode for process in processes if process.exitcode]
-        if codes and min(codes) < 0 and "killed by signal" not in str(error):
-            name = signal.strsignal(-min(codes))
-            raise RuntimeError(f"DataLoader worker is killed by signal: {name}. ") from None
-        if isinstance(error, RuntimeError):
-            raise
-        raise RuntimeError("DataLoader worker ended") from None
-    finally:
-        # PyTorch asks them to end, waits some seconds, and asks once more by a signal that they
-        # ignore: on a busy machine some outlive that, and the exit of this process waits for them
-        getattr(items, "_shutdown_workers", tuple)()
-        for process in processes:
-            process.kill()
-        _WORKERS.difference_update(processes)
-
-
-class _Batches(Dataset[Item | UserError]):
-    """What workers run: whole batches; a user's mistake is handed over without a traceback."""
-
-    def __init__(self, source: StreamedSet) -> None:
-        self._source = source
-
-    def __getitem__(self, request: tuple[list[int], Cut | None]) -> Item | UserError:
-        self._source.skipped.clear()
-        try:
-            images, labels = self._source.read(*request)
-            return images, labels, dict(self._source.skipped)
-        except UserError as error:
-            return error
-
-
-def _ignore_signals(worker: int) -> None:
-    """Ctrl-C, and a launcher's request to end, reach every process of a group.
-
-    The main one answers, and ends its workers in its own time.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

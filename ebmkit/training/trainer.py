@@ -25,7 +25,8 @@ from torch.nn.modules.dropout import _DropoutNd
 from ebmkit.compute import describe, pick_device
 from ebmkit.data import AnyImages, Batch, ImageSet
 from ebmkit.data.schedule import images_between, stage_at, stages
-from ebmkit.data.streams import prefetched, translate_worker_errors
+from ebmkit.data.streams import prefetched
+from ebmkit.data.workers import translate_worker_errors
 from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.models import ModelConfig

@@ -13,7 +13,7 @@ from toy_sets import as_streamed, make_set
 
 from ebmkit.data import DATASETS, ImageSet, StreamedSet, imagesets, load_dataset
 from ebmkit.data.folders import FolderReader
-from ebmkit.data.standard import CIFAR
+from ebmkit.data.sets import CIFAR
 from ebmkit.errors import UserError
 
 SPLITS = ("train", "validation", "test")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import ebmkit
 from ebmkit import UserError
 from ebmkit.cli.published import import_
-from ebmkit.data.standard import CIFAR
+from ebmkit.data.sets import CIFAR
 from ebmkit.errors import validated
 from ebmkit.models import ModelConfig, create_model, load_checkpoint
 from ebmkit.models.published import import_checkpoint
