@@ -57,7 +57,7 @@ def evaluate(
         ),
     ] = None,
 ) -> None:
-    """Evaluate a trained model: tables here, JSON and pictures under RUN/evaluation.
+    """Evaluate a trained model: tables here, JSON and plots under RUN/evaluation.
 
     PSNR is the mean over images of each image's own, for images in [0, 1], output clipped, noise
     drawn from a fixed seed. Intervals are 95 %. Started by `torchrun -m ebmkit evaluate ...`, its
@@ -170,4 +170,4 @@ def evaluate_run(
         return
     for table in tables(results):
         console.print(table)
-    console.say(f"tables and pictures: {folder}")
+    console.say(f"tables and plots: {folder}")

@@ -14,7 +14,7 @@ from typer import Argument, Option
 from typer.core import TyperCommand
 
 RUN = Argument(help="run folder")
-IMAGES = Argument(metavar="IMAGE", help="pictures: PNG, JPEG, TIFF")
+IMAGES = Argument(metavar="IMAGE", help="images: PNG, JPEG, TIFF")
 WEIGHTS = Option(help="last, or best by validation")
 DEVICE = Option(help="auto, cpu, cuda, cuda:1")
 PRECISION = Option(help="of products: fp32, tf32, bf16; auto: fp32")

@@ -46,7 +46,7 @@ def reproduce(
     ] = None,
     seed: Annotated[int, SEED] = 0,
 ) -> None:
-    """Reproduce a table or figure of the paper: Markdown, JSON and a picture in --out.
+    """Reproduce a table or figure of the paper: Markdown, JSON and a figure in --out.
 
     Every row is a run of its own. Finished rows are not repeated, an interrupted one goes on where
     it was: give the same command again.

@@ -1,4 +1,4 @@
-"""``ebmkit restore``: pictures from what is known of them, by a trained model."""
+"""``ebmkit restore``: images from what is known of them, by a trained model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def restore(
         str, Option(help="inpaint, random-pixels, superres, deblur, compressed")
     ] = "inpaint",
     mask: Annotated[
-        Path | None, Option(help="inpaint: a picture, white where to fill in [default: a hole]")
+        Path | None, Option(help="inpaint: an image, white where to fill in [default: a hole]")
     ] = None,
     share: Annotated[
         float | None,
@@ -35,7 +35,7 @@ def restore(
         bool,
         Option(
             "--measured",
-            help="the pictures are the measured ones: with the parts to fill in, small, or blurred",
+            help="the images are the measured ones: with the parts to fill in, small, or blurred",
         ),
     ] = False,
     samples: Annotated[int, Option(help="restorations of each, and their mean")] = 1,
@@ -51,9 +51,9 @@ def restore(
     precision: Annotated[str, PRECISION] = "auto",
     compile_: Annotated[str, COMPILE] = "auto",
 ) -> None:
-    """Restore pictures from linear measurements, by stochastic ascent (Kadkhodaie & Simoncelli).
+    """Restore images from linear measurements, by stochastic ascent (Kadkhodaie & Simoncelli).
 
-    A picture is taken for the clean one: it is measured, restored, and compared with itself, beside
+    An image is taken for the clean one: it is measured, restored, and compared with itself, beside
     simple methods. With --measured it is what was measured. Writes NAME-measured.png,
     NAME-restored.png, NAME-comparison.png and NAME.json; nothing is overwritten.
     """
@@ -82,7 +82,7 @@ def restore(
     job = RestoreJob(model, chosen, options, config, measured, samples, seed, c, str(run))
     job.check(images, out)
     make_folder(out)
-    table = Table("picture", "dB", *(["mean, dB"] if samples > 1 else []), "simple methods, dB")
+    table = Table("image", "dB", *(["mean, dB"] if samples > 1 else []), "simple methods, dB")
     for path in images:
         with counting(path.name) as progress:
             document = job.run_on(path, out, progress)
@@ -92,7 +92,7 @@ def restore(
             table.add_row(shown_name(path.name), *_cells(document["psnr"]))
     if table.row_count:
         console.print(table)
-    console.say(f"pictures: {out}")
+    console.say(f"images: {out}")
 
 
 def _cells(psnr: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""``ebmkit train``: train, then evaluate on the test images, with a table and pictures."""
+"""``ebmkit train``: train, then evaluate on the test images, with a table and plots."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def train(
     ] = None,
     resume: Annotated[Path | None, Option(help="go on with this run")] = None,
     evaluate: Annotated[
-        bool, Option(help="evaluate on the test images and draw pictures at the end")
+        bool, Option(help="evaluate on the test images and draw plots at the end")
     ] = True,
     tensorboard: Annotated[bool, Option(help="also write TensorBoard events")] = False,
     dry_run: Annotated[

@@ -1,4 +1,4 @@
-"""``ebmkit classify`` and ``ebmkit denoise``: a trained model on pictures of the user's own."""
+"""``ebmkit classify`` and ``ebmkit denoise``: a trained model on images of the user's own."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def classify(
     images: Annotated[list[Path], IMAGES],
     top: Annotated[int, Option(min=1, help="how many classes to show")] = 3,
     resize: Annotated[
-        bool, Option(help="bring pictures to the size the model was trained at")
+        bool, Option(help="bring images to the size the model was trained at")
     ] = True,
     weights: Annotated[str, WEIGHTS] = "last",
     device: Annotated[str, DEVICE] = "auto",
 ) -> None:
-    """Name the likeliest classes of pictures, with probabilities and the log-density.
+    """Name the likeliest classes of images, with probabilities and the log-density.
 
-    Log-densities are in nats, up to one constant of the model: compare them between pictures of one
+    Log-densities are in nats, up to one constant of the model: compare them between images of one
     size.
     """
     from ebmkit.compute import pick_device
@@ -44,7 +44,7 @@ def classify(
     if not classifies(model):
         raise UserError(f"the model in {str(run)!r} was trained without labels: it cannot classify")
     pictures = [(path, read_image(path, _channels(model))) for path in images]
-    table = Table("picture", "class", "probability", "log-density (nats)")
+    table = Table("image", "class", "probability", "log-density (nats)")
     for path, picture in pictures:
         y = _sized(model, picture.image) if resize else picture.image
         energies = model(y[None].to(place))
@@ -64,7 +64,7 @@ def classify(
 def denoise(
     run: Annotated[Path, RUN],
     images: Annotated[list[Path], IMAGES],
-    out: Annotated[Path, Option(help="folder for the denoised pictures")],
+    out: Annotated[Path, Option(help="folder for the denoised images")],
     sigma: Annotated[
         str | None, Option(help="noise level, as 25/255 [default: estimated by the model]")
     ] = None,
@@ -74,10 +74,10 @@ def denoise(
     precision: Annotated[str, PRECISION] = "auto",
     compile_: Annotated[str, COMPILE] = "auto",
 ) -> None:
-    """Remove Gaussian noise from pictures of any size, in tiles.
+    """Remove Gaussian noise from images of any size, in tiles.
 
-    Writes each picture under its own name into --out, and never over an existing file. The gray
-    value of a gray picture is the mean over channels where the model is for colour.
+    Writes each image under its own name into --out, and never over an existing file. The gray
+    value of a gray image is the mean over channels where the model is for colour.
     """
     from ebmkit.compile import optimize
     from ebmkit.compute import pick_device
@@ -93,7 +93,7 @@ def denoise(
     _warn_range(model, level)
     targets = [out / path.name for path in images]
     _check_targets(images, targets)
-    for path in images:  # all mistakes first, then the work, one picture in memory at a time
+    for path in images:  # all mistakes first, then the work, one image in memory at a time
         read_image(path, _channels(model))
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -153,10 +153,10 @@ def _check_targets(sources: list[Path], targets: list[Path]) -> None:
 
     for i, (source, target) in enumerate(zip(sources, targets, strict=True)):
         if target in targets[:i]:
-            raise UserError(f"two pictures are called {source.name!r}: denoise them separately")
+            raise UserError(f"two images are called {source.name!r}: denoise them separately")
         if target.suffix.lower() not in WRITERS:
             raise UserError(
-                f"cannot write {target.name!r}: pictures to denoise must be called "
+                f"cannot write {target.name!r}: images to denoise must be called "
                 f"{', '.join(sorted(WRITERS))}; convert it first"
             )
         if target.exists():
@@ -164,7 +164,7 @@ def _check_targets(sources: list[Path], targets: list[Path]) -> None:
 
 
 def _sized(model: ScoreModel, image: Tensor) -> Tensor:
-    """The picture at the trained size: shorter side scaled, middle cut out."""
+    """The image at the trained size: shorter side scaled, middle cut out."""
     from torch import nn
 
     size = model.card.image_size if model.card else None
@@ -174,7 +174,7 @@ def _sized(model: ScoreModel, image: Tensor) -> Tensor:
     scale = max(size[0] / height, size[1] / width)
     scaled = (max(size[0], round(height * scale)), max(size[1], round(width * scale)))
     errors.say(
-        f"note: {width}x{height} picture brought to {size[1]}x{size[0]}, the trained size "
+        f"note: {width}x{height} image brought to {size[1]}x{size[0]}, the trained size "
         "(--no-resize leaves it)"
     )
     small = nn.functional.interpolate(image[None], scaled, mode="bilinear", antialias=True)[0]

@@ -1,7 +1,7 @@
 """Images: data sets, augmentation, training streams, and reading and writing image files."""
 
 from ebmkit.data.augment import Augmentation
-from ebmkit.data.images import Picture, read_image, write_image
+from ebmkit.data.images import LoadedImage, read_image, write_image
 from ebmkit.data.imagesets import (
     AnyImages,
     DatasetRequest,
@@ -25,9 +25,9 @@ __all__ = [
     "DatasetRequest",
     "Faults",
     "ImageSet",
+    "LoadedImage",
     "NoiseLaw",
     "Phase",
-    "Picture",
     "Split",
     "Stream",
     "StreamConfig",

@@ -214,7 +214,7 @@ class Crop(NamedTuple):
 
     Attributes:
         size: height and width of what comes out, pixels.
-        scale: smallest and largest share of the picture's area; None: a window of ``size``.
+        scale: smallest and largest share of the image's area; None: a window of ``size``.
         ratio: smallest and largest width by height.
     """
 
@@ -230,15 +230,15 @@ class Cut(NamedTuple):
     draws: Tensor
 
     def of(self, number: int) -> Cut:
-        """That of one picture of the batch."""
+        """That of one image of the batch."""
         return Cut(self.crop, self.draws[number : number + 1])
 
 
 def crop_boxes(height: int, width: int, cut: Cut) -> Tensor:
-    """Boxes (top, left, height, width) in pictures of one size, (B, 4) int64.
+    """Boxes (top, left, height, width) in images of one size, (B, 4) int64.
 
     Args:
-        height, width: of the pictures, pixels; at least the crop's for a window.
+        height, width: of the images, pixels; at least the crop's for a window.
         cut: law and numbers drawn.
     """
     crop, u = cut

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from ebmkit.data import imagesets
 from ebmkit.data.augment import Cut, crop_boxes
-from ebmkit.data.images import MAX_PIXELS_IN_SET, open_picture, picture_header
+from ebmkit.data.images import MAX_PIXELS_IN_SET, image_header, open_image
 from ebmkit.data.imagesets import (
     HINT,
     AnyImages,
@@ -136,7 +136,7 @@ class FolderReader:
     def _open(self, row: int) -> Image.Image:
         path = self.root / self.name(row)
         try:
-            opened = open_picture(path, MAX_PIXELS_IN_SET)
+            opened = open_image(path, MAX_PIXELS_IN_SET)
         except UserError as error:
             raise UserError(f"{error}{HINT}") from None
         if opened.is_16_bit:
@@ -219,27 +219,27 @@ def load_pictures(request: DatasetRequest) -> StreamedSet:
         UserError: if it is no folder or holds no images, gray and colour ones are mixed, one cannot
             be read, or they are asked for to train on.
     """
-    root, faults = request.path("a folder of pictures"), request.faults
+    root, faults = request.path("a folder of images"), request.faults
     if request.image_size is not None:
-        raise UserError("data set 'pictures' keeps each picture's size: leave the image size out")
+        raise UserError("data set 'pictures' keeps each image's size: leave the image size out")
     if request.split != "test":
         raise UserError(
             "data set 'pictures' is to evaluate on: train on data set 'folder', with --image-size "
             "or streams.denoise.augmentation.crop_size"
         )
     if not root.is_dir():
-        raise UserError(f"{str(root)!r} is not a folder: name a folder of pictures by --data-dir")
+        raise UserError(f"{str(root)!r} is not a folder: name a folder of images by --data-dir")
     names = find_images(root, root, faults.follow, deep=False)
     if not names:
-        raise UserError(f"{str(root)!r} holds no pictures: put files ending in {SUFFIXES} there")
+        raise UserError(f"{str(root)!r} holds no images: put files ending in {SUFFIXES} there")
     lost: list[str] = []
     if faults.skip:
         names, lost = _readable_files(root, names)
-    headers = [picture_header(root / name) for name in names]
+    headers = [image_header(root / name) for name in names]
     channels, *others = {count for count, _ in headers}
     if others:
         odd = next(n for n, (count, _) in zip(names, headers, strict=True) if count == 1)
-        raise UserError(f"{str(root / odd)!r} is gray among pictures in colour: keep them apart")
+        raise UserError(f"{str(root / odd)!r} is gray among images in colour: keep them apart")
     images = StreamedSet(
         FolderReader(root, names, channels, None),
         torch.arange(len(names)),
@@ -306,7 +306,7 @@ def list_folder(request: DatasetRequest, part: str, side: int | None = None) -> 
 
 def _readable_files(base: Path, names: list[str]) -> tuple[list[str], list[str]]:
     """Those of ``names`` whose headers can be read, and why the others' cannot."""
-    found, reasons = readable(names, lambda name: picture_header(base / name))
+    found, reasons = readable(names, lambda name: image_header(base / name))
     _warn_left_out(reasons, len(names), base.name)
     if not found:
         raise UserError(f"none of {len(names)} images in {str(base)!r} can be read: {reasons[0]}")
@@ -411,7 +411,7 @@ def _shape(base: Path, names: list[str], request: DatasetRequest) -> tuple[int, 
     sizes: dict[tuple[int, int], str] = {}
     for name in progress_bar(names[::step], f"looking into {base.name}", request.progress):
         try:
-            found, size = picture_header(base / name)
+            found, size = image_header(base / name)
         except UserError as error:
             if not request.faults.skip:
                 raise UserError(f"{error}{HINT}") from None

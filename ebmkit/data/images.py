@@ -1,4 +1,4 @@
-"""Pictures of the user's: PNG, JPEG and TIFF files to tensors in [0, 1] and back.
+"""Image files: PNG, JPEG and TIFF to tensors in [0, 1] and back.
 
 Read as a person sees them: EXIF orientation is applied, palettes are resolved, 16-bit gray keeps
 its 16 bits. What has no single right reading (transparency, animation, several pages) is refused
@@ -26,7 +26,7 @@ from ebmkit.errors import UserError
 from ebmkit.storage import write_atomically
 
 MAX_PIXELS = 170_000_000
-"""Pictures with more pixels are refused as decompression bombs."""
+"""Images with more pixels are refused as decompression bombs."""
 
 MAX_PIXELS_IN_SET = 89_000_000
 """The same for images of a data set, which many processes read (and where Pillow warns)."""
@@ -46,7 +46,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What makes a picture upright, by its EXIF orientation."""
+"""What makes an image upright, by its EXIF orientation."""
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
 _GRAY = ("1", "L", "LA", "I", "F", *_SIXTEEN_BIT)
 
@@ -64,8 +64,8 @@ _BROKEN = (
 )
 
 
-class Picture(NamedTuple):
-    """A picture that was read.
+class LoadedImage(NamedTuple):
+    """An image that was read.
 
     Attributes:
         image: (C, H, W) float32 in [0, 1], C = 1 or 3.
@@ -79,12 +79,12 @@ class Picture(NamedTuple):
 
     @property
     def was_gray(self) -> bool:
-        """Whether the file is gray, also where its picture was repeated to three channels."""
+        """Whether the file is gray, also where its image was repeated to three channels."""
         return self.mode in _GRAY
 
 
-class Opened(NamedTuple):
-    """A decoded picture: a Pillow image of mode L, RGB or 16-bit gray, and what was done to it."""
+class DecodedImage(NamedTuple):
+    """A decoded image: a Pillow image of mode L, RGB or 16-bit gray, and what was done to it."""
 
     image: Image.Image
     mode: str
@@ -96,33 +96,33 @@ class Opened(NamedTuple):
         return self.image.mode not in ("L", "RGB")
 
 
-def read_image(path: Path | str, channels: int | None = None) -> Picture:
-    """Read a picture.
+def read_image(path: Path | str, channels: int | None = None) -> LoadedImage:
+    """Read an image.
 
     Args:
         path: a PNG, JPEG or TIFF file (BMP, WebP, still GIF and PNM work too).
-        channels: what a model takes. 3: a gray picture is repeated; 1: a colour one is refused,
+        channels: what a model takes. 3: a gray image is repeated; 1: a colour one is refused,
             unless its three channels are equal. None: as the file is.
 
     Raises:
-        UserError: if it is missing, empty, not a picture, damaged, larger than `MAX_PIXELS`,
+        UserError: if it is missing, empty, not an image, damaged, larger than `MAX_PIXELS`,
             animated, transparent, of more than 16 bits, or of the wrong colours.
     """
     path = Path(path)
-    opened = open_picture(path)
+    opened = open_image(path)
     for note in opened.notes:
         warnings.warn(note, stacklevel=2)
     pixels = np.asarray(opened.image)
     bits, top = (16, 65535) if opened.is_16_bit else (8, 255)
     pixels = pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, 2, 0)
     levels = pixels.astype(np.float32, order="C")
-    levels /= top  # in place: a large picture's numbers are gigabytes
+    levels /= top  # in place: a large image's numbers are gigabytes
     image = torch.from_numpy(levels)
-    return Picture(_with_channels(image, channels, path), bits, opened.mode)
+    return LoadedImage(_with_channels(image, channels, path), bits, opened.mode)
 
 
 def write_image(image: Tensor, path: Path | str, overwrite: bool = False, bits: int = 8) -> None:
-    """Write a picture, all of it or nothing.
+    """Write an image, all of it or nothing.
 
     Args:
         image: (C, H, W), clipped to [0, 1], C = 1 or 3.
@@ -141,11 +141,11 @@ def write_image(image: Tensor, path: Path | str, overwrite: bool = False, bits: 
             f"cannot write {str(path)!r}: the name must end in one of {', '.join(WRITERS)}"
         )
     if image.ndim != 3 or image.shape[0] not in (1, 3):
-        raise UserError(f"a picture is (1 or 3, H, W), not {tuple(image.shape)}")
+        raise UserError(f"an image is (1 or 3, H, W), not {tuple(image.shape)}")
     if path.exists() and not overwrite:
         raise UserError(f"{str(path)!r} exists: move it away, or choose another name")
     if not bool(image.isfinite().all()):
-        raise UserError(f"cannot write {str(path)!r}: the picture has pixels that are not numbers")
+        raise UserError(f"cannot write {str(path)!r}: the image has pixels that are not numbers")
     levels = image.detach().cpu().double().clamp(0, 1).permute(1, 2, 0).numpy()
     levels = levels[:, :, 0] if image.shape[0] == 1 else levels
     deep = bits == 16 and levels.ndim == 2 and kind != "JPEG"
@@ -159,8 +159,8 @@ def write_image(image: Tensor, path: Path | str, overwrite: bool = False, bits: 
     write_atomically(path, buffer.getvalue())
 
 
-def open_picture(path: Path, most: int = MAX_PIXELS) -> Opened:
-    """Open, check and decode a picture; its notes tell what a reader should know.
+def open_image(path: Path, most: int = MAX_PIXELS) -> DecodedImage:
+    """Open, check and decode an image; its notes tell what a reader should know.
 
     Args:
         path: the file.
@@ -174,8 +174,8 @@ def open_picture(path: Path, most: int = MAX_PIXELS) -> Opened:
         return _decoded(image, path)
 
 
-def picture_header(path: Path, most: int = MAX_PIXELS_IN_SET) -> tuple[int, tuple[int, int]]:
-    """Channels (1 or 3) and (height, width) of a picture, without decoding it.
+def image_header(path: Path, most: int = MAX_PIXELS_IN_SET) -> tuple[int, tuple[int, int]]:
+    """Channels (1 or 3) and (height, width) of an image, without decoding it.
 
     Args:
         path: the file.
@@ -208,7 +208,7 @@ def _opened(path: Path, most: int) -> Iterator[Image.Image]:
         raise UserError(large) from None
     except UnidentifiedImageError:
         raise UserError(
-            f"{str(path)!r} is not a picture that can be read: give an 8-bit PNG, JPEG or TIFF "
+            f"{str(path)!r} is not an image that can be read: give an 8-bit PNG, JPEG or TIFF "
             "(or 16-bit gray)"
         ) from None
     except _BROKEN as error:
@@ -228,7 +228,7 @@ def _check_file(path: Path) -> None:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{str(path)!r} cannot be opened ({reason}): check the name") from None
     if stat.S_ISDIR(found.st_mode):
-        raise UserError(f"{str(path)!r} is a folder: name a picture in it")
+        raise UserError(f"{str(path)!r} is a folder: name an image in it")
     if not stat.S_ISREG(found.st_mode):
         raise UserError(f"{str(path)!r} is not an ordinary file: give a PNG, JPEG or TIFF file")
     if not os.access(path, os.R_OK):
@@ -240,9 +240,7 @@ def _check_file(path: Path) -> None:
 def _check_header(image: Image.Image, path: Path) -> None:
     """Refuse, before decoding, what is animated, or has too many bits or passes."""
     if _has_more(image):
-        raise UserError(
-            f"{str(path)!r} is animated or has several pages: save one of them as a picture"
-        )
+        raise UserError(f"{str(path)!r} is animated or has several pages: save one of them alone")
     if image.info.get("progressive") and path.read_bytes().count(b"\xff\xda") > MAX_SCANS:
         raise UserError(
             f"{str(path)!r} is a JPEG of more than {MAX_SCANS} passes, as is done to fill the "
@@ -255,7 +253,7 @@ def _check_header(image: Image.Image, path: Path) -> None:
 
 
 def _has_more(image: Image.Image) -> bool:
-    """Whether there is a second picture in the file; others are not counted, which takes long."""
+    """Whether there is a second image in the file; others are not counted, which takes long."""
     if image.format == "MPO":  # a camera's thumbnails
         return False
     if image.format != "TIFF":
@@ -267,7 +265,7 @@ def _has_more(image: Image.Image) -> bool:
     return True
 
 
-def _decoded(image: Image.Image, path: Path) -> Opened:
+def _decoded(image: Image.Image, path: Path) -> DecodedImage:
     """Decode, turn upright, and bring to L, RGB or 16-bit gray."""
     mode, notes = image.mode, []
     with path.open("rb") as file:
@@ -278,9 +276,11 @@ def _decoded(image: Image.Image, path: Path) -> Opened:
     turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
     upright = image if turn is None else image.transpose(turn)
     if upright.mode == "I":  # how older Pillows call a 16-bit gray PNG
-        return Opened(Image.fromarray(np.asarray(upright).astype(np.uint16)), mode, tuple(notes))
+        return DecodedImage(
+            Image.fromarray(np.asarray(upright).astype(np.uint16)), mode, tuple(notes)
+        )
     if upright.mode in _SIXTEEN_BIT:
-        return Opened(upright, mode, tuple(notes))
+        return DecodedImage(upright, mode, tuple(notes))
     if upright.has_transparency_data:
         alpha = upright.convert("RGBA").getchannel("A")
         if alpha.getextrema() != (255, 255):
@@ -289,7 +289,7 @@ def _decoded(image: Image.Image, path: Path) -> Opened:
             )
         notes.append(f"{str(path)!r} has an alpha channel, fully opaque, which is left out")
     gray = upright.mode in ("1", "L", "LA", "La")
-    return Opened(upright.convert("L" if gray else "RGB"), mode, tuple(notes))
+    return DecodedImage(upright.convert("L" if gray else "RGB"), mode, tuple(notes))
 
 
 def _with_channels(image: Tensor, channels: int | None, path: Path) -> Tensor:

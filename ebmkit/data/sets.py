@@ -261,7 +261,7 @@ DATASETS: dict[str, DatasetEntry] = {
     ),
     "imagenet": DatasetEntry(
         load_imagenet,
-        "a folder of whole pictures, train|val/CLASS/*.JPEG: tested on the middle 224 of 256",
+        "a folder of whole images, train|val/CLASS/*.JPEG: tested on the middle 224 of 256",
     ),
     "pictures": DatasetEntry(
         load_pictures, "--data-dir is a folder of pictures of any size, to evaluate denoisers on"

@@ -178,7 +178,7 @@ class Stream:
         )
         check(
             crops is None or not padding,
-            f"crop_padding needs images of one size, and {data} gives whole pictures: set "
+            f"crop_padding needs images of one size, and {data} gives whole images: set "
             "crop_padding to 0",
         )
         check(
@@ -188,7 +188,7 @@ class Stream:
         )
         what, side = f"the images, {height}x{width}", least + 2 * padding
         if crops is not None:
-            what, side = f"the shorter side of the pictures, {crops.side}", crops.side
+            what, side = f"the shorter side of the images, {crops.side}", crops.side
         for span in self.spans:
             where, crop = span.field(self.name), span.crop_size
             check(
@@ -278,7 +278,7 @@ class Stream:
         return self._held[key]
 
     def _cut(self, step: int) -> Cut | None:
-        """The crops that are drawn on the host: all of whole pictures, and resized ones."""
+        """The crops that are drawn on the host: all of whole images, and resized ones."""
         options, span = self.config.augmentation, span_at(self.spans, step)
         if options.crop_scale is None and not (
             self.crops is not None and span.crop_size is not None

@@ -256,7 +256,7 @@ def _brought(other: Any, like: Images) -> Images:
 
 def _folder(root: Path, like: Images) -> Images:
     from ebmkit.data.folders import SUFFIXES, find_images
-    from ebmkit.data.images import MAX_PIXELS_IN_SET, open_picture
+    from ebmkit.data.images import MAX_PIXELS_IN_SET, open_image
 
     names = find_images(root, root, ask="copy it into the folder, or make a folder without links")
     files = sorted(root / name for name in names)
@@ -264,7 +264,7 @@ def _folder(root: Path, like: Images) -> Images:
         raise UserError(f"{str(root)!r} holds no images: put files ending in {SUFFIXES} there")
 
     def read(row: int) -> Any:
-        opened = open_picture(files[row], MAX_PIXELS_IN_SET)
+        opened = open_image(files[row], MAX_PIXELS_IN_SET)
         if opened.is_16_bit:
             raise UserError(f"{str(files[row])!r} has 16 bits: convert it to 8")
         return opened.image

@@ -219,7 +219,7 @@ def test_a_disk_that_does_not_answer_ends_the_wait(folder, monkeypatch):
     from ebmkit.data import workers
 
     monkeypatch.setattr(workers, "WORKER_TIMEOUT", 1.0)
-    monkeypatch.setattr("ebmkit.data.folders.open_picture", lambda *_: signal.pause())
+    monkeypatch.setattr("ebmkit.data.folders.open_image", lambda *_: signal.pause())
     source = images_of(small(folder, unreadable="skip").dataset, "train")
     config = StreamConfig(batch_size=8, augmentation={"crop_size": 16})
     stream = Stream(source, config, "classify", 0, "cpu", 1)

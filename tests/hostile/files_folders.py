@@ -206,7 +206,7 @@ CASES = [
         "damaged picture whose name speaks",
         "folder",
         folder_with(damaged_among_names_that_speak),
-        r"a\\x1b\[2J\\rb\\n\.png' is not a picture",
+        r"a\\x1b\[2J\\rb\\n\.png' is not an image",
     ),
     Case(
         "pictures with a link out",
