@@ -27,7 +27,7 @@ from ebmkit.cli.data import pack
 from ebmkit.cli.evaluate import evaluate
 from ebmkit.cli.export import export
 from ebmkit.cli.list import list_
-from ebmkit.cli.options import Command
+from ebmkit.cli.options import Command, declare
 from ebmkit.cli.published import import_
 from ebmkit.cli.reproduce import reproduce
 from ebmkit.cli.restore import restore
@@ -86,12 +86,8 @@ def _with_plugins(function: Callable[..., None]) -> Callable[..., None]:
     def command(*, plugin: list[str], **options: Any) -> None:
         function(**options)
 
-    signature = inspect.signature(function, eval_str=True)
-    options = [p.replace(kind=PLUGIN.kind) for p in signature.parameters.values()]
-    command.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*options, PLUGIN]
-    )
-    command.__annotations__ = {p.name: p.annotation for p in (*options, PLUGIN)} | {"return": None}
+    own = inspect.signature(function, eval_str=True).parameters.values()
+    declare(command, [*(p.replace(kind=PLUGIN.kind) for p in own), PLUGIN])
     return command
 
 

@@ -7,7 +7,9 @@ An option is declared here once and given its type and default by each command, 
 
 from __future__ import annotations
 
+import inspect
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from typer import Argument, Option
@@ -29,7 +31,6 @@ LABEL = Option(help="class (name or number), for the conditional denoiser")
 WIDTH = Option(min=1, help="channels of the first stage")
 SEED = Option(min=0, max=2**63 - 1, help="of everything that is drawn")
 SETTING = Option("--set", help="a setting of the sampler, as step_size=1e-4; may be repeated")
-SIGMA_HELP = "noise level, as 25/255"
 
 VALUES = {"str": "TEXT", "int": "INTEGER", "float": "FLOAT", "path": "PATH"}
 """Names of an option's value, by the types that Typer shows: ``<str>``, ``<list[Path]>``."""
@@ -61,6 +62,13 @@ class Command(TyperCommand):
             if rows:
                 with formatter.section(title):
                     formatter.write_dl(rows)
+
+
+def declare(function: Any, parameters: Iterable[inspect.Parameter]) -> None:
+    """Let Typer read ``parameters`` as the options of ``function``."""
+    found = list(parameters)
+    function.__signature__ = inspect.Signature(found)
+    function.__annotations__ = {p.name: p.annotation for p in found} | {"return": None}
 
 
 def argument_name(argument: Any) -> str:

@@ -9,7 +9,6 @@ import shlex
 import signal
 import time
 import warnings
-from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +18,7 @@ from typer import Option
 
 from ebmkit.cli.console import Reporters, TensorBoard, TrainingBar, console, interrupted
 from ebmkit.cli.evaluate import evaluate_run
-from ebmkit.cli.options import DATA_DIR, DEVICE, IMAGE_SIZE, TRAIN_PRECISION
+from ebmkit.cli.options import DATA_DIR, DEVICE, IMAGE_SIZE, TRAIN_PRECISION, declare
 from ebmkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -148,15 +147,9 @@ def cost(**options: Any) -> None:
     train(**options, dry_run=True)
 
 
-def _same_options(without: Sequence[str]) -> None:
-    """Give `cost` the options of `train`, but for some."""
-    signature = inspect.signature(train, eval_str=True)
-    kept = [p for name, p in signature.parameters.items() if name not in without]
-    cost.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
-    cost.__annotations__ = {p.name: p.annotation for p in kept} | {"return": None}
-
-
-_same_options(without=("out", "resume", "evaluate", "tensorboard", "dry_run"))
+_RUN_OPTIONS = ("out", "resume", "evaluate", "tensorboard", "dry_run")
+_OPTIONS = inspect.signature(train, eval_str=True).parameters.values()
+declare(cost, (option for option in _OPTIONS if option.name not in _RUN_OPTIONS))
 
 
 def _resolved(
