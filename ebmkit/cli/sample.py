@@ -160,7 +160,7 @@ def sample(
     with job.folder.alone():
         _draw(job)
         document = write_results(job, str(run))
-    _tell(document, out, len(job.cautions))
+    _report(document, out, len(job.cautions))
 
 
 def _draw(job: SamplingJob) -> None:
@@ -182,8 +182,8 @@ def _draw(job: SamplingJob) -> None:
             )
 
 
-def _tell(document: dict[str, Any], out: Path, before: int) -> None:
-    """What came out; warnings after the first ``before``, which were told at the start."""
+def _report(document: dict[str, Any], out: Path, before: int) -> None:
+    """Show what came out; warnings after the first ``before``, which were told at the start."""
     diagnostics = document["diagnostics"]
     energies, chains = diagnostics["energies"], diagnostics["chains"]
     lines = [f"{document['samples']:,} samples in {document['seconds']:.1f} s: {out}"]

@@ -107,7 +107,7 @@ def train(
         console.quiet = not world.first
         resolved, resume = _resolved(world, layers, recipe, out, resume)
         if dry_run:
-            _predict(resolved, world)
+            _estimate_cost(resolved, world)
             return
         run = RunFolder.open(resume) if resume is not None and world.first else None
         if run is not None:
@@ -225,12 +225,12 @@ def _fit(trainer: Trainer, run: Path, tensorboard: bool) -> None:
     console.say(
         f"{config.objective} on {trainer.train.name} ({len(trainer.train):,} images), "
         f"{config.backbone} with {parameters:,} parameters, {config.steps:,} steps "
-        f"on {_where(trainer)}, in {run}"
+        f"on {_describe_device(trainer)}, in {run}"
     )
     if first >= config.steps:
         console.say(f"this run is finished: {config.steps} of {config.steps} steps are done")
         if trainer.run is not None:
-            _mend(trainer, trainer.run)
+            _rewrite_damaged_model(trainer, trainer.run)
         return
     if first:
         console.say(f"going on after step {first}")
@@ -265,7 +265,7 @@ def _fit(trainer: Trainer, run: Path, tensorboard: bool) -> None:
     console.say(f"{config.steps - first:,} steps in {seconds:.0f} s; {account.sentence()}")
 
 
-def _mend(trainer: Trainer, run: RunFolder) -> None:
+def _rewrite_damaged_model(trainer: Trainer, run: RunFolder) -> None:
     """Write the model again where it is damaged: the checkpoint has all of it."""
     from ebmkit.storage.verify import verify_run
 
@@ -276,7 +276,7 @@ def _mend(trainer: Trainer, run: RunFolder) -> None:
         trainer.save()
 
 
-def _predict(config: TrainConfig, world: DistributedContext) -> None:
+def _estimate_cost(config: TrainConfig, world: DistributedContext) -> None:
     """Tell what the run would cost: counted, and timed over a few steps; nothing is written."""
     from ebmkit.training.assemble import assemble
     from ebmkit.training.cost import format_seconds
@@ -287,7 +287,7 @@ def _predict(config: TrainConfig, world: DistributedContext) -> None:
         trainer.try_steps(TRIAL_STEPS)
     seconds = trainer.watch.seconds
     title = "cost of training" if world.size == 1 else f"cost to each of {world.size} processes"
-    table = Table(title, _where(trainer), show_edge=False)
+    table = Table(title, _describe_device(trainer), show_edge=False)
     for name, value in cost.rows():
         table.add_row(name, value)
     share = f"{cost.share(seconds):.0%} of the matrix rate"
@@ -296,7 +296,7 @@ def _predict(config: TrainConfig, world: DistributedContext) -> None:
     console.print(table)
 
 
-def _where(trainer: Trainer) -> str:
+def _describe_device(trainer: Trainer) -> str:
     """Device, precision and number of processes, in words."""
     step = trainer.update
     compiled = ", compiled" if step.compiled else ""
