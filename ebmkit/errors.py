@@ -125,7 +125,8 @@ def _follow(model: type[BaseModel], location: Sequence[str]) -> tuple[list[str],
     Where a field is one of several configurations, pydantic adds the kind to the location.
     """
     names: list[str] = []
-    current, choices = model, dict[str, type[BaseModel]]()
+    current = model
+    choices: dict[str, type[BaseModel]] = {}
     for part in location:
         if part in choices:
             current, choices = choices[part], {}
