@@ -56,7 +56,7 @@ def test_a_streamed_file_gives_the_same_bits_with_workers(folder, tmp_path, monk
         assert torch.equal(a.x, b.x)
         assert torch.equal(a.labels, b.labels)
     again = pickle.loads(pickle.dumps(streamed))
-    assert torch.equal(again[3][0], memory.images[3])
+    assert torch.equal(again.read([3])[0][0], memory.images[3])
 
 
 def test_each_process_opens_the_file_for_itself(folder, tmp_path, monkeypatch):
