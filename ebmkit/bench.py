@@ -50,7 +50,14 @@ from torch import Tensor, nn
 from torch.utils.benchmark import timer
 
 from ebmkit.compile import laid_out, make_inference
-from ebmkit.compute import ComputeConfig, Precision, pick_compile, pick_precision, set_tf32
+from ebmkit.compute import (
+    ComputeConfig,
+    Precision,
+    available_memory,
+    pick_compile,
+    pick_precision,
+    set_tf32,
+)
 from ebmkit.data import Batch, NoiseLaw
 from ebmkit.energy import Energies, EnergyModel
 from ebmkit.errors import UserError
@@ -60,10 +67,10 @@ from ebmkit.models.gelu import GELU
 from ebmkit.models.norms import GroupNorm
 from ebmkit.objectives import BALANCE, Scale, Term, TrainingLoss, parse_objective
 from ebmkit.training.config import OptimizerConfig
-from ebmkit.training.engine import OutOfMemory, TrainingStep
-from ebmkit.training.environment import environment
-from ebmkit.training.memory import available_memory, format_bytes
+from ebmkit.training.cost import format_bytes
 from ebmkit.training.optim import make_optimizer
+from ebmkit.training.run_folder import environment
+from ebmkit.training.step import OutOfMemory, TrainingStep
 
 Step = Callable[[], object]
 """What is timed: one training step, or one pass over a batch."""

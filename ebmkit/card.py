@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -26,6 +26,11 @@ class ModelCard(BaseModel):
         None, description="noise levels of the denoising stream, image units; None: not trained"
     )
     classifies: bool = Field(False, description="whether labels were trained")
+    energies: Literal["model", "logits"] | None = Field(
+        None,
+        description="what E(y) is: the model's own density, or -logsumexp of the logits where only "
+        "labels were trained; None: not said (see ebmkit.models.heads.energy_source)",
+    )
     attack: str = Field(
         "", description="norm and radius of the attack in training, as in l2 0.5; empty: none"
     )

@@ -39,7 +39,7 @@ def interrupted(sentence: str, signum: int | None) -> NoReturn:
     Raises:
         typer.Exit: always.
     """
-    from ebmkit.training.stopping import exit_code
+    from ebmkit.training.loop import exit_code
 
     console.say(f"interrupted; {sentence}")
     raise typer.Exit(exit_code(signum)) from None

@@ -22,11 +22,11 @@ from ebmkit.cli.options import (
 
 if TYPE_CHECKING:
     from ebmkit.data import AnyImages
+    from ebmkit.distributed import DistributedContext
     from ebmkit.energy import ScoreModel
     from ebmkit.evaluation import Images
-    from ebmkit.parallel import DistributedContext
     from ebmkit.training import DataConfig
-    from ebmkit.training.assemble import Split
+    from ebmkit.training.setup import Split
 
 
 def evaluate(
@@ -64,9 +64,9 @@ def evaluate(
     processes share the images.
     """
     from ebmkit.compute import pick_device
+    from ebmkit.distributed import device_of_rank, join
     from ebmkit.errors import validated
     from ebmkit.models import load
-    from ebmkit.parallel import device_of_rank, join
     from ebmkit.training.config import FaultsConfig, parse_assignments
 
     options = parse_assignments(set_ or [])
@@ -122,7 +122,7 @@ def _images(
     written, for the run may be a stranger's.
     """
     from ebmkit.data import StreamedSet
-    from ebmkit.training.assemble import images_of
+    from ebmkit.training.setup import images_of
 
     if not world.first:
         world.broadcast(None)  # where data must be fetched, one does it

@@ -51,7 +51,7 @@ def import_(
     diffusers. Then, for example: ebmkit evaluate OUT --suite robustness
     """
     from ebmkit.data import DATASETS
-    from ebmkit.models.published import import_checkpoint
+    from ebmkit.models.importing import import_checkpoint
     from ebmkit.noise import parse_sigma
     from ebmkit.registry import find
     from ebmkit.training.config import parse_assignments

@@ -165,7 +165,7 @@ def sample(
 
 def _draw(job: SamplingJob) -> None:
     from ebmkit.sampling.jobs import Interrupted
-    from ebmkit.training.stopping import stop_requested
+    from ebmkit.training.loop import stop_requested
 
     what = f"{job.settings.count:,} samples by {job.settings.sampler}"
     steps = "step {task.completed:,.0f}/{task.total:,.0f}"

@@ -82,7 +82,7 @@ def denoise(
     from ebmkit.compile import optimize
     from ebmkit.compute import pick_device
     from ebmkit.data import read_image, write_image
-    from ebmkit.inference import denoise_picture
+    from ebmkit.inference import denoise_image
     from ebmkit.models import load
     from ebmkit.noise import format_sigma, parse_sigma
     from ebmkit.sampling.jobs import parse_label
@@ -102,7 +102,7 @@ def denoise(
     for path, target in zip(images, targets, strict=True):
         picture = read_image(path, _channels(model))
         with counting(target.name) as progress:
-            found = denoise_picture(model, picture.image.to(place), level, c, progress=progress)
+            found = denoise_image(model, picture.image.to(place), level, c, progress=progress)
         image = found.image.cpu()
         _check_numbers(run, path, image)
         image = image.mean(0, keepdim=True) if picture.was_gray else image
