@@ -18,7 +18,7 @@ from ebmkit.sampling.jobs import SamplingJob
 from ebmkit.training import RunFolder
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "generation"))
-from small import save_run
+from ebmkit_tests.sampling.jobs.small import save_run
 
 QUICK = ["--steps", 6, "--set", "beta=0.5", "--device", "cpu"]
 
