@@ -9,44 +9,42 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
-from ebmkit.cli.console import TrainingBar, console
+from ebmkit.cli.console import TrainingBar, console, interrupted
+from ebmkit.cli.options import DEVICE, SEED
 from ebmkit.errors import UserError
 
 if TYPE_CHECKING:
     from ebmkit.training import Trainer
     from ebmkit.training.loop import Stop
 
-__all__ = ["reproduce"]
-
 
 def reproduce(
     target: Annotated[
-        str,
-        typer.Argument(help="table1, table2, table3, fig1, fig3, fig4, guidance, claims, or all"),
+        str, Argument(help="table1, table2, table3, fig1, fig3, fig4, guidance, claims, or all")
     ],
     scale: Annotated[
-        str, typer.Option(help="smoke: seconds a row; cpu: CIFAR-10, minutes; full: the paper's")
+        str, Option(help="smoke: seconds a row; cpu: CIFAR-10, minutes; full: the paper's")
     ] = "smoke",
     more: Annotated[
-        list[str] | None, typer.Argument(help="more rows, after --only ROW", metavar="ROW")
+        list[str] | None, Argument(help="more rows, after --only ROW", metavar="ROW")
     ] = None,
     only: Annotated[
-        list[str] | None, typer.Option("--only", help="a row by name; more may follow")
+        list[str] | None, Option("--only", help="a row by name; more may follow")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="folder of rows and reports [default: runs/reproduce-SCALE]")
+        Path | None, Option(help="folder of rows and reports [default: runs/reproduce-SCALE]")
     ] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="where CIFAR-10 is [default: data]")] = None,
+    data_dir: Annotated[Path | None, Option(help="where CIFAR-10 is [default: data]")] = None,
     imagenet_dir: Annotated[
-        Path | None, typer.Option(help="where ImageNet is: table2 at full scale")
+        Path | None, Option(help="where ImageNet is: table2 at full scale")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1")] = "auto",
+    device: Annotated[str, DEVICE] = "auto",
     precision: Annotated[
-        str | None, typer.Option(help="of training: auto, fp32, tf32, bf16 [default: the scale's]")
+        str | None, Option(help="of training: auto, fp32, tf32, bf16 [default: the scale's]")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="of all rows")] = 0,
+    seed: Annotated[int, SEED] = 0,
 ) -> None:
     """Reproduce a table or figure of the papers: Markdown, JSON and plots in --out.
 
@@ -57,7 +55,7 @@ def reproduce(
     from ebmkit.experiments import EXPERIMENTS, ExperimentRuns, experiments_of, find_scale
     from ebmkit.experiments import reproduce as run_experiment
     from ebmkit.training import Interrupted
-    from ebmkit.training.loop import Stop, exit_code
+    from ebmkit.training.loop import Stop
 
     if more and not only:
         raise UserError(f"unexpected {more[0]!r}: name rows after --only, as in --only {more[0]}")
@@ -95,8 +93,7 @@ def reproduce(
                     console.say(f"written: {path}")
     except (Interrupted, KeyboardInterrupt) as stopped:
         signum = stopped.signal if isinstance(stopped, Interrupted) else stop.signal
-        console.say(f"interrupted; run the same command to resume {runs.out}")
-        raise typer.Exit(exit_code(signum or signal.SIGINT)) from None
+        interrupted(f"run the same command to resume {runs.out}", signum or signal.SIGINT)
     if runs.stopped:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in runs.stopped.items())
         raise UserError(f"not all rows could be finished, the reports say so: {reasons}")

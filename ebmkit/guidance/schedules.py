@@ -35,8 +35,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ebmkit.errors import UserError
-from ebmkit.validation import validated
+from ebmkit.errors import UserError, validated
 
 
 class GuidanceSchedule(BaseModel, ABC):

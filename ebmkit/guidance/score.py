@@ -52,7 +52,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from torch import Tensor
 
 from ebmkit.energy import EnergyModel, Noise
-from ebmkit.errors import UserError
+from ebmkit.errors import UserError, validated
 from ebmkit.guidance.guides import CLASSIFIER_FREE, GUIDES, check_guide
 from ebmkit.guidance.schedules import GuidanceSchedule, parse_schedule
 from ebmkit.noise import Schedule, make_schedule
@@ -61,7 +61,6 @@ from ebmkit.sampling.base import check_positive, per_chain
 from ebmkit.sampling.diffusion import NoisePredictor
 from ebmkit.sampling.langevin import root_mean_square
 from ebmkit.sampling.target import DenoiserFunction, DensityFunction, ScoreFunction
-from ebmkit.validation import validated
 
 View = Literal["noisy", "x_t", "x0_hat"]
 

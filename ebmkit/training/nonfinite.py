@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ebmkit.data import Batch, Stream
-from ebmkit.data.streamed import origin
+from ebmkit.data.imagesets import origin
 from ebmkit.distributed import DistributedContext
 from ebmkit.errors import UserError, shown
 from ebmkit.objectives import TrainingLoss

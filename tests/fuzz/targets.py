@@ -373,10 +373,10 @@ def _hdf5(content: bytes) -> object:
 
 
 def _image(content: bytes) -> object:
-    from ebmkit.data.images import picture_header, read_image
+    from ebmkit.data.images import image_header, read_image
 
     path = written(content, "picture.png")
-    picture_header(path)
+    image_header(path)
     return read_image(path, 1)
 
 

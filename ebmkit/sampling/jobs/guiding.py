@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ebmkit.compile import Inference, device_of, laid_out
-from ebmkit.data.identity import fingerprint
+from ebmkit.data.imagesets import fingerprint
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError, unknown_name
 from ebmkit.guidance import (
