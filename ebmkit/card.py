@@ -29,7 +29,7 @@ class ModelCard(BaseModel):
     energies: Literal["model", "logits"] | None = Field(
         None,
         description="what E(y) is: the model's own density, or -logsumexp of the logits where only "
-        "labels were trained; None: not said (see ebmkit.models.heads.energy_source)",
+        "labels were trained; None: not said (see ebmkit.logit_energy)",
     )
     attack: str = Field(
         "", description="norm and radius of the attack in training, as in l2 0.5; empty: none"

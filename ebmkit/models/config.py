@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
     PositiveInt,
+    SerializeAsAny,
     Tag,
     field_validator,
     model_validator,
@@ -101,15 +103,36 @@ def find_backbone(name: str, others: Iterable[str] = ()) -> Preset[BackboneConfi
 def _kind(config: Any) -> str:
     """Which configuration it is; those saved before there were several say nothing."""
     if isinstance(config, BaseModel):
-        return str(getattr(config, "kind", ""))
-    return str(config.get("kind", "gradresnet")) if isinstance(config, dict) else ""
+        kind = str(getattr(config, "kind", ""))
+    else:
+        kind = str(config.get("kind", "gradresnet")) if isinstance(config, dict) else ""
+    return PLUGIN if kind not in _KINDS and _plugin_config(kind) else kind
+
+
+def _plugin_config(kind: str) -> type[NetworkConfig] | None:
+    """The configuration of this kind that a plugin has entered into a table."""
+    presets: list[Preset[Any]] = [*BACKBONES.values(), *DENOISERS.values()]
+    return next((type(p.config) for p in presets if p.config.kind == kind), None)
+
+
+def _from_plugin(config: Any) -> Any:
+    """The configuration of a plugin's network, of a mapping."""
+    found = _plugin_config(config["kind"]) if isinstance(config, dict) else None
+    return config if found is None else validated(found, config, f"backbone {config['kind']}")
+
+
+PLUGIN = "of a plugin"
+_KINDS = {str(config.model_fields["kind"].default) for config in NETWORKS}
 
 
 if TYPE_CHECKING:
     AnyNetworkConfig = NetworkConfig
 else:
     AnyNetworkConfig = Annotated[
-        Union[tuple(Annotated[c, Tag(c.model_fields["kind"].default)] for c in NETWORKS)],  # noqa: UP007
+        Union[
+            *(Annotated[config, Tag(config.model_fields["kind"].default)] for config in NETWORKS),
+            Annotated[SerializeAsAny[NetworkConfig], BeforeValidator(_from_plugin), Tag(PLUGIN)],
+        ],
         Discriminator(_kind),
     ]
 

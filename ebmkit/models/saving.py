@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -23,6 +24,7 @@ from ebmkit.card import ModelCard
 from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.models.config import ModelConfig
+from ebmkit.plugins import Plugin, check_plugins, load_plugins, loaded_plugins
 from ebmkit.storage import read_together, write_atomically
 from ebmkit.storage.reading import check_links, parse_json
 from ebmkit.storage.tensors import LimitedSize, parse_tensors
@@ -39,6 +41,7 @@ class _Document(BaseModel):
     format: int
     model: ModelConfig | None  # None: a network of the user's own, to be given to load()
     card: ModelCard
+    plugins: tuple[Plugin, ...] = ()  # what the network is of
 
 
 def save_model(
@@ -61,8 +64,11 @@ def save_model(
 
 def model_files(model: ScoreModel, config: ModelConfig | None, card: ModelCard) -> dict[str, bytes]:
     """The files of a saved model by name, as of `save_model`."""
-    document = _Document(format=FORMAT, model=config, card=card)
-    text = json.dumps(document.model_dump(mode="json"), indent=2)
+    home = type(config.backbone).__module__ if config else ""
+    plugins = tuple(plugin for plugin in loaded_plugins() if plugin.name == home)
+    document = _Document(format=FORMAT, model=config, card=card, plugins=plugins)
+    unused = None if plugins else {"plugins"}
+    text = json.dumps(document.model_dump(mode="json", exclude=unused), indent=2)
     return {"model.safetensors": weights_file(model), "model.json": text.encode()}
 
 
@@ -86,6 +92,7 @@ def load(
     model: ScoreModel | None = None,
     device: str = "cpu",
     weights: str = "last",
+    plugins: Sequence[str | Path] = (),
 ) -> ScoreModel:
     """The trained model in the folder ``run``, frozen and in evaluation mode.
 
@@ -94,6 +101,7 @@ def load(
         model: the network to load into; needed only for one that was composed by hand.
         device: where to put it.
         weights: ``last``, or ``best`` by validation.
+        plugins: Python files or modules with parts of your own that the model needs.
 
     Returns:
         The model; its attribute ``card`` says what it was trained for. Weights that are not finite
@@ -105,6 +113,7 @@ def load(
     >>> model = load("runs/digits")                                      # doctest: +SKIP
     >>> model.denoise(y, sigma=25 / 255)                                 # doctest: +SKIP
     """
+    load_plugins(plugins)
     folder = Path(run)
     if not folder.is_dir():
         raise UserError(f"there is no run folder {str(folder)!r}")
@@ -173,4 +182,8 @@ def _read_document(content: bytes, path: Path) -> _Document:
     values = parse_json(content, repr(str(path)), finite=True)
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise UserError(f"{str(path)!r} is not of format {FORMAT}: made by another version?")
+    recorded = values.get("plugins")
+    if isinstance(recorded, list):
+        names = [validated(Plugin, plugin, str(path)) for plugin in recorded]
+        check_plugins(names, f"the model in {str(path.parent)!r}")
     return validated(_Document, values, str(path))
