@@ -27,7 +27,7 @@ from ebmkit.evaluation.data import noise_generator
 from ebmkit.inference import image_score
 from ebmkit.metrics import psnr
 from ebmkit.storage import write_atomically
-from ebmkit.training.runs import environment
+from ebmkit.training.run_folder import environment
 
 RESULTS = Path(__file__).parent / "results" / "sizes.json"
 WAYS = ("plain formula", "windows", "factor", "tiles", "blended 32", "blended 64")

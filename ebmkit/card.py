@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ebmkit.plugins import Plugin
+
 __all__ = ["ModelCard"]
 
 Side = Annotated[int, Field(ge=1, le=2**14)]
@@ -29,8 +31,9 @@ class ModelCard(BaseModel):
     energies: Literal["model", "logits"] | None = Field(
         None,
         description="what E(y) is: the model's own density, or -logsumexp of the logits where only "
-        "labels were trained; None: not said (see ebmkit.logit_energy)",
+        "labels were trained; None: not said (see ebmkit.models.heads.energy_source)",
     )
+    plugins: list[Plugin] = Field([], description="that its parts come from")
     attack: str = Field(
         "", description="norm and radius of the attack in training, as in l2 0.5; empty: none"
     )

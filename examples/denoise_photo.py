@@ -19,7 +19,7 @@ from ebmkit.inference import denoise_image
 from ebmkit.metrics import psnr
 from ebmkit.noise import format_sigma
 from ebmkit.training import RunFolder, resolve
-from ebmkit.training.assemble import assemble
+from ebmkit.training.loop import assemble
 
 SIGMA = 25 / 255
 

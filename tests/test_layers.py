@@ -14,7 +14,7 @@ LAYERS = [
     ("models", "data"),
     ("sampling",),
     ("objectives",),
-    ("logit_energy", "inference", "guidance", "plots"),
+    ("inference", "guidance", "plots"),
     ("training",),
     ("evaluation", "export", "spectrum"),
     ("sampling.jobs", "bench"),

@@ -19,7 +19,7 @@ from ebmkit.compute import ComputeConfig
 from ebmkit.models import DirectDenoiser, Features, LogitHead
 from ebmkit.objectives import TrainingLoss, parse_objective
 from ebmkit.onednn import subsample_before_1x1
-from ebmkit.training.engine import TrainingStep
+from ebmkit.training.step import TrainingStep
 
 SCAN = Path(__file__).resolve().parent / "strided_1x1.py"
 OWN = ["own backbone", "own denoiser", "own model"]

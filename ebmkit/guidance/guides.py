@@ -17,7 +17,7 @@ guide           h(v), to be raised, in nats
 =============== ================================================================================
 
 Classifier and energy differ by :math:`\log p(v)`: the first asks for an image that no other label
-explains, the second for one that the label makes likely. Energies are read as `ebmkit.logit_energy`
+explains, the second for one that the label makes likely. Energies are read as `ebmkit.models.heads`
 says: of a model that was trained to classify alone, off its logits.
 
 The last two take an inner guide h and n normalised steps up it,
@@ -43,7 +43,7 @@ from torch import Tensor
 
 from ebmkit.energy import Energies, EnergyModel, Noise, classifies, upcast_energies
 from ebmkit.errors import UserError
-from ebmkit.logit_energy import LogitEnergy
+from ebmkit.models.heads import LogitEnergy
 from ebmkit.sampling.base import check_positive, per_chain
 from ebmkit.sampling.target import DensityFunction, density_of, label_density_of
 

@@ -28,7 +28,7 @@ from ebmkit.compile import device_of
 from ebmkit.energy import EnergyModel
 from ebmkit.errors import UserError
 from ebmkit.guidance.guides import check_guide
-from ebmkit.logit_energy import LogitEnergy
+from ebmkit.models.heads import LogitEnergy
 from ebmkit.storage import write_atomically
 from ebmkit.storage.reading import read_json
 

@@ -8,18 +8,16 @@ labels, and diffusion models. Beside them ``timm:NAME`` is the model of timm cal
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    Discriminator,
     Field,
     PositiveInt,
     SerializeAsAny,
-    Tag,
     field_validator,
     model_validator,
 )
@@ -38,13 +36,13 @@ from ebmkit.models.dncnn import DnCNNConfig
 from ebmkit.models.drunet import DRUNetConfig
 from ebmkit.models.gradientstep import GraDnCNNConfig, GSDRUNetConfig
 from ebmkit.models.gradresnet import GradResNetConfig
-from ebmkit.models.heads import HEADS, HeadConfig
+from ebmkit.models.heads import HeadConfig, find_head
 from ebmkit.models.joint import JointModel, SizeScaling
 from ebmkit.models.mlp import MLPConfig
 from ebmkit.models.resnet import ResNetConfig
 from ebmkit.models.timm import TimmConfig
 from ebmkit.models.wideresnet import WideResNetConfig
-from ebmkit.registry import Preset, find
+from ebmkit.registry import Preset, Table, find
 from ebmkit.validation import validated
 
 NETWORKS: tuple[type[NetworkConfig], ...] = (
@@ -61,18 +59,24 @@ NETWORKS: tuple[type[NetworkConfig], ...] = (
 )
 """The configuration of every network: to add one is a file with its presets, and a line here."""
 
-BACKBONES: dict[str, Preset[BackboneConfig]] = {
-    name: preset
-    for config in NETWORKS
-    if issubclass(config, BackboneConfig)
-    for name, preset in config.presets().items()
-}
-DENOISERS: dict[str, Preset[DenoiserConfig]] = {
-    name: preset
-    for config in NETWORKS
-    if issubclass(config, DenoiserConfig)
-    for name, preset in config.presets().items()
-}
+BACKBONES: dict[str, Preset[BackboneConfig]] = Table(
+    "backbone",
+    {
+        name: preset
+        for config in NETWORKS
+        if issubclass(config, BackboneConfig)
+        for name, preset in config.presets().items()
+    },
+)
+DENOISERS: dict[str, Preset[DenoiserConfig]] = Table(
+    "denoiser",
+    {
+        name: preset
+        for config in NETWORKS
+        if issubclass(config, DenoiserConfig)
+        for name, preset in config.presets().items()
+    },
+)
 
 TIMM = "timm:"
 
@@ -100,41 +104,15 @@ def find_backbone(name: str, others: Iterable[str] = ()) -> Preset[BackboneConfi
     return BACKBONES[name]
 
 
-def _kind(config: Any) -> str:
-    """Which configuration it is; those saved before there were several say nothing."""
-    if isinstance(config, BaseModel):
-        kind = str(getattr(config, "kind", ""))
-    else:
-        kind = str(config.get("kind", "gradresnet")) if isinstance(config, dict) else ""
-    return PLUGIN if kind not in _KINDS and _plugin_config(kind) else kind
+def _of_its_kind(given: Any) -> Any:
+    """The configuration ``given``, of the class that its ``kind`` names."""
+    if not isinstance(given, Mapping):
+        return given
+    return NetworkConfig.class_for(given).model_validate(given)
 
 
-def _plugin_config(kind: str) -> type[NetworkConfig] | None:
-    """The configuration of this kind that a plugin has entered into a table."""
-    presets: list[Preset[Any]] = [*BACKBONES.values(), *DENOISERS.values()]
-    return next((type(p.config) for p in presets if p.config.kind == kind), None)
-
-
-def _from_plugin(config: Any) -> Any:
-    """The configuration of a plugin's network, of a mapping."""
-    found = _plugin_config(config["kind"]) if isinstance(config, dict) else None
-    return config if found is None else validated(found, config, f"backbone {config['kind']}")
-
-
-PLUGIN = "of a plugin"
-_KINDS = {str(config.model_fields["kind"].default) for config in NETWORKS}
-
-
-if TYPE_CHECKING:
-    AnyNetworkConfig = NetworkConfig
-else:
-    AnyNetworkConfig = Annotated[
-        Union[
-            *(Annotated[config, Tag(config.model_fields["kind"].default)] for config in NETWORKS),
-            Annotated[SerializeAsAny[NetworkConfig], BeforeValidator(_from_plugin), Tag(PLUGIN)],
-        ],
-        Discriminator(_kind),
-    ]
+AnyNetworkConfig = Annotated[SerializeAsAny[NetworkConfig], BeforeValidator(_of_its_kind)]
+"""The configuration of any network of the tables."""
 
 
 class ModelConfig(BaseModel):
@@ -256,7 +234,7 @@ def create_model(
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     config = {
         "backbone": _changed(find_backbone(backbone).config, options, f"backbone {backbone}"),
-        "head": find("head", HEADS, head).config,
+        "head": find_head(head),
         "in_channels": in_channels,
         "num_classes": num_classes,
         "reference_size": size,

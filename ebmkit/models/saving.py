@@ -25,7 +25,7 @@ from ebmkit.card import ModelCard
 from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.models.config import ModelConfig
-from ebmkit.plugins import Plugin, check_plugins, load_plugins, loaded_plugins
+from ebmkit.plugins import check_plugins, load_plugins
 from ebmkit.storage import read_together, write_atomically
 from ebmkit.storage.reading import check_links, parse_json
 from ebmkit.storage.tensors import LimitedSize, parse_tensors
@@ -44,7 +44,6 @@ class _Document(BaseModel):
     format: int
     model: ModelConfig | None  # None: a network of the user's own, to be given to load()
     card: ModelCard
-    plugins: tuple[Plugin, ...] = ()  # what the network is of
 
 
 def save_model(
@@ -87,11 +86,8 @@ def save_as_run(
 
 def model_files(model: ScoreModel, config: ModelConfig | None, card: ModelCard) -> dict[str, bytes]:
     """The files of a saved model by name, as of `save_model`."""
-    home = type(config.backbone).__module__ if config else ""
-    plugins = tuple(plugin for plugin in loaded_plugins() if plugin.name == home)
-    document = _Document(format=FORMAT, model=config, card=card, plugins=plugins)
-    unused = None if plugins else {"plugins"}
-    text = json.dumps(document.model_dump(mode="json", exclude=unused), indent=2)
+    document = _Document(format=FORMAT, model=config, card=card)
+    text = json.dumps(document.model_dump(mode="json"), indent=2)
     return {"model.safetensors": weights_file(model), "model.json": text.encode()}
 
 
@@ -115,7 +111,7 @@ def load(
     model: ScoreModel | None = None,
     device: str = "cpu",
     weights: str = "last",
-    plugins: Sequence[str | Path] = (),
+    plugins: Sequence[str | os.PathLike[str]] = (),
 ) -> ScoreModel:
     """The trained model in the folder ``run``, frozen and in evaluation mode.
 
@@ -124,7 +120,7 @@ def load(
         model: the network to load into; needed only for one that was composed by hand.
         device: where to put it.
         weights: ``last``, or ``best`` by validation.
-        plugins: Python files or modules with parts of your own that the model needs.
+        plugins: to import first (`ebmkit.plugins`), for a model with parts from them.
 
     Returns:
         The model; its attribute ``card`` says what it was trained for. Weights that are not finite
@@ -205,8 +201,6 @@ def _read_document(content: bytes, path: Path) -> _Document:
     values = parse_json(content, repr(str(path)), finite=True)
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise UserError(f"{str(path)!r} is not of format {FORMAT}: made by another version?")
-    recorded = values.get("plugins")
-    if isinstance(recorded, list):
-        names = [validated(Plugin, plugin, str(path)) for plugin in recorded]
-        check_plugins(names, f"the model in {str(path.parent)!r}")
+    card = values.get("card")
+    check_plugins(card.get("plugins", ()) if isinstance(card, dict) else (), repr(str(path.parent)))
     return validated(_Document, values, str(path))

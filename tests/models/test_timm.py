@@ -10,7 +10,7 @@ from ebmkit import UserError, create_model
 from ebmkit.models import JointModel, ModelConfig, TimmConfig
 from ebmkit.models.config import find_network
 from ebmkit.training import RunFolder, resolve
-from ebmkit.training.assemble import assemble
+from ebmkit.training.loop import assemble
 from ebmkit.validation import validated
 
 pytest.importorskip("timm")

@@ -5,35 +5,51 @@
     RUN/
       config.yaml            the resolved configuration
       environment.json       versions, device, git commit, command
-      metrics.jsonl          one row per log or validation
+      metrics.jsonl          one row per log or validation (`ebmkit.training.metrics`)
       model.safetensors      the weights (the averaged ones, where averaging is on)
       model.json             what builds the network, and what it was trained for
-      checkpoints/           everything needed to go on exactly, and the best weights by validation
-      breaches/              what was logged before the run went back (`ebmkit.training.divergence`)
-      nonfinite-STEP.json    what was found of a step that is not finite
+      checkpoints/           everything needed to resume exactly, and the best weights by validation
+      breaches/              what was logged before a rollback (`ebmkit.training.rollback`)
+      nonfinite-STEP.json    what was found of a step with NaN or Inf
       energies/              mean energies by label, where the run has guided another
       cost.json              seconds of a step, memory, share of the device's matrix rate
       evaluation/            written by `ebmkit evaluate`
       manifest.json          length and SHA-256 of every file (`ebmkit.storage.manifest`)
 
-This is format 2; format 1 had no manifest, and one checkpoint (`ebmkit.training.checkpoints`); it
-is read, and becomes format 2 when the run goes on. A new run never writes into a folder that holds
-anything; a continued one must have the same configuration. One process at a time writes.
+``checkpoints/step-00000500.pt`` holds the state after so many steps, as `torch.save` writes
+tensors and plain values; a replay buffer that belongs to it has a file of its own, HDF5, which the
+checkpoint names with its digest. The newest few are kept. A checkpoint is whole if its bytes are
+those that the manifest vouches for, its archive passes its own checksums (all there is to go by
+where the manifest is lost), and it holds the step that its name says. Of those that are whole the
+newest counts.
+
+This is format 2; format 1 had no manifest, and one checkpoint, ``last.pt``; it is read, and becomes
+format 2 when the run is resumed. A new run never writes into a folder that holds anything; a
+resumed one must have the same configuration. One process at a time writes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from ebmkit.distributed import launch
 from ebmkit.errors import UserError
 from ebmkit.storage import DamagedFile, commit_files, held, read_together, write_atomically
 from ebmkit.storage.atomic import PARTIAL, Content
@@ -49,24 +65,23 @@ from ebmkit.storage.manifest import (
     read_manifest,
 )
 from ebmkit.storage.reading import YAML_BYTES, check_links, parse_yaml, read_bytes
+from ebmkit.storage.torchfile import read_torch_content
 from ebmkit.storage.verify import files_of, stale_temporary_files
-from ebmkit.training.checkpoints import (
-    BEST,
-    all_names,
-    buffer_name,
-    candidates,
-    checkpoint_name,
-    pack_state,
-    read_checkpoint,
-    superseded,
-)
-from ebmkit.training.differences import difference
-from ebmkit.training.environment import environment
-from ebmkit.training.journal import Journal, as_lines
+from ebmkit.training.config import difference
+from ebmkit.training.metrics import MetricsLog, as_lines
 
-__all__ = ["RunFolder"]
+__all__ = ["BEST", "RunFolder", "environment", "pack_state", "read_checkpoint"]
 
 METRICS = "metrics.jsonl"
+
+BEST = "checkpoints/best.safetensors"
+"""The best weights by validation."""
+
+OLD = "checkpoints/last.pt"
+"""The checkpoint of format 1."""
+
+_CHECKPOINT = re.compile(r"checkpoints/step-(\d{8,18})\.pt")
+_BUFFER = re.compile(r"checkpoints/buffer-(\d{1,18})-[0-9a-f]{8}\.h5")
 
 
 class RunFolder:
@@ -77,7 +92,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.journal = Journal(path / METRICS)
+        self.log_file = MetricsLog(path / METRICS)
         self._holds = False
 
     @classmethod
@@ -89,7 +104,7 @@ class RunFolder:
         """
         if path.exists() and not cls.is_unborn(path):
             raise UserError(
-                f"run folder {str(path)!r} exists: go on with it by --resume {path}, or choose "
+                f"run folder {str(path)!r} exists: resume it by --resume {path}, or choose "
                 "another --out"
             )
         try:
@@ -170,7 +185,7 @@ class RunFolder:
         return values
 
     def check_same(self, config: BaseModel) -> None:
-        """Whether going on with ``config`` would be the same run.
+        """Whether resuming with ``config`` would be the same run.
 
         Raises:
             UserError: naming the first field that differs.
@@ -182,7 +197,7 @@ class RunFolder:
         if found is not None:
             key, old, new = found
             raise UserError(
-                f"cannot go on with {str(self.path)!r} in another configuration: {key} was "
+                f"cannot resume {str(self.path)!r} with another configuration: {key} was "
                 f"{old!r} and is now {new!r}; leave it out or start a new run"
             )
 
@@ -192,26 +207,26 @@ class RunFolder:
         Raises:
             UserError: if it cannot be written.
         """
-        self.journal.append(row)
+        self.log_file.append(row)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of ``metrics.jsonl``; a last line cut short by a crash is left out."""
-        return self.journal.rows()
+        return self.log_file.rows()
 
     def forget_after(self, step: int) -> None:
-        """Cut ``metrics.jsonl`` after ``step``, whose later rows a continued run writes again."""
-        content = self.journal.content()
+        """Cut ``metrics.jsonl`` after ``step``, whose later rows a resumed run writes again."""
+        content = self.log_file.content()
         manifest = _or_none(self.path)
         known = manifest.files.get(METRICS) if manifest else None
         if known is not None and not matches(content, known):
             aside = _fresh(self.path / f"{METRICS}.damaged")
             warnings.warn(
                 f"{str(self.path / METRICS)!r} is damaged: it is kept as {aside.name}, and the run "
-                "goes on with those of its rows that can be read",
+                "continues with those of its rows that can be read",
                 stacklevel=2,
             )
             write_atomically(aside, content)
-        kept = self.journal.up_to(step)
+        kept = self.log_file.up_to(step)
         if len(kept) != len(content) or (known is not None and known.size > len(kept)):
             with self.held():
                 self._write({METRICS: kept})
@@ -222,7 +237,7 @@ class RunFolder:
         buffer: bytes | None = None,
         files: Mapping[str, bytes] | None = None,
         keep: int = 2,
-        gone_back: tuple[int, dict[str, Any]] | None = None,
+        rolled_back: tuple[int, dict[str, Any]] | None = None,
     ) -> None:
         """Write the checkpoint of ``state`` and what belongs to it, all or nothing.
 
@@ -231,8 +246,8 @@ class RunFolder:
             buffer: a replay buffer that belongs to it, as HDF5; it gets a file of its own.
             files: other files to write with it.
             keep: number of checkpoints that are kept, this one included.
-            gone_back: the run went back to this checkpoint: the number of the breach, from 1, and
-                the row that tells of it. The rows after the checkpoint go to ``breaches/``.
+            rolled_back: the run went back to this checkpoint: the number of the rollback, from 1,
+                and the row about it. The rows after the checkpoint go to ``breaches/``.
 
         Raises:
             UserError: if the disk is full, say; all files are as they were.
@@ -241,16 +256,16 @@ class RunFolder:
         written: dict[str, Content] = dict(files or {})
         if buffer is not None:
             digest = hashlib.sha256(buffer).hexdigest()
-            name = buffer_name(step, digest)
+            name = f"checkpoints/buffer-{step}-{digest[:8]}.h5"
             written[name] = buffer
             state = state | {"buffer": {"file": Path(name).name, "sha256": digest}}
-        if gone_back is not None:
-            number, row = gone_back
-            written[f"breaches/{number:02}.jsonl"] = as_lines(self.journal.after(step))
-            written[METRICS] = self.journal.up_to(step) + as_lines([row])
-        written[checkpoint_name(step)] = pack_state(state)
+        if rolled_back is not None:
+            number, row = rolled_back
+            written[f"breaches/{number:02}.jsonl"] = as_lines(self.log_file.after(step))
+            written[METRICS] = self.log_file.up_to(step) + as_lines([row])
+        written[f"checkpoints/step-{step:08}.pt"] = pack_state(state)
         manifest = read_manifest(self.path)
-        old = superseded([*manifest.files, *written] if manifest else written, step, keep)
+        old = _superseded([*manifest.files, *written] if manifest else written, step, keep)
         try:
             with self.held():
                 self._write(written, [name for name in old if name not in written])
@@ -262,7 +277,7 @@ class RunFolder:
     def last_checkpoint(self) -> str | None:
         """The name of the newest checkpoint, within the folder; None if there is none yet."""
         manifest = read_manifest(self.path)
-        return next(iter(candidates(manifest.files)), None) if manifest else None
+        return next(iter(_newest_first(manifest.files)), None) if manifest else None
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The state of the newest whole checkpoint, on the CPU; None if there is none yet.
@@ -274,7 +289,7 @@ class RunFolder:
             DamagedFile: if there are checkpoints and none of them is whole.
         """
         manifest, errors = read_manifest(self.path), list[DamagedFile]()
-        for name in candidates(all_names(self.path, manifest)):
+        for name in _newest_first(_names(self.path, manifest)):
             try:
                 state = read_checkpoint(self.path, name)
             except DamagedFile as error:
@@ -303,11 +318,11 @@ class RunFolder:
     def _write(self, files: Mapping[str, Content], drop: Sequence[str] = ()) -> None:
         """Write files together, and vouch for the metrics so far."""
         new = files.get(METRICS)
-        grown = self.journal.entry() if new is None else entry_of(new, grows=True)
+        grown = self.log_file.entry() if new is None else entry_of(new, grows=True)
         known = grown.size or new is not None
         commit_files(self.path, files, drop, {METRICS: grown} if known else {})
         if new is not None:
-            self.journal.look_again()
+            self.log_file.look_again()
 
     def _put_in_order(self) -> None:
         """Settle what was being written, and remove what killed processes left."""
@@ -362,3 +377,124 @@ def _fresh(path: Path) -> Path:
         number += 1
         found = path.with_name(f"{path.name}-{number}")
     return found
+
+
+def _newest_first(names: Iterable[str]) -> list[str]:
+    """The checkpoints among ``names``, newest first; that of format 1 last."""
+    found = {name: _step_of(name) for name in names if name == OLD or _CHECKPOINT.fullmatch(name)}
+    return sorted(found, key=lambda name: -found[name])
+
+
+def _superseded(names: Iterable[str], step: int, keep: int) -> list[str]:
+    """What goes when the checkpoint of ``step`` is written and the newest ``keep`` are kept.
+
+    Those of later steps go, for the run went back; buffers go with the checkpoints they belong to.
+    """
+    held = [n for n in names if n == OLD or _CHECKPOINT.fullmatch(n) or _BUFFER.fullmatch(n)]
+    steps = sorted({_step_of(name) for name in _newest_first(held)} | {step})
+    kept = [s for s in steps if 0 <= s <= step][-keep:]
+    return [name for name in held if _step_of(name) not in kept]
+
+
+def pack_state(state: dict[str, Any]) -> bytes:
+    """A checkpoint's bytes."""
+    content = io.BytesIO()
+    torch.save(state, content)
+    return content.getvalue()  # shares its memory; a view in a cycle crashes Python 3.12.1
+
+
+def read_checkpoint(root: Path, name: str) -> dict[str, Any]:
+    """The state in ``name``, on the CPU; its entry ``buffer``, if any, the bytes of that file.
+
+    Raises:
+        DamagedFile: if it, or its buffer, is missing or damaged, or holds anything but tensors and
+            plain values.
+    """
+    path = root / name
+    state = _unpacked(read_together(root, [name])[name], path)
+    if name != OLD and state["step"] != _step_of(name):
+        raise DamagedFile(f"{str(path)!r} is damaged: it holds step {state['step']}")
+    if state.get("buffer") is not None:
+        state["buffer"] = _read_buffer(root, state["buffer"])
+    return state
+
+
+def _names(root: Path, manifest: Manifest | None) -> list[str]:
+    """Files of checkpoints: those in the manifest, or else those that lie there."""
+    if manifest is not None:
+        return list(manifest.files)
+    files = [p for p in root.glob("checkpoints/*") if p.is_file() and not p.is_symlink()]
+    return [f"checkpoints/{path.name}" for path in files]
+
+
+def _step_of(name: str) -> int:
+    match = _CHECKPOINT.fullmatch(name) or _BUFFER.fullmatch(name)
+    return int(match[1]) if match else -1
+
+
+def _unpacked(content: bytes, path: Path) -> dict[str, Any]:
+    damaged = DamagedFile(f"{str(path)!r} is damaged: it cannot be read as a checkpoint")
+    try:
+        state = read_torch_content(content, path)
+    except UserError:
+        raise damaged from None
+    if not isinstance(state, dict) or type(state.get("step")) is not int or state["step"] < 0:
+        raise damaged
+    numbers = [state.get("best", math.inf), state.get("seconds", 0.0)]
+    if any(type(number) not in (int, float) for number in numbers):
+        raise damaged
+    if not isinstance(state.get("watch"), dict | None) or not isinstance(
+        state.get("buffer"), dict | None
+    ):
+        raise damaged
+    return state
+
+
+def _read_buffer(root: Path, saved: Any) -> bytes:
+    facts = saved if isinstance(saved, dict) else {}
+    named = facts.get("file")
+    name = f"checkpoints/{Path(named).name}" if isinstance(named, str) else ""
+    content = read_together(root, [name])[name] if _BUFFER.fullmatch(name) else b""
+    if hashlib.sha256(content).hexdigest() != facts.get("sha256"):
+        raise DamagedFile(
+            f"{str(root / name)!r} is missing or damaged: it is not the replay buffer that the "
+            "checkpoint was saved with"
+        )
+    return content
+
+
+def environment() -> dict[str, Any]:
+    """Versions, device, git commit and command of this process."""
+    from importlib.metadata import version
+
+    import ebmkit
+
+    cuda = torch.cuda.is_available()
+    return {
+        "ebmkit": ebmkit.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": version("torchvision"),
+        "numpy": version("numpy"),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "git_commit": _git_commit(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "launch": launch(),
+        "command": ["ebmkit", *sys.argv[1:]],
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the code that runs, if it runs from a checkout."""
+    source = Path(__file__).resolve().parents[2]
+    if not (source / ".git").exists():
+        return None
+    command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()

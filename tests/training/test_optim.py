@@ -12,11 +12,16 @@ from torch.utils.flop_counter import FlopCounterMode
 import ebmkit
 from ebmkit.objectives import TrainingLoss, parse_objective
 from ebmkit.training import RunFolder, resolve
-from ebmkit.training.assemble import assemble
-from ebmkit.training.cost import Effort, step_flops
-from ebmkit.training.memory import step_memory
-from ebmkit.training.muon import Muon, orthogonalize
-from ebmkit.training.optim import make_optimizer, optimizer_flops, set_rate, states_of
+from ebmkit.training.cost import Effort, step_flops, step_memory
+from ebmkit.training.loop import assemble
+from ebmkit.training.optim import (
+    Muon,
+    make_optimizer,
+    optimizer_flops,
+    orthogonalize,
+    set_rate,
+    states_of,
+)
 
 SHAPES = [(24, 24), (16, 144), (48, 16), (1, 30), (30, 1)]
 
@@ -331,10 +336,10 @@ def test_every_objective_trains_with_it(tmp_path, layer):
         del small["model"]
     config = resolve(small, {"negatives": {"buffer_size": 100, "steps": 2}}, layer)
     trainer = assemble(config, None)
-    before = [p.detach().clone() for p in trainer.optimizer.param_groups[0]["params"]]
+    before = [p.detach().clone() for p in trainer.update.optimizer.param_groups[0]["params"]]
     trainer.fit()
     assert trainer.step == 3
-    after = trainer.optimizer.param_groups[0]["params"]
+    after = trainer.update.optimizer.param_groups[0]["params"]
     assert not any(torch.equal(p, b) for p, b in zip(after, before, strict=True))
     assert all(p.isfinite().all() for p in trainer.model.parameters())
 
@@ -352,7 +357,7 @@ def test_every_objective_trains_with_it(tmp_path, layer):
         ({"schedule": "warmup-stable-decay", "decay_share": 2}, "decay_share = 2 is not legal"),
     ],
 )
-def test_what_would_do_nothing_is_refused(fields, says):
+def test_settings_without_effect_are_refused(fields, says):
     with pytest.raises(ebmkit.UserError, match=says) as error:
         resolve({"optimizer": fields}, recipe="digits-adamw")
     assert "\n" not in str(error.value)

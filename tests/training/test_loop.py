@@ -15,9 +15,9 @@ from ebmkit import training
 from ebmkit.objectives import TrainingLoss, parse_objective
 from ebmkit.storage.verify import accept_files
 from ebmkit.training import Interrupted, RunFolder, resolve
-from ebmkit.training.assemble import assemble
-from ebmkit.training.checks import check_learnt
+from ebmkit.training.loop import assemble
 from ebmkit.training.optim import learning_rate, make_optimizer
+from ebmkit.training.setup import check_learnt
 
 pytestmark = pytest.mark.usefixtures("counted_once")
 
@@ -68,7 +68,7 @@ def bits(trainer):
     ],
     ids=["plain", "averaged", "augmented", "muon"],
 )
-def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, layer):
+def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, layer):
     whole = start(tmp_path, "whole", layer)
     whole.fit()
 
@@ -246,7 +246,7 @@ def test_the_rate_is_that_of_a_schedule_of_torch(schedule, torch_s):
     assert learning_rate(config, 40, 40) == 0
 
 
-def test_a_run_that_learns_nothing_says_so():
+def test_a_run_that_learns_nothing_warns():
     """Where nothing overflows: Muon's update is bounded, and group norms take any weights."""
     layer = {
         "model": {"backbone": {"width": 4, "channels_per_group": 4}},
@@ -298,7 +298,7 @@ def test_run_folders_are_never_overwritten(tmp_path):
     config = resolve(SMALL)
     (tmp_path / "run").mkdir()
     RunFolder.create(tmp_path / "run", config)  # an empty folder is fine
-    with pytest.raises(ebmkit.UserError, match="exists: go on with it by --resume"):
+    with pytest.raises(ebmkit.UserError, match="exists: resume it by --resume"):
         RunFolder.create(tmp_path / "run", config)
     (tmp_path / "file").write_text("precious")
     with pytest.raises(ebmkit.UserError, match="exists"):
@@ -308,14 +308,14 @@ def test_run_folders_are_never_overwritten(tmp_path):
         RunFolder.open(tmp_path / "absent")
 
 
-def test_a_run_tells_what_it_ran_on(tmp_path):
+def test_a_run_records_its_environment(tmp_path):
     run = RunFolder.create(tmp_path / "run", resolve(SMALL))
     environment = json.loads((run.path / "environment.json").read_text())
     assert environment["torch"] == torch.__version__
     assert {"python", "ebmkit", "git_commit", "command", "gpu"} <= environment.keys()
 
 
-def test_going_on_differently_is_refused_by_field(tmp_path):
+def test_resuming_with_another_configuration_is_refused_by_field(tmp_path):
     def resolve(*layers):
         return training.resolve(*layers, recipe="digits-adamw")
 
@@ -330,7 +330,7 @@ def test_going_on_differently_is_refused_by_field(tmp_path):
     run.check_same(resolve(SMALL, {"dataset": {"data_dir": "moved", "workers": 2}}))
 
 
-def test_a_damaged_checkpoint_is_said_to_be(tmp_path):
+def test_a_damaged_checkpoint_is_reported(tmp_path):
     trainer = start(tmp_path, "run", {"steps": 3})
     trainer.fit()
     path = tmp_path / "run" / "checkpoints" / "step-00000003.pt"
@@ -368,7 +368,7 @@ def test_batch_norm_and_relu_train_with_a_warning(tmp_path):
     assert statistics.abs().sum() > 0
 
 
-def test_a_run_of_an_earlier_version_goes_on(tmp_path):
+def test_a_run_of_an_earlier_version_resumes(tmp_path):
     """Its configuration lacks the fields that came later, whose defaults change nothing."""
     cut = start(tmp_path, "cut", reporter=StopAt(3))
     with pytest.raises(Interrupted):

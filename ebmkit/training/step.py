@@ -6,27 +6,28 @@ A batch of B images is split into K parts of equal size, on W processes, and
 
 since every loss is a mean over images. For a compiler the score is taken inside the loss by
 `torch.func.vjp`, so that forward pass, score and loss are one graph (``fullgraph``); eagerly by
-`torch.autograd.grad`, which has less to keep book of: the reference that the other is tested
-against.
+`torch.autograd.grad`, which has less overhead: the reference that the other is tested against.
 
 The host never waits for the device within a step. Losses, the gradient's norm and whether they are
 finite stay on the device; the fused optimiser skips the update when they are not, and every later
-one, so the parameters are still those before the update when `TrainingStep.read` tells of it.
+one, so the parameters are still those before the update when `TrainingStep.read` reports it.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
+import torch._functorch.config as functorch_config  # activation_memory_budget has no public name
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from ebmkit.compile import ISOLATED
 from ebmkit.compute import (
     ComputeConfig,
     keep_freed_memory,
@@ -36,15 +37,13 @@ from ebmkit.compute import (
     set_tf32,
 )
 from ebmkit.data import Batch
+from ebmkit.distributed import DistributedContext
 from ebmkit.errors import UserError
 from ebmkit.models import JointModel
-from ebmkit.objectives import Losses, TrainingLoss
+from ebmkit.objectives import TrainingLoss
 from ebmkit.onednn import subsample_before_1x1
-from ebmkit.parallel import DistributedContext
-from ebmkit.training.averaging import follow
-from ebmkit.training.optim import set_rate
-from ebmkit.training.sharpness import Sharpness
-from ebmkit.training.trace import unused_parameters
+from ebmkit.training.cost import trace_step
+from ebmkit.training.optim import SAM, set_rate, update_average
 
 __all__ = ["OutOfMemory", "StepStats", "TrainingStep", "split_batches", "translate_out_of_memory"]
 
@@ -73,6 +72,11 @@ class StepStats(NamedTuple):
     failed: bool
     asked_to_stop: bool
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether the losses and the gradient are numbers."""
+        return all(map(math.isfinite, [*self.parts.values(), self.grad_norm]))
+
 
 class TrainingStep:
     """Takes the gradient of a loss and moves the parameters.
@@ -85,7 +89,7 @@ class TrainingStep:
         average: averaged weights to update too.
         world: the processes that share each batch.
         backend: of `torch.compile`.
-        sharpness: for sharpness-aware minimisation; None: the plain gradient.
+        sam: sharpness-aware minimisation; None: the plain gradient.
 
     Attributes:
         precision: the one in force.
@@ -110,12 +114,12 @@ class TrainingStep:
         average: AveragedModel | None = None,
         world: DistributedContext | None = None,
         backend: str = "inductor",
-        sharpness: Sharpness | None = None,
+        sam: SAM | None = None,
     ) -> None:
         self.compute = compute or ComputeConfig()
         self.backend = backend
         self.loss, self.optimizer = loss, optimizer
-        self.clip_norm, self.average, self.sharpness = clip_norm, average, sharpness
+        self.clip_norm, self.average, self.sam = clip_norm, average, sam
         self.world = world or DistributedContext()
         self.parameters = [p for p in loss.model.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
@@ -126,7 +130,7 @@ class TrainingStep:
         loss.model.to(memory_format=memory_format(self.device, loss.differentiates))
         keep_freed_memory(self.device)
         self._parallel: nn.Module | None = None  # made with the first batch
-        self._settled = False
+        self._settled = self.compiled = False
         self._compile(self._may_compile())
         self.names = tuple(term.name for term in loss.terms)
         self._values = torch.zeros(len(self.names) + 2, device=self.device)  # parts, stop, norm
@@ -158,8 +162,8 @@ class TrainingStep:
         before = [buffer.clone() for buffer in moving]
         with translate_out_of_memory():
             values[:-1] = self._differentiate(batches)
-            if self.sharpness is not None:
-                with self.sharpness.perturbed(self.loss):
+            if self.sam is not None:
+                with self.sam.perturbed(self.loss):
                     self._differentiate(batches)
             self.world.mean_(values)
             gradients = [p.grad for p in self.parameters if p.grad is not None]
@@ -172,7 +176,7 @@ class TrainingStep:
         for now, old in zip(moving, before, strict=True):
             now.copy_(torch.where(self._failed > 0, old, now))
         if self.average is not None:
-            follow(self.average, self.loss.model, self._failed)
+            update_average(self.average, self.loss.model, self._failed)
 
     def read(self) -> StepStats:
         """What the last step did; waits for the device."""
@@ -188,10 +192,10 @@ class TrainingStep:
         Args:
             rate: learning rate of that update.
         """
-        reading = self.read()
+        stats = self.read()
         if self.average is not None:
-            self.average.n_averaged -= reading.skipped
-        if self._fresh and reading.done == 0:
+            self.average.n_averaged -= stats.skipped
+        if self._fresh and stats.done == 0:
             self.optimizer.state.clear()  # made by the failing step; SGD's is not even set to 0
         set_rate(self.optimizer, rate)
         self.reset()
@@ -233,12 +237,13 @@ class TrainingStep:
         count = self.compute.accumulate
         drawn = {name: batches[name] for name in self.loss.streams}
         parts = list(split_batches(drawn, count, self.loss.separate))
-        budget = 0.3 if self.compute.recompute and self.compiled else 1.0
+        # what a compiler may keep for the backward pass, as a share of what it would
+        budget = {"activation_memory_budget": 0.3} if self.compute.recompute else {}
         for i, part in enumerate(parts):
             if self.compiled:
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-            with self._apart(part, last=i == len(parts) - 1), _memory_budget(budget):
-                losses: Losses = (self._parallel or self.loss)(part)
+            with self._apart(part, last=i == len(parts) - 1), functorch_config.patch(budget):
+                losses = (self._parallel or self.loss)(part)
                 (losses.total / count).backward()  # type: ignore[no-untyped-call]
             for name, value in losses.parts.items():
                 values[self.names.index(name)] += value / count
@@ -262,57 +267,40 @@ class TrainingStep:
 
     def _compile(self, compiled: bool) -> None:
         """Set compilation, and what depends on it: recomputation, and whether streams go apart."""
-        self.compiled = compiled
         # in one graph a compiler can merge streams, and DDP must see all gradients in one backward
         self.loss.separate = not compiled and self.world.size == 1
         # vjp is for compilers, and recomputes only what the score itself needs
         self.loss.use_autograd = not compiled and not self.compute.recompute
-        self.loss._compiled_call_impl = None
-        if compiled:
-            self.loss._compiled_call_impl = self._compiled_loss()
-        if self.compute.recompute:
-            self._recompute(not compiled)
-
-    def _compiled_loss(self) -> Callable[..., Losses]:
-        # what was compiled is kept, and counted, by code object: each step gets its own
-        def run(batches: Mapping[str, Batch]) -> Losses:
-            losses: Losses = loss.forward(batches)
-            return losses
-
-        loss = self.loss
-        own = FunctionType(run.__code__.replace(), run.__globals__, closure=run.__closure__)
-        alone = self.world.size == 1 and self.compute.accumulate == 1
-        mode = "reduce-overhead" if self.device.type == "cuda" and alone else None
-        compiled: Callable[..., Losses] = torch.compile(
-            own, fullgraph=True, dynamic=False, backend=self.backend, mode=mode
-        )
-        return compiled
-
-    def _recompute(self, on: bool) -> None:
-        model = self.loss.model
-        if not isinstance(model, JointModel):
+        if compiled or self.compiled:
+            alone = self.world.size == 1 and self.compute.accumulate == 1
+            self.loss.compile(
+                fullgraph=True,
+                dynamic=False,
+                backend=self.backend,
+                mode="reduce-overhead" if self.device.type == "cuda" and alone else None,
+                disable=not compiled,
+                **ISOLATED,
+            )
+        self.compiled = compiled
+        if not self.compute.recompute:
+            return
+        if not isinstance(self.loss.model, JointModel):
             raise UserError(
-                f"{type(model).__name__} cannot recompute its activations: set "
+                f"{type(self.loss.model).__name__} cannot recompute its activations: set "
                 "compute.recompute=false, or split the batch by compute.accumulate"
             )
-        model.set_recompute(on)
+        self.loss.model.set_recompute(not compiled)
 
     def _apart(self, batches: dict[str, Batch], last: bool) -> AbstractContextManager[Any]:
         """Within, processes do not exchange gradients; they do with the last part."""
         if self.world.size == 1:
             return nullcontext()
         if self._parallel is None:
-            unused = unused_parameters(
-                self.loss, {n: _shape(batch) for n, batch in batches.items()}
-            )
+            shapes: dict[str, Any] = {name: tuple(b.x.shape) for name, b in batches.items()}
+            unused = trace_step(self.loss, shapes).unused
             self._parallel = self.world.wrap(self.loss, unused, self.loss.model.has_batch_norm)
         assert isinstance(self._parallel, DistributedDataParallel)
         return nullcontext() if last else self._parallel.no_sync()
-
-
-def _shape(batch: Batch) -> tuple[int, int, int, int]:
-    count, channels, height, width = batch.x.shape
-    return count, channels, height, width
 
 
 def split_batches(
@@ -337,14 +325,6 @@ def _part(batch: Batch, k: int, count: int) -> Batch:
             f"{count}, or another compute.accumulate"
         )
     return batch.rows(slice(k * size, (k + 1) * size))
-
-
-def _memory_budget(share: float) -> AbstractContextManager[Any]:
-    """Within, a compiler may keep ``share`` of what it would for the backward pass."""
-    import torch._functorch.config as options
-
-    found: AbstractContextManager[Any] = options.patch(activation_memory_budget=share)
-    return nullcontext() if share == 1 else found
 
 
 @contextmanager

@@ -12,13 +12,12 @@ from command_line import ebmkit_command
 import ebmkit
 from ebmkit import GaussianMixture, UserError
 from ebmkit.data import Batch
+from ebmkit.distributed import DistributedContext
 from ebmkit.objectives import TrainingLoss, parse_objective
-from ebmkit.parallel import DistributedContext
 from ebmkit.sampling.buffer import ReplayBuffer
 from ebmkit.training import RECIPES, Interrupted, RunFolder, resolve
-from ebmkit.training.assemble import assemble
-from ebmkit.training.cost import Effort, step_flops
-from ebmkit.training.trace import Recorder, forward_flops
+from ebmkit.training.cost import Effort, Recorder, network_flops, step_flops
+from ebmkit.training.loop import assemble
 
 TINY = {
     "objective": "jem",
@@ -105,7 +104,7 @@ def test_with_exact_samples_the_gradient_is_that_of_the_likelihood():
 
 def test_chains_move_by_langevin_steps_and_go_back_into_the_buffer(tmp_path):
     trainer = start(tmp_path, "run", {"negatives": {"noise": 0.0, "restart": 0.0}})
-    negatives = trainer.recovery.negatives
+    negatives = trainer.rollback.negatives
     before = negatives.buffer.images.clone()
     batch = next(trainer.batches(0, 1))["generate"]
     moved = negatives.draw(batch, 0)
@@ -133,7 +132,7 @@ def test_negatives_are_a_function_of_the_step_and_the_same_for_any_number_of_pro
 
     def drawn(world, rows):
         trainer = start(tmp_path, f"{world.rank}-{world.size}-{len(list(tmp_path.iterdir()))}")
-        negatives = trainer.recovery.negatives
+        negatives = trainer.rollback.negatives
         negatives.world = world
         batch = next(trainer.batches(0, 1))["generate"]
         return negatives.draw(batch.rows(rows), 0), negatives
@@ -184,7 +183,7 @@ class StopAt:
     [{}, {"objective": "ce+cml", "optimizer": {"kind": "sgd", "sharpness": 0.1, "ema": 0.9}}],
     ids=["jem", "cml-sgd-sam"],
 )
-def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, layer):
+def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, layer):
     whole = start(tmp_path, "whole", layer)
     whole.fit()
     cut = start(tmp_path, "cut", layer, reporter=StopAt(3))
@@ -194,7 +193,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, layer):
     assert resumed.step == 3
     resumed.fit()
     assert torch.equal(weights(whole), weights(resumed))
-    buffers = [t.recovery.negatives.buffer.images for t in (whole, resumed)]
+    buffers = [t.rollback.negatives.buffer.images for t in (whole, resumed)]
     assert torch.equal(*buffers)
     files = sorted(p.name for p in (tmp_path / "cut" / "checkpoints").glob("buffer-*"))
     assert [name.rpartition("-")[0] for name in files] == ["buffer-4", "buffer-6"]
@@ -233,16 +232,16 @@ def test_a_checkpoint_without_its_chains_is_refused(tmp_path):
         assemble(trainer.config, RunFolder.open(tmp_path / "run"))
 
 
-def test_the_cost_of_chains_is_counted_and_told(tmp_path):
+def test_the_cost_of_chains_is_counted_and_printed(tmp_path):
     trainer = start(tmp_path, "run")
     shapes = trainer.budget.plan[0][1]
     flops = step_flops(trainer.loss, shapes)
     assert list(flops) == ["ce", "ml", "2 Langevin steps"]
     batches = next(trainer.batches(0, 1))
     with Recorder() as counted:
-        trainer.recovery.negatives.draw(batches["generate"], 0)
+        trainer.rollback.negatives.draw(batches["generate"], 0)
     assert flops["2 Langevin steps"] == counted.flops  # of the real chains
-    once = forward_flops(trainer.model, (1, 8, 8))
+    once = network_flops(trainer.model, (1, 1, 8, 8))
     assert flops["2 Langevin steps"] == pytest.approx(2 * 8 * 2 * once, rel=0.01)
     assert step_flops(trainer.loss, shapes, Effort(2))["ce"] == 2 * flops["ce"]
     ended = ebmkit_command("cost", "--objective=jem", "--width=8", cwd=tmp_path)
@@ -286,7 +285,7 @@ def test_recipes_are_the_published_ones_in_our_units():
         ),
     ],
 )
-def test_mistakes_are_told_before_the_first_step(layer, words):
+def test_mistakes_are_reported_before_the_first_step(layer, words):
     with pytest.raises(UserError, match=words):
         assemble(resolve(TINY, layer))
 
@@ -294,13 +293,13 @@ def test_mistakes_are_told_before_the_first_step(layer, words):
 def test_starts_from_gaussians_and_bounds_are_kept(tmp_path):
     layer = {"negatives": {"start": "gaussian", "clip": True, "largest_drift": 0.01, "noise": 0.0}}
     trainer = start(tmp_path, "run", layer, {"steps": 1})
-    before = trainer.recovery.negatives.buffer.images.clone()
+    before = trainer.rollback.negatives.buffer.images.clone()
     pixels = trainer.train.floats()
     spread = pixels.std(0) / math.sqrt(len(before)) + 1e-3
     assert ((before.mean(0) - pixels.mean(0)).abs() < 5 * spread).all()
-    trainer.recovery.negatives.config = trainer.recovery.negatives.config.model_copy(
+    trainer.rollback.negatives.config = trainer.rollback.negatives.config.model_copy(
         update={"restart": 0.0}
     )
-    trainer.recovery.negatives.draw(next(trainer.batches(0, 1))["generate"], 0)
-    after = trainer.recovery.negatives.buffer.images
+    trainer.rollback.negatives.draw(next(trainer.batches(0, 1))["generate"], 0)
+    after = trainer.rollback.negatives.buffer.images
     assert ((after - before.clamp(0, 1)).abs()[after != before] <= 0.02 + 1e-6).all()

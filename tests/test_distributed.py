@@ -16,12 +16,12 @@ import torch
 from command_line import ebmkit_command
 
 import ebmkit
-from ebmkit import parallel
+from ebmkit import distributed
 from ebmkit.cli.train import _interrupted_run
 from ebmkit.data import StreamConfig, load_dataset
 from ebmkit.data.streams import Stream
 from ebmkit.training import RunFolder, resolve
-from ebmkit.training.assemble import assemble
+from ebmkit.training.loop import assemble
 
 SETTINGS = [
     "--width=8",
@@ -79,7 +79,7 @@ def train_by_two(folder: Path, *own: str) -> Path:
         ) as other,
     ):  # fmt: skip
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # of torch itself
-        patch.setattr(parallel, "PATIENCE", timedelta(minutes=2))
+        patch.setattr(distributed, "PATIENCE", timedelta(minutes=2))
         try:
             first = ebmkit_command(*arguments, cwd=folder, RANK="0", **variables)
             printed, told = other.communicate(timeout=120)
@@ -141,7 +141,7 @@ def test_one_step_of_the_recipe_by_two_processes_is_one_by_a_single_one(tmp_path
     assert float((other - one).norm()) < 1e-3 * moved  # 1.3e-4
 
 
-def test_a_run_goes_on_with_another_number_of_processes(two_processes, alone):
+def test_a_run_resumes_with_another_number_of_processes(two_processes, alone):
     config = resolve(RunFolder.open(two_processes).config(), {"steps": 6})
     folder = RunFolder.create(two_processes.parent / "cut", config)
     folder.save_checkpoint(RunFolder(two_processes).load_checkpoint())
@@ -154,7 +154,7 @@ def test_a_run_goes_on_with_another_number_of_processes(two_processes, alone):
     assert float((a - b).norm() / b.norm()) < 1e-4
 
 
-def test_a_batch_that_does_not_divide_is_said():
+def test_a_batch_that_does_not_divide_is_refused():
     digits = load_dataset("digits", None, "train")
     with pytest.raises(
         ebmkit.UserError, match=r"batch of 9 does not divide among 2 process.*batch_size to a mult"
@@ -164,7 +164,7 @@ def test_a_batch_that_does_not_divide_is_said():
         Stream(digits, StreamConfig(batch_size=8), "denoise", 0, "cpu", world_size=2, parts=3)
 
 
-def test_a_port_in_use_is_said(tmp_path):
+def test_a_port_in_use_is_reported(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -177,20 +177,20 @@ def test_a_port_in_use_is_said(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_mistakes_of_the_launcher_are_said(monkeypatch):
+def test_mistakes_of_the_launcher_are_reported(monkeypatch):
     for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("RANK", "2")
     with pytest.raises(ebmkit.UserError, match=r"RANK 2 must be .* below WORLD_SIZE 2"):
-        parallel.join().__enter__()
+        distributed.join().__enter__()
     monkeypatch.setenv("RANK", "one")
     with pytest.raises(ebmkit.UserError, match="RANK='one' must be a whole number"):
-        parallel.join().__enter__()
+        distributed.join().__enter__()
     monkeypatch.setenv("LOCAL_RANK", "4")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ebmkit.UserError, match=r"has no GPU of its own.*--nproc-per-node 2"):
-        parallel.device_of_rank(torch.device("cuda"))
+        distributed.device_of_rank(torch.device("cuda"))
 
 
 def test_only_the_run_of_this_launch_is_continued(tmp_path, monkeypatch):
@@ -221,15 +221,15 @@ def test_a_mistake_under_torchrun_is_one_sentence(tmp_path):
 def test_without_a_launcher_there_is_one_process(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with parallel.join() as world:
-        assert world == parallel.DistributedContext(0, 1, 0)
+    with distributed.join() as world:
+        assert world == distributed.DistributedContext(0, 1, 0)
         assert world.gather("x") == ["x"]
         assert world.broadcast("y") == "y"
         assert torch.equal(world.mean_(torch.ones(2)), torch.ones(2))
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_is_started_again_and_the_run_goes_on(tmp_path):
+def test_a_process_that_dies_is_restarted_and_the_run_resumes(tmp_path):
     """Kill one of two processes; torchrun starts both again, which go on from the checkpoint."""
     arguments = ["train", "--steps=400", "--set=checkpoint_every=10", *SETTINGS, "--no-evaluate"]
     command = launch(2, *arguments, options=("--max-restarts=1",))

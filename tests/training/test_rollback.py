@@ -8,9 +8,10 @@ import torch
 
 from ebmkit import UserError
 from ebmkit.training import RunFolder, resolve
-from ebmkit.training.assemble import assemble
-from ebmkit.training.divergence import DivergenceMonitor, Measures, Mitigations, WatchConfig
-from ebmkit.training.sharpness import Sharpness
+from ebmkit.training.config import WatchConfig
+from ebmkit.training.loop import assemble
+from ebmkit.training.optim import SAM
+from ebmkit.training.rollback import DivergenceMonitor, Measures, Mitigations, Snapshot
 
 TINY = {
     "objective": "jem",
@@ -48,45 +49,36 @@ def measures(step=1, **changes):
         ({"gradient": 1e5}, "the gradient's norm is 1e"),
     ],
 )
-def test_what_is_seen(changes, words):
-    watch = DivergenceMonitor(WatchConfig())
-    assert all(watch.astray(measures(step)) is None for step in range(20))
-    assert words in watch.astray(measures(20, **changes))
+def test_each_kind_of_divergence_is_detected(changes, words):
+    monitor = DivergenceMonitor(WatchConfig())
+    assert all(monitor.check(measures(step)) is None for step in range(20))
+    assert words in monitor.check(measures(20, **changes))
 
 
-def test_a_gap_that_stays_is_seen_and_one_step_is_not():
-    watch = DivergenceMonitor(WatchConfig(gap=10))
-    assert watch.astray(measures(gap=60.0)) is None
-    reasons = [watch.astray(measures(gap=12.0)) for _ in range(40)]
+def test_a_lasting_gap_is_detected_and_one_step_is_not():
+    monitor = DivergenceMonitor(WatchConfig(gap=10))
+    assert monitor.check(measures(gap=60.0)) is None
+    reasons = [monitor.check(measures(gap=12.0)) for _ in range(40)]
     assert reasons[0] is None
     assert reasons[-1] is not None
 
 
-def test_it_goes_back_to_a_state_that_was_outlived_and_changes_one_thing_at_a_time():
-    watch = DivergenceMonitor(WatchConfig(every=10, breaches=4))
+def test_rollback_takes_a_good_snapshot_and_changes_one_thing_at_a_time():
+    monitor = DivergenceMonitor(WatchConfig(every=10, breaches=4))
     for step in (0, 10, 20, 30):
-        watch.keep(step, f"state {step}")
+        monitor.keep(Snapshot(step, {}, torch.zeros(0), None))
     found = []
     for _ in range(5):
-        before = watch.remedies
-        breach, state = watch.breach(31, "reason")
-        assert state == f"state {breach.back}"
-        changed = [
-            a != b
-            for a, b in zip(
-                before.document().values(), watch.remedies.document().values(), strict=True
-            )
-        ]
+        before = monitor.mitigations
+        breach, snapshot = monitor.diverged(31, "reason")
+        assert snapshot.step == breach.back
+        changed = [a != b for a, b in zip(before, monitor.mitigations, strict=True)]
         found.append((breach.back, breach.change, sum(changed)))
     # the state of step 30 was outlived by one step alone, so it is given up
     assert [back for back, _, _ in found] == [20] * 5
     assert [change for _, change, _ in found] == ["rate", "steps", "penalty", "rate", None]
     assert [count for _, _, count in found] == [1, 1, 1, 1, 0]
-    assert watch.remedies == Mitigations(pytest.approx(0.09), 1.5, 0.01)
-    again = DivergenceMonitor(WatchConfig())
-    again.restore(json.loads(json.dumps(watch.state())))
-    assert again.remedies == watch.remedies
-    assert again.history == watch.history
+    assert monitor.mitigations == Mitigations(pytest.approx(0.09), 1.5, 0.01)
 
 
 class Spoil:
@@ -110,7 +102,7 @@ def spoilt(tmp_path, times):
     return trainer, reporter
 
 
-def test_a_run_that_is_spoilt_once_goes_on(tmp_path):
+def test_a_run_that_diverges_once_continues(tmp_path):
     trainer, reporter = spoilt(tmp_path, 1)
     trainer.fit()
     assert trainer.step == 12
@@ -125,35 +117,37 @@ def test_a_run_that_is_spoilt_once_goes_on(tmp_path):
     assert [json.loads(line)["step"] for line in aside] == [5]
     # what was changed is in the checkpoint, and so holds for a run that goes on
     resumed = assemble(trainer.config, RunFolder.open(tmp_path / "run"))
-    assert resumed.recovery.watch.remedies.rate == 0.3
-    assert resumed.recovery.negatives.attempt == 1
+    assert resumed.rollback.monitor.mitigations.rate == 0.3
+    assert resumed.rollback.monitor.history == trainer.rollback.monitor.history
+    assert resumed.rollback.negatives.attempt == 1
 
 
-def test_going_back_is_exact(tmp_path):
+def test_rollback_is_exact(tmp_path):
     """The state after a breach is the kept one, to the bit: network, optimiser, chains."""
     trainer, _ = spoilt(tmp_path, 1)
     kept = {}
-    recovery = trainer.recovery
-    keep, go_back = recovery.keep, recovery._go_back
+    rollback = trainer.rollback
+    snapshot, go_back = rollback.snapshot, rollback.go_back
 
     def keeping():
-        keep()
-        kept[trainer.step] = recovery.watch._states[-1][1]
+        snapshot()
+        kept[trainer.step] = rollback.monitor.snapshots[-1]
 
-    def going(breach, state, detail):
-        go_back(breach, state, detail)
+    def going(reason):
+        breach = go_back(reason)
         old = kept[breach.back].state
-        assert torch.equal(recovery.negatives.buffer.images, kept[breach.back].chains)
+        assert torch.equal(rollback.negatives.buffer.images, kept[breach.back].chains)
         for name, value in trainer.model.state_dict().items():
             assert torch.equal(value, old["model"][name])
-        moments = trainer.optimizer.state_dict()["state"]
+        moments = trainer.update.optimizer.state_dict()["state"]
         assert all(
             torch.equal(moments[k]["exp_avg"], old["optimizer"]["state"][k]["exp_avg"])
             for k in moments
         )
         kept["done"] = True
+        return breach
 
-    recovery.keep, recovery._go_back = keeping, going
+    rollback.snapshot, rollback.go_back = keeping, going
     trainer.fit()
     assert kept["done"]
 
@@ -163,7 +157,7 @@ def test_a_run_that_never_recovers_ends_with_its_history(tmp_path):
     with pytest.raises(UserError) as ended:
         trainer.fit()
     told = str(ended.value)
-    assert "went astray 4 times and is given up" in told
+    assert "diverged 4 times and is given up" in told
     assert told.count("back to step 4") == 4
     assert "learning rate times 0.3" in told
     assert "Langevin steps times 1.5" in told
@@ -173,7 +167,7 @@ def test_a_run_that_never_recovers_ends_with_its_history(tmp_path):
     assert all(v.isfinite().all() for v in saved["model"].values())
 
 
-def test_sharpness_is_its_formula_and_leaves_the_weights_as_they_were():
+def test_sam_is_its_formula_and_restores_the_weights():
     layer = torch.nn.Linear(3, 2).double()
     x = torch.randn(5, 3, dtype=torch.float64)
     before = {n: p.detach().clone() for n, p in layer.named_parameters()}
@@ -183,18 +177,18 @@ def test_sharpness_is_its_formula_and_leaves_the_weights_as_they_were():
         gradients = {n: p.grad.clone() for n, p in layer.named_parameters()}
         sizes = {n: before[n].abs() if adaptive else torch.ones_like(p) for n, p in before.items()}
         norm = sum(((sizes[n] * g) ** 2).sum() for n, g in gradients.items()).sqrt()
-        with Sharpness(0.7, adaptive).perturbed(layer):
+        with SAM(0.7, adaptive).perturbed(layer):
             for name, p in layer.named_parameters():
                 expected = before[name] + 0.7 * sizes[name] ** 2 * gradients[name] / norm
                 torch.testing.assert_close(p.detach(), expected)
         assert all(torch.equal(p, before[n]) for n, p in layer.named_parameters())
 
 
-def test_uphill_leaves_running_means_alone():
+def test_sam_leaves_running_means_alone():
     layers = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
     layers(torch.randn(8, 3)).square().sum().backward()
     before = layers[1].running_mean.clone()
-    with Sharpness(0.1).perturbed(layers):
+    with SAM(0.1).perturbed(layers):
         layers(torch.randn(8, 3))
     assert torch.equal(layers[1].running_mean, before)
     layers(torch.randn(8, 3))
@@ -211,8 +205,8 @@ def test_a_rate_a_hundred_times_too_high_is_recovered_from_or_ends_cleanly(tmp_p
         trainer.fit()
     except UserError as error:
         given_up = str(error)
-    assert trainer.step == 60 or "went astray" in given_up
-    history = trainer.recovery.watch.history
+    assert trainer.step == 60 or "diverged" in given_up
+    history = trainer.rollback.monitor.history
     assert history
     assert all(p.isfinite().all() for p in trainer.model.parameters())
     saved = RunFolder.open(tmp_path / "run").load_checkpoint()

@@ -7,9 +7,9 @@ import torch
 
 from ebmkit import UserError
 from ebmkit.training import RunFolder, resolve
-from ebmkit.training.assemble import assemble
-from ebmkit.training.checkpoint_state import SavedOptimizer, restore_optimizer
+from ebmkit.training.loop import assemble
 from ebmkit.training.optim import make_optimizer
+from ebmkit.training.state import SavedOptimizer, restore_optimizer
 
 ONES = torch.ones
 
@@ -70,7 +70,7 @@ def kept(state):
         (lambda s: (kept(s)[0], 2), ONES(1), "the chains kept at step 0 is float32 (1,)"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(saved, where, new, says):
+def test_checkpoint_entries_that_do_not_fit_are_refused_by_name(saved, where, new, says):
     """Moments of another shape were memory of others: the fused kernel reads and writes it."""
     trainer, state = saved
     inside, name = where(state)
@@ -79,13 +79,13 @@ def test_what_does_not_fit_is_refused_by_name(saved, where, new, says):
     inside[name] = new
     try:
         with pytest.raises(UserError, match=re.escape(says)):
-            trainer.restore(state)
+            trainer.load_state_dict(state)
     finally:
         if absent:
             del inside[name]
         else:
             inside[name] = old
-    trainer.restore(state)  # it is whole again
+    trainer.load_state_dict(state)  # it is whole again
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def saved_by_muon():
     }
     trainers = [assemble(resolve({**layer, "steps": n}), None) for n in (1, 2)]
     trainers[0].fit()
-    return trainers[1], trainers[0].state()
+    return trainers[1], trainers[0].state_dict()
 
 
 def part(state, number):
@@ -122,44 +122,41 @@ def part(state, number):
         (-1, "momentum_buffer", ONES(1), "is of another optimiser"),
     ],
 )
-def test_what_muon_kept_is_looked_at_by_the_kind_of_parameter(
-    saved_by_muon, number, name, new, says
-):
+def test_muon_states_are_checked_by_the_kind_of_parameter(saved_by_muon, number, name, new, says):
     trainer, state = saved_by_muon
     own = part(state, number % len(state["optimizer"]["state"]))
     old = own.copy()
     own[name] = new
     try:
         with pytest.raises(UserError, match=re.escape(says)):
-            trainer.restore(state)
+            trainer.load_state_dict(state)
     finally:
         own.clear()
         own |= old
-    trainer.restore(state)
+    trainer.load_state_dict(state)
 
 
 def test_states_of_adamw_do_not_become_muon_s_nor_the_other_way_round(saved, saved_by_muon):
     for (trainer, _), (_, state) in ((saved, saved_by_muon), (saved_by_muon, saved)):
         found = SavedOptimizer.model_validate(state["optimizer"])
         with pytest.raises(UserError, match="is of another optimiser or model"):
-            restore_optimizer(trainer.optimizer, found)
+            restore_optimizer(trainer.update.optimizer, found)
 
 
-def test_a_state_to_go_back_to_is_looked_at_when_it_is_used(saved):
+def test_a_snapshot_is_checked_when_it_is_used(saved):
     trainer, state = saved
     own = kept(state)[0][1]
     old, own["model"] = own["model"], {}
-    trainer.restore(state)
-    breach, chosen = trainer.recovery.watch.breach(3, "made up")
+    trainer.load_state_dict(state)
     try:
         with pytest.raises(UserError, match="is missing"):
-            trainer.recovery._go_back(breach, chosen, None)
+            trainer.rollback.go_back("made up")
     finally:
         own["model"] = old
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd", "muon"])
-def test_an_optimiser_goes_on_to_the_same_bits_whatever_the_file_sets(kind):
+def test_an_optimiser_resumes_to_the_same_bits_whatever_the_file_sets(kind):
     """Its groups, with rates, decays and signs, are the configuration's."""
 
     def made():

@@ -1,23 +1,123 @@
-"""What a run needs of its data, objectives and compiler, and whether it learnt anything."""
+"""From a configuration to data, model and loss, and the checks that they suit each other."""
 
 from __future__ import annotations
 
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import nn
 
-from ebmkit.data import AnyImages, StreamConfig
+from ebmkit.card import ModelCard
+from ebmkit.data import AnyImages, load_dataset
+from ebmkit.data.imagesets import Faults
 from ebmkit.data.schedule import Stage
-from ebmkit.energy import ScoreModel
+from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
+from ebmkit.models import ModelConfig
 from ebmkit.objectives import Scale, TrainingLoss, parse_objective
 from ebmkit.objectives.loss import check_labels
-from ebmkit.training.config import TrainConfig
+from ebmkit.plugins import loaded_plugins
+from ebmkit.training.config import DataConfig, TrainConfig
 
-__all__ = ["check_compiled", "check_learnt", "check_terms", "shapes", "trained_size"]
+__all__ = [
+    "build_model",
+    "check_compiled",
+    "check_learnt",
+    "check_terms",
+    "images_of",
+    "make_card",
+    "make_loss",
+    "model_config",
+    "shapes",
+    "trained_size",
+]
+
+Split = Literal["train", "validation", "test"]
+
+NOT_LEARNT = {"ce": 0.98, "score": 0.97}
+"""Shares of the loss of guessing, or of a score of zero, from which on nothing was learnt."""
+
+LEAST_STEPS = 100
+"""Shorter runs are not judged."""
+
+
+def images_of(
+    config: DataConfig, split: Split, progress: bool = False, download: bool = True
+) -> AnyImages:
+    """The images of ``split``, as ``config`` names them.
+
+    Args:
+        config: the data set.
+        split: of it.
+        progress: whether to show bars while data is downloaded or read.
+        download: fetch CIFAR if it is not there.
+
+    Raises:
+        UserError: if the data set is unknown, missing or incomplete.
+    """
+    return load_dataset(
+        config.name,
+        config.data_dir,
+        split,
+        image_size=config.image_size,
+        download=download,
+        progress=progress,
+        faults=Faults(config.unreadable == "skip", config.links == "follow"),
+    )
+
+
+def build_model(config: TrainConfig, images: AnyImages) -> ScoreModel:
+    """The model that ``config`` describes for ``images``, with weights drawn from its seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = model_config(config, images).build()
+    return model
+
+
+def model_config(config: TrainConfig, images: AnyImages) -> ModelConfig:
+    """The model's configuration, with what follows from the images filled in."""
+    facts = {
+        "in_channels": images.channels,
+        "num_classes": images.num_classes,
+        "reference_size": config.model.reference_size or trained_size(config, images),
+    }
+    return ModelConfig.model_validate(config.model.model_dump() | facts)
+
+
+def make_loss(model: ScoreModel, config: TrainConfig, training: bool = True) -> TrainingLoss:
+    """Model and objectives.
+
+    Args:
+        model: to train, or to validate.
+        config: the run's.
+        training: False to validate: with the losses of held-out images (`Term.for_validation`).
+    """
+    terms = parse_objective(config.objective, config.objective_settings())
+    if not training:
+        terms = tuple(own for term in terms if (own := term.for_validation()) is not None)
+    return TrainingLoss(model, terms, config.balance, config.draw_from)
+
+
+def make_card(loss: TrainingLoss, config: TrainConfig, images: AnyImages) -> ModelCard:
+    """What the model is trained for."""
+    matching = [term.name for term in loss.terms if term.objective.needs_score]
+    denoise = config.stream(loss.stream_of[matching[0]]) if matching else None
+    return ModelCard(
+        dataset=images.name,
+        objective=config.objective,
+        image_size=trained_size(config, images),
+        channels=images.channels,
+        class_names=list(images.class_names),
+        sigma_range=denoise.noise.range if denoise else None,
+        classifies=isinstance(loss.model, EnergyModel)
+        and any(term.objective.needs_labels for term in loss.terms),
+        plugins=list(loaded_plugins()),
+        energies="model" if any(t.objective.trains_density for t in loss.terms) else "logits",
+        **{name: text for term in loss.terms for name, text in term.objective.card.items()},
+    )
 
 
 def check_terms(loss: TrainingLoss, config: TrainConfig, images: AnyImages) -> None:
@@ -29,7 +129,7 @@ def check_terms(loss: TrainingLoss, config: TrainConfig, images: AnyImages) -> N
     """
     for term in loss.terms:
         name = loss.stream_of[term.name]
-        stream: StreamConfig = getattr(config.streams, name)
+        stream = config.stream(name)
         if term.objective.needs_labels and images.num_classes and not loss.model.num_classes:
             raise UserError(
                 f"objective {term.name!r} needs labels, and {config.backbone!r} is a denoiser "
@@ -77,13 +177,6 @@ def check_compiled(stages: Sequence[Stage]) -> None:
             f"sizes change {len(stages) - 1} times along the run, and a step is compiled for "
             f"{most} shapes at the most: take fewer phases, or --compile off"
         )
-
-
-NOT_LEARNT = {"ce": 0.98, "score": 0.97}
-"""Shares of the loss of guessing, or of a score of zero, from which on nothing was learnt."""
-
-LEAST_STEPS = 100
-"""Shorter runs are not judged."""
 
 
 def check_learnt(
@@ -139,8 +232,8 @@ def trained_size(config: TrainConfig, images: AnyImages) -> tuple[int, int]:
     terms = parse_objective(config.objective)
     first = next((t for t in terms if t.objective.needs_score), terms[0])
     name = config.draw_from.get(first.name, first.objective.stream)
-    stream: StreamConfig = getattr(config.streams, name)
-    sizes = [_seen_size(span.crop_size, images) for span in stream.spans(config.steps)]
+    spans = config.stream(name).spans(config.steps)
+    sizes = [_seen_size(span.crop_size, images) for span in spans]
     return max(sizes, key=lambda size: size[0] * size[1])
 
 

@@ -14,18 +14,17 @@ from ebmkit import UserError
 from ebmkit.compile import Inference
 from ebmkit.compute import ComputeConfig
 from ebmkit.data import Batch
+from ebmkit.distributed import DistributedContext
 from ebmkit.models import JointModel, load
 from ebmkit.models.base import Features
 from ebmkit.models.heads import LinearQuadraticHead, LogitHead
 from ebmkit.objectives import OBJECTIVES, RunContext, TrainingLoss, parse_objective
 from ebmkit.objectives.adversarial import AdversarialConfig, Attack
-from ebmkit.parallel import DistributedContext
 from ebmkit.training import Interrupted, RunFolder, resolve
-from ebmkit.training.assemble import assemble
-from ebmkit.training.cost import step_flops
-from ebmkit.training.engine import TrainingStep
+from ebmkit.training.cost import Recorder, step_flops, trace_step
+from ebmkit.training.loop import assemble
 from ebmkit.training.optim import make_optimizer
-from ebmkit.training.trace import Recorder, unused_parameters
+from ebmkit.training.step import TrainingStep
 
 TINY = {
     "objective": "adv",
@@ -376,7 +375,7 @@ class StopAt:
 
 
 @pytest.mark.usefixtures("counted_once")
-def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path):
+def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path):
     layer = {"objective": "trades+dsm", "steps": 5, "optimizer": {"sharpness": 0.1, "ema": 0.9}}
     whole = start(tmp_path, "whole", layer)
     whole.fit()
@@ -421,7 +420,7 @@ def test_the_compiled_attack_is_the_eager_one():
     torch.testing.assert_close(found, eager, rtol=0, atol=1e-10)
 
 
-def test_the_cost_of_attacks_is_counted_and_told(tmp_path):
+def test_the_cost_of_attacks_is_counted_and_printed(tmp_path):
     for objective, passes in (("adv", 2), ("trades", 2.5)):
         trainer = start(tmp_path, objective, {"objective": objective})
         shapes = trainer.budget.plan[0][1]
@@ -434,7 +433,7 @@ def test_the_cost_of_attacks_is_counted_and_told(tmp_path):
         forwards = {"adv": 3, "trades": 6}[objective]  # forward and backward, twice for trades
         expected = 2 * passes / forwards
         assert flops["2 attack steps"] / flops[objective] == pytest.approx(expected, rel=0.05)
-        assert unused_parameters(trainer.loss, shapes) == []
+        assert trace_step(trainer.loss, shapes).unused == ()
     assert "2 attack steps" not in step_flops(
         start(tmp_path, "none", {"terms": {"adv": {"eps": 0}}}).loss, shapes
     )
@@ -481,7 +480,7 @@ def test_robust_recipes(tmp_path):
         ({"terms": {"trades": {"random_start": False}}}, "no gradient at the image itself"),
     ],
 )
-def test_mistakes_are_told_before_the_first_step(layer, words):
+def test_mistakes_are_reported_before_the_first_step(layer, words):
     with pytest.raises(UserError, match=words):
         assemble(resolve(TINY, layer))
 
