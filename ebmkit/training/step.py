@@ -272,6 +272,8 @@ class TrainingStep:
         # vjp is for compilers, and recomputes only what the score itself needs
         self.loss.use_autograd = not compiled and not self.compute.recompute
         if compiled or self.compiled:
+            if not ISOLATED:  # an older PyTorch counts the compilations of all steps together
+                torch.compiler.reset()
             alone = self.world.size == 1 and self.compute.accumulate == 1
             self.loss.compile(
                 fullgraph=True,
