@@ -18,11 +18,13 @@ from ebmkit.compute import ComputeConfig
 from ebmkit.data import StreamConfig
 from ebmkit.data.schedule import parse_decay_share, parse_share
 from ebmkit.errors import UserError, shown
-from ebmkit.models import HEADS, ModelConfig
-from ebmkit.models.presets import find_network
+from ebmkit.models import ModelConfig
+from ebmkit.models.config import find_network
+from ebmkit.models.heads import find_head
 from ebmkit.objectives import BALANCE, OBJECTIVES, ObjectiveConfig, TermSettings, parse_objective
 from ebmkit.objectives.diffusion import DiffusionConfig
 from ebmkit.objectives.likelihood import NegativesConfig
+from ebmkit.plugins import Plugin, check_plugins, loaded_plugins
 from ebmkit.registry import find
 from ebmkit.storage.reading import YAML_BYTES, parse_yaml, read_text
 from ebmkit.training.recipes import RECIPES, recipe_for
@@ -79,6 +81,7 @@ FREE_TO_CHANGE = (
     "compute.compile",
     "compute.accumulate",
     "compute.recompute",
+    "plugins",
 )
 """Fields that a resumed run may set differently: they change nothing, or rounding alone."""
 
@@ -230,7 +233,8 @@ class TrainConfig(_Config):
 
     dataset: DataConfig = DataConfig()
     backbone: str = Field(
-        "gradresnet18", description="a name from `ebmkit list backbones` or `denoisers`"
+        "gradresnet18",
+        description="a name from `ebmkit list backbones` or `denoisers`, or timm:NAME",
     )
     head: str = Field("linear-quadratic", description="a name from `ebmkit list heads`")
     model: ModelConfig = ModelConfig()
@@ -256,6 +260,7 @@ class TrainConfig(_Config):
     validation_images: int = Field(500, ge=0, description="held-out images to validate on; 0: none")
     checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="checkpoints that are kept, the newest")
+    plugins: tuple[Plugin, ...] = Field((), description="that parts of the run come from")
 
     def objective_settings(self) -> dict[str, ObjectiveConfig | None]:
         """Name of an objective -> its settings, wherever they stand; None: it has none."""
@@ -295,12 +300,16 @@ def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfi
         UserError: on an unknown name, an unknown field or an illegal value.
     """
     layers = tuple(_terms_apart(layer) for layer in layers)
+    for layer in layers:
+        check_plugins(layer.get("plugins", ()), "this run")
     base = find("recipe", RECIPES, recipe).config if recipe else {}
     dataset = _dataset_name(merge(base, *layers))
     if not base and not any(layer.keys() >= OF_A_RUN for layer in layers):
         base = recipe_for(dataset, str(merge(*layers).get("objective", "")))
     named = [layer["backbone"] for layer in layers if "backbone" in layer]
-    start = _expand(base | {"backbone": named[-1]} if named else base)  # not both presets' settings
+    if named:  # not both presets' settings, nor any that the network does not have
+        base = {**base, "backbone": named[-1], "model": _fitting_network(base, str(named[-1]))}
+    start = _expand(base)
     expanded = [start, *(_expand(layer) for layer in layers)]
     start, *expanded = (
         _fitting(own, merge(*expanded[i:]), whole=i == 1 or own.keys() >= OF_A_RUN)
@@ -308,6 +317,7 @@ def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfi
     )
     raw = merge(start, *expanded)
     raw = merge(raw, _diffusion_settings(raw, merge(*expanded)))
+    raw["plugins"] = [plugin.model_dump() for plugin in loaded_plugins()]
     config = validated(TrainConfig, raw, "configuration")
     _check_used(config, merge(*(own for own in (start, *expanded) if not own.keys() >= OF_A_RUN)))
     terms = {term.name: term for term in parse_objective(config.objective)}
@@ -342,6 +352,15 @@ def _fitting(layer: Mapping[str, Any], over: Mapping[str, Any], whole: bool) -> 
         n for n, (by, at) in USED_BY.items() if isinstance(at, str) and chosen.get(by, 1) is None
     }
     return {**layer, "optimizer": {k: v for k, v in own.items() if k not in idle}}
+
+
+def _fitting_network(recipe: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The model of a ``recipe``, its backbone without the fields that network ``name`` lacks."""
+    model = dict(recipe.get("model", {}))
+    if isinstance(model.get("backbone"), Mapping):
+        fields = type(find_network(name).config).model_fields
+        model["backbone"] = {k: v for k, v in model["backbone"].items() if k in fields}
+    return model
 
 
 def _check_used(config: TrainConfig, given: Mapping[str, Any]) -> None:
@@ -387,7 +406,7 @@ def _expand(layer: Mapping[str, Any]) -> Mapping[str, Any]:
         own = preset.model_dump()
         parts["backbone"] = {"kind": own["kind"]} | preset.model_dump(exclude_unset=True)
     if "head" in layer:
-        parts["head"] = find("head", HEADS, str(layer["head"])).config.model_dump()
+        parts["head"] = find_head(str(layer["head"])).model_dump()
     return merge({"model": parts}, layer) if parts else layer
 
 

@@ -51,7 +51,6 @@ from pydantic import BaseModel, ValidationError
 
 from ebmkit.distributed import launch
 from ebmkit.errors import UserError
-from ebmkit.models.torchfile import read_torch_content
 from ebmkit.storage import DamagedFile, commit_files, held, read_together, write_atomically
 from ebmkit.storage.atomic import PARTIAL, Content
 from ebmkit.storage.commit import recover
@@ -66,6 +65,7 @@ from ebmkit.storage.manifest import (
     read_manifest,
 )
 from ebmkit.storage.reading import YAML_BYTES, check_links, parse_yaml, read_bytes
+from ebmkit.storage.torchfile import read_torch_content
 from ebmkit.storage.verify import files_of, stale_temporary_files
 from ebmkit.training.config import difference
 from ebmkit.training.metrics import MetricsLog, as_lines

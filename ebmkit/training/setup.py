@@ -19,6 +19,7 @@ from ebmkit.errors import UserError
 from ebmkit.models import ModelConfig
 from ebmkit.objectives import Scale, TrainingLoss, parse_objective
 from ebmkit.objectives.loss import check_labels
+from ebmkit.plugins import loaded_plugins
 from ebmkit.training.config import DataConfig, TrainConfig
 
 __all__ = [
@@ -113,6 +114,8 @@ def make_card(loss: TrainingLoss, config: TrainConfig, images: AnyImages) -> Mod
         sigma_range=denoise.noise.range if denoise else None,
         classifies=isinstance(loss.model, EnergyModel)
         and any(term.objective.needs_labels for term in loss.terms),
+        plugins=list(loaded_plugins()),
+        energies="model" if any(t.objective.trains_density for t in loss.terms) else "logits",
         **{name: text for term in loss.terms for name, text in term.objective.card.items()},
     )
 

@@ -189,7 +189,7 @@ def _checkpoint(content: bytes) -> object:
 
 
 def _torch_file(content: bytes) -> object:
-    from ebmkit.models.published import load_checkpoint
+    from ebmkit.models.importing import load_checkpoint
 
     return load_checkpoint(str(written(content, "stranger.pt")))
 

@@ -16,8 +16,8 @@ from ebmkit.compute import ComputeConfig
 from ebmkit.data import Batch
 from ebmkit.distributed import DistributedContext
 from ebmkit.models import JointModel, load
+from ebmkit.models.base import Features
 from ebmkit.models.heads import LinearQuadraticHead, LogitHead
-from ebmkit.models.parts import Features
 from ebmkit.objectives import OBJECTIVES, RunContext, TrainingLoss, parse_objective
 from ebmkit.objectives.adversarial import AdversarialConfig, Attack
 from ebmkit.training import Interrupted, RunFolder, resolve

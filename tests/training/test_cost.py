@@ -13,8 +13,8 @@ from ebmkit.compute import matrix_rate
 from ebmkit.data import Batch
 from ebmkit.data.schedule import Stage
 from ebmkit.errors import UserError
+from ebmkit.models.base import Features
 from ebmkit.models.heads import LinearQuadraticHead
-from ebmkit.models.parts import Features
 from ebmkit.objectives import TrainingLoss, parse_objective
 from ebmkit.training import cost as cost_module
 from ebmkit.training.cost import (

@@ -16,8 +16,8 @@ from torch import nn
 import ebmkit
 from ebmkit.cli import main
 from ebmkit.cli.console import console
+from ebmkit.models.base import Features
 from ebmkit.models.heads import LinearQuadraticHead
-from ebmkit.models.parts import Features
 from ebmkit.objectives import TrainingLoss
 from ebmkit.training import Interrupted, RunFolder, Trainer, parse_assignments, resolve
 from ebmkit.training.cost import Budget, Stopwatch, step_flops, step_memory
@@ -266,7 +266,7 @@ def test_the_best_weights_are_of_the_last_phase(pictures, monkeypatch):
 def test_the_reference_is_the_largest_crop_unless_another_is_set(pictures):
     trainer = trainer_of(pictures)
     assert trainer.model.reference_size == trainer.card.image_size == (28, 28)
-    own = ("model.reference_size=[16, 16]", "model.extent=factor")
+    own = ("model.reference_size=[16, 16]", "model.size_scaling=factor")
     trainer = trainer_of(pictures, *own)
     assert trainer.model.reference_size == (16, 16)
     assert trainer.card.image_size == (28, 28)

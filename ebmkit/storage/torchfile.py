@@ -1,10 +1,10 @@
 """Files of `torch.save`, read without executing anything in them.
 
-`torch.load` with ``weights_only`` runs no code either, but a file of a few bytes can have it take
-any amount of memory: its zip entries may be compressed, and its pickle may ask for tensors and
-arrays of any size that no file holds. It also refuses files in which other objects lie beside the
-weights, as in those of the ``robustness`` package, written by ``dill``. So all are read by
-`ebmkit.models.unpickle`, from both containers:
+`torch.load` with ``weights_only`` runs no code either, but in PyTorch 2.15 a file of 300 bytes has
+it make an array of 1 GiB, or a view of 2^50 elements; it unpacks compressed zip entries and takes
+one of two entries of one name. It also refuses files in which other objects lie beside the weights,
+as in those of the ``robustness`` package, written by ``dill``. So all are read by
+`ebmkit.storage.pickles`, from both containers:
 
 =======  ==========================================================================================
 zip      ``NAME/data.pkl``, ``NAME/data/KEY`` for each storage, ``NAME/byteorder`` (PyTorch 1.6 on)
@@ -30,11 +30,15 @@ from typing import IO, Any
 import torch
 
 from ebmkit.errors import UserError
-from ebmkit.models.pickled import Damaged, Refusal, StorageRecord, TensorRecord
-from ebmkit.models.unpickle import Readable, unpickle
+from ebmkit.storage.pickles import (
+    Damaged,
+    Readable,
+    Refusal,
+    StorageRecord,
+    TensorRecord,
+    unpickle,
+)
 from ebmkit.storage.reading import MIB, opened
-
-__all__ = ["read_torch_content", "read_torch_file"]
 
 NOT_PLAIN = (
     *(zipfile.BadZipFile, struct.error, RecursionError, NotImplementedError, RuntimeError),

@@ -12,7 +12,7 @@ from ebmkit.data import load_dataset
 from ebmkit.errors import UserError
 from ebmkit.evaluation import evaluate
 from ebmkit.models import BACKBONES, Features, JointModel, ModelConfig
-from ebmkit.models.conditioned import LOWEST, NoiseConditioned
+from ebmkit.models.base import LOWEST, NoiseConditioned
 from ebmkit.models.heads import LogitHead
 from ebmkit.noise import make_schedule
 from ebmkit.training import resolve
@@ -79,7 +79,9 @@ def test_every_backbone_can_be_told(preset):
 
 
 def test_larger_images_and_recomputation_work_as_without():
-    windows = conditioned("gradresnet18", reference_size=(8, 8), extent="windows").double().eval()
+    windows = (
+        conditioned("gradresnet18", reference_size=(8, 8), size_scaling="windows").double().eval()
+    )
     y = torch.rand(2, 1, 16, 16, dtype=torch.float64)
     assert windows.score(y, sigma=0.5).isfinite().all()
     tiles = conditioned("gradresnet18", reference_size=(8, 8)).double().eval()

@@ -13,7 +13,7 @@ from ebmkit import UserError
 from ebmkit.cli.published import import_
 from ebmkit.data.cifar import CIFAR
 from ebmkit.models import ModelConfig, create_model, load_checkpoint
-from ebmkit.models.published import import_checkpoint
+from ebmkit.models.importing import import_checkpoint
 from ebmkit.validation import validated
 
 WIDTH, COUNTS, CLASSES = 2, (3, 4, 6, 3), 10

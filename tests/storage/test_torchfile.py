@@ -13,9 +13,8 @@ import pytest
 import torch
 
 from ebmkit import UserError
-from ebmkit.models.pickled import Damaged, Inert, Refusal
-from ebmkit.models.torchfile import MAGIC, read_torch_file
-from ebmkit.models.unpickle import unpickle
+from ebmkit.storage.pickles import Damaged, Inert, Refusal, unpickle
+from ebmkit.storage.torchfile import MAGIC, read_torch_file
 
 
 @pytest.fixture

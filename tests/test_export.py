@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 import ebmkit.export
-import ebmkit.formats
 from ebmkit import GaussianMixture, JointModel, ModelCard, UserError, create_model, save_model
 from ebmkit.cli import main
 from ebmkit.export import export
@@ -133,7 +132,7 @@ def test_the_gradient_of_a_convolution_is_a_transposed_one(kernel, stride, heigh
     (expected,) = torch.autograd.grad(z, x, gradient)
     pair = [stride] * 2, [kernel // 2] * 2, [1, 1]
     mask = [True, False, False]
-    found, *_ = ebmkit.formats._convolution_backward(
+    found, *_ = ebmkit.export._convolution_backward(
         gradient, x, weight, None, *pair, False, [0, 0], groups, mask
     )
     torch.testing.assert_close(found, expected)
@@ -167,13 +166,13 @@ def test_the_file_says_what_it_is_and_the_model_stays_as_it_was(tmp_path):
 
 @needs_onnx
 def test_a_wrong_operation_leaves_no_file(tmp_path, monkeypatch):
-    right = ebmkit.formats._convolution_backward
+    right = ebmkit.export._convolution_backward
 
     def wrong(*arguments):
         gradient, *rest = right(*arguments)
         return gradient * 1.001, *rest
 
-    monkeypatch.setattr(ebmkit.formats, "_convolution_backward", wrong)
+    monkeypatch.setattr(ebmkit.export, "_convolution_backward", wrong)
     with pytest.raises(UserError, match=r"was not written, for its denoised would differ"):
         export(small(), tmp_path / "denoiser.onnx")
     assert not list(tmp_path.iterdir())
