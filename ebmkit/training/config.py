@@ -30,19 +30,6 @@ from ebmkit.storage.reading import YAML_BYTES, parse_yaml, read_text
 from ebmkit.training.recipes import RECIPES, recipe_for
 from ebmkit.validation import validated
 
-__all__ = [
-    "DataConfig",
-    "FaultsConfig",
-    "OptimizerConfig",
-    "TrainConfig",
-    "WatchConfig",
-    "difference",
-    "parse_assignments",
-    "read_config",
-    "resolve",
-]
-
-
 MOST_KEYS = 20
 """Names in a key, as of optimizer.lr two."""
 

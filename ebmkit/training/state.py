@@ -53,15 +53,6 @@ from ebmkit.training.run_folder import BEST, RunFolder
 from ebmkit.training.step import TrainingStep
 from ebmkit.validation import validated
 
-__all__ = [
-    "Best",
-    "SavedOptimizer",
-    "SkippedSamples",
-    "TrainingState",
-    "check_tensor",
-    "restore_optimizer",
-]
-
 SHOWN = 5
 """Reasons for skipped samples that are written to the metrics."""
 

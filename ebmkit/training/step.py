@@ -45,8 +45,6 @@ from ebmkit.onednn import subsample_before_1x1
 from ebmkit.training.cost import trace_step
 from ebmkit.training.optim import SAM, set_rate, update_average
 
-__all__ = ["OutOfMemory", "StepStats", "TrainingStep", "split_batches", "translate_out_of_memory"]
-
 
 class OutOfMemory(Exception):
     """The step did not fit into the device's memory."""
