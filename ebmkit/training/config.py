@@ -29,19 +29,6 @@ from ebmkit.registry import find
 from ebmkit.storage.reading import YAML_BYTES, parse_yaml, read_text
 from ebmkit.training.recipes import RECIPES, recipe_for
 
-__all__ = [
-    "DataConfig",
-    "FaultsConfig",
-    "OptimizerConfig",
-    "TrainConfig",
-    "WatchConfig",
-    "difference",
-    "parse_assignments",
-    "read_config",
-    "resolve",
-]
-
-
 MOST_KEYS = 20
 """Names in a key, as of optimizer.lr two."""
 

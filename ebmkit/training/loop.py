@@ -67,16 +67,6 @@ from ebmkit.training.state import SkippedSamples, TrainingState
 from ebmkit.training.step import OutOfMemory, StepStats, TrainingStep, translate_out_of_memory
 from ebmkit.training.validation import Validation
 
-__all__ = [
-    "Interrupted",
-    "Reporter",
-    "Stop",
-    "Trainer",
-    "assemble",
-    "exit_code",
-    "stop_requested",
-]
-
 DROPOUTS = (
     nn.Dropout,
     nn.Dropout1d,

@@ -32,8 +32,6 @@ from ebmkit.storage import write_atomically
 from ebmkit.training.optim import SAM
 from ebmkit.training.step import StepStats, split_batches
 
-__all__ = ["advice", "describe", "diagnose", "headline", "keep_report", "report", "write_report"]
-
 LARGEST = 20
 """Gradients that are reported, the largest first."""
 

@@ -42,8 +42,6 @@ from ebmkit.training.config import WatchConfig
 from ebmkit.training.state import Saved, TrainingState, check_tensor
 from ebmkit.training.step import StepStats
 
-__all__ = ["Divergence", "DivergenceMonitor", "Measures", "Mitigations", "Rollback", "Snapshot"]
-
 RATE_FACTOR, STEPS_FACTOR, LEAST_PENALTY, PENALTY_FACTOR = 0.3, 1.5, 0.01, 4.0
 MOST_STEPS = 4
 """Langevin steps are not raised beyond so many times those configured."""

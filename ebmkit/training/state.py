@@ -52,15 +52,6 @@ from ebmkit.models.saving import weights_file
 from ebmkit.training.run_folder import BEST, RunFolder
 from ebmkit.training.step import TrainingStep
 
-__all__ = [
-    "Best",
-    "SavedOptimizer",
-    "SkippedSamples",
-    "TrainingState",
-    "check_tensor",
-    "restore_optimizer",
-]
-
 SHOWN = 5
 """Reasons for skipped samples that are written to the metrics."""
 
