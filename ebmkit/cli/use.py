@@ -102,7 +102,7 @@ def denoise(
     from ebmkit.data.images import read_image, write_image
     from ebmkit.models import load
     from ebmkit.noise import format_sigma, parse_sigma
-    from ebmkit.sampling.jobs import parse_label
+    from ebmkit.sampling.jobs.settings import parse_label
 
     level = None if sigma is None else parse_sigma(sigma)
     model = load(run, device=str(pick_device(device)), weights=weights)

@@ -102,7 +102,7 @@ class Drawing:
             advance: told of chains that are done.
 
         Raises:
-            UserError: if networks do not fit, or chains leave the finite numbers.
+            UserError: if networks do not fit, or chains diverge.
         """
         model = self.model(way)
         base = self.models(way.base)
@@ -124,10 +124,10 @@ class Drawing:
             while not chains.done:
                 step = keyed_generator("cpu", self.seed, "guidance", number, chains.state.step + 1)
                 chains.advance(step)
-            if chains.died:
+            if chains.diverged:
                 raise UserError(
-                    f"{len(chains.died)} of {len(own)} chains of {way.name!r} left the finite "
-                    "numbers: lower its scale"
+                    f"{len(chains.diverged)} of {len(own)} chains of {way.name!r} diverged to NaN "
+                    "or Inf: lower its scale"
                 )
             found.append(chains.state.x.clamp(0, 1))
             advance(len(own))

@@ -47,9 +47,8 @@ from ebmkit.energy import Noise
 from ebmkit.errors import UserError
 from ebmkit.guidance.schedules import Exact, GuidanceSchedule, parse_schedule
 from ebmkit.noise import Schedule, make_schedule
-from ebmkit.sampling.base import per_chain
+from ebmkit.sampling.base import per_chain, root_mean_square
 from ebmkit.sampling.diffusion import NoisePredictor
-from ebmkit.sampling.langevin import root_mean_square
 from ebmkit.sampling.target import DenoiserFunction, DensityFunction, ScoreFunction
 
 __all__ = [

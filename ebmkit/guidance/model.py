@@ -25,8 +25,7 @@ from ebmkit.guidance.config import CLASSIFIER_FREE, GuidanceConfig
 from ebmkit.guidance.free import classifier_free
 from ebmkit.guidance.guides import check_guide
 from ebmkit.noise import make_schedule
-from ebmkit.sampling.base import per_chain
-from ebmkit.sampling.langevin import root_mean_square
+from ebmkit.sampling.base import per_chain, root_mean_square
 from ebmkit.sampling.target import label_density_of
 
 __all__ = ["GuidedDensityModel", "GuidedModel", "guided_model"]

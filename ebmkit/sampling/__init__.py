@@ -1,7 +1,14 @@
 """Samplers of any model: chains on a score, a density or a denoiser, never on a network."""
 
-from ebmkit.noise import SCHEDULES, Schedule, make_schedule
-from ebmkit.sampling.ascent import Ascent
+from ebmkit.noise import Schedule, make_schedule
+from ebmkit.sampling.annealed import (
+    ANNEALED_ENTRY,
+    PC_ENTRY,
+    AnnealedLangevin,
+    PredictorCorrector,
+    geometric_sigmas,
+)
+from ebmkit.sampling.ascent import ASCENT_ENTRY, Ascent
 from ebmkit.sampling.base import Chain, Chains, Info, Sampler, State
 from ebmkit.sampling.diagnostics import (
     Trace,
@@ -10,8 +17,8 @@ from ebmkit.sampling.diagnostics import (
     random_projections,
     split_rhat,
 )
-from ebmkit.sampling.diffusion import DDIM, NoisePredictor, noise_predictor_of
-from ebmkit.sampling.hmc import HMC
+from ebmkit.sampling.diffusion import DDIM, DDIM_ENTRY, DDPM_ENTRY, noise_predictor_of
+from ebmkit.sampling.entry import SAMPLERS, SamplerEntry, default_sampler, find_sampler
 from ebmkit.sampling.inverse import (
     BlockAverage,
     Compressed,
@@ -21,24 +28,22 @@ from ebmkit.sampling.inverse import (
     center_hole,
     random_pixels,
 )
-from ebmkit.sampling.kadkhodaie import StochasticAscent
+from ebmkit.sampling.kadkhodaie_simoncelli import (
+    KADKHODAIE_SIMONCELLI_ENTRY,
+    StochasticAscent,
+    make_restorer,
+)
 from ebmkit.sampling.langevin import (
     JEM_NOISE,
     JEM_STEP,
-    MALA,
-    AnnealedLangevin,
-    DensityChain,
+    LANGEVIN_ENTRY,
+    SGLD_ENTRY,
     Langevin,
-    PredictorCorrector,
-    geometric_sigmas,
     langevin_move,
 )
-from ebmkit.sampling.presets import SAMPLERS, SamplerEntry, find_sampler, make_restorer
-from ebmkit.sampling.seeds import ClassGaussians
+from ebmkit.sampling.metropolis import HMC, HMC_ENTRY, MALA, MALA_ENTRY
+from ebmkit.sampling.starts import ClassGaussians, ReplayBuffer
 from ebmkit.sampling.target import (
-    DenoiserFunction,
-    DensityFunction,
-    ScoreFunction,
     blind_denoiser_of,
     denoiser_of,
     density_of,
@@ -53,7 +58,6 @@ __all__ = [
     "JEM_STEP",
     "MALA",
     "SAMPLERS",
-    "SCHEDULES",
     "AnnealedLangevin",
     "Ascent",
     "BlockAverage",
@@ -61,25 +65,22 @@ __all__ = [
     "Chains",
     "ClassGaussians",
     "Compressed",
-    "DenoiserFunction",
-    "DensityChain",
-    "DensityFunction",
     "Info",
     "Langevin",
     "LowPass",
     "Measurement",
-    "NoisePredictor",
     "Pixels",
     "PredictorCorrector",
+    "ReplayBuffer",
     "Sampler",
     "SamplerEntry",
     "Schedule",
-    "ScoreFunction",
     "State",
     "StochasticAscent",
     "Trace",
     "blind_denoiser_of",
     "center_hole",
+    "default_sampler",
     "denoiser_of",
     "density_of",
     "effective_size",
@@ -96,3 +97,19 @@ __all__ = [
     "score_of",
     "split_rhat",
 ]
+
+SAMPLERS.update(
+    (entry.name, entry)
+    for entry in (
+        LANGEVIN_ENTRY,
+        SGLD_ENTRY,
+        MALA_ENTRY,
+        HMC_ENTRY,
+        ANNEALED_ENTRY,
+        PC_ENTRY,
+        DDPM_ENTRY,
+        DDIM_ENTRY,
+        KADKHODAIE_SIMONCELLI_ENTRY,
+        ASCENT_ENTRY,
+    )
+)

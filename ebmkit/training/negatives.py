@@ -30,9 +30,9 @@ from ebmkit.errors import UserError
 from ebmkit.objectives import Term, TrainingLoss
 from ebmkit.parallel import DistributedContext
 from ebmkit.randomness import keyed_generator
-from ebmkit.sampling.buffer import ReplayBuffer
-from ebmkit.sampling.langevin import JEM_NOISE, JEM_STEP, Langevin, normal_like
-from ebmkit.sampling.seeds import ClassGaussians
+from ebmkit.sampling.base import normal_like
+from ebmkit.sampling.langevin import JEM_NOISE, JEM_STEP, Langevin
+from ebmkit.sampling.starts import ClassGaussians, ReplayBuffer
 
 __all__ = ["Negatives", "NegativesConfig", "likelihood_terms"]
 
@@ -187,7 +187,7 @@ class Negatives:
             score,
             config.step_size,
             noise_std=config.noise,
-            largest_drift=config.largest_drift,
+            drift_clip=config.largest_drift,
             bounds=(0.0, 1.0) if config.clip else None,
             normal=normal,
         )

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from ebmkit.data import Batch
 from ebmkit.errors import UserError
-from ebmkit.sampling.buffer import ReplayBuffer
+from ebmkit.sampling.starts import ReplayBuffer
 from ebmkit.training.checkpoint_state import SavedWatch, check_tensor, parts_of, restore_parts
 from ebmkit.training.divergence import Divergence, DivergenceMonitor, Measures, sentence
 from ebmkit.training.engine import StepStats
