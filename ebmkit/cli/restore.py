@@ -21,9 +21,7 @@ __all__ = ["restore"]
 
 def restore(
     run: Annotated[Path, typer.Argument(help="run folder of a blind denoiser")],
-    images: Annotated[
-        list[Path], typer.Argument(metavar="IMAGE", help="images: PNG, JPEG, TIFF")
-    ],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="images: PNG, JPEG, TIFF")],
     out: Annotated[Path, typer.Option(help="folder for what is written")],
     task: Annotated[
         str, typer.Option(help="inpaint, random-pixels, superres, deblur, compressed")
@@ -54,7 +52,10 @@ def restore(
     steps: Annotated[int | None, typer.Option(help="at the most")] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="a setting of the sampler kadkhodaie_simoncelli, as beta=0.1; may be repeated"),
+        typer.Option(
+            "--set",
+            help="a setting of the sampler kadkhodaie_simoncelli, as beta=0.1; may be repeated",
+        ),
     ] = None,
     seed: Annotated[
         int, typer.Option(min=0, max=2**63 - 1, help="of the noise, and of what is measured")
