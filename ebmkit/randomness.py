@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 
 import torch
+from torch import Tensor
 
-__all__ = ["keyed_generator", "keyed_seed"]
+__all__ = ["bit_hash", "keyed_generator", "keyed_seed"]
 
 
 def keyed_seed(*key: object) -> int:
@@ -22,3 +23,19 @@ def keyed_seed(*key: object) -> int:
 def keyed_generator(device: torch.device | str, *key: object) -> torch.Generator:
     """A generator on ``device`` that is a function of ``key`` alone."""
     return torch.Generator(device).manual_seed(keyed_seed(*key))
+
+
+def bit_hash(numbers: Tensor) -> Tensor:
+    """A hash of the bits of each entry of ``numbers`` (float32 or float64), 0 to 2^32 - 1, int64.
+
+    What is decided by it is keyed as the numbers are: the same on every device, under every
+    compiler, and however a batch of them is divided.
+    """
+    low = 0xFFFFFFFF
+    wide = numbers.dtype == torch.float64
+    bits = numbers.contiguous().view(torch.int64 if wide else torch.int32).to(torch.int64)
+    bits = (bits ^ (bits >> 32)) & low
+    for factor, shift in ((0x5BD1E995, 15), (0x2C1B3C6D, 13), (0x297A2D39, 16)):
+        bits = (bits * factor) & low  # below 2^63: the factors are below 2^31
+        bits = bits ^ (bits >> shift)
+    return bits
