@@ -22,13 +22,13 @@ from ebmkit.guidance import (
     weight_of_diffusers,
     weight_of_thesis,
 )
+from ebmkit.noise import make_schedule
 from ebmkit.sampling import (
     DDIM,
     AnnealedLangevin,
     denoiser_of,
     density_of,
     geometric_sigmas,
-    make_schedule,
     noise_predictor_of,
     score_of,
 )

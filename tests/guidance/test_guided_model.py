@@ -9,7 +9,7 @@ from ebmkit import GaussianMixture, ModelCard, ScoreModel, UserError
 from ebmkit.energy import EnergyModel
 from ebmkit.guidance import GUIDES, LogitModel, guided_model, make_guidance
 from ebmkit.models import DirectDenoiser
-from ebmkit.sampling import make_schedule
+from ebmkit.noise import make_schedule
 from ebmkit.sampling.entry import SAMPLERS, missing
 from ebmkit.sampling.target import density_of, label_density_of
 

@@ -9,14 +9,8 @@ import torch
 
 from ebmkit import Gaussian
 from ebmkit.errors import UserError
-from ebmkit.noise import linear_betas
-from ebmkit.sampling import (
-    DDIM,
-    PredictorCorrector,
-    Schedule,
-    make_schedule,
-    noise_predictor_of,
-)
+from ebmkit.noise import Schedule, linear_betas, make_schedule
+from ebmkit.sampling import DDIM, PredictorCorrector, noise_predictor_of
 from ebmkit.sampling.annealed import PCConfig
 
 

@@ -11,8 +11,6 @@ from pydantic import ValidationError
 from ebmkit import Gaussian
 from ebmkit.sampling import (
     HMC,
-    JEM_NOISE,
-    JEM_STEP,
     MALA,
     AnnealedLangevin,
     Chains,
@@ -24,6 +22,7 @@ from ebmkit.sampling import (
     score_of,
 )
 from ebmkit.sampling.annealed import AnnealedConfig, PCConfig
+from ebmkit.sampling.langevin import JEM_NOISE, JEM_STEP
 from ebmkit.sampling.metropolis import HMCConfig, MALAConfig
 
 WIDE = 1.5
