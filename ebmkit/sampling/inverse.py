@@ -63,21 +63,37 @@ class Measurement(ABC):
     shape: Shape
     count: int
 
-    @abstractmethod
     def measure(self, x: Tensor) -> Tensor:
         """M^T x, (B, n), of images (B, C, H, W).
 
         Raises:
             UserError: if the images have another shape.
         """
+        if x.shape[1:] != self.shape:
+            raise UserError(
+                f"this measurement is of images {self.shape}, not {tuple(x.shape[1:])}: make it "
+                "for the shape (channels, height, width) of yours"
+            )
+        return self._measure(x)
 
-    @abstractmethod
     def adjoint(self, m: Tensor) -> Tensor:
         """M m, images (B, C, H, W), of measurements (B, n).
 
         Raises:
             UserError: if there are not n numbers for each image.
         """
+        if m.ndim != 2 or m.shape[1] != self.count:
+            raise UserError(
+                f"this measurement has {self.count} numbers of each image, (B, {self.count}), not "
+                f"{tuple(m.shape)}"
+            )
+        return self._adjoint(m)
+
+    @abstractmethod
+    def _measure(self, x: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _adjoint(self, m: Tensor) -> Tensor: ...
 
     def project(self, x: Tensor) -> Tensor:
         """M M^T x: what of ``x`` was measured."""
@@ -95,20 +111,6 @@ class Measurement(ABC):
         """Simple solutions (C, H, W) of measurements (1, n) by name, not clipped."""
         return {"pseudo-inverse": self.on_gray(m)}
 
-    def _check(self, x: Tensor) -> None:
-        if x.shape[1:] != self.shape:
-            raise UserError(
-                f"this measurement is of images {self.shape}, not {tuple(x.shape[1:])}: make it "
-                "for the shape (channels, height, width) of yours"
-            )
-
-    def _check_measured(self, m: Tensor) -> None:
-        if m.ndim != 2 or m.shape[1] != self.count:
-            raise UserError(
-                f"this measurement has {self.count} numbers of each image, (B, {self.count}), not "
-                f"{tuple(m.shape)}"
-            )
-
 
 class _Selection(Measurement):
     """Some of the coordinates of an orthonormal transform; subclasses say which transform."""
@@ -120,12 +122,10 @@ class _Selection(Measurement):
         if not self.count:
             raise UserError("nothing is measured: keep more than 0 of the image")
 
-    def measure(self, x: Tensor) -> Tensor:
-        self._check(x)
+    def _measure(self, x: Tensor) -> Tensor:
         return self._transform(x).flatten(1)[:, self._where.to(x.device)]
 
-    def adjoint(self, m: Tensor) -> Tensor:
-        self._check_measured(m)
+    def _adjoint(self, m: Tensor) -> Tensor:
         whole = m.new_zeros(len(m), math.prod(self.shape))
         whole[:, self._where.to(m.device)] = m
         return self._inverse(whole.reshape(-1, *self.shape))
@@ -205,12 +205,10 @@ class BlockAverage(Measurement):
         self.small = (channels, height // factor, width // factor)
         self.count = math.prod(self.small)
 
-    def measure(self, x: Tensor) -> Tensor:
-        self._check(x)
+    def _measure(self, x: Tensor) -> Tensor:
         return self.factor * torch.nn.functional.avg_pool2d(x, self.factor).flatten(1)
 
-    def adjoint(self, m: Tensor) -> Tensor:
-        self._check_measured(m)
+    def _adjoint(self, m: Tensor) -> Tensor:
         means, k = m.reshape(-1, *self.small) / self.factor, self.factor
         return repeat(means, "b c h w -> b c (h k) (w l)", k=k, l=k)
 
@@ -225,9 +223,7 @@ class BlockAverage(Measurement):
 
     def of_small_images(self, small: Tensor) -> Tensor:
         """The measurements (B, n) that small images (B, C, H / factor, W / factor) are."""
-        measured = self.factor * small.flatten(1)
-        self._check_measured(measured)
-        return measured
+        return self.factor * small.flatten(1)
 
 
 class LowPass(_Selection):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,23 +134,21 @@ def _sums(info: Info, active: Tensor) -> Tensor:
     return torch.stack(found).cpu()
 
 
-class Means(NamedTuple):
-    """Of each step over all chains that moved: numbers, None where they have no meaning."""
+def means_of(batches: list[Tensor]) -> dict[str, list[Any]]:
+    """The means of each step over all chains that moved, None where they have no meaning.
 
-    chains: list[int]
-    sigma: list[float | None]
-    acceptance: list[float | None]
-    move: list[float | None]
+    Args:
+        batches: the ``sums`` (T, 4) of each, of different lengths.
 
-
-def means_of(batches: list[Tensor]) -> Means:
-    """The means of each step over the ``sums`` (T, 4) of batches, of different lengths."""
+    Returns:
+        The number of ``chains`` at each step, and means of ``sigma``, ``acceptance`` and ``move``.
+    """
     length = max((len(sums) for sums in batches), default=0)
     total = torch.zeros(length, 4, dtype=torch.float64)
     for sums in batches:
         total[: len(sums)] += sums
-    columns: list[list[float | None]] = []
-    for column in (1, 2, 3):
-        means = total[:, column] / total[:, 0]
-        columns.append([float(f"{m:.6g}") if math.isfinite(m) else None for m in means.tolist()])
-    return Means([int(n) for n in total[:, 0].tolist()], *columns)
+    found: dict[str, list[Any]] = {"chains": [int(n) for n in total[:, 0].tolist()]}
+    for column, name in enumerate(("sigma", "acceptance", "move"), 1):
+        means = (total[:, column] / total[:, 0]).tolist()
+        found[name] = [float(f"{m:.6g}") if math.isfinite(m) else None for m in means]
+    return found

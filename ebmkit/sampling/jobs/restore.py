@@ -125,7 +125,7 @@ def restore(
         rearrange(images, "(b s) c h w -> b s c h w", s=samples).cpu(),
         finite.reshape(count, samples),
         off.square().mean(1).sqrt().reshape(count, samples).cpu(),
-        means_of([torch.stack(record.sums)]).sigma,
+        means_of([torch.stack(record.sums)])["sigma"],
         chains.state.step,
     )
 

@@ -23,7 +23,7 @@ import os
 import tempfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ from ebmkit.errors import UserError
 from ebmkit.plots.common import DPI, GRAY, new_figure, save_figure
 from ebmkit.sampling.diagnostics import chain_diagnostics, energy_diagnostics
 from ebmkit.sampling.jobs.job import SamplingJob
-from ebmkit.sampling.jobs.record import MAX_DRAWS, Means, means_of
+from ebmkit.sampling.jobs.record import MAX_DRAWS, means_of
 from ebmkit.sampling.jobs.settings import BUFFER, class_names_of
 from ebmkit.sampling.target import clean_level
 from ebmkit.storage import write_atomically
@@ -61,26 +61,6 @@ DIVERGED = (213, 94, 0)
 """The frame of diverged chains, orange."""
 
 
-class _Samples(NamedTuple):
-    """The samples of a job without the arrays that are in its file already.
-
-    Attributes:
-        columns: by name, what is small and of all samples, (N, ...).
-        first: (M, C, H, W), the first samples.
-        draws: of each batch, log-densities along its chains.
-        traces: means of each step.
-        far: number of samples that are no images.
-        seconds: of all batches.
-    """
-
-    columns: dict[str, Tensor]
-    first: Tensor
-    draws: list[Tensor | None]
-    traces: Means
-    far: int
-    seconds: float
-
-
 def write_results(job: SamplingJob, run: str) -> dict[str, Any]:
     """Write all files of a job that has run; ``sampling.json`` last. What that holds.
 
@@ -91,39 +71,46 @@ def write_results(job: SamplingJob, run: str) -> dict[str, Any]:
     Raises:
         UserError: if a file cannot be written.
     """
-    settings, folder, sources = job.settings, job.folder.path, job.sources
-    samples = _write_hdf5(job, run, folder / "samples.h5")
-    finite, died, traces = samples.columns["finite"], samples.columns["died"], samples.traces
+    settings, held_out = job.settings, job.sources.held_out
+    batches, first = _write_hdf5(job, run, job.folder.path / "samples.h5")
+    finite, died = (torch.cat([batch[name] for batch in batches]) for name in ("finite", "died"))
+    labels, log_density = (
+        torch.cat([batch[name] for batch in batches]) if name in batches[0] else None
+        for name in ("labels", "log_density")
+    )
+    far = sum(int(batch["far"].sum()) for batch in batches)
+    traces = means_of([batch["sums"] for batch in batches if "sums" in batch])
     diverged = [(k, int(died[k])) for k in torch.nonzero(died >= 0).flatten().tolist()]
-    held_out = sources.held_out
-    data = None if held_out is None else job.energies(held_out).get("log_density")
     document: dict[str, Any] = {
         "run": run,
         "source": _source(job),
         "settings": settings.model_dump(mode="json"),
         "model": None if job.model.card is None else job.model.card.model_dump(mode="json"),
         "samples": settings.count,
-        "steps": len(traces.chains),
+        "steps": len(traces["chains"]),
         "lost": [{"chain": chain, "step": step} for chain, step in diverged],
-        "warnings": [*job.cautions, *_warnings(samples.far, diverged, len(died))],
+        "warnings": [*job.cautions, *_warnings(far, diverged, len(died))],
         "diagnostics": {
             "acceptance": _acceptance(traces),
             "chains": chain_diagnostics(
-                job.entry, samples.draws, finite, max(1, job.length // MAX_DRAWS)
+                job.entry,
+                [batch.get("draws") for batch in batches],
+                finite,
+                max(1, job.length // MAX_DRAWS),
             ),
             "energies": energy_diagnostics(
-                samples.columns.get("log_density"),
+                log_density,
                 finite,
-                data,
-                sources.note,
+                None if held_out is None else job.energies(held_out).get("log_density"),
+                job.sources.note,
                 clean_level(job.model),
             ),
         },
-        "seconds": round(samples.seconds, 3),
-        "traces": traces._asdict(),
+        "seconds": round(sum(float(batch["seconds"]) for batch in batches), 3),
+        "traces": traces,
         "environment": environment(),
     }
-    document["files"] = ["samples.h5", *_plot(job, samples)]
+    document["files"] = ["samples.h5", *_plot(job, first, labels, finite, traces)]
     job.folder.finish(document)
     return document
 
@@ -138,15 +125,18 @@ def _source(job: SamplingJob) -> str:
     return "buffer" if job.settings.start == BUFFER else "fresh"
 
 
-def _write_hdf5(job: SamplingJob, run: str, path: Path) -> _Samples:
-    """Write the samples batch by batch, in one move; what is small is returned."""
+def _write_hdf5(job: SamplingJob, run: str, path: Path) -> tuple[list[dict[str, Tensor]], Tensor]:
+    """Write the samples batch by batch, in one move; the first ones are returned.
+
+    Of each batch what else there is is returned, too, and which samples are ``far`` (B,) from
+    images.
+    """
     import h5py
 
     settings = job.settings
     total, (channels, height, width) = settings.count, settings.shape
     batches: list[dict[str, Tensor]] = []
     first: list[Tensor] = []
-    far = 0
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
     try:
@@ -159,17 +149,14 @@ def _write_hdf5(job: SamplingJob, run: str, path: Path) -> _Samples:
                 samples[rows] = x.numpy()
                 levels = (x.clamp(0, 1) * 255).round().to(torch.uint8)
                 images[rows] = rearrange(levels, "b c h w -> b h w c").numpy()
-                far += int(far_from_images(x).sum())
                 if sum(map(len, first)) < ROWS * COLUMNS:
                     first.append(x)
                 batch.pop("frames", None)
-                batches.append(batch)
-            names = ("finite", "labels", "log_density", "log_joint", "died")
-            columns = {k: torch.cat([b[k] for b in batches]) for k in names if k in batches[0]}
-            for key, column in columns.items():
-                if key != "died":
-                    file[key] = column.numpy()
-            if "labels" in columns:
+                batches.append(batch | {"far": far_from_images(x)})
+            for key in ("finite", "labels", "log_density", "log_joint"):
+                if key in batches[0]:
+                    file[key] = torch.cat([batch[key] for batch in batches]).numpy()
+            if "labels" in batches[0]:
                 kind = h5py.string_dtype()
                 file.create_dataset("class_names", data=class_names_of(job.model), dtype=kind)
             file.attrs.update(
@@ -187,19 +174,12 @@ def _write_hdf5(job: SamplingJob, run: str, path: Path) -> _Samples:
         raise UserError(f"cannot write {str(path)!r}: {error.strerror or error}") from None
     finally:
         Path(temporary).unlink(missing_ok=True)
-    return _Samples(
-        columns,
-        torch.cat(first),
-        [batch.get("draws") for batch in batches],
-        means_of([batch["sums"] for batch in batches if "sums" in batch]),
-        far,
-        float(sum(float(batch["seconds"]) for batch in batches)),
-    )
+    return batches, torch.cat(first)
 
 
-def _acceptance(traces: Means) -> float | None:
+def _acceptance(traces: dict[str, list[Any]]) -> float | None:
     """Mean over all proposals; None of samplers that accept all."""
-    steps = zip(traces.acceptance, traces.chains, strict=True)
+    steps = zip(traces["acceptance"], traces["chains"], strict=True)
     known = [(share, chains) for share, chains in steps if share is not None]
     proposals = sum(chains for _, chains in known)
     return sum(share * chains for share, chains in known) / proposals if proposals else None
@@ -227,23 +207,26 @@ def _warnings(far: int, diverged: list[tuple[int, int]], total: int) -> list[str
 # --- plots ---------------------------------------------------------------------------------------
 
 
-def _plot(job: SamplingJob, samples: _Samples) -> list[str]:
-    """Draw the samples, and the path of the first chains where it was recorded."""
+def _plot(
+    job: SamplingJob,
+    images: Tensor,
+    labels: Tensor | None,
+    finite: Tensor,
+    traces: dict[str, list[Any]],
+) -> list[str]:
+    """Draw the first samples, and the path of the first chains where it was recorded."""
     folder, settings, how = job.folder.path, job.settings, job.settings.guidance
-    steps = len(samples.traces.chains)
+    steps = len(traces["chains"])
     steps_text = f", {steps} steps from {settings.start}" if steps else ""
     guided = "" if how is None else f", guided by {how.guidance} at {how.scale:g}"
     title = f"{settings.sampler}{steps_text}{guided}, seed {settings.seed}"
-    names = class_names_of(job.model)
-    labels, finite = samples.columns.get("labels"), samples.columns["finite"]
-    plot_samples(
-        samples.first, labels, names, finite, folder / "samples.png", title, settings.count
-    )
+    names, path = class_names_of(job.model), folder / "samples.png"
+    plot_samples(images, labels, names, finite, path, title, settings.count)
     batch = job.finished(0)
     if "frames" not in batch:
         return ["samples.png"]
     frames, moments = batch["frames"], batch["moments"].tolist()
-    plot_path(frames, moments, samples.traces.sigma, folder / "path.png", title)
+    plot_path(frames, moments, traces["sigma"], folder / "path.png", title)
     animate_path(frames, folder / "path.gif")
     return ["samples.png", "path.png", "path.gif"]
 

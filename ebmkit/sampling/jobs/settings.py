@@ -147,19 +147,14 @@ def make_settings(
     image_size: int | None = None,
     **others: Any,
 ) -> SamplingSettings:
-    """The settings of a job, checked against ``model``.
+    """The settings of a job, checked against ``model``; others are options of `ebmkit sample`.
 
     Args:
         model: as `ebmkit.load` gives it.
         sampler: a name of `SAMPLERS`, or ``buffer``; None: `default_sampler`.
-        count: number of chains.
-        label: class name or number, or ``all``: each in turn.
-        steps: of each chain; None: the sampler's default.
         start: one of `STARTS`; None: the sampler's default.
         options: further settings of the sampler.
         data_at_hand: whether training images can be had, for starts that are left open.
-        batch_size: chains that are moved together; it changes what is drawn.
-        image_size: side of the images; None: what the model was trained at.
         others: further fields of `SamplingSettings`.
 
     Raises:

@@ -170,16 +170,7 @@ def parse_guidance(
     late: float | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> GuidanceConfig | None:
-    """The guidance that these options ask for; None if they ask for none.
-
-    Args:
-        guide: run folder of the guide; none for classifier-free guidance.
-        guidance: a name of `ebmkit.guidance.GUIDES`; energy by default.
-        scale: s, or w of classifier-free guidance.
-        schedule: in its written form.
-        view: noisy, shrunk, clean or clean-through.
-        late: share of the noise levels without guidance.
-        options: settings of the guide.
+    """The guidance that these options of `ebmkit sample` ask for; None if they ask for none.
 
     Raises:
         UserError: if options are given without a guide, or one is not legal.
