@@ -90,11 +90,11 @@ def update_coefficients(
         half: h, one over the width of the model's range of images.
     """
     deviation = lower * math.sqrt(max(0.0, 1 - (lower / sigma) ** 2))
-    kept = math.sqrt(max(0.0, lower**2 - (eta * deviation) ** 2))
+    a = math.sqrt(max(0.0, lower**2 - (eta * deviation) ** 2))
     if variance == "fixed_large" and lower:
         shrunk = math.sqrt((half**2 + lower**2) / (half**2 + sigma**2))
-        return kept, shrunk * math.sqrt(sigma**2 - lower**2)
-    return kept, eta * deviation
+        return a, shrunk * math.sqrt(sigma**2 - lower**2)
+    return a, eta * deviation
 
 
 class DDIM(PositionSampler):

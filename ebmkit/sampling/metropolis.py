@@ -68,8 +68,8 @@ class HMCConfig(LevelConfig):
     temperature: float = Field(1.0, gt=0, description="samples p^(1/T)")
 
 
-class MALA:
-    """Metropolis-adjusted Langevin.
+class MetropolisSampler:
+    """What both samplers share.
 
     Args:
         density: log-density and score of the target.
@@ -86,6 +86,10 @@ class MALA:
         """Chains that start at ``x`` (B, ...)."""
         return DensityChain(x, 0, *self.density(x, self.sigma))
 
+
+class MALA(MetropolisSampler):
+    """Metropolis-adjusted Langevin; its settings are a `MALAConfig`."""
+
     def step(self, state: DensityChain, generator: torch.Generator) -> tuple[DensityChain, Info]:
         """Propose a Langevin move, and accept it or stay."""
         x, noise_std = state.x, math.sqrt(2 * self.step_size * self.temperature)
@@ -98,13 +102,8 @@ class MALA:
         return adjusted(state, DensityChain(proposed, 0, log_density, score), log_ratio, generator)
 
 
-class HMC(MALA):
-    """Hamiltonian Monte Carlo with unit mass.
-
-    Args:
-        density: log-density and score of the target; each leapfrog step evaluates it once.
-        config: settings.
-    """
+class HMC(MetropolisSampler):
+    """Hamiltonian Monte Carlo with unit mass; each leapfrog step evaluates the density once."""
 
     def __init__(self, density: DensityFunction, config: HMCConfig) -> None:
         super().__init__(density, config)
