@@ -13,9 +13,9 @@ from small import SHAPE, BlindMixture, mixture, small_network
 import ebmkit
 from ebmkit import UserError
 from ebmkit.data.hdf5 import load_hdf5
-from ebmkit.sampling.base import Chain, Info
+from ebmkit.sampling.base import Chain, Info, PositionSampler, moved_to
 from ebmkit.sampling.diagnostics import chain_diagnostics
-from ebmkit.sampling.entry import SAMPLERS, default_sampler
+from ebmkit.sampling.entry import SAMPLERS, SamplerConfig, SamplerEntry, default_sampler
 from ebmkit.sampling.jobs.job import Interrupted, SamplingFolder, SamplingJob
 from ebmkit.sampling.jobs.record import MAX_FRAMES, Record
 from ebmkit.sampling.jobs.results import write_results
@@ -279,6 +279,45 @@ def test_diagnostics_say_where_they_have_no_meaning():
     assert found["split_rhat"] < 1.02  # independent draws
     assert 0.7 * 1600 < found["effective_size"] < 1.4 * 1600
     assert "no meaning" in chain_diagnostics(SAMPLERS["ddim"], [draws], finite, 1)["meaning"]
+
+
+class TowardsGray(PositionSampler):
+    """A sampler that the package does not know."""
+
+    steps = None
+
+    def step(self, state, generator):
+        return moved_to(state, 0.5 + 0.9 * (state.x - 0.5))
+
+
+def test_an_entry_of_the_table_is_all_that_a_sampler_needs(tmp_path, monkeypatch):
+    """Settings, a job, its files and its diagnostics, and the default of the highest priority."""
+    entry = SamplerEntry(
+        name="towards-gray",
+        description="shrinks contrast",
+        config=SamplerConfig,
+        needs=("score",),
+        make=lambda model, c, config: TowardsGray(),
+        no_law="shrinks contrast",
+        priority=9,
+    )
+    model = mixture()
+    with monkeypatch.context() as patch:
+        patch.setitem(SAMPLERS, entry.name, entry)
+        assert default_sampler(model) is entry
+        settings = make_settings(model, None, count=3, steps=40)
+        assert settings.sampler == "towards-gray"
+        job = job_at(tmp_path, model, settings)
+        job.run()
+        document = write_results(job, "run")
+    assert "shrinks contrast: they have no meaning" in document["diagnostics"]["chains"]["meaning"]
+    assert document["steps"] == 40
+    assert float((job_samples(tmp_path) - 0.5).abs().max()) < 0.1
+
+
+def job_samples(path):
+    with h5py.File(path / "samples.h5") as file:
+        return torch.from_numpy(file["samples"][()])
 
 
 # --- what is refused, and what is cautioned ------------------------------------------------------
