@@ -209,17 +209,25 @@ class BlockAverage(Measurement):
         return self.factor * torch.nn.functional.avg_pool2d(x, self.factor).flatten(1)
 
     def _adjoint(self, m: Tensor) -> Tensor:
-        means, k = m.reshape(-1, *self.small) / self.factor, self.factor
-        return repeat(means, "b c h w -> b c (h k) (w l)", k=k, l=k)
+        return repeat(
+            self.small_images(m), "b c h w -> b c (h k) (w l)", k=self.factor, l=self.factor
+        )
 
     def baselines(self, m: Tensor) -> dict[str, Tensor]:
         """Nearest and bicubic interpolation."""
-        means, size = m.reshape(-1, *self.small) / self.factor, self.shape[1:]
         # with antialias the cubic kernel is Keys', a = -1/2, as in Pillow and Matlab
         large = torch.nn.functional.interpolate(
-            means, size, mode="bicubic", align_corners=False, antialias=True
+            self.small_images(m),
+            self.shape[1:],
+            mode="bicubic",
+            align_corners=False,
+            antialias=True,
         )
         return {"nearest": self.on_gray(m), "bicubic": large[0]}
+
+    def small_images(self, m: Tensor) -> Tensor:
+        """The block means (B, C, H / factor, W / factor) that ``m`` (B, n) holds."""
+        return m.reshape(-1, *self.small) / self.factor
 
     def of_small_images(self, small: Tensor) -> Tensor:
         """The measurements (B, n) that small images (B, C, H / factor, W / factor) are."""
