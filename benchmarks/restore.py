@@ -31,8 +31,8 @@ from ebmkit.sampling.jobs.restore import Panel, plot_restorations, restore
 from ebmkit.sampling.jobs.sources import data_of
 from ebmkit.sampling.kadkhodaie_simoncelli import StochasticAscentConfig
 from ebmkit.storage import write_atomically
-from ebmkit.training.assemble import images_of
-from ebmkit.training.runs import environment
+from ebmkit.training.run_folder import environment
+from ebmkit.training.setup import images_of
 
 TASKS = {
     "inpaint": TaskOptions(share=0.1),

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, get_args
 
-import typer
 from rich.table import Table
+from typer import Argument
 
 from ebmkit.cli.console import console
-
-__all__ = ["list_", "tables"]
-
 
 Kind = Literal[
     "backbones", "denoisers", "heads", "objectives", "datasets", "recipes", "suites", "samplers",
@@ -24,14 +21,15 @@ def tables() -> dict[str, dict[str, str]]:
     from ebmkit.evaluation import SUITES
     from ebmkit.guidance import GUIDANCE_SCHEDULES, GUIDES
     from ebmkit.models import BACKBONES, DENOISERS, HEADS
-    from ebmkit.models.foreign import KINDS
+    from ebmkit.models.importing import KINDS
     from ebmkit.objectives import ALIASES, OBJECTIVES
     from ebmkit.sampling import SAMPLERS
     from ebmkit.sampling.inverse import TASKS
     from ebmkit.training import RECIPES
 
     return {
-        "backbones": {name: preset.description for name, preset in BACKBONES.items()},
+        "backbones": {name: preset.description for name, preset in BACKBONES.items()}
+        | {"timm:NAME": "any network of timm, as timm:convnext_atto"},
         "denoisers": {name: preset.description for name, preset in DENOISERS.items()},
         "heads": {name: preset.description for name, preset in HEADS.items()},
         "objectives": {name: objective.description for name, objective in OBJECTIVES.items()}
@@ -47,7 +45,7 @@ def tables() -> dict[str, dict[str, str]]:
     }
 
 
-def list_(kind: Annotated[Kind, typer.Argument(help=", ".join(get_args(Kind)))]) -> None:
+def list_(kind: Annotated[Kind, Argument(help=", ".join(get_args(Kind)))]) -> None:
     """List the parts that options can name."""
     table = Table(kind.removesuffix("s"), "about")
     for name, description in tables()[kind].items():

@@ -34,7 +34,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ebmkit.errors import UserError
-from ebmkit.evaluation.energies import Reading
+from ebmkit.evaluation.energies import EnergySource
 from ebmkit.noise import Schedule, make_schedule
 
 __all__ = ["VIEWS", "DiffusionPathConfig", "views_at"]
@@ -63,7 +63,7 @@ class DiffusionPathConfig(BaseModel):
     samples: Path | None = Field(
         None, description="HDF5 file that `ebmkit sample` wrote, for energies beside the data's"
     )
-    energies: Reading = Field(
+    energies: EnergySource = Field(
         "auto",
         description="model: its own density; logits: -logsumexp; auto: by what was trained",
     )

@@ -20,9 +20,8 @@ from ebmkit.objectives.score_matching import (
     trace_vectors,
 )
 from ebmkit.training import resolve
-from ebmkit.training.assemble import build_model
-from ebmkit.training.checks import check_terms
 from ebmkit.training.cost import step_flops
+from ebmkit.training.setup import build_model, check_terms
 
 SIGMA = 0.3
 
@@ -234,7 +233,7 @@ def test_validation_can_compare_values_below_zero():
 def test_a_step_costs_two_of_denoising_score_matching():
     """Forward and score are 2 forward passes, differentiating both by the image 2, the gradient 8.
 
-    So 12 against 6 (`ebmkit.training.trace`), counted on numbers that are not there.
+    So 12 against 6 (`ebmkit.training.cost`), counted on numbers that are not there.
     """
     costs = {}
     for name in ("dsm", "ism"):
@@ -256,7 +255,7 @@ def test_networks_without_a_second_derivative_are_refused(layer, told):
     small = {"objective": "ism", "model": {"backbone": {"width": 8}}}
     config = resolve(small, layer)
     pixels, labels = torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.arange(4)
-    images = ImageSet("four", "train", pixels, labels, ("a", "b", "c", "d"))
+    images = ImageSet(pixels, labels, ("a", "b", "c", "d"))
     loss = TrainingLoss(build_model(config, images), parse_objective("ism"))
     with pytest.raises(UserError, match=told):
         check_terms(loss, config, images)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from ebmkit.cli.console import TensorBoard, Together, TrainingBar
+from ebmkit.cli.console import Reporters, TensorBoard, TrainingBar
 from ebmkit.training import RunFolder, resolve
-from ebmkit.training.assemble import assemble
-from ebmkit.training.run_stats import MOST_STRETCHES, Stopwatch
+from ebmkit.training.cost import MOST_STRETCHES, Stopwatch
+from ebmkit.training.loop import assemble
 
 SMALL = {
     "backbone": "mlp",
@@ -61,7 +61,7 @@ def test_two_thousand_steps_leave_the_process_as_it_was(tmp_path, objective):
     there = find_spec("tensorboard") is not None
     board = [TensorBoard(tmp_path / "board")] if there else []
     with TrainingBar(2000) as bar:
-        assemble(config, run, Together([bar, *board, meter])).fit()
+        assemble(config, run, Reporters([bar, *board, meter])).fit()
     for own in board:
         own.close()
     early, late = meter.found
@@ -73,7 +73,7 @@ def test_two_thousand_steps_leave_the_process_as_it_was(tmp_path, objective):
 
 def test_a_stopwatch_keeps_few_stretches_and_still_tells_of_all_steps(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("ebmkit.training.run_stats.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("ebmkit.training.cost.time.perf_counter", lambda: now[0])
     watch = Stopwatch()
     for number in range(20_000):
         stage = int(number >= 15_000)

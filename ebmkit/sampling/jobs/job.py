@@ -42,13 +42,20 @@ from ebmkit.randomness import keyed_generator
 from ebmkit.sampling.base import Chains, Sampler, State
 from ebmkit.sampling.entry import SamplerEntry, find_sampler, noise_levels
 from ebmkit.sampling.jobs.record import Record, Summary, as_from_file, run_chains
-from ebmkit.sampling.jobs.settings import BUFFER, SamplingSettings, cautions, parse_labels
+from ebmkit.sampling.jobs.settings import (
+    BUFFER,
+    SETTINGS,
+    UNFINISHED,
+    SamplingSettings,
+    cautions,
+    parse_labels,
+)
 from ebmkit.sampling.jobs.sources import Sources
 from ebmkit.sampling.target import clean_level
 from ebmkit.storage import held, write_atomically
 from ebmkit.storage.reading import read_json
 from ebmkit.storage.tensors import read_tensors
-from ebmkit.training.differences import difference
+from ebmkit.training.config import difference
 
 SAVE_SECONDS = 30.0
 """Time between states saved for the case that the process is killed."""
@@ -56,7 +63,7 @@ SAVE_SECONDS = 30.0
 SHOWN = 16
 """Chains whose path is recorded, the first of the job."""
 
-UNFINISHED, SETTINGS, STATE, DONE = "unfinished", "settings.json", "state", "sampling.json"
+STATE, DONE = "state", "sampling.json"
 
 Hook = Callable[[int, int], None]
 

@@ -25,7 +25,7 @@ from ebmkit.compile import device_of
 from ebmkit.data.images import read_image, write_image
 from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
-from ebmkit.inference import TILE, denoise_picture
+from ebmkit.inference import TILE, denoise_image
 from ebmkit.metrics import psnr
 from ebmkit.plots.common import save_figure, show_image
 from ebmkit.plots.jacobian import image_grid
@@ -38,7 +38,7 @@ from ebmkit.sampling.jobs.results import far_from_images
 from ebmkit.sampling.kadkhodaie_simoncelli import StochasticAscentConfig, make_restorer
 from ebmkit.sampling.target import trained_range
 from ebmkit.storage import write_atomically
-from ebmkit.training.environment import environment
+from ebmkit.training.run_folder import environment
 
 MAX_PIXELS = 1024 * 1024
 """Pixels of an image at the most: a restoration is hundreds of passes."""
@@ -132,7 +132,7 @@ def restore(
 
 def _denoise_in_crops(model: ScoreModel, y: Tensor, c: int | None) -> Tensor:
     """The blind denoiser of an image (C, H, W) of any size, at a level within the trained ones."""
-    found, limits = denoise_picture(model, y, c=c), trained_range(model)
+    found, limits = denoise_image(model, y, c=c), trained_range(model)
     if limits is None or not model.is_energy_based or found.sigma <= limits[1]:
         return found.image
     return y + (limits[1] / found.sigma) ** 2 * (found.image - y)

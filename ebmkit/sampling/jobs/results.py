@@ -41,7 +41,7 @@ from ebmkit.sampling.jobs.settings import BUFFER, class_names_of
 from ebmkit.sampling.target import clean_level
 from ebmkit.storage import write_atomically
 from ebmkit.terminal import shown_name
-from ebmkit.training.environment import environment
+from ebmkit.training.run_folder import environment
 
 FAR = 1.5
 """Distance of a pixel from 0.5 beyond which a sample is no image, for whatever reason."""

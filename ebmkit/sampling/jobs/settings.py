@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
 from ebmkit.energy import ScoreModel, classifies
-from ebmkit.errors import UserError, unknown_name
-from ebmkit.guidance.config import GuidanceConfig
+from ebmkit.errors import UserError, unknown_name, validated
+from ebmkit.guidance.score import GuidanceConfig
 from ebmkit.noise import format_sigma
 from ebmkit.objectives import parse_objective
 from ebmkit.sampling import SAMPLERS
@@ -30,10 +31,13 @@ from ebmkit.sampling.entry import (
     takes_labels,
 )
 from ebmkit.sampling.target import highest_level
-from ebmkit.validation import validated
+from ebmkit.storage.reading import read_json
 
 BUFFER = "buffer"
 """The name that gives the chains of a run's replay buffer as they are, without a step."""
+
+UNFINISHED, SETTINGS = "unfinished", "settings.json"
+"""What the folder of a job holds until it is finished, and the file of settings in it."""
 
 STARTS = (*get_args(Start), "mean", BUFFER)
 """Where chains can start: what samplers know, the mean training image with noise, the buffer."""
@@ -76,7 +80,17 @@ class SamplingSettings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _upgrade(cls, values: Any) -> Any:
-        return _renamed(values, RENAMED) if isinstance(values, dict) else values
+        def upgraded(value: Any) -> Any:
+            return RENAMED.get(value, value) if isinstance(value, str) else value
+
+        if not isinstance(values, dict):
+            return values
+        values = {k: upgraded(v) if k in ("sampler", "start") else v for k, v in values.items()}
+        if isinstance(options := values.get("options"), dict):
+            values["options"] = {
+                upgraded(k): upgraded(v) if k == "start" else v for k, v in options.items()
+            }
+        return values
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -99,30 +113,12 @@ class SamplingSettings(BaseModel):
         return validated(kind, self.options, f"settings of sampler {self.sampler!r}")
 
 
-def _renamed(values: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Settings with sampler, start and options called as ``names`` maps them."""
-    options = values.get("options")
-    if isinstance(options, dict):
-        renamed = {names.get(key, key): value for key, value in options.items()}
-        if isinstance(renamed.get("start"), str):
-            renamed["start"] = names.get(renamed["start"], renamed["start"])
-        values = values | {"options": renamed}
-    strings = {k: values[k] for k in ("sampler", "start") if isinstance(values.get(k), str)}
-    return values | {key: names.get(name, name) for key, name in strings.items()}
-
-
 def default_folder(run: Path, settings: SamplingSettings) -> Path:
     """Where samples of ``run`` go if nothing is said: the same settings, the same folder.
 
-    A folder that an earlier version named is found again.
+    A folder is named after its settings. An unfinished one of the same settings that has another
+    name, as earlier versions gave, is found, too.
     """
-    old_names = {new: old for old, new in RENAMED.items()}
-    old = settings.model_copy(update=_renamed(dict(settings), old_names))
-    old_folder, folder = (run / "samples" / _folder_name(one) for one in (old, settings))
-    return old_folder if old_folder.exists() else folder
-
-
-def _folder_name(settings: SamplingSettings) -> str:
     parts = [settings.sampler]
     if settings.label is not None:
         parts.append(f"label-{settings.label}")
@@ -130,7 +126,13 @@ def _folder_name(settings: SamplingSettings) -> str:
         parts.append(settings.guidance.guidance)
     digest = hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:8]
     name = "-".join([*parts, digest])
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+    folder = run / "samples" / "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+    if not folder.exists():
+        for known in sorted(folder.parent.glob(f"*/{UNFINISHED}/{SETTINGS}")):
+            with contextlib.suppress(UserError, ValidationError):
+                if SamplingSettings.model_validate(read_json(known)) == settings:
+                    return known.parents[1]
+    return folder
 
 
 def make_settings(

@@ -11,19 +11,26 @@ from torch import Tensor
 
 from ebmkit.compile import Inference, device_of, laid_out
 from ebmkit.data import AnyImages
-from ebmkit.data.identity import fingerprint
+from ebmkit.data.imagesets import fingerprint
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError, unknown_name
-from ebmkit.guidance.config import CLASSIFIER_FREE, GuidanceConfig, make_guidance
-from ebmkit.guidance.guides import check_guide
-from ebmkit.guidance.means import class_energies, stored_energies, told_level
-from ebmkit.guidance.model import GuidedModel, guided_model
+from ebmkit.guidance import (
+    CLASSIFIER_FREE,
+    GuidanceConfig,
+    GuidedModel,
+    check_guide,
+    class_energies,
+    clean_sigma,
+    guided_model,
+    make_guidance,
+    stored_energies,
+)
 from ebmkit.models import load, weights_digest
 from ebmkit.sampling.jobs.settings import BUFFER, SamplingSettings
 from ebmkit.sampling.starts import ReplayBuffer
 from ebmkit.storage.hdf5 import holds, open_hdf5
 from ebmkit.training import DataConfig, RunFolder, resolve
-from ebmkit.training.assemble import images_of
+from ebmkit.training.setup import images_of
 
 MAX_TRAIN = 10_000
 """Training images that starts are drawn from, at the most."""
@@ -154,11 +161,12 @@ def _first_batch(
 
 VIEWS = {
     "noisy": ("noisy", False),
-    "shrunk": ("shrunk", False),
-    "clean": ("clean", False),
-    "clean-through": ("clean", True),
+    "x_t": ("x_t", False),
+    "x0_hat": ("x0_hat", False),
+    "x0_hat-backpropagate": ("x0_hat", True),
 }
-"""What a guide sees, by the name on the command line, and whether its gradient goes through."""
+"""By the name on the command line: input of the guide, and whether its gradient goes back through
+the denoiser."""
 
 
 def parse_guidance(
@@ -167,7 +175,7 @@ def parse_guidance(
     scale: float | None = None,
     schedule: str | None = None,
     view: str | None = None,
-    late: float | None = None,
+    start: float | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> GuidanceConfig | None:
     """The guidance that these options of `ebmkit sample` ask for; None if they ask for none.
@@ -180,13 +188,14 @@ def parse_guidance(
         "scale": scale,
         "schedule": schedule,
         "view": view,
-        "late": late,
+        "start": start,
         "options": dict(options) if options else None,
     }
     asked = {name: value for name, value in given.items() if value is not None}
     if guide is None and guidance != CLASSIFIER_FREE:
         if asked:
-            first = next(iter(asked)).replace("options", "guide-set")
+            names = {"options": "guide-set", "start": "guide-start"}
+            first = names.get(first := next(iter(asked)), first)
             raise UserError(
                 f"--{first} is of guidance, and there is no guide: name a classifier's run by "
                 f"--guide, or take --guidance {CLASSIFIER_FREE} of a model with labels"
@@ -197,7 +206,7 @@ def parse_guidance(
     if view is not None:
         if view not in VIEWS:
             raise unknown_name("view", view, VIEWS)
-        asked["view"], asked["through"] = VIEWS[view]
+        asked["view"], asked["backpropagate"] = VIEWS[view]
     return make_guidance(**asked)
 
 
@@ -277,6 +286,6 @@ def _mean_energies(
         fingerprint(images),
         model.weights_sha256 or weights_digest(guide, weights),
         lambda: class_energies(model, images, progress),
-        told_level(model),
+        clean_sigma(model),
     )
     return list(found.energy)
