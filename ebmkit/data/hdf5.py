@@ -33,7 +33,7 @@ from ebmkit.storage.hdf5 import (
     open_hdf5,
     read_array,
     read_names,
-    told_of_damage,
+    translate_hdf5_errors,
 )
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class Hdf5Reader:
         import h5py
 
         _check_stamp(self._path, self._stamp)
-        with told_of_damage(repr(str(self._path))):
+        with translate_hdf5_errors(repr(str(self._path))):
             if self._owner != os.getpid():
                 what = repr(str(self._path))
                 self._images = find_array(h5py.File(self._path, "r"), f"{self._group}/images", what)
