@@ -7,10 +7,12 @@ readers tell apart; series also differ by marker or hatching.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ebmkit.storage import write_atomically
@@ -19,6 +21,7 @@ from ebmkit.terminal import clean
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 __all__ = [
     "BLUE",
@@ -27,11 +30,15 @@ __all__ = [
     "ORANGE",
     "PURPLE",
     "SKY",
+    "annotated_map",
     "bars_within",
     "images_of",
     "legend_below",
     "new_figure",
+    "plot_estimates",
+    "row_label",
     "save_figure",
+    "shared_legend",
     "show_image",
 ]
 
@@ -122,6 +129,64 @@ def bars_within(
             )
     axes.errorbar([at for at, _ in known], values, [below, above], capsize=2, **look)
     return cut
+
+
+def plot_estimates(
+    axes: Axes,
+    x: Sequence[float] | NDArray[np.float64],
+    estimates: Sequence[Mapping[str, Any]],
+    scale: float = 1,
+    **look: Any,
+) -> None:
+    """A line through values, within the band of their 95 % intervals; those without are left out.
+
+    Args:
+        axes: where to draw.
+        x: positions.
+        estimates: one for each, with ``value``, ``low`` and ``high``, any of which may be None.
+        scale: what they are multiplied with.
+        look: ``color``, label and so on of ``Axes.plot``.
+    """
+    known = [(at, e) for at, e in zip(x, estimates, strict=True) if e["value"] is not None]
+    axes.plot([at for at, _ in known], [scale * e["value"] for _, e in known], **look)
+    bounded = [(at, e) for at, e in known if e["low"] is not None]
+    places = [at for at, _ in bounded]
+    low, high = ([scale * e[end] for _, e in bounded] for end in ("low", "high"))
+    if len(places) == 1:  # a band would have no width
+        axes.vlines(places, low, high, color=look["color"], lw=1.2)
+    axes.fill_between(places, low, high, color=look["color"], alpha=0.15, lw=0)
+
+
+def annotated_map(
+    axes: Axes,
+    values: NDArray[np.float64],
+    columns: Sequence[str],
+    rows: Sequence[str],
+    form: str,
+) -> AxesImage:
+    """A map of percentages (rows, columns) with the number in each cell; a dash for nan."""
+    image = axes.imshow(values, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+    for (i, k), value in np.ndenumerate(values):
+        unknown = bool(np.isnan(value))
+        look = {"ha": "center", "va": "center", "fontsize": 8}
+        colour = "black" if unknown or value > 50 else "white"
+        axes.text(k, i, "-" if unknown else form.format(value), color=colour, **look)
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    return image
+
+
+def row_label(axes: Axes, text: str) -> None:
+    """``text`` on the left of the first image of a row."""
+    place = {"rotation": 0, "ha": "right", "va": "center", "labelpad": 6}
+    axes.set_ylabel(clean(text), fontsize=8, **place)
+
+
+def shared_legend(figure: Figure, columns: int) -> None:
+    """One legend for all panels, below them: that of the first."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    place: dict[str, Any] = {"loc": "outside lower center", "ncols": columns}
+    figure.legend(handles, labels, frameon=False, fontsize=8, **place)
 
 
 def legend_below(axes: Axes, columns: int = 1) -> None:
