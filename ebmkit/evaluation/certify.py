@@ -40,8 +40,7 @@ from torch import Tensor
 from ebmkit.energy import EnergyModel, LogDensity, ScoreModel, tweedie
 from ebmkit.errors import UserError
 from ebmkit.evaluation import statistics
-from ebmkit.evaluation.context import EvaluationContext, Suite, check_classifies
-from ebmkit.evaluation.data import Images
+from ebmkit.evaluation.context import EvaluationContext, Images
 from ebmkit.evaluation.smoothing import (
     ABSTAIN,
     Certificates,
@@ -50,14 +49,14 @@ from ebmkit.evaluation.smoothing import (
     largest_radius,
     vote_generator,
 )
-from ebmkit.evaluation.tables import new_table, number
+from ebmkit.evaluation.suite import Suite, check_classifies, new_table, number
 from ebmkit.metrics import predict
 from ebmkit.noise import Sigma, format_sigma
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["CERTIFY", "CLASSIFIERS", "CertifyConfig", "draw", "labels_of", "run", "table"]
+__all__ = ["CERTIFY", "CLASSIFIERS", "CertifyConfig", "labels_of", "measure", "plot", "table"]
 
 Classifier = Literal["direct", "denoised"]
 
@@ -124,20 +123,20 @@ def labels_of(
     return {name: found[name] for name in which}
 
 
-def run(setting: EvaluationContext) -> dict[str, Any]:
+def measure(context: EvaluationContext) -> dict[str, Any]:
     """Measure; see the module's text for what is returned."""
-    options, model, images = setting.option(CertifyConfig), setting.model, setting.images
+    options, model, images = context.option(CertifyConfig), context.model, context.images
     assert isinstance(model, EnergyModel)
     assert images.labels is not None
     numbers = _numbers(images, options)
-    own = _pick(setting, numbers[setting.world.rank :: setting.world.size])
+    own = _pick(context, numbers[context.world.rank :: context.world.size])
     truth = images.labels.cpu()[numbers]
-    plain = torch.stack(_in_order(setting, _unsmoothed(setting, model, list(own.values()))))
-    watch = _watch(setting)
+    plain = torch.stack(_in_order(context, _unsmoothed(context, model, list(own.values()))))
+    watch = _watch(context)
     levels = []
     for sigma in options.sigmas:
-        rows = [_certify(setting, options, sigma, index, x, watch) for index, x in own.items()]
-        everyone = _in_order(setting, rows)
+        rows = [_certify(context, options, sigma, index, x, watch) for index, x in own.items()]
+        everyone = _in_order(context, rows)
         found = {
             name: Certificates(*map(torch.cat, zip(*(row[name] for row in everyone), strict=True)))
             for name in options.classifiers
@@ -151,7 +150,7 @@ def run(setting: EvaluationContext) -> dict[str, Any]:
             gain = _counted(found["denoised"], truth) - _counted(found["direct"], truth)
             level["difference"] = statistics.mean(gain).document()
         levels.append(level)
-    watch(setting.left)
+    watch(context.left)
     return {
         "sigmas": list(options.sigmas),
         "radii": list(options.radii),
@@ -170,55 +169,55 @@ def _numbers(images: Images, options: CertifyConfig) -> list[int]:
     return [number * len(images) // count for number in range(count)]
 
 
-def _pick(setting: EvaluationContext, numbers: list[int]) -> dict[int, Tensor]:
+def _pick(context: EvaluationContext, numbers: list[int]) -> dict[int, Tensor]:
     """The images (C, H, W) with these ``numbers``, by number, on the device of the model."""
     found: dict[int, Tensor] = {}
     wanted, start = set(numbers), 0
-    for x, _ in setting.images.batches(setting.batch_size):
+    for x, _ in context.images.batches(context.batch_size):
         if len(found) == len(wanted):
             break
         rows = {start + i: image for i, image in enumerate(x)}
-        found |= {n: rows[n].to(setting.device) for n in rows.keys() & wanted}
+        found |= {n: rows[n].to(context.device) for n in rows.keys() & wanted}
         start += len(x)
     return {number: found[number] for number in numbers}
 
 
-def _in_order(setting: EvaluationContext, own: list[T]) -> list[T]:
+def _in_order(context: EvaluationContext, own: list[T]) -> list[T]:
     """One thing for each image, of all processes, in the order of the images."""
-    everyone = setting.world.gather(own)
+    everyone = context.world.gather(own)
     return [part[k] for k in range(len(everyone[0])) for part in everyone if k < len(part)]
 
 
-def _watch(setting: EvaluationContext) -> Callable[[int], None]:
+def _watch(context: EvaluationContext) -> Callable[[int], None]:
     """What moves the progress bar by so many votes, and foresees the time that is left."""
     before = 0.0
 
     def advance(votes: int) -> None:
         nonlocal before
-        now, size = time.perf_counter(), setting.world.size
+        now, size = time.perf_counter(), context.world.size
         if before and votes:  # the first batch warms up
-            setting.inference.expect((now - before) / votes * setting.left / size)
+            context.inference.expect((now - before) / votes * context.left / size)
         before = now
-        done = min(votes * size, setting.left)  # with what the others do meanwhile
-        setting.left -= done
-        setting.advance(done)
+        done = min(votes * size, context.left)  # with what the others do meanwhile
+        context.left -= done
+        context.advance(done)
 
     return advance
 
 
 def _unsmoothed(
-    setting: EvaluationContext, model: EnergyModel, images: list[Tensor]
+    context: EvaluationContext, model: EnergyModel, images: list[Tensor]
 ) -> list[Tensor]:
     """The label of each image, without noise."""
     found: list[Tensor] = []
-    for start in range(0, len(images), setting.batch_size):
-        x = torch.stack(images[start : start + setting.batch_size])
+    for start in range(0, len(images), context.batch_size):
+        x = torch.stack(images[start : start + context.batch_size])
         found += predict(model.logits(x, 0.0)).cpu()
     return found
 
 
 def _certify(
-    setting: EvaluationContext,
+    context: EvaluationContext,
     options: CertifyConfig,
     sigma: float,
     index: int,
@@ -226,15 +225,15 @@ def _certify(
     advance: Callable[[int], None],
 ) -> dict[str, Certificates]:
     """The certificate of one image by each classifier."""
-    model = setting.model
+    model = context.model
     assert isinstance(model, EnergyModel)
     votes = draw_votes(
         lambda y: labels_of(model, y, sigma, options.classifiers),
         x,
         sigma,
         options.selection + options.samples,
-        vote_generator(setting.seed, index),
-        setting.batch_size,
+        vote_generator(context.seed, index),
+        context.batch_size,
         advance,
     )
     return {
@@ -264,7 +263,7 @@ def _counted(found: Certificates, truth: Tensor) -> Tensor:
     return found.right_radius(truth).clamp(min=0)
 
 
-def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
+def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``certified-accuracy.png``."""
     from ebmkit.plots.certify import certified_accuracy
 
@@ -294,12 +293,12 @@ def table(document: dict[str, Any]) -> Table:
     return result
 
 
-def _passes(setting: EvaluationContext) -> int:
+def _passes(context: EvaluationContext) -> int:
     """Every vote counts as one image."""
-    options = setting.option(CertifyConfig)
+    options = context.option(CertifyConfig)
     votes = len(options.sigmas) * (options.selection + options.samples)
-    images = len(_numbers(setting.images, options))
-    return math.ceil(votes * images / len(setting.images))
+    images = len(_numbers(context.images, options))
+    return math.ceil(votes * images / len(context.images))
 
 
 def _warnings(model: ScoreModel, options: CertifyConfig) -> list[str]:
@@ -326,8 +325,8 @@ CERTIFY = Suite(
     description="randomised smoothing: certified accuracy by l2 radius, direct and denoise first",
     check=check_classifies,
     passes=_passes,
-    run=run,
-    draw=draw,
+    measure=measure,
+    plot=plot,
     table=table,
     options=CertifyConfig,
 )

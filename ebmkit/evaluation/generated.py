@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ebmkit.errors import UserError
-from ebmkit.evaluation.data import Images
+from ebmkit.evaluation.context import Images
 from ebmkit.storage.hdf5 import find_array, open_hdf5, read_array, read_attribute
 
 __all__ = ["Generated", "other_split", "read_samples"]
@@ -49,13 +49,13 @@ class Generated:
     description: dict[str, Any]
 
 
-def read_samples(path: Path, like: Images, setting: str = "generation.samples") -> Generated:
+def read_samples(path: Path, like: Images, context: str = "generation.samples") -> Generated:
     """The samples in ``path``, to be compared with images ``like``.
 
     Args:
         path: the HDF5 file.
         like: images of the wanted shape.
-        setting: which setting names the file, for errors.
+        context: which context names the file, for errors.
 
     Raises:
         UserError: if the file is missing, damaged, or none of `ebmkit sample`'s, its images have
@@ -65,13 +65,13 @@ def read_samples(path: Path, like: Images, setting: str = "generation.samples") 
 
     if not path.is_file():
         raise UserError(
-            f"{setting}: there is no file {str(path)!r}: make one by `ebmkit sample RUN --out DIR`"
+            f"{context}: there is no file {str(path)!r}: make one by `ebmkit sample RUN --out DIR`"
         )
     contents = read_contents(path)
     shape = (*like.image_size, like.channels)
     if contents.shape[1:] != shape:
         raise UserError(
-            f"{setting}: {str(path)!r} holds images of {_shape(contents.shape[1:])} and "
+            f"{context}: {str(path)!r} holds images of {_shape(contents.shape[1:])} and "
             f"{like.name!r} of {_shape(shape)}: compare with a data set of the same shape"
         )
     images, finite, description = _read(path)

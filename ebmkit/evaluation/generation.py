@@ -43,8 +43,7 @@ from torch import Tensor
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation import distances, statistics
-from ebmkit.evaluation.context import EvaluationContext, Suite
-from ebmkit.evaluation.data import Batch, Images
+from ebmkit.evaluation.context import Batch, EvaluationContext, Images
 from ebmkit.evaluation.features import Extractor, find_extractor, same_weights
 from ebmkit.evaluation.generated import Generated, other_split, read_samples
 from ebmkit.evaluation.generation_table import table
@@ -58,9 +57,9 @@ from ebmkit.evaluation.guided_measures import (
     saturation,
 )
 from ebmkit.evaluation.statistics import Estimate
-from ebmkit.evaluation.subset import check_one_size, class_name, columns_of
+from ebmkit.evaluation.suite import Suite, check_one_size, class_name
 
-__all__ = ["GENERATION", "GenerationConfig", "draw", "run", "table"]
+__all__ = ["GENERATION", "GenerationConfig", "measure", "plot", "table"]
 
 ENOUGH = 10
 """Samples for each feature, below which a Frechet distance is told to be biased."""
@@ -91,29 +90,29 @@ def check(model: ScoreModel, images: Images) -> None:
     check_one_size("generation", images)
 
 
-def ready(setting: EvaluationContext) -> None:
+def prepare(context: EvaluationContext) -> None:
     """Whether samples and extractor are there.
 
     Raises:
         UserError: if they are not.
     """
-    _samples(setting)
-    if setting.world.first:
-        _extractor(setting)  # which may fetch weights: one does it
-    setting.world.broadcast(None)
+    _samples(context)
+    if context.world.first:
+        _extractor(context)  # which may fetch weights: one does it
+    context.world.broadcast(None)
 
 
-def run(setting: EvaluationContext) -> dict[str, Any]:
+def measure(context: EvaluationContext) -> dict[str, Any]:
     """Measure; see the module's text for what is returned.
 
     Raises:
         UserError: if a sample or a feature is missing or not finite.
     """
-    generated, extractor = _samples(setting), _extractor(setting)
-    images = setting.images
-    samples = _columns(setting, _image_set(generated, images), extractor)
-    real = _columns(setting, images, extractor)
-    floor, of, spare = _floor(setting, extractor, len(generated.images), real)
+    generated, extractor = _samples(context), _extractor(context)
+    images = context.images
+    samples = _columns(context, _image_set(generated, images), extractor)
+    real = _columns(context, images, extractor)
+    floor, of, spare = _floor(context, extractor, len(generated.images), real)
     for name, columns in (("samples", samples), ("reference", real), ("floor", floor[0])):
         if not all(columns[part].isfinite().all() for part in ("features", "logits")):
             raise UserError(
@@ -129,15 +128,15 @@ def run(setting: EvaluationContext) -> dict[str, Any]:
             "kind": extractor.kind,
             "run": extractor.run,
             "features": width,
-            "accuracy": _accuracy(setting, extractor, real),
+            "accuracy": _accuracy(context, extractor, real),
         },
         "names": extractor.names,
         "measures": _measures(samples, real, extractor),
         "floor": _measures(*floor, extractor) | {"of": of, "count": len(floor[0]["features"])},
-        **_pixels_and_energies(setting, generated, samples, real),
-        "labels": _labels(setting, extractor, generated, samples, real, spare),
+        **_pixels_and_energies(context, generated, samples, real),
+        "labels": _labels(context, extractor, generated, samples, real, spare),
     }
-    return document | {"warnings": _warnings(setting, extractor, generated, document)}
+    return document | {"warnings": _warnings(context, extractor, generated, document)}
 
 
 def _measures(samples: Columns, real: Columns, extractor: Extractor) -> dict[str, Any]:
@@ -160,26 +159,26 @@ def _measures(samples: Columns, real: Columns, extractor: Extractor) -> dict[str
 
 
 def _floor(
-    setting: EvaluationContext, extractor: Extractor, count: int, real: Columns
+    context: EvaluationContext, extractor: Extractor, count: int, real: Columns
 ) -> tuple[tuple[Columns, Columns], str, Features | None]:
     """Columns of other real images and of what they are compared with, what they are, and the same
     with labels, if they are no part of the reference."""
-    other = other_split(setting.images, setting.data_dir)
+    other = other_split(context.images, context.data_dir)
     if other is not None:
         few = other.first(count)
-        columns = _columns(setting, few, extractor)
+        columns = _columns(context, few, extractor)
         labels = None if few.labels is None else few.labels.cpu()
         return (columns, real), f"{few.split} images", Features(columns, labels)
-    setting.skip(len(setting.images))
+    context.skip(len(context.images))
     halves = [{name: column[k::2] for name, column in real.items()} for k in (0, 1)]
     return (halves[0], halves[1]), "half of the reference, against the other half", None
 
 
 def _pixels_and_energies(
-    setting: EvaluationContext, generated: Generated, samples: Columns, real: Columns
+    context: EvaluationContext, generated: Generated, samples: Columns, real: Columns
 ) -> dict[str, Any]:
     """Saturation and energy gap, beside real images of the same labels where they are known."""
-    labels, wanted = setting.images.labels, generated.labels
+    labels, wanted = context.images.labels, generated.labels
     if labels is None or wanted is None or not torch.isin(wanted, labels.cpu()).all():
         labels = wanted = None
     known = Features(real, None if labels is None else labels.cpu())
@@ -190,7 +189,7 @@ def _pixels_and_energies(
 
 
 def _labels(
-    setting: EvaluationContext,
+    context: EvaluationContext,
     extractor: Extractor,
     generated: Generated,
     samples: Columns,
@@ -198,8 +197,8 @@ def _labels(
     others: Features | None,
 ) -> dict[str, Any] | None:
     """How well samples show the labels that were asked for; None where nobody knows."""
-    images, wanted = setting.images, generated.labels
-    if wanted is None or images.labels is None or not _same_classes(setting, extractor):
+    images, wanted = context.images, generated.labels
+    if wanted is None or images.labels is None or not _same_classes(context, extractor):
         return None
     right = samples["logits"].argmax(dim=1) == wanted
     known = Features(real, images.labels.cpu())
@@ -214,38 +213,38 @@ def _labels(
 
 
 def _accuracy(
-    setting: EvaluationContext, extractor: Extractor, real: Columns
+    context: EvaluationContext, extractor: Extractor, real: Columns
 ) -> dict[str, Any] | None:
-    labels = setting.images.labels
-    if labels is None or not _same_classes(setting, extractor):
+    labels = context.images.labels
+    if labels is None or not _same_classes(context, extractor):
         return None
     return _share(real["logits"].argmax(dim=1) == labels.cpu()).document()
 
 
-def _same_classes(setting: EvaluationContext, extractor: Extractor) -> bool:
+def _same_classes(context: EvaluationContext, extractor: Extractor) -> bool:
     model = extractor.model
-    return model is not None and model.num_classes == setting.images.num_classes
+    return model is not None and model.num_classes == context.images.num_classes
 
 
 def _share(right: Tensor) -> Estimate:
     return statistics.proportion(int(right.sum()), len(right))
 
 
-def _columns(setting: EvaluationContext, images: Images, extractor: Extractor) -> Columns:
-    model = setting.model if isinstance(setting.model, EnergyModel) else None
-    known = setting.images.num_classes
+def _columns(context: EvaluationContext, images: Images, extractor: Extractor) -> Columns:
+    model = context.model if isinstance(context.model, EnergyModel) else None
+    known = context.images.num_classes
 
     def measure(batch: Batch) -> Columns:
         return columns_of_images(batch.x, extractor, model, known)
 
-    return columns_of(setting, images, 0.0, measure)
+    return context.columns(0.0, measure, images)
 
 
 def _warnings(
-    setting: EvaluationContext, extractor: Extractor, generated: Generated, document: dict[str, Any]
+    context: EvaluationContext, extractor: Extractor, generated: Generated, document: dict[str, Any]
 ) -> list[str]:
     found, names = [], extractor.names
-    least = min(len(generated.images), len(setting.images))
+    least = min(len(generated.images), len(context.images))
     width = document["extractor"]["features"]
     if least < ENOUGH * width:
         found.append(
@@ -255,13 +254,13 @@ def _warnings(
     if generated.left_out:
         total = generated.left_out + len(generated.images)
         found.append(f"{generated.left_out} of {total} samples were not finite and are left out")
-    if same_weights(extractor, setting.model):
+    if same_weights(extractor, context.model):
         found.append(
             "the classifier is the model evaluated, so it does not judge independently: train "
             "another by ce alone"
         )
-    if extractor.kind == "inception" and min(setting.images.image_size) < 32:
-        height, width = setting.images.image_size
+    if extractor.kind == "inception" and min(context.images.image_size) < 32:
+        height, width = context.images.image_size
         found.append(
             f"Inception was trained on photographs, and these images have {height}x{width} pixels: "
             "a classifier trained on such images says more"
@@ -274,35 +273,35 @@ def _warnings(
     return found
 
 
-def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
+def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``generation.png`` and, where labels were asked for, ``generation-classes.png``."""
     from ebmkit.plots import generation as pictures
 
-    generated = _samples(setting)
+    generated = _samples(context)
     x = [image / 255 for image in generated.images[:SHOWN]]
-    ((real, _),) = setting.images.first(SHOWN).batches(SHOWN)
+    ((real, _),) = context.images.first(SHOWN).batches(SHOWN)
     labels = generated.labels
     told = (
-        [] if labels is None else [class_name(setting.images, c) for c in labels[:SHOWN].tolist()]
+        [] if labels is None else [class_name(context.images, c) for c in labels[:SHOWN].tolist()]
     )
     pictures.samples_beside_real(x, list(real), told, document, folder / "generation.png")
     if document["labels"] is not None:
         pictures.by_class(document, folder / "generation-classes.png")
 
 
-def _samples(setting: EvaluationContext) -> Generated:
-    path = setting.option(GenerationConfig).samples
+def _samples(context: EvaluationContext) -> Generated:
+    path = context.option(GenerationConfig).samples
     if path is None:
         raise UserError(
             "suite generation measures samples: make some by `ebmkit sample RUN --out DIR` and "
             "name their file by --set generation.samples=FILE.h5"
         )
-    return read_samples(path, setting.images)
+    return read_samples(path, context.images)
 
 
-def _extractor(setting: EvaluationContext) -> Extractor:
-    config = setting.option(GenerationConfig)
-    return find_extractor(config.extractor, config.weights, setting.device)
+def _extractor(context: EvaluationContext) -> Extractor:
+    config = context.option(GenerationConfig)
+    return find_extractor(config.extractor, config.weights, context.device)
 
 
 def _image_set(generated: Generated, like: Images) -> Images:
@@ -315,11 +314,11 @@ def _image_set(generated: Generated, like: Images) -> Images:
 GENERATION = Suite(
     description="samples against real images: FID, KID, IS, precision, recall, or by a classifier",
     check=check,
-    passes=lambda setting: 3,
-    run=run,
-    draw=draw,
+    passes=lambda context: 3,
+    measure=measure,
+    plot=plot,
     table=table,
     options=GenerationConfig,
     needs="samples",
-    ready=ready,
+    prepare=prepare,
 )

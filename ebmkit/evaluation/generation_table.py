@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ebmkit.evaluation.tables import interval, new_table, number
+from ebmkit.evaluation.suite import interval, new_table, number
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,7 +22,7 @@ def table(document: dict[str, Any]) -> Table:
     kinds = {name: kind for kind, name in document["names"].items()}
     for name, found in document["measures"].items():
         form = FORMS.get(kinds[name], "{:.2f}")
-        span = interval(found["low"], found["high"], form)
+        span = interval(found, form)
         real = number(floor[name]["value"], form)
         result.add_row(name, number(found["value"], form), span, real)
     for row in (*_of_labels(document), *_of_pixels(document)):
@@ -46,7 +46,7 @@ def _of_labels(document: dict[str, Any]) -> Iterator[Row]:
         ("label accuracy", whole, real),
         (f"worst class: {worst['name']}", worst["accuracy"], ""),
     ):
-        span = interval(own["low"], own["high"], "{:.1%}")
+        span = interval(own, "{:.1%}")
         yield name, number(own["value"], "{:.1%}"), span, beside
     means, names = labels["means"], document["names"]
     name = f"{names['frechet']} within classes"
@@ -60,13 +60,13 @@ def _of_pixels(document: dict[str, Any]) -> Iterator[Row]:
     for name, found in document["saturation"].items():
         if found is not None:
             own = found["samples"]
-            span = interval(own["low"], own["high"], "{:.1%}")
+            span = interval(own, "{:.1%}")
             real = number(found["real"]["value"], "{:.1%}")
             yield words[name], number(own["value"], "{:.1%}"), span, real
     for name, own in (document["energy_gap"] or {}).items():
         if own is not None:
             word = "E(x)" if name == "energy" else "E(x,y)"
-            span = interval(own["low"], own["high"], "{:+.3g}")
+            span = interval(own, "{:+.3g}")
             yield f"{word} gap, nats", number(own["value"], "{:+.3g}"), span, "0"
 
 

@@ -34,7 +34,7 @@ from ebmkit.compile import device_of
 from ebmkit.energy import EnergyModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation import distances, statistics
-from ebmkit.evaluation.data import Images
+from ebmkit.evaluation.context import Images
 from ebmkit.evaluation.energies import Reading
 from ebmkit.evaluation.features import Extractor
 from ebmkit.evaluation.guided_measures import (
@@ -177,7 +177,10 @@ def by_class(
                 "accuracy": _accuracy(made, wanted) if judged else None,
                 **_distances(made, known, spare),
                 "diversity": statistics.finite(diversity.value),
-                "diversity_interval": diversity.interval(),
+                "diversity_interval": [
+                    statistics.finite(diversity.low),
+                    statistics.finite(diversity.high),
+                ],
                 "saturation": saturation(made, known),
                 "energy_gap": energy_gap(
                     Features(made, wanted),

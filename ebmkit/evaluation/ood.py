@@ -28,19 +28,24 @@ from torch import Tensor
 
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.evaluation import statistics
-from ebmkit.evaluation.context import EvaluationContext, Suite
-from ebmkit.evaluation.data import Batch, Images
+from ebmkit.evaluation.context import Batch, EvaluationContext, Images
 from ebmkit.evaluation.detection import METRICS, detection
 from ebmkit.evaluation.ood_scores import known_scores, scores_of
 from ebmkit.evaluation.ood_sets import OutSet, find_set, standard_sets
-from ebmkit.evaluation.subset import check_one_size, columns_of, noise_warnings
-from ebmkit.evaluation.tables import interval, new_table, number
+from ebmkit.evaluation.suite import (
+    Suite,
+    check_one_size,
+    interval,
+    new_table,
+    noise_warnings,
+    number,
+)
 from ebmkit.noise import Sigma
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["OOD", "OodConfig", "draw", "run", "table"]
+__all__ = ["OOD", "OodConfig", "measure", "plot", "table"]
 
 BINS = 40
 
@@ -75,15 +80,15 @@ def check(model: ScoreModel, images: Images) -> None:
     check_one_size("ood", images)
 
 
-def find_sets(setting: EvaluationContext) -> list[OutSet]:
+def find_sets(context: EvaluationContext) -> list[OutSet]:
     """The sets that the settings name.
 
     Raises:
         UserError: if one is not there, or cannot be made of these images.
     """
     found: dict[str, OutSet] = {}
-    for name in _names(setting):
-        own = find_set(name, setting.images, setting.data_dir, setting.seed)
+    for name in _names(context):
+        own = find_set(name, context.images, context.data_dir, context.seed)
         label, number = own.name, 1
         while label in found or label == "in":  # folders of one name in two places
             number += 1
@@ -92,17 +97,17 @@ def find_sets(setting: EvaluationContext) -> list[OutSet]:
     return list(found.values())
 
 
-def run(setting: EvaluationContext) -> dict[str, Any]:
+def measure(context: EvaluationContext) -> dict[str, Any]:
     """Measure; see the module's text for what is returned."""
-    options, model = setting.option(OodConfig), setting.model
+    options, model = context.option(OodConfig), context.model
     names = known_scores(model, options.sigmas)
-    measure = partial(_measure, setting, options)
-    inside = setting.columns(0.0, measure)
+    measure = partial(_measure, context, options)
+    inside = context.columns(0.0, measure)
     sets: dict[str, Any] = {}
     outside: dict[str, dict[str, Tensor]] = {}
     warnings = _warnings(model, options)
-    for found in find_sets(setting):
-        columns = outside[found.name] = columns_of(setting, found.images, 0.0, measure)
+    for found in find_sets(context):
+        columns = outside[found.name] = context.columns(0.0, measure, found.images)
         unfinished = _unfinished(columns) | _unfinished(inside)
         if unfinished:
             warnings.append(
@@ -116,7 +121,7 @@ def run(setting: EvaluationContext) -> dict[str, Any]:
             "scores": {
                 name: None
                 if name in unfinished
-                else _compared(inside[name], columns[name], setting)
+                else _compared(inside[name], columns[name], context)
                 for name in names
             },
         }
@@ -126,7 +131,7 @@ def run(setting: EvaluationContext) -> dict[str, Any]:
         "sigmas": list(options.sigmas),
         "scores": names,
         "in": {
-            "count": len(setting.images),
+            "count": len(context.images),
             "mean": {name: statistics.mean(inside[name]).document() for name in names},
         },
         "sets": sets,
@@ -145,12 +150,12 @@ def run(setting: EvaluationContext) -> dict[str, Any]:
     return document
 
 
-def _measure(setting: EvaluationContext, options: OodConfig, batch: Batch) -> dict[str, Tensor]:
-    return scores_of(setting.model, batch.x, options.sigmas, options.draws, setting.seed)
+def _measure(context: EvaluationContext, options: OodConfig, batch: Batch) -> dict[str, Tensor]:
+    return scores_of(context.model, batch.x, options.sigmas, options.draws, context.seed)
 
 
-def _compared(inside: Tensor, outside: Tensor, setting: EvaluationContext) -> dict[str, Any]:
-    found = detection(inside, outside, setting.seed)
+def _compared(inside: Tensor, outside: Tensor, context: EvaluationContext) -> dict[str, Any]:
+    found = detection(inside, outside, context.seed)
     return {name: estimate.document() for name, estimate in found.items()}
 
 
@@ -180,13 +185,13 @@ def _histogram(inside: Tensor, outside: dict[str, Tensor]) -> dict[str, Any]:
     return {"edges": [float(e) for e in edges], "in": counts(inside), "sets": sets}
 
 
-def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
+def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``ood.png``, ``ood-histograms.png`` and ``ood-examples.png``."""
     from ebmkit.plots import ood as pictures
 
     pictures.auroc_map(document, folder / "ood.png")
     pictures.histograms(document, folder / "ood-histograms.png")
-    shown = {"in": _few(setting.images)} | {s.name: _few(s.images) for s in find_sets(setting)}
+    shown = {"in": _few(context.images)} | {s.name: _few(s.images) for s in find_sets(context)}
     pictures.examples(shown, document, folder / "ood-examples.png")
 
 
@@ -198,7 +203,7 @@ def table(document: dict[str, Any]) -> Table:
         result.add_row(f"{name}, {found['count']} images", *[""] * 5)
         for score, measures in found["scores"].items():
             own = measures or dict.fromkeys(METRICS, dict.fromkeys(("value", "low", "high")))
-            span = interval(own["auroc"]["low"], own["auroc"]["high"], "{:.3f}")
+            span = interval(own["auroc"], "{:.3f}")
             value, *others = (number(own[metric]["value"], "{:.3f}") for metric in METRICS)
             result.add_row(f"  {score}", value, span, *others)
         result.add_section()
@@ -219,25 +224,25 @@ def _warnings(model: ScoreModel, options: OodConfig) -> list[str]:
     return noise_warnings(model, options.sigmas)
 
 
-def _names(setting: EvaluationContext) -> list[str]:
+def _names(context: EvaluationContext) -> list[str]:
     names: list[str] = []
-    for name in setting.option(OodConfig).sets:
+    for name in context.option(OodConfig).sets:
         auto = name == "auto"
-        names += standard_sets(setting.images, setting.data_dir) if auto else [name]
+        names += standard_sets(context.images, context.data_dir) if auto else [name]
     return list(dict.fromkeys(names))
 
 
-def _ready(setting: EvaluationContext) -> None:
-    find_sets(setting)
+def _ready(context: EvaluationContext) -> None:
+    find_sets(context)
 
 
 OOD = Suite(
     description="out-of-distribution detection: AUROC, AUPR, FPR95 of JEM's and noisy scores",
     check=check,
-    passes=lambda setting: 1 + len(_names(setting)),
-    run=run,
-    draw=draw,
+    passes=lambda context: 1 + len(_names(context)),
+    measure=measure,
+    plot=plot,
     table=table,
     options=OodConfig,
-    ready=_ready,
+    prepare=_ready,
 )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ebmkit.errors import UserError, unknown_name
-from ebmkit.evaluation.data import Images
+from ebmkit.evaluation.context import Images
 from ebmkit.randomness import keyed_generator
 
 __all__ = ["MADE", "NAMED", "OutSet", "find_set", "standard_sets"]

@@ -49,18 +49,17 @@ from ebmkit.evaluation import masking
 from ebmkit.evaluation.attacks import Attack, Norm, minimal_epsilons, rounds
 from ebmkit.evaluation.autoattack import breaks as autoattack_breaks
 from ebmkit.evaluation.autoattack import check_installed
-from ebmkit.evaluation.context import EvaluationContext, Suite, check_classifies
-from ebmkit.evaluation.data import Batch
+from ebmkit.evaluation.context import Batch, EvaluationContext
 from ebmkit.evaluation.defences import Defence, DefendedClassifier, image_noise
 from ebmkit.evaluation.masking import norm_name, strength
 from ebmkit.evaluation.robustness_config import RobustnessConfig
 from ebmkit.evaluation.statistics import finite
-from ebmkit.evaluation.tables import new_table
+from ebmkit.evaluation.suite import Suite, check_classifies, new_table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["ROBUSTNESS", "RobustnessConfig", "draw", "run", "table"]
+__all__ = ["ROBUSTNESS", "RobustnessConfig", "measure", "plot", "table"]
 
 VALUES_PER_STEP = 32_768
 """Pixel values that one step of an attack takes at least, if there are as many: 512 digits."""
@@ -71,9 +70,9 @@ FAR = 0.25
 """Root mean square per pixel, image units, by which a refinement may move images untold."""
 
 
-def passes(setting: EvaluationContext) -> int:
+def passes(context: EvaluationContext) -> int:
     """Passes over the images: a PGD attack at one strength, with one draw of noise, is one."""
-    config = setting.option(RobustnessConfig)
+    config = context.option(RobustnessConfig)
     total = 0
     for norm in config.norms:
         levels = len(config.strengths(norm)) - 1 + config.checks
@@ -83,19 +82,19 @@ def passes(setting: EvaluationContext) -> int:
     return total
 
 
-def run(setting: EvaluationContext) -> dict[str, Any]:
+def measure(context: EvaluationContext) -> dict[str, Any]:
     """Measure; see the module's text for what is returned.
 
     Raises:
         UserError: if AutoAttack is asked for and not installed, or an image leaves [0, 1].
     """
-    config = setting.option(RobustnessConfig)
+    config = context.option(RobustnessConfig)
     if config.autoattack:
         check_installed()
-    with in_float32(setting.device):
-        work = _Work(setting, config)
+    with in_float32(context.device):
+        work = _Work(context, config)
         moved = {name: work.moved(d) for name, d in config.curve().items() if d.steps}
-        warnings = _warnings(setting, config, moved)
+        warnings = _warnings(context, config, moved)
         curves: dict[str, Any] = {}
         maps: dict[str, Any] = {}
         checks: dict[str, Any] = {}
@@ -117,10 +116,10 @@ def run(setting: EvaluationContext) -> dict[str, Any]:
         "sigmas": list(config.noise_levels),
         "precision": "fp32",
         "compiled": False,
-        "chance": 1 / setting.model.num_classes,
+        "chance": 1 / context.model.num_classes,
         "epsilons": {norm: list(config.strengths(norm)) for norm in config.norms},
         "defences": {
-            name: {"about": d.description(setting.model.noise_conditional), "sigma": d.sigma}
+            name: {"about": d.description(context.model.noise_conditional), "sigma": d.sigma}
             | ({"moved": finite(moved[name])} if name in moved else {})
             for name, d in config.curve().items()
         },
@@ -132,13 +131,13 @@ def run(setting: EvaluationContext) -> dict[str, Any]:
 
 
 class _Work:
-    """The attacks on the first images of a setting, shared among its processes."""
+    """The attacks on the first images of a context, shared among its processes."""
 
-    def __init__(self, setting: EvaluationContext, config: RobustnessConfig) -> None:
-        model = setting.exact_model
+    def __init__(self, context: EvaluationContext, config: RobustnessConfig) -> None:
+        model = context.exact_model
         assert isinstance(model, EnergyModel)
-        self.setting, self.config, self.model = setting, config, model
-        self.images = setting.images.first(min(config.images, len(setting.images)))
+        self.context, self.config, self.model = context, config, model
+        self.images = context.images.first(min(config.images, len(context.images)))
         self.count = len(self.images)
         self._exact, self._told = 0.0, 0
 
@@ -158,7 +157,7 @@ class _Work:
                 batch.labels,
                 epsilons,
                 self._noise(batch.x, defence),
-                str(self.setting.seed),
+                str(self.context.seed),
                 partial(self._advance, cost, len(batch.x)),
             )
             return {"smallest": found}
@@ -175,7 +174,7 @@ class _Work:
                 "square": (target.refined(batch.x, noise) - batch.x).flatten(1).square().mean(1)
             }
 
-        few = replace(self.setting, images=self.images, advance=lambda count: None)
+        few = replace(self.context, images=self.images, advance=lambda count: None)
         return float(few.columns(0.0, measure)["square"].double().mean().sqrt())
 
     def checks(self, norm: Norm, defence: Defence, smallest: Tensor) -> masking.MaskingChecks:
@@ -202,14 +201,14 @@ class _Work:
         def measure(batch: Batch) -> dict[str, Tensor]:
             x, labels, target = batch.x, batch.labels, self._target(defence)
             assert labels is not None
-            noise, seed = self._noise(x, defence), f"check {self.setting.seed}"
+            noise, seed = self._noise(x, defence), f"check {self.context.seed}"
             found = {
                 name: attack.breaks(target, x, labels, epsilon, noise, seed)
                 for name, attack in attacks.items()
             }
             if self.config.autoattack:
                 found["autoattack"] = autoattack_breaks(
-                    target, norm, x, labels, epsilon, noise, self.setting.seed
+                    target, norm, x, labels, epsilon, noise, self.context.seed
                 )
             return found
 
@@ -221,11 +220,11 @@ class _Work:
         """`EvaluationContext.columns` of attacked images; progress ends ``cost`` passes on."""
         end = self._exact + cost
         channels, (height, width) = self.images.channels, self.images.image_size
-        rows = max(self.setting.batch_size, VALUES_PER_STEP // (channels * height * width))
+        rows = max(self.context.batch_size, VALUES_PER_STEP // (channels * height * width))
         draws = self.config.eot if defence.random else 1
-        share = math.ceil(self.count / self.setting.world.size)
+        share = math.ceil(self.count / self.context.world.size)
         few = replace(
-            self.setting,
+            self.context,
             images=self.images,
             batch_size=max(1, min(rows // draws, share)),
             advance=lambda count: None,
@@ -236,16 +235,16 @@ class _Work:
         return columns
 
     def _advance(self, passes: float, images: int) -> None:
-        """Tell the setting that of so many passes so many images are done, by each process."""
-        self._exact += passes * images * self.setting.world.size / self.count
+        """Tell the context that of so many passes so many images are done, by each process."""
+        self._exact += passes * images * self.context.world.size / self.count
         self._tell()
 
     def _tell(self) -> None:
-        whole = int(self._exact * len(self.setting.images) + 1e-6) - self._told
+        whole = int(self._exact * len(self.context.images) + 1e-6) - self._told
         if whole:
             self._told += whole
-            self.setting.left -= whole
-            self.setting.advance(whole)
+            self.context.left -= whole
+            self.context.advance(whole)
 
     def _gray_radius(self, norm: Norm) -> float:
         """The radius of the ball about any image that holds the gray one, 1/2 everywhere."""
@@ -262,11 +261,11 @@ class _Work:
     def _noise(self, x: Tensor, defence: Defence) -> Tensor | None:
         if not defence.random:
             return None
-        seed = f"judged on {self.setting.seed} {defence.sigma:.9g}"
+        seed = f"judged on {self.context.seed} {defence.sigma:.9g}"
         return image_noise(x, self.config.averaged(defence) * defence.noises, seed)
 
 
-def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
+def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``robustness.png`` and, unless there is one noise level, ``robustness-map.png``."""
     from ebmkit.plots import robustness as pictures
 
@@ -324,7 +323,7 @@ def _accuracies(smallest: Tensor, grid: tuple[float, ...]) -> list[dict[str, Any
 
 
 def _warnings(
-    setting: EvaluationContext, config: RobustnessConfig, moved: dict[str, float]
+    context: EvaluationContext, config: RobustnessConfig, moved: dict[str, float]
 ) -> list[str]:
     found = [
         f"{name} moves images by {rms:.3g} a pixel (root mean square, image units): steps of "
@@ -333,7 +332,7 @@ def _warnings(
         for name, rms in moved.items()
         if not rms <= FAR
     ]
-    card = setting.model.card
+    card = context.model.card
     if card is None or card.sigma_range is not None:
         return found
     names = [name for name, d in config.curve().items() if d.denoises]
@@ -347,8 +346,8 @@ ROBUSTNESS = Suite(
     description="accuracy against l_inf and l2 attacks (PGD), a map over strength and noise",
     check=check_classifies,
     passes=passes,
-    run=run,
-    draw=draw,
+    measure=measure,
+    plot=plot,
     table=table,
     options=RobustnessConfig,
 )

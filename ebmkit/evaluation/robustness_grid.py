@@ -38,19 +38,25 @@ from ebmkit.compile import in_float32
 from ebmkit.energy import EnergyModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation.attacks import Attack, Norm
-from ebmkit.evaluation.context import EvaluationContext, Suite, check_classifies
-from ebmkit.evaluation.data import Batch, Images
+from ebmkit.evaluation.context import Batch, EvaluationContext, Images
 from ebmkit.evaluation.defences import Defence, DefendedClassifier, labels_given
 from ebmkit.evaluation.masking import norm_name, share
 from ebmkit.evaluation.masking import strength as in_words
 from ebmkit.evaluation.robustness_config import Radii
-from ebmkit.evaluation.subset import columns_of
-from ebmkit.evaluation.tables import new_table
+from ebmkit.evaluation.suite import Suite, check_classifies, new_table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["ROBUSTNESS_GRID", "THESIS", "RobustnessGridConfig", "draw", "run", "table", "trained"]
+__all__ = [
+    "ROBUSTNESS_GRID",
+    "THESIS",
+    "RobustnessGridConfig",
+    "measure",
+    "plot",
+    "table",
+    "trained",
+]
 
 VALUES_PER_STEP = 800_000
 """Pixel values in a step of the attack at most."""
@@ -106,39 +112,39 @@ def trained(card: ModelCard | None) -> tuple[str, float] | None:
     return (norm, float(radius)) if radius else ("", 0.0)
 
 
-def ready(setting: EvaluationContext) -> None:
+def prepare(context: EvaluationContext) -> None:
     """Whether the runs beside are there, and know the same labels.
 
     Raises:
         UserError: if not.
     """
-    _columns(setting)
+    _columns(context)
 
 
-def run(setting: EvaluationContext) -> dict[str, Any]:
+def measure(context: EvaluationContext) -> dict[str, Any]:
     """Measure; see the module's text for what is returned.
 
     Raises:
         UserError: if a run beside is not there, or an image leaves [0, 1].
     """
-    config = setting.option(RobustnessGridConfig)
-    images = setting.images.first(min(config.images, len(setting.images)))
+    config = context.option(RobustnessGridConfig)
+    images = context.images.first(min(config.images, len(context.images)))
     columns = []
-    for column in _columns(setting):
-        with in_float32(setting.device):
-            smallest = _smallest(setting, images, column.model, config)
+    for column in _columns(context):
+        with in_float32(context.device):
+            smallest = _smallest(context, images, column.model, config)
         accuracy = [share(smallest > epsilon) for epsilon in config.epsilons]
         columns.append({"name": column.name, "trained": column.trained, "accuracy": accuracy})
     thesis = [
         {"test": test, "train": train, "accuracy": accuracy}
         for (test, train), accuracy in THESIS.items()
-        if setting.images.name == "cifar10" and config.norm == "l2"
+        if context.images.name == "cifar10" and config.norm == "l2"
     ]
     return {
         "images": len(images),
         "precision": "fp32",
         "compiled": False,
-        "chance": 1 / setting.model.num_classes,
+        "chance": 1 / context.model.num_classes,
         "norm": config.norm,
         "epsilons": list(config.epsilons),
         "columns": columns,
@@ -146,32 +152,32 @@ def run(setting: EvaluationContext) -> dict[str, Any]:
     }
 
 
-def _columns(setting: EvaluationContext) -> list[_Column]:
+def _columns(context: EvaluationContext) -> list[_Column]:
     """The networks, by training radius; those of which it is not known last."""
     from ebmkit.models import load
 
-    model = setting.exact_model
+    model = context.exact_model
     assert isinstance(model, EnergyModel)
-    found = [_Column(setting.option(RobustnessGridConfig).name, model, trained(setting.model.card))]
-    for run in setting.option(RobustnessGridConfig).beside:
-        model = load(run, device=str(setting.device))
+    found = [_Column(context.option(RobustnessGridConfig).name, model, trained(context.model.card))]
+    for run in context.option(RobustnessGridConfig).beside:
+        model = load(run, device=str(context.device))
         try:
-            check_classifies(model, setting.images)
+            check_classifies(model, context.images)
         except UserError as error:
             raise UserError(f"robustness-grid.beside: {run!r}: {error}") from None
         assert isinstance(model, EnergyModel)
-        channels = model.card.channels if model.card else setting.images.channels
-        if channels != setting.images.channels:
+        channels = model.card.channels if model.card else context.images.channels
+        if channels != context.images.channels:
             raise UserError(
                 f"robustness-grid.beside: the model in {run!r} takes images of {channels} "
-                f"channel(s), and these have {setting.images.channels}: name another run"
+                f"channel(s), and these have {context.images.channels}: name another run"
             )
         found.append(_Column(Path(os.path.abspath(run)).name, model, trained(model.card)))
     return sorted(found, key=lambda c: (c.trained is None, (c.trained or ("", 0.0))[::-1]))
 
 
 def _smallest(
-    setting: EvaluationContext, images: Images, model: EnergyModel, config: RobustnessGridConfig
+    context: EvaluationContext, images: Images, model: EnergyModel, config: RobustnessGridConfig
 ) -> Tensor:
     """The smallest radius of the grid that breaks each image, (N,); inf where none does."""
     target = DefendedClassifier(model, Defence("direct"))
@@ -186,19 +192,19 @@ def _smallest(
         for epsilon in config.epsilons[1:]:
             left = torch.nonzero(smallest.isinf()).squeeze(1).to(x.device)
             if len(left):
-                seed = f"grid {setting.seed}"
+                seed = f"grid {context.seed}"
                 broken = attack.breaks(target, x[left], labels[left], epsilon, seed=seed)
                 smallest[left[broken].cpu()] = epsilon
         return {"smallest": smallest}
 
     height, width = images.image_size
     rows = max(1, VALUES_PER_STEP // (images.channels * height * width))
-    share_of = -(-len(images) // setting.world.size)
-    own = replace(setting, model=model)
-    return columns_of(own, images, 0.0, measure, min(rows, share_of))["smallest"]
+    share_of = -(-len(images) // context.world.size)
+    own = replace(context, model=model)
+    return own.columns(0.0, measure, images, min(rows, share_of))["smallest"]
 
 
-def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
+def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``robustness-grid.png``: accuracy against the test radius, a line per network."""
     from ebmkit.plots.robustness import grid
 
@@ -250,10 +256,10 @@ def _cell(estimate: dict[str, Any], with_interval: bool) -> str:
 ROBUSTNESS_GRID = Suite(
     description="accuracy by test and training epsilon, of this run and of others beside it (PGD)",
     check=check_classifies,
-    passes=lambda setting: 1 + len(setting.option(RobustnessGridConfig).beside),
-    run=run,
-    draw=draw,
+    passes=lambda context: 1 + len(context.option(RobustnessGridConfig).beside),
+    measure=measure,
+    plot=plot,
     table=table,
     options=RobustnessGridConfig,
-    ready=ready,
+    prepare=prepare,
 )

@@ -39,7 +39,7 @@ from ebmkit.energy import EnergyModel, ScoreModel, classifies
 from ebmkit.errors import UserError
 from ebmkit.evaluation import statistics
 from ebmkit.evaluation.calibration import calibration_error
-from ebmkit.evaluation.context import EvaluationContext, Suite
+from ebmkit.evaluation.context import Batch, EvaluationContext, Images
 from ebmkit.evaluation.corruptions import (
     CORRUPTIONS,
     STRENGTHS,
@@ -47,15 +47,14 @@ from ebmkit.evaluation.corruptions import (
     constants_for,
     corrupt,
 )
-from ebmkit.evaluation.data import Batch, Images
-from ebmkit.evaluation.tables import new_table, number
+from ebmkit.evaluation.suite import Suite, new_table, number
 from ebmkit.metrics import psnr
 from ebmkit.registry import find
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["SHIFT", "ShiftConfig", "draw", "run", "table"]
+__all__ = ["SHIFT", "ShiftConfig", "measure", "plot", "table"]
 
 Columns = dict[str, Tensor]
 
@@ -101,12 +100,12 @@ def check(model: ScoreModel, images: Images) -> None:
         )
 
 
-def run(setting: EvaluationContext) -> dict[str, Any]:
+def measure(context: EvaluationContext) -> dict[str, Any]:
     """Measure; see the module's text for what is returned."""
-    options, images = setting.option(ShiftConfig), setting.images
+    options, images = context.option(ShiftConfig), context.images
     kind = _constants(options, images)
-    labelled = _compares_labels(setting.model, images)
-    clean = _columns(setting, labelled, lambda x, first: x)
+    labelled = _compares_labels(context.model, images)
+    clean = _columns(context, labelled, lambda x, first: x)
     corruptions: dict[str, Any] = {}
     errors: list[Tensor] = []
     unfinished: list[str] = []
@@ -117,10 +116,10 @@ def run(setting: EvaluationContext) -> dict[str, Any]:
             constant = corruption.constant(strength, kind)
 
             def corrupted(x: Tensor, first: int, name: str = name, c: float = constant) -> Tensor:
-                return corrupt(x, name, c, setting.seed, first)
+                return corrupt(x, name, c, context.seed, first)
 
-            columns = _columns(setting, labelled, corrupted)
-            rows.append({"strength": strength, "constant": constant, **_row(columns, setting.seed)})
+            columns = _columns(context, labelled, corrupted)
+            rows.append({"strength": strength, "constant": constant, **_row(columns, context.seed)})
             if labelled:
                 errors.append((~columns["right"]).double())
             bad = _not_finite(columns)
@@ -133,7 +132,7 @@ def run(setting: EvaluationContext) -> dict[str, Any]:
     document: dict[str, Any] = {
         "sigmas": [],
         "constants": kind,
-        "clean": _row(clean, setting.seed),
+        "clean": _row(clean, context.seed),
         "corruptions": corruptions,
     }
     if labelled:
@@ -145,22 +144,22 @@ def run(setting: EvaluationContext) -> dict[str, Any]:
             "mean_error_increase": statistics.mean(increase).document(),
             "confidence_slope": _slope(everything),
         }
-    return document | {"warnings": _warnings(setting, labelled) + unfinished}
+    return document | {"warnings": _warnings(context, labelled) + unfinished}
 
 
 def _columns(
-    setting: EvaluationContext, labelled: bool, corrupted: Callable[[Tensor, int], Tensor]
+    context: EvaluationContext, labelled: bool, corrupted: Callable[[Tensor, int], Tensor]
 ) -> Columns:
     """Measures of each image, (N,), under one corruption, a function of images and the number of
     the first."""
-    world, size = setting.world, setting.batch_size
+    world, size = context.world, context.batch_size
     batches = itertools.count(world.rank, world.size)
 
     def measure(batch: Batch) -> Columns:
         y = corrupted(batch.x, next(batches) * size)
-        return _measure(setting.model, batch.x, y, batch.labels if labelled else None)
+        return _measure(context.model, batch.x, y, batch.labels if labelled else None)
 
-    return setting.columns(0.0, measure)
+    return context.columns(0.0, measure)
 
 
 def _measure(model: ScoreModel, x: Tensor, y: Tensor, labels: Tensor | None) -> Columns:
@@ -205,17 +204,17 @@ def _row(columns: Columns, seed: int) -> dict[str, Any]:
     return row
 
 
-def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
+def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``shift.png``, ``shift-psnr.png`` and ``shift-examples.png``, as far as they apply."""
     from ebmkit.plots import shift as pictures
 
     if "accuracy" in document["clean"]:
-        chance = 1 / setting.model.num_classes
+        chance = 1 / context.model.num_classes
         pictures.accuracy_and_confidence(document, folder / "shift.png", chance)
     pictures.psnr_against_strength(document, folder / "shift-psnr.png")
-    ((x, _),) = setting.images.first(1).batches(1)
+    ((x, _),) = context.images.first(1).batches(1)
     shown = {
-        name: [corrupt(x, name, row["constant"], setting.seed)[0] for row in found["rows"]]
+        name: [corrupt(x, name, row["constant"], context.seed)[0] for row in found["rows"]]
         for name, found in document["corruptions"].items()
     }
     pictures.corrupted_examples(x[0], shown, document, folder / "shift-examples.png")
@@ -274,13 +273,13 @@ def _slope(rows: list[dict[str, Any]]) -> float | None:
     return statistics.finite(float(((x - x.mean()) * y).sum()) / spread)
 
 
-def _passes(setting: EvaluationContext) -> int:
-    options = setting.option(ShiftConfig)
+def _passes(context: EvaluationContext) -> int:
+    options = context.option(ShiftConfig)
     return 1 + len(options.corruptions) * len(set(options.strengths))
 
 
-def _warnings(setting: EvaluationContext, labelled: bool) -> list[str]:
-    model, images, found = setting.model, setting.images, []
+def _warnings(context: EvaluationContext, labelled: bool) -> list[str]:
+    model, images, found = context.model, context.images, []
     if classifies(model) and not labelled:
         found.append(
             f"data set {images.name!r} has not the {model.num_classes} classes that this model "
@@ -303,8 +302,8 @@ SHIFT = Suite(
     description="accuracy, confidence and PSNR under six corruptions at five strengths",
     check=check,
     passes=_passes,
-    run=run,
-    draw=draw,
+    measure=measure,
+    plot=plot,
     table=table,
     options=ShiftConfig,
 )

@@ -53,7 +53,7 @@ def accuracy_against_strength(document: dict[str, Any], path: Path) -> None:
     for number, norm in enumerate(norms):
         axes = figure.add_subplot(1, len(norms), number + 1)
         for look, (name, curve) in enumerate(document["curves"][norm].items()):
-            label = f"{name}: {document['defences'][name]['description']}"
+            label = f"{name}: {document['defences'][name]['about']}"
             _line(axes, norm, document["epsilons"][norm], curve, label, look)
         _finish(axes, norm, document["chance"])
     figure.suptitle(f"Accuracy under PGD attacks: {images_of(document)}, bands 95 %", fontsize=11)
