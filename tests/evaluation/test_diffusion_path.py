@@ -234,8 +234,6 @@ def test_processes_share_the_work_and_the_progress_ends(network, squares, tmp_pa
     assert (sum(told), setting.left) == (4 * 30, 0)
     quiet = replace(setting, left=0, advance=lambda count: None)
     for found in run_shared(DIFFUSION_PATH.run, quiet):
-        DIFFUSION_PATH.run, replace(setting, left=0, advance=lambda count: None)
-    ):
         assert found == alone
 
 
