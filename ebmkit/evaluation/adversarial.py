@@ -43,17 +43,22 @@ from ebmkit.compile import in_float32
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation import statistics
-from ebmkit.evaluation.context import EvaluationContext, Suite, check_classifies
-from ebmkit.evaluation.data import Batch, Images, noisy_batches
-from ebmkit.evaluation.subset import class_name, first_columns, noise_warnings
-from ebmkit.evaluation.tables import new_table, number
+from ebmkit.evaluation.context import Batch, EvaluationContext, Images, noisy_batches
+from ebmkit.evaluation.suite import (
+    Suite,
+    check_classifies,
+    class_name,
+    new_table,
+    noise_warnings,
+    number,
+)
 from ebmkit.metrics import predict
 from ebmkit.noise import Sigma, in_255ths
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["ADVERSARIAL", "AdversarialConfig", "check", "difference", "draw", "run", "table"]
+__all__ = ["ADVERSARIAL", "AdversarialConfig", "check", "difference", "measure", "plot", "table"]
 
 ROWS = 4
 """Images in the picture."""
@@ -107,16 +112,16 @@ def check(model: ScoreModel, images: Images) -> None:
         raise UserError("a model of one class has no adversarial gradients: they are all 0")
 
 
-def run(setting: EvaluationContext) -> dict[str, Any]:
+def measure(context: EvaluationContext) -> dict[str, Any]:
     """Measure; see the module's text for what is returned."""
-    config, model = setting.option(AdversarialConfig), _model(setting)
-    used = min(config.images, len(setting.images))
-    rows = min(setting.batch_size, math.ceil(used / setting.world.size))
+    config, model = context.option(AdversarialConfig), _model(context)
+    used = min(config.images, len(context.images))
+    rows = min(context.batch_size, math.ceil(used / context.world.size))
     levels = []
-    with in_float32(setting.device):
-        for sigma in _levels(setting):
+    with in_float32(context.device):
+        for sigma in _levels(context):
             measure = partial(_measure, model, sigma, config)
-            columns = first_columns(setting, used, sigma, measure, rows)
+            columns = context.columns(sigma, measure, context.first(used), rows)
             levels.append(_level(sigma, config, columns))
     return {
         "images": used,
@@ -130,18 +135,18 @@ def run(setting: EvaluationContext) -> dict[str, Any]:
     }
 
 
-def _model(setting: EvaluationContext) -> EnergyModel:
-    model = setting.exact_model
+def _model(context: EvaluationContext) -> EnergyModel:
+    model = context.exact_model
     assert isinstance(model, EnergyModel)
-    if setting.option(AdversarialConfig).precision == "double":
+    if context.option(AdversarialConfig).precision == "double":
         return copy.deepcopy(model).double()
     return model
 
 
-def _levels(setting: EvaluationContext) -> list[float]:
+def _levels(context: EvaluationContext) -> list[float]:
     """Those asked for, ascending; the clean image first, if the model needs no sigma."""
-    levels = sorted(set(setting.option(AdversarialConfig).sigmas))
-    return levels if setting.model.noise_conditional else [0.0, *levels]
+    levels = sorted(set(context.option(AdversarialConfig).sigmas))
+    return levels if context.model.noise_conditional else [0.0, *levels]
 
 
 def _targets(config: AdversarialConfig, model: ScoreModel) -> int:
@@ -201,25 +206,25 @@ def _level(sigma: float, config: AdversarialConfig, columns: dict[str, Tensor]) 
     return {"sigma": sigma, "identity_error": None, "rounding": None, **means, "steps": steps}
 
 
-def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
+def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``adversarial.png``, gradients at some noise levels, and ``adversarial-norms.png``."""
     from ebmkit.plots import adversarial as pictures
     from ebmkit.plots.common import images_of
 
-    config, model = setting.option(AdversarialConfig), _model(setting)
+    config, model = context.option(AdversarialConfig), _model(context)
     sigmas = sorted(set(config.sigmas))
     middle = sorted({0, (len(sigmas) - 1) // 2, len(sigmas) - 1})[:PANELS]
-    few = setting.images.first(min(ROWS, len(setting.images)))
+    few = context.images.first(min(ROWS, len(context.images)))
     panels, targets, clean = [], None, None
-    with in_float32(setting.device):
+    with in_float32(context.device):
         for sigma in [sigmas[i] for i in middle]:
-            ((clean, y, _),) = noisy_batches(few, sigma, setting.seed, ROWS, setting.device)
+            ((clean, y, _),) = noisy_batches(few, sigma, context.seed, ROWS, context.device)
             y = y.double() if config.precision == "double" else y
             posterior = model.energies(y, sigma).log_posterior().exp()
             if targets is None:  # the same at all levels, so that gradients can be compared
                 targets = posterior.argsort(dim=1, descending=True)[:, 1 : 1 + document["targets"]]
             confidence, predicted = posterior.max(dim=1)
-            names = [class_name(setting.images, int(c)) for c in predicted]
+            names = [class_name(context.images, int(c)) for c in predicted]
             panels.append(
                 pictures.AdversarialPanel(
                     sigma=sigma,
@@ -230,12 +235,12 @@ def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> 
                     gradients=torch.stack(
                         [difference(model, y, c, sigma) for c in targets.T], dim=1
                     ),
-                    targets=[[class_name(setting.images, int(c)) for c in row] for row in targets],
+                    targets=[[class_name(context.images, int(c)) for c in row] for row in targets],
                 )
             )
     assert clean is not None
     labels = few.labels
-    titles = [] if labels is None else [class_name(setting.images, int(c)) for c in labels]
+    titles = [] if labels is None else [class_name(context.images, int(c)) for c in labels]
     description = images_of(document, len(few))
     pictures.adversarial_grid(clean, titles, panels, folder / "adversarial.png", description)
     pictures.adversarial_norms(document, folder / "adversarial-norms.png")
@@ -265,9 +270,9 @@ def table(document: dict[str, Any]) -> Table:
 ADVERSARIAL = Suite(
     description="adversarial gradients as differences of denoisers (eq. 9), size against noise",
     check=check,
-    passes=lambda setting: len(_levels(setting)),
-    run=run,
-    draw=draw,
+    passes=lambda context: len(_levels(context)),
+    measure=measure,
+    plot=plot,
     table=table,
     options=AdversarialConfig,
 )

@@ -27,15 +27,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ebmkit.evaluation import statistics
-from ebmkit.evaluation.context import EvaluationContext, Predictions, Suite, check_classifies
+from ebmkit.evaluation.context import EvaluationContext, Predictions
 from ebmkit.evaluation.statistics import Estimate
-from ebmkit.evaluation.tables import interval, new_table, number
+from ebmkit.evaluation.suite import Suite, check_classifies, interval, new_table, number
 from ebmkit.noise import in_255ths
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["CALIBRATION", "calibration_error", "draw", "reliability", "run", "table"]
+__all__ = ["CALIBRATION", "calibration_error", "measure", "plot", "reliability", "table"]
 
 BINS = 15
 NOISY = 25 / 255
@@ -84,9 +84,9 @@ def reliability(confidence: Tensor, right: Tensor, bins: int = BINS) -> list[dic
     return rows
 
 
-def run(setting: EvaluationContext) -> dict[str, Any]:
+def measure(context: EvaluationContext) -> dict[str, Any]:
     """Measure; see the module's text for what is returned."""
-    levels = [_level(setting.predictions(s), s, setting.seed) for s in (0.0, NOISY)]
+    levels = [_level(context.predictions(s), s, context.seed) for s in (0.0, NOISY)]
     document: dict[str, Any] = {"sigmas": [0.0, NOISY], "levels": levels}
     for name in MEASURES:
         estimate = levels[0][name]
@@ -95,7 +95,7 @@ def run(setting: EvaluationContext) -> dict[str, Any]:
     return document
 
 
-def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
+def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``reliability.png``."""
     from ebmkit import plots
 
@@ -109,7 +109,7 @@ def table(document: dict[str, Any]) -> Table:
         where = f" at sigma {in_255ths(level['sigma'])}/255" if level["sigma"] else ""
         for name, label in MEASURES.items():
             estimate = level[name]
-            span = interval(estimate["low"], estimate["high"], "{:.4f}")
+            span = interval(estimate, "{:.4f}")
             result.add_row(label + where, number(estimate["value"], "{:.4f}"), span)
     return result
 
@@ -134,9 +134,9 @@ def _bin_of(confidence: Tensor, bins: int) -> NDArray[np.intp]:
 CALIBRATION = Suite(
     description="calibration error, Brier score and likelihood, clean and at 25/255; a diagram",
     check=check_classifies,
-    passes=lambda setting: 2,
-    run=run,
-    draw=draw,
+    passes=lambda context: 2,
+    measure=measure,
+    plot=plot,
     table=table,
     standard=True,
 )

@@ -19,29 +19,29 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ebmkit.evaluation import statistics
-from ebmkit.evaluation.context import EvaluationContext, Suite, check_classifies
-from ebmkit.evaluation.tables import interval, new_table, number
+from ebmkit.evaluation.context import EvaluationContext
+from ebmkit.evaluation.suite import Suite, check_classifies, estimate_table
 from ebmkit.noise import in_255ths
 from ebmkit.terminal import shown_name
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["CLASSIFY", "draw", "run", "table"]
+__all__ = ["CLASSIFY", "measure", "plot", "table"]
 
 MAX_CONFUSION = 100
 MAX_DRAWN = 20
 
 
-def run(setting: EvaluationContext) -> dict[str, Any]:
+def measure(context: EvaluationContext) -> dict[str, Any]:
     """Measure; see the module's text for what is returned."""
-    images, names = setting.images, setting.images.class_names
-    clean = setting.predictions(0.0)
+    images, names = context.images, context.images.class_names
+    clean = context.predictions(0.0)
     accuracy = statistics.proportion(int(clean.right.sum()), len(images))
     nll = statistics.mean(clean.nll)
     against_noise = []
-    for sigma in setting.noise_levels:
-        noisy = setting.predictions(sigma)
+    for sigma in context.noise_levels:
+        noisy = context.predictions(sigma)
         against_noise.append(
             {
                 "sigma": sigma,
@@ -50,34 +50,34 @@ def run(setting: EvaluationContext) -> dict[str, Any]:
             }
         )
     per_class = {}
-    for c in range(setting.model.num_classes):
+    for c in range(context.model.num_classes):
         own = clean.labels == c
         name = names[c] if names else str(c)
         hits = int((clean.right & own).sum())
         per_class[name] = statistics.proportion(hits, int(own.sum())).document()
     return {
-        "sigmas": list(setting.noise_levels),
+        "sigmas": list(context.noise_levels),
         "accuracy": accuracy.value,
-        "accuracy_interval": accuracy.interval(),
+        "accuracy_interval": [accuracy.low, accuracy.high],
         "nll": statistics.finite(nll.value),
-        "nll_interval": nll.interval(),
+        "nll_interval": [nll.low, nll.high],
         "per_class": per_class,
         "against_noise": against_noise,
-        "confusion": _confusion(clean.labels, clean.predicted, setting.model.num_classes),
-        "warnings": _warnings(setting),
+        "confusion": _confusion(clean.labels, clean.predicted, context.model.num_classes),
+        "warnings": _warnings(context),
     }
 
 
-def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
+def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``accuracy-against-noise.png`` and, for up to 20 classes, ``confusion.png``."""
     from ebmkit import plots
 
     plots.accuracy_against_noise(
         document["against_noise"],
         folder / "accuracy-against-noise.png",
-        chance=1 / setting.model.num_classes,
+        chance=1 / context.model.num_classes,
     )
-    if setting.model.num_classes <= MAX_DRAWN:
+    if context.model.num_classes <= MAX_DRAWN:
         plots.confusion_matrix(
             document["confusion"], list(document["per_class"]), folder / "confusion.png"
         )
@@ -85,25 +85,21 @@ def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> 
 
 def table(document: dict[str, Any]) -> Table:
     """Accuracy and NLL with their intervals, clean and noisy."""
-    result = new_table(document, ("metric", "value", "95 % interval"))
-    low, high = document["accuracy_interval"]
-    percent = f"{document['accuracy']:.2%}"
-    result.add_row("accuracy", percent, interval(low, high, "{:.2%}"))
-    low, high = document["nll_interval"]
-    result.add_row("NLL (nats)", number(document["nll"], "{:.4f}"), interval(low, high, "{:.4f}"))
+    rows = [
+        (name, {"value": document[key], "low": low, "high": high}, form)
+        for name, key, form in (("accuracy", "accuracy", "{:.2%}"), ("NLL (nats)", "nll", "{:.4f}"))
+        for low, high in [document[f"{key}_interval"]]
+    ]
     known = {name: e for name, e in document["per_class"].items() if e["count"]}
     if len(known) > 1:
         worst = min(known, key=lambda name: known[name]["value"])
-        estimate = known[worst]
-        span = interval(estimate["low"], estimate["high"], "{:.2%}")
-        result.add_row(f"worst class: {shown_name(worst)}", f"{estimate['value']:.2%}", span)
-    for level in document["against_noise"]:
-        if level["sigma"]:
-            estimate = level["accuracy"]
-            span = interval(estimate["low"], estimate["high"], "{:.2%}")
-            name = f"accuracy at sigma {in_255ths(level['sigma'])}/255"
-            result.add_row(name, f"{estimate['value']:.2%}", span)
-    return result
+        rows.append((f"worst class: {shown_name(worst)}", known[worst], "{:.2%}"))
+    rows += [
+        (f"accuracy at sigma {in_255ths(level['sigma'])}/255", level["accuracy"], "{:.2%}")
+        for level in document["against_noise"]
+        if level["sigma"]
+    ]
+    return estimate_table(document, rows)
 
 
 def _confusion(
@@ -116,8 +112,8 @@ def _confusion(
     return matrix
 
 
-def _warnings(setting: EvaluationContext) -> list[str]:
-    card, names = setting.model.card, list(setting.images.class_names)
+def _warnings(context: EvaluationContext) -> list[str]:
+    card, names = context.model.card, list(context.images.class_names)
     if card is None or not card.class_names or not names or card.class_names == names:
         return []
     pair = next((a, b) for a, b in zip(card.class_names, names, strict=True) if a != b)
@@ -130,9 +126,9 @@ def _warnings(setting: EvaluationContext) -> list[str]:
 CLASSIFY = Suite(
     description="accuracy (all, per class, against noise), likelihood, confusion matrix",
     check=check_classifies,
-    passes=lambda setting: len(setting.noise_levels) + 1,
-    run=run,
-    draw=draw,
+    passes=lambda context: len(context.noise_levels) + 1,
+    measure=measure,
+    plot=plot,
     table=table,
     standard=True,
 )

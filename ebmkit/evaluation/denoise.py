@@ -51,9 +51,8 @@ from ebmkit.energy import (
     tweedie,
 )
 from ebmkit.evaluation import statistics
-from ebmkit.evaluation.context import EvaluationContext, Suite
-from ebmkit.evaluation.data import Batch, Images, noisy_batches
-from ebmkit.evaluation.tables import interval, new_table, number
+from ebmkit.evaluation.context import Batch, EvaluationContext, Images, noisy_batches
+from ebmkit.evaluation.suite import Suite, interval, new_table, number
 from ebmkit.metrics import predict, psnr
 from ebmkit.noise import format_sigma, in_255ths
 
@@ -63,10 +62,10 @@ if TYPE_CHECKING:
 __all__ = [
     "DENOISE",
     "Estimates",
-    "draw",
     "estimates",
     "knows_sigma",
-    "run",
+    "measure",
+    "plot",
     "ssim",
     "ssim_window",
     "table",
@@ -163,15 +162,15 @@ def check(model: ScoreModel, images: Images) -> None:
     """Every model can denoise; one that never learnt to gets a warning in its results."""
 
 
-def run(setting: EvaluationContext) -> dict[str, Any]:
+def measure(context: EvaluationContext) -> dict[str, Any]:
     """Measure; see the module's text for what is returned."""
     denoisers: dict[str, dict[str, Any]] = {}
     sigmas: dict[str, Any] = {}
     accuracies: dict[str, Any] = {}
     unfinished: list[str] = []
-    for sigma in setting.sigmas:
+    for sigma in context.sigmas:
         key = in_255ths(sigma)
-        values = setting.columns(sigma, partial(_measure, setting, sigma))
+        values = context.columns(sigma, partial(_measure, context, sigma))
         for name in [n for n, measure in values if measure == "psnr"]:
             rows = denoisers.setdefault(
                 name, {"about": LABELS[name], "psnr": {}, "gain": {}, "ssim": {}}
@@ -196,7 +195,7 @@ def run(setting: EvaluationContext) -> dict[str, Any]:
         if ("", "right") in values:
             right = values["", "right"]
             accuracies[key] = statistics.proportion(int(right.sum()), len(right)).document()
-    document: dict[str, Any] = {"sigmas": list(setting.sigmas)}
+    document: dict[str, Any] = {"sigmas": list(context.sigmas)}
     for measure in ("psnr", "ssim"):
         plain, noisy = denoisers["unconditional"][measure], denoisers["noisy"][measure]
         document[measure] = {key: e["value"] for key, e in plain.items()}
@@ -206,9 +205,9 @@ def run(setting: EvaluationContext) -> dict[str, Any]:
         "denoisers": denoisers,
         "estimated_sigma": sigmas,
         "predicted_labels": accuracies,
-        "knows_sigma": {name: knows_sigma(setting.model, name) for name in denoisers},
-        "ssim_window": ssim_window(setting.images.image_size),
-        "warnings": _warnings(setting) + unfinished,
+        "knows_sigma": {name: knows_sigma(context.model, name) for name in denoisers},
+        "ssim_window": ssim_window(context.images.image_size),
+        "warnings": _warnings(context) + unfinished,
     }
 
 
@@ -222,13 +221,13 @@ def knows_sigma(model: ScoreModel, denoiser: str) -> str:
 
 
 def _measure(
-    setting: EvaluationContext, sigma: float, batch: Batch
+    context: EvaluationContext, sigma: float, batch: Batch
 ) -> dict[tuple[str, str], Tensor]:
     """By denoiser and measure, and by "" and what else is known of each image: (B,)."""
     x, y, labels = batch
-    if setting.images.num_classes != setting.model.num_classes:
+    if context.images.num_classes != context.model.num_classes:
         labels = None
-    found, predicted, noise = estimates(setting.model, y, sigma, labels)
+    found, predicted, noise = estimates(context.model, y, sigma, labels)
     columns = {}
     for name, estimate in {"noisy": y, "clipped": y.clamp(0, 1), **found}.items():
         columns[name, "psnr"] = psnr(estimate, x)
@@ -240,18 +239,18 @@ def _measure(
     return columns
 
 
-def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
+def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``denoising.png``, the first images under each denoiser, and ``psnr.png``."""
     from ebmkit import plots
 
     plots.psnr_bars(document["denoisers"], folder / "psnr.png")
-    few = setting.images.first(SHOWN)
+    few = context.images.first(SHOWN)
     clean = None
     levels = []
-    for sigma in setting.sigmas:
-        shared = noisy_batches(few, sigma, setting.seed, SHOWN, setting.device)
+    for sigma in context.sigmas:
+        shared = noisy_batches(few, sigma, context.seed, SHOWN, context.device)
         clean, y = _middles(list(shared))
-        found, _, _ = estimates(setting.model, y, sigma)
+        found, _, _ = estimates(context.model, y, sigma)
         shown = {"noisy": y, "$D_u$": found["unconditional"]}
         if "conditional_predicted" in found:
             shown["$D_c$"] = found["conditional_predicted"]
@@ -288,7 +287,7 @@ def table(document: dict[str, Any]) -> Table:
                 "" if i else f"{key}/255",
                 LABELS[name],
                 number(value["value"], "{:.2f}"),
-                interval(value["low"], value["high"], "{:.2f}"),
+                interval(value, "{:.2f}"),
                 "" if name == "noisy" else number(gain["value"], "{:+.2f}"),
                 number(likeness["value"], "{:.3f}"),
             )
@@ -296,8 +295,8 @@ def table(document: dict[str, Any]) -> Table:
     return result
 
 
-def _warnings(setting: EvaluationContext) -> list[str]:
-    card = setting.model.card
+def _warnings(context: EvaluationContext) -> list[str]:
+    card = context.model.card
     if card is None:
         return []
     if card.sigma_range is None:
@@ -306,7 +305,7 @@ def _warnings(setting: EvaluationContext) -> list[str]:
             "score means little; add dsm to the objective"
         ]
     low, high = card.sigma_range
-    outside = [s for s in setting.sigmas if not low * (1 - 1e-6) <= s <= high * (1 + 1e-6)]
+    outside = [s for s in context.sigmas if not low * (1 - 1e-6) <= s <= high * (1 + 1e-6)]
     if not outside:
         return []
     levels = ", ".join(format_sigma(s) for s in outside)
@@ -319,9 +318,9 @@ def _warnings(setting: EvaluationContext) -> list[str]:
 DENOISE = Suite(
     description="PSNR and SSIM of the unconditional, conditional and blind denoisers",
     check=check,
-    passes=lambda setting: len(setting.sigmas),
-    run=run,
-    draw=draw,
+    passes=lambda context: len(context.sigmas),
+    measure=measure,
+    plot=plot,
     table=table,
     standard=True,
 )

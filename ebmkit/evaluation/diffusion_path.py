@@ -35,8 +35,7 @@ from ebmkit.compile import optimize
 from ebmkit.energy import EnergyModel, ScoreModel, classifies
 from ebmkit.errors import UserError
 from ebmkit.evaluation import statistics
-from ebmkit.evaluation.context import EvaluationContext, Suite, check_classifies
-from ebmkit.evaluation.data import Batch, Images, noisy_batches
+from ebmkit.evaluation.context import Batch, EvaluationContext, Images, noisy_batches
 from ebmkit.evaluation.diffusion_views import VIEWS, DiffusionPathConfig, views_at
 from ebmkit.evaluation.energies import (
     ImageEnergies,
@@ -47,14 +46,13 @@ from ebmkit.evaluation.energies import (
     spread,
 )
 from ebmkit.evaluation.generated import Generated, read_samples
-from ebmkit.evaluation.subset import check_one_size, columns_of
-from ebmkit.evaluation.tables import new_table, number
+from ebmkit.evaluation.suite import Suite, check_classifies, check_one_size, new_table, number
 from ebmkit.noise import Schedule
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["DIFFUSION_PATH", "draw", "run", "table"]
+__all__ = ["DIFFUSION_PATH", "measure", "plot", "table"]
 
 SHORT = {"timestep": "x_t", "image": "image", "dark": "dark", "faded": "faded"}
 SHOWN = 9
@@ -72,25 +70,25 @@ def check(model: ScoreModel, images: Images) -> None:
     check_one_size("diffusion-path", images)
 
 
-def ready(setting: EvaluationContext) -> None:
+def prepare(context: EvaluationContext) -> None:
     """Whether the settings fit together, and further runs and samples are there.
 
     Raises:
         UserError: if they do not, or are not.
     """
-    setting.option(DiffusionPathConfig).timesteps()
-    _models(setting)
-    _samples(setting)
+    context.option(DiffusionPathConfig).timesteps()
+    _models(context)
+    _samples(context)
 
 
-def run(setting: EvaluationContext) -> dict[str, Any]:
+def measure(context: EvaluationContext) -> dict[str, Any]:
     """Measure; see the module's text for what is returned."""
-    config, generated = setting.option(DiffusionPathConfig), _samples(setting)
+    config, generated = context.option(DiffusionPathConfig), _samples(context)
     schedule, timesteps = config.make_schedule(), config.timesteps()
-    models, images = _models(setting), setting.images
+    models, images = _models(context), context.images
     assert images.labels is not None
     labels = images.labels.cpu()
-    clean = setting.columns(0.0, partial(_measure, models, config.energies, None, -1))
+    clean = context.columns(0.0, partial(_measure, models, config.energies, None, -1))
     documents: dict[str, dict[str, Any]] = {
         name: {
             "reading": reading_of(model, config.energies),
@@ -108,13 +106,13 @@ def run(setting: EvaluationContext) -> dict[str, Any]:
     for t in timesteps:
         sigma, abar = schedule.sigma(t), schedule.abar(t)
         measure = partial(_measure, models, config.energies, schedule, t)
-        columns = setting.columns(sigma, measure)
+        columns = context.columns(sigma, measure)
         for name, document in documents.items():
             for view in VIEWS:
                 row = {"t": t, "sigma": sigma, "abar": abar} | _row(columns, name, view)
                 document["path"][view].append(row)
-    chance = 1 / setting.model.num_classes
-    sampled = _of_samples(setting, models, generated)
+    chance = 1 / context.model.num_classes
+    sampled = _of_samples(context, models, generated)
     for name, document in documents.items():
         document["chance_from"] = {
             view: next((r["t"] for r in rows if r["accuracy"]["low"] <= chance), None)
@@ -171,14 +169,14 @@ def _row(columns: dict[Key, Tensor], name: str, view: str) -> dict[str, Any]:
 
 
 def _of_samples(
-    setting: EvaluationContext, models: dict[str, EnergyModel], generated: Generated | None
+    context: EvaluationContext, models: dict[str, EnergyModel], generated: Generated | None
 ) -> dict[str, dict[str, Any]]:
     """Energies of samples, by model; none without a file."""
     if generated is None:
         return {}
     from ebmkit.data import ImageSet
 
-    reading = setting.option(DiffusionPathConfig).energies
+    reading = context.option(DiffusionPathConfig).energies
 
     def measure(batch: Batch) -> dict[tuple[str, str], Tensor]:
         found = {}
@@ -187,7 +185,7 @@ def _of_samples(
                 found[name, measure] = column
         return found
 
-    columns = columns_of(setting, ImageSet("samples", "test", generated.images), 0.0, measure)
+    columns = context.columns(0.0, measure, ImageSet("samples", "test", generated.images))
     documents: dict[str, dict[str, Any]] = {}
     for name in models:
         read = ImageEnergies(*(columns[name, m] for m in ImageEnergies._fields))
@@ -197,12 +195,12 @@ def _of_samples(
             own = read.joint(wanted)
             documents[name]["joint_energy"] = spread(own)
             documents[name]["classes"] = class_statistics(
-                read.energy, own, wanted, setting.images.class_names
+                read.energy, own, wanted, context.images.class_names
             )
     return documents
 
 
-def _models(setting: EvaluationContext) -> dict[str, EnergyModel]:
+def _models(context: EvaluationContext) -> dict[str, EnergyModel]:
     """The model evaluated and those beside it, by name.
 
     Raises:
@@ -210,40 +208,40 @@ def _models(setting: EvaluationContext) -> dict[str, EnergyModel]:
     """
     from ebmkit.models import load
 
-    assert isinstance(setting.model, EnergyModel)
-    config = setting.option(DiffusionPathConfig)
-    found: dict[str, EnergyModel] = {setting.option(DiffusionPathConfig).name: setting.model}
+    assert isinstance(context.model, EnergyModel)
+    config = context.option(DiffusionPathConfig)
+    found: dict[str, EnergyModel] = {context.option(DiffusionPathConfig).name: context.model}
     for path in config.beside:
-        model = load(path, device=str(setting.device))
-        known = setting.model.num_classes
+        model = load(path, device=str(context.device))
+        known = context.model.num_classes
         if not classifies(model) or model.num_classes != known:
             raise UserError(
                 f"diffusion-path.beside: the model in {str(path)!r} knows {model.num_classes} "
                 f"classes and the one evaluated {known}: name runs with labels of the same classes"
             )
-        channels = model.card.channels if model.card else setting.images.channels
-        if channels != setting.images.channels:
+        channels = model.card.channels if model.card else context.images.channels
+        if channels != context.images.channels:
             raise UserError(
                 f"diffusion-path.beside: the model in {str(path)!r} takes images of {channels} "
-                f"channel(s), and {setting.images.name!r} has {setting.images.channels}"
+                f"channel(s), and {context.images.name!r} has {context.images.channels}"
             )
         name = base = Path(os.path.abspath(path)).name
         number = 1
         while name in found:
             number += 1
             name = f"{base}-{number}"
-        found[name] = optimize(model, setting.inference.precision)
+        found[name] = optimize(model, context.inference.precision)
     for model in found.values():
         reading_of(model, config.energies)
     return found
 
 
-def _samples(setting: EvaluationContext) -> Generated | None:
-    path = setting.option(DiffusionPathConfig).samples
+def _samples(context: EvaluationContext) -> Generated | None:
+    path = context.option(DiffusionPathConfig).samples
     if path is None:
         return None
-    found = read_samples(path, setting.images, "diffusion-path.samples")
-    known = setting.model.num_classes
+    found = read_samples(path, context.images, "diffusion-path.samples")
+    known = context.model.num_classes
     if found.labels is not None and not bool(((found.labels >= 0) & (found.labels < known)).all()):
         worst = int(found.labels.max()) if found.labels.max() >= known else int(found.labels.min())
         raise UserError(
@@ -266,16 +264,16 @@ def _warnings(documents: dict[str, dict[str, Any]]) -> list[str]:
     return found
 
 
-def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
+def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``diffusion-path.png``, ``diffusion-energies.png`` and ``class-energies.png``."""
     from ebmkit.plots import diffusion_path as pictures
 
-    config = setting.option(DiffusionPathConfig)
+    config = context.option(DiffusionPathConfig)
     schedule, timesteps = config.make_schedule(), config.timesteps()
     chosen = [timesteps[i] for i in _spread_over(len(timesteps), SHOWN)]
     strips: dict[str, list[tuple[int, Tensor]]] = {view: [] for view in VIEWS}
     for t in chosen:
-        (batch,) = noisy_batches(setting.images.first(1), schedule.sigma(t), setting.seed, 1)
+        (batch,) = noisy_batches(context.images.first(1), schedule.sigma(t), context.seed, 1)
         for view, (images, _) in views_at(schedule, t, batch.x, batch.y).items():
             strips[view].append((t, images[0]))
     pictures.accuracies(document, strips, folder / "diffusion-path.png")
@@ -324,8 +322,8 @@ def _spread_over(count: int, most: int) -> list[int]:
     return sorted({round(i * (count - 1) / max(1, few - 1)) for i in range(few)})
 
 
-def _passes(setting: EvaluationContext) -> int:
-    config = setting.option(DiffusionPathConfig)
+def _passes(context: EvaluationContext) -> int:
+    config = context.option(DiffusionPathConfig)
     return 1 + len(config.timesteps()) + (config.samples is not None)
 
 
@@ -333,9 +331,9 @@ DIFFUSION_PATH = Suite(
     description="accuracy and energies along a diffusion model's path: noise, darkness, by class",
     check=check,
     passes=_passes,
-    run=run,
-    draw=draw,
+    measure=measure,
+    plot=plot,
     table=table,
     options=DiffusionPathConfig,
-    ready=ready,
+    prepare=prepare,
 )

@@ -48,11 +48,9 @@ from torch import Tensor
 from ebmkit.compile import in_float32
 from ebmkit.energy import EnergyModel, ScoreModel, classifies
 from ebmkit.errors import UserError
-from ebmkit.evaluation.context import EvaluationContext, Suite
-from ebmkit.evaluation.data import Batch, Images
+from ebmkit.evaluation.context import Batch, EvaluationContext, Images
 from ebmkit.evaluation.statistics import finite
-from ebmkit.evaluation.subset import class_name, first_columns, noise_warnings
-from ebmkit.evaluation.tables import new_table, number
+from ebmkit.evaluation.suite import Suite, class_name, new_table, noise_warnings, number
 from ebmkit.jacobian import DENSE, jacobian
 from ebmkit.metrics import psnr
 from ebmkit.noise import Sigma, in_255ths
@@ -61,7 +59,7 @@ from ebmkit.spectrum import Eigenpairs, Method, spectrum
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["JACOBIAN", "JacobianConfig", "check", "draw", "run", "table"]
+__all__ = ["JACOBIAN", "JacobianConfig", "check", "measure", "plot", "table"]
 
 PAPER = {
     "largest": [2.71, 2.16, 2.03],
@@ -107,7 +105,7 @@ class Found:
 
 
 _FOUND: dict[int, Found] = {}
-"""By the id of a setting, for as long as it lives: what `run` found and `draw` draws."""
+"""By the id of a context, for as long as it lives: what `run` found and `draw` draws."""
 
 
 def check(model: ScoreModel, images: Images) -> None:
@@ -124,29 +122,28 @@ def check(model: ScoreModel, images: Images) -> None:
         )
 
 
-def run(setting: EvaluationContext) -> dict[str, Any]:
+def measure(context: EvaluationContext) -> dict[str, Any]:
     """Measure; see the module's text for what is returned.
 
     Raises:
         UserError: if the Jacobian is not finite, or has fewer eigenvalues than are asked for.
     """
-    config, model = setting.option(JacobianConfig), setting.exact_model
+    config, model = context.option(JacobianConfig), context.exact_model
     double = config.precision == "double"
     if double:
         model = copy.deepcopy(model).double()
-    with in_float32(setting.device):
+    with in_float32(context.device):
         found = Found(
-            first_columns(
-                setting,
-                config.images,
+            context.columns(
                 config.sigma,
-                lambda batch: _measure(model, batch, config, setting.seed),
+                lambda batch: _measure(model, batch, config, context.seed),
+                context.first(config.images),
                 batch_size=1,
             )
         )
-    _FOUND[id(setting)] = found
-    weakref.finalize(setting, _FOUND.pop, id(setting), None)
-    per_image = [_document(setting, found, i) for i in range(len(found.columns["x"]))]
+    _FOUND[id(context)] = found
+    weakref.finalize(context, _FOUND.pop, id(context), None)
+    per_image = [_document(context, found, i) for i in range(len(found.columns["x"]))]
     dense = "eigenvalues" in found.columns
     return {
         "images": len(per_image),
@@ -160,7 +157,7 @@ def run(setting: EvaluationContext) -> dict[str, Any]:
         "classes": classifies(model),
         "per_image": per_image,
         "paper": PAPER,
-        "warnings": noise_warnings(model, [config.sigma]) + _warnings(setting.model, per_image),
+        "warnings": noise_warnings(model, [config.sigma]) + _warnings(context.model, per_image),
     }
 
 
@@ -196,9 +193,9 @@ def _measure(
     return columns
 
 
-def _document(setting: EvaluationContext, found: Found, i: int) -> dict[str, Any]:
-    columns, images = found.columns, setting.images
-    sigma = setting.option(JacobianConfig).sigma
+def _document(context: EvaluationContext, found: Found, i: int) -> dict[str, Any]:
+    columns, images = found.columns, context.images
+    sigma = context.option(JacobianConfig).sigma
     trace, size = float(columns["trace"][i]), columns["x"][i].numel()
     document: dict[str, Any] = {
         "label": None,
@@ -253,11 +250,11 @@ def _warnings(model: ScoreModel, per_image: list[dict[str, Any]]) -> list[str]:
     return found
 
 
-def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
+def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``jacobian.png`` and, if dense, ``spectrum.png``."""
     from ebmkit.plots import jacobian as pictures
 
-    found = _FOUND[id(setting)]
+    found = _FOUND[id(context)]
     columns = found.columns
     rows = [
         pictures.JacobianRow(
@@ -308,7 +305,7 @@ def table(document: dict[str, Any]) -> Table:
         " ".join(f"{value:.2f}" for value in paper["largest"]),
         " ".join(f"{value:.1e}" for value in paper["smallest"]),
     )
-    told = f"paper: its network, {paper['description']}"
+    told = f"paper: its network, {paper['about']}"
     result.caption = Text.assemble(told, *(("\n", result.caption) if result.caption else ()))
     return result
 
@@ -316,9 +313,9 @@ def table(document: dict[str, Any]) -> Table:
 JACOBIAN = Suite(
     description="eigenvalues and eigenvectors of the denoiser's Jacobian at a few images",
     check=check,
-    passes=lambda setting: 1,
-    run=run,
-    draw=draw,
+    passes=lambda context: 1,
+    measure=measure,
+    plot=plot,
     table=table,
     options=JacobianConfig,
 )

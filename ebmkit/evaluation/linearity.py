@@ -48,10 +48,8 @@ from torch import Tensor
 from ebmkit.compile import in_float32
 from ebmkit.energy import ScoreModel
 from ebmkit.evaluation import statistics
-from ebmkit.evaluation.context import SIGMAS, EvaluationContext, Suite
-from ebmkit.evaluation.data import Batch, Images
-from ebmkit.evaluation.subset import first_columns, noise_warnings
-from ebmkit.evaluation.tables import interval, new_table, number
+from ebmkit.evaluation.context import SIGMAS, Batch, EvaluationContext, Images
+from ebmkit.evaluation.suite import Suite, interval, new_table, noise_warnings, number
 from ebmkit.jacobian import linearity
 from ebmkit.models import GradResNet, JointModel, LinearQuadraticHead
 from ebmkit.models.norms import GroupNorm
@@ -65,8 +63,8 @@ __all__ = [
     "LinearityConfig",
     "Theory",
     "check",
-    "draw",
-    "run",
+    "measure",
+    "plot",
     "table",
     "theory",
     "theory_of",
@@ -158,17 +156,17 @@ def theory_of(model: ScoreModel) -> Theory | None:
     )
 
 
-def run(setting: EvaluationContext) -> dict[str, Any]:
+def measure(context: EvaluationContext) -> dict[str, Any]:
     """Measure; see the module's text for what is returned."""
-    config, model = setting.option(LinearityConfig), setting.exact_model
-    used = min(config.images, len(setting.images))
-    rows = min(setting.batch_size, MAX_BATCH, math.ceil(used / setting.world.size))
+    config, model = context.option(LinearityConfig), context.exact_model
+    used = min(config.images, len(context.images))
+    rows = min(context.batch_size, MAX_BATCH, math.ceil(used / context.world.size))
     levels = []
-    with in_float32(setting.device):
+    with in_float32(context.device):
         for sigma in config.sigmas:
             measure = partial(_measure, model, sigma)
-            columns = first_columns(setting, used, sigma, measure, rows)
-            levels.append({"sigma": sigma, **_level(columns, setting.seed)})
+            columns = context.columns(sigma, measure, context.first(used), rows)
+            levels.append({"sigma": sigma, **_level(columns, context.seed)})
     predicted = theory_of(model)
     return {
         "images": used,
@@ -229,7 +227,7 @@ def _pooled(
     return statistics.bootstrap(ratio, len(under), seed, lowest=lowest)
 
 
-def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
+def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``linearity.png``: errors and degree against the noise level."""
     from ebmkit.plots import jacobian as pictures
 
@@ -246,7 +244,7 @@ def table(document: dict[str, Any]) -> Table:
         result.add_row(
             f"{in_255ths(level['sigma'])}/255",
             number(error["value"], "{:.3g}"),
-            interval(error["low"], error["high"], "{:.2g}"),
+            interval(error, "{:.2g}"),
             number(level["of_change"]["value"], "{:.3g}"),
             number(level["degree"]["value"], "{:.3f}"),
             number(euler and euler["value"], "{:.3f}"),
@@ -262,9 +260,9 @@ def table(document: dict[str, Any]) -> Table:
 LINEARITY = Suite(
     description="whether D(y) = J(y) y, and the degree of homogeneity of log p that fits best",
     check=check,
-    passes=lambda setting: len(setting.option(LinearityConfig).sigmas),
-    run=run,
-    draw=draw,
+    passes=lambda context: len(context.option(LinearityConfig).sigmas),
+    measure=measure,
+    plot=plot,
     table=table,
     options=LinearityConfig,
 )

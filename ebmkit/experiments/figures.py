@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ebmkit.evaluation.attacks import STEPSIZE
-from ebmkit.evaluation.tables import number
+from ebmkit.evaluation.suite import number
 from ebmkit.experiments.keeping import Protocol
 from ebmkit.experiments.report import Found, is_open, markdown
 from ebmkit.experiments.rows import Row
@@ -279,7 +279,7 @@ def _fig4_text(documents: dict[str, dict[str, Any]], notes: Sequence[str]) -> st
                 lines.append(f"| {defence} | " + " | ".join(cells) + " |")
             lines.append("")
         for key, defence in document["defences"].items():
-            lines.append(f"- {key}: {defence['description']}")
+            lines.append(f"- {key}: {defence['about']}")
         lines += [f"- warning: {warning}" for warning in document["warnings"]]
         lines += [f"- attack: {_effort(document['options'])}", ""]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
-from ebmkit.evaluation.data import Images
+from ebmkit.evaluation.context import Images
 from ebmkit.experiments.guidance_rows import GuidanceMethod
 from ebmkit.guidance import class_energies, guided_model, make_guidance
 from ebmkit.randomness import keyed_generator

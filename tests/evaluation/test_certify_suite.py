@@ -11,7 +11,7 @@ from two_processes import run_shared
 
 from ebmkit import GaussianMixture, UserError
 from ebmkit.evaluation import EvaluationContext, evaluate, tables
-from ebmkit.evaluation.certify import CERTIFY, CertifyConfig, run
+from ebmkit.evaluation.certify import CERTIFY, CertifyConfig
 from ebmkit.evaluation.smoothing import lower_bound, vote_generator
 
 FEW = {"samples": 30, "selection": 10, "images": 6, "sigmas": [0.1, 0.3]}
@@ -20,7 +20,7 @@ FEW = {"samples": 30, "selection": 10, "images": 6, "sigmas": [0.1, 0.3]}
 def measured(setting, **options):
     setting.options = {CertifyConfig: CertifyConfig(**{**FEW, **options})}
     with torch.no_grad():
-        return run(setting)
+        return CERTIFY.run(setting)
 
 
 @pytest.fixture
@@ -113,10 +113,10 @@ def test_batch_size_and_processes_change_nothing(network, squares):
     assert (
         measured(EvaluationContext(network, squares, batch_size=9), images=5, sigmas=[0.3]) == whole
     )
-    assert run_shared(run, setting) == [whole, whole]
+    assert run_shared(CERTIFY.run, setting) == [whole, whole]
     alone = EvaluationContext(network, squares.first(1))  # fewer images than processes
     expected = measured(alone, sigmas=[0.3])
-    assert run_shared(run, alone) == [expected, expected]
+    assert run_shared(CERTIFY.run, alone) == [expected, expected]
 
 
 def test_a_limit_keeps_the_noise_of_the_images_it_keeps(two_gaussians, monkeypatch):
@@ -151,7 +151,7 @@ def test_the_bar_counts_noisy_images(network, squares):
     setting.options = {CertifyConfig: options}
     setting.left = CERTIFY.passes(setting) * len(squares)
     with torch.no_grad():
-        run(setting)
+        CERTIFY.run(setting)
     assert sum(told) == CERTIFY.passes(setting) * 30 == 17 * 30  # for 2 x 6 x 41 votes
     assert setting.left == 0
 

@@ -10,7 +10,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from ebmkit import GaussianMixture
 from ebmkit.evaluation import evaluate
-from ebmkit.evaluation.data import noisy_batches
+from ebmkit.evaluation.context import noisy_batches
 from ebmkit.evaluation.denoise import ssim, ssim_window
 
 SIGMA = 25 / 255
@@ -24,9 +24,7 @@ class ToldTwice(GaussianMixture):
 
 
 def measure(model, images, folder, **options):
-    return evaluate(model, images, ["denoise"], folder, pictures=False, **options)[
-        "denoise"
-    ].document
+    return evaluate(model, images, ["denoise"], folder, plots=False, **options)["denoise"].document
 
 
 def noisy(images, sigma=SIGMA):

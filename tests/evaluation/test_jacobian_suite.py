@@ -10,7 +10,7 @@ from rich.console import Console
 
 from ebmkit import Gaussian, UserError, evaluation
 from ebmkit.evaluation import tables
-from ebmkit.evaluation.data import noisy_batches
+from ebmkit.evaluation.context import noisy_batches
 from ebmkit.jacobian import jacobian
 from ebmkit.models import DirectDenoiser
 from ebmkit.plots.jacobian import around_gray, magnification
@@ -23,14 +23,14 @@ SIGMA = 0.05
 def evaluate(tmp_path):
     """Run the suite; gives its document, and its pictures by name."""
 
-    def run(model, data, pictures=False, **options):
+    def run(model, data, plots=False, **options):
         results = evaluation.evaluate(
             model,
             data,
             ["jacobian"],
             tmp_path,
             options={"jacobian": {"sigma": SIGMA, **options}},
-            pictures=pictures,
+            plots=plots,
         )
         read = json.loads((tmp_path / "jacobian.json").read_text())
         assert read == results["jacobian"].document
@@ -59,7 +59,7 @@ def test_a_gaussian_expects_the_error_that_it_makes(evaluate):
 
 
 def test_each_image_is_measured_at_the_noise_of_all_suites(network, squares, evaluate):
-    document, pictures = evaluate(network, squares, pictures=True, images=2)
+    document, pictures = evaluate(network, squares, plots=True, images=2)
     assert pictures == {"jacobian.png", "spectrum.png"}
     ((_, y, _),) = noisy_batches(squares.first(2), SIGMA, batch_size=2)
     for i, one in enumerate(document["per_image"]):
@@ -85,7 +85,7 @@ def test_double_precision_leaves_the_model_as_it_was(network, squares, evaluate)
 
 def test_images_without_labels_and_models_without(network, squares, evaluate):
     network.card.classifies = False
-    document, pictures = evaluate(network, Drawn(squares.images, None), pictures=True, images=1)
+    document, pictures = evaluate(network, Drawn(squares.images, None), plots=True, images=1)
     assert not document["classes"]
     assert document["per_image"][0]["predicted"] is None
     assert "difference" not in document["per_image"][0]
@@ -94,7 +94,7 @@ def test_images_without_labels_and_models_without(network, squares, evaluate):
 
 def test_what_did_not_converge_is_told(mixture, drawn, evaluate):
     document, pictures = evaluate(
-        mixture, drawn, images=2, method="iterative", tolerance=1e-12, products=100, pictures=True
+        mixture, drawn, images=2, method="iterative", tolerance=1e-12, products=100, plots=True
     )
     assert document["method"] == "iterative"
     assert "eigenvalues" not in document["per_image"][0]
@@ -129,7 +129,7 @@ class Swap(torch.nn.Module):
 
 
 def test_a_plain_denoiser_is_asymmetric(drawn, evaluate):
-    document, pictures = evaluate(DirectDenoiser(Swap()), drawn, pictures=True, images=1)
+    document, pictures = evaluate(DirectDenoiser(Swap()), drawn, plots=True, images=1)
     one = document["per_image"][0]
     assert document["singular"]
     assert one["eigenvalues"] == pytest.approx([0.5] * 16)

@@ -5,7 +5,7 @@ import torch
 from mixture_world import Drawn
 
 from ebmkit import Energies, EnergyModel, UserError, create_model, evaluation
-from ebmkit.evaluation.data import noisy_batches
+from ebmkit.evaluation.context import noisy_batches
 from ebmkit.evaluation.linearity import theory
 from ebmkit.jacobian import linearity
 from ebmkit.plots.jacobian import linearity_grid
@@ -13,14 +13,14 @@ from ebmkit.plots.jacobian import linearity_grid
 
 @pytest.fixture
 def evaluate(tmp_path):
-    def run(model, data, pictures=False, **options):
+    def run(model, data, plots=False, **options):
         results = evaluation.evaluate(
             model,
             data,
             ["linearity"],
             tmp_path,
             options={"linearity": {"sigmas": ["15/255", "0.2"], **options}},
-            pictures=pictures,
+            plots=plots,
         )
         return results["linearity"].document
 
@@ -37,7 +37,7 @@ class Cubic(EnergyModel):
 
 def test_a_cubic_density_has_degree_three(evaluate, tmp_path):
     images = Drawn(torch.rand(20, 1, 4, 4), None)
-    document = evaluate(Cubic().eval(), images, images=12, pictures=True)
+    document = evaluate(Cubic().eval(), images, images=12, plots=True)
     assert document["images"] == 12
     assert [level["sigma"] for level in document["levels"]] == [15 / 255, 0.2]
     for level in document["levels"]:
@@ -81,7 +81,7 @@ def test_no_single_image_decides_a_pooled_ratio(evaluate):
 
 def test_one_image_has_a_degree_and_no_interval(tmp_path):
     images = Drawn(torch.rand(1, 1, 4, 4), None)
-    results = evaluation.evaluate(Cubic().eval(), images, ["linearity"], tmp_path, pictures=False)
+    results = evaluation.evaluate(Cubic().eval(), images, ["linearity"], tmp_path, plots=False)
     degree = results["linearity"].document["levels"][0]["degree"]
     assert degree["value"] == pytest.approx(3, abs=1e-4)
     assert degree["low"] is None

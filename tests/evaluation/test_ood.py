@@ -18,7 +18,7 @@ from ebmkit import Gaussian, UserError, evaluation
 from ebmkit.data import load_dataset
 from ebmkit.evaluation import tables
 from ebmkit.evaluation.context import EvaluationContext
-from ebmkit.evaluation.ood import OOD, OodConfig, _warnings, run
+from ebmkit.evaluation.ood import OOD, OodConfig, _warnings
 from ebmkit.evaluation.ood_scores import known_scores, scores_of
 from ebmkit.evaluation.ood_sets import MADE, find_set, partners, standard_sets
 from ebmkit.models.config import create_denoiser
@@ -27,7 +27,7 @@ QUICK = {"sigmas": ["0.1"], "draws": 2}
 
 
 def evaluate(model, images, folder, settings=QUICK, **options):
-    options = {"pictures": False, "options": {"ood": settings}} | options
+    options = {"plots": False, "options": {"ood": settings}} | options
     return evaluation.evaluate(model, images, ["ood"], folder, **options)["ood"]
 
 
@@ -210,7 +210,7 @@ def test_models_have_the_scores_that_apply(network):
 
 def test_files_table_and_bar(network, squares, tmp_path):
     settings = QUICK | {"sets": ["interpolations", "uniform"]}
-    result = evaluate(network, squares, tmp_path, settings, pictures=True)
+    result = evaluate(network, squares, tmp_path, settings, plots=True)
     document = json.loads((tmp_path / "ood.json").read_text())
     assert document == result.document
     assert list(document["sets"]) == ["interpolations", "uniform"]
@@ -230,7 +230,7 @@ def test_files_table_and_bar(network, squares, tmp_path):
     setting.options = {OodConfig: OodConfig(sets=("uniform", "auto"), sigmas=(0.1,), draws=1)}
     setting.left = OOD.passes(setting) * 30
     with torch.no_grad():
-        run(setting)
+        OOD.run(setting)
     assert sum(told) == (1 + len(MADE)) * 30
     assert setting.left == 0
 
@@ -238,9 +238,9 @@ def test_files_table_and_bar(network, squares, tmp_path):
 def test_two_processes_and_other_batches_find_the_same(network, squares):
     options = {OodConfig: OodConfig(sets=("interpolations", "uniform"), sigmas=(0.1,), draws=1)}
     with torch.no_grad():
-        alone = run(EvaluationContext(network, squares, options=options, batch_size=30))
+        alone = OOD.run(EvaluationContext(network, squares, options=options, batch_size=30))
     for found in run_shared(
-        run, EvaluationContext(network, squares, options=options, batch_size=7)
+        OOD.run, EvaluationContext(network, squares, options=options, batch_size=7)
     ):
         for name, own in alone["sets"].items():
             for score, measures in own["scores"].items():

@@ -141,9 +141,9 @@ def test_the_thesis_s_table_stands_beside_on_cifar10(tmp_path):
 def test_mistakes_are_told_before_any_image(tmp_path):
     def ask(run, **more):
         options = parse_options({"robustness-grid": {"beside": [run]} | more}, ["robustness-grid"])
-        from ebmkit.evaluation.robustness_grid import ready
+        from ebmkit.evaluation.robustness_grid import prepare
 
-        ready(EvaluationContext(separated(), images([60, 200]), options=options))
+        prepare(EvaluationContext(separated(), images([60, 200]), options=options))
 
     with pytest.raises(UserError, match="there is no run folder 'nowhere'"):
         ask("nowhere")

@@ -42,7 +42,7 @@ def plane():
 
 
 def evaluate(model, images, folder, settings=QUICK, **options):
-    options = {"pictures": False, "options": {"robustness": settings}} | options
+    options = {"plots": False, "options": {"robustness": settings}} | options
     return evaluation.evaluate(model, images, ["robustness"], folder, **options)["robustness"]
 
 
@@ -53,7 +53,7 @@ def values(curve):
 def test_curves_are_shares_of_images_farther_from_the_boundary(plane, tmp_path):
     """The defence direct exactly: 40 images of known distance, 4 of which are wrong anyway."""
     model, images, distances = plane
-    result = evaluate(model, images, tmp_path, pictures=True)
+    result = evaluate(model, images, tmp_path, plots=True)
     document = json.loads(result.path.read_text())
     assert document == result.document
     right = torch.arange(40) >= 4
@@ -134,7 +134,7 @@ def test_progress_ends_where_it_said(plane, tmp_path):
 def test_few_images_are_attacked_and_that_is_said(plane, tmp_path):
     model, images, _ = plane
     settings = QUICK | {"images": 10, "norms": ["l2"], "defences": ["direct"], "noise_levels": [0]}
-    result = evaluate(model, images, tmp_path, settings, pictures=True)
+    result = evaluate(model, images, tmp_path, settings, plots=True)
     document = result.document
     assert (document["images"], document["of"]) == (10, 40)
     assert list(document["curves"]) == ["l2"]

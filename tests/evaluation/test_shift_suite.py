@@ -11,7 +11,7 @@ from two_processes import run_shared
 from ebmkit import UserError
 from ebmkit.evaluation import EvaluationContext, evaluate, tables
 from ebmkit.evaluation.corruptions import CORRUPTIONS, corrupt
-from ebmkit.evaluation.shift import SHIFT, ShiftConfig, run
+from ebmkit.evaluation.shift import SHIFT, ShiftConfig
 from ebmkit.metrics import psnr
 from ebmkit.models.denoisers import DirectDenoiser
 from ebmkit.plots import shift as shift_pictures
@@ -20,7 +20,7 @@ from ebmkit.plots import shift as shift_pictures
 def measured(setting, **options):
     setting.options = {ShiftConfig: ShiftConfig(**options)}
     with torch.no_grad():
-        return run(setting)
+        return SHIFT.run(setting)
 
 
 def numbers(value):
@@ -93,7 +93,7 @@ def test_batch_size_and_processes_change_nothing_but_rounding(network, squares):
     options = {"strengths": [5], "corruptions": ["poisson", "salt-and-pepper", "jpeg"]}
     setting = EvaluationContext(network, squares, batch_size=7)
     found = measured(setting, **options)
-    shared = run_shared(run, setting)
+    shared = run_shared(SHIFT.run, setting)
     assert shared == [found, found]
     whole = measured(EvaluationContext(network, squares), **options)
     # float32 convolutions order their sums by the batch
@@ -179,7 +179,7 @@ def test_files_table_and_bar(network, squares, tmp_path):
     setting.options = {ShiftConfig: ShiftConfig(strengths=(1, 1), corruptions=("blur", "jpeg"))}
     setting.left = SHIFT.passes(setting) * 30
     with torch.no_grad():
-        run(setting)
+        SHIFT.run(setting)
     assert sum(told) == 3 * 30
     assert setting.left == 0
 

@@ -13,7 +13,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from ebmkit import ModelCard, UserError, evaluation
 from ebmkit.compile import Inference
 from ebmkit.evaluation import SUITES, evaluation_folder, parse_options, parse_suites, tables
-from ebmkit.evaluation.data import noisy_batches
+from ebmkit.evaluation.context import noisy_batches
 
 STANDARD = [name for name, suite in SUITES.items() if suite.standard]
 
@@ -21,7 +21,7 @@ COMMON = {"suite", "dataset", "split", "images", "of", "seed", "sigmas", "model"
 COMMON |= {"device", "seconds", "warnings", "weights", "precision", "compiled", "processes"}
 
 
-evaluate = partial(evaluation.evaluate, pictures=False)  # one test draws
+evaluate = partial(evaluation.evaluate, plots=False)  # one test draws
 
 
 def numbers(value):
@@ -35,7 +35,7 @@ def numbers(value):
 
 
 def test_contract_of_the_files(mixture, drawn, tmp_path):
-    results = evaluate(mixture, drawn, STANDARD, tmp_path, limit=50, pictures=True)
+    results = evaluate(mixture, drawn, STANDARD, tmp_path, limit=50, plots=True)
     read = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in STANDARD}
     for name, document in read.items():
         assert document.keys() >= COMMON
@@ -74,7 +74,7 @@ def test_a_compiled_evaluation_finds_the_same(network, squares, tmp_path, monkey
         return aot_eager(graph, inputs)
 
     monkeypatch.setattr(
-        "ebmkit.evaluation.suites.make_inference",
+        "ebmkit.evaluation.runner.make_inference",
         lambda device, precision, compile: Inference(
             mode="on" if compile == "on" else "off", backend=backend
         ),
