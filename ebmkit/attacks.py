@@ -1,5 +1,4 @@
-r"""Attacks: projected gradient descent about an image, on any loss, and the smallest radius at which
-one succeeds.
+r"""Attacks: projected gradient descent on any loss, and the smallest radius at which one succeeds.
 
 From a start in the ball of radius :math:`\epsilon` about x, PGD (Madry et al., arXiv 1706.06083)
 climbs a loss L of each image,
@@ -97,7 +96,8 @@ def gradient_of(loss: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     def gradient(y: Tensor) -> Tensor:
         with torch.enable_grad():
             y = y.detach().requires_grad_()
-            return torch.autograd.grad(loss(y).sum(), y)[0]
+            (found,) = torch.autograd.grad(loss(y).sum(), y)
+        return found
 
     return gradient
 
@@ -111,7 +111,7 @@ def unit_ball(
         return 2 * torch.rand(shape, generator=generator, device=device, dtype=dtype) - 1
     # d of the d + 2 entries of a point on a sphere (Voelker et al. 2017)
     normal = _normal((shape[0], math.prod(shape[1:]) + 2), generator, dtype)
-    points = normal / torch.linalg.vector_norm(normal, dim=1, keepdim=True)
+    points: Tensor = normal / torch.linalg.vector_norm(normal, dim=1, keepdim=True)
     return points[:, :-2].reshape(shape)
 
 

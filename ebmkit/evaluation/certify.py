@@ -387,9 +387,7 @@ def _summary(found: Certificates, truth: Tensor, radii: Sequence[float]) -> dict
     return {
         "accuracy": statistics.accuracy(found.top == truth),
         "abstained": statistics.accuracy(found.labels == ABSTAIN),
-        "certified": [
-            {"radius": r, **statistics.accuracy(right >= r).document()} for r in radii
-        ],
+        "certified": [{"radius": r, **statistics.accuracy(right >= r).document()} for r in radii],
         "average_radius": statistics.mean(right.clamp(min=0)),
         "predicted": [None if c == ABSTAIN else c for c in found.labels.tolist()],
         "radius": found.radius.tolist(),
@@ -419,7 +417,10 @@ def table(document: dict[str, Any]) -> Table:
     return result
 
 
-CLASSIFIERS = {"direct": ("direct", common.BLUE, "-"), "denoised": ("denoise first", common.ORANGE, "--")}
+CLASSIFIERS = {
+    "direct": ("direct", common.BLUE, "-"),
+    "denoised": ("denoise first", common.ORANGE, "--"),
+}
 """By name in the document, the label, colour and line style in plots."""
 
 PLOTTED_RADII = 300

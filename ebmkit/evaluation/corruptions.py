@@ -36,12 +36,13 @@ CIFAR-10-C. ``confidence_slope`` is that of the least-squares line of confidence
 the clean images and all corruptions: 1 if confidence falls as accuracy does, 0 if the model does
 not notice.
 
-``corruptions.json`` holds, beside the common entries: ``constants`` (cifar or imagenet), ``clean``, one
-row; ``corruptions``, by name ``about``, ``unit`` and ``rows``, one for each strength;
-``mean_corruption_error``, its difference ``mean_error_increase`` to the error on the clean images,
-image by image, and ``confidence_slope``. A row has ``strength`` and ``constant``; ``accuracy``,
-``confidence``, ``gap``, ``ece`` if the model classifies; ``psnr_corrupted``, ``psnr``, ``gain``
-(dB), ``estimated_sigma`` and ``rmse``, the root mean square of y - x in image units.
+``corruptions.json`` holds, beside the common entries: ``constants`` (cifar or imagenet),
+``clean``, one row; ``corruptions``, by name ``about``, ``unit`` and ``rows``, one for each
+strength; ``mean_corruption_error``, its difference ``mean_error_increase`` to the error on the
+clean images, image by image, and ``confidence_slope``. A row has ``strength`` and ``constant``;
+``accuracy``, ``confidence``, ``gap``, ``ece`` if the model classifies; ``psnr_corrupted``,
+``psnr``, ``gain`` (dB), ``estimated_sigma`` and ``rmse``, the root mean square of y - x in image
+units.
 """
 
 from __future__ import annotations
@@ -126,7 +127,9 @@ def corrupt(x: Tensor, name: str, constant: float, seed: int = 0, first: int = 0
     """
     apply = CORRUPTIONS[name].apply
     done = [
-        apply(image, constant, hashed_generator(f"corruption {name} {seed} {first + i}")).clamp(0, 1)
+        apply(image, constant, hashed_generator(f"corruption {name} {seed} {first + i}")).clamp(
+            0, 1
+        )
         for i, image in enumerate(x.cpu())
     ]
     return torch.stack(done).to(x)
@@ -320,15 +323,16 @@ def _columns(
         x = y = batch.x
         if name is not None:
             y = corrupt(x, name, constant, context.seed, next(batches) * size)
-        columns = {
+        columns: Columns = {
             "psnr_corrupted": psnr(y, x),
             "rmse": (y - x).square().flatten(1).mean(dim=1).sqrt(),
         }
         if labelled:
             assert isinstance(model, EnergyModel)
+            assert batch.labels is not None
             energies = model.energies(y, 0.0 if model.noise_conditional else None)
             confidence, predicted = energies.log_posterior().exp().max(dim=1)
-            columns |= {"confidence": confidence, "right": predicted == batch.labels}
+            columns |= {"confidence": confidence, "right": predicted.eq(batch.labels)}
         if not model.noise_conditional:
             clean, columns["estimated_sigma"] = model.denoise_blind(y)
             columns["psnr"] = psnr(clean.clamp(0, 1), x)
@@ -472,7 +476,7 @@ def _plot_slope(axes: Axes, document: dict[str, Any]) -> None:
     slope = document["confidence_slope"]
     text = "undefined" if slope is None else f"{slope:.2f}"
     axes.set_title(f"Slope of confidence on accuracy: {text}", fontsize=10)
-    place = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)}
+    place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)}
     axes.legend(frameon=False, fontsize=8, title="larger:\nstronger", **place)
 
 

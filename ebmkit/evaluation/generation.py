@@ -10,8 +10,8 @@ The samples are in an HDF5 file that `ebmkit sample` wrote,
 
 with the attributes ``source`` (fresh or buffer), ``sampler``, ``settings``, ``seed``, ``run`` and
 ``filter`` (what was left out before they were written; optional). The real images, the *reference*,
-are those evaluated. An extractor (`ebmkit.evaluation.features`) gives features and class probabilities of
-both, and `ebmkit.evaluation.distances` the measures:
+are those evaluated. An extractor (`ebmkit.evaluation.features`) gives features and class
+probabilities of both, and `ebmkit.evaluation.distances` the measures:
 
 ============== ====================================== ==================================
 \               Inception of 2015                      a classifier of the user's
@@ -270,18 +270,20 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
         context.skip(len(images))
         floor, against = ({n: c[k::2] for n, c in real.columns.items()} for k in (0, 1))
         of = "half of the reference, against the other half"
-    for name, columns in (("samples", samples.columns), ("reference", real.columns), ("floor", floor)):
+    for name, columns in (
+        ("samples", samples.columns),
+        ("reference", real.columns),
+        ("floor", floor),
+    ):
         if not all(columns[part].isfinite().all() for part in ("features", "logits")):
             raise UserError(
                 f"generation: the extractor gives values that are not finite of the {name}: "
                 "name another by generation.extractor"
             )
     judged = extractor.model is not None and extractor.model.num_classes == images.num_classes
-    known = samples  # without labels, if real images lack some of them
-    if samples.labels is None or real.labels is None:
-        known = samples._replace(labels=None)
-    elif not torch.isin(samples.labels, real.labels).all():
-        known = samples._replace(labels=None)
+    known = samples._replace(labels=None)
+    if samples.labels is not None and real.labels is not None:
+        known = samples if torch.isin(samples.labels, real.labels).all() else known
     accuracy = labels = None
     if judged and real.labels is not None:
         accuracy = statistics.accuracy(real.columns["logits"].argmax(dim=1) == real.labels)
@@ -306,8 +308,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
         },
         "names": extractor.names,
         "measures": _measures(samples.columns, real.columns, extractor),
-        "floor": _measures(floor, against, extractor)
-        | {"of": of, "count": len(floor["features"])},
+        "floor": _measures(floor, against, extractor) | {"of": of, "count": len(floor["features"])},
         "saturation": saturation(samples.columns, real.among(known.labels).columns),
         "energy_gap": energy_gap(known, real),
         "labels": labels,
@@ -496,7 +497,9 @@ def _plot_classes(document: dict[str, Any], path: Path) -> None:
     classes = document["labels"]["classes"]
     gaps = [c["energy_gap"] for c in classes]
     panels = 4 + all(gap is not None and gap["energy"]["value"] is not None for gap in gaps)
-    figure = common.new_figure(max(6.6, 1.6 + 0.62 * len(classes)), 0.7 + 1.75 * panels, "constrained")
+    figure = common.new_figure(
+        max(6.6, 1.6 + 0.62 * len(classes)), 0.7 + 1.75 * panels, "constrained"
+    )
     total = document["labels"]["accuracy"]
     figure.suptitle(
         f"Samples recognised as the label asked for: {total['value']:.1%} "

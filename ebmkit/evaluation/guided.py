@@ -25,7 +25,7 @@ Without labels everything counts as one class, and nothing is said by class.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -146,7 +146,7 @@ def measure_guided(
         own = None if images.labels is None else images.labels.cpu()
         return Features(columns([x for x, _ in images.batches(batch_size)]), own)
 
-    made = Features(columns([x.float() / 255 for x in pixels.split(batch_size)]), labels)
+    made = Features(columns([x.float() / 255 for x in torch.split(pixels, batch_size)]), labels)
     known, spare = features(real), None if others is None else features(others)
     judged = extractor.model is not None and extractor.model.num_classes == real.num_classes
     same = known.among(labels)
@@ -185,7 +185,7 @@ def by_class(
     """
     assert samples.labels is not None
     found = []
-    for label in samples.labels.unique().tolist():
+    for label in torch.unique(samples.labels).tolist():
         made, known, spare = (
             None if set_ is None else set_.among(torch.tensor([label]))
             for set_ in (samples, real, others)

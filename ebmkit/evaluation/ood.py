@@ -75,7 +75,7 @@ from torch import Tensor
 
 from ebmkit.energy import EnergyModel, LogDensity, ScoreModel, classifies
 from ebmkit.evaluation import statistics
-from ebmkit.evaluation.context import Batch, EvaluationContext, Images
+from ebmkit.evaluation.context import Batch, EvaluationContext
 from ebmkit.evaluation.ood_sets import OutSet, find_set, standard_sets
 from ebmkit.evaluation.robustness import distinct
 from ebmkit.evaluation.statistics import LEVEL, Estimate
@@ -388,7 +388,10 @@ def _plot_auroc(document: dict[str, Any], path: Path) -> None:
     """AUROC of every set (row) by every score (column); 50 % is a score that knows nothing."""
     sets, scores = document["sets"], list(document["scores"])
     values = [
-        [np.nan if s["scores"][k] is None else 100 * s["scores"][k]["auroc"]["value"] for k in scores]
+        [
+            np.nan if s["scores"][k] is None else 100 * s["scores"][k]["auroc"]["value"]
+            for k in scores
+        ]
         for s in sets.values()
     ]
     size = 3.2 + 0.72 * len(scores), 2.3 + 0.42 * len(sets)
@@ -432,9 +435,7 @@ def _plot_histograms(document: dict[str, Any], path: Path) -> None:
     common.save_figure(figure, path)
 
 
-def _plot_examples(
-    examples: Mapping[str, Tensor], document: dict[str, Any], path: Path
-) -> None:
+def _plot_examples(examples: Mapping[str, Tensor], document: dict[str, Any], path: Path) -> None:
     """The first images (n, C, H, W) of each set, a row each, with the mean energy where there is
     one."""
     columns = max(map(len, examples.values()))

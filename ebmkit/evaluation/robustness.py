@@ -53,7 +53,7 @@ from ebmkit.energy import EnergyModel
 from ebmkit.evaluation.attacks import Attack, autoattack, check_autoattack
 from ebmkit.evaluation.context import Batch, EvaluationContext
 from ebmkit.evaluation.defences import Defence, DefenceName, DefendedClassifier, Refinement
-from ebmkit.evaluation.statistics import Estimate, accuracy
+from ebmkit.evaluation.statistics import accuracy
 from ebmkit.evaluation.suite import Suite, SuiteConfig, add_note, check_classifies, new_table
 from ebmkit.noise import Radius, Sigma, SigmaOrZero, in_255ths
 from ebmkit.plots import common
@@ -286,9 +286,7 @@ class _Attacks:
 
         def measure(batch: Batch) -> dict[str, Tensor]:
             noise = image_noise(batch.x, defence.noises, "moved") if defence.random else None
-            return {
-                "square": (target.purify(batch.x, noise) - batch.x).flatten(1).square().mean(1)
-            }
+            return {"square": (target.purify(batch.x, noise) - batch.x).flatten(1).square().mean(1)}
 
         silent = replace(self.context, images=self.images, advance=lambda count: None)
         return float(silent.columns(0.0, measure)["square"].double().mean().sqrt())
@@ -522,7 +520,7 @@ class Curve(NamedTuple):
     label: str
     look: tuple[str, str, str]
     epsilons: Sequence[float]
-    accuracy: Sequence[Mapping[str, Any]] | Sequence[float]
+    accuracy: Sequence[Any]
 
 
 def plot_curves(
@@ -534,7 +532,7 @@ def plot_curves(
         axes = figure.add_subplot(1, len(panels), number + 1)
         for label, (colour, marker, style), epsilons, values in curves:
             x = np.array(epsilons) * (255 if norm == "linf" else 1)
-            look = {"color": colour, "ls": style, "label": label}
+            look: dict[str, Any] = {"color": colour, "ls": style, "label": label}
             published = [100 * value for value in values if isinstance(value, float)]
             if published:
                 axes.plot(x, published, lw=0.8, alpha=0.6, **look)

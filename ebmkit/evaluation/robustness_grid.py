@@ -220,7 +220,8 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
     thesis's thin beside them."""
     curves: list[Curve] = []
     colours: dict[float, str] = {}
-    for i, (name, column) in enumerate(zip(column_names(document), document["columns"])):
+    names = column_names(document)
+    for i, (name, column) in enumerate(zip(names, document["columns"], strict=True)):
         curves.append(Curve(name, look_of(i), document["epsilons"], column["accuracy"]))
         if column["trained"] is not None:
             colours.setdefault(column["trained"][1], look_of(i)[0])

@@ -168,7 +168,7 @@ def annotated_map(
     image = axes.imshow(values, cmap="cividis", vmin=0, vmax=100, aspect="auto")
     for (i, k), value in np.ndenumerate(values):
         unknown = bool(np.isnan(value))
-        look = {"ha": "center", "va": "center", "fontsize": 8}
+        look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8}
         colour = "black" if unknown or value > 50 else "white"
         axes.text(k, i, "-" if unknown else form.format(value), color=colour, **look)
     axes.set_xticks(range(len(columns)), columns)
@@ -178,7 +178,7 @@ def annotated_map(
 
 def row_label(axes: Axes, text: str) -> None:
     """``text`` on the left of the first image of a row."""
-    place = {"rotation": 0, "ha": "right", "va": "center", "labelpad": 6}
+    place: dict[str, Any] = {"rotation": 0, "ha": "right", "va": "center", "labelpad": 6}
     axes.set_ylabel(clean(text), fontsize=8, **place)
 
 
