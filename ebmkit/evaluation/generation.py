@@ -498,8 +498,8 @@ def _plot_classes(document: dict[str, Any], path: Path) -> None:
             real,
         ),
     ]
-    gaps = [(c["energy_gap"] or {}).get("energy") for c in classes]
-    gaps = [gap for gap in gaps if gap and gap["value"] is not None]
+    gaps = [gap["energy"] for c in classes if (gap := c["energy_gap"])]
+    gaps = [gap for gap in gaps if gap["value"] is not None]
     if len(gaps) == len(classes):
         panels.append(("E(x) gap (nats)", gaps, 1, common.SKY, [0.0] * len(classes)))
     size = max(6.6, 1.6 + 0.62 * len(classes)), 0.7 + 1.75 * len(panels)

@@ -265,7 +265,7 @@ def columns_of_images(
     ``features`` and ``logits`` of the extractor; those of `pixel_columns`; ``energy`` and, where
     the model has ``num_classes`` labels, ``log_posterior``, as in `ImageEnergies`.
     """
-    columns = extractor.extract(x)._asdict() | pixel_columns(x)
+    columns = extractor.extract(x) | pixel_columns(x)
     if energy_model is not None:
         found = energies_of(energy_model, x, None, reading)
         columns["energy"] = found.energy
