@@ -62,11 +62,11 @@ from ebmkit.plots.common import (
     MARKERS,
     ORANGE,
     around_gray,
-    curve,
     image_rows,
     images_of,
     legend_below,
     new_figure,
+    plot_estimates,
     save_figure,
     sigma_label,
 )
@@ -223,10 +223,10 @@ def _plot_gradients(context: EvaluationContext, document: dict[str, Any], path: 
             gradients = [difference(model, y, c, sigma) for c in targets.T]
         groups[len(heads)] = sigma_label(sigma)
         heads += ["noisy, predicted", *(f"target {k + 1}" for k in range(len(gradients)))]
-        for number, (row, p) in enumerate(zip(rows, posterior, strict=True)):
-            row.append((y[number], f"{name(p.argmax())} ({100 * float(p.max()):.0f} %)"))
-            for c, gradient in zip(targets[number], gradients, strict=True):
-                own = gradient[number]
+        for j, (row, p) in enumerate(zip(rows, posterior, strict=True)):
+            row.append((y[j], f"{name(p.argmax())} ({100 * float(p.max()):.0f} %)"))
+            for c, gradient in zip(targets[j], gradients, strict=True):
+                own = gradient[j]
                 row.append((around_gray(own), f"{name(c)}: {float(own.norm()):.2g}"))
     image_rows(
         rows,
@@ -248,16 +248,16 @@ def _plot_norms(document: dict[str, Any], path: Path) -> None:
     clean = [level for level in document["levels"] if not level["sigma"]]
     x = [255 * level["sigma"] for level in noisy]
     series = (
-        ("norm", "targets", ORANGE, "s-"),
-        ("norm_predicted", "predicted label", BLUE, "o-"),
-        ("score_norm", "score $\\nabla\\log p(y)$", GREEN, "^-"),
+        ("norm", "targets", ORANGE, "s"),
+        ("norm_predicted", "predicted label", BLUE, "o"),
+        ("score_norm", "score $\\nabla\\log p(y)$", GREEN, "^"),
     )
     # an interval of a mean may reach 0, which a logarithmic axis has not
     values = [level[name]["value"] for level in noisy for name, *_ in series]
     floor = min([value for value in values if value], default=1.0) / 5
-    for name, label, colour, form in series:
-        look = {"color": colour, "ms": 4, "label": label}
-        curve(left, x, [level[name] for level in noisy], form, floor, **look)
+    for name, label, colour, marker in series:
+        look = {"color": colour, "marker": marker, "ms": 4, "label": label}
+        plot_estimates(left, x, [level[name] for level in noisy], floor=floor, **look)
         for level in clean:
             left.axhline(level[name]["value"], color=colour, ls=":", lw=1)
     if clean:

@@ -31,7 +31,7 @@ from ebmkit.evaluation.context import EvaluationContext
 from ebmkit.evaluation.statistics import Estimate
 from ebmkit.evaluation.suite import Suite, check_classifies, estimate_table
 from ebmkit.noise import in_255ths
-from ebmkit.plots.common import BLUE, GRAY, SKY, figure_legend, new_figure, save_figure
+from ebmkit.plots.common import BLUE, GRAY, SKY, new_figure, save_figure, shared_legend
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -140,7 +140,7 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
         bottom.bar(middles, [b["count"] for b in bins], width=90 / len(bins), color=SKY)
         bottom.set(xlabel="confidence (%)", ylabel="images", yscale="log")
         bottom.set(xlim=(0, 101), ylim=(0.8, None))
-    figure_legend(figure, columns=2, size=10)
+    shared_legend(figure, columns=2)
     save_figure(figure, folder / "reliability.png")
 
 

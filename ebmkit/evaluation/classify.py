@@ -25,7 +25,7 @@ from ebmkit.evaluation import statistics
 from ebmkit.evaluation.context import EvaluationContext
 from ebmkit.evaluation.suite import Suite, check_classifies, estimate_table
 from ebmkit.noise import in_255ths
-from ebmkit.plots.common import BLUE, GRAY, class_ticks, curve, new_figure, save_figure
+from ebmkit.plots.common import BLUE, GRAY, class_ticks, new_figure, plot_estimates, save_figure
 from ebmkit.terminal import shown_name
 
 if TYPE_CHECKING:
@@ -101,8 +101,8 @@ def plot_accuracy(levels: Sequence[dict[str, Any]], path: Path, chance: float) -
     figure = new_figure(5.2, 3.6, layout="constrained")
     axes = figure.add_subplot()
     x, estimates = ([level[key] for level in levels] for key in ("sigma", "accuracy"))
-    look = {"color": BLUE, "ms": 4, "label": "accuracy", "band": "95 % interval"}
-    curve(axes, [255 * sigma for sigma in x], estimates, "o-", scale=100, **look)
+    look = {"color": BLUE, "marker": "o", "ms": 4, "label": "accuracy, 95 % interval"}
+    plot_estimates(axes, [255 * sigma for sigma in x], estimates, scale=100, **look)
     axes.axhline(100 * chance, color=GRAY, ls=":", label="chance")
     axes.set(xlabel="noise level sigma (1/255)", ylabel="accuracy (%)", ylim=(0, 102))
     axes.set_title("Accuracy against noise")

@@ -45,7 +45,7 @@ from ebmkit.evaluation.energies import (
     reading_of,
     spread,
 )
-from ebmkit.evaluation.generated import Generated, read_samples
+from ebmkit.evaluation.generation import Generated, read_samples
 from ebmkit.evaluation.suite import Suite, check_classifies, check_one_size, new_table, number
 from ebmkit.noise import Schedule
 

@@ -50,9 +50,8 @@ from ebmkit.evaluation.context import (
     fingerprint,
 )
 from ebmkit.evaluation.suite import Suite
-from ebmkit.evaluation.suites import SUITES, parse_options
+from ebmkit.evaluation.suites import FORMER_NAMES, SUITES, find_suite, parse_options
 from ebmkit.parallel import DistributedContext
-from ebmkit.registry import find
 from ebmkit.storage import remove_file, write_atomically
 from ebmkit.storage.reading import read_json
 from ebmkit.training.environment import environment
@@ -138,7 +137,7 @@ def evaluate(
             the precision, or a file cannot be written. Suites already done stay written.
     """
     world = world or DistributedContext()
-    chosen = {name: find("suite", SUITES, name) for name in suites}
+    chosen = {name: find_suite(name) for name in suites}
     if limit is not None and limit < 1:
         raise UserError(f"limit {limit} leaves no images: take 1 or more, or leave it out")
     if batch_size is not None and batch_size < 1:
@@ -195,7 +194,10 @@ def evaluate(
 
 def tables(results: dict[str, Result]) -> list[Table]:
     """One table for the terminal per suite: measures, values, 95 % intervals."""
-    return [SUITES[name].table(result.document) for name, result in results.items()]
+    return [
+        SUITES[FORMER_NAMES.get(name, name)].table(result.document)
+        for name, result in results.items()
+    ]
 
 
 def evaluation_folder(

@@ -14,6 +14,7 @@ from ebmkit.evaluation.calibration import CALIBRATION
 from ebmkit.evaluation.certify import CERTIFY
 from ebmkit.evaluation.classify import CLASSIFY
 from ebmkit.evaluation.context import Images
+from ebmkit.evaluation.corruptions import CORRUPTIONS_SUITE
 from ebmkit.evaluation.denoise import DENOISE
 from ebmkit.evaluation.diffusion_path import DIFFUSION_PATH
 from ebmkit.evaluation.generation import GENERATION
@@ -22,12 +23,11 @@ from ebmkit.evaluation.linearity import LINEARITY
 from ebmkit.evaluation.ood import OOD
 from ebmkit.evaluation.robustness import ROBUSTNESS
 from ebmkit.evaluation.robustness_grid import ROBUSTNESS_GRID
-from ebmkit.evaluation.shift import SHIFT
 from ebmkit.evaluation.suite import Suite
 from ebmkit.registry import find
 from ebmkit.validation import validated
 
-__all__ = ["SUITES", "parse_options", "parse_suites"]
+__all__ = ["FORMER_NAMES", "SUITES", "find_suite", "parse_options", "parse_suites"]
 
 SUITES: dict[str, Suite] = {
     "classify": CLASSIFY,
@@ -36,7 +36,7 @@ SUITES: dict[str, Suite] = {
     "robustness": ROBUSTNESS,
     "robustness-grid": ROBUSTNESS_GRID,
     "certify": CERTIFY,
-    "shift": SHIFT,
+    "corruptions": CORRUPTIONS_SUITE,
     "jacobian": JACOBIAN,
     "linearity": LINEARITY,
     "adversarial": ADVERSARIAL,
@@ -44,6 +44,21 @@ SUITES: dict[str, Suite] = {
     "generation": GENERATION,
     "diffusion-path": DIFFUSION_PATH,
 }
+
+FORMER_NAMES = {"shift": "corruptions"}
+"""Of suites, as in older documents, with the names of today."""
+
+
+def find_suite(name: str) -> Suite:
+    """The suite called ``name``.
+
+    Raises:
+        UserError: if there is none, or it has another name now.
+    """
+    if name in FORMER_NAMES:
+        new = FORMER_NAMES[name]
+        raise UserError(f"suite {name!r} is now called {new!r}: write --suite {new}")
+    return find("suite", SUITES, name)
 
 
 def parse_suites(text: str, model: ScoreModel, images: Images) -> list[str]:
@@ -66,7 +81,7 @@ def parse_suites(text: str, model: ScoreModel, images: Images) -> list[str]:
     for name in names:
         if name in groups:
             raise UserError(f"suite {name!r} stands alone: leave out the others, or leave it out")
-        find("suite", SUITES, name).check(model, images)
+        find_suite(name).check(model, images)
     return list(dict.fromkeys(names))
 
 
@@ -85,7 +100,7 @@ def parse_options(
     """
     found: dict[type[BaseModel], BaseModel] = {}
     for name, values in options.items():
-        kind = find("suite", SUITES, name).options
+        kind = find_suite(name).options
         if kind is None:
             having = [n for n, suite in SUITES.items() if suite.options is not None]
             raise UserError(f"suite {name!r} has no settings: those that do: {', '.join(having)}")

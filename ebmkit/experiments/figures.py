@@ -150,7 +150,7 @@ def run_fig3(rows: Rows, only: Sequence[str]) -> list[Path]:
 
 def run_fig4(rows: Rows, only: Sequence[str]) -> list[Path]:
     """Figure 4: accuracy against the strength of attacks."""
-    from ebmkit.plots.robustness import compare
+    from ebmkit.evaluation.robustness import plot_comparison
 
     chosen = _run(rows, FIG4, only, lambda row: _attacks(rows, row))
     documents: dict[str, dict[str, Any]] = {}
@@ -162,7 +162,7 @@ def run_fig4(rows: Rows, only: Sequence[str]) -> list[Path]:
     description = circumstances(rows, "fig4", found)
     report = {"documents": documents, **description}
     paths = _write(rows, "fig4", _fig4_text(documents, description["notes"]), report)
-    compare(documents, rows.out / "fig4.png")
+    plot_comparison(documents, rows.out / "fig4.png")
     paths.append(rows.out / "fig4.png")
     for row in chosen:
         drawn = rows.folder(row) / "evaluation" / "fig4" / "robustness-map.png"

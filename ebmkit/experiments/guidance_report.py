@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ebmkit.evaluation.robustness_grid import names
+from ebmkit.evaluation.robustness_grid import column_names
 from ebmkit.experiments.guidance_rows import TABLE_2_1
 from ebmkit.storage import write_atomically
 
@@ -85,7 +85,7 @@ def _grid(document: dict[str, Any] | None) -> list[str]:
 
 
 def _grid_table(document: dict[str, Any]) -> list[str]:
-    columns, heads = document["columns"], names(document)
+    columns, heads = document["columns"], column_names(document)
     lines = [
         f"Accuracy in % (95 % interval) on {document['options']['images']} test images at most, "
         f"{document['options']['steps']}-step PGD; rows: eps of the attack.",

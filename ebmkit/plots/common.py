@@ -7,10 +7,13 @@ readers tell apart; series also differ by marker or hatching.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ebmkit.noise import in_255ths
@@ -20,6 +23,7 @@ from ebmkit.terminal import clean, shown_name
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 __all__ = [
     "BLUE",
@@ -30,17 +34,19 @@ __all__ = [
     "ORANGE",
     "PURPLE",
     "SKY",
+    "annotated_map",
     "around_gray",
     "bars_within",
     "class_ticks",
-    "curve",
-    "figure_legend",
     "image_grid",
     "image_rows",
     "images_of",
     "legend_below",
     "new_figure",
+    "plot_estimates",
+    "row_label",
     "save_figure",
+    "shared_legend",
     "show_image",
     "sigma_label",
 ]
@@ -220,35 +226,64 @@ def bars_within(
     return cut
 
 
-def curve(
+def plot_estimates(
     axes: Axes,
-    x: Sequence[float],
+    x: Sequence[float] | NDArray[np.float64],
     estimates: Sequence[Mapping[str, Any]],
-    form: str,
-    floor: float = float("-inf"),
-    scale: float = 1.0,
-    band: str | None = None,
+    scale: float = 1,
+    floor: float = -math.inf,
     **look: Any,
 ) -> None:
-    """A line through the known ``estimates``, and their 95 % intervals as a band.
+    """A line through values, within the band of their 95 % intervals; those without are left out.
 
     Args:
         axes: where to draw.
         x: positions.
         estimates: one for each, with ``value``, ``low`` and ``high``, any of which may be None.
-        form: marker and line, as in "o-".
-        floor: the lowest end of an interval that is drawn; for logarithmic axes.
-        scale: what values are multiplied by, as in 100 for per cent.
-        band: the band's label.
-        look: of ``Axes.plot``, with ``color``.
+        scale: what they are multiplied with.
+        floor: the lowest end of an interval that is drawn, for logarithmic axes.
+        look: ``color``, label and so on of ``Axes.plot``.
     """
     known = [(at, e) for at, e in zip(x, estimates, strict=True) if e["value"] is not None]
-    axes.plot([at for at, _ in known], [scale * e["value"] for _, e in known], form, **look)
-    if all(e["low"] is not None for _, e in known):
-        low = [max(scale * e["low"], floor) for _, e in known]
-        high = [scale * e["high"] for _, e in known]
-        shade = {"color": look["color"], "alpha": 0.15, "lw": 0, "label": band}
-        axes.fill_between([at for at, _ in known], low, high, **shade)
+    axes.plot([at for at, _ in known], [scale * e["value"] for _, e in known], **look)
+    bounded = [(at, e) for at, e in known if e["low"] is not None]
+    places = [at for at, _ in bounded]
+    low, high = ([max(floor, scale * e[end]) for _, e in bounded] for end in ("low", "high"))
+    if len(places) == 1:  # a band would have no width
+        axes.vlines(places, low, high, color=look["color"], lw=1.2)
+    axes.fill_between(places, low, high, color=look["color"], alpha=0.15, lw=0)
+
+
+def annotated_map(
+    axes: Axes,
+    values: NDArray[np.float64],
+    columns: Sequence[str],
+    rows: Sequence[str],
+    form: str,
+) -> AxesImage:
+    """A map of percentages (rows, columns) with the number in each cell; a dash for nan."""
+    image = axes.imshow(values, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+    for (i, k), value in np.ndenumerate(values):
+        unknown = bool(np.isnan(value))
+        look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8}
+        colour = "black" if unknown or value > 50 else "white"
+        axes.text(k, i, "-" if unknown else form.format(value), color=colour, **look)
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    return image
+
+
+def row_label(axes: Axes, text: str) -> None:
+    """``text`` on the left of the first image of a row."""
+    place: dict[str, Any] = {"rotation": 0, "ha": "right", "va": "center", "labelpad": 6}
+    axes.set_ylabel(clean(text), fontsize=8, **place)
+
+
+def shared_legend(figure: Figure, columns: int) -> None:
+    """One legend for all panels, below them: that of the first."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    place: dict[str, Any] = {"loc": "outside lower center", "ncols": columns}
+    figure.legend(handles, labels, frameon=False, fontsize=8, **place)
 
 
 def class_ticks(axes: Axes, names: Sequence[str], size: float = 8) -> None:
@@ -256,14 +291,6 @@ def class_ticks(axes: Axes, names: Sequence[str], size: float = 8) -> None:
     slanted = max(map(len, names), default=0) > 2
     turn = {"rotation": 45, "ha": "right"} if slanted else {}
     axes.set_xticks(range(len(names)), [shown_name(name) for name in names], fontsize=size, **turn)
-
-
-def figure_legend(figure: Figure, columns: int, size: float = 8) -> None:
-    """The legend of the first axes, below ``figure``, which has the layout "constrained"."""
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=size
-    )
 
 
 def legend_below(axes: Axes, columns: int = 1) -> None:

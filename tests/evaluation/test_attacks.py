@@ -8,16 +8,17 @@ import pytest
 import torch
 
 from ebmkit import EnergyModel, GaussianMixture, UserError, create_model
+from ebmkit.attacks import NORMS, search_steps
 from ebmkit.energy import Energies
-from ebmkit.evaluation import autoattack
-from ebmkit.evaluation.attacks import NORMS, Attack, minimal_epsilons, rounds
+from ebmkit.evaluation import attacks
+from ebmkit.evaluation.attacks import Attack
 from ebmkit.evaluation.defences import (
     DEFENCES,
     Defence,
     DefendedClassifier,
     Refinement,
-    image_noise,
 )
+from ebmkit.randomness import image_noise
 
 SIDE = 4
 STRENGTHS = [0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32]
@@ -60,7 +61,7 @@ def test_the_smallest_strength_is_the_distance_to_the_plane(name, norm):
     defence = Defence(name, sigma, Refinement(2, 0.004, sigma / math.sqrt(2)))
     target = DefendedClassifier(model, defence, draws=4)
     noise = image_noise(x, draws * defence.noises, "") if defence.random else None
-    found = minimal_epsilons(Attack(norm, steps=15), target, x, labels, GRID[norm], noise)
+    found = Attack(norm, steps=15).minimal_epsilons(target, x, labels, GRID[norm], noise)
     grid = torch.tensor([0, *GRID[norm], math.inf], dtype=torch.float64)
     exact = grid[torch.bucketize(distances[norm].double(), grid)]
     unsure = 0.03 * distances[norm]
@@ -111,12 +112,13 @@ def test_gradients_pass_through_the_denoiser():
     for name in DEFENCES:
         target = DefendedClassifier(model, Defence(name, 0.1, Refinement(2, 0.1, 0.1)))
         noise = torch.randn(4, 1, 8, 8, dtype=torch.float64)
-        value = target.judged(x, noise)[:, 1].sum()
+        value = target.log_posterior(x, noise)[:, 1].sum()
         (gradient,) = torch.autograd.grad(value, x)
         direction = torch.randn_like(x)
         with torch.no_grad():
             up, down = (
-                target.judged(x + step * direction, noise)[:, 1].sum() for step in (1e-5, -1e-5)
+                target.log_posterior(x + step * direction, noise)[:, 1].sum()
+                for step in (1e-5, -1e-5)
             )
         slope = (gradient * direction).sum()
         assert slope.abs() > 1e-4
@@ -131,7 +133,7 @@ def test_refinement_is_langevin_dynamics_and_its_average():
     defence = Defence("refine", refinement=Refinement(3, step, deviation))
     target = DefendedClassifier(model, defence)
     noise = image_noise(x, 2 * defence.noises, "chains")
-    ends = target.refined(x, noise)
+    ends = target.purify(x, noise)
     by_hand = []
     for i in range(5):
         for chain in noise[i].split(3):
@@ -144,7 +146,7 @@ def test_refinement_is_langevin_dynamics_and_its_average():
             by_hand.append(y)
     assert torch.allclose(ends, torch.stack(by_hand), atol=1e-12)
     averaged = model.logits(ends).softmax(1).reshape(5, 2, 2).mean(1)
-    assert torch.allclose(target.judged(x, noise).exp(), averaged, atol=1e-12)
+    assert torch.allclose(target.log_posterior(x, noise).exp(), averaged, atol=1e-12)
 
 
 def test_no_steps_of_refinement_are_no_defence():
@@ -164,7 +166,7 @@ def test_jems_step_is_for_images_in_minus_one_to_one():
     x = torch.rand(3, 1, 2, 2, dtype=torch.float64)
     u, noise = 2 * x - 1, torch.randn(1, 1, 2, 2, dtype=torch.float64)
     expected = u + theirs.score(u) + 0.01 * noise
-    found = DefendedClassifier(ours, Defence("refine")).refined(x, noise)
+    found = DefendedClassifier(ours, Defence("refine")).purify(x, noise)
     assert torch.allclose(2 * found - 1, expected, atol=1e-12)
 
 
@@ -233,7 +235,7 @@ def test_nothing_is_left_behind():
     state = torch.get_rng_state()
     with torch.no_grad():
         target = DefendedClassifier(model, Defence("noise", 0.1), 2)
-        minimal_epsilons(Attack("l2", steps=2), target, x, labels, [0.1], image_noise(x, 2, ""))
+        Attack("l2", steps=2).minimal_epsilons(target, x, labels, [0.1], image_noise(x, 2, ""))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in model.parameters())
     assert {name: p.requires_grad for name, p in model.named_parameters()} == wanted
@@ -253,12 +255,12 @@ def test_bisection_asks_no_more_than_it_says():
     x, labels, _ = near_the_plane(model, 20)
     labels[:5] = 1 - labels[:5]
     told = []
-    found = minimal_epsilons(
-        Counting("linf", steps=3), DefendedClassifier(model, Defence("direct")),
+    found = Counting("linf", steps=3).minimal_epsilons(
+        DefendedClassifier(model, Defence("direct")),
         x, labels, STRENGTHS,
         done=lambda: told.append(1),
     )  # fmt: skip
-    assert (rounds(len(STRENGTHS)), len(told)) == (3, 3)
+    assert (search_steps(len(STRENGTHS)), len(told)) == (3, 3)
     assert Counting.asked == 3 * 15
     assert (found == 0).nonzero().flatten().tolist() == [0, 1, 2, 3, 4]
 
@@ -283,16 +285,16 @@ class NotANumber(EnergyModel):
 
 def test_a_label_that_is_not_a_number_is_wrong():
     x, labels = torch.rand(4, 1, SIDE, SIDE), torch.zeros(4, dtype=torch.long)
-    found = minimal_epsilons(
-        Attack("l2"), DefendedClassifier(NotANumber(), Defence("direct")), x, labels, [0.1]
+    found = Attack("l2").minimal_epsilons(
+        DefendedClassifier(NotANumber(), Defence("direct")), x, labels, [0.1]
     )
     assert found.tolist() == [0] * 4
 
 
 def test_autoattack_that_is_missing_is_told(monkeypatch):
-    monkeypatch.setattr(autoattack, "find_spec", lambda name: None)
+    monkeypatch.setattr(attacks, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'ebmkit-vision\[autoattack\]'"):
-        autoattack.check_installed()
+        attacks.check_autoattack()
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -306,7 +308,7 @@ def test_autoattack_finds_the_plane_too(norm):
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the package's own
         target = DefendedClassifier(model, Defence("direct"))
-        found = autoattack.breaks(target, norm, x, labels, epsilon)
+        found = attacks.autoattack(target, norm, x, labels, epsilon)
     expected = distances[norm] < epsilon
     expected[0] = True
     clear = (distances[norm] / epsilon).log().abs() > 0.01

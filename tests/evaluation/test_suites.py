@@ -194,7 +194,7 @@ def test_results_with_settings_of_their_own_never_replace_those_without(mixture,
     mixture.card = card()
 
     def folder(options):
-        own = parse_options(options, ["robustness", "shift"])
+        own = parse_options(options, ["robustness", "corruptions"])
         return evaluation_folder(tmp_path, mixture, drawn, options=own)
 
     home = tmp_path / "evaluation"
@@ -209,8 +209,10 @@ def test_results_with_settings_of_their_own_never_replace_those_without(mixture,
 
 
 def test_settings_of_a_suite_that_does_not_run_are_a_mistake(mixture, drawn, tmp_path):
-    with pytest.raises(UserError, match="settings of suite 'shift', which does not run"):
-        evaluate(mixture, drawn, ["classify"], tmp_path, options={"shift": {"strengths": [1]}})
+    with pytest.raises(UserError, match="settings of suite 'corruptions', which does not run"):
+        evaluate(
+            mixture, drawn, ["classify"], tmp_path, options={"corruptions": {"strengths": [1]}}
+        )
 
 
 def test_pictures_of_an_earlier_result_do_not_stay_beside_a_new_one(mixture, drawn, tmp_path):

@@ -14,7 +14,7 @@ from ebmkit_tests.hostile.making import Make, fifo, link
 
 from ebmkit.data import load_dataset
 from ebmkit.data.embedded import digits
-from ebmkit.evaluation.generated import read_samples
+from ebmkit.evaluation.generation import read_samples
 from ebmkit.sampling.buffer import ReplayBuffer
 
 
