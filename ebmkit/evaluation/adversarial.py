@@ -2,10 +2,10 @@ r"""Suite ``adversarial``: adversarial gradients as differences of denoisers (CD
 
 .. math:: \nabla_y \log p(c \mid y) = \frac{D_c(y, c) - D_u(y)}{\sigma^2} .
 
-What the conditional denoiser adds to the unconditional one when it is given a label is the direction
-in which a classifier is attacked. As sigma goes to 0 the difference must shrink like sigma^2 for
-the gradient to stay bounded, which nothing enforces: the instability that sections 2.2 and 5.1
-speak of.
+What the conditional denoiser adds to the unconditional one when it is given a label is the
+direction in which a classifier is attacked. As sigma goes to 0 the difference must shrink like
+sigma^2 for the gradient to stay bounded, which nothing enforces: the instability that sections 2.2
+and 5.1 speak of.
 
 Measured at :math:`y = x + \sigma\epsilon` of the first images, in float32, for the *targets*, the
 likeliest labels at y beside the predicted one:
@@ -257,7 +257,7 @@ def _plot_norms(document: dict[str, Any], path: Path) -> None:
     floor = min([value for value in values if value], default=1.0) / 5
     for name, label, colour, marker in series:
         look = {"color": colour, "marker": marker, "ms": 4, "label": label}
-        plot_estimates(left, x, [level[name] for level in noisy], floor=floor, **look)
+        plot_estimates(left, x, [level[name] for level in noisy], **look)
         for level in clean:
             left.axhline(level[name]["value"], color=colour, ls=":", lw=1)
     if clean:

@@ -228,7 +228,8 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
         batches = list(noisy_batches(first, sigma, context.seed, SHOWN, context.device))
         # the middles, where images have several sizes, each in a batch of its own
         size = [min(batch.x.shape[side] for batch in batches) for side in (-2, -1)]
-        clean, y = (torch.cat([_center_crop(b[i], *size) for b in batches]) for i in (0, 1))
+        clean = torch.cat([_center_crop(batch.x, *size) for batch in batches])
+        y = torch.cat([_center_crop(batch.y, *size) for batch in batches])
         found, _, _ = estimates(context.model, y, sigma)
         levels[sigma] = {"noisy": y, "$D_u$": found["unconditional"]}
         if "conditional_predicted" in found:

@@ -359,12 +359,9 @@ def table(document: dict[str, Any]) -> Table:
     same = document["dataset"] == "cifar10" and in_255ths(document["sigma"]) == "50"
     if same and not document["singular"]:
         paper = document["paper"]
-        largest, smallest = (
-            values(paper["largest"], 3, "{:.2f}"),
-            values(paper["smallest"], 2, "{:.1e}"),
-        )
+        own = values(paper["largest"], 3, "{:.2f}"), values(paper["smallest"], 2, "{:.1e}")
         result.add_section()
-        result.add_row("paper", "", "", largest, smallest)
+        result.add_row("paper", "", "", *own)
         add_note(result, f"paper: its network, {paper['about']}")
     return result
 

@@ -170,8 +170,8 @@ def directional(
     """
     with torch.inference_mode(False):
         at = y.clone(memory_format=torch.contiguous_format)
-        clean, product = (vjp if symmetric else jvp)(denoise, at, v)
-    return clean, product
+        product = vjp if symmetric else jvp
+        return product(denoise, at, v)  # type: ignore[no-untyped-call,no-any-return]
 
 
 class Theory(NamedTuple):

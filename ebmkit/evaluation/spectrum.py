@@ -285,7 +285,7 @@ def _iterative_spectrum(
     # the scale of the spectrum, for the fold and for the tolerance
     basis = _lanczos(times, operator, 1, "LM", 0.01, last, rng)
     scale = max(float(_rotate(operator, basis).values.abs().max()), 1e-12)
-    found = []
+    found: list[Eigenpairs] = []
     for product, count in ((times, largest), (folded, smallest)):
         goal, start = tolerance, None
         while True:  # each time from what was found, so that there is always something

@@ -7,7 +7,6 @@ readers tell apart; series also differ by marker or hatching.
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -231,7 +230,6 @@ def plot_estimates(
     x: Sequence[float] | NDArray[np.float64],
     estimates: Sequence[Mapping[str, Any]],
     scale: float = 1,
-    floor: float = -math.inf,
     **look: Any,
 ) -> None:
     """A line through values, within the band of their 95 % intervals; those without are left out.
@@ -241,14 +239,13 @@ def plot_estimates(
         x: positions.
         estimates: one for each, with ``value``, ``low`` and ``high``, any of which may be None.
         scale: what they are multiplied with.
-        floor: the lowest end of an interval that is drawn, for logarithmic axes.
         look: ``color``, label and so on of ``Axes.plot``.
     """
     known = [(at, e) for at, e in zip(x, estimates, strict=True) if e["value"] is not None]
     axes.plot([at for at, _ in known], [scale * e["value"] for _, e in known], **look)
     bounded = [(at, e) for at, e in known if e["low"] is not None]
     places = [at for at, _ in bounded]
-    low, high = ([max(floor, scale * e[end]) for _, e in bounded] for end in ("low", "high"))
+    low, high = ([scale * e[end] for _, e in bounded] for end in ("low", "high"))
     if len(places) == 1:  # a band would have no width
         axes.vlines(places, low, high, color=look["color"], lw=1.2)
     axes.fill_between(places, low, high, color=look["color"], alpha=0.15, lw=0)
@@ -289,7 +286,7 @@ def shared_legend(figure: Figure, columns: int) -> None:
 def class_ticks(axes: Axes, names: Sequence[str], size: float = 8) -> None:
     """Names of classes below ``axes``, slanted where they are long."""
     slanted = max(map(len, names), default=0) > 2
-    turn = {"rotation": 45, "ha": "right"} if slanted else {}
+    turn: dict[str, Any] = {"rotation": 45, "ha": "right"} if slanted else {}
     axes.set_xticks(range(len(names)), [shown_name(name) for name in names], fontsize=size, **turn)
 
 
