@@ -1,11 +1,31 @@
-r"""Suite ``diffusion-path``: what a classifier and its energies make of the images that a diffusion
-model goes through (RCG figures 4.5, 4.6, 4.9, 4.12 and 4.15).
+r"""Suite ``diffusion-path``: accuracy and energies of the images of a diffusion model's path
+(RCG figures 4.5, 4.6, 4.9, 4.12 and 4.15).
 
-The classifier is shown the images of every timestep in four ways, `VIEWS` of
-`ebmkit.evaluation.diffusion_views`: noisy as the diffusion model has them (``timestep``) and in
-image units (``image``), and without noise, ``dark`` and ``faded``. Nothing is clipped.
-Noise-conditional models are told the deviation of the noise in what they see. The noise is that of
-the suite ``classify`` at :math:`\sigma_t`.
+A diffusion model of T steps knows images :math:`u = 2x - 1` and noises them,
+
+.. math:: u_t = \sqrt{\bar\alpha_t}\, u + \sqrt{1 - \bar\alpha_t}\, \epsilon .
+
+A classifier that guides it may be given the image at timestep t in four ways (`VIEWS`):
+
+============ ===================================================== =============================
+view         image                                                 deviation of its noise
+============ ===================================================== =============================
+``timestep`` :math:`v_t = (u_t + 1)/2`, the thesis's way           :math:`\sqrt{1 - \bar\alpha_t}/2`
+``image``    :math:`y = x + \sigma_t \epsilon`, image units        :math:`\sigma_t = \frac12
+                                                                   \sqrt{(1 - \bar\alpha_t) /
+                                                                   \bar\alpha_t}`
+``dark``     :math:`\sqrt{\bar\alpha_t}\, x`: towards black        0
+``faded``    :math:`v_t` without its noise: towards gray           0
+============ ===================================================== =============================
+
+``timestep`` and ``image`` have the same :math:`\epsilon` and differ by contrast alone:
+:math:`v_t = \sqrt{\bar\alpha_t}\, y + (1 - \sqrt{\bar\alpha_t})/2`. RCG section 4.4 multiplies test
+images by :math:`\sqrt{\bar\alpha_t}` and does not say of which range they are: darkness is what
+that does to images in [0, 1] (``dark``); in [-1, 1], as the diffusion model has them, it takes away
+contrast (``faded``).
+
+Nothing is clipped. Noise-conditional models are given the deviation of the noise in what they see.
+The noise is that of the suite ``classify`` at :math:`\sigma_t`.
 
 Of every view are measured accuracy and the means of E(x) and of E(x, y) of the true label
 (`ebmkit.evaluation.energies`, nats); of the clean images also by class.
@@ -24,40 +44,140 @@ and ``classes``.
 
 from __future__ import annotations
 
+import math
 import os
-from functools import partial
+from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+import torch
+from pydantic import Field
 from torch import Tensor
 
 from ebmkit.compile import optimize
-from ebmkit.energy import EnergyModel, ScoreModel, classifies
+from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation import statistics
 from ebmkit.evaluation.context import Batch, EvaluationContext, Images, noisy_batches
-from ebmkit.evaluation.diffusion_views import VIEWS, DiffusionPathConfig, views_at
-from ebmkit.evaluation.energies import (
-    ImageEnergies,
-    Reading,
-    class_statistics,
-    energies_of,
-    reading_of,
-    spread,
-)
+from ebmkit.evaluation.energies import ImageEnergies, class_statistics, energies_of, spread
 from ebmkit.evaluation.generation import Generated, read_samples
-from ebmkit.evaluation.suite import Suite, check_classifies, check_one_size, new_table, number
-from ebmkit.noise import Schedule
+from ebmkit.evaluation.suite import (
+    Suite,
+    SuiteConfig,
+    add_note,
+    check_classifies,
+    check_one_size,
+    load_beside,
+    new_table,
+    number,
+)
+from ebmkit.noise import Schedule, make_schedule
+from ebmkit.plots.common import (
+    BLUE,
+    COLOURS,
+    GRAY,
+    ORANGE,
+    class_ticks,
+    images_of,
+    new_figure,
+    plot_estimates,
+    save_figure,
+    shared_legend,
+    show_image,
+)
+from ebmkit.readings import Reading, reading_of
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["DIFFUSION_PATH", "measure", "plot", "table"]
+__all__ = ["DIFFUSION_PATH", "VIEWS", "DiffusionPathConfig", "views_at"]
+
+VIEWS = {
+    "timestep": "in the range of images, sqrt(abar) y + (1 - sqrt(abar))/2",
+    "image": "in image units, y = x + sigma eps, the same noise",
+    "dark": "sqrt(abar) x, images in [0, 1], no noise",
+    "faded": "x_t without its noise",
+}
+
 
 SHORT = {"timestep": "x_t", "image": "image", "dark": "dark", "faded": "faded"}
-SHOWN = 9
+ENERGIES = {"energy": "E(x)", "joint_energy": "E(x, y)"}
+PLOTTED = 9
+"""Timesteps at which the plot shows an image."""
+
 LISTED = (0.1, 0.2, 0.4, 1.0)
-"""Shares of the last timestep at which the table tells accuracy."""
+"""Shares of the last timestep at which the table lists accuracy."""
+
+LOOKS = tuple(
+    {"color": colour, "marker": marker, "ms": 3.5}
+    for colour, marker, _ in zip(cycle((*COLOURS[:5], "black")), cycle("os^DvPX<>*p"), range(66))
+)
+"""Colour and marker of each model; 6 and 11 have no common divisor, so 66 models differ."""
+
+
+class DiffusionPathConfig(SuiteConfig):
+    """Settings of the suite ``diffusion-path``."""
+
+    schedule: Literal["linear", "cosine"] = Field("linear", description="noise schedule")
+    steps: int = Field(1000, ge=2, description="timesteps T of the diffusion model")
+    step: int = Field(50, ge=1, description="timesteps from one measured to the next")
+    until: int | None = Field(None, ge=0, description="the last timestep [default: T - 1]")
+    name: str = Field("this run", description="name of the run evaluated")
+    beside: tuple[Path, ...] = Field(
+        (), description="run folders of further classifiers, in the same plots"
+    )
+    samples: Path | None = Field(
+        None, description="HDF5 file that `ebmkit sample` wrote, for energies beside the data's"
+    )
+    energies: Reading = Field(
+        "auto",
+        description="model: its own density; logits: -logsumexp; auto: by what was trained",
+    )
+
+    def make_schedule(self) -> Schedule:
+        """The noise levels of the diffusion model."""
+        return make_schedule(self.schedule, self.steps)
+
+    def timesteps(self) -> tuple[int, ...]:
+        """Those measured: 0, step, ... and the last.
+
+        Raises:
+            UserError: if ``until`` is beyond the schedule.
+        """
+        last = self.steps - 1 if self.until is None else self.until
+        if last >= self.steps:
+            raise UserError(
+                f"diffusion-path.until {last} is out of range: with diffusion-path.steps "
+                f"{self.steps} it is 0 to {self.steps - 1}"
+            )
+        return tuple(sorted({*range(0, last + 1, self.step), last}))
+
+
+def views_at(schedule: Schedule, t: int, x: Tensor, y: Tensor) -> dict[str, tuple[Tensor, float]]:
+    """What a classifier may be given at timestep ``t``, and the deviation of the noise in it.
+
+    Args:
+        schedule: of the diffusion model.
+        t: the timestep.
+        x: clean images (B, C, H, W) in [0, 1].
+        y: the same with noise of deviation ``schedule.sigma(t)``, image units.
+
+    Returns:
+        Images, shape of x, and the noise level, image units, by the names of `VIEWS`.
+    """
+    low, high = schedule.image_range
+    root, sigma = math.sqrt(schedule.abar(t)), schedule.sigma(t)
+
+    def seen(images: Tensor) -> Tensor:
+        return (schedule.from_image_units(images, t) - low) / (high - low)
+
+    return {
+        "timestep": (seen(y), root * sigma),
+        "image": (y, sigma),
+        "dark": (root * x, 0.0),
+        "faded": (seen(x), 0.0),
+    }
 
 
 def check(model: ScoreModel, images: Images) -> None:
@@ -82,46 +202,66 @@ def prepare(context: EvaluationContext) -> None:
 
 
 def measure(context: EvaluationContext) -> dict[str, Any]:
-    """Measure; see the module's text for what is returned."""
-    config, generated = context.option(DiffusionPathConfig), _samples(context)
+    """Measure all models at all timesteps; see the module's text for what is returned."""
+    config, images = context.option(DiffusionPathConfig), context.images
     schedule, timesteps = config.make_schedule(), config.timesteps()
-    models, images = _models(context), context.images
+    models, generated = _models(context), _samples(context)
     assert images.labels is not None
-    labels = images.labels.cpu()
-    clean = context.columns(0.0, partial(_measure, models, config.energies, None, -1))
-    documents: dict[str, dict[str, Any]] = {
-        name: {
+
+    def columns(t: int | None) -> dict[tuple[str, str, str], Tensor]:
+        """By model, view and quantity, (N,); of the clean images where ``t`` is None."""
+
+        def of_batch(batch: Batch) -> dict[tuple[str, str, str], Tensor]:
+            assert batch.labels is not None
+            views = {"clean": (batch.x, 0.0)}
+            if t is not None:
+                views = views_at(schedule, t, batch.x, batch.y)
+            own = {}
+            for view, (x, sigma) in views.items():
+                for name, model in models.items():
+                    found = energies_of(model, x, sigma, config.energies)
+                    own[name, view, "right"] = found.log_posterior.argmax(dim=1) == batch.labels
+                    own[name, view, "energy"] = found.energy
+                    own[name, view, "joint_energy"] = found.joint(batch.labels)
+            return own
+
+        return context.columns(0.0 if t is None else schedule.sigma(t), of_batch)
+
+    def entry(columns: dict[tuple[str, str, str], Tensor], name: str, view: str) -> dict[str, Any]:
+        return {
+            "accuracy": statistics.accuracy(columns[name, view, "right"]),
+            "energy": spread(columns[name, view, "energy"]),
+            "joint_energy": spread(columns[name, view, "joint_energy"]),
+        }
+
+    clean, names, labels = columns(None), images.class_names, images.labels.cpu()
+    documents: dict[str, dict[str, Any]] = {}
+    for name, model in models.items():
+        energies = clean[name, "clean", "energy"], clean[name, "clean", "joint_energy"]
+        documents[name] = {
             "reading": reading_of(model, config.energies),
-            "clean": _row(clean, name, "clean"),
+            "clean": entry(clean, name, "clean"),
             "path": {view: [] for view in VIEWS},
-            "classes": class_statistics(
-                clean[name, "clean", "energy"],
-                clean[name, "clean", "joint_energy"],
-                labels,
-                images.class_names,
-            ),
+            "classes": class_statistics(*energies, labels, names),
         }
-        for name, model in models.items()
-    }
     for t in timesteps:
-        sigma, abar = schedule.sigma(t), schedule.abar(t)
-        measure = partial(_measure, models, config.energies, schedule, t)
-        columns = context.columns(sigma, measure)
+        noisy, where = columns(t), {"t": t, "sigma": schedule.sigma(t), "abar": schedule.abar(t)}
         for name, document in documents.items():
-            for view in VIEWS:
-                row = {"t": t, "sigma": sigma, "abar": abar} | _row(columns, name, view)
-                document["path"][view].append(row)
+            for view, path in document["path"].items():
+                path.append(where | entry(noisy, name, view))
     chance = 1 / context.model.num_classes
-    sampled = _of_samples(context, models, generated)
-    for name, document in documents.items():
+    for document in documents.values():
         document["chance_from"] = {
-            view: next((r["t"] for r in rows if r["accuracy"]["low"] <= chance), None)
-            for view, rows in document["path"].items()
+            view: next((e["t"] for e in path if e["accuracy"].low <= chance), None)
+            for view, path in document["path"].items()
         }
-        document["samples"] = sampled.get(name)
+        document["samples"] = None
+    if generated is not None:
+        for name, found in _measure_samples(context, models, generated).items():
+            documents[name]["samples"] = found
     return {
         "sigmas": [schedule.sigma(t) for t in timesteps],
-        "timesteps": list(timesteps),
+        "timesteps": timesteps,
         "abar": [schedule.abar(t) for t in timesteps],
         "chance": chance,
         "views": VIEWS,
@@ -133,70 +273,30 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
     }
 
 
-Key = tuple[str, str, str]
-"""Model, view and measure."""
-
-
-def _measure(
-    models: dict[str, EnergyModel],
-    reading: Reading,
-    schedule: Schedule | None,
-    t: int,
-    batch: Batch,
-) -> dict[Key, Tensor]:
-    """Columns (B,) of all models and views; of the clean images without a schedule."""
-    assert batch.labels is not None
-    shown = {"clean": (batch.x, 0.0)}
-    if schedule is not None:
-        shown = views_at(schedule, t, batch.x, batch.y)
-    columns: dict[Key, Tensor] = {}
-    for view, (images, sigma) in shown.items():
-        for name, model in models.items():
-            found = energies_of(model, images, sigma, reading)
-            columns[name, view, "right"] = found.log_posterior.argmax(dim=1) == batch.labels
-            columns[name, view, "energy"] = found.energy
-            columns[name, view, "joint_energy"] = found.joint(batch.labels)
-    return columns
-
-
-def _row(columns: dict[Key, Tensor], name: str, view: str) -> dict[str, Any]:
-    right = columns[name, view, "right"]
-    return {
-        "accuracy": statistics.proportion(int(right.sum()), len(right)).document(),
-        "energy": spread(columns[name, view, "energy"]),
-        "joint_energy": spread(columns[name, view, "joint_energy"]),
-    }
-
-
-def _of_samples(
-    context: EvaluationContext, models: dict[str, EnergyModel], generated: Generated | None
+def _measure_samples(
+    context: EvaluationContext, models: dict[str, EnergyModel], generated: Generated
 ) -> dict[str, dict[str, Any]]:
-    """Energies of samples, by model; none without a file."""
-    if generated is None:
-        return {}
+    """Energies of samples, by model."""
     from ebmkit.data import ImageSet
 
-    reading = context.option(DiffusionPathConfig).energies
+    reading, labels = context.option(DiffusionPathConfig).energies, generated.labels
 
-    def measure(batch: Batch) -> dict[tuple[str, str], Tensor]:
-        found = {}
+    def of_batch(batch: Batch) -> dict[tuple[str, str], Tensor]:
+        columns = {}
         for name, model in models.items():
-            for measure, column in energies_of(model, batch.x, 0.0, reading)._asdict().items():
-                found[name, measure] = column
-        return found
+            for field, column in energies_of(model, batch.x, 0.0, reading)._asdict().items():
+                columns[name, field] = column
+        return columns
 
-    columns = context.columns(0.0, measure, ImageSet("samples", "test", generated.images))
+    columns = context.columns(0.0, of_batch, ImageSet("samples", "test", generated.images))
     documents: dict[str, dict[str, Any]] = {}
     for name in models:
-        read = ImageEnergies(*(columns[name, m] for m in ImageEnergies._fields))
-        documents[name] = {"energy": spread(read.energy)}
-        wanted = generated.labels
-        if wanted is not None:
-            own = read.joint(wanted)
-            documents[name]["joint_energy"] = spread(own)
-            documents[name]["classes"] = class_statistics(
-                read.energy, own, wanted, context.images.class_names
-            )
+        found = ImageEnergies(*(columns[name, field] for field in ImageEnergies._fields))
+        documents[name] = {"energy": spread(found.energy)}
+        if labels is not None:
+            joint, names = found.joint(labels), context.images.class_names
+            documents[name]["joint_energy"] = spread(joint)
+            documents[name]["classes"] = class_statistics(found.energy, joint, labels, names)
     return documents
 
 
@@ -206,30 +306,16 @@ def _models(context: EvaluationContext) -> dict[str, EnergyModel]:
     Raises:
         UserError: if one is not there, or does not suit the images.
     """
-    from ebmkit.models import load
-
     assert isinstance(context.model, EnergyModel)
     config = context.option(DiffusionPathConfig)
-    found: dict[str, EnergyModel] = {context.option(DiffusionPathConfig).name: context.model}
+    found = {config.name: context.model}
     for path in config.beside:
-        model = load(path, device=str(context.device))
-        known = context.model.num_classes
-        if not classifies(model) or model.num_classes != known:
-            raise UserError(
-                f"diffusion-path.beside: the model in {str(path)!r} knows {model.num_classes} "
-                f"classes and the one evaluated {known}: name runs with labels of the same classes"
-            )
-        channels = model.card.channels if model.card else context.images.channels
-        if channels != context.images.channels:
-            raise UserError(
-                f"diffusion-path.beside: the model in {str(path)!r} takes images of {channels} "
-                f"channel(s), and {context.images.name!r} has {context.images.channels}"
-            )
+        model = load_beside(context, path, "diffusion-path.beside")
         name = base = Path(os.path.abspath(path)).name
-        number = 1
+        count = 1
         while name in found:
-            number += 1
-            name = f"{base}-{number}"
+            count += 1
+            name = f"{base}-{count}"
         found[name] = optimize(model, context.inference.precision)
     for model in found.values():
         reading_of(model, config.energies)
@@ -242,20 +328,20 @@ def _samples(context: EvaluationContext) -> Generated | None:
         return None
     found = read_samples(path, context.images, "diffusion-path.samples")
     known = context.model.num_classes
-    if found.labels is not None and not bool(((found.labels >= 0) & (found.labels < known)).all()):
-        worst = int(found.labels.max()) if found.labels.max() >= known else int(found.labels.min())
-        raise UserError(
-            f"diffusion-path.samples: {str(path)!r} has label {worst}, and this model knows 0 to "
-            f"{known - 1}"
-        )
+    for label in [] if found.labels is None else sorted(set(found.labels.tolist()), reverse=True):
+        if not 0 <= label < known:
+            raise UserError(
+                f"diffusion-path.samples: {str(path)!r} has label {label}, and this model knows 0 "
+                f"to {known - 1}"
+            )
     return found
 
 
 def _warnings(documents: dict[str, dict[str, Any]]) -> list[str]:
     found = []
     for name, document in documents.items():
-        rows = [row for path in document["path"].values() for row in path]
-        bad = [row["t"] for row in rows if row["energy"]["value"] is None]
+        entries = [entry for path in document["path"].values() for entry in path]
+        bad = [entry["t"] for entry in entries if entry["energy"]["value"] is None]
         if bad:
             found.append(
                 f"{name}: energies are not finite on some images from timestep {min(bad)} on, so "
@@ -266,19 +352,152 @@ def _warnings(documents: dict[str, dict[str, Any]]) -> list[str]:
 
 def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``diffusion-path.png``, ``diffusion-energies.png`` and ``class-energies.png``."""
-    from ebmkit.plots import diffusion_path as pictures
-
-    config = context.option(DiffusionPathConfig)
-    schedule, timesteps = config.make_schedule(), config.timesteps()
-    chosen = [timesteps[i] for i in _spread_over(len(timesteps), SHOWN)]
-    strips: dict[str, list[tuple[int, Tensor]]] = {view: [] for view in VIEWS}
-    for t in chosen:
+    schedule, timesteps = context.option(DiffusionPathConfig).make_schedule(), document["timesteps"]
+    strips: dict[str, list[Tensor]] = {view: [] for view in VIEWS}
+    places = np.linspace(0, len(timesteps) - 1, min(PLOTTED, len(timesteps))).round()
+    for t in [timesteps[int(i)] for i in np.unique(places)]:
         (batch,) = noisy_batches(context.images.first(1), schedule.sigma(t), context.seed, 1)
         for view, (images, _) in views_at(schedule, t, batch.x, batch.y).items():
-            strips[view].append((t, images[0]))
-    pictures.accuracies(document, strips, folder / "diffusion-path.png")
-    pictures.energies(document, folder / "diffusion-energies.png")
-    pictures.by_class(document, folder / "class-energies.png")
+            strips[view].append(images[0])
+    _plot_accuracy(document, strips, folder / "diffusion-path.png")
+    _plot_energies(document, folder / "diffusion-energies.png")
+    _plot_classes(document, folder / "class-energies.png")
+
+
+def _plot_accuracy(document: dict[str, Any], strips: dict[str, list[Tensor]], path: Path) -> None:
+    """Accuracy against the timestep, with noise and without, above an image as it is given there.
+
+    Args:
+        document: of the suite.
+        strips: by view, one image at timesteps evenly spread from the first to the last.
+        path: the PNG file.
+    """
+    models, timesteps = document["models"], document["timesteps"]
+    panel, left, gap, tall = 4.5, 0.75, 0.75, 2.7  # inches
+    cell = panel / len(strips["timestep"])
+    legend = 0.45 + 0.2 * -(-len(models) // 4)
+    bottom = legend + 0.62 + 2 * (cell + 0.05)
+    width, height = 2 * (left + panel) + 0.2, 0.65 + tall + bottom
+    figure = new_figure(width, height)
+    panels = {
+        "Accuracy against noise": ("timestep", "image"),
+        "Accuracy against darkness and contrast": ("dark", "faded"),
+    }
+    for column, (title, views) in enumerate(panels.items()):
+        at = (left + column * (panel + gap)) / width
+        axes = figure.add_axes((at, bottom / height, panel / width, tall / height))
+        for look, (name, found) in zip(cycle(LOOKS), models.items()):
+            for view, line in zip(views, ("-", "--"), strict=True):
+                accuracies = [entry["accuracy"] for entry in found["path"][view]]
+                own = look | {"ls": line, "label": name if line == "-" else None}
+                plot_estimates(axes, timesteps, accuracies, scale=100, **own)
+        for row, view in enumerate(views):
+            y = bottom - 0.62 - (row + 1) * cell - row * 0.05
+            strip = figure.add_axes((at, y / height, panel / width, 0.96 * cell / height))
+            show_image(strip, torch.cat(strips[view], dim=-1), "", "")
+            strip.set_ylabel(SHORT[view], fontsize=8, labelpad=3)
+            axes.plot([], [], color="black", ls=("-", "--")[row], label=SHORT[view])
+        # the first and the last timestep stand over the middles of the strip's ends
+        first, last = timesteps[0], timesteps[-1]
+        margin = 0.5 * cell / panel
+        span = max(1, last - first) / (1 - 2 * margin)
+        axes.set(xlim=(first - margin * span, last + margin * span), ylim=(0, 102))
+        axes.set(xlabel="timestep t", ylabel="" if column else "accuracy (%)")
+        axes.axhline(100 * document["chance"], color=GRAY, ls=":", lw=1, label="chance")
+        axes.grid(alpha=0.25, lw=0.5)
+        axes.set_title(title, fontsize=10)
+        handles, labels = axes.get_legend_handles_labels()
+        many = len(models)
+        axes.legend(handles[many:], labels[many:], fontsize=7, frameon=False)
+    figure.suptitle(f"{images_of(document)}, {_schedule(document)}, bands 95 %", fontsize=10)
+    named = handles[:many], labels[:many]
+    figure.legend(*named, loc="lower center", ncols=4, frameon=False, fontsize=8)
+    save_figure(figure, path)
+
+
+def _plot_energies(document: dict[str, Any], path: Path) -> None:
+    """Mean energies along the path as the model sees x_t, and the same in image units."""
+    models = document["models"]
+    figure = new_figure(10, 3.9 + 0.17 * len(models), layout="constrained")
+    panels = figure.subplots(1, 2)
+    views = {"timestep": "x_t", "image": "image units, x + sigma eps"}
+    for axes, (view, words) in zip(panels, views.items(), strict=True):
+        known: list[float] = []
+        for look, (name, found) in zip(cycle(LOOKS), models.items()):
+            for line, (quantity, symbol) in zip(("-", "--"), ENERGIES.items(), strict=True):
+                path_of = [e for e in found["path"][view] if e[quantity]["value"] is not None]
+                values = [e[quantity]["value"] for e in path_of]
+                known += values
+                label = f"{name}: {symbol}"
+                axes.plot([e["t"] for e in path_of], values, ls=line, label=label, **look)
+        low, quarter, middle, most, high = np.quantile(known or [0.0], [0, 0.25, 0.5, 0.75, 1])
+        if high - low > 30 * max(most - quarter, 1e-12) and middle != 0:
+            # most would lie on one line of a linear scale
+            axes.set_yscale("symlog", linthresh=max(1.0, float(np.median(np.abs(known)))))
+        axes.set_title(f"Seen: {words}", fontsize=9.5)
+        axes.set_xlabel("timestep t")
+        axes.grid(alpha=0.25, lw=0.5)
+    panels[0].set_ylabel("mean energy (nats)")
+    shared_legend(figure, columns=2)
+    figure.suptitle(
+        "Energies along the forward process, each model's up to a constant: "
+        f"{images_of(document)}, {_schedule(document)}",
+        fontsize=10,
+    )
+    save_figure(figure, path)
+
+
+def _plot_classes(document: dict[str, Any], path: Path) -> None:
+    """Mean and standard deviation of E(x) of each class, of the data and of samples; by model."""
+    models = document["models"]
+    most = max(len(found["classes"]) for found in models.values())
+    columns = min(2, len(models))
+    rows = -(-len(models) // columns)
+    size = (max(3.4, 1.0 + 0.42 * most) * columns, 0.9 + 2.8 * rows)
+    figure = new_figure(*size, layout="constrained")
+    for place, (name, found) in enumerate(models.items()):
+        axes = figure.add_subplot(rows, columns, place + 1)
+        places = {c["label"]: k for k, c in enumerate(found["classes"])}
+        samples = found["samples"] or {}
+        kinds = (
+            (found["classes"], -0.12, BLUE, "o", "data"),
+            (samples.get("classes", []), 0.12, ORANGE, "s", "samples"),
+        )
+        for classes, aside, colour, marker, label in kinds:
+            known = [
+                c for c in classes if c["energy"]["value"] is not None and c["label"] in places
+            ]
+            axes.errorbar(
+                [places[c["label"]] + aside for c in known],
+                [c["energy"]["value"] for c in known],
+                [c["energy"]["std"] or 0.0 for c in known],
+                fmt=marker,
+                color=colour,
+                ms=4,
+                elinewidth=0.9,
+                capsize=2,
+                label=label if known else None,
+            )
+        if samples:
+            value, std = (samples["energy"][key] for key in ("value", "std"))
+            axes.axhline(value or 0.0, color=ORANGE, ls="--", lw=1, label="samples, all")
+            if value is not None and std is not None:
+                axes.axhspan(value - std, value + std, color=ORANGE, alpha=0.1, lw=0)
+        class_ticks(axes, [c["name"] for c in found["classes"]], size=7 if most > 20 else 8)
+        how = "-logsumexp of the logits" if found["reading"] == "logits" else "-log density"
+        axes.set_title(f"{name} ({how})", fontsize=9)
+        axes.grid(axis="y", alpha=0.25, lw=0.5)
+        if place % columns == 0:
+            axes.set_ylabel("E(x) (nats)")
+    shared_legend(figure, columns=3)
+    title = f"E(x) by class, mean and standard deviation over images: {images_of(document)}"
+    figure.suptitle(title, fontsize=9.5, wrap=True)
+    save_figure(figure, path)
+
+
+def _schedule(document: dict[str, Any]) -> str:
+    options = document["options"]
+    return f"{options['schedule']} schedule of {options['steps']} steps"
 
 
 def table(document: dict[str, Any]) -> Table:
@@ -290,50 +509,43 @@ def table(document: dict[str, Any]) -> Table:
             for share in LISTED
         }
     )
-    heads = [f"t={timesteps[i]}" for i in rows]
-    result = new_table(document, ("seen", "clean", *heads, "chance from"))
+    heads = ("seen", "clean", *(f"t={timesteps[i]}" for i in rows), "chance from")
+    result = new_table(document, heads)
     widest = 0.0
     for name, found in document["models"].items():
-        result.add_row(name, *[""] * (len(rows) + 2))
+        result.add_row(name)
         for view, path in found["path"].items():
-            values = [row["accuracy"] for row in (found["clean"], *(path[i] for i in rows))]
+            values = [entry["accuracy"] for entry in (found["clean"], *(path[i] for i in rows))]
             widest = max(widest, *(e["high"] - e["low"] for e in values))
             at = found["chance_from"][view]
-            shown = [f"{e['value']:.1%}" for e in values]
-            result.add_row(f"  {SHORT[view]}", *shown, "-" if at is None else f"t={at}")
+            shown = [number(e, "{:.1%}") for e in values]
+            result.add_row(f"  {SHORT[view]}", *shown, number(at, "t={}"))
         path = [found["clean"], *(found["path"]["timestep"][i] for i in rows)]
-        for measure, symbol in (("energy", "E(x)"), ("joint_energy", "E(x,y)")):
-            shown = [number(row[measure]["value"], "{:.4g}") for row in path]
-            result.add_row(f"  {symbol}", *shown, "")
-            if found["samples"] and measure in found["samples"]:
-                own = number(found["samples"][measure]["value"], "{:.4g}")
-                result.add_row("  samples", own, *[""] * (len(rows) + 1))
+        for quantity, symbol in ENERGIES.items():
+            result.add_row(f"  {symbol}", *(number(entry[quantity], "{:.4g}") for entry in path))
+            if found["samples"] and quantity in found["samples"]:
+                result.add_row("  samples", number(found["samples"][quantity], "{:.4g}"))
         result.add_section()
-    description = [f"{SHORT[view]}: {words}" for view, words in document["views"].items()]
-    description.append("E: means, nats; along t of what is seen as x_t")
-    description.append(f"95 % intervals of accuracies: at most {100 * widest:.1f} points wide")
-    result.caption = "\n".join([*description, str(result.caption or "")]).strip()
+    note = [f"{SHORT[view]}: {words}" for view, words in document["views"].items()]
+    note.append("E: means, nats; along t of what is seen as x_t")
+    note.append(f"95 % intervals of accuracies: at most {100 * widest:.1f} points wide")
+    add_note(result, "\n".join(note))
     return result
 
 
-def _spread_over(count: int, most: int) -> list[int]:
-    """At most ``most`` of 0 .. count - 1, the first and the last among them, evenly."""
-    few = min(count, most)
-    return sorted({round(i * (count - 1) / max(1, few - 1)) for i in range(few)})
-
-
-def _passes(context: EvaluationContext) -> int:
+def passes(context: EvaluationContext) -> int:
+    """The clean images, every timestep, and samples."""
     config = context.option(DiffusionPathConfig)
     return 1 + len(config.timesteps()) + (config.samples is not None)
 
 
 DIFFUSION_PATH = Suite(
     description="accuracy and energies along a diffusion model's path: noise, darkness, by class",
-    check=check,
-    passes=_passes,
     measure=measure,
     plot=plot,
     table=table,
-    options=DiffusionPathConfig,
+    check=check,
+    passes=passes,
     prepare=prepare,
+    options=DiffusionPathConfig,
 )

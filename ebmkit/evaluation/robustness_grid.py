@@ -38,7 +38,6 @@ from ebmkit.attacks import Norm
 from ebmkit.card import ModelCard
 from ebmkit.compile import in_float32
 from ebmkit.energy import EnergyModel
-from ebmkit.errors import UserError
 from ebmkit.evaluation.attacks import Attack
 from ebmkit.evaluation.context import Batch, EvaluationContext, Images
 from ebmkit.evaluation.defences import Defence, DefendedClassifier, predicted_labels
@@ -53,7 +52,7 @@ from ebmkit.evaluation.robustness import (
     strength,
 )
 from ebmkit.evaluation.statistics import accuracy
-from ebmkit.evaluation.suite import Suite, SuiteConfig, check_classifies, new_table
+from ebmkit.evaluation.suite import Suite, SuiteConfig, check_classifies, load_beside, new_table
 from ebmkit.plots.common import images_of
 
 if TYPE_CHECKING:
@@ -115,24 +114,11 @@ def load_columns(context: EvaluationContext) -> list[_Column]:
     Raises:
         UserError: if a run beside is not there, or knows other labels or images.
     """
-    from ebmkit.models import load
-
     config, model = context.option(RobustnessGridConfig), context.exact_model
     assert isinstance(model, EnergyModel)
     found = [_Column(config.name, model, trained(context.model.card))]
     for run in config.beside:
-        model = load(run, device=str(context.device))
-        try:
-            check_classifies(model, context.images)
-        except UserError as error:
-            raise UserError(f"robustness-grid.beside: {run!r}: {error}") from None
-        assert isinstance(model, EnergyModel)
-        channels = model.card.channels if model.card else context.images.channels
-        if channels != context.images.channels:
-            raise UserError(
-                f"robustness-grid.beside: the model in {run!r} takes images of {channels} "
-                f"channel(s), and these have {context.images.channels}: name another run"
-            )
+        model = load_beside(context, run, "robustness-grid.beside")
         found.append(_Column(Path(os.path.abspath(run)).name, model, trained(model.card)))
     return sorted(found, key=lambda c: (c.trained is None, (c.trained or ("", 0.0))[::-1]))
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ebmkit.energy import ScoreModel, classifies
+from ebmkit.energy import EnergyModel, ScoreModel, classifies
 from ebmkit.errors import UserError
 from ebmkit.evaluation.context import EvaluationContext, Images
 from ebmkit.evaluation.statistics import to_json
@@ -34,6 +34,7 @@ __all__ = [
     "class_name",
     "estimate_table",
     "interval",
+    "load_beside",
     "new_table",
     "noise_warnings",
     "number",
@@ -143,6 +144,35 @@ def noise_warnings(model: ScoreModel, sigmas: Sequence[float]) -> list[str]:
         f"noise at {', '.join(format_sigma(s) for s in outside)} is outside the range that this "
         f"model was trained for, {format_sigma(low)} to {format_sigma(high)}"
     ]
+
+
+def load_beside(context: EvaluationContext, run: Path | str, option: str) -> EnergyModel:
+    """The model of another run, for a suite that compares several.
+
+    Args:
+        context: its images have the classes of its model.
+        run: the folder.
+        option: that names it, for errors.
+
+    Raises:
+        UserError: if it is not there, or knows other classes or channels.
+    """
+    from ebmkit.models import load
+
+    model, classes = load(run, device=str(context.device)), context.model.num_classes
+    if not classifies(model) or model.num_classes != classes:
+        raise UserError(
+            f"{option}: the model in {str(run)!r} knows {model.num_classes} classes and the one "
+            f"evaluated {classes}: name runs with labels of the same classes"
+        )
+    images = context.images
+    channels = model.card.channels if model.card else images.channels
+    if channels != images.channels:
+        raise UserError(
+            f"{option}: the model in {str(run)!r} takes images of {channels} channel(s), and "
+            f"{images.name!r} has {images.channels}: name another run"
+        )
+    return model
 
 
 def class_name(images: Images, label: int) -> str:

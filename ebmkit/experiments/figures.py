@@ -116,7 +116,7 @@ def _caption(document: dict[str, Any]) -> str:
 
 def run_fig3(rows: Rows, only: Sequence[str]) -> list[Path]:
     """Figures 3 and 5, and the local linearity of the grid."""
-    from ebmkit.plots.jacobian import linearity_grid
+    from ebmkit.evaluation.linearity import linearity_grid
 
     options = OPTIONS[rows.scale.name]
     protocol = Protocol("fig3", ("linearity",), options=options)

@@ -1,21 +1,5 @@
-"""Pictures of results, as PNG files written in one move (`ebmkit.plots.common`)."""
+"""Plots of results, as PNG files written in one move (`ebmkit.plots.common`)."""
 
-from ebmkit.plots.suites import (
-    DenoisedLevel,
-    accuracy_against_noise,
-    confusion_matrix,
-    denoising_grid,
-    psnr_bars,
-    reliability_diagram,
-)
 from ebmkit.plots.training import learning_curves
 
-__all__ = [
-    "DenoisedLevel",
-    "accuracy_against_noise",
-    "confusion_matrix",
-    "denoising_grid",
-    "learning_curves",
-    "psnr_bars",
-    "reliability_diagram",
-]
+__all__ = ["learning_curves"]

@@ -1,4 +1,4 @@
-"""What pictures share: colours, figures without global state, files written in one move.
+"""What plots share: colours, figures without global state, files written in one move.
 
 Figures need no display and leave nothing behind. Colours are Okabe and Ito's, which colour-blind
 readers tell apart; series also differ by marker or hatching.
@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ebmkit.noise import in_255ths
 from ebmkit.storage import write_atomically
-from ebmkit.terminal import clean
+from ebmkit.terminal import clean, shown_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,13 +26,19 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BLUE",
+    "COLOURS",
     "GRAY",
     "GREEN",
+    "MARKERS",
     "ORANGE",
     "PURPLE",
     "SKY",
     "annotated_map",
+    "around_gray",
     "bars_within",
+    "class_ticks",
+    "image_grid",
+    "image_rows",
     "images_of",
     "legend_below",
     "new_figure",
@@ -40,10 +47,13 @@ __all__ = [
     "save_figure",
     "shared_legend",
     "show_image",
+    "sigma_label",
 ]
 
 BLUE, ORANGE, GREEN, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"
 GRAY = "#888888"
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, GRAY)
+MARKERS = ("o", "s", "^", "D", "v", "x")
 DPI = 130
 
 
@@ -66,6 +76,90 @@ def show_image(axes: Axes, image: Tensor, below: str, above: str) -> None:
         axes.set_title(clean(above), fontsize=8.5, pad=3)
     for side in axes.spines.values():
         side.set(linewidth=0.4, color=GRAY)
+
+
+def around_gray(image: Tensor, factor: float | None = None) -> Tensor:
+    """``image`` times ``factor`` around gray; without one, its largest entry becomes 0 or 1."""
+    if factor is None:
+        factor = 0.5 / max(float(image.abs().max()), 1e-30)
+    return 0.5 + factor * image
+
+
+def image_grid(
+    rows: int, columns: int, shape: tuple[int, int], gaps: Sequence[int] = (), head: float = 0.6
+) -> tuple[Figure, list[list[Axes]]]:
+    """A figure of ``rows`` x ``columns`` images with room for labels.
+
+    Args:
+        rows: images per column.
+        columns: images per row.
+        shape: height and width of the images, in pixels.
+        gaps: columns before which a gap is left.
+        head: room above the images, inches.
+    """
+    widths: list[float] = []
+    places = []
+    for column in range(columns):
+        if column in gaps:
+            widths.append(0.14)
+        places.append(len(widths))
+        widths.append(1.0)
+    cell, label, foot = 1.22, 0.27, 0.42  # inches
+    tall = min(2.5, max(0.4, shape[0] / shape[1])) * cell
+    height = rows * tall + (rows - 1) * label + head + foot
+    figure = new_figure(cell * sum(widths) * 1.04 + 0.2, height)
+    grid = figure.add_gridspec(
+        rows,
+        len(widths),
+        width_ratios=widths,
+        left=0.008,
+        right=0.992,
+        bottom=foot / height,
+        top=1 - head / height,
+        wspace=0.05,
+        hspace=label / tall,
+    )
+    return figure, [[figure.add_subplot(grid[i, k]) for k in places] for i in range(rows)]
+
+
+def image_rows(
+    rows: Sequence[Sequence[tuple[Tensor, str]]],
+    heads: Sequence[str],
+    path: Path,
+    groups: Mapping[int, str] | None = None,
+    title: str = "",
+    note: str = "",
+) -> None:
+    """Images side by side in rows of equal length.
+
+    Args:
+        rows: images (C, H, W) of one size, and what is written below each.
+        heads: what is written above the columns.
+        path: the PNG file.
+        groups: by column, what is written above the group of columns that begins there, after a
+            gap.
+        title: above the images.
+        note: below them.
+    """
+    groups = groups or {}
+    height, width = rows[0][0][0].shape[-2:]
+    figure, grid = image_grid(len(rows), len(heads), (height, width), list(groups), head=0.75)
+    for number, (axes, row) in enumerate(zip(grid, rows, strict=True)):
+        for cell, (image, below), above in zip(axes, row, heads, strict=True):
+            show_image(cell, image, below, "" if number else above)
+    tall = figure.get_figheight()
+    for column, text in groups.items():
+        place = grid[0][column].get_position()
+        y = place.y1 + (0.25 if heads[column] else 0.05) / tall
+        figure.text(place.x0, y, text, fontsize=9, weight="bold")
+    figure.text(0.008, 1 - 0.16 / tall, title, fontsize=10, weight="bold", va="center")
+    figure.text(0.008, 0.09 / tall, note, fontsize=7.5)
+    save_figure(figure, path)
+
+
+def sigma_label(sigma: float) -> str:
+    """A noise level (image units) for a title."""
+    return f"$\\sigma$ = {in_255ths(sigma)}/255"
 
 
 def images_of(document: dict[str, Any], count: int | None = None) -> str:
@@ -187,6 +281,13 @@ def shared_legend(figure: Figure, columns: int) -> None:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     place: dict[str, Any] = {"loc": "outside lower center", "ncols": columns}
     figure.legend(handles, labels, frameon=False, fontsize=8, **place)
+
+
+def class_ticks(axes: Axes, names: Sequence[str], size: float = 8) -> None:
+    """Names of classes below ``axes``, slanted where they are long."""
+    slanted = max(map(len, names), default=0) > 2
+    turn: dict[str, Any] = {"rotation": 45, "ha": "right"} if slanted else {}
+    axes.set_xticks(range(len(names)), [shown_name(name) for name in names], fontsize=size, **turn)
 
 
 def legend_below(axes: Axes, columns: int = 1) -> None:

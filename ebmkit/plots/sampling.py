@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ebmkit.plots.common import DPI, GRAY, new_figure, save_figure, show_image
-from ebmkit.plots.jacobian import image_grid
+from ebmkit.plots.common import DPI, GRAY, image_grid, new_figure, save_figure, show_image
 from ebmkit.storage import write_atomically
 from ebmkit.terminal import shown_name
 

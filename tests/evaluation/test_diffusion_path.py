@@ -15,8 +15,12 @@ from two_processes import run_shared
 from ebmkit import GaussianMixture, ModelCard, UserError, create_model, evaluation
 from ebmkit.evaluation import tables
 from ebmkit.evaluation.context import EvaluationContext, noisy_batches
-from ebmkit.evaluation.diffusion_path import DIFFUSION_PATH
-from ebmkit.evaluation.diffusion_views import VIEWS, DiffusionPathConfig, views_at
+from ebmkit.evaluation.diffusion_path import (
+    DIFFUSION_PATH,
+    VIEWS,
+    DiffusionPathConfig,
+    views_at,
+)
 from ebmkit.evaluation.energies import class_statistics, energies_of, reading_of
 from ebmkit.models import GradResNetConfig, HeadConfig, ModelConfig, save_model
 from ebmkit.noise import make_schedule

@@ -5,11 +5,10 @@ import torch
 from torch import nn
 
 from ebmkit import Energies, EnergyModel, Gaussian, UserError, create_model
-from ebmkit.evaluation.linearity import theory, theory_of
-from ebmkit.jacobian import Jacobian, directional, jacobian, linearity
+from ebmkit.evaluation.linearity import directional, linearity, theory, theory_of
+from ebmkit.evaluation.spectrum import Jacobian, jacobian, spectrum
 from ebmkit.models import DirectDenoiser
 from ebmkit.models.norms import GroupNorm
-from ebmkit.spectrum import spectrum
 
 SIGMA = 0.1
 
@@ -85,9 +84,9 @@ def test_a_mixture_agrees_with_finite_differences_of_the_regression(world):
 def test_chunks_change_nothing(digit, chunk):
     model, y = digit
     v = torch.randn(7, *y.shape, dtype=torch.float64)
-    whole = jacobian(model, y, SIGMA).pull(v)
+    whole = jacobian(model, y, SIGMA).vjp(v)
     operator = jacobian(model, y, SIGMA, chunk=chunk)
-    assert torch.allclose(operator.pull(v), whole, rtol=1e-10, atol=1e-12)
+    assert torch.allclose(operator.vjp(v), whole, rtol=1e-10, atol=1e-12)
     assert operator.products == 7
 
 
@@ -96,7 +95,7 @@ def test_products_are_finite_differences_of_the_denoiser(digit):
     v = torch.randn_like(y)
     step = 1e-5 * v
     moved = model.denoise(torch.stack([y + step, y - step]), SIGMA)
-    product = jacobian(model, y, SIGMA).pull(v[None])[0]
+    product = jacobian(model, y, SIGMA).vjp(v[None])[0]
     assert torch.allclose(product, (moved[0] - moved[1]) / 2e-5, atol=1e-7)
 
 

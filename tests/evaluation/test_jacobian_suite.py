@@ -11,10 +11,10 @@ from rich.console import Console
 from ebmkit import Gaussian, UserError, evaluation
 from ebmkit.evaluation import tables
 from ebmkit.evaluation.context import noisy_batches
-from ebmkit.jacobian import jacobian
+from ebmkit.evaluation.jacobian import magnification
+from ebmkit.evaluation.spectrum import jacobian, spectrum
 from ebmkit.models import DirectDenoiser
-from ebmkit.plots.jacobian import around_gray, magnification
-from ebmkit.spectrum import spectrum
+from ebmkit.plots.common import around_gray
 
 SIGMA = 0.05
 
@@ -101,7 +101,7 @@ def test_what_did_not_converge_is_told(mixture, drawn, evaluate):
     assert "spectrum.png" not in pictures
     (line,) = document["warnings"]
     assert "of 2 of 2 images not all eigenpairs converged" in line
-    result = evaluation.suites.Result("jacobian", document, None)
+    result = evaluation.Result("jacobian", document, None)
     text = printed(result)
     assert "2.71" not in text  # the paper's, of other images
     assert "…" not in text

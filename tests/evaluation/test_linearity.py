@@ -6,9 +6,7 @@ from mixture_world import Drawn
 
 from ebmkit import Energies, EnergyModel, UserError, create_model, evaluation
 from ebmkit.evaluation.context import noisy_batches
-from ebmkit.evaluation.linearity import theory
-from ebmkit.jacobian import linearity
-from ebmkit.plots.jacobian import linearity_grid
+from ebmkit.evaluation.linearity import linearity, linearity_grid, theory
 
 
 @pytest.fixture

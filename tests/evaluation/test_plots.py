@@ -5,7 +5,6 @@ import sys
 import matplotlib
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from ebmkit import UserError, plots
@@ -23,27 +22,12 @@ def figures(monkeypatch):
             image.verify()
         kept.append(figure)
 
-    for module in (plots.suites, plots.training):
-        monkeypatch.setattr(module, "save_figure", keep)
+    monkeypatch.setattr(plots.training, "save_figure", keep)
     return kept
 
 
 def texts(figure):
     return [t.get_text() for t in figure.findobj(match=lambda a: hasattr(a, "get_text"))]
-
-
-def test_denoising_grid_prints_the_psnr_of_each_picture(figures, tmp_path):
-    clean = torch.rand(2, 3, 8, 8)
-    level = plots.DenoisedLevel(25 / 255, {"noisy": clean + 0.1, "better": clean + 0.01})
-    plots.denoising_grid(clean, [level], tmp_path / "grid.png", "a note")
-    shown = texts(figures[0])
-    assert shown.count("20.0 dB") == 2
-    assert shown.count("40.0 dB") == 2
-    assert "$\\sigma$ = 25/255" in shown
-    assert "a note" in shown
-    drawn = figures[0].axes[0].images[0]
-    assert drawn.get_interpolation() == "nearest"
-    assert np.allclose(drawn.get_array(), clean[0].movedim(0, -1))
 
 
 def test_learning_curves_draw_each_measure_once(figures, tmp_path):
@@ -65,20 +49,6 @@ def test_learning_curves_draw_each_measure_once(figures, tmp_path):
     assert held_out.get_xydata().tolist() == [[20, 1.5]]  # what is not finite is left out
     plots.learning_curves([], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
-
-
-def test_bars_carry_values_and_intervals(figures, tmp_path):
-    estimate = {"value": 30.04, "low": 29.0, "high": 31.0}
-    unknown = {"value": None, "low": None, "high": None}
-    denoisers = {
-        "noisy": {"about": "noisy input", "psnr": {"25": {**estimate, "value": 20.15}}},
-        "blind": {"about": "blind", "psnr": {"25": estimate}},
-        "failed": {"about": "failed", "psnr": {"25": unknown}},
-    }
-    denoisers["noisy"]["psnr"]["25"]["low"] = denoisers["noisy"]["psnr"]["25"]["high"] = None
-    plots.psnr_bars(denoisers, tmp_path / "bars.png")
-    assert {"20.1", "30.0", "25/255"} <= set(texts(figures[0]))
-    assert [round(bar.get_height(), 2) for bar in figures[0].axes[0].patches] == [20.15, 30.04]
 
 
 def test_a_picture_that_cannot_be_written_is_told(tmp_path):
