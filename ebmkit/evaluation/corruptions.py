@@ -57,6 +57,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from pydantic import AfterValidator, Field
+from rich.table import Table
 from torch import Tensor
 
 from ebmkit.energy import EnergyModel, ScoreModel, classifies
@@ -73,16 +74,6 @@ from ebmkit.registry import find
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from rich.table import Table
-
-__all__ = [
-    "CORRUPTIONS",
-    "CORRUPTIONS_SUITE",
-    "Corruption",
-    "CorruptionsConfig",
-    "constants_for",
-    "corrupt",
-]
 
 STRENGTHS = (1, 2, 3, 4, 5)
 
@@ -452,7 +443,18 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
     common.shared_legend(figure, 3)
     common.save_figure(figure, folder / "corruptions-psnr.png")
     ((x, _),) = context.images.first(1).batches(1)
-    _plot_examples(x, context.seed, document, folder / "corruptions-examples.png")
+    rows = [
+        [(x[0], f"{name}: {found['unit']}")]
+        + [
+            (corrupt(x, name, row["constant"], context.seed)[0], f"{row['constant']:g}")
+            for row in found["rows"]
+        ]
+        for name, found in document["corruptions"].items()
+    ]
+    first = next(iter(document["corruptions"].values()))
+    heads = ["clean", *(f"strength {row['strength']}" for row in first["rows"])]
+    title = f"Corruptions and their constants: {common.images_of(document, 1)}"
+    common.image_rows(rows, heads, folder / "corruptions-examples.png", title=title)
 
 
 def _panels(
@@ -514,33 +516,6 @@ def _plot_slope(axes: Axes, document: dict[str, Any]) -> None:
     axes.set_title(f"Slope of confidence on accuracy: {text}", fontsize=10)
     place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)}
     axes.legend(frameon=False, fontsize=8, title="larger:\nstronger", **place)
-
-
-def _plot_examples(x: Tensor, seed: int, document: dict[str, Any], path: Path) -> None:
-    """The image ``x`` (1, C, H, W) under every corruption (row) at every strength (column), with
-    the constant used."""
-    corruptions = document["corruptions"]
-    columns = 1 + max(len(found["rows"]) for found in corruptions.values())
-    cell, label = 1.25, 0.24
-    tall = min(2.5, max(0.4, x.shape[-2] / x.shape[-1])) * cell
-    height = len(corruptions) * (tall + label) + 0.7
-    figure = common.new_figure(cell * columns + 1.35, height)
-    margins = {"left": 1.3 / figure.get_figwidth(), "right": 0.99}
-    margins |= {"bottom": 0.26 / height, "top": 1 - 0.5 / height}
-    spaces = {"wspace": 0.06, "hspace": label / tall * 1.2}
-    grid = figure.add_gridspec(len(corruptions), columns, **margins, **spaces)
-    for i, (name, found) in enumerate(corruptions.items()):
-        axes = figure.add_subplot(grid[i, 0])
-        common.show_image(axes, x[0], "", "clean" if i == 0 else "")
-        common.row_label(axes, f"{name}\n({found['unit']})")
-        for k, row in enumerate(found["rows"]):
-            image = corrupt(x, name, row["constant"], seed)[0]
-            above = f"strength {row['strength']}" if i == 0 else ""
-            axes = figure.add_subplot(grid[i, k + 1])
-            common.show_image(axes, image, f"{row['constant']:g}", above)
-    title = f"Corruptions and their constants: {common.images_of(document, 1)}"
-    figure.text(0.02, 1 - 0.14 / height, title, fontsize=10, weight="bold", va="center")
-    common.save_figure(figure, path)
 
 
 def _passes(context: EvaluationContext) -> int:

@@ -29,8 +29,6 @@ from ebmkit.energy import EnergyModel, ScoreModel, classifies
 from ebmkit.errors import UserError
 from ebmkit.models.torchfile import read_torch_file
 
-__all__ = ["Extractor", "classifier", "classifier_of", "find_extractor", "inception"]
-
 WEIGHTS = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
     "weights-inception-2015-12-05-6726825d.pth"

@@ -48,12 +48,13 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange
 from pydantic import Field
+from rich.table import Table
 from torch import Tensor
 
 from ebmkit.energy import EnergyModel
@@ -83,11 +84,6 @@ from ebmkit.evaluation.suite import (
 )
 from ebmkit.plots import common
 from ebmkit.storage.hdf5 import find_array, open_hdf5, read_array, read_attribute
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-__all__ = ["GENERATION", "Generated", "GenerationConfig", "other_split", "read_samples"]
 
 ENOUGH = 10
 """Samples for each feature, below which a Frechet distance is said to be biased."""

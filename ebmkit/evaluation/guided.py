@@ -41,19 +41,6 @@ from ebmkit.evaluation.features import Extractor
 from ebmkit.evaluation.statistics import LEVEL, Estimate, to_json
 from ebmkit.metrics import predict
 
-__all__ = [
-    "Columns",
-    "Features",
-    "by_class",
-    "class_means",
-    "columns_of_images",
-    "energy_gap",
-    "frechet",
-    "measure_guided",
-    "pixel_columns",
-    "saturation",
-]
-
 Columns = dict[str, Tensor]
 
 UNKNOWN = float("nan")

@@ -41,10 +41,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from pydantic import AfterValidator, Field
+from rich.table import Table
 from torch import Tensor
 
 from ebmkit.attacks import Norm, search_steps
@@ -59,11 +60,6 @@ from ebmkit.noise import Radius, Sigma, SigmaOrZero, in_255ths
 from ebmkit.plots import common
 from ebmkit.randomness import image_noise
 from ebmkit.sampling.langevin import JEM_NOISE, JEM_STEP
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-__all__ = ["ROBUSTNESS", "RobustnessConfig", "plot_comparison"]
 
 VALUES_PER_STEP = 32_768
 """Pixel values that one step of an attack takes at least, if there are as many: 512 digits."""
