@@ -31,10 +31,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pydantic import Field, PositiveFloat
+from rich.table import Table
 from torch import Tensor
 
 from ebmkit.compile import in_float32
@@ -54,25 +55,7 @@ from ebmkit.evaluation.suite import (
 )
 from ebmkit.metrics import predict
 from ebmkit.noise import Sigma, in_255ths
-from ebmkit.plots.common import (
-    BLUE,
-    COLOURS,
-    GRAY,
-    GREEN,
-    MARKERS,
-    ORANGE,
-    around_gray,
-    image_rows,
-    images_of,
-    legend_below,
-    new_figure,
-    plot_estimates,
-    save_figure,
-    sigma_label,
-)
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from ebmkit.plots import common
 
 __all__ = ["ADVERSARIAL", "AdversarialConfig", "difference"]
 
@@ -127,8 +110,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
             y = batch.y.double() if config.precision == "double" else batch.y
             return _measure(model, y, sigma, targets, config.lengths)
 
-        with in_float32(context.device):
-            columns = context.columns(sigma, of_batch, images, batch_size)
+        columns = context.columns(sigma, of_batch, images, batch_size)
         means: dict[str, Any] = {name: statistics.mean(column) for name, column in columns.items()}
         steps = [
             {"length": length, **{name: means.pop(f"{name} {i}") for name in STEP}}
@@ -138,8 +120,6 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
         levels.append(level)
     return {
         "images": len(images),
-        "precision": "fp64" if config.precision == "double" else "fp32",
-        "compiled": False,
         "sigmas": config.sigmas,
         "targets": targets,
         "lengths": config.lengths,
@@ -221,20 +201,21 @@ def _plot_gradients(context: EvaluationContext, document: dict[str, Any], path: 
                 likeliest = posterior.argsort(dim=1, descending=True)
                 targets = likeliest[:, 1 : 1 + document["targets"]]
             gradients = [difference(model, y, c, sigma) for c in targets.T]
-        groups[len(heads)] = sigma_label(sigma)
+        groups[len(heads)] = common.sigma_label(sigma)
         heads += ["noisy, predicted", *(f"target {k + 1}" for k in range(len(gradients)))]
         for j, (row, p) in enumerate(zip(rows, posterior, strict=True)):
             row.append((y[j], f"{name(p.argmax())} ({100 * float(p.max()):.0f} %)"))
             for c, gradient in zip(targets[j], gradients, strict=True):
                 own = gradient[j]
-                row.append((around_gray(own), f"{name(c)}: {float(own.norm()):.2g}"))
-    image_rows(
+                row.append((common.around_gray(own), f"{name(c)}: {float(own.norm()):.2g}"))
+    of = common.images_of(document, len(images))
+    common.image_rows(
         rows,
         heads,
         path,
         groups,
         "Adversarial gradients as differences of denoisers: "
-        f"$\\nabla \\log p(c|y) = (D_c - D_u) / \\sigma^2$ ({images_of(document, len(images))})",
+        f"$\\nabla \\log p(c|y) = (D_c - D_u) / \\sigma^2$ ({of})",
         "Targets: the likeliest labels beside the predicted one at the lowest noise. Gradients are "
         "around gray, each scaled to the full range; numbers are l2 norms, nats per image unit.",
     )
@@ -242,50 +223,48 @@ def _plot_gradients(context: EvaluationContext, document: dict[str, Any], path: 
 
 def _plot_norms(document: dict[str, Any], path: Path) -> None:
     """Norms of gradients against the noise level, and what a step along them does."""
-    figure = new_figure(9.6, 5.0, layout="constrained")
+    figure = common.new_figure(9.6, 5.0, layout="constrained")
     left, right = figure.subplots(1, 2)
     noisy = [level for level in document["levels"] if level["sigma"]]
     clean = [level for level in document["levels"] if not level["sigma"]]
     x = [255 * level["sigma"] for level in noisy]
     series = (
-        ("norm", "targets", ORANGE, "s"),
-        ("norm_predicted", "predicted label", BLUE, "o"),
-        ("score_norm", "score $\\nabla\\log p(y)$", GREEN, "^"),
+        ("norm", "targets", common.ORANGE, "s"),
+        ("norm_predicted", "predicted label", common.BLUE, "o"),
+        ("score_norm", "score $\\nabla\\log p(y)$", common.GREEN, "^"),
     )
     # an interval of a mean may reach 0, which a logarithmic axis has not
     values = [level[name]["value"] for level in noisy for name, *_ in series]
     floor = min([value for value in values if value], default=1.0) / 5
     for name, label, colour, marker in series:
-        look = {"color": colour, "marker": marker, "ms": 4, "label": label}
-        plot_estimates(left, x, [level[name] for level in noisy], **look)
+        look: dict[str, Any] = {"color": colour, "marker": marker, "ms": 4, "label": label}
+        common.plot_estimates(left, x, [level[name] for level in noisy], **look)
         for level in clean:
             left.axhline(level[name]["value"], color=colour, ls=":", lw=1)
     if clean:
-        left.plot([], [], color=GRAY, ls=":", lw=1, label="at the clean image")
-    left.set(xscale="log", yscale="log", ylabel="l2 norm (nats per image unit)")
-    left.set_ylim(bottom=floor)
-    left.set_title("Gradients of log p(c|y), mean over images", fontsize=10)
+        left.plot([], [], color=common.GRAY, ls=":", lw=1, label="at the clean image")
+    title, y = "Gradients of log p(c|y), mean over images", "l2 norm (nats per image unit)"
+    common.annotate(left, title, common.SIGMA, y, xscale="log", yscale="log", ylim=(floor, None))
     rises: list[float] = []
     for k, length in enumerate(document["lengths"]):
         gains, promised = (
             [level["steps"][k][name]["value"] for level in noisy] for name in ("gain", "promised")
         )
         rises += gains
-        colour, label = COLOURS[k % 3], f"step {length:g}"
-        right.plot(x, gains, f"{MARKERS[k % 3]}-", color=colour, ms=4, label=label)
+        colour, label = common.COLOURS[k % 3], f"step {length:g}"
+        right.plot(x, gains, f"{common.MARKERS[k % 3]}-", color=colour, ms=4, label=label)
         right.plot(x, promised, "--", color=colour, lw=1)
-    right.plot([], [], "--", color=GRAY, lw=1, label="promised by the gradient")
-    right.set(xscale="log", ylabel="rise of log p(c|y) (nats)")
+    right.plot([], [], "--", color=common.GRAY, lw=1, label="promised by the gradient")
+    title = "A step along the gradient of a target (l2 length)"
+    common.annotate(right, title, common.SIGMA, "rise of log p(c|y) (nats)", xscale="log")
     if min(rises) <= 0:
         right.set_yscale("symlog", linthresh=0.1)
     else:
         right.set_yscale("log")
-    right.set_title("A step along the gradient of a target (l2 length)", fontsize=10)
     for axes in (left, right):
-        axes.set_xlabel("noise level sigma (1/255)")
-        legend_below(axes, columns=2)
-    figure.suptitle(f"Adversarial gradients: {images_of(document)}", fontsize=11)
-    save_figure(figure, path)
+        common.legend_below(axes, columns=2)
+    figure.suptitle(f"Adversarial gradients: {common.images_of(document)}", fontsize=11)
+    common.save_figure(figure, path)
 
 
 def table(document: dict[str, Any]) -> Table:
@@ -325,4 +304,5 @@ ADVERSARIAL = Suite(
     check=check,
     passes=lambda context: len(_sigmas(context)),
     options=AdversarialConfig,
+    exact=True,
 )

@@ -20,10 +20,12 @@ confidence and accuracy (null where it is empty).
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from rich.table import Table
 from torch import Tensor
 
 from ebmkit.evaluation import statistics
@@ -31,10 +33,7 @@ from ebmkit.evaluation.context import EvaluationContext
 from ebmkit.evaluation.statistics import Estimate
 from ebmkit.evaluation.suite import Suite, check_classifies, estimate_table
 from ebmkit.noise import in_255ths
-from ebmkit.plots.common import BLUE, GRAY, SKY, new_figure, save_figure, shared_legend
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from ebmkit.plots import common
 
 __all__ = ["CALIBRATION", "calibration_error", "reliability"]
 
@@ -69,14 +68,15 @@ def reliability(confidence: Tensor, right: Tensor, bins: int = BINS) -> list[dic
     index = _bin_of(confidence, bins)
     found = []
     for b in range(bins):
-        own = index == b
+        own = torch.from_numpy(index == b)
+        known = bool(own.any())
         found.append(
             {
                 "low": b / bins,
                 "high": (b + 1) / bins,
                 "count": int(own.sum()),
-                "confidence": float(confidence.numpy()[own].mean()) if own.any() else None,
-                "accuracy": statistics.accuracy(right[own]).document() if own.any() else None,
+                "confidence": float(confidence[own].numpy().mean()) if known else None,
+                "accuracy": statistics.accuracy(right[own]).document() if known else None,
             }
         )
     return found
@@ -112,13 +112,13 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
 def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``reliability.png``: accuracy against confidence, and how many images have it."""
     levels = document["levels"]
-    figure = new_figure(4.3 * len(levels), 4.8, layout="constrained")
+    figure = common.new_figure(4.3 * len(levels), 4.8, layout="constrained")
     grid = figure.add_gridspec(2, len(levels), height_ratios=(3, 1))
     for i, level in enumerate(levels):
         top, bottom = figure.add_subplot(grid[0, i]), figure.add_subplot(grid[1, i])
         bins = level["bins"]
         full = [b for b in bins if b["count"]]
-        top.plot([0, 100], [0, 100], ls=":", color=GRAY, label="calibrated")
+        top.plot([0, 100], [0, 100], ls=":", color=common.GRAY, label="calibrated")
         accuracy, low, high = (
             np.array([100 * b["accuracy"][key] for b in full]) for key in ("value", "low", "high")
         )
@@ -127,7 +127,7 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
             accuracy,
             yerr=np.maximum(0, [accuracy - low, high - accuracy]),
             fmt="o",
-            color=BLUE,
+            color=common.BLUE,
             ms=4.5,
             elinewidth=0.8,
             capsize=2,
@@ -137,11 +137,11 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
         top.set_title(f"Calibration, {where}: ECE {100 * level['ece']['value']:.2f} %", fontsize=10)
         top.set(ylabel="accuracy (%)", xlim=(0, 101), ylim=(0, 102))
         middles = [50 * (b["low"] + b["high"]) for b in bins]
-        bottom.bar(middles, [b["count"] for b in bins], width=90 / len(bins), color=SKY)
-        bottom.set(xlabel="confidence (%)", ylabel="images", yscale="log")
-        bottom.set(xlim=(0, 101), ylim=(0.8, None))
-    shared_legend(figure, columns=2)
-    save_figure(figure, folder / "reliability.png")
+        bottom.bar(middles, [b["count"] for b in bins], width=90 / len(bins), color=common.SKY)
+        limits = {"xlim": (0, 101), "ylim": (0.8, None)}
+        bottom.set(xlabel="confidence (%)", ylabel="images", yscale="log", **limits)
+    common.shared_legend(figure, columns=2)
+    common.save_figure(figure, folder / "reliability.png")
 
 
 def table(document: dict[str, Any]) -> Table:

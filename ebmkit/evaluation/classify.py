@@ -15,21 +15,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange
+from rich.table import Table
 
 from ebmkit.evaluation import statistics
 from ebmkit.evaluation.context import EvaluationContext
 from ebmkit.evaluation.suite import Suite, check_classifies, estimate_table
 from ebmkit.noise import in_255ths
-from ebmkit.plots.common import BLUE, GRAY, class_ticks, new_figure, plot_estimates, save_figure
+from ebmkit.plots import common
 from ebmkit.terminal import shown_name
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 __all__ = ["CLASSIFY", "plot_accuracy", "plot_confusion"]
 
@@ -91,48 +89,34 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
 
 
 def plot_accuracy(levels: Sequence[dict[str, Any]], path: Path, chance: float) -> None:
-    """Accuracy (with its 95 % interval) against the noise level.
-
-    Args:
-        levels: entries ``{"sigma": s, "accuracy": {"value", "low", "high"}}``.
-        path: the PNG file.
-        chance: accuracy of guessing, 0..1.
-    """
-    figure = new_figure(5.2, 3.6, layout="constrained")
+    """Accuracy (with its 95 % interval) against the noise level, as in ``against_noise``."""
+    figure = common.new_figure(5.2, 3.6, layout="constrained")
     axes = figure.add_subplot()
-    x, estimates = ([level[key] for level in levels] for key in ("sigma", "accuracy"))
-    look = {"color": BLUE, "marker": "o", "ms": 4, "label": "accuracy, 95 % interval"}
-    plot_estimates(axes, [255 * sigma for sigma in x], estimates, scale=100, **look)
-    axes.axhline(100 * chance, color=GRAY, ls=":", label="chance")
-    axes.set(xlabel="noise level sigma (1/255)", ylabel="accuracy (%)", ylim=(0, 102))
-    axes.set_title("Accuracy against noise")
+    x, estimates = [255 * level["sigma"] for level in levels], [e["accuracy"] for e in levels]
+    look = {"color": common.BLUE, "marker": "o", "ms": 4, "label": "accuracy, 95 % interval"}
+    common.plot_estimates(axes, x, estimates, scale=100, **look)
+    axes.axhline(100 * chance, color=common.GRAY, ls=":", label="chance")
+    common.annotate(axes, "Accuracy against noise", common.SIGMA, "accuracy (%)", ylim=(0, 102))
     axes.legend(frameon=False)
-    save_figure(figure, path)
+    common.save_figure(figure, path)
 
 
 def plot_confusion(counts: Sequence[Sequence[int]], names: Sequence[str], path: Path) -> None:
-    """How many images of each true class (row) were taken for which (column).
-
-    Args:
-        counts: (C, C); colours show the share of the row.
-        names: of the classes.
-        path: the PNG file.
-    """
+    """How many images of each true class (row) were taken for which (column); (C, C) counts."""
     matrix = np.asarray(counts)
     share = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
     side = 1.6 + 0.46 * len(names)
-    figure = new_figure(side + 0.9, side, layout="constrained")
+    figure = common.new_figure(side + 0.9, side, layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(100 * share, cmap="cividis", vmin=0, vmax=100)
     for i, j in np.argwhere(matrix):
         colour = "black" if share[i, j] > 0.5 else "white"
         axes.text(j, i, str(matrix[i, j]), ha="center", va="center", color=colour, fontsize=7)
-    class_ticks(axes, names, size=10)
+    common.class_ticks(axes, names, size=10)
     axes.set_yticks(range(len(names)), [shown_name(name) for name in names])
-    axes.set(xlabel="predicted class", ylabel="true class")
-    axes.set_title("Confusion matrix: number of images")
+    common.annotate(axes, "Confusion matrix: number of images", "predicted class", "true class")
     figure.colorbar(image, ax=axes, label="share of the true class (%)", shrink=0.8)
-    save_figure(figure, path)
+    common.save_figure(figure, path)
 
 
 def table(document: dict[str, Any]) -> Table:

@@ -34,10 +34,12 @@ above, with ``psnr``, ``gain`` (dB) and ``ssim`` by noise level; ``estimated_sig
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from rich.table import Table
 from torch import Tensor
 
 from ebmkit.energy import (
@@ -54,21 +56,7 @@ from ebmkit.evaluation.context import Batch, EvaluationContext, noisy_batches
 from ebmkit.evaluation.suite import Suite, interval, new_table, noise_warnings, number
 from ebmkit.metrics import predict, psnr
 from ebmkit.noise import in_255ths
-from ebmkit.plots.common import (
-    BLUE,
-    GRAY,
-    GREEN,
-    ORANGE,
-    PURPLE,
-    SKY,
-    image_rows,
-    new_figure,
-    save_figure,
-    sigma_label,
-)
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from ebmkit.plots import common
 
 __all__ = ["DENOISE", "estimates", "knows_sigma", "plot_images", "plot_psnr", "ssim", "ssim_window"]
 
@@ -80,7 +68,9 @@ LABELS = {
     "conditional_predicted": "conditional, predicted",
     "blind": "blind, sigma estimated",
 }
-LOOKS = ((GRAY, ""), (SKY, ""), (BLUE, ""), (GREEN, "//"), (ORANGE, "\\\\"), (PURPLE, ".."))
+COLOURS = (common.GRAY, common.SKY, common.BLUE, common.GREEN, common.ORANGE, common.PURPLE)
+HATCHES = ("", "", "", "//", "\\\\", "..")
+ENDS = ("low", "high")
 SHOWN = 5
 NOTE = (
     "$D_u$: unconditional denoiser; $D_c$: conditional on the predicted label; "
@@ -163,73 +153,79 @@ def ssim(estimate: Tensor, clean: Tensor) -> Tensor:
 
 def measure(context: EvaluationContext) -> dict[str, Any]:
     """PSNR and SSIM at every noise level; see the module's text for what is returned."""
-    model = context.model
-    labelled = context.images.num_classes == model.num_classes
     denoisers: dict[str, dict[str, Any]] = {}
     sigmas: dict[str, Any] = {}
     accuracies: dict[str, Any] = {}
-    unfinished: list[str] = []
+    warnings = noise_warnings(context.model, context.sigmas)
     for sigma in context.sigmas:
         key = in_255ths(sigma)
-
-        def of_batch(batch: Batch, sigma: float = sigma) -> dict[tuple[str, str], Tensor]:
-            labels = batch.labels if labelled else None
-            found, predicted, noise = estimates(model, batch.y, sigma, labels)
-            found = {"noisy": batch.y, "clipped": batch.y.clamp(0, 1), **found}
-            columns = {(name, "psnr"): psnr(x, batch.x) for name, x in found.items()}
-            columns |= {(name, "ssim"): ssim(x, batch.x) for name, x in found.items()}
-            if predicted is not None and labels is not None:
-                columns["", "right"] = predicted == labels
-            if noise is not None:
-                columns["", "sigma"] = noise
-            return columns
-
-        values = context.columns(sigma, of_batch)
-        for name in [name for name, quantity in values if quantity == "psnr"]:
-            own = values[name, "psnr"]
+        columns = context.columns(sigma, partial(_measure, context, sigma))
+        for name in [name for name, quantity in columns if quantity == "psnr"]:
+            own, likeness = columns[name, "psnr"], columns[name, "ssim"]
             if bad := int((~own.isfinite()).sum()):
-                unfinished.append(
+                warnings.append(
                     f"{LABELS[name]} at {key}/255: PSNR is not finite on {bad} images (restored "
                     "exactly, or the model diverged), so the mean is left out"
                 )
-            empty: dict[str, Any] = {"about": LABELS[name], "psnr": {}, "gain": {}, "ssim": {}}
-            entry = denoisers.setdefault(name, empty)
-            entry["psnr"][key] = statistics.mean(own).document()
-            entry["gain"][key] = statistics.mean(own - values["noisy", "psnr"]).document()
-            entry["ssim"][key] = statistics.mean(values[name, "ssim"]).document()
-        if ("", "sigma") in values:
-            noise = values["", "sigma"]
+            gain = own - columns["noisy", "psnr"]
+            entry = denoisers.setdefault(name, {"about": LABELS[name]})
+            for quantity, values in (("psnr", own), ("gain", gain), ("ssim", likeness)):
+                entry.setdefault(quantity, {})[key] = statistics.mean(values)
+        if ("", "sigma") in columns:
+            noise = columns["", "sigma"]
             std = float(noise.std()) if len(noise) > 1 else None
             sigmas[key] = {"true": sigma, "std": std, **statistics.mean(noise).document()}
-        if ("", "right") in values:
-            accuracies[key] = statistics.accuracy(values["", "right"])
+        if ("", "right") in columns:
+            accuracies[key] = statistics.accuracy(columns["", "right"])
     document: dict[str, Any] = {"sigmas": context.sigmas}
     for quantity in ("psnr", "ssim"):
         plain, noisy = (denoisers[name][quantity] for name in ("unconditional", "noisy"))
-        document[quantity] = {key: e["value"] for key, e in plain.items()}
-        document[f"{quantity}_noisy"] = {key: e["value"] for key, e in noisy.items()}
-        document[f"{quantity}_interval"] = {key: (e["low"], e["high"]) for key, e in plain.items()}
+        document[quantity] = {key: e.value for key, e in plain.items()}
+        document[f"{quantity}_noisy"] = {key: e.value for key, e in noisy.items()}
+        document[f"{quantity}_interval"] = {key: (e.low, e.high) for key, e in plain.items()}
     return document | {
         "denoisers": denoisers,
         "estimated_sigma": sigmas,
         "predicted_labels": accuracies,
-        "knows_sigma": {name: knows_sigma(model, name) for name in denoisers},
+        "knows_sigma": {name: knows_sigma(context.model, name) for name in denoisers},
         "ssim_window": ssim_window(context.images.image_size),
-        "warnings": noise_warnings(model, context.sigmas) + unfinished,
+        "warnings": warnings,
     }
+
+
+def _measure(
+    context: EvaluationContext, sigma: float, batch: Batch
+) -> dict[tuple[str, str], Tensor]:
+    """By denoiser and measure, and by "" and what else is known of each image: (B,)."""
+    model, x, y = context.model, batch.x, batch.y
+    labels = batch.labels if context.images.num_classes == model.num_classes else None
+    found, predicted, noise = estimates(model, y, sigma, labels)
+    columns = {}
+    for name, estimate in {"noisy": y, "clipped": y.clamp(0, 1), **found}.items():
+        columns[name, "psnr"] = psnr(estimate, x)
+        columns[name, "ssim"] = ssim(estimate, x)
+    if predicted is not None and labels is not None:
+        columns["", "right"] = predicted == labels
+    if noise is not None:
+        columns["", "sigma"] = noise
+    return columns
 
 
 def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``denoising.png``, the first images under each denoiser, and ``psnr.png``."""
     plot_psnr(document["denoisers"], folder / "psnr.png")
+    from torchvision.transforms.functional import center_crop
+
     first = context.images.first(SHOWN)
     levels: dict[float, dict[str, Tensor]] = {}
     for sigma in context.sigmas:
         batches = list(noisy_batches(first, sigma, context.seed, SHOWN, context.device))
         # the middles, where images have several sizes, each in a batch of its own
         size = [min(batch.x.shape[side] for batch in batches) for side in (-2, -1)]
-        clean = torch.cat([_center_crop(batch.x, *size) for batch in batches])
-        y = torch.cat([_center_crop(batch.y, *size) for batch in batches])
+        clean, y = (
+            torch.cat([center_crop(images, size) for images in side])
+            for side in ([batch.x for batch in batches], [batch.y for batch in batches])
+        )
         found, _, _ = estimates(context.model, y, sigma)
         levels[sigma] = {"noisy": y, "$D_u$": found["unconditional"]}
         if "conditional_predicted" in found:
@@ -240,73 +236,42 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
 def plot_images(
     clean: Tensor, levels: dict[float, dict[str, Tensor]], path: Path, note: str = ""
 ) -> None:
-    """One row per image: the clean one, then at each level what is shown, with its PSNR below.
-
-    Args:
-        clean: (B, C, H, W) in [0, 1].
-        levels: by sigma (image units) and name, images of the same shape; clipped for display, PSNR
-            is of what is given.
-        path: the PNG file.
-        note: a line below the images.
-    """
+    """One row per image: the clean one (B, C, H, W), then at each sigma what is shown, by its name,
+    with its PSNR below; clipped for display, PSNR is of what is given."""
     rows = [[(image, "")] for image in clean]
     heads, groups = ["clean"], {}
     for sigma, shown in levels.items():
-        groups[len(heads)] = sigma_label(sigma)
+        groups[len(heads)] = common.sigma_label(sigma)
         heads += shown
         for images in shown.values():
             for row, image, value in zip(rows, images, psnr(images, clean).tolist(), strict=True):
                 row.append((image, f"{value:.1f} dB"))
-    image_rows(rows, heads, path, groups, note=note)
-
-
-def _center_crop(images: Tensor, height: int, width: int) -> Tensor:
-    """The middle of images (B, C, H, W)."""
-    top, left = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
-    return images[..., top : top + height, left : left + width]
+    common.image_rows(rows, heads, path, groups, note=note)
 
 
 def plot_psnr(denoisers: dict[str, dict[str, Any]], path: Path) -> None:
-    """PSNR of each denoiser at each noise level, with 95 % intervals.
-
-    Args:
-        denoisers: name -> ``{"about": text, "psnr": {"25": {"value", "low", "high"}}}``.
-        path: the PNG file.
-    """
-    figure = new_figure(7.2, 3.9, layout="constrained")
+    """PSNR of each denoiser at each noise level, with 95 % intervals."""
+    figure = common.new_figure(7.2, 3.9, layout="constrained")
     axes = figure.add_subplot()
+    width, values = 0.82 / len(denoisers), [0.0]
     keys = list(next(iter(denoisers.values()))["psnr"])
-    width = 0.82 / len(denoisers)
-    values = [0.0]
-    for i, (denoiser, (colour, hatch)) in enumerate(zip(denoisers.values(), LOOKS, strict=False)):
-        label = denoiser["about"]
-        for k, key in enumerate(keys):
-            value, low, high = (denoiser["psnr"][key][end] for end in ("value", "low", "high"))
-            if value is None:
-                continue
-            values.append(value)
-            ends = None if low is None else [[value - low], [high - value]]
-            at = k + (i - (len(denoisers) - 1) / 2) * width
-            bar = axes.bar(
-                at,
-                value,
-                0.92 * width,
-                yerr=ends,
-                color=colour,
-                hatch=hatch,
-                edgecolor="white",
-                lw=0,
-                error_kw={"lw": 0.8, "capsize": 1.5},
-                label=label,
-            )
-            axes.bar_label(bar, fmt="%.1f", padding=2, fontsize=6.5)
-            label = None
+    looks = zip(denoisers.values(), COLOURS, HATCHES, strict=False)
+    for i, (denoiser, colour, hatch) in enumerate(looks):
+        entries = [(k, denoiser["psnr"][key]) for k, key in enumerate(keys)]
+        known = [(k, e) for k, e in entries if e["value"] is not None]
+        at = [k + (i - (len(denoisers) - 1) / 2) * width for k, _ in known]
+        own = [e["value"] for _, e in known]
+        ends = [[abs((e[end] or e["value"]) - e["value"]) for _, e in known] for end in ENDS]
+        look: dict[str, Any] = {"color": colour, "hatch": hatch, "edgecolor": "white", "lw": 0}
+        look |= {"yerr": ends, "error_kw": {"lw": 0.8, "capsize": 1.5}}
+        bars = axes.bar(at, own, 0.92 * width, label=denoiser["about"], **look)
+        axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=6.5)
+        values += own
     axes.set_xticks(range(len(keys)), [f"{key}/255" for key in keys])
-    axes.set(xlabel="noise level sigma", ylabel="PSNR (dB), mean over images")
     axes.set_ylim(min(values), max(values) * 1.1 or None)
-    axes.set_title("Denoising")
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=7.5)
-    save_figure(figure, path)
+    common.annotate(axes, "Denoising", "noise level sigma", "PSNR (dB), mean over images")
+    common.shared_legend(figure, 3)
+    common.save_figure(figure, path)
 
 
 def table(document: dict[str, Any]) -> Table:

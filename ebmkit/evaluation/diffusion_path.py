@@ -53,6 +53,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from pydantic import Field
+from rich.table import Table
 from torch import Tensor
 
 from ebmkit.compile import optimize
@@ -73,23 +74,11 @@ from ebmkit.evaluation.suite import (
     number,
 )
 from ebmkit.noise import Schedule, make_schedule
-from ebmkit.plots.common import (
-    BLUE,
-    COLOURS,
-    GRAY,
-    ORANGE,
-    class_ticks,
-    images_of,
-    new_figure,
-    plot_estimates,
-    save_figure,
-    shared_legend,
-    show_image,
-)
+from ebmkit.plots import common
 from ebmkit.readings import Reading, reading_of
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from matplotlib.axes import Axes
 
 __all__ = ["DIFFUSION_PATH", "VIEWS", "DiffusionPathConfig", "views_at"]
 
@@ -109,10 +98,14 @@ PLOTTED = 9
 LISTED = (0.1, 0.2, 0.4, 1.0)
 """Shares of the last timestep at which the table lists accuracy."""
 
-LOOKS = tuple(
-    {"color": colour, "marker": marker, "ms": 3.5}
-    for colour, marker, _ in zip(cycle((*COLOURS[:5], "black")), cycle("os^DvPX<>*p"), range(66))
-)
+PANELS = {
+    "Accuracy against noise": ("timestep", "image"),
+    "Accuracy against darkness and contrast": ("dark", "faded"),
+}
+LOOKS: list[dict[str, Any]] = [
+    {"color": (*common.COLOURS[:5], "black")[i % 6], "marker": "os^DvPX<>*p"[i % 11], "ms": 3.5}
+    for i in range(66)
+]
 """Colour and marker of each model; 6 and 11 have no common divisor, so 66 models differ."""
 
 
@@ -365,86 +358,69 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
 
 
 def _plot_accuracy(document: dict[str, Any], strips: dict[str, list[Tensor]], path: Path) -> None:
-    """Accuracy against the timestep, with noise and without, above an image as it is given there.
-
-    Args:
-        document: of the suite.
-        strips: by view, one image at timesteps evenly spread from the first to the last.
-        path: the PNG file.
-    """
+    """Accuracy against the timestep, with noise and without, above an image as it is given there:
+    by view, at timesteps evenly spread from the first to the last."""
     models, timesteps = document["models"], document["timesteps"]
     panel, left, gap, tall = 4.5, 0.75, 0.75, 2.7  # inches
     cell = panel / len(strips["timestep"])
-    legend = 0.45 + 0.2 * -(-len(models) // 4)
-    bottom = legend + 0.62 + 2 * (cell + 0.05)
+    bottom = 1.07 + 0.2 * -(-len(models) // 4) + 2 * (cell + 0.05)
     width, height = 2 * (left + panel) + 0.2, 0.65 + tall + bottom
-    figure = new_figure(width, height)
-    panels = {
-        "Accuracy against noise": ("timestep", "image"),
-        "Accuracy against darkness and contrast": ("dark", "faded"),
-    }
-    for column, (title, views) in enumerate(panels.items()):
-        at = (left + column * (panel + gap)) / width
-        axes = figure.add_axes((at, bottom / height, panel / width, tall / height))
-        for look, (name, found) in zip(cycle(LOOKS), models.items()):
-            for view, line in zip(views, ("-", "--"), strict=True):
+    figure = common.new_figure(width, height)
+
+    def place(column: int, y: float, tall: float) -> Axes:
+        x = left + column * (panel + gap)
+        return figure.add_axes((x / width, y / height, panel / width, tall / height))
+
+    # the first and the last timestep stand over the middles of a strip's ends
+    margin = 0.5 * cell / panel
+    span = max(1, timesteps[-1] - timesteps[0]) / (1 - 2 * margin)
+    limits = {"xlim": (timesteps[0] - margin * span, timesteps[-1] + margin * span)}
+    for column, (title, views) in enumerate(PANELS.items()):
+        axes = place(column, bottom, tall)
+        for row, (view, line) in enumerate(zip(views, ("-", "--"), strict=True)):
+            for look, (name, found) in zip(cycle(LOOKS), models.items()):
                 accuracies = [entry["accuracy"] for entry in found["path"][view]]
-                own = look | {"ls": line, "label": name if line == "-" else None}
-                plot_estimates(axes, timesteps, accuracies, scale=100, **own)
-        for row, view in enumerate(views):
-            y = bottom - 0.62 - (row + 1) * cell - row * 0.05
-            strip = figure.add_axes((at, y / height, panel / width, 0.96 * cell / height))
-            show_image(strip, torch.cat(strips[view], dim=-1), "", "")
-            strip.set_ylabel(SHORT[view], fontsize=8, labelpad=3)
-            axes.plot([], [], color="black", ls=("-", "--")[row], label=SHORT[view])
-        # the first and the last timestep stand over the middles of the strip's ends
-        first, last = timesteps[0], timesteps[-1]
-        margin = 0.5 * cell / panel
-        span = max(1, last - first) / (1 - 2 * margin)
-        axes.set(xlim=(first - margin * span, last + margin * span), ylim=(0, 102))
-        axes.set(xlabel="timestep t", ylabel="" if column else "accuracy (%)")
-        axes.axhline(100 * document["chance"], color=GRAY, ls=":", lw=1, label="chance")
+                own = look | {"ls": line, "label": None if row or column else name}
+                common.plot_estimates(axes, timesteps, accuracies, 100, **own)
+            strip = place(column, bottom - 0.62 - (row + 1) * cell - row * 0.05, 0.96 * cell)
+            common.show_image(strip, torch.cat(strips[view], dim=-1), "", "")
+            strip.set_ylabel(f"{SHORT[view]} ({line})", fontsize=8, labelpad=3)
+        axes.axhline(100 * document["chance"], color=common.GRAY, ls=":", lw=1)
         axes.grid(alpha=0.25, lw=0.5)
-        axes.set_title(title, fontsize=10)
-        handles, labels = axes.get_legend_handles_labels()
-        many = len(models)
-        axes.legend(handles[many:], labels[many:], fontsize=7, frameon=False)
-    figure.suptitle(f"{images_of(document)}, {_schedule(document)}, bands 95 %", fontsize=10)
-    named = handles[:many], labels[:many]
-    figure.legend(*named, loc="lower center", ncols=4, frameon=False, fontsize=8)
-    save_figure(figure, path)
+        y = "" if column else "accuracy (%), dotted: chance"
+        common.annotate(axes, title, "timestep t", y, ylim=(0, 102), **limits)
+    figure.suptitle(f"{common.images_of(document)}, {_schedule(document)}, bands 95 %", fontsize=10)
+    figure.legend(loc="lower center", ncols=4, frameon=False, fontsize=8)
+    common.save_figure(figure, path)
 
 
 def _plot_energies(document: dict[str, Any], path: Path) -> None:
     """Mean energies along the path as the model sees x_t, and the same in image units."""
     models = document["models"]
-    figure = new_figure(10, 3.9 + 0.17 * len(models), layout="constrained")
+    figure = common.new_figure(10, 3.9 + 0.17 * len(models), layout="constrained")
     panels = figure.subplots(1, 2)
     views = {"timestep": "x_t", "image": "image units, x + sigma eps"}
     for axes, (view, words) in zip(panels, views.items(), strict=True):
         known: list[float] = []
         for look, (name, found) in zip(cycle(LOOKS), models.items()):
             for line, (quantity, symbol) in zip(("-", "--"), ENERGIES.items(), strict=True):
-                path_of = [e for e in found["path"][view] if e[quantity]["value"] is not None]
-                values = [e[quantity]["value"] for e in path_of]
+                rows = [e for e in found["path"][view] if e[quantity]["value"] is not None]
+                values = [e[quantity]["value"] for e in rows]
                 known += values
                 label = f"{name}: {symbol}"
-                axes.plot([e["t"] for e in path_of], values, ls=line, label=label, **look)
+                axes.plot([e["t"] for e in rows], values, ls=line, label=label, **look)
         low, quarter, middle, most, high = np.quantile(known or [0.0], [0, 0.25, 0.5, 0.75, 1])
         if high - low > 30 * max(most - quarter, 1e-12) and middle != 0:
             # most would lie on one line of a linear scale
             axes.set_yscale("symlog", linthresh=max(1.0, float(np.median(np.abs(known)))))
-        axes.set_title(f"Seen: {words}", fontsize=9.5)
-        axes.set_xlabel("timestep t")
+        common.annotate(axes, f"Seen: {words}", "timestep t")
         axes.grid(alpha=0.25, lw=0.5)
     panels[0].set_ylabel("mean energy (nats)")
-    shared_legend(figure, columns=2)
-    figure.suptitle(
-        "Energies along the forward process, each model's up to a constant: "
-        f"{images_of(document)}, {_schedule(document)}",
-        fontsize=10,
-    )
-    save_figure(figure, path)
+    common.shared_legend(figure, columns=2)
+    title = "Energies along the forward process, each model's up to a constant"
+    images = f"{common.images_of(document)}, {_schedule(document)}"
+    figure.suptitle(f"{title}: {images}", fontsize=10)
+    common.save_figure(figure, path)
 
 
 def _plot_classes(document: dict[str, Any], path: Path) -> None:
@@ -454,45 +430,34 @@ def _plot_classes(document: dict[str, Any], path: Path) -> None:
     columns = min(2, len(models))
     rows = -(-len(models) // columns)
     size = (max(3.4, 1.0 + 0.42 * most) * columns, 0.9 + 2.8 * rows)
-    figure = new_figure(*size, layout="constrained")
+    figure = common.new_figure(*size, layout="constrained")
     for place, (name, found) in enumerate(models.items()):
         axes = figure.add_subplot(rows, columns, place + 1)
-        places = {c["label"]: k for k, c in enumerate(found["classes"])}
-        samples = found["samples"] or {}
-        kinds = (
-            (found["classes"], -0.12, BLUE, "o", "data"),
-            (samples.get("classes", []), 0.12, ORANGE, "s", "samples"),
-        )
-        for classes, aside, colour, marker, label in kinds:
-            known = [
-                c for c in classes if c["energy"]["value"] is not None and c["label"] in places
-            ]
-            axes.errorbar(
-                [places[c["label"]] + aside for c in known],
-                [c["energy"]["value"] for c in known],
-                [c["energy"]["std"] or 0.0 for c in known],
-                fmt=marker,
-                color=colour,
-                ms=4,
-                elinewidth=0.9,
-                capsize=2,
-                label=label if known else None,
-            )
+        labels, samples = [c["label"] for c in found["classes"]], found["samples"] or {}
+        for kind, label, aside, colour, marker in (
+            (found, "data", -0.12, common.BLUE, "o"),
+            (samples, "samples", 0.12, common.ORANGE, "s"),
+        ):
+            known = [c for c in kind.get("classes", []) if c["energy"]["value"] is not None]
+            known = [c for c in known if c["label"] in labels]
+            x = [labels.index(c["label"]) + aside for c in known]
+            y, std = ([c["energy"][key] or 0.0 for c in known] for key in ("value", "std"))
+            look: dict[str, Any] = {"fmt": marker, "color": colour, "ms": 4, "elinewidth": 0.9}
+            axes.errorbar(x, y, std, label=label if known else None, capsize=2, **look)
         if samples:
             value, std = (samples["energy"][key] for key in ("value", "std"))
-            axes.axhline(value or 0.0, color=ORANGE, ls="--", lw=1, label="samples, all")
+            axes.axhline(value or 0.0, color=common.ORANGE, ls="--", lw=1, label="samples, all")
             if value is not None and std is not None:
-                axes.axhspan(value - std, value + std, color=ORANGE, alpha=0.1, lw=0)
-        class_ticks(axes, [c["name"] for c in found["classes"]], size=7 if most > 20 else 8)
+                axes.axhspan(value - std, value + std, color=common.ORANGE, alpha=0.1, lw=0)
+        names = [c["name"] for c in found["classes"]]
+        common.class_ticks(axes, names, size=7 if most > 20 else 8)
         how = "-logsumexp of the logits" if found["reading"] == "logits" else "-log density"
-        axes.set_title(f"{name} ({how})", fontsize=9)
+        common.annotate(axes, f"{name} ({how})", y="" if place % columns else "E(x) (nats)")
         axes.grid(axis="y", alpha=0.25, lw=0.5)
-        if place % columns == 0:
-            axes.set_ylabel("E(x) (nats)")
-    shared_legend(figure, columns=3)
-    title = f"E(x) by class, mean and standard deviation over images: {images_of(document)}"
+    common.shared_legend(figure, columns=3)
+    title = f"E(x) by class, mean and standard deviation over images: {common.images_of(document)}"
     figure.suptitle(title, fontsize=9.5, wrap=True)
-    save_figure(figure, path)
+    common.save_figure(figure, path)
 
 
 def _schedule(document: dict[str, Any]) -> str:

@@ -36,14 +36,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from pydantic import Field
+from rich.table import Table
 from torch import Tensor
 
-from ebmkit.compile import in_float32
 from ebmkit.energy import EnergyModel, ScoreModel, classifies
 from ebmkit.errors import UserError
 from ebmkit.evaluation.context import Batch, EvaluationContext, Images
@@ -60,19 +60,7 @@ from ebmkit.evaluation.suite import (
 )
 from ebmkit.metrics import psnr
 from ebmkit.noise import Sigma, in_255ths
-from ebmkit.plots.common import (
-    COLOURS,
-    GRAY,
-    around_gray,
-    image_rows,
-    images_of,
-    new_figure,
-    save_figure,
-    sigma_label,
-)
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from ebmkit.plots import common
 
 __all__ = ["JACOBIAN", "JacobianConfig", "magnification"]
 
@@ -133,8 +121,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
     def of_image(batch: Batch) -> dict[str, Tensor]:
         return _measure(model, batch, config, context.seed)
 
-    with in_float32(context.device):
-        columns = context.columns(config.sigma, of_image, context.first(config.images), 1)
+    columns = context.columns(config.sigma, of_image, context.first(config.images), batch_size=1)
     context.measured = columns
     per_image = [
         _document({name: column[i] for name, column in columns.items()}, i, context.images, config)
@@ -142,8 +129,6 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
     ]
     return {
         "images": len(per_image),
-        "precision": "fp64" if config.precision == "double" else "fp32",
-        "compiled": False,
         "sigmas": [config.sigma],
         "sigma": config.sigma,
         "dimensions": columns["x"][0].numel(),
@@ -162,15 +147,8 @@ def _measure(
     """Of one image, each (1, ...)."""
     dtype = torch.float64 if config.precision == "double" else batch.y.dtype
     x, y = batch.x.to(dtype), batch.y.to(dtype)
-    found = spectrum(
-        jacobian(model, y[0], config.sigma),
-        config.largest,
-        config.smallest,
-        config.method,
-        config.tolerance,
-        config.products,
-        seed,
-    )
+    options = config.model_dump(include={*KINDS, "method", "tolerance", "products"})
+    found = spectrum(jacobian(model, y[0], config.sigma), seed=seed, **options)
     clean = model.denoise(y, config.sigma)
     columns = {"x": x, "y": y, "unconditional": clean, "psnr": psnr(clean, x)}
     for kind in KINDS:
@@ -198,9 +176,7 @@ def _document(
         "label": None if images.labels is None else class_name(images, int(images.labels[number])),
         "predicted": None,
         "converged": bool(own["converged"]),
-        "trace": trace,
-        "trace_error": float(own["trace_error"]),
-        "asymmetry": float(own["asymmetry"]),
+        **{name: float(own[name]) for name in ("trace", "trace_error", "asymmetry")},
         "products": int(own["products"]),
         "psnr": float(own["psnr"]),
         "expected_psnr": -10 * math.log10(expected) if trace > 0 else None,
@@ -252,14 +228,9 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
 
 
 def plot_images(columns: dict[str, Tensor], document: dict[str, Any], path: Path) -> None:
-    """The paper's figure 3: denoised images, their difference, eigenvectors of the Jacobian.
-
-    Args:
-        columns: what `measure` leaves in the context, (N, ...).
-        document: what ``jacobian.json`` holds.
-        path: the PNG file.
-    """
-    heads = ["image", f"noisy, {sigma_label(document['sigma'])}", "$D_u$"]
+    """The paper's figure 3: denoised images, their difference, eigenvectors of the Jacobian; of the
+    columns (N, ...) that `measure` leaves in the context."""
+    heads = ["image", f"noisy, {common.sigma_label(document['sigma'])}", "$D_u$"]
     if document["classes"]:
         heads += ["$D_c$, predicted label", "$D_c - D_u$"]
     first, largest = len(heads), len(document["per_image"][0]["largest"])
@@ -273,21 +244,24 @@ def plot_images(columns: dict[str, Tensor], document: dict[str, Any], path: Path
             factor = magnification(change)
             note = f"x{factor:g}" + (" (x500 saturates)" if factor < PAPER_FACTOR else "")
             predicted = f"{one['predicted']} ({100 * one['confidence']:.0f} %)"
-            row += [(columns["conditional"][i], predicted), (around_gray(change, factor), note)]
+            row += [
+                (columns["conditional"][i], predicted),
+                (common.around_gray(change, factor), note),
+            ]
         for kind, form in zip(KINDS, ("{:.2f}", "{:.1e}"), strict=True):
             for vector, pair in zip(columns[f"{kind} vectors"][i], one[kind], strict=True):
                 value = form.format(pair["value"])
                 if pair["residual"] > 0.1 * abs(pair["value"]):
                     value += f" ± {pair['residual']:.0e}"
-                row.append((around_gray(vector), value + " (noise)" * (pair["noise"] > 0.5)))
+                row.append((common.around_gray(vector), value + " (noise)" * (pair["noise"] > 0.5)))
         rows.append(row)
     what = "right singular vectors" if document["singular"] else "eigenvectors"
-    image_rows(
+    common.image_rows(
         rows,
         heads + [""] * (len(rows[0]) - first),
         path,
         {2: "", first: "largest", first + largest: "smallest in magnitude"},
-        f"{images_of(document)}: denoising, and {what} of the Jacobian (value, ± residual)",
+        f"{common.images_of(document)}: denoising, and {what} of the Jacobian (value, ± residual)",
         "Differences and vectors are shown around gray, each vector scaled to the full range. "
         '"noise": most of what $D_u$ removes lies along it.',
     )
@@ -309,7 +283,7 @@ def magnification(difference: Tensor, factor: float = PAPER_FACTOR) -> float:
 
 def plot_spectra(document: dict[str, Any], path: Path) -> None:
     """All eigenvalues of each image: sorted, and their magnitudes on a logarithmic axis."""
-    figure = new_figure(9.6, 4.1, layout="constrained")
+    figure = common.new_figure(9.6, 4.1, layout="constrained")
     left, right = figure.subplots(1, 2)
     kind = "singular value" if document["singular"] else "eigenvalue"
     for i, one in enumerate(document["per_image"]):
@@ -317,19 +291,19 @@ def plot_spectra(document: dict[str, Any], path: Path) -> None:
         rank = np.arange(1, len(values) + 1)
         name = one["label"] or f"image {i}"
         note = f"{name}: trace {one['trace']:.1f}, {one['above_half']} above 1/2"
-        look = {"color": COLOURS[i % 6], "ls": ("-", "--", "-.", ":")[i // 6 % 4], "lw": 1.4}
+        look = {"color": common.COLOURS[i % 6], "ls": ("-", "--", "-.", ":")[i // 6 % 4], "lw": 1.4}
         left.plot(rank, values, label=note, **look)
         right.plot(rank, np.sort(np.abs(values))[::-1], **look)
     for axes, level in ((left, 0), (left, 1), (right, 1)):
-        axes.axhline(level, color=GRAY, lw=0.8, ls=":")
+        axes.axhline(level, color=common.GRAY, lw=0.8, ls=":")
     size = document["dimensions"]
-    left.set(xlabel=f"rank, of {size}", ylabel=kind, title="Sorted: 1 keeps, 0 discards")
-    right.set(xlabel=f"rank by magnitude, of {size}", ylabel="magnitude", yscale="log")
-    right.set_title("Magnitudes")
+    common.annotate(left, "Sorted: 1 keeps, 0 discards", f"rank, of {size}", kind)
+    x = f"rank by magnitude, of {size}"
+    common.annotate(right, "Magnitudes", x, "magnitude", yscale="log")
     left.legend(fontsize=7.5, frameon=False)
-    title = f"Spectrum of the denoiser's Jacobian at {sigma_label(document['sigma'])}"
-    figure.suptitle(f"{title}: {images_of(document)}", fontsize=11)
-    save_figure(figure, path)
+    title = f"Spectrum of the denoiser's Jacobian at {common.sigma_label(document['sigma'])}"
+    figure.suptitle(f"{title}: {common.images_of(document)}", fontsize=11)
+    common.save_figure(figure, path)
 
 
 def table(document: dict[str, Any]) -> Table:
@@ -341,17 +315,18 @@ def table(document: dict[str, Any]) -> Table:
     heads = ("image", "trace", "> 1/2", "largest", "smallest", "asym.", "PSNR", "exp.")
     result = new_table(document, heads)
 
-    def values(pairs: list[float], count: int, form: str) -> str:
-        return " ".join(form.format(value) for value in pairs[:count])
+    def values(largest: list[float], smallest: list[float]) -> tuple[str, str]:
+        return (
+            " ".join(f"{value:.2f}" for value in largest[:3]),
+            " ".join(f"{value:.1e}" for value in smallest[:2]),
+        )
 
     for i, one in enumerate(document["per_image"]):
-        largest, smallest = ([pair["value"] for pair in one[kind]] for kind in KINDS)
         result.add_row(
             str(i),
             f"{one['trace']:.1f}",
             number(one.get("above_half"), "{:d}"),
-            values(largest, 3, "{:.2f}"),
-            values(smallest, 2, "{:.1e}"),
+            *values(*([pair["value"] for pair in one[kind]] for kind in KINDS)),
             f"{one['asymmetry']:.0e}",
             number(one["psnr"], "{:.1f}"),
             number(one["expected_psnr"], "{:.1f}"),
@@ -359,9 +334,8 @@ def table(document: dict[str, Any]) -> Table:
     same = document["dataset"] == "cifar10" and in_255ths(document["sigma"]) == "50"
     if same and not document["singular"]:
         paper = document["paper"]
-        own = values(paper["largest"], 3, "{:.2f}"), values(paper["smallest"], 2, "{:.1e}")
         result.add_section()
-        result.add_row("paper", "", "", *own)
+        result.add_row("paper", "", "", *values(paper["largest"], paper["smallest"]))
         add_note(result, f"paper: its network, {paper['about']}")
     return result
 
@@ -373,4 +347,5 @@ JACOBIAN = Suite(
     table=table,
     check=check,
     options=JacobianConfig,
+    exact=True,
 )

@@ -40,16 +40,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
+from rich.table import Table
 from torch import Tensor
 from torch.autograd.functional import jvp, vjp
 
-from ebmkit.compile import in_float32
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.evaluation import statistics
 from ebmkit.evaluation.context import SIGMAS, Batch, EvaluationContext
@@ -65,23 +65,7 @@ from ebmkit.evaluation.suite import (
 from ebmkit.models import GradResNet, JointModel, LinearQuadraticHead
 from ebmkit.models.norms import GroupNorm
 from ebmkit.noise import Sigma, in_255ths
-from ebmkit.plots.common import (
-    BLUE,
-    COLOURS,
-    GRAY,
-    GREEN,
-    MARKERS,
-    ORANGE,
-    bars_within,
-    images_of,
-    legend_below,
-    new_figure,
-    save_figure,
-    sigma_label,
-)
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from ebmkit.plots import common
 
 __all__ = [
     "LINEARITY",
@@ -94,6 +78,14 @@ __all__ = [
     "theory",
     "theory_of",
 ]
+
+SHOWN = {
+    "of_change": "{:.3g}",
+    "degree": "{:.3f}",
+    "euler_degree": "{:.3f}",
+    "unexplained": "{:.3g}",
+}
+"""What the table shows of a level beside the error."""
 
 ROUNDING = 1e-5
 """Relative error below which what is left of float32 is rounding."""
@@ -120,6 +112,7 @@ class Linearity(NamedTuple):
         explained: the share of ||D - J y||^2 that the degree explains; of rounding errors alone
             where the error is about 1e-6 and less.
         along: <y, D - y> / sigma^2 = <y, score>, which is k log p by Euler's identity.
+        moved: ||D - y||^2, by which ratios are pooled.
     """
 
     error: Tensor
@@ -128,6 +121,7 @@ class Linearity(NamedTuple):
     unexplained: Tensor
     explained: Tensor
     along: Tensor
+    moved: Tensor
 
 
 def linearity(model: ScoreModel, y: Tensor, sigma: float) -> Linearity:
@@ -154,6 +148,7 @@ def linearity(model: ScoreModel, y: Tensor, sigma: float) -> Linearity:
         unexplained=left / size,
         explained=1 - (left / error.clamp_min(tiny)).square().clamp(max=1),
         along=(flat * change).sum(1) / sigma**2,
+        moved=change.square().sum(1),
     )
 
 
@@ -250,21 +245,16 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
 
         def of_batch(batch: Batch, sigma: float = sigma) -> dict[str, Tensor]:
             columns = linearity(model, batch.y, sigma)._asdict()
-            change = (model.denoise(batch.y, sigma) - batch.y).flatten(1).double()
-            columns["moved"] = change.square().sum(1)  # ||D - y||^2, by which ratios are pooled
             # log p up to no constant: the linear-quadratic head says -(w f)^2 / 2
             if isinstance(model, JointModel) and isinstance(model.head, LinearQuadraticHead):
                 columns["log_density"] = model.log_density(batch.y, sigma).double()
             return columns
 
-        with in_float32(context.device):
-            columns = context.columns(sigma, of_batch, images, batch_size)
+        columns = context.columns(sigma, of_batch, images, batch_size)
         levels.append({"sigma": sigma, **_level(columns, context.seed)})
     predicted = theory_of(model)
     return {
         "images": len(images),
-        "precision": "fp32",
-        "compiled": False,
         "sigmas": config.sigmas,
         "levels": levels,
         "theory": predicted and predicted._asdict(),
@@ -310,7 +300,7 @@ def _pooled(
 
 def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``linearity.png``: errors and degree against the noise level."""
-    figure = new_figure(9.2, 4.7, layout="constrained")
+    figure = common.new_figure(9.2, 4.7, layout="constrained")
     left, right = figure.subplots(1, 2)
     levels = sorted(document["levels"], key=lambda level: float(level["sigma"]))
     errors = {
@@ -318,37 +308,27 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
         "of_change": "$\\|D - Jy\\| / \\|D - y\\|$, pooled",
         "unexplained": "rest of $D - Jy$ that no k explains, by $\\|D\\|$",
     }
-    degrees = {
-        "degree": "best fit",
-        "euler_degree": "Euler's, $\\langle y, s\\rangle / \\log p$",
-    }
+    degrees = {"degree": "best fit", "euler_degree": "Euler's, $\\langle y, s\\rangle / \\log p$"}
     for axes, series, limits_of in ((left, errors, _log_limits), (right, degrees, _degree_limits)):
         limits = limits_of([level[name] for level in levels for name in series if level[name]])
-        cut = False
-        for (name, label), colour, marker in zip(
-            series.items(), (BLUE, ORANGE, GREEN), MARKERS, strict=False
-        ):
-            known = [level for level in levels if level[name]]
-            x = [255 * level["sigma"] for level in known]
-            look = {"fmt": f"{marker}-", "color": colour, "ms": 4, "lw": 1.2, "label": label}
+        for k, (name, label) in enumerate(series.items()):
+            known = [(255 * level["sigma"], level[name]) for level in levels if level[name]]
             if known:
-                cut |= bars_within(axes, x, [level[name] for level in known], limits, **look)
-        if cut:
-            axes.plot([], [], marker=7, color=GRAY, ls="", label="the interval continues")
-        axes.set_xlabel("noise level sigma (1/255)")
-    left.set(yscale="log", ylabel="relative error")
-    right.axhline(2, color=GRAY, ls=":", lw=1, label="2: locally linear")
+                x, estimates = zip(*known, strict=True)
+                look = {"fmt": f"{common.MARKERS[k]}-", "color": common.COLOURS[k], "label": label}
+                common.bars_within(axes, x, estimates, limits, ms=4, **look)
+    right.axhline(2, color=common.GRAY, ls=":", lw=1, label="2: locally linear")
     theory = document["theory"]
     if theory and theory["degree"] is not None:
         label = f"theory: {theory['degree']:.0f}"
         right.axhline(theory["degree"], color="black", ls="--", lw=0.8, label=label)
-    right.set_ylabel("degree k, pooled over images")
-    legend_below(left)
-    legend_below(right, columns=2)
-    left.set_title("Is D(y) = J(y) y?", fontsize=10)
-    right.set_title("Degree of homogeneity of log p", fontsize=10)
-    figure.suptitle(f"Local linearity of the denoiser: {images_of(document)}", fontsize=11)
-    save_figure(figure, folder / "linearity.png")
+    title, y = "Degree of homogeneity of log p", "degree k, pooled over images"
+    common.annotate(left, "Is D(y) = J(y) y?", common.SIGMA, "relative error", yscale="log")
+    common.annotate(right, title, common.SIGMA, y)
+    common.legend_below(left)
+    common.legend_below(right, columns=2)
+    figure.suptitle(f"Local linearity of the denoiser: {common.images_of(document)}", fontsize=11)
+    common.save_figure(figure, folder / "linearity.png")
 
 
 def linearity_grid(cells: Sequence[dict[str, Any]], path: Path, data: str = "") -> None:
@@ -360,51 +340,39 @@ def linearity_grid(cells: Sequence[dict[str, Any]], path: Path, data: str = "") 
         path: the PNG file.
         data: which images, for the title.
     """
-    figure = new_figure(max(6.4, 1.15 * len(cells) + 1.4), 6.2, layout="constrained")
+    figure = common.new_figure(max(6.4, 1.15 * len(cells) + 1.4), 6.2, layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
     sigmas = [level["sigma"] for level in cells[0]["levels"]]
-    every = [level for cell in cells for level in cell["levels"]]
-    limits = {
-        "error": _log_limits([level["error"] for level in every]),
-        "degree": _degree_limits([level["degree"] for level in every]),
-    }
-    cut = False
-    for k, sigma in enumerate(sigmas):
-        at = np.arange(len(cells)) + (k - (len(sigmas) - 1) / 2) * 0.6 / len(sigmas)
-        look = {"color": COLOURS[k % 6], "marker": MARKERS[k % 6], "ls": "", "ms": 5}
-        for axes, name in ((top, "error"), (bottom, "degree")):
+    for axes, name, limits_of in ((top, "error", _log_limits), (bottom, "degree", _degree_limits)):
+        limits = limits_of([level[name] for cell in cells for level in cell["levels"]])
+        for k, sigma in enumerate(sigmas):
+            at = np.arange(len(cells)) + (k - (len(sigmas) - 1) / 2) * 0.6 / len(sigmas)
             found = [cell["levels"][k][name] for cell in cells]
-            label = sigma_label(sigma) if axes is top else None
-            cut |= bars_within(axes, list(at), found, limits[name], lw=1, label=label, **look)
-    if cut:
-        top.plot([], [], marker=7, color=GRAY, ls="", label="the interval continues")
+            label = common.sigma_label(sigma) if axes is top else None
+            look = {"color": common.COLOURS[k % 6], "marker": common.MARKERS[k % 6], "ls": ""}
+            common.bars_within(axes, list(at), found, limits, lw=1, ms=5, label=label, **look)
+        for i in range(len(cells) - 1):
+            axes.axvline(i + 0.5, color=common.GRAY, lw=0.4)
     names = {"group": "plain norm", "scale": "scale-keeping", "batch": "batch norm"}
-    activations = {"relu": "ReLU", "gelu": "GELU"}
-    ticks = []
+    names |= {"relu": "ReLU", "gelu": "GELU", "True": "biases", "False": "no bias"}
+    ticks, label = [], "theory"
     for i, cell in enumerate(cells):
         degree = cell["theory"] and cell["theory"]["degree"]
         if degree is not None:
-            label = "theory" if "theory" not in bottom.get_legend_handles_labels()[1] else None
             bottom.plot([i - 0.42, i + 0.42], [degree] * 2, color="black", lw=1.2, label=label)
+            label = "_theory"
+        lines = [names.get(str(cell[key]), cell[key]) for key in ("norm", "activation", "bias")]
         ticks.append(
-            f"{names.get(cell['norm'], cell['norm'])}\n"
-            f"{activations.get(cell['activation'], cell['activation'])}\n"
-            f"{'biases' if cell['bias'] else 'no bias'}\n"
-            f"theory: {'no k' if degree is None else f'k = {degree:.0f}'}"
+            "\n".join([*lines, f"theory: {'no k' if degree is None else f'k = {degree:.0f}'}"])
         )
     bottom.set_xticks(range(len(cells)), ticks, fontsize=8)
-    for axes in (top, bottom):
-        for i in range(len(cells) - 1):
-            axes.axvline(i + 0.5, color=GRAY, lw=0.4)
-    top.set(yscale="log", ylabel="$\\|D - Jy\\| / \\|D\\|$")
-    where = f", {data}" if data else ""
-    top.set_title(
-        f"Local linearity D(y) = J(y) y: relative error (0: as section 4.2 claims){where}"
-    )
-    bottom.set(ylabel="degree k, best fit, pooled")
-    bottom.set_title("Degree of homogeneity of log p (locally linear: 2)")
+    title = "Local linearity D(y) = J(y) y: relative error (0: as section 4.2 claims)"
+    error = "$\\|D - Jy\\| / \\|D\\|$"
+    common.annotate(top, title + (data and f", {data}"), y=error, yscale="log")
+    title = "Degree of homogeneity of log p (locally linear: 2)"
+    common.annotate(bottom, title, y="degree k, best fit, pooled")
     figure.legend(loc="outside lower center", ncols=len(sigmas) + 2, frameon=False, fontsize=8.5)
-    save_figure(figure, path)
+    common.save_figure(figure, path)
 
 
 def _log_limits(estimates: Sequence[dict[str, Any]]) -> tuple[float, float]:
@@ -429,10 +397,7 @@ def table(document: dict[str, Any]) -> Table:
             f"{in_255ths(level['sigma'])}/255",
             number(level["error"], "{:.3g}"),
             interval(level["error"], "{:.2g}"),
-            number(level["of_change"], "{:.3g}"),
-            number(level["degree"], "{:.3f}"),
-            number(level["euler_degree"], "{:.3f}"),
-            number(level["unexplained"], "{:.3g}"),
+            *(number(level[name], form) for name, form in SHOWN.items()),
         )
     if document["theory"]:
         result.add_section()
@@ -448,4 +413,5 @@ LINEARITY = Suite(
     table=table,
     passes=lambda context: len(context.option(LinearityConfig).sigmas),
     options=LinearityConfig,
+    exact=True,
 )

@@ -10,35 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from rich.table import Table
+from rich.text import Text
 
+from ebmkit.compile import in_float32
 from ebmkit.energy import EnergyModel, ScoreModel, classifies
 from ebmkit.errors import UserError
 from ebmkit.evaluation.context import EvaluationContext, Images
 from ebmkit.evaluation.statistics import to_json
 from ebmkit.noise import format_sigma
 from ebmkit.terminal import shown_name
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-__all__ = [
-    "Precision",
-    "Suite",
-    "SuiteConfig",
-    "add_note",
-    "check_classifies",
-    "check_one_size",
-    "class_name",
-    "estimate_table",
-    "interval",
-    "load_beside",
-    "new_table",
-    "noise_warnings",
-    "number",
-]
 
 Precision = Annotated[
     Literal["single", "double"],
@@ -68,6 +52,8 @@ class Suite:
             runs.
         options: the class of the suite's own settings; None: it has none. Those in force are in its
             JSON file as ``options``.
+        exact: whether it is computed eagerly in float32, or in the ``precision`` of its settings,
+            whatever the evaluation has.
         standard: whether it is quick enough to be run unasked, at the end of training.
         needs: the setting without which it has nothing to measure, so that ``all`` leaves it out.
     """
@@ -80,13 +66,21 @@ class Suite:
     passes: Callable[[EvaluationContext], int] = lambda context: 1
     prepare: Callable[[EvaluationContext], object] = lambda context: None
     options: type[BaseModel] | None = None
+    exact: bool = False
     standard: bool = False
     needs: str = ""
 
     def run(self, context: EvaluationContext) -> dict[str, Any]:
         """`measure`, with estimates and numbers as JSON has them (`to_json`)."""
-        document: dict[str, Any] = to_json(self.measure(context))
-        return document
+        document: dict[str, Any]
+        if not self.exact:
+            document = to_json(self.measure(context))
+            return document
+        with in_float32(context.device):
+            document = to_json(self.measure(context))
+        config = context.option(self.options) if self.options else None
+        double = getattr(config, "precision", "single") == "double"
+        return document | {"precision": "fp64" if double else "fp32", "compiled": False}
 
 
 def check_classifies(model: ScoreModel, images: Images) -> None:
@@ -183,19 +177,13 @@ def class_name(images: Images, label: int) -> str:
 
 def new_table(document: dict[str, Any], columns: Sequence[str]) -> Table:
     """A table titled by suite, data set and number of images; the first column is left-aligned."""
-    from rich.table import Table
-    from rich.text import Text
-
     of = "" if document["images"] == document["of"] else f" of {document['of']}"
     where = f"{document['dataset']} {document['split']}".strip()
-    title = f"{document['suite']}: {where}, {document['images']}{of} images"
-    warnings = "\n".join(f"warning: {line}" for line in document["warnings"])
-    result = Table(
-        title=Text(title),
-        title_justify="left",
-        caption=Text(warnings, style="yellow") if warnings else None,
-        caption_justify="left",
-    )
+    result = Table(title_justify="left", caption_justify="left")
+    result.title = Text(f"{document['suite']}: {where}, {document['images']}{of} images")
+    if document["warnings"]:
+        warnings = "\n".join(f"warning: {line}" for line in document["warnings"])
+        result.caption = Text(warnings, style="yellow")
     for i, column in enumerate(columns):
         result.add_column(column, justify="left" if i == 0 else "right")
     return result
@@ -213,8 +201,6 @@ def estimate_table(
 
 def add_note(table: Table, text: str) -> None:
     """Put ``text`` below ``table``, above the warnings."""
-    from rich.text import Text
-
     table.caption = Text.assemble(text, *(("\n", table.caption) if table.caption else ()))
 
 

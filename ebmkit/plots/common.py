@@ -24,52 +24,22 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-__all__ = [
-    "BLUE",
-    "COLOURS",
-    "GRAY",
-    "GREEN",
-    "MARKERS",
-    "ORANGE",
-    "PURPLE",
-    "SKY",
-    "annotated_map",
-    "around_gray",
-    "bars_within",
-    "class_ticks",
-    "image_grid",
-    "image_rows",
-    "images_of",
-    "legend_below",
-    "new_figure",
-    "plot_estimates",
-    "row_label",
-    "save_figure",
-    "shared_legend",
-    "show_image",
-    "sigma_label",
-]
-
 BLUE, ORANGE, GREEN, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"
 GRAY = "#888888"
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, GRAY)
 MARKERS = ("o", "s", "^", "D", "v", "x")
 DPI = 130
+CUT = "the interval continues"
+SIGMA = "noise level sigma (1/255)"
 
 
 def show_image(axes: Axes, image: Tensor, below: str, above: str) -> None:
     """Show an image (C, H, W); small ones in crisp squares."""
     pixels = image.detach().clamp(0, 1).cpu().movedim(0, -1).numpy()
+    pixels = pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels
     way = "nearest" if max(pixels.shape) < 150 else "antialiased"
-    axes.imshow(
-        pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels,
-        cmap="gray",
-        vmin=0,
-        vmax=1,
-        interpolation=way,
-    )
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation=way)
+    axes.set(xticks=[], yticks=[])
     if below:
         axes.set_xlabel(clean(below), fontsize=7.5, labelpad=2)
     if above:
@@ -97,29 +67,21 @@ def image_grid(
         gaps: columns before which a gap is left.
         head: room above the images, inches.
     """
-    widths: list[float] = []
-    places = []
-    for column in range(columns):
-        if column in gaps:
-            widths.append(0.14)
-        places.append(len(widths))
-        widths.append(1.0)
+    widths = [width for k in range(columns) for width in ([0.14, 1.0] if k in gaps else [1.0])]
     cell, label, foot = 1.22, 0.27, 0.42  # inches
     tall = min(2.5, max(0.4, shape[0] / shape[1])) * cell
     height = rows * tall + (rows - 1) * label + head + foot
     figure = new_figure(cell * sum(widths) * 1.04 + 0.2, height)
-    grid = figure.add_gridspec(
-        rows,
-        len(widths),
-        width_ratios=widths,
-        left=0.008,
-        right=0.992,
-        bottom=foot / height,
-        top=1 - head / height,
-        wspace=0.05,
-        hspace=label / tall,
-    )
-    return figure, [[figure.add_subplot(grid[i, k]) for k in places] for i in range(rows)]
+    place: dict[str, float] = {
+        "left": 0.008,
+        "right": 0.992,
+        "wspace": 0.05,
+        "hspace": label / tall,
+    }
+    place |= {"bottom": foot / height, "top": 1 - head / height}
+    grid = figure.add_gridspec(rows, len(widths), width_ratios=widths, **place)
+    columns_of = [k for k, width in enumerate(widths) if width == 1.0]
+    return figure, [[figure.add_subplot(grid[i, k]) for k in columns_of] for i in range(rows)]
 
 
 def image_rows(
@@ -198,30 +160,25 @@ def bars_within(
     """
     low, high = limits
     known = [(at, e) for at, e in zip(x, estimates, strict=True) if e["value"] is not None]
-    values, below, above = [], [], []
-    cut = False
+    values, errors, cut = [], [], False
     for at, estimate in known:
         value = min(max(estimate["value"], low), high)
         bounded = estimate["low"] is not None and estimate["high"] is not None
         ends = (estimate["low"], estimate["high"]) if bounded else (value, value)
         values.append(value)
-        below.append(max(0.0, value - max(low, ends[0])))
-        above.append(max(0.0, min(high, ends[1]) - value))
+        errors.append((max(0.0, value - max(low, ends[0])), max(0.0, min(high, ends[1]) - value)))
         for beyond, limit, caret in ((ends[0] < low, low, 7), (ends[1] > high, high, 6)):
             if beyond:
+                label = None if CUT in axes.get_legend_handles_labels()[1] else CUT
                 cut = True
-                axes.plot([at], [limit], marker=caret, color=look.get("color"), ms=6, ls="")
+                colour = look.get("color")
+                axes.plot([at], [limit], marker=caret, color=colour, ms=6, ls="", label=label)
         if value != estimate["value"]:
-            axes.annotate(
-                f"{estimate['value']:.3g}",
-                (at, value),
-                (4, 0),
-                textcoords="offset points",
-                rotation=90,
-                va="bottom" if value == low else "top",
-                fontsize=7,
-            )
-    axes.errorbar([at for at, _ in known], values, [below, above], capsize=2, **look)
+            place: dict[str, Any] = {"textcoords": "offset points", "rotation": 90, "fontsize": 7}
+            place["va"] = "bottom" if value == low else "top"
+            axes.annotate(f"{estimate['value']:.3g}", (at, value), (4, 0), **place)
+    bars = [list(side) for side in zip(*errors, strict=True)] or None
+    axes.errorbar([at for at, _ in known], values, bars, capsize=2, **look)
     return cut
 
 
@@ -292,13 +249,14 @@ def class_ticks(axes: Axes, names: Sequence[str], size: float = 8) -> None:
 
 def legend_below(axes: Axes, columns: int = 1) -> None:
     """The legend of ``axes``, below them; for figures with the layout "constrained"."""
-    axes.legend(
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.15),
-        ncols=columns,
-        frameon=False,
-        fontsize=8,
-    )
+    place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15)}
+    axes.legend(ncols=columns, frameon=False, fontsize=8, **place)
+
+
+def annotate(axes: Axes, title: str, x: str = "", y: str = "", **settings: Any) -> None:
+    """Title and labels of ``axes``, and what else ``Axes.set`` takes."""
+    axes.set(xlabel=x, ylabel=y, **settings)
+    axes.set_title(title, fontsize=10)
 
 
 def new_figure(width: float, height: float, layout: Literal["constrained"] | None = None) -> Figure:
