@@ -414,10 +414,6 @@ LINES = {
 }
 """By measure: its label, scale, colour, marker and line style."""
 
-LOOKS = (
-    *((common.BLUE, "o"), (common.ORANGE, "s"), (common.GREEN, "^"), (common.PURPLE, "D")),
-    *((common.SKY, "v"), (common.GRAY, "P")),
-)
 COLUMNS = 3
 LAST = 5.0
 """Width of the last panel with its legend, inches."""
@@ -444,7 +440,7 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
     common.save_figure(figure, folder / "corruptions-psnr.png")
     ((x, _),) = context.images.first(1).batches(1)
     rows = [
-        [(x[0], f"{name}: {found['unit']}")]
+        [(x[0], f"{name}\n{found['unit']}")]
         + [
             (corrupt(x, name, row["constant"], context.seed)[0], f"{row['constant']:g}")
             for row in found["rows"]
@@ -502,11 +498,10 @@ def _plot_slope(axes: Axes, document: dict[str, Any]) -> None:
         x, y = ([100 * row[name]["value"] for row in rows] for name in ("confidence", "accuracy"))
         axes.scatter(x, y, **look)
 
-    for (name, found), (colour, marker) in zip(
-        document["corruptions"].items(), itertools.cycle(LOOKS)
-    ):
+    looks = itertools.cycle(zip(common.COLOURS, common.MARKERS, strict=True))
+    for (name, found), (colour, marker) in zip(document["corruptions"].items(), looks):
         sizes = [8 + 9 * row["strength"] for row in found["rows"]]
-        look = {"color": colour, "marker": marker, "alpha": 0.8, "lw": 0, "label": name}
+        look = {"color": colour, "marker": marker, "alpha": 0.8, "lw": 0.8, "label": name}
         points(found["rows"], s=sizes, **look)
     points([document["clean"]], s=90, color="black", marker="*", label="clean", zorder=3)
     axes.set(xlim=(0, 102), ylim=(0, 102), xlabel="mean confidence (%)", ylabel="accuracy (%)")

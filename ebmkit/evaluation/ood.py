@@ -92,6 +92,7 @@ from ebmkit.evaluation.suite import (
 from ebmkit.noise import Sigma, format_sigma
 from ebmkit.plots import common
 from ebmkit.randomness import image_noise
+from ebmkit.terminal import clean
 
 BINS = 40
 
@@ -446,7 +447,8 @@ def _plot_examples(examples: Mapping[str, Tensor], document: dict[str, Any], pat
             if k == 0:
                 value = document.get("energy", {}).get(name, {}).get("value")
                 energy = "" if value is None else f"\nenergy {value:.4g}"
-                common.row_label(axes, f"{name}{energy}")
+                place: dict[str, Any] = {"rotation": 0, "ha": "right", "va": "center"}
+                axes.set_ylabel(clean(f"{name}{energy}"), fontsize=8, labelpad=6, **place)
     title = f"In distribution, and out of it: {common.images_of(document)}"
     figure.suptitle(title, fontsize=10)
     common.save_figure(figure, path)

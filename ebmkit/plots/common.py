@@ -227,12 +227,6 @@ def annotated_map(
     return image
 
 
-def row_label(axes: Axes, text: str) -> None:
-    """``text`` on the left of the first image of a row."""
-    place: dict[str, Any] = {"rotation": 0, "ha": "right", "va": "center", "labelpad": 6}
-    axes.set_ylabel(clean(text), fontsize=8, **place)
-
-
 def shared_legend(figure: Figure, columns: int) -> None:
     """One legend for all panels, below them: that of the first."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
