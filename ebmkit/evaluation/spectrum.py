@@ -121,11 +121,8 @@ class Jacobian:
                 f"the Jacobian of an image of {self.size} values cannot be written out beyond "
                 f"{DENSE}: take method iterative, or smaller images"
             )
-        matrix = torch.empty(self.size, self.size, dtype=torch.float64)
-        for rows in torch.split(torch.arange(self.size), self.chunk):
-            v = torch.zeros(len(rows), self.size, dtype=self.y.dtype, device=self.y.device)
-            v[torch.arange(len(rows)), rows] = 1
-            matrix[rows] = self.vjp(v.reshape(-1, *self.y.shape)).flatten(1).cpu().double()
+        directions = torch.eye(self.size, dtype=self.y.dtype, device=self.y.device)
+        matrix = self.vjp(directions.reshape(-1, *self.y.shape)).flatten(1).cpu().double()
         self._graph = None
         return matrix
 
