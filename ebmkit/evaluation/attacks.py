@@ -41,8 +41,6 @@ from ebmkit.errors import UserError
 from ebmkit.evaluation.defences import DefendedClassifier, frozen, predicted_labels
 from ebmkit.randomness import image_generators
 
-__all__ = ["Attack", "autoattack", "check_autoattack"]
-
 STEPSIZE = 0.2
 """Of PGD, relative to the strength. Steps of 0.03 or 0.06 in 40, as usual, left images unbroken on
 digits that this one broke, and AutoAttack."""

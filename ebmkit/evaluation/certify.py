@@ -53,10 +53,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
+from rich.table import Table
 from torch import Tensor
 
 from ebmkit.energy import EnergyModel, LogDensity, tweedie
@@ -75,20 +76,6 @@ from ebmkit.metrics import predict
 from ebmkit.noise import Sigma, format_sigma, in_255ths
 from ebmkit.plots import common
 from ebmkit.randomness import hashed_generator
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-__all__ = [
-    "CERTIFY",
-    "Certificates",
-    "CertifyConfig",
-    "certificates",
-    "draw_votes",
-    "largest_radius",
-    "lower_bound",
-    "vote_generator",
-]
 
 ABSTAIN = -1
 """Stands where a label would, if there is no certificate."""

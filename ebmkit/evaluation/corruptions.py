@@ -57,6 +57,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from pydantic import AfterValidator, Field
+from rich.table import Table
 from torch import Tensor
 
 from ebmkit.energy import EnergyModel, ScoreModel, classifies
@@ -73,16 +74,6 @@ from ebmkit.registry import find
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from rich.table import Table
-
-__all__ = [
-    "CORRUPTIONS",
-    "CORRUPTIONS_SUITE",
-    "Corruption",
-    "CorruptionsConfig",
-    "constants_for",
-    "corrupt",
-]
 
 STRENGTHS = (1, 2, 3, 4, 5)
 
@@ -415,44 +406,91 @@ def table(document: dict[str, Any]) -> Table:
     return result
 
 
+LINES = {
+    "accuracy": ("accuracy", 100, common.BLUE, "o", "-"),
+    "confidence": ("mean confidence", 100, common.ORANGE, "s", "--"),
+    "psnr_corrupted": ("corrupted", 1, common.GRAY, "o", "-"),
+    "psnr": ("denoised", 1, common.GREEN, "s", "--"),
+}
+"""By measure: its label, scale, colour, marker and line style."""
+
+LOOKS = (
+    *((common.BLUE, "o"), (common.ORANGE, "s"), (common.GREEN, "^"), (common.PURPLE, "D")),
+    *((common.SKY, "v"), (common.GRAY, "P")),
+)
 COLUMNS = 3
 LAST = 5.0
 """Width of the last panel with its legend, inches."""
-
-LOOKS = tuple(
-    zip(
-        (common.BLUE, common.ORANGE, common.GREEN, common.PURPLE, common.SKY, common.GRAY),
-        "os^DvP",
-        strict=True,
-    )
-)
 
 
 def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``corruptions.png`` (accuracy and confidence against the strength, and by each other),
     ``corruptions-psnr.png`` and ``corruptions-examples.png``, as far as they apply."""
-    clean, corruptions = document["clean"], document["corruptions"].values()
-    if "accuracy" in clean:
+    if "accuracy" in document["clean"]:
         title = "Accuracy and confidence under corruption"
-        figure, panels = _panels(document, title, ["clean", *_strengths(document)], LAST)
-        for axes, found in zip(panels, corruptions, strict=True):
-            rows = [clean, *found["rows"]]
-            _line(axes, rows, "accuracy", common.BLUE, "o", "-", "accuracy", 100)
-            _line(axes, rows, "confidence", common.ORANGE, "s", "--", "mean confidence", 100)
+        figure, panels = _panels(document, title, ("accuracy", "confidence"), LAST)
+        for axes in panels:
             chance = 100 / context.model.num_classes
             axes.axhline(chance, color=common.GRAY, ls=":", lw=1, label="chance")
             axes.set_ylim(0, 104)
         _plot_slope(figure.axes[-1], document)
-        _finish(figure, "accuracy, confidence (%)", folder / "corruptions.png")
+        figure.supylabel("accuracy, confidence (%)", fontsize=10)
+        common.shared_legend(figure, 3)
+        common.save_figure(figure, folder / "corruptions.png")
     title = "Denoising corrupted images, noise level estimated"
-    figure, panels = _panels(document, title, _strengths(document))
-    for axes, found in zip(panels, corruptions, strict=True):
-        _line(axes, found["rows"], "psnr_corrupted", common.GRAY, "o", "-", "corrupted")
-        if "psnr" in clean:
-            _line(axes, found["rows"], "psnr", common.GREEN, "s", "--", "denoised")
-    _finish(figure, "PSNR (dB), mean over changed images", folder / "corruptions-psnr.png")
+    figure, _ = _panels(document, title, ("psnr_corrupted", "psnr"))
+    figure.supylabel("PSNR (dB), mean over changed images", fontsize=10)
+    common.shared_legend(figure, 3)
+    common.save_figure(figure, folder / "corruptions-psnr.png")
     ((x, _),) = context.images.first(1).batches(1)
-    _plot_examples(x, context.seed, document, folder / "corruptions-examples.png")
+    rows = [
+        [(x[0], f"{name}: {found['unit']}")]
+        + [
+            (corrupt(x, name, row["constant"], context.seed)[0], f"{row['constant']:g}")
+            for row in found["rows"]
+        ]
+        for name, found in document["corruptions"].items()
+    ]
+    first = next(iter(document["corruptions"].values()))
+    heads = ["clean", *(f"strength {row['strength']}" for row in first["rows"])]
+    title = f"Corruptions and their constants: {common.images_of(document, 1)}"
+    common.image_rows(rows, heads, folder / "corruptions-examples.png", title=title)
+
+
+def _panels(
+    document: dict[str, Any], title: str, measures: Sequence[str], last: float = 0.0
+) -> tuple[Figure, list[Axes]]:
+    """``measures`` against the strength, a panel for each corruption; and, if wanted, an empty one
+    beside, ``last`` inches wide, where accuracies on clean images are shown, too."""
+    corruptions = document["corruptions"]
+    columns = min(COLUMNS, len(corruptions))
+    lines = -(-len(corruptions) // columns)
+    height = max(1.2 + 2.15 * lines, 4.2 if last else 0)
+    figure = common.new_figure(0.9 + 2.6 * columns + last, height, layout="constrained")
+    ratios = [2.6] * columns + [last] * bool(last)
+    grid = figure.add_gridspec(lines, len(ratios), width_ratios=ratios)
+    panels: list[Axes] = []
+    for i, (name, found) in enumerate(corruptions.items()):
+        shared = panels[0] if panels else None
+        axes = figure.add_subplot(grid[i // columns, i % columns], sharey=shared)
+        panels.append(axes)
+        rows = [{**document["clean"], "strength": "clean"}] * bool(last) + found["rows"]
+        for measure in measures:
+            if measure in document["clean"]:
+                label, scale, colour, marker, style = LINES[measure]
+                look = {"color": colour, "marker": marker, "ls": style, "ms": 4, "label": label}
+                estimates = [row[measure] for row in rows]
+                common.plot_estimates(axes, range(len(rows)), estimates, scale, **look)
+        axes.tick_params(labelleft=i % columns == 0)
+        axes.set_title(name, fontsize=10)
+        axes.grid(axis="y", color=common.GRAY, alpha=0.25, lw=0.6)
+        axes.set_xlim(-0.3, len(rows) - 0.7)
+        axes.set_xticks(range(len(rows)), [str(row["strength"]) for row in rows])
+        axes.set_xlabel("strength", labelpad=1)
+    figure.suptitle(f"{title}: {common.images_of(document)}", fontsize=11)
+    if last:
+        figure.add_subplot(grid[:, -1])
+    return figure, panels
 
 
 def _plot_slope(axes: Axes, document: dict[str, Any]) -> None:
@@ -478,89 +516,6 @@ def _plot_slope(axes: Axes, document: dict[str, Any]) -> None:
     axes.set_title(f"Slope of confidence on accuracy: {text}", fontsize=10)
     place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)}
     axes.legend(frameon=False, fontsize=8, title="larger:\nstronger", **place)
-
-
-def _plot_examples(x: Tensor, seed: int, document: dict[str, Any], path: Path) -> None:
-    """The image ``x`` (1, C, H, W) under every corruption (row) at every strength (column), with
-    the constant used."""
-    corruptions = document["corruptions"]
-    columns = 1 + len(_strengths(document))
-    cell, label = 1.25, 0.24
-    tall = min(2.5, max(0.4, x.shape[-2] / x.shape[-1])) * cell
-    height = len(corruptions) * (tall + label) + 0.7
-    figure = common.new_figure(cell * columns + 1.35, height)
-    margins = {"left": 1.3 / figure.get_figwidth(), "right": 0.99}
-    margins |= {"bottom": 0.26 / height, "top": 1 - 0.5 / height}
-    spaces = {"wspace": 0.06, "hspace": label / tall * 1.2}
-    grid = figure.add_gridspec(len(corruptions), columns, **margins, **spaces)
-    for i, (name, found) in enumerate(corruptions.items()):
-        axes = figure.add_subplot(grid[i, 0])
-        common.show_image(axes, x[0], "", "clean" if i == 0 else "")
-        common.row_label(axes, f"{name}\n({found['unit']})")
-        for k, row in enumerate(found["rows"]):
-            image = corrupt(x, name, row["constant"], seed)[0]
-            above = f"strength {row['strength']}" if i == 0 else ""
-            axes = figure.add_subplot(grid[i, k + 1])
-            common.show_image(axes, image, f"{row['constant']:g}", above)
-    title = f"Corruptions and their constants: {common.images_of(document, 1)}"
-    figure.text(0.02, 1 - 0.14 / height, title, fontsize=10, weight="bold", va="center")
-    common.save_figure(figure, path)
-
-
-def _strengths(document: dict[str, Any]) -> list[Any]:
-    """Those measured, the same for all corruptions."""
-    return [row["strength"] for row in next(iter(document["corruptions"].values()))["rows"]]
-
-
-def _panels(
-    document: dict[str, Any], title: str, ticks: Sequence[Any], last: float = 0.0
-) -> tuple[Figure, list[Axes]]:
-    """A panel for each corruption, titled by its name, with the strengths as ``ticks``; and, if
-    wanted, a last one beside, ``last`` inches wide."""
-    names = list(document["corruptions"])
-    columns = min(COLUMNS, len(names))
-    rows = -(-len(names) // columns)
-    height = max(1.2 + 2.15 * rows, 4.2 if last else 0)
-    figure = common.new_figure(0.9 + 2.6 * columns + last, height, layout="constrained")
-    ratios = [2.6] * columns + [last] * bool(last)
-    grid = figure.add_gridspec(rows, len(ratios), width_ratios=ratios)
-    panels: list[Axes] = []
-    for i, name in enumerate(names):
-        shared = panels[0] if panels else None
-        axes = figure.add_subplot(grid[i // columns, i % columns], sharey=shared)
-        axes.tick_params(labelleft=i % columns == 0)
-        axes.set_title(name, fontsize=10)
-        axes.grid(axis="y", color=common.GRAY, alpha=0.25, lw=0.6)
-        axes.set_xlim(-0.3, len(ticks) - 0.7)
-        axes.set_xticks(range(len(ticks)), [str(tick) for tick in ticks])
-        axes.set_xlabel("strength", labelpad=1)
-        panels.append(axes)
-    figure.suptitle(f"{title}: {common.images_of(document)}", fontsize=11)
-    if last:
-        figure.add_subplot(grid[:, -1])
-    return figure, panels
-
-
-def _line(
-    axes: Axes,
-    rows: Sequence[dict[str, Any]],
-    name: str,
-    colour: str,
-    marker: str,
-    style: str,
-    label: str,
-    scale: float = 1,
-) -> None:
-    """A measure with its 95 % interval against the strength."""
-    look = {"color": colour, "marker": marker, "ls": style, "ms": 4, "label": label}
-    estimates = [row[name] for row in rows]
-    common.plot_estimates(axes, range(len(rows)), estimates, scale, **look)
-
-
-def _finish(figure: Figure, y: str, path: Path) -> None:
-    figure.supylabel(y, fontsize=10)
-    common.shared_legend(figure, 3)
-    common.save_figure(figure, path)
 
 
 def _passes(context: EvaluationContext) -> int:

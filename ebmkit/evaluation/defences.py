@@ -42,16 +42,6 @@ from ebmkit.randomness import hashed_generator
 from ebmkit.sampling import langevin_move
 from ebmkit.sampling.langevin import JEM_NOISE, JEM_STEP
 
-__all__ = [
-    "DEFENCES",
-    "Defence",
-    "DefenceName",
-    "DefendedClassifier",
-    "Refinement",
-    "frozen",
-    "predicted_labels",
-]
-
 DefenceName = Literal["direct", "noise", "denoise", "denoise+noise", "refine"]
 
 DEFENCES: tuple[DefenceName, ...] = get_args(DefenceName)

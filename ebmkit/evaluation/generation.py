@@ -45,15 +45,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange
 from pydantic import Field
+from rich.table import Table
 from torch import Tensor
 
 from ebmkit.energy import EnergyModel
@@ -83,12 +84,6 @@ from ebmkit.evaluation.suite import (
 )
 from ebmkit.plots import common
 from ebmkit.storage.hdf5 import find_array, open_hdf5, read_array, read_attribute
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from rich.table import Table
-
-__all__ = ["GENERATION", "Generated", "GenerationConfig", "other_split", "read_samples"]
 
 ENOUGH = 10
 """Samples for each feature, below which a Frechet distance is said to be biased."""
@@ -270,12 +265,12 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
         context.skip(len(images))
         floor, against = ({n: c[k::2] for n, c in real.columns.items()} for k in (0, 1))
         of = "half of the reference, against the other half"
-    for name, columns in (
-        ("samples", samples.columns),
-        ("reference", real.columns),
-        ("floor", floor),
-    ):
-        if not all(columns[part].isfinite().all() for part in ("features", "logits")):
+    for name, own in {
+        "samples": samples.columns,
+        "reference": real.columns,
+        "floor": floor,
+    }.items():
+        if not (own["features"].isfinite().all() and own["logits"].isfinite().all()):
             raise UserError(
                 f"generation: the extractor gives values that are not finite of the {name}: "
                 "name another by generation.extractor"
@@ -373,52 +368,37 @@ def table(document: dict[str, Any]) -> Table:
     kinds = {name: kind for kind, name in document["names"].items()}
     for name, found in document["measures"].items():
         form = FORMS.get(kinds[name], "{:.2f}")
-        span = interval(found, form)
-        real = number(floor[name], form)
-        result.add_row(name, number(found, form), span, real)
-    for row in (*_of_labels(document), *_of_pixels(document)):
+        result.add_row(name, number(found, form), interval(found, form), number(floor[name], form))
+    for row in _more_rows(document):
         result.add_row(*row)
     add_note(result, "\n".join(described(document)))
     return result
 
 
-Row = tuple[str, str, str, str]
+def _more_rows(document: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """Label accuracy and what is measured by class, if labels were asked for; saturation; energy
+    gap."""
 
+    def row(name: str, own: dict[str, Any], form: str, real: str = "") -> tuple[str, str, str, str]:
+        return name, number(own, form), interval(own, form), real
 
-def _of_labels(document: dict[str, Any]) -> Iterator[Row]:
-    """Label accuracy, and what is known by class."""
-    labels, extractor = document["labels"], document["extractor"]
-    if labels is None:
-        return
-    whole = labels["accuracy"]
-    real = number(extractor["accuracy"] or whole, "{:.1%}")
-    worst = min(labels["classes"], key=lambda c: c["accuracy"]["value"])
-    for name, own, beside in (
-        ("label accuracy", whole, real),
-        (f"worst class: {worst['name']}", worst["accuracy"], ""),
-    ):
-        span = interval(own, "{:.1%}")
-        yield name, number(own, "{:.1%}"), span, beside
-    means, names = labels["means"], document["names"]
-    name = f"{names['frechet']} within classes"
-    yield name, number(means["frechet"], "{:.2f}"), "-", number(means["floor"], "{:.2f}")
-    yield "diversity", number(means["diversity"], "{:.2f}"), "-", "1.00"
-
-
-def _of_pixels(document: dict[str, Any]) -> Iterator[Row]:
-    """Saturation and energy gap."""
+    if labels := document["labels"]:
+        whole, means = labels["accuracy"], labels["means"]
+        real = number(document["extractor"]["accuracy"] or whole, "{:.1%}")
+        yield row("label accuracy", whole, "{:.1%}", real)
+        worst = min(labels["classes"], key=lambda c: c["accuracy"]["value"])
+        yield row(f"worst class: {worst['name']}", worst["accuracy"], "{:.1%}")
+        name = f"{document['names']['frechet']} within classes"
+        yield name, number(means["frechet"], "{:.2f}"), "-", number(means["floor"], "{:.2f}")
+        yield "diversity", number(means["diversity"], "{:.2f}"), "-", "1.00"
     words = {"ends": "black or white", "colour": "HSV saturation"}
     for name, found in document["saturation"].items():
         if found is not None:
-            own = found["samples"]
-            span = interval(own, "{:.1%}")
-            real = number(found["real"], "{:.1%}")
-            yield words[name], number(own, "{:.1%}"), span, real
+            yield row(words[name], found["samples"], "{:.1%}", number(found["real"], "{:.1%}"))
+    words = {"energy": "E(x) gap, nats", "joint_energy": "E(x,y) gap, nats"}
     for name, own in (document["energy_gap"] or {}).items():
         if own is not None:
-            word = "E(x)" if name == "energy" else "E(x,y)"
-            span = interval(own, "{:+.3g}")
-            yield f"{word} gap, nats", number(own, "{:+.3g}"), span, "0"
+            yield row(words[name], own, "{:+.3g}", "0")
 
 
 def described(document: dict[str, Any]) -> list[str]:
@@ -462,16 +442,10 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
     )
     for side, (images, title) in enumerate(zip((samples, real), titles, strict=True)):
         left = (0.15 + side * (COLUMNS * cell + 0.4)) / width
-        grid = figure.add_gridspec(
-            rows,
-            COLUMNS,
-            left=left,
-            right=left + COLUMNS * cell / width,
-            bottom=0.02,
-            top=1 - 1.2 / height,
-            wspace=0.05,
-            hspace=0.3 if labels else 0.05,
-        )
+        margins = {"left": left, "right": left + COLUMNS * cell / width}
+        margins |= {"bottom": 0.02, "top": 1 - 1.2 / height}
+        spaces = {"wspace": 0.05, "hspace": 0.3 if labels else 0.05}
+        grid = figure.add_gridspec(rows, COLUMNS, **margins, **spaces)
         for k, image in enumerate(images):
             axes = figure.add_subplot(grid[k // COLUMNS, k % COLUMNS])
             common.show_image(axes, image, "", "")
@@ -484,86 +458,75 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
     ]
     half = -(-len(words) // 2)
     for line, part in enumerate((words[:half], words[half:])):
-        figure.text(
-            0.15 / width, 1 - (0.2 + 0.24 * line) / height, ", ".join(part), fontsize=8, va="center"
-        )
+        y = 1 - (0.2 + 0.24 * line) / height
+        figure.text(0.15 / width, y, ", ".join(part), fontsize=8, va="center")
     common.save_figure(figure, folder / "generation.png")
     if document["labels"] is not None:
         _plot_classes(document, folder / "generation-classes.png")
 
 
 def _plot_classes(document: dict[str, Any], path: Path) -> None:
-    """Of each class: recognised, Frechet distance, diversity, saturation, energy gap."""
-    classes = document["labels"]["classes"]
-    gaps = [c["energy_gap"] for c in classes]
-    panels = 4 + all(gap is not None and gap["energy"]["value"] is not None for gap in gaps)
-    figure = common.new_figure(
-        max(6.6, 1.6 + 0.62 * len(classes)), 0.7 + 1.75 * panels, "constrained"
-    )
-    total = document["labels"]["accuracy"]
+    """Of each class: recognised, Frechet distance, diversity, saturation, energy gap; with their 95
+    % intervals, where they are known, and a short line at what real images have."""
+    classes, total = document["labels"]["classes"], document["labels"]["accuracy"]
+    colour = "colour" if classes[0]["saturation"]["colour"] else "ends"
+    pixels = [c["saturation"][colour] for c in classes]
+    spread = [
+        dict(zip(("value", "low", "high"), (c["diversity"], *c["diversity_interval"]), strict=True))
+        for c in classes
+    ]
+    real = [100 * p["real"]["value"] if p["real"]["count"] else None for p in pixels]
+    panels: list[tuple[str, list[dict[str, Any]], float, str, list[float | None]]] = [
+        ("recognised (%)", [c["accuracy"] for c in classes], 100, common.BLUE, []),
+        (
+            document["names"]["frechet"],
+            [c["frechet"] for c in classes],
+            1,
+            common.PURPLE,
+            [c["floor"]["frechet"] for c in classes],
+        ),
+        ("diversity", spread, 1, common.GREEN, [1.0] * len(classes)),
+        (
+            "saturation (%)" if colour == "colour" else "black or white (%)",
+            [p["samples"] for p in pixels],
+            100,
+            common.ORANGE,
+            real,
+        ),
+    ]
+    gaps = [gap["energy"] for c in classes if (gap := c["energy_gap"])]
+    gaps = [gap for gap in gaps if gap["value"] is not None]
+    if len(gaps) == len(classes):
+        panels.append(("E(x) gap (nats)", gaps, 1, common.SKY, [0.0] * len(classes)))
+    size = max(6.6, 1.6 + 0.62 * len(classes)), 0.7 + 1.75 * len(panels)
+    figure = common.new_figure(*size, "constrained")
     figure.suptitle(
         f"Samples recognised as the label asked for: {total['value']:.1%} "
         f"({total['low']:.1%} to {total['high']:.1%}) of {total['count']}; lines: real images",
         fontsize=9,
     )
-    rows = [figure.add_subplot(panels, 1, row + 1) for row in range(panels)]
-    _bars(rows[0], [c["accuracy"] for c in classes], common.BLUE, 100)
-    rows[0].set(ylabel="recognised (%)", ylim=(0, 104))
-    _bars(rows[1], [c["frechet"] for c in classes], common.PURPLE)
-    _lines(rows[1], [c["floor"]["frechet"] for c in classes])
-    rows[1].set(ylabel=document["names"]["frechet"])
-    rows[1].set_ylim(bottom=0)
-    _bars(rows[2], [_spread(c) for c in classes], common.GREEN, hatch="//")
-    rows[2].axhline(1, color=common.GRAY, ls=":", lw=1)
-    rows[2].set(ylabel="diversity")
-    colour = "colour" if classes[0]["saturation"]["colour"] else "ends"
-    found = [c["saturation"][colour] for c in classes]
-    _bars(rows[3], [f["samples"] for f in found], common.ORANGE, 100)
-    _lines(rows[3], [100 * f["real"]["value"] if f["real"]["count"] else None for f in found])
-    rows[3].set(ylabel="saturation (%)" if colour == "colour" else "black or white (%)")
-    if panels > 4:
-        _bars(rows[4], [gap["energy"] for gap in gaps], common.SKY)
-        rows[4].axhline(0, color=common.GRAY, ls=":", lw=1)
-        rows[4].set(ylabel="E(x) gap (nats)")
-    slanted = len(classes) > 10
-    for axes in rows:
+    for axes, (label, estimates, scale, shade, lines) in zip(
+        figure.subplots(len(panels)), panels, strict=True
+    ):
+        values = [scale * (e["value"] or 0.0) for e in estimates]
+        axes.bar(range(len(values)), values, color=shade, alpha=0.75, width=0.7)
+        known = {k: e for k, e in enumerate(estimates) if e["low"] is not None}
+        ends = [
+            [scale * max(0.0, sign * (e[end] - e["value"])) for e in known.values()]
+            for sign, end in ((-1, "low"), (1, "high"))
+        ]
+        tops, bars = [values[k] for k in known], {"ecolor": "black", "capsize": 2, "lw": 1}
+        axes.errorbar([*known], tops, ends, fmt="none", **bars)
+        for k, height in enumerate(lines):
+            if height is not None:
+                axes.hlines(height, k - 0.42, k + 0.42, color="black", lw=1.4)
+        axes.set_ylabel(label)
         axes.set_xticks(range(len(classes)), [c["name"] for c in classes])
         axes.tick_params(labelsize=8)
-        axes.tick_params("x", rotation=30 if slanted else 0)
+        axes.tick_params("x", rotation=30 if len(classes) > 10 else 0)
         axes.grid(axis="y", alpha=0.25, lw=0.5)
+    figure.axes[0].set_ylim(0, 104)
     common.save_figure(figure, path)
-
-
-def _bars(
-    axes: Axes,
-    estimates: Sequence[dict[str, Any]],
-    colour: str,
-    scale: float = 1,
-    hatch: str | None = None,
-) -> None:
-    """Values with their 95 % intervals, where they are known."""
-    values = [scale * (e["value"] or 0.0) for e in estimates]
-    axes.bar(range(len(values)), values, color=colour, alpha=0.75, width=0.7, hatch=hatch)
-    known = [(k, e) for k, e in enumerate(estimates) if e["low"] is not None]
-    ends = [
-        [scale * max(0.0, e["value"] - e["low"]) for _, e in known],
-        [scale * max(0.0, e["high"] - e["value"]) for _, e in known],
-    ]
-    places, tops = [k for k, _ in known], [scale * e["value"] for _, e in known]
-    axes.errorbar(places, tops, ends, fmt="none", ecolor="black", capsize=2, lw=1)
-
-
-def _lines(axes: Axes, values: Sequence[float | None]) -> None:
-    """A short line across each bar, at what real images have."""
-    known = [(k, value) for k, value in enumerate(values) if value is not None]
-    places, heights = [k for k, _ in known], [value for _, value in known]
-    left, right = [k - 0.42 for k in places], [k + 0.42 for k in places]
-    axes.hlines(heights, left, right, color="black", lw=1.4)
-
-
-def _spread(entry: dict[str, Any]) -> dict[str, Any]:
-    low, high = entry["diversity_interval"]
-    return {"value": entry["diversity"], "low": low, "high": high}
 
 
 GENERATION = Suite(

@@ -41,19 +41,6 @@ from ebmkit.evaluation.features import Extractor
 from ebmkit.evaluation.statistics import LEVEL, Estimate, to_json
 from ebmkit.metrics import predict
 
-__all__ = [
-    "Columns",
-    "Features",
-    "by_class",
-    "class_means",
-    "columns_of_images",
-    "energy_gap",
-    "frechet",
-    "measure_guided",
-    "pixel_columns",
-    "saturation",
-]
-
 Columns = dict[str, Tensor]
 
 UNKNOWN = float("nan")
@@ -265,7 +252,7 @@ def columns_of_images(
     ``features`` and ``logits`` of the extractor; those of `pixel_columns`; ``energy`` and, where
     the model has ``num_classes`` labels, ``log_posterior``, as in `ImageEnergies`.
     """
-    columns = extractor.extract(x)._asdict() | pixel_columns(x)
+    columns = extractor.extract(x) | pixel_columns(x)
     if energy_model is not None:
         found = energies_of(energy_model, x, None, reading)
         columns["energy"] = found.energy

@@ -65,12 +65,13 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import AfterValidator, Field
+from rich.table import Table
 from torch import Tensor
 
 from ebmkit.energy import EnergyModel, LogDensity, ScoreModel, classifies
@@ -91,11 +92,6 @@ from ebmkit.evaluation.suite import (
 from ebmkit.noise import Sigma, format_sigma
 from ebmkit.plots import common
 from ebmkit.randomness import image_noise
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-__all__ = ["METRICS", "OOD", "OodConfig", "detection", "known_scores", "scores_of"]
 
 BINS = 40
 

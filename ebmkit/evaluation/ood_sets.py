@@ -23,8 +23,6 @@ from ebmkit.errors import UserError, unknown_name
 from ebmkit.evaluation.context import Images
 from ebmkit.randomness import keyed_generator
 
-__all__ = ["MADE", "NAMED", "OutSet", "find_set", "standard_sets"]
-
 
 @dataclass(frozen=True)
 class OutSet:

@@ -41,10 +41,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from pydantic import AfterValidator, Field
+from rich.table import Table
 from torch import Tensor
 
 from ebmkit.attacks import Norm, search_steps
@@ -59,11 +60,6 @@ from ebmkit.noise import Radius, Sigma, SigmaOrZero, in_255ths
 from ebmkit.plots import common
 from ebmkit.randomness import image_noise
 from ebmkit.sampling.langevin import JEM_NOISE, JEM_STEP
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-__all__ = ["ROBUSTNESS", "RobustnessConfig", "plot_comparison"]
 
 VALUES_PER_STEP = 32_768
 """Pixel values that one step of an attack takes at least, if there are as many: 512 digits."""
@@ -303,7 +299,8 @@ class _Attacks:
         if self.config.checks:
             assert self.images.labels is not None
             radius = self._gray_radius(norm)
-            left, bound = accuracy(smallest > radius), _commonest(self.images.labels)
+            left = accuracy(smallest > radius)
+            bound = int(self.images.labels.bincount().max()) / len(self.images)
             document["gray"] = {"epsilon": radius, "accuracy": left, "bound": bound}
             if left.value > bound:
                 doubts.append(
@@ -406,12 +403,15 @@ def compare_attacks(
         smallest: the smallest strength that breaks each image, (N,); 0 if it is wrong anyway.
         broken: by attack, which images (N,) bool it breaks; ``pgd`` is among them.
     """
+    from scipy.stats import binomtest
+
     right, pgd, at = smallest > 0, broken["pgd"], strength(norm, epsilon)
     left = {name: accuracy(right & ~other) for name, other in broken.items()}
     document, doubts = {"epsilon": epsilon, **left}, []
     for name, other in broken.items():
         only, rest = int((right & other & ~pgd).sum()), int((right & pgd & ~other).sum())
-        if name in WEAKER and _significantly_more(only, rest):
+        test = partial(binomtest, only, only + rest, alternative="greater")
+        if name in WEAKER and only > rest and test().pvalue < SIGNIFICANT:
             doubts.append(
                 f"{WEAKER[name]} at {at} breaks {only} images that PGD does not, and PGD "
                 f"{rest} others: gradients are masked, and the accuracies are too high"
@@ -424,20 +424,6 @@ def compare_attacks(
                     f"{left['pgd'].value:.1%}: PGD is too weak, and the accuracies are too high"
                 )
     return document, doubts
-
-
-def _significantly_more(only: int, rest: int) -> bool:
-    """Whether ``only`` exceeds ``rest`` beyond chance, by a one-sided sign test."""
-    from scipy.stats import binomtest
-
-    if only <= rest:
-        return False
-    return bool(binomtest(only, only + rest, alternative="greater").pvalue < SIGNIFICANT)
-
-
-def _commonest(labels: Tensor) -> float:
-    """The share of the commonest of ``labels`` (N,)."""
-    return int(labels.bincount().max()) / len(labels)
 
 
 def _warnings(

@@ -28,10 +28,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import AfterValidator, Field
+from rich.table import Table
 from torch import Tensor
 
 from ebmkit.attacks import Norm
@@ -54,11 +55,6 @@ from ebmkit.evaluation.robustness import (
 from ebmkit.evaluation.statistics import accuracy
 from ebmkit.evaluation.suite import Suite, SuiteConfig, check_classifies, load_beside, new_table
 from ebmkit.plots.common import images_of
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-__all__ = ["ROBUSTNESS_GRID", "THESIS", "RobustnessGridConfig", "column_names", "trained"]
 
 VALUES_PER_STEP = 800_000
 """Pixel values in a step of the attack at most."""

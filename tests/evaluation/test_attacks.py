@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ebmkit import EnergyModel, GaussianMixture, UserError, create_model
-from ebmkit.attacks import NORMS, search_steps
+from ebmkit.attacks import NORMS, noise_of_size, random_start, search_steps
 from ebmkit.energy import Energies
 from ebmkit.evaluation import attacks
 from ebmkit.evaluation.attacks import Attack
@@ -18,7 +18,7 @@ from ebmkit.evaluation.defences import (
     DefendedClassifier,
     Refinement,
 )
-from ebmkit.randomness import image_noise
+from ebmkit.randomness import image_generators, image_noise
 
 SIDE = 4
 STRENGTHS = [0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32]
@@ -86,6 +86,54 @@ def test_one_step_is_enough_where_the_classifier_is_linear_and_noise_is_not():
         assert torch.equal(step, distances[norm] < epsilon)
         assert noise.sum() < 0.4 * step.sum()
         assert not (noise & ~step).any()
+
+
+def by_foolbox(attack, target, x, labels, epsilon, starts):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # its imports from scipy
+        import eagerpy
+        import foolbox.attacks as fa
+        from foolbox import PyTorchModel
+    linf = attack.norm == "linf"
+    if attack.kind == "one-step":
+        other = fa.LinfFastGradientAttack() if linf else fa.L2FastGradientAttack()
+    else:
+        kind = (
+            fa.LinfProjectedGradientDescentAttack if linf else fa.L2ProjectedGradientDescentAttack
+        )
+        other = kind(rel_stepsize=attack.stepsize, steps=attack.steps)
+        other.get_random_start = lambda x0, epsilon: eagerpy.astensor(starts)
+    bounded = PyTorchModel(target, bounds=(0, 1), device="cpu")
+    return other(bounded, x, labels, epsilons=epsilon)[1]
+
+
+@pytest.mark.parametrize("kind", ["pgd", "one-step"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_attack_is_foolbox_s_from_the_same_starts(norm, kind):
+    """To rounding: in float64, also at the bounds of images and through a denoiser."""
+    model = two_gaussians().double()
+    x = torch.rand(20, 1, SIDE, SIDE, dtype=torch.float64).mul(1.4).sub(0.2).clamp(0, 1)
+    labels = model.logits(x).argmax(1)
+    target = DefendedClassifier(model, Defence("denoise", 0.05))
+    attack = Attack(norm, kind, steps=7, stepsize=0.3)
+    found = attack.perturbed(target, x, labels, 0.3, "seed")
+    starts = random_start(x, 0.3, norm, image_generators(x, "seed"))
+    expected = by_foolbox(attack, target, x, labels, 0.3, starts)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert (found - x).abs().amax(dim=(1, 2, 3)).min() > 0.01
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_noise_has_the_size_that_is_asked_for_after_clipping(norm):
+    x = torch.rand(50, 1, SIDE, SIDE).mul(1.4).sub(0.2).clamp(0, 1)
+    change = (noise_of_size(x, 0.2, norm, image_generators(x, "")) - x).flatten(1)
+    if norm == "l2":
+        torch.testing.assert_close(change.norm(dim=1), torch.full((50,), 0.2))
+        far = noise_of_size(x, 9.0, norm, image_generators(x, ""))
+        assert ((far == 0) | (far == 1)).all()  # no image is so far: as far as this noise goes
+    else:
+        assert change.abs().max() <= 0.2 + 1e-6
+        assert (change.abs().amax(dim=1) > 0.199).float().mean() > 0.5  # but for the clipping
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -132,7 +132,7 @@ def test_stronger_is_further_from_the_clean_image(name, small, photo):
         assert constants_for((x.shape[-2], x.shape[-1])) == kind
         values = []
         for strength in range(1, 6):
-            found = corrupt(x, name, CORRUPTIONS[name].constant(strength, kind))
+            found = corrupt(x, name, getattr(CORRUPTIONS[name], kind)[strength - 1])
             assert found.min() >= 0
             assert found.max() <= 1
             values.append(float(psnr(found, x)))
@@ -143,7 +143,7 @@ def test_stronger_is_further_from_the_clean_image(name, small, photo):
 @pytest.mark.parametrize("name", CORRUPTIONS)
 def test_an_image_is_corrupted_by_its_number(name, small):
     images = torch.cat([small, small.flip(-1), small, small.flip(-2)])
-    constant = CORRUPTIONS[name].constant(5, "cifar")
+    constant = CORRUPTIONS[name].cifar[4]
     whole = corrupt(images, name, constant, seed=4)
     parts = [corrupt(images[i : i + 1], name, constant, 4, first=i) for i in range(4)]
     assert torch.equal(whole, torch.cat(parts))

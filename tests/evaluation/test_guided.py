@@ -11,7 +11,7 @@ import torch
 from mixture_world import Drawn
 
 from ebmkit import GaussianMixture, UserError
-from ebmkit.evaluation.features import Extracted, Extractor, classifier_of
+from ebmkit.evaluation.features import Extractor, classifier_of
 from ebmkit.evaluation.guided import Features, energy_gap, measure_guided, pixel_columns
 from ebmkit.models import create_model
 
@@ -22,7 +22,7 @@ def plain(model):
     """An extractor whose features are the pixels, and whose logits are the mixture's."""
 
     def extract(x):
-        return Extracted(x.flatten(1), model.logits(x, 0.0))
+        return {"features": x.flatten(1), "logits": model.logits(x, 0.0)}
 
     return Extractor("classifier", "exact", NAMES, extract, model)
 
