@@ -57,8 +57,6 @@ from ebmkit.metrics import predict
 from ebmkit.noise import Sigma, in_255ths
 from ebmkit.plots import common
 
-__all__ = ["ADVERSARIAL", "AdversarialConfig", "difference"]
-
 ROWS = 4
 """Images in the plot."""
 

@@ -24,22 +24,9 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from ebmkit.compile import Inference, device_of, unwrapped
-from ebmkit.data.identity import fingerprint
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.parallel import DistributedContext
-
-__all__ = [
-    "NOISE_LEVELS",
-    "SIGMAS",
-    "Batch",
-    "EvaluationContext",
-    "Images",
-    "Predictions",
-    "fingerprint",
-    "noise_generator",
-    "noisy_batches",
-]
 
 K = TypeVar("K", bound=Hashable)
 O = TypeVar("O", bound=BaseModel)

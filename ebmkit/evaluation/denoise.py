@@ -58,8 +58,6 @@ from ebmkit.metrics import predict, psnr
 from ebmkit.noise import in_255ths
 from ebmkit.plots import common
 
-__all__ = ["DENOISE", "estimates", "knows_sigma", "plot_images", "plot_psnr", "ssim", "ssim_window"]
-
 LABELS = {
     "noisy": "noisy input",
     "clipped": "noisy input, clipped",

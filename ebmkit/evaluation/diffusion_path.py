@@ -80,8 +80,6 @@ from ebmkit.readings import Reading, reading_of
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["DIFFUSION_PATH", "VIEWS", "DiffusionPathConfig", "views_at"]
-
 VIEWS = {
     "timestep": "in the range of images, sqrt(abar) y + (1 - sqrt(abar))/2",
     "image": "in image units, y = x + sigma eps, the same noise",

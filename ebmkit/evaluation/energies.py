@@ -22,15 +22,6 @@ from ebmkit.energy import EnergyModel, Noise
 from ebmkit.evaluation import statistics
 from ebmkit.readings import Reading, reading_of
 
-__all__ = [
-    "ImageEnergies",
-    "Reading",
-    "class_statistics",
-    "energies_of",
-    "reading_of",
-    "spread",
-]
-
 
 class ImageEnergies(NamedTuple):
     """What `energies_of` reads off a batch.

@@ -62,8 +62,6 @@ from ebmkit.metrics import psnr
 from ebmkit.noise import Sigma, in_255ths
 from ebmkit.plots import common
 
-__all__ = ["JACOBIAN", "JacobianConfig", "magnification"]
-
 PAPER = {
     "largest": [2.71, 2.16, 2.03],
     "smallest": [2.8e-5, -1.9e-5],

@@ -67,18 +67,6 @@ from ebmkit.models.norms import GroupNorm
 from ebmkit.noise import Sigma, in_255ths
 from ebmkit.plots import common
 
-__all__ = [
-    "LINEARITY",
-    "Linearity",
-    "LinearityConfig",
-    "Theory",
-    "directional",
-    "linearity",
-    "linearity_grid",
-    "theory",
-    "theory_of",
-]
-
 SHOWN = {
     "of_change": "{:.3g}",
     "degree": "{:.3f}",

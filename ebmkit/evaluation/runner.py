@@ -50,23 +50,16 @@ from rich.progress import (
 from rich.table import Table
 
 from ebmkit.compile import device_of, make_inference, tf32_restored, unwrapped
+from ebmkit.data.identity import fingerprint
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
-from ebmkit.evaluation.context import (
-    NOISE_LEVELS,
-    SIGMAS,
-    EvaluationContext,
-    Images,
-    fingerprint,
-)
+from ebmkit.evaluation.context import NOISE_LEVELS, SIGMAS, EvaluationContext, Images
 from ebmkit.evaluation.suite import Suite
 from ebmkit.evaluation.suites import FORMER_NAMES, SUITES, find_suite, parse_options
 from ebmkit.parallel import DistributedContext
 from ebmkit.storage import remove_file, write_atomically
 from ebmkit.storage.reading import read_json
 from ebmkit.training.environment import environment
-
-__all__ = ["Result", "evaluate", "evaluation_folder", "tables"]
 
 VALUES_PER_BATCH = 1_500_000
 """Pixel values in a batch at most, where the caller does not say: 488 colour images of 32x32."""

@@ -45,8 +45,6 @@ from torch import Tensor
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
 
-__all__ = ["DENSE", "Eigenpairs", "Jacobian", "Method", "Spectrum", "jacobian", "spectrum"]
-
 DENSE = 3072
 """Values of an image (32 x 32 x 3) up to which the Jacobian is written out."""
 
