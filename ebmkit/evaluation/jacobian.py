@@ -1,4 +1,4 @@
-r"""Suite ``jacobian``: what the denoiser keeps of single noisy images, by its Jacobian's spectrum.
+r"""Suite ``jacobian``: the spectrum of the denoiser's Jacobian at single noisy images.
 
 At :math:`y = x + \sigma\epsilon` of the first images, eigenvalues and eigenvectors of
 

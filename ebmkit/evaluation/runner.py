@@ -18,7 +18,7 @@ Where results cannot be compared, they go to different folders:
 
     RUN/evaluation/                   test images of the data set trained on, all or the first
     RUN/evaluation/cifar100-test/     anything else: other images, other weights
-      classify.json  denoise.json  calibration.json  and pictures
+      classify.json  denoise.json  calibration.json  and plots
     RUN/evaluation/digits-test-steps=100/  settings of a suite's own
 """
 
@@ -279,9 +279,9 @@ def _check_images(model: ScoreModel, images: Images) -> None:
 
 
 def _check_finite(model: ScoreModel, images: Images) -> None:
-    """Whether the model gives numbers at all: of a few images at a little noise."""
-    few = images.first(min(4, len(images)))
-    x = next(iter(few.batches(len(few))))[0].to(device_of(model))
+    """Whether the model gives finite numbers, for up to four images at a little noise."""
+    first = images.first(min(4, len(images)))
+    x = next(iter(first.batches(len(first))))[0].to(device_of(model))
     found = []
     if model.card is None or model.card.sigma_range is not None:
         found.append(model.denoise(x, 25 / 255))
