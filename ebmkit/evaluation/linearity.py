@@ -369,7 +369,7 @@ def _log_limits(estimates: Sequence[dict[str, Any]]) -> tuple[float, float]:
 
 
 def _degree_limits(estimates: Sequence[dict[str, Any]]) -> tuple[float, float]:
-    """What is drawn of degrees: 0 and 2, and what is beyond as far as these stay distinguishable."""
+    """What is drawn of degrees: 0 and 2, and no more beyond than leaves these distinct."""
     ends = [e[k] for e in estimates for k in ("value", "low", "high") if e[k] is not None]
     return max(-2.0, min([-0.5, *ends])), min(5.0, max([2.5, *ends]))
 

@@ -145,8 +145,8 @@ def bars_within(
 ) -> bool:
     """Values with their 95 % intervals, cut at ``limits``.
 
-    A caret at a limit says that an interval continues beyond it. A value beyond is drawn there, with
-    its number.
+    A caret at a limit says that an interval continues beyond it. A value beyond is drawn there,
+    with its number.
 
     Args:
         axes: where to draw.
