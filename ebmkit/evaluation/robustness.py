@@ -49,7 +49,6 @@ from rich.table import Table
 from torch import Tensor
 
 from ebmkit.attacks import Norm, search_steps
-from ebmkit.compile import in_float32
 from ebmkit.energy import EnergyModel
 from ebmkit.evaluation.attacks import Attack, autoattack, check_autoattack
 from ebmkit.evaluation.context import Batch, EvaluationContext
@@ -206,29 +205,26 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
     config = context.option(RobustnessConfig)
     if config.autoattack:
         check_autoattack()
-    with in_float32(context.device):
-        attacks = _Attacks(context, config)
-        moved = {n: attacks.displacement(d) for n, d in config.curve().items() if d.steps}
-        warnings = _warnings(context, config, moved)
-        curves, maps, checks = dict[str, Any](), dict[str, Any](), dict[str, Any]()
-        for norm in config.norms:
-            found = {d: attacks.minimal_epsilons(norm, d) for d in config.attacked()}
-            curve = {
-                d: [accuracy(smallest > epsilon) for epsilon in config.strengths(norm)]
-                for d, smallest in found.items()
-            }
-            curves[norm] = {name: curve[d] for name, d in config.curve().items()}
-            maps[norm] = [{"sigma": d.sigma, "accuracy": curve[d]} for d in config.rows()]
-            checks[norm] = {}
-            if config.checks or config.autoattack:
-                for name, d in config.curve().items():
-                    checks[norm][name], doubts = attacks.check(norm, d, found[d])
-                    warnings += [f"{name}, {norm_name(norm)}: {doubt}" for doubt in doubts]
+    attacks = _Attacks(context, config)
+    moved = {n: attacks.displacement(d) for n, d in config.curve().items() if d.steps}
+    warnings = _warnings(context, config, moved)
+    curves, maps, checks = dict[str, Any](), dict[str, Any](), dict[str, Any]()
+    for norm in config.norms:
+        found = {d: attacks.minimal_epsilons(norm, d) for d in config.attacked()}
+        curve = {
+            d: [accuracy(smallest > epsilon) for epsilon in config.strengths(norm)]
+            for d, smallest in found.items()
+        }
+        curves[norm] = {name: curve[d] for name, d in config.curve().items()}
+        maps[norm] = [{"sigma": d.sigma, "accuracy": curve[d]} for d in config.rows()]
+        checks[norm] = {}
+        if config.checks or config.autoattack:
+            for name, d in config.curve().items():
+                checks[norm][name], doubts = attacks.check(norm, d, found[d])
+                warnings += [f"{name}, {norm_name(norm)}: {doubt}" for doubt in doubts]
     return {
         "images": len(attacks.images),
         "sigmas": list(config.noise_levels),
-        "precision": "fp32",
-        "compiled": False,
         "chance": 1 / context.model.num_classes,
         "epsilons": {norm: list(config.strengths(norm)) for norm in config.norms},
         "defences": {
@@ -628,5 +624,6 @@ ROBUSTNESS = Suite(
     table=table,
     check=check_classifies,
     passes=passes,
+    exact=True,
     options=RobustnessConfig,
 )

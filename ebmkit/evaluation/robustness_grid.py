@@ -37,7 +37,6 @@ from torch import Tensor
 
 from ebmkit.attacks import Norm
 from ebmkit.card import ModelCard
-from ebmkit.compile import in_float32
 from ebmkit.energy import EnergyModel
 from ebmkit.evaluation.attacks import Attack
 from ebmkit.evaluation.context import Batch, EvaluationContext, Images
@@ -129,8 +128,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
     images = context.first(config.images)
     columns = []
     for column in load_columns(context):
-        with in_float32(context.device):
-            smallest = _minimal_epsilons(context, images, column.model, config)
+        smallest = _minimal_epsilons(context, images, column.model, config)
         estimates = [accuracy(smallest > epsilon) for epsilon in config.epsilons]
         columns.append({"name": column.name, "trained": column.trained, "accuracy": estimates})
     thesis = [
@@ -140,8 +138,6 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
     ]
     return {
         "images": len(images),
-        "precision": "fp32",
-        "compiled": False,
         "chance": 1 / context.model.num_classes,
         "norm": config.norm,
         "epsilons": list(config.epsilons),
@@ -241,5 +237,6 @@ ROBUSTNESS_GRID = Suite(
     check=check_classifies,
     passes=lambda context: 1 + len(context.option(RobustnessGridConfig).beside),
     prepare=load_columns,
+    exact=True,
     options=RobustnessGridConfig,
 )

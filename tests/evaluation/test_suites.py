@@ -344,3 +344,14 @@ def test_a_folder_that_cannot_be_made_is_told(network, squares, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot make folder"):
         evaluate(network, squares, ["classify"], tmp_path / "file" / "evaluation")
+
+
+def test_the_former_name_of_a_suite_is_refused_with_the_new_one(mixture, drawn, tmp_path):
+    with pytest.raises(UserError, match="'shift' is now called 'corruptions': .*corruptions"):
+        parse_suites("classify,shift", mixture, drawn)
+    with pytest.raises(UserError, match="now called 'corruptions'"):
+        parse_options({"shift": {"strengths": [1]}}, ["shift"])
+    options = {"corruptions": {"strengths": [1], "corruptions": ["blur"]}}
+    found = evaluation.evaluate(mixture, drawn, ["corruptions"], tmp_path, limit=8, options=options)
+    (former,) = tables({"shift": found["corruptions"]})  # an older document
+    assert former.row_count == tables(found)[0].row_count > 1
