@@ -347,7 +347,7 @@ def test_a_folder_that_cannot_be_made_is_told(network, squares, tmp_path):
 
 
 def test_the_former_name_of_a_suite_is_refused_with_the_new_one(mixture, drawn, tmp_path):
-    with pytest.raises(UserError, match="'shift' is now called 'corruptions': .*corruptions"):
+    with pytest.raises(UserError, match=r"'shift' is now called 'corruptions': .*corruptions"):
         parse_suites("classify,shift", mixture, drawn)
     with pytest.raises(UserError, match="now called 'corruptions'"):
         parse_options({"shift": {"strengths": [1]}}, ["shift"])
