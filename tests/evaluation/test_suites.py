@@ -4,7 +4,7 @@ import pytest
 from mixture_world import Drawn
 
 from ebmkit import UserError
-from ebmkit.evaluation import SUITES, parse_suites
+from ebmkit.evaluation import SUITES, evaluate, parse_options, parse_suites, tables
 
 STANDARD = [name for name, suite in SUITES.items() if suite.standard]
 
@@ -36,6 +36,6 @@ def test_the_former_name_of_a_suite_is_refused_with_the_new_one(mixture, drawn, 
     with pytest.raises(UserError, match="now called 'corruptions'"):
         parse_options({"shift": {"strengths": [1]}}, ["shift"])
     options = {"corruptions": {"strengths": [1], "corruptions": ["blur"]}}
-    found = evaluation.evaluate(mixture, drawn, ["corruptions"], tmp_path, limit=8, options=options)
+    found = evaluate(mixture, drawn, ["corruptions"], tmp_path, limit=8, options=options)
     (former,) = tables({"shift": found["corruptions"]})  # an older document
     assert former.row_count == tables(found)[0].row_count > 1
