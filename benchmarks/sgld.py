@@ -7,7 +7,7 @@ Candidates take turns in every round (`ebmkit.bench.interleave`) on one network 
 
 - plain: what JEM's authors do, a leaf that requires a gradient, logits, logsumexp, summed, backward
   to the image by autograd, float32, and the move in place;
-- ours: `ebmkit.training.negatives`, eager; and compiled, and in bf16, where the device has them.
+- ours: `ebmkit.objectives.likelihood`, eager; and compiled, and in bf16, where the device has them.
 """
 
 from __future__ import annotations

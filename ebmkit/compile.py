@@ -207,7 +207,7 @@ class WrappedModel(ScoreModel):
         """``function(y, sigma, *others)``, compiled if that pays; ``key`` names it."""
         inference, model = self.inference, self.model
         with autocast(y.device, inference.precision):
-            if torch.compiler.is_compiling() or wants_grad(model, y, sigma):
+            if wants_grad(model, y, sigma):
                 return function(y, sigma, *others)
             with torch.no_grad():  # a frozen model keeps nothing, whether or not its user says so
                 if inference.compiling and not (model.training and model.has_batch_norm):

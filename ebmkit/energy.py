@@ -406,7 +406,8 @@ class ScoreModel(nn.Module, ABC):
     @property
     def has_batch_norm(self) -> bool:
         """Whether a BatchNorm is among the modules, whose training mode mixes a batch's images."""
-        return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.modules())
+        kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+        return any(isinstance(m, kinds) for m in self.modules())
 
 
 class EnergyModel(ScoreModel):
@@ -434,12 +435,12 @@ class EnergyModel(ScoreModel):
             sigma: their noise level, a float or (B,).
             targets: from energies to (B,): `LogDensity`, `LabelLogProbability` or any function.
         """
-        record = not torch.compiler.is_compiling() and wants_grad(self, y, sigma)
-        return value_and_grads(self, y, sigma, *targets, record=record)
+        return value_and_grads(self, y, sigma, *targets, record=wants_grad(self, y, sigma))
 
     def _score(self, y: Tensor, sigma: Noise | None, c: Tensor | None) -> Tensor:
         self.warn_if_rough()
-        return self.value_and_grads(y, sigma, LogDensity(c))[1][0]
+        record = wants_grad(self, y, sigma)
+        return value_and_grads(self, y, sigma, LogDensity(c), record=record)[1][0]
 
     def density_and_score(
         self, y: Tensor, sigma: Noise | None = None, c: Tensor | int | None = None
@@ -508,7 +509,7 @@ class EnergyModel(ScoreModel):
 
 def wants_grad(model: nn.Module, y: Tensor, sigma: Noise | None) -> bool:
     """Whether a result of ``model`` at ``y`` is to be differentiated."""
-    if _in_functional_transform():
+    if torch.compiler.is_compiling() or _in_functional_transform():
         return True
     if not torch.is_grad_enabled():
         return False

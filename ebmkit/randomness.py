@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "bit_hash",
     "hashed_generator",
     "image_generators",
     "image_noise",
@@ -50,3 +51,19 @@ def image_noise(x: Tensor, draws: int, key: str) -> Tensor:
     (B, draws, C, H, W), of the type of x and on its device."""
     shape = (draws, *x.shape[1:])
     return torch.stack([torch.randn(shape, generator=g) for g in image_generators(x, key)]).to(x)
+
+
+def bit_hash(numbers: Tensor) -> Tensor:
+    """A hash of the bits of each entry of ``numbers`` (float32 or float64), 0 to 2^32 - 1, int64.
+
+    What is decided by it is keyed as the numbers are: the same on every device, under every
+    compiler, and however a batch of them is divided.
+    """
+    low = 0xFFFFFFFF
+    wide = numbers.dtype == torch.float64
+    bits = numbers.contiguous().view(torch.int64 if wide else torch.int32).to(torch.int64)
+    bits = (bits ^ (bits >> 32)) & low
+    for factor, shift in ((0x5BD1E995, 15), (0x2C1B3C6D, 13), (0x297A2D39, 16)):
+        bits = (bits * factor) & low  # below 2^63: the factors are below 2^31
+        bits = bits ^ (bits >> shift)
+    return bits

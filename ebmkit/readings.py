@@ -45,7 +45,7 @@ def reading_of(model: EnergyModel, reading: Reading = "auto") -> Reading:
         terms = [term.objective for term in parse_objective(model.card.objective)]
     except UserError:  # an imported model, or one composed by hand
         return "model"
-    trained = any(term.needs_score or term.likelihood is not None for term in terms)
+    trained = any(term.trains_density for term in terms)
     return "model" if trained else "logits"
 
 

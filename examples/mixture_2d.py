@@ -102,7 +102,6 @@ def learn(
     terms = parse_objective(objective)
     loss = TrainingLoss(model, terms, streams={term.name: "denoise" for term in terms})
     chains = PersistentChains(model, batch_size, seed, temperature)
-    loss.recorded = True  # the faster way without a compiler
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in track(range(steps), f"learning by {objective}"):
@@ -111,8 +110,9 @@ def learn(
         eps = torch.randn(x.shape, generator=generator)
         soft = nn.functional.one_hot(labels, 2).float()
         batch = Batch(x, x + sigma[:, None, None, None] * eps, sigma, eps, labels, soft)
-        if loss.needs_negatives:
-            batch = batch._replace(negatives=chains.draw())
+        for term in terms:
+            if "negatives" in term.objective.columns:
+                batch = batch.with_columns(term.name, {"negatives": chains.draw()})
         losses = loss({"denoise": batch})
         optimizer.zero_grad()
         losses.total.backward()

@@ -108,7 +108,8 @@ def make_batch(
     labels = torch.randint(num_classes, (count,), generator=generator)
     soft = nn.functional.one_hot(labels, num_classes).float()
     y = x + sigma[:, None, None, None] * eps
-    return Batch(*(tensor.to(device) for tensor in (x, y, sigma, eps, labels, soft)))
+    x, y, sigma, eps, labels, soft = (t.to(device) for t in (x, y, sigma, eps, labels, soft))
+    return Batch(x, y, sigma, eps, labels, soft)
 
 
 def plain_loss(model: EnergyModel, terms: tuple[Term, ...], batches: Mapping[str, Batch]) -> Tensor:

@@ -9,11 +9,13 @@ at the top only what declares and shows their options, and the rest where it is 
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Annotated, TextIO
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -53,6 +55,47 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 """In the order of `ebmkit --help`; after them comes `data`."""
 
+
+def _load_plugins(named: list[str]) -> list[str]:
+    if named:  # the module imports pydantic, which help need not wait for
+        from ebmkit.plugins import load_plugins
+
+        load_plugins(named)
+    return named
+
+
+PLUGIN = inspect.Parameter(
+    "plugin",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=[],
+    annotation=Annotated[
+        list[str],
+        typer.Option(
+            callback=_load_plugins,
+            is_eager=True,
+            help="Python file with parts of your own, or an installed plugin; may be repeated",
+        ),
+    ],
+)
+"""An option of every command; plugins are imported before other options are looked at."""
+
+
+def _with_plugins(function: Callable[..., None]) -> Callable[..., None]:
+    """``function`` with the option `PLUGIN`."""
+
+    @functools.wraps(function)
+    def command(*, plugin: list[str], **options: Any) -> None:
+        function(**options)
+
+    signature = inspect.signature(function, eval_str=True)
+    options = [p.replace(kind=PLUGIN.kind) for p in signature.parameters.values()]
+    command.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*options, PLUGIN]
+    )
+    command.__annotations__ = {p.name: p.annotation for p in (*options, PLUGIN)} | {"return": None}
+    return command
+
+
 app = typer.Typer(
     name="ebmkit",
     help="Joint energy-based models of images and labels: train, evaluate, classify, denoise.",
@@ -62,7 +105,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for _name, _function in COMMANDS.items():
-    app.command(_name, cls=Command)(_function)
+    app.command(_name, cls=Command)(_with_plugins(_function))
 data_app = typer.Typer(help="Prepare data sets.", no_args_is_help=True)
 data_app.command("pack", cls=Command)(pack)
 app.add_typer(data_app, name="data")

@@ -57,8 +57,8 @@ class Batch(NamedTuple):
         eps: (B, C, H, W) standard normal; zeros where the law says no noise.
         labels: (B,) int64, before mixing; None without labels.
         soft: (B, K) label probabilities, mixed where the images are; None without labels.
-        negatives: (B, C, H, W), samples of the model being trained; who trains adds them.
-        attacked: (B, C, H, W), ``y`` after an attack on the model; who trains adds them.
+        extra: columns (B, ...) that objectives add (`ebmkit.objectives.Objective.prepare`), by the
+            objective's name and theirs, as "adv.attacked".
     """
 
     x: Tensor
@@ -67,8 +67,39 @@ class Batch(NamedTuple):
     eps: Tensor
     labels: Tensor | None
     soft: Tensor | None
-    negatives: Tensor | None = None
-    attacked: Tensor | None = None
+    extra: dict[str, Tensor] = {}  # noqa: RUF012  # nobody writes to it
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All columns there are."""
+        *own, extra = self
+        return [column for column in (*own, *extra.values()) if column is not None]
+
+    def rows(self, rows: slice) -> Batch:
+        """The images ``rows`` of this batch."""
+        x, y, sigma, eps, labels, soft, extra = self
+        return Batch(
+            x[rows],
+            y[rows],
+            sigma[rows],
+            eps[rows],
+            None if labels is None else labels[rows],
+            None if soft is None else soft[rows],
+            {name: column[rows] for name, column in extra.items()},
+        )
+
+    def of(self, objective: str) -> Batch:
+        """This batch as ``objective`` sees it: its own columns in ``extra``, by their names."""
+        if not self.extra:
+            return self
+        own = f"{objective}."
+        found = {n.removeprefix(own): c for n, c in self.extra.items() if n.startswith(own)}
+        return self._replace(extra=found)
+
+    def with_columns(self, objective: str, columns: Mapping[str, Tensor]) -> Batch:
+        """This batch with ``columns`` of ``objective`` added to ``extra``."""
+        own = {f"{objective}.{name}": column for name, column in columns.items()}
+        return self._replace(extra={**self.extra, **own})
 
 
 WARNINGS = 10
@@ -309,7 +340,7 @@ def prefetched(
     ahead = draw()
     while ahead is not None:
         main.wait_stream(side)
-        for column in (column for batch in ahead for column in batch if column is not None):
+        for column in (column for batch in ahead for column in batch.tensors):
             column.record_stream(main)
         present, ahead = ahead, draw()
         yield dict(zip(streams, present, strict=True))

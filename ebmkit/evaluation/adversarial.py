@@ -4,8 +4,8 @@ r"""Suite ``adversarial``: adversarial gradients as differences of denoisers (CD
 
 What the conditional denoiser adds to the unconditional one when it is given a label is the
 direction in which a classifier is attacked. As sigma goes to 0 the difference must shrink like
-sigma^2 for the gradient to stay bounded, which nothing enforces: the instability that sections 2.2
-and 5.1 speak of.
+sigma^2 for the gradient to stay bounded, which nothing enforces: the instability of sections 2.2
+and 5.1.
 
 Measured at :math:`y = x + \sigma\epsilon` of the first images, in float32, for the *targets*, the
 likeliest labels at y beside the predicted one:
@@ -56,8 +56,6 @@ from ebmkit.evaluation.suite import (
 from ebmkit.metrics import predict
 from ebmkit.noise import Sigma, in_255ths
 from ebmkit.plots import common
-
-__all__ = ["ADVERSARIAL", "AdversarialConfig", "difference"]
 
 ROWS = 4
 """Images in the plot."""

@@ -35,8 +35,6 @@ from ebmkit.evaluation.suite import Suite, check_classifies, estimate_table
 from ebmkit.noise import in_255ths
 from ebmkit.plots import common
 
-__all__ = ["CALIBRATION", "calibration_error", "reliability"]
-
 BINS = 15
 NOISY = 25 / 255
 MEASURES = {"ece": "ECE", "brier": "Brier score", "nll": "NLL (nats)"}

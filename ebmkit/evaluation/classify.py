@@ -29,8 +29,6 @@ from ebmkit.noise import in_255ths
 from ebmkit.plots import common
 from ebmkit.terminal import shown_name
 
-__all__ = ["CLASSIFY", "plot_accuracy", "plot_confusion"]
-
 MAX_CONFUSION = 100
 MAX_DRAWN = 20
 

@@ -12,7 +12,6 @@ each process sums up what a single one would have.
 from __future__ import annotations
 
 import copy
-import hashlib
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,22 +23,10 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from ebmkit.compile import Inference, device_of, unwrapped
-from ebmkit.data.identity import fingerprint
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.parallel import DistributedContext
-
-__all__ = [
-    "NOISE_LEVELS",
-    "SIGMAS",
-    "Batch",
-    "EvaluationContext",
-    "Images",
-    "Predictions",
-    "fingerprint",
-    "noise_generator",
-    "noisy_batches",
-]
+from ebmkit.randomness import hashed_generator
 
 K = TypeVar("K", bound=Hashable)
 O = TypeVar("O", bound=BaseModel)
@@ -106,8 +93,7 @@ class Predictions(NamedTuple):
 
 def noise_generator(seed: int, sigma: float) -> torch.Generator:
     """The generator of the noise at level ``sigma`` (image units)."""
-    key = hashlib.sha256(f"evaluation noise {seed} {sigma:.9g}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(key[:7]))
+    return hashed_generator("evaluation noise", str(seed), f"{sigma:.9g}")
 
 
 def noisy_batches(

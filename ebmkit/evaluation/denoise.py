@@ -58,8 +58,6 @@ from ebmkit.metrics import predict, psnr
 from ebmkit.noise import in_255ths
 from ebmkit.plots import common
 
-__all__ = ["DENOISE", "estimates", "knows_sigma", "plot_images", "plot_psnr", "ssim", "ssim_window"]
-
 LABELS = {
     "noisy": "noisy input",
     "clipped": "noisy input, clipped",
@@ -213,19 +211,17 @@ def _measure(
 
 def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``denoising.png``, the first images under each denoiser, and ``psnr.png``."""
-    plot_psnr(document["denoisers"], folder / "psnr.png")
     from torchvision.transforms.functional import center_crop
 
+    plot_psnr(document["denoisers"], folder / "psnr.png")
     first = context.images.first(SHOWN)
     levels: dict[float, dict[str, Tensor]] = {}
     for sigma in context.sigmas:
         batches = list(noisy_batches(first, sigma, context.seed, SHOWN, context.device))
         # the middles, where images have several sizes, each in a batch of its own
         size = [min(batch.x.shape[side] for batch in batches) for side in (-2, -1)]
-        clean, y = (
-            torch.cat([center_crop(images, size) for images in side])
-            for side in ([batch.x for batch in batches], [batch.y for batch in batches])
-        )
+        pairs = [center_crop(torch.stack([batch.x, batch.y]), size) for batch in batches]
+        clean, y = torch.cat(pairs, dim=1)
         found, _, _ = estimates(context.model, y, sigma)
         levels[sigma] = {"noisy": y, "$D_u$": found["unconditional"]}
         if "conditional_predicted" in found:

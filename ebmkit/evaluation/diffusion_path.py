@@ -46,6 +46,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -57,6 +58,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ebmkit.compile import optimize
+from ebmkit.data import ImageSet
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation import statistics
@@ -80,8 +82,6 @@ from ebmkit.readings import Reading, reading_of
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["DIFFUSION_PATH", "VIEWS", "DiffusionPathConfig", "views_at"]
-
 VIEWS = {
     "timestep": "in the range of images, sqrt(abar) y + (1 - sqrt(abar))/2",
     "image": "in image units, y = x + sigma eps, the same noise",
@@ -92,6 +92,9 @@ VIEWS = {
 
 SHORT = {"timestep": "x_t", "image": "image", "dark": "dark", "faded": "faded"}
 ENERGIES = {"energy": "E(x)", "joint_energy": "E(x, y)"}
+Views = dict[str, tuple[Tensor, float]]
+"""By name, images (B, C, H, W) and the deviation of the noise in them, image units."""
+
 PLOTTED = 9
 """Timesteps at which the plot shows an image."""
 
@@ -128,10 +131,6 @@ class DiffusionPathConfig(SuiteConfig):
         description="model: its own density; logits: -logsumexp; auto: by what was trained",
     )
 
-    def make_schedule(self) -> Schedule:
-        """The noise levels of the diffusion model."""
-        return make_schedule(self.schedule, self.steps)
-
     def timesteps(self) -> tuple[int, ...]:
         """Those measured: 0, step, ... and the last.
 
@@ -147,7 +146,7 @@ class DiffusionPathConfig(SuiteConfig):
         return tuple(sorted({*range(0, last + 1, self.step), last}))
 
 
-def views_at(schedule: Schedule, t: int, x: Tensor, y: Tensor) -> dict[str, tuple[Tensor, float]]:
+def views_at(schedule: Schedule, t: int, x: Tensor, y: Tensor) -> Views:
     """What a classifier may be given at timestep ``t``, and the deviation of the noise in it.
 
     Args:
@@ -162,14 +161,14 @@ def views_at(schedule: Schedule, t: int, x: Tensor, y: Tensor) -> dict[str, tupl
     low, high = schedule.image_range
     root, sigma = math.sqrt(schedule.abar(t)), schedule.sigma(t)
 
-    def seen(images: Tensor) -> Tensor:
+    def rescaled(images: Tensor) -> Tensor:
         return (schedule.from_image_units(images, t) - low) / (high - low)
 
     return {
-        "timestep": (seen(y), root * sigma),
+        "timestep": (rescaled(y), root * sigma),
         "image": (y, sigma),
         "dark": (root * x, 0.0),
-        "faded": (seen(x), 0.0),
+        "faded": (rescaled(x), 0.0),
     }
 
 
@@ -197,61 +196,41 @@ def prepare(context: EvaluationContext) -> None:
 def measure(context: EvaluationContext) -> dict[str, Any]:
     """Measure all models at all timesteps; see the module's text for what is returned."""
     config, images = context.option(DiffusionPathConfig), context.images
-    schedule, timesteps = config.make_schedule(), config.timesteps()
+    schedule, timesteps = make_schedule(config.schedule, config.steps), config.timesteps()
     models, generated = _models(context), _samples(context)
     assert images.labels is not None
-
-    def columns(t: int | None) -> dict[tuple[str, str, str], Tensor]:
-        """By model, view and quantity, (N,); of the clean images where ``t`` is None."""
-
-        def of_batch(batch: Batch) -> dict[tuple[str, str, str], Tensor]:
-            assert batch.labels is not None
-            views = {"clean": (batch.x, 0.0)}
-            if t is not None:
-                views = views_at(schedule, t, batch.x, batch.y)
-            own = {}
-            for view, (x, sigma) in views.items():
-                for name, model in models.items():
-                    found = energies_of(model, x, sigma, config.energies)
-                    own[name, view, "right"] = found.log_posterior.argmax(dim=1) == batch.labels
-                    own[name, view, "energy"] = found.energy
-                    own[name, view, "joint_energy"] = found.joint(batch.labels)
-            return own
-
-        return context.columns(0.0 if t is None else schedule.sigma(t), of_batch)
-
-    def entry(columns: dict[tuple[str, str, str], Tensor], name: str, view: str) -> dict[str, Any]:
-        return {
-            "accuracy": statistics.accuracy(columns[name, view, "right"]),
-            "energy": spread(columns[name, view, "energy"]),
-            "joint_energy": spread(columns[name, view, "joint_energy"]),
-        }
-
-    clean, names, labels = columns(None), images.class_names, images.labels.cpu()
+    labels, names = images.labels.cpu(), images.class_names
     documents: dict[str, dict[str, Any]] = {}
-    for name, model in models.items():
-        energies = clean[name, "clean", "energy"], clean[name, "clean", "joint_energy"]
+    for (name, _), found in _energies(context, models, 0.0, _clean).items():
         documents[name] = {
-            "reading": reading_of(model, config.energies),
-            "clean": entry(clean, name, "clean"),
+            "reading": reading_of(models[name], config.energies),
+            "clean": _entry(found, labels),
             "path": {view: [] for view in VIEWS},
-            "classes": class_statistics(*energies, labels, names),
+            "classes": class_statistics(found.energy, found.joint(labels), labels, names),
+            "samples": None,
         }
     for t in timesteps:
-        noisy, where = columns(t), {"t": t, "sigma": schedule.sigma(t), "abar": schedule.abar(t)}
-        for name, document in documents.items():
-            for view, path in document["path"].items():
-                path.append(where | entry(noisy, name, view))
+        where = {"t": t, "sigma": schedule.sigma(t), "abar": schedule.abar(t)}
+
+        def views(batch: Batch, t: int = t) -> Views:
+            return views_at(schedule, t, batch.x, batch.y)
+
+        for (name, view), found in _energies(context, models, schedule.sigma(t), views).items():
+            documents[name]["path"][view].append(where | _entry(found, labels))
     chance = 1 / context.model.num_classes
     for document in documents.values():
         document["chance_from"] = {
             view: next((e["t"] for e in path if e["accuracy"].low <= chance), None)
             for view, path in document["path"].items()
         }
-        document["samples"] = None
     if generated is not None:
-        for name, found in _measure_samples(context, models, generated).items():
-            documents[name]["samples"] = found
+        samples, own = ImageSet("samples", "test", generated.images), generated.labels
+        for (name, _), found in _energies(context, models, 0.0, _clean, samples).items():
+            document = documents[name]["samples"] = {"energy": spread(found.energy)}
+            if own is not None:
+                joint = found.joint(own)
+                document["joint_energy"] = spread(joint)
+                document["classes"] = class_statistics(found.energy, joint, own, names)
     return {
         "sigmas": [schedule.sigma(t) for t in timesteps],
         "timesteps": timesteps,
@@ -266,31 +245,39 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
     }
 
 
-def _measure_samples(
-    context: EvaluationContext, models: dict[str, EnergyModel], generated: Generated
-) -> dict[str, dict[str, Any]]:
-    """Energies of samples, by model."""
-    from ebmkit.data import ImageSet
+def _clean(batch: Batch) -> Views:
+    return {"clean": (batch.x, 0.0)}
 
-    reading, labels = context.option(DiffusionPathConfig).energies, generated.labels
 
-    def of_batch(batch: Batch) -> dict[tuple[str, str], Tensor]:
+def _energies(
+    context: EvaluationContext,
+    models: dict[str, EnergyModel],
+    sigma: float,
+    views: Callable[[Batch], Views],
+    images: Images | None = None,
+) -> dict[tuple[str, str], ImageEnergies]:
+    """By model and view, of all images."""
+    reading = context.option(DiffusionPathConfig).energies
+
+    def of_batch(batch: Batch) -> dict[tuple[str, str, str], Tensor]:
         columns = {}
-        for name, model in models.items():
-            for field, column in energies_of(model, batch.x, 0.0, reading)._asdict().items():
-                columns[name, field] = column
+        for view, (x, level) in views(batch).items():
+            for name, model in models.items():
+                for field, column in energies_of(model, x, level, reading)._asdict().items():
+                    columns[name, view, field] = column
         return columns
 
-    columns = context.columns(0.0, of_batch, ImageSet("samples", "test", generated.images))
-    documents: dict[str, dict[str, Any]] = {}
-    for name in models:
-        found = ImageEnergies(*(columns[name, field] for field in ImageEnergies._fields))
-        documents[name] = {"energy": spread(found.energy)}
-        if labels is not None:
-            joint, names = found.joint(labels), context.images.class_names
-            documents[name]["joint_energy"] = spread(joint)
-            documents[name]["classes"] = class_statistics(found.energy, joint, labels, names)
-    return documents
+    columns = context.columns(sigma, of_batch, images)
+    keys = dict.fromkeys((name, view) for name, view, _ in columns)
+    return {key: ImageEnergies(*(columns[*key, f] for f in ImageEnergies._fields)) for key in keys}
+
+
+def _entry(found: ImageEnergies, labels: Tensor) -> dict[str, Any]:
+    return {
+        "accuracy": statistics.accuracy(found.log_posterior.argmax(dim=1) == labels),
+        "energy": spread(found.energy),
+        "joint_energy": spread(found.joint(labels)),
+    }
 
 
 def _models(context: EvaluationContext) -> dict[str, EnergyModel]:
@@ -345,7 +332,8 @@ def _warnings(documents: dict[str, dict[str, Any]]) -> list[str]:
 
 def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``diffusion-path.png``, ``diffusion-energies.png`` and ``class-energies.png``."""
-    schedule, timesteps = context.option(DiffusionPathConfig).make_schedule(), document["timesteps"]
+    config, timesteps = context.option(DiffusionPathConfig), document["timesteps"]
+    schedule = make_schedule(config.schedule, config.steps)
     strips: dict[str, list[Tensor]] = {view: [] for view in VIEWS}
     places = np.linspace(0, len(timesteps) - 1, min(PLOTTED, len(timesteps))).round()
     for t in [timesteps[int(i)] for i in np.unique(places)]:
@@ -413,7 +401,7 @@ def _plot_energies(document: dict[str, Any], path: Path) -> None:
         if high - low > 30 * max(most - quarter, 1e-12) and middle != 0:
             # most would lie on one line of a linear scale
             axes.set_yscale("symlog", linthresh=max(1.0, float(np.median(np.abs(known)))))
-        common.annotate(axes, f"Seen: {words}", "timestep t")
+        common.annotate(axes, f"Input: {words}", "timestep t")
         axes.grid(alpha=0.25, lw=0.5)
     panels[0].set_ylabel("mean energy (nats)")
     common.shared_legend(figure, columns=2)
@@ -474,7 +462,7 @@ def table(document: dict[str, Any]) -> Table:
             for share in LISTED
         }
     )
-    heads = ("seen", "clean", *(f"t={timesteps[i]}" for i in rows), "chance from")
+    heads = ("input", "clean", *(f"t={timesteps[i]}" for i in rows), "chance from")
     result = new_table(document, heads)
     widest = 0.0
     for name, found in document["models"].items():
@@ -492,7 +480,7 @@ def table(document: dict[str, Any]) -> Table:
                 result.add_row("  samples", number(found["samples"][quantity], "{:.4g}"))
         result.add_section()
     note = [f"{SHORT[view]}: {words}" for view, words in document["views"].items()]
-    note.append("E: means, nats; along t of what is seen as x_t")
+    note.append("E: means, nats; along t of the input x_t")
     note.append(f"95 % intervals of accuracies: at most {100 * widest:.1f} points wide")
     add_note(result, "\n".join(note))
     return result

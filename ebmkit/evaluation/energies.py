@@ -5,7 +5,7 @@ r"""Energies of images and labels, and their statistics by class.
 in nats, up to one constant of the model, read as `ebmkit.readings` says: where a head has a density
 of its own that no objective trained (``ce`` or ``adv`` alone), off the logits.
 
-Noise-conditional models are told that clean images have noise 0.
+Noise-conditional models take noise 0 for clean images.
 
 RCG stands for the thesis "Classifier-free Diffusion Guidance with a Robust Energy-Based Classifier"
 (Sapienza, 2024).
@@ -21,15 +21,6 @@ from torch import Tensor
 from ebmkit.energy import EnergyModel, Noise
 from ebmkit.evaluation import statistics
 from ebmkit.readings import Reading, reading_of
-
-__all__ = [
-    "ImageEnergies",
-    "Reading",
-    "class_statistics",
-    "energies_of",
-    "reading_of",
-    "spread",
-]
 
 
 class ImageEnergies(NamedTuple):

@@ -36,10 +36,11 @@ from ebmkit.energy import EnergyModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation import distances, statistics
 from ebmkit.evaluation.context import Images
-from ebmkit.evaluation.energies import ImageEnergies, Reading, energies_of
+from ebmkit.evaluation.energies import ImageEnergies, energies_of
 from ebmkit.evaluation.features import Extractor
 from ebmkit.evaluation.statistics import LEVEL, Estimate, to_json
 from ebmkit.metrics import predict
+from ebmkit.readings import Reading
 
 Columns = dict[str, Tensor]
 

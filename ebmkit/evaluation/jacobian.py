@@ -1,4 +1,4 @@
-r"""Suite ``jacobian``: what the denoiser keeps of single noisy images, by its Jacobian's spectrum.
+r"""Suite ``jacobian``: the spectrum of the denoiser's Jacobian at single noisy images.
 
 At :math:`y = x + \sigma\epsilon` of the first images, eigenvalues and eigenvectors of
 
@@ -61,8 +61,6 @@ from ebmkit.evaluation.suite import (
 from ebmkit.metrics import psnr
 from ebmkit.noise import Sigma, in_255ths
 from ebmkit.plots import common
-
-__all__ = ["JACOBIAN", "JacobianConfig", "magnification"]
 
 PAPER = {
     "largest": [2.71, 2.16, 2.03],

@@ -67,18 +67,6 @@ from ebmkit.models.norms import GroupNorm
 from ebmkit.noise import Sigma, in_255ths
 from ebmkit.plots import common
 
-__all__ = [
-    "LINEARITY",
-    "Linearity",
-    "LinearityConfig",
-    "Theory",
-    "directional",
-    "linearity",
-    "linearity_grid",
-    "theory",
-    "theory_of",
-]
-
 SHOWN = {
     "of_change": "{:.3g}",
     "degree": "{:.3f}",
@@ -198,22 +186,20 @@ def theory(
     >>> theory("scale", "relu", bias=False).degree
     2.0
     """
-    if head != "linear-quadratic":
-        return Theory(None, "logsumexp of the logits is not homogeneous")
-    if bias:
-        return Theory(None, "biases do not scale with the image")
-    if any(input_mean) if isinstance(input_mean, tuple) else input_mean:
-        return Theory(None, "the input mean acts as a bias")
-    if norm == "batch":
-        return Theory(None, "the running mean of a batch norm acts as a bias")
-    if activation != "relu":
-        if norm == "group":
-            why = "GELU is not homogeneous; the plain norm forgets all scale behind the first block"
-            return Theory(None, f"{why}, so k is near 0")
-        return Theory(None, "GELU is not homogeneous; for large inputs it is ReLU, and k nears 2")
-    if norm == "group":
-        return Theory(0.0, "a plain norm forgets the scale of its input: f is of degree 0")
-    return Theory(2.0, "every layer is of degree 1, so f is, and log p = -(w f)^2 / 2 of degree 2")
+    gelu, group = activation != "relu", norm == "group"
+    offset = any(input_mean) if isinstance(input_mean, tuple) else bool(input_mean)
+    forgets = "GELU is not homogeneous; the plain norm forgets all scale behind the first block"
+    cases = (
+        (head != "linear-quadratic", None, "logsumexp of the logits is not homogeneous"),
+        (bias, None, "biases do not scale with the image"),
+        (offset, None, "the input mean acts as a bias"),
+        (norm == "batch", None, "the running mean of a batch norm acts as a bias"),
+        (gelu and group, None, f"{forgets}, so k is near 0"),
+        (gelu, None, "GELU is not homogeneous; for large inputs it is ReLU, and k nears 2"),
+        (group, 0.0, "a plain norm forgets the scale of its input: f is of degree 0"),
+        (True, 2.0, "every layer is of degree 1, so f is, and log p = -(w f)^2 / 2 of degree 2"),
+    )
+    return next(Theory(degree, why) for holds, degree, why in cases if holds)
 
 
 def theory_of(model: ScoreModel) -> Theory | None:
@@ -383,7 +369,7 @@ def _log_limits(estimates: Sequence[dict[str, Any]]) -> tuple[float, float]:
 
 
 def _degree_limits(estimates: Sequence[dict[str, Any]]) -> tuple[float, float]:
-    """What is drawn of degrees: 0 and 2, and no more beyond than lets these be told apart."""
+    """What is drawn of degrees: 0 and 2, and no more beyond than leaves these distinct."""
     ends = [e[k] for e in estimates for k in ("value", "low", "high") if e[k] is not None]
     return max(-2.0, min([-0.5, *ends])), min(5.0, max([2.5, *ends]))
 

@@ -18,7 +18,7 @@ Where results cannot be compared, they go to different folders:
 
     RUN/evaluation/                   test images of the data set trained on, all or the first
     RUN/evaluation/cifar100-test/     anything else: other images, other weights
-      classify.json  denoise.json  calibration.json  and pictures
+      classify.json  denoise.json  calibration.json  and plots
     RUN/evaluation/digits-test-steps=100/  settings of a suite's own
 """
 
@@ -30,36 +30,36 @@ import math
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pydantic import BaseModel
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
 
 from ebmkit.compile import device_of, make_inference, tf32_restored, unwrapped
+from ebmkit.data.identity import fingerprint
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
-from ebmkit.evaluation.context import (
-    NOISE_LEVELS,
-    SIGMAS,
-    EvaluationContext,
-    Images,
-    fingerprint,
-)
+from ebmkit.evaluation.context import NOISE_LEVELS, SIGMAS, EvaluationContext, Images
 from ebmkit.evaluation.suite import Suite
 from ebmkit.evaluation.suites import FORMER_NAMES, SUITES, find_suite, parse_options
 from ebmkit.parallel import DistributedContext
 from ebmkit.storage import remove_file, write_atomically
 from ebmkit.storage.reading import read_json
 from ebmkit.training.environment import environment
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-__all__ = ["Result", "evaluate", "evaluation_folder", "tables"]
 
 VALUES_PER_BATCH = 1_500_000
 """Pixel values in a batch at most, where the caller does not say: 488 colour images of 32x32."""
@@ -151,12 +151,8 @@ def evaluate(
     levels = (_levels(sigmas, 1e-6, "sigmas"), _levels(noise_levels, 0, "noise levels"))
     device = device_of(model)
     results = {}
-    with (
-        tf32_restored(device),
-        torch.no_grad(),
-        _progress_bar(progress and world.first) as start,
-        ExitStack() as stack,
-    ):
+    bar = _progress_bar(progress and world.first)
+    with tf32_restored(device), torch.no_grad(), bar, ExitStack() as stack:
         stack.callback(model.train, model.training)
         inference = make_inference(device, precision, compile)
         model = inference.wrap(unwrapped(model.eval()))
@@ -168,10 +164,14 @@ def evaluate(
         for suite in chosen.values():
             suite.prepare(context)
         if world.first:
-            _make_folder(out_dir)
+            try:
+                out_dir.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                folder = str(out_dir)
+                raise UserError(f"cannot make folder {folder!r}: {error.strerror}") from None
         for name, suite in chosen.items():
             context.left = suite.passes(context) * len(used)
-            context.advance = start(name, context.left)
+            context.advance = partial(bar.advance, bar.add_task(name, total=context.left))
             begun = time.perf_counter()
             measured = suite.run(context)
             how: dict[str, Any] = {
@@ -279,9 +279,9 @@ def _check_images(model: ScoreModel, images: Images) -> None:
 
 
 def _check_finite(model: ScoreModel, images: Images) -> None:
-    """Whether the model gives numbers at all: of a few images at a little noise."""
-    few = images.first(min(4, len(images)))
-    x = next(iter(few.batches(len(few))))[0].to(device_of(model))
+    """Whether the model gives finite numbers, for up to four images at a little noise."""
+    first = images.first(min(4, len(images)))
+    x = next(iter(first.batches(len(first))))[0].to(device_of(model))
     found = []
     if model.card is None or model.card.sigma_range is not None:
         found.append(model.denoise(x, 25 / 255))
@@ -297,11 +297,8 @@ def _check_finite(model: ScoreModel, images: Images) -> None:
 def _plot(
     suite: Suite, context: EvaluationContext, document: dict[str, Any], path: Path
 ) -> list[str]:
-    """Put the plots of ``document`` beside ``path``, in place of those of the one there.
-
-    Returns:
-        Their names.
-    """
+    """Put the plots of ``document`` beside ``path``, in place of those of the one there; their
+    names."""
     try:
         old = read_json(path).get("pictures", [])
     except (OSError, ValueError, AttributeError):  # none there, or not ours to read
@@ -323,13 +320,6 @@ def _batch_size(images: Images) -> int:
     largest = min(500, max(1, VALUES_PER_BATCH // pixels))
     batches = SHARES * math.ceil(len(images) / (SHARES * largest))
     return math.ceil(len(images) / batches)
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make folder {str(folder)!r}: {error.strerror}") from None
 
 
 def _levels(sigmas: Sequence[float], lowest: float, what: str) -> tuple[float, ...]:
@@ -362,19 +352,8 @@ def _circumstances(context: EvaluationContext, split: Images, weights: str) -> d
     }
 
 
-@contextmanager
-def _progress_bar(shown: bool) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
-    """Yields a function (name, total) -> advance that begins a bar for a suite."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    bar = Progress(
+def _progress_bar(shown: bool) -> Progress:
+    return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
@@ -384,10 +363,3 @@ def _progress_bar(shown: bool) -> Iterator[Callable[[str, int], Callable[[int], 
         TimeRemainingColumn(compact=True),
         disable=not shown,
     )
-    with bar:
-
-        def start(name: str, total: int) -> Callable[[int], None]:
-            task = bar.add_task(name, total=total)
-            return lambda count: bar.advance(task, count)
-
-        yield start

@@ -22,7 +22,7 @@ which for a gradient is rounding alone, measured. Beyond, eigenpairs are found b
 the spectrum, which Lanczos does not reach: they are the largest of :math:`c I - J^2` ("folded"
 spectrum, no inverse needed), rotated within their span to eigenvectors of J. Every pair comes with
 its residual :math:`r = \|Jv - \lambda v\|`: some eigenvalue of J lies within r of :math:`\lambda`.
-Where very many eigenvalues lie near 0, single ones cannot be told apart in fewer products than J
+Where very many eigenvalues lie near 0, single ones cannot be separated in fewer products than J
 has columns: the vector found is then a mixture of them, r says how wide a range it mixes, and
 :math:`|\lambda|` need not be the smallest.
 
@@ -44,8 +44,6 @@ from torch import Tensor
 
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
-
-__all__ = ["DENSE", "Eigenpairs", "Jacobian", "Method", "Spectrum", "jacobian", "spectrum"]
 
 DENSE = 3072
 """Values of an image (32 x 32 x 3) up to which the Jacobian is written out."""
@@ -121,11 +119,8 @@ class Jacobian:
                 f"the Jacobian of an image of {self.size} values cannot be written out beyond "
                 f"{DENSE}: take method iterative, or smaller images"
             )
-        matrix = torch.empty(self.size, self.size, dtype=torch.float64)
-        for rows in torch.split(torch.arange(self.size), self.chunk):
-            v = torch.zeros(len(rows), self.size, dtype=self.y.dtype, device=self.y.device)
-            v[torch.arange(len(rows)), rows] = 1
-            matrix[rows] = self.vjp(v.reshape(-1, *self.y.shape)).flatten(1).cpu().double()
+        directions = torch.eye(self.size, dtype=self.y.dtype, device=self.y.device)
+        matrix = self.vjp(directions.reshape(-1, *self.y.shape)).flatten(1).cpu().double()
         self._graph = None
         return matrix
 
@@ -211,7 +206,7 @@ def spectrum(
 
     Args:
         operator: the Jacobian.
-        largest: how many of the largest are wanted.
+        largest: how many of the largest.
         smallest: how many of the smallest in magnitude.
         method: dense: all of them; iterative: only those; auto: dense up to `DENSE` values.
         tolerance: iterate until residuals are below this share of the largest value.
@@ -219,7 +214,7 @@ def spectrum(
         seed: of the random directions and starts of the iterations.
 
     Raises:
-        UserError: if more are wanted than there are, the image is too large for ``dense``, or a
+        UserError: if more are asked for than there are, the image is too large for ``dense``, or a
             Jacobian that is not symmetric is too large to be written out.
     """
     if largest < 1 or smallest < 1 or max(largest, smallest) >= operator.size:

@@ -25,8 +25,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["LEVEL", "Estimate", "accuracy", "bootstrap", "finite", "mean", "proportion", "to_json"]
-
 LEVEL = 0.95
 """The level of every interval."""
 

@@ -27,8 +27,6 @@ from ebmkit.evaluation.suite import Suite
 from ebmkit.registry import find
 from ebmkit.validation import validated
 
-__all__ = ["FORMER_NAMES", "SUITES", "find_suite", "parse_options", "parse_suites"]
-
 SUITES: dict[str, Suite] = {
     "classify": CLASSIFY,
     "denoise": DENOISE,

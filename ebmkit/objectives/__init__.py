@@ -1,39 +1,40 @@
-"""Training objectives: what they need of data and model, their losses, and how they add up."""
+"""Training objectives: what they need of data and model, their losses, and how they add up.
 
-from ebmkit.objectives.combine import BALANCE, Losses, Term, TrainingLoss, parse_objective
-from ebmkit.objectives.settings import (
-    AdversarialConfig,
-    ClassificationConfig,
-    DiffusionConfig,
-    TermSettings,
-    TradesConfig,
-)
-from ebmkit.objectives.terms import (
-    ALIASES,
-    OBJECTIVES,
-    AttackTarget,
-    BatchLike,
+A new objective is a file of this folder, or one of a plugin, and a line in
+`ebmkit.objectives.table`.
+"""
+
+from ebmkit.objectives.base import (
+    ExtraPasses,
     ModelOutput,
     Objective,
+    ObjectiveConfig,
+    RunContext,
     Scale,
 )
+from ebmkit.objectives.loss import (
+    BALANCE,
+    Losses,
+    Term,
+    TermSettings,
+    TrainingLoss,
+    parse_objective,
+)
+from ebmkit.objectives.table import ALIASES, OBJECTIVES
 
 __all__ = [
     "ALIASES",
     "BALANCE",
     "OBJECTIVES",
-    "AdversarialConfig",
-    "AttackTarget",
-    "BatchLike",
-    "ClassificationConfig",
-    "DiffusionConfig",
+    "ExtraPasses",
     "Losses",
     "ModelOutput",
     "Objective",
+    "ObjectiveConfig",
+    "RunContext",
     "Scale",
     "Term",
     "TermSettings",
-    "TradesConfig",
     "TrainingLoss",
     "parse_objective",
 ]

@@ -143,10 +143,10 @@ def bars_within(
     limits: tuple[float, float],
     **look: Any,
 ) -> bool:
-    """Values with their 95 % intervals, kept within ``limits``.
+    """Values with their 95 % intervals, cut at ``limits``.
 
-    A caret at a limit says that an interval goes on beyond it. A value beyond is drawn there, with
-    its number.
+    A caret at a limit says that an interval continues beyond it. A value beyond is drawn there,
+    with its number.
 
     Args:
         axes: where to draw.

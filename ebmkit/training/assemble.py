@@ -12,7 +12,7 @@ from ebmkit.data.imagesets import Faults
 from ebmkit.energy import ScoreModel
 from ebmkit.models import ModelConfig
 from ebmkit.objectives import parse_objective
-from ebmkit.objectives.terms import check_labels
+from ebmkit.objectives.loss import check_labels
 from ebmkit.parallel import DistributedContext
 from ebmkit.training.checks import trained_size
 from ebmkit.training.config import DataConfig, TrainConfig

@@ -13,8 +13,8 @@ from ebmkit.data import AnyImages, StreamConfig
 from ebmkit.data.schedule import Stage
 from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
-from ebmkit.objectives import TrainingLoss, parse_objective
-from ebmkit.objectives.terms import Scale, check_labels
+from ebmkit.objectives import Scale, TrainingLoss, parse_objective
+from ebmkit.objectives.loss import check_labels
 from ebmkit.training.config import TrainConfig
 
 __all__ = ["check_compiled", "check_learnt", "check_terms", "shapes", "trained_size"]

@@ -19,12 +19,12 @@ from ebmkit.data.schedule import parse_decay_share, parse_share
 from ebmkit.errors import UserError, shown
 from ebmkit.models import HEADS, ModelConfig
 from ebmkit.models.presets import find_network
-from ebmkit.objectives import BALANCE, TermSettings, parse_objective
+from ebmkit.objectives import BALANCE, OBJECTIVES, ObjectiveConfig, TermSettings, parse_objective
+from ebmkit.objectives.likelihood import NegativesConfig
 from ebmkit.registry import find
 from ebmkit.storage.reading import YAML_BYTES, parse_yaml, read_text
 from ebmkit.training.diffusion import diffusion_settings
 from ebmkit.training.divergence import WatchConfig
-from ebmkit.training.negatives import NegativesConfig
 from ebmkit.training.recipes import RECIPES, recipe_for
 from ebmkit.validation import validated
 
@@ -217,6 +217,13 @@ class TrainConfig(_Config):
     checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="checkpoints that are kept, the newest")
 
+    def objective_settings(self) -> dict[str, ObjectiveConfig | None]:
+        """Name of an objective -> its settings, wherever they stand; None: it has none."""
+        return {
+            name: getattr(self, own.section) if own.section else self.terms.of(name)
+            for name, own in OBJECTIVES.items()
+        }
+
 
 def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
     """Nested mappings laid over each other, later ones winning."""
@@ -261,9 +268,10 @@ def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfi
     terms = {term.name: term for term in parse_objective(config.objective)}
     for name in config.draw_from:
         find("objective in draw_from", terms, name)
-    if config.terms.ce.label_smoothing and "ce" not in terms:
+    smoothing = getattr(config.terms.of("ce"), "label_smoothing", 0)
+    if smoothing and "ce" not in terms:
         raise UserError(
-            f"objective.ce.label_smoothing = {config.terms.ce.label_smoothing} does nothing: "
+            f"objective.ce.label_smoothing = {smoothing} does nothing: "
             f"objective {config.objective!r} has no term ce; leave it out"
         )
     return config

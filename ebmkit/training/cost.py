@@ -21,7 +21,6 @@ import torch
 from ebmkit.compute import Precision
 from ebmkit.data.schedule import Stage
 from ebmkit.objectives import TrainingLoss
-from ebmkit.training.attacks import attack_passes
 from ebmkit.training.memory import ADAMW_STATES, Memory, format_bytes, step_memory
 from ebmkit.training.trace import Shapes, forward_flops, score_flops, trace_step
 
@@ -36,12 +35,10 @@ class Effort:
     """What a training step does beside the gradient of one loss.
 
     Attributes:
-        chain_steps: Langevin steps of each negative; 0: there are none.
         gradients: how often the gradient is taken; 2 for sharpness-aware minimisation.
         update_flops: FLOPs of the optimiser's matrix products.
     """
 
-    chain_steps: int = 0
     gradients: int = 1
     update_flops: int = 0
 
@@ -202,16 +199,13 @@ def step_flops(loss: TrainingLoss, shapes: Shapes, effort: Effort | None = None)
         own.terms = tuple(term for term in loss.terms if loss.stream_of[term.name] == stream)
         names = "+".join(term.name for term in own.terms)
         flops[names] = effort.gradients * trace_step(own, shapes).flops
-        if effort.chain_steps and own.needs_negatives:
-            steps = effort.chain_steps * score_flops(loss.model, shapes[stream])
-            flops[f"{effort.chain_steps} Langevin steps"] = steps
-        if own.needs_attack:
-            count, extra = attack_passes(own)
-            if count:
-                name = f"{count} attack steps"
-                taken = count * score_flops(loss.model, shapes[stream], of_labels=True)
-                taken += extra * shapes[stream][0] * forward_flops(loss.model, shapes[stream][1:])
-                flops[name] = flops.get(name, 0) + taken
+        for extra in (term.objective.extra_passes for term in own.terms):
+            if extra is not None:
+                taken = extra.gradients * score_flops(loss.model, shapes[stream], extra.of_labels)
+                if extra.forwards:
+                    forward = shapes[stream][0] * forward_flops(loss.model, shapes[stream][1:])
+                    taken += extra.forwards * forward
+                flops[extra.name] = flops.get(extra.name, 0) + taken
     if effort.update_flops:
         flops["optimiser"] = effort.update_flops
     return flops

@@ -199,8 +199,7 @@ def _finite(own: Batch) -> dict[str, bool]:
         "noisy": own.y,
         "sigma": own.sigma,
         "noise": own.eps,
-        "negative": own.negatives,
-        "attacked": own.attacked,
+        **{name.split(".")[-1]: column for name, column in own.extra.items()},
     }
     return {name: bool(t.isfinite().all()) for name, t in given.items() if t is not None}
 

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ebmkit.errors import UserError
-from ebmkit.objectives import DiffusionConfig, parse_objective
+from ebmkit.objectives import parse_objective
+from ebmkit.objectives.diffusion import DiffusionConfig
 
 __all__ = ["diffusion_settings"]
 

@@ -336,9 +336,7 @@ def _part(batch: Batch, k: int, count: int) -> Batch:
             f"a batch of {len(batch.x)} does not divide into {count} parts: take a multiple of "
             f"{count}, or another compute.accumulate"
         )
-    rows = slice(k * size, (k + 1) * size)
-    cut = [None if column is None else column[rows] for column in batch]
-    return Batch(*cut)  # type: ignore[arg-type]  # the optional columns stay where they were
+    return batch.rows(slice(k * size, (k + 1) * size))
 
 
 def _memory_budget(share: float) -> AbstractContextManager[Any]:

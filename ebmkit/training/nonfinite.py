@@ -158,8 +158,7 @@ def _looked_at(trainer: Trainer, step: int, drawn: Mapping[str, Batch] | None) -
     """What this process finds of ``step``."""
     if drawn is None:
         drawn = next(trainer.batches(step - 1, step))
-    if trainer.attacks is not None:
-        drawn = trainer.attacks.join(drawn, step - 1)
+        drawn = trainer.loss.prepared(trainer.preparations, drawn, step - 1)
     left = None
     if trainer.step == step and trainer.update.clip_norm is None:  # nothing touched them since
         named = trainer.model.named_parameters()

@@ -13,25 +13,23 @@ from ebmkit.data import AnyImages, Stream, StreamConfig
 from ebmkit.data.schedule import Stage
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.models import ModelConfig
-from ebmkit.objectives import ClassificationConfig, TrainingLoss, parse_objective
+from ebmkit.objectives import TrainingLoss, parse_objective
+from ebmkit.objectives.base import Prepare
 from ebmkit.parallel import DistributedContext
-from ebmkit.training.attacks import Attacks, attack_terms
 from ebmkit.training.averaging import exponential_average
 from ebmkit.training.checks import shapes, trained_size
 from ebmkit.training.config import TrainConfig
 from ebmkit.training.cost import Effort
 from ebmkit.training.engine import TrainingStep
-from ebmkit.training.negatives import Negatives, likelihood_terms
 from ebmkit.training.optim import optimizer_flops, states_of
 from ebmkit.training.run_stats import Budget
 
 __all__ = [
-    "make_attacks",
     "make_average",
     "make_budget",
     "make_card",
     "make_loss",
-    "make_negatives",
+    "make_preparations",
     "make_stream",
     "stream_config",
 ]
@@ -49,14 +47,12 @@ def make_loss(model: ScoreModel, config: TrainConfig, training: bool = True) -> 
     Args:
         model: to train, or to validate.
         config: the run's.
-        training: False to validate: without objectives that need negatives, and without smoothing
-            of labels.
+        training: False to validate: with the losses of held-out images (`Term.for_validation`).
     """
-    terms, settings = parse_objective(config.objective), config.terms
+    terms = parse_objective(config.objective, config.objective_settings())
     if not training:
-        terms = tuple(term for term in terms if term.objective.likelihood is None)
-        settings = settings.model_copy(update={"ce": ClassificationConfig()})
-    return TrainingLoss(model, terms, config.balance, config.draw_from, settings)
+        terms = tuple(own for term in terms if (own := term.for_validation()) is not None)
+    return TrainingLoss(model, terms, config.balance, config.draw_from)
 
 
 def make_stream(
@@ -109,7 +105,6 @@ def make_budget(
         config.compute.accumulate,
         world.size,
         Effort(
-            config.negatives.steps if loss.needs_negatives else 0,
             1 if config.optimizer.sharpness is None else 2,
             optimizer_flops(loss.model, config.optimizer),
         ),
@@ -130,32 +125,23 @@ def make_card(loss: TrainingLoss, config: TrainConfig, images: AnyImages) -> Mod
         sigma_range=denoise.noise.range if denoise else None,
         classifies=isinstance(loss.model, EnergyModel)
         and any(term.objective.needs_labels for term in loss.terms),
-        attack=_attack_text(loss),
+        **{name: text for term in loss.terms for name, text in term.objective.card.items()},
     )
 
 
-def _attack_text(loss: TrainingLoss) -> str:
-    """Norm and radius of the attack, as in "l2 0.5"; empty where there is none."""
-    configs = [loss.settings.attack(term.name) for term in attack_terms(loss).values()]
-    return next((f"{c.norm} {c.eps:.6g}" for c in configs if c.eps), "")
-
-
-def make_attacks(
-    loss: TrainingLoss, config: TrainConfig, step: TrainingStep, world: DistributedContext
-) -> Attacks:
-    """The attacks of objectives that train under one, computed as ``step`` is."""
-    inference = make_inference(step.device, step.precision, config.compute.compile)
-    return Attacks(loss, config.seed, inference, world, config.compute.accumulate)
-
-
-def make_negatives(
+def make_preparations(
     loss: TrainingLoss,
     config: TrainConfig,
     images: AnyImages,
     step: TrainingStep,
     world: DistributedContext,
-) -> Negatives:
-    """The chains of an objective that needs samples of the model, computed as ``step`` is."""
-    stream = stream_config(config, loss.stream_of[likelihood_terms(loss)[0].name])
-    inference = make_inference(step.device, step.precision, config.compute.compile)
-    return Negatives(loss, config.negatives, images, stream, config.seed, inference, world)
+) -> dict[str, Prepare]:
+    """Term -> what adds columns to its batches, computed as ``step`` is."""
+    return loss.preparations(
+        seed=config.seed,
+        inference=make_inference(step.device, step.precision, config.compute.compile),
+        world=world,
+        parts=config.compute.accumulate,
+        images=images,
+        streams={name: stream_config(config, name) for name in loss.streams},
+    )

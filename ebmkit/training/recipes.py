@@ -173,11 +173,11 @@ def recipe_for(dataset: str, objective: str = "") -> dict[str, Any]:
         UserError: if the objective does not parse.
     """
     named = parse_objective(objective) if objective else ()
-    if any(term.objective.likelihood is not None for term in named):
+    if any(term.objective.family == "likelihood" for term in named):
         config = RECIPES[JEM_RECIPES.get(dataset, "cifar10-jem-short")].config
     elif [term.name for term in named] == ["ddpm"]:
         config = RECIPES[DDPM_RECIPES.get(dataset, "cifar10-ddpm-short")].config
-    elif any(term.objective.attack is not None for term in named):
+    elif any(term.objective.family == "adversarial" for term in named):
         name = ROBUST_RECIPES.get(dataset, dataset)
         config = RECIPES.get(name, RECIPES["folder"]).config | {"head": "logit"}
     else:

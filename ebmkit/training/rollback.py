@@ -1,26 +1,24 @@
 """What a trainer does beside the gradient where an objective needs negatives: chains and a watch.
 
-See `ebmkit.training.negatives` for the chains and `ebmkit.training.divergence` for what
+See `ebmkit.objectives.likelihood` for the chains and `ebmkit.training.divergence` for what
 diverged means and what is done then.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ebmkit.data import Batch
 from ebmkit.errors import UserError
+from ebmkit.objectives.likelihood import Negatives
 from ebmkit.sampling.buffer import ReplayBuffer
 from ebmkit.training.checkpoint_state import SavedWatch, check_tensor, parts_of, restore_parts
 from ebmkit.training.divergence import Divergence, DivergenceMonitor, Measures, sentence
 from ebmkit.training.engine import StepStats
-from ebmkit.training.negatives import Negatives, likelihood_terms
 from ebmkit.training.nonfinite import is_finite, keep_report, report_of, told
 from ebmkit.validation import validated
 
@@ -49,14 +47,13 @@ class Recovery:
     def __init__(self, trainer: Trainer, negatives: Negatives) -> None:
         self.trainer, self.negatives = trainer, negatives
         self.watch = DivergenceMonitor(trainer.config.watch)
-        self._term = likelihood_terms(trainer.loss)[0].name
+        self._term = next(n for n, p in trainer.preparations.items() if p is negatives)
         self._apply()
 
-    def join(self, batches: Mapping[str, Batch]) -> dict[str, Batch]:
-        """``batches`` with the negatives of the trainer's present step."""
+    def keep_first(self) -> None:
+        """Keep the trainer's present state, if there is none to go back to yet."""
         if not self.watch.holds_a_state:
             self.keep()
-        return self.negatives.join(batches, self.trainer.step)
 
     def learning_rate(self, rate: float) -> float:
         """The rate that is left of ``rate``."""
@@ -175,7 +172,7 @@ class Recovery:
         """Let the changes of past breaches take effect."""
         config, remedies = self.trainer.config.negatives, self.watch.remedies
         self.negatives.steps = math.ceil(config.steps * remedies.steps)
-        self.trainer.loss.penalty = config.penalty + remedies.penalty
+        self.negatives.penalty = config.penalty + remedies.penalty
 
 
 def _on_host(tensor: Tensor) -> Tensor:

@@ -145,7 +145,7 @@ def trace_step(loss: TrainingLoss, shapes: Shapes, accumulate: int = 1) -> StepT
         fake.zero_grad(set_to_none=True)
         batches = _batches(fake, shapes)
         recorder.ignore([*fake.parameters(), *fake.buffers()])
-        recorder.hold(t for batch in batches.values() for t in batch if t is not None)
+        recorder.hold(t for batch in batches.values() for t in batch.tensors)
         with recorder, torch.enable_grad():
             for _ in range(parts_run):
                 part = {name: _part(batch, accumulate) for name, batch in batches.items()}
@@ -217,10 +217,8 @@ def _batches(loss: TrainingLoss, shapes: Shapes) -> dict[str, Batch]:
     batches = {name: _batch(shapes[name], classes, device) for name in loss.streams}
     for term in loss.terms:
         name = loss.stream_of[term.name]
-        if term.objective.likelihood is not None:
-            batches[name] = batches[name]._replace(negatives=torch.empty_like(batches[name].x))
-        if term.objective.attack is not None:
-            batches[name] = batches[name]._replace(attacked=torch.empty_like(batches[name].x))
+        columns = {column: torch.empty_like(batches[name].x) for column in term.objective.columns}
+        batches[name] = batches[name].with_columns(term.name, columns)
     return batches
 
 
@@ -238,5 +236,4 @@ def _batch(shape: tuple[int, int, int, int], num_classes: int, device: torch.dev
 def _part(batch: Batch, accumulate: int) -> Batch:
     """The first of ``accumulate`` parts, as views."""
     count = -(-len(batch.x) // accumulate)
-    cut = [None if column is None else column[:count] for column in batch]
-    return Batch(*cut)  # type: ignore[arg-type]  # the optional columns stay where they were
+    return batch.rows(slice(0, count))

@@ -31,6 +31,7 @@ from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.models import ModelConfig
 from ebmkit.models.saving import model_files
+from ebmkit.objectives.likelihood import Negatives
 from ebmkit.parallel import DistributedContext, device_of_rank
 from ebmkit.randomness import keyed_seed
 from ebmkit.training.best import Best
@@ -41,12 +42,11 @@ from ebmkit.training.engine import OutOfMemory, StepStats, TrainingStep, transla
 from ebmkit.training.nonfinite import stopped
 from ebmkit.training.optim import learning_rate, make_optimizer
 from ebmkit.training.parts import (
-    make_attacks,
     make_average,
     make_budget,
     make_card,
     make_loss,
-    make_negatives,
+    make_preparations,
     make_stream,
     stream_config,
 )
@@ -132,12 +132,16 @@ class Trainer:
         self.card = make_card(self.loss, config, self.train)
         self.model.card = self.trained.card = self.card
         self.recovery, self.drawn = None, dict[str, Batch]()
-        if self.loss.needs_negatives:
-            chains = make_negatives(self.loss, config, self.train, self.update, world)
-            self.recovery = Recovery(self, chains)
-        self.attacks = None
-        if self.loss.needs_attack:
-            self.attacks = make_attacks(self.loss, config, self.update, world)
+        self.preparations = make_preparations(self.loss, config, self.train, self.update, world)
+        chains = [p for p in self.preparations.values() if isinstance(p, Negatives)]
+        if len(chains) > 1:
+            terms = [n for n, p in self.preparations.items() if isinstance(p, Negatives)]
+            raise UserError(
+                f"objectives {' and '.join(terms)} need negatives of different densities: choose "
+                "one of them"
+            )
+        if chains:
+            self.recovery = Recovery(self, chains[0])
         told = make_loss(self.model, config, training=False)
         laws = {name: stream_config(config, name) for name in told.streams}
         classifies = self.card.classifies
@@ -279,9 +283,10 @@ class Trainer:
         try:
             with translate_out_of_memory():
                 if self.recovery is not None:
-                    drawn = self.drawn = self.recovery.join(drawn)
-                if self.attacks is not None:
-                    drawn = self.attacks.join(drawn, self.step)
+                    self.recovery.keep_first()
+                drawn = self.loss.prepared(self.preparations, drawn, self.step)
+                if self.recovery is not None:
+                    self.drawn = drawn
             self.update(drawn, rate, stop)
         except OutOfMemory:
             fits = False

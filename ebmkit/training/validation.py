@@ -17,7 +17,6 @@ from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.metrics import predict, psnr
 from ebmkit.objectives import TrainingLoss
 from ebmkit.parallel import DistributedContext
-from ebmkit.training.attacks import Attacks
 
 __all__ = ["Validation"]
 
@@ -98,12 +97,11 @@ class Validation:
         crops = {n: s.crop_size for n, s in stage.spans.items()} if stage else {}
         crops = {n: side for n, side in crops.items() if n in self.noise and self.noise[n].phases}
         totals: dict[str, float] = {}
-        attacks = Attacks(loss, 0, warm=True) if loss.needs_attack else None
+        preparations = loss.preparations(validating=True)
         for step in range(self.world.rank, self.steps, self.world.size):
             batches = {n: next(s.batches(step, step + 1)) for n, s in self.streams.items()}
             batches = {n: _middle(batch, crops.get(n)) for n, batch in batches.items()}
-            if attacks is not None:
-                batches = attacks.join(batches, step)
+            batches = loss.prepared(preparations, batches, step)
             for name, value in self._measure(model, loss, batches).items():
                 totals[name] = totals.get(name, 0.0) + value / self.steps
         everyone = self.world.gather(totals)
@@ -120,12 +118,11 @@ class Validation:
             assert isinstance(model, EnergyModel)
             right = predict(model.logits(batch.x)).eq(batch.labels)
             row["accuracy"] = float(right.float().mean())
-            attacked = next((b for b in batches.values() if b.attacked is not None), None)
-            if attacked is not None:
-                assert attacked.attacked is not None
-                assert attacked.labels is not None
-                label = predict(model.logits(attacked.attacked, attacked.sigma))
-                row["accuracy_attacked"] = float(label.eq(attacked.labels).float().mean())
+            for own in batches.values():
+                for column in (c for name, c in own.extra.items() if name.endswith(".attacked")):
+                    assert own.labels is not None
+                    label = predict(model.logits(column, own.sigma))
+                    row.setdefault("accuracy_attacked", float(label.eq(own.labels).float().mean()))
         if self.denoise_stream is not None:
             batch = batches[self.denoise_stream]
             clean = model.denoise(batch.x + SIGMA * batch.eps, SIGMA)

@@ -12,6 +12,7 @@ from ebmkit import GaussianMixture
 from ebmkit.evaluation import evaluate
 from ebmkit.evaluation.context import noisy_batches
 from ebmkit.evaluation.denoise import plot_images, plot_psnr, ssim, ssim_window
+from ebmkit.plots import common
 
 SIGMA = 25 / 255
 
@@ -187,8 +188,7 @@ def test_a_perfect_restoration_is_no_number_and_is_told(mixture, tmp_path):
 def figures(monkeypatch):
     """The figures drawn."""
     found = []
-    for module in ("ebmkit.evaluation.denoise", "ebmkit.plots.common"):
-        monkeypatch.setattr(f"{module}.save_figure", lambda figure, path: found.append(figure))
+    monkeypatch.setattr(common, "save_figure", lambda figure, path: found.append(figure))
     return found
 
 

@@ -21,9 +21,10 @@ from ebmkit.evaluation.diffusion_path import (
     DiffusionPathConfig,
     views_at,
 )
-from ebmkit.evaluation.energies import class_statistics, energies_of, reading_of
+from ebmkit.evaluation.energies import class_statistics, energies_of
 from ebmkit.models import GradResNetConfig, HeadConfig, ModelConfig, save_model
 from ebmkit.noise import make_schedule
+from ebmkit.readings import reading_of
 
 
 class Blind(GaussianMixture):

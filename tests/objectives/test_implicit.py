@@ -4,19 +4,19 @@ import math
 
 import pytest
 import torch
-from test_objectives import Drawn, gradients
+from test_objectives import gradients
 
 import ebmkit
-from ebmkit.data import ImageSet
+from ebmkit.data import Batch, ImageSet
 from ebmkit.energy import hessian_products
 from ebmkit.errors import UserError
 from ebmkit.models import HEADS
 from ebmkit.objectives import ModelOutput, TrainingLoss, parse_objective
-from ebmkit.objectives.probes import rademacher_probes
-from ebmkit.objectives.terms import (
+from ebmkit.objectives.score_matching import (
     EXACT_TRACE,
     hyvarinen,
     implicit_score_matching,
+    rademacher_probes,
     trace_vectors,
 )
 from ebmkit.training import resolve
@@ -36,11 +36,11 @@ def mixture(entries: int) -> ebmkit.GaussianMixture:
     return ebmkit.GaussianMixture(means, covariances, labels=[0, 1, 0])
 
 
-def draw(model: ebmkit.GaussianMixture, count: int) -> Drawn:
+def draw(model: ebmkit.GaussianMixture, count: int) -> Batch:
     x, labels = model.sample(count)
     eps = torch.randn_like(x)
     sigma = torch.full((count,), SIGMA, dtype=x.dtype)
-    return Drawn(x, x + SIGMA * eps, sigma, eps, labels, labels)
+    return Batch(x, x + SIGMA * eps, sigma, eps, labels, labels)
 
 
 def within(values: torch.Tensor, expected: float, errors: float = 4) -> bool:
@@ -145,7 +145,6 @@ class OneGaussian(ebmkit.EnergyModel):
 
     def fit(self, objective, batch):
         loss = TrainingLoss(self, parse_objective(objective))
-        loss.recorded = True
         search = torch.optim.LBFGS(
             self.parameters(), max_iter=100, tolerance_grad=1e-9, tolerance_change=0,
             line_search_fn="strong_wolfe",
@@ -176,13 +175,13 @@ def test_of_gaussians_the_samples_own_is_best():
         torch.testing.assert_close(mean, batch.y.mean(0), rtol=0, atol=tolerance)
 
 
-def images(count: int, side: int) -> Drawn:
+def images(count: int, side: int) -> Batch:
     x, eps = torch.rand(2, count, 1, side, side, dtype=torch.float64)
     eps = torch.randn_like(eps)
     sigma = torch.full((count,), SIGMA, dtype=x.dtype)
     labels = torch.arange(count) % 3
     soft = torch.nn.functional.one_hot(labels, 3).double()
-    return Drawn(x, x + SIGMA * eps, sigma, eps, labels, soft)
+    return Batch(x, x + SIGMA * eps, sigma, eps, labels, soft)
 
 
 def network(head: str = "linear-quadratic", name: str = "mlp-sigma") -> ebmkit.JointModel:
@@ -196,7 +195,6 @@ def test_both_ways_to_differentiate_agree(head, side):
     model, batch = network(head), {"denoise": images(4, side)}
     loss = TrainingLoss(model, parse_objective("ce+ism"), streams={"ce": "denoise"})
     functional = loss(batch)
-    loss.recorded = True
     recorded = loss(batch)
     torch.testing.assert_close(functional.values, recorded.values)
     with torch.no_grad():
@@ -221,7 +219,7 @@ def test_the_gradient_does_not_depend_on_how_a_batch_is_divided():
     model, batch = network(), images(4, 5)
     loss = TrainingLoss(model, parse_objective("ism"))
     whole = gradients(loss({"denoise": batch}).total, model)
-    parts = [Drawn(*[t[i : i + 1] for t in batch]) for i in range(4)]
+    parts = [batch.rows(slice(i, i + 1)) for i in range(4)]
     each = [gradients(loss({"denoise": part}).total, model) for part in parts]
     for w, *found in zip(whole, *each, strict=True):
         torch.testing.assert_close(w, sum(found) / 4)
@@ -241,7 +239,6 @@ def test_a_step_costs_two_of_denoising_score_matching():
     costs = {}
     for name in ("dsm", "ism"):
         loss = TrainingLoss(network(name="mlp").float(), parse_objective(name))
-        loss.recorded = True
         costs[name] = step_flops(loss, {"denoise": (4, 1, 8, 8)})[name]
     assert costs["ism"] / costs["dsm"] == pytest.approx(2, rel=0.01)
 

@@ -7,7 +7,7 @@ from ebmkit import create_model
 from ebmkit.data import Batch, NoiseLaw
 from ebmkit.noise import make_schedule
 from ebmkit.objectives import TermSettings, TrainingLoss, parse_objective
-from ebmkit.objectives.probes import label_dropout
+from ebmkit.objectives.diffusion import label_dropout
 
 
 def batch_of(count=6, classes=3):
@@ -23,7 +23,7 @@ def batch_of(count=6, classes=3):
 
 def loss_of(model, objective, **ddpm):
     settings = TermSettings.model_validate({"ddpm": ddpm})
-    return TrainingLoss(model, parse_objective(objective), settings=settings)
+    return TrainingLoss(model, parse_objective(objective, settings))
 
 
 def model_of(**options):

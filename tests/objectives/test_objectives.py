@@ -1,35 +1,26 @@
 """Objectives: their formulas, how they add up, how they share work, what they refuse."""
 
 import math
-from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 import ebmkit
+from ebmkit.data import Batch
 from ebmkit.energy import Energies, EnergyModel
 from ebmkit.objectives import OBJECTIVES, Term, TermSettings, TrainingLoss, parse_objective
-from ebmkit.objectives.terms import check_labels
+from ebmkit.objectives.loss import check_labels
 
 
-class Drawn(NamedTuple):
-    x: Tensor
-    y: Tensor
-    sigma: Tensor
-    eps: Tensor
-    labels: Tensor
-    soft: Tensor
-
-
-def draw(count: int = 4, seed: int = 0, shape: tuple[int, ...] = (1, 8, 8)) -> Drawn:
+def draw(count: int = 4, seed: int = 0, shape: tuple[int, ...] = (1, 8, 8)) -> Batch:
     g = torch.Generator().manual_seed(seed)
     x = torch.rand(count, *shape, generator=g, dtype=torch.float64)
     sigma = 0.05 + 0.3 * torch.rand(count, generator=g, dtype=torch.float64)
     eps = torch.randn(count, *shape, generator=g, dtype=torch.float64)
     labels = torch.arange(count) % 10
     soft = torch.nn.functional.one_hot(labels, 10).double()
-    return Drawn(x, x + sigma.reshape(-1, 1, 1, 1) * eps, sigma, eps, labels, soft)
+    return Batch(x, x + sigma.reshape(-1, 1, 1, 1) * eps, sigma, eps, labels, soft)
 
 
 @pytest.fixture
@@ -57,7 +48,7 @@ def test_cross_entropy_equals_torch_with_hard_and_mixed_labels(model):
 def test_smoothed_cross_entropy_equals_torch_with_hard_and_mixed_labels(model, share):
     batch = draw()
     settings = TermSettings(ce={"label_smoothing": share})
-    own = TrainingLoss(model, parse_objective("ce"), settings=settings)
+    own = TrainingLoss(model, parse_objective("ce", settings))
     for soft in (batch.soft, 0.3 * batch.soft + 0.7 * batch.soft.roll(1, 0)):
         loss = own({"classify": batch._replace(soft=soft)}).total
         logits = model.logits(batch.y)
@@ -105,7 +96,7 @@ def test_balanced_gradient_is_linear_in_the_batch(model):
     whole = gradients(loss({"classify": batch, "denoise": batch}).total, model)
     halves = []
     for part in (slice(0, 2), slice(2, 4)):
-        half = Drawn(*[t[part] for t in batch])
+        half = batch.rows(part)
         halves.append(gradients(loss({"classify": half, "denoise": half}).total, model))
     for w, a, b in zip(whole, *halves, strict=True):
         assert torch.allclose(w, (a + b) / 2, rtol=1e-9, atol=1e-12)

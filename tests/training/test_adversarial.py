@@ -17,11 +17,11 @@ from ebmkit.data import Batch
 from ebmkit.models import JointModel, load
 from ebmkit.models.heads import LinearQuadraticHead, LogitHead
 from ebmkit.models.parts import Features
-from ebmkit.objectives import AdversarialConfig, TermSettings, TrainingLoss, parse_objective
+from ebmkit.objectives import OBJECTIVES, RunContext, TrainingLoss, parse_objective
+from ebmkit.objectives.adversarial import AdversarialConfig, Attack
 from ebmkit.parallel import DistributedContext
 from ebmkit.training import Interrupted, RunFolder, resolve
 from ebmkit.training.assemble import assemble
-from ebmkit.training.attacks import Attacks
 from ebmkit.training.cost import step_flops
 from ebmkit.training.engine import TrainingStep
 from ebmkit.training.optim import make_optimizer
@@ -84,13 +84,18 @@ def draw(count=6, sigma=0.0, classes=5, seed=3):
 
 
 def attacks(model, objective="adv", **settings):
-    names = {"adv", "trades"} & {t.name for t in parse_objective(objective)}
-    own = TermSettings.model_validate(dict.fromkeys(names, settings))
-    return Attacks(TrainingLoss(model, parse_objective(objective), settings=own), seed=0)
+    config = OBJECTIVES[objective].config(**settings)
+    return Attack(RunContext(model, objective, "classify"), config, objective == "trades")
+
+
+def with_attacked(batch, images, *names):
+    for name in names or ("adv",):
+        batch = batch.with_columns(name, {"attacked": images})
+    return batch
 
 
 def attacked(model, batch, objective="adv", step=0, **settings):
-    return attacks(model, objective, **settings).attack("classify", batch, step)
+    return attacks(model, objective, **settings).attack(batch, step)
 
 
 def label_loss(model, y, labels, sigma=None):
@@ -147,11 +152,11 @@ def test_the_attack_is_foolbox_s(norm, eps, steps):
 def test_from_the_same_random_start_and_to_the_same_target_too(norm, eps, targeted):
     model, batch = classifier(), draw()
     own = attacks(model, norm=norm, eps=eps, targeted=targeted)
-    config = own.settings.adv
+    config = own.config
     generator = torch.Generator().manual_seed(0)
-    from_, target = own._drawn(batch, config, own.terms["classify"].objective.attack, generator)
+    from_, target = own._drawn(batch, config, generator)
     own._drawn = lambda *_: (from_, target)
-    found = own.attack("classify", batch, 0)
+    found = own.attack(batch, 0)
     assert not torch.equal(from_, batch.y)
     expected = by_foolbox(model, batch, config, from_, target)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
@@ -166,8 +171,7 @@ def test_starts_are_uniform_in_the_ball(norm):
     batch = draw(2000)._replace(sigma=torch.ones(2000).double())  # not clipped
     own = attacks(classifier(), norm=norm, eps=0.5)
     generator = torch.Generator().manual_seed(5)
-    aim = own.terms["classify"].objective.attack
-    offset = (own._drawn(batch, own.settings.adv, aim, generator)[0] - batch.y).flatten(1) / 0.5
+    offset = (own._drawn(batch, own.config, generator)[0] - batch.y).flatten(1) / 0.5
     u = offset.norm(dim=1) ** 36 if norm == "l2" else (offset.flatten() + 1) / 2
     assert u.max() <= 1 + 1e-9
     error = 1 / math.sqrt(12 * len(u))
@@ -223,7 +227,7 @@ def test_radii_grow_during_warm_up_and_are_full_where_it_is_measured():
     own = attacks(model, **settings)
 
     def radius(step):
-        moved = own.attack("classify", batch, step) - batch.y
+        moved = own.attack(batch, step) - batch.y
         return moved.flatten(1).norm(dim=1)
 
     for step, share in ((0, 0.25), (1, 0.5), (2, 0.75), (3, 1.0), (9, 1.0)):
@@ -265,7 +269,7 @@ def test_mixed_labels_are_attacked_away_from_both(tmp_path):
     loss = TrainingLoss(model.eval(), parse_objective("adv"))
     with torch.no_grad():
         before, after = (
-            loss({"classify": batch._replace(soft=soft, attacked=y)}).total
+            loss({"classify": with_attacked(batch._replace(soft=soft), y)}).total
             for y in (batch.y, found)
         )
     assert after > before
@@ -275,12 +279,26 @@ def test_mixed_labels_are_attacked_away_from_both(tmp_path):
 
 def test_the_loss_of_adv_is_cross_entropy_there_and_ce_beside_it_here():
     model, batch = classifier().eval(), draw()
-    batch = batch._replace(attacked=attacked(model, batch))
+    under_attack = attacked(model, batch)
+    batch = with_attacked(batch, under_attack)
     loss = TrainingLoss(model, parse_objective("ce+0.5*adv"))({"classify": batch})
-    clean, under = (label_loss(model, y, batch.labels).mean() for y in (batch.y, batch.attacked))
+    clean, under = (label_loss(model, y, batch.labels).mean() for y in (batch.y, under_attack))
     torch.testing.assert_close(loss.parts["ce"], clean)
     torch.testing.assert_close(loss.parts["adv"], under)
     torch.testing.assert_close(loss.total.detach(), clean + 0.5 * under)
+
+
+def test_two_attacks_on_one_stream_each_serve_their_own_objective():
+    """The loss and gradient of adv+trades are the sum of each alone, with its own images."""
+    model, batch = classifier().eval(), draw()
+    loss = TrainingLoss(model, parse_objective("adv+trades"))
+    both = loss.prepared(loss.preparations(), {"classify": batch}, 3)
+    alone = 0
+    for name in ("adv", "trades"):
+        own = TrainingLoss(model, parse_objective(name))
+        alone = alone + own(own.prepared(own.preparations(), {"classify": batch}, 3)).total
+    torch.testing.assert_close(loss(both).total, alone)
+    assert not torch.equal(*both["classify"].extra.values())
 
 
 def test_trades_against_the_formula_by_hand():
@@ -299,9 +317,10 @@ def test_trades_against_the_formula_by_hand():
     labels = torch.tensor([0, 1, 1])
     soft = nn.functional.one_hot(labels, 2).double()
     zero = torch.zeros(3, dtype=torch.float64)
-    batch = Batch(y, y, zero, torch.zeros_like(y), labels, soft, attacked=other)
-    settings = TermSettings.model_validate({"trades": {"beta": 4.0}})
-    loss = TrainingLoss(model, parse_objective("trades"), settings=settings)
+    batch = Batch(y, y, zero, torch.zeros_like(y), labels, soft)
+    batch = with_attacked(batch, other, "trades")
+    settings = {"trades": OBJECTIVES["trades"].config(beta=4.0)}
+    loss = TrainingLoss(model, parse_objective("trades", settings))
     total = loss({"classify": batch}).total
     (found,) = torch.autograd.grad(total, w)
 
@@ -339,12 +358,12 @@ def test_attacks_are_a_function_of_the_step_and_the_same_for_any_number_of_proce
         own = attacks(model, objective, **settings)
         own.world = DistributedContext(rank, 2)
         rows = slice(4 * rank, 4 * rank + 4)
-        share = Batch(*(None if c is None else c[rows] for c in batch))
-        found = own.attack("classify", share, 4)
+        share = batch.rows(rows)
+        found = own.attack(share, 4)
         torch.testing.assert_close(found, whole[rows], rtol=0, atol=1e-12)
     parts = attacks(model, objective, **settings)
     parts.parts = 3
-    torch.testing.assert_close(parts.attack("classify", batch, 4), whole, rtol=0, atol=1e-12)
+    torch.testing.assert_close(parts.attack(batch, 4), whole, rtol=0, atol=1e-12)
 
 
 class StopAt:
@@ -381,8 +400,8 @@ def test_the_compiled_step_is_the_eager_one(objective, backend):
         loss = TrainingLoss(model, parse_objective(objective))
         optimizer = make_optimizer(model, resolve({}).optimizer)
         step = TrainingStep(loss, optimizer, ComputeConfig(compile=compile), backend=backend)
-        batch = Batch(*(c if c is None or not c.is_floating_point() else c.float() for c in draw()))
-        step(Attacks(loss, 0).join({"classify": batch}, 0), rate=0.0)
+        batch = Batch(*(c.float() if c.is_floating_point() else c for c in draw().tensors))
+        step(loss.prepared(loss.preparations(), {"classify": batch}, 0), rate=0.0)
         assert step.compiled == (compile == "on")
         return torch.cat([p.grad.flatten() for p in step.parameters])
 
@@ -397,7 +416,7 @@ def test_the_compiled_attack_is_the_eager_one():
     own = attacks(model)
     own.computed = inference.wrap(model)
     for _ in range(2):  # compiled when a size repeats
-        found = own.attack("classify", batch, 0)
+        found = own.attack(batch, 0)
     assert inference.compiled
     torch.testing.assert_close(found, eager, rtol=0, atol=1e-10)
 
@@ -410,7 +429,7 @@ def test_the_cost_of_attacks_is_counted_and_told(tmp_path):
         assert list(flops) == [objective, "2 attack steps"]
         batch = next(trainer.batches(0, 1))["classify"]
         with Recorder() as counted:
-            trainer.attacks.attack("classify", batch, 0)
+            trainer.preparations[objective].attack(batch, 0)
         assert flops["2 attack steps"] == counted.flops
         forwards = {"adv": 3, "trades": 6}[objective]  # forward and backward, twice for trades
         expected = 2 * passes / forwards
@@ -453,7 +472,6 @@ def test_robust_recipes(tmp_path):
     [
         ({"objective": "adv", "dataset": {"name": "patches"}}, "needs labels"),
         ({"objective": "adv", "backbone": "dncnn"}, "is a denoiser without them"),
-        ({"objective": "adv+trades"}, "'adv' and 'trades' need different attacks"),
         ({"terms": {"adv": {"norm": "l1"}}}, "norm = 'l1' is not legal"),
         ({"terms": {"adv": {"eps": "-1"}}}, "must be a finite number of 0 or more"),
         ({"terms": {"adv": {"eps": "much"}}}, "'much' is no radius"),
@@ -469,10 +487,8 @@ def test_mistakes_are_told_before_the_first_step(layer, words):
 
 
 def test_a_network_without_labels_and_a_single_class_are_refused():
-    settings = TermSettings.model_validate({"adv": {"targeted": True}})
-    one = TrainingLoss(classifier(1), parse_objective("adv"), settings=settings)
     with pytest.raises(UserError, match="there is but one class"):
-        Attacks(one, 0)
+        attacks(classifier(1), targeted=True)
     bare = JointModel(Tiny(), LinearQuadraticHead(8, 0), in_channels=1)
     with pytest.raises(UserError, match="knows no labels"):
-        Attacks(TrainingLoss(bare, parse_objective("adv")), 0)
+        attacks(bare)

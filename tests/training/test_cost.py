@@ -127,7 +127,7 @@ def test_the_papers_network_and_recipe_cost_what_is_known_of_them():
 def run_for_real(loss: TrainingLoss, batches: dict[str, Batch], parts: int = 1) -> Recorder:
     recorder = Recorder()
     recorder.ignore([*loss.parameters(), *loss.buffers()])
-    recorder.hold(t for batch in batches.values() for t in batch if t is not None)
+    recorder.hold(t for batch in batches.values() for t in batch.tensors)
     with recorder:
         for k in range(parts):
             own = {n: Batch(*(t.chunk(parts)[k] for t in b[:6])) for n, b in batches.items()}

@@ -51,8 +51,10 @@ def toy(objective, head="logit"):
     x, other = torch.rand(2, 5, 1, 6, 6, dtype=torch.float64)
     labels = torch.tensor([0, 1, 2, 1, 0])
     soft = torch.nn.functional.one_hot(labels, 3).double()
-    batch = Batch(x, x, torch.zeros(5), torch.zeros_like(x), labels, soft, other)
+    batch = Batch(x, x, torch.zeros(5), torch.zeros_like(x), labels, soft)
     terms = parse_objective(objective)
+    for term in terms:
+        batch = batch.with_columns(term.name, {"negatives": other} if term.name != "ce" else {})
     return TrainingLoss(model, terms, streams={t.name: "generate" for t in terms}), batch
 
 
@@ -73,13 +75,13 @@ def test_the_loss_is_the_difference_of_energies(objective, conditional, head):
     with torch.no_grad():
         energy = [
             -e.log_density - (e.at_label(batch.labels) if conditional else 0)
-            for e in (loss.model(batch.y), loss.model(batch.negatives))
+            for e in (loss.model(batch.y), loss.model(batch.extra[f"{objective}.negatives"]))
         ]
     expected = (energy[0] - energy[1]).mean()
     torch.testing.assert_close(losses.total, expected)
     torch.testing.assert_close(losses.parts[objective], expected)
-    loss.penalty = 0.1
-    punished = loss({"generate": batch})
+    weight = torch.full((len(batch.x),), 0.1, dtype=batch.x.dtype)
+    punished = loss({"generate": batch.with_columns(objective, {"penalty": weight})})
     more = 0.1 * (energy[0].square() + energy[1].square()).mean()
     torch.testing.assert_close(punished.total, expected + more)
     torch.testing.assert_close(punished.parts[objective], expected)  # what is watched
@@ -134,7 +136,7 @@ def test_negatives_are_a_function_of_the_step_and_the_same_for_any_number_of_pro
         negatives = trainer.recovery.negatives
         negatives.world = world
         batch = next(trainer.batches(0, 1))["generate"]
-        return negatives.draw(Batch(*(None if c is None else c[rows] for c in batch)), 0), negatives
+        return negatives.draw(batch.rows(rows), 0), negatives
 
     def beside(other, rank, own):
         return [own, other] if rank == 0 else [other, own]
@@ -234,7 +236,7 @@ def test_a_checkpoint_without_its_chains_is_refused(tmp_path):
 def test_the_cost_of_chains_is_counted_and_told(tmp_path):
     trainer = start(tmp_path, "run")
     shapes = trainer.budget.plan[0][1]
-    flops = step_flops(trainer.loss, shapes, Effort(2))
+    flops = step_flops(trainer.loss, shapes)
     assert list(flops) == ["ce", "ml", "2 Langevin steps"]
     batches = next(trainer.batches(0, 1))
     with Recorder() as counted:
@@ -242,7 +244,7 @@ def test_the_cost_of_chains_is_counted_and_told(tmp_path):
     assert flops["2 Langevin steps"] == counted.flops  # of the real chains
     once = forward_flops(trainer.model, (1, 8, 8))
     assert flops["2 Langevin steps"] == pytest.approx(2 * 8 * 2 * once, rel=0.01)
-    assert step_flops(trainer.loss, shapes, Effort(2, 2))["ce"] == 2 * flops["ce"]
+    assert step_flops(trainer.loss, shapes, Effort(2))["ce"] == 2 * flops["ce"]
     ended = ebmkit_command("cost", "--objective=jem", "--width=8", cwd=tmp_path)
     assert ended.returncode == 0
     assert "10 Langevin steps" in ended.stdout

@@ -227,7 +227,7 @@ def _learnt_density(model: ScoreModel) -> bool:
         terms = parse_objective(model.card.objective)
     except UserError:
         return not classifies(model)  # of someone else's making: nothing is known
-    return any(t.objective.likelihood is not None or t.objective.needs_score for t in terms)
+    return any(t.objective.trains_density for t in terms)
 
 
 def _size(model: ScoreModel, asked: int | None) -> tuple[int, int]:

@@ -1,7 +1,21 @@
-r"""Negatives: samples of the model being trained, for maximum likelihood.
+r"""Maximum likelihood, with negatives: samples of the model being trained.
+
+The gradient of :math:`-\log p(y)` by the parameters contains that of the constant nobody computes,
+which is an expectation over the model itself,
+:math:`-E_{\tilde y \sim p}[\nabla_\theta \log \tilde p(\tilde y)]` with the unnormalised
+:math:`\tilde p`. So the losses are differences,
+
+.. math::
+    \text{ml:}  & \quad \log p(\tilde y) - \log p(y) \\
+    \text{cml:} & \quad \log p(\tilde y \mid c) - \log p(y \mid c) ,
+
+whose value says nothing (it should stay near 0) and whose gradient is right if the *negatives*
+:math:`\tilde y` are samples of the model. JEM (arXiv 1912.03263, eq. 6-8) is ``ce+ml``, for short
+``jem``. A penalty :math:`\alpha\,(e^2(y) + e^2(\tilde y))` of the energies (Du & Mordatch, arXiv
+1903.08689, eq. 7) pulls them together when they run away.
 
 At each step a batch of chains is taken from a replay buffer, some of them started anew, and moved
-by K Langevin steps on the model as it is (JEM, arXiv 1912.03263, algorithm 1),
+by K Langevin steps on the model as it is (JEM, algorithm 1),
 
 .. math:: \tilde y \leftarrow \tilde y + \eta\,\nabla_y \log p_\theta(\tilde y) + \tau\,\xi ,
 
@@ -16,34 +30,29 @@ number of processes does not change what is drawn, and a checkpoint needs nothin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
-from ebmkit.compile import Inference
-from ebmkit.data import AnyImages, Batch, StreamConfig
-from ebmkit.energy import EnergyModel, Noise
+from ebmkit.data import AnyImages, Batch
+from ebmkit.energy import Energies, EnergyModel, Noise
 from ebmkit.errors import UserError
-from ebmkit.objectives import Term, TrainingLoss
-from ebmkit.parallel import DistributedContext
+from ebmkit.objectives.base import ExtraPasses, ModelOutput, Objective, ObjectiveConfig, RunContext
 from ebmkit.randomness import keyed_generator
 from ebmkit.sampling.buffer import ReplayBuffer
 from ebmkit.sampling.langevin import JEM_NOISE, JEM_STEP, Langevin, normal_like
 from ebmkit.sampling.seeds import ClassGaussians
 
-__all__ = ["Negatives", "NegativesConfig", "likelihood_terms"]
+__all__ = ["CML", "ML", "Negatives", "NegativesConfig", "log_density_of"]
 
 FITTED = 10_000
 """Training images that the Gaussians of starting points are fitted to, at the most."""
 
 
-class NegativesConfig(BaseModel):
+class NegativesConfig(ObjectiveConfig):
     """How negatives are drawn; the defaults are JEM's, for images in [0, 1]."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     steps: int = Field(20, ge=1, description="Langevin steps of a chain at each training step")
     step_size: float = Field(JEM_STEP, gt=0, description="eta, image units squared")
@@ -64,88 +73,76 @@ class NegativesConfig(BaseModel):
     penalty: float = Field(0.0, ge=0, description="alpha of the penalty of squared energies")
 
 
-def likelihood_terms(loss: TrainingLoss) -> tuple[Term, ...]:
-    """The terms of ``loss`` that need negatives."""
-    return tuple(term for term in loss.terms if term.objective.likelihood is not None)
+def log_density_of(energies: Energies, labels: Tensor | None) -> Tensor:
+    """log p(y) up to a constant, (B,), nats; log p(y|c) of each image's label where there are."""
+    if labels is None:
+        return energies.log_density
+    return energies.log_density + energies.at_label(labels)
 
 
 class Negatives:
-    """Draws the negatives of a run.
+    """Draws the negatives of a run: `Objective.prepare` of maximum likelihood.
 
     Args:
-        loss: model and objectives, on their device.
+        context: the run, with its training images.
         config: how they are drawn.
-        images: the training images, for Gaussian starts.
-        stream: configuration of the stream that the negatives join.
-        seed: the run's.
-        inference: precision and compilation of the score.
-        world: the processes that train together.
+        conditional: whether chains are of log p(y|c).
 
     Attributes:
         stream: whose batches they join.
         buffer: the chains.
-        steps: Langevin steps of a chain, which a watch may raise.
-        attempt: how often the run went back; part of the key of all that is drawn.
+        steps: Langevin steps of a chain, which a divergence monitor may raise.
+        penalty: alpha of the penalty, which it may raise too.
+        attempt: how often the run was rolled back; part of the key of all that is drawn.
         spread: root mean square of the last chains about gray, image units, a scalar tensor.
 
     Raises:
-        UserError: if the model has no density, two objectives want different negatives, the buffer
-            does not divide among the classes or is smaller than a batch.
+        UserError: if the model has no density, the stream's images change size, the buffer does not
+            divide among the classes or is smaller than a batch.
     """
 
-    def __init__(
-        self,
-        loss: TrainingLoss,
-        config: NegativesConfig,
-        images: AnyImages,
-        stream: StreamConfig,
-        seed: int,
-        inference: Inference | None = None,
-        world: DistributedContext | None = None,
-    ) -> None:
-        terms = likelihood_terms(loss)
-        if not isinstance(loss.model, EnergyModel):
+    def __init__(self, context: RunContext, config: NegativesConfig, conditional: bool) -> None:
+        images, stream = context.images, context.streams[context.stream]
+        assert images is not None
+        if not isinstance(context.model, EnergyModel):
             raise UserError(
-                f"objective {terms[0].name!r} needs a log-density, and this network is a plain "
+                f"objective {context.term!r} needs a log-density, and this network is a plain "
                 "denoiser: choose a backbone"
-            )
-        if len(terms) > 1:
-            raise UserError(
-                f"objectives {' and '.join(t.name for t in terms)} need negatives of different "
-                "densities: choose one of them"
             )
         batch_size, crop = stream.batch_size, stream.augmentation.crop_size
         if stream.phases or (crop is not None and config.start == "gaussian"):
             raise UserError(
                 "negatives are of one size, and start from whole images where they start from "
                 "Gaussians: leave phases (and crop_size) out of the stream of "
-                f"{terms[0].name!r}, or set negatives.start=uniform"
+                f"{context.term!r}, or set negatives.start=uniform"
             )
         if batch_size > config.buffer_size:
             raise UserError(
                 f"a batch of {batch_size} negatives needs as many chains, and the replay buffer "
                 f"holds {config.buffer_size}: raise negatives.buffer_size"
             )
-        self.model: EnergyModel = loss.model
-        self.config, self.seed, self.world = config, seed, world or DistributedContext()
-        self.computed = (inference or Inference()).wrap(self.model)
-        self.stream = loss.stream_of[terms[0].name]
-        self.conditional = terms[0].objective.needs_labels
+        self.model: EnergyModel = context.model
+        self.config, self.seed, self.world = config, context.seed, context.world
+        self.computed = context.inference.wrap(self.model)
+        self.stream, self.conditional = context.stream, conditional
+        self.penalty = config.penalty
         self.steps, self.attempt = config.steps, 0
-        self.device = next(loss.parameters()).device
+        self.device = next(self.model.parameters()).device
         self.shape = (images.channels, *(images.image_size if crop is None else (crop, crop)))
         self._classes = images.num_classes if self.conditional else 0
         self._gaussians = _fitted(images, self.device) if config.start == "gaussian" else None
         labels = torch.arange(config.buffer_size) * self._classes // config.buffer_size
-        generator = keyed_generator(self.device, seed, "negatives", "start")
+        generator = keyed_generator(self.device, self.seed, "negatives", "start")
         start = self._fresh(config.buffer_size, generator, labels.to(self.device))
         self.buffer = ReplayBuffer(start, self._classes)
         self.spread = torch.zeros((), device=self.device)
 
-    def join(self, batches: Mapping[str, Batch], step: int) -> dict[str, Batch]:
-        """``batches`` of ``step`` with this process's negatives in the one that needs them."""
-        batch = batches[self.stream]
-        return {**batches, self.stream: batch._replace(negatives=self.draw(batch, step))}
+    def __call__(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """This process's negatives for its batch of ``step``, and the penalty's weight."""
+        columns = {"negatives": self.draw(batch, step)}
+        if self.penalty:
+            columns["penalty"] = torch.full((len(batch.x),), self.penalty, device=self.device)
+        return columns
 
     def draw(self, batch: Batch, step: int) -> Tensor:
         """Negatives (B, C, H, W) for ``batch``; their chains in the buffer move on."""
@@ -218,3 +215,35 @@ class Negatives:
 def _fitted(images: AnyImages, device: torch.device) -> ClassGaussians:
     floats, labels = next(iter(images.spread(FITTED).batches(FITTED)))
     return ClassGaussians(floats.to(device), None if labels is None else labels.to(device))
+
+
+def _maximum_likelihood(config: NegativesConfig, conditional: bool, what: str) -> Objective:
+    def loss(output: ModelOutput, batch: Batch) -> Tensor | tuple[Tensor, Tensor]:
+        assert output.energies is not None
+        labels = batch.labels if conditional else None
+        positive = -log_density_of(output.energies, labels)
+        negative = -log_density_of(output.energies_at(batch.extra["negatives"], None), labels)
+        if "penalty" not in batch.extra:
+            return positive - negative
+        penalty = batch.extra["penalty"][0] * (positive.square() + negative.square()).mean()
+        return positive - negative, penalty
+
+    return Objective(
+        description=f"maximum likelihood of {what} with negatives by Langevin dynamics",
+        stream="generate",
+        loss=loss,
+        family="likelihood",
+        needs_labels=conditional,
+        needs_hard_labels=conditional,
+        validates=False,
+        prepare=lambda context: Negatives(context, config, conditional),
+        columns=("negatives",),
+        extra_passes=ExtraPasses(f"{config.steps} Langevin steps", config.steps),
+        config=NegativesConfig,
+        configure=lambda config: _maximum_likelihood(config, conditional, what),
+        section="negatives",
+    )
+
+
+ML = _maximum_likelihood(NegativesConfig(), False, "log p(y)")
+CML = _maximum_likelihood(NegativesConfig(), True, "log p(y|c)")

@@ -25,12 +25,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
+from pydantic import BaseModel, ConfigDict, create_model, model_validator
 from torch import Tensor, nn
 
 from ebmkit.compute import Precision, autocast, memory_format
+from ebmkit.data import Batch
 from ebmkit.energy import (
     Energies,
     EnergyModel,
@@ -41,21 +44,26 @@ from ebmkit.energy import (
     value_and_grads,
 )
 from ebmkit.errors import UserError
-from ebmkit.objectives.settings import TermSettings, TradesConfig
-from ebmkit.objectives.terms import (
-    ALIASES,
-    OBJECTIVES,
-    AttackTarget,
-    BatchLike,
-    LogDensityOf,
+from ebmkit.objectives.base import (
     ModelOutput,
     Objective,
+    ObjectiveConfig,
+    Prepare,
+    RunContext,
     Scale,
-    divergence,
 )
+from ebmkit.objectives.table import ALIASES, OBJECTIVES
 from ebmkit.registry import find
 
-__all__ = ["BALANCE", "Losses", "Term", "TrainingLoss", "parse_objective"]
+__all__ = [
+    "BALANCE",
+    "Losses",
+    "Term",
+    "TermSettings",
+    "TrainingLoss",
+    "check_labels",
+    "parse_objective",
+]
 
 BALANCE = 2.0
 """lambda of the balanced form; how it was found is told in the docs ("The balance")."""
@@ -66,33 +74,76 @@ EMA_DECAY = 0.9
 _TERM = re.compile(r"(?:(?P<weight>[^*]+)\*)?(?P<name>[^*]+)")
 
 
+class TermSettings(BaseModel):
+    """Settings by the name of the objective, as ``{"ce": {"label_smoothing": 0.1}}``.
+
+    Of every objective of the table that has settings there; those not named have their defaults.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_table(cls, given: Any) -> Any:
+        kinds = {n: o.config for n, o in OBJECTIVES.items() if o.config and o.section is None}
+        found = _settings_model(tuple(kinds.items())).model_validate(given)
+        return {name: getattr(found, name) for name in kinds}
+
+    def of(self, name: str) -> ObjectiveConfig | None:
+        """The settings of the objective called ``name``; None where it has none here."""
+        found: ObjectiveConfig | None = (self.model_extra or {}).get(name)
+        return found
+
+
+@cache
+def _settings_model(kinds: tuple[tuple[str, type[ObjectiveConfig]], ...]) -> type[BaseModel]:
+    fields: dict[str, Any] = {name: (kind, kind()) for name, kind in kinds}
+    return create_model("TermSettings", __config__=ConfigDict(extra="forbid"), **fields)
+
+
 @dataclass(frozen=True)
 class Term:
     """One summand: an objective by name, and its coefficient if one was given.
 
     Attributes:
-        settings: of single objectives.
+        settings: the objective's own; None: its defaults.
         objective: the entry of `OBJECTIVES`, under the settings.
     """
 
     name: str
     weight: float | None = None
-    settings: TermSettings = field(default=TermSettings(), repr=False)
+    settings: ObjectiveConfig | None = field(default=None, repr=False)
     objective: Objective = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         entry = OBJECTIVES[self.name]
-        own = entry if entry.under is None else entry.under(self.settings)
-        object.__setattr__(self, "objective", own)
+        if entry.configure is not None and self.settings is not None:
+            entry = entry.configure(self.settings)
+        object.__setattr__(self, "objective", entry)
 
     @property
     def balanced(self) -> bool:
         """Whether the term enters as a logarithm."""
         return self.weight is None and self.objective.scale is Scale.BALANCED
 
+    def for_validation(self) -> Term | None:
+        """The term as held-out images are measured by; None where that says nothing."""
+        if not self.objective.validates:
+            return None
+        loss = self.objective.validation_loss or self.objective.loss
+        term = replace(self)
+        object.__setattr__(term, "objective", replace(self.objective, loss=loss))
+        return term
 
-def parse_objective(text: str) -> tuple[Term, ...]:
+
+def parse_objective(
+    text: str, settings: Mapping[str, ObjectiveConfig | None] | TermSettings | None = None
+) -> tuple[Term, ...]:
     """Read ``"ce+dsm"`` or ``"ce + 0.5*dsm"``.
+
+    Args:
+        text: names of `OBJECTIVES` or `ALIASES`.
+        settings: of objectives, by name; those not there have their defaults.
 
     Raises:
         UserError: if it does not parse, an objective is unknown or named twice, or a coefficient is
@@ -101,6 +152,7 @@ def parse_objective(text: str) -> tuple[Term, ...]:
     >>> parse_objective("ce + 0.5*dsm")
     (Term(name='ce', weight=None), Term(name='dsm', weight=0.5))
     """
+    own = settings.of if isinstance(settings, TermSettings) else (settings or {}).get
     terms: list[Term] = []
     for part in re.split(r"(?<!\d[eE])\+", text):
         match = _TERM.fullmatch(part.strip())
@@ -115,7 +167,7 @@ def parse_objective(text: str) -> tuple[Term, ...]:
             find("objective", OBJECTIVES | ALIASES, name)  # an alias is suggested, too
             if any(term.name == name for term in terms):
                 raise UserError(f"objective {text!r} names {name!r} twice: give it one coefficient")
-            terms.append(Term(name, weight))
+            terms.append(Term(name, weight, own(name)))
     return tuple(terms)
 
 
@@ -158,8 +210,7 @@ class TrainingLoss(nn.Module):
     """Model and objectives in one module, whose forward returns the loss.
 
     Scores are taken inside, so this is the module that compilers and data parallelism wrap. Terms
-    of one stream share its batch and one forward pass, and each score is taken once; what is taken
-    at attacked images is one more pass.
+    of one stream share its batch and one forward pass, and each score is taken once.
 
     Args:
         model: the model to train.
@@ -167,7 +218,6 @@ class TrainingLoss(nn.Module):
         balance: lambda of the balanced terms together.
         streams: name of a term -> stream to draw from, where it is not the objective's own. Terms
             on one stream see the same batch.
-        settings: of single terms.
 
     Attributes:
         precision: what the network computes in; scores, residuals and losses are float32 always.
@@ -176,7 +226,6 @@ class TrainingLoss(nn.Module):
         use_autograd: whether scores are taken by `torch.autograd.grad`, not by `torch.func.vjp`;
             the same values (see `ebmkit.energy.value_and_grads`).
         differentiates: whether the loss differentiates the model by its input.
-        penalty: alpha of the energy penalty of maximum likelihood; 0 for none.
         balanced: names of the balanced terms.
         running: (len(balanced),) their running means.
     """
@@ -189,17 +238,14 @@ class TrainingLoss(nn.Module):
         terms: Sequence[Term],
         balance: float = BALANCE,
         streams: Mapping[str, str] | None = None,
-        settings: TermSettings | None = None,
     ) -> None:
         super().__init__()
         self.model = model
-        self.settings = settings or TermSettings()
-        self.terms = tuple(replace(term, settings=self.settings) for term in terms)
+        self.terms = tuple(terms)
         self.balance = balance
         self.stream_of = {term.name: term.objective.stream for term in terms} | dict(streams or {})
         self.precision: Precision = "fp32"
         self.separate, self.use_autograd = False, True
-        self.penalty = 0.0
         matching = any(term.objective.needs_score for term in terms)
         self.differentiates = matching and model.is_energy_based
         self.balanced = tuple(term.name for term in terms if term.balanced)
@@ -210,17 +256,32 @@ class TrainingLoss(nn.Module):
         """Names of the streams that batches are needed of."""
         return tuple(dict.fromkeys(self.stream_of[term.name] for term in self.terms))
 
-    @property
-    def needs_negatives(self) -> bool:
-        """Whether a batch must bring samples of the model."""
-        return any(term.objective.likelihood is not None for term in self.terms)
+    def preparations(self, **run: Any) -> dict[str, Prepare]:
+        """Term -> what adds columns to its batches, of the terms that need some.
 
-    @property
-    def needs_attack(self) -> bool:
-        """Whether a batch must bring attacked images."""
-        return any(term.objective.attack is not None for term in self.terms)
+        Args:
+            **run: fields of `RunContext` beside model, term and stream.
+        """
+        return {
+            t.name: t.objective.prepare(
+                RunContext(self.model, t.name, self.stream_of[t.name], **run)
+            )
+            for t in self.terms
+            if t.objective.prepare is not None
+        }
 
-    def forward(self, batches: Mapping[str, BatchLike]) -> Losses:
+    def prepared(
+        self, preparations: Mapping[str, Prepare], batches: Mapping[str, Batch], step: int
+    ) -> dict[str, Batch]:
+        """``batches`` of training step ``step`` with the columns that ``preparations`` add."""
+        found = dict(batches)
+        for name, prepare in preparations.items():
+            stream = self.stream_of[name]
+            if stream in found:
+                found[stream] = found[stream].with_columns(name, prepare(batches[stream], step))
+        return found
+
+    def forward(self, batches: Mapping[str, Batch]) -> Losses:
         """Losses of one batch per stream; of the streams given alone, if some are left out."""
         total: Tensor | float = 0.0
         means: dict[str, Tensor] = {}
@@ -228,26 +289,15 @@ class TrainingLoss(nn.Module):
             own = [term for term in self.terms if self.stream_of[term.name] == stream]
             batch = batches[stream]
             outputs = self._outputs(own, batch)
-            attacked = None
-            if any(term.objective.attack is not None for term in own):
-                assert batch.attacked is not None
-                attacked = self._energies(batch.attacked, batch.sigma)
             for term in own:
-                output = outputs[term.name]
-                if term.objective.attack is AttackTarget.LOSS:
-                    output = ModelOutput(attacked)
-                losses = term.objective.loss(output, batch)
-                if term.objective.attack is AttackTarget.DIVERGENCE:
-                    assert output.energies is not None
-                    assert attacked is not None
-                    beta = self._trades(term).beta
-                    losses = losses + beta * divergence(output.energies, attacked)
-                if term.objective.likelihood is not None:
-                    losses, penalty = self._contrasted(term.objective.likelihood, losses, batch)
-                    total = total + self._factor(term, batch) * penalty
+                found = term.objective.loss(outputs[term.name], batch.of(term.name))
+                losses, penalty = found if isinstance(found, tuple) else (found, None)
+                factor = self._factor(term, batch)
+                if penalty is not None:
+                    total = total + factor * penalty
                 mean = losses.mean()
                 means[term.name] = mean.detach()
-                total = total + self._factor(term, batch) * mean
+                total = total + factor * mean
         assert isinstance(total, Tensor)
         # not the means themselves: a compiler takes one for the total where they are equal, and
         # detaching one then detaches both
@@ -258,11 +308,11 @@ class TrainingLoss(nn.Module):
         """One number to compare states of a run by, lower is better.
 
         The means of plain terms plus lambda times the logarithms of score-matching means, whatever
-        the weights in training are. The difference that maximum likelihood lowers says nothing.
+        the weights in training are; without terms that say nothing (`Objective.validates`).
         """
         means = {name: torch.as_tensor(mean, dtype=torch.float64) for name, mean in parts.items()}
         matching = [t.name for t in self.terms if t.objective.scale is not Scale.PLAIN]
-        telling = [t for t in self.terms if t.objective.likelihood is None]
+        telling = [t for t in self.terms if t.objective.validates]
         plain = sum(float(means[t.name]) for t in telling if t.name not in matching)
         logs = sum(float(means[name].log()) for name in matching)
         return plain + self.balance * logs / max(1, len(matching))
@@ -273,36 +323,24 @@ class TrainingLoss(nn.Module):
             means = torch.stack([parts[name] for name in self.balanced])
             self.running.lerp_(means.to(self.running), 1 - EMA_DECAY)
 
-    def _contrasted(
-        self, likelihood: LogDensityOf, energies: Tensor, batch: BatchLike
-    ) -> tuple[Tensor, Tensor | float]:
-        """Energies of images (B,) minus those of negatives, (B,), and the penalty, a scalar."""
-        assert batch.negatives is not None
-        negative = -likelihood(self._forward(batch.negatives, None), batch.labels)
-        penalty: Tensor | float = 0.0
-        if self.penalty:
-            penalty = self.penalty * (energies.square() + negative.square()).mean()
-        return energies - negative, penalty
-
-    def _trades(self, term: Term) -> TradesConfig:
-        config = self.settings.attack(term.name)
-        assert isinstance(config, TradesConfig)
-        return config
-
-    def _outputs(self, terms: Sequence[Term], batch: BatchLike) -> dict[str, ModelOutput]:
+    def _outputs(self, terms: Sequence[Term], batch: Batch) -> dict[str, ModelOutput]:
         """What each of ``terms`` reads of the model at the images of ``batch``."""
         matching = {term.name: term.objective for term in terms if term.objective.needs_score}
         if not matching:
-            needed = any(term.objective.attack is not AttackTarget.LOSS for term in terms)
-            energies = self._energies(batch.y, batch.sigma) if needed else None
-            return {term.name: ModelOutput(energies) for term in terms}
+            needed = any(term.objective.needs_energies for term in terms)
+            energies = None
+            if needed and isinstance(self.model, EnergyModel):
+                energies = self._energies(batch.y, batch.sigma)
+            return {t.name: ModelOutput(energies, forward=self._energies) for t in terms}
         labels = [o.score_labels and o.score_labels(batch) for o in matching.values()]
         products = [o.hessian_vectors for o in matching.values() if o.hessian_vectors]
         vectors = products[0](batch) if products else []
         y = self._laid_out(batch.y, differentiate=True)
         energies, scores, found = self._scores(y, batch.sigma, labels, vectors)
         by_name = dict(zip(matching, scores, strict=True))
-        return {t.name: ModelOutput(energies, by_name.get(t.name), found) for t in terms}
+        return {
+            t.name: ModelOutput(energies, by_name.get(t.name), found, self._energies) for t in terms
+        }
 
     def _scores(
         self, y: Tensor, sigma: Tensor, labels: list[Tensor | None], vectors: list[Tensor]
@@ -333,10 +371,8 @@ class TrainingLoss(nn.Module):
         conditional = iter(scores)
         return energies, [marginal[0] if c is None else next(conditional) for c in labels], products
 
-    def _energies(self, y: Tensor, sigma: Tensor) -> Energies | None:
-        """Energies where no score is needed; None of a plain denoiser."""
-        if not isinstance(self.model, EnergyModel):
-            return None
+    def _energies(self, y: Tensor, sigma: Tensor | None) -> Energies:
+        """Energies where no score is needed."""
         return self._forward(self._laid_out(y, differentiate=False), sigma)
 
     def _forward(self, y: Tensor, sigma: Noise | None) -> Energies:
@@ -351,10 +387,29 @@ class TrainingLoss(nn.Module):
             return y.contiguous(memory_format=layout)  # else the parameters' layout decides
         return y
 
-    def _factor(self, term: Term, batch: BatchLike) -> Tensor | float:
+    def _factor(self, term: Term, batch: Batch) -> Tensor | float:
         """What the mean over entries is multiplied with in the total."""
         if term.balanced:
             running = self.running[self.balanced.index(term.name)]
             return self.balance / len(self.balanced) / running
         weight = 1.0 if term.weight is None else term.weight
         return weight * (batch.x[0].numel() if term.objective.scale is Scale.SUM else 1.0)
+
+
+def check_labels(
+    name: str, objective: Objective, num_classes: int, mixes: bool = False, stream: str = ""
+) -> None:
+    """Whether the data of ``stream`` can serve ``objective``.
+
+    Raises:
+        UserError: if it needs labels and there are none, or mixed ones where it needs hard ones.
+    """
+    if objective.needs_labels and num_classes == 0:
+        raise UserError(
+            f"objective {name!r} needs labels, and this data set has none: use dsm, or other data"
+        )
+    if objective.needs_hard_labels and mixes:
+        raise UserError(
+            f"objective {name!r} needs one label per image, and its stream mixes images: set "
+            f"streams.{stream}.augmentation.mix=none"
+        )

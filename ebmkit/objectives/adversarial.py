@@ -1,0 +1,371 @@
+r"""Cross-entropy under attack: adversarial training and TRADES, with the attack inside the loss.
+
+With :math:`y'` in a ball of radius eps about y,
+
+.. math::
+    \text{adv:}    & \quad -\log p(c \mid y'), \qquad
+                      y' = \arg\max_{\|y' - y\| \le \epsilon} -\log p(c \mid y') \\
+    \text{trades:} & \quad -\log p(c \mid y) + \beta\, KL(p(\cdot \mid y) \,\|\, p(\cdot \mid y')),
+                      \qquad y' = \arg\max KL .
+
+The first is adversarial training (Madry et al., arXiv 1706.06083; RCG eq. 2.28-2.30), the second
+TRADES (Zhang et al., arXiv 1901.08573, eq. 5).
+
+Projected gradient descent raises a weighted sum of log-posteriors with weights w that stay fixed,
+
+.. math::
+    y_{t+1} = \Pi\bigl(y_t + \alpha\, n\bigl(\nabla_y \textstyle\sum_c w_c \log p(c \mid y_t)\bigr)
+    \bigr), \qquad
+    w = \begin{cases} -q & \text{away from the labels } q \\
+                      e_{c'} & \text{towards another label } c' \\
+                      -p(\cdot \mid y) & \text{TRADES: the divergence, up to a constant,}
+        \end{cases}
+
+with n the direction (:math:`\ell_2`) or the sign (:math:`\ell_\infty`) and :math:`\Pi` the
+projection on the ball of radius :math:`\epsilon` about y, and on :math:`[0, 1]^d` where the image
+carries no noise. One step from y itself is the fast gradient method. The steps are those of
+`ebmkit.sampling.Ascent`.
+
+Starts are uniform in the ball; TRADES, whose divergence has no gradient at y, starts at Gaussian
+noise of `NUDGE`. The network is in evaluation mode meanwhile, so that a BatchNorm uses its running
+statistics, no image sees another, and the statistics do not move (as the `robustness` package has
+it); the loss itself is taken in training mode.
+
+A diffusion model sees :math:`u = \sqrt{\bar\alpha}\, y` with
+:math:`\bar\alpha = 1 / (1 + (2\sigma)^2)`. With ``variance_preserving``, :math:`\epsilon` and the
+step are lengths there, :math:`1/\sqrt{\bar\alpha}` times as long in image units. With
+``early_stop`` besides, that is the training of the time-dependent robust classifier of Kawar et al.
+(2023, arXiv 2208.08664).
+
+Everything random is drawn for the whole batch from a generator keyed by (seed, stream, step); a
+process attacks its share. So the number of processes does not change what is drawn, and a
+checkpoint needs nothing of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from ebmkit.data import Batch
+from ebmkit.energy import Energies, EnergyModel, Noise, WeightedLogProbability, upcast_energies
+from ebmkit.errors import UserError
+from ebmkit.noise import Radius
+from ebmkit.objectives.base import ExtraPasses, ModelOutput, Objective, ObjectiveConfig, RunContext
+from ebmkit.objectives.classification import cross_entropy
+from ebmkit.randomness import keyed_generator
+from ebmkit.sampling.ascent import Ascent
+from ebmkit.sampling.base import per_chain
+
+__all__ = ["ADV", "NUDGE", "TRADES", "AdversarialConfig", "Attack", "TradesConfig", "divergence"]
+
+NUDGE = 0.001
+"""Deviation of the Gaussian noise that TRADES starts at, image units."""
+
+
+class AdversarialConfig(ObjectiveConfig):
+    """The attack inside the loss (RCG eq. 2.28-2.30)."""
+
+    norm: Literal["l2", "linf"] = Field("l2", description="l2 or linf: in which eps is measured")
+    eps: Radius = Field(
+        0.5, description="radius of the ball, image units, as 0.5 or 8/255; 0: no attack"
+    )
+    steps: int = Field(
+        7, ge=1, description="of projected gradient descent; 1, without a random start: FGSM"
+    )
+    step_size: Annotated[Radius, Field(gt=0)] | None = Field(
+        None, description="length of a step, image units; none: 2.5 eps / steps"
+    )
+    random_start: bool = Field(True, description="start at a random point of the ball")
+    warmup_steps: int = Field(
+        0, ge=0, description="training steps over which eps grows from 0, for radii that are hard"
+    )
+    targeted: bool = Field(
+        False, description="attack towards a random other label, not away from the true one"
+    )
+    early_stop: bool = Field(
+        False, description="leave an image where it is once it is misclassified (Kawar et al. 2023)"
+    )
+    variance_preserving: bool = Field(
+        False,
+        description="eps and step_size are of sqrt(abar) y, abar = 1 / (1 + (2 sigma)^2), as a "
+        "diffusion model sees noisy images",
+    )
+
+    @property
+    def step(self) -> float:
+        """Length of a step, image units."""
+        return 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
+
+    def at(self, step: int) -> Self:
+        """What holds at training step ``step``, the first being 0: eps and step size in warm-up."""
+        share = (step + 1) / (self.warmup_steps + 1)
+        if share >= 1:
+            return self
+        return self.model_copy(update={"eps": share * self.eps, "step_size": share * self.step})
+
+
+class TradesConfig(AdversarialConfig):
+    """TRADES (Zhang et al., arXiv 1901.08573): the attack maximises the divergence."""
+
+    random_start: bool = Field(True, description="start at Gaussian noise of 0.001; always")
+    beta: float = Field(6.0, gt=0, description="weight of the divergence")
+
+    @model_validator(mode="after")
+    def _check(self) -> TradesConfig:
+        if self.targeted:
+            raise UserError("the divergence of trades has no target: use adv, or targeted=false")
+        if not self.random_start:
+            raise UserError(
+                "the divergence of trades has no gradient at the image itself: leave random_start "
+                "out"
+            )
+        return self
+
+
+class Attack:
+    """Attacks the images of a run's batches: `Objective.prepare` of the objectives here.
+
+    Args:
+        context: the run.
+        config: the attack.
+        on_divergence: raise the divergence from the clean image, as TRADES does, not the loss.
+
+    Raises:
+        UserError: if the network has no labels, or a single one and the attack a target.
+    """
+
+    def __init__(
+        self, context: RunContext, config: AdversarialConfig, on_divergence: bool = False
+    ) -> None:
+        model = context.model
+        if not isinstance(model, EnergyModel) or model.num_classes == 0:
+            raise UserError(
+                f"objective {context.term!r} needs a classifier, and this network knows no labels: "
+                "choose a backbone, and images with labels"
+            )
+        if model.num_classes == 1 and config.targeted:
+            raise UserError(
+                f"objective.{context.term}.targeted needs a label to aim at, and there is but one "
+                "class: set it to false"
+            )
+        self.model: EnergyModel = model
+        self.config, self.on_divergence = config, on_divergence
+        self.seed, self.stream, self.parts = context.seed, context.stream, context.parts
+        self.warm, self.world = context.validating, context.world
+        self.computed = context.inference.wrap(model)
+
+    def __call__(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """The attacked images of ``batch`` of training step ``step``."""
+        return {"attacked": self.attack(batch, step)}
+
+    def attack(self, batch: Batch, step: int) -> Tensor:
+        """The images y of ``batch`` after the attack, (B, C, H, W); y itself at eps 0.
+
+        They carry no gradient. The network is as it was afterwards.
+        """
+        config = self.config if self.warm else self.config.at(step)
+        if config.eps == 0:
+            return batch.y
+        generator = keyed_generator(batch.y.device, self.seed, "attack", self.stream, step)
+        start, other = self._drawn(batch, config, generator)
+        size = -(-len(batch.y) // self.parts)
+        found = []
+        with _in_eval_mode(self.model), torch.no_grad():
+            for first in range(0, len(batch.y), size):
+                rows = slice(first, first + size)
+                own = batch.rows(rows)
+                target = None if other is None else other[rows]
+                found.append(self._climb(own, start[rows], target, config))
+        return torch.cat(found)
+
+    def _drawn(
+        self, batch: Batch, config: AdversarialConfig, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor | None]:
+        """Where the images start, shape of y, and the labels they are to take, (B,), if any."""
+        y, world = batch.y, self.world
+        total = len(y) * world.size
+        own = slice(world.rank * len(y), (world.rank + 1) * len(y))
+        other = None
+        if config.targeted:
+            classes = self.model.num_classes
+            ahead = torch.randint(1, classes, (total,), generator=generator, device=y.device)
+            other = (_labels(batch) + ahead[own]) % classes
+        if not config.random_start:
+            return y, other
+        shape = (total, *y.shape[1:])
+        if self.on_divergence:
+            nudge = torch.randn(shape, generator=generator, device=y.device, dtype=y.dtype)
+            return _kept(y + NUDGE * nudge[own], batch), other
+        radius = per_chain(config.eps * _scale(batch, config), y)
+        offset = _in_unit_ball(shape, config.norm, generator, y)
+        return _kept(y + radius * offset[own], batch), other
+
+    def _climb(
+        self,
+        batch: Batch,
+        start: Tensor,
+        other: Tensor | None,
+        config: AdversarialConfig,
+    ) -> Tensor:
+        """The images that the steps lead to from ``start``."""
+        weights, labels = self._weights(batch, other), _labels(batch)
+        scale = _scale(batch, config)
+
+        def density(y: Tensor, sigma: Noise | None = None) -> tuple[Tensor, Tensor]:
+            target = WeightedLogProbability(weights)
+            energies, (gradient,) = self.computed.value_and_grads(y, batch.sigma, target)
+            if config.early_stop:
+                label = energies.logits.argmax(dim=1)
+                gradient = gradient * per_chain(label == labels, gradient)
+            return target(upcast_energies(energies)), gradient
+
+        sampler = Ascent(
+            density,
+            config.step * scale,
+            "sign" if config.norm == "linf" else "l2",
+            config.eps * scale,
+            config.norm,
+            _bounds(batch),
+        )
+        state = sampler.init(batch.y)._replace(x=start)
+        for _ in range(config.steps):
+            state, _ = sampler.step(state, _UNUSED)
+        return state.x
+
+    def _weights(self, batch: Batch, other: Tensor | None) -> Tensor:
+        """w (B, C), of the log-posteriors whose sum is raised."""
+        assert batch.soft is not None
+        if self.on_divergence:
+            return -self.computed.energies(batch.y, batch.sigma).logits.softmax(dim=1)
+        if other is not None:
+            chosen = torch.nn.functional.one_hot(other, self.model.num_classes)
+            return chosen.to(batch.soft)
+        return -batch.soft
+
+
+_UNUSED = torch.Generator()
+"""An ascent draws nothing."""
+
+
+def _in_unit_ball(
+    shape: tuple[int, ...], norm: str, generator: torch.Generator, like: Tensor
+) -> Tensor:
+    """Points spread uniformly over the ball of radius 1, of ``shape`` (B, ...)."""
+    device, dtype = like.device, like.dtype
+    if norm == "linf":
+        return 2 * torch.rand(shape, generator=generator, device=device, dtype=dtype) - 1
+    # d of the d + 2 entries of a point on a sphere (Voelker et al. 2017)
+    wide = (shape[0], like[0].numel() + 2)
+    normal = torch.randn(wide, generator=generator, device=device, dtype=dtype)
+    normal = normal / torch.linalg.vector_norm(normal, dim=1, keepdim=True)
+    points: Tensor = normal[:, :-2].reshape(shape)
+    return points
+
+
+def _labels(batch: Batch) -> Tensor:
+    """The label of each image (B,); of a mixed one, the larger part's."""
+    assert batch.soft is not None
+    return batch.soft.argmax(dim=1)
+
+
+def _scale(batch: Batch, config: AdversarialConfig) -> Tensor:
+    """What lengths of the attack are multiplied with in image units, (B,)."""
+    if config.variance_preserving:
+        return (1 + (2 * batch.sigma.to(batch.y)).square()).sqrt()
+    return torch.ones(len(batch.y), device=batch.y.device, dtype=batch.y.dtype)
+
+
+def _bounds(batch: Batch) -> tuple[Tensor, Tensor]:
+    """What each image is clipped to, (B,) twice: [0, 1] where it carries no noise."""
+    noisy = batch.sigma > 0
+    zero = torch.zeros_like(batch.sigma, dtype=batch.y.dtype)
+    return zero.masked_fill(noisy, -torch.inf), (zero + 1).masked_fill(noisy, torch.inf)
+
+
+def _kept(start: Tensor, batch: Batch) -> Tensor:
+    low, high = (per_chain(bound, start) for bound in _bounds(batch))
+    return torch.clamp(start, low, high)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _in_eval_mode(model: EnergyModel) -> Iterator[None]:
+    """Within, ``model`` is in evaluation mode."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def divergence(clean: Energies, attacked: Energies) -> Tensor:
+    """KL(p(c|y) || p(c|y')), (B,), in nats; differentiable in both (TRADES eq. 5)."""
+    log_p, log_q = clean.log_posterior(), attacked.log_posterior()
+    return (log_p.exp() * (log_p - log_q)).sum(dim=1)
+
+
+def _passes(config: AdversarialConfig, forwards: int) -> ExtraPasses | None:
+    if config.eps == 0:
+        return None
+    return ExtraPasses(f"{config.steps} attack steps", config.steps, True, forwards)
+
+
+def _attack_text(config: AdversarialConfig) -> dict[str, str]:
+    """Norm and radius of the attack, as in "l2 0.5"; empty where there is none."""
+    return {"attack": f"{config.norm} {config.eps:.6g}"} if config.eps else {}
+
+
+def adversarial_training(config: AdversarialConfig) -> Objective:
+    """Cross-entropy at the attacked images (Madry et al. 2018)."""
+
+    def loss(output: ModelOutput, batch: Batch) -> Tensor:
+        attacked = output.energies_at(batch.extra["attacked"], batch.sigma)
+        return cross_entropy(ModelOutput(attacked), batch)
+
+    return Objective(
+        description="cross-entropy of images under attack (PGD), for a robust classifier",
+        stream="classify",
+        loss=loss,
+        family="adversarial",
+        needs_labels=True,
+        needs_energies=False,
+        prepare=lambda context: Attack(context, config),
+        columns=("attacked",),
+        extra_passes=_passes(config, 0),
+        card=_attack_text(config),
+        config=AdversarialConfig,
+        configure=adversarial_training,
+    )
+
+
+def trades(config: TradesConfig) -> Objective:
+    """Cross-entropy plus beta times the divergence that an attack makes (Zhang et al. 2019)."""
+
+    def loss(output: ModelOutput, batch: Batch) -> Tensor:
+        attacked = output.energies_at(batch.extra["attacked"], batch.sigma)
+        assert output.energies is not None
+        return cross_entropy(output, batch) + config.beta * divergence(output.energies, attacked)
+
+    return Objective(
+        description="cross-entropy plus the divergence that an attack makes (TRADES)",
+        stream="classify",
+        loss=loss,
+        family="adversarial",
+        needs_labels=True,
+        prepare=lambda context: Attack(context, config, on_divergence=True),
+        columns=("attacked",),
+        extra_passes=_passes(config, 1),
+        card=_attack_text(config),
+        config=TradesConfig,
+        configure=trades,
+    )
+
+
+ADV = adversarial_training(AdversarialConfig())
+TRADES = trades(TradesConfig())
