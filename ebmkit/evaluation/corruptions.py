@@ -499,7 +499,9 @@ def _plot_slope(axes: Axes, document: dict[str, Any]) -> None:
         axes.scatter(x, y, **look)
 
     looks = itertools.cycle(zip(common.COLOURS, common.MARKERS, strict=True))
-    for (name, found), (colour, marker) in zip(document["corruptions"].items(), looks):
+    for (name, found), (colour, marker) in zip(
+        document["corruptions"].items(), looks, strict=False
+    ):
         sizes = [8 + 9 * row["strength"] for row in found["rows"]]
         look = {"color": colour, "marker": marker, "alpha": 0.8, "lw": 0.8, "label": name}
         points(found["rows"], s=sizes, **look)
