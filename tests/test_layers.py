@@ -12,7 +12,7 @@ LAYERS = [
     ("energy", "analytic"),
     ("compile", "jacobian", "metrics"),
     ("models", "data"),
-    ("sampling",),
+    ("sampling", "attacks"),
     ("objectives",),
     ("readings", "inference", "guidance", "plots"),
     ("training",),
