@@ -13,8 +13,8 @@ method. Away from a label L is :math:`-\log p(c \mid y)`, towards another it is
 :math:`\log p(c' \mid y)`. An image whose gradient is 0 stays where it is, so that a loss which is 0
 once the label is wrong stops early.
 
-Starts and noise are drawn from a generator for the batch, or from one for each image
-(`ebmkit.randomness.image_generators`), with which nothing depends on the batch.
+Starts and noise of evaluations come from a generator for each image, so that nothing depends on the
+batch.
 """
 
 from __future__ import annotations
@@ -30,24 +30,12 @@ from torch import Tensor
 from ebmkit.sampling.ascent import Ascent
 from ebmkit.sampling.base import per_chain
 
-__all__ = [
-    "NORMS",
-    "Norm",
-    "gradient_of",
-    "minimal_epsilons",
-    "noise_of_size",
-    "projected_gradient_descent",
-    "random_start",
-    "search_steps",
-    "unit_ball",
-]
-
 Norm = Literal["linf", "l2"]
 
 NORMS: tuple[Norm, ...] = get_args(Norm)
 
 Bounds = tuple[float, float] | tuple[Tensor, Tensor]
-Generators = torch.Generator | Sequence[torch.Generator]
+Draw = Callable[[tuple[int, ...], torch.Generator, torch.dtype], Tensor]
 
 
 def projected_gradient_descent(
@@ -116,7 +104,11 @@ def unit_ball(
 
 
 def random_start(
-    x: Tensor, epsilon: float | Tensor, norm: Norm, generators: Generators, bounds: Bounds = (0, 1)
+    x: Tensor,
+    epsilon: float | Tensor,
+    norm: Norm,
+    generators: Sequence[torch.Generator],
+    bounds: Bounds = (0, 1),
 ) -> Tensor:
     """A point of the ball about each image of ``x`` (B, ...), uniform but for the clipping.
 
@@ -124,7 +116,7 @@ def random_start(
         x: the centres.
         epsilon: the radius, image units, a number or (B,).
         norm: of the ball.
-        generators: one for the batch, or one for each image.
+        generators: one for each image (`ebmkit.randomness.image_generators`).
         bounds: as in `projected_gradient_descent`.
     """
     low, high = (per_chain(bound, x) for bound in bounds)
@@ -132,7 +124,9 @@ def random_start(
     return torch.clamp(moved, low, high)  # type: ignore[arg-type]  # both are of one kind
 
 
-def noise_of_size(x: Tensor, epsilon: float, norm: Norm, generators: Generators) -> Tensor:
+def noise_of_size(
+    x: Tensor, epsilon: float, norm: Norm, generators: Sequence[torch.Generator]
+) -> Tensor:
     """Images ``x`` (B, ...) in [0, 1] with noise of full strength, clipped: no use of a gradient.
 
     Uniform noise whose largest entry is ``epsilon`` (image units) for l_inf. Gaussian noise for l2,
@@ -191,16 +185,10 @@ def search_steps(count: int) -> int:
     return math.ceil(math.log2(count + 1))
 
 
-Draw = Callable[[tuple[int, ...], torch.Generator, torch.dtype], Tensor]
-
-
 def _normal(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
     return torch.randn(shape, generator=generator, device=generator.device, dtype=dtype)
 
 
-def _drawn(x: Tensor, generators: Generators, draw: Draw) -> Tensor:
-    """What ``draw`` gives for the batch ``x``, or for each image by its own generator."""
-    if isinstance(generators, torch.Generator):
-        return draw(tuple(x.shape), generators, x.dtype).to(x)
-    rows = [draw((1, *x.shape[1:]), generator, x.dtype) for generator in generators]
-    return torch.cat(rows).to(x)
+def _drawn(x: Tensor, generators: Sequence[torch.Generator], draw: Draw) -> Tensor:
+    """What ``draw`` gives for each image of ``x`` by its own generator, on the device of x."""
+    return torch.cat([draw((1, *x.shape[1:]), g, x.dtype) for g in generators]).to(x)
