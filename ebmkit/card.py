@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from ebmkit.plugins import Plugin
 
 __all__ = ["ModelCard"]
 
@@ -26,6 +28,12 @@ class ModelCard(BaseModel):
         None, description="noise levels of the denoising stream, image units; None: not trained"
     )
     classifies: bool = Field(False, description="whether labels were trained")
+    energies: Literal["model", "logits"] | None = Field(
+        None,
+        description="what E(y) is: the model's own density, or -logsumexp of the logits where only "
+        "labels were trained; None: not said (see ebmkit.models.heads.energy_source)",
+    )
+    plugins: list[Plugin] = Field([], description="that its parts come from")
     attack: str = Field(
         "", description="norm and radius of the attack in training, as in l2 0.5; empty: none"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -24,16 +24,16 @@ def validated(model: type[M], values: dict[str, Any], what: str) -> M:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise UserError(_sentence(model, error, what)) from None
+        raise UserError(_sentence(model, values, error, what)) from None
 
 
-def _sentence(model: type[BaseModel], error: ValidationError, what: str) -> str:
+def _sentence(model: type[BaseModel], values: Any, error: ValidationError, what: str) -> str:
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
-    path, _ = _follow(model, location)
+    path, _ = _follow(model, values, location)
     where = plain(".".join(path))
     if first["type"] == "extra_forbidden":
-        fields = _follow(model, location[:-1])[1].model_fields
+        fields = _follow(model, values, location[:-1])[1].model_fields
         known = sorted(field.alias or name for name, field in fields.items())
         near = difflib.get_close_matches(path[-1][:100], known, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -51,24 +51,33 @@ def _sentence(model: type[BaseModel], error: ValidationError, what: str) -> str:
     )
 
 
-def _follow(model: type[BaseModel], location: Sequence[str]) -> tuple[list[str], type[BaseModel]]:
+def _follow(
+    model: type[BaseModel], values: Any, location: Sequence[str]
+) -> tuple[list[str], type[BaseModel]]:
     """The names in ``location`` that a user writes, and the configuration at its end.
 
-    Where a field is one of several configurations, pydantic adds the kind to the location.
+    Where a field is one of several configurations, pydantic adds the kind to the location; where
+    its class depends on the value, the class says which (``class_for``).
     """
     names: list[str] = []
-    current, choices = model, dict[str, type[BaseModel]]()
+    current, choices = _class_for(model, values), dict[str, type[BaseModel]]()
     for part in location:
         if part in choices:
             current, choices = choices[part], {}
             continue
         names.append(part)
         field = current.model_fields.get(part)  # none: a key of a mapping
+        values = values.get(part) if isinstance(values, Mapping) else None
         nested = _configurations(field.annotation) if field else []
         choices = {str(c.model_fields["kind"].default): c for c in nested if len(nested) > 1}
         if len(nested) == 1:
-            current = nested[0]
+            current = _class_for(nested[0], values)
     return names, current
+
+
+def _class_for(model: type[BaseModel], values: Any) -> type[BaseModel]:
+    found: type[BaseModel] = getattr(model, "class_for", lambda given: model)(values)
+    return found
 
 
 def _configurations(annotation: Any) -> list[type[BaseModel]]:

@@ -55,7 +55,7 @@ def import_(
     Files of the robustness package, JEM's, published DnCNN and DRUNet, state dicts, and UNets of
     diffusers. Then, for example: ebmkit evaluate OUT --suite robustness
     """
-    from ebmkit.models.published import import_checkpoint
+    from ebmkit.models.importing import import_checkpoint
     from ebmkit.noise import parse_sigma
     from ebmkit.training.config import parse_assignments
 

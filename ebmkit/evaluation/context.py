@@ -23,9 +23,9 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from ebmkit.compile import Inference, device_of, unwrapped
+from ebmkit.distributed import DistributedContext
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
-from ebmkit.parallel import DistributedContext
 from ebmkit.randomness import hashed_generator
 
 K = TypeVar("K", bound=Hashable)

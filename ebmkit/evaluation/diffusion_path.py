@@ -75,9 +75,9 @@ from ebmkit.evaluation.suite import (
     new_table,
     number,
 )
+from ebmkit.models.heads import EnergySource, energy_source
 from ebmkit.noise import Schedule, make_schedule
 from ebmkit.plots import common
-from ebmkit.readings import Reading, reading_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -126,7 +126,7 @@ class DiffusionPathConfig(SuiteConfig):
     samples: Path | None = Field(
         None, description="HDF5 file that `ebmkit sample` wrote, for energies beside the data's"
     )
-    energies: Reading = Field(
+    energies: EnergySource = Field(
         "auto",
         description="model: its own density; logits: -logsumexp; auto: by what was trained",
     )
@@ -203,7 +203,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
     documents: dict[str, dict[str, Any]] = {}
     for (name, _), found in _energies(context, models, 0.0, _clean).items():
         documents[name] = {
-            "reading": reading_of(models[name], config.energies),
+            "reading": energy_source(models[name], config.energies),
             "clean": _entry(found, labels),
             "path": {view: [] for view in VIEWS},
             "classes": class_statistics(found.energy, found.joint(labels), labels, names),
@@ -298,7 +298,7 @@ def _models(context: EvaluationContext) -> dict[str, EnergyModel]:
             name = f"{base}-{count}"
         found[name] = optimize(model, context.inference.precision)
     for model in found.values():
-        reading_of(model, config.energies)
+        energy_source(model, config.energies)
     return found
 
 

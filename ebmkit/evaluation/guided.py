@@ -40,7 +40,7 @@ from ebmkit.evaluation.energies import ImageEnergies, energies_of
 from ebmkit.evaluation.features import Extractor
 from ebmkit.evaluation.statistics import LEVEL, Estimate, to_json
 from ebmkit.metrics import predict
-from ebmkit.readings import Reading
+from ebmkit.models.heads import EnergySource
 
 Columns = dict[str, Tensor]
 
@@ -75,7 +75,7 @@ def measure_guided(
     energy_model: EnergyModel | None = None,
     *,
     others: Images | None = None,
-    reading: Reading = "auto",
+    reading: EnergySource = "auto",
     batch_size: int = 250,
     device: torch.device | str | None = None,
 ) -> dict[str, Any]:
@@ -246,7 +246,7 @@ def columns_of_images(
     extractor: Extractor,
     energy_model: EnergyModel | None,
     num_classes: int,
-    reading: Reading = "auto",
+    reading: EnergySource = "auto",
 ) -> Columns:
     """What all measures are made of, for images ``x`` (B, C, H, W) in [0, 1]: each (B, ...).
 

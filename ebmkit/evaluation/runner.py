@@ -9,7 +9,7 @@ Every JSON file holds, beside what its suite measures: ``suite``, ``dataset``, `
 anything was), ``processes``, ``batch_size``, ``seconds``, ``warnings``, and
 ``pictures``, the names of its plots, beside it.
 
-Several processes (`ebmkit.parallel`) share the images; all of them get the same results, and the
+Several processes (`ebmkit.distributed`) share the images; all of them get the same results, and the
 first alone writes.
 
 Where results cannot be compared, they go to different folders:
@@ -51,15 +51,15 @@ from rich.table import Table
 
 from ebmkit.compile import device_of, make_inference, tf32_restored, unwrapped
 from ebmkit.data.identity import fingerprint
+from ebmkit.distributed import DistributedContext
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation.context import NOISE_LEVELS, SIGMAS, EvaluationContext, Images
 from ebmkit.evaluation.suite import Suite
 from ebmkit.evaluation.suites import FORMER_NAMES, SUITES, find_suite, parse_options
-from ebmkit.parallel import DistributedContext
 from ebmkit.storage import remove_file, write_atomically
 from ebmkit.storage.reading import read_json
-from ebmkit.training.environment import environment
+from ebmkit.training.run_folder import environment
 
 VALUES_PER_BATCH = 1_500_000
 """Pixel values in a batch at most, where the caller does not say: 488 colour images of 32x32."""

@@ -9,20 +9,40 @@ r"""Heads: from features :math:`f \in \mathbb R^K` to class logits and a log-den
 .. math:: \operatorname{logits} = W f, \qquad \log p(y) = \operatorname{logsumexp}(W f) - \log Z ,
 
 so that :math:`\log p(y, c) = (W f)_c` up to the constant. The constants are never computed.
+
+**Energies of a classifier.** A model with a head of the first kind whose objective trains labels
+alone (``ce``, ``adv``, ``trades``) has a density that nothing trained, and logits that RCG (eq.
+2.32-2.38) and JEM read as energies. `LogitEnergy` is that classifier as an energy model:
+
+=========== ================================================ =================================
+source      E(y)                                             E(y, c)
+=========== ================================================ =================================
+``model``   :math:`-\log p(y)` as the head gives it          :math:`E(y) - \log p(c \mid y)`
+``logits``  :math:`-\operatorname{logsumexp}` of the logits  :math:`-\operatorname{logit}_c`
+=========== ================================================ =================================
+
+``auto`` is what the model's card says (`ebmkit.ModelCard.energies`), and with a head ``logit`` the
+two are one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
-from ebmkit.energy import Energies
+from ebmkit.compile import WrappedEnergyModel
+from ebmkit.energy import Energies, EnergyModel, Noise
 from ebmkit.errors import UserError
-from ebmkit.registry import Preset
+from ebmkit.registry import Table, find
 
-__all__ = ["HEADS", "HeadConfig", "LinearQuadraticHead", "LogitHead"]
+EnergySource = Literal["auto", "model", "logits"]
+
+LABELS_ALONE = {"ce", "adv", "trades"}
+"""Objectives that train no density, by which a card that does not say it is understood."""
 
 
 class LinearQuadraticHead(nn.Module):
@@ -82,21 +102,101 @@ class HeadConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["linear-quadratic", "logit"] = Field(
-        "linear-quadratic", description="linear + quadratic (the paper) or logsumexp (JEM)"
+    kind: str = Field(
+        "linear-quadratic", description="a name from `ebmkit list heads`: linear-quadratic, logit"
     )
     bias: bool = Field(False, description="biases in the head (the paper removes them)")
 
-    def build(self, num_features: int, num_classes: int) -> LinearQuadraticHead | LogitHead:
-        """The head for K = ``num_features`` and C = ``num_classes``."""
-        if self.kind == "logit":
-            return LogitHead(num_features, num_classes, self.bias)
-        return LinearQuadraticHead(num_features, num_classes, self.bias)
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, kind: str) -> str:
+        find("head", HEADS, kind)
+        return kind
+
+    def build(self, num_features: int, num_classes: int) -> nn.Module:
+        """The `Head` for K = ``num_features`` and C = ``num_classes``."""
+        return HEADS[self.kind].build(num_features, num_classes, self.bias)
 
 
-HEADS: dict[str, Preset[HeadConfig]] = {
-    "linear-quadratic": Preset(
-        HeadConfig(), "log p(c|y) linear, log p(y) quadratic in the features"
-    ),
-    "logit": Preset(HeadConfig(kind="logit"), "log p(y) = logsumexp of the logits, as in JEM"),
-}
+@dataclass(frozen=True)
+class HeadEntry:
+    """A head that has a name.
+
+    Attributes:
+        build: from K, C, and whether to add biases to the `ebmkit.models.Head`.
+        description: one line.
+    """
+
+    build: Callable[[int, int, bool], nn.Module]
+    description: str
+
+
+HEADS: dict[str, HeadEntry] = Table(
+    "head",
+    {
+        "linear-quadratic": HeadEntry(
+            LinearQuadraticHead, "log p(c|y) linear, log p(y) quadratic in the features"
+        ),
+        "logit": HeadEntry(LogitHead, "log p(y) = logsumexp of the logits, as in JEM"),
+    },
+)
+
+
+def find_head(name: str) -> HeadConfig:
+    """The configuration of the head called ``name``.
+
+    Raises:
+        UserError: if there is none.
+    """
+    find("head", HEADS, name)
+    return HeadConfig(kind=name)
+
+
+class LogitEnergy(EnergyModel):
+    """A classifier with E(y) = -logsumexp(logits) and E(y, c) = -logit_c.
+
+    Args:
+        model: what gives the logits; shared, not copied.
+    """
+
+    def __init__(self, model: EnergyModel) -> None:
+        super().__init__()
+        self.model, self.training = model, model.training
+        self.num_classes, self.noise_conditional = model.num_classes, model.noise_conditional
+        self.card, self.in_channels = model.card, model.in_channels
+
+    @classmethod
+    def of(cls, model: EnergyModel, source: EnergySource = "auto") -> EnergyModel:
+        """``model`` with energies of ``source``: itself where they are its own.
+
+        Raises:
+            UserError: if logits are asked for and the model has none.
+        """
+        if isinstance(model, cls) or energy_source(model, source) == "model":
+            return model
+        if isinstance(model, WrappedEnergyModel):
+            return WrappedEnergyModel(cls.of(model.model, source), model.inference)
+        return cls(model)
+
+    def forward(self, y: Tensor, sigma: Noise | None = None) -> Energies:
+        """Energies of noisy images ``y`` (B, C, H, W) in image units."""
+        logits = self.model(y, sigma).logits
+        return Energies(logits, logits.logsumexp(dim=1))
+
+
+def energy_source(model: EnergyModel, source: EnergySource = "auto") -> Literal["model", "logits"]:
+    """Where the energies of ``model`` come from; see the module's table.
+
+    Raises:
+        UserError: if logits are asked for and the model has none.
+    """
+    if source == "logits" and not model.num_classes:
+        raise UserError("this model has no labels, so its energies cannot be read off logits")
+    if source != "auto":
+        return source
+    if not model.num_classes or model.card is None:
+        return "model"
+    if model.card.energies is not None:
+        return model.card.energies
+    names = {term.rpartition("*")[2].strip() for term in model.card.objective.split("+")}
+    return "logits" if names <= LABELS_ALONE else "model"

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -24,21 +24,11 @@ from ebmkit.card import ModelCard
 from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.models.config import ModelConfig
-from ebmkit.models.sizes import AtMost
+from ebmkit.plugins import check_plugins, load_plugins
 from ebmkit.storage import read_together, write_atomically
 from ebmkit.storage.reading import check_links, parse_json
-from ebmkit.storage.tensors import parse_header, parse_tensors
+from ebmkit.storage.tensors import LimitedSize, parse_tensors
 from ebmkit.validation import validated
-
-__all__ = [
-    "digest",
-    "load",
-    "model_files",
-    "save_model",
-    "save_weights",
-    "weights_digest",
-    "weights_file",
-]
 
 FORMAT = 1
 
@@ -98,6 +88,7 @@ def load(
     model: ScoreModel | None = None,
     device: str = "cpu",
     weights: str = "last",
+    plugins: Sequence[str | os.PathLike[str]] = (),
 ) -> ScoreModel:
     """The trained model in the folder ``run``, frozen and in evaluation mode.
 
@@ -106,6 +97,7 @@ def load(
         model: the network to load into; needed only for one that was composed by hand.
         device: where to put it.
         weights: ``last``, or ``best`` by validation.
+        plugins: to import first (`ebmkit.plugins`), for a model with parts from them.
 
     Returns:
         The model; its attribute ``card`` says what it was trained for. Weights that are not finite
@@ -117,6 +109,7 @@ def load(
     >>> model = load("runs/digits")                                      # doctest: +SKIP
     >>> model.denoise(y, sigma=25 / 255)                                 # doctest: +SKIP
     """
+    load_plugins(plugins)
     folder = Path(run)
     if not folder.is_dir():
         raise UserError(f"there is no run folder {str(folder)!r}")
@@ -131,22 +124,24 @@ def load(
     check_links(folder)
     content = read_together(folder, ["model.json", FILES[weights]])
     document = _read_document(content["model.json"], folder / "model.json")
+    path = folder / FILES[weights]
+    state, metadata = parse_tensors(content[FILES[weights]], path)
+    if "sha256" in metadata and metadata["sha256"] != digest(state):
+        raise UserError(f"{str(path)!r} is damaged: its tensors are not those that were written")
     if model is None:
         if document.model is None:
             raise UserError(
                 f"{str(folder)!r} holds a network composed by hand: give it, as in "
                 "ebmkit.load(run, model=JointModel(...))"
             )
-        shapes = parse_header(content[FILES[weights]], folder / FILES[weights]).shapes
-        with AtMost(sum(map(math.prod, shapes.values())), len(shapes)):
-            model = document.model.build()
+        with LimitedSize.of(state):
+            model = document.model.without_pretrained().build()
     try:
-        state = _read_weights(content[FILES[weights]], folder / FILES[weights])
         model.load_state_dict(state)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"the weights in {str(folder)!r} do not fit the model: {reason}") from None
-    _warn_of_numbers(model, folder / FILES[weights])
+    _warn_of_numbers(model, path)
     model.card = document.card
     model.weights_sha256 = hashlib.sha256(content[FILES[weights]]).hexdigest()
     return model.eval().requires_grad_(False).to(device)
@@ -170,18 +165,6 @@ def weights_digest(run: Path, weights: str = "last") -> str:
     return hashlib.sha256((run / FILES[weights]).read_bytes()).hexdigest()
 
 
-def _read_weights(content: bytes, path: Path) -> dict[str, Tensor]:
-    """The tensors in the ``content`` of ``path``.
-
-    Raises:
-        UserError: if it does not parse, or they are not those that were written.
-    """
-    state, metadata = parse_tensors(content, path)
-    if "sha256" in metadata and metadata["sha256"] != digest(state):
-        raise UserError(f"{str(path)!r} is damaged: its tensors are not those that were written")
-    return state
-
-
 def digest(state: dict[str, Tensor]) -> str:
     """SHA-256 over names, types, shapes and bytes, in the order of the names."""
     found = hashlib.sha256()
@@ -195,4 +178,6 @@ def _read_document(content: bytes, path: Path) -> _Document:
     values = parse_json(content, repr(str(path)), finite=True)
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise UserError(f"{str(path)!r} is not of format {FORMAT}: made by another version?")
+    card = values.get("card")
+    check_plugins(card.get("plugins", ()) if isinstance(card, dict) else (), repr(str(path.parent)))
     return validated(_Document, values, str(path))

@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ebmkit import UserError, plots
+from ebmkit import UserError
+from ebmkit.plots import common
+from ebmkit.training.metrics import learning_curves
 
 
 @pytest.fixture
 def figures(monkeypatch):
     """The figures drawn, kept after they are saved."""
     kept = []
-    save = plots.common.save_figure
+    save = common.save_figure
 
     def keep(figure, path):
         save(figure, path)
@@ -22,7 +24,7 @@ def figures(monkeypatch):
             image.verify()
         kept.append(figure)
 
-    monkeypatch.setattr(plots.training, "save_figure", keep)
+    monkeypatch.setattr(common, "save_figure", keep)
     return kept
 
 
@@ -36,7 +38,7 @@ def test_learning_curves_draw_each_measure_once(figures, tmp_path):
     ]
     rows += [{"step": 20, "kind": "validation", "ce": 1.5, "accuracy": 0.5, "psnr_25": 27.0}]
     rows += [{"step": 39, "kind": "validation", "ce": float("nan"), "accuracy": 0.75}]
-    plots.learning_curves(rows, tmp_path / "curves.png")
+    learning_curves(rows, tmp_path / "curves.png")
     panels = {axes.get_title(): axes for axes in figures[0].axes}
     assert list(panels) == [
         "loss ce (nats)", "accuracy (%)", "PSNR at sigma 25/255 (dB)", "learning rate",
@@ -47,14 +49,14 @@ def test_learning_curves_draw_each_measure_once(figures, tmp_path):
     assert len(raw.get_ydata()) == 40
     assert np.allclose(smoothed.get_ydata(), 2)
     assert held_out.get_xydata().tolist() == [[20, 1.5]]  # what is not finite is left out
-    plots.learning_curves([], tmp_path / "none.png")
+    learning_curves([], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
 
 
 def test_a_picture_that_cannot_be_written_is_told(tmp_path):
     rows = [{"step": 1, "kind": "train", "ce": 2.0}]
     with pytest.raises(UserError, match="cannot write"):
-        plots.learning_curves(rows, tmp_path / "absent" / "curves.png")
+        learning_curves(rows, tmp_path / "absent" / "curves.png")
 
 
 def test_pyplot_and_displays_are_not_touched(tmp_path, monkeypatch):
@@ -62,18 +64,18 @@ def test_pyplot_and_displays_are_not_touched(tmp_path, monkeypatch):
     monkeypatch.delattr(matplotlib, "pyplot", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     row = {"step": 1, "kind": "train", "ce": 2.0}
-    plots.learning_curves([row], tmp_path / "a.png")
+    learning_curves([row], tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 1000
 
 
 def test_bars_stay_within_limits(tmp_path):
     """One wild row does not press the others flat, and says that it is wild."""
-    axes = plots.common.new_figure(3, 3).add_subplot()
+    axes = common.new_figure(3, 3).add_subplot()
     calm, wild = {"value": 2, "low": 1.5, "high": 2.5}, {"value": 30, "low": -35, "high": 95}
     unknown = {"value": None, "low": None, "high": None}
-    assert not plots.common.bars_within(axes, [0, 1], [calm, unknown], (-2, 5), fmt="o")
+    assert not common.bars_within(axes, [0, 1], [calm, unknown], (-2, 5), fmt="o")
     assert axes.get_lines()[0].get_xydata().tolist() == [[0, 2]]
-    assert plots.common.bars_within(axes, [0, 1], [calm, wild], (-2, 5), fmt="o")
+    assert common.bars_within(axes, [0, 1], [calm, wild], (-2, 5), fmt="o")
     assert axes.get_ylim()[0] > -3
     assert axes.get_ylim()[1] < 6
     assert "30" in texts(axes)
@@ -83,5 +85,5 @@ def test_bars_stay_within_limits(tmp_path):
 
 def test_titles_name_the_images():
     document = {"dataset": "cifar10", "split": "test", "images": 200}
-    assert plots.common.images_of(document) == "cifar10 test, 200 images"
-    assert plots.common.images_of(document, 1) == "cifar10 test, 1 image"
+    assert common.images_of(document) == "cifar10 test, 200 images"
+    assert common.images_of(document, 1) == "cifar10 test, 1 image"
