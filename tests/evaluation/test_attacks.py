@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from mixture_world import SIDE, near_the_plane, two_gaussians
 
 from ebmkit import EnergyModel, GaussianMixture, UserError, create_model
 from ebmkit.attacks import NORMS, noise_of_size, random_start, search_steps
@@ -20,32 +21,8 @@ from ebmkit.evaluation.defences import (
 )
 from ebmkit.randomness import image_generators, image_noise
 
-SIDE = 4
 STRENGTHS = [0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32]
 GRID = {"linf": [0.01, 0.02, 0.04], "l2": [0.05, 0.1, 0.2]}
-
-
-def two_gaussians(variance=0.02):
-    """Two labels with equal covariance: the boundary is the plane between the means.
-
-    It stays so with noise, behind the denoiser and along Langevin steps, as all keep the symmetry
-    about that plane.
-    """
-    direction = torch.linspace(-1, 1.5, SIDE**2).reshape(1, SIDE, SIDE)
-    middle = torch.full((1, SIDE, SIDE), 0.5)
-    means = torch.stack([middle - 0.06 * direction, middle + 0.06 * direction])
-    return GaussianMixture(means, variance, labels=[0, 1]).eval()
-
-
-def near_the_plane(model, count=60):
-    """Images with their label on its side, and the l_inf and l2 distances to the plane."""
-    normal = (model.means[1] - model.means[0]).flatten()
-    offset = model.means.flatten(1).mean(0)
-    generator = torch.Generator().manual_seed(4)
-    x = offset + 0.08 * torch.randn(count, SIDE**2, generator=generator).clamp(-2, 2)
-    height = (x - offset) @ normal
-    distance = {"linf": height.abs() / normal.abs().sum(), "l2": height.abs() / normal.norm()}
-    return x.reshape(-1, 1, SIDE, SIDE), (height > 0).long(), distance
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -5,9 +5,8 @@ import math
 
 import pytest
 import torch
-from mixture_world import Drawn
+from mixture_world import SIDE, Drawn, near_the_plane, two_gaussians
 from rich.console import Console
-from test_attacks import SIDE, near_the_plane, two_gaussians
 
 from ebmkit import EnergyModel, UserError, evaluation
 from ebmkit.energy import Energies
