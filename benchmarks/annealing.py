@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ebmkit import GaussianMixture
-from ebmkit.plots.common import BLUE, GRAY, ORANGE, new_figure, save_figure
+from ebmkit.plots import BLUE, GRAY, ORANGE, new_figure, save_figure
 from ebmkit.sampling import (
     AnnealedLangevin,
     Chains,

@@ -39,7 +39,7 @@ from ebmkit.bench import (
 )
 from ebmkit.compute import ComputeConfig, pick_compile, pick_device, pick_precision
 from ebmkit.errors import UserError
-from ebmkit.plots.common import BLUE, ORANGE, new_figure, save_figure
+from ebmkit.plots import BLUE, ORANGE, new_figure, save_figure
 from ebmkit.storage import write_atomically
 
 OBJECTIVES = ("ce", "dsm", "cdsm", "ce+dsm")

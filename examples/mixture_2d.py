@@ -22,7 +22,7 @@ import ebmkit
 from ebmkit.data import Batch, NoiseLaw
 from ebmkit.models import LinearQuadraticHead, MLPConfig
 from ebmkit.objectives import TrainingLoss, parse_objective
-from ebmkit.plots.common import new_figure, save_figure
+from ebmkit.plots import new_figure, save_figure
 from ebmkit.randomness import keyed_generator
 from ebmkit.sampling import MALA, Chains, density_of
 from ebmkit.sampling.metropolis import MALAConfig

@@ -102,7 +102,7 @@ app = typer.Typer(
 for _name, _function in COMMANDS.items():
     app.command(_name, cls=Command)(_with_plugins(_function))
 data_app = typer.Typer(help="Prepare data sets.", no_args_is_help=True)
-data_app.command("pack", cls=Command)(pack)
+data_app.command("pack", cls=Command)(_with_plugins(pack))
 app.add_typer(data_app, name="data")
 
 
@@ -135,7 +135,7 @@ def _show_warning(
 def main() -> None:
     """Run the command line; a user's mistake ends it with one sentence and exit code 2."""
     try:
-        app()
+        app(prog_name="ebmkit")
     except UserError as error:
         if "RANK" in os.environ:  # one of several processes, of which one speaks
             from ebmkit.distributed import yield_to_others

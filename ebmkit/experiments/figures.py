@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from ebmkit.evaluation.attacks import STEPSIZE
-from ebmkit.evaluation.tables import number
+from ebmkit.evaluation.suite import number
 from ebmkit.experiments.report import (
     Experiment,
     Report,
@@ -101,7 +101,7 @@ def run_fig1(runs: ExperimentRuns, only: Sequence[str]) -> Report:
 
 def run_fig3(runs: ExperimentRuns, only: Sequence[str]) -> Report:
     """Figures 3 and 5, and the local linearity of the grid."""
-    from ebmkit.plots.jacobian import linearity_grid
+    from ebmkit.evaluation.linearity import linearity_grid
 
     options = OPTIONS[runs.scale.name]
     runs.check([JOINT])
@@ -169,7 +169,7 @@ def _fig3_text(report: Mapping[str, Any]) -> str:
 
 def run_fig4(runs: ExperimentRuns, only: Sequence[str]) -> Report:
     """Figure 4: accuracy against the strength of attacks."""
-    from ebmkit.plots.robustness import compare
+    from ebmkit.evaluation.robustness import plot_comparison
 
     options = OPTIONS[runs.scale.name]
 
@@ -195,7 +195,7 @@ def run_fig4(runs: ExperimentRuns, only: Sequence[str]) -> Report:
     return Report(
         {"documents": documents, **about},
         _fig4_text(documents, about["notes"]),
-        {"fig4.png": partial(compare, documents)},
+        {"fig4.png": partial(plot_comparison, documents)},
         maps,
     )
 

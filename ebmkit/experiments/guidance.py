@@ -42,11 +42,11 @@ from ebmkit.compute import pick_device
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation import evaluate
-from ebmkit.evaluation.data import Images
+from ebmkit.evaluation.context import Images
 from ebmkit.evaluation.features import Extractor, classifier
 from ebmkit.evaluation.guided import measure_guided
-from ebmkit.evaluation.robustness_grid import names
-from ebmkit.evaluation.tables import number
+from ebmkit.evaluation.robustness_grid import column_names
+from ebmkit.evaluation.suite import number
 from ebmkit.experiments.guidance_grid import (
     AMOUNTS,
     DIFFUSION,
@@ -519,7 +519,7 @@ def _grid(document: dict[str, Any]) -> list[str]:
         f"Accuracy in % (95 % interval) on {document['options']['images']} test images at most, "
         f"{document['options']['steps']}-step PGD; rows: eps of the attack.",
         "",
-        *table_head(["eps", *names(document)], left=0),
+        *table_head(["eps", *column_names(document)], left=0),
     ]
     for row, epsilon in enumerate(document["epsilons"]):
         cells = [_interval(column["accuracy"][row]) for column in document["columns"]]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from ebmkit.plots.common import (
+from ebmkit.plots import (
     BLUE,
     GRAY,
     GREEN,

@@ -24,7 +24,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from ebmkit.evaluation import SIGMAS
-from ebmkit.evaluation.tables import number
+from ebmkit.evaluation.suite import number
 from ebmkit.experiments.report import (
     Experiment,
     Report,

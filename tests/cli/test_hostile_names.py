@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ebmkit_tests.command_line import ebmkit_command
+from ebmkit_tests.support.command_line import ebmkit_command
 from PIL import Image
 from rich.progress import Progress
 from rich.table import Table

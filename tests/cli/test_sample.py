@@ -8,8 +8,8 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from command_line import ebmkit_command
-from ebmkit_tests.sampling.jobs.small import save_run
+from ebmkit_tests.support.command_line import ebmkit_command
+from ebmkit_tests.support.sampling_runs import save_run
 from PIL import Image
 
 from ebmkit.sampling.jobs.job import SamplingJob

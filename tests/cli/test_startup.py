@@ -8,7 +8,7 @@ from typing import get_args
 
 import pytest
 import typer
-from command_line import ebmkit_command
+from ebmkit_tests.support.command_line import ebmkit_command
 
 import ebmkit
 from ebmkit.cli import app

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torchvision.transforms.v2 as tv
 import torchvision.transforms.v2.functional as functional
-from toy_sets import as_streamed, make_set
+from ebmkit_tests.support.toy_sets import as_streamed, make_set
 
 from ebmkit.data import Stream, StreamConfig
 from ebmkit.data.augment import (

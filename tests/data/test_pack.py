@@ -7,7 +7,14 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from test_sets import SPLITS, fake_torchvision, image_folder, keys, load_all, write_h5
+from ebmkit_tests.support.data_files import (
+    SPLITS,
+    fake_torchvision,
+    image_folder,
+    keys,
+    load_all,
+    write_h5,
+)
 
 from ebmkit.data import Stream, StreamConfig, StreamedSet, imagesets, load_dataset
 from ebmkit.data.hdf5 import read_contents

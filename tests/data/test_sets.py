@@ -1,31 +1,26 @@
 """Data sets: what they hold, that splits do not overlap, and what is said of bad files."""
 
-import hashlib
 import os
 import pickle
 
-import h5py
 import numpy as np
 import pytest
 import torch
+from ebmkit_tests.support.data_files import (
+    SPLITS,
+    fake_torchvision,
+    image_folder,
+    keys,
+    load_all,
+    write_h5,
+)
+from ebmkit_tests.support.toy_sets import as_streamed, make_set
 from PIL import Image
-from toy_sets import as_streamed, make_set
 
 from ebmkit.data import DATASETS, DatasetEntry, ImageSet, StreamedSet, imagesets, load_dataset
 from ebmkit.data.folders import FolderReader
 from ebmkit.data.sets import CIFAR
 from ebmkit.errors import UserError
-
-SPLITS = ("train", "validation", "test")
-
-
-def keys(images):
-    """The images of a set, each as bytes."""
-    return [(x * 255).round().byte().numpy().tobytes() for x, _ in images.batches(1)]
-
-
-def load_all(name, data_dir=None, **options):
-    return [load_dataset(name, data_dir, split, **options) for split in SPLITS]
 
 
 def test_digits_are_the_published_scans():
@@ -68,19 +63,6 @@ def test_patches_of_different_splits_share_no_pixel(size):
         assert (final == photographs[1][bottom : bottom + size, last : last + size]).all()
 
 
-def write_h5(path, count, seed=0, classes=10, group="", **replaced):
-    rng = np.random.default_rng(seed)
-    arrays = {
-        "images": rng.integers(0, 256, (count, 32, 32, 3)).astype(np.uint8),
-        "labels": np.arange(count) % classes,
-    }
-    with h5py.File(path, "a") as file:
-        for name, values in {**arrays, **replaced}.items():
-            if values is not None:
-                file[f"{group}/{name}"] = values
-    return arrays
-
-
 def test_cifar_from_hdf5(tmp_path):
     train = write_h5(tmp_path / "cifar10-train.h5", 150)
     test = write_h5(tmp_path / "cifar10-test.h5", 20, seed=1)
@@ -93,36 +75,6 @@ def test_cifar_from_hdf5(tmp_path):
     assert parts[0].class_names[3] == "cat"
     again = load_dataset("cifar10", tmp_path, "train")
     assert torch.equal(again.images, parts[0].images)
-
-
-def fake_torchvision(root, name, monkeypatch, count=40):
-    """A folder in torchvision's layout with random images, whose checksums torchvision accepts."""
-    import torchvision
-
-    kind = getattr(torchvision.datasets, CIFAR[name].torchvision_name)
-    base = root / CIFAR[name].folder
-    base.mkdir(parents=True)
-    key = "labels" if name == "cifar10" else "fine_labels"
-    rng = np.random.default_rng(0)
-
-    def dump(file, content):
-        (base / file).write_bytes(pickle.dumps(content))
-        return hashlib.md5((base / file).read_bytes()).hexdigest()
-
-    written = {}
-    for listed in ("train_list", "test_list"):
-        entries = []
-        for file, _ in getattr(kind, listed):
-            data = rng.integers(0, 256, (count, 3072)).astype(np.uint8)
-            content = {"data": data, key: list(np.arange(count).tolist())}
-            content[key] = [c % len(CIFAR[name].class_names) for c in content[key]]
-            entries.append([file, dump(file, content)])
-            written[file] = content
-        monkeypatch.setattr(kind, listed, entries)
-    names = {"label_names": CIFAR[name].class_names, "fine_label_names": CIFAR[name].class_names}
-    meta = {**kind.meta, "md5": dump(kind.meta["filename"], names)}
-    monkeypatch.setattr(kind, "meta", meta)
-    return base, written
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
@@ -206,18 +158,6 @@ def test_a_truncated_hdf5_file_is_told(tmp_path):
     path.write_bytes(path.read_bytes()[:20_000])
     with pytest.raises(UserError, match="damaged, incomplete"):
         load_dataset("cifar10", tmp_path, "test")
-
-
-def image_folder(root, count=12, size=(8, 8), classes=("ant", "bee"), mode="RGB", seed=0):
-    """``count`` random PNG files per class; the class is the red channel's first pixel."""
-    rng = np.random.default_rng(seed)
-    for label, name in enumerate(classes):
-        (root / name).mkdir(parents=True)
-        for i in range(count):
-            pixels = rng.integers(0, 256, (*size, 3)).astype(np.uint8)
-            pixels[0, 0] = label
-            Image.fromarray(pixels).convert(mode).save(root / name / f"{i:03}.png")
-    return root
 
 
 @pytest.mark.parametrize("limit", [2**30, 0])

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from ebmkit_tests.support.toy_sets import drawn
 from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
-from toy_sets import drawn
 
 from ebmkit.data import Augmentation, ImageSet, NoiseLaw, Stream, StreamConfig, load_dataset
 from ebmkit.data.augment import DRAWS, Crop, Cut, crop_boxes

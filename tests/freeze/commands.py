@@ -186,7 +186,7 @@ SUITES = {
         JOINT,
         "--limit 24 certify.images=4 certify.samples=20 certify.selection=5 certify.sigmas=[0.12]",
     ),
-    "shift": (JOINT, "--limit 24 shift.strengths=[1,5]"),
+    "shift": (JOINT, "--limit 24 corruptions.strengths=[1,5]"),
     "jacobian": (JOINT, "--limit 24 jacobian.images=2"),
     "linearity": (JOINT, "--limit 24 linearity.images=6"),
     "adversarial": (JOINT, "--limit 24 adversarial.images=6"),

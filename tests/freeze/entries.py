@@ -209,12 +209,14 @@ def _export(what: str, suffix: str) -> dict[str, Any]:
 
 def _evaluate(suite: str) -> dict[str, Any]:
     run, words = c.SUITES[suite]
+    name = "corruptions" if suite == "shift" else suite  # an entry keeps its name
     shutil.copytree(run_of(run), "run")
     if suite == "generation":
         _sample(run, "", c.GENERATED)
     words = words.replace("{extractor}", run_of(c.ROBUST))
-    ebmkit(f"{c.EVALUATE.format(name=suite)} {words}")
-    return {path.stem: _json(path) for path in sorted(Path("run/evaluation").rglob("*.json"))}
+    ebmkit(f"{c.EVALUATE.format(name=name)} {words}")
+    found = {path.stem: _json(path) for path in sorted(Path("run/evaluation").rglob("*.json"))}
+    return {suite if stem == name else stem: document for stem, document in found.items()}
 
 
 def _reproduce(target: str) -> dict[str, Any]:

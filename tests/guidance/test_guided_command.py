@@ -1,14 +1,13 @@
 """``ebmkit sample --guide``, as a user meets it."""
 
 import json
-import sys
-from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
-from command_line import ebmkit_command
+from ebmkit_tests.support.command_line import ebmkit_command
+from ebmkit_tests.support.sampling_runs import save_run
 
 from ebmkit import ModelCard
 from ebmkit.guidance import GUIDANCE_SCHEDULES, GUIDES
@@ -16,9 +15,6 @@ from ebmkit.models import ModelConfig, load, save_model
 from ebmkit.sampling.jobs.job import SamplingFolder, SamplingJob
 from ebmkit.sampling.jobs.settings import default_folder, make_settings
 from ebmkit.sampling.jobs.sources import VIEWS, guide_by, parse_guidance
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "sampling" / "jobs"))
-from small import save_run
 
 NAMES = [str(n) for n in range(10)]
 QUICK = ["-n", 4, "--sampler", "ddim", "--steps", 12, "--device", "cpu"]

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from ebmkit_tests.support.guidance_world import draw, plane, slope
 from torch import nn
-from world import draw, plane, slope
 
 from ebmkit import ModelCard, UserError
 from ebmkit.guidance import (

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from ebmkit_tests.support.guidance_world import draw
 from torch import nn
-from world import draw
 
 from ebmkit import UserError
 from ebmkit.guidance import LogitModel

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from world import generator, pictures
+from ebmkit_tests.support.guidance_world import generator, pictures
 
 from ebmkit import GaussianMixture, UserError
 from ebmkit.guidance import class_energies, guided_model, make_guidance, stored_energies

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from ebmkit_tests.support.guidance_world import SHAPE, Blind, draw, generator, pictures, run
 from torch import nn
-from world import SHAPE, Blind, draw, generator, pictures, run
 
 from ebmkit import GaussianMixture, ModelCard, ScoreModel, UserError
 from ebmkit.energy import EnergyModel

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from world import Blind, draw, generator, pictures, plane, run, slope
+from ebmkit_tests.support.guidance_world import Blind, draw, generator, pictures, plane, run, slope
 
 from ebmkit import UserError
 from ebmkit.guidance import (

@@ -13,7 +13,7 @@ from ebmkit_tests.hostile.case import Case, outside
 from ebmkit_tests.hostile.making import Make, fifo, link
 
 from ebmkit.data import load_dataset
-from ebmkit.evaluation.generated import read_samples
+from ebmkit.evaluation.generation import read_samples
 from ebmkit.sampling.starts import ReplayBuffer
 
 

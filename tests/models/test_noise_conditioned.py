@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from command_line import ebmkit_command
+from ebmkit_tests.support.command_line import ebmkit_command
 from torch import nn
 
 import ebmkit
@@ -116,7 +116,7 @@ def test_a_run_classifies_clean_and_noisy_images(tmp_path):
     assert model.noise_conditional
     assert model.card.classifies
     images = load_dataset("digits", None, "test").first(20)
-    found = evaluate(model, images, ["classify"], tmp_path / "evaluation", pictures=False)
+    found = evaluate(model, images, ["classify"], tmp_path / "evaluation", plots=False)
     noisy = found["classify"].document["against_noise"]
     assert noisy[0]["sigma"] == 0
     assert all(0 <= level["accuracy"]["value"] <= 1 for level in noisy)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_objectives import gradients
+from ebmkit_tests.support.small_models import gradients
 
 import ebmkit
 from ebmkit.data import Batch, ImageSet

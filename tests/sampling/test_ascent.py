@@ -1,8 +1,8 @@
 """Ascent on a label's density, and the seeds it starts from."""
 
-import known
 import pytest
 import torch
+from ebmkit_tests.support import known_targets as known
 
 from ebmkit import GaussianMixture
 from ebmkit.errors import UserError

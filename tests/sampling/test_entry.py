@@ -3,9 +3,9 @@
 import io
 import math
 
-import known
 import pytest
 import torch
+from ebmkit_tests.support import known_targets as known
 from pydantic import ValidationError
 
 from ebmkit import GaussianMixture, ModelCard

@@ -2,9 +2,9 @@
 
 import math
 
-import known
 import pytest
 import torch
+from ebmkit_tests.support import known_targets as known
 from pydantic import ValidationError
 
 from ebmkit.errors import UserError

@@ -2,10 +2,10 @@
 
 import math
 
-import known
 import numpy as np
 import pytest
 import torch
+from ebmkit_tests.support import known_targets as known
 from pydantic import ValidationError
 
 from ebmkit import Gaussian

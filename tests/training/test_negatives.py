@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from command_line import ebmkit_command
+from ebmkit_tests.support.command_line import ebmkit_command
 
 import ebmkit
 from ebmkit import GaussianMixture, UserError

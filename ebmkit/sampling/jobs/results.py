@@ -33,7 +33,7 @@ from PIL import Image
 from torch import Tensor
 
 from ebmkit.errors import UserError
-from ebmkit.plots.common import DPI, GRAY, new_figure, save_figure
+from ebmkit.plots import DPI, GRAY, new_figure, save_figure
 from ebmkit.sampling.diagnostics import chain_diagnostics, energy_diagnostics
 from ebmkit.sampling.jobs.job import SamplingJob
 from ebmkit.sampling.jobs.record import MAX_DRAWS, means_of

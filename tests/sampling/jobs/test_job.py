@@ -7,8 +7,8 @@ import json
 import h5py
 import pytest
 import torch
+from ebmkit_tests.support.sampling_runs import SHAPE, BlindMixture, mixture, small_network
 from PIL import Image
-from small import SHAPE, BlindMixture, mixture, small_network
 
 import ebmkit
 from ebmkit import UserError

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from ebmkit_tests.support.sampling_runs import SHAPE, BlindMixture, mixture, small_network
 from PIL import Image
-from small import SHAPE, BlindMixture, mixture, small_network
 
 from ebmkit import UserError
 from ebmkit.data import write_image

@@ -52,3 +52,29 @@ def make_mixture(cls=GaussianMixture):
     axes = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(1)))[0]
     covariance = axes @ torch.diag(torch.logspace(-3.2, -2.2, 16)) @ axes.T
     return cls(means, covariance.expand(3, -1, -1), weights=[0.5, 0.3, 0.2]).eval()
+
+
+SIDE = 4
+
+
+def two_gaussians(variance=0.02):
+    """Two labels with equal covariance: the boundary is the plane between the means.
+
+    It stays so with noise, behind the denoiser and along Langevin steps, as all keep the symmetry
+    about that plane.
+    """
+    direction = torch.linspace(-1, 1.5, SIDE**2).reshape(1, SIDE, SIDE)
+    middle = torch.full((1, SIDE, SIDE), 0.5)
+    means = torch.stack([middle - 0.06 * direction, middle + 0.06 * direction])
+    return GaussianMixture(means, variance, labels=[0, 1]).eval()
+
+
+def near_the_plane(model, count=60):
+    """Images with their label on its side, and the l_inf and l2 distances to the plane."""
+    normal = (model.means[1] - model.means[0]).flatten()
+    offset = model.means.flatten(1).mean(0)
+    generator = torch.Generator().manual_seed(4)
+    x = offset + 0.08 * torch.randn(count, SIDE**2, generator=generator).clamp(-2, 2)
+    height = (x - offset) @ normal
+    distance = {"linf": height.abs() / normal.abs().sum(), "l2": height.abs() / normal.norm()}
+    return x.reshape(-1, 1, SIDE, SIDE), (height > 0).long(), distance

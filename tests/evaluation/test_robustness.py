@@ -5,17 +5,19 @@ import math
 
 import pytest
 import torch
-from mixture_world import Drawn
+from ebmkit_tests.support.mixture_world import SIDE, Drawn, near_the_plane, two_gaussians
 from rich.console import Console
-from test_attacks import SIDE, near_the_plane, two_gaussians
 
-from ebmkit import EnergyModel, UserError, evaluation
+from ebmkit import EnergyModel, UserError, evaluation, plots
 from ebmkit.energy import Energies
-from ebmkit.evaluation import autoattack, suites
+from ebmkit.evaluation import attacks, suites
 from ebmkit.evaluation.context import EvaluationContext
-from ebmkit.evaluation.masking import MaskingChecks, telling_strength
-from ebmkit.evaluation.robustness import ROBUSTNESS
-from ebmkit.plots import robustness as pictures
+from ebmkit.evaluation.robustness import (
+    ROBUSTNESS,
+    compare_attacks,
+    plot_comparison,
+    telling_strength,
+)
 
 QUICK = {
     "steps": 5,
@@ -42,7 +44,7 @@ def plane():
 
 
 def evaluate(model, images, folder, settings=QUICK, **options):
-    options = {"pictures": False, "options": {"robustness": settings}} | options
+    options = {"plots": False, "options": {"robustness": settings}} | options
     return evaluation.evaluate(model, images, ["robustness"], folder, **options)["robustness"]
 
 
@@ -53,7 +55,7 @@ def values(curve):
 def test_curves_are_shares_of_images_farther_from_the_boundary(plane, tmp_path):
     """The defence direct exactly: 40 images of known distance, 4 of which are wrong anyway."""
     model, images, distances = plane
-    result = evaluate(model, images, tmp_path, pictures=True)
+    result = evaluate(model, images, tmp_path, plots=True)
     document = json.loads(result.path.read_text())
     assert document == result.document
     right = torch.arange(40) >= 4
@@ -134,7 +136,7 @@ def test_progress_ends_where_it_said(plane, tmp_path):
 def test_few_images_are_attacked_and_that_is_said(plane, tmp_path):
     model, images, _ = plane
     settings = QUICK | {"images": 10, "norms": ["l2"], "defences": ["direct"], "noise_levels": [0]}
-    result = evaluate(model, images, tmp_path, settings, pictures=True)
+    result = evaluate(model, images, tmp_path, settings, plots=True)
     document = result.document
     assert (document["images"], document["of"]) == (10, 40)
     assert list(document["curves"]) == ["l2"]
@@ -229,24 +231,19 @@ def test_a_weaker_attack_that_breaks_more_is_told():
     broken = torch.arange(100) < 30
 
     def doubts(**others):
-        signs = MaskingChecks("l2", smallest)
-        signs.compare(0.5, {"pgd": broken, **others})
-        return signs
+        return compare_attacks("l2", 0.5, smallest, {"pgd": broken, **others})
 
     lucky = doubts(few_steps=broken.roll(3), one_step=broken & False, random_noise=broken.roll(-4))
-    assert lucky.doubts == []  # 3 against 3, 0 against 30, 4 against 4
-    assert lucky.document["one_step"]["value"] == 1
+    assert lucky[1] == []  # 3 against 3, 0 against 30, 4 against 4
+    assert lucky[0]["one_step"].value == 1
     more = torch.arange(100) < 40
     masked = doubts(few_steps=more, one_step=more.roll(5), random_noise=broken)
-    assert len(masked.doubts) == 1  # 10 against 0, but 15 against 5 at 2 %
-    assert (
-        "PGD of a quarter of the steps at 0.5 breaks 10 images that PGD does not"
-        in (masked.doubts[0])
-    )
+    assert len(masked[1]) == 1  # 10 against 0, but 15 against 5 at 2 %
+    assert "PGD of a quarter of the steps at 0.5 breaks 10 images that PGD does not" in masked[1][0]
     stronger = doubts(autoattack=more)
-    assert stronger.document["gap"] == 0.1
-    assert "AutoAttack at 0.5 leaves 60.0% right and PGD 70.0%" in stronger.doubts[0]
-    assert doubts(autoattack=torch.arange(100) < 34).doubts == []
+    assert stronger[0]["gap"] == 0.1
+    assert "AutoAttack at 0.5 leaves 60.0% right and PGD 70.0%" in stronger[1][0]
+    assert doubts(autoattack=torch.arange(100) < 34)[1] == []
 
 
 def test_checks_are_made_where_half_of_the_images_are_left():
@@ -296,7 +293,7 @@ def test_strengths_are_read_as_people_write_them():
 
 def test_a_missing_autoattack_is_told_before_any_attack(plane, tmp_path, monkeypatch):
     model, images, _ = plane
-    monkeypatch.setattr(autoattack, "find_spec", lambda name: None)
+    monkeypatch.setattr(attacks, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="autoattack"):
         evaluate(model, images, tmp_path, QUICK | {"autoattack": True})
     assert not list(tmp_path.glob("*.json"))
@@ -307,13 +304,13 @@ def test_models_are_compared_and_missing_ones_named(plane, tmp_path, monkeypatch
     settings = QUICK | {"noise_levels": [0], "checks": False, "steps": 1}
     document = evaluate(model, images, tmp_path, settings).document
     drawn = []
-    save = pictures.save_figure
+    save = plots.save_figure
     monkeypatch.setattr(
-        pictures, "save_figure", lambda figure, path: (drawn.append(figure), save(figure, path))
+        plots, "save_figure", lambda figure, path: (drawn.append(figure), save(figure, path))
     )
     paper = {"JEM": {"linf": [(0.0, 0.9), (4 / 255, 0.5)]}}
-    pictures.compare({"ours": document, "JEM": None}, tmp_path / "compare.png", paper)
-    pictures.compare({"JEM": None}, tmp_path / "none.png")
+    plot_comparison({"ours": document, "JEM": None}, tmp_path / "compare.png", paper)
+    plot_comparison({"JEM": None}, tmp_path / "none.png")
     assert (tmp_path / "compare.png").stat().st_size > 5000
     labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
     assert labels[0].startswith("ours (mixture test, 40 images")

@@ -2,25 +2,25 @@
 
 import pytest
 import torch
-from mixture_world import Drawn
+from ebmkit_tests.support.mixture_world import Drawn
 
 from ebmkit import Gaussian, UserError, evaluation
 from ebmkit.evaluation.adversarial import difference
-from ebmkit.evaluation.data import noisy_batches
+from ebmkit.evaluation.context import noisy_batches
 
 SIGMA = 0.05
 
 
 @pytest.fixture
 def evaluate(tmp_path):
-    def run(model, data, pictures=False, **options):
+    def run(model, data, plots=False, **options):
         results = evaluation.evaluate(
             model,
             data,
             ["adversarial"],
             tmp_path,
             options={"adversarial": {"sigmas": [SIGMA], "images": 30, **options}},
-            pictures=pictures,
+            plots=plots,
         )
         return results["adversarial"].document
 
@@ -75,7 +75,7 @@ def test_norms_and_gains_are_those_of_the_closed_form(mixture, drawn, evaluate):
 
 
 def test_a_blind_model_is_also_asked_at_the_clean_image(network, squares, evaluate, tmp_path):
-    document = evaluate(network, squares, sigmas=["20/255", "5/255"], pictures=True)
+    document = evaluate(network, squares, sigmas=["20/255", "5/255"], plots=True)
     assert [level["sigma"] for level in document["levels"]] == [0, 5 / 255, 20 / 255]
     clean = document["levels"][0]
     assert clean["identity_error"] is None

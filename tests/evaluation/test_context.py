@@ -11,12 +11,11 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from mixture_world import Drawn
+from ebmkit_tests.support.mixture_world import Drawn
 
 from ebmkit.distributed import DistributedContext
 from ebmkit.evaluation import SUITES, evaluate
-from ebmkit.evaluation.context import EvaluationContext
-from ebmkit.evaluation.data import noisy_batches
+from ebmkit.evaluation.context import EvaluationContext, noisy_batches
 
 STANDARD = [name for name, suite in SUITES.items() if suite.standard]
 
@@ -69,7 +68,7 @@ def test_every_process_has_the_figures_of_a_single_one(
     size, batch_size, network, squares, tmp_path
 ):
     """30 images: 5 batches on 2 processes, 3 on 3, and 3 on 5, two of which have nothing to do."""
-    options = {"batch_size": batch_size, "pictures": False, "noise_levels": [0, 0.1]}
+    options = {"batch_size": batch_size, "plots": False, "noise_levels": [0, 0.1]}
 
     def work(world):
         own = copy.deepcopy(network)
@@ -114,7 +113,7 @@ def test_the_bar_of_the_first_reaches_the_end(network, squares):
 @pytest.mark.parametrize(("count", "batches"), [(360, 8), (1000, 8), (10_000, 24)])
 def test_batches_divide_among_eight(count, batches, mixture, tmp_path):
     images = Drawn(torch.full((count, 1, 4, 4), 0.4), torch.arange(count) % 3)
-    options = {"noise_levels": [0], "pictures": False}
+    options = {"noise_levels": [0], "plots": False}
     document = evaluate(mixture, images, ["classify"], tmp_path, **options)["classify"].document
     assert math.ceil(count / document["batch_size"]) == batches
 

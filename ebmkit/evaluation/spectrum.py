@@ -1,15 +1,29 @@
-r"""The spectrum of a denoiser's Jacobian: eigenvalues, eigenvectors, trace, asymmetry.
+r"""The Jacobian of a denoiser at one image, and its spectrum.
 
-Up to `DENSE` values the Jacobian J is written out, its symmetric part decomposed in float64, and
-its asymmetry, which for a gradient is rounding alone, measured.
+For a denoiser that is a gradient, :math:`D(y) = y + \sigma^2 \nabla\log p(y)`, the Jacobian (CDN
+eq. 14)
 
-Beyond, eigenpairs are found by Lanczos iterations (`scipy.sparse.linalg.eigsh`). The largest are
-quickly found. The smallest in magnitude lie *inside* the spectrum, which Lanczos does not reach:
-they are the largest of :math:`c I - J^2` ("folded" spectrum, no inverse needed), rotated within
-their span to eigenvectors of J. Every pair comes with its residual
-:math:`r = \|Jv - \lambda v\|`: some eigenvalue of J lies within r of :math:`\lambda`. Where very
-many eigenvalues lie near 0, single ones cannot be told apart in fewer products than J has columns:
-the vector found is then a mixture of them, r says how wide a range it mixes, and
+.. math:: J(y) = \nabla D(y) = I + \sigma^2\, \nabla^2 \log p(y)
+
+is symmetric. If log p is the true density of noisy images, :math:`\sigma^2 J` is the covariance of
+the clean image given the noisy one: then no eigenvalue is negative, and
+:math:`\sigma^2 \operatorname{tr} J` is the squared error that the denoiser must expect. A direction
+whose eigenvalue is near 0 is discarded as noise, near 1 it is kept, above 1 it is amplified; so the
+trace counts the dimensions that are kept.
+
+J has as many columns as the image has values d. It is only ever multiplied:
+:math:`J^\top v = \nabla_y \langle D(y), v\rangle`, a second derivative in reverse, for a gradient
+the Hessian-vector product :math:`v + \sigma^2 \nabla^2\log p(y)\,v`. Many directions are multiplied
+at once at as many copies of y, whose graph is kept for the next ones.
+
+Up to `DENSE` values J is written out, its symmetric part decomposed in float64, and its asymmetry,
+which for a gradient is rounding alone, measured. Beyond, eigenpairs are found by Lanczos iterations
+(`scipy.sparse.linalg.eigsh`). The largest are quickly found. The smallest in magnitude lie *inside*
+the spectrum, which Lanczos does not reach: they are the largest of :math:`c I - J^2` ("folded"
+spectrum, no inverse needed), rotated within their span to eigenvectors of J. Every pair comes with
+its residual :math:`r = \|Jv - \lambda v\|`: some eigenvalue of J lies within r of :math:`\lambda`.
+Where very many eigenvalues lie near 0, single ones cannot be separated in fewer products than J
+has columns: the vector found is then a mixture of them, r says how wide a range it mixes, and
 :math:`|\lambda|` need not be the smallest.
 
 A plain denoiser is the gradient of no density. Its J is not symmetric, and singular values and
@@ -28,10 +42,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
-from ebmkit.jacobian import DENSE, Jacobian
 
-__all__ = ["Eigenpairs", "Method", "Spectrum", "spectrum"]
+DENSE = 3072
+"""Values of an image (32 x 32 x 3) up to which the Jacobian is written out."""
+
+CHUNK_VALUES = 64 * 3072
+"""Values of the directions multiplied at once on a CPU; a GPU takes eight times as many."""
 
 PROBES = 16
 """Random directions by which trace and asymmetry are estimated where J is not written out."""
@@ -41,6 +59,93 @@ LANCZOS = 40
 
 Method = Literal["auto", "dense", "iterative"]
 Vectors = NDArray[np.float64]
+
+
+class Jacobian:
+    """The Jacobian of ``denoise`` at ``y`` as an operator.
+
+    Args:
+        denoise: images (B, C, H, W) to images of the same shape, each on its own.
+        y: one image (C, H, W).
+        symmetric: whether it must be so, because ``denoise`` is a gradient.
+        chunk: directions multiplied at once; None: by their size, see `CHUNK_VALUES`.
+
+    Attributes:
+        size: the number of rows, d = C H W.
+        products: how many products were taken so far.
+    """
+
+    def __init__(
+        self,
+        denoise: Callable[[Tensor], Tensor],
+        y: Tensor,
+        symmetric: bool = True,
+        chunk: int | None = None,
+    ) -> None:
+        self.denoise, self.y, self.symmetric, self.size = denoise, y, symmetric, y.numel()
+        values = CHUNK_VALUES * (8 if y.is_cuda else 1)
+        self.chunk = chunk or max(1, min(512, values // max(1, self.size)))
+        self.products = 0
+        self._graph: tuple[Tensor, Tensor] | None = None
+
+    def vjp(self, directions: Tensor) -> Tensor:
+        """J^T v, which is J v if symmetric, of each of ``directions`` (n, C, H, W); same type.
+
+        Raises:
+            UserError: if a product is NaN or Inf.
+        """
+        self.products += len(directions)
+        products = []
+        for v in torch.split(directions, self.chunk):
+            at, clean = self._copies(len(v))
+            (product,) = torch.autograd.grad(clean, at, v.to(clean), retain_graph=True)
+            products.append(product.to(directions))
+        found = torch.cat(products)
+        if not found.isfinite().all():
+            raise UserError(
+                "the Jacobian of this model's denoiser is not finite: its training diverged, or "
+                "its weights are damaged"
+            )
+        return found
+
+    def dense(self) -> Tensor:
+        """J, (d, d) float64 on the CPU; d products.
+
+        Raises:
+            UserError: if d is above `DENSE`, or J has NaN or Inf.
+        """
+        if self.size > DENSE:
+            raise UserError(
+                f"the Jacobian of an image of {self.size} values cannot be written out beyond "
+                f"{DENSE}: take method iterative, or smaller images"
+            )
+        directions = torch.eye(self.size, dtype=self.y.dtype, device=self.y.device)
+        matrix = self.vjp(directions.reshape(-1, *self.y.shape)).flatten(1).cpu().double()
+        self._graph = None
+        return matrix
+
+    def _copies(self, count: int) -> tuple[Tensor, Tensor]:
+        """``count`` copies of y and, with a graph that leads to them, of D(y)."""
+        if self._graph is None or len(self._graph[0]) != count:
+            self._graph = None
+            with torch.inference_mode(False), torch.enable_grad():
+                y = self.y.detach().expand(count, *self.y.shape)
+                at = y.clone(memory_format=torch.contiguous_format).requires_grad_()
+                self._graph = at, self.denoise(at)
+        return self._graph
+
+
+def jacobian(model: ScoreModel, y: Tensor, sigma: float, chunk: int | None = None) -> Jacobian:
+    """The Jacobian at ``y`` (C, H, W) of ``model``'s unconditional denoiser, given ``sigma``.
+
+    Args:
+        model: in evaluation mode. It is symmetric if it is an `EnergyModel`.
+        y: a noisy image.
+        sigma: the noise level, image units.
+        chunk: directions multiplied at once; None: by their size.
+    """
+    symmetric = isinstance(model, EnergyModel)
+    return Jacobian(lambda images: model.denoise(images, sigma), y, symmetric, chunk)
 
 
 class Eigenpairs(NamedTuple):
@@ -101,7 +206,7 @@ def spectrum(
 
     Args:
         operator: the Jacobian.
-        largest: how many of the largest are wanted.
+        largest: how many of the largest.
         smallest: how many of the smallest in magnitude.
         method: dense: all of them; iterative: only those; auto: dense up to `DENSE` values.
         tolerance: iterate until residuals are below this share of the largest value.
@@ -109,7 +214,7 @@ def spectrum(
         seed: of the random directions and starts of the iterations.
 
     Raises:
-        UserError: if more are wanted than there are, the image is too large for ``dense``, or a
+        UserError: if more are asked for than there are, the image is too large for ``dense``, or a
             Jacobian that is not symmetric is too large to be written out.
     """
     if largest < 1 or smallest < 1 or max(largest, smallest) >= operator.size:
@@ -131,12 +236,6 @@ def spectrum(
 
 def _dense_spectrum(operator: Jacobian, largest: int, smallest: int) -> Spectrum:
     matrix = operator.dense()
-    if not matrix.isfinite().all():
-        raise UserError(
-            "the Jacobian of this model's denoiser is not finite: its training diverged, or its "
-            "weights are damaged"
-        )
-    asymmetry = float((matrix - matrix.T).norm() / matrix.norm().clamp_min(1e-300))
     if operator.symmetric:
         values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
         values, vectors = values.flip(0), vectors.flip(1).T
@@ -158,7 +257,7 @@ def _dense_spectrum(operator: Jacobian, largest: int, smallest: int) -> Spectrum
         smallest=pairs(values.abs().argsort()[:smallest]),
         trace=float(matrix.trace()),
         trace_error=0.0,
-        asymmetry=asymmetry,
+        asymmetry=float((matrix - matrix.T).norm() / matrix.norm().clamp_min(1e-300)),
         products=operator.products,
     )
 
@@ -171,45 +270,34 @@ def _iterative_spectrum(
 
     def times(v: Vectors) -> Vectors:
         direction = torch.from_numpy(np.asarray(v, np.float64).reshape(1, *operator.y.shape))
-        product: Vectors = operator.pull(direction).reshape(-1).numpy()
-        if not np.isfinite(product).all():
-            raise UserError(
-                "the Jacobian of this model's denoiser is not finite: its training diverged, or "
-                "its weights are damaged"
-            )
+        product: Vectors = operator.vjp(direction).reshape(-1).numpy()
         return product
+
+    def folded(v: Vectors) -> Vectors:
+        return 1.1 * scale**2 * v - times(times(v))
 
     trace, trace_error, asymmetry = _probe(operator, rng)
     # the scale of the spectrum, for the fold and for the tolerance
     basis = _lanczos(times, operator, 1, "LM", 0.01, last, rng)
     scale = max(float(_rotate(operator, basis).values.abs().max()), 1e-12)
-
-    def enough(pairs: Eigenpairs) -> bool:
-        return float(pairs.residuals.max()) <= tolerance * scale or operator.products >= last
-
-    def folded(v: Vectors) -> Vectors:
-        return 1.1 * scale**2 * v - times(times(v))
-
-    found = []
+    found: list[Eigenpairs] = []
     for product, count in ((times, largest), (folded, smallest)):
         goal, start = tolerance, None
         while True:  # each time from what was found, so that there is always something
             start = _lanczos(product, operator, count, "LA", goal, last, rng, start)
             pairs = _rotate(operator, start)
-            if enough(pairs) or goal < 1e-14:
+            converged = float(pairs.residuals.max()) <= tolerance * scale
+            if converged or operator.products >= last or goal < 1e-14:
                 break
             goal /= 10
-        found.append(pairs)
-    order = found[0].values.argsort(descending=True), found[1].values.abs().argsort()
-    top, bottom = (
-        Eigenpairs(*(x[rows] for x in pairs)) for pairs, rows in zip(found, order, strict=True)
-    )
+        order = pairs.values.abs().argsort() if found else pairs.values.argsort(descending=True)
+        found.append(Eigenpairs(*(x[order] for x in pairs)))
     return Spectrum(
         method="iterative",
         singular=False,
         values=None,
-        largest=top,
-        smallest=bottom,
+        largest=found[0],
+        smallest=found[1],
         trace=trace,
         trace_error=trace_error,
         asymmetry=asymmetry,
@@ -227,7 +315,7 @@ def _lanczos(
     rng: np.random.Generator,
     start: Vectors | None = None,
 ) -> Vectors:
-    """Orthonormal vectors (d, count): the wanted eigenvectors of ``product``, or the best so far.
+    """Orthonormal vectors (d, count): eigenvectors of ``product``, or the best so far.
 
     Iterates until residuals are below ``tolerance`` times the eigenvalue, or about ``last``
     products with ``operator`` were taken in all.
@@ -235,13 +323,13 @@ def _lanczos(
     from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
     size = operator.size
-    kept = min(size, max(LANCZOS, 2 * count + 1))
+    krylov = min(size, max(LANCZOS, 2 * count + 1))
     matrix = LinearOperator((size, size), matvec=product, dtype=np.float64)
     begin = rng.standard_normal(size) if start is None else start.sum(1)
-    restarts = max(1, (last - operator.products) // kept)
+    restarts = max(1, (last - operator.products) // krylov)
     try:
         vectors: Vectors = eigsh(
-            matrix, count, which=which, ncv=kept, tol=tolerance, v0=begin, maxiter=restarts
+            matrix, count, which=which, ncv=krylov, tol=tolerance, v0=begin, maxiter=restarts
         )[1]
     except ArpackNoConvergence as error:
         vectors = np.asarray(error.eigenvectors, np.float64)
@@ -254,7 +342,7 @@ def _lanczos(
 def _rotate(operator: Jacobian, basis: Vectors) -> Eigenpairs:
     """The eigenpairs of J within the span of ``basis`` (d, k) (Rayleigh and Ritz)."""
     span = torch.from_numpy(np.ascontiguousarray(basis.T))
-    images = operator.pull(span.reshape(-1, *operator.y.shape)).flatten(1)
+    images = operator.vjp(span.reshape(-1, *operator.y.shape)).flatten(1)
     small = images @ span.T
     values, turn = torch.linalg.eigh((small + small.T) / 2)
     vectors, images = turn.T @ span, turn.T @ images
@@ -269,7 +357,7 @@ def _probe(operator: Jacobian, rng: np.random.Generator) -> tuple[float, float, 
     ||J - J^T||^2.
     """
     v = torch.from_numpy(rng.standard_normal((PROBES, operator.size)))
-    products = operator.pull(v.reshape(-1, *operator.y.shape)).flatten(1)
+    products = operator.vjp(v.reshape(-1, *operator.y.shape)).flatten(1)
     forms = v @ products.T
     diagonal, norm = forms.diagonal(), products.square().sum(1).mean().sqrt()
     skew = (forms - forms.T)[tuple(torch.triu_indices(PROBES, PROBES, 1))].square().mean().sqrt()
