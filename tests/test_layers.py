@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = [
-    ("errors", "registry", "randomness", "terminal", "validation", "__init__"),
+    ("errors", "registry", "randomness", "terminal", "__init__"),
     ("noise", "storage", "plugins"),
     ("distributed", "compute", "onednn", "card"),
     ("energy", "analytic"),

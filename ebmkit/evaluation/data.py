@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
-from ebmkit.data.identity import fingerprint
+from ebmkit.data.imagesets import fingerprint
 from ebmkit.distributed import DistributedContext
 
 __all__ = ["Batch", "Images", "fingerprint", "noise_generator", "noisy_batches"]

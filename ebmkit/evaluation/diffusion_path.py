@@ -187,7 +187,9 @@ def _of_samples(
                 found[name, measure] = column
         return found
 
-    columns = columns_of(setting, ImageSet("samples", "test", generated.images), 0.0, measure)
+    columns = columns_of(
+        setting, ImageSet(generated.images, name="samples", split="test"), 0.0, measure
+    )
     documents: dict[str, dict[str, Any]] = {}
     for name in models:
         read = ImageEnergies(*(columns[name, m] for m in ImageEnergies._fields))

@@ -309,7 +309,7 @@ def _image_set(generated: Generated, like: Images) -> Images:
     from ebmkit.data import ImageSet
 
     assert generated.images.shape[1:] == torch.Size((like.channels, *like.image_size))
-    return ImageSet("samples", "test", generated.images)
+    return ImageSet(generated.images, name="samples", split="test")
 
 
 GENERATION = Suite(

@@ -32,7 +32,7 @@ from pydantic import BaseModel
 from ebmkit.compile import device_of, make_inference, tf32_restored, unwrapped
 from ebmkit.distributed import DistributedContext
 from ebmkit.energy import EnergyModel, ScoreModel
-from ebmkit.errors import UserError
+from ebmkit.errors import UserError, validated
 from ebmkit.evaluation.adversarial import ADVERSARIAL
 from ebmkit.evaluation.calibration import CALIBRATION
 from ebmkit.evaluation.certify import CERTIFY
@@ -52,7 +52,6 @@ from ebmkit.registry import find
 from ebmkit.storage import remove_file, write_atomically
 from ebmkit.storage.reading import read_json
 from ebmkit.training.run_folder import environment
-from ebmkit.validation import validated
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from ebmkit.card import ModelCard
 from ebmkit.energy import ScoreModel
-from ebmkit.errors import UserError, plain
+from ebmkit.errors import UserError, plain, validated
 from ebmkit.models.config import ModelConfig, find_backbone
 from ebmkit.models.dncnn import convert_dncnn
 from ebmkit.models.drunet import convert_drunet
@@ -46,7 +46,6 @@ from ebmkit.models.resnet import BLOCKS
 from ebmkit.models.saving import save_as_run
 from ebmkit.registry import find
 from ebmkit.storage.torchfile import read_state
-from ebmkit.validation import validated
 
 KINDS = {
     "robustness": "files of the robustness package: an adversarially trained ResNet",
