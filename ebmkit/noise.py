@@ -79,9 +79,23 @@ __all__ = [
     "in_255ths",
     "linear_betas",
     "make_schedule",
+    "parse_fraction",
     "parse_radius",
     "parse_sigma",
 ]
+
+
+def parse_fraction(value: object) -> float | None:
+    """A number, or the quotient of two, as ``25/255``; None for anything else.
+
+    >>> parse_fraction("51/255"), parse_fraction(0.5), parse_fraction("1/0")
+    (0.2, 0.5, None)
+    """
+    top, slash, bottom = str(value).partition("/")
+    try:
+        return float(top) / float(bottom) if slash else float(top)
+    except (ValueError, ZeroDivisionError):
+        return None
 
 
 def parse_sigma(value: object, allow_zero: bool = False) -> float:
@@ -102,17 +116,15 @@ def parse_sigma(value: object, allow_zero: bool = False) -> float:
     0.2
     """
     text = str(value).strip()
-    try:
-        top, slash, bottom = text.partition("/")
-        sigma = float(top) / float(bottom) if slash else float(text)
-    except (ValueError, ZeroDivisionError):
+    sigma = parse_fraction(text)
+    if sigma is None:
         raise UserError(
             f"sigma {text!r} is not a noise level: write a number or a fraction, as in 25/255"
-        ) from None
+        )
     if not math.isfinite(sigma) or sigma < 0 or (sigma == 0 and not allow_zero):
         least = "not below 0" if allow_zero else "above 0"
         raise UserError(f"sigma {text!r} must be a finite number {least}, as in 25/255")
-    if sigma > 1 and not slash and not isinstance(value, float):
+    if sigma > 1 and "/" not in text and not isinstance(value, float):
         raise UserError(
             f"sigma {text!r} is beyond the range of an image, 0 to 1: did you mean {text}/255? "
             f"(if not, write {text}/1)"
@@ -136,13 +148,9 @@ def parse_radius(value: object) -> float:
     (0.2, 2.0)
     """
     text = str(value).strip()
-    try:
-        top, slash, bottom = text.partition("/")
-        radius = float(top) / float(bottom) if slash else float(text)
-    except (ValueError, ZeroDivisionError):
-        raise UserError(
-            f"{text!r} is no radius: write a number or a fraction, as in 0.5 or 8/255"
-        ) from None
+    radius = parse_fraction(text)
+    if radius is None:
+        raise UserError(f"{text!r} is no radius: write a number or a fraction, as in 0.5 or 8/255")
     if not 0 <= radius < math.inf:
         raise UserError(f"radius {text!r} must be a finite number of 0 or more, as in 0.5 or 8/255")
     return radius

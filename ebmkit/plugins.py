@@ -28,8 +28,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from ebmkit.errors import UserError, shown
-from ebmkit.validation import validated
+from ebmkit.errors import UserError, shown, validated
 
 __all__ = ["GROUP", "Plugin", "check_plugins", "load_plugin", "load_plugins", "loaded_plugins"]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = [
-    ("errors", "registry", "randomness", "terminal", "validation", "__init__"),
+    ("errors", "registry", "randomness", "terminal", "__init__"),
     ("noise", "storage", "plugins"),
     ("distributed", "compute", "onednn", "card"),
     ("energy", "analytic"),
@@ -14,9 +14,9 @@ LAYERS = [
     ("models", "data"),
     ("sampling", "attacks"),
     ("objectives",),
-    ("readings", "inference", "guidance", "plots"),
+    ("inference", "guidance", "plots"),
     ("training",),
-    ("evaluation", "export", "formats", "spectrum"),
+    ("evaluation", "export", "spectrum"),
     ("sampling.jobs", "bench"),
     ("experiments",),
     ("cli", "__main__"),

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
-import typer
+from typer import Option
 
 from ebmkit.cli.console import console
+from ebmkit.cli.options import (
+    DATA_DIR,
+    DATASET,
+    DEVICE,
+    IMAGE_SIZE,
+    PRECISION,
+    RUN,
+    SEED,
+    WEIGHTS,
+)
 
 if TYPE_CHECKING:
     from ebmkit.data import AnyImages
@@ -18,47 +28,36 @@ if TYPE_CHECKING:
     from ebmkit.training import DataConfig
     from ebmkit.training.setup import Split
 
-__all__ = ["evaluate", "evaluate_run"]
-
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="run folder")],
+    run: Annotated[Path, RUN],
     suite: Annotated[
         str,
-        typer.Option(
+        Option(
             help="suites joined by commas; standard: the quick ones; all; see `ebmkit list suites`"
         ),
     ] = "standard",
-    dataset: Annotated[
-        str | None, typer.Option(help="data set [default: the one trained on]")
-    ] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="where its files are")] = None,
-    image_size: Annotated[
-        int | None, typer.Option(min=1, help="height and width to bring images to")
-    ] = None,
-    split: Annotated[str, typer.Option(help="test, validation or train")] = "test",
-    limit: Annotated[int | None, typer.Option(min=1, help="only the first N images")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="of the noise")] = 0,
-    weights: Annotated[str, typer.Option(help="last, or best by validation")] = "last",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1")] = "auto",
-    precision: Annotated[
-        str, typer.Option(help="of products: fp32, tf32, bf16; auto: fp32, to compare figures")
-    ] = "auto",
+    dataset: Annotated[str | None, DATASET] = None,
+    data_dir: Annotated[Path | None, DATA_DIR] = None,
+    image_size: Annotated[int | None, IMAGE_SIZE] = None,
+    split: Annotated[str, Option(help="test, validation or train")] = "test",
+    limit: Annotated[int | None, Option(min=1, help="only the first N images")] = None,
+    seed: Annotated[int, SEED] = 0,
+    weights: Annotated[str, WEIGHTS] = "last",
+    device: Annotated[str, DEVICE] = "auto",
+    precision: Annotated[str, PRECISION] = "auto",
     compile_: Annotated[
         str,
-        typer.Option(
-            "--compile",
-            help="compile the score: on, off; auto: on CUDA, for minutes of work",
-        ),
+        Option("--compile", help="compile the score: on, off; auto: on CUDA, for minutes of work"),
     ] = "auto",
     set_: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             "--set", help="a suite's setting, as robustness.steps=10, or dataset.unreadable=skip"
         ),
     ] = None,
 ) -> None:
-    """Evaluate a trained model: tables here, JSON and pictures under RUN/evaluation.
+    """Evaluate a trained model: tables here, JSON and plots under RUN/evaluation.
 
     PSNR is the mean over images of each image's own, for images in [0, 1], output clipped, noise
     drawn from a fixed seed. Intervals are 95 %. Started by `torchrun -m ebmkit evaluate ...`, its
@@ -66,9 +65,9 @@ def evaluate(
     """
     from ebmkit.compute import pick_device
     from ebmkit.distributed import device_of_rank, join
+    from ebmkit.errors import validated
     from ebmkit.models import load
     from ebmkit.training.config import FaultsConfig, parse_assignments
-    from ebmkit.validation import validated
 
     options = parse_assignments(set_ or [])
     faults = validated(FaultsConfig, options.pop("dataset", {}), "--set dataset")
@@ -79,20 +78,19 @@ def evaluate(
         where = _where(run, dataset, data_dir, image_size)
         where = where.model_copy(update=faults.model_dump(exclude_unset=True))
         ours = data_dir is not None or where.data_dir is None  # else the run names the folder
-        images = _images(where, _split(split), world, limit, download=ours)
         evaluate_run(
             model,
             run,
-            images,
+            _images(where, split, world, limit, download=ours),
             suite,
-            limit,
-            seed,
-            weights,
-            precision,
-            compile_,
-            world,
-            options,
-            where.data_dir,
+            world=world,
+            data_dir=where.data_dir,
+            limit=limit,
+            seed=seed,
+            weights=weights,
+            precision=precision,
+            compile=compile_,
+            options=options,
         )
 
 
@@ -116,7 +114,7 @@ def _where(
 
 
 def _images(
-    where: DataConfig, split: Split, world: DistributedContext, limit: int | None, download: bool
+    where: DataConfig, split: str, world: DistributedContext, limit: int | None, download: bool
 ) -> AnyImages:
     """One split of the data set ``where``, without images that are left out.
 
@@ -128,7 +126,7 @@ def _images(
 
     if not world.first:
         world.broadcast(None)  # where data must be fetched, one does it
-    images = images_of(where, split, console.is_terminal and world.first, download)
+    images = images_of(where, cast("Split", split), console.is_terminal and world.first, download)
     if world.first:
         world.broadcast(None)
     if isinstance(images, StreamedSet) and images.skip:  # as training images of any size
@@ -141,50 +139,35 @@ def evaluate_run(
     run: Path,
     images: Images,
     suites: str = "standard",
+    *,
+    world: DistributedContext,
     limit: int | None = None,
-    seed: int = 0,
     weights: str = "last",
-    precision: str = "auto",
-    compile: str = "auto",
-    world: DistributedContext | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
-    data_dir: Path | None = None,
+    **settings: Any,
 ) -> None:
-    """Run suites, print their tables and say where the files are; the first process does."""
-    from ebmkit.distributed import DistributedContext
+    """Run suites, print their tables and say where the files are; the first process does.
+
+    Further ``settings`` are those of `ebmkit.evaluation.evaluate`.
+    """
     from ebmkit.evaluation import evaluate as run_suites
     from ebmkit.evaluation import evaluation_folder, parse_options, parse_suites, tables
 
-    world = world or DistributedContext()
     names = parse_suites(suites, model, images)
     own = parse_options(options or {}, names)
     folder = world.broadcast(
         evaluation_folder(run, model, images, limit, weights, own) if world.first else run
     )
-    results = run_suites(
-        model,
-        images,
-        names,
-        folder,
-        limit=limit,
-        seed=seed,
-        weights=weights,
-        precision=precision,
-        compile=compile,
-        options=options,
-        progress=console.is_terminal,
-        world=world,
-        data_dir=data_dir,
-    )
+    shared: dict[str, Any] = {
+        "limit": limit,
+        "weights": weights,
+        "options": options,
+        "world": world,
+    }
+    progress = console.is_terminal
+    results = run_suites(model, images, names, folder, progress=progress, **shared, **settings)
     if not world.first:
         return
     for table in tables(results):
         console.print(table)
-    console.say(f"tables and pictures: {folder}")
-
-
-def _split(name: str) -> Split:
-    from ebmkit.data.imagesets import SPLITS
-    from ebmkit.registry import find
-
-    return find("split", {split: split for split in SPLITS}, name)
+    console.say(f"tables and plots: {folder}")

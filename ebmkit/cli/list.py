@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, get_args
 
-import typer
 from rich.table import Table
+from typer import Argument
 
 from ebmkit.cli.console import console
-
-__all__ = ["list_", "tables"]
-
 
 Kind = Literal[
     "backbones", "denoisers", "heads", "objectives", "datasets", "recipes", "suites", "samplers",
@@ -48,7 +45,7 @@ def tables() -> dict[str, dict[str, str]]:
     }
 
 
-def list_(kind: Annotated[Kind, typer.Argument(help=", ".join(get_args(Kind)))]) -> None:
+def list_(kind: Annotated[Kind, Argument(help=", ".join(get_args(Kind)))]) -> None:
     """List the parts that options can name."""
     table = Table(kind.removesuffix("s"), "about")
     for name, description in tables()[kind].items():

@@ -5,49 +5,44 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from ebmkit.cli.console import console
 from ebmkit.errors import UserError
 
-__all__ = ["import_"]
-
 
 def import_(
     source: Annotated[
-        str,
-        typer.Argument(
-            help="file or folder, or OWNER/NAME:FILE (diffusers: OWNER/NAME) on the hub"
-        ),
+        str, Argument(help="file or folder, or OWNER/NAME:FILE (diffusers: OWNER/NAME) on the hub")
     ],
-    out: Annotated[Path, typer.Option(help="new folder for the model")],
+    out: Annotated[Path, Option(help="new folder for the model")],
     sigma: Annotated[
         list[str] | None,
-        typer.Option(help="noise level it was trained for, as 25/255; twice: lowest and highest"),
+        Option(help="noise level it was trained for, as 25/255; twice: lowest and highest"),
     ] = None,
     kind: Annotated[
         str | None,
-        typer.Option("--as", help="robustness, jem, denoiser, state or diffusers; default: found"),
+        Option("--as", help="robustness, jem, denoiser, state or diffusers; default: found"),
     ] = None,
     backbone: Annotated[
-        str | None, typer.Option(help="for state: a name from `ebmkit list backbones`")
+        str | None, Option(help="for state: a name from `ebmkit list backbones`")
     ] = None,
     rename: Annotated[
         list[str] | None,
-        typer.Option("--map", help="OLD=NEW, prefixes of names, in order; may be repeated"),
+        Option("--map", help="OLD=NEW, prefixes of names, in order; may be repeated"),
     ] = None,
-    classes: Annotated[int | None, typer.Option(help="labels, if the weights do not tell")] = None,
+    classes: Annotated[int | None, Option(help="labels, if the weights do not tell")] = None,
     mean: Annotated[
-        str | None, typer.Option(help="subtracted from images in [0, 1]: 0.5 or 0.49,0.48,0.45")
+        str | None, Option(help="subtracted from images in [0, 1]: 0.5 or 0.49,0.48,0.45")
     ] = None,
-    std: Annotated[str | None, typer.Option(help="what they are divided by then")] = None,
-    image_size: Annotated[int | None, typer.Option(help="height and width in training")] = None,
+    std: Annotated[str | None, Option(help="what they are divided by then")] = None,
+    image_size: Annotated[int | None, Option(help="height and width in training")] = None,
     dataset: Annotated[
-        str | None, typer.Option(help="what it was trained on, as cifar10: gives the class names")
+        str | None, Option(help="what it was trained on, as cifar10: gives the class names")
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="for state: one field, as model.backbone.width=32; repeatable"),
+        Option("--set", help="for state: one field, as model.backbone.width=32; repeatable"),
     ] = None,
 ) -> None:
     """Import a checkpoint, to evaluate, sample and use as a run. Nothing in it is executed.
@@ -55,8 +50,10 @@ def import_(
     Files of the robustness package, JEM's, published DnCNN and DRUNet, state dicts, and UNets of
     diffusers. Then, for example: ebmkit evaluate OUT --suite robustness
     """
+    from ebmkit.data import DATASETS
     from ebmkit.models.importing import import_checkpoint
     from ebmkit.noise import parse_sigma
+    from ebmkit.registry import find
     from ebmkit.training.config import parse_assignments
 
     if len(sigma or []) > 2:
@@ -78,7 +75,7 @@ def import_(
         image_size=image_size,
         settings=settings.get("model"),
         dataset=dataset or "",
-        class_names=_class_names(dataset),
+        class_names=find("data set", DATASETS, dataset).class_names if dataset else (),
         sigma_range=(levels[0], levels[-1]) if levels else None,
     )
     count = sum(p.numel() for p in model.parameters())
@@ -104,16 +101,3 @@ def _numbers(option: str, text: str | None) -> float | tuple[float, ...] | None:
             f"{option} {text!r} must be one number or one per channel, as 0.49,0.48,0.45"
         ) from None
     return numbers[0] if len(numbers) == 1 else numbers
-
-
-def _class_names(dataset: str | None) -> tuple[str, ...]:
-    from ebmkit.data import DATASETS
-    from ebmkit.data.cifar import CIFAR
-    from ebmkit.registry import find
-
-    if dataset is None:
-        return ()
-    find("data set", DATASETS, dataset)
-    if dataset in CIFAR:
-        return CIFAR[dataset].class_names
-    return tuple("0123456789") if dataset == "digits" else ()

@@ -1,80 +1,65 @@
-"""``ebmkit restore``: pictures from what is known of them, by a trained model."""
+"""``ebmkit restore``: images from what is known of them, by a trained model."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
-import typer
-from rich.progress import Progress
 from rich.table import Table
+from typer import Argument, Option
 
-from ebmkit.cli.console import console, warn
-from ebmkit.terminal import for_bar, shown_name
-
-if TYPE_CHECKING:
-    from ebmkit.sampling.jobs.restoring import RestoreJob
-
-__all__ = ["restore"]
+from ebmkit.cli.console import console, counting, warn
+from ebmkit.cli.options import COMPILE, DEVICE, IMAGES, LABEL, PRECISION, SEED, WEIGHTS
+from ebmkit.terminal import shown_name
 
 
 def restore(
-    run: Annotated[Path, typer.Argument(help="run folder of a blind denoiser")],
-    images: Annotated[
-        list[Path], typer.Argument(metavar="IMAGE", help="pictures: PNG, JPEG, TIFF")
-    ],
-    out: Annotated[Path, typer.Option(help="folder for what is written")],
+    run: Annotated[Path, Argument(help="run folder of a blind denoiser")],
+    images: Annotated[list[Path], IMAGES],
+    out: Annotated[Path, Option(help="folder for what is written")],
     task: Annotated[
-        str, typer.Option(help="inpaint, random-pixels, superres, deblur, compressed")
+        str, Option(help="inpaint, random-pixels, superres, deblur, compressed")
     ] = "inpaint",
     mask: Annotated[
-        Path | None,
-        typer.Option(help="inpaint: a picture, white where to fill in [default: a hole]"),
+        Path | None, Option(help="inpaint: an image, white where to fill in [default: a hole]")
     ] = None,
     share: Annotated[
         float | None,
-        typer.Option(
+        Option(
             help="of the picture: the hole (inpaint, 0.1), or what is known (random-pixels 0.5, "
             "deblur 0.25, compressed 0.25)"
         ),
     ] = None,
-    factor: Annotated[int | None, typer.Option(help="superres: by which to enlarge, 2")] = None,
+    factor: Annotated[int | None, Option(help="superres: by which to enlarge, 2")] = None,
     measured: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--measured",
-            help="the pictures are the measured ones: with the parts to fill in, small, or blurred",
+            help="the images are the measured ones: with the parts to fill in, small, or blurred",
         ),
     ] = False,
-    samples: Annotated[int, typer.Option(help="restorations of each, and their mean")] = 1,
-    label: Annotated[
-        str | None, typer.Option(help="class (name or number), for the conditional denoiser")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="at the most")] = None,
+    samples: Annotated[int, Option(help="restorations of each, and their mean")] = 1,
+    label: Annotated[str | None, LABEL] = None,
+    steps: Annotated[int | None, Option(help="at the most")] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="a setting of the sampler ks, as beta=0.1; may be repeated"),
+        Option("--set", help="a setting of the sampler ks, as beta=0.1; may be repeated"),
     ] = None,
-    seed: Annotated[
-        int, typer.Option(min=0, max=2**63 - 1, help="of the noise, and of what is measured")
-    ] = 0,
-    weights: Annotated[str, typer.Option(help="last, or best by validation")] = "last",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1")] = "auto",
-    precision: Annotated[
-        str, typer.Option(help="of products: fp32, tf32, bf16; auto: fp32")
-    ] = "auto",
-    compile_: Annotated[
-        str, typer.Option("--compile", help="compile the score: on, off; auto: off")
-    ] = "auto",
+    seed: Annotated[int, SEED] = 0,
+    weights: Annotated[str, WEIGHTS] = "last",
+    device: Annotated[str, DEVICE] = "auto",
+    precision: Annotated[str, PRECISION] = "auto",
+    compile_: Annotated[str, COMPILE] = "auto",
 ) -> None:
-    """Restore pictures from linear measurements, by stochastic ascent (Kadkhodaie & Simoncelli).
+    """Restore images from linear measurements, by stochastic ascent (Kadkhodaie & Simoncelli).
 
-    A picture is taken for the clean one: it is measured, restored, and compared with itself, beside
+    An image is taken for the clean one: it is measured, restored, and compared with itself, beside
     simple methods. With --measured it is what was measured. Writes NAME-measured.png,
     NAME-restored.png, NAME-comparison.png and NAME.json; nothing is overwritten.
     """
     from ebmkit.compile import optimize
     from ebmkit.compute import pick_device
+    from ebmkit.errors import validated
     from ebmkit.models import load
     from ebmkit.sampling.config import StochasticAscentConfig
     from ebmkit.sampling.jobs import TaskOptions, find_task, parse_label
@@ -82,7 +67,6 @@ def restore(
     from ebmkit.sampling.jobs.settings import no_steps
     from ebmkit.sampling.presets import SAMPLERS
     from ebmkit.training import parse_assignments
-    from ebmkit.validation import validated
 
     chosen = find_task(task)
     values: dict[str, Any] = parse_assignments(set_ or [])
@@ -98,24 +82,17 @@ def restore(
     job = RestoreJob(model, chosen, options, config, measured, samples, seed, c, str(run))
     job.check(images, out)
     make_folder(out)
-    table = Table("picture", "dB", *(["mean, dB"] if samples > 1 else []), "simple methods, dB")
+    table = Table("image", "dB", *(["mean, dB"] if samples > 1 else []), "simple methods, dB")
     for path in images:
-        document = _restore_one(job, path, out)
+        with counting(path.name) as progress:
+            document = job.run_on(path, out, progress)
         for sentence in document["warnings"]:
             warn(sentence)
         if document["psnr"] is not None:
             table.add_row(shown_name(path.name), *_cells(document["psnr"]))
     if table.row_count:
         console.print(table)
-    console.say(f"pictures: {out}")
-
-
-def _restore_one(job: RestoreJob, path: Path, out: Path) -> dict[str, Any]:
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        line = bar.add_task(for_bar(path.name), total=None)
-        return job.run_on(
-            path, out, lambda done, total: bar.update(line, completed=done, total=total)
-        )
+    console.say(f"images: {out}")
 
 
 def _cells(psnr: dict[str, Any]) -> list[str]:

@@ -2,114 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from typer import Option
 
-from ebmkit.cli.console import console, warn
+from ebmkit.cli.console import bar, console, counting, interrupted, left, warn
+from ebmkit.cli.options import COMPILE, DATA_DIR, DEVICE, PRECISION, RUN, SEED, SETTING, WEIGHTS
 from ebmkit.errors import UserError
 
 if TYPE_CHECKING:
     from ebmkit.sampling.jobs import SamplingJob
 
-__all__ = ["sample"]
-
 
 def sample(
-    run: Annotated[Path, typer.Argument(help="run folder")],
+    run: Annotated[Path, RUN],
     out: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             help="folder for the samples: a new one, or one to go on [default: RUN/samples/ and a "
             "name made of the settings]"
         ),
     ] = None,
     sampler: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="see `ebmkit list samplers`; buffer: the replay buffer's chains as they are "
             "[default: ks for blind denoisers, ddim if the noise level is an input, else sgld]"
         ),
     ] = None,
-    count: Annotated[int, typer.Option("-n", "--count", help="number of samples")] = 64,
-    label: Annotated[
-        str | None, typer.Option(help="class, name or number; all: each in turn")
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="of each chain [default: the sampler's]")
-    ] = None,
+    count: Annotated[int, Option("-n", "--count", help="number of samples")] = 64,
+    label: Annotated[str | None, Option(help="class, name or number; all: each in turn")] = None,
+    steps: Annotated[int | None, Option(help="of each chain [default: the sampler's]")] = None,
     start: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="noise (about gray), uniform, data, seeds (Gaussian of a class), mean (noise "
             "about the mean image), buffer [default: the sampler's]"
         ),
     ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="a setting of the sampler, as step_size=1e-4; may be repeated"),
-    ] = None,
+    set_: Annotated[list[str] | None, SETTING] = None,
     guide: Annotated[
-        Path | None, typer.Option(help="run folder of the classifier or joint model that guides")
+        Path | None, Option(help="run folder of the classifier or joint model that guides")
     ] = None,
     guidance: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="see `ebmkit list guidance`; classifier-free needs no --guide [default: energy]"
         ),
     ] = None,
-    scale: Annotated[float | None, typer.Option(help="of guidance [default: 1]")] = None,
+    scale: Annotated[float | None, Option(help="of guidance [default: 1]")] = None,
     schedule: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="of guidance: exact, constant, step:at=500,low=0.37, linear, power:k=2, "
             "sigmoid:t0=500,y0=0.05,k=0.02 [default: exact]"
         ),
     ] = None,
     view: Annotated[
         str | None,
-        typer.Option(
-            help="what the guide sees: noisy, shrunk, clean, clean-through (its gradient back "
-            "through the denoiser) [default: noisy if it takes the noise level, else shrunk]"
+        Option(
+            help="input of the guide: noisy, x_t, x0_hat, x0_hat-backpropagate (its gradient "
+            "through the denoiser) [default: noisy if it takes the noise level, else x_t]"
         ),
     ] = None,
-    late: Annotated[
+    guide_start: Annotated[
         float | None,
-        typer.Option(help="share of the noise levels that pass unguided first [default: 0]"),
+        Option(help="share of the noise levels before guidance starts [default: 0]"),
     ] = None,
     guide_set: Annotated[
         list[str] | None,
-        typer.Option(help="a setting of the guide, as n=50, gamma=0.01, lambda=0.15, inner=dual"),
+        Option(help="a setting of the guide, as n=50, gamma=0.01, lambda=0.15, inner=dual"),
     ] = None,
-    guide_weights: Annotated[str, typer.Option(help="of the guide: last, or best")] = "last",
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="of starts and steps")] = 0,
+    guide_weights: Annotated[str, Option(help="of the guide: last, or best")] = "last",
+    seed: Annotated[int, SEED] = 0,
     batch_size: Annotated[
-        int, typer.Option(help="chains moved together; changes which samples are drawn")
+        int, Option(help="chains moved together; changes which samples are drawn")
     ] = 64,
     image_size: Annotated[
-        int | None, typer.Option(help="side of the images [default: the trained size]")
+        int | None, Option(help="side of the images [default: the trained size]")
     ] = None,
     dataset: Annotated[
         str | None,
-        typer.Option(help="to start from and compare energies with [default: the one trained on]"),
+        Option(help="to start from and compare energies with [default: the one trained on]"),
     ] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="where its files are")] = None,
-    weights: Annotated[str, typer.Option(help="last, or best by validation")] = "last",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1")] = "auto",
-    precision: Annotated[
-        str, typer.Option(help="of products: fp32, tf32, bf16; auto: fp32")
-    ] = "auto",
-    compile_: Annotated[
-        str,
-        typer.Option(
-            "--compile",
-            help="compile the score: on, off; auto: off, so that going on repeats every bit",
-        ),
-    ] = "auto",
+    data_dir: Annotated[Path | None, DATA_DIR] = None,
+    weights: Annotated[str, WEIGHTS] = "last",
+    device: Annotated[str, DEVICE] = "auto",
+    precision: Annotated[str, PRECISION] = "auto",
+    compile_: Annotated[str, COMPILE] = "auto",
 ) -> None:
     """Draw images from a trained model, of p(x) or with --label of p(x|c).
 
@@ -138,14 +119,14 @@ def sample(
 
     place = pick_device(device)
     how = guidance_asked(
-        guide, guidance, scale, schedule, view, late, parse_assignments(guide_set or [])
+        guide, guidance, scale, schedule, view, guide_start, parse_assignments(guide_set or [])
     )
     model = load(run, device=str(place), weights=weights)
     inference = make_inference(place, precision, compile_)
     model = laid_out(model, inference)
     guided, digest = dict[str, Any](), model.weights_sha256
     if how is not None:
-        with _counting("mean energies of the guide") as progress:
+        with counting("mean energies of the guide") as progress:
             found = guide_by(
                 model, how, guide, guide_weights, run, dataset, data_dir, progress,
                 console.is_terminal, inference,
@@ -180,48 +161,30 @@ def sample(
     with job.folder.alone():
         _draw(job)
         document = write_results(job, str(run))
-    _tell(document, out, len(job.cautions))
-
-
-@contextmanager
-def _counting(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar that is shown once something is counted."""
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None, visible=False)
-        yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
+    _report(document, out, len(job.cautions))
 
 
 def _draw(job: SamplingJob) -> None:
     from ebmkit.sampling.jobs import Interrupted
-    from ebmkit.training.loop import exit_code, stop_requested
+    from ebmkit.training.loop import stop_requested
 
-    settings = job.settings
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(compact=True),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    with bar, stop_requested() as stop:
-        task = bar.add_task(f"{settings.count:,} samples by {settings.sampler}", total=None)
+    what = f"{job.settings.count:,} samples by {job.settings.sampler}"
+    steps = "step {task.completed:,.0f}/{task.total:,.0f}"
+    with bar(steps, *left(), transient=True) as progress, stop_requested() as stop:
+        task = progress.add_task(what, total=None)
         try:
-            job.run(lambda done, total: bar.update(task, completed=done, total=total), stop)
+            job.run(lambda done, total: progress.update(task, completed=done, total=total), stop)
         except Interrupted as stopped:
-            bar.stop()
-            console.say(
-                f"interrupted; saved after step {stopped.done:,} of {stopped.total:,}. Go on with "
-                "the same command."
+            progress.stop()
+            interrupted(
+                f"saved after step {stopped.done:,} of {stopped.total:,}. Go on with the same "
+                "command.",
+                stop.signal,
             )
-            raise typer.Exit(exit_code(stop.signal)) from None
 
 
-def _tell(document: dict[str, Any], out: Path, before: int) -> None:
-    """What came out; warnings after the first ``before``, which were told at the start."""
+def _report(document: dict[str, Any], out: Path, before: int) -> None:
+    """Show what came out; warnings after the first ``before``, which were told at the start."""
     diagnostics = document["diagnostics"]
     energies, chains = diagnostics["energies"], diagnostics["chains"]
     lines = [f"{document['samples']:,} samples in {document['seconds']:.1f} s: {out}"]

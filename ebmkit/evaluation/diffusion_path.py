@@ -224,7 +224,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
             for view, path in document["path"].items()
         }
     if generated is not None:
-        samples, own = ImageSet("samples", "test", generated.images), generated.labels
+        samples, own = ImageSet(generated.images, name="samples", split="test"), generated.labels
         for (name, _), found in _energies(context, models, 0.0, _clean, samples).items():
             document = documents[name]["samples"] = {"energy": spread(found.energy)}
             if own is not None:

@@ -253,7 +253,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
         labels = None if of.labels is None else of.labels.cpu()
         return Features(context.columns(0.0, see, of), labels)
 
-    samples = features(ImageSet("samples", "test", generated.images))
+    samples = features(ImageSet(generated.images, name="samples", split="test"))
     samples = samples._replace(labels=generated.labels)
     real = features(images)
     other, spare = other_split(images, context.data_dir), None

@@ -209,7 +209,7 @@ def _reshaped(other: Any, like: Images) -> Images:
     from PIL import Image
 
     def read(row: int) -> Any:
-        pixels = other.images[row] if hasattr(other, "images") else other[row][0]
+        (pixels,), _ = other.read([row])
         array = pixels.movedim(0, -1).numpy()
         return Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array)
 
@@ -217,8 +217,8 @@ def _reshaped(other: Any, like: Images) -> Images:
 
 
 def _folder(root: Path, like: Images) -> Images:
-    from ebmkit.data.finding import SUFFIXES, find_images
-    from ebmkit.data.images import MAX_PIXELS_IN_SET, open_picture
+    from ebmkit.data.folders import SUFFIXES, find_images
+    from ebmkit.data.images import MAX_PIXELS_IN_SET, open_image
 
     names = find_images(root, root, ask="copy it into the folder, or make a folder without links")
     files = sorted(root / name for name in names)
@@ -226,7 +226,7 @@ def _folder(root: Path, like: Images) -> Images:
         raise UserError(f"{str(root)!r} holds no images: put files ending in {SUFFIXES} there")
 
     def read(row: int) -> Any:
-        opened = open_picture(files[row], MAX_PIXELS_IN_SET)
+        opened = open_image(files[row], MAX_PIXELS_IN_SET)
         if opened.is_16_bit:
             raise UserError(f"{str(files[row])!r} has 16 bits: convert it to 8")
         return opened.image
@@ -260,7 +260,7 @@ class _Reader:
 
     def read(self, rows: Sequence[int]) -> Tensor:
         """Images (B, C, H, W) uint8."""
-        from ebmkit.data.reading import to_pixels
+        from ebmkit.data.folders import to_pixels
 
         return torch.stack([to_pixels(self.open(r), self.channels, self.size) for r in rows])
 
@@ -269,4 +269,5 @@ def _streamed(name: str, read: Callable[[int], Any], count: int, like: Images) -
     from ebmkit.data import StreamedSet
 
     reader = _Reader(read, like.channels, like.image_size)
-    return StreamedSet(name, "test", reader, torch.arange(count), like.channels, like.image_size)
+    shape = like.channels, like.image_size
+    return StreamedSet(reader, torch.arange(count), *shape, name=name, split="test")

@@ -50,7 +50,7 @@ from rich.progress import (
 from rich.table import Table
 
 from ebmkit.compile import device_of, make_inference, tf32_restored, unwrapped
-from ebmkit.data.identity import fingerprint
+from ebmkit.data.imagesets import fingerprint
 from ebmkit.distributed import DistributedContext
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError

@@ -111,9 +111,7 @@ def check_one_size(suite: str, images: Images) -> None:
     Raises:
         UserError: if they are pictures of any size.
     """
-    from ebmkit.data.pictures import PictureSet
-
-    if isinstance(images, PictureSet):
+    if not getattr(images, "one_size", True):
         raise UserError(
             f"suite {suite!r} compares images of one size, and those of {images.name!r} differ: "
             "use data set 'folder' with --image-size"

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from ebmkit.energy import ScoreModel
-from ebmkit.errors import UserError
+from ebmkit.errors import UserError, validated
 from ebmkit.evaluation.adversarial import ADVERSARIAL
 from ebmkit.evaluation.calibration import CALIBRATION
 from ebmkit.evaluation.certify import CERTIFY
@@ -25,7 +25,6 @@ from ebmkit.evaluation.robustness import ROBUSTNESS
 from ebmkit.evaluation.robustness_grid import ROBUSTNESS_GRID
 from ebmkit.evaluation.suite import Suite
 from ebmkit.registry import find
-from ebmkit.validation import validated
 
 SUITES: dict[str, Suite] = {
     "classify": CLASSIFY,

@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from ebmkit.energy import ScoreModel
-from ebmkit.errors import UserError, unknown_name
+from ebmkit.errors import UserError, unknown_name, validated
 from ebmkit.models.base import (
     Backbone,
     BackboneConfig,
@@ -43,7 +43,6 @@ from ebmkit.models.resnet import ResNetConfig
 from ebmkit.models.timm import TimmConfig
 from ebmkit.models.wideresnet import WideResNetConfig
 from ebmkit.registry import Preset, Table, find
-from ebmkit.validation import validated
 
 NETWORKS: tuple[type[NetworkConfig], ...] = (
     GradResNetConfig,

@@ -30,23 +30,22 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ebmkit.card import ModelCard
 from ebmkit.energy import ScoreModel
-from ebmkit.errors import UserError, plain
+from ebmkit.errors import UserError, plain, validated
 from ebmkit.models.config import ModelConfig, find_backbone
 from ebmkit.models.dncnn import convert_dncnn
 from ebmkit.models.drunet import convert_drunet
+from ebmkit.models.pipelines import read_unet
 from ebmkit.models.resnet import BLOCKS
-from ebmkit.models.saving import save_model
+from ebmkit.models.saving import save_as_run
 from ebmkit.registry import find
-from ebmkit.storage.tensors import read_tensors
-from ebmkit.storage.torchfile import read_torch_file
-from ebmkit.validation import validated
+from ebmkit.storage.torchfile import read_state
 
 KINDS = {
     "robustness": "files of the robustness package: an adversarially trained ResNet",
@@ -59,7 +58,6 @@ KINDS = {
 
 State = Mapping[str, Tensor]
 Numbers = float | tuple[float, ...]
-AnyScoreModel = TypeVar("AnyScoreModel", bound=ScoreModel)
 SHOWN = 8
 """Names that a message lists."""
 
@@ -78,32 +76,6 @@ class Converted(NamedTuple):
     state: dict[str, Tensor]
     image_size: int | None
     classifies: bool
-
-
-NESTED = ("model_state_dict", "state_dict", "params", "model", "net")
-"""Under which names training codes keep the weights in a checkpoint."""
-
-
-def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors in a ``.pth`` or ``.safetensors`` file, by name.
-
-    Raises:
-        UserError: if it cannot be read, asks for what may run code, or holds no state dict.
-    """
-    if path.suffix == ".safetensors":
-        return read_tensors(path)[0]
-    content = read_torch_file(path)
-    for name in NESTED:
-        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
-            content = content[name]
-    if not isinstance(content, Mapping) or not content:
-        raise UserError(f"{str(path)!r} holds no state dict: names of parameters with tensors")
-    odd = next(
-        (plain(str(name)) for name, value in content.items() if not isinstance(value, Tensor)), None
-    )
-    if odd is not None:
-        raise UserError(f"{odd} in {str(path)!r} is no tensor: give the network's state dict")
-    return {str(name): value for name, value in content.items()}
 
 
 def load_checkpoint(source: str | Path, kind: str | None = None, **options: Any) -> ScoreModel:
@@ -132,26 +104,6 @@ def import_checkpoint(
         UserError: as `load_checkpoint` does, or if the folder is not empty.
     """
     return save_as_run(folder, lambda: read_checkpoint(source, kind, **options))
-
-
-def save_as_run(
-    folder: Path, read: Callable[[], tuple[AnyScoreModel, ModelConfig]]
-) -> AnyScoreModel:
-    """Write the model that ``read`` gives, and its configuration, into a new or empty ``folder``.
-
-    Raises:
-        UserError: if the folder is not empty or cannot be made.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{str(folder)!r} exists: choose another --out")
-    model, config = read()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make folder {str(folder)!r}: {error.strerror}") from None
-    assert model.card is not None
-    save_model(folder, model, config, model.card)
-    return model
 
 
 def read_checkpoint(
@@ -197,8 +149,6 @@ def read_checkpoint(
         raise UserError(f"{str(source)!r} is a model's folder already: use it as it is")
     repository = not path.exists() and is_hub_name(str(source)) and ":" not in str(source)
     if kind == "diffusers" or (kind is None and (path.is_dir() or repository)):
-        from ebmkit.models.pipelines import read_unet
-
         options: dict[str, Any] = {
             "backbone": backbone,
             "rename": rename,
@@ -531,7 +481,7 @@ def _fitted(what: str, values: dict[str, Any], ours: State, size: int | None) ->
     """Check that the state is that of the configuration, name by name and shape by shape."""
     config = validated(ModelConfig, values, what)
     with torch.device("meta"):
-        wanted = _without_counts(config.build().state_dict())
+        wanted = _without_counts(config.without_pretrained().build().state_dict())
     state = _without_counts(ours)
     unknown, missing = [n for n in state if n not in wanted], [n for n in wanted if n not in state]
     if unknown or missing:

@@ -12,8 +12,9 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import safetensors.torch
 import torch
@@ -22,13 +23,14 @@ from torch import Tensor
 
 from ebmkit.card import ModelCard
 from ebmkit.energy import ScoreModel
-from ebmkit.errors import UserError
+from ebmkit.errors import UserError, validated
 from ebmkit.models.config import ModelConfig
 from ebmkit.plugins import check_plugins, load_plugins
 from ebmkit.storage import read_together, write_atomically
 from ebmkit.storage.reading import check_links, parse_json
 from ebmkit.storage.tensors import LimitedSize, parse_tensors
-from ebmkit.validation import validated
+
+AnyScoreModel = TypeVar("AnyScoreModel", bound=ScoreModel)
 
 FORMAT = 1
 
@@ -59,6 +61,26 @@ def save_model(
     """
     for name, content in model_files(model, config, card).items():
         write_atomically(folder / name, content)
+
+
+def save_as_run(
+    folder: Path, read: Callable[[], tuple[AnyScoreModel, ModelConfig]]
+) -> AnyScoreModel:
+    """Write the model that ``read`` gives, and its configuration, into a new or empty ``folder``.
+
+    Raises:
+        UserError: if the folder is not empty or cannot be made.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{str(folder)!r} exists: choose another --out")
+    model, config = read()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make folder {str(folder)!r}: {error.strerror}") from None
+    assert model.card is not None
+    save_model(folder, model, config, model.card)
+    return model
 
 
 def model_files(model: ScoreModel, config: ModelConfig | None, card: ModelCard) -> dict[str, bytes]:

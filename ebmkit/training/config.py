@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from ebmkit.compute import ComputeConfig
 from ebmkit.data import StreamConfig
 from ebmkit.data.schedule import parse_decay_share, parse_share
-from ebmkit.errors import UserError, shown
+from ebmkit.errors import UserError, shown, validated
 from ebmkit.models import ModelConfig
 from ebmkit.models.config import find_network
 from ebmkit.models.heads import find_head
@@ -28,20 +28,6 @@ from ebmkit.plugins import Plugin, check_plugins, loaded_plugins
 from ebmkit.registry import find
 from ebmkit.storage.reading import YAML_BYTES, parse_yaml, read_text
 from ebmkit.training.recipes import RECIPES, recipe_for
-from ebmkit.validation import validated
-
-__all__ = [
-    "DataConfig",
-    "FaultsConfig",
-    "OptimizerConfig",
-    "TrainConfig",
-    "WatchConfig",
-    "difference",
-    "parse_assignments",
-    "read_config",
-    "resolve",
-]
-
 
 MOST_KEYS = 20
 """Names in a key, as of optimizer.lr two."""

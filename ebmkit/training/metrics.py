@@ -24,8 +24,6 @@ from ebmkit.storage.reading import MIB, read_bytes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["MetricsLog", "as_lines", "learning_curves", "whole_rows"]
-
 LARGEST = 1024 * MIB
 """Bytes: some 5 million rows."""
 

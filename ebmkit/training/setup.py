@@ -22,19 +22,6 @@ from ebmkit.objectives.loss import check_labels
 from ebmkit.plugins import loaded_plugins
 from ebmkit.training.config import DataConfig, TrainConfig
 
-__all__ = [
-    "build_model",
-    "check_compiled",
-    "check_learnt",
-    "check_terms",
-    "images_of",
-    "make_card",
-    "make_loss",
-    "model_config",
-    "shapes",
-    "trained_size",
-]
-
 Split = Literal["train", "validation", "test"]
 
 NOT_LEARNT = {"ce": 0.98, "score": 0.97}

@@ -133,5 +133,5 @@ def test_pictures_are_not_trained_on(pictures, tmp_path):
     with pytest.raises(UserError, match="keep them apart"):
         load_dataset("pictures", pictures, "test")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no pictures"):
+    with pytest.raises(UserError, match="holds no images"):
         load_dataset("pictures", tmp_path / "empty", "test")

@@ -3,22 +3,18 @@
 import json
 import os
 import signal
-import sys
-from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
 from command_line import ebmkit_command
+from ebmkit_tests.sampling.jobs.small import save_run
 from PIL import Image
 
 from ebmkit.sampling.buffer import ReplayBuffer
 from ebmkit.sampling.jobs import SamplingJob
 from ebmkit.training import RunFolder
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "generation"))
-from small import save_run
 
 QUICK = ["--steps", 6, "--set", "beta=0.5", "--device", "cpu"]
 

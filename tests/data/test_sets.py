@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from toy_sets import as_streamed, make_set
 
-from ebmkit.data import DATASETS, ImageSet, StreamedSet, imagesets, load_dataset
-from ebmkit.data.cifar import CIFAR
-from ebmkit.data.reading import FolderReader
+from ebmkit.data import DATASETS, DatasetEntry, ImageSet, StreamedSet, imagesets, load_dataset
+from ebmkit.data.folders import FolderReader
+from ebmkit.data.sets import CIFAR
 from ebmkit.errors import UserError
 
 SPLITS = ("train", "validation", "test")
@@ -245,9 +245,9 @@ def test_streamed_sets_pickle_and_index(tmp_path, monkeypatch):
     monkeypatch.setattr(imagesets, "MEMORY_LIMIT", 0)
     streamed = pickle.loads(pickle.dumps(load_dataset("folder", tmp_path, "train")))
     for index in (0, 5, len(whole) - 1):
-        image, label = streamed[index]
+        (image,), labels = streamed.read([index])
         assert torch.equal(image, whole.images[index])
-        assert label == whole.labels[index]
+        assert labels[0] == whole.labels[index]
 
 
 def test_class_folders_alone_are_split_by_path(tmp_path):
@@ -374,7 +374,7 @@ def test_a_wrong_request_is_told(name, options, told):
 )
 def test_an_illegal_set_of_ones_own_is_told(images, labels, told):
     with pytest.raises(UserError, match=rf"'mine'.*{told}"):
-        ImageSet("mine", "train", images, labels, ("a", "b"))
+        ImageSet(images, labels, ("a", "b"), "mine")
 
 
 @pytest.mark.parametrize("make", [lambda s: s, as_streamed])
@@ -405,8 +405,35 @@ def test_every_data_set_has_a_line_about_it():
 
 def test_some_images_spread_evenly_through_a_sorted_set():
     images = torch.arange(40, dtype=torch.uint8).reshape(40, 1, 1, 1)
-    sorted_set = ImageSet("own", "train", images, torch.arange(40) // 10, ("a", "b", "c", "d"))
+    sorted_set = ImageSet(images, torch.arange(40) // 10, ("a", "b", "c", "d"))
     some = sorted_set.spread(8)
     assert some.labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert some.images.flatten().tolist() == [0, 5, 10, 15, 20, 25, 30, 35]
     assert sorted_set.spread(100) is sorted_set
+
+
+def test_a_set_from_python_names_its_classes_by_their_numbers():
+    images = torch.randint(256, (6, 3, 8, 8)).to(torch.uint8)
+    labels = torch.tensor([0, 2, 1, 0, 1, 2])
+    own = ImageSet(images, labels)
+    assert own.class_names == ("0", "1", "2")
+    assert own.first(1).num_classes == 3
+    (found, tags), *_ = own.batches(4)
+    assert torch.equal(found, images[:4] / 255)
+    assert torch.equal(tags, labels[:4])
+    assert ImageSet(images).num_classes == 0
+    chosen = own.select(torch.tensor([5, 0]))
+    assert torch.equal(chosen.images, images[[5, 0]])
+    assert chosen.labels.tolist() == [2, 0]
+
+
+def test_a_data_set_of_a_plugin_is_a_line_in_the_table(monkeypatch, tmp_path):
+    def load(request):
+        assert request.path("a folder") == tmp_path
+        request.check_size(8)
+        return ImageSet(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), name=request.name)
+
+    monkeypatch.setitem(DATASETS, "zeros", DatasetEntry(load, "zeros"))
+    assert load_dataset("zeros", tmp_path).name == "zeros"
+    with pytest.raises(UserError, match="8x8, not 9"):
+        load_dataset("zeros", tmp_path, image_size=9)

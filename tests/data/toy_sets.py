@@ -23,19 +23,19 @@ def make_set(count=23, size=6, classes=4, channels=3):
     g = torch.Generator().manual_seed(5)
     images = torch.randint(256, (count, channels, size, size), generator=g).to(torch.uint8)
     labels = torch.arange(count) % classes if classes else None
-    return ImageSet("toy", "train", images, labels, tuple("abcdefgh"[:classes]))
+    return ImageSet(images, labels, tuple("abcdefgh"[:classes]), "toy")
 
 
 def as_streamed(source, damaged=()):
     return StreamedSet(
-        source.name,
-        source.split,
         MemoryReader(source.images, damaged),
         torch.arange(len(source)),
         source.channels,
         source.image_size,
         source.labels,
         source.class_names,
+        source.name,
+        source.split,
     )
 
 

@@ -24,7 +24,7 @@ def images(values):
     """Constant images of these gray values (255ths); label 1 above the middle."""
     pixels = torch.tensor(values, dtype=torch.uint8)[:, None, None, None].expand(-1, *SHAPE)
     labels = (torch.tensor(values) > 127).long()
-    return ImageSet("gray", "test", pixels.contiguous(), labels, ("dark", "light"))
+    return ImageSet(pixels.contiguous(), labels, ("dark", "light"), "gray", "test")
 
 
 def separated(threshold=0.5):
@@ -128,7 +128,7 @@ def test_what_a_card_says_of_the_training():
 
 def test_the_thesis_s_table_stands_beside_on_cifar10(tmp_path):
     source = images([60, 200])
-    cifar = ImageSet("cifar10", "test", source.images, source.labels, source.class_names)
+    cifar = ImageSet(source.images, source.labels, source.class_names, "cifar10", "test")
     options = {"robustness-grid": {"steps": 1}}
     found = evaluate(separated(), cifar, ["robustness-grid"], tmp_path, options=options)
     text = table_text(found["robustness-grid"])

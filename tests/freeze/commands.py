@@ -132,16 +132,16 @@ GUIDED = {
         ("dual", ROBUST, "--guidance dual --guide-set lambda=0.15"),
         ("pgd", ROBUST, "--guidance pgd --guide-set n=2"),
         ("accumulated", ROBUST, "--guidance accumulated --guide-set n=2"),
-        ("view-shrunk", JOINT, "--guidance energy --view shrunk"),
-        ("view-clean", JOINT, "--guidance energy --view clean"),
-        ("view-clean-through", JOINT, "--guidance energy --view clean-through"),
+        ("view-shrunk", JOINT, "--guidance energy --view x_t"),
+        ("view-clean", JOINT, "--guidance energy --view x0_hat"),
+        ("view-clean-through", JOINT, "--guidance energy --view x0_hat-backpropagate"),
         ("view-noisy", NOISY, "--guidance classifier --view noisy"),
         ("schedule-constant", ROBUST, "--guidance energy --schedule constant"),
         ("schedule-step", ROBUST, "--guidance energy --schedule step:at=500,low=0.37"),
         ("schedule-linear", ROBUST, "--guidance energy --schedule linear"),
         ("schedule-power", ROBUST, "--guidance energy --schedule power:k=2"),
         ("schedule-sigmoid", ROBUST, "--guidance energy --schedule sigmoid:t0=500,y0=0.05,k=0.02"),
-        ("late", ROBUST, "--late 0.3"),
+        ("late", ROBUST, "--guide-start 0.3"),
     )
 }
 GUIDED |= {

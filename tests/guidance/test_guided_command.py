@@ -17,7 +17,7 @@ from ebmkit.sampling.jobs import SamplingJob, default_folder
 from ebmkit.sampling.jobs.guiding import VIEWS, guidance_asked, guide_by
 from ebmkit.sampling.jobs.settings import make_settings
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "generation"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "sampling" / "jobs"))
 from small import save_run
 
 NAMES = [str(n) for n in range(10)]
@@ -72,8 +72,8 @@ def test_the_command_as_in_the_docs(place):
     settings = document["settings"]
     assert settings["sampler"] == "ddim"
     assert settings["guidance"] == {
-        "guidance": "energy", "options": {}, "scale": 4.0, "view": "shrunk", "through": False,
-        "schedule": "sigmoid:t0=500,y0=0.05,k=0.02", "late": 0.0,
+        "guidance": "energy", "options": {}, "scale": 4.0, "view": "x_t", "backpropagate": False,
+        "schedule": "sigmoid:t0=500,y0=0.05,k=0.02", "start": 0.0,
     }  # fmt: skip
     assert settings["guide"] == "robust"
     assert len(settings["guide_digest"]) == 64
@@ -139,7 +139,7 @@ def test_an_interrupted_command_goes_on_and_other_guidance_is_refused(place, mon
     assert not (place / "broken" / "samples.h5").exists()
     for more, told in (
         (["--scale", 2], "guidance.scale was 1.0 and is now 2.0"),
-        (["--late", 0.2], "guidance.late was 0.0 and is now 0.2"),
+        (["--guide-start", 0.2], "guidance.start was 0.0 and is now 0.2"),
         (["--guidance", "pgd"], "guidance"),
     ):
         other = ebmkit_command(*ask, "--set", "eta=1", *more, "--out", "broken", cwd=place)
@@ -196,7 +196,7 @@ def test_classifier_free_guidance_of_a_model_with_labels(place):
         (["--guide", "robust", "--label", "3", "--guide-set", "n=3"], "there is no field 'n'"),
         (["--guide", "robust", "--label", "3", "--view", "dark"], "unknown view 'dark'"),
         (["--guide", "robust", "--label", "3", "--scale", "-1"], "scale = -1"),
-        (["--guide", "robust", "--label", "3", "--late", "2"], "late = 2"),
+        (["--guide", "robust", "--label", "3", "--guide-start", "2"], "start = 2"),
         (["--guide", "large", "--label", "3"], "size 8x8 and the guide 16x16"),
         (["--guide", "colour", "--label", "3"], "channels 1 and the guide 3"),
         (["--guide", "unlabelled", "--label", "3"], "was trained without"),

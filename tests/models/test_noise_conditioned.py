@@ -9,14 +9,13 @@ from torch import nn
 
 import ebmkit
 from ebmkit.data import load_dataset
-from ebmkit.errors import UserError
+from ebmkit.errors import UserError, validated
 from ebmkit.evaluation import evaluate
 from ebmkit.models import BACKBONES, Features, JointModel, ModelConfig
 from ebmkit.models.base import LOWEST, NoiseConditioned
 from ebmkit.models.heads import LogitHead
 from ebmkit.noise import make_schedule
 from ebmkit.training import resolve
-from ebmkit.validation import validated
 
 pytestmark = pytest.mark.filterwarnings("ignore:a score is differentiated through")
 

@@ -7,11 +7,11 @@ import torch
 
 import ebmkit
 from ebmkit import UserError, create_model
+from ebmkit.errors import validated
 from ebmkit.models import JointModel, ModelConfig, TimmConfig
 from ebmkit.models.config import find_network
 from ebmkit.training import RunFolder, resolve
 from ebmkit.training.loop import assemble
-from ebmkit.validation import validated
 
 pytest.importorskip("timm")
 

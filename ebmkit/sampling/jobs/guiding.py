@@ -8,13 +8,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ebmkit.compile import Inference, device_of, laid_out
-from ebmkit.data.identity import fingerprint
+from ebmkit.data.imagesets import fingerprint
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError, unknown_name
-from ebmkit.guidance.config import CLASSIFIER_FREE, GuidanceConfig, make_guidance
-from ebmkit.guidance.guides import check_guide
-from ebmkit.guidance.means import class_energies, stored_energies, told_level
-from ebmkit.guidance.model import GuidedModel, guided_model
+from ebmkit.guidance import (
+    CLASSIFIER_FREE,
+    GuidanceConfig,
+    GuidedModel,
+    check_guide,
+    class_energies,
+    clean_sigma,
+    guided_model,
+    make_guidance,
+    stored_energies,
+)
 from ebmkit.models import load, weights_digest
 from ebmkit.sampling.jobs.settings import SamplingSettings
 from ebmkit.sampling.jobs.sources import data_of
@@ -24,11 +31,12 @@ __all__ = ["GuidedRun", "default_folder", "guidance_asked", "guide_by", "mean_en
 
 VIEWS = {
     "noisy": ("noisy", False),
-    "shrunk": ("shrunk", False),
-    "clean": ("clean", False),
-    "clean-through": ("clean", True),
+    "x_t": ("x_t", False),
+    "x0_hat": ("x0_hat", False),
+    "x0_hat-backpropagate": ("x0_hat", True),
 }
-"""What a guide sees, by the name on the command line, and whether its gradient goes through."""
+"""By the name on the command line: input of the guide, and whether its gradient goes back through
+the denoiser."""
 
 
 class GuidedRun(NamedTuple):
@@ -44,7 +52,7 @@ def guidance_asked(
     scale: float | None = None,
     schedule: str | None = None,
     view: str | None = None,
-    late: float | None = None,
+    start: float | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> GuidanceConfig | None:
     """The guidance that these options ask for; None if they ask for none.
@@ -54,8 +62,8 @@ def guidance_asked(
         guidance: a name of `ebmkit.guidance.GUIDES`; energy by default.
         scale: s, or w of classifier-free guidance.
         schedule: in its written form.
-        view: noisy, shrunk, clean or clean-through.
-        late: share of the noise levels without guidance.
+        view: one of `VIEWS`.
+        start: share of the noise levels before guidance.
         options: settings of the guide.
 
     Raises:
@@ -66,13 +74,14 @@ def guidance_asked(
         "scale": scale,
         "schedule": schedule,
         "view": view,
-        "late": late,
+        "start": start,
         "options": dict(options) if options else None,
     }
     asked = {name: value for name, value in given.items() if value is not None}
     if guide is None and guidance != CLASSIFIER_FREE:
         if asked:
-            first = next(iter(asked)).replace("options", "guide-set")
+            names = {"options": "guide-set", "start": "guide-start"}
+            first = names.get(first := next(iter(asked)), first)
             raise UserError(
                 f"--{first} is of guidance, and there is no guide: name a classifier's run by "
                 f"--guide, or take --guidance {CLASSIFIER_FREE} of a model with labels"
@@ -83,7 +92,7 @@ def guidance_asked(
     if view is not None:
         if view not in VIEWS:
             raise unknown_name("view", view, VIEWS)
-        asked["view"], asked["through"] = VIEWS[view]
+        asked["view"], asked["backpropagate"] = VIEWS[view]
     return make_guidance(**asked)
 
 
@@ -184,7 +193,7 @@ def mean_energies(
         fingerprint(images),
         model.weights_sha256 or weights_digest(run, weights),
         lambda: class_energies(model, images, progress),
-        told_level(model),
+        clean_sigma(model),
     )
     return list(found.energy)
 

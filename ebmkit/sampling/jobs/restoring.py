@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ebmkit.data.images import Picture, read_image, write_image
+from ebmkit.data.images import LoadedImage, read_image, write_image
 from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.metrics import psnr
@@ -74,7 +74,7 @@ class RestoreJob(NamedTuple):
         kinds = ["measured.png", "comparison.png", *self._names()]
         return [out / f"{path.stem}.json", *(out / f"{path.stem}-{kind}" for kind in kinds)]
 
-    def degraded(self, picture: Picture) -> Degraded:
+    def degraded(self, picture: LoadedImage) -> Degraded:
         """What is known of a picture.
 
         Raises:

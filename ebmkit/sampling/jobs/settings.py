@@ -8,8 +8,8 @@ from typing import Any, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 from ebmkit.energy import ScoreModel, classifies
-from ebmkit.errors import UserError, unknown_name
-from ebmkit.guidance.config import GuidanceConfig
+from ebmkit.errors import UserError, unknown_name, validated
+from ebmkit.guidance.score import GuidanceConfig
 from ebmkit.noise import format_sigma
 from ebmkit.objectives import parse_objective
 from ebmkit.sampling.base import Sampler
@@ -17,7 +17,6 @@ from ebmkit.sampling.config import SamplerConfig, Start
 from ebmkit.sampling.jobs.labels import parse_labels
 from ebmkit.sampling.levels import first_level, highest
 from ebmkit.sampling.presets import SAMPLERS, SamplerEntry, find_sampler
-from ebmkit.validation import validated
 
 __all__ = [
     "BUFFER",

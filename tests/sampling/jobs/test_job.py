@@ -11,7 +11,7 @@ from small import SHAPE, BlindMixture, mixture, small_network
 
 import ebmkit
 from ebmkit import UserError
-from ebmkit.data.hdf5 import load_hdf5
+from ebmkit.data import load_dataset
 from ebmkit.sampling.base import Chain, Info
 from ebmkit.sampling.buffer import ReplayBuffer
 from ebmkit.sampling.jobs import (
@@ -179,7 +179,7 @@ def test_files_say_what_the_samples_are(tmp_path):
             "source": "fresh", "sampler": "mala", "seed": 3, "run": "some-run",
         }  # fmt: skip
         assert json.loads(file.attrs["settings"]) == settings.model_dump(mode="json")
-    read = load_hdf5(tmp_path / "samples.h5", "test")  # samples are a data set
+    read = load_dataset("hdf5", tmp_path / "samples.h5", "test")  # samples are a data set
     assert read.class_names == ("dark", "bright")
     assert bool(
         (x.clamp(0, 1)[:, None] - read.floats()).abs().flatten(2).amax(2).amin() < 0.5 / 254

@@ -5,9 +5,8 @@ from typing import Annotated
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
-from ebmkit.errors import UserError, unknown_name
+from ebmkit.errors import UserError, unknown_name, validated
 from ebmkit.registry import find
-from ebmkit.validation import validated
 
 
 class Inner(BaseModel):

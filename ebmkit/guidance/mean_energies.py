@@ -21,20 +21,16 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ebmkit.compile import device_of
 from ebmkit.energy import EnergyModel
 from ebmkit.errors import UserError
-from ebmkit.guidance.guides import check_guide
+from ebmkit.guidance.guides import check_guide, clean_sigma
 from ebmkit.models.heads import LogitEnergy
 from ebmkit.storage import write_atomically
 from ebmkit.storage.reading import read_json
-
-__all__ = ["ClassEnergies", "LabelledImages", "class_energies", "stored_energies"]
-
-BATCH = 256
 
 
 class LabelledImages(Protocol):
@@ -50,7 +46,7 @@ class LabelledImages(Protocol):
 class ClassEnergies(BaseModel):
     """Means and standard deviations over the images of each label, (C,), in nats."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
     energy: list[float] = Field(description="mean of E(x)")
     joint: list[float] = Field(description="mean of E(x, c) with the image's own label c")
@@ -59,42 +55,29 @@ class ClassEnergies(BaseModel):
     images: list[int] = Field(description="number of images of the label")
 
 
-class _Stored(ClassEnergies):
-    dataset: str
-    fingerprint: str
-    digest: str = Field(description="of the weights")
-    sigma: float | None = Field(description="noise level that the model was told")
-
-
 @torch.no_grad()
 def class_energies(
     model: EnergyModel,
     images: LabelledImages,
     progress: Callable[[int, int], None] | None = None,
-    batch_size: int = BATCH,
+    batch_size: int = 256,
 ) -> ClassEnergies:
-    """Energies of each label's images.
+    """Energies of each label's images, at `ebmkit.guidance.guides.clean_sigma`.
 
-    A model that takes the noise level is told the lowest it was trained for.
-
-    Args:
-        model: with labels.
-        images: with labels.
-        progress: told of (images done, images in all).
-        batch_size: images that go through the model together.
+    ``progress`` is called with (images done, images in all).
 
     Raises:
         UserError: if model or images have no labels, an image's label is not the model's, one of
-            the model's labels has no image, or an energy is not finite.
+            the model's labels has no image, or an energy is NaN or Inf.
     """
     model = LogitEnergy.of(check_guide(model))
-    device, level, done = device_of(model), told_level(model), 0
+    device, sigma, done = device_of(model), clean_sigma(model), 0
     sums = torch.zeros(5, model.num_classes, dtype=torch.float64)
     for x, labels in images.batches(batch_size):
         if labels is None:
             raise UserError("mean energies of labels need images with labels, and these have none")
         c = model.check_labels(labels.to(device), x)
-        energies = model.energies(x.to(device), level)
+        energies = model.energies(x.to(device), sigma)
         free = -energies.log_density.double()
         joint = free - energies.at_label(c).double()
         columns = torch.stack([torch.ones_like(free), free, free**2, joint, joint**2])
@@ -102,18 +85,19 @@ def class_energies(
         done += len(x)
         if progress is not None:
             progress(done, len(images))
-    count, free, free2, joint, joint2 = sums
+    count = sums[0]
     empty = torch.nonzero(count == 0).flatten().tolist()
     if empty:
         raise UserError(f"labels {empty} have no image in this data set: take the one that the "
                         "guide was trained on")  # fmt: skip
     if not bool(sums.isfinite().all()):
-        raise UserError("an energy of the guide is not finite: its training diverged")
+        raise UserError("an energy of the guide is NaN or Inf: its training diverged")
+    free, free2, joint, joint2 = sums[1:] / count
     return ClassEnergies(
-        energy=(free / count).tolist(),
-        joint=(joint / count).tolist(),
-        energy_std=_deviation(free, free2, count),
-        joint_std=_deviation(joint, joint2, count),
+        energy=free.tolist(),
+        joint=joint.tolist(),
+        energy_std=(free2 - free**2).clamp_min(0).sqrt().tolist(),
+        joint_std=(joint2 - joint**2).clamp_min(0).sqrt().tolist(),
         images=count.long().tolist(),
     )
 
@@ -134,41 +118,24 @@ def stored_energies(
         fingerprint: of the images.
         digest: of the guide's weights.
         compute: `class_energies` of the two.
-        sigma: noise level that the model is told.
+        sigma: noise level that the model gets.
 
     Raises:
         UserError: if ``compute`` does, or the file cannot be written.
     """
     name = re.sub(r"[^\w.-]", "_", f"{dataset}-{fingerprint}")
     path = run / "energies" / f"{name}.json"
-    facts = {
-        "dataset": dataset,
-        "fingerprint": fingerprint,
-        "digest": digest,
-        "sigma": sigma,
-    }
+    facts = {"dataset": dataset, "fingerprint": fingerprint, "digest": digest, "sigma": sigma}
     try:
-        kept = _Stored.model_validate(read_json(path))
-        if all(getattr(kept, key) == value for key, value in facts.items()):
-            return kept
-    except (OSError, ValueError, ValidationError):
-        pass  # none yet, or damaged: it is only a result of other files
+        stored = read_json(path)
+        if facts.items() <= stored.items():
+            return ClassEnergies.model_validate(stored)
+    except (OSError, ValueError, AttributeError):  # none yet, or damaged
+        pass
     found = compute()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make folder {str(path.parent)!r}: {error.strerror}") from None
-    document = facts | found.model_dump(mode="json")
-    write_atomically(path, json.dumps(document, indent=1).encode())
+    write_atomically(path, json.dumps(facts | found.model_dump(), indent=1).encode())
     return found
-
-
-def told_level(model: EnergyModel) -> float | None:
-    """The noise level that ``model`` is told of clean images."""
-    limits = model.card.sigma_range if model.card else None
-    return limits[0] if limits and model.noise_conditional else None
-
-
-def _deviation(total: Tensor, squares: Tensor, count: Tensor) -> list[float]:
-    spread: list[float] = (squares / count - (total / count) ** 2).clamp_min(0).sqrt().tolist()
-    return spread

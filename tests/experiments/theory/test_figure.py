@@ -5,9 +5,9 @@ import json
 import pytest
 
 from ebmkit.errors import UserError
+from ebmkit.experiments.plots import draw_figure1
 from ebmkit.experiments.theory import figure as module
 from ebmkit.experiments.theory.figure import figure1, markdown, rows
-from ebmkit.plots.theory import draw_figure1
 
 
 @pytest.fixture(scope="module")

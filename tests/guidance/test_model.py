@@ -105,7 +105,7 @@ def test_the_table_of_guides_is_tested_and_described():
     assert {"classifier", "energy", "dual", "pgd", "accumulated", "classifier-free"} == set(GUIDES)
     for entry in GUIDES.values():
         assert entry.description
-        assert all(f.description for f in entry.config.model_fields.values())
+        assert all(f.description for f in entry.settings.model_fields.values())
 
 
 # --- a base with a density keeps one -------------------------------------------------------------
@@ -137,7 +137,7 @@ def test_a_guide_is_called_once_for_a_density():
 
 def test_where_the_view_or_the_base_has_none_there_is_no_density():
     assert isinstance(guided(), EnergyModel)
-    assert not isinstance(guided(view="clean"), EnergyModel)
+    assert not isinstance(guided(view="x0_hat"), EnergyModel)
     plain = guided_model(DirectDenoiser(nn.Identity(), 1, True), pictures(), EXACT)
     assert not isinstance(plain, EnergyModel)
     assert missing(plain, ("labels",)) is None
@@ -150,18 +150,18 @@ def test_where_the_view_or_the_base_has_none_there_is_no_density():
 
 def test_views_are_chosen_by_what_the_guide_takes():
     blind = LogitModel(nn.Sequential(nn.Flatten(), nn.Linear(16, 2)), 2)
-    assert guided_model(pictures(), blind, EXACT).view == "shrunk"
+    assert guided_model(pictures(), blind, EXACT).view == "x_t"
     assert guided().view == "noisy"
     with pytest.raises(UserError, match="take the view noisy"):
-        guided(view="shrunk")
-    with pytest.raises(UserError, match="needs the view clean"):
-        make_guidance(through=True)
+        guided(view="x_t")
+    with pytest.raises(UserError, match="needs the view x0_hat"):
+        make_guidance(backpropagate=True)
     with pytest.raises(UserError, match="leave the view out"):
-        make_guidance(guidance="classifier-free", view="clean")
+        make_guidance(guidance="classifier-free", view="x0_hat")
 
 
-@pytest.mark.parametrize("through", [False, True])
-def test_a_clean_view_shows_the_denoised_image(through):
+@pytest.mark.parametrize("backpropagate", [False, True])
+def test_a_clean_view_shows_the_denoised_image(backpropagate):
     seen = []
 
     class Watching(LogitModel):
@@ -172,7 +172,7 @@ def test_a_clean_view_shows_the_denoised_image(through):
     torch.manual_seed(0)
     guide = Watching(nn.Sequential(nn.Flatten(), nn.Linear(16, 2)), 2).requires_grad_(False)
     base = pictures()
-    model = guided_model(base, guide, make_guidance(view="clean", through=through))
+    model = guided_model(base, guide, make_guidance(view="x0_hat", backpropagate=backpropagate))
     y = torch.rand(3, *SHAPE)
     with torch.no_grad():
         found = model.denoise(y, 0.3, 1)
@@ -201,7 +201,7 @@ def test_classifier_free_guidance_of_a_model_with_labels(w):
 
 def test_classifier_free_guidance_is_late_by_each_images_level():
     base = Free()
-    config = make_guidance(guidance="classifier-free", scale=2.0, late=0.5)
+    config = make_guidance(guidance="classifier-free", scale=2.0, start=0.5)
     model = guided_model(base, None, config)
     y, levels = draw(2, *SHAPE), torch.tensor([base.schedule.sigma(t) for t in (400, 600)])
     found, c = model.denoise(y, levels, 1), torch.tensor([1, 1])
@@ -283,3 +283,9 @@ def test_settings_of_guidance_are_resolved_and_come_back():
     assert again == config
     assert config.schedule == "power:k=0.5"
     assert config.options == {"lambda": 0.15, "n": 20, "gamma": 0.01, "inner": "energy"}
+
+
+def test_settings_saved_under_earlier_names_are_understood():
+    saved = {"view": "clean", "through": True, "late": 0.2}
+    assert make_guidance(**saved) == make_guidance(view="x0_hat", backpropagate=True, start=0.2)
+    assert make_guidance(view="shrunk").view == "x_t"

@@ -1,13 +1,22 @@
-"""Measured errors: they agree with the constants, and with what the paper leaves out."""
+"""Fits: softmax regression is exact; measured errors agree with the constants."""
 
+import numpy as np
 import pytest
 import torch
+from scipy.optimize import linprog
+from sklearn.linear_model import LogisticRegression
 
 from ebmkit.experiments.theory.constants import discriminative, generative
-from ebmkit.experiments.theory.families import NaiveBayes
-from ebmkit.experiments.theory.measure import ExcessError, Point, fit_bias, fit_variance, measure
-from ebmkit.experiments.theory.settings import SETTINGS, Setting
-from ebmkit.experiments.theory.truth import Truth
+from ebmkit.experiments.theory.families import ClassCovariances, NaiveBayes, SharedCovariance
+from ebmkit.experiments.theory.fits import (
+    ExcessError,
+    Point,
+    fit_bias,
+    fit_variance,
+    measure,
+    softmax_regression,
+)
+from ebmkit.experiments.theory.settings import SETTINGS, Setting, Truth
 
 BY_NAME = {setting.name: setting for setting in SETTINGS}
 
@@ -102,3 +111,43 @@ def test_least_squares_recovers_exact_expansions():
     # 2 n e is 6 at both, with errors 0.2 and 0.1: the line's value at 1/n = 0 is 2 * b - a.
     assert alone.value == pytest.approx(6)
     assert alone.error == pytest.approx((4 * 0.1**2 + 0.2**2) ** 0.5)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_softmax_regression_is_that_of_scikit_learn(classes):
+    labels = torch.arange(60) % classes
+    x = torch.randn(60, 2, dtype=torch.float64)
+    x = x + 0.8 * torch.randn(classes, 2, dtype=torch.float64)[labels]
+    shares = torch.nn.functional.one_hot(labels, classes).double() / 60
+    family = ClassCovariances(classes, 2)
+    found = softmax_regression(family.features(x)[None], shares[None])
+    peer = LogisticRegression(C=np.inf, tol=1e-12, max_iter=10_000, solver="newton-cg")
+    peer.fit(family.features(x)[:, 1:].numpy(), labels.numpy())
+    assert found.solved.all()
+    probabilities = (family.features(x) @ found.weights[0]).softmax(1).numpy()
+    assert np.allclose(
+        probabilities, peer.predict_proba(family.features(x)[:, 1:].numpy()), atol=1e-6
+    )
+
+
+def test_many_small_sets_are_solved_exactly_where_they_are_not_separable():
+    """Separability by linear programming; both outcomes must occur, whatever Newton starts at."""
+    count, size = 100, 12
+    x = torch.randn(count, size, 2, dtype=torch.float64)
+    labels = torch.arange(size) % 2
+    x[:, labels == 0, 0] += 1.6
+    family = SharedCovariance(2, 2)
+    shares = torch.nn.functional.one_hot(labels, 2).double().expand(count, size, 2) / size
+    features = family.features(x)
+    found = softmax_regression(features, shares, torch.randn(3, 2, dtype=torch.float64))
+    signed = features * (1 - 2 * labels)[:, None]
+    separable = [
+        linprog([0, 0, 0], A_ub=-one.numpy(), b_ub=-np.ones(size), bounds=(None, None)).status == 0
+        for one in signed
+    ]
+    assert 15 < sum(separable) < 85
+    assert found.solved.tolist() == [not s for s in separable]
+    solved = found.solved
+    probabilities = (features @ found.weights).softmax(2)
+    slopes = features.mT @ (probabilities / size - shares)
+    assert slopes[solved].abs().max() < 1e-8

@@ -25,21 +25,123 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import grad
 
 from ebmkit.experiments.theory.families import Gaussians, Moments, moments
-from ebmkit.experiments.theory.regression import softmax_regression
 from ebmkit.experiments.theory.settings import Setting
-from ebmkit.experiments.theory.truth import Truth
 
-__all__ = ["ExcessError", "Fitted", "Point", "fit_bias", "fit_variance", "measure"]
+TOLERANCE = 1e-5  # of r; the last step is full, so the error left is about its square
+STEPS = 40
+FLAT = 1e-10  # smallest second derivative at a maximum, relative to the mean square of features
+
+
+class Regression(NamedTuple):
+    """Weights of softmax regression; the last class has weights 0."""
+
+    weights: Tensor  # (B, P, C)
+    solved: Tensor  # (B,) bool
+
+
+def softmax_regression(features: Tensor, shares: Tensor, start: Tensor | None = None) -> Regression:
+    r"""Softmax regression on many training sets at once, by Newton's method.
+
+    With weights relative to the last class the loss is strictly convex, so Newton's direction is
+    unique. Its full step is taken where it decreases the loss enough (Armijo's rule), else the step
+    :math:`t = \log(1 + r) / r`, with r the largest change of a difference of logits over the
+    samples of a set: since the third derivative of the loss along a direction is at most r times
+    the second (Bach, Electronic Journal of Statistics 4, 2010), this t always decreases the loss.
+
+    Where the classes of a training set are separable, or one of them is from the rest, weights go
+    to infinity: there is no maximum of likelihood. Such a set is reported as unsolved, and is known
+    by r, which does not fall, or by a second derivative that has vanished in some direction. No
+    library solves many sets at once: scikit-learn's `LogisticRegression` takes one, and warns
+    where there is no maximum.
+
+    Args:
+        features: (B, n, P).
+        shares: (B, n, C), the weight of each sample in each class, with sum 1 in each set: one-hot
+            labels over n, or the probabilities of nodes and classes.
+        start: (P, C) weights to begin at; 0 by default.
+    """
+    count, size, classes = len(features), features.shape[2], shares.shape[2] - 1
+    rows = features.mT.contiguous()  # (B, P, n)
+    mass = shares.sum(2)  # (B, n)
+    target = (features.mT @ shares)[:, :, :-1]  # (B, P, C-1)
+    weights = features.new_zeros(count, size, classes + 1)
+    if start is not None:
+        weights += start - start[:, -1:]
+    solved = torch.zeros(count, dtype=torch.bool, device=features.device)
+    active = torch.arange(count, device=features.device)
+    for _ in range(STEPS):
+        now = weights[active, :, :-1]
+        logits = now.mT @ rows
+        probability = _probabilities(logits)
+        gradient = (probability * mass[:, None]) @ rows.mT - target.mT  # (b, C-1, P)
+        hessian = _hessian(rows, probability, mass)
+        ridge = 1e-14 * hessian.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+        hessian = hessian + ridge * torch.eye(hessian.shape[1]).to(hessian)
+        step = torch.linalg.solve_ex(hessian, gradient.flatten(1))[0].reshape(gradient.shape)
+        change = step @ rows  # (b, C-1, n)
+        widest = change.amax(1).clamp(min=0) - change.amin(1).clamp(max=0)
+        reach = widest.amax(1)
+        done = reach < TOLERANCE
+        slope = (gradient * step).sum((1, 2))
+        gain = ((_normaliser(logits) - _normaliser(logits - change)) * mass).sum(1)
+        gain = gain - (target.mT * step).sum((1, 2))
+        damping = torch.where(done | (gain > 0.25 * slope), 1.0, torch.log1p(reach) / reach)
+        weights[active, :, :-1] = now - (damping[:, None, None] * step).mT
+        if done.any():
+            solved[active[done]] = _curved(hessian[done], rows[done], mass[done])
+        go = ~done & reach.isfinite()
+        if not go.any():
+            break
+        if not go.all():
+            active, rows, mass, target = active[go], rows[go], mass[go], target[go]
+    return Regression(weights, solved)
+
+
+def _probabilities(logits: Tensor) -> Tensor:
+    """p(c|x) of all classes but the last, whose logit is 0: (b, C-1, n) to the same."""
+    if logits.shape[1] == 1:
+        return logits.sigmoid()
+    top = logits.amax(1, keepdim=True).clamp(min=0)
+    grown = (logits - top).exp()
+    return grown / (grown.sum(1, keepdim=True) + (-top).exp())
+
+
+def _normaliser(logits: Tensor) -> Tensor:
+    """log of the sum over classes, (b, C-1, n) to (b, n)."""
+    if logits.shape[1] == 1:
+        return torch.nn.functional.softplus(logits[:, 0])
+    top = logits.amax(1).clamp(min=0)
+    return ((logits - top[:, None]).exp().sum(1) + (-top).exp()).log() + top
+
+
+def _curved(hessian: Tensor, rows: Tensor, mass: Tensor) -> Tensor:
+    """(b,) whether the second derivative is away from zero in every direction."""
+    size = (rows.square() @ mass[..., None])[..., 0].sqrt()  # (b, P)
+    size = size.repeat(1, hessian.shape[1] // size.shape[1])
+    scaled = hessian / (size[:, :, None] * size[:, None])
+    smallest: Tensor = torch.linalg.eigvalsh(scaled)[:, 0]
+    return smallest > FLAT
+
+
+def _hessian(rows: Tensor, probability: Tensor, mass: Tensor) -> Tensor:
+    """The second derivative of the mean cross-entropy, (b, (C-1) P, (C-1) P)."""
+    product = probability[:, :, None] * probability[:, None]  # (b, C-1, C-1, n)
+    spread = rearrange(torch.diag_embed(probability.mT), "b n k l -> b k l n") - product
+    blocks = torch.einsum("bpn,bkln,bqn->bkplq", rows, spread * mass[:, None, None], rows)
+    return rearrange(blocks, "b k p l q -> b (k p) (l q)")
+
 
 BATCH = 2_000_000  # numbers of features at once
 
@@ -99,9 +201,7 @@ class ExcessError:
             weights = _on_the_plane(weights)
         contrasts = weights[:, :, :-1] - weights[:, :, -1:]
         logits = contrasts.mT @ self._rows  # (B, C-1, N)
-        top = logits.amax(1).clamp(min=0)
-        total = (logits - top[:, None]).exp().sum(1) + (-top).exp()
-        normaliser = (total.log() + top) @ self._weights
+        normaliser = _normaliser(logits) @ self._weights
         return normaliser - (contrasts * self._target[:, :-1]).sum((1, 2)) - self._entropy
 
 
@@ -123,14 +223,15 @@ def measure(setting: Setting, n: int, sets: int, start: Tensor, seed: int = 0) -
     """
     family, truth = setting.family, setting.truth
     error = ExcessError(setting)
-    linear = _FirstOrder(setting, error)
+    linear = _first_order(setting, error)
     batch = max(1, BATCH // (n * len(start)))
     generative: list[Tensor] = []
     discriminative: list[Tensor] = []
     for number, first in enumerate(range(0, sets, batch)):
         rng = np.random.default_rng([seed, zlib.crc32(setting.name.encode()), n, number])
         count = min(batch, sets - first)
-        x, shares = _training_sets(truth, rng, count, n)
+        x, labels = truth.sample(rng, (count, n))
+        shares = torch.nn.functional.one_hot(labels, truth.num_classes).double() / n
         sums = moments(x, shares)
         model = family.fit(sums)
         usable = _exists(model)
@@ -141,36 +242,27 @@ def measure(setting: Setting, n: int, sets: int, start: Tensor, seed: int = 0) -
     return [_point(n, sets, torch.cat(errors)) for errors in (generative, discriminative)]
 
 
-class _FirstOrder:
-    """The generative error to first order in the moments of the training set, about the truth's."""
+def _first_order(setting: Setting, error: ExcessError) -> Callable[[Moments], Tensor]:
+    """The generative error to first order in the moments of a training set, about the truth's.
 
-    def __init__(self, setting: Setting, error: ExcessError) -> None:
-        nodes = setting.truth.nodes()
-        family = setting.family
-        self._centre = moments(nodes.x, nodes.shares)
+    (B,) nats, with mean zero over training sets.
+    """
+    family, nodes = setting.family, setting.truth.nodes()
+    centre = moments(nodes.x, nodes.shares)
 
-        def at(*sums: Tensor) -> Tensor:
-            weights: Tensor = family.weights(family.fit(Moments(*sums)))
-            total: Tensor = error(weights[None]).sum()
-            return total
-
-        self._slopes: tuple[Tensor, ...] = grad(at, argnums=(0, 1, 2))(*self._centre)
-
-    def __call__(self, sums: Moments) -> Tensor:
-        """(B,) nats, with mean zero over training sets."""
-        total = torch.zeros(len(sums.mass), dtype=sums.mass.dtype)
-        for slope, sum_, centre in zip(self._slopes, sums, self._centre, strict=True):
-            change: Tensor = slope * (sum_ - centre)
-            total = total + change.flatten(1).sum(1)
+    def at(*sums: Tensor) -> Tensor:
+        total: Tensor = error(family.weights(family.fit(Moments(*sums)))[None]).sum()
         return total
 
+    slopes: tuple[Tensor, ...] = grad(at, argnums=(0, 1, 2))(*centre)
 
-def _training_sets(
-    truth: Truth, rng: np.random.Generator, count: int, n: int
-) -> tuple[Tensor, Tensor]:
-    """x (count, n, d), and one-hot labels over n (count, n, C)."""
-    x, labels = truth.sample(rng, (count, n))
-    return x, torch.nn.functional.one_hot(labels, truth.num_classes).double() / n
+    def first_order(sums: Moments) -> Tensor:
+        total = torch.zeros(len(sums.mass), dtype=sums.mass.dtype)
+        for slope, own, mean in zip(slopes, sums, centre, strict=True):
+            total = total + (slope * (own - mean)).flatten(1).sum(1)
+        return total
+
+    return first_order
 
 
 def _exists(model: Gaussians) -> Tensor:
@@ -193,22 +285,15 @@ def _point(n: int, sets: int, errors: Tensor) -> Point:
 
 
 def fit_variance(points: Sequence[Point], bias: float) -> Fitted:
-    """v from 2 n (excess - bias) = v + w / n.
-
-    Args:
-        points: at two sizes or more.
-        bias: the computed b, nats.
-    """
+    """v from 2 n (excess - bias) = v + w / n, at two sizes or more; ``bias`` is the computed b."""
     n, excess, error = _columns(points)
-    design = np.stack([np.ones_like(n), 1 / n], 1)
-    return _least_squares(design, 2 * n * (excess - bias), 2 * n * error)[0]
+    return _constant_term(n, 2 * n * (excess - bias), 2 * n * error, 1)
 
 
 def fit_bias(points: Sequence[Point]) -> Fitted:
     """b from excess = b + v / 2n + w / n^2, at three sizes or more."""
     n, excess, error = _columns(points)
-    design = np.stack([np.ones_like(n), 0.5 / n, 1 / n**2], 1)
-    return _least_squares(design, excess, error)[0]
+    return _constant_term(n, excess, error, 2)
 
 
 def _columns(points: Sequence[Point]) -> tuple[NDArray[np.float64], ...]:
@@ -219,13 +304,9 @@ def _columns(points: Sequence[Point]) -> tuple[NDArray[np.float64], ...]:
     return n, excess, pooled / np.sqrt(sets) / (2 * n)
 
 
-def _least_squares(
-    design: NDArray[np.float64], values: NDArray[np.float64], errors: NDArray[np.float64]
-) -> list[Fitted]:
-    """Coefficients of a regression with known, independent errors."""
-    scaled = design / errors[:, None]
-    size = np.abs(scaled).max(0)
-    inverse = np.linalg.pinv(scaled / size)
-    found = inverse @ (values / errors) / size
-    spread = np.sqrt(np.einsum("ij,ij->i", inverse, inverse)) / size
-    return [Fitted(float(v), float(e)) for v, e in zip(found, spread, strict=True)]
+def _constant_term(
+    n: NDArray[np.float64], values: NDArray[np.float64], errors: NDArray[np.float64], degree: int
+) -> Fitted:
+    """That of a polynomial in 1 / n, fitted to values with known, independent errors."""
+    found, covariance = np.polyfit(1 / n, values, degree, w=1 / errors, cov="unscaled")
+    return Fitted(float(found[-1]), math.sqrt(covariance[-1, -1]))

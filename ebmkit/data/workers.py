@@ -11,35 +11,39 @@ import atexit
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ebmkit.data.crops import Cut
-from ebmkit.data.streamed import StreamedSet
+from ebmkit.data.augment import Cut
+from ebmkit.data.imagesets import StreamedSet
 from ebmkit.errors import UserError
 
-__all__ = ["Request", "read_batches", "told_of_readers"]
-
-STALL = 900.0
+WORKER_TIMEOUT = 900.0
 """Seconds to wait for a process that reads images."""
 
-_READERS: set[Any] = set()
+_WORKERS: set[Any] = set()
 """Processes that read and may still live; they do not heed a request to end."""
 
 
-def _end_readers() -> None:
-    for process in list(_READERS):
+def _kill_workers() -> None:
+    for process in list(_WORKERS):
         process.kill()
 
 
-atexit.register(_end_readers)  # before multiprocessing's own, which would wait for them
+atexit.register(_kill_workers)  # before multiprocessing's own, which would wait for them
+
+Request = tuple[list[int], Cut | None]
+"""Numbers of the images of a batch, and the crops of whole images to take of them."""
+
+Item = tuple[Tensor, Tensor | None, dict[int, str]]
+"""Images, labels, and the numbers of those that were left out with the reasons."""
 
 
 @contextmanager
-def told_of_readers(saved: Callable[[], str] = str) -> Iterator[None]:
+def translate_worker_errors(saved: Callable[[], str] = str) -> Iterator[None]:
     """Within, the end of a process that reads images is told in one sentence.
 
     PyTorch raises it wherever the main thread is at the time.
@@ -53,19 +57,19 @@ def told_of_readers(saved: Callable[[], str] = str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        told = _told(str(error))
-        if told is None:
+        sentence = _worker_sentence(str(error))
+        if sentence is None:
             raise
-        _end_readers()
-        raise UserError(f"{told}{saved()}") from None
+        _kill_workers()
+        raise UserError(f"{sentence}{saved()}") from None
 
 
-def _told(text: str) -> str | None:
-    """What an error of PyTorch's says of reading processes, in words; None if it is of others."""
+def _worker_sentence(text: str) -> str | None:
+    """What an error of PyTorch's says of worker processes, in words; None if it is of others."""
     if "DataLoader timed out" in text:
         return (
-            f"no image was read for {STALL:.0f} s: see whether the disk or network that they lie "
-            "on still answers"
+            f"no image was read for {WORKER_TIMEOUT:.0f} s: see whether the disk or network that "
+            "they lie on still answers"
         )
     if "DataLoader worker" not in text:
         return None
@@ -81,35 +85,21 @@ def _told(text: str) -> str | None:
     return f"a process that reads images was killed by a signal, {reason}; {cause}"
 
 
-class Request(NamedTuple):
-    """The images of a step, by their numbers, and the crops of whole pictures to take of them."""
-
-    indices: list[int]
-    cut: Cut | None
-
-
-Item = tuple[Tensor, Tensor | None, dict[int, str]]
-"""Images, labels, and the numbers of those that were left out with the reasons."""
-
-
 def read_batches(
-    source: StreamedSet, requests: Iterable[Request], workers: int, pinned: bool
+    source: StreamedSet,
+    requests: Iterable[Request],
+    workers: int,
+    pinned: bool,
 ) -> Iterator[Item]:
-    """What ``requests`` ask for, in order.
-
-    Args:
-        source: the set.
-        requests: may be iterated once, here.
-        workers: reading processes; 0: this one reads.
-        pinned: whether to put the images where a GPU fetches them from.
+    """What ``requests`` ask for, in order, read by ``workers`` processes, or by this one for 0.
 
     Raises:
         UserError: if an image cannot be read.
-        RuntimeError: if a process ended or stalls; `told_of_readers` puts it in words.
+        RuntimeError: if a process ended or stalls; `translate_worker_errors` puts it in words.
     """
     loader: DataLoader[Any] = DataLoader(
-        _Reading(source),
-        timeout=STALL if workers else 0,
+        _Batches(source),
+        timeout=WORKER_TIMEOUT if workers else 0,
         batch_size=None,
         sampler=requests,
         num_workers=workers,
@@ -119,7 +109,7 @@ def read_batches(
     )
     items = iter(loader)
     processes = list(getattr(items, "_workers", ()))
-    _READERS.update(processes)
+    _WORKERS.update(processes)
     try:
         for item in items:
             if isinstance(item, UserError):
@@ -140,10 +130,10 @@ def read_batches(
         getattr(items, "_shutdown_workers", tuple)()
         for process in processes:
             process.kill()
-        _READERS.difference_update(processes)
+        _WORKERS.difference_update(processes)
 
 
-class _Reading(Dataset[Item | UserError]):
+class _Batches(Dataset[Item | UserError]):
     """What workers run: whole batches; a user's mistake is handed over without a traceback."""
 
     def __init__(self, source: StreamedSet) -> None:

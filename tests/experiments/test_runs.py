@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from ebmkit import UserError, load
-from ebmkit.experiments import TABLES, Protocol, Row, Rows, Scale, run_table
-from ebmkit.experiments.keeping import alone
-from ebmkit.experiments.report import markdown
+from ebmkit.experiments import TABLES, ExperimentRuns, Protocol, Scale, Variant, write
+from ebmkit.experiments.runs import exclusive
+from ebmkit.experiments.tables import run_table, table_text
 from ebmkit.models.saving import save_weights
 from ebmkit.training import Interrupted
 
@@ -30,7 +30,7 @@ TINY = Scale(
     },
     {"classify": 20, "denoise": 20},
 )
-ROW = Row("joint", "GradResNet", "joint", {"objective": "ce+dsm"}, {"accuracy": 96.3})
+ROW = Variant("joint", "GradResNet", "joint", {"objective": "ce+dsm"}, {"accuracy": 96.3})
 DIVERGING = {"objective": "ce+dsm", "optimizer": {"lr": 1e30}}
 PROTOCOL = Protocol("table", ("classify", "denoise"), (25 / 255,), TINY.images)
 
@@ -53,15 +53,15 @@ def told():
 
 
 @pytest.fixture
-def rows(tmp_path, told):
-    return Rows(tmp_path, TINY, fit=told.fit, tell=told.append)
+def runs(tmp_path, told):
+    return ExperimentRuns(tmp_path, TINY, fit=told.fit, log=told.append)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A folder with the finished row, to be copied."""
     out = tmp_path_factory.mktemp("finished")
-    Rows(out, TINY).measure(ROW, "cifar10", PROTOCOL)
+    ExperimentRuns(out, TINY).measure(ROW, PROTOCOL)
     return out
 
 
@@ -69,19 +69,23 @@ def finished(tmp_path_factory):
 def done(finished, tmp_path, told):
     """The finished row in a folder of its own."""
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    return Rows(tmp_path, TINY, fit=told.fit, tell=told.append)
+    return ExperimentRuns(tmp_path, TINY, fit=told.fit, log=told.append)
+
+
+def write_table(table, runs, only=()):
+    write(table.name, run_table(table, runs, only), runs.out)
 
 
 def test_a_finished_row_is_neither_trained_nor_measured_again(done, told):
     before = {p: p.stat().st_mtime_ns for p in done.out.rglob("*") if p.is_file()}
-    found = done.measure(ROW, "cifar10", PROTOCOL)
+    found = done.measure(ROW, PROTOCOL)
     assert told.trained == []
     assert told == []
     assert found["classify"]["images"] == 20
     assert {p: p.stat().st_mtime_ns for p in done.out.rglob("*") if p.is_file()} == before
 
 
-def test_an_interrupted_row_goes_on_where_it_was_and_ends_the_same(rows, told, finished):
+def test_an_interrupted_row_goes_on_where_it_was_and_ends_the_same(runs, told, finished):
     def stop(trainer, name):
         trainer.config = trainer.config.model_copy(update={"steps": 4})
         advance = trainer._advance
@@ -95,13 +99,13 @@ def test_an_interrupted_row_goes_on_where_it_was_and_ends_the_same(rows, told, f
         trainer._advance = advance_and_stop
         trainer.fit()
 
-    rows.fit = stop
+    runs.fit = stop
     with pytest.raises(Interrupted):
-        rows.train(ROW, "cifar10")
-    rows.fit = told.fit
-    rows.train(ROW, "cifar10")
+        runs.train(ROW)
+    runs.fit = told.fit
+    runs.train(ROW)
     assert told.trained == [("joint", 2)]
-    state, expected = (load(out / "rows/joint").state_dict() for out in (rows.out, finished))
+    state, expected = (load(out / "rows/joint").state_dict() for out in (runs.out, finished))
     assert all(torch.equal(state[name], expected[name]) for name in expected)
 
 
@@ -137,7 +141,7 @@ DAMAGES = [
 def test_a_broken_row_is_moved_aside_and_trained_anew(done, told, damage, how):
     for path in done.folder(ROW).glob(damage):
         path.write_bytes(how(path.read_bytes()))
-    done.train(ROW, "cifar10")
+    done.train(ROW)
     assert told.trained == [("joint", 0)]
     assert list((done.out / "rows/joint.broken-1").glob(damage))
     assert "moved to joint.broken-1" in told[0]
@@ -149,7 +153,7 @@ def test_a_row_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before(done
     whole = load(folder).state_dict()
     path = folder / "checkpoints" / "step-00000004.pt"
     path.write_bytes(with_a_bit_flipped(path.read_bytes()))
-    done.train(ROW, "cifar10")
+    done.train(ROW)
     assert told.trained == [("joint", 2)]
     again = load(folder).state_dict()
     assert all(torch.equal(again[name], whole[name]) for name in whole)
@@ -164,7 +168,7 @@ def test_a_lost_or_damaged_model_is_written_again_from_the_checkpoint(done, told
         path.unlink()
     else:
         path.write_bytes(how(whole))
-    done.train(ROW, "cifar10")
+    done.train(ROW)
     assert told.trained == []
     assert path.read_bytes() == whole
 
@@ -180,30 +184,30 @@ def test_a_model_of_an_earlier_step_than_the_checkpoint_is_not_the_finished_one(
     save_weights(folder / "model.safetensors", stale)
     document["card"]["steps"] = 2
     (folder / "model.json").write_text(json.dumps(document))
-    done.train(ROW, "cifar10")
+    done.train(ROW)
     assert told.trained == []
     assert (folder / "model.safetensors").read_bytes() == whole
     assert load(folder).card.steps == 4
 
 
 def test_a_row_that_another_process_trains_is_left_to_it(done, told):
-    with alone(done.folder(ROW)):
-        done.train(ROW, "cifar10")  # finished: only read
+    with exclusive(done.folder(ROW)):
+        done.train(ROW)  # finished: only read
         (done.folder(ROW) / "model.safetensors").unlink()
         with pytest.raises(UserError, match=rf"process {os.getpid()} on .* has been training"):
-            done.train(ROW, "cifar10")
-    done.train(ROW, "cifar10")
+            done.train(ROW)
+    done.train(ROW)
 
 
 def test_a_row_that_diverges_stops_alone_and_says_why(done, told):
     """The table is written, with the reason where figures would stand; so it is the next time."""
-    table = replace(TABLES["table3"], rows=(ROW, replace(ROW, name="relu", layer=DIVERGING)))
-    run_table(table, done)
+    table = replace(TABLES["table3"], variants=(ROW, replace(ROW, name="relu", layer=DIVERGING)))
+    write_table(table, done)
     assert "loss" in done.stopped["relu"]
     text = (done.out / "table3.md").read_text()
     assert "GradResNet: stopped: " in text
-    again = Rows(done.out, TINY)
-    run_table(table, again, ["joint"])
+    again = ExperimentRuns(done.out, TINY)
+    write_table(table, again, ["joint"])
     assert (done.out / "table3.md").read_text() == text
 
 
@@ -221,7 +225,7 @@ def test_half_a_result_is_measured_again(done, told, damage):
     path = done.folder(ROW) / "evaluation/table/classify.json"
     whole = json.loads(path.read_text())
     damage(path)
-    found = done.measure(ROW, "cifar10", PROTOCOL)
+    found = done.measure(ROW, PROTOCOL)
     assert told == ["joint: measuring classify"]
     assert told.trained == []
     assert found["classify"]["accuracy"] == whole["accuracy"]
@@ -229,13 +233,13 @@ def test_half_a_result_is_measured_again(done, told, damage):
 
 def test_other_noise_levels_are_measured_anew(done, told):
     other = Protocol("table", ("denoise",), (50 / 255,), TINY.images)
-    assert list(done.measure(ROW, "cifar10", other)["denoise"]["psnr"]) == ["50"]
+    assert list(done.measure(ROW, other)["denoise"]["psnr"]) == ["50"]
 
 
-def test_a_run_of_another_configuration_is_left_alone(done):
+def test_a_run_of_another_configuration_is_left_exclusive(done):
     done.seed = 1
     with pytest.raises(UserError, match=r"another configuration: seed was 0 and would be 1"):
-        done.train(ROW, "cifar10")
+        done.train(ROW)
     assert load(done.folder(ROW)) is not None
 
 
@@ -243,9 +247,9 @@ def test_a_table_of_one_row_says_what_did_not_run(done, capsys):
     """No number is made up: other rows say that they did not run, beside the paper's figures."""
     table = TABLES["table1"]
     shutil.rmtree(done.folder(ROW) / "evaluation/table")
-    run_table(table, done, ["joint"])
+    write_table(table, done, ["joint"])
     report = json.loads((done.out / "table1.json").read_text())
-    assert [row["name"] for row in report["rows"]] == [row.name for row in table.rows]
+    assert [row["name"] for row in report["rows"]] == [row.name for row in table.variants]
     by_name = {row["name"]: row for row in report["rows"]}
     assert by_name["jem"]["status"] == "not run yet"
     assert by_name["jem"]["ours"] == {}
@@ -257,7 +261,7 @@ def test_a_table_of_one_row_says_what_did_not_run(done, capsys):
     blind = by_name["joint-blind"]["ours"]["25"]["value"]
     own = json.loads((done.folder(ROW) / "evaluation/table/denoise.json").read_text())
     assert blind == own["denoisers"]["blind"]["psnr"]["25"]["value"]
-    text = markdown(report)
+    text = table_text(report)
     assert "| - (92.9) |" in text
     assert "JEM (WideResNet): not run yet" in text
     assert (done.out / "table1.png").stat().st_size > 10_000
@@ -267,9 +271,9 @@ def test_a_table_of_one_row_says_what_did_not_run(done, capsys):
 def test_rows_that_need_a_data_folder_say_so(tmp_path):
     from ebmkit.experiments import find_scale
 
-    rows = Rows(tmp_path, find_scale("full"), imagenet_dir=tmp_path / "absent")
+    runs = ExperimentRuns(tmp_path, find_scale("full"), imagenet_dir=tmp_path / "absent")
     with pytest.raises(UserError, match="absent"):
-        run_table(TABLES["table2"], rows, ["imagenet-joint"])
+        write_table(TABLES["table2"], runs, ["imagenet-joint"])
     assert not (tmp_path / "rows").exists()
 
 
@@ -277,7 +281,7 @@ def test_a_scale_the_machine_cannot_hold_says_what_it_needs(tmp_path, monkeypatc
     from ebmkit.training import cost
 
     monkeypatch.setattr(cost, "available_memory", lambda device: 2**20)
-    rows = Rows(tmp_path, TINY)
+    runs = ExperimentRuns(tmp_path, TINY)
     with pytest.raises(UserError, match="B"):
-        rows.check([ROW], "cifar10")
+        runs.check([ROW])
     assert not (tmp_path / "rows").exists()

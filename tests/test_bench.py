@@ -1,6 +1,6 @@
 """`ebmkit bench`: fair timing, equal work on both sides, and what the command leaves behind."""
 
-import importlib.util
+import importlib
 import json
 import sys
 import warnings
@@ -15,21 +15,20 @@ from ebmkit.bench import (
     PLAIN,
     SCALING,
     SIGMA,
+    OurStep,
+    PlainStep,
     Ratio,
     Row,
     Setting,
-    held,
     interleave,
     make_batch,
     network,
     our_inference,
-    our_step,
+    peak_memory,
     plain_inference,
     plain_loss,
-    plain_step,
     ratio_to,
     scaling,
-    scaling_plot,
     scaling_settings,
     timed_terms,
 )
@@ -114,8 +113,8 @@ def test_memory_is_the_most_that_is_held_at_once():
         weight = torch.zeros(megabyte)
         return lambda: [torch.zeros(megabyte), torch.zeros(megabyte), weight]
 
-    assert held(one_after_another, CPU)[1] == pytest.approx(2e6, rel=0.01)
-    assert held(together, CPU)[1] == pytest.approx(3e6, rel=0.01)
+    assert peak_memory(one_after_another, CPU)[1] == pytest.approx(2e6, rel=0.01)
+    assert peak_memory(together, CPU)[1] == pytest.approx(3e6, rel=0.01)
 
 
 @pytest.mark.parametrize("objective", ["ce", "dsm", "cdsm", "ce+dsm", "0.5*ce+dsm-sum+cdsm"])
@@ -125,11 +124,11 @@ def test_both_sides_compute_the_same_loss_and_gradients(objective):
         model.head.density.weight.mul_(30)
     generator = torch.Generator().manual_seed(0)
     drawn = {
-        name: make_batch(count, 3, 8, 10, CPU, generator)
+        name: make_batch(count, 3, 8, CPU, generator)
         for name, count in {"classify": 8, "denoise": 4}.items()
     }
-    ours = our_step(model, objective, lambda: drawn, EAGER)
-    plain = plain_step(model, objective, lambda: drawn)
+    ours = OurStep(model, objective, lambda: drawn, EAGER)
+    plain = PlainStep(model, objective, lambda: drawn)
     ours()
     loss = plain()
     total = ours.step.loss(drawn).total
@@ -153,7 +152,7 @@ def test_both_sides_compute_the_same_loss_and_gradients(objective):
 @pytest.mark.parametrize("what", INFERENCES)
 def test_both_sides_infer_the_same(what):
     model = network(TINY, 3, CPU)
-    y = make_batch(4, 3, 8, 10, CPU, torch.Generator().manual_seed(0)).y
+    y = make_batch(4, 3, 8, CPU, torch.Generator().manual_seed(0)).y
     ours, plain = our_inference(model, what, y, EAGER)(), plain_inference(model, what, y)()
     assert not ours.requires_grad
     torch.testing.assert_close(ours, plain.detach(), rtol=1e-4, atol=1e-6)
@@ -163,7 +162,7 @@ def test_a_scaling_curve_leaves_out_what_does_not_fit(monkeypatch):
     base = TINY._replace(what=SCALING)
     points = scaling_settings(base, widths=(8,), image_sizes=(8,), batches=(4, 8, 4096))
     assert [point.batch for point in points] == [4, 8, 4096]  # the base point once
-    monkeypatch.setattr("ebmkit.bench.curves.available_memory", lambda device: 10**9)
+    monkeypatch.setattr("ebmkit.bench.available_memory", lambda device: 10**9)
     with pytest.warns(UserWarning, match="b4096 is left out: it needs about"):
         found = list(scaling(points, 3, CPU, rounds=1, compute=EAGER))
     assert [len(rows) for rows in found] == [2, 2, 0]
@@ -172,22 +171,30 @@ def test_a_scaling_curve_leaves_out_what_does_not_fit(monkeypatch):
     assert [Setting.read(name) for name in names] == [points[0], points[0], points[1], points[1]]
 
 
+def script(name):
+    """The script ``benchmarks/NAME.py``; ``peers.py`` imports peers only where it uses them."""
+    folder = Path(__file__).resolve().parents[1] / "benchmarks"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        return importlib.import_module(name)
+
+
 def test_the_plot_shows_each_side_against_each_size(tmp_path, monkeypatch):
+    speed = script("speed")
+
     def row(width, who, seconds):
         name = f"{Setting(SCALING, width=width)}: {who}"
         return Row(name, "cpu", seconds, 1.0, 10.0 * seconds, 1.0, None, {}, "")
 
     figures = []
-    monkeypatch.setattr(
-        "ebmkit.plots.common.save_figure", lambda figure, path: figures.append(figure)
-    )
+    monkeypatch.setattr(speed, "save_figure", lambda figure, path: figures.append(figure))
     rows = [row(w, who, w / k) for who, k in ((OURS, 2), (PLAIN, 1)) for w in (16, 8)]
-    scaling_plot(rows, tmp_path / "curve.png")
+    speed.scaling_plot(rows, tmp_path / "curve.png")
     lines = {line.get_label(): line for line in figures[0].axes[0].lines}
     assert lines[OURS].get_xydata().tolist() == [[8, 4], [16, 8]]
     assert lines[PLAIN].get_xydata().tolist() == [[8, 8], [16, 16]]
     with pytest.raises(UserError, match="--scaling"):
-        scaling_plot([], tmp_path / "empty.png")
+        speed.scaling_plot([], tmp_path / "empty.png")
 
 
 KEYS = {
@@ -252,12 +259,7 @@ def test_mistakes_get_one_sentence_before_anything_is_measured(arguments, told, 
 
 @pytest.fixture(scope="module")
 def peers():
-    """The script ``benchmarks/peers.py``, which imports peers only where it uses them."""
-    path = Path(__file__).resolve().parents[2] / "benchmarks" / "peers.py"
-    spec = importlib.util.spec_from_file_location("peers", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("peers")
 
 
 def peer_loss(peers, sign):
@@ -277,7 +279,7 @@ def peer_loss(peers, sign):
 
 def test_a_peer_is_compared_only_if_it_computes_the_same(peers):
     model = network(TINY, 3, CPU)
-    x = make_batch(4, 3, 8, 10, CPU, torch.Generator().manual_seed(0)).x
+    x = make_batch(4, 3, 8, CPU, torch.Generator().manual_seed(0)).x
     assert "ours" in peers.check_same(peer_loss(peers, 1), model, x)
     with pytest.raises(RuntimeError, match="gradient"):
         peers.check_same(peer_loss(peers, -1), model, x)
@@ -287,5 +289,5 @@ def test_a_peer_is_compared_only_if_it_computes_the_same(peers):
 def test_the_peers_installed_here_compute_the_same(peers, name):
     pytest.importorskip(name)
     make = {"torchebm": peers.torchebm_loss, "ebm": peers.registry_loss}[name]
-    x = make_batch(4, 3, 8, 10, CPU, torch.Generator().manual_seed(0)).x
+    x = make_batch(4, 3, 8, CPU, torch.Generator().manual_seed(0)).x
     assert "ours" in peers.check_same(make, network(TINY, 3, CPU), x)

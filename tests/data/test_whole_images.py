@@ -9,7 +9,7 @@ from torchvision.transforms import v2
 from toy_sets import drawn
 
 from ebmkit.data import Augmentation, ImageSet, NoiseLaw, Stream, StreamConfig, load_dataset
-from ebmkit.data.crops import DRAWS, Crop, Cut, crop_boxes
+from ebmkit.data.augment import DRAWS, Crop, Cut, crop_boxes
 from ebmkit.errors import UserError
 
 SIZE, SIDE = 28, 32  # 224 and 256, an eighth
@@ -115,7 +115,7 @@ def test_each_sample_has_a_crop_of_its_own(folder, scale):
 
 def test_what_a_stream_cannot_cut_from_whole_pictures_is_told(folder):
     for fields, told in (
-        ({"crop_size": 33}, "shorter side of the pictures, 32: take at most 32"),
+        ({"crop_size": 33}, "shorter side of the images, 32: take at most 32"),
         ({"crop_padding": 4}, "set crop_padding to 0"),
     ):
         config = StreamConfig(augmentation=Augmentation(**fields))

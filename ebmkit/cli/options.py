@@ -1,13 +1,36 @@
-"""Help that names values as other command lines do: RUN, IMAGE..., INTEGER, PATH."""
+"""Options that several commands share, and help that names values as other command lines do: RUN,
+IMAGE..., INTEGER, PATH.
+
+An option is declared here once and given its type and default by each command, as in
+``device: Annotated[str, DEVICE] = "auto"``.
+"""
 
 from __future__ import annotations
 
+import inspect
 import re
+from collections.abc import Iterable
 from typing import Any
 
+from typer import Argument, Option
 from typer.core import TyperCommand
 
-__all__ = ["Command", "argument_name"]
+RUN = Argument(help="run folder")
+IMAGES = Argument(metavar="IMAGE", help="images: PNG, JPEG, TIFF")
+WEIGHTS = Option(help="last, or best by validation")
+DEVICE = Option(help="auto, cpu, cuda, cuda:1")
+PRECISION = Option(help="of products: fp32, tf32, bf16; auto: fp32")
+TRAIN_PRECISION = Option(
+    help="of products in training: auto, fp32, tf32, bf16 [default: the configuration's, auto]"
+)
+COMPILE = Option("--compile", help="compile the score: on, off; auto: off, for it seldom pays")
+DATASET = Option(help="data set [default: the one trained on]; see `ebmkit list datasets`")
+DATA_DIR = Option(help="where its files are")
+IMAGE_SIZE = Option(min=1, help="height and width to bring images to")
+LABEL = Option(help="class (name or number), for the conditional denoiser")
+WIDTH = Option(min=1, help="channels of the first stage")
+SEED = Option(min=0, max=2**63 - 1, help="of everything that is drawn")
+SETTING = Option("--set", help="a setting of the sampler, as step_size=1e-4; may be repeated")
 
 VALUES = {"str": "TEXT", "int": "INTEGER", "float": "FLOAT", "path": "PATH"}
 """Names of an option's value, by the types that Typer shows: ``<str>``, ``<list[Path]>``."""
@@ -39,6 +62,13 @@ class Command(TyperCommand):
             if rows:
                 with formatter.section(title):
                     formatter.write_dl(rows)
+
+
+def declare(function: Any, parameters: Iterable[inspect.Parameter]) -> None:
+    """Let Typer read ``parameters`` as the options of ``function``."""
+    found = list(parameters)
+    function.__signature__ = inspect.Signature(found)
+    function.__annotations__ = {p.name: p.annotation for p in found} | {"return": None}
 
 
 def argument_name(argument: Any) -> str:
