@@ -23,8 +23,8 @@ def tables() -> dict[str, dict[str, str]]:
     from ebmkit.models import BACKBONES, DENOISERS, HEADS
     from ebmkit.models.importing import KINDS
     from ebmkit.objectives import ALIASES, OBJECTIVES
-    from ebmkit.sampling.jobs import TASKS
-    from ebmkit.sampling.presets import SAMPLERS
+    from ebmkit.sampling import SAMPLERS
+    from ebmkit.sampling.inverse import TASKS
     from ebmkit.training import RECIPES
 
     return {

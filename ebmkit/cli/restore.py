@@ -26,7 +26,7 @@ def restore(
     share: Annotated[
         float | None,
         Option(
-            help="of the picture: the hole (inpaint, 0.1), or what is known (random-pixels 0.5, "
+            help="of the image: the hole (inpaint, 0.1), or what is known (random-pixels 0.5, "
             "deblur 0.25, compressed 0.25)"
         ),
     ] = None,
@@ -43,7 +43,10 @@ def restore(
     steps: Annotated[int | None, Option(help="at the most")] = None,
     set_: Annotated[
         list[str] | None,
-        Option("--set", help="a setting of the sampler ks, as beta=0.1; may be repeated"),
+        Option(
+            "--set",
+            help="a setting of the sampler kadkhodaie_simoncelli, as beta=0.1; may be repeated",
+        ),
     ] = None,
     seed: Annotated[int, SEED] = 0,
     weights: Annotated[str, WEIGHTS] = "last",
@@ -59,29 +62,28 @@ def restore(
     """
     from ebmkit.compile import optimize
     from ebmkit.compute import pick_device
-    from ebmkit.errors import validated
+    from ebmkit.errors import UserError, validated
     from ebmkit.models import load
-    from ebmkit.sampling.config import StochasticAscentConfig
-    from ebmkit.sampling.jobs import TaskOptions, find_task, parse_label
-    from ebmkit.sampling.jobs.restoring import RestoreJob, make_folder, read_mask
-    from ebmkit.sampling.jobs.settings import no_steps
-    from ebmkit.sampling.presets import SAMPLERS
+    from ebmkit.sampling.inverse import TaskOptions, find_task
+    from ebmkit.sampling.jobs.restore import RestoreJob, read_mask
+    from ebmkit.sampling.jobs.settings import parse_label, parse_options
+    from ebmkit.sampling.kadkhodaie_simoncelli import KADKHODAIE_SIMONCELLI_ENTRY as SAMPLER
     from ebmkit.training import parse_assignments
 
     chosen = find_task(task)
-    values: dict[str, Any] = parse_assignments(set_ or [])
-    if steps is not None:
-        values["steps"] = steps
-    no_steps(values)
-    config = validated(StochasticAscentConfig, values, "settings of sampler 'ks'")
+    values = parse_options(parse_assignments(set_ or []), steps)
+    config = validated(SAMPLER.config, values, f"settings of sampler {SAMPLER.name!r}")
     model = load(run, device=str(pick_device(device)), weights=weights)
     model = optimize(model, precision, compile_)
     c = None if label is None else parse_label(model, label)
-    SAMPLERS["ks"].check(model, c)
+    SAMPLER.check(model, c)
     options = TaskOptions(None if mask is None else read_mask(mask), share, factor, seed)
     job = RestoreJob(model, chosen, options, config, measured, samples, seed, c, str(run))
     job.check(images, out)
-    make_folder(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make folder {str(out)!r}: {error.strerror}") from None
     table = Table("image", "dB", *(["mean, dB"] if samples > 1 else []), "simple methods, dB")
     for path in images:
         with counting(path.name) as progress:

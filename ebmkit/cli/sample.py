@@ -12,7 +12,7 @@ from ebmkit.cli.options import COMPILE, DATA_DIR, DEVICE, PRECISION, RUN, SEED, 
 from ebmkit.errors import UserError
 
 if TYPE_CHECKING:
-    from ebmkit.sampling.jobs import SamplingJob
+    from ebmkit.sampling.jobs.job import SamplingJob
 
 
 def sample(
@@ -20,7 +20,7 @@ def sample(
     out: Annotated[
         Path | None,
         Option(
-            help="folder for the samples: a new one, or one to go on [default: RUN/samples/ and a "
+            help="folder for the samples: a new one, or one to resume [default: RUN/samples/ and a "
             "name made of the settings]"
         ),
     ] = None,
@@ -28,7 +28,8 @@ def sample(
         str | None,
         Option(
             help="see `ebmkit list samplers`; buffer: the replay buffer's chains as they are "
-            "[default: ks for blind denoisers, ddim if the noise level is an input, else sgld]"
+            "[default: kadkhodaie_simoncelli for blind denoisers, ddim if the noise level is an "
+            "input, else sgld]"
         ),
     ] = None,
     count: Annotated[int, Option("-n", "--count", help="number of samples")] = 64,
@@ -37,8 +38,8 @@ def sample(
     start: Annotated[
         str | None,
         Option(
-            help="noise (about gray), uniform, data, seeds (Gaussian of a class), mean (noise "
-            "about the mean image), buffer [default: the sampler's]"
+            help="noise (about gray), uniform, data, class_gaussian, mean (noise about the mean "
+            "image), buffer [default: the sampler's]"
         ),
     ] = None,
     set_: Annotated[list[str] | None, SETTING] = None,
@@ -104,21 +105,14 @@ def sample(
     from ebmkit.compile import laid_out, make_inference
     from ebmkit.compute import pick_device
     from ebmkit.models import load
-    from ebmkit.sampling.jobs import (
-        SamplingFolder,
-        SamplingJob,
-        at_hand,
-        default_folder,
-        guidance_asked,
-        guide_by,
-        make_settings,
-        sources_for,
-        write_results,
-    )
+    from ebmkit.sampling.jobs.job import SamplingFolder, SamplingJob
+    from ebmkit.sampling.jobs.results import write_results
+    from ebmkit.sampling.jobs.settings import default_folder, make_settings
+    from ebmkit.sampling.jobs.sources import at_hand, guide_by, parse_guidance, sources_for
     from ebmkit.training import parse_assignments
 
     place = pick_device(device)
-    how = guidance_asked(
+    how = parse_guidance(
         guide, guidance, scale, schedule, view, guide_start, parse_assignments(guide_set or [])
     )
     model = load(run, device=str(place), weights=weights)
@@ -127,11 +121,10 @@ def sample(
     guided, digest = dict[str, Any](), model.weights_sha256
     if how is not None:
         with counting("mean energies of the guide") as progress:
-            found = guide_by(
+            model, guided = guide_by(
                 model, how, guide, guide_weights, run, dataset, data_dir, progress,
                 console.is_terminal, inference,
             )  # fmt: skip
-        model, guided = found.model, found.settings
     settings = make_settings(
         model,
         sampler,
@@ -165,7 +158,7 @@ def sample(
 
 
 def _draw(job: SamplingJob) -> None:
-    from ebmkit.sampling.jobs import Interrupted
+    from ebmkit.sampling.jobs.job import Interrupted
     from ebmkit.training.loop import stop_requested
 
     what = f"{job.settings.count:,} samples by {job.settings.sampler}"
@@ -177,7 +170,7 @@ def _draw(job: SamplingJob) -> None:
         except Interrupted as stopped:
             progress.stop()
             interrupted(
-                f"saved after step {stopped.done:,} of {stopped.total:,}. Go on with the same "
+                f"saved after step {stopped.done:,} of {stopped.total:,}. Resume by the same "
                 "command.",
                 stop.signal,
             )
@@ -206,4 +199,4 @@ def _report(document: dict[str, Any], out: Path, before: int) -> None:
     for sentence in found:
         warn(sentence)
     if len(document["lost"]) == document["samples"]:
-        raise UserError(f"every chain left the finite numbers; see {str(out / 'sampling.json')!r}")
+        raise UserError(f"every chain diverged to NaN or Inf; see {str(out / 'sampling.json')!r}")

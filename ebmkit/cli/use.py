@@ -85,7 +85,7 @@ def denoise(
     from ebmkit.inference import denoise_image
     from ebmkit.models import load
     from ebmkit.noise import format_sigma, parse_sigma
-    from ebmkit.sampling.jobs import parse_label
+    from ebmkit.sampling.jobs.settings import parse_label
 
     level, place = None if sigma is None else parse_sigma(sigma), pick_device(device)
     model = optimize(load(run, device=str(place), weights=weights), precision, compile_)

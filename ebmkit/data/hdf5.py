@@ -42,7 +42,7 @@ from ebmkit.storage.hdf5 import (
     open_hdf5,
     read_array,
     read_names,
-    told_of_damage,
+    translate_hdf5_errors,
 )
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class Hdf5Reader:
 
         self.check_unchanged()
         what = repr(str(self.path))
-        with told_of_damage(what):
+        with translate_hdf5_errors(what):
             if self._owner != os.getpid():
                 self._images = find_array(h5py.File(self.path, "r"), f"{self.group}/images", what)
                 self._owner = os.getpid()

@@ -250,9 +250,9 @@ class Drawing:
             while not chains.done:
                 step = keyed_generator("cpu", self.seed, "guidance", batch, chains.state.step + 1)
                 chains.advance(step)
-            if chains.died:
+            if chains.diverged:
                 raise UserError(
-                    f"{len(chains.died)} of {len(own)} chains of {method.name!r} became NaN or "
+                    f"{len(chains.diverged)} of {len(own)} chains of {method.name!r} became NaN or "
                     "Inf: lower its scale"
                 )
             found.append(chains.state.x.clamp(0, 1))

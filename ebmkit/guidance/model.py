@@ -30,8 +30,7 @@ from ebmkit.guidance.score import (
     guided_score,
 )
 from ebmkit.noise import make_schedule
-from ebmkit.sampling.base import per_chain
-from ebmkit.sampling.langevin import root_mean_square
+from ebmkit.sampling.base import per_chain, root_mean_square
 from ebmkit.sampling.target import label_density_of
 
 

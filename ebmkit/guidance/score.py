@@ -57,9 +57,8 @@ from ebmkit.guidance.guides import CLASSIFIER_FREE, GUIDES, check_guide
 from ebmkit.guidance.schedules import GuidanceSchedule, parse_schedule
 from ebmkit.noise import Schedule, make_schedule
 from ebmkit.registry import find
-from ebmkit.sampling.base import check_positive, per_chain
+from ebmkit.sampling.base import check_positive, per_chain, root_mean_square
 from ebmkit.sampling.diffusion import NoisePredictor
-from ebmkit.sampling.langevin import root_mean_square
 from ebmkit.sampling.target import DenoiserFunction, DensityFunction, ScoreFunction
 
 View = Literal["noisy", "x_t", "x0_hat"]

@@ -137,8 +137,8 @@ class ModelConfig(BaseModel):
     )
     noise_conditional: bool = Field(
         False,
-        description="a backbone is told sigma, as a classifier along a diffusion is: it sees the "
-        "variance-preserving image and a map of the level",
+        description="sigma as an input of the backbone, as for a classifier along a diffusion: "
+        "the variance-preserving image and a map of the level",
     )
 
     @model_validator(mode="before")
@@ -168,7 +168,7 @@ class ModelConfig(BaseModel):
                 "model: leave it out"
             )
         if getattr(self.backbone, "noise_conditional", False):
-            raise UserError("this backbone is told sigma already: leave out noise_conditional")
+            raise UserError("this backbone takes sigma already: leave out noise_conditional")
         if self.input_mean or self.input_std != 1:
             raise UserError(
                 "a noise-conditional model scales its images by the noise level: leave out "

@@ -481,12 +481,15 @@ def _fitted(what: str, values: dict[str, Any], ours: State, size: int | None) ->
     """Check that the state is that of the configuration, name by name and shape by shape."""
     config = validated(ModelConfig, values, what)
     with torch.device("meta"):
-        wanted = _without_counts(config.without_pretrained().build().state_dict())
+        expected = _without_counts(config.without_pretrained().build().state_dict())
     state = _without_counts(ours)
-    unknown, missing = [n for n in state if n not in wanted], [n for n in wanted if n not in state]
+    unknown, missing = (
+        [n for n in state if n not in expected],
+        [n for n in expected if n not in state],
+    )
     if unknown or missing:
-        raise UserError(_misfit(what, unknown, missing, state, wanted))
-    for name, value in wanted.items():
+        raise UserError(_misfit(what, unknown, missing, state, expected))
+    for name, value in expected.items():
         if state[name].shape != value.shape:
             raise UserError(
                 f"{name.removeprefix('backbone.')!r} is {tuple(state[name].shape)} and would be "
@@ -501,22 +504,24 @@ def _without_counts(state: State) -> dict[str, Tensor]:
     return {n: v for n, v in state.items() if not n.endswith("num_batches_tracked")}
 
 
-def _misfit(what: str, unknown: list[str], missing: list[str], state: State, wanted: State) -> str:
+def _misfit(
+    what: str, unknown: list[str], missing: list[str], state: State, expected: State
+) -> str:
     parts = [f"the weights are not those of {what}"]
     for kind, names in (("unknown", unknown), ("missing", missing)):
         if names:
             shown = ", ".join(name.removeprefix("backbone.") for name in names[:SHOWN])
             more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
             parts.append(f"{kind}: {shown}{more}")
-    example = _example(unknown, missing, state, wanted)
+    example = _example(unknown, missing, state, expected)
     parts.append(f"rename prefixes by --map OLD=NEW, for example --map '{example}'")
     return "; ".join(parts)
 
 
-def _example(unknown: list[str], missing: list[str], state: State, wanted: State) -> str:
+def _example(unknown: list[str], missing: list[str], state: State, expected: State) -> str:
     """A rule that makes a missing name of an unknown one."""
     for name in unknown:
-        alike = [m for m in missing if wanted[m].shape == state[name].shape]
+        alike = [m for m in missing if expected[m].shape == state[name].shape]
         near = difflib.get_close_matches(name, alike, n=1, cutoff=0.3)
         if near:
             old = name.removeprefix("backbone.").split(".")

@@ -54,7 +54,7 @@ class MLPConfig(BackboneConfig):
         "silu", description="silu, gelu or softplus; smooth, as scores are differentiated"
     )
     bias: bool = Field(True, description="biases in the layers")
-    noise_conditional: bool = Field(False, description="whether the network is told sigma")
+    noise_conditional: bool = Field(False, description="whether sigma is an input")
     frequencies: int = Field(4, ge=0, le=1000, description="F, of the features of log sigma")
 
     @model_validator(mode="after")
@@ -72,7 +72,7 @@ class MLPConfig(BackboneConfig):
             ),
             "mlp-sigma": Preset(
                 cls(width=128, kernel=7, noise_conditional=True),
-                "the same, told sigma: with dsm, an NCSN (Song & Ermon 2019)",
+                "the same, sigma as input: with dsm, an NCSN (Song & Ermon 2019)",
             ),
         }
 
@@ -130,9 +130,9 @@ class MLP(MeanPooled):
             for layer in self.onward:
                 h = layer(self.activation(h))
         else:
-            told = self._of_sigma(y.new_zeros(len(y)) if sigma is None else sigma)
+            level = self._of_sigma(y.new_zeros(len(y)) if sigma is None else sigma)
             for layer, read in zip(self.onward, self.told, strict=True):
-                scale, shift = read(told)[:, None, None].chunk(2, dim=-1)
+                scale, shift = read(level)[:, None, None].chunk(2, dim=-1)
                 h = layer(self.activation((1 + scale) * h + shift))
         return self.features(h.movedim(-1, 1))
 

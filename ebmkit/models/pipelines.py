@@ -192,7 +192,7 @@ def _config(shape: Mapping[str, Any], diffusion: Mapping[str, Any]) -> ModelConf
             "images of 1 or 3, and give as many, or twice as many with variances"
         )
     if values["time_embedding_type"] == "fourier" or values["class_embed_type"] is not None:
-        raise UserError("this UNet is not told timesteps and labels by number: it is not known")
+        raise UserError("this UNet does not take timesteps and labels by number: it is not known")
     levels, widths = len(values["block_out_channels"]), values["block_out_channels"]
     whole = [width // widths[0] for width in widths]
     labels = values["num_class_embeds"]

@@ -12,8 +12,8 @@ from command_line import ebmkit_command
 from ebmkit_tests.sampling.jobs.small import save_run
 from PIL import Image
 
-from ebmkit.sampling.buffer import ReplayBuffer
-from ebmkit.sampling.jobs import SamplingJob
+from ebmkit.sampling.jobs.job import SamplingJob
+from ebmkit.sampling.starts import ReplayBuffer
 from ebmkit.training import RunFolder
 
 QUICK = ["--steps", 6, "--set", "beta=0.5", "--device", "cpu"]
@@ -109,7 +109,7 @@ def test_if_every_chain_is_lost_it_says_so_and_fails(place):
         "--out", "lost", cwd=place,
     )  # fmt: skip
     assert result.returncode == 2
-    assert "every chain left the finite numbers" in result.stderr.splitlines()[-1]
+    assert "every chain diverged to NaN or Inf" in result.stderr.splitlines()[-1]
     document = json.loads((place / "lost" / "sampling.json").read_text())
     assert [entry["chain"] for entry in document["lost"]] == [0, 1]
 
@@ -119,10 +119,13 @@ def test_if_every_chain_is_lost_it_says_so_and_fails(place):
     [
         (["sample", "run", "-n", "0"], "0 samples"),
         (["sample", "run", "--steps", "0"], "0 steps move no chain"),
-        (["sample", "run", "--sampler", "kss"], "did you mean 'ks'"),
+        (["sample", "run", "--sampler", "langevn"], "did you mean 'langevin'"),
+        (["sample", "run", "--sampler", "ks"], "is now called 'kadkhodaie_simoncelli'"),
+        (["sample", "run", "--start", "seeds"], "'seeds' is now called 'class_gaussian'"),
+        (["sample", "run", "--set", "largest_drift=1"], "is now called 'drift_clip'"),
         (["sample", "run", "--label", "7"], "label 7 is out of range"),
         (["sample", "run", "--set", "betta=1"], "did you mean 'beta'"),
-        (["sample", "run", "--start", "seeds"], "name the data by --dataset"),
+        (["sample", "run", "--start", "class_gaussian"], "name the data by --dataset"),
         (["sample", "jem", "--sampler", "ddim"], "was not trained to denoise"),
         (["restore", "jem", "gray.png"], "was not trained to denoise"),
         (["restore", "run", "gray.png", "--task", "derain"], "unknown task"),

@@ -15,7 +15,7 @@ from ebmkit.cli import app
 from ebmkit.cli.list import Kind, tables
 from ebmkit.experiments import EXPERIMENTS
 from ebmkit.export import What
-from ebmkit.sampling.jobs import TASKS
+from ebmkit.sampling.inverse import TASKS
 
 HEAVY = {"torch", "torchvision", "sympy", "scipy", "sklearn", "matplotlib", "numpy", "h5py"}
 COMMANDS = typer.main.get_command(app).commands

@@ -95,12 +95,16 @@ TRAINED |= {
     "train/recipe/sada-jem": f"--recipe sada-jem --dataset digits {_JEM}",
 }
 
-SAMPLERS = ("langevin", "sgld", "mala", "hmc", "annealed-langevin", "pc", "ddpm", "ddim", "ks")
-SAMPLERS = (*SAMPLERS, "ascent")
+SAMPLERS = {
+    **dict.fromkeys(("langevin", "sgld", "mala", "hmc", "annealed-langevin", "pc", "ddpm", "ddim")),
+    "ks": "kadkhodaie_simoncelli",
+    "ascent": None,
+}
+"""Part of an entry's name -> the sampler, where it has another name."""
 
 SAMPLED = {
     **{
-        f"sample/{name}/run": (JOINT, f"--sampler {name} --steps {steps} {FEW}")
+        f"sample/{name}/run": (JOINT, f"--sampler {SAMPLERS[name] or name} --steps {steps} {FEW}")
         for name, steps in (
             *(("langevin", 6), ("sgld", 6), ("mala", 6), ("hmc", 6), ("annealed-langevin", 20)),
             *(("pc", 6), ("ks", 12)),
@@ -116,8 +120,11 @@ SAMPLED = {
     "sample/label/ddim": (LABELLED, f"--sampler ddim --steps 6 --label 2 {FEW}"),
     "sample/buffer": (NEGATIVES, f"--sampler buffer {FEW}"),
     **{
-        f"sample/start/{start}": (NEGATIVES, f"--sampler sgld --steps 4 --start {start} {FEW}")
-        for start in ("noise", "uniform", "data", "seeds", "mean", "buffer")
+        f"sample/start/{name}": (NEGATIVES, f"--sampler sgld --steps 4 --start {start} {FEW}")
+        for name, start in (
+            *((s, s) for s in ("noise", "uniform", "data", "mean", "buffer")),
+            ("seeds", "class_gaussian"),
+        )
     },
 }
 """Name -> training run, words after `SAMPLE`."""

@@ -37,7 +37,7 @@ if GUIDED and "--child" in sys.argv:  # before anything else imports what is to 
         import ebmkit.evaluation.suites
         import ebmkit.guidance.score
         import ebmkit.models.importing
-        import ebmkit.sampling.jobs.labels
+        import ebmkit.sampling.jobs.settings
         import ebmkit.storage.verify
         import ebmkit.training  # noqa: F401
 

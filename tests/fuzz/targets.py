@@ -139,7 +139,7 @@ def _classifier() -> Any:
 
 
 def _labels(text: str) -> object:
-    from ebmkit.sampling.jobs.labels import parse_labels
+    from ebmkit.sampling.jobs.settings import parse_labels
 
     return parse_labels(_classifier(), text, 7)
 
@@ -364,7 +364,7 @@ def _gone_on_with(content: bytes) -> object:
 
 def _hdf5(content: bytes) -> object:
     from ebmkit.data import load_dataset
-    from ebmkit.sampling.buffer import ReplayBuffer
+    from ebmkit.sampling.starts import ReplayBuffer
 
     path = written(content, "set.h5")
     with contextlib.suppress(UserError):

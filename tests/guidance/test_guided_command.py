@@ -13,9 +13,9 @@ from command_line import ebmkit_command
 from ebmkit import ModelCard
 from ebmkit.guidance import GUIDANCE_SCHEDULES, GUIDES
 from ebmkit.models import ModelConfig, load, save_model
-from ebmkit.sampling.jobs import SamplingJob, default_folder
-from ebmkit.sampling.jobs.guiding import VIEWS, guidance_asked, guide_by
-from ebmkit.sampling.jobs.settings import make_settings
+from ebmkit.sampling.jobs.job import SamplingFolder, SamplingJob
+from ebmkit.sampling.jobs.settings import default_folder, make_settings
+from ebmkit.sampling.jobs.sources import VIEWS, guide_by, parse_guidance
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "sampling" / "jobs"))
 from small import save_run
@@ -87,11 +87,11 @@ def test_the_command_as_in_the_docs(place):
 @pytest.mark.parametrize("guidance", [g for g, e in GUIDES.items() if e.make is not None])
 def test_every_guide_and_view_moves_the_samples(place, guidance, view):
     with_steps = {"n": 2} if guidance in ("pgd", "accumulated") else {}
-    asked = guidance_asked(place / "robust", guidance, 3.0, None, view, None, with_steps)
+    asked = parse_guidance(place / "robust", guidance, 3.0, None, view, None, with_steps)
     base = load(place / "diffusion")
     ends = []
-    found = guide_by(base, asked, place / "robust", dataset="digits")
-    for model, extra in ((found.model, found.settings), (base, {})):
+    guided = guide_by(base, asked, place / "robust", dataset="digits")
+    for model, extra in (guided, (base, {})):
         settings = make_settings(
             model, "ddim", count=2, label="3" if extra else None, steps=4, **extra
         )
@@ -104,8 +104,6 @@ def test_every_guide_and_view_moves_the_samples(place, guidance, view):
 
 
 def _folder(path, settings):
-    from ebmkit.sampling.jobs import SamplingFolder
-
     folder = SamplingFolder(path)
     folder.begin(settings)
     return folder

@@ -9,9 +9,8 @@ from ebmkit import GaussianMixture, ModelCard, ScoreModel, UserError
 from ebmkit.energy import EnergyModel
 from ebmkit.guidance import GUIDES, LogitModel, guided_model, make_guidance
 from ebmkit.models import DirectDenoiser
-from ebmkit.sampling import make_schedule
-from ebmkit.sampling.presets import SAMPLERS
-from ebmkit.sampling.requirements import missing
+from ebmkit.noise import make_schedule
+from ebmkit.sampling.entry import SAMPLERS, missing
 from ebmkit.sampling.target import density_of, label_density_of
 
 EXACT = make_guidance(guidance="classifier")
@@ -42,7 +41,8 @@ class Free(ScoreModel):
 
 # --- the contract --------------------------------------------------------------------------------
 
-NOT = {"ks"}  # not of a model that is told the noise level
+KS = "kadkhodaie_simoncelli"
+NOT = {KS}  # not of a model that is told the noise level
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -59,7 +59,7 @@ def test_every_sampler_that_drives_the_base_drives_the_guided_model(name):
         x = run(sampler, start, steps=10)
         ends.append(entry.finish(target, sampler, x, labels))
     assert ends[0].isfinite().all()
-    if name != "ks":  # a blind label's own noise level is not the unconditional one
+    if name != KS:  # a blind label's own noise level is not the unconditional one
         torch.testing.assert_close(ends[0], ends[1], rtol=1e-3, atol=1e-3)
 
 
@@ -81,14 +81,17 @@ def test_unguided_it_is_the_base_to_the_bit(name, how):
     assert torch.equal(*ends)
 
 
-@pytest.mark.parametrize("name", ["ddim", "pc", "annealed-langevin", "ks"])
+@pytest.mark.parametrize("name", ["ddim", "pc", "annealed-langevin", KS])
 def test_guided_samples_are_of_the_label_that_was_asked_for(name):
     entry = SAMPLERS[name]
     base = pictures(Blind if "blind" in entry.needs else GaussianMixture)
-    steps = {"ks": {"beta": 0.2, "first_step": 0.1}, "annealed-langevin": {"steps": 60}}
+    steps = {
+        KS: {"beta": 0.2, "first_step": 0.1},
+        "annealed-langevin": {"steps": 60},
+    }
     config = entry.config(**steps.get(name, {"steps": 60}))
-    # ks reads the noise level off the guided residual, which the energy of an image would double
-    for way in ("classifier",) if name == "ks" else ("classifier", "energy", "dual"):
+    # it reads the noise level off the guided residual, which the energy of an image would double
+    for way in ("classifier",) if name == KS else ("classifier", "energy", "dual"):
         model = guided_model(
             base, pictures(), make_guidance(guidance=way, view="noisy", scale=2.0), (-15.0, -15.0)
         )

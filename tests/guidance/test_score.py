@@ -20,16 +20,17 @@ from ebmkit.guidance import (
     guided_score,
     parse_schedule,
 )
+from ebmkit.noise import make_schedule
 from ebmkit.sampling import (
     DDIM,
     AnnealedLangevin,
     denoiser_of,
     density_of,
     geometric_sigmas,
-    make_schedule,
     noise_predictor_of,
     score_of,
 )
+from ebmkit.sampling.annealed import AnnealedConfig
 
 LINEAR = make_schedule()
 
@@ -115,7 +116,7 @@ def test_guided_annealed_langevin_has_the_moments_of_the_label():
     model, count = plane(), 2000
     levels = geometric_sigmas(1.0, 0.1, 12)
     score = guided_score(score_of(model), Guidance(classifier_guide(model, 0)))
-    sampler = AnnealedLangevin(score, levels, inner=25, rate=0.05)
+    sampler = AnnealedLangevin(score, levels, AnnealedConfig(inner=25, rate=0.05))
     start = 0.5 + math.sqrt(1.0) * torch.randn(count, 2, dtype=torch.float64, generator=generator())
     x = run(sampler, start, seed=1, steps=300)
     variance = 0.02 + levels[-1] ** 2

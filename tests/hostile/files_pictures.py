@@ -151,7 +151,7 @@ CASES = [
     ),
     Case("jpeg of 20,000 passes", "image", picture(jpeg_of_many_passes, "p.jpg"), "passes"),
     Case("jpeg cut short", "image", picture(encoded("JPEG", (64, 64))[:-200], "p.jpg"), "damaged"),
-    Case("tiff with tags that overlap", "image", picture(overlapping_tags, "p.tif"), "not a pict"),
+    Case("tiff with tags that overlap", "image", picture(overlapping_tags, "p.tif"), "not an imag"),
     Case(
         "tiff strip that lies beyond the file",
         "image",

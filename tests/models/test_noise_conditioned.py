@@ -95,7 +95,7 @@ def test_larger_images_and_recomputation_work_as_without():
     ("fields", "words"),
     [
         ({"backbone": {"kind": "drunet"}}, "'drunet' is a whole model"),
-        ({"backbone": {"kind": "mlp", "noise_conditional": True}}, "is told sigma already"),
+        ({"backbone": {"kind": "mlp", "noise_conditional": True}}, "takes sigma already"),
         ({"input_mean": 0.5}, "leave out input_mean and input_std"),
     ],
     ids=str,

@@ -43,73 +43,89 @@ level; that part vanishes with r / N, where images are low-dimensional.
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
-from ebmkit.sampling.base import Chain, Info, check_positive, per_chain
+from ebmkit.noise import Sigma
+from ebmkit.sampling.annealed import DOWN_LEVELS
+from ebmkit.sampling.base import (
+    Chain,
+    Info,
+    PositionSampler,
+    normal_like,
+    per_chain,
+    root_mean_square,
+)
+from ebmkit.sampling.entry import SamplerConfig, SamplerEntry
 from ebmkit.sampling.inverse import Measurement
-from ebmkit.sampling.langevin import normal_like, root_mean_square
-from ebmkit.sampling.target import DenoiserFunction
+from ebmkit.sampling.target import (
+    HIGHEST,
+    LOWEST,
+    DenoiserFunction,
+    Labels,
+    blind_denoiser_of,
+    highest_level,
+    lowest_level,
+)
 
-__all__ = ["StochasticAscent"]
+
+class StochasticAscentConfig(SamplerConfig):
+    """Settings of ``kadkhodaie_simoncelli``."""
+
+    steps: int = Field(2000, ge=1, description="steps after which every chain ends")
+    first_sigma: Sigma | None = Field(
+        None, description="noise level of the start; none: the model's highest"
+    )
+    last_sigma: Sigma | None = Field(
+        None, description="level at which a chain ends; none: 0.01, or the model's lowest"
+    )
+    first_step: float = Field(0.01, gt=0, le=1, description="h_0")
+    beta: float = Field(0.01, gt=0, le=1, description="1 adds no noise, small values much")
+    largest_step: float = Field(1.0, gt=0, le=1, description="bound on h_t; 1 is the paper's")
+
+    def at_levels_of(self, model: ScoreModel) -> Self:
+        last = lowest_level(model, self.last_sigma)
+        first = highest_level(model, self.first_sigma)
+        return self.model_copy(update={"first_sigma": first, "last_sigma": last})
 
 
-class StochasticAscent:
+class StochasticAscent(PositionSampler):
     """The sampler of Kadkhodaie & Simoncelli 2021, algorithms 1 and 2.
 
-    Each chain finds its own level and ends when that is low enough; `Chains` then leaves it there.
+    Each chain estimates its own level and ends when that is low enough.
 
     Args:
         denoiser: blind; it is given no sigma.
-        first_sigma: sigma_0, noise of the start, image units; inside what the model was trained
-            for.
-        last_sigma: sigma_L, the level at which a chain ends, image units.
-        first_step: h_0, in (0, 1].
-        largest_step: bound on h_t, in (0, 1]; 1 is the paper's.
-        beta: from 0, which keeps the noise forever, to 1, which adds none; in (0, 1].
+        config: settings; noise levels that are not given are 1 and 0.01.
         measurement: of which images; None: free.
         measured: (B, n) or (1, n), what was measured.
-        most: steps after which every chain ends, whatever its level.
 
     Raises:
-        UserError: if a number is not legal, or of measurement and measured one alone is given.
+        UserError: if the noise does not fall, or of measurement and measured one alone is given.
     """
 
     def __init__(
         self,
         denoiser: DenoiserFunction,
-        first_sigma: float = 1.0,
-        last_sigma: float = 0.01,
-        first_step: float = 0.01,
-        beta: float = 0.01,
-        largest_step: float = 1.0,
+        config: StochasticAscentConfig,
         measurement: Measurement | None = None,
         measured: Tensor | None = None,
-        most: int = 2000,
     ) -> None:
-        check_positive("last sigma", last_sigma)
-        if not first_sigma > last_sigma:
+        first, last = config.first_sigma or HIGHEST, config.last_sigma or LOWEST
+        if not first > last:
             raise UserError(
-                f"the noise must fall: first sigma {first_sigma:g} is not above last sigma "
-                f"{last_sigma:g}"
+                f"the noise must fall: first sigma {first:g} is not above last sigma {last:g}"
             )
-        for name, share in (
-            ("first step", first_step),
-            ("beta", beta),
-            ("largest step", largest_step),
-        ):
-            if not 0 < share <= 1:
-                raise UserError(f"{name} {share} must be above 0 and at most 1")
-        if most < 1:
-            raise UserError(f"{most} steps move no chain: take 1 or more")
         if (measurement is None) != (measured is None):
             raise UserError("a measurement and what was measured belong together: give both")
-        self.denoiser = denoiser
-        self.first_sigma, self.last_sigma = first_sigma, last_sigma
-        self.first_step, self.beta, self.largest_step = first_step, beta, largest_step
+        self.denoiser, self.config = denoiser, config
+        self.sigmas, self.steps = (first, last), config.steps
         self.measurement, self.measured = measurement, measured
-        self.steps = most
 
     def start(
         self, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype = torch.float32
@@ -119,23 +135,55 @@ class StochasticAscent:
         if self.measurement is not None and self.measured is not None:
             measured = self.measured.to(gray).expand(len(gray), -1)
             gray = self.measurement.impose(gray, measured)
-        return gray + self.first_sigma * normal_like(gray, generator)
-
-    def init(self, x: Tensor) -> Chain:
-        """Chains that start at ``x`` (B, ...), images with noise of the first level."""
-        return Chain(x, 0)
+        return gray + self.sigmas[0] * normal_like(gray, generator)
 
     def step(self, state: Chain, generator: torch.Generator) -> tuple[Chain, Info]:
         """Up the density with noise, or, where the level is low enough, to the clean image."""
-        y, t = state.x, state.step + 1
+        y, t, config = state.x, state.step + 1, self.config
         change = self.denoiser(y) - y
         if self.measurement is not None and self.measured is not None:
             change = self.measurement.impose(change, self.measured - self.measurement.measure(y))
         sigma = root_mean_square(change)
-        h = min(self.largest_step, self.first_step * t / (1 + self.first_step * (t - 1)))
-        gamma = ((1 - self.beta * h) ** 2 - (1 - h) ** 2) ** 0.5 * sigma
+        h = min(config.largest_step, config.first_step * t / (1 + config.first_step * (t - 1)))
+        gamma = ((1 - config.beta * h) ** 2 - (1 - h) ** 2) ** 0.5 * sigma
         moved = y + h * change + per_chain(gamma, y) * normal_like(y, generator)
-        finished = (sigma <= self.last_sigma) | (t >= self.steps)
+        finished = (sigma <= self.sigmas[1]) | (t >= self.steps)
         moved = torch.where(per_chain(finished, y), y + change, moved)  # type: ignore[arg-type]
         info = Info(root_mean_square(moved - y), sigma=sigma, finished=finished)
         return Chain(moved, t), info
+
+
+KADKHODAIE_SIMONCELLI_ENTRY = SamplerEntry(
+    name="kadkhodaie_simoncelli",
+    description="stochastic ascent of a blind denoiser (Kadkhodaie & Simoncelli 2021)",
+    config=StochasticAscentConfig,
+    needs=("levels", "blind"),
+    make=lambda model, c, config: StochasticAscent(blind_denoiser_of(model, c), config),
+    no_law=DOWN_LEVELS,
+    priority=3,
+    starts_from_data=False,
+)
+
+
+def make_restorer(
+    model: ScoreModel,
+    measurement: Measurement,
+    measured: Tensor,
+    config: StochasticAscentConfig | None = None,
+    c: Labels = None,
+) -> StochasticAscent:
+    """The stochastic ascent under linear measurements: images that have exactly these.
+
+    Args:
+        model: a blind denoiser.
+        measurement: which numbers of an image are known.
+        measured: (B, n) or (1, n), what they are.
+        config: of the sampler.
+        c: labels, a number or (B,).
+
+    Raises:
+        UserError: if the sampler cannot drive the model, or a noise level is not the model's.
+    """
+    KADKHODAIE_SIMONCELLI_ENTRY.check(model, c)
+    config = (config or StochasticAscentConfig()).at_levels_of(model)
+    return StochasticAscent(blind_denoiser_of(model, c), config, measurement, measured)
