@@ -27,8 +27,7 @@ from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.inference import TILE, denoise_image
 from ebmkit.metrics import psnr
-from ebmkit.plots.common import save_figure, show_image
-from ebmkit.plots.common import image_grid
+from ebmkit.plots.common import image_grid, save_figure, show_image
 from ebmkit.randomness import keyed_generator
 from ebmkit.sampling.base import Chains
 from ebmkit.sampling.diagnostics import finite_or_none
