@@ -269,5 +269,6 @@ def _streamed(name: str, read: Callable[[int], Any], count: int, like: Images) -
     from ebmkit.data import StreamedSet
 
     reader = _Reader(read, like.channels, like.image_size)
-    shape = like.channels, like.image_size
-    return StreamedSet(reader, torch.arange(count), *shape, name=name, split="test")
+    return StreamedSet(
+        reader, torch.arange(count), like.channels, like.image_size, name=name, split="test"
+    )
