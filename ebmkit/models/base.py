@@ -129,7 +129,7 @@ class NetworkConfig(BaseModel):
             UserError: if there is no such kind.
         """
         kind = str(given.get("kind", "gradresnet")) if isinstance(given, Mapping) else "gradresnet"
-        return find("kind of network", cls._classes, kind)
+        return find("kind of backbone", cls._classes, kind)
 
     @classmethod
     def presets(cls) -> dict[str, Preset[Self]]:

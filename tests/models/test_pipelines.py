@@ -122,7 +122,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path):
     for change, words in [
         ({"_class_name": "UNet2DConditionModel"}, "of a UNet2DConditionModel: only UNet2DModel"),
         ({"in_channels": 4, "out_channels": 4}, "takes 4 channels"),
-        ({"time_embedding_type": "fourier"}, "not told timesteps"),
+        ({"time_embedding_type": "fourier"}, "does not take timesteps"),
         ({"colour": 1}, "does not know colour"),
         ({"layers_per_block": 2}, "do not fit config.json"),
     ]:
