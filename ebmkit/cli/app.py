@@ -73,7 +73,7 @@ PLUGIN = inspect.Parameter(
         typer.Option(
             callback=_load_plugins,
             is_eager=True,
-            help="Python file with parts of your own, or an installed plugin; may be repeated",
+            help="Python file or installed plugin that registers custom components; repeatable",
         ),
     ],
 )

@@ -20,28 +20,43 @@ __all__ = ["bench"]
 
 
 def bench(
-    backbone: Annotated[str, typer.Option(help="see `ebmkit list backbones`")] = "gradresnet18",
+    backbone: Annotated[
+        str, typer.Option(help="backbone, from `ebmkit list backbones`")
+    ] = "gradresnet18",
     objective: Annotated[
-        str, typer.Option(help="objectives to time, joined by commas")
+        str, typer.Option(help="objectives to time, separated by commas")
     ] = "ce,dsm,cdsm,ce+dsm",
     width: Annotated[int, typer.Option(min=1, help="channels of the first stage")] = 16,
-    image_size: Annotated[int, typer.Option(min=1, help="height and width of images")] = 32,
-    channels: Annotated[int, typer.Option(min=1, help="1 gray, 3 colour")] = 3,
+    image_size: Annotated[
+        int, typer.Option(min=1, help="height and width of the images, in pixels")
+    ] = 32,
+    channels: Annotated[int, typer.Option(min=1, help="number of channels: 1 gray, 3 colour")] = 3,
     batch: Annotated[
-        int, typer.Option(min=1, help="images per step; joint objectives classify twice as many")
+        int,
+        typer.Option(
+            min=1, help="images per step; joint objectives use twice as many for classification"
+        ),
     ] = 64,
-    rounds: Annotated[int, typer.Option(min=1, help="how often each candidate is timed")] = 9,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1")] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, fp32, tf32, bf16")] = "auto",
-    compile_: Annotated[str, typer.Option("--compile", help="auto, on, off")] = "auto",
+    rounds: Annotated[int, typer.Option(min=1, help="number of timed rounds per candidate")] = 9,
+    device: Annotated[str, typer.Option(help="device: auto, cpu, cuda, cuda:1")] = "auto",
+    precision: Annotated[str, typer.Option(help="precision: auto, fp32, tf32, bf16")] = "auto",
+    compile_: Annotated[
+        str, typer.Option("--compile", help="compile the model: auto, on, off")
+    ] = "auto",
     inference_: Annotated[
-        bool, typer.Option("--inference/--no-inference", help="time inference too")
+        bool, typer.Option("--inference/--no-inference", help="also time inference")
     ] = True,
     scaling_: Annotated[
-        bool, typer.Option("--scaling", help="also time dsm against width, size and batch")
+        bool,
+        typer.Option(
+            "--scaling", help="also time dsm for several widths, image sizes and batch sizes"
+        ),
     ] = False,
     json_: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="write the rows and versions")
+        Path | None,
+        typer.Option(
+            "--json", metavar="FILE", help="write the results and library versions to this new file"
+        ),
     ] = None,
 ) -> None:
     """Time training steps and inference against the plain eager way of writing them.

@@ -16,12 +16,17 @@ def pack(
     src: Annotated[
         str, typer.Argument(help="image folder, CIFAR folder, or torchvision:NAME[:FOLDER]")
     ],
-    out: Annotated[Path, typer.Argument(help="the HDF5 file to write")],
+    out: Annotated[Path, typer.Argument(help="HDF5 file to write")],
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="height and width to bring images to")
+        int | None,
+        typer.Option(
+            min=1,
+            help="image height and width, in pixels; images in a folder are resized and "
+            "cropped to it",
+        ),
     ] = None,
     skip_unreadable: Annotated[
-        bool, typer.Option("--skip-unreadable", help="leave out images that cannot be read")
+        bool, typer.Option("--skip-unreadable", help="skip images that cannot be read")
     ] = False,
     follow_links: Annotated[
         bool, typer.Option("--follow-links", help="follow links that lead out of the folder")

@@ -26,35 +26,49 @@ def evaluate(
     suite: Annotated[
         str,
         typer.Option(
-            help="suites joined by commas; standard: the quick ones; all; see `ebmkit list suites`"
+            help="suites separated by commas, from `ebmkit list suites`; standard: the "
+            "quick ones; all: every one that applies"
         ),
     ] = "standard",
     dataset: Annotated[
-        str | None, typer.Option(help="data set [default: the one trained on]")
+        str | None, typer.Option(help="data set [default: the training data set]")
     ] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="where its files are")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="folder or file of the data set")] = None,
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="height and width to bring images to")
+        int | None,
+        typer.Option(
+            min=1,
+            help="image height and width, in pixels; images in a folder are resized and "
+            "cropped to it",
+        ),
     ] = None,
-    split: Annotated[str, typer.Option(help="test, validation or train")] = "test",
-    limit: Annotated[int | None, typer.Option(min=1, help="only the first N images")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="of the noise")] = 0,
-    weights: Annotated[str, typer.Option(help="last, or best by validation")] = "last",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1")] = "auto",
+    split: Annotated[str, typer.Option(help="split: test, validation or train")] = "test",
+    limit: Annotated[int | None, typer.Option(min=1, help="use only the first N images")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="random seed of the noise")] = 0,
+    weights: Annotated[
+        str, typer.Option(help="which weights: last, or best (lowest validation loss)")
+    ] = "last",
+    device: Annotated[str, typer.Option(help="device: auto, cpu, cuda, cuda:1")] = "auto",
     precision: Annotated[
-        str, typer.Option(help="of products: fp32, tf32, bf16; auto: fp32, to compare figures")
+        str,
+        typer.Option(
+            help="precision: fp32, tf32, bf16; auto: fp32, so that results are comparable"
+        ),
     ] = "auto",
     compile_: Annotated[
         str,
         typer.Option(
             "--compile",
-            help="compile the score: on, off; auto: on CUDA, for minutes of work",
+            help="compile the score: on, off; auto: on CUDA, if the evaluation takes "
+            "more than five minutes",
         ),
     ] = "auto",
     set_: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", help="a suite's setting, as robustness.steps=10, or dataset.unreadable=skip"
+            "--set",
+            help="setting of a suite, for example robustness.steps=10, or "
+            "dataset.unreadable=skip; repeatable",
         ),
     ] = None,
 ) -> None:

@@ -15,7 +15,9 @@ __all__ = ["export"]
 
 def export(
     run: Annotated[Path, typer.Argument(help="run folder")],
-    out: Annotated[Path, typer.Option(help="new file: .pt2 for PyTorch, .onnx for ONNX runtimes")],
+    out: Annotated[
+        Path, typer.Option(help="file to write: .pt2 for PyTorch, .onnx for ONNX runtimes")
+    ],
     what: Annotated[
         Literal["classifier", "denoiser", "blind-denoiser"],
         typer.Option(
@@ -24,12 +26,15 @@ def export(
         ),
     ] = "denoiser",
     image_size: Annotated[
-        str | None, typer.Option(help="H or HxW, in pixels [default: the trained size]")
+        str | None,
+        typer.Option(help="input size, H or HxW, in pixels [default: the training size]"),
     ] = None,
     batch: Annotated[
-        int | None, typer.Option(min=1, help="images at a time [default: any number]")
+        int | None, typer.Option(min=1, help="fixed batch size [default: any]")
     ] = None,
-    weights: Annotated[str, typer.Option(help="last, or best by validation")] = "last",
+    weights: Annotated[
+        str, typer.Option(help="which weights: last, or best (lowest validation loss)")
+    ] = "last",
 ) -> None:
     """Write a trained model as a file for PyTorch or an ONNX runtime.
 

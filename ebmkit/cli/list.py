@@ -49,7 +49,7 @@ def tables() -> dict[str, dict[str, str]]:
 
 def list_(kind: Annotated[Kind, typer.Argument(help=", ".join(get_args(Kind)))]) -> None:
     """List the parts that options can name."""
-    table = Table(kind.removesuffix("s"), "about")
+    table = Table(kind.removesuffix("s"), "description")
     for name, description in tables()[kind].items():
         table.add_row(name, description)
     console.print(table)

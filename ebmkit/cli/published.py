@@ -17,37 +17,58 @@ def import_(
     source: Annotated[
         str,
         typer.Argument(
-            help="file or folder, or OWNER/NAME:FILE (diffusers: OWNER/NAME) on the hub"
+            help="file or folder, or OWNER/NAME:FILE (diffusers: OWNER/NAME) on the "
+            "Hugging Face hub"
         ),
     ],
     out: Annotated[Path, typer.Option(help="new folder for the model")],
     sigma: Annotated[
         list[str] | None,
-        typer.Option(help="noise level it was trained for, as 25/255; twice: lowest and highest"),
+        typer.Option(
+            help="noise level that the model was trained for, for example 25/255; give "
+            "it twice for lowest and highest"
+        ),
     ] = None,
     kind: Annotated[
         str | None,
-        typer.Option("--as", help="robustness, jem, denoiser, state or diffusers; default: found"),
+        typer.Option(
+            "--as", help="format: robustness, jem, denoiser, state or diffusers [default: detected]"
+        ),
     ] = None,
     backbone: Annotated[
-        str | None, typer.Option(help="for state: a name from `ebmkit list backbones`")
+        str | None, typer.Option(help="backbone of a state dict, from `ebmkit list backbones`")
     ] = None,
     rename: Annotated[
         list[str] | None,
-        typer.Option("--map", help="OLD=NEW, prefixes of names, in order; may be repeated"),
+        typer.Option(
+            "--map",
+            help="rename the prefix of parameter names, OLD=NEW; repeatable, applied in order",
+        ),
     ] = None,
-    classes: Annotated[int | None, typer.Option(help="labels, if the weights do not tell")] = None,
+    classes: Annotated[
+        int | None, typer.Option(help="number of classes, if the weights do not determine it")
+    ] = None,
     mean: Annotated[
-        str | None, typer.Option(help="subtracted from images in [0, 1]: 0.5 or 0.49,0.48,0.45")
+        str | None,
+        typer.Option(help="mean to subtract from images in [0, 1]: 0.5 or 0.49,0.48,0.45"),
     ] = None,
-    std: Annotated[str | None, typer.Option(help="what they are divided by then")] = None,
-    image_size: Annotated[int | None, typer.Option(help="height and width in training")] = None,
+    std: Annotated[
+        str | None, typer.Option(help="standard deviation to divide by after that")
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="height and width of the training images, in pixels")
+    ] = None,
     dataset: Annotated[
-        str | None, typer.Option(help="what it was trained on, as cifar10: gives the class names")
+        str | None,
+        typer.Option(help="training data set, for example cifar10; sets the class names"),
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="for state: one field, as model.backbone.width=32; repeatable"),
+        typer.Option(
+            "--set",
+            help="configuration field for a state dict, for example "
+            "model.backbone.width=32; repeatable",
+        ),
     ] = None,
 ) -> None:
     """Import a checkpoint, to evaluate, sample and use as a run. Nothing in it is executed.

@@ -27,26 +27,34 @@ def reproduce(
         typer.Argument(help="table1, table2, table3, fig1, fig3, fig4, guidance, claims, or all"),
     ],
     scale: Annotated[
-        str, typer.Option(help="smoke: seconds a row; cpu: CIFAR-10, minutes; full: the paper's")
+        str,
+        typer.Option(
+            help="smoke: digits, seconds per row; cpu: CIFAR-10, minutes per row; full: "
+            "the paper's scale"
+        ),
     ] = "smoke",
     more: Annotated[
-        list[str] | None, typer.Argument(help="more rows, after --only ROW", metavar="ROW")
+        list[str] | None, typer.Argument(help="further rows for --only", metavar="ROW")
     ] = None,
-    only: Annotated[
-        list[str] | None, typer.Option("--only", help="a row by name; more may follow")
-    ] = None,
+    only: Annotated[list[str] | None, typer.Option("--only", help="run only these rows")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="folder of rows and reports [default: runs/reproduce-SCALE]")
+        Path | None,
+        typer.Option(help="folder for rows and reports [default: runs/reproduce-SCALE]"),
     ] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="where CIFAR-10 is [default: data]")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="folder of CIFAR-10 [default: data]")
+    ] = None,
     imagenet_dir: Annotated[
-        Path | None, typer.Option(help="where ImageNet is: table2 at full scale")
+        Path | None, typer.Option(help="folder of ImageNet, for table2 at scale full")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1")] = "auto",
+    device: Annotated[str, typer.Option(help="device: auto, cpu, cuda, cuda:1")] = "auto",
     precision: Annotated[
-        str | None, typer.Option(help="of training: auto, fp32, tf32, bf16 [default: the scale's]")
+        str | None,
+        typer.Option(
+            help="precision of training: auto, fp32, tf32, bf16 [default: set by the scale]"
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="of all rows")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="random seed of all rows")] = 0,
 ) -> None:
     """Reproduce a table or figure of the paper: Markdown, JSON and a picture in --out.
 

@@ -20,48 +20,58 @@ __all__ = ["restore"]
 
 def restore(
     run: Annotated[Path, typer.Argument(help="run folder of a blind denoiser")],
-    images: Annotated[
-        list[Path], typer.Argument(metavar="IMAGE", help="pictures: PNG, JPEG, TIFF")
-    ],
-    out: Annotated[Path, typer.Option(help="folder for what is written")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="images: PNG, JPEG, TIFF")],
+    out: Annotated[Path, typer.Option(help="output folder")],
     task: Annotated[
-        str, typer.Option(help="inpaint, random-pixels, superres, deblur, compressed")
+        str, typer.Option(help="task: inpaint, random-pixels, superres, deblur, compressed")
     ] = "inpaint",
     mask: Annotated[
         Path | None,
-        typer.Option(help="inpaint: a picture, white where to fill in [default: a hole]"),
+        typer.Option(
+            help="for inpaint: image that is white where pixels are missing [default: a "
+            "hole in the centre]"
+        ),
     ] = None,
     share: Annotated[
         float | None,
         typer.Option(
-            help="of the picture: the hole (inpaint, 0.1), or what is known (random-pixels 0.5, "
-            "deblur 0.25, compressed 0.25)"
+            help="share of the image: the hole (inpaint, 0.1), or the measured share "
+            "(random-pixels 0.5, deblur 0.25, compressed 0.25)"
         ),
     ] = None,
-    factor: Annotated[int | None, typer.Option(help="superres: by which to enlarge, 2")] = None,
+    factor: Annotated[
+        int | None, typer.Option(help="for superres: enlargement factor [default: 2]")
+    ] = None,
     measured: Annotated[
         bool,
         typer.Option(
             "--measured",
-            help="the pictures are the measured ones: with the parts to fill in, small, or blurred",
+            help="the input images are measurements: with missing parts, low-resolution, "
+            "or blurred",
         ),
     ] = False,
-    samples: Annotated[int, typer.Option(help="restorations of each, and their mean")] = 1,
+    samples: Annotated[
+        int, typer.Option(help="number of restorations per image; also writes their mean")
+    ] = 1,
     label: Annotated[
-        str | None, typer.Option(help="class (name or number), for the conditional denoiser")
+        str | None,
+        typer.Option(help="class (name or number), to use the class-conditional denoiser"),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="at the most")] = None,
+    steps: Annotated[int | None, typer.Option(help="maximum number of steps")] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="a setting of the sampler ks, as beta=0.1; may be repeated"),
+        typer.Option("--set", help="setting of the sampler ks, for example beta=0.1; repeatable"),
     ] = None,
     seed: Annotated[
-        int, typer.Option(min=0, max=2**63 - 1, help="of the noise, and of what is measured")
+        int,
+        typer.Option(min=0, max=2**63 - 1, help="random seed of the noise and of the measurements"),
     ] = 0,
-    weights: Annotated[str, typer.Option(help="last, or best by validation")] = "last",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1")] = "auto",
+    weights: Annotated[
+        str, typer.Option(help="which weights: last, or best (lowest validation loss)")
+    ] = "last",
+    device: Annotated[str, typer.Option(help="device: auto, cpu, cuda, cuda:1")] = "auto",
     precision: Annotated[
-        str, typer.Option(help="of products: fp32, tf32, bf16; auto: fp32")
+        str, typer.Option(help="precision: fp32, tf32, bf16; auto: fp32")
     ] = "auto",
     compile_: Annotated[
         str, typer.Option("--compile", help="compile the score: on, off; auto: off")

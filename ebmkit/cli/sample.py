@@ -24,90 +24,112 @@ def sample(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="folder for the samples: a new one, or one to go on [default: RUN/samples/ and a "
-            "name made of the settings]"
+            help="folder for the samples: new, or an interrupted job to resume [default: "
+            "a folder in RUN/samples/ named after the settings]"
         ),
     ] = None,
     sampler: Annotated[
         str | None,
         typer.Option(
-            help="see `ebmkit list samplers`; buffer: the replay buffer's chains as they are "
-            "[default: ks for blind denoisers, ddim if the noise level is an input, else sgld]"
+            help="sampler, from `ebmkit list samplers`; buffer: export the replay buffer "
+            "[default: ks for blind denoisers, ddim if the noise level is an input, "
+            "else sgld]"
         ),
     ] = None,
     count: Annotated[int, typer.Option("-n", "--count", help="number of samples")] = 64,
     label: Annotated[
-        str | None, typer.Option(help="class, name or number; all: each in turn")
+        str | None, typer.Option(help="class, by name or number; all: each class in turn")
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="of each chain [default: the sampler's]")
+        int | None, typer.Option(help="number of steps per chain [default: set by the sampler]")
     ] = None,
     start: Annotated[
         str | None,
         typer.Option(
-            help="noise (about gray), uniform, data, seeds (Gaussian of a class), mean (noise "
-            "about the mean image), buffer [default: the sampler's]"
+            help="starting points: noise (Gaussian noise around gray), uniform, data, "
+            "seeds (draws from the Gaussian of a class's images), mean (noise "
+            "around the mean image), buffer [default: set by the sampler]"
         ),
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="a setting of the sampler, as step_size=1e-4; may be repeated"),
+        typer.Option(
+            "--set", help="setting of the sampler, for example step_size=1e-4; repeatable"
+        ),
     ] = None,
     guide: Annotated[
-        Path | None, typer.Option(help="run folder of the classifier or joint model that guides")
+        Path | None, typer.Option(help="run folder of the guide: a classifier or joint model")
     ] = None,
     guidance: Annotated[
         str | None,
         typer.Option(
-            help="see `ebmkit list guidance`; classifier-free needs no --guide [default: energy]"
+            help="guidance method, from `ebmkit list guidance`; classifier-free needs no "
+            "--guide [default: energy]"
         ),
     ] = None,
-    scale: Annotated[float | None, typer.Option(help="of guidance [default: 1]")] = None,
+    scale: Annotated[float | None, typer.Option(help="guidance scale [default: 1]")] = None,
     schedule: Annotated[
         str | None,
         typer.Option(
-            help="of guidance: exact, constant, step:at=500,low=0.37, linear, power:k=2, "
-            "sigmoid:t0=500,y0=0.05,k=0.02 [default: exact]"
+            help="guidance schedule: exact, constant, step:at=500,low=0.37, linear, "
+            "power:k=2, sigmoid:t0=500,y0=0.05,k=0.02 [default: exact]"
         ),
     ] = None,
     view: Annotated[
         str | None,
         typer.Option(
-            help="what the guide sees: noisy, shrunk, clean, clean-through (its gradient back "
-            "through the denoiser) [default: noisy if it takes the noise level, else shrunk]"
+            help="input of the guide: noisy, shrunk, clean, clean-through (gradient "
+            "backpropagated through the denoiser) [default: noisy if the guide "
+            "takes the noise level, else shrunk]"
         ),
     ] = None,
     late: Annotated[
         float | None,
-        typer.Option(help="share of the noise levels that pass unguided first [default: 0]"),
+        typer.Option(
+            help="share of the noise levels without guidance, from the noisiest down [default: 0]"
+        ),
     ] = None,
     guide_set: Annotated[
         list[str] | None,
-        typer.Option(help="a setting of the guide, as n=50, gamma=0.01, lambda=0.15, inner=dual"),
+        typer.Option(
+            help="setting of the guide: n=50, gamma=0.01, lambda=0.15 or inner=dual; repeatable"
+        ),
     ] = None,
-    guide_weights: Annotated[str, typer.Option(help="of the guide: last, or best")] = "last",
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="of starts and steps")] = 0,
+    guide_weights: Annotated[
+        str, typer.Option(help="which weights of the guide: last, or best (lowest validation loss)")
+    ] = "last",
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="random seed of starting points and steps")
+    ] = 0,
     batch_size: Annotated[
-        int, typer.Option(help="chains moved together; changes which samples are drawn")
+        int, typer.Option(help="number of chains per batch; another value draws other samples")
     ] = 64,
     image_size: Annotated[
-        int | None, typer.Option(help="side of the images [default: the trained size]")
+        int | None,
+        typer.Option(
+            help="height and width of the samples, in pixels [default: the training size]"
+        ),
     ] = None,
     dataset: Annotated[
         str | None,
-        typer.Option(help="to start from and compare energies with [default: the one trained on]"),
+        typer.Option(
+            help="data set for starting points and for the energies of real images "
+            "[default: the training data set]"
+        ),
     ] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="where its files are")] = None,
-    weights: Annotated[str, typer.Option(help="last, or best by validation")] = "last",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1")] = "auto",
+    data_dir: Annotated[Path | None, typer.Option(help="folder or file of the data set")] = None,
+    weights: Annotated[
+        str, typer.Option(help="which weights: last, or best (lowest validation loss)")
+    ] = "last",
+    device: Annotated[str, typer.Option(help="device: auto, cpu, cuda, cuda:1")] = "auto",
     precision: Annotated[
-        str, typer.Option(help="of products: fp32, tf32, bf16; auto: fp32")
+        str, typer.Option(help="precision: fp32, tf32, bf16; auto: fp32")
     ] = "auto",
     compile_: Annotated[
         str,
         typer.Option(
             "--compile",
-            help="compile the score: on, off; auto: off, so that going on repeats every bit",
+            help="compile the score: on, off; auto: off, so that resuming is bit-identical",
         ),
     ] = "auto",
 ) -> None:

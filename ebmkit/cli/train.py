@@ -34,53 +34,69 @@ FINAL_IMAGES = 1000
 
 def train(
     dataset: Annotated[
-        str | None, typer.Option(help="data set [default: digits]; see `ebmkit list datasets`")
+        str | None, typer.Option(help="data set, from `ebmkit list datasets` [default: digits]")
     ] = None,
     data_dir: Annotated[
-        Path | None, typer.Option(help="where its files are [default: data]")
+        Path | None, typer.Option(help="folder or file of the data set [default: data]")
     ] = None,
     backbone: Annotated[
         str | None,
-        typer.Option(help="[default: the recipe's, gradresnet18]; see `ebmkit list backbones`"),
+        typer.Option(
+            help="backbone, from `ebmkit list backbones` [default: set by the recipe, gradresnet18]"
+        ),
     ] = None,
     objective: Annotated[
         str | None,
-        typer.Option(help="objectives joined by +, as ce+0.5*dsm [default: the recipe's, ce+dsm]"),
+        typer.Option(
+            help="objectives joined by +, for example ce+0.5*dsm [default: set by the "
+            "recipe, ce+dsm]"
+        ),
     ] = None,
     width: Annotated[int | None, typer.Option(help="channels of the first stage")] = None,
-    steps: Annotated[int | None, typer.Option(help="optimiser steps")] = None,
+    steps: Annotated[int | None, typer.Option(help="number of optimiser steps")] = None,
     seed: Annotated[
-        int | None, typer.Option(help="of weights, order, augmentation and noise [default: 0]")
+        int | None,
+        typer.Option(
+            help="random seed of initial weights, data order, augmentation and noise [default: 0]"
+        ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="run folder [default: a new one under runs/]")
+        Path | None, typer.Option(help="run folder to create [default: a new one in runs/]")
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="defaults to start from [default: the data set's]")
+        str | None,
+        typer.Option(help="recipe, from `ebmkit list recipes` [default: set by the data set]"),
     ] = None,
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="height and width to bring images to")
+        int | None,
+        typer.Option(
+            min=1,
+            help="image height and width, in pixels; images in a folder are resized and "
+            "cropped to it",
+        ),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of configuration fields")] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="one field, as optimizer.lr=1e-3; may be repeated"),
+        typer.Option(
+            "--set", help="configuration field, for example optimizer.lr=1e-3; repeatable"
+        ),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1")] = None,
+    device: Annotated[str | None, typer.Option(help="device: auto, cpu, cuda, cuda:1")] = None,
     precision: Annotated[
-        str | None, typer.Option(help="of products: auto, fp32, tf32, bf16 [default: auto]")
+        str | None, typer.Option(help="precision: auto, fp32, tf32, bf16 [default: auto]")
     ] = None,
     compile_: Annotated[
         str | None,
         typer.Option("--compile", help="compile the step: auto, on, off [default: auto]"),
     ] = None,
-    resume: Annotated[Path | None, typer.Option(help="go on with this run")] = None,
+    resume: Annotated[Path | None, typer.Option(help="run folder to resume")] = None,
     evaluate: Annotated[
-        bool, typer.Option(help="evaluate on the test images and draw pictures at the end")
+        bool, typer.Option(help="evaluate on the test images and write plots at the end")
     ] = True,
     tensorboard: Annotated[bool, typer.Option(help="also write TensorBoard events")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="tell what the run would cost, and write nothing")
+        bool, typer.Option("--dry-run", help="estimate the cost of the run, and write nothing")
     ] = False,
 ) -> None:
     """Train one joint model, then evaluate it on the test images.

@@ -25,18 +25,20 @@ __all__ = ["classify", "denoise"]
 
 RunArgument = Annotated[Path, typer.Argument(help="run folder")]
 ImagesArgument = Annotated[
-    list[Path], typer.Argument(metavar="IMAGE", help="pictures: PNG, JPEG, TIFF")
+    list[Path], typer.Argument(metavar="IMAGE", help="images: PNG, JPEG, TIFF")
 ]
-WeightsOption = Annotated[str, typer.Option(help="last, or best by validation")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1")]
+WeightsOption = Annotated[
+    str, typer.Option(help="which weights: last, or best (lowest validation loss)")
+]
+DeviceOption = Annotated[str, typer.Option(help="device: auto, cpu, cuda, cuda:1")]
 
 
 def classify(
     run: RunArgument,
     images: ImagesArgument,
-    top: Annotated[int, typer.Option(min=1, help="how many classes to show")] = 3,
+    top: Annotated[int, typer.Option(min=1, help="number of classes to show")] = 3,
     resize: Annotated[
-        bool, typer.Option(help="bring pictures to the size the model was trained at")
+        bool, typer.Option(help="resize and crop images to the training size")
     ] = True,
     weights: WeightsOption = "last",
     device: DeviceOption = "auto",
@@ -75,21 +77,23 @@ def classify(
 def denoise(
     run: RunArgument,
     images: ImagesArgument,
-    out: Annotated[Path, typer.Option(help="folder for the denoised pictures")],
+    out: Annotated[Path, typer.Option(help="folder for the denoised images")],
     sigma: Annotated[
-        str | None, typer.Option(help="noise level, as 25/255 [default: estimated by the model]")
+        str | None,
+        typer.Option(help="noise level, for example 25/255 [default: estimated by the model]"),
     ] = None,
     label: Annotated[
-        str | None, typer.Option(help="class (name or number), for the conditional denoiser")
+        str | None,
+        typer.Option(help="class (name or number), to use the class-conditional denoiser"),
     ] = None,
     weights: WeightsOption = "last",
     device: DeviceOption = "auto",
     precision: Annotated[
-        str, typer.Option(help="of products: fp32, tf32, bf16; auto: fp32")
+        str, typer.Option(help="precision: fp32, tf32, bf16; auto: fp32")
     ] = "auto",
     compile_: Annotated[
         str,
-        typer.Option("--compile", help="compile the score: on, off; auto: off, it seldom pays"),
+        typer.Option("--compile", help="compile the score: on, off; auto: off"),
     ] = "auto",
 ) -> None:
     """Remove Gaussian noise from pictures of any size, in tiles.

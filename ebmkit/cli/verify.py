@@ -21,7 +21,9 @@ def verify(
     run: Annotated[Path, typer.Argument(help="run folder")],
     accept: Annotated[
         list[str] | None,
-        typer.Option(help="enter this file as it is now, for its change was meant; repeatable"),
+        typer.Option(
+            help="accept the present content of this file, changed on purpose; repeatable"
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
 ) -> None:

@@ -118,9 +118,11 @@ def _pictures(request: Request) -> StreamedSet:
 
 
 DATASETS: dict[str, DatasetEntry] = {
-    "digits": DatasetEntry(_digits, "1,797 scanned digits, gray 8x8, 10 classes; comes along"),
+    "digits": DatasetEntry(
+        _digits, "1,797 scanned digits, gray 8x8, 10 classes; included in scikit-learn"
+    ),
     "patches": DatasetEntry(
-        _patches, "patches of two photographs, colour 32x32, no labels; comes along"
+        _patches, "patches of two photographs, colour 32x32, no labels; included in scikit-learn"
     ),
     "cifar10": DatasetEntry(
         _cifar10, "60,000 photographs, colour 32x32, 10 classes; torchvision's folder or HDF5"
@@ -133,10 +135,11 @@ DATASETS: dict[str, DatasetEntry] = {
     ),
     "imagenet": DatasetEntry(
         _imagenet,
-        "a folder of whole pictures, train|val/CLASS/*.JPEG: tested on the middle 224 of 256",
+        "--data-dir is a folder of whole images, train|val/CLASS/*.JPEG; tested "
+        "on the 224 centre crop of 256",
     ),
     "pictures": DatasetEntry(
-        _pictures, "--data-dir is a folder of pictures of any size, to evaluate denoisers on"
+        _pictures, "--data-dir is a folder of images of any size, to evaluate denoisers"
     ),
     "hdf5": DatasetEntry(_hdf5, "--data-dir is an HDF5 file, as `ebmkit data pack` writes it"),
 }

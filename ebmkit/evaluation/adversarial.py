@@ -73,14 +73,19 @@ class AdversarialConfig(BaseModel):
         description="noise levels, image units",
     )
     labels: int = Field(
-        2, ge=1, le=6, description="target labels: the likeliest beside the predicted one"
+        2,
+        ge=1,
+        le=6,
+        description="number of target labels: the most likely ones after the predicted label",
     )
-    images: int = Field(64, ge=2, description="how many of the first images; the picture shows 4")
+    images: int = Field(64, ge=2, description="number of images, from the first; the plot shows 4")
     lengths: tuple[PositiveFloat, ...] = Field(
-        (0.05, 0.25, 1.0), min_length=1, description="l2 lengths of steps, image units"
+        (0.05, 0.25, 1.0),
+        min_length=1,
+        description="l2 lengths of the steps along the gradient, image units",
     )
     precision: Literal["single", "double"] = Field(
-        "single", description="what the network computes in: single (float32), double (float64)"
+        "single", description="precision: single (float32) or double (float64)"
     )
 
 
@@ -263,7 +268,8 @@ def table(document: dict[str, Any]) -> Table:
 
 
 ADVERSARIAL = Suite(
-    description="adversarial gradients as differences of denoisers (eq. 9), size against noise",
+    description="adversarial gradients as differences of denoisers (eq. 9), and their "
+    "norm against noise",
     check=check,
     passes=lambda setting: len(_levels(setting)),
     run=run,

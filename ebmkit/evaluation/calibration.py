@@ -132,7 +132,8 @@ def _bin_of(confidence: Tensor, bins: int) -> NDArray[np.intp]:
 
 
 CALIBRATION = Suite(
-    description="calibration error, Brier score and likelihood, clean and at 25/255; a diagram",
+    description="calibration error, Brier score and likelihood, clean and at 25/255; "
+    "reliability diagram",
     check=check_classifies,
     passes=lambda setting: 2,
     run=run,

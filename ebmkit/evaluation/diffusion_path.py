@@ -330,7 +330,8 @@ def _passes(setting: EvaluationContext) -> int:
 
 
 DIFFUSION_PATH = Suite(
-    description="accuracy and energies along a diffusion model's path: noise, darkness, by class",
+    description="accuracy and energies along a diffusion model's forward process, on "
+    "darkened images, by class",
     check=check,
     passes=_passes,
     run=run,

@@ -73,12 +73,12 @@ class GenerationConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    samples: Path | None = Field(None, description="HDF5 file that `ebmkit sample` wrote")
+    samples: Path | None = Field(None, description="HDF5 file of `ebmkit sample`")
     extractor: str = Field(
-        "inception", description="inception, or the run folder of a classifier of your own"
+        "inception", description="feature extractor: inception, or the run folder of a classifier"
     )
     weights: Path | None = Field(
-        None, description="file of Inception's weights [default: fetched by torch-fidelity]"
+        None, description="file of the Inception weights [default: downloaded by torch-fidelity]"
     )
 
 
@@ -313,7 +313,8 @@ def _image_set(generated: Generated, like: Images) -> Images:
 
 
 GENERATION = Suite(
-    description="samples against real images: FID, KID, IS, precision, recall, or by a classifier",
+    description="samples against real images: FID, KID, IS, precision, recall, or their "
+    "analogues for a classifier",
     check=check,
     passes=lambda setting: 3,
     run=run,

@@ -344,7 +344,8 @@ def _warnings(
 
 
 ROBUSTNESS = Suite(
-    description="accuracy against l_inf and l2 attacks (PGD), a map over strength and noise",
+    description="accuracy under l_inf and l2 attacks (PGD), and a map over attack "
+    "strength and noise level",
     check=check_classifies,
     passes=passes,
     run=run,

@@ -44,9 +44,9 @@ CLASSIFIER_FREE = "classifier-free"
 
 Inner = Literal["classifier", "energy", "dual"]
 
-_INNER = "the guide that is climbed: classifier, energy or dual"
-_LAMBDA = "weight of |mean E of the label - E(v)|, of dual"
-_GAMMA = "l2 length of a step, image units"
+_INNER = "inner guide that is increased: classifier, energy or dual"
+_LAMBDA = "dual: weight of |mean E of the label - E(v)|"
+_GAMMA = "l2 length of an ascent step, image units"
 
 
 class GuideSettings(BaseModel):
@@ -66,7 +66,7 @@ class DualSettings(GuideSettings):
 class PGDSettings(DualSettings):
     """Settings of ``pgd``."""
 
-    n: int = Field(PGD_STEPS, ge=0, description="steps up; 0 is the inner guide")
+    n: int = Field(PGD_STEPS, ge=0, description="number of ascent steps; 0 is the inner guide")
     gamma: float = Field(PGD_STEP_SIZE, ge=0, description=_GAMMA)
     inner: Inner = Field("energy", description=_INNER)
 
@@ -75,7 +75,9 @@ class AccumulatedSettings(DualSettings):
     """Settings of ``accumulated``."""
 
     n: int = Field(
-        5, ge=1, description="gradients added; 1 is the inner guide (RCG says no number)"
+        5,
+        ge=1,
+        description="number of accumulated gradients; 1 is the inner guide (RCG gives no number)",
     )
     gamma: float = Field(PGD_STEP_SIZE, ge=0, description=_GAMMA)
     inner: Inner = Field("classifier", description=_INNER)
@@ -179,19 +181,22 @@ class GuidanceConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     guidance: str = Field("energy", description="a name from `ebmkit list guidance`")
-    options: dict[str, Any] = Field({}, description="settings of the guide, resolved")
-    scale: float = Field(1.0, ge=0, description="s; 0 is unguided")
-    schedule: str = Field("exact", description="g(t), as sigmoid:t0=500,y0=0.05,k=0.02")
+    options: dict[str, Any] = Field({}, description="resolved settings of the guide")
+    scale: float = Field(1.0, ge=0, description="guidance scale s; 0: unguided")
+    schedule: str = Field(
+        "exact", description="guidance schedule g(t), for example sigmoid:t0=500,y0=0.05,k=0.02"
+    )
     view: View | None = Field(
         None,
-        description="what the guide sees: noisy, shrunk or clean; none: noisy if the guide takes "
-        "the noise level, else shrunk",
+        description="input of the guide: noisy, shrunk or clean; null: noisy if the guide "
+        "takes the noise level, else shrunk",
     )
-    through: bool = Field(
-        False, description="whether the gradient of view clean goes back through the denoiser"
-    )
+    through: bool = Field(False, description="view clean: backpropagate through the denoiser")
     late: float = Field(
-        0.0, ge=0, le=1, description="share of noise levels, from the noisiest, without guidance"
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the noise levels without guidance, from the noisiest down",
     )
 
     @field_validator("schedule")

@@ -62,8 +62,8 @@ class ClassEnergies(BaseModel):
 class _Stored(ClassEnergies):
     dataset: str
     fingerprint: str
-    digest: str = Field(description="of the weights")
-    sigma: float | None = Field(description="noise level that the model was told")
+    digest: str = Field(description="digest of the weights")
+    sigma: float | None = Field(description="noise level given to the model")
 
 
 @torch.no_grad()

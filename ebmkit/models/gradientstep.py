@@ -169,13 +169,18 @@ class GSDRUNetConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["gs-drunet"] = "gs-drunet"
-    width: int = Field(64, ge=1, description="channels of scale 1; the others have 2, 4, 8 times")
-    blocks: int = Field(2, ge=1, description="residual blocks of each scale, down and up")
+    width: int = Field(
+        64, ge=1, description="channels of scale 1; scales 2 to 4 have 2, 4, 8 times as many"
+    )
+    blocks: int = Field(
+        2, ge=1, description="residual blocks per scale, on the way down and on the way up"
+    )
     noise_map: bool = Field(
-        True, description="sigma as an input channel (as published); false: the blind form"
+        True, description="sigma as an input channel (as published); false: blind"
     )
     activation: Literal["elu", "softplus"] = Field(
-        "elu", description="elu (as published) or softplus; smooth, as it is differentiated twice"
+        "elu",
+        description="elu (as published) or softplus; smooth, because training differentiates twice",
     )
 
     def build_model(self, in_channels: int) -> GradientStep:
@@ -196,12 +201,12 @@ class GraDnCNNConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["gradncnn"] = "gradncnn"
-    layers: int = Field(6, ge=1, description="layers between the first and the last")
-    width: int = Field(128, ge=1, description="channels between the layers")
+    layers: int = Field(6, ge=1, description="number of layers between the first and the last")
+    width: int = Field(128, ge=1, description="hidden channels")
     activation: Literal["elu", "softplus"] = Field(
-        "elu", description="elu or softplus; smooth, as it is differentiated twice"
+        "elu", description="elu or softplus; smooth, because training differentiates twice"
     )
-    bias: bool = Field(True, description="biases in the convolutions of the image")
+    bias: bool = Field(True, description="biases in the convolutions that take the image")
 
     def build_model(self, in_channels: int) -> GradientStep:
         """The energy model, with fresh weights, for images of ``in_channels`` channels."""

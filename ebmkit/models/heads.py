@@ -83,7 +83,7 @@ class HeadConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["linear-quadratic", "logit"] = Field(
-        "linear-quadratic", description="linear + quadratic (the paper) or logsumexp (JEM)"
+        "linear-quadratic", description="head: linear + quadratic (the paper) or logsumexp (JEM)"
     )
     bias: bool = Field(False, description="biases in the head (the paper removes them)")
 

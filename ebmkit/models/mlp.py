@@ -51,15 +51,17 @@ class MLPConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["mlp"] = "mlp"
-    width: int = Field(128, ge=1, description="features of every layer")
-    depth: int = Field(3, ge=1, description="layers, the one on patches included")
-    kernel: int = Field(1, ge=1, description="height and width of patches, odd; 1 for points")
+    width: int = Field(128, ge=1, description="width of every layer")
+    depth: int = Field(3, ge=1, description="number of layers, including the one on patches")
+    kernel: int = Field(1, ge=1, description="height and width of the patches, odd; 1 for points")
     activation: Literal["silu", "gelu", "softplus"] = Field(
-        "silu", description="silu, gelu or softplus; smooth, as scores are differentiated"
+        "silu", description="silu, gelu or softplus; smooth, because training differentiates scores"
     )
     bias: bool = Field(True, description="biases in the layers")
-    noise_conditional: bool = Field(False, description="whether the network is told sigma")
-    frequencies: int = Field(4, ge=0, le=1000, description="F, of the features of log sigma")
+    noise_conditional: bool = Field(False, description="sigma is an input of the network")
+    frequencies: int = Field(
+        4, ge=0, le=1000, description="F, the number of Fourier frequencies of log sigma"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> MLPConfig:

@@ -24,7 +24,8 @@ __all__ = ["BACKBONES", "DENOISERS", "find_network"]
 BACKBONES: dict[str, Preset[GradResNetConfig | ResNetConfig | WideResNetConfig | MLPConfig]] = {
     "gradresnet18": Preset(GradResNetConfig(depth=18), "the paper's network for 32x32 images"),
     "gradresnet10": Preset(
-        GradResNetConfig(depth=10), "the same, one block a stage: twice the steps for a FLOP"
+        GradResNetConfig(depth=10),
+        "the same with one block per stage: twice the steps for the same FLOPs",
     ),
     "gradresnet34": Preset(GradResNetConfig(depth=34), "the same, deeper (3-4-6-3 blocks)"),
     "gradresnet18-imagenet": Preset(
@@ -33,39 +34,40 @@ BACKBONES: dict[str, Preset[GradResNetConfig | ResNetConfig | WideResNetConfig |
     ),
     "resnet18": Preset(
         ResNetConfig(depth=18, stem="cifar"),
-        "He et al. 2016, adapted to 32x32 images: 3x3 stem, no max-pool; to classify",
+        "classifier (He et al. 2016) adapted to 32x32 images: 3x3 stem, no max-pool",
     ),
     "resnet18-imagenet": Preset(
-        ResNetConfig(depth=18, stem="imagenet"), "He et al. 2016, for 224x224 images; to classify"
+        ResNetConfig(depth=18, stem="imagenet"), "classifier (He et al. 2016) for 224x224 images"
     ),
     "resnet50": Preset(
         ResNetConfig(depth=50, stem="cifar"),
-        "He et al. 2016, 50 layers, adapted to 32x32 images as resnet18 is; to classify",
+        "classifier (He et al. 2016), 50 layers, adapted to 32x32 images like resnet18",
     ),
     "resnet50-imagenet": Preset(
-        ResNetConfig(depth=50, stem="imagenet"), "He et al. 2016, for 224x224 images; to classify"
+        ResNetConfig(depth=50, stem="imagenet"), "classifier (He et al. 2016) for 224x224 images"
     ),
     "wideresnet28-10": Preset(
-        WideResNetConfig(depth=28, width=160), "Zagoruyko and Komodakis 2016; to classify"
+        WideResNetConfig(depth=28, width=160), "classifier (Zagoruyko and Komodakis 2016)"
     ),
     "wideresnet28-10-jem": Preset(
         WideResNetConfig(
             depth=28, width=160, norm="none", activation="leaky_relu", bias=True, block="jem"
         ),
-        "the same as JEM has it: no norm, leaky ReLU, biases",
+        "the variant of JEM: no norm, leaky ReLU, biases",
     ),
     "wideresnet10-jem": Preset(
         WideResNetConfig(
             depth=10, width=32, norm="none", activation="leaky_relu", bias=True, block="jem"
         ),
-        "the same, small enough to train by JEM on a CPU",
+        "the variant of JEM, small enough to train on a CPU",
     ),
     "mlp": Preset(
-        MLPConfig(width=128, kernel=7), "perceptron on 7x7 patches; kernel=1 for points; blind"
+        MLPConfig(width=128, kernel=7),
+        "perceptron on 7x7 patches (kernel=1: on points), blind to sigma",
     ),
     "mlp-sigma": Preset(
         MLPConfig(width=128, kernel=7, noise_conditional=True),
-        "the same, told sigma: with dsm, an NCSN (Song & Ermon 2019)",
+        "the same with sigma as an input; with dsm an NCSN (Song & Ermon 2019)",
     ),
 }
 

@@ -29,10 +29,12 @@ __all__ = [
 Start = Literal["auto", "noise", "uniform", "data", "seeds"]
 
 _START = (
-    "auto: seeds where images of the data set are at hand, else noise; noise: about gray, of the "
-    "first or the model's highest level; uniform: in [0, 1]; data: images of the data set; seeds: "
-    "draws from the Gaussian of a label's images, or of all; samplers that go down noise levels "
-    "add the first one's noise to data and seeds"
+    "starting points. auto: seeds if images of the data set are available, "
+    "else noise; noise: Gaussian noise around gray, of the first level or "
+    "the model's highest; uniform: uniform in [0, 1]; data: images of the "
+    "data set; seeds: draws from the Gaussian of a label's images, or of "
+    "all. Samplers over noise levels add the first level's noise to data "
+    "and seeds"
 )
 
 
@@ -41,7 +43,7 @@ class SamplerConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    steps: int = Field(1000, ge=1, description="steps of each chain")
+    steps: int = Field(1000, ge=1, description="number of steps per chain")
     start: Start = Field("auto", description=_START)
 
 
@@ -50,25 +52,35 @@ class LevelConfig(SamplerConfig):
 
     sigma: Sigma | None = Field(
         None,
-        description="noise level of the density, for models that take one, as 10/255; none: the "
-        "model's lowest, or no noise in closed form",
+        description="noise level of the density, for models with noise level input, for "
+        "example 10/255; null: the model's lowest, or 0 for closed forms",
     )
 
 
 class LangevinConfig(LevelConfig):
     """Settings of ``langevin``."""
 
-    step_size: float = Field(1e-4, gt=0, description="eta, image units squared")
-    temperature: float = Field(1.0, ge=0, description="samples p^(1/T); 0 is ascent")
+    step_size: float = Field(1e-4, gt=0, description="step size eta, image units squared")
+    temperature: float = Field(
+        1.0, ge=0, description="temperature T: samples p^(1/T); 0: gradient ascent"
+    )
 
 
 class SGLDConfig(LevelConfig):
     """Settings of ``sgld``."""
 
-    steps: int = Field(20, ge=1, description="steps of each chain; JEM takes 20 from its buffer")
+    steps: int = Field(
+        20, ge=1, description="number of steps per chain; JEM takes 20, starting from its buffer"
+    )
     start: Start = Field("uniform", description=_START)
-    step_size: float = Field(JEM_STEP, gt=0, description="eta, image units squared; JEM's 1")
-    noise: SigmaOrZero = Field(JEM_NOISE, description="deviation of the noise; JEM's 0.01")
+    step_size: float = Field(
+        JEM_STEP,
+        gt=0,
+        description="step size eta, image units squared; default: JEM's 1 in [-1, 1]",
+    )
+    noise: SigmaOrZero = Field(
+        JEM_NOISE, description="standard deviation of the noise; default: JEM's 0.01 in [-1, 1]"
+    )
     largest_drift: float | None = Field(
         None, gt=0, description="bound on each entry of eta * score, as in JEM++"
     )
@@ -77,34 +89,40 @@ class SGLDConfig(LevelConfig):
 class MALAConfig(LevelConfig):
     """Settings of ``mala``."""
 
-    step_size: float = Field(1e-4, gt=0, description="eta; aim at an acceptance of 0.57")
-    temperature: float = Field(1.0, gt=0, description="samples p^(1/T)")
+    step_size: float = Field(
+        1e-4, gt=0, description="step size eta; tune for an acceptance of 0.57"
+    )
+    temperature: float = Field(1.0, gt=0, description="temperature T: samples p^(1/T)")
 
 
 class HMCConfig(LevelConfig):
     """Settings of ``hmc``."""
 
-    steps: int = Field(200, ge=1, description="proposals of each chain")
-    step_size: float = Field(0.01, gt=0, description="epsilon; aim at an acceptance of 0.65")
-    leapfrogs: int = Field(10, ge=1, description="leapfrog steps of a proposal")
-    jitter: float = Field(0.2, ge=0, lt=1, description="share by which step sizes vary")
-    temperature: float = Field(1.0, gt=0, description="samples p^(1/T)")
+    steps: int = Field(200, ge=1, description="number of proposals per chain")
+    step_size: float = Field(
+        0.01, gt=0, description="step size epsilon; tune for an acceptance of 0.65"
+    )
+    leapfrogs: int = Field(10, ge=1, description="leapfrog steps per proposal")
+    jitter: float = Field(
+        0.2, ge=0, lt=1, description="relative range of random variation of the step size"
+    )
+    temperature: float = Field(1.0, gt=0, description="temperature T: samples p^(1/T)")
 
 
 class _Levels(SamplerConfig):
-    high: Sigma | None = Field(None, description="first noise level; none: the model's highest")
+    high: Sigma | None = Field(None, description="first noise level; null: the model's highest")
     low: Sigma | None = Field(
-        None, description="last noise level; none: 0.01, or the model's lowest if that is higher"
+        None, description="last noise level; null: 0.01, or the model's lowest if that is higher"
     )
 
 
 class AnnealedConfig(_Levels):
     """Settings of ``annealed-langevin``."""
 
-    steps: int = Field(300, ge=1, description="steps over all noise levels")
-    inner: int = Field(5, ge=1, description="steps at each noise level")
-    rate: float = Field(0.1, gt=0, description="step size over the level's square")
-    temperature: float = Field(1.0, ge=0, description="T; 0 is ascent")
+    steps: int = Field(300, ge=1, description="number of steps over all noise levels")
+    inner: int = Field(5, ge=1, description="number of steps at each noise level")
+    rate: float = Field(0.1, gt=0, description="step size divided by the squared noise level")
+    temperature: float = Field(1.0, ge=0, description="temperature T; 0: gradient ascent")
 
     @model_validator(mode="after")
     def _whole_levels(self) -> Self:
@@ -119,22 +137,31 @@ class AnnealedConfig(_Levels):
 class PCConfig(_Levels):
     """Settings of ``pc``."""
 
-    steps: int = Field(200, ge=1, description="predictor steps, one to each next noise level")
-    corrections: int = Field(1, ge=0, description="Langevin steps at each noise level")
-    snr: float = Field(0.16, gt=0, description="ratio of drift to noise of a correction")
+    steps: int = Field(200, ge=1, description="number of predictor steps, one per noise level")
+    corrections: int = Field(
+        1, ge=0, description="number of corrector (Langevin) steps at each noise level"
+    )
+    snr: float = Field(0.16, gt=0, description="signal-to-noise ratio of a corrector step")
 
 
 class DDIMConfig(SamplerConfig):
     """Settings of ``ddim``."""
 
     steps: int = Field(
-        100, ge=1, le=1000, description="timesteps of 1000; those the model was trained for count"
+        100,
+        ge=1,
+        le=1000,
+        description="number of timesteps out of 1000; levels outside the model's range are skipped",
     )
-    eta: float = Field(0.0, ge=0, le=1, description="share of the noise drawn anew; 1: ancestral")
+    eta: float = Field(
+        0.0, ge=0, le=1, description="eta, the share of fresh noise; 0: deterministic, 1: ancestral"
+    )
     schedule: Literal["linear", "cosine"] | None = Field(
-        None, description="noise schedule; none: a diffusion model's own, else linear"
+        None, description="noise schedule; null: that of the diffusion model, else linear"
     )
-    spacing: Spacing = Field("trailing", description="which timesteps: leading, linspace, trailing")
+    spacing: Spacing = Field(
+        "trailing", description="timestep spacing: leading, linspace, trailing"
+    )
     clip: bool = Field(True, description="clip the predicted clean image to [0, 1]")
 
 
@@ -142,36 +169,49 @@ class DDPMConfig(DDIMConfig):
     """Settings of ``ddpm``."""
 
     steps: int = Field(
-        1000, ge=1, le=1000, description="timesteps of 1000; those the model was trained for count"
+        1000,
+        ge=1,
+        le=1000,
+        description="number of timesteps out of 1000; levels outside the model's range are skipped",
     )
-    eta: float = Field(1.0, ge=0, le=1, description="share of the noise drawn anew")
+    eta: float = Field(1.0, ge=0, le=1, description="eta, the share of fresh noise")
 
 
 class StochasticAscentConfig(SamplerConfig):
     """Settings of ``ks``."""
 
-    steps: int = Field(2000, ge=1, description="steps after which every chain ends")
+    steps: int = Field(2000, ge=1, description="maximum number of steps per chain")
     first_sigma: Sigma | None = Field(
-        None, description="noise level of the start; none: the model's highest"
+        None, description="noise level of the starting points; null: the model's highest"
     )
     last_sigma: Sigma | None = Field(
-        None, description="level at which a chain ends; none: 0.01, or the model's lowest"
+        None, description="noise level at which a chain ends; null: 0.01, or the model's lowest"
     )
-    first_step: float = Field(0.01, gt=0, le=1, description="h_0")
-    beta: float = Field(0.01, gt=0, le=1, description="1 adds no noise, small values much")
-    largest_step: float = Field(1.0, gt=0, le=1, description="bound on h_t; 1 is the paper's")
+    first_step: float = Field(0.01, gt=0, le=1, description="first step size h_0")
+    beta: float = Field(
+        0.01, gt=0, le=1, description="beta: 1 adds no noise, smaller values add more"
+    )
+    largest_step: float = Field(
+        1.0, gt=0, le=1, description="bound on the step size h_t; 1 in the paper"
+    )
 
 
 class AscentConfig(LevelConfig):
     """Settings of ``ascent``."""
 
-    steps: int = Field(60, ge=1, description="steps of each chain")
+    steps: int = Field(60, ge=1, description="number of steps per chain")
     objective: Literal["label", "joint"] = Field(
-        "label", description="what is climbed: log p(c|x) or log p(x, c)"
+        "label", description="function to increase: label (log p(c|x)) or joint (log p(x, c))"
     )
     step_size: float = Field(
-        0.1, gt=0, description="length of a step, image units; Santurkar et al. take 0.5 at 224x224"
+        0.1, gt=0, description="length of a step, image units; Santurkar et al. use 0.5 at 224x224"
     )
-    direction: Direction = Field("l2", description="l2: normalised; plain; sign")
-    radius: float | None = Field(None, gt=0, description="of a ball about the start; none: no ball")
-    ball: Ball = Field("l2", description="its norm")
+    direction: Direction = Field(
+        "l2",
+        description="direction of a step: l2 (normalised gradient), plain (gradient), sign "
+        "(sign of the gradient)",
+    )
+    radius: float | None = Field(
+        None, gt=0, description="radius of a ball around the starting point; null: no ball"
+    )
+    ball: Ball = Field("l2", description="norm of the ball")

@@ -234,7 +234,7 @@ SAMPLERS: dict[str, SamplerEntry[Any]] = {
         ),
         SamplerEntry(
             "sgld",
-            "Langevin steps with too little noise, as JEM takes its negatives",
+            "Langevin dynamics with less noise than its step requires, as in JEM",
             configs.SGLDConfig,
             ("score",),
             make_sgld,
@@ -259,7 +259,7 @@ SAMPLERS: dict[str, SamplerEntry[Any]] = {
         ),
         SamplerEntry(
             "annealed-langevin",
-            "Langevin dynamics down geometric noise levels (Song & Ermon 2019)",
+            "Langevin dynamics over decreasing noise levels (Song & Ermon 2019)",
             configs.AnnealedConfig,
             ("levels",),
             make_annealed,
@@ -267,7 +267,7 @@ SAMPLERS: dict[str, SamplerEntry[Any]] = {
         ),
         SamplerEntry(
             "pc",
-            "predictor-corrector down geometric noise levels (Song et al. 2021)",
+            "predictor-corrector over decreasing noise levels (Song et al. 2021)",
             configs.PCConfig,
             ("levels",),
             make_pc,
@@ -275,21 +275,21 @@ SAMPLERS: dict[str, SamplerEntry[Any]] = {
         ),
         SamplerEntry(
             "ddpm",
-            "the diffusion chain with all of its noise, at every timestep (Ho et al. 2020)",
+            "ancestral sampling at every timestep of a diffusion schedule (Ho et al. 2020)",
             configs.DDPMConfig,
             ("levels",),
             make_ddim,
         ),
         SamplerEntry(
             "ddim",
-            "the diffusion chain without noise, at some timesteps (Song et al. 2021)",
+            "deterministic sampling at some timesteps of a diffusion schedule (Song et al. 2021)",
             configs.DDIMConfig,
             ("levels",),
             make_ddim,
         ),
         SamplerEntry(
             "ks",
-            "stochastic ascent of a blind denoiser (Kadkhodaie & Simoncelli 2021)",
+            "stochastic ascent with a blind denoiser (Kadkhodaie & Simoncelli 2021)",
             configs.StochasticAscentConfig,
             ("levels", "blind"),
             make_ks,

@@ -48,17 +48,21 @@ class WatchConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    gap: float = Field(50.0, gt=0, description="largest smoothed difference of energies, nats")
-    sample: float = Field(5.0, gt=0, description="largest rms of negatives about gray, image units")
-    gradient: float = Field(
-        1000.0, gt=1, description="largest norm of the gradient over its running mean"
+    gap: float = Field(
+        50.0, gt=0, description="maximum smoothed energy difference of samples and data, nats"
     )
-    every: int = Field(50, ge=1, description="steps between states to go back to")
-    breaches: int = Field(10, ge=0, description="how many are borne before the run ends")
+    sample: float = Field(
+        5.0, gt=0, description="maximum rms distance of samples from gray, image units"
+    )
+    gradient: float = Field(
+        1000.0, gt=1, description="maximum ratio of the gradient norm to its running mean"
+    )
+    every: int = Field(50, ge=1, description="steps between rollback snapshots")
+    breaches: int = Field(10, ge=0, description="maximum number of rollbacks before the run ends")
     order: tuple[Change, ...] = Field(
         ("rate", "steps", "penalty"),
         min_length=1,
-        description="what is changed, breach by breach, over and over",
+        description="mitigations, applied in turn: one per rollback",
     )
 
 

@@ -62,7 +62,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "digits-adamw": Recipe(
         _for("digits", DIGITS_ADAMW),
-        "the same by AdamW alone, 800 steps: what digits is compared with",
+        "the same by AdamW alone, 800 steps: the baseline of digits",
     ),
     "patches": Recipe(
         _for("patches", PATCHES), "photo patches, denoising alone, on a CPU in minutes"
@@ -85,23 +85,25 @@ RECIPES: dict[str, Recipe] = {
     ),
     "cifar10-adamw": Recipe(
         _for("cifar10", CIFAR_ADAMW),
-        "GradResNet18 of width 16, 54 TFLOP by AdamW, flips: what cifar10-short is compared with",
+        "GradResNet18 of width 16, 54 TFLOP by AdamW, flips: the baseline of cifar10-short",
     ),
     "imagenet": Recipe(
         IMAGENET, "the paper's ImageNet recipe: 400 epochs, crops from 128 to 224 pixels"
     ),
     "dncnn": Recipe(
-        DNCNN, "DnCNN-S at sigma 25/255: 40x40 patches of a folder of gray images, as Train400"
+        DNCNN,
+        "DnCNN-S at sigma 25/255 on 40x40 patches of a folder of gray images, for example Train400",
     ),
     "digits-wide": Recipe(
         _for("digits", wide(DIGITS_ADAMW)),
-        "digits-adamw with denoising up to sigma 50, to sample from noise",
+        "digits-adamw with denoising up to sigma 50; does not learn to denoise",
     ),
     "cifar10-wide": Recipe(
         _for("cifar10", wide(CIFAR_ADAMW)), "cifar10-adamw with denoising up to sigma 50"
     ),
     "jem": Recipe(
-        _for("cifar10", JEM), "JEM as its authors ran it: WideResNet-28-10, no norm, 200 epochs"
+        _for("cifar10", JEM),
+        "JEM with its authors' settings: WideResNet-28-10, no norm, 200 epochs",
     ),
     "jem++": Recipe(
         _for("cifar10", JEM_PP), "JEM++: BatchNorm, SGD, Gaussian starts, bounded Langevin steps"
@@ -118,21 +120,23 @@ RECIPES: dict[str, Recipe] = {
         _for("digits", DIGITS_DDPM), "a diffusion model of digits on a CPU in minutes"
     ),
     "cifar10-ddpm": Recipe(
-        _for("cifar10", CIFAR_DDPM), "DDPM as its authors ran it, 800,000 steps; for a GPU"
+        _for("cifar10", CIFAR_DDPM), "DDPM with its authors' settings, 800,000 steps; for a GPU"
     ),
     "cifar10-ddpm-short": Recipe(
         _for("cifar10", CIFAR_DDPM_SHORT), "a small diffusion model, minutes on a CPU"
     ),
     "digits-noisy-classifier": Recipe(
         _for("digits", noisy_classifier(DIGITS_ADAMW)),
-        "a classifier that is told the noise, trained at all levels of a diffusion",
+        "a classifier with the noise level as an input, trained at all levels "
+        "of a diffusion schedule",
     ),
     "cifar10-noisy-classifier": Recipe(
-        _for("cifar10", noisy_classifier(CIFAR_ADAMW)), "the same, of cifar10-adamw"
+        _for("cifar10", noisy_classifier(CIFAR_ADAMW)), "the same on CIFAR-10, from cifar10-adamw"
     ),
     "cifar10-robust": Recipe(
         _for("cifar10", CIFAR_ROBUST),
-        "adversarial training as the robustness package has it: ResNet-50, l2 0.5, 150 epochs",
+        "adversarial training with the robustness package's settings: "
+        "ResNet-50, l2 0.5, 150 epochs",
     ),
     "cifar10-robust-short": Recipe(
         _for("cifar10", CIFAR_ROBUST_SHORT),
@@ -141,8 +145,8 @@ RECIPES: dict[str, Recipe] = {
     "digits-robust": Recipe(
         _for("digits", DIGITS_ROBUST), "adversarial training on digits on a CPU in a minute"
     ),
-    "folder": Recipe(_for("folder", OWN), "a start for images of your own in folders"),
-    "hdf5": Recipe(_for("hdf5", OWN), "a start for images of your own in HDF5"),
+    "folder": Recipe(_for("folder", OWN), "starting point for your own images in folders"),
+    "hdf5": Recipe(_for("hdf5", OWN), "starting point for your own images in HDF5"),
 }
 
 
