@@ -59,10 +59,10 @@ def bench(
         ),
     ] = None,
 ) -> None:
-    """Time training steps and inference against the plain eager way of writing them.
+    """Time training steps and inference against plain eager PyTorch.
 
-    All candidates of a measurement run once per round, in alternating order; the ratio is the
-    median over rounds of plain time / own time, with its quartiles. Above 1 is faster than plain.
+    All candidates of a measurement run once per round, in alternating order. The ratio is the
+    median over rounds of plain time / ebmkit time, with its quartiles; above 1, ebmkit is faster.
     """
     from ebmkit.bench import (
         INFERENCES,

@@ -1,4 +1,4 @@
-"""What the terminal shows: consoles, the training bar, TensorBoard."""
+"""Terminal output: consoles, the training bar; and TensorBoard."""
 
 from __future__ import annotations
 

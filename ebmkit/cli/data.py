@@ -1,4 +1,4 @@
-"""``ebmkit data pack``: image folders and torchvision data sets into one HDF5 file."""
+"""``ebmkit data pack``: convert image folders and torchvision data sets to one HDF5 file."""
 
 from __future__ import annotations
 

@@ -72,11 +72,11 @@ def evaluate(
         ),
     ] = None,
 ) -> None:
-    """Evaluate a trained model: tables here, JSON and pictures under RUN/evaluation.
+    """Evaluate a trained model: print tables, write JSON and plots to RUN/evaluation.
 
-    PSNR is the mean over images of each image's own, for images in [0, 1], output clipped, noise
-    drawn from a fixed seed. Intervals are 95 %. Started by `torchrun -m ebmkit evaluate ...`, its
-    processes share the images.
+    PSNR is the mean of the per-image PSNR, for images in [0, 1] and clipped output, with noise from
+    a fixed seed. Intervals are 95 %. With `torchrun -m ebmkit evaluate ...` the processes share the
+    images.
     """
     from ebmkit.compute import pick_device
     from ebmkit.models import load

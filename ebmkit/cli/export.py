@@ -38,8 +38,8 @@ def export(
 ) -> None:
     """Write a trained model as a file for PyTorch or an ONNX runtime.
 
-    The file is loaded again, run on random images and compared with the model before it is kept. An
-    existing file is never overwritten.
+    Loads the file again, runs it on random images and compares it with the model; keeps no file if
+    they differ. Never overwrites an existing file.
     """
     from ebmkit.export import export as export_model
     from ebmkit.models import load

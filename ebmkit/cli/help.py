@@ -1,4 +1,4 @@
-"""Help that names values as other command lines do: RUN, IMAGE..., INTEGER, PATH."""
+"""Help with standard metavars: RUN, IMAGE..., INTEGER, PATH."""
 
 from __future__ import annotations
 

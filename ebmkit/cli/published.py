@@ -1,4 +1,4 @@
-"""``ebmkit import``: checkpoints of other programs as a folder like a run's."""
+"""``ebmkit import``: convert checkpoints of other programs to a run folder."""
 
 from __future__ import annotations
 
@@ -71,10 +71,11 @@ def import_(
         ),
     ] = None,
 ) -> None:
-    """Import a checkpoint, to evaluate, sample and use as a run. Nothing in it is executed.
+    """Convert a checkpoint to a run folder, to evaluate it or sample from it.
 
-    Files of the robustness package, JEM's, published DnCNN and DRUNet, state dicts, and UNets of
-    diffusers. Then, for example: ebmkit evaluate OUT --suite robustness
+    Formats: files of the robustness package and of JEM, published DnCNN and DRUNet, state dicts,
+    UNets of diffusers. No code in the file is executed. Then, for example: ebmkit evaluate OUT
+    --suite robustness
     """
     from ebmkit.models.published import import_checkpoint
     from ebmkit.noise import parse_sigma

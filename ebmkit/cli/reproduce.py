@@ -1,4 +1,4 @@
-"""``ebmkit reproduce``: the paper's tables and figures, ours beside the paper's."""
+"""``ebmkit reproduce``: the papers' tables and figures, next to the published values."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ def reproduce(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="random seed of all rows")] = 0,
 ) -> None:
-    """Reproduce a table or figure of the paper: Markdown, JSON and a picture in --out.
+    """Reproduce a table or figure of the papers: write Markdown, JSON and a plot to --out.
 
-    Every row is a run of its own. Finished rows are not repeated, an interrupted one goes on where
-    it was: give the same command again.
+    Every row is a separate run. The same command skips finished rows and resumes an interrupted
+    one.
     """
     from ebmkit.compute import limited_threads, pick_device
     from ebmkit.experiments import TARGETS, Rows, check_targets, find_scale, targets_of

@@ -23,7 +23,7 @@ def restore(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="images: PNG, JPEG, TIFF")],
     out: Annotated[Path, typer.Option(help="output folder")],
     task: Annotated[
-        str, typer.Option(help="task: inpaint, random-pixels, superres, deblur, compressed")
+        str, typer.Option(help="inpaint, random-pixels, superres, deblur, compressed")
     ] = "inpaint",
     mask: Annotated[
         Path | None,
@@ -77,11 +77,11 @@ def restore(
         str, typer.Option("--compile", help="compile the score: on, off; auto: off")
     ] = "auto",
 ) -> None:
-    """Restore pictures from linear measurements, by stochastic ascent (Kadkhodaie & Simoncelli).
+    """Restore images from linear measurements, by stochastic ascent (Kadkhodaie & Simoncelli).
 
-    A picture is taken for the clean one: it is measured, restored, and compared with itself, beside
-    simple methods. With --measured it is what was measured. Writes NAME-measured.png,
-    NAME-restored.png, NAME-comparison.png and NAME.json; nothing is overwritten.
+    The input is the clean image: the command measures it, restores it, and compares the result with
+    it and with simple methods. With --measured the input is the measurement. Writes
+    NAME-measured.png, NAME-restored.png, NAME-comparison.png and NAME.json; overwrites nothing.
     """
     from ebmkit.compile import optimize
     from ebmkit.compute import pick_device

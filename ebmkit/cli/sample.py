@@ -133,14 +133,14 @@ def sample(
         ),
     ] = "auto",
 ) -> None:
-    """Draw images from a trained model, of p(x) or with --label of p(x|c).
+    """Sample images from a trained model: from p(x), or with --label from p(x|c).
 
-    With --guide a classifier's energies lead the chains of another model, a diffusion model say, to
-    the label: --guidance energy --scale 4 --schedule sigmoid:t0=500,y0=0.05,k=0.02.
+    With --guide a classifier guides another model, for example a diffusion model, to the label:
+    --guidance energy --scale 4 --schedule sigmoid:t0=500,y0=0.05,k=0.02.
 
-    Writes samples.h5 (every sample and its energies; also a data set of kind hdf5), samples.png,
-    path.png, path.gif and sampling.json (settings, traces, diagnostics). After Ctrl-C, or if it was
-    killed, the same command resumes where it was, to the same samples.
+    Writes samples.h5 (samples and their energies; also a data set of kind hdf5), samples.png,
+    path.png, path.gif and sampling.json (settings, traces, diagnostics). After Ctrl-C or a kill,
+    the same command resumes and gives the same samples.
     """
     from ebmkit.compile import laid_out, make_inference
     from ebmkit.compute import pick_device

@@ -43,10 +43,10 @@ def classify(
     weights: WeightsOption = "last",
     device: DeviceOption = "auto",
 ) -> None:
-    """Name the likeliest classes of pictures, with probabilities and the log-density.
+    """Classify images: print the most likely classes, their probabilities and the log-density.
 
-    Log-densities are in nats, up to one constant of the model: compare them between pictures of one
-    size.
+    Log-densities are in nats, up to a constant of the model. Compare them only between images of
+    the same size.
     """
     from ebmkit.compute import pick_device
     from ebmkit.data.images import read_image
@@ -96,10 +96,10 @@ def denoise(
         typer.Option("--compile", help="compile the score: on, off; auto: off"),
     ] = "auto",
 ) -> None:
-    """Remove Gaussian noise from pictures of any size, in tiles.
+    """Remove Gaussian noise from images of any size, in tiles.
 
-    Writes each picture under its own name into --out, and never over an existing file. The gray
-    value of a gray picture is the mean over channels where the model is for colour.
+    Writes each image under its own name to --out, and never overwrites a file. If the model is for
+    colour, the output for a gray image is the mean over channels.
     """
     from ebmkit.compile import optimize
     from ebmkit.compute import pick_device

@@ -27,9 +27,9 @@ def verify(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
 ) -> None:
-    """Compare every file of a run with the checksum that it was written with.
+    """Compare every file of a run with its checksum in manifest.json.
 
-    Exit code 2 if one is changed or missing. Reads only, unless --accept is given.
+    Exit code 2 if a file is changed or missing. Writes nothing unless --accept is given.
     """
     from ebmkit.storage.verify import accept_files, verify_run
 
