@@ -369,8 +369,7 @@ def jem_digits() -> str:
         f"{100 * found['judge_accuracy']:.1f} % on the test images) recognises the requested digit "
         f"in samples from p(x|c), chains of {found['chain_steps']} steps: {seen['noise']} of the "
         f"chains from uniform noise and {seen['gaussian']} of those from the Gaussian of their "
-        f"class, {found['samples']} samples each. "
-        + circumstances(found["environment"])
+        f"class, {found['samples']} samples each. " + circumstances(found["environment"])
     )
 
 
