@@ -149,7 +149,7 @@ def speed_table(kind: str) -> str:
     results = json.loads((RESULTS / "speed-cpu.json").read_text())
     rows = [row for row in results["rows"] if row_kind(row["name"]) == kind]
     lines = [
-        "| measurement | implementation | ms | images/s | MB | ratio to (a) (quartiles) | to others |",
+        "| measurement | library | ms | images/s | MB | ratio to (a) (quartiles) | to others |",
         "|---|---|---|---|---|---|---|",
     ]
     before = None
