@@ -23,8 +23,8 @@ from ebmkit.plots.common import new_figure, save_figure, show_image
 from ebmkit.sampling import Ascent, Chains, label_density_of
 from ebmkit.storage import write_atomically
 from ebmkit.training import RunFolder, resolve
-from ebmkit.training.assemble import images_of
-from ebmkit.training.runs import environment
+from ebmkit.training.run_folder import environment
+from ebmkit.training.setup import images_of
 
 EACH, STEPS, STEP = 20, 60, 0.1
 

@@ -20,7 +20,8 @@ from rich.console import Console
 import ebmkit
 from ebmkit.storage import write_atomically
 from ebmkit.training import RunFolder, parse_assignments, resolve
-from ebmkit.training.assemble import assemble, images_of
+from ebmkit.training.loop import assemble
+from ebmkit.training.setup import images_of
 
 SCALE = "model.backbone.norm=scale"
 SLOW = SCALE + " optimizer.lr=1e-3"

@@ -21,7 +21,8 @@ import ebmkit
 from ebmkit.evaluation import evaluate as run_suites
 from ebmkit.storage import write_atomically
 from ebmkit.training import RunFolder, resolve
-from ebmkit.training.assemble import assemble, images_of
+from ebmkit.training.loop import assemble
+from ebmkit.training.setup import images_of
 
 RESULTS = Path(__file__).parent / "results" / "jem.json"
 

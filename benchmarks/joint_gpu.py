@@ -46,10 +46,10 @@ from ebmkit.data.streams import prefetched
 from ebmkit.objectives import TrainingLoss
 from ebmkit.storage import write_atomically
 from ebmkit.training import TrainConfig, Trainer, resolve
-from ebmkit.training.assemble import assemble
-from ebmkit.training.engine import TrainingStep
+from ebmkit.training.loop import assemble
 from ebmkit.training.optim import make_optimizer
-from ebmkit.training.runs import environment
+from ebmkit.training.run_folder import environment
+from ebmkit.training.step import TrainingStep
 
 KINDS = {
     "compiled pointwise and reductions": r"^triton",
@@ -234,7 +234,7 @@ def kernels(config: TrainConfig, trace_step: bool) -> dict[str, Any]:
         "largest": sorted(largest, reverse=True)[:25],
         "flops": cost.flops,
         "matrix_rate": cost.rate,
-        "share_of_matrix_rate": cost.share(seconds["fresh batches"]),
+        "share_of_matrix_rate": cost.mfu(seconds["fresh batches"]),
         "device": describe(trainer.device),
     }
 

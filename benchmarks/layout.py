@@ -3,7 +3,7 @@
     uv run python benchmarks/layout.py --out benchmarks/results/layout.json
 
 Training steps and a score of GradResNet18, contiguous and channels last, with the mean over
-positions that keeps the layout (`ebmkit.models.pooling`) and with PyTorch's own, taking turns. Then
+positions that keeps the layout (`ebmkit.models.base`) and with PyTorch's own, taking turns. Then
 the training step in processes of their own, with and without
 `ebmkit.compute.keep_freed_memory`, also in turns.
 """
@@ -32,7 +32,7 @@ from ebmkit.compute import keep_freed_memory
 from ebmkit.energy import EnergyModel
 from ebmkit.models import create_model
 from ebmkit.storage import write_atomically
-from ebmkit.training.runs import environment
+from ebmkit.training.run_folder import environment
 
 BATCH, SIGMA = 64, 0.1
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
@@ -104,7 +104,7 @@ def ce_step(model: EnergyModel, y: Tensor) -> None:
 
 def with_plain_mean(call: Callable[[], Any]) -> None:
     """``call``, the mean over positions PyTorch's own."""
-    with mock.patch("ebmkit.models.gradresnet.mean_over_positions", new=plain_mean):
+    with mock.patch("ebmkit.models.base.mean_over_positions", new=plain_mean):
         call()
 
 

@@ -226,9 +226,9 @@ def denoising(
     notes = {}
     if setting.image_size > trained_at:
         tiled, model = model, copy.deepcopy(model)
-        model.extent = "factor"
+        model.size_scaling = "factor"
         candidates[f"{OURS}, tiles"] = lambda: our_inference(tiled, "denoise", y, compute)
-        notes[OURS] = 'extent "factor"'
+        notes[OURS] = 'size_scaling "factor"'
     candidates[OURS] = lambda: our_inference(model, "denoise", y, compute)
     candidates[PLAIN] = lambda: plain_inference(model, "denoise", y)
     if installed("deepinv"):

@@ -30,8 +30,9 @@ from ebmkit.evaluation.data import noisy_batches
 from ebmkit.metrics import psnr
 from ebmkit.storage import write_atomically
 from ebmkit.training import resolve
-from ebmkit.training.assemble import assemble, images_of
-from ebmkit.training.runs import environment
+from ebmkit.training.loop import assemble
+from ebmkit.training.run_folder import environment
+from ebmkit.training.setup import images_of
 
 SIGMAS = (15, 25, 50)
 IMAGES = 1000
@@ -80,7 +81,7 @@ def measure(layer: dict[str, Any], recipe: str) -> dict[str, Any]:
 
         trainer.reporter = Shown()
         model = trainer.fit()
-    account = trainer.account()
+    stats = trainer.run_stats()
     model.requires_grad_(False)
     images = images_of(config.dataset, "test").first(IMAGES)
     assert isinstance(images, ImageSet)
@@ -91,7 +92,7 @@ def measure(layer: dict[str, Any], recipe: str) -> dict[str, Any]:
         "accuracy": accuracy(model, images),
         "psnr": psnrs(model, images, "fp32"),
         "psnr_in_bf16": psnrs(model, images, "bf16"),
-        "step_seconds": account.step_seconds,
+        "step_seconds": stats.step_seconds,
         "environment": environment(),
     }
 

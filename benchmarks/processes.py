@@ -23,7 +23,7 @@ from typing import Any
 from rich.progress import track
 
 from ebmkit.storage import write_atomically
-from ebmkit.training.runs import environment
+from ebmkit.training.run_folder import environment
 
 BATCH = 64
 

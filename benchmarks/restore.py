@@ -31,8 +31,8 @@ from ebmkit.sampling.config import StochasticAscentConfig
 from ebmkit.sampling.jobs import TaskOptions, baselines_of, find_task, restore
 from ebmkit.sampling.jobs.sources import data_of
 from ebmkit.storage import write_atomically
-from ebmkit.training.assemble import images_of
-from ebmkit.training.runs import environment
+from ebmkit.training.run_folder import environment
+from ebmkit.training.setup import images_of
 
 TASKS = {
     "inpaint": TaskOptions(share=0.1),

@@ -21,7 +21,7 @@ import ebmkit
 from ebmkit.sampling import Chains, find_sampler
 from ebmkit.storage import write_atomically
 from ebmkit.training import RunFolder, resolve
-from ebmkit.training.assemble import images_of
+from ebmkit.training.setup import images_of
 
 RESULTS = Path(__file__).parent / "results" / "samplers.json"
 ROWS: dict[str, dict[str, Any]] = {

@@ -34,9 +34,8 @@ from rich.table import Table
 from ebmkit.models.saving import weights_file
 from ebmkit.storage import write_atomically
 from ebmkit.training import RunFolder, Trainer, resolve
-from ebmkit.training.assemble import assemble
-from ebmkit.training.checkpoints import BEST
-from ebmkit.training.environment import environment
+from ebmkit.training.loop import assemble
+from ebmkit.training.run_folder import BEST, environment
 
 EVERY = 60.0
 """Seconds between saves."""
@@ -140,9 +139,9 @@ def measure(layer: dict[str, Any], place: Path, rounds: int) -> dict[str, Any]:
     with run.held():
         for turn in range(rounds + 1):
             trainer._advance(batches, False)  # another state each time
-            if trainer.recovery is not None:  # which keeps three to go back to
-                trainer.recovery.look(trainer.update.read())
-            trainer.best.weights = weights_file(trainer.trained)
+            if trainer.rollback is not None:  # which keeps three to go back to
+                trainer.rollback.check(trainer.update.read())
+            trainer.state.best.weights = weights_file(trainer.trained)
             for seconds, save in ways if turn % 2 else reversed(ways):
                 os.sync()
                 begun = time.perf_counter()
@@ -165,13 +164,13 @@ def measure(layer: dict[str, Any], place: Path, rounds: int) -> dict[str, Any]:
 def save_plainly(trainer: Trainer, folder: Path) -> None:
     """The same files without any care."""
     folder.mkdir(exist_ok=True)
-    torch.save(trainer.state(), folder / "last.pt")
+    torch.save(trainer.state_dict(), folder / "last.pt")
     state = {k: v.contiguous() for k, v in trainer.trained.state_dict().items()}
     safetensors.torch.save_file(state, folder / "model.safetensors")
-    assert trainer.best.weights is not None
-    (folder / Path(BEST).name).write_bytes(trainer.best.weights)
-    if trainer.recovery is not None:
-        (folder / "buffer.h5").write_bytes(trainer.recovery.buffer())
+    assert trainer.state.best.weights is not None
+    (folder / Path(BEST).name).write_bytes(trainer.state.best.weights)
+    if trainer.rollback is not None:
+        (folder / "buffer.h5").write_bytes(trainer.rollback.negatives.buffer.to_bytes())
 
 
 def trained(layer: dict[str, Any], place: Path, minutes: float, plain: float) -> dict[str, Any]:

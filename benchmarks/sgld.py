@@ -32,7 +32,7 @@ from ebmkit.models import create_model
 from ebmkit.sampling import Langevin
 from ebmkit.sampling.langevin import JEM_NOISE, JEM_STEP
 from ebmkit.storage import write_atomically
-from ebmkit.training.runs import environment
+from ebmkit.training.run_folder import environment
 
 STEPS = 5
 

@@ -3,8 +3,8 @@
     uv run python benchmarks/sizes.py RUN --images DIR/CBSD68
 
 RUN is a colour model trained on 32x32 images (`benchmarks/balance.py` makes one). Each photograph
-is denoised by Tweedie's formula under each extent of `JointModel`, and by blending the scores of
-overlapping crops, as `ebmkit denoise` does. Two more columns: the PSNR where the score is
+is denoised by Tweedie's formula under each size scaling of `JointModel`, and by blending the scores
+of overlapping crops, as `ebmkit denoise` does. Two more columns: the PSNR where the score is
 multiplied by the best single factor, and that factor (1 means that the scale is right). Writes
 ``benchmarks/results/sizes.json``.
 """
@@ -24,10 +24,10 @@ from torch import Tensor
 import ebmkit
 from ebmkit.data import read_image
 from ebmkit.evaluation.data import noise_generator
-from ebmkit.inference import picture_score
+from ebmkit.inference import image_score
 from ebmkit.metrics import psnr
 from ebmkit.storage import write_atomically
-from ebmkit.training.runs import environment
+from ebmkit.training.run_folder import environment
 
 RESULTS = Path(__file__).parent / "results" / "sizes.json"
 WAYS = ("plain formula", "windows", "factor", "tiles", "blended 32", "blended 64")
@@ -41,9 +41,9 @@ def score(model: ebmkit.JointModel, y: Tensor, way: str) -> Tensor:
         if way == "plain formula":
             model.reference_size = None
         elif way.startswith("blended"):
-            return picture_score(model, y, tile=int(way.split()[1]))
+            return image_score(model, y, tile=int(way.split()[1]))
         else:
-            model.extent = way  # type: ignore[assignment]
+            model.size_scaling = way  # type: ignore[assignment]
         return model.score(y[None])[0]
     finally:
         model.reference_size = reference

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ebmkit.storage import write_atomically
-from ebmkit.training.runs import environment
+from ebmkit.training.run_folder import environment
 
 LEVELS = ("15", "25", "50")
 RECIPES = {

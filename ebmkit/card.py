@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -32,6 +32,12 @@ class ModelCard(BaseModel):
         "None: not trained to denoise",
     )
     classifies: bool = Field(False, description="whether the model was trained on labels")
+    energies: Literal["model", "logits"] | None = Field(
+        None,
+        description="definition of E(y): model (its own density) or logits (-logsumexp, if "
+        "only labels were trained); None: not recorded (see "
+        "ebmkit.models.heads.energy_source)",
+    )
     attack: str = Field(
         "",
         description="norm and radius of the attack in training, for example l2 0.5; empty: "

@@ -48,6 +48,7 @@ from ebmkit.onednn import subsample_before_1x1
 
 __all__ = [
     "COMPILE_THRESHOLD_SECONDS",
+    "ISOLATED",
     "MAX_SIZES",
     "Inference",
     "WrappedEnergyModel",
@@ -68,7 +69,7 @@ COMPILE_THRESHOLD_SECONDS = 300.0
 """Seconds of eager work ahead from which on ``auto`` compiles: a compilation takes about a minute,
 and less than half of the time may be saved."""
 
-_ISOLATED = (  # otherwise functions of several models share one count of compilations
+ISOLATED: dict[str, bool] = (  # otherwise functions of several models share one count
     {"isolate_recompiles": True}
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters
     else {}
@@ -121,7 +122,7 @@ class Inference:
     def compile(self, function: Callable[..., T]) -> Callable[..., T]:
         """``function``, compiled for the sizes that it will be called with first."""
         self.compiled = True
-        options: dict[str, Any] = {"backend": self._backend, **_ISOLATED}
+        options: dict[str, Any] = {"backend": self._backend, **ISOLATED}
         return torch.compile(function, fullgraph=True, dynamic=False, **options)
 
     def give_up(self, error: Exception) -> None:

@@ -1,6 +1,6 @@
-r"""Denoising pictures of any size within bounded memory.
+r"""Denoising images of any size within bounded memory.
 
-The score of a large picture is assembled from overlapping crops whose borders fade into each other:
+The score of a large image is assembled from overlapping crops whose borders fade into each other:
 
 .. math:: s(y) = \frac{\sum_t w_t\, s(y_t)}{\sum_t w_t}
 
@@ -25,8 +25,6 @@ from torch import Tensor
 from ebmkit.energy import ScoreModel, check_sigma, sigma_of_score
 from ebmkit.errors import UserError
 
-__all__ = ["Denoised", "denoise_picture", "picture_score"]
-
 TILE = 256
 """Side of the crops where the model does not say what it was trained at."""
 
@@ -37,14 +35,14 @@ Progress = Callable[[int, int], None]
 
 
 class Denoised(NamedTuple):
-    """A denoised picture (C, H, W), not clipped, and the noise level that was taken out."""
+    """A denoised image (C, H, W), not clipped, and the noise level that was taken out."""
 
     image: Tensor
     sigma: float
 
 
 @torch.no_grad()
-def denoise_picture(
+def denoise_image(
     model: ScoreModel,
     y: Tensor,
     sigma: float | None = None,
@@ -53,14 +51,14 @@ def denoise_picture(
     overlap: int | None = None,
     progress: Progress | None = None,
 ) -> Denoised:
-    """Denoise one picture of any size.
+    """Denoise one image of any size.
 
     Args:
         model: a blind or noise-conditional model.
-        y: the noisy picture (C, H, W), image units.
-        sigma: its noise level in image units; None: estimated from the score of the whole picture.
+        y: the noisy image (C, H, W), image units.
+        sigma: its noise level in image units; None: estimated from the score of the whole image.
         c: a label, for the class-conditional denoiser.
-        tile: side of the crops; None: twice the trained size. A picture no larger is done at once.
+        tile: side of the crops; None: twice the trained size. A image no larger is done at once.
         overlap: by how much crops overlap; None: half a crop.
         progress: called with (crops done, crops in all).
 
@@ -79,16 +77,16 @@ def denoise_picture(
         if sigma is None:
             sigma = float(moved.square().mean().sqrt())
         return Denoised(y + moved, sigma)
-    score = picture_score(model, y, sigma, c, tile, overlap, progress)
+    score = image_score(model, y, sigma, c, tile, overlap, progress)
     if sigma is None:
         # the level is that of the unconditional score
-        plain = score if c is None else picture_score(model, y, None, None, tile, overlap)
+        plain = score if c is None else image_score(model, y, None, None, tile, overlap)
         sigma = float(sigma_of_score(plain[None]))
     return Denoised(y + sigma**2 * score, sigma)
 
 
 @torch.no_grad()
-def picture_score(
+def image_score(
     model: ScoreModel,
     y: Tensor,
     sigma: float | None = None,
@@ -97,9 +95,9 @@ def picture_score(
     overlap: int | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """grad log p(y) or grad log p(y|c) of a picture ``y`` (C, H, W), from crops; same shape.
+    """grad log p(y) or grad log p(y|c) of a image ``y`` (C, H, W), from crops; same shape.
 
-    The arguments are those of `denoise_picture`.
+    The arguments are those of `denoise_image`.
     """
     if tile is None:
         size = model.card.image_size if model.card else None
@@ -114,7 +112,7 @@ def _assemble(
     overlap: int | None,
     progress: Progress | None,
 ) -> Tensor:
-    """``wanted`` of the crops (B, C, h, w) of a picture (C, H, W), faded into each other."""
+    """``wanted`` of the crops (B, C, h, w) of a image (C, H, W), faded into each other."""
     overlap = tile // 2 if overlap is None else overlap
     if not 0 <= overlap < tile:
         raise UserError(f"overlap {overlap} must be at least 0 and less than the tile's {tile}")

@@ -17,8 +17,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-__all__ = ["subsample_before_1x1"]
-
 SOUND_CHANNELS = 8
 """Input channels from which the kernel is sound: the float32 numbers in an AVX2 register."""
 

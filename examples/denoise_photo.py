@@ -15,11 +15,11 @@ from matplotlib.figure import Figure
 from sklearn.datasets import load_sample_image
 from torch import Tensor
 
-from ebmkit.inference import denoise_picture
+from ebmkit.inference import denoise_image
 from ebmkit.metrics import psnr
 from ebmkit.noise import format_sigma
 from ebmkit.training import RunFolder, resolve
-from ebmkit.training.assemble import assemble
+from ebmkit.training.loop import assemble
 
 SIGMA = 25 / 255
 
@@ -42,7 +42,7 @@ def main(steps: int, out: Path, size: int | None = None) -> tuple[float, float, 
     clean = photograph(size)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
     noisy = clean + SIGMA * noise
-    denoised = denoise_picture(model, noisy)  # blind: no sigma is given
+    denoised = denoise_image(model, noisy)  # blind: no sigma is given
     result = denoised.image.clamp(0, 1)
 
     values = [float(psnr(image[None], clean[None])) for image in (noisy, result)]

@@ -29,8 +29,8 @@ from ebmkit.sampling import Chains, ClassGaussians, Langevin, score_of
 from ebmkit.sampling.langevin import JEM_NOISE, JEM_STEP
 from ebmkit.storage import write_atomically
 from ebmkit.training import RunFolder, resolve
-from ebmkit.training.assemble import assemble
-from ebmkit.training.runs import environment
+from ebmkit.training.loop import assemble
+from ebmkit.training.run_folder import environment
 
 EACH = 20
 """Samples of each digit."""

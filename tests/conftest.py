@@ -68,9 +68,9 @@ def counted_once_a_process():
 
     Counting it (`tests/training/test_cost.py`) takes longer than a few steps of a small network.
     """
-    from ebmkit.training import run_stats
+    from ebmkit.training import cost
 
-    count, found = run_stats.step_memory, {}
+    count, found = cost.step_memory, {}
 
     def once(loss, shapes, *arguments):
         tensors = [*loss.named_parameters(), *loss.named_buffers()]
@@ -87,16 +87,16 @@ def counted_once_a_process():
         return found[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_stats, "step_memory", once)
+        patch.setattr(cost, "step_memory", once)
         yield
 
 
 @pytest.fixture(scope="module")
 def counted_once(counted_once_a_process):
     """For tests of runs that are alike: the memory of the first one's step stands for all."""
-    from ebmkit.training import run_stats
+    from ebmkit.training import cost
 
-    count, found = run_stats.step_memory, []
+    count, found = cost.step_memory, []
 
     def first(*arguments):
         if not found:
@@ -104,6 +104,6 @@ def counted_once(counted_once_a_process):
         return found[0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_stats, "step_memory", first)
-        patch.setattr(run_stats, "_MEMORIES", {})
+        patch.setattr(cost, "step_memory", first)
+        patch.setattr(cost, "_MEMORIES", {})
         yield

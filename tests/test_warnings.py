@@ -13,7 +13,7 @@ def warn(category, module):
 
 
 @pytest.mark.parametrize("category", FUTURE)
-@pytest.mark.parametrize("module", ["ebmkit.energy", "ebmkit.training.engine"])
+@pytest.mark.parametrize("module", ["ebmkit.energy", "ebmkit.training.step"])
 def test_what_ebmkit_uses_is_not_deprecated(category, module):
     with pytest.raises(category):
         warn(category, module)

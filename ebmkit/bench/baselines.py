@@ -35,8 +35,8 @@ from ebmkit.models.gelu import GELU
 from ebmkit.models.norms import GroupNorm
 from ebmkit.objectives import BALANCE, Scale, Term, TrainingLoss, parse_objective
 from ebmkit.training.config import OptimizerConfig
-from ebmkit.training.engine import TrainingStep
 from ebmkit.training.optim import make_optimizer
+from ebmkit.training.step import TrainingStep
 
 __all__ = [
     "INFERENCES",

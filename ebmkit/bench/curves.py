@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from ebmkit.bench.measurements import OURS, PLAIN, Row, Setting, measure, training
-from ebmkit.compute import ComputeConfig
+from ebmkit.compute import ComputeConfig, available_memory
 from ebmkit.errors import UserError
-from ebmkit.training.memory import available_memory, format_bytes
+from ebmkit.training.cost import format_bytes
 
 __all__ = ["SCALING", "scaling", "scaling_plot", "scaling_settings"]
 

@@ -31,8 +31,8 @@ from ebmkit.bench.timing import Build, Ratio, held, interleave, ratio_to
 from ebmkit.compute import ComputeConfig, pick_compile, pick_precision
 from ebmkit.errors import UserError
 from ebmkit.models import JointModel, create_model
-from ebmkit.training.engine import OutOfMemory
-from ebmkit.training.environment import environment
+from ebmkit.training.run_folder import environment
+from ebmkit.training.step import OutOfMemory
 
 __all__ = [
     "NUM_CLASSES",

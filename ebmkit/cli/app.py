@@ -144,7 +144,7 @@ def main() -> None:
         app()
     except UserError as error:
         if "RANK" in os.environ:  # one of several processes, of which one speaks
-            from ebmkit.parallel import yield_to_others
+            from ebmkit.distributed import yield_to_others
 
             yield_to_others(error)
         errors.say(f"ebmkit: {error}", "red")

@@ -12,11 +12,11 @@ from ebmkit.cli.console import console
 
 if TYPE_CHECKING:
     from ebmkit.data import AnyImages
+    from ebmkit.distributed import DistributedContext
     from ebmkit.energy import ScoreModel
     from ebmkit.evaluation import Images
-    from ebmkit.parallel import DistributedContext
     from ebmkit.training import DataConfig
-    from ebmkit.training.assemble import Split
+    from ebmkit.training.setup import Split
 
 __all__ = ["evaluate", "evaluate_run"]
 
@@ -79,8 +79,8 @@ def evaluate(
     images.
     """
     from ebmkit.compute import pick_device
+    from ebmkit.distributed import device_of_rank, join
     from ebmkit.models import load
-    from ebmkit.parallel import device_of_rank, join
     from ebmkit.training.config import FaultsConfig, parse_assignments
     from ebmkit.validation import validated
 
@@ -138,7 +138,7 @@ def _images(
     written, for the run may be a stranger's.
     """
     from ebmkit.data import StreamedSet
-    from ebmkit.training.assemble import images_of
+    from ebmkit.training.setup import images_of
 
     if not world.first:
         world.broadcast(None)  # where data must be fetched, one does it
@@ -165,9 +165,9 @@ def evaluate_run(
     data_dir: Path | None = None,
 ) -> None:
     """Run suites, print their tables and say where the files are; the first process does."""
+    from ebmkit.distributed import DistributedContext
     from ebmkit.evaluation import evaluate as run_suites
     from ebmkit.evaluation import evaluation_folder, parse_options, parse_suites, tables
-    from ebmkit.parallel import DistributedContext
 
     world = world or DistributedContext()
     names = parse_suites(suites, model, images)

@@ -24,14 +24,15 @@ def tables() -> dict[str, dict[str, str]]:
     from ebmkit.evaluation import SUITES
     from ebmkit.guidance import GUIDANCE_SCHEDULES, GUIDES
     from ebmkit.models import BACKBONES, DENOISERS, HEADS
-    from ebmkit.models.foreign import KINDS
+    from ebmkit.models.importing import KINDS
     from ebmkit.objectives import ALIASES, OBJECTIVES
     from ebmkit.sampling.jobs import TASKS
     from ebmkit.sampling.presets import SAMPLERS
     from ebmkit.training import RECIPES
 
     return {
-        "backbones": {name: preset.description for name, preset in BACKBONES.items()},
+        "backbones": {name: preset.description for name, preset in BACKBONES.items()}
+        | {"timm:NAME": "any network of timm, as timm:convnext_atto"},
         "denoisers": {name: preset.description for name, preset in DENOISERS.items()},
         "heads": {name: preset.description for name, preset in HEADS.items()},
         "objectives": {name: objective.description for name, objective in OBJECTIVES.items()}

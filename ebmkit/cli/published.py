@@ -77,7 +77,7 @@ def import_(
     UNets of diffusers. No code in the file is executed. Then, for example: ebmkit evaluate OUT
     --suite robustness
     """
-    from ebmkit.models.published import import_checkpoint
+    from ebmkit.models.importing import import_checkpoint
     from ebmkit.noise import parse_sigma
     from ebmkit.training.config import parse_assignments
 

@@ -16,7 +16,7 @@ from ebmkit.errors import UserError
 
 if TYPE_CHECKING:
     from ebmkit.training import Trainer
-    from ebmkit.training.stopping import Stop
+    from ebmkit.training.loop import Stop
 
 __all__ = ["reproduce"]
 
@@ -64,7 +64,7 @@ def reproduce(
     from ebmkit.compute import limited_threads, pick_device
     from ebmkit.experiments import TARGETS, Rows, check_targets, find_scale, targets_of
     from ebmkit.training import Interrupted
-    from ebmkit.training.stopping import Stop, exit_code
+    from ebmkit.training.loop import Stop, exit_code
 
     if more and not only:
         raise UserError(f"unexpected {more[0]!r}: name rows after --only, as in --only {more[0]}")

@@ -215,7 +215,7 @@ def _counting(what: str) -> Iterator[Callable[[int, int], None]]:
 
 def _draw(job: SamplingJob) -> None:
     from ebmkit.sampling.jobs import Interrupted
-    from ebmkit.training.stopping import exit_code, stop_requested
+    from ebmkit.training.loop import exit_code, stop_requested
 
     settings = job.settings
     bar = Progress(

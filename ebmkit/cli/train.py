@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +21,7 @@ from ebmkit.errors import UserError
 
 if TYPE_CHECKING:
     from ebmkit.data import AnyImages
-    from ebmkit.parallel import DistributedContext
+    from ebmkit.distributed import DistributedContext
     from ebmkit.training import Reporter, RunFolder, TrainConfig, Trainer
 
 __all__ = ["cost", "train"]
@@ -105,9 +106,10 @@ def train(
     cores. Later settings override earlier ones: recipe < --config < named options < --set. With
     `torchrun -m ebmkit train ...` all processes train one model.
     """
-    from ebmkit.parallel import join
+    from ebmkit.distributed import join
     from ebmkit.training import RunFolder, parse_assignments, read_config
-    from ebmkit.training.assemble import assemble, images_of
+    from ebmkit.training.loop import assemble
+    from ebmkit.training.setup import images_of
 
     named = _named(
         dataset=dataset,
@@ -191,7 +193,7 @@ def _resolved(
 
     Only the first process needs to see the run folder.
     """
-    from ebmkit.parallel import launch, restarted
+    from ebmkit.distributed import launch, restarted
     from ebmkit.training import RunFolder, resolve
 
     found: tuple[dict[str, Any], Path | None] = ({}, None)
@@ -211,7 +213,7 @@ def _resolved(
 
 def _interrupted_run(out: Path | None, config: TrainConfig) -> Path | None:
     """The folder that this command wrote to before its launcher started it again, if it did."""
-    from ebmkit.parallel import launch
+    from ebmkit.distributed import launch
     from ebmkit.storage.reading import read_json
 
     folders = [out] if out is not None else sorted(Path("runs").glob(f"{_stem(config)}*"))
@@ -271,7 +273,7 @@ def _fit(trainer: Trainer, run: Path, tensorboard: bool) -> None:
     from ebmkit.data.imagesets import some_of
     from ebmkit.storage import write_atomically
     from ebmkit.training import Interrupted
-    from ebmkit.training.stopping import exit_code
+    from ebmkit.training.loop import exit_code
 
     config = trainer.config
     parameters = sum(p.numel() for p in trainer.model.parameters())
@@ -309,16 +311,17 @@ def _fit(trainer: Trainer, run: Path, tensorboard: bool) -> None:
         if board is not None:
             board.close()
     seconds = time.perf_counter() - start
-    account = trainer.account()
+    stats = trainer.run_stats()
     if trainer.run is not None:
-        text = json.dumps(account.document(), indent=2)
+        text = json.dumps(asdict(stats), indent=2)
         write_atomically(run / "cost.json", text.encode())
-    if trainer.left_out:
+    skipped = trainer.state.skipped
+    if skipped:
         console.say(
-            f"{len(trainer.left_out)} training images cannot be read and were left out: "
-            f"{some_of(trainer.left_out.reasons)}"
+            f"{len(skipped)} training images cannot be read and were left out: "
+            f"{some_of(skipped.reasons)}"
         )
-    console.say(f"{config.steps - first:,} steps in {seconds:.0f} s; {account.sentence()}")
+    console.say(f"{config.steps - first:,} steps in {seconds:.0f} s; {stats.sentence()}")
 
 
 def _mend(trainer: Trainer, run: RunFolder) -> None:
@@ -334,19 +337,19 @@ def _mend(trainer: Trainer, run: RunFolder) -> None:
 
 def _predict(config: TrainConfig, world: DistributedContext) -> None:
     """Tell what the run would cost: counted, and timed over a few steps; nothing is written."""
-    from ebmkit.training.assemble import assemble
     from ebmkit.training.cost import format_seconds
+    from ebmkit.training.loop import assemble
 
     trainer = assemble(config, progress=console.is_terminal, world=world)
     with console.status("counting, and trying a few steps"):
         cost = trainer.budget.cost(config.steps)
         trainer.try_steps(TRIAL_STEPS)
-    seconds = trainer.watch.seconds
+    seconds = trainer.stopwatch.seconds
     title = "cost of training" if world.size == 1 else f"cost to each of {world.size} processes"
     table = Table(title, _where(trainer), show_edge=False)
     for name, value in cost.rows():
         table.add_row(name, value)
-    share = f"{cost.share(seconds):.0%} of the matrix rate"
+    share = f"{cost.mfu(seconds):.0%} of the matrix rate"
     table.add_row("a step, tried", f"{format_seconds(seconds)}, {share}")
     table.add_row(f"{config.steps:,} steps", format_seconds(seconds * config.steps))
     console.print(table)
@@ -363,7 +366,7 @@ def _where(trainer: Trainer) -> str:
 def _finish(trainer: Trainer, run: Path, test: AnyImages) -> None:
     """Evaluate on the test images, print the table, draw the pictures."""
     from ebmkit.cli.evaluate import evaluate_run
-    from ebmkit.plots import learning_curves
+    from ebmkit.training.metrics import learning_curves
 
     if trainer.run is not None:
         learning_curves(trainer.run.metrics(), run / "learning_curves.png")

@@ -142,11 +142,11 @@ def _denoise_one(
     name: str,
     device: torch.device,
 ) -> Denoised:
-    from ebmkit.inference import denoise_picture
+    from ebmkit.inference import denoise_image
 
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(for_bar(name), total=None)
-        result = denoise_picture(
+        result = denoise_image(
             model,
             picture.image.to(device),
             sigma,

@@ -18,10 +18,10 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from ebmkit.compile import Inference, device_of, unwrapped
+from ebmkit.distributed import DistributedContext
 from ebmkit.energy import EnergyModel, ScoreModel, classifies
 from ebmkit.errors import UserError
 from ebmkit.evaluation.data import Batch, Images, noisy_batches
-from ebmkit.parallel import DistributedContext
 
 __all__ = [
     "NOISE_LEVELS",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ebmkit.data.identity import fingerprint
-from ebmkit.parallel import DistributedContext
+from ebmkit.distributed import DistributedContext
 
 __all__ = ["Batch", "Images", "fingerprint", "noise_generator", "noisy_batches"]
 

@@ -39,11 +39,11 @@ from ebmkit.evaluation.context import EvaluationContext, Suite, check_classifies
 from ebmkit.evaluation.data import Batch, Images, noisy_batches
 from ebmkit.evaluation.diffusion_views import VIEWS, DiffusionPathConfig, views_at
 from ebmkit.evaluation.energies import (
+    EnergySource,
     ImageEnergies,
-    Reading,
     class_statistics,
     energies_of,
-    reading_of,
+    energy_source,
     spread,
 )
 from ebmkit.evaluation.generated import Generated, read_samples
@@ -93,7 +93,7 @@ def run(setting: EvaluationContext) -> dict[str, Any]:
     clean = setting.columns(0.0, partial(_measure, models, config.energies, None, -1))
     documents: dict[str, dict[str, Any]] = {
         name: {
-            "reading": reading_of(model, config.energies),
+            "reading": energy_source(model, config.energies),
             "clean": _row(clean, name, "clean"),
             "path": {view: [] for view in VIEWS},
             "classes": class_statistics(
@@ -141,7 +141,7 @@ Key = tuple[str, str, str]
 
 def _measure(
     models: dict[str, EnergyModel],
-    reading: Reading,
+    reading: EnergySource,
     schedule: Schedule | None,
     t: int,
     batch: Batch,
@@ -234,7 +234,7 @@ def _models(setting: EvaluationContext) -> dict[str, EnergyModel]:
             name = f"{base}-{number}"
         found[name] = optimize(model, setting.inference.precision)
     for model in found.values():
-        reading_of(model, config.energies)
+        energy_source(model, config.energies)
     return found
 
 

@@ -34,7 +34,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ebmkit.errors import UserError
-from ebmkit.evaluation.energies import Reading
+from ebmkit.evaluation.energies import EnergySource
 from ebmkit.noise import Schedule, make_schedule
 
 __all__ = ["VIEWS", "DiffusionPathConfig", "views_at"]
@@ -64,7 +64,7 @@ class DiffusionPathConfig(BaseModel):
         None,
         description="HDF5 file of `ebmkit sample`, to compare its energies with those of the data",
     )
-    energies: Reading = Field(
+    energies: EnergySource = Field(
         "auto",
         description="definition of E(x): model (its own density), logits (-logsumexp), auto "
         "(model if its density was trained, else logits)",

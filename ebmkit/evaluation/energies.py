@@ -2,8 +2,8 @@ r"""Energies of images and labels, and their statistics by class.
 
 .. math:: E(x) = -\log p(x), \qquad E(x, y) = -\log p(x, y) = E(x) - \log p(y \mid x),
 
-in nats, up to one constant of the model, read as `ebmkit.readings` says: where a head has a density
-of its own that no objective trained (``ce`` or ``adv`` alone), off the logits.
+in nats, up to one constant of the model, from the source that `ebmkit.models.heads` says: where a
+head has a density of its own that no objective trained (``ce`` or ``adv`` alone), off the logits.
 
 Noise-conditional models are told that clean images have noise 0.
 
@@ -20,14 +20,14 @@ from torch import Tensor
 
 from ebmkit.energy import EnergyModel, Noise
 from ebmkit.evaluation import statistics
-from ebmkit.readings import Reading, reading_of
+from ebmkit.models.heads import EnergySource, energy_source
 
 __all__ = [
+    "EnergySource",
     "ImageEnergies",
-    "Reading",
     "class_statistics",
     "energies_of",
-    "reading_of",
+    "energy_source",
     "spread",
 ]
 
@@ -50,7 +50,7 @@ class ImageEnergies(NamedTuple):
 
 
 def energies_of(
-    model: EnergyModel, y: Tensor, sigma: Noise | None = None, reading: Reading = "auto"
+    model: EnergyModel, y: Tensor, sigma: Noise | None = None, reading: EnergySource = "auto"
 ) -> ImageEnergies:
     """E(y), and log p(c|y) for E(y, c).
 
@@ -64,7 +64,7 @@ def energies_of(
         UserError: if logits are asked for and the model has none.
     """
     found = model.energies(y, 0.0 if sigma is None else sigma)
-    logits = reading_of(model, reading) == "logits"
+    logits = energy_source(model, reading) == "logits"
     energy = -found.logits.logsumexp(dim=1) if logits else -found.log_density
     return ImageEnergies(energy, found.log_posterior())
 

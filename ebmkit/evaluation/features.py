@@ -27,7 +27,7 @@ from torch import Tensor
 from ebmkit.compile import unwrapped
 from ebmkit.energy import EnergyModel, ScoreModel, classifies
 from ebmkit.errors import UserError
-from ebmkit.models.torchfile import read_torch_file
+from ebmkit.storage.torchfile import read_torch_file
 
 __all__ = ["Extracted", "Extractor", "classifier", "classifier_of", "find_extractor", "inception"]
 

@@ -35,7 +35,7 @@ from ebmkit.energy import EnergyModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation import distances, statistics
 from ebmkit.evaluation.data import Images
-from ebmkit.evaluation.energies import Reading
+from ebmkit.evaluation.energies import EnergySource
 from ebmkit.evaluation.features import Extractor
 from ebmkit.evaluation.guided_measures import (
     Columns,
@@ -64,7 +64,7 @@ def measure_guided(
     energy_model: EnergyModel | None = None,
     *,
     others: Images | None = None,
-    reading: Reading = "auto",
+    reading: EnergySource = "auto",
     batch_size: int = 250,
     device: torch.device | str | None = None,
 ) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ebmkit.energy import EnergyModel
 from ebmkit.evaluation import distances, statistics
-from ebmkit.evaluation.energies import ImageEnergies, Reading, energies_of
+from ebmkit.evaluation.energies import EnergySource, ImageEnergies, energies_of
 from ebmkit.evaluation.features import Extractor
 from ebmkit.evaluation.statistics import LEVEL, Estimate
 
@@ -62,7 +62,7 @@ def columns_of_images(
     extractor: Extractor,
     energy_model: EnergyModel | None,
     num_classes: int,
-    reading: Reading = "auto",
+    reading: EnergySource = "auto",
 ) -> Columns:
     """What all measures are made of, for images ``x`` (B, C, H, W) in [0, 1]: each (B, ...).
 

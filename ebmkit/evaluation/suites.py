@@ -10,7 +10,7 @@ Every JSON file holds, beside what its suite measures: ``suite``, ``dataset``, `
 anything was), ``processes``, ``batch_size``, ``seconds``, ``warnings``, and
 ``pictures``, the names of those beside it that belong to it.
 
-Several processes (`ebmkit.parallel`) share the images; all of them get the same results, and the
+Several processes (`ebmkit.distributed`) share the images; all of them get the same results, and the
 first alone writes.
 """
 
@@ -30,6 +30,7 @@ import torch
 from pydantic import BaseModel
 
 from ebmkit.compile import device_of, make_inference, tf32_restored, unwrapped
+from ebmkit.distributed import DistributedContext
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation.adversarial import ADVERSARIAL
@@ -47,11 +48,10 @@ from ebmkit.evaluation.ood import OOD
 from ebmkit.evaluation.robustness import ROBUSTNESS
 from ebmkit.evaluation.robustness_grid import ROBUSTNESS_GRID
 from ebmkit.evaluation.shift import SHIFT
-from ebmkit.parallel import DistributedContext
 from ebmkit.registry import find
 from ebmkit.storage import remove_file, write_atomically
 from ebmkit.storage.reading import read_json
-from ebmkit.training.environment import environment
+from ebmkit.training.run_folder import environment
 from ebmkit.validation import validated
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ from ebmkit.experiments.theory import markdown as figure1_markdown
 from ebmkit.noise import in_255ths
 from ebmkit.storage import write_atomically
 from ebmkit.storage.reading import read_json
-from ebmkit.training.environment import environment
+from ebmkit.training.run_folder import environment
 
 __all__ = ["CLAIM_SIGMAS", "FIG4", "run_claims", "run_fig1", "run_fig3", "run_fig4"]
 

@@ -33,9 +33,10 @@ from ebmkit.models import load
 from ebmkit.storage import write_atomically
 from ebmkit.storage.reading import MIB, read_json, read_text
 from ebmkit.training import DataConfig, RunFolder, TrainConfig, Trainer, resolve
-from ebmkit.training.assemble import Split, assemble, images_of
+from ebmkit.training.config import difference
 from ebmkit.training.cost import format_seconds
-from ebmkit.training.differences import difference
+from ebmkit.training.loop import assemble
+from ebmkit.training.setup import Split, images_of
 
 __all__ = ["Rows"]
 

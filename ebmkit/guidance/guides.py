@@ -17,7 +17,7 @@ guide           h(v), to be raised, in nats
 =============== ================================================================================
 
 Classifier and energy differ by :math:`\log p(v)`: the first asks for an image that no other label
-explains, the second for one that the label makes likely. Energies are read as `ebmkit.readings`
+explains, the second for one that the label makes likely. Energies are read as `ebmkit.models.heads`
 says: of a model that was trained to classify alone, off its logits.
 
 The last two take an inner guide h and n normalised steps up it,
@@ -43,7 +43,7 @@ from torch import Tensor
 
 from ebmkit.energy import Energies, EnergyModel, Noise, classifies, upcast_energies
 from ebmkit.errors import UserError
-from ebmkit.readings import as_read
+from ebmkit.models.heads import LogitEnergy
 from ebmkit.sampling.base import check_positive, per_chain
 from ebmkit.sampling.target import DensityFunction, density_of, label_density_of
 
@@ -75,7 +75,7 @@ def classifier_guide(model: EnergyModel, c: Tensor | int) -> DensityFunction:
     Raises:
         UserError: if the model has no labels that were trained, or one is out of range.
     """
-    model = as_read(check_guide(model))
+    model = LogitEnergy.of(check_guide(model))
     return _at_own_level(model, label_density_of(model, c))
 
 
@@ -89,7 +89,7 @@ def energy_guide(model: EnergyModel, c: Tensor | int) -> DensityFunction:
     Raises:
         UserError: if the model has no labels that were trained, or one is out of range.
     """
-    model = as_read(check_guide(model))
+    model = LogitEnergy.of(check_guide(model))
     return _at_own_level(model, density_of(model, c))
 
 
@@ -112,7 +112,7 @@ def dual_guide(
         UserError: if the model has no labels that were trained, one is out of range, or there is
             not one finite mean for each label.
     """
-    model = as_read(check_guide(model))
+    model = LogitEnergy.of(check_guide(model))
     check_positive("lambda", weight, zero=True)
     by_label = torch.as_tensor(means, dtype=torch.float64).flatten()
     if by_label.shape != (model.num_classes,) or not bool(by_label.isfinite().all()):

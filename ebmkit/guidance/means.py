@@ -28,7 +28,7 @@ from ebmkit.compile import device_of
 from ebmkit.energy import EnergyModel
 from ebmkit.errors import UserError
 from ebmkit.guidance.guides import check_guide
-from ebmkit.readings import as_read
+from ebmkit.models.heads import LogitEnergy
 from ebmkit.storage import write_atomically
 from ebmkit.storage.reading import read_json
 
@@ -87,7 +87,7 @@ def class_energies(
         UserError: if model or images have no labels, an image's label is not the model's, one of
             the model's labels has no image, or an energy is not finite.
     """
-    model = as_read(check_guide(model))
+    model = LogitEnergy.of(check_guide(model))
     device, level, done = device_of(model), told_level(model), 0
     sums = torch.zeros(5, model.num_classes, dtype=torch.float64)
     for x, labels in images.batches(batch_size):

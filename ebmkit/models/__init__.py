@@ -1,28 +1,36 @@
 """Networks: backbones, heads, and the joint model made of one of each."""
 
-from ebmkit.models.config import BackboneConfig, ModelConfig, create_denoiser, create_model
-from ebmkit.models.denoisers import DirectDenoiser
-from ebmkit.models.diffusion import DiffusionModel
-from ebmkit.models.dncnn import DnCNN, DnCNNConfig
-from ebmkit.models.drunet import DRUNet, DRUNetConfig
-from ebmkit.models.gradientstep import GradientStep, GraDnCNNConfig, GSDRUNetConfig
-from ebmkit.models.gradresnet import GradResNet, GradResNetConfig
-from ebmkit.models.heads import HEADS, HeadConfig, LinearQuadraticHead, LogitHead
-from ebmkit.models.joint import JointModel
-from ebmkit.models.mlp import MLP, MLPConfig
-from ebmkit.models.parts import (
+from ebmkit.models.base import (
     Backbone,
+    BackboneConfig,
+    DenoiserConfig,
     Features,
     Head,
     NoiseConditionalBackbone,
     WindowedBackbone,
 )
+from ebmkit.models.config import (
+    BACKBONES,
+    DENOISERS,
+    NETWORKS,
+    ModelConfig,
+    create_denoiser,
+    create_model,
+)
+from ebmkit.models.denoisers import DirectDenoiser
+from ebmkit.models.diffusion import DiffusionModel, UNetConfig
+from ebmkit.models.dncnn import DnCNN, DnCNNConfig
+from ebmkit.models.drunet import DRUNet, DRUNetConfig
+from ebmkit.models.gradientstep import GradientStep, GraDnCNNConfig, GSDRUNetConfig
+from ebmkit.models.gradresnet import GradResNet, GradResNetConfig
+from ebmkit.models.heads import HEADS, HeadConfig, LinearQuadraticHead, LogitHead
+from ebmkit.models.importing import import_checkpoint, load_checkpoint
+from ebmkit.models.joint import JointModel
+from ebmkit.models.mlp import MLP, MLPConfig
 from ebmkit.models.pipelines import import_unet
-from ebmkit.models.presets import BACKBONES, DENOISERS
-from ebmkit.models.published import import_checkpoint, load_checkpoint
 from ebmkit.models.resnet import ResNet, ResNetConfig
 from ebmkit.models.saving import load, save_model, save_weights, weights_digest
-from ebmkit.models.unet import UNetConfig
+from ebmkit.models.timm import TimmBackbone, TimmConfig
 from ebmkit.models.wideresnet import WideResNet, WideResNetConfig
 
 __all__ = [
@@ -30,10 +38,12 @@ __all__ = [
     "DENOISERS",
     "HEADS",
     "MLP",
+    "NETWORKS",
     "Backbone",
     "BackboneConfig",
     "DRUNet",
     "DRUNetConfig",
+    "DenoiserConfig",
     "DiffusionModel",
     "DirectDenoiser",
     "DnCNN",
@@ -54,6 +64,8 @@ __all__ = [
     "NoiseConditionalBackbone",
     "ResNet",
     "ResNetConfig",
+    "TimmBackbone",
+    "TimmConfig",
     "UNetConfig",
     "WideResNet",
     "WideResNetConfig",

@@ -1,9 +1,15 @@
-"""From names and numbers to a model: configuration and `create_model`."""
+"""From names and numbers to a model: the table of networks, configuration and `create_model`.
+
+`BACKBONES` make features, and a head energies of them (`ebmkit.models.JointModel`). `DENOISERS` are
+whole models: plain denoisers without a density, gradient-step denoisers, whose density has no
+labels, and diffusion models. Beside them ``timm:NAME`` is the model of timm called NAME.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import (
     BaseModel,
@@ -15,28 +21,81 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from torch import nn
 
 from ebmkit.energy import ScoreModel
-from ebmkit.errors import UserError
-from ebmkit.models.conditioned import NoiseConditioned
-from ebmkit.models.denoisers import DirectDenoiser
+from ebmkit.errors import UserError, unknown_name
+from ebmkit.models.base import (
+    Backbone,
+    BackboneConfig,
+    DenoiserConfig,
+    NetworkConfig,
+    NoiseConditioned,
+)
+from ebmkit.models.diffusion import UNetConfig
 from ebmkit.models.dncnn import DnCNNConfig
 from ebmkit.models.drunet import DRUNetConfig
 from ebmkit.models.gradientstep import GraDnCNNConfig, GSDRUNetConfig
 from ebmkit.models.gradresnet import GradResNetConfig
 from ebmkit.models.heads import HEADS, HeadConfig
-from ebmkit.models.joint import Extent, JointModel
+from ebmkit.models.joint import JointModel, SizeScaling
 from ebmkit.models.mlp import MLPConfig
-from ebmkit.models.parts import Backbone
-from ebmkit.models.presets import BACKBONES, DENOISERS
 from ebmkit.models.resnet import ResNetConfig
-from ebmkit.models.unet import UNetConfig
+from ebmkit.models.timm import TimmConfig
 from ebmkit.models.wideresnet import WideResNetConfig
-from ebmkit.registry import find
+from ebmkit.registry import Preset, find
 from ebmkit.validation import validated
 
-__all__ = ["BackboneConfig", "ModelConfig", "create_denoiser", "create_model"]
+NETWORKS: tuple[type[NetworkConfig], ...] = (
+    GradResNetConfig,
+    ResNetConfig,
+    WideResNetConfig,
+    MLPConfig,
+    TimmConfig,
+    DnCNNConfig,
+    DRUNetConfig,
+    GSDRUNetConfig,
+    GraDnCNNConfig,
+    UNetConfig,
+)
+"""The configuration of every network: to add one is a file with its presets, and a line here."""
+
+BACKBONES: dict[str, Preset[BackboneConfig]] = {
+    name: preset
+    for config in NETWORKS
+    if issubclass(config, BackboneConfig)
+    for name, preset in config.presets().items()
+}
+DENOISERS: dict[str, Preset[DenoiserConfig]] = {
+    name: preset
+    for config in NETWORKS
+    if issubclass(config, DenoiserConfig)
+    for name, preset in config.presets().items()
+}
+
+TIMM = "timm:"
+
+
+def find_network(name: str) -> Preset[NetworkConfig]:
+    """The backbone or denoiser called ``name``, which may be ``timm:NAME``.
+
+    Raises:
+        UserError: if there is none.
+    """
+    return DENOISERS[name] if name in DENOISERS else find_backbone(name, DENOISERS)
+
+
+def find_backbone(name: str, others: Iterable[str] = ()) -> Preset[BackboneConfig]:
+    """The backbone called ``name``, which may be ``timm:NAME``.
+
+    Raises:
+        UserError: if there is none; ``others`` are names that would be legal, too.
+    """
+    if name.startswith(TIMM):
+        own = name.removeprefix(TIMM)
+        return Preset(TimmConfig(name=own), f"{own} of timm")
+    if name not in BACKBONES:
+        raise unknown_name("backbone", name, [*BACKBONES, *others, f"{TIMM}NAME"])
+    return BACKBONES[name]
 
 
 def _kind(config: Any) -> str:
@@ -46,30 +105,23 @@ def _kind(config: Any) -> str:
     return str(config.get("kind", "gradresnet")) if isinstance(config, dict) else ""
 
 
-BackboneConfig = Annotated[
-    Annotated[GradResNetConfig, Tag("gradresnet")]
-    | Annotated[ResNetConfig, Tag("resnet")]
-    | Annotated[WideResNetConfig, Tag("wideresnet")]
-    | Annotated[MLPConfig, Tag("mlp")]
-    | Annotated[DnCNNConfig, Tag("dncnn")]
-    | Annotated[DRUNetConfig, Tag("drunet")]
-    | Annotated[GSDRUNetConfig, Tag("gs-drunet")]
-    | Annotated[GraDnCNNConfig, Tag("gradncnn")]
-    | Annotated[UNetConfig, Tag("unet")],
-    Discriminator(_kind),
-]
-"""Every network's configuration; ``kind`` says which."""
-
-
-_WHOLE = (DnCNNConfig, DRUNetConfig, GSDRUNetConfig, GraDnCNNConfig, UNetConfig)
+if TYPE_CHECKING:
+    AnyNetworkConfig = NetworkConfig
+else:
+    AnyNetworkConfig = Annotated[
+        Union[tuple(Annotated[c, Tag(c.model_fields["kind"].default)] for c in NETWORKS)],  # noqa: UP007
+        Discriminator(_kind),
+    ]
 
 
 class ModelConfig(BaseModel):
-    """Everything that is needed to build a `JointModel` anew; saved in ``model.json``."""
+    """Everything that is needed to build a model anew; saved in ``model.json``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    backbone: BackboneConfig = Field(GradResNetConfig(), description="backbone: images to features")
+    backbone: AnyNetworkConfig = Field(
+        GradResNetConfig(), description="backbone: images to features"
+    )
     head: HeadConfig = Field(HeadConfig(), description="head: features to energies")
     in_channels: Literal[1, 3] = Field(3, description="number of channels: 1 gray, 3 colour")
     num_classes: int = Field(0, ge=0, description="number of classes; 0: density only")
@@ -78,7 +130,7 @@ class ModelConfig(BaseModel):
         description="reference size (height, width), up to which the log-density is the "
         "paper's formula",
     )
-    extent: Extent = Field(
+    size_scaling: SizeScaling = Field(
         "tiles",
         description="log-density of larger images: tiles, factor or windows (see JointModel)",
     )
@@ -96,19 +148,28 @@ class ModelConfig(BaseModel):
         "image and a map of the noise level",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _upgrade(cls, values: Any) -> Any:
+        """Documents of versions before December 2026 call ``size_scaling`` ``extent``."""
+        if not isinstance(values, dict) or "extent" not in values:
+            return values
+        rest = {name: value for name, value in values.items() if name != "extent"}
+        return {"size_scaling": values["extent"]} | rest
+
     @field_validator("input_std")
     @classmethod
-    def _above_zero(cls, found: float | tuple[float, ...]) -> float | tuple[float, ...]:
-        numbers = found if isinstance(found, tuple) else (found,)
+    def _check_std(cls, std: float | tuple[float, ...]) -> float | tuple[float, ...]:
+        numbers = std if isinstance(std, tuple) else (std,)
         if not all(0 < number < math.inf for number in numbers):
             raise ValueError("images are divided by it: numbers must be above 0, as in 0.25")
-        return found
+        return std
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
         if not self.noise_conditional:
             return self
-        if isinstance(self.backbone, _WHOLE):
+        if isinstance(self.backbone, DenoiserConfig):
             raise UserError(
                 f"model.noise_conditional is of backbones, and {self.backbone.kind!r} is a whole "
                 "model: leave it out"
@@ -122,34 +183,25 @@ class ModelConfig(BaseModel):
             )
         return self
 
+    def without_pretrained(self) -> ModelConfig:
+        """The same for weights that come from a file: nothing is downloaded to build it."""
+        return self.model_copy(update={"backbone": self.backbone.without_pretrained()})
+
     def build(self) -> ScoreModel:
         """The model, with fresh weights: joint, of a backbone, or a denoiser."""
-        backbone = self.backbone
-        if isinstance(backbone, UNetConfig):
-            return backbone.build_model(self.in_channels, self.num_classes)
-        if isinstance(backbone, (DnCNNConfig, DRUNetConfig)):
-            network = backbone.build(self.in_channels)
-            told = isinstance(backbone, DRUNetConfig) and backbone.noise_map
-            return DirectDenoiser(network, self.in_channels, noise_conditional=told)
-        if isinstance(backbone, (GSDRUNetConfig, GraDnCNNConfig)):
-            return backbone.build_model(self.in_channels)
-        return self.build_joint(backbone)
-
-    def build_joint(
-        self, backbone: GradResNetConfig | ResNetConfig | WideResNetConfig | MLPConfig
-    ) -> JointModel:
-        """The joint model of ``backbone``."""
+        if isinstance(self.backbone, DenoiserConfig):
+            return self.backbone.build_model(self.in_channels, self.num_classes)
+        assert isinstance(self.backbone, BackboneConfig)
+        backbone = self.backbone.build(self.in_channels + self.noise_conditional)
         if self.noise_conditional:
-            features: Backbone = NoiseConditioned(backbone.build(self.in_channels + 1))
-        else:
-            features = backbone.build(self.in_channels)
-        assert isinstance(features, nn.Module)
+            backbone = NoiseConditioned(backbone)
+        assert isinstance(backbone, Backbone)
         return JointModel(
-            features,
-            self.head.build(features.num_features, self.num_classes),
+            backbone,
+            self.head.build(backbone.num_features, self.num_classes),
             in_channels=self.in_channels,
             reference_size=self.reference_size,
-            extent=self.extent,
+            size_scaling=self.size_scaling,
             input_mean=self.input_mean,
             input_std=self.input_std,
         )
@@ -161,19 +213,19 @@ def create_model(
     in_channels: int = 3,
     head: str = "linear-quadratic",
     image_size: tuple[int, int] | int | None = None,
-    extent: Extent = "tiles",
+    size_scaling: SizeScaling = "tiles",
     **options: Any,
 ) -> JointModel:
     """A joint model by the names of its parts, with fresh weights.
 
     Args:
-        backbone: a name from `ebmkit list backbones`.
+        backbone: a name from `ebmkit list backbones`, or ``timm:NAME``.
         num_classes: labels C; 0 for a density alone.
         in_channels: 1 gray, 3 colour.
         head: a name from `ebmkit list heads`.
         image_size: the reference size, as (height, width) or one number for both; at it, and below,
             the log-density is the plain formula's. None: the plain formula at every size.
-        extent: how the log-density grows beyond the reference size (see `JointModel`).
+        size_scaling: how the log-density grows beyond the reference size (see `JointModel`).
         **options: fields of the backbone's configuration, as in ``width=16``.
 
     Raises:
@@ -185,18 +237,18 @@ def create_model(
         raise UserError(
             f"{backbone!r} is a denoiser and has no head: make it by create_denoiser({backbone!r})"
         )
-    preset = find("backbone", BACKBONES, backbone).config
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    shape = validated(type(preset), {**preset.model_dump(), **options}, f"backbone {backbone}")
     config = {
-        "backbone": shape,
+        "backbone": _changed(find_backbone(backbone).config, options, f"backbone {backbone}"),
         "head": find("head", HEADS, head).config,
         "in_channels": in_channels,
         "num_classes": num_classes,
         "reference_size": size,
-        "extent": extent,
+        "size_scaling": size_scaling,
     }
-    return validated(ModelConfig, config, "model").build_joint(shape)
+    model = validated(ModelConfig, config, "model").build()
+    assert isinstance(model, JointModel)
+    return model
 
 
 def create_denoiser(name: str, in_channels: int = 3, **options: Any) -> ScoreModel:
@@ -212,7 +264,11 @@ def create_denoiser(name: str, in_channels: int = 3, **options: Any) -> ScoreMod
 
     >>> denoiser = create_denoiser("drunet", in_channels=3, width=16)
     """
-    preset = find("denoiser", DENOISERS, name).config
-    shape = validated(type(preset), {**preset.model_dump(), **options}, f"denoiser {name}")
+    shape = _changed(find("denoiser", DENOISERS, name).config, options, f"denoiser {name}")
     config = {"backbone": shape, "in_channels": in_channels}
     return validated(ModelConfig, config, "model").build()
+
+
+def _changed(preset: NetworkConfig, options: dict[str, Any], what: str) -> NetworkConfig:
+    """``preset`` with other ``options``, which are checked."""
+    return validated(type(preset), {**preset.model_dump(), **options}, what)

@@ -30,8 +30,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Conv2d", "conv2d"]
-
 SMALL = 3e7
 """Multiplications on a CPU up to which PyTorch's own derivatives are taken: calling into Python
 takes longer than what would be spared."""
@@ -44,9 +42,40 @@ class _Options:
     dilation: tuple[int, ...]
     groups: int
 
-    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def output_shape(self, x: Tensor, weight: Tensor) -> tuple[int, ...]:
+        """Of F(x, w)."""
+        window = (x.shape[2:], weight.shape[2:], self.stride, self.padding, self.dilation)
+        sizes = (
+            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+            for size, kernel, stride, padding, dilation in zip(*window, strict=True)
+        )
+        return (x.shape[0], weight.shape[0], *sizes)
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """PyTorch's kernel of F."""
         return torch.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def gradient(self, by: int, x: Tensor, weight: Tensor, g: Tensor) -> Tensor:
+        """PyTorch's kernel of I or W."""
+        found = torch.ops.aten.convolution_backward.default(
+            g,
+            x,
+            weight,
+            None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            False,
+            [0] * len(self.stride),
+            self.groups,
+            [by == X, by == W, False],
+        )
+        gradient: Tensor = found[by]
+        return gradient
+
+
+X, W, G = range(3)
+"""The arguments of L, of which `_derivative` takes the derivative by one."""
 
 
 class Conv2d(nn.Conv2d):
@@ -91,80 +120,38 @@ def conv2d(
     work = x.numel() * weight.numel() // (x.shape[1] * stride[0] * stride[1])
     small = x.device.type == "cpu" and work < SMALL
     if frozen or small or not torch.is_grad_enabled():
-        return options.apply(x, weight, bias)
+        return options.convolve(x, weight, bias)
     kind = x.device.type
     if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         if x.dtype != torch.float64:  # as PyTorch does
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
-    return _convolve(x, weight, bias, options)
+    return _derivative(G, x, weight, None, bias, options)
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, options: _Options) -> Tensor:
-    """F(x, w) + bias."""
-    if not torch.is_grad_enabled():
-        return options.apply(x, weight, bias)
-    shape = _output_shape(x, weight, options)
-    links = [_WeightLink.apply(weight, (x,), shape, options, False)]
-    if bias is not None:
-        links.append(bias[:, None, None].expand(shape))
-    out: Tensor = _Convolution.apply(x, weight, bias, options, *links)
-    return out
-
-
-def _output_shape(x: Tensor, weight: Tensor, options: _Options) -> tuple[int, ...]:
-    window = zip(
-        x.shape[2:],
-        weight.shape[2:],
-        options.stride,
-        options.padding,
-        options.dilation,
-        strict=True,
-    )
-    sizes = (
-        (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-        for size, kernel, stride, padding, dilation in window
-    )
-    return (x.shape[0], weight.shape[0], *sizes)
-
-
-def _input_gradient(gradient: Tensor, weight: Tensor, x: Tensor, options: _Options) -> Tensor:
-    """I(g, w), of the shape of ``x``, whose values do not matter."""
-    if not torch.is_grad_enabled():
-        return _backward(gradient, x, weight, options, of_weight=False)
-    link = _WeightLink.apply(weight, (gradient,), x.shape, options, True)
-    out: Tensor = _InputGradient.apply(gradient, weight, x, options, link)
-    return out
-
-
-def _weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor, options: _Options) -> Tensor:
-    """W(g, x), of the shape of ``weight``, whose values do not matter."""
-    if not torch.is_grad_enabled():
-        return _backward(gradient, x, weight, options, of_weight=True)
-    out: Tensor = _WeightGradient.apply(gradient, x, weight, options)
-    return out
-
-
-def _backward(
-    gradient: Tensor, x: Tensor, weight: Tensor, options: _Options, of_weight: bool
+def _derivative(
+    by: int,
+    x: Tensor,
+    weight: Tensor,
+    g: Tensor | None,
+    bias: Tensor | None,
+    options: _Options,
 ) -> Tensor:
-    """PyTorch's kernel of I, or of W."""
-    found = torch.ops.aten.convolution_backward.default(
-        gradient,
-        x,
-        weight,
-        None,
-        options.stride,
-        options.padding,
-        options.dilation,
-        False,
-        [0] * len(options.stride),
-        options.groups,
-        [not of_weight, of_weight, False],
-    )
-    gradients: Tensor = found[int(of_weight)]
-    return gradients
+    """F(x, w) + bias without ``g``, I(g, w) or W(g, x); of what it is by, the shape matters."""
+    if not torch.is_grad_enabled():
+        if g is None:
+            return options.convolve(x, weight, bias)
+        return options.gradient(by, x, weight, g)
+    links = []
+    if by != W:
+        factor = x if by == G else g
+        shape = options.output_shape(x, weight) if by == G else x.shape
+        links.append(_WeightLink.apply(weight, (factor,), shape, options, by))
+        if bias is not None:
+            links.append(bias[:, None, None].expand(shape))
+    out: Tensor = _Convolution.apply(by, options, x, weight, g, bias, *links)
+    return out
 
 
 _POSITIONAL = inspect.Signature([inspect.Parameter("inputs", inspect.Parameter.VAR_POSITIONAL)])
@@ -178,126 +165,56 @@ def positional(function: type[torch.autograd.Function]) -> type[torch.autograd.F
 
 @positional
 class _Convolution(torch.autograd.Function):
-    """F(x, w) + bias, whose gradients by weights and bias go by the links."""
+    """`_derivative`, whose gradients by weights and bias go by the links."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
+        by: int,
+        options: _Options,
         x: Tensor,
         weight: Tensor,
+        g: Tensor | None,
         bias: Tensor | None,
-        options: _Options,
         *links: Tensor,
     ) -> Tensor:
-        return options.apply(x, weight, bias)
+        if g is None:
+            return options.convolve(x, weight, bias)
+        return options.gradient(by, x, weight, g)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, ctx.options, *links = inputs
+        ctx.by, ctx.options, x, weight, g, _, *links = inputs
         ctx.links = len(links)
-        ctx.save_for_backward(x, weight)
-        ctx.save_for_forward(x, weight)
+        ctx.save_for_backward(
+            None if ctx.by == X else x,
+            None if ctx.by == W else weight,
+            g if ctx.by == W else None,
+        )
+        ctx.save_for_forward(x, weight, g)
 
     @staticmethod
-    def jvp(
-        ctx: Any, x: Tensor | None, weight: Tensor | None, bias: Tensor | None, *_: Any
-    ) -> Tensor:
-        at_x, at_weight = ctx.saved_tensors
-        moved = []
-        if x is not None:
-            moved.append(_convolve(x, at_weight, None, ctx.options))
-        if weight is not None:
-            moved.append(_convolve(at_x, weight, None, ctx.options))
-        if bias is not None:
-            moved.append(bias[:, None, None].expand(_output_shape(at_x, at_weight, ctx.options)))
-        return sum(moved[1:], start=moved[0])
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        of_x = None
-        if ctx.needs_input_grad[0]:
-            of_x = _input_gradient(gradient, weight, x, ctx.options)
-        return (of_x, None, None, None, *(gradient for _ in range(ctx.links)))
-
-
-@positional
-class _InputGradient(torch.autograd.Function):
-    """I(g, w), whose gradient by the weights goes by the link."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        gradient: Tensor,
-        weight: Tensor,
-        x: Tensor,
-        options: _Options,
-        link: Tensor,
-    ) -> Tensor:
-        return _backward(gradient, x, weight, options, of_weight=False)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        gradient, weight, x, ctx.options, *_ = inputs
-        ctx.save_for_backward(weight)
-        ctx.save_for_forward(gradient, weight, x)
-
-    @staticmethod
-    def jvp(ctx: Any, gradient: Tensor | None, weight: Tensor | None, *_: Any) -> Tensor:
-        at_gradient, at_weight, x = ctx.saved_tensors
-        moved = []
-        if gradient is not None:
-            moved.append(_input_gradient(gradient, at_weight, x, ctx.options))
-        if weight is not None:
-            moved.append(_input_gradient(at_gradient, weight, x, ctx.options))
-        return sum(moved, start=torch.zeros_like(x))
+    def jvp(ctx: Any, *moved: Any) -> Tensor:
+        at, along = ctx.saved_tensors, []
+        for slot, tangent in enumerate(moved[2:5]):
+            if tangent is not None and slot != ctx.by:
+                x, weight, g = (tangent if i == slot else at[i] for i in range(3))
+                along.append(_derivative(ctx.by, x, weight, g, None, ctx.options))
+        if moved[5] is not None:
+            shape = ctx.options.output_shape(*at[:2])
+            along.append(moved[5][:, None, None].expand(shape))
+        return sum(along[1:], start=along[0]) if along else torch.zeros_like(at[ctx.by])
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        of_gradient = None
-        if ctx.needs_input_grad[0]:
-            of_gradient = _convolve(v, weight, None, ctx.options)
-        return (of_gradient, None, None, None, v)
-
-
-@positional
-class _WeightGradient(torch.autograd.Function):
-    """W(g, x)."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(gradient: Tensor, x: Tensor, weight: Tensor, options: _Options) -> Tensor:
-        return _backward(gradient, x, weight, options, of_weight=True)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        gradient, x, weight, ctx.options = inputs
-        ctx.save_for_backward(gradient, x)
-        ctx.save_for_forward(gradient, x, weight)
-
-    @staticmethod
-    def jvp(ctx: Any, gradient: Tensor | None, x: Tensor | None, *_: Any) -> Tensor:
-        at_gradient, at_x, weight = ctx.saved_tensors
-        moved = []
-        if gradient is not None:
-            moved.append(_weight_gradient(gradient, at_x, weight, ctx.options))
-        if x is not None:
-            moved.append(_weight_gradient(at_gradient, x, weight, ctx.options))
-        return sum(moved, start=torch.zeros_like(weight))
-
-    @staticmethod
-    def backward(ctx: Any, u: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, x = ctx.saved_tensors
-        of_gradient = of_x = None
-        if ctx.needs_input_grad[0]:
-            of_gradient = _convolve(x, u, None, ctx.options)
-        if ctx.needs_input_grad[1]:
-            of_x = _input_gradient(gradient, u, x, ctx.options)
-        return of_gradient, of_x, None, None
+        x, weight, g = (v if i == ctx.by else t for i, t in enumerate(ctx.saved_tensors))
+        of_x = of_g = None
+        if ctx.by != G and ctx.needs_input_grad[2 + G]:
+            of_g = _derivative(G, x, weight, None, None, ctx.options)
+        if ctx.by != X and ctx.needs_input_grad[2 + X]:
+            of_x = _derivative(X, x, weight, g, None, ctx.options)
+        return (None, None, of_x, None, of_g, None, *(v for _ in range(ctx.links)))
 
 
 @positional
@@ -312,25 +229,22 @@ class _WeightLink(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        weight: Tensor, other: tuple[Tensor], shape: tuple[int, ...], options: _Options, of_i: bool
+        weight: Tensor, other: tuple[Tensor], shape: tuple[int, ...], options: _Options, by: int
     ) -> Tensor:
         return other[0].new_zeros(()).expand(shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        weight, (other,), ctx.shape, ctx.options, ctx.of_input_gradient = inputs
+        weight, (other,), ctx.shape, ctx.options, ctx.by = inputs
         ctx.save_for_backward(weight, other)
 
     @staticmethod
     def jvp(ctx: Any, weight: Tensor, *_: Any) -> Tensor:
-        """0: forwards, `_Convolution` and `_InputGradient` see to the weights themselves."""
+        """0: forwards, `_Convolution` sees to the weights itself."""
         return weight.new_zeros(()).expand(ctx.shape)
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         weight, other = ctx.saved_tensors
-        if ctx.of_input_gradient:
-            of_weight = _weight_gradient(other, cotangent, weight, ctx.options)
-        else:
-            of_weight = _weight_gradient(cotangent, other, weight, ctx.options)
-        return of_weight, None, None, None, None
+        x, g = (other, v) if ctx.by == G else (v, other)
+        return _derivative(W, x, weight, g, None, ctx.options), None, None, None, None

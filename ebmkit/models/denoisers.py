@@ -22,10 +22,8 @@ from torch import Tensor, nn
 
 from ebmkit.energy import Noise, ScoreModel, check_sigma, per_image
 from ebmkit.errors import UserError
-from ebmkit.models.parts import check_images
+from ebmkit.models.base import check_images
 from ebmkit.onednn import subsample_before_1x1
-
-__all__ = ["DirectDenoiser"]
 
 
 class DirectDenoiser(ScoreModel):

@@ -28,21 +28,21 @@ from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ebmkit.energy import Noise
 from ebmkit.errors import UserError
-
-__all__ = ["BiasFreeBatchNorm", "DnCNN", "DnCNNConfig", "convert_dncnn"]
+from ebmkit.models.base import DenoiserConfig
+from ebmkit.models.denoisers import DirectDenoiser
+from ebmkit.registry import Preset
 
 PUBLISHED_DEPTHS = (17, 20)
 
 
-class DnCNNConfig(BaseModel):
+class DnCNNConfig(DenoiserConfig):
     """Shape of a DnCNN."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["dncnn"] = "dncnn"
     depth: int = Field(
@@ -56,9 +56,23 @@ class DnCNNConfig(BaseModel):
     )
     bias: bool = Field(True, description="additive constants; false: bias-free")
 
+    @classmethod
+    def presets(cls) -> dict[str, Preset[DnCNNConfig]]:
+        """The published networks, and the bias-free form."""
+        return {
+            "dncnn": Preset(cls(depth=17), "Zhang et al. 2017: 17 layers, residual, blind"),
+            "dncnn20": Preset(cls(depth=20), "the same with 20 layers, as for colour"),
+            "dncnn20-bias-free": Preset(
+                cls(depth=20, bias=False), "BF-CNN of Mohan et al. 2020: no additive constant"
+            ),
+        }
+
     def build(self, in_channels: int) -> DnCNN:
         """The network, with fresh weights, for images of ``in_channels`` channels."""
         return DnCNN(in_channels, self)
+
+    def build_model(self, in_channels: int, num_classes: int = 0) -> DirectDenoiser:
+        return DirectDenoiser(self.build(in_channels), in_channels)
 
 
 class BiasFreeBatchNorm(nn.BatchNorm2d):
@@ -242,10 +256,10 @@ def _fold(conv: _Conv, named: dict[str, Tensor], name: str, eps: float) -> _Conv
     parts = ("weight", "bias", "running_mean", "running_var")
     weight, bias, mean, variance = (_take(named, f"{name}.{part}").double() for part in parts)
     named.pop(f"{name}.num_batches_tracked", None)
-    scale = weight / (variance + eps).sqrt()
-    folded = conv.weight.double() * scale[:, None, None, None]
-    shift = bias + (conv.bias.double() - mean) * scale
-    return _Conv(conv.name, folded.to(conv.weight), shift.to(conv.weight))
+    folded, shift = fuse_conv_bn_weights(
+        conv.weight.double(), conv.bias.double(), mean, variance, eps, weight, bias
+    )
+    return _Conv(conv.name, folded.detach().to(conv.weight), shift.detach().to(conv.weight))
 
 
 def _take(named: dict[str, Tensor], name: str) -> Tensor:

@@ -19,24 +19,23 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from ebmkit.compute import upcast, without_autocast
 from ebmkit.energy import Noise, per_image
 from ebmkit.errors import UserError
+from ebmkit.models.base import DenoiserConfig
 from ebmkit.models.convolution import Conv2d
-
-__all__ = ["DRUNet", "DRUNetConfig", "convert_drunet"]
+from ebmkit.models.denoisers import DirectDenoiser
+from ebmkit.registry import Preset
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "elu": nn.ELU, "softplus": nn.Softplus}
 MULTIPLE = 8  # of height and width, for three halvings
 
 
-class DRUNetConfig(BaseModel):
+class DRUNetConfig(DenoiserConfig):
     """Shape of a DRUNet."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["drunet"] = "drunet"
     width: int = Field(
@@ -52,9 +51,21 @@ class DRUNetConfig(BaseModel):
         "relu", description="relu (as published), elu or softplus (smooth)"
     )
 
+    @classmethod
+    def presets(cls) -> dict[str, Preset[DRUNetConfig]]:
+        """The published network, and its blind form."""
+        return {
+            "drunet": Preset(cls(), "Zhang et al. 2021: UNet of residual blocks, told sigma"),
+            "drunet-blind": Preset(cls(noise_map=False), "the same without the noise map"),
+        }
+
     def build(self, in_channels: int) -> DRUNet:
         """The network, with fresh weights, for images of ``in_channels`` channels."""
         return DRUNet(in_channels, self)
+
+    def build_model(self, in_channels: int, num_classes: int = 0) -> DirectDenoiser:
+        network = self.build(in_channels)
+        return DirectDenoiser(network, in_channels, noise_conditional=self.noise_map)
 
 
 class Block(nn.Module):

@@ -19,8 +19,6 @@ from torch import Tensor, nn
 
 from ebmkit.models.convolution import positional
 
-__all__ = ["GELU", "gelu"]
-
 SMALL = 1 << 17
 """Entries up to which PyTorch's own derivatives are taken: calling into Python takes longer than
 what would be spared."""

@@ -31,25 +31,18 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from ebmkit.compute import upcast, without_autocast
 from ebmkit.energy import Energies, EnergyModel, Noise, per_image
 from ebmkit.errors import UserError
+from ebmkit.models.base import DenoiserConfig, check_images
 from ebmkit.models.convolution import Conv2d
 from ebmkit.models.denoisers import implied_sigma
 from ebmkit.models.drunet import DRUNetConfig
-from ebmkit.models.parts import check_images
 from ebmkit.onednn import subsample_before_1x1
-
-__all__ = [
-    "GSDRUNetConfig",
-    "GraDnCNNConfig",
-    "GradientStep",
-    "HalfSquaredResidual",
-    "ScalarConvNet",
-]
+from ebmkit.registry import Preset
 
 SMOOTH: dict[str, type[nn.Module]] = {"elu": nn.ELU, "softplus": nn.Softplus}
 
@@ -163,10 +156,8 @@ class ScalarConvNet(nn.Module):
             return upcast(map_).flatten(1).sum(dim=1)
 
 
-class GSDRUNetConfig(BaseModel):
+class GSDRUNetConfig(DenoiserConfig):
     """Shape of a GS-DRUNet."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["gs-drunet"] = "gs-drunet"
     width: int = Field(
@@ -183,8 +174,17 @@ class GSDRUNetConfig(BaseModel):
         description="elu (as published) or softplus; smooth, because training differentiates twice",
     )
 
-    def build_model(self, in_channels: int) -> GradientStep:
-        """The energy model, with fresh weights, for images of ``in_channels`` channels."""
+    @classmethod
+    def presets(cls) -> dict[str, Preset[GSDRUNetConfig]]:
+        """The published network, and its blind form."""
+        return {
+            "gs-drunet": Preset(
+                cls(), "Hurault et al. 2022: y - grad |y - DRUNet(y)|^2 / 2, an energy model"
+            ),
+            "gs-drunet-blind": Preset(cls(noise_map=False), "the same without the noise map"),
+        }
+
+    def build_model(self, in_channels: int, num_classes: int = 0) -> GradientStep:
         shape = DRUNetConfig(
             width=self.width,
             blocks=self.blocks,
@@ -195,10 +195,8 @@ class GSDRUNetConfig(BaseModel):
         return GradientStep(potential, self.noise_map, in_channels)
 
 
-class GraDnCNNConfig(BaseModel):
+class GraDnCNNConfig(DenoiserConfig):
     """Shape of a GraDnCNN."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["gradncnn"] = "gradncnn"
     layers: int = Field(6, ge=1, description="number of layers between the first and the last")
@@ -208,6 +206,15 @@ class GraDnCNNConfig(BaseModel):
     )
     bias: bool = Field(True, description="biases in the convolutions that take the image")
 
-    def build_model(self, in_channels: int) -> GradientStep:
-        """The energy model, with fresh weights, for images of ``in_channels`` channels."""
+    @classmethod
+    def presets(cls) -> dict[str, Preset[GraDnCNNConfig]]:
+        """The network of the released code."""
+        return {
+            "gradncnn": Preset(
+                cls(width=128),
+                "Cohen et al. 2021: y - gradient of a scalar network, an energy model",
+            )
+        }
+
+    def build_model(self, in_channels: int, num_classes: int = 0) -> GradientStep:
         return GradientStep(ScalarConvNet(in_channels, self), False, in_channels)

@@ -21,26 +21,22 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ebmkit.compute import upcast, without_autocast
+from ebmkit.compute import without_autocast
+from ebmkit.models.base import BackboneConfig, Features, mean_over_windows
 from ebmkit.models.convolution import Conv2d
 from ebmkit.models.gelu import GELU
 from ebmkit.models.norms import NormName, make_norm
-from ebmkit.models.parts import Features
-from ebmkit.models.pooling import mean_over_positions
 from ebmkit.models.recompute import recompute
-
-__all__ = ["GradResNet", "GradResNetConfig"]
+from ebmkit.registry import Preset
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": GELU, "relu": nn.ReLU}
 
 
-class GradResNetConfig(BaseModel):
+class GradResNetConfig(BackboneConfig):
     """Shape of a GradResNet and the switches of the paper's ablations (table 3)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["gradresnet"] = "gradresnet"
     depth: Literal[10, 18, 34] = Field(
@@ -91,8 +87,23 @@ class GradResNetConfig(BaseModel):
             raise ValueError(f"width {self.width} must be even for the side connections")
         return self
 
+    @classmethod
+    def presets(cls) -> dict[str, Preset[GradResNetConfig]]:
+        """The paper's networks."""
+        return {
+            "gradresnet18": Preset(cls(depth=18), "the paper's network for 32x32 images"),
+            "gradresnet10": Preset(
+                cls(depth=10),
+                "the same with one block per stage: twice the steps for the same FLOPs",
+            ),
+            "gradresnet34": Preset(cls(depth=34), "the same, deeper (3-4-6-3 blocks)"),
+            "gradresnet18-imagenet": Preset(
+                cls(depth=18, stem_kernel=7, strides=(2, 1, 2, 2, 2)),
+                "the paper's network for 224x224 images: 7x7 stem of stride 2, no max-pool",
+            ),
+        }
+
     def build(self, in_channels: int) -> GradResNet:
-        """The network, with fresh weights, for images of ``in_channels`` channels."""
         return GradResNet(in_channels, self)
 
 
@@ -172,18 +183,14 @@ class GradResNet(nn.Module):
             for block in stage:
                 h = recompute(block, h) if self.recompute and self.training else block(h)
             maps.append(h)
-        kept = tuple(maps) if self.side else (h,)
-        return Features(self.pool(kept, (1, 1)).squeeze(1), kept)
+        used = tuple(maps) if self.side else (h,)
+        return Features(self.pool(used, (1, 1)).squeeze(1), used)
 
     def pool(self, maps: tuple[Tensor, ...], grid: tuple[int, int]) -> Tensor:
         """Features of each window of ``grid`` (rows, columns): (B, rows * columns, K), float32."""
         pooled = []
         with without_autocast(maps[0]):
             for i, h in enumerate(maps):
-                wide = upcast(h)
-                if grid == (1, 1):
-                    mean = mean_over_positions(wide)[:, None]
-                else:
-                    mean = nn.functional.adaptive_avg_pool2d(wide, grid).flatten(2).transpose(1, 2)
+                mean = mean_over_windows(h, grid)
                 pooled.append(self.side[i](mean) if i < len(maps) - 1 else mean)
             return torch.cat(pooled, dim=2)

@@ -9,6 +9,20 @@ r"""Heads: from features :math:`f \in \mathbb R^K` to class logits and a log-den
 .. math:: \operatorname{logits} = W f, \qquad \log p(y) = \operatorname{logsumexp}(W f) - \log Z ,
 
 so that :math:`\log p(y, c) = (W f)_c` up to the constant. The constants are never computed.
+
+**Energies of a classifier.** A model with a head of the first kind whose objective trains labels
+alone (``ce``, ``adv``, ``trades``) has a density that nothing trained, and logits that RCG (eq.
+2.32-2.38) and JEM read as energies. `LogitEnergy` is that classifier as an energy model:
+
+=========== ================================================ =================================
+source      E(y)                                             E(y, c)
+=========== ================================================ =================================
+``model``   :math:`-\log p(y)` as the head gives it          :math:`E(y) - \log p(c \mid y)`
+``logits``  :math:`-\operatorname{logsumexp}` of the logits  :math:`-\operatorname{logit}_c`
+=========== ================================================ =================================
+
+``auto`` is what the model's card says (`ebmkit.ModelCard.energies`), and with a head ``logit`` the
+two are one.
 """
 
 from __future__ import annotations
@@ -18,11 +32,15 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from ebmkit.energy import Energies
+from ebmkit.compile import WrappedEnergyModel
+from ebmkit.energy import Energies, EnergyModel, Noise
 from ebmkit.errors import UserError
 from ebmkit.registry import Preset
 
-__all__ = ["HEADS", "HeadConfig", "LinearQuadraticHead", "LogitHead"]
+EnergySource = Literal["auto", "model", "logits"]
+
+LABELS_ALONE = {"ce", "adv", "trades"}
+"""Objectives that train no density, by which a card that does not say it is understood."""
 
 
 class LinearQuadraticHead(nn.Module):
@@ -100,3 +118,53 @@ HEADS: dict[str, Preset[HeadConfig]] = {
     ),
     "logit": Preset(HeadConfig(kind="logit"), "log p(y) = logsumexp of the logits, as in JEM"),
 }
+
+
+class LogitEnergy(EnergyModel):
+    """A classifier with E(y) = -logsumexp(logits) and E(y, c) = -logit_c.
+
+    Args:
+        model: what gives the logits; shared, not copied.
+    """
+
+    def __init__(self, model: EnergyModel) -> None:
+        super().__init__()
+        self.model, self.training = model, model.training
+        self.num_classes, self.noise_conditional = model.num_classes, model.noise_conditional
+        self.card, self.in_channels = model.card, model.in_channels
+
+    @classmethod
+    def of(cls, model: EnergyModel, source: EnergySource = "auto") -> EnergyModel:
+        """``model`` with energies of ``source``: itself where they are its own.
+
+        Raises:
+            UserError: if logits are asked for and the model has none.
+        """
+        if isinstance(model, cls) or energy_source(model, source) == "model":
+            return model
+        if isinstance(model, WrappedEnergyModel):
+            return WrappedEnergyModel(cls.of(model.model, source), model.inference)
+        return cls(model)
+
+    def forward(self, y: Tensor, sigma: Noise | None = None) -> Energies:
+        """Energies of noisy images ``y`` (B, C, H, W) in image units."""
+        logits = self.model(y, sigma).logits
+        return Energies(logits, logits.logsumexp(dim=1))
+
+
+def energy_source(model: EnergyModel, source: EnergySource = "auto") -> Literal["model", "logits"]:
+    """Where the energies of ``model`` come from; see the module's table.
+
+    Raises:
+        UserError: if logits are asked for and the model has none.
+    """
+    if source == "logits" and not model.num_classes:
+        raise UserError("this model has no labels, so its energies cannot be read off logits")
+    if source != "auto":
+        return source
+    if not model.num_classes or model.card is None:
+        return "model"
+    if model.card.energies is not None:
+        return model.card.energies
+    names = {term.rpartition("*")[2].strip() for term in model.card.objective.split("+")}
+    return "logits" if names <= LABELS_ALONE else "model"

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -41,17 +41,15 @@ from torch import Tensor, nn
 from ebmkit.compute import upcast, without_autocast
 from ebmkit.energy import Energies, EnergyModel, Noise
 from ebmkit.errors import UserError
-from ebmkit.models.parts import Backbone, Features, Head, WindowedBackbone, check_images
+from ebmkit.models.base import Backbone, Features, Head, WindowedBackbone, check_images
 from ebmkit.onednn import subsample_before_1x1
 
-__all__ = ["EXTENTS", "Extent", "JointModel"]
-
-Extent = Literal["tiles", "factor", "windows"]
-EXTENTS: tuple[Extent, ...] = ("tiles", "factor", "windows")
+SizeScaling = Literal["tiles", "factor", "windows"]
+SIZE_SCALINGS: tuple[SizeScaling, ...] = get_args(SizeScaling)
 
 
 class JointModel(EnergyModel):
-    """log p(y, c) from a backbone and a head; blind to sigma, as in the paper, or told it.
+    """log p(y, c) from a backbone and a head; blind to sigma, as in the paper, or given it.
 
     Args:
         backbone: images (B, C, H, W) to `Features` with K = ``backbone.num_features``; told sigma
@@ -59,7 +57,7 @@ class JointModel(EnergyModel):
         head: features (B, K) to `Energies`.
         in_channels: channels C that images must have; None does not check.
         reference_size: height and width at which the plain formula holds; None: at every size.
-        extent: ``tiles``, ``factor`` or ``windows`` (see the module's text), for larger images.
+        size_scaling: of larger images: ``tiles``, ``factor`` or ``windows`` (see the text above).
         input_mean: subtracted from images before the backbone, one number or one per channel. It
             acts as a bias. Scores stay gradients with respect to the image itself.
         input_std: images are divided by it before the backbone, one number or one per channel.
@@ -75,34 +73,34 @@ class JointModel(EnergyModel):
         head: nn.Module,
         in_channels: int | None = None,
         reference_size: tuple[int, int] | None = None,
-        extent: Extent = "tiles",
+        size_scaling: SizeScaling = "tiles",
         input_mean: float | tuple[float, ...] = 0.0,
         input_std: float | tuple[float, ...] = 1.0,
     ) -> None:
         super().__init__()
         for name, numbers in (("input_mean", input_mean), ("input_std", input_std)):
-            if not isinstance(numbers, tuple):
-                continue
-            if in_channels and len(numbers) != in_channels:
-                raise UserError(
-                    f"{name} has {len(numbers)} numbers and images have {in_channels} channel(s): "
-                    "give one number, or one per channel"
-                )
-            values = torch.tensor(numbers).reshape(-1, 1, 1)  # moves with the model
-            self.register_buffer(f"_{name}", values, persistent=False)
+            if isinstance(numbers, tuple):
+                if in_channels and len(numbers) != in_channels:
+                    raise UserError(
+                        f"{name} has {len(numbers)} numbers and images have {in_channels} "
+                        "channel(s): give one number, or one per channel"
+                    )
+                values = torch.tensor(numbers).reshape(-1, 1, 1)  # moves with the model
+                self.register_buffer(f"_{name}", values, persistent=False)
         if not isinstance(backbone, Backbone) or not isinstance(head, Head):
             raise UserError("a backbone needs num_features, a head needs num_classes")
-        if reference_size and extent == "windows" and not isinstance(backbone, WindowedBackbone):
+        windows = bool(reference_size) and size_scaling == "windows"
+        if windows and not isinstance(backbone, WindowedBackbone):
             raise UserError(
-                f"{type(backbone).__name__} has no method pool(maps, grid), which extent 'windows' "
-                "needs: choose extent 'tiles' or 'factor'"
+                f"{type(backbone).__name__} has no method pool(maps, grid), which size_scaling "
+                "'windows' needs: choose size_scaling 'tiles' or 'factor'"
             )
         self.backbone = backbone
         self.head = head
         subsample_before_1x1(self)
         self.in_channels = in_channels
         self.reference_size = reference_size
-        self.extent = extent
+        self.size_scaling = size_scaling
         self.input_mean = input_mean
         self.input_std = input_std
         self.num_classes = head.num_classes
@@ -121,9 +119,9 @@ class JointModel(EnergyModel):
         size = _parts(y, self.reference_size)
         if self.reference_size is None or size <= 1:
             return self._energies(self._features(y, sigma).pooled)
-        if self.extent == "factor":
+        if self.size_scaling == "factor":
             pooled = self._features(y, sigma).pooled
-        elif self.extent == "windows":
+        elif self.size_scaling == "windows":
             assert isinstance(self.backbone, WindowedBackbone)
             grid = self.window_grid(y.shape[-2], y.shape[-1])
             maps = self._features(y, sigma).maps
@@ -147,20 +145,22 @@ class JointModel(EnergyModel):
 
     def _sum_of_tiles(self, y: Tensor, sigma: Noise | None, reference: tuple[int, int]) -> Energies:
         """Energies of crops, each by its area, summed."""
-        rows, columns = (halves(n, 2 * r) for n, r in zip(y.shape[-2:], reference, strict=True))
+        height, width = reference
+        rows = half_overlapping_tiles(y.shape[-2], 2 * height)
+        columns = half_overlapping_tiles(y.shape[-1], 2 * width)
         copies = (2 if len(rows) > 1 else 1) * (2 if len(columns) > 1 else 1)
         by_shape: dict[tuple[int, int], list[Tensor]] = {}
         for (top, bottom), (left, right) in itertools.product(rows, columns):
             crop = y[..., top:bottom, left:right]
             by_shape.setdefault((bottom - top, right - left), []).append(crop)
         logits, density = y.new_zeros(()), y.new_zeros(())
-        for (height, width), crops in by_shape.items():  # crops of one shape in one pass
-            told = sigma
+        for (h, w), crops in by_shape.items():  # crops of one shape in one pass
+            level = sigma
             if isinstance(sigma, Tensor) and sigma.ndim:
-                told = sigma.repeat_interleave(len(crops))
+                level = sigma.repeat_interleave(len(crops))
             stacked = torch.stack(crops, dim=1).flatten(0, 1)
-            parts = self._energies(self._features(stacked, told).pooled)
-            size = len(crops) * height * width / (reference[0] * reference[1] * copies)
+            parts = self._energies(self._features(stacked, level).pooled)
+            size = len(crops) * h * w / (height * width * copies)
             total = _total(parts, y.shape[0], size)
             logits, density = logits + total.logits, density + total.log_density
         return Energies(logits, density)
@@ -184,8 +184,8 @@ class JointModel(EnergyModel):
             features: Features = self.backbone(y)
             return features
         level = torch.as_tensor(0.0 if sigma is None else sigma, dtype=y.dtype, device=y.device)
-        told: Features = self.backbone(y, level.reshape(-1).expand(len(y)))
-        return told
+        conditional: Features = self.backbone(y, level.reshape(-1).expand(len(y)))
+        return conditional
 
     def _energies(self, pooled: Tensor) -> Energies:
         with without_autocast(pooled):
@@ -193,14 +193,14 @@ class JointModel(EnergyModel):
             return energies
 
 
-def halves(length: int, tile: int) -> list[tuple[int, int]]:
+def half_overlapping_tiles(length: int, tile: int) -> list[tuple[int, int]]:
     """Intervals of at most ``tile`` that cover 0 .. length twice, those at the ends cut in half.
 
     One interval, once, where that is enough.
 
-    >>> halves(96, 64)
+    >>> half_overlapping_tiles(96, 64)
     [(0, 32), (0, 64), (32, 96), (64, 96)]
-    >>> halves(64, 64)
+    >>> half_overlapping_tiles(64, 64)
     [(0, 64)]
     """
     if length <= tile:

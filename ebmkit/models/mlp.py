@@ -1,4 +1,4 @@
-r"""A multi-layer perceptron on points, or on every patch of an image; blind, or told sigma.
+r"""A multi-layer perceptron on points, or on every patch of an image; blind or given sigma.
 
 With the k x k patch :math:`y_{ij}` around each position (zeros beyond the rim),
 
@@ -10,7 +10,7 @@ and the features are the mean of :math:`h_L` over positions. An image of one pix
 its channels, and k = 1 makes this the plain perceptron of it: what mixtures in the plane are
 learned by. On images it is a small network with a receptive field of k pixels, at any size.
 
-The *blind* form has :math:`\gamma = \beta = 0`. The one that is told sigma reads both off it,
+The *blind* form has :math:`\gamma = \beta = 0`. The one that is given sigma reads both off it,
 
 .. math::
     (\gamma_l, \beta_l) = A_l\,\phi(u), \quad
@@ -28,14 +28,12 @@ import math
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ebmkit.compute import upcast, without_autocast
-from ebmkit.models.parts import Features
-from ebmkit.models.resnet import pool_last
-
-__all__ = ["MLP", "MLPConfig"]
+from ebmkit.models.base import BackboneConfig, Features, MeanPooled
+from ebmkit.registry import Preset
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "silu": nn.SiLU,
@@ -45,10 +43,8 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 SMALLEST, MIDDLE = 1e-3, 0.1  # sigma_0 and sigma_1, image units
 
 
-class MLPConfig(BaseModel):
+class MLPConfig(BackboneConfig):
     """Shape of a multi-layer perceptron."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["mlp"] = "mlp"
     width: int = Field(128, ge=1, description="width of every layer")
@@ -69,12 +65,25 @@ class MLPConfig(BaseModel):
             raise ValueError(f"kernel {self.kernel} must be odd, as in 1, 5, 7")
         return self
 
+    @classmethod
+    def presets(cls) -> dict[str, Preset[MLPConfig]]:
+        """On patches, without and with the noise level."""
+        return {
+            "mlp": Preset(
+                cls(width=128, kernel=7),
+                "perceptron on 7x7 patches (kernel=1: on points), blind to sigma",
+            ),
+            "mlp-sigma": Preset(
+                cls(width=128, kernel=7, noise_conditional=True),
+                "the same with sigma as an input; with dsm an NCSN (Song & Ermon 2019)",
+            ),
+        }
+
     def build(self, in_channels: int) -> MLP:
-        """The network, with fresh weights, for images of ``in_channels`` channels."""
         return MLP(in_channels, self)
 
 
-class MLP(nn.Module):
+class MLP(MeanPooled):
     """The network; K = width features.
 
     Args:
@@ -128,12 +137,7 @@ class MLP(nn.Module):
             for layer, read in zip(self.onward, self.told, strict=True):
                 scale, shift = read(told)[:, None, None].chunk(2, dim=-1)
                 h = layer(self.activation((1 + scale) * h + shift))
-        maps = h.movedim(-1, 1)
-        return Features(pool_last((maps,), (1, 1)).squeeze(1), (maps,))
-
-    def pool(self, maps: tuple[Tensor, ...], grid: tuple[int, int]) -> Tensor:
-        """Features of each window of ``grid`` (rows, columns): (B, rows * columns, K), float32."""
-        return pool_last(maps, grid)
+        return self.features(h.movedim(-1, 1))
 
     def _of_sigma(self, sigma: Tensor) -> Tensor:
         """phi of levels (B,): (B, 2 + 2 F)."""

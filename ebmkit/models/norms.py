@@ -1,4 +1,4 @@
-r"""Normalisation layers.
+r"""Normalisation layers, and a group normalisation whose gradient is cheap to differentiate.
 
 A group normalisation splits the channels of ``x`` (B, C, H, W) into groups g, and with the mean
 :math:`m_g` and deviation :math:`s_g` of each group over its channels and positions returns
@@ -13,17 +13,36 @@ forgets the scale of its input. After a positively homogeneous activation a netw
 norms does not change with the scale of the image either, so its score is orthogonal to the image.
 The scale-keeping form (arXiv 2506.05310) is homogeneous of degree 1. There is no bias, so that the
 network stays bias-free (Mohan et al., 2020).
+
+**Derivatives.** For one image and one group of n entries (the channels of the group at all
+positions), let :math:`\mu` be the mean over the group, m and
+:math:`s = \sqrt{\operatorname{var} + \epsilon}` mean and deviation of x,
+:math:`\hat x = (x - m)/s`, and
+
+.. math:: P z = z - \mu(z) - \hat x\,\mu(z \hat x) .
+
+With weight w, cotangent g of the output :math:`w \hat x` and :math:`a = w g`, the gradient by x is
+:math:`P a / s`. Its pull-back of a cotangent v is, by g, by w and by x,
+
+.. math::
+    w\,\frac{P v}{s}, \qquad \sum g\,\frac{P v}{s}, \qquad
+    -\frac{1}{s^2}\bigl[\hat x\,\mu(a\, P v) + \mu(v \hat x)\, P a + \mu(a \hat x)\, P v\bigr] ,
+
+the sum over images and positions. PyTorch's kernel of the first derivative gives :math:`Pv/s` and,
+called with every channel of every image as a channel of its own, the sums over positions as well.
+PyTorch itself takes the first derivative as a chain of elementwise operations when a graph of it is
+wanted, and differentiates each. Derivatives of third order are ordinary operations here, too.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ebmkit.compute import upcast, without_autocast
-from ebmkit.models.groupnorm import group_norm
+from ebmkit.models.convolution import positional
 
 NormName = Literal["group", "scale", "batch", "none"]
 
@@ -39,7 +58,7 @@ class GroupNorm(nn.Module):
         eps: added to the variances; for images in [0, 1] far below any variance met.
 
     Attributes:
-        plain: whether to take PyTorch's own derivatives, not those of `ebmkit.models.groupnorm`.
+        plain: whether to take PyTorch's own derivatives, not those of `group_norm`.
     """
 
     plain = False
@@ -90,3 +109,255 @@ def make_norm(name: NormName, num_channels: int, channels_per_group: int, bias: 
             norm.register_parameter("bias", None)
         return norm
     return GroupNorm(num_channels, channels_per_group, keep_scale=name == "scale", bias=bias)
+
+
+SMALL = 1 << 17
+"""Entries up to which PyTorch's own derivatives are taken: calling into Python takes longer than
+what would be spared."""
+
+
+def group_norm(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """`torch.nn.functional.group_norm` of a batch, differentiated as the module's text says.
+
+    Compiled, channels last, on other devices than a CPU, and where nothing will be differentiated
+    twice by the weights, it is PyTorch's.
+
+    Args:
+        x: (B, C, H, W).
+        groups: of channels.
+        weight: (C,).
+        bias: (C,) or None.
+        eps: added to the variances.
+    """
+    frozen = isinstance(weight, nn.Parameter) and not weight.requires_grad
+    if (
+        torch.compiler.is_compiling()
+        or frozen
+        or not torch.is_grad_enabled()
+        or x.device.type != "cpu"
+        or x.numel() <= SMALL
+        or not x.is_contiguous()
+    ):
+        return nn.functional.group_norm(x, groups, weight, bias, eps)
+    # one weight for each image: the sum over images is left to autograd, which does it if wanted
+    weights = weight.expand(x.shape[0], -1)
+    biases = None if bias is None else bias.expand(x.shape[0], -1)
+    out: Tensor = _GroupNorm.apply(x, weights, biases, groups, eps)[0]
+    return out
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(B, C, H, W) as one image of B * C channels."""
+    return x.reshape(1, -1, *x.shape[2:])
+
+
+def _pull_back(
+    g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, mask: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """PyTorch's kernel: P(w g) / s, and by image and channel the sums of g * xhat and of g.
+
+    ``g`` and ``x`` are (1, channels, H, W), ``mean`` and ``rstd`` (1, groups).
+    """
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_group_norm_backward.default(
+        g, x, mean, rstd, weight, 1, x.shape[1], x.shape[2] * x.shape[3], mean.shape[1], mask
+    )
+    return found
+
+
+@positional
+class _GroupNorm(torch.autograd.Function):
+    """The output, and mean and 1/s of each group, (1, B * groups)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, weights: Tensor, biases: Tensor | None, groups: int, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        out, mean, rstd = torch.native_group_norm(
+            _rows(x),
+            weights.reshape(-1),
+            None if biases is None else biases.reshape(-1),
+            1,
+            weights.numel(),
+            x.shape[2] * x.shape[3],
+            groups * x.shape[0],
+            eps,
+        )
+        return out.reshape(x.shape), mean, rstd
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, weights, _, ctx.groups, ctx.eps = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(x, weights, *output[1:])
+        ctx.save_for_forward(x, weights)
+
+    @staticmethod
+    def jvp(
+        ctx: Any, x: Tensor | None, weights: Tensor | None, biases: Tensor | None, *_: Any
+    ) -> tuple[Tensor, None, None]:
+        at_x, at_weights = ctx.saved_tensors
+        at = _Normalised(at_x, ctx.groups, ctx.eps)
+        moved = torch.zeros_like(at_x)
+        if x is not None:
+            moved = moved + _each(at_weights) * at.project(x)
+        if weights is not None:
+            moved = moved + _each(weights) * at.xhat
+        if biases is not None:
+            moved = moved + _each(biases)
+        return moved, None, None
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            found = _Gradient.apply(g, *ctx.saved_tensors, ctx.groups, ctx.eps)
+        else:
+            found = _first(g, *ctx.saved_tensors)
+        of_x, of_weights, of_biases = found
+        return of_x, of_weights, (of_biases if ctx.needs_input_grad[2] else None), None, None
+
+
+@positional
+class _Gradient(torch.autograd.Function):
+    """P(w g) / s, and by image and channel the sums of g * xhat and of g, (B, C) each."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        g: Tensor, x: Tensor, weights: Tensor, mean: Tensor, rstd: Tensor, groups: int, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _first(g, x, weights, mean, rstd)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        g, x, weights, mean, rstd, ctx.groups, ctx.eps = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(g, x, weights, mean, rstd, output[1], output[2])
+        ctx.save_for_forward(g, x, weights)
+
+    @staticmethod
+    def jvp(
+        ctx: Any, g: Tensor | None, x: Tensor | None, weights: Tensor | None, *_: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        at_g, at_x, at_weights = ctx.saved_tensors
+        at = _Normalised(at_x, ctx.groups, ctx.eps)
+        of_x = torch.zeros_like(at_x)
+        of_weights = of_biases = torch.zeros_like(at_weights)
+        if g is not None:
+            of_x = of_x + at.project(_each(at_weights) * g)
+            of_weights = of_weights + (g * at.xhat).sum((2, 3))
+            of_biases = of_biases + g.sum((2, 3))
+        if weights is not None:
+            of_x = of_x + at.project(_each(weights) * at_g)
+        if x is not None:
+            of_x = of_x + at.second(_each(at_weights) * at_g, x)
+            of_weights = of_weights + (at_g * at.project(x)).sum((2, 3))
+        return of_x, of_weights, of_biases
+
+    @staticmethod
+    def backward(
+        ctx: Any, v: Tensor | None, by_weights: Tensor | None, by_biases: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        g, x, weights, mean, rstd, sum_gx, sum_g = ctx.saved_tensors
+        rest = (None, None, None, None)
+        of_sums = by_weights is not None or by_biases is not None
+        if v is not None and not of_sums and not torch.is_grad_enabled():
+            return *_second(v, g, x, weights, mean, rstd, sum_gx, sum_g), *rest
+        at = _Normalised(x, ctx.groups, ctx.eps)
+        of_g, of_x, of_weights = torch.zeros_like(x), torch.zeros_like(x), None
+        if v is not None:
+            projected = at.project(v)
+            of_g = of_g + _each(weights) * projected
+            of_x = of_x + at.second(_each(weights) * g, v)
+            of_weights = (g * projected).sum((2, 3))
+        if by_weights is not None:
+            of_g = of_g + _each(by_weights) * at.xhat
+            of_x = of_x + at.project(_each(by_weights) * g)
+        if by_biases is not None:
+            of_g = of_g + _each(by_biases)
+        return of_g, of_x, of_weights, *rest
+
+
+def _first(
+    g: Tensor, x: Tensor, weights: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """P(w g) / s, and by image and channel the sums of g * xhat and of g: values."""
+    weight = weights.reshape(-1)
+    of_x, *sums = _pull_back(_rows(g), _rows(x), mean, rstd, weight, [True, True, True])
+    sum_gx, sum_g = (each.reshape(weights.shape) for each in sums)
+    return of_x.reshape(x.shape), sum_gx, sum_g
+
+
+def _second(
+    v: Tensor,
+    g: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    sum_gx: Tensor,
+    sum_g: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The pull-back of ``v`` by P(w g) / s to g, x and w: values, in few passes."""
+    x_rows, g_rows = _rows(x), _rows(g)
+    q, sum_vx, _ = _pull_back(_rows(v), x_rows, mean, rstd, None, [True, True, False])
+    zero, one = torch.zeros_like(mean), torch.ones_like(rstd)
+    sum_gq = _pull_back(g_rows, q, zero, one, None, [False, True, False])[1]
+
+    by_group, by_channel = (mean.shape[1], -1), (weights.numel(), -1)
+    n = x.numel() // mean.shape[1]
+    w = weights.reshape(by_group)
+    m, r = mean.reshape(-1, 1), rstd.reshape(-1, 1)
+    mean_vx = sum_vx.reshape(by_group).sum(1, keepdim=True) / n
+    sums = torch.stack([each.reshape(by_group) for each in (sum_gx, sum_g, sum_gq)])
+    mean_ax, mean_a, mean_aq = ((sums * w).sum(2, keepdim=True) / n).unbind()
+    of_q = r * mean_ax
+    of_a = r * r * mean_vx
+    of_x = r * r * mean_aq - of_a * of_q
+    out = q.reshape(by_group) * -of_q
+    out.add_(of_a * mean_a + of_x * m)
+    out.addcmul_(x.reshape(by_group), of_x, value=-1)
+    out = out.reshape(by_channel)
+    out.addcmul_(g.reshape(by_channel), (of_a * w).reshape(by_channel), value=-1)
+    of_g = q.reshape(by_channel) * weights.reshape(by_channel)
+    return of_g.reshape(x.shape), out.reshape(x.shape), sum_gq.reshape(weights.shape)
+
+
+class _Normalised:
+    """The derivatives in ordinary operations, for those of third order.
+
+    Args:
+        x: (B, C, H, W).
+        groups: of channels.
+        eps: added to the variances.
+    """
+
+    def __init__(self, x: Tensor, groups: int, eps: float) -> None:
+        self.groups = groups
+        centred = x - self.mean(x)
+        self.rstd = (self.mean(centred * centred) + eps).rsqrt()
+        self.xhat = centred * self.rstd
+
+    def mean(self, z: Tensor) -> Tensor:
+        """Over each group, to be broadcast, (B, C, 1, 1)."""
+        mean = z.reshape(z.shape[0], self.groups, -1).mean(2)
+        return _each(mean.repeat_interleave(z.shape[1] // self.groups, dim=1))
+
+    def project(self, z: Tensor) -> Tensor:
+        """P z / s."""
+        return (z - self.mean(z) - self.xhat * self.mean(z * self.xhat)) * self.rstd
+
+    def second(self, a: Tensor, v: Tensor) -> Tensor:
+        """The derivative of P(a) / s by x along v; it is symmetric."""
+        p, q = self.project(a), self.project(v)
+        along_v, along_a = (self.mean(z * self.xhat) * self.rstd for z in (v, a))
+        return -(self.xhat * self.mean(a * q) * self.rstd + along_v * p + along_a * q)
+
+
+def _each(values: Tensor) -> Tensor:
+    """(B, C) to be broadcast over the positions."""
+    return values[:, :, None, None]

@@ -18,23 +18,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ebmkit.card import ModelCard
 from ebmkit.errors import UserError
 from ebmkit.models.config import ModelConfig
-from ebmkit.models.diffusion import DiffusionModel
-from ebmkit.models.published import read_state
-from ebmkit.models.saving import save_model
-from ebmkit.models.sizes import AtMost
-from ebmkit.models.unet import INSTALL, UNetConfig
+from ebmkit.models.diffusion import INSTALL, DiffusionModel, UNetConfig
+from ebmkit.models.importing import read_state, save_as_run
 from ebmkit.storage.reading import MIB, check_links, read_json
+from ebmkit.storage.tensors import LimitedSize
 from ebmkit.validation import validated
-
-__all__ = ["import_unet", "read_unet"]
 
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 SETTINGS = ("model_index.json", "config.json", "scheduler_config.json")
+# names of self-attention before diffusers 0.17, and since
+# names of self-attention before diffusers 0.17, and since
 _ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -62,17 +58,7 @@ def import_unet(
 
     >>> import_unet("google/ddpm-cifar10-32", "runs/ddpm-cifar10")       # doctest: +SKIP
     """
-    folder = Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{str(folder)!r} exists: choose another --out")
-    model, config = read_unet(path_or_name, image_range, null_label)
-    assert model.card is not None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make folder {str(folder)!r}: {error.strerror}") from None
-    save_model(folder, model, config, model.card)
-    return model
+    return save_as_run(Path(out), lambda: read_unet(path_or_name, image_range, null_label))
 
 
 def read_unet(
@@ -98,11 +84,17 @@ def read_unet(
     if weights is None:
         raise UserError(f"{str(network)!r} holds none of {', '.join(WEIGHTS)}: no weights")
     shape = _read(network / "config.json")
-    scheduler = next((p for p in _schedulers(source, network) if p.is_file()), None)
+    places = (source / "scheduler", source, network, network.parent / "scheduler")
+    schedulers = [place / "scheduler_config.json" for place in places]
+    scheduler = next((path for path in schedulers if path.is_file()), None)
     diffusion = _diffusion(_read(scheduler) if scheduler else {})
     config = _config(shape, {**diffusion, "image_range": image_range, "null_label": null_label})
-    state = _renamed(read_state(weights))
-    with AtMost(sum(value.numel() for value in state.values()), len(state)):
+    old = re.compile(rf"(attentions\.\d+)\.({'|'.join(_ATTENTION)})\.")
+    state = {
+        old.sub(lambda m: f"{m[1]}.{_ATTENTION[m[2]]}.", name): value
+        for name, value in read_state(weights).items()
+    }
+    with LimitedSize.of(state):
         model = config.build()
     assert isinstance(model, DiffusionModel)
     try:
@@ -114,6 +106,7 @@ def read_unet(
         ) from None
     model.card = ModelCard(
         objective=f"published: {Path(path_or_name).name}",
+        energies="model",
         image_size=_size(shape.get("sample_size")),
         channels=config.in_channels,
         sigma_range=model.schedule.sigma_range,
@@ -146,23 +139,6 @@ def _folder(path_or_name: str | Path) -> Path:
             f"there is no folder {name!r}, and the hub does not give it: {reason}"
         ) from None
     return found
-
-
-def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``state`` with the parameters of self-attention named as they are since diffusers 0.17."""
-
-    def now(found: re.Match[str]) -> str:
-        return f"{found[1]}.{_ATTENTION[found[2]]}."
-
-    old = "|".join(_ATTENTION)
-    return {
-        re.sub(rf"(attentions\.\d+)\.({old})\.", now, name): value for name, value in state.items()
-    }
-
-
-def _schedulers(source: Path, network: Path) -> list[Path]:
-    where = (source / "scheduler", source, network, network.parent / "scheduler")
-    return [folder / "scheduler_config.json" for folder in where]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 r"""Activation checkpointing that works inside a score.
 
-A block :math:`h = f(x, \theta)` and its pull-back, the gradient that the score needs, are
+A block :math:`h = f(x, \theta)` and its vector-Jacobian product (VJP), the gradient that the score
+needs, are
 
 .. math::
     g_x = \Bigl(\frac{\partial f}{\partial x}\Bigr)^{\!\top} g =: P(g, x, \theta).
@@ -12,8 +13,8 @@ inputs of f alone and runs f again when it is differentiated; here the same is d
 =============== ======================== ====================================================
 differentiating keeps                    computes, when the gradient arrives
 =============== ======================== ====================================================
-f               :math:`x, \theta`        f again, and pulls back: a call of P
-P               :math:`g, x, \theta`     f and P again, and pulls the gradient of P back
+f               :math:`x, \theta`        f again, and its VJP: a call of P
+P               :math:`g, x, \theta`     f and P again, and the VJP of P
 =============== ======================== ====================================================
 
 That is one tensor per block and direction. `torch.utils.checkpoint` cannot do it: `torch.func.vjp`
@@ -38,8 +39,6 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from ebmkit.errors import UserError
-
-__all__ = ["recompute"]
 
 
 def recompute(block: nn.Module, x: Tensor) -> Tensor:
@@ -121,11 +120,11 @@ class _Run:
             return out
 
 
-def _pull_back(
-    function: Callable[..., Any], inputs: Sequence[Tensor], wanted: Sequence[bool]
+def _vjp(
+    function: Callable[..., Any], inputs: Sequence[Tensor], needed: Sequence[bool]
 ) -> Callable[[Any], tuple[Tensor, ...]]:
-    """The pull-back of ``function`` at ``inputs`` to those that are ``wanted``, for one call."""
-    chosen = [i for i, want in enumerate(wanted) if want]
+    """The VJP of ``function`` at ``inputs`` by those that are ``needed``, for one call."""
+    chosen = [i for i, want in enumerate(needed) if want]
 
     def of_chosen(*values: Tensor) -> Any:
         every = list(inputs)
@@ -133,21 +132,22 @@ def _pull_back(
             every[i] = value
         return function(*every)
 
-    pull = torch.func.vjp(of_chosen, *(inputs[i] for i in chosen))[1]
-    return partial(pull, retain_graph=False)  # frees what it is done with
+    vjp = torch.func.vjp(of_chosen, *(inputs[i] for i in chosen))[1]
+    return partial(vjp, retain_graph=False)  # frees what it is done with
 
 
 def _spread(
-    gradients: Sequence[Tensor | None], wanted: Sequence[bool]
+    gradients: Sequence[Tensor | None], needed: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """``gradients`` of the ``wanted`` inputs, with None for the others."""
+    """``gradients`` of the ``needed`` inputs, with None for the others."""
     left = iter(gradients)
-    return tuple(next(left) if want else None for want in wanted)
+    return tuple(next(left) if want else None for want in needed)
 
 
 class _Forward(torch.autograd.Function):
-    generate_vmap_rule = True
     """h = f(x, parameters), keeping x and the parameters."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(run: _Run, *inputs: Tensor) -> Tensor:
@@ -160,25 +160,26 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = tuple(ctx.needs_input_grad[1:])
+        needed = tuple(ctx.needs_input_grad[1:])
         autocast = _Autocast.now(gradient.device.type)
-        pulled = _Pullback.apply(ctx.run, autocast, wanted, gradient, *ctx.saved_tensors)
-        return (None, *_spread(pulled, wanted))
+        gradients = _BlockVjp.apply(ctx.run, autocast, needed, gradient, *ctx.saved_tensors)
+        return (None, *_spread(gradients, needed))
 
 
-class _Pullback(torch.autograd.Function):
+class _BlockVjp(torch.autograd.Function):
+    """P(g, x, parameters), the gradients that are needed, keeping g, x and the parameters."""
+
     generate_vmap_rule = True
-    """P(g, x, parameters), the gradients that are wanted, keeping g, x and the parameters."""
 
     @staticmethod
     def forward(
-        run: _Run, autocast: _Autocast, wanted: tuple[bool, ...], gradient: Tensor, *inputs: Tensor
+        run: _Run, autocast: _Autocast, needed: tuple[bool, ...], gradient: Tensor, *inputs: Tensor
     ) -> tuple[Tensor, ...]:
-        return _pull_back(run, inputs, wanted)(gradient)
+        return _vjp(run, inputs, needed)(gradient)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.run, ctx.autocast, ctx.wanted, *tensors = inputs
+        ctx.run, ctx.autocast, ctx.needed, *tensors = inputs
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
 
@@ -187,14 +188,14 @@ class _Pullback(torch.autograd.Function):
         arrived = tuple(g for g in gradients if g is not None)
         if not arrived:
             return (None,) * len(ctx.needs_input_grad)
-        used = tuple(g is not None for g in _spread(gradients, ctx.wanted))
+        used = tuple(g is not None for g in _spread(gradients, ctx.needed))
 
-        def pull(gradient: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-            pull_block = _pull_back(ctx.run, inputs, used)
+        def vjp(gradient: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+            vjp_block = _vjp(ctx.run, inputs, used)
             with ctx.autocast.again():
-                return pull_block(gradient)
+                return vjp_block(gradient)
 
         needed = ctx.needs_input_grad[3:]
-        again = _pull_back(pull, ctx.saved_tensors, needed)
+        again = _vjp(vjp, ctx.saved_tensors, needed)
         found = again(arrived)
         return (None, None, None, *_spread(found, needed))

@@ -18,23 +18,18 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
-from ebmkit.compute import upcast, without_autocast
+from ebmkit.models.base import BackboneConfig, Features, MeanPooled
 from ebmkit.models.convolution import Conv2d
-from ebmkit.models.parts import Features
-from ebmkit.models.pooling import mean_over_positions
-
-__all__ = ["ResNet", "ResNetConfig", "pool_last"]
+from ebmkit.registry import Preset
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 
 
-class ResNetConfig(BaseModel):
+class ResNetConfig(BackboneConfig):
     """Shape of a ResNet."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["resnet"] = "resnet"
     depth: Literal[18, 34, 50] = Field(
@@ -49,12 +44,31 @@ class ResNetConfig(BaseModel):
         "max-pool)",
     )
 
+    @classmethod
+    def presets(cls) -> dict[str, Preset[ResNetConfig]]:
+        """Published networks, and their form for 32x32 images."""
+        return {
+            "resnet18": Preset(
+                cls(depth=18, stem="cifar"),
+                "classifier (He et al. 2016) adapted to 32x32 images: 3x3 stem, no max-pool",
+            ),
+            "resnet18-imagenet": Preset(
+                cls(depth=18, stem="imagenet"), "classifier (He et al. 2016) for 224x224 images"
+            ),
+            "resnet50": Preset(
+                cls(depth=50, stem="cifar"),
+                "classifier (He et al. 2016), 50 layers, adapted to 32x32 images like resnet18",
+            ),
+            "resnet50-imagenet": Preset(
+                cls(depth=50, stem="imagenet"), "classifier (He et al. 2016) for 224x224 images"
+            ),
+        }
+
     def build(self, in_channels: int) -> ResNet:
-        """The network, with fresh weights, for images of ``in_channels`` channels."""
         return ResNet(in_channels, self)
 
 
-class ResNet(nn.Module):
+class ResNet(MeanPooled):
     """A ResNet without its classifier; K = 8 * width features (32 * width at depth 50).
 
     Parameters are named as in torchvision, whose published weights therefore fit at width 64 with
@@ -103,18 +117,4 @@ class ResNet(nn.Module):
         h = self.maxpool(self.relu(self.bn1(self.conv1(y))))
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             h = stage(h)
-        return Features(pool_last((h,), (1, 1)).squeeze(1), (h,))
-
-    def pool(self, maps: tuple[Tensor, ...], grid: tuple[int, int]) -> Tensor:
-        """Features of each window of ``grid`` (rows, columns): (B, rows * columns, K), float32."""
-        return pool_last(maps, grid)
-
-
-def pool_last(maps: tuple[Tensor, ...], grid: tuple[int, int]) -> Tensor:
-    """Means of the last of ``maps`` (B, K, H, W) over each window of ``grid``: (B, windows, K)."""
-    h = maps[-1]
-    with without_autocast(h):
-        wide = upcast(h)
-        if grid == (1, 1):
-            return mean_over_positions(wide)[:, None]
-        return nn.functional.adaptive_avg_pool2d(wide, grid).flatten(2).transpose(1, 2)
+        return self.features(h)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import warnings
 from pathlib import Path
@@ -24,21 +23,10 @@ from ebmkit.card import ModelCard
 from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.models.config import ModelConfig
-from ebmkit.models.sizes import AtMost
 from ebmkit.storage import read_together, write_atomically
 from ebmkit.storage.reading import check_links, parse_json
-from ebmkit.storage.tensors import parse_header, parse_tensors
+from ebmkit.storage.tensors import LimitedSize, parse_tensors
 from ebmkit.validation import validated
-
-__all__ = [
-    "digest",
-    "load",
-    "model_files",
-    "save_model",
-    "save_weights",
-    "weights_digest",
-    "weights_file",
-]
 
 FORMAT = 1
 
@@ -131,22 +119,24 @@ def load(
     check_links(folder)
     content = read_together(folder, ["model.json", FILES[weights]])
     document = _read_document(content["model.json"], folder / "model.json")
+    path = folder / FILES[weights]
+    state, metadata = parse_tensors(content[FILES[weights]], path)
+    if "sha256" in metadata and metadata["sha256"] != digest(state):
+        raise UserError(f"{str(path)!r} is damaged: its tensors are not those that were written")
     if model is None:
         if document.model is None:
             raise UserError(
                 f"{str(folder)!r} holds a network composed by hand: give it, as in "
                 "ebmkit.load(run, model=JointModel(...))"
             )
-        shapes = parse_header(content[FILES[weights]], folder / FILES[weights]).shapes
-        with AtMost(sum(map(math.prod, shapes.values())), len(shapes)):
-            model = document.model.build()
+        with LimitedSize.of(state):
+            model = document.model.without_pretrained().build()
     try:
-        state = _read_weights(content[FILES[weights]], folder / FILES[weights])
         model.load_state_dict(state)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"the weights in {str(folder)!r} do not fit the model: {reason}") from None
-    _warn_of_numbers(model, folder / FILES[weights])
+    _warn_of_numbers(model, path)
     model.card = document.card
     model.weights_sha256 = hashlib.sha256(content[FILES[weights]]).hexdigest()
     return model.eval().requires_grad_(False).to(device)
@@ -168,18 +158,6 @@ def _warn_of_numbers(model: ScoreModel, path: Path) -> None:
 def weights_digest(run: Path, weights: str = "last") -> str:
     """SHA-256 of the file of weights that `load` reads, to tell whether they are the same."""
     return hashlib.sha256((run / FILES[weights]).read_bytes()).hexdigest()
-
-
-def _read_weights(content: bytes, path: Path) -> dict[str, Tensor]:
-    """The tensors in the ``content`` of ``path``.
-
-    Raises:
-        UserError: if it does not parse, or they are not those that were written.
-    """
-    state, metadata = parse_tensors(content, path)
-    if "sha256" in metadata and metadata["sha256"] != digest(state):
-        raise UserError(f"{str(path)!r} is damaged: its tensors are not those that were written")
-    return state
 
 
 def digest(state: dict[str, Tensor]) -> str:

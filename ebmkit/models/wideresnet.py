@@ -21,24 +21,20 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from ebmkit.models.base import BackboneConfig, Features, MeanPooled
 from ebmkit.models.convolution import Conv2d
 from ebmkit.models.norms import make_norm
-from ebmkit.models.parts import Features
 from ebmkit.models.recompute import recompute
-from ebmkit.models.resnet import pool_last
-
-__all__ = ["WideResNet", "WideResNetConfig"]
+from ebmkit.registry import Preset
 
 STEM_CHANNELS = 16
 
 
-class WideResNetConfig(BaseModel):
+class WideResNetConfig(BackboneConfig):
     """Shape of a WideResNet; the defaults are WRN-28-10."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["wideresnet"] = "wideresnet"
     depth: int = Field(28, ge=10, description="depth, 6n + 4 with n blocks per group")
@@ -69,8 +65,33 @@ class WideResNetConfig(BaseModel):
             raise ValueError(f"width {self.width} must be a multiple of 8 for norm 'group'")
         return self
 
+    @classmethod
+    def presets(cls) -> dict[str, Preset[WideResNetConfig]]:
+        """The published network, and JEM's."""
+
+        def jem(depth: int, width: int) -> WideResNetConfig:
+            return cls(
+                depth=depth,
+                width=width,
+                norm="none",
+                activation="leaky_relu",
+                bias=True,
+                block="jem",
+            )
+
+        return {
+            "wideresnet28-10": Preset(
+                cls(depth=28, width=160), "classifier (Zagoruyko and Komodakis 2016)"
+            ),
+            "wideresnet28-10-jem": Preset(
+                jem(28, 160), "the variant of JEM: no norm, leaky ReLU, biases"
+            ),
+            "wideresnet10-jem": Preset(
+                jem(10, 32), "the variant of JEM, small enough to train on a CPU"
+            ),
+        }
+
     def build(self, in_channels: int) -> WideResNet:
-        """The network, with fresh weights, for images of ``in_channels`` channels."""
         return WideResNet(in_channels, self)
 
 
@@ -101,7 +122,7 @@ class Block(nn.Module):
         return out
 
 
-class WideResNet(nn.Module):
+class WideResNet(MeanPooled):
     """A WideResNet without its classifier; K = 4 * width features.
 
     Args:
@@ -141,11 +162,7 @@ class WideResNet(nn.Module):
         for block in self.blocks:
             h = recompute(block, h) if self.recompute and self.training else block(h)
         h = self.activation(self.norm(h))
-        return Features(pool_last((h,), (1, 1)).squeeze(1), (h,))
-
-    def pool(self, maps: tuple[Tensor, ...], grid: tuple[int, int]) -> Tensor:
-        """Features of each window of ``grid`` (rows, columns): (B, rows * columns, K), float32."""
-        return pool_last(maps, grid)
+        return self.features(h)
 
 
 def _activation(config: WideResNetConfig) -> nn.Module:

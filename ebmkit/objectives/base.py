@@ -22,8 +22,8 @@ from torch import Tensor
 
 from ebmkit.compile import Inference
 from ebmkit.data import AnyImages, Batch, StreamConfig
+from ebmkit.distributed import DistributedContext
 from ebmkit.energy import Energies, ScoreModel
-from ebmkit.parallel import DistributedContext
 
 __all__ = [
     "ExtraPasses",

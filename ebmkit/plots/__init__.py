@@ -8,14 +8,12 @@ from ebmkit.plots.suites import (
     psnr_bars,
     reliability_diagram,
 )
-from ebmkit.plots.training import learning_curves
 
 __all__ = [
     "DenoisedLevel",
     "accuracy_against_noise",
     "confusion_matrix",
     "denoising_grid",
-    "learning_curves",
     "psnr_bars",
     "reliability_diagram",
 ]

@@ -7,7 +7,7 @@ from ebmkit.storage.commit import (
     write_atomically,
 )
 from ebmkit.storage.locks import Busy, held
-from ebmkit.storage.manifest import DamagedFile
+from ebmkit.storage.reading import DamagedFile
 
 __all__ = [
     "Busy",

@@ -16,8 +16,6 @@ from pathlib import Path
 
 from ebmkit.errors import UserError
 
-__all__ = ["PARTIAL", "Content", "replace_file", "stage", "sync_folder", "writing"]
-
 PARTIAL = ".partial"
 """What the names of temporary files end in; they begin with a dot."""
 

@@ -24,7 +24,6 @@ from ebmkit.storage.atomic import PARTIAL, Content, replace_file, stage, sync_fo
 from ebmkit.storage.manifest import (
     FOLDERS,
     MANIFEST,
-    DamagedFile,
     DamagedManifest,
     Entry,
     Manifest,
@@ -32,16 +31,7 @@ from ebmkit.storage.manifest import (
     matches,
     read_manifest,
 )
-from ebmkit.storage.reading import read_bytes
-
-__all__ = [
-    "commit_files",
-    "read_entered",
-    "read_together",
-    "recover",
-    "remove_file",
-    "write_atomically",
-]
+from ebmkit.storage.reading import DamagedFile, read_bytes
 
 LARGEST = 2**34
 """Bytes of a file of a run, at the most."""

@@ -30,20 +30,6 @@ from ebmkit.errors import UserError
 if TYPE_CHECKING:
     import h5py
 
-__all__ = [
-    "LARGEST",
-    "LONGEST_NAME",
-    "MOST_NAMES",
-    "check_dataset",
-    "find_array",
-    "holds",
-    "open_hdf5",
-    "read_array",
-    "read_attribute",
-    "read_names",
-    "told_of_damage",
-]
-
 LARGEST = 4 * 2**30
 """Bytes that an array may have that is read as a whole."""
 

@@ -26,8 +26,6 @@ from filelock import FileLock, Timeout
 from ebmkit.errors import UserError
 from ebmkit.storage.atomic import replace_file, writing
 
-__all__ = ["Busy", "held"]
-
 PATIENCE = 15.0
 """Seconds to wait for the processes that a dead holder left."""
 

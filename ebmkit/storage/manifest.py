@@ -20,19 +20,6 @@ from ebmkit.errors import UserError
 from ebmkit.storage.atomic import PARTIAL, Content, replace_file, writing
 from ebmkit.storage.reading import MIB, DamagedFile, read_json
 
-__all__ = [
-    "FORMAT",
-    "MANIFEST",
-    "DamagedFile",
-    "DamagedManifest",
-    "Entry",
-    "Manifest",
-    "begin_manifest",
-    "entry_of",
-    "matches",
-    "read_manifest",
-]
-
 MANIFEST = "manifest.json"
 FORMAT = 2
 """Of run folders: 1 had no manifest."""

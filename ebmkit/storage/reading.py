@@ -31,18 +31,6 @@ import yaml
 
 from ebmkit.errors import UserError
 
-__all__ = [
-    "DamagedFile",
-    "check_links",
-    "opened",
-    "parse_json",
-    "parse_yaml",
-    "read_bytes",
-    "read_json",
-    "read_text",
-    "read_yaml",
-]
-
 MIB = 2**20
 
 

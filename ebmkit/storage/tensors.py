@@ -1,4 +1,4 @@
-"""Tensors in safetensors files that somebody else may have written.
+"""Tensors in safetensors files that somebody else may have written, and networks to load them into.
 
 A safetensors file is the length of a header, the header in JSON, and bytes::
 
@@ -7,52 +7,43 @@ A safetensors file is the length of a header, the header in JSON, and bytes::
               "__metadata__": {"text": "text"}}
     rest     the tensors' bytes, without holes
 
-The library that reads them checks most of that. Here the header is read first, bounded, and checked
-against the file: so a header that lies costs no memory, says what is wrong, and no name stands in
-it twice.
+The library checks types, shapes and places against the bytes. It takes the last of two entries of
+one name, headers of 100 MB, and shapes of any number of dimensions: these are refused here.
+
+A configuration of a few bytes may ask for a network of any number of parameters. Within
+`LimitedSize` the functions of torch that make tensors are counted before they take any memory.
+
+>>> with LimitedSize(1000, 2):
+...     torch.nn.Linear(10**6, 10**6)
+Traceback (most recent call last):
+ebmkit.errors.UserError: the network would have more parameters than its weights are
 """
 
 from __future__ import annotations
 
 import math
-import struct
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Self
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from ebmkit.errors import shown
+from ebmkit.errors import UserError, shown
 from ebmkit.storage.reading import MIB, DamagedFile, parse_json, read_bytes
-
-__all__ = ["Header", "parse_header", "parse_tensors", "read_tensors"]
 
 HEADER_BYTES = 8 * MIB
 """Of a header: 80,000 tensors or so."""
 
-ITEM_BYTES = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
-    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
-    **dict.fromkeys(("I32", "U32", "F32"), 4),
-    **dict.fromkeys(("I64", "U64", "F64", "C64"), 8),
-}
-
 LARGEST_FILE = 2**36
-
-LARGEST = 2**40
-"""Elements of a tensor, where one of its dimensions is 0 and the others say nothing of its size."""
+DIMENSIONS = 64
 
 
-class Header(NamedTuple):
-    """What a file says of itself: the shapes by name, and texts by name."""
-
-    shapes: dict[str, tuple[int, ...]]
-    metadata: dict[str, str]
-
-
-def parse_header(content: bytes | memoryview, path: Path) -> Header:
-    """The header of a safetensors file that holds ``content``.
+def parse_tensors(content: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file on the CPU, by name, and its metadata.
 
     Args:
         content: all of it.
@@ -61,39 +52,23 @@ def parse_header(content: bytes | memoryview, path: Path) -> Header:
     Raises:
         DamagedFile: if the file is not such as its header says.
     """
-    size = len(content)
-    length = struct.unpack_from("<Q", content)[0] if size >= 8 else size
-    if length > size - 8:
+    length = int.from_bytes(content[:8], "little")
+    if len(content) < 8 or length > len(content) - 8:
         raise _damaged(path, "it does not parse")
     if length > HEADER_BYTES:
         raise _damaged(path, f"its header has {length} bytes, more than {HEADER_BYTES}")
-    text = bytes(content[8 : 8 + length])
-    found = parse_json(text, f"the header of {str(path)!r}", finite=True)
-    if not isinstance(found, dict):
+    header = parse_json(content[8 : 8 + length], f"the header of {str(path)!r}", finite=True)
+    if not isinstance(header, dict):
         raise _damaged(path, "it does not parse")
-    metadata = found.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise _damaged(path, "its metadata are not names with texts")
-    end = 0
-    for first, last, name in sorted(_span(name, entry, path) for name, entry in found.items()):
-        if first != end:
-            raise _damaged(path, f"the bytes of {shown(name)} overlap others or leave a hole")
-        end = last
-    if end != size - 8 - length:
-        raise _damaged(path, f"it has {size - 8 - length} bytes of tensors and claims {end}")
-    return Header({name: tuple(entry["shape"]) for name, entry in found.items()}, metadata)
-
-
-def parse_tensors(content: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file on the CPU, by name, and its metadata.
-
-    Raises:
-        DamagedFile: as `parse_header`.
-    """
-    header = parse_header(content, path)
+    for name, entry in header.items():
+        shape = entry.get("shape") if isinstance(entry, dict) else None
+        if isinstance(shape, list) and len(shape) > DIMENSIONS:
+            raise _damaged(path, f"{shown(name)} has more than {DIMENSIONS} dimensions")
     try:
-        return safetensors.torch.load(content), header.metadata
-    except (safetensors.SafetensorError, RuntimeError, ValueError, TypeError, KeyError):
+        return safetensors.torch.load(content), header.get("__metadata__", {})
+    except safetensors.SafetensorError as error:
+        raise _damaged(path, str(error).removeprefix("Error while deserializing: ")) from None
+    except (RuntimeError, ValueError, TypeError, KeyError):
         raise _damaged(path, "it does not parse") from None
 
 
@@ -102,35 +77,56 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     Raises:
         UserError: if it cannot be read.
-        DamagedFile: as `parse_header`.
+        DamagedFile: as `parse_tensors`.
     """
     return parse_tensors(read_bytes(path, LARGEST_FILE), path)
 
 
-def _span(name: str, entry: Any, path: Path) -> tuple[int, int, str]:
-    """Where the bytes of a tensor begin and end.
-
-    Raises:
-        UserError: if its entry in the header makes no sense.
-    """
-    fields = ("dtype", "shape", "data_offsets")
-    if not isinstance(entry, dict) or sorted(entry) != sorted(fields):
-        raise _damaged(path, f"its header says no type, shape and place of {shown(name)}")
-    dtype, shape, place = (entry[field] for field in fields)
-    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise _damaged(path, f"{shown(name)} is of the type {shown(dtype)}, which no weights need")
-    if not _whole(shape) or len(shape) > 64 or math.prod(max(1, n) for n in shape) > LARGEST:
-        raise _damaged(path, f"{shown(name)} has the shape {shown(shape)}")
-    if not _whole(place) or len(place) != 2 or place[1] - place[0] < 0:
-        raise _damaged(path, f"{shown(name)} lies at {shown(place)}")
-    if place[1] - place[0] != math.prod(shape) * ITEM_BYTES[dtype]:
-        raise _damaged(path, f"{shown(name)} has not as many bytes as its shape says")
-    return place[0], place[1], name
-
-
-def _whole(numbers: Any) -> bool:
-    return isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers)
-
-
 def _damaged(path: Path, why: str) -> DamagedFile:
     return DamagedFile(f"{str(path)!r} is damaged: {why}")
+
+
+SLACK = 1_000_000
+"""Elements beside the parameters: tables, and buffers that are not saved."""
+
+_SIZED = frozenset(
+    (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.eye)
+)
+_COUNTED = frozenset((torch.arange, torch.linspace))
+
+
+class LimitedSize(TorchFunctionMode):
+    """Within, ``tensors`` of ``elements`` in all can be made by their sizes, and some more.
+
+    Raises:
+        UserError: where more are asked for.
+    """
+
+    def __init__(self, elements: int, tensors: int) -> None:
+        super().__init__()
+        self.left, self.calls = elements + SLACK, 4 * tensors + 1000
+
+    @classmethod
+    def of(cls, state: Mapping[str, Tensor]) -> Self:
+        """The size of a network whose weights are ``state``."""
+        return cls(sum(value.numel() for value in state.values()), len(state))
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _SIZED:
+            size = kwargs.get("size", args)
+            first = size[0] if len(size) and isinstance(size[0], (tuple, list)) else size
+            self.left -= math.prod(max(1, n) for n in first if isinstance(n, int))
+            self.calls -= 1
+        elif func in _COUNTED:
+            steps = [n for n in (*args, *kwargs.values()) if type(n) is int]
+            self.left -= max(steps, default=0)
+        if self.left < 0 or self.calls < 0:
+            raise UserError("the network would have more parameters than its weights are")
+        return func(*args, **kwargs)

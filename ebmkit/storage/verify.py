@@ -14,14 +14,12 @@ from ebmkit.storage.commit import commit_files, read_entered
 from ebmkit.storage.manifest import (
     FOLDERS,
     MANIFEST,
-    DamagedFile,
     Entry,
     Manifest,
     entry_of,
     read_manifest,
 )
-
-__all__ = ["Finding", "accept_files", "files_of", "stale_temporary_files", "verify_run"]
+from ebmkit.storage.reading import DamagedFile
 
 WRITTEN_ALONE = ("config.yaml", "environment.json", "metrics.jsonl", "model.", "cost.json")
 """Beginnings of the names of files in the run folder itself that only its holder writes."""

@@ -8,10 +8,9 @@ from ebmkit.training.config import (
     read_config,
     resolve,
 )
+from ebmkit.training.loop import Interrupted, Reporter, Trainer
 from ebmkit.training.recipes import RECIPES
-from ebmkit.training.runs import RunFolder
-from ebmkit.training.stopping import Interrupted
-from ebmkit.training.trainer import Reporter, Trainer
+from ebmkit.training.run_folder import RunFolder
 
 __all__ = [
     "RECIPES",

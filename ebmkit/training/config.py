@@ -2,7 +2,8 @@
 
 One `TrainConfig` holds everything that a run depends on, and is written resolved to
 ``config.yaml``. It is merged from layers, later ones winning: the data set's *recipe*, then a
-configuration file, then named options, then ``--set key=value``.
+configuration file, then named options, then ``--set key=value``. Configurations of earlier versions
+load as they are: fields that came later have defaults that change nothing.
 """
 
 from __future__ import annotations
@@ -18,13 +19,12 @@ from ebmkit.data import StreamConfig
 from ebmkit.data.schedule import parse_decay_share, parse_share
 from ebmkit.errors import UserError, shown
 from ebmkit.models import HEADS, ModelConfig
-from ebmkit.models.presets import find_network
+from ebmkit.models.config import find_network
 from ebmkit.objectives import BALANCE, OBJECTIVES, ObjectiveConfig, TermSettings, parse_objective
+from ebmkit.objectives.diffusion import DiffusionConfig
 from ebmkit.objectives.likelihood import NegativesConfig
 from ebmkit.registry import find
 from ebmkit.storage.reading import YAML_BYTES, parse_yaml, read_text
-from ebmkit.training.diffusion import diffusion_settings
-from ebmkit.training.divergence import WatchConfig
 from ebmkit.training.recipes import RECIPES, recipe_for
 from ebmkit.validation import validated
 
@@ -33,6 +33,8 @@ __all__ = [
     "FaultsConfig",
     "OptimizerConfig",
     "TrainConfig",
+    "WatchConfig",
+    "difference",
     "parse_assignments",
     "read_config",
     "resolve",
@@ -41,6 +43,44 @@ __all__ = [
 
 MOST_KEYS = 20
 """Names in a key, as of optimizer.lr two."""
+
+RATES = {"adamw": 3e-4, "muon": 1e-2, "sgd": 0.1}
+"""Initial learning rates of the kinds of optimiser, where none is set."""
+
+OF_A_RUN = {"dataset", "backbone", "head", "model", "objective", "streams", "optimizer", "steps"}
+"""Fields by which a run's whole configuration is known."""
+
+USED_BY: dict[str, tuple[str, tuple[str, ...] | str]] = {
+    "adamw_lr": ("kind", ("muon",)),
+    "adamw_for": ("kind", ("muon",)),
+    "nesterov": ("kind", ("muon",)),
+    "momentum": ("kind", ("muon", "sgd")),
+    "betas": ("kind", ("adamw", "muon")),
+    "decay_share": ("schedule", ("warmup-stable-decay",)),
+    "milestones": ("schedule", ("milestones",)),
+    "milestone_factor": ("schedule", ("milestones",)),
+    "ema_warmup": ("ema", "ema, as 0.999"),
+    "sharpness_adaptive": ("sharpness", "sharpness, as 0.05"),
+}
+"""Settings of an optimiser -> the one that uses them, and at which values or, where it need only be
+set, how."""
+
+FREE_TO_CHANGE = (
+    "device",
+    "log_every",
+    "validate_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "dataset.data_dir",
+    "dataset.workers",
+    "dataset.unreadable",
+    "dataset.links",
+    "compute.precision",
+    "compute.compile",
+    "compute.accumulate",
+    "compute.recompute",
+)
+"""Fields that a resumed run may set differently: they change nothing, or rounding alone."""
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, BeforeValidator(parse_share)]
@@ -168,30 +208,13 @@ class OptimizerConfig(_Config):
 
     def idle(self) -> dict[str, str]:
         """Fields that are set and do nothing beside the others -> the setting that uses them."""
-        stable = self.schedule == "warmup-stable-decay"
-        milestones = self.schedule == "milestones"
-        needs = {
-            "adamw_lr": (self.kind == "muon", "kind=muon"),
-            "adamw_for": (self.kind == "muon", "kind=muon"),
-            "nesterov": (self.kind == "muon", "kind=muon"),
-            "momentum": (self.kind != "adamw", "kind=muon or sgd"),
-            "betas": (self.kind != "sgd", "kind=adamw or muon"),
-            "decay_share": (stable, "schedule=warmup-stable-decay"),
-            "milestones": (milestones, "schedule=milestones"),
-            "milestone_factor": (milestones, "schedule=milestones"),
-            "ema_warmup": (self.ema is not None, "ema, as 0.999"),
-            "sharpness_adaptive": (self.sharpness is not None, "sharpness, as 0.05"),
-        }
-        fields = type(self).model_fields
-        return {
-            name: needed
-            for name, (used, needed) in needs.items()
-            if not used and getattr(self, name) != fields[name].default
-        }
-
-
-RATES = {"adamw": 3e-4, "muon": 1e-2, "sgd": 0.1}
-"""Initial learning rates of the kinds, where none is set."""
+        found = {}
+        for name, (setting, at) in USED_BY.items():
+            chosen = getattr(self, setting)
+            used = chosen in at if isinstance(at, tuple) else chosen is not None
+            if not used and getattr(self, name) != type(self).model_fields[name].default:
+                found[name] = f"{setting}={' or '.join(at)}" if isinstance(at, tuple) else at
+        return found
 
 
 def _default(values: dict[str, Any], **defaults: Any) -> None:
@@ -207,12 +230,34 @@ class StreamsConfig(_Config):
     generate: StreamConfig = StreamConfig()
 
 
+class WatchConfig(_Config):
+    """When a run that needs negatives has diverged, and what is changed then."""
+
+    gap: float = Field(
+        50.0, gt=0, description="maximum smoothed energy difference of samples and data, nats"
+    )
+    sample: float = Field(
+        5.0, gt=0, description="maximum rms distance of samples from gray, image units"
+    )
+    gradient: float = Field(
+        1000.0, gt=1, description="maximum ratio of the gradient norm to its running mean"
+    )
+    every: int = Field(50, ge=1, description="steps between rollback snapshots")
+    breaches: int = Field(10, ge=0, description="maximum number of rollbacks")
+    order: tuple[Literal["rate", "steps", "penalty"], ...] = Field(
+        ("rate", "steps", "penalty"),
+        min_length=1,
+        description="mitigations, applied in turn: one per rollback",
+    )
+
+
 class TrainConfig(_Config):
     """Everything a training run depends on."""
 
     dataset: DataConfig = DataConfig()
     backbone: str = Field(
-        "gradresnet18", description="a name from `ebmkit list backbones` or `denoisers`"
+        "gradresnet18",
+        description="a name from `ebmkit list backbones` or `denoisers`, or timm:NAME",
     )
     head: str = Field("linear-quadratic", description="a name from `ebmkit list heads`")
     model: ModelConfig = ModelConfig()
@@ -255,6 +300,11 @@ class TrainConfig(_Config):
             for name, own in OBJECTIVES.items()
         }
 
+    def stream(self, name: str) -> StreamConfig:
+        """The configuration of the stream called ``name``."""
+        found: StreamConfig = getattr(self.streams, name)
+        return found
+
 
 def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
     """Nested mappings laid over each other, later ones winning."""
@@ -286,14 +336,16 @@ def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfi
     if not base and not any(layer.keys() >= OF_A_RUN for layer in layers):
         base = recipe_for(dataset, str(merge(*layers).get("objective", "")))
     named = [layer["backbone"] for layer in layers if "backbone" in layer]
-    start = _expand(base | {"backbone": named[-1]} if named else base)  # not both presets' settings
+    if named:  # not both presets' settings, nor any that the network does not have
+        base = {**base, "backbone": named[-1], "model": _fitting_network(base, str(named[-1]))}
+    start = _expand(base)
     expanded = [start, *(_expand(layer) for layer in layers)]
     start, *expanded = (
         _fitting(own, merge(*expanded[i:]), whole=i == 1 or own.keys() >= OF_A_RUN)
         for i, own in enumerate(expanded, 1)
     )
     raw = merge(start, *expanded)
-    raw = merge(raw, diffusion_settings(raw, merge(*expanded)))
+    raw = merge(raw, _diffusion_settings(raw, merge(*expanded)))
     config = validated(TrainConfig, raw, "configuration")
     _check_used(config, merge(*(own for own in (start, *expanded) if not own.keys() >= OF_A_RUN)))
     terms = {term.name: term for term in parse_objective(config.objective)}
@@ -308,13 +360,6 @@ def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfi
     return config
 
 
-OF_A_RUN = {"dataset", "backbone", "head", "model", "objective", "streams", "optimizer", "steps"}
-"""Fields by which a run's whole configuration is known."""
-
-OF_A_KIND = ("lr", "momentum", "nesterov", "adamw_lr", "adamw_for")
-"""Settings of an optimiser that another does not take over."""
-
-
 def _fitting(layer: Mapping[str, Any], over: Mapping[str, Any], whole: bool) -> Mapping[str, Any]:
     """``layer`` without settings of the optimiser that choices in ``over`` leave without a use.
 
@@ -324,18 +369,26 @@ def _fitting(layer: Mapping[str, Any], over: Mapping[str, Any], whole: bool) -> 
     own, chosen = layer.get("optimizer"), over.get("optimizer")
     if not isinstance(own, Mapping) or not isinstance(chosen, Mapping):
         return layer
-    kind = own.get("kind", "adamw" if whole else chosen.get("kind"))
-    schedule = own.get("schedule", "cosine" if whole else chosen.get("schedule"))
-    idle: tuple[str, ...] = ()
-    if chosen.get("kind", kind) != kind:
-        idle += OF_A_KIND + (("betas",) if chosen["kind"] == "sgd" else ())
-    if chosen.get("schedule", schedule) != schedule:
-        idle += ("decay_share", "milestones", "milestone_factor")
-    if chosen.get("ema", 1) is None:
-        idle += ("ema_warmup",)
-    if chosen.get("sharpness", 1) is None:
-        idle += ("sharpness_adaptive",)
+    idle: set[str] = set()
+    for setting, default in {"kind": "adamw", "schedule": "cosine"}.items():
+        before = own.get(setting, default if whole else chosen.get(setting))
+        if chosen.get(setting, before) != before:
+            idle |= {name for name, (by, _) in USED_BY.items() if by == setting}
+            if setting == "kind":
+                idle = (idle | {"lr"}) - (set() if chosen["kind"] == "sgd" else {"betas"})
+    idle |= {
+        n for n, (by, at) in USED_BY.items() if isinstance(at, str) and chosen.get(by, 1) is None
+    }
     return {**layer, "optimizer": {k: v for k, v in own.items() if k not in idle}}
+
+
+def _fitting_network(recipe: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The model of a ``recipe``, its backbone without the fields that network ``name`` lacks."""
+    model = dict(recipe.get("model", {}))
+    if isinstance(model.get("backbone"), Mapping):
+        fields = type(find_network(name).config).model_fields
+        model["backbone"] = {k: v for k, v in model["backbone"].items() if k in fields}
+    return model
 
 
 def _check_used(config: TrainConfig, given: Mapping[str, Any]) -> None:
@@ -428,3 +481,94 @@ def read_config(path: Path) -> dict[str, Any]:
             f"configuration {str(path)!r} must hold fields, as a run's config.yaml does"
         )
     return values
+
+
+def _diffusion_settings(raw: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What follows from objective ``ddpm``, to lay over a configuration; nothing without it.
+
+    Its schedule is said once, as ``objective.ddpm.schedule``. The noise law of its stream draws the
+    levels of that schedule, and a UNet is told the timesteps of it; whether the UNet knows labels
+    follows from ``objective.ddpm.class_dropout``.
+
+    Args:
+        raw: the whole configuration, before it is validated.
+        given: what was said beside the recipe.
+
+    Raises:
+        UserError: if something else was said.
+    """
+    objective = raw.get("objective")
+    named = parse_objective(objective) if isinstance(objective, str) else ()
+    if "ddpm" not in {term.name for term in named}:
+        return {}
+    defaults = DiffusionConfig()
+    own = _at(raw, "terms", "ddpm")
+    schedule = own.get("schedule", defaults.schedule)
+    conditional = own.get("class_dropout", defaults.class_dropout) is not None
+    draws = raw.get("draw_from")
+    stream = draws.get("ddpm", "denoise") if isinstance(draws, Mapping) else "denoise"
+    law = {"kind": "diffusion", "schedule": schedule}
+    for field, value in _at(given, "streams", stream, "noise").items():
+        if field in law and value != law[field]:
+            raise UserError(
+                f"objective 'ddpm' trains at the noise levels of its schedule, {schedule}, and "
+                f"streams.{stream}.noise.{field} is {value!r}: leave that out and choose by "
+                "objective.ddpm.schedule, or take --objective dsm-mean, which has any noise"
+            )
+    found: dict[str, Any] = {"streams": {stream: {"noise": law}}}
+    if _at(raw, "model", "backbone").get("kind") == "unet":
+        network = {"schedule": schedule, "class_conditional": conditional}
+        if conditional:
+            network["null_label"] = True
+        says = {
+            "schedule": f"objective.ddpm.schedule={schedule}",
+            "class_conditional": "objective.ddpm.class_dropout",
+            "null_label": "objective.ddpm.class_dropout",
+            "timesteps": "the noise law, which has 1000",
+            "image_range": "the noise law, which is of images in [-1, 1]",
+            "betas": "the noise law",
+        }
+        fixed = network | {"timesteps": 1000, "image_range": [-1, 1], "betas": [1e-4, 0.02]}
+        for field, value in _at(given, "model", "backbone").items():
+            if field in fixed and _plain(value) != _plain(fixed[field]):
+                raise UserError(
+                    f"model.backbone.{field} = {value!r} contradicts {says[field]}: leave it out"
+                )
+        found["model"] = {"backbone": network}
+    return found
+
+
+def _at(values: Any, *path: str) -> Mapping[str, Any]:
+    """The mapping at ``path``; empty where there is none."""
+    for key in path:
+        values = values.get(key) if isinstance(values, Mapping) else None
+    return values if isinstance(values, Mapping) else {}
+
+
+def _plain(value: Any) -> Any:
+    return [float(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first field in which two configurations make different runs: its name, old and new.
+
+    The kind of a part, or a schedule, comes before what follows from it.
+    """
+
+    def order(key: str) -> tuple[bool, str]:
+        return key.rpartition(".")[2] not in ("kind", "schedule"), key
+
+    before, after = _flat(old), _flat(new)
+    for key in sorted(before.keys() | after.keys(), key=order):
+        if key not in FREE_TO_CHANGE and before.get(key) != after.get(key):
+            return key, before.get(key), after.get(key)
+    return None
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {prefix: values}
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        result |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return result

@@ -1,33 +1,236 @@
-r"""What a training run costs, before it runs, and the share of the device that it reached.
+r"""What a training step costs: floating-point operations, memory and time, before and after a run.
 
-A step of F floating-point operations on a device that multiplies matrices at R per second takes at
-least :math:`F / R`; one that took t seconds reached the share :math:`F / (R t)`. R is measured, not
-read off a data sheet: a product of two large square matrices in the precision of the run. F is
-counted (`ebmkit.training.trace`): matrix products and convolutions alone, which is nearly all.
+The step is run on fake tensors, which have shapes, types, devices and storages but no numbers, on a
+copy of the model that takes no memory either. Every operation passes a `Recorder`, which adds up
+
+- the *FLOPs* of matrix products and convolutions, two to a multiply-add, forward, backward and
+  differentiated again, by the formulas of `torch.utils.flop_counter`;
+- the *bytes alive*: each storage counts from the operation that made it until it is released.
+
+A step of one stream comes to about 3 forward passes where the loss is of the forward pass alone
+(cross-entropy: the forward, then 2 for the gradient by activations and weights), and to
+:math:`3 + 3k` where k different scores enter it: one for each vjp and two for differentiating it.
+So dsm costs 6, and dsm with cdsm on one batch 9; a cross-entropy beside them on the same batch is
+free. A product with the Hessian, as ism takes, differentiates forward pass and score by the image
+once more, so ism costs 12. The count is exact for the eager step. It is up to 3 % off the rule, for
+ism 10 %: the gradient of a strided convolution by its weights is computed on a larger window the
+second time, and cross-entropy never needs the gradient by the image.
+
+With bytes :math:`b_t(n)` alive at moment t of a step of n images,
+
+.. math::
+    \text{total} = \text{parameters} + \text{optimiser} + \max_t b_t(n), \qquad
+    b_t(n) = b_t(0) + n\,b_t' ,
+
+so two traces give the largest n that fits in M bytes, :math:`\min_t (M - b_t(0)) / b_t'`. Not seen
+is what an operation allocates and releases within itself (workspaces of convolution libraries), nor
+what an allocator wastes.
+
+A step of F operations on a device that multiplies matrices at R per second takes at least
+:math:`F / R`; one that took t seconds reached :math:`F / (R t)`, its MFU (model FLOPs utilisation).
+R is measured (`ebmkit.compute.matrix_rate`). t is the median over the stretches between two rows of
+the log, without validations and saving, and without the first stretch (compilers and caches warm up
+in it) where there are others. Where batch and image sizes change along the run, F and t are means
+over its steps, and each stage has a median of its own.
 """
 
 from __future__ import annotations
 
 import copy
+import gc
+import math
+import os
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode  # the meta device has no autocast
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
-from ebmkit.compute import Precision
+from ebmkit.compute import available_memory, matrix_rate
+from ebmkit.data import Batch
 from ebmkit.data.schedule import Stage
+from ebmkit.energy import EnergyModel, ScoreModel, WeightedLogProbability
+from ebmkit.errors import UserError
 from ebmkit.objectives import TrainingLoss
-from ebmkit.training.memory import ADAMW_STATES, Memory, format_bytes, step_memory
-from ebmkit.training.trace import Shapes, forward_flops, score_flops, trace_step
 
-__all__ = ["Effort", "Plan", "StepCost", "matrix_rate", "run_cost", "step_cost", "step_flops"]
+__all__ = ["Budget", "Effort", "Memory", "RunStats", "StepCost", "Stopwatch", "step_flops"]
+
+Shapes = Mapping[str, tuple[int, int, int, int]]
+"""Stream -> shape (B, C, H, W) of the images that this process takes of it in a step."""
 
 Plan = Sequence[tuple[Stage, Shapes]]
 """The stages of a run, with the shapes that this process takes of each stream in them."""
+
+ADAMW_STATES = 2
+"""Numbers that AdamW keeps of each parameter."""
+
+MOST_STRETCHES = 1000
+"""That a stopwatch keeps; then neighbours are put together."""
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the FLOPs and the bytes of the tensors made within, real or fake.
+
+    Attributes:
+        flops: FLOPs so far.
+        live: bytes of living storages, after each operation that made one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0
+        self.live: list[int] = [0]
+        self._now = 0
+        self._bytes: dict[int, int] = {}
+
+    def hold(self, tensors: Iterable[Tensor]) -> None:
+        """Count ``tensors`` that were made before."""
+        for tensor in tensors:
+            self._add(tensor)
+        self.live.append(self._now)
+
+    def ignore(self, tensors: Iterable[Tensor]) -> None:
+        """Never count ``tensors`` nor views of them."""
+        self._bytes |= {tensor.untyped_storage()._cdata: 0 for tensor in tensors}
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.flops += int(count(*args, **(kwargs or {}), out_val=out))
+        made = [self._add(leaf) for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        if any(made):
+            self.live.append(self._now)
+        return out
+
+    def _add(self, tensor: Tensor) -> bool:
+        """Count the storage of ``tensor``; whether it is a new one."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._bytes:
+            return False
+        self._bytes[key] = storage.nbytes()
+        self._now += storage.nbytes()
+        weakref.finalize(storage, self._release, key).atexit = False
+        return True
+
+    def _release(self, key: int) -> None:
+        self._now -= self._bytes.pop(key)
+
+
+class StepTrace(NamedTuple):
+    """What a traced step took.
+
+    Attributes:
+        flops: FLOPs of forward and backward, of the whole batch.
+        live: bytes alive at each moment, without parameters, buffers and the optimiser.
+        gradients: bytes of the parameters' gradients, which are alive at the end.
+        unused: names in the loss of the trained parameters that get no gradient.
+    """
+
+    flops: int
+    live: tuple[int, ...]
+    gradients: int
+    unused: tuple[str, ...]
+
+
+def trace_step(loss: TrainingLoss, shapes: Shapes, accumulate: int = 1) -> StepTrace:
+    """Run forward and backward of ``loss`` on fake batches of ``shapes``; ``loss`` is untouched.
+
+    If it is compiled, the eager step is traced. Arguments are those of `Budget`.
+    """
+    recorder = Recorder()
+    parts_run = min(accumulate, 2)  # from the second on they are alike
+    with _fake(loss) as fake:
+        fake.train().zero_grad(set_to_none=True)
+        batches = {name: _batch(fake, name, shapes[name]) for name in loss.streams}
+        recorder.ignore([*fake.parameters(), *fake.buffers()])
+        recorder.hold(t for batch in batches.values() for t in batch.tensors)
+        with recorder, torch.enable_grad():
+            for _ in range(parts_run):
+                first = {n: slice(0, -(-len(b.x) // accumulate)) for n, b in batches.items()}
+                part = {name: batch.rows(first[name]) for name, batch in batches.items()}
+                for group in [{n: b} for n, b in part.items()] if loss.separate else [part]:
+                    fake(group).total.backward()
+        trained = [(name, p) for name, p in fake.named_parameters() if p.requires_grad]
+        gradients = sum(p.grad.nbytes for _, p in trained if p.grad is not None)
+        unused = tuple(name for name, p in trained if p.grad is None)
+    flops = recorder.flops * accumulate // parts_run
+    return StepTrace(flops, tuple(recorder.live), gradients, unused)
+
+
+def network_flops(
+    model: ScoreModel,
+    shape: tuple[int, int, int, int],
+    of: Literal["forward", "score", "posteriors"] = "forward",
+) -> int:
+    """FLOPs of a model on a batch of ``shape`` (B, C, H, W), two to a multiply-add.
+
+    Either of the forward pass, the score without a gradient of it, or the gradient of
+    log-posteriors, which an attack climbs.
+    """
+    recorder = Recorder()
+    with _fake(model) as fake, torch.no_grad():
+        fake.eval()
+        y = torch.empty(shape, device=next(fake.parameters()).device)
+        sigma = torch.empty(shape[0], device=y.device) if model.noise_conditional else None
+        with recorder:
+            if of == "posteriors":
+                assert isinstance(fake, EnergyModel)
+                weights = torch.ones(len(y), fake.num_classes, device=y.device)
+                fake.value_and_grads(y, sigma, WeightedLogProbability(weights))
+            elif of == "score":
+                fake.score(y, sigma)
+            else:
+                fake(y, sigma)
+    return recorder.flops
+
+
+@contextmanager
+def _fake(module: M) -> Iterator[M]:
+    """A copy of ``module`` without numbers, nothing of it allocated; within, new tensors are fake.
+
+    Without warnings, which are about the model: training itself says them.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tensors = [*module.parameters(), *module.buffers()]
+        yield copy.deepcopy(module, {id(t): mode.from_tensor(t) for t in tensors})
+
+
+def _batch(loss: TrainingLoss, stream: str, shape: tuple[int, int, int, int]) -> Batch:
+    """A batch of ``stream``, with all that its objectives need."""
+    classes, device = loss.model.num_classes, next(loss.parameters()).device
+    count = shape[0]
+    x, y, eps = (torch.empty(shape, device=device) for _ in range(3))
+    batch = Batch(x, y, torch.empty(count, device=device), eps, None, None)
+    if classes:
+        labels = torch.empty(count, dtype=torch.int64, device=device)
+        batch = batch._replace(labels=labels, soft=torch.empty(count, classes, device=device))
+    for term in loss.terms:
+        if loss.stream_of[term.name] == stream:
+            columns = {column: torch.empty_like(x) for column in term.objective.columns}
+            batch = batch.with_columns(term.name, columns)
+    return batch
 
 
 @dataclass(frozen=True)
@@ -41,6 +244,74 @@ class Effort:
 
     gradients: int = 1
     update_flops: int = 0
+
+
+def step_flops(loss: TrainingLoss, shapes: Shapes, effort: Effort | None = None) -> dict[str, int]:
+    """FLOPs of forward and backward by objective; those of one stream, which share work, together.
+
+    Activation checkpointing counts as often as it computes. A Langevin step, and a step of an
+    attack, is a forward pass and one vjp to the image, about 2 forward passes.
+
+    Returns:
+        Names joined by + -> FLOPs, as ``{"ce": ..., "dsm+cdsm": ...}``; what negatives take is
+        called "20 Langevin steps", attacks "7 attack steps", and Muon's products "optimiser".
+    """
+    effort = effort or Effort()
+    flops = {}
+    for stream in loss.streams:
+        own = copy.copy(loss)
+        own.terms = tuple(term for term in loss.terms if loss.stream_of[term.name] == stream)
+        names = "+".join(term.name for term in own.terms)
+        flops[names] = effort.gradients * trace_step(own, shapes).flops
+        for extra in (term.objective.extra_passes for term in own.terms):
+            if extra is not None:
+                of: Literal["score", "posteriors"] = "posteriors" if extra.of_labels else "score"
+                taken = extra.gradients * network_flops(loss.model, shapes[stream], of)
+                if extra.forwards:
+                    taken += extra.forwards * network_flops(loss.model, shapes[stream])
+                flops[extra.name] = flops.get(extra.name, 0) + taken
+    if effort.update_flops:
+        flops["optimiser"] = effort.update_flops
+    return flops
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a training step takes on its device.
+
+    Attributes:
+        parameters: parameters and buffers.
+        gradients: of the parameters.
+        optimizer: states of the optimiser, and averaged weights where there are any.
+        activations: at the peak, what is alive beyond the room that the gradients need in the end:
+            the batch, what is saved for the backward pass, intermediate results.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """The sum: the peak of the step."""
+        return self.parameters + self.gradients + self.optimizer + self.activations
+
+
+def step_memory(
+    loss: TrainingLoss, shapes: Shapes, states: int | Fraction = ADAMW_STATES, accumulate: int = 1
+) -> Memory:
+    """Memory of one eager training step, without running it.
+
+    Exact for the tensors of the step. Not in it: what Muon's update holds for a moment, about six
+    times the matrices, when the activations are gone; what the allocator wastes, the data set, and,
+    on CUDA, the context (about half a GB) and the batch that is drawn ahead. Arguments are those of
+    `Budget`.
+    """
+    step = trace_step(loss, shapes, accumulate)
+    weights = sum(t.nbytes for t in [*loss.parameters(), *loss.buffers()])
+    optimizer = int(states * sum(p.nbytes for p in loss.parameters() if p.requires_grad))
+    return Memory(weights, step.gradients, optimizer, max(step.live) - step.gradients)
 
 
 @dataclass(frozen=True)
@@ -79,100 +350,198 @@ class StepCost:
         """Seconds that all steps would take at the full matrix rate."""
         return self.run_flops / self.rate
 
-    def share(self, seconds: float) -> float:
+    def mfu(self, seconds: float) -> float:
         """Share of the matrix rate that a step of ``seconds`` reaches, 1 for all of it."""
         return self.step_flops / (self.rate * seconds)
 
     def rows(self) -> list[tuple[str, str]]:
         """The cost as names and values to print."""
-        memory = self.memory
+        parts = asdict(self.memory).items()
+        memory = ", ".join(f"{name} {format_bytes(count)}" for name, count in parts)
+        memory = memory.replace("optimizer", "optimiser")
         return [
             ("parameters", f"{self.parameters:,}"),
             *((text, format_flops(count) + "FLOP a step") for text, count in self.stages.items()),
-            *((_of_a_step(name), format_flops(n) + "FLOP") for name, n in self.flops.items()),
-            (f"all {self.steps:,} steps", format_flops(self.run_flops) + "FLOP"),
-            (
-                "memory",
-                f"{format_bytes(memory.total)} (parameters {format_bytes(memory.parameters)}, "
-                f"gradients {format_bytes(memory.gradients)}, optimiser "
-                f"{format_bytes(memory.optimizer)}, activations "
-                f"{format_bytes(memory.activations)})",
+            *(
+                (name if name.endswith("steps") else f"{name} step", format_flops(n) + "FLOP")
+                for name, n in self.flops.items()
             ),
+            (f"all {self.steps:,} steps", format_flops(self.run_flops) + "FLOP"),
+            ("memory", f"{format_bytes(self.memory.total)} ({memory})"),
             ("matrix rate", format_flops(self.rate) + "FLOP/s"),
             ("time at that rate", format_seconds(self.least_seconds)),
         ]
 
 
-def step_cost(
-    loss: TrainingLoss,
-    shapes: Shapes,
-    steps: int,
-    states: int | Fraction = ADAMW_STATES,
-    accumulate: int = 1,
-    memory: Memory | None = None,
-    effort: Effort | None = None,
-) -> StepCost:
-    """Count and measure what a run of ``steps`` steps costs.
+_MEMORIES: dict[object, Memory] = {}
+"""What was counted in this process, by all that the count depends on."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The steps of a run, to be counted before they are taken.
 
     Args:
         loss: model and objectives, on the device and in the precision to train in.
-        shapes: images of each stream of ``loss``, for this process.
-        steps: optimiser steps of the run.
-        states, accumulate: as for `ebmkit.training.memory.step_memory`.
-        memory: of the step, if it is known already.
-        effort: what the step does beside one gradient.
-    """
-    device = next(loss.parameters()).device
-    return StepCost(
-        sum(p.numel() for p in loss.parameters() if p.requires_grad),
-        step_flops(loss, shapes, effort),
-        memory or step_memory(loss, shapes, states, accumulate),
-        matrix_rate(device, loss.precision),
-        steps,
-    )
-
-
-def run_cost(
-    loss: TrainingLoss,
-    plan: Plan,
-    states: int | Fraction = ADAMW_STATES,
-    accumulate: int = 1,
-    effort: Effort | None = None,
-) -> StepCost:
-    """Count and measure what the stages of a run cost together.
-
-    Args:
-        loss: model and objectives, on the device and in the precision to train in.
-        plan: its stages; what is asked for may be a part of a run.
-        states, accumulate: as for `ebmkit.training.memory.step_memory`.
+        plan: the stages of the run, and the images that this process takes in a step of them.
+        states: numbers that the optimiser keeps of each parameter.
+        accumulate: parts that each batch is split into.
+        processes: how many share each batch.
         effort: what a step does beside one gradient.
+        described: configurations of run and model as text, device included. A process counts the
+            memory of a step once for each; None: each time, as for a model composed by hand.
     """
-    lengths = [stage.stop - stage.start for stage, _ in plan]
-    steps = sum(lengths)
-    memory = max(
-        (step_memory(loss, shapes, states, accumulate) for _, shapes in plan),
-        key=lambda memory: memory.total,
-    )
-    if len(plan) == 1:
-        return step_cost(loss, plan[0][1], steps, states, accumulate, memory, effort)
-    counts = [step_flops(loss, shapes, effort) for _, shapes in plan]
-    mean = {
-        name: round(sum(n * own[name] for n, own in zip(lengths, counts, strict=True)) / steps)
-        for name in counts[0]
-    }
-    texts = [_stage_text(loss, stage, shapes) for stage, shapes in plan]
-    return StepCost(
-        sum(p.numel() for p in loss.parameters() if p.requires_grad),
-        mean,
-        memory,
-        matrix_rate(next(loss.parameters()).device, loss.precision),
-        steps,
-        {text: sum(own.values()) for text, own in zip(texts, counts, strict=True)},
-    )
 
+    loss: TrainingLoss
+    plan: Plan
+    states: int | Fraction = ADAMW_STATES
+    accumulate: int = 1
+    processes: int = 1
+    effort: Effort | None = None
+    described: str | None = None
 
-def _of_a_step(name: str) -> str:
-    return name if name.endswith("steps") else f"{name} step"
+    @property
+    def device(self) -> torch.device:
+        """Where the steps are taken."""
+        return next(self.loss.parameters()).device
+
+    def memory(self, shapes: Shapes) -> Memory:
+        """Memory of a step of ``shapes``."""
+        if self.described is None:
+            return step_memory(self.loss, shapes, self.states, self.accumulate)
+        key = (self.described, tuple(shapes.items()), self.states, self.accumulate)
+        if key not in _MEMORIES:
+            _MEMORIES[key] = step_memory(self.loss, shapes, self.states, self.accumulate)
+        return _MEMORIES[key]
+
+    def cost(self, steps: int, first: int = 0) -> StepCost:
+        """What steps ``first`` .. ``steps`` - 1 cost: counted, but for the device's matrix rate."""
+        loss = self.loss
+        cut = [
+            (stage._replace(start=max(first, stage.start), stop=min(steps, stage.stop)), shapes)
+            for stage, shapes in self.plan
+        ]
+        plan = [(stage, shapes) for stage, shapes in cut if stage.start < stage.stop]
+        counts = [step_flops(loss, shapes, self.effort) for _, shapes in plan]
+        lengths = [stage.stop - stage.start for stage, _ in plan]
+        total = sum(lengths)
+        mean = {
+            name: round(sum(n * own[name] for n, own in zip(lengths, counts, strict=True)) / total)
+            for name in counts[0]
+        }
+        texts = [_stage_text(loss, stage, shapes) for stage, shapes in plan]
+        totals = [sum(own.values()) for own in counts]
+        return StepCost(
+            sum(p.numel() for p in loss.parameters() if p.requires_grad),
+            mean,
+            max((self.memory(shapes) for _, shapes in plan), key=lambda memory: memory.total),
+            matrix_rate(self.device, loss.precision),
+            total,
+            dict(zip(texts, totals, strict=True)) if len(plan) > 1 else {},
+        )
+
+    def check(self, free: int | None = None) -> Memory:
+        """The memory that the largest step takes. Ask before the first step.
+
+        Args:
+            free: bytes that may be taken beyond the parameters; by default `available_memory`.
+
+        Raises:
+            UserError: if the device has less free; the message says how large a batch would fit.
+        """
+        if free is None:
+            free = available_memory(self.device)
+            if free is not None and self.device.type == "cpu":  # shared by this machine's processes
+                free //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        needs = []
+        for stage, shapes in self.plan:
+            needs.append(memory := self.memory(shapes))
+            if free is not None and memory.total - memory.parameters > free:
+                raise self.too_large(shapes, free + memory.parameters, stage.fields)
+        return max(needs, key=lambda memory: memory.total)
+
+    def largest_batch(self, shapes: Shapes, limit: int) -> dict[str, int] | None:
+        """The largest batch of each stream, in the proportions of ``shapes``, that fits.
+
+        Args:
+            shapes: images of each stream, for this process.
+            limit: bytes for the whole step, parameters and optimiser included.
+
+        Returns:
+            Stream -> number of images, a multiple of ``accumulate``; None if not even one image of
+            each fits in each part.
+        """
+        memory = self.memory(shapes)
+        left = limit - memory.parameters - memory.optimizer
+        two, four = (
+            trace_step(
+                self.loss, {n: (k * s[0], *s[1:]) for n, s in shapes.items()}, self.accumulate
+            ).live
+            for k in (2, 4)  # not 1: a batch of one image may be laid out differently
+        )
+        scale = math.inf  # in batches of `shapes`
+        for at_two, at_four in zip(two, four, strict=True):
+            slope = (at_four - at_two) / 2
+            if slope > 0:
+                scale = min(scale, 2 + (left - at_two) / slope)
+            elif at_two > left:
+                return None
+        parts = self.accumulate
+        sizes = {
+            name: parts * math.floor(scale * shapes[name][0] / parts + 1e-9)
+            for name in self.loss.streams
+        }
+        return sizes if all(size > 0 for size in sizes.values()) else None
+
+    def too_large(
+        self, shapes: Shapes, limit: int, fields: Mapping[str, str] | None = None
+    ) -> UserError:
+        """The error for a step of ``shapes`` for which the memory does not suffice.
+
+        Args:
+            shapes: images of each stream, for this process.
+            limit: bytes for the whole step, parameters and optimiser included.
+            fields: stream -> configuration of its sizes; by default ``streams.NAME``.
+        """
+        fields = fields or {name: f"streams.{name}" for name in self.loss.streams}
+        problem = (
+            f"a training step needs {format_bytes(self.memory(shapes).total)} of memory and has "
+            f"{format_bytes(limit)} on {self.device}: "
+        )
+        sizes = self.largest_batch(shapes, limit)
+        if sizes is None:
+            return UserError(
+                f"{problem}not even one image of each stream fits; set a smaller "
+                "model.backbone.width"
+            )
+        largest = " and ".join(
+            f"{fields[name]}.batch_size={size * self.processes}" for name, size in sizes.items()
+        )
+        common = math.gcd(*(shapes[name][0] for name in self.loss.streams))
+        fitting = (
+            parts
+            for parts in range(self.accumulate + 1, common + 1)
+            if common % parts == 0
+            and step_memory(self.loss, shapes, self.states, parts).total <= limit
+        )
+        parts = next(fitting, None)
+        split = f", or compute.accumulate={parts} to keep the batch" if parts else ""
+        return UserError(f"{problem}set {largest} at most{split}")
+
+    def out_of_memory(self, held: int, step: int = 0) -> UserError:
+        """The error for a step that ran out of memory; it says how large a batch would fit.
+
+        To be asked when nothing of the step is referred to any more, its exception included.
+
+        Args:
+            held: bytes of parameters and optimiser states, which are there already.
+            step: of the run.
+        """
+        stage, shapes = next(own for own in reversed(self.plan) if own[0].start <= step)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return self.too_large(shapes, (available_memory(self.device) or 0) + held, stage.fields)
 
 
 def _stage_text(loss: TrainingLoss, stage: Stage, shapes: Shapes) -> str:
@@ -182,87 +551,136 @@ def _stage_text(loss: TrainingLoss, stage: Stage, shapes: Shapes) -> str:
     return f"steps {stage.start + 1:,} to {stage.stop:,}: {', '.join(sizes)}"
 
 
-def step_flops(loss: TrainingLoss, shapes: Shapes, effort: Effort | None = None) -> dict[str, int]:
-    """FLOPs of forward and backward by objective; those of one stream, which share work, together.
+class Stretch(NamedTuple):
+    """Steps that were timed: how many, seconds, seconds of them for data, stage of the run."""
 
-    Activation checkpointing counts as often as it computes. A Langevin step, and a step of an
-    attack, is a forward pass and one pull-back to the image, about 2 forward passes.
+    steps: int
+    seconds: float
+    data: float
+    stage: int
 
-    Returns:
-        Names joined by + -> FLOPs, as ``{"ce": ..., "dsm+cdsm": ...}``; what negatives take is
-        called "20 Langevin steps", attacks "7 attack steps", and Muon's products "optimiser".
+
+class Stopwatch:
+    """Times stretches of steps, and how much of them went into waiting for data.
+
+    Attributes:
+        stretches: those that were timed.
+        lengths: stage of the run -> number of its steps, to weigh the stages by; None: by the
+            steps that were timed.
     """
-    effort = effort or Effort()
-    flops = {}
-    for stream in loss.streams:
-        own = copy.copy(loss)
-        own.terms = tuple(term for term in loss.terms if loss.stream_of[term.name] == stream)
-        names = "+".join(term.name for term in own.terms)
-        flops[names] = effort.gradients * trace_step(own, shapes).flops
-        for extra in (term.objective.extra_passes for term in own.terms):
-            if extra is not None:
-                taken = extra.gradients * score_flops(loss.model, shapes[stream], extra.of_labels)
-                if extra.forwards:
-                    forward = shapes[stream][0] * forward_flops(loss.model, shapes[stream][1:])
-                    taken += extra.forwards * forward
-                flops[extra.name] = flops.get(extra.name, 0) + taken
-    if effort.update_flops:
-        flops["optimiser"] = effort.update_flops
-    return flops
+
+    def __init__(self) -> None:
+        self.stretches: list[Stretch] = []
+        self.lengths: Mapping[int, int] | None = None
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a stretch."""
+        self._begun, self._steps, self._data = time.perf_counter(), 0, 0.0
+
+    def step(self, data_seconds: float) -> None:
+        """Count a step, of which ``data_seconds`` were spent waiting for its batches."""
+        self._steps += 1
+        self._data += data_seconds
+
+    def stop(self, stage: int = 0) -> float:
+        """End the stretch and begin another; seconds per step of the one that ended.
+
+        Args:
+            stage: of the run, that all of its steps were in.
+        """
+        seconds, steps = time.perf_counter() - self._begun, max(1, self._steps)
+        self.stretches.append(Stretch(steps, seconds, self._data, stage))
+        if len(self.stretches) > MOST_STRETCHES:  # put neighbours together, but for the first
+            self.stretches = [
+                _joined(own)
+                for first, *rest in self._by_stage().values()
+                for own in [[first], *(rest[i : i + 2] for i in range(0, len(rest), 2))]
+            ]
+        self.restart()
+        return seconds / steps
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of a step: the median in each stage, averaged over the steps of the stages."""
+        total = steps = 0.0
+        for stage, own in self._by_stage().items():
+            length = self.lengths[stage] if self.lengths else sum(s.steps for s in own)
+            settled = own[1:] or own
+            total += length * statistics.median(s.seconds / s.steps for s in settled)
+            steps += length
+        return total / steps
+
+    @property
+    def data_share(self) -> float:
+        """Share of the time that the host waited for data, 0 to 1."""
+        settled = [s for own in self._by_stage().values() for s in own[1:] or own]
+        return sum(s.data for s in settled) / sum(s.seconds for s in settled)
+
+    def _by_stage(self) -> dict[int, list[Stretch]]:
+        found: dict[int, list[Stretch]] = {}
+        for stretch in self.stretches:
+            found.setdefault(stretch.stage, []).append(stretch)
+        return found
 
 
-def matrix_rate(device: torch.device, precision: Precision = "fp32") -> float:
-    """FLOP/s of a product of two square matrices: 8192 x 8192 on CUDA, 1024 x 1024 on a CPU.
+def _joined(own: Sequence[Stretch]) -> Stretch:
+    steps, seconds, data = (sum(column) for column in list(zip(*own, strict=True))[:3])
+    return Stretch(int(steps), seconds, data, own[0].stage)
 
-    The median of at least 3 products of random matrices after warm-up, in well under a second.
+
+@dataclass(frozen=True)
+class RunStats:
+    """What a run took; written to ``RUN/cost.json``.
+
+    Attributes:
+        steps: steps done now (a resumed run counts its own).
+        step_seconds: median seconds of a step, averaged over stages of the run.
+        images_per_s: images of all streams and processes.
+        data_share: share of the time that the host waited for data.
+        peak_memory: bytes; on CUDA of tensors on the device, on a CPU of the whole process.
+        flops: objectives that share a forward pass -> FLOPs of a step of one process, on average.
+        matrix_rate: FLOP/s of matrix products, measured on this device in this precision.
+        share: share of that rate that the steps reached, their MFU.
+        precision, compiled, processes, device: how it was computed.
     """
-    cuda = device.type == "cuda"
-    size = 8192 if cuda else 1024
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    generator = torch.Generator(device).manual_seed(0)
-    a, b = torch.randn(2, size, size, device=device, generator=generator).to(dtype)
-    out = torch.empty_like(a)
-    seconds: list[float] = []
-    with torch.inference_mode(), _tf32(cuda, precision):
-        _timed(a, b, out)
-        start = time.perf_counter()
-        while len(seconds) < 3 or (len(seconds) < 20 and time.perf_counter() - start < 0.3):
-            seconds.append(_timed(a, b, out))
-    return 2 * size**3 / statistics.median(seconds)
+
+    steps: int
+    step_seconds: float
+    images_per_s: float
+    data_share: float
+    peak_memory: int
+    flops: dict[str, int]
+    matrix_rate: float
+    share: float
+    precision: str
+    compiled: bool
+    processes: int
+    device: str
+
+    def sentence(self) -> str:
+        """One line for the end of a run."""
+        return (
+            f"{format_seconds(self.step_seconds)} a step ({self.data_share:.1%} of it for data), "
+            f"{self.images_per_s:,.0f} images/s, "
+            f"peak memory {format_bytes(self.peak_memory)}, "
+            f"{format_flops(sum(self.flops.values()))}FLOP a step: {self.share:.0%} of the matrix "
+            f"rate of {self.processes} x {self.device} ({format_flops(self.matrix_rate)}FLOP/s "
+            f"in {self.precision})"
+        )
 
 
-def _timed(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> float:
-    """Seconds that ``a @ b`` takes on its device."""
-    if a.device.type != "cuda":
-        start = time.perf_counter()
-        torch.mm(a, b, out=out)
-        return time.perf_counter() - start
-    stream = torch.cuda.current_stream(a.device)
-    begin, end = (
-        torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        for _ in range(2)
-    )
-    begin.record(stream)
-    torch.mm(a, b, out=out)
-    end.record(stream)
-    end.synchronize()
-    milliseconds: float = begin.elapsed_time(end)
-    return milliseconds / 1000
+def format_bytes(count: float) -> str:
+    """``count`` bytes as people read them, in powers of 1000.
 
-
-@contextmanager
-def _tf32(cuda: bool, precision: Precision) -> Iterator[None]:
-    """Within, float32 products are rounded to TF32 exactly if ``precision`` says so."""
-    if not cuda:
-        yield
-        return
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_tf32
-    matmul.allow_tf32 = precision == "tf32"
-    try:
-        yield
-    finally:
-        matmul.allow_tf32 = before
+    >>> format_bytes(1.57e9)
+    '1.6 GB'
+    """
+    for unit in ("B", "kB", "MB"):
+        if abs(count) < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
 
 
 def format_flops(count: float) -> str:

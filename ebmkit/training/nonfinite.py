@@ -1,93 +1,265 @@
-"""What becomes of a run whose loss or gradient is not finite.
+"""NaN and Inf: what is found of a step whose loss or gradient is not finite, and its report.
 
 The optimiser skips such a step, and whatever else it moved is put back, so the run is still what it
-was before it. Everything drawn is a function of (seed, stream, step): so the step can be looked at
-again (`ebmkit.training.diagnose`), also where the host hears of it later. What is found is written
-to ``RUN/nonfinite-STEP.json``; the state before the step becomes a checkpoint.
+was before it. Everything drawn is a function of (seed, stream, step): so the step can be taken
+again, piece by piece, also where the host hears of it later. That is done eagerly, so that hooks
+can follow: the whole step, with the outputs of each layer in the order of the forward pass and the
+gradient of each parameter; then each image by itself, forward and backward, in evaluation mode,
+where a BatchNorm lets no image see another and nothing is dropped. Whatever moves meanwhile is put
+back. What is found is written to ``RUN/nonfinite-STEP.json``; the state before the step becomes a
+checkpoint.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from ebmkit.data import Batch
+from ebmkit.data import Batch, Stream
 from ebmkit.data.streamed import origin
+from ebmkit.distributed import DistributedContext
 from ebmkit.errors import UserError, shown
-from ebmkit.randomness import keyed_seed
+from ebmkit.objectives import TrainingLoss
 from ebmkit.storage import write_atomically
-from ebmkit.training.diagnose import diagnose, plain
-from ebmkit.training.engine import StepStats
+from ebmkit.training.optim import SAM
+from ebmkit.training.step import StepStats, split_batches
 
-if TYPE_CHECKING:
-    from ebmkit.training.trainer import Trainer
+__all__ = ["advice", "describe", "diagnose", "headline", "keep_report", "report", "write_report"]
 
-__all__ = ["is_finite", "keep_report", "report_of", "stopped", "told", "write_report"]
+LARGEST = 20
+"""Gradients that are reported, the largest first."""
+
+LARGEST_PARAMETERS = LARGEST_IMAGES = 5
+
+SECONDS = 60.0
+"""Time to look at the images of a stream one by one."""
 
 SHOWN = 5
 """Images and parameters in the message."""
 
-LARGEST = 3
+SHOWN_LARGEST = 3
 """Largest gradients and parameters in the message."""
 
 MOST_REPORTS = 20
 """Reports that a run keeps."""
 
-
-def is_finite(reading: StepStats) -> bool:
-    """Whether the losses and the gradient of a step are numbers."""
-    return all(map(math.isfinite, [*reading.parts.values(), reading.grad_norm]))
+Named = Sequence[tuple[str, nn.Parameter]]
 
 
-def stopped(trainer: Trainer, reading: StepStats) -> UserError:
-    """The error that ends a run of which a step is not finite, after saving the state before it.
-
-    Args:
-        trainer: all of its processes must call.
-        reading: of the first step that failed.
-    """
-    done = trainer.step - reading.skipped
-    report = report_of(trainer, done + 1, reading)
-    rate = trainer.rate_at(done - 1) if done else trainer.config.optimizer.lr
-    trainer.update.undo_skipped(rate)
-    trainer.step = trainer.card.steps = done
-    where = ""
-    if trainer.run is not None:
-        where = f"; the state before it is saved in {str(trainer.run.path)!r}"
-        try:
-            trainer.save()
-        except UserError as error:
-            where = f"; {error}"
-        where += keep_report(trainer.run.path, report)
-    sentence = f"{_headline(report)} at step {done + 1}: stopped before the update{where}"
-    return UserError(sentence, [*told(report), _advice(report)])
-
-
-def report_of(
-    trainer: Trainer,
-    step: int,
-    reading: StepStats,
-    drawn: Mapping[str, Batch] | None = None,
+def diagnose(
+    loss: TrainingLoss,
+    batches: Mapping[str, Batch],
+    parts: int = 1,
+    gradients: Mapping[str, Tensor] | None = None,
+    sam: SAM | None = None,
 ) -> dict[str, Any]:
-    """What is found of ``step`` in all processes, as plain values.
+    """Look at a step piece by piece; nothing is changed but the parameters' ``grad``.
+
+    No other process hears of it.
 
     Args:
-        trainer: whose parameters are those before the step. All of its processes must call.
+        loss: model and objectives.
+        batches: stream -> its batch.
+        parts: that a batch is split into, to need less memory.
+        gradients: that the step left, by parameter, where they are at hand; reported where taking
+            them again finds nothing.
+        sam: where the gradient is taken a second time.
+
+    Returns:
+        Plain values. ``reproduced``: whether the step is not finite again. ``layer``: the first
+        whose output is not, or None. ``gradients``: those that are not finite, then the largest.
+        ``parameters``: those that are not finite; ``largest_parameters``. ``streams``: by name,
+        ``size`` of the batch, ``looked_at``, how many of its images, ``images``, those whose loss
+        or gradient is not finite by itself, and ``largest``, the others by their gradient.
+    """
+    model, buffers = loss.model, [(b, b.clone()) for b in loss.model.buffers()]
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    training, use_autograd = model.training, loss.use_autograd
+    try:
+        loss.use_autograd = True
+        with _first_bad_layer(model) as layer:
+            again, finite = _taken_again(loss, batches, parts, named)
+            if sam is not None and finite:
+                with sam.perturbed(loss):
+                    again, finite = _taken_again(loss, batches, parts, named)
+        model.eval()
+        streams = {name: _images(loss, name, batch, named) for name, batch in batches.items()}
+    finally:
+        loss.use_autograd = use_autograd
+        model.train(training)
+        for buffer, before in buffers:  # statistics of BatchNorm, which a forward pass moves
+            buffer.copy_(before)
+        for _, p in named:
+            p.grad = None
+    everything = dict(model.named_parameters())
+    return {
+        "reproduced": not finite,
+        "layer": layer[0] if layer else None,
+        "gradients": _largest(again if gradients is None or not finite else gradients, LARGEST),
+        "parameters": [n for n, p in everything.items() if not bool(p.isfinite().all())],
+        "largest_parameters": _largest(everything, LARGEST_PARAMETERS),
+        "streams": streams,
+    }
+
+
+def _plain(value: float | Tensor) -> float | str:
+    """A number as JSON has it; "nan", "inf" or "-inf" where it has none."""
+    value = float(value)
+    return float(f"{value:.6g}") if math.isfinite(value) else str(value)
+
+
+def _taken_again(
+    loss: TrainingLoss, batches: Mapping[str, Batch], parts: int, named: Named
+) -> tuple[dict[str, Tensor], bool]:
+    """The gradient of the whole step by parameter, and whether it and the losses are finite."""
+    totals: dict[str, Tensor] = {}
+    finite = True
+    for part in split_batches(dict(batches), parts, True):
+        total, values = _losses(loss, part)
+        finite = finite and all(map(math.isfinite, values.values()))
+        for name, own in _gradient(total, named).items():
+            totals[name] = totals.get(name, torch.zeros_like(own)) + own / parts
+    for name, p in named:
+        p.grad = totals.get(name)
+    return totals, finite and all(bool(g.isfinite().all()) for g in totals.values())
+
+
+def _losses(loss: TrainingLoss, part: Mapping[str, Batch]) -> tuple[Tensor, dict[str, float]]:
+    losses = loss.forward(part)  # not called, which may be compiled
+    return losses.total, {name: float(mean) for name, mean in losses.parts.items()}
+
+
+def _gradient(total: Tensor, named: Named) -> dict[str, Tensor]:
+    """By parameter; not by `backward`, which other processes would hear of."""
+    found = torch.autograd.grad(total, [p for _, p in named], allow_unused=True)
+    return {n: g for (n, _), g in zip(named, found, strict=True) if g is not None}
+
+
+@torch.no_grad()
+def _largest(tensors: Mapping[str, Tensor], count: int) -> list[dict[str, Any]]:
+    """Those that are not finite first, then those with the largest entries."""
+    rows = []
+    for name, tensor in tensors.items():
+        bad, largest = int((~tensor.isfinite()).sum()), _most(tensor)
+        rows.append((bad, math.inf if math.isnan(largest) else largest, name, tensor))
+    rows.sort(key=lambda row: (-row[0], -row[1]))
+    return [
+        {
+            "parameter": name,
+            "largest": _plain(_most(tensor)),
+            "largest_finite": _plain(_most(tensor[tensor.isfinite()])),
+            "norm": _plain(tensor.norm()),
+            "not_finite": bad,
+            "entries": tensor.numel(),
+        }
+        for bad, _, name, tensor in rows[:count]
+    ]
+
+
+def _most(tensor: Tensor) -> float:
+    """The largest size of an entry; 0 without entries."""
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
+
+
+def _images(loss: TrainingLoss, stream: str, batch: Batch, named: Named) -> dict[str, Any]:
+    """The images of a batch, each by itself: those that are not numbers themselves first."""
+    size = len(batch.x)
+    single = [part[stream] for part in split_batches({stream: batch}, size, True)]
+    order = sorted(range(size), key=lambda i: all(_finite(single[i]).values()))
+    at_fault, others, begun = [], [], time.perf_counter()
+    for position in order:
+        if time.perf_counter() - begun > SECONDS:
+            break
+        own = single[position]
+        total, values = _losses(loss, {stream: own})
+        gradients = list(_gradient(total, named).values())
+        norm = float(nn.utils.get_total_norm(gradients))
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        row = {
+            "position": position,
+            "losses": {name: _plain(value) for name, value in values.items()},
+            "gradient": _plain(norm),
+            "sigma": f"{float(own.sigma[0]) * 255:.4g}/255",
+            "label": None if own.labels is None else int(own.labels[0]),
+            "range": [_plain(float(own.x.min())), _plain(float(own.x.max()))],
+        }
+        if bad or not math.isfinite(norm):
+            at_fault.append({**row, "terms": bad, "finite": _finite(own)})
+        else:
+            others.append((norm, row))
+    others.sort(key=lambda pair: -pair[0])
+    return {
+        "size": size,
+        "looked_at": len(at_fault) + len(others),
+        "images": sorted(at_fault, key=lambda row: int(row["position"])),
+        "largest": [row for _, row in others[:LARGEST_IMAGES]],
+    }
+
+
+def _finite(own: Batch) -> dict[str, bool]:
+    """Whether the image, what was made of it, and its noise are numbers, by their names."""
+    given = {
+        "image": own.x,
+        "noisy": own.y,
+        "sigma": own.sigma,
+        "noise": own.eps,
+        **{name.split(".")[-1]: column for name, column in own.extra.items()},
+    }
+    return {name: bool(t.isfinite().all()) for name, t in given.items() if t is not None}
+
+
+@contextmanager
+def _first_bad_layer(model: nn.Module) -> Iterator[list[str]]:
+    """Collects the names of layers whose outputs are not finite, in order."""
+    found: list[str] = []
+    hooks = []
+    for name, module in model.named_modules():
+        if next(module.children(), None) is None:
+
+            def look(module: nn.Module, inputs: Any, output: Any, name: str = name) -> None:
+                if isinstance(output, Tensor) and not bool(output.detach().isfinite().all()):
+                    found.append(f"{name} ({type(module).__name__})")
+
+            hooks.append(module.register_forward_hook(look))
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def report(
+    find: Callable[[], dict[str, Any]],
+    step: int,
+    stats: StepStats,
+    streams: Mapping[str, Stream],
+    world: DistributedContext,
+    **circumstances: Any,
+) -> dict[str, Any]:
+    """What is found of ``step`` in all processes, which must call together, as plain values.
+
+    Args:
+        find: `diagnose`, on what the step had.
         step: counted from 1.
-        reading: of that step.
-        drawn: its batches, with their negatives; None: they are drawn again.
+        stats: of that step.
+        streams: what its batches were drawn from.
+        world: the processes.
+        **circumstances: of the step: ``lr``, ``precision``, ``compiled``.
     """
     try:
-        own = _looked_at(trainer, step, drawn)
+        own = find()
     except Exception as error:  # must not hide what it was to explain, nor leave others waiting
         reason = next(iter(str(error).strip().splitlines()), "")
         own = {"failed": f"{type(error).__name__}: {reason}", "streams": {}}
-    for name, stream in trainer.streams.items():
+    for name, stream in streams.items():
         found = own["streams"].setdefault(name, {})
         found["indices"] = stream.numbers(step - 1)
         for row in (*found.get("images", ()), *found.get("largest", ())):
@@ -95,38 +267,26 @@ def report_of(
             row |= origin(stream.source, number)
             if number in stream.skipped:
                 row["left_out"] = "cannot be read: one of the next took its place"
-    everyone = trainer.world.gather(own)
-    report = {
+    everyone = world.gather(own)
+    result = {
         "step": step,
-        "terms": {name: plain(value) for name, value in reading.parts.items()},
-        "grad_norm": plain(reading.grad_norm),
-        "lr": trainer.rate_at(step - 1),
-        "precision": trainer.update.precision,
-        "compiled": trainer.update.compiled,
+        "terms": {name: _plain(value) for name, value in stats.parts.items()},
+        "grad_norm": _plain(stats.grad_norm),
+        **circumstances,
         **own,
     }
     if len(everyone) > 1:
         number = max(range(len(everyone)), key=lambda n: (_at_fault(everyone[n]), -n))
-        report |= {**everyone[number], "process": number, "by_process": everyone}
-    return report
+        result |= {**everyone[number], "process": number, "by_process": everyone}
+    return result
 
 
-def told(report: Mapping[str, Any]) -> list[str]:
-    """A report in short lines."""
-    terms = ", ".join(f"{name} {value}" for name, value in report["terms"].items())
-    lines = [f"terms: {terms}; gradient's norm {report['grad_norm']}; lr {report['lr']:.3g}"]
-    if "process" in report:
-        lines.append(f"process {report['process']} of {len(report['by_process'])}:")
-    lines += [f"stream {name}: {_stream(found)}" for name, found in report["streams"].items()]
-    if "failed" in report:
-        return [*lines, f"the step could not be taken again: {report['failed']}"]
-    if report["layer"]:
-        lines.append(f"first layer with an output that is not finite: {report['layer']}")
-    if report["parameters"]:
-        lines.append(f"parameters that are not finite: {_some(report['parameters'])}")
-    else:
-        lines.append(f"largest parameters: {_largest(report['largest_parameters'])}")
-    return [*lines, f"largest gradients: {_largest(report['gradients'])}"]
+def _at_fault(own: Mapping[str, Any]) -> tuple[bool, bool, bool]:
+    """How sure it is that the fault lies in what a process was given; larger is surer."""
+    if "failed" in own:
+        return False, False, False
+    images = any(found["images"] for found in own["streams"].values())
+    return images, own["layer"] is not None, own["reproduced"]
 
 
 def write_report(run: Path, report: Mapping[str, Any]) -> Path | None:
@@ -154,31 +314,34 @@ def keep_report(run: Path, report: Mapping[str, Any]) -> str:
     return f"; no report: there are {MOST_REPORTS}" if path is None else f"; report: {path.name}"
 
 
-def _looked_at(trainer: Trainer, step: int, drawn: Mapping[str, Batch] | None) -> dict[str, Any]:
-    """What this process finds of ``step``."""
-    if drawn is None:
-        drawn = next(trainer.batches(step - 1, step))
-        drawn = trainer.loss.prepared(trainer.preparations, drawn, step - 1)
-    left = None
-    if trainer.step == step and trainer.update.clip_norm is None:  # nothing touched them since
-        named = trainer.model.named_parameters()
-        left = {name: p.grad for name, p in named if p.grad is not None}
-    if trainer.drops:
-        seed, rank = trainer.config.seed, trainer.world.rank
-        torch.manual_seed(keyed_seed(seed, "dropout", step - 1, rank))
-    sharpness = trainer.update.sharpness
-    perturbed = None if sharpness is None else sharpness.perturbed
-    return diagnose(trainer.loss, drawn, trainer.config.compute.accumulate, left or None, perturbed)
+def describe(report: Mapping[str, Any]) -> list[str]:
+    """A report in short lines."""
+    terms = ", ".join(f"{name} {value}" for name, value in report["terms"].items())
+    lines = [f"terms: {terms}; gradient's norm {report['grad_norm']}; lr {report['lr']:.3g}"]
+    if "process" in report:
+        lines.append(f"process {report['process']} of {len(report['by_process'])}:")
+    lines += [f"stream {name}: {_stream(found)}" for name, found in report["streams"].items()]
+    if "failed" in report:
+        return [*lines, f"the step could not be taken again: {report['failed']}"]
+    if report["layer"]:
+        lines.append(f"first layer with an output that is not finite: {report['layer']}")
+    if report["parameters"]:
+        lines.append(f"parameters that are not finite: {_some(report['parameters'])}")
+    else:
+        lines.append(f"largest parameters: {_sizes(report['largest_parameters'])}")
+    return [*lines, f"largest gradients: {_sizes(report['gradients'])}"]
 
 
-def _headline(report: Mapping[str, Any]) -> str:
+def headline(report: Mapping[str, Any]) -> str:
+    """What is not finite, in words."""
     bad = [(n, v) for n, v in report["terms"].items() if isinstance(v, str)]
     if bad:
         return f"loss {bad[0][0]!r} is {bad[0][1]}"
     return f"the gradient's norm is {report['grad_norm']}"
 
 
-def _advice(report: Mapping[str, Any]) -> str:
+def advice(report: Mapping[str, Any]) -> str:
+    """What the user may do."""
     lower = "try a lower optimizer.lr, or optimizer.clip_norm=1"
     if report["precision"] != "fp32":
         lower += ", or --precision fp32"
@@ -186,13 +349,13 @@ def _advice(report: Mapping[str, Any]) -> str:
         return lower
     rows = [row for found in report["streams"].values() for row in found["images"]]
     if report["parameters"]:
-        return "go on from an earlier checkpoint: these parameters were spoilt before this step"
+        return "resume from an earlier checkpoint: these parameters were spoilt before this step"
     if any(not row["finite"]["image"] for row in rows):
         return "mend these images, or leave them out: they hold pixels that are not numbers"
     if not report["reproduced"]:
         how = "eagerly " if report["compiled"] else ""
         return (
-            f"taken again {how}the step is finite: go on with --resume, and if it fails again "
+            f"taken again {how}the step is finite: resume with --resume, and if it fails again "
             "with --compile off, or on another device"
         )
     return lower
@@ -224,9 +387,9 @@ def _image(row: Mapping[str, Any]) -> str:
     return f"{row['image']}{file} [{', '.join(words)}]"
 
 
-def _largest(rows: list[Mapping[str, Any]]) -> str:
+def _sizes(rows: list[Mapping[str, Any]]) -> str:
     words = []
-    for row in rows[:LARGEST]:
+    for row in rows[:SHOWN_LARGEST]:
         bad = row["not_finite"] / row["entries"]
         share = f" ({bad:.0%} not finite)" if bad else ""
         words.append(f"{row['parameter']} {row['largest']}{share}")
@@ -238,11 +401,3 @@ def _some(words: list[str], more: str | None = None) -> str:
     left = len(words) - SHOWN
     rest = f" and {left} more" if more is None else more
     return ", ".join(words[:SHOWN]) + (rest if left > 0 else "")
-
-
-def _at_fault(own: Mapping[str, Any]) -> tuple[bool, bool, bool]:
-    """How sure it is that the fault lies in what a process was given; larger is surer."""
-    if "failed" in own:
-        return False, False, False
-    images = any(found["images"] for found in own["streams"].values())
-    return images, own["layer"] is not None, own["reproduced"]

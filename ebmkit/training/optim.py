@@ -1,31 +1,85 @@
-r"""The optimiser and its rate.
+r"""What moves the parameters: the rate, the optimiser, averaged weights, sharpness-aware steps.
 
-The rate of step t of T is :math:`\eta_t = \tfrac12 \eta\,(1 + \cos(\pi t / T))` (CDN appendix A),
-after an optional linear warm-up. JEM's rate falls by a factor at milestones instead. Schedule
-``linear`` is :math:`\eta_t = \eta\,(1 - t/T)`; ``warmup-stable-decay``, which decays over the
-last share s of the steps, is :math:`\eta_t = \eta \min(1, (T - t) / sT)`.
+**Rate.** Of step t of T it is :math:`\eta_t = \tfrac12 \eta\,(1 + \cos(\pi t / T))` (CDN appendix
+A), after an optional linear warm-up. JEM's rate falls by a factor at milestones instead. Schedule
+``linear`` is :math:`\eta_t = \eta\,(1 - t/T)`; ``warmup-stable-decay``, which decays over the last
+share s of the steps, is :math:`\eta_t = \eta \min(1, (T - t) / sT)`.
 
-SGD takes :math:`v \leftarrow \mu v + \nabla L + \lambda\theta,\ \theta \leftarrow \theta - \eta v`.
-For Muon see `ebmkit.training.muon`.
+**SGD** takes :math:`v \leftarrow \mu v + \nabla L + \lambda\theta,\ \theta \leftarrow \theta -
+\eta v`. **Muon** (Jordan et al., 2024; Liu et al., 2502.16982) orthogonalises the momentum of
+matrices. A weight of shape (R, ...) is a matrix W of R rows and C columns. Its rows are a layer's
+outputs, or a transposed convolution's inputs, as its weight is (in, out, h, w). With gradient G,
+
+.. math::
+    M \leftarrow \mu M + (1 - \mu) G, \qquad U = \mu M + (1 - \mu) G, \qquad
+    W \leftarrow (1 - \eta\lambda) W - 0.2 \sqrt{\max(R, C)}\; \eta\, \operatorname{NS}(U) ,
+
+without Nesterov's momentum :math:`U = M`. NS brings every singular value near 1 by five steps of
+:math:`X \leftarrow a X + (b A + c A^2) X,\ A = X X^\top`, from :math:`X = U / \|U\|_F`; the factor
+makes the update as large as AdamW's, 0.2 for each entry. Everything else is moved by AdamW. As
+:math:`X_{k+1} = P_k X_k` with :math:`P_k = aI + bA_k + cA_k^2`, and :math:`A_{k+1} = P_k A_k P_k`,
+a matrix twice as long as wide is multiplied twice instead of ten times: by its transpose for
+:math:`A_0`, and by :math:`P_4 \cdots P_0`. This takes float32: in bfloat16, on CUDA, :math:`A_0`
+would lose too much, and the products are taken one by one.
+
+**Averaged weights.** With decay d, after t steps of which :math:`\bar\theta` is the mean,
+
+.. math:: \bar\theta \leftarrow d_t \bar\theta + (1 - d_t)\,\theta, \qquad d_t = d .
+
+Such a mean holds the first weights for about 1 / (1 - d) steps. With warm-up
+:math:`d_t = \min(d, (1 + t) / (10 + t))`, which is the mean of a fixed share of the steps so far,
+until d is reached.
+
+**Sharpness-aware minimisation** takes the gradient from where the loss is larger, at twice the cost
+of a step (SAM, Foret et al., arXiv 2010.01412, eq. 2-4),
+
+.. math::
+    \hat\epsilon = \rho\, \frac{\nabla L(\theta)}{\|\nabla L(\theta)\|}, \qquad
+    \theta \leftarrow \theta - \eta\, \nabla L(\theta + \hat\epsilon) .
+
+In the adaptive form (ASAM, Kwon et al., arXiv 2102.11600, eq. 8) each weight is moved in units of
+its own size, :math:`\hat\epsilon = \rho\, \theta^2 \nabla L / \| |\theta| \nabla L \|`. SADA-JEM
+(arXiv 2209.07959) trains JEM so, adaptively with rho 2.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ebmkit.errors import UserError, shown
 from ebmkit.training.config import OptimizerConfig
-from ebmkit.training.muon import STEPS, Muon, as_matrix, by_products
 
-__all__ = ["learning_rate", "make_optimizer", "optimizer_flops", "set_rate", "states_of"]
+__all__ = [
+    "SAM",
+    "Muon",
+    "exponential_average",
+    "learning_rate",
+    "make_optimizer",
+    "optimizer_flops",
+    "orthogonalize",
+    "set_rate",
+    "states_of",
+    "update_average",
+]
 
 MATRIX_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
 """Layers whose weights Muon moves; ConvTranspose1d and 3d are left to AdamW."""
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+NS_STEPS = 5
+EPS = 1e-7
+
+Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -60,11 +114,8 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
     parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
     kept = [p for p in parameters if config.decay_norms or p.ndim > 1]
     free = [p for p in parameters if not config.decay_norms and p.ndim <= 1]
-    groups: list[dict[str, Any]] = []
-    if kept:
-        groups.append({"params": kept, "weight_decay": config.weight_decay})
-    if free:
-        groups.append({"params": free, "weight_decay": 0.0})
+    decays = ((kept, config.weight_decay), (free, 0.0))
+    groups: list[dict[str, Any]] = [{"params": p, "weight_decay": w} for p, w in decays if p]
     if config.kind == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
     if config.kind == "adamw":
@@ -95,9 +146,9 @@ def optimizer_flops(model: nn.Module, config: OptimizerConfig) -> int:
     for matrix in _matrices(model, config) if config.kind == "muon" else ():
         small, large = sorted(as_matrix(matrix))
         if by_products(matrix, small, large):
-            total += 4 * small**2 * large + (8 * STEPS - 6) * small**3
+            total += 4 * small**2 * large + (8 * NS_STEPS - 6) * small**3
         else:
-            total += STEPS * (4 * small**2 * large + 2 * small**3)
+            total += NS_STEPS * (4 * small**2 * large + 2 * small**3)
     return total
 
 
@@ -140,3 +191,187 @@ def _matrices(model: nn.Module, config: OptimizerConfig) -> list[nn.Parameter]:
             "none is left beside the head: use optimizer.kind=adamw"
         )
     return chosen
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for matrices, fused AdamW for the rest; neither moves where ``found_inf`` is set.
+
+    Elementwise work is done on all weights as one vector, ordered by shape, so that equal shapes
+    lie side by side and are multiplied as one batch.
+
+    Args:
+        matrices: weights of at least two dimensions; the first is the rows.
+        rest: groups for AdamW.
+        lr: learning rate of the matrices.
+        momentum: mu.
+        nesterov: whether the gradient is added to the momentum once more.
+        weight_decay: lambda, decoupled.
+        betas: of AdamW.
+
+    Attributes:
+        found_inf: scalar on the device, above 0 to leave parameters and states as they are.
+    """
+
+    def __init__(
+        self,
+        matrices: Iterable[nn.Parameter],
+        rest: Sequence[dict[str, Any]],
+        lr: float,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+    ) -> None:
+        own = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov}
+        adamw = torch.optim.AdamW(rest, lr=lr, betas=betas, fused=True) if rest else None
+        self.adamw, self.found_inf = adamw, torch.zeros(())
+        groups = adamw.param_groups if adamw else []
+        super().__init__([{"params": [*matrices], **own}, *groups], {})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update all parameters that have a gradient."""
+        group, *rest = self.param_groups
+        self._move(group)
+        if self.adamw is not None:  # a state that was loaded is made of new containers
+            self.adamw.param_groups, self.adamw.state = rest, self.state
+            self.adamw.found_inf = self.found_inf  # type: ignore[attr-defined]
+            self.adamw.step()
+
+    def _move(self, group: dict[str, Any]) -> None:
+        weights = sorted((p for p in group["params"] if p.grad is not None), key=as_matrix)
+        for p in (p for p in weights if "momentum_buffer" not in self.state[p]):
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        if not weights:
+            return
+        buffers = [self.state[p]["momentum_buffer"] for p in weights]
+        gradients = [p.grad for p in weights]
+        w, m, g = (torch.cat([t.flatten() for t in own]) for own in (weights, buffers, gradients))
+        mu, lr = group["momentum"], group["lr"]
+        momentum = m.lerp(g, 1 - mu)
+        update = g.lerp_(momentum, mu) if group["nesterov"] else momentum.clone()
+        left = update
+        for (rows, columns), same in itertools.groupby(weights, as_matrix):
+            count = len(list(same)) * rows * columns
+            part, left = left[:count].view(-1, rows, columns), left[count:]
+            part.copy_(orthogonalize(part)).mul_(0.2 * max(rows, columns) ** 0.5)
+        moved = (w * (1 - lr * group["weight_decay"])).sub_(update, alpha=lr)
+        failed = self.found_inf.to(w.device) > 0
+        for targets, new, old in ((weights, moved, w), (buffers, momentum, m)):
+            parts = torch.split(torch.where(failed, old, new), [t.numel() for t in targets])
+            shaped = [part.view(t.shape) for part, t in zip(parts, targets, strict=True)]
+            torch._foreach_copy_(targets, shaped)
+
+
+def orthogonalize(x: Tensor) -> Tensor:
+    """Matrices (N, R, C) with the same singular vectors, and singular values of 0.7 to 1.2.
+
+    The smallest, below about a thousandth of the matrix's norm, remain smaller. On CUDA products
+    are of bfloat16.
+    """
+    if x.shape[1] > x.shape[2]:
+        return orthogonalize(x.mT).mT
+    a, b, c = COEFFICIENTS
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp_min(EPS)
+    if by_products(x, *x.shape[1:]):
+        gram, product = x @ x.mT, torch.empty(0)
+        for left in reversed(range(NS_STEPS)):
+            factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            factor.diagonal(dim1=1, dim2=2).add_(a)
+            product = factor @ product if left < NS_STEPS - 1 else factor
+            gram = factor @ gram @ factor if left else gram
+        return product @ x
+    x = x.bfloat16() if x.is_cuda else x
+    for _ in range(NS_STEPS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def by_products(x: Tensor, small: int, large: int) -> bool:
+    """Whether NS multiplies matrices like ``x`` by a product of the five factors."""
+    return not x.is_cuda and large >= 2 * small
+
+
+def as_matrix(weight: Tensor) -> tuple[int, int]:
+    """Rows and columns."""
+    return weight.shape[0], weight[0].numel()
+
+
+def exponential_average(model: nn.Module, decay: float, warmup: bool = False) -> AveragedModel:
+    """Averaged weights of ``model``, with a constant decay or its warm-up."""
+
+    def move(means: Tensors, now: Tensors, count: Tensor | int) -> None:
+        t = int(count)
+        own = min(decay, (1 + t) / (10 + t)) if warmup else decay
+        get_ema_multi_avg_fn(own)(means, now, count)  # type: ignore[no-untyped-call]
+
+    return AveragedModel(model, multi_avg_fn=move, use_buffers=False)
+
+
+@torch.no_grad()
+def update_average(average: AveragedModel, model: nn.Module, failed: Tensor) -> None:
+    """Move ``average`` towards ``model``, to the bits of `AveragedModel.update_parameters`.
+
+    Where ``failed``, a scalar on the device, is above 0 it moves towards itself instead; the host
+    does not wait to learn which. It counts the step either way.
+    """
+    assert average.multi_avg_fn is not None
+    own = [p.detach() for p in average.module.parameters()]
+    ahead = [
+        torch.where(failed > 0, mean, p) for mean, p in zip(own, model.parameters(), strict=True)
+    ]
+    if int(average.n_averaged) == 0:  # a number of the host's
+        for mean, p in zip(own, ahead, strict=True):
+            mean.copy_(p)
+    else:
+        average.multi_avg_fn(own, ahead, average.n_averaged)
+    for mean, buffer in zip(average.module.buffers(), model.buffers(), strict=True):
+        mean.copy_(buffer)
+    average.n_averaged += 1
+
+
+@dataclass(frozen=True)
+class SAM:
+    """How far uphill, and in which units.
+
+    Attributes:
+        rho: length of the move.
+        adaptive: whether it is measured in units of each weight's size.
+    """
+
+    rho: float
+    adaptive: bool = False
+
+    @classmethod
+    def of(cls, config: OptimizerConfig) -> SAM | None:
+        """As ``config`` has it; None where there is none."""
+        rho = config.sharpness
+        return None if rho is None else cls(rho, config.sharpness_adaptive)
+
+    @contextmanager
+    def perturbed(self, module: nn.Module) -> Iterator[None]:
+        """Within, the parameters of ``module`` lie uphill along their gradients.
+
+        Afterwards they are what they were, to the bit. Running statistics of BatchNorm do not move.
+        """
+        moved = [(p, p.grad) for p in module.parameters() if p.grad is not None]
+        sizes = [p.detach().abs() if self.adaptive else torch.ones_like(p) for p, _ in moved]
+        norm = nn.utils.get_total_norm([s * g for s, (_, g) in zip(sizes, moved, strict=True)])
+        scale = self.rho / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+        before = [p.detach().clone() for p, _ in moved]
+        kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+        momenta = [(m, m.momentum) for m in module.modules() if isinstance(m, kinds)]
+        with torch.no_grad():
+            for (p, gradient), size in zip(moved, sizes, strict=True):
+                p.add_(scale * size.square() * gradient)
+        for norm_layer, _ in momenta:
+            norm_layer.momentum = 0.0
+        try:
+            yield
+        finally:
+            for norm_layer, momentum in momenta:
+                norm_layer.momentum = momentum
+            with torch.no_grad():
+                for (p, _), old in zip(moved, before, strict=True):
+                    p.copy_(old)

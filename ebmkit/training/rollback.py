@@ -1,111 +1,308 @@
-"""What a trainer does beside the gradient where an objective needs negatives: chains and a watch.
+r"""Divergence detection and rollback, for objectives that need negatives.
 
-See `ebmkit.objectives.likelihood` for the chains and `ebmkit.training.divergence` for what
-diverged means and what is done then.
+Maximum likelihood with short chains is not a descent on anything: when the chains no longer follow
+the model, the difference of energies
+
+.. math::
+    g = \overline{\log p(\tilde y)} - \overline{\log p(y)}
+
+between negatives and images runs away, then the gradients, then everything else. So after each step
+four things are measured (`ebmkit.training.config.WatchConfig`):
+
+========  =============================================================================
+finite    every loss and the gradient are numbers
+gap       |g|, smoothed over some ten steps, and g itself at ten times that
+sample    root mean square of the negatives about gray: images reach 0.5
+gradient  its norm, against the running mean of the past
+========  =============================================================================
+
+On divergence nothing is patched over. The run goes back to the last snapshot that was good
+(network, optimiser, averaged weights, running means, chains), applies *one* mitigation, the next in
+a stated order, and continues with other random chains: ``rate`` multiplies the learning rate,
+``steps`` the Langevin steps, ``penalty`` raises the penalty of squared energies. A snapshot counts
+as good when the run continued for a while after it without divergence. After a maximum number of
+rollbacks the run ends and reports its history. Mitigations and history are part of a checkpoint.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from pydantic import Field, FiniteFloat, NonNegativeInt
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ebmkit.errors import UserError
 from ebmkit.objectives.likelihood import Negatives
 from ebmkit.sampling.buffer import ReplayBuffer
-from ebmkit.training.checkpoint_state import SavedWatch, check_tensor, parts_of, restore_parts
-from ebmkit.training.divergence import Divergence, DivergenceMonitor, Measures, sentence
-from ebmkit.training.engine import StepStats
-from ebmkit.training.nonfinite import is_finite, keep_report, report_of, told
+from ebmkit.training.config import WatchConfig
+from ebmkit.training.state import Saved, TrainingState, check_tensor
+from ebmkit.training.step import StepStats
 from ebmkit.validation import validated
 
-if TYPE_CHECKING:
-    from ebmkit.training.trainer import Trainer
+__all__ = ["Divergence", "DivergenceMonitor", "Measures", "Mitigations", "Rollback", "Snapshot"]
 
-__all__ = ["Recovery"]
+RATE_FACTOR, STEPS_FACTOR, LEAST_PENALTY, PENALTY_FACTOR = 0.3, 1.5, 0.01, 4.0
+MOST_STEPS = 4
+"""Langevin steps are not raised beyond so many times those configured."""
+
+SMOOTH = 0.9
+"""Weight of the past in the smoothed gap and the running mean of gradient norms."""
+
+SNAPSHOTS = 3
+"""The newest ones, which are kept."""
+
+
+class Measures(NamedTuple):
+    """What is measured after a step: means of the terms, the gap in nats, the rms of the negatives
+    in image units, and the norm of the gradient."""
+
+    step: int
+    losses: dict[str, float]
+    gap: float
+    sample: float
+    gradient: float
+
+
+class Mitigations(NamedTuple):
+    """What divergences have changed so far: factors of the learning rate and of the Langevin steps,
+    and what is added to the penalty."""
+
+    rate: Annotated[FiniteFloat, Field(gt=0, le=1)] = 1.0
+    steps: Annotated[FiniteFloat, Field(ge=1, le=MOST_STEPS)] = 1.0
+    penalty: Annotated[FiniteFloat, Field(ge=0)] = 0.0
+
+    def after(self, change: str) -> Mitigations:
+        """With one more."""
+        if change == "rate":
+            return self._replace(rate=self.rate * RATE_FACTOR)
+        if change == "steps":
+            return self._replace(steps=min(MOST_STEPS, self.steps * STEPS_FACTOR))
+        return self._replace(penalty=self.penalty * PENALTY_FACTOR or LEAST_PENALTY)
+
+
+class Divergence(NamedTuple):
+    """A run that diverged.
+
+    Attributes:
+        at: step at which it was detected.
+        reason: in words.
+        back: step of the snapshot that it went back to.
+        change: the mitigation; None: there was nothing left to try.
+    """
+
+    at: int
+    reason: str
+    back: int
+    change: str | None
+
+    def sentence(self) -> str:
+        """In words."""
+        changes = {
+            "rate": f"learning rate times {RATE_FACTOR:g}",
+            "steps": f"Langevin steps times {STEPS_FACTOR:g}",
+            "penalty": "penalty of squared energies raised",
+        }
+        what = changes.get(self.change or "", "nothing left to try")
+        return f"step {self.at}: {self.reason}; back to step {self.back}, {what}"
 
 
 class Snapshot(NamedTuple):
-    """A state to go back to: the trainer's, its chains, and the best weights by then."""
+    """A state to go back to, on the CPU; nobody changes it.
 
-    state: dict[str, Any]
-    chains: Tensor
-    best_weights: bytes | None
-
-
-class Recovery:
-    """Draws a trainer's negatives, watches over it, and takes it back when it goes astray.
-
-    Args:
-        trainer: the trainer, all of whose other parts are made.
-        negatives: its chains.
+    Attributes:
+        step: after which it was taken.
+        state: of `TrainingState`, then; checked when it is used.
+        chains: (M, C, H, W).
+        best: the best weights by then; in a checkpoint a tensor of their bytes.
     """
 
-    def __init__(self, trainer: Trainer, negatives: Negatives) -> None:
-        self.trainer, self.negatives = trainer, negatives
-        self.watch = DivergenceMonitor(trainer.config.watch)
-        self._term = next(n for n, p in trainer.preparations.items() if p is negatives)
+    step: NonNegativeInt
+    state: dict[str, Any]
+    chains: Tensor
+    best: bytes | Tensor | None
+
+
+class SavedWatch(Saved):
+    """What a checkpoint holds of `Rollback`, but for the chains, which have their file."""
+
+    remedies: Mitigations
+    history: list[Divergence]
+    gap: float
+    gradient: float
+    attempt: NonNegativeInt
+    kept: list[Snapshot] = Field([])
+    """Oldest first."""
+
+
+class DivergenceMonitor:
+    """Checks the measures of each step, holds the snapshots, and counts divergences.
+
+    Args:
+        config: limits and policy.
+
+    Attributes:
+        mitigations: those in force.
+        history: all divergences so far.
+        snapshots: the newest, oldest first.
+    """
+
+    def __init__(self, config: WatchConfig) -> None:
+        self.config, self.mitigations = config, Mitigations()
+        self.history: list[Divergence] = []
+        self.snapshots: list[Snapshot] = []
+        self.gap, self.gradient = 0.0, math.nan  # both smoothed
+
+    def check(self, now: Measures) -> str | None:
+        """Why the run has diverged at ``now``, in words; None if it has not."""
+        for name, loss in now.losses.items():
+            if not math.isfinite(loss):
+                return f"loss {name!r} is {loss}"
+        if not math.isfinite(now.gradient):
+            return f"the gradient's norm is {now.gradient}"
+        self.gap = SMOOTH * self.gap + (1 - SMOOTH) * now.gap
+        if abs(self.gap) > self.config.gap or abs(now.gap) > 10 * self.config.gap:
+            return (
+                f"log p of samples and data differ by {now.gap:.4g} nats "
+                f"(watch.gap={self.config.gap:g})"
+            )
+        if not now.sample <= self.config.sample:
+            return (
+                f"samples lie {now.sample:.4g} from gray, in image units "
+                f"(watch.sample={self.config.sample:g})"
+            )
+        usual = self.gradient
+        if now.gradient > self.config.gradient * usual:
+            return (
+                f"the gradient's norm is {now.gradient:.4g}, usually {usual:.4g} "
+                f"(watch.gradient={self.config.gradient:g})"
+            )
+        known = math.isfinite(usual)
+        self.gradient = SMOOTH * usual + (1 - SMOOTH) * now.gradient if known else now.gradient
+        return None
+
+    def keep(self, snapshot: Snapshot) -> None:
+        """Hold ``snapshot`` too."""
+        self.snapshots = [*self.snapshots, snapshot][-SNAPSHOTS:]
+
+    def diverged(self, at: int, reason: str) -> tuple[Divergence, Snapshot]:
+        """Note a divergence; the mitigation, and the snapshot to go back to.
+
+        The newest that the run outlived by half the distance between snapshots; later ones are
+        dropped. The divergence's ``change`` is None when the maximum number of rollbacks is passed.
+        """
+        old = [s for s in self.snapshots if s.step <= at - self.config.every / 2]
+        self.snapshots = old or self.snapshots[:1]
+        change: str | None = None
+        if len(self.history) < self.config.breaches:
+            change = self.config.order[len(self.history) % len(self.config.order)]
+            self.mitigations = self.mitigations.after(change)
+        found = Divergence(at, reason, self.snapshots[-1].step, change)
+        self.history.append(found)
+        self.gap, self.gradient = 0.0, math.nan
+        return found, self.snapshots[-1]
+
+
+class Rollback:
+    """Monitors a run that draws negatives, and takes it back when it diverges.
+
+    Args:
+        config: when it has diverged, and what is changed then.
+        term: the objective that needs them.
+        negatives: its chains.
+        state: of the run.
+    """
+
+    def __init__(
+        self, config: WatchConfig, term: str, negatives: Negatives, state: TrainingState
+    ) -> None:
+        self.monitor, self.negatives, self.state = DivergenceMonitor(config), negatives, state
+        self._term = term
         self._apply()
 
-    def keep_first(self) -> None:
-        """Keep the trainer's present state, if there is none to go back to yet."""
-        if not self.watch.holds_a_state:
-            self.keep()
-
     def learning_rate(self, rate: float) -> float:
-        """The rate that is left of ``rate``."""
-        return rate * self.watch.remedies.rate
+        """What the mitigations leave of ``rate``."""
+        return rate * self.monitor.mitigations.rate
 
-    def measures(self, reading: StepStats) -> Measures:
-        """What the watch looks at, the same in all processes."""
-        trainer = self.trainer
-        spread = trainer.world.mean_(self.negatives.spread.clone())
-        gap = reading.parts[self._term]
-        return Measures(trainer.step, reading.parts, gap, float(spread), reading.grad_norm)
+    def measures(self, stats: StepStats) -> Measures:
+        """What the monitor checks, the same in all processes."""
+        spread = self.negatives.world.mean_(self.negatives.spread.clone())
+        gap = stats.parts[self._term]
+        return Measures(self.state.step, stats.parts, gap, float(spread), stats.grad_norm)
 
-    def look(self, reading: StepStats) -> bool:
-        """Look at the last step; whether the trainer was taken back.
+    def check(self, stats: StepStats) -> str | None:
+        """Why the run has diverged by the last step, in words; a snapshot is taken if not."""
+        reason = self.monitor.check(self.measures(stats))
+        if reason is None and self.state.step % self.monitor.config.every == 0:
+            self.snapshot()
+        return reason
+
+    def snapshot(self) -> None:
+        """Hold the present state, in the host's memory."""
+        state = tree_map_only(Tensor, _on_host, self.state.state_dict())
+        chains = _on_host(self.negatives.buffer.images)
+        self.monitor.keep(Snapshot(self.state.step, state, chains, self.state.best.weights))
+
+    def go_back(self, reason: str) -> Divergence:
+        """Take the run back to the last good snapshot, with one more mitigation.
 
         Raises:
-            UserError: if it has gone astray too often; the message tells the history.
+            UserError: if the snapshot, which may come from a file, is of another run.
         """
-        reason = self.watch.astray(self.measures(reading))
-        if reason is None:
-            if self.watch.due(self.trainer.step):
-                self.keep()
-            return False
-        detail = None if is_finite(reading) else self._looked_into(reading)
-        breach, state = self.watch.breach(self.trainer.step, reason)
-        self._go_back(breach, state, detail)
-        return True
+        divergence, snapshot = self.monitor.diverged(self.state.step, reason)
+        spent = self.state.seconds
+        self.state.load_state_dict(tree_map_only(Tensor, _on_host, snapshot.state))
+        assert not isinstance(snapshot.best, Tensor)
+        self.state.best.weights, self.state.seconds = snapshot.best, spent
+        self.negatives.buffer.images.copy_(snapshot.chains)
+        self.negatives.attempt = len(self.monitor.history)
+        self._apply()
+        return divergence
 
-    def keep(self) -> None:
-        """Keep the trainer's present state to go back to, in the host's memory."""
-        trainer = self.trainer
-        state = tree_map_only(Tensor, _on_host, parts_of(trainer))
-        chains = _on_host(self.negatives.buffer.images)
-        self.watch.keep(trainer.step, Snapshot(state, chains, trainer.best.weights))
+    def row(self, divergence: Divergence, detail: list[str] | None) -> dict[str, Any]:
+        """The row of metrics about ``divergence``, with what was found of a NaN or Inf."""
+        return {
+            "kind": "breach",
+            "step": divergence.back,
+            "at": divergence.at,
+            "reason": divergence.reason,
+            "change": divergence.change,
+            "told": divergence.sentence(),
+            **self.monitor.mitigations._asdict(),
+            **({} if detail is None else {"detail": detail}),
+        }
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside the chains: remedies, history, states to go back to."""
+    def given_up(self, run: Path | None, detail: list[str] | None) -> UserError:
+        """The error that ends a run, at ``run``, after too many rollbacks."""
+        history = self.monitor.history
+        saved = f"; the last good state is in {str(run)!r}" if run else ""
+        return UserError(
+            f"the run diverged {len(history)} times and is given up{saved}; try a lower "
+            "optimizer.lr, more negatives.steps or a smaller negatives.step_size:",
+            [*(d.sentence() for d in history), *(f"  {line}" for line in detail or ())],
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the chains: mitigations, history, snapshots."""
+        monitor = self.monitor
         best: dict[int, Tensor] = {}  # most have the same
-        kept = []
-        for step, own in self.watch.states:
-            weights = own.best_weights
+        for weights in (snapshot.best for snapshot in monitor.snapshots):
             if weights is not None and id(weights) not in best:
                 best[id(weights)] = torch.frombuffer(bytearray(weights), dtype=torch.uint8)
-            kept.append([step, own.state, own.chains, best.get(id(weights))])
-        return {**self.watch.state(), "attempt": self.negatives.attempt, "kept": kept}
+        return {
+            "remedies": monitor.mitigations._asdict(),
+            "history": [list(divergence) for divergence in monitor.history],
+            "gap": monitor.gap,
+            "gradient": monitor.gradient,
+            "attempt": self.negatives.attempt,
+            "kept": [[*own[:3], best.get(id(own.best))] for own in monitor.snapshots],
+        }
 
-    def buffer(self) -> bytes:
-        """The chains as an HDF5 file."""
-        return self.negatives.buffer.to_bytes()
-
-    def restore(self, state: Any, buffer: Any) -> None:
-        """Go back to a `state` and its `buffer`.
+    def load_state_dict(self, state: Any, buffer: Any) -> None:
+        """Take over a `state_dict` and its chains, the bytes of an HDF5 file.
 
         Raises:
             UserError: if they are of another run.
@@ -113,66 +310,25 @@ class Recovery:
         if not isinstance(buffer, bytes):
             raise UserError("the checkpoint has no replay buffer, which this run needs")
         images = ReplayBuffer.read_images(buffer, "the replay buffer of the checkpoint")
-        own = self.negatives.buffer.images
+        own, monitor = self.negatives.buffer.images, self.monitor
         check_tensor("the replay buffer", images, own)
         saved = validated(SavedWatch, state, "the checkpoint: watch")
         own.copy_(images)
-        self.watch.restore(saved.model_dump(exclude={"attempt", "kept"}))
-        for step, own_state, chains, best in saved.kept:
-            check_tensor(f"the chains kept at step {step}", chains, own)
-            weights = None if best is None else best.numpy().tobytes()
-            self.watch.keep(step, Snapshot(own_state, chains, weights))
+        monitor.mitigations, monitor.history = saved.remedies, saved.history
+        monitor.gap, monitor.gradient, monitor.snapshots = saved.gap, saved.gradient, []
+        for snapshot in saved.kept:
+            check_tensor(f"the chains kept at step {snapshot.step}", snapshot.chains, own)
+            best = snapshot.best
+            weights = best.numpy().tobytes() if isinstance(best, Tensor) else best
+            monitor.keep(snapshot._replace(best=weights))
         self.negatives.attempt = saved.attempt
         self._apply()
 
-    def _looked_into(self, reading: StepStats) -> list[str]:
-        """What is found of a step that is not finite, in short lines; all of it is written."""
-        trainer = self.trainer
-        report = report_of(trainer, trainer.step, reading, trainer.drawn)
-        if trainer.run is not None:
-            where = keep_report(trainer.run.path, report)
-            return [*told(report), where.removeprefix("; ")]
-        return told(report)
-
-    def _go_back(self, breach: Divergence, kept: Snapshot, detail: list[str] | None) -> None:
-        trainer, number = self.trainer, len(self.watch.history)
-        spent = trainer.seconds
-        restore_parts(trainer, tree_map_only(Tensor, _on_host, kept.state))
-        trainer.best.weights = kept.best_weights
-        trainer.seconds_before, trainer.begun = spent, trainer.clock()
-        self.negatives.buffer.images.copy_(kept.chains)
-        self.negatives.attempt = number
-        self._apply()
-        row: dict[str, Any] = {
-            "kind": "breach",
-            "step": breach.back,
-            "at": breach.at,
-            "reason": breach.reason,
-            "change": breach.change,
-            "told": sentence(breach),
-            **self.watch.remedies.document(),
-        }
-        if detail is not None:
-            row["detail"] = detail
-        trainer.save(gone_back=(number, row))
-        trainer.report(row, written=True)
-        if breach.change is None:
-            self._give_up(detail or [])
-
-    def _give_up(self, detail: list[str]) -> None:
-        run, history = self.trainer.run, self.watch.history
-        saved = f"; the last good state is in {str(run.path)!r}" if run else ""
-        raise UserError(
-            f"the run went astray {len(history)} times and is given up{saved}; try a lower "
-            "optimizer.lr, more negatives.steps or a smaller negatives.step_size:",
-            [*map(sentence, history), *(f"  {line}" for line in detail)],
-        )
-
     def _apply(self) -> None:
-        """Let the changes of past breaches take effect."""
-        config, remedies = self.trainer.config.negatives, self.watch.remedies
-        self.negatives.steps = math.ceil(config.steps * remedies.steps)
-        self.negatives.penalty = config.penalty + remedies.penalty
+        """Let the mitigations take effect."""
+        config, mitigations = self.negatives.config, self.monitor.mitigations
+        self.negatives.steps = math.ceil(config.steps * mitigations.steps)
+        self.negatives.penalty = config.penalty + mitigations.penalty
 
 
 def _on_host(tensor: Tensor) -> Tensor:

@@ -7,16 +7,16 @@ training, from the same starts every time, and the loss stands under the objecti
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 
 import torch
 
 from ebmkit.data import AnyImages, Batch, Stream, StreamConfig
 from ebmkit.data.schedule import Stage
+from ebmkit.distributed import DistributedContext
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.metrics import predict, psnr
 from ebmkit.objectives import TrainingLoss
-from ebmkit.parallel import DistributedContext
 
 __all__ = ["Validation"]
 
@@ -32,22 +32,25 @@ class Validation:
     size that is trained at the time.
 
     Args:
+        loss: what is measured: without objectives that need negatives, which have no value on
+            held-out images.
         images: the held-out images.
         noise: stream -> its configuration in training; the noise law is kept, not the augmentation.
-        denoise_stream: the stream that score matching draws from, if one does.
         classifies: whether accuracy means anything.
         device: where the model is.
         world: the processes that share the work; all of them get the same means.
     """
 
+    loss: InitVar[TrainingLoss]
     images: AnyImages
     noise: dict[str, StreamConfig]
-    denoise_stream: str | None
     classifies: bool
     device: torch.device
     world: DistributedContext
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, loss: TrainingLoss) -> None:
+        matching = [term.name for term in loss.terms if term.objective.needs_score]
+        self.denoise_stream = loss.stream_of[matching[0]] if matching else None
         count = len(self.images)
         self.steps = math.ceil(count / BATCH)
         size = math.ceil(count / self.steps)
@@ -61,26 +64,6 @@ class Validation:
             )
             for name, config in self.noise.items()
         }
-
-    @classmethod
-    def of(
-        cls,
-        loss: TrainingLoss,
-        images: AnyImages | None,
-        noise: dict[str, StreamConfig],
-        classifies: bool,
-        device: torch.device,
-        world: DistributedContext,
-    ) -> Validation | None:
-        """What measures ``loss``; None where there are no images or nothing to measure.
-
-        Objectives that need negatives have no value on held-out images: ``loss`` is without them.
-        """
-        if images is None or len(images) == 0 or not loss.terms:
-            return None
-        matching = [term.name for term in loss.terms if term.objective.needs_score]
-        denoises = loss.stream_of[matching[0]] if matching else None
-        return cls(images, noise, denoises, classifies, device, world)
 
     @torch.no_grad()
     def __call__(

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from ebmkit import create_model
-from ebmkit.training.muon import orthogonalize
+from ebmkit.training.optim import orthogonalize
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

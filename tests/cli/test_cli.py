@@ -255,6 +255,6 @@ def test_a_run_that_goes_astray_says_so_and_ends_with_its_history(tmp_path):
     assert ended.returncode == 2
     assert "breach: step " in ended.stderr
     assert "back to step 0, learning rate times 0.3" in ended.stderr
-    assert "went astray 2 times and is given up" in ended.stderr
+    assert "diverged 2 times and is given up" in ended.stderr
     (run,) = (tmp_path / "runs").iterdir()
     assert len(list((run / "breaches").iterdir())) == 2

@@ -15,7 +15,7 @@ from ebmkit.cli.published import import_
 from ebmkit.data import load_dataset
 from ebmkit.evaluation.data import noisy_batches
 from ebmkit.metrics import psnr
-from ebmkit.models.published import import_weights
+from ebmkit.models.importing import import_checkpoint
 
 SIGMA = 25 / 255
 
@@ -56,7 +56,9 @@ def pictures(tmp_path):
 def test_imported_weights_are_the_same_function(tmp_path, prefix):
     state = published()
     torch.save({prefix + name: value for name, value in state.items()}, tmp_path / "dncnn_25.pth")
-    import_weights(tmp_path / "dncnn_25.pth", tmp_path / "run", (SIGMA, SIGMA))
+    import_checkpoint(
+        tmp_path / "dncnn_25.pth", tmp_path / "run", "denoiser", sigma_range=(SIGMA, SIGMA)
+    )
     model = ebmkit.load(tmp_path / "run")
     y = torch.rand(2, 1, 13, 17)
     torch.testing.assert_close(model.denoise(y), network(state, y))
@@ -96,7 +98,7 @@ def test_the_protocol_on_pictures_of_several_sizes(tmp_path, pictures, capsys):
 def test_other_files_are_refused_in_one_sentence(tmp_path, content, words):
     torch.save(content, tmp_path / "weights.pth")
     with pytest.raises(UserError, match=words):
-        import_weights(tmp_path / "weights.pth", tmp_path / "run")
+        import_checkpoint(tmp_path / "weights.pth", tmp_path / "run", "denoiser")
     assert not (tmp_path / "run").exists()
 
 
@@ -107,10 +109,10 @@ def test_files_that_would_execute_code_are_refused(tmp_path):
 
     torch.save({"model.0.weight": Evil()}, tmp_path / "weights.pth")
     with pytest.raises(UserError, match="read safely"):
-        import_weights(tmp_path / "weights.pth", tmp_path / "run")
+        import_checkpoint(tmp_path / "weights.pth", tmp_path / "run", "denoiser")
     (tmp_path / "text.pth").write_text("not weights")
     with pytest.raises(UserError, match="read safely"):
-        import_weights(tmp_path / "text.pth", tmp_path / "run")
+        import_checkpoint(tmp_path / "text.pth", tmp_path / "run", "denoiser")
 
 
 def test_a_folder_in_use_is_left_alone(tmp_path):
@@ -118,7 +120,7 @@ def test_a_folder_in_use_is_left_alone(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine").write_text("mine")
     with pytest.raises(UserError, match="exists: choose another --out"):
-        import_weights(tmp_path / "weights.pth", tmp_path / "run")
+        import_checkpoint(tmp_path / "weights.pth", tmp_path / "run", "denoiser")
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["mine"]
 
 

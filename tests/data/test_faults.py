@@ -14,7 +14,8 @@ from ebmkit.data import Stream, StreamConfig, load_dataset
 from ebmkit.data.imagesets import Faults
 from ebmkit.errors import UserError
 from ebmkit.training import RunFolder, resolve
-from ebmkit.training.assemble import assemble, images_of
+from ebmkit.training.loop import assemble
+from ebmkit.training.setup import images_of
 
 
 @pytest.fixture

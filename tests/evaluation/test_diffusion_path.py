@@ -18,7 +18,7 @@ from ebmkit.evaluation.context import EvaluationContext
 from ebmkit.evaluation.data import noisy_batches
 from ebmkit.evaluation.diffusion_path import DIFFUSION_PATH, run
 from ebmkit.evaluation.diffusion_views import VIEWS, DiffusionPathConfig, views_at
-from ebmkit.evaluation.energies import class_statistics, energies_of, reading_of
+from ebmkit.evaluation.energies import class_statistics, energies_of, energy_source
 from ebmkit.models import GradResNetConfig, HeadConfig, ModelConfig, save_model
 from ebmkit.noise import make_schedule
 
@@ -142,7 +142,7 @@ def test_logits_are_read_where_no_objective_trained_the_density(network, squares
     y = squares.images
     for objective, reading in (("ce", "logits"), ("ce+dsm", "model"), ("published", "model")):
         network.card = ModelCard(objective=objective, channels=1, classifies=True)
-        assert reading_of(network) == reading
+        assert energy_source(network) == reading
     network.card = ModelCard(objective="2*ce", channels=1, classifies=True)
     found, logits = energies_of(network, y), network.logits(y)
     assert torch.allclose(found.energy, -logits.logsumexp(1), atol=1e-6)
@@ -267,7 +267,7 @@ def test_models_without_labels_have_an_energy_alone(squares):
     assert torch.equal(found.energy, model.energy(squares.images))
     assert found.log_posterior.shape == (30, 0)
     with pytest.raises(UserError, match="cannot be read off logits"):
-        reading_of(model, "logits")
+        energy_source(model, "logits")
     (entry,) = class_statistics(found.energy[:1], None, torch.zeros(1, dtype=torch.long))
     assert entry.keys() == {"label", "name", "energy"}
     assert (entry["name"], entry["energy"]["count"], entry["energy"]["std"]) == ("0", 1, None)

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from ebmkit import UserError, plots
+from ebmkit.training.metrics import learning_curves
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def figures(monkeypatch):
             image.verify()
         kept.append(figure)
 
-    for module in (plots.suites, plots.training):
+    for module in (plots.suites, plots.common):
         monkeypatch.setattr(module, "save_figure", keep)
     return kept
 
@@ -52,7 +53,7 @@ def test_learning_curves_draw_each_measure_once(figures, tmp_path):
     ]
     rows += [{"step": 20, "kind": "validation", "ce": 1.5, "accuracy": 0.5, "psnr_25": 27.0}]
     rows += [{"step": 39, "kind": "validation", "ce": float("nan"), "accuracy": 0.75}]
-    plots.learning_curves(rows, tmp_path / "curves.png")
+    learning_curves(rows, tmp_path / "curves.png")
     panels = {axes.get_title(): axes for axes in figures[0].axes}
     assert list(panels) == [
         "loss ce (nats)", "accuracy (%)", "PSNR at sigma 25/255 (dB)", "learning rate",
@@ -63,7 +64,7 @@ def test_learning_curves_draw_each_measure_once(figures, tmp_path):
     assert len(raw.get_ydata()) == 40
     assert np.allclose(smoothed.get_ydata(), 2)
     assert held_out.get_xydata().tolist() == [[20, 1.5]]  # what is not finite is left out
-    plots.learning_curves([], tmp_path / "none.png")
+    learning_curves([], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
 
 
@@ -84,7 +85,7 @@ def test_bars_carry_values_and_intervals(figures, tmp_path):
 def test_a_picture_that_cannot_be_written_is_told(tmp_path):
     rows = [{"step": 1, "kind": "train", "ce": 2.0}]
     with pytest.raises(UserError, match="cannot write"):
-        plots.learning_curves(rows, tmp_path / "absent" / "curves.png")
+        learning_curves(rows, tmp_path / "absent" / "curves.png")
 
 
 def test_pyplot_and_displays_are_not_touched(tmp_path, monkeypatch):
@@ -92,7 +93,7 @@ def test_pyplot_and_displays_are_not_touched(tmp_path, monkeypatch):
     monkeypatch.delattr(matplotlib, "pyplot", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     row = {"step": 1, "kind": "train", "ce": 2.0}
-    plots.learning_curves([row], tmp_path / "a.png")
+    learning_curves([row], tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 1000
 
 

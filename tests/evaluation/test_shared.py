@@ -13,10 +13,10 @@ import pytest
 import torch
 from mixture_world import Drawn
 
+from ebmkit.distributed import DistributedContext
 from ebmkit.evaluation import SUITES, evaluate
 from ebmkit.evaluation.context import EvaluationContext
 from ebmkit.evaluation.data import noisy_batches
-from ebmkit.parallel import DistributedContext
 
 STANDARD = [name for name, suite in SUITES.items() if suite.standard]
 

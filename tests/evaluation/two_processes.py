@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ebmkit.parallel import DistributedContext
+from ebmkit.distributed import DistributedContext
 
 
 @dataclass(frozen=True)

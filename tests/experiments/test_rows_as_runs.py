@@ -274,9 +274,9 @@ def test_rows_that_need_a_data_folder_say_so(tmp_path):
 
 
 def test_a_scale_the_machine_cannot_hold_says_what_it_needs(tmp_path, monkeypatch):
-    from ebmkit.training import memory
+    from ebmkit.training import cost
 
-    monkeypatch.setattr(memory, "available_memory", lambda device: 2**20)
+    monkeypatch.setattr(cost, "available_memory", lambda device: 2**20)
     rows = Rows(tmp_path, TINY)
     with pytest.raises(UserError, match="B"):
         rows.check([ROW], "cifar10")

@@ -10,7 +10,7 @@ from ebmkit.experiments import SCALES, TABLES, TARGETS, Rows, targets_of
 from ebmkit.experiments.report import Found, document, markdown
 from ebmkit.experiments.tables import CLAIMS, GRID, JOINT
 from ebmkit.models import ModelConfig
-from ebmkit.training.differences import difference
+from ebmkit.training.config import difference
 
 ALL = [*TABLES.values(), CLAIMS]
 

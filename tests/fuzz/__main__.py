@@ -36,7 +36,7 @@ if GUIDED and "--child" in sys.argv:  # before anything else imports what is to 
         import ebmkit.data.hdf5
         import ebmkit.evaluation.suites
         import ebmkit.guidance.config
-        import ebmkit.models.published
+        import ebmkit.models.importing
         import ebmkit.sampling.jobs.labels
         import ebmkit.storage.verify
         import ebmkit.training  # noqa: F401
@@ -84,7 +84,7 @@ def main() -> int:
         table.add_row(name, *cells, str(row["seconds"]), "FAILED" if row["failed"] else "")
     console.print(table)
     if asked.json:
-        from ebmkit.training.environment import environment
+        from ebmkit.training.run_folder import environment
 
         told = ("ebmkit", "python", "torch", "cores", "git_commit")
         document = {

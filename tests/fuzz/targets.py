@@ -68,7 +68,7 @@ def string(parse: Callable[[str], object], *seeds: str) -> Target:
 def run_folder() -> Path:
     """A small finished run."""
     from ebmkit.training import RunFolder, resolve
-    from ebmkit.training.assemble import assemble
+    from ebmkit.training.loop import assemble
 
     config = resolve(
         {
@@ -183,13 +183,13 @@ def _weights(content: bytes) -> object:
 
 
 def _checkpoint(content: bytes) -> object:
-    from ebmkit.training.checkpoints import _unpacked
+    from ebmkit.training.run_folder import _unpacked
 
     return _unpacked(content, Path("step-00000002.pt"))
 
 
 def _torch_file(content: bytes) -> object:
-    from ebmkit.models.published import load_checkpoint
+    from ebmkit.models.importing import load_checkpoint
 
     return load_checkpoint(str(written(content, "stranger.pt")))
 
@@ -219,9 +219,10 @@ def _signed(content: bytes) -> object:
 
 
 def _journal(content: bytes) -> object:
-    from ebmkit.training.journal import Journal
 
-    journal = Journal(written(content, "metrics.jsonl"))
+    from ebmkit.training.metrics import MetricsLog
+
+    journal = MetricsLog(written(content, "metrics.jsonl"))
     rows = journal.rows()
     assert len(journal.up_to(10)) <= len(content)
     return rows
@@ -334,7 +335,7 @@ def _saved() -> tuple[dict[str, Any], bytes]:
 def _trainer() -> Any:
     """What goes on with a checkpoint by one step; to make one anew for each takes too long."""
     from ebmkit.training import RunFolder, resolve
-    from ebmkit.training.assemble import assemble
+    from ebmkit.training.loop import assemble
 
     return assemble(resolve(RunFolder.open(run_folder()).config() | {"steps": 3}), None)
 
@@ -342,7 +343,7 @@ def _trainer() -> Any:
 def _gone_on_with(content: bytes) -> object:
     """Which entries of a checkpoint are exchanged, for what, is in the bytes; training goes on,
     and back to a state that the checkpoint kept."""
-    from ebmkit.training.checkpoints import _unpacked, pack_state
+    from ebmkit.training.run_folder import _unpacked, pack_state
 
     state, buffer = _saved()
     for number in range(0, min(len(content) - 2, 9), 3):
@@ -355,10 +356,9 @@ def _gone_on_with(content: bytes) -> object:
         state = _edited(state, path, REPLACEMENTS[what % len(REPLACEMENTS)](old))
     state = _unpacked(pack_state(state), Path("step-00000002.pt"))
     trainer = _trainer()
-    trainer.restore(state | {"buffer": buffer})
+    trainer.load_state_dict(state | {"buffer": buffer})
     trainer.fit()
-    breach, kept = trainer.recovery.watch.breach(3, "made up")
-    trainer.recovery._go_back(breach, kept, None)
+    trainer.rollback.go_back("made up")
     return trainer.step
 
 

@@ -85,7 +85,7 @@ def run_all() -> dict[str, Any]:
     import torch
 
     from ebmkit.training import RunFolder, resolve
-    from ebmkit.training.assemble import assemble
+    from ebmkit.training.loop import assemble
 
     torch.backends.mkldnn.enabled = False
     found = {}

@@ -24,11 +24,11 @@ from ebmkit_tests.hostile.making import Make
 import ebmkit
 from ebmkit.errors import UserError
 from ebmkit.models import ModelConfig
-from ebmkit.models.published import load_checkpoint
+from ebmkit.models.importing import load_checkpoint
 from ebmkit.models.saving import model_files
-from ebmkit.models.torchfile import read_torch_file
 from ebmkit.sampling.jobs.sources import at_hand, buffer_of
 from ebmkit.storage.tensors import read_tensors
+from ebmkit.storage.torchfile import read_torch_file
 from ebmkit.storage.verify import verify_run
 from ebmkit.training import RunFolder, resolve
 
@@ -47,6 +47,8 @@ def entry(shape: list[int], start: int, end: int, dtype: str = "F32") -> dict[st
 
 FOUR = bytes(16)
 
+SHAPE = "invalid shape, data type, or offset"
+
 SAFETENSORS: dict[str, tuple[bytes, str | None]] = {
     "nothing": (b"", "does not parse"),
     "a header of 2^63 bytes": (packed({}, length=2**63), "does not parse"),
@@ -54,26 +56,41 @@ SAFETENSORS: dict[str, tuple[bytes, str | None]] = {
     "a header of 9 MB": (packed(b"{" + b" " * 9 * 2**20 + b"}"), "more than"),
     "a header that is no mapping": (packed([1]), "does not parse"),
     "a header nested deep": (packed(b"[" * 10**5 + b"]" * 10**5), "not JSON|nested"),
-    "beyond the file": (packed({"a": entry([4], 0, 16)}, bytes(8)), "claims 16"),
-    "bytes left over": (packed({"a": entry([4], 0, 16)}, bytes(99)), "claims 16"),
+    "beyond the file": (packed({"a": entry([4], 0, 16)}, bytes(8)), "not fully covered"),
+    "bytes left over": (packed({"a": entry([4], 0, 16)}, bytes(99)), "not fully covered"),
     "overlapping": (
         packed({"a": entry([4], 0, 16), "b": entry([4], 0, 16)}, FOUR),
-        "overlap",
+        "invalid offset for tensor `a`|`b`",
     ),
-    "a hole": (packed({"a": entry([2], 0, 8), "b": entry([1], 12, 16)}, FOUR), "hole"),
-    "backwards": (packed({"a": entry([4], 16, 0)}, FOUR), "lies at"),
-    "more elements than bytes": (packed({"a": entry([2**40], 0, 16)}, FOUR), "not as many"),
+    "a hole": (
+        packed({"a": entry([2], 0, 8), "b": entry([1], 12, 16)}, FOUR),
+        "offset for tensor `b`",
+    ),
+    "backwards": (packed({"a": entry([4], 16, 0)}, FOUR), "offset for tensor `a`"),
+    "more elements than bytes": (
+        packed({"a": entry([2**40], 0, 16)}, FOUR),
+        SHAPE,
+    ),
     "a product that overflows": (
         packed({"a": entry([2**33, 2**33], 0, 16)}, FOUR),
-        "has the shape",
+        "overflow computing",
     ),
-    "an absurd shape of nothing": (packed({"a": entry([0, 2**62, 2**62], 0, 0)}), "has the shape"),
-    "many dimensions": (packed({"a": entry([1] * 10**5, 0, 4)}, bytes(4)), "damaged"),
-    "a negative size": (packed({"a": entry([-4], 0, 16)}, FOUR), "has the shape"),
-    "a size that is no number": (packed({"a": entry(["4"], 0, 16)}, FOUR), "has the shape"),
-    "an unknown type": (packed({"a": entry([4], 0, 16, "X32")}, FOUR), "of the type"),
-    "a type of another width": (packed({"a": entry([4], 0, 16, "F64")}, FOUR), "not as many"),
-    "an entry that is no mapping": (packed({"a": 1}, FOUR), "no type, shape"),
+    "an absurd shape of nothing": (packed({"a": entry([0, 2**62, 2**62], 0, 0)}), "does not parse"),
+    "many dimensions": (
+        packed({"a": entry([1] * 10**5, 0, 4)}, bytes(4)),
+        "64 dimensions",
+    ),
+    "a negative size": (packed({"a": entry([-4], 0, 16)}, FOUR), "integer `-4`"),
+    "a size that is no number": (
+        packed({"a": entry(["4"], 0, 16)}, FOUR),
+        'string "4"',
+    ),
+    "an unknown type": (packed({"a": entry([4], 0, 16, "X32")}, FOUR), "unknown variant `X32`"),
+    "a type of another width": (
+        packed({"a": entry([4], 0, 16, "F64")}, FOUR),
+        SHAPE,
+    ),
+    "an entry that is no mapping": (packed({"a": 1}, FOUR), "invalid type: integer `1`"),
     "a name twice": (
         packed(
             b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]},'
@@ -84,9 +101,9 @@ SAFETENSORS: dict[str, tuple[bytes, str | None]] = {
     ),
     "metadata that are no texts": (
         packed({"__metadata__": {"a": 1}, "x": entry([4], 0, 16)}, FOUR),
-        "metadata",
+        "expected a string",
     ),
-    "a name of controls": (packed({"\x1b[2J": entry([4], 0, 12)}, bytes(12)), "x1b"),
+    "a name of controls": (packed({"\x1b[2J": entry([4], 4, 20)}, bytes(20)), "x1b"),
 }
 
 # ---------------------------------------------------------------- pickles and their zips

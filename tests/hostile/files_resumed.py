@@ -16,8 +16,8 @@ from ebmkit_tests.hostile.case import Case
 from ebmkit_tests.hostile.making import Make
 
 from ebmkit.training import RunFolder, resolve
-from ebmkit.training.assemble import assemble
-from ebmkit.training.checkpoints import pack_state
+from ebmkit.training.loop import assemble
+from ebmkit.training.run_folder import pack_state
 
 LAYER = """
 objective: jem

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ebmkit import create_model
 from ebmkit.bench.baselines import plain_inference, plain_step
 from ebmkit.models import gelu as gelu_module
-from ebmkit.models import groupnorm as norm_module
+from ebmkit.models import norms as norm_module
 from ebmkit.models.gelu import GELU
 from ebmkit.models.norms import GroupNorm
 

@@ -16,7 +16,7 @@ from ebmkit.models import BACKBONES, HEADS
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
 # what reaches the model beyond a square batch at its reference size, as (batch, height, width,
-# reference as a fraction of the height or None, extent), in units of the preset's size
+# reference as a fraction of the height or None, size_scaling), in units of the preset's size
 SHAPES = {
     "plain": (2, 1, 1, None, "windows"),
     "odd-one": (1, 1.4, 1.15, None, "windows"),
@@ -51,7 +51,7 @@ def case(request):
     """A model and images of each of ``SHAPES``."""
     shape, backbone, head = request.param
     model, size = small_model(backbone, head), small_size(backbone)
-    batch, high, wide, reference, model.extent = SHAPES[shape]
+    batch, high, wide, reference, model.size_scaling = SHAPES[shape]
     model.reference_size = (size, size) if reference else None
     height, width = round(size * high), round(size * wide)
     return model, torch.rand(batch, 1, height, width, dtype=torch.float64)
@@ -208,11 +208,11 @@ def test_sigma_is_for_those_that_are_told(model, images):
         torch.testing.assert_close(ours, torch.stack([first[0], second[1]]), **EXACT)
 
 
-@pytest.mark.parametrize("extent", ["tiles", "windows", "factor"])
-def test_each_part_of_an_image_is_told_the_noise_of_that_image(extent, model):
+@pytest.mark.parametrize("size_scaling", ["tiles", "windows", "factor"])
+def test_each_part_of_an_image_is_told_the_noise_of_that_image(size_scaling, model):
     if not model.noise_conditional:
         pytest.skip("blind")
-    model.reference_size, model.extent = (8, 8), extent
+    model.reference_size, model.size_scaling = (8, 8), size_scaling
     y, sigma = torch.rand(3, 1, 20, 17, dtype=torch.float64), torch.tensor([0.02, 0.1, 0.4])
     together = model.score(y, sigma=sigma)
     alone = [model.score(image[None], sigma=float(s)) for image, s in zip(y, sigma, strict=True)]

@@ -30,7 +30,10 @@ from ebmkit.models import Features, LinearQuadraticHead, LogitHead
         ({"strides": (1, 1, 3, 2, 2)}, "must each be 1, 2 or 4"),
         ({"in_channels": 2}, "in_channels = 2 is not legal: input should be 1 or 3"),
         ({"num_classes": -1}, "num_classes = -1 is not legal"),
-        ({"extent": "window"}, "extent = 'window' is not legal: input should be 'tiles'"),
+        (
+            {"size_scaling": "window"},
+            "size_scaling = 'window' is not legal: input should",
+        ),
         ({"image_size": 0}, r"reference_size\.0 = 0 is not legal: input should be greater than 0"),
         ({"head": "logit", "num_classes": 0}, "use head 'linear-quadratic'"),
     ],
@@ -78,10 +81,10 @@ class Flat(nn.Module):
 def test_windows_need_a_backbone_that_has_them():
     head = LinearQuadraticHead(3, 2)
     with pytest.raises(UserError, match=r"Flat has no method pool\(maps, grid\)"):
-        JointModel(Flat(), head, reference_size=(8, 8), extent="windows")
+        JointModel(Flat(), head, reference_size=(8, 8), size_scaling="windows")
     y = torch.rand(1, 3, 16, 16)
     whole = JointModel(Flat(), head)
-    factor = JointModel(Flat(), head, reference_size=(8, 8), extent="factor")
+    factor = JointModel(Flat(), head, reference_size=(8, 8), size_scaling="factor")
     torch.testing.assert_close(factor.log_density(y), 4 * whole.log_density(y))
 
 

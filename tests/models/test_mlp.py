@@ -11,7 +11,7 @@ from ebmkit.evaluation.denoise import estimates
 from ebmkit.models import JointModel, LinearQuadraticHead, MLPConfig
 from ebmkit.objectives import TrainingLoss, parse_objective
 from ebmkit.training import RunFolder, resolve
-from ebmkit.training.assemble import assemble
+from ebmkit.training.loop import assemble
 from ebmkit.validation import validated
 
 

@@ -13,7 +13,7 @@ TINY = 1e-30  # stands for eps = 0, which a dead channel would divide 0 by; 1e-5
 
 @pytest.fixture(params=[n for n, p in BACKBONES.items() if p.config.kind == "gradresnet"])
 def backbone(request) -> str:
-    """The GradResNets: what is checked here are their norms, and the extents over them."""
+    """The GradResNets: what is checked here are their norms, and the size scalings over them."""
     return request.param
 
 

@@ -65,7 +65,7 @@ def test_presets_come_back_bit_by_bit(tmp_path, backbone, head):
         in_channels=1,
         num_classes=3,
         reference_size=(32, 32),
-        extent="factor",
+        size_scaling="factor",
         input_std=0.5,
     )
     model = built.build().eval()
@@ -102,6 +102,15 @@ def test_batch_norm_statistics_are_saved(tmp_path):
     save_model(tmp_path, model, shape, CARD)
     y = torch.rand(2, 1, 8, 8)
     assert torch.equal(load(tmp_path).log_density(y), model.eval().log_density(y))
+
+
+def test_older_documents_call_size_scaling_extent(run):
+    path = run[0] / "model.json"
+    document = json.loads(path.read_text())
+    del document["model"]["size_scaling"]
+    document["model"]["extent"] = "factor"
+    path.write_text(json.dumps(document))
+    assert load(run[0]).size_scaling == "factor"
 
 
 def test_best_weights_are_another_file(run):
@@ -177,7 +186,7 @@ def test_an_illegal_document(run):
 def test_damaged_weights(run, keep):
     path = run[0] / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    assert "model.safetensors' is damaged: it " in refusal(run[0])
+    assert "model.safetensors' is damaged: " in refusal(run[0])
 
 
 def test_a_flipped_bit_of_a_weight_is_noticed(run):

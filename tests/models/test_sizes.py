@@ -9,26 +9,26 @@ from torch import nn
 from ebmkit import Energies, JointModel, create_model
 from ebmkit.inference import spread
 from ebmkit.models import BACKBONES, Features, LinearQuadraticHead
-from ebmkit.models.joint import EXTENTS, halves
+from ebmkit.models.joint import SIZE_SCALINGS, half_overlapping_tiles
 
 REFERENCE = 32  # a multiple of twice the total stride of every preset
 
 
 @pytest.fixture(params=[n for n, p in BACKBONES.items() if p.config.kind == "gradresnet"])
 def backbone(request) -> str:
-    """The GradResNets: what is checked here are their norms, and the extents over them."""
+    """The GradResNets: what is checked here are their norms, and the size scalings over them."""
     return request.param
 
 
-@pytest.fixture(params=EXTENTS)
-def extent(request):
+@pytest.fixture(params=SIZE_SCALINGS)
+def size_scaling(request):
     return request.param
 
 
-def make(backbone, extent, circular):
+def make(backbone, size_scaling, circular):
     """A model in float64, whose convolutions see the image as a torus if ``circular``."""
     torch.manual_seed(0)
-    size = {"image_size": REFERENCE, "extent": extent}
+    size = {"image_size": REFERENCE, "size_scaling": size_scaling}
     model = create_model(backbone, 3, in_channels=1, width=8, **size).double()
     for module in model.modules():
         if circular and isinstance(module, nn.Conv2d):
@@ -41,28 +41,28 @@ def image(*shape):
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_a_tiling_of_a_torus_is_worth_its_tiles(backbone, extent, count):
+def test_a_tiling_of_a_torus_is_worth_its_tiles(backbone, size_scaling, count):
     """On a torus each copy in an n x n tiling sees what the one image saw.
 
     So the maps are copies, their statistics the same, and log p and the logits are n^2 times the
     one image's, exactly; for crops too, since those at half a tile are the image rolled by a
     multiple of the stride.
     """
-    model = make(backbone, extent, circular=True)
+    model = make(backbone, size_scaling, circular=True)
     y = image(REFERENCE, REFERENCE)
     one, many = model(y), model(y.tile(count, count))
     torch.testing.assert_close(many.log_density, count**2 * one.log_density)
     torch.testing.assert_close(many.logits, count**2 * one.logits)
 
 
-@pytest.mark.parametrize("extent", ["windows", "factor"])
+@pytest.mark.parametrize("size_scaling", ["windows", "factor"])
 @pytest.mark.parametrize("count", [2, 3])
-def test_a_tiling_of_a_torus_has_the_score_of_its_tile(backbone, extent, count):
+def test_a_tiling_of_a_torus_has_the_score_of_its_tile(backbone, size_scaling, count):
     """The score of a pixel, and so what is denoised, does not depend on how large the image is.
 
     Not so in tiles: half-overlapping crops cover inner pixels four times and corners once.
     """
-    model = make(backbone, extent, circular=True)
+    model = make(backbone, size_scaling, circular=True)
     y = image(REFERENCE, REFERENCE)
     many = y.tile(count, count)
     torch.testing.assert_close(model.score(many), model.score(y).tile(count, count))
@@ -73,7 +73,7 @@ def test_a_tiling_of_a_torus_has_the_score_of_its_tile(backbone, extent, count):
 
 
 def test_the_plain_formula_shrinks_the_score(backbone):
-    """The defect that extents mend: by average pooling alone, 4 copies have 1/4 of the score."""
+    """Why there are size scalings: by average pooling alone, 4 copies have 1/4 of the score."""
     model = make(backbone, "windows", circular=True)
     model.reference_size = None
     y = image(REFERENCE, REFERENCE)
@@ -82,8 +82,8 @@ def test_the_plain_formula_shrinks_the_score(backbone):
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (20, 32), (9, 7), (16, 64)], ids=str)
-def test_up_to_the_reference_area_all_are_the_plain_formula(backbone, extent, shape):
-    model, y = make(backbone, extent, circular=False), image(*shape)
+def test_up_to_the_reference_area_all_are_the_plain_formula(backbone, size_scaling, shape):
+    model, y = make(backbone, size_scaling, circular=False), image(*shape)
     energies = model(y)
     model.reference_size = None
     plain = model(y)
@@ -92,9 +92,9 @@ def test_up_to_the_reference_area_all_are_the_plain_formula(backbone, extent, sh
 
 
 @pytest.mark.parametrize("shape", [(33, 47), (70, 40), (16, 100), (64, 33)], ids=str)
-def test_odd_sizes_have_scores_of_every_pixel(backbone, extent, shape):
+def test_odd_sizes_have_scores_of_every_pixel(backbone, size_scaling, shape):
     """No part of an image is left out: every pixel has a score that is a finite difference."""
-    model, y = make(backbone, extent, circular=False), image(*shape)
+    model, y = make(backbone, size_scaling, circular=False), image(*shape)
     score = model.score(y)
     assert (score != 0).all()
     direction, step = torch.randn_like(y), 1e-6  # as in test_identities
@@ -104,10 +104,10 @@ def test_odd_sizes_have_scores_of_every_pixel(backbone, extent, shape):
     torch.testing.assert_close(expected, slope / (2 * step), rtol=1e-6, atol=1e-6 * scale)
 
 
-@pytest.mark.parametrize("extent", ["windows", "factor"])
-def test_log_densities_do_not_jump_at_the_reference_size(extent):
+@pytest.mark.parametrize("size_scaling", ["windows", "factor"])
+def test_log_densities_do_not_jump_at_the_reference_size(size_scaling):
     """One row of pixels more than the reference adds a 32nd to the plain formula, not a factor."""
-    model, y = make("gradresnet18", extent, circular=False), image(REFERENCE + 1, REFERENCE)
+    model, y = make("gradresnet18", size_scaling, circular=False), image(REFERENCE + 1, REFERENCE)
     grown = model.log_density(y)
     model.reference_size = None
     torch.testing.assert_close(grown, 33 / 32 * model.log_density(y))
@@ -129,8 +129,8 @@ def test_windows_sees_each_part_with_its_own_features():
     nn.init.ones_(head.density.weight)
     y = torch.cat([torch.zeros(1, 1, 4, 4), torch.ones(1, 1, 4, 4)], dim=3)
     energies = {
-        extent: JointModel(Pixels(), head, 1, (4, 4), extent).log_density(y).item()
-        for extent in EXTENTS
+        size_scaling: JointModel(Pixels(), head, 1, (4, 4), size_scaling).log_density(y).item()
+        for size_scaling in SIZE_SCALINGS
     }
     assert energies["windows"] == pytest.approx(-0.5 * (0**2 + 1**2))
     assert energies["factor"] == pytest.approx(-0.5 * 2 * 0.5**2)
@@ -144,7 +144,7 @@ def test_windows_sees_each_part_with_its_own_features():
 @pytest.mark.parametrize("length", range(1, 70))
 def test_halves_cover_every_position_equally_often(length):
     covered = [0] * length
-    for start, stop in halves(length, 8):
+    for start, stop in half_overlapping_tiles(length, 8):
         assert 0 < stop - start <= 8
         for i in range(start, stop):
             covered[i] += 1

@@ -20,9 +20,8 @@ from ebmkit.objectives.score_matching import (
     trace_vectors,
 )
 from ebmkit.training import resolve
-from ebmkit.training.assemble import build_model
-from ebmkit.training.checks import check_terms
 from ebmkit.training.cost import step_flops
+from ebmkit.training.setup import build_model, check_terms
 
 SIGMA = 0.3
 
@@ -234,7 +233,7 @@ def test_validation_can_compare_values_below_zero():
 def test_a_step_costs_two_of_denoising_score_matching():
     """Forward and score are 2 forward passes, differentiating both by the image 2, the gradient 8.
 
-    So 12 against 6 (`ebmkit.training.trace`), counted on numbers that are not there.
+    So 12 against 6 (`ebmkit.training.cost`), counted on numbers that are not there.
     """
     costs = {}
     for name in ("dsm", "ism"):

@@ -16,7 +16,7 @@ from command_line import ebmkit_command
 import ebmkit
 from ebmkit.storage.verify import verify_run
 from ebmkit.training import RunFolder, resolve
-from ebmkit.training.assemble import assemble
+from ebmkit.training.loop import assemble
 
 HERE = Path(__file__).resolve().parent
 RUNS = sorted(path.name for path in HERE.iterdir() if (path / "config.yaml").is_file())

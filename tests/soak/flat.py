@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ebmkit.training import RunFolder, resolve
-from ebmkit.training.assemble import assemble
+from ebmkit.training.loop import assemble
 
 BOUND = 1.0
 """Megabytes of resident memory that 10,000 steps may add, by the slope after the first quarter."""

@@ -57,7 +57,7 @@ TRAININGS = {
         ),
         Training(
             "jem-astray",
-            "jem that goes astray over and over, and goes back",
+            "jem that diverges over and over, and is rolled back",
             (
                 *MLP,
                 *SMALL,

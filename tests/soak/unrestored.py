@@ -29,9 +29,9 @@ def spoil(defect: str) -> None:
     if defect == "randomness":
         randomness.keyed_seed.__code__ = _forgetful.__code__
     elif defect == "optimizer":
-        from ebmkit.training import checkpoint_state
+        from ebmkit.training import state
 
-        checkpoint_state.restore_optimizer = lambda optimizer, state: None
+        state.restore_optimizer = lambda optimizer, saved: None
     else:
         raise ValueError(defect)
 

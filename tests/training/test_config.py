@@ -19,7 +19,7 @@ def test_later_layers_win():
     assert config.optimizer.weight_decay == 0.05  # the recipe's
 
 
-def test_presets_come_in_below_what_is_said_beside_them():
+def test_presets_are_overridden_by_settings_beside_them():
     assert resolve({"backbone": "gradresnet34"}).model.backbone.depth == 34
     recipe_width = resolve({}).model.backbone.width
     assert resolve({"backbone": "gradresnet34"}).model.backbone.width == recipe_width
@@ -31,7 +31,7 @@ def test_presets_come_in_below_what_is_said_beside_them():
     assert resolve({"head": "logit"}).model.head.kind == "logit"
 
 
-def test_settings_of_objectives_stand_under_their_names():
+def test_objective_settings_are_under_their_names():
     assigned = parse_assignments(["objective.adv.norm=linf", "objective.adv.eps=0.1"])
     config = resolve({"objective": "ce"}, assigned)
     assert (config.objective, config.terms.adv.norm, config.terms.adv.eps) == ("ce", "linf", 0.1)
@@ -197,7 +197,7 @@ def test_cdn_cifar10_is_the_paper_s_recipe():
         ({"streams": {"denoise": {"noise": {"max": "-1/255"}}}}, "-1/255"),
     ],
 )
-def test_illegal_settings_are_told_in_one_sentence(layer, told):
+def test_illegal_settings_are_reported_in_one_sentence(layer, told):
     with pytest.raises(ebmkit.UserError, match=told) as caught:
         resolve(layer)
     assert "\n" not in str(caught.value)

@@ -9,24 +9,24 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import ebmkit
+from ebmkit.compute import matrix_rate
 from ebmkit.data import Batch
 from ebmkit.data.schedule import Stage
 from ebmkit.errors import UserError
+from ebmkit.models.base import Features
 from ebmkit.models.heads import LinearQuadraticHead
-from ebmkit.models.parts import Features
 from ebmkit.objectives import TrainingLoss, parse_objective
-from ebmkit.training import memory as memory_module
-from ebmkit.training import run_stats
-from ebmkit.training.cost import StepCost, matrix_rate, step_cost, step_flops
-from ebmkit.training.memory import (
+from ebmkit.training import cost as cost_module
+from ebmkit.training.cost import (
+    Budget,
     Memory,
-    available_memory,
-    check_fits,
-    largest_batch,
+    Recorder,
+    StepCost,
+    network_flops,
+    step_flops,
     step_memory,
-    too_large,
+    trace_step,
 )
-from ebmkit.training.trace import Recorder, forward_flops, trace_step
 
 SHAPES = {"classify": (8, 1, 16, 16), "denoise": (4, 1, 16, 16)}
 PAPER = {"classify": (128, 3, 32, 32), "denoise": (64, 3, 32, 32)}
@@ -60,6 +60,10 @@ class TinyBackbone(nn.Module):
 def tiny_loss(objective: str = "ce+dsm") -> TrainingLoss:
     model = ebmkit.JointModel(TinyBackbone(), LinearQuadraticHead(8, 10))
     return TrainingLoss(model, parse_objective(objective))
+
+
+def budget(loss: TrainingLoss, steps: int = 1, **options) -> Budget:
+    return Budget(loss, [(Stage(0, steps, {}), SHAPES)], **options)
 
 
 def draw(shape: tuple[int, ...]) -> Batch:
@@ -101,7 +105,7 @@ def test_a_step_costs_three_passes_and_three_more_for_each_score(objective, stre
     # 3 %: the second derivative of a strided convolution is computed on a larger window and cut,
     # and cross-entropy alone needs no gradient by the image.
     loss = loss_of(objective, streams, width=64, channels=3)
-    forward = forward_flops(loss.model, (3, 32, 32))
+    forward = network_flops(loss.model, (1, 3, 32, 32))
     for (name, count), stream in zip(step_flops(loss, PAPER).items(), loss.streams, strict=True):
         assert count == pytest.approx(passes[name] * PAPER[stream][0] * forward, rel=0.03)
 
@@ -110,7 +114,7 @@ def test_the_papers_network_and_recipe_cost_what_is_known_of_them():
     # 11.2 M parameters, 1.11 GFLOP forward, 78k steps of 128 + 64 images about 66 PFLOP: the last
     # by the rule of 3 and 6 passes, which is off by up to 3 %.
     loss = loss_of("ce+dsm", width=64, channels=3)
-    assert forward_flops(loss.model, (3, 32, 32)) == pytest.approx(1.11e9, rel=0.005)
+    assert network_flops(loss.model, (1, 3, 32, 32)) == pytest.approx(1.11e9, rel=0.005)
     cost = StepCost(
         sum(p.numel() for p in loss.parameters()),
         step_flops(loss, PAPER),
@@ -121,7 +125,7 @@ def test_the_papers_network_and_recipe_cost_what_is_known_of_them():
     assert cost.parameters == pytest.approx(11.2e6, rel=0.005)
     assert cost.run_flops == pytest.approx(66e15, rel=0.03)
     assert cost.least_seconds == pytest.approx(66e3, rel=0.03)
-    assert cost.share(2 * cost.step_flops / 1e12) == pytest.approx(0.5)
+    assert cost.mfu(2 * cost.step_flops / 1e12) == pytest.approx(0.5)
 
 
 def run_for_real(loss: TrainingLoss, batches: dict[str, Batch], parts: int = 1) -> Recorder:
@@ -139,7 +143,7 @@ def run_for_real(loss: TrainingLoss, batches: dict[str, Batch], parts: int = 1) 
     ("objective", "precision"),
     [("ce", "fp32"), ("ce+dsm", "bf16"), ("dsm+cdsm", "fp32")],
 )
-def test_the_rehearsed_peak_is_that_of_real_tensors(objective, precision):
+def test_the_traced_memory_peak_is_that_of_real_tensors(objective, precision):
     loss = loss_of(objective)
     loss.precision = precision
     real = run_for_real(loss, batches_of(loss))
@@ -176,7 +180,7 @@ def test_the_peak_is_that_of_the_allocator_but_for_what_convolutions_use_within(
     assert 0 <= drawn + peak - max(trace_step(loss, shapes).live) <= 3 * largest_map
 
 
-def test_a_loss_is_left_untouched_by_rehearsals(monkeypatch):
+def test_tracing_leaves_a_loss_untouched(monkeypatch):
     loss = tiny_loss()
     monkeypatch.setattr(loss, "_compiled_call_impl", lambda *_: pytest.fail("ran compiled"))
     before = [p.clone() for p in loss.parameters()]
@@ -187,7 +191,7 @@ def test_a_loss_is_left_untouched_by_rehearsals(monkeypatch):
     assert torch.equal(torch.get_rng_state(), state)
     assert memory.parameters == sum(p.nbytes for p in loss.parameters()) + loss.running.nbytes
     assert memory.optimizer == 2 * memory.gradients
-    rows = dict(step_cost(loss, SHAPES, 10, memory=memory).rows())
+    rows = dict(budget(loss, steps=10).cost(10).rows())
     assert list(rows)[:4] == ["parameters", "ce step", "dsm step", "all 10 steps"]
 
 
@@ -205,7 +209,7 @@ def test_three_parts_of_a_batch_take_what_they_really_take():
 def test_the_largest_batch_fits_and_the_next_does_not(accumulate):
     loss = tiny_loss()
     limit = int(2.7 * step_memory(loss, SHAPES, accumulate=accumulate).total)
-    found = largest_batch(loss, SHAPES, limit, accumulate=accumulate)
+    found = budget(loss, accumulate=accumulate).largest_batch(SHAPES, limit)
     assert all(size % accumulate == 0 for size in found.values())
     assert found["classify"] >= 2 * SHAPES["classify"][0]
 
@@ -223,22 +227,22 @@ def test_the_largest_batch_fits_and_the_next_does_not(accumulate):
 def test_a_step_too_large_is_refused_with_what_would_fit():
     loss = tiny_loss()
     need = step_memory(loss, SHAPES)
-    assert check_fits(loss, SHAPES, free=need.total - need.parameters) == need
+    assert budget(loss).check(need.total - need.parameters) == need
     with pytest.raises(UserError) as caught:
-        check_fits(loss, SHAPES, free=need.total - need.parameters - 1)
+        budget(loss).check(need.total - need.parameters - 1)
     message = str(caught.value)
     assert "on cpu: set streams.classify.batch_size=7 and streams.denoise.batch_size=3" in message
     assert "compute.accumulate=2" in message
-    shared = str(too_large(loss, SHAPES, need.total - 1, ranks=3))
+    shared = str(budget(loss, processes=3).too_large(SHAPES, need.total - 1))
     assert "streams.classify.batch_size=21 and streams.denoise.batch_size=9" in shared
-    assert "not even one image" in str(too_large(loss, SHAPES, need.parameters))
+    assert "not even one image" in str(budget(loss).too_large(SHAPES, need.parameters))
 
 
 def test_a_step_is_counted_once_for_each_description(monkeypatch):
     """Again for other shapes, states or another description; of none, each time."""
     calls, none = [], Memory(0, 0, 0, 0)
-    monkeypatch.setattr(run_stats, "_MEMORIES", {})
-    monkeypatch.setattr(run_stats, "step_memory", lambda *given: calls.append(given) or none)
+    monkeypatch.setattr(cost_module, "_MEMORIES", {})
+    monkeypatch.setattr(cost_module, "step_memory", lambda *given: calls.append(given) or none)
     loss, small = tiny_loss(), {name: (2, *shape[1:]) for name, shape in SHAPES.items()}
     stage = Stage(0, 1, {})
     for described, shapes, states, known in (
@@ -251,31 +255,8 @@ def test_a_step_is_counted_once_for_each_description(monkeypatch):
         (None, SHAPES, 2, False),
     ):
         before = len(calls)
-        run_stats.Budget(loss, [(stage, shapes)], states, described=described).check()
+        Budget(loss, [(stage, shapes)], states, described=described).check()
         assert len(calls) - before == (not known)
-
-
-def test_free_memory_is_that_of_the_tightest_control_group(tmp_path, monkeypatch):
-    inner = tmp_path / "root" / "a" / "b"
-    inner.mkdir(parents=True)
-
-    def write(folder, most, used, cache):
-        (folder / "memory.max").write_text(f"{most}\n")
-        (folder / "memory.current").write_text(f"{used}\n")
-        (folder / "memory.stat").write_text(f"anon 5\ninactive_file {cache}\n")
-
-    write(inner, "max", 10, 0)
-    write(inner.parent, 1000, 600, 50)
-    (tmp_path / "cgroup").write_text("0::/a/b\n")
-    found = memory_module._group_free(tmp_path / "cgroup", tmp_path / "root")
-    monkeypatch.setattr(memory_module, "_group_free", lambda: found)
-    assert available_memory(torch.device("cpu")) == 450
-
-
-def test_the_matrix_rate_is_in_flops_per_second(monkeypatch):
-    # 10 ms a product, whatever it took
-    monkeypatch.setattr("ebmkit.training.cost._timed", lambda a, b, out: 0.01)
-    assert matrix_rate(torch.device("cpu")) == pytest.approx(2 * 1024**3 / 0.01)
 
 
 @pytest.mark.gpu

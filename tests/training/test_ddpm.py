@@ -13,7 +13,7 @@ from ebmkit.models import DiffusionModel
 from ebmkit.noise import make_schedule
 from ebmkit.sampling import DDIM, SAMPLERS
 from ebmkit.training import RECIPES, parse_assignments, resolve
-from ebmkit.training.assemble import assemble
+from ebmkit.training.loop import assemble
 from ebmkit.training.recipes import recipe_for
 
 SMALL = [
@@ -27,7 +27,7 @@ def said(*assignments, **named):
     return resolve(named, parse_assignments(assignments))
 
 
-def test_the_schedule_is_said_once():
+def test_the_schedule_is_set_once():
     config = said("objective.ddpm.schedule=cosine", backbone="unet", objective="ddpm")
     law, network = config.streams.denoise.noise, config.model.backbone
     assert (law.kind, law.schedule) == ("diffusion", "cosine")
@@ -141,7 +141,7 @@ def test_the_model_s_schedule_is_sampled_and_no_other():
 
 
 @pytest.mark.usefixtures("counted_once")
-def test_an_interrupted_run_with_dropout_goes_on_to_the_same_bits(tmp_path):
+def test_an_interrupted_run_with_dropout_resumes_to_the_same_bits(tmp_path):
     """Dropout is keyed by the step, whatever was drawn in between."""
     pytest.importorskip("diffusers")
     from ebmkit.training import RunFolder

@@ -1,5 +1,6 @@
 """The paper's two recipes field by field, and ImageNet's along its phases, end to end."""
 
+import functools
 import math
 import os
 import signal
@@ -15,16 +16,14 @@ from torch import nn
 import ebmkit
 from ebmkit.cli import main
 from ebmkit.cli.console import console
+from ebmkit.models.base import Features
 from ebmkit.models.heads import LinearQuadraticHead
-from ebmkit.models.parts import Features
 from ebmkit.objectives import TrainingLoss
 from ebmkit.training import Interrupted, RunFolder, Trainer, parse_assignments, resolve
-from ebmkit.training import memory as memory_module
-from ebmkit.training.assemble import assemble, images_of
-from ebmkit.training.cost import step_flops
-from ebmkit.training.engine import TrainingStep
-from ebmkit.training.memory import step_memory
-from ebmkit.training.run_stats import Budget, Stopwatch
+from ebmkit.training.cost import Budget, Stopwatch, step_flops, step_memory
+from ebmkit.training.loop import assemble
+from ebmkit.training.setup import images_of
+from ebmkit.training.step import TrainingStep
 from ebmkit.training.validation import Validation
 
 EVERYWHERE = {  # CDN appendix A: what both recipes share
@@ -195,7 +194,7 @@ class Rows:
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_run_stopped_within_a_phase_goes_on_to_the_same_bits(pictures, tmp_path):
+def test_a_run_stopped_within_a_phase_resumes_to_the_same_bits(pictures, tmp_path):
     config = small(pictures)
     reports = Rows(), Rows(stop_at=4), Rows()  # step 5 is the second of its phase
     whole = trainer_of(pictures, reporter=reports[0])
@@ -217,7 +216,7 @@ def test_a_run_stopped_within_a_phase_goes_on_to_the_same_bits(pictures, tmp_pat
 
 def test_speed_is_that_of_each_phase_and_every_phase_is_logged_at_its_end(pictures, monkeypatch):
     trainer = trainer_of(pictures, "log_every=100", "validation_images=0", reporter=Rows())
-    monkeypatch.setattr(trainer.watch, "stop", lambda stage: 1.0)  # a second for every step
+    monkeypatch.setattr(trainer.stopwatch, "stop", lambda stage: 1.0)  # a second for every step
     trainer.fit()
     speeds = {row["step"]: row["images_per_s"] for row in trainer.reporter.rows}
     assert speeds == {3: 16, 5: 14, 7: 12, 8: 10}
@@ -225,7 +224,7 @@ def test_speed_is_that_of_each_phase_and_every_phase_is_logged_at_its_end(pictur
 
 def test_the_time_of_a_step_weighs_the_phases_by_their_steps(monkeypatch):
     clock = iter([0, 9, 9, 10, 10, 12, 12, 42, 42, 46, 46])  # first stretches: compilation
-    monkeypatch.setattr("ebmkit.training.run_stats.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("ebmkit.training.cost.time.perf_counter", lambda: next(clock))
     watch = Stopwatch()
     for stage in (0, 0, 0, 1, 1):
         watch.step(data_seconds=0.5)
@@ -256,18 +255,18 @@ def test_the_best_weights_are_of_the_last_phase(pictures, monkeypatch):
     values = iter([3, 2, 1, 6, 7, 9, 8, 10])  # rises from phase to phase
     monkeypatch.setattr(TrainingLoss, "summary", lambda *_: next(values))
     trainer = trainer_of(pictures, "validate_every=1")
-    best = []
+    best, state = [], trainer.state
     log = trainer.report
-    monkeypatch.setattr(trainer, "report", lambda row: (best.append(trainer.best.loss), log(row)))
+    monkeypatch.setattr(trainer, "report", lambda row: (best.append(state.best.loss), log(row)))
     trainer.fit()
     before_each_validation = best[1::2]
-    assert [*before_each_validation, trainer.best.loss] == [math.inf, 3, 2, 1, 6, 6, 9, 8, 10]
+    assert [*before_each_validation, trainer.state.best.loss] == [math.inf, 3, 2, 1, 6, 6, 9, 8, 10]
 
 
 def test_the_reference_is_the_largest_crop_unless_another_is_set(pictures):
     trainer = trainer_of(pictures)
     assert trainer.model.reference_size == trainer.card.image_size == (28, 28)
-    own = ("model.reference_size=[16, 16]", "model.extent=factor")
+    own = ("model.reference_size=[16, 16]", "model.size_scaling=factor")
     trainer = trainer_of(pictures, *own)
     assert trainer.model.reference_size == (16, 16)
     assert trainer.card.image_size == (28, 28)
@@ -296,7 +295,7 @@ def test_a_phase_that_does_not_fit_is_named(pictures, monkeypatch):
     needs = [step_memory(trainer.loss, shapes) for _, shapes in trainer.budget.plan]
     assert max(range(4), key=lambda k: needs[k].total) == 1  # 6 images of 20 pixels
     free = needs[1].total - needs[1].parameters - 1
-    monkeypatch.setattr(memory_module, "available_memory", lambda device: free)
+    monkeypatch.setattr("ebmkit.training.cost.available_memory", lambda device: free)
     with pytest.raises(ebmkit.UserError, match=r"set streams\.denoise\.phases\[0\]\.batch_size=5"):
         trainer.budget.check()
 
@@ -320,8 +319,8 @@ def test_a_compiled_step_goes_through_the_phases(pictures, monkeypatch):
         trainer.fit()
         return trainer
 
-    defaults = (*TrainingStep.__init__.__defaults__[:-1], "eager")
-    monkeypatch.setattr(TrainingStep.__init__, "__defaults__", defaults)
+    with_backend = functools.partialmethod(TrainingStep.__init__, backend="eager")
+    monkeypatch.setattr(TrainingStep, "__init__", with_backend)
     compiled, eager = fit("on"), fit("off")
     assert compiled.update.compiled
     for a, b in zip(compiled.reporter.rows, eager.reporter.rows, strict=True):

@@ -10,8 +10,8 @@ import pytest
 
 from ebmkit.cli.console import TensorBoard, Together, TrainingBar
 from ebmkit.training import RunFolder, resolve
-from ebmkit.training.assemble import assemble
-from ebmkit.training.run_stats import MOST_STRETCHES, Stopwatch
+from ebmkit.training.cost import MOST_STRETCHES, Stopwatch
+from ebmkit.training.loop import assemble
 
 SMALL = {
     "backbone": "mlp",
@@ -73,7 +73,7 @@ def test_two_thousand_steps_leave_the_process_as_it_was(tmp_path, objective):
 
 def test_a_stopwatch_keeps_few_stretches_and_still_tells_of_all_steps(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("ebmkit.training.run_stats.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("ebmkit.training.cost.time.perf_counter", lambda: now[0])
     watch = Stopwatch()
     for number in range(20_000):
         stage = int(number >= 15_000)

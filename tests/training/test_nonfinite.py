@@ -18,9 +18,9 @@ from ebmkit.data.pack import pack
 from ebmkit.data.sets import load_dataset
 from ebmkit.data.streamed import origin
 from ebmkit.training import Interrupted, RunFolder, resolve
-from ebmkit.training.assemble import assemble
-from ebmkit.training.nonfinite import report_of, told
-from ebmkit.training.parts import make_average
+from ebmkit.training.loop import assemble
+from ebmkit.training.nonfinite import describe
+from ebmkit.training.optim import exponential_average
 
 pytestmark = pytest.mark.usefixtures("counted_once")
 
@@ -97,30 +97,30 @@ def test_the_state_is_the_one_before_the_step_to_the_bit(tmp_path, kind):
     """Weights, optimiser, averages, running means, statistics: as of a run that ended before it."""
     before = start(tmp_path / "before", KINDS[kind], {"steps": 6})
     states = []
-    before.report = lambda row, written=False: states.append(frozen(before.state()))
+    before.report = lambda row, written=False: states.append(frozen(before.state_dict()))
     before.fit()
     trainer = start(tmp_path / "run", KINDS[kind])
     spoil_batches(trainer, 4, trainer.loss.streams[0], 5)
     with pytest.raises(ebmkit.UserError, match="at step 4: stopped before the update"):
         trainer.fit()
-    assert_equal(trainer.state(), states[2])
+    assert_equal(trainer.state_dict(), states[2])
     saved = RunFolder(tmp_path / "run").load_checkpoint()
     assert_equal({**saved, "buffer": 0}, {**states[2], "buffer": 0})
     resumed = assemble(trainer.config, RunFolder.open(tmp_path / "run"))
     resumed.fit()  # the pixel was bad luck
-    assert_equal(resumed.state(), states[-1])
+    assert_equal(resumed.state_dict(), states[-1])
 
 
 @pytest.mark.parametrize("kind", ["averaged", "sgd", "muon", "batch norm"])
 @pytest.mark.parametrize("done", [0, 2])
-def test_steps_that_follow_before_the_host_hears_leave_nothing_either(tmp_path, kind, done):
+def test_steps_after_a_failed_one_leave_nothing_until_the_host_reads(tmp_path, kind, done):
     """As on a GPU, where the host reads every few steps; also where the first step fails."""
     trainer = start(tmp_path / "run", KINDS[kind])
     drawn = list(trainer.batches(0, done + 2))
     for number in range(done):
         trainer.update(drawn[number], 1e-3 / (1 + number))
     trainer.update.read()
-    before = frozen(trainer.state())
+    before = frozen(trainer.state_dict())
     batch = drawn[done]["classify"]
     bad = batch._replace(x=batch.x * math.nan, y=batch.y * math.nan)
     trainer.update({**drawn[done], "classify": bad}, 0.5)
@@ -128,17 +128,18 @@ def test_steps_that_follow_before_the_host_hears_leave_nothing_either(tmp_path, 
     reading = trainer.update.read()
     assert (reading.failed, reading.done, reading.skipped) == (True, done, 2)
     trainer.update.undo_skipped(1e-3 / done if done else trainer.config.optimizer.lr)
-    assert_equal(trainer.state(), before)
+    assert_equal(trainer.state_dict(), before)
 
 
 def test_averaged_weights_are_those_of_pytorch(tmp_path):
     """What `AveragedModel.update_parameters` gives, to the bit."""
     trainer = start(tmp_path / "run", KINDS["averaged"])
-    reference = make_average(trainer.model, trainer.config)
+    config = trainer.config.optimizer
+    reference = exponential_average(trainer.model, config.ema, config.ema_warmup)
     for drawn in trainer.batches(0, 3):
         trainer.update(drawn, 1e-2)
         reference.update_parameters(trainer.model)
-    assert_equal(trainer.average.state_dict(), reference.state_dict())
+    assert_equal(trainer.update.average.state_dict(), reference.state_dict())
 
 
 def test_the_decay_of_averaged_weights_can_warm_up(tmp_path):
@@ -151,7 +152,7 @@ def test_the_decay_of_averaged_weights_can_warm_up(tmp_path):
         now = trainer.model.backbone.stem.weight.detach().double()
         decay = min(0.6, (1 + t) / (10 + t))
         mean = now if mean is None else decay * mean + (1 - decay) * now
-    found = trainer.average.module.backbone.stem.weight.detach().double()
+    found = trainer.update.average.module.backbone.stem.weight.detach().double()
     torch.testing.assert_close(found, mean, rtol=1e-6, atol=1e-7)
     assert decay == (1 + 7) / (10 + 7)
     assert min(0.6, (1 + 20) / (10 + 20)) == 0.6  # it is reached
@@ -198,7 +199,7 @@ def test_numbers_in_the_report_are_those_of_the_data_set(tmp_path):
         assert torch.equal(batch.x, trainer.train.floats(torch.tensor(stream.numbers(7))))
 
 
-def test_a_gradient_without_an_image_at_fault_is_told_as_such(tmp_path):
+def test_a_gradient_without_an_image_at_fault_is_reported_as_such(tmp_path):
     trainer = start(tmp_path / "run")
     weight = trainer.model.head.density.weight
     weight.register_hook(lambda gradient: gradient * float("inf"))
@@ -216,7 +217,7 @@ def test_parameters_that_are_not_finite_are_named(tmp_path):
         trainer.fit()
 
 
-def test_a_breach_of_maximum_likelihood_names_them_too(tmp_path):
+def test_a_divergence_of_maximum_likelihood_is_diagnosed_too(tmp_path):
     """The run goes back, and its chains with it; the row and a file say what was at fault."""
     trainer = start(tmp_path / "run", {"objective": "jem"})
     draw, done = trainer.batches, []
@@ -236,7 +237,7 @@ def test_a_breach_of_maximum_likelihood_names_them_too(tmp_path):
     assert "stream classify: none of the 8 images is finite by itself" in "\n".join(row["detail"])
     report = json.loads((tmp_path / "run" / "nonfinite-5.json").read_text())
     assert len(report["streams"]["classify"]["images"]) == 8
-    assert bool(trainer.recovery.negatives.buffer.images.isfinite().all())
+    assert bool(trainer.rollback.negatives.buffer.images.isfinite().all())
 
 
 def test_reports_are_bounded_and_never_overwritten(tmp_path):
@@ -248,16 +249,15 @@ def test_reports_are_bounded_and_never_overwritten(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["plain", "in parts", "sam", "adv", "drops", "jem"])
-def test_what_is_looked_at_is_the_step_itself(tmp_path, kind):
+def test_the_diagnosed_step_is_the_step_itself(tmp_path, kind):
     """Its gradient is that of the step: the same batch, noise, attack, chains and dropout."""
     trainer = start(tmp_path / "run", KINDS.get(kind, {"objective": "ce+dsm"}), MORE.get(kind, {}))
     trainer.update._failed.fill_(1)  # as if it had failed: the parameters stay
     trainer.model.train()
     trainer._advance(trainer.batches(0, 1), False)
     own = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
-    trainer.optimizer.zero_grad()
-    drawn = trainer.drawn if trainer.recovery else None
-    report = report_of(trainer, 1, trainer.update.read(), drawn)
+    trainer.update.optimizer.zero_grad()
+    report = trainer.diagnose(1, trainer.update.read())
     assert "failed" not in report
     assert not report["reproduced"]
     assert len(report["gradients"]) > 3
@@ -271,22 +271,22 @@ MORE = {
 }
 
 
-def test_what_happens_uphill_is_looked_at_too(tmp_path):
+def test_the_second_gradient_of_sam_is_diagnosed_too(tmp_path):
     trainer = start(tmp_path / "run", {"optimizer": {"sharpness": 1e30}})
-    before = frozen(trainer.state())
+    before = frozen(trainer.state_dict())
     with pytest.raises(ebmkit.UserError, match="at step 1: stopped before the update"):
         trainer.fit()
-    assert_equal(trainer.state(), before)
+    assert_equal(trainer.state_dict(), before)
     report = json.loads((tmp_path / "run" / "nonfinite-1.json").read_text())
     assert report["reproduced"]
     assert report["layer"] is not None or report["gradients"][0]["not_finite"] > 0
 
 
-def test_a_fault_that_does_not_come_again_is_told_as_such(tmp_path):
+def test_a_fault_that_does_not_come_again_is_reported_as_such(tmp_path):
     trainer = start(tmp_path / "run")
     times = iter([math.inf])
     trainer.model.head.density.weight.register_hook(lambda gradient: gradient * next(times, 1))
-    with pytest.raises(ebmkit.UserError, match="taken again the step is finite: go on with"):
+    with pytest.raises(ebmkit.UserError, match="taken again the step is finite: resume with"):
         trainer.fit()
 
 
@@ -301,7 +301,7 @@ def test_a_rate_that_is_too_high_is_not_the_fault_of_the_images(tmp_path):
     assert told.splitlines()[-1].strip() == "try a lower optimizer.lr, or optimizer.clip_norm=1"
 
 
-def test_a_breach_under_attack_is_looked_into(tmp_path):
+def test_a_divergence_under_attack_is_diagnosed(tmp_path):
     trainer = start(tmp_path / "run", {"objective": "jem+0.1*adv", "terms": {"adv": {"eps": 0.1}}})
     spoil_batches(trainer, 3, "generate", 2)
     with pytest.raises(ebmkit.UserError, match="given up") as ended:
@@ -312,7 +312,7 @@ def test_a_breach_under_attack_is_looked_into(tmp_path):
     assert "not finite by themselves: images" in str(ended.value)
 
 
-def test_the_step_is_named_where_a_run_goes_on_in_the_same_process(tmp_path):
+def test_the_step_is_named_after_resuming_in_the_same_process(tmp_path):
     trainer = start(tmp_path / "run")
     trainer.reporter = Stop(2)
     with pytest.raises(Interrupted):
@@ -334,7 +334,7 @@ class Stop:
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_what_cannot_be_written_does_not_hide_what_happened(tmp_path):
+def test_a_failed_write_does_not_hide_the_error(tmp_path):
     """No file may grow beyond 2 kB, as if the disk were full."""
     trainer = start(tmp_path / "run")
     spoil_batches(trainer, 2, "denoise", 0)
@@ -351,7 +351,7 @@ def test_what_cannot_be_written_does_not_hide_what_happened(tmp_path):
     assert "not finite by themselves: images" in told
 
 
-def test_what_cannot_be_looked_at_does_not_hide_what_happened(tmp_path):
+def test_a_failed_diagnosis_does_not_hide_the_error(tmp_path):
     trainer = start(tmp_path / "run")
     spoil_batches(trainer, 2, "denoise", 0)
     draw = trainer.batches
@@ -394,9 +394,9 @@ def test_images_know_the_file_they_came_from(tmp_path, kind):
 TWO = """
 import sys
 import torch
-from ebmkit.parallel import join
+from ebmkit.distributed import join
 from ebmkit.training import RunFolder, resolve
-from ebmkit.training.assemble import assemble
+from ebmkit.training.loop import assemble
 from test_nonfinite import SMALL, spoil_batches
 
 config = resolve(SMALL)
@@ -438,7 +438,7 @@ def test_the_process_is_named_whose_share_was_at_fault(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_compiled_step_is_looked_at_eagerly(tmp_path):
+def test_a_compiled_step_is_diagnosed_eagerly(tmp_path):
     small = {"backbone": "mlp", "model": {"backbone": {"width": 8}}, "compute": {"compile": "on"}}
     trainer = start(tmp_path / "run", small)
     assert trainer.update.compiled
@@ -456,5 +456,5 @@ def test_a_file_s_name_cannot_add_lines_to_the_message(tmp_path):
     row |= {"finite": {"image": False}, "file": "a\nebmkit: all is well\x1b[2J.png"}
     found = {"size": 2, "looked_at": 2, "images": [row], "indices": [7, 8]}
     report = {"terms": {"ce": "nan"}, "grad_norm": "nan", "lr": 0.1, "streams": {"classify": found}}
-    (_, line, _) = told({**report, "failed": "no"})
+    (_, line, _) = describe({**report, "failed": "no"})
     assert r"images 7 ('a\nebmkit: all is well\x1b[2J.png') [ce" in line

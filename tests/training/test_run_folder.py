@@ -17,8 +17,8 @@ from ebmkit.storage import DamagedFile, write_atomically
 from ebmkit.storage.manifest import read_manifest
 from ebmkit.storage.verify import accept_files, verify_run
 from ebmkit.training import RunFolder, resolve
-from ebmkit.training.assemble import assemble
-from ebmkit.training.journal import whole_rows
+from ebmkit.training.loop import assemble
+from ebmkit.training.metrics import whole_rows
 
 pytestmark = pytest.mark.usefixtures("counted_once")
 
@@ -112,7 +112,7 @@ def damage(root, name, how, other):
         path.write_bytes(DAMAGES[how](path.read_bytes(), (other / name).read_bytes()))
 
 
-def test_every_file_of_a_run_is_vouched_for(trained):
+def test_every_file_of_a_run_is_in_the_manifest(trained):
     assert set(FILES) == set(read_manifest(trained[0]).files)
     assert all(found.state == "whole" for found in verify_run(trained[0]))
 
@@ -147,7 +147,7 @@ def test_damage_to_any_file_is_noticed(run, trained, name, how):
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_a_run_goes_on_from_its_newest_whole_checkpoint(run, trained, how):
+def test_a_run_resumes_from_its_newest_whole_checkpoint(run, trained, how):
     """And ends with the same bits, metrics and best weights; the damaged file is replaced."""
     damage(run, CHECKPOINTS[1], how, trained[1])
     damage(run, "model.safetensors", how, trained[1])
@@ -158,7 +158,7 @@ def test_a_run_goes_on_from_its_newest_whole_checkpoint(run, trained, how):
     assert rows_of(run) == rows_of(trained[0])
 
 
-def test_without_its_manifest_a_run_goes_on_and_gets_a_new_one(run, trained):
+def test_without_its_manifest_a_run_resumes_and_gets_a_new_one(run, trained):
     (run / "manifest.json").unlink()
     path = run / CHECKPOINTS[1]
     path.write_bytes(in_a_tensor(path.read_bytes()))
@@ -189,7 +189,7 @@ def test_checkpoints_of_another_step_are_not_taken(run):
         assert RunFolder.open(run).load_checkpoint()["step"] == 6
 
 
-def test_if_no_checkpoint_is_whole_nothing_is_begun_anew(run):
+def test_without_a_whole_checkpoint_resuming_is_refused(run):
     for name in CHECKPOINTS:
         (run / name).write_bytes(b"")
     with pytest.raises(DamagedFile, match="no whole checkpoint is left"):
@@ -198,7 +198,7 @@ def test_if_no_checkpoint_is_whole_nothing_is_begun_anew(run):
 
 
 @pytest.mark.filterwarnings("ignore:.*manifest.json. is missing; it is made anew")
-def test_metrics_cut_anywhere_are_read_and_gone_on_with(run, trained):
+def test_metrics_cut_anywhere_are_read_and_continued(run, trained):
     """Every byte of the last two rows; what is after the checkpoint is written again."""
     whole = (run / "metrics.jsonl").read_bytes()
     (run / CHECKPOINTS[1]).unlink()
@@ -220,7 +220,7 @@ def test_metrics_cut_anywhere_are_read_and_gone_on_with(run, trained):
         assert folder.metrics()[:-1] == rows[: sum(end <= cut for end in ends)]
 
 
-def test_so_many_checkpoints_are_kept(tmp_path):
+def test_the_configured_number_of_checkpoints_is_kept(tmp_path):
     for keep, kept in ((1, [6]), (3, [2, 4, 6])):
         root = tmp_path / str(keep)
         config = resolve(SMALL, {"keep_checkpoints": keep})
@@ -242,7 +242,7 @@ def test_a_run_of_format_1_becomes_one_of_format_2(run, trained):
 
 
 @pytest.mark.parametrize("remains", [(), ("checkpoints/",), ("checkpoints/", ".lock")])
-def test_who_is_killed_before_the_first_file_can_begin_again(tmp_path, remains):
+def test_a_run_killed_before_its_first_file_can_start_again(tmp_path, remains):
     root = tmp_path / "run"
     root.mkdir()
     for name in remains:
@@ -257,7 +257,7 @@ def test_a_folder_with_hidden_files_of_others_is_not_taken(tmp_path):
     assert not RunFolder.is_unborn(tmp_path)
 
 
-def test_best_weights_that_are_lost_are_told(run, trained):
+def test_lost_best_weights_are_reported(run, trained):
     """And found again: the run goes back, and validates what it had validated."""
     (run / "checkpoints" / "best.safetensors").unlink()
     (run / CHECKPOINTS[1]).unlink()
@@ -290,7 +290,7 @@ FIELDS = {
 
 
 @pytest.mark.parametrize(("field", "value"), [(f, v) for f, vs in FIELDS.items() for v in vs])
-def test_a_checkpoint_whose_fields_lie_is_passed_over(run, field, value):
+def test_a_checkpoint_with_false_fields_is_passed_over(run, field, value):
     """One that is vouched for, as a stranger could make it: the one before is taken."""
     state = torch.load(run / CHECKPOINTS[1], weights_only=True)
     torch.save(state | {field: value}, run / CHECKPOINTS[1])
@@ -303,7 +303,7 @@ def test_a_folder_with_anything_else_in_it_is_not_taken(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "mine.pt").touch()
     assert not RunFolder.is_unborn(tmp_path)
-    with pytest.raises(UserError, match="exists: go on with it by --resume"):
+    with pytest.raises(UserError, match="exists: resume it by --resume"):
         RunFolder.create(tmp_path, resolve(SMALL))
 
 
@@ -317,7 +317,7 @@ def test_a_folder_that_links_out_is_not_written_into(run, tmp_path):
     assert sorted(p.name for p in elsewhere.iterdir()) == before
 
 
-def test_what_happened_is_told_when_a_save_fails(run, monkeypatch):
+def test_a_failed_save_reports_the_last_checkpoint(run, monkeypatch):
     """Where the run stands, and what there is to go on from."""
     folder = RunFolder.open(run)
     state = folder.load_checkpoint()
@@ -364,7 +364,7 @@ def test_a_real_limit_of_file_sizes_keeps_the_checkpoint_before(run):
     assert not list(run.rglob("*.partial"))
 
 
-def test_a_vanished_folder_is_told(tmp_path):
+def test_a_vanished_folder_is_reported(tmp_path):
     class Vanish:
         def report(self, row):
             if row["step"] == 3:
@@ -377,7 +377,7 @@ def test_a_vanished_folder_is_told(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_going_on_warns_of_nothing_when_all_is_well(run):
+def test_resuming_an_undamaged_run_does_not_warn(run):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         go_on(run)

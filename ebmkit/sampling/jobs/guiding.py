@@ -18,7 +18,7 @@ from ebmkit.guidance.model import GuidedModel, guided_model
 from ebmkit.models import load, weights_digest
 from ebmkit.sampling.jobs.settings import SamplingSettings
 from ebmkit.sampling.jobs.sources import data_of
-from ebmkit.training.assemble import images_of
+from ebmkit.training.setup import images_of
 
 __all__ = ["GuidedRun", "default_folder", "guidance_asked", "guide_by", "mean_energies"]
 

@@ -32,7 +32,7 @@ from ebmkit.sampling.jobs.settings import SamplingSettings
 from ebmkit.storage import held, write_atomically
 from ebmkit.storage.reading import read_json
 from ebmkit.storage.tensors import read_tensors
-from ebmkit.training.differences import difference
+from ebmkit.training.config import difference
 
 __all__ = ["SamplingFolder"]
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from ebmkit.compile import device_of
 from ebmkit.energy import Noise, ScoreModel
 from ebmkit.errors import UserError
-from ebmkit.inference import TILE, denoise_picture
+from ebmkit.inference import TILE, denoise_image
 from ebmkit.randomness import keyed_generator
 from ebmkit.sampling.base import Chains
 from ebmkit.sampling.config import StochasticAscentConfig
@@ -142,7 +142,7 @@ class _InCrops:
         return torch.stack([self._one(one) for one in y])
 
     def _one(self, y: Tensor) -> Tensor:
-        found = denoise_picture(self.model, y, c=self.c)
+        found = denoise_image(self.model, y, c=self.c)
         limits = self.model.card.sigma_range if self.model.card else None
         if limits is None or not self.model.is_energy_based or found.sigma <= limits[1]:
             return found.image

@@ -23,7 +23,7 @@ from ebmkit.sampling.jobs.restore import restore
 from ebmkit.sampling.jobs.results import far_from_images
 from ebmkit.sampling.jobs.tasks import Degraded, Task, TaskOptions, degrade
 from ebmkit.storage import write_atomically
-from ebmkit.training.environment import environment
+from ebmkit.training.run_folder import environment
 
 __all__ = ["RestoreJob", "read_mask"]
 

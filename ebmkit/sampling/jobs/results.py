@@ -32,7 +32,7 @@ from ebmkit.sampling.jobs.job import SamplingJob, density_level
 from ebmkit.sampling.jobs.labels import class_names_of
 from ebmkit.sampling.jobs.record import means_of
 from ebmkit.sampling.jobs.settings import BUFFER
-from ebmkit.training.environment import environment
+from ebmkit.training.run_folder import environment
 
 __all__ = ["far_from_images", "source_of", "write_results"]
 

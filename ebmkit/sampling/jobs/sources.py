@@ -14,7 +14,7 @@ from ebmkit.sampling.buffer import ReplayBuffer
 from ebmkit.sampling.jobs.settings import BUFFER, SamplingSettings
 from ebmkit.storage.hdf5 import holds, open_hdf5
 from ebmkit.training import DataConfig, RunFolder, resolve
-from ebmkit.training.assemble import Split, images_of
+from ebmkit.training.setup import Split, images_of
 
 __all__ = ["Sources", "at_hand", "buffer_of", "data_of", "sources_for"]
 

@@ -118,9 +118,9 @@ def test_what_cannot_be_restored_is_told(tmp_path):
 def test_pictures_beyond_twice_the_trained_size_are_denoised_in_crops(tmp_path, monkeypatch):
     """And come out as large as they were, with their measurements."""
     module, crops = importlib.import_module("ebmkit.sampling.jobs.restore"), []
-    plain = module.denoise_picture
+    plain = module.denoise_image
     monkeypatch.setattr(
-        module, "denoise_picture", lambda *a, **k: crops.append(a[1].shape) or plain(*a, **k)
+        module, "denoise_image", lambda *a, **k: crops.append(a[1].shape) or plain(*a, **k)
     )
     model = small_network(tmp_path)
     for side in (16, 20):

@@ -1,0 +1,265 @@
+r"""What a network, a backbone and a head must provide, and what backbones share.
+
+A backbone turns images into features, a head turns features into energies, a
+`ebmkit.models.JointModel` is one of each. Neither knows the other: a backbone of your own needs
+`num_features` and a `forward` that returns `Features`; a head of your own needs only `forward`.
+
+To be built by name, a network has a configuration: a `BackboneConfig`, or a `DenoiserConfig` for a
+whole model without a head. It lies in one file with the network and its presets, and is one line in
+`ebmkit.models.config.NETWORKS`.
+
+**Mean over positions.** Its gradient is laid out in memory as its input is:
+
+.. math:: f = \frac{1}{HW} \sum_{ij} h_{ij}, \qquad
+    \frac{\partial f}{\partial h_{ij}}^{\!\top} g = \frac{g}{HW} .
+
+PyTorch spreads g in its default layout. Where maps lie channels last, everything the score computes
+behind it then mixes the two layouts, which on a CPU costs some percent of a score-matching step
+(``benchmarks/layout.py``).
+
+**Noise levels.** A classifier for every step of a diffusion, :math:`p_t(c \mid u_t)` (RCG section
+2.3), must bear noise of any level. In image units y grows with sigma, so `NoiseConditioned` shows
+its backbone what a diffusion network sees, the variance-preserving image of :math:`2y - 1`, and one
+more channel, constant over the image, that says the level,
+
+.. math::
+    u = \sqrt{\bar\alpha}\,(2y - 1), \qquad \bar\alpha = \frac{1}{1 + (2\sigma)^2}, \qquad
+    m = \tfrac14 \log \max(\sigma, \sigma_0) .
+
+:math:`\sigma_0 = 0.005` is the lowest level of the linear schedule, at which clean images are
+taken: no others were seen in training. Up to :math:`\sigma = 79`, the highest, m lies between -1.4
+and 1.1.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from ebmkit.compute import upcast, without_autocast
+from ebmkit.energy import Energies, ScoreModel, per_image
+from ebmkit.errors import UserError
+from ebmkit.registry import Preset
+
+
+class Features(NamedTuple):
+    """What a backbone sees in a batch of images.
+
+    Attributes:
+        pooled: (B, K), averaged over positions.
+        maps: the maps behind them, each (B, C_i, H_i, W_i), for who wants positions; may be empty.
+    """
+
+    pooled: Tensor
+    maps: tuple[Tensor, ...] = ()
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """Images (B, C, H, W) to `Features` with K = ``num_features``."""
+
+    num_features: int
+
+    def __call__(self, y: Tensor, /) -> Features: ...
+
+
+@runtime_checkable
+class NoiseConditionalBackbone(Protocol):
+    """A backbone that is given sigma, (B,) in image units, if its ``noise_conditional`` is True.
+
+    One without that attribute, or where it is False, is called with the images alone.
+    """
+
+    num_features: int
+    noise_conditional: bool
+
+    def __call__(self, y: Tensor, sigma: Tensor, /) -> Features: ...
+
+
+@runtime_checkable
+class WindowedBackbone(Backbone, Protocol):
+    """A backbone that can also pool its maps over a grid of windows."""
+
+    def pool(self, maps: tuple[Tensor, ...], grid: tuple[int, int]) -> Tensor:
+        """Average ``maps`` over each window of ``grid`` (rows, columns): (B, rows * columns, K)."""
+        ...
+
+
+@runtime_checkable
+class Head(Protocol):
+    """Pooled features (B, K) to energies; ``num_classes`` is C."""
+
+    num_classes: int
+
+    def __call__(self, pooled: Tensor, /) -> Energies: ...
+
+
+# --- configurations ------------------------------------------------------------------------------
+
+
+class NetworkConfig(BaseModel):
+    """Shape of a network. Each class has a ``kind`` of its own, by which documents name it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: str
+
+    @classmethod
+    def presets(cls) -> dict[str, Preset[Self]]:
+        """Named configurations, for `ebmkit list`, the command line and the tests."""
+        return {}
+
+    def without_pretrained(self) -> Self:
+        """The same for weights that come from a file: nothing is downloaded to build it."""
+        return self
+
+
+class BackboneConfig(NetworkConfig):
+    """Shape of a network from images to `Features`."""
+
+    def build(self, in_channels: int) -> nn.Module:
+        """The `Backbone`, with fresh weights, for images of ``in_channels`` channels."""
+        raise NotImplementedError
+
+
+class DenoiserConfig(NetworkConfig):
+    """Shape of a network that is a model by itself, without a head."""
+
+    def build_model(self, in_channels: int, num_classes: int = 0) -> ScoreModel:
+        """The model, with fresh weights, for images of C channels and, if it has any, labels."""
+        raise NotImplementedError
+
+
+def check_images(y: Tensor, channels: int | None = None) -> None:
+    """Check that ``y`` is a batch of images of ``channels`` (None: any number).
+
+    Raises:
+        UserError: if it is not.
+    """
+    if y.ndim != 4:
+        shape = tuple(y.shape)
+        raise UserError(f"images must be (batch, channels, height, width), not {shape}")
+    if channels is not None and y.shape[1] != channels:
+        raise UserError(f"this model takes images of {channels} channel(s), not {y.shape[1]}")
+
+
+# --- pooling -------------------------------------------------------------------------------------
+
+
+def mean_over_windows(h: Tensor, grid: tuple[int, int] = (1, 1)) -> Tensor:
+    """Means of maps ``h`` (B, K, H, W) over each window of ``grid``: (B, windows, K), float32."""
+    with without_autocast(h):
+        wide = upcast(h)
+        if grid == (1, 1):
+            return mean_over_positions(wide)[:, None]
+        return nn.functional.adaptive_avg_pool2d(wide, grid).flatten(2).transpose(1, 2)
+
+
+class MeanPooled(nn.Module):
+    """Base of backbones whose features are the means over positions of their last maps."""
+
+    num_features: int
+
+    def features(self, h: Tensor) -> Features:
+        """Of the last maps ``h`` (B, K, H, W)."""
+        return Features(mean_over_windows(h).squeeze(1), (h,))
+
+    def pool(self, maps: tuple[Tensor, ...], grid: tuple[int, int]) -> Tensor:
+        """Features of each window of ``grid`` (rows, columns): (B, rows * columns, K), float32."""
+        return mean_over_windows(maps[-1], grid)
+
+
+def mean_over_positions(h: Tensor) -> Tensor:
+    """Mean of maps ``h`` (B, C, H, W) over H and W: (B, C); differentiable to any order."""
+    if torch.compiler.is_compiling():  # a compiler chooses layouts itself
+        return h.mean(dim=(2, 3))
+    out: Tensor = _Mean.apply(h)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Mean(torch.autograd.Function):
+    """(B, C, H, W) to (B, C)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(h: Tensor) -> Tensor:
+        return h.mean(dim=(2, 3))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        (h,) = inputs
+        last = h.is_contiguous(memory_format=torch.channels_last) and not h.is_contiguous()
+        ctx.shape, ctx.last = h.shape, last
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        out: Tensor = _Spread.apply(g, ctx.shape, ctx.last)  # type: ignore[no-untyped-call]
+        return out
+
+
+class _Spread(torch.autograd.Function):
+    """(B, C) to (B, C, H, W), each entry shared out evenly; the transpose of `_Mean`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(g: Tensor, shape: torch.Size, last: bool) -> Tensor:
+        even = (g / (shape[2] * shape[3]))[:, :, None, None].expand(shape)
+        layout = torch.channels_last if last else torch.contiguous_format
+        return even.contiguous(memory_format=layout)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return mean_over_positions(v), None, None
+
+
+# --- noise levels --------------------------------------------------------------------------------
+
+LOWEST = 0.005
+"""sigma_0, image units."""
+
+
+class NoiseConditioned(nn.Module):
+    """``backbone`` of one more channel than the images have, which says sigma.
+
+    Args:
+        backbone: any, of C + 1 channels.
+    """
+
+    noise_conditional = True
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        assert isinstance(backbone, Backbone)
+        self.backbone: nn.Module = backbone
+        self.num_features = backbone.num_features
+
+    def forward(self, y: Tensor, sigma: Tensor) -> Features:
+        """Features of images ``y`` (B, C, H, W) with noise of ``sigma`` (B,), image units."""
+        level = sigma.clamp_min(LOWEST)
+        root_abar = per_image((1 + (2 * level).square()).rsqrt(), y)
+        level_map = per_image(level.log() / 4, y) * torch.ones_like(y[:, :1])
+        features: Features = self.backbone(torch.cat([root_abar * (2 * y - 1), level_map], dim=1))
+        return features
+
+    def pool(self, maps: tuple[Tensor, ...], grid: tuple[int, int]) -> Tensor:
+        """Features of each window of ``grid`` (rows, columns): (B, rows * columns, K)."""
+        assert isinstance(self.backbone, WindowedBackbone)
+        return self.backbone.pool(maps, grid)
+
+    @property
+    def recompute(self) -> bool | None:
+        """Whether the backbone recomputes its activations; None if it cannot."""
+        return getattr(self.backbone, "recompute", None)
+
+    @recompute.setter
+    def recompute(self, on: bool) -> None:
+        self.backbone.recompute = on  # type: ignore[assignment]

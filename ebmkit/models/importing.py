@@ -1,0 +1,579 @@
+"""Checkpoints of other programs as models of ours: read, converted to our names, saved like a run.
+
+`load_checkpoint` gives the model, `import_checkpoint` makes a folder of it that `ebmkit.load` and
+the command line take. Nothing in a file is executed (`ebmkit.storage.torchfile`).
+
+============== ===============================================================================
+kind           names in the state dict
+============== ===============================================================================
+``robustness`` ``module.model.*`` (or ``module.attacker.model.*``) and the normalisation
+               ``module.normalizer.new_mean``, ``new_std`` (Engstrom et al. 2019). The network is
+               a ResNet with ``shortcut`` and ``linear`` (CIFAR) or torchvision's (ImageNet)
+``jem``        ``f.conv1``, ``f.layer1.0.conv1`` ..., ``class_output`` (Grathwohl et al.,
+               arXiv 1912.03263); images in [-1, 1]; ``energy_output`` and ``f.linear``, which
+               no class logit uses, are left out
+``denoiser``   a published DnCNN or DRUNet (`convert_dncnn`, `convert_drunet`)
+``state``      those of a backbone of the table BACKBONES, by a map of prefixes
+``diffusers``  no names: a folder, see `ebmkit.models.pipelines`
+============== ===============================================================================
+
+Each becomes a configuration and a state of ours. The classifiers get the head ``logit``, with a
+bias: log p(x) = logsumexp of the logits, E(x, y) = -logit_y.
+
+>>> model = load_checkpoint("cifar_l2_0_5.pt")                           # doctest: +SKIP
+>>> model.log_joint(images)                                              # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from ebmkit.card import ModelCard
+from ebmkit.energy import ScoreModel
+from ebmkit.errors import UserError, plain
+from ebmkit.models.config import ModelConfig, find_backbone
+from ebmkit.models.dncnn import convert_dncnn
+from ebmkit.models.drunet import convert_drunet
+from ebmkit.models.resnet import BLOCKS
+from ebmkit.models.saving import save_model
+from ebmkit.registry import find
+from ebmkit.storage.tensors import read_tensors
+from ebmkit.storage.torchfile import read_torch_file
+from ebmkit.validation import validated
+
+KINDS = {
+    "robustness": "adversarially trained ResNet of the robustness package",
+    "jem": "JEM's released WideResNet",
+    "denoiser": "published DnCNN or DRUNet",
+    "state": "state dict of a backbone, with --backbone and --map",
+    "diffusers": "noise-predicting UNet of diffusers",
+}
+"""Kinds of checkpoints: name to one line."""
+
+State = Mapping[str, Tensor]
+Numbers = float | tuple[float, ...]
+AnyScoreModel = TypeVar("AnyScoreModel", bound=ScoreModel)
+SHOWN = 8
+"""Names that a message lists."""
+
+
+class Converted(NamedTuple):
+    """A checkpoint in our names.
+
+    Attributes:
+        config: builds the model.
+        state: what it loads, without ``num_batches_tracked``.
+        image_size: height and width of the images it was trained on, if that is known.
+        classifies: whether its logits were trained.
+    """
+
+    config: ModelConfig
+    state: dict[str, Tensor]
+    image_size: int | None
+    classifies: bool
+
+
+NESTED = ("model_state_dict", "state_dict", "params", "model", "net")
+"""Under which names training codes keep the weights in a checkpoint."""
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors in a ``.pth`` or ``.safetensors`` file, by name.
+
+    Raises:
+        UserError: if it cannot be read, asks for what may run code, or holds no state dict.
+    """
+    if path.suffix == ".safetensors":
+        return read_tensors(path)[0]
+    content = read_torch_file(path)
+    for name in NESTED:
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
+    if not isinstance(content, Mapping) or not content:
+        raise UserError(f"{str(path)!r} holds no state dict: names of parameters with tensors")
+    odd = next(
+        (plain(str(name)) for name, value in content.items() if not isinstance(value, Tensor)), None
+    )
+    if odd is not None:
+        raise UserError(f"{odd} in {str(path)!r} is no tensor: give the network's state dict")
+    return {str(name): value for name, value in content.items()}
+
+
+def load_checkpoint(source: str | Path, kind: str | None = None, **options: Any) -> ScoreModel:
+    """The model in a checkpoint of another program, frozen and in evaluation mode.
+
+    Its ``card`` says what is known of its training. The arguments are those of `read_checkpoint`.
+
+    Raises:
+        UserError: if the file cannot be read or would run code, or the weights do not fit.
+    """
+    return read_checkpoint(source, kind, **options)[0]
+
+
+def import_checkpoint(
+    source: str | Path, folder: Path, kind: str | None = None, **options: Any
+) -> ScoreModel:
+    """Make of a checkpoint a folder that `ebmkit.load` and the command line take.
+
+    Args:
+        source: as for `read_checkpoint`.
+        folder: a new folder, or an empty one.
+        kind: as for `read_checkpoint`.
+        **options: its other options.
+
+    Raises:
+        UserError: as `load_checkpoint` does, or if the folder is not empty.
+    """
+    return save_as_run(folder, lambda: read_checkpoint(source, kind, **options))
+
+
+def save_as_run(
+    folder: Path, read: Callable[[], tuple[AnyScoreModel, ModelConfig]]
+) -> AnyScoreModel:
+    """Write the model that ``read`` gives, and its configuration, into a new or empty ``folder``.
+
+    Raises:
+        UserError: if the folder is not empty or cannot be made.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{str(folder)!r} exists: choose another --out")
+    model, config = read()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make folder {str(folder)!r}: {error.strerror}") from None
+    assert model.card is not None
+    save_model(folder, model, config, model.card)
+    return model
+
+
+def read_checkpoint(
+    source: str | Path,
+    kind: str | None = None,
+    *,
+    backbone: str | None = None,
+    rename: Sequence[tuple[str, str]] = (),
+    classes: int | None = None,
+    mean: Numbers | None = None,
+    std: Numbers | None = None,
+    image_size: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    dataset: str = "",
+    class_names: Sequence[str] = (),
+    sigma_range: tuple[float, float] | None = None,
+) -> tuple[ScoreModel, ModelConfig]:
+    """The model in a checkpoint, frozen and in evaluation mode, and what builds it.
+
+    Args:
+        source: a file, or ``owner/name:file`` on the Hugging Face hub; of diffusers a folder, or
+            ``owner/name``.
+        kind: a name of `KINDS`; None: as the names of its parameters tell.
+        backbone: for ``state``, a name from `ebmkit list backbones`.
+        rename: prefixes to replace in the names, (old, new), in order, before all else.
+        classes: labels C; None: as many as the classifier has.
+        mean: what the network subtracts from images in [0, 1], one number or one per channel;
+            None: what the checkpoint tells, else 0.
+        std: what it divides them by then; None: what the checkpoint tells, else 1.
+        image_size: height and width of the images it was trained on, if the kind does not tell.
+        settings: for ``state``, fields of `ModelConfig` that differ from the preset's, nested.
+        dataset: name of the set it was trained on.
+        class_names: by label.
+        sigma_range: the noise levels it was trained for, image units.
+
+    Raises:
+        UserError: if the file cannot be read or would run code, or the weights do not fit.
+    """
+    if kind is not None:
+        find("kind of checkpoint", KINDS, kind)
+    path = Path(source)
+    if (path / "model.json").is_file():
+        raise UserError(f"{str(source)!r} is a model's folder already: use it as it is")
+    repository = not path.exists() and is_hub_name(str(source)) and ":" not in str(source)
+    if kind == "diffusers" or (kind is None and (path.is_dir() or repository)):
+        from ebmkit.models.pipelines import read_unet
+
+        options: dict[str, Any] = {
+            "backbone": backbone,
+            "rename": rename,
+            "classes": classes,
+            "mean": mean,
+        }
+        options |= {"std": std, "image_size": image_size, "settings": settings}
+        other = next((name for name, value in options.items() if value), None)
+        if other:
+            raise UserError(f"a UNet of diffusers says itself what it is: leave {other} out")
+        unet, config = read_unet(source)
+        assert unet.card is not None
+        if class_names and config.num_classes == len(class_names):
+            unet.card.class_names = list(class_names)
+        unet.card.dataset = dataset
+        return unet, config
+    if path.is_dir():
+        raise UserError(f"{str(source)!r} is a folder: name the file of weights in it")
+    state = read_state(locate(str(source)))
+    kind = kind or ("state" if backbone else _kind_of(_renamed(state, rename)))
+    if kind is None:
+        names = ", ".join(plain(name) for name in list(state)[:4])
+        raise UserError(
+            f"the names in {str(source)!r} ({names}, ...) do not tell what network it is: say "
+            f"--backbone, or --as {', '.join(KINDS)}"
+        )
+    if kind != "state" and (backbone or settings):
+        raise UserError(f"--backbone and --set belong to --as state, not to {kind!r}")
+    if kind == "state":
+        if backbone is None:
+            raise UserError("--as state needs --backbone, a name from `ebmkit list backbones`")
+        chosen: dict[str, Any] = {"input_mean": mean, "input_std": std, **(settings or {})}
+        chosen = {name: value for name, value in chosen.items() if value is not None}
+        converted = _convert_state(state, backbone, rename, classes, chosen)
+    elif kind == "denoiser":
+        converted = _convert_denoiser(_renamed(state, rename))
+    else:
+        convert = _convert_robustness if kind == "robustness" else _convert_jem
+        converted = convert(_renamed(state, rename), mean, std)
+    config, size = converted.config, image_size or converted.image_size
+    if classes is not None and classes != config.num_classes:
+        raise UserError(
+            f"the classifier has {config.num_classes} labels, not {classes}: leave --classes out"
+        )
+    if class_names and len(class_names) != config.num_classes:
+        raise UserError(
+            f"{dataset or 'the data set'} has {len(class_names)} classes and this classifier "
+            f"{config.num_classes}"
+        )
+    if image_size is not None and converted.classifies:
+        config = config.model_copy(update={"reference_size": (image_size, image_size)})
+    model = config.without_pretrained().build()
+    counts = {n: v for n, v in model.state_dict().items() if n.endswith("num_batches_tracked")}
+    model.load_state_dict({**counts, **converted.state})
+    model.card = ModelCard(
+        dataset=dataset,
+        objective=f"published: {str(source).rpartition('/')[2]}",
+        channels=config.in_channels,
+        image_size=(size, size) if size else None,
+        class_names=list(class_names),
+        sigma_range=sigma_range,
+        classifies=converted.classifies,
+        energies="model",
+    )
+    return model.eval().requires_grad_(False), config
+
+
+# --- where a file is -----------------------------------------------------------------------------
+
+SUFFIXES = (".pt", ".pth", ".ckpt", ".tar", ".bin", ".safetensors", ".zip")
+
+NAME = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(?::(?P<file>[^:]+))?")
+
+
+def is_hub_name(source: str) -> bool:
+    """Whether ``source``, which is no local path, reads ``owner/name`` or ``owner/name:file``."""
+    match = NAME.fullmatch(source)
+    return match is not None and (bool(match["file"]) or not source.endswith(SUFFIXES))
+
+
+def locate(source: str) -> Path:
+    """The local path of ``source``; a file on the hub is fetched, or taken from the cache.
+
+    Args:
+        source: a path, or ``owner/name:file``.
+
+    Raises:
+        UserError: if it is neither, huggingface_hub is not installed, or it cannot be fetched.
+    """
+    if Path(source).exists():
+        return Path(source)
+    match = NAME.fullmatch(source)
+    if not is_hub_name(source) or match is None:
+        raise UserError(f"cannot read {source!r}: no such file or folder")
+    if not match["file"]:
+        raise UserError(
+            f"{source!r} is no local path; of a repository on the hub say the file too, as in "
+            f"{source}:model.pt"
+        )
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise UserError(
+            "fetching from the hub needs huggingface_hub: pip install 'ebmkit-vision[hub]'"
+        ) from None
+    try:
+        return Path(huggingface_hub.hf_hub_download(match["repository"], match["file"]))
+    except Exception as error:  # of the network, the hub and its cache: it has no common class
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"cannot fetch {source!r} from the hub: {reason}") from None
+
+
+# --- kinds ---------------------------------------------------------------------------------------
+
+
+def _kind_of(state: State) -> str | None:
+    """Which of `KINDS` the names in ``state`` are; None: they do not tell."""
+    names = [name.removeprefix("module.") for name in state]
+    if any(name.startswith(("normalizer.new_mean", "attacker.model.")) for name in names):
+        return "robustness"
+    if {"class_output.weight", "f.conv1.weight"} <= set(names):
+        return "jem"
+    if all(name.startswith(("model.", "dncnn.", "in_conv", "conv_list", "out_conv", "m_"))
+           for name in names):  # fmt: skip
+        return "denoiser"
+    return None
+
+
+def _renamed(state: State, rules: Iterable[tuple[str, str]]) -> dict[str, Tensor]:
+    """``state`` with prefixes replaced, each rule applied to what the one before it left.
+
+    Raises:
+        UserError: if two names become one.
+
+    >>> list(_renamed({"module.fc.bias": 0}, [("module.", ""), ("fc.", "head.classifier.")]))
+    ['head.classifier.bias']
+    """
+    result: dict[str, Tensor] = {}
+    rules = list(rules)
+    for name, value in state.items():
+        new = name
+        for old, replacement in rules:
+            if new.startswith(old):
+                new = replacement + new[len(old) :]
+        if new in result:
+            raise UserError(f"the map makes two parameters {new!r}, one of them of {name!r}")
+        result[new] = value
+    return result
+
+
+def _substituted(
+    state: State, *rules: tuple[str, str | Callable[[re.Match[str]], str]]
+) -> dict[str, Tensor]:
+    """``state`` with regular expressions replaced in its names, and ``backbone.`` before them."""
+    ours = {}
+    for name, value in state.items():
+        new = name
+        for old, replacement in rules:
+            new = re.sub(old, replacement, new, count=1)
+        ours[new if new.startswith("head.") else f"backbone.{new}"] = value
+    return ours
+
+
+def _convert_robustness(state: State, mean: Numbers | None, std: Numbers | None) -> Converted:
+    """A ResNet of the ``robustness`` package, with its normalisation.
+
+    Raises:
+        UserError: if it is another network, or a parameter is missing or left over.
+    """
+    plain = {name.removeprefix("module."): value for name, value in state.items()}
+    named: dict[str, Tensor] = {}
+    for prefix in ("model.", "attacker.model."):
+        named = named or {n[len(prefix) :]: v for n, v in plain.items() if n.startswith(prefix)}
+    statistics = []
+    for given, part in ((mean, "new_mean"), (std, "new_std")):
+        found = plain.get(f"normalizer.{part}", plain.get(f"attacker.normalize.{part}"))
+        if given is None and found is None:
+            raise UserError(f"the checkpoint has no normalizer.{part}: give --mean and --std")
+        statistics.append(given if found is None or given is not None else _numbers(found))
+    ours = _substituted(
+        named, (r"\.shortcut\.", ".downsample."), (r"^(linear|fc)\.", "head.classifier.")
+    )
+    shape = _resnet(ours)
+    config = {
+        "backbone": shape,
+        "head": {"kind": "logit", "bias": True},
+        "num_classes": _rows(ours, "head.classifier.weight"),
+        "input_mean": statistics[0],
+        "input_std": statistics[1],
+    }
+    size = 32 if shape["stem"] == "cifar" else 224
+    return _fitted("a ResNet of the robustness package", config, ours, size)
+
+
+def _resnet(ours: State) -> dict[str, Any]:
+    """Depth, width and stem of a ResNet, by its parameters."""
+    first = ours.get("backbone.conv1.weight")
+    counts = tuple(
+        len({n.split(".")[2] for n in ours if n.startswith(f"backbone.layer{stage}.")})
+        for stage in (1, 2, 3, 4)
+    )
+    deep = "backbone.layer1.0.conv3.weight" in ours
+    depth = next((d for d, c in BLOCKS.items() if c == counts and (d >= 50) == deep), None)
+    if first is None or first.ndim != 4 or depth is None:
+        raise UserError(
+            f"the network is none of ResNet {', '.join(map(str, BLOCKS))}: its stages have "
+            f"{counts} blocks; import it by --as state with --backbone and --map"
+        )
+    return {
+        "kind": "resnet",
+        "depth": depth,
+        "width": len(first),
+        "stem": "cifar" if first.shape[-1] == 3 else "imagenet",
+    }
+
+
+def _convert_jem(state: State, mean: Numbers | None, std: Numbers | None) -> Converted:
+    """JEM's WideResNet with head ``logit``; without a norm, or with batch normalisation.
+
+    Raises:
+        UserError: if it is another network, or a parameter is missing or left over.
+    """
+    plain = {name.removeprefix("module."): value for name, value in state.items()}
+    blocks = {int(m[1]) for n in plain if (m := re.match(r"f\.layer1\.(\d+)\.", n))}
+    width = plain.get("f.layer1.0.conv1.weight")
+    if not blocks or width is None:
+        raise UserError("'f.layer1.0.conv1.weight' is missing from the weights: JEM's have it")
+    count = len(blocks)
+    unused = ("f.linear.", "energy_output.")
+    ours = _substituted(
+        {name: value for name, value in plain.items() if not name.startswith(unused)},
+        (r"^f\.layer([123])\.(\d+)", lambda m: f"blocks.{(int(m[1]) - 1) * count + int(m[2])}"),
+        (r"(?<=\.)shortcut\.0\.", "shortcut."),
+        (r"(?<=\.)bn(?=[12]\.)", "norm"),
+        (r"^f\.conv1\.", "stem."),
+        (r"^f\.norm1\.", "norm."),
+        (r"^class_output\.", "head.classifier."),
+        (r"^f\.", ""),
+    )
+    config = {
+        "backbone": {
+            "kind": "wideresnet",
+            "depth": 6 * count + 4,
+            "width": len(width),
+            "norm": "batch" if "backbone.norm.running_mean" in ours else "none",
+            "activation": "leaky_relu",
+            "bias": True,
+            "block": "jem",
+        },
+        "head": {"kind": "logit", "bias": True},
+        "num_classes": _rows(ours, "head.classifier.weight"),
+        "input_mean": 0.5 if mean is None else mean,
+        "input_std": 0.5 if std is None else std,
+    }
+    return _fitted("JEM's WideResNet", config, ours, 32)
+
+
+def _convert_denoiser(state: State) -> Converted:
+    """A published DnCNN or DRUNet.
+
+    Raises:
+        UserError: if it is neither.
+    """
+    convert = convert_drunet if any("m_head" in name for name in state) else convert_dncnn
+    backbone, channels, weights = convert(state)
+    config = ModelConfig(backbone=backbone, in_channels=1 if channels == 1 else 3)
+    ours = {f"network.{name}": value for name, value in weights.items()}
+    return Converted(config, ours, None, False)
+
+
+def _convert_state(
+    state: State,
+    backbone: str,
+    rules: Sequence[tuple[str, str]] = (),
+    classes: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Converted:
+    """The state dict of ``backbone``, a name of BACKBONES, with a head.
+
+    Args:
+        state: names to tensors.
+        rules: prefixes to replace, in order. What then begins with neither ``backbone.`` nor
+            ``head.`` is the backbone's.
+        classes: labels C; None: as many as the classifier has rows.
+        settings: fields of `ModelConfig` that differ from the preset's, nested.
+
+    Raises:
+        UserError: if parameters are missing or left over: it lists them and offers a map.
+    """
+    preset = find_backbone(backbone).config
+    ours = {
+        name if name.startswith(("backbone.", "head.")) else f"backbone.{name}": value
+        for name, value in _renamed(state, rules).items()
+    }
+    settings = dict(settings or {})
+    shape = {**preset.model_dump(), **settings.pop("backbone", {})}
+    head = {
+        "kind": "linear-quadratic" if "head.density.weight" in ours else "logit",
+        "bias": "head.classifier.bias" in ours or "head.classifier.weight" not in ours,
+        **settings.pop("head", {}),
+    }
+    last = [v for n, v in ours.items() if v.ndim == 2 and not n.startswith("head.density")]
+    rows = ours.get("head.classifier.weight")
+    if rows is None and last and "head.density.weight" not in ours:
+        rows = last[-1]  # the classifier under its own name, which the map lacks
+    first = next((v for v in ours.values() if v.ndim == 4), None)
+    config = {
+        "backbone": shape,
+        "head": head,
+        "num_classes": classes if classes is not None else 0 if rows is None else len(rows),
+        "in_channels": 1 if first is not None and first.shape[1] == 1 else 3,
+        **settings,
+    }
+    if not config["num_classes"] and head["kind"] == "logit":
+        raise UserError("the weights have no classifier, so the number of labels: give --classes")
+    return _fitted(f"backbone {backbone!r}", config, ours, None)
+
+
+def _rows(ours: State, name: str) -> int:
+    if name not in ours or ours[name].ndim != 2:
+        raise UserError("the checkpoint has no linear classifier on its features")
+    return len(ours[name])
+
+
+def _numbers(values: Tensor) -> tuple[float, ...]:
+    return tuple(float(v) for v in values.flatten())
+
+
+def _fitted(what: str, values: dict[str, Any], ours: State, size: int | None) -> Converted:
+    """Check that the state is that of the configuration, name by name and shape by shape."""
+    config = validated(ModelConfig, values, what)
+    with torch.device("meta"):
+        wanted = _without_counts(config.build().state_dict())
+    state = _without_counts(ours)
+    unknown, missing = [n for n in state if n not in wanted], [n for n in wanted if n not in state]
+    if unknown or missing:
+        raise UserError(_misfit(what, unknown, missing, state, wanted))
+    for name, value in wanted.items():
+        if state[name].shape != value.shape:
+            raise UserError(
+                f"{name.removeprefix('backbone.')!r} is {tuple(state[name].shape)} and would be "
+                f"{tuple(value.shape)} in {what}: set its shape, as in "
+                "--set model.backbone.width=32, or take another"
+            )
+    config = config.model_copy(update={"reference_size": (size, size)}) if size else config
+    return Converted(config, state, size, config.num_classes > 0)
+
+
+def _without_counts(state: State) -> dict[str, Tensor]:
+    return {n: v for n, v in state.items() if not n.endswith("num_batches_tracked")}
+
+
+def _misfit(what: str, unknown: list[str], missing: list[str], state: State, wanted: State) -> str:
+    parts = [f"the weights are not those of {what}"]
+    for kind, names in (("unknown", unknown), ("missing", missing)):
+        if names:
+            shown = ", ".join(name.removeprefix("backbone.") for name in names[:SHOWN])
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            parts.append(f"{kind}: {shown}{more}")
+    example = _example(unknown, missing, state, wanted)
+    parts.append(f"rename prefixes by --map OLD=NEW, for example --map '{example}'")
+    return "; ".join(parts)
+
+
+def _example(unknown: list[str], missing: list[str], state: State, wanted: State) -> str:
+    """A rule that makes a missing name of an unknown one."""
+    for name in unknown:
+        alike = [m for m in missing if wanted[m].shape == state[name].shape]
+        near = difflib.get_close_matches(name, alike, n=1, cutoff=0.3)
+        if near:
+            old = name.removeprefix("backbone.").split(".")
+            new = near[0].removeprefix("backbone.").split(".")
+            while len(old) > 1 and len(new) > 1 and old[-1] == new[-1]:
+                old.pop(), new.pop()
+            if old[-1] == new[-1]:  # only what stands before it differs
+                return f"{'.'.join(old[:-1])}.={'.'.join([*new[:-1], ''])}"
+            return f"{'.'.join(old)}.={'.'.join(new)}."
+    return "module.="

@@ -1,0 +1,141 @@
+r"""Networks of timm as feature extractors: ``--backbone timm:NAME``.
+
+Any model of `timm.list_models` without its classifier gives features f(y), of which our head makes
+energies, :math:`\log p(y, c) = h_c(f(y))`. Score matching differentiates the features twice, so
+fused attention, which has one derivative, is computed by its parts:
+:math:`\operatorname{softmax}(q k^\top / \sqrt d)\, v`.
+
+Layers decide how good a denoiser the gradient is. Batch normalisation in training mode couples the
+images of a batch, and the second derivative of ReLU is 0; a score through either is warned of
+(`ebmkit.EnergyModel.warn_if_rough`). Networks with GELU or SiLU and a layer or group normalisation,
+such as ConvNeXt and vision transformers, have neither.
+
+A saved model holds its weights. timm's own are fetched only where ``pretrained`` is set, and only
+to begin a training.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from ebmkit.errors import UserError, shown
+from ebmkit.models.base import BackboneConfig, Features
+
+INSTALL = "pip install 'ebmkit-vision[timm]'"
+
+OWN_ARGUMENTS = frozenset(
+    {"model_name", "pretrained", "in_chans", "num_classes", "features_only", "out_indices"}
+    | {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
+    | {"scriptable", "exportable", "no_jit", "global_pool"}
+)
+"""Arguments of `timm.create_model` that are set here, change what comes out, or read other files:
+a configuration may be somebody else's."""
+
+SIZE_ERRORS = ("input size", "output size", "expected more than 1 value per channel")
+"""What PyTorch says, in lower case, of images that are too small for a network."""
+
+
+class TimmConfig(BackboneConfig):
+    """A model of timm, by its name."""
+
+    kind: Literal["timm"] = "timm"
+    name: str = Field(
+        description="name of a timm model, from timm.list_models(), for example convnext_atto"
+    )
+    pretrained: bool = Field(
+        False,
+        description="start from timm's pretrained weights, which are downloaded; false: "
+        "random weights",
+    )
+    options: dict[str, Any] = Field(
+        {}, description="further arguments of timm.create_model, for example {img_size: 32}"
+    )
+
+    @field_validator("options")
+    @classmethod
+    def _check_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        own = sorted(OWN_ARGUMENTS & options.keys())
+        if own:
+            raise ValueError(f"{own[0]} cannot be set here: leave it out")
+        return options
+
+    def without_pretrained(self) -> Self:
+        """The same, not to fetch timm's weights."""
+        return self.model_copy(update={"pretrained": False})
+
+    def build(self, in_channels: int) -> TimmBackbone:
+        """The network, with fresh or timm's weights, for images of ``in_channels`` channels.
+
+        Raises:
+            UserError: if timm is not installed, has no such model, refuses an option or the number
+                of channels, or its weights cannot be fetched.
+        """
+        return TimmBackbone(in_channels, self)
+
+
+class TimmBackbone(nn.Module):
+    """The network; K = the features before its classifier.
+
+    Args:
+        in_channels: 1 for gray, 3 for colour.
+        config: name and options.
+    """
+
+    def __init__(self, in_channels: int, config: TimmConfig) -> None:
+        super().__init__()
+        try:
+            import timm
+        except ImportError:
+            raise UserError(f"backbone timm:{config.name} needs timm: {INSTALL}") from None
+        if not timm.is_model(config.name):  # names of files and of the hub among them
+            near = timm.list_models(f"*{config.name[:20]}*")[:5] or timm.list_models("convnext_*")
+            raise UserError(
+                f"timm {timm.__version__} has no model {shown(config.name)}: names are those of "
+                f"timm.list_models(), as {', '.join(near[:5])}"
+            )
+        try:
+            network = timm.create_model(
+                config.name,
+                pretrained=config.pretrained,
+                in_chans=in_channels,
+                num_classes=0,
+                **config.options,
+            )
+        except UserError:
+            raise
+        except Exception as error:  # of an option, of the network's shape, of the download
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise UserError(
+                f"timm cannot build {config.name} of {in_channels} channel(s) with options "
+                f"{shown(config.options)}: {reason}"
+            ) from None
+        self.name = config.name
+        self.network = network
+        width: Any = getattr(network, "head_hidden_size", None) or network.num_features
+        self.num_features = int(width)
+        for module in network.modules():
+            if hasattr(module, "fused_attn"):
+                setattr(module, "fused_attn", False)  # noqa: B010  (not every module has it)
+
+    def forward(self, y: Tensor) -> Features:
+        """Features of images ``y`` (B, C, H, W), of the sizes that the network takes.
+
+        Raises:
+            UserError: if it does not take their size.
+        """
+        try:
+            pooled: Tensor = self.network(y)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            reason = next(iter(str(error).strip().splitlines()), "")
+            too_small = any(words in reason.lower() for words in SIZE_ERRORS)
+            if not too_small and not isinstance(error, AssertionError):
+                raise
+            raise UserError(
+                f"timm's {self.name} takes no batch of {len(y)} image(s) of {y.shape[-2]}x"
+                f"{y.shape[-1]} ({reason}): set dataset.image_size, or for a network of fixed size "
+                "model.backbone.options.img_size"
+            ) from None
+        return Features(pooled)

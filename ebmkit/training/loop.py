@@ -1,0 +1,644 @@
+r"""The training loop.
+
+One step draws a batch from each stream, takes the gradient of the sum of the objectives
+(`ebmkit.objectives.TrainingLoss`) and moves the parameters by AdamW with the rate
+
+.. math:: \eta_t = \tfrac12 \eta\,(1 + \cos(\pi t / T)) .
+
+Everything drawn is a function of (seed, stream, step), and dropout also of the process, so a run
+resumed from a checkpoint does the same arithmetic as one that was never stopped: on a CPU the
+bits are equal.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, Protocol
+
+import torch
+from torch import nn
+
+from ebmkit.compile import make_inference
+from ebmkit.compute import describe, peak_memory, pick_device
+from ebmkit.data import AnyImages, Batch, ImageSet, Stream
+from ebmkit.data.loading import told_of_readers
+from ebmkit.data.schedule import images_between, stage_at, stages
+from ebmkit.data.streams import prefetched
+from ebmkit.distributed import DistributedContext, device_of_rank
+from ebmkit.energy import ScoreModel
+from ebmkit.errors import UserError
+from ebmkit.models import ModelConfig
+from ebmkit.models.saving import model_files
+from ebmkit.objectives import parse_objective
+from ebmkit.objectives.likelihood import Negatives
+from ebmkit.objectives.loss import check_labels
+from ebmkit.randomness import keyed_seed
+from ebmkit.training import nonfinite
+from ebmkit.training.config import TrainConfig
+from ebmkit.training.cost import Budget, Effort, RunStats, Stopwatch
+from ebmkit.training.optim import (
+    SAM,
+    exponential_average,
+    learning_rate,
+    make_optimizer,
+    optimizer_flops,
+    states_of,
+)
+from ebmkit.training.rollback import Rollback
+from ebmkit.training.run_folder import RunFolder
+from ebmkit.training.setup import (
+    build_model,
+    check_compiled,
+    check_learnt,
+    check_terms,
+    images_of,
+    make_card,
+    make_loss,
+    model_config,
+    shapes,
+)
+from ebmkit.training.state import SkippedSamples, TrainingState
+from ebmkit.training.step import OutOfMemory, StepStats, TrainingStep, translate_out_of_memory
+from ebmkit.training.validation import Validation
+
+__all__ = [
+    "Interrupted",
+    "Reporter",
+    "Stop",
+    "Trainer",
+    "assemble",
+    "exit_code",
+    "stop_requested",
+]
+
+DROPOUTS = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Interrupted(Exception):
+    """Training was stopped by a signal, after its state was saved.
+
+    Attributes:
+        step: where.
+        signal: by which; None: another process was asked to.
+    """
+
+    def __init__(self, step: int, signum: int | None = None) -> None:
+        super().__init__(f"interrupted after step {step}")
+        self.step, self.signal = step, signum
+
+
+class Stop:
+    """Whether the process was asked to stop, and by which signal; call it to know."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __call__(self) -> bool:
+        return self.signal is not None
+
+
+def exit_code(signum: int | None) -> int:
+    """What a process ends with that a signal stopped: 128 and its number, as shells have it.
+
+    130 for Ctrl-C, 143 for a request to terminate (also where only another process was asked), 129
+    for a terminal that was closed.
+    """
+    return 128 + (signal.SIGTERM if signum is None else signum)
+
+
+@contextmanager
+def stop_requested() -> Iterator[Stop]:
+    """Within, the first of `SIGNALS` only raises a flag, so that no step is cut in half.
+
+    A SIGINT after that interrupts at once. A closed terminal that the process was started to
+    ignore, by ``nohup``, stays ignored.
+    """
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handle(signum: int, frame: object) -> None:
+        if stop() and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.signal = stop.signal or signum
+
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    heard = [s for s in SIGNALS if not (ignored and s == signal.SIGHUP)]
+    before = {s: signal.signal(s, handle) for s in heard}
+    try:
+        yield stop
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+class Reporter(Protocol):
+    """Who is told how training goes (a progress bar, TensorBoard)."""
+
+    def report(self, row: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class Trainer:
+    """Trains a model; `fit` does it.
+
+    Args:
+        model: any `ScoreModel`; of `config.model` if the command line built it.
+        config: the resolved configuration.
+        train: training images.
+        validation: held-out images; None: no validation.
+        run: where to save; None: nowhere.
+        built_from: what builds the model, for ``model.json``; None for one composed by hand.
+        reporter: who is told of each row of metrics.
+        world: the processes that train together. Only the first should have a run and a reporter.
+
+    Attributes:
+        state: what a checkpoint holds for all objectives.
+        preparations: objective -> what adds columns to its batches.
+        rollback: divergence detection, where an objective needs negatives.
+
+    Raises:
+        UserError: if the images do not suit model or objective, the batches do not divide among
+            processes and parts, or the device cannot compute as asked.
+    """
+
+    model: ScoreModel
+    config: TrainConfig
+    train: AnyImages
+    validation: AnyImages | None = None
+    run: RunFolder | None = None
+    built_from: ModelConfig | None = None
+    reporter: Reporter | None = None
+    world: DistributedContext = field(default_factory=DistributedContext)
+
+    def __post_init__(self) -> None:
+        config, model, world = self.config, self.model, self.world
+        self.device = device = device_of_rank(pick_device(config.device))
+        model.to(device)
+        self.loss = make_loss(model, config).to(device)
+        check_terms(self.loss, config, self.train)
+        if isinstance(self.train, ImageSet):
+            self.train = self.train.to(device)  # once, for all streams
+        if isinstance(self.validation, ImageSet):
+            self.validation = self.validation.to(device)
+        self.streams = {
+            name: Stream(
+                self.train,
+                config.stream(name),
+                name,
+                config.seed,
+                device,
+                workers=config.dataset.workers,
+                rank=world.rank,
+                world_size=world.size,
+                parts=config.compute.accumulate,
+                steps=config.steps,
+            )
+            for name in self.loss.streams
+        }
+        self.stages = stages({n: config.stream(n) for n in self.streams}, config.steps)
+        average, decay = None, config.optimizer.ema
+        if decay is not None:
+            average = exponential_average(model, decay, config.optimizer.ema_warmup)
+        self.update = TrainingStep(
+            self.loss,
+            make_optimizer(model, config.optimizer),
+            config.compute,
+            config.optimizer.clip_norm,
+            average,
+            world,
+            sam=SAM.of(config.optimizer),
+        )
+        if self.update.compiled:
+            check_compiled(self.stages)
+        self.state = TrainingState(self.update, SkippedSamples(self.train, self.streams, world))
+        self.first_step, self.stopwatch = 0, Stopwatch()
+        self.budget = self._count()
+        self.card = make_card(self.loss, config, self.train)
+        model.card = self.trained.card = self.card
+        self._drawn: dict[str, Batch] = {}
+        self.preparations = self.loss.preparations(
+            seed=config.seed,
+            inference=make_inference(device, self.update.precision, config.compute.compile),
+            world=world,
+            parts=config.compute.accumulate,
+            images=self.train,
+            streams={name: config.stream(name) for name in self.loss.streams},
+        )
+        chains = {n: p for n, p in self.preparations.items() if isinstance(p, Negatives)}
+        if len(chains) > 1:
+            raise UserError(
+                f"objectives {' and '.join(chains)} need negatives of different densities: choose "
+                "one of them"
+            )
+        self.rollback: Rollback | None = None
+        for name, negatives in chains.items():
+            self.rollback = Rollback(config.watch, name, negatives, self.state)
+        self.validator: Validation | None = None
+        measured = make_loss(model, config, training=False)
+        if self.validation is not None and len(self.validation) and measured.terms:
+            laws = {name: config.stream(name) for name in measured.streams}
+            classifies = self.card.classifies
+            self.validator = Validation(measured, self.validation, laws, classifies, device, world)
+        self._drops = any(isinstance(m, DROPOUTS) and m.p > 0 for m in model.modules())
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.state.step
+
+    @property
+    def trained(self) -> ScoreModel:
+        """The model to use: the averaged one, where averaging is on."""
+        if self.update.average is None:
+            return self.model
+        averaged = self.update.average.module
+        assert isinstance(averaged, ScoreModel)
+        return averaged
+
+    def fit(self) -> ScoreModel:
+        """Train from the present step to ``config.steps``; the model, in evaluation mode.
+
+        Raises:
+            Interrupted: on Ctrl-C or a request to terminate, after saving.
+            UserError: if a loss is NaN or Inf (before the update it would have spoilt), the run
+                diverges too often, or the disk is full.
+        """
+        config = self.config
+        batches = self.batches(self.step, config.steps)
+        ends = {stage.stop for stage in self.stages}
+        self.first_step = self.step
+        self.state.start_clock()
+        self.stopwatch.restart()
+        self.model.train()
+        alone = self.world.size == 1  # several agree on where to stop by reading
+        holding = nullcontext() if self.run is None else self.run.held()
+        with told_of_readers(self._where_saved), holding, stop_requested() as stop:
+            while self.step < config.steps:
+                self._advance(batches, stop())
+                log, validate, save = (
+                    self.step % every == 0 or self.step == config.steps
+                    for every in (config.log_every, config.validate_every, config.checkpoint_every)
+                )
+                log = log or self.step in ends  # so that no speed is of two stages
+                if self.rollback is not None and self._rolled_back(self.rollback):
+                    batches = self.batches(self.step, config.steps)
+                    self.stopwatch.restart()
+                    continue
+                due = log or validate or save or (alone and stop())
+                if self.device.type != "cpu" and not due:
+                    continue  # reading would make the host wait for the device
+                stats = self._read()
+                if log:
+                    self._log_step(stats)
+                if validate:
+                    self._validate()
+                asked = stop() if alone else stats.asked_to_stop
+                if save or asked:
+                    self.state.skipped.update()  # here, where all processes come by
+                    self.save()
+                if validate or save:
+                    self.stopwatch.restart()
+                if asked:
+                    raise Interrupted(self.step, stop.signal)
+        return self.trained.eval()
+
+    def try_steps(self, count: int) -> None:
+        """Take ``count`` steps of each stage for the time they take, up to its length.
+
+        The trainer is of no use afterwards, but for its stopwatch, which then tells of the whole
+        run.
+        """
+        self.model.train()
+        for number, stage in enumerate(self.stages):
+            self.state.step = stage.start
+            stop = min(stage.start + count, stage.stop)
+            batches = self.batches(stage.start, stop)
+            with told_of_readers():
+                while self.step < stop:
+                    self._advance(batches, False)
+                    self._read()
+                    self.stopwatch.stop(number)
+        lengths = {n: stage.stop - stage.start for n, stage in enumerate(self.stages)}
+        self.stopwatch.lengths = lengths
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to resume exactly but the replay buffer: tensors and plain values."""
+        watch = self.rollback.state_dict() if self.rollback else None
+        return {**self.state.state_dict(), "watch": watch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume from a checkpoint: a `state_dict`, and the replay buffer where there is one.
+
+        Raises:
+            UserError: if it is of another run.
+        """
+        self.state.load_state_dict(state)
+        if self.step > self.config.steps:
+            raise UserError(
+                f"the checkpoint is of step {self.step}, and this run has {self.config.steps}"
+            )
+        self.card.steps = self.step
+        if self.rollback is not None:
+            self.rollback.load_state_dict(state.get("watch"), state.get("buffer"))
+        if self.run is not None:
+            self.run.forget_after(self.step)
+            self.state.best.restore(self.run)
+
+    def save(self, rolled_back: tuple[int, dict[str, Any]] | None = None) -> None:
+        """Write the checkpoint, the model and the best weights so far, all or nothing.
+
+        Args:
+            rolled_back: as of `RunFolder.save_checkpoint`.
+
+        Raises:
+            UserError: if they cannot be written; the earlier ones are whole.
+        """
+        self.card.steps = self.step
+        if self.run is None:
+            return
+        best = self.state.best
+        files = model_files(self.trained, self.built_from, self.card) | best.files()
+        buffer = self.rollback.negatives.buffer.to_bytes() if self.rollback else None
+        keep = self.config.keep_checkpoints
+        self.run.save_checkpoint(self.state_dict(), buffer, files, keep, rolled_back)
+        best.written()
+
+    def batches(self, start: int, stop: int) -> Iterator[dict[str, Batch]]:
+        """One batch of each stream for the steps ``start`` .. ``stop`` - 1."""
+        streams = {name: stream.batches(start, stop) for name, stream in self.streams.items()}
+        return prefetched(streams, self.device)
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate of ``step``, counted from 0."""
+        rate = learning_rate(self.config.optimizer, step, self.config.steps)
+        return rate if self.rollback is None else self.rollback.learning_rate(rate)
+
+    def report(self, row: dict[str, Any], written: bool = False) -> None:
+        """Write a row of metrics, unless it is ``written``, and show it."""
+        if self.run is not None and not written:
+            self.run.log(row)
+        if self.reporter is not None:
+            self.reporter.report(row)
+
+    def run_stats(self) -> RunStats:
+        """What the steps so far really took."""
+        peak = peak_memory(self.device)  # before the counting, which takes some too
+        first, last, seconds = self.first_step, self.step, self.stopwatch.seconds
+        cost = self.budget.cost(last, first)
+        images = images_between(self.stages, first, last) / (last - first)
+        return RunStats(
+            steps=sum(stretch.steps for stretch in self.stopwatch.stretches),
+            step_seconds=seconds,
+            images_per_s=images / seconds,
+            data_share=self.stopwatch.data_share,
+            peak_memory=peak,
+            flops=cost.flops,
+            matrix_rate=cost.rate,
+            share=cost.mfu(seconds),
+            precision=self.update.precision,
+            compiled=self.update.compiled,
+            processes=self.world.size,
+            device=describe(self.device),
+        )
+
+    def diagnose(self, step: int, stats: StepStats) -> dict[str, Any]:
+        """What is found of ``step``, counted from 1, in all processes, which must call together.
+
+        Args:
+            step: the parameters are those before it.
+            stats: of that step.
+        """
+
+        def find() -> dict[str, Any]:
+            drawn = self._drawn  # of chains that have moved on
+            if self.rollback is None:
+                drawn = next(self.batches(step - 1, step))
+                drawn = self.loss.prepared(self.preparations, drawn, step - 1)
+            gradients = None
+            if self.step == step and self.update.clip_norm is None:  # nothing touched them since
+                named = self.model.named_parameters()
+                gradients = {name: p.grad for name, p in named if p.grad is not None} or None
+            self._seed_dropout(step - 1)
+            parts = self.config.compute.accumulate
+            return nonfinite.diagnose(self.loss, drawn, parts, gradients, self.update.sam)
+
+        return nonfinite.report(
+            find,
+            step,
+            stats,
+            self.streams,
+            self.world,
+            lr=self.rate_at(step - 1),
+            precision=self.update.precision,
+            compiled=self.update.compiled,
+        )
+
+    def _count(self) -> Budget:
+        """The steps of the run, to be counted."""
+        config, loss = self.config, self.loss
+        described = None
+        if self.built_from is not None:
+            models = self.built_from.model_dump_json(), config.model_dump_json()
+            described = " ".join([str(self.device), *models])
+        return Budget(
+            loss,
+            [(stage, shapes(stage, self.train, self.world.size)) for stage in self.stages],
+            states_of(self.model, config.optimizer),
+            config.compute.accumulate,
+            self.world.size,
+            Effort(
+                1 if config.optimizer.sharpness is None else 2,
+                optimizer_flops(self.model, config.optimizer),
+            ),
+            described,
+        )
+
+    def _seed_dropout(self, step: int) -> None:
+        if self._drops:
+            torch.manual_seed(keyed_seed(self.config.seed, "dropout", step, self.world.rank))
+
+    def _advance(self, batches: Iterator[dict[str, Batch]], stop: bool) -> None:
+        """Take one step."""
+        rate = self.rate_at(self.step)
+        self._seed_dropout(self.step)
+        begun = time.perf_counter()
+        drawn = next(batches)
+        self.stopwatch.step(time.perf_counter() - begun)
+        if self.rollback is not None and not self.rollback.monitor.snapshots:
+            self.rollback.snapshot()
+        fits = True
+        try:
+            with translate_out_of_memory():
+                drawn = self.loss.prepared(self.preparations, drawn, self.step)
+                if self.rollback is not None:
+                    self._drawn = drawn
+            self.update(drawn, rate, stop)
+        except OutOfMemory:
+            fits = False
+        if not fits:  # out of the handler, which would keep what the step held
+            self._explain_memory()
+        self.state.step += 1
+
+    def _explain_memory(self) -> NoReturn:
+        optimizer = self.update.optimizer
+        optimizer.zero_grad(set_to_none=True)
+        states = [v for own in optimizer.state.values() for v in own.values()]
+        held = [*self.loss.parameters(), *(v for v in states if torch.is_tensor(v))]
+        raise self.budget.out_of_memory(sum(t.nbytes for t in held), self.step)
+
+    def _where_saved(self) -> str:
+        if self.run is None:
+            return ""
+        last = self.run.last_checkpoint()
+        return f"; {'the last checkpoint is ' + last if last else 'there is no checkpoint yet'}"
+
+    def _read(self) -> StepStats:
+        """What the last step did.
+
+        Raises:
+            UserError: if it, or one before, was NaN or Inf; the state before it is saved.
+        """
+        stats = self.update.read()
+        if not stats.failed:
+            self.card.steps = self.step
+            return stats
+        done = self.step - stats.skipped
+        found = self.diagnose(done + 1, stats)
+        self.update.undo_skipped(self.rate_at(done - 1) if done else self.config.optimizer.lr)
+        self.state.step = self.card.steps = done
+        where = ""
+        if self.run is not None:
+            where = f"; the state before it is saved in {str(self.run.path)!r}"
+            try:
+                self.save()
+            except UserError as error:
+                where = f"; {error}"
+            where += nonfinite.keep_report(self.run.path, found)
+        sentence = f"{nonfinite.headline(found)} at step {done + 1}: stopped before the update"
+        raise UserError(sentence + where, [*nonfinite.describe(found), nonfinite.advice(found)])
+
+    def _rolled_back(self, rollback: Rollback) -> bool:
+        """Whether the run diverged by the last step and went back; both is saved and reported.
+
+        Raises:
+            UserError: if it diverged too often; the message tells the history.
+        """
+        stats = self.update.read()
+        reason = rollback.check(stats)
+        if reason is None:
+            return False
+        detail, path = None, self.run.path if self.run is not None else None
+        if not stats.is_finite:
+            found = self.diagnose(self.step, stats)
+            detail = nonfinite.describe(found)
+            if path is not None:
+                detail.append(nonfinite.keep_report(path, found).removeprefix("; "))
+        divergence = rollback.go_back(reason)
+        self.first_step = self.step
+        row = rollback.row(divergence, detail)
+        self.save((len(rollback.monitor.history), row))
+        self.report(row, written=True)
+        if divergence.change is None:
+            raise rollback.given_up(path, detail)
+        return True
+
+    def _log_step(self, stats: StepStats) -> None:
+        number, skipped = stage_at(self.stages, self.step - 1), self.state.skipped
+        speed = self.stages[number].images_per_step / self.stopwatch.stop(number)
+        row = {"step": self.step, "lr": self.rate_at(self.step - 1), "grad_norm": stats.grad_norm}
+        if self.rollback is not None:
+            row["sample_rms"] = self.rollback.measures(stats).sample
+        skipped.update()
+        if skipped:
+            row["unreadable_images"] = len(skipped)
+        self.report({"kind": "train", **row, **stats.parts, "images_per_s": speed})
+        if skipped and self.step == self.config.steps:
+            self.report(skipped.row(self.step))
+
+    def _validate(self) -> None:
+        """Measure on the held-out images; keep the weights if they are the best so far."""
+        if self.validator is None:
+            return
+        model, best = self.trained.eval(), self.state.best
+        loss = make_loss(model, self.config, training=False).to(self.device)
+        stage = self.stages[stage_at(self.stages, self.step - 1)]
+        means = self.validator(model, loss, stage)
+        self.model.train()
+        self.report({"kind": "validation", "step": self.step, **means})
+        if self.step == self.config.steps and self.world.first:
+            check_learnt(means, loss, model.num_classes, self.config)
+        summary = loss.summary({term.name: means[term.name] for term in loss.terms})
+        every = self.config.validate_every
+        if 0 < stage.start >= (self.step - 1) // every * every:
+            best.loss = math.inf  # the first of a stage: crops of other sizes do not compare
+        best.offer(summary, model, saves=self.run is not None)
+
+
+def assemble(
+    config: TrainConfig,
+    run: RunFolder | None = None,
+    reporter: Reporter | None = None,
+    progress: bool = False,
+    world: DistributedContext | None = None,
+) -> Trainer:
+    """Everything built: load the data, build the model, and resume from the run's checkpoint.
+
+    Args:
+        config: the resolved configuration.
+        run: where to save, and to resume from if it holds a checkpoint.
+        reporter: who is told of each row of metrics.
+        progress: whether to show bars while data is downloaded or read.
+        world: the processes that train together; only the first is given a run and a reporter.
+
+    Raises:
+        UserError: as the parts do.
+    """
+    world = world or DistributedContext()
+    if not world.first:
+        world.broadcast(None)  # where data must be fetched, one does it
+    train = images_of(config.dataset, "train", progress)
+    if world.first:
+        world.broadcast(None)
+    if config.dataset.limit is not None:
+        train = train.first(config.dataset.limit)
+    for term in parse_objective(config.objective):  # before the network, whose head may want some
+        check_labels(term.name, term.objective, train.num_classes)
+    validation = None
+    if config.validation_images:
+        validation = images_of(config.dataset, "validation").first(config.validation_images)
+    trainer = Trainer(
+        build_model(config, train),
+        config,
+        train,
+        validation,
+        run,
+        model_config(config, train),
+        reporter,
+        world,
+    )
+    if trainer.device.type == "cpu":  # where running out of memory ends the process unasked
+        trainer.budget.check()
+    with run.held() if run is not None else nullcontext():
+        checkpoint = world.broadcast(run.load_checkpoint() if run is not None else None)
+        if checkpoint is not None:
+            trainer.load_state_dict(checkpoint)
+        elif run is not None:
+            run.forget_after(0)
+    return trainer

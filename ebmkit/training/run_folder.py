@@ -1,0 +1,500 @@
+"""The run folder.
+
+::
+
+    RUN/
+      config.yaml            the resolved configuration
+      environment.json       versions, device, git commit, command
+      metrics.jsonl          one row per log or validation (`ebmkit.training.metrics`)
+      model.safetensors      the weights (the averaged ones, where averaging is on)
+      model.json             what builds the network, and what it was trained for
+      checkpoints/           everything needed to resume exactly, and the best weights by validation
+      breaches/              what was logged before a rollback (`ebmkit.training.rollback`)
+      nonfinite-STEP.json    what was found of a step with NaN or Inf
+      energies/              mean energies by label, where the run has guided another
+      cost.json              seconds of a step, memory, share of the device's matrix rate
+      evaluation/            written by `ebmkit evaluate`
+      manifest.json          length and SHA-256 of every file (`ebmkit.storage.manifest`)
+
+``checkpoints/step-00000500.pt`` holds the state after so many steps, as `torch.save` writes
+tensors and plain values; a replay buffer that belongs to it has a file of its own, HDF5, which the
+checkpoint names with its digest. The newest few are kept. A checkpoint is whole if its bytes are
+those that the manifest vouches for, its archive passes its own checksums (all there is to go by
+where the manifest is lost), and it holds the step that its name says. Of those that are whole the
+newest counts.
+
+This is format 2; format 1 had no manifest, and one checkpoint, ``last.pt``; it is read, and becomes
+format 2 when the run is resumed. A new run never writes into a folder that holds anything; a
+resumed one must have the same configuration. One process at a time writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ebmkit.distributed import launch
+from ebmkit.errors import UserError
+from ebmkit.storage import DamagedFile, commit_files, held, read_together, write_atomically
+from ebmkit.storage.atomic import PARTIAL, Content
+from ebmkit.storage.commit import recover
+from ebmkit.storage.manifest import (
+    FOLDERS,
+    MANIFEST,
+    DamagedManifest,
+    Manifest,
+    begin_manifest,
+    entry_of,
+    matches,
+    read_manifest,
+)
+from ebmkit.storage.reading import YAML_BYTES, check_links, parse_yaml, read_bytes
+from ebmkit.storage.torchfile import read_torch_content
+from ebmkit.storage.verify import files_of, stale_temporary_files
+from ebmkit.training.config import difference
+from ebmkit.training.metrics import MetricsLog, as_lines
+
+__all__ = ["BEST", "RunFolder", "environment", "pack_state", "read_checkpoint"]
+
+METRICS = "metrics.jsonl"
+
+BEST = "checkpoints/best.safetensors"
+"""The best weights by validation."""
+
+OLD = "checkpoints/last.pt"
+"""The checkpoint of format 1."""
+
+_CHECKPOINT = re.compile(r"checkpoints/step-(\d{8,18})\.pt")
+_BUFFER = re.compile(r"checkpoints/buffer-(\d{1,18})-[0-9a-f]{8}\.h5")
+
+
+class RunFolder:
+    """Reads and writes the files of one run.
+
+    Make one with `create` or `open`; write within `held`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.log_file = MetricsLog(path / METRICS)
+        self._holds = False
+
+    @classmethod
+    def create(cls, path: Path, config: BaseModel) -> RunFolder:
+        """A new folder at ``path``, with ``config.yaml`` and ``environment.json``.
+
+        Raises:
+            UserError: if something is there already, or it cannot be written.
+        """
+        if path.exists() and not cls.is_unborn(path):
+            raise UserError(
+                f"run folder {str(path)!r} exists: resume it by --resume {path}, or choose "
+                "another --out"
+            )
+        try:
+            (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make run folder {str(path)!r}: {error.strerror}") from None
+        run = cls(path)
+        with run.held():
+            if (path / "config.yaml").exists():
+                raise UserError(f"run folder {str(path)!r} was just made by another process")
+            document = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+            description = json.dumps(environment(), indent=2)
+            files = {"environment.json": description.encode(), "config.yaml": document.encode()}
+            commit_files(path, files)
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """The run at ``path``.
+
+        Raises:
+            UserError: if there is none, or a link in it leads out of it.
+        """
+        if not (path / "config.yaml").is_file() and not _awaits_config(path):
+            if (path / MANIFEST).is_file():
+                raise DamagedFile(
+                    f"{str(path / 'config.yaml')!r} is missing: this was a run folder"
+                )
+            raise UserError(f"{str(path)!r} is no run folder: it holds no config.yaml")
+        check_links(path)
+        return cls(path)
+
+    @staticmethod
+    def is_unborn(path: Path) -> bool:
+        """Whether ``path`` is an empty folder, as one whose maker was killed very soon is."""
+        if not path.is_dir():
+            return False
+        own = ("checkpoints", MANIFEST, ".lock", ".holder.json", f".{MANIFEST}.lock")
+        known = all(p.name in own or p.name.endswith(PARTIAL) for p in path.iterdir())
+        return known and not any(path.glob("checkpoints/*")) and not _awaits_config(path)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Within, this process alone writes; what a killed one left behind is put in order.
+
+        Raises:
+            Busy: if another process does.
+            UserError: if the folder cannot be written into.
+        """
+        if self._holds:
+            yield
+            return
+        with held(self.path, "training", "take another run folder"):
+            self._holds = True
+            try:
+                self._put_in_order()
+                yield
+            finally:
+                self._holds = False
+
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration, as a mapping.
+
+        Raises:
+            DamagedFile: if it is not what was written.
+        """
+        path = self.path / "config.yaml"
+        try:
+            content = self._read("config.yaml")
+        except DamagedManifest:  # told, and made anew, by who writes
+            content = read_bytes(path, YAML_BYTES)
+        try:
+            values = parse_yaml(content, repr(str(path)))
+        except UserError as error:
+            raise DamagedFile(f"{str(path)!r} is damaged: {error}") from None
+        if not isinstance(values, dict):
+            raise DamagedFile(f"{str(path)!r} is damaged: it does not parse")
+        return values
+
+    def check_same(self, config: BaseModel) -> None:
+        """Whether resuming with ``config`` would be the same run.
+
+        Raises:
+            UserError: naming the first field that differs.
+        """
+        old = self.config()
+        with contextlib.suppress(ValidationError):  # fields that came later have their defaults
+            old = type(config).model_validate(old).model_dump(mode="json")
+        found = difference(old, config.model_dump(mode="json"))
+        if found is not None:
+            key, old, new = found
+            raise UserError(
+                f"cannot resume {str(self.path)!r} with another configuration: {key} was "
+                f"{old!r} and is now {new!r}; leave it out or start a new run"
+            )
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append ``row`` to ``metrics.jsonl``.
+
+        Raises:
+            UserError: if it cannot be written.
+        """
+        self.log_file.append(row)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of ``metrics.jsonl``; a last line cut short by a crash is left out."""
+        return self.log_file.rows()
+
+    def forget_after(self, step: int) -> None:
+        """Cut ``metrics.jsonl`` after ``step``, whose later rows a resumed run writes again."""
+        content = self.log_file.content()
+        manifest = _or_none(self.path)
+        known = manifest.files.get(METRICS) if manifest else None
+        if known is not None and not matches(content, known):
+            aside = _fresh(self.path / f"{METRICS}.damaged")
+            warnings.warn(
+                f"{str(self.path / METRICS)!r} is damaged: it is kept as {aside.name}, and the run "
+                "continues with those of its rows that can be read",
+                stacklevel=2,
+            )
+            write_atomically(aside, content)
+        kept = self.log_file.up_to(step)
+        if len(kept) != len(content) or (known is not None and known.size > len(kept)):
+            with self.held():
+                self._write({METRICS: kept})
+
+    def save_checkpoint(
+        self,
+        state: dict[str, Any],
+        buffer: bytes | None = None,
+        files: Mapping[str, bytes] | None = None,
+        keep: int = 2,
+        rolled_back: tuple[int, dict[str, Any]] | None = None,
+    ) -> None:
+        """Write the checkpoint of ``state`` and what belongs to it, all or nothing.
+
+        Args:
+            state: tensors, numbers, strings; ``step`` among them.
+            buffer: a replay buffer that belongs to it, as HDF5; it gets a file of its own.
+            files: other files to write with it.
+            keep: number of checkpoints that are kept, this one included.
+            rolled_back: the run went back to this checkpoint: the number of the rollback, from 1,
+                and the row about it. The rows after the checkpoint go to ``breaches/``.
+
+        Raises:
+            UserError: if the disk is full, say; all files are as they were.
+        """
+        step: int = state["step"]
+        written: dict[str, Content] = dict(files or {})
+        if buffer is not None:
+            digest = hashlib.sha256(buffer).hexdigest()
+            name = f"checkpoints/buffer-{step}-{digest[:8]}.h5"
+            written[name] = buffer
+            state = state | {"buffer": {"file": Path(name).name, "sha256": digest}}
+        if rolled_back is not None:
+            number, row = rolled_back
+            written[f"breaches/{number:02}.jsonl"] = as_lines(self.log_file.after(step))
+            written[METRICS] = self.log_file.up_to(step) + as_lines([row])
+        written[f"checkpoints/step-{step:08}.pt"] = pack_state(state)
+        manifest = read_manifest(self.path)
+        old = _superseded([*manifest.files, *written] if manifest else written, step, keep)
+        try:
+            with self.held():
+                self._write(written, [name for name in old if name not in written])
+        except UserError as error:
+            last = self.last_checkpoint()
+            told = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
+            raise UserError(f"step {step} is not saved: {error}; {told}") from error
+
+    def last_checkpoint(self) -> str | None:
+        """The name of the newest checkpoint, within the folder; None if there is none yet."""
+        manifest = read_manifest(self.path)
+        return next(iter(_newest_first(manifest.files)), None) if manifest else None
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """The state of the newest whole checkpoint, on the CPU; None if there is none yet.
+
+        A replay buffer that belongs to it is its entry ``buffer``, the bytes of the file. Damaged
+        checkpoints are passed over, with a warning.
+
+        Raises:
+            DamagedFile: if there are checkpoints and none of them is whole.
+        """
+        manifest, errors = read_manifest(self.path), list[DamagedFile]()
+        for name in _newest_first(_names(self.path, manifest)):
+            try:
+                state = read_checkpoint(self.path, name)
+            except DamagedFile as error:
+                errors.append(error)
+                continue
+            for damage in errors:
+                warnings.warn(f"{damage}; going back to step {state['step']}", stacklevel=2)
+            return state
+        if errors:
+            raise DamagedFile(f"{errors[0]}; no whole checkpoint is left: start the run anew")
+        return None
+
+    def read_best(self) -> bytes | None:
+        """The file of the best weights; None if there is none, or it is damaged."""
+        try:
+            return self._read(BEST)
+        except DamagedFile as error:
+            manifest = _or_none(self.path)
+            if (self.path / BEST).exists() or (manifest and BEST in manifest.files):
+                warnings.warn(f"{error}; the best weights are looked for anew", stacklevel=2)
+            return None
+
+    def _read(self, name: str) -> bytes:
+        return read_together(self.path, [name])[name]
+
+    def _write(self, files: Mapping[str, Content], drop: Sequence[str] = ()) -> None:
+        """Write files together, and vouch for the metrics so far."""
+        new = files.get(METRICS)
+        grown = self.log_file.entry() if new is None else entry_of(new, grows=True)
+        known = grown.size or new is not None
+        commit_files(self.path, files, drop, {METRICS: grown} if known else {})
+        if new is not None:
+            self.log_file.look_again()
+
+    def _put_in_order(self) -> None:
+        """Settle what was being written, and remove what killed processes left."""
+        for name in FOLDERS:
+            path = self.path / name
+            if path.is_symlink() and not _inside(path, self.path):
+                raise UserError(
+                    f"{str(path)!r} is a link out of the run, which is not followed to write: "
+                    "link the whole run folder instead"
+                )
+        try:
+            manifest = read_manifest(self.path)
+        except DamagedManifest as error:
+            warnings.warn(f"{error}; now it is made anew of the files as they are", stacklevel=3)
+            manifest = None
+            (self.path / MANIFEST).rename(_fresh(self.path / f"{MANIFEST}.damaged"))
+        else:
+            if manifest is None and any((self.path / "checkpoints").glob("step-*.pt")):
+                warnings.warn(
+                    f"{str(self.path / MANIFEST)!r} is missing; it is made anew of the files as "
+                    "they are",
+                    stacklevel=3,
+                )
+        if manifest is None:
+            begin_manifest(self.path, files_of(self.path, growing=[METRICS]))
+        recover(self.path)
+        for path in stale_temporary_files(self.path):
+            path.unlink(missing_ok=True)
+
+
+def _or_none(path: Path) -> Manifest | None:
+    try:
+        return read_manifest(path)
+    except DamagedManifest:
+        return None
+
+
+def _awaits_config(path: Path) -> bool:
+    """Whether the configuration is written, and only to be moved into place."""
+    manifest = _or_none(path)
+    return manifest is not None and "config.yaml" in manifest.pending
+
+
+def _inside(path: Path, root: Path) -> bool:
+    return path.resolve().is_relative_to(root.resolve())
+
+
+def _fresh(path: Path) -> Path:
+    """``path``, or a name like it that nothing has."""
+    number, found = 1, path
+    while found.exists():
+        number += 1
+        found = path.with_name(f"{path.name}-{number}")
+    return found
+
+
+def _newest_first(names: Iterable[str]) -> list[str]:
+    """The checkpoints among ``names``, newest first; that of format 1 last."""
+    found = {name: _step_of(name) for name in names if name == OLD or _CHECKPOINT.fullmatch(name)}
+    return sorted(found, key=lambda name: -found[name])
+
+
+def _superseded(names: Iterable[str], step: int, keep: int) -> list[str]:
+    """What goes when the checkpoint of ``step`` is written and the newest ``keep`` are kept.
+
+    Those of later steps go, for the run went back; buffers go with the checkpoints they belong to.
+    """
+    held = [n for n in names if n == OLD or _CHECKPOINT.fullmatch(n) or _BUFFER.fullmatch(n)]
+    steps = sorted({_step_of(name) for name in _newest_first(held)} | {step})
+    kept = [s for s in steps if 0 <= s <= step][-keep:]
+    return [name for name in held if _step_of(name) not in kept]
+
+
+def pack_state(state: dict[str, Any]) -> bytes:
+    """A checkpoint's bytes."""
+    content = io.BytesIO()
+    torch.save(state, content)
+    return content.getvalue()  # shares its memory; a view in a cycle crashes Python 3.12.1
+
+
+def read_checkpoint(root: Path, name: str) -> dict[str, Any]:
+    """The state in ``name``, on the CPU; its entry ``buffer``, if any, the bytes of that file.
+
+    Raises:
+        DamagedFile: if it, or its buffer, is missing or damaged, or holds anything but tensors and
+            plain values.
+    """
+    path = root / name
+    state = _unpacked(read_together(root, [name])[name], path)
+    if name != OLD and state["step"] != _step_of(name):
+        raise DamagedFile(f"{str(path)!r} is damaged: it holds step {state['step']}")
+    if state.get("buffer") is not None:
+        state["buffer"] = _read_buffer(root, state["buffer"])
+    return state
+
+
+def _names(root: Path, manifest: Manifest | None) -> list[str]:
+    """Files of checkpoints: those in the manifest, or else those that lie there."""
+    if manifest is not None:
+        return list(manifest.files)
+    files = [p for p in root.glob("checkpoints/*") if p.is_file() and not p.is_symlink()]
+    return [f"checkpoints/{path.name}" for path in files]
+
+
+def _step_of(name: str) -> int:
+    match = _CHECKPOINT.fullmatch(name) or _BUFFER.fullmatch(name)
+    return int(match[1]) if match else -1
+
+
+def _unpacked(content: bytes, path: Path) -> dict[str, Any]:
+    damaged = DamagedFile(f"{str(path)!r} is damaged: it cannot be read as a checkpoint")
+    try:
+        state = read_torch_content(content, path)
+    except UserError:
+        raise damaged from None
+    if not isinstance(state, dict) or type(state.get("step")) is not int or state["step"] < 0:
+        raise damaged
+    numbers = [state.get("best", math.inf), state.get("seconds", 0.0)]
+    if any(type(number) not in (int, float) for number in numbers):
+        raise damaged
+    if not isinstance(state.get("watch"), dict | None) or not isinstance(
+        state.get("buffer"), dict | None
+    ):
+        raise damaged
+    return state
+
+
+def _read_buffer(root: Path, saved: Any) -> bytes:
+    facts = saved if isinstance(saved, dict) else {}
+    named = facts.get("file")
+    name = f"checkpoints/{Path(named).name}" if isinstance(named, str) else ""
+    content = read_together(root, [name])[name] if _BUFFER.fullmatch(name) else b""
+    if hashlib.sha256(content).hexdigest() != facts.get("sha256"):
+        raise DamagedFile(
+            f"{str(root / name)!r} is missing or damaged: it is not the replay buffer that the "
+            "checkpoint was saved with"
+        )
+    return content
+
+
+def environment() -> dict[str, Any]:
+    """Versions, device, git commit and command of this process."""
+    from importlib.metadata import version
+
+    import ebmkit
+
+    cuda = torch.cuda.is_available()
+    return {
+        "ebmkit": ebmkit.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": version("torchvision"),
+        "numpy": version("numpy"),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "git_commit": _git_commit(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "launch": launch(),
+        "command": ["ebmkit", *sys.argv[1:]],
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the code that runs, if it runs from a checkout."""
+    source = Path(__file__).resolve().parents[2]
+    if not (source / ".git").exists():
+        return None
+    command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()

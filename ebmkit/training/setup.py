@@ -1,0 +1,239 @@
+"""From a configuration to data, model and loss, and the checks that they suit each other."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import nn
+
+from ebmkit.card import ModelCard
+from ebmkit.data import AnyImages, load_dataset
+from ebmkit.data.imagesets import Faults
+from ebmkit.data.schedule import Stage
+from ebmkit.energy import EnergyModel, ScoreModel
+from ebmkit.errors import UserError
+from ebmkit.models import ModelConfig
+from ebmkit.objectives import Scale, TrainingLoss, parse_objective
+from ebmkit.objectives.loss import check_labels
+from ebmkit.training.config import DataConfig, TrainConfig
+
+__all__ = [
+    "build_model",
+    "check_compiled",
+    "check_learnt",
+    "check_terms",
+    "images_of",
+    "make_card",
+    "make_loss",
+    "model_config",
+    "shapes",
+    "trained_size",
+]
+
+Split = Literal["train", "validation", "test"]
+
+NOT_LEARNT = {"ce": 0.98, "score": 0.97}
+"""Shares of the loss of guessing, or of a score of zero, from which on nothing was learnt."""
+
+LEAST_STEPS = 100
+"""Shorter runs are not judged."""
+
+
+def images_of(
+    config: DataConfig, split: Split, progress: bool = False, download: bool = True
+) -> AnyImages:
+    """The images of ``split``, as ``config`` names them.
+
+    Args:
+        config: the data set.
+        split: of it.
+        progress: whether to show bars while data is downloaded or read.
+        download: fetch CIFAR if it is not there.
+
+    Raises:
+        UserError: if the data set is unknown, missing or incomplete.
+    """
+    return load_dataset(
+        config.name,
+        config.data_dir,
+        split,
+        image_size=config.image_size,
+        download=download,
+        progress=progress,
+        faults=Faults(config.unreadable == "skip", config.links == "follow"),
+    )
+
+
+def build_model(config: TrainConfig, images: AnyImages) -> ScoreModel:
+    """The model that ``config`` describes for ``images``, with weights drawn from its seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = model_config(config, images).build()
+    return model
+
+
+def model_config(config: TrainConfig, images: AnyImages) -> ModelConfig:
+    """The model's configuration, with what follows from the images filled in."""
+    facts = {
+        "in_channels": images.channels,
+        "num_classes": images.num_classes,
+        "reference_size": config.model.reference_size or trained_size(config, images),
+    }
+    return ModelConfig.model_validate(config.model.model_dump() | facts)
+
+
+def make_loss(model: ScoreModel, config: TrainConfig, training: bool = True) -> TrainingLoss:
+    """Model and objectives.
+
+    Args:
+        model: to train, or to validate.
+        config: the run's.
+        training: False to validate: with the losses of held-out images (`Term.for_validation`).
+    """
+    terms = parse_objective(config.objective, config.objective_settings())
+    if not training:
+        terms = tuple(own for term in terms if (own := term.for_validation()) is not None)
+    return TrainingLoss(model, terms, config.balance, config.draw_from)
+
+
+def make_card(loss: TrainingLoss, config: TrainConfig, images: AnyImages) -> ModelCard:
+    """What the model is trained for."""
+    matching = [term.name for term in loss.terms if term.objective.needs_score]
+    denoise = config.stream(loss.stream_of[matching[0]]) if matching else None
+    return ModelCard(
+        dataset=images.name,
+        objective=config.objective,
+        image_size=trained_size(config, images),
+        channels=images.channels,
+        class_names=list(images.class_names),
+        sigma_range=denoise.noise.range if denoise else None,
+        classifies=isinstance(loss.model, EnergyModel)
+        and any(term.objective.needs_labels for term in loss.terms),
+        energies="model" if any(t.objective.trains_density for t in loss.terms) else "logits",
+        **{name: text for term in loss.terms for name, text in term.objective.card.items()},
+    )
+
+
+def check_terms(loss: TrainingLoss, config: TrainConfig, images: AnyImages) -> None:
+    """Check that each objective can learn from its stream.
+
+    Raises:
+        UserError: if labels or noise are missing that an objective needs, or labels are mixed that
+            it takes one by one.
+    """
+    for term in loss.terms:
+        name = loss.stream_of[term.name]
+        stream = config.stream(name)
+        if term.objective.needs_labels and images.num_classes and not loss.model.num_classes:
+            raise UserError(
+                f"objective {term.name!r} needs labels, and {config.backbone!r} is a denoiser "
+                "without them: use --objective dsm, or a backbone"
+            )
+        if term.objective.hessian_vectors:
+            _check_hessian(term.name, loss.model)
+        mixes = stream.augmentation.mix != "none"
+        check_labels(term.name, term.objective, images.num_classes, mixes, name)
+        if term.objective.needs_score and stream.noise.range[1] == 0:
+            raise UserError(
+                f"objective {term.name!r} learns from noise, and stream {name!r} has none: set "
+                f"streams.{name}.noise.kind and max, as in squared-uniform and 100/255"
+            )
+
+
+def _check_hessian(name: str, model: ScoreModel) -> None:
+    """Whether ``model`` has a second derivative by each image.
+
+    Raises:
+        UserError: if it has no density, or one with kinks or that mixes the images of a batch.
+    """
+    wrong = None
+    if not model.is_energy_based:
+        wrong = "this network is a plain denoiser and has none: use --objective dsm, or a backbone"
+    elif model.has_batch_norm:
+        wrong = "BatchNorm mixes the images of a batch: use another norm (norm=group), or dsm"
+    elif any(isinstance(m, (nn.ReLU, nn.LeakyReLU)) for m in model.modules()):
+        wrong = "that of ReLU is 0 beside its kinks: use a smooth activation, or dsm"
+    if wrong:
+        raise UserError(
+            f"objective {name!r} needs the second derivative of the density, and {wrong}"
+        )
+
+
+def check_compiled(stages: Sequence[Stage]) -> None:
+    """Check that a compiler will take the shapes of all stages.
+
+    Raises:
+        UserError: if there are more than it compiles.
+    """
+    most = torch._dynamo.config.recompile_limit
+    if len(stages) > most:
+        raise UserError(
+            f"sizes change {len(stages) - 1} times along the run, and a step is compiled for "
+            f"{most} shapes at the most: take fewer phases, or --compile off"
+        )
+
+
+def check_learnt(
+    means: Mapping[str, float], loss: TrainingLoss, classes: int, config: TrainConfig
+) -> None:
+    """Warn at the end of a run where cross-entropy and score matching are those of no model.
+
+    A rate that is too high need not give NaN: Muon's update is bounded, and a network with group
+    norms takes weights of any size.
+
+    Args:
+        means: the last validation's.
+        loss: what they are of.
+        classes: number of classes.
+        config: the run's.
+    """
+    matching = [t.name for t in loss.terms if t.objective.scale is not Scale.PLAIN]
+    told = dict.fromkeys(matching, "that of a score of zero (1)")
+    idle = {name: means[name] >= NOT_LEARNT["score"] for name in matching}
+    if "ce" in means and classes > 1:
+        told["ce"] = f"that of guessing (log {classes} = {math.log(classes):.2f})"
+        idle["ce"] = means["ce"] >= NOT_LEARNT["ce"] * math.log(classes)
+    if config.steps < LEAST_STEPS or not idle or not all(idle.values()):
+        return
+    found = " and ".join(f"{name} = {means[name]:.2f} is {told[name]}" for name in sorted(idle))
+    warnings.warn(
+        f"learnt nothing: {found}: the rate (optimizer.lr = {config.optimizer.lr:g}) may be too "
+        f"high, or {config.steps:,} steps too few",
+        stacklevel=2,
+    )
+
+
+def shapes(
+    stage: Stage, images: AnyImages, processes: int = 1
+) -> dict[str, tuple[int, int, int, int]]:
+    """Shapes (B, C, H, W) of the images that a process takes of each stream in a step."""
+    return {
+        name: (
+            span.batch_size // processes,
+            images.channels,
+            *_seen_size(span.crop_size, images),
+        )
+        for name, span in stage.spans.items()
+    }
+
+
+def trained_size(config: TrainConfig, images: AnyImages) -> tuple[int, int]:
+    """Height and width that the network sees in training: of the crops, where there are any.
+
+    Those of the stream that score matching draws from, or else of the classifying one; the largest,
+    where crops grow along the run: at that size and below, the log-density is the plain formula's.
+    """
+    terms = parse_objective(config.objective)
+    first = next((t for t in terms if t.objective.needs_score), terms[0])
+    name = config.draw_from.get(first.name, first.objective.stream)
+    spans = config.stream(name).spans(config.steps)
+    sizes = [_seen_size(span.crop_size, images) for span in spans]
+    return max(sizes, key=lambda size: size[0] * size[1])
+
+
+def _seen_size(crop: int | None, images: AnyImages) -> tuple[int, int]:
+    return images.image_size if crop is None else (crop, crop)

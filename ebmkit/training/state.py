@@ -1,0 +1,315 @@
+"""Everything that a checkpoint holds, in one object, and whether what was read from a file fits.
+
+`TrainingState` is what saving, resuming and rollback read and write:
+
+==============  ==================================================================
+``step``        steps done
+``seconds``     spent so far
+``best``        least validation loss so far
+``model``       parameters and buffers, by name
+``optimizer``   as `torch.optim.Optimizer.state_dict`
+``average``     the averaged weights, by name; none where averaging is off
+``running``     running means of the balanced terms
+``unreadable``  skipped samples: number in the set -> why
+``precision``   that it was trained in, for tables
+``watch``       divergences so far and snapshots (`ebmkit.training.rollback`), where negatives are
+                needed
+==============  ==================================================================
+
+A checkpoint may come from an untrusted source, and that its archive is sound says nothing of what
+is in it. The optimiser's fused kernels trust the lengths of its tensors: with moments of another
+shape they would read and write memory that is not theirs. So every entry is checked for its type,
+every tensor for its shape before anything is taken over.
+
+Checkpoints of earlier versions load:
+
+==========  ============================================  =================================
+until       what a checkpoint had                         today
+==========  ============================================  =================================
+2026-11-20  ``running``: mapping from term to mean        tensor, in the order of the terms
+2026-11-20  an optimiser that is not fused                the same state, for a fused one
+2026-11-25  no ``seconds``, ``precision``, ``watch``      0; as computed now; none
+2026-11-26  no ``kept`` in ``watch``                      snapshots are taken from here on
+==========  ============================================  =================================
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt
+from torch import Tensor, nn
+
+from ebmkit.data import AnyImages, Stream, StreamedSet
+from ebmkit.distributed import DistributedContext
+from ebmkit.energy import ScoreModel
+from ebmkit.errors import UserError, shown
+from ebmkit.models.saving import weights_file
+from ebmkit.training.run_folder import BEST, RunFolder
+from ebmkit.training.step import TrainingStep
+from ebmkit.validation import validated
+
+__all__ = [
+    "Best",
+    "SavedOptimizer",
+    "SkippedSamples",
+    "TrainingState",
+    "check_tensor",
+    "restore_optimizer",
+]
+
+SHOWN = 5
+"""Reasons for skipped samples that are written to the metrics."""
+
+
+class Saved(BaseModel):
+    """A part of a checkpoint, its entries of exactly these types."""
+
+    model_config = ConfigDict(strict=True, arbitrary_types_allowed=True)
+
+
+class SavedOptimizer(Saved):
+    """An optimiser's state; what its groups are set to is the configuration's, not the file's."""
+
+    state: dict[NonNegativeInt, dict[str, Tensor]]
+    """Number of the parameter -> what the optimiser keeps of it."""
+
+
+class SavedState(Saved):
+    """The part of a checkpoint that is the same for all objectives."""
+
+    step: NonNegativeInt
+    seconds: Annotated[FiniteFloat, Field(ge=0)]
+    best: Annotated[float, Field(ge=-torch.inf)]
+    model: dict[str, Tensor]
+    optimizer: SavedOptimizer
+    average: dict[str, Tensor] | None
+    running: Tensor
+    unreadable: dict[NonNegativeInt, str] = {}
+
+
+class Best:
+    """The weights of the least validation loss, which belong to the checkpoint.
+
+    Attributes:
+        loss: the least so far; infinite before the first validation.
+        weights: safetensors; None before the first validation, and where nothing is saved.
+    """
+
+    def __init__(self) -> None:
+        self.loss = math.inf
+        self.weights: bytes | None = None
+        self._on_disk: bytes | None = None
+
+    def offer(self, loss: float, model: ScoreModel, saves: bool) -> None:
+        """Note ``loss`` if it is the least so far; keep the ``model`` if it ``saves``."""
+        if loss < self.loss:
+            self.loss = loss
+            self.weights = weights_file(model) if saves else None
+
+    def restore(self, run: RunFolder) -> None:
+        """Read the weights of the present `loss` from ``run``; if they are lost, begin anew."""
+        if math.isfinite(self.loss):
+            self.weights = self._on_disk = run.read_best()
+            self.loss = math.inf if self.weights is None else self.loss
+
+    def files(self) -> dict[str, bytes]:
+        """What is to be written with the next checkpoint; nothing if it is there already."""
+        if self.weights is None or self.weights is self._on_disk:
+            return {}
+        return {BEST: self.weights}
+
+    def written(self) -> None:
+        """Note that `files` was."""
+        self._on_disk = self.weights
+
+
+class SkippedSamples:
+    """Images that training leaves out because they cannot be read (``dataset.unreadable: skip``).
+
+    Each process meets its own; all know of all whenever metrics or a checkpoint are written, and
+    the checkpoint holds them, so that a resumed run counts as one that never stopped.
+
+    Args:
+        images: the training images; those skipped when they were loaded count too.
+        streams: what reads them.
+        world: the processes that share the batches.
+
+    Attributes:
+        found: number of an image in the set -> why it cannot be read.
+        reasons: why each was skipped.
+    """
+
+    def __init__(
+        self, images: AnyImages, streams: Mapping[str, Stream], world: DistributedContext
+    ) -> None:
+        self.found: dict[int, str] = {}
+        self._before, self._streams, self._world = images.left_out, streams, world
+        self._may = isinstance(images, StreamedSet) and images.skip
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        return (*self._before, *self.found.values())
+
+    def __len__(self) -> int:
+        return len(self.reasons)
+
+    def update(self) -> None:
+        """Learn what was skipped since; all processes must do so together."""
+        if not self._may:
+            return
+        own = {n: why for stream in self._streams.values() for n, why in stream.skipped.items()}
+        for found in self._world.gather(own):
+            self.found |= found
+        self.found = dict(sorted(self.found.items()))
+
+    def row(self, step: int) -> dict[str, Any]:
+        """For the end of the metrics: how many, and why the first ones."""
+        reasons = list(self.reasons[:SHOWN])
+        return {"kind": "unreadable", "step": step, "count": len(self), "reasons": reasons}
+
+
+class TrainingState:
+    """What a run has reached: the part of a checkpoint that is the same for all objectives.
+
+    Args:
+        update: the step, which holds model, optimiser, averaged weights and running means.
+        skipped: what could not be read.
+
+    Attributes:
+        step: steps done.
+        best: the best weights so far.
+    """
+
+    def __init__(self, update: TrainingStep, skipped: SkippedSamples) -> None:
+        self.update, self.skipped = update, skipped
+        self.step, self.best, self.seconds = 0, Best(), 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Time spent so far, that of earlier processes up to their checkpoints included;
+        validations and checkpoints count."""
+        return self._before + time.perf_counter() - self._begun
+
+    @seconds.setter
+    def seconds(self, value: float) -> None:
+        self._before = value
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        """Count from now on, beside what was spent before."""
+        self._begun = time.perf_counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, on their device, and plain values."""
+        update, skipped = self.update, self.skipped.found
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "best": self.best.loss,
+            "model": update.loss.model.state_dict(),
+            "optimizer": update.optimizer.state_dict(),
+            "average": update.average.state_dict() if update.average else None,
+            "running": update.loss.running,
+            "precision": update.precision,
+            **({"unreadable": skipped} if skipped else {}),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a `state_dict`, of this version or an earlier one.
+
+        Raises:
+            UserError: if it is of another run.
+        """
+        update = self.update
+        try:
+            state = _upgraded(state, update.loss.balanced)
+        except (TypeError, ValueError, RuntimeError):
+            raise UserError("the checkpoint is of no version of this program") from None
+        saved = validated(SavedState, state, "the checkpoint")
+        check_tensor("'running'", saved.running, update.loss.running)
+        _restore_module("model", update.loss.model, saved.model)
+        restore_optimizer(update.optimizer, saved.optimizer)
+        if update.average is not None:
+            _restore_module("average", update.average, saved.average or {})
+        update.loss.running.copy_(saved.running)
+        update.reset()
+        self.step, self.best.loss, self.seconds = saved.step, saved.best, saved.seconds
+        self.skipped.found = dict(saved.unreadable)
+
+
+def _upgraded(state: dict[str, Any], balanced: Sequence[str]) -> dict[str, Any]:
+    """A checkpoint in today's form; ``balanced`` are the terms that have a running mean.
+
+    Raises:
+        TypeError, ValueError: if it is of no version.
+    """
+    state = {"seconds": 0.0, "best": math.inf, "precision": None, "watch": None, **state}
+    if isinstance(state.get("running"), dict):
+        means = [float(state["running"].get(name, 1.0)) for name in balanced]
+        state["running"] = torch.tensor(means)
+    return state
+
+
+def _restore_module(what: str, module: nn.Module, found: Mapping[str, Tensor]) -> None:
+    """Take over the parameters and buffers of the same module.
+
+    Raises:
+        UserError: naming the first that is missing, is of another shape or type, or has no place.
+    """
+    own = module.state_dict()
+    for name in [*own, *found]:
+        if name not in found:
+            raise _misfit(f"{what} {name!r} is missing")
+        if name not in own:
+            raise _misfit(f"{what} {shown(name)} is of another model")
+        check_tensor(f"{what} {name!r}", found[name], own[name])
+    module.load_state_dict(dict(found))
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: SavedOptimizer) -> None:
+    """Take over what an optimiser of the same kind keeps of each parameter.
+
+    Rates, decays and the like stay as they are: the configuration has them.
+
+    Raises:
+        UserError: if it is of another optimiser or of other parameters.
+    """
+    adam, momentum = {"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"}
+    groups = optimizer.param_groups
+    names = [adam if "betas" in group else momentum for group in groups for _ in group["params"]]
+    parameters = [p for group in groups for p in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for number, found in saved.state.items():
+        if number >= len(parameters) or found.keys() != names[number]:
+            raise _misfit(f"optimizer, parameter {number}, is of another optimiser or model")
+        state[number] = {}
+        for name, value in found.items():
+            own = torch.zeros(()) if name == "step" else parameters[number]
+            check_tensor(f"optimizer, parameter {number}, {name!r}", value, own)
+            # the kernels want it dense, in the order of the parameter
+            state[number][name] = torch.empty_like(own).copy_(value)
+    own_groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": own_groups})
+
+
+def check_tensor(what: str, found: Tensor, own: Tensor) -> None:
+    """Whether ``found`` may take the place of ``own``.
+
+    Raises:
+        UserError: if it is of another shape or type.
+    """
+    if found.layout != torch.strided or found.shape != own.shape or found.dtype != own.dtype:
+        raise _misfit(f"{what} is {_layout(found)}, and should be {_layout(own)}")
+
+
+def _layout(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def _misfit(reason: str) -> UserError:
+    return UserError(f"the checkpoint does not fit this run: {reason}")

@@ -1,0 +1,343 @@
+r"""One training step: gradient of the loss, and the update.
+
+A batch of B images is split into K parts of equal size, on W processes, and
+
+.. math:: \nabla L = \frac{1}{KW} \sum_{k,r} \nabla L_{k,r},
+
+since every loss is a mean over images. For a compiler the score is taken inside the loss by
+`torch.func.vjp`, so that forward pass, score and loss are one graph (``fullgraph``); eagerly by
+`torch.autograd.grad`, which has less overhead: the reference that the other is tested against.
+
+The host never waits for the device within a step. Losses, the gradient's norm and whether they are
+finite stay on the device; the fused optimiser skips the update when they are not, and every later
+one, so the parameters are still those before the update when `TrainingStep.read` reports it.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch._functorch.config as functorch_config  # activation_memory_budget has no public name
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from ebmkit.compile import ISOLATED
+from ebmkit.compute import (
+    ComputeConfig,
+    keep_freed_memory,
+    memory_format,
+    pick_compile,
+    pick_precision,
+    set_tf32,
+)
+from ebmkit.data import Batch
+from ebmkit.distributed import DistributedContext
+from ebmkit.errors import UserError
+from ebmkit.models import JointModel
+from ebmkit.objectives import TrainingLoss
+from ebmkit.onednn import subsample_before_1x1
+from ebmkit.training.cost import trace_step
+from ebmkit.training.optim import SAM, set_rate, update_average
+
+__all__ = ["OutOfMemory", "StepStats", "TrainingStep", "split_batches", "translate_out_of_memory"]
+
+
+class OutOfMemory(Exception):
+    """The step did not fit into the device's memory."""
+
+
+class StepStats(NamedTuple):
+    """What steps did, on the host.
+
+    Attributes:
+        parts: each term's mean of the last step; of the failing one, if one failed.
+        grad_norm: of that step, before clipping.
+        done: number of updates since the step was made.
+        skipped: number of steps without one after those: the failing one, and what followed it
+            before the host heard.
+        failed: whether a loss or the gradient was not finite, and updates ended.
+        asked_to_stop: whether any process was asked to.
+    """
+
+    parts: dict[str, float]
+    grad_norm: float
+    done: int
+    skipped: int
+    failed: bool
+    asked_to_stop: bool
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the losses and the gradient are numbers."""
+        return all(map(math.isfinite, [*self.parts.values(), self.grad_norm]))
+
+
+class TrainingStep:
+    """Takes the gradient of a loss and moves the parameters.
+
+    Args:
+        loss: model and objectives, on their device.
+        optimizer: a fused one over the model's parameters (`make_optimizer`).
+        compute: precision, compilation, accumulation, recomputation.
+        clip_norm: bound on the gradient's norm; None: none.
+        average: averaged weights to update too.
+        world: the processes that share each batch.
+        backend: of `torch.compile`.
+        sam: sharpness-aware minimisation; None: the plain gradient.
+
+    Attributes:
+        precision: the one in force.
+        compiled: whether the loss is compiled.
+
+    Raises:
+        UserError: if the device lacks the precision or a compiler, or the model cannot be compiled
+            or recomputed.
+
+    >>> step = TrainingStep(loss, optimizer, ComputeConfig(compile="off"))     # doctest: +SKIP
+    >>> step({"classify": batch, "denoise": other}, rate=3e-4)                 # doctest: +SKIP
+    >>> step.read().parts                                                      # doctest: +SKIP
+    {'ce': 2.3, 'dsm': 0.99}
+    """
+
+    def __init__(
+        self,
+        loss: TrainingLoss,
+        optimizer: torch.optim.Optimizer,
+        compute: ComputeConfig | None = None,
+        clip_norm: float | None = None,
+        average: AveragedModel | None = None,
+        world: DistributedContext | None = None,
+        backend: str = "inductor",
+        sam: SAM | None = None,
+    ) -> None:
+        self.compute = compute or ComputeConfig()
+        self.backend = backend
+        self.loss, self.optimizer = loss, optimizer
+        self.clip_norm, self.average, self.sam = clip_norm, average, sam
+        self.world = world or DistributedContext()
+        self.parameters = [p for p in loss.model.parameters() if p.requires_grad]
+        self.device = self.parameters[0].device
+        self.precision = pick_precision(self.compute.precision, self.device)
+        set_tf32(self.device, self.precision)
+        loss.precision = self.precision
+        subsample_before_1x1(loss.model)  # as the models here do when made; others may not
+        loss.model.to(memory_format=memory_format(self.device, loss.differentiates))
+        keep_freed_memory(self.device)
+        self._parallel: nn.Module | None = None  # made with the first batch
+        self._settled = self.compiled = False
+        self._compile(self._may_compile())
+        self.names = tuple(term.name for term in loss.terms)
+        self._values = torch.zeros(len(self.names) + 2, device=self.device)  # parts, stop, norm
+        self._failed = torch.zeros((), device=self.device)
+        self._done = torch.zeros((), device=self.device)
+        self._taken, self._fresh = 0, True  # steps so far; whether the optimiser knew none before
+        optimizer.found_inf = self._failed  # type: ignore[attr-defined]  # they read it
+
+    def __call__(self, batches: Mapping[str, Batch], rate: float, stop: bool = False) -> None:
+        """One step at learning rate ``rate`` on this process's share of each stream's batch.
+
+        Args:
+            batches: stream -> batch.
+            rate: learning rate.
+            stop: whether this process was asked to stop; all of them hear of it by `read`.
+
+        Raises:
+            OutOfMemory: if the memory does not suffice.
+            UserError: if the step cannot be compiled and must be.
+        """
+        set_rate(self.optimizer, rate)
+        values = torch.zeros(len(self.names) + 1, device=self.device)
+        values[-1] = float(stop)
+        if self._taken == 0:
+            self._fresh = not self.optimizer.state
+        self._taken += 1
+        buffers = self.loss.model.buffers() if self.loss.model.has_batch_norm else ()
+        moving = [self.loss.running, *buffers]  # besides what the optimiser moves
+        before = [buffer.clone() for buffer in moving]
+        with translate_out_of_memory():
+            values[:-1] = self._differentiate(batches)
+            if self.sam is not None:
+                with self.sam.perturbed(self.loss):
+                    self._differentiate(batches)
+            self.world.mean_(values)
+            gradients = [p.grad for p in self.parameters if p.grad is not None]
+            norm = nn.utils.get_total_norm(gradients)
+            self._note(values, norm)
+            if self.clip_norm is not None:
+                nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
+            self.optimizer.step()
+        self.loss.remember(dict(zip(self.names, values[:-1], strict=True)))
+        for now, old in zip(moving, before, strict=True):
+            now.copy_(torch.where(self._failed > 0, old, now))
+        if self.average is not None:
+            update_average(self.average, self.loss.model, self._failed)
+
+    def read(self) -> StepStats:
+        """What the last step did; waits for the device."""
+        *parts, stop, norm, failed, done = torch.cat(
+            [self._values, self._failed[None], self._done[None]]
+        ).tolist()
+        means = dict(zip(self.names, parts, strict=True))
+        return StepStats(means, norm, int(done), self._taken - int(done), bool(failed), stop > 0)
+
+    def undo_skipped(self, rate: float) -> None:
+        """Bring what the host counts back to where the last update left it, and forget the failure.
+
+        Args:
+            rate: learning rate of that update.
+        """
+        stats = self.read()
+        if self.average is not None:
+            self.average.n_averaged -= stats.skipped
+        if self._fresh and stats.done == 0:
+            self.optimizer.state.clear()  # made by the failing step; SGD's is not even set to 0
+        set_rate(self.optimizer, rate)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget failures and count updates anew: the parameters were set from outside."""
+        for counter in (self._failed, self._done):
+            counter.zero_()
+        self._taken = 0
+
+    def _note(self, values: Tensor, norm: Tensor) -> None:
+        """Keep the step's values, unless one failed before; see whether this one did."""
+        now = torch.cat([values, norm.reshape(1)])
+        self._values.copy_(torch.where(self._failed > 0, self._values, now))
+        self._failed.copy_(torch.maximum(self._failed, 1 - now.isfinite().all().float()))
+        self._done += 1 - self._failed
+
+    def _differentiate(self, batches: Mapping[str, Batch]) -> Tensor:
+        """Gradients into the parameters; each term's mean, (number of terms,)."""
+        try:
+            values = self._forward_and_backward(batches)
+        except Exception as error:  # a compiler may fail in ways of its own, forward or backward
+            known = isinstance(error, (torch.OutOfMemoryError, UserError))
+            if not self.compiled or self._settled or known:
+                raise
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        else:
+            self._settled = True
+            return values
+        if self.compute.compile == "on":
+            raise UserError(f"the step cannot be compiled: {reason}; use --compile off")
+        warnings.warn(f"not compiled, running eagerly: {reason}", stacklevel=3)
+        self._compile(False)
+        return self._forward_and_backward(batches)
+
+    def _forward_and_backward(self, batches: Mapping[str, Batch]) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        values = torch.zeros(len(self.names), device=self.device)
+        count = self.compute.accumulate
+        drawn = {name: batches[name] for name in self.loss.streams}
+        parts = list(split_batches(drawn, count, self.loss.separate))
+        # what a compiler may keep for the backward pass, as a share of what it would
+        budget = {"activation_memory_budget": 0.3} if self.compute.recompute else {}
+        for i, part in enumerate(parts):
+            if self.compiled:
+                torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+            with self._apart(part, last=i == len(parts) - 1), functorch_config.patch(budget):
+                losses = (self._parallel or self.loss)(part)
+                (losses.total / count).backward()  # type: ignore[no-untyped-call]
+            for name, value in losses.parts.items():
+                values[self.names.index(name)] += value / count
+        return values
+
+    def _may_compile(self) -> bool:
+        """Whether to compile.
+
+        Raises:
+            UserError: if it must be, and the device or the model does not allow it.
+        """
+        wanted = pick_compile(self.compute.compile, self.device)
+        if wanted and self.loss.differentiates and self.loss.model.has_batch_norm:
+            if self.compute.compile == "on":
+                raise UserError(
+                    "a model with BatchNorm whose score is trained cannot be compiled: use "
+                    "--compile off, or model.backbone.norm=group"
+                )
+            return False
+        return wanted
+
+    def _compile(self, compiled: bool) -> None:
+        """Set compilation, and what depends on it: recomputation, and whether streams go apart."""
+        # in one graph a compiler can merge streams, and DDP must see all gradients in one backward
+        self.loss.separate = not compiled and self.world.size == 1
+        # vjp is for compilers, and recomputes only what the score itself needs
+        self.loss.use_autograd = not compiled and not self.compute.recompute
+        if compiled or self.compiled:
+            alone = self.world.size == 1 and self.compute.accumulate == 1
+            self.loss.compile(
+                fullgraph=True,
+                dynamic=False,
+                backend=self.backend,
+                mode="reduce-overhead" if self.device.type == "cuda" and alone else None,
+                disable=not compiled,
+                **ISOLATED,
+            )
+        self.compiled = compiled
+        if not self.compute.recompute:
+            return
+        if not isinstance(self.loss.model, JointModel):
+            raise UserError(
+                f"{type(self.loss.model).__name__} cannot recompute its activations: set "
+                "compute.recompute=false, or split the batch by compute.accumulate"
+            )
+        self.loss.model.set_recompute(not compiled)
+
+    def _apart(self, batches: dict[str, Batch], last: bool) -> AbstractContextManager[Any]:
+        """Within, processes do not exchange gradients; they do with the last part."""
+        if self.world.size == 1:
+            return nullcontext()
+        if self._parallel is None:
+            shapes: dict[str, Any] = {name: tuple(b.x.shape) for name, b in batches.items()}
+            unused = trace_step(self.loss, shapes).unused
+            self._parallel = self.world.wrap(self.loss, unused, self.loss.model.has_batch_norm)
+        assert isinstance(self._parallel, DistributedDataParallel)
+        return nullcontext() if last else self._parallel.no_sync()
+
+
+def split_batches(
+    batches: Mapping[str, Batch], count: int, separate: bool
+) -> Iterator[dict[str, Batch]]:
+    """What is taken forward and backward at once: ``count`` equal parts, streams apart or not."""
+    for k in range(count):
+        part = {name: _part(batch, k, count) for name, batch in batches.items()}
+        if separate:
+            yield from ({name: batch} for name, batch in part.items())
+        else:
+            yield part
+
+
+def _part(batch: Batch, k: int, count: int) -> Batch:
+    if count == 1:
+        return batch
+    size, rest = divmod(len(batch.x), count)
+    if rest:
+        raise UserError(
+            f"a batch of {len(batch.x)} does not divide into {count} parts: take a multiple of "
+            f"{count}, or another compute.accumulate"
+        )
+    return batch.rows(slice(k * size, (k + 1) * size))
+
+
+@contextmanager
+def translate_out_of_memory() -> Iterator[None]:
+    """Turn an allocation that failed into `OutOfMemory`."""
+    full = False
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        full = True
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        full = True
+    if full:  # out of the handler: the error's traceback keeps what the step held
+        raise OutOfMemory

@@ -1,0 +1,147 @@
+"""timm's networks as backbones: trained, saved and loaded like any other, nothing downloaded."""
+
+import sys
+
+import pytest
+import torch
+from ebmkit.training.loop import assemble
+
+import ebmkit
+from ebmkit import UserError, create_model
+from ebmkit.models import JointModel, ModelConfig, TimmConfig
+from ebmkit.models.config import find_network
+from ebmkit.training import RunFolder, resolve
+from ebmkit.validation import validated
+
+pytest.importorskip("timm")
+
+TINY = {"depths": [1, 1, 1, 1], "dims": [4, 4, 8, 8], "patch_size": 1}
+VIT = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2}
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """Any download fails."""
+    import timm.models._builder as builder
+
+    def refuse(*_arguments, **_options):
+        raise OSError("no network")
+
+    monkeypatch.setattr(builder, "load_pretrained", refuse)
+
+
+def tiny(name="timm:convnext_atto", options=TINY, **more):
+    return create_model(name, 3, in_channels=1, options=options, **more)
+
+
+def test_training_saves_a_run_that_loads_equal(tmp_path):
+    config = resolve(
+        {
+            "backbone": "timm:convnext_atto",
+            "model": {"backbone": {"options": TINY}},
+            "objective": "ce+dsm",
+            "steps": 2,
+            "device": "cpu",
+            "validation_images": 0,
+            "optimizer": {"ema": None},
+            "dataset": {"limit": 64},
+        }
+    )
+    run = RunFolder.create(tmp_path / "run", config)
+    trainer = assemble(config, run)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.fit()
+    model = ebmkit.load(tmp_path / "run")
+    assert isinstance(model, JointModel)
+    assert model.card.energies == "model"
+    y = torch.rand(2, 1, 8, 8)
+    trained = trainer.model.eval()
+    assert torch.equal(model.score(y), trained.score(y))
+    assert torch.equal(model.logits(y), trained.logits(y))
+    changed = {n for n, p in trained.named_parameters() if not torch.equal(p, before[n])}
+    assert len(changed) == len(before)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("convnext_atto", TINY), ("vit_tiny_patch16_224", VIT)]
+)
+def test_scores_are_differentiated_by_the_weights(name, options):
+    """Against differences of the score, float64; fused attention has no second derivative."""
+    torch.manual_seed(0)
+    model = tiny(f"timm:{name}", options).double()
+    y, v = torch.rand(2, 1, 8, 8).double(), torch.randn(2, 1, 8, 8).double()
+    weight = next(p for n, p in model.named_parameters() if p.ndim > 1 and "head" not in n)
+    along = torch.randn_like(weight)
+    (gradient,) = torch.autograd.grad((model.score(y) * v).sum(), weight)
+    ends = []
+    for step in (1e-5, -1e-5):
+        with torch.no_grad():
+            weight += step * along
+            ends.append((model.score(y) * v).sum())
+            weight -= step * along
+    torch.testing.assert_close((gradient * along).sum(), (ends[0] - ends[1]) / 2e-5, rtol=1e-5,
+                               atol=1e-9)  # fmt: skip
+
+
+def test_batch_norm_and_relu_are_warned_of():
+    model = create_model("timm:resnet10t", 3, in_channels=1)
+    with pytest.warns(UserWarning, match="BatchNorm|ReLU") as caught:
+        model.eval().score(torch.rand(2, 1, 32, 32))
+    assert len(caught) == 2
+
+
+def test_sizes_and_channels_are_told_in_one_sentence():
+    with pytest.raises(UserError, match="images of 1 channel"):
+        tiny()(torch.rand(2, 3, 8, 8))
+    with pytest.raises(UserError, match=r"takes no batch of 2 image\(s\) of 16x16.*img_size"):
+        tiny("timm:vit_tiny_patch16_224", VIT)(torch.rand(2, 1, 16, 16))
+    with pytest.raises(UserError, match=r"takes no batch of 2 image\(s\) of 2x2"):
+        tiny()(torch.rand(2, 1, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"name": "convnext_attto"}, "has no model 'convnext_attto'"),
+        ({"name": "hf-hub:somebody/net"}, "has no model 'hf-hub:"),
+        ({"name": "local-dir:/etc"}, "has no model 'local-dir:"),
+        ({"name": "convnext_atto", "options": {"depht": 1}}, "timm cannot build convnext_atto"),
+    ],
+)
+def test_other_names_and_options_are_refused(settings, words):
+    config = ModelConfig(backbone=TimmConfig(**settings))
+    with pytest.raises(UserError, match=words) as caught:
+        config.build()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["checkpoint_path", "pretrained_cfg", "num_classes"])
+def test_options_that_read_files_are_refused(name):
+    with pytest.raises(UserError, match=f"{name} cannot be set here"):
+        validated(TimmConfig, {"name": "convnext_atto", "options": {name: "/etc/passwd"}}, "timm")
+
+
+def test_a_saved_model_fetches_nothing(tmp_path):
+    config = ModelConfig(
+        backbone=TimmConfig(name="convnext_atto", pretrained=True, options=TINY), in_channels=1
+    )
+    with pytest.raises(UserError, match=r"timm cannot build convnext_atto.*no network"):
+        config.build()
+    model = config.without_pretrained().build()
+    ebmkit.save_model(tmp_path, model, config, ebmkit.ModelCard(image_size=(8, 8), channels=1))
+    y = torch.rand(1, 1, 8, 8)
+    assert torch.equal(ebmkit.load(tmp_path).log_density(y), model.eval().log_density(y))
+
+
+def test_windows_need_maps():
+    with pytest.raises(UserError, match=r"has no method pool\(maps, grid\)"):
+        tiny(image_size=8, size_scaling="windows")
+
+
+def test_names(monkeypatch):
+    assert find_network("timm:convnext_atto").config == TimmConfig(name="convnext_atto")
+    with pytest.raises(UserError, match="timm:NAME"):
+        find_network("convnext_atto")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UserError, match=r"pip install 'ebmkit-vision\[timm\]'"):
+        tiny()

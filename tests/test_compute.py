@@ -1,0 +1,60 @@
+"""Devices, precisions, and what a device has: memory and the rate of matrix products."""
+
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils import benchmark
+
+import ebmkit
+from ebmkit import compute
+from ebmkit.compute import (
+    available_memory,
+    matrix_rate,
+    pick_compile,
+    pick_device,
+    pick_precision,
+)
+
+CPU = torch.device("cpu")
+
+
+def test_a_precision_or_mode_that_the_device_lacks_is_refused(monkeypatch):
+    with pytest.raises(ebmkit.UserError, match=r"'tf32' needs an NVIDIA GPU.*device is a CPU: use"):
+        pick_precision("tf32", CPU)
+    with pytest.raises(ebmkit.UserError, match=r"unknown precision 'fp8'.*auto, bf16, fp32, tf32"):
+        pick_precision("fp8", CPU)
+    with pytest.raises(ebmkit.UserError, match=r"unknown compile mode 'yes'.*auto, off, on"):
+        pick_compile("yes", CPU)
+    with pytest.raises(ebmkit.UserError, match="'cuda:99' is not on this machine"):
+        pick_device("cuda:99")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ebmkit.UserError, match=r"--compile on needs a C\+\+ compiler"):
+        pick_compile("on", CPU)
+    assert not pick_compile("auto", CPU)
+    assert pick_precision("auto", CPU) == "fp32"
+
+
+def test_free_memory_is_that_of_the_tightest_control_group(tmp_path, monkeypatch):
+    inner = tmp_path / "root" / "a" / "b"
+    inner.mkdir(parents=True)
+
+    def write(folder, most, used, cache):
+        (folder / "memory.max").write_text(f"{most}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 5\ninactive_file {cache}\n")
+
+    write(inner, "max", 10, 0)
+    write(inner.parent, 1000, 600, 50)
+    (tmp_path / "cgroup").write_text("0::/a/b\n")
+    found = compute._group_free(tmp_path / "cgroup", tmp_path / "root")
+    monkeypatch.setattr(compute, "_group_free", lambda: found)
+    assert available_memory(torch.device("cpu")) == 450
+
+
+def test_the_matrix_rate_is_in_flops_per_second(monkeypatch):
+    # 10 ms a product, whatever it took
+    timed = SimpleNamespace(median=0.01)
+    monkeypatch.setattr(benchmark.Timer, "blocked_autorange", lambda self, min_run_time: timed)
+    assert matrix_rate(torch.device("cpu")) == pytest.approx(2 * 1024**3 / 0.01)

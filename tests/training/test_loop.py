@@ -1,0 +1,390 @@
+"""The training loop: exact continuation, stopping, saving."""
+
+import errno
+import json
+import os
+import signal
+import warnings
+
+import pytest
+import torch
+import yaml
+
+import ebmkit
+from ebmkit import training
+from ebmkit.objectives import TrainingLoss, parse_objective
+from ebmkit.storage.verify import accept_files
+from ebmkit.training import Interrupted, RunFolder, resolve
+from ebmkit.training.loop import assemble
+from ebmkit.training.optim import learning_rate, make_optimizer
+from ebmkit.training.setup import check_learnt
+
+pytestmark = pytest.mark.usefixtures("counted_once")
+
+SMALL = {
+    "backbone": "gradresnet10",
+    "model": {"backbone": {"width": 8}},
+    "steps": 8,
+    "log_every": 1,
+    "validate_every": 4,
+    "validation_images": 16,
+    "checkpoint_every": 3,
+    "device": "cpu",
+    "streams": {"classify": {"batch_size": 8}, "denoise": {"batch_size": 8}},
+}
+
+
+class StopAt:
+    """Asks the process to stop, as Ctrl-C does, when a step is reported."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def report(self, row):
+        if row["kind"] == "train" and row["step"] == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def start(tmp_path, name, *layers, reporter=None):
+    config = resolve(SMALL, *layers)
+    run = RunFolder.create(tmp_path / name, config)
+    return assemble(config, run, reporter)
+
+
+def bits(trainer):
+    return {k: v.clone() for k, v in trainer.model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        {},
+        {"optimizer": {"ema": 0.9, "clip_norm": 1.0, "decay_norms": False}},
+        {"streams": {"classify": {"augmentation": {"mix": "both", "crop_padding": 1}}}},
+        {
+            "optimizer": {"kind": "muon", "schedule": "linear", "ema": 0.9, "ema_warmup": True},
+            "terms": {"ce": {"label_smoothing": 0.1}},
+        },
+    ],
+    ids=["plain", "averaged", "augmented", "muon"],
+)
+def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, layer):
+    whole = start(tmp_path, "whole", layer)
+    whole.fit()
+
+    cut = start(tmp_path, "cut", layer, reporter=StopAt(5))
+    with pytest.raises(Interrupted, match="after step 5"):
+        cut.fit()
+    resumed = assemble(cut.config, RunFolder.open(tmp_path / "cut"))
+    assert resumed.step == 5
+    resumed.fit()
+
+    for key, value in bits(whole).items():
+        assert torch.equal(value, bits(resumed)[key]), key
+    saved = [ebmkit.load(tmp_path / name).state_dict() for name in ("whole", "cut")]
+    for key in saved[0]:
+        assert torch.equal(saved[0][key], saved[1][key]), key
+    columns = ("step", "kind", "ce", "dsm", "accuracy", "psnr_25")
+    logs = [
+        [{k: row.get(k) for k in columns} for row in RunFolder(tmp_path / name).metrics()]
+        for name in ("whole", "cut")
+    ]
+    assert logs[0] == logs[1]
+
+
+def test_a_crash_loses_only_what_came_after_the_last_checkpoint(tmp_path):
+    class Crash:
+        def report(self, row):
+            if row["step"] == 5:
+                raise RuntimeError("power cut")
+
+    whole = start(tmp_path, "whole")
+    whole.fit()
+    crashed = start(tmp_path, "crashed", reporter=Crash())
+    with pytest.raises(RuntimeError, match="power cut"):
+        crashed.fit()
+    resumed = assemble(crashed.config, RunFolder.open(tmp_path / "crashed"))
+    assert resumed.step == 3
+    resumed.fit()
+    assert all(torch.equal(v, bits(resumed)[k]) for k, v in bits(whole).items())
+    steps = [r["step"] for r in resumed.run.metrics() if r["kind"] == "train"]
+    assert steps == list(range(1, 9))
+
+
+def test_the_seed_decides_every_bit(tmp_path):
+    first, again, other = (
+        start(tmp_path, name, {"seed": seed, "steps": 3})
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    )
+    for trainer in (first, again, other):
+        trainer.fit()
+    assert all(torch.equal(v, bits(again)[k]) for k, v in bits(first).items())
+    assert not all(torch.equal(v, bits(other)[k]) for k, v in bits(first).items())
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
+    trainer = start(tmp_path, "run")
+    with torch.no_grad():
+        trainer.model.head.density.weight.fill_(float("inf"))
+    before = bits(trainer)
+    with pytest.raises(ebmkit.UserError, match="'dsm' is nan at step 1: stopped before"):
+        trainer.fit()
+    for key, value in before.items():
+        assert torch.equal(value, bits(trainer)[key])
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update(tmp_path, monkeypatch):
+    trainer = start(tmp_path, "run")
+    weight = trainer.model.head.density.weight
+    weight.register_hook(lambda gradient: gradient * float("inf"))
+    before = bits(trainer)
+    with pytest.raises(ebmkit.UserError, match=r"gradient's norm is (inf|nan) at step 1: stopped"):
+        trainer.fit()
+    assert all(torch.equal(v, bits(trainer)[k]) for k, v in before.items())
+
+
+def test_the_reference_is_the_size_trained_at(tmp_path):
+    crops = {"streams": {"denoise": {"augmentation": {"crop_size": 4}}}}
+    trainer = start(tmp_path, "run", crops)
+    assert trainer.model.reference_size == trainer.card.image_size == (4, 4)
+    assert start(tmp_path, "whole").model.reference_size == (8, 8)
+
+
+def test_a_stream_that_an_objective_cannot_learn_from_is_refused(tmp_path):
+    with pytest.raises(ebmkit.UserError, match="'dsm' learns from noise, and stream 'denoise' has"):
+        start(tmp_path, "a", {"streams": {"denoise": {"noise": {"kind": "none"}}}})
+    with pytest.raises(ebmkit.UserError, match="crop_size 99 is larger than the images"):
+        start(tmp_path, "b", {"streams": {"denoise": {"augmentation": {"crop_size": 99}}}})
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_its_log_anew(tmp_path):
+    trainer = start(tmp_path, "run")
+    trainer.run.log({"kind": "train", "step": 1})
+    assemble(trainer.config, RunFolder.open(tmp_path / "run"))
+    assert trainer.run.metrics() == []
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
+    trainer = start(tmp_path, "run", reporter=StopAt(2))
+    with pytest.raises(Interrupted):
+        trainer.fit()
+    path = tmp_path / "run" / "checkpoints" / "step-00000002.pt"
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    again = assemble(trainer.config, RunFolder.open(tmp_path / "run"))
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ebmkit.UserError, match="No space left on device"):
+        again.fit()
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir() if p.name.startswith(".")] == []
+
+
+def test_validation_measures_losses_accuracy_and_psnr(tmp_path):
+    trainer = start(tmp_path, "run")
+    trainer.fit()
+    rows = [row for row in trainer.run.metrics() if row["kind"] == "validation"]
+    assert [row["step"] for row in rows] == [4, 8]
+    assert {"accuracy", "psnr_25", "ce", "dsm"} <= rows[0].keys()
+
+
+def test_best_weights_are_those_of_the_best_validation(tmp_path, monkeypatch):
+    for name, values in (("first", [1.0, 2.0]), ("second", [2.0, 1.0])):
+        trainer = start(tmp_path, name)
+        summaries = iter(values)
+        monkeypatch.setattr(TrainingLoss, "summary", lambda *_, s=summaries: next(s))
+        trainer.fit()
+        best = ebmkit.load(tmp_path / name, weights="best").state_dict()
+        last = ebmkit.load(tmp_path / name, weights="last").state_dict()
+        assert all(torch.equal(best[k], last[k]) for k in best) == (name == "second")
+
+
+def test_the_rate_is_torch_s_cosine_annealing():
+    config = resolve({"optimizer": {"lr": 0.1}}, recipe="digits-adamw").optimizer
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50)
+    for step in range(50):
+        assert learning_rate(config, step, 50) == pytest.approx(schedule.get_last_lr()[0], rel=1e-9)
+        optimizer.step()
+        schedule.step()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "torch_s"),
+    [
+        ("linear", lambda o, n: torch.optim.lr_scheduler.LinearLR(o, 1.0, 1e-12, n)),
+        (
+            "warmup-stable-decay",  # 40 steps, of which the last 0.25 fall
+            lambda o, n: torch.optim.lr_scheduler.SequentialLR(
+                o,
+                [
+                    torch.optim.lr_scheduler.LinearLR(o, 1 / 5, 1.0, 4),
+                    torch.optim.lr_scheduler.LinearLR(o, 1.0, 1e-12, n // 4),
+                ],
+                [3 * n // 4],
+            ),
+        ),
+    ],
+)
+def test_the_rate_is_that_of_a_schedule_of_torch(schedule, torch_s):
+    stable = schedule == "warmup-stable-decay"
+    own = {"decay_share": 0.25, "warmup_steps": 5} if stable else {}
+    chosen = {"optimizer": {"lr": 0.1, "schedule": schedule, **own}}
+    config = resolve(chosen, recipe="digits-adamw").optimizer
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # SequentialLR's own
+        reference = torch_s(optimizer, 40)
+        for step in range(40):
+            expected = pytest.approx(reference.get_last_lr()[0], rel=1e-9)
+            assert learning_rate(config, step, 40) == expected, step
+            optimizer.step()
+            reference.step()
+    assert learning_rate(config, 40, 40) == 0
+
+
+def test_a_run_that_learns_nothing_warns():
+    """Where nothing overflows: Muon's update is bounded, and group norms take any weights."""
+    layer = {
+        "model": {"backbone": {"width": 4, "channels_per_group": 4}},
+        "steps": 100,
+        "validate_every": 50,
+        "log_every": 50,
+    }
+    lost = assemble(resolve(SMALL, layer, {"optimizer": {"lr": 10}}, recipe="digits"), None)
+    with pytest.warns(
+        UserWarning, match=r"learnt nothing: ce = .*\(log 10 = 2\.30\) and dsm ="
+    ) as told:
+        lost.fit()
+    assert "optimizer.lr = 10" in str(told[0].message)
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize(
+    ("means", "steps", "warns"),
+    [
+        ({"ce": 2.30, "dsm": 0.98}, 100, True),
+        ({"ce": 2.30, "dsm": 0.98}, 99, False),
+        ({"ce": 2.30, "dsm": 0.90}, 100, False),
+        ({"ce": 1.50, "dsm": 1.00}, 100, False),  # denoising begins late
+    ],
+)
+def test_a_run_that_learnt_a_little_or_was_short_is_not_judged(means, steps, warns):
+    config = resolve({"steps": steps}, recipe="digits-adamw")
+    loss = TrainingLoss(ebmkit.create_model("mlp", 10, 1), parse_objective("ce+dsm"))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        check_learnt(means, loss, 10, config)
+    assert bool(told) == warns
+
+
+def test_norm_weights_can_be_kept_from_decay():
+    model = ebmkit.create_model("gradresnet18", 10, 1, width=8)
+    config = resolve({"optimizer": {"decay_norms": False}}, recipe="digits-adamw").optimizer
+    groups = make_optimizer(model, config).param_groups
+    assert [g["weight_decay"] for g in groups] == [0.05, 0.0]
+    norms = [
+        p for n, p in model.named_parameters() if "norm" in n or n.endswith("shortcut.1.weight")
+    ]
+    assert {id(p) for p in groups[1]["params"]} == {id(p) for p in norms}
+    everything = make_optimizer(model, resolve(recipe="digits-adamw").optimizer).param_groups
+    assert len(everything) == 1  # the paper decays all
+
+
+def test_run_folders_are_never_overwritten(tmp_path):
+    config = resolve(SMALL)
+    (tmp_path / "run").mkdir()
+    RunFolder.create(tmp_path / "run", config)  # an empty folder is fine
+    with pytest.raises(ebmkit.UserError, match="exists: resume it by --resume"):
+        RunFolder.create(tmp_path / "run", config)
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(ebmkit.UserError, match="exists"):
+        RunFolder.create(tmp_path / "file", config)
+    assert (tmp_path / "file").read_text() == "precious"
+    with pytest.raises(ebmkit.UserError, match="no run folder"):
+        RunFolder.open(tmp_path / "absent")
+
+
+def test_a_run_records_its_environment(tmp_path):
+    run = RunFolder.create(tmp_path / "run", resolve(SMALL))
+    environment = json.loads((run.path / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__
+    assert {"python", "ebmkit", "git_commit", "command", "gpu"} <= environment.keys()
+
+
+def test_resuming_with_another_configuration_is_refused_by_field(tmp_path):
+    def resolve(*layers):
+        return training.resolve(*layers, recipe="digits-adamw")
+
+    run = RunFolder.create(tmp_path / "run", resolve(SMALL))
+    run.check_same(resolve(SMALL, {"log_every": 5, "device": "auto"}))
+    with pytest.raises(ebmkit.UserError, match=r"optimizer\.lr was 0\.003 and is now 0\.1"):
+        run.check_same(resolve(SMALL, {"optimizer": {"lr": 0.1}}))
+    with pytest.raises(ebmkit.UserError, match=r"dataset\.name was 'digits'"):
+        run.check_same(resolve(SMALL, {"dataset": {"name": "patches"}}))
+    with pytest.raises(ebmkit.UserError, match=r"dataset\.limit was None and is now 100"):
+        run.check_same(resolve(SMALL, {"dataset": {"limit": 100}}))
+    run.check_same(resolve(SMALL, {"dataset": {"data_dir": "moved", "workers": 2}}))
+
+
+def test_a_damaged_checkpoint_is_reported(tmp_path):
+    trainer = start(tmp_path, "run", {"steps": 3})
+    trainer.fit()
+    path = tmp_path / "run" / "checkpoints" / "step-00000003.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ebmkit.UserError, match="damaged"):
+        assemble(trainer.config, RunFolder.open(tmp_path / "run"))
+
+
+def test_a_checkpoint_with_code_in_it_is_not_executed(tmp_path):
+    class Harm:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "harm"),))
+
+    trainer = start(tmp_path, "run", {"steps": 3})
+    torch.save({"step": Harm()}, tmp_path / "run" / "checkpoints" / "step-00000003.pt")
+    accept_files(tmp_path / "run", ["checkpoints/step-00000003.pt"])
+    for _ in range(2):  # vouched for by a manifest, and without one
+        with pytest.raises(ebmkit.UserError, match=r"damaged: .* no whole checkpoint is left"):
+            trainer.run.load_checkpoint()
+        (tmp_path / "run" / "manifest.json").unlink(missing_ok=True)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_batch_norm_and_relu_train_with_a_warning(tmp_path):
+    layer = {"model": {"backbone": {"norm": "batch", "activation": "relu"}}, "steps": 2}
+    trainer = start(tmp_path, "run", layer)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit()
+    told = " ".join(str(w.message) for w in caught)
+    assert "BatchNorm" in told
+    assert "ReLU" in told
+    assert "table 3" in told
+    statistics = trainer.model.backbone.stages[0][0].norm.running_mean
+    assert statistics.abs().sum() > 0
+
+
+def test_a_run_of_an_earlier_version_resumes(tmp_path):
+    """Its configuration lacks the fields that came later, whose defaults change nothing."""
+    cut = start(tmp_path, "cut", reporter=StopAt(3))
+    with pytest.raises(Interrupted):
+        cut.fit()
+    path = tmp_path / "cut" / "config.yaml"
+    values = yaml.safe_load(path.read_text())
+    del values["negatives"], values["watch"], values["streams"]["generate"]
+    del values["optimizer"]["sharpness"]
+    path.write_text(yaml.safe_dump(values))
+    (tmp_path / "cut" / "manifest.json").unlink()
+    run = RunFolder.open(tmp_path / "cut")
+    run.check_same(resolve(run.config()))
+    state = run.load_checkpoint()
+    del state["watch"]
+    torch.save(state, tmp_path / "cut" / "checkpoints" / "last.pt")
+    (tmp_path / "cut" / "checkpoints" / "step-00000003.pt").unlink()
+    resumed = assemble(resolve(run.config()), run)
+    assert resumed.step == 3
+    resumed.fit()

@@ -1,0 +1,214 @@
+"""Divergence: what is seen, where the run goes back to, what is changed, and how it ends."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from ebmkit import UserError
+from ebmkit.training import RunFolder, resolve
+from ebmkit.training.config import WatchConfig
+from ebmkit.training.loop import assemble
+from ebmkit.training.optim import SAM
+from ebmkit.training.rollback import DivergenceMonitor, Measures, Mitigations, Snapshot
+
+TINY = {
+    "objective": "jem",
+    "model": {"backbone": {"width": 8}},
+    "streams": {"classify": {"batch_size": 8}, "generate": {"batch_size": 8}},
+    "negatives": {"steps": 2, "buffer_size": 40},
+    "watch": {"every": 2, "breaches": 3},
+    "steps": 12,
+    "log_every": 1,
+    "validation_images": 0,
+    "checkpoint_every": 4,
+    "device": "cpu",
+}
+
+
+def start(tmp_path, name, *layers, reporter=None):
+    config = resolve(TINY, *layers)
+    return assemble(config, RunFolder.create(tmp_path / name, config), reporter)
+
+
+def measures(step=1, **changes):
+    fine = {"losses": {"ce": 1.0, "ml": 0.1}, "gap": 0.1, "sample": 0.5, "gradient": 1.0}
+    return Measures(step=step, **{**fine, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"losses": {"ce": math.nan}}, "loss 'ce' is nan"),
+        ({"losses": {"ml": math.inf}}, "loss 'ml' is inf"),
+        ({"gradient": math.inf}, "the gradient's norm is inf"),
+        ({"gap": -1e4}, "log p of samples and data differ by -1e"),
+        ({"sample": 40.0}, "samples lie 40 from gray"),
+        ({"sample": math.nan}, "samples lie nan from gray"),
+        ({"gradient": 1e5}, "the gradient's norm is 1e"),
+    ],
+)
+def test_each_kind_of_divergence_is_detected(changes, words):
+    monitor = DivergenceMonitor(WatchConfig())
+    assert all(monitor.check(measures(step)) is None for step in range(20))
+    assert words in monitor.check(measures(20, **changes))
+
+
+def test_a_lasting_gap_is_detected_and_one_step_is_not():
+    monitor = DivergenceMonitor(WatchConfig(gap=10))
+    assert monitor.check(measures(gap=60.0)) is None
+    reasons = [monitor.check(measures(gap=12.0)) for _ in range(40)]
+    assert reasons[0] is None
+    assert reasons[-1] is not None
+
+
+def test_rollback_takes_a_good_snapshot_and_changes_one_thing_at_a_time():
+    monitor = DivergenceMonitor(WatchConfig(every=10, breaches=4))
+    for step in (0, 10, 20, 30):
+        monitor.keep(Snapshot(step, {}, torch.zeros(0), None))
+    found = []
+    for _ in range(5):
+        before = monitor.mitigations
+        breach, snapshot = monitor.diverged(31, "reason")
+        assert snapshot.step == breach.back
+        changed = [a != b for a, b in zip(before, monitor.mitigations, strict=True)]
+        found.append((breach.back, breach.change, sum(changed)))
+    # the state of step 30 was outlived by one step alone, so it is given up
+    assert [back for back, _, _ in found] == [20] * 5
+    assert [change for _, change, _ in found] == ["rate", "steps", "penalty", "rate", None]
+    assert [count for _, _, count in found] == [1, 1, 1, 1, 0]
+    assert monitor.mitigations == Mitigations(pytest.approx(0.09), 1.5, 0.01)
+
+
+class Spoil:
+    """Sets a weight to what is not a number when a step is reported, once or every time."""
+
+    def __init__(self, at, times):
+        self.at, self.times, self.trainer, self.rows = at, times, None, []
+
+    def report(self, row):
+        self.rows.append(row)
+        if row["kind"] == "train" and row["step"] == self.at and self.times:
+            self.times -= 1
+            with torch.no_grad():
+                next(self.trainer.model.parameters()).fill_(math.nan)
+
+
+def spoilt(tmp_path, times):
+    reporter = Spoil(5, times)
+    trainer = start(tmp_path, "run", reporter=reporter)
+    reporter.trainer = trainer
+    return trainer, reporter
+
+
+def test_a_run_that_diverges_once_continues(tmp_path):
+    trainer, reporter = spoilt(tmp_path, 1)
+    trainer.fit()
+    assert trainer.step == 12
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+    (breach,) = [row for row in reporter.rows if row["kind"] == "breach"]
+    assert (breach["at"], breach["step"], breach["change"]) == (6, 4, "rate")
+    rows = trainer.run.metrics()
+    assert [r["step"] for r in rows if r["kind"] == "train"] == list(range(1, 13))
+    rates = [row["lr"] for row in rows if row["kind"] == "train"]
+    assert rates[4] < 0.4 * rates[3]
+    aside = (tmp_path / "run" / "breaches" / "01.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in aside] == [5]
+    # what was changed is in the checkpoint, and so holds for a run that goes on
+    resumed = assemble(trainer.config, RunFolder.open(tmp_path / "run"))
+    assert resumed.rollback.monitor.mitigations.rate == 0.3
+    assert resumed.rollback.monitor.history == trainer.rollback.monitor.history
+    assert resumed.rollback.negatives.attempt == 1
+
+
+def test_rollback_is_exact(tmp_path):
+    """The state after a breach is the kept one, to the bit: network, optimiser, chains."""
+    trainer, _ = spoilt(tmp_path, 1)
+    kept = {}
+    rollback = trainer.rollback
+    snapshot, go_back = rollback.snapshot, rollback.go_back
+
+    def keeping():
+        snapshot()
+        kept[trainer.step] = rollback.monitor.snapshots[-1]
+
+    def going(reason):
+        breach = go_back(reason)
+        old = kept[breach.back].state
+        assert torch.equal(rollback.negatives.buffer.images, kept[breach.back].chains)
+        for name, value in trainer.model.state_dict().items():
+            assert torch.equal(value, old["model"][name])
+        moments = trainer.update.optimizer.state_dict()["state"]
+        assert all(
+            torch.equal(moments[k]["exp_avg"], old["optimizer"]["state"][k]["exp_avg"])
+            for k in moments
+        )
+        kept["done"] = True
+        return breach
+
+    rollback.snapshot, rollback.go_back = keeping, going
+    trainer.fit()
+    assert kept["done"]
+
+
+def test_a_run_that_never_recovers_ends_with_its_history(tmp_path):
+    trainer, _ = spoilt(tmp_path, 100)
+    with pytest.raises(UserError) as ended:
+        trainer.fit()
+    told = str(ended.value)
+    assert "diverged 4 times and is given up" in told
+    assert told.count("back to step 4") == 4
+    assert "learning rate times 0.3" in told
+    assert "Langevin steps times 1.5" in told
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+    saved = RunFolder.open(tmp_path / "run").load_checkpoint()
+    assert saved["step"] == 4
+    assert all(v.isfinite().all() for v in saved["model"].values())
+
+
+def test_sam_is_its_formula_and_restores_the_weights():
+    layer = torch.nn.Linear(3, 2).double()
+    x = torch.randn(5, 3, dtype=torch.float64)
+    before = {n: p.detach().clone() for n, p in layer.named_parameters()}
+    for adaptive in (False, True):
+        layer.zero_grad()
+        layer(x).square().sum().backward()
+        gradients = {n: p.grad.clone() for n, p in layer.named_parameters()}
+        sizes = {n: before[n].abs() if adaptive else torch.ones_like(p) for n, p in before.items()}
+        norm = sum(((sizes[n] * g) ** 2).sum() for n, g in gradients.items()).sqrt()
+        with SAM(0.7, adaptive).perturbed(layer):
+            for name, p in layer.named_parameters():
+                expected = before[name] + 0.7 * sizes[name] ** 2 * gradients[name] / norm
+                torch.testing.assert_close(p.detach(), expected)
+        assert all(torch.equal(p, before[n]) for n, p in layer.named_parameters())
+
+
+def test_sam_leaves_running_means_alone():
+    layers = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    layers(torch.randn(8, 3)).square().sum().backward()
+    before = layers[1].running_mean.clone()
+    with SAM(0.1).perturbed(layers):
+        layers(torch.randn(8, 3))
+    assert torch.equal(layers[1].running_mean, before)
+    layers(torch.randn(8, 3))
+    assert not torch.equal(layers[1].running_mean, before)
+
+
+@pytest.mark.slow
+def test_a_rate_a_hundred_times_too_high_is_recovered_from_or_ends_cleanly(tmp_path):
+    config = resolve({"objective": "jem", "steps": 60, "validation_images": 0})
+    wild = resolve(config.model_dump(mode="json"), {"optimizer": {"lr": 100 * config.optimizer.lr}})
+    trainer = assemble(wild, RunFolder.create(tmp_path / "run", wild))
+    given_up = ""
+    try:
+        trainer.fit()
+    except UserError as error:
+        given_up = str(error)
+    assert trainer.step == 60 or "diverged" in given_up
+    history = trainer.rollback.monitor.history
+    assert history
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+    saved = RunFolder.open(tmp_path / "run").load_checkpoint()
+    assert all(v.isfinite().all() for v in saved["model"].values())
+    assert len(list((tmp_path / "run" / "breaches").iterdir())) == len(history)
