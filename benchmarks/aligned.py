@@ -19,7 +19,7 @@ from torch import Tensor
 import ebmkit
 from ebmkit.data import AnyImages
 from ebmkit.evaluation.statistics import proportion
-from ebmkit.plots.common import new_figure, save_figure, show_image
+from ebmkit.plots import new_figure, save_figure, show_image
 from ebmkit.sampling import Ascent, Chains, label_density_of
 from ebmkit.storage import write_atomically
 from ebmkit.training import RunFolder, resolve

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ebmkit import GaussianMixture
-from ebmkit.plots.common import BLUE, GRAY, ORANGE, new_figure, save_figure
+from ebmkit.plots import BLUE, GRAY, ORANGE, new_figure, save_figure
 from ebmkit.sampling import (
     AnnealedLangevin,
     Chains,
@@ -29,6 +29,7 @@ from ebmkit.sampling import (
     geometric_sigmas,
     score_of,
 )
+from ebmkit.sampling.annealed import AnnealedConfig
 from ebmkit.storage import write_atomically
 
 RESULTS = Path(__file__).parent / "results" / "annealing.json"
@@ -57,7 +58,8 @@ def measure(
     model = rare_mode()
     # at the highest level the modes are one; the last adds a tenth to their variance of 1
     sigmas = geometric_sigmas(20.0, 0.3, levels)
-    annealed = AnnealedLangevin(score_of(model), sigmas, inner, rate=0.2)
+    config = AnnealedConfig(steps=levels * inner, inner=inner, rate=0.2)
+    annealed = AnnealedLangevin(score_of(model), sigmas, config)
     samplers: dict[str, Sampler[Any]] = {
         "naive": Langevin(score_of(model), 0.05),
         "annealed": annealed,

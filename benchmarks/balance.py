@@ -77,8 +77,8 @@ def evaluate(name: str, run: RunFolder) -> dict[str, Any]:
     test = images_of(config.dataset, "test")
     model = ebmkit.load(run.path)
     out = run.path / "study"
-    run_suites(model, test, ["classify"], out, noise_levels=(0,), pictures=False)
-    run_suites(model, test, ["denoise"], out, limit=PSNR_IMAGES, pictures=False)
+    run_suites(model, test, ["classify"], out, noise_levels=(0,), plots=False)
+    run_suites(model, test, ["denoise"], out, limit=PSNR_IMAGES, plots=False)
     classify = json.loads((out / "classify.json").read_text())
     denoise = json.loads((out / "denoise.json").read_text())
     rows = [row for row in run.metrics() if row["kind"] == "validation" and "psnr_25" in row]

@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from ebmkit.experiments import SCALES, Rows
+from ebmkit.experiments import SCALES, ExperimentRuns, write
 from ebmkit.experiments.guidance import run_guidance
-from ebmkit.experiments.guidance_rows import AMOUNTS, Amount
+from ebmkit.experiments.guidance_grid import AMOUNTS, Amount
 from ebmkit.experiments.scales import Scale
 from ebmkit.training import Interrupted
 from ebmkit.training.config import merge
@@ -97,7 +97,7 @@ def amount(name: str, under: str) -> Amount:
         grid={"images": 360 if name == "digits" else 1000},
         path_images=None if name == "digits" else 2000,
         networks=(),
-        ways=(),
+        methods=(),
     )
 
 
@@ -119,16 +119,17 @@ def main() -> None:
         signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         signal.alarm(options.seconds)
     options.out.mkdir(parents=True, exist_ok=True)
-    under = "smoke" if options.trace_step or options.setting == "digits" else "cpu"
-    rows = Rows(
+    under = "smoke" if options.rehearse or options.setting == "digits" else "cpu"
+    runs = ExperimentRuns(
         options.out,
         scale(options.setting, under),
         options.data_dir,
         seed=options.seed,
-        tell=lambda text: print(text, flush=True),
+        log=lambda text: print(text, flush=True),
     )
     try:
-        for path in run_guidance(rows, options.only, amount(options.setting, under)):
+        report = run_guidance(runs, options.only, amount(options.setting, under))
+        for path in write("guidance", report, options.out):
             print(path)
     except Interrupted as stopped:
         print(f"{stopped}: give the same command again to go on")

@@ -19,22 +19,22 @@ import torch
 from torch import Tensor, nn
 
 from ebmkit.bench import (
-    NUM_CLASSES,
     OURS,
     PLAIN,
     SIGMA,
+    Build,
     Comparison,
+    OurStep,
+    PlainStep,
     Setting,
+    Step,
     make_batch,
     network,
     our_inference,
-    our_step,
     plain_inference,
     plain_loss,
-    plain_step,
     timed_terms,
 )
-from ebmkit.bench.timing import Build, Step
 from ebmkit.compute import ComputeConfig, set_tf32
 from ebmkit.data import Batch
 from ebmkit.energy import EnergyModel
@@ -169,10 +169,10 @@ def score_matching(
     """The DSM step of (b): every candidate gets clean images and draws its noise at one level."""
     model = network(setting, 3, device)
     generator = torch.Generator().manual_seed(0)
-    x = make_batch(setting.batch, 3, setting.image_size, NUM_CLASSES, device, generator).x
+    x = make_batch(setting.batch, 3, setting.image_size, device, generator).x
     candidates: dict[str, Build] = {
-        OURS: lambda: our_step(model, "dsm", lambda: {"denoise": with_noise(x)}, compute),
-        PLAIN: lambda: plain_step(model, "dsm", lambda: {"denoise": with_noise(x)}),
+        OURS: lambda: OurStep(model, "dsm", lambda: {"denoise": with_noise(x)}, compute),
+        PLAIN: lambda: PlainStep(model, "dsm", lambda: {"denoise": with_noise(x)}),
     }
     notes = {OURS: "fixed sigma 25/255, noise drawn in the step"}
     if installed("torchebm"):
@@ -220,7 +220,7 @@ def denoising(
             default, which sees every pixel four times, and beside it "factor", which does once.
     """
     generator = torch.Generator().manual_seed(0)
-    y = make_batch(setting.batch, 3, setting.image_size, NUM_CLASSES, device, generator).y
+    y = make_batch(setting.batch, 3, setting.image_size, device, generator).y
     model = network(setting._replace(image_size=trained_at), 3, device)
     candidates: dict[str, Build] = {}
     notes = {}

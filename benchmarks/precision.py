@@ -26,7 +26,7 @@ from ebmkit.compile import Inference
 from ebmkit.compute import Precision
 from ebmkit.data import ImageSet
 from ebmkit.energy import EnergyModel
-from ebmkit.evaluation.data import noisy_batches
+from ebmkit.evaluation.context import noisy_batches
 from ebmkit.metrics import psnr
 from ebmkit.storage import write_atomically
 from ebmkit.training import resolve

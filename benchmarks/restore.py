@@ -26,10 +26,10 @@ import ebmkit
 from ebmkit.compute import pick_device
 from ebmkit.evaluation.statistics import mean
 from ebmkit.metrics import psnr
-from ebmkit.plots.sampling import Panel, restorations
-from ebmkit.sampling.config import StochasticAscentConfig
-from ebmkit.sampling.jobs import TaskOptions, baselines_of, find_task, restore
+from ebmkit.sampling.inverse import TaskOptions, baselines_of, find_task
+from ebmkit.sampling.jobs.restore import Panel, plot_restorations, restore
 from ebmkit.sampling.jobs.sources import data_of
+from ebmkit.sampling.kadkhodaie_simoncelli import StochasticAscentConfig
 from ebmkit.storage import write_atomically
 from ebmkit.training.run_folder import environment
 from ebmkit.training.setup import images_of
@@ -136,7 +136,7 @@ def main() -> None:
     path = options.out / f"{options.run.name}-restore.json"
     write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
     title = f"Restored by {options.run.name}: {test.name} {test.split}, first image of {len(test)}"
-    restorations(pictures, path.with_suffix(".png"), title)
+    plot_restorations(pictures, path.with_suffix(".png"), title)
     console.print(f"wrote {path}")
 
 

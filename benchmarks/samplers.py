@@ -29,9 +29,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "ddpm": {"steps": 300},
     "pc": {"steps": 60},
     "annealed-langevin": {"steps": 100},
-    "ks": {"steps": 200, "first_step": 0.05, "beta": 0.1},
+    "kadkhodaie_simoncelli": {"steps": 200, "first_step": 0.05, "beta": 0.1},
 }
-STARTS = ("noise", "seeds")
+STARTS = ("noise", "class_gaussian")
 
 
 def main() -> None:

@@ -93,8 +93,7 @@ def main() -> None:
     if cuda:
         candidates["ours, compiled"] = ours(model, x, "fp32", "on")
         candidates["ours, bf16, compiled"] = ours(model, x, "bf16", "on")
-    waits = (lambda: torch.cuda.synchronize(device)) if cuda else (lambda: None)
-    seconds = interleave(candidates, options.rounds, warmup=3, synchronize=waits)
+    seconds = interleave(candidates, options.rounds, warmup=3)
     rows = []
     table = Table("who", "Langevin steps/s", "images/s", "times plain (quartiles)")
     for name, own in seconds.items():

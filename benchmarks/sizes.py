@@ -23,7 +23,7 @@ from torch import Tensor
 
 import ebmkit
 from ebmkit.data import read_image
-from ebmkit.evaluation.data import noise_generator
+from ebmkit.evaluation.context import noise_generator
 from ebmkit.inference import image_score
 from ebmkit.metrics import psnr
 from ebmkit.storage import write_atomically

@@ -14,15 +14,18 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import peers
+from matplotlib.ticker import NullLocator
 from rich.progress import track
 
 from ebmkit.bench import (
     INFERENCES,
+    OURS,
+    PLAIN,
     SCALING,
     Comparison,
     Row,
@@ -31,11 +34,12 @@ from ebmkit.bench import (
     inference,
     measure,
     scaling,
-    scaling_plot,
     scaling_settings,
     training,
 )
 from ebmkit.compute import ComputeConfig, pick_compile, pick_device, pick_precision
+from ebmkit.errors import UserError
+from ebmkit.plots import BLUE, ORANGE, new_figure, save_figure
 from ebmkit.storage import write_atomically
 
 OBJECTIVES = ("ce", "dsm", "cdsm", "ce+dsm")
@@ -100,6 +104,51 @@ def main() -> None:
     write_atomically(options.out, (json.dumps(document(rows), indent=1) + "\n").encode())
     if options.plot:
         scaling_plot(rows, options.plot)
+
+
+def scaling_plot(rows: Sequence[Row], path: Path) -> None:
+    """Step time and memory against width, image size and batch, as a PNG file.
+
+    Args:
+        rows: of `scaling`, the base point first; rows of other work are passed over.
+        path: the PNG file.
+
+    Raises:
+        UserError: if there is nothing to draw.
+    """
+    found = [(setting, row) for row in rows if (setting := Setting.read(row.name))]
+    found = [(setting, row) for setting, row in found if setting.what == SCALING]
+    if not found:
+        raise UserError("there are no rows of scaling to draw: measure with --scaling")
+    base = found[0][0]
+    figure = new_figure(9.6, 5.2, layout="constrained")
+    panels = figure.subplots(2, 3, sharex="col")
+    looks = {OURS: (BLUE, "o", "-"), PLAIN: (ORANGE, "s", "--")}
+    for column, field in enumerate(("width", "image_size", "batch")):
+        for who, (color, marker, line) in looks.items():
+            points = sorted(
+                (getattr(setting, field), row.median_s, row.peak_mb)
+                for setting, row in found
+                if row.name.endswith(f": {who}")
+                and setting._replace(**{field: getattr(base, field)}) == base
+            )
+            at, *values = zip(*points, strict=True) if points else ((), (), ())
+            for panel, own in zip(panels[:, column], values, strict=True):
+                style = {"color": color, "marker": marker, "linestyle": line, "markersize": 4}
+                panel.plot(at, own, label=who, **style)
+        ticks = sorted({getattr(setting, field) for setting, _ in found})
+        for panel in panels[:, column]:
+            panel.set_xscale("log", base=2)
+            panel.set_yscale("log")
+            panel.set_xticks(ticks, [str(tick) for tick in ticks])
+            panel.xaxis.set_minor_locator(NullLocator())
+            panel.grid(alpha=0.3)
+        panels[1, column].set_xlabel(field.replace("_", " "))
+    panels[0, 0].set_ylabel("step (s)")
+    panels[1, 0].set_ylabel("peak memory (MB)")
+    panels[0, 0].legend(frameon=False, fontsize=8)
+    figure.suptitle(f"{base}, on {found[0][1].device}", fontsize=10)
+    save_figure(figure, path)
 
 
 def report(rows: list[Row]) -> None:

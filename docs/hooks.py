@@ -93,7 +93,7 @@ def command_reference() -> str:
 
 
 def _describe(command: Any, name: str, lines: list[str]) -> None:
-    from ebmkit.cli.help import argument_name
+    from ebmkit.cli.options import argument_name
 
     children = getattr(command, "commands", None)
     if children:

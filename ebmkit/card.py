@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ebmkit.plugins import Plugin
+
 __all__ = ["ModelCard"]
 
 Side = Annotated[int, Field(ge=1, le=2**14)]
@@ -38,6 +40,7 @@ class ModelCard(BaseModel):
         "only labels were trained); None: not recorded (see "
         "ebmkit.models.heads.energy_source)",
     )
+    plugins: list[Plugin] = Field([], description="that its parts come from")
     attack: str = Field(
         "",
         description="norm and radius of the attack in training, for example l2 0.5; empty: "

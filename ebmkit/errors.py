@@ -1,16 +1,22 @@
 """Errors that a user can mend, each told in one sentence.
 
 `UserError` carries the whole sentence: the offending value, what is legal, what to do. The command
-line prints it and ends with exit code 2; from Python it is an ordinary exception.
+line prints it and ends with exit code 2; from Python it is an ordinary exception. `validated` turns
+pydantic's reports into one; pydantic is imported there, for help must not wait for it.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
-__all__ = ["UserError", "plain", "shown", "unknown_name"]
+if TYPE_CHECKING:
+    from pydantic import BaseModel, ValidationError
+
+__all__ = ["UserError", "plain", "shown", "unknown_name", "validated"]
+
+M = TypeVar("M", bound="BaseModel")
 
 
 MOST = 1000
@@ -73,3 +79,80 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     near = difflib.get_close_matches(name[:100].lower(), names, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? Known: " if near else "known: "
     return UserError(f"unknown {kind} {shown(name)}: {hint}{', '.join(names)}")
+
+
+def validated(model: type[M], values: dict[str, Any], what: str) -> M:
+    """Build ``model`` from ``values``.
+
+    Raises:
+        UserError: with the first illegal field of ``what``, its value, and what would be legal.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_sentence(model, values, error, what)) from None
+
+
+def _sentence(model: type[BaseModel], values: Any, error: ValidationError, what: str) -> str:
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    path, _ = _follow(model, values, location)
+    where = plain(".".join(path))
+    if first["type"] == "extra_forbidden":
+        fields = _follow(model, values, location[:-1])[1].model_fields
+        known = sorted(field.alias or name for name, field in fields.items())
+        near = difflib.get_close_matches(path[-1][:100], known, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        odd = shown(".".join(path))
+        return f"{what}: there is no field {odd}: {hint}fields here: {', '.join(known)}"
+    reason = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "tuple_type":
+        reason = f"it takes several values: write [{shown(first['input'])}]"
+    if not path:
+        return f"{what}: {reason}"
+    if isinstance(first["input"], dict):  # a rule about several fields together
+        return f"{what}: {where}: {reason}"
+    return (
+        f"{what}: {where} = {shown(first['input'])} is not legal: {reason[0].lower()}{reason[1:]}"
+    )
+
+
+def _follow(
+    model: type[BaseModel], values: Any, location: Sequence[str]
+) -> tuple[list[str], type[BaseModel]]:
+    """The names in ``location`` that a user writes, and the configuration at its end.
+
+    Where a field is one of several configurations, pydantic adds the kind to the location; where
+    its class depends on the value, the class says which (``class_for``).
+    """
+    names: list[str] = []
+    current = _class_for(model, values)
+    choices: dict[str, type[BaseModel]] = {}
+    for part in location:
+        if part in choices:
+            current, choices = choices[part], {}
+            continue
+        names.append(part)
+        field = current.model_fields.get(part)  # none: a key of a mapping
+        values = values.get(part) if isinstance(values, Mapping) else None
+        nested = _configurations(field.annotation) if field else []
+        choices = {str(c.model_fields["kind"].default): c for c in nested if len(nested) > 1}
+        if len(nested) == 1:
+            current = _class_for(nested[0], values)
+    return names, current
+
+
+def _class_for(model: type[BaseModel], values: Any) -> type[BaseModel]:
+    found: type[BaseModel] = getattr(model, "class_for", lambda given: model)(values)
+    return found
+
+
+def _configurations(annotation: Any) -> list[type[BaseModel]]:
+    """The configurations named in a type: itself, or the members of a union."""
+    from pydantic import BaseModel
+
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [c for a in getattr(annotation, "__args__", ()) for c in _configurations(a)]

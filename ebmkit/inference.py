@@ -58,7 +58,7 @@ def denoise_image(
         y: the noisy image (C, H, W), image units.
         sigma: its noise level in image units; None: estimated from the score of the whole image.
         c: a label, for the class-conditional denoiser.
-        tile: side of the crops; None: twice the trained size. A image no larger is done at once.
+        tile: side of the crops; None: twice the trained size. An image no larger is done at once.
         overlap: by how much crops overlap; None: half a crop.
         progress: called with (crops done, crops in all).
 
@@ -95,7 +95,7 @@ def image_score(
     overlap: int | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """grad log p(y) or grad log p(y|c) of a image ``y`` (C, H, W), from crops; same shape.
+    """grad log p(y) or grad log p(y|c) of an image ``y`` (C, H, W), from crops; same shape.
 
     The arguments are those of `denoise_image`.
     """
@@ -106,13 +106,13 @@ def image_score(
 
 
 def _assemble(
-    wanted: Callable[[Tensor], Tensor],
+    function: Callable[[Tensor], Tensor],
     y: Tensor,
     tile: int,
     overlap: int | None,
     progress: Progress | None,
 ) -> Tensor:
-    """``wanted`` of the crops (B, C, h, w) of a image (C, H, W), faded into each other."""
+    """``function`` of the crops (B, C, h, w) of an image (C, H, W), faded into each other."""
     overlap = tile // 2 if overlap is None else overlap
     if not 0 <= overlap < tile:
         raise UserError(f"overlap {overlap} must be at least 0 and less than the tile's {tile}")
@@ -128,7 +128,7 @@ def _assemble(
     for start in range(0, len(corners), batch):
         some = corners[start : start + batch]
         crops = torch.stack([y[:, t : t + height, l : l + width] for t, l in some])
-        for (top, left), part in zip(some, wanted(crops), strict=True):
+        for (top, left), part in zip(some, function(crops), strict=True):
             total[:, top : top + height, left : left + width] += fade * part
             weight[:, top : top + height, left : left + width] += fade
         if progress is not None:

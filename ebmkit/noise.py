@@ -53,7 +53,7 @@ spacing      timesteps
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Literal, get_args
@@ -74,14 +74,30 @@ __all__ = [
     "Sigma",
     "SigmaOrZero",
     "Spacing",
+    "check_trained",
     "cosine_betas",
     "format_sigma",
     "in_255ths",
     "linear_betas",
     "make_schedule",
+    "outside_range",
+    "parse_fraction",
     "parse_radius",
     "parse_sigma",
 ]
+
+
+def parse_fraction(value: object) -> float | None:
+    """A number, or the quotient of two, as ``25/255``; None for anything else.
+
+    >>> parse_fraction("51/255"), parse_fraction(0.5), parse_fraction("1/0")
+    (0.2, 0.5, None)
+    """
+    top, slash, bottom = str(value).partition("/")
+    try:
+        return float(top) / float(bottom) if slash else float(top)
+    except (ValueError, ZeroDivisionError):
+        return None
 
 
 def parse_sigma(value: object, allow_zero: bool = False) -> float:
@@ -102,17 +118,15 @@ def parse_sigma(value: object, allow_zero: bool = False) -> float:
     0.2
     """
     text = str(value).strip()
-    try:
-        top, slash, bottom = text.partition("/")
-        sigma = float(top) / float(bottom) if slash else float(text)
-    except (ValueError, ZeroDivisionError):
+    sigma = parse_fraction(text)
+    if sigma is None:
         raise UserError(
             f"sigma {text!r} is not a noise level: write a number or a fraction, as in 25/255"
-        ) from None
+        )
     if not math.isfinite(sigma) or sigma < 0 or (sigma == 0 and not allow_zero):
         least = "not below 0" if allow_zero else "above 0"
         raise UserError(f"sigma {text!r} must be a finite number {least}, as in 25/255")
-    if sigma > 1 and not slash and not isinstance(value, float):
+    if sigma > 1 and "/" not in text and not isinstance(value, float):
         raise UserError(
             f"sigma {text!r} is beyond the range of an image, 0 to 1: did you mean {text}/255? "
             f"(if not, write {text}/1)"
@@ -136,13 +150,9 @@ def parse_radius(value: object) -> float:
     (0.2, 2.0)
     """
     text = str(value).strip()
-    try:
-        top, slash, bottom = text.partition("/")
-        radius = float(top) / float(bottom) if slash else float(text)
-    except (ValueError, ZeroDivisionError):
-        raise UserError(
-            f"{text!r} is no radius: write a number or a fraction, as in 0.5 or 8/255"
-        ) from None
+    radius = parse_fraction(text)
+    if radius is None:
+        raise UserError(f"{text!r} is no radius: write a number or a fraction, as in 0.5 or 8/255")
     if not 0 <= radius < math.inf:
         raise UserError(f"radius {text!r} must be a finite number of 0 or more, as in 0.5 or 8/255")
     return radius
@@ -174,6 +184,42 @@ def in_255ths(sigma: float) -> str:
     '25'
     """
     return f"{sigma * 255:.4g}"
+
+
+SLACK = 1e-6
+"""Relative tolerance of the ends of a range, for levels that were written and read, as 100/255."""
+
+
+def outside_range(sigmas: Iterable[float], sigma_range: tuple[float, float] | None) -> list[float]:
+    """Those of ``sigmas`` at which a model was not trained.
+
+    Args:
+        sigmas: noise levels, image units.
+        sigma_range: lowest and highest noise level of the model (`ebmkit.ModelCard.sigma_range`);
+            None: no limit.
+
+    >>> outside_range([0.1, 0.5, 1.0], (0.2, 0.5))
+    [0.1, 1.0]
+    """
+    if sigma_range is None:
+        return []
+    low, high = sigma_range
+    return [s for s in sigmas if not low * (1 - SLACK) <= s <= high * (1 + SLACK)]
+
+
+def check_trained(sigma: float, sigma_range: tuple[float, float] | None) -> float:
+    """``sigma`` itself, at which a model was trained.
+
+    Raises:
+        UserError: if it was not (`outside_range`); it says for which levels it was.
+    """
+    if sigma_range is not None and outside_range([sigma], sigma_range):
+        low, high = map(format_sigma, sigma_range)
+        raise UserError(
+            f"noise level {format_sigma(sigma)} lies outside what this model was trained for: "
+            f"take {low} to {high}, or train it for more"
+        )
+    return sigma
 
 
 Spacing = Literal["leading", "linspace", "trailing"]
@@ -305,19 +351,16 @@ class Schedule:
         Raises:
             UserError: if none is left.
         """
-        if sigma_range is None:
-            return tuple(timesteps)
-        low, high = sigma_range
-        slack = 1e-6  # of 100/255, written and read
-        left = [t for t in timesteps if low * (1 - slack) <= self.sigma(t) <= high * (1 + slack)]
-        if not left:
-            levels = [self.sigma(t) for t in timesteps]
+        levels = [self.sigma(t) for t in timesteps]
+        outside = outside_range(levels, sigma_range)
+        if sigma_range is not None and len(outside) == len(levels):
+            low, high = map(format_sigma, sigma_range)
             raise UserError(
                 f"none of the {len(levels)} noise levels from {format_sigma(max(levels))} to "
-                f"{format_sigma(min(levels))} lies where the model was trained, "
-                f"{format_sigma(low)} to {format_sigma(high)}: take more timesteps"
+                f"{format_sigma(min(levels))} lies where the model was trained, {low} to {high}: "
+                "take more timesteps"
             )
-        return tuple(left)
+        return tuple(t for t, sigma in zip(timesteps, levels, strict=True) if sigma not in outside)
 
 
 def make_schedule(

@@ -17,16 +17,18 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import os
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from ebmkit.errors import UserError, shown
+from ebmkit.errors import UserError, shown, validated
 
 __all__ = ["GROUP", "Plugin", "check_plugins", "load_plugin", "load_plugins", "loaded_plugins"]
 
@@ -45,6 +47,10 @@ class Plugin(BaseModel):
     """Of its file; empty where it has no single one."""
 
 
+class _Recorded(BaseModel):
+    plugins: tuple[Plugin, ...]
+
+
 _LOADED: dict[str, Plugin] = {}
 
 
@@ -53,7 +59,7 @@ def loaded_plugins() -> tuple[Plugin, ...]:
     return tuple(_LOADED.values())
 
 
-def load_plugin(named: str | Path) -> Plugin:
+def load_plugin(named: str | os.PathLike[str]) -> Plugin:
     """Import the plugin ``named``; one that is loaded already is not imported again.
 
     Args:
@@ -89,16 +95,17 @@ def load_plugin(named: str | Path) -> Plugin:
     return _LOADED.setdefault(name, plugin or Plugin(name=name, sha256=_digest(module)))
 
 
-def check_plugins(recorded: Iterable[Plugin], where: str) -> None:
+def check_plugins(recorded: Any, where: str) -> None:
     """Whether the plugins that a run was trained with are loaded; warns of those that changed.
 
     Args:
-        recorded: of the run.
+        recorded: of the run, as its files have them.
         where: the run, for the message.
 
     Raises:
-        UserError: if one is not loaded.
+        UserError: if one is not loaded, or they are no list of plugins.
     """
+    recorded = validated(_Recorded, {"plugins": recorded}, f"the plugins of {where}").plugins
     missing = [plugin.name for plugin in recorded if plugin.name not in _LOADED]
     if missing:
         files = " ".join(f"--plugin {name}.py" for name in missing)
@@ -158,7 +165,7 @@ def _digest(module: ModuleType) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
 
 
-def load_plugins(named: Sequence[str | Path]) -> None:
+def load_plugins(named: Sequence[str | os.PathLike[str]]) -> None:
     """`load_plugin` for each."""
     for name in named:
         load_plugin(name)

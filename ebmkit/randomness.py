@@ -7,7 +7,14 @@ import hashlib
 import torch
 from torch import Tensor
 
-__all__ = ["bit_hash", "keyed_generator", "keyed_seed"]
+__all__ = [
+    "bit_hash",
+    "hashed_generator",
+    "image_generators",
+    "image_noise",
+    "keyed_generator",
+    "keyed_seed",
+]
 
 
 def keyed_seed(*key: object) -> int:
@@ -23,6 +30,27 @@ def keyed_seed(*key: object) -> int:
 def keyed_generator(device: torch.device | str, *key: object) -> torch.Generator:
     """A generator on ``device`` that is a function of ``key`` alone."""
     return torch.Generator(device).manual_seed(keyed_seed(*key))
+
+
+def hashed_generator(*key: str | bytes) -> torch.Generator:
+    """A generator on the CPU from the first 56 bits of the SHA-256 of ``key``, joined by spaces."""
+    text = b" ".join(part.encode() if isinstance(part, str) else part for part in key)
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text).digest()[:7]))
+
+
+def image_generators(x: Tensor, key: str) -> list[torch.Generator]:
+    """A generator for each image of ``x`` (B, ...), a function of its content and ``key``.
+
+    So what an image gets does not depend on the batch that it is in.
+    """
+    return [hashed_generator(key, image.numpy().tobytes()) for image in x.detach().cpu()]
+
+
+def image_noise(x: Tensor, draws: int, key: str) -> Tensor:
+    """Standard normal noise for each image of ``x`` (B, C, H, W) by its own generator:
+    (B, draws, C, H, W), of the type of x and on its device."""
+    shape = (draws, *x.shape[1:])
+    return torch.stack([torch.randn(shape, generator=g) for g in image_generators(x, key)]).to(x)
 
 
 def bit_hash(numbers: Tensor) -> Tensor:

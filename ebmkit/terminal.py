@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
 from rich.segment import Segment
 from rich.text import Text
 
-__all__ = ["CleanConsole", "clean", "for_bar", "one_line", "shown_name"]
+__all__ = ["CleanConsole", "clean", "for_bar", "one_line", "progress_bar", "shown_name"]
+
+T = TypeVar("T")
 
 _HARMFUL = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 """Kinds of characters that change how a terminal shows what follows, or cannot be shown."""
@@ -85,3 +87,12 @@ class CleanConsole(Console):
                 yield Segment(clean(segment.text), segment.style)
             else:
                 yield segment
+
+
+def progress_bar(items: Iterable[T], text: str, show: bool) -> Iterable[T]:
+    """``items``, with a bar on a terminal's standard error if ``show``."""
+    from rich.progress import track
+
+    console = CleanConsole(stderr=True)
+    hidden = not (show and console.is_terminal)
+    return track(items, for_bar(text), console=console, transient=True, disable=hidden)

@@ -24,7 +24,7 @@ import ebmkit
 from ebmkit.data import load_dataset
 from ebmkit.evaluation import evaluate
 from ebmkit.evaluation.statistics import proportion
-from ebmkit.plots.common import new_figure, save_figure, show_image
+from ebmkit.plots import new_figure, save_figure, show_image
 from ebmkit.sampling import Chains, ClassGaussians, Langevin, score_of
 from ebmkit.sampling.langevin import JEM_NOISE, JEM_STEP
 from ebmkit.storage import write_atomically

@@ -22,9 +22,10 @@ import ebmkit
 from ebmkit.data import Batch, NoiseLaw
 from ebmkit.models import LinearQuadraticHead, MLPConfig
 from ebmkit.objectives import TrainingLoss, parse_objective
-from ebmkit.plots.common import new_figure, save_figure
+from ebmkit.plots import new_figure, save_figure
 from ebmkit.randomness import keyed_generator
 from ebmkit.sampling import MALA, Chains, density_of
+from ebmkit.sampling.metropolis import MALAConfig
 
 SIGMA = 0.1
 MOVES, MOVE_SIZE = 2, 0.005  # of a chain at each training step; image units squared
@@ -67,7 +68,8 @@ class PersistentChains:
     def __init__(
         self, model: ebmkit.JointModel, count: int, seed: int = 0, temperature: float = 1.0
     ) -> None:
-        self.sampler = MALA(density_of(model), MOVE_SIZE, temperature)
+        config = MALAConfig(step_size=MOVE_SIZE, temperature=temperature)
+        self.sampler = MALA(density_of(model), config)
         self.seed, self.step = seed, 0
         start = torch.rand(count, 2, 1, 1, generator=keyed_generator("cpu", seed, "start"))
         self.x = 2 * start - 0.5

@@ -6,17 +6,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = [
-    ("errors", "registry", "randomness", "terminal", "validation", "__init__"),
+    ("errors", "registry", "randomness", "terminal", "__init__"),
     ("noise", "storage", "plugins"),
     ("distributed", "compute", "onednn", "card"),
     ("energy", "analytic"),
-    ("compile", "jacobian", "metrics"),
+    ("compile",),
     ("models", "data"),
-    ("sampling",),
+    ("sampling", "attacks"),
     ("objectives",),
-    ("readings", "inference", "guidance", "plots"),
+    ("inference", "guidance", "plots"),
     ("training",),
-    ("evaluation", "export", "formats", "spectrum"),
+    ("evaluation", "export"),
     ("sampling.jobs", "bench"),
     ("experiments",),
     ("cli", "__main__"),

@@ -7,8 +7,7 @@ import torch
 from pydantic import ValidationError
 
 from ebmkit.data import NoiseLaw
-from ebmkit.errors import UserError
-from ebmkit.validation import validated
+from ebmkit.errors import UserError, validated
 
 COUNT = 20_000
 LOW, HIGH = 1 / 255, 100 / 255

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, TextIO
 
 import typer
+from typer import Option
 
 from ebmkit import __version__
 from ebmkit.cli.bench import bench
@@ -25,8 +26,8 @@ from ebmkit.cli.console import errors, warn
 from ebmkit.cli.data import pack
 from ebmkit.cli.evaluate import evaluate
 from ebmkit.cli.export import export
-from ebmkit.cli.help import Command
 from ebmkit.cli.list import list_
+from ebmkit.cli.options import Command, declare
 from ebmkit.cli.published import import_
 from ebmkit.cli.reproduce import reproduce
 from ebmkit.cli.restore import restore
@@ -35,8 +36,6 @@ from ebmkit.cli.train import cost, train
 from ebmkit.cli.use import classify, denoise
 from ebmkit.cli.verify import verify
 from ebmkit.errors import UserError
-
-__all__ = ["app", "main"]
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
@@ -70,7 +69,7 @@ PLUGIN = inspect.Parameter(
     default=[],
     annotation=Annotated[
         list[str],
-        typer.Option(
+        Option(
             callback=_load_plugins,
             is_eager=True,
             help="Python file or installed plugin that registers custom components; repeatable",
@@ -87,12 +86,8 @@ def _with_plugins(function: Callable[..., None]) -> Callable[..., None]:
     def command(*, plugin: list[str], **options: Any) -> None:
         function(**options)
 
-    signature = inspect.signature(function, eval_str=True)
-    options = [p.replace(kind=PLUGIN.kind) for p in signature.parameters.values()]
-    command.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*options, PLUGIN]
-    )
-    command.__annotations__ = {p.name: p.annotation for p in (*options, PLUGIN)} | {"return": None}
+    own = inspect.signature(function, eval_str=True).parameters.values()
+    declare(command, [*(p.replace(kind=PLUGIN.kind) for p in own), PLUGIN])
     return command
 
 
@@ -107,7 +102,7 @@ app = typer.Typer(
 for _name, _function in COMMANDS.items():
     app.command(_name, cls=Command)(_with_plugins(_function))
 data_app = typer.Typer(help="Prepare data sets.", no_args_is_help=True)
-data_app.command("pack", cls=Command)(pack)
+data_app.command("pack", cls=Command)(_with_plugins(pack))
 app.add_typer(data_app, name="data")
 
 
@@ -120,8 +115,7 @@ def _show_version(wanted: bool) -> None:
 @app.callback(invoke_without_command=False)
 def _common(
     version: Annotated[
-        bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+        bool, Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     warnings.showwarning = _show_warning
@@ -141,7 +135,7 @@ def _show_warning(
 def main() -> None:
     """Run the command line; a user's mistake ends it with one sentence and exit code 2."""
     try:
-        app()
+        app(prog_name="ebmkit")
     except UserError as error:
         if "RANK" in os.environ:  # one of several processes, of which one speaks
             from ebmkit.distributed import yield_to_others

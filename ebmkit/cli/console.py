@@ -1,12 +1,14 @@
-"""Terminal output: consoles, the training bar; and TensorBoard."""
+"""Terminal output: consoles, progress bars; and TensorBoard."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+import typer
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -17,12 +19,10 @@ from rich.progress import (
 )
 
 from ebmkit.errors import UserError
-from ebmkit.terminal import CleanConsole
+from ebmkit.terminal import CleanConsole, for_bar
 
 if TYPE_CHECKING:
     from ebmkit.training import Reporter
-
-__all__ = ["TensorBoard", "Together", "TrainingBar", "console", "errors", "warn"]
 
 console = CleanConsole()
 errors = CleanConsole(stderr=True)
@@ -31,6 +31,43 @@ errors = CleanConsole(stderr=True)
 def warn(sentence: object) -> None:
     """Show a warning."""
     errors.say(f"warning: {sentence}", "yellow")
+
+
+def interrupted(sentence: str, signum: int | None) -> NoReturn:
+    """Say how to resume, and end with the exit code of the signal.
+
+    Raises:
+        typer.Exit: always.
+    """
+    from ebmkit.training.loop import exit_code
+
+    console.say(f"interrupted; {sentence}")
+    raise typer.Exit(exit_code(signum)) from None
+
+
+def bar(*columns: str | Any, description: str = "{task.description}", **options: Any) -> Progress:
+    """A progress bar, if there is a terminal: description, bar, ``columns``, time passed."""
+    return Progress(
+        TextColumn(description),
+        BarColumn(bar_width=24),
+        *(TextColumn(column) if isinstance(column, str) else column for column in columns),
+        console=console,
+        disable=not console.is_terminal,
+        **options,
+    )
+
+
+def left() -> tuple[Any, ...]:
+    """Columns of the time passed and left."""
+    return TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(compact=True)
+
+
+@contextmanager
+def counting(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of the name ``what`` that is shown once something is counted: (done, total)."""
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(for_bar(what), total=None, visible=False)
+        yield lambda done, total: progress.update(task, completed=done, total=total, visible=True)
 
 
 _HIDDEN = ("kind", "step", "lr", "images_per_s")
@@ -43,18 +80,12 @@ class TrainingBar:
         self.steps = steps
         self.live = console.is_terminal
         self.next_line = start
-        self.validation = ""
-        self.progress = Progress(
-            TextColumn("training"),
-            BarColumn(bar_width=24),
+        self.progress = bar(
             MofNCompleteColumn(),
-            TextColumn("{task.fields[losses]}"),
-            TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(compact=True),
-            console=console,
-            disable=not self.live,
+            "{task.fields[losses]}",
+            "{task.fields[rate]}",
+            *left(),
+            description="training",
         )
         self.task = self.progress.add_task("", total=steps, completed=start, losses="", rate="")
 
@@ -106,10 +137,6 @@ class TensorBoard:
                 "TensorBoard is not installed: pip install 'ebmkit-vision[tensorboard]'"
             )
 
-    def close(self) -> None:
-        """Write what is pending."""
-        self.writer.close()
-
     def report(self, row: dict[str, Any]) -> None:
         """Write a row of metrics."""
         for key, value in row.items():
@@ -117,7 +144,7 @@ class TensorBoard:
                 self.writer.add_scalar(f"{row['kind']}/{key}", value, row["step"])
 
 
-class Together:
+class Reporters:
     """Several reporters as one."""
 
     def __init__(self, reporters: Sequence[Reporter]) -> None:

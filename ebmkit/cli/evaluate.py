@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
-import typer
+from typer import Option
 
 from ebmkit.cli.console import console
+from ebmkit.cli.options import (
+    DATA_DIR,
+    DATASET,
+    DEVICE,
+    IMAGE_SIZE,
+    PRECISION,
+    RUN,
+    SEED,
+    WEIGHTS,
+)
 
 if TYPE_CHECKING:
     from ebmkit.data import AnyImages
@@ -18,46 +28,28 @@ if TYPE_CHECKING:
     from ebmkit.training import DataConfig
     from ebmkit.training.setup import Split
 
-__all__ = ["evaluate", "evaluate_run"]
-
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="run folder")],
+    run: Annotated[Path, RUN],
     suite: Annotated[
         str,
-        typer.Option(
+        Option(
             help="suites separated by commas, from `ebmkit list suites`; standard: the "
             "quick ones; all: every one that applies"
         ),
     ] = "standard",
-    dataset: Annotated[
-        str | None, typer.Option(help="data set [default: the training data set]")
-    ] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="folder or file of the data set")] = None,
-    image_size: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="image height and width, in pixels; images in a folder are resized and "
-            "cropped to it",
-        ),
-    ] = None,
-    split: Annotated[str, typer.Option(help="split: test, validation or train")] = "test",
-    limit: Annotated[int | None, typer.Option(min=1, help="use only the first N images")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="random seed of the noise")] = 0,
-    weights: Annotated[
-        str, typer.Option(help="which weights: last, or best (lowest validation loss)")
-    ] = "last",
-    device: Annotated[str, typer.Option(help="device: auto, cpu, cuda, cuda:1")] = "auto",
-    precision: Annotated[
-        str,
-        typer.Option(
-            help="precision: fp32, tf32, bf16; auto: fp32, so that results are comparable"
-        ),
-    ] = "auto",
+    dataset: Annotated[str | None, DATASET] = None,
+    data_dir: Annotated[Path | None, DATA_DIR] = None,
+    image_size: Annotated[int | None, IMAGE_SIZE] = None,
+    split: Annotated[str, Option(help="split: test, validation or train")] = "test",
+    limit: Annotated[int | None, Option(min=1, help="use only the first N images")] = None,
+    seed: Annotated[int, SEED] = 0,
+    weights: Annotated[str, WEIGHTS] = "last",
+    device: Annotated[str, DEVICE] = "auto",
+    precision: Annotated[str, PRECISION] = "auto",
     compile_: Annotated[
         str,
-        typer.Option(
+        Option(
             "--compile",
             help="compile the score: on, off; auto: on CUDA, if the evaluation takes "
             "more than five minutes",
@@ -65,7 +57,7 @@ def evaluate(
     ] = "auto",
     set_: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             "--set",
             help="setting of a suite, for example robustness.steps=10, or "
             "dataset.unreadable=skip; repeatable",
@@ -80,9 +72,9 @@ def evaluate(
     """
     from ebmkit.compute import pick_device
     from ebmkit.distributed import device_of_rank, join
+    from ebmkit.errors import validated
     from ebmkit.models import load
     from ebmkit.training.config import FaultsConfig, parse_assignments
-    from ebmkit.validation import validated
 
     options = parse_assignments(set_ or [])
     faults = validated(FaultsConfig, options.pop("dataset", {}), "--set dataset")
@@ -93,20 +85,19 @@ def evaluate(
         where = _where(run, dataset, data_dir, image_size)
         where = where.model_copy(update=faults.model_dump(exclude_unset=True))
         ours = data_dir is not None or where.data_dir is None  # else the run names the folder
-        images = _images(where, _split(split), world, limit, download=ours)
         evaluate_run(
             model,
             run,
-            images,
+            _images(where, split, world, limit, download=ours),
             suite,
-            limit,
-            seed,
-            weights,
-            precision,
-            compile_,
-            world,
-            options,
-            where.data_dir,
+            world=world,
+            data_dir=where.data_dir,
+            limit=limit,
+            seed=seed,
+            weights=weights,
+            precision=precision,
+            compile=compile_,
+            options=options,
         )
 
 
@@ -130,7 +121,7 @@ def _where(
 
 
 def _images(
-    where: DataConfig, split: Split, world: DistributedContext, limit: int | None, download: bool
+    where: DataConfig, split: str, world: DistributedContext, limit: int | None, download: bool
 ) -> AnyImages:
     """One split of the data set ``where``, without images that are left out.
 
@@ -142,7 +133,7 @@ def _images(
 
     if not world.first:
         world.broadcast(None)  # where data must be fetched, one does it
-    images = images_of(where, split, console.is_terminal and world.first, download)
+    images = images_of(where, cast("Split", split), console.is_terminal and world.first, download)
     if world.first:
         world.broadcast(None)
     if isinstance(images, StreamedSet) and images.skip:  # as training images of any size
@@ -155,50 +146,35 @@ def evaluate_run(
     run: Path,
     images: Images,
     suites: str = "standard",
+    *,
+    world: DistributedContext,
     limit: int | None = None,
-    seed: int = 0,
     weights: str = "last",
-    precision: str = "auto",
-    compile: str = "auto",
-    world: DistributedContext | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
-    data_dir: Path | None = None,
+    **settings: Any,
 ) -> None:
-    """Run suites, print their tables and say where the files are; the first process does."""
-    from ebmkit.distributed import DistributedContext
+    """Run suites, print their tables and say where the files are; the first process does.
+
+    Further ``settings`` are those of `ebmkit.evaluation.evaluate`.
+    """
     from ebmkit.evaluation import evaluate as run_suites
     from ebmkit.evaluation import evaluation_folder, parse_options, parse_suites, tables
 
-    world = world or DistributedContext()
     names = parse_suites(suites, model, images)
     own = parse_options(options or {}, names)
     folder = world.broadcast(
         evaluation_folder(run, model, images, limit, weights, own) if world.first else run
     )
-    results = run_suites(
-        model,
-        images,
-        names,
-        folder,
-        limit=limit,
-        seed=seed,
-        weights=weights,
-        precision=precision,
-        compile=compile,
-        options=options,
-        progress=console.is_terminal,
-        world=world,
-        data_dir=data_dir,
-    )
+    shared: dict[str, Any] = {
+        "limit": limit,
+        "weights": weights,
+        "options": options,
+        "world": world,
+    }
+    progress = console.is_terminal
+    results = run_suites(model, images, names, folder, progress=progress, **shared, **settings)
     if not world.first:
         return
     for table in tables(results):
         console.print(table)
-    console.say(f"tables and pictures: {folder}")
-
-
-def _split(name: str) -> Split:
-    from ebmkit.data.imagesets import SPLITS
-    from ebmkit.registry import find
-
-    return find("split", {split: split for split in SPLITS}, name)
+    console.say(f"tables and plots: {folder}")

@@ -5,36 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
+from typer import Option
 
 from ebmkit.cli.console import console, errors, warn
+from ebmkit.cli.options import RUN, WEIGHTS
 from ebmkit.errors import UserError
-
-__all__ = ["export"]
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="run folder")],
-    out: Annotated[
-        Path, typer.Option(help="file to write: .pt2 for PyTorch, .onnx for ONNX runtimes")
-    ],
+    run: Annotated[Path, RUN],
+    out: Annotated[Path, Option(help="file to write: .pt2 for PyTorch, .onnx for ONNX runtimes")],
     what: Annotated[
         Literal["classifier", "denoiser", "blind-denoiser"],
-        typer.Option(
+        Option(
             help="classifier: log-probabilities and log-density; denoiser: takes the noise level; "
             "blind-denoiser: estimates it"
         ),
     ] = "denoiser",
     image_size: Annotated[
-        str | None,
-        typer.Option(help="input size, H or HxW, in pixels [default: the training size]"),
+        str | None, Option(help="input size, H or HxW, in pixels [default: the training size]")
     ] = None,
-    batch: Annotated[
-        int | None, typer.Option(min=1, help="fixed batch size [default: any]")
-    ] = None,
-    weights: Annotated[
-        str, typer.Option(help="which weights: last, or best (lowest validation loss)")
-    ] = "last",
+    batch: Annotated[int | None, Option(min=1, help="fixed batch size [default: any]")] = None,
+    weights: Annotated[str, WEIGHTS] = "last",
 ) -> None:
     """Write a trained model as a file for PyTorch or an ONNX runtime.
 
@@ -53,15 +45,13 @@ def export(
     shapes = ", ".join(
         f"{name} ({', '.join(str(n) for n in shape)})" for name, shape in done.inputs.items()
     )
-    lines = [f"{done.path}: {shapes} -> {', '.join(done.differences)}"]
-    lines += [
-        f"compared with the model on {sum(done.batches)} random images: {name} differs by "
-        f"{difference.largest:.1e} of its largest value at the most, {difference.median:.1e} "
-        "at the median"
-        for name, difference in done.differences.items()
-    ]
-    for line in lines:
-        console.say(line)
+    console.say(f"{done.path}: {shapes} -> {', '.join(done.differences)}")
+    for name, difference in done.differences.items():
+        console.say(
+            f"compared with the model on {sum(done.batches)} random images: {name} differs by "
+            f"{difference.largest:.1e} of its largest value at the most, {difference.median:.1e} "
+            "at the median"
+        )
 
 
 def _parse_size(text: str) -> tuple[int, int]:

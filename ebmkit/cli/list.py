@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, get_args
 
-import typer
 from rich.table import Table
+from typer import Argument
 
 from ebmkit.cli.console import console
-
-__all__ = ["list_", "tables"]
-
 
 Kind = Literal[
     "backbones", "denoisers", "heads", "objectives", "datasets", "recipes", "suites", "samplers",
@@ -26,8 +23,8 @@ def tables() -> dict[str, dict[str, str]]:
     from ebmkit.models import BACKBONES, DENOISERS, HEADS
     from ebmkit.models.importing import KINDS
     from ebmkit.objectives import ALIASES, OBJECTIVES
-    from ebmkit.sampling.jobs import TASKS
-    from ebmkit.sampling.presets import SAMPLERS
+    from ebmkit.sampling import SAMPLERS
+    from ebmkit.sampling.inverse import TASKS
     from ebmkit.training import RECIPES
 
     return {
@@ -48,7 +45,7 @@ def tables() -> dict[str, dict[str, str]]:
     }
 
 
-def list_(kind: Annotated[Kind, typer.Argument(help=", ".join(get_args(Kind)))]) -> None:
+def list_(kind: Annotated[Kind, Argument(help=", ".join(get_args(Kind)))]) -> None:
     """List the names that options accept: backbones, objectives, samplers, ..."""
     table = Table(kind.removesuffix("s"), "description")
     for name, description in tables()[kind].items():

@@ -5,66 +5,60 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from ebmkit.cli.console import console
 from ebmkit.errors import UserError
-
-__all__ = ["import_"]
 
 
 def import_(
     source: Annotated[
         str,
-        typer.Argument(
+        Argument(
             help="file or folder, or OWNER/NAME:FILE (diffusers: OWNER/NAME) on the "
             "Hugging Face hub"
         ),
     ],
-    out: Annotated[Path, typer.Option(help="new folder for the model")],
+    out: Annotated[Path, Option(help="new folder for the model")],
     sigma: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             help="noise level that the model was trained for, for example 25/255; give "
             "it twice for lowest and highest"
         ),
     ] = None,
     kind: Annotated[
         str | None,
-        typer.Option(
+        Option(
             "--as", help="format: robustness, jem, denoiser, state or diffusers [default: detected]"
         ),
     ] = None,
     backbone: Annotated[
-        str | None, typer.Option(help="backbone of a state dict, from `ebmkit list backbones`")
+        str | None, Option(help="backbone of a state dict, from `ebmkit list backbones`")
     ] = None,
     rename: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             "--map",
             help="rename the prefix of parameter names, OLD=NEW; repeatable, applied in order",
         ),
     ] = None,
     classes: Annotated[
-        int | None, typer.Option(help="number of classes, if the weights do not determine it")
+        int | None, Option(help="number of classes, if the weights do not determine it")
     ] = None,
     mean: Annotated[
-        str | None,
-        typer.Option(help="mean to subtract from images in [0, 1]: 0.5 or 0.49,0.48,0.45"),
+        str | None, Option(help="mean to subtract from images in [0, 1]: 0.5 or 0.49,0.48,0.45")
     ] = None,
-    std: Annotated[
-        str | None, typer.Option(help="standard deviation to divide by after that")
-    ] = None,
+    std: Annotated[str | None, Option(help="standard deviation to divide by after that")] = None,
     image_size: Annotated[
-        int | None, typer.Option(help="height and width of the training images, in pixels")
+        int | None, Option(help="height and width of the training images, in pixels")
     ] = None,
     dataset: Annotated[
-        str | None,
-        typer.Option(help="training data set, for example cifar10; sets the class names"),
+        str | None, Option(help="training data set, for example cifar10; sets the class names")
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             "--set",
             help="configuration field for a state dict, for example "
             "model.backbone.width=32; repeatable",
@@ -77,8 +71,10 @@ def import_(
     UNets of diffusers. No code in the file is executed. Then, for example: ebmkit evaluate OUT
     --suite robustness
     """
+    from ebmkit.data import DATASETS
     from ebmkit.models.importing import import_checkpoint
     from ebmkit.noise import parse_sigma
+    from ebmkit.registry import find
     from ebmkit.training.config import parse_assignments
 
     if len(sigma or []) > 2:
@@ -100,7 +96,7 @@ def import_(
         image_size=image_size,
         settings=settings.get("model"),
         dataset=dataset or "",
-        class_names=_class_names(dataset),
+        class_names=find("data set", DATASETS, dataset).class_names if dataset else (),
         sigma_range=(levels[0], levels[-1]) if levels else None,
     )
     count = sum(p.numel() for p in model.parameters())
@@ -126,16 +122,3 @@ def _numbers(option: str, text: str | None) -> float | tuple[float, ...] | None:
             f"{option} {text!r} must be one number or one per channel, as 0.49,0.48,0.45"
         ) from None
     return numbers[0] if len(numbers) == 1 else numbers
-
-
-def _class_names(dataset: str | None) -> tuple[str, ...]:
-    from ebmkit.data import DATASETS
-    from ebmkit.data.cifar import CIFAR
-    from ebmkit.registry import find
-
-    if dataset is None:
-        return ()
-    find("data set", DATASETS, dataset)
-    if dataset in CIFAR:
-        return CIFAR[dataset].class_names
-    return tuple("0123456789") if dataset == "digits" else ()

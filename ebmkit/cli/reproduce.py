@@ -9,69 +9,63 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
-from ebmkit.cli.console import TrainingBar, console
+from ebmkit.cli.console import TrainingBar, console, interrupted
+from ebmkit.cli.options import DEVICE, SEED
 from ebmkit.errors import UserError
 
 if TYPE_CHECKING:
     from ebmkit.training import Trainer
     from ebmkit.training.loop import Stop
 
-__all__ = ["reproduce"]
-
 
 def reproduce(
     target: Annotated[
-        str,
-        typer.Argument(help="table1, table2, table3, fig1, fig3, fig4, guidance, claims, or all"),
+        str, Argument(help="table1, table2, table3, fig1, fig3, fig4, guidance, claims, or all")
     ],
     scale: Annotated[
         str,
-        typer.Option(
+        Option(
             help="smoke: digits, seconds per row; cpu: CIFAR-10, minutes per row; full: "
             "the paper's scale"
         ),
     ] = "smoke",
     more: Annotated[
-        list[str] | None, typer.Argument(help="further rows for --only", metavar="ROW")
+        list[str] | None, Argument(help="further rows for --only", metavar="ROW")
     ] = None,
-    only: Annotated[list[str] | None, typer.Option("--only", help="run only these rows")] = None,
+    only: Annotated[list[str] | None, Option("--only", help="run only these rows")] = None,
     out: Annotated[
-        Path | None,
-        typer.Option(help="folder for rows and reports [default: runs/reproduce-SCALE]"),
+        Path | None, Option(help="folder for rows and reports [default: runs/reproduce-SCALE]")
     ] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="folder of CIFAR-10 [default: data]")
-    ] = None,
+    data_dir: Annotated[Path | None, Option(help="folder of CIFAR-10 [default: data]")] = None,
     imagenet_dir: Annotated[
-        Path | None, typer.Option(help="folder of ImageNet, for table2 at scale full")
+        Path | None, Option(help="folder of ImageNet, for table2 at scale full")
     ] = None,
-    device: Annotated[str, typer.Option(help="device: auto, cpu, cuda, cuda:1")] = "auto",
+    device: Annotated[str, DEVICE] = "auto",
     precision: Annotated[
         str | None,
-        typer.Option(
-            help="precision of training: auto, fp32, tf32, bf16 [default: set by the scale]"
-        ),
+        Option(help="precision of training: auto, fp32, tf32, bf16 [default: set by the scale]"),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="random seed of all rows")] = 0,
+    seed: Annotated[int, SEED] = 0,
 ) -> None:
-    """Reproduce a table or figure of the papers: write Markdown, JSON and a plot to --out.
+    """Reproduce a table or figure of the papers: write Markdown, JSON and plots to --out.
 
     Every row is a separate run. The same command skips finished rows and resumes an interrupted
     one.
     """
     from ebmkit.compute import limited_threads, pick_device
-    from ebmkit.experiments import TARGETS, Rows, check_targets, find_scale, targets_of
+    from ebmkit.experiments import EXPERIMENTS, ExperimentRuns, experiments_of, find_scale
+    from ebmkit.experiments import reproduce as run_experiment
     from ebmkit.training import Interrupted
-    from ebmkit.training.loop import Stop, exit_code
+    from ebmkit.training.loop import Stop
 
     if more and not only:
         raise UserError(f"unexpected {more[0]!r}: name rows after --only, as in --only {more[0]}")
     names = [*(only or []), *(more or [])]
-    chosen = targets_of(target, names)
+    chosen = experiments_of(target, names)
     pick_device(device)
-    rows = Rows(
+    runs = ExperimentRuns(
         out or Path("runs") / f"reproduce-{scale}",
         find_scale(scale),
         data_dir,
@@ -87,31 +81,30 @@ def reproduce(
         if scale == "full" and imagenet_dir is None:
             console.say("table2 is left out: it needs ImageNet, --imagenet-dir")
             chosen.remove("table2")
-        check_targets(chosen, rows)
+        runs.check([v for name in chosen for v in EXPERIMENTS[name].variants if v.run is None])
     try:
-        rows.out.mkdir(parents=True, exist_ok=True)
+        runs.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make folder {str(rows.out)!r}: {error.strerror}") from None
+        raise UserError(f"cannot make folder {str(runs.out)!r}: {error.strerror}") from None
     stop = Stop()
     try:
-        with limited_threads(rows.scale.threads), _terminated_as_interrupted(stop):
+        with limited_threads(runs.scale.threads), _terminated_as_interrupted(stop):
             for name in chosen:
-                for path in TARGETS[name].run(rows, names):
+                for path in run_experiment(name, runs, names):
                     if path.suffix == ".md":
                         console.say(path.read_text())
                     console.say(f"written: {path}")
     except (Interrupted, KeyboardInterrupt) as stopped:
         signum = stopped.signal if isinstance(stopped, Interrupted) else stop.signal
-        console.say(f"interrupted; run the same command to resume {rows.out}")
-        raise typer.Exit(exit_code(signum or signal.SIGINT)) from None
-    if rows.stopped:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in rows.stopped.items())
+        interrupted(f"run the same command to resume {runs.out}", signum or signal.SIGINT)
+    if runs.stopped:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in runs.stopped.items())
         raise UserError(f"not all rows could be finished, the reports say so: {reasons}")
 
 
 @contextmanager
 def _terminated_as_interrupted(stop: Stop) -> Iterator[None]:
-    """Inside, a request to terminate ends what is going on as Ctrl-C does, and ``stop`` tells."""
+    """Inside, SIGTERM ends what is going on as Ctrl-C does; ``stop`` names the signal."""
 
     def interrupt(signum: int, frame: object) -> None:
         stop.signal = signum

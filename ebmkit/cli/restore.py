@@ -1,81 +1,67 @@
-"""``ebmkit restore``: pictures from what is known of them, by a trained model."""
+"""``ebmkit restore``: images from what is known of them, by a trained model."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
-import typer
-from rich.progress import Progress
 from rich.table import Table
+from typer import Argument, Option
 
-from ebmkit.cli.console import console, warn
-from ebmkit.terminal import for_bar, shown_name
-
-if TYPE_CHECKING:
-    from ebmkit.sampling.jobs.restoring import RestoreJob
-
-__all__ = ["restore"]
+from ebmkit.cli.console import console, counting, warn
+from ebmkit.cli.options import COMPILE, DEVICE, IMAGES, LABEL, PRECISION, SEED, WEIGHTS
+from ebmkit.terminal import shown_name
 
 
 def restore(
-    run: Annotated[Path, typer.Argument(help="run folder of a blind denoiser")],
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="images: PNG, JPEG, TIFF")],
-    out: Annotated[Path, typer.Option(help="output folder")],
+    run: Annotated[Path, Argument(help="run folder of a blind denoiser")],
+    images: Annotated[list[Path], IMAGES],
+    out: Annotated[Path, Option(help="output folder")],
     task: Annotated[
-        str, typer.Option(help="inpaint, random-pixels, superres, deblur, compressed")
+        str, Option(help="inpaint, random-pixels, superres, deblur, compressed")
     ] = "inpaint",
     mask: Annotated[
         Path | None,
-        typer.Option(
-            help="for inpaint: image that is white where pixels are missing [default: a "
-            "hole in the centre]"
+        Option(
+            help="for inpaint: image that is white where pixels are missing [default: a hole "
+            "in the centre]"
         ),
     ] = None,
     share: Annotated[
         float | None,
-        typer.Option(
+        Option(
             help="share of the image: the hole (inpaint, 0.1), or the measured share "
             "(random-pixels 0.5, deblur 0.25, compressed 0.25)"
         ),
     ] = None,
     factor: Annotated[
-        int | None, typer.Option(help="for superres: enlargement factor [default: 2]")
+        int | None, Option(help="for superres: enlargement factor [default: 2]")
     ] = None,
     measured: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--measured",
-            help="the input images are measurements: with missing parts, low-resolution, "
-            "or blurred",
+            help="the input images are measurements: with missing parts, low-resolution, or "
+            "blurred",
         ),
     ] = False,
     samples: Annotated[
-        int, typer.Option(help="number of restorations per image; also writes their mean")
+        int, Option(help="number of restorations per image; also writes their mean")
     ] = 1,
-    label: Annotated[
-        str | None,
-        typer.Option(help="class (name or number), to use the class-conditional denoiser"),
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="maximum number of steps")] = None,
+    label: Annotated[str | None, LABEL] = None,
+    steps: Annotated[int | None, Option(help="maximum number of steps")] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="setting of the sampler ks, for example beta=0.1; repeatable"),
+        Option(
+            "--set",
+            help="setting of the sampler kadkhodaie_simoncelli, for example beta=0.1; repeatable",
+        ),
     ] = None,
-    seed: Annotated[
-        int,
-        typer.Option(min=0, max=2**63 - 1, help="random seed of the noise and of the measurements"),
-    ] = 0,
-    weights: Annotated[
-        str, typer.Option(help="which weights: last, or best (lowest validation loss)")
-    ] = "last",
-    device: Annotated[str, typer.Option(help="device: auto, cpu, cuda, cuda:1")] = "auto",
-    precision: Annotated[
-        str, typer.Option(help="precision: fp32, tf32, bf16; auto: fp32")
-    ] = "auto",
-    compile_: Annotated[
-        str, typer.Option("--compile", help="compile the score: on, off; auto: off")
-    ] = "auto",
+    seed: Annotated[int, SEED] = 0,
+    weights: Annotated[str, WEIGHTS] = "last",
+    device: Annotated[str, DEVICE] = "auto",
+    precision: Annotated[str, PRECISION] = "auto",
+    compile_: Annotated[str, COMPILE] = "auto",
 ) -> None:
     """Restore images from linear measurements, by stochastic ascent (Kadkhodaie & Simoncelli).
 
@@ -85,47 +71,39 @@ def restore(
     """
     from ebmkit.compile import optimize
     from ebmkit.compute import pick_device
+    from ebmkit.errors import UserError, validated
     from ebmkit.models import load
-    from ebmkit.sampling.config import StochasticAscentConfig
-    from ebmkit.sampling.jobs import TaskOptions, find_task, parse_label
-    from ebmkit.sampling.jobs.restoring import RestoreJob, make_folder, read_mask
-    from ebmkit.sampling.jobs.settings import no_steps
-    from ebmkit.sampling.presets import SAMPLERS
+    from ebmkit.sampling.inverse import TaskOptions, find_task
+    from ebmkit.sampling.jobs.restore import RestoreJob, read_mask
+    from ebmkit.sampling.jobs.settings import parse_label, parse_options
+    from ebmkit.sampling.kadkhodaie_simoncelli import KADKHODAIE_SIMONCELLI_ENTRY as SAMPLER
     from ebmkit.training import parse_assignments
-    from ebmkit.validation import validated
 
     chosen = find_task(task)
-    values: dict[str, Any] = parse_assignments(set_ or [])
-    if steps is not None:
-        values["steps"] = steps
-    no_steps(values)
-    config = validated(StochasticAscentConfig, values, "settings of sampler 'ks'")
+    values = parse_options(parse_assignments(set_ or []), steps)
+    config = validated(SAMPLER.config, values, f"settings of sampler {SAMPLER.name!r}")
     model = load(run, device=str(pick_device(device)), weights=weights)
     model = optimize(model, precision, compile_)
     c = None if label is None else parse_label(model, label)
-    SAMPLERS["ks"].check(model, c)
+    SAMPLER.check(model, c)
     options = TaskOptions(None if mask is None else read_mask(mask), share, factor, seed)
     job = RestoreJob(model, chosen, options, config, measured, samples, seed, c, str(run))
     job.check(images, out)
-    make_folder(out)
-    table = Table("picture", "dB", *(["mean, dB"] if samples > 1 else []), "simple methods, dB")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make folder {str(out)!r}: {error.strerror}") from None
+    table = Table("image", "dB", *(["mean, dB"] if samples > 1 else []), "simple methods, dB")
     for path in images:
-        document = _restore_one(job, path, out)
+        with counting(path.name) as progress:
+            document = job.run_on(path, out, progress)
         for sentence in document["warnings"]:
             warn(sentence)
         if document["psnr"] is not None:
             table.add_row(shown_name(path.name), *_cells(document["psnr"]))
     if table.row_count:
         console.print(table)
-    console.say(f"pictures: {out}")
-
-
-def _restore_one(job: RestoreJob, path: Path, out: Path) -> dict[str, Any]:
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        line = bar.add_task(for_bar(path.name), total=None)
-        return job.run_on(
-            path, out, lambda done, total: bar.update(line, completed=done, total=total)
-        )
+    console.say(f"images: {out}")
 
 
 def _cells(psnr: dict[str, Any]) -> list[str]:

@@ -1,30 +1,30 @@
-"""``ebmkit train``: train, then evaluate on the test images, with a table and pictures."""
+"""``ebmkit train``: train, then evaluate on the test images, with a table and plots."""
 
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import shlex
+import signal
 import time
 import warnings
-from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from rich.table import Table
+from typer import Option
 
-from ebmkit.cli.console import TensorBoard, Together, TrainingBar, console
+from ebmkit.cli.console import Reporters, TensorBoard, TrainingBar, console, interrupted
+from ebmkit.cli.evaluate import evaluate_run
+from ebmkit.cli.options import DATA_DIR, DEVICE, IMAGE_SIZE, TRAIN_PRECISION, declare
 from ebmkit.errors import UserError
 
 if TYPE_CHECKING:
-    from ebmkit.data import AnyImages
     from ebmkit.distributed import DistributedContext
     from ebmkit.training import Reporter, RunFolder, TrainConfig, Trainer
-
-__all__ = ["cost", "train"]
 
 TRIAL_STEPS = 4
 """How many steps ``--dry-run`` takes; all but the first are timed."""
@@ -35,69 +35,54 @@ FINAL_IMAGES = 1000
 
 def train(
     dataset: Annotated[
-        str | None, typer.Option(help="data set, from `ebmkit list datasets` [default: digits]")
+        str | None, Option(help="data set, from `ebmkit list datasets` [default: digits]")
     ] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="folder or file of the data set [default: data]")
-    ] = None,
+    data_dir: Annotated[Path | None, DATA_DIR] = None,
     backbone: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="backbone, from `ebmkit list backbones` [default: set by the recipe, gradresnet18]"
         ),
     ] = None,
     objective: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="objectives joined by +, for example ce+0.5*dsm [default: set by the "
             "recipe, ce+dsm]"
         ),
     ] = None,
-    width: Annotated[int | None, typer.Option(help="channels of the first stage")] = None,
-    steps: Annotated[int | None, typer.Option(help="number of optimiser steps")] = None,
+    width: Annotated[int | None, Option(help="channels of the first stage")] = None,
+    steps: Annotated[int | None, Option(help="number of optimiser steps")] = None,
     seed: Annotated[
         int | None,
-        typer.Option(
+        Option(
             help="random seed of initial weights, data order, augmentation and noise [default: 0]"
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="run folder to create [default: a new one in runs/]")
+        Path | None, Option(help="run folder to create [default: a new one in runs/]")
     ] = None,
     recipe: Annotated[
-        str | None,
-        typer.Option(help="recipe, from `ebmkit list recipes` [default: set by the data set]"),
+        str | None, Option(help="recipe, from `ebmkit list recipes` [default: set by the data set]")
     ] = None,
-    image_size: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="image height and width, in pixels; images in a folder are resized and "
-            "cropped to it",
-        ),
-    ] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file of configuration fields")] = None,
+    image_size: Annotated[int | None, IMAGE_SIZE] = None,
+    config: Annotated[Path | None, Option(help="YAML file of configuration fields")] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set", help="configuration field, for example optimizer.lr=1e-3; repeatable"
-        ),
+        Option("--set", help="configuration field, for example optimizer.lr=1e-3; repeatable"),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="device: auto, cpu, cuda, cuda:1")] = None,
-    precision: Annotated[
-        str | None, typer.Option(help="precision: auto, fp32, tf32, bf16 [default: auto]")
-    ] = None,
+    device: Annotated[str | None, DEVICE] = None,
+    precision: Annotated[str | None, TRAIN_PRECISION] = None,
     compile_: Annotated[
-        str | None,
-        typer.Option("--compile", help="compile the step: auto, on, off [default: auto]"),
+        str | None, Option("--compile", help="compile the step: auto, on, off [default: auto]")
     ] = None,
-    resume: Annotated[Path | None, typer.Option(help="run folder to resume")] = None,
+    resume: Annotated[Path | None, Option(help="run folder to resume")] = None,
     evaluate: Annotated[
-        bool, typer.Option(help="evaluate on the test images and write plots at the end")
+        bool, Option(help="evaluate on the test images and write plots at the end")
     ] = True,
-    tensorboard: Annotated[bool, typer.Option(help="also write TensorBoard events")] = False,
+    tensorboard: Annotated[bool, Option(help="also write TensorBoard events")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="estimate the cost of the run, and write nothing")
+        bool, Option("--dry-run", help="estimate the cost of the run, and write nothing")
     ] = False,
 ) -> None:
     """Train a model, then evaluate it on the test images.
@@ -111,21 +96,19 @@ def train(
     from ebmkit.training.loop import assemble
     from ebmkit.training.setup import images_of
 
-    named = _named(
-        dataset=dataset,
-        data_dir=data_dir,
-        image_size=image_size,
-        backbone=backbone,
-        objective=objective,
-        width=width,
-        steps=steps,
-        seed=seed,
-        device=device,
-        precision=precision,
-        compile=compile_,
-    )
+    where = data_dir.absolute() if data_dir else None  # so that the run can be used from anywhere
+    named = {
+        "dataset": {"name": dataset, "data_dir": where, "image_size": image_size},
+        "backbone": backbone,
+        "model": {"backbone": {"width": width}},
+        "objective": objective,
+        "steps": steps,
+        "seed": seed,
+        "device": device,
+        "compute": {"precision": precision, "compile": compile_},
+    }
     layers = [read_config(config)] if config else []
-    layers += [named, parse_assignments(set_ or [])]
+    layers += [_given(named), parse_assignments(set_ or [])]
     if tensorboard:
         TensorBoard.check()
     if resume is not None and (out is not None or recipe is not None):
@@ -137,7 +120,7 @@ def train(
         console.quiet = not world.first
         resolved, resume = _resolved(world, layers, recipe, out, resume)
         if dry_run:
-            _predict(resolved, world)
+            _estimate_cost(resolved, world)
             return
         run = RunFolder.open(resume) if resume is not None and world.first else None
         if run is not None:
@@ -151,14 +134,20 @@ def train(
         path = world.broadcast(run.path if run else Path())
         _fit(trainer, path, tensorboard)
         if test is not None:
+            from ebmkit.training.metrics import learning_curves
+
             try:
-                _finish(trainer, path, test)
+                if trainer.run is not None:
+                    learning_curves(trainer.run.metrics(), path / "learning_curves.png")
+                limit = FINAL_IMAGES if len(test) > FINAL_IMAGES else None
+                model = trainer.trained.eval().requires_grad_(False)
+                evaluate_run(model, path, test, limit=limit, world=trainer.world)
             except KeyboardInterrupt:
-                console.say(
-                    "interrupted; the model is saved. Evaluate it with:\n"
-                    f"  ebmkit evaluate {_quoted(path)}"
+                interrupted(
+                    "the model is saved. Evaluate it with:\n"
+                    f"  ebmkit evaluate {shlex.quote(str(path))}",
+                    signal.SIGINT,
                 )
-                raise typer.Exit(130) from None
         console.say(f"run folder: {path}")
 
 
@@ -171,15 +160,9 @@ def cost(**options: Any) -> None:
     train(**options, dry_run=True)
 
 
-def _same_options(without: Sequence[str]) -> None:
-    """Give `cost` the options of `train`, but for some."""
-    signature = inspect.signature(train, eval_str=True)
-    kept = [p for name, p in signature.parameters.items() if name not in without]
-    cost.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
-    cost.__annotations__ = {p.name: p.annotation for p in kept} | {"return": None}
-
-
-_same_options(without=("out", "resume", "evaluate", "tensorboard", "dry_run"))
+_RUN_OPTIONS = ("out", "resume", "evaluate", "tensorboard", "dry_run")
+_OPTIONS = inspect.signature(train, eval_str=True).parameters.values()
+declare(cost, (option for option in _OPTIONS if option.name not in _RUN_OPTIONS))
 
 
 def _resolved(
@@ -228,32 +211,10 @@ def _interrupted_run(out: Path | None, config: TrainConfig) -> Path | None:
     return None
 
 
-def _quoted(run: Path) -> str:
-    return shlex.quote(str(run))
-
-
-def _named(
-    dataset: str | None,
-    data_dir: Path | None,
-    image_size: int | None,
-    width: int | None,
-    precision: str | None,
-    compile: str | None,
-    **plain: Any,
-) -> dict[str, Any]:
-    """The named options that were given, as a configuration layer."""
-    layer: dict[str, Any] = {key: value for key, value in plain.items() if value is not None}
-    where = data_dir.absolute() if data_dir else None  # so that the run can be used from anywhere
-    data = {"name": dataset, "data_dir": where, "image_size": image_size}
-    given = {key: value for key, value in data.items() if value is not None}
-    if given:
-        layer["dataset"] = given
-    if width is not None:
-        layer["model"] = {"backbone": {"width": width}}
-    compute = {"precision": precision, "compile": compile}
-    if any(compute.values()):
-        layer["compute"] = {key: value for key, value in compute.items() if value is not None}
-    return layer
+def _given(layer: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given, as a configuration layer."""
+    found = {k: _given(v) if isinstance(v, dict) else v for k, v in layer.items()}
+    return {key: value for key, value in found.items() if value is not None and value != {}}
 
 
 def _stem(config: TrainConfig) -> str:
@@ -262,54 +223,48 @@ def _stem(config: TrainConfig) -> str:
 
 
 def _fresh_folder(config: TrainConfig) -> Path:
-    name = _stem(config)
-    number = 1
-    while (path := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
-        number += 1
-    return path
+    path = Path("runs") / _stem(config)
+    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(folder for folder in itertools.chain([path], numbered) if not folder.exists())
 
 
 def _fit(trainer: Trainer, run: Path, tensorboard: bool) -> None:
     from ebmkit.data.imagesets import some_of
     from ebmkit.storage import write_atomically
     from ebmkit.training import Interrupted
-    from ebmkit.training.loop import exit_code
 
-    config = trainer.config
+    config, first = trainer.config, trainer.step
     parameters = sum(p.numel() for p in trainer.model.parameters())
     console.say(
         f"{config.objective} on {trainer.train.name} ({len(trainer.train):,} images), "
         f"{config.backbone} with {parameters:,} parameters, {config.steps:,} steps "
-        f"on {_where(trainer)}, in {run}"
+        f"on {_describe_device(trainer)}, in {run}"
     )
-    if trainer.step >= config.steps:
+    if first >= config.steps:
         console.say(f"this run is finished: {config.steps} of {config.steps} steps are done")
         if trainer.run is not None:
-            _mend(trainer, trainer.run)
+            _rewrite_damaged_model(trainer, trainer.run)
         return
-    if trainer.step:
-        console.say(f"going on after step {trainer.step}")
-    bar = TrainingBar(config.steps, trainer.step)
+    if first:
+        console.say(f"going on after step {first}")
+    bar = TrainingBar(config.steps, first)
     reporters: list[Reporter] = [bar]
-    wanted = tensorboard and trainer.world.first
-    board = TensorBoard(run / "tensorboard", trainer.step) if wanted else None
-    if board is not None:
-        reporters.append(board)
-    trainer.reporter = Together(reporters) if trainer.world.first else None
     start = time.perf_counter()
-    first = trainer.step
     try:
-        with bar if bar.live and trainer.world.first else nullcontext():
+        with ExitStack() as stack:
+            if tensorboard and trainer.world.first:
+                reporters.append(board := TensorBoard(run / "tensorboard", first))
+                stack.callback(board.writer.close)
+            trainer.reporter = Reporters(reporters) if trainer.world.first else None
+            if bar.live and trainer.world.first:
+                stack.enter_context(bar)
             trainer.fit()
     except Interrupted as stopped:
-        console.say(
-            f"interrupted; saved after step {stopped.step}. Go on with:\n"
-            f"  ebmkit train --resume {_quoted(run)}"
+        interrupted(
+            f"saved after step {stopped.step}. Go on with:\n"
+            f"  ebmkit train --resume {shlex.quote(str(run))}",
+            stopped.signal,
         )
-        raise typer.Exit(exit_code(stopped.signal)) from None
-    finally:
-        if board is not None:
-            board.close()
     seconds = time.perf_counter() - start
     stats = trainer.run_stats()
     if trainer.run is not None:
@@ -324,7 +279,7 @@ def _fit(trainer: Trainer, run: Path, tensorboard: bool) -> None:
     console.say(f"{config.steps - first:,} steps in {seconds:.0f} s; {stats.sentence()}")
 
 
-def _mend(trainer: Trainer, run: RunFolder) -> None:
+def _rewrite_damaged_model(trainer: Trainer, run: RunFolder) -> None:
     """Write the model again where it is damaged: the checkpoint has all of it."""
     from ebmkit.storage.verify import verify_run
 
@@ -335,7 +290,7 @@ def _mend(trainer: Trainer, run: RunFolder) -> None:
         trainer.save()
 
 
-def _predict(config: TrainConfig, world: DistributedContext) -> None:
+def _estimate_cost(config: TrainConfig, world: DistributedContext) -> None:
     """Tell what the run would cost: counted, and timed over a few steps; nothing is written."""
     from ebmkit.training.cost import format_seconds
     from ebmkit.training.loop import assemble
@@ -346,7 +301,7 @@ def _predict(config: TrainConfig, world: DistributedContext) -> None:
         trainer.try_steps(TRIAL_STEPS)
     seconds = trainer.stopwatch.seconds
     title = "cost of training" if world.size == 1 else f"cost to each of {world.size} processes"
-    table = Table(title, _where(trainer), show_edge=False)
+    table = Table(title, _describe_device(trainer), show_edge=False)
     for name, value in cost.rows():
         table.add_row(name, value)
     share = f"{cost.mfu(seconds):.0%} of the matrix rate"
@@ -355,21 +310,9 @@ def _predict(config: TrainConfig, world: DistributedContext) -> None:
     console.print(table)
 
 
-def _where(trainer: Trainer) -> str:
+def _describe_device(trainer: Trainer) -> str:
     """Device, precision and number of processes, in words."""
     step = trainer.update
     compiled = ", compiled" if step.compiled else ""
     processes = f", {trainer.world.size} processes" if trainer.world.size > 1 else ""
     return f"{trainer.device} ({step.precision}{compiled}{processes})"
-
-
-def _finish(trainer: Trainer, run: Path, test: AnyImages) -> None:
-    """Evaluate on the test images, print the table, draw the pictures."""
-    from ebmkit.cli.evaluate import evaluate_run
-    from ebmkit.training.metrics import learning_curves
-
-    if trainer.run is not None:
-        learning_curves(trainer.run.metrics(), run / "learning_curves.png")
-    limit = FINAL_IMAGES if len(test) > FINAL_IMAGES else None
-    model = trainer.trained.eval().requires_grad_(False)
-    evaluate_run(model, run, test, limit=limit, world=trainer.world)

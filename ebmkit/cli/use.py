@@ -1,47 +1,31 @@
-"""``ebmkit classify`` and ``ebmkit denoise``: a trained model on pictures of the user's own."""
+"""``ebmkit classify`` and ``ebmkit denoise``: a trained model on images of the user's own."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-from rich.progress import Progress
 from rich.table import Table
+from typer import Option
 
-from ebmkit.cli.console import console, errors, warn
+from ebmkit.cli.console import console, counting, errors, warn
+from ebmkit.cli.options import COMPILE, DEVICE, IMAGES, LABEL, PRECISION, RUN, WEIGHTS
 from ebmkit.errors import UserError
-from ebmkit.terminal import for_bar, one_line, shown_name
+from ebmkit.terminal import one_line, shown_name
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
-    from ebmkit.data.images import Picture
     from ebmkit.energy import ScoreModel
-    from ebmkit.inference import Denoised
-
-__all__ = ["classify", "denoise"]
-
-RunArgument = Annotated[Path, typer.Argument(help="run folder")]
-ImagesArgument = Annotated[
-    list[Path], typer.Argument(metavar="IMAGE", help="images: PNG, JPEG, TIFF")
-]
-WeightsOption = Annotated[
-    str, typer.Option(help="which weights: last, or best (lowest validation loss)")
-]
-DeviceOption = Annotated[str, typer.Option(help="device: auto, cpu, cuda, cuda:1")]
 
 
 def classify(
-    run: RunArgument,
-    images: ImagesArgument,
-    top: Annotated[int, typer.Option(min=1, help="number of classes to show")] = 3,
-    resize: Annotated[
-        bool, typer.Option(help="resize and crop images to the training size")
-    ] = True,
-    weights: WeightsOption = "last",
-    device: DeviceOption = "auto",
+    run: Annotated[Path, RUN],
+    images: Annotated[list[Path], IMAGES],
+    top: Annotated[int, Option(min=1, help="number of classes to show")] = 3,
+    resize: Annotated[bool, Option(help="resize and crop images to the training size")] = True,
+    weights: Annotated[str, WEIGHTS] = "last",
+    device: Annotated[str, DEVICE] = "auto",
 ) -> None:
     """Classify images: print the most likely classes, their probabilities and the log-density.
 
@@ -49,18 +33,19 @@ def classify(
     the same size.
     """
     from ebmkit.compute import pick_device
-    from ebmkit.data.images import read_image
+    from ebmkit.data import read_image
     from ebmkit.energy import classifies
     from ebmkit.models import load
 
-    model = load(run, device=str(pick_device(device)), weights=weights)
+    place = pick_device(device)
+    model = load(run, device=str(place), weights=weights)
     if not classifies(model):
         raise UserError(f"the model in {str(run)!r} was trained without labels: it cannot classify")
     pictures = [(path, read_image(path, _channels(model))) for path in images]
-    table = Table("picture", "class", "probability", "log-density (nats)")
+    table = Table("image", "class", "probability", "log-density (nats)")
     for path, picture in pictures:
         y = _sized(model, picture.image) if resize else picture.image
-        energies = model(y[None].to(pick_device(device)))
+        energies = model(y[None].to(place))
         posterior = energies.log_posterior()[0].exp().cpu()
         _check_numbers(run, path, posterior)
         for rank, label in enumerate(posterior.argsort(descending=True)[:top].tolist()):
@@ -75,26 +60,17 @@ def classify(
 
 
 def denoise(
-    run: RunArgument,
-    images: ImagesArgument,
-    out: Annotated[Path, typer.Option(help="folder for the denoised images")],
+    run: Annotated[Path, RUN],
+    images: Annotated[list[Path], IMAGES],
+    out: Annotated[Path, Option(help="folder for the denoised images")],
     sigma: Annotated[
-        str | None,
-        typer.Option(help="noise level, for example 25/255 [default: estimated by the model]"),
+        str | None, Option(help="noise level, for example 25/255 [default: estimated by the model]")
     ] = None,
-    label: Annotated[
-        str | None,
-        typer.Option(help="class (name or number), to use the class-conditional denoiser"),
-    ] = None,
-    weights: WeightsOption = "last",
-    device: DeviceOption = "auto",
-    precision: Annotated[
-        str, typer.Option(help="precision: fp32, tf32, bf16; auto: fp32")
-    ] = "auto",
-    compile_: Annotated[
-        str,
-        typer.Option("--compile", help="compile the score: on, off; auto: off"),
-    ] = "auto",
+    label: Annotated[str | None, LABEL] = None,
+    weights: Annotated[str, WEIGHTS] = "last",
+    device: Annotated[str, DEVICE] = "auto",
+    precision: Annotated[str, PRECISION] = "auto",
+    compile_: Annotated[str, COMPILE] = "auto",
 ) -> None:
     """Remove Gaussian noise from images of any size, in tiles.
 
@@ -103,19 +79,19 @@ def denoise(
     """
     from ebmkit.compile import optimize
     from ebmkit.compute import pick_device
-    from ebmkit.data.images import read_image, write_image
+    from ebmkit.data import read_image, write_image
+    from ebmkit.inference import denoise_image
     from ebmkit.models import load
     from ebmkit.noise import format_sigma, parse_sigma
-    from ebmkit.sampling.jobs import parse_label
+    from ebmkit.sampling.jobs.settings import parse_label
 
-    level = None if sigma is None else parse_sigma(sigma)
-    model = load(run, device=str(pick_device(device)), weights=weights)
-    model = optimize(model, precision, compile_)
+    level, place = None if sigma is None else parse_sigma(sigma), pick_device(device)
+    model = optimize(load(run, device=str(place), weights=weights), precision, compile_)
     c = None if label is None else parse_label(model, label)
     _warn_range(model, level)
     targets = [out / path.name for path in images]
     _check_targets(images, targets)
-    for path in images:  # all mistakes first, then the work, one picture in memory at a time
+    for path in images:  # all mistakes first, then the work, one image in memory at a time
         read_image(path, _channels(model))
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -123,38 +99,18 @@ def denoise(
         raise UserError(f"cannot make folder {str(out)!r}: {error.strerror}") from None
     for path, target in zip(images, targets, strict=True):
         picture = read_image(path, _channels(model))
-        result = _denoise_one(model, picture, level, c, target.name, pick_device(device))
-        _check_numbers(run, path, result.image)
-        write_image(result.image.clamp(0, 1), target, bits=picture.bits)
+        with counting(target.name) as progress:
+            found = denoise_image(model, picture.image.to(place), level, c, progress=progress)
+        image = found.image.cpu()
+        _check_numbers(run, path, image)
+        image = image.mean(0, keepdim=True) if picture.was_gray else image
+        write_image(image.clamp(0, 1), target, bits=picture.bits)
         how = "given" if level is not None else "estimated"
         console.say(
-            f"{one_line(str(target))}: noise level {format_sigma(result.sigma)} ({how}) taken out"
+            f"{one_line(str(target))}: noise level {format_sigma(found.sigma)} ({how}) taken out"
         )
         if level is None:
-            _warn_range(model, result.sigma)
-
-
-def _denoise_one(
-    model: ScoreModel,
-    picture: Picture,
-    sigma: float | None,
-    c: int | None,
-    name: str,
-    device: torch.device,
-) -> Denoised:
-    from ebmkit.inference import denoise_image
-
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(for_bar(name), total=None)
-        result = denoise_image(
-            model,
-            picture.image.to(device),
-            sigma,
-            c,
-            progress=lambda done, count: bar.update(task, completed=done, total=count),
-        )
-    image = result.image.cpu()
-    return result._replace(image=image.mean(0, keepdim=True) if picture.was_gray else image)
+            _warn_range(model, found.sigma)
 
 
 def _check_numbers(run: Path, picture: Path, found: Tensor) -> None:
@@ -195,10 +151,10 @@ def _check_targets(sources: list[Path], targets: list[Path]) -> None:
 
     for i, (source, target) in enumerate(zip(sources, targets, strict=True)):
         if target in targets[:i]:
-            raise UserError(f"two pictures are called {source.name!r}: denoise them separately")
+            raise UserError(f"two images are called {source.name!r}: denoise them separately")
         if target.suffix.lower() not in WRITERS:
             raise UserError(
-                f"cannot write {target.name!r}: pictures to denoise must be called "
+                f"cannot write {target.name!r}: images to denoise must be called "
                 f"{', '.join(sorted(WRITERS))}; convert it first"
             )
         if target.exists():
@@ -206,7 +162,7 @@ def _check_targets(sources: list[Path], targets: list[Path]) -> None:
 
 
 def _sized(model: ScoreModel, image: Tensor) -> Tensor:
-    """The picture at the trained size: shorter side scaled, middle cut out."""
+    """The image at the trained size: shorter side scaled, middle cut out."""
     from torch import nn
 
     size = model.card.image_size if model.card else None
@@ -216,7 +172,7 @@ def _sized(model: ScoreModel, image: Tensor) -> Tensor:
     scale = max(size[0] / height, size[1] / width)
     scaled = (max(size[0], round(height * scale)), max(size[1], round(width * scale)))
     errors.say(
-        f"note: {width}x{height} picture brought to {size[1]}x{size[0]}, the trained size "
+        f"note: {width}x{height} image brought to {size[1]}x{size[0]}, the trained size "
         "(--no-resize leaves it)"
     )
     small = nn.functional.interpolate(image[None], scaled, mode="bilinear", antialias=True)[0]

@@ -6,26 +6,21 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from rich.table import Table
+from typer import Option
 
 from ebmkit.cli.console import console
+from ebmkit.cli.options import RUN
 from ebmkit.errors import UserError
-
-__all__ = ["verify"]
-
-_WRONG = ("changed", "missing")
 
 
 def verify(
-    run: Annotated[Path, typer.Argument(help="run folder")],
+    run: Annotated[Path, RUN],
     accept: Annotated[
         list[str] | None,
-        typer.Option(
-            help="accept the present content of this file, changed on purpose; repeatable"
-        ),
+        Option(help="accept the present content of this file, changed on purpose; repeatable"),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
+    as_json: Annotated[bool, Option("--json", help="print JSON instead of a table")] = False,
 ) -> None:
     """Compare every file of a run with its checksum in manifest.json.
 
@@ -38,7 +33,7 @@ def verify(
     if accept:
         accept_files(run, accept)
     found = verify_run(run)
-    wrong = [finding for finding in found if finding.state in _WRONG]
+    wrong = [finding for finding in found if finding.state in ("changed", "missing")]
     if as_json:
         console.print_json(json.dumps([finding._asdict() for finding in found]))
     else:

@@ -1,11 +1,18 @@
-"""Images: data sets, augmentation, noise laws, training streams, and pictures of the user's."""
+"""Images: data sets, augmentation, training streams, and reading and writing image files."""
 
 from ebmkit.data.augment import Augmentation
-from ebmkit.data.images import Picture, read_image, write_image
-from ebmkit.data.imagesets import ImageSet, Split
+from ebmkit.data.images import LoadedImage, read_image, write_image
+from ebmkit.data.imagesets import (
+    AnyImages,
+    DatasetRequest,
+    Faults,
+    ImageSet,
+    Split,
+    StreamedSet,
+    fingerprint,
+)
 from ebmkit.data.schedule import Phase, StreamConfig
 from ebmkit.data.sets import DATASETS, DatasetEntry, load_dataset
-from ebmkit.data.streamed import AnyImages, StreamedSet
 from ebmkit.data.streams import Batch, Stream
 from ebmkit.noise import NoiseLaw
 
@@ -15,14 +22,17 @@ __all__ = [
     "Augmentation",
     "Batch",
     "DatasetEntry",
+    "DatasetRequest",
+    "Faults",
     "ImageSet",
+    "LoadedImage",
     "NoiseLaw",
     "Phase",
-    "Picture",
     "Split",
     "Stream",
     "StreamConfig",
     "StreamedSet",
+    "fingerprint",
     "load_dataset",
     "read_image",
     "write_image",

@@ -19,10 +19,20 @@ both ways, where independent flips show a quarter of them one way twice.
 
 A process that holds only some images of a global batch says so by `Rows`: the draw is always that
 of the global batch, so that the number of processes does not change it.
+
+**Crops whose boxes are drawn on the host** (`Cut`): a box is resolved from numbers
+:math:`u_0, \dots, u_{21} \sim U[0, 1)` and the size of the image, which only the process that reads
+it may know. The law is that of `torchvision.transforms.v2.RandomResizedCrop`: ten attempts at a
+share of the area, uniform in ``scale``, and an aspect ratio, log-uniform in ``ratio``; the first
+that fits is placed uniformly; if none does, the largest box in the middle whose ratio is allowed is
+taken. Attempt k uses :math:`u_{2k}, u_{2k+1}`, the place :math:`u_{20}, u_{21}`. Images of one size
+are cut and resized all at once: the antialiased bilinear filter is separable, so each image is
+multiplied by one matrix from the left and one from the right.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -32,19 +42,8 @@ from torch.nn.functional import pad
 
 from ebmkit.errors import UserError
 
-__all__ = [
-    "Augmentation",
-    "Mix",
-    "Rows",
-    "cutmix",
-    "cutout",
-    "flip",
-    "mixup",
-    "mixup_or_cutmix",
-    "padded",
-    "padded_crop",
-    "random_crop",
-]
+DRAWS = 22
+"""Numbers that a box is resolved from: two for each of ten attempts, and two for its place."""
 
 Mix = Literal["none", "mixup", "cutmix", "both"]
 Flip = bool | Literal["alternating"]
@@ -145,17 +144,6 @@ def padded(x: Tensor, padding: int, fill: str = "black") -> Tensor:
     return x[:, :, down][:, :, :, across]
 
 
-def padded_crop(
-    x: Tensor,
-    padding: int,
-    generator: torch.Generator,
-    rows: Rows | None = None,
-    fill: str = "black",
-) -> Tensor:
-    """Shift each image (B, C, H, W) by up to ``padding`` pixels each way; ``fill`` comes in."""
-    return random_crop(padded(x, padding, fill), tuple(x.shape[-2:]), generator, rows)
-
-
 def cutout(x: Tensor, side: int, generator: torch.Generator, rows: Rows | None = None) -> Tensor:
     """Paint a square of ``side`` pixels over each image (B, C, H, W) in its mean colour."""
     height, width = x.shape[-2:]
@@ -182,21 +170,24 @@ def random_crop(
     return x.gather(3, across[:, None, None, :].expand(b, c, height, width))
 
 
-def mixup(x: Tensor, soft: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """MixUp of images (B, C, H, W) and soft labels (B, K), as torchvision's with alpha 1."""
-    return _mix(x, soft, _mixup_weight(x, generator))
+def mix(x: Tensor, soft: Tensor, kind: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Mix a batch with itself, rolled by one, as torchvision does with alpha 1.
 
-
-def cutmix(x: Tensor, soft: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """CutMix of images (B, C, H, W) and soft labels (B, K), as torchvision's with alpha 1."""
-    return _mix(x, soft, _cutmix_weight(x, generator))
-
-
-def mixup_or_cutmix(x: Tensor, soft: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One of the two for the whole batch, each with probability 1/2."""
-    cut = torch.rand((), generator=generator, device=x.device) < 0.5
-    weight_cut, weight_up = _cutmix_weight(x, generator), _mixup_weight(x, generator)
-    return _mix(x, soft, torch.where(cut, weight_cut, weight_up))
+    Args:
+        x: images (B, C, H, W).
+        soft: label probabilities (B, K).
+        kind: mixup, cutmix, or both: one of them for the whole batch, each with probability 1/2.
+        generator: on the images' device.
+    """
+    if kind == "both":
+        cut = torch.rand((), generator=generator, device=x.device) < 0.5
+        weight_cut, weight_up = _cutmix_weight(x, generator), _mixup_weight(x, generator)
+        weight = torch.where(cut, weight_cut, weight_up)
+    else:
+        weight = (_cutmix_weight if kind == "cutmix" else _mixup_weight)(x, generator)
+    lam = weight.double().mean().to(soft.dtype)
+    mixed = x.roll(1, 0) * (1.0 - weight) + x * weight
+    return mixed, soft.roll(1, 0) * (1.0 - lam) + soft * lam
 
 
 def _reflected(size: int, padding: int, device: torch.device) -> Tensor:
@@ -218,17 +209,11 @@ def _mixup_weight(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _cutmix_weight(x: Tensor, generator: torch.Generator) -> Tensor:
+    """1 outside the box that CutMix pastes, 0 inside, (H, W); no device synchronisation."""
     height, width = x.shape[-2:]
     lam = torch.rand((), generator=generator, device=x.device)
     centre_x = torch.randint(width, (), generator=generator, device=x.device)
     centre_y = torch.randint(height, (), generator=generator, device=x.device)
-    return _outside_box(height, width, lam, centre_x, centre_y)
-
-
-def _outside_box(
-    height: int, width: int, lam: Tensor, centre_x: Tensor, centre_y: Tensor
-) -> Tensor:
-    """1 outside the box that CutMix pastes, 0 inside, (H, W); no device synchronisation."""
     half = 0.5 * (1.0 - lam.double()).sqrt()
     half_w, half_h = (half * width).floor(), (half * height).floor()
     columns = torch.arange(width, device=lam.device)
@@ -238,8 +223,95 @@ def _outside_box(
     return 1.0 - (down[:, None] & across).float()
 
 
-def _mix(x: Tensor, soft: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Mix with the batch rolled by one: images by ``weight`` (H, W), labels by its mean."""
-    lam = weight.double().mean().to(soft.dtype)
-    mixed = x.roll(1, 0) * (1.0 - weight) + x * weight
-    return mixed, soft.roll(1, 0) * (1.0 - lam) + soft * lam
+class Crop(NamedTuple):
+    """A law of crops.
+
+    Attributes:
+        size: height and width of what comes out, pixels.
+        scale: smallest and largest share of the image's area; None: a window of ``size``.
+        ratio: smallest and largest width by height.
+    """
+
+    size: tuple[int, int]
+    scale: tuple[float, float] | None = None
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+
+class Cut(NamedTuple):
+    """The crops of a batch: their law, and the numbers (B, DRAWS) float64 that were drawn."""
+
+    crop: Crop
+    draws: Tensor
+
+    def of(self, number: int) -> Cut:
+        """That of one image of the batch."""
+        return Cut(self.crop, self.draws[number : number + 1])
+
+
+def crop_boxes(height: int, width: int, cut: Cut) -> Tensor:
+    """Boxes (top, left, height, width) in images of one size, (B, 4) int64.
+
+    Args:
+        height, width: of the images, pixels; at least the crop's for a window.
+        cut: law and numbers drawn.
+    """
+    crop, u = cut
+    if crop.scale is None:
+        h = torch.full(u.shape[:1], crop.size[0])
+        w = torch.full(u.shape[:1], crop.size[1])
+    else:
+        h, w = _shapes(height, width, u, crop.scale, crop.ratio)
+    place = u[:, -2:] * torch.stack([height - h + 1, width - w + 1], 1)
+    top, left = place.long().unbind(1)
+    if crop.scale is not None:
+        none = (h == 0).nonzero()[:, 0]  # no attempt fitted
+        h[none], w[none] = _largest(height, width, crop.ratio)
+        top[none], left[none] = (height - h[none]) // 2, (width - w[none]) // 2
+    return torch.stack([top, left, h, w], 1)
+
+
+def resize_boxes(images: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Cut ``boxes`` (B, 4) out of uint8 images (B, C, H, W) and bring them to ``size``.
+
+    As `torchvision.transforms.v2.functional.resized_crop` with antialiasing does one by one, up to
+    one grey level of rounding. On the images' device.
+    """
+    top, left, h, w = boxes.to(images.device).unbind(1)
+    down = _filter(top, h, images.shape[2], size[0])
+    across = _filter(left, w, images.shape[3], size[1])
+    resized = down[:, None] @ images.float() @ across[:, None].mT
+    return resized.round().clamp(0, 255).to(torch.uint8)
+
+
+def _shapes(
+    height: int, width: int, u: Tensor, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    """Height and width of the first attempt that fits, (B,) each; 0 where none does."""
+    shares, ratios = u[:, :-2:2], u[:, 1:-2:2]
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * shares)
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    aspect = (low + (high - low) * ratios).exp()
+    w, h = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first = fits.int().argmax(1, keepdim=True)  # 0 where none fits
+    any_fits = fits.any(1)
+    return h.gather(1, first)[:, 0] * any_fits, w.gather(1, first)[:, 0] * any_fits
+
+
+def _largest(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, int]:
+    """Height and width of the largest box whose ratio is allowed."""
+    if width / height < ratio[0]:
+        return round(width / ratio[0]), width
+    if width / height > ratio[1]:
+        return height, round(height * ratio[1])
+    return height, width
+
+
+def _filter(start: Tensor, length: Tensor, side: int, out: int) -> Tensor:
+    """Matrices (B, out, side) that resize intervals of a line of ``side`` pixels to ``out``."""
+    scale = (length / out)[:, None, None]
+    centre = (torch.arange(out, device=start.device)[:, None] + 0.5) * scale
+    pixel = torch.arange(side, device=start.device) - start[:, None, None]
+    weight = (1 - (pixel + 0.5 - centre).abs() / scale.clamp(min=1)).clamp(min=0)
+    weight = weight * ((pixel >= 0) & (pixel < length[:, None, None]))
+    return weight / weight.sum(2, keepdim=True)

@@ -1,157 +1,279 @@
-"""Data sets that are folders of image files.
+"""Data sets that are folders of image files, which somebody else may have packed.
 
 ``train/CLASS/*.png`` and ``test/CLASS/*.png`` (or ``val/``, as ImageNet calls it); or
 ``CLASS/*.png`` alone, of which a fixed tenth, chosen by a hash of each file's path, is the test
 set. Files that lie loose, without class folders, make a set without labels. Class folders sorted by
 name give the labels; folders inside them count as part of them.
 
-Images are brought to one size by resizing the shorter side to it and cutting the middle. For a set
-of *whole pictures* the shorter side is brought to another length, as 256 for images of 224 pixels:
-the middle is what is evaluated on, training crops are cut from all of the picture.
+========  ==================================================================================
+folder    one size: the shorter side is resized to it (bicubic), the middle cut out
+imagenet  torchvision's protocol for ImageNet: antialiased bilinear resizing, the shorter side
+          to 256 and the middle 224 for evaluation, `RandomResizedCrop` of the file's own
+          pixels for training
+pictures  each image at its own size, one to a batch, as in Set12 and BSD68: to evaluate on
+========  ==================================================================================
+
+An archive of images can hold links: to files that the one who unpacks it would not show to others
+(a model trained on them, or a plot of the results, may), and to folders in a circle. So links are
+followed inside the folder alone, unless the user says otherwise; the folder itself may be one.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ebmkit.data import imagesets
-from ebmkit.data.finding import SUFFIXES, check_inside, find_images
-from ebmkit.data.images import picture_header
-from ebmkit.data.imagesets import HINT, Faults, ImageSet, Split, held_out, shuffled, some_of
-from ebmkit.data.reading import FolderReader
-from ebmkit.data.streamed import AnyImages, StreamedSet
+from ebmkit.data.augment import Cut, crop_boxes
+from ebmkit.data.images import MAX_PIXELS_IN_SET, image_header, open_image
+from ebmkit.data.imagesets import (
+    HINT,
+    AnyImages,
+    DatasetRequest,
+    ImageSet,
+    StreamedSet,
+    readable,
+    shuffled,
+    some_of,
+    split_rows,
+)
 from ebmkit.errors import UserError
+from ebmkit.terminal import progress_bar
 
-__all__ = [
-    "SUFFIXES",
-    "Listing",
-    "list_folder",
-    "load_folder",
-    "part_folder",
-    "progress_bar",
-    "readable",
-    "readable_rows",
-    "tell_skipped",
-]
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".ppm", ".pgm")
 
-T = TypeVar("T")
+MAX_DEPTH = 64
+"""Folders in folders that are looked into."""
+
+REMEDY = "copy it into the folder, or set dataset.links=follow"
 
 
-class Listing(NamedTuple):
-    """The image files of one split of a folder.
+class FolderReader:
+    """Reads image files by number, at one number of channels.
 
-    Attributes:
-        reader: reads them.
-        labels: (N,) int64, or None without class folders.
-        class_names: names of the class folders, sorted.
-        lost: why files were left out.
+    Args:
+        root: what the names are relative to.
+        names: of the files.
+        channels: 1 or 3; gray files are repeated to 3.
+        size: height and width to bring images to; None: each at its own size.
+        side: what to bring the shorter side of images to before anything is cut out (antialiased
+            bilinear, as torchvision); None: just what ``size`` needs (bicubic).
     """
 
-    reader: FolderReader
-    labels: Tensor | None
-    class_names: tuple[str, ...]
-    lost: list[str]
+    def __init__(
+        self,
+        root: Path,
+        names: Sequence[str],
+        channels: int,
+        size: tuple[int, int] | None,
+        side: int | None = None,
+    ) -> None:
+        self.root, self.channels, self.size = root, channels, size
+        self.whole, self.side = side is not None, side or 0
+        # One buffer instead of many objects, whose reference counts would make workers copy them.
+        self._names = np.array([os.fsencode(name) for name in names])
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, row: int) -> str:
+        """The file of ``row``, relative to the root."""
+        return os.fsdecode(self._names[row])
+
+    def read(self, rows: Sequence[int]) -> Tensor:
+        """Images (B, C, H, W) uint8.
+
+        Raises:
+            UserError: naming the file that cannot be read.
+        """
+        return torch.stack([self._one(row) for row in rows])
+
+    def read_cut(self, rows: Sequence[int], cut: Cut) -> Tensor:
+        """Crops (B, C, *cut.crop.size) uint8 of the whole images.
+
+        A window is cut from the image with its shorter side brought to ``side``, a resized crop
+        from the image as it is in the file.
+
+        Raises:
+            UserError: naming the file that cannot be read.
+        """
+        return torch.stack([self._crop(row, cut.of(i)) for i, row in enumerate(rows)])
+
+    def _one(self, row: int) -> Tensor:
+        from torchvision.transforms.v2 import functional
+
+        image = self._open(row)
+        if not self.whole:
+            return to_pixels(image, self.channels, self.size)
+        assert self.size is not None
+        pixels = functional.resize(to_pixels(image, self.channels), [self.side], antialias=True)
+        middle: Tensor = functional.center_crop(pixels, list(self.size))
+        return middle
+
+    def _crop(self, row: int, cut: Cut) -> Tensor:
+        from torchvision.transforms.v2 import functional
+
+        pixels = to_pixels(self._open(row), self.channels)
+        resized = cut.crop.scale is not None
+        if not resized:
+            pixels = functional.resize(pixels, [self.side], antialias=True)
+        top, left, height, width = crop_boxes(pixels.shape[1], pixels.shape[2], cut)[0].tolist()
+        crop = pixels[:, top : top + height, left : left + width]
+        if resized:
+            crop = functional.resize(crop, list(cut.crop.size), antialias=True)
+        return crop
+
+    def _open(self, row: int) -> Image.Image:
+        path = self.root / self.name(row)
+        try:
+            opened = open_image(path, MAX_PIXELS_IN_SET)
+        except UserError as error:
+            raise UserError(f"{error}{HINT}") from None
+        if opened.is_16_bit:
+            raise UserError(f"{str(path)!r} has 16 bits: convert the images of a data set to 8")
+        if self.channels == 1 and opened.image.mode == "RGB":
+            raise UserError(f"{str(path)!r} is in colour among gray images: convert it to gray")
+        return opened.image
 
 
-def load_folder(
-    root: Path,
-    split: Split,
-    image_size: int | None = None,
-    progress: bool = False,
-    *,
-    side: int | None = None,
-    name: str = "folder",
-    faults: Faults | None = None,
-) -> AnyImages:
+def to_pixels(image: Image.Image, channels: int, size: tuple[int, int] | None = None) -> Tensor:
+    """A Pillow image as uint8 (channels, H, W).
+
+    Args:
+        image: of any mode and size.
+        channels: 1 or 3.
+        size: height and width; the shorter side is resized (bicubic), the middle cut out.
+    """
+    image = image.convert("L" if channels == 1 else "RGB")
+    if size is not None and image.size != size[::-1]:
+        image = ImageOps.fit(image, size[::-1], Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(image))
+    return pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()
+
+
+def load_folder(request: DatasetRequest, side: int | None = None) -> AnyImages:
     """One split of a folder; streamed if decoded it takes more than `imagesets.MEMORY_LIMIT` bytes.
 
     Args:
-        root: the folder.
-        split: which part.
-        image_size: side to bring images to; by default the files' own size, if they agree.
-        progress: show a bar while files are read.
-        side: make it a set of whole pictures, whose shorter side is brought to this, at least
-            ``image_size``; its training images are always streamed.
-        name: of the set.
-        faults: what is done about images that cannot be read, and about links.
+        request: the folder, the split, and the side to bring images to; by default the files' own
+            size, if they agree.
+        side: make it a set of whole images, whose shorter side is brought to this; its training
+            images are always streamed.
 
     Raises:
         UserError: if the folder is missing or empty, the split is missing, sizes differ without an
-            ``image_size``, or a file cannot be read.
+            image size, or a file cannot be read.
     """
-    part = "test" if split == "test" else "train"
-    faults = faults or Faults()
-    listing = list_folder(root, part, image_size, progress, side, faults)
-    rows = shuffled(len(listing.reader))
-    if split != "test":
-        train, held = held_out(len(rows), repr(str(root)))
-        rows = train if split == "train" else held
-    reader, labels = listing.reader, listing.labels
-    labels = None if labels is None else labels[rows]
-    height, width = reader.size
-    pictures = reader if side is not None and split == "train" else None
-    lost = listing.lost
-    if faults.skip and pictures is None:
-        rows, more = readable_rows(listing, rows, f"{root.name}/{split}", progress)
-        lost = [*lost, *more]
-        labels = None if listing.labels is None else listing.labels[rows]
-    too_many = len(rows) * reader.channels * height * width > imagesets.MEMORY_LIMIT
-    if pictures is not None or too_many:
-        return StreamedSet(
-            name,
-            split,
-            reader,
-            rows,
-            reader.channels,
-            reader.size,
-            labels,
-            listing.class_names,
-            pictures,
-            faults.skip,
-            left_out=tuple(lost),
+    root, split, skip = request.path("a folder of images"), request.split, request.faults.skip
+    images = list_folder(request, "test" if split == "test" else "train", side)
+    count, what = len(images), f"{root.name}/{split}"
+    rows = shuffled(count) if split == "test" else split_rows(split, count, repr(str(root)))
+    images = images.select(rows)
+    if images.crops is not None:
+        return replace(images, skip=skip)
+    images = readable_images(images, what, request)
+    shape = (len(images), images.channels, *images.image_size)
+    if math.prod(shape) > imagesets.MEMORY_LIMIT:
+        return replace(images, skip=skip)
+    pixels = torch.empty(shape, dtype=torch.uint8)
+    bar = progress_bar(images.rows.tolist(), f"reading {what}", request.progress)
+    for i, row in enumerate(bar):
+        pixels[i] = images.reader.read([row])[0]
+    return ImageSet(
+        pixels,
+        images.labels,
+        images.class_names,
+        images.name,
+        split,
+        images.reader,
+        images.rows,
+        images.left_out,
+    )
+
+
+def load_imagenet(request: DatasetRequest) -> AnyImages:
+    """One split of a folder of whole images, evaluated on the middle 7/8 of the shorter side.
+
+    Raises:
+        UserError: as `load_folder`.
+    """
+    request.path("the folder with train/ and val/")
+    size = request.image_size or 224
+    return load_folder(request._replace(image_size=size), side=round(size * 256 / 224))
+
+
+def load_pictures(request: DatasetRequest) -> StreamedSet:
+    """The images in a folder, sorted by name, each at its own size; without labels.
+
+    Raises:
+        UserError: if it is no folder or holds no images, gray and colour ones are mixed, one cannot
+            be read, or they are asked for to train on.
+    """
+    root, faults = request.path("a folder of images"), request.faults
+    if request.image_size is not None:
+        raise UserError("data set 'pictures' keeps each image's size: leave the image size out")
+    if request.split != "test":
+        raise UserError(
+            "data set 'pictures' is to evaluate on: train on data set 'folder', with --image-size "
+            "or streams.denoise.augmentation.crop_size"
         )
-    images = torch.empty((len(rows), reader.channels, height, width), dtype=torch.uint8)
-    for i, row in enumerate(progress_bar(rows.tolist(), f"reading {root.name}/{split}", progress)):
-        images[i] = reader.read([row])[0]
-    return ImageSet(name, split, images, labels, listing.class_names, reader, rows, tuple(lost))
+    if not root.is_dir():
+        raise UserError(f"{str(root)!r} is not a folder: name a folder of images by --data-dir")
+    names = find_images(root, root, faults.follow, deep=False)
+    if not names:
+        raise UserError(f"{str(root)!r} holds no images: put files ending in {SUFFIXES} there")
+    lost: list[str] = []
+    if faults.skip:
+        names, lost = _readable_files(root, names)
+    headers = [image_header(root / name) for name in names]
+    channels, *others = {count for count, _ in headers}
+    if others:
+        odd = next(n for n, (count, _) in zip(names, headers, strict=True) if count == 1)
+        raise UserError(f"{str(root / odd)!r} is gray among images in colour: keep them apart")
+    images = StreamedSet(
+        FolderReader(root, names, channels, None),
+        torch.arange(len(names)),
+        channels,
+        (max(height for _, (height, _) in headers), max(width for _, (_, width) in headers)),
+        name="pictures",
+        split="test",
+        one_size=False,
+        left_out=tuple(lost),
+    )
+    return images.readable() if faults.skip else images
 
 
-def list_folder(
-    root: Path,
-    part: str,
-    image_size: int | None = None,
-    progress: bool = False,
-    side: int | None = None,
-    faults: Faults | None = None,
-) -> Listing:
-    """All files of ``part`` of a folder, and their common shape.
+def list_folder(request: DatasetRequest, part: str, side: int | None = None) -> StreamedSet:
+    """All files of ``part`` of a folder, in the order in which they are found.
 
     Args:
-        root: the folder.
+        request, side: as `load_folder`.
         part: "train", "test", or "all" for a folder that is one set.
-        image_size, progress, side, faults: as `load_folder`.
 
     Raises:
         UserError: as `load_folder`, short of reading the images.
     """
+    root, faults = request.path("a folder of images"), request.faults
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "does not exist"
         raise UserError(
             f"{str(root)!r} {what}: name a folder of images, as in DIR/train/CLASS/*.png"
         )
-    faults = faults or Faults()
     for own in () if faults.follow else ("train", "test", "val"):
-        check_inside(root, root / own)
-    base = part_folder(root, part) if has_parts(root) else root
-    names, classes = _sorted_by_class(base, find_images(root, base, faults.follow))
+        _check_inside(str(root / own), os.path.realpath(root), REMEDY)
+    base = _part_folder(root, part) if has_parts(root) else root
+    names = find_images(root, base, faults.follow)
+    classes = _classes(base, names)
     if base == root and part != "all":
         names = [name for name in names if _is_test(name) == (part == "test")]
     elif base != root:
@@ -161,65 +283,57 @@ def list_folder(
             f"{str(base)!r} holds no {part} images: put files ending in {', '.join(SUFFIXES)} there"
         )
     lost: list[str] = []
-    if faults.skip and image_size is None:
-        names, lost = readable(base, names)
+    if faults.skip and request.image_size is None:
+        names, lost = _readable_files(base, names)
     numbers = {name: i for i, name in enumerate(classes)}
-    labels = torch.tensor([numbers[_class_of(name)] for name in names]) if classes else None
-    channels, size = _shape(base, names, image_size, progress, faults.skip)
+    channels, size = _shape(base, names, request)
+    # bytes of a folder's name that are no UTF-8 as \xff, so that any file can hold it
+    texts = (os.fsencode(name).decode("utf-8", "backslashreplace") for name in classes)
     reader = FolderReader(base, names, channels, size, side)
-    return Listing(reader, labels, tuple(_as_text(name) for name in classes), lost)
+    return StreamedSet(
+        reader,
+        torch.arange(len(names)),
+        channels,
+        size,
+        torch.tensor([numbers[_class_of(name)] for name in names]) if classes else None,
+        tuple(texts),
+        request.name,
+        request.split,
+        crops=reader if side is not None and request.split == "train" else None,
+        left_out=tuple(lost),
+    )
 
 
-def readable(base: Path, names: list[str]) -> tuple[list[str], list[str]]:
-    """Those of ``names`` whose headers can be read, and why the others' cannot.
+def _readable_files(base: Path, names: list[str]) -> tuple[list[str], list[str]]:
+    """Those of ``names`` whose headers can be read, and why the others' cannot."""
+    found, reasons = readable(names, lambda name: image_header(base / name))
+    _warn_left_out(reasons, len(names), base.name)
+    if not found:
+        raise UserError(f"none of {len(names)} images in {str(base)!r} can be read: {reasons[0]}")
+    return found, reasons
+
+
+def readable_images(images: StreamedSet, what: str, request: DatasetRequest) -> StreamedSet:
+    """Those of ``images`` that can be read, and a warning about the others, where these are to be
+    left out; else all.
 
     Raises:
         UserError: if none can.
     """
-    kept, lost = [], []
-    for name in names:
-        try:
-            picture_header(base / name)
-        except UserError as error:
-            lost.append(str(error))
-        else:
-            kept.append(name)
-    tell_skipped(base.name, lost, len(names))
-    if not kept:
-        raise UserError(f"none of {len(names)} images in {str(base)!r} can be read: {lost[0]}")
-    return kept, lost
+    if not request.faults.skip:
+        return images
+    found = images.readable(what, request.progress)
+    _warn_left_out(found.left_out[len(images.left_out) :], len(images), what)
+    return found
 
 
-def tell_skipped(what: str, lost: Sequence[str], count: int) -> None:
-    """Warn of images that are left out."""
-    if lost:
+def _warn_left_out(reasons: Sequence[str], count: int, what: str) -> None:
+    if reasons:
         warnings.warn(
-            f"{len(lost)} of {count} images of {what} cannot be read and are left out: "
-            f"{some_of(lost)}",
+            f"{len(reasons)} of {count} images of {what} cannot be read and are left out: "
+            f"{some_of(reasons)}",
             stacklevel=4,
         )
-
-
-def readable_rows(
-    listing: Listing, rows: Tensor, what: str, progress: bool
-) -> tuple[Tensor, list[str]]:
-    """The rows whose images can be read, after reading each, and why the others cannot.
-
-    Raises:
-        UserError: if none can.
-    """
-    kept, lost = [], []
-    for row in progress_bar(rows.tolist(), f"looking through {what}", progress):
-        try:
-            listing.reader.read([row])
-        except UserError as error:
-            lost.append(str(error).removesuffix(HINT))
-        else:
-            kept.append(row)
-    tell_skipped(what, lost, len(rows))
-    if not kept:
-        raise UserError(f"none of {len(rows)} images of {what} can be read: {lost[0]}")
-    return torch.tensor(kept), lost
 
 
 def has_parts(root: Path) -> bool:
@@ -227,14 +341,11 @@ def has_parts(root: Path) -> bool:
     return (root / "train").is_dir() or (root / "test").is_dir()
 
 
-def part_folder(root: Path, part: str) -> Path:
+def _part_folder(root: Path, part: str) -> Path:
     """The folder of ``part``, "train" or "test".
 
     The test images are those of val/ where test/ is missing, or has no class folders and val/ does,
     as in ImageNet.
-
-    Raises:
-        UserError: if there is none.
     """
     base, val = root / part, root / "val"
     if part == "test" and val.is_dir():
@@ -254,36 +365,15 @@ def _class_of(name: str) -> str:
     return name.partition(os.sep)[0]
 
 
-def progress_bar(items: Iterable[T], text: str, show: bool) -> Iterable[T]:
-    """``items``, with a bar on a terminal's standard error if ``show``."""
-    from rich.progress import track
-
-    from ebmkit.terminal import CleanConsole, for_bar
-
-    console = CleanConsole(stderr=True)
-    hidden = not (show and console.is_terminal)
-    return track(items, for_bar(text), console=console, transient=True, disable=hidden)
-
-
-def _sorted_by_class(base: Path, names: list[str]) -> tuple[list[str], tuple[str, ...]]:
-    """``names``, and the class folders that they are in.
-
-    Raises:
-        UserError: if some are in class folders and some are not.
-    """
+def _classes(base: Path, names: list[str]) -> tuple[str, ...]:
+    """The class folders that ``names`` are in; none where all lie loose."""
     loose = [name for name in names if os.sep not in name]
     if loose and len(loose) < len(names):
         raise UserError(
             f"{str(base)!r} has class folders and loose images, as {loose[0]!r}: move every image "
             "into a class folder"
         )
-    classes = () if loose else tuple(sorted({_class_of(name) for name in names}))
-    return names, classes
-
-
-def _as_text(name: str) -> str:
-    r"""A folder's name as text that any file can hold: bytes that are no UTF-8 as ``\xff``."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    return () if loose else tuple(sorted({_class_of(name) for name in names}))
 
 
 def _training_classes(root: Path, base: Path, classes: tuple[str, ...]) -> tuple[str, ...]:
@@ -291,15 +381,12 @@ def _training_classes(root: Path, base: Path, classes: tuple[str, ...]) -> tuple
     train = root / "train"
     if base == train or not train.is_dir():
         return classes
-    known = {entry.name for entry in os.scandir(train) if entry.is_dir()}
-    known = {name for name in known if not name.startswith(".")}
+    known = {e.name for e in os.scandir(train) if e.is_dir() and not e.name.startswith(".")}
     if known and not classes:
         raise UserError(
             f"{str(base)!r} has loose images and train/ has class folders: sort them into folders "
             "of the same names"
         )
-    if not classes:
-        return classes
     unknown = sorted(set(classes) - known)
     if unknown:
         raise UserError(
@@ -316,18 +403,17 @@ def _is_test(name: str) -> bool:
     return int.from_bytes(digest, "big") % 10 == 0
 
 
-def _shape(
-    base: Path, names: list[str], image_size: int | None, progress: bool, skip: bool
-) -> tuple[int, tuple[int, int]]:
+def _shape(base: Path, names: list[str], request: DatasetRequest) -> tuple[int, tuple[int, int]]:
     """Channels and size of a set: of all headers, or of a hundred where the size is given."""
-    step = 1 if image_size is None else max(1, len(names) // 100)
+    side = request.image_size
+    step = 1 if side is None else max(1, len(names) // 100)
     channels, last = 1, None
     sizes: dict[tuple[int, int], str] = {}
-    for name in progress_bar(names[::step], f"looking into {base.name}", progress):
+    for name in progress_bar(names[::step], f"looking into {base.name}", request.progress):
         try:
-            found, size = picture_header(base / name)
+            found, size = image_header(base / name)
         except UserError as error:
-            if not skip:
+            if not request.faults.skip:
                 raise UserError(f"{error}{HINT}") from None
             last = error
             continue
@@ -335,8 +421,8 @@ def _shape(
         sizes.setdefault(size, name)
     if not sizes:
         raise UserError(f"none of {len(names[::step])} images in {str(base)!r} can be read: {last}")
-    if image_size is not None:
-        return channels, (image_size, image_size)
+    if side is not None:
+        return channels, (side, side)
     if len(sizes) > 1:
         (first, a), (second, b) = list(sizes.items())[:2]
         raise UserError(
@@ -344,3 +430,90 @@ def _shape(
             f"{second[0]}x{second[1]}): choose one by --image-size"
         )
     return channels, next(iter(sizes))
+
+
+def find_images(
+    root: Path, base: Path, follow: bool = False, deep: bool = True, ask: str = REMEDY
+) -> list[str]:
+    """Names of the image files under ``base``, relative to it: those of a folder before those of
+    the folders in it, each sorted. Hidden ones are left out.
+
+    Args:
+        root: what links may not lead out of.
+        base: a folder in it.
+        follow: links may lead anywhere.
+        deep: look into folders in it.
+        ask: what to do about a link that leads out.
+
+    Raises:
+        UserError: naming a link that leads out or in a circle, or a folder that cannot be read or
+            lies too deep.
+    """
+    home = None if follow else os.path.realpath(root)
+    if home is not None:
+        _check_inside(str(base), home, ask)
+    names: list[str] = []
+    ignored: list[str] = []
+    for name in _walk(str(base), "", home, ask, deep, (os.path.realpath(base),)):
+        (names if _is_image(name) else ignored).append(name)
+    if ignored and deep:
+        warnings.warn(
+            f"{len(ignored)} files in {str(base)!r} are not images and are left out, as "
+            f"{ignored[0]!r}",
+            stacklevel=4,
+        )
+    return names
+
+
+def _walk(
+    base: str, inside: str, home: str | None, ask: str, deep: bool, above: tuple[str, ...]
+) -> Iterator[str]:
+    """Files under ``base``/``inside``, relative to ``base``; `os.walk` would follow links out of
+    ``home`` and in circles."""
+    folder = os.path.join(base, inside) if inside else base
+    if len(above) > MAX_DEPTH:
+        raise UserError(
+            f"{base!r} has folders in folders more than {MAX_DEPTH} deep: sort the images into "
+            "fewer"
+        )
+    try:
+        with os.scandir(folder) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"cannot look into {folder!r}: {error.strerror}") from None
+    folders = []
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if _is_folder(entry):
+            folders.append(entry)
+            continue
+        if entry.is_symlink() and home is not None and _is_image(entry.name):
+            _check_inside(entry.path, home, ask)
+        yield os.path.join(inside, entry.name)
+    for entry in folders if deep else ():
+        if entry.is_symlink():
+            if home is not None:
+                _check_inside(entry.path, home, ask)
+            if any(os.path.samefile(entry.path, other) for other in above):
+                raise UserError(f"{entry.path!r} is a link to a folder that it lies in: remove it")
+        name = os.path.join(inside, entry.name)
+        yield from _walk(base, name, home, ask, deep, (*above, entry.path))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # links in a circle: whoever opens it says so
+        return False
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def _check_inside(path: str, home: str, ask: str) -> None:
+    """Check that ``path`` does not lead out of the folder ``home`` by links."""
+    target = os.path.realpath(path)
+    if target != home and not target.startswith(home.rstrip(os.sep) + os.sep):
+        raise UserError(f"{path!r} is a link out of the folder, to {target!r}: {ask}")

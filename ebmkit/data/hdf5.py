@@ -14,17 +14,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ebmkit.data import imagesets
 from ebmkit.data.images import MAX_PIXELS_IN_SET
-from ebmkit.data.imagesets import ImageSet, Split, held_out, shuffled
-from ebmkit.data.streamed import AnyImages, StreamedSet
+from ebmkit.data.imagesets import (
+    AnyImages,
+    DatasetRequest,
+    ImageSet,
+    Split,
+    StreamedSet,
+    shuffled,
+    split_rows,
+)
 from ebmkit.errors import UserError
 from ebmkit.storage.hdf5 import (
     MOST_NAMES,
@@ -33,17 +42,19 @@ from ebmkit.storage.hdf5 import (
     open_hdf5,
     read_array,
     read_names,
-    told_of_damage,
+    translate_hdf5_errors,
 )
 
 if TYPE_CHECKING:
     import h5py
 
-__all__ = ["Contents", "Hdf5Reader", "load_hdf5", "load_rows", "read_contents"]
 
+@dataclass
+class Hdf5Reader:
+    """One set of a file, whose images are read by row; `read_contents` makes it.
 
-class Contents(NamedTuple):
-    """What one set of a file holds, images aside.
+    Each process opens the file for itself, at its first read. The file must stay what it was: a run
+    whose images change under it is not the run that its configuration names.
 
     Attributes:
         path: the file.
@@ -60,19 +71,8 @@ class Contents(NamedTuple):
     labels: Tensor | None
     class_names: tuple[str, ...]
     stamp: tuple[int, int]
-
-
-class Hdf5Reader:
-    """Reads rows of a file's images; each process opens the file for itself, at its first read.
-
-    The file must stay what it was when ``contents`` was read: a run whose images change under it
-    is not the run that its configuration names.
-    """
-
-    def __init__(self, contents: Contents) -> None:
-        self._path, self._group, self._stamp = contents.path, contents.group, contents.stamp
-        self._images: Any = None
-        self._owner = -1
+    _images: Any = None
+    _owner: int = -1
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_images": None, "_owner": -1}
@@ -85,61 +85,76 @@ class Hdf5Reader:
         """
         import h5py
 
-        _check_stamp(self._path, self._stamp)
-        with told_of_damage(repr(str(self._path))):
+        self.check_unchanged()
+        what = repr(str(self.path))
+        with translate_hdf5_errors(what):
             if self._owner != os.getpid():
-                what = repr(str(self._path))
-                self._images = find_array(h5py.File(self._path, "r"), f"{self._group}/images", what)
+                self._images = find_array(h5py.File(self.path, "r"), f"{self.group}/images", what)
                 self._owner = os.getpid()
             images = np.stack([self._images[row] for row in rows])
-        return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+        return rearrange(torch.from_numpy(images), "n h w c -> n c h w").contiguous()
+
+    def read_all(self) -> Tensor:
+        """All images (N, H, W, C) uint8, at once.
+
+        Raises:
+            UserError: as `read`.
+        """
+        what = repr(str(self.path))
+        with open_hdf5(self.path) as file:
+            self.check_unchanged()
+            found = find_array(file, f"{self.group}/images", what)
+            assert found is not None  # its shape was read
+            return torch.from_numpy(read_array(found, what))
+
+    def check_unchanged(self) -> None:
+        """Check that the file is what it was.
+
+        Raises:
+            UserError: if it is not.
+        """
+        what = repr(str(self.path))
+        if not self.path.is_file():
+            raise UserError(f"{what} is gone, while it was in use: put it back and go on")
+        if _stamp(self.path) != self.stamp:
+            raise UserError(f"{what} was changed while it was in use: start anew with it")
 
 
-def load_hdf5(path: Path, split: Split, image_size: int | None = None) -> AnyImages:
+def load_hdf5(request: DatasetRequest) -> AnyImages:
     """One split of a file; streamed if its images take more than `imagesets.MEMORY_LIMIT` bytes.
 
     Raises:
         UserError: if the file is missing, is no HDF5 file, lacks the split, or holds illegal data.
     """
+    path, split, side = request.path("an HDF5 file"), request.split, request.image_size
     group = _group_of(path, split)
-    contents = read_contents(path, group)
-    height, width = contents.shape[1:3]
-    if image_size is not None and (height, width) != (image_size, image_size):
+    reader = read_contents(path, group)
+    count, height, width, _ = reader.shape
+    if side is not None and (height, width) != (side, side):
         raise UserError(
-            f"{str(path)!r} holds images of {height}x{width}, not {image_size}: pack them anew "
-            f"with --image-size {image_size}"
+            f"{str(path)!r} holds images of {height}x{width}, not {side}: pack them anew "
+            f"with --image-size {side}"
         )
-    rows = torch.arange(contents.shape[0])
+    rows = torch.arange(count)
     if not group:
-        rows = shuffled(len(rows))
-        cut = max(1, len(rows) // 10)
-        rows = rows[:cut] if split == "test" else rows[cut:]
-    if split != "test":
-        kept, held = held_out(len(rows), repr(str(path)))
-        rows = rows[kept if split == "train" else held]
-    return load_rows("hdf5", split, contents, rows)
+        rows, tenth = shuffled(count), max(1, count // 10)
+        rows = rows[:tenth] if split == "test" else rows[tenth:]
+    rows = rows[split_rows(split, len(rows), repr(str(path)))]
+    return load_rows(request.name, split, reader, rows)
 
 
-def load_rows(name: str, split: Split, contents: Contents, rows: Tensor) -> AnyImages:
+def load_rows(name: str, split: Split, reader: Hdf5Reader, rows: Tensor) -> AnyImages:
     """The set of ``rows`` (N,) of a file's images, in that order, in memory if it fits."""
-    count, height, width, channels = contents.shape
-    labels = None if contents.labels is None else contents.labels[rows]
-    reader = Hdf5Reader(contents)
+    count, height, width, channels = reader.shape
+    labels = None if reader.labels is None else reader.labels[rows]
+    facts = (labels, reader.class_names, name, split)
     if count * height * width * channels > imagesets.MEMORY_LIMIT:
-        return StreamedSet(
-            name, split, reader, rows, channels, (height, width), labels, contents.class_names
-        )
-    what = repr(str(contents.path))
-    with open_hdf5(contents.path) as file:
-        _check_stamp(contents.path, contents.stamp)
-        found = find_array(file, f"{contents.group}/images", what)
-        assert found is not None  # its contents were read
-        images = read_array(found, what)
-    pixels = torch.from_numpy(images)[rows].permute(0, 3, 1, 2).contiguous()
-    return ImageSet(name, split, pixels, labels, contents.class_names, reader, rows)
+        return StreamedSet(reader, rows, channels, (height, width), *facts)
+    images = rearrange(reader.read_all()[rows], "n h w c -> n c h w").contiguous()
+    return ImageSet(images, *facts, reader, rows)
 
 
-def read_contents(path: Path, group: str = "", class_names: tuple[str, ...] = ()) -> Contents:
+def read_contents(path: Path, group: str = "", class_names: tuple[str, ...] = ()) -> Hdf5Reader:
     """Read and check everything of a set but its images.
 
     Args:
@@ -171,11 +186,16 @@ def read_contents(path: Path, group: str = "", class_names: tuple[str, ...] = ()
                 f"{where}: images of {images.shape[1]:,}x{images.shape[2]:,} have more than "
                 f"{MAX_PIXELS_IN_SET // 10**6} megapixels: cut them into smaller ones"
             )
-        names, labels = class_names or _class_names(file, what), _labels(file, group, what)
-        numbers = None if labels is None else _checked_labels(what, labels, len(images), names)
-        if numbers is not None and not names:
-            names = tuple(str(c) for c in range(1 + _largest_label(file, what)))
-        return Contents(path, group, tuple(images.shape), numbers, names, stamp)
+        names = class_names
+        if not names and (found := find_array(file, "class_names", what)) is not None:
+            names = read_names(found, what)
+        labels = _labels(file, group, what, len(images), names)
+        if labels is not None and not names:
+            # of all groups, so that a training and a test set agree on the classes
+            every = [_labels(file, own, what) for own in ("", "train", "test")]
+            top = max(int(own.max()) for own in every if own is not None and len(own))
+            names = tuple(str(label) for label in range(1 + top))
+        return Hdf5Reader(path, group, tuple(images.shape), labels, names, stamp)
 
 
 def _group_of(path: Path, split: Split) -> str:
@@ -210,31 +230,14 @@ def _stamp(path: Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def _check_stamp(path: Path, stamp: tuple[int, int]) -> None:
-    if not path.is_file():
-        raise UserError(f"{str(path)!r} is gone, while it was in use: put it back and go on")
-    if _stamp(path) != stamp:
-        raise UserError(f"{str(path)!r} was changed while it was in use: start anew with it")
-
-
-def _class_names(file: h5py.File, what: str) -> tuple[str, ...]:
-    found = find_array(file, "class_names", what)
-    return () if found is None else read_names(found, what)
-
-
-def _labels(file: h5py.File, group: str, what: str) -> h5py.Dataset | None:
-    return find_array(file, f"{group}/labels", what)
-
-
-def _largest_label(file: h5py.File, what: str) -> int:
-    """The largest label of all groups, so that a training and a test set agree on the classes."""
-    found = [_labels(file, group, what) for group in ("", "train", "test")]
-    checked = [_checked_labels(what, own, len(own), ()) for own in found if own is not None]
-    return max(int(labels.max()) for labels in checked if len(labels))
-
-
-def _checked_labels(what: str, labels: h5py.Dataset, count: int, names: tuple[str, ...]) -> Tensor:
-    where = f"{what}, array {labels.name!r}"
+def _labels(
+    file: h5py.File, group: str, what: str, count: int | None = None, names: Sequence[str] = ()
+) -> Tensor | None:
+    """The labels of ``count`` images, checked; None where there are none."""
+    labels = find_array(file, f"{group}/labels", what)
+    if labels is None:
+        return None
+    where, count = f"{what}, array {labels.name!r}", len(labels) if count is None else count
     if labels.shape != (count,) or labels.dtype.kind not in "iu":
         raise UserError(
             f"{where}: {count} images need {count} whole-numbered labels, not "

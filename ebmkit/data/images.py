@@ -1,4 +1,4 @@
-"""Pictures of the user's: PNG, JPEG and TIFF files to tensors in [0, 1] and back.
+"""Image files: PNG, JPEG and TIFF to tensors in [0, 1] and back.
 
 Read as a person sees them: EXIF orientation is applied, palettes are resolved, 16-bit gray keeps
 its 16 bits. What has no single right reading (transparency, animation, several pages) is refused
@@ -7,11 +7,13 @@ with the way to mend it. Size and kind are judged from the header before a pixel
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import stat
 import struct
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,20 +25,8 @@ from torch import Tensor
 from ebmkit.errors import UserError
 from ebmkit.storage import write_atomically
 
-__all__ = [
-    "MAX_PIXELS",
-    "MAX_PIXELS_IN_SET",
-    "WRITERS",
-    "Opened",
-    "Picture",
-    "open_picture",
-    "picture_header",
-    "read_image",
-    "write_image",
-]
-
 MAX_PIXELS = 170_000_000
-"""Pictures with more pixels are refused as decompression bombs."""
+"""Images with more pixels are refused as decompression bombs."""
 
 MAX_PIXELS_IN_SET = 89_000_000
 """The same for images of a data set, which many processes read (and where Pillow warns)."""
@@ -56,8 +46,9 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What makes a picture upright, by its EXIF orientation."""
+"""What makes an image upright, by its EXIF orientation."""
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
+_GRAY = ("1", "L", "LA", "I", "F", *_SIXTEEN_BIT)
 
 # What Pillow's decoders raise on files that are damaged, or made to hurt.
 _BROKEN = (
@@ -73,8 +64,8 @@ _BROKEN = (
 )
 
 
-class Picture(NamedTuple):
-    """A picture that was read.
+class LoadedImage(NamedTuple):
+    """An image that was read.
 
     Attributes:
         image: (C, H, W) float32 in [0, 1], C = 1 or 3.
@@ -88,12 +79,12 @@ class Picture(NamedTuple):
 
     @property
     def was_gray(self) -> bool:
-        """Whether the file is gray, also where its picture was repeated to three channels."""
-        return self.mode in ("1", "L", "LA", "I", "F", *_SIXTEEN_BIT)
+        """Whether the file is gray, also where its image was repeated to three channels."""
+        return self.mode in _GRAY
 
 
-class Opened(NamedTuple):
-    """A decoded picture: a Pillow image of mode L, RGB or 16-bit gray, and what was done to it."""
+class DecodedImage(NamedTuple):
+    """A decoded image: a Pillow image of mode L, RGB or 16-bit gray, and what was done to it."""
 
     image: Image.Image
     mode: str
@@ -105,33 +96,33 @@ class Opened(NamedTuple):
         return self.image.mode not in ("L", "RGB")
 
 
-def read_image(path: Path | str, channels: int | None = None) -> Picture:
-    """Read a picture.
+def read_image(path: Path | str, channels: int | None = None) -> LoadedImage:
+    """Read an image.
 
     Args:
         path: a PNG, JPEG or TIFF file (BMP, WebP, still GIF and PNM work too).
-        channels: what a model takes. 3: a gray picture is repeated; 1: a colour one is refused,
+        channels: what a model takes. 3: a gray image is repeated; 1: a colour one is refused,
             unless its three channels are equal. None: as the file is.
 
     Raises:
-        UserError: if it is missing, empty, not a picture, damaged, larger than `MAX_PIXELS`,
+        UserError: if it is missing, empty, not an image, damaged, larger than `MAX_PIXELS`,
             animated, transparent, of more than 16 bits, or of the wrong colours.
     """
     path = Path(path)
-    opened = open_picture(path)
+    opened = open_image(path)
     for note in opened.notes:
         warnings.warn(note, stacklevel=2)
     pixels = np.asarray(opened.image)
     bits, top = (16, 65535) if opened.is_16_bit else (8, 255)
     pixels = pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, 2, 0)
     levels = pixels.astype(np.float32, order="C")
-    levels /= top  # in place: a large picture's numbers are gigabytes
+    levels /= top  # in place: a large image's numbers are gigabytes
     image = torch.from_numpy(levels)
-    return Picture(_with_channels(image, channels, path), bits, opened.mode)
+    return LoadedImage(_with_channels(image, channels, path), bits, opened.mode)
 
 
 def write_image(image: Tensor, path: Path | str, overwrite: bool = False, bits: int = 8) -> None:
-    """Write a picture, all of it or nothing.
+    """Write an image, all of it or nothing.
 
     Args:
         image: (C, H, W), clipped to [0, 1], C = 1 or 3.
@@ -150,15 +141,15 @@ def write_image(image: Tensor, path: Path | str, overwrite: bool = False, bits: 
             f"cannot write {str(path)!r}: the name must end in one of {', '.join(WRITERS)}"
         )
     if image.ndim != 3 or image.shape[0] not in (1, 3):
-        raise UserError(f"a picture is (1 or 3, H, W), not {tuple(image.shape)}")
+        raise UserError(f"an image is (1 or 3, H, W), not {tuple(image.shape)}")
     if path.exists() and not overwrite:
         raise UserError(f"{str(path)!r} exists: move it away, or choose another name")
     if not bool(image.isfinite().all()):
-        raise UserError(f"cannot write {str(path)!r}: the picture has pixels that are not numbers")
+        raise UserError(f"cannot write {str(path)!r}: the image has pixels that are not numbers")
     levels = image.detach().cpu().double().clamp(0, 1).permute(1, 2, 0).numpy()
     levels = levels[:, :, 0] if image.shape[0] == 1 else levels
     deep = bits == 16 and levels.ndim == 2 and kind != "JPEG"
-    pixels = np.round(levels * 65535).astype(np.uint16) if deep else _bytes(levels)
+    pixels = np.round(levels * (65535 if deep else 255)).astype(np.uint16 if deep else np.uint8)
     options = {"quality": 95, "subsampling": 0} if kind == "JPEG" else {}
     buffer = io.BytesIO()
     try:
@@ -168,8 +159,8 @@ def write_image(image: Tensor, path: Path | str, overwrite: bool = False, bits: 
     write_atomically(path, buffer.getvalue())
 
 
-def open_picture(path: Path, most: int = MAX_PIXELS) -> Opened:
-    """Open, check and decode a picture; its notes tell what a reader should know.
+def open_image(path: Path, most: int = MAX_PIXELS) -> DecodedImage:
+    """Open, check and decode an image; its notes tell what a reader should know.
 
     Args:
         path: the file.
@@ -178,32 +169,13 @@ def open_picture(path: Path, most: int = MAX_PIXELS) -> Opened:
     Raises:
         UserError: as `read_image`.
     """
-    _check_file(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own: damage raises, size is checked here
-            with Image.open(path, formats=_FORMATS) as image:
-                _check_header(image, path, most)
-                return _decoded(image, path)
-    except UserError:
-        raise
-    except Image.DecompressionBombError:
-        raise _too_large(path, most) from None
-    except UnidentifiedImageError:
-        raise UserError(
-            f"{str(path)!r} is not a picture that can be read: give an 8-bit PNG, JPEG or TIFF "
-            "(or 16-bit gray)"
-        ) from None
-    except _BROKEN as error:
-        reason = str(error).strip().splitlines()
-        raise UserError(
-            f"{str(path)!r} is damaged or incomplete and cannot be read "
-            f"({reason[0] if reason else type(error).__name__}): get the file again"
-        ) from None
+    with _opened(path, most) as image:
+        _check_header(image, path)
+        return _decoded(image, path)
 
 
-def picture_header(path: Path, most: int = MAX_PIXELS_IN_SET) -> tuple[int, tuple[int, int]]:
-    """Channels (1 or 3) and (height, width) of a picture, without decoding it.
+def image_header(path: Path, most: int = MAX_PIXELS_IN_SET) -> tuple[int, tuple[int, int]]:
+    """Channels (1 or 3) and (height, width) of an image, without decoding it.
 
     Args:
         path: the file.
@@ -212,22 +184,39 @@ def picture_header(path: Path, most: int = MAX_PIXELS_IN_SET) -> tuple[int, tupl
     Raises:
         UserError: as `read_image`, as far as the header tells.
     """
+    with _opened(path, most) as image:
+        turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+        size = image.size if turned else image.size[::-1]
+        return 1 if image.mode in _GRAY else 3, size
+
+
+@contextlib.contextmanager
+def _opened(path: Path, most: int) -> Iterator[Image.Image]:
+    """A file as Pillow opens it, of at most so many pixels; what goes wrong is one sentence."""
     _check_file(path)
+    large = f"{str(path)!r} has more than {most // 10**6} megapixels: cut it into smaller ones"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # Pillow's own: damage raises, size is checked here
             with Image.open(path, formats=_FORMATS) as image:
-                width, height = image.size
-                if width * height > most:
-                    raise _too_large(path, most)
-                turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-                gray = image.mode in ("1", "L", "LA", "I", "F", *_SIXTEEN_BIT)
+                if image.width * image.height > most:
+                    raise UserError(large)
+                yield image
     except UserError:
         raise
-    except (*_BROKEN, Image.DecompressionBombError):
-        open_picture(path, most)  # says why
-        raise UserError(f"{str(path)!r} has a damaged header: get the file again") from None
-    return 1 if gray else 3, (width, height) if turned else (height, width)
+    except Image.DecompressionBombError:
+        raise UserError(large) from None
+    except UnidentifiedImageError:
+        raise UserError(
+            f"{str(path)!r} is not an image that can be read: give an 8-bit PNG, JPEG or TIFF "
+            "(or 16-bit gray)"
+        ) from None
+    except _BROKEN as error:
+        reason = str(error).strip().splitlines()
+        raise UserError(
+            f"{str(path)!r} is damaged or incomplete and cannot be read "
+            f"({reason[0] if reason else type(error).__name__}): get the file again"
+        ) from None
 
 
 def _check_file(path: Path) -> None:
@@ -239,7 +228,7 @@ def _check_file(path: Path) -> None:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{str(path)!r} cannot be opened ({reason}): check the name") from None
     if stat.S_ISDIR(found.st_mode):
-        raise UserError(f"{str(path)!r} is a folder: name a picture in it")
+        raise UserError(f"{str(path)!r} is a folder: name an image in it")
     if not stat.S_ISREG(found.st_mode):
         raise UserError(f"{str(path)!r} is not an ordinary file: give a PNG, JPEG or TIFF file")
     if not os.access(path, os.R_OK):
@@ -248,20 +237,10 @@ def _check_file(path: Path) -> None:
         raise UserError(f"{str(path)!r} is empty: get the file again")
 
 
-def _too_large(path: Path, most: int) -> UserError:
-    return UserError(
-        f"{str(path)!r} has more than {most // 10**6} megapixels: cut it into smaller ones"
-    )
-
-
-def _check_header(image: Image.Image, path: Path, most: int) -> None:
-    """Refuse, before decoding, what is too large, animated, or has too many bits or passes."""
-    if image.width * image.height > most:
-        raise _too_large(path, most)
+def _check_header(image: Image.Image, path: Path) -> None:
+    """Refuse, before decoding, what is animated, or has too many bits or passes."""
     if _has_more(image):
-        raise UserError(
-            f"{str(path)!r} is animated or has several pages: save one of them as a picture"
-        )
+        raise UserError(f"{str(path)!r} is animated or has several pages: save one of them alone")
     if image.info.get("progressive") and path.read_bytes().count(b"\xff\xda") > MAX_SCANS:
         raise UserError(
             f"{str(path)!r} is a JPEG of more than {MAX_SCANS} passes, as is done to fill the "
@@ -274,7 +253,7 @@ def _check_header(image: Image.Image, path: Path, most: int) -> None:
 
 
 def _has_more(image: Image.Image) -> bool:
-    """Whether there is a second picture in the file; others are not counted, which takes long."""
+    """Whether there is a second image in the file; others are not counted, which takes long."""
     if image.format == "MPO":  # a camera's thumbnails
         return False
     if image.format != "TIFF":
@@ -286,18 +265,22 @@ def _has_more(image: Image.Image) -> bool:
     return True
 
 
-def _decoded(image: Image.Image, path: Path) -> Opened:
+def _decoded(image: Image.Image, path: Path) -> DecodedImage:
     """Decode, turn upright, and bring to L, RGB or 16-bit gray."""
     mode, notes = image.mode, []
-    if _is_deep_colour(path, image):
+    with path.open("rb") as file:
+        header = file.read(26)
+    if image.format == "PNG" and header[24] == 16 and header[25] != 0:  # depth, and not gray
         notes.append(f"{str(path)!r} has 16-bit colour, which is read with 8 bits")
     image.load()
     turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
     upright = image if turn is None else image.transpose(turn)
     if upright.mode == "I":  # how older Pillows call a 16-bit gray PNG
-        return Opened(Image.fromarray(np.asarray(upright).astype(np.uint16)), mode, tuple(notes))
+        return DecodedImage(
+            Image.fromarray(np.asarray(upright).astype(np.uint16)), mode, tuple(notes)
+        )
     if upright.mode in _SIXTEEN_BIT:
-        return Opened(upright, mode, tuple(notes))
+        return DecodedImage(upright, mode, tuple(notes))
     if upright.has_transparency_data:
         alpha = upright.convert("RGBA").getchannel("A")
         if alpha.getextrema() != (255, 255):
@@ -306,16 +289,7 @@ def _decoded(image: Image.Image, path: Path) -> Opened:
             )
         notes.append(f"{str(path)!r} has an alpha channel, fully opaque, which is left out")
     gray = upright.mode in ("1", "L", "LA", "La")
-    return Opened(upright.convert("L" if gray else "RGB"), mode, tuple(notes))
-
-
-def _is_deep_colour(path: Path, image: Image.Image) -> bool:
-    """Whether this is a PNG with 16 bits and more than one channel; Pillow cuts those to 8 bits."""
-    if image.format != "PNG":
-        return False
-    with path.open("rb") as file:
-        header = file.read(26)
-    return header[24] == 16 and header[25] != 0
+    return DecodedImage(upright.convert("L" if gray else "RGB"), mode, tuple(notes))
 
 
 def _with_channels(image: Tensor, channels: int | None, path: Path) -> Tensor:
@@ -328,7 +302,3 @@ def _with_channels(image: Tensor, channels: int | None, path: Path) -> Tensor:
     raise UserError(
         f"{str(path)!r} is in colour and the model takes {channels} channel: convert it to gray"
     )
-
-
-def _bytes(levels: np.ndarray) -> np.ndarray:
-    return np.round(levels * 255).astype(np.uint8)

@@ -1,40 +1,41 @@
-"""Data sets of images in memory; `ebmkit.data.streamed` has those that are read on demand.
+"""Sets of images, in memory (`ImageSet`) or read on demand (`StreamedSet`), with one surface.
 
-Images are uint8 (N, C, H, W), labels int64 (N,). What leaves a data set for a model is float32 in
+Images are uint8 (N, C, H, W), labels int64 (N,). What leaves a set for a model is float32 in
 [0, 1]; normalising further belongs to the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, Self, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
+from ebmkit.data.augment import Cut
 from ebmkit.errors import UserError
+from ebmkit.terminal import progress_bar
 
-if TYPE_CHECKING:
-    from ebmkit.data.streamed import RowReader
-
-__all__ = [
-    "MEMORY_LIMIT",
-    "SPLITS",
-    "Faults",
-    "ImageSet",
-    "Split",
-    "check_labels",
-    "held_out",
-    "shuffled",
-    "to_floats",
-]
-
+T = TypeVar("T")
 Split = Literal["train", "validation", "test"]
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 MEMORY_LIMIT = 2**30
 """Bytes of decoded images above which a set on disk is streamed instead of held in memory."""
+
+MAX_CONSECUTIVE_SKIPS = 100
+"""Images that may be skipped one after the other."""
+
+HINT = " (dataset.unreadable=skip leaves such out)"
+"""Ends the error for an image that cannot be read."""
+
+SHOWN = 3
+"""Reasons for leaving images out that a sentence quotes."""
 
 
 class Faults(NamedTuple):
@@ -49,40 +50,163 @@ class Faults(NamedTuple):
     follow: bool = False
 
 
-HINT = " (dataset.unreadable=skip leaves such out)"
-"""What is said of an image that cannot be read, where it is an error."""
+class DatasetRequest(NamedTuple):
+    """What the loader of a data set is given; `ebmkit.data.load_dataset` has the meanings."""
 
-SHOWN = 3
-"""Images left out that a sentence names."""
+    name: str
+    split: Split = "train"
+    data_dir: Path | None = None
+    image_size: int | None = None
+    download: bool = True
+    progress: bool = True
+    faults: Faults = Faults()
+
+    def path(self, content: str) -> Path:
+        """The folder or file that the user named.
+
+        Raises:
+            UserError: if none was; ``content`` says what it should hold.
+        """
+        if self.data_dir is None:
+            raise UserError(f"data set {self.name!r} needs {content}: name it by --data-dir")
+        return self.data_dir
+
+    def check_size(self, side: int) -> None:
+        """Check that no other size than ``side`` is asked for.
+
+        Raises:
+            UserError: if one is.
+        """
+        if self.image_size not in (None, side):
+            raise UserError(
+                f"data set {self.name!r} has images of {side}x{side}, not {self.image_size}: leave "
+                "the image size out"
+            )
 
 
-def some_of(reasons: Sequence[str]) -> str:
-    """The first of the ``reasons`` why images were left out, and how many there are more."""
-    more = f"; and {len(reasons) - SHOWN} more" if len(reasons) > SHOWN else ""
-    return f"{'; '.join(reasons[:SHOWN])}{more}"
+class RowReader(Protocol):
+    """Reads images of a data set on disk by their row; `UserError` if one cannot be read.
+
+    Picklable; opens files in the process that reads.
+    """
+
+    def read(self, rows: Sequence[int]) -> Tensor:
+        """Images (B, C, H, W) uint8."""
+        ...
 
 
-def to_floats(images: Tensor) -> Tensor:
-    """uint8 images as float32 in [0, 1]."""
-    return images.to(torch.float32) / 255
+class CropReader(RowReader, Protocol):
+    """Reads crops of whole images, which may differ in size."""
+
+    side: int
+    """Shorter side that images are brought to before a window is cut from them."""
+
+    def read_cut(self, rows: Sequence[int], cut: Cut) -> Tensor:
+        """Crops (B, C, *cut.crop.size) uint8 of as many images."""
+        ...
 
 
-def evenly(count: int, n: int) -> Tensor:
-    """``n`` of the numbers 0 .. count - 1, in order and evenly spaced, int64."""
-    return torch.arange(n) * count // n
+class _Images(ABC):
+    """What the sets in memory and on disk share."""
+
+    labels: Tensor | None
+    class_names: tuple[str, ...]
+    rows: Tensor | None
+
+    one_size: bool = True
+    skip: bool = False
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def read_exactly(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]: ...
+
+    @property
+    def num_classes(self) -> int:
+        """Number of labels; 0 for a set without them."""
+        return len(self.class_names) if self.labels is not None else 0
+
+    def select(self, chosen: Tensor | slice) -> Self:
+        """The images with the numbers ``chosen``, in that order."""
+        columns = {name: getattr(self, name, None) for name in ("images", "rows", "labels")}
+        own = {name: column[chosen] for name, column in columns.items() if column is not None}
+        return replace(self, **own)  # type: ignore[type-var]
+
+    def first(self, n: int) -> Self:
+        """The first ``n`` images, or all if there are fewer."""
+        return self.select(slice(n))
+
+    def spread(self, n: int) -> Self:
+        """At most ``n`` images, evenly through the set, which may be sorted by class."""
+        return self if len(self) <= n else self.select(torch.arange(n) * len(self) // n)
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """In order, ``size`` at a time: images (B, C, H, W) in [0, 1], labels (B,) or None.
+
+        Where ``skip`` is set, images that cannot be read are missing: their batch is smaller.
+
+        Raises:
+            UserError: if an image cannot be read.
+        """
+        size = size if self.one_size else 1
+        for start in range(0, len(self), size):
+            numbers: Sequence[int] = range(start, min(start + size, len(self)))
+            try:
+                images, labels = self.read_exactly(numbers)
+            except UserError:
+                if not self.skip:
+                    raise
+                numbers, _ = readable(numbers, lambda number: self.read_exactly([number]))
+                if not numbers:
+                    continue
+                images, labels = self.read_exactly(numbers)
+            yield to_floats(images), labels
+
+    def _check_labels(self, what: str) -> None:
+        """Check that labels are (N,) int64 within 0 .. K - 1, and name the classes by default."""
+        labels = self.labels
+        if labels is None:
+            return
+        if labels.shape != (len(self),) or labels.dtype != torch.int64:
+            raise UserError(
+                f"{what}: {len(self)} images need labels of shape ({len(self)},) and type int64, "
+                f"not {tuple(labels.shape)} {labels.dtype}"
+            )
+        if not self.class_names and len(labels):
+            names = tuple(str(label) for label in range(1 + int(labels.max())))
+            object.__setattr__(self, "class_names", names)
+        outside = labels[(labels < 0) | (labels >= self.num_classes)]
+        if len(outside):
+            raise UserError(
+                f"{what}: label {int(outside[0])} is out of range: its {self.num_classes} classes "
+                f"have labels 0 to {self.num_classes - 1}"
+            )
 
 
 @dataclass(frozen=True, eq=False)
-class ImageSet:
-    """Images in memory, on one device.
+class ImageSet(_Images):
+    """Images in memory, on one device: a data set that is loaded, or tensors of the user's own.
+
+    Everything that takes a data set takes one made in Python (`ebmkit.training.Trainer`,
+    `ebmkit.data.Stream`, `ebmkit.evaluation.evaluate`):
+
+    >>> photographs = torch.randint(256, (20, 3, 32, 32), dtype=torch.uint8)
+    >>> train = ImageSet(photographs, torch.arange(20) % 2, ("cat", "dog"), name="pets")
+    >>> len(train), train.channels, train.image_size, train.num_classes
+    (20, 3, (32, 32), 2)
+
+    To train on it by name, add a `DatasetEntry` to `ebmkit.data.DATASETS`. Images on disk that are
+    to be read on demand make a `StreamedSet`.
 
     Attributes:
+        images: (N, C, H, W) uint8, C = 1 or 3; floats in [0, 1] times 255 are rounded so:
+            ``(255 * x).round().to(torch.uint8)``.
+        labels: (N,) int64, 0 .. K - 1, or None for a set without labels.
+        class_names: one per label; by default the numbers, and empty without labels.
         name: the data set's.
         split: "train", "validation" or "test".
-        images: (N, C, H, W) uint8, C = 1 or 3.
-        labels: (N,) int64, or None for a set without labels.
-        class_names: one per label; empty without labels.
-        reader: what they were read by, where it was a file or folder of the user's.
+        reader: what they were read by, where it was a file or folder.
         rows: (N,) int64, the reader's row of each image.
         left_out: why images were left out when the set was loaded.
 
@@ -90,11 +214,11 @@ class ImageSet:
         UserError: if the images are not uint8 (N, C, H, W), or a label is out of range.
     """
 
-    name: str
-    split: Split
     images: Tensor
     labels: Tensor | None = None
     class_names: tuple[str, ...] = ()
+    name: str = "images"
+    split: Split = "train"
     reader: RowReader | None = field(default=None, repr=False)
     rows: Tensor | None = field(default=None, repr=False)
     left_out: tuple[str, ...] = ()
@@ -108,7 +232,7 @@ class ImageSet:
             )
         if self.images.dtype != torch.uint8:
             raise UserError(f"{what}: images must be uint8 (0..255), not {self.images.dtype}")
-        check_labels(what, self.labels, len(self.images), len(self.class_names))
+        self._check_labels(what)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -123,82 +247,200 @@ class ImageSet:
         """Height and width, pixels."""
         return self.images.shape[2], self.images.shape[3]
 
-    @property
-    def num_classes(self) -> int:
-        """Number of labels; 0 for a set without them."""
-        return len(self.class_names) if self.labels is not None else 0
-
-    def spread(self, n: int) -> ImageSet:
-        """At most ``n`` images, evenly through the set, which may be sorted by class."""
-        if len(self) <= n:
-            return self
-        chosen = evenly(len(self), n)
-        rows = None if self.rows is None else self.rows[chosen]
-        chosen = chosen.to(self.images.device)
-        labels = None if self.labels is None else self.labels[chosen]
-        return replace(self, images=self.images[chosen], labels=labels, rows=rows)
-
-    def first(self, n: int) -> ImageSet:
-        """The first ``n`` images, or all if there are fewer."""
-        labels = None if self.labels is None else self.labels[:n]
-        rows = None if self.rows is None else self.rows[:n]
-        return replace(self, images=self.images[:n], labels=labels, rows=rows)
-
     def to(self, device: torch.device | str) -> ImageSet:
         """The same set on ``device``; itself if it is there already."""
         labels = None if self.labels is None else self.labels.to(device)
         return replace(self, images=self.images.to(device), labels=labels)
 
+    def read(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor | None]:
+        """Several images (B, C, H, W) uint8 and their labels (B,), or None."""
+        rows = torch.as_tensor(indices)
+        return self.images[rows], None if self.labels is None else self.labels[rows]
+
+    read_exactly = read
+
     def floats(self, rows: Tensor | Sequence[int] | slice = slice(None)) -> Tensor:
         """Images at ``rows`` as float32 (B, C, H, W) in [0, 1]."""
         return to_floats(self.images[rows])
 
-    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """In order, ``size`` at a time: images (B, C, H, W) in [0, 1], labels (B,) or None."""
-        for start in range(0, len(self), size):
-            rows = slice(start, start + size)
-            yield self.floats(rows), None if self.labels is None else self.labels[rows]
 
+@dataclass(frozen=True, eq=False)
+class StreamedSet(_Images):
+    """Images on disk, read when asked for; the surface of `ImageSet`.
 
-def check_labels(what: str, labels: Tensor | None, count: int, num_classes: int) -> None:
-    """Check that ``labels`` are (count,) int64 within 0 .. num_classes - 1, if there are any.
+    Attributes:
+        reader: reads rows of the files.
+        rows: (N,) int64, the reader's row of each image.
+        channels: 1 gray, 3 colour.
+        image_size: height and width, pixels; the largest ones where sizes differ.
+        labels, class_names, name, split, left_out: as those of `ImageSet`.
+        crops: reads crops of the whole images, of which these are the middle; None: crops are cut
+            from the images.
+        one_size: whether all images have ``image_size``; if not, a batch holds one.
+        skip: an image that cannot be read is left out: the next one takes its place.
+        skipped: what was left out so far, in this process: number -> reason.
 
     Raises:
-        UserError: naming ``what`` and the first that is not.
+        UserError: if a label is out of range.
     """
-    if labels is None:
-        return
-    if labels.shape != (count,) or labels.dtype != torch.int64:
-        raise UserError(
-            f"{what}: {count} images need labels of shape ({count},) and type int64, not "
-            f"{tuple(labels.shape)} {labels.dtype}"
-        )
-    outside = labels[(labels < 0) | (labels >= num_classes)]
-    if len(outside):
-        raise UserError(
-            f"{what}: label {int(outside[0])} is out of range: its {num_classes} classes have "
-            f"labels 0 to {num_classes - 1}"
-        )
+
+    reader: RowReader
+    rows: Tensor
+    channels: int
+    image_size: tuple[int, int]
+    labels: Tensor | None = None
+    class_names: tuple[str, ...] = ()
+    name: str = "images"
+    split: Split = "train"
+    crops: CropReader | None = None
+    one_size: bool = True
+    skip: bool = False
+    skipped: dict[int, str] = field(default_factory=dict, repr=False)
+    left_out: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self._check_labels(f"data set {self.name!r}")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, indices: Sequence[int], cut: Cut | None = None) -> tuple[Tensor, Tensor | None]:
+        """Several images (B, C, H, W) uint8 and their labels (B,), or None.
+
+        Args:
+            indices: which.
+            cut: crops to take of the whole images instead.
+
+        Raises:
+            UserError: if one cannot be read.
+        """
+        if not self.skip:
+            return self.read_exactly(indices, cut)
+        with contextlib.suppress(UserError):
+            return self.read_exactly(indices, cut)
+        single = [None if cut is None else cut.of(i) for i in range(len(indices))]
+        read = [self._next_readable(n, own) for n, own in zip(indices, single, strict=True)]
+        images = torch.cat([image for image, _ in read])
+        return images, None if self.labels is None else torch.cat([label for _, label in read])
+
+    def _next_readable(self, number: int, cut: Cut | None) -> tuple[Tensor, Tensor]:
+        """Image ``number`` (1, C, H, W) and its label, or the next that can be read."""
+        for ahead in range(MAX_CONSECUTIVE_SKIPS):
+            chosen = (int(number) + ahead) % len(self)
+            try:
+                image, label = self.read_exactly([chosen], cut)
+            except UserError as error:
+                self.skipped[chosen] = last = str(error).removesuffix(HINT)
+            else:
+                return image, torch.zeros(0) if label is None else label
+        raise UserError(f"{MAX_CONSECUTIVE_SKIPS} images in a row cannot be read: {last}")
+
+    def read_exactly(
+        self, indices: Sequence[int], cut: Cut | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `read`, but no image takes the place of one that cannot be read."""
+        chosen = torch.as_tensor(indices)
+        labels = None if self.labels is None else self.labels[chosen]
+        rows = self.rows[chosen].tolist()
+        if cut is None:
+            return self.reader.read(rows), labels
+        assert self.crops is not None
+        return self.crops.read_cut(rows, cut), labels
+
+    def readable(self, what: str = "", progress: bool = False) -> StreamedSet:
+        """Those that can be read, after reading each; from then on none may be missing.
+
+        Args:
+            what: names the images in the bar and the error; by default the set's name.
+            progress: show a bar.
+
+        Raises:
+            UserError: if none can.
+        """
+        what = what or repr(self.name)
+        numbers = progress_bar(range(len(self)), f"looking through {what}", progress)
+        found, reasons = readable(numbers, lambda number: self.read_exactly([number]))
+        if not found:
+            raise UserError(f"none of {len(self)} images of {what} can be read: {reasons[0]}")
+        whole = self.select(torch.as_tensor(found))
+        return replace(whole, skip=False, left_out=(*self.left_out, *reasons))
 
 
-def held_out(count: int, what: str) -> tuple[Tensor, Tensor]:
-    """Rows of ``count`` training images to train on, and rows to validate on, in a fixed order.
+AnyImages = ImageSet | StreamedSet
+"""Images of one split, in memory or on disk."""
 
-    2 % are held out, at least 1 and at most 1000. Both come shuffled, so that the first few are a
-    fair sample of a set that is sorted by class.
+
+def to_floats(images: Tensor) -> Tensor:
+    """uint8 images as float32 in [0, 1]."""
+    return images.to(torch.float32) / 255
+
+
+def readable(items: Iterable[T], read: Callable[[T], object]) -> tuple[list[T], list[str]]:
+    """Those of ``items`` that ``read`` does not refuse, and why it refuses the others."""
+    found, reasons = [], []
+    for item in items:
+        try:
+            read(item)
+        except UserError as error:
+            reasons.append(str(error).removesuffix(HINT))
+        else:
+            found.append(item)
+    return found, reasons
+
+
+def some_of(reasons: Sequence[str]) -> str:
+    """The first of the ``reasons`` why images were left out, and how many there are more."""
+    more = f"; and {len(reasons) - SHOWN} more" if len(reasons) > SHOWN else ""
+    return f"{'; '.join(reasons[:SHOWN])}{more}"
+
+
+def split_rows(split: Split, count: int, what: str) -> Tensor:
+    """Rows of ``split`` among ``count`` official test images, or training images.
+
+    Of training images 2 % are held out to validate on, at least 1 and at most 1000. Both parts come
+    in one fixed, shuffled order, so that the first few are a fair sample of a set that is sorted by
+    class. Test images stay as they are.
 
     Raises:
         UserError: if ``what`` has fewer than 2 training images.
     """
+    if split == "test":
+        return torch.arange(count)
     if count < 2:
         raise UserError(
             f"{what} has {count} training images: at least 2 are needed, one of them to validate on"
         )
-    order = shuffled(count)
     held = min(1000, max(1, round(0.02 * count)))
-    return order[held:], order[:held]
+    order = shuffled(count)
+    return order[:held] if split == "validation" else order[held:]
 
 
 def shuffled(count: int) -> Tensor:
     """0 .. count - 1 in an order that is always the same, (count,) int64."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(20410))
+
+
+def fingerprint(images: Any) -> str:
+    """Eight digits that tell sets of images apart: of their number, labels, and first images.
+
+    Args:
+        images: an `ImageSet`, `StreamedSet`, or something else with their surface.
+    """
+    digest = hashlib.sha256(f"{len(images)} {images.channels} {images.image_size}".encode())
+    if images.labels is not None:
+        digest.update(images.labels.cpu().numpy().tobytes())
+    for x, _ in images.first(16).batches(16):
+        digest.update((255 * x).round().byte().cpu().numpy().tobytes())
+    return digest.hexdigest()[:8]
+
+
+def origin(images: AnyImages, number: int) -> dict[str, Any]:
+    """Where image ``number`` came from: ``image``, the number; ``row`` of its reader, and ``file``
+    relative to the folder, where there are any."""
+    found: dict[str, Any] = {"image": number}
+    if images.rows is not None:
+        found["row"] = row = int(images.rows[number])
+        name = getattr(images.reader, "name", None)  # a folder's
+        if name is not None:
+            found["file"] = name(row)
+    return found

@@ -10,23 +10,22 @@ import contextlib
 import inspect
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import h5py
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from ebmkit.data.cifar import CIFAR, torchvision_cifar
-from ebmkit.data.folders import has_parts, list_folder, progress_bar, readable_rows
-from ebmkit.data.imagesets import Faults, shuffled
-from ebmkit.data.reading import to_pixels
+from ebmkit.data.folders import has_parts, list_folder, readable_images, to_pixels
+from ebmkit.data.imagesets import DatasetRequest, Faults, ImageSet, StreamedSet, shuffled
+from ebmkit.data.sets import CIFAR, torchvision_cifar
 from ebmkit.errors import UserError, unknown_name
-
-__all__ = ["pack"]
+from ebmkit.terminal import progress_bar
 
 _BLOCK = 256
 _CHUNK_BYTES = 65536
@@ -35,12 +34,52 @@ _BROKEN = (OSError, RuntimeError, ValueError, TypeError, LookupError, EOFError, 
 """What torchvision raises on files that are missing, damaged or something else."""
 
 
-class _Part(NamedTuple):
-    """One set to be written: ``read(rows)`` gives images (B, C, H, W) uint8 and labels."""
+class _Items:
+    """A data set of torchvision, read item by item at the size and colour of the first.
 
-    group: str
-    length: int
-    read: Callable[[list[int]], tuple[Tensor, Tensor | None]]
+    Raises:
+        UserError: if it does not give images, or not of one size without an ``image_size``, or its
+            labels are no numbers; naming what cannot be read.
+    """
+
+    def __init__(self, source: Any, name: str, image_size: int | None) -> None:
+        self.source, self.name, self.resized = source, name, image_size is not None
+        first = self._item(0)
+        if not (isinstance(first, tuple) and isinstance(first[0], Image.Image)):
+            raise UserError(f"{name!r} does not give images with labels: pack a folder of images")
+        self.channels = 1 if first[0].mode in ("1", "L") else 3
+        self.size = (image_size, image_size) if image_size else first[0].size[::-1]
+        self.class_names = tuple(str(c) for c in getattr(source, "classes", ()))
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, rows: range) -> tuple[Tensor, Tensor]:
+        """Images (B, C, H, W) uint8 and labels (B,)."""
+        images, labels = [], []
+        for row in rows:
+            image, label = self._item(row)
+            if not self.resized and image.size[::-1] != self.size:
+                raise UserError(
+                    f"images of {self.name!r} differ in size: choose one by --image-size"
+                )
+            if not isinstance(label, int):
+                raise UserError(
+                    f"{self.name!r} has labels that are not whole numbers, as {label!r}"
+                )
+            images.append(to_pixels(image, self.channels, self.size))
+            labels.append(label)
+        return torch.stack(images), torch.tensor(labels)
+
+    def _item(self, row: int) -> Any:
+        try:
+            return self.source[row]
+        except _BROKEN as error:
+            raise UserError(f"image {row} of {self.name!r} cannot be read: {error}") from None
+
+
+Parts = Mapping[str, ImageSet | StreamedSet | _Items]
+"""Group of the file -> the images that it gets."""
 
 
 def pack(
@@ -75,7 +114,8 @@ def pack(
         raise UserError(f"{str(out)!r} exists: move it away, or choose another name")
     if not out.parent.is_dir():
         raise UserError(f"cannot write {str(out)!r}: there is no folder {str(out.parent)!r}")
-    parts, class_names = _parts(str(src), image_size, progress, faults or Faults())
+    parts = _parts(str(src), image_size, progress, faults or Faults())
+    class_names = next(iter(parts.values())).class_names
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{out.name}.", dir=out.parent)
     except OSError as error:
@@ -87,8 +127,8 @@ def pack(
                 file.create_dataset(
                     "class_names", data=list(class_names), dtype=h5py.string_dtype()
                 )
-            for part in parts:
-                _write(file.require_group(part.group or "/"), part, progress)
+            for group, source in parts.items():
+                _write(file.require_group(group or "/"), source, progress)
         os.chmod(temporary, 0o644)
         os.replace(temporary, out)
     except OSError as error:
@@ -98,96 +138,66 @@ def pack(
             os.unlink(temporary)
 
 
-def _write(group: h5py.Group, part: _Part, progress: bool) -> None:
-    images: h5py.Dataset | None = None
-    labels: list[Tensor] = []
-    starts = range(0, part.length, _BLOCK)
-    for start in progress_bar(starts, f"packing {part.group or 'images'}", progress):
-        block, tags = part.read(list(range(start, min(start + _BLOCK, part.length))))
-        pixels = block.permute(0, 2, 3, 1).numpy()
-        if images is None:
-            images = group.create_dataset(
+def _write(group: h5py.Group, source: ImageSet | StreamedSet | _Items, progress: bool) -> None:
+    count, labels = len(source), []
+    what = group.name.strip("/") or "images"
+    for start in progress_bar(range(0, count, _BLOCK), f"packing {what}", progress):
+        images, tags = source.read(range(start, min(start + _BLOCK, count)))
+        pixels = rearrange(images, "n c h w -> n h w c").numpy()
+        if start == 0:
+            shape = pixels.shape[1:]
+            rows = max(1, min(count, _CHUNK_BYTES // pixels[0].size))
+            written = group.create_dataset(
                 "images",
-                shape=(part.length, *pixels.shape[1:]),
+                shape=(count, *shape),
                 dtype=np.uint8,
-                chunks=(
-                    max(1, min(part.length, _CHUNK_BYTES // pixels[0].size)),
-                    *pixels.shape[1:],
-                ),
+                chunks=(rows, *shape),
                 compression="gzip",
                 compression_opts=1,
             )
-        images[start : start + len(pixels)] = pixels
+        written[start : start + len(pixels)] = pixels
         if tags is not None:
             labels.append(tags)
     if labels:
         group.create_dataset("labels", data=torch.cat(labels).numpy())
 
 
-def _parts(
-    src: str, image_size: int | None, progress: bool, faults: Faults
-) -> tuple[list[_Part], tuple[str, ...]]:
+def _parts(src: str, image_size: int | None, progress: bool, faults: Faults) -> Parts:
     if src.startswith("torchvision:"):
         return _torchvision_parts(src, image_size)
     folder = Path(src)
     for name, facts in CIFAR.items():
-        if folder.name == facts.folder or (folder / facts.folder).is_dir():
-            return _cifar_parts(name, folder, image_size)
+        if folder.name != facts.folder and not (folder / facts.folder).is_dir():
+            continue
+        if image_size not in (None, 32):
+            raise UserError(f"{name} has images of 32x32: leave the image size out")
+        return {
+            part: torchvision_cifar(name, folder, part == "train", download=False)
+            for part in ("train", "test")
+        }
     return _folder_parts(folder, image_size, progress, faults)
 
 
-def _folder_parts(
-    root: Path, image_size: int | None, progress: bool, faults: Faults
-) -> tuple[list[_Part], tuple[str, ...]]:
+def _folder_parts(root: Path, image_size: int | None, progress: bool, faults: Faults) -> Parts:
+    groups = [""]
     if has_parts(root):
-        names = {"train": ("train",), "test": ("test", "val")}
-        groups = [p for p in names if any((root / name).is_dir() for name in names[p])]
-    else:
-        groups = [""]
-    listings = {
-        part: list_folder(root, part or "all", image_size, progress, faults=faults)
-        for part in groups
-    }
-    shapes = {(listing.reader.channels, listing.reader.size) for listing in listings.values()}
-    if len(shapes) > 1:
+        there = {name for name in ("train", "test", "val") if (root / name).is_dir()}
+        groups = ["train"] * ("train" in there) + ["test"] * bool(there - {"train"})
+    request = DatasetRequest("folder", "train", root, image_size, False, progress, faults)
+    parts: dict[str, StreamedSet] = {}
+    for group in groups:
+        images = list_folder(request, group or "all")
+        images = images.select(shuffled(len(images)))
+        parts[group] = readable_images(images, f"{root.name}/{group}", request)
+    if len({(part.channels, part.image_size) for part in parts.values()}) > 1:
         raise UserError(
             f"training and test images in {str(root)!r} differ in size or colour: give an image "
             "size and convert all to one colour"
         )
-    parts = []
-    for group, listing in listings.items():
-        order = shuffled(len(listing.reader))
-        if faults.skip:
-            order, _ = readable_rows(listing, order, f"{root.name}/{group}", progress)
-
-        def read(
-            rows: list[int], listing: Any = listing, order: Tensor = order
-        ) -> tuple[Tensor, Tensor | None]:
-            own = order[rows]
-            labels = None if listing.labels is None else listing.labels[own]
-            return listing.reader.read(own.tolist()), labels
-
-        parts.append(_Part(group, len(order), read))
-    return parts, next(iter(listings.values())).class_names
+    return parts
 
 
-def _cifar_parts(
-    name: str, folder: Path, image_size: int | None
-) -> tuple[list[_Part], tuple[str, ...]]:
-    if image_size not in (None, 32):
-        raise UserError(f"{name} has images of 32x32: leave the image size out")
-    parts = []
-    for group in ("train", "test"):
-        whole = torchvision_cifar(name, folder, group == "train", download=False)
-
-        def read(rows: list[int], whole: Any = whole) -> tuple[Tensor, Tensor | None]:
-            return whole.images[rows], whole.labels[rows]
-
-        parts.append(_Part(group, len(whole), read))
-    return parts, CIFAR[name].class_names
-
-
-def _torchvision_parts(src: str, image_size: int | None) -> tuple[list[_Part], tuple[str, ...]]:
+def _torchvision_parts(src: str, image_size: int | None) -> Parts:
     """The parts of ``torchvision:NAME[:FOLDER]``."""
     import torchvision
 
@@ -196,52 +206,16 @@ def _torchvision_parts(src: str, image_size: int | None) -> tuple[list[_Part], t
         raise unknown_name("torchvision data set", name, torchvision.datasets.__all__)
     make = getattr(torchvision.datasets, name)
     options = inspect.signature(make).parameters
-    if "train" in options:
-        choices: dict[str, dict[str, object]] = {"train": {"train": True}, "test": {"train": False}}
-    elif "split" in options:
-        choices = {"train": {"split": "train"}, "test": {"split": "test"}}
-    else:
+    if not {"train", "split"} & set(options):
         raise UserError(f"{src!r} does not come in a training and a test part: pack a folder of it")
     download = {"download": True} if "download" in options else {}
-    parts: list[_Part] = []
-    class_names: tuple[str, ...] = ()
-    for group, choice in choices.items():
+    parts: dict[str, _Items] = {}
+    for part in ("train", "test"):
+        choice = {"train": part == "train"} if "train" in options else {"split": part}
         try:
             source = make(folder or "data", **choice, **download)
         except _BROKEN as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"cannot get {src!r} into {folder or 'data'!r}: {reason}") from None
-        parts.append(_Part(group, len(source), _item_reader(source, src, image_size)))
-        class_names = tuple(str(c) for c in getattr(source, "classes", ()))
-    return parts, class_names
-
-
-def _item_reader(
-    source: Any, src: str, image_size: int | None
-) -> Callable[[list[int]], tuple[Tensor, Tensor | None]]:
-    """Reads (Pillow image, label) items at the size and colour of the first."""
-    try:
-        first = source[0]
-    except _BROKEN as error:
-        raise UserError(f"the first image of {src!r} cannot be read: {error}") from None
-    if not (isinstance(first, tuple) and isinstance(first[0], Image.Image)):
-        raise UserError(f"{src!r} does not give images with labels: pack a folder of images")
-    channels = 1 if first[0].mode in ("1", "L") else 3
-    size = (image_size, image_size) if image_size else first[0].size[::-1]
-
-    def read(rows: list[int]) -> tuple[Tensor, Tensor | None]:
-        images, labels = [], []
-        for row in rows:
-            try:
-                image, label = source[row]
-            except _BROKEN as error:
-                raise UserError(f"image {row} of {src!r} cannot be read: {error}") from None
-            if image_size is None and image.size[::-1] != size:
-                raise UserError(f"images of {src!r} differ in size: choose one by --image-size")
-            if not isinstance(label, int):
-                raise UserError(f"{src!r} has labels that are not whole numbers, as {label!r}")
-            images.append(to_pixels(image, channels, size))
-            labels.append(label)
-        return torch.stack(images), torch.tensor(labels)
-
-    return read
+        parts[part] = _Items(source, src, image_size)
+    return parts

@@ -14,30 +14,14 @@ so everything is still a function of the step.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ebmkit.data.augment import Augmentation
-from ebmkit.data.streamed import AnyImages, StreamedSet
 from ebmkit.errors import UserError
-from ebmkit.noise import NoiseLaw
-
-__all__ = [
-    "Phase",
-    "Span",
-    "Stage",
-    "StreamConfig",
-    "check_stream",
-    "images_between",
-    "parse_decay_share",
-    "parse_share",
-    "span_at",
-    "stage_at",
-    "stages",
-]
+from ebmkit.noise import NoiseLaw, parse_fraction
 
 
 def parse_share(value: object) -> float:
@@ -46,11 +30,11 @@ def parse_share(value: object) -> float:
     Raises:
         UserError: if it does not parse or is not between 0 and 1.
     """
-    share = _quotient(value)
-    if not 0 < share < 1:
+    share = parse_fraction(value)
+    if share is None or not 0 < share < 1:
         raise UserError(
-            f"a share of the run's steps is between 0 and 1, as 150/400, not {_text(value)!r}: "
-            "phases and milestones begin after one"
+            f"a share of the run's steps is between 0 and 1, as 150/400, not "
+            f"{str(value).strip()!r}: phases and milestones begin after one"
         )
     return share
 
@@ -61,27 +45,13 @@ def parse_decay_share(value: object) -> float:
     Raises:
         UserError: if it does not parse, or is not above 0 and at most 1.
     """
-    share = _quotient(value)
-    if not 0 < share <= 1:
+    share = parse_fraction(value)
+    if share is None or not 0 < share <= 1:
         raise UserError(
             "the share of the steps, at the end, over which the rate falls is above 0 and at most "
-            f"1, as 0.2 or 100/400, not {_text(value)!r}"
+            f"1, as 0.2 or 100/400, not {str(value).strip()!r}"
         )
     return share
-
-
-def _text(value: object) -> str:
-    return str(value).strip()
-
-
-def _quotient(value: object) -> float:
-    """A number or a quotient of two; NaN for anything else."""
-    text = _text(value)
-    top, slash, bottom = text.partition("/")
-    try:
-        return float(top) / float(bottom) if slash else float(text)
-    except (ValueError, ZeroDivisionError):
-        return math.nan
 
 
 class Phase(BaseModel):
@@ -208,72 +178,3 @@ def images_between(plan: Sequence[Stage], start: int, stop: int) -> int:
     """Images of all streams and processes in steps ``start`` .. ``stop`` - 1."""
     taken = (range(max(stage.start, start), min(stage.stop, stop)) for stage in plan)
     return sum(len(own) * s.images_per_step for own, s in zip(taken, plan, strict=True))
-
-
-def check_stream(
-    source: AnyImages,
-    config: StreamConfig,
-    spans: tuple[Span, ...],
-    name: str,
-    world_size: int,
-    parts: int,
-) -> None:
-    """Check that a stream can be drawn.
-
-    Args:
-        source: the data set.
-        config: what is asked of it.
-        spans: its phases.
-        name: the stream's.
-        world_size: processes that share each batch.
-        parts: that each process splits its share into.
-
-    Raises:
-        UserError: if the set is empty, has no labels to mix or is smaller than a crop, a square of
-            cutout covers an image, or a batch does not divide; the message names the field of the
-            phase at fault.
-    """
-    if len(source) == 0:
-        raise UserError(f"stream {name!r}: data set {source.name!r} has no {source.split} images")
-    if config.augmentation.mix != "none" and source.labels is None:
-        raise UserError(
-            f"stream {name!r}: {config.augmentation.mix} mixes labels, and data set "
-            f"{source.name!r} has none: set mix to none"
-        )
-    padding = config.augmentation.crop_padding
-    pictures = source.pictures if isinstance(source, StreamedSet) else None
-    if pictures is not None and padding:
-        raise UserError(
-            f"stream {name!r}: crop_padding needs images of one size, and data set "
-            f"{source.name!r} gives whole pictures: set crop_padding to 0"
-        )
-    height, width = source.image_size
-    if config.augmentation.crop_fill == "reflect" and padding >= min(height, width):
-        raise UserError(
-            f"stream {name!r}: images of {height}x{width} cannot be reflected {padding} pixels "
-            f"wide: set crop_padding to at most {min(height, width) - 1}"
-        )
-    side = (min(height, width) if pictures is None else pictures.side) + 2 * padding
-    for span in spans:
-        where = span.field(name)
-        if span.batch_size % (world_size * parts):
-            split = f" of {parts} parts each (compute.accumulate)" if parts > 1 else ""
-            raise UserError(
-                f"stream {name!r}: a batch of {span.batch_size} does not divide among {world_size} "
-                f"process(es){split}: set {where}.batch_size to a multiple of {world_size * parts}"
-            )
-        crop = span.crop_size
-        if crop is not None and config.augmentation.crop_scale is None and crop > side:
-            what = "the images" if pictures is None else "the shorter side of the pictures"
-            size = f"{height}x{width}" if pictures is None else f"{pictures.side}"
-            raise UserError(
-                f"stream {name!r}: crop_size {crop} is larger than {what}, {size}: take at most "
-                f"{side} in {where}"
-            )
-        seen = (height, width) if crop is None else (crop, crop)
-        if config.augmentation.cutout >= min(seen):
-            raise UserError(
-                f"stream {name!r}: cutout {config.augmentation.cutout} can cover a whole image of "
-                f"{seen[0]}x{seen[1]}: set streams.{name}.augmentation.cutout to at most "
-                f"{min(seen) - 1}, or to 0 for none"
-            )

@@ -1,147 +1,274 @@
-"""Data sets by name.
+"""Data sets by name, and the standard ones.
 
 Every set gives three splits. "test" is the publisher's own (or a fixed part, where there is none);
 "validation" is held out of the training images by a fixed seed, and "train" is the rest. So the
 test images decide nothing during training.
+
+digits: 1,797 scans of handwritten digits, 8x8 gray, values 0..16 spread over 0..255 (scikit-learn).
+A fixed fifth, stratified by class, is the test set; a tenth of the rest is held out for validation.
+
+patches: two photographs of 427x640 pixels (scikit-learn). Columns 0..447 give the training patches
+(overlapping by three quarters), 448..511 the validation patches and 512..639, the right-hand fifth,
+the test patches (both without overlap), so that no pixel is in two splits.
+
+CIFAR-10 and CIFAR-100: 32x32 colour photographs. In the folder, either torchvision's
+(``cifar-10-batches-py``, ``cifar-100-python``; fetched if it is missing and that is allowed) or the
+files ``cifar10-train.h5`` and ``cifar10-test.h5`` with images (N, 32, 32, 3) uint8 and labels (N,).
+
+`ebmkit.data.folders` and `ebmkit.data.hdf5` have the user's own.
 """
 
 from __future__ import annotations
 
+import contextlib
+import pickle
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from ebmkit.data.imagesets import SPLITS, Faults, ImageSet, Split
-from ebmkit.data.streamed import AnyImages, StreamedSet
+import numpy as np
+import torch
+from einops import rearrange
+
+from ebmkit.data.folders import load_folder, load_imagenet, load_pictures
+from ebmkit.data.hdf5 import load_hdf5, load_rows, read_contents
+from ebmkit.data.imagesets import (
+    SPLITS,
+    AnyImages,
+    DatasetRequest,
+    Faults,
+    ImageSet,
+    Split,
+    split_rows,
+)
 from ebmkit.errors import UserError, unknown_name
 from ebmkit.registry import find
 
-__all__ = ["DATASETS", "DatasetEntry", "ImageSet", "StreamedSet", "load_dataset"]
+DIGITS = tuple("0123456789")
+
+MAX_FILE_SIZE = 200 * 2**20
+"""Bytes of a file of CIFAR; the largest that is published has 155 MB."""
+
+_COLUMNS: dict[Split, tuple[int, int]] = {
+    "train": (0, 448),
+    "validation": (448, 512),
+    "test": (512, 640),
+}
 
 
-class Request(NamedTuple):
-    """What is asked of a loader: where, which split, side in pixels, and what it may do."""
+class Published(NamedTuple):
+    """How torchvision calls a set and its folder, its archive, and the published class names."""
 
-    data_dir: Path | None
-    split: Split
-    image_size: int | None
-    download: bool
-    progress: bool
-    faults: Faults = Faults()
+    torchvision_name: str
+    folder: str
+    archive: str
+    class_names: tuple[str, ...]
+
+
+_CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
+_CIFAR100 = """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus
+    butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach
+    couch crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster
+    house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree
+    motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear
+    pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road
+    rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel
+    streetcar sunflower sweet_pepper table tank telephone television tiger tractor train
+    trout tulip turtle wardrobe whale willow_tree wolf woman worm
+"""
+
+CIFAR = {
+    "cifar10": Published(
+        "CIFAR10", "cifar-10-batches-py", "cifar-10-python.tar.gz", tuple(_CIFAR10.split())
+    ),
+    "cifar100": Published(
+        "CIFAR100", "cifar-100-python", "cifar-100-python.tar.gz", tuple(_CIFAR100.split())
+    ),
+}
+
+
+def load_digits(request: DatasetRequest) -> ImageSet:
+    """One split of scikit-learn's digits: (N, 1, 8, 8), labels 0..9."""
+    request.check_size(8)
+    pixels, labels, rows = _digits()
+    own = rows[request.split]
+    images = torch.from_numpy(pixels[own])  # a copy
+    return ImageSet(images, torch.from_numpy(labels[own]), DIGITS, request.name, request.split)
+
+
+@cache
+def _digits() -> tuple[np.ndarray, np.ndarray, dict[Split, np.ndarray]]:
+    """Pixels (N, 1, 8, 8), labels, and the rows of each split: read from the text file once."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    values, labels = load_digits(return_X_y=True)
+    train, test = train_test_split(
+        np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0
+    )
+    train, validation = train_test_split(
+        train, test_size=0.1, stratify=labels[train], random_state=0
+    )
+    pixels = np.round(values * 255 / 16).astype(np.uint8).reshape(-1, 1, 8, 8)
+    rows: dict[Split, np.ndarray] = {"train": train, "validation": validation, "test": test}
+    return pixels, labels.astype(np.int64), rows
+
+
+def load_patches(request: DatasetRequest) -> ImageSet:
+    """One split of the patches: (N, 3, size, size), no labels; the size is 32 by default.
+
+    Raises:
+        UserError: if the size does not fit the narrowest region, or is below 4.
+    """
+    from sklearn.datasets import load_sample_images
+
+    size, split = request.image_size or 32, request.split
+    if not 4 <= size <= 64:
+        raise UserError(f"patches of {size}x{size} cannot be cut: take a size from 4 to 64")
+    left, right = _COLUMNS[split]
+    stride = max(1, size // 4) if split == "train" else size
+    photographs = torch.from_numpy(np.stack(load_sample_images().images))  # (2, 427, 640, 3)
+    windows = photographs[:, :, left:right].unfold(1, size, stride).unfold(2, size, stride)
+    images = rearrange(windows, "n rows columns c h w -> (n rows columns) c h w").contiguous()
+    return ImageSet(images, name=request.name, split=split)
+
+
+def load_cifar(request: DatasetRequest) -> AnyImages:
+    """One split of CIFAR-10 or CIFAR-100 as found in the folder, ``./data`` by default.
+
+    Raises:
+        UserError: if it is not there (and cannot be fetched), incomplete, or illegal.
+    """
+    request.check_size(32)
+    name, split, data_dir = request.name, request.split, request.data_dir or Path("data")
+    facts = CIFAR[name]
+    part, other_part = ("test", "train") if split == "test" else ("train", "test")
+    file, other = data_dir / f"{name}-{part}.h5", data_dir / f"{name}-{other_part}.h5"
+    what = f"data set {name!r}"
+    there = (data_dir / facts.folder).is_dir() or data_dir.name == facts.folder
+    if not there and file.exists():
+        reader = read_contents(file, class_names=facts.class_names)
+        if reader.labels is None or reader.shape[1:] != (32, 32, 3):
+            raise UserError(
+                f"{str(file)!r} is not {name}: it must hold images (N, 32, 32, 3) and labels (N,)"
+            )
+        return load_rows(name, split, reader, split_rows(split, reader.shape[0], what))
+    if not there and other.exists():
+        raise UserError(
+            f"{str(data_dir)!r} has {other.name} but not {file.name}, so no {split} images: put "
+            f"{file.name} there too"
+        )
+    if not there and not request.download:
+        raise UserError(_missing(name, data_dir))
+    whole = torchvision_cifar(name, data_dir, part == "train", download=not there)
+    rows = split_rows(split, len(whole), what)
+    assert whole.labels is not None
+    return ImageSet(whole.images[rows], whole.labels[rows], facts.class_names, name, split)
+
+
+def torchvision_cifar(name: str, data_dir: Path, train: bool, download: bool) -> ImageSet:
+    """All official training or test images, through `torchvision.datasets`.
+
+    The files are pickles, which can run any code when they are opened: torchvision compares the
+    digest of each with that of the published one before it does. No other file is opened.
+
+    Raises:
+        UserError: if the folder is incomplete, or cannot be fetched.
+    """
+    import torchvision
+
+    facts = CIFAR[name]
+    root = data_dir.parent if data_dir.name == facts.folder else data_dir
+    folder = root / facts.folder
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if not path.is_file() or path.stat().st_size > MAX_FILE_SIZE:
+            raise UserError(
+                f"{str(path)!r} is no file of the published data set: delete {str(folder)!r} and "
+                "unpack it anew"
+            )
+    timeout, existed = socket.getdefaulttimeout(), root.exists()
+    try:
+        socket.setdefaulttimeout(30)
+        source = getattr(torchvision.datasets, facts.torchvision_name)(
+            root, train=train, download=download
+        )
+    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        if download:
+            if not existed:
+                with contextlib.suppress(OSError):  # not empty: keep what was fetched
+                    root.rmdir()
+            cause = getattr(error, "reason", error)  # of a URLError: what the network said
+            reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+            raise UserError(f"{_missing(name, data_dir)} (fetching it failed: {reason})") from None
+        raise UserError(
+            f"{str(folder)!r} is incomplete or damaged: delete it and unpack {facts.archive} in "
+            f"{str(root)!r} anew"
+        ) from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+    images = rearrange(torch.from_numpy(source.data), "n h w c -> n c h w").contiguous()
+    labels = torch.tensor(source.targets, dtype=torch.int64)
+    return ImageSet(images, labels, facts.class_names, name, "train" if train else "test")
+
+
+def _missing(name: str, data_dir: Path) -> str:
+    facts = CIFAR[name]
+    return (
+        f"data set {name!r} is not in {str(data_dir)!r}: put the folder {facts.folder} (from "
+        f"{facts.archive}), or {name}-train.h5 and {name}-test.h5, there, or name another folder "
+        "by --data-dir"
+    )
 
 
 @dataclass(frozen=True)
 class DatasetEntry:
-    """A named data set: its loader and one line of text ``about`` it."""
+    """A named data set.
 
-    load: Callable[[Request], AnyImages]
+    Attributes:
+        load: gives the images that a `DatasetRequest` asks for.
+        description: one line of text.
+        class_names: of its labels, where they are always the same.
+    """
+
+    load: Callable[[DatasetRequest], AnyImages]
     description: str
-
-
-def _digits(request: Request) -> ImageSet:
-    from ebmkit.data.embedded import digits
-
-    _own_size("digits", request, 8)
-    return digits(request.split)
-
-
-def _patches(request: Request) -> ImageSet:
-    from ebmkit.data.embedded import patches
-
-    return patches(request.split, request.image_size or 32)
-
-
-def _cifar10(request: Request) -> AnyImages:
-    from ebmkit.data.cifar import cifar
-
-    _own_size("cifar10", request, 32)
-    return cifar("cifar10", request.data_dir or Path("data"), request.split, request.download)
-
-
-def _cifar100(request: Request) -> AnyImages:
-    from ebmkit.data.cifar import cifar
-
-    _own_size("cifar100", request, 32)
-    return cifar("cifar100", request.data_dir or Path("data"), request.split, request.download)
-
-
-def _folder(request: Request) -> AnyImages:
-    from ebmkit.data.folders import load_folder
-
-    if request.data_dir is None:
-        raise UserError("data set 'folder' needs a folder of images: name it by --data-dir")
-    return load_folder(
-        request.data_dir,
-        request.split,
-        request.image_size,
-        request.progress,
-        faults=request.faults,
-    )
-
-
-def _imagenet(request: Request) -> AnyImages:
-    from ebmkit.data.folders import load_folder
-
-    if request.data_dir is None:
-        raise UserError(
-            "data set 'imagenet' needs the folder with train/ and val/: name it by --data-dir"
-        )
-    size = request.image_size or 224
-    return load_folder(
-        request.data_dir,
-        request.split,
-        size,
-        request.progress,
-        side=round(size * 256 / 224),
-        name="imagenet",
-        faults=request.faults,
-    )
-
-
-def _hdf5(request: Request) -> AnyImages:
-    from ebmkit.data.hdf5 import load_hdf5
-
-    if request.data_dir is None:
-        raise UserError("data set 'hdf5' needs an HDF5 file: name it by --data-dir")
-    return load_hdf5(request.data_dir, request.split, request.image_size)
-
-
-def _pictures(request: Request) -> StreamedSet:
-    from ebmkit.data.pictures import load_pictures
-
-    if request.data_dir is None:
-        raise UserError("data set 'pictures' needs a folder of pictures: name it by --data-dir")
-    if request.image_size is not None:
-        raise UserError("data set 'pictures' keeps each picture's size: leave the image size out")
-    return load_pictures(request.data_dir, request.split, request.faults)
+    class_names: tuple[str, ...] = ()
 
 
 DATASETS: dict[str, DatasetEntry] = {
     "digits": DatasetEntry(
-        _digits, "1,797 scanned digits, gray 8x8, 10 classes; included in scikit-learn"
+        load_digits, "1,797 scanned digits, gray 8x8, 10 classes; included in scikit-learn", DIGITS
     ),
     "patches": DatasetEntry(
-        _patches, "patches of two photographs, colour 32x32, no labels; included in scikit-learn"
+        load_patches,
+        "patches of two photographs, colour 32x32, no labels; included in scikit-learn",
     ),
     "cifar10": DatasetEntry(
-        _cifar10, "60,000 photographs, colour 32x32, 10 classes; torchvision's folder or HDF5"
+        load_cifar,
+        "60,000 photographs, colour 32x32, 10 classes; torchvision's folder or HDF5",
+        CIFAR["cifar10"].class_names,
     ),
     "cifar100": DatasetEntry(
-        _cifar100, "60,000 photographs, colour 32x32, 100 classes; torchvision's folder or HDF5"
+        load_cifar,
+        "60,000 photographs, colour 32x32, 100 classes; torchvision's folder or HDF5",
+        CIFAR["cifar100"].class_names,
     ),
     "folder": DatasetEntry(
-        _folder, "--data-dir is a folder: [train|test]/CLASS/*.png, or images without classes"
+        load_folder, "--data-dir is a folder: [train|test]/CLASS/*.png, or images without classes"
     ),
     "imagenet": DatasetEntry(
-        _imagenet,
-        "--data-dir is a folder of whole images, train|val/CLASS/*.JPEG; tested "
-        "on the 224 centre crop of 256",
+        load_imagenet,
+        "--data-dir is a folder of whole images, train|val/CLASS/*.JPEG; tested on "
+        "the 224 centre crop of 256",
     ),
     "pictures": DatasetEntry(
-        _pictures, "--data-dir is a folder of images of any size, to evaluate denoisers"
+        load_pictures, "--data-dir is a folder of images of any size, to evaluate denoisers"
     ),
-    "hdf5": DatasetEntry(_hdf5, "--data-dir is an HDF5 file, as `ebmkit data pack` writes it"),
+    "hdf5": DatasetEntry(load_hdf5, "--data-dir is an HDF5 file, as `ebmkit data pack` writes it"),
 }
 
 
@@ -175,12 +302,4 @@ def load_dataset(
     if image_size is not None and image_size < 1:
         raise UserError(f"image size {image_size} is not a number of pixels: take 1 or more")
     faults = faults or Faults()
-    return entry.load(Request(data_dir, split, image_size, download, progress, faults))
-
-
-def _own_size(name: str, request: Request, side: int) -> None:
-    if request.image_size not in (None, side):
-        raise UserError(
-            f"data set {name!r} has images of {side}x{side}, not {request.image_size}: leave the "
-            "image size out"
-        )
+    return entry.load(DatasetRequest(name, split, data_dir, image_size, download, progress, faults))

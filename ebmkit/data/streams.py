@@ -9,8 +9,8 @@ Samples are numbered through (`ebmkit.data.schedule` says how where batch sizes 
 entry :math:`n \bmod N` of the permutation of epoch :math:`\lfloor n / N \rfloor`. No remainder is
 dropped, and a set may be smaller than a batch.
 
-Crops of whole pictures are cut by the process that reads them, from numbers that travel with the
-request; everything else is done to the batch, on its device.
+Crops of whole images are cut by the process that reads them (`ebmkit.data.workers`), from numbers
+that travel with the request; everything else is done to the batch, on its device.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from ebmkit.data.augment import (
+    DRAWS,
+    Crop,
+    Cut,
     Rows,
-    cutmix,
+    crop_boxes,
     cutout,
     flip,
     mirror,
-    mixup,
-    mixup_or_cutmix,
+    mix,
     padded,
-    padded_crop,
     random_crop,
+    resize_boxes,
 )
-from ebmkit.data.crops import DRAWS, Crop, Cut, crop_boxes, resize_boxes
-from ebmkit.data.imagesets import ImageSet, to_floats
-from ebmkit.data.loading import Request, read_batches
-from ebmkit.data.schedule import Span, StreamConfig, check_stream, span_at
-from ebmkit.data.streamed import AnyImages, StreamedSet
-from ebmkit.randomness import keyed_seed
+from ebmkit.data.imagesets import AnyImages, ImageSet, StreamedSet, to_floats
+from ebmkit.data.schedule import Span, StreamConfig, span_at
+from ebmkit.data.workers import read_batches
+from ebmkit.errors import UserError
+from ebmkit.randomness import keyed_generator, keyed_seed
 
-__all__ = ["Batch", "Stream", "StreamConfig", "prefetched"]
-
-_MIX = {"mixup": mixup, "cutmix": cutmix, "both": mixup_or_cutmix}
+MAX_WARNINGS = 10
+"""Images left out that are warned of one by one."""
 
 
 class Batch(NamedTuple):
@@ -102,10 +102,6 @@ class Batch(NamedTuple):
         return self._replace(extra={**self.extra, **own})
 
 
-WARNINGS = 10
-"""Images left out that are told of one by one."""
-
-
 class Stream:
     """Batches of ``source`` as ``config`` wants them, indexed by step.
 
@@ -146,7 +142,6 @@ class Stream:
         steps: int | None = None,
     ) -> None:
         self.spans = config.spans(steps)
-        check_stream(source, config, self.spans, name, world_size, parts)
         self.device = torch.device(device)
         self.source = source.to(self.device) if isinstance(source, ImageSet) else source
         self.config = config
@@ -154,14 +149,64 @@ class Stream:
         self.seed = seed
         self.workers = workers
         self.skipped: dict[int, str] = {}
-        self._whole = isinstance(source, StreamedSet) and source.pictures is not None
+        self.crops = source.crops if isinstance(source, StreamedSet) else None
         self.rank, self.world_size = rank, world_size
+        self._check(parts)
         # Mixing needs the image before the first one too; it is dropped afterwards.
         self._extra = int(config.augmentation.mix != "none" and world_size > 1)
         self._generator = torch.Generator(self.device)
         self._orders: dict[tuple[int, torch.device], Tensor] = {}
         self._first_flips: Tensor | None = None
         self._held: dict[tuple[int, torch.device], Rows] = {}
+
+    def _check(self, parts: int) -> None:
+        """Check that the stream can be drawn; messages name the field of the phase at fault."""
+        source, options, crops = self.source, self.config.augmentation, self.crops
+        (height, width), padding = source.image_size, options.crop_padding
+        least, data = min(height, width), f"data set {source.name!r}"
+        share = self.world_size * parts
+        split = f" of {parts} parts each (compute.accumulate)" if parts > 1 else ""
+
+        def check(passed: bool, sentence: str) -> None:
+            if not passed:
+                raise UserError(f"stream {self.name!r}: {sentence}")
+
+        check(len(source) > 0, f"{data} has no {source.split} images")
+        check(
+            options.mix == "none" or source.labels is not None,
+            f"{options.mix} mixes labels, and {data} has none: set mix to none",
+        )
+        check(
+            crops is None or not padding,
+            f"crop_padding needs images of one size, and {data} gives whole images: set "
+            "crop_padding to 0",
+        )
+        check(
+            options.crop_fill != "reflect" or padding < least,
+            f"images of {height}x{width} cannot be reflected {padding} pixels wide: set "
+            f"crop_padding to at most {least - 1}",
+        )
+        what, side = f"the images, {height}x{width}", least + 2 * padding
+        if crops is not None:
+            what, side = f"the shorter side of the images, {crops.side}", crops.side
+        for span in self.spans:
+            where, crop = span.field(self.name), span.crop_size
+            check(
+                span.batch_size % share == 0,
+                f"a batch of {span.batch_size} does not divide among {self.world_size} "
+                f"process(es){split}: set {where}.batch_size to a multiple of {share}",
+            )
+            check(
+                crop is None or options.crop_scale is not None or crop <= side,
+                f"crop_size {crop} is larger than {what}: take at most {side} in {where}",
+            )
+            seen = (height, width) if crop is None else (crop, crop)
+            check(
+                options.cutout < min(seen),
+                f"cutout {options.cutout} can cover a whole image of {seen[0]}x{seen[1]}: set "
+                f"streams.{self.name}.augmentation.cutout to at most {min(seen) - 1}, or to 0 for "
+                "none",
+            )
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """The batches of steps ``start`` .. ``stop`` - 1.
@@ -173,26 +218,28 @@ class Stream:
             yield from self._streamed(self.source, start, stop)
             return
         for step in range(start, stop):
-            rows = self._indices(step, self.device)
-            labels = None if self.source.labels is None else self.source.labels[rows]
-            yield self._prepare(step, self.source.images[rows], labels)
+            yield self._prepare(step, *self.source.read(self._indices(step, self.device)))
 
     def _streamed(self, source: StreamedSet, start: int, stop: int) -> Iterator[Batch]:
-        cuda = self.device.type == "cuda"
-        read = read_batches(source, _Order(self, start, stop), self.workers, cuda)
-        for step, (images, labels, skipped) in enumerate(read, start):
-            self._tell(skipped)
+        cuda, host = self.device.type == "cuda", torch.device("cpu")
+        steps = range(start, stop)
+        requests = (
+            (
+                self._indices(step, host).tolist(),
+                self._cut(step) if self.crops is not None else None,
+            )
+            for step in steps
+        )
+        read = read_batches(source, requests, self.workers, cuda)
+        for step, (images, labels, skipped) in zip(steps, read, strict=True):
+            for number, reason in skipped.items():  # the first are warned of, all are counted
+                if number not in self.skipped and len(self.skipped) < MAX_WARNINGS:
+                    warnings.warn(f"left out of stream {self.name!r}: {reason}", stacklevel=2)
+                self.skipped[number] = reason
             images = images.to(self.device, non_blocking=cuda)
             if labels is not None:
                 labels = labels.to(self.device, non_blocking=cuda)
             yield self._prepare(step, images, labels)
-
-    def _tell(self, skipped: dict[int, str]) -> None:
-        """Warn of the first images that are left out; all are counted."""
-        for number, reason in skipped.items():
-            if number not in self.skipped and len(self.skipped) < WARNINGS:
-                warnings.warn(f"left out of stream {self.name!r}: {reason}", stacklevel=2)
-            self.skipped[number] = reason
 
     def numbers(self, step: int) -> list[int]:
         """Numbers in the data set of the images in this process's batch of ``step``."""
@@ -231,9 +278,11 @@ class Stream:
         return self._held[key]
 
     def _cut(self, step: int) -> Cut | None:
-        """The crops that are drawn on the host: all of whole pictures, and resized ones."""
+        """The crops that are drawn on the host: all of whole images, and resized ones."""
         options, span = self.config.augmentation, span_at(self.spans, step)
-        if options.crop_scale is None and not (self._whole and span.crop_size is not None):
+        if options.crop_scale is None and not (
+            self.crops is not None and span.crop_size is not None
+        ):
             return None
         side = span.crop_size
         size = self.source.image_size if side is None else (side, side)
@@ -246,7 +295,7 @@ class Stream:
         return self._generator.manual_seed(keyed_seed(self.seed, self.name, purpose, step))
 
     def _on_host(self, purpose: str, number: int) -> torch.Generator:
-        return torch.Generator().manual_seed(keyed_seed(self.seed, self.name, purpose, number))
+        return keyed_generator("cpu", self.seed, self.name, purpose, number)
 
     def _prepare(self, step: int, images: Tensor, labels: Tensor | None) -> Batch:
         """Augment, mix and add noise: images (B, C, H, W) uint8 to the batch of ``step``."""
@@ -257,22 +306,21 @@ class Stream:
             images = mirror(images, self._mirrored(step))
         elif options.flip:
             images = flip(images, generator, rows)
-        if self._whole:
+        if self.crops is not None:
             pass  # who read them has cut them
         elif (cut := self._cut(step)) is not None:
             boxes = crop_boxes(images.shape[2], images.shape[3], cut)
             images = resize_boxes(images, boxes, cut.crop.size)
-        elif span.crop_size is not None:
+        elif span.crop_size is not None or options.crop_padding:
+            size = span.crop_size or tuple(images.shape[-2:])
             wide = padded(images, options.crop_padding, options.crop_fill)
-            images = random_crop(wide, span.crop_size, generator, rows)
-        elif options.crop_padding:
-            images = padded_crop(images, options.crop_padding, generator, rows, options.crop_fill)
+            images = random_crop(wide, size, generator, rows)
         x = to_floats(images)
         if options.cutout:
             x = cutout(x, options.cutout, generator, rows)
         soft = None if labels is None else one_hot(labels, self.source.num_classes).float()
         if options.mix != "none" and soft is not None and self._mixes(step):
-            x, soft = _MIX[options.mix](x, soft, self._keyed("mix", step))
+            x, soft = mix(x, soft, options.mix, self._keyed("mix", step))
         own = slice(self._extra, None)
         x = x[own]
         sigma, eps = self._noise(step, x)
@@ -344,19 +392,3 @@ def prefetched(
             column.record_stream(main)
         present, ahead = ahead, draw()
         yield dict(zip(streams, present, strict=True))
-
-
-class _Order:
-    """The sampler of a loader: for each step, the images it needs."""
-
-    def __init__(self, stream: Stream, start: int, stop: int) -> None:
-        self._stream, self._steps = stream, range(start, stop)
-
-    def __len__(self) -> int:
-        return len(self._steps)
-
-    def __iter__(self) -> Iterator[Request]:
-        stream, host = self._stream, torch.device("cpu")
-        for step in self._steps:
-            cut = stream._cut(step) if stream._whole else None
-            yield Request(stream._indices(step, host).tolist(), cut)

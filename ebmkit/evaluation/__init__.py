@@ -1,17 +1,10 @@
-"""Evaluation: suites of measures with confidence intervals, as JSON, tables and pictures."""
+"""Evaluation: suites of measures with confidence intervals, as JSON, tables and plots."""
 
-from ebmkit.evaluation.context import NOISE_LEVELS, SIGMAS, EvaluationContext, Suite
-from ebmkit.evaluation.data import Images
-from ebmkit.evaluation.folders import evaluation_folder
+from ebmkit.evaluation.context import NOISE_LEVELS, SIGMAS, EvaluationContext, Images
+from ebmkit.evaluation.runner import Result, evaluate, evaluation_folder, tables
 from ebmkit.evaluation.statistics import Estimate
-from ebmkit.evaluation.suites import (
-    SUITES,
-    Result,
-    evaluate,
-    parse_options,
-    parse_suites,
-    tables,
-)
+from ebmkit.evaluation.suite import Suite
+from ebmkit.evaluation.suites import SUITES, parse_options, parse_suites
 
 __all__ = [
     "NOISE_LEVELS",

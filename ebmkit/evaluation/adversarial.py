@@ -2,10 +2,10 @@ r"""Suite ``adversarial``: adversarial gradients as differences of denoisers (CD
 
 .. math:: \nabla_y \log p(c \mid y) = \frac{D_c(y, c) - D_u(y)}{\sigma^2} .
 
-What the conditional denoiser adds to the unconditional one when it is told a label is the direction
-in which a classifier is attacked. As sigma goes to 0 the difference must shrink like sigma^2 for
-the gradient to stay bounded, which nothing enforces: the instability that sections 2.2 and 5.1
-speak of.
+What the conditional denoiser adds to the unconditional one when it is given a label is the
+direction in which a classifier is attacked. As sigma goes to 0 the difference must shrink like
+sigma^2 for the gradient to stay bounded, which nothing enforces: the instability of sections 2.2
+and 5.1.
 
 Measured at :math:`y = x + \sigma\epsilon` of the first images, in float32, for the *targets*, the
 likeliest labels at y beside the predicted one:
@@ -29,43 +29,42 @@ targets first), with ``sigma``; ``targets``, how many; ``lengths`` of the steps.
 
 from __future__ import annotations
 
-import copy
 import math
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
+from pydantic import Field, PositiveFloat
+from rich.table import Table
 from torch import Tensor
 
+from ebmkit import plots
 from ebmkit.compile import in_float32
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation import statistics
-from ebmkit.evaluation.context import EvaluationContext, Suite, check_classifies
-from ebmkit.evaluation.data import Batch, Images, noisy_batches
-from ebmkit.evaluation.subset import class_name, first_columns, noise_warnings
-from ebmkit.evaluation.tables import new_table, number
+from ebmkit.evaluation.context import Batch, EvaluationContext, Images, noisy_batches
+from ebmkit.evaluation.suite import (
+    Precision,
+    Suite,
+    SuiteConfig,
+    check_classifies,
+    class_name,
+    new_table,
+    noise_warnings,
+    number,
+)
 from ebmkit.metrics import predict
 from ebmkit.noise import Sigma, in_255ths
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-__all__ = ["ADVERSARIAL", "AdversarialConfig", "check", "difference", "draw", "run", "table"]
-
 ROWS = 4
-"""Images in the picture."""
+"""Images in the plot."""
 
-PANELS = 3
-"""Noise levels in the picture."""
+STEP = ("gain", "promised", "reached")
 
 
-class AdversarialConfig(BaseModel):
+class AdversarialConfig(SuiteConfig):
     """Settings of the suite ``adversarial``."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     sigmas: tuple[Sigma, ...] = Field(
         tuple(s / 255 for s in (1, 2, 5, 10, 20, 50, 100)),
@@ -84,9 +83,7 @@ class AdversarialConfig(BaseModel):
         min_length=1,
         description="l2 lengths of the steps along the gradient, image units",
     )
-    precision: Literal["single", "double"] = Field(
-        "single", description="precision: single (float32) or double (float64)"
-    )
+    precision: Precision = "single"
 
 
 def difference(model: EnergyModel, y: Tensor, c: Tensor, sigma: float) -> Tensor:
@@ -101,6 +98,196 @@ def difference(model: EnergyModel, y: Tensor, c: Tensor, sigma: float) -> Tensor
     return (model.denoise(y, sigma, c) - model.denoise(y, sigma)) / sigma**2
 
 
+def measure(context: EvaluationContext) -> dict[str, Any]:
+    """Measure gradients at every noise level; see the module's text for what is returned."""
+    config = context.option(AdversarialConfig)
+    model = context.model_in(config.precision)
+    assert isinstance(model, EnergyModel)
+    targets = min(config.labels, model.num_classes - 1)
+    images = context.first(config.images)
+    batch_size = min(context.batch_size, math.ceil(len(images) / context.world.size))
+    levels = []
+    for sigma in _sigmas(context):
+
+        def of_batch(batch: Batch, sigma: float = sigma) -> dict[str, Tensor]:
+            y = batch.y.double() if config.precision == "double" else batch.y
+            return _measure(model, y, sigma, targets, config.lengths)
+
+        columns = context.columns(sigma, of_batch, images, batch_size)
+        means: dict[str, Any] = {name: statistics.mean(column) for name, column in columns.items()}
+        steps = [
+            {"length": length, **{name: means.pop(f"{name} {i}") for name in STEP}}
+            for i, length in enumerate(config.lengths)
+        ]
+        level = {"sigma": sigma, "identity_error": None, "rounding": None, **means, "steps": steps}
+        levels.append(level)
+    return {
+        "images": len(images),
+        "sigmas": config.sigmas,
+        "targets": targets,
+        "lengths": config.lengths,
+        "levels": levels,
+        "warnings": noise_warnings(model, config.sigmas),
+    }
+
+
+def _sigmas(context: EvaluationContext) -> list[float]:
+    """Those asked for, ascending; the clean image first, if the model needs no sigma."""
+    levels = sorted(set(context.option(AdversarialConfig).sigmas))
+    return levels if context.model.noise_conditional else [0.0, *levels]
+
+
+def _measure(
+    model: EnergyModel, y: Tensor, sigma: float, targets: int, lengths: tuple[float, ...]
+) -> dict[str, Tensor]:
+    """Columns (B,); those of ``targets`` labels are means over them."""
+    level = sigma or None
+    order = model.energies(y, level).logits.argsort(dim=1, descending=True)
+    columns = {
+        "norm_predicted": _norm(model.label_score(y, order[:, 0], level)),
+        "score_norm": _norm(model.score(y, sigma=level)),
+    }
+    by_target = []
+    for c in order[:, 1 : 1 + targets].T:
+        gradient = model.label_score(y, c, level)
+        norm = _norm(gradient)
+        own = {"norm": norm}
+        safe = norm.clamp_min(torch.finfo(norm.dtype).tiny)
+        if sigma:
+            own["identity_error"] = _norm(difference(model, y, c, sigma) - gradient) / safe
+            own["rounding"] = torch.finfo(y.dtype).eps / 2 * _norm(y) / sigma**2 / safe
+        before = model.energies(y, level).at_label(c)
+        for i, length in enumerate(lengths):
+            after = model.energies(y + length * gradient / safe.reshape(-1, 1, 1, 1), level)
+            own[f"gain {i}"] = after.at_label(c) - before
+            own[f"promised {i}"] = length * norm
+            own[f"reached {i}"] = (predict(after.logits) == c).to(norm)
+        by_target.append(own)
+    return columns | {
+        name: torch.stack([own[name] for own in by_target]).mean(0) for name in by_target[0]
+    }
+
+
+def _norm(images: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(images.flatten(1), dim=1)
+    return norm
+
+
+def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
+    """Write ``adversarial.png``, gradients at some noise levels, and ``adversarial-norms.png``."""
+    _plot_gradients(context, document, folder / "adversarial.png")
+    _plot_norms(document, folder / "adversarial-norms.png")
+
+
+def _plot_gradients(context: EvaluationContext, document: dict[str, Any], path: Path) -> None:
+    """One row per image: the clean one, then at three noise levels the noisy one and gradients."""
+    config = context.option(AdversarialConfig)
+    model = context.model_in(config.precision)
+    assert isinstance(model, EnergyModel)
+    sigmas, images = sorted(set(config.sigmas)), context.first(ROWS)
+
+    def name(label: Tensor) -> str:
+        return class_name(images, int(label))
+
+    rows: list[list[tuple[Tensor, str]]] = []
+    heads, groups, targets = ["clean"], dict[int, str](), None
+    for i in sorted({0, (len(sigmas) - 1) // 2, len(sigmas) - 1}):
+        sigma = sigmas[i]
+        ((x, y, labels),) = noisy_batches(images, sigma, context.seed, ROWS, context.device)
+        y = y.double() if config.precision == "double" else y
+        if not rows:
+            below = [""] * len(x) if labels is None else map(name, labels)
+            rows = [[cell] for cell in zip(x, below, strict=True)]
+        with in_float32(context.device):
+            posterior = model.energies(y, sigma).log_posterior().exp()
+            if targets is None:  # the same at all levels, so that gradients can be compared
+                likeliest = posterior.argsort(dim=1, descending=True)
+                targets = likeliest[:, 1 : 1 + document["targets"]]
+            gradients = [difference(model, y, c, sigma) for c in targets.T]
+        groups[len(heads)] = plots.sigma_label(sigma)
+        heads += ["noisy, predicted", *(f"target {k + 1}" for k in range(len(gradients)))]
+        for j, (row, p) in enumerate(zip(rows, posterior, strict=True)):
+            row.append((y[j], f"{name(p.argmax())} ({100 * float(p.max()):.0f} %)"))
+            for c, gradient in zip(targets[j], gradients, strict=True):
+                own = gradient[j]
+                row.append((plots.around_gray(own), f"{name(c)}: {float(own.norm()):.2g}"))
+    of = plots.images_of(document, len(images))
+    plots.image_rows(
+        rows,
+        heads,
+        path,
+        groups,
+        "Adversarial gradients as differences of denoisers: "
+        f"$\\nabla \\log p(c|y) = (D_c - D_u) / \\sigma^2$ ({of})",
+        "Targets: the likeliest labels beside the predicted one at the lowest noise. Gradients are "
+        "around gray, each scaled to the full range; numbers are l2 norms, nats per image unit.",
+    )
+
+
+def _plot_norms(document: dict[str, Any], path: Path) -> None:
+    """Norms of gradients against the noise level, and what a step along them does."""
+    figure = plots.new_figure(9.6, 5.0, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    noisy = [level for level in document["levels"] if level["sigma"]]
+    clean = [level for level in document["levels"] if not level["sigma"]]
+    x = [255 * level["sigma"] for level in noisy]
+    series = (
+        ("norm", "targets", plots.ORANGE, "s"),
+        ("norm_predicted", "predicted label", plots.BLUE, "o"),
+        ("score_norm", "score $\\nabla\\log p(y)$", plots.GREEN, "^"),
+    )
+    # an interval of a mean may reach 0, which a logarithmic axis has not
+    values = [level[name]["value"] for level in noisy for name, *_ in series]
+    floor = min([value for value in values if value], default=1.0) / 5
+    for name, label, colour, marker in series:
+        look: dict[str, Any] = {"color": colour, "marker": marker, "ms": 4, "label": label}
+        plots.plot_estimates(left, x, [level[name] for level in noisy], **look)
+        for level in clean:
+            left.axhline(level[name]["value"], color=colour, ls=":", lw=1)
+    if clean:
+        left.plot([], [], color=plots.GRAY, ls=":", lw=1, label="at the clean image")
+    title, y = "Gradients of log p(c|y), mean over images", "l2 norm (nats per image unit)"
+    plots.annotate(left, title, plots.SIGMA, y, xscale="log", yscale="log", ylim=(floor, None))
+    rises: list[float] = []
+    for k, length in enumerate(document["lengths"]):
+        gains, promised = (
+            [level["steps"][k][name]["value"] for level in noisy] for name in ("gain", "promised")
+        )
+        rises += gains
+        colour, label = plots.COLOURS[k % 3], f"step {length:g}"
+        right.plot(x, gains, f"{plots.MARKERS[k % 3]}-", color=colour, ms=4, label=label)
+        right.plot(x, promised, "--", color=colour, lw=1)
+    right.plot([], [], "--", color=plots.GRAY, lw=1, label="promised by the gradient")
+    title = "A step along the gradient of a target (l2 length)"
+    plots.annotate(right, title, plots.SIGMA, "rise of log p(c|y) (nats)", xscale="log")
+    if min(rises) <= 0:
+        right.set_yscale("symlog", linthresh=0.1)
+    else:
+        right.set_yscale("log")
+    for axes in (left, right):
+        plots.legend_below(axes, columns=2)
+    figure.suptitle(f"Adversarial gradients: {plots.images_of(document)}", fontsize=11)
+    plots.save_figure(figure, path)
+
+
+def table(document: dict[str, Any]) -> Table:
+    """By noise level: norms, the identity's error, and the longest step."""
+    gain = f"gain at {document['lengths'][-1]:g}"
+    heads = ("sigma", "norm", "predicted", "score", "eq. 9 error", gain, "promised")
+    result = new_table(document, heads)
+    for level in document["levels"]:
+        result.add_row(
+            f"{in_255ths(level['sigma'])}/255" if level["sigma"] else "clean",
+            number(level["norm"], "{:.3g}"),
+            number(level["norm_predicted"], "{:.3g}"),
+            number(level["score_norm"], "{:.3g}"),
+            number(level["identity_error"], "{:.1e}"),
+            number(level["steps"][-1]["gain"], "{:+.2f}"),
+            number(level["steps"][-1]["promised"], "{:+.2f}"),
+        )
+    return result
+
+
 def check(model: ScoreModel, images: Images) -> None:
     """Whether there are labels to turn to.
 
@@ -112,168 +299,14 @@ def check(model: ScoreModel, images: Images) -> None:
         raise UserError("a model of one class has no adversarial gradients: they are all 0")
 
 
-def run(setting: EvaluationContext) -> dict[str, Any]:
-    """Measure; see the module's text for what is returned."""
-    config, model = setting.option(AdversarialConfig), _model(setting)
-    used = min(config.images, len(setting.images))
-    rows = min(setting.batch_size, math.ceil(used / setting.world.size))
-    levels = []
-    with in_float32(setting.device):
-        for sigma in _levels(setting):
-            measure = partial(_measure, model, sigma, config)
-            columns = first_columns(setting, used, sigma, measure, rows)
-            levels.append(_level(sigma, config, columns))
-    return {
-        "images": used,
-        "precision": "fp64" if config.precision == "double" else "fp32",
-        "compiled": False,
-        "sigmas": list(config.sigmas),
-        "targets": _targets(config, model),
-        "lengths": list(config.lengths),
-        "levels": levels,
-        "warnings": noise_warnings(model, config.sigmas),
-    }
-
-
-def _model(setting: EvaluationContext) -> EnergyModel:
-    model = setting.exact_model
-    assert isinstance(model, EnergyModel)
-    if setting.option(AdversarialConfig).precision == "double":
-        return copy.deepcopy(model).double()
-    return model
-
-
-def _levels(setting: EvaluationContext) -> list[float]:
-    """Those asked for, ascending; the clean image first, if the model needs no sigma."""
-    levels = sorted(set(setting.option(AdversarialConfig).sigmas))
-    return levels if setting.model.noise_conditional else [0.0, *levels]
-
-
-def _targets(config: AdversarialConfig, model: ScoreModel) -> int:
-    return min(config.labels, model.num_classes - 1)
-
-
-def _measure(
-    model: EnergyModel, sigma: float, config: AdversarialConfig, batch: Batch
-) -> dict[str, Tensor]:
-    y = batch.y.double() if config.precision == "double" else batch.y
-    level = sigma or None
-    order = model.energies(y, level).logits.argsort(dim=1, descending=True)
-    columns = {
-        "norm_predicted": _norm(model.label_score(y, order[:, 0], level)),
-        "score_norm": _norm(model.score(y, sigma=level)),
-    }
-    by_target = []
-    for rank in range(1, 1 + _targets(config, model)):
-        by_target.append(_of_target(model, y, order[:, rank], sigma, config))
-    for name in by_target[0]:
-        columns[name] = torch.stack([found[name] for found in by_target]).mean(0)
-    return columns
-
-
-def _of_target(
-    model: EnergyModel, y: Tensor, c: Tensor, sigma: float, config: AdversarialConfig
-) -> dict[str, Tensor]:
-    level = sigma or None
-    gradient = model.label_score(y, c, level)
-    norm = _norm(gradient)
-    columns = {"norm": norm}
-    safe = norm.clamp_min(torch.finfo(norm.dtype).tiny)
-    if sigma:
-        columns["identity_error"] = _norm(difference(model, y, c, sigma) - gradient) / safe
-        columns["rounding"] = torch.finfo(y.dtype).eps / 2 * _norm(y) / sigma**2 / safe
-    before = model.energies(y, level).at_label(c)
-    for i, length in enumerate(config.lengths):
-        step = y + length * gradient / safe.reshape(-1, 1, 1, 1)
-        after = model.energies(step, level)
-        columns[f"gain {i}"] = after.at_label(c) - before
-        columns[f"promised {i}"] = length * norm
-        columns[f"reached {i}"] = (predict(after.logits) == c).to(norm)
-    return columns
-
-
-def _norm(images: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(images.flatten(1), dim=1)
-    return norm
-
-
-def _level(sigma: float, config: AdversarialConfig, columns: dict[str, Tensor]) -> dict[str, Any]:
-    means = {name: statistics.mean(column).document() for name, column in columns.items()}
-    steps = [
-        {"length": length, **{k: means.pop(f"{k} {i}") for k in ("gain", "promised", "reached")}}
-        for i, length in enumerate(config.lengths)
-    ]
-    return {"sigma": sigma, "identity_error": None, "rounding": None, **means, "steps": steps}
-
-
-def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
-    """Write ``adversarial.png``, gradients at some noise levels, and ``adversarial-norms.png``."""
-    from ebmkit.plots import adversarial as pictures
-    from ebmkit.plots.common import images_of
-
-    config, model = setting.option(AdversarialConfig), _model(setting)
-    sigmas = sorted(set(config.sigmas))
-    middle = sorted({0, (len(sigmas) - 1) // 2, len(sigmas) - 1})[:PANELS]
-    few = setting.images.first(min(ROWS, len(setting.images)))
-    panels, targets, clean = [], None, None
-    with in_float32(setting.device):
-        for sigma in [sigmas[i] for i in middle]:
-            ((clean, y, _),) = noisy_batches(few, sigma, setting.seed, ROWS, setting.device)
-            y = y.double() if config.precision == "double" else y
-            posterior = model.energies(y, sigma).log_posterior().exp()
-            if targets is None:  # the same at all levels, so that gradients can be compared
-                targets = posterior.argsort(dim=1, descending=True)[:, 1 : 1 + document["targets"]]
-            confidence, predicted = posterior.max(dim=1)
-            names = [class_name(setting.images, int(c)) for c in predicted]
-            panels.append(
-                pictures.AdversarialPanel(
-                    sigma=sigma,
-                    noisy=y,
-                    predicted=[
-                        f"{n} ({100 * p:.0f} %)" for n, p in zip(names, confidence, strict=True)
-                    ],
-                    gradients=torch.stack(
-                        [difference(model, y, c, sigma) for c in targets.T], dim=1
-                    ),
-                    targets=[[class_name(setting.images, int(c)) for c in row] for row in targets],
-                )
-            )
-    assert clean is not None
-    labels = few.labels
-    titles = [] if labels is None else [class_name(setting.images, int(c)) for c in labels]
-    description = images_of(document, len(few))
-    pictures.adversarial_grid(clean, titles, panels, folder / "adversarial.png", description)
-    pictures.adversarial_norms(document, folder / "adversarial-norms.png")
-
-
-def table(document: dict[str, Any]) -> Table:
-    """By noise level: norms, the identity's error, and the longest step."""
-    length = f"{document['lengths'][-1]:g}"
-    result = new_table(
-        document,
-        ("sigma", "norm", "predicted", "score", "eq. 9 error", f"gain at {length}", "promised"),
-    )
-    for level in document["levels"]:
-        step, error = level["steps"][-1], level["identity_error"]
-        result.add_row(
-            f"{in_255ths(level['sigma'])}/255" if level["sigma"] else "clean",
-            number(level["norm"]["value"], "{:.3g}"),
-            number(level["norm_predicted"]["value"], "{:.3g}"),
-            number(level["score_norm"]["value"], "{:.3g}"),
-            number(error and error["value"], "{:.1e}"),
-            number(step["gain"]["value"], "{:+.2f}"),
-            number(step["promised"]["value"], "{:+.2f}"),
-        )
-    return result
-
-
 ADVERSARIAL = Suite(
     description="adversarial gradients as differences of denoisers (eq. 9), and their "
     "norm against noise",
-    check=check,
-    passes=lambda setting: len(_levels(setting)),
-    run=run,
-    draw=draw,
+    measure=measure,
+    plot=plot,
     table=table,
+    check=check,
+    passes=lambda context: len(_sigmas(context)),
     options=AdversarialConfig,
+    exact=True,
 )

@@ -1,55 +1,57 @@
-r"""Attacks on a joint model by foolbox, through whatever defends it.
+r"""Attacks on a classifier through whatever defends it: PGD (`ebmkit.attacks`) and AutoAttack.
 
-An attack of strength :math:`\epsilon` looks for an image :math:`x'` near x, in :math:`[0, 1]^d`,
-that is given another label than the true one c. Projected gradient descent (PGD, Madry et al. 2018)
-climbs the loss,
-
-.. math::
-    x_{t+1} = \Pi\bigl(x_t + \alpha\, n(\nabla_x L(x_t, c))\bigr), \qquad
-    L(x, c) = -\log p(c \mid x),
-
-from a random point of the ball :math:`\|x' - x\| \le \epsilon`; the projection goes onto the ball
-and onto :math:`[0, 1]^d`, and n is the sign for :math:`\ell_\infty` and the direction for
-:math:`\ell_2`.
+An attack of strength :math:`\epsilon` looks for an image :math:`x'` with
+:math:`\|x' - x\| \le \epsilon`, in :math:`[0, 1]^d`, that is given another label than the true one
+c, by the gradient of :math:`-\log p(c \mid x')`.
 
 Every defence (`ebmkit.evaluation.defences`) is attacked through. The gradient of a denoiser
 contains second derivatives of the model, :math:`\nabla D = I + \sigma^2 \nabla^2 \log p` (CDN eq.
 14). Where noise is added, each gradient is that of an average over new draws (expectation over
 transformation, Athalye et al. 2018): the attacker knows the defence, but not the draws on which it
-is judged.
+is judged. Random starts are drawn for each image from its content and a seed.
 
-Random starts are drawn for each image from its content and a seed, so nothing depends on the batch
-in which an image is attacked.
+AutoAttack (Croce and Hein, arXiv 2003.01690) is an ensemble without parameters: PGD whose step size
+adapts, on the cross-entropy and, targeted, on the ratio of logit differences; FAB, which looks for
+the nearest boundary; and Square, which asks for no gradient. The last tells masked gradients from
+true robustness. On defences that add noise, its version for randomised ones: adaptive PGD on both
+losses, each gradient averaged over 20 calls. It is the package pyautoattack, an extra: ``pip
+install 'ebmkit-vision[autoattack]'``.
 """
 
 from __future__ import annotations
 
-import math
-import warnings
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from importlib.util import find_spec
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ebmkit.attacks import (
+    Norm,
+    gradient_of,
+    minimal_epsilons,
+    noise_of_size,
+    projected_gradient_descent,
+    random_start,
+)
 from ebmkit.errors import UserError
-from ebmkit.evaluation.defences import DefendedClassifier, frozen, image_numbers, labels_given
-
-__all__ = ["NORMS", "Attack", "Norm", "minimal_epsilons", "rounds"]
-
-Norm = Literal["linf", "l2"]
-
-NORMS: tuple[Norm, ...] = get_args(Norm)
+from ebmkit.evaluation.defences import DefendedClassifier, frozen, predicted_labels
+from ebmkit.randomness import image_generators
 
 STEPSIZE = 0.2
 """Of PGD, relative to the strength. Steps of 0.03 or 0.06 in 40, as usual, left images unbroken on
 digits that this one broke, and AutoAttack."""
 
+AUTOATTACK_TARGETS = 9
+"""How many other labels AutoAttack aims at, at most."""
+
 
 @dataclass(frozen=True)
 class Attack:
-    """An attack by foolbox on a classifier of images in [0, 1].
+    """An attack on a classifier of images in [0, 1].
 
     Args:
         norm: in which strength is measured.
@@ -83,13 +85,18 @@ class Attack:
             x: images (B, C, H, W) in [0, 1].
             labels: the true ones (B,).
             epsilon: strength, image units.
-            noise: of the evaluation of each image, as `DefendedClassifier.judged` takes it.
+            noise: on which each image is judged, as `DefendedClassifier.log_posterior` takes it.
             seed: of random starts and of the attacker's draws, any text.
 
         Raises:
             UserError: if an image leaves [0, 1].
         """
-        _check_range(x)
+        low, high = float(x.min()), float(x.max())
+        if low < 0 or high > 1:
+            raise UserError(
+                f"images with values from {low:.4g} to {high:.4g} cannot be attacked: they must be "
+                "within [0, 1]"
+            )
         broken = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         for number in range(self.restarts):
             left = torch.nonzero(~broken).squeeze(1)
@@ -98,124 +105,116 @@ class Attack:
             key = f"{seed} {self.norm} {self.kind} {epsilon:.9g} {number}"
             found = self.perturbed(target, x[left], labels[left], epsilon, key)
             own = None if noise is None else noise[left]
-            broken[left] = labels_given(target, found, own) != labels[left]
+            broken[left] = predicted_labels(target, found, own) != labels[left]
         return broken
 
     def perturbed(
         self, target: DefendedClassifier, x: Tensor, labels: Tensor, epsilon: float, seed: str = ""
     ) -> Tensor:
         """The images (B, C, H, W) that one start of the attack ends with, in [0, 1]."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # foolbox's imports from scipy
-            from foolbox.models.pytorch import PyTorchModel
-
-        attack = self._foolbox(image_numbers(x, seed))
-        target.restart(seed)
-        with torch.random.fork_rng([x.device] if x.is_cuda else []), frozen(target):
-            classifier = PyTorchModel(target, bounds=(0, 1), device=x.device)
-            _, found, _ = attack(classifier, x, labels, epsilons=epsilon)
-        image: Tensor = found.detach().clamp(0, 1)
-        return image
-
-    def _foolbox(self, numbers: Sequence[int]) -> Any:
-        """foolbox's attack, whose random numbers come from ``numbers``, one per image."""
-        from foolbox.attacks import additive_noise, fast_gradient_method
-        from foolbox.attacks import projected_gradient_descent as pgd
-
-        linf = self.norm == "linf"
-        if self.kind == "one-step":
-            single = fast_gradient_method
-            return single.LinfFastGradientAttack() if linf else single.L2FastGradientAttack()
-        attack: Any
+        generators = image_generators(x, seed)
         if self.kind == "noise":
-            attack = (
-                additive_noise.LinfAdditiveUniformNoiseAttack()
-                if linf
-                else additive_noise.L2ClippingAwareAdditiveGaussianNoiseAttack()
+            return noise_of_size(x, epsilon, self.norm, generators)
+
+        def loss(y: Tensor) -> Tensor:
+            return torch.nn.functional.cross_entropy(target(y), labels, reduction="none")
+
+        start, steps, stepsize = None, 1, 1.0
+        if self.kind == "pgd":
+            start = random_start(x, epsilon, self.norm, generators)
+            steps, stepsize = self.steps, self.stepsize or max(STEPSIZE, 2.5 / self.steps)
+        target.restart(seed)
+        with frozen(target):
+            return projected_gradient_descent(
+                gradient_of(loss),
+                x,
+                epsilon,
+                self.norm,
+                steps=steps,
+                step_size=stepsize * epsilon,
+                start=start,
             )
-            attack.sample_noise = _one_by_one(attack.sample_noise, numbers)
-            return attack
-        kind = (
-            pgd.LinfProjectedGradientDescentAttack if linf else pgd.L2ProjectedGradientDescentAttack
-        )
-        attack = kind(
-            rel_stepsize=self.stepsize or max(STEPSIZE, 2.5 / self.steps), steps=self.steps
-        )
-        attack.get_random_start = _one_by_one(attack.get_random_start, numbers)
-        return attack
+
+    def minimal_epsilons(
+        self,
+        target: DefendedClassifier,
+        x: Tensor,
+        labels: Tensor,
+        epsilons: Sequence[float],
+        noise: Tensor | None = None,
+        seed: str = "",
+        done: Callable[[], None] = lambda: None,
+    ) -> Tensor:
+        """`ebmkit.attacks.minimal_epsilons` of each image, (B,) float64, by `breaks`."""
+
+        def succeeds(rows: Tensor, epsilon: float) -> Tensor:
+            own = None if noise is None else noise[rows]
+            return self.breaks(target, x[rows], labels[rows], epsilon, own, seed)
+
+        wrong = predicted_labels(target, x, noise) != labels
+        return minimal_epsilons(succeeds, wrong, epsilons, done)
 
 
-def minimal_epsilons(
-    attack: Attack,
-    target: DefendedClassifier,
-    x: Tensor,
-    labels: Tensor,
-    epsilons: Sequence[float],
-    noise: Tensor | None = None,
-    seed: str = "",
-    done: Callable[[], None] = lambda: None,
-) -> Tensor:
-    """The smallest of ``epsilons`` that breaks each image, (B,): 0 if it is wrong unattacked.
-
-    inf where none does. Found by bisection: an image that is broken stays broken at every larger
-    strength, where the same perturbation is allowed, and an attack that fails is taken to fail at
-    every smaller one. So each image is attacked `rounds` times at most, not at every strength.
-
-    Args:
-        attack: the attack.
-        target: the classifier.
-        x: images (B, C, H, W) in [0, 1].
-        labels: the true ones (B,).
-        epsilons: strengths above 0, image units.
-        noise: of the evaluation of each image, as `DefendedClassifier.judged` takes it.
-        seed: any text.
-        done: called after each of the `rounds` of bisection.
+def check_autoattack() -> None:
+    """Whether pyautoattack is there.
 
     Raises:
-        UserError: if an image leaves [0, 1].
+        UserError: if it is not.
     """
-    grid = [0.0, *sorted(epsilons), math.inf]
-    fails = torch.zeros(len(x), dtype=torch.long)  # the largest that is known to fail
-    breaks = torch.full((len(x),), len(grid) - 1)  # the smallest that is known to break
-    wrong = (labels_given(target, x, noise) != labels).cpu()
-    fails[wrong], breaks[wrong] = -1, 0
-    for _ in range(rounds(len(epsilons))):
-        middle = ((fails + breaks) // 2).where(breaks - fails > 1, -1)
-        for k in sorted({*middle.tolist()} - {-1}):
-            rows = torch.nonzero(middle == k).squeeze(1)
-            own = None if noise is None else noise[rows]
-            broken = attack.breaks(target, x[rows], labels[rows], grid[k], own, seed).cpu()
-            breaks[rows[broken]], fails[rows[~broken]] = k, k
-        done()
-    return torch.tensor(grid, dtype=torch.float64)[breaks]
-
-
-def rounds(count: int) -> int:
-    """How many attacks on an image `minimal_epsilons` makes at most, of ``count`` strengths."""
-    return math.ceil(math.log2(count + 1))
-
-
-def _one_by_one(draw: Callable[..., Any], numbers: Sequence[int]) -> Callable[..., Any]:
-    """``draw`` of foolbox, image by image, each from its own number, by torch's global generator.
-
-    So an image gets the same whatever batch it is in.
-    """
-    import eagerpy
-
-    def drawn(x: Any, *arguments: Any) -> Any:
-        rows = []
-        for i, number in enumerate(numbers):
-            torch.manual_seed(number)
-            rows.append(draw(x[i : i + 1], *arguments))
-        return eagerpy.concatenate(rows)
-
-    return drawn
-
-
-def _check_range(x: Tensor) -> None:
-    low, high = float(x.min()), float(x.max())
-    if low < 0 or high > 1:
+    if find_spec("pyautoattack") is None:
         raise UserError(
-            f"images with values from {low:.4g} to {high:.4g} cannot be attacked: they must be "
-            "within [0, 1]"
+            "AutoAttack needs the package pyautoattack, which is not installed: "
+            "pip install 'ebmkit-vision[autoattack]', or leave autoattack out"
         )
+
+
+def autoattack(
+    target: DefendedClassifier,
+    norm: Norm,
+    x: Tensor,
+    labels: Tensor,
+    epsilon: float,
+    noise: Tensor | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """Which images (B,) bool are given a wrong label after AutoAttack, as `Attack.breaks` says it.
+
+    Those that are wrong without it are not attacked. Its margin losses need three classes, four
+    where they are targeted, and Square in l2 needs images of five pixels a side: without these it
+    does without them. Random numbers come from torch's global generator, which is left as it was,
+    and so depend on the batch.
+
+    Raises:
+        UserError: if pyautoattack is not installed.
+    """
+    check_autoattack()
+    from pyautoattack import AutoAttack
+
+    broken = predicted_labels(target, x, noise) != labels
+    left = torch.nonzero(~broken).squeeze(1)
+    if len(left) == 0:
+        return broken
+    logging.getLogger("auto-attack").addHandler(logging.NullHandler())  # it logs its steps
+    classes, least = target.model.num_classes, {"apgd-dlr": 3, "apgd-t": 4}
+    tiny = norm == "l2" and min(x.shape[-2:]) < 5
+    target.restart(f"autoattack {seed}")
+    with torch.random.fork_rng([x.device] if x.is_cuda else []), frozen(target):
+        adversary = AutoAttack(
+            target,
+            device=x.device,
+            eps=epsilon,
+            norm={"linf": "Linf", "l2": "L2"}[norm],
+            seed=seed,
+            version="rand" if target.defence.random else "standard",
+        )
+        adversary.attacks_to_run = [
+            name
+            for name in adversary.attacks_to_run
+            if classes >= least.get(name, 2) and not (tiny and name == "square")
+        ]
+        for part in (adversary.apgd_targeted, adversary.fab):
+            part.n_target_classes = min(AUTOATTACK_TARGETS, classes - 1)
+        found = adversary.run_standard_evaluation(x[left], labels[left], batch_size=len(left))[0]
+    own = None if noise is None else noise[left]
+    broken[left] = predicted_labels(target, found.detach().clamp(0, 1), own) != labels[left]
+    return broken

@@ -20,22 +20,20 @@ confidence and accuracy (null where it is empty).
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from rich.table import Table
 from torch import Tensor
 
+from ebmkit import plots
 from ebmkit.evaluation import statistics
-from ebmkit.evaluation.context import EvaluationContext, Predictions, Suite, check_classifies
+from ebmkit.evaluation.context import EvaluationContext
 from ebmkit.evaluation.statistics import Estimate
-from ebmkit.evaluation.tables import interval, new_table, number
+from ebmkit.evaluation.suite import Suite, check_classifies, estimate_table
 from ebmkit.noise import in_255ths
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-__all__ = ["CALIBRATION", "calibration_error", "draw", "reliability", "run", "table"]
 
 BINS = 15
 NOISY = 25 / 255
@@ -66,63 +64,20 @@ def calibration_error(
 def reliability(confidence: Tensor, right: Tensor, bins: int = BINS) -> list[dict[str, Any]]:
     """Of each bin: ``low``, ``high``, ``count``, mean ``confidence``, ``accuracy``."""
     index = _bin_of(confidence, bins)
-    rows = []
+    found = []
     for b in range(bins):
-        own = index == b
-        count = int(own.sum())
-        rows.append(
+        own = torch.from_numpy(index == b)
+        known = bool(own.any())
+        found.append(
             {
                 "low": b / bins,
                 "high": (b + 1) / bins,
-                "count": count,
-                "confidence": float(confidence.numpy()[own].mean()) if count else None,
-                "accuracy": statistics.proportion(int(right.numpy()[own].sum()), count).document()
-                if count
-                else None,
+                "count": int(own.sum()),
+                "confidence": float(confidence[own].numpy().mean()) if known else None,
+                "accuracy": statistics.accuracy(right[own]).document() if known else None,
             }
         )
-    return rows
-
-
-def run(setting: EvaluationContext) -> dict[str, Any]:
-    """Measure; see the module's text for what is returned."""
-    levels = [_level(setting.predictions(s), s, setting.seed) for s in (0.0, NOISY)]
-    document: dict[str, Any] = {"sigmas": [0.0, NOISY], "levels": levels}
-    for name in MEASURES:
-        estimate = levels[0][name]
-        document[name] = estimate["value"]
-        document[f"{name}_interval"] = [estimate["low"], estimate["high"]]
-    return document
-
-
-def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
-    """Write ``reliability.png``."""
-    from ebmkit import plots
-
-    plots.reliability_diagram(document["levels"], folder / "reliability.png")
-
-
-def table(document: dict[str, Any]) -> Table:
-    """ECE, Brier score and NLL with their intervals, clean and noisy."""
-    result = new_table(document, ("metric", "value", "95 % interval"))
-    for level in document["levels"]:
-        where = f" at sigma {in_255ths(level['sigma'])}/255" if level["sigma"] else ""
-        for name, label in MEASURES.items():
-            estimate = level[name]
-            span = interval(estimate["low"], estimate["high"], "{:.4f}")
-            result.add_row(label + where, number(estimate["value"], "{:.4f}"), span)
-    return result
-
-
-def _level(predictions: Predictions, sigma: float, seed: int) -> dict[str, Any]:
-    error = calibration_error(predictions.confidence, predictions.right, seed=seed)
-    return {
-        "sigma": sigma,
-        "ece": error.document(),
-        "brier": statistics.mean(predictions.brier).document(),
-        "nll": statistics.mean(predictions.nll).document(),
-        "bins": reliability(predictions.confidence, predictions.right),
-    }
+    return found
 
 
 def _bin_of(confidence: Tensor, bins: int) -> NDArray[np.intp]:
@@ -131,13 +86,78 @@ def _bin_of(confidence: Tensor, bins: int) -> NDArray[np.intp]:
     return found
 
 
+def measure(context: EvaluationContext) -> dict[str, Any]:
+    """Calibration, clean and noisy; see the module's text for what is returned."""
+    levels: list[dict[str, Any]] = []
+    for sigma in (0.0, NOISY):
+        found = context.predictions(sigma)
+        levels.append(
+            {
+                "sigma": sigma,
+                "ece": calibration_error(found.confidence, found.right, seed=context.seed),
+                "brier": statistics.mean(found.brier),
+                "nll": statistics.mean(found.nll),
+                "bins": reliability(found.confidence, found.right),
+            }
+        )
+    document = {"sigmas": [0.0, NOISY], "levels": levels}
+    for name in MEASURES:
+        clean = levels[0][name]
+        document |= {name: clean.value, f"{name}_interval": [clean.low, clean.high]}
+    return document
+
+
+def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
+    """Write ``reliability.png``: accuracy against confidence, and how many images have it."""
+    levels = document["levels"]
+    figure = plots.new_figure(4.3 * len(levels), 4.8, layout="constrained")
+    grid = figure.add_gridspec(2, len(levels), height_ratios=(3, 1))
+    for i, level in enumerate(levels):
+        top, bottom = figure.add_subplot(grid[0, i]), figure.add_subplot(grid[1, i])
+        bins = level["bins"]
+        full = [b for b in bins if b["count"]]
+        top.plot([0, 100], [0, 100], ls=":", color=plots.GRAY, label="calibrated")
+        accuracy, low, high = (
+            np.array([100 * b["accuracy"][key] for b in full]) for key in ("value", "low", "high")
+        )
+        top.errorbar(
+            [100 * b["confidence"] for b in full],
+            accuracy,
+            yerr=np.maximum(0, [accuracy - low, high - accuracy]),
+            fmt="o",
+            color=plots.BLUE,
+            ms=4.5,
+            elinewidth=0.8,
+            capsize=2,
+            label="model, 95 % interval",
+        )
+        where = f"sigma {in_255ths(level['sigma'])}/255" if level["sigma"] else "clean images"
+        top.set_title(f"Calibration, {where}: ECE {100 * level['ece']['value']:.2f} %", fontsize=10)
+        top.set(ylabel="accuracy (%)", xlim=(0, 101), ylim=(0, 102))
+        middles = [50 * (b["low"] + b["high"]) for b in bins]
+        bottom.bar(middles, [b["count"] for b in bins], width=90 / len(bins), color=plots.SKY)
+        limits = {"xlim": (0, 101), "ylim": (0.8, None)}
+        bottom.set(xlabel="confidence (%)", ylabel="images", yscale="log", **limits)
+    plots.shared_legend(figure, columns=2)
+    plots.save_figure(figure, folder / "reliability.png")
+
+
+def table(document: dict[str, Any]) -> Table:
+    """ECE, Brier score and NLL with their intervals, clean and noisy."""
+    rows = []
+    for level in document["levels"]:
+        where = f" at sigma {in_255ths(level['sigma'])}/255" if level["sigma"] else ""
+        rows += [(label + where, level[name], "{:.4f}") for name, label in MEASURES.items()]
+    return estimate_table(document, rows)
+
+
 CALIBRATION = Suite(
     description="calibration error, Brier score and likelihood, clean and at 25/255; "
     "reliability diagram",
-    check=check_classifies,
-    passes=lambda setting: 2,
-    run=run,
-    draw=draw,
+    measure=measure,
+    plot=plot,
     table=table,
+    check=check_classifies,
+    passes=lambda context: 2,
     standard=True,
 )

@@ -1,9 +1,30 @@
 r"""Suite ``certify``: accuracy that no perturbation of a given size can take away.
 
-Two classifiers made of the same network are smoothed (`ebmkit.evaluation.smoothing`) and certified
-on the same noisy copies :math:`y = x + \sigma\epsilon`, not clipped:
+A classifier f of noisy images is smoothed by asking it many times,
 
-- ``direct``: the label of y itself (Cohen et al., arXiv 1902.02918);
+.. math:: g(x) = \arg\max_c \, P\bigl(f(x + \sigma\epsilon) = c\bigr),
+    \qquad \epsilon \sim \mathcal N(0, I).
+
+If f gives the label A with a probability of at least :math:`\underline{p_A} > 1/2`, then g gives A
+at every :math:`x + \delta` with
+
+.. math:: \|\delta\|_2 < R = \sigma \, \Phi^{-1}(\underline{p_A}),
+
+whatever f is, and for f linear no larger radius holds (Cohen, Rosenfeld, Kolter, arXiv 1902.02918,
+theorems 1 and 2). The procedure CERTIFY of that paper takes the most frequent label of :math:`n_0`
+votes as A, counts its votes k among n others, and takes the exact (Clopper-Pearson) lower bound of
+a binomial probability at level :math:`1 - \alpha`,
+
+.. math:: \underline{p_A} = B^{-1}(\alpha;\; k,\; n - k + 1),
+
+the :math:`\alpha` quantile of a Beta law. If it is 1/2 or less, the image gets no certificate:
+CERTIFY abstains. Any certificate is wrong with a probability of at most :math:`\alpha`, over the
+votes. Even if all n votes agree, :math:`\underline{p_A} = \alpha^{1/n}`, which limits R.
+
+Two classifiers made of the same network are certified on the same noisy copies
+:math:`y = x + \sigma\epsilon`, not clipped:
+
+- ``direct``: the label of y itself (Cohen et al.);
 - ``denoised``: the label of :math:`D(y) = y + \sigma^2 s(y)`, clipped to [0, 1] ("denoised
   smoothing", Salman et al., arXiv 2003.01908). It is given the true sigma, which is no secret: the
   one who certifies adds the noise.
@@ -18,7 +39,7 @@ processes do not change it; it is the same at every sigma, but for its scale.
 
 - ``accuracy`` of the most frequent label, certified or not, and the share ``abstained``;
 - ``certified``, at each of ``radii`` the share of images certified right at that radius;
-- ``average_radius``, a wrong or missing label counting as 0;
+- ``average_radius``, a wrong or missing label counting as 0 (Zhai et al., arXiv 2001.02378);
 - ``predicted`` (null: no certificate) and ``radius`` of each image;
 
 and ``difference``, the average radius of ``denoised`` less that of ``direct``, image by image.
@@ -29,47 +50,44 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+from rich.table import Table
 from torch import Tensor
 
-from ebmkit.energy import EnergyModel, LogDensity, ScoreModel, tweedie
+from ebmkit import plots
+from ebmkit.energy import EnergyModel, LogDensity, tweedie
 from ebmkit.errors import UserError
 from ebmkit.evaluation import statistics
-from ebmkit.evaluation.context import EvaluationContext, Suite, check_classifies
-from ebmkit.evaluation.data import Images
-from ebmkit.evaluation.smoothing import (
-    ABSTAIN,
-    Certificates,
-    certificates,
-    draw_votes,
-    largest_radius,
-    vote_generator,
+from ebmkit.evaluation.context import EvaluationContext, Images
+from ebmkit.evaluation.suite import (
+    Suite,
+    SuiteConfig,
+    check_classifies,
+    new_table,
+    noise_warnings,
+    number,
 )
-from ebmkit.evaluation.tables import new_table, number
 from ebmkit.metrics import predict
-from ebmkit.noise import Sigma, format_sigma
+from ebmkit.noise import Sigma, format_sigma, in_255ths
+from ebmkit.randomness import hashed_generator
 
-if TYPE_CHECKING:
-    from rich.table import Table
+ABSTAIN = -1
+"""Stands where a label would, if there is no certificate."""
 
-__all__ = ["CERTIFY", "CLASSIFIERS", "CertifyConfig", "draw", "labels_of", "run", "table"]
+BLOCK = 16
+"""Noise is drawn for so many votes at once, whatever the batch size."""
 
 Classifier = Literal["direct", "denoised"]
 
-CLASSIFIERS: dict[Classifier, str] = {"direct": "direct", "denoised": "denoise first"}
 
-T = TypeVar("T")
-
-
-class CertifyConfig(BaseModel):
+class CertifyConfig(SuiteConfig):
     """Settings of the suite ``certify``."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     sigmas: tuple[Sigma, ...] = Field(
         (20 / 255, 0.12, 0.25), min_length=1, description="noise levels of the smoothing"
@@ -107,8 +125,135 @@ class CertifyConfig(BaseModel):
         return self
 
 
+class Certificates(NamedTuple):
+    """What is certified of N images.
+
+    Attributes:
+        labels: (N,) int64, the certified label, or `ABSTAIN`.
+        radius: (N,) float64, l2 radius in image units; 0 where there is no certificate.
+        top: (N,) int64, the most frequent label of the estimation votes, certified or not.
+        lower: (N,) float64, the lower bound of the probability of the selected label.
+    """
+
+    labels: Tensor
+    radius: Tensor
+    top: Tensor
+    lower: Tensor
+
+    def right_radius(self, truth: Tensor) -> Tensor:
+        """The radius where the certified label is the true one of ``truth`` (N,), -1 elsewhere.
+
+        So an image is certified right at radius r where this is at least r, 0 included.
+        """
+        return torch.where(self.labels == truth, self.radius, -1.0)
+
+
+def lower_bound(hits: Tensor, count: int, alpha: float) -> Tensor:
+    """The exact one-sided lower confidence bound of a probability, at level 1 - alpha.
+
+    Args:
+        hits: (N,) how often the event was seen.
+        count: of how many trials.
+        alpha: probability that the bound is above the truth.
+
+    Returns:
+        (N,) float64.
+
+    Source: C. Clopper, E. Pearson, Biometrika 26 (1934); scipy's Beta quantile.
+    """
+    from scipy.stats import beta
+
+    k = hits.double().numpy()
+    found = torch.from_numpy(beta.ppf(alpha, k.clip(min=1), count - k + 1))
+    return torch.where(hits > 0, found, 0.0)
+
+
+def certificates(votes: Tensor, selection: int, sigma: float, alpha: float) -> Certificates:
+    """CERTIFY of Cohen et al., for N images at once.
+
+    Args:
+        votes: (N, selection + n) int64, the labels of noisy copies of each image.
+        selection: the first so many votes select the label; the other n estimate its probability.
+        sigma: the noise level of the votes, image units.
+        alpha: probability of a wrong certificate, for each image.
+    """
+    from scipy.special import ndtri
+    from scipy.stats import mode
+
+    if votes.shape[1] <= selection:
+        raise ValueError(f"{votes.shape[1]} votes leave none to estimate from after {selection}")
+    estimating = votes[:, selection:]
+    selected, top = (  # of equals, the smallest label
+        torch.from_numpy(mode(part.numpy(), axis=1).mode)
+        for part in (votes[:, :selection], estimating)
+    )
+    hits = (estimating == selected[:, None]).sum(dim=1)
+    lower = lower_bound(hits, estimating.shape[1], alpha)
+    certain = lower > 0.5
+    radius = sigma * torch.from_numpy(ndtri(lower.numpy()))
+    labels = selected.where(certain, ABSTAIN)
+    return Certificates(labels, radius.where(certain, 0.0), top, lower)
+
+
+def largest_radius(sigma: float, samples: int, alpha: float) -> float:
+    """The radius that ``samples`` votes for one label certify, image units; 0 if too few.
+
+    >>> round(largest_radius(0.25, 100_000, 0.001), 3)
+    0.953
+    """
+    from scipy.special import ndtri
+
+    return max(0.0, sigma * float(ndtri(alpha ** (1 / samples))))
+
+
+def draw_votes(
+    classify: Callable[[Tensor], Mapping[str, Tensor]],
+    x: Tensor,
+    sigma: float,
+    count: int,
+    generator: torch.Generator,
+    batch_size: int = 250,
+    advance: Callable[[int], None] = lambda count: None,
+) -> dict[str, Tensor]:
+    """Ask classifiers about ``count`` noisy copies of an image, all of them about the same copies.
+
+    Noise is drawn on the CPU and does not depend on the batch size. All batches have one size, no
+    larger than ``batch_size``; what is left over of the last is not counted.
+
+    Args:
+        classify: noisy images (B, C, H, W) to labels (B,), by the name of the classifier.
+        x: the image (C, H, W).
+        sigma: the noise level, image units.
+        count: how many votes.
+        generator: of the noise, on the CPU.
+        batch_size: noisy copies at a time.
+        advance: called with the number of votes more that were cast.
+
+    Returns:
+        (count,) int64 on the CPU, by the name of the classifier.
+    """
+    batches = math.ceil(count / batch_size)
+    size = math.ceil(count / batches)
+    eps = torch.empty(0, *x.shape)
+    cast: dict[str, list[Tensor]] = {}
+    for k in range(batches):
+        missing = math.ceil((size - len(eps)) / BLOCK)
+        blocks = [torch.randn(BLOCK, *x.shape, generator=generator) for _ in range(missing)]
+        eps = torch.cat([eps, *blocks])
+        for name, labels in classify(x + sigma * eps[:size].to(x)).items():
+            cast.setdefault(name, []).append(labels.cpu())
+        eps = eps[size:]
+        advance(min(size, count - k * size))
+    return {name: torch.cat(parts)[:count] for name, parts in cast.items()}
+
+
+def vote_generator(seed: int, index: int) -> torch.Generator:
+    """The generator of the noise on image number ``index``, the same at every noise level."""
+    return hashed_generator(f"smoothing {seed} {index}")
+
+
 def labels_of(
-    model: EnergyModel, y: Tensor, sigma: float, which: tuple[Classifier, ...]
+    model: EnergyModel, y: Tensor, sigma: float, which: Sequence[str]
 ) -> dict[str, Tensor]:
     """Labels (B,) of noisy images (B, C, H, W) by each classifier ``which``.
 
@@ -129,22 +274,24 @@ def labels_of(
     return {name: found[name] for name in which}
 
 
-def run(setting: EvaluationContext) -> dict[str, Any]:
-    """Measure; see the module's text for what is returned."""
-    options, model, images = setting.option(CertifyConfig), setting.model, setting.images
-    assert isinstance(model, EnergyModel)
+def measure(context: EvaluationContext) -> dict[str, Any]:
+    """See the module's text for what is returned."""
+    options, images, world = context.option(CertifyConfig), context.images, context.world
     assert images.labels is not None
     numbers = _numbers(images, options)
-    own = _pick(setting, numbers[setting.world.rank :: setting.world.size])
     truth = images.labels.cpu()[numbers]
-    plain = torch.stack(_in_order(setting, _unsmoothed(setting, model, list(own.values()))))
-    watch = _watch(setting)
+    advance = _progress(context)
+    own = [
+        _votes(context, options, number, x, advance)
+        for number, x in _numbered(context, numbers[world.rank :: world.size])
+    ]
+    everyone = world.gather(own)
+    rows = [part[k] for k in range(len(everyone[0])) for part in everyone if k < len(part)]
+    votes = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
     levels = []
     for sigma in options.sigmas:
-        rows = [_certify(setting, options, sigma, index, x, watch) for index, x in own.items()]
-        everyone = _in_order(setting, rows)
         found = {
-            name: Certificates(*map(torch.cat, zip(*(row[name] for row in everyone), strict=True)))
+            name: certificates(votes[sigma, name], options.selection, sigma, options.alpha)
             for name in options.classifiers
         }
         level: dict[str, Any] = {
@@ -153,19 +300,20 @@ def run(setting: EvaluationContext) -> dict[str, Any]:
             "classifiers": {n: _summary(c, truth, options.radii) for n, c in found.items()},
         }
         if len(found) == len(CLASSIFIERS):
-            gain = _counted(found["denoised"], truth) - _counted(found["direct"], truth)
-            level["difference"] = statistics.mean(gain).document()
+            radii = {name: c.right_radius(truth).clamp(min=0) for name, c in found.items()}
+            level["difference"] = statistics.mean(radii["denoised"] - radii["direct"])
         levels.append(level)
-    watch(setting.left)
+    advance(context.left)
+    denoised = "denoised" in options.classifiers
     return {
         "sigmas": list(options.sigmas),
         "radii": list(options.radii),
         "certified_images": len(numbers),
         "numbers": numbers,
         "labels": truth.tolist(),
-        "unsmoothed_accuracy": _share(plain == truth),
+        "unsmoothed_accuracy": statistics.accuracy(votes["unsmoothed"] == truth),
         "levels": levels,
-        "warnings": _warnings(model, options),
+        "warnings": noise_warnings(context.model, options.sigmas) if denoised else [],
     }
 
 
@@ -175,105 +323,67 @@ def _numbers(images: Images, options: CertifyConfig) -> list[int]:
     return [number * len(images) // count for number in range(count)]
 
 
-def _pick(setting: EvaluationContext, numbers: list[int]) -> dict[int, Tensor]:
-    """The images (C, H, W) with these ``numbers``, by number, on the device of the model."""
-    found: dict[int, Tensor] = {}
-    wanted, start = set(numbers), 0
-    for x, _ in setting.images.batches(setting.batch_size):
-        if len(found) == len(wanted):
-            break
-        rows = {start + i: image for i, image in enumerate(x)}
-        found |= {n: rows[n].to(setting.device) for n in rows.keys() & wanted}
-        start += len(x)
-    return {number: found[number] for number in numbers}
+def _numbered(context: EvaluationContext, numbers: list[int]) -> Iterator[tuple[int, Tensor]]:
+    """The images (C, H, W) with these ``numbers`` on the device of the model, in order."""
+    chosen, number = set(numbers), 0
+    for x, _ in context.images.batches(context.batch_size):
+        for image in x:
+            if number in chosen:
+                yield number, image.to(context.device)
+            number += 1
 
 
-def _in_order(setting: EvaluationContext, own: list[T]) -> list[T]:
-    """One thing for each image, of all processes, in the order of the images."""
-    everyone = setting.world.gather(own)
-    return [part[k] for k in range(len(everyone[0])) for part in everyone if k < len(part)]
+def _votes(
+    context: EvaluationContext,
+    options: CertifyConfig,
+    number: int,
+    x: Tensor,
+    advance: Callable[[int], None],
+) -> dict[Any, Tensor]:
+    """The label of image ``x`` without noise, (), as ``unsmoothed``; and by sigma and classifier
+    the votes on its noisy copies, (n,)."""
+    model = context.model
+    assert isinstance(model, EnergyModel)
+    found: dict[Any, Tensor] = {"unsmoothed": predict(model.logits(x[None], 0.0))[0].cpu()}
+    for sigma in options.sigmas:
+        votes = draw_votes(
+            partial(labels_of, model, sigma=sigma, which=options.classifiers),
+            x,
+            sigma,
+            options.selection + options.samples,
+            vote_generator(context.seed, number),
+            context.batch_size,
+            advance,
+        )
+        found |= {(sigma, name): cast for name, cast in votes.items()}
+    return found
 
 
-def _watch(setting: EvaluationContext) -> Callable[[int], None]:
+def _progress(context: EvaluationContext) -> Callable[[int], None]:
     """What moves the progress bar by so many votes, and foresees the time that is left."""
     before = 0.0
 
     def advance(votes: int) -> None:
         nonlocal before
-        now, size = time.perf_counter(), setting.world.size
+        now, size = time.perf_counter(), context.world.size
         if before and votes:  # the first batch warms up
-            setting.inference.expect((now - before) / votes * setting.left / size)
+            context.inference.expect((now - before) / votes * context.left / size)
         before = now
-        done = min(votes * size, setting.left)  # with what the others do meanwhile
-        setting.left -= done
-        setting.advance(done)
+        context.skip(min(votes * size, context.left))  # with what the others do meanwhile
 
     return advance
-
-
-def _unsmoothed(
-    setting: EvaluationContext, model: EnergyModel, images: list[Tensor]
-) -> list[Tensor]:
-    """The label of each image, without noise."""
-    found: list[Tensor] = []
-    for start in range(0, len(images), setting.batch_size):
-        x = torch.stack(images[start : start + setting.batch_size])
-        found += predict(model.logits(x, 0.0)).cpu()
-    return found
-
-
-def _certify(
-    setting: EvaluationContext,
-    options: CertifyConfig,
-    sigma: float,
-    index: int,
-    x: Tensor,
-    advance: Callable[[int], None],
-) -> dict[str, Certificates]:
-    """The certificate of one image by each classifier."""
-    model = setting.model
-    assert isinstance(model, EnergyModel)
-    votes = draw_votes(
-        lambda y: labels_of(model, y, sigma, options.classifiers),
-        x,
-        sigma,
-        options.selection + options.samples,
-        vote_generator(setting.seed, index),
-        setting.batch_size,
-        advance,
-    )
-    return {
-        name: certificates(cast[None], options.selection, sigma, options.alpha)
-        for name, cast in votes.items()
-    }
 
 
 def _summary(found: Certificates, truth: Tensor, radii: Sequence[float]) -> dict[str, Any]:
     right = found.right_radius(truth)
     return {
-        "accuracy": _share(found.top == truth),
-        "abstained": _share(found.labels == ABSTAIN),
-        "certified": [{"radius": r, **_share(right >= r)} for r in radii],
-        "average_radius": statistics.mean(_counted(found, truth)).document(),
+        "accuracy": statistics.accuracy(found.top == truth),
+        "abstained": statistics.accuracy(found.labels == ABSTAIN),
+        "certified": [{"radius": r, **statistics.accuracy(right >= r).document()} for r in radii],
+        "average_radius": statistics.mean(right.clamp(min=0)),
         "predicted": [None if c == ABSTAIN else c for c in found.labels.tolist()],
         "radius": found.radius.tolist(),
     }
-
-
-def _share(of: Tensor) -> dict[str, Any]:
-    return statistics.proportion(int(of.sum()), len(of)).document()
-
-
-def _counted(found: Certificates, truth: Tensor) -> Tensor:
-    """The radius of each image as the average counts it, (N,)."""
-    return found.right_radius(truth).clamp(min=0)
-
-
-def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
-    """Write ``certified-accuracy.png``."""
-    from ebmkit.plots.certify import certified_accuracy
-
-    certified_accuracy(document, folder / "certified-accuracy.png", CLASSIFIERS)
 
 
 def table(document: dict[str, Any]) -> Table:
@@ -290,50 +400,74 @@ def table(document: dict[str, Any]) -> Table:
             result.add_row(
                 "" if i else format_sigma(level["sigma"]),
                 name,
-                number(found["accuracy"]["value"], "{:.1%}"),
-                *(number(found["certified"][k]["value"], "{:.1%}") for k in chosen),
-                number(found["average_radius"]["value"], "{:.3f}"),
-                number(found["abstained"]["value"], "{:.1%}"),
+                number(found["accuracy"], "{:.1%}"),
+                *(number(found["certified"][k], "{:.1%}") for k in chosen),
+                number(found["average_radius"], "{:.3f}"),
+                number(found["abstained"], "{:.1%}"),
             )
         result.add_section()
     return result
 
 
-def _passes(setting: EvaluationContext) -> int:
+CLASSIFIERS = {
+    "direct": ("direct", plots.BLUE, "-"),
+    "denoised": ("denoise first", plots.ORANGE, "--"),
+}
+"""By name in the document, the label, colour and line style in plots."""
+
+PLOTTED_RADII = 300
+
+
+def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
+    """Write ``certified-accuracy.png``: certified accuracy against the l2 radius, a panel for each
+    noise level."""
+    levels, truth = document["levels"], document["labels"]
+    figure = plots.new_figure(0.9 + 2.75 * len(levels), 3.6, layout="constrained")
+    panels = figure.subplots(1, len(levels), sharey=True, squeeze=False)[0]
+    limit = 1.06 * max(level["largest_radius"] for level in levels)
+    for axes, level in zip(panels, levels, strict=True):
+        largest = level["largest_radius"]
+        radii = [i * largest / PLOTTED_RADII for i in range(PLOTTED_RADII + 1)]
+        for name, found in level["classifiers"].items():
+            right = [
+                radius if label == c else -1.0
+                for radius, label, c in zip(found["radius"], found["predicted"], truth, strict=True)
+            ]
+            hits = [sum(own >= r for own in right) for r in radii]
+            known = {n: statistics.proportion(n, len(right)).document() for n in set(hits)}
+            label, colour, style = CLASSIFIERS[name]
+            look = {"color": colour, "ls": style, "lw": 1.6, "label": label}
+            plots.plot_estimates(axes, radii, [known[n] for n in hits], 100, **look)
+        axes.axvline(largest, color=plots.GRAY, ls=":", lw=1, label="largest possible")
+        axes.set(xlim=(0, limit), ylim=(0, 102), xlabel="$\\ell_2$ radius (image units)")
+        sigma = level["sigma"]
+        axes.set_title(f"$\\sigma$ = {sigma:.3g} = {in_255ths(sigma)}/255", fontsize=10)
+    panels[0].set_ylabel("certified accuracy (%)")
+    votes, alpha = document["options"]["samples"], document["options"]["alpha"]
+    figure.suptitle(
+        f"Certified accuracy: {plots.images_of(document, document['certified_images'])}, "
+        f"{votes:,} votes each, $\\alpha$ = {alpha:g}",
+        fontsize=11,
+    )
+    plots.shared_legend(figure, 3)
+    plots.save_figure(figure, folder / "certified-accuracy.png")
+
+
+def _passes(context: EvaluationContext) -> int:
     """Every vote counts as one image."""
-    options = setting.option(CertifyConfig)
+    options = context.option(CertifyConfig)
     votes = len(options.sigmas) * (options.selection + options.samples)
-    images = len(_numbers(setting.images, options))
-    return math.ceil(votes * images / len(setting.images))
-
-
-def _warnings(model: ScoreModel, options: CertifyConfig) -> list[str]:
-    card = model.card
-    if card is None or "denoised" not in options.classifiers:
-        return []
-    if card.sigma_range is None:
-        return [
-            f"this model was not trained to denoise (its objective is {card.objective!r}): denoise "
-            "first means little; add dsm to the objective"
-        ]
-    low, high = card.sigma_range
-    outside = [s for s in options.sigmas if not low * (1 - 1e-6) <= s <= high * (1 + 1e-6)]
-    if not outside:
-        return []
-    levels = ", ".join(format_sigma(s) for s in outside)
-    return [
-        f"noise at {levels} is outside the range that this model was trained to denoise, "
-        f"{format_sigma(low)} to {format_sigma(high)}"
-    ]
+    images = len(_numbers(context.images, options))
+    return math.ceil(votes * images / len(context.images))
 
 
 CERTIFY = Suite(
     description="randomised smoothing: certified accuracy by l2 radius, with and "
     "without denoising first",
+    measure=measure,
+    plot=plot,
+    table=table,
     check=check_classifies,
     passes=_passes,
-    run=run,
-    draw=draw,
-    table=table,
     options=CertifyConfig,
 )

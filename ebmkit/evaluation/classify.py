@@ -3,7 +3,7 @@ r"""Suite ``classify``: accuracy, per class and against noise, and the likelihoo
 The predicted label is :math:`\arg\max_c p(c \mid y)`. Accuracy is the share of images on which it
 is the true one, NLL the mean of :math:`-\log p(c \mid y)` over images, in nats. Both are taken on
 the clean images and on noisy ones, :math:`y = x + \sigma\epsilon`, not clipped, with one draw of
-noise per image and level from a fixed seed (`ebmkit.evaluation.data`).
+noise per image and level from a fixed seed (`ebmkit.evaluation.context`).
 
 ``classify.json`` holds, beside the common entries (`ebmkit.evaluation.evaluate`): ``accuracy``
 (0..1) and ``accuracy_interval``, ``nll`` and ``nll_interval`` of the clean images; ``per_class``,
@@ -13,126 +13,138 @@ the number of images by true (row) and predicted label (column), for up to 100 c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
+from einops import rearrange
+from rich.table import Table
 
+from ebmkit import plots
 from ebmkit.evaluation import statistics
-from ebmkit.evaluation.context import EvaluationContext, Suite, check_classifies
-from ebmkit.evaluation.tables import interval, new_table, number
+from ebmkit.evaluation.context import EvaluationContext
+from ebmkit.evaluation.suite import Suite, check_classifies, estimate_table
 from ebmkit.noise import in_255ths
 from ebmkit.terminal import shown_name
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-__all__ = ["CLASSIFY", "draw", "run", "table"]
 
 MAX_CONFUSION = 100
 MAX_DRAWN = 20
 
 
-def run(setting: EvaluationContext) -> dict[str, Any]:
-    """Measure; see the module's text for what is returned."""
-    images, names = setting.images, setting.images.class_names
-    clean = setting.predictions(0.0)
-    accuracy = statistics.proportion(int(clean.right.sum()), len(images))
-    nll = statistics.mean(clean.nll)
-    against_noise = []
-    for sigma in setting.noise_levels:
-        noisy = setting.predictions(sigma)
-        against_noise.append(
+def measure(context: EvaluationContext) -> dict[str, Any]:
+    """Predict at every noise level; see the module's text for what is returned."""
+    names, classes = context.images.class_names, context.model.num_classes
+    clean = context.predictions(0.0)
+    levels = [(sigma, context.predictions(sigma)) for sigma in context.noise_levels]
+    accuracy, nll = statistics.accuracy(clean.right), statistics.mean(clean.nll)
+    confusion = None
+    if classes <= MAX_CONFUSION:
+        pairs = torch.bincount(clean.labels * classes + clean.predicted, minlength=classes**2)
+        confusion = rearrange(pairs, "(true predicted) -> true predicted", true=classes).tolist()
+    return {
+        "sigmas": context.noise_levels,
+        "accuracy": accuracy.value,
+        "accuracy_interval": [accuracy.low, accuracy.high],
+        "nll": nll.value,
+        "nll_interval": [nll.low, nll.high],
+        "per_class": {
+            names[c] if names else str(c): statistics.accuracy(clean.right[clean.labels == c])
+            for c in range(classes)
+        },
+        "against_noise": [
             {
                 "sigma": sigma,
-                "accuracy": statistics.proportion(int(noisy.right.sum()), len(images)).document(),
-                "nll": statistics.mean(noisy.nll).document(),
+                "accuracy": statistics.accuracy(noisy.right),
+                "nll": statistics.mean(noisy.nll),
             }
-        )
-    per_class = {}
-    for c in range(setting.model.num_classes):
-        own = clean.labels == c
-        name = names[c] if names else str(c)
-        hits = int((clean.right & own).sum())
-        per_class[name] = statistics.proportion(hits, int(own.sum())).document()
-    return {
-        "sigmas": list(setting.noise_levels),
-        "accuracy": accuracy.value,
-        "accuracy_interval": accuracy.interval(),
-        "nll": statistics.finite(nll.value),
-        "nll_interval": nll.interval(),
-        "per_class": per_class,
-        "against_noise": against_noise,
-        "confusion": _confusion(clean.labels, clean.predicted, setting.model.num_classes),
-        "warnings": _warnings(setting),
+            for sigma, noisy in levels
+        ],
+        "confusion": confusion,
+        "warnings": _warnings(context),
     }
 
 
-def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
-    """Write ``accuracy-against-noise.png`` and, for up to 20 classes, ``confusion.png``."""
-    from ebmkit import plots
+def _warnings(context: EvaluationContext) -> list[str]:
+    card, names = context.model.card, list(context.images.class_names)
+    if card is None or not card.class_names or not names or card.class_names == names:
+        return []
+    trained, own = next(p for p in zip(card.class_names, names, strict=True) if p[0] != p[1])
+    return [
+        f"the classes of the data have other names than those trained on ({own!r} against "
+        f"{trained!r}): accuracies take them as the same, by their order"
+    ]
 
-    plots.accuracy_against_noise(
-        document["against_noise"],
-        folder / "accuracy-against-noise.png",
-        chance=1 / setting.model.num_classes,
-    )
-    if setting.model.num_classes <= MAX_DRAWN:
-        plots.confusion_matrix(
-            document["confusion"], list(document["per_class"]), folder / "confusion.png"
-        )
+
+def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
+    """Write ``accuracy-against-noise.png`` and, for up to 20 classes, ``confusion.png``."""
+    classes = context.model.num_classes
+    plot_accuracy(document["against_noise"], folder / "accuracy-against-noise.png", 1 / classes)
+    if classes <= MAX_DRAWN:
+        names = list(document["per_class"])
+        plot_confusion(document["confusion"], names, folder / "confusion.png")
+
+
+def plot_accuracy(levels: Sequence[dict[str, Any]], path: Path, chance: float) -> None:
+    """Accuracy (with its 95 % interval) against the noise level, as in ``against_noise``."""
+    figure = plots.new_figure(5.2, 3.6, layout="constrained")
+    axes = figure.add_subplot()
+    x, estimates = [255 * level["sigma"] for level in levels], [e["accuracy"] for e in levels]
+    look = {"color": plots.BLUE, "marker": "o", "ms": 4, "label": "accuracy, 95 % interval"}
+    plots.plot_estimates(axes, x, estimates, scale=100, **look)
+    axes.axhline(100 * chance, color=plots.GRAY, ls=":", label="chance")
+    plots.annotate(axes, "Accuracy against noise", plots.SIGMA, "accuracy (%)", ylim=(0, 102))
+    axes.legend(frameon=False)
+    plots.save_figure(figure, path)
+
+
+def plot_confusion(counts: Sequence[Sequence[int]], names: Sequence[str], path: Path) -> None:
+    """How many images of each true class (row) were taken for which (column); (C, C) counts."""
+    matrix = np.asarray(counts)
+    share = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
+    side = 1.6 + 0.46 * len(names)
+    figure = plots.new_figure(side + 0.9, side, layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(100 * share, cmap="cividis", vmin=0, vmax=100)
+    for i, j in np.argwhere(matrix):
+        colour = "black" if share[i, j] > 0.5 else "white"
+        axes.text(j, i, str(matrix[i, j]), ha="center", va="center", color=colour, fontsize=7)
+    plots.class_ticks(axes, names, size=10)
+    axes.set_yticks(range(len(names)), [shown_name(name) for name in names])
+    plots.annotate(axes, "Confusion matrix: number of images", "predicted class", "true class")
+    figure.colorbar(image, ax=axes, label="share of the true class (%)", shrink=0.8)
+    plots.save_figure(figure, path)
 
 
 def table(document: dict[str, Any]) -> Table:
     """Accuracy and NLL with their intervals, clean and noisy."""
-    result = new_table(document, ("metric", "value", "95 % interval"))
-    low, high = document["accuracy_interval"]
-    percent = f"{document['accuracy']:.2%}"
-    result.add_row("accuracy", percent, interval(low, high, "{:.2%}"))
-    low, high = document["nll_interval"]
-    result.add_row("NLL (nats)", number(document["nll"], "{:.4f}"), interval(low, high, "{:.4f}"))
+    rows = [
+        (label, dict(zip(("value", "low", "high"), values, strict=True)), form)
+        for label, key, form in (
+            ("accuracy", "accuracy", "{:.2%}"),
+            ("NLL (nats)", "nll", "{:.4f}"),
+        )
+        for values in [(document[key], *document[f"{key}_interval"])]
+    ]
     known = {name: e for name, e in document["per_class"].items() if e["count"]}
     if len(known) > 1:
         worst = min(known, key=lambda name: known[name]["value"])
-        estimate = known[worst]
-        span = interval(estimate["low"], estimate["high"], "{:.2%}")
-        result.add_row(f"worst class: {shown_name(worst)}", f"{estimate['value']:.2%}", span)
-    for level in document["against_noise"]:
-        if level["sigma"]:
-            estimate = level["accuracy"]
-            span = interval(estimate["low"], estimate["high"], "{:.2%}")
-            name = f"accuracy at sigma {in_255ths(level['sigma'])}/255"
-            result.add_row(name, f"{estimate['value']:.2%}", span)
-    return result
-
-
-def _confusion(
-    labels: torch.Tensor, predicted: torch.Tensor, classes: int
-) -> list[list[int]] | None:
-    if classes > MAX_CONFUSION:
-        return None
-    counts = torch.bincount(labels * classes + predicted, minlength=classes**2)
-    matrix: list[list[int]] = counts.reshape(classes, classes).tolist()
-    return matrix
-
-
-def _warnings(setting: EvaluationContext) -> list[str]:
-    card, names = setting.model.card, list(setting.images.class_names)
-    if card is None or not card.class_names or not names or card.class_names == names:
-        return []
-    pair = next((a, b) for a, b in zip(card.class_names, names, strict=True) if a != b)
-    return [
-        f"the classes of the data have other names than those trained on ({pair[1]!r} against "
-        f"{pair[0]!r}): accuracies take them as the same, by their order"
+        rows.append((f"worst class: {shown_name(worst)}", known[worst], "{:.2%}"))
+    rows += [
+        (f"accuracy at sigma {in_255ths(level['sigma'])}/255", level["accuracy"], "{:.2%}")
+        for level in document["against_noise"]
+        if level["sigma"]
     ]
+    return estimate_table(document, rows)
 
 
 CLASSIFY = Suite(
     description="accuracy (all, per class, against noise), likelihood, confusion matrix",
-    check=check_classifies,
-    passes=lambda setting: len(setting.noise_levels) + 1,
-    run=run,
-    draw=draw,
+    measure=measure,
+    plot=plot,
     table=table,
+    check=check_classifies,
+    passes=lambda context: len(context.noise_levels) + 1,
     standard=True,
 )

@@ -1,5 +1,9 @@
 r"""What is evaluated and how: model, images, noise levels, seed; shared by all suites.
 
+Noise at level sigma is drawn on the CPU, image after image, from one generator per (seed, sigma).
+So the n-th image gets the same noise whatever the model, the device, the batch size, or a limit on
+the number of images.
+
 A suite measures images one by one and then sums up. Of W processes the r-th measures batches r,
 r + W, ...; the columns of measures, one entry per image, are gathered and put in order, so that
 each process sums up what a single one would have.
@@ -7,11 +11,12 @@ each process sums up what a single one would have.
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from pydantic import BaseModel
@@ -19,18 +24,9 @@ from torch import Tensor
 
 from ebmkit.compile import Inference, device_of, unwrapped
 from ebmkit.distributed import DistributedContext
-from ebmkit.energy import EnergyModel, ScoreModel, classifies
+from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
-from ebmkit.evaluation.data import Batch, Images, noisy_batches
-
-__all__ = [
-    "NOISE_LEVELS",
-    "SIGMAS",
-    "EvaluationContext",
-    "Predictions",
-    "Suite",
-    "check_classifies",
-]
+from ebmkit.randomness import hashed_generator
 
 K = TypeVar("K", bound=Hashable)
 O = TypeVar("O", bound=BaseModel)
@@ -42,8 +38,38 @@ NOISE_LEVELS = tuple(s / 255 for s in (0, 5, 10, 20, 30, 50, 75, 100))
 """Noise levels at which classification is measured, image units."""
 
 
+class Images(Protocol):
+    """The side of a set of images that an evaluation needs; `ebmkit.data.ImageSet` is one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def split(self) -> str: ...
+    @property
+    def labels(self) -> Tensor | None: ...
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+    @property
+    def channels(self) -> int: ...
+    @property
+    def image_size(self) -> tuple[int, int]: ...
+    @property
+    def num_classes(self) -> int: ...
+    def __len__(self) -> int: ...
+    def first(self, n: int, /) -> Self: ...
+    def batches(self, size: int, /) -> Iterable[tuple[Tensor, Tensor | None]]: ...
+
+
+class Batch(NamedTuple):
+    """Images x, noisy images y = x + sigma * eps, both (B, C, H, W), and labels (B,), if any."""
+
+    x: Tensor
+    y: Tensor
+    labels: Tensor | None
+
+
 class Predictions(NamedTuple):
-    """What the classifier says of each image, all (N,), on the CPU.
+    """What the classifier predicts for each image, all (N,), on the CPU.
 
     Attributes:
         labels: the true ones.
@@ -65,6 +91,34 @@ class Predictions(NamedTuple):
         return self.predicted == self.labels
 
 
+def noise_generator(seed: int, sigma: float) -> torch.Generator:
+    """The generator of the noise at level ``sigma`` (image units)."""
+    return hashed_generator("evaluation noise", str(seed), f"{sigma:.9g}")
+
+
+def noisy_batches(
+    images: Images,
+    sigma: float,
+    seed: int = 0,
+    batch_size: int = 250,
+    device: torch.device | str = "cpu",
+    world: DistributedContext | None = None,
+) -> Iterator[Batch]:
+    """All ``images`` in order, noisy at level ``sigma``, on ``device``; at 0 the clean ones.
+
+    Of several processes each gets every W-th batch; the noise of the others is drawn all the same.
+    """
+    world = world or DistributedContext()
+    generator = noise_generator(seed, sigma)
+    for number, (x, labels) in enumerate(images.batches(batch_size)):
+        y = x
+        if sigma:
+            eps = torch.stack([torch.randn(x.shape[1:], generator=generator) for _ in x])
+            y = x + sigma * eps.to(x)
+        if number % world.size == world.rank:
+            yield Batch(x.to(device), y.to(device), None if labels is None else labels.to(device))
+
+
 @dataclass
 class EvaluationContext:
     """One model, one set of images, and the protocol.
@@ -79,9 +133,10 @@ class EvaluationContext:
         world: the processes that share the work.
         options: settings of suites that have some, by their class (`option`).
         data_dir: where the data set's files are, for suites that look for others beside them.
-        advance: told how many images more are done.
+        advance: called with the number of images more that are done.
         left: how many images are left to measure, over all passes of a suite.
         inference: how the model is computed, which may be a wrapper.
+        measured: tensors that a suite measured and its plots show, beside the document.
     """
 
     model: ScoreModel
@@ -96,6 +151,7 @@ class EvaluationContext:
     advance: Callable[[int], None] = lambda count: None
     left: int = 0
     inference: Inference = field(default_factory=Inference)
+    measured: dict[str, Tensor] = field(default_factory=dict)
     _predictions: dict[float, Predictions] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -111,46 +167,63 @@ class EvaluationContext:
         """The model computed in float32 and eagerly, for what is sensitive to rounding."""
         return unwrapped(self.model)
 
+    def model_in(self, precision: Literal["single", "double"]) -> ScoreModel:
+        """`exact_model`, or a copy of it in float64."""
+        model = self.exact_model
+        return copy.deepcopy(model).double() if precision == "double" else model
+
     def option(self, kind: type[O]) -> O:
         """The settings of class ``kind`` that were given, or its defaults."""
         found = self.options.get(kind)
         return found if isinstance(found, kind) else kind()
 
+    def first(self, count: int) -> Images:
+        """The first ``count`` images, or all if they are fewer."""
+        return self.images.first(min(count, len(self.images)))
+
     def columns(
-        self, sigma: float, measure: Callable[[Batch], Mapping[K, Tensor]]
+        self,
+        sigma: float,
+        measure: Callable[[Batch], Mapping[K, Tensor]],
+        images: Images | None = None,
+        batch_size: int | None = None,
     ) -> dict[K, Tensor]:
         """``measure`` of all images at noise level ``sigma``; the same noise in every suite.
 
         Args:
             sigma: image units.
             measure: what it gives has one entry per image of the batch, (B, ...).
+            images: others than the context's; they count as one pass over the context's.
+            batch_size: images at a time, if not the context's; processes share batches.
 
         Returns:
             Its columns over all images, (N, ...), on the CPU; the same in every process.
         """
+        images = self.images if images is None else images
+        batch_size = batch_size or self.batch_size
         own: list[dict[K, Tensor]] = []
-        share, total, done = self.batch_size * self.world.size, len(self.images), 0
-        for batch in noisy_batches(
-            self.images, sigma, self.seed, self.batch_size, self.device, self.world
-        ):
+        share, count, done, reported = batch_size * self.world.size, len(images), 0, 0
+        for batch in noisy_batches(images, sigma, self.seed, batch_size, self.device, self.world):
             start = time.perf_counter()
             own.append({key: column.cpu() for key, column in measure(batch).items()})
             seconds = time.perf_counter() - start
-            self.skip(min(share, total - done))  # with what the others do meanwhile
-            done += min(share, total - done)
+            done = min(count, done + share)  # with what the others do meanwhile
+            now = len(self.images) * done // count
+            self.skip(now - reported)
+            reported = now
             if len(own) > 1:  # the first warms up
-                ahead = self.left / (len(batch.x) * self.world.size)
-                self.inference.expect(seconds * ahead)
-        self.skip(total - done)
+                ahead = self.left * count / len(self.images)
+                self.inference.expect(seconds * ahead / (len(batch.x) * self.world.size))
+        self.skip(len(self.images) - reported)
         everyone = self.world.gather(own)
         batches = [part[k] for k in range(len(everyone[0])) for part in everyone if k < len(part)]
         return {key: torch.cat([columns[key] for columns in batches]) for key in batches[0]}
 
     def predictions(self, sigma: float) -> Predictions:
-        """What the classifier says at noise level ``sigma``; computed once.
+        """What the classifier predicts at noise level ``sigma``; computed once.
 
         Raises:
-            UserError: if a probability is not finite.
+            UserError: if a probability is NaN or Inf.
         """
         if sigma in self._predictions:
             self.skip(len(self.images))
@@ -169,61 +242,9 @@ class EvaluationContext:
         return found
 
     def skip(self, count: int) -> None:
-        """Tell the progress that ``count`` images more are done."""
+        """Report to the progress bar that ``count`` images more are done."""
         self.left -= count
         self.advance(count)
-
-
-class Suite(NamedTuple):
-    """A kind of evaluation; `ebmkit.evaluation.SUITES` is the table of them.
-
-    Attributes:
-        about: one line for ``ebmkit list``.
-        check: raises `UserError` where model and images cannot be evaluated so.
-        passes: how many passes over the images `run` makes, for the progress bar.
-        run: measures; returns what the JSON file holds beside the common entries. Its entry
-            ``warnings``, if any, is a list of sentences.
-        draw: draws pictures into a folder.
-        table: turns the JSON document into a table for the terminal.
-        options: the class of the suite's own settings, all with defaults; None: it has none. Those
-            in force are in its JSON file as ``options``.
-        standard: whether it is quick enough to be run unasked, at the end of training.
-        needs: the setting without which it has nothing to measure, so that ``all`` leaves it out.
-        ready: raises `UserError` where its settings name what is not there, before any suite runs.
-    """
-
-    description: str
-    check: Callable[[ScoreModel, Images], None]
-    passes: Callable[[EvaluationContext], int]
-    run: Callable[[EvaluationContext], dict[str, Any]]
-    draw: Callable[[EvaluationContext, dict[str, Any], Any], None]
-    table: Callable[[dict[str, Any]], Any]
-    options: type[BaseModel] | None = None
-    standard: bool = False
-    needs: str = ""
-    ready: Callable[[EvaluationContext], None] = lambda setting: None
-
-
-def check_classifies(model: ScoreModel, images: Images) -> None:
-    """Whether labels can be predicted and compared.
-
-    Raises:
-        UserError: if the model or the images have no labels, or they have different ones.
-    """
-    if not classifies(model):
-        raise UserError(
-            "this model was trained without labels and cannot classify: choose suites that need "
-            "none (denoise, jacobian, linearity), or train with an objective that has ce or cdsm"
-        )
-    if images.labels is None:
-        raise UserError(
-            f"data set {images.name!r} has no labels to compare with: choose the suite denoise"
-        )
-    if images.num_classes != model.num_classes:
-        raise UserError(
-            f"data set {images.name!r} has {images.num_classes} classes and this model knows "
-            f"{model.num_classes}: choose a data set with the classes that it was trained on"
-        )
 
 
 def _predict(model: EnergyModel, batch: Batch, sigma: float) -> dict[str, Tensor]:

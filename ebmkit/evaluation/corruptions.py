@@ -1,6 +1,7 @@
-r"""Corruptions of images at five strengths, after Hendrycks and Dietterich (arXiv 1903.12261).
+r"""Suite ``corruptions``: what is left of accuracy, confidence and denoising on corrupted images.
 
-For an image x in [0, 1] and a constant c, the result always clipped to [0, 1]:
+Images are corrupted in six ways at five strengths, after Hendrycks and Dietterich (arXiv
+1903.12261). For an image x in [0, 1] and a constant c, the result always clipped to [0, 1]:
 
 ================== =================================================== ==========================
 ``poisson``        :math:`\mathrm{Poisson}(c\,x)/c`                    c: photons at white
@@ -15,35 +16,64 @@ For an image x in [0, 1] and a constant c, the result always clipped to [0, 1]:
 The constants are those of the scripts that made CIFAR-10-C and ImageNet-C (``make_cifar_c.py`` and
 ``make_imagenet_c.py`` of github.com/hendrycks/robustness), under the names ``shot_noise``,
 ``speckle_noise``, ``impulse_noise``, ``gaussian_blur``, ``contrast`` and ``jpeg_compression``. The
-published images are rounded down to 8 bits; ours are not, but for JPEG's own.
+published images are rounded down to 8 bits; ours are not, but for JPEG's own. Random numbers are
+drawn on the CPU from one generator per (seed, corruption, image), so that an image is corrupted
+alike in every set, batch and process. Strengths share it: in ``speckle`` and ``salt-and-pepper`` a
+stronger corruption is more of the same one.
 
-Random numbers are drawn on the CPU from one generator per (seed, corruption, image), so that an
-image is corrupted alike in every set, batch and process. Strengths share it: in ``speckle`` and
-``salt-and-pepper`` a stronger corruption is more of the same one.
+Of each corrupted image y of x are measured
+
+- whether its label is predicted right, and the confidence :math:`\max_c p(c \mid y)`. Their mean
+  difference, ``gap``, is how much more the model promises than it keeps; ``ece`` is the calibration
+  error of suite ``calibration``;
+- the PSNR of y, and that of :math:`D(y) = y + \hat\sigma^2 s(y)`, clipped to [0, 1], where the
+  model estimates the noise level itself, for nobody knows it (not for noise-conditional models). A
+  plain denoiser gives its D(y). PSNR is a mean over those images that the corruption changed.
+
+The *mean corruption error* is the mean of the error over corruptions and strengths. It is not
+divided by that of AlexNet, which for images other than ImageNet's nobody knows; as is usual on
+CIFAR-10-C. ``confidence_slope`` is that of the least-squares line of confidence on accuracy, over
+the clean images and all corruptions: 1 if confidence falls as accuracy does, 0 if the model does
+not notice.
+
+``corruptions.json`` holds, beside the common entries: ``constants`` (cifar or imagenet),
+``clean``, one row; ``corruptions``, by name ``about``, ``unit`` and ``rows``, one for each
+strength; ``mean_corruption_error``, its difference ``mean_error_increase`` to the error on the
+clean images, image by image, and ``confidence_slope``. A row has ``strength`` and ``constant``;
+``accuracy``, ``confidence``, ``gap``, ``ece`` if the model classifies; ``psnr_corrupted``,
+``psnr``, ``gain`` (dB), ``estimated_sigma`` and ``rmse``, the root mean square of y - x in image
+units.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from einops import rearrange
+from pydantic import AfterValidator, Field
+from rich.table import Table
 from torch import Tensor
 
+from ebmkit import plots
+from ebmkit.energy import EnergyModel, ScoreModel, classifies
 from ebmkit.errors import UserError
+from ebmkit.evaluation import statistics
+from ebmkit.evaluation.calibration import calibration_error
+from ebmkit.evaluation.context import Batch, EvaluationContext, Images
+from ebmkit.evaluation.suite import Suite, SuiteConfig, new_table, noise_warnings, number
+from ebmkit.metrics import psnr
+from ebmkit.randomness import hashed_generator
+from ebmkit.registry import find
 
-__all__ = [
-    "CORRUPTIONS",
-    "STRENGTHS",
-    "Constants",
-    "Corruption",
-    "constants_for",
-    "corrupt",
-    "corruption_generator",
-]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 STRENGTHS = (1, 2, 3, 4, 5)
 
@@ -52,12 +82,14 @@ Constants = Literal["cifar", "imagenet"]
 LARGEST_CIFAR = 96
 """Side from which on the constants for small images are too weak to matter."""
 
+Columns = dict[str, Tensor]
+
 
 class Corruption(NamedTuple):
     """A kind of corruption.
 
     Attributes:
-        about: one line.
+        description: one line.
         unit: what its constant is.
         cifar: the constant at strengths 1 to 5 for images of 32x32, as in CIFAR-10-C.
         imagenet: the same for images of 224x224, as in ImageNet-C.
@@ -69,10 +101,6 @@ class Corruption(NamedTuple):
     cifar: tuple[float, ...]
     imagenet: tuple[float, ...]
     apply: Callable[[Tensor, float, torch.Generator], Tensor]
-
-    def constant(self, strength: int, kind: Constants) -> float:
-        """The constant at ``strength`` 1 to 5."""
-        return (self.cifar if kind == "cifar" else self.imagenet)[strength - 1]
 
 
 def corrupt(x: Tensor, name: str, constant: float, seed: int = 0, first: int = 0) -> Tensor:
@@ -90,7 +118,9 @@ def corrupt(x: Tensor, name: str, constant: float, seed: int = 0, first: int = 0
     """
     apply = CORRUPTIONS[name].apply
     done = [
-        apply(image, constant, corruption_generator(seed, name, first + i)).clamp(0, 1)
+        apply(image, constant, hashed_generator(f"corruption {name} {seed} {first + i}")).clamp(
+            0, 1
+        )
         for i, image in enumerate(x.cpu())
     ]
     return torch.stack(done).to(x)
@@ -99,12 +129,6 @@ def corrupt(x: Tensor, name: str, constant: float, seed: int = 0, first: int = 0
 def constants_for(image_size: tuple[int, int]) -> Constants:
     """Which published constants suit images of ``image_size``: below 96 pixels CIFAR-10-C's."""
     return "cifar" if min(image_size) < LARGEST_CIFAR else "imagenet"
-
-
-def corruption_generator(seed: int, name: str, index: int) -> torch.Generator:
-    """The generator of corruption ``name`` of image number ``index``."""
-    key = hashlib.sha256(f"corruption {name} {seed} {index}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(key[:7]))
 
 
 def _poisson(x: Tensor, photons: float, generator: torch.Generator) -> Tensor:
@@ -139,14 +163,13 @@ def _jpeg(x: Tensor, quality: float, generator: torch.Generator) -> Tensor:
 
     if x.shape[0] not in (1, 3):
         raise UserError(f"JPEG holds 1 or 3 channels, not {x.shape[0]}: leave out corruption jpeg")
-    pixels = (255 * x).round().byte().movedim(0, -1).numpy()
+    pixels = rearrange((255 * x).round().byte(), "c h w -> h w c").numpy()
     buffer = io.BytesIO()
-    Image.fromarray(pixels.squeeze(-1) if x.shape[0] == 1 else pixels).save(
-        buffer, "JPEG", quality=int(quality)
-    )
+    image = Image.fromarray(pixels.squeeze(-1) if len(x) == 1 else pixels)
+    image.save(buffer, "JPEG", quality=int(quality))
     with Image.open(buffer) as image:
         read = torch.from_numpy(np.array(image))
-    return (read[None] if read.ndim == 2 else read.movedim(-1, 0)).to(x.dtype) / 255
+    return read.reshape(*x.shape[1:], len(x)).movedim(-1, 0).to(x.dtype) / 255
 
 
 CORRUPTIONS: dict[str, Corruption] = {
@@ -194,3 +217,316 @@ CORRUPTIONS: dict[str, Corruption] = {
     ),
 }
 """The kinds of corruption, by name."""
+
+
+def _known(name: str) -> str:
+    find("corruption", CORRUPTIONS, name)
+    return name
+
+
+class CorruptionsConfig(SuiteConfig):
+    """Settings of the suite ``corruptions``."""
+
+    corruptions: tuple[Annotated[str, AfterValidator(_known)], ...] = Field(
+        tuple(CORRUPTIONS), min_length=1, description=", ".join(CORRUPTIONS)
+    )
+    strengths: tuple[Annotated[int, Field(ge=1, le=5)], ...] = Field(
+        STRENGTHS, min_length=1, description="severities: any of 1, 2, 3, 4, 5"
+    )
+    constants: Literal["auto", "cifar", "imagenet"] = Field(
+        "auto",
+        description="published constants: cifar (for 32x32), imagenet (for 224x224), or "
+        "auto (by image size)",
+    )
+
+
+def check(model: ScoreModel, images: Images) -> None:
+    """Whether the images can be corrupted, and there is anything to measure then.
+
+    Raises:
+        UserError: if images are neither gray nor colour, or the model neither predicts their labels
+            nor estimates noise levels.
+    """
+    if images.channels not in (1, 3):
+        raise UserError(
+            f"suite corruptions corrupts gray or colour images, and {images.name!r} has "
+            f"{images.channels} channels: leave the suite out"
+        )
+    if model.noise_conditional and not _compares_labels(model, images):
+        raise UserError(
+            "this model takes the noise level as an input, which nobody knows of a corrupted "
+            "image, and has no labels to compare: leave out the suite corruptions"
+        )
+
+
+def measure(context: EvaluationContext) -> dict[str, Any]:
+    """See the module's text for what is returned."""
+    options, images = context.option(CorruptionsConfig), context.images
+    kind = options.constants
+    kind = constants_for(images.image_size) if kind == "auto" else kind
+    labelled = _compares_labels(context.model, images)
+    clean = _columns(context, labelled, None)
+    corruptions: dict[str, Any] = {}
+    errors: list[Tensor] = []
+    warnings = _warnings(context, labelled)
+    for name in options.corruptions:
+        corruption: Corruption = CORRUPTIONS[name]
+        rows = []
+        for strength in sorted(set(options.strengths)):
+            constant = getattr(corruption, kind)[strength - 1]
+            columns = _columns(context, labelled, name, constant)
+            rows.append({"strength": strength, "constant": constant, **_row(columns, context.seed)})
+            if labelled:
+                errors.append((~columns["right"]).double())
+            changed = columns["rmse"] > 0
+            bad = int((~columns["psnr"].isfinite() & changed).sum()) if "psnr" in columns else 0
+            if bad:
+                warnings.append(
+                    f"{name} at strength {strength}: the PSNR of the denoised image is not finite "
+                    f"on {bad} images, so the mean is left out: the model diverged"
+                )
+        corruptions[name] = {"about": corruption.description, "unit": corruption.unit, "rows": rows}
+    document: dict[str, Any] = {
+        "sigmas": [],
+        "constants": kind,
+        "clean": _row(clean, context.seed),
+        "corruptions": corruptions,
+        "warnings": warnings,
+    }
+    if labelled:
+        error = torch.stack(errors).mean(dim=0)
+        everything = [document["clean"], *(r for c in corruptions.values() for r in c["rows"])]
+        document |= {
+            "mean_corruption_error": statistics.mean(error),
+            "mean_error_increase": statistics.mean(error - (~clean["right"]).double()),
+            "confidence_slope": confidence_slope(everything),
+        }
+    return document
+
+
+def _columns(
+    context: EvaluationContext, labelled: bool, name: str | None, constant: float = 0.0
+) -> Columns:
+    """Measures of each image, (N,), under the corruption ``name``; None: of the clean ones."""
+    model, world, size = context.model, context.world, context.batch_size
+    batches = itertools.count(world.rank, world.size)
+
+    def measure(batch: Batch) -> Columns:
+        x = y = batch.x
+        if name is not None:
+            y = corrupt(x, name, constant, context.seed, next(batches) * size)
+        columns: Columns = {
+            "psnr_corrupted": psnr(y, x),
+            "rmse": (y - x).square().flatten(1).mean(dim=1).sqrt(),
+        }
+        if labelled:
+            assert isinstance(model, EnergyModel)
+            assert batch.labels is not None
+            energies = model.energies(y, 0.0 if model.noise_conditional else None)
+            confidence, predicted = energies.log_posterior().exp().max(dim=1)
+            columns |= {"confidence": confidence, "right": predicted.eq(batch.labels)}
+        if not model.noise_conditional:
+            clean, columns["estimated_sigma"] = model.denoise_blind(y)
+            columns["psnr"] = psnr(clean.clamp(0, 1), x)
+        return columns
+
+    return context.columns(0.0, measure)
+
+
+def _row(columns: Columns, seed: int) -> dict[str, Any]:
+    """Means over images; PSNRs over those that were changed."""
+    changed = columns["rmse"] > 0
+    row: dict[str, Any] = {"rmse": statistics.mean(columns["rmse"])}
+    if "right" in columns:
+        right, confidence = columns["right"], columns["confidence"]
+        row |= {
+            "accuracy": statistics.accuracy(right),
+            "confidence": statistics.mean(confidence),
+            "gap": statistics.mean(confidence.double() - right.double()),
+            "ece": calibration_error(confidence, right, seed=seed),
+        }
+    noisy = columns["psnr_corrupted"][changed]
+    row["psnr_corrupted"] = statistics.mean(noisy)
+    if "psnr" in columns:
+        own = columns["psnr"]
+        row["psnr"] = statistics.mean(own[changed] if changed.any() else own)
+        row["gain"] = statistics.mean(own[changed] - noisy)
+        row["estimated_sigma"] = statistics.mean(columns["estimated_sigma"])
+    return row
+
+
+def confidence_slope(rows: Sequence[dict[str, Any]]) -> float | None:
+    """Of the least-squares line of confidence on accuracy; None where accuracy is all the same."""
+    points = [[row[name].value for row in rows] for name in ("accuracy", "confidence")]
+    (variance, covariance), _ = np.cov(points)
+    return float(covariance / variance) if variance > 1e-12 else None
+
+
+def _compares_labels(model: ScoreModel, images: Images) -> bool:
+    """Whether the model predicts the labels that the images have."""
+    same = images.labels is not None and images.num_classes == model.num_classes
+    return same and classifies(model)
+
+
+def _warnings(context: EvaluationContext, labelled: bool) -> list[str]:
+    model, images, found = context.model, context.images, []
+    if classifies(model) and not labelled:
+        found.append(
+            f"data set {images.name!r} has not the {model.num_classes} classes that this model "
+            "knows: accuracy and confidence are left out"
+        )
+    if not model.noise_conditional:
+        return found + noise_warnings(model, ())
+    return [
+        *found,
+        "this model takes the noise level as an input and cannot estimate it: denoising is left "
+        "out",
+    ]
+
+
+def table(document: dict[str, Any]) -> Table:
+    """Of each corruption and strength: accuracy, confidence, calibration error and PSNRs."""
+    columns = {
+        "accuracy": ("accuracy", "{:.1%}"),
+        "confidence": ("confidence", "{:.1%}"),
+        "ece": ("ECE", "{:.3f}"),
+        "psnr_corrupted": ("PSNR dB", "{:.1f}"),
+        "psnr": ("denoised", "{:.1f}"),
+    }
+    columns = {name: column for name, column in columns.items() if name in document["clean"]}
+    result = new_table(document, ("corruption", "level", *(head for head, _ in columns.values())))
+    blocks = {"clean": [{**document["clean"], "strength": ""}]}
+    blocks |= {name: found["rows"] for name, found in document["corruptions"].items()}
+    for name, rows in blocks.items():
+        for i, row in enumerate(rows):
+            values = (number(row[key], form) for key, (_, form) in columns.items())
+            result.add_row("" if i else name, str(row["strength"]), *values)
+        result.add_section()
+    if "mean_corruption_error" in document:
+        result.add_row("mean error", "", number(document["mean_corruption_error"], "{:.1%}"))
+    return result
+
+
+LINES = {
+    "accuracy": ("accuracy", 100, plots.BLUE, "o", "-"),
+    "confidence": ("mean confidence", 100, plots.ORANGE, "s", "--"),
+    "psnr_corrupted": ("corrupted", 1, plots.GRAY, "o", "-"),
+    "psnr": ("denoised", 1, plots.GREEN, "s", "--"),
+}
+"""By measure: its label, scale, colour, marker and line style."""
+
+COLUMNS = 3
+LAST = 5.0
+"""Width of the last panel with its legend, inches."""
+
+
+def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
+    """Write ``corruptions.png`` (accuracy and confidence against the strength, and by each other),
+    ``corruptions-psnr.png`` and ``corruptions-examples.png``, as far as they apply."""
+    if "accuracy" in document["clean"]:
+        title = "Accuracy and confidence under corruption"
+        figure, panels = _panels(document, title, ("accuracy", "confidence"), LAST)
+        for axes in panels:
+            chance = 100 / context.model.num_classes
+            axes.axhline(chance, color=plots.GRAY, ls=":", lw=1, label="chance")
+            axes.set_ylim(0, 104)
+        _plot_slope(figure.axes[-1], document)
+        figure.supylabel("accuracy, confidence (%)", fontsize=10)
+        plots.shared_legend(figure, 3)
+        plots.save_figure(figure, folder / "corruptions.png")
+    title = "Denoising corrupted images, noise level estimated"
+    figure, _ = _panels(document, title, ("psnr_corrupted", "psnr"))
+    figure.supylabel("PSNR (dB), mean over changed images", fontsize=10)
+    plots.shared_legend(figure, 3)
+    plots.save_figure(figure, folder / "corruptions-psnr.png")
+    ((x, _),) = context.images.first(1).batches(1)
+    rows = [
+        [(x[0], f"{name}\n{found['unit']}")]
+        + [
+            (corrupt(x, name, row["constant"], context.seed)[0], f"{row['constant']:g}")
+            for row in found["rows"]
+        ]
+        for name, found in document["corruptions"].items()
+    ]
+    first = next(iter(document["corruptions"].values()))
+    heads = ["clean", *(f"strength {row['strength']}" for row in first["rows"])]
+    title = f"Corruptions and their constants: {plots.images_of(document, 1)}"
+    plots.image_rows(rows, heads, folder / "corruptions-examples.png", title=title)
+
+
+def _panels(
+    document: dict[str, Any], title: str, measures: Sequence[str], last: float = 0.0
+) -> tuple[Figure, list[Axes]]:
+    """``measures`` against the strength, a panel for each corruption; and, if wanted, an empty one
+    beside, ``last`` inches wide, where accuracies on clean images are shown, too."""
+    corruptions = document["corruptions"]
+    columns = min(COLUMNS, len(corruptions))
+    lines = -(-len(corruptions) // columns)
+    height = max(1.2 + 2.15 * lines, 4.2 if last else 0)
+    figure = plots.new_figure(0.9 + 2.6 * columns + last, height, layout="constrained")
+    ratios = [2.6] * columns + [last] * bool(last)
+    grid = figure.add_gridspec(lines, len(ratios), width_ratios=ratios)
+    panels: list[Axes] = []
+    for i, (name, found) in enumerate(corruptions.items()):
+        shared = panels[0] if panels else None
+        axes = figure.add_subplot(grid[i // columns, i % columns], sharey=shared)
+        panels.append(axes)
+        rows = [{**document["clean"], "strength": "clean"}] * bool(last) + found["rows"]
+        for measure in measures:
+            if measure in document["clean"]:
+                label, scale, colour, marker, style = LINES[measure]
+                look = {"color": colour, "marker": marker, "ls": style, "ms": 4, "label": label}
+                estimates = [row[measure] for row in rows]
+                plots.plot_estimates(axes, range(len(rows)), estimates, scale, **look)
+        axes.tick_params(labelleft=i % columns == 0)
+        axes.set_title(name, fontsize=10)
+        axes.grid(axis="y", color=plots.GRAY, alpha=0.25, lw=0.6)
+        axes.set_xlim(-0.3, len(rows) - 0.7)
+        axes.set_xticks(range(len(rows)), [str(row["strength"]) for row in rows])
+        axes.set_xlabel("strength", labelpad=1)
+    figure.suptitle(f"{title}: {plots.images_of(document)}", fontsize=11)
+    if last:
+        figure.add_subplot(grid[:, -1])
+    return figure, panels
+
+
+def _plot_slope(axes: Axes, document: dict[str, Any]) -> None:
+    """Accuracy against mean confidence, a point for each corruption and strength, larger for
+    higher ones."""
+    axes.plot([0, 100], [0, 100], ls=":", color=plots.GRAY, lw=1)
+
+    def points(rows: Sequence[dict[str, Any]], **look: Any) -> None:
+        x, y = ([100 * row[name]["value"] for row in rows] for name in ("confidence", "accuracy"))
+        axes.scatter(x, y, **look)
+
+    looks = itertools.cycle(zip(plots.COLOURS, plots.MARKERS, strict=True))
+    for (name, found), (colour, marker) in zip(
+        document["corruptions"].items(), looks, strict=False
+    ):
+        sizes = [8 + 9 * row["strength"] for row in found["rows"]]
+        look = {"color": colour, "marker": marker, "alpha": 0.8, "lw": 0.8, "label": name}
+        points(found["rows"], s=sizes, **look)
+    points([document["clean"]], s=90, color="black", marker="*", label="clean", zorder=3)
+    axes.set(xlim=(0, 102), ylim=(0, 102), xlabel="mean confidence (%)", ylabel="accuracy (%)")
+    axes.set_box_aspect(1)
+    slope = document["confidence_slope"]
+    text = "undefined" if slope is None else f"{slope:.2f}"
+    axes.set_title(f"Slope of confidence on accuracy: {text}", fontsize=10)
+    place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)}
+    axes.legend(frameon=False, fontsize=8, title="larger:\nstronger", **place)
+
+
+def _passes(context: EvaluationContext) -> int:
+    options = context.option(CorruptionsConfig)
+    return 1 + len(options.corruptions) * len(set(options.strengths))
+
+
+CORRUPTIONS_SUITE = Suite(
+    description="accuracy, confidence and PSNR under six corruptions at five strengths",
+    measure=measure,
+    plot=plot,
+    table=table,
+    check=check,
+    passes=_passes,
+    options=CorruptionsConfig,
+)

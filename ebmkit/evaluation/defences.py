@@ -27,7 +27,6 @@ An image is judged on draws of its own, the same at every strength, from its con
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,20 +38,9 @@ from torch import Tensor, nn
 
 from ebmkit.energy import EnergyModel
 from ebmkit.noise import in_255ths
+from ebmkit.randomness import hashed_generator
 from ebmkit.sampling import langevin_move
 from ebmkit.sampling.langevin import JEM_NOISE, JEM_STEP
-
-__all__ = [
-    "DEFENCES",
-    "Defence",
-    "DefenceName",
-    "DefendedClassifier",
-    "Refinement",
-    "frozen",
-    "image_noise",
-    "image_numbers",
-    "labels_given",
-]
 
 DefenceName = Literal["direct", "noise", "denoise", "denoise+noise", "refine"]
 
@@ -127,7 +115,7 @@ class DefendedClassifier(nn.Module):
     """A defence as a plain classifier: images (B, C, H, W) in, log-probabilities (B, K) out.
 
     Called, it is what an attacker can differentiate: each call averages over ``draws`` new draws of
-    noise, the same for all images. `judged` averages over given ones.
+    noise, the same for all images. `log_posterior` averages over given ones.
 
     Args:
         model: in evaluation mode, with labels.
@@ -148,16 +136,16 @@ class DefendedClassifier(nn.Module):
 
     def restart(self, seed: str) -> None:
         """Draw anew from ``seed``, any text."""
-        self._generator = torch.Generator().manual_seed(_number(seed.encode()))
+        self._generator = hashed_generator(seed)
 
     def forward(self, x: Tensor) -> Tensor:
         """log of the class probabilities, (B, K)."""
         if not self.defence.random:
-            return self.judged(x, None)
+            return self.log_posterior(x, None)
         count = self.draws * self.defence.noises
-        return self.judged(x, torch.randn(count, *x.shape[1:], generator=self._generator))
+        return self.log_posterior(x, torch.randn(count, *x.shape[1:], generator=self._generator))
 
-    def judged(self, x: Tensor, noise: Tensor | None) -> Tensor:
+    def log_posterior(self, x: Tensor, noise: Tensor | None) -> Tensor:
         """log of the class probabilities (B, K), averaged over draws of ``noise``.
 
         Args:
@@ -167,7 +155,7 @@ class DefendedClassifier(nn.Module):
         """
         y, told, draws = x, None, 1
         if self.defence.steps:
-            y = self.refined(x, noise if self.defence.random else None)
+            y = self.purify(x, noise if self.defence.random else None)
             draws = len(y) // len(x)
         elif self.defence.random:
             assert noise is not None
@@ -181,7 +169,7 @@ class DefendedClassifier(nn.Module):
         log_p = log_p.reshape(len(x), draws, -1)
         return log_p.logsumexp(dim=1) - math.log(draws)
 
-    def refined(self, x: Tensor, noise: Tensor | None) -> Tensor:
+    def purify(self, x: Tensor, noise: Tensor | None) -> Tensor:
         """Where n Langevin chains from each image end, (B n, C, H, W), those of an image together.
 
         Args:
@@ -201,16 +189,7 @@ class DefendedClassifier(nn.Module):
         return y
 
 
-def image_noise(x: Tensor, draws: int, seed: str) -> Tensor:
-    """Standard normal noise for each image, from its content and ``seed``: (B, draws, C, H, W)."""
-    noise = [
-        torch.randn(draws, *x.shape[1:], generator=torch.Generator().manual_seed(number))
-        for number in image_numbers(x, seed)
-    ]
-    return torch.stack(noise).to(x)
-
-
-def labels_given(target: DefendedClassifier, x: Tensor, noise: Tensor | None) -> Tensor:
+def predicted_labels(target: DefendedClassifier, x: Tensor, noise: Tensor | None) -> Tensor:
     """The label (B,) that images are given; -1, never right, where there is no finite one."""
     draws = 1 if noise is None else noise.shape[1] // target.defence.noises
     size = max(1, len(x) * target.draws // draws)  # as many rows at a time as in an attack
@@ -218,29 +197,20 @@ def labels_given(target: DefendedClassifier, x: Tensor, noise: Tensor | None) ->
     with torch.no_grad():
         for at in range(0, len(x), size):
             rows = slice(at, at + size)
-            log_p = target.judged(x[rows], None if noise is None else noise[rows])
+            log_p = target.log_posterior(x[rows], None if noise is None else noise[rows])
             labels.append(log_p.argmax(dim=1).where(log_p.isfinite().any(dim=1), -1))
     return torch.cat(labels)
 
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Gradients are on, and none is wanted by a parameter, as foolbox calls ``backward``."""
-    wanted = [p for p in module.parameters() if p.requires_grad]
+    """Within, gradients are on, and no parameter needs one (AutoAttack calls ``backward``)."""
+    trained = [p for p in module.parameters() if p.requires_grad]
     try:
-        for parameter in wanted:
+        for parameter in trained:
             parameter.requires_grad_(False)
         with torch.enable_grad():
             yield
     finally:
-        for parameter in wanted:
+        for parameter in trained:
             parameter.requires_grad_(True)
-
-
-def image_numbers(x: Tensor, seed: str) -> list[int]:
-    """A number for each image, of its content and ``seed``."""
-    return [_number(seed.encode(), image.numpy().tobytes()) for image in x.detach().cpu()]
-
-
-def _number(*parts: bytes) -> int:
-    return int.from_bytes(hashlib.sha256(b" ".join(parts)).digest()[:7])

@@ -6,23 +6,24 @@ Of :math:`y = x + \sigma\epsilon` are estimated (CDN eq. 7)
 - ``conditional_true``: :math:`D_c(y, c) = y + \sigma^2 s(y, c)` with the true label;
 - ``conditional_predicted``: the same with the label predicted from y, which anyone can do;
 - ``blind``: :math:`y + \hat\sigma^2 s(y)` with the model's own
-  :math:`\hat\sigma = \sqrt d/\|s(y)\|` (not for noise-conditional models, which are told sigma).
+  :math:`\hat\sigma = \sqrt d/\|s(y)\|` (not for noise-conditional models, which take sigma as an
+  input).
 
 A plain denoiser has one estimate, ``unconditional``. A blind one makes it without the true sigma,
-which the formula of Tweedie needs: ``knows_sigma`` says of each denoiser whether it was told
+which the formula of Tweedie needs: ``knows_sigma`` says of each denoiser whether it is given sigma
 (``true``), estimates the level itself (``estimated``) or has no use for it (``unused``).
 
 Beside them stand the ``noisy`` input and the ``clipped`` one: on images with much black or white,
 clipping alone gains decibels, which no model should be given credit for.
 
-Protocol. PSNR is the mean over images of the PSNR of each image,
-:math:`-10 \log_{10}(\text{mean squared error over its pixels and channels})` dB for images in [0,
-1]. A denoiser's output is clipped to [0, 1]; the noisy input is not, neither for the denoiser nor
-for its own PSNR (so about 24.6, 20.2 and 14.2 dB at 15, 25 and 50/255). Noise is drawn from a fixed
-seed, the same for every model (`ebmkit.evaluation.data`). SSIM is torchmetrics', mean over channels
-and images, with a Gaussian window of 11 x 11 pixels and deviation 1.5; on smaller images the
-largest odd window that fits, its deviation scaled alike. Intervals are of the mean over images;
-those of a gain, of the mean difference to the noisy input on the same image.
+Protocol. PSNR is the mean over images of the PSNR of each image, :math:`-10 \log_{10}(\text{mean
+squared error over its pixels and channels})` dB for images in [0, 1]. A denoiser's output is
+clipped to [0, 1]; the noisy input is not, neither for the denoiser nor for its own PSNR (so about
+24.6, 20.2 and 14.2 dB at 15, 25 and 50/255). Noise is drawn from a fixed seed, the same for every
+model (`ebmkit.evaluation.context`). SSIM is torchmetrics', mean over channels and images, with a
+Gaussian window of 11 x 11 pixels and deviation 1.5; on smaller images the largest odd window that
+fits, its deviation scaled alike. Intervals are of the mean over images; those of a gain, of the
+mean difference to the noisy input on the same image.
 
 ``denoise.json`` holds, beside the common entries, plain numbers by noise level in 255ths: ``psnr``
 (unconditional) and ``psnr_noisy``, as in ``{"15": 30.1, "25": 27.2, "50": 23.0}``, and ``ssim`` and
@@ -33,14 +34,15 @@ above, with ``psnr``, ``gain`` (dB) and ``ssim`` by noise level; ``estimated_sig
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from rich.table import Table
 from torch import Tensor
 
+from ebmkit import plots
 from ebmkit.energy import (
     Energies,
     LogDensity,
@@ -51,26 +53,10 @@ from ebmkit.energy import (
     tweedie,
 )
 from ebmkit.evaluation import statistics
-from ebmkit.evaluation.context import EvaluationContext, Suite
-from ebmkit.evaluation.data import Batch, Images, noisy_batches
-from ebmkit.evaluation.tables import interval, new_table, number
+from ebmkit.evaluation.context import Batch, EvaluationContext, noisy_batches
+from ebmkit.evaluation.suite import Suite, interval, new_table, noise_warnings, number
 from ebmkit.metrics import predict, psnr
-from ebmkit.noise import format_sigma, in_255ths
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-__all__ = [
-    "DENOISE",
-    "Estimates",
-    "draw",
-    "estimates",
-    "knows_sigma",
-    "run",
-    "ssim",
-    "ssim_window",
-    "table",
-]
+from ebmkit.noise import in_255ths
 
 LABELS = {
     "noisy": "noisy input",
@@ -80,19 +66,26 @@ LABELS = {
     "conditional_predicted": "conditional, predicted",
     "blind": "blind, sigma estimated",
 }
+COLOURS = (plots.GRAY, plots.SKY, plots.BLUE, plots.GREEN, plots.ORANGE, plots.PURPLE)
+HATCHES = ("", "", "", "//", "\\\\", "..")
+ENDS = ("low", "high")
 SHOWN = 5
 NOTE = (
     "$D_u$: unconditional denoiser; $D_c$: conditional on the predicted label; "
     "both are given sigma. Below: PSNR."
 )
 
-Estimates = dict[str, Tensor]
-"""Estimated clean images (B, C, H, W) by the name of the denoiser, clipped to [0, 1]."""
+
+class PredictedLogDensity(NamedTuple):
+    """log p(y|c) up to a constant, of the label c that the model predicts from y."""
+
+    def __call__(self, energies: Energies) -> Tensor:
+        return LogDensity(energies.logits.argmax(dim=1))(energies)
 
 
 def estimates(
     model: ScoreModel, y: Tensor, sigma: float, labels: Tensor | None = None
-) -> tuple[Estimates, Tensor | None, Tensor | None]:
+) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
     """Every denoiser's estimate of the clean images, from one forward pass.
 
     Args:
@@ -102,42 +95,39 @@ def estimates(
         labels: the true ones (B,); None leaves ``conditional_true`` out.
 
     Returns:
-        The estimates; the labels predicted from y (B,), -1 where
-        logits are not finite, or None if the model has none; and the
+        By the name of the denoiser its estimates (B, C, H, W), clipped to [0, 1]; the labels
+        predicted from y (B,), -1 where logits are NaN, or None if the model has none; and the
         estimated noise level (B,), or None if the model is noise-conditional.
     """
-    if not classifies(model):
-        labels = None
+    scores: dict[str, Tensor] = {}
     predicted = noise = None
     if classifies(model):
-        conditional: dict[str, Target] = {}
+        targets: dict[str, Target] = {"unconditional": LogDensity()}
         if labels is not None:
-            conditional["conditional_true"] = LogDensity(labels)
-        conditional["conditional_predicted"] = PredictedLogDensity()
-        targets = [LogDensity(), *conditional.values()]
-        energies, (score, *scores) = model.value_and_grads(y, sigma, *targets)
-        found = {"unconditional": tweedie(y, score, sigma)}
-        found |= {n: tweedie(y, s, sigma) for n, s in zip(conditional, scores, strict=True)}
+            targets["conditional_true"] = LogDensity(labels)
+        targets["conditional_predicted"] = PredictedLogDensity()
+        energies, gradients = model.value_and_grads(y, sigma, *targets.values())
+        scores = dict(zip(targets, gradients, strict=True))
         predicted = predict(energies.logits)
     elif model.is_energy_based and not model.ignores_sigma:
-        score = model.score(y, sigma)
-        found = {"unconditional": tweedie(y, score, sigma)}
+        scores = {"unconditional": model.score(y, sigma)}
+    if scores:
+        found = {name: tweedie(y, score, sigma) for name, score in scores.items()}
+        if not model.noise_conditional:
+            noise = sigma_of_score(scores["unconditional"])
+            found["blind"] = tweedie(y, scores["unconditional"], noise)
     else:
         found = {"unconditional": model.denoise(y, sigma)}
         if not (model.noise_conditional or model.ignores_sigma):
             found["blind"], noise = model.denoise_blind(y)
-        return {name: x.clamp(0, 1) for name, x in found.items()}, None, noise
-    if not model.noise_conditional:
-        noise = sigma_of_score(score)
-        found["blind"] = tweedie(y, score, noise)
     return {name: x.clamp(0, 1) for name, x in found.items()}, predicted, noise
 
 
-class PredictedLogDensity(NamedTuple):
-    """log p(y|c) up to a constant, of the label c that the model predicts from y."""
-
-    def __call__(self, energies: Energies) -> Tensor:
-        return LogDensity(energies.logits.argmax(dim=1))(energies)
+def knows_sigma(model: ScoreModel, denoiser: str) -> str:
+    """What ``denoiser`` of ``model`` knows of the noise level: true, estimated or unused."""
+    if denoiser == "blind":
+        return "estimated"
+    return "unused" if denoiser in ("noisy", "clipped") or model.ignores_sigma else "true"
 
 
 def ssim_window(image_size: tuple[int, int]) -> dict[str, Any]:
@@ -159,76 +149,55 @@ def ssim(estimate: Tensor, clean: Tensor) -> Tensor:
     return values.reshape(len(clean))
 
 
-def check(model: ScoreModel, images: Images) -> None:
-    """Every model can denoise; one that never learnt to gets a warning in its results."""
-
-
-def run(setting: EvaluationContext) -> dict[str, Any]:
-    """Measure; see the module's text for what is returned."""
+def measure(context: EvaluationContext) -> dict[str, Any]:
+    """PSNR and SSIM at every noise level; see the module's text for what is returned."""
     denoisers: dict[str, dict[str, Any]] = {}
     sigmas: dict[str, Any] = {}
     accuracies: dict[str, Any] = {}
-    unfinished: list[str] = []
-    for sigma in setting.sigmas:
+    warnings = noise_warnings(context.model, context.sigmas)
+    for sigma in context.sigmas:
         key = in_255ths(sigma)
-        values = setting.columns(sigma, partial(_measure, setting, sigma))
-        for name in [n for n, measure in values if measure == "psnr"]:
-            rows = denoisers.setdefault(
-                name, {"about": LABELS[name], "psnr": {}, "gain": {}, "ssim": {}}
-            )
-            bad = int((~values[name, "psnr"].isfinite()).sum())
-            if bad:
-                unfinished.append(
+        columns = context.columns(sigma, partial(_measure, context, sigma))
+        for name in [name for name, quantity in columns if quantity == "psnr"]:
+            own, likeness = columns[name, "psnr"], columns[name, "ssim"]
+            if bad := int((~own.isfinite()).sum()):
+                warnings.append(
                     f"{LABELS[name]} at {key}/255: PSNR is not finite on {bad} images (restored "
                     "exactly, or the model diverged), so the mean is left out"
                 )
-            gain = values[name, "psnr"] - values["noisy", "psnr"]
-            rows["psnr"][key] = statistics.mean(values[name, "psnr"]).document()
-            rows["gain"][key] = statistics.mean(gain).document()
-            rows["ssim"][key] = statistics.mean(values[name, "ssim"]).document()
-        if ("", "sigma") in values:
-            noise = values["", "sigma"]
-            sigmas[key] = {
-                "true": sigma,
-                "std": statistics.finite(float(noise.std())) if len(noise) > 1 else None,
-                **statistics.mean(noise).document(),
-            }
-        if ("", "right") in values:
-            right = values["", "right"]
-            accuracies[key] = statistics.proportion(int(right.sum()), len(right)).document()
-    document: dict[str, Any] = {"sigmas": list(setting.sigmas)}
-    for measure in ("psnr", "ssim"):
-        plain, noisy = denoisers["unconditional"][measure], denoisers["noisy"][measure]
-        document[measure] = {key: e["value"] for key, e in plain.items()}
-        document[f"{measure}_noisy"] = {key: e["value"] for key, e in noisy.items()}
-        document[f"{measure}_interval"] = {key: [e["low"], e["high"]] for key, e in plain.items()}
+            gain = own - columns["noisy", "psnr"]
+            entry = denoisers.setdefault(name, {"about": LABELS[name]})
+            for quantity, values in (("psnr", own), ("gain", gain), ("ssim", likeness)):
+                entry.setdefault(quantity, {})[key] = statistics.mean(values)
+        if ("", "sigma") in columns:
+            noise = columns["", "sigma"]
+            std = float(noise.std()) if len(noise) > 1 else None
+            sigmas[key] = {"true": sigma, "std": std, **statistics.mean(noise).document()}
+        if ("", "right") in columns:
+            accuracies[key] = statistics.accuracy(columns["", "right"])
+    document: dict[str, Any] = {"sigmas": context.sigmas}
+    for quantity in ("psnr", "ssim"):
+        plain, noisy = (denoisers[name][quantity] for name in ("unconditional", "noisy"))
+        document[quantity] = {key: e.value for key, e in plain.items()}
+        document[f"{quantity}_noisy"] = {key: e.value for key, e in noisy.items()}
+        document[f"{quantity}_interval"] = {key: (e.low, e.high) for key, e in plain.items()}
     return document | {
         "denoisers": denoisers,
         "estimated_sigma": sigmas,
         "predicted_labels": accuracies,
-        "knows_sigma": {name: knows_sigma(setting.model, name) for name in denoisers},
-        "ssim_window": ssim_window(setting.images.image_size),
-        "warnings": _warnings(setting) + unfinished,
+        "knows_sigma": {name: knows_sigma(context.model, name) for name in denoisers},
+        "ssim_window": ssim_window(context.images.image_size),
+        "warnings": warnings,
     }
 
 
-def knows_sigma(model: ScoreModel, denoiser: str) -> str:
-    """What ``denoiser`` of ``model`` is told of the noise level: true, estimated or unused."""
-    if denoiser in ("noisy", "clipped"):
-        return "unused"
-    if denoiser == "blind":
-        return "estimated"
-    return "unused" if model.ignores_sigma else "true"
-
-
 def _measure(
-    setting: EvaluationContext, sigma: float, batch: Batch
+    context: EvaluationContext, sigma: float, batch: Batch
 ) -> dict[tuple[str, str], Tensor]:
     """By denoiser and measure, and by "" and what else is known of each image: (B,)."""
-    x, y, labels = batch
-    if setting.images.num_classes != setting.model.num_classes:
-        labels = None
-    found, predicted, noise = estimates(setting.model, y, sigma, labels)
+    model, x, y = context.model, batch.x, batch.y
+    labels = batch.labels if context.images.num_classes == model.num_classes else None
+    found, predicted, noise = estimates(model, y, sigma, labels)
     columns = {}
     for name, estimate in {"noisy": y, "clipped": y.clamp(0, 1), **found}.items():
         columns[name, "psnr"] = psnr(estimate, x)
@@ -240,88 +209,91 @@ def _measure(
     return columns
 
 
-def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
+def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``denoising.png``, the first images under each denoiser, and ``psnr.png``."""
-    from ebmkit import plots
+    from torchvision.transforms.functional import center_crop
 
-    plots.psnr_bars(document["denoisers"], folder / "psnr.png")
-    few = setting.images.first(SHOWN)
-    clean = None
-    levels = []
-    for sigma in setting.sigmas:
-        shared = noisy_batches(few, sigma, setting.seed, SHOWN, setting.device)
-        clean, y = _middles(list(shared))
-        found, _, _ = estimates(setting.model, y, sigma)
-        shown = {"noisy": y, "$D_u$": found["unconditional"]}
+    plot_psnr(document["denoisers"], folder / "psnr.png")
+    first = context.images.first(SHOWN)
+    levels: dict[float, dict[str, Tensor]] = {}
+    for sigma in context.sigmas:
+        batches = list(noisy_batches(first, sigma, context.seed, SHOWN, context.device))
+        # the middles, where images have several sizes, each in a batch of its own
+        size = [min(batch.x.shape[side] for batch in batches) for side in (-2, -1)]
+        pairs = [center_crop(torch.stack([batch.x, batch.y]), size) for batch in batches]
+        clean, y = torch.cat(pairs, dim=1)
+        found, _, _ = estimates(context.model, y, sigma)
+        levels[sigma] = {"noisy": y, "$D_u$": found["unconditional"]}
         if "conditional_predicted" in found:
-            shown["$D_c$"] = found["conditional_predicted"]
-        levels.append(plots.DenoisedLevel(sigma, shown))
-    if clean is not None:
-        plots.denoising_grid(clean, levels, folder / "denoising.png", NOTE)
+            levels[sigma]["$D_c$"] = found["conditional_predicted"]
+    plot_images(clean, levels, folder / "denoising.png", NOTE)
 
 
-def _middles(batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
-    """Clean and noisy images of all ``batches``; the middles, where pictures have several sizes."""
-    height = min(batch.x.shape[-2] for batch in batches)
-    width = min(batch.x.shape[-1] for batch in batches)
-    pairs = [(_center_crop(b.x, height, width), _center_crop(b.y, height, width)) for b in batches]
-    return torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
+def plot_images(
+    clean: Tensor, levels: dict[float, dict[str, Tensor]], path: Path, note: str = ""
+) -> None:
+    """One row per image: the clean one (B, C, H, W), then at each sigma what is shown, by its name,
+    with its PSNR below; clipped for display, PSNR is of what is given."""
+    rows = [[(image, "")] for image in clean]
+    heads, groups = ["clean"], {}
+    for sigma, shown in levels.items():
+        groups[len(heads)] = plots.sigma_label(sigma)
+        heads += shown
+        for images in shown.values():
+            for row, image, value in zip(rows, images, psnr(images, clean).tolist(), strict=True):
+                row.append((image, f"{value:.1f} dB"))
+    plots.image_rows(rows, heads, path, groups, note=note)
 
 
-def _center_crop(images: Tensor, height: int, width: int) -> Tensor:
-    """The middle of images (B, C, H, W)."""
-    top, left = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
-    return images[..., top : top + height, left : left + width]
+def plot_psnr(denoisers: dict[str, dict[str, Any]], path: Path) -> None:
+    """PSNR of each denoiser at each noise level, with 95 % intervals."""
+    figure = plots.new_figure(7.2, 3.9, layout="constrained")
+    axes = figure.add_subplot()
+    width, values = 0.82 / len(denoisers), [0.0]
+    keys = list(next(iter(denoisers.values()))["psnr"])
+    looks = zip(denoisers.values(), COLOURS, HATCHES, strict=False)
+    for i, (denoiser, colour, hatch) in enumerate(looks):
+        entries = [(k, denoiser["psnr"][key]) for k, key in enumerate(keys)]
+        known = [(k, e) for k, e in entries if e["value"] is not None]
+        at = [k + (i - (len(denoisers) - 1) / 2) * width for k, _ in known]
+        own = [e["value"] for _, e in known]
+        ends = [[abs((e[end] or e["value"]) - e["value"]) for _, e in known] for end in ENDS]
+        look: dict[str, Any] = {"color": colour, "hatch": hatch, "edgecolor": "white", "lw": 0}
+        look |= {"yerr": ends, "error_kw": {"lw": 0.8, "capsize": 1.5}}
+        bars = axes.bar(at, own, 0.92 * width, label=denoiser["about"], **look)
+        axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=6.5)
+        values += own
+    axes.set_xticks(range(len(keys)), [f"{key}/255" for key in keys])
+    axes.set_ylim(min(values), max(values) * 1.1 or None)
+    plots.annotate(axes, "Denoising", "noise level sigma", "PSNR (dB), mean over images")
+    plots.shared_legend(figure, 3)
+    plots.save_figure(figure, path)
 
 
 def table(document: dict[str, Any]) -> Table:
     """PSNR of every denoiser beside the noisy input's, with intervals, gain and SSIM."""
-    result = new_table(
-        document, ("sigma", "denoiser", "PSNR dB", "95 % interval", "gain dB", "SSIM")
-    )
+    heads = ("sigma", "denoiser", "PSNR dB", "95 % interval", "gain dB", "SSIM")
+    result = new_table(document, heads)
     result.columns[1].justify = "left"
-    for sigma in document["sigmas"]:
-        key = in_255ths(sigma)
-        for i, (name, measures) in enumerate(document["denoisers"].items()):
-            value, gain, likeness = (measures[m][key] for m in ("psnr", "gain", "ssim"))
+    for key in map(in_255ths, document["sigmas"]):
+        for i, (name, found) in enumerate(document["denoisers"].items()):
             result.add_row(
                 "" if i else f"{key}/255",
                 LABELS[name],
-                number(value["value"], "{:.2f}"),
-                interval(value["low"], value["high"], "{:.2f}"),
-                "" if name == "noisy" else number(gain["value"], "{:+.2f}"),
-                number(likeness["value"], "{:.3f}"),
+                number(found["psnr"][key], "{:.2f}"),
+                interval(found["psnr"][key], "{:.2f}"),
+                "" if name == "noisy" else number(found["gain"][key], "{:+.2f}"),
+                number(found["ssim"][key], "{:.3f}"),
             )
         result.add_section()
     return result
 
 
-def _warnings(setting: EvaluationContext) -> list[str]:
-    card = setting.model.card
-    if card is None:
-        return []
-    if card.sigma_range is None:
-        return [
-            f"this model was not trained to denoise (its objective is {card.objective!r}): its "
-            "score means little; add dsm to the objective"
-        ]
-    low, high = card.sigma_range
-    outside = [s for s in setting.sigmas if not low * (1 - 1e-6) <= s <= high * (1 + 1e-6)]
-    if not outside:
-        return []
-    levels = ", ".join(format_sigma(s) for s in outside)
-    return [
-        f"noise at {levels} is outside the range that this model was trained for, "
-        f"{format_sigma(low)} to {format_sigma(high)}"
-    ]
-
-
 DENOISE = Suite(
     description="PSNR and SSIM of the unconditional, conditional and blind denoisers",
-    check=check,
-    passes=lambda setting: len(setting.sigmas),
-    run=run,
-    draw=draw,
+    measure=measure,
+    plot=plot,
     table=table,
+    passes=lambda context: len(context.sigmas),
     standard=True,
 )

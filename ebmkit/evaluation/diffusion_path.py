@@ -1,11 +1,31 @@
-r"""Suite ``diffusion-path``: what a classifier and its energies make of the images that a diffusion
-model goes through (RCG figures 4.5, 4.6, 4.9, 4.12 and 4.15).
+r"""Suite ``diffusion-path``: accuracy and energies of the images of a diffusion model's path
+(RCG figures 4.5, 4.6, 4.9, 4.12 and 4.15).
 
-The classifier is shown the images of every timestep in four ways, `VIEWS` of
-`ebmkit.evaluation.diffusion_views`: noisy as the diffusion model has them (``timestep``) and in
-image units (``image``), and without noise, ``dark`` and ``faded``. Nothing is clipped.
-Noise-conditional models are told the deviation of the noise in what they see. The noise is that of
-the suite ``classify`` at :math:`\sigma_t`.
+A diffusion model of T steps knows images :math:`u = 2x - 1` and noises them,
+
+.. math:: u_t = \sqrt{\bar\alpha_t}\, u + \sqrt{1 - \bar\alpha_t}\, \epsilon .
+
+A classifier that guides it may be given the image at timestep t in four ways (`VIEWS`):
+
+============ ===================================================== =============================
+view         image                                                 deviation of its noise
+============ ===================================================== =============================
+``timestep`` :math:`v_t = (u_t + 1)/2`, the thesis's way           :math:`\sqrt{1 - \bar\alpha_t}/2`
+``image``    :math:`y = x + \sigma_t \epsilon`, image units        :math:`\sigma_t = \frac12
+                                                                   \sqrt{(1 - \bar\alpha_t) /
+                                                                   \bar\alpha_t}`
+``dark``     :math:`\sqrt{\bar\alpha_t}\, x`: towards black        0
+``faded``    :math:`v_t` without its noise: towards gray           0
+============ ===================================================== =============================
+
+``timestep`` and ``image`` have the same :math:`\epsilon` and differ by contrast alone:
+:math:`v_t = \sqrt{\bar\alpha_t}\, y + (1 - \sqrt{\bar\alpha_t})/2`. RCG section 4.4 multiplies test
+images by :math:`\sqrt{\bar\alpha_t}` and does not say of which range they are: darkness is what
+that does to images in [0, 1] (``dark``); in [-1, 1], as the diffusion model has them, it takes away
+contrast (``faded``).
+
+Nothing is clipped. Noise-conditional models are given the deviation of the noise in what they see.
+The noise is that of the suite ``classify`` at :math:`\sigma_t`.
 
 Of every view are measured accuracy and the means of E(x) and of E(x, y) of the true label
 (`ebmkit.evaluation.energies`, nats); of the clean images also by class.
@@ -24,42 +44,134 @@ and ``classes``.
 
 from __future__ import annotations
 
+import math
 import os
-from functools import partial
+from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+import torch
+from pydantic import Field
+from rich.table import Table
 from torch import Tensor
 
+from ebmkit import plots
 from ebmkit.compile import optimize
-from ebmkit.energy import EnergyModel, ScoreModel, classifies
+from ebmkit.data import ImageSet
+from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation import statistics
-from ebmkit.evaluation.context import EvaluationContext, Suite, check_classifies
-from ebmkit.evaluation.data import Batch, Images, noisy_batches
-from ebmkit.evaluation.diffusion_views import VIEWS, DiffusionPathConfig, views_at
-from ebmkit.evaluation.energies import (
-    EnergySource,
-    ImageEnergies,
-    class_statistics,
-    energies_of,
-    energy_source,
-    spread,
+from ebmkit.evaluation.context import Batch, EvaluationContext, Images, noisy_batches
+from ebmkit.evaluation.energies import ImageEnergies, class_statistics, energies_of, spread
+from ebmkit.evaluation.generation import Generated, read_samples
+from ebmkit.evaluation.suite import (
+    Suite,
+    SuiteConfig,
+    add_note,
+    check_classifies,
+    check_one_size,
+    load_beside,
+    new_table,
+    number,
 )
-from ebmkit.evaluation.generated import Generated, read_samples
-from ebmkit.evaluation.subset import check_one_size, columns_of
-from ebmkit.evaluation.tables import new_table, number
-from ebmkit.noise import Schedule
+from ebmkit.models.heads import EnergySource, energy_source
+from ebmkit.noise import Schedule, make_schedule
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from matplotlib.axes import Axes
 
-__all__ = ["DIFFUSION_PATH", "draw", "run", "table"]
+VIEWS = {
+    "timestep": "in the range of images, sqrt(abar) y + (1 - sqrt(abar))/2",
+    "image": "in image units, y = x + sigma eps, the same noise",
+    "dark": "sqrt(abar) x, images in [0, 1], no noise",
+    "faded": "x_t without its noise",
+}
+
 
 SHORT = {"timestep": "x_t", "image": "image", "dark": "dark", "faded": "faded"}
-SHOWN = 9
+ENERGIES = {"energy": "E(x)", "joint_energy": "E(x, y)"}
+Views = dict[str, tuple[Tensor, float]]
+"""By name, images (B, C, H, W) and the deviation of the noise in them, image units."""
+
+PLOTTED = 9
+"""Timesteps at which the plot shows an image."""
+
 LISTED = (0.1, 0.2, 0.4, 1.0)
-"""Shares of the last timestep at which the table tells accuracy."""
+"""Shares of the last timestep at which the table lists accuracy."""
+
+PANELS = {
+    "Accuracy against noise": ("timestep", "image"),
+    "Accuracy against darkness and contrast": ("dark", "faded"),
+}
+LOOKS: list[dict[str, Any]] = [
+    {"color": (*plots.COLOURS[:5], "black")[i % 6], "marker": "os^DvPX<>*p"[i % 11], "ms": 3.5}
+    for i in range(66)
+]
+"""Colour and marker of each model; 6 and 11 have no common divisor, so 66 models differ."""
+
+
+class DiffusionPathConfig(SuiteConfig):
+    """Settings of the suite ``diffusion-path``."""
+
+    schedule: Literal["linear", "cosine"] = Field("linear", description="noise schedule")
+    steps: int = Field(1000, ge=2, description="timesteps T of the diffusion model")
+    step: int = Field(50, ge=1, description="difference between measured timesteps")
+    until: int | None = Field(None, ge=0, description="last measured timestep [default: T - 1]")
+    name: str = Field("this run", description="name of the run evaluated")
+    beside: tuple[Path, ...] = Field(
+        (), description="run folders of further classifiers, shown in the same plots"
+    )
+    samples: Path | None = Field(
+        None,
+        description="HDF5 file of `ebmkit sample`, to compare its energies with those of the data",
+    )
+    energies: EnergySource = Field(
+        "auto",
+        description="definition of E(x): model (its own density), logits (-logsumexp), auto "
+        "(model if its density was trained, else logits)",
+    )
+
+    def timesteps(self) -> tuple[int, ...]:
+        """Those measured: 0, step, ... and the last.
+
+        Raises:
+            UserError: if ``until`` is beyond the schedule.
+        """
+        last = self.steps - 1 if self.until is None else self.until
+        if last >= self.steps:
+            raise UserError(
+                f"diffusion-path.until {last} is out of range: with diffusion-path.steps "
+                f"{self.steps} it is 0 to {self.steps - 1}"
+            )
+        return tuple(sorted({*range(0, last + 1, self.step), last}))
+
+
+def views_at(schedule: Schedule, t: int, x: Tensor, y: Tensor) -> Views:
+    """What a classifier may be given at timestep ``t``, and the deviation of the noise in it.
+
+    Args:
+        schedule: of the diffusion model.
+        t: the timestep.
+        x: clean images (B, C, H, W) in [0, 1].
+        y: the same with noise of deviation ``schedule.sigma(t)``, image units.
+
+    Returns:
+        Images, shape of x, and the noise level, image units, by the names of `VIEWS`.
+    """
+    low, high = schedule.image_range
+    root, sigma = math.sqrt(schedule.abar(t)), schedule.sigma(t)
+
+    def rescaled(images: Tensor) -> Tensor:
+        return (schedule.from_image_units(images, t) - low) / (high - low)
+
+    return {
+        "timestep": (rescaled(y), root * sigma),
+        "image": (y, sigma),
+        "dark": (root * x, 0.0),
+        "faded": (rescaled(x), 0.0),
+    }
 
 
 def check(model: ScoreModel, images: Images) -> None:
@@ -72,58 +184,58 @@ def check(model: ScoreModel, images: Images) -> None:
     check_one_size("diffusion-path", images)
 
 
-def ready(setting: EvaluationContext) -> None:
+def prepare(context: EvaluationContext) -> None:
     """Whether the settings fit together, and further runs and samples are there.
 
     Raises:
         UserError: if they do not, or are not.
     """
-    setting.option(DiffusionPathConfig).timesteps()
-    _models(setting)
-    _samples(setting)
+    context.option(DiffusionPathConfig).timesteps()
+    _models(context)
+    _samples(context)
 
 
-def run(setting: EvaluationContext) -> dict[str, Any]:
-    """Measure; see the module's text for what is returned."""
-    config, generated = setting.option(DiffusionPathConfig), _samples(setting)
-    schedule, timesteps = config.make_schedule(), config.timesteps()
-    models, images = _models(setting), setting.images
+def measure(context: EvaluationContext) -> dict[str, Any]:
+    """Measure all models at all timesteps; see the module's text for what is returned."""
+    config, images = context.option(DiffusionPathConfig), context.images
+    schedule, timesteps = make_schedule(config.schedule, config.steps), config.timesteps()
+    models, generated = _models(context), _samples(context)
     assert images.labels is not None
-    labels = images.labels.cpu()
-    clean = setting.columns(0.0, partial(_measure, models, config.energies, None, -1))
-    documents: dict[str, dict[str, Any]] = {
-        name: {
-            "reading": energy_source(model, config.energies),
-            "clean": _row(clean, name, "clean"),
+    labels, names = images.labels.cpu(), images.class_names
+    documents: dict[str, dict[str, Any]] = {}
+    for (name, _), found in _energies(context, models, 0.0, _clean).items():
+        documents[name] = {
+            "reading": energy_source(models[name], config.energies),
+            "clean": _entry(found, labels),
             "path": {view: [] for view in VIEWS},
-            "classes": class_statistics(
-                clean[name, "clean", "energy"],
-                clean[name, "clean", "joint_energy"],
-                labels,
-                images.class_names,
-            ),
+            "classes": class_statistics(found.energy, found.joint(labels), labels, names),
+            "samples": None,
         }
-        for name, model in models.items()
-    }
     for t in timesteps:
-        sigma, abar = schedule.sigma(t), schedule.abar(t)
-        measure = partial(_measure, models, config.energies, schedule, t)
-        columns = setting.columns(sigma, measure)
-        for name, document in documents.items():
-            for view in VIEWS:
-                row = {"t": t, "sigma": sigma, "abar": abar} | _row(columns, name, view)
-                document["path"][view].append(row)
-    chance = 1 / setting.model.num_classes
-    sampled = _of_samples(setting, models, generated)
-    for name, document in documents.items():
+        where = {"t": t, "sigma": schedule.sigma(t), "abar": schedule.abar(t)}
+
+        def views(batch: Batch, t: int = t) -> Views:
+            return views_at(schedule, t, batch.x, batch.y)
+
+        for (name, view), found in _energies(context, models, schedule.sigma(t), views).items():
+            documents[name]["path"][view].append(where | _entry(found, labels))
+    chance = 1 / context.model.num_classes
+    for document in documents.values():
         document["chance_from"] = {
-            view: next((r["t"] for r in rows if r["accuracy"]["low"] <= chance), None)
-            for view, rows in document["path"].items()
+            view: next((e["t"] for e in path if e["accuracy"].low <= chance), None)
+            for view, path in document["path"].items()
         }
-        document["samples"] = sampled.get(name)
+    if generated is not None:
+        samples, own = ImageSet(generated.images, name="samples", split="test"), generated.labels
+        for (name, _), found in _energies(context, models, 0.0, _clean, samples).items():
+            document = documents[name]["samples"] = {"energy": spread(found.energy)}
+            if own is not None:
+                joint = found.joint(own)
+                document["joint_energy"] = spread(joint)
+                document["classes"] = class_statistics(found.energy, joint, own, names)
     return {
         "sigmas": [schedule.sigma(t) for t in timesteps],
-        "timesteps": list(timesteps),
+        "timesteps": timesteps,
         "abar": [schedule.abar(t) for t in timesteps],
         "chance": chance,
         "views": VIEWS,
@@ -135,129 +247,83 @@ def run(setting: EvaluationContext) -> dict[str, Any]:
     }
 
 
-Key = tuple[str, str, str]
-"""Model, view and measure."""
+def _clean(batch: Batch) -> Views:
+    return {"clean": (batch.x, 0.0)}
 
 
-def _measure(
+def _energies(
+    context: EvaluationContext,
     models: dict[str, EnergyModel],
-    reading: EnergySource,
-    schedule: Schedule | None,
-    t: int,
-    batch: Batch,
-) -> dict[Key, Tensor]:
-    """Columns (B,) of all models and views; of the clean images without a schedule."""
-    assert batch.labels is not None
-    shown = {"clean": (batch.x, 0.0)}
-    if schedule is not None:
-        shown = views_at(schedule, t, batch.x, batch.y)
-    columns: dict[Key, Tensor] = {}
-    for view, (images, sigma) in shown.items():
-        for name, model in models.items():
-            found = energies_of(model, images, sigma, reading)
-            columns[name, view, "right"] = found.log_posterior.argmax(dim=1) == batch.labels
-            columns[name, view, "energy"] = found.energy
-            columns[name, view, "joint_energy"] = found.joint(batch.labels)
-    return columns
+    sigma: float,
+    views: Callable[[Batch], Views],
+    images: Images | None = None,
+) -> dict[tuple[str, str], ImageEnergies]:
+    """By model and view, of all images."""
+    reading = context.option(DiffusionPathConfig).energies
+
+    def of_batch(batch: Batch) -> dict[tuple[str, str, str], Tensor]:
+        columns = {}
+        for view, (x, level) in views(batch).items():
+            for name, model in models.items():
+                for field, column in energies_of(model, x, level, reading)._asdict().items():
+                    columns[name, view, field] = column
+        return columns
+
+    columns = context.columns(sigma, of_batch, images)
+    keys = dict.fromkeys((name, view) for name, view, _ in columns)
+    return {key: ImageEnergies(*(columns[*key, f] for f in ImageEnergies._fields)) for key in keys}
 
 
-def _row(columns: dict[Key, Tensor], name: str, view: str) -> dict[str, Any]:
-    right = columns[name, view, "right"]
+def _entry(found: ImageEnergies, labels: Tensor) -> dict[str, Any]:
     return {
-        "accuracy": statistics.proportion(int(right.sum()), len(right)).document(),
-        "energy": spread(columns[name, view, "energy"]),
-        "joint_energy": spread(columns[name, view, "joint_energy"]),
+        "accuracy": statistics.accuracy(found.log_posterior.argmax(dim=1) == labels),
+        "energy": spread(found.energy),
+        "joint_energy": spread(found.joint(labels)),
     }
 
 
-def _of_samples(
-    setting: EvaluationContext, models: dict[str, EnergyModel], generated: Generated | None
-) -> dict[str, dict[str, Any]]:
-    """Energies of samples, by model; none without a file."""
-    if generated is None:
-        return {}
-    from ebmkit.data import ImageSet
-
-    reading = setting.option(DiffusionPathConfig).energies
-
-    def measure(batch: Batch) -> dict[tuple[str, str], Tensor]:
-        found = {}
-        for name, model in models.items():
-            for measure, column in energies_of(model, batch.x, 0.0, reading)._asdict().items():
-                found[name, measure] = column
-        return found
-
-    columns = columns_of(setting, ImageSet("samples", "test", generated.images), 0.0, measure)
-    documents: dict[str, dict[str, Any]] = {}
-    for name in models:
-        read = ImageEnergies(*(columns[name, m] for m in ImageEnergies._fields))
-        documents[name] = {"energy": spread(read.energy)}
-        wanted = generated.labels
-        if wanted is not None:
-            own = read.joint(wanted)
-            documents[name]["joint_energy"] = spread(own)
-            documents[name]["classes"] = class_statistics(
-                read.energy, own, wanted, setting.images.class_names
-            )
-    return documents
-
-
-def _models(setting: EvaluationContext) -> dict[str, EnergyModel]:
+def _models(context: EvaluationContext) -> dict[str, EnergyModel]:
     """The model evaluated and those beside it, by name.
 
     Raises:
         UserError: if one is not there, or does not suit the images.
     """
-    from ebmkit.models import load
-
-    assert isinstance(setting.model, EnergyModel)
-    config = setting.option(DiffusionPathConfig)
-    found: dict[str, EnergyModel] = {setting.option(DiffusionPathConfig).name: setting.model}
+    assert isinstance(context.model, EnergyModel)
+    config = context.option(DiffusionPathConfig)
+    found = {config.name: context.model}
     for path in config.beside:
-        model = load(path, device=str(setting.device))
-        known = setting.model.num_classes
-        if not classifies(model) or model.num_classes != known:
-            raise UserError(
-                f"diffusion-path.beside: the model in {str(path)!r} knows {model.num_classes} "
-                f"classes and the one evaluated {known}: name runs with labels of the same classes"
-            )
-        channels = model.card.channels if model.card else setting.images.channels
-        if channels != setting.images.channels:
-            raise UserError(
-                f"diffusion-path.beside: the model in {str(path)!r} takes images of {channels} "
-                f"channel(s), and {setting.images.name!r} has {setting.images.channels}"
-            )
+        model = load_beside(context, path, "diffusion-path.beside")
         name = base = Path(os.path.abspath(path)).name
-        number = 1
+        count = 1
         while name in found:
-            number += 1
-            name = f"{base}-{number}"
-        found[name] = optimize(model, setting.inference.precision)
+            count += 1
+            name = f"{base}-{count}"
+        found[name] = optimize(model, context.inference.precision)
     for model in found.values():
         energy_source(model, config.energies)
     return found
 
 
-def _samples(setting: EvaluationContext) -> Generated | None:
-    path = setting.option(DiffusionPathConfig).samples
+def _samples(context: EvaluationContext) -> Generated | None:
+    path = context.option(DiffusionPathConfig).samples
     if path is None:
         return None
-    found = read_samples(path, setting.images, "diffusion-path.samples")
-    known = setting.model.num_classes
-    if found.labels is not None and not bool(((found.labels >= 0) & (found.labels < known)).all()):
-        worst = int(found.labels.max()) if found.labels.max() >= known else int(found.labels.min())
-        raise UserError(
-            f"diffusion-path.samples: {str(path)!r} has label {worst}, and this model knows 0 to "
-            f"{known - 1}"
-        )
+    found = read_samples(path, context.images, "diffusion-path.samples")
+    known = context.model.num_classes
+    for label in [] if found.labels is None else sorted(set(found.labels.tolist()), reverse=True):
+        if not 0 <= label < known:
+            raise UserError(
+                f"diffusion-path.samples: {str(path)!r} has label {label}, and this model knows 0 "
+                f"to {known - 1}"
+            )
     return found
 
 
 def _warnings(documents: dict[str, dict[str, Any]]) -> list[str]:
     found = []
     for name, document in documents.items():
-        rows = [row for path in document["path"].values() for row in path]
-        bad = [row["t"] for row in rows if row["energy"]["value"] is None]
+        entries = [entry for path in document["path"].values() for entry in path]
+        bad = [entry["t"] for entry in entries if entry["energy"]["value"] is None]
         if bad:
             found.append(
                 f"{name}: energies are not finite on some images from timestep {min(bad)} on, so "
@@ -266,21 +332,127 @@ def _warnings(documents: dict[str, dict[str, Any]]) -> list[str]:
     return found
 
 
-def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
+def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``diffusion-path.png``, ``diffusion-energies.png`` and ``class-energies.png``."""
-    from ebmkit.plots import diffusion_path as pictures
-
-    config = setting.option(DiffusionPathConfig)
-    schedule, timesteps = config.make_schedule(), config.timesteps()
-    chosen = [timesteps[i] for i in _spread_over(len(timesteps), SHOWN)]
-    strips: dict[str, list[tuple[int, Tensor]]] = {view: [] for view in VIEWS}
-    for t in chosen:
-        (batch,) = noisy_batches(setting.images.first(1), schedule.sigma(t), setting.seed, 1)
+    config, timesteps = context.option(DiffusionPathConfig), document["timesteps"]
+    schedule = make_schedule(config.schedule, config.steps)
+    strips: dict[str, list[Tensor]] = {view: [] for view in VIEWS}
+    places = np.linspace(0, len(timesteps) - 1, min(PLOTTED, len(timesteps))).round()
+    for t in [timesteps[int(i)] for i in np.unique(places)]:
+        (batch,) = noisy_batches(context.images.first(1), schedule.sigma(t), context.seed, 1)
         for view, (images, _) in views_at(schedule, t, batch.x, batch.y).items():
-            strips[view].append((t, images[0]))
-    pictures.accuracies(document, strips, folder / "diffusion-path.png")
-    pictures.energies(document, folder / "diffusion-energies.png")
-    pictures.by_class(document, folder / "class-energies.png")
+            strips[view].append(images[0])
+    _plot_accuracy(document, strips, folder / "diffusion-path.png")
+    _plot_energies(document, folder / "diffusion-energies.png")
+    _plot_classes(document, folder / "class-energies.png")
+
+
+def _plot_accuracy(document: dict[str, Any], strips: dict[str, list[Tensor]], path: Path) -> None:
+    """Accuracy against the timestep, with noise and without, above an image as it is given there:
+    by view, at timesteps evenly spread from the first to the last."""
+    models, timesteps = document["models"], document["timesteps"]
+    panel, left, gap, tall = 4.5, 0.75, 0.75, 2.7  # inches
+    cell = panel / len(strips["timestep"])
+    bottom = 1.07 + 0.2 * -(-len(models) // 4) + 2 * (cell + 0.05)
+    width, height = 2 * (left + panel) + 0.2, 0.65 + tall + bottom
+    figure = plots.new_figure(width, height)
+
+    def place(column: int, y: float, tall: float) -> Axes:
+        x = left + column * (panel + gap)
+        return figure.add_axes((x / width, y / height, panel / width, tall / height))
+
+    # the first and the last timestep stand over the middles of a strip's ends
+    margin = 0.5 * cell / panel
+    span = max(1, timesteps[-1] - timesteps[0]) / (1 - 2 * margin)
+    limits = {"xlim": (timesteps[0] - margin * span, timesteps[-1] + margin * span)}
+    for column, (title, views) in enumerate(PANELS.items()):
+        axes = place(column, bottom, tall)
+        for row, (view, line) in enumerate(zip(views, ("-", "--"), strict=True)):
+            for look, (name, found) in zip(cycle(LOOKS), models.items()):
+                accuracies = [entry["accuracy"] for entry in found["path"][view]]
+                own = look | {"ls": line, "label": None if row or column else name}
+                plots.plot_estimates(axes, timesteps, accuracies, 100, **own)
+            strip = place(column, bottom - 0.62 - (row + 1) * cell - row * 0.05, 0.96 * cell)
+            plots.show_image(strip, torch.cat(strips[view], dim=-1), "", "")
+            strip.set_ylabel(f"{SHORT[view]} ({line})", fontsize=8, labelpad=3)
+        axes.axhline(100 * document["chance"], color=plots.GRAY, ls=":", lw=1)
+        axes.grid(alpha=0.25, lw=0.5)
+        y = "" if column else "accuracy (%), dotted: chance"
+        plots.annotate(axes, title, "timestep t", y, ylim=(0, 102), **limits)
+    figure.suptitle(f"{plots.images_of(document)}, {_schedule(document)}, bands 95 %", fontsize=10)
+    figure.legend(loc="lower center", ncols=4, frameon=False, fontsize=8)
+    plots.save_figure(figure, path)
+
+
+def _plot_energies(document: dict[str, Any], path: Path) -> None:
+    """Mean energies along the path as the model sees x_t, and the same in image units."""
+    models = document["models"]
+    figure = plots.new_figure(10, 3.9 + 0.17 * len(models), layout="constrained")
+    panels = figure.subplots(1, 2)
+    views = {"timestep": "x_t", "image": "image units, x + sigma eps"}
+    for axes, (view, words) in zip(panels, views.items(), strict=True):
+        known: list[float] = []
+        for look, (name, found) in zip(cycle(LOOKS), models.items()):
+            for line, (quantity, symbol) in zip(("-", "--"), ENERGIES.items(), strict=True):
+                rows = [e for e in found["path"][view] if e[quantity]["value"] is not None]
+                values = [e[quantity]["value"] for e in rows]
+                known += values
+                label = f"{name}: {symbol}"
+                axes.plot([e["t"] for e in rows], values, ls=line, label=label, **look)
+        low, quarter, middle, most, high = np.quantile(known or [0.0], [0, 0.25, 0.5, 0.75, 1])
+        if high - low > 30 * max(most - quarter, 1e-12) and middle != 0:
+            # most would lie on one line of a linear scale
+            axes.set_yscale("symlog", linthresh=max(1.0, float(np.median(np.abs(known)))))
+        plots.annotate(axes, f"Input: {words}", "timestep t")
+        axes.grid(alpha=0.25, lw=0.5)
+    panels[0].set_ylabel("mean energy (nats)")
+    plots.shared_legend(figure, columns=2)
+    title = "Energies along the forward process, each model's up to a constant"
+    images = f"{plots.images_of(document)}, {_schedule(document)}"
+    figure.suptitle(f"{title}: {images}", fontsize=10)
+    plots.save_figure(figure, path)
+
+
+def _plot_classes(document: dict[str, Any], path: Path) -> None:
+    """Mean and standard deviation of E(x) of each class, of the data and of samples; by model."""
+    models = document["models"]
+    most = max(len(found["classes"]) for found in models.values())
+    columns = min(2, len(models))
+    rows = -(-len(models) // columns)
+    size = (max(3.4, 1.0 + 0.42 * most) * columns, 0.9 + 2.8 * rows)
+    figure = plots.new_figure(*size, layout="constrained")
+    for place, (name, found) in enumerate(models.items()):
+        axes = figure.add_subplot(rows, columns, place + 1)
+        labels, samples = [c["label"] for c in found["classes"]], found["samples"] or {}
+        for kind, label, aside, colour, marker in (
+            (found, "data", -0.12, plots.BLUE, "o"),
+            (samples, "samples", 0.12, plots.ORANGE, "s"),
+        ):
+            known = [c for c in kind.get("classes", []) if c["energy"]["value"] is not None]
+            known = [c for c in known if c["label"] in labels]
+            x = [labels.index(c["label"]) + aside for c in known]
+            y, std = ([c["energy"][key] or 0.0 for c in known] for key in ("value", "std"))
+            look: dict[str, Any] = {"fmt": marker, "color": colour, "ms": 4, "elinewidth": 0.9}
+            axes.errorbar(x, y, std, label=label if known else None, capsize=2, **look)
+        if samples:
+            value, std = (samples["energy"][key] for key in ("value", "std"))
+            axes.axhline(value or 0.0, color=plots.ORANGE, ls="--", lw=1, label="samples, all")
+            if value is not None and std is not None:
+                axes.axhspan(value - std, value + std, color=plots.ORANGE, alpha=0.1, lw=0)
+        names = [c["name"] for c in found["classes"]]
+        plots.class_ticks(axes, names, size=7 if most > 20 else 8)
+        how = "-logsumexp of the logits" if found["reading"] == "logits" else "-log density"
+        plots.annotate(axes, f"{name} ({how})", y="" if place % columns else "E(x) (nats)")
+        axes.grid(axis="y", alpha=0.25, lw=0.5)
+    plots.shared_legend(figure, columns=3)
+    title = f"E(x) by class, mean and standard deviation over images: {plots.images_of(document)}"
+    figure.suptitle(title, fontsize=9.5, wrap=True)
+    plots.save_figure(figure, path)
+
+
+def _schedule(document: dict[str, Any]) -> str:
+    options = document["options"]
+    return f"{options['schedule']} schedule of {options['steps']} steps"
 
 
 def table(document: dict[str, Any]) -> Table:
@@ -292,51 +464,44 @@ def table(document: dict[str, Any]) -> Table:
             for share in LISTED
         }
     )
-    heads = [f"t={timesteps[i]}" for i in rows]
-    result = new_table(document, ("seen", "clean", *heads, "chance from"))
+    heads = ("input", "clean", *(f"t={timesteps[i]}" for i in rows), "chance from")
+    result = new_table(document, heads)
     widest = 0.0
     for name, found in document["models"].items():
-        result.add_row(name, *[""] * (len(rows) + 2))
+        result.add_row(name)
         for view, path in found["path"].items():
-            values = [row["accuracy"] for row in (found["clean"], *(path[i] for i in rows))]
+            values = [entry["accuracy"] for entry in (found["clean"], *(path[i] for i in rows))]
             widest = max(widest, *(e["high"] - e["low"] for e in values))
             at = found["chance_from"][view]
-            shown = [f"{e['value']:.1%}" for e in values]
-            result.add_row(f"  {SHORT[view]}", *shown, "-" if at is None else f"t={at}")
+            shown = [number(e, "{:.1%}") for e in values]
+            result.add_row(f"  {SHORT[view]}", *shown, number(at, "t={}"))
         path = [found["clean"], *(found["path"]["timestep"][i] for i in rows)]
-        for measure, symbol in (("energy", "E(x)"), ("joint_energy", "E(x,y)")):
-            shown = [number(row[measure]["value"], "{:.4g}") for row in path]
-            result.add_row(f"  {symbol}", *shown, "")
-            if found["samples"] and measure in found["samples"]:
-                own = number(found["samples"][measure]["value"], "{:.4g}")
-                result.add_row("  samples", own, *[""] * (len(rows) + 1))
+        for quantity, symbol in ENERGIES.items():
+            result.add_row(f"  {symbol}", *(number(entry[quantity], "{:.4g}") for entry in path))
+            if found["samples"] and quantity in found["samples"]:
+                result.add_row("  samples", number(found["samples"][quantity], "{:.4g}"))
         result.add_section()
-    description = [f"{SHORT[view]}: {words}" for view, words in document["views"].items()]
-    description.append("E: means, nats; along t of what is seen as x_t")
-    description.append(f"95 % intervals of accuracies: at most {100 * widest:.1f} points wide")
-    result.caption = "\n".join([*description, str(result.caption or "")]).strip()
+    note = [f"{SHORT[view]}: {words}" for view, words in document["views"].items()]
+    note.append("E: means, nats; along t of the input x_t")
+    note.append(f"95 % intervals of accuracies: at most {100 * widest:.1f} points wide")
+    add_note(result, "\n".join(note))
     return result
 
 
-def _spread_over(count: int, most: int) -> list[int]:
-    """At most ``most`` of 0 .. count - 1, the first and the last among them, evenly."""
-    few = min(count, most)
-    return sorted({round(i * (count - 1) / max(1, few - 1)) for i in range(few)})
-
-
-def _passes(setting: EvaluationContext) -> int:
-    config = setting.option(DiffusionPathConfig)
+def passes(context: EvaluationContext) -> int:
+    """The clean images, every timestep, and samples."""
+    config = context.option(DiffusionPathConfig)
     return 1 + len(config.timesteps()) + (config.samples is not None)
 
 
 DIFFUSION_PATH = Suite(
     description="accuracy and energies along a diffusion model's forward process, on "
     "darkened images, by class",
-    check=check,
-    passes=_passes,
-    run=run,
-    draw=draw,
+    measure=measure,
+    plot=plot,
     table=table,
+    check=check,
+    passes=passes,
+    prepare=prepare,
     options=DiffusionPathConfig,
-    ready=ready,
 )

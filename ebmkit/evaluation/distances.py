@@ -36,15 +36,6 @@ from ebmkit.errors import UserError
 from ebmkit.evaluation import statistics
 from ebmkit.evaluation.statistics import LEVEL, Estimate
 
-__all__ = [
-    "frechet_distance",
-    "jackknife",
-    "kernel_distance",
-    "mean_distance",
-    "precision_recall",
-    "score",
-]
-
 BLOCK = 1000
 """Features of either set in a block, at most."""
 

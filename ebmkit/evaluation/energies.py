@@ -5,7 +5,7 @@ r"""Energies of images and labels, and their statistics by class.
 in nats, up to one constant of the model, from the source that `ebmkit.models.heads` says: where a
 head has a density of its own that no objective trained (``ce`` or ``adv`` alone), off the logits.
 
-Noise-conditional models are told that clean images have noise 0.
+Noise-conditional models take noise 0 for clean images.
 
 RCG stands for the thesis "Classifier-free Diffusion Guidance with a Robust Energy-Based Classifier"
 (Sapienza, 2024).
@@ -21,15 +21,6 @@ from torch import Tensor
 from ebmkit.energy import EnergyModel, Noise
 from ebmkit.evaluation import statistics
 from ebmkit.models.heads import EnergySource, energy_source
-
-__all__ = [
-    "EnergySource",
-    "ImageEnergies",
-    "class_statistics",
-    "energies_of",
-    "energy_source",
-    "spread",
-]
 
 
 class ImageEnergies(NamedTuple):

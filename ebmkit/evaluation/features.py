@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,20 +29,11 @@ from ebmkit.energy import EnergyModel, ScoreModel, classifies
 from ebmkit.errors import UserError
 from ebmkit.storage.torchfile import read_torch_file
 
-__all__ = ["Extracted", "Extractor", "classifier", "classifier_of", "find_extractor", "inception"]
-
 WEIGHTS = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
     "weights-inception-2015-12-05-6726825d.pth"
 )
 INSTEAD = "or measure by a classifier of your own, --set generation.extractor=RUN"
-
-
-class Extracted(NamedTuple):
-    """Features (B, d) and class logits (B, C) of a batch."""
-
-    features: Tensor
-    logits: Tensor
 
 
 @dataclass(frozen=True)
@@ -54,14 +45,14 @@ class Extractor:
         run: name of the classifier's run; "" for Inception.
         names: what its measures are called, by ``frechet``, ``kernel``, ``score``, ``precision``
             and ``recall``.
-        extract: images (B, C, H, W) in [0, 1] to what it makes of them.
+        extract: images (B, C, H, W) in [0, 1] to ``features`` (B, d) and class ``logits`` (B, C).
         model: the classifier, if it is one.
     """
 
     kind: str
     run: str
     names: dict[str, str]
-    extract: Callable[[Tensor], Extracted]
+    extract: Callable[[Tensor], dict[str, Tensor]]
     model: EnergyModel | None = None
 
 
@@ -93,19 +84,16 @@ def inception(weights: Path | None, device: torch.device) -> Extractor:
             "the Inception network needs the package torch-fidelity, which is not installed: pip "
             f"install 'ebmkit-vision[generation]', {INSTEAD}"
         )
-    if weights is not None:
-        _check_weights(weights)
     network = _network(weights).to(device)
 
-    def extract(x: Tensor) -> Extracted:
+    def extract(x: Tensor) -> dict[str, Tensor]:
         pixels = (255 * x).round().clamp(0, 255).byte()
         features, logits = network(pixels.expand(-1, 3, -1, -1))
-        return Extracted(features.float(), logits.float())
+        return {"features": features.float(), "logits": logits.float()}
 
     names = {"frechet": "FID", "kernel": "KID", "score": "IS"}
-    return Extractor(
-        "inception", "", names | {"precision": "precision", "recall": "recall"}, extract
-    )
+    names |= {name: name for name in ("precision", "recall")}
+    return Extractor("inception", "", names, extract)
 
 
 def classifier(run: str, device: torch.device) -> Extractor:
@@ -131,23 +119,6 @@ def classifier_of(model: EnergyModel, run: str) -> Extractor:
     Raises:
         UserError: if it has no features and head.
     """
-    parts = ("frechet", "FD"), ("kernel", "KD")
-    names = {k: f"classifier-{v}" for k, v in parts}
-    names |= {k: f"classifier-{k}" for k in ("score", "precision", "recall")}
-    return Extractor("classifier", run, names, _of_head(model, run), model)
-
-
-def same_weights(extractor: Extractor, model: ScoreModel) -> bool:
-    """Whether the classifier is ``model`` itself."""
-    if extractor.model is None:
-        return False
-    own, other = extractor.model.state_dict(), unwrapped(model).state_dict()
-    if own.keys() != other.keys():
-        return False
-    return all(own[k].shape == v.shape and bool((own[k] == v).all()) for k, v in other.items())
-
-
-def _of_head(model: EnergyModel, run: str) -> Callable[[Tensor], Extracted]:
     head = getattr(model, "head", None)
     if not isinstance(head, torch.nn.Module):
         raise UserError(
@@ -155,38 +126,50 @@ def _of_head(model: EnergyModel, run: str) -> Callable[[Tensor], Extracted]:
             "a network with a backbone"
         )
 
-    def extract(x: Tensor) -> Extracted:
-        seen: list[Tensor] = []
-        hook = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    def extract(x: Tensor) -> dict[str, Tensor]:
+        inputs: list[Tensor] = []
+        hook = head.register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
         try:
             logits = model.energies(x).logits
         finally:
             hook.remove()
-        if len(seen) != 1 or len(seen[0]) != len(x):
+        if len(inputs) != 1 or len(inputs[0]) != len(x):
             raise UserError(
                 f"generation.extractor: images of {x.shape[-2]}x{x.shape[-1]} are larger than the "
                 f"classifier in {run!r} was trained on, and have no one feature there: name another"
             )
-        return Extracted(seen[0].float(), logits.float())
+        return {"features": inputs[0].float(), "logits": logits.float()}
 
-    return extract
+    names = {"frechet": "FD", "kernel": "KD"}
+    names |= {name: name for name in ("score", "precision", "recall")}
+    return Extractor(
+        "classifier", run, {k: f"classifier-{v}" for k, v in names.items()}, extract, model
+    )
 
 
-def _check_weights(path: Path) -> None:
-    if not path.is_file():
-        raise UserError(f"generation.weights: there is no file {str(path)!r}; it is {WEIGHTS}")
-    try:
-        state = read_torch_file(path)
-    except UserError:
-        state = None
-    if not isinstance(state, dict) or "fc.weight" not in state:
-        raise UserError(
-            f"generation.weights: {str(path)!r} does not hold the weights of torch-fidelity's "
-            f"Inception; they are {WEIGHTS}"
-        )
+def same_weights(extractor: Extractor, model: ScoreModel) -> bool:
+    """Whether the classifier is ``model`` itself."""
+    if extractor.model is None:
+        return False
+    own, other = extractor.model.state_dict(), unwrapped(model).state_dict()
+    return own.keys() == other.keys() and all(torch.equal(own[k], v) for k, v in other.items())
 
 
 def _network(weights: Path | None) -> Any:
+    """torch-fidelity's network with the weights of the file, or those that it fetches."""
+    if weights is not None:
+        if not weights.is_file():
+            raise UserError(
+                f"generation.weights: there is no file {str(weights)!r}; it is {WEIGHTS}"
+            )
+        state: Any = None
+        with contextlib.suppress(UserError):
+            state = read_torch_file(weights)
+        if not isinstance(state, dict) or "fc.weight" not in state:
+            raise UserError(
+                f"generation.weights: {str(weights)!r} does not hold the weights of "
+                f"torch-fidelity's Inception; they are {WEIGHTS}"
+            )
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     before = socket.getdefaulttimeout()

@@ -1,8 +1,17 @@
 r"""Suite ``generation``: how far samples are from real images, as a network sees both.
 
-The samples are in a file that `ebmkit sample` wrote; the real images, the *reference*, are those
-evaluated. An extractor (`ebmkit.evaluation.features`) gives features and class probabilities of
-both, and `ebmkit.evaluation.distances` the measures:
+The samples are in an HDF5 file that `ebmkit sample` wrote,
+
+::
+
+    images       (N, H, W, C) uint8
+    finite       (N,) bool: whether the chain ended with finite numbers
+    labels       (N,) int64, the label that was asked for (optional)
+
+with the attributes ``source`` (fresh or buffer), ``sampler``, ``settings``, ``seed``, ``run`` and
+``filter`` (what was left out before they were written; optional). The real images, the *reference*,
+are those evaluated. An extractor (`ebmkit.evaluation.features`) gives features and class
+probabilities of both, and `ebmkit.evaluation.distances` the measures:
 
 ============== ====================================== ==================================
 \               Inception of 2015                      a classifier of the user's
@@ -33,45 +42,59 @@ last three are as `ebmkit.evaluation.guided.measure_guided` has them.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from einops import rearrange
+from pydantic import Field
+from rich.table import Table
 from torch import Tensor
 
-from ebmkit.energy import EnergyModel, ScoreModel
+from ebmkit import plots
+from ebmkit.energy import EnergyModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation import distances, statistics
-from ebmkit.evaluation.context import EvaluationContext, Suite
-from ebmkit.evaluation.data import Batch, Images
+from ebmkit.evaluation.context import Batch, EvaluationContext, Images
 from ebmkit.evaluation.features import Extractor, find_extractor, same_weights
-from ebmkit.evaluation.generated import Generated, other_split, read_samples
-from ebmkit.evaluation.generation_table import table
-from ebmkit.evaluation.guided import by_class, class_means
-from ebmkit.evaluation.guided_measures import (
-    MOST_FEATURES,
+from ebmkit.evaluation.guided import (
     Columns,
     Features,
+    by_class,
+    class_means,
     columns_of_images,
     energy_gap,
+    frechet,
     saturation,
 )
-from ebmkit.evaluation.statistics import Estimate
-from ebmkit.evaluation.subset import check_one_size, class_name, columns_of
-
-__all__ = ["GENERATION", "GenerationConfig", "draw", "run", "table"]
+from ebmkit.evaluation.suite import (
+    Suite,
+    SuiteConfig,
+    add_note,
+    check_one_size,
+    class_name,
+    interval,
+    new_table,
+    number,
+)
+from ebmkit.storage.hdf5 import find_array, open_hdf5, read_array, read_attribute
 
 ENOUGH = 10
-"""Samples for each feature, below which a Frechet distance is told to be biased."""
+"""Samples for each feature, below which a Frechet distance is said to be biased."""
 
 SHOWN = 24
 
+ATTRIBUTES = ("source", "sampler", "settings", "seed", "run", "filter")
 
-class GenerationConfig(BaseModel):
+
+class GenerationConfig(SuiteConfig):
     """Settings of the suite ``generation``."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     samples: Path | None = Field(None, description="HDF5 file of `ebmkit sample`")
     extractor: str = Field(
@@ -82,45 +105,192 @@ class GenerationConfig(BaseModel):
     )
 
 
-def check(model: ScoreModel, images: Images) -> None:
-    """Any model will do, and images of one size.
+@dataclass(frozen=True)
+class Generated:
+    """Samples whose numbers are finite.
+
+    Attributes:
+        images: (N, C, H, W) uint8.
+        labels: (N,) int64 that were asked for, or None.
+        left_out: how many were not finite.
+        description: what the file says of them.
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    left_out: int
+    description: dict[str, Any]
+
+
+def read_samples(path: Path, like: Images, setting: str = "generation.samples") -> Generated:
+    """The samples in ``path``, to be compared with images ``like``.
+
+    Args:
+        path: the HDF5 file.
+        like: images of the wanted shape.
+        setting: which setting names the file, for errors.
 
     Raises:
-        UserError: if their sizes differ.
+        UserError: if the file is missing, damaged, or none of `ebmkit sample`'s, its images have
+            another shape, or none is finite.
     """
-    check_one_size("generation", images)
+    from ebmkit.data.hdf5 import read_contents
+
+    if not path.is_file():
+        raise UserError(
+            f"{setting}: there is no file {str(path)!r}: make one by `ebmkit sample RUN --out DIR`"
+        )
+    contents = read_contents(path)
+    shape = (*like.image_size, like.channels)
+    if contents.shape[1:] != shape:
+        raise UserError(
+            f"{setting}: {str(path)!r} holds images of {_shape(contents.shape[1:])} and "
+            f"{like.name!r} of {_shape(shape)}: compare with a data set of the same shape"
+        )
+    images, finite, description = _read(path)
+    if finite.shape != (len(images),):
+        raise UserError(f"{str(path)!r}: 'finite' must have one entry for each of {len(images)}")
+    finished = torch.from_numpy(finite)
+    if not finished.any():
+        raise UserError(f"{str(path)!r}: none of {len(images)} samples is finite: sample anew")
+    pixels = rearrange(torch.from_numpy(images), "n h w c -> n c h w").contiguous()
+    labels = None if contents.labels is None else contents.labels[finished]
+    digest = hashlib.sha256(images.tobytes()).hexdigest()[:8]
+    description = {"file": path.name, "fingerprint": digest} | description
+    return Generated(pixels[finished], labels, int((~finished).sum()), description)
 
 
-def ready(setting: EvaluationContext) -> None:
+def other_split(images: Images, data_dir: Path | None) -> Images | None:
+    """Training images of the data set of ``images`` (test images, if it is those), if found."""
+    from ebmkit.data import DATASETS, load_dataset
+
+    if images.name not in DATASETS:
+        return None
+    sized = images.name in ("folder", "imagenet", "patches")
+    try:
+        other = load_dataset(
+            images.name,
+            data_dir,
+            "test" if images.split == "train" else "train",
+            image_size=images.image_size[0] if sized else None,
+            download=False,
+            progress=False,
+        )
+    except UserError:
+        return None
+    same = (other.channels, other.image_size) == (images.channels, images.image_size)
+    return other if same else None
+
+
+def _read(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    what = repr(str(path))
+    with open_hdf5(path) as file:
+        found, marks = find_array(file, "images", what), find_array(file, "finite", what)
+        assert found is not None  # its contents were read
+        images = read_array(found, what)
+        finite = np.ones(len(images), bool)
+        if marks is not None:
+            finite = read_array(marks, what).astype(bool)
+        said = {name: read_attribute(file, name, what) for name in ATTRIBUTES}
+    description = {name: value for name, value in said.items() if value is not None}
+    if "source" not in description:
+        raise UserError(
+            f"{str(path)!r} does not say where its samples come from: it must have the attribute "
+            "'source', fresh or buffer, as `ebmkit sample RUN --out DIR` writes it"
+        )
+    if isinstance(description.get("settings"), str):
+        with contextlib.suppress(ValueError):  # it stays text
+            description["settings"] = json.loads(description["settings"])
+    return images, finite, description
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(str(n) for n in shape)
+
+
+def prepare(context: EvaluationContext) -> None:
     """Whether samples and extractor are there.
 
     Raises:
         UserError: if they are not.
     """
-    _samples(setting)
-    if setting.world.first:
-        _extractor(setting)  # which may fetch weights: one does it
-    setting.world.broadcast(None)
+    _samples(context)
+    if context.world.first:
+        _extractor(context)  # which may fetch weights: one does it
+    context.world.broadcast(None)
 
 
-def run(setting: EvaluationContext) -> dict[str, Any]:
-    """Measure; see the module's text for what is returned.
+def _samples(context: EvaluationContext) -> Generated:
+    path = context.option(GenerationConfig).samples
+    if path is None:
+        raise UserError(
+            "suite generation measures samples: make some by `ebmkit sample RUN --out DIR` and "
+            "name their file by --set generation.samples=FILE.h5"
+        )
+    return read_samples(path, context.images)
+
+
+def _extractor(context: EvaluationContext) -> Extractor:
+    config = context.option(GenerationConfig)
+    return find_extractor(config.extractor, config.weights, context.device)
+
+
+def measure(context: EvaluationContext) -> dict[str, Any]:
+    """See the module's text for what is returned.
 
     Raises:
         UserError: if a sample or a feature is missing or not finite.
     """
-    generated, extractor = _samples(setting), _extractor(setting)
-    images = setting.images
-    samples = _columns(setting, _image_set(generated, images), extractor)
-    real = _columns(setting, images, extractor)
-    floor, of, spare = _floor(setting, extractor, len(generated.images), real)
-    for name, columns in (("samples", samples), ("reference", real), ("floor", floor[0])):
-        if not all(columns[part].isfinite().all() for part in ("features", "logits")):
+    from ebmkit.data import ImageSet
+
+    images, generated, extractor = context.images, _samples(context), _extractor(context)
+    model = context.model if isinstance(context.model, EnergyModel) else None
+
+    def features(of: Images) -> Features:
+        def see(batch: Batch) -> Columns:
+            return columns_of_images(batch.x, extractor, model, images.num_classes)
+
+        labels = None if of.labels is None else of.labels.cpu()
+        return Features(context.columns(0.0, see, of), labels)
+
+    samples = features(ImageSet(generated.images, name="samples", split="test"))
+    samples = samples._replace(labels=generated.labels)
+    real = features(images)
+    other, spare = other_split(images, context.data_dir), None
+    if other is not None:
+        few = other.first(len(generated.images))
+        spare = features(few)
+        floor, against, of = spare.columns, real.columns, f"{few.split} images"
+    else:
+        context.skip(len(images))
+        floor, against = ({n: c[k::2] for n, c in real.columns.items()} for k in (0, 1))
+        of = "half of the reference, against the other half"
+    for name, own in {
+        "samples": samples.columns,
+        "reference": real.columns,
+        "floor": floor,
+    }.items():
+        if not (own["features"].isfinite().all() and own["logits"].isfinite().all()):
             raise UserError(
                 f"generation: the extractor gives values that are not finite of the {name}: "
                 "name another by generation.extractor"
             )
-    width = real["features"].shape[1]
+    judged = extractor.model is not None and extractor.model.num_classes == images.num_classes
+    known = samples._replace(labels=None)
+    if samples.labels is not None and real.labels is not None:
+        known = samples if torch.isin(samples.labels, real.labels).all() else known
+    accuracy = labels = None
+    if judged and real.labels is not None:
+        accuracy = statistics.accuracy(real.columns["logits"].argmax(dim=1) == real.labels)
+        if samples.labels is not None:
+            others = None if spare is None or spare.labels is None else spare
+            classes = by_class(samples, real, others, images.class_names, True)
+            right = samples.columns["logits"].argmax(dim=1) == samples.labels
+            labels = {
+                "accuracy": statistics.accuracy(right),
+                "means": class_means(classes),
+                "classes": classes,
+            }
     document: dict[str, Any] = {
         "sigmas": [],
         "samples": generated.description
@@ -128,124 +298,38 @@ def run(setting: EvaluationContext) -> dict[str, Any]:
         "extractor": {
             "kind": extractor.kind,
             "run": extractor.run,
-            "features": width,
-            "accuracy": _accuracy(setting, extractor, real),
+            "features": real.columns["features"].shape[1],
+            "accuracy": accuracy,
         },
         "names": extractor.names,
-        "measures": _measures(samples, real, extractor),
-        "floor": _measures(*floor, extractor) | {"of": of, "count": len(floor[0]["features"])},
-        **_pixels_and_energies(setting, generated, samples, real),
-        "labels": _labels(setting, extractor, generated, samples, real, spare),
+        "measures": _measures(samples.columns, real.columns, extractor),
+        "floor": _measures(floor, against, extractor) | {"of": of, "count": len(floor["features"])},
+        "saturation": saturation(samples.columns, real.among(known.labels).columns),
+        "energy_gap": energy_gap(known, real),
+        "labels": labels,
     }
-    return document | {"warnings": _warnings(setting, extractor, generated, document)}
+    return document | {"warnings": _warnings(context, extractor, generated, document)}
 
 
 def _measures(samples: Columns, real: Columns, extractor: Extractor) -> dict[str, Any]:
     """By the extractor's names, each with its interval."""
     a, b = samples["features"], real["features"]
-    if a.shape[1] <= MOST_FEATURES:
-        frechet = distances.jackknife(distances.frechet_distance, a, b)
-    else:
-        unknown = float("nan")
-        frechet = Estimate(distances.frechet_distance(a, b), unknown, unknown, len(a))
     precision, recall = distances.precision_recall(a, b)
     found = {
-        "frechet": frechet,
+        "frechet": frechet(a, b),
         "kernel": distances.kernel_distance(a, b),
         "score": distances.jackknife(distances.score, samples["logits"]),
         "precision": precision,
         "recall": recall,
     }
-    return {extractor.names[kind]: estimate.document() for kind, estimate in found.items()}
-
-
-def _floor(
-    setting: EvaluationContext, extractor: Extractor, count: int, real: Columns
-) -> tuple[tuple[Columns, Columns], str, Features | None]:
-    """Columns of other real images and of what they are compared with, what they are, and the same
-    with labels, if they are no part of the reference."""
-    other = other_split(setting.images, setting.data_dir)
-    if other is not None:
-        few = other.first(count)
-        columns = _columns(setting, few, extractor)
-        labels = None if few.labels is None else few.labels.cpu()
-        return (columns, real), f"{few.split} images", Features(columns, labels)
-    setting.skip(len(setting.images))
-    halves = [{name: column[k::2] for name, column in real.items()} for k in (0, 1)]
-    return (halves[0], halves[1]), "half of the reference, against the other half", None
-
-
-def _pixels_and_energies(
-    setting: EvaluationContext, generated: Generated, samples: Columns, real: Columns
-) -> dict[str, Any]:
-    """Saturation and energy gap, beside real images of the same labels where they are known."""
-    labels, wanted = setting.images.labels, generated.labels
-    if labels is None or wanted is None or not torch.isin(wanted, labels.cpu()).all():
-        labels = wanted = None
-    known = Features(real, None if labels is None else labels.cpu())
-    return {
-        "saturation": saturation(samples, known.among(wanted)),
-        "energy_gap": energy_gap(Features(samples, wanted), known),
-    }
-
-
-def _labels(
-    setting: EvaluationContext,
-    extractor: Extractor,
-    generated: Generated,
-    samples: Columns,
-    real: Columns,
-    others: Features | None,
-) -> dict[str, Any] | None:
-    """How well samples show the labels that were asked for; None where nobody knows."""
-    images, wanted = setting.images, generated.labels
-    if wanted is None or images.labels is None or not _same_classes(setting, extractor):
-        return None
-    right = samples["logits"].argmax(dim=1) == wanted
-    known = Features(real, images.labels.cpu())
-    if others is not None and others.labels is None:
-        others = None
-    classes = by_class(Features(samples, wanted), known, others, images.class_names, True)
-    return {
-        "accuracy": _share(right).document(),
-        "means": class_means(classes),
-        "classes": classes,
-    }
-
-
-def _accuracy(
-    setting: EvaluationContext, extractor: Extractor, real: Columns
-) -> dict[str, Any] | None:
-    labels = setting.images.labels
-    if labels is None or not _same_classes(setting, extractor):
-        return None
-    return _share(real["logits"].argmax(dim=1) == labels.cpu()).document()
-
-
-def _same_classes(setting: EvaluationContext, extractor: Extractor) -> bool:
-    model = extractor.model
-    return model is not None and model.num_classes == setting.images.num_classes
-
-
-def _share(right: Tensor) -> Estimate:
-    return statistics.proportion(int(right.sum()), len(right))
-
-
-def _columns(setting: EvaluationContext, images: Images, extractor: Extractor) -> Columns:
-    model = setting.model if isinstance(setting.model, EnergyModel) else None
-    known = setting.images.num_classes
-
-    def measure(batch: Batch) -> Columns:
-        return columns_of_images(batch.x, extractor, model, known)
-
-    return columns_of(setting, images, 0.0, measure)
+    return {extractor.names[kind]: estimate for kind, estimate in found.items()}
 
 
 def _warnings(
-    setting: EvaluationContext, extractor: Extractor, generated: Generated, document: dict[str, Any]
+    context: EvaluationContext, extractor: Extractor, generated: Generated, document: dict[str, Any]
 ) -> list[str]:
     found, names = [], extractor.names
-    least = min(len(generated.images), len(setting.images))
+    least = min(len(generated.images), len(context.images))
     width = document["extractor"]["features"]
     if least < ENOUGH * width:
         found.append(
@@ -255,13 +339,13 @@ def _warnings(
     if generated.left_out:
         total = generated.left_out + len(generated.images)
         found.append(f"{generated.left_out} of {total} samples were not finite and are left out")
-    if same_weights(extractor, setting.model):
+    if same_weights(extractor, context.model):
         found.append(
             "the classifier is the model evaluated, so it does not judge independently: train "
             "another by ce alone"
         )
-    if extractor.kind == "inception" and min(setting.images.image_size) < 32:
-        height, width = setting.images.image_size
+    if extractor.kind == "inception" and min(context.images.image_size) < 32:
+        height, width = context.images.image_size
         found.append(
             f"Inception was trained on photographs, and these images have {height}x{width} pixels: "
             "a classifier trained on such images says more"
@@ -274,53 +358,186 @@ def _warnings(
     return found
 
 
-def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
-    """Write ``generation.png`` and, where labels were asked for, ``generation-classes.png``."""
-    from ebmkit.plots import generation as pictures
+FORMS = {"kernel": "{:.4g}", "precision": "{:.1%}", "recall": "{:.1%}"}
 
-    generated = _samples(setting)
-    x = [image / 255 for image in generated.images[:SHOWN]]
-    ((real, _),) = setting.images.first(SHOWN).batches(SHOWN)
-    labels = generated.labels
-    told = (
-        [] if labels is None else [class_name(setting.images, c) for c in labels[:SHOWN].tolist()]
+
+def table(document: dict[str, Any]) -> Table:
+    """Every measure, with its interval, beside the floor; then label accuracy."""
+    count, floor = document["samples"]["count"], document["floor"]
+    result = new_table(document, ("measure", f"{count} samples", "95 % interval", "real images"))
+    kinds = {name: kind for kind, name in document["names"].items()}
+    for name, found in document["measures"].items():
+        form = FORMS.get(kinds[name], "{:.2f}")
+        result.add_row(name, number(found, form), interval(found, form), number(floor[name], form))
+    for row in _more_rows(document):
+        result.add_row(*row)
+    add_note(result, "\n".join(described(document)))
+    return result
+
+
+def _more_rows(document: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """Label accuracy and what is measured by class, if labels were asked for; saturation; energy
+    gap."""
+
+    def row(name: str, own: dict[str, Any], form: str, real: str = "") -> tuple[str, str, str, str]:
+        return name, number(own, form), interval(own, form), real
+
+    if labels := document["labels"]:
+        whole, means = labels["accuracy"], labels["means"]
+        real = number(document["extractor"]["accuracy"] or whole, "{:.1%}")
+        yield row("label accuracy", whole, "{:.1%}", real)
+        worst = min(labels["classes"], key=lambda c: c["accuracy"]["value"])
+        yield row(f"worst class: {worst['name']}", worst["accuracy"], "{:.1%}")
+        name = f"{document['names']['frechet']} within classes"
+        yield name, number(means["frechet"], "{:.2f}"), "-", number(means["floor"], "{:.2f}")
+        yield "diversity", number(means["diversity"], "{:.2f}"), "-", "1.00"
+    words = {"ends": "black or white", "colour": "HSV saturation"}
+    for name, found in document["saturation"].items():
+        if found is not None:
+            yield row(words[name], found["samples"], "{:.1%}", number(found["real"], "{:.1%}"))
+    words = {"energy": "E(x) gap, nats", "joint_energy": "E(x,y) gap, nats"}
+    for name, own in (document["energy_gap"] or {}).items():
+        if own is not None:
+            yield row(words[name], own, "{:+.3g}", "0")
+
+
+def described(document: dict[str, Any]) -> list[str]:
+    """What must be known to read the measures: samples, reference, extractor."""
+    samples, extractor, floor = (document[k] for k in ("samples", "extractor", "floor"))
+    left = f", {samples['left_out']} not finite left out" if samples["left_out"] else ""
+    chosen = samples.get("filter")
+    filtered = f", filter: {chosen}" if chosen else ", no filter"
+    by = "Inception of 2015 (torch-fidelity)"
+    if extractor["kind"] == "classifier":
+        known = extractor["accuracy"]
+        right = f", {known['value']:.1%} right on the reference" if known else ""
+        by = f"the classifier of run {extractor['run']}{right}"
+    reference = f"{document['dataset']} {document['split']}, {document['images']} images"
+    return [
+        f"samples: {samples['count']}, {samples['source']}{left}{filtered}",
+        f"reference: {reference}; extractor: {by}",
+        f"real images: {floor['count']}, {floor['of']}",
+    ]
+
+
+COLUMNS = 6
+
+
+def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
+    """Write ``generation.png``, the first samples and images of the reference with the measures
+    above, and, where labels were asked for, ``generation-classes.png``."""
+    generated = _samples(context)
+    samples = generated.images[:SHOWN] / 255
+    ((real, _),) = context.images.first(SHOWN).batches(SHOWN)
+    given = [] if generated.labels is None else generated.labels[:SHOWN].tolist()
+    labels = [class_name(context.images, label) for label in given]
+    rows = -(-max(len(samples), len(real)) // COLUMNS)
+    cell = 0.78
+    width, height = 2 * COLUMNS * cell + 0.7, rows * cell + 1.5
+    figure = plots.new_figure(width, height)
+    counts = document["samples"], document["images"]
+    titles = (
+        f"samples ({counts[0]['count']}, {counts[0]['source']})",
+        f"{document['dataset']} {document['split']} ({counts[1]} images)",
     )
-    pictures.samples_beside_real(x, list(real), told, document, folder / "generation.png")
+    for side, (images, title) in enumerate(zip((samples, real), titles, strict=True)):
+        left = (0.15 + side * (COLUMNS * cell + 0.4)) / width
+        margins = {"left": left, "right": left + COLUMNS * cell / width}
+        margins |= {"bottom": 0.02, "top": 1 - 1.2 / height}
+        spaces = {"wspace": 0.05, "hspace": 0.3 if labels else 0.05}
+        grid = figure.add_gridspec(rows, COLUMNS, **margins, **spaces)
+        for k, image in enumerate(images):
+            axes = figure.add_subplot(grid[k // COLUMNS, k % COLUMNS])
+            plots.show_image(axes, image, "", "")
+            if side == 0 and labels:
+                axes.set_title(labels[k], fontsize=7, pad=1.5)
+        figure.text(left, 1 - 0.95 / height, title, fontsize=9, weight="bold", va="center")
+    names, floor = document["measures"], document["floor"]
+    words = [
+        f"{n} {found['value']:.3g} (real {floor[n]['value']:.3g})" for n, found in names.items()
+    ]
+    half = -(-len(words) // 2)
+    for line, part in enumerate((words[:half], words[half:])):
+        y = 1 - (0.2 + 0.24 * line) / height
+        figure.text(0.15 / width, y, ", ".join(part), fontsize=8, va="center")
+    plots.save_figure(figure, folder / "generation.png")
     if document["labels"] is not None:
-        pictures.by_class(document, folder / "generation-classes.png")
+        _plot_classes(document, folder / "generation-classes.png")
 
 
-def _samples(setting: EvaluationContext) -> Generated:
-    path = setting.option(GenerationConfig).samples
-    if path is None:
-        raise UserError(
-            "suite generation measures samples: make some by `ebmkit sample RUN --out DIR` and "
-            "name their file by --set generation.samples=FILE.h5"
-        )
-    return read_samples(path, setting.images)
-
-
-def _extractor(setting: EvaluationContext) -> Extractor:
-    config = setting.option(GenerationConfig)
-    return find_extractor(config.extractor, config.weights, setting.device)
-
-
-def _image_set(generated: Generated, like: Images) -> Images:
-    from ebmkit.data import ImageSet
-
-    assert generated.images.shape[1:] == torch.Size((like.channels, *like.image_size))
-    return ImageSet("samples", "test", generated.images)
+def _plot_classes(document: dict[str, Any], path: Path) -> None:
+    """Of each class: recognised, Frechet distance, diversity, saturation, energy gap; with their 95
+    % intervals, where they are known, and a short line at what real images have."""
+    classes, total = document["labels"]["classes"], document["labels"]["accuracy"]
+    colour = "colour" if classes[0]["saturation"]["colour"] else "ends"
+    pixels = [c["saturation"][colour] for c in classes]
+    spread = [
+        dict(zip(("value", "low", "high"), (c["diversity"], *c["diversity_interval"]), strict=True))
+        for c in classes
+    ]
+    real = [100 * p["real"]["value"] if p["real"]["count"] else None for p in pixels]
+    panels: list[tuple[str, list[dict[str, Any]], float, str, list[float | None]]] = [
+        ("recognised (%)", [c["accuracy"] for c in classes], 100, plots.BLUE, []),
+        (
+            document["names"]["frechet"],
+            [c["frechet"] for c in classes],
+            1,
+            plots.PURPLE,
+            [c["floor"]["frechet"] for c in classes],
+        ),
+        ("diversity", spread, 1, plots.GREEN, [1.0] * len(classes)),
+        (
+            "saturation (%)" if colour == "colour" else "black or white (%)",
+            [p["samples"] for p in pixels],
+            100,
+            plots.ORANGE,
+            real,
+        ),
+    ]
+    gaps = [gap["energy"] for c in classes if (gap := c["energy_gap"])]
+    gaps = [gap for gap in gaps if gap["value"] is not None]
+    if len(gaps) == len(classes):
+        panels.append(("E(x) gap (nats)", gaps, 1, plots.SKY, [0.0] * len(classes)))
+    size = max(6.6, 1.6 + 0.62 * len(classes)), 0.7 + 1.75 * len(panels)
+    figure = plots.new_figure(*size, "constrained")
+    figure.suptitle(
+        f"Samples recognised as the label asked for: {total['value']:.1%} "
+        f"({total['low']:.1%} to {total['high']:.1%}) of {total['count']}; lines: real images",
+        fontsize=9,
+    )
+    for axes, (label, estimates, scale, shade, lines) in zip(
+        figure.subplots(len(panels)), panels, strict=True
+    ):
+        values = [scale * (e["value"] or 0.0) for e in estimates]
+        axes.bar(range(len(values)), values, color=shade, alpha=0.75, width=0.7)
+        known = {k: e for k, e in enumerate(estimates) if e["low"] is not None}
+        ends = [
+            [scale * max(0.0, sign * (e[end] - e["value"])) for e in known.values()]
+            for sign, end in ((-1, "low"), (1, "high"))
+        ]
+        tops, bars = [values[k] for k in known], {"ecolor": "black", "capsize": 2, "lw": 1}
+        axes.errorbar([*known], tops, ends, fmt="none", **bars)
+        for k, height in enumerate(lines):
+            if height is not None:
+                axes.hlines(height, k - 0.42, k + 0.42, color="black", lw=1.4)
+        axes.set_ylabel(label)
+        axes.set_xticks(range(len(classes)), [c["name"] for c in classes])
+        axes.tick_params(labelsize=8)
+        axes.tick_params("x", rotation=30 if len(classes) > 10 else 0)
+        axes.grid(axis="y", alpha=0.25, lw=0.5)
+    figure.axes[0].set_ylim(0, 104)
+    plots.save_figure(figure, path)
 
 
 GENERATION = Suite(
     description="samples against real images: FID, KID, IS, precision, recall, or their "
     "analogues for a classifier",
-    check=check,
-    passes=lambda setting: 3,
-    run=run,
-    draw=draw,
+    measure=measure,
+    plot=plot,
     table=table,
+    check=lambda model, images: check_one_size("generation", images),
+    passes=lambda context: 3,
+    prepare=prepare,
     options=GenerationConfig,
     needs="samples",
-    ready=ready,
 )

@@ -1,4 +1,4 @@
-r"""What can be said of samples that were asked for by label, beside real images of these labels.
+r"""Measures of samples that were asked for by label, beside real images of these labels.
 
 How often an independent classifier sees the label, how far the samples of a class are from its real
 images in the classifier's features and how much they vary, how saturated they are, and how their
@@ -24,8 +24,9 @@ Without labels everything counts as one class, and nothing is said by class.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,26 +35,36 @@ from ebmkit.compile import device_of
 from ebmkit.energy import EnergyModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation import distances, statistics
-from ebmkit.evaluation.data import Images
-from ebmkit.evaluation.energies import EnergySource
+from ebmkit.evaluation.context import Images
+from ebmkit.evaluation.energies import ImageEnergies, energies_of
 from ebmkit.evaluation.features import Extractor
-from ebmkit.evaluation.guided_measures import (
-    Columns,
-    Features,
-    columns_of_images,
-    energy_gap,
-    frechet,
-    kernel,
-    saturation,
-)
+from ebmkit.evaluation.statistics import LEVEL, Estimate, to_json
 from ebmkit.metrics import predict
+from ebmkit.models.heads import EnergySource
 
-__all__ = ["by_class", "class_means", "measure_guided"]
+Columns = dict[str, Tensor]
 
 UNKNOWN = float("nan")
 
 PAIRED = 1000
 """Real images of a label at most, of which mean distances are taken."""
+
+MOST_FEATURES = 512
+"""Features, up to which the Frechet distance gets an interval: each is 20 distances."""
+
+
+class Features(NamedTuple):
+    """Columns, one entry per image, and the labels (N,), or None."""
+
+    columns: Columns
+    labels: Tensor | None
+
+    def among(self, labels: Tensor | None) -> Features:
+        """The images whose label is among ``labels``; all, if either has none."""
+        if self.labels is None or labels is None:
+            return self
+        own = torch.isin(self.labels, labels)
+        return Features({name: c[own] for name, c in self.columns.items()}, self.labels[own])
 
 
 def measure_guided(
@@ -107,36 +118,39 @@ def measure_guided(
             f"samples of shape {tuple(pixels.shape[1:])} cannot be compared with images of {shape} "
             f"({real.name!r}): take a data set of the same shape"
         )
-    wanted = None if labels is None else _labels(labels, len(pixels), real)
+    labels = None if labels is None else _labels(labels, len(pixels), real)
+    device = device or ("cpu" if extractor.model is None else device_of(extractor.model))
 
-    place = device or ("cpu" if extractor.model is None else device_of(extractor.model))
+    def columns(batches: Sequence[Tensor]) -> Columns:
+        num_classes = real.num_classes
+        with torch.no_grad():
+            rows = [
+                columns_of_images(x.to(device), extractor, energy_model, num_classes, reading)
+                for x in batches
+            ]
+        return {name: torch.cat([row[name].cpu() for row in rows]) for name in rows[0]}
 
-    def see(x: Tensor) -> Columns:
-        return columns_of_images(x.to(place), extractor, energy_model, real.num_classes, reading)
+    def features(images: Images) -> Features:
+        own = None if images.labels is None else images.labels.cpu()
+        return Features(columns([x for x, _ in images.batches(batch_size)]), own)
 
-    starts = range(0, len(pixels), batch_size)
-    drawn = _gathered(see, [pixels[at : at + batch_size].float() / 255 for at in starts])
-    known = Features(_gathered(see, [x for x, _ in real.batches(batch_size)]), _on_cpu(real.labels))
-    spare = None
-    if others is not None:
-        spare = Features(
-            _gathered(see, [x for x, _ in others.batches(batch_size)]), _on_cpu(others.labels)
-        )
-    made, same = Features(drawn, wanted), known.among(wanted)
+    made = Features(columns([x.float() / 255 for x in torch.split(pixels, batch_size)]), labels)
+    known, spare = features(real), None if others is None else features(others)
     judged = extractor.model is not None and extractor.model.num_classes == real.num_classes
+    same = known.among(labels)
     classes = None
-    if wanted is not None:
+    if labels is not None:
         classes = by_class(made, known, spare, real.class_names, judged)
-    return {
-        "count": len(pixels),
-        "real_count": len(same["features"]),
-        "accuracy": _accuracy(drawn, wanted) if wanted is not None and judged else None,
-        **_distances(drawn, same, None if spare is None else spare.among(wanted)),
-        "saturation": saturation(drawn, same),
-        "energy_gap": energy_gap(made, known),
-        "means": None if classes is None else class_means(classes),
-        "classes": classes,
-    }
+    document: dict[str, Any] = to_json(
+        {
+            "count": len(pixels),
+            "real_count": len(same.columns["features"]),
+            **_compared(made, same, None if spare is None else spare.among(labels), judged),
+            "means": None if classes is None else class_means(classes),
+            "classes": classes,
+        }
+    )
+    return document
 
 
 def by_class(
@@ -153,84 +167,194 @@ def by_class(
 
     Returns:
         Entries ``label``, ``name``, ``count``, ``real_count``, ``accuracy``, ``frechet``,
-        ``kernel``, ``floor``, ``saturation`` and ``energy_gap``, as in `measure_guided`, and
-        ``diversity``, a number, with ``diversity_interval``, of the choice of samples alone.
+        ``kernel``, ``floor``, ``saturation`` and ``energy_gap``, as in `measure_guided` (but with
+        an `Estimate` for each estimate), and ``diversity``, a number, with ``diversity_interval``,
+        of the choice of samples alone.
     """
     assert samples.labels is not None
     found = []
-    for label in sorted(set(samples.labels.tolist())):
-        made, known = samples.of(label), real.of(label)
-        spread = distances.mean_distance(known["features"][:PAIRED])
+    for label in torch.unique(samples.labels).tolist():
+        made, known, spare = (
+            None if set_ is None else set_.among(torch.tensor([label]))
+            for set_ in (samples, real, others)
+        )
+        assert made is not None
+        assert known is not None
+        features = made.columns["features"]
+        spread = distances.mean_distance(known.columns["features"][:PAIRED])
 
         def ratio(features: Tensor, spread: float = spread) -> float:
             return distances.mean_distance(features) / spread if spread else UNKNOWN
 
-        diversity = distances.jackknife(ratio, made["features"])
-        spare = None if others is None else others.of(label)
-        wanted = torch.full((len(made["features"]),), label)
+        diversity = distances.jackknife(ratio, features)
         found.append(
             {
                 "label": label,
                 "name": names[label] if label < len(names) else str(label),
-                "count": len(made["features"]),
-                "real_count": len(known["features"]),
-                "accuracy": _accuracy(made, wanted) if judged else None,
-                **_distances(made, known, spare),
-                "diversity": statistics.finite(diversity.value),
-                "diversity_interval": diversity.interval(),
-                "saturation": saturation(made, known),
-                "energy_gap": energy_gap(
-                    Features(made, wanted),
-                    Features(known, torch.full((len(known["features"]),), label)),
-                ),
+                "count": len(features),
+                "real_count": len(known.columns["features"]),
+                **_compared(made, known, spare, judged),
+                "diversity": diversity.value,
+                "diversity_interval": (diversity.low, diversity.high),
             }
         )
     return found
 
 
-def class_means(classes: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    """Means over the entries of `by_class` that have a number, null if none has: of ``frechet``,
+def class_means(classes: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Means over the entries of `by_class` that have a number, nan if none has: of ``frechet``,
     ``kernel``, ``floor`` (its Frechet distance) and ``diversity``."""
 
-    def mean(values: Sequence[float | None]) -> float | None:
-        known = [value for value in values if value is not None]
-        return sum(known) / len(known) if known else None
+    def mean(values: Sequence[float]) -> float:
+        return float(torch.tensor(values, dtype=torch.float64).nanmean())
 
     return {
-        "frechet": mean([c["frechet"]["value"] for c in classes]),
-        "kernel": mean([c["kernel"]["value"] for c in classes]),
+        "frechet": mean([c["frechet"].value for c in classes]),
+        "kernel": mean([c["kernel"].value for c in classes]),
         "floor": mean([c["floor"]["frechet"] for c in classes]),
         "diversity": mean([c["diversity"] for c in classes]),
     }
 
 
-def _distances(samples: Columns, real: Columns, others: Columns | None) -> dict[str, Any]:
-    made, known = samples["features"], real["features"]
-    few, against = (known[::2], known[1::2]) if others is None else (others["features"], known)
+def _compared(
+    samples: Features, real: Features, others: Features | None, judged: bool
+) -> dict[str, Any]:
+    """What is said of all samples and of those of one label alike; see `measure_guided`."""
+    made, known = samples.columns["features"], real.columns["features"]
+    few, against = (known[::2], known[1::2])
+    if others is not None:
+        few, against = others.columns["features"], known
     few = few[: len(made)]
+    accuracy = None
+    if judged and samples.labels is not None:
+        accuracy = statistics.accuracy(predict(samples.columns["logits"]) == samples.labels)
     floor = UNKNOWN
     if min(len(few), len(against)) > 1:
         floor = distances.frechet_distance(few, against)
     return {
-        "frechet": frechet(made, known).document(),
-        "kernel": kernel(made, known).document(),
-        "floor": {
-            "count": len(few),
-            "frechet": statistics.finite(floor),
-            "kernel": statistics.finite(kernel(few, against).value),
-        },
+        "accuracy": accuracy,
+        "frechet": frechet(made, known),
+        "kernel": _kernel(made, known),
+        "floor": {"count": len(few), "frechet": floor, "kernel": _kernel(few, against).value},
+        "saturation": saturation(samples.columns, real.columns),
+        "energy_gap": energy_gap(samples, real),
     }
 
 
-def _accuracy(columns: Columns, wanted: Tensor) -> dict[str, Any]:
-    right = predict(columns["logits"]) == wanted
-    return statistics.proportion(int(right.sum()), len(right)).document()
+def columns_of_images(
+    x: Tensor,
+    extractor: Extractor,
+    energy_model: EnergyModel | None,
+    num_classes: int,
+    reading: EnergySource = "auto",
+) -> Columns:
+    """What all measures are made of, for images ``x`` (B, C, H, W) in [0, 1]: each (B, ...).
+
+    ``features`` and ``logits`` of the extractor; those of `pixel_columns`; ``energy`` and, where
+    the model has ``num_classes`` labels, ``log_posterior``, as in `ImageEnergies`.
+    """
+    columns = extractor.extract(x) | pixel_columns(x)
+    if energy_model is not None:
+        found = energies_of(energy_model, x, None, reading)
+        columns["energy"] = found.energy
+        if num_classes and found.log_posterior.shape[1] == num_classes:
+            columns["log_posterior"] = found.log_posterior
+    return columns
 
 
-def _gathered(see: Callable[[Tensor], Columns], batches: Sequence[Tensor]) -> Columns:
-    with torch.no_grad():
-        parts = [{name: c.cpu() for name, c in see(x).items()} for x in batches]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+def pixel_columns(x: Tensor) -> Columns:
+    """``ends``, and ``colour`` of colour images, of ``x`` (B, C, H, W) in [0, 1]: each (B,)."""
+    values = (255 * x).round()
+    columns = {"ends": ((values <= 1) | (values >= 254)).float().flatten(1).mean(dim=1)}
+    if x.shape[1] == 3:
+        high, low = x.amax(dim=1), x.amin(dim=1)
+        share = torch.where(high > 0, (high - low) / high.clamp_min(1e-12), 0.0)
+        columns["colour"] = share.flatten(1).mean(dim=1)
+    return columns
+
+
+def saturation(samples: Columns, real: Columns) -> dict[str, Any]:
+    """``ends`` and ``colour`` (null for gray images), each of ``samples`` and ``real``."""
+
+    def mean(values: Tensor) -> Estimate:
+        return statistics.mean(values) if len(values) else Estimate(UNKNOWN, UNKNOWN, UNKNOWN, 0)
+
+    return {
+        name: {"samples": mean(samples[name]), "real": mean(real[name])}
+        if name in samples
+        else None
+        for name in ("ends", "colour")
+    }
+
+
+def energy_gap(samples: Features, real: Features) -> dict[str, Any] | None:
+    """``energy`` and ``joint_energy``: means of samples minus those of real images of their labels.
+
+    Without labels, of all. None where there are no energies, or no labels that the model knows.
+    """
+    (made, wanted), (known, labels) = samples, real
+    if "energy" not in made:
+        return None
+    if wanted is None or labels is None:
+        zeros = (torch.zeros(len(columns["energy"])) for columns in (made, known))
+        gap = _stratified(made["energy"], next(zeros), known["energy"], next(zeros))
+        return {"energy": gap, "joint_energy": None}
+    joint = None
+    if "log_posterior" in made:
+        a, b = (
+            ImageEnergies(columns["energy"], columns["log_posterior"]).joint(own)
+            for columns, own in ((made, wanted), (known, labels))
+        )
+        joint = _stratified(a, wanted, b, labels)
+    gap = _stratified(made["energy"], wanted, known["energy"], labels)
+    return {"energy": gap, "joint_energy": joint}
+
+
+def frechet(a: Tensor, b: Tensor) -> Estimate:
+    """The Frechet distance of features (n, d) and (m, d), undefined (nan) of fewer than two; with
+    an interval up to `MOST_FEATURES`, and always where it is quick."""
+    if min(len(a), len(b)) < 2:
+        return Estimate(UNKNOWN, UNKNOWN, UNKNOWN, len(a))
+    width = a.shape[1]
+    if width <= MOST_FEATURES or len(a) * len(b) < width**2 / 10:
+        return distances.jackknife(distances.frechet_distance, a, b)
+    return Estimate(distances.frechet_distance(a, b), UNKNOWN, UNKNOWN, len(a))
+
+
+def _kernel(a: Tensor, b: Tensor) -> Estimate:
+    """`distances.kernel_distance` of features (n, d) and (m, d), up to 2000 of each set;
+    undefined (nan) of fewer than two."""
+    a, b = a[: distances.WHOLE], b[: distances.WHOLE]
+    if min(len(a), len(b)) < 2:
+        return Estimate(UNKNOWN, UNKNOWN, UNKNOWN, len(a))
+    return distances.kernel_distance(a, b)
+
+
+def _stratified(made: Tensor, wanted: Tensor, known: Tensor, labels: Tensor) -> Estimate:
+    """Mean over samples of their value minus the real mean of their label, with its interval."""
+    from scipy.stats import t
+
+    made, known, total = made.double(), known.double(), len(made)
+    rest, error, inner = torch.empty_like(made), 0.0, 0.0
+    groups = sorted(set(wanted.tolist()))
+    for label in groups:
+        own, base = wanted == label, known[labels == label]
+        if not len(base):
+            return Estimate(UNKNOWN, UNKNOWN, UNKNOWN, total)
+        rest[own] = made[own] - base.mean()
+        variance = float(base.var()) if len(base) > 1 else UNKNOWN
+        error += (int(own.sum()) / total) ** 2 * variance / len(base)
+        inner = variance / len(base)
+    value = float(rest.mean())
+    if total < 2:
+        return Estimate(value, UNKNOWN, UNKNOWN, total)
+    spread = float(rest.var()) / total
+    freedom = float(total - 1)
+    if len(groups) == 1 and spread + inner > 0:  # Welch's
+        count = int((labels == groups[0]).sum())
+        freedom = (spread + inner) ** 2 / (spread**2 / (total - 1) + inner**2 / max(1, count - 1))
+    half = float(t.ppf((1 + LEVEL) / 2, freedom)) * math.sqrt(spread + error)
+    return Estimate(value, value - half, value + half, total)
 
 
 def _pixels(samples: Tensor) -> Tensor:
@@ -262,7 +386,3 @@ def _labels(labels: Tensor, count: int, real: Images) -> Tensor:
             "for: take more images, or leave these samples out"
         )
     return labels
-
-
-def _on_cpu(labels: Tensor | None) -> Tensor | None:
-    return None if labels is None else labels.cpu()

@@ -1,13 +1,13 @@
-r"""Suite ``jacobian``: what the denoiser keeps of single noisy images, by its Jacobian's spectrum.
+r"""Suite ``jacobian``: the spectrum of the denoiser's Jacobian at single noisy images.
 
 At :math:`y = x + \sigma\epsilon` of the first images, eigenvalues and eigenvectors of
 
 .. math:: J(y) = \nabla D_u(y) = I + \sigma^2\,\nabla^2\log p(y)
 
-(CDN eq. 14, figures 3 and 5), by `ebmkit.spectrum`. In float32, or in float64 if asked; never in
-less, whatever precision the evaluation has. A plain denoiser's Jacobian is not symmetric; its
-singular values stand in, and its asymmetry, which for a gradient is rounding alone, says how far it
-is from one.
+(CDN eq. 14, figures 3 and 5), by `ebmkit.evaluation.spectrum`. In float32, or in float64 if asked;
+never in less, whatever precision the evaluation has. A plain denoiser's Jacobian is not symmetric;
+its singular values stand in, and its asymmetry, which for a gradient is rounding alone, says how
+far it is from one.
 
 If log p were the true density, :math:`\sigma^2 J` would be the covariance of the clean image given
 the noisy one. So negative eigenvalues are a fault of the model, and the PSNR that the model
@@ -34,48 +34,48 @@ above 1/2, and ``negative``, how many are below 0.
 
 from __future__ import annotations
 
-import copy
 import math
-import weakref
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
+import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+from rich.table import Table
 from torch import Tensor
 
-from ebmkit.compile import in_float32
+from ebmkit import plots
 from ebmkit.energy import EnergyModel, ScoreModel, classifies
 from ebmkit.errors import UserError
-from ebmkit.evaluation.context import EvaluationContext, Suite
-from ebmkit.evaluation.data import Batch, Images
-from ebmkit.evaluation.statistics import finite
-from ebmkit.evaluation.subset import class_name, first_columns, noise_warnings
-from ebmkit.evaluation.tables import new_table, number
-from ebmkit.jacobian import DENSE, jacobian
+from ebmkit.evaluation.context import Batch, EvaluationContext, Images
+from ebmkit.evaluation.spectrum import DENSE, Method, jacobian, spectrum
+from ebmkit.evaluation.suite import (
+    Precision,
+    Suite,
+    SuiteConfig,
+    add_note,
+    class_name,
+    new_table,
+    noise_warnings,
+    number,
+)
 from ebmkit.metrics import psnr
 from ebmkit.noise import Sigma, in_255ths
-from ebmkit.spectrum import Eigenpairs, Method, spectrum
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-__all__ = ["JACOBIAN", "JacobianConfig", "check", "draw", "run", "table"]
 
 PAPER = {
     "largest": [2.71, 2.16, 2.03],
     "smallest": [2.8e-5, -1.9e-5],
     "about": "figure 3: one CIFAR-10 image, sigma 50/255, width 64",
 }
+PAPER_FACTOR = 500
 ASYMMETRY = 1e-3
 """Relative asymmetry of a gradient's Jacobian above which rounding is no excuse."""
 
+KINDS = ("largest", "smallest")
 
-class JacobianConfig(BaseModel):
+
+class JacobianConfig(SuiteConfig):
     """Settings of the suite ``jacobian``."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     sigma: Sigma = Field(50 / 255, description="noise level, image units")
     images: int = Field(3, ge=1, le=20, description="number of images, from the first")
@@ -105,24 +105,7 @@ class JacobianConfig(BaseModel):
         ge=100,
         description="iterative: approximate maximum number of products with J per image",
     )
-    precision: Literal["single", "double"] = Field(
-        "single", description="precision: single (float32) or double (float64)"
-    )
-
-
-@dataclass(frozen=True)
-class Found:
-    """What is drawn of the images, each (N, ...)."""
-
-    columns: dict[str, Tensor]
-
-    def pairs(self, kind: str, image: int) -> Eigenpairs:
-        """Those of ``kind`` (largest or smallest) of one image."""
-        return Eigenpairs(*(self.columns[f"{kind} {part}"][image] for part in Eigenpairs._fields))
-
-
-_FOUND: dict[int, Found] = {}
-"""By the id of a setting, for as long as it lives: what `run` found and `draw` draws."""
+    precision: Precision = "single"
 
 
 def check(model: ScoreModel, images: Images) -> None:
@@ -139,43 +122,35 @@ def check(model: ScoreModel, images: Images) -> None:
         )
 
 
-def run(setting: EvaluationContext) -> dict[str, Any]:
-    """Measure; see the module's text for what is returned.
+def measure(context: EvaluationContext) -> dict[str, Any]:
+    """Decompose the Jacobians; see the module's text for what is returned.
 
     Raises:
-        UserError: if the Jacobian is not finite, or has fewer eigenvalues than are asked for.
+        UserError: if the Jacobian has NaN or Inf, or has fewer eigenvalues than are asked for.
     """
-    config, model = setting.option(JacobianConfig), setting.exact_model
-    double = config.precision == "double"
-    if double:
-        model = copy.deepcopy(model).double()
-    with in_float32(setting.device):
-        found = Found(
-            first_columns(
-                setting,
-                config.images,
-                config.sigma,
-                lambda batch: _measure(model, batch, config, setting.seed),
-                batch_size=1,
-            )
-        )
-    _FOUND[id(setting)] = found
-    weakref.finalize(setting, _FOUND.pop, id(setting), None)
-    per_image = [_document(setting, found, i) for i in range(len(found.columns["x"]))]
-    dense = "eigenvalues" in found.columns
+    config = context.option(JacobianConfig)
+    model = context.model_in(config.precision)
+
+    def of_image(batch: Batch) -> dict[str, Tensor]:
+        return _measure(model, batch, config, context.seed)
+
+    columns = context.columns(config.sigma, of_image, context.first(config.images), batch_size=1)
+    context.measured = columns
+    per_image = [
+        _document({name: column[i] for name, column in columns.items()}, i, context.images, config)
+        for i in range(len(columns["x"]))
+    ]
     return {
         "images": len(per_image),
-        "precision": "fp64" if double else "fp32",
-        "compiled": False,
         "sigmas": [config.sigma],
         "sigma": config.sigma,
-        "dimensions": found.columns["x"][0].numel(),
-        "method": "dense" if dense else "iterative",
+        "dimensions": columns["x"][0].numel(),
+        "method": "dense" if "eigenvalues" in columns else "iterative",
         "singular": not isinstance(model, EnergyModel),
         "classes": classifies(model),
         "per_image": per_image,
         "paper": PAPER,
-        "warnings": noise_warnings(model, [config.sigma]) + _warnings(setting.model, per_image),
+        "warnings": noise_warnings(model, [config.sigma]) + _warnings(model, per_image),
     }
 
 
@@ -185,20 +160,13 @@ def _measure(
     """Of one image, each (1, ...)."""
     dtype = torch.float64 if config.precision == "double" else batch.y.dtype
     x, y = batch.x.to(dtype), batch.y.to(dtype)
-    operator = jacobian(model, y[0], config.sigma)
-    found = spectrum(
-        operator,
-        config.largest,
-        config.smallest,
-        config.method,
-        config.tolerance,
-        config.products,
-        seed,
-    )
+    options = config.model_dump(include={*KINDS, "method", "tolerance", "products"})
+    found = spectrum(jacobian(model, y[0], config.sigma), seed=seed, **options)
     clean = model.denoise(y, config.sigma)
     columns = {"x": x, "y": y, "unconditional": clean, "psnr": psnr(clean, x)}
-    for name, pairs in (("largest", found.largest), ("smallest", found.smallest)):
-        columns |= {f"{name} {part}": value[None] for part, value in pairs._asdict().items()}
+    for kind in KINDS:
+        pairs = getattr(found, kind)._asdict()
+        columns |= {f"{kind} {name}": value[None] for name, value in pairs.items()}
     if found.values is not None:
         columns["eigenvalues"] = found.values[None]
     for name in ("trace", "trace_error", "asymmetry", "products"):
@@ -211,39 +179,36 @@ def _measure(
     return columns
 
 
-def _document(setting: EvaluationContext, found: Found, i: int) -> dict[str, Any]:
-    columns, images = found.columns, setting.images
-    sigma = setting.option(JacobianConfig).sigma
-    trace, size = float(columns["trace"][i]), columns["x"][i].numel()
+def _document(
+    own: dict[str, Tensor], number: int, images: Images, config: JacobianConfig
+) -> dict[str, Any]:
+    """What the JSON file holds of the image with this ``number``, of its entries of columns."""
+    trace, size = float(own["trace"]), own["x"].numel()
+    expected = config.sigma**2 * trace / size
     document: dict[str, Any] = {
-        "label": None,
+        "label": None if images.labels is None else class_name(images, int(images.labels[number])),
         "predicted": None,
-        "converged": bool(columns["converged"][i]),
-        "trace": trace,
-        "trace_error": float(columns["trace_error"][i]),
-        "asymmetry": float(columns["asymmetry"][i]),
-        "products": int(columns["products"][i]),
-        "psnr": finite(float(columns["psnr"][i])),
-        "expected_psnr": -10 * math.log10(sigma**2 * trace / size) if trace > 0 else None,
+        "converged": bool(own["converged"]),
+        **{name: float(own[name]) for name in ("trace", "trace_error", "asymmetry")},
+        "products": int(own["products"]),
+        "psnr": float(own["psnr"]),
+        "expected_psnr": -10 * math.log10(expected) if trace > 0 else None,
     }
-    if images.labels is not None:
-        document["label"] = class_name(images, int(images.labels[i]))
-    if "predicted" in columns:
-        difference = columns["conditional"][i] - columns["unconditional"][i]
-        document["predicted"] = class_name(images, int(columns["predicted"][i]))
-        document["confidence"] = float(columns["confidence"][i])
+    if "predicted" in own:
+        difference = own["conditional"] - own["unconditional"]
+        document["predicted"] = class_name(images, int(own["predicted"]))
+        document["confidence"] = float(own["confidence"])
         document["difference"] = float(difference.square().mean().sqrt())
-    removed = (columns["unconditional"][i] - columns["y"][i]).double().flatten()
-    for kind in ("largest", "smallest"):
-        pairs = found.pairs(kind, i)
-        noise = (pairs.vectors.flatten(1) @ removed).square() / removed.square().sum()
-        numbers = (x.tolist() for x in (pairs.values, pairs.residuals, noise))
+    removed = (own["unconditional"] - own["y"]).double().flatten()
+    for kind in KINDS:
+        along = (own[f"{kind} vectors"].flatten(1) @ removed).square() / removed.square().sum()
+        entries = zip(own[f"{kind} values"], own[f"{kind} residuals"], along, strict=True)
         document[kind] = [
-            {"value": value, "residual": residual, "noise": share}
-            for value, residual, share in zip(*numbers, strict=True)
+            {"value": float(value), "residual": float(residual), "noise": float(share)}
+            for value, residual, share in entries
         ]
-    if "eigenvalues" in columns:
-        values = columns["eigenvalues"][i]
+    if "eigenvalues" in own:
+        values = own["eigenvalues"]
         document["above_half"] = int((values > 0.5).sum())
         document["negative"] = int((values < 0).sum())
         document["eigenvalues"] = [float(f"{value:.6g}") for value in values.tolist()]
@@ -268,25 +233,90 @@ def _warnings(model: ScoreModel, per_image: list[dict[str, Any]]) -> list[str]:
     return found
 
 
-def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
+def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``jacobian.png`` and, if dense, ``spectrum.png``."""
-    from ebmkit.plots import jacobian as pictures
+    plot_images(context.measured, document, folder / "jacobian.png")
+    if "eigenvalues" in context.measured:
+        plot_spectra(document, folder / "spectrum.png")
 
-    found = _FOUND[id(setting)]
-    columns = found.columns
-    rows = [
-        pictures.JacobianRow(
-            x=columns["x"][i],
-            y=columns["y"][i],
-            unconditional=columns["unconditional"][i],
-            conditional=columns["conditional"][i] if "conditional" in columns else None,
-            vectors=torch.cat([found.pairs(k, i).vectors for k in ("largest", "smallest")]),
-        )
-        for i in range(len(columns["x"]))
-    ]
-    pictures.jacobian_grid(rows, document, folder / "jacobian.png")
-    if "eigenvalues" in columns:
-        pictures.spectra(document, folder / "spectrum.png")
+
+def plot_images(columns: dict[str, Tensor], document: dict[str, Any], path: Path) -> None:
+    """The paper's figure 3: denoised images, their difference, eigenvectors of the Jacobian; of the
+    columns (N, ...) that `measure` leaves in the context."""
+    heads = ["image", f"noisy, {plots.sigma_label(document['sigma'])}", "$D_u$"]
+    if document["classes"]:
+        heads += ["$D_c$, predicted label", "$D_c - D_u$"]
+    first, largest = len(heads), len(document["per_image"][0]["largest"])
+    rows = []
+    for i, one in enumerate(document["per_image"]):
+        x, y, clean = (columns[name][i] for name in ("x", "y", "unconditional"))
+        row = [(x, one["label"] or ""), (y, "")]
+        row.append((clean, f"{one['psnr']:.1f} dB" if one["psnr"] else ""))
+        if document["classes"]:
+            change = columns["conditional"][i] - clean
+            factor = magnification(change)
+            note = f"x{factor:g}" + (" (x500 saturates)" if factor < PAPER_FACTOR else "")
+            predicted = f"{one['predicted']} ({100 * one['confidence']:.0f} %)"
+            row += [
+                (columns["conditional"][i], predicted),
+                (plots.around_gray(change, factor), note),
+            ]
+        for kind, form in zip(KINDS, ("{:.2f}", "{:.1e}"), strict=True):
+            for vector, pair in zip(columns[f"{kind} vectors"][i], one[kind], strict=True):
+                value = form.format(pair["value"])
+                if pair["residual"] > 0.1 * abs(pair["value"]):
+                    value += f" ± {pair['residual']:.0e}"
+                row.append((plots.around_gray(vector), value + " (noise)" * (pair["noise"] > 0.5)))
+        rows.append(row)
+    what = "right singular vectors" if document["singular"] else "eigenvectors"
+    plots.image_rows(
+        rows,
+        heads + [""] * (len(rows[0]) - first),
+        path,
+        {2: "", first: "largest", first + largest: "smallest in magnitude"},
+        f"{plots.images_of(document)}: denoising, and {what} of the Jacobian (value, ± residual)",
+        "Differences and vectors are shown around gray, each vector scaled to the full range. "
+        '"noise": most of what $D_u$ removes lies along it.',
+    )
+
+
+def magnification(difference: Tensor, factor: float = PAPER_FACTOR) -> float:
+    """``factor``, or the largest of 1, 2, 5, 10, ... below it that does not saturate.
+
+    An image saturates where more than 1 % of the values of ``factor * difference`` leave
+    [-1/2, 1/2].
+    """
+    most = float(difference.abs().flatten().double().quantile(0.99))
+    if most * factor <= 0.5:
+        return factor
+    exponent = math.floor(math.log10(0.5 / most))
+    steps = [m * 10.0**exponent for m in (1, 2, 5)]
+    return max(step for step in steps if step * most <= 0.5 * (1 + 1e-9))
+
+
+def plot_spectra(document: dict[str, Any], path: Path) -> None:
+    """All eigenvalues of each image: sorted, and their magnitudes on a logarithmic axis."""
+    figure = plots.new_figure(9.6, 4.1, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    kind = "singular value" if document["singular"] else "eigenvalue"
+    for i, one in enumerate(document["per_image"]):
+        values = np.asarray(one["eigenvalues"])
+        rank = np.arange(1, len(values) + 1)
+        name = one["label"] or f"image {i}"
+        note = f"{name}: trace {one['trace']:.1f}, {one['above_half']} above 1/2"
+        look = {"color": plots.COLOURS[i % 6], "ls": ("-", "--", "-.", ":")[i // 6 % 4], "lw": 1.4}
+        left.plot(rank, values, label=note, **look)
+        right.plot(rank, np.sort(np.abs(values))[::-1], **look)
+    for axes, level in ((left, 0), (left, 1), (right, 1)):
+        axes.axhline(level, color=plots.GRAY, lw=0.8, ls=":")
+    size = document["dimensions"]
+    plots.annotate(left, "Sorted: 1 keeps, 0 discards", f"rank, of {size}", kind)
+    x = f"rank by magnitude, of {size}"
+    plots.annotate(right, "Magnitudes", x, "magnitude", yscale="log")
+    left.legend(fontsize=7.5, frameon=False)
+    title = f"Spectrum of the denoiser's Jacobian at {plots.sigma_label(document['sigma'])}"
+    figure.suptitle(f"{title}: {plots.images_of(document)}", fontsize=11)
+    plots.save_figure(figure, path)
 
 
 def table(document: dict[str, Any]) -> Table:
@@ -295,45 +325,40 @@ def table(document: dict[str, Any]) -> Table:
     Below, the paper's eigenvalues, where data, noise level and quantity are the paper's; its
     network and image are its own, as the caption says.
     """
-    from rich.text import Text
+    heads = ("image", "trace", "> 1/2", "largest", "smallest", "asym.", "PSNR", "exp.")
+    result = new_table(document, heads)
 
-    result = new_table(
-        document, ("image", "trace", "> 1/2", "largest", "smallest", "asym.", "PSNR", "exp.")
-    )
+    def values(largest: list[float], smallest: list[float]) -> tuple[str, str]:
+        return (
+            " ".join(f"{value:.2f}" for value in largest[:3]),
+            " ".join(f"{value:.1e}" for value in smallest[:2]),
+        )
+
     for i, one in enumerate(document["per_image"]):
         result.add_row(
             str(i),
             f"{one['trace']:.1f}",
             number(one.get("above_half"), "{:d}"),
-            " ".join(f"{pair['value']:.2f}" for pair in one["largest"][:3]),
-            " ".join(f"{pair['value']:.1e}" for pair in one["smallest"][:2]),
+            *values(*([pair["value"] for pair in one[kind]] for kind in KINDS)),
             f"{one['asymmetry']:.0e}",
             number(one["psnr"], "{:.1f}"),
             number(one["expected_psnr"], "{:.1f}"),
         )
     same = document["dataset"] == "cifar10" and in_255ths(document["sigma"]) == "50"
-    if not same or document["singular"]:
-        return result
-    paper = document["paper"]
-    result.add_section()
-    result.add_row(
-        "paper",
-        "",
-        "",
-        " ".join(f"{value:.2f}" for value in paper["largest"]),
-        " ".join(f"{value:.1e}" for value in paper["smallest"]),
-    )
-    told = f"paper: its network, {paper['description']}"
-    result.caption = Text.assemble(told, *(("\n", result.caption) if result.caption else ()))
+    if same and not document["singular"]:
+        paper = document["paper"]
+        result.add_section()
+        result.add_row("paper", "", "", *values(paper["largest"], paper["smallest"]))
+        add_note(result, f"paper: its network, {paper['about']}")
     return result
 
 
 JACOBIAN = Suite(
     description="eigenvalues and eigenvectors of the denoiser's Jacobian at a few images",
-    check=check,
-    passes=lambda setting: 1,
-    run=run,
-    draw=draw,
+    measure=measure,
+    plot=plot,
     table=table,
+    check=check,
     options=JacobianConfig,
+    exact=True,
 )

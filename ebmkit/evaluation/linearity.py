@@ -1,13 +1,17 @@
 r"""Suite ``linearity``: whether :math:`D(y) = \nabla D(y)\,y`, as CDN section 4.2 says.
 
-Measured on :math:`y = x + \sigma\epsilon` (`ebmkit.jacobian.linearity`), with J the Jacobian of the
-unconditional denoiser, given sigma:
+Where D is homogeneous of degree 1 (Mohan et al., 2020, arXiv 1906.05478), the claim holds. For log
+p homogeneous of degree k, the score is so of degree k - 1, and by Euler's identity
+
+.. math:: D(y) - J(y)\,y = (2 - k)\, \sigma^2 \nabla\log p(y) = (2 - k)\,(D(y) - y) ,
+
+so it holds for k = 2 alone. Measured on :math:`y = x + \sigma\epsilon` (`linearity`), with J the
+Jacobian of the unconditional denoiser, given sigma:
 
 - ``error`` :math:`\|D - Jy\| / \|D\|`, the claim's own;
 - ``of_change`` :math:`\|D - Jy\| / \|D - y\|`: the same by what the denoiser changes. At low noise
   every denoiser is close to the identity and the first error small, whatever the network;
-- ``degree``, the k for which :math:`D - Jy = (2 - k)(D - y)` fits best, for log p homogeneous of
-  degree k satisfies that exactly;
+- ``degree``, the k for which :math:`D - Jy = (2 - k)(D - y)` fits best;
 - what is left where each image has its own k: ``unexplained``, relative to :math:`\|D\|`, and
   ``explained``, the share of :math:`\|D - Jy\|^2` that k accounts for (null where the error is
   rounding);
@@ -34,43 +38,42 @@ by noise level the estimates above with their 95 % intervals and ``sigma``; ``th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+from rich.table import Table
 from torch import Tensor
+from torch.autograd.functional import jvp, vjp
 
-from ebmkit.compile import in_float32
-from ebmkit.energy import ScoreModel
+from ebmkit import plots
+from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.evaluation import statistics
-from ebmkit.evaluation.context import SIGMAS, EvaluationContext, Suite
-from ebmkit.evaluation.data import Batch, Images
-from ebmkit.evaluation.subset import first_columns, noise_warnings
-from ebmkit.evaluation.tables import interval, new_table, number
-from ebmkit.jacobian import linearity
+from ebmkit.evaluation.context import SIGMAS, Batch, EvaluationContext
+from ebmkit.evaluation.statistics import Estimate
+from ebmkit.evaluation.suite import (
+    Suite,
+    SuiteConfig,
+    interval,
+    new_table,
+    noise_warnings,
+    number,
+)
 from ebmkit.models import GradResNet, JointModel, LinearQuadraticHead
 from ebmkit.models.norms import GroupNorm
 from ebmkit.noise import Sigma, in_255ths
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-__all__ = [
-    "LINEARITY",
-    "LinearityConfig",
-    "Theory",
-    "check",
-    "draw",
-    "run",
-    "table",
-    "theory",
-    "theory_of",
-]
+SHOWN = {
+    "of_change": "{:.3g}",
+    "degree": "{:.3f}",
+    "euler_degree": "{:.3f}",
+    "unexplained": "{:.3g}",
+}
+"""What the table shows of a level beside the error."""
 
 ROUNDING = 1e-5
 """Relative error below which what is left of float32 is rounding."""
@@ -79,13 +82,79 @@ MAX_BATCH = 64
 """Images at a time: derivatives of derivatives take several times a forward pass's memory."""
 
 
-class LinearityConfig(BaseModel):
+class LinearityConfig(SuiteConfig):
     """Settings of the suite ``linearity``."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     sigmas: tuple[Sigma, ...] = Field(SIGMAS, min_length=1, description="noise levels, image units")
     images: int = Field(64, ge=2, description="number of images, from the first")
+
+
+class Linearity(NamedTuple):
+    """How far a denoiser is from D(y) = J(y) y at images; all (B,).
+
+    Attributes:
+        error: ||D - J y|| / ||D||.
+        of_change: ||D - J y|| / ||D - y||, which is |2 - k| for log p homogeneous of degree k.
+        degree: the k that fits best, 2 - <D - J y, D - y> / ||D - y||^2.
+        unexplained: ||D - J y - (2 - degree)(D - y)|| / ||D||, what no degree explains.
+        explained: the share of ||D - J y||^2 that the degree explains; of rounding errors alone
+            where the error is about 1e-6 and less.
+        along: <y, D - y> / sigma^2 = <y, score>, which is k log p by Euler's identity.
+        moved: ||D - y||^2, by which ratios are pooled.
+    """
+
+    error: Tensor
+    of_change: Tensor
+    degree: Tensor
+    unexplained: Tensor
+    explained: Tensor
+    along: Tensor
+    moved: Tensor
+
+
+def linearity(model: ScoreModel, y: Tensor, sigma: float) -> Linearity:
+    """Measure the local linearity of ``model``'s unconditional denoiser at ``y`` (CDN section 4.2).
+
+    Args:
+        model: in evaluation mode.
+        y: noisy images (B, C, H, W).
+        sigma: their noise level, image units.
+    """
+    symmetric = isinstance(model, EnergyModel)
+    clean, product = directional(lambda images: model.denoise(images, sigma), y, y, symmetric)
+    D, Jy, flat = (t.flatten(1).double() for t in (clean, product, y))
+    rest, change = D - Jy, D - flat
+    tiny = torch.finfo(torch.float64).tiny
+    moved = change.square().sum(1).clamp_min(tiny)
+    missing = (rest * change).sum(1) / moved  # 2 - k
+    left = (rest - missing[:, None] * change).norm(dim=1)
+    size, error = D.norm(dim=1).clamp_min(tiny), rest.norm(dim=1)
+    return Linearity(
+        error=error / size,
+        of_change=error / moved.sqrt(),
+        degree=2 - missing,
+        unexplained=left / size,
+        explained=1 - (left / error.clamp_min(tiny)).square().clamp(max=1),
+        along=(flat * change).sum(1) / sigma**2,
+        moved=change.square().sum(1),
+    )
+
+
+def directional(
+    denoise: Callable[[Tensor], Tensor], y: Tensor, v: Tensor, symmetric: bool = True
+) -> tuple[Tensor, Tensor]:
+    """D(y) and J(y) v for images ``y`` and directions ``v``, both (B, C, H, W), each on its own.
+
+    Args:
+        denoise: images to images of the same shape.
+        y: images.
+        v: directions.
+        symmetric: whether J is, so that it is its own transpose, which takes one derivative less.
+    """
+    with torch.inference_mode(False):
+        at = y.clone(memory_format=torch.contiguous_format)
+        product = vjp if symmetric else jvp
+        return product(denoise, at, v)  # type: ignore[no-untyped-call,no-any-return]
 
 
 class Theory(NamedTuple):
@@ -117,26 +186,20 @@ def theory(
     >>> theory("scale", "relu", bias=False).degree
     2.0
     """
-    if head != "linear-quadratic":
-        return Theory(None, "logsumexp of the logits is not homogeneous")
-    if bias:
-        return Theory(None, "biases do not scale with the image")
-    if any(input_mean) if isinstance(input_mean, tuple) else input_mean:
-        return Theory(None, "the input mean acts as a bias")
-    if norm == "batch":
-        return Theory(None, "the running mean of a batch norm acts as a bias")
-    if activation != "relu":
-        if norm == "group":
-            why = "GELU is not homogeneous; the plain norm forgets all scale behind the first block"
-            return Theory(None, f"{why}, so k is near 0")
-        return Theory(None, "GELU is not homogeneous; for large inputs it is ReLU, and k nears 2")
-    if norm == "group":
-        return Theory(0.0, "a plain norm forgets the scale of its input: f is of degree 0")
-    return Theory(2.0, "every layer is of degree 1, so f is, and log p = -(w f)^2 / 2 of degree 2")
-
-
-def check(model: ScoreModel, images: Images) -> None:
-    """Every model that denoises can be measured."""
+    gelu, group = activation != "relu", norm == "group"
+    offset = any(input_mean) if isinstance(input_mean, tuple) else bool(input_mean)
+    forgets = "GELU is not homogeneous; the plain norm forgets all scale behind the first block"
+    cases = (
+        (head != "linear-quadratic", None, "logsumexp of the logits is not homogeneous"),
+        (bias, None, "biases do not scale with the image"),
+        (offset, None, "the input mean acts as a bias"),
+        (norm == "batch", None, "the running mean of a batch norm acts as a bias"),
+        (gelu and group, None, f"{forgets}, so k is near 0"),
+        (gelu, None, "GELU is not homogeneous; for large inputs it is ReLU, and k nears 2"),
+        (group, 0.0, "a plain norm forgets the scale of its input: f is of degree 0"),
+        (True, 2.0, "every layer is of degree 1, so f is, and log p = -(w f)^2 / 2 of degree 2"),
+    )
+    return next(Theory(degree, why) for holds, degree, why in cases if holds)
 
 
 def theory_of(model: ScoreModel) -> Theory | None:
@@ -158,54 +221,46 @@ def theory_of(model: ScoreModel) -> Theory | None:
     )
 
 
-def run(setting: EvaluationContext) -> dict[str, Any]:
-    """Measure; see the module's text for what is returned."""
-    config, model = setting.option(LinearityConfig), setting.exact_model
-    used = min(config.images, len(setting.images))
-    rows = min(setting.batch_size, MAX_BATCH, math.ceil(used / setting.world.size))
+def measure(context: EvaluationContext) -> dict[str, Any]:
+    """Measure linearity at every noise level; see the module's text for what is returned."""
+    config, model = context.option(LinearityConfig), context.exact_model
+    images = context.first(config.images)
+    batch_size = min(context.batch_size, MAX_BATCH, math.ceil(len(images) / context.world.size))
     levels = []
-    with in_float32(setting.device):
-        for sigma in config.sigmas:
-            measure = partial(_measure, model, sigma)
-            columns = first_columns(setting, used, sigma, measure, rows)
-            levels.append({"sigma": sigma, **_level(columns, setting.seed)})
+    for sigma in config.sigmas:
+
+        def of_batch(batch: Batch, sigma: float = sigma) -> dict[str, Tensor]:
+            columns = linearity(model, batch.y, sigma)._asdict()
+            # log p up to no constant: the linear-quadratic head says -(w f)^2 / 2
+            if isinstance(model, JointModel) and isinstance(model.head, LinearQuadraticHead):
+                columns["log_density"] = model.log_density(batch.y, sigma).double()
+            return columns
+
+        columns = context.columns(sigma, of_batch, images, batch_size)
+        levels.append({"sigma": sigma, **_level(columns, context.seed)})
     predicted = theory_of(model)
     return {
-        "images": used,
-        "precision": "fp32",
-        "compiled": False,
-        "sigmas": list(config.sigmas),
+        "images": len(images),
+        "sigmas": config.sigmas,
         "levels": levels,
         "theory": predicted and predicted._asdict(),
         "warnings": noise_warnings(model, config.sigmas),
     }
 
 
-def _measure(model: ScoreModel, sigma: float, batch: Batch) -> dict[str, Tensor]:
-    columns = linearity(model, batch.y, sigma)._asdict()
-    change = (model.denoise(batch.y, sigma) - batch.y).flatten(1).double()
-    columns["moved"] = change.square().sum(1)  # ||D - y||^2, by which ratios are pooled
-    # log p up to no constant: the linear-quadratic head says -(w f)^2 / 2
-    if isinstance(model, JointModel) and isinstance(model.head, LinearQuadraticHead):
-        columns["log_density"] = model.log_density(batch.y, sigma).double()
-    return columns
-
-
 def _level(columns: dict[str, Tensor], seed: int) -> dict[str, Any]:
-    level: dict[str, Any] = {
-        name: statistics.mean(columns[name]).document()
-        for name in ("error", "unexplained", "explained")
-    }
-    if not level["error"]["value"] or level["error"]["value"] < ROUNDING:
+    names = ("error", "unexplained", "explained")
+    level: dict[str, Any] = {name: statistics.mean(columns[name]) for name in names}
+    error = statistics.finite(level["error"].value)
+    if not error or error < ROUNDING:
         level["explained"] = None
     moved = columns["moved"]
-    squares = _pooled(columns["of_change"].square() * moved, moved, seed, math.sqrt, lowest=0)
-    level["of_change"] = squares.document()
+    level["of_change"] = _pooled(columns["of_change"].square() * moved, moved, seed, math.sqrt, 0)
     missing = (2 - columns["degree"]) * moved  # <D - J y, D - y>
-    level["degree"] = _pooled(missing, moved, seed, lambda ratio: 2 - ratio).document()
+    level["degree"] = _pooled(missing, moved, seed, lambda ratio: 2 - ratio)
     level["euler_degree"] = None
     if "log_density" in columns and columns["log_density"].any():
-        level["euler_degree"] = _pooled(columns["along"], columns["log_density"], seed).document()
+        level["euler_degree"] = _pooled(columns["along"], columns["log_density"], seed)
     return level
 
 
@@ -215,7 +270,7 @@ def _pooled(
     seed: int,
     of_ratio: Callable[[float], float] = float,
     lowest: float = -math.inf,
-) -> statistics.Estimate:
+) -> Estimate:
     """``of_ratio`` of the sum of ``top`` (n,) by that of ``bottom`` (n,), no end below ``lowest``;
     undefined (nan) where the latter is 0, its interval for a single image."""
     over, under = top.numpy(), bottom.numpy()
@@ -225,32 +280,110 @@ def _pooled(
         return of_ratio(float(over[rows].sum()) / whole) if whole else math.nan
 
     if len(under) < 2:
-        return statistics.Estimate(ratio(np.arange(len(under))), math.nan, math.nan, len(under))
+        return Estimate(ratio(np.arange(len(under))), math.nan, math.nan, len(under))
     return statistics.bootstrap(ratio, len(under), seed, lowest=lowest)
 
 
-def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
+def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``linearity.png``: errors and degree against the noise level."""
-    from ebmkit.plots import jacobian as pictures
+    figure = plots.new_figure(9.2, 4.7, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    levels = sorted(document["levels"], key=lambda level: float(level["sigma"]))
+    errors = {
+        "error": "$\\|D - Jy\\| / \\|D\\|$",
+        "of_change": "$\\|D - Jy\\| / \\|D - y\\|$, pooled",
+        "unexplained": "rest of $D - Jy$ that no k explains, by $\\|D\\|$",
+    }
+    degrees = {"degree": "best fit", "euler_degree": "Euler's, $\\langle y, s\\rangle / \\log p$"}
+    for axes, series, limits_of in ((left, errors, _log_limits), (right, degrees, _degree_limits)):
+        limits = limits_of([level[name] for level in levels for name in series if level[name]])
+        for k, (name, label) in enumerate(series.items()):
+            known = [(255 * level["sigma"], level[name]) for level in levels if level[name]]
+            if known:
+                x, estimates = zip(*known, strict=True)
+                look = {"fmt": f"{plots.MARKERS[k]}-", "color": plots.COLOURS[k], "label": label}
+                plots.bars_within(axes, x, estimates, limits, ms=4, **look)
+    right.axhline(2, color=plots.GRAY, ls=":", lw=1, label="2: locally linear")
+    theory = document["theory"]
+    if theory and theory["degree"] is not None:
+        label = f"theory: {theory['degree']:.0f}"
+        right.axhline(theory["degree"], color="black", ls="--", lw=0.8, label=label)
+    title, y = "Degree of homogeneity of log p", "degree k, pooled over images"
+    plots.annotate(left, "Is D(y) = J(y) y?", plots.SIGMA, "relative error", yscale="log")
+    plots.annotate(right, title, plots.SIGMA, y)
+    plots.legend_below(left)
+    plots.legend_below(right, columns=2)
+    figure.suptitle(f"Local linearity of the denoiser: {plots.images_of(document)}", fontsize=11)
+    plots.save_figure(figure, folder / "linearity.png")
 
-    pictures.linearity_curves(document, folder / "linearity.png")
+
+def linearity_grid(cells: Sequence[dict[str, Any]], path: Path, data: str = "") -> None:
+    """Local linearity of networks that differ in norm, activation and biases, beside the theory.
+
+    Args:
+        cells: by network ``norm`` (group or scale), ``activation`` (gelu or relu), ``bias`` (bool),
+            ``levels`` and ``theory`` as in ``linearity.json``.
+        path: the PNG file.
+        data: which images, for the title.
+    """
+    figure = plots.new_figure(max(6.4, 1.15 * len(cells) + 1.4), 6.2, layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    sigmas = [level["sigma"] for level in cells[0]["levels"]]
+    for axes, name, limits_of in ((top, "error", _log_limits), (bottom, "degree", _degree_limits)):
+        limits = limits_of([level[name] for cell in cells for level in cell["levels"]])
+        for k, sigma in enumerate(sigmas):
+            at = np.arange(len(cells)) + (k - (len(sigmas) - 1) / 2) * 0.6 / len(sigmas)
+            found = [cell["levels"][k][name] for cell in cells]
+            label = plots.sigma_label(sigma) if axes is top else None
+            look = {"color": plots.COLOURS[k % 6], "marker": plots.MARKERS[k % 6], "ls": ""}
+            plots.bars_within(axes, list(at), found, limits, lw=1, ms=5, label=label, **look)
+        for i in range(len(cells) - 1):
+            axes.axvline(i + 0.5, color=plots.GRAY, lw=0.4)
+    names = {"group": "plain norm", "scale": "scale-keeping", "batch": "batch norm"}
+    names |= {"relu": "ReLU", "gelu": "GELU", "True": "biases", "False": "no bias"}
+    ticks, label = [], "theory"
+    for i, cell in enumerate(cells):
+        degree = cell["theory"] and cell["theory"]["degree"]
+        if degree is not None:
+            bottom.plot([i - 0.42, i + 0.42], [degree] * 2, color="black", lw=1.2, label=label)
+            label = "_theory"
+        lines = [names.get(str(cell[key]), cell[key]) for key in ("norm", "activation", "bias")]
+        ticks.append(
+            "\n".join([*lines, f"theory: {'no k' if degree is None else f'k = {degree:.0f}'}"])
+        )
+    bottom.set_xticks(range(len(cells)), ticks, fontsize=8)
+    title = "Local linearity D(y) = J(y) y: relative error (0: as section 4.2 claims)"
+    error = "$\\|D - Jy\\| / \\|D\\|$"
+    plots.annotate(top, title + (data and f", {data}"), y=error, yscale="log")
+    title = "Degree of homogeneity of log p (locally linear: 2)"
+    plots.annotate(bottom, title, y="degree k, best fit, pooled")
+    figure.legend(loc="outside lower center", ncols=len(sigmas) + 2, frameon=False, fontsize=8.5)
+    plots.save_figure(figure, path)
+
+
+def _log_limits(estimates: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    """What is drawn of ``estimates`` on a logarithmic axis, on which an interval may reach 0."""
+    values = [e["value"] for e in estimates if e["value"]]
+    highs = [e["high"] for e in estimates if e["high"]]
+    return min(values, default=0.1) / 5, max([*values, *highs], default=1.0)
+
+
+def _degree_limits(estimates: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    """What is drawn of degrees: 0 and 2, and no more beyond than leaves these distinct."""
+    ends = [e[k] for e in estimates for k in ("value", "low", "high") if e[k] is not None]
+    return max(-2.0, min([-0.5, *ends])), min(5.0, max([2.5, *ends]))
 
 
 def table(document: dict[str, Any]) -> Table:
     """By noise level: errors, the degree that fits best and Euler's, with the theory's below."""
-    result = new_table(
-        document, ("sigma", "error", "95 % interval", "of change", "degree k", "Euler's", "rest")
-    )
+    heads = ("sigma", "error", "95 % interval", "of change", "degree k", "Euler's", "rest")
+    result = new_table(document, heads)
     for level in document["levels"]:
-        error, euler = level["error"], level["euler_degree"]
         result.add_row(
             f"{in_255ths(level['sigma'])}/255",
-            number(error["value"], "{:.3g}"),
-            interval(error["low"], error["high"], "{:.2g}"),
-            number(level["of_change"]["value"], "{:.3g}"),
-            number(level["degree"]["value"], "{:.3f}"),
-            number(euler and euler["value"], "{:.3f}"),
-            number(level["unexplained"]["value"], "{:.3g}"),
+            number(level["error"], "{:.3g}"),
+            interval(level["error"], "{:.2g}"),
+            *(number(level[name], form) for name, form in SHOWN.items()),
         )
     if document["theory"]:
         result.add_section()
@@ -262,10 +395,10 @@ def table(document: dict[str, Any]) -> Table:
 LINEARITY = Suite(
     description="local linearity D(y) = J(y) y, and the best-fitting degree of "
     "homogeneity of log p",
-    check=check,
-    passes=lambda setting: len(setting.option(LinearityConfig).sigmas),
-    run=run,
-    draw=draw,
+    measure=measure,
+    plot=plot,
     table=table,
+    passes=lambda context: len(context.option(LinearityConfig).sigmas),
     options=LinearityConfig,
+    exact=True,
 )

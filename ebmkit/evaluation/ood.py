@@ -1,11 +1,56 @@
 r"""Suite ``ood``: whether the model knows images of its distribution from others.
 
 In distribution are the images evaluated; out of it are the images of each of several sets
-(`ebmkit.evaluation.ood_sets`). Each image gets the scores of `ebmkit.evaluation.ood_scores`, higher
-meaning "in", and each set and score the measures of `ebmkit.evaluation.detection`: AUROC, AUPR with
-either side as positives, and the share of images out that pass where 95 % of those in do. Nothing
-is trained or tuned on any of these images.
+(`ebmkit.evaluation.ood_sets`). Nothing is trained or tuned on any of these images.
 
+Scores
+------
+Each image x of d values gets scores, higher meaning "in". JEM's three (arXiv 1912.03263, section
+5.2):
+
+- ``log-density``: :math:`\log p(x)`, up to one constant, nats;
+- ``confidence``: :math:`\max_c p(c \mid x)`;
+- ``gradient``: :math:`-\|\nabla \log p(x)\|`, which is low where a density has its mass.
+
+A joint model is trained on noisy images, :math:`y = x + \sigma\epsilon`, and has more to say there.
+With the score s(y) and fixed noise :math:`\epsilon_1, \dots, \epsilon_n` for each image, at each
+level sigma,
+
+- ``residual``: :math:`-\frac1n \sum_i \|\sigma s(y_i) + \epsilon_i\|^2 / d`, minus the loss that
+  denoising score matching was trained by, at this one image: its denoising error over
+  :math:`\sigma^2 d`. Integrated over :math:`\log\sigma` these errors are the negative
+  log-likelihood up to a constant (Kong et al., arXiv 2302.03792), so each level is a share of it;
+- ``noise-level``: :math:`-\bigl|\log\bigl(\frac1n \sum_i \|\sigma s(y_i)\|^2 / d\bigr)\bigr|`.
+  A model that knows such images reads off the noise level that is there, and
+  :math:`\|\sigma s\|^2` is near d; too much and too little are both odd, which is a test of
+  typicality and not of likelihood;
+- ``noisy-density``: :math:`\frac1n \sum_i \log p(y_i)`. At sigma the density is one that training
+  saw, unlike at 0.
+
+What a model lacks it is not asked for: without labels no ``confidence``, without a density (a plain
+denoiser) only ``residual`` and ``noise-level``.
+
+Measures of detection
+---------------------
+With scores u of images in and v of images out, higher meaning "in", and a threshold t,
+
+.. math:: \mathrm{TPR}(t) = P(u \ge t), \qquad \mathrm{FPR}(t) = P(v \ge t),
+
+- ``auroc``: the area under TPR against FPR, :math:`P(u > v) + \tfrac12 P(u = v)`; 1/2 for a score
+  that knows nothing, less for one that takes out for in;
+- ``aupr_in``: average precision with the images in as positives, :math:`\sum_t \Delta\mathrm{TPR}\,
+  \frac{n\,\mathrm{TPR}}{n\,\mathrm{TPR} + m\,\mathrm{FPR}}`; ``aupr_out``: with those out as
+  positives, by -score. Both depend on the numbers n and m: knowing nothing gives n/(n + m) and
+  m/(n + m);
+- ``fpr95``: the share of images out that are taken for in at the highest threshold at which at
+  least 95 % of those in are; 0 is best.
+
+Ties count as scikit-learn counts them. Intervals are of the basic bootstrap
+(`ebmkit.evaluation.statistics`), kept within [0, 1], with the images in and the images out
+resampled apart.
+
+Results
+-------
 ``ood.json`` holds, beside the common entries: ``scores``, by name what each is; ``in``, ``count``
 and the means of all scores; ``sets``, by name ``about``, ``count``, ``mean`` (of each score, with
 its interval) and ``scores``, by name the measures with their intervals; ``energy``, the mean of
@@ -16,109 +61,246 @@ A score that is not finite on some image of a set has no measures there, and a w
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from numpy.typing import NDArray
+from pydantic import AfterValidator, Field
+from rich.table import Table
 from torch import Tensor
 
-from ebmkit.energy import EnergyModel, ScoreModel
+from ebmkit import plots
+from ebmkit.energy import EnergyModel, LogDensity, ScoreModel, classifies
 from ebmkit.evaluation import statistics
-from ebmkit.evaluation.context import EvaluationContext, Suite
-from ebmkit.evaluation.data import Batch, Images
-from ebmkit.evaluation.detection import METRICS, detection
-from ebmkit.evaluation.ood_scores import known_scores, scores_of
+from ebmkit.evaluation.context import Batch, EvaluationContext
 from ebmkit.evaluation.ood_sets import OutSet, find_set, standard_sets
-from ebmkit.evaluation.subset import check_one_size, columns_of, noise_warnings
-from ebmkit.evaluation.tables import interval, new_table, number
-from ebmkit.noise import Sigma
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-__all__ = ["OOD", "OodConfig", "draw", "run", "table"]
+from ebmkit.evaluation.robustness import distinct
+from ebmkit.evaluation.statistics import LEVEL, Estimate
+from ebmkit.evaluation.suite import (
+    Suite,
+    SuiteConfig,
+    check_one_size,
+    interval,
+    new_table,
+    noise_warnings,
+    number,
+)
+from ebmkit.noise import Sigma, format_sigma
+from ebmkit.randomness import image_noise
+from ebmkit.terminal import clean
 
 BINS = 40
 
 
-def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(dict.fromkeys(values))
-
-
-class OodConfig(BaseModel):
+class OodConfig(SuiteConfig):
     """Settings of the suite ``ood``."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    sets: Annotated[tuple[str, ...], AfterValidator(_distinct)] = Field(
+    sets: Annotated[tuple[str, ...], AfterValidator(distinct)] = Field(
         ("auto",),
         min_length=1,
         description="OOD sets: auto; interpolations, constant, uniform, gaussian, inverted, "
         "shuffled; cifar10, cifar100, digits, patches; image folders and HDF5 "
         "files",
     )
-    sigmas: Annotated[tuple[Sigma, ...], AfterValidator(_distinct)] = Field(
+    sigmas: Annotated[tuple[Sigma, ...], AfterValidator(distinct)] = Field(
         (10 / 255, 25 / 255), description="noise levels of the scores on noisy images, image units"
     )
     draws: int = Field(4, ge=1, description="number of noise draws per image and level")
 
 
-def check(model: ScoreModel, images: Images) -> None:
-    """Any model will do, and images of one size.
+CLEAN = {
+    "log-density": "log p(x)",
+    "confidence": "largest class probability",
+    "gradient": "minus the norm of the gradient of log p(x)",
+}
+NOISY = {
+    "residual": "minus the mean square of sigma s(y) + eps",
+    "noise-level": "minus |log of the mean square of sigma s(y)|",
+    "noisy-density": "mean log p(x + sigma eps)",
+}
 
-    Raises:
-        UserError: if their sizes differ.
+
+def known_scores(model: ScoreModel, sigmas: Sequence[float]) -> dict[str, str]:
+    """The scores that ``model`` has, each with what it is in words."""
+    density = isinstance(model, EnergyModel)
+    clean = {
+        name: description
+        for name, description in CLEAN.items()
+        if (classifies(model) if name == "confidence" else density)
+    }
+    noisy = {
+        _at(name, sigma): f"{description}, sigma {format_sigma(sigma)}"
+        for sigma in sigmas
+        for name, description in NOISY.items()
+        if density or name != "noisy-density"
+    }
+    return clean | noisy
+
+
+def scores_of(
+    model: ScoreModel, x: Tensor, sigmas: Sequence[float], draws: int, seed: int = 0
+) -> dict[str, Tensor]:
+    """`known_scores` of images ``x`` (B, C, H, W), each (B,).
+
+    Args:
+        model: in evaluation mode.
+        x: in [0, 1].
+        sigmas: noise levels, image units.
+        draws: noise images for each image and level, from its content and ``seed``.
+        seed: of the noise.
     """
-    check_one_size("ood", images)
+    found: dict[str, Tensor] = {}
+    if isinstance(model, EnergyModel):
+        level = 0.0 if model.noise_conditional else None
+        energies, (score,) = model.value_and_grads(x, level, LogDensity())
+        found["log-density"] = energies.log_density
+        if classifies(model):
+            found["confidence"] = energies.log_posterior().exp().amax(dim=1)
+        found["gradient"] = -score.flatten(1).norm(dim=1)
+    for sigma in sigmas:
+        rows: list[dict[str, Tensor]] = []
+        for eps in image_noise(x, draws, f"ood {seed} {sigma:.9g}").movedim(1, 0):
+            y, row = x + sigma * eps, {}
+            if isinstance(model, EnergyModel):
+                row["noisy-density"], score = model.density_and_score(y, sigma)
+            else:
+                score = model.score(y, sigma)
+            row["residual"] = (sigma * score + eps).flatten(1).square().mean(dim=1)
+            row["noise-level"] = (sigma * score).flatten(1).square().mean(dim=1)
+            rows.append(row)
+        means = {name: torch.stack([row[name] for row in rows]).mean(dim=0) for name in rows[0]}
+        means["residual"] = -means["residual"]
+        means["noise-level"] = -means["noise-level"].log().abs()
+        found |= {_at(name, sigma): means[name] for name in NOISY if name in means}
+    return found
 
 
-def find_sets(setting: EvaluationContext) -> list[OutSet]:
+def _at(name: str, sigma: float) -> str:
+    return f"{name}-{sigma * 255:.4g}"
+
+
+METRICS = {"auroc": "AUROC", "aupr_in": "AUPR in", "aupr_out": "AUPR out", "fpr95": "FPR95"}
+"""By name, what tables call them."""
+
+TPR = 0.95
+
+Counts = NDArray[np.float64]
+
+
+def detection(
+    inside: Tensor, outside: Tensor, seed: int = 0, resamples: int = 400
+) -> dict[str, Estimate]:
+    """`METRICS` of finite scores ``inside`` (n,) and ``outside`` (m,), with 95 % intervals.
+
+    Args:
+        inside: of images in distribution.
+        outside: of images out of it.
+        seed: of the bootstrap.
+        resamples: how many.
+    """
+    scores = torch.cat([inside, outside]).double().cpu().numpy()
+    levels, place = np.unique(scores, return_inverse=True)
+    parts = np.split(place, [len(inside)])
+    rng = np.random.default_rng(seed)
+
+    def counts(rows: NDArray[np.intp]) -> Counts:
+        return np.bincount(rows, minlength=len(levels)).astype(np.float64)
+
+    values = _of_counts(*map(counts, parts))
+    draws = [
+        _of_counts(*(counts(part[rng.integers(0, len(part), len(part))]) for part in parts))
+        for _ in range(resamples)
+    ]
+    ends = 2 * np.array(values) - np.quantile(draws, [(1 + LEVEL) / 2, (1 - LEVEL) / 2], axis=0)
+    lows, highs = ends.clip(0, 1).tolist()
+    return {
+        name: Estimate(value, low, high, len(scores))
+        for name, value, low, high in zip(METRICS, values, lows, highs, strict=True)
+    }
+
+
+def _of_counts(inside: Counts, outside: Counts) -> list[float]:
+    """`METRICS` where level k of the score, from low to high, has so many images in and out."""
+    n, m = inside.sum(), outside.sum()
+    below = outside.cumsum() - outside
+    auroc = float(inside @ (below + outside / 2)) / (n * m)
+    hits, misses = inside[::-1].cumsum(), outside[::-1].cumsum()
+    first = int(np.argmax(hits >= TPR * n - 1e-9))
+    return [
+        auroc,
+        _average_precision(inside[::-1], outside[::-1]),
+        _average_precision(outside, inside),
+        float(misses[first] / m),
+    ]
+
+
+def _average_precision(positive: Counts, negative: Counts) -> float:
+    """Over thresholds from the first level to the last."""
+    hits, taken = positive.cumsum(), (positive + negative).cumsum()
+    precision = hits / np.maximum(taken, 1)
+    return float(positive @ precision / positive.sum())
+
+
+def find_sets(context: EvaluationContext) -> list[OutSet]:
     """The sets that the settings name.
 
     Raises:
         UserError: if one is not there, or cannot be made of these images.
     """
     found: dict[str, OutSet] = {}
-    for name in _names(setting):
-        own = find_set(name, setting.images, setting.data_dir, setting.seed)
-        label, number = own.name, 1
+    for name in _names(context):
+        own = find_set(name, context.images, context.data_dir, context.seed)
+        label, count = own.name, 1
         while label in found or label == "in":  # folders of one name in two places
-            number += 1
-            label = f"{own.name}-{number}"
+            count += 1
+            label = f"{own.name}-{count}"
         found[label] = replace(own, name=label)
     return list(found.values())
 
 
-def run(setting: EvaluationContext) -> dict[str, Any]:
-    """Measure; see the module's text for what is returned."""
-    options, model = setting.option(OodConfig), setting.model
+def _names(context: EvaluationContext) -> list[str]:
+    names: list[str] = []
+    for name in context.option(OodConfig).sets:
+        auto = name == "auto"
+        names += standard_sets(context.images, context.data_dir) if auto else [name]
+    return list(dict.fromkeys(names))
+
+
+def measure(context: EvaluationContext) -> dict[str, Any]:
+    """See the module's text for what is returned."""
+    options, model = context.option(OodConfig), context.model
     names = known_scores(model, options.sigmas)
-    measure = partial(_measure, setting, options)
-    inside = setting.columns(0.0, measure)
+
+    def scores(batch: Batch) -> dict[str, Tensor]:
+        return scores_of(model, batch.x, options.sigmas, options.draws, context.seed)
+
+    def means(columns: Mapping[str, Tensor]) -> dict[str, Estimate]:
+        return {name: statistics.mean(columns[name]) for name in names}
+
+    columns = {"in": context.columns(0.0, scores)}
+    inside = columns["in"]
     sets: dict[str, Any] = {}
-    outside: dict[str, dict[str, Tensor]] = {}
     warnings = _warnings(model, options)
-    for found in find_sets(setting):
-        columns = outside[found.name] = columns_of(setting, found.images, 0.0, measure)
-        unfinished = _unfinished(columns) | _unfinished(inside)
-        if unfinished:
+    for found in find_sets(context):
+        own = columns[found.name] = context.columns(0.0, scores, found.images)
+        finite = [n for n in names if own[n].isfinite().all() and inside[n].isfinite().all()]
+        if len(finite) < len(names):
             warnings.append(
-                f"{', '.join(unfinished)}: not finite on some images in or of {found.name}, so "
-                "there is no measure"
+                f"{', '.join(n for n in names if n not in finite)}: not finite on some images in "
+                f"or of {found.name}, so there is no measure"
             )
         sets[found.name] = {
             "about": found.description,
             "count": len(found.images),
-            "mean": {name: statistics.mean(columns[name]).document() for name in names},
+            "mean": means(own),
             "scores": {
-                name: None
-                if name in unfinished
-                else _compared(inside[name], columns[name], setting)
-                for name in names
+                n: detection(inside[n], own[n], context.seed) if n in finite else None
+                for n in names
             },
         }
         if len(found.images) < 100:
@@ -126,89 +308,35 @@ def run(setting: EvaluationContext) -> dict[str, Any]:
     document: dict[str, Any] = {
         "sigmas": list(options.sigmas),
         "scores": names,
-        "in": {
-            "count": len(setting.images),
-            "mean": {name: statistics.mean(inside[name]).document() for name in names},
-        },
+        "in": {"count": len(context.images), "mean": means(inside)},
         "sets": sets,
-        "histograms": {
-            name: _histogram(inside[name], {s: c[name] for s, c in outside.items()})
-            for name in names
-        },
+        "histograms": {n: _histogram({s: c[n] for s, c in columns.items()}) for n in names},
         "warnings": warnings,
     }
     if isinstance(model, EnergyModel):
-        everything = {"in": inside, **outside}
         document["energy"] = {
-            name: statistics.mean(-columns["log-density"]).document()
-            for name, columns in everything.items()
+            name: statistics.mean(-own["log-density"]) for name, own in columns.items()
         }
     return document
 
 
-def _measure(setting: EvaluationContext, options: OodConfig, batch: Batch) -> dict[str, Tensor]:
-    return scores_of(setting.model, batch.x, options.sigmas, options.draws, setting.seed)
-
-
-def _compared(inside: Tensor, outside: Tensor, setting: EvaluationContext) -> dict[str, Any]:
-    found = detection(inside, outside, setting.seed)
-    return {name: estimate.document() for name, estimate in found.items()}
-
-
-def _unfinished(columns: dict[str, Tensor]) -> dict[str, None]:
-    """The scores that are not finite everywhere, in order."""
-    return {name: None for name, column in columns.items() if not column.isfinite().all()}
-
-
-def _histogram(inside: Tensor, outside: dict[str, Tensor]) -> dict[str, Any]:
+def _histogram(columns: Mapping[str, Tensor]) -> dict[str, Any]:
     """Counts over the range of the images in, and where there are others twice as far down and once
     as far up again."""
-    known = inside[inside.isfinite()].double()
-    if len(known) == 0:
-        return {"edges": [], "in": [], "sets": {name: [] for name in outside}}
-    everything = torch.cat([c[c.isfinite()].double() for c in (inside, *outside.values())])
-    low, high = torch.quantile(known, torch.tensor([0.01, 0.99], dtype=torch.float64)).tolist()
-    wide = max(high - low, 1e-6 * max(1.0, abs(high)))
-    first = max(low - 2 * wide, float(everything.min()) - 0.02 * wide)
-    last = min(high + wide, float(everything.max()) + 0.02 * wide)
-    edges = np.linspace(first, last, BINS + 1)
-
-    def counts(column: Tensor) -> list[int]:
-        finite = column[column.isfinite()].double().numpy()
-        return [int(n) for n in np.histogram(np.clip(finite, edges[0], edges[-1]), edges)[0]]
-
-    sets = {name: counts(column) for name, column in outside.items()}
-    return {"edges": [float(e) for e in edges], "in": counts(inside), "sets": sets}
-
-
-def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
-    """Write ``ood.png``, ``ood-histograms.png`` and ``ood-examples.png``."""
-    from ebmkit.plots import ood as pictures
-
-    pictures.auroc_map(document, folder / "ood.png")
-    pictures.histograms(document, folder / "ood-histograms.png")
-    shown = {"in": _few(setting.images)} | {s.name: _few(s.images) for s in find_sets(setting)}
-    pictures.examples(shown, document, folder / "ood-examples.png")
-
-
-def table(document: dict[str, Any]) -> Table:
-    """Of each set and score: AUROC with its interval, both AUPR and FPR95."""
-    heads = ("set, score", "AUROC", "95 % interval", *list(METRICS.values())[1:])
-    result = new_table(document, heads)
-    for name, found in document["sets"].items():
-        result.add_row(f"{name}, {found['count']} images", *[""] * 5)
-        for score, measures in found["scores"].items():
-            own = measures or dict.fromkeys(METRICS, dict.fromkeys(("value", "low", "high")))
-            span = interval(own["auroc"]["low"], own["auroc"]["high"], "{:.3f}")
-            value, *others = (number(own[metric]["value"], "{:.3f}") for metric in METRICS)
-            result.add_row(f"  {score}", value, span, *others)
-        result.add_section()
-    return result
-
-
-def _few(images: Images) -> list[Tensor]:
-    ((x, _),) = images.first(8).batches(8)
-    return list(x)
+    finite = {name: c[c.isfinite()].double() for name, c in columns.items()}
+    inside = finite["in"]
+    counts: dict[str, list[int]] = {name: [] for name in columns}
+    edges = np.empty(0)
+    if len(inside):
+        everything = torch.cat([*finite.values()])
+        low, high = torch.quantile(inside, torch.tensor([0.01, 0.99], dtype=torch.float64)).tolist()
+        wide = max(high - low, 1e-6 * max(1.0, abs(high)))
+        first = max(low - 2 * wide, float(everything.min()) - 0.02 * wide)
+        last = min(high + wide, float(everything.max()) + 0.02 * wide)
+        edges = np.linspace(first, last, BINS + 1)
+        for name, column in finite.items():
+            counts[name] = np.histogram(column.clamp(first, last).numpy(), edges)[0].tolist()
+    return {"edges": edges.tolist(), "in": counts.pop("in"), "sets": counts}
 
 
 def _warnings(model: ScoreModel, options: OodConfig) -> list[str]:
@@ -220,25 +348,124 @@ def _warnings(model: ScoreModel, options: OodConfig) -> list[str]:
     return noise_warnings(model, options.sigmas)
 
 
-def _names(setting: EvaluationContext) -> list[str]:
-    names: list[str] = []
-    for name in setting.option(OodConfig).sets:
-        auto = name == "auto"
-        names += standard_sets(setting.images, setting.data_dir) if auto else [name]
-    return list(dict.fromkeys(names))
+def table(document: dict[str, Any]) -> Table:
+    """Of each set and score: AUROC with its interval, both AUPR and FPR95."""
+    heads = ("set, score", "AUROC", "95 % interval", *list(METRICS.values())[1:])
+    result = new_table(document, heads)
+    for name, found in document["sets"].items():
+        result.add_row(f"{name}, {found['count']} images", *[""] * 5)
+        for score, measures in found["scores"].items():
+            own = measures or dict.fromkeys(METRICS, dict.fromkeys(("value", "low", "high")))
+            span = interval(own["auroc"], "{:.3f}")
+            value, *others = (number(own[metric], "{:.3f}") for metric in METRICS)
+            result.add_row(f"  {score}", value, span, *others)
+        result.add_section()
+    return result
 
 
-def _ready(setting: EvaluationContext) -> None:
-    find_sets(setting)
+LOOKS = tuple(
+    zip(
+        (plots.BLUE, plots.ORANGE, plots.GREEN, plots.PURPLE, plots.SKY, "black"),
+        ("-", "--", "-.", ":", "-", "--"),
+        strict=True,
+    )
+)
+COLUMNS = 3
+
+
+def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
+    """Write ``ood.png``, ``ood-histograms.png`` and ``ood-examples.png``."""
+    _plot_auroc(document, folder / "ood.png")
+    _plot_histograms(document, folder / "ood-histograms.png")
+    sets = {"in": context.images, **{s.name: s.images for s in find_sets(context)}}
+    examples = {name: next(iter(images.first(8).batches(8)))[0] for name, images in sets.items()}
+    _plot_examples(examples, document, folder / "ood-examples.png")
+
+
+def _plot_auroc(document: dict[str, Any], path: Path) -> None:
+    """AUROC of every set (row) by every score (column); 50 % is a score that knows nothing."""
+    sets, scores = document["sets"], list(document["scores"])
+    values = [
+        [
+            np.nan if s["scores"][k] is None else 100 * s["scores"][k]["auroc"]["value"]
+            for k in scores
+        ]
+        for s in sets.values()
+    ]
+    size = 3.2 + 0.72 * len(scores), 2.3 + 0.42 * len(sets)
+    figure = plots.new_figure(*size, layout="constrained")
+    axes = figure.add_subplot()
+    image = plots.annotated_map(axes, np.array(values), scores, list(sets), "{:.1f}")
+    axes.tick_params(labelsize=8)
+    axes.set_xticks(range(len(scores)), scores, rotation=35, ha="right")
+    axes.set(xlabel="score", ylabel="set out of distribution")
+    figure.colorbar(image, ax=axes, label="AUROC (%)")
+    figure.suptitle(f"In distribution: {plots.images_of(document)}", fontsize=10)
+    plots.save_figure(figure, path)
+
+
+def _plot_histograms(document: dict[str, Any], path: Path) -> None:
+    """One panel per score: its distribution in, filled, and on every set, as lines."""
+    scores = document["scores"]
+    rows, columns = -(-len(scores) // COLUMNS), min(COLUMNS, len(scores))
+    figure = plots.new_figure(0.5 + 3.3 * columns, 1.4 + 2.35 * rows, layout="constrained")
+    for number_of, (name, found) in enumerate(document["histograms"].items()):
+        axes = figure.add_subplot(rows, columns, number_of + 1)
+        if edges := found["edges"]:
+            look: dict[str, Any] = {"fill": True, "color": plots.GRAY, "alpha": 0.55}
+            axes.stairs(_shares(found["in"]), edges, label="in", **look)
+            for (colour, style), (own, counts) in zip(
+                itertools.cycle(LOOKS), found["sets"].items()
+            ):
+                axes.stairs(_shares(counts), edges, color=colour, ls=style, lw=1.3, label=own)
+        axes.set_title(name, fontsize=10)
+        axes.set_xlabel(scores[name], fontsize=7.5)
+        axes.tick_params(labelsize=7)
+        axes.locator_params(axis="x", nbins=5)
+        axes.margins(x=0.01)
+    figure.supylabel("share of the images (%)", fontsize=9)
+    figure.suptitle(
+        f"Scores, higher is in distribution: {plots.images_of(document)}\n"
+        "(outer bins hold all that is beyond)",
+        fontsize=10,
+    )
+    plots.shared_legend(figure, 4)
+    plots.save_figure(figure, path)
+
+
+def _plot_examples(examples: Mapping[str, Tensor], document: dict[str, Any], path: Path) -> None:
+    """The first images (n, C, H, W) of each set, a row each, with the mean energy where there is
+    one."""
+    columns = max(map(len, examples.values()))
+    width, height = 1.7 + 0.75 * columns, 0.6 + 0.8 * len(examples)
+    figure = plots.new_figure(width, height)
+    margins = {"left": 1.6 / width, "right": 0.99, "bottom": 0.02, "top": 1 - 0.45 / height}
+    grid = figure.add_gridspec(len(examples), columns, **margins, wspace=0.06, hspace=0.06)
+    for i, (name, images) in enumerate(examples.items()):
+        for k, image in enumerate(images):
+            axes = figure.add_subplot(grid[i, k])
+            plots.show_image(axes, image, "", "")
+            if k == 0:
+                value = document.get("energy", {}).get(name, {}).get("value")
+                energy = "" if value is None else f"\nenergy {value:.4g}"
+                place: dict[str, Any] = {"rotation": 0, "ha": "right", "va": "center"}
+                axes.set_ylabel(clean(f"{name}{energy}"), fontsize=8, labelpad=6, **place)
+    title = f"In distribution, and out of it: {plots.images_of(document)}"
+    figure.suptitle(title, fontsize=10)
+    plots.save_figure(figure, path)
+
+
+def _shares(counts: Sequence[int]) -> NDArray[np.float64]:
+    return 100 * np.array(counts) / max(1, sum(counts))
 
 
 OOD = Suite(
     description="OOD detection: AUROC, AUPR, FPR95 of JEM's scores and of scores on noisy images",
-    check=check,
-    passes=lambda setting: 1 + len(_names(setting)),
-    run=run,
-    draw=draw,
+    measure=measure,
+    plot=plot,
     table=table,
+    check=lambda model, images: check_one_size("ood", images),
+    passes=lambda context: 1 + len(_names(context)),
+    prepare=find_sets,
     options=OodConfig,
-    ready=_ready,
 )

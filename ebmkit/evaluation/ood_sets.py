@@ -9,8 +9,9 @@ side resized (bicubic), the middle cut out; gray repeated to colour, colour weig
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -19,10 +20,8 @@ import torch
 from torch import Tensor
 
 from ebmkit.errors import UserError, unknown_name
-from ebmkit.evaluation.data import Images
+from ebmkit.evaluation.context import Images
 from ebmkit.randomness import keyed_generator
-
-__all__ = ["MADE", "NAMED", "OutSet", "find_set", "standard_sets"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class OutSet:
 
     Attributes:
         name: of the set.
-        about: one line.
+        description: one line.
         images: of the model's size and channels.
     """
 
@@ -40,25 +39,9 @@ class OutSet:
     images: Images
 
 
-Maker = Callable[[Tensor, torch.Generator], Tensor]
-"""An image (C, H, W) made of one of the distribution and random numbers."""
-
-
-def _constant(x: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.rand(len(x), 1, 1, generator=generator).expand(x.shape)
-
-
-def _uniform(x: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.rand(x.shape, generator=generator)
-
-
 def _gaussian(x: Tensor, generator: torch.Generator) -> Tensor:
     std, mean = torch.std_mean(x, dim=(1, 2), keepdim=True)
     return (mean + std * torch.randn(x.shape, generator=generator)).clamp(0, 1)
-
-
-def _inverted(x: Tensor, generator: torch.Generator) -> Tensor:
-    return 1 - x
 
 
 def _shuffled(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -66,15 +49,22 @@ def _shuffled(x: Tensor, generator: torch.Generator) -> Tensor:
     return x.flatten(1)[:, order].reshape(x.shape)
 
 
-MAKERS: dict[str, tuple[Maker, str]] = {
-    "constant": (_constant, "one gray or colour all over"),
-    "uniform": (_uniform, "each value uniform in [0, 1]"),
+GENERATORS: dict[str, tuple[Callable[[Tensor, torch.Generator], Tensor], str]] = {
+    "constant": (
+        lambda x, generator: torch.rand(len(x), 1, 1, generator=generator).expand(x.shape),
+        "one gray or colour all over",
+    ),
+    "uniform": (
+        lambda x, generator: torch.rand(x.shape, generator=generator),
+        "each value uniform in [0, 1]",
+    ),
     "gaussian": (_gaussian, "normal noise of each image's mean and deviation, clipped"),
-    "inverted": (_inverted, "1 - x"),
+    "inverted": (lambda x, generator: 1 - x, "1 - x"),
     "shuffled": (_shuffled, "the pixels of each image in random order"),
 }
+"""Made sets: an image (C, H, W) from one of the distribution and random numbers."""
 
-MADE = ("interpolations", *MAKERS)
+MADE = ("interpolations", *GENERATORS)
 """Sets that are made here."""
 
 NAMED = ("cifar10", "cifar100", "digits", "patches")
@@ -113,9 +103,11 @@ class Made:
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """In order, ``size`` at a time: images (B, C, H, W) in [0, 1], and None."""
         if self.name == "interpolations":
-            yield from _batched(_interpolated(self.source, size), size)
+            means = _interpolated(self.source, size)
+            while group := list(itertools.islice(means, size)):
+                yield torch.stack(group), None
             return
-        make, first = MAKERS[self.name][0], 0
+        make, first = GENERATORS[self.name][0], 0
         for x, _ in self.source.batches(size):
             keys = range(first, first + len(x))
             generators = [keyed_generator("cpu", "ood", self.name, self.seed, k) for k in keys]
@@ -147,29 +139,16 @@ def _interpolated(source: Images, size: int) -> Iterator[Tensor]:
     """Means of each image and its partner, holding no more images than lie between them."""
     other = partners(source.labels, len(source))
     wrapped = {k for i, k in enumerate(other) if k < i}
-    kept: dict[int, Tensor] = {}
-    due = 0
-    seen = 0
+    held: dict[int, Tensor] = {}
+    due = seen = 0
     for x, _ in source.batches(size):
-        for image in x:
-            kept[seen] = image
-            seen += 1
-        while due < seen and other[due] in kept:
-            yield (kept[due] + kept[other[due]]) / 2
+        held |= dict(enumerate(x, seen))
+        seen += len(x)
+        while due < seen and other[due] in held:
+            yield (held[due] + held[other[due]]) / 2
             if due not in wrapped:
-                del kept[due]
+                del held[due]
             due += 1
-
-
-def _batched(images: Iterable[Tensor], size: int) -> Iterator[tuple[Tensor, None]]:
-    group: list[Tensor] = []
-    for image in images:
-        group.append(image)
-        if len(group) == size:
-            yield torch.stack(group), None
-            group = []
-    if group:
-        yield torch.stack(group), None
 
 
 def standard_sets(images: Images, data_dir: Path | None) -> list[str]:
@@ -195,21 +174,17 @@ def find_set(name: str, images: Images, data_dir: Path | None, seed: int) -> Out
     """
     if name == "interpolations":
         partners(images.labels, len(images))  # or says why not
-        description = "means of two images of different classes"
-        return OutSet(
-            name,
-            description if images.labels is not None else "means of two images",
-            Made(images, name, seed),
-        )
-    if name in MAKERS:
-        return OutSet(name, MAKERS[name][1], Made(images, name, seed))
+        classes = "" if images.labels is None else " of different classes"
+        return OutSet(name, f"means of two images{classes}", Made(images, name, seed))
+    if name in GENERATORS:
+        return OutSet(name, GENERATORS[name][1], Made(images, name, seed))
     if name in NAMED:
         if name == images.name:
             raise UserError(f"ood.sets: {name!r} is the data set that is evaluated: name another")
         from ebmkit.data import load_dataset
 
         own = load_dataset(name, data_dir, "test", download=False, progress=False)
-        return OutSet(name, f"{name} test images", _brought(own, images))
+        return OutSet(name, f"{name} test images", _reshaped(own, images))
     path = Path(name).expanduser()
     if path.is_dir():
         return OutSet(path.name, f"images in the folder {path.name}", _folder(path, images))
@@ -225,20 +200,7 @@ def _has_cifar100(data_dir: Path | None) -> bool:
     return (where / "cifar-100-python").is_dir() or (where / "cifar100-test.h5").is_file()
 
 
-class _Brought:
-    """Reads rows of other images at one size and number of channels, as the module's text says."""
-
-    def __init__(self, read: Callable[[int], Any], channels: int, size: tuple[int, int]) -> None:
-        self._read, self._channels, self._size = read, channels, size
-
-    def read(self, rows: Sequence[int]) -> Tensor:
-        """Images (B, C, H, W) uint8."""
-        from ebmkit.data.reading import to_pixels
-
-        return torch.stack([to_pixels(self._read(r), self._channels, self._size) for r in rows])
-
-
-def _brought(other: Any, like: Images) -> Images:
+def _reshaped(other: Any, like: Images) -> Images:
     """The first images of an `ImageSet` or `StreamedSet`, of the shape of ``like``."""
     other = other.first(len(like))
     if (other.channels, other.image_size) == (like.channels, like.image_size):
@@ -247,7 +209,7 @@ def _brought(other: Any, like: Images) -> Images:
     from PIL import Image
 
     def read(row: int) -> Any:
-        pixels = other.images[row] if hasattr(other, "images") else other[row][0]
+        (pixels,), _ = other.read([row])
         array = pixels.movedim(0, -1).numpy()
         return Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array)
 
@@ -255,8 +217,8 @@ def _brought(other: Any, like: Images) -> Images:
 
 
 def _folder(root: Path, like: Images) -> Images:
-    from ebmkit.data.finding import SUFFIXES, find_images
-    from ebmkit.data.images import MAX_PIXELS_IN_SET, open_picture
+    from ebmkit.data.folders import SUFFIXES, find_images
+    from ebmkit.data.images import MAX_PIXELS_IN_SET, open_image
 
     names = find_images(root, root, ask="copy it into the folder, or make a folder without links")
     files = sorted(root / name for name in names)
@@ -264,7 +226,7 @@ def _folder(root: Path, like: Images) -> Images:
         raise UserError(f"{str(root)!r} holds no images: put files ending in {SUFFIXES} there")
 
     def read(row: int) -> Any:
-        opened = open_picture(files[row], MAX_PIXELS_IN_SET)
+        opened = open_image(files[row], MAX_PIXELS_IN_SET)
         if opened.is_16_bit:
             raise UserError(f"{str(files[row])!r} has 16 bits: convert it to 8")
         return opened.image
@@ -285,11 +247,28 @@ def _file(path: Path, like: Images) -> Images:
                 group = next((g for g in ("test", "train") if holds(file, g)), "")
     contents = read_contents(path, group)
     rows = torch.arange(min(contents.shape[0], len(like)))
-    return _brought(load_rows(path.name, "test", contents, rows), like)
+    return _reshaped(load_rows(path.name, "test", contents, rows), like)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads rows of images at one size and number of channels, as the module's text says."""
+
+    open: Callable[[int], Any]
+    channels: int
+    size: tuple[int, int]
+
+    def read(self, rows: Sequence[int]) -> Tensor:
+        """Images (B, C, H, W) uint8."""
+        from ebmkit.data.folders import to_pixels
+
+        return torch.stack([to_pixels(self.open(r), self.channels, self.size) for r in rows])
 
 
 def _streamed(name: str, read: Callable[[int], Any], count: int, like: Images) -> Images:
     from ebmkit.data import StreamedSet
 
-    reader = _Brought(read, like.channels, like.image_size)
-    return StreamedSet(name, "test", reader, torch.arange(count), like.channels, like.image_size)
+    reader = _Reader(read, like.channels, like.image_size)
+    return StreamedSet(
+        reader, torch.arange(count), like.channels, like.image_size, name=name, split="test"
+    )

@@ -7,23 +7,25 @@ With :math:`\epsilon^*` the smallest strength, on a grid, at which an image is g
 This is an upper bound of the accuracy under the worst perturbation, as tight as the attack is good:
 no attack proves that there is none (a certificate does).
 
-Protocol. PGD by foolbox in :math:`\ell_\infty` and :math:`\ell_2`, in image units, of 40 steps of
-0.2 of the strength from a random start, on float images within [0, 1] that are never rounded to
-255ths; in float32; on the first 200 images unless told otherwise (`RobustnessConfig`). Defences,
+Protocol. PGD in :math:`\ell_\infty` and :math:`\ell_2` (`ebmkit.attacks`), in image units, of 40
+steps of 0.2 of the strength from a random start, on float images within [0, 1] that are never
+rounded to 255ths; in float32; on the first 200 images by default (`RobustnessConfig`). Defences,
 how they are attacked through, and what noise they are judged on: `ebmkit.evaluation.attacks` and
 `ebmkit.evaluation.defences`. A defence with noise sums probabilities over ``draws`` draws, and each
 gradient of its attacker over ``eot`` others. The *map* has the noise level as its second axis, as
 CDN section 5.1 asks: row 0 is ``direct`` and row sigma is ``noise`` at that level.
 
-An attack that fails may be a bad attack. Four signs of masked gradients (Athalye et al. 2018,
-Carlini et al. 2019) are looked for, each of which makes a warning:
+An attack that fails may be a bad attack. Four signs of masked gradients (Athalye et al., arXiv
+1802.00420; Carlini et al., arXiv 1902.06705) are looked for, each of which makes a warning:
 
 - ``few_steps``, ``one_step``, ``random_noise``: at one strength the full attack is set against PGD
-  of a quarter of the steps, one step, and ten draws of noise of the same size. None may break more
-  images than it, beyond chance (sign test on the images that only one of the two breaks, 1 %);
+  of a quarter of the steps, one step, and ten draws of noise of the same size. With b the number of
+  images that only the weaker attack breaks, and c the number that only the stronger does, luck
+  gives :math:`b \sim \text{Binomial}(b + c, 1/2)` at worst; a one-sided sign test at 1 % decides;
 - ``gray``: in the ball of radius 1/2 (:math:`\ell_\infty`) or :math:`\sqrt d/2` (:math:`\ell_2`)
   every image can be turned into the gray one, which gets one label. So there no classifier is right
-  more often than the share of the commonest label, and an attack that leaves more has failed;
+  more often than the share of the commonest label, and an attack that leaves more has failed
+  (where noise is added: up to the draws, which differ between images);
 - with ``autoattack``, the accuracy under AutoAttack and by how much PGD's is above it.
 
 ``robustness.json`` holds, beside the common entries (``images`` is the number attacked): ``chance``
@@ -35,32 +37,28 @@ what each is; and ``checks``, by norm and defence, what is said above.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any, NamedTuple
 
+import numpy as np
+from pydantic import AfterValidator, Field
+from rich.table import Table
 from torch import Tensor
 
-from ebmkit.compile import in_float32
+from ebmkit import plots
+from ebmkit.attacks import Norm, search_steps
 from ebmkit.energy import EnergyModel
-from ebmkit.evaluation import masking
-from ebmkit.evaluation.attacks import Attack, Norm, minimal_epsilons, rounds
-from ebmkit.evaluation.autoattack import breaks as autoattack_breaks
-from ebmkit.evaluation.autoattack import check_installed
-from ebmkit.evaluation.context import EvaluationContext, Suite, check_classifies
-from ebmkit.evaluation.data import Batch
-from ebmkit.evaluation.defences import Defence, DefendedClassifier, image_noise
-from ebmkit.evaluation.masking import norm_name, strength
-from ebmkit.evaluation.robustness_config import RobustnessConfig
-from ebmkit.evaluation.statistics import finite
-from ebmkit.evaluation.tables import new_table
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-__all__ = ["ROBUSTNESS", "RobustnessConfig", "draw", "run", "table"]
+from ebmkit.evaluation.attacks import Attack, autoattack, check_autoattack
+from ebmkit.evaluation.context import Batch, EvaluationContext
+from ebmkit.evaluation.defences import Defence, DefenceName, DefendedClassifier, Refinement
+from ebmkit.evaluation.statistics import accuracy
+from ebmkit.evaluation.suite import Suite, SuiteConfig, add_note, check_classifies, new_table
+from ebmkit.noise import Radius, Sigma, SigmaOrZero, in_255ths
+from ebmkit.randomness import image_noise
+from ebmkit.sampling.langevin import JEM_NOISE, JEM_STEP
 
 VALUES_PER_STEP = 32_768
 """Pixel values that one step of an attack takes at least, if there are as many: 512 digits."""
@@ -68,60 +66,181 @@ VALUES_PER_STEP = 32_768
 NOISE_TRIES = 10
 
 FAR = 0.25
-"""Root mean square per pixel, image units, by which a refinement may move images untold."""
+"""Root mean square per pixel, image units, by which a refinement may move images unwarned."""
+
+SIGNIFICANT = 0.01
+"""The level of the sign test."""
+
+TOLERATED_GAP = 0.05
+"""By how much PGD's accuracy may exceed AutoAttack's without a warning."""
+
+WEAKER = {
+    "few_steps": "PGD of a quarter of the steps",
+    "one_step": "a single step",
+    "random_noise": "random noise of the same size",
+}
 
 
-def passes(setting: EvaluationContext) -> int:
+def _ascending(values: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(sorted({0.0, *values}))
+
+
+def distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """``values`` without repeats, in order; for settings."""
+    return tuple(dict.fromkeys(values))
+
+
+Strengths = Annotated[tuple[SigmaOrZero, ...], AfterValidator(_ascending)]
+Radii = Annotated[tuple[Radius, ...], AfterValidator(_ascending)]
+
+
+class RobustnessConfig(SuiteConfig):
+    """Settings of the suite, as in ``--set robustness.steps=100``."""
+
+    images: int = Field(200, ge=1, description="number of attacked images, from the first")
+    norms: Annotated[tuple[Norm, ...], AfterValidator(distinct)] = Field(
+        ("linf", "l2"), min_length=1, description="norms of the attacks: linf, l2"
+    )
+    linf: Strengths = Field(
+        tuple(e / 255 for e in (0, 0.5, 1, 2, 4, 8, 16)),
+        description="attack strengths in l_inf, image units, for example 8/255; 0 is always "
+        "included",
+    )
+    l2: Radii = Field(
+        (0.0, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0),
+        description="attack strengths in l2, image units; 0 is always included",
+    )
+    defences: Annotated[tuple[DefenceName, ...], AfterValidator(distinct)] = Field(
+        ("direct", "noise"),
+        min_length=1,
+        description="defences, one curve each: direct, noise, denoise, denoise+noise, refine",
+    )
+    sigma: Sigma = Field(
+        20 / 255,
+        description="noise level that the defences noise and denoise+noise add, image units",
+    )
+    noise_levels: Strengths = Field(
+        tuple(s / 255 for s in (0, 20, 50)),
+        description="noise levels of the map, image units; 0 is always included; [0]: no map",
+    )
+    steps: int = Field(40, ge=1, description="number of PGD steps")
+    restarts: int = Field(
+        2, ge=1, description="number of random starts of PGD; the strongest counts"
+    )
+    stepsize: float | None = Field(
+        None,
+        gt=0,
+        description="PGD step size relative to the strength; null: 0.2, or 2.5 / steps if larger",
+    )
+    eot: int = Field(
+        4, ge=1, description="number of noise draws averaged in each gradient of the attack (EOT)"
+    )
+    draws: int = Field(16, ge=1, description="number of noise draws averaged by a defence")
+    refine_steps: Annotated[tuple[Annotated[int, Field(ge=0)], ...], AfterValidator(distinct)] = (
+        Field(
+            (0, 1, 10),
+            min_length=1,
+            description="numbers of Langevin steps of the defence refine, one curve each",
+        )
+    )
+    refine_chains: int = Field(4, ge=1, description="number of chains that refine averages over")
+    refine_step_size: float = Field(
+        JEM_STEP,
+        gt=0,
+        description="step size of refine (factor of the score), squared image units; "
+        "default: JEM's",
+    )
+    refine_noise: SigmaOrZero = Field(
+        JEM_NOISE,
+        description="standard deviation of the noise in a step of refine, image units; "
+        "default: JEM's",
+    )
+    checks: bool = Field(True, description="run the gradient-masking checks")
+    autoattack: bool = Field(
+        False, description="also run AutoAttack, at the strength of the checks (needs pyautoattack)"
+    )
+
+    def strengths(self, norm: Norm) -> tuple[float, ...]:
+        """The grid of ``norm``, from 0 up."""
+        return self.linf if norm == "linf" else self.l2
+
+    def curve(self) -> dict[str, Defence]:
+        """The defences that get a curve, by name; refine gets one for each number of steps."""
+        found: dict[str, Defence] = {}
+        for name in self.defences:
+            if name == "refine":
+                for k in self.refine_steps:
+                    chain = Refinement(k, self.refine_step_size, self.refine_noise)
+                    found[f"refine-{k}"] = Defence("refine", refinement=chain)
+            else:
+                found[name] = Defence(name, 0.0 if name == "direct" else self.sigma)
+        return found
+
+    def rows(self) -> list[Defence]:
+        """The rows of the map; none if there is but one noise level."""
+        levels = self.noise_levels if len(self.noise_levels) > 1 else ()
+        return [Defence("noise", sigma) if sigma else Defence("direct") for sigma in levels]
+
+    def attacked(self) -> list[Defence]:
+        """All that is attacked, once each."""
+        return list(dict.fromkeys([*self.curve().values(), *self.rows()]))
+
+    def gradient_draws(self, defence: Defence) -> int:
+        """How many draws each gradient averages over."""
+        return self.eot if defence.random else 1
+
+    def cost(self, defence: Defence) -> int:
+        """Passes for one attack on ``defence``; a gradient through a score takes three more."""
+        scores = 1 if defence.denoises else defence.steps
+        return self.gradient_draws(defence) * (1 + 3 * scores)
+
+
+def passes(context: EvaluationContext) -> int:
     """Passes over the images: a PGD attack at one strength, with one draw of noise, is one."""
-    config = setting.option(RobustnessConfig)
+    config = context.option(RobustnessConfig)
     total = 0
     for norm in config.norms:
         levels = len(config.strengths(norm)) - 1 + config.checks
-        total += rounds(levels) * sum(_cost(d, config) for d in config.attacked())
+        total += search_steps(levels) * sum(map(config.cost, config.attacked()))
         if config.checks or config.autoattack:
-            total += sum(_cost(d, config) for d in config.curve().values())
+            total += sum(map(config.cost, config.curve().values()))
     return total
 
 
-def run(setting: EvaluationContext) -> dict[str, Any]:
-    """Measure; see the module's text for what is returned.
+def measure(context: EvaluationContext) -> dict[str, Any]:
+    """See the module's text for what is returned.
 
     Raises:
         UserError: if AutoAttack is asked for and not installed, or an image leaves [0, 1].
     """
-    config = setting.option(RobustnessConfig)
+    config = context.option(RobustnessConfig)
     if config.autoattack:
-        check_installed()
-    with in_float32(setting.device):
-        work = _Work(setting, config)
-        moved = {name: work.moved(d) for name, d in config.curve().items() if d.steps}
-        warnings = _warnings(setting, config, moved)
-        curves: dict[str, Any] = {}
-        maps: dict[str, Any] = {}
-        checks: dict[str, Any] = {}
-        for norm in config.norms:
-            found = {d: work.strengths(norm, d) for d in config.attacked()}
-            grid = config.strengths(norm)
-            curves[norm] = {n: _accuracies(found[d], grid) for n, d in config.curve().items()}
-            maps[norm] = [
-                {"sigma": d.sigma, "accuracy": _accuracies(found[d], grid)} for d in config.rows()
-            ]
-            checks[norm] = {}
-            if config.checks or config.autoattack:
-                for name, d in config.curve().items():
-                    signs = work.checks(norm, d, found[d])
-                    checks[norm][name] = signs.document
-                    warnings += [f"{name}, {norm_name(norm)}: {doubt}" for doubt in signs.doubts]
+        check_autoattack()
+    attacks = _Attacks(context, config)
+    moved = {n: attacks.displacement(d) for n, d in config.curve().items() if d.steps}
+    warnings = _warnings(context, config, moved)
+    curves, maps, checks = dict[str, Any](), dict[str, Any](), dict[str, Any]()
+    for norm in config.norms:
+        found = {d: attacks.minimal_epsilons(norm, d) for d in config.attacked()}
+        curve = {
+            d: [accuracy(smallest > epsilon) for epsilon in config.strengths(norm)]
+            for d, smallest in found.items()
+        }
+        curves[norm] = {name: curve[d] for name, d in config.curve().items()}
+        maps[norm] = [{"sigma": d.sigma, "accuracy": curve[d]} for d in config.rows()]
+        checks[norm] = {}
+        if config.checks or config.autoattack:
+            for name, d in config.curve().items():
+                checks[norm][name], doubts = attacks.check(norm, d, found[d])
+                warnings += [f"{name}, {norm_name(norm)}: {doubt}" for doubt in doubts]
     return {
-        "images": work.count,
+        "images": len(attacks.images),
         "sigmas": list(config.noise_levels),
-        "precision": "fp32",
-        "compiled": False,
-        "chance": 1 / setting.model.num_classes,
+        "chance": 1 / context.model.num_classes,
         "epsilons": {norm: list(config.strengths(norm)) for norm in config.norms},
         "defences": {
-            name: {"about": d.description(setting.model.noise_conditional), "sigma": d.sigma}
-            | ({"moved": finite(moved[name])} if name in moved else {})
+            name: {"about": d.description(context.model.noise_conditional), "sigma": d.sigma}
+            | ({"moved": moved[name]} if name in moved else {})
             for name, d in config.curve().items()
         },
         "curves": curves,
@@ -131,121 +250,116 @@ def run(setting: EvaluationContext) -> dict[str, Any]:
     }
 
 
-class _Work:
-    """The attacks on the first images of a setting, shared among its processes."""
+class _Attacks:
+    """The attacks on the first images of a context, shared among its processes."""
 
-    def __init__(self, setting: EvaluationContext, config: RobustnessConfig) -> None:
-        model = setting.exact_model
+    def __init__(self, context: EvaluationContext, config: RobustnessConfig) -> None:
+        model = context.exact_model
         assert isinstance(model, EnergyModel)
-        self.setting, self.config, self.model = setting, config, model
-        self.images = setting.images.first(min(config.images, len(setting.images)))
-        self.count = len(self.images)
-        self._exact, self._told = 0.0, 0
+        self.context, self.config, self.model = context, config, model
+        self.images = context.first(config.images)
+        self._passes, self._reported = 0.0, 0
 
-    def strengths(self, norm: Norm, defence: Defence) -> Tensor:
+    def minimal_epsilons(self, norm: Norm, defence: Defence) -> Tensor:
         """The smallest strength that breaks each image, (N,); beyond the grid, the gray radius."""
         epsilons = list(self.config.strengths(norm)[1:])
         if self.config.checks:
             epsilons.append(self._gray_radius(norm))
-        cost = _cost(defence, self.config)
+        cost, target = self.config.cost(defence), self._target(defence)
+        share = self.context.world.size / len(self.images)
 
         def measure(batch: Batch) -> dict[str, Tensor]:
             assert batch.labels is not None
-            found = minimal_epsilons(
-                self._pgd(norm),
-                self._target(defence),
+            found = self._pgd(norm).minimal_epsilons(
+                target,
                 batch.x,
                 batch.labels,
                 epsilons,
                 self._noise(batch.x, defence),
-                str(self.setting.seed),
-                partial(self._advance, cost, len(batch.x)),
+                str(self.context.seed),
+                lambda: self._report(self._passes + cost * len(batch.x) * share),
             )
             return {"smallest": found}
 
-        return self._columns(measure, defence, cost * rounds(len(epsilons)))["smallest"]
+        return self._columns(measure, defence, cost * search_steps(len(epsilons)))["smallest"]
 
-    def moved(self, defence: Defence) -> float:
+    def displacement(self, defence: Defence) -> float:
         """Root mean square per pixel, image units, of how far ``defence`` refines clean images."""
         target = self._target(defence)
 
         def measure(batch: Batch) -> dict[str, Tensor]:
             noise = image_noise(batch.x, defence.noises, "moved") if defence.random else None
-            return {
-                "square": (target.refined(batch.x, noise) - batch.x).flatten(1).square().mean(1)
-            }
+            return {"square": (target.purify(batch.x, noise) - batch.x).flatten(1).square().mean(1)}
 
-        few = replace(self.setting, images=self.images, advance=lambda count: None)
-        return float(few.columns(0.0, measure)["square"].double().mean().sqrt())
+        silent = replace(self.context, images=self.images, advance=lambda count: None)
+        return float(silent.columns(0.0, measure)["square"].double().mean().sqrt())
 
-    def checks(self, norm: Norm, defence: Defence, smallest: Tensor) -> masking.MaskingChecks:
-        """What speaks against the attack that gave ``smallest`` (N,)."""
-        signs = masking.MaskingChecks(norm, smallest)
-        epsilon = masking.telling_strength(smallest, self.config.strengths(norm))
+    def check(
+        self, norm: Norm, defence: Defence, smallest: Tensor
+    ) -> tuple[dict[str, Any], list[str]]:
+        """What speaks against the attack that gave ``smallest`` (N,): as JSON, and in words."""
+        document, doubts = dict[str, Any](epsilon=None), list[str]()
+        epsilon = telling_strength(smallest, self.config.strengths(norm))
         if epsilon is not None:
-            signs.compare(epsilon, self._at(norm, defence, epsilon))
+            broken = self._at(norm, defence, epsilon)
+            document, doubts = compare_attacks(norm, epsilon, smallest, broken)
         if self.config.checks:
             assert self.images.labels is not None
-            signs.gray(self._gray_radius(norm), self.images.labels)
-        return signs
+            radius = self._gray_radius(norm)
+            left = accuracy(smallest > radius)
+            bound = int(self.images.labels.bincount().max()) / len(self.images)
+            document["gray"] = {"epsilon": radius, "accuracy": left, "bound": bound}
+            if left.value > bound:
+                doubts.append(
+                    f"at {strength(norm, radius)} every image can be turned gray, so that at most "
+                    f"{bound:.1%} can be right, and PGD leaves {left.value:.1%}: gradients are "
+                    "masked, and the accuracies are too high"
+                )
+        return document, doubts
 
     def _at(self, norm: Norm, defence: Defence, epsilon: float) -> dict[str, Tensor]:
         """Which images (N,) each attack breaks at ``epsilon``."""
-        pgd = self._pgd(norm)
+        pgd, target = self._pgd(norm), self._target(defence)
         attacks = {"pgd": pgd}
         if self.config.checks:
             attacks["few_steps"] = replace(pgd, steps=max(1, pgd.steps // 4))
             attacks["one_step"] = Attack(norm, "one-step")
             attacks["random_noise"] = Attack(norm, "noise", restarts=NOISE_TRIES)
-        cost = _cost(defence, self.config)
 
         def measure(batch: Batch) -> dict[str, Tensor]:
-            x, labels, target = batch.x, batch.labels, self._target(defence)
-            assert labels is not None
-            noise, seed = self._noise(x, defence), f"check {self.setting.seed}"
-            found = {
-                name: attack.breaks(target, x, labels, epsilon, noise, seed)
-                for name, attack in attacks.items()
-            }
+            assert batch.labels is not None
+            at, noise = (batch.x, batch.labels, epsilon), self._noise(batch.x, defence)
+            seed = f"check {self.context.seed}"
+            found = {name: a.breaks(target, *at, noise, seed) for name, a in attacks.items()}
             if self.config.autoattack:
-                found["autoattack"] = autoattack_breaks(
-                    target, norm, x, labels, epsilon, noise, self.setting.seed
-                )
+                found["autoattack"] = autoattack(target, norm, *at, noise, self.context.seed)
             return found
 
-        return self._columns(measure, defence, cost)
+        return self._columns(measure, defence, self.config.cost(defence))
 
     def _columns(
         self, measure: Callable[[Batch], dict[str, Tensor]], defence: Defence, cost: int
     ) -> dict[str, Tensor]:
         """`EvaluationContext.columns` of attacked images; progress ends ``cost`` passes on."""
-        end = self._exact + cost
+        end = self._passes + cost
         channels, (height, width) = self.images.channels, self.images.image_size
-        rows = max(self.setting.batch_size, VALUES_PER_STEP // (channels * height * width))
-        draws = self.config.eot if defence.random else 1
-        share = math.ceil(self.count / self.setting.world.size)
-        few = replace(
-            self.setting,
-            images=self.images,
-            batch_size=max(1, min(rows // draws, share)),
-            advance=lambda count: None,
+        rows = max(self.context.batch_size, VALUES_PER_STEP // (channels * height * width))
+        share = math.ceil(len(self.images) / self.context.world.size)
+        size = max(1, min(rows // self.config.gradient_draws(defence), share))
+        silent = replace(
+            self.context, images=self.images, batch_size=size, advance=lambda count: None
         )
-        columns = few.columns(0.0, measure)
-        self._exact = end
-        self._tell()
+        columns = silent.columns(0.0, measure)
+        self._report(end)
         return columns
 
-    def _advance(self, passes: float, images: int) -> None:
-        """Tell the setting that of so many passes so many images are done, by each process."""
-        self._exact += passes * images * self.setting.world.size / self.count
-        self._tell()
-
-    def _tell(self) -> None:
-        whole = int(self._exact * len(self.setting.images) + 1e-6) - self._told
-        if whole:
-            self._told += whole
-            self.setting.left -= whole
-            self.setting.advance(whole)
+    def _report(self, passes: float) -> None:
+        """Move the progress bar to so many passes."""
+        self._passes = passes
+        news = int(passes * len(self.context.images) + 1e-6) - self._reported
+        if news:
+            self._reported += news
+            self.context.skip(news)
 
     def _gray_radius(self, norm: Norm) -> float:
         """The radius of the ball about any image that holds the gray one, 1/2 everywhere."""
@@ -257,37 +371,114 @@ class _Work:
         return Attack(norm, "pgd", config.steps, config.restarts, config.stepsize)
 
     def _target(self, defence: Defence) -> DefendedClassifier:
-        return DefendedClassifier(self.model, defence, self.config.eot if defence.random else 1)
+        return DefendedClassifier(self.model, defence, self.config.gradient_draws(defence))
 
     def _noise(self, x: Tensor, defence: Defence) -> Tensor | None:
         if not defence.random:
             return None
-        seed = f"judged on {self.setting.seed} {defence.sigma:.9g}"
-        return image_noise(x, self.config.averaged(defence) * defence.noises, seed)
+        config = self.config
+        draws = config.refine_chains if defence.name == "refine" else config.draws
+        seed = f"judged on {self.context.seed} {defence.sigma:.9g}"
+        return image_noise(x, draws * defence.noises, seed)
 
 
-def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
-    """Write ``robustness.png`` and, unless there is one noise level, ``robustness-map.png``."""
-    from ebmkit.plots import robustness as pictures
+def telling_strength(smallest: Tensor, grid: Sequence[float]) -> float | None:
+    """The strength of ``grid`` at which about half of the images that were right are still so.
 
-    pictures.accuracy_against_strength(document, folder / "robustness.png")
-    if any(document["map"].values()):
-        pictures.strength_and_noise(document, folder / "robustness-map.png")
+    There attacks differ most. The largest if several are as near; None if there is nothing to
+    attack.
+
+    Args:
+        smallest: the smallest strength that breaks each image, (N,); 0 if it is wrong anyway.
+        grid: strengths, image units; 0 is left out.
+    """
+    right = int((smallest > 0).sum())
+    strengths = sorted((epsilon for epsilon in grid if epsilon > 0), reverse=True)
+    if right == 0 or not strengths:
+        return None
+    return min(strengths, key=lambda epsilon: abs(int((smallest > epsilon).sum()) - right / 2))
+
+
+def compare_attacks(
+    norm: Norm, epsilon: float, smallest: Tensor, broken: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], list[str]]:
+    """PGD set against other attacks: the accuracies, and what is wrong with PGD, in words.
+
+    Args:
+        norm: of the attacks.
+        epsilon: their strength, image units.
+        smallest: the smallest strength that breaks each image, (N,); 0 if it is wrong anyway.
+        broken: by attack, which images (N,) bool it breaks; ``pgd`` is among them.
+    """
+    from scipy.stats import binomtest
+
+    right, pgd, at = smallest > 0, broken["pgd"], strength(norm, epsilon)
+    left = {name: accuracy(right & ~other) for name, other in broken.items()}
+    document, doubts = {"epsilon": epsilon, **left}, []
+    for name, other in broken.items():
+        only, rest = int((right & other & ~pgd).sum()), int((right & pgd & ~other).sum())
+        test = partial(binomtest, only, only + rest, alternative="greater")
+        if name in WEAKER and only > rest and test().pvalue < SIGNIFICANT:
+            doubts.append(
+                f"{WEAKER[name]} at {at} breaks {only} images that PGD does not, and PGD "
+                f"{rest} others: gradients are masked, and the accuracies are too high"
+            )
+        if name == "autoattack":
+            gap = document["gap"] = (only - rest) / len(right)
+            if gap > TOLERATED_GAP:
+                doubts.append(
+                    f"AutoAttack at {at} leaves {left[name].value:.1%} right and PGD "
+                    f"{left['pgd'].value:.1%}: PGD is too weak, and the accuracies are too high"
+                )
+    return document, doubts
+
+
+def _warnings(
+    context: EvaluationContext, config: RobustnessConfig, moved: dict[str, float]
+) -> list[str]:
+    found = [
+        f"{name} moves images by {rms:.3g} a pixel (root mean square, image units): steps of "
+        f"{config.refine_step_size:g} are too large for this model's score; set "
+        "robustness.refine_step_size to about the square of its lowest noise level"
+        for name, rms in moved.items()
+        if not rms <= FAR
+    ]
+    card = context.model.card
+    if card is None or card.sigma_range is not None:
+        return found
+    return found + [
+        f"{name}: this model was not trained to denoise (its objective is {card.objective!r})"
+        for name, defence in config.curve().items()
+        if defence.denoises
+    ]
+
+
+def norm_name(norm: str) -> str:
+    """How tables name a norm."""
+    return "l_inf" if norm == "linf" else norm
+
+
+def strength(norm: str, epsilon: float) -> str:
+    """How tables name a strength: l_inf in 255ths, l2 in image units."""
+    return f"{in_255ths(epsilon)}/255" if norm == "linf" else f"{epsilon:.4g}"
+
+
+def percent(estimate: Mapping[str, Any], with_interval: bool) -> str:
+    """An accuracy in %, as in 60.0 (31 to 83)."""
+    value, low, high = (100 * estimate[key] for key in ("value", "low", "high"))
+    return f"{value:.1f} ({low:.0f} to {high:.0f})" if with_interval else f"{value:.1f}"
 
 
 def table(document: dict[str, Any]) -> Table:
     """Accuracy at each strength, a column per defence, with intervals where there are up to two;
     below, in the gray ball and under AutoAttack."""
-    from rich.text import Text
-
     names = list(document["defences"])
     few = len(names) <= 2
     heads = [f"{name}, % (95 %)" if few else name for name in names]
     result = new_table(document, ("norm", "strength", *heads))
     if not few:
-        told = "accuracy in %; 95 % intervals: robustness.json"
-        result.caption = Text.assemble(told, *(("\n", result.caption) if result.caption else ()))
-    cell = _cell if few else _value
+        add_note(result, "accuracy in %; 95 % intervals: robustness.json")
+    cell = partial(percent, with_interval=few)
     for norm, curves in document["curves"].items():
         for i, epsilon in enumerate(document["epsilons"][norm]):
             cells = [cell(curves[name][i]) for name in names]
@@ -304,52 +495,147 @@ def table(document: dict[str, Any]) -> Table:
     return result
 
 
-def _cell(estimate: dict[str, Any]) -> str:
-    low, high = (100 * estimate[key] for key in ("low", "high"))
-    return f"{_value(estimate)} ({low:.0f} to {high:.0f})"
+LOOKS = (
+    (plots.BLUE, "o", "-"),
+    (plots.ORANGE, "s", "--"),
+    (plots.GREEN, "^", "-."),
+    (plots.PURPLE, "D", ":"),
+    (plots.SKY, "v", "-"),
+    ("black", "P", "--"),
+)
+SYMBOLS = {"linf": r"$\ell_\infty$", "l2": r"$\ell_2$"}
+UNITS = {"linf": "1/255", "l2": "image units"}
 
 
-def _value(estimate: dict[str, Any]) -> str:
-    return f"{100 * estimate['value']:.1f}"
+class Curve(NamedTuple):
+    """Accuracies over strengths: estimates as in JSON, or published numbers, in a thin line."""
+
+    label: str
+    look: tuple[str, str, str]
+    epsilons: Sequence[float]
+    accuracy: Sequence[Any]
 
 
-def _cost(defence: Defence, config: RobustnessConfig) -> int:
-    """Passes for one attack on ``defence``; a gradient through a score takes three more."""
-    scores = 1 if defence.denoises else defence.steps
-    return (config.eot if defence.random else 1) * (1 + 3 * scores)
+def plot_curves(
+    panels: Mapping[str, Sequence[Curve]], chance: float | None, title: str, path: Path
+) -> None:
+    """Accuracy against the strength of attacks, one panel per norm, one legend below."""
+    figure = plots.new_figure(0.6 + 4.3 * len(panels), 4.3, layout="constrained")
+    for number, (norm, curves) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), number + 1)
+        for label, (colour, marker, style), epsilons, values in curves:
+            x = np.array(epsilons) * (255 if norm == "linf" else 1)
+            look: dict[str, Any] = {"color": colour, "ls": style, "label": label}
+            published = [100 * value for value in values if isinstance(value, float)]
+            if published:
+                axes.plot(x, published, lw=0.8, alpha=0.6, **look)
+            else:
+                plots.plot_estimates(axes, x, values, 100, marker=marker, ms=4, lw=1.4, **look)
+        if chance is not None:
+            axes.axhline(100 * chance, color=plots.GRAY, ls=":", lw=1, label="chance")
+        axes.set(xlabel=_axis(norm), ylabel="accuracy (%)", ylim=(0, 102))
+        axes.set_xlim(left=0)
+        axes.grid(alpha=0.25, lw=0.5)
+    figure.suptitle(title, fontsize=11 if len(panels) > 1 else 10)
+    plots.shared_legend(figure, 1 if len(panels) > 1 else 2)
+    plots.save_figure(figure, path)
 
 
-def _accuracies(smallest: Tensor, grid: tuple[float, ...]) -> list[dict[str, Any]]:
-    return [masking.share(smallest > epsilon) for epsilon in grid]
+def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
+    """Write ``robustness.png`` and, unless there is one noise level, ``robustness-map.png``."""
+    panels = {
+        norm: [
+            Curve(f"{name}: {document['defences'][name]['about']}", look_of(i), epsilons, curve)
+            for i, (name, curve) in enumerate(document["curves"][norm].items())
+        ]
+        for norm, epsilons in document["epsilons"].items()
+    }
+    title = f"Accuracy under PGD attacks: {plots.images_of(document)}, bands 95 %"
+    plot_curves(panels, document["chance"], title, folder / "robustness.png")
+    if any(document["map"].values()):
+        plot_map(document, folder / "robustness-map.png")
 
 
-def _warnings(
-    setting: EvaluationContext, config: RobustnessConfig, moved: dict[str, float]
-) -> list[str]:
-    found = [
-        f"{name} moves images by {rms:.3g} a pixel (root mean square, image units): steps of "
-        f"{config.refine_step_size:g} are too large for this model's score; set "
-        "robustness.refine_step_size to about the square of its lowest noise level"
-        for name, rms in moved.items()
-        if not rms <= FAR
-    ]
-    card = setting.model.card
-    if card is None or card.sigma_range is not None:
-        return found
-    names = [name for name, d in config.curve().items() if d.denoises]
-    return found + [
-        f"{name}: this model was not trained to denoise (its objective is {card.objective!r})"
-        for name in names
-    ]
+def plot_map(document: dict[str, Any], path: Path) -> None:
+    """Accuracy over attack strength and the level of the noise that the classifier adds."""
+    maps = {norm: rows for norm, rows in document["map"].items() if rows}
+    wide = max(len(document["epsilons"][norm]) for norm in maps)
+    tall = max(map(len, maps.values()))
+    size = 1.8 + len(maps) * (1.0 + 0.5 * wide), 1.7 + 0.42 * tall
+    figure = plots.new_figure(*size, layout="constrained")
+    for number, (norm, rows) in enumerate(maps.items()):
+        axes = figure.add_subplot(1, len(maps), number + 1)
+        values = np.array([[100 * e["value"] for e in row["accuracy"]] for row in rows])
+        unit = in_255ths if norm == "linf" else "{:.3g}".format
+        columns = [unit(epsilon) for epsilon in document["epsilons"][norm]]
+        levels = [in_255ths(row["sigma"]) for row in rows]
+        image = plots.annotated_map(axes, values, columns, levels, "{:.0f}")
+        axes.invert_yaxis()
+        axes.set(xlabel=_axis(norm), ylabel="noise added, sigma (1/255)")
+    figure.colorbar(image, ax=figure.axes, label="accuracy (%)")
+    title = f"Accuracy under PGD attacks and added noise: {plots.images_of(document)}"
+    figure.suptitle(title, fontsize=11)
+    plots.save_figure(figure, path)
+
+
+def plot_comparison(
+    documents: Mapping[str, dict[str, Any] | None],
+    path: Path,
+    paper: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]] | None = None,
+    defence: str = "direct",
+) -> None:
+    """Several models in one figure, as in CDN figure 4: one panel per norm, one line per model.
+
+    Args:
+        documents: by the model's name, as in ``robustness.json``; None is labelled "not run".
+        path: the PNG file.
+        paper: published points (strength in image units, accuracy 0..1) by model and norm
+            (``linf``, ``l2``), if any, in thin lines.
+        defence: whose curve is shown.
+    """
+    run = {
+        name: document
+        for name, document in documents.items()
+        if document and any(defence in curves for curves in document["curves"].values())
+    }
+    norms = [n for n in SYMBOLS if any(n in d["curves"] for d in run.values())] or list(SYMBOLS)
+    panels: dict[str, list[Curve]] = {norm: [] for norm in norms}
+    for norm, curves in panels.items():
+        for i, name in enumerate(documents):
+            if name not in run:
+                curves.append(Curve(f"{name}: not run", look_of(i), [], []))
+            elif norm in run[name]["curves"]:
+                found = run[name]
+                label = f"{name} ({plots.images_of(found)})"
+                grid, curve = found["epsilons"][norm], found["curves"][norm][defence]
+                curves.append(Curve(label, look_of(i), grid, curve))
+            points = (paper or {}).get(name, {}).get(norm)
+            if points:
+                x, y = np.array(points, dtype=float).T
+                curves.append(Curve(f"{name}, paper", look_of(i), x, y.tolist()))
+    chances = {document["chance"] for document in run.values()}
+    shown = "" if defence == "direct" else f", defence {defence}"
+    title = f"Accuracy under PGD attacks{shown}, bands 95 %"
+    plot_curves(panels, chances.pop() if len(chances) == 1 else None, title, path)
+
+
+def look_of(number: int) -> tuple[str, str, str]:
+    """Colour, marker and line style of curve ``number``."""
+    return LOOKS[number % len(LOOKS)]
+
+
+def _axis(norm: str) -> str:
+    return f"{SYMBOLS[norm]} strength of the attack ({UNITS[norm]})"
 
 
 ROBUSTNESS = Suite(
     description="accuracy under l_inf and l2 attacks (PGD), and a map over attack "
     "strength and noise level",
+    measure=measure,
+    plot=plot,
+    table=table,
     check=check_classifies,
     passes=passes,
-    run=run,
-    draw=draw,
-    table=table,
+    exact=True,
     options=RobustnessConfig,
 )

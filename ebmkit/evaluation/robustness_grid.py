@@ -5,7 +5,7 @@ and the radius that it was trained with. An image counts as right at :math:`\eps
 right as it is and no attack at :math:`\epsilon`, nor at a smaller radius of the grid, whose
 perturbations are allowed too, makes it wrong.
 
-Protocol. PGD by foolbox (`ebmkit.evaluation.attacks`) of 20 steps of 2.5 eps / 20 from a random
+Protocol. PGD (`ebmkit.evaluation.attacks`) of 20 steps of 2.5 eps / 20 from a random
 start in the ball, in image units, in float32, directly on the network's labels, on the first 1000
 images unless told otherwise (`RobustnessGridConfig`). The thesis's table is on all of CIFAR-10's
 test images.
@@ -26,31 +26,34 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, Field
+from rich.table import Table
 from torch import Tensor
 
+from ebmkit.attacks import Norm
 from ebmkit.card import ModelCard
-from ebmkit.compile import in_float32
 from ebmkit.energy import EnergyModel
-from ebmkit.errors import UserError
-from ebmkit.evaluation.attacks import Attack, Norm
-from ebmkit.evaluation.context import EvaluationContext, Suite, check_classifies
-from ebmkit.evaluation.data import Batch, Images
-from ebmkit.evaluation.defences import Defence, DefendedClassifier, labels_given
-from ebmkit.evaluation.masking import norm_name, share
-from ebmkit.evaluation.masking import strength as in_words
-from ebmkit.evaluation.robustness_config import Radii
-from ebmkit.evaluation.subset import columns_of
-from ebmkit.evaluation.tables import new_table
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-__all__ = ["ROBUSTNESS_GRID", "THESIS", "RobustnessGridConfig", "draw", "run", "table", "trained"]
+from ebmkit.evaluation.attacks import Attack
+from ebmkit.evaluation.context import Batch, EvaluationContext, Images
+from ebmkit.evaluation.defences import Defence, DefendedClassifier, predicted_labels
+from ebmkit.evaluation.robustness import (
+    Curve,
+    Radii,
+    distinct,
+    look_of,
+    norm_name,
+    percent,
+    plot_curves,
+    strength,
+)
+from ebmkit.evaluation.statistics import accuracy
+from ebmkit.evaluation.suite import Suite, SuiteConfig, check_classifies, load_beside, new_table
+from ebmkit.plots import images_of
 
 VALUES_PER_STEP = 800_000
 """Pixel values in a step of the attack at most."""
@@ -66,17 +69,11 @@ THESIS = {
 (RCG table 4.1, whose "/255" is a slip)."""
 
 
-def _distinct(values: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(values))
-
-
-class RobustnessGridConfig(BaseModel):
+class RobustnessGridConfig(SuiteConfig):
     """Settings of the suite, as in ``--set robustness-grid.steps=40``."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     name: str = Field("", description="name of the evaluated run in tables and plots")
-    beside: Annotated[tuple[str, ...], AfterValidator(_distinct)] = Field(
+    beside: Annotated[tuple[str, ...], AfterValidator(distinct)] = Field(
         (), description="run folders of further classifiers, one column each"
     )
     images: int = Field(1000, ge=1, description="number of attacked images, from the first")
@@ -110,39 +107,42 @@ def trained(card: ModelCard | None) -> tuple[str, float] | None:
     return (norm, float(radius)) if radius else ("", 0.0)
 
 
-def ready(setting: EvaluationContext) -> None:
-    """Whether the runs beside are there, and know the same labels.
+def load_columns(context: EvaluationContext) -> list[_Column]:
+    """The networks, by training radius; those of which it is not known last.
 
     Raises:
-        UserError: if not.
+        UserError: if a run beside is not there, or knows other labels or images.
     """
-    _columns(setting)
+    config, model = context.option(RobustnessGridConfig), context.exact_model
+    assert isinstance(model, EnergyModel)
+    found = [_Column(config.name, model, trained(context.model.card))]
+    for run in config.beside:
+        model = load_beside(context, run, "robustness-grid.beside")
+        found.append(_Column(Path(os.path.abspath(run)).name, model, trained(model.card)))
+    return sorted(found, key=lambda c: (c.trained is None, (c.trained or ("", 0.0))[::-1]))
 
 
-def run(setting: EvaluationContext) -> dict[str, Any]:
-    """Measure; see the module's text for what is returned.
+def measure(context: EvaluationContext) -> dict[str, Any]:
+    """See the module's text for what is returned.
 
     Raises:
         UserError: if a run beside is not there, or an image leaves [0, 1].
     """
-    config = setting.option(RobustnessGridConfig)
-    images = setting.images.first(min(config.images, len(setting.images)))
+    config = context.option(RobustnessGridConfig)
+    images = context.first(config.images)
     columns = []
-    for column in _columns(setting):
-        with in_float32(setting.device):
-            smallest = _smallest(setting, images, column.model, config)
-        accuracy = [share(smallest > epsilon) for epsilon in config.epsilons]
-        columns.append({"name": column.name, "trained": column.trained, "accuracy": accuracy})
+    for column in load_columns(context):
+        smallest = _minimal_epsilons(context, images, column.model, config)
+        estimates = [accuracy(smallest > epsilon) for epsilon in config.epsilons]
+        columns.append({"name": column.name, "trained": column.trained, "accuracy": estimates})
     thesis = [
-        {"test": test, "train": train, "accuracy": accuracy}
-        for (test, train), accuracy in THESIS.items()
-        if setting.images.name == "cifar10" and config.norm == "l2"
+        {"test": test, "train": train, "accuracy": value}
+        for (test, train), value in THESIS.items()
+        if context.images.name == "cifar10" and config.norm == "l2"
     ]
     return {
         "images": len(images),
-        "precision": "fp32",
-        "compiled": False,
-        "chance": 1 / setting.model.num_classes,
+        "chance": 1 / context.model.num_classes,
         "norm": config.norm,
         "epsilons": list(config.epsilons),
         "columns": columns,
@@ -150,71 +150,42 @@ def run(setting: EvaluationContext) -> dict[str, Any]:
     }
 
 
-def _columns(setting: EvaluationContext) -> list[_Column]:
-    """The networks, by training radius; those of which it is not known last."""
-    from ebmkit.models import load
-
-    model = setting.exact_model
-    assert isinstance(model, EnergyModel)
-    found = [_Column(setting.option(RobustnessGridConfig).name, model, trained(setting.model.card))]
-    for run in setting.option(RobustnessGridConfig).beside:
-        model = load(run, device=str(setting.device))
-        try:
-            check_classifies(model, setting.images)
-        except UserError as error:
-            raise UserError(f"robustness-grid.beside: {run!r}: {error}") from None
-        assert isinstance(model, EnergyModel)
-        channels = model.card.channels if model.card else setting.images.channels
-        if channels != setting.images.channels:
-            raise UserError(
-                f"robustness-grid.beside: the model in {run!r} takes images of {channels} "
-                f"channel(s), and these have {setting.images.channels}: name another run"
-            )
-        found.append(_Column(Path(os.path.abspath(run)).name, model, trained(model.card)))
-    return sorted(found, key=lambda c: (c.trained is None, (c.trained or ("", 0.0))[::-1]))
-
-
-def _smallest(
-    setting: EvaluationContext, images: Images, model: EnergyModel, config: RobustnessGridConfig
+def _minimal_epsilons(
+    context: EvaluationContext, images: Images, model: EnergyModel, config: RobustnessGridConfig
 ) -> Tensor:
-    """The smallest radius of the grid that breaks each image, (N,); inf where none does."""
+    """The smallest radius of the grid that breaks each image, (N,), tried in turn from 0 up; inf
+    where none does."""
     target = DefendedClassifier(model, Defence("direct"))
     attack = Attack(config.norm, "pgd", config.steps, config.restarts, 2.5 / config.steps)
 
     def measure(batch: Batch) -> dict[str, Tensor]:
         x, labels = batch.x, batch.labels
         assert labels is not None
-        right = labels_given(target, x, None) == labels
-        smallest = torch.full((len(x),), torch.inf, dtype=torch.float64)
-        smallest[~right.cpu()] = 0.0
+        wrong = (predicted_labels(target, x, None) != labels).cpu()
+        smallest = torch.full((len(x),), torch.inf, dtype=torch.float64).masked_fill(wrong, 0.0)
         for epsilon in config.epsilons[1:]:
             left = torch.nonzero(smallest.isinf()).squeeze(1).to(x.device)
             if len(left):
-                seed = f"grid {setting.seed}"
+                seed = f"grid {context.seed}"
                 broken = attack.breaks(target, x[left], labels[left], epsilon, seed=seed)
                 smallest[left[broken].cpu()] = epsilon
         return {"smallest": smallest}
 
     height, width = images.image_size
     rows = max(1, VALUES_PER_STEP // (images.channels * height * width))
-    share_of = -(-len(images) // setting.world.size)
-    own = replace(setting, model=model)
-    return columns_of(own, images, 0.0, measure, min(rows, share_of))["smallest"]
+    share = -(-len(images) // context.world.size)
+    own = replace(context, model=model)
+    return own.columns(0.0, measure, images, min(rows, share))["smallest"]
 
 
-def draw(setting: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
-    """Write ``robustness-grid.png``: accuracy against the test radius, a line per network."""
-    from ebmkit.plots.robustness import grid
-
-    grid(document, names(document), folder / "robustness-grid.png")
-
-
-def names(document: dict[str, Any]) -> list[str]:
+def column_names(document: dict[str, Any]) -> list[str]:
     """What each column is called: its training radius, and its run where others have the same."""
-    told = [_trained_name(c["trained"], document["norm"]) for c in document["columns"]]
+    names = [_trained_name(c["trained"], document["norm"]) for c in document["columns"]]
     return [
-        name if name and told.count(name) == 1 else _with_run(name, column["name"])
-        for name, column in zip(told, document["columns"], strict=True)
+        name
+        if name and names.count(name) == 1
+        else f"{name} ({column['name'] or 'this run'})".strip()
+        for name, column in zip(names, document["columns"], strict=True)
     ]
 
 
@@ -222,42 +193,54 @@ def _trained_name(found: Sequence[Any] | None, norm: str) -> str:
     if found is None:
         return ""
     own, radius = found
-    text = in_words(own or norm, radius) if radius else "0"
+    text = strength(own or norm, radius) if radius else "0"
     return f"trained {text}" if own in ("", norm) else f"trained {norm_name(own)} {text}"
 
 
-def _with_run(name: str, run: str) -> str:
-    return " ".join(part for part in (name, f"({run or 'this run'})") if part)
+def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
+    """Write ``robustness-grid.png``: accuracy against the test radius, a line per network, the
+    thesis's thin beside them."""
+    curves: list[Curve] = []
+    colours: dict[float, str] = {}
+    names = column_names(document)
+    for i, (name, column) in enumerate(zip(names, document["columns"], strict=True)):
+        curves.append(Curve(name, look_of(i), document["epsilons"], column["accuracy"]))
+        if column["trained"] is not None:
+            colours.setdefault(column["trained"][1], look_of(i)[0])
+    for radius in sorted({e["train"] for e in document["thesis"]} & colours.keys()):
+        points = [(e["test"], e["accuracy"]) for e in document["thesis"] if e["train"] == radius]
+        x, y = zip(*sorted(points), strict=True)
+        label = f"trained {radius:g}, thesis (ResNet-50)"
+        curves.append(Curve(label, (colours[radius], "", ":"), x, y))
+    title = f"Accuracy under PGD attacks: {images_of(document)}, bands 95 %"
+    panels, path = {document["norm"]: curves}, folder / "robustness-grid.png"
+    plot_curves(panels, document["chance"], title, path)
 
 
 def table(document: dict[str, Any]) -> Table:
     """Accuracy in % by test radius (rows) and network (columns), the thesis's beside ours."""
-    few = len(document["columns"]) <= 3
+    cell = partial(percent, with_interval=len(document["columns"]) <= 3)
     theirs = {(e["test"], e["train"]): e["accuracy"] for e in document["thesis"]}
     train = sorted({radius for _, radius in theirs})
-    heads = [*names(document), *(f"thesis {radius:g}" for radius in train)]
+    heads = [*column_names(document), *(f"thesis {radius:g}" for radius in train)]
     result = new_table(document, (f"test eps, {norm_name(document['norm'])}", *heads))
     for i, epsilon in enumerate(document["epsilons"]):
-        cells = [_cell(c["accuracy"][i], few) for c in document["columns"]]
+        cells = [cell(column["accuracy"][i]) for column in document["columns"]]
         for radius in train:
             known = theirs.get((epsilon, radius))
             cells.append("-" if known is None else f"{100 * known:.2f}")
-        result.add_row(in_words(document["norm"], epsilon) if epsilon else "0", *cells)
+        result.add_row(strength(document["norm"], epsilon) if epsilon else "0", *cells)
     return result
-
-
-def _cell(estimate: dict[str, Any], with_interval: bool) -> str:
-    value, low, high = (100 * estimate[key] for key in ("value", "low", "high"))
-    return f"{value:.1f} ({low:.0f} to {high:.0f})" if with_interval else f"{value:.1f}"
 
 
 ROBUSTNESS_GRID = Suite(
     description="accuracy by test and training epsilon under PGD, of this run and of others",
-    check=check_classifies,
-    passes=lambda setting: 1 + len(setting.option(RobustnessGridConfig).beside),
-    run=run,
-    draw=draw,
+    measure=measure,
+    plot=plot,
     table=table,
+    check=check_classifies,
+    passes=lambda context: 1 + len(context.option(RobustnessGridConfig).beside),
+    prepare=load_columns,
+    exact=True,
     options=RobustnessGridConfig,
-    ready=ready,
 )

@@ -18,14 +18,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
-
-__all__ = ["LEVEL", "Estimate", "bootstrap", "mean", "proportion"]
 
 LEVEL = 0.95
 """The level of every interval."""
@@ -40,23 +38,31 @@ class Estimate:
     high: float
     count: int
 
-    def interval(self) -> list[float | None]:
-        """Both ends, as JSON has them."""
-        return [finite(self.low), finite(self.high)]
-
     def document(self) -> dict[str, Any]:
         """The estimate as JSON has it; null where there is no finite number."""
-        return {
-            "value": finite(self.value),
-            "low": finite(self.low),
-            "high": finite(self.high),
-            "count": self.count,
-        }
+        document: dict[str, Any] = to_json(self)
+        return document
 
 
 def finite(number: float) -> float | None:
     """``number``, or None where it is infinite or undefined, for which JSON has no word."""
     return number if math.isfinite(number) else None
+
+
+def to_json(value: Any) -> Any:
+    """A document as JSON has it: estimates and tuples spelled out, null for NaN and Inf."""
+    if isinstance(value, Estimate):
+        return {key: finite(number) for key, number in asdict(value).items()}
+    if isinstance(value, dict):
+        return {key: to_json(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(entry) for entry in value]
+    return finite(value) if isinstance(value, float) else value
+
+
+def accuracy(right: Tensor) -> Estimate:
+    """The share of ``right`` (n,) that is true, as a `proportion`."""
+    return proportion(int(right.sum()), len(right))
 
 
 def proportion(hits: int, count: int) -> Estimate:
@@ -103,10 +109,19 @@ def bootstrap(
 
     Source: A. Davison, D. Hinkley, Bootstrap Methods and their Application (1997), eq. 5.6.
     """
+    from scipy.stats import bootstrap as resample
+
     value = statistic(np.arange(count))
-    rng = np.random.default_rng(seed)
-    draws = [statistic(rng.integers(0, count, count)) for _ in range(resamples)]
-    low, high = np.quantile(draws, [(1 + LEVEL) / 2, (1 - LEVEL) / 2])
-    return Estimate(
-        value, max(lowest, 2 * value - float(low)), max(lowest, 2 * value - float(high)), count
-    )
+    if count < 2:
+        return Estimate(value, max(lowest, value), max(lowest, value), count)
+    found = resample(
+        (np.arange(count),),
+        statistic,
+        n_resamples=resamples,
+        batch=100,
+        vectorized=False,
+        confidence_level=LEVEL,
+        method="basic",
+        random_state=np.random.default_rng(seed),
+    ).confidence_interval
+    return Estimate(value, max(lowest, float(found.low)), max(lowest, float(found.high)), count)

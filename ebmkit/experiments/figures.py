@@ -1,56 +1,47 @@
-"""The paper's figures 1, 3 and 4, and its side claims, each as a target.
+"""The figures of "Classification-denoising networks" (CDN).
 
-- ``fig1``: bias and variance of generative and discriminative fits; no
-  networks.
-- ``fig3``: of the joint model, the pictures and spectra of the suite ``jacobian``; of a grid of
+- ``fig1``: bias and variance of generative and discriminative fits; no networks.
+- ``fig3``: of the joint model, the plots and spectra of the suite ``jacobian``; of a grid of
   networks, {plain, scale-keeping norm} x {GELU, ReLU} x {no bias, biases}, the suite ``linearity``.
 - ``fig4``: accuracy under attack of ResNet18 and the joint model, by the suite ``robustness``.
-- ``claims``: each variant beside the joint model, denoising also beyond the noise trained on.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from ebmkit.evaluation.attacks import STEPSIZE
-from ebmkit.evaluation.tables import number
-from ebmkit.experiments.keeping import Protocol
-from ebmkit.experiments.report import Found, is_open, markdown
-from ebmkit.experiments.rows import Row
-from ebmkit.experiments.runs import Rows
-from ebmkit.experiments.tables import CLAIMS, GRID, JEM, JOINT, TABLE1
-from ebmkit.experiments.tabulate import circumstances, measured, table_report
+from ebmkit.evaluation.suite import number
+from ebmkit.experiments.report import (
+    Experiment,
+    Report,
+    circumstances,
+    line,
+    run_grid,
+    table_head,
+)
+from ebmkit.experiments.runs import ExperimentRuns, Protocol, Variant
+from ebmkit.experiments.tables import GRID, JEM, JOINT, TABLES
 from ebmkit.experiments.theory import figure1
 from ebmkit.experiments.theory import markdown as figure1_markdown
 from ebmkit.noise import in_255ths
-from ebmkit.storage import write_atomically
 from ebmkit.storage.reading import read_json
 from ebmkit.training.run_folder import environment
 
-__all__ = ["CLAIM_SIGMAS", "FIG4", "run_claims", "run_fig1", "run_fig3", "run_fig4"]
+ATTACKED = (*(TABLES["table1"].variant(name) for name in ("resnet18", "gradresnet-ce")), JEM, JOINT)
+"""The networks of ``fig4``."""
 
-CLAIM_SIGMAS = tuple(s / 255 for s in (15, 25, 50, 75, 100, 150, 200))
-"""Noise levels of ``claims``: training ends at 100/255."""
-
-FIG4 = (TABLE1.row("resnet18"), TABLE1.row("gradresnet-ce"), JEM, JOINT)
-
+# fmt: off
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "smoke": {
         "jacobian": {"images": 1},
         "linearity": {"images": 8},
         "robustness": {
-            "images": 20,
-            "steps": 4,
-            "restarts": 1,
-            "draws": 2,
-            "eot": 2,
-            "noise_levels": ["0", "20/255"],
-            "linf": ["2/255", "8/255", "16/255"],
+            "images": 20, "steps": 4, "restarts": 1, "draws": 2, "eot": 2,
+            "noise_levels": ["0", "20/255"], "linf": ["2/255", "8/255", "16/255"],
             "l2": [0.25, 0.5, 1.0],
         },
     },
@@ -65,160 +56,81 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "robustness": {"images": 1000, "restarts": 5},
     },
 }
+# fmt: on
 """By scale, settings of the suites behind the figures."""
 
 
-def run_fig1(rows: Rows, only: Sequence[str]) -> list[Path]:
-    """Figure 1: constants of real families, computed and measured; their tables and panels."""
-    from ebmkit.plots.theory import draw_figure1
+def run_fig1(runs: ExperimentRuns, only: Sequence[str]) -> Report:
+    """Figure 1: constants of real families, computed and measured; their tables and panels.
 
-    document = _figure1(rows)
+    The document that is there is taken if it is of this scale and seed.
+    """
+    from ebmkit.experiments.plots import draw_figure1
+
+    document = None
+    expected = {"scale": runs.scale.name, "seed": runs.seed}
+    try:
+        old = read_json(runs.out / "fig1.json")
+        if {key: old["made"][key] for key in expected} == expected:
+            document = dict(old)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    if document is None:
+        begun, own = time.perf_counter(), environment()
+        document = figure1(runs.scale.name, runs.seed)
+        hours = (time.perf_counter() - begun) / 3600
+        names = ("git_commit", "torch", "threads", "cores", "platform")
+        document["made"] = expected | {"hours": hours} | {name: own[name] for name in names}
     made = document["made"]
+    constants = "; ".join(
+        ", ".join(f"{name} = {curve[name]:g}" for name in ("b_gen", "b_dis", "v_gen", "v_dis"))
+        for curve in document["paper"]
+    )
     text = (
         "## Figure 1: bias and variance of generative and discriminative fits (CDN figure 1)\n\n"
         "Computed from the constants of equation (4), and measured over many training sets.\n\n"
         f"{figure1_markdown(document)}\n"
-        f"- the paper's constants, illustrations of no family: {_caption(document)}\n"
-        f"- command: `{rows.command('fig1')}`\n- seed: {rows.seed}\n"
+        f"- the paper's constants, illustrations of no family: {constants}\n"
+        f"- command: `{runs.command('fig1')}`\n- seed: {runs.seed}\n"
         f"- hardware: CPU, {made['threads']} of {made['cores']} cores, {made['hours']:.2f} hours; "
         f"PyTorch {made['torch']}; commit {made['git_commit']}\n"
         "- data: drawn from each family\n"
     )
-    paths = _write(rows, "fig1", text, document)
-    draw_figure1(document, rows.out / "fig1.png")
-    return [*paths, rows.out / "fig1.png"]
+    return Report(document, text, {"fig1.png": partial(draw_figure1, document)})
 
 
-def _figure1(rows: Rows) -> dict[str, Any]:
-    """The document of figure 1: the one that is there if it is of this scale and seed, or anew."""
-    wanted = {"scale": rows.scale.name, "seed": rows.seed}
-    try:
-        old = read_json(rows.out / "fig1.json")
-        if {key: old["made"][key] for key in wanted} == wanted:
-            return dict(old)
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    begun = time.perf_counter()
-    document = figure1(rows.scale.name, rows.seed)  # type: ignore[arg-type]
-    names = ("git_commit", "torch", "threads", "cores", "platform")
-    found = environment()
-    hours = (time.perf_counter() - begun) / 3600
-    made = wanted | {"hours": hours} | {name: found[name] for name in names}
-    return {**document, "made": made}
+def run_fig3(runs: ExperimentRuns, only: Sequence[str]) -> Report:
+    """Figures 3 and 5, and the local linearity of the grid."""
+    from ebmkit.evaluation.linearity import linearity_grid
 
-
-def _caption(document: dict[str, Any]) -> str:
-    return "; ".join(
-        ", ".join(f"{name} = {curve[name]:g}" for name in ("b_gen", "b_dis", "v_gen", "v_dis"))
-        for curve in document["paper"]
+    options = OPTIONS[runs.scale.name]
+    runs.check([JOINT])
+    results = run_grid(
+        runs, GRID, only, lambda v: Protocol("fig3", ("linearity",), options=options)
+    )
+    done = [one for one in results if one.status == "done"]
+    spectra = runs.measure(JOINT, Protocol("fig3", ("jacobian",), options=options))
+    cells = []
+    for one in done:
+        config = runs.config(one.variant).model.model_dump()["backbone"]
+        cells.append(
+            {"name": one.variant.name, "label": one.variant.label}
+            | {key: config[key] for key in ("norm", "activation", "bias")}
+            | {key: one.documents["linearity"][key] for key in ("levels", "theory")}
+        )
+    about = circumstances(runs, "fig3", done)
+    report = {"jacobian": spectra["jacobian"], "cells": cells, **about}
+    own = runs.folder(JOINT) / "evaluation" / "fig3"
+    sources = {"fig3.png": own / "jacobian.png", "fig3-spectrum.png": own / "spectrum.png"}
+    return Report(
+        report,
+        _fig3_text(report),
+        {"fig3-linearity.png": lambda path: linearity_grid(cells, path, about["dataset"])},
+        {name: path for name, path in sources.items() if path.exists()},  # a spectrum may be none
     )
 
 
-def run_fig3(rows: Rows, only: Sequence[str]) -> list[Path]:
-    """Figures 3 and 5, and the local linearity of the grid."""
-    from ebmkit.plots.jacobian import linearity_grid
-
-    options = OPTIONS[rows.scale.name]
-    protocol = Protocol("fig3", ("linearity",), options=options)
-    rows.check([JOINT], "cifar10")
-    grid = _run(rows, GRID, only, lambda row: protocol)
-    spectra = rows.measure(JOINT, "cifar10", Protocol("fig3", ("jacobian",), options=options))
-    cells, found = [], []
-    for row in grid:
-        document = rows.measure(row, "cifar10", protocol)["linearity"]
-        config = rows.config(row, "cifar10").model.model_dump()["backbone"]
-        cells.append(
-            {"name": row.name, "label": row.label}
-            | {key: config[key] for key in ("norm", "activation", "bias")}
-            | {key: document[key] for key in ("levels", "theory")}
-        )
-        found.append(_found(rows, row, document))
-    report = {
-        "jacobian": spectra["jacobian"],
-        "cells": cells,
-        **circumstances(rows, "fig3", found),
-    }
-    paths = _write(rows, "fig3", _fig3_text(report), report)
-    linearity_grid(cells, rows.out / "fig3-linearity.png", report["dataset"])
-    own = rows.folder(JOINT) / "evaluation" / "fig3"
-    for source, name in (("jacobian", "fig3"), ("spectrum", "fig3-spectrum")):
-        if (own / f"{source}.png").exists():  # of no spectrum that is not dense
-            shutil.copyfile(own / f"{source}.png", rows.out / f"{name}.png")
-            paths.append(rows.out / f"{name}.png")
-    return [*paths, rows.out / "fig3-linearity.png"]
-
-
-def run_fig4(rows: Rows, only: Sequence[str]) -> list[Path]:
-    """Figure 4: accuracy against the strength of attacks."""
-    from ebmkit.plots.robustness import compare
-
-    chosen = _run(rows, FIG4, only, lambda row: _attacks(rows, row))
-    documents: dict[str, dict[str, Any]] = {}
-    found = []
-    for row in chosen:
-        document = rows.measure(row, "cifar10", _attacks(rows, row))["robustness"]
-        documents[f"{row.label} ({row.task})"] = document
-        found.append(_found(rows, row, document))
-    description = circumstances(rows, "fig4", found)
-    report = {"documents": documents, **description}
-    paths = _write(rows, "fig4", _fig4_text(documents, description["notes"]), report)
-    compare(documents, rows.out / "fig4.png")
-    paths.append(rows.out / "fig4.png")
-    for row in chosen:
-        drawn = rows.folder(row) / "evaluation" / "fig4" / "robustness-map.png"
-        if drawn.exists():
-            shutil.copyfile(drawn, rows.out / f"fig4-map-{row.name}.png")
-            paths.append(rows.out / f"fig4-map-{row.name}.png")
-    return paths
-
-
-def _attacks(rows: Rows, row: Row) -> Protocol:
-    """How ``row`` is attacked: a network that denoises defends itself by that, too."""
-    options = OPTIONS[rows.scale.name]
-    if row.task == "joint" and row is not JEM:
-        defences = {"defences": ["direct", "noise", "denoise"]}
-        options = options | {"robustness": options["robustness"] | defences}
-    return Protocol("fig4", ("robustness",), options=options)
-
-
-def run_claims(rows: Rows, only: Sequence[str]) -> list[Path]:
-    """The side claims: a table like the others, denoising at more noise levels."""
-    from ebmkit.experiments.report import write
-    from ebmkit.plots.experiments import beyond_training
-
-    report = table_report(CLAIMS, rows, only, CLAIM_SIGMAS)
-    paths = write(report, rows.out)
-    text = f"{markdown(report)}\n{_against_joint(report)}\n{_beyond(report)}"
-    write_atomically(paths[0], text.encode())
-    beyond_training(report, rows.out / "claims-beyond.png")
-    return [*paths, rows.out / "claims-beyond.png"]
-
-
-def _run(
-    rows: Rows, every: Sequence[Row], only: Sequence[str], protocol: Callable[[Row], Protocol]
-) -> list[Row]:
-    """Measure the rows that are wanted; all that are finished, these and earlier ones."""
-    wanted = [row for row in every if not only or row.name in only]
-    rows.check(wanted, "cifar10")
-    for row in wanted:
-        rows.try_measure(row, "cifar10", protocol(row))
-    return [row for row in every if rows.finished(row, "cifar10", protocol(row))]
-
-
-def _found(rows: Rows, row: Row, document: dict[str, Any]) -> Found:
-    facts = rows.facts(row, "cifar10")
-    facts |= measured([document])
-    return Found(row, {}, facts, "done")
-
-
-def _write(rows: Rows, name: str, text: str, document: dict[str, Any]) -> list[Path]:
-    paths = [rows.out / f"{name}.md", rows.out / f"{name}.json"]
-    write_atomically(paths[0], text.encode())
-    write_atomically(paths[1], json.dumps(document, indent=2, allow_nan=False).encode())
-    return paths
-
-
-def _fig3_text(report: dict[str, Any]) -> str:
+def _fig3_text(report: Mapping[str, Any]) -> str:
     found = report["jacobian"]
     lines = [
         "## Figure 3: the Jacobian of the denoiser (CDN figures 3 and 5)",
@@ -228,37 +140,67 @@ def _fig3_text(report: dict[str, Any]) -> str:
         + ", ".join(f"{v:g}" for v in [*found["paper"]["largest"], *found["paper"]["smallest"]])
         + ".",
         "",
-        "| image | largest | smallest in magnitude | trace | above 1/2 | asymmetry |",
-        "| --- | --- | --- | ---: | ---: | ---: |",
+        *table_head(
+            ["image", "largest", "smallest in magnitude", "trace", "above 1/2", "asymmetry"], left=3
+        ),
     ]
     for index, image in enumerate(found["per_image"]):
-        cells = [", ".join(f"{p['value']:.3g}" for p in image[k]) for k in ("largest", "smallest")]
-        above = image.get("above_half", "-")
-        lines.append(
-            f"| {image.get('label') or index} | {cells[0]} | {cells[1]} | {image['trace']:.1f} "
-            f"| {above} | {image['asymmetry']:.1e} |"
-        )
+        pairs = [", ".join(f"{p['value']:.3g}" for p in image[k]) for k in ("largest", "smallest")]
+        numbers = [f"{image['trace']:.1f}", image.get("above_half", "-")]
+        name = image.get("label") or index
+        lines.append(line([name, *pairs, *numbers, f"{image['asymmetry']:.1e}"]))
     lines += [
         "",
         "Local linearity, D(y) = J(y) y: the error |D - Jy| / |D|, and the degree k of homogeneity "
         "of log p that fits best (the claim holds exactly at k = 2).",
         "",
-        "| network | k in theory | sigma | error | k measured |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        *table_head(["network", "k in theory", "sigma", "error", "k measured"]),
     ]
     for cell in report["cells"]:
         degree = (cell["theory"] or {}).get("degree")
-        for i, level in enumerate(cell["levels"]):
-            label = "" if i else cell["label"]
-            predicted = "" if i else "none" if degree is None else f"{degree:g}"
+        first = [cell["label"], "none" if degree is None else f"{degree:g}"]
+        for level in cell["levels"]:
             error = number(level["error"]["value"], "{:.1e}")
             k = number(level["degree"]["value"], "{:.2f}")
-            at = f"{in_255ths(level['sigma'])}/255"
-            lines.append(f"| {label} | {predicted} | {at} | {error} | {k} |")
+            lines.append(line([*first, f"{in_255ths(level['sigma'])}/255", error, k]))
+            first = ["", ""]
     return "\n".join([*lines, "", *(f"- {note}" for note in report["notes"])]) + "\n"
 
 
-def _fig4_text(documents: dict[str, dict[str, Any]], notes: Sequence[str]) -> str:
+def run_fig4(runs: ExperimentRuns, only: Sequence[str]) -> Report:
+    """Figure 4: accuracy against the strength of attacks."""
+    from ebmkit.evaluation.robustness import plot_comparison
+
+    options = OPTIONS[runs.scale.name]
+
+    def protocol(variant: Variant) -> Protocol:
+        """A network that denoises defends itself by that, too."""
+        own = options["robustness"]
+        if variant.task == "joint" and variant is not JEM:
+            own = own | {"defences": ["direct", "noise", "denoise"]}
+        return Protocol("fig4", ("robustness",), options=options | {"robustness": own})
+
+    results = [r for r in run_grid(runs, ATTACKED, only, protocol) if r.status == "done"]
+    documents = {
+        f"{one.variant.label} ({one.variant.task})": one.documents["robustness"] for one in results
+    }
+    about = circumstances(runs, "fig4", results)
+    maps = {
+        f"fig4-map-{one.variant.name}.png": path
+        for one in results
+        if (
+            path := runs.folder(one.variant) / "evaluation" / "fig4" / "robustness-map.png"
+        ).exists()
+    }
+    return Report(
+        {"documents": documents, **about},
+        _fig4_text(documents, about["notes"]),
+        {"fig4.png": partial(plot_comparison, documents)},
+        maps,
+    )
+
+
+def _fig4_text(documents: Mapping[str, dict[str, Any]], notes: Sequence[str]) -> str:
     lines = ["## Figure 4: accuracy under attack (CDN figure 4)", ""]
     for name, document in documents.items():
         lines += [
@@ -269,67 +211,28 @@ def _fig4_text(documents: dict[str, dict[str, Any]], notes: Sequence[str]) -> st
         for norm, curves in document["curves"].items():
             strengths = document["epsilons"][norm]
             shown = [in_255ths(e) + "/255" if norm == "linf" else f"{e:g}" for e in strengths]
-            lines.append(f"| {norm} | " + " | ".join(shown) + " |")
-            lines.append("| --- |" + " ---: |" * len(shown))
+            lines += table_head([norm, *shown])
             for defence, curve in curves.items():
-                cells = [
-                    f"{100 * e['value']:.0f} ({100 * e['low']:.0f} to {100 * e['high']:.0f})"
-                    for e in curve
-                ]
-                lines.append(f"| {defence} | " + " | ".join(cells) + " |")
+                percent = [[100 * e[key] for key in ("value", "low", "high")] for e in curve]
+                lines.append(line([defence, *(f"{v:.0f} ({a:.0f} to {b:.0f})"
+                                              for v, a, b in percent)]))  # fmt: skip
             lines.append("")
         for key, defence in document["defences"].items():
-            lines.append(f"- {key}: {defence['description']}")
+            lines.append(f"- {key}: {defence['about']}")
         lines += [f"- warning: {warning}" for warning in document["warnings"]]
-        lines += [f"- attack: {_effort(document['options'])}", ""]
+        options = document["options"]
+        size = options["stepsize"] or max(STEPSIZE, 2.5 / options["steps"])
+        lines += [
+            f"- attack: PGD, {options['steps']} steps of {size:g} of the strength, "
+            f"{options['restarts']} random start(s); where noise is added, gradients over "
+            f"{options['eot']} draws and labels over {options['draws']}",
+            "",
+        ]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"
 
 
-def _effort(options: dict[str, Any]) -> str:
-    size = options["stepsize"] or max(STEPSIZE, 2.5 / options["steps"])
-    return (
-        f"PGD, {options['steps']} steps of {size:g} of the strength, {options['restarts']} random "
-        f"start(s); where noise is added, gradients over {options['eot']} draws and labels over "
-        f"{options['draws']}"
-    )
-
-
-def _against_joint(report: dict[str, Any]) -> str:
-    """Each variant minus the joint network, and whether that is a difference."""
-    rows = {row["name"]: row for row in report["rows"]}
-    base = rows[JOINT.name]["ours"]
-    lines = [
-        "Each variant minus the joint network (*: a difference by the rule for orderings, of one "
-        "seed; the paper found none for ce+cdsm and ce+dsm+cdsm):",
-        "",
-        "| variant | accuracy, % | PSNR at 15/255 | at 25/255 | at 50/255 |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
-    for name, row in rows.items():
-        if name != JOINT.name and row["status"] == "done" and base:
-            cells = [_change(row["ours"], base, m) for m in ("accuracy", "15", "25", "50")]
-            lines.append(f"| {row['label']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _change(ours: dict[str, Any], base: dict[str, Any], metric: str) -> str:
-    a, b = ours[metric], base[metric]
-    if a["value"] is None or b["value"] is None:
-        return "not finite"
-    return f"{a['value'] - b['value']:+.2f}{'' if is_open(a, b, metric) else ' *'}"
-
-
-def _beyond(report: dict[str, Any]) -> str:
-    """PSNR of every row at every noise level; training ends at 100/255."""
-    levels = [in_255ths(s) for s in CLAIM_SIGMAS]
-    lines = [
-        "PSNR in dB by noise level, in 255ths; the denoising stream ends at 100:",
-        "",
-        "| network | " + " | ".join(levels) + " |",
-        "| --- |" + " ---: |" * len(levels),
-    ]
-    for row in report["rows"]:
-        if row["status"] == "done":
-            cells = [number(row["ours"][level]["value"], "{:.2f}") for level in levels]
-            lines.append(f"| {row['label']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+FIGURE_EXPERIMENTS = {
+    "fig1": Experiment("bias and variance of generative and discriminative fits", run_fig1),
+    "fig3": Experiment("Jacobian of the denoiser, local linearity", run_fig3, GRID),
+    "fig4": Experiment("accuracy under attack", run_fig4, ATTACKED),
+}

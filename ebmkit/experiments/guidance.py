@@ -1,277 +1,454 @@
-"""Target ``guidance``: the second paper, measured from networks trained for it.
+"""Experiment ``guidance``: the second paper, measured with networks trained for it.
 
 - the grid of robust accuracy (RCG table 4.1), by the suite ``robustness-grid``;
 - accuracy and energies along the diffusion (figures 4.5, 4.6, 4.9, 4.12), by ``diffusion-path``;
 - eta and the number of steps of DDIM (table 2.1), unguided;
-- what the paper lacks: of each way to guide (`ebmkit.experiments.guidance_rows`), how often a judge
-  sees the wanted class, distance to real images and diversity by class, saturation, energy gap.
+- what the paper lacks: of each guidance method (`ebmkit.experiments.guidance_grid`), how often the
+  evaluation classifier sees the label, distance to real images and diversity by class, saturation,
+  energy gap.
+
+Chain n of every method starts from the same numbers and takes the same draws at each step, keyed by
+(seed, batch, step). What differs between two methods is then what guidance does, not luck.
 
 ::
 
     OUT/guidance.md  guidance.json  guidance*.png
     OUT/rows/guidance/NETWORK/   run folders
-    OUT/guidance/                images of every way, and what was measured of them
+    OUT/guidance/METHOD.h5       images (N, H, W, C) uint8 and their labels (N,)
+    OUT/guidance/METHOD.json     what was measured of them
+
+A method is drawn again where its settings, or the weights of the networks, are others than before.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
-import shutil
-from collections.abc import Sequence
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
+from torch import Tensor
 
 from ebmkit.compute import pick_device
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
-from ebmkit.evaluation import SUITES, evaluate
+from ebmkit.evaluation import evaluate
+from ebmkit.evaluation.context import Images
 from ebmkit.evaluation.features import Extractor, classifier
 from ebmkit.evaluation.guided import measure_guided
-from ebmkit.experiments.guidance_rows import (
+from ebmkit.evaluation.robustness_grid import column_names
+from ebmkit.evaluation.suite import number
+from ebmkit.experiments.guidance_grid import (
     AMOUNTS,
     DIFFUSION,
     EVALUATION_CLASSIFIER,
+    METHODS,
     NETWORKS,
     ON_GRID,
     ON_PATH,
     PLAIN,
     ROBUST,
-    WAYS,
     Amount,
     GuidanceMethod,
 )
-from ebmkit.experiments.guided import Drawing, Drawn, keep_drawing
-from ebmkit.experiments.keeping import Protocol
-from ebmkit.experiments.report import Found
-from ebmkit.experiments.rows import Row
-from ebmkit.experiments.runs import Rows
-from ebmkit.experiments.tabulate import circumstances, measured
+from ebmkit.experiments.report import (
+    Experiment,
+    Report,
+    Result,
+    circumstances,
+    line,
+    measured_facts,
+    run_grid,
+    table_head,
+)
+from ebmkit.experiments.runs import ExperimentRuns, Protocol, Variant
+from ebmkit.guidance import check_guide, class_energies, guided_model, make_guidance
 from ebmkit.models import load, weights_digest
+from ebmkit.randomness import keyed_generator
+from ebmkit.sampling import SAMPLERS, Chains
 from ebmkit.storage import write_atomically
+from ebmkit.storage.hdf5 import find_array, open_hdf5, read_array, read_attribute
 from ebmkit.storage.reading import read_json
-
-__all__ = ["FAMILY", "run_guidance"]
-
-FAMILY = "guidance"
 
 CLASSIFY = Protocol("guidance", ("classify",), images={"classify": 1000})
 
+BATCH = 100
+"""Chains that are moved together."""
 
-def run_guidance(rows: Rows, only: Sequence[str], amount: Amount | None = None) -> list[Path]:
+TABLE_2_1 = {
+    0.0: {10: 13.36, 20: 6.84, 50: 4.67, 100: 4.16},
+    0.2: {10: 14.04, 20: 7.11, 50: 4.77, 100: 4.25},
+    0.5: {10: 16.66, 20: 8.35, 50: 5.25, 100: 4.46},
+    1.0: {10: 41.07, 20: 18.36, 50: 8.01, 100: 5.78},
+}
+"""FID of DDIM on CIFAR-10 by eta and steps (RCG table 2.1, of Song et al. 2021)."""
+
+
+def run_guidance(
+    runs: ExperimentRuns, only: Sequence[str] = (), amount: Amount | None = None
+) -> Report:
     """Train the networks that are ``only``, all if empty; measure with all that are trained.
 
     Args:
-        rows: the runs.
+        runs: the run folders.
         only: names of networks.
         amount: how much; None: that of the scale.
 
     Raises:
-        Interrupted: if training was; calling again goes on.
+        Interrupted: if training was; calling again resumes it.
         UserError: if a network does not suit this machine. One that stops later is named in
-            ``rows.stopped`` and in the report.
+            ``runs.stopped`` and in the report.
     """
-    from ebmkit.experiments.guidance_report import write
+    from ebmkit.experiments.plots import compare_methods, samples_of_methods
 
-    amount = amount or AMOUNTS[rows.scale.name]
-    every = [row for row in NETWORKS if not amount.networks or row.name in amount.networks]
-    wanted = [row for row in every if not only or row.name in only]
-    rows.check(wanted, FAMILY)
-    for row in wanted:
-        rows.try_train(row, FAMILY)
-    trained = [row for row in every if rows.trained(row, FAMILY)]
-    study = _Study(rows, amount, trained)
-    found = study.networks()
+    amount = amount or AMOUNTS[runs.scale.name]
+    every = [v for v in NETWORKS if not amount.networks or v.name in amount.networks]
+    results = run_grid(runs, every, only, lambda network: None)
+    study = _Study(runs, amount, [one.variant for one in results if one.status == "done"])
+    networks, classifiers = study.networks(results)
     report: dict[str, Any] = {
-        "networks": found,
+        "networks": networks,
         "grid": study.suite("robustness-grid", ON_GRID, dict(amount.grid), None),
-        "path": study.suite(
-            "diffusion-path",
-            [r for r in trained if r in ON_PATH],
-            dict(amount.path),
-            amount.path_images,
-        ),
+        "path": study.suite("diffusion-path", ON_PATH, dict(amount.path), amount.path_images),
         "ddim": study.ddim(),
-        "ways": study.ways(),
+        "ways": study.methods(),
         "amount": {
             name: getattr(amount, name) for name in ("per_class", "steps", "strength", "real")
         },
-        **circumstances(rows, "guidance", study.found),
+        **circumstances(runs, "guidance", classifiers),
     }
-    return [*write(report, study.shown, rows.out), *study.copied]
+    done = [method for method in report["ways"] if "stopped" not in method]
+    shown = [(method["name"], method["about"], study.shown[method["name"]]) for method in done]
+    plots = {
+        "guidance-samples.png": partial(samples_of_methods, shown),
+        "guidance-ways.png": partial(compare_methods, done),
+    }
+    return Report(report, guidance_text(report), plots if done else {}, study.copies)
+
+
+# --- drawing -------------------------------------------------------------------------------------
+
+
+class Drawn(NamedTuple):
+    """Images of a method, uint8 (N, C, H, W), their labels (N,), and seconds that they took."""
+
+    images: Tensor
+    labels: Tensor
+    seconds: float
+
+
+@dataclass
+class Drawing:
+    """Draws images by DDIM, once: they are stored.
+
+    Args:
+        folder: of the images.
+        models: trained networks by name.
+        digests: of their weights, by name.
+        classes: number of labels.
+        per_class: images of each.
+        seed: of starts and steps.
+        train: labelled training images, for mean energies of labels.
+    """
+
+    folder: Path
+    models: Callable[[str], ScoreModel]
+    digests: Callable[[str], str]
+    classes: int
+    per_class: int
+    seed: int
+    train: Images
+    _means: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def labels(self) -> Tensor:
+        """The labels (N,), in turn: 0, 1, ..., C - 1, 0, ..."""
+        return torch.arange(self.classes * self.per_class) % self.classes
+
+    def stored(
+        self, method: GuidanceMethod, steps: int, eta: float | None = None, name: str | None = None
+    ) -> Drawn:
+        """The stored images of ``method``, or those drawn and stored now.
+
+        Args:
+            method: how.
+            steps: of DDIM.
+            eta: of DDIM; None: the method's own.
+            name: of the file; None: the method's.
+
+        Raises:
+            UserError: as `draw` does, or if a file cannot be written.
+        """
+        import h5py
+
+        eta, labels = method.eta if eta is None else eta, self.labels
+        networks = [method.base, *([method.guide] if method.guide else [])]
+        settings = {
+            "guidance": _resolved(method.settings) if method.settings else None,
+            "guide": method.guide,
+            "base": method.base,
+            "steps": steps,
+            "eta": eta,
+            "count": len(labels),
+            "seed": self.seed,
+            "digests": [self.digests(network) for network in networks],
+        }
+        path = self.folder / f"{re.sub(r'[^0-9a-z.]+', '-', (name or method.name).lower())}.h5"
+        found = _read(path, settings)
+        if found is not None:
+            return Drawn(found[0], labels, found[1])
+        begun = time.perf_counter()
+        with torch.no_grad():
+            pixels = (255 * self.draw(method, steps, eta)).round().byte()
+        seconds = time.perf_counter() - begun
+        content = io.BytesIO()
+        with h5py.File(content, "w") as file:
+            rows = rearrange(pixels, "n c h w -> n h w c").contiguous().numpy()
+            file.create_dataset("images", data=rows, compression="gzip")
+            file.create_dataset("labels", data=labels.numpy())
+            facts = {"settings": json.dumps(settings), "seed": self.seed, "run": method.base}
+            facts |= {"seconds": seconds, "source": "fresh", "sampler": "ddim"}
+            file.attrs.update(facts)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content.getvalue())
+        return Drawn(pixels, labels, seconds)
+
+    def draw(self, method: GuidanceMethod, steps: int, eta: float | None = None) -> Tensor:
+        """Images (N, C, H, W) in [0, 1] of `labels`.
+
+        Args:
+            method: how.
+            steps: of DDIM.
+            eta: of DDIM; None: the method's own.
+
+        Raises:
+            UserError: if networks do not fit, or chains become NaN or Inf.
+        """
+        model, card = self._model(method), self.models(method.base).card
+        assert card is not None
+        assert card.image_size is not None
+        entry = SAMPLERS["ddim"]
+        config = entry.config(steps=steps, eta=method.eta if eta is None else eta)
+        found = []
+        for batch, own in enumerate(torch.split(self.labels, BATCH)):
+            c = own if method.settings else None
+            sampler = entry.build(model, c, config)
+            shape = (len(own), card.channels, *card.image_size)
+            begin = keyed_generator("cpu", self.seed, "guidance", batch, 0)
+            chains = Chains(
+                sampler, sampler.init(entry.start(model, sampler, config, shape, begin, c))
+            )
+            while not chains.done:
+                step = keyed_generator("cpu", self.seed, "guidance", batch, chains.state.step + 1)
+                chains.advance(step)
+            if chains.diverged:
+                raise UserError(
+                    f"{len(chains.diverged)} of {len(own)} chains of {method.name!r} became NaN or "
+                    "Inf: lower its scale"
+                )
+            found.append(chains.state.x.clamp(0, 1))
+        return torch.cat(found)
+
+    def _model(self, method: GuidanceMethod) -> ScoreModel:
+        """The model that ``method`` samples: guided, or the base itself."""
+        base = self.models(method.base)
+        if not method.settings:
+            return base
+        config = make_guidance(**method.settings)
+        if method.guide is None:
+            return guided_model(base, None, config)
+        guide = check_guide(self.models(method.guide))
+        if config.needs_means and method.guide not in self._means:
+            self._means[method.guide] = class_energies(guide, self.train).energy
+        return guided_model(base, guide, config, self._means.get(method.guide))
+
+
+def _resolved(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of guidance; earlier names are understood."""
+    return make_guidance(**settings).model_dump()
+
+
+def _read(path: Path, settings: Mapping[str, Any]) -> tuple[Tensor, float] | None:
+    """The images in ``path``, and the seconds they took; None if it has none of these settings."""
+    what = repr(str(path))
+    damaged = (UserError, ValueError, TypeError, AttributeError)
+    with contextlib.suppress(*damaged), open_hdf5(path) as file:
+        own = json.loads(read_attribute(file, "settings", what))
+        if own.get("guidance"):
+            own["guidance"] = _resolved(own["guidance"])
+        images = find_array(file, "images", what)
+        if own != json.loads(json.dumps(settings)) or images is None:
+            return None
+        if images.dtype != "uint8" or images.ndim != 4 or len(images) != own["count"]:
+            return None
+        pixels = rearrange(torch.from_numpy(read_array(images, what)), "n h w c -> n c h w")
+        return pixels.contiguous(), float(read_attribute(file, "seconds", what))
+    return None
+
+
+# --- measuring -----------------------------------------------------------------------------------
 
 
 class _Study:
     """What is measured of trained networks.
 
     Attributes:
-        found: networks, for the circumstances.
-        shown: images of each way, for the picture.
-        copied: pictures of suites.
+        shown: by method, images for the plot.
+        copies: plots of suites, by file name.
     """
 
-    def __init__(self, rows: Rows, amount: Amount, trained: Sequence[Row]) -> None:
-        self.rows, self.amount, self.trained = rows, amount, list(trained)
-        self.found: list[Found] = []
-        self.shown: dict[str, torch.Tensor] = {}
-        self.copied: list[Path] = []
+    def __init__(self, runs: ExperimentRuns, amount: Amount, trained: Sequence[Variant]) -> None:
+        self.runs, self.amount, self.trained = runs, amount, list(trained)
+        self.names = {network.name for network in trained}
+        self.shown: dict[str, Tensor] = {}
+        self.copies: dict[str, Path] = {}
         self._loaded: dict[str, ScoreModel] = {}
         self._judge: Extractor | None = None
-        self.folder = rows.out / "guidance"
-        self.test = rows.images(EVALUATION_CLASSIFIER, FAMILY, "test").spread(amount.real)
-        self.train = rows.images(EVALUATION_CLASSIFIER, FAMILY, "train")
-        count = self.test.num_classes * amount.per_class
-        self.others = self.train.spread(2 * count)
-        self.drawing = Drawing(
-            self._model,
-            self._digest,
-            self.test.num_classes,
-            amount.per_class,
-            rows.seed,
-            self.train,
-        )
+        self.folder = runs.out / "guidance"
+        self.test = runs.images(EVALUATION_CLASSIFIER, "test").spread(amount.real)
+        train, classes = runs.images(EVALUATION_CLASSIFIER, "train"), self.test.num_classes
+        self.others = train.spread(2 * classes * amount.per_class)
+        self.drawing = Drawing(self.folder, self._model, self._digest, classes, amount.per_class,
+                               runs.seed, train)  # fmt: skip
+        energies = [v.name for v in (*reversed(ROBUST), PLAIN) if v in self.trained]
+        self.energy = next(iter(energies), None)  # E(x) of the most robust classifier
 
-    def networks(self) -> list[dict[str, Any]]:
-        """What each network is: accuracy where it classifies, and how it was trained."""
-        documents = []
-        for row in self.trained:
-            classifies = isinstance(self._model(row.name), EnergyModel)
-            document: dict[str, Any] | None = None
-            if classifies:
-                document = self.rows.measure(row, FAMILY, CLASSIFY)["classify"]
-            facts = self.rows.facts(row, FAMILY)
-            if document is not None:
-                self.found.append(Found(row, {}, facts | measured([document])))
+    def networks(self, results: Sequence[Result]) -> tuple[list[dict[str, Any]], list[Result]]:
+        """What each network is; and what was measured of those that classify."""
+        documents, classifiers = [], []
+        for one in (result for result in results if result.status == "done"):
+            found: dict[str, Any] = {}
+            facts = {k: v for k, v in one.facts.items() if k not in ("data", "measured_by")}
+            if isinstance(self._model(one.variant.name), EnergyModel):
+                found = self.runs.measure(one.variant, CLASSIFY)["classify"]
+                own = facts | measured_facts([found])
+                classifiers.append(Result(one.variant, {"classify": found}, own))
             documents.append(
                 {
-                    "name": row.name,
-                    "label": row.label,
-                    "accuracy": None if document is None else document["accuracy"],
-                    "interval": None if document is None else document["accuracy_interval"],
+                    "name": one.variant.name,
+                    "label": one.variant.label,
+                    "accuracy": found.get("accuracy"),
+                    "interval": found.get("accuracy_interval"),
                     "facts": facts,
                 }
             )
-        return documents
+        return documents, classifiers
 
     def suite(
-        self, name: str, rows: Sequence[Row], options: dict[str, Any], images: int | None
+        self, name: str, networks: Sequence[Variant], options: dict[str, Any], images: int | None
     ) -> dict[str, Any] | None:
-        """The document of a suite of the first of ``rows`` with the others beside; its pictures."""
-        chosen = [row for row in rows if row in self.trained]
-        chosen.sort(key=lambda row: row is not PLAIN)
-        if not chosen or name not in SUITES:
+        """The document of a suite of the first of ``networks``, the plain one if it is trained,
+        with the others beside; its plots are copied."""
+        chosen = [network for network in networks if network in self.trained]
+        chosen.sort(key=lambda network: network is not PLAIN)
+        if not chosen:
             return None
         first, *others = chosen
-        model = self._model(first.name)
-        options["name"] = first.name
-        options["beside"] = [str(self.rows.folder(row)) for row in others]
-        wanted = {"options": options, "digests": [self._digest(row.name) for row in chosen]}
-        path = self.folder / f"{name}.json"
-        kept = self.folder / f"{name}.key.json"
-        if not (_same(kept, wanted) and path.is_file()):
-            self.rows.tell(f"measuring {name}")
+        options |= {
+            "name": first.name,
+            "beside": [str(self.runs.folder(network)) for network in others],
+        }
+        key = {"options": options, "digests": [self._digest(network.name) for network in chosen]}
+        path, stored = self.folder / f"{name}.json", self.folder / f"{name}.key.json"
+        if not (_same(stored, key) and path.is_file()):
+            self.runs.log(f"measuring {name}")
             evaluate(
-                model,
-                self.rows.images(first, FAMILY, "test"),
+                self._model(first.name),
+                self.runs.images(first, "test"),
                 [name],
                 self.folder,
                 limit=images,
-                seed=self.rows.seed,
+                seed=self.runs.seed,
                 options={name: options},
-                progress=self.rows.progress,
+                progress=self.runs.progress,
             )
-            write_atomically(kept, json.dumps(wanted).encode())
+            write_atomically(stored, json.dumps(key).encode())
         document: dict[str, Any] = read_json(path)
-        for picture in map(Path, document["pictures"]):
-            if picture.name != str(picture):
-                raise UserError(f"{str(path)!r} is damaged: it names a picture elsewhere")
-            target = self.rows.out / f"guidance-{picture.name}"
-            shutil.copyfile(self.folder / picture, target)
-            self.copied.append(target)
+        for plot in document["pictures"]:
+            if Path(plot).name != plot:
+                raise UserError(f"{str(path)!r} is damaged: it names a plot elsewhere")
+            self.copies[f"guidance-{plot}"] = self.folder / plot
         return document
 
     def ddim(self) -> list[dict[str, Any]]:
         """Distances of unguided images by eta and number of steps."""
-        way, found = WAYS[0], list[dict[str, Any]]()
-        if DIFFUSION not in self.trained or EVALUATION_CLASSIFIER not in self.trained:
-            return found
+        if not {DIFFUSION.name, EVALUATION_CLASSIFIER.name} <= self.names:
+            return []
+        found = []
         for eta in self.amount.etas:
             for steps in self.amount.lengths:
                 name = f"ddim eta {eta:g} steps {steps}"
-                drawn = self._drawn(way, name, steps, eta)
+                drawn = self._drawn(METHODS[0], name, steps, eta)
                 found.append({"eta": eta, "steps": steps} | self._measured(name, drawn, False))
         return found
 
-    def ways(self) -> list[dict[str, Any]]:
-        """Everything about each way whose networks are trained."""
-        names, found = {row.name for row in self.trained}, []
-        for way in (way.times(self.amount.strength) for way in WAYS):
-            if self.amount.ways and way.name not in self.amount.ways:
+    def methods(self) -> list[dict[str, Any]]:
+        """Everything about each method whose networks are trained."""
+        found = []
+        for method in (method.times(self.amount.strength) for method in METHODS):
+            if self.amount.methods and method.name not in self.amount.methods:
                 continue
-            if not {way.base, way.guide or way.base, EVALUATION_CLASSIFIER.name} <= names:
+            used = {method.base, method.guide or method.base, EVALUATION_CLASSIFIER.name}
+            if not used <= self.names:
                 continue
-            description = {
-                "name": way.name,
-                "about": way.description,
-                "group": way.group,
-                "eta": way.eta,
+            about: dict[str, Any] = {
+                "name": method.name,
+                "about": method.description,
+                "group": method.group,
+                "eta": method.eta,
+                "guide": method.guide,
+                "settings": dict(method.settings),
+                "base": method.base,
             }
-            description |= {"guide": way.guide, "settings": dict(way.settings), "base": way.base}
             try:
-                drawn = self._drawn(way, way.name, self.amount.steps, None)
+                drawn = self._drawn(method, method.name, self.amount.steps, None)
             except UserError as error:
-                found.append(description | {"stopped": str(error)})
+                found.append(about | {"stopped": str(error)})
                 continue
-            self.shown[way.name] = drawn.images[: self.test.num_classes]
-            found.append(description | self._measured(way.name, drawn, True))
+            self.shown[method.name] = drawn.images[: self.test.num_classes]
+            found.append(about | self._measured(method.name, drawn, True))
         return found
 
-    def _drawn(self, way: GuidanceMethod, name: str, steps: int, eta: float | None) -> Drawn:
-        self.rows.tell(f"drawing: {name}")
-        return keep_drawing(self.drawing, way, self.folder, steps, eta, name=name)
+    def _drawn(self, method: GuidanceMethod, name: str, steps: int, eta: float | None) -> Drawn:
+        self.runs.log(f"drawing: {name}")
+        return self.drawing.stored(method, steps, eta, name)
 
     def _measured(self, name: str, drawn: Drawn, labelled: bool) -> dict[str, Any]:
-        """What is measured of images, kept beside them."""
-        energy = self._energy()
+        """What is measured of images, stored beside them."""
         key = {
             "images": hashlib.sha256(drawn.images.numpy().tobytes()).hexdigest(),
             "judge": self._digest(EVALUATION_CLASSIFIER.name),
-            "energy": None if energy is None else self._digest(energy),
+            "energy": None if self.energy is None else self._digest(self.energy),
             "real": len(self.test),
             "labelled": labelled,
         }
         path = self.folder / f"{name.replace(' ', '-')}.json"
         if _same(path, key, within="key"):
             return dict(read_json(path)["found"])
-        model = None if energy is None else self._model(energy)
+        if self._judge is None:
+            device = pick_device(self.runs.device)
+            self._judge = classifier(str(self.runs.folder(EVALUATION_CLASSIFIER)), device)
+        model = None if self.energy is None else self._model(self.energy)
         assert model is None or isinstance(model, EnergyModel)
+        labels = drawn.labels if labelled else None
         found = measure_guided(
-            drawn.images,
-            drawn.labels if labelled else None,
-            self.test,
-            self._extractor(),
-            model,
-            others=self.others,
+            drawn.images, labels, self.test, self._judge, model, others=self.others
         ) | {"seconds": drawn.seconds}
         write_atomically(path, json.dumps({"key": key, "found": found}, indent=1).encode())
         return found
 
-    def _energy(self) -> str | None:
-        """Under whose energy samples are told: the most robust classifier's."""
-        names = [row.name for row in (*reversed(ROBUST), PLAIN) if row in self.trained]
-        return names[0] if names else None
-
-    def _extractor(self) -> Extractor:
-        if self._judge is None:
-            device = pick_device(self.rows.device)
-            self._judge = classifier(str(self.rows.folder(EVALUATION_CLASSIFIER)), device)
-        return self._judge
-
     def _model(self, name: str) -> ScoreModel:
         if name not in self._loaded:
-            device = str(pick_device(self.rows.device))
+            device = str(pick_device(self.runs.device))
             self._loaded[name] = load(self._folder(name), device=device)
         return self._loaded[name]
 
@@ -279,14 +456,176 @@ class _Study:
         return weights_digest(self._folder(name))
 
     def _folder(self, name: str) -> Path:
-        return self.rows.folder(next(row for row in NETWORKS if row.name == name))
+        return self.runs.folder(next(network for network in NETWORKS if network.name == name))
 
 
-def _same(path: Path, wanted: dict[str, Any], within: str | None = None) -> bool:
-    """Whether the JSON at ``path`` is ``wanted``, or its entry ``within`` is."""
+def _same(path: Path, key: dict[str, Any], within: str | None = None) -> bool:
+    """Whether the JSON at ``path`` is ``key``, or its entry ``within`` is."""
     try:
         document = read_json(path)
         found = document if within is None else document[within]
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return bool(found == json.loads(json.dumps(wanted)))
+    return bool(found == json.loads(json.dumps(key)))
+
+
+# --- the text ------------------------------------------------------------------------------------
+
+GROUPS = {
+    "thesis": "Ways of the thesis, by the classifier trained at l2 1",
+    "guides": "Other guides, in the setting of `energy`",
+    "views": "What the guide sees: the classifier trained at l2 0.5, in the setting of `energy`",
+    "noise": "At high or at low noise alone: log p(y|x)",
+    "rivals": "Rivals: told the noise (log p(y|x, t)), or trained with labels",
+    "own": "A joint model in the place of the UNet",
+}
+COLUMNS = ("s", "eta", "recognised", "distance (real)", "diversity", "saturated", "gap", "time")
+
+
+def guidance_text(report: Mapping[str, Any]) -> str:
+    """The report as Markdown."""
+    sections: list[tuple[str, list[str]]] = []
+    if report["grid"] is not None:
+        sections.append(("Robust accuracy (RCG table 4.1)", _grid(report["grid"])))
+    if report["path"] is not None:
+        sections.append(("Along the diffusion (RCG figures 4.5, 4.6, 4.9)", _path(report["path"])))
+    if report["ddim"]:
+        sections.append(("DDIM: eta and steps (RCG table 2.1)", _ddim(report["ddim"])))
+    if report["ways"]:
+        sections.append(("Ways to guide", _methods(report)))
+    lines = [
+        f"## Guidance of a diffusion model, on {report['dataset']} (RCG chapter 4)",
+        "",
+        f"Scale: {report['about']}.",
+        "",
+        "### Networks",
+        "",
+        line(["name", "what", "accuracy, %", "parameters", "steps"]),
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    for one in report["networks"]:
+        facts, cell = one["facts"], "-"
+        if one["accuracy"] is not None:
+            cell = _percent((one["accuracy"], *one["interval"]), "{:.1f}")
+        counts = [f"{facts[key]:,}" for key in ("parameters", "steps")]
+        lines.append(line([one["name"], one["label"], cell, *counts]))
+    for title, content in sections:
+        lines += ["", f"### {title}", "", *content]
+    return "\n".join([*lines, "", *(f"- {note}" for note in report["notes"])]) + "\n"
+
+
+def _grid(document: dict[str, Any]) -> list[str]:
+    lines = [
+        f"Accuracy in % (95 % interval) on {document['options']['images']} test images at most, "
+        f"{document['options']['steps']}-step PGD; rows: eps of the attack.",
+        "",
+        *table_head(["eps", *column_names(document)], left=0),
+    ]
+    for row, epsilon in enumerate(document["epsilons"]):
+        cells = [_interval(column["accuracy"][row]) for column in document["columns"]]
+        lines.append(line([f"{epsilon:g}", *cells]))
+    return lines
+
+
+def _path(document: Mapping[str, Any]) -> list[str]:
+    models = document["models"]
+    levels = next(iter(models.values()))["path"]["timestep"]
+
+    def nearest(t: int) -> int:
+        return min(range(len(levels)), key=lambda i: abs(levels[i]["t"] - t))
+
+    chosen, middle = [nearest(t) for t in (100, 200, 400)], nearest(500)
+    heads = [f"{view}, t = {levels[i]['t']}" for view in ("x_t", "y") for i in chosen]
+    dark = f"dark, t = {levels[middle]['t']}"
+    lines = [
+        f"Accuracy in % of {document['images']:,} test images: clean; noisy as the diffusion model "
+        "has them (x_t) and in image units (y) at some timesteps; darkened alone at t = T/2. "
+        "*Chance from*: the first timestep measured at which the interval reaches chance.",
+        "",
+        *table_head(["network", "clean", *heads, dark, "chance from: x_t", "y"]),
+    ]
+    for name, one in models.items():
+        path, since = one["path"], one["chance_from"]
+        shown = [one["clean"], *(path[v][i] for v in ("timestep", "image") for i in chosen)]
+        cells = [f"{100 * _value(e['accuracy']):.0f}" for e in [*shown, path["dark"][middle]]]
+        cells += ["never" if since[v] is None else str(since[v]) for v in ("timestep", "image")]
+        lines.append(line([name, *cells]))
+    return lines
+
+
+def _ddim(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    lengths = sorted({cell["steps"] for cell in cells})
+    lines = [
+        f"Frechet distance in the judge's features of {cells[0]['count']} unguided images (of as "
+        f"many real ones: {cells[0]['floor']['frechet']:.3g}), comparable within this table alone; "
+        "in brackets the thesis's FID of a converged model.",
+        "",
+        *table_head(["eta", *(f"{steps} steps" for steps in lengths)], left=0),
+    ]
+    for eta in sorted({cell["eta"] for cell in cells}):
+        own = {cell["steps"]: cell for cell in cells if cell["eta"] == eta}
+        theirs = TABLE_2_1.get(eta, {})
+        row = [f"{own[s]['frechet']['value']:.3g} ({theirs.get(s, '-')})" for s in lengths]
+        lines.append(line([f"{eta:g}", *row]))
+    return lines
+
+
+def _methods(report: Mapping[str, Any]) -> list[str]:
+    amount = report["amount"]
+    lines = [
+        f"{amount['per_class']} images of each class, {amount['steps']} steps of DDIM, all ways "
+        "from the same starting noise. *Recognised*: the judge sees the wanted class, % (95 % "
+        "interval). *Distance*: Frechet distance in the judge's features to real images of the "
+        "class, mean over classes; of few images it is biased upwards, and *real* is what as many "
+        "real images have. *Diversity*: 1 if images of a class differ as real ones do. "
+        "*Saturated*: pixel values at the ends of the range, %, real images' in brackets. "
+        "*Gap*: mean E(x) under the most robust classifier, minus real images', nats. "
+        "*Time*: seconds an image. Scales s are the thesis's times "
+        f"{amount['strength']:g}, where they are not 1.",
+    ]
+    for group, title in GROUPS.items():
+        own = [method for method in report["ways"] if method["group"] == group]
+        if own:
+            head = table_head(["way", "", *COLUMNS], left=2)
+            head[0] = head[0].replace("|  |", "| |")
+            lines += ["", f"#### {title}", "", *head, *map(_method_line, own)]
+    return lines
+
+
+def _method_line(method: Mapping[str, Any]) -> str:
+    scale = f"{method['settings']['scale']:g}" if method["settings"] else ""
+    about = method["about"].replace("|", "\\|")
+    head = [method["name"], about, scale, f"{method['eta']:g}"]
+    if "stopped" in method:
+        return f"{line([*head, method['stopped']])[:-2]} | | | | | |"
+    means, ends = method["means"], method["saturation"]["ends"]
+    gap = method["energy_gap"]["energy"] if method["energy_gap"] else None
+    return line(
+        [
+            *head,
+            _interval(method["accuracy"]) if method["accuracy"] else "-",
+            f"{number(means['frechet'], '{:.3g}')} ({number(means['floor'], '{:.3g}')})",
+            number(means["diversity"], "{:.2f}"),
+            f"{100 * _value(ends['samples']):.1f} ({100 * _value(ends['real']):.1f})",
+            number(None if gap is None else gap["value"], "{:+.2f}"),
+            f"{method['seconds'] / method['count']:.2g}",
+        ]
+    )
+
+
+def _value(estimate: Any) -> float:
+    return float(estimate["value"] if isinstance(estimate, dict) else estimate)
+
+
+def _interval(estimate: Mapping[str, float]) -> str:
+    return _percent([estimate[key] for key in ("value", "low", "high")], "{:.0f}")
+
+
+def _percent(values: Sequence[float], form: str) -> str:
+    value, low, high = (form.format(100 * v) for v in values)
+    return f"{value} ({low} to {high})"
+
+
+GUIDANCE_EXPERIMENT = Experiment(
+    "guiding a diffusion model by energies (the second paper)", run_guidance, NETWORKS
+)

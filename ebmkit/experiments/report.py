@@ -1,197 +1,177 @@
-"""Reports: what was found beside what the paper prints, as Markdown, JSON and a figure.
+"""The engine: trains and measures a grid of variants, and writes the report of what was found.
 
-A cell is "ours (the paper's)"; a dash stands where the paper has no figure, and where a row did not
-run its cells say so. Below come the circumstances, and each ordering that the paper reports with
-whether ours has it. An ordering is called open where the 95 % intervals of the two accuracies
-overlap, or the PSNRs are within 0.1 dB: all is from one seed.
+An experiment is a title, its grid, and a function from the runs to a `Report`: a JSON document,
+its text in Markdown, and plots. Below every table or figure stand its circumstances: command, data,
+hardware, versions, commits.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ebmkit.experiments.rows import METRICS, Expectation, Row, Table
+from ebmkit.experiments.runs import ExperimentRuns, Protocol, Variant
 from ebmkit.storage import write_atomically
 
-__all__ = ["Found", "document", "figures_of", "is_open", "markdown", "write"]
 
-CLOSE = 0.1
-"""PSNRs that are no further apart, in dB, are called open: one seed cannot tell them apart."""
+class Report(NamedTuple):
+    """What an experiment found.
+
+    Attributes:
+        document: as JSON has it.
+        text: the same as Markdown.
+        plots: by file name, what draws it.
+        copies: by file name, a plot of an evaluation suite to be copied.
+    """
+
+    document: dict[str, Any]
+    text: str
+    plots: Mapping[str, Callable[[Path], None]] = {}
+    copies: Mapping[str, Path] = {}
+
+
+class Experiment(NamedTuple):
+    """A table or figure.
+
+    Attributes:
+        title: one line.
+        run: trains, measures and reports, given the names of the variants to run (none: all).
+        variants: its grid; none where nothing is trained.
+    """
+
+    title: str
+    run: Callable[[ExperimentRuns, Sequence[str]], Report]
+    variants: tuple[Variant, ...] = ()
 
 
 @dataclass(frozen=True)
-class Found:
-    """What is known of a row.
+class Result:
+    """What is known of a variant.
 
     Attributes:
-        row: which.
-        ours: figures by `METRICS`, with ``low`` and ``high`` where there is an interval.
-        facts: how it was trained and measured; empty if it did not run.
+        variant: which.
+        documents: of its suites; empty if it is not finished.
+        facts: how it was trained and measured; empty if it is not finished.
         status: done, or why not.
     """
 
-    row: Row
-    ours: dict[str, dict[str, float]]
-    facts: dict[str, Any]
+    variant: Variant
+    documents: dict[str, dict[str, Any]] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
     status: str = "done"
 
 
-def figures_of(row: Row, documents: dict[str, Any], seconds: float | None) -> dict[str, Any]:
-    """The figures of ``row`` from the documents of the suites ``classify`` and ``denoise``.
+def run_grid(
+    runs: ExperimentRuns,
+    variants: Sequence[Variant],
+    only: Sequence[str],
+    protocol: Callable[[Variant], Protocol | None],
+) -> list[Result]:
+    """Train and measure the variants that are ``only``, all if empty; what is known of every one.
 
-    Accuracies in percent, PSNR in dB; PSNR only of rows that were trained to denoise.
+    Args:
+        runs: the run folders.
+        variants: the grid.
+        only: names.
+        protocol: how a variant is measured; None: it is only trained.
+
+    Raises:
+        Interrupted: if training was; calling again resumes it.
+        UserError: if a variant does not suit this machine. One that stops later is named in
+            ``runs.stopped`` and in the report.
     """
-    ours: dict[str, dict[str, float]] = {}
-    if "classify" in documents and row.task != "denoising":
-        found = documents["classify"]
-        low, high = found["accuracy_interval"]
-        ours["accuracy"] = {
-            "value": 100 * found["accuracy"],
-            "low": 100 * low,
-            "high": 100 * high,
+    chosen = [v for v in variants if not only or v.name in only]
+    owners = {own.folder: own for own in (v.run or v for v in chosen)}
+    runs.check(list(owners.values()))
+    for own in owners.values():
+        runs.try_run(own, protocol(own))
+    return [_result(runs, variant, protocol(variant.run or variant)) for variant in variants]
+
+
+def _result(runs: ExperimentRuns, variant: Variant, protocol: Protocol | None) -> Result:
+    own = variant.run or variant
+    documents: dict[str, dict[str, Any]] | None
+    if protocol is None:
+        documents = {} if runs.trained(own) else None
+    else:
+        documents = runs.measured(own, protocol)
+    if documents is None:
+        reason = runs.why_stopped(own)
+        return Result(variant, status=f"stopped: {reason}" if reason else "not run yet")
+    return Result(variant, documents, runs.facts(own) | measured_facts(documents.values()))
+
+
+def measured_facts(documents: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Which images were measured, and by which commit."""
+    found, data = list(documents), []
+    for one in found:
+        some, of = one["images"], one["of"]
+        count = f"all {of:,}" if some == of else f"the first {some:,} of {of:,}"
+        data.append(f"{one['dataset']}, {count} test images ({one['suite']})")
+    return {
+        "data": data,
+        "measured_by": [document["environment"]["git_commit"] for document in found],
+    }
+
+
+def circumstances(runs: ExperimentRuns, target: str, results: Sequence[Result]) -> dict[str, Any]:
+    """What stands below a table or figure: data, hardware, versions, commits, command."""
+    ran = [(one.variant, one.facts) for one in results if one.status == "done"]
+    facts = [one for _, one in ran]
+    owned = [(variant, one) for variant, one in ran if variant.run is None]
+    command = runs.command(target)
+    notes = [f"command: `{command}`"]
+    if ran:
+        columns = {
+            "data": [data for f in facts for data in f["data"]],
+            "hardware": [f["gpu"] or f"CPU, {f['threads']} of {f['cores']} cores" for f in facts],
+            "steps": [f"{f['steps']:,}" for f in facts],
+            "parameters": [f"{f['parameters']:,} ({v.name})" for v, f in owned],
+            "initial learning rate": [f"{f['lr']:g} ({v.task})" for v, f in owned],
+            "hours of training": [
+                f"{'-' if f['seconds'] is None else format(f['seconds'] / 3600, '.2g')} ({v.name})"
+                for v, f in owned
+            ],
+            "precision of training": [f["precision"] for f in facts],
+            "seed, one run per row": [str(f["seed"]) for f in facts],
+            "PyTorch": [f["torch"] for f in facts],
+            "commit of training": [str(f["git_commit"]) for f in facts],
+            "commit of measuring": [str(commit) for f in facts for commit in f["measured_by"]],
         }
-    if "denoise" in documents and row.task != "classification":
-        for level, estimate in documents["denoise"]["denoisers"][row.reads]["psnr"].items():
-            ours[level] = {key: estimate[key] for key in ("value", "low", "high")}
-    if seconds is not None and row.run is None:
-        ours["hours"] = {"value": seconds / 3600}
-    return ours
-
-
-def document(
-    table: Table, scale: str, found: Sequence[Found], circumstances: dict[str, Any]
-) -> dict[str, Any]:
-    """Everything about ``table``, as JSON has it."""
-    by_name = {one.row.name: one for one in found}
+        notes += [f"{name}: {', '.join(dict.fromkeys(values))}" for name, values in columns.items()]
+        notes.append("hours are wall clock, validation and checkpoints included")
+    if runs.scale.name == "smoke":
+        notes.append("little is learnt in so few steps: this scale shows that every row runs")
     return {
-        "table": table.name,
-        "title": table.title,
-        "heading": _heading(table, scale, circumstances["dataset"]),
-        "scale": scale,
-        **circumstances,
-        "rows": [
-            {
-                "name": one.row.name,
-                "label": one.row.label,
-                "task": one.row.task,
-                "status": one.status,
-                "knows_sigma": one.facts.get("knows_sigma"),
-                "ours": one.ours,
-                "paper": dict(one.row.paper),
-                "facts": one.facts,
-            }
-            for one in found
-        ],
-        "orderings": [
-            ordering
-            for expected in table.expected
-            if (ordering := _ordering(expected, by_name)) is not None and scale != "smoke"
-        ],
+        "about": runs.scale.description,
+        "dataset": next((f["data"][0].split(",")[0] for f in facts), ""),
+        "notes": notes,
+        "command": command,
     }
 
 
-def _ordering(expected: Expectation, found: dict[str, Found]) -> dict[str, Any] | None:
-    """How ours stand in an ordering of the paper; None where a figure is missing."""
-    better, worse = found.get(expected.better), found.get(expected.worse)
-    metric = expected.metric
-    if better is None or worse is None or metric not in better.ours or metric not in worse.ours:
-        return None
-    a, b = better.ours[metric], worse.ours[metric]
-    if a["value"] is None or b["value"] is None:  # one of them diverged
-        return None
-    gap = a["value"] - b["value"]
-    return {
-        "better": better.row.name,
-        "worse": worse.row.name,
-        "metric": metric,
-        "paper": better.row.paper[metric] - worse.row.paper[metric],
-        "ours": gap,
-        "verdict": "open" if is_open(a, b, metric) else "holds" if gap > 0 else "reversed",
-    }
+def line(cells: Iterable[object]) -> str:
+    """A row of a Markdown table."""
+    return f"| {' | '.join(map(str, cells))} |"
 
 
-def is_open(a: dict[str, float], b: dict[str, float], metric: str) -> bool:
-    """Whether two figures are too close to be told apart by one seed."""
-    if metric == "accuracy":
-        return a["low"] <= b["high"] and b["low"] <= a["high"]
-    return abs(a["value"] - b["value"]) <= CLOSE
+def table_head(names: Sequence[str], left: int = 1) -> list[str]:
+    """The head of a Markdown table, the first ``left`` columns left-aligned, numbers right."""
+    return [line(names), line(["---"] * left + ["---:"] * (len(names) - left))]
 
 
-def markdown(report: dict[str, Any]) -> str:
-    """``report`` as Markdown."""
-    shown = [m for m in METRICS if any(m in {**r["ours"], **r["paper"]} for r in report["rows"])]
-    heads = ["task", "network", "sigma", *(METRICS[m] for m in shown)]
-    lines = [
-        f"## {report['heading']}",
-        "",
-        f"Scale `{report['scale']}`: {report['description']}. Each cell: ours (the paper's).",
-        "",
-        _line(heads),
-        _line(["---"] * 3 + ["---:"] * len(shown)),
-    ]
-    for row in report["rows"]:
-        label = row["label"] if row["status"] == "done" else f"{row['label']}: {row['status']}"
-        known = row["knows_sigma"] or ""
-        cells = [_cell(metric, row) for metric in shown]
-        lines.append(_line([row["task"], label, known, *cells]))
-    lines += ["", "Column sigma: what the denoiser is told of the noise level.", ""]
-    if report["orderings"]:
-        lines += [
-            "Orderings of the paper (difference, ours and the paper's):",
-            "",
-            _line(["better", "worse", "figure", "ours", "paper", "here it"]),
-            _line(["---", "---", "---", "---:", "---:", "---"]),
-        ]
-        for o in report["orderings"]:
-            numbers = [f"{o[who]:+.2f}" for who in ("ours", "paper")]
-            verdict = {"open": "is open"}.get(
-                o["verdict"], o["verdict"].replace("reversed", "is reversed")
-            )
-            lines.append(_line([o["better"], o["worse"], METRICS[o["metric"]], *numbers, verdict]))
-        rule = "*open*: the 95 % intervals of accuracies overlap, or PSNRs are within"
-        lines += ["", f"One seed. {rule} {CLOSE} dB.", ""]
-    lines += [f"- {sentence}" for sentence in report["notes"]]
-    return "\n".join(lines) + "\n"
-
-
-def _heading(table: Table, scale: str, data: str) -> str:
-    """The title of ``table``, which names the data where they are not what it promises."""
-    if scale == "full" or not data or data in table.title.lower().replace("-", ""):
-        return table.title
-    return f"{table.title}, here on {data}"
-
-
-def _cell(metric: str, row: dict[str, Any]) -> str:
-    ours, paper = row["ours"].get(metric), row["paper"].get(metric)
-    if ours is None and paper is None:
-        return ""
-    if ours is not None and ours["value"] is None:
-        ours = None
-    form = "{:.1f}" if metric == "accuracy" else "{:.2f}"
-    hours = metric == "hours"
-    mine = "-" if ours is None else _hours(ours["value"]) if hours else form.format(ours["value"])
-    theirs = "-" if paper is None else f"{paper:g}" if hours else form.format(paper)
-    return f"{mine} ({theirs})"
-
-
-def _hours(value: float) -> str:
-    return f"{value:.2f}" if value >= 0.095 else f"{value:.4f}"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def write(report: dict[str, Any], folder: Path) -> list[Path]:
-    """Write ``TABLE.md``, ``TABLE.json`` and ``TABLE.png`` into ``folder``; their paths."""
-    from ebmkit.plots.experiments import compare_with_paper
-
-    paths = [folder / f"{report['table']}.{suffix}" for suffix in ("md", "json", "png")]
-    write_atomically(paths[0], markdown(report).encode())
-    write_atomically(paths[1], json.dumps(report, indent=2, allow_nan=False).encode())
-    compare_with_paper(report, paths[2])
-    return paths
+def write(name: str, report: Report, folder: Path) -> list[Path]:
+    """Write ``NAME.md``, ``NAME.json`` and the plots into ``folder``; their paths."""
+    paths = [folder / f"{name}.md", folder / f"{name}.json"]
+    content = json.dumps(report.document, indent=2, allow_nan=False)  # nothing written if it fails
+    write_atomically(paths[0], report.text.encode())
+    write_atomically(paths[1], content.encode())
+    for file, draw in report.plots.items():
+        draw(folder / file)
+    for file, source in report.copies.items():
+        shutil.copyfile(source, folder / file)
+    return [*paths, *(folder / file for file in (*report.copies, *report.plots))]

@@ -1,4 +1,8 @@
-"""Rows as run folders: trained once, gone on with where they were, evaluated once.
+"""Variants as run folders: trained once, resumed, evaluated once.
+
+A variant names the configuration that differs from its scale's (`ebmkit.experiments.scales`), and
+the figures that the paper prints for it. Variants of one configuration are one run: what table 1
+calls "joint" is the first row of table 3, and is trained once.
 
 ::
 
@@ -6,31 +10,30 @@
     OUT/rows/joint/evaluation/table/     what the tables read: classify.json, denoise.json
     OUT/table1.md  table1.json  table1.png
 
-A row is finished when its checkpoint and its model are of the last step, and a suite when its JSON
-file is whole and says that it was measured as asked. Whatever is less is done again: a model that
-is missing, damaged or of an earlier step is written again from the checkpoint; a run whose
-configuration or checkpoint does not read is moved aside, to ``rows/joint.broken-1``, and trained
-anew. A run of another configuration is never touched. A row that cannot be finished, because it
-diverged, leaves its reason in ``rows/ROW.stopped.txt``, and the others go on.
+A variant is finished when its checkpoint and its model are of the last step, and a suite when its
+JSON file is complete and says that it was measured as asked. Whatever is less is done again: a
+model that is missing, damaged or of an earlier step is written again from the checkpoint; a run
+whose configuration or checkpoint does not read is moved aside, to ``rows/joint.broken-1``, and
+trained anew. A run of another configuration is never touched. A variant that cannot be finished,
+because it diverged, leaves its reason in ``rows/NAME.stopped.txt``, and the others go on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ebmkit.compute import pick_device
 from ebmkit.data import AnyImages
-from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
-from ebmkit.evaluation import evaluate
-from ebmkit.experiments.keeping import Busy, Protocol, alone, fresh, holds, wanted_of, whole
-from ebmkit.experiments.rows import Row
+from ebmkit.evaluation import SIGMAS, SUITES, evaluate, parse_options
 from ebmkit.experiments.scales import Scale
 from ebmkit.models import load
-from ebmkit.storage import write_atomically
+from ebmkit.storage import Busy, held, write_atomically
 from ebmkit.storage.reading import MIB, read_json, read_text
 from ebmkit.training import DataConfig, RunFolder, TrainConfig, Trainer, resolve
 from ebmkit.training.config import difference
@@ -38,23 +41,110 @@ from ebmkit.training.cost import format_seconds
 from ebmkit.training.loop import assemble
 from ebmkit.training.setup import Split, images_of
 
-__all__ = ["Rows"]
+REPORTED = {
+    "classify": ("accuracy", "accuracy_interval"),
+    "denoise": ("denoisers", "knows_sigma"),
+    "robustness": ("curves", "epsilons", "options"),
+    "linearity": ("levels",),
+    "jacobian": ("per_image", "paper"),
+}
+"""By suite, the entries of its document that reports are made of."""
 
 
-def _just_fit(trainer: Trainer, name: str) -> None:
+@dataclass(frozen=True)
+class Variant:
+    """One configuration of an experiment.
+
+    Attributes:
+        name: for ``--only``; of the run's folder, too, unless ``run`` says otherwise.
+        label: what it is, in words.
+        task: classification, denoising or joint; or another key of `Scale.by_task`.
+        layer: the configuration, over the scale's (nested fields of `TrainConfig`).
+        paper: the paper's figures, by `ebmkit.experiments.tables.METRICS`; empty if it has none.
+        run: the variant whose run this one reads; None: its own.
+        reads: which denoiser of the suite ``denoise`` its PSNR is of.
+        at_full: what is laid over ``layer`` at the scale ``full``, whose recipe differs.
+        family: which of a scale's settings it is trained with: cifar10, imagenet or guidance.
+    """
+
+    name: str
+    label: str
+    task: str
+    layer: Mapping[str, Any] = field(default_factory=dict)
+    paper: Mapping[str, float] = field(default_factory=dict)
+    run: Variant | None = None
+    reads: str = "unconditional"
+    at_full: Mapping[str, Any] = field(default_factory=dict)
+    family: str = "cifar10"
+
+    @property
+    def folder(self) -> str:
+        """The run's folder, below that of all; names of other experiments occur in guidance."""
+        if self.run is not None:
+            return self.run.folder
+        return f"guidance/{self.name}" if self.family == "guidance" else self.name
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a trained variant is measured.
+
+    Attributes:
+        name: of the folder of results.
+        suites: those to run, which must suit the model.
+        sigmas: noise levels of the suite ``denoise``, image units.
+        images: by suite, test images at most; all where it is not named.
+        options: settings of suites.
+    """
+
+    name: str
+    suites: tuple[str, ...]
+    sigmas: tuple[float, ...] = SIGMAS
+    images: Mapping[str, int] = field(default_factory=dict)
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def document_in(self, folder: Path, suite: str, of: int) -> dict[str, Any] | None:
+        """The document of ``suite`` of ``of`` images, if it is complete and measured as asked."""
+        expected: dict[str, Any] = {"suite": suite, "of": of, "seed": 0}
+        if suite == "denoise":
+            expected["sigmas"] = list(self.sigmas)
+        if suite == "classify":
+            expected["sigmas"] = [0.0]
+        kind = SUITES[suite].options
+        if kind is None:
+            expected["images"] = min(of, self.images.get(suite, of))
+        else:  # its settings say how many
+            given = parse_options({suite: self.options.get(suite, {})}, [suite])[kind]
+            expected["options"] = given.model_dump(mode="json")
+        try:
+            document = read_json(folder / f"{suite}.json")
+        except (OSError, ValueError):
+            return None
+        if not isinstance(document, dict) or not expected.items() <= document.items():
+            return None
+        complete = all(document.get(k) is not None for k in REPORTED.get(suite, ()))
+        return document if complete else None
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Keeps other processes from training the variant in ``folder``; stale locks are released.
+
+    Raises:
+        Busy: if one does.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with held(folder.parent, "training", name=folder.name):
+        yield
+
+
+def _fit(trainer: Trainer, name: str) -> None:
     trainer.fit()
 
 
-Fit = Callable[[Trainer, str], None]
-"""Trains what it is given (`Trainer.fit`), showing progress under a name."""
-
-Tell = Callable[[str], None]
-"""Told, in one sentence, of what is being done."""
-
-
 @dataclass
-class Rows:
-    """The runs of a reproduction.
+class ExperimentRuns:
+    """The runs of all experiments in a folder.
 
     Args:
         out: where everything goes.
@@ -64,10 +154,10 @@ class Rows:
         device: as of `TrainConfig`.
         seed: of all runs.
         precision: of training; None: the scale's.
-        fit: trains, showing progress.
-        tell: told of what is being done.
+        fit: trains (`Trainer.fit`), showing progress under a name.
+        log: called with a sentence about what is being done.
         progress: whether evaluations show bars.
-        stopped: rows that could not be finished, and why.
+        stopped: variants that could not be finished, and why.
     """
 
     out: Path
@@ -76,29 +166,28 @@ class Rows:
     device: str = "auto"
     seed: int = 0
     precision: str | None = None
-    fit: Fit = _just_fit
-    tell: Tell = lambda sentence: None
+    fit: Callable[[Trainer, str], None] = _fit
+    log: Callable[[str], None] = lambda sentence: None
     progress: bool = False
     imagenet_dir: Path | None = None
     stopped: dict[str, str] = field(default_factory=dict)
     _test: dict[tuple[str, int | None], AnyImages] = field(default_factory=dict)
 
-    def folder(self, row: Row) -> Path:
-        """The run folder of ``row``."""
-        return self.out / "rows" / row.folder
+    def folder(self, variant: Variant) -> Path:
+        """The run folder of ``variant``."""
+        return self.out / "rows" / variant.folder
 
-    def config(self, row: Row, family: str) -> TrainConfig:
-        """The whole configuration of ``row``, which must be one with a run of its own."""
+    def config(self, variant: Variant) -> TrainConfig:
+        """The resolved configuration of ``variant``, which must be one with a run of its own."""
         given: dict[str, Any] = {"seed": self.seed, "device": self.device}
-        data_dir = self.imagenet_dir if self._needs_imagenet(family) else self.data_dir
+        data_dir = self.imagenet_dir if self._needs_imagenet(variant) else self.data_dir
         if data_dir is not None:
             given["dataset"] = {"data_dir": data_dir.absolute()}
         if self.precision is not None:
             given["compute"] = {"precision": self.precision}
-        layers = [self.scale.layer[family], self.scale.by_task.get(row.task, {}), row.layer]
-        if self.scale.name == "full":
-            layers.append(row.at_full)
-        return resolve(*layers, given, recipe=self.scale.recipe[family])
+        return self.scale.resolve(variant.family, variant.task, variant.layer,
+                                  variant.at_full if self.scale.name == "full" else {},
+                                  given)  # fmt: skip
 
     def command(self, target: str) -> str:
         """What was typed, with names for the folders of this machine."""
@@ -109,52 +198,48 @@ class Rows:
         words += ["--seed", str(self.seed)] if self.seed else []
         return " ".join(words)
 
-    def _needs_imagenet(self, family: str) -> bool:
-        return family == "imagenet" and self.scale.name == "full"
+    def _needs_imagenet(self, variant: Variant) -> bool:
+        return variant.family == "imagenet" and self.scale.name == "full"
 
-    def try_measure(self, row: Row, family: str, protocol: Protocol) -> None:
-        """`measure`, or a note of why ``row`` cannot be finished, in `stopped`; others go on."""
-        self._try(row, lambda: self.measure(row, family, protocol))
-
-    def try_train(self, row: Row, family: str) -> bool:
-        """`train`, or a note as of `try_measure`; whether it is trained."""
-        return self._try(row, lambda: self.train(row, family))
-
-    def _try(self, row: Row, what: Callable[[], object]) -> bool:
-        note = self._note(row)
+    def try_run(self, variant: Variant, protocol: Protocol | None) -> None:
+        """`measure`, or without a protocol `train`; why it cannot be finished goes to `stopped`."""
+        note = self._note(variant)
         note.unlink(missing_ok=True)
         try:
-            what()
+            if protocol is None:
+                self.train(variant)
+            else:
+                self.measure(variant, protocol)
         except UserError as error:
-            self.tell(f"{row.name}: stopped: {error}")
-            self.stopped[row.name] = str(error)
+            self.log(f"{variant.name}: stopped: {error}")
+            self.stopped[variant.name] = str(error)
             if note.parent.is_dir() and not isinstance(error, Busy):
                 write_atomically(note, f"{error}\n".encode())
-            return False
-        return True
 
-    def why_stopped(self, row: Row) -> str | None:
-        """Why ``row`` could not be finished when it was last tried; None if it was not tried."""
+    def why_stopped(self, variant: Variant) -> str | None:
+        """Why ``variant`` could not be finished when it was last tried; None if it was not."""
         try:
-            return read_text(self._note(row), MIB).strip()
+            return read_text(self._note(variant), MIB).strip()
         except UserError:
             return None
 
-    def _note(self, row: Row) -> Path:
-        folder = self.folder(row)
+    def _note(self, variant: Variant) -> Path:
+        folder = self.folder(variant)
         return folder.with_name(f"{folder.name}.stopped.txt")
 
-    def check(self, rows: Sequence[Row], family: str) -> None:
-        """All mistakes first: whether data, models and memory suit every row not yet trained.
+    def check(self, variants: Sequence[Variant]) -> None:
+        """All mistakes first: whether data, models and memory suit what is not yet trained.
 
         Raises:
             UserError: if one does not, or a run folder holds another run.
         """
-        if self._needs_imagenet(family) and self.imagenet_dir is None:
-            raise UserError("table2 at full scale needs ImageNet: name its folder, --imagenet-dir")
-        for row in rows:
-            config = self.config(row, family)
-            if self._state(row, config) == "finished":
+        for variant in variants:
+            if self._needs_imagenet(variant) and self.imagenet_dir is None:
+                raise UserError(
+                    "table2 at full scale needs ImageNet: name its folder, --imagenet-dir"
+                )
+            config = self.config(variant)
+            if self._state(variant, config) == "finished":
                 continue
             trainer = assemble(config)
             if self.scale.name == "smoke":
@@ -163,29 +248,28 @@ class Rows:
                 trainer.budget.check()
             except UserError as error:
                 smaller = "" if self.scale.name == "cpu" else "; or a smaller --scale"
-                raise UserError(
-                    f"row {row.name}, scale {self.scale.name}: {error}{smaller}"
-                ) from None
+                where = f"row {variant.name}, scale {self.scale.name}"
+                raise UserError(f"{where}: {error}{smaller}") from None
             if self.scale.name == "full" and trainer.device.type == "cpu":
                 seconds = trainer.budget.cost(config.steps).least_seconds
-                self.tell(f"{row.name}: at least {format_seconds(seconds)} on this CPU")
+                self.log(f"{variant.name}: at least {format_seconds(seconds)} on this CPU")
 
-    def train(self, row: Row, family: str) -> RunFolder:
-        """The finished run of ``row``, trained now as far as it is not.
+    def train(self, variant: Variant) -> RunFolder:
+        """The finished run of ``variant``, trained now as far as it is not.
 
         Raises:
-            Interrupted: if training was; calling again goes on.
+            Interrupted: if training was; calling again resumes it.
             UserError: if it cannot be trained, or the folder holds another run.
         """
-        config = self.config(row, family)
-        folder = self.folder(row)
-        if self._state(row, config) == "finished":
+        config, folder = self.config(variant), self.folder(variant)
+        if self._state(variant, config) == "finished":
             return RunFolder.open(folder)
-        with alone(folder):
-            state = self._state(row, config)
+        with exclusive(folder):
+            state = self._state(variant, config)
             if state == "broken":
-                aside = fresh(folder)
-                self.tell(f"{folder} does not read: moved to {aside.name}, and trained anew")
+                names = (f"{folder.name}.broken-{number}" for number in itertools.count(1))
+                aside = next(p for name in names if not (p := folder.with_name(name)).exists())
+                self.log(f"{folder} does not read: moved to {aside.name}, and trained anew")
                 folder.rename(aside)
                 state = "new"
             if state == "finished":
@@ -193,61 +277,58 @@ class Rows:
             run = RunFolder.create(folder, config) if state == "new" else RunFolder.open(folder)
             trainer = assemble(config, run)
             if trainer.step < config.steps:
-                self.fit(trainer, row.name)
+                self.fit(trainer, variant.name)
             trainer.save()
         return run
 
-    def measure(self, row: Row, family: str, protocol: Protocol) -> dict[str, dict[str, Any]]:
-        """What the suites of ``protocol`` find of ``row``, trained and measured now if need be.
-
-        Returns:
-            The documents by suite.
-        """
-        run = self.train(row, family)
-        config = self.config(row, family)
-        folder = run.path / "evaluation" / protocol.name
-        model: ScoreModel | None = None
-        images = self._images(config.dataset)
-        found = {}
-        for name in protocol.suites:
-            wanted = wanted_of(name, protocol, len(images))
-            document = whole(folder / f"{name}.json", wanted)
-            if document is None:
-                model = model or load(run.path, device=str(pick_device(self.device)))
-                self.tell(f"{row.name}: measuring {name}")
-                results = evaluate(
-                    model,
-                    images,
-                    [name],
-                    folder,
-                    limit=protocol.images.get(name),
-                    sigmas=protocol.sigmas,
-                    noise_levels=protocol.noise_levels,
-                    options={n: o for n, o in protocol.options.items() if n == name},
-                    progress=self.progress,
-                )
-                document = results[name].document
-            found[name] = document
+    def measure(self, variant: Variant, protocol: Protocol) -> dict[str, dict[str, Any]]:
+        """The documents by suite of ``variant``, trained and measured now if need be."""
+        run = self.train(variant)
+        found, model = self._documents(variant, protocol), None
+        for suite in (suite for suite, document in found.items() if document is None):
+            model = model or load(run.path, device=str(pick_device(self.device)))
+            self.log(f"{variant.name}: measuring {suite}")
+            results = evaluate(
+                model,
+                self.images(variant, "test"),
+                [suite],
+                run.path / "evaluation" / protocol.name,
+                limit=protocol.images.get(suite),
+                sigmas=protocol.sigmas,
+                noise_levels=(0.0,),
+                options={n: o for n, o in protocol.options.items() if n == suite},
+                progress=self.progress,
+            )
+            found[suite] = results[suite].document
         return found
 
-    def finished(self, row: Row, family: str, protocol: Protocol) -> bool:
-        """Whether ``row`` is trained and all suites of ``protocol`` are measured."""
-        config = self.config(row, family)
-        if self._state(row, config) != "finished":
-            return False
-        folder = self.folder(row) / "evaluation" / protocol.name
-        images = self._images(config.dataset)
-        return all(
-            whole(folder / f"{name}.json", wanted_of(name, protocol, len(images))) is not None
-            for name in protocol.suites
-        )
+    def measured(self, variant: Variant, protocol: Protocol) -> dict[str, dict[str, Any]] | None:
+        """`measure` of a variant that is trained and measured already; else None."""
+        if not self.trained(variant):
+            return None
+        found = self._documents(variant, protocol)
+        return None if None in found.values() else found
 
-    def facts(self, row: Row, family: str) -> dict[str, Any]:
-        """How ``row`` was trained: seconds, steps, parameters, precision, machine, commit."""
-        run = RunFolder.open(self.folder(row))
+    def _documents(self, variant: Variant, protocol: Protocol) -> dict[str, Any]:
+        """The documents by suite that are complete; None of others."""
+        folder = self.folder(variant) / "evaluation" / protocol.name
+        count = len(self.images(variant, "test"))
+        return {suite: protocol.document_in(folder, suite, count) for suite in protocol.suites}
+
+    def trained(self, variant: Variant) -> bool:
+        """Whether ``variant`` is trained to its end.
+
+        Raises:
+            UserError: if the folder holds a run of another configuration.
+        """
+        return self._state(variant, self.config(variant)) == "finished"
+
+    def facts(self, variant: Variant) -> dict[str, Any]:
+        """How ``variant`` was trained: seconds, steps, parameters, precision, machine, commit."""
+        run = RunFolder.open(self.folder(variant))
         state = run.load_checkpoint()
         assert state is not None
-        config, own_config = self.config(row, family), resolve(run.config())
+        config, own_config = self.config(variant), resolve(run.config())
         own = read_json(run.path / "environment.json")
         names = ("git_commit", "torch", "gpu", "threads", "cores", "platform")
         return {
@@ -260,32 +341,23 @@ class Rows:
             **{name: own.get(name) for name in names},
         }
 
-    def _images(self, data: DataConfig) -> AnyImages:
+    def images(self, variant: Variant, split: Split) -> AnyImages:
+        """The images of ``split`` that ``variant`` is trained or measured on."""
+        data: DataConfig = self.config(variant).dataset
+        if split != "test":
+            return images_of(data, split)
         key = (data.name, data.image_size)
         if key not in self._test:
             self._test[key] = images_of(data, "test")
         return self._test[key]
 
-    def trained(self, row: Row, family: str) -> bool:
-        """Whether ``row`` is trained to its end.
-
-        Raises:
-            UserError: if the folder holds a run of another configuration.
-        """
-        return self._state(row, self.config(row, family)) == "finished"
-
-    def images(self, row: Row, family: str, split: Split) -> AnyImages:
-        """The images of ``split`` that ``row`` is trained or measured on."""
-        data = self.config(row, family).dataset
-        return self._images(data) if split == "test" else images_of(data, split)
-
-    def _state(self, row: Row, config: TrainConfig) -> str:
+    def _state(self, variant: Variant, config: TrainConfig) -> str:
         """``new``, ``begun``, ``finished`` or ``broken``.
 
         Raises:
             UserError: if the folder holds a run of another configuration.
         """
-        folder = self.folder(row)
+        folder = self.folder(variant)
         if not folder.exists():
             return "new"
         try:
@@ -300,10 +372,10 @@ class Rows:
         found = difference(saved.model_dump(mode="json"), config.model_dump(mode="json"))
         if found is not None:
             key, old, new = found
-            if not holds(run.config(), key):  # cut short
+            if not _has_field(run.config(), key):  # cut short
                 return "broken"
             raise UserError(
-                f"{str(folder)!r} holds row {row.folder!r} of another configuration: {key} was "
+                f"{str(folder)!r} holds row {variant.folder!r} of another configuration: {key} was "
                 f"{old!r} and would be {new!r}; choose another --out, or move that folder away"
             )
         if checkpoint is None or checkpoint["step"] < config.steps:
@@ -312,5 +384,13 @@ class Rows:
             card = load(folder).card
         except UserError:
             return "begun"  # the checkpoint has it all: the model is written again
-        saved_all = card is not None and card.steps == checkpoint["step"]
-        return "finished" if saved_all else "begun"
+        return "finished" if card is not None and card.steps == checkpoint["step"] else "begun"
+
+
+def _has_field(values: Any, key: str) -> bool:
+    """Whether nested ``values`` have the field called ``key``, with dots."""
+    for part in key.split("."):
+        if not isinstance(values, dict) or part not in values:
+            return False
+        values = values[part]
+    return True

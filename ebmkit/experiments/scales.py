@@ -1,15 +1,15 @@
 """How large a reproduction is: for CI, for two cores, and as the paper has it.
 
 ========= ============================== ================== =============================
-scale     data                           network            training of a row
+scale     data                           network            training of a variant
 ========= ============================== ================== =============================
 smoke     scikit-learn's digits, 8x8     width 8            60 steps: seconds
 cpu       CIFAR-10                       width 16           1,000 steps: minutes on 2 cores
 full      CIFAR-10 (table 2: ImageNet)   width 64           the paper's recipe, on a GPU
 ========= ============================== ================== =============================
 
-Nothing else differs between the rows of a table than what the row names, with one exception: below
-``full`` the rows that denoise alone learn at a third of the rate, with clipped gradients. At the
+Nothing else differs between the variants of a table than what each names, with one exception: below
+``full`` those that denoise alone learn at a third of the rate, with clipped gradients. At the
 rate of the others, which the small recipes have so that minutes suffice, they fell back to the
 identity after some hundred steps and stayed there. Table 2 follows the
 ImageNet recipe at every scale, crops that grow and batches that shrink included; below ``full`` on
@@ -25,22 +25,20 @@ from typing import Any
 import torch
 
 from ebmkit.registry import find
-from ebmkit.training import RECIPES
-
-__all__ = ["SCALES", "Scale", "find_scale"]
+from ebmkit.training import RECIPES, TrainConfig, resolve
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Settings that all rows of a table share.
+    """Settings that all variants of an experiment share.
 
     Attributes:
         name: as on the command line.
-        about: one line.
-        recipe: by family of tables (cifar10, imagenet), the recipe below everything.
+        description: one line.
+        recipe: by family of variants (cifar10, imagenet, guidance), the recipe below everything.
         layer: by family, what is laid over the recipe.
-        images: by suite, test images that rows are evaluated on at most; all where it is not named.
-        by_task: laid over the rows of a task.
+        images: by suite, test images evaluated at most; all where it is not named.
+        by_task: laid over the variants of a task.
         threads: of a CPU at most; None: as many as there are.
     """
 
@@ -51,6 +49,17 @@ class Scale:
     images: Mapping[str, int]
     by_task: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     threads: int | None = None
+
+    def resolve(self, family: str, task: str, *layers: Mapping[str, Any]) -> TrainConfig:
+        """The whole configuration of a variant: its recipe, and above it the scale's layers.
+
+        Args:
+            family: of the variant.
+            task: of the variant.
+            layers: what is laid over both.
+        """
+        own = (self.layer[family], self.by_task.get(task, {}))
+        return resolve(*own, *layers, recipe=self.recipe[family])
 
 
 def _cpu_precision() -> str:
@@ -112,60 +121,45 @@ def _small(width: int, classify: int, steps: int, every: int) -> dict[str, Any]:
     }
 
 
-def _attacked(batch: int, steps: int, warmup: int) -> dict[str, Any]:
-    attack = {"terms": {"adv": {"steps": 3, "warmup_steps": warmup}}}
-    return {**attack, "streams": {"classify": {"batch_size": batch}}, "steps": steps}
-
-
-def _unet(width: int, blocks: int, batch: int, steps: int, every: int) -> dict[str, Any]:
-    return {
-        "backbone": "unet",
-        "head": "linear-quadratic",
-        "model": {"backbone": {"width": width, "blocks": blocks}},
-        "streams": {"denoise": {"batch_size": batch}},
-        "optimizer": {"lr": 2e-3, "weight_decay": 0.0, "ema": 0.995, "clip_norm": 1.0},
-        "steps": steps,
-        "checkpoint_every": every,
-    }
-
-
-def _small_jem(batch: int, steps: int) -> dict[str, Any]:
+def _small_networks(
+    judge: dict[str, Any], robust: int, jem: int, diffusion: tuple[int, int], own: tuple[int, int]
+) -> dict[str, dict[str, Any]]:
+    """By task, what is laid over `_small`: numbers of steps, or batch size and steps."""
     noise = {"kind": "fixed", "min": 0.0, "max": 0.015}
-    stream = {"batch_size": batch, "noise": noise}
+    stream = {"batch_size": 64, "noise": noise}
     return {
-        "backbone": "wideresnet10-jem",
-        "streams": {"classify": stream, "generate": stream},
-        "optimizer": {"lr": 1e-3, "weight_decay": 0.0, "warmup_steps": 30},
-        "negatives": {"steps": 5, "buffer_size": 1000},
-        "steps": steps,
+        "judge": {"backbone": "resnet18", **judge},
+        "robust": {
+            "terms": {"adv": {"steps": 3, "warmup_steps": robust // 2}},
+            "streams": {"classify": {"batch_size": 64}},
+            "steps": robust,
+        },
+        "diffusion": {
+            "backbone": "unet",
+            "head": "linear-quadratic",
+            "model": {"backbone": {"width": 32, "blocks": 1}},
+            "streams": {"denoise": {"batch_size": diffusion[0]}},
+            "optimizer": {"lr": 2e-3, "weight_decay": 0.0, "ema": 0.995, "clip_norm": 1.0},
+            "steps": diffusion[1],
+            "checkpoint_every": 200,
+        },
+        "jem": {
+            "backbone": "wideresnet10-jem",
+            "streams": {"classify": stream, "generate": stream},
+            "optimizer": {"lr": 1e-3, "weight_decay": 0.0, "warmup_steps": 30},
+            "negatives": {"steps": 5, "buffer_size": 1000},
+            "steps": jem,
+        },
+        # in the UNet's place; with plain norms, or cross-entropy beside, none begins to learn
+        "own-diffusion": {
+            "model": {"backbone": {"norm": "scale"}},
+            "streams": {"denoise": {"batch_size": own[0]}},
+            "optimizer": {"lr": 1e-3, "weight_decay": 0.0, "clip_norm": 1.0, "ema": 0.995},
+            "steps": own[1],
+        },
     }
 
 
-def _own_unet(batch: int, steps: int) -> dict[str, Any]:
-    """A joint model in the UNet's place; with plain norms, or cross-entropy beside, none begins."""
-    return {
-        "model": {"backbone": {"norm": "scale"}},
-        "streams": {"denoise": {"batch_size": batch}},
-        "optimizer": {"lr": 1e-3, "weight_decay": 0.0, "clip_norm": 1.0, "ema": 0.995},
-        "steps": steps,
-    }
-
-
-_RESNET18 = {"backbone": "resnet18"}
-_SMOKE_GUIDANCE = {
-    "judge": _RESNET18,
-    "robust": _attacked(64, 160, 80),
-    "diffusion": _unet(32, 1, 64, 600, 200),
-    "jem": _small_jem(64, 100),
-    "own-diffusion": _own_unet(64, 200),
-}
-_CPU_GUIDANCE = {
-    "judge": {**_RESNET18, "steps": 500},
-    "robust": _attacked(64, 400, 200),
-    "diffusion": _unet(32, 1, 32, 2000, 200),
-    "jem": _small_jem(64, 250),
-    "own-diffusion": _own_unet(32, 600),
-}
 _FULL_GUIDANCE = {
     "guide": RECIPES["cifar10-robust"].config | {"objective": "ce"},
     "judge": {"backbone": "wideresnet28-10"},
@@ -190,7 +184,7 @@ SCALES: dict[str, Scale] = {
             "guidance": _small(8, 64, 160, 80),
         },
         {"classify": 100, "denoise": 100},
-        _GENTLE | _SMOKE_GUIDANCE,
+        _GENTLE | _small_networks({}, 160, 100, (64, 600), (64, 200)),
         threads=1,  # several are no faster on images this small, and far slower beside other work
     ),
     "cpu": Scale(
@@ -203,7 +197,7 @@ SCALES: dict[str, Scale] = {
             "guidance": _small(16, 128, 400, 50),
         },
         {"denoise": 1000},
-        _GENTLE | _CPU_GUIDANCE,
+        _GENTLE | _small_networks({"steps": 500}, 400, 250, (32, 2000), (32, 600)),
     ),
     "full": Scale(
         "full",

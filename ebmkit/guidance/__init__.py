@@ -1,26 +1,31 @@
 """Guidance of diffusion models, and of any sampler, by the energies of a classifier."""
 
-from ebmkit.guidance.combine import (
-    Guidance,
-    View,
-    guided_denoiser,
-    guided_density,
-    guided_noise,
-    guided_score,
-)
-from ebmkit.guidance.config import CLASSIFIER_FREE, GUIDES, GuidanceConfig, make_guidance
-from ebmkit.guidance.free import classifier_free, weight_of_diffusers, weight_of_thesis
 from ebmkit.guidance.guides import (
+    CLASSIFIER_FREE,
+    GUIDES,
     accumulated_guide,
+    check_guide,
     classifier_guide,
+    clean_sigma,
     dual_guide,
     energy_guide,
     pgd_guide,
 )
 from ebmkit.guidance.logits import LogitModel
-from ebmkit.guidance.means import ClassEnergies, class_energies, stored_energies
+from ebmkit.guidance.mean_energies import ClassEnergies, class_energies, stored_energies
 from ebmkit.guidance.model import GuidedModel, guided_model
 from ebmkit.guidance.schedules import GUIDANCE_SCHEDULES, GuidanceSchedule, parse_schedule
+from ebmkit.guidance.score import (
+    Guidance,
+    GuidanceConfig,
+    View,
+    classifier_free,
+    guided_denoiser,
+    guided_density,
+    guided_noise,
+    guided_score,
+    make_guidance,
+)
 
 __all__ = [
     "CLASSIFIER_FREE",
@@ -34,9 +39,11 @@ __all__ = [
     "LogitModel",
     "View",
     "accumulated_guide",
+    "check_guide",
     "class_energies",
     "classifier_free",
     "classifier_guide",
+    "clean_sigma",
     "dual_guide",
     "energy_guide",
     "guided_denoiser",
@@ -48,6 +55,4 @@ __all__ = [
     "parse_schedule",
     "pgd_guide",
     "stored_energies",
-    "weight_of_diffusers",
-    "weight_of_thesis",
 ]

@@ -4,24 +4,18 @@ A pipeline asks its UNet for a prediction at (u_t, t) and leaves the rest to its
 UNet whose prediction is guided guides the pipeline, whatever the scheduler (DDPM, DDIM,
 DPM-Solver, Euler, ...). `GuidedUNet` is one: it has the configuration, type and signature of the
 UNet that it wraps. With :math:`\bar\alpha` of the scheduler and images in [a, b], usually
-[-1, 1], each prediction is an affine function of the noise,
+[-1, 1], the noise is an affine function of each prediction,
 
 .. math::
     \hat\epsilon = \sqrt{\bar\alpha}\,\hat v + \sqrt{1 - \bar\alpha}\,u
-                 = (u - \sqrt{\bar\alpha}\,\hat u_0) / \sqrt{1 - \bar\alpha} ,
+                 = (u - \sqrt{\bar\alpha}\,\hat u_0) / \sqrt{1 - \bar\alpha}
+                 = p \cdot \text{prediction} + q\,u ,
 
-guidance changes the noise by :math:`\Delta = -s\,g(t)\,\nabla_u h` (`ebmkit.guidance.guided_noise`,
-where the guide sees images in [0, 1]), and so the prediction by
-
-============== =====================================================
-``epsilon``    :math:`\Delta`
-``v_prediction`` :math:`\Delta / \sqrt{\bar\alpha}`
-``sample``     :math:`-\Delta\,\sqrt{(1 - \bar\alpha)/\bar\alpha}`
-============== =====================================================
+guidance changes it by :math:`\Delta = -s\,g(t)\,\nabla_u h` (`ebmkit.guidance.guided_noise`, where
+the guide gets images in [0, 1]), and so the prediction by :math:`\Delta / p`.
 
 Channels beyond the images' own are variances, and stay. Where there is noise alone
-(:math:`\bar\alpha` below 1e-7, as at the end of a rescaled schedule), a guide sees nothing, and the
-prediction stays.
+(:math:`\bar\alpha` below 1e-7, as at the end of a rescaled schedule), the prediction stays.
 
 Schedulers that clip the predicted clean image, as those of DDPM's models do, must clip the guided
 one, and DDIM's of `diffusers` keeps the noise as it was predicted. Under strong guidance the two
@@ -37,17 +31,35 @@ A class-conditional UNet gets the label itself, or with ``classifier_free`` = w 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
-from ebmkit.guidance.combine import View
-from ebmkit.guidance.config import make_guidance
-from ebmkit.guidance.pipelines import check_pipeline, schedule_of
-from ebmkit.guidance.unet import GuidedUNet
+from ebmkit.energy import EnergyModel, Noise
+from ebmkit.errors import UserError
+from ebmkit.guidance.guides import CLASSIFIER_FREE, check_guide
+from ebmkit.guidance.logits import LogitModel
+from ebmkit.guidance.score import Guidance, GuidanceConfig, View, guided_noise, make_guidance
+from ebmkit.noise import Schedule
+from ebmkit.sampling.target import DensityFunction
 
-__all__ = ["GuidedUNet", "guided", "schedule_of"]
+LATENT = ("vae", "vqvae", "vqgan", "movq", "prior")
+"""Components of pipelines whose UNet works on codes of images."""
+
+PREDICTIONS: dict[str, Callable[[float], tuple[float, float]]] = {
+    "epsilon": lambda abar: (1.0, 0.0),
+    "v_prediction": lambda abar: (math.sqrt(abar), math.sqrt(1 - abar)),
+    "sample": lambda abar: (-math.sqrt(abar / (1 - abar)), 1 / math.sqrt(1 - abar)),
+}
+"""By name, p and q of the noise = p * prediction + q * u_t."""
+
+NOISE_ALONE = 1e-7
+"""Below this share of the image in the variance there is nothing to guide by."""
 
 P = TypeVar("P")
 
@@ -61,8 +73,8 @@ def guided(
     schedule: str = "exact",
     view: View | None = None,
     *,
-    through: bool = False,
-    late: float = 0.0,
+    backpropagate: bool = False,
+    start: float = 0.0,
     means: Sequence[float] | None = None,
     classifier_free: float | None = None,
     null_label: int | None = None,
@@ -81,13 +93,8 @@ def guided(
             gives logits of images in [0, 1] (`LogitModel` for other ranges); None for
             ``classifier-free``.
         label: of all images, or one for each, (B,).
-        guidance: a name from `ebmkit list guidance`.
-        scale: s; 0 is unguided. Of ``classifier-free``, w.
-        schedule: g(t), as sigmoid:t0=500,y0=0.05,k=0.02.
-        view: what the guide sees: noisy, shrunk or clean; None: noisy if the guide takes the noise
-            level, else shrunk.
-        through: whether the gradient of ``clean`` goes back through the UNet.
-        late: share of noise levels, from the noisiest, without guidance.
+        guidance: as of `ebmkit.guidance.GuidanceConfig`, like ``scale``, ``schedule``, ``view``,
+            ``backpropagate`` and ``start``.
         means: (C,) mean E of each label's training images, for ``dual``.
         classifier_free: w, in addition to a guide, for a class-conditional UNet; None: it gets the
             label itself.
@@ -103,21 +110,30 @@ def guided(
 
     >>> images = guided(pipeline, robust, 3, "pgd", scale=4, n=20)()     # doctest: +SKIP
     """
-    check_pipeline(pipeline)
+    name = type(pipeline).__name__
+    latent = [part for part in LATENT if getattr(pipeline, part, None) is not None]
+    if latent:
+        raise UserError(
+            f"{name} works on latents (it has {latent[0]!r}), and a guide takes images: take a "
+            "pipeline on pixels, as DDPMPipeline"
+        )
+    for part in ("unet", "scheduler"):
+        if getattr(pipeline, part, None) is None:
+            raise UserError(f"{name} has no {part}: take a pipeline of diffusers with a UNet")
     config = make_guidance(
         guidance=guidance,
         scale=scale,
         schedule=schedule,
         view=view,
-        through=through,
-        late=late,
+        backpropagate=backpropagate,
+        start=start,
         options=settings,
     )
     made: Any = copy.copy(pipeline)
-    scheduler = copy.deepcopy(made.scheduler)
-    unet = GuidedUNet(
+    made.scheduler = copy.deepcopy(made.scheduler)
+    made.unet = GuidedUNet(
         made.unet,
-        scheduler,
+        made.scheduler,
         model,
         label,
         config,
@@ -127,7 +143,331 @@ def guided(
         image_range=image_range,
         clip=clip,
     )
-    made.scheduler = scheduler
-    made.unet = unet
     result: P = made
     return result
+
+
+class GuidedUNet(nn.Module):
+    """A UNet of `diffusers` whose prediction is guided, for pipelines and custom loops.
+
+    It is called as the UNet is, ``(sample, timestep, ...)``, gives what that gives, and passes
+    other attributes on to it. A timestep is a number or tensor, of all images or one of each,
+    between two of the schedule's where a scheduler asks for that.
+
+    Args:
+        unet: predicts noise, v or clean images at u_t (B, C, H, W), and perhaps C variances.
+        scheduler: of `diffusers`; its ``alphas_cumprod`` and ``prediction_type`` are read.
+        model: as for `guided`, like ``label`` and all keyword arguments.
+        config: how it is guided.
+
+    Raises:
+        UserError: as `guided`.
+
+    >>> unet = GuidedUNet(pipeline.unet, pipeline.scheduler, robust, 3)  # doctest: +SKIP
+    >>> unet(u, t).sample                                                # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        scheduler: Any,
+        model: nn.Module | None,
+        label: int | Tensor | Sequence[int],
+        config: GuidanceConfig | None = None,
+        *,
+        means: Sequence[float] | None = None,
+        classifier_free: float | None = None,
+        null_label: int | None = None,
+        image_range: tuple[float, float] = (-1.0, 1.0),
+        clip: bool | None = None,
+    ) -> None:
+        super().__init__()
+        self.unet, self.config_of_guidance, self.means = unet, config or GuidanceConfig(), means
+        self.schedule = schedule_of(scheduler, image_range)
+        self.prediction = str(getattr(scheduler.config, "prediction_type", None) or "epsilon")
+        if self.prediction not in PREDICTIONS:
+            raise UserError(
+                f"the scheduler's prediction_type {self.prediction!r} is not known: "
+                f"{', '.join(PREDICTIONS)} are"
+            )
+        clips = getattr(scheduler.config, "clip_sample", False) if clip is None else clip
+        limit = getattr(scheduler.config, "clip_sample_range", None) or 1.0
+        self.limit: float | None = float(limit) if clips else None
+        self.channels, embedded = _check_unet(unet)
+        self.label = _check_labels(label)
+        self.guide = None if model is None else _check_guide(model, unet, self.channels)
+        own = self.guidance(self.label)  # settings and labels that do not suit it are refused
+        if self.guide is None and classifier_free is not None:
+            raise UserError("classifier_free is in addition to a guide: give w as scale")
+        self.mixing = own if self.guide is None else None
+        if classifier_free is not None:
+            self.mixing = Guidance(None, classifier_free, diffusion=self.schedule)
+        if embedded is None and self.mixing is not None:
+            raise UserError(
+                f"{CLASSIFIER_FREE} guidance needs a class-conditional UNet, and this one has no "
+                "num_class_embeds: give a guide"
+            )
+        self.embedded, self.null_label = embedded is not None, -1
+        if embedded is not None:
+            self.null_label = embedded - 1 if null_label is None else null_label
+            lowest, top = (int(v) for v in torch.as_tensor(self.label).aminmax())
+            if lowest < 0 or top >= embedded or not 0 <= self.null_label < embedded:
+                raise UserError(
+                    f"label {top if top >= embedded else lowest} or null label {self.null_label} "
+                    f"is out of range: this UNet knows 0 to {embedded - 1}"
+                )
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "unet":
+                raise
+            return getattr(self.unet, name)
+
+    def guidance(self, labels: int | Tensor) -> Guidance:
+        """The guidance to ``labels``."""
+        found = self.config_of_guidance.build(self.guide, labels, self.means, self.schedule)
+        if self.guide is None or found.guide is None:
+            return found
+        return replace(found, guide=_in_precision_of(self.guide, found.guide))
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor | float, *args: Any, return_dict: bool = True,
+        **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """The guided prediction, as the UNet's own output; no gradients go back through it.
+
+        Args:
+            sample: u_t (B, C, H, W).
+            timestep: a number, or a tensor of one or of (B,).
+            *args: passed on to the UNet.
+            return_dict: whether to return an output with ``sample``, or a tuple.
+            **kwargs: passed on to the UNet.
+
+        Raises:
+            UserError: if there are other labels than images, the images have another size than the
+                guide takes, a timestep is out of range, or the guide is on another device.
+        """
+        batch, outs, kind = len(sample), [], None
+        labels = self._check_sample(sample)
+        for part, t in _parts(timestep, batch):
+
+            def own(value: Any, part: slice = part) -> Any:
+                """Of an argument what belongs to these images."""
+                each = isinstance(value, Tensor) and value.ndim and len(value) == batch
+                return value[part] if each else value
+
+            at, given = own(timestep), [own(value) for value in args]
+            named = {key: own(value) for key, value in kwargs.items()}
+
+            def call(u: Tensor, more: dict[str, Tensor]) -> Tensor:
+                nonlocal kind
+                out = self.unet(u, at, *given, **{**named, **more})  # noqa: B023
+                if not isinstance(out, Tensor | tuple):
+                    kind, out = type(out), out.sample
+                found: Tensor = out[0] if isinstance(out, tuple) else out
+                return found
+
+            c = named.get("class_labels")
+            outs.append(self._guided(sample[part], t, labels[part], c, call))
+        out = torch.cat(outs) if len(outs) > 1 else outs[0]
+        if not return_dict:
+            return (out,)
+        return out if kind is None else kind(sample=out)
+
+    def _guided(
+        self, u: Tensor, t: Any, labels: Tensor, own: Tensor | None, call: Callable[..., Tensor]
+    ) -> Tensor:
+        """The UNet's output at images ``u`` of one timestep ``t``, its prediction guided.
+
+        ``labels`` (b,) are those of guidance, ``own`` those that the UNet was called with, if any;
+        ``call`` is the UNet, given images and arguments to add.
+        """
+        abar, channels = self.schedule.abar(t), self.channels
+
+        def predict(u: Tensor) -> Tensor:
+            """(b, C or 2C, H, W); with classifier-free guidance mixed with that of no label."""
+            if not self.embedded:
+                return call(u, {})
+            c = labels if own is None else own
+            weight = 1.0 if self.mixing is None else self.mixing.weight_at(t)
+            if weight == 1:
+                return call(u, {"class_labels": c})
+            plain = call(u, {"class_labels": torch.full_like(c, self.null_label)})
+            if weight == 0:
+                return plain
+            out = call(u, {"class_labels": c})
+            first, other = out[:, :channels], plain[:, :channels]
+            return torch.cat([other + weight * (first - other), out[:, channels:]], dim=1)
+
+        if self.guide is None or abar < NOISE_ALONE:
+            return predict(u)
+        outs: list[Tensor] = []
+        noises: list[Tensor] = []
+        p, q = PREDICTIONS[self.prediction](abar)
+
+        def noise(wide: Tensor, t: int) -> Tensor:
+            outs.append(predict(wide.to(u.dtype)))
+            noises.append(p * outs[0][:, :channels].to(wide.dtype) + q * wide)
+            return noises[0]
+
+        wide = u if u.dtype == torch.float64 else u.float()
+        found = guided_noise(noise, self.schedule, self.guidance(labels))(wide, t)
+        out, hat, plain = outs[0].detach(), found.detach(), noises[0].detach()
+        if found is noises[0]:  # guidance is off at this timestep
+            return out
+        if self.limit is not None:  # derive the noise from the clipped image
+            clean = (wide - math.sqrt(1 - abar) * hat) / math.sqrt(abar)
+            clean = clean.clamp(-self.limit, self.limit)
+            hat = (wide - math.sqrt(abar) * clean) / math.sqrt(1 - abar)
+        first = out[:, :channels].to(hat.dtype) + (hat - plain) / p
+        return torch.cat([first.to(out.dtype), out[:, channels:]], dim=1)
+
+    def _check_sample(self, sample: Tensor) -> Tensor:
+        """The labels (B,) of images that suit the guide."""
+        own = None if self.guide is None else next(self.guide.parameters(), None)
+        if own is not None and own.device != sample.device:
+            raise UserError(
+                f"the guide is on {own.device} and the pipeline on {sample.device}: move it, as in "
+                f"model.to({str(sample.device)!r})"
+            )
+        if self.guide is not None:
+            _check_size(tuple(sample.shape[-2:]), self.guide)
+        labels = torch.as_tensor(self.label).reshape(-1)
+        repeats, rest = divmod(len(sample), len(labels))
+        if rest:
+            count = f"{len(labels)} labels and {len(sample)} images"
+            raise UserError(f"there are {count}: give one for each")
+        return labels.repeat(repeats).to(sample.device)
+
+
+def _parts(timestep: Tensor | float, batch: int) -> list[tuple[slice, float]]:
+    """Neighbouring images of one timestep."""
+    times = torch.as_tensor(timestep, dtype=torch.float64).reshape(-1).tolist()
+    if len(times) not in (1, batch):
+        raise UserError(f"{batch} images need 1 timestep or {batch}, not {len(times)}")
+    each = times * batch if len(times) == 1 else times
+    cuts = [0, *(i for i in range(1, batch) if each[i] != each[i - 1]), batch]
+    return [(slice(a, b), each[a]) for a, b in itertools.pairwise(cuts)]
+
+
+@dataclass(frozen=True)
+class _Levels(Schedule):
+    """A scheduler's noise levels, also between two of its timesteps."""
+
+    def abar(self, t: float) -> float:
+        low = math.floor(t)
+        if t == low:
+            return super().abar(low)
+        before, after = (math.sqrt((1 - a) / a) for a in map(super().abar, (low, low + 1)))
+        level = before + (t - low) * (after - before)  # linear, as Euler's of diffusers
+        return 1 / (1 + level**2)
+
+
+def schedule_of(scheduler: Any, image_range: tuple[float, float] = (-1.0, 1.0)) -> Schedule:
+    """The noise levels of a scheduler of `diffusers`, to its own precision.
+
+    Args:
+        scheduler: with ``alphas_cumprod``.
+        image_range: where clean images live.
+
+    Raises:
+        UserError: if it has none: the input of its model is not u_t.
+    """
+    abar = getattr(scheduler, "alphas_cumprod", None)
+    if not isinstance(abar, Tensor) or not len(abar):
+        raise UserError(
+            f"{type(scheduler).__name__} has no alphas_cumprod: only schedulers of "
+            "variance-preserving diffusion can be guided, as DDPM, DDIM and DPM-Solver"
+        )
+    known = abar.detach().double().cpu().clamp_min(NOISE_ALONE / 2)
+    before = torch.cat([known.new_ones(1), known[:-1]])
+    return _Levels((1 - known / before).clamp(1e-12, 1 - 1e-12), image_range)
+
+
+def _in_precision_of(model: nn.Module, guide: DensityFunction) -> DensityFunction:
+    """``guide`` in the number type of the model's parameters, its gradient in that of v."""
+    own = next(model.parameters(), None)
+    if own is None:
+        return guide
+
+    def cast(v: Tensor, sigma: Noise | None = None) -> tuple[Tensor, Tensor]:
+        level = sigma.to(own.dtype) if isinstance(sigma, Tensor) else sigma
+        value, gradient = guide(v.to(own.dtype), level)
+        return value.to(v.dtype), gradient.to(v.dtype)
+
+    return cast
+
+
+def _check_unet(unet: nn.Module) -> tuple[int, int | None]:
+    """The channels C of its images, and the number of labels that it embeds, if any."""
+    config: Any = getattr(unet, "config", None)
+    taken, given = (getattr(config, name, None) for name in ("in_channels", "out_channels"))
+    if not isinstance(taken, int) or given not in (taken, 2 * taken):
+        raise UserError(
+            f"{type(unet).__name__} takes {taken} channels and gives {given}: it must give as many "
+            "as it takes, or twice as many with variances"
+        )
+    return taken, getattr(config, "num_class_embeds", None)
+
+
+def _check_labels(label: int | Tensor | Sequence[int]) -> int | Tensor:
+    found = torch.as_tensor(label).detach().cpu()
+    fractional = found.is_floating_point() or found.dtype == torch.bool
+    if fractional or found.ndim > 1 or not found.numel():
+        raise UserError(f"label {label} must be a whole number, or one for each image")
+    return int(found) if found.ndim == 0 else found.long()
+
+
+def _check_guide(model: nn.Module, unet: Any, channels: int) -> EnergyModel:
+    """``model`` as a guide, in evaluation mode and of the UNet's kind of images."""
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{type(model).__name__} is no network and cannot guide")
+    random = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+    if any(isinstance(m, random) and m.training for m in model.modules()):
+        raise UserError(
+            "the guide is in training mode, where its norms or dropout mix images or draw: call "
+            "model.eval()"
+        )
+    size = getattr(unet.config, "sample_size", None)
+    known = (size, size) if isinstance(size, int) else tuple(size) if size else None
+    guide = model if isinstance(model, EnergyModel) else _of_logits(model, channels, known)
+    check_guide(guide)
+    taken = getattr(guide, "in_channels", None) or (guide.card.channels if guide.card else None)
+    if taken is not None and taken != channels:
+        raise UserError(f"the pipeline makes images of {channels} channel(s), and this guide takes "
+                        f"{taken}: give one trained on such images")  # fmt: skip
+    if known:
+        _check_size(known, guide)
+    return guide
+
+
+def _check_size(size: tuple[int, ...], guide: EnergyModel) -> None:
+    trained = guide.card.image_size if guide.card else None
+    if trained and tuple(trained) != size:
+        raise UserError(
+            f"the pipeline makes images of {size[0]}x{size[1]}, and this guide was trained on "
+            f"{trained[0]}x{trained[1]}: give one trained on such images"
+        )
+
+
+def _of_logits(model: nn.Module, channels: int, size: tuple[int, ...] | None) -> LogitModel:
+    """A custom network, with as many labels as it gives logits for one black image."""
+    if size is None:
+        raise UserError("the UNet does not say its sample_size: wrap the network in LogitModel")
+    own = next(model.parameters(), torch.empty(0))
+    black = torch.zeros(1, channels, *size, dtype=own.dtype, device=own.device)
+    try:
+        with torch.no_grad():
+            logits = model(black)
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"the network does not take an image {tuple(black.shape[1:])}: {reason}"
+        ) from None
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
+        raise UserError(
+            "the network must give logits (B, labels): wrap it in a module that gives them alone"
+        )
+    return LogitModel(model, logits.shape[1], in_channels=channels)

@@ -1,11 +1,11 @@
-r"""Guides: functions of an image, with their gradients, that guidance raises.
+r"""Guides: functions of an image, with their gradients, that guidance increases.
 
 A classifier's logits are energies (RCG eq. 2.32-2.38), :math:`E(v, c) = -\log p(v, c)` and
 :math:`E(v) = -\log p(v)`, whose difference classifies,
 :math:`\log p(c \mid v) = E(v) - E(v, c)`. With them a guide h of a label c is
 
 =============== ================================================================================
-guide           h(v), to be raised, in nats
+guide           h(v), to be increased, in nats
 =============== ================================================================================
 ``classifier``  :math:`\log p(c \mid v)`
 ``energy``      :math:`\log p(v, c) = -E(v, c)` (RCG section 4.6)
@@ -17,28 +17,30 @@ guide           h(v), to be raised, in nats
 =============== ================================================================================
 
 Classifier and energy differ by :math:`\log p(v)`: the first asks for an image that no other label
-explains, the second for one that the label makes likely. Energies are read as `ebmkit.models.heads`
-says: of a model that was trained to classify alone, off its logits.
+explains, the second for one that the label makes likely. The energies of a model that was trained
+to classify alone are those of its logits (`ebmkit.models.heads.LogitEnergy`).
 
 The last two take an inner guide h and n normalised steps up it,
 
 .. math:: v_0 = v, \qquad v_{i+1} = v_i + \gamma \frac{\nabla h(v_i)}{\|\nabla h(v_i)\|_2} .
 
 For ``accumulated`` RCG does not say how its intermediate images arise; these are the steps of its
-PGD guidance. Neither is the gradient of its value: the way from v to :math:`v_n` is not
+PGD guidance. Neither is the gradient of its value: the path from v to :math:`v_n` is not
 differentiated.
 
 A guide is a `ebmkit.sampling.target.DensityFunction`: v (B, ...) and the noise level of v in image
-units, or None, to the value (B,) and the gradient. RCG is the thesis "Classifier-free Diffusion
+units, or None, to the value (B,) and the gradient. `GUIDES` has them by name with their settings.
+RCG is the thesis "Classifier-free Diffusion
 Guidance with a Robust Energy-Based Classifier" (Sapienza, 2024) here and in all docstrings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ebmkit.energy import Energies, EnergyModel, Noise, classifies, upcast_energies
@@ -47,57 +49,37 @@ from ebmkit.models.heads import LogitEnergy
 from ebmkit.sampling.base import check_positive, per_chain
 from ebmkit.sampling.target import DensityFunction, density_of, label_density_of
 
-__all__ = [
-    "DUAL_WEIGHT",
-    "PGD_STEPS",
-    "PGD_STEP_SIZE",
-    "accumulated_guide",
-    "classifier_guide",
-    "dual_guide",
-    "energy_guide",
-    "pgd_guide",
-]
+CLASSIFIER_FREE = "classifier-free"
+"""Guidance that needs no guide: the sampled model itself knows labels."""
 
-DUAL_WEIGHT = 0.15
-"""lambda of RCG section 4.8."""
-
-PGD_STEPS, PGD_STEP_SIZE = 100, 0.01
-"""n and gamma of RCG section 4.9; the length of a step is in the guide's image units here."""
+Labels = Tensor | int
+Means = Sequence[float] | None
+Inner = Literal["classifier", "energy", "dual"]
+_INNER = "inner guide that is increased: classifier, energy or dual"
 
 
-def classifier_guide(model: EnergyModel, c: Tensor | int) -> DensityFunction:
-    """log p(c|v): classifier guidance.
-
-    Args:
-        model: with labels.
-        c: a label, or (B,).
+def classifier_guide(model: EnergyModel, c: Labels) -> DensityFunction:
+    """log p(c|v) of labels ``c``, a number or (B,): classifier guidance.
 
     Raises:
         UserError: if the model has no labels that were trained, or one is out of range.
     """
     model = LogitEnergy.of(check_guide(model))
-    return _at_own_level(model, label_density_of(model, c))
+    return _with_clean_sigma(model, label_density_of(model, c))
 
 
-def energy_guide(model: EnergyModel, c: Tensor | int) -> DensityFunction:
+def energy_guide(model: EnergyModel, c: Labels) -> DensityFunction:
     """log p(v, c) = -E(v, c), up to a constant: joint-energy guidance (RCG section 4.6).
 
-    Args:
-        model: with labels.
-        c: a label, or (B,).
-
     Raises:
-        UserError: if the model has no labels that were trained, or one is out of range.
+        UserError: as `classifier_guide`.
     """
     model = LogitEnergy.of(check_guide(model))
-    return _at_own_level(model, density_of(model, c))
+    return _with_clean_sigma(model, density_of(model, c))
 
 
 def dual_guide(
-    model: EnergyModel,
-    c: Tensor | int,
-    means: Tensor | Sequence[float],
-    weight: float = DUAL_WEIGHT,
+    model: EnergyModel, c: Labels, means: Tensor | Means, weight: float = 0.15
 ) -> DensityFunction:
     """-(E(v, c) + weight |means[c] - E(v)|): images as likely as the label's own (RCG eq. 4.6).
 
@@ -105,15 +87,19 @@ def dual_guide(
         model: with labels.
         c: a label, or (B,).
         means: (C,) mean of E over training images of each label, nats
-            (`ebmkit.guidance.means`).
-        weight: lambda, 0 or more.
+            (`ebmkit.guidance.class_energies`).
+        weight: lambda, 0 or more; by default that of RCG section 4.8.
 
     Raises:
-        UserError: if the model has no labels that were trained, one is out of range, or there is
-            not one finite mean for each label.
+        UserError: as `classifier_guide`, or if there is not one finite mean for each label.
     """
     model = LogitEnergy.of(check_guide(model))
     check_positive("lambda", weight, zero=True)
+    if means is None:
+        raise UserError(
+            "guide dual needs the mean energy of each label's training images: give means, as "
+            "ebmkit.guidance.class_energies computes them"
+        )
     by_label = torch.as_tensor(means, dtype=torch.float64).flatten()
     if by_label.shape != (model.num_classes,) or not bool(by_label.isfinite().all()):
         raise UserError(
@@ -128,58 +114,78 @@ def dual_guide(
         energies, (gradient,) = model.value_and_grads(v, sigma, target)
         return target(upcast_energies(energies)), gradient
 
-    return _at_own_level(model, guide)
+    return _with_clean_sigma(model, guide)
 
 
-def pgd_guide(
-    inner: DensityFunction, steps: int = PGD_STEPS, step_size: float = PGD_STEP_SIZE
-) -> DensityFunction:
+def pgd_guide(inner: DensityFunction, steps: int = 100, step_size: float = 0.01) -> DensityFunction:
     """``inner`` and its gradient after ``steps`` normalised steps up it (RCG section 4.9).
 
     Args:
         inner: a guide.
         steps: n; 0 is ``inner`` itself.
-        step_size: gamma, the l2 length of a step, image units.
+        step_size: gamma, the l2 length of a step, in image units of the guide's input.
 
     Raises:
         UserError: if a number is not legal.
     """
-    _check_steps(steps, 0)
-    check_positive("gamma", step_size, zero=True)
+    _check_steps(steps, 0, step_size)
 
     def guide(v: Tensor, sigma: Noise | None = None) -> tuple[Tensor, Tensor]:
-        for _ in range(steps):
-            v = v + step_size * _normalised(inner(v, sigma)[1])
-        return inner(v, sigma)
+        *_, last = _ascent(inner, v, sigma, steps, step_size)
+        return last
 
     return guide
 
 
 def accumulated_guide(
-    inner: DensityFunction, steps: int, step_size: float = PGD_STEP_SIZE
+    inner: DensityFunction, steps: int, step_size: float = 0.01
 ) -> DensityFunction:
     """The sums of ``inner`` and of its gradient along normalised steps up it (RCG section 4.3).
 
-    Args:
-        inner: a guide.
-        steps: n, how many gradients are added; 1 is ``inner`` itself.
-        step_size: gamma, the l2 length of a step between them, image units.
-
-    Raises:
-        UserError: if a number is not legal.
+    ``steps``, n, is the number of gradients added; 1 is ``inner`` itself. The rest is as of
+    `pgd_guide`.
     """
-    _check_steps(steps, 1)
-    check_positive("gamma", step_size, zero=True)
+    _check_steps(steps, 1, step_size)
 
     def guide(v: Tensor, sigma: Noise | None = None) -> tuple[Tensor, Tensor]:
-        value, gradient = total = inner(v, sigma)
-        for _ in range(steps - 1):
-            v = v + step_size * _normalised(gradient)
-            value, gradient = inner(v, sigma)
-            total = total[0] + value, total[1] + gradient
-        return total
+        (value, gradient), *more = _ascent(inner, v, sigma, steps - 1, step_size)
+        for next_value, next_gradient in more:
+            value, gradient = value + next_value, gradient + next_gradient
+        return value, gradient
 
     return guide
+
+
+def _ascent(
+    inner: DensityFunction, v: Tensor, sigma: Noise | None, steps: int, step_size: float
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """h and its gradient at v_0, ..., v_steps; where the gradient is 0 nothing moves."""
+    yield (found := inner(v, sigma))
+    for _ in range(steps):
+        gradient = found[1]
+        norm = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
+        norm = norm.clamp_min(torch.finfo(norm.dtype).tiny)
+        v = v + step_size * (gradient / per_chain(norm, gradient))
+        yield (found := inner(v, sigma))
+
+
+def _check_steps(steps: int, least: int, step_size: float) -> None:
+    if steps < least:
+        raise UserError(f"n = {steps} is not a number of steps: take {least} or more")
+    check_positive("gamma", step_size, zero=True)
+
+
+class DualTarget(NamedTuple):
+    """-(E(v, c) + lambda |mean - E(v)|) (RCG eq. 4.6)."""
+
+    labels: Tensor  # c (B,)
+    means: Tensor  # (B,), mean E of training images of these labels, nats
+    weight: Tensor  # lambda, a scalar
+
+    def __call__(self, energies: Energies) -> Tensor:
+        density = energies.log_density
+        distance = (self.means + density).abs()  # |mean energy - E(v)|
+        return density + energies.at_label(self.labels) - self.weight * distance
 
 
 def check_guide(model: object) -> EnergyModel:
@@ -199,43 +205,114 @@ def check_guide(model: object) -> EnergyModel:
     return model
 
 
-class DualTarget(NamedTuple):
-    """-(E(v, c) + lambda |mean - E(v)|) (RCG eq. 4.6).
+def clean_sigma(model: EnergyModel) -> float | None:
+    """The noise level that ``model`` gets with clean images: the lowest it was trained for.
 
-    Attributes:
-        labels: c (B,).
-        means: (B,), mean E of training images of these labels, nats.
-        weight: lambda, a scalar.
-    """
-
-    labels: Tensor
-    means: Tensor
-    weight: Tensor
-
-    def __call__(self, energies: Energies) -> Tensor:
-        density = energies.log_density
-        away = (self.means + density).abs()  # |mean energy - E(v)|
-        return density + energies.at_label(self.labels) - self.weight * away
-
-
-def _at_own_level(model: EnergyModel, guide: DensityFunction) -> DensityFunction:
-    """``guide`` where a model that needs the noise level is shown an image without noise.
-
-    It is told the lowest level it was trained for.
+    None if it takes none.
     """
     limits = model.card.sigma_range if model.card else None
-    if not model.noise_conditional or limits is None:
+    return limits[0] if limits and model.noise_conditional else None
+
+
+def _with_clean_sigma(model: EnergyModel, guide: DensityFunction) -> DensityFunction:
+    """``guide`` at `clean_sigma` where no noise level is given."""
+    lowest = clean_sigma(model)
+    if lowest is None:
         return guide
-    return lambda v, sigma=None: guide(v, limits[0] if sigma is None else sigma)
+    return lambda v, sigma=None: guide(v, lowest if sigma is None else sigma)
 
 
-def _check_steps(steps: int, least: int) -> None:
-    if steps < least:
-        raise UserError(f"n = {steps} is not a number of steps: take {least} or more")
+# --- by name -------------------------------------------------------------------------------------
 
 
-def _normalised(gradient: Tensor) -> Tensor:
-    """Of l2 norm 1 in each image; 0 stays 0."""
-    norm = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
-    scaled: Tensor = gradient / per_chain(norm.clamp_min(torch.finfo(norm.dtype).tiny), gradient)
-    return scaled
+class GuideSettings(BaseModel):
+    """Settings of guides that have none."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True
+    )
+
+
+class DualSettings(GuideSettings):
+    """Settings of ``dual``."""
+
+    lambda_: float = Field(
+        0.15, ge=0, alias="lambda", description="dual: weight of |mean E of the label - E(v)|"
+    )
+
+
+class PGDSettings(DualSettings):
+    """Settings of ``pgd``."""
+
+    n: int = Field(100, ge=0, description="number of ascent steps; 0 is the inner guide")
+    gamma: float = Field(0.01, ge=0, description="l2 length of an ascent step, image units")
+    inner: Inner = Field("energy", description=_INNER)
+
+
+class AccumulatedSettings(PGDSettings):
+    """Settings of ``accumulated``."""
+
+    n: int = Field(
+        5,
+        ge=1,
+        description="number of accumulated gradients; 1 is the inner guide (RCG gives no number)",
+    )
+    inner: Inner = Field("classifier", description=_INNER)
+
+
+class Guide(NamedTuple):
+    """A guidance method that has a name.
+
+    Attributes:
+        description: one line.
+        settings: its settings.
+        make: guide model, labels, settings and mean energies (C,) or None to the guide; None where
+            there is no guide.
+    """
+
+    description: str
+    settings: type[GuideSettings]
+    make: Callable[[EnergyModel, Labels, Any, Means], DensityFunction] | None
+
+
+def _inner(model: EnergyModel, c: Labels, own: PGDSettings, means: Means) -> DensityFunction:
+    make = GUIDES[own.inner].make
+    assert make is not None
+    return make(model, c, own, means)
+
+
+GUIDES: dict[str, Guide] = {
+    "classifier": Guide(
+        "log p(c|x): classifier guidance (Dhariwal & Nichol 2021)",
+        GuideSettings,
+        lambda model, c, own, means: classifier_guide(model, c),
+    ),
+    "energy": Guide(
+        "log p(x, c) = -E(x, c): joint energy (RCG section 4.6)",
+        GuideSettings,
+        lambda model, c, own, means: energy_guide(model, c),
+    ),
+    "dual": Guide(
+        "-E(x, c) - lambda |mean E of the label - E(x)| (RCG section 4.8)",
+        DualSettings,
+        lambda model, c, own, means: dual_guide(model, c, means, own.lambda_),
+    ),
+    "pgd": Guide(
+        "a guide's gradient after n normalised steps up it (RCG section 4.9)",
+        PGDSettings,
+        lambda model, c, own, means: pgd_guide(_inner(model, c, own, means), own.n, own.gamma),
+    ),
+    "accumulated": Guide(
+        "the sum of a guide's gradients along n normalised steps up it (RCG section 4.3)",
+        AccumulatedSettings,
+        lambda model, c, own, means: accumulated_guide(
+            _inner(model, c, own, means), own.n, own.gamma
+        ),
+    ),
+    CLASSIFIER_FREE: Guide(
+        "by the sampled model's own labels, w = scale: 0 without, 1 with (Ho & Salimans 2021)",
+        GuideSettings,
+        None,
+    ),
+}
+"""All guidance methods, by name."""

@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from ebmkit.energy import Energies, EnergyModel, Noise
 from ebmkit.errors import UserError
 
-__all__ = ["LogitModel"]
-
 
 class LogitModel(EnergyModel):
     """A classifier of anyone's, read as an energy model.

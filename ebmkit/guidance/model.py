@@ -1,6 +1,6 @@
 r"""A guided model: a model of images and a guide, together a model of images of a label.
 
-Its score of a label is that of `ebmkit.guidance.combine`, :math:`s(y) + s\,w\,\nabla_y h_c(v(y))`,
+Its score of a label is that of `ebmkit.guidance.score`, :math:`s(y) + s\,w\,\nabla_y h_c(v(y))`,
 and without a label that of the base alone. It is a `ebmkit.energy.ScoreModel`, so every sampler
 that can drive the base drives it.
 
@@ -20,16 +20,18 @@ from ebmkit.card import ModelCard
 from ebmkit.compile import HasParts
 from ebmkit.energy import Energies, EnergyModel, Noise, ScoreModel, upcast_energies
 from ebmkit.errors import UserError
-from ebmkit.guidance.combine import Guidance, View, guided_denoiser, guided_density, guided_score
-from ebmkit.guidance.config import CLASSIFIER_FREE, GuidanceConfig
-from ebmkit.guidance.free import classifier_free
-from ebmkit.guidance.guides import check_guide
+from ebmkit.guidance.guides import CLASSIFIER_FREE
+from ebmkit.guidance.score import (
+    Guidance,
+    GuidanceConfig,
+    classifier_free,
+    guided_denoiser,
+    guided_density,
+    guided_score,
+)
 from ebmkit.noise import make_schedule
-from ebmkit.sampling.base import per_chain
-from ebmkit.sampling.langevin import root_mean_square
+from ebmkit.sampling.base import per_chain, root_mean_square
 from ebmkit.sampling.target import label_density_of
-
-__all__ = ["GuidedDensityModel", "GuidedModel", "guided_model"]
 
 
 def guided_model(
@@ -42,40 +44,29 @@ def guided_model(
 
     Args:
         base: what is sampled.
-        guide: what knows the labels; None for classifier-free guidance.
+        guide: what knows the labels; None for classifier-free guidance, where the base does.
         config: how; joint energy at scale 1 by default.
         means: (C,) mean E of each label's training images, where the guide needs them.
 
     Raises:
-        UserError: if the two do not fit, or a setting does not.
+        UserError: if base and guide differ in image size, channels or number of labels, there are
+            no labels, the guide needs means and gets none, or the view does not suit it.
 
     >>> guided = guided_model(base, robust, make_guidance(scale=4))      # doctest: +SKIP
     >>> SAMPLERS["ddim"].build(guided, c=3)                              # doctest: +SKIP
     """
     config = config or GuidanceConfig()
-    dense = isinstance(base, EnergyModel) and config.view != "clean"
+    dense = isinstance(base, EnergyModel) and config.view != "x0_hat"
     return (GuidedDensityModel if dense else GuidedModel)(base, guide, config, means)
 
 
 class GuidedModel(HasParts, ScoreModel):
     """A model of images whose samples are guided to labels; made by `guided_model`.
 
-    Args:
-        base: what is sampled.
-        guide: what knows the labels; None for classifier-free guidance, where the base does.
-        config: how.
-        means: (C,) mean E of each label's training images, where the guide needs them.
-
     Attributes:
-        base: as given.
-        guide: as given.
-        config: as given.
-        view: what the guide sees.
+        base: as of `guided_model`, like ``guide``, ``config`` and ``means``.
+        view: the guide's input.
         schedule: of the diffusion model that the base is; None of other bases.
-
-    Raises:
-        UserError: if base and guide differ in image size, channels or number of labels, there are
-            no labels, the guide needs means and gets none, or the view does not suit it.
     """
 
     def __init__(
@@ -91,45 +82,20 @@ class GuidedModel(HasParts, ScoreModel):
         self.noise_conditional, self.is_energy_based = base.noise_conditional, base.is_energy_based
         self.schedule = base.schedule
         self._diffusion = base.schedule or make_schedule()
-        self.view: View = "noisy"
-        if config.guidance == CLASSIFIER_FREE:
-            if guide is not None:
-                raise UserError(f"{CLASSIFIER_FREE} guidance takes no guide: leave it out")
-            if base.num_classes == 0:
-                raise UserError(
-                    f"{CLASSIFIER_FREE} guidance needs a model that was trained with labels, and "
-                    "this one was not: give a guide"
-                )
-            self.num_classes, self.card = base.num_classes, _with_labels(base.card, base)
-        else:
-            if guide is None:
-                raise UserError(f"guidance {config.guidance!r} needs a guide: give a classifier")
-            check_guide(guide)
+        self.view = self.guidance(0).view  # settings that do not suit the guide are refused
+        if guide is not None:
             _check_fit(base, guide)
-            self.num_classes, self.card = guide.num_classes, _with_labels(base.card, guide)
-            self.view = config.view or ("noisy" if guide.noise_conditional else "shrunk")
-            if guide.noise_conditional and self.view == "shrunk":
-                raise UserError(
-                    "this guide takes the noise level and shrinks images itself: take the view "
-                    "noisy"
-                )
-            self.guidance(0)  # settings that need more are refused
+        elif base.num_classes == 0:
+            raise UserError(
+                f"{CLASSIFIER_FREE} guidance needs a model that was trained with labels, and "
+                "this one was not: give a guide"
+            )
+        labelled = base if guide is None else guide
+        self.num_classes, self.card = labelled.num_classes, _with_labels(base.card, labelled)
 
     def guidance(self, c: Tensor | int) -> Guidance:
         """The guidance to labels ``c``, a number or (B,)."""
-        how, guide = self.config, self.guide
-        make = how.entry.make
-        assert guide is not None
-        assert make is not None
-        return Guidance(
-            make(guide, c, how.settings, self.means),
-            how.scale,
-            how.schedule,
-            self.view,
-            how.through,
-            how.late,
-            self._diffusion,
-        )
+        return self.config.build(self.guide, c, self.means, self._diffusion)
 
     def with_parts(self, wrap: Callable[[Any], Any]) -> GuidedModel:
         guide = None if self.guide is None else wrap(self.guide)
@@ -138,13 +104,15 @@ class GuidedModel(HasParts, ScoreModel):
     def _score(self, y: Tensor, sigma: Noise | None, c: Tensor | None) -> Tensor:
         if c is None:
             return self.base.score(y, sigma)
-        if self.guide is None:
-            return _mixed(
-                self._mixing(sigma),
-                lambda: self.base.score(y, sigma),
-                lambda: self.base.score(y, sigma, c),
-            )
-        return guided_score(self.base.score, self.guidance(c))(y, sigma)
+        guidance = self.guidance(c)
+        if self.guide is not None:
+            return guided_score(self.base.score, guidance)(y, sigma)
+        mixed: Callable[[], Tensor] = classifier_free(
+            lambda: self.base.score(y, sigma, c),
+            lambda: self.base.score(y, sigma),
+            guidance.weight(sigma),
+        )
+        return mixed()
 
     def denoise(
         self, y: Tensor, sigma: Noise | None = None, c: Tensor | int | None = None
@@ -157,17 +125,16 @@ class GuidedModel(HasParts, ScoreModel):
         if c is None:
             return self.base.denoise(y, sigma)
         labels = self.check_labels(c, y)
-        if self.guide is None:
-            if sigma is None:
-                plain = self.base.denoise(y)
-                weight = self._mixing(root_mean_square(plain - y))
-                return _mixed(weight, lambda: plain, lambda: self.base.denoise(y, None, labels))
-            return _mixed(
-                self._mixing(sigma),
-                lambda: self.base.denoise(y, sigma),
-                lambda: self.base.denoise(y, sigma, labels),
-            )
-        return guided_denoiser(self.base.denoise, self.guidance(labels))(y, sigma)
+        guidance = self.guidance(labels)
+        if self.guide is not None:
+            return guided_denoiser(self.base.denoise, guidance)(y, sigma)
+        plain = self.base.denoise(y) if sigma is None else None
+        mixed: Callable[[], Tensor] = classifier_free(
+            lambda: self.base.denoise(y, sigma, labels),
+            lambda: self.base.denoise(y, sigma) if plain is None else plain,
+            guidance.weight(sigma if plain is None else root_mean_square(plain - y)),
+        )
+        return mixed()
 
     def denoise_blind(
         self,
@@ -194,46 +161,35 @@ class GuidedModel(HasParts, ScoreModel):
                 raise
             raise UserError(f"{error} ({', '.join(names)})") from None
 
-    def _mixing(self, sigma: Noise | None) -> float | Tensor:
-        """w of classifier-free guidance at a noise level."""
-        how = self.config
-        return Guidance(_nothing, how.scale, how.schedule, late=how.late,
-                        diffusion=self._diffusion).weight(sigma)  # fmt: skip
-
 
 class GuidedDensityModel(GuidedModel, EnergyModel):
     """A `GuidedModel` whose base has a log-density; its logits are those of the guide."""
+
+    base: EnergyModel
 
     def forward(self, y: Tensor, sigma: Noise | None = None) -> Energies:
         """The base's log-density of ``y`` (B, C, H, W), the guide's logits of the same image.
 
         The guided log-density of a label is that of `density_and_score`.
         """
-        knows = self.base if self.guide is None else self.guide
-        assert isinstance(knows, EnergyModel)
-        assert isinstance(self.base, EnergyModel)
         base = self.base(y, sigma)
-        logits = base.logits if knows is self.base else knows(y, sigma).logits
+        logits = base.logits if self.guide is None else self.guide(y, sigma).logits
         return upcast_energies(Energies(logits, base.log_density))
 
     def density_and_score(
         self, y: Tensor, sigma: Noise | None = None, c: Tensor | int | None = None
     ) -> tuple[Tensor, Tensor]:
-        assert isinstance(self.base, EnergyModel)
         value, score = self.base.density_and_score(y, sigma)
         if c is None:
             return value, score
-        added, gradient = self._guidance_at(y, sigma, self.check_labels(c, y))
+        added, gradient = self._added(y, sigma, c)
         return value + added, score + gradient
 
     def log_density(
         self, y: Tensor, sigma: Noise | None = None, c: Tensor | int | None = None
     ) -> Tensor:
-        assert isinstance(self.base, EnergyModel)
         value = self.base.log_density(y, sigma)
-        if c is None:
-            return value
-        return value + self._guidance_at(y, sigma, self.check_labels(c, y))[0]
+        return value if c is None else value + self._added(y, sigma, c)[0]
 
     def label_score(self, y: Tensor, c: Tensor | int, sigma: Noise | None = None) -> Tensor:
         """What guidance to ``c`` adds to the score; shape of y.
@@ -241,47 +197,35 @@ class GuidedDensityModel(GuidedModel, EnergyModel):
         Raises:
             UserError: if the guide does not know a label.
         """
-        return self._guidance_at(y, sigma, self.check_labels(c, y))[1]
+        return self._added(y, sigma, c)[1]
 
-    def _guidance_at(self, y: Tensor, sigma: Noise | None, c: Tensor) -> tuple[Tensor, Tensor]:
+    def _added(self, y: Tensor, sigma: Noise | None, c: Tensor | int) -> tuple[Tensor, Tensor]:
         """What guidance to ``c`` adds to log-density (B,) and score."""
+        labels = self.check_labels(c, y)
+        guidance = self.guidance(labels)
         if self.guide is not None:
             zero = y.new_zeros(len(y)), torch.zeros_like(y)
-            return guided_density(lambda y, sigma=None: zero, self.guidance(c))(y, sigma)
-        assert isinstance(self.base, EnergyModel)
-        weight = self._mixing(sigma)
-        value, gradient = label_density_of(self.base, c)(y, sigma)
+            return guided_density(lambda y, sigma=None: zero, guidance)(y, sigma)
+        weight = guidance.weight(sigma)
+        value, gradient = label_density_of(self.base, labels)(y, sigma)
         return weight * value, per_chain(weight, y) * gradient
 
 
-def _mixed(
-    weight: float | Tensor, plain: Callable[[], Tensor], labelled: Callable[[], Tensor]
-) -> Tensor:
-    """`classifier_free` at a weight that may be one for each image (B,)."""
-    if not isinstance(weight, Tensor):
-        return classifier_free(labelled, plain, weight)()
-    base = plain()
-    return base + per_chain(weight, base) * (labelled() - base)
-
-
-def _nothing(v: Tensor, sigma: Noise | None = None) -> tuple[Tensor, Tensor]:
-    raise AssertionError("classifier-free guidance has no guide")
-
-
-def _with_labels(card: ModelCard | None, knows: ScoreModel) -> ModelCard | None:
-    """The base's card with the labels of what knows them."""
+def _with_labels(card: ModelCard | None, labelled: ScoreModel) -> ModelCard | None:
+    """The base's card with the labels of the model that knows them."""
     if card is None:
         return None
-    names = knows.card.class_names if knows.card else card.class_names
-    names = names if len(names) == knows.num_classes else []
+    names = labelled.card.class_names if labelled.card else card.class_names
+    names = names if len(names) == labelled.num_classes else []
     return card.model_copy(update={"class_names": names, "classifies": True})
 
 
 def _check_fit(base: ScoreModel, guide: EnergyModel) -> None:
+    names = base.card.class_names if base.card else []
     for what, of_base, of_guide in (
         ("images of size", _size(base), _size(guide)),
         ("channels", _channels(base), _channels(guide)),
-        ("labels", _labels(base), guide.num_classes),
+        ("labels", base.num_classes or len(names) or None, guide.num_classes),
     ):
         if of_base is not None and of_guide is not None and of_base != of_guide:
             raise UserError(
@@ -296,12 +240,4 @@ def _size(model: ScoreModel) -> str | None:
 
 
 def _channels(model: ScoreModel) -> int | None:
-    if model.card is not None:
-        return model.card.channels
-    found: int | None = getattr(model, "in_channels", None)
-    return found
-
-
-def _labels(model: ScoreModel) -> int | None:
-    names = model.card.class_names if model.card else []
-    return model.num_classes or len(names) or None
+    return model.card.channels if model.card else getattr(model, "in_channels", None)

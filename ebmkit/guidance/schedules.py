@@ -1,13 +1,13 @@
-r"""How strongly a guide pulls at each timestep.
+r"""How the strength of guidance depends on the timestep.
 
 In the coordinates :math:`u_t` of a diffusion model guidance at scale s is
 
 .. math:: \hat\epsilon = \epsilon(u_t, t) - s\, g(t)\, \nabla_{u_t} h ,
 
-with a guide h that is raised. Where h is the exact log-posterior of the noisy image and s = 1,
+with a guide h that is increased. Where h is the exact log-posterior of the noisy image and s = 1,
 :math:`g = \sqrt{1 - \bar\alpha_t}` gives the exact conditional noise. RCG tries others.
 ``constant`` and ``step`` multiply that factor (its section 4.5 has s = 30, then 11 from the middle
-of the chain: s = 30 with ``low`` = 11/30), the others stand in its place (section 4.7):
+of the chain: s = 30 with ``low`` = 11/30), the others replace it (section 4.7):
 
 =========================== ====================================================================
 schedule                    g(t), t = 0 the cleanest of T timesteps
@@ -29,30 +29,17 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ebmkit.errors import UserError
-from ebmkit.validation import validated
-
-__all__ = [
-    "GUIDANCE_SCHEDULES",
-    "Constant",
-    "Exact",
-    "GuidanceSchedule",
-    "Linear",
-    "Power",
-    "Sigmoid",
-    "Step",
-    "parse_schedule",
-]
+from ebmkit.errors import UserError, validated
 
 
 class GuidanceSchedule(BaseModel, ABC):
-    """g(t). A subclass has a ``name``, a line ``about`` it, an example ``form``, and `factor`."""
+    """g(t). A subclass has a ``name``, a ``description``, an example ``form``, and `factor`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -70,12 +57,6 @@ class GuidanceSchedule(BaseModel, ABC):
             total: number of timesteps T.
         """
 
-    def value(self, t: float, abar: float, total: int = 1000) -> float:
-        """`factor` of one timestep."""
-        exact = torch.float64
-        one = torch.tensor(t, dtype=exact), torch.tensor(abar, dtype=exact)
-        return float(self.factor(*one, total))
-
     def weight(self, t: Tensor, abar: Tensor, total: int) -> Tensor:
         """w(t) = g(t) / sqrt(1 - abar), shape of ``t``; 1 where there is no noise."""
         exact = (1 - abar).sqrt()
@@ -90,11 +71,8 @@ class GuidanceSchedule(BaseModel, ABC):
 
 
 class Exact(GuidanceSchedule):
-    """sqrt(1 - abar)."""
-
-    name = "exact"
+    name = form = "exact"
     description = "sqrt(1 - abar), exact for the posterior of noisy images at scale 1 (the default)"
-    form = "exact"
 
     def factor(self, t: Tensor, abar: Tensor, total: int) -> Tensor:
         return (1 - abar).sqrt()
@@ -104,19 +82,14 @@ class Exact(GuidanceSchedule):
 
 
 class Constant(Exact):
-    """sqrt(1 - abar), by the name that a scale without a step has."""
-
-    name = "constant"
+    name = form = "constant"
     description = "the exact factor at every timestep: the scale does not change"
-    form = "constant"
 
 
 class Step(GuidanceSchedule):
-    """sqrt(1 - abar), times ``low`` below timestep ``at``."""
-
     name = "step"
-    description = "the exact factor, times low below timestep at (RCG section 4.5)"
     form = "step:at=500,low=0.37"
+    description = "the exact factor, times low below timestep at (RCG section 4.5)"
 
     at: float = Field(500.0, ge=0, description="timestep at which the scale changes")
     low: float = Field(11 / 30, ge=0, description="factor of the scale below this timestep")
@@ -129,22 +102,17 @@ class Step(GuidanceSchedule):
 
 
 class Linear(GuidanceSchedule):
-    """t / T."""
-
-    name = "linear"
+    name = form = "linear"
     description = "t / T in place of the exact factor (RCG figure 4.17)"
-    form = "linear"
 
     def factor(self, t: Tensor, abar: Tensor, total: int) -> Tensor:
         return t / total
 
 
 class Power(GuidanceSchedule):
-    """(1 - abar)^k."""
-
     name = "power"
-    description = "(1 - abar)^k in place of the exact factor, which has k = 0.5 (RCG section 4.7)"
     form = "power:k=2"
+    description = "(1 - abar)^k in place of the exact factor, which has k = 0.5 (RCG section 4.7)"
 
     k: float = Field(0.5, ge=0, description="exponent; RCG shows 0.5, 2 and 8")
 
@@ -153,11 +121,9 @@ class Power(GuidanceSchedule):
 
 
 class Sigmoid(GuidanceSchedule):
-    """(1 - y0) / (1 + exp(-k (t - t0))) + y0."""
-
     name = "sigmoid"
-    description = "from y0 up to 1 about timestep t0, in place of the exact factor (RCG eq. 4.4)"
     form = "sigmoid:t0=500,y0=0.05,k=0.02"
+    description = "from y0 up to 1 about timestep t0, in place of the exact factor (RCG eq. 4.4)"
 
     t0: float = Field(500.0, description="timestep of the midpoint")
     y0: float = Field(0.05, ge=0, le=1, description="value at the clean end")
@@ -176,34 +142,32 @@ GUIDANCE_SCHEDULES: dict[str, type[GuidanceSchedule]] = {
 def parse_schedule(text: str) -> GuidanceSchedule:
     """The schedule that ``text`` names, as ``sigmoid:t0=500,y0=0.05,k=0.02``.
 
-    Parameters that are left out have the values of RCG.
+    Parameters that are left out have the values of RCG; a number may be a fraction, 11/30.
 
     Raises:
         UserError: if it does not parse; it shows the form of each schedule.
 
-    >>> parse_schedule("power:k=2").value(0, abar=0.5)
-    0.25
+    >>> str(parse_schedule("power:k=1/4"))
+    'power:k=0.25'
     """
     name, colon, rest = text.strip().partition(":")
+    forms = "write " + " or ".join(kind.form for kind in GUIDANCE_SCHEDULES.values())
     if name not in GUIDANCE_SCHEDULES:
-        raise UserError(f"schedule {text!r} is none of those known: {_forms()}")
+        raise UserError(f"schedule {text!r} is none of those known: {forms}")
     kind = GUIDANCE_SCHEDULES[name]
-    values: dict[str, Any] = {}
+    values: dict[str, float] = {}
     for part in rest.split(",") if colon else ():
         key, equals, value = (piece.strip() for piece in part.partition("="))
-        own = kind.model_fields
-        if not equals or key not in own:
+        if not equals or key not in kind.model_fields:
             what = f"parameter {key!r}" if equals else repr(part)
-            legal = ", ".join(own) or "none"
+            legal = ", ".join(kind.model_fields) or "none"
             raise UserError(
-                f"schedule {text!r}: {what} is unknown; those of {name} are: {legal}; {_forms()}"
+                f"schedule {text!r}: {what} is unknown; those of {name} are: {legal}; {forms}"
             )
         number = _number(value)
         if number is None or key in values:
-            raise UserError(
-                f"schedule {text!r}: {key} = {value!r} is "
-                f"{'given twice' if key in values else 'no number'}; {_forms()}"
-            )
+            wrong = "given twice" if key in values else "no number"
+            raise UserError(f"schedule {text!r}: {key} = {value!r} is {wrong}; {forms}")
         values[key] = number
     return validated(kind, values, f"schedule {text!r}")
 
@@ -215,7 +179,3 @@ def _number(text: str) -> float | None:
     except (ValueError, ZeroDivisionError):
         return None
     return value if math.isfinite(value) else None
-
-
-def _forms() -> str:
-    return "write " + " or ".join(kind.form for kind in GUIDANCE_SCHEDULES.values())

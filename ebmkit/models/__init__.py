@@ -23,7 +23,7 @@ from ebmkit.models.dncnn import DnCNN, DnCNNConfig
 from ebmkit.models.drunet import DRUNet, DRUNetConfig
 from ebmkit.models.gradientstep import GradientStep, GraDnCNNConfig, GSDRUNetConfig
 from ebmkit.models.gradresnet import GradResNet, GradResNetConfig
-from ebmkit.models.heads import HEADS, HeadConfig, LinearQuadraticHead, LogitHead
+from ebmkit.models.heads import HEADS, HeadConfig, HeadEntry, LinearQuadraticHead, LogitHead
 from ebmkit.models.importing import import_checkpoint, load_checkpoint
 from ebmkit.models.joint import JointModel
 from ebmkit.models.mlp import MLP, MLPConfig
@@ -56,6 +56,7 @@ __all__ = [
     "GradientStep",
     "Head",
     "HeadConfig",
+    "HeadEntry",
     "JointModel",
     "LinearQuadraticHead",
     "LogitHead",

@@ -33,7 +33,8 @@ and 1.1.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -42,7 +43,7 @@ from torch import Tensor, nn
 from ebmkit.compute import upcast, without_autocast
 from ebmkit.energy import Energies, ScoreModel, per_image
 from ebmkit.errors import UserError
-from ebmkit.registry import Preset
+from ebmkit.registry import Preset, find
 
 
 class Features(NamedTuple):
@@ -106,6 +107,29 @@ class NetworkConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: str
+    _classes: ClassVar[dict[str, type[NetworkConfig]]] = {}
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **settings: Any) -> None:
+        kind = cls.model_fields["kind"].default
+        if not isinstance(kind, str):
+            return
+        other = cls._classes.get(kind, cls)
+        if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise UserError(f"there is a network of kind {kind!r} already: choose another kind")
+        cls._classes[kind] = cls
+
+    @classmethod
+    def class_for(cls, given: Any) -> type[NetworkConfig]:
+        """The class that ``given``, a configuration as a mapping, is of by its ``kind``.
+
+        Those saved before there were several kinds say nothing.
+
+        Raises:
+            UserError: if there is no such kind.
+        """
+        kind = str(given.get("kind", "gradresnet")) if isinstance(given, Mapping) else "gradresnet"
+        return find("kind of network", cls._classes, kind)
 
     @classmethod
     def presets(cls) -> dict[str, Preset[Self]]:

@@ -8,22 +8,22 @@ labels, and diffusion models. Beside them ``timm:NAME`` is the model of timm cal
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
-    Discriminator,
     Field,
     PositiveInt,
-    Tag,
+    SerializeAsAny,
     field_validator,
     model_validator,
 )
 
 from ebmkit.energy import ScoreModel
-from ebmkit.errors import UserError, unknown_name
+from ebmkit.errors import UserError, unknown_name, validated
 from ebmkit.models.base import (
     Backbone,
     BackboneConfig,
@@ -36,14 +36,13 @@ from ebmkit.models.dncnn import DnCNNConfig
 from ebmkit.models.drunet import DRUNetConfig
 from ebmkit.models.gradientstep import GraDnCNNConfig, GSDRUNetConfig
 from ebmkit.models.gradresnet import GradResNetConfig
-from ebmkit.models.heads import HEADS, HeadConfig
+from ebmkit.models.heads import HeadConfig, find_head
 from ebmkit.models.joint import JointModel, SizeScaling
 from ebmkit.models.mlp import MLPConfig
 from ebmkit.models.resnet import ResNetConfig
 from ebmkit.models.timm import TimmConfig
 from ebmkit.models.wideresnet import WideResNetConfig
-from ebmkit.registry import Preset, find
-from ebmkit.validation import validated
+from ebmkit.registry import Preset, Table, find
 
 NETWORKS: tuple[type[NetworkConfig], ...] = (
     GradResNetConfig,
@@ -59,18 +58,24 @@ NETWORKS: tuple[type[NetworkConfig], ...] = (
 )
 """The configuration of every network: to add one is a file with its presets, and a line here."""
 
-BACKBONES: dict[str, Preset[BackboneConfig]] = {
-    name: preset
-    for config in NETWORKS
-    if issubclass(config, BackboneConfig)
-    for name, preset in config.presets().items()
-}
-DENOISERS: dict[str, Preset[DenoiserConfig]] = {
-    name: preset
-    for config in NETWORKS
-    if issubclass(config, DenoiserConfig)
-    for name, preset in config.presets().items()
-}
+BACKBONES: dict[str, Preset[BackboneConfig]] = Table(
+    "backbone",
+    {
+        name: preset
+        for config in NETWORKS
+        if issubclass(config, BackboneConfig)
+        for name, preset in config.presets().items()
+    },
+)
+DENOISERS: dict[str, Preset[DenoiserConfig]] = Table(
+    "denoiser",
+    {
+        name: preset
+        for config in NETWORKS
+        if issubclass(config, DenoiserConfig)
+        for name, preset in config.presets().items()
+    },
+)
 
 TIMM = "timm:"
 
@@ -98,20 +103,15 @@ def find_backbone(name: str, others: Iterable[str] = ()) -> Preset[BackboneConfi
     return BACKBONES[name]
 
 
-def _kind(config: Any) -> str:
-    """Which configuration it is; those saved before there were several say nothing."""
-    if isinstance(config, BaseModel):
-        return str(getattr(config, "kind", ""))
-    return str(config.get("kind", "gradresnet")) if isinstance(config, dict) else ""
+def _of_its_kind(given: Any) -> Any:
+    """The configuration ``given``, of the class that its ``kind`` names."""
+    if not isinstance(given, Mapping):
+        return given
+    return NetworkConfig.class_for(given).model_validate(given)
 
 
-if TYPE_CHECKING:
-    AnyNetworkConfig = NetworkConfig
-else:
-    AnyNetworkConfig = Annotated[
-        Union[tuple(Annotated[c, Tag(c.model_fields["kind"].default)] for c in NETWORKS)],  # noqa: UP007
-        Discriminator(_kind),
-    ]
+AnyNetworkConfig = Annotated[SerializeAsAny[NetworkConfig], BeforeValidator(_of_its_kind)]
+"""The configuration of any network of the tables."""
 
 
 class ModelConfig(BaseModel):
@@ -144,8 +144,8 @@ class ModelConfig(BaseModel):
     )
     noise_conditional: bool = Field(
         False,
-        description="sigma is an input of the backbone: it gets the variance-preserving "
-        "image and a map of the noise level",
+        description="sigma is an input of the backbone: it gets the variance-preserving image "
+        "and a map of the noise level",
     )
 
     @model_validator(mode="before")
@@ -175,7 +175,7 @@ class ModelConfig(BaseModel):
                 "model: leave it out"
             )
         if getattr(self.backbone, "noise_conditional", False):
-            raise UserError("this backbone is told sigma already: leave out noise_conditional")
+            raise UserError("this backbone takes sigma already: leave out noise_conditional")
         if self.input_mean or self.input_std != 1:
             raise UserError(
                 "a noise-conditional model scales its images by the noise level: leave out "
@@ -240,7 +240,7 @@ def create_model(
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     config = {
         "backbone": _changed(find_backbone(backbone).config, options, f"backbone {backbone}"),
-        "head": find("head", HEADS, head).config,
+        "head": find_head(head),
         "in_channels": in_channels,
         "num_classes": num_classes,
         "reference_size": size,

@@ -15,10 +15,10 @@ F and I, and score matching differentiates it: with the cotangent v of I,
 PyTorch has kernels for F, I and W, but takes W(g, v) in the derivative of I as a convolution whose
 kernel is the whole image. `Conv2d` takes the kernel of W, at every order.
 
-A Python function in PyTorch's graph is not told which of its gradients are wanted, so a score would
-pay for the gradients of the weights as well. Each weight therefore enters through a node of its
-own, with the value 0 and the derivative W, which the engine does not visit unless the gradient of
-that weight is wanted.
+A Python function in PyTorch's graph does not know which of its gradients are needed, so a score
+would pay for the gradients of the weights as well. Each weight therefore enters through a node of
+its own, with the value 0 and the derivative W, which the engine does not visit unless the gradient
+of that weight is needed.
 """
 
 from __future__ import annotations

@@ -182,10 +182,10 @@ class DiffusionModel(ScoreModel):
     def _noise(self, y: Tensor, level: Tensor, c: Tensor | None) -> Tensor:
         """The noise in ``y`` at the levels (B,), with labels (B,), the null label among them."""
         low, high = self.schedule.image_range
-        told = (high - low) * per_image(level, y)
-        assert isinstance(told, Tensor)
-        root_abar = (1 + told.square()).rsqrt()
-        root_rest = told * root_abar
+        spread = (high - low) * per_image(level, y)
+        assert isinstance(spread, Tensor)
+        root_abar = (1 + spread.square()).rsqrt()
+        root_rest = spread * root_abar
         u = ((high - low) * y + low) * root_abar
         predicted = self._predict(u, self.timestep(level), c).to(y.dtype)
         noise: Tensor = _TO_NOISE[self.prediction](predicted, u, root_abar, root_rest)
@@ -267,7 +267,8 @@ class UNetConfig(DenoiserConfig):
         return {
             "unet": Preset(
                 cls(width=32, multipliers=(1, 2, 2)),
-                "a small diffusion UNet that predicts noise, told the timestep; by diffusers",
+                "a small diffusion UNet that predicts noise; the timestep is an input; by "
+                "diffusers",
             ),
             "unet-cifar10": Preset(
                 cls(

@@ -55,7 +55,7 @@ class DRUNetConfig(DenoiserConfig):
     def presets(cls) -> dict[str, Preset[DRUNetConfig]]:
         """The published network, and its blind form."""
         return {
-            "drunet": Preset(cls(), "Zhang et al. 2021: UNet of residual blocks, told sigma"),
+            "drunet": Preset(cls(), "Zhang et al. 2021: UNet of residual blocks, sigma as input"),
             "drunet-blind": Preset(cls(noise_map=False), "the same without the noise map"),
         }
 
@@ -178,8 +178,8 @@ def convert_drunet(
         noise_map=head.shape[1] != channels,
     )
     with torch.device("meta"):
-        wanted = DRUNet(channels, config).state_dict()
-    for name, value in wanted.items():
+        expected = DRUNet(channels, config).state_dict()
+    for name, value in expected.items():
         if name not in ours:
             raise UserError(f"{name!r} is missing from the weights: a published DRUNet has it")
         if ours[name].shape != value.shape:
@@ -188,7 +188,7 @@ def convert_drunet(
                 f"DRUNet of {channels} channel(s) and width {config.width}"
             )
     for name in ours:
-        if name not in wanted:
+        if name not in expected:
             raise UserError(f"{name!r} is no parameter of a published DRUNet")
     return config, channels, ours
 

@@ -42,17 +42,19 @@ def gelu(x: Tensor) -> Tensor:
         or x.dtype not in (torch.float32, torch.float64)
     ):
         return nn.functional.gelu(x)
-    out: Tensor = _Gelu.apply(x)
+    out: Tensor = _Gelu.apply(x, None)
     return out
 
 
 @positional
 class _Gelu(torch.autograd.Function):
+    """y, or with a cotangent g the gradient g * y'."""
+
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return nn.functional.gelu(x)
+    def forward(x: Tensor, g: Tensor | None) -> Tensor:
+        return nn.functional.gelu(x) if g is None else torch.ops.aten.gelu_backward.default(g, x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -60,54 +62,31 @@ class _Gelu(torch.autograd.Function):
         ctx.save_for_forward(*inputs)
 
     @staticmethod
-    def jvp(ctx: Any, moved: Tensor) -> Tensor:
-        return _slope(moved, *ctx.saved_tensors)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return _slope(g, *ctx.saved_tensors)
-
-
-def _slope(g: Tensor, x: Tensor) -> Tensor:
-    """g * y'."""
-    if not torch.is_grad_enabled():
-        values: Tensor = torch.ops.aten.gelu_backward.default(g, x)
-        return values
-    out: Tensor = _Slope.apply(g, x)
-    return out
-
-
-@positional
-class _Slope(torch.autograd.Function):
-    """g * y'."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(g: Tensor, x: Tensor) -> Tensor:
-        out: Tensor = torch.ops.aten.gelu_backward.default(g, x)
-        return out
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def jvp(ctx: Any, of_g: Tensor | None, of_x: Tensor | None) -> Tensor:
-        g, x = ctx.saved_tensors
+    def jvp(ctx: Any, of_x: Tensor | None, of_g: Tensor | None) -> Tensor:
+        x, g = ctx.saved_tensors
         moved = torch.zeros_like(x)
         if of_g is not None:
             moved = moved + _slope(of_g, x)
         if of_x is not None:
-            moved = moved + _curvature(of_x, g, x)
+            moved = moved + (_slope(of_x, x) if g is None else _curvature(of_x, g, x))
         return moved
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-        g, x = ctx.saved_tensors
-        of_g = _slope(v, x) if ctx.needs_input_grad[0] else None
-        return of_g, _curvature(v, g, x)
+        x, g = ctx.saved_tensors
+        if g is None:
+            return _slope(v, x), None
+        of_g = _slope(v, x) if ctx.needs_input_grad[1] else None
+        return _curvature(v, g, x), of_g
+
+
+def _slope(g: Tensor, x: Tensor) -> Tensor:
+    """g * y'."""
+    if torch.is_grad_enabled():
+        out: Tensor = _Gelu.apply(x, g)
+    else:
+        out = torch.ops.aten.gelu_backward.default(g, x)
+    return out
 
 
 def _curvature(v: Tensor, g: Tensor, x: Tensor) -> Tensor:

@@ -113,8 +113,8 @@ class Block(nn.Module):
     def __init__(self, channels: int, out: int, stride: int, config: GradResNetConfig) -> None:
         super().__init__()
 
-        def norm(wanted: bool = True) -> nn.Module:
-            name = config.norm if wanted else "none"
+        def norm(present: bool = True) -> nn.Module:
+            name = config.norm if present else "none"
             return make_norm(name, out, config.channels_per_group, config.bias)
 
         self.conv1 = Conv2d(channels, out, 3, stride, 1, bias=config.bias)

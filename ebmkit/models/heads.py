@@ -27,15 +27,17 @@ two are one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
 from ebmkit.compile import WrappedEnergyModel
 from ebmkit.energy import Energies, EnergyModel, Noise
 from ebmkit.errors import UserError
-from ebmkit.registry import Preset
+from ebmkit.registry import Table, find
 
 EnergySource = Literal["auto", "model", "logits"]
 
@@ -100,24 +102,56 @@ class HeadConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["linear-quadratic", "logit"] = Field(
-        "linear-quadratic", description="head: linear + quadratic (the paper) or logsumexp (JEM)"
+    kind: str = Field(
+        "linear-quadratic",
+        description="head, from `ebmkit list heads`: linear-quadratic (the paper), "
+        "logit (logsumexp, JEM)",
     )
     bias: bool = Field(False, description="biases in the head (the paper removes them)")
 
-    def build(self, num_features: int, num_classes: int) -> LinearQuadraticHead | LogitHead:
-        """The head for K = ``num_features`` and C = ``num_classes``."""
-        if self.kind == "logit":
-            return LogitHead(num_features, num_classes, self.bias)
-        return LinearQuadraticHead(num_features, num_classes, self.bias)
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, kind: str) -> str:
+        find("head", HEADS, kind)
+        return kind
+
+    def build(self, num_features: int, num_classes: int) -> nn.Module:
+        """The `Head` for K = ``num_features`` and C = ``num_classes``."""
+        return HEADS[self.kind].build(num_features, num_classes, self.bias)
 
 
-HEADS: dict[str, Preset[HeadConfig]] = {
-    "linear-quadratic": Preset(
-        HeadConfig(), "log p(c|y) linear, log p(y) quadratic in the features"
-    ),
-    "logit": Preset(HeadConfig(kind="logit"), "log p(y) = logsumexp of the logits, as in JEM"),
-}
+@dataclass(frozen=True)
+class HeadEntry:
+    """A head that has a name.
+
+    Attributes:
+        build: from K, C, and whether to add biases to the `ebmkit.models.Head`.
+        description: one line.
+    """
+
+    build: Callable[[int, int, bool], nn.Module]
+    description: str
+
+
+HEADS: dict[str, HeadEntry] = Table(
+    "head",
+    {
+        "linear-quadratic": HeadEntry(
+            LinearQuadraticHead, "log p(c|y) linear, log p(y) quadratic in the features"
+        ),
+        "logit": HeadEntry(LogitHead, "log p(y) = logsumexp of the logits, as in JEM"),
+    },
+)
+
+
+def find_head(name: str) -> HeadConfig:
+    """The configuration of the head called ``name``.
+
+    Raises:
+        UserError: if there is none.
+    """
+    find("head", HEADS, name)
+    return HeadConfig(kind=name)
 
 
 class LogitEnergy(EnergyModel):

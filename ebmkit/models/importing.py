@@ -30,23 +30,22 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ebmkit.card import ModelCard
 from ebmkit.energy import ScoreModel
-from ebmkit.errors import UserError, plain
+from ebmkit.errors import UserError, plain, validated
 from ebmkit.models.config import ModelConfig, find_backbone
 from ebmkit.models.dncnn import convert_dncnn
 from ebmkit.models.drunet import convert_drunet
+from ebmkit.models.pipelines import read_unet
 from ebmkit.models.resnet import BLOCKS
-from ebmkit.models.saving import save_model
+from ebmkit.models.saving import save_as_run
 from ebmkit.registry import find
-from ebmkit.storage.tensors import read_tensors
-from ebmkit.storage.torchfile import read_torch_file
-from ebmkit.validation import validated
+from ebmkit.storage.torchfile import read_state
 
 KINDS = {
     "robustness": "adversarially trained ResNet of the robustness package",
@@ -59,7 +58,6 @@ KINDS = {
 
 State = Mapping[str, Tensor]
 Numbers = float | tuple[float, ...]
-AnyScoreModel = TypeVar("AnyScoreModel", bound=ScoreModel)
 SHOWN = 8
 """Names that a message lists."""
 
@@ -78,32 +76,6 @@ class Converted(NamedTuple):
     state: dict[str, Tensor]
     image_size: int | None
     classifies: bool
-
-
-NESTED = ("model_state_dict", "state_dict", "params", "model", "net")
-"""Under which names training codes keep the weights in a checkpoint."""
-
-
-def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors in a ``.pth`` or ``.safetensors`` file, by name.
-
-    Raises:
-        UserError: if it cannot be read, asks for what may run code, or holds no state dict.
-    """
-    if path.suffix == ".safetensors":
-        return read_tensors(path)[0]
-    content = read_torch_file(path)
-    for name in NESTED:
-        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
-            content = content[name]
-    if not isinstance(content, Mapping) or not content:
-        raise UserError(f"{str(path)!r} holds no state dict: names of parameters with tensors")
-    odd = next(
-        (plain(str(name)) for name, value in content.items() if not isinstance(value, Tensor)), None
-    )
-    if odd is not None:
-        raise UserError(f"{odd} in {str(path)!r} is no tensor: give the network's state dict")
-    return {str(name): value for name, value in content.items()}
 
 
 def load_checkpoint(source: str | Path, kind: str | None = None, **options: Any) -> ScoreModel:
@@ -132,26 +104,6 @@ def import_checkpoint(
         UserError: as `load_checkpoint` does, or if the folder is not empty.
     """
     return save_as_run(folder, lambda: read_checkpoint(source, kind, **options))
-
-
-def save_as_run(
-    folder: Path, read: Callable[[], tuple[AnyScoreModel, ModelConfig]]
-) -> AnyScoreModel:
-    """Write the model that ``read`` gives, and its configuration, into a new or empty ``folder``.
-
-    Raises:
-        UserError: if the folder is not empty or cannot be made.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{str(folder)!r} exists: choose another --out")
-    model, config = read()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make folder {str(folder)!r}: {error.strerror}") from None
-    assert model.card is not None
-    save_model(folder, model, config, model.card)
-    return model
 
 
 def read_checkpoint(
@@ -197,8 +149,6 @@ def read_checkpoint(
         raise UserError(f"{str(source)!r} is a model's folder already: use it as it is")
     repository = not path.exists() and is_hub_name(str(source)) and ":" not in str(source)
     if kind == "diffusers" or (kind is None and (path.is_dir() or repository)):
-        from ebmkit.models.pipelines import read_unet
-
         options: dict[str, Any] = {
             "backbone": backbone,
             "rename": rename,
@@ -531,12 +481,15 @@ def _fitted(what: str, values: dict[str, Any], ours: State, size: int | None) ->
     """Check that the state is that of the configuration, name by name and shape by shape."""
     config = validated(ModelConfig, values, what)
     with torch.device("meta"):
-        wanted = _without_counts(config.build().state_dict())
+        expected = _without_counts(config.without_pretrained().build().state_dict())
     state = _without_counts(ours)
-    unknown, missing = [n for n in state if n not in wanted], [n for n in wanted if n not in state]
+    unknown, missing = (
+        [n for n in state if n not in expected],
+        [n for n in expected if n not in state],
+    )
     if unknown or missing:
-        raise UserError(_misfit(what, unknown, missing, state, wanted))
-    for name, value in wanted.items():
+        raise UserError(_misfit(what, unknown, missing, state, expected))
+    for name, value in expected.items():
         if state[name].shape != value.shape:
             raise UserError(
                 f"{name.removeprefix('backbone.')!r} is {tuple(state[name].shape)} and would be "
@@ -551,22 +504,24 @@ def _without_counts(state: State) -> dict[str, Tensor]:
     return {n: v for n, v in state.items() if not n.endswith("num_batches_tracked")}
 
 
-def _misfit(what: str, unknown: list[str], missing: list[str], state: State, wanted: State) -> str:
+def _misfit(
+    what: str, unknown: list[str], missing: list[str], state: State, expected: State
+) -> str:
     parts = [f"the weights are not those of {what}"]
     for kind, names in (("unknown", unknown), ("missing", missing)):
         if names:
             shown = ", ".join(name.removeprefix("backbone.") for name in names[:SHOWN])
             more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
             parts.append(f"{kind}: {shown}{more}")
-    example = _example(unknown, missing, state, wanted)
+    example = _example(unknown, missing, state, expected)
     parts.append(f"rename prefixes by --map OLD=NEW, for example --map '{example}'")
     return "; ".join(parts)
 
 
-def _example(unknown: list[str], missing: list[str], state: State, wanted: State) -> str:
+def _example(unknown: list[str], missing: list[str], state: State, expected: State) -> str:
     """A rule that makes a missing name of an unknown one."""
     for name in unknown:
-        alike = [m for m in missing if wanted[m].shape == state[name].shape]
+        alike = [m for m in missing if expected[m].shape == state[name].shape]
         near = difflib.get_close_matches(name, alike, n=1, cutoff=0.3)
         if near:
             old = name.removeprefix("backbone.").split(".")

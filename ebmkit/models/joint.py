@@ -24,7 +24,7 @@ the reference area, and below it, the three are the paper's formula. ``tiles`` i
 because it denoises best, at four times the cost of ``factor`` (docs: "Images of any size").
 
 The paper's networks are blind to sigma. A backbone whose attribute ``noise_conditional`` is True is
-told it, and the model is then one of :math:`\log p_\sigma(y, c)` for every sigma, up to a constant
+given it, and the model is then one of :math:`\log p_\sigma(y, c)` for every sigma, up to a constant
 that may depend on sigma. Without sigma the image is taken to be clean, :math:`\sigma = 0`, as in
 `ebmkit.GaussianMixture`.
 """
@@ -52,7 +52,7 @@ class JointModel(EnergyModel):
     """log p(y, c) from a backbone and a head; blind to sigma, as in the paper, or given it.
 
     Args:
-        backbone: images (B, C, H, W) to `Features` with K = ``backbone.num_features``; told sigma
+        backbone: images (B, C, H, W) to `Features` with K = ``backbone.num_features``; given sigma
             too if it says so (`NoiseConditionalBackbone`).
         head: features (B, K) to `Energies`.
         in_channels: channels C that images must have; None does not check.
@@ -109,8 +109,8 @@ class JointModel(EnergyModel):
     def forward(self, y: Tensor, sigma: Noise | None = None) -> Energies:
         """Energies of images ``y`` (B, C, H, W) in image units.
 
-        ``sigma``, a float or (B,), is ignored by a blind backbone; without it one that is told
-        takes images to be clean.
+        ``sigma``, a float or (B,), is ignored by a blind backbone; without it images are taken to
+        be clean.
 
         Raises:
             UserError: if ``y`` is no batch of images, or has another number of channels.

@@ -133,9 +133,9 @@ class MLP(MeanPooled):
             for layer in self.onward:
                 h = layer(self.activation(h))
         else:
-            told = self._of_sigma(y.new_zeros(len(y)) if sigma is None else sigma)
+            level = self._of_sigma(y.new_zeros(len(y)) if sigma is None else sigma)
             for layer, read in zip(self.onward, self.told, strict=True):
-                scale, shift = read(told)[:, None, None].chunk(2, dim=-1)
+                scale, shift = read(level)[:, None, None].chunk(2, dim=-1)
                 h = layer(self.activation((1 + scale) * h + shift))
         return self.features(h.movedim(-1, 1))
 

@@ -31,7 +31,7 @@ With weight w, cotangent g of the output :math:`w \hat x` and :math:`a = w g`, t
 the sum over images and positions. PyTorch's kernel of the first derivative gives :math:`Pv/s` and,
 called with every channel of every image as a channel of its own, the sums over positions as well.
 PyTorch itself takes the first derivative as a chain of elementwise operations when a graph of it is
-wanted, and differentiates each. Derivatives of third order are ordinary operations here, too.
+needed, and differentiates each. Derivatives of third order are ordinary operations here, too.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def group_norm(
         or not x.is_contiguous()
     ):
         return nn.functional.group_norm(x, groups, weight, bias, eps)
-    # one weight for each image: the sum over images is left to autograd, which does it if wanted
+    # one weight for each image: the sum over images is left to autograd, which does it if needed
     weights = weight.expand(x.shape[0], -1)
     biases = None if bias is None else bias.expand(x.shape[0], -1)
     out: Tensor = _GroupNorm.apply(x, weights, biases, groups, eps)[0]

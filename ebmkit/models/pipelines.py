@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from ebmkit.card import ModelCard
-from ebmkit.errors import UserError
+from ebmkit.errors import UserError, validated
 from ebmkit.models.config import ModelConfig
 from ebmkit.models.diffusion import INSTALL, DiffusionModel, UNetConfig
-from ebmkit.models.importing import read_state, save_as_run
+from ebmkit.models.saving import save_as_run
 from ebmkit.storage.reading import MIB, check_links, read_json
 from ebmkit.storage.tensors import LimitedSize
-from ebmkit.validation import validated
+from ebmkit.storage.torchfile import read_state
 
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 SETTINGS = ("model_index.json", "config.json", "scheduler_config.json")
@@ -192,7 +192,7 @@ def _config(shape: Mapping[str, Any], diffusion: Mapping[str, Any]) -> ModelConf
             "images of 1 or 3, and give as many, or twice as many with variances"
         )
     if values["time_embedding_type"] == "fourier" or values["class_embed_type"] is not None:
-        raise UserError("this UNet is not told timesteps and labels by number: it is not known")
+        raise UserError("this UNet does not take timesteps and labels by number: it is not known")
     levels, widths = len(values["block_out_channels"]), values["block_out_channels"]
     whole = [width // widths[0] for width in widths]
     labels = values["num_class_embeds"]

@@ -29,7 +29,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -39,6 +38,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from ebmkit.errors import UserError
+
+Run = Callable[..., Tensor]
+Autocast = Callable[[], AbstractContextManager[object]]
 
 
 def recompute(block: nn.Module, x: Tensor) -> Tensor:
@@ -62,7 +64,14 @@ def recompute(block: nn.Module, x: Tensor) -> Tensor:
         return out
     _check(block)
     named = dict(block.named_parameters())
-    run = _Run(block, tuple(named), _Autocast.now(x.device.type))
+    autocast = _autocast(x.device.type)
+
+    def run(x: Tensor, *parameters: Tensor) -> Tensor:
+        with autocast():
+            values = dict(zip(named, parameters, strict=True))
+            result: Tensor = torch.func.functional_call(block, values, (x,))
+            return result
+
     out = _Forward.apply(run, x, *named.values())
     return out
 
@@ -83,41 +92,13 @@ def _check(block: nn.Module) -> None:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class _Autocast:
-    """The state of autocast on one kind of device; `again` returns to it."""
-
-    device_type: str
-    enabled: bool = False
-    dtype: torch.dtype | None = None  # None: the device (meta) has no autocast
-
-    @classmethod
-    def now(cls, device_type: str) -> _Autocast:
-        if not torch.amp.is_autocast_available(device_type):
-            return cls(device_type)
-        enabled = torch.is_autocast_enabled(device_type)
-        return cls(device_type, enabled, torch.get_autocast_dtype(device_type))
-
-    def again(self) -> AbstractContextManager[object]:
-        if self.dtype is None:
-            return nullcontext()
-        # each run has its own casts, and a cache would keep them
-        return torch.autocast(self.device_type, self.dtype, self.enabled, cache_enabled=False)
-
-
-@dataclass(frozen=True, eq=False)
-class _Run:
-    """The block as a function of its input and parameters, under the autocast it first ran in."""
-
-    block: nn.Module
-    names: tuple[str, ...]
-    autocast: _Autocast
-
-    def __call__(self, x: Tensor, *parameters: Tensor) -> Tensor:
-        with self.autocast.again():
-            named = dict(zip(self.names, parameters, strict=True))
-            out: Tensor = torch.func.functional_call(self.block, named, (x,))
-            return out
+def _autocast(device_type: str) -> Autocast:
+    """What returns to the present state of autocast on this kind of device."""
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext
+    enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+    # each run has its own casts, and a cache would keep them
+    return lambda: torch.autocast(device_type, dtype, enabled, cache_enabled=False)
 
 
 def _vjp(
@@ -150,7 +131,7 @@ class _Forward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(run: _Run, *inputs: Tensor) -> Tensor:
+    def forward(run: Run, *inputs: Tensor) -> Tensor:
         return run(*inputs)
 
     @staticmethod
@@ -161,7 +142,7 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         needed = tuple(ctx.needs_input_grad[1:])
-        autocast = _Autocast.now(gradient.device.type)
+        autocast = _autocast(gradient.device.type)
         gradients = _BlockVjp.apply(ctx.run, autocast, needed, gradient, *ctx.saved_tensors)
         return (None, *_spread(gradients, needed))
 
@@ -173,7 +154,7 @@ class _BlockVjp(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        run: _Run, autocast: _Autocast, needed: tuple[bool, ...], gradient: Tensor, *inputs: Tensor
+        run: Run, autocast: Autocast, needed: tuple[bool, ...], gradient: Tensor, *inputs: Tensor
     ) -> tuple[Tensor, ...]:
         return _vjp(run, inputs, needed)(gradient)
 
@@ -192,7 +173,7 @@ class _BlockVjp(torch.autograd.Function):
 
         def vjp(gradient: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
             vjp_block = _vjp(ctx.run, inputs, used)
-            with ctx.autocast.again():
+            with ctx.autocast():
                 return vjp_block(gradient)
 
         needed = ctx.needs_input_grad[3:]

@@ -12,7 +12,9 @@ import hashlib
 import json
 import os
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import safetensors.torch
 import torch
@@ -21,12 +23,14 @@ from torch import Tensor
 
 from ebmkit.card import ModelCard
 from ebmkit.energy import ScoreModel
-from ebmkit.errors import UserError
+from ebmkit.errors import UserError, validated
 from ebmkit.models.config import ModelConfig
+from ebmkit.plugins import check_plugins, load_plugins
 from ebmkit.storage import read_together, write_atomically
 from ebmkit.storage.reading import check_links, parse_json
 from ebmkit.storage.tensors import LimitedSize, parse_tensors
-from ebmkit.validation import validated
+
+AnyScoreModel = TypeVar("AnyScoreModel", bound=ScoreModel)
 
 FORMAT = 1
 
@@ -59,6 +63,26 @@ def save_model(
         write_atomically(folder / name, content)
 
 
+def save_as_run(
+    folder: Path, read: Callable[[], tuple[AnyScoreModel, ModelConfig]]
+) -> AnyScoreModel:
+    """Write the model that ``read`` gives, and its configuration, into a new or empty ``folder``.
+
+    Raises:
+        UserError: if the folder is not empty or cannot be made.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{str(folder)!r} exists: choose another --out")
+    model, config = read()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make folder {str(folder)!r}: {error.strerror}") from None
+    assert model.card is not None
+    save_model(folder, model, config, model.card)
+    return model
+
+
 def model_files(model: ScoreModel, config: ModelConfig | None, card: ModelCard) -> dict[str, bytes]:
     """The files of a saved model by name, as of `save_model`."""
     document = _Document(format=FORMAT, model=config, card=card)
@@ -86,6 +110,7 @@ def load(
     model: ScoreModel | None = None,
     device: str = "cpu",
     weights: str = "last",
+    plugins: Sequence[str | os.PathLike[str]] = (),
 ) -> ScoreModel:
     """The trained model in the folder ``run``, frozen and in evaluation mode.
 
@@ -94,6 +119,7 @@ def load(
         model: the network to load into; needed only for one that was composed by hand.
         device: where to put it.
         weights: ``last``, or ``best`` by validation.
+        plugins: to import first (`ebmkit.plugins`), for a model with parts from them.
 
     Returns:
         The model; its attribute ``card`` says what it was trained for. Weights that are not finite
@@ -105,6 +131,7 @@ def load(
     >>> model = load("runs/digits")                                      # doctest: +SKIP
     >>> model.denoise(y, sigma=25 / 255)                                 # doctest: +SKIP
     """
+    load_plugins(plugins)
     folder = Path(run)
     if not folder.is_dir():
         raise UserError(f"there is no run folder {str(folder)!r}")
@@ -173,4 +200,6 @@ def _read_document(content: bytes, path: Path) -> _Document:
     values = parse_json(content, repr(str(path)), finite=True)
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise UserError(f"{str(path)!r} is not of format {FORMAT}: made by another version?")
+    card = values.get("card")
+    check_plugins(card.get("plugins", ()) if isinstance(card, dict) else (), repr(str(path.parent)))
     return validated(_Document, values, str(path))

@@ -23,8 +23,7 @@ Projected gradient descent raises a weighted sum of log-posteriors with weights 
 
 with n the direction (:math:`\ell_2`) or the sign (:math:`\ell_\infty`) and :math:`\Pi` the
 projection on the ball of radius :math:`\epsilon` about y, and on :math:`[0, 1]^d` where the image
-carries no noise. One step from y itself is the fast gradient method. The steps are those of
-`ebmkit.sampling.Ascent`.
+carries no noise (`ebmkit.attacks`).
 
 Starts are uniform in the ball; TRADES, whose divergence has no gradient at y, starts at Gaussian
 noise of `NUDGE`. The network is in evaluation mode meanwhile, so that a BatchNorm uses its running
@@ -52,14 +51,14 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from ebmkit.attacks import projected_gradient_descent, unit_ball
 from ebmkit.data import Batch
-from ebmkit.energy import Energies, EnergyModel, Noise, WeightedLogProbability, upcast_energies
+from ebmkit.energy import Energies, EnergyModel, WeightedLogProbability
 from ebmkit.errors import UserError
 from ebmkit.noise import Radius
 from ebmkit.objectives.base import ExtraPasses, ModelOutput, Objective, ObjectiveConfig, RunContext
 from ebmkit.objectives.classification import cross_entropy
 from ebmkit.randomness import keyed_generator
-from ebmkit.sampling.ascent import Ascent
 from ebmkit.sampling.base import per_chain
 
 __all__ = ["ADV", "NUDGE", "TRADES", "AdversarialConfig", "Attack", "TradesConfig", "divergence"]
@@ -203,7 +202,7 @@ class Attack:
             nudge = torch.randn(shape, generator=generator, device=y.device, dtype=y.dtype)
             return _kept(y + NUDGE * nudge[own], batch), other
         radius = per_chain(config.eps * _scale(batch, config), y)
-        offset = _in_unit_ball(shape, config.norm, generator, y)
+        offset = unit_ball(config.norm, shape, generator, y.dtype)
         return _kept(y + radius * offset[own], batch), other
 
     def _climb(
@@ -217,26 +216,23 @@ class Attack:
         weights, labels = self._weights(batch, other), _labels(batch)
         scale = _scale(batch, config)
 
-        def density(y: Tensor, sigma: Noise | None = None) -> tuple[Tensor, Tensor]:
+        def gradient(y: Tensor) -> Tensor:
             target = WeightedLogProbability(weights)
-            energies, (gradient,) = self.computed.value_and_grads(y, batch.sigma, target)
-            if config.early_stop:
-                label = energies.logits.argmax(dim=1)
-                gradient = gradient * per_chain(label == labels, gradient)
-            return target(upcast_energies(energies)), gradient
+            energies, (found,) = self.computed.value_and_grads(y, batch.sigma, target)
+            if config.early_stop:  # an image without a gradient stays where it is
+                found = found * per_chain(energies.logits.argmax(dim=1) == labels, found)
+            return found
 
-        sampler = Ascent(
-            density,
-            config.step * scale,
-            "sign" if config.norm == "linf" else "l2",
+        return projected_gradient_descent(
+            gradient,
+            batch.y,
             config.eps * scale,
             config.norm,
-            _bounds(batch),
+            steps=config.steps,
+            step_size=config.step * scale,
+            start=start,
+            bounds=_bounds(batch),
         )
-        state = sampler.init(batch.y)._replace(x=start)
-        for _ in range(config.steps):
-            state, _ = sampler.step(state, _UNUSED)
-        return state.x
 
     def _weights(self, batch: Batch, other: Tensor | None) -> Tensor:
         """w (B, C), of the log-posteriors whose sum is raised."""
@@ -247,25 +243,6 @@ class Attack:
             chosen = torch.nn.functional.one_hot(other, self.model.num_classes)
             return chosen.to(batch.soft)
         return -batch.soft
-
-
-_UNUSED = torch.Generator()
-"""An ascent draws nothing."""
-
-
-def _in_unit_ball(
-    shape: tuple[int, ...], norm: str, generator: torch.Generator, like: Tensor
-) -> Tensor:
-    """Points spread uniformly over the ball of radius 1, of ``shape`` (B, ...)."""
-    device, dtype = like.device, like.dtype
-    if norm == "linf":
-        return 2 * torch.rand(shape, generator=generator, device=device, dtype=dtype) - 1
-    # d of the d + 2 entries of a point on a sphere (Voelker et al. 2017)
-    wide = (shape[0], like[0].numel() + 2)
-    normal = torch.randn(wide, generator=generator, device=device, dtype=dtype)
-    normal = normal / torch.linalg.vector_norm(normal, dim=1, keepdim=True)
-    points: Tensor = normal[:, :-2].reshape(shape)
-    return points
 
 
 def _labels(batch: Batch) -> Tensor:

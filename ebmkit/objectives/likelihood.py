@@ -41,9 +41,9 @@ from ebmkit.energy import Energies, EnergyModel, Noise
 from ebmkit.errors import UserError
 from ebmkit.objectives.base import ExtraPasses, ModelOutput, Objective, ObjectiveConfig, RunContext
 from ebmkit.randomness import keyed_generator
-from ebmkit.sampling.buffer import ReplayBuffer
-from ebmkit.sampling.langevin import JEM_NOISE, JEM_STEP, Langevin, normal_like
-from ebmkit.sampling.seeds import ClassGaussians
+from ebmkit.sampling.base import normal_like
+from ebmkit.sampling.langevin import JEM_NOISE, JEM_STEP, Langevin
+from ebmkit.sampling.starts import ClassGaussians, ReplayBuffer
 
 __all__ = ["CML", "ML", "Negatives", "NegativesConfig", "log_density_of"]
 
@@ -196,7 +196,7 @@ class Negatives:
             score,
             config.step_size,
             noise_std=config.noise,
-            largest_drift=config.largest_drift,
+            drift_clip=config.largest_drift,
             bounds=(0.0, 1.0) if config.clip else None,
             normal=normal,
         )

@@ -85,9 +85,15 @@ class TermSettings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _of_the_table(cls, given: Any) -> Any:
-        kinds = {n: o.config for n, o in OBJECTIVES.items() if o.config and o.section is None}
-        found = _settings_model(tuple(kinds.items())).model_validate(given)
-        return {name: getattr(found, name) for name in kinds}
+        kind = cls.class_for(given)
+        found = kind.model_validate(given)
+        return {name: getattr(found, name) for name in kind.model_fields}
+
+    @classmethod
+    def class_for(cls, given: Any) -> type[BaseModel]:
+        """The class with a field for each objective that has settings."""
+        kinds = ((n, o.config) for n, o in OBJECTIVES.items() if o.config and o.section is None)
+        return _settings_model(tuple(kinds))
 
     def of(self, name: str) -> ObjectiveConfig | None:
         """The settings of the objective called ``name``; None where it has none here."""

@@ -12,8 +12,8 @@ where not asked for. On a robust classifier the images take on the look of the l
 ball, it is projected gradient descent, the attack of Madry et al. (arXiv 1706.06083).
 
 Santurkar et al. (2019) take 60 steps of 0.5 in l2 with projection on a ball of radius 40, from
-seeds of the Gaussian that has the mean and covariance of the label's training images:
-`ebmkit.sampling.seeds`. With plain steps it is Langevin dynamics at temperature 0.
+draws of the Gaussian that has the mean and covariance of the label's training images:
+`ebmkit.sampling.starts.ClassGaussians`. With plain steps it is Langevin dynamics at temperature 0.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from __future__ import annotations
 from typing import Literal, NamedTuple, get_args
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
-from ebmkit.sampling.base import Info, check_positive, per_chain
-from ebmkit.sampling.langevin import langevin_move, root_mean_square
-from ebmkit.sampling.target import DensityFunction
-
-__all__ = ["Ascent", "AscentChain", "Ball", "Direction"]
+from ebmkit.sampling.base import Info, check_positive, per_chain, root_mean_square
+from ebmkit.sampling.entry import LevelConfig, SamplerEntry
+from ebmkit.sampling.langevin import langevin_move
+from ebmkit.sampling.target import DensityFunction, Labels, density_of, label_density_of
 
 Direction = Literal["l2", "plain", "sign"]
 Ball = Literal["l2", "linf"]
@@ -78,8 +79,10 @@ class Ascent:
         if ball not in get_args(Ball):
             raise UserError(f"unknown ball {ball!r}: known: {', '.join(get_args(Ball))}")
         self.density, self.sigma = density, sigma
-        self.step_size = _checked("step size", step_size)
-        self.radius = None if radius is None else _checked("radius", radius)
+        for name, value in (("step size", step_size), ("radius", radius)):
+            if isinstance(value, (int, float)):  # numbers of each chain are not looked at
+                check_positive(name, value)
+        self.step_size, self.radius = step_size, radius
         self.direction, self.ball, self.bounds = direction, ball, bounds
 
     def init(self, x: Tensor) -> AscentChain:
@@ -117,6 +120,44 @@ def _within(offset: Tensor, radius: float | Tensor, ball: Ball) -> Tensor:
     return offset * per_chain(radius / norm.clamp_min(radius), offset)
 
 
-def _checked(name: str, value: float | Tensor) -> float | Tensor:
-    """A number above 0, or (B,) of them, which are not looked at."""
-    return value if isinstance(value, Tensor) else check_positive(name, value)
+class AscentConfig(LevelConfig):
+    """Settings of ``ascent``."""
+
+    steps: int = Field(60, ge=1, description="number of steps per chain")
+    objective: Literal["label", "joint"] = Field(
+        "label", description="function to increase: label (log p(c|x)) or joint (log p(x, c))"
+    )
+    step_size: float = Field(
+        0.1, gt=0, description="length of a step, image units; Santurkar et al. use 0.5 at 224x224"
+    )
+    direction: Direction = Field(
+        "l2",
+        description="direction of a step: l2 (normalised gradient), plain (gradient), sign "
+        "(sign of the gradient)",
+    )
+    radius: float | None = Field(
+        None, gt=0, description="radius of a ball around the starting point; null: no ball"
+    )
+    ball: Ball = Field("l2", description="norm of the ball")
+
+
+def _make(model: ScoreModel, c: Labels, config: AscentConfig) -> Ascent:
+    assert c is not None
+    return Ascent(
+        (label_density_of if config.objective == "label" else density_of)(model, c),
+        config.step_size,
+        config.direction,
+        config.radius,
+        config.ball,
+        sigma=config.sigma,
+    )
+
+
+ASCENT_ENTRY = SamplerEntry(
+    name="ascent",
+    description="gradient ascent to a label (Santurkar et al. 2019)",
+    config=AscentConfig,
+    needs=("density", "labels"),
+    make=_make,
+    no_law="climbs",
+)

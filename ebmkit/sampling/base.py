@@ -1,14 +1,12 @@
 r"""What a sampler is, and how its chains are run.
 
-A sampler is two functions, pure in their state: ``init`` makes the state of B chains from where
-they start, ``step`` takes a state and a source of randomness to the next state and to what is worth
-knowing of the step (`Info`). A state is a `NamedTuple` whose fields are numbers, or tensors with
-one row per chain; it holds all that the next step needs, so it can be saved, and a chain that was
-interrupted goes on.
+A sampler is two functions, pure in their state: ``init`` makes the state of B chains from their
+starting points, ``step`` maps a state and a source of randomness to the next state and a report
+(`Info`). A state is a `NamedTuple` of numbers and of tensors with one row per chain; it holds all
+that the next step needs, so an interrupted chain resumes from its saved state.
 
-`Chains` runs a sampler and watches over it: a chain that leaves the finite numbers is put back to
-its last finite state, left there, and named; the others go on as if it were not there, since no
-chain sees another.
+`Chains` runs a sampler. A chain that reaches NaN or Inf has diverged: it is put back to its last
+finite state and stops; the others are not affected, since no chain depends on another.
 """
 
 from __future__ import annotations
@@ -22,8 +20,6 @@ from torch import Tensor
 
 from ebmkit.errors import UserError
 
-__all__ = ["Chain", "Chains", "Info", "Sampler", "State", "check_positive", "per_chain"]
-
 
 class State(Protocol):
     """What every state has: positions ``x`` (B, ...) and the number of steps done."""
@@ -35,18 +31,18 @@ class State(Protocol):
 
 
 class Chain(NamedTuple):
-    """The state of samplers that remember nothing but where they are."""
+    """The state of samplers that depend on the positions alone."""
 
     x: Tensor
     step: int
 
 
 class Info(NamedTuple):
-    """What a step was like, one entry per chain (B,), None where it has no meaning.
+    """Report of a step, one entry per chain (B,), None where it has no meaning.
 
     Attributes:
         move: root mean square of the change over the entries of x, image units.
-        sigma: noise level at which the target was taken, or that was found, image units.
+        sigma: noise level at which the target was taken, or that was estimated, image units.
         accepted: whether the proposal was accepted.
         finished: whether the chain needs no further step.
     """
@@ -63,6 +59,9 @@ S = TypeVar("S", bound=State)
 class Sampler(Protocol[S]):
     """Chains on a target that was given when it was made.
 
+    A sampler at several noise levels has them, first to last, as ``sigmas``; one at a single level
+    as ``sigma``.
+
     Attributes:
         steps: length of its schedule; None: any number of steps can be taken.
     """
@@ -75,37 +74,52 @@ class Sampler(Protocol[S]):
         ...
 
     def step(self, state: S, generator: torch.Generator) -> tuple[S, Info]:
-        """The next state, and what the step was like; ``state`` is left as it was."""
+        """The next state and its report; ``state`` is not changed."""
         ...
 
 
+class PositionSampler:
+    """Base of samplers whose state is a `Chain`."""
+
+    def init(self, x: Tensor) -> Chain:
+        """Chains that start at ``x`` (B, ...); of several noise levels, with the first's noise."""
+        return Chain(x, 0)
+
+
+def moved_to(state: Chain, x: Tensor, sigma: float | None = None) -> tuple[Chain, Info]:
+    """The state after a step to ``x`` at noise level ``sigma``, and its report."""
+    level = None if sigma is None else torch.full_like(x.flatten(1)[:, 0], sigma)
+    return Chain(x, state.step + 1), Info(root_mean_square(x - state.x), level)
+
+
 class Chains(Generic[S]):
-    """Chains of a sampler, of which those that leave the finite numbers stop.
+    """Chains of a sampler, of which those that diverge stop.
 
     Args:
         sampler: any sampler.
         state: where they are; ``sampler.init(x)`` to begin.
-        died: chain -> step at which it left the finite numbers, of chains that go on.
+        diverged: chain -> step at which it diverged, of chains that are resumed.
 
     Attributes:
         state: the present one; finite everywhere.
-        died: as above.
-        finished: (B,) bool, chains that need no further step, the dead among them.
+        diverged: as above.
+        finished: (B,) bool, chains that need no further step, diverged ones among them.
 
     Raises:
-        UserError: if a chain starts at numbers that are not finite.
+        UserError: if a chain starts at NaN or Inf.
     """
 
-    def __init__(self, sampler: Sampler[S], state: S, died: dict[int, int] | None = None) -> None:
+    def __init__(
+        self, sampler: Sampler[S], state: S, diverged: dict[int, int] | None = None
+    ) -> None:
         self.sampler, self.state = sampler, state
-        self.died: dict[int, int] = dict(died or {})
-        start = _finite_rows(state)
-        if not bool(start.all()):
-            bad = torch.nonzero(~start).flatten().tolist()
-            raise UserError(f"chains {_some(bad)} start at numbers that are not finite")
+        self.diverged: dict[int, int] = dict(diverged or {})
+        if not bool((finite := _is_finite(state)).all()):
+            bad = torch.nonzero(~finite).flatten().tolist()
+            more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
+            raise UserError(f"chains {', '.join(map(str, bad[:8]))}{more} start at NaN or Inf")
         self.finished = torch.zeros(len(state.x), dtype=torch.bool, device=state.x.device)
-        if self.died:
-            self.finished[list(self.died)] = True
+        self.finished[list(self.diverged)] = True
 
     @property
     def done(self) -> bool:
@@ -117,12 +131,16 @@ class Chains(Generic[S]):
         """One step of all chains that are not finished."""
         old = self.state
         new, info = self.sampler.step(old, generator)
-        lost = ~_finite_rows(new) & ~self.finished
+        lost = ~_is_finite(new) & ~self.finished
         stopped = lost | self.finished
         if bool(stopped.any()):
-            new = _put_back(stopped, old, new)
-        for chain in torch.nonzero(lost).flatten().tolist():
-            self.died[chain] = new.step
+            before = _per_chain_fields(old)
+            back = {
+                name: torch.where(per_chain(stopped, value), before[name], value)  # type: ignore[arg-type]
+                for name, value in _per_chain_fields(new).items()
+            }
+            new = new._replace(**back)  # type: ignore[attr-defined]
+        self.diverged |= dict.fromkeys(torch.nonzero(lost).flatten().tolist(), new.step)
         self.finished = stopped if info.finished is None else stopped | info.finished
         self.state = new
         return info
@@ -133,12 +151,12 @@ class Chains(Generic[S]):
         generator: torch.Generator,
         after: Callable[[S, Info], None] | None = None,
     ) -> S:
-        """Up to ``steps`` steps, fewer where the chains are `done`; the last state.
+        """Up to ``steps`` steps, fewer if the chains are `done` before; the last state.
 
         Args:
             steps: at the most.
             generator: on the device of the chains.
-            after: told of each step.
+            after: called with the state and the report after each step.
 
         Raises:
             UserError: if ``steps`` is below 1.
@@ -152,6 +170,16 @@ class Chains(Generic[S]):
             if after is not None:
                 after(self.state, info)
         return self.state
+
+
+def normal_like(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal numbers of x's shape, type and device."""
+    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+
+
+def root_mean_square(change: Tensor) -> Tensor:
+    """Root mean square over the entries of each chain, (B,)."""
+    return change.flatten(1).square().mean(1).sqrt()
 
 
 def per_chain(value: float | Tensor, x: Tensor) -> float | Tensor:
@@ -175,27 +203,24 @@ def check_positive(name: str, value: float, zero: bool = False) -> float:
     return value
 
 
-def _rows(state: Any) -> dict[str, Tensor]:
+def check_share(name: str, value: float) -> None:
+    """Check a share.
+
+    Raises:
+        UserError: if ``value`` is not above 0 and at most 1.
+    """
+    if not 0 < value <= 1:
+        raise UserError(f"{name} {value} must be above 0 and at most 1")
+
+
+def _per_chain_fields(state: Any) -> dict[str, Tensor]:
     """The fields of a state that have one row per chain."""
     count = len(state.x)
     fields: dict[str, Any] = state._asdict()
     return {n: v for n, v in fields.items() if isinstance(v, Tensor) and v.shape[:1] == (count,)}
 
 
-def _finite_rows(state: State) -> Tensor:
+def _is_finite(state: State) -> Tensor:
     """Which chains are finite in every field, (B,) bool."""
-    found = [v.reshape(len(v), -1).isfinite().all(1) for v in _rows(state).values()]
-    return torch.stack(found).all(0)
-
-
-def _put_back(rows: Tensor, old: S, new: S) -> S:
-    """``new`` with the ``rows`` (B,) of ``old``."""
-    before = _rows(old)
-    fields = {n: torch.where(per_chain(rows, v), before[n], v) for n, v in _rows(new).items()}  # type: ignore[arg-type]
-    replaced: S = new._replace(**fields)  # type: ignore[attr-defined]
-    return replaced
-
-
-def _some(numbers: list[int]) -> str:
-    shown = ", ".join(map(str, numbers[:8]))
-    return shown if len(numbers) <= 8 else f"{shown} and {len(numbers) - 8} more"
+    fields = _per_chain_fields(state).values()
+    return torch.stack([v.reshape(len(v), -1).isfinite().all(1) for v in fields]).all(0)

@@ -1,4 +1,4 @@
-r"""Whether chains have arrived, and how much they say (Vehtari et al. 2021, arXiv 1903.08008).
+r"""Whether chains have converged, and how much they say (Vehtari et al. 2021, arXiv 1903.08008).
 
 All measures are of one scalar summary of the images, its log-density or a projection, as draws
 (N, M) of M chains. Each chain is split in half, so that a drift shows as a difference.
@@ -25,26 +25,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ebmkit.errors import UserError
 from ebmkit.sampling.base import Info, State
+from ebmkit.sampling.entry import SamplerEntry
 
-__all__ = ["Gap", "Trace", "effective_size", "energy_gap", "random_projections", "split_rhat"]
-
-LEAST = 4
+MIN_DRAWS = 4
 """Draws of a chain without which nothing can be said of it: two in each half."""
 
 
 class Trace:
-    """Follows chains: hand it to `Chains.run` as ``after``.
+    """Records chains: pass it to `Chains.run` as ``after``.
 
     Args:
         summary: positions (B, ...) to numbers (B, K), or (B,).
-        every: of how many steps one is kept.
+        every: of how many steps one is recorded.
         warm_up: steps left out at the beginning.
 
     >>> trace = Trace(random_projections((1, 8, 8), 4))          # doctest: +SKIP
@@ -56,7 +55,7 @@ class Trace:
         self, summary: Callable[[Tensor], Tensor], every: int = 1, warm_up: int = 0
     ) -> None:
         if every < 1:
-            raise UserError(f"every {every} steps none is kept: take 1 or more")
+            raise UserError(f"every {every} steps none is recorded: take 1 or more")
         self.summary, self.every, self.warm_up = summary, every, warm_up
         self._draws: list[Tensor] = []
         self._accepted: list[Tensor] = []
@@ -68,13 +67,13 @@ class Trace:
             self._draws.append(self.summary(state.x).detach().double().cpu())
 
     def draws(self) -> Tensor:
-        """What was kept, (N, B, K) or (N, B), float64.
+        """What was recorded, (N, B, K) or (N, B), float64.
 
         Raises:
             UserError: if nothing was.
         """
         if not self._draws:
-            raise UserError(f"no step was kept: run more than {self.warm_up} steps")
+            raise UserError(f"no step was recorded: run more than {self.warm_up} steps")
         return torch.stack(self._draws)
 
     @property
@@ -148,9 +147,9 @@ def energy_gap(samples: Tensor, data: Tensor) -> Gap:
 
 def _halves(draws: Tensor) -> Tensor:
     """Each chain as two, (N // 2, 2M); the middle draw of an odd number is left out."""
-    if draws.ndim != 2 or len(draws) < LEAST:
+    if draws.ndim != 2 or len(draws) < MIN_DRAWS:
         raise UserError(
-            f"draws must be (N, chains) with N of {LEAST} or more, not {tuple(draws.shape)}"
+            f"draws must be (N, chains) with N of {MIN_DRAWS} or more, not {tuple(draws.shape)}"
         )
     if not bool(draws.isfinite().all()):
         bad = torch.nonzero(~draws.isfinite().all(0)).flatten().tolist()
@@ -161,12 +160,11 @@ def _halves(draws: Tensor) -> Tensor:
 
 def _normal_scores(draws: Tensor) -> Tensor:
     """Quantiles of the standard normal at the draws' average ranks, (r - 3/8) / (S + 1/4)."""
-    flat = draws.flatten()
-    _, inverse, counts = torch.unique(flat, return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    ranks = (last - (counts - 1) / 2)[inverse]  # ties share their mean rank
-    scores: Tensor = torch.special.ndtri((ranks - 0.375) / (len(flat) + 0.25))
-    return scores.reshape(draws.shape)
+    from scipy.stats import rankdata
+
+    ranks = torch.from_numpy(rankdata(draws.cpu().numpy(), axis=None)).reshape(draws.shape)
+    scores: Tensor = torch.special.ndtri((ranks - 0.375) / (draws.numel() + 0.25))
+    return scores
 
 
 def _rhat(chains: Tensor) -> float:
@@ -195,3 +193,82 @@ def _effective(chains: Tensor) -> float:
     if 2 * length < n:  # the next one that is positive, as Stan and ArviZ add it
         tau += max(0.0, float(rho[2 * length]))
     return n * count / max(tau, 1 / math.log10(n * count))
+
+
+# --- the entries of a report ---------------------------------------------------------------------
+
+
+def chain_diagnostics(
+    entry: SamplerEntry[Any] | None, draws: list[Tensor | None], finite: Tensor, every: int
+) -> dict[str, Any]:
+    """Effective size and split R-hat of the log-density, over the second half of the steps.
+
+    Args:
+        entry: of the sampler; None where no step was taken.
+        draws: of each batch, (N, B) log-densities, or None.
+        finite: (all chains,) bool; others are left out.
+        every: of how many steps one was recorded.
+    """
+    no_law = "took no step" if entry is None else entry.no_law
+    if no_law:
+        return {
+            "meaning": "effective size and R-hat compare draws of one law, and this sampler "
+            f"{no_law}: they have no meaning"
+        }
+    if any(d is None for d in draws):
+        return {"meaning": "this model has no log-density, or no step was kept: nothing to compare"}
+    recorded = torch.cat([d for d in draws if d is not None], dim=1)[:, finite]
+    late = recorded[len(recorded) // 2 :]
+    if len(late) < MIN_DRAWS or not late.shape[1]:
+        return {"meaning": f"{len(late)} draws of each chain say nothing: take more steps"}
+    if not bool(late.isfinite().all()):
+        return {"meaning": "log-densities of chains are not finite"}
+    meaning = (
+        "of log p along the chains, second half; R-hat below 1.01 and an effective size of 100 a "
+        "chain or so are what one asks for before trusting them"
+    )
+    return {
+        "meaning": "; ".join(filter(None, (meaning, entry.caveat if entry else ""))),
+        "draws": len(late),
+        "every": every,
+        "chains": late.shape[1],
+        "effective_size": finite_or_none(effective_size(late)),
+        "split_rhat": finite_or_none(split_rhat(late)),
+    }
+
+
+def energy_diagnostics(
+    samples: Tensor | None, finite: Tensor, data: Tensor | None, note: str, level: float | None
+) -> dict[str, Any]:
+    """Mean log p of samples and of held-out images, and the gap of their energies.
+
+    Args:
+        samples: (N,) log-densities of samples; None: the model has none.
+        finite: (N,) which count.
+        data: (M,) of held-out images, if any.
+        note: why not.
+        level: noise level at which both are taken.
+    """
+    if samples is None:
+        return {"note": "this model is a plain denoiser and has no log-density"}
+    own = samples[finite & samples.isfinite()].double()
+    found: dict[str, Any] = {
+        "sigma": level,
+        "log_density_of_samples": finite_or_none(float(own.mean())),
+        "samples": len(own),
+    }
+    if data is None:
+        return found | {"note": f"no held-out images to compare with: {note}"}
+    found["log_density_of_data"] = finite_or_none(float(data.double().mean()))
+    found["images"] = len(data)
+    if min(len(own), len(data)) >= 2:
+        gap = energy_gap(-own, -data)
+        found["gap"] = finite_or_none(gap.value)
+        found["gap_standard_error"] = finite_or_none(gap.standard_error)
+        found["meaning"] = "mean energy of samples minus that of held-out images, nats"
+    return found
+
+
+def finite_or_none(value: float) -> float | None:
+    """``value`` as JSON can hold it."""
+    return value if math.isfinite(value) else None

@@ -39,15 +39,16 @@ from collections.abc import Sequence
 from typing import Literal, Protocol, get_args
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
-from ebmkit.noise import Schedule
-from ebmkit.sampling.base import Chain, Info, check_positive
-from ebmkit.sampling.langevin import normal_like, root_mean_square
-from ebmkit.sampling.target import DenoiserFunction
-
-__all__ = ["DDIM", "NoisePredictor", "Variance", "noise_predictor_of", "update_coefficients"]
+from ebmkit.noise import Schedule, Spacing, make_schedule
+from ebmkit.sampling.annealed import DOWN_LEVELS
+from ebmkit.sampling.base import Chain, Info, PositionSampler, check_positive, moved_to, normal_like
+from ebmkit.sampling.entry import SamplerConfig, SamplerEntry
+from ebmkit.sampling.target import DenoiserFunction, Labels, denoiser_of, trained_range
 
 Variance = Literal["fixed_small", "fixed_large"]
 
@@ -62,7 +63,7 @@ class NoisePredictor(Protocol):
 
 
 def noise_predictor_of(denoiser: DenoiserFunction, schedule: Schedule) -> NoisePredictor:
-    """The noise as ``denoiser`` sees it, (y - D(y, sigma)) / sigma.
+    """The noise that ``denoiser`` implies, (y - D(y, sigma)) / sigma.
 
     Args:
         denoiser: of images in image units, blind or not.
@@ -89,14 +90,14 @@ def update_coefficients(
         half: h, one over the width of the model's range of images.
     """
     deviation = lower * math.sqrt(max(0.0, 1 - (lower / sigma) ** 2))
-    kept = math.sqrt(max(0.0, lower**2 - (eta * deviation) ** 2))
+    a = math.sqrt(max(0.0, lower**2 - (eta * deviation) ** 2))
     if variance == "fixed_large" and lower:
         shrunk = math.sqrt((half**2 + lower**2) / (half**2 + sigma**2))
-        return kept, shrunk * math.sqrt(sigma**2 - lower**2)
-    return kept, eta * deviation
+        return a, shrunk * math.sqrt(sigma**2 - lower**2)
+    return a, eta * deviation
 
 
-class DDIM:
+class DDIM(PositionSampler):
     """The diffusion chain over any timesteps, between DDIM (eta 0) and DDPM (eta 1, all steps).
 
     The state is in image units: y = x + sigma(t) * eps at the present timestep, and the image
@@ -154,10 +155,6 @@ class DDIM:
         noise = torch.randn(tuple(shape), generator=generator, dtype=dtype, device=generator.device)
         return mean + self.sigmas[0] * noise
 
-    def init(self, x: Tensor) -> Chain:
-        """Chains that start at ``x`` (B, ...), images with noise of the first level."""
-        return Chain(x, 0)
-
     def step(self, state: Chain, generator: torch.Generator) -> tuple[Chain, Info]:
         """From one timestep to the next, the last to the clean image."""
         y, t = state.x, self.timesteps[state.step]
@@ -172,5 +169,78 @@ class DDIM:
         moved = clean + a * noise if a else clean
         if b:
             moved = moved + b * normal_like(y, generator)
-        info = Info(root_mean_square(moved - y), sigma=torch.full_like(y.flatten(1)[:, 0], sigma))
-        return Chain(moved, state.step + 1), info
+        return moved_to(state, moved, sigma)
+
+
+class DDIMConfig(SamplerConfig):
+    """Settings of ``ddim``."""
+
+    steps: int = Field(
+        100,
+        ge=1,
+        le=1000,
+        description="number of timesteps out of 1000; levels outside the model's range are skipped",
+    )
+    eta: float = Field(
+        0.0, ge=0, le=1, description="eta, the share of fresh noise; 0: deterministic, 1: ancestral"
+    )
+    schedule: Literal["linear", "cosine"] | None = Field(
+        None, description="noise schedule; null: that of the diffusion model, else linear"
+    )
+    spacing: Spacing = Field(
+        "trailing", description="timestep spacing: leading, linspace, trailing"
+    )
+    clip: bool = Field(True, description="clip the predicted clean image to [0, 1]")
+
+
+class DDPMConfig(DDIMConfig):
+    """Settings of ``ddpm``."""
+
+    steps: int = Field(
+        1000,
+        ge=1,
+        le=1000,
+        description="number of timesteps out of 1000; levels outside the model's range are skipped",
+    )
+    eta: float = Field(1.0, ge=0, le=1, description="eta, the share of fresh noise")
+
+
+def _make(model: ScoreModel, c: Labels, config: DDIMConfig) -> DDIM:
+    """The chain over the timesteps at which ``model`` was trained."""
+    own = model.schedule
+    schedule = own or make_schedule(config.schedule or "linear")
+    if own is not None and config.schedule is not None:
+        other = make_schedule(config.schedule, len(own), own.image_range)
+        if not torch.allclose(own.betas.double(), other.betas, rtol=1e-4):
+            raise UserError(
+                f"schedule {config.schedule!r} is not the one that this diffusion model was "
+                "trained on: leave it out"
+            )
+    if config.steps > len(schedule):
+        raise UserError(f"{config.steps} timesteps cannot be had: this model has {len(schedule)}")
+    timesteps = schedule.within(
+        schedule.timesteps(config.steps, config.spacing), trained_range(model)
+    )
+    predictor = noise_predictor_of(denoiser_of(model, c), schedule)
+    return DDIM(predictor, schedule, timesteps, config.eta, config.clip)
+
+
+DDPM_ENTRY = SamplerEntry(
+    name="ddpm",
+    description="ancestral sampling at every timestep of a diffusion schedule (Ho et al. 2020)",
+    config=DDPMConfig,
+    needs=("levels",),
+    make=_make,
+    no_law=DOWN_LEVELS,
+)
+
+DDIM_ENTRY = SamplerEntry(
+    name="ddim",
+    description="deterministic sampling at some timesteps of a diffusion schedule "
+    "(Song et al. 2021)",
+    config=DDIMConfig,
+    needs=("levels",),
+    make=_make,
+    no_law=DOWN_LEVELS,
+    priority=2,
+)

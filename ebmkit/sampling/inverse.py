@@ -1,4 +1,4 @@
-r"""Linear measurements of images, with orthonormal columns.
+r"""Linear inverse problems: measurements of images, simple solutions, and the table of tasks.
 
 A measurement of n numbers is :math:`m = M^\top x` with :math:`M^\top M = I`, so that :math:`M m` is
 the image that explains m with the least norm, and :math:`M M^\top` projects on what was measured.
@@ -14,6 +14,16 @@ measurement       :math:`M^\top x`                                     :math:`M 
 `Compressed`      random frequencies of the image with random signs    the image of these alone
 ================= ==================================================== ==========================
 
+Simple methods solve each, as a baseline for restorations (`baselines_of`):
+
+================= =================================================================================
+`Pixels`          each unknown one the mean of all known ones; the nearest known one; and, where
+                  scikit-image is installed, the biharmonic fill (Damelin & Hoang 2018)
+`BlockAverage`    each block filled with its mean (``nearest``); ``bicubic`` interpolation
+`LowPass`         the known frequencies alone: the blurred image
+`Compressed`      the image of the measurements alone, on gray
+================= =================================================================================
+
 Frequencies are taken by the discrete Hartley transform, the real part of the orthonormal Fourier
 transform minus its imaginary part: it is real, orthonormal and its own inverse, and a set of
 frequencies with their negatives spans the same images in both.
@@ -21,25 +31,25 @@ frequencies with their negatives spans the same images in both.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
 
 from ebmkit.errors import UserError
-
-__all__ = [
-    "BlockAverage",
-    "Compressed",
-    "LowPass",
-    "Measurement",
-    "Pixels",
-    "center_hole",
-    "random_pixels",
-]
+from ebmkit.registry import find
+from ebmkit.sampling.base import check_share
 
 Shape = tuple[int, int, int]
+
+BIHARMONIC = 5000
+"""Unknown pixels up to which the biharmonic fill, a linear system of that size, is worth it."""
 
 
 class Measurement(ABC):
@@ -53,21 +63,37 @@ class Measurement(ABC):
     shape: Shape
     count: int
 
-    @abstractmethod
     def measure(self, x: Tensor) -> Tensor:
         """M^T x, (B, n), of images (B, C, H, W).
 
         Raises:
             UserError: if the images have another shape.
         """
+        if x.shape[1:] != self.shape:
+            raise UserError(
+                f"this measurement is of images {self.shape}, not {tuple(x.shape[1:])}: make it "
+                "for the shape (channels, height, width) of yours"
+            )
+        return self._measure(x)
 
-    @abstractmethod
     def adjoint(self, m: Tensor) -> Tensor:
         """M m, images (B, C, H, W), of measurements (B, n).
 
         Raises:
             UserError: if there are not n numbers for each image.
         """
+        if m.ndim != 2 or m.shape[1] != self.count:
+            raise UserError(
+                f"this measurement has {self.count} numbers of each image, (B, {self.count}), not "
+                f"{tuple(m.shape)}"
+            )
+        return self._adjoint(m)
+
+    @abstractmethod
+    def _measure(self, x: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _adjoint(self, m: Tensor) -> Tensor: ...
 
     def project(self, x: Tensor) -> Tensor:
         """M M^T x: what of ``x`` was measured."""
@@ -77,45 +103,37 @@ class Measurement(ABC):
         """The image nearest to ``x`` whose measurements are ``m`` exactly."""
         return x + self.adjoint(m - self.measure(x))
 
-    def _check(self, x: Tensor) -> None:
-        if x.shape[1:] != self.shape:
-            raise UserError(
-                f"this measurement is of images {self.shape}, not {tuple(x.shape[1:])}: make it "
-                "for the shape (channels, height, width) of yours"
-            )
+    def on_gray(self, m: Tensor) -> Tensor:
+        """The measured (1, n) on gray ground, (C, H, W)."""
+        return self.impose(torch.full((1, *self.shape), 0.5, device=m.device), m)[0]
 
-    def _check_measured(self, m: Tensor) -> None:
-        if m.ndim != 2 or m.shape[1] != self.count:
-            raise UserError(
-                f"this measurement has {self.count} numbers of each image, (B, {self.count}), not "
-                f"{tuple(m.shape)}"
-            )
+    def baselines(self, m: Tensor) -> dict[str, Tensor]:
+        """Simple solutions (C, H, W) of measurements (1, n) by name, not clipped."""
+        return {"pseudo-inverse": self.on_gray(m)}
 
 
 class _Selection(Measurement):
     """Some of the coordinates of an orthonormal transform; subclasses say which transform."""
 
-    def __init__(self, shape: Shape, kept: Tensor) -> None:
+    def __init__(self, shape: Shape, known: Tensor) -> None:
         self.shape = _checked_shape(shape)
-        self._where = torch.nonzero(kept.flatten()).flatten()
+        self._where = torch.nonzero(known.flatten()).flatten()
         self.count = len(self._where)
         if not self.count:
             raise UserError("nothing is measured: keep more than 0 of the image")
 
-    def measure(self, x: Tensor) -> Tensor:
-        self._check(x)
-        return self._forth(x).flatten(1)[:, self._where.to(x.device)]
+    def _measure(self, x: Tensor) -> Tensor:
+        return self._transform(x).flatten(1)[:, self._where.to(x.device)]
 
-    def adjoint(self, m: Tensor) -> Tensor:
-        self._check_measured(m)
+    def _adjoint(self, m: Tensor) -> Tensor:
         whole = m.new_zeros(len(m), math.prod(self.shape))
         whole[:, self._where.to(m.device)] = m
-        return self._back(whole.reshape(-1, *self.shape))
+        return self._inverse(whole.reshape(-1, *self.shape))
 
-    def _forth(self, x: Tensor) -> Tensor:
+    def _transform(self, x: Tensor) -> Tensor:
         return x
 
-    def _back(self, coordinates: Tensor) -> Tensor:
+    def _inverse(self, coordinates: Tensor) -> Tensor:
         return coordinates
 
 
@@ -137,6 +155,29 @@ class Pixels(_Selection):
                 f"{shape[1]} x {shape[2]}: give one of their height and width"
             )
         super().__init__(shape, known.bool().expand(shape))
+
+    def baselines(self, m: Tensor) -> dict[str, Tensor]:
+        """The fills of the module's table."""
+        from scipy.ndimage import distance_transform_edt
+
+        image = self.on_gray(m)
+        known = self.adjoint(torch.ones(1, self.count, device=m.device))[0] > 0.5  # (C, H, W)
+        flat, near = image.clone(), image.clone()
+        for channel, there in enumerate(known):
+            flat[channel, ~there] = image[channel, there].mean()
+            rows, columns = distance_transform_edt(
+                ~there.cpu().numpy(), return_distances=False, return_indices=True
+            )
+            near[channel] = image[channel, torch.from_numpy(rows), torch.from_numpy(columns)]
+        found = {"mean": flat, "nearest": near}
+        missing = ~known[0]
+        if importlib.util.find_spec("skimage") and 0 < int(missing.sum()) <= BIHARMONIC:
+            from skimage.restoration import inpaint_biharmonic
+
+            pixels = rearrange(image.cpu().double(), "c h w -> h w c").numpy()
+            filled = inpaint_biharmonic(pixels, missing.cpu().numpy(), channel_axis=-1)
+            found["biharmonic"] = rearrange(torch.from_numpy(filled), "h w c -> c h w").to(image)
+        return found
 
 
 class BlockAverage(Measurement):
@@ -164,25 +205,33 @@ class BlockAverage(Measurement):
         self.small = (channels, height // factor, width // factor)
         self.count = math.prod(self.small)
 
-    def measure(self, x: Tensor) -> Tensor:
-        self._check(x)
+    def _measure(self, x: Tensor) -> Tensor:
         return self.factor * torch.nn.functional.avg_pool2d(x, self.factor).flatten(1)
 
-    def adjoint(self, m: Tensor) -> Tensor:
-        self._check_measured(m)
-        means = m.reshape(-1, *self.small) / self.factor
-        return means.repeat_interleave(self.factor, -1).repeat_interleave(self.factor, -2)
+    def _adjoint(self, m: Tensor) -> Tensor:
+        return repeat(
+            self.small_images(m), "b c h w -> b c (h k) (w l)", k=self.factor, l=self.factor
+        )
+
+    def baselines(self, m: Tensor) -> dict[str, Tensor]:
+        """Nearest and bicubic interpolation."""
+        # with antialias the cubic kernel is Keys', a = -1/2, as in Pillow and Matlab
+        large = torch.nn.functional.interpolate(
+            self.small_images(m),
+            self.shape[1:],
+            mode="bicubic",
+            align_corners=False,
+            antialias=True,
+        )
+        return {"nearest": self.on_gray(m), "bicubic": large[0]}
 
     def small_images(self, m: Tensor) -> Tensor:
-        """The images of block means (B, C, H / factor, W / factor) that ``m`` holds."""
-        self._check_measured(m)
+        """The block means (B, C, H / factor, W / factor) that ``m`` (B, n) holds."""
         return m.reshape(-1, *self.small) / self.factor
 
     def of_small_images(self, small: Tensor) -> Tensor:
         """The measurements (B, n) that small images (B, C, H / factor, W / factor) are."""
-        measured = self.factor * small.flatten(1)
-        self._check_measured(measured)
-        return measured
+        return self.factor * small.flatten(1)
 
 
 class LowPass(_Selection):
@@ -198,7 +247,7 @@ class LowPass(_Selection):
     """
 
     def __init__(self, shape: Shape, share: float) -> None:
-        _check_share(share)
+        check_share("share", share)
         _, height, width = _checked_shape(shape)
         rows, columns = torch.fft.fftfreq(height), torch.fft.fftfreq(width)
         radius = (rows[:, None].double().square() + columns.double().square()).sqrt()
@@ -206,10 +255,14 @@ class LowPass(_Selection):
         limit = radius.flatten().sort().values[needed - 1]
         super().__init__(shape, (radius <= limit + 1e-9).expand(shape))
 
-    def _forth(self, x: Tensor) -> Tensor:
+    def baselines(self, m: Tensor) -> dict[str, Tensor]:
+        """The blurred image."""
+        return {"low-passed": self.on_gray(m)}
+
+    def _transform(self, x: Tensor) -> Tensor:
         return _hartley(x, (-2, -1))
 
-    def _back(self, coordinates: Tensor) -> Tensor:
+    def _inverse(self, coordinates: Tensor) -> Tensor:
         return _hartley(coordinates, (-2, -1))
 
 
@@ -229,16 +282,16 @@ class Compressed(_Selection):
     """
 
     def __init__(self, shape: Shape, share: float, seed: int = 0) -> None:
-        _check_share(share)
+        check_share("share", share)
         generator = torch.Generator().manual_seed(seed)
         total = math.prod(_checked_shape(shape))
         self._signs = torch.randint(0, 2, (total,), generator=generator) * 2 - 1
         super().__init__(shape, _random_choice(total, share, generator))
 
-    def _forth(self, x: Tensor) -> Tensor:
+    def _transform(self, x: Tensor) -> Tensor:
         return _hartley(x.flatten(1) * self._signs.to(x), (-1,)).reshape(x.shape)
 
-    def _back(self, coordinates: Tensor) -> Tensor:
+    def _inverse(self, coordinates: Tensor) -> Tensor:
         spread = _hartley(coordinates.flatten(1), (-1,)) * self._signs.to(coordinates)
         return spread.reshape(coordinates.shape)
 
@@ -249,7 +302,7 @@ def center_hole(shape: Shape, share: float = 0.25) -> Pixels:
     Raises:
         UserError: if the share is not legal, or leaves no hole.
     """
-    _check_share(share)
+    check_share("share", share)
     _, height, width = _checked_shape(shape)
     high, wide = round(height * math.sqrt(share)), round(width * math.sqrt(share))
     if not high or not wide or (high, wide) == (height, width):
@@ -266,17 +319,17 @@ def random_pixels(shape: Shape, share: float, seed: int = 0) -> Pixels:
     Raises:
         UserError: if the share is not legal.
     """
-    _check_share(share)
+    check_share("share", share)
     _, height, width = _checked_shape(shape)
     generator = torch.Generator().manual_seed(seed)
     return Pixels(shape, _random_choice(height * width, share, generator).reshape(height, width))
 
 
 def _random_choice(total: int, share: float, generator: torch.Generator) -> Tensor:
-    """Which of ``total`` are kept, (total,) bool: that share of them, and at least one."""
-    kept = torch.zeros(total, dtype=torch.bool)
-    kept[torch.randperm(total, generator=generator)[: max(1, round(share * total))]] = True
-    return kept
+    """Which of ``total`` are known, (total,) bool: that share of them, and at least one."""
+    known = torch.zeros(total, dtype=torch.bool)
+    known[torch.randperm(total, generator=generator)[: max(1, round(share * total))]] = True
+    return known
 
 
 def _hartley(x: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -292,6 +345,179 @@ def _checked_shape(shape: Shape) -> Shape:
     return (shape[0], shape[1], shape[2])
 
 
-def _check_share(share: float) -> None:
-    if not 0 < share <= 1:
-        raise UserError(f"share {share} must be above 0 and at most 1")
+def baselines_of(measurement: Measurement, measured: Tensor) -> dict[str, Tensor]:
+    """Name to image (C, H, W), clipped to [0, 1], of measurements (1, n)."""
+    return {n: image.clamp(0, 1) for n, image in measurement.baselines(measured).items()}
+
+
+# --- tasks ---------------------------------------------------------------------------------------
+
+
+class TaskOptions(NamedTuple):
+    """What a measurement is made of; None: the task's own.
+
+    Attributes:
+        mask: (H, W) bool, true where the image is to be filled in.
+        share: of the image: that is missing (inpaint), or that is known (the others).
+        factor: by which super-resolution enlarges.
+        seed: of random pixels and random frequencies.
+    """
+
+    mask: Tensor | None = None
+    share: float | None = None
+    factor: int | None = None
+    seed: int = 0
+
+
+class Degraded(NamedTuple):
+    """An image, and what is known of it.
+
+    Attributes:
+        measurement: which numbers are known.
+        measured: (1, n), what they are.
+        look: (C, H, W), the known on gray ground, for people and as a baseline.
+        clean: (C, H, W), the image itself; None where only measurements are known.
+    """
+
+    measurement: Measurement
+    measured: Tensor
+    look: Tensor
+    clean: Tensor | None
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task that has a name.
+
+    Attributes:
+        name: of the table.
+        description: one line.
+        make: shape (C, H, W) and options, with defaults filled in, to the measurement.
+        takes: the options that it uses.
+        share: where none is given.
+        factor: where none is given.
+        from_measured: whether the measured image is an image that one can have.
+    """
+
+    name: str
+    description: str
+    make: Callable[[Shape, TaskOptions], Measurement]
+    takes: tuple[str, ...]
+    share: float | None = None
+    factor: int | None = None
+    from_measured: bool = True
+
+    def resolved(self, options: TaskOptions) -> TaskOptions:
+        """``options`` with the task's own share and factor where none are given."""
+        share = self.share if options.share is None else options.share
+        factor = self.factor if options.factor is None else options.factor
+        return options._replace(share=share, factor=factor)
+
+    def measurement(self, shape: Shape, options: TaskOptions) -> Measurement:
+        """The measurement of images of ``shape``.
+
+        Raises:
+            UserError: if an option is not the task's, or not legal for the shape.
+        """
+        for name in ("mask", "share", "factor"):
+            if getattr(options, name) is not None and name not in self.takes:
+                own = " or ".join(f"--{o}" for o in self.takes)
+                raise UserError(f"task {self.name} has no --{name}: it takes {own}")
+        return self.make(shape, self.resolved(options))
+
+    def degrade(self, image: Tensor, options: TaskOptions, measured: bool = False) -> Degraded:
+        """Measure an ``image`` (C, H, W), or take it for the measured one.
+
+        Super-resolution of a clean image leaves out rows and columns at the bottom and at the right
+        that make no whole block.
+
+        Args:
+            image: in [0, 1].
+            options: of the measurement.
+            measured: whether the image is what was measured: with the parts to fill in (inpaint,
+                random-pixels), small (superres), or blurred (deblur).
+
+        Raises:
+            UserError: if an option is not the task's or not legal for the image, or no image can
+                be what was measured.
+        """
+        if measured and not self.from_measured:
+            raise UserError(
+                f"task {self.name} measures no image: give the clean one, and leave out --measured"
+            )
+        channels, height, width = image.shape
+        factor = self.resolved(options).factor or 1
+        if factor > 1 and measured:
+            blocks = self.measurement((channels, height * factor, width * factor), options)
+            assert isinstance(blocks, BlockAverage)
+            numbers = blocks.of_small_images(image[None])
+            return Degraded(blocks, numbers, blocks.on_gray(numbers), None)
+        if factor > 1:
+            image = image[:, : height - height % factor, : width - width % factor]
+        channels, height, width = image.shape
+        measurement = self.measurement((channels, height, width), options)
+        numbers = measurement.measure(image[None])
+        look = measurement.on_gray(numbers)
+        return Degraded(measurement, numbers, look, None if measured else image)
+
+
+def _inpaint(shape: Shape, options: TaskOptions) -> Measurement:
+    if options.mask is None:
+        return center_hole(shape, options.share or 0.0)
+    if not bool(options.mask.any()):
+        raise UserError("the mask is black everywhere: paint white what is to be filled in")
+    return Pixels(shape, ~options.mask)
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            "inpaint",
+            "fill in the white area of a mask, or a hole in the centre of the image",
+            _inpaint,
+            takes=("mask", "share"),
+            share=0.1,
+        ),
+        Task(
+            "random-pixels",
+            "restore an image from a random share of its pixels",
+            lambda shape, options: random_pixels(shape, options.share or 0.0, options.seed),
+            takes=("share",),
+            share=0.5,
+            from_measured=False,
+        ),
+        Task(
+            "superres",
+            "super-resolution, from the means of blocks",
+            lambda shape, options: BlockAverage(shape, options.factor or 0),
+            takes=("factor",),
+            factor=2,
+        ),
+        Task(
+            "deblur",
+            "restore an image from its lowest frequencies",
+            lambda shape, options: LowPass(shape, options.share or 0.0),
+            takes=("share",),
+            share=0.25,
+        ),
+        Task(
+            "compressed",
+            "compressed sensing, from random projections",
+            lambda shape, options: Compressed(shape, options.share or 0.0, options.seed),
+            takes=("share",),
+            share=0.25,
+            from_measured=False,
+        ),
+    )
+}
+"""All tasks, by name."""
+
+
+def find_task(name: str) -> Task:
+    """The entry of `TASKS` called ``name``.
+
+    Raises:
+        UserError: if there is none; it names the nearest.
+    """
+    return find("task", TASKS, name)

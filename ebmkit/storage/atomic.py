@@ -97,18 +97,18 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        told = f"cannot write {str(path)!r}: {error.strerror or error}{_advice(error)}"
+        message = f"cannot write {str(path)!r}: {error.strerror or error}{_advice(error)}"
         if not path.parent.is_dir():
-            raise UserError(f"{told}: the folder is not there (moved, or removed?)") from error
-        raise UserError(f"{told}; what was there before is untouched") from error
+            raise UserError(f"{message}: the folder is not there (moved, or removed?)") from error
+        raise UserError(f"{message}; what was there before is untouched") from error
 
 
 def _advice(error: OSError) -> str:
-    told = {
+    advice = {
         errno.ENOSPC: "free some space",
         errno.EDQUOT: "free some of your quota",
         errno.EROFS: "write to another disk",
         errno.EACCES: "check the folder's permissions",
         errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
     }
-    return f" ({told[error.errno]})" if error.errno in told else ""
+    return f" ({advice[error.errno]})" if error.errno in advice else ""

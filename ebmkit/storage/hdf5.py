@@ -58,7 +58,7 @@ _BROKEN = (OSError, KeyError, RuntimeError, ValueError, TypeError, OverflowError
 
 @contextlib.contextmanager
 def open_hdf5(source: Path | bytes, what: str = "") -> Iterator[h5py.File]:
-    """An HDF5 file, read-only; what goes wrong within is told in one sentence.
+    """An HDF5 file, read-only; an error within becomes one sentence.
 
     Args:
         source: path, or content.
@@ -70,7 +70,7 @@ def open_hdf5(source: Path | bytes, what: str = "") -> Iterator[h5py.File]:
     import h5py
 
     what = what or (repr(str(source)) if isinstance(source, Path) else "the content")
-    with told_of_damage(what):
+    with translate_hdf5_errors(what):
         if isinstance(source, Path) and not source.is_file():
             there = source.exists()
             raise UserError(
@@ -81,8 +81,8 @@ def open_hdf5(source: Path | bytes, what: str = "") -> Iterator[h5py.File]:
 
 
 @contextlib.contextmanager
-def told_of_damage(what: str) -> Iterator[None]:
-    """Within, what h5py raises on a damaged file is told in one sentence.
+def translate_hdf5_errors(what: str) -> Iterator[None]:
+    """Within, what h5py raises on a damaged file becomes a `UserError`.
 
     Raises:
         UserError: then.

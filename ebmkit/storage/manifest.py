@@ -3,7 +3,7 @@
 ``manifest.json`` names every file of the run with its length and its digest, so that one that was
 cut short, emptied, exchanged, lost, or in which a single bit has changed is noticed before it is
 used. A log that only grows is entered with the length and digest of its first bytes. The manifest
-carries a digest of itself. How files and manifest change together is told in
+carries a digest of itself. For how files and manifest change together see
 `ebmkit.storage.commit`.
 """
 

@@ -210,10 +210,6 @@ def _encoded(text: Any, encoding: Any = "latin-1") -> bytes:
     return text.encode(encoding)
 
 
-def _size(content: Any = (), *_: Any) -> tuple[int, ...]:
-    return _whole(content)
-
-
 def _imported(name: Any, *_: Any) -> Inert:
     """dill's import of a module or of a name in it, which is not done."""
     if not isinstance(name, str):
@@ -246,29 +242,21 @@ def _dill_type(name: Any) -> Any:
     return _Known(str(name), _pairs if issubclass(kind, dict) else _sequence(kind))
 
 
-def _nothing(*_: Any) -> Inert:
-    return Inert("nothing")
-
-
-def _parameter(data: Any, *_: Any) -> Any:
-    return data
-
-
 KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
     ("collections", "OrderedDict"): _pairs,
     ("collections", "defaultdict"): _pairs,
     ("collections", "Counter"): _pairs,
     ("builtins", "dict"): _pairs,
     ("builtins", "getattr"): _attribute,
-    ("builtins", "setattr"): _nothing,
+    ("builtins", "setattr"): lambda *_: Inert("nothing"),
     **{("builtins", kind.__name__): _sequence(kind) for kind in (list, tuple, set, frozenset)},
     ("_codecs", "encode"): _encoded,
-    ("torch", "Size"): _size,
+    ("torch", "Size"): lambda content=(), *_: _whole(content),
     ("torch._utils", "_rebuild_tensor"): _tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch._utils", "_rebuild_tensor_v3"): _tensor_v3,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
-    ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
+    ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
+    ("torch._utils", "_rebuild_parameter_with_state"): lambda data, *_: data,
     ("torch._tensor", "_rebuild_from_type_v2"): _from_type,
     ("dill._dill", "_load_type"): _dill_type,
     ("dill._dill", "_import_module"): _imported,

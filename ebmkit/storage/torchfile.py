@@ -24,12 +24,14 @@ import stat
 import struct
 import sys
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch import Tensor
 
-from ebmkit.errors import UserError
+from ebmkit.errors import UserError, plain
 from ebmkit.storage.pickles import (
     Damaged,
     Readable,
@@ -39,6 +41,7 @@ from ebmkit.storage.pickles import (
     unpickle,
 )
 from ebmkit.storage.reading import MIB, opened
+from ebmkit.storage.tensors import read_tensors
 
 NOT_PLAIN = (
     *(zipfile.BadZipFile, struct.error, RecursionError, NotImplementedError, RuntimeError),
@@ -59,6 +62,32 @@ LARGEST = 2**40
 """Elements of a tensor that has none, as its other dimensions count them."""
 
 CHUNK = MIB
+
+
+NESTED = ("model_state_dict", "state_dict", "params", "model", "net")
+"""Under which names training codes keep the weights in a checkpoint."""
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors in a ``.pth`` or ``.safetensors`` file, by name.
+
+    Raises:
+        UserError: if it cannot be read, asks for what may run code, or holds no state dict.
+    """
+    if path.suffix == ".safetensors":
+        return read_tensors(path)[0]
+    content = read_torch_file(path)
+    for name in NESTED:
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
+    if not isinstance(content, Mapping) or not content:
+        raise UserError(f"{str(path)!r} holds no state dict: names of parameters with tensors")
+    odd = next(
+        (plain(str(name)) for name, value in content.items() if not isinstance(value, Tensor)), None
+    )
+    if odd is not None:
+        raise UserError(f"{odd} in {str(path)!r} is no tensor: give the network's state dict")
+    return {str(name): value for name, value in content.items()}
 
 
 def read_torch_file(path: Path) -> Any:

@@ -17,29 +17,17 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from ebmkit.compute import ComputeConfig
 from ebmkit.data import StreamConfig
 from ebmkit.data.schedule import parse_decay_share, parse_share
-from ebmkit.errors import UserError, shown
-from ebmkit.models import HEADS, ModelConfig
+from ebmkit.errors import UserError, shown, validated
+from ebmkit.models import ModelConfig
 from ebmkit.models.config import find_network
+from ebmkit.models.heads import find_head
 from ebmkit.objectives import BALANCE, OBJECTIVES, ObjectiveConfig, TermSettings, parse_objective
 from ebmkit.objectives.diffusion import DiffusionConfig
 from ebmkit.objectives.likelihood import NegativesConfig
+from ebmkit.plugins import Plugin, check_plugins, loaded_plugins
 from ebmkit.registry import find
 from ebmkit.storage.reading import YAML_BYTES, parse_yaml, read_text
 from ebmkit.training.recipes import RECIPES, recipe_for
-from ebmkit.validation import validated
-
-__all__ = [
-    "DataConfig",
-    "FaultsConfig",
-    "OptimizerConfig",
-    "TrainConfig",
-    "WatchConfig",
-    "difference",
-    "parse_assignments",
-    "read_config",
-    "resolve",
-]
-
 
 MOST_KEYS = 20
 """Names in a key, as of optimizer.lr two."""
@@ -79,6 +67,7 @@ FREE_TO_CHANGE = (
     "compute.compile",
     "compute.accumulate",
     "compute.recompute",
+    "plugins",
 )
 """Fields that a resumed run may set differently: they change nothing, or rounding alone."""
 
@@ -292,6 +281,7 @@ class TrainConfig(_Config):
     )
     checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="number of newest checkpoints to keep")
+    plugins: tuple[Plugin, ...] = Field((), description="that parts of the run come from")
 
     def objective_settings(self) -> dict[str, ObjectiveConfig | None]:
         """Name of an objective -> its settings, wherever they stand; None: it has none."""
@@ -331,6 +321,8 @@ def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfi
         UserError: on an unknown name, an unknown field or an illegal value.
     """
     layers = tuple(_terms_apart(layer) for layer in layers)
+    for layer in layers:
+        check_plugins(layer.get("plugins", ()), "this run")
     base = find("recipe", RECIPES, recipe).config if recipe else {}
     dataset = _dataset_name(merge(base, *layers))
     if not base and not any(layer.keys() >= OF_A_RUN for layer in layers):
@@ -346,6 +338,7 @@ def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfi
     )
     raw = merge(start, *expanded)
     raw = merge(raw, _diffusion_settings(raw, merge(*expanded)))
+    raw["plugins"] = [plugin.model_dump() for plugin in loaded_plugins()]
     config = validated(TrainConfig, raw, "configuration")
     _check_used(config, merge(*(own for own in (start, *expanded) if not own.keys() >= OF_A_RUN)))
     terms = {term.name: term for term in parse_objective(config.objective)}
@@ -434,7 +427,7 @@ def _expand(layer: Mapping[str, Any]) -> Mapping[str, Any]:
         own = preset.model_dump()
         parts["backbone"] = {"kind": own["kind"]} | preset.model_dump(exclude_unset=True)
     if "head" in layer:
-        parts["head"] = find("head", HEADS, str(layer["head"])).config.model_dump()
+        parts["head"] = find_head(str(layer["head"])).model_dump()
     return merge({"model": parts}, layer) if parts else layer
 
 

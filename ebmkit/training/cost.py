@@ -64,8 +64,6 @@ from ebmkit.energy import EnergyModel, ScoreModel, WeightedLogProbability
 from ebmkit.errors import UserError
 from ebmkit.objectives import TrainingLoss
 
-__all__ = ["Budget", "Effort", "Memory", "RunStats", "StepCost", "Stopwatch", "step_flops"]
-
 Shapes = Mapping[str, tuple[int, int, int, int]]
 """Stream -> shape (B, C, H, W) of the images that this process takes of it in a step."""
 

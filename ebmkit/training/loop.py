@@ -27,9 +27,9 @@ from torch import nn
 from ebmkit.compile import make_inference
 from ebmkit.compute import describe, peak_memory, pick_device
 from ebmkit.data import AnyImages, Batch, ImageSet, Stream
-from ebmkit.data.loading import told_of_readers
 from ebmkit.data.schedule import images_between, stage_at, stages
 from ebmkit.data.streams import prefetched
+from ebmkit.data.workers import translate_worker_errors
 from ebmkit.distributed import DistributedContext, device_of_rank
 from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
@@ -66,16 +66,6 @@ from ebmkit.training.setup import (
 from ebmkit.training.state import SkippedSamples, TrainingState
 from ebmkit.training.step import OutOfMemory, StepStats, TrainingStep, translate_out_of_memory
 from ebmkit.training.validation import Validation
-
-__all__ = [
-    "Interrupted",
-    "Reporter",
-    "Stop",
-    "Trainer",
-    "assemble",
-    "exit_code",
-    "stop_requested",
-]
 
 DROPOUTS = (
     nn.Dropout,
@@ -289,7 +279,7 @@ class Trainer:
         self.model.train()
         alone = self.world.size == 1  # several agree on where to stop by reading
         holding = nullcontext() if self.run is None else self.run.held()
-        with told_of_readers(self._where_saved), holding, stop_requested() as stop:
+        with translate_worker_errors(self._where_saved), holding, stop_requested() as stop:
             while self.step < config.steps:
                 self._advance(batches, stop())
                 log, validate, save = (
@@ -330,7 +320,7 @@ class Trainer:
             self.state.step = stage.start
             stop = min(stage.start + count, stage.stop)
             batches = self.batches(stage.start, stop)
-            with told_of_readers():
+            with translate_worker_errors():
                 while self.step < stop:
                     self._advance(batches, False)
                     self._read()

@@ -24,8 +24,6 @@ from ebmkit.storage.reading import MIB, read_bytes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["MetricsLog", "as_lines", "learning_curves", "whole_rows"]
-
 LARGEST = 1024 * MIB
 """Bytes: some 5 million rows."""
 
@@ -135,7 +133,7 @@ def learning_curves(metrics: Sequence[dict[str, Any]], path: Path) -> None:
             numbers. Nothing is drawn if there are none.
         path: the PNG file.
     """
-    from ebmkit.plots.common import new_figure, save_figure
+    from ebmkit.plots import new_figure, save_figure
 
     names = [k for row in metrics for k, v in row.items() if isinstance(v, (int, float))]
     names = [k for k in dict.fromkeys(names) if k not in ("step", "images_per_s")]
@@ -154,7 +152,7 @@ def learning_curves(metrics: Sequence[dict[str, Any]], path: Path) -> None:
 
 def _curve(axes: Axes, metrics: Sequence[dict[str, Any]], name: str) -> None:
     """One panel of the learning curves."""
-    from ebmkit.plots.common import BLUE, ORANGE
+    from ebmkit.plots import BLUE, ORANGE
 
     values: list[float] = []
     for kind, colour in (("train", BLUE), ("validation", ORANGE)):

@@ -24,15 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from ebmkit.data import Batch, Stream
-from ebmkit.data.streamed import origin
+from ebmkit.data.imagesets import origin
 from ebmkit.distributed import DistributedContext
 from ebmkit.errors import UserError, shown
 from ebmkit.objectives import TrainingLoss
 from ebmkit.storage import write_atomically
 from ebmkit.training.optim import SAM
 from ebmkit.training.step import StepStats, split_batches
-
-__all__ = ["advice", "describe", "diagnose", "headline", "keep_report", "report", "write_report"]
 
 LARGEST = 20
 """Gradients that are reported, the largest first."""

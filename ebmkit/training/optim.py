@@ -59,19 +59,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ebmkit.errors import UserError, shown
 from ebmkit.training.config import OptimizerConfig
 
-__all__ = [
-    "SAM",
-    "Muon",
-    "exponential_average",
-    "learning_rate",
-    "make_optimizer",
-    "optimizer_flops",
-    "orthogonalize",
-    "set_rate",
-    "states_of",
-    "update_average",
-]
-
 MATRIX_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
 """Layers whose weights Muon moves; ConvTranspose1d and 3d are left to AdamW."""
 

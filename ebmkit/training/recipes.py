@@ -16,8 +16,6 @@ from typing import Any, NamedTuple
 
 from ebmkit.objectives import parse_objective
 
-__all__ = ["RECIPES", "Recipe", "recipe_for"]
-
 Config = dict[str, Any]
 
 

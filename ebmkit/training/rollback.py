@@ -35,15 +35,12 @@ from pydantic import Field, FiniteFloat, NonNegativeInt
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ebmkit.errors import UserError
+from ebmkit.errors import UserError, validated
 from ebmkit.objectives.likelihood import Negatives
-from ebmkit.sampling.buffer import ReplayBuffer
+from ebmkit.sampling.starts import ReplayBuffer
 from ebmkit.training.config import WatchConfig
 from ebmkit.training.state import Saved, TrainingState, check_tensor
 from ebmkit.training.step import StepStats
-from ebmkit.validation import validated
-
-__all__ = ["Divergence", "DivergenceMonitor", "Measures", "Mitigations", "Rollback", "Snapshot"]
 
 RATE_FACTOR, STEPS_FACTOR, LEAST_PENALTY, PENALTY_FACTOR = 0.3, 1.5, 0.01, 4.0
 MOST_STEPS = 4

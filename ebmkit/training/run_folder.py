@@ -70,8 +70,6 @@ from ebmkit.storage.verify import files_of, stale_temporary_files
 from ebmkit.training.config import difference
 from ebmkit.training.metrics import MetricsLog, as_lines
 
-__all__ = ["BEST", "RunFolder", "environment", "pack_state", "read_checkpoint"]
-
 METRICS = "metrics.jsonl"
 
 BEST = "checkpoints/best.safetensors"

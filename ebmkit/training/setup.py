@@ -19,20 +19,8 @@ from ebmkit.errors import UserError
 from ebmkit.models import ModelConfig
 from ebmkit.objectives import Scale, TrainingLoss, parse_objective
 from ebmkit.objectives.loss import check_labels
+from ebmkit.plugins import loaded_plugins
 from ebmkit.training.config import DataConfig, TrainConfig
-
-__all__ = [
-    "build_model",
-    "check_compiled",
-    "check_learnt",
-    "check_terms",
-    "images_of",
-    "make_card",
-    "make_loss",
-    "model_config",
-    "shapes",
-    "trained_size",
-]
 
 Split = Literal["train", "validation", "test"]
 
@@ -113,6 +101,7 @@ def make_card(loss: TrainingLoss, config: TrainConfig, images: AnyImages) -> Mod
         sigma_range=denoise.noise.range if denoise else None,
         classifies=isinstance(loss.model, EnergyModel)
         and any(term.objective.needs_labels for term in loss.terms),
+        plugins=list(loaded_plugins()),
         energies="model" if any(t.objective.trains_density for t in loss.terms) else "logits",
         **{name: text for term in loss.terms for name, text in term.objective.card.items()},
     )

@@ -47,20 +47,10 @@ from torch import Tensor, nn
 from ebmkit.data import AnyImages, Stream, StreamedSet
 from ebmkit.distributed import DistributedContext
 from ebmkit.energy import ScoreModel
-from ebmkit.errors import UserError, shown
+from ebmkit.errors import UserError, shown, validated
 from ebmkit.models.saving import weights_file
 from ebmkit.training.run_folder import BEST, RunFolder
 from ebmkit.training.step import TrainingStep
-from ebmkit.validation import validated
-
-__all__ = [
-    "Best",
-    "SavedOptimizer",
-    "SkippedSamples",
-    "TrainingState",
-    "check_tensor",
-    "restore_optimizer",
-]
 
 SHOWN = 5
 """Reasons for skipped samples that are written to the metrics."""

@@ -45,8 +45,6 @@ from ebmkit.onednn import subsample_before_1x1
 from ebmkit.training.cost import trace_step
 from ebmkit.training.optim import SAM, set_rate, update_average
 
-__all__ = ["OutOfMemory", "StepStats", "TrainingStep", "split_batches", "translate_out_of_memory"]
-
 
 class OutOfMemory(Exception):
     """The step did not fit into the device's memory."""
@@ -272,6 +270,8 @@ class TrainingStep:
         # vjp is for compilers, and recomputes only what the score itself needs
         self.loss.use_autograd = not compiled and not self.compute.recompute
         if compiled or self.compiled:
+            if not ISOLATED:  # an older PyTorch counts the compilations of all steps together
+                torch.compiler.reset()
             alone = self.world.size == 1 and self.compute.accumulate == 1
             self.loss.compile(
                 fullgraph=True,

@@ -18,8 +18,6 @@ from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.metrics import predict, psnr
 from ebmkit.objectives import TrainingLoss
 
-__all__ = ["Validation"]
-
 BATCH = 100
 SIGMA = 25 / 255
 

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from command_line import ebmkit_command
+from ebmkit_tests.support.command_line import ebmkit_command
 from PIL import Image
 
 import ebmkit

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ebmkit_tests.command_line import ebmkit_command
+from ebmkit_tests.support.command_line import ebmkit_command
 from PIL import Image
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from ebmkit.data.folders import progress_bar
-from ebmkit.terminal import CleanConsole, clean, for_bar, one_line, shown_name
+from ebmkit.terminal import CleanConsole, clean, for_bar, one_line, progress_bar, shown_name
 
 SPEAKS = ("\x1b]0;owned\x07cat", "dog\n\x1b[2Jdone", "$\\frac{bird$", "[red]\u202egnp")
 

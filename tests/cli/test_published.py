@@ -13,7 +13,7 @@ from ebmkit import UserError
 from ebmkit.cli.evaluate import evaluate
 from ebmkit.cli.published import import_
 from ebmkit.data import load_dataset
-from ebmkit.evaluation.data import noisy_batches
+from ebmkit.evaluation.context import noisy_batches
 from ebmkit.metrics import psnr
 from ebmkit.models.importing import import_checkpoint
 
@@ -133,5 +133,5 @@ def test_pictures_are_not_trained_on(pictures, tmp_path):
     with pytest.raises(UserError, match="keep them apart"):
         load_dataset("pictures", pictures, "test")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no pictures"):
+    with pytest.raises(UserError, match="holds no images"):
         load_dataset("pictures", tmp_path / "empty", "test")

@@ -3,22 +3,18 @@
 import json
 import os
 import signal
-import sys
-from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
-from command_line import ebmkit_command
+from ebmkit_tests.support.command_line import ebmkit_command
+from ebmkit_tests.support.sampling_runs import save_run
 from PIL import Image
 
-from ebmkit.sampling.buffer import ReplayBuffer
-from ebmkit.sampling.jobs import SamplingJob
+from ebmkit.sampling.jobs.job import SamplingJob
+from ebmkit.sampling.starts import ReplayBuffer
 from ebmkit.training import RunFolder
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "generation"))
-from small import save_run
 
 QUICK = ["--steps", 6, "--set", "beta=0.5", "--device", "cpu"]
 
@@ -113,7 +109,7 @@ def test_if_every_chain_is_lost_it_says_so_and_fails(place):
         "--out", "lost", cwd=place,
     )  # fmt: skip
     assert result.returncode == 2
-    assert "every chain left the finite numbers" in result.stderr.splitlines()[-1]
+    assert "every chain diverged to NaN or Inf" in result.stderr.splitlines()[-1]
     document = json.loads((place / "lost" / "sampling.json").read_text())
     assert [entry["chain"] for entry in document["lost"]] == [0, 1]
 
@@ -123,10 +119,13 @@ def test_if_every_chain_is_lost_it_says_so_and_fails(place):
     [
         (["sample", "run", "-n", "0"], "0 samples"),
         (["sample", "run", "--steps", "0"], "0 steps move no chain"),
-        (["sample", "run", "--sampler", "kss"], "did you mean 'ks'"),
+        (["sample", "run", "--sampler", "langevn"], "did you mean 'langevin'"),
+        (["sample", "run", "--sampler", "ks"], "is now called 'kadkhodaie_simoncelli'"),
+        (["sample", "run", "--start", "seeds"], "'seeds' is now called 'class_gaussian'"),
+        (["sample", "run", "--set", "largest_drift=1"], "is now called 'drift_clip'"),
         (["sample", "run", "--label", "7"], "label 7 is out of range"),
         (["sample", "run", "--set", "betta=1"], "did you mean 'beta'"),
-        (["sample", "run", "--start", "seeds"], "name the data by --dataset"),
+        (["sample", "run", "--start", "class_gaussian"], "name the data by --dataset"),
         (["sample", "jem", "--sampler", "ddim"], "was not trained to denoise"),
         (["restore", "jem", "gray.png"], "was not trained to denoise"),
         (["restore", "run", "gray.png", "--task", "derain"], "unknown task"),

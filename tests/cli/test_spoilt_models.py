@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from command_line import ebmkit_command
+from ebmkit_tests.support.command_line import ebmkit_command
 
 import ebmkit
 from ebmkit.card import ModelCard

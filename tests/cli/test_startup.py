@@ -8,14 +8,14 @@ from typing import get_args
 
 import pytest
 import typer
-from command_line import ebmkit_command
+from ebmkit_tests.support.command_line import ebmkit_command
 
 import ebmkit
 from ebmkit.cli import app
 from ebmkit.cli.list import Kind, tables
-from ebmkit.experiments import TARGETS
+from ebmkit.experiments import EXPERIMENTS
 from ebmkit.export import What
-from ebmkit.sampling.jobs import TASKS
+from ebmkit.sampling.inverse import TASKS
 
 HEAVY = {"torch", "torchvision", "sympy", "scipy", "sklearn", "matplotlib", "numpy", "h5py"}
 COMMANDS = typer.main.get_command(app).commands
@@ -81,7 +81,7 @@ def help_of(command, parameter):
 
 def test_names_that_options_know_without_imports_are_those_of_the_tables():
     """Where help or a choice names the rows of a table whose module imports PyTorch."""
-    assert help_of("reproduce", "target") == f"{', '.join(TARGETS)}, or all"
+    assert help_of("reproduce", "target") == f"{', '.join(EXPERIMENTS)}, or all"
     assert help_of("restore", "task") == ", ".join(TASKS)
     assert help_of("list", "kind") == ", ".join(tables())
     assert get_args(Kind) == tuple(tables())

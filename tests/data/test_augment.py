@@ -1,24 +1,30 @@
-"""Augmentation against torchvision's own."""
+"""Augmentation against torchvision's own: its law, and its pixels."""
+
+import math
 
 import pytest
 import torch
 import torchvision.transforms.v2 as tv
 import torchvision.transforms.v2.functional as functional
+from ebmkit_tests.support.toy_sets import as_streamed, make_set
 
+from ebmkit.data import Stream, StreamConfig
 from ebmkit.data.augment import (
+    DRAWS,
     Augmentation,
+    Crop,
+    Cut,
     Rows,
-    cutmix,
+    crop_boxes,
     cutout,
     flip,
-    mixup,
-    mixup_or_cutmix,
+    mix,
     padded,
-    padded_crop,
     random_crop,
+    resize_boxes,
 )
 
-MIXES = [mixup, cutmix, mixup_or_cutmix]
+MIXES = ["mixup", "cutmix", "both"]
 
 
 def generator(seed=0):
@@ -52,12 +58,12 @@ def test_flips_mirror_half_of_the_images():
 def test_padded_crops_are_torchvisions_at_uniform_offsets():
     count, padding = 2500, 2
     images = torch.rand(count, 1, 4, 6)
-    cropped = padded_crop(images, padding, generator())
+    cropped = random_crop(padded(images, padding), (4, 6), generator())
     found = torch.zeros(2 * padding + 1, 2 * padding + 1)
-    padded = functional.pad(images, [padding] * 4)
+    wide = functional.pad(images, [padding] * 4)
     for top in range(2 * padding + 1):
         for left in range(2 * padding + 1):
-            window = functional.crop(padded, top, left, 4, 6)
+            window = functional.crop(wide, top, left, 4, 6)
             found[top, left] = (cropped == window).flatten(1).all(1).sum()
     assert found.sum() == count  # every image is one of them, and only one
     expected = count / found.numel()
@@ -112,7 +118,7 @@ def test_options_of_what_is_not_done_are_refused(options, words):
 @pytest.mark.parametrize("seed", range(20))
 def test_mixup_is_torchvisions(seed):
     images, soft = batch(7)
-    ours, labels = mixup(images, soft, generator(seed))
+    ours, labels = mix(images, soft, "mixup", generator(seed))
     theirs = tv.MixUp(num_classes=10)
     theirs._dist = Drawn(torch.rand((), generator=generator(seed)))
     expected, expected_labels = theirs(images, soft)
@@ -123,7 +129,7 @@ def test_mixup_is_torchvisions(seed):
 @pytest.mark.parametrize("seed", range(40))
 def test_cutmix_is_torchvisions(seed, monkeypatch):
     images, soft = batch(5, height=9, width=12)
-    ours, labels = cutmix(images, soft, generator(seed))
+    ours, labels = mix(images, soft, "cutmix", generator(seed))
     replay = generator(seed)
     theirs = tv.CutMix(num_classes=10)
     theirs._dist = Drawn(torch.rand((), generator=replay))
@@ -138,17 +144,17 @@ def test_both_chooses_each_half_of_the_time():
     images, soft = batch(3)
     cut = 0
     for seed in range(400):
-        mixed, _ = mixup_or_cutmix(images, soft, generator(seed))
+        mixed, _ = mix(images, soft, "both", generator(seed))
         cut += bool(((mixed == images) | (mixed == images.roll(1, 0))).all())
     assert abs(cut - 200) < 4 * 10
 
 
-@pytest.mark.parametrize("mix", MIXES)
-def test_soft_labels_stay_probabilities_and_follow_the_pixels(mix):
+@pytest.mark.parametrize("kind", MIXES)
+def test_soft_labels_stay_probabilities_and_follow_the_pixels(kind):
     images = torch.eye(4)[:, :, None, None].expand(4, 4, 6, 6)[:, :3].contiguous()
     images = torch.cat([images, 1 - images.sum(1, keepdim=True)], 1)  # image i is 1 in channel i
     for seed in range(10):
-        mixed, soft = mix(images, torch.eye(4), generator(seed))
+        mixed, soft = mix(images, torch.eye(4), kind, generator(seed))
         torch.testing.assert_close(mixed.mean((2, 3)), soft, rtol=0, atol=1e-6)
 
 
@@ -156,7 +162,7 @@ def test_soft_labels_stay_probabilities_and_follow_the_pixels(mix):
     "operation",
     [
         flip,
-        lambda x, g, rows=None: padded_crop(x, 2, g, rows),
+        lambda x, g, rows=None: random_crop(padded(x, 2), 6, g, rows),
         lambda x, g, rows=None: random_crop(x, 4, g, rows),
     ],
 )
@@ -166,3 +172,103 @@ def test_a_part_of_a_batch_gets_what_the_whole_would_give_it(operation):
     whole = operation(images, generator())
     part = operation(images[positions], generator(), rows=Rows(8, positions))
     assert torch.equal(part, whole[positions])
+
+
+def drawn(count: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(count, DRAWS, generator=generator, dtype=torch.float64)
+
+
+class GivenNumbers:
+    """Stands in for torch inside torchvision: uniform numbers come from a list."""
+
+    def __init__(self, u):
+        self.attempts, self.place = iter(u[:-2].tolist()), iter(u[-2:].tolist())
+        self.log, self.tensor = torch.log, torch.tensor
+
+    def empty(self, _):
+        return self
+
+    def uniform_(self, low, high):
+        low, high = float(low), float(high)
+        return torch.tensor(low + (high - low) * next(self.attempts), dtype=torch.float64)
+
+    def exp(self, x):
+        return x.exp()
+
+    def randint(self, _, high, size):
+        return torch.tensor(math.floor(next(self.place) * high))
+
+
+@pytest.mark.parametrize(
+    ("height", "width"), [(375, 500), (60, 40), (28, 28), (20, 300), (300, 20)]
+)
+def test_boxes_are_torchvision_s_from_the_same_numbers(height, width, monkeypatch):
+    u = drawn(100)
+    law = Crop((24, 24), (0.08, 1.0), (3 / 4, 4 / 3))
+    boxes = crop_boxes(height, width, Cut(law, u))
+    transform = tv.RandomResizedCrop(24, law.scale, law.ratio)
+    module = __import__(type(transform).__module__, fromlist=["torch"])
+    for row, box in zip(u, boxes.tolist(), strict=True):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "torch", GivenNumbers(row))
+            expected = transform.make_params([torch.zeros(3, height, width)])
+        assert box == [expected[k] for k in ("top", "left", "height", "width")]
+
+
+@pytest.mark.parametrize("size", [(8, 8), (20, 24)])
+def test_batches_are_cut_and_resized_as_torchvision_does_one_by_one(size):
+    images = make_set(count=40, size=16).images
+    boxes = crop_boxes(16, 16, Cut(Crop(size, (0.08, 1.0)), drawn(40)))
+    found = resize_boxes(images, boxes, size)
+    expected = torch.stack(
+        [
+            tv.functional.resized_crop(image.float(), *box, list(size), antialias=True)
+            for image, box in zip(images, boxes.tolist(), strict=True)
+        ]
+    )
+    assert (found - expected).abs().max() < 0.51  # rounded to a grey level
+
+
+def test_windows_are_uniform_and_change_no_pixel():
+    u = drawn(4000)
+    boxes = crop_boxes(7, 9, Cut(Crop((4, 4)), u))
+    assert boxes[:, 2:].unique().tolist() == [4]
+    places = boxes[:, 0] * 6 + boxes[:, 1]  # 4 rows, 6 columns
+    counts = places.bincount(minlength=24)
+    assert len(counts) == 24
+    assert (((counts - 4000 / 24) ** 2) / (4000 / 24)).sum() < 49.7  # chi2, 23 dof, p = 1e-3
+    images = make_set(count=40, size=7).images
+    top, left = boxes[0, 0], boxes[0, 1].clamp(max=3)
+    same = torch.tensor([[top, left, 4, 4]]).expand(40, 4)
+    cut = images[:, :, top : top + 4, left : left + 4]
+    assert torch.equal(resize_boxes(images, same, (4, 4)), cut)
+
+
+@pytest.mark.parametrize("make", [lambda s: s, as_streamed])
+def test_a_stream_resizes_its_crops_the_same_on_any_number_of_processes(make):
+    augmentation = Augmentation(crop_scale=(0.2, 0.9), crop_size=4, mix="both")
+    config = StreamConfig(batch_size=8, augmentation=augmentation)
+    source = make(make_set())
+
+    def stream(**options):
+        return Stream(source, config, "ce", 0, "cpu", **options).batches(0, 3)
+
+    ranks = [stream(rank=r, world_size=2) for r in range(2)]
+    for whole, *shares in zip(stream(), *ranks, strict=True):
+        assert whole.x.shape == (8, 3, 4, 4)
+        assert torch.equal(whole.x, torch.cat([share.x for share in shares]))
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"crop_scale": (0, 1)}, "must rise within 0 to 1"),
+        ({"crop_scale": (0.5, 0.2)}, "must rise"),
+        ({"crop_scale": (0.5, 1), "crop_padding": 4}, "take one of them"),
+        ({"crop_ratio": (2, 1)}, "must rise from above 0"),
+    ],
+)
+def test_crops_that_make_no_sense_are_told(fields, told):
+    with pytest.raises(ValueError, match=told):
+        Augmentation(**fields)

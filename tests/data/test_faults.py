@@ -217,14 +217,17 @@ def test_a_reading_process_that_is_killed_is_told_and_nothing_hangs(folder, tmp_
 
 @pytest.mark.slow
 def test_a_disk_that_does_not_answer_ends_the_wait(folder, monkeypatch):
-    from ebmkit.data import loading
+    from ebmkit.data import workers
 
-    monkeypatch.setattr(loading, "STALL", 1.0)
-    monkeypatch.setattr("ebmkit.data.reading.open_picture", lambda *_: signal.pause())
+    monkeypatch.setattr(workers, "WORKER_TIMEOUT", 1.0)
+    monkeypatch.setattr("ebmkit.data.folders.open_image", lambda *_: signal.pause())
     source = images_of(small(folder, unreadable="skip").dataset, "train")
     config = StreamConfig(batch_size=8, augmentation={"crop_size": 16})
     stream = Stream(source, config, "classify", 0, "cpu", 1)
-    with pytest.raises(UserError, match="no image was read for 1 s"), loading.told_of_readers():
+    with (
+        pytest.raises(UserError, match="no image was read for 1 s"),
+        workers.translate_worker_errors(),
+    ):
         next(stream.batches(0, 2))
 
 

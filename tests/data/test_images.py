@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from ebmkit.data import images as module
-from ebmkit.data.images import picture_header, read_image, write_image
+from ebmkit.data.images import image_header, read_image, write_image
 from ebmkit.errors import UserError
 
 GRAY = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
@@ -95,7 +95,7 @@ def test_exif_orientation_is_applied(tmp_path, orientation):
         8: np.rot90(GRAY),
     }[orientation]
     assert torch.equal(read_image(path).image[0], torch.from_numpy(upright.copy()) / 255)
-    assert picture_header(path) == (1, upright.shape)
+    assert image_header(path) == (1, upright.shape)
 
 
 def test_a_palette_is_resolved(tmp_path):
@@ -198,11 +198,11 @@ HOSTILE = {
     "folder": "is a folder",
     "pipe": "not an ordinary file",
     "empty": "is empty",
-    "text": "not a picture",
+    "text": "not an image",
     "truncated png": "damaged or incomplete",
     "truncated jpeg": "damaged or incomplete",
     "corrupt": "damaged or incomplete",
-    "header only": "damaged or incomplete|not a picture",
+    "header only": "damaged or incomplete|not an image",
     "bomb": "megapixels",
     "smaller bomb": "megapixels",
     "text bomb": "damaged or incomplete",

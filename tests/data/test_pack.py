@@ -7,10 +7,17 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from test_sets import SPLITS, fake_torchvision, image_folder, keys, load_all, write_h5
+from ebmkit_tests.support.data_files import (
+    SPLITS,
+    fake_torchvision,
+    image_folder,
+    keys,
+    load_all,
+    write_h5,
+)
 
 from ebmkit.data import Stream, StreamConfig, StreamedSet, imagesets, load_dataset
-from ebmkit.data.hdf5 import Hdf5Reader, read_contents
+from ebmkit.data.hdf5 import read_contents
 from ebmkit.data.pack import pack
 from ebmkit.errors import UserError
 
@@ -56,12 +63,12 @@ def test_a_streamed_file_gives_the_same_bits_with_workers(folder, tmp_path, monk
         assert torch.equal(a.x, b.x)
         assert torch.equal(a.labels, b.labels)
     again = pickle.loads(pickle.dumps(streamed))
-    assert torch.equal(again[3][0], memory.images[3])
+    assert torch.equal(again.read([3])[0][0], memory.images[3])
 
 
 def test_each_process_opens_the_file_for_itself(folder, tmp_path, monkeypatch):
     pack(folder, tmp_path / "out.h5", progress=False)
-    reader = Hdf5Reader(read_contents(tmp_path / "out.h5", "train"))
+    reader = read_contents(tmp_path / "out.h5", "train")
     first = reader.read([4])
     handle = reader._images
     monkeypatch.setattr(os, "getpid", lambda: -1)  # as seen after a fork

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from toy_sets import as_streamed, drawn, make_set
+from ebmkit_tests.support.toy_sets import as_streamed, drawn, make_set
 
 from ebmkit.data import Augmentation, NoiseLaw, Phase, Stream, StreamConfig
 from ebmkit.data.schedule import images_between, stage_at, stages

@@ -1,31 +1,26 @@
 """Data sets: what they hold, that splits do not overlap, and what is said of bad files."""
 
-import hashlib
 import os
 import pickle
 
-import h5py
 import numpy as np
 import pytest
 import torch
+from ebmkit_tests.support.data_files import (
+    SPLITS,
+    fake_torchvision,
+    image_folder,
+    keys,
+    load_all,
+    write_h5,
+)
+from ebmkit_tests.support.toy_sets import as_streamed, make_set
 from PIL import Image
-from toy_sets import as_streamed, make_set
 
-from ebmkit.data import DATASETS, ImageSet, StreamedSet, imagesets, load_dataset
-from ebmkit.data.cifar import CIFAR
-from ebmkit.data.reading import FolderReader
+from ebmkit.data import DATASETS, DatasetEntry, ImageSet, StreamedSet, imagesets, load_dataset
+from ebmkit.data.folders import FolderReader
+from ebmkit.data.sets import CIFAR
 from ebmkit.errors import UserError
-
-SPLITS = ("train", "validation", "test")
-
-
-def keys(images):
-    """The images of a set, each as bytes."""
-    return [(x * 255).round().byte().numpy().tobytes() for x, _ in images.batches(1)]
-
-
-def load_all(name, data_dir=None, **options):
-    return [load_dataset(name, data_dir, split, **options) for split in SPLITS]
 
 
 def test_digits_are_the_published_scans():
@@ -68,19 +63,6 @@ def test_patches_of_different_splits_share_no_pixel(size):
         assert (final == photographs[1][bottom : bottom + size, last : last + size]).all()
 
 
-def write_h5(path, count, seed=0, classes=10, group="", **replaced):
-    rng = np.random.default_rng(seed)
-    arrays = {
-        "images": rng.integers(0, 256, (count, 32, 32, 3)).astype(np.uint8),
-        "labels": np.arange(count) % classes,
-    }
-    with h5py.File(path, "a") as file:
-        for name, values in {**arrays, **replaced}.items():
-            if values is not None:
-                file[f"{group}/{name}"] = values
-    return arrays
-
-
 def test_cifar_from_hdf5(tmp_path):
     train = write_h5(tmp_path / "cifar10-train.h5", 150)
     test = write_h5(tmp_path / "cifar10-test.h5", 20, seed=1)
@@ -93,36 +75,6 @@ def test_cifar_from_hdf5(tmp_path):
     assert parts[0].class_names[3] == "cat"
     again = load_dataset("cifar10", tmp_path, "train")
     assert torch.equal(again.images, parts[0].images)
-
-
-def fake_torchvision(root, name, monkeypatch, count=40):
-    """A folder in torchvision's layout with random images, whose checksums torchvision accepts."""
-    import torchvision
-
-    kind = getattr(torchvision.datasets, CIFAR[name].torchvision_name)
-    base = root / CIFAR[name].folder
-    base.mkdir(parents=True)
-    key = "labels" if name == "cifar10" else "fine_labels"
-    rng = np.random.default_rng(0)
-
-    def dump(file, content):
-        (base / file).write_bytes(pickle.dumps(content))
-        return hashlib.md5((base / file).read_bytes()).hexdigest()
-
-    written = {}
-    for listed in ("train_list", "test_list"):
-        entries = []
-        for file, _ in getattr(kind, listed):
-            data = rng.integers(0, 256, (count, 3072)).astype(np.uint8)
-            content = {"data": data, key: list(np.arange(count).tolist())}
-            content[key] = [c % len(CIFAR[name].class_names) for c in content[key]]
-            entries.append([file, dump(file, content)])
-            written[file] = content
-        monkeypatch.setattr(kind, listed, entries)
-    names = {"label_names": CIFAR[name].class_names, "fine_label_names": CIFAR[name].class_names}
-    meta = {**kind.meta, "md5": dump(kind.meta["filename"], names)}
-    monkeypatch.setattr(kind, "meta", meta)
-    return base, written
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
@@ -208,18 +160,6 @@ def test_a_truncated_hdf5_file_is_told(tmp_path):
         load_dataset("cifar10", tmp_path, "test")
 
 
-def image_folder(root, count=12, size=(8, 8), classes=("ant", "bee"), mode="RGB", seed=0):
-    """``count`` random PNG files per class; the class is the red channel's first pixel."""
-    rng = np.random.default_rng(seed)
-    for label, name in enumerate(classes):
-        (root / name).mkdir(parents=True)
-        for i in range(count):
-            pixels = rng.integers(0, 256, (*size, 3)).astype(np.uint8)
-            pixels[0, 0] = label
-            Image.fromarray(pixels).convert(mode).save(root / name / f"{i:03}.png")
-    return root
-
-
 @pytest.mark.parametrize("limit", [2**30, 0])
 def test_a_folder_in_memory_and_streamed_is_the_same_set(tmp_path, monkeypatch, limit):
     image_folder(tmp_path / "train", 30)
@@ -245,9 +185,9 @@ def test_streamed_sets_pickle_and_index(tmp_path, monkeypatch):
     monkeypatch.setattr(imagesets, "MEMORY_LIMIT", 0)
     streamed = pickle.loads(pickle.dumps(load_dataset("folder", tmp_path, "train")))
     for index in (0, 5, len(whole) - 1):
-        image, label = streamed[index]
+        (image,), labels = streamed.read([index])
         assert torch.equal(image, whole.images[index])
-        assert label == whole.labels[index]
+        assert labels[0] == whole.labels[index]
 
 
 def test_class_folders_alone_are_split_by_path(tmp_path):
@@ -374,7 +314,7 @@ def test_a_wrong_request_is_told(name, options, told):
 )
 def test_an_illegal_set_of_ones_own_is_told(images, labels, told):
     with pytest.raises(UserError, match=rf"'mine'.*{told}"):
-        ImageSet("mine", "train", images, labels, ("a", "b"))
+        ImageSet(images, labels, ("a", "b"), "mine")
 
 
 @pytest.mark.parametrize("make", [lambda s: s, as_streamed])
@@ -405,8 +345,35 @@ def test_every_data_set_has_a_line_about_it():
 
 def test_some_images_spread_evenly_through_a_sorted_set():
     images = torch.arange(40, dtype=torch.uint8).reshape(40, 1, 1, 1)
-    sorted_set = ImageSet("own", "train", images, torch.arange(40) // 10, ("a", "b", "c", "d"))
+    sorted_set = ImageSet(images, torch.arange(40) // 10, ("a", "b", "c", "d"))
     some = sorted_set.spread(8)
     assert some.labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert some.images.flatten().tolist() == [0, 5, 10, 15, 20, 25, 30, 35]
     assert sorted_set.spread(100) is sorted_set
+
+
+def test_a_set_from_python_names_its_classes_by_their_numbers():
+    images = torch.randint(256, (6, 3, 8, 8)).to(torch.uint8)
+    labels = torch.tensor([0, 2, 1, 0, 1, 2])
+    own = ImageSet(images, labels)
+    assert own.class_names == ("0", "1", "2")
+    assert own.first(1).num_classes == 3
+    (found, tags), *_ = own.batches(4)
+    assert torch.equal(found, images[:4] / 255)
+    assert torch.equal(tags, labels[:4])
+    assert ImageSet(images).num_classes == 0
+    chosen = own.select(torch.tensor([5, 0]))
+    assert torch.equal(chosen.images, images[[5, 0]])
+    assert chosen.labels.tolist() == [2, 0]
+
+
+def test_a_data_set_of_a_plugin_is_a_line_in_the_table(monkeypatch, tmp_path):
+    def load(request):
+        assert request.path("a folder") == tmp_path
+        request.check_size(8)
+        return ImageSet(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), name=request.name)
+
+    monkeypatch.setitem(DATASETS, "zeros", DatasetEntry(load, "zeros"))
+    assert load_dataset("zeros", tmp_path).name == "zeros"
+    with pytest.raises(UserError, match="8x8, not 9"):
+        load_dataset("zeros", tmp_path, image_size=9)

@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 import torch
-from toy_sets import as_streamed, drawn, make_set
+from ebmkit_tests.support.toy_sets import as_streamed, drawn, make_set
 
 from ebmkit.data import Augmentation, NoiseLaw, Stream, StreamConfig
 from ebmkit.errors import UserError
@@ -291,7 +291,7 @@ def test_workers_outlive_ctrl_c_and_end_with_the_main_process(tmp_path):
             """
             import signal
             from ebmkit.data import Stream, StreamConfig
-            from toy_sets import as_streamed, make_set
+            from ebmkit_tests.support.toy_sets import as_streamed, make_set
 
             if __name__ == "__main__":
                 stopped = []

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from mixture_world import Drawn, make_mixture
+from ebmkit_tests.support.mixture_world import Drawn, make_mixture
 
 from ebmkit import ModelCard, create_model
 

@@ -6,45 +6,23 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from ebmkit_tests.support.mixture_world import SIDE, near_the_plane, two_gaussians
 
 from ebmkit import EnergyModel, GaussianMixture, UserError, create_model
+from ebmkit.attacks import NORMS, noise_of_size, random_start, search_steps
 from ebmkit.energy import Energies
-from ebmkit.evaluation import autoattack
-from ebmkit.evaluation.attacks import NORMS, Attack, minimal_epsilons, rounds
+from ebmkit.evaluation import attacks
+from ebmkit.evaluation.attacks import Attack
 from ebmkit.evaluation.defences import (
     DEFENCES,
     Defence,
     DefendedClassifier,
     Refinement,
-    image_noise,
 )
+from ebmkit.randomness import image_generators, image_noise
 
-SIDE = 4
 STRENGTHS = [0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32]
 GRID = {"linf": [0.01, 0.02, 0.04], "l2": [0.05, 0.1, 0.2]}
-
-
-def two_gaussians(variance=0.02):
-    """Two labels with equal covariance: the boundary is the plane between the means.
-
-    It stays so with noise, behind the denoiser and along Langevin steps, as all keep the symmetry
-    about that plane.
-    """
-    direction = torch.linspace(-1, 1.5, SIDE**2).reshape(1, SIDE, SIDE)
-    middle = torch.full((1, SIDE, SIDE), 0.5)
-    means = torch.stack([middle - 0.06 * direction, middle + 0.06 * direction])
-    return GaussianMixture(means, variance, labels=[0, 1]).eval()
-
-
-def near_the_plane(model, count=60):
-    """Images with their label on its side, and the l_inf and l2 distances to the plane."""
-    normal = (model.means[1] - model.means[0]).flatten()
-    offset = model.means.flatten(1).mean(0)
-    generator = torch.Generator().manual_seed(4)
-    x = offset + 0.08 * torch.randn(count, SIDE**2, generator=generator).clamp(-2, 2)
-    height = (x - offset) @ normal
-    distance = {"linf": height.abs() / normal.abs().sum(), "l2": height.abs() / normal.norm()}
-    return x.reshape(-1, 1, SIDE, SIDE), (height > 0).long(), distance
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -60,7 +38,7 @@ def test_the_smallest_strength_is_the_distance_to_the_plane(name, norm):
     defence = Defence(name, sigma, Refinement(2, 0.004, sigma / math.sqrt(2)))
     target = DefendedClassifier(model, defence, draws=4)
     noise = image_noise(x, draws * defence.noises, "") if defence.random else None
-    found = minimal_epsilons(Attack(norm, steps=15), target, x, labels, GRID[norm], noise)
+    found = Attack(norm, steps=15).minimal_epsilons(target, x, labels, GRID[norm], noise)
     grid = torch.tensor([0, *GRID[norm], math.inf], dtype=torch.float64)
     exact = grid[torch.bucketize(distances[norm].double(), grid)]
     unsure = 0.03 * distances[norm]
@@ -87,6 +65,54 @@ def test_one_step_is_enough_where_the_classifier_is_linear_and_noise_is_not():
         assert not (noise & ~step).any()
 
 
+def by_foolbox(attack, target, x, labels, epsilon, starts):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # its imports from scipy
+        import eagerpy
+        import foolbox.attacks as fa
+        from foolbox import PyTorchModel
+    linf = attack.norm == "linf"
+    if attack.kind == "one-step":
+        other = fa.LinfFastGradientAttack() if linf else fa.L2FastGradientAttack()
+    else:
+        kind = (
+            fa.LinfProjectedGradientDescentAttack if linf else fa.L2ProjectedGradientDescentAttack
+        )
+        other = kind(rel_stepsize=attack.stepsize, steps=attack.steps)
+        other.get_random_start = lambda x0, epsilon: eagerpy.astensor(starts)
+    bounded = PyTorchModel(target, bounds=(0, 1), device="cpu")
+    return other(bounded, x, labels, epsilons=epsilon)[1]
+
+
+@pytest.mark.parametrize("kind", ["pgd", "one-step"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_attack_is_foolbox_s_from_the_same_starts(norm, kind):
+    """To rounding: in float64, also at the bounds of images and through a denoiser."""
+    model = two_gaussians().double()
+    x = torch.rand(20, 1, SIDE, SIDE, dtype=torch.float64).mul(1.4).sub(0.2).clamp(0, 1)
+    labels = model.logits(x).argmax(1)
+    target = DefendedClassifier(model, Defence("denoise", 0.05))
+    attack = Attack(norm, kind, steps=7, stepsize=0.3)
+    found = attack.perturbed(target, x, labels, 0.3, "seed")
+    starts = random_start(x, 0.3, norm, image_generators(x, "seed"))
+    expected = by_foolbox(attack, target, x, labels, 0.3, starts)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert (found - x).abs().amax(dim=(1, 2, 3)).min() > 0.01
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_noise_has_the_size_that_is_asked_for_after_clipping(norm):
+    x = torch.rand(50, 1, SIDE, SIDE).mul(1.4).sub(0.2).clamp(0, 1)
+    change = (noise_of_size(x, 0.2, norm, image_generators(x, "")) - x).flatten(1)
+    if norm == "l2":
+        torch.testing.assert_close(change.norm(dim=1), torch.full((50,), 0.2))
+        far = noise_of_size(x, 9.0, norm, image_generators(x, ""))
+        assert torch.minimum(far, 1 - far).max() < 1e-6  # none is so far: as far as noise goes
+    else:
+        assert change.abs().max() <= 0.2 + 1e-6
+        assert (change.abs().amax(dim=1) > 0.199).float().mean() > 0.5  # but for the clipping
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_perturbations_keep_to_the_ball_and_to_the_range_of_images(norm):
     model = two_gaussians()
@@ -111,12 +137,13 @@ def test_gradients_pass_through_the_denoiser():
     for name in DEFENCES:
         target = DefendedClassifier(model, Defence(name, 0.1, Refinement(2, 0.1, 0.1)))
         noise = torch.randn(4, 1, 8, 8, dtype=torch.float64)
-        value = target.judged(x, noise)[:, 1].sum()
+        value = target.log_posterior(x, noise)[:, 1].sum()
         (gradient,) = torch.autograd.grad(value, x)
         direction = torch.randn_like(x)
         with torch.no_grad():
             up, down = (
-                target.judged(x + step * direction, noise)[:, 1].sum() for step in (1e-5, -1e-5)
+                target.log_posterior(x + step * direction, noise)[:, 1].sum()
+                for step in (1e-5, -1e-5)
             )
         slope = (gradient * direction).sum()
         assert slope.abs() > 1e-4
@@ -131,7 +158,7 @@ def test_refinement_is_langevin_dynamics_and_its_average():
     defence = Defence("refine", refinement=Refinement(3, step, deviation))
     target = DefendedClassifier(model, defence)
     noise = image_noise(x, 2 * defence.noises, "chains")
-    ends = target.refined(x, noise)
+    ends = target.purify(x, noise)
     by_hand = []
     for i in range(5):
         for chain in noise[i].split(3):
@@ -144,7 +171,7 @@ def test_refinement_is_langevin_dynamics_and_its_average():
             by_hand.append(y)
     assert torch.allclose(ends, torch.stack(by_hand), atol=1e-12)
     averaged = model.logits(ends).softmax(1).reshape(5, 2, 2).mean(1)
-    assert torch.allclose(target.judged(x, noise).exp(), averaged, atol=1e-12)
+    assert torch.allclose(target.log_posterior(x, noise).exp(), averaged, atol=1e-12)
 
 
 def test_no_steps_of_refinement_are_no_defence():
@@ -164,7 +191,7 @@ def test_jems_step_is_for_images_in_minus_one_to_one():
     x = torch.rand(3, 1, 2, 2, dtype=torch.float64)
     u, noise = 2 * x - 1, torch.randn(1, 1, 2, 2, dtype=torch.float64)
     expected = u + theirs.score(u) + 0.01 * noise
-    found = DefendedClassifier(ours, Defence("refine")).refined(x, noise)
+    found = DefendedClassifier(ours, Defence("refine")).purify(x, noise)
     assert torch.allclose(2 * found - 1, expected, atol=1e-12)
 
 
@@ -233,7 +260,7 @@ def test_nothing_is_left_behind():
     state = torch.get_rng_state()
     with torch.no_grad():
         target = DefendedClassifier(model, Defence("noise", 0.1), 2)
-        minimal_epsilons(Attack("l2", steps=2), target, x, labels, [0.1], image_noise(x, 2, ""))
+        Attack("l2", steps=2).minimal_epsilons(target, x, labels, [0.1], image_noise(x, 2, ""))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in model.parameters())
     assert {name: p.requires_grad for name, p in model.named_parameters()} == wanted
@@ -253,12 +280,12 @@ def test_bisection_asks_no_more_than_it_says():
     x, labels, _ = near_the_plane(model, 20)
     labels[:5] = 1 - labels[:5]
     told = []
-    found = minimal_epsilons(
-        Counting("linf", steps=3), DefendedClassifier(model, Defence("direct")),
+    found = Counting("linf", steps=3).minimal_epsilons(
+        DefendedClassifier(model, Defence("direct")),
         x, labels, STRENGTHS,
         done=lambda: told.append(1),
     )  # fmt: skip
-    assert (rounds(len(STRENGTHS)), len(told)) == (3, 3)
+    assert (search_steps(len(STRENGTHS)), len(told)) == (3, 3)
     assert Counting.asked == 3 * 15
     assert (found == 0).nonzero().flatten().tolist() == [0, 1, 2, 3, 4]
 
@@ -283,16 +310,16 @@ class NotANumber(EnergyModel):
 
 def test_a_label_that_is_not_a_number_is_wrong():
     x, labels = torch.rand(4, 1, SIDE, SIDE), torch.zeros(4, dtype=torch.long)
-    found = minimal_epsilons(
-        Attack("l2"), DefendedClassifier(NotANumber(), Defence("direct")), x, labels, [0.1]
+    found = Attack("l2").minimal_epsilons(
+        DefendedClassifier(NotANumber(), Defence("direct")), x, labels, [0.1]
     )
     assert found.tolist() == [0] * 4
 
 
 def test_autoattack_that_is_missing_is_told(monkeypatch):
-    monkeypatch.setattr(autoattack, "find_spec", lambda name: None)
+    monkeypatch.setattr(attacks, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'ebmkit-vision\[autoattack\]'"):
-        autoattack.check_installed()
+        attacks.check_autoattack()
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -306,7 +333,7 @@ def test_autoattack_finds_the_plane_too(norm):
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the package's own
         target = DefendedClassifier(model, Defence("direct"))
-        found = autoattack.breaks(target, norm, x, labels, epsilon)
+        found = attacks.autoattack(target, norm, x, labels, epsilon)
     expected = distances[norm] < epsilon
     expected[0] = True
     clear = (distances[norm] / epsilon).log().abs() > 0.01

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from mixture_world import Drawn
+from ebmkit_tests.support.mixture_world import Drawn
 from torch.distributions import MultivariateNormal
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from ebmkit.evaluation import evaluate
 from ebmkit.evaluation.calibration import calibration_error, reliability
-from ebmkit.evaluation.data import noisy_batches
+from ebmkit.evaluation.context import noisy_batches
 
 
 def bayes(mixture, y, sigma):
@@ -21,7 +21,7 @@ def bayes(mixture, y, sigma):
 
 
 def run(model, images, folder, suite="classify", **options):
-    return evaluate(model, images, [suite], folder, pictures=False, **options)[suite].document
+    return evaluate(model, images, [suite], folder, plots=False, **options)[suite].document
 
 
 def test_accuracy_and_likelihood_are_those_of_bayes_rule(mixture, drawn, tmp_path):

@@ -1,17 +1,31 @@
-"""Corruptions against their statistics, other libraries, and each other."""
+"""The suite corruptions: formulas, published constants, and what is measured."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from ebmkit_tests.support.mixture_world import Drawn
+from ebmkit_tests.support.two_processes import run_shared
 from PIL import Image
+from rich.console import Console
 from sklearn.datasets import load_sample_image
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from ebmkit import UserError
-from ebmkit.evaluation.corruptions import CORRUPTIONS, constants_for, corrupt
+from ebmkit import UserError, plots
+from ebmkit.evaluation import EvaluationContext, evaluate, tables
+from ebmkit.evaluation.corruptions import (
+    CORRUPTIONS,
+    CORRUPTIONS_SUITE,
+    CorruptionsConfig,
+    confidence_slope,
+    constants_for,
+    corrupt,
+)
+from ebmkit.evaluation.statistics import Estimate
 from ebmkit.metrics import psnr
+from ebmkit.models.denoisers import DirectDenoiser
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +131,7 @@ def test_stronger_is_further_from_the_clean_image(name, small, photo):
         assert constants_for((x.shape[-2], x.shape[-1])) == kind
         values = []
         for strength in range(1, 6):
-            found = corrupt(x, name, CORRUPTIONS[name].constant(strength, kind))
+            found = corrupt(x, name, getattr(CORRUPTIONS[name], kind)[strength - 1])
             assert found.min() >= 0
             assert found.max() <= 1
             values.append(float(psnr(found, x)))
@@ -128,10 +142,219 @@ def test_stronger_is_further_from_the_clean_image(name, small, photo):
 @pytest.mark.parametrize("name", CORRUPTIONS)
 def test_an_image_is_corrupted_by_its_number(name, small):
     images = torch.cat([small, small.flip(-1), small, small.flip(-2)])
-    constant = CORRUPTIONS[name].constant(5, "cifar")
+    constant = CORRUPTIONS[name].cifar[4]
     whole = corrupt(images, name, constant, seed=4)
     parts = [corrupt(images[i : i + 1], name, constant, 4, first=i) for i in range(4)]
     assert torch.equal(whole, torch.cat(parts))
     if name in ("poisson", "speckle", "salt-and-pepper"):  # the others draw nothing
         assert not torch.equal(whole[0], whole[2])
         assert not torch.equal(whole, corrupt(images, name, constant, seed=5))
+
+
+def measured(setting, **options):
+    setting.options = {CorruptionsConfig: CorruptionsConfig(**options)}
+    with torch.no_grad():
+        return CORRUPTIONS_SUITE.run(setting)
+
+
+def numbers(value):
+    if isinstance(value, dict):
+        return [n for v in value.values() for n in numbers(v)]
+    if isinstance(value, list):
+        return [n for v in value for n in numbers(v)]
+    return [value] if isinstance(value, (int, float)) else []
+
+
+def test_rows_are_what_the_model_says_of_the_corrupted_images(network, squares):
+    found = measured(EvaluationContext(network, squares, seed=3), strengths=[2, 5])
+    assert list(found["corruptions"]) == list(CORRUPTIONS)
+    x, labels, errors, rows = squares.images, squares.labels, [], [found["clean"]]
+    for name, one in found["corruptions"].items():
+        for strength, row in zip((2, 5), one["rows"], strict=True):
+            constant = CORRUPTIONS[name].cifar[strength - 1]
+            assert (row["strength"], row["constant"]) == (strength, constant)
+            y = corrupt(x, name, constant, seed=3)
+            confidence, predicted = network.logits(y).softmax(1).max(1)
+            right = (predicted == labels).double()
+            clean = network.denoise(y).clamp(0, 1)
+            expected = {
+                "accuracy": right,
+                "confidence": confidence,
+                "gap": confidence - right,
+                "psnr_corrupted": psnr(y, x),
+                "psnr": psnr(clean, x),
+                "gain": psnr(clean, x) - psnr(y, x),
+                "estimated_sigma": network.estimate_sigma(y),
+                "rmse": (y - x).square().mean((1, 2, 3)).sqrt(),
+            }
+            for measure, values in expected.items():
+                if name == "salt-and-pepper" and measure in ("psnr_corrupted", "psnr", "gain"):
+                    values = values[psnr(y, x).isfinite()]  # few values of 64 are replaced
+                    assert row[measure]["count"] == len(values)
+                wanted = float(values.double().mean())
+                assert row[measure]["value"] == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+            errors.append(1 - row["accuracy"]["value"])
+            rows.append(row)
+    mean = sum(errors) / len(errors)
+    clean_error = 1 - found["clean"]["accuracy"]["value"]
+    assert found["mean_corruption_error"]["value"] == pytest.approx(mean)
+    assert found["mean_error_increase"]["value"] == pytest.approx(mean - clean_error)
+    accuracy, confidence = ([row[m]["value"] for row in rows] for m in ("accuracy", "confidence"))
+    a = torch.tensor([[v, 1.0] for v in accuracy], dtype=torch.float64)
+    line = torch.linalg.lstsq(a, torch.tensor(confidence, dtype=torch.float64)[:, None]).solution
+    assert found["confidence_slope"] == pytest.approx(float(line[0]), rel=1e-6)
+
+
+def test_unchanged_images_have_no_psnr(network):
+    """Salt or pepper of 1 % leaves most images of 64 values as they are."""
+    images = Drawn(torch.rand(30, 1, 8, 8), torch.arange(30) % 3)
+    row = measured(
+        EvaluationContext(network, images), corruptions=["salt-and-pepper"], strengths=[1]
+    )
+    (row,) = row["corruptions"]["salt-and-pepper"]["rows"]
+    assert 3 < row["psnr_corrupted"]["count"] < 27  # 1 - 0.99^64 = 47 % change
+    assert row["psnr"]["count"] == row["gain"]["count"] == row["psnr_corrupted"]["count"]
+    assert row["psnr"]["value"] is not None
+    assert row["accuracy"]["count"] == 30
+    clean = measured(EvaluationContext(network, images), corruptions=["blur"], strengths=[1])[
+        "clean"
+    ]
+    assert clean["psnr_corrupted"]["value"] is None
+    assert clean["psnr"]["count"] == 30  # what denoising does to clean images
+
+
+def test_batch_size_and_processes_change_nothing_but_rounding(network, squares):
+    options = {"strengths": [5], "corruptions": ["poisson", "salt-and-pepper", "jpeg"]}
+    setting = EvaluationContext(network, squares, batch_size=7)
+    found = measured(setting, **options)
+    shared = run_shared(CORRUPTIONS_SUITE.run, setting)
+    assert shared == [found, found]
+    whole = measured(EvaluationContext(network, squares), **options)
+    # float32 convolutions order their sums by the batch
+    assert numbers(found) == pytest.approx(numbers(whole), rel=1e-3, abs=1e-4)
+
+
+def test_a_plain_denoiser_is_measured_without_labels(squares):
+    model = DirectDenoiser(Identity(), in_channels=1).eval()
+    found = measured(EvaluationContext(model, squares), strengths=[3])
+    assert "mean_corruption_error" not in found
+    assert found["warnings"] == []
+    for one in found["corruptions"].values():
+        (row,) = one["rows"]
+        assert "accuracy" not in row
+        assert row["psnr"]["value"] == pytest.approx(row["psnr_corrupted"]["value"])
+        assert row["gain"]["value"] == pytest.approx(0, abs=1e-5)
+
+
+class Identity(torch.nn.Module):
+    def forward(self, y, sigma=None):
+        return y
+
+
+def test_a_model_that_must_be_told_sigma_only_classifies(mixture, drawn):
+    found = measured(
+        EvaluationContext(mixture, drawn.first(50)), corruptions=["blur"], strengths=[1, 5]
+    )
+    (warning,) = found["warnings"]
+    assert "cannot estimate it" in warning
+    mild, strong = found["corruptions"]["blur"]["rows"]
+    assert "psnr" not in strong
+    assert mild["accuracy"]["value"] >= strong["accuracy"]["value"]
+    with pytest.raises(UserError, match="leave out the suite corruptions"):
+        CORRUPTIONS_SUITE.check(mixture, Drawn(drawn.images, None))
+
+
+def test_other_classes_leave_denoising(network, squares):
+    other = Drawn(squares.images, squares.labels % 2, class_names=("a", "b"))
+    found = measured(EvaluationContext(network, other), corruptions=["blur"], strengths=[1])
+    assert "accuracy" not in found["clean"]
+    assert any("has not the 3 classes" in line for line in found["warnings"])
+
+
+def test_a_diverged_model_is_told(network, squares):
+    next(network.parameters()).fill_(float("nan"))
+    found = measured(
+        EvaluationContext(network, Drawn(squares.images, None)), corruptions=["blur"], strengths=[1]
+    )
+    assert any("not finite on 30 images" in line for line in found["warnings"])
+    (row,) = found["corruptions"]["blur"]["rows"]
+    assert row["psnr"]["value"] is None
+
+
+def test_confidence_slope_tells_who_notices(squares):
+    def rows(pairs):
+        both = ({"accuracy": a, "confidence": c} for a, c in pairs)
+        return [{name: Estimate(v, v, v, 1) for name, v in row.items()} for row in both]
+
+    assert confidence_slope(rows([(0.9, 0.8), (0.5, 0.4), (0.1, 0.0)])) == pytest.approx(1)
+    assert confidence_slope(rows([(0.9, 0.8), (0.5, 0.8), (0.1, 0.8)])) == pytest.approx(0)
+    assert confidence_slope(rows([(0.9, 0.8), (0.9, 0.4)])) is None
+
+
+def test_files_table_and_bar(network, squares, tmp_path):
+    few = {"strengths": [1, 5], "corruptions": ["blur", "salt-and-pepper"]}
+    results = evaluate(
+        network, squares, ["corruptions"], tmp_path, limit=6, options={"corruptions": few}
+    )
+    document = json.loads((tmp_path / "corruptions.json").read_text())
+    assert document["options"]["constants"] == "auto"
+    assert document["constants"] == "cifar"
+    assert list(document["corruptions"]) == few["corruptions"]
+    pictures = {path.stem for path in tmp_path.glob("*.png")}
+    assert pictures == {"corruptions", "corruptions-psnr", "corruptions-examples"}
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(*tables(results))
+    console.file.close()
+    text = console.export_text()
+    assert "salt-and-pepper" in text
+    assert "mean error" in text
+    assert "…" not in text
+    told = []
+    setting = EvaluationContext(network, squares, advance=told.append)
+    setting.options = {
+        CorruptionsConfig: CorruptionsConfig(strengths=(1, 1), corruptions=("blur", "jpeg"))
+    }
+    setting.left = CORRUPTIONS_SUITE.passes(setting) * 30
+    with torch.no_grad():
+        CORRUPTIONS_SUITE.run(setting)
+    assert sum(told) == 3 * 30
+    assert setting.left == 0
+
+
+def test_pictures_span_the_strengths_measured(network, squares, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
+    few = {"strengths": [1, 4], "corruptions": ["blur", "jpeg"]}
+    results = evaluate(
+        network, squares, ["corruptions"], tmp_path, limit=6, options={"corruptions": few}
+    )
+    document = results["corruptions"].document
+    first, second, _ = drawn
+    for figure, ticks in ((first, ["clean", "1", "4"]), (second, ["1", "4"])):
+        axes = figure.axes[0]
+        assert [label.get_text() for label in axes.get_xticklabels()] == ticks
+        assert axes.get_xlim() == pytest.approx((-0.3, len(ticks) - 0.7))
+        assert "images" in figure.get_suptitle()
+    points = first.axes[-1].collections[1].get_offsets().tolist()  # jpeg: confidence, accuracy
+    rows = document["corruptions"]["jpeg"]["rows"]
+    expected = [[100 * row[n]["value"] for n in ("confidence", "accuracy")] for row in rows]
+    assert points == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"corruptions": ["fog"]}, "fog"),
+        ({"corruptions": ["specle"]}, "did you mean 'speckle'"),
+        ({"strengths": [6]}, "less than or equal to 5"),
+        ({"strengths": []}, "at least 1 item"),
+    ],
+)
+def test_illegal_settings_are_refused(options, words, network, squares, tmp_path):
+    with pytest.raises(UserError, match=words):
+        evaluate(network, squares, ["corruptions"], tmp_path, options={"corruptions": options})
+
+
+def test_images_that_are_neither_gray_nor_colour_are_refused(network):
+    with pytest.raises(UserError, match="has 2 channels"):
+        CORRUPTIONS_SUITE.check(network, Drawn(torch.rand(3, 2, 8, 8), None))

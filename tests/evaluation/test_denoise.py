@@ -5,13 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from mixture_world import Drawn, make_mixture
+from ebmkit_tests.support.mixture_world import Drawn, make_mixture
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from ebmkit import GaussianMixture
+from ebmkit import GaussianMixture, plots
 from ebmkit.evaluation import evaluate
-from ebmkit.evaluation.data import noisy_batches
-from ebmkit.evaluation.denoise import ssim, ssim_window
+from ebmkit.evaluation.context import noisy_batches
+from ebmkit.evaluation.denoise import plot_images, plot_psnr, ssim, ssim_window
 
 SIGMA = 25 / 255
 
@@ -24,9 +24,7 @@ class ToldTwice(GaussianMixture):
 
 
 def measure(model, images, folder, **options):
-    return evaluate(model, images, ["denoise"], folder, pictures=False, **options)[
-        "denoise"
-    ].document
+    return evaluate(model, images, ["denoise"], folder, plots=False, **options)["denoise"].document
 
 
 def noisy(images, sigma=SIGMA):
@@ -183,3 +181,43 @@ def test_a_perfect_restoration_is_no_number_and_is_told(mixture, tmp_path):
     # y - sigma^2 y / sigma^2 = 0 exactly, for sigma a power of two
     assert list(document["psnr"].values()) == [None]
     assert any("not finite on 3 images" in line for line in document["warnings"])
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures drawn."""
+    found = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: found.append(figure))
+    return found
+
+
+def texts(figure):
+    return [t.get_text() for t in figure.findobj(match=lambda a: hasattr(a, "get_text"))]
+
+
+def test_denoising_grid_prints_the_psnr_of_each_picture(figures, tmp_path):
+    clean = torch.rand(2, 3, 8, 8)
+    levels = {25 / 255: {"noisy": clean + 0.1, "better": clean + 0.01}}
+    plot_images(clean, levels, tmp_path / "grid.png", "a note")
+    shown = texts(figures[0])
+    assert shown.count("20.0 dB") == 2
+    assert shown.count("40.0 dB") == 2
+    assert "$\\sigma$ = 25/255" in shown
+    assert "a note" in shown
+    drawn = figures[0].axes[0].images[0]
+    assert drawn.get_interpolation() == "nearest"
+    assert np.allclose(drawn.get_array(), clean[0].movedim(0, -1))
+
+
+def test_bars_carry_values_and_intervals(figures, tmp_path):
+    estimate = {"value": 30.04, "low": 29.0, "high": 31.0}
+    unknown = {"value": None, "low": None, "high": None}
+    denoisers = {
+        "noisy": {"about": "noisy input", "psnr": {"25": {**estimate, "value": 20.15}}},
+        "blind": {"about": "blind", "psnr": {"25": estimate}},
+        "failed": {"about": "failed", "psnr": {"25": unknown}},
+    }
+    denoisers["noisy"]["psnr"]["25"]["low"] = denoisers["noisy"]["psnr"]["25"]["high"] = None
+    plot_psnr(denoisers, tmp_path / "bars.png")
+    assert {"20.1", "30.0", "25/255"} <= set(texts(figures[0]))
+    assert [round(bar.get_height(), 2) for bar in figures[0].axes[0].patches] == [20.15, 30.04]

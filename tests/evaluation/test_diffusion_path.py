@@ -8,18 +8,22 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from mixture_world import Drawn
+from ebmkit_tests.support.mixture_world import Drawn
+from ebmkit_tests.support.two_processes import run_shared
 from rich.console import Console
-from two_processes import run_shared
 
 from ebmkit import GaussianMixture, ModelCard, UserError, create_model, evaluation
 from ebmkit.evaluation import tables
-from ebmkit.evaluation.context import EvaluationContext
-from ebmkit.evaluation.data import noisy_batches
-from ebmkit.evaluation.diffusion_path import DIFFUSION_PATH, run
-from ebmkit.evaluation.diffusion_views import VIEWS, DiffusionPathConfig, views_at
-from ebmkit.evaluation.energies import class_statistics, energies_of, energy_source
+from ebmkit.evaluation.context import EvaluationContext, noisy_batches
+from ebmkit.evaluation.diffusion_path import (
+    DIFFUSION_PATH,
+    VIEWS,
+    DiffusionPathConfig,
+    views_at,
+)
+from ebmkit.evaluation.energies import class_statistics, energies_of
 from ebmkit.models import GradResNetConfig, HeadConfig, ModelConfig, save_model
+from ebmkit.models.heads import energy_source
 from ebmkit.noise import make_schedule
 
 
@@ -44,7 +48,7 @@ def drawn_of(mixture, count=400):
 
 
 def evaluate(model, images, folder, settings=(), **options):
-    options = {"pictures": False, "options": {"diffusion-path": dict(settings)}} | options
+    options = {"plots": False, "options": {"diffusion-path": dict(settings)}} | options
     return evaluation.evaluate(model, images, ["diffusion-path"], folder, **options)[
         "diffusion-path"
     ]
@@ -97,7 +101,7 @@ def test_image_units_are_the_suite_classify_at_the_same_noise(network, squares, 
     sigmas = [schedule.sigma(t) for t in (0, 40, 80)]
     path = evaluate(network, squares, tmp_path, {"steps": 100, "step": 40, "until": 80}).document
     other = evaluation.evaluate(
-        network, squares, ["classify"], tmp_path, noise_levels=sigmas, pictures=False
+        network, squares, ["classify"], tmp_path, noise_levels=sigmas, plots=False
     )["classify"].document
     found = path["models"]["this run"]
     against = {level["sigma"]: level["accuracy"] for level in other["against_noise"]}
@@ -193,7 +197,7 @@ def test_runs_beside_samples_and_pictures(network, squares, runs, tmp_path):
     quantised = replace(squares, images=(255 * squares.images).round() / 255)
     samples = write(tmp_path / "s.h5", squares.images, squares.labels)
     settings = {"step": 500, "beside": runs, "samples": samples, "schedule": "cosine"}
-    result = evaluate(network, quantised, tmp_path / "e", settings, pictures=True)
+    result = evaluate(network, quantised, tmp_path / "e", settings, plots=True)
     document = json.loads(result.path.read_text())
     assert document == result.document
     assert list(document["models"]) == ["this run", "beside", "beside-2"]
@@ -231,9 +235,10 @@ def test_processes_share_the_work_and_the_progress_ends(network, squares, tmp_pa
     )
     setting.left = DIFFUSION_PATH.passes(setting) * len(squares)
     with torch.no_grad():
-        alone = run(setting)
+        alone = DIFFUSION_PATH.run(setting)
     assert (sum(told), setting.left) == (4 * 30, 0)
-    for found in run_shared(run, replace(setting, left=0, advance=lambda count: None)):
+    quiet = replace(setting, left=0, advance=lambda count: None)
+    for found in run_shared(DIFFUSION_PATH.run, quiet):
         assert found == alone
 
 

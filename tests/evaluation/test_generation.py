@@ -8,15 +8,15 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from mixture_world import Drawn
+from ebmkit_tests.support.mixture_world import Drawn
+from ebmkit_tests.support.two_processes import run_shared
 from rich.console import Console
-from two_processes import run_shared
 
 from ebmkit import ModelCard, UserError, evaluation
 from ebmkit.data import load_dataset
 from ebmkit.evaluation import features, tables
 from ebmkit.evaluation.context import EvaluationContext
-from ebmkit.evaluation.generation import GENERATION, GenerationConfig, run
+from ebmkit.evaluation.generation import GENERATION, GenerationConfig
 from ebmkit.models import GradResNetConfig, ModelConfig, load, save_model
 
 
@@ -49,7 +49,7 @@ def write(path, images, finite=None, labels=None, **attributes):
 
 
 def evaluate(model, images, folder, settings, **options):
-    options = {"pictures": False, "options": {"generation": settings}} | options
+    options = {"plots": False, "options": {"generation": settings}} | options
     return evaluation.evaluate(model, images, ["generation"], folder, **options)["generation"]
 
 
@@ -65,7 +65,7 @@ def test_real_images_as_samples(network, digits, judge, tmp_path):
     made = {"run": "somewhere", "settings": json.dumps({"steps": 5}), "filter": "p > 0.9"}
     path = write(tmp_path / "samples.h5", images, finite, labels, **made)
     settings = {"samples": str(path), "extractor": str(judge)}
-    result = evaluate(network, digits, tmp_path / "e", settings, pictures=True)
+    result = evaluate(network, digits, tmp_path / "e", settings, plots=True)
     document = json.loads(result.path.read_text())
     assert document == result.document
     samples = document["samples"]
@@ -146,9 +146,9 @@ def test_processes_share_the_work_and_the_progress_ends(network, digits, judge, 
     )
     setting.left = GENERATION.passes(setting) * len(digits)
     with torch.no_grad():
-        alone = run(setting)
+        alone = GENERATION.run(setting)
     assert (sum(told), setting.left) == (3 * 360, 0)
-    for found in run_shared(run, replace(setting, left=0, advance=lambda count: None)):
+    for found in run_shared(GENERATION.run, replace(setting, left=0, advance=lambda count: None)):
         for name, measure in alone["measures"].items():
             assert found["measures"][name]["value"] == pytest.approx(measure["value"], abs=1e-6)
         assert found["labels"]["accuracy"] == alone["labels"]["accuracy"]

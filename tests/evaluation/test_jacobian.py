@@ -1,277 +1,173 @@
-"""Jacobians against closed forms and finite differences; homogeneity against Euler's identity."""
+"""What the suite ``jacobian`` writes is what the mathematics says of its images."""
+
+import json
+from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
+from ebmkit_tests.support.mixture_world import Drawn
+from rich.console import Console
 
-from ebmkit import Energies, EnergyModel, Gaussian, UserError, create_model
-from ebmkit.evaluation.linearity import theory, theory_of
-from ebmkit.jacobian import Jacobian, directional, jacobian, linearity
+from ebmkit import Gaussian, UserError, evaluation
+from ebmkit.evaluation import tables
+from ebmkit.evaluation.context import noisy_batches
+from ebmkit.evaluation.jacobian import magnification
+from ebmkit.evaluation.spectrum import jacobian, spectrum
 from ebmkit.models import DirectDenoiser
-from ebmkit.models.norms import GroupNorm
-from ebmkit.spectrum import spectrum
+from ebmkit.plots import around_gray
 
-SIGMA = 0.1
-
-
-@pytest.fixture
-def world(mixture):
-    """The mixture in float64, and a noisy image between its components."""
-    mixture.double()
-    x, _ = mixture.sample(1)
-    return mixture, x[0] + SIGMA * torch.randn_like(x[0])
+SIGMA = 0.05
 
 
 @pytest.fixture
-def digit(network):
-    """A network of convolutions in float64, and an image as large as a digit."""
-    return network.double(), torch.rand(1, 8, 8, dtype=torch.float64)
+def evaluate(tmp_path):
+    """Run the suite; gives its document, and its pictures by name."""
+
+    def run(model, data, plots=False, **options):
+        results = evaluation.evaluate(
+            model,
+            data,
+            ["jacobian"],
+            tmp_path,
+            options={"jacobian": {"sigma": SIGMA, **options}},
+            plots=plots,
+        )
+        read = json.loads((tmp_path / "jacobian.json").read_text())
+        assert read == results["jacobian"].document
+        return read, {path.name for path in tmp_path.glob("*.png")}
+
+    return run
 
 
-class Linear(nn.Module):
-    """D(y) = A y."""
+def test_a_gaussian_expects_the_error_that_it_makes(evaluate):
+    variances = torch.logspace(-3.2, -2.2, 16)
+    model = Gaussian(torch.full((1, 4, 4), 0.5), variances.diag()).eval()
+    x, c = model.sample(20, torch.Generator().manual_seed(1))
+    document, _ = evaluate(model, Drawn(x, c, class_names=("only",)), images=20)
+    gains = (variances / (variances + SIGMA**2)).double()
+    assert (document["images"], document["dimensions"]) == (20, 16)
+    for one in document["per_image"]:
+        assert one["trace"] == pytest.approx(float(gains.sum()), rel=1e-5)  # float32
+        assert one["eigenvalues"] == pytest.approx(gains.flip(0).tolist(), abs=1e-5)
+        assert one["above_half"] == int((gains > 0.5).sum())
+        assert (one["negative"], one["converged"], one["predicted"]) == (0, True, "only")
+        assert one["difference"] == pytest.approx(0, abs=1e-6)  # one label tells nothing
+    made = torch.tensor([10 ** (-one["psnr"] / 10) for one in document["per_image"]])
+    expected = 10 ** (-document["per_image"][0]["expected_psnr"] / 10)
+    # 20 images of 16 values: the mean error is known to about 8 %
+    assert float(made.mean()) == pytest.approx(expected, rel=0.3)
 
-    def __init__(self, matrix):
-        super().__init__()
-        self.matrix = nn.Parameter(matrix, requires_grad=False)
+
+def test_each_image_is_measured_at_the_noise_of_all_suites(network, squares, evaluate):
+    document, pictures = evaluate(network, squares, plots=True, images=2)
+    assert pictures == {"jacobian.png", "spectrum.png"}
+    ((_, y, _),) = noisy_batches(squares.first(2), SIGMA, batch_size=2)
+    for i, one in enumerate(document["per_image"]):
+        found = spectrum(jacobian(network, y[i], SIGMA), 3, 2)
+        assert one["trace"] == pytest.approx(found.trace, rel=1e-4)
+        expected = [float(f"{v:.6g}") for v in found.values]
+        assert one["eigenvalues"] == pytest.approx(expected, abs=1e-4)
+        assert [p["value"] for p in one["largest"]] == pytest.approx(expected[:3], abs=1e-4)
+        removed = (network.denoise(y[i : i + 1], SIGMA) - y[i]).flatten().double()
+        shares = (found.largest.vectors.flatten(1) @ removed).square() / removed.square().sum()
+        shown = [p["noise"] for p in one["largest"]]
+        assert shown == pytest.approx(shares.tolist(), abs=1e-3)
+        assert one["label"] == squares.class_names[int(squares.labels[i])]
+        assert 0 < one["asymmetry"] < 1e-5
+
+
+def test_double_precision_leaves_the_model_as_it_was(network, squares, evaluate):
+    document, _ = evaluate(network, squares, images=1, precision="double")
+    assert document["precision"] == "fp64"
+    assert document["per_image"][0]["asymmetry"] < 1e-12
+    assert {p.dtype for p in network.parameters()} == {torch.float32}
+
+
+def test_images_without_labels_and_models_without(network, squares, evaluate):
+    network.card.classifies = False
+    document, pictures = evaluate(network, Drawn(squares.images, None), plots=True, images=1)
+    assert not document["classes"]
+    assert document["per_image"][0]["predicted"] is None
+    assert "difference" not in document["per_image"][0]
+    assert "jacobian.png" in pictures
+
+
+def test_what_did_not_converge_is_told(mixture, drawn, evaluate):
+    document, pictures = evaluate(
+        mixture, drawn, images=2, method="iterative", tolerance=1e-12, products=100, plots=True
+    )
+    assert document["method"] == "iterative"
+    assert "eigenvalues" not in document["per_image"][0]
+    assert "spectrum.png" not in pictures
+    (line,) = document["warnings"]
+    assert "of 2 of 2 images not all eigenpairs converged" in line
+    result = evaluation.Result("jacobian", document, None)
+    text = printed(result)
+    assert "2.71" not in text  # the paper's, of other images
+    assert "…" not in text
+    document |= {"dataset": "cifar10", "sigma": 50 / 255}
+    text = printed(result)
+    assert "2.71" in text
+    assert "paper: its network, figure 3: one CIFAR-10 image" in text
+    assert "2.71" not in printed(replace(result, document={**document, "singular": True}))
+    assert "2.71" not in printed(replace(result, document={**document, "sigma": 25 / 255}))
+
+
+def printed(result):
+    """The table of ``result`` as a terminal of 80 columns shows it."""
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(*tables({"jacobian": result}))
+    console.file.close()
+    return console.export_text()
+
+
+class Swap(torch.nn.Module):
+    """A network that is no gradient: it turns pixels and halves them."""
 
     def forward(self, y, sigma=None):
-        return (y.flatten(1) @ self.matrix.T).reshape(y.shape)
+        return 0.5 * y.roll(1, -1)
 
 
-class Homogeneous(EnergyModel):
-    """log p(t y) = t^k log p(y)."""
-
-    def __init__(self, degree):
-        super().__init__()
-        self.degree = degree
-        self.register_buffer("scales", torch.linspace(0.5, 2, 16, dtype=torch.float64))
-
-    def forward(self, y, sigma=None):
-        flat = y.flatten(1)
-        form, size = (self.scales * flat.square()).sum(1), flat.square().sum(1)
-        return Energies(flat[:, :0], -form * size ** (self.degree / 2 - 1))
+def test_a_plain_denoiser_is_asymmetric(drawn, evaluate):
+    document, pictures = evaluate(DirectDenoiser(Swap()), drawn, plots=True, images=1)
+    one = document["per_image"][0]
+    assert document["singular"]
+    assert one["eigenvalues"] == pytest.approx([0.5] * 16)
+    assert one["asymmetry"] == pytest.approx(2**0.5)  # J and J^T have no entry in common
+    assert one["trace"] == 0
+    assert one["expected_psnr"] is None
+    assert "jacobian.png" in pictures
 
 
-def test_gaussian_shrinks_each_axis_by_wiener(world):
-    _, y = world
-    axes = torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64))[0]
-    variances = torch.logspace(-4, -1, 16, dtype=torch.float64)
-    gains = variances / (variances + SIGMA**2)
-    gaussian = Gaussian(torch.zeros_like(y), axes @ variances.diag() @ axes.T)
-    operator = jacobian(gaussian, y, SIGMA)
-    # float64 through a matrix product or two
-    assert torch.allclose(operator.dense(), axes @ gains.diag() @ axes.T, atol=1e-11)
-    found = spectrum(operator, 3, 2)
-    assert torch.allclose(found.values, gains.flip(0), atol=1e-11)
-    assert found.trace == pytest.approx(float(gains.sum()), abs=1e-10)
-    assert found.asymmetry < 1e-11
-    assert torch.allclose(found.smallest.values, gains[:2], atol=1e-11)
-    overlaps = (found.largest.vectors.flatten(1) @ axes.flip(1)[:, :3]).abs()
-    assert torch.allclose(overlaps, torch.eye(3, dtype=torch.float64), atol=1e-6)
-
-
-def test_a_mixture_agrees_with_finite_differences_of_the_regression(world):
-    mixture, y = world
-    steps = 1e-6 * torch.eye(16, dtype=torch.float64).reshape(16, *y.shape)
-    up, down = (mixture.posterior_mean(y + s * steps, SIGMA).flatten(1) for s in (1, -1))
-    expected = ((up - down) / 2e-6).T
-    found = jacobian(mixture, y, SIGMA).dense()
-    assert torch.allclose(found, expected, atol=1e-6)  # its axes were rounded to float32
-    assert torch.linalg.eigvalsh(found).min() > 0  # sigma^2 J is a covariance
-
-
-@pytest.mark.parametrize("chunk", [1, 5, 100])
-def test_chunks_change_nothing(digit, chunk):
-    model, y = digit
-    v = torch.randn(7, *y.shape, dtype=torch.float64)
-    whole = jacobian(model, y, SIGMA).pull(v)
-    operator = jacobian(model, y, SIGMA, chunk=chunk)
-    assert torch.allclose(operator.pull(v), whole, rtol=1e-10, atol=1e-12)
-    assert operator.products == 7
-
-
-def test_products_are_finite_differences_of_the_denoiser(digit):
-    model, y = digit
-    v = torch.randn_like(y)
-    step = 1e-5 * v
-    moved = model.denoise(torch.stack([y + step, y - step]), SIGMA)
-    product = jacobian(model, y, SIGMA).pull(v[None])[0]
-    assert torch.allclose(product, (moved[0] - moved[1]) / 2e-5, atol=1e-7)
-
-
-def test_a_gradients_jacobian_is_symmetric_to_rounding(network):
-    y = torch.rand(1, 8, 8)
-    single = spectrum(jacobian(network, y, SIGMA)).asymmetry
-    assert 0 < single < 1e-5  # float32
-    assert spectrum(jacobian(network.double(), y.double(), SIGMA)).asymmetry < 1e-13
-
-
-def test_iterative_equals_dense_on_digits(digit):
-    model, y = digit
-    dense = spectrum(jacobian(model, y, 0.5), 3, 2, "dense")
-    found = spectrum(jacobian(model, y, 0.5), 3, 2, "iterative", tolerance=1e-5)
-    assert (dense.method, found.method) == ("dense", "iterative")
-    for one, other in ((found.largest, dense.largest), (found.smallest, dense.smallest)):
-        assert torch.allclose(one.values, other.values, atol=1e-5 * float(dense.values[0]))
-        overlap = (one.vectors * other.vectors).flatten(1).sum(1)
-        assert torch.allclose(overlap, torch.ones_like(overlap), atol=1e-3)
-    assert found.converged(1e-5)
-    # a residual bounds the distance to the nearest eigenvalue
-    for value, residual in zip(found.smallest.values, found.smallest.residuals, strict=True):
-        assert (dense.values - value).abs().min() <= residual + 1e-12
-    assert abs(found.trace - dense.trace) < 5 * found.trace_error
-
-
-def test_little_work_gives_residuals_and_no_convergence():
-    rotation = torch.linalg.qr(torch.randn(400, 400, dtype=torch.float64))[0]
-    values = torch.linspace(-1, 2, 400, dtype=torch.float64)
-    net = Linear(rotation @ values.diag() @ rotation.T)
-    operator = Jacobian(net, torch.rand(1, 20, 20, dtype=torch.float64))
-    found = spectrum(operator, 2, 2, "iterative", tolerance=1e-6, products=150)
-    assert not found.converged(1e-6)
-    assert found.products < 400
-    pairs = found.smallest
-    v = pairs.vectors.flatten(1)
-    expected = (v @ net.matrix.T - pairs.values[:, None] * v).norm(dim=1)
-    assert torch.allclose(pairs.residuals, expected, atol=1e-10)
-    assert torch.allclose(v @ v.T, torch.eye(2, dtype=torch.float64), atol=1e-10)
-
-
-def test_probes_estimate_trace_and_asymmetry():
-    one, other = torch.randn(2, 300, 300, dtype=torch.float64)
-    matrix = one + one.T + 0.3 * other
-    operator = Jacobian(Linear(matrix), torch.rand(3, 10, 10, dtype=torch.float64))
-    exact = spectrum(operator, method="dense")
-    found = spectrum(operator, method="iterative", products=100, tolerance=0.5)
-    assert abs(found.trace - float(matrix.trace())) < 5 * found.trace_error
-    expected = float((matrix - matrix.T).norm() / matrix.norm())
-    assert exact.asymmetry == pytest.approx(expected, rel=1e-12)
-    assert found.asymmetry == pytest.approx(expected, rel=0.3)  # 120 pairs: 6.5 %; norm: 1 %
-
-
-def test_without_symmetry_the_product_is_not_the_transposed_one():
-    y, v = torch.rand(2, 1, 3, 4, dtype=torch.float64), torch.randn(2, 1, 3, 4).double()
-    clean, product = directional(lambda y: y * y * y.roll(1, -1), y, v, symmetric=False)
-    after = y.roll(1, -1)
-    assert torch.allclose(clean, y * y * after)
-    assert torch.allclose(product, 2 * y * after * v + y * y * v.roll(1, -1))
-
-
-def test_a_plain_denoiser_has_singular_values():
-    matrix = torch.randn(16, 16, dtype=torch.float64)
-    y = torch.rand(1, 4, 4, dtype=torch.float64)
-    operator = jacobian(DirectDenoiser(Linear(matrix)), y, SIGMA)
-    found = spectrum(operator, 3, 2)
-    assert found.singular
-    assert torch.allclose(found.values, torch.linalg.svdvals(matrix))
-    stretched = (found.largest.vectors.flatten(1) @ matrix.T).norm(dim=1)
-    assert torch.allclose(stretched, found.values[:3])
-    assert torch.allclose(found.smallest.values, found.values.flip(0)[:2])
-    assert found.converged(1e-10)
-    with pytest.raises(UserError, match=r"not symmetric.*take method dense"):
-        spectrum(operator, method="iterative")
+def test_a_plain_denoiser_of_large_images_is_refused(evaluate):
+    large = Drawn(torch.rand(1, 1, 60, 60), None)
+    with pytest.raises(UserError, match="images of 3600 values are too large"):
+        evaluate(DirectDenoiser(Swap()), large)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("options", "words"),
     [
-        ({"largest": 16}, "16 largest and 2 smallest cannot be taken: ask for 1 to 15"),
-        ({"smallest": 0}, "0 smallest cannot be taken"),
+        ({"sigma": "50"}, "did you mean 50/255"),
+        ({"method": "exact"}, "method"),
+        ({"largest": 16}, "of the 16 eigenvalues"),
     ],
 )
-def test_impossible_numbers_of_eigenvalues_are_refused(world, arguments, words):
-    mixture, y = world
+def test_illegal_settings_are_refused(options, words, mixture, drawn, evaluate):
     with pytest.raises(UserError, match=words):
-        spectrum(jacobian(mixture, y, SIGMA), **arguments)
+        evaluate(mixture, drawn, **options)
 
 
-def test_large_jacobians_are_not_written_out():
-    operator = Jacobian(lambda y: 2 * y, torch.rand(1, 56, 56), chunk=1)
-    with pytest.raises(UserError, match="3136 values cannot be written out beyond 3072"):
-        spectrum(operator, method="dense")
-
-
-@pytest.mark.parametrize("method", ["dense", "iterative"])
-def test_a_diverged_model_is_told(method):
-    operator = Jacobian(lambda y: y * float("nan"), torch.rand(1, 4, 4))
-    with pytest.raises(UserError, match="not finite: its training diverged"):
-        spectrum(operator, method=method)
-
-
-@pytest.mark.parametrize("degree", [0, 0.5, 1, 2, 3])
-def test_homogeneous_densities_have_their_degree(degree):
-    y = torch.rand(5, 1, 4, 4, dtype=torch.float64) + 0.1
-    model = Homogeneous(degree)
-    found = linearity(model, y, SIGMA)
-    whole = torch.ones(5, dtype=torch.float64)
-    assert torch.allclose(found.degree, degree * whole, atol=1e-10)
-    assert torch.allclose(found.of_change, abs(2 - degree) * whole, atol=1e-10)
-    assert found.unexplained.max() < 1e-12
-    assert torch.allclose(found.along, degree * model.log_density(y), atol=1e-10)
-    if degree == 2:
-        assert found.error.max() < 1e-12  # locally linear: D(y) = J(y) y
-    else:
-        assert torch.allclose(found.explained, whole)
-
-
-def test_what_is_not_homogeneous_is_left_over(world):
-    mixture, y = world
-    found = linearity(mixture, y[None], SIGMA)
-    clean = mixture.posterior_mean(y[None], SIGMA).flatten()
-    rest = clean - jacobian(mixture, y, SIGMA).dense() @ y.flatten()
-    change = clean - y.flatten()
-    share = (rest @ change) ** 2 / (rest @ rest) / (change @ change)
-    assert found.error.item() == pytest.approx(float(rest.norm() / clean.norm()), rel=1e-6)
-    assert found.explained.item() == pytest.approx(float(share), rel=1e-5)
-    left = rest - (2 - found.degree) * change
-    assert found.unexplained.item() == pytest.approx(float(left.norm() / clean.norm()), rel=1e-5)
-    assert abs(float(left @ change)) < 1e-6  # the best fit leaves nothing along the change
-
-
-def test_a_bias_free_relu_denoiser_is_locally_linear():
-    net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.ReLU())
-    net.append(nn.Conv2d(8, 1, 3, padding=1, bias=False)).double()
-
-    class Blind(nn.Module):
-        def forward(self, y, sigma=None):
-            return net(y)
-
-    y = torch.rand(2, 1, 6, 6, dtype=torch.float64)
-    assert linearity(DirectDenoiser(Blind()), y, SIGMA).error.max() < 1e-13
-    net[0].bias = nn.Parameter(torch.ones(8, dtype=torch.float64))
-    assert linearity(DirectDenoiser(Blind()), y, SIGMA).error.min() > 1e-3
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
-@pytest.mark.parametrize("norm", ["group", "scale"])
-@pytest.mark.filterwarnings("ignore:a score is differentiated through ReLU")
-def test_theory_holds_for_networks(norm, activation, bias):
-    model = create_model(
-        num_classes=3, in_channels=1, width=8, norm=norm, activation=activation, bias=bias
-    )
-    model = model.eval().requires_grad_(False).double()
-    for module in model.modules():
-        if isinstance(module, GroupNorm):
-            module.eps = 0.0  # with it, the degree is missed in the third digit or so
-    expected = theory(norm, activation, bias)
-    assert theory_of(model) == expected
-    found = linearity(model, torch.rand(2, 1, 8, 8, dtype=torch.float64), SIGMA)
-    if expected.degree is None:
-        assert found.explained.max() < 0.99
-    else:
-        # statistics of groups cancel digits: far above rounding, far below any other degree
-        assert (found.degree - expected.degree).abs().max() < 1e-8
-        assert found.unexplained.max() < 1e-9
-
-
-def test_theory_knows_what_else_breaks_it():
-    assert theory("none", "relu", False).degree == 2
-    for broken in (
-        theory("batch", "relu", False),
-        theory("scale", "relu", False, head="logit"),
-        theory("scale", "relu", False, input_mean=0.5),
-    ):
-        assert broken.degree is None
-    assert theory_of(Homogeneous(2)) is None
+def test_differences_are_magnified_as_far_as_they_do_not_saturate():
+    assert magnification(torch.full((100,), 1e-4)) == 500  # the paper's factor
+    assert magnification(torch.full((100,), 0.0)) == 500
+    for size in (0.0011, 0.013, 0.2, 3.0):
+        image = size * torch.linspace(-1, 1, 1000).reshape(1, 20, 50)
+        factor = magnification(image)
+        shown = around_gray(image, factor)
+        outside = ((shown < 0) | (shown > 1)).double().mean()
+        assert outside <= 0.011
+        assert factor < 500
+        assert shown.max() > 0.5 + 0.5 / 2.6  # the next one, 2 or 2.5 times as large, would not fit
+    full = around_gray(torch.tensor([-2.0, 0, 1]))
+    assert torch.allclose(full, torch.tensor([0, 0.5, 0.75]))

@@ -1,26 +1,30 @@
-"""The suite ``linearity`` against homogeneous models, whose degree is known."""
+"""Linearity and its suite against homogeneous models, whose degree is known by Euler's identity."""
 
 import pytest
 import torch
-from mixture_world import Drawn
+from ebmkit_tests.support.mixture_world import Drawn
+from torch import nn
 
 from ebmkit import Energies, EnergyModel, UserError, create_model, evaluation
-from ebmkit.evaluation.data import noisy_batches
-from ebmkit.evaluation.linearity import theory
-from ebmkit.jacobian import linearity
-from ebmkit.plots.jacobian import linearity_grid
+from ebmkit.evaluation.context import noisy_batches
+from ebmkit.evaluation.linearity import directional, linearity, linearity_grid, theory, theory_of
+from ebmkit.evaluation.spectrum import jacobian
+from ebmkit.models import DirectDenoiser
+from ebmkit.models.norms import GroupNorm
+
+SIGMA = 0.1
 
 
 @pytest.fixture
 def evaluate(tmp_path):
-    def run(model, data, pictures=False, **options):
+    def run(model, data, plots=False, **options):
         results = evaluation.evaluate(
             model,
             data,
             ["linearity"],
             tmp_path,
             options={"linearity": {"sigmas": ["15/255", "0.2"], **options}},
-            pictures=pictures,
+            plots=plots,
         )
         return results["linearity"].document
 
@@ -37,7 +41,7 @@ class Cubic(EnergyModel):
 
 def test_a_cubic_density_has_degree_three(evaluate, tmp_path):
     images = Drawn(torch.rand(20, 1, 4, 4), None)
-    document = evaluate(Cubic().eval(), images, images=12, pictures=True)
+    document = evaluate(Cubic().eval(), images, images=12, plots=True)
     assert document["images"] == 12
     assert [level["sigma"] for level in document["levels"]] == [15 / 255, 0.2]
     for level in document["levels"]:
@@ -81,7 +85,7 @@ def test_no_single_image_decides_a_pooled_ratio(evaluate):
 
 def test_one_image_has_a_degree_and_no_interval(tmp_path):
     images = Drawn(torch.rand(1, 1, 4, 4), None)
-    results = evaluation.evaluate(Cubic().eval(), images, ["linearity"], tmp_path, pictures=False)
+    results = evaluation.evaluate(Cubic().eval(), images, ["linearity"], tmp_path, plots=False)
     degree = results["linearity"].document["levels"][0]["degree"]
     assert degree["value"] == pytest.approx(3, abs=1e-4)
     assert degree["low"] is None
@@ -155,3 +159,111 @@ def test_the_grid_shows_each_network_beside_its_theory(network, squares, evaluat
 def test_illegal_settings_are_refused(options, words, network, squares, evaluate):
     with pytest.raises(UserError, match=words):
         evaluate(network, squares, **options)
+
+
+@pytest.fixture
+def world(mixture):
+    """The mixture in float64, and a noisy image between its components."""
+    mixture.double()
+    x, _ = mixture.sample(1)
+    return mixture, x[0] + SIGMA * torch.randn_like(x[0])
+
+
+class Homogeneous(EnergyModel):
+    """log p(t y) = t^k log p(y)."""
+
+    def __init__(self, degree):
+        super().__init__()
+        self.degree = degree
+        self.register_buffer("scales", torch.linspace(0.5, 2, 16, dtype=torch.float64))
+
+    def forward(self, y, sigma=None):
+        flat = y.flatten(1)
+        form, size = (self.scales * flat.square()).sum(1), flat.square().sum(1)
+        return Energies(flat[:, :0], -form * size ** (self.degree / 2 - 1))
+
+
+def test_without_symmetry_the_product_is_not_the_transposed_one():
+    y, v = torch.rand(2, 1, 3, 4, dtype=torch.float64), torch.randn(2, 1, 3, 4).double()
+    clean, product = directional(lambda y: y * y * y.roll(1, -1), y, v, symmetric=False)
+    after = y.roll(1, -1)
+    assert torch.allclose(clean, y * y * after)
+    assert torch.allclose(product, 2 * y * after * v + y * y * v.roll(1, -1))
+
+
+@pytest.mark.parametrize("degree", [0, 0.5, 1, 2, 3])
+def test_homogeneous_densities_have_their_degree(degree):
+    y = torch.rand(5, 1, 4, 4, dtype=torch.float64) + 0.1
+    model = Homogeneous(degree)
+    found = linearity(model, y, SIGMA)
+    whole = torch.ones(5, dtype=torch.float64)
+    assert torch.allclose(found.degree, degree * whole, atol=1e-10)
+    assert torch.allclose(found.of_change, abs(2 - degree) * whole, atol=1e-10)
+    assert found.unexplained.max() < 1e-12
+    assert torch.allclose(found.along, degree * model.log_density(y), atol=1e-10)
+    if degree == 2:
+        assert found.error.max() < 1e-12  # locally linear: D(y) = J(y) y
+    else:
+        assert torch.allclose(found.explained, whole)
+
+
+def test_what_is_not_homogeneous_is_left_over(world):
+    mixture, y = world
+    found = linearity(mixture, y[None], SIGMA)
+    clean = mixture.posterior_mean(y[None], SIGMA).flatten()
+    rest = clean - jacobian(mixture, y, SIGMA).dense() @ y.flatten()
+    change = clean - y.flatten()
+    share = (rest @ change) ** 2 / (rest @ rest) / (change @ change)
+    assert found.error.item() == pytest.approx(float(rest.norm() / clean.norm()), rel=1e-6)
+    assert found.explained.item() == pytest.approx(float(share), rel=1e-5)
+    left = rest - (2 - found.degree) * change
+    assert found.unexplained.item() == pytest.approx(float(left.norm() / clean.norm()), rel=1e-5)
+    assert abs(float(left @ change)) < 1e-6  # the best fit leaves nothing along the change
+
+
+def test_a_bias_free_relu_denoiser_is_locally_linear():
+    net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.ReLU())
+    net.append(nn.Conv2d(8, 1, 3, padding=1, bias=False)).double()
+
+    class Blind(nn.Module):
+        def forward(self, y, sigma=None):
+            return net(y)
+
+    y = torch.rand(2, 1, 6, 6, dtype=torch.float64)
+    assert linearity(DirectDenoiser(Blind()), y, SIGMA).error.max() < 1e-13
+    net[0].bias = nn.Parameter(torch.ones(8, dtype=torch.float64))
+    assert linearity(DirectDenoiser(Blind()), y, SIGMA).error.min() > 1e-3
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("norm", ["group", "scale"])
+@pytest.mark.filterwarnings("ignore:a score is differentiated through ReLU")
+def test_theory_holds_for_networks(norm, activation, bias):
+    model = create_model(
+        num_classes=3, in_channels=1, width=8, norm=norm, activation=activation, bias=bias
+    )
+    model = model.eval().requires_grad_(False).double()
+    for module in model.modules():
+        if isinstance(module, GroupNorm):
+            module.eps = 0.0  # with it, the degree is missed in the third digit or so
+    expected = theory(norm, activation, bias)
+    assert theory_of(model) == expected
+    found = linearity(model, torch.rand(2, 1, 8, 8, dtype=torch.float64), SIGMA)
+    if expected.degree is None:
+        assert found.explained.max() < 0.99
+    else:
+        # statistics of groups cancel digits: far above rounding, far below any other degree
+        assert (found.degree - expected.degree).abs().max() < 1e-8
+        assert found.unexplained.max() < 1e-9
+
+
+def test_theory_knows_what_else_breaks_it():
+    assert theory("none", "relu", False).degree == 2
+    for broken in (
+        theory("batch", "relu", False),
+        theory("scale", "relu", False, head="logit"),
+        theory("scale", "relu", False, input_mean=0.5),
+    ):
+        assert broken.degree is None
+    assert theory_of(Homogeneous(2)) is None

@@ -5,7 +5,6 @@ import sys
 import matplotlib
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from ebmkit import UserError, plots
@@ -16,7 +15,7 @@ from ebmkit.training.metrics import learning_curves
 def figures(monkeypatch):
     """The figures drawn, kept after they are saved."""
     kept = []
-    save = plots.common.save_figure
+    save = plots.save_figure
 
     def keep(figure, path):
         save(figure, path)
@@ -24,27 +23,12 @@ def figures(monkeypatch):
             image.verify()
         kept.append(figure)
 
-    for module in (plots.suites, plots.common):
-        monkeypatch.setattr(module, "save_figure", keep)
+    monkeypatch.setattr(plots, "save_figure", keep)
     return kept
 
 
 def texts(figure):
     return [t.get_text() for t in figure.findobj(match=lambda a: hasattr(a, "get_text"))]
-
-
-def test_denoising_grid_prints_the_psnr_of_each_picture(figures, tmp_path):
-    clean = torch.rand(2, 3, 8, 8)
-    level = plots.DenoisedLevel(25 / 255, {"noisy": clean + 0.1, "better": clean + 0.01})
-    plots.denoising_grid(clean, [level], tmp_path / "grid.png", "a note")
-    shown = texts(figures[0])
-    assert shown.count("20.0 dB") == 2
-    assert shown.count("40.0 dB") == 2
-    assert "$\\sigma$ = 25/255" in shown
-    assert "a note" in shown
-    drawn = figures[0].axes[0].images[0]
-    assert drawn.get_interpolation() == "nearest"
-    assert np.allclose(drawn.get_array(), clean[0].movedim(0, -1))
 
 
 def test_learning_curves_draw_each_measure_once(figures, tmp_path):
@@ -68,20 +52,6 @@ def test_learning_curves_draw_each_measure_once(figures, tmp_path):
     assert not (tmp_path / "none.png").exists()
 
 
-def test_bars_carry_values_and_intervals(figures, tmp_path):
-    estimate = {"value": 30.04, "low": 29.0, "high": 31.0}
-    unknown = {"value": None, "low": None, "high": None}
-    denoisers = {
-        "noisy": {"about": "noisy input", "psnr": {"25": {**estimate, "value": 20.15}}},
-        "blind": {"about": "blind", "psnr": {"25": estimate}},
-        "failed": {"about": "failed", "psnr": {"25": unknown}},
-    }
-    denoisers["noisy"]["psnr"]["25"]["low"] = denoisers["noisy"]["psnr"]["25"]["high"] = None
-    plots.psnr_bars(denoisers, tmp_path / "bars.png")
-    assert {"20.1", "30.0", "25/255"} <= set(texts(figures[0]))
-    assert [round(bar.get_height(), 2) for bar in figures[0].axes[0].patches] == [20.15, 30.04]
-
-
 def test_a_picture_that_cannot_be_written_is_told(tmp_path):
     rows = [{"step": 1, "kind": "train", "ce": 2.0}]
     with pytest.raises(UserError, match="cannot write"):
@@ -99,12 +69,12 @@ def test_pyplot_and_displays_are_not_touched(tmp_path, monkeypatch):
 
 def test_bars_stay_within_limits(tmp_path):
     """One wild row does not press the others flat, and says that it is wild."""
-    axes = plots.common.new_figure(3, 3).add_subplot()
+    axes = plots.new_figure(3, 3).add_subplot()
     calm, wild = {"value": 2, "low": 1.5, "high": 2.5}, {"value": 30, "low": -35, "high": 95}
     unknown = {"value": None, "low": None, "high": None}
-    assert not plots.common.bars_within(axes, [0, 1], [calm, unknown], (-2, 5), fmt="o")
+    assert not plots.bars_within(axes, [0, 1], [calm, unknown], (-2, 5), fmt="o")
     assert axes.get_lines()[0].get_xydata().tolist() == [[0, 2]]
-    assert plots.common.bars_within(axes, [0, 1], [calm, wild], (-2, 5), fmt="o")
+    assert plots.bars_within(axes, [0, 1], [calm, wild], (-2, 5), fmt="o")
     assert axes.get_ylim()[0] > -3
     assert axes.get_ylim()[1] < 6
     assert "30" in texts(axes)
@@ -114,5 +84,5 @@ def test_bars_stay_within_limits(tmp_path):
 
 def test_titles_name_the_images():
     document = {"dataset": "cifar10", "split": "test", "images": 200}
-    assert plots.common.images_of(document) == "cifar10 test, 200 images"
-    assert plots.common.images_of(document, 1) == "cifar10 test, 1 image"
+    assert plots.images_of(document) == "cifar10 test, 200 images"
+    assert plots.images_of(document, 1) == "cifar10 test, 1 image"

@@ -5,14 +5,14 @@ import math
 
 import pytest
 import torch
-from command_line import ebmkit_command
+from ebmkit_tests.support.command_line import ebmkit_command
 
 from ebmkit import GaussianMixture, UserError
 from ebmkit.card import ModelCard
 from ebmkit.data import ImageSet
 from ebmkit.evaluation import evaluate, tables
 from ebmkit.evaluation.context import EvaluationContext
-from ebmkit.evaluation.robustness_grid import THESIS, names, trained
+from ebmkit.evaluation.robustness_grid import ROBUSTNESS_GRID, THESIS, column_names, trained
 from ebmkit.evaluation.suites import parse_options
 from ebmkit.models import ModelConfig, save_model
 from ebmkit.models.config import create_model
@@ -24,7 +24,7 @@ def images(values):
     """Constant images of these gray values (255ths); label 1 above the middle."""
     pixels = torch.tensor(values, dtype=torch.uint8)[:, None, None, None].expand(-1, *SHAPE)
     labels = (torch.tensor(values) > 127).long()
-    return ImageSet("gray", "test", pixels.contiguous(), labels, ("dark", "light"))
+    return ImageSet(pixels.contiguous(), labels, ("dark", "light"), "gray", "test")
 
 
 def separated(threshold=0.5):
@@ -99,7 +99,7 @@ def test_runs_beside_are_columns_by_what_they_were_trained_with(tmp_path):
     own.card = own.card.model_copy(update={"dataset": "gray"})
     found = evaluate(own, images([60, 200]), ["robustness-grid"], tmp_path / "e", options=options)
     document = found["robustness-grid"].document
-    assert names(document) == [
+    assert column_names(document) == [
         "trained 0 (this run)",
         "trained 0 (plain)",
         "trained l_inf 8/255",
@@ -128,7 +128,7 @@ def test_what_a_card_says_of_the_training():
 
 def test_the_thesis_s_table_stands_beside_on_cifar10(tmp_path):
     source = images([60, 200])
-    cifar = ImageSet("cifar10", "test", source.images, source.labels, source.class_names)
+    cifar = ImageSet(source.images, source.labels, source.class_names, "cifar10", "test")
     options = {"robustness-grid": {"steps": 1}}
     found = evaluate(separated(), cifar, ["robustness-grid"], tmp_path, options=options)
     text = table_text(found["robustness-grid"])
@@ -141,13 +141,11 @@ def test_the_thesis_s_table_stands_beside_on_cifar10(tmp_path):
 def test_mistakes_are_told_before_any_image(tmp_path):
     def ask(run, **more):
         options = parse_options({"robustness-grid": {"beside": [run]} | more}, ["robustness-grid"])
-        from ebmkit.evaluation.robustness_grid import ready
-
-        ready(EvaluationContext(separated(), images([60, 200]), options=options))
+        ROBUSTNESS_GRID.prepare(EvaluationContext(separated(), images([60, 200]), options=options))
 
     with pytest.raises(UserError, match="there is no run folder 'nowhere'"):
         ask("nowhere")
-    with pytest.raises(UserError, match=r"beside: .*has 2 classes and this model knows 3"):
+    with pytest.raises(UserError, match=r"beside: .*knows 3 classes and the one evaluated 2"):
         ask(run_folder(tmp_path / "three", num_classes=3))
     with pytest.raises(UserError, match="takes images of 3 channel"):
         ask(run_folder(tmp_path / "colour", in_channels=3))

@@ -5,18 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from ebmkit.experiments import SCALES, Rows, figures
-from ebmkit.plots import theory
+from ebmkit.experiments import SCALES, ExperimentRuns, figures, plots, reproduce
 
 FOUND = Path(__file__).parents[2] / "docs" / "results" / "fig1.json"
 
 
 @pytest.fixture
-def rows(tmp_path):
-    return Rows(tmp_path, SCALES["cpu"])
+def runs(tmp_path):
+    return ExperimentRuns(tmp_path, SCALES["cpu"])
 
 
-def test_figure_1_is_computed_once_and_says_how(rows, monkeypatch):
+def test_figure_1_is_computed_once_and_says_how(runs, monkeypatch):
     """The text has the paper's constants, the command and the machine; a second call computes
     nothing, unless scale or seed are others."""
     calls = []
@@ -26,17 +25,17 @@ def test_figure_1_is_computed_once_and_says_how(rows, monkeypatch):
         return json.loads(FOUND.read_text())
 
     monkeypatch.setattr(figures, "figure1", computed)
-    paths = figures.run_fig1(rows, ())
+    paths = reproduce("fig1", runs)
     drawn = []
-    monkeypatch.setattr(theory, "draw_figure1", lambda document, path: drawn.append(document))
-    figures.run_fig1(rows, ())
-    assert drawn == [json.loads((rows.out / "fig1.json").read_text())]
+    monkeypatch.setattr(plots, "draw_figure1", lambda document, path: drawn.append(document))
+    reproduce("fig1", runs)
+    assert drawn == [json.loads((runs.out / "fig1.json").read_text())]
     text = paths[0].read_text()
     assert "b_gen = 5, b_dis = 1, v_gen = 20, v_dis = 100" in text
     assert "command: `ebmkit reproduce fig1 --scale cpu`" in text
     assert {path.name for path in paths} == {"fig1.md", "fig1.json", "fig1.png"}
-    assert (rows.out / "fig1.png").stat().st_size > 10_000
+    assert (runs.out / "fig1.png").stat().st_size > 10_000
     assert calls == [("cpu", 0)]
-    rows.seed = 1
-    figures.run_fig1(rows, ())
+    runs.seed = 1
+    reproduce("fig1", runs)
     assert calls == [("cpu", 0), ("cpu", 1)]

@@ -2,17 +2,15 @@
 
 import json
 
+import h5py
 import pytest
 import torch
 
 from ebmkit.card import ModelCard
-from ebmkit.experiments.guidance import FAMILY
-from ebmkit.experiments.guidance_report import markdown
-from ebmkit.experiments.guidance_rows import AMOUNTS, NETWORKS, WAYS, GuidanceMethod
-from ebmkit.experiments.guided import Drawing, keep_drawing
-from ebmkit.experiments.keeping import alone
-from ebmkit.experiments.scales import SCALES
-from ebmkit.experiments.targets import TARGETS
+from ebmkit.experiments import EXPERIMENTS, SCALES
+from ebmkit.experiments.guidance import Drawing, guidance_text
+from ebmkit.experiments.guidance_grid import AMOUNTS, METHODS, NETWORKS, GuidanceMethod
+from ebmkit.experiments.runs import exclusive
 from ebmkit.guidance import make_guidance
 from ebmkit.models import create_denoiser, create_model
 from ebmkit.training import RECIPES, resolve
@@ -21,22 +19,21 @@ NAMES = {row.name for row in NETWORKS}
 
 
 def test_every_way_is_legal_and_of_known_networks():
-    assert len({way.name for way in WAYS}) == len(WAYS)
-    for way in WAYS:
-        assert {way.base, way.guide or way.base} <= NAMES
-        if way.settings:
-            make_guidance(**way.settings)
+    assert len({method.name for method in METHODS}) == len(METHODS)
+    for method in METHODS:
+        assert {method.base, method.guide or method.base} <= NAMES
+        if method.settings:
+            make_guidance(**method.settings)
     for amount in AMOUNTS.values():
         assert set(amount.networks) <= NAMES
-        assert set(amount.ways) <= {way.name for way in WAYS}
+        assert set(amount.methods) <= {method.name for method in METHODS}
 
 
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("row", NETWORKS, ids=lambda row: row.name)
 def test_every_network_has_a_configuration_at_every_scale(row, scale):
     own = SCALES[scale]
-    layers = [own.layer["guidance"], own.by_task.get(row.task, {}), row.layer]
-    config = resolve(*layers, recipe=own.recipe["guidance"])
+    config = own.resolve(row.family, row.task, row.layer)
     assert config.objective == row.layer["objective"]
     if row.name.startswith("robust-0") or row.name == "robust-1":
         assert config.terms.adv.eps == float(row.name.removeprefix("robust-"))
@@ -48,8 +45,7 @@ def test_at_full_scale_networks_have_the_published_recipes():
 
     def of(name):
         row = by_name[name]
-        layers = [own.layer["guidance"], own.by_task.get(row.task, {}), row.layer]
-        return resolve(*layers, recipe=own.recipe["guidance"])
+        return own.resolve(row.family, row.task, row.layer)
 
     robust = resolve(recipe="cifar10-robust")
     assert of("robust-0.5").backbone == robust.backbone == "resnet50"
@@ -59,13 +55,14 @@ def test_at_full_scale_networks_have_the_published_recipes():
 
 
 def test_rows_whose_names_have_dots_have_locks_of_their_own(tmp_path):
-    with alone(tmp_path / "robust-0.25"), alone(tmp_path / "robust-0.5"):
+    with exclusive(tmp_path / "robust-0.25"), exclusive(tmp_path / "robust-0.5"):
         assert {p.name for p in tmp_path.glob("*.lock")} == {"robust-0.25.lock", "robust-0.5.lock"}
 
 
 def test_networks_share_no_folder_with_other_targets():
     """All targets may share an --out; "joint" of table 1 is another network than the guide."""
-    others = {row.folder for t in TARGETS.values() for row, family in t.needs if family != FAMILY}
+    every = [variant for one in EXPERIMENTS.values() for variant in one.variants]
+    others = {variant.folder for variant in every if variant.family != "guidance"}
     assert "joint" in others
     assert not others & {row.folder for row in NETWORKS}
 
@@ -77,7 +74,7 @@ def test_scales_are_multiplied_unless_they_are_exact():
 
 
 @pytest.fixture
-def drawing():
+def drawing(tmp_path):
     torch.manual_seed(0)
     diffusion = create_denoiser("unet", 1, width=8, multipliers=(1, 1), blocks=1)
     diffusion.card = ModelCard(
@@ -87,12 +84,10 @@ def drawing():
     models = {"diffusion": diffusion, "guide": guide}
     for model in models.values():
         model.eval().requires_grad_(False)
-    return Drawing(models.__getitem__, lambda name: f"{name} 1", 3, 2, 0, None)
+    return Drawing(tmp_path, models.__getitem__, lambda name: f"{name} 1", 3, 2, 0, None)
 
 
-GUIDED = GuidanceMethod(
-    "guided", "", "guide", {"guidance": "energy", "scale": 4.0, "view": "shrunk"}
-)
+GUIDED = GuidanceMethod("guided", "", "guide", {"guidance": "energy", "scale": 4.0, "view": "x_t"})
 
 
 def test_ways_start_alike_and_scale_0_is_unguided(drawing):
@@ -104,7 +99,7 @@ def test_ways_start_alike_and_scale_0_is_unguided(drawing):
 
 
 def test_images_are_drawn_once_and_anew_for_other_weights(drawing, tmp_path, monkeypatch):
-    first = keep_drawing(drawing, GUIDED, tmp_path, 2)
+    first = drawing.stored(GUIDED, 2)
     draw, calls = Drawing.draw, []
 
     def counted(self, *arguments, **named):
@@ -112,18 +107,29 @@ def test_images_are_drawn_once_and_anew_for_other_weights(drawing, tmp_path, mon
         return draw(self, *arguments, **named)
 
     monkeypatch.setattr(Drawing, "draw", counted)
-    again = keep_drawing(drawing, GUIDED, tmp_path, 2)
+    again = drawing.stored(GUIDED, 2)
     assert not calls
     assert torch.equal(first.images, again.images)
     assert again.seconds == first.seconds
-    keep_drawing(drawing, GUIDED, tmp_path, 3)
+    drawing.stored(GUIDED, 3)
     assert len(calls) == 1
     drawing.digests = lambda name: f"{name} 2"
-    keep_drawing(drawing, GUIDED, tmp_path, 3)
+    drawing.stored(GUIDED, 3)
     assert len(calls) == 2
     (tmp_path / "guided.h5").write_bytes(b"cut short")
-    keep_drawing(drawing, GUIDED, tmp_path, 3)
+    drawing.stored(GUIDED, 3)
     assert len(calls) == 3
+
+
+def test_images_drawn_under_earlier_names_of_settings_are_read(drawing, tmp_path, monkeypatch):
+    first = drawing.stored(GUIDED, 2)
+    with h5py.File(tmp_path / "guided.h5", "r+") as file:
+        settings = json.loads(file.attrs["settings"])
+        own = settings["guidance"]
+        own |= {"view": "shrunk", "through": own.pop("backpropagate"), "late": own.pop("start")}
+        file.attrs["settings"] = json.dumps(settings)
+    monkeypatch.setattr(Drawing, "draw", None)
+    assert torch.equal(drawing.stored(GUIDED, 2).images, first.images)
 
 
 def test_a_report_of_nothing_yet_reads():
@@ -138,4 +144,4 @@ def test_a_report_of_nothing_yet_reads():
         "about": "a test",
         "notes": ["command: none"],
     }
-    assert "command: none" in markdown(json.loads(json.dumps(report)))
+    assert "command: none" in guidance_text(json.loads(json.dumps(report)))

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from ebmkit import UserError
-from ebmkit.experiments import SCALES, TABLES, TARGETS, Rows, targets_of
-from ebmkit.experiments.report import Found, document, markdown
-from ebmkit.experiments.tables import CLAIMS, GRID, JOINT
+from ebmkit.experiments import EXPERIMENTS, SCALES, TABLES, ExperimentRuns, experiments_of
+from ebmkit.experiments.report import Result
+from ebmkit.experiments.tables import CLAIMS, GRID, JOINT, table_document, table_text
 from ebmkit.models import ModelConfig
 from ebmkit.training.config import difference
 
@@ -35,7 +35,7 @@ def test_the_papers_figures_stand_beside_their_rows():
     found = {
         row.name: tuple(row.paper.get(m) for m in ("accuracy", "15", "25", "50", "hours"))
         for table in TABLES.values()
-        for row in table.rows
+        for row in table.variants
         if row.paper
     }
     assert found == PAPER
@@ -43,8 +43,8 @@ def test_the_papers_figures_stand_beside_their_rows():
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_rows_differ_only_in_what_they_name(scale):
-    rows = Rows(Path("out"), SCALES[scale])
-    base = rows.config(JOINT, "cifar10").model_dump(mode="json")
+    runs = ExperimentRuns(Path("out"), SCALES[scale])
+    base = runs.config(JOINT).model_dump(mode="json")
     expected = {
         "relu": {"model.backbone.activation"},
         "batch": {"model.backbone.norm"},
@@ -57,9 +57,9 @@ def test_rows_differ_only_in_what_they_name(scale):
         "joint-mean": {"objective"},
     }
     for table in ALL:
-        for row in table.rows:
+        for row in table.variants:
             if row.name in expected:
-                own = rows.config(row, "cifar10").model_dump(mode="json")
+                own = runs.config(row).model_dump(mode="json")
                 assert _differing(base, own) == expected[row.name], row.name
 
 
@@ -79,45 +79,44 @@ def _differing(old: dict, new: dict) -> set[str]:
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_row_resolves_and_runs_are_shared_where_configurations_are_equal(scale):
     """Two rows that read one folder mean one run; two folders never hold the same run."""
-    rows = Rows(Path("out"), SCALES[scale])
+    runs = ExperimentRuns(Path("out"), SCALES[scale])
     configs = {}
-    for family, some in [*((t.family, t.rows) for t in ALL), ("cifar10", GRID)]:
-        for row in some:
-            if row.missing is None and row.run is None:
-                dump = str(rows.config(row, family).model_dump(mode="json"))
-                assert configs.setdefault((family, row.folder), dump) == dump, row.name
+    for row in (*(row for table in ALL for row in table.variants), *GRID):
+        if row.run is None:
+            dump = str(runs.config(row).model_dump(mode="json"))
+            assert configs.setdefault((row.family, row.folder), dump) == dump, row.name
     assert len(set(configs.values())) == len(configs)
 
 
 def test_below_full_rows_that_denoise_alone_learn_gently():
     table = TABLES["table1"]
     for scale, rates in [("cpu", (1e-3, 3e-3)), ("full", (3e-4, 3e-4))]:
-        rows = Rows(Path("out"), SCALES[scale])
-        found = [rows.config(table.row(n), "cifar10").optimizer for n in ("dncnn", "joint")]
+        runs = ExperimentRuns(Path("out"), SCALES[scale])
+        found = [runs.config(table.variant(n)).optimizer for n in ("dncnn", "joint")]
         assert tuple(o.lr for o in found) == rates
         assert (found[0].clip_norm is None) == (scale == "full")
 
 
 def test_mixing_is_switched_whatever_the_recipe_has():
     for scale, mix in [("smoke", "both"), ("cpu", "both"), ("full", "none")]:
-        rows = Rows(Path("out"), SCALES[scale])
-        config = rows.config(CLAIMS.row("mix"), "cifar10")
+        runs = ExperimentRuns(Path("out"), SCALES[scale])
+        config = runs.config(CLAIMS.variant("mix"))
         assert config.streams.classify.augmentation.mix == mix
-        assert rows.config(JOINT, "cifar10").streams.classify.augmentation.mix != mix
+        assert runs.config(JOINT).streams.classify.augmentation.mix != mix
 
 
 def test_the_papers_recipe_is_the_full_scale():
-    full = Rows(Path("out"), SCALES["full"])
-    config = full.config(JOINT, "cifar10")
+    full = ExperimentRuns(Path("out"), SCALES["full"])
+    config = full.config(JOINT)
     assert (config.steps, config.optimizer.lr, config.model.backbone.width) == (78_000, 3e-4, 64)
-    imagenet = full.config(TABLES["table2"].row("imagenet-joint"), "imagenet")
+    imagenet = full.config(TABLES["table2"].variant("imagenet-joint"))
     assert (imagenet.dataset.name, imagenet.steps) == ("imagenet", 1_000_912)
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("dncnn", 669_376), ("gradncnn", 911_003)])
 def test_at_full_the_denoisers_are_as_published(name, parameters):
     """The recipe's width of 64 is DnCNN's, and must not become GraDnCNN's, whose own is 128."""
-    config = Rows(Path("out"), SCALES["full"]).config(TABLES["table1"].row(name), "cifar10")
+    config = ExperimentRuns(Path("out"), SCALES["full"]).config(TABLES["table1"].variant(name))
     network = ModelConfig.model_validate(config.model.model_dump() | {"in_channels": 3}).build()
     assert sum(p.numel() for p in network.parameters()) == parameters
 
@@ -130,17 +129,24 @@ def test_names_are_checked_and_the_nearest_is_suggested():
         ("fig1", ["joint"], "has no rows"),
     ]:
         with pytest.raises(UserError, match=words):
-            targets_of(name, only)
-    assert targets_of("all", []) == list(TARGETS)
+            experiments_of(name, only)
+    assert experiments_of("all", []) == list(EXPERIMENTS)
 
 
-def _found(name: str, **figures: tuple[float, float, float]) -> Found:
-    row = TABLES["table3"].row(name)
-    ours = {
-        ("accuracy" if key == "accuracy" else key[1:]): {"value": v, "low": low, "high": high}
-        for key, (v, low, high) in figures.items()
+def _found(name: str, **figures: tuple[float, float, float]) -> Result:
+    values = {
+        key.removeprefix("p"): dict(zip(("value", "low", "high"), numbers, strict=True))
+        for key, numbers in figures.items()
     }
-    return Found(row, ours, {"knows_sigma": "true"}, "done")
+    accuracy = values.pop("accuracy")
+    documents = {
+        "classify": {
+            "accuracy": accuracy["value"] / 100,
+            "accuracy_interval": [accuracy["low"] / 100, accuracy["high"] / 100],
+        },
+        "denoise": {"denoisers": {"unconditional": {"psnr": values}}},
+    }
+    return Result(TABLES["table3"].variant(name), documents, {"knows_sigma": "true"})
 
 
 def test_orderings_hold_are_reversed_or_open():
@@ -149,7 +155,7 @@ def test_orderings_hold_are_reversed_or_open():
         _found("relu", accuracy=(59.5, 58.5, 60.5), p15=(25.0, 24, 26), p25=(27.01, 26, 28)),
         _found("no-side", accuracy=(65, 64, 66), p15=(30.5, 29, 31)),
     ]
-    report = document(
+    report = table_document(
         TABLES["table3"],
         "cpu",
         found,
@@ -166,4 +172,4 @@ def test_orderings_hold_are_reversed_or_open():
     (row,) = [o for o in report["orderings"] if (o["worse"], o["metric"]) == ("relu", "15")]
     assert row["paper"] == pytest.approx(31.90 - 29.59)
     assert row["ours"] == pytest.approx(5.0)
-    assert "| joint | relu | PSNR at 15/255, dB | +5.00 | +2.31 | holds |" in markdown(report)
+    assert "| joint | relu | PSNR at 15/255, dB | +5.00 | +2.31 | holds |" in table_text(report)

@@ -95,12 +95,16 @@ TRAINED |= {
     "train/recipe/sada-jem": f"--recipe sada-jem --dataset digits {_JEM}",
 }
 
-SAMPLERS = ("langevin", "sgld", "mala", "hmc", "annealed-langevin", "pc", "ddpm", "ddim", "ks")
-SAMPLERS = (*SAMPLERS, "ascent")
+SAMPLERS = {
+    **dict.fromkeys(("langevin", "sgld", "mala", "hmc", "annealed-langevin", "pc", "ddpm", "ddim")),
+    "ks": "kadkhodaie_simoncelli",
+    "ascent": None,
+}
+"""Part of an entry's name -> the sampler, where it has another name."""
 
 SAMPLED = {
     **{
-        f"sample/{name}/run": (JOINT, f"--sampler {name} --steps {steps} {FEW}")
+        f"sample/{name}/run": (JOINT, f"--sampler {SAMPLERS[name] or name} --steps {steps} {FEW}")
         for name, steps in (
             *(("langevin", 6), ("sgld", 6), ("mala", 6), ("hmc", 6), ("annealed-langevin", 20)),
             *(("pc", 6), ("ks", 12)),
@@ -116,8 +120,11 @@ SAMPLED = {
     "sample/label/ddim": (LABELLED, f"--sampler ddim --steps 6 --label 2 {FEW}"),
     "sample/buffer": (NEGATIVES, f"--sampler buffer {FEW}"),
     **{
-        f"sample/start/{start}": (NEGATIVES, f"--sampler sgld --steps 4 --start {start} {FEW}")
-        for start in ("noise", "uniform", "data", "seeds", "mean", "buffer")
+        f"sample/start/{name}": (NEGATIVES, f"--sampler sgld --steps 4 --start {start} {FEW}")
+        for name, start in (
+            *((s, s) for s in ("noise", "uniform", "data", "mean", "buffer")),
+            ("seeds", "class_gaussian"),
+        )
     },
 }
 """Name -> training run, words after `SAMPLE`."""
@@ -132,16 +139,16 @@ GUIDED = {
         ("dual", ROBUST, "--guidance dual --guide-set lambda=0.15"),
         ("pgd", ROBUST, "--guidance pgd --guide-set n=2"),
         ("accumulated", ROBUST, "--guidance accumulated --guide-set n=2"),
-        ("view-shrunk", JOINT, "--guidance energy --view shrunk"),
-        ("view-clean", JOINT, "--guidance energy --view clean"),
-        ("view-clean-through", JOINT, "--guidance energy --view clean-through"),
+        ("view-shrunk", JOINT, "--guidance energy --view x_t"),
+        ("view-clean", JOINT, "--guidance energy --view x0_hat"),
+        ("view-clean-through", JOINT, "--guidance energy --view x0_hat-backpropagate"),
         ("view-noisy", NOISY, "--guidance classifier --view noisy"),
         ("schedule-constant", ROBUST, "--guidance energy --schedule constant"),
         ("schedule-step", ROBUST, "--guidance energy --schedule step:at=500,low=0.37"),
         ("schedule-linear", ROBUST, "--guidance energy --schedule linear"),
         ("schedule-power", ROBUST, "--guidance energy --schedule power:k=2"),
         ("schedule-sigmoid", ROBUST, "--guidance energy --schedule sigmoid:t0=500,y0=0.05,k=0.02"),
-        ("late", ROBUST, "--late 0.3"),
+        ("late", ROBUST, "--guide-start 0.3"),
     )
 }
 GUIDED |= {
@@ -179,7 +186,7 @@ SUITES = {
         JOINT,
         "--limit 24 certify.images=4 certify.samples=20 certify.selection=5 certify.sigmas=[0.12]",
     ),
-    "shift": (JOINT, "--limit 24 shift.strengths=[1,5]"),
+    "shift": (JOINT, "--limit 24 corruptions.strengths=[1,5]"),
     "jacobian": (JOINT, "--limit 24 jacobian.images=2"),
     "linearity": (JOINT, "--limit 24 linearity.images=6"),
     "adversarial": (JOINT, "--limit 24 adversarial.images=6"),

@@ -127,7 +127,7 @@ def _mixture(name: str) -> dict[str, Any]:
 
     means = torch.stack([torch.full((1, 4, 4), level) for level in (0.3, 0.7, 0.3)])
     means[2, :, :2] = 0.7
-    kind = Blind if name == "ks" else GaussianMixture
+    kind = Blind if name == "kadkhodaie_simoncelli" else GaussianMixture
     model = kind(means, 0.01, weights=[0.5, 0.3, 0.2], labels=[0, 1, 1])
     entry = SAMPLERS[name]
     found = {}
@@ -209,12 +209,14 @@ def _export(what: str, suffix: str) -> dict[str, Any]:
 
 def _evaluate(suite: str) -> dict[str, Any]:
     run, words = c.SUITES[suite]
+    name = "corruptions" if suite == "shift" else suite  # an entry keeps its name
     shutil.copytree(run_of(run), "run")
     if suite == "generation":
         _sample(run, "", c.GENERATED)
     words = words.replace("{extractor}", run_of(c.ROBUST))
-    ebmkit(f"{c.EVALUATE.format(name=suite)} {words}")
-    return {path.stem: _json(path) for path in sorted(Path("run/evaluation").rglob("*.json"))}
+    ebmkit(f"{c.EVALUATE.format(name=name)} {words}")
+    found = {path.stem: _json(path) for path in sorted(Path("run/evaluation").rglob("*.json"))}
+    return {suite if stem == name else stem: document for stem, document in found.items()}
 
 
 def _reproduce(target: str) -> dict[str, Any]:
@@ -229,7 +231,10 @@ LABEL = "--sigma 25/255 --label 3"
 ENTRIES: dict[str, Entry] = {
     **{name: Entry(partial(_train, words)) for name, words in c.TRAINED.items()},
     **{f"resume/{name}": Entry(partial(_resume, name)) for name in OLD_RUNS},
-    **{f"sample/{name}/mixture": Entry(partial(_mixture, name)) for name in c.SAMPLERS},
+    **{
+        f"sample/{name}/mixture": Entry(partial(_mixture, today or name))
+        for name, today in c.SAMPLERS.items()
+    },
     **{n: Entry(partial(_sample, run, "", words), (run,)) for n, (run, words) in c.SAMPLED.items()},
     **{
         name: Entry(partial(_sample, *own), tuple(run for run in own[:2] if run))

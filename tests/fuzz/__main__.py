@@ -35,9 +35,9 @@ if GUIDED and "--child" in sys.argv:  # before anything else imports what is to 
     with atheris.instrument_imports(include=["ebmkit"]):
         import ebmkit.data.hdf5
         import ebmkit.evaluation.suites
-        import ebmkit.guidance.config
+        import ebmkit.guidance.score
         import ebmkit.models.importing
-        import ebmkit.sampling.jobs.labels
+        import ebmkit.sampling.jobs.settings
         import ebmkit.storage.verify
         import ebmkit.training  # noqa: F401
 

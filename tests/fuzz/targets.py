@@ -139,7 +139,7 @@ def _classifier() -> Any:
 
 
 def _labels(text: str) -> object:
-    from ebmkit.sampling.jobs.labels import parse_labels
+    from ebmkit.sampling.jobs.settings import parse_labels
 
     return parse_labels(_classifier(), text, 7)
 
@@ -158,7 +158,7 @@ def _suite_options(text: str) -> object:
 
 
 def _guidance(text: str) -> object:
-    from ebmkit.guidance.config import make_guidance
+    from ebmkit.guidance import make_guidance
     from ebmkit.training import parse_assignments
 
     return make_guidance(**{str(k): v for k, v in parse_assignments(text.split("\n")).items()})
@@ -364,7 +364,7 @@ def _gone_on_with(content: bytes) -> object:
 
 def _hdf5(content: bytes) -> object:
     from ebmkit.data import load_dataset
-    from ebmkit.sampling.buffer import ReplayBuffer
+    from ebmkit.sampling.starts import ReplayBuffer
 
     path = written(content, "set.h5")
     with contextlib.suppress(UserError):
@@ -373,10 +373,10 @@ def _hdf5(content: bytes) -> object:
 
 
 def _image(content: bytes) -> object:
-    from ebmkit.data.images import picture_header, read_image
+    from ebmkit.data.images import image_header, read_image
 
     path = written(content, "picture.png")
-    picture_header(path)
+    image_header(path)
     return read_image(path, 1)
 
 
@@ -436,7 +436,7 @@ TARGETS = {
         _assignments, "steps=3", "objective.adv.eps=0.5\nobjective=adv", "dataset={name: digits}"
     ),
     "suite options": string(_suite_options, "robustness.steps=3", "classify={a: b}"),
-    "guidance": string(_guidance, "kind=energy\nscale=4", "schedule=sigmoid:t0=500", "view=clean"),
+    "guidance": string(_guidance, "kind=energy\nscale=4", "schedule=sigmoid:t0=500", "view=x0_hat"),
     "config": Target(_config, _config_seeds, 0.5, text=True),
     "model.json": Target(_card, of_run("model.json")),
     "safetensors": Target(_weights, of_run("*.safetensors")),

@@ -97,9 +97,9 @@ def seen(pipe):
     "how",
     [
         {"view": "noisy"},
-        {"view": "shrunk", "schedule": "sigmoid:t0=500,y0=0.05,k=0.02", "late": 0.2},
-        {"view": "clean"},
-        {"view": "clean", "through": True, "schedule": "power:k=2"},
+        {"view": "x_t", "schedule": "sigmoid:t0=500,y0=0.05,k=0.02", "start": 0.2},
+        {"view": "x0_hat"},
+        {"view": "x0_hat", "backpropagate": True, "schedule": "power:k=2"},
     ],
     ids=str,
 )
@@ -107,7 +107,7 @@ def test_the_trajectory_is_our_own_chains(pipeline, classifier, eta, clip, how):
     """float64 throughout: the two write one update in other coordinates, so they differ by
     rounding, which the division by sqrt(abar), 1/150 at the start, enlarges."""
     if clip:
-        how = {key: value for key, value in how.items() if key != "late"}  # guided at all levels
+        how = {key: value for key, value in how.items() if key != "start"}  # guided at all levels
         pipeline.scheduler.register_to_config(clip_sample=True)
     labels = torch.tensor([0, 3, 1])
     made = guided(pipeline, classifier, labels, "energy", scale=4.0, **how)
@@ -200,7 +200,7 @@ def test_predictions_of_v_and_of_images_give_the_same_images(pipeline, classifie
     pipe.scheduler, pipe.unet = scheduler, Other()
     options = {"num_inference_steps": STEPS, "output_type": "pt", "batch_size": 2}
     found, expected = (
-        guided(p, classifier, 1, scale=6.0, view="clean")(generator=generator(), **options).images
+        guided(p, classifier, 1, scale=6.0, view="x0_hat")(generator=generator(), **options).images
         for p in (pipe, pipeline)
     )
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

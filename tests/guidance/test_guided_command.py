@@ -1,24 +1,20 @@
 """``ebmkit sample --guide``, as a user meets it."""
 
 import json
-import sys
-from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
-from command_line import ebmkit_command
+from ebmkit_tests.support.command_line import ebmkit_command
+from ebmkit_tests.support.sampling_runs import save_run
 
 from ebmkit import ModelCard
 from ebmkit.guidance import GUIDANCE_SCHEDULES, GUIDES
 from ebmkit.models import ModelConfig, load, save_model
-from ebmkit.sampling.jobs import SamplingJob, default_folder
-from ebmkit.sampling.jobs.guiding import VIEWS, guidance_asked, guide_by
-from ebmkit.sampling.jobs.settings import make_settings
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "generation"))
-from small import save_run
+from ebmkit.sampling.jobs.job import SamplingFolder, SamplingJob
+from ebmkit.sampling.jobs.settings import default_folder, make_settings
+from ebmkit.sampling.jobs.sources import VIEWS, guide_by, parse_guidance
 
 NAMES = [str(n) for n in range(10)]
 QUICK = ["-n", 4, "--sampler", "ddim", "--steps", 12, "--device", "cpu"]
@@ -72,8 +68,8 @@ def test_the_command_as_in_the_docs(place):
     settings = document["settings"]
     assert settings["sampler"] == "ddim"
     assert settings["guidance"] == {
-        "guidance": "energy", "options": {}, "scale": 4.0, "view": "shrunk", "through": False,
-        "schedule": "sigmoid:t0=500,y0=0.05,k=0.02", "late": 0.0,
+        "guidance": "energy", "options": {}, "scale": 4.0, "view": "x_t", "backpropagate": False,
+        "schedule": "sigmoid:t0=500,y0=0.05,k=0.02", "start": 0.0,
     }  # fmt: skip
     assert settings["guide"] == "robust"
     assert len(settings["guide_digest"]) == 64
@@ -87,11 +83,11 @@ def test_the_command_as_in_the_docs(place):
 @pytest.mark.parametrize("guidance", [g for g, e in GUIDES.items() if e.make is not None])
 def test_every_guide_and_view_moves_the_samples(place, guidance, view):
     with_steps = {"n": 2} if guidance in ("pgd", "accumulated") else {}
-    asked = guidance_asked(place / "robust", guidance, 3.0, None, view, None, with_steps)
+    asked = parse_guidance(place / "robust", guidance, 3.0, None, view, None, with_steps)
     base = load(place / "diffusion")
     ends = []
-    found = guide_by(base, asked, place / "robust", dataset="digits")
-    for model, extra in ((found.model, found.settings), (base, {})):
+    guided = guide_by(base, asked, place / "robust", dataset="digits")
+    for model, extra in (guided, (base, {})):
         settings = make_settings(
             model, "ddim", count=2, label="3" if extra else None, steps=4, **extra
         )
@@ -104,8 +100,6 @@ def test_every_guide_and_view_moves_the_samples(place, guidance, view):
 
 
 def _folder(path, settings):
-    from ebmkit.sampling.jobs import SamplingFolder
-
     folder = SamplingFolder(path)
     folder.begin(settings)
     return folder
@@ -139,7 +133,7 @@ def test_an_interrupted_command_goes_on_and_other_guidance_is_refused(place, mon
     assert not (place / "broken" / "samples.h5").exists()
     for more, told in (
         (["--scale", 2], "guidance.scale was 1.0 and is now 2.0"),
-        (["--late", 0.2], "guidance.late was 0.0 and is now 0.2"),
+        (["--guide-start", 0.2], "guidance.start was 0.0 and is now 0.2"),
         (["--guidance", "pgd"], "guidance"),
     ):
         other = ebmkit_command(*ask, "--set", "eta=1", *more, "--out", "broken", cwd=place)
@@ -196,7 +190,7 @@ def test_classifier_free_guidance_of_a_model_with_labels(place):
         (["--guide", "robust", "--label", "3", "--guide-set", "n=3"], "there is no field 'n'"),
         (["--guide", "robust", "--label", "3", "--view", "dark"], "unknown view 'dark'"),
         (["--guide", "robust", "--label", "3", "--scale", "-1"], "scale = -1"),
-        (["--guide", "robust", "--label", "3", "--late", "2"], "late = 2"),
+        (["--guide", "robust", "--label", "3", "--guide-start", "2"], "start = 2"),
         (["--guide", "large", "--label", "3"], "size 8x8 and the guide 16x16"),
         (["--guide", "colour", "--label", "3"], "channels 1 and the guide 3"),
         (["--guide", "unlabelled", "--label", "3"], "was trained without"),

@@ -2,22 +2,19 @@
 
 import pytest
 import torch
+from ebmkit_tests.support.guidance_world import draw, plane, slope
 from torch import nn
-from world import draw, generator, pictures, plane, slope
 
-from ebmkit import GaussianMixture, ModelCard, UserError
+from ebmkit import ModelCard, UserError
 from ebmkit.guidance import (
     GUIDES,
     LogitModel,
     accumulated_guide,
-    class_energies,
     classifier_guide,
     dual_guide,
     energy_guide,
-    guided_model,
     make_guidance,
     pgd_guide,
-    stored_energies,
 )
 from ebmkit.models import DirectDenoiser
 
@@ -31,8 +28,8 @@ def network():
 
 
 def made(name, model, c, means=MEANS, **options):
-    settings = make_guidance(guidance=name, options=options).settings
-    return GUIDES[name].make(model, c, settings, means)
+    options = make_guidance(guidance=name, options=options).options
+    return GUIDES[name].make(model, c, GUIDES[name].settings(**options), means)
 
 
 OPTIONS = {"pgd": {"n": 3, "gamma": 0.02}, "accumulated": {"n": 3, "gamma": 0.02}}
@@ -123,63 +120,6 @@ def test_where_the_gradient_is_0_nothing_moves():
     assert not gradient.any()
 
 
-# --- networks that give logits -------------------------------------------------------------------
-
-
-def test_a_network_that_gives_logits_has_their_energies():
-    model = network()
-    y = draw(5, 2)
-    logits = model.network(y)
-    torch.testing.assert_close(-model.log_joint(y), -logits)
-    torch.testing.assert_close(model.energy(y), -logits.logsumexp(1))
-
-
-@pytest.mark.parametrize(
-    ("asked", "seen"),
-    [
-        ({"signed": True}, lambda x: 2 * x - 1),
-        ({"mean": (0.1, 0.2, 0.3), "std": (0.5, 1.0, 2.0)}, None),
-        ({"mean": 0.4}, lambda x: x - 0.4),
-    ],
-)
-def test_images_are_brought_to_what_the_network_wants(asked, seen):
-    inside = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
-    model = LogitModel(inside, 4, in_channels=3, **asked)
-    x = torch.rand(2, 3, 2, 2)
-    if seen is None:
-        pairs = enumerate(zip(*asked.values(), strict=True))
-        shown = torch.stack([(x[:, i] - m) / s for i, (m, s) in pairs], 1)
-    else:
-        shown = seen(x)
-    torch.testing.assert_close(model.logits(x), inside(shown))
-
-
-def test_what_the_network_does_not_take_is_refused():
-    with pytest.raises(UserError, match="give signed, or mean and std"):
-        LogitModel(nn.Flatten(), 4, signed=True, mean=0.5)
-    with pytest.raises(UserError, match=r"mean has 2 numbers for 3 channel"):
-        LogitModel(nn.Flatten(), 4, mean=(0.5, 0.5), in_channels=3)
-    with pytest.raises(UserError, match="above 0"):
-        LogitModel(nn.Flatten(), 4, std=-1.0)
-    with pytest.raises(UserError, match=r"3 channel\(s\), not 1"):
-        LogitModel(nn.Flatten(), 4, in_channels=3).logits(torch.rand(1, 1, 2, 2))
-    with pytest.raises(UserError, match=r"gives \(1, 4\) for 1 images, not logits \(1, 3\)"):
-        LogitModel(nn.Flatten(), 3).logits(torch.rand(1, 1, 2, 2))
-    with pytest.raises(UserError, match="give sigma"):
-        LogitModel(nn.Flatten(), 4, noise_conditional=True).logits(torch.rand(1, 1, 2, 2))
-
-
-def test_a_network_that_takes_the_noise_level_is_told_it():
-    class Told(nn.Module):
-        def forward(self, y, sigma):
-            return torch.stack([sigma, -sigma], 1)
-
-    model = LogitModel(Told(), 2, noise_conditional=True)
-    y, levels = torch.rand(3, 1, 2, 2), torch.tensor([0.1, 0.2, 0.3])
-    torch.testing.assert_close(model.logits(y, levels)[:, 0], levels)
-    torch.testing.assert_close(model.logits(y, 0.2)[:, 0], torch.full((3,), 0.2))
-
-
 # --- what cannot guide ---------------------------------------------------------------------------
 
 
@@ -199,83 +139,3 @@ def test_models_that_cannot_guide_are_told_why():
         pgd_guide(energy_guide(plane(), 0), -1)
     with pytest.raises(UserError, match="n = 0 is not a number of steps: take 1 or more"):
         accumulated_guide(energy_guide(plane(), 0), 0)
-
-
-# --- class-wise mean energies --------------------------------------------------------------------
-
-
-class Images:
-    def __init__(self, x, labels):
-        self.x, self.labels = x, labels
-
-    def __len__(self):
-        return len(self.x)
-
-    def batches(self, size):
-        for at in range(0, len(self), size):
-            part = slice(at, at + size)
-            yield self.x[part], None if self.labels is None else self.labels[part]
-
-
-def test_mean_energies_are_those_of_the_images_of_each_label():
-    model = pictures(dtype=torch.float64)
-    x, labels = model.sample(100, generator())
-    told = []
-    found = class_energies(model, Images(x, labels), lambda *p: told.append(p), batch_size=40)
-    for c in range(2):
-        own = x[labels == c]
-        assert found.energy[c] == pytest.approx(float(-model(own).log_density.mean()))
-        assert found.joint[c] == pytest.approx(float(-model(own).log_joint()[:, c].mean()))
-        spread = float(model(own).log_density.std(correction=0))
-        assert found.energy_std[c] == pytest.approx(spread, rel=1e-6)
-    assert sum(found.images) == 100
-    assert told == [(40, 100), (80, 100), (100, 100)]
-
-
-def test_a_gaussian_has_the_mean_energy_of_theory():
-    """E of d-dimensional Gaussian images is d/2 log(2 pi e v) on average; 4 standard errors."""
-    model = GaussianMixture(torch.zeros(1, 1, 4, 4, dtype=torch.float64), 0.01)
-    x, labels = model.sample(2000, generator())
-    found = class_energies(model, Images(x, labels))
-    theory = 8 * float(torch.log(torch.tensor(2 * torch.pi * torch.e * 0.01)))
-    assert abs(found.energy[0] - theory) < 4 * (8 / 2000) ** 0.5
-
-
-def test_stored_energies_are_computed_anew_for_other_weights_and_other_data(tmp_path):
-    model = pictures(dtype=torch.float64)
-    images = Images(*model.sample(20, generator()))
-    calls = []
-
-    def compute():
-        calls.append(1)
-        return class_energies(model, images)
-
-    def stored(data="abc", digest="1"):
-        return stored_energies(tmp_path, "digits", data, digest, compute)
-
-    first = stored()
-    assert stored().energy == first.energy
-    assert len(calls) == 1
-    stored(data="xyz")
-    stored()
-    assert len(calls) == 2
-    stored(digest="2")
-    stored(digest="2")
-    assert len(calls) == 3
-    path = tmp_path / "energies" / "digits-abc.json"
-    path.write_text(path.read_text()[:50])
-    stored(digest="2")
-    assert len(calls) == 4
-
-
-def test_data_without_the_labels_that_are_needed_is_refused():
-    model = pictures()
-    x, labels = model.sample(20, generator())
-    with pytest.raises(UserError, match="need images with labels"):
-        class_energies(model, Images(x, None))
-    with pytest.raises(UserError, match=r"labels \[1\] have no image"):
-        class_energies(model, Images(x, torch.zeros_like(labels)))
-    with pytest.raises(UserError, match="out of range"):
-        class_energies(model, Images(x, labels + 5))
-    with pytest.raises(UserError, match="give means"):
-        guided_model(model, model, make_guidance(guidance="dual"))

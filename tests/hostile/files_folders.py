@@ -15,7 +15,6 @@ from ebmkit_tests.hostile.making import GIGAPIXEL, Make, encoded, png
 from torchvision.transforms.v2 import functional  # noqa: F401
 
 from ebmkit.data import load_dataset
-from ebmkit.data.embedded import digits
 from ebmkit.data.imagesets import Faults
 from ebmkit.evaluation.ood_sets import find_set
 
@@ -207,7 +206,7 @@ CASES = [
         "damaged picture whose name speaks",
         "folder",
         folder_with(damaged_among_names_that_speak),
-        r"a\\x1b\[2J\\rb\\n\.png' is not a picture",
+        r"a\\x1b\[2J\\rb\\n\.png' is not an image",
     ),
     Case(
         "pictures with a link out",
@@ -242,7 +241,7 @@ CASES = [
     ),
 ]
 
-OWN = digits("test")
+OWN = load_dataset("digits", split="test")
 
 
 def opened(name: str, **options: object) -> Callable[[Path], object]:

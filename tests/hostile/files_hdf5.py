@@ -13,9 +13,8 @@ from ebmkit_tests.hostile.case import Case, outside
 from ebmkit_tests.hostile.making import Make, fifo, link
 
 from ebmkit.data import load_dataset
-from ebmkit.data.embedded import digits
-from ebmkit.evaluation.generated import read_samples
-from ebmkit.sampling.buffer import ReplayBuffer
+from ebmkit.evaluation.generation import read_samples
+from ebmkit.sampling.starts import ReplayBuffer
 
 
 def hdf5(fill: Callable[[h5py.File, Path], None], name: str = "set.h5", **options: object) -> Make:
@@ -396,7 +395,7 @@ CASES = [
     Case("replay buffer that is a link", "buffer", external_link("images"), "link to another file"),
 ]
 
-OWN = digits("test")
+OWN = load_dataset("digits", split="test")
 
 
 def first_images(path: Path) -> object:

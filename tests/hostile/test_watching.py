@@ -8,7 +8,7 @@ import time
 import h5py
 import numpy as np
 import pytest
-from watch import opened
+from ebmkit_tests.hostile.watch import opened
 
 from ebmkit.errors import UserError
 

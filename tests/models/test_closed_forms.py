@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ebmkit import create_model
-from ebmkit.bench.baselines import plain_inference, plain_step
+from ebmkit.bench import PlainStep, plain_inference
 from ebmkit.models import gelu as gelu_module
 from ebmkit.models import norms as norm_module
 from ebmkit.models.gelu import GELU
@@ -262,7 +262,7 @@ def test_network_and_its_baseline(recompute: bool) -> None:
 
 def test_baselines_are_plain() -> None:
     model = create_model("gradresnet18", 3, in_channels=1, width=8)
-    step = plain_step(model, "dsm", dict)
+    step = PlainStep(model, "dsm", dict)
     kinds = {type(m) for m in step.model.modules()}
     assert GELU not in kinds
     assert nn.GELU in kinds

@@ -12,8 +12,8 @@ from ebmkit import optimize
 from ebmkit.errors import UserError
 from ebmkit.models import DENOISERS, DiffusionModel, ModelConfig, UNetConfig, create_denoiser
 from ebmkit.models.saving import save_model
-from ebmkit.noise import Schedule
-from ebmkit.sampling import DDIM, denoiser_of, make_schedule, noise_predictor_of
+from ebmkit.noise import Schedule, make_schedule
+from ebmkit.sampling import DDIM, denoiser_of, noise_predictor_of
 
 SMALL = {"width": 8, "multipliers": (1, 2), "blocks": 1, "norm_groups": 4}
 

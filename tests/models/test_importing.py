@@ -11,10 +11,10 @@ import torch.nn.functional as F
 import ebmkit
 from ebmkit import UserError
 from ebmkit.cli.published import import_
-from ebmkit.data.cifar import CIFAR
+from ebmkit.data.sets import CIFAR
+from ebmkit.errors import validated
 from ebmkit.models import ModelConfig, create_model, load_checkpoint
 from ebmkit.models.importing import import_checkpoint
-from ebmkit.validation import validated
 
 WIDTH, COUNTS, CLASSES = 2, (3, 4, 6, 3), 10
 MEAN, STD = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2023, 0.1994, 0.2010])

@@ -6,13 +6,12 @@ from torch import nn
 
 import ebmkit
 from ebmkit.data import Batch, NoiseLaw
-from ebmkit.errors import UserError
+from ebmkit.errors import UserError, validated
 from ebmkit.evaluation.denoise import estimates
 from ebmkit.models import JointModel, LinearQuadraticHead, MLPConfig
 from ebmkit.objectives import TrainingLoss, parse_objective
 from ebmkit.training import RunFolder, resolve
 from ebmkit.training.loop import assemble
-from ebmkit.validation import validated
 
 
 def told(**options) -> JointModel:

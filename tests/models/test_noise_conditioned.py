@@ -4,19 +4,18 @@ import math
 
 import pytest
 import torch
-from command_line import ebmkit_command
+from ebmkit_tests.support.command_line import ebmkit_command
 from torch import nn
 
 import ebmkit
 from ebmkit.data import load_dataset
-from ebmkit.errors import UserError
+from ebmkit.errors import UserError, validated
 from ebmkit.evaluation import evaluate
 from ebmkit.models import BACKBONES, Features, JointModel, ModelConfig
 from ebmkit.models.base import LOWEST, NoiseConditioned
 from ebmkit.models.heads import LogitHead
 from ebmkit.noise import make_schedule
 from ebmkit.training import resolve
-from ebmkit.validation import validated
 
 pytestmark = pytest.mark.filterwarnings("ignore:a score is differentiated through")
 
@@ -96,7 +95,7 @@ def test_larger_images_and_recomputation_work_as_without():
     ("fields", "words"),
     [
         ({"backbone": {"kind": "drunet"}}, "'drunet' is a whole model"),
-        ({"backbone": {"kind": "mlp", "noise_conditional": True}}, "is told sigma already"),
+        ({"backbone": {"kind": "mlp", "noise_conditional": True}}, "takes sigma already"),
         ({"input_mean": 0.5}, "leave out input_mean and input_std"),
     ],
     ids=str,
@@ -117,7 +116,7 @@ def test_a_run_classifies_clean_and_noisy_images(tmp_path):
     assert model.noise_conditional
     assert model.card.classifies
     images = load_dataset("digits", None, "test").first(20)
-    found = evaluate(model, images, ["classify"], tmp_path / "evaluation", pictures=False)
+    found = evaluate(model, images, ["classify"], tmp_path / "evaluation", plots=False)
     noisy = found["classify"].document["against_noise"]
     assert noisy[0]["sigma"] == 0
     assert all(0 <= level["accuracy"]["value"] <= 1 for level in noisy)

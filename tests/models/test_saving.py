@@ -12,7 +12,6 @@ from torch import nn
 from ebmkit import JointModel, ModelCard, UserError, create_model, load, save_model
 from ebmkit.models import (
     BACKBONES,
-    HEADS,
     Features,
     GradResNetConfig,
     HeadConfig,
@@ -61,7 +60,7 @@ def test_presets_come_back_bit_by_bit(tmp_path, backbone, head):
     shape = BACKBONES[backbone].config.model_copy(update={"width": 8})
     built = ModelConfig(
         backbone=shape,
-        head=HEADS[head].config,
+        head=HeadConfig(kind=head),
         in_channels=1,
         num_classes=3,
         reference_size=(32, 32),

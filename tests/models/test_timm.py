@@ -4,14 +4,14 @@ import sys
 
 import pytest
 import torch
-from ebmkit.training.loop import assemble
 
 import ebmkit
 from ebmkit import UserError, create_model
+from ebmkit.errors import validated
 from ebmkit.models import JointModel, ModelConfig, TimmConfig
 from ebmkit.models.config import find_network
 from ebmkit.training import RunFolder, resolve
-from ebmkit.validation import validated
+from ebmkit.training.loop import assemble
 
 pytest.importorskip("timm")
 

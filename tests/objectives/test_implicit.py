@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_objectives import gradients
+from ebmkit_tests.support.small_models import gradients
 
 import ebmkit
 from ebmkit.data import Batch, ImageSet
@@ -255,7 +255,7 @@ def test_networks_without_a_second_derivative_are_refused(layer, told):
     small = {"objective": "ism", "model": {"backbone": {"width": 8}}}
     config = resolve(small, layer)
     pixels, labels = torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.arange(4)
-    images = ImageSet("four", "train", pixels, labels, ("a", "b", "c", "d"))
+    images = ImageSet(pixels, labels, ("a", "b", "c", "d"))
     loss = TrainingLoss(build_model(config, images), parse_objective("ism"))
     with pytest.raises(UserError, match=told):
         check_terms(loss, config, images)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from ebmkit_tests.support.small_models import gradients
 from torch import Tensor
 
 import ebmkit
@@ -27,13 +28,6 @@ def draw(count: int = 4, seed: int = 0, shape: tuple[int, ...] = (1, 8, 8)) -> B
 def model() -> ebmkit.JointModel:
     torch.manual_seed(0)
     return ebmkit.create_model("gradresnet18", 10, 1, width=8).double()
-
-
-def gradients(loss: Tensor, model: EnergyModel) -> list[Tensor]:
-    return [
-        g if g is not None else torch.zeros(())
-        for g in torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-    ]
 
 
 def test_cross_entropy_equals_torch_with_hard_and_mixed_labels(model):

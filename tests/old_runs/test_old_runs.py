@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import ebmkit_command
+from ebmkit_tests.support.command_line import ebmkit_command
 
 import ebmkit
 from ebmkit.storage.verify import verify_run

@@ -3,8 +3,8 @@
 import importlib.util
 from pathlib import Path
 
-import known
 import pytest
+from ebmkit_tests.support import known_targets as known
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
 """Ascent on a label's density, and the seeds it starts from."""
 
-import known
 import pytest
 import torch
+from ebmkit_tests.support import known_targets as known
 
 from ebmkit import GaussianMixture
 from ebmkit.errors import UserError
@@ -94,7 +94,7 @@ def test_a_point_without_gradient_stays():
     broken = Ascent(lambda x, sigma=None: (x.sum(1), x * torch.nan), 0.5)
     chains = Chains(broken, broken.init(x))
     chains.run(2, known.generator())
-    assert chains.died == {0: 1, 1: 1, 2: 1}
+    assert chains.diverged == {0: 1, 1: 1, 2: 1}
 
 
 def test_seeds_have_mean_and_covariance_of_their_label():

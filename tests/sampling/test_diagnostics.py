@@ -2,9 +2,9 @@
 
 import math
 
-import known
 import pytest
 import torch
+from ebmkit_tests.support import known_targets as known
 
 from ebmkit import Gaussian
 from ebmkit.errors import UserError
@@ -16,6 +16,7 @@ from ebmkit.sampling.diagnostics import (
     random_projections,
     split_rhat,
 )
+from ebmkit.sampling.metropolis import MALAConfig
 
 
 def uniform(count, seed):
@@ -85,7 +86,7 @@ def test_rhat_notices_location_scale_and_drift():
 
 def test_a_trace_keeps_what_was_asked_of_the_steps():
     model = Gaussian(torch.zeros(1, 2, 2, dtype=torch.float64), 1.0)
-    sampler = MALA(density_of(model), 0.3)
+    sampler = MALA(density_of(model), MALAConfig(step_size=0.3))
     trace = Trace(random_projections((1, 2, 2), 3), every=2, warm_up=3)
     seen = []
     chains = Chains(sampler, sampler.init(torch.zeros(5, 1, 2, 2, dtype=torch.float64)))
@@ -120,7 +121,7 @@ def test_the_energy_gap_of_one_law_is_within_its_error():
         (lambda: effective_size(torch.tensor([[1.0, math.nan]] * 5)), r"chains \[1\] are not fin"),
         (lambda: energy_gap(torch.zeros(1), torch.zeros(5)), "take 2 or more"),
         (lambda: Trace(lambda x: x, every=0), "every 0 steps"),
-        (lambda: Trace(lambda x: x).draws(), "no step was kept"),
+        (lambda: Trace(lambda x: x).draws(), "no step was recorded"),
     ],
 )
 def test_mistakes_are_told(make, words):

@@ -2,21 +2,16 @@
 
 import math
 
-import known
 import numpy as np
 import pytest
 import torch
+from ebmkit_tests.support import known_targets as known
 
 from ebmkit import Gaussian
 from ebmkit.errors import UserError
-from ebmkit.noise import linear_betas
-from ebmkit.sampling import (
-    DDIM,
-    PredictorCorrector,
-    Schedule,
-    make_schedule,
-    noise_predictor_of,
-)
+from ebmkit.noise import Schedule, linear_betas, make_schedule
+from ebmkit.sampling import DDIM, PredictorCorrector, noise_predictor_of
+from ebmkit.sampling.annealed import PCConfig
 
 
 def stub(u, t):
@@ -165,7 +160,7 @@ def test_eta_one_is_ancestral_sampling():
     timesteps = schedule.timesteps(30, "leading")
     denoise = known.denoiser(model)
     ddim = DDIM(noise_predictor_of(denoise, schedule), schedule, timesteps, eta=1.0)
-    other = PredictorCorrector(known.score(model), ddim.sigmas[:-1], corrections=0)
+    other = PredictorCorrector(known.score(model), ddim.sigmas[:-1], PCConfig(corrections=0))
     start = ddim.start((5, 2), known.generator(), dtype=torch.float64)
     torch.testing.assert_close(
         known.run(ddim, start, ddim.steps - 1), known.run(other, start, other.steps)

@@ -1,8 +1,10 @@
 """Small models of every kind: each backbone preset under each head, in float64."""
 
 import torch
+from torch import Tensor
 
 from ebmkit import JointModel, create_model
+from ebmkit.energy import EnergyModel
 
 SMALLEST = {
     "gradresnet18-imagenet": 32,
@@ -23,3 +25,10 @@ def small_model(backbone: str, head: str) -> JointModel:
     made = create_model(backbone, NUM_CLASSES, in_channels=1, head=head, width=8).double().eval()
     made._warned = True  # of ReLU and BatchNorm, which some presets have: see test_ablations
     return made
+
+
+def gradients(loss: Tensor, model: EnergyModel) -> list[Tensor]:
+    return [
+        g if g is not None else torch.zeros(())
+        for g in torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    ]

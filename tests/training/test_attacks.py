@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from command_line import ebmkit_command
+from ebmkit_tests.support.command_line import ebmkit_command
 from torch import nn
 
 from ebmkit import UserError

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import yaml
-from command_line import ebmkit_command
+from ebmkit_tests.support.command_line import ebmkit_command
 
 import ebmkit
 from ebmkit.errors import UserError

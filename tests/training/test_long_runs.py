@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ebmkit.cli.console import TensorBoard, Together, TrainingBar
+from ebmkit.cli.console import Reporters, TensorBoard, TrainingBar
 from ebmkit.training import RunFolder, resolve
 from ebmkit.training.cost import MOST_STRETCHES, Stopwatch
 from ebmkit.training.loop import assemble
@@ -61,7 +61,7 @@ def test_two_thousand_steps_leave_the_process_as_it_was(tmp_path, objective):
     there = find_spec("tensorboard") is not None
     board = [TensorBoard(tmp_path / "board")] if there else []
     with TrainingBar(2000) as bar:
-        assemble(config, run, Together([bar, *board, meter])).fit()
+        assemble(config, run, Reporters([bar, *board, meter])).fit()
     for own in board:
         own.close()
     early, late = meter.found

@@ -7,14 +7,14 @@ from functools import partial
 
 import pytest
 import torch
-from command_line import ebmkit_command
+from ebmkit_tests.support.command_line import ebmkit_command
 
 import ebmkit
 from ebmkit import GaussianMixture, UserError
 from ebmkit.data import Batch
 from ebmkit.distributed import DistributedContext
 from ebmkit.objectives import TrainingLoss, parse_objective
-from ebmkit.sampling.buffer import ReplayBuffer
+from ebmkit.sampling.starts import ReplayBuffer
 from ebmkit.training import RECIPES, Interrupted, RunFolder, resolve
 from ebmkit.training.cost import Effort, Recorder, network_flops, step_flops
 from ebmkit.training.loop import assemble

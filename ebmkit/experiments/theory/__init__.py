@@ -10,8 +10,7 @@ from ebmkit.experiments.theory.families import (
     SharedCovariance,
 )
 from ebmkit.experiments.theory.figure import figure1, markdown, rows
-from ebmkit.experiments.theory.settings import SETTINGS, Setting
-from ebmkit.experiments.theory.truth import Nodes, Truth
+from ebmkit.experiments.theory.settings import SETTINGS, Nodes, Setting, Truth
 
 __all__ = [
     "SETTINGS",

@@ -38,10 +38,8 @@ from torch.func import grad, jacrev, vmap
 
 from ebmkit.errors import UserError
 from ebmkit.experiments.theory.families import Family, moments
-from ebmkit.experiments.theory.regression import softmax_regression
-from ebmkit.experiments.theory.truth import Nodes
-
-__all__ = ["Expansion", "discriminative", "expand", "generative"]
+from ebmkit.experiments.theory.fits import softmax_regression
+from ebmkit.experiments.theory.settings import Nodes
 
 RANK_TOLERANCE = 1e-9  # of eigenvalues, relative to the largest
 FLAT = 1e-6  # norm of a slope that is zero but for quadrature and rounding
@@ -103,7 +101,10 @@ def expand(loss: Loss, label_loss: Loss, theta: Tensor, nodes: Nodes) -> Expansi
     scores = gradients(theta)
     centre = torch.einsum("nc,nci->i", shares, scores)
     spread = torch.einsum("nc,nci,ncj->ij", shares, scores, scores) - torch.outer(centre, centre)
-    inverse, rank = _pseudo_inverse(_hessian(mean_loss)(theta))
+    hessian = _hessian(mean_loss)(theta)
+    inverse: Tensor = torch.linalg.pinv(
+        0.5 * (hessian + hessian.mT), rtol=RANK_TOLERANCE, hermitian=True
+    )
     covariance = inverse @ spread @ inverse
     steps = scores @ inverse
 
@@ -122,7 +123,7 @@ def expand(loss: Loss, label_loss: Loss, theta: Tensor, nodes: Nodes) -> Expansi
         bias=float(error(theta)),
         variance=formula if drift is None else formula + 2 * float(slope @ drift),
         formula=formula,
-        rank=rank,
+        rank=int(torch.linalg.matrix_rank(hessian, rtol=RANK_TOLERANCE, hermitian=True)),
         covariance=covariance,
         drift=drift,
         slope=slope,
@@ -166,11 +167,3 @@ def _hessian(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
     """Reverse over reverse: torch scripts the rules of forward mode, which is deprecated."""
     second: Callable[[Tensor], Tensor] = jacrev(grad(function))
     return second
-
-
-def _pseudo_inverse(matrix: Tensor) -> tuple[Tensor, int]:
-    """The pseudo-inverse of a symmetric matrix with eigenvalues >= 0, and its rank."""
-    values, axes = torch.linalg.eigh(0.5 * (matrix + matrix.mT))
-    kept = values > RANK_TOLERANCE * values[-1]
-    values, axes = values[kept], axes[:, kept]
-    return (axes / values) @ axes.mT, int(kept.sum())

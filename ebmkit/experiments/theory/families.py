@@ -35,19 +35,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = [
-    "CentredMeans",
-    "ClassCovariances",
-    "Family",
-    "Gaussians",
-    "Moments",
-    "NaiveBayes",
-    "SharedCovariance",
-    "linear_features",
-    "moments",
-    "quadratic_features",
-]
-
 
 class Gaussians(NamedTuple):
     """Weights and Gaussians of the classes; leading dimensions are many models at once."""
@@ -77,19 +64,10 @@ def moments(x: Tensor, shares: Tensor) -> Moments:
     return Moments(shares.sum(-2), shares.mT @ x, torch.stack(second, -3))
 
 
-def linear_features(x: Tensor) -> Tensor:
-    """(1, x): (..., d) to (..., 1 + d)."""
-    return torch.cat([torch.ones_like(x[..., :1]), x], -1)
-
-
-def quadratic_features(x: Tensor) -> Tensor:
-    """(1, x, x_i x_j for i <= j): (..., d) to (..., 1 + d + d (d+1) / 2)."""
-    i, j = torch.triu_indices(x.shape[-1], x.shape[-1])
-    return torch.cat([linear_features(x), x[..., i] * x[..., j]], -1)
-
-
 class Family(ABC):
     """A parametric family p_theta(x, c) with Gaussian classes.
+
+    A subclass says what covariances are free (`entries`, `covariances`) and how they are fitted.
 
     Args:
         num_classes: C, at least 2.
@@ -100,49 +78,82 @@ class Family(ABC):
     """Whether logits are quadratic in x."""
 
     def __init__(self, num_classes: int, dim: int) -> None:
-        self.num_classes = num_classes
-        self.dim = dim
+        self.num_classes, self.dim = num_classes, dim
+        self.free_means = num_classes
+        self.lower = tuple(torch.tril_indices(dim, dim))
 
     @property
-    @abstractmethod
     def num_parameters(self) -> int:
         """m, the length of theta."""
+        unit = torch.eye(self.dim).expand(self.num_classes, -1, -1)
+        return self.num_classes - 1 + self.free_means * self.dim + self.entries(unit).numel()
 
     @property
     def num_contrasts(self) -> int:
         """Degrees of freedom of log p_theta(c|x): the rank of the conditional Fisher matrix."""
-        features = 1 + self.dim
-        if self.quadratic:
-            features += self.dim * (self.dim + 1) // 2
+        features = 1 + self.dim + (self.dim * (self.dim + 1) // 2 if self.quadratic else 0)
         return (self.num_classes - 1) * features
 
     @abstractmethod
-    def fit(self, moments: Moments) -> Gaussians:
-        """The maximum of likelihood given the samples' moments, in closed form.
+    def entries(self, covariances: Tensor) -> Tensor:
+        """The free entries of the covariances (C, d, d), in the order of theta."""
+
+    @abstractmethod
+    def covariances(self, entries: Tensor) -> Tensor:
+        """The covariances (C, d, d) with these free entries."""
+
+    @abstractmethod
+    def fit_covariances(self, moments: Moments, means: Tensor) -> Tensor:
+        """The maximum of likelihood (..., C, d, d) given the samples' moments and the class means.
 
         Where a class has no sample, or a covariance is singular, there is none: the result holds
         infinities, or covariances that are not positive definite.
         """
 
-    @abstractmethod
+    def fit_means(self, moments: Moments) -> Tensor:
+        """The maximum of likelihood (..., C, d)."""
+        return moments.first / moments.mass[..., None]
+
+    def all_means(self, means: Tensor) -> Tensor:
+        """All class means (C, d) of the free ones."""
+        return means
+
+    def fit(self, moments: Moments) -> Gaussians:
+        """The maximum of likelihood given the samples' moments, in closed form."""
+        means = self.fit_means(moments)
+        return Gaussians(moments.mass.log(), means, self.fit_covariances(moments, means))
+
     def parameters(self, model: Gaussians) -> Tensor:
         """theta (m,) of a member of this family."""
+        ratios = model.log_prior[:-1] - model.log_prior[-1]
+        means = model.means[: self.free_means].flatten()
+        return torch.cat([ratios, means, self.entries(model.covariances).flatten()])
 
-    @abstractmethod
     def gaussians(self, theta: Tensor) -> Gaussians:
         """The member with parameters theta (m,)."""
+        first = self.num_classes - 1
+        head = first + self.free_means * self.dim
+        ratios = torch.cat([theta[:first], torch.zeros_like(theta[:1])])
+        means = self.all_means(theta[first:head].reshape(self.free_means, self.dim))
+        return Gaussians(ratios.log_softmax(-1), means, self.covariances(theta[head:]))
 
-    @abstractmethod
     def member(self, weights: Tensor) -> Gaussians:
-        """A member whose p(c|x) has the logits features(x) @ weights.
+        """A member whose p(c|x) has the logits features(x) @ weights, with unit covariances.
 
         Args:
             weights: (P, C).
         """
+        means = weights[1:].mT
+        log_prior = (weights[0] + 0.5 * means.square().sum(-1)).log_softmax(-1)
+        return Gaussians(log_prior, means, self.same(torch.eye(self.dim).to(means)))
 
     def features(self, x: Tensor) -> Tensor:
         """phi(x): (..., d) to (..., P)."""
-        return quadratic_features(x) if self.quadratic else linear_features(x)
+        parts = [torch.ones_like(x[..., :1]), x]
+        if self.quadratic:
+            i, j = torch.triu_indices(self.dim, self.dim)
+            parts.append(x[..., i] * x[..., j])
+        return torch.cat(parts, -1)
 
     def weights(self, model: Gaussians) -> Tensor:
         """The weights (..., P, C) of the logits of members of this family."""
@@ -171,59 +182,31 @@ class Family(ABC):
             - 0.5 * self.dim * math.log(2 * math.pi)
         )
 
-    def _split(self, theta: Tensor, means: int) -> tuple[Tensor, Tensor, Tensor]:
-        """log prior (C,), means (means, d) and the rest of theta."""
-        first, head = self.num_classes - 1, self._head(means)
-        ratios, centres, rest = theta[:first], theta[first:head], theta[head:]
-        padded = torch.cat([ratios, torch.zeros_like(theta[:1])])
-        return padded.log_softmax(-1), centres.reshape(means, self.dim), rest
-
-    def _head(self, means: int) -> int:
-        return self.num_classes - 1 + means * self.dim
-
-    def _join(self, model: Gaussians, means: int, *rest: Tensor) -> Tensor:
-        ratios = model.log_prior[:-1] - model.log_prior[-1]
-        return torch.cat([ratios, model.means[:means].flatten(), *(r.flatten() for r in rest)])
-
-    def _same(self, covariance: Tensor) -> Tensor:
+    def same(self, covariance: Tensor) -> Tensor:
         """One covariance (..., d, d) for every class, (..., C, d, d)."""
-        shape = (*covariance.shape[:-2], self.num_classes, self.dim, self.dim)
-        return covariance[..., None, :, :].expand(shape)
+        return covariance.unsqueeze(-3).expand(*covariance.shape[:-2], self.num_classes, -1, -1)
 
-    def _isotropic(self, weights: Tensor, means: Tensor) -> Gaussians:
-        """The member with unit covariances and these means whose offsets are weights[0]."""
-        log_prior = (weights[0] + 0.5 * means.square().sum(-1)).log_softmax(-1)
-        return Gaussians(log_prior, means, self._same(torch.eye(self.dim).to(means)))
+    def symmetric(self, entries: Tensor) -> Tensor:
+        """Symmetric matrices (..., d, d) from their entries i >= j, row by row."""
+        place = torch.empty(self.dim, self.dim, dtype=torch.long, device=entries.device)
+        i, j = self.lower
+        place[i, j] = place[j, i] = torch.arange(len(i), device=entries.device)
+        return entries[..., place]
 
 
 class SharedCovariance(Family):
     """One covariance for all classes: linear discriminant analysis, and logistic regression."""
 
-    @property
-    def num_parameters(self) -> int:
-        """C - 1 + C d + d (d + 1) / 2."""
-        return self._head(self.num_classes) + self.dim * (self.dim + 1) // 2
+    def entries(self, covariances: Tensor) -> Tensor:
+        i, j = self.lower
+        return covariances[0, i, j]
 
-    def fit(self, moments: Moments) -> Gaussians:
-        """Class frequencies, class means, and the pooled covariance."""
-        means = moments.first / moments.mass[..., None]
+    def covariances(self, entries: Tensor) -> Tensor:
+        return self.same(self.symmetric(entries))
+
+    def fit_covariances(self, moments: Moments, means: Tensor) -> Tensor:
         between = torch.einsum("...c,...ci,...cj->...ij", moments.mass, means, means)
-        covariance = moments.second.sum(-3) - between
-        return Gaussians(moments.mass.log(), means, self._same(covariance))
-
-    def parameters(self, model: Gaussians) -> Tensor:
-        """theta of a member."""
-        i, j = torch.tril_indices(self.dim, self.dim)
-        return self._join(model, self.num_classes, model.covariances[0, i, j])
-
-    def gaussians(self, theta: Tensor) -> Gaussians:
-        """The member with parameters theta."""
-        log_prior, means, entries = self._split(theta, self.num_classes)
-        return Gaussians(log_prior, means, self._same(_symmetric(entries, self.dim)))
-
-    def member(self, weights: Tensor) -> Gaussians:
-        """The member with unit covariances."""
-        return self._isotropic(weights, weights[1:].mT)
+        return self.same(moments.second.sum(-3) - between)
 
 
 class ClassCovariances(Family):
@@ -231,29 +214,16 @@ class ClassCovariances(Family):
 
     quadratic = True
 
-    @property
-    def num_parameters(self) -> int:
-        """C - 1 + C d + C d (d + 1) / 2."""
-        entries = self.dim * (self.dim + 1) // 2
-        return self._head(self.num_classes) + self.num_classes * entries
+    def entries(self, covariances: Tensor) -> Tensor:
+        i, j = self.lower
+        return covariances[:, i, j]
 
-    def fit(self, moments: Moments) -> Gaussians:
-        """Class frequencies, class means and class covariances."""
-        means = moments.first / moments.mass[..., None]
+    def covariances(self, entries: Tensor) -> Tensor:
+        return self.symmetric(entries.reshape(self.num_classes, -1))
+
+    def fit_covariances(self, moments: Moments, means: Tensor) -> Tensor:
         squares = moments.second / moments.mass[..., None, None]
-        covariances = squares - means[..., :, None] * means[..., None, :]
-        return Gaussians(moments.mass.log(), means, covariances)
-
-    def parameters(self, model: Gaussians) -> Tensor:
-        """theta of a member."""
-        i, j = torch.tril_indices(self.dim, self.dim)
-        return self._join(model, self.num_classes, model.covariances[:, i, j])
-
-    def gaussians(self, theta: Tensor) -> Gaussians:
-        """The member with parameters theta."""
-        log_prior, means, entries = self._split(theta, self.num_classes)
-        rows = entries.reshape(self.num_classes, -1)
-        return Gaussians(log_prior, means, _symmetric(rows, self.dim))
+        return squares - means[..., :, None] * means[..., None, :]
 
     def member(self, weights: Tensor) -> Gaussians:
         """The member whose largest variance is 1: a common quadratic form shows in no label."""
@@ -275,70 +245,46 @@ class ClassCovariances(Family):
 class NaiveBayes(Family):
     """One diagonal covariance for all classes: Gaussian naive Bayes, and logistic regression."""
 
-    @property
-    def num_parameters(self) -> int:
-        """C - 1 + C d + d."""
-        return self._head(self.num_classes) + self.dim
+    def entries(self, covariances: Tensor) -> Tensor:
+        return covariances[0].diagonal()
 
-    def fit(self, moments: Moments) -> Gaussians:
-        """Class frequencies, class means, and the pooled variance of each entry."""
-        means = moments.first / moments.mass[..., None]
+    def covariances(self, entries: Tensor) -> Tensor:
+        return self.same(torch.diag_embed(entries))
+
+    def fit_covariances(self, moments: Moments, means: Tensor) -> Tensor:
         squares = moments.second.diagonal(dim1=-2, dim2=-1).sum(-2)
-        variances = squares - (moments.first * means).sum(-2)
-        return Gaussians(moments.mass.log(), means, self._same(torch.diag_embed(variances)))
-
-    def parameters(self, model: Gaussians) -> Tensor:
-        """theta of a member."""
-        return self._join(model, self.num_classes, model.covariances[0].diagonal())
-
-    def gaussians(self, theta: Tensor) -> Gaussians:
-        """The member with parameters theta."""
-        log_prior, means, variances = self._split(theta, self.num_classes)
-        return Gaussians(log_prior, means, self._same(torch.diag_embed(variances)))
-
-    def member(self, weights: Tensor) -> Gaussians:
-        """The member with unit covariances."""
-        return self._isotropic(weights, weights[1:].mT)
+        return self.covariances(squares - (moments.first * means).sum(-2))
 
 
 class CentredMeans(Family):
     """Unit covariances and class means that sum to zero: no parameter that labels do not show."""
 
-    @property
-    def num_parameters(self) -> int:
-        """(C - 1)(d + 1)."""
-        return self._head(self.num_classes - 1)
+    def __init__(self, num_classes: int, dim: int) -> None:
+        super().__init__(num_classes, dim)
+        self.free_means = num_classes - 1
 
-    def fit(self, moments: Moments) -> Gaussians:
-        """Class frequencies, and the class means moved by lambda / frequency so that they sum to 0.
+    def entries(self, covariances: Tensor) -> Tensor:
+        return covariances[:0]
+
+    def covariances(self, entries: Tensor) -> Tensor:
+        return self.same(torch.eye(self.dim).to(entries))
+
+    def fit_covariances(self, moments: Moments, means: Tensor) -> Tensor:
+        return self.same(torch.eye(self.dim).to(means).expand(*means.shape[:-2], -1, -1))
+
+    def fit_means(self, moments: Moments) -> Tensor:
+        """The class means moved by lambda / frequency so that they sum to 0.
 
         The Lagrange condition mass_c (mu_c - mean_c) = -lambda, the same for every class.
         """
-        means = moments.first / moments.mass[..., None]
-        inverse = 1 / moments.mass[..., None]
-        means = means - inverse * (means.sum(-2, True) / inverse.sum(-2, True))
-        covariance = torch.eye(self.dim).to(means).expand(*means.shape[:-2], self.dim, self.dim)
-        return Gaussians(moments.mass.log(), means, self._same(covariance))
+        means, inverse = super().fit_means(moments), 1 / moments.mass[..., None]
+        return means - inverse * (means.sum(-2, True) / inverse.sum(-2, True))
 
-    def parameters(self, model: Gaussians) -> Tensor:
-        """theta of a member."""
-        return self._join(model, self.num_classes - 1)
-
-    def gaussians(self, theta: Tensor) -> Gaussians:
-        """The member with parameters theta."""
-        log_prior, means, _ = self._split(theta, self.num_classes - 1)
-        means = torch.cat([means, -means.sum(0, True)])
-        return Gaussians(log_prior, means, self._same(torch.eye(self.dim).to(means)))
+    def all_means(self, means: Tensor) -> Tensor:
+        return torch.cat([means, -means.sum(0, True)])
 
     def member(self, weights: Tensor) -> Gaussians:
         """The one member with these logits."""
         slope = weights[1:].mT
-        return self._isotropic(weights, slope - slope.mean(0))
-
-
-def _symmetric(entries: Tensor, dim: int) -> Tensor:
-    """Symmetric matrices (..., d, d) from their entries i >= j, row by row."""
-    place = torch.empty(dim, dim, dtype=torch.long, device=entries.device)
-    i, j = torch.tril_indices(dim, dim)
-    place[i, j] = place[j, i] = torch.arange(len(i), device=entries.device)
-    return entries[..., place]
+        centred = torch.cat([weights[:1], (slope - slope.mean(0)).mT])
+        return super().member(centred)

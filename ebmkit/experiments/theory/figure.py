@@ -12,18 +12,13 @@ Errors and b are in nats, v in nats times samples.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from ebmkit.errors import unknown_name
 from ebmkit.evaluation.statistics import finite
 from ebmkit.experiments.theory.constants import Expansion, discriminative, generative
-from ebmkit.experiments.theory.measure import Fitted, Point, fit_bias, fit_variance, measure
+from ebmkit.experiments.theory.fits import Fitted, Point, fit_bias, fit_variance, measure
 from ebmkit.experiments.theory.settings import PAPER, SETTINGS, Setting
-
-__all__ = ["Scale", "figure1", "markdown", "rows"]
-
-Scale = Literal["smoke", "cpu", "full"]
 
 SIZES = 9  # numbers of samples per setting, each twice the one before
 FITTED = 4  # of them, the largest, that v and b are estimated from
@@ -31,22 +26,14 @@ FITTED = 4  # of them, the largest, that v and b are estimated from
 ROUNDING = 1e-7  # nats: a bias below is zero but for quadrature and rounding
 
 
-@dataclass(frozen=True)
-class _Budget:
-    numbers: int  # of features (sets x samples x features) per setting and size
-    most: int  # training sets
-    least: int
-
-
-_BUDGETS: dict[str, _Budget] = {
-    "smoke": _Budget(numbers=300_000, most=200, least=30),
-    "cpu": _Budget(numbers=15_000_000, most=8000, least=50),
-    "full": _Budget(numbers=150_000_000, most=40_000, least=200),
-}
+_BUDGETS = {"smoke": (300_000, 200, 30), "cpu": (15_000_000, 8000, 50),
+            "full": (150_000_000, 40_000, 200)}  # fmt: skip
+"""By scale: numbers of features (sets x samples x features) per setting and size; training sets at
+most and at least."""
 
 
 def figure1(
-    scale: Scale, seed: int = 0, progress: Callable[[int, int], None] | None = None
+    scale: str, seed: int = 0, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, Any]:
     """Compute and measure the constants of equation (4).
 
@@ -83,7 +70,7 @@ def figure1(
 
 
 def _setting(
-    setting: Setting, budget: _Budget, seed: int, advance: Callable[[int], None]
+    setting: Setting, budget: tuple[int, int, int], seed: int, advance: Callable[[int], None]
 ) -> dict[str, Any]:
     family = setting.family
     nodes = setting.truth.nodes()
@@ -92,13 +79,11 @@ def _setting(
     points: list[list[Point]] = []
     for k in range(SIZES):
         n = setting.smallest * 2**k
-        sets = max(budget.least, min(budget.most, budget.numbers // (n * len(start))))
+        numbers, most, least = budget
+        sets = max(least, min(most, numbers // (n * len(start))))
         points.append(measure(setting, n, sets, start, seed))
         advance(k + 1)
-    measured = {
-        "generative": [p[0] for p in points],
-        "discriminative": [p[1] for p in points],
-    }
+    measured = dict(zip(("generative", "discriminative"), zip(*points, strict=True), strict=True))
     b_gen, b_dis = (b if b > ROUNDING else 0.0 for b in (gen.bias, dis.bias))
     saved, gap = dis.variance - gen.variance, b_gen - b_dis
     return {

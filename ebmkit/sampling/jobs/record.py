@@ -1,8 +1,8 @@
-r"""What is kept of a batch's steps: sums of each step, log-densities, frames of the path.
+r"""The steps of a batch of chains, and what is recorded of them: sums, log-densities, frames.
 
 Each step leaves the number of chains that moved, and the sums over them of the noise level, of
-acceptance and of the root mean square move; batches add up. Log-densities of all chains are kept
-every few steps, for `ebmkit.sampling.diagnostics`. Frames are kept of the first chains; since a
+acceptance and of the root mean square move; batches add up. Log-densities of all chains are
+recorded every few steps, for `ebmkit.sampling.diagnostics`. Frames are of the first chains; since a
 schedule may end early, every second is dropped when there are too many, and the stride doubles.
 """
 
@@ -10,98 +10,119 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ebmkit.sampling.base import Info, State
+from ebmkit.sampling.base import Chains, Info, State
 
-__all__ = ["DRAWS", "FRAMES", "SHOWN", "Record", "means_of"]
+MAX_DRAWS = 200
+"""Log-densities recorded of a chain, about."""
 
-DRAWS = 200
-"""Log-densities kept of a chain, about."""
-
-FRAMES = 48
-"""Frames kept of the path, at the most."""
-
-SHOWN = 16
-"""Chains whose path is kept, the first of the job."""
+MAX_FRAMES = 48
+"""Frames recorded of the path, at the most."""
 
 Summary = Callable[[State], Tensor]
 
 
 class Record:
-    """Follows a batch of chains.
+    """Records a batch of chains.
 
     Args:
         length: steps it may take.
-        summary: the log-density (B,) of a state; None: none is kept.
-        shown: number of chains whose path is kept.
+        summary: the log-density (B,) of a state; None: none is recorded.
+        shown: number of chains whose path is recorded.
     """
 
-    def __init__(self, length: int, summary: Summary | None, shown: int) -> None:
-        self.every = max(1, length // DRAWS)
+    def __init__(self, length: int, summary: Summary | None = None, shown: int = 0) -> None:
+        self.every = max(1, length // MAX_DRAWS)
         self.summary, self.shown = summary, shown
         self.stride = 1
-        self._sums: list[Tensor] = []
-        self._draws: list[Tensor] = []
-        self._frames: list[Tensor] = []
-        self._moments: list[int] = []
-
-    def begin(self, x: Tensor) -> None:
-        """The first frame, of where chains start."""
-        self._frame(x, 0)
+        self.sums: list[Tensor] = []
+        self.draws: list[Tensor] = []
+        self.frames: list[Tensor] = []
+        self.moments: list[int] = []
 
     def note(self, state: State, info: Info, active: Tensor) -> None:
-        """A step, of which the ``active`` (B,) chains count."""
-        self._sums.append(_sums(info, active))
+        """Record a step, of which the ``active`` (B,) chains count."""
+        self.sums.append(_sums(info, active))
         if self.summary is not None and state.step % self.every == 0:
-            self._draws.append(self.summary(state).detach().double().cpu())
+            self.draws.append(self.summary(state).detach().double().cpu())
         if state.step % self.stride == 0:
-            self._frame(state.x, state.step)
+            self.frame(state.x, state.step)
 
-    def end(self, x: Tensor, step: int) -> None:
-        """The last frame, of the finished samples."""
-        self._frame(x, step, last=True)
+    def frame(self, x: Tensor, step: int, last: bool = False) -> None:
+        """Record a frame: the start, a step, or the finished samples as the ``last``."""
+        if not self.shown:
+            return
+        self.frames.append((x[: self.shown].clamp(0, 1) * 255).round().to(torch.uint8).cpu())
+        self.moments.append(step)
+        if len(self.frames) > MAX_FRAMES and not last:
+            self.stride *= 2
+            left = [k for k, moment in enumerate(self.moments) if moment % self.stride == 0]
+            self.frames = [self.frames[k] for k in left]
+            self.moments = [self.moments[k] for k in left]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything kept, by name: ``sums`` (T, 4), ``draws`` (N, B), ``frames`` (K, S, C, H, W)
-        uint8 and ``moments`` (K,), their steps; and ``stride``."""
-        found = {"stride": torch.tensor(self.stride)}
-        if self._sums:
-            found["sums"] = torch.stack(self._sums).cpu()
-        if self._draws:
-            found["draws"] = torch.stack(self._draws)
-        if self._frames:
-            found["frames"] = torch.stack(self._frames)
-            found["moments"] = torch.tensor(self._moments)
-        return found
+        """Everything recorded, by name: ``sums`` (T, 4), ``draws`` (N, B), ``frames``
+        (K, S, C, H, W) uint8 and ``moments`` (K,), their steps; and ``stride``."""
+        lists = {"sums": self.sums, "draws": self.draws, "frames": self.frames}
+        found = {name: torch.stack(values) for name, values in lists.items() if values}
+        if self.moments:
+            found["moments"] = torch.tensor(self.moments)
+        return found | {"stride": torch.tensor(self.stride)}
 
-    def restore(self, kept: dict[str, Tensor]) -> None:
-        """Go on from what `tensors` gave.
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Resume from what `tensors` gave.
 
         Raises:
             KeyError, TypeError, ValueError, RuntimeError: if it is nothing of that kind.
         """
-        self.stride = int(kept["stride"])
+        self.stride = int(tensors["stride"])
         if self.stride < 1:
             raise ValueError(self.stride)
-        self._sums = list(kept["sums"]) if "sums" in kept else []
-        self._draws = list(kept["draws"]) if "draws" in kept else []
-        self._frames = list(kept["frames"]) if "frames" in kept else []
-        self._moments = kept["moments"].tolist() if "moments" in kept else []
+        self.sums, self.draws, self.frames = (
+            list(tensors.get(name, ())) for name in ("sums", "draws", "frames")
+        )
+        self.moments = tensors["moments"].tolist() if "moments" in tensors else []
 
-    def _frame(self, x: Tensor, step: int, last: bool = False) -> None:
-        if not self.shown:
-            return
-        self._frames.append((x[: self.shown].clamp(0, 1) * 255).round().to(torch.uint8).cpu())
-        self._moments.append(step)
-        if len(self._frames) > FRAMES and not last:
-            self.stride *= 2
-            kept = [k for k, moment in enumerate(self._moments) if moment % self.stride == 0]
-            self._frames = [self._frames[k] for k in kept]
-            self._moments = [self._moments[k] for k in kept]
+
+def run_chains(
+    chains: Chains[Any],
+    length: int,
+    generator: Callable[[int], torch.Generator],
+    record: Record,
+    after: Callable[[int], None] = lambda step: None,
+) -> None:
+    """Take ``chains`` to their end, or to step ``length``.
+
+    Args:
+        chains: at any step.
+        length: steps at the most.
+        generator: of a step, a function of its number alone.
+        record: of all steps so far.
+        after: called with the number of each step that is done.
+    """
+    while not chains.done and chains.state.step < length:
+        active = ~chains.finished
+        info = chains.advance(generator(chains.state.step + 1))
+        chains.state = as_from_file(chains.state)
+        active[list(chains.diverged)] = False
+        record.note(chains.state, info, active)
+        after(chains.state.step)
+
+
+def as_from_file(state: Any) -> Any:
+    """``state`` in the layout in memory that a file would give it, whatever the network's was.
+
+    Sums of floats depend on it, so that resumed chains would differ.
+    """
+    fields: dict[str, Any] = state._asdict()
+    plain = torch.contiguous_format  # clone: one channel passes for contiguous in any layout
+    return state._replace(
+        **{k: v.clone(memory_format=plain) for k, v in fields.items() if isinstance(v, Tensor)}
+    )
 
 
 def _sums(info: Info, active: Tensor) -> Tensor:
@@ -113,23 +134,21 @@ def _sums(info: Info, active: Tensor) -> Tensor:
     return torch.stack(found).cpu()
 
 
-class Means(NamedTuple):
-    """Of each step over all chains that moved: numbers, None where they have no meaning."""
+def means_of(batches: list[Tensor]) -> dict[str, list[Any]]:
+    """The means of each step over all chains that moved, None where they have no meaning.
 
-    chains: list[int]
-    sigma: list[float | None]
-    acceptance: list[float | None]
-    move: list[float | None]
+    Args:
+        batches: the ``sums`` (T, 4) of each, of different lengths.
 
-
-def means_of(batches: list[Tensor]) -> Means:
-    """The means of each step over the ``sums`` (T, 4) of batches, of different lengths."""
+    Returns:
+        The number of ``chains`` at each step, and means of ``sigma``, ``acceptance`` and ``move``.
+    """
     length = max((len(sums) for sums in batches), default=0)
     total = torch.zeros(length, 4, dtype=torch.float64)
     for sums in batches:
         total[: len(sums)] += sums
-    columns: list[list[float | None]] = []
-    for column in (1, 2, 3):
-        means = total[:, column] / total[:, 0]
-        columns.append([float(f"{m:.6g}") if math.isfinite(m) else None for m in means.tolist()])
-    return Means([int(n) for n in total[:, 0].tolist()], *columns)
+    found: dict[str, list[Any]] = {"chains": [int(n) for n in total[:, 0].tolist()]}
+    for column, name in enumerate(("sigma", "acceptance", "move"), 1):
+        means = (total[:, column] / total[:, 0]).tolist()
+        found[name] = [float(f"{m:.6g}") if math.isfinite(m) else None for m in means]
+    return found

@@ -1,50 +1,59 @@
-r"""Restoring pictures by stochastic ascent under their measurements (`ebmkit.sampling.kadkhodaie`).
+r"""Restoring images by stochastic ascent under their measurements, and the files about them.
 
-Pictures of one measurement are restored together, each in S chains. A chain is a draw that explains
+Images of one measurement are restored together, each in S chains. A chain is a draw that explains
 the measurements; the mean of the S is nearer to the posterior mean and so has the higher PSNR,
-though it looks smoother than any picture.
+though it looks smoother than any image.
 
-Pictures up to twice the size that the model was trained at go through it as they are. Larger ones
+Images up to twice the size that the model was trained at go through it as they are. Larger ones
 are denoised in overlapping crops (`ebmkit.inference`), so that memory is bounded; the noise level
-is that of the whole picture, as the ascent needs it.
+is that of the whole image, as the ascent needs it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ebmkit.compile import device_of
-from ebmkit.energy import Noise, ScoreModel
+from ebmkit.data.images import read_image, write_image
+from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.inference import TILE, denoise_image
+from ebmkit.metrics import psnr
+from ebmkit.plots import image_grid, save_figure, show_image
 from ebmkit.randomness import keyed_generator
 from ebmkit.sampling.base import Chains
-from ebmkit.sampling.config import StochasticAscentConfig
-from ebmkit.sampling.inverse import Measurement
-from ebmkit.sampling.jobs.record import means_of
-from ebmkit.sampling.presets import make_restorer
+from ebmkit.sampling.diagnostics import finite_or_none
+from ebmkit.sampling.inverse import Degraded, Measurement, Task, TaskOptions, baselines_of
+from ebmkit.sampling.jobs.record import Record, means_of, run_chains
+from ebmkit.sampling.jobs.results import far_from_images
+from ebmkit.sampling.kadkhodaie_simoncelli import StochasticAscentConfig, make_restorer
+from ebmkit.sampling.target import trained_range
+from ebmkit.storage import write_atomically
+from ebmkit.training.run_folder import environment
 
-__all__ = ["LARGEST", "Restored", "restore"]
+MAX_PIXELS = 1024 * 1024
+"""Pixels of an image at the most: a restoration is hundreds of passes."""
 
-LARGEST = 1024 * 1024
-"""Pixels of a picture at the most: a restoration is hundreds of passes."""
-
-WHOLE = 2
-"""Times the trained size up to which a picture goes through the network as it is."""
+AS_IT_IS = 2
+"""Times the trained size up to which an image goes through the network as it is."""
 
 
 class Restored(NamedTuple):
-    """What came of B pictures in S chains each.
+    """What came of B images in S chains each.
 
     Attributes:
         images: (B, S, C, H, W), not clipped.
-        finite: (B, S) bool, chains that stayed with finite numbers.
+        finite: (B, S) bool, chains that did not diverge.
         error: (B, S) root mean square of what the measurements of the images are off, image units.
-        sigmas: mean noise level that the chains found at each step.
+        sigmas: mean noise level that the chains estimated at each step.
         steps: of the longest chain.
     """
 
@@ -65,7 +74,7 @@ def restore(
     samples: int = 1,
     seed: int = 0,
     c: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda step, steps: None,
 ) -> Restored:
     """Draw images that have the measurements ``measured`` (B, n).
 
@@ -73,78 +82,284 @@ def restore(
         model: a blind denoiser, frozen.
         measurement: which numbers of the images are known.
         measured: what they are.
-        config: of the sampler ``ks``.
-        samples: S, chains for each picture.
+        config: of the sampler ``kadkhodaie_simoncelli``.
+        samples: S, chains for each image.
         seed: of the noise.
         c: a label, for the class-conditional denoiser.
-        progress: told of (step, steps at the most).
+        progress: called with (step, steps at the most).
 
     Raises:
-        UserError: if the sampler ``ks`` cannot drive the model, the picture is too large, or the
-            number of samples is below 1.
+        UserError: if the sampler cannot drive the model, the image is too large, or the number of
+            samples is below 1.
     """
     if samples < 1:
-        raise UserError(f"{samples} samples of each picture cannot be drawn: take 1 or more")
+        raise UserError(f"{samples} samples of each image cannot be drawn: take 1 or more")
     _, height, width = measurement.shape
-    if height * width > LARGEST:
+    if height * width > MAX_PIXELS:
         raise UserError(
-            f"a picture of {width}x{height} has more than {LARGEST // 1024**2} megapixel, too many "
-            "to restore: cut it into parts, or make it smaller"
+            f"an image of {width}x{height} has more than {MAX_PIXELS // 1024**2} megapixel, too "
+            "many to restore: cut it into parts, or make it smaller"
         )
-    config = config or StochasticAscentConfig()
     device, count = device_of(model), len(measured)
+
+    def generator(step: int) -> torch.Generator:
+        return keyed_generator(device, seed, "restore", step)
+
+    def denoise_in_crops(y: Tensor, sigma: object = None) -> Tensor:
+        return torch.stack([_denoise_in_crops(model, image, c) for image in y])
+
     numbers = measured.to(device).repeat_interleave(samples, 0)
     ascent = make_restorer(model, measurement, numbers, config, c)
-    if not _whole(model, height, width):
-        ascent.denoiser = _InCrops(model, c)
-    shape = (len(numbers), *measurement.shape)
-    chains = Chains(ascent, ascent.init(ascent.start(shape, _generator(device, seed, 0))))
-    sums: list[Tensor] = []
-    while not chains.done:
-        before = chains.finished.clone()
-        info = chains.advance(_generator(device, seed, chains.state.step + 1))
-        active = ~before
-        active[list(chains.died)] = False
-        assert info.sigma is not None
-        row: list[Any] = [active.sum(), info.sigma[active].sum(), torch.nan, 0]
-        sums.append(torch.tensor([float(v) for v in row], dtype=torch.float64))
-        if progress is not None:
-            progress(chains.state.step, ascent.steps)
+    size = model.card.image_size if model.card else None
+    if max(height, width) > (AS_IT_IS * max(size) if size else TILE):
+        ascent.denoiser = denoise_in_crops
+    start = ascent.start((len(numbers), *measurement.shape), generator(0))
+    chains, record = Chains(ascent, ascent.init(start)), Record(ascent.steps)
+    run_chains(chains, ascent.steps, generator, record, lambda step: progress(step, ascent.steps))
     finite = torch.ones(len(numbers), dtype=torch.bool)
-    finite[list(chains.died)] = False
+    finite[list(chains.diverged)] = False
     images = chains.state.x
     off = measurement.measure(images) - numbers
     return Restored(
-        images.reshape(count, samples, *measurement.shape).cpu(),
+        rearrange(images, "(b s) c h w -> b s c h w", s=samples).cpu(),
         finite.reshape(count, samples),
         off.square().mean(1).sqrt().reshape(count, samples).cpu(),
-        means_of([torch.stack(sums)]).sigma,
+        means_of([torch.stack(record.sums)])["sigma"],
         chains.state.step,
     )
 
 
-def _generator(device: torch.device, seed: int, step: int) -> torch.Generator:
-    return keyed_generator(device, seed, "restore", step)
+def _denoise_in_crops(model: ScoreModel, y: Tensor, c: int | None) -> Tensor:
+    """The blind denoiser of an image (C, H, W) of any size, at a level within the trained ones."""
+    found, limits = denoise_image(model, y, c=c), trained_range(model)
+    if limits is None or not model.is_energy_based or found.sigma <= limits[1]:
+        return found.image
+    return y + (limits[1] / found.sigma) ** 2 * (found.image - y)
 
 
-def _whole(model: ScoreModel, height: int, width: int) -> bool:
-    size = model.card.image_size if model.card else None
-    return max(height, width) <= (WHOLE * max(size) if size else TILE)
+class RestoreJob(NamedTuple):
+    """How images are restored.
+
+    Attributes:
+        model: a blind denoiser, frozen.
+        task: what is known of each image.
+        options: of the measurement.
+        config: of the sampler.
+        measured: whether the images are the measured ones, so that nobody knows the clean ones.
+        samples: restorations of each.
+        seed: of the noise.
+        c: a label, or None.
+        run: name of the run, written down.
+    """
+
+    model: ScoreModel
+    task: Task
+    options: TaskOptions
+    config: StochasticAscentConfig
+    measured: bool = False
+    samples: int = 1
+    seed: int = 0
+    c: int | None = None
+    run: str = ""
+
+    def check(self, images: Sequence[Path], out: Path) -> None:
+        """Whether all ``images`` can be restored into ``out``, before the first one is.
+
+        Raises:
+            UserError: if not: one cannot be read or measured, or a file is there already.
+        """
+        for i, path in enumerate(images):
+            if path.stem in [p.stem for p in images[:i]]:
+                raise UserError(f"two images are called {path.stem!r}: restore them separately")
+            for target in self.targets(path, out):
+                if target.exists():
+                    raise UserError(
+                        f"{str(target)!r} exists: choose another --out, or move it away"
+                    )
+            self.degraded(path)
+
+    def targets(self, path: Path, out: Path) -> list[Path]:
+        """The files that are written about the image ``path``."""
+        kinds = ["measured.png", "comparison.png", *self._names]
+        return [out / f"{path.stem}.json", *(out / f"{path.stem}-{kind}" for kind in kinds)]
+
+    def degraded(self, path: Path) -> Degraded:
+        """What is known of the image ``path``.
+
+        Raises:
+            UserError: if it cannot be read, or as `Task.degrade`.
+        """
+        channels = self.model.card.channels if self.model.card else None
+        return self.task.degrade(read_image(path, channels).image, self.options, self.measured)
+
+    def run_on(
+        self,
+        path: Path,
+        out: Path,
+        progress: Callable[[int, int], None] = lambda step, steps: None,
+    ) -> dict[str, Any]:
+        """Restore one image and write its files into ``out``; what the JSON file holds.
+
+        Raises:
+            UserError: if it cannot be read or measured, a file cannot be written, or every chain
+                diverged.
+        """
+        begun = time.perf_counter()
+        known = self.degraded(path)
+        clean, shape = known.clean, known.measurement.shape
+        found = restore(
+            self.model,
+            known.measurement,
+            known.measured,
+            self.config,
+            samples=self.samples,
+            seed=self.seed,
+            c=self.c,
+            progress=progress,
+        )
+        images, finite = found.images[0], found.finite[0]
+        if not bool(finite.any()):
+            raise UserError(
+                f"every chain of {path.name!r} diverged to NaN or Inf: lower beta or first_step, "
+                "or look whether the model's training diverged"
+            )
+        restored = images[finite].clamp(0, 1)
+        baselines = baselines_of(known.measurement, known.measured)
+        options = self.task.resolved(self.options)
+        mask, card = options.mask, self.model.card
+        document: dict[str, Any] = {
+            "picture": str(path),
+            "run": self.run,
+            "task": self.task.name,
+            "options": {
+                "mask": None if mask is None else f"{int(mask.sum())} of {mask.numel()} pixels",
+                "share": options.share,
+                "factor": options.factor,
+                "seed": options.seed,
+            },
+            "size": list(shape),
+            "measured_numbers": known.measurement.count,
+            "settings": self.config.model_dump(mode="json"),
+            "seed": self.seed,
+            "samples": self.samples,
+            "label": self.c,
+            "psnr": None,
+            "consistency_error": [finite_or_none(float(e)) for e in found.error[0]],
+            "lost": torch.nonzero(~finite).flatten().tolist(),
+            "steps": found.steps,
+            "sigmas": found.sigmas,
+            "warnings": self._warnings(shape, images, finite),
+            "seconds": round(time.perf_counter() - begun, 3),
+            "model": None if card is None else card.model_dump(mode="json"),
+            "environment": environment(),
+        }
+        if clean is not None:
+            document["psnr"] = {
+                "samples": [_psnr(x, clean) for x in images],
+                **({"mean_of_samples": _psnr(restored.mean(0), clean)} if len(images) > 1 else {}),
+                "baselines": {name: _psnr(x, clean) for name, x in baselines.items()},
+            }
+        write_image(known.look, out / f"{path.stem}-measured.png")
+        shown = restored if self.samples == 1 else [*images, restored.mean(0)]
+        for name, image in zip(self._names, shown, strict=True):
+            write_image(image.clamp(0, 1), out / f"{path.stem}-{name}")
+        plot_restorations(
+            [_panels(known, baselines, restored)],
+            out / f"{path.stem}-comparison.png",
+            f"{self.task.name}: {path.name}",
+        )
+        text = json.dumps(document, indent=1, allow_nan=False)
+        write_atomically(out / f"{path.stem}.json", text.encode())
+        return document
+
+    def _warnings(self, shape: tuple[int, ...], images: Tensor, finite: Tensor) -> list[str]:
+        found = []
+        size = self.model.card and self.model.card.image_size
+        if size and tuple(size) != shape[1:]:
+            found.append(
+                f"an image of {shape[1]}x{shape[2]} by a model trained at {size[0]}x{size[1]}: it "
+                "restores best at its own size"
+            )
+        far = torch.nonzero(far_from_images(images)).flatten().tolist()
+        if far:
+            found.append(
+                f"restorations {[k + 1 for k in far]} have pixels where no image is: their chains "
+                "ran away, as they do where a model was trained too little; lower beta or "
+                "largest_step may help"
+            )
+        diverged = torch.nonzero(~finite).flatten().tolist()
+        if diverged:
+            found.append(f"chains {diverged} diverged to NaN or Inf; the others are not affected")
+        return found
+
+    @property
+    def _names(self) -> list[str]:
+        if self.samples == 1:
+            return ["restored.png"]
+        return [*(f"restored-{k + 1}.png" for k in range(self.samples)), "mean.png"]
 
 
-class _InCrops:
-    """The blind denoiser of pictures of any size (B, C, H, W), in crops, one after the other."""
+def read_mask(path: Path) -> Tensor:
+    """A mask (H, W) bool, true where the image ``path`` is white: what is to be filled in.
 
-    def __init__(self, model: ScoreModel, c: int | None) -> None:
-        self.model, self.c = model, c
+    Raises:
+        UserError: if it cannot be read, or has other values than black and white.
+    """
+    image = read_image(path).image.mean(0)
+    middle = (image > 0.1) & (image < 0.9)
+    if bool(middle.any()):
+        raise UserError(
+            f"mask {str(path)!r} has {int(middle.sum())} pixels that are neither black nor white: "
+            "save it as PNG, white where the image is to be filled in"
+        )
+    return image > 0.5
 
-    def __call__(self, y: Tensor, sigma: Noise | None = None, /) -> Tensor:
-        return torch.stack([self._one(one) for one in y])
 
-    def _one(self, y: Tensor) -> Tensor:
-        found = denoise_image(self.model, y, c=self.c)
-        limits = self.model.card.sigma_range if self.model.card else None
-        if limits is None or not self.model.is_energy_based or found.sigma <= limits[1]:
-            return found.image
-        # the level held to the range, as `ebmkit.sampling.target.blind_denoiser_of` holds it
-        return y + (limits[1] / found.sigma) ** 2 * (found.image - y)
+class Panel(NamedTuple):
+    """A cell of `plot_restorations`: an image (C, H, W), and the text above and below."""
+
+    image: Tensor
+    above: str
+    below: str
+
+
+def plot_restorations(rows: Sequence[Sequence[Panel]], path: Path, title: str) -> None:
+    """One image in each row: as it was, what was measured, baselines, and restored.
+
+    Args:
+        rows: of equal length, and images of equal size.
+        path: the PNG file.
+        title: above.
+    """
+    shape = (rows[0][0].image.shape[-2], rows[0][0].image.shape[-1])
+    figure, axes = image_grid(len(rows), len(rows[0]), shape, head=0.55)
+    for i, row in enumerate(rows):
+        for k, panel in enumerate(row):
+            show_image(axes[i][k], panel.image, panel.below, panel.above if i == 0 else "")
+    height = figure.get_figheight()
+    figure.text(0.008, 1 - 0.14 / height, title, fontsize=9, weight="bold", va="center")
+    save_figure(figure, path)
+
+
+def _panels(known: Degraded, baselines: dict[str, Tensor], restored: Tensor) -> list[Panel]:
+    """Original, measured, the best baseline, a restored one, and the mean of several."""
+    clean = known.clean
+
+    def panel(image: Tensor, above: str) -> Panel:
+        value = None if clean is None else _psnr(image, clean)
+        return Panel(image, above, "" if value is None else f"{value:.2f} dB")
+
+    def quality(name: str) -> float:
+        return 0.0 if clean is None else float(psnr(baselines[name][None], clean[None]))
+
+    best = max(baselines, key=quality)
+    panels = [] if clean is None else [Panel(clean, "original", "")]
+    panels += [panel(known.look, "measured"), panel(baselines[best], best)]
+    panels.append(panel(restored[0], "restored"))
+    if len(restored) > 1:
+        panels.append(panel(restored.mean(0), f"mean of {len(restored)}"))
+    return panels
+
+
+def _psnr(image: Tensor, clean: Tensor) -> float | None:
+    return finite_or_none(float(psnr(image.clamp(0, 1)[None].cpu(), clean[None].cpu())))

@@ -1,46 +1,64 @@
-"""The files of a finished sampling job.
+"""The files of a finished sampling job, and its plots.
 
 ``samples.h5``, which is also a data set of kind ``hdf5`` (`ebmkit.data.hdf5`)::
 
     images       (N, H, W, C) uint8, clipped and rounded
     samples      (N, C, H, W) float32, as the sampler left them
-    finite       (N,) bool, false of chains that left the finite numbers: their last finite image
+    finite       (N,) bool, false of chains that diverged: their last finite image
     labels       (N,) int64, of samples that were asked for by label
     class_names  their names
     log_density  (N,) float32, nats, up to the model's constant
     log_joint    (N, C) float32, of models with labels
 
-with attributes ``source`` (``fresh``, or ``buffer`` where chains go on from the replay buffer),
-``sampler``, ``settings`` (JSON), ``seed``, ``run``. There is no attribute ``filter``, as nothing is
-left out.
+with attributes ``source`` (``fresh``, or ``buffer`` where chains continue those of the replay
+buffer), ``sampler``, ``settings`` (JSON), ``seed``, ``run``. There is no attribute ``filter``, as
+nothing is left out.
 """
 
 from __future__ import annotations
 
+import io
+import math
 import os
 import tempfile
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from einops import rearrange
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from ebmkit.errors import UserError
-from ebmkit.plots.sampling import Sampled, path_animation, path_strip, sample_grid
-from ebmkit.sampling.jobs.diagnose import chain_diagnostics, energy_diagnostics, lost_chains
-from ebmkit.sampling.jobs.job import SamplingJob, density_level
-from ebmkit.sampling.jobs.labels import class_names_of
-from ebmkit.sampling.jobs.record import means_of
-from ebmkit.sampling.jobs.settings import BUFFER
+from ebmkit.plots import DPI, GRAY, new_figure, save_figure
+from ebmkit.sampling.diagnostics import chain_diagnostics, energy_diagnostics
+from ebmkit.sampling.jobs.job import SamplingJob
+from ebmkit.sampling.jobs.record import MAX_DRAWS, means_of
+from ebmkit.sampling.jobs.settings import BUFFER, class_names_of
+from ebmkit.sampling.target import clean_level
+from ebmkit.storage import write_atomically
+from ebmkit.terminal import shown_name
 from ebmkit.training.run_folder import environment
-
-__all__ = ["far_from_images", "source_of", "write_results"]
 
 FAR = 1.5
 """Distance of a pixel from 0.5 beyond which a sample is no image, for whatever reason."""
 
-GRID = 200
-"""Samples on the picture, at the most."""
+ROWS, COLUMNS = 20, 10
+"""Of the grid, at the most: of classes, and of samples of a class."""
+
+CELL = 64
+"""Pixels that the side of an image takes, at the least."""
+
+MOMENTS, CHAINS = 10, 6
+"""Columns and rows of the strip, at the most."""
+
+FRAME_MS, LAST_MS = 90, 2000
+
+DIVERGED = (213, 94, 0)
+"""The frame of diverged chains, orange."""
 
 
 def write_results(job: SamplingJob, run: str) -> dict[str, Any]:
@@ -53,138 +71,48 @@ def write_results(job: SamplingJob, run: str) -> dict[str, Any]:
     Raises:
         UserError: if a file cannot be written.
     """
-    settings, folder = job.settings, job.folder.path
-    small = _write_hdf5(job, run, folder / "samples.h5")
-    first = job.finished(0)
-    finite, died = small["finite"].bool(), small["died"]
-    held = job.sources.held_out
+    settings, held_out = job.settings, job.sources.held_out
+    batches, first = _write_hdf5(job, run, job.folder.path / "samples.h5")
+    finite, died = (torch.cat([batch[name] for batch in batches]) for name in ("finite", "died"))
+    labels, log_density = (
+        torch.cat([batch[name] for batch in batches]) if name in batches[0] else None
+        for name in ("labels", "log_density")
+    )
+    far = sum(int(batch["far"].sum()) for batch in batches)
+    traces = means_of([batch["sums"] for batch in batches if "sums" in batch])
+    diverged = [(k, int(died[k])) for k in torch.nonzero(died >= 0).flatten().tolist()]
     document: dict[str, Any] = {
         "run": run,
-        "source": source_of(job),
+        "source": _source(job),
         "settings": settings.model_dump(mode="json"),
         "model": None if job.model.card is None else job.model.card.model_dump(mode="json"),
         "samples": settings.count,
-        "steps": small["steps"],
-        "lost": lost_chains(died),
-        "warnings": [*job.cautions, *_far(small["far"]), *_losses(died)],
+        "steps": len(traces["chains"]),
+        "lost": [{"chain": chain, "step": step} for chain, step in diverged],
+        "warnings": [*job.cautions, *_warnings(far, diverged, len(died))],
         "diagnostics": {
-            "acceptance": small["acceptance"],
+            "acceptance": _acceptance(traces),
             "chains": chain_diagnostics(
-                settings.sampler, small["draws"], finite, max(1, job.length // 200)
+                job.entry,
+                [batch.get("draws") for batch in batches],
+                finite,
+                max(1, job.length // MAX_DRAWS),
             ),
             "energies": energy_diagnostics(
-                small.get("log_density"),
+                log_density,
                 finite,
-                None if held is None else job.log_density(held),
+                None if held_out is None else job.energies(held_out).get("log_density"),
                 job.sources.note,
-                density_level(job.model),
+                clean_level(job.model),
             ),
         },
-        "seconds": round(small["seconds"], 3),
-        "traces": small["traces"]._asdict(),
+        "seconds": round(sum(float(batch["seconds"]) for batch in batches), 3),
+        "traces": traces,
         "environment": environment(),
     }
-    pictures = _draw(job, small, first, document)
-    document["files"] = ["samples.h5", *pictures]
+    document["files"] = ["samples.h5", *_plot(job, first, labels, finite, traces)]
     job.folder.finish(document)
     return document
-
-
-def source_of(job: SamplingJob) -> str:
-    """Whether chains began anew or in the replay buffer."""
-    return "buffer" if job.settings.start == BUFFER else "fresh"
-
-
-def _write_hdf5(job: SamplingJob, run: str, path: Path) -> dict[str, Any]:
-    """Write the samples batch by batch, in one move; what is small is given back, joined."""
-    import h5py
-
-    settings = job.settings
-    total, (channels, height, width) = settings.count, settings.shape
-    small: dict[str, list[Any]] = {}
-    shown: list[Tensor] = []
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        with h5py.File(temporary, "w") as file:
-            images = file.create_dataset("images", (total, height, width, channels), "uint8")
-            samples = file.create_dataset("samples", (total, channels, height, width), "float32")
-            at, far = 0, 0
-            for number in range(job.batches):
-                batch = job.finished(number)
-                x = batch.pop("samples").float()
-                rows = slice(at, at + len(x))
-                at += len(x)
-                samples[rows] = x.numpy()
-                far += int(far_from_images(x).sum())
-                levels = (x.clamp(0, 1) * 255).round().to(torch.uint8)
-                images[rows] = levels.permute(0, 2, 3, 1).numpy()
-                if sum(map(len, shown)) < GRID:
-                    shown.append(x)
-                batch.pop("frames", None)
-                for key, kept in batch.items():
-                    small.setdefault(key, []).append(kept)
-            names = ("finite", "labels", "log_density", "log_joint")
-            joined = {key: torch.cat(small[key]) for key in names if key in small}
-            for key, column in joined.items():
-                file[key] = column.numpy()
-            if "labels" in joined:
-                kind = h5py.string_dtype()
-                file.create_dataset("class_names", data=class_names_of(job.model), dtype=kind)
-            attributes = {
-                "source": source_of(job),
-                "sampler": settings.sampler,
-                "settings": settings.model_dump_json(),
-                "seed": settings.seed,
-                "run": run,
-            }
-            for key, value in attributes.items():
-                file.attrs[key] = value
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {str(path)!r}: {error.strerror or error}") from None
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    traces = means_of(small.get("sums", []))
-    known = [(a, n) for a, n in zip(traces.acceptance, traces.chains, strict=True) if a is not None]
-    moves = sum(n for _, n in known)
-    return {
-        **joined,
-        "died": torch.cat(small["died"]),
-        "draws": small.get("draws", [None]),
-        "seconds": float(sum(small["seconds"])),
-        "traces": traces,
-        "steps": len(traces.chains),
-        "acceptance": sum(a * n for a, n in known) / moves if moves else None,
-        "shown": torch.cat(shown),
-        "far": far,
-    }
-
-
-def _draw(
-    job: SamplingJob, small: dict[str, Any], first: dict[str, Tensor], document: dict[str, Any]
-) -> list[str]:
-    folder, settings = job.folder.path, job.settings
-    labels = small.get("labels")
-    sampled = Sampled(
-        small["shown"],
-        None if labels is None else labels[: len(small["shown"])],
-        class_names_of(job.model),
-        small["finite"].bool(),
-    )
-    start = f"from {settings.start}"
-    steps = f", {document['steps']} steps {start}" if document["steps"] else ""
-    how = settings.guidance
-    guided = "" if how is None else f", guided by {how.guidance} at {how.scale:g}"
-    title = f"{settings.sampler}{steps}{guided}, seed {settings.seed}"
-    sample_grid(sampled, folder / "samples.png", title, settings.count)
-    if "frames" not in first:
-        return ["samples.png"]
-    frames, moments = first["frames"], first["moments"].tolist()
-    path_strip(frames, moments, small["traces"].sigma, folder / "path.png", title)
-    path_animation(frames, folder / "path.gif")
-    return ["samples.png", "path.png", "path.gif"]
 
 
 def far_from_images(x: Tensor) -> Tensor:
@@ -192,24 +120,248 @@ def far_from_images(x: Tensor) -> Tensor:
     return (x - 0.5).abs().flatten(1).amax(1) > FAR
 
 
-def _far(count: int) -> list[str]:
-    if not count:
-        return []
-    return [
-        f"{count} samples have pixels beyond {0.5 - FAR:g} or {0.5 + FAR:g}, where no image is: "
-        "their chains ran away, as they do where a model was trained too little or for other "
-        "noise, or steps are too long"
-    ]
+def _source(job: SamplingJob) -> str:
+    """Whether chains began anew or in the replay buffer."""
+    return "buffer" if job.settings.start == BUFFER else "fresh"
 
 
-def _losses(died: Tensor) -> list[str]:
-    lost = lost_chains(died)
-    if not lost:
-        return []
-    told = ", ".join(f"{entry['chain']} at step {entry['step']}" for entry in lost[:8])
-    more = f" and {len(lost) - 8} more" if len(lost) > 8 else ""
-    rest = "none is left" if len(lost) == len(died) else "the others are kept"
-    return [
-        f"{len(lost)} of {len(died)} chains left the finite numbers (chain {told}{more}); {rest}, "
-        "and `finite` in samples.h5 says which are which: smaller steps may help"
-    ]
+def _write_hdf5(job: SamplingJob, run: str, path: Path) -> tuple[list[dict[str, Tensor]], Tensor]:
+    """Write the samples batch by batch, in one move; the first ones are returned.
+
+    Of each batch what else there is is returned, too, and which samples are ``far`` (B,) from
+    images.
+    """
+    import h5py
+
+    settings = job.settings
+    total, (channels, height, width) = settings.count, settings.shape
+    batches: list[dict[str, Tensor]] = []
+    first: list[Tensor] = []
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        with h5py.File(temporary, "w") as file:
+            images = file.create_dataset("images", (total, height, width, channels), "uint8")
+            samples = file.create_dataset("samples", (total, channels, height, width), "float32")
+            for number in range(settings.batches):
+                batch, rows = job.finished(number), settings.rows(number)
+                x = batch.pop("samples").float()
+                samples[rows] = x.numpy()
+                levels = (x.clamp(0, 1) * 255).round().to(torch.uint8)
+                images[rows] = rearrange(levels, "b c h w -> b h w c").numpy()
+                if sum(map(len, first)) < ROWS * COLUMNS:
+                    first.append(x)
+                batch.pop("frames", None)
+                batches.append(batch | {"far": far_from_images(x)})
+            for key in ("finite", "labels", "log_density", "log_joint"):
+                if key in batches[0]:
+                    file[key] = torch.cat([batch[key] for batch in batches]).numpy()
+            if "labels" in batches[0]:
+                kind = h5py.string_dtype()
+                file.create_dataset("class_names", data=class_names_of(job.model), dtype=kind)
+            file.attrs.update(
+                {
+                    "source": _source(job),
+                    "sampler": settings.sampler,
+                    "settings": settings.model_dump_json(),
+                    "seed": settings.seed,
+                    "run": run,
+                }
+            )
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {str(path)!r}: {error.strerror or error}") from None
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return batches, torch.cat(first)
+
+
+def _acceptance(traces: dict[str, list[Any]]) -> float | None:
+    """Mean over all proposals; None of samplers that accept all."""
+    steps = zip(traces["acceptance"], traces["chains"], strict=True)
+    known = [(share, chains) for share, chains in steps if share is not None]
+    proposals = sum(chains for _, chains in known)
+    return sum(share * chains for share, chains in known) / proposals if proposals else None
+
+
+def _warnings(far: int, diverged: list[tuple[int, int]], total: int) -> list[str]:
+    found = []
+    if far:
+        found.append(
+            f"{far} samples have pixels beyond {0.5 - FAR:g} or {0.5 + FAR:g}, where no image is: "
+            "their chains ran away, as they do where a model was trained too little or for other "
+            "noise, or steps are too long"
+        )
+    if diverged:
+        told = ", ".join(f"{chain} at step {step}" for chain, step in diverged[:8])
+        more = f" and {len(diverged) - 8} more" if len(diverged) > 8 else ""
+        rest = "none is left" if len(diverged) == total else "the others are not affected"
+        found.append(
+            f"{len(diverged)} of {total} chains diverged to NaN or Inf (chain {told}{more}); "
+            f"{rest}, and `finite` in samples.h5 says which are which: smaller steps may help"
+        )
+    return found
+
+
+# --- plots ---------------------------------------------------------------------------------------
+
+
+def _plot(
+    job: SamplingJob,
+    images: Tensor,
+    labels: Tensor | None,
+    finite: Tensor,
+    traces: dict[str, list[Any]],
+) -> list[str]:
+    """Draw the first samples, and the path of the first chains where it was recorded."""
+    folder, settings, how = job.folder.path, job.settings, job.settings.guidance
+    steps = len(traces["chains"])
+    steps_text = f", {steps} steps from {settings.start}" if steps else ""
+    guided = "" if how is None else f", guided by {how.guidance} at {how.scale:g}"
+    title = f"{settings.sampler}{steps_text}{guided}, seed {settings.seed}"
+    names, path = class_names_of(job.model), folder / "samples.png"
+    plot_samples(images, labels, names, finite, path, title, settings.count)
+    batch = job.finished(0)
+    if "frames" not in batch:
+        return ["samples.png"]
+    frames, moments = batch["frames"], batch["moments"].tolist()
+    plot_path(frames, moments, traces["sigma"], folder / "path.png", title)
+    animate_path(frames, folder / "path.gif")
+    return ["samples.png", "path.png", "path.gif"]
+
+
+def plot_samples(
+    images: Tensor,
+    labels: Tensor | None,
+    class_names: Sequence[str],
+    finite: Tensor,
+    path: Path,
+    title: str,
+    total: int,
+) -> None:
+    """Samples side by side; of several classes, a row for each.
+
+    Args:
+        images: the first samples (M, C, H, W).
+        labels: of all samples, or None.
+        class_names: of all classes.
+        finite: (N,) bool; others are framed.
+        path: the PNG file.
+        title: above them.
+        total: how many there are in all.
+    """
+    own = None if labels is None else labels[: len(images)]
+    names: list[str] = []
+    classes = [] if own is None else sorted(set(own.tolist()))[:ROWS]
+    if own is not None and len(classes) > 1:
+        rows = [torch.nonzero(own == c).flatten().tolist()[:COLUMNS] for c in classes]
+        names = [shown_name(class_names[c]) for c in classes]
+    else:
+        count = min(len(images), ROWS * COLUMNS)
+        wide = min(2 * COLUMNS, math.ceil(math.sqrt(count)))
+        rows = [list(range(at, min(at + wide, count))) for at in range(0, count, wide)]
+        if own is not None:
+            title = f"{title}, class {shown_name(class_names[int(own[0])])}"
+    framed = {(r, k) for r, row in enumerate(rows) for k, i in enumerate(row) if not finite[i]}
+    mosaic = _mosaic([[images[i] for i in row] for row in rows], framed)
+    shown = sum(map(len, rows))
+    note = title if shown == total else f"{title}: {shown} of {total:,}"
+    _save_mosaic(mosaic, path, note, names)
+
+
+def plot_path(
+    frames: Tensor,
+    moments: Sequence[int],
+    sigmas: Sequence[float | None],
+    path: Path,
+    title: str,
+) -> None:
+    """Some chains, one in each row, at some of their steps.
+
+    Args:
+        frames: (K, S, C, H, W) uint8.
+        moments: the K steps; the last frame is of the finished samples.
+        sigmas: mean noise level of each step, None where it has none.
+        path: the PNG file.
+        title: above.
+    """
+    chosen = sorted({round(k) for k in np.linspace(0, len(frames) - 1, MOMENTS)})
+    images = rearrange(frames[chosen, :CHAINS].float() / 255, "k s c h w -> s k c h w")
+    below = []
+    for k in chosen:
+        step, last = moments[k], k == len(frames) - 1
+        sigma = sigmas[step - 1] if 0 < step <= len(sigmas) and not last else None
+        level = "" if sigma is None else f"\n{255 * sigma:.3g}/255" if sigma < 10 else "\n> 10"
+        below.append(f"{'end' if last else f'step {step}' if step else 'start'}{level}")
+    note = "; below: mean noise level" if any(s is not None for s in sigmas) else ""
+    _save_mosaic(_mosaic([list(row) for row in images]), path, f"{title}{note}", below=below)
+
+
+def animate_path(frames: Tensor, path: Path) -> None:
+    """The path of chains as an animated GIF, in a square of chains; the end stays for a while.
+
+    Args:
+        frames: (K, S, C, H, W) uint8.
+        path: the GIF file.
+    """
+    side = math.ceil(math.sqrt(frames.shape[1]))
+    images = []
+    for frame in frames.float() / 255:
+        rows = [list(frame[at : at + side]) for at in range(0, len(frame), side)]
+        images.append(Image.fromarray(_mosaic(rows)))
+    buffer = io.BytesIO()
+    times = [FRAME_MS] * (len(images) - 1) + [LAST_MS]
+    first, *rest = images
+    first.save(buffer, "GIF", save_all=True, append_images=rest, duration=times, loop=0, disposal=1)
+    write_atomically(path, buffer.getvalue())
+
+
+def _mosaic(
+    rows: Sequence[Sequence[Tensor]], framed: Collection[tuple[int, int]] = ()
+) -> NDArray[np.uint8]:
+    """Images (C, H, W) in [0, 1] beside each other, (H', W', 3) uint8, small ones enlarged."""
+    height, width = rows[0][0].shape[-2:]
+    times = max(1, math.ceil(CELL / max(height, width)))
+    gap = 4
+    tall, wide = height * times + gap, width * times + gap
+    columns = max(map(len, rows))
+    mosaic = np.full((len(rows) * tall + gap, columns * wide + gap, 3), 255, dtype=np.uint8)
+    for r, row in enumerate(rows):
+        for k, image in enumerate(row):
+            levels = rearrange(image.detach().clamp(0, 1).cpu() * 255, "c h w -> h w c").round()
+            pixels = np.broadcast_to(levels.numpy().astype(np.uint8), (height, width, 3))
+            large = pixels.repeat(times, 0).repeat(times, 1)
+            top, left = gap + r * tall, gap + k * wide
+            if (r, k) in framed:
+                mosaic[top - gap : top + tall, left - gap : left + wide] = DIVERGED
+            mosaic[top : top + height * times, left : left + width * times] = large
+    return mosaic
+
+
+def _save_mosaic(
+    mosaic: NDArray[np.uint8],
+    path: Path,
+    title: str,
+    names: Sequence[str] = (),
+    below: Sequence[str] = (),
+) -> None:
+    """``mosaic`` pixel for pixel, a title above, names beside its rows, text below its columns."""
+    tall, wide = (side / DPI for side in mosaic.shape[:2])
+    left = 0.12 + 0.075 * max(map(len, names), default=0)
+    head, foot = 0.3, 0.42 if below else 0.08
+    width = max(left + wide + 0.1, 0.2 + 0.072 * len(title))
+    height = head + tall + foot
+    figure = new_figure(width, height)
+    axes = figure.add_axes((left / width, foot / height, wide / width, tall / height))
+    axes.imshow(mosaic, interpolation="nearest", aspect="auto")
+    for side in axes.spines.values():
+        side.set_visible(False)
+    rows, columns = max(1, len(names)), max(1, len(below))
+    ticks = [(r + 0.5) * mosaic.shape[0] / rows for r in range(len(names))]
+    axes.set_yticks(ticks, list(names), fontsize=8)
+    ticks = [(k + 0.5) * mosaic.shape[1] / columns for k in range(len(below))]
+    axes.set_xticks(ticks, list(below), fontsize=6.5)
+    axes.tick_params(length=0, colors=GRAY, labelcolor="black", pad=2)
+    figure.text(0.1 / width, 1 - 0.15 / height, title, fontsize=8.5, va="center")
+    save_figure(figure, path)

@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import Tensor
 
 from ebmkit.energy import ScoreModel, classifies
-from ebmkit.errors import UserError, unknown_name
-from ebmkit.guidance.config import GuidanceConfig
+from ebmkit.errors import UserError, unknown_name, validated
+from ebmkit.guidance.score import GuidanceConfig
 from ebmkit.noise import format_sigma
 from ebmkit.objectives import parse_objective
+from ebmkit.sampling import SAMPLERS
 from ebmkit.sampling.base import Sampler
-from ebmkit.sampling.config import SamplerConfig, Start
-from ebmkit.sampling.jobs.labels import parse_labels
-from ebmkit.sampling.levels import first_level, highest
-from ebmkit.sampling.presets import SAMPLERS, SamplerEntry, find_sampler
-from ebmkit.validation import validated
-
-__all__ = [
-    "BUFFER",
-    "STARTS",
-    "SamplingSettings",
-    "cautions",
-    "config_of",
-    "default_sampler",
-    "make_settings",
-    "no_steps",
-]
+from ebmkit.sampling.entry import (
+    RENAMED,
+    SamplerConfig,
+    SamplerEntry,
+    Start,
+    check_renamed,
+    default_sampler,
+    find_sampler,
+    noise_levels,
+    takes_labels,
+)
+from ebmkit.sampling.target import highest_level
+from ebmkit.storage.reading import read_json
 
 BUFFER = "buffer"
 """The name that gives the chains of a run's replay buffer as they are, without a step."""
+
+UNFINISHED, SETTINGS = "unfinished", "settings.json"
+"""What the folder of a job holds until it is finished, and the file of settings in it."""
 
 STARTS = (*get_args(Start), "mean", BUFFER)
 """Where chains can start: what samplers know, the mean training image with noise, the buffer."""
@@ -41,7 +47,10 @@ SPREAD = 0.25
 
 
 class SamplingSettings(BaseModel):
-    """Everything that samples depend on; a job that goes on must have the same."""
+    """Everything that samples depend on; a job that is resumed must have the same.
+
+    Settings that an earlier version wrote are read with today's names.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -68,19 +77,62 @@ class SamplingSettings(BaseModel):
     )
     computed_on: str = Field("cpu", description="type of the device")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _upgrade(cls, values: Any) -> Any:
+        def upgraded(value: Any) -> Any:
+            return RENAMED.get(value, value) if isinstance(value, str) else value
+
+        if not isinstance(values, dict):
+            return values
+        values = {k: upgraded(v) if k in ("sampler", "start") else v for k, v in values.items()}
+        if isinstance(options := values.get("options"), dict):
+            values["options"] = {
+                upgraded(k): upgraded(v) if k == "start" else v for k, v in options.items()
+            }
+        return values
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """Of an image, (C, H, W)."""
         return (self.channels, *self.image_size)
 
+    @property
+    def batches(self) -> int:
+        """Number of batches of chains."""
+        return -(-self.count // self.batch_size)
 
-def default_sampler(model: ScoreModel) -> str:
-    """The sampler for ``model`` where none is asked for.
+    def rows(self, number: int) -> slice:
+        """The chains of batch ``number``."""
+        return slice(number * self.batch_size, min((number + 1) * self.batch_size, self.count))
 
-    ``ks`` for blind denoisers, ``ddim`` for those that take the noise level, and ``sgld``, JEM's
-    own, for densities that were never trained to denoise.
+    @property
+    def config(self) -> SamplerConfig:
+        """The sampler's own settings, built again from what was written."""
+        kind: type[SamplerConfig] = find_sampler(self.sampler).config
+        return validated(kind, self.options, f"settings of sampler {self.sampler!r}")
+
+
+def default_folder(run: Path, settings: SamplingSettings) -> Path:
+    """Where samples of ``run`` go if nothing is said: the same settings, the same folder.
+
+    A folder is named after its settings. An unfinished one of the same settings that has another
+    name, as earlier versions gave, is found, too.
     """
-    return next(name for name in ("ks", "ddim", "sgld") if SAMPLERS[name].drives(model))
+    parts = [settings.sampler]
+    if settings.label is not None:
+        parts.append(f"label-{settings.label}")
+    if settings.guidance is not None:
+        parts.append(settings.guidance.guidance)
+    digest = hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:8]
+    name = "-".join([*parts, digest])
+    folder = run / "samples" / "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+    if not folder.exists():
+        for known in sorted(folder.parent.glob(f"*/{UNFINISHED}/{SETTINGS}")):
+            with contextlib.suppress(UserError, ValidationError):
+                if SamplingSettings.model_validate(read_json(known)) == settings:
+                    return known.parents[1]
+    return folder
 
 
 def make_settings(
@@ -97,67 +149,62 @@ def make_settings(
     image_size: int | None = None,
     **others: Any,
 ) -> SamplingSettings:
-    """The settings of a job, checked against ``model``.
+    """The settings of a job, checked against ``model``; others are options of `ebmkit sample`.
 
     Args:
         model: as `ebmkit.load` gives it.
         sampler: a name of `SAMPLERS`, or ``buffer``; None: `default_sampler`.
-        count: number of chains.
-        label: class name or number, or ``all``: each in turn.
-        steps: of each chain; None: the sampler's default.
         start: one of `STARTS`; None: the sampler's default.
         options: further settings of the sampler.
         data_at_hand: whether training images can be had, for starts that are left open.
-        batch_size: chains that are moved together; it changes what is drawn.
-        image_size: side of the images; None: what the model was trained at.
         others: further fields of `SamplingSettings`.
 
     Raises:
         UserError: if the sampler is unknown or cannot drive the model, or a value is not legal.
     """
-    name = sampler or default_sampler(model)
     if others.get("guidance") is not None and label is None:
         raise UserError("guidance leads to a label: say which by --label, or all for each in turn")
     for what, value in (("samples", count), ("chains in a batch", batch_size)):
         if value < 1:
             raise UserError(f"{value} {what} cannot be drawn: take 1 or more")
-    values = dict(options or {})
-    if steps is not None:
-        values["steps"] = steps
-    no_steps(values, "; --sampler buffer gives the chains of a run's replay buffer as they are")
+    values = parse_options(
+        options,
+        steps,
+        "; --sampler buffer gives the chains of a run's replay buffer as they are",
+    )
+    check_renamed("start", start)
     if start is not None and start not in STARTS:
         raise unknown_name("start", start, STARTS)
-    if name == BUFFER:
+    check_renamed("sampler", sampler)
+    if sampler is not None and sampler not in (*SAMPLERS, BUFFER):
+        raise unknown_name("sampler", sampler, [*SAMPLERS, BUFFER])
+    labels = parse_labels(model, label, 1)
+    name, resolved = BUFFER, dict[str, Any]()
+    if sampler == BUFFER:
         if values or start not in (None, BUFFER):
             raise UserError(
                 "--sampler buffer takes chains as they are: leave out --steps, --start and --set, "
                 "or move them on by --sampler sgld --start buffer"
             )
-        parse_labels(model, label, 1)
-        resolved: dict[str, Any] = {}
         start = BUFFER
     else:
-        if name not in SAMPLERS:
-            raise unknown_name("sampler", name, [*SAMPLERS, BUFFER])
-        entry = find_sampler(name)
-        labels = parse_labels(model, label, 1)
+        entry = default_sampler(model) if sampler is None else SAMPLERS[sampler]
         entry.check(model, labels)
+        name = entry.name
         if start in get_args(Start):
             values["start"] = start
         elif start == "mean":
             values["start"] = "noise"
         if start in (None, "auto"):
-            given = str(values.get("start", entry.config.model_fields["start"].default))
-            seeds = data_at_hand and name != "ks" and model.schedule is None
-            own = "seeds" if seeds else "noise"
-            values["start"] = start = own if given == "auto" else given
+            given = values.get("start", entry.config.model_fields["start"].default)
+            values["start"] = start = entry.resolve_start(given, model, data_at_hand)
         config = validated(entry.config, values, f"settings of sampler {name!r}")
         resolved = config.model_dump(mode="json")
         entry.build(model, labels, config)  # noise levels that are not the model's are refused
     return SamplingSettings(
         sampler=name,
         options=resolved,
-        start=start,
+        start=str(start),
         count=count,
         label=label,
         batch_size=min(batch_size, count),
@@ -167,21 +214,28 @@ def make_settings(
     )
 
 
-def no_steps(values: Mapping[str, Any], hint: str = "") -> None:
-    """Whether settings of a sampler ask for steps.
+def parse_options(
+    options: Mapping[str, Any] | None, steps: int | None, hint: str = ""
+) -> dict[str, Any]:
+    """Settings of a sampler as the command line gives them.
+
+    Args:
+        options: by name.
+        steps: of each chain, if given beside them.
+        hint: at what else may be meant by 0 steps.
 
     Raises:
-        UserError: if they ask for none, with a ``hint`` at what else may be meant.
+        UserError: if they ask for no steps, or one has a name of an earlier version.
     """
+    values = dict(options or {}) | ({} if steps is None else {"steps": steps})
+    for name in values:
+        check_renamed("setting", name)
+    start = values.get("start")
+    check_renamed("start", start if isinstance(start, str) else None)
     steps = values.get("steps", 1)
     if isinstance(steps, int) and steps < 1:
         raise UserError(f"{steps} steps move no chain: take 1 or more{hint}")
-
-
-def config_of(settings: SamplingSettings) -> SamplerConfig:
-    """The sampler's own settings, built again from what was written."""
-    kind: type[SamplerConfig] = find_sampler(settings.sampler).config
-    return validated(kind, settings.options, f"settings of sampler {settings.sampler!r}")
+    return values
 
 
 def cautions(
@@ -191,29 +245,29 @@ def cautions(
     found = []
     card = model.card
     if card is not None and card.image_size and tuple(card.image_size) != settings.image_size:
+        asked, own = ("{}x{}".format(*size) for size in (settings.image_size, card.image_size))
         found.append(
-            f"images of {_by(settings.image_size)} from a model trained at {_by(card.image_size)}: "
-            "its samples are best at its own size"
+            f"images of {asked} from a model trained at {own}: its samples are best at its own size"
         )
     if card is not None and card.sigma_range is None and not _learnt_density(model):
         found.append(
             f"this model was trained by {card.objective or 'an unknown objective'}, which trains "
             "no density: its samples show what its classifier responds to, not what images are"
         )
-    description = {"noise": "gray", "mean": "the mean image"}.get(settings.start)
-    level = first_level(sampler) if entry.name != "ascent" else None
-    if description is not None and card is not None and card.sigma_range is not None:
-        level = highest(model, None) if level is None else level
+    mean = {"noise": "gray", "mean": "the mean image"}.get(settings.start)
+    if mean is not None and card is not None and card.sigma_range is not None:
+        level = noise_levels(sampler)[0]
+        level = highest_level(model) if level is None else level
         wide = SPREAD * (settings.channels * settings.image_size[0] * settings.image_size[1]) ** 0.5
         if level < wide:
             found.append(
-                f"chains begin with noise of {format_sigma(level)} about {description}, within "
+                f"chains begin with noise of {format_sigma(level)} about {mean}, within "
                 "what the model was trained for (up to "
                 f"{format_sigma(card.sigma_range[1])}); images lie about {wide:.2g} from their "
                 "mean, so this noise does not hide where they began, and samples vary less than "
-                "images do: start from seeds, or train to higher noise"
+                "images do: start from class_gaussian, or train to higher noise"
             )
-    if entry.name == "sgld" and settings.start != BUFFER and settings.options["steps"] < 100:
+    if settings.start != BUFFER and settings.options["steps"] < entry.fresh_steps:
         found.append(
             f"{settings.options['steps']} steps from {settings.start} are what JEM moves a chain "
             "of its buffer by, not a chain's whole way: take --start buffer, or --steps 1000"
@@ -240,5 +294,50 @@ def _size(model: ScoreModel, asked: int | None) -> tuple[int, int]:
     return (model.card.image_size[0], model.card.image_size[1])
 
 
-def _by(size: tuple[int, int]) -> str:
-    return f"{size[0]}x{size[1]}"
+# --- labels as people write them -----------------------------------------------------------------
+
+
+def parse_label(model: ScoreModel, text: str) -> int:
+    """The label that ``text`` names, by the class's name or number.
+
+    Raises:
+        UserError: if the model has no labels, none were trained, or it knows no such label.
+    """
+    names = model.card.class_names if model.card else []
+    if model.num_classes and not takes_labels(model):
+        raise UserError("the labels of this model were never trained: leave out --label")
+    if model.num_classes == 0:
+        raise UserError("this model was trained without labels: leave out --label")
+    if text in names:
+        return names.index(text)
+    try:
+        label = int(text)
+    except ValueError:
+        known = f"0 to {model.num_classes - 1}" + (f" or {', '.join(names)}" if names else "")
+        raise UserError(f"label {text!r} is unknown: this model knows {known}") from None
+    if not -(2**31) < label < 2**31:  # more than a tensor of labels can hold
+        raise UserError(
+            f"label {text.strip()!r:.60} is out of range: labels are 0 to {model.num_classes - 1}"
+        )
+    model.check_labels(label, torch.zeros(1))
+    return label
+
+
+def parse_labels(model: ScoreModel, text: str | None, count: int) -> Tensor | None:
+    """Labels (count,) int64 of ``count`` chains: one for all, or with ``all`` each in turn.
+
+    Raises:
+        UserError: as `parse_label`.
+    """
+    if text is None:
+        return None
+    if text == "all":
+        parse_label(model, "0")
+        return torch.arange(count) % model.num_classes
+    return torch.full((count,), parse_label(model, text))
+
+
+def class_names_of(model: ScoreModel) -> list[str]:
+    """A name for each label: the card's, or the numbers."""
+    names = model.card.class_names if model.card else []
+    return list(names) or [str(c) for c in range(model.num_classes)]

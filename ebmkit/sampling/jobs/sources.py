@@ -1,35 +1,50 @@
-"""What chains start from, and are compared with: a run's images and its replay buffer."""
+"""What a job reads beside its model: the run's images, its replay buffer, and a guide."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from ebmkit.energy import ScoreModel
-from ebmkit.errors import UserError
-from ebmkit.sampling.buffer import ReplayBuffer
+from ebmkit.compile import Inference, device_of, laid_out
+from ebmkit.data import AnyImages
+from ebmkit.data.imagesets import fingerprint
+from ebmkit.energy import EnergyModel, ScoreModel
+from ebmkit.errors import UserError, unknown_name
+from ebmkit.guidance import (
+    CLASSIFIER_FREE,
+    GuidanceConfig,
+    GuidedModel,
+    check_guide,
+    class_energies,
+    clean_sigma,
+    guided_model,
+    make_guidance,
+    stored_energies,
+)
+from ebmkit.models import load, weights_digest
 from ebmkit.sampling.jobs.settings import BUFFER, SamplingSettings
+from ebmkit.sampling.starts import ReplayBuffer
 from ebmkit.storage.hdf5 import holds, open_hdf5
 from ebmkit.training import DataConfig, RunFolder, resolve
-from ebmkit.training.setup import Split, images_of
+from ebmkit.training.setup import images_of
 
-__all__ = ["Sources", "at_hand", "buffer_of", "data_of", "sources_for"]
-
-MOST = 10_000
+MAX_TRAIN = 10_000
 """Training images that starts are drawn from, at the most."""
 
-COMPARED = 1000
+MAX_HELD_OUT = 1000
 """Held-out images whose energies are compared with those of samples, at the most."""
 
-OF_DATA = ("data", "seeds", "mean")
+FROM_DATA = ("data", "class_gaussian", "mean")
+"""Starts that need training images."""
 
 
 @dataclass(frozen=True)
 class Sources:
-    """What a job may look at beside the model.
+    """What a job may use beside the model.
 
     Attributes:
         train: training images (M, C, H, W) and labels, for starts from them.
@@ -57,23 +72,21 @@ def sources_for(
     Raises:
         UserError: if chains are to start from what there is not, or from images of another shape.
     """
-    train = None
-    if settings.start in OF_DATA:
-        source = data_of(run, dataset, data_dir)
-        ours = (
-            data_dir is not None or source.data_dir is None
-        )  # into a run's own nothing is fetched
-        images = images_of(source, "train", progress, download=ours).spread(MOST)
-        train = _checked(next(iter(images.batches(MOST))), settings)
-    buffer = buffer_of(run, model) if settings.start == BUFFER else None
-    if buffer is not None and tuple(buffer.images.shape[1:]) != settings.shape:
-        raise UserError(
-            f"the replay buffer holds images of {tuple(buffer.images.shape[1:])}, not "
-            f"{settings.shape}: leave the image size out"
-        )
-    held_out, note = None, ""
+    train = buffer = held_out = None
+    note = ""
+    if settings.start in FROM_DATA:
+        images = _training_images(data_of(run, dataset, data_dir), data_dir, progress)
+        train = _first_batch(images.spread(MAX_TRAIN), MAX_TRAIN, settings)
+    if settings.start == BUFFER:
+        buffer = buffer_of(run, model)
+        if tuple(buffer.images.shape[1:]) != settings.shape:
+            raise UserError(
+                f"the replay buffer holds images of {tuple(buffer.images.shape[1:])}, not "
+                f"{settings.shape}: leave the image size out"
+            )
     try:
-        held_out = _held_out(data_of(run, dataset, data_dir), settings)
+        own = images_of(data_of(run, dataset, data_dir), "validation", download=False)
+        held_out, _ = _first_batch(own.first(MAX_HELD_OUT), MAX_HELD_OUT, settings)
     except UserError as error:  # a comparison is no reason to refuse samples
         note = str(error)
     return Sources(train, buffer, held_out, note)
@@ -101,8 +114,7 @@ def data_of(run: Path, dataset: str | None = None, data_dir: Path | None = None)
 def at_hand(run: Path, dataset: str | None = None, data_dir: Path | None = None) -> bool:
     """Whether the run's training images can be had, without fetching them."""
     try:
-        config = data_of(run, dataset, data_dir)
-        images_of(config, "train", download=False)
+        images_of(data_of(run, dataset, data_dir), "train", download=False)
     except UserError:
         return False
     return True
@@ -114,12 +126,11 @@ def buffer_of(run: Path, model: ScoreModel) -> ReplayBuffer:
     Raises:
         UserError: if the run has none, or the file is damaged.
     """
-    state = RunFolder(run).load_checkpoint() or {}
-    content = state.get("buffer")
+    content = (RunFolder(run).load_checkpoint() or {}).get("buffer")
     if content is None:
         raise UserError(
             f"{str(run)!r} has no replay buffer: objectives with ml or cml (jem) train with one; "
-            "start from noise, uniform, data or seeds"
+            "start from noise, uniform, data or class_gaussian"
         )
     what = f"the replay buffer of {str(run)!r}"
     images = ReplayBuffer.read_images(content, what)
@@ -128,15 +139,16 @@ def buffer_of(run: Path, model: ScoreModel) -> ReplayBuffer:
     return ReplayBuffer(images, model.num_classes if labelled else 0)
 
 
-def _held_out(config: DataConfig, settings: SamplingSettings) -> Tensor:
-    split: Split = "validation"
-    images = images_of(config, split, download=False).first(COMPARED)
-    return _checked(next(iter(images.batches(COMPARED))), settings)[0]
+def _training_images(config: DataConfig, data_dir: Path | None, progress: bool) -> AnyImages:
+    """Training images; nothing is fetched into a folder that the run alone named."""
+    download = data_dir is not None or config.data_dir is None
+    return images_of(config, "train", progress, download=download)
 
 
-def _checked(
-    batch: tuple[Tensor, Tensor | None], settings: SamplingSettings
+def _first_batch(
+    images: AnyImages, count: int, settings: SamplingSettings
 ) -> tuple[Tensor, Tensor | None]:
+    batch = next(iter(images.batches(count)))
     if tuple(batch[0].shape[1:]) != settings.shape:
         raise UserError(
             f"images of the data set are {tuple(batch[0].shape[1:])} and samples are to be "
@@ -145,11 +157,135 @@ def _checked(
     return batch
 
 
-def choose_slots(
-    buffer: ReplayBuffer, count: int, labels: Tensor | None, generator: torch.Generator
-) -> Tensor:
-    """Slots (count,) of ``buffer``, different ones as long as there are enough."""
-    if labels is not None and buffer.num_classes:
-        return buffer.choose(count, generator, labels)
-    order = torch.randperm(len(buffer), generator=generator)
-    return order[torch.arange(count) % len(buffer)]
+# --- guides --------------------------------------------------------------------------------------
+
+VIEWS = {
+    "noisy": ("noisy", False),
+    "x_t": ("x_t", False),
+    "x0_hat": ("x0_hat", False),
+    "x0_hat-backpropagate": ("x0_hat", True),
+}
+"""By the name on the command line: input of the guide, and whether its gradient goes back through
+the denoiser."""
+
+
+def parse_guidance(
+    guide: Path | None,
+    guidance: str | None = None,
+    scale: float | None = None,
+    schedule: str | None = None,
+    view: str | None = None,
+    start: float | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> GuidanceConfig | None:
+    """The guidance that these options of `ebmkit sample` ask for; None if they ask for none.
+
+    Raises:
+        UserError: if options are given without a guide, or one is not legal.
+    """
+    given = {
+        "guidance": guidance,
+        "scale": scale,
+        "schedule": schedule,
+        "view": view,
+        "start": start,
+        "options": dict(options) if options else None,
+    }
+    asked = {name: value for name, value in given.items() if value is not None}
+    if guide is None and guidance != CLASSIFIER_FREE:
+        if asked:
+            names = {"options": "guide-set", "start": "guide-start"}
+            first = names.get(first := next(iter(asked)), first)
+            raise UserError(
+                f"--{first} is of guidance, and there is no guide: name a classifier's run by "
+                f"--guide, or take --guidance {CLASSIFIER_FREE} of a model with labels"
+            )
+        return None
+    if guide is not None and guidance == CLASSIFIER_FREE:
+        raise UserError(f"{CLASSIFIER_FREE} guidance takes no guide: leave --guide out")
+    if view is not None:
+        if view not in VIEWS:
+            raise unknown_name("view", view, VIEWS)
+        asked["view"], asked["backpropagate"] = VIEWS[view]
+    return make_guidance(**asked)
+
+
+def guide_by(
+    base: ScoreModel,
+    config: GuidanceConfig,
+    guide: Path | None = None,
+    weights: str = "last",
+    run: Path | None = None,
+    dataset: str | None = None,
+    data_dir: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    bars: bool = False,
+    inference: Inference | None = None,
+) -> tuple[GuidedModel, dict[str, Any]]:
+    """``base`` guided by the model in folder ``guide``, and what `SamplingSettings` say of it.
+
+    Args:
+        base: on its device.
+        config: how.
+        guide: a run folder; None for classifier-free guidance.
+        weights: of the guide, last or best.
+        run: folder of the base, whose data set stands in where the guide's is not known.
+        dataset: to compute mean energies on; None: the one that the guide was trained on.
+        data_dir: where its files are.
+        progress: called with (images, images in all) while mean energies are computed.
+        bars: whether to show bars while data is read.
+        inference: how the guide is computed; None: eagerly, in float32.
+
+    Raises:
+        UserError: if the folder holds no model, the two do not fit, or the images that mean
+            energies need cannot be had.
+    """
+    if guide is None:
+        return guided_model(base, None, config), {"guidance": config}
+    model = load(guide, device=str(device_of(base)), weights=weights)
+    check_guide(model)
+    assert isinstance(model, EnergyModel)
+    if inference is not None:
+        model = laid_out(model, inference)
+    means = None
+    if config.needs_means:
+        # base and guide are checked before anything is computed
+        guided_model(base, model, config, [0.0] * model.num_classes)
+        own = dataset is not None or (guide / "config.yaml").is_file()
+        data = data_of(guide if own or run is None else run, dataset, data_dir)
+        images = _training_images(data, data_dir, bars)
+        means = _mean_energies(model, guide, weights, data.name, images, progress)
+    guided = guided_model(base, model, config, means)
+    return guided, {
+        "guidance": config.model_copy(update={"view": guided.view}),
+        "guide": guide.resolve().name,
+        "guide_weights": weights,
+        "guide_digest": model.weights_sha256 or "",
+        "guide_means": None if guided.means is None else list(guided.means),
+    }
+
+
+def _mean_energies(
+    model: EnergyModel,
+    guide: Path,
+    weights: str,
+    dataset: str,
+    images: AnyImages,
+    progress: Callable[[int, int], None] | None,
+) -> list[float]:
+    """Mean E(x) of each label's training images (C,), nats, stored in ``guide`` once computed."""
+    size = model.card.image_size if model.card else None
+    if size is not None and tuple(images.image_size) != tuple(size):
+        raise UserError(
+            f"the guide was trained on images of {size[0]}x{size[1]} and those of {dataset} are "
+            f"{images.image_size[0]}x{images.image_size[1]}: name its own by --dataset"
+        )
+    found = stored_energies(
+        guide,
+        dataset,
+        fingerprint(images),
+        model.weights_sha256 or weights_digest(guide, weights),
+        lambda: class_energies(model, images, progress),
+        clean_sigma(model),
+    )
+    return list(found.energy)

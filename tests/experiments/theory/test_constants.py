@@ -17,8 +17,7 @@ from ebmkit.experiments.theory.families import (
     SharedCovariance,
     moments,
 )
-from ebmkit.experiments.theory.settings import SETTINGS
-from ebmkit.experiments.theory.truth import Truth
+from ebmkit.experiments.theory.settings import SETTINGS, Truth
 
 STEP = 0.3  # of the quadrature; the constants below are then right to 1e-6 or better
 

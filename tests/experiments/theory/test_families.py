@@ -3,9 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import linprog
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from sklearn.linear_model import LogisticRegression
 from torch.func import grad
 
 from ebmkit.analytic import GaussianMixture
@@ -16,7 +14,6 @@ from ebmkit.experiments.theory.families import (
     SharedCovariance,
     moments,
 )
-from ebmkit.experiments.theory.regression import softmax_regression
 
 FAMILIES = [SharedCovariance(3, 2), ClassCovariances(3, 2), NaiveBayes(3, 2), CentredMeans(3, 2)]
 NAMES = [type(family).__name__ for family in FAMILIES]
@@ -75,40 +72,3 @@ def test_shared_covariance_is_discriminant_analysis():
     peer = LinearDiscriminantAnalysis(solver="lsqr").fit(x.numpy(), labels.numpy())
     logits = family.features(x) @ family.weights(family.fit(moments(x, shares)))
     assert np.allclose(logits.softmax(1).numpy(), peer.predict_proba(x.numpy()), atol=1e-10)
-
-
-@pytest.mark.parametrize("classes", [2, 3])
-def test_softmax_regression_is_that_of_scikit_learn(classes):
-    x, labels, shares = data(60, classes)
-    family = ClassCovariances(classes, 2)
-    found = softmax_regression(family.features(x)[None], shares[None])
-    peer = LogisticRegression(C=np.inf, tol=1e-12, max_iter=10_000, solver="newton-cg")
-    peer.fit(family.features(x)[:, 1:].numpy(), labels.numpy())
-    assert found.solved.all()
-    probabilities = (family.features(x) @ found.weights[0]).softmax(1).numpy()
-    assert np.allclose(
-        probabilities, peer.predict_proba(family.features(x)[:, 1:].numpy()), atol=1e-6
-    )
-
-
-def test_many_small_sets_are_solved_exactly_where_they_are_not_separable():
-    """Separability by linear programming; both outcomes must occur, whatever Newton starts at."""
-    count, size = 100, 12
-    x = torch.randn(count, size, 2, dtype=torch.float64)
-    labels = torch.arange(size) % 2
-    x[:, labels == 0, 0] += 1.6
-    family = SharedCovariance(2, 2)
-    shares = torch.nn.functional.one_hot(labels, 2).double().expand(count, size, 2) / size
-    features = family.features(x)
-    found = softmax_regression(features, shares, torch.randn(3, 2, dtype=torch.float64))
-    signed = features * (1 - 2 * labels)[:, None]
-    separable = [
-        linprog([0, 0, 0], A_ub=-one.numpy(), b_ub=-np.ones(size), bounds=(None, None)).status == 0
-        for one in signed
-    ]
-    assert 15 < sum(separable) < 85
-    assert found.solved.tolist() == [not s for s in separable]
-    solved = found.solved
-    probabilities = (features @ found.weights).softmax(2)
-    slopes = features.mT @ (probabilities / size - shares)
-    assert slopes[solved].abs().max() < 1e-8

@@ -1,30 +1,27 @@
 """Sampling jobs: they go on to the same bits, keep what is finite, and say what they are."""
 
+import hashlib
 import itertools
 import json
 
 import h5py
 import pytest
 import torch
+from ebmkit_tests.support.sampling_runs import SHAPE, BlindMixture, mixture, small_network
 from PIL import Image
-from small import SHAPE, BlindMixture, mixture, small_network
 
 import ebmkit
 from ebmkit import UserError
-from ebmkit.data.hdf5 import load_hdf5
-from ebmkit.sampling.base import Chain, Info
-from ebmkit.sampling.buffer import ReplayBuffer
-from ebmkit.sampling.jobs import (
-    Interrupted,
-    SamplingFolder,
-    SamplingJob,
-    Sources,
-    default_sampler,
-    make_settings,
-    write_results,
-)
-from ebmkit.sampling.jobs.diagnose import chain_diagnostics
-from ebmkit.sampling.jobs.record import FRAMES, Record
+from ebmkit.data import load_dataset
+from ebmkit.sampling.base import Chain, Info, PositionSampler, moved_to
+from ebmkit.sampling.diagnostics import chain_diagnostics
+from ebmkit.sampling.entry import SAMPLERS, SamplerConfig, SamplerEntry, default_sampler
+from ebmkit.sampling.jobs.job import Interrupted, SamplingFolder, SamplingJob
+from ebmkit.sampling.jobs.record import MAX_FRAMES, Record
+from ebmkit.sampling.jobs.results import write_results
+from ebmkit.sampling.jobs.settings import SamplingSettings, default_folder, make_settings
+from ebmkit.sampling.jobs.sources import Sources
+from ebmkit.sampling.starts import ReplayBuffer
 
 
 def job_at(path, model, settings, sources=None, **how):
@@ -35,7 +32,7 @@ def job_at(path, model, settings, sources=None, **how):
 
 def everything(job):
     """All that was kept, but for the time it took."""
-    batches = [job.finished(number) for number in range(job.batches)]
+    batches = [job.finished(number) for number in range(job.settings.batches)]
     return [{k: v for k, v in batch.items() if k != "seconds"} for batch in batches]
 
 
@@ -83,8 +80,9 @@ def test_a_job_that_was_killed_goes_on_to_the_same_bits(tmp_path, sampler, at):
 
 def test_a_network_goes_on_to_the_same_bits_after_a_request_to_stop(tmp_path):
     model = ebmkit.optimize(small_network(tmp_path / "run"))
-    options = {"beta": 0.5}
-    settings = make_settings(model, "ks", count=3, label="dog", steps=8, options=options)
+    settings = make_settings(
+        model, "kadkhodaie_simoncelli", count=3, label="dog", steps=8, options={"beta": 0.5}
+    )
     whole = job_at(tmp_path / "whole", model, settings)
     whole.run()
     calls = []
@@ -156,6 +154,33 @@ def test_other_settings_finished_and_foreign_folders_are_refused(tmp_path):
         SamplingFolder(tmp_path / "mine").begin(settings)
 
 
+def test_a_job_begun_under_old_names_is_resumed(tmp_path):
+    """In the folder that an earlier version would have named, of settings that it wrote."""
+    settings = make_settings(mixture(), "sgld", data_at_hand=True, start="class_gaussian")
+    old = settings.model_dump(mode="json")
+    old["start"] = old["options"]["start"] = "seeds"
+    old["options"] = {
+        {"drift_clip": "largest_drift"}.get(key, key): value
+        for key, value in old["options"].items()
+    }
+    assert SamplingSettings.model_validate(old) == settings
+    text = json.dumps(old, separators=(",", ":"))
+    name = f"sgld-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    home = tmp_path / "samples" / name / "unfinished"
+    assert default_folder(tmp_path, settings).name != name
+    home.mkdir(parents=True)
+    (home / "settings.json").write_text(json.dumps(old))
+    folder = default_folder(tmp_path, settings)
+    assert folder.name == name
+    SamplingFolder(folder).begin(settings)
+    other = make_settings(mixture(), "sgld", start="uniform")
+    with pytest.raises(UserError, match="was 'class_gaussian' and is now 'uniform'"):
+        SamplingFolder(folder).begin(other)
+    blind = make_settings(mixture(BlindMixture), "kadkhodaie_simoncelli")
+    renamed = blind.model_dump(mode="json") | {"sampler": "ks"}
+    assert SamplingSettings.model_validate(renamed) == blind
+
+
 # --- what is written -----------------------------------------------------------------------------
 
 
@@ -179,7 +204,7 @@ def test_files_say_what_the_samples_are(tmp_path):
             "source": "fresh", "sampler": "mala", "seed": 3, "run": "some-run",
         }  # fmt: skip
         assert json.loads(file.attrs["settings"]) == settings.model_dump(mode="json")
-    read = load_hdf5(tmp_path / "samples.h5", "test")  # samples are a data set
+    read = load_dataset("hdf5", tmp_path / "samples.h5", "test")  # samples are a data set
     assert read.class_names == ("dark", "bright")
     assert bool(
         (x.clamp(0, 1)[:, None] - read.floats()).abs().flatten(2).amax(2).amin() < 0.5 / 254
@@ -237,12 +262,12 @@ def test_the_buffer_gives_its_chains_and_others_start_from_them(tmp_path):
 
 def test_frames_stay_bounded_and_evenly_spread():
     record = Record(1000, None, 2)
-    record.begin(torch.zeros(3, *SHAPE))
+    record.frame(torch.zeros(3, *SHAPE), 0)
     info = Info(torch.ones(3))
     for step in range(1, 1001):
         record.note(Chain(torch.zeros(3, *SHAPE), step), info, torch.ones(3, dtype=torch.bool))
     moments = record.tensors()["moments"].tolist()
-    assert FRAMES / 2 - 1 <= len(moments) <= FRAMES
+    assert MAX_FRAMES / 2 - 1 <= len(moments) <= MAX_FRAMES
     assert len({b - a for a, b in itertools.pairwise(moments)}) == 1
     assert moments[0] == 0
 
@@ -250,10 +275,49 @@ def test_frames_stay_bounded_and_evenly_spread():
 def test_diagnostics_say_where_they_have_no_meaning():
     draws = torch.randn(400, 8, dtype=torch.float64)
     finite = torch.ones(8, dtype=torch.bool)
-    found = chain_diagnostics("mala", [draws[:, :5], draws[:, 5:]], finite, 1)
+    found = chain_diagnostics(SAMPLERS["mala"], [draws[:, :5], draws[:, 5:]], finite, 1)
     assert found["split_rhat"] < 1.02  # independent draws
     assert 0.7 * 1600 < found["effective_size"] < 1.4 * 1600
-    assert "no meaning" in chain_diagnostics("ddim", [draws], finite, 1)["meaning"]
+    assert "no meaning" in chain_diagnostics(SAMPLERS["ddim"], [draws], finite, 1)["meaning"]
+
+
+class TowardsGray(PositionSampler):
+    """A sampler that the package does not know."""
+
+    steps = None
+
+    def step(self, state, generator):
+        return moved_to(state, 0.5 + 0.9 * (state.x - 0.5))
+
+
+def test_an_entry_of_the_table_is_all_that_a_sampler_needs(tmp_path, monkeypatch):
+    """Settings, a job, its files and its diagnostics, and the default of the highest priority."""
+    entry = SamplerEntry(
+        name="towards-gray",
+        description="shrinks contrast",
+        config=SamplerConfig,
+        needs=("score",),
+        make=lambda model, c, config: TowardsGray(),
+        no_law="shrinks contrast",
+        priority=9,
+    )
+    model = mixture()
+    with monkeypatch.context() as patch:
+        patch.setitem(SAMPLERS, entry.name, entry)
+        assert default_sampler(model) is entry
+        settings = make_settings(model, None, count=3, steps=40)
+        assert settings.sampler == "towards-gray"
+        job = job_at(tmp_path, model, settings)
+        job.run()
+        document = write_results(job, "run")
+    assert "shrinks contrast: they have no meaning" in document["diagnostics"]["chains"]["meaning"]
+    assert document["steps"] == 40
+    assert float((job_samples(tmp_path) - 0.5).abs().max()) < 0.1
+
+
+def job_samples(path):
+    with h5py.File(path / "samples.h5") as file:
+        return torch.from_numpy(file["samples"][()])
 
 
 # --- what is refused, and what is cautioned ------------------------------------------------------
@@ -267,7 +331,14 @@ def test_diagnostics_say_where_they_have_no_meaning():
         ({"steps": 0}, "0 steps move no chain.*--sampler buffer"),
         ({"label": "2"}, "label 2 is out of range: this model knows 0 to 1"),
         ({"label": "cow"}, "this model knows 0 to 1 or dark, bright"),
-        ({"sampler": "ks"}, "ks cannot drive this model: it takes the noise level.*mala"),
+        (
+            {"sampler": "kadkhodaie_simoncelli"},
+            "simoncelli cannot drive this model: it takes the noise level.*mala",
+        ),
+        ({"sampler": "ks"}, "sampler 'ks' is now called 'kadkhodaie_simoncelli'"),
+        ({"start": "seeds"}, "start 'seeds' is now called 'class_gaussian'"),
+        ({"options": {"start": "seeds"}}, "start 'seeds' is now called 'class_gaussian'"),
+        ({"options": {"largest_drift": 1}}, "'largest_drift' is now called 'drift_clip'"),
         ({"options": {"stepsize": 1}}, "did you mean 'step_size'"),
         ({"start": "bufer"}, "did you mean 'buffer'"),
         ({"options": {"sigma": "2/1"}}, "outside what this model was trained for"),
@@ -286,19 +357,19 @@ def test_a_model_without_labels_refuses_them(tmp_path):
 
 
 def test_each_kind_of_model_has_a_default_sampler(tmp_path):
-    assert default_sampler(small_network(tmp_path / "blind")) == "ks"
-    assert default_sampler(mixture()) == "ddim"
+    assert default_sampler(small_network(tmp_path / "blind")).name == "kadkhodaie_simoncelli"
+    assert default_sampler(mixture()).name == "ddim"
     jem = small_network(tmp_path / "jem", sigma_range=None, objective="jem")
-    assert default_sampler(jem) == "sgld"
+    assert default_sampler(jem).name == "sgld"
 
 
 def test_starts_within_the_noise_and_untrained_densities_are_cautioned(tmp_path):
     model = small_network(tmp_path / "blind")
     folder = SamplingFolder(tmp_path / "out")
-    near = SamplingJob(model, make_settings(model, "ks"), folder)
+    near = SamplingJob(model, make_settings(model, "kadkhodaie_simoncelli"), folder)
     assert "noise of 100/255 about gray" in near.cautions[0]
     wide = small_network(tmp_path / "wide", sigma_range=(1 / 255, 50.0))
-    assert SamplingJob(wide, make_settings(wide, "ks"), folder).cautions == []
+    assert SamplingJob(wide, make_settings(wide, "kadkhodaie_simoncelli"), folder).cautions == []
     plain = small_network(tmp_path / "ce", sigma_range=None, objective="ce")
     cautions = SamplingJob(plain, make_settings(plain, "sgld"), folder).cautions
     assert "trains no density" in cautions[0]
@@ -308,8 +379,9 @@ def test_starts_within_the_noise_and_untrained_densities_are_cautioned(tmp_path)
 
 
 def test_where_chains_start_is_settled_before_they_do():
-    """Seeds where data are at hand, but not for the ascent that starts from gray."""
-    assert make_settings(mixture(), "mala", data_at_hand=True).start == "seeds"
+    """Gaussians of the data where these are at hand, but not for the ascent from gray."""
+    assert make_settings(mixture(), "mala", data_at_hand=True).start == "class_gaussian"
     assert make_settings(mixture(), "mala").start == "noise"
-    assert make_settings(mixture(BlindMixture), "ks", data_at_hand=True).start == "noise"
+    ascent = make_settings(mixture(BlindMixture), "kadkhodaie_simoncelli", data_at_hand=True)
+    assert ascent.start == "noise"
     assert make_settings(mixture(), "sgld", data_at_hand=True).start == "uniform"

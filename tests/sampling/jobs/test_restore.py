@@ -1,22 +1,20 @@
 """Restored pictures have their measurements, and stand beside simple methods."""
 
-import importlib
 import json
 
 import numpy as np
 import pytest
 import torch
+from ebmkit_tests.support.sampling_runs import SHAPE, BlindMixture, mixture, small_network
 from PIL import Image
-from small import SHAPE, BlindMixture, mixture, small_network
 
 from ebmkit import UserError
 from ebmkit.data import write_image
 from ebmkit.metrics import psnr
-from ebmkit.sampling.config import StochasticAscentConfig
-from ebmkit.sampling.inverse import center_hole
-from ebmkit.sampling.jobs import TASKS, TaskOptions, baselines_of, find_task, restore
-from ebmkit.sampling.jobs.restoring import RestoreJob, read_mask
-from ebmkit.sampling.jobs.tasks import degrade
+from ebmkit.sampling.inverse import TASKS, TaskOptions, baselines_of, center_hole, find_task
+from ebmkit.sampling.jobs import restore as restore_module
+from ebmkit.sampling.jobs.restore import RestoreJob, read_mask, restore
+from ebmkit.sampling.kadkhodaie_simoncelli import StochasticAscentConfig
 
 QUICK = StochasticAscentConfig(steps=60, beta=0.3, first_sigma=0.9, last_sigma=0.01)
 PICTURE = torch.linspace(0, 1, 64).reshape(1, 8, 8)
@@ -71,11 +69,11 @@ def test_baselines_are_what_they_are_called():
 
 
 def test_a_small_picture_can_be_what_was_measured():
-    known = degrade(TASKS["superres"], PICTURE, TaskOptions(factor=3), measured=True)
+    known = TASKS["superres"].degrade(PICTURE, TaskOptions(factor=3), measured=True)
     assert known.measurement.shape == (1, 24, 24)
     assert known.clean is None
     torch.testing.assert_close(known.look, PICTURE.repeat_interleave(3, 1).repeat_interleave(3, 2))
-    odd = degrade(TASKS["superres"], torch.rand(3, 9, 7), TaskOptions())
+    odd = TASKS["superres"].degrade(torch.rand(3, 9, 7), TaskOptions())
     assert odd.clean.shape == (3, 8, 6)
 
 
@@ -93,20 +91,20 @@ def test_a_small_picture_can_be_what_was_measured():
 )
 def test_bad_options_are_told_in_a_sentence(task, options, told):
     with pytest.raises(UserError, match=told):
-        degrade(TASKS[task], PICTURE, TaskOptions(**options))
+        TASKS[task].degrade(PICTURE, TaskOptions(**options))
 
 
 def test_what_cannot_be_restored_is_told(tmp_path):
     hole = center_hole(SHAPE)
     measured = torch.zeros(1, hole.count)
-    with pytest.raises(UserError, match="ks cannot drive this model"):
+    with pytest.raises(UserError, match="kadkhodaie_simoncelli cannot drive this model"):
         restore(mixture(), hole, measured)
     with pytest.raises(UserError, match="0 samples"):
         restore(mixture(BlindMixture), hole, measured, samples=0)
     with pytest.raises(UserError, match="did you mean 'inpaint'"):
         find_task("inpant")
-    with pytest.raises(UserError, match="measures no picture"):
-        degrade(TASKS["compressed"], PICTURE, TaskOptions(), measured=True)
+    with pytest.raises(UserError, match="measures no image"):
+        TASKS["compressed"].degrade(PICTURE, TaskOptions(), measured=True)
     large = center_hole((1, 2000, 2000))
     with pytest.raises(UserError, match="megapixel"):
         restore(mixture(BlindMixture), large, torch.zeros(1, 1))
@@ -117,10 +115,12 @@ def test_what_cannot_be_restored_is_told(tmp_path):
 
 def test_pictures_beyond_twice_the_trained_size_are_denoised_in_crops(tmp_path, monkeypatch):
     """And come out as large as they were, with their measurements."""
-    module, crops = importlib.import_module("ebmkit.sampling.jobs.restore"), []
-    plain = module.denoise_image
+    crops = []
+    plain = restore_module.denoise_image
     monkeypatch.setattr(
-        module, "denoise_image", lambda *a, **k: crops.append(a[1].shape) or plain(*a, **k)
+        restore_module,
+        "denoise_image",
+        lambda *a, **k: crops.append(a[1].shape) or plain(*a, **k),
     )
     model = small_network(tmp_path)
     for side in (16, 20):

@@ -1,0 +1,600 @@
+r"""Measuring speed and memory: the library against what everyone writes (``ebmkit bench``).
+
+The plain eager step is
+
+.. code-block:: python
+
+    y.requires_grad_()
+    (score,) = torch.autograd.grad(model(y).log_density.sum(), y, create_graph=True)
+    loss = (sigma * score + eps).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+with contiguous float32 tensors, PyTorch's own layers and ``torch.optim.AdamW(model.parameters())``.
+It computes the same loss and the same gradients as the library's step (a test says so), and that is
+what makes their times comparable.
+
+Two programs timed one after the other are compared on two different machines: clocks drift, caches
+warm, neighbours come and go. Here every candidate runs once in every round, the order turns round
+from one round to the next, and with :math:`t_{k,r}` the time of candidate k in round r the ratio to
+the candidate 0 is a median over rounds of ratios *within* a round,
+
+.. math:: \rho_k = \operatorname{median}_r \frac{t_{0,r}}{t_{k,r}},
+
+above 1 where k is faster. The quartiles of the same ratios say how noisy it is.
+
+A `Comparison` of candidates that do the same work becomes one `Row` per candidate, called by what
+is done and by whom, as in ``train dsm gradresnet18 w16 32x32 b64: ebmkit``. The batch is that of
+the denoising stream; a joint objective classifies twice as many images, as the paper's 128 + 64.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import os
+import re
+import statistics
+import timeit
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from importlib.metadata import distributions
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.benchmark import timer
+
+from ebmkit.compile import laid_out, make_inference
+from ebmkit.compute import (
+    ComputeConfig,
+    Precision,
+    available_memory,
+    pick_compile,
+    pick_precision,
+    set_tf32,
+)
+from ebmkit.data import Batch, NoiseLaw
+from ebmkit.energy import Energies, EnergyModel
+from ebmkit.errors import UserError
+from ebmkit.models import JointModel, create_model
+from ebmkit.models.convolution import Conv2d
+from ebmkit.models.gelu import GELU
+from ebmkit.models.norms import GroupNorm
+from ebmkit.objectives import BALANCE, Scale, Term, TrainingLoss, parse_objective
+from ebmkit.training.config import OptimizerConfig
+from ebmkit.training.cost import format_bytes
+from ebmkit.training.optim import make_optimizer
+from ebmkit.training.run_folder import environment
+from ebmkit.training.step import OutOfMemory, TrainingStep
+
+Step = Callable[[], object]
+"""What is timed: one training step, or one pass over a batch."""
+
+Build = Callable[[], Step]
+"""Makes a step, and everything it holds: network, optimiser, buffers."""
+
+Batches = Callable[[], Mapping[str, Batch]]
+"""Stream -> batch, at every call of a step."""
+
+OURS, PLAIN, PLAIN_TF32 = "ebmkit", "plain eager", "plain eager, TF32"
+INFERENCES = ("logits", "score", "denoise")
+SCALING = "scaling dsm"
+"""What the settings of a scaling curve are called."""
+
+NUM_CLASSES = 10
+"""Labels of the networks that are timed."""
+
+SIGMA = 25 / 255
+"""Noise level that is taken out where one is given, image units."""
+
+SHORTEST, MAX_CALLS = 0.05, 50
+"""Seconds that a timing takes at least: so many times at most are faster steps called for it."""
+
+PEERS = ("torchebm", "deepinv", "ebmkit")
+
+# torch.optim.AdamW's own defaults, so that both sides make the same update
+_ADAMW = OptimizerConfig(lr=1e-3, weight_decay=1e-2, betas=(0.9, 0.999), decay_norms=True)
+
+_NAME = re.compile(r"(?P<what>.+) (?P<backbone>\S+) w(?P<width>\d+) (?P<size>\d+)x\d+ b(?P<b>\d+)")
+
+
+class Setting(NamedTuple):
+    """What is done, by which network, on how many images of which size.
+
+    >>> str(Setting("train dsm", "gradresnet18", 16, 32, 64))
+    'train dsm gradresnet18 w16 32x32 b64'
+    """
+
+    what: str
+    backbone: str = "gradresnet18"
+    width: int = 16
+    image_size: int = 32
+    batch: int = 64
+
+    def __str__(self) -> str:
+        size = f"{self.image_size}x{self.image_size}"
+        return f"{self.what} {self.backbone} w{self.width} {size} b{self.batch}"
+
+    @classmethod
+    def read(cls, name: str) -> Setting | None:
+        """The setting in a row's name, without who did it; None if there is none."""
+        match = _NAME.fullmatch(name.rpartition(": ")[0])
+        if match is None:
+            return None
+        width, size, batch = (int(match[key]) for key in ("width", "size", "b"))
+        return cls(match["what"], match["backbone"], width, size, batch)
+
+
+class Ratio(NamedTuple):
+    """How many times as fast: the median over rounds, and its lower and upper quartile."""
+
+    median: float
+    low: float
+    high: float
+
+
+class Row(NamedTuple):
+    """One measurement, as it stands in the JSON file."""
+
+    name: str  # what was done, colon, who did it
+    device: str
+    median_s: float  # over rounds, of one step
+    images_per_s: float  # of one step by that median
+    peak_mb: float  # in 10^6 bytes (`peak_memory`)
+    ratio: float | None  # times as fast as the plain eager step in float32: median over rounds
+    ratio_range: tuple[float, float] | None  # its lower and upper quartile
+    ratios: dict[str, Ratio]  # who else was compared -> the same against them: median, quartiles
+    note: str  # what a reader must know to compare
+
+
+class Comparison(NamedTuple):
+    """Candidates that do the same work: its name, the images that one step sees, who -> what builds
+    the step, who -> what a reader must know."""
+
+    name: str
+    images: int
+    candidates: Mapping[str, Build]
+    notes: Mapping[str, str]
+
+
+def interleave(
+    candidates: Mapping[str, Step],
+    rounds: int,
+    warmup: int = 2,
+    shortest: float = 0.0,
+    clock: Callable[[], float] = timer,
+) -> dict[str, list[float]]:
+    """Seconds of one call of each candidate in each round, (rounds,) per candidate.
+
+    Args:
+        candidates: name -> what to call.
+        rounds: how often each is timed; even rounds go through them in order, odd ones backwards.
+        warmup: untimed calls of each before the first round, at least 1.
+        shortest: if the last warm-up call of the fastest candidate took less than so many seconds,
+            each timing is the mean over as many calls as make it so long, the same for all.
+        clock: seconds, rising; by default PyTorch's, which waits for the device.
+    """
+    timers = {name: timeit.Timer(step, timer=clock) for name, step in candidates.items()}
+    for step in candidates.values():
+        for _ in range(warmup - 1):
+            step()
+    fastest = min(own.timeit(1) for own in timers.values())
+    calls = min(MAX_CALLS, max(1, math.ceil(shortest / max(fastest, 1e-9))))
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for number in range(rounds):
+        gc.collect()  # which is off while a candidate is timed
+        for name in list(timers)[:: 1 if number % 2 == 0 else -1]:
+            seconds[name].append(timers[name].timeit(calls) / calls)
+    return seconds
+
+
+def ratio_to(base: Sequence[float], own: Sequence[float]) -> Ratio:
+    """How many times as fast as ``base`` a candidate is, from seconds of the same rounds."""
+    ratios = [b / o for b, o in zip(base, own, strict=True)]
+    return Ratio(*(float(np.quantile(ratios, level)) for level in (0.5, 0.25, 0.75)))
+
+
+def peak_memory(build: Build, device: torch.device, calls: int = 3) -> tuple[Step, int]:
+    """Build a step, call it (the first calls compile), and count what it holds at most, in bytes.
+
+    That is the peak of all tensors that came to be on ``device`` since before it was built:
+    parameters, gradients, optimiser state, activations, work space of kernels as far as PyTorch's
+    allocator hands it out. The same count for every candidate.
+    """
+
+    def called() -> Step:
+        step = build()
+        for _ in range(calls):
+            step()
+        return step
+
+    if device.type == "cuda":
+        gc.collect()
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step = called()
+        torch.cuda.synchronize(device)
+        return step, torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler else writes to stderr
+    with torch.autograd.profiler.profile(use_kineto=False, profile_memory=True) as profile:
+        step = called()
+    assert profile.kineto_results is not None
+    events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()  # type: ignore[attr-defined]  # missing in the stubs
+        most = max(most, held)
+    return step, most
+
+
+def measure(comparison: Comparison, device: torch.device, rounds: int) -> list[Row]:
+    """Memory of each candidate, then the interleaved timing of all; one row each.
+
+    Raises:
+        UserError: if the memory does not suffice.
+    """
+    steps, peaks = {}, {}
+    try:
+        for who, build in comparison.candidates.items():
+            steps[who], peaks[who] = peak_memory(build, device)
+        with torch.cuda.device(device if device.type == "cuda" else -1):
+            seconds = interleave(steps, rounds, warmup=1, shortest=SHORTEST)
+    except (OutOfMemory, torch.OutOfMemoryError):
+        raise UserError(
+            f"{device} has too little memory for {comparison.name!r}: choose a smaller --batch, "
+            "--width or --image-size"
+        ) from None
+    rows = []
+    for who, own in seconds.items():
+        ratios = {name: ratio_to(base, own) for name, base in seconds.items() if name != who}
+        to_plain = Ratio(1.0, 1.0, 1.0) if who == PLAIN else ratios.get(PLAIN)
+        median = statistics.median(own)
+        rows.append(
+            Row(
+                name=f"{comparison.name}: {who}",
+                device=str(device),
+                median_s=median,
+                images_per_s=comparison.images / median,
+                peak_mb=peaks[who] / 1e6,
+                ratio=to_plain.median if to_plain else None,
+                ratio_range=(to_plain.low, to_plain.high) if to_plain else None,
+                ratios=ratios,
+                note=getattr(steps[who], "how", comparison.notes.get(who, "")),
+            )
+        )
+    return rows
+
+
+def document(rows: Sequence[Row]) -> dict[str, Any]:
+    """What the JSON file holds: the environment with the versions of peers, and the rows."""
+    peers = {name: found.version for name in PEERS for found in distributions(name=name)}
+    return {
+        "environment": environment() | {"peers": peers},
+        "rows": [row._asdict() for row in rows],
+    }
+
+
+def network(setting: Setting, channels: int, device: torch.device) -> JointModel:
+    """The network of ``setting``, with weights from a fixed seed.
+
+    Raises:
+        UserError: on an unknown backbone or an illegal width.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = create_model(
+            setting.backbone,
+            num_classes=NUM_CLASSES,
+            in_channels=channels,
+            image_size=setting.image_size,
+            width=setting.width,
+        )
+    return model.to(device)
+
+
+def make_batch(
+    count: int, channels: int, image_size: int, device: torch.device, generator: torch.Generator
+) -> Batch:
+    """``count`` uniform random images (B, C, H, H), noisy as in the paper's denoising stream.
+
+    The ``generator`` is on the CPU, and the batch ends up on ``device``.
+    """
+    shape = (count, channels, image_size, image_size)
+    law = NoiseLaw(kind="squared-uniform", min=1 / 255, max=100 / 255)
+    x, eps = torch.rand(shape, generator=generator), torch.randn(shape, generator=generator)
+    sigma = law.sample(count, generator, "cpu")
+    labels = torch.randint(NUM_CLASSES, (count,), generator=generator)
+    soft = nn.functional.one_hot(labels, NUM_CLASSES).float()
+    y = x + sigma[:, None, None, None] * eps
+    x, y, sigma, eps, labels, soft = (t.to(device) for t in (x, y, sigma, eps, labels, soft))
+    return Batch(x, y, sigma, eps, labels, soft)
+
+
+def training(
+    setting: Setting,
+    objective: str,
+    channels: int,
+    device: torch.device,
+    compute: ComputeConfig | None = None,
+) -> Comparison:
+    """The training step of ``objective``: the library's against the plain eager one.
+
+    Args:
+        setting: network and sizes; its ``what`` names the comparison.
+        objective: as ``ce+dsm``; balanced terms are timed in their mean form (`timed_terms`).
+        channels: 1 gray, 3 colour.
+        device: where.
+        compute: precision and compilation of the library's step.
+
+    Raises:
+        UserError: on an unknown objective, backbone, width, precision or compile mode.
+    """
+    compute = compute or ComputeConfig()
+    model = network(setting, channels, device)
+    streams = list(dict.fromkeys(term.objective.stream for term in timed_terms(objective)))
+    counts = dict.fromkeys(streams, setting.batch)
+    if len(streams) > 1:
+        counts["classify"] = 2 * setting.batch
+    generator = torch.Generator().manual_seed(0)
+    drawn = {
+        name: make_batch(count, channels, setting.image_size, device, generator)
+        for name, count in counts.items()
+    }
+    return _comparison(
+        setting,
+        sum(counts.values()),
+        lambda: OurStep(model, objective, lambda: drawn, compute),
+        partial(PlainStep, model, objective, lambda: drawn),
+        compute,
+        device,
+    )
+
+
+def inference(
+    setting: Setting, channels: int, device: torch.device, compute: ComputeConfig | None = None
+) -> Comparison:
+    """The library's call of ``setting.what``, one of `INFERENCES`, against the plain one.
+
+    Raises:
+        UserError: as `training` does.
+    """
+    compute = compute or ComputeConfig()
+    if compute.precision == "auto":
+        compute = compute.model_copy(update={"precision": "fp32"})
+    model, generator = network(setting, channels, device), torch.Generator().manual_seed(0)
+    y = make_batch(setting.batch, channels, setting.image_size, device, generator).y
+    return _comparison(
+        setting,
+        setting.batch,
+        lambda: our_inference(model, setting.what, y, compute),
+        partial(plain_inference, model, setting.what, y),
+        compute,
+        device,
+    )
+
+
+def _comparison(
+    setting: Setting,
+    images: int,
+    ours: Build,
+    plain: Callable[..., Step],
+    compute: ComputeConfig,
+    device: torch.device,
+) -> Comparison:
+    """Ours against ``plain(precision=...)`` in float32, and in TF32 where the device has it."""
+    candidates: dict[str, Build] = {OURS: ours, PLAIN: plain}
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        candidates[PLAIN_TF32] = partial(plain, precision="tf32")
+    compiled = "compiled" if pick_compile(compute.compile, device) else "eager"
+    notes = {OURS: f"{pick_precision(compute.precision, device)}, {compiled}"}
+    return Comparison(str(setting), images, candidates, notes)
+
+
+def timed_terms(objective: str) -> tuple[Term, ...]:
+    """The terms of ``objective``, balanced ones in their mean form.
+
+    Balancing multiplies a loss by a number and keeps a running mean of it; the mean form is what
+    everyone writes, so both sides compute that.
+
+    Raises:
+        UserError: if it does not parse, or there is no plain eager form of a term.
+    """
+    terms = []
+    for term in parse_objective(objective):
+        name = f"{term.name}-mean" if term.objective.scale is Scale.BALANCED else term.name
+        if name not in ("ce", "dsm-mean", "dsm-sum", "cdsm-mean", "cdsm-sum"):
+            raise UserError(
+                f"objective {term.name!r} has no plain eager form to compare with: use ce, dsm, "
+                "cdsm, or a sum of them"
+            )
+        terms.append(Term(name, term.weight))
+    return tuple(terms)
+
+
+class OurStep:
+    """The library's training step of ``objective``, on a copy of ``model``.
+
+    Raises:
+        UserError: as `timed_terms` and `TrainingStep`.
+    """
+
+    def __init__(
+        self,
+        model: EnergyModel,
+        objective: str,
+        batches: Batches,
+        compute: ComputeConfig | None = None,
+    ) -> None:
+        self.model, self.batches = copy.deepcopy(model).train(), batches
+        loss = TrainingLoss(self.model, timed_terms(objective), BALANCE)
+        optimizer = make_optimizer(self.model, _ADAMW)
+        self.step = TrainingStep(loss, optimizer, compute or ComputeConfig())
+
+    @property
+    def how(self) -> str:
+        """Precision, and whether it was compiled in the end."""
+        return f"{self.step.precision}, {'compiled' if self.step.compiled else 'eager'}"
+
+    def __call__(self) -> None:
+        set_tf32(self.step.device, self.step.precision)
+        self.step(self.batches(), rate=_ADAMW.lr)
+
+
+class PlainStep:
+    """The training step that everyone writes, on a contiguous copy of ``model``; gives its loss.
+
+    Precision is ``fp32``, with TF32 off for convolutions too, or ``tf32``.
+    """
+
+    def __init__(
+        self, model: EnergyModel, objective: str, batches: Batches, precision: Precision = "fp32"
+    ) -> None:
+        self.model = _plain(model).train()
+        self.terms, self.batches, self.precision = timed_terms(objective), batches, precision
+        self.device = next(self.model.parameters()).device
+        self.optimizer = torch.optim.AdamW(self.model.parameters())
+
+    def __call__(self) -> Tensor:
+        set_tf32(self.device, self.precision)
+        loss = plain_loss(self.model, self.terms, self.batches())
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        return loss
+
+
+def plain_loss(model: EnergyModel, terms: tuple[Term, ...], batches: Mapping[str, Batch]) -> Tensor:
+    """The loss of ``terms`` with scores by `torch.autograd.grad` with a graph; a scalar."""
+    total = torch.zeros((), device=next(model.parameters()).device)
+    for stream in dict.fromkeys(term.objective.stream for term in terms):
+        batch = batches[stream]
+        own = [term for term in terms if term.objective.stream == stream]
+        y = batch.y.detach()
+        if any(term.objective.needs_score for term in own):
+            y.requires_grad_()
+        energies = model(y)
+        for term in own:
+            weight = 1.0 if term.weight is None else term.weight
+            total = total + weight * _plain_term(term, energies, y, batch)
+    return total
+
+
+def _plain_term(term: Term, energies: Energies, y: Tensor, batch: Batch) -> Tensor:
+    if term.name == "ce":
+        assert batch.soft is not None
+        return nn.functional.cross_entropy(energies.logits, batch.soft)
+    log_density = energies.log_density
+    if term.objective.needs_labels:
+        assert batch.labels is not None
+        log_density = energies.log_joint().gather(1, batch.labels[:, None])
+    (score,) = torch.autograd.grad(log_density.sum(), y, create_graph=True)
+    squares = (batch.sigma[:, None, None, None] * score + batch.eps).square()
+    if term.objective.scale is Scale.SUM:
+        return squares.flatten(1).sum(1).mean()
+    return squares.mean()
+
+
+def our_inference(
+    model: EnergyModel, what: str, y: Tensor, compute: ComputeConfig | None = None
+) -> Step:
+    """One of `INFERENCES` of noisy images ``y``, as with a loaded (frozen) model.
+
+    ``auto`` precision is float32, ``auto`` compilation compiles where training does.
+
+    Raises:
+        UserError: if the device lacks the precision or a compiler.
+    """
+    compute = compute or ComputeConfig()
+    own = copy.deepcopy(model).eval().requires_grad_(False)
+    mode = "on" if pick_compile(compute.compile, y.device) else "off"
+    inference = make_inference(y.device, compute.precision, mode)
+    own, precision = laid_out(own, inference), inference.precision
+    calls = {
+        "logits": lambda: own.logits(y),
+        "score": lambda: own.score(y),
+        "denoise": lambda: own.denoise(y, SIGMA),
+    }
+
+    def step() -> Tensor:
+        set_tf32(y.device, precision)
+        with torch.no_grad():
+            return calls[what]()
+
+    return step
+
+
+def plain_inference(
+    model: EnergyModel, what: str, y: Tensor, precision: Precision = "fp32"
+) -> Step:
+    """The same by `torch.autograd.grad`, as everyone writes it."""
+    own = _plain(model).eval()
+
+    def step() -> Tensor:
+        set_tf32(y.device, precision)
+        if what == "logits":
+            with torch.no_grad():
+                return own(y).logits
+        leaf = y.detach().requires_grad_()
+        (score,) = torch.autograd.grad(own(leaf).log_density.sum(), leaf)
+        return score if what == "score" else y + SIGMA**2 * score
+
+    return step
+
+
+def _plain(model: EnergyModel) -> EnergyModel:
+    """A contiguous copy, of PyTorch's own layers and derivatives."""
+    own = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    for module in own.modules():
+        if isinstance(module, Conv2d):
+            module.__class__ = nn.Conv2d  # type: ignore[assignment]
+        elif isinstance(module, GELU):
+            module.__class__ = nn.GELU  # type: ignore[assignment]
+        elif isinstance(module, GroupNorm):
+            module.plain = True
+    return own
+
+
+def scaling_settings(
+    base: Setting,
+    widths: Sequence[int] = (8, 16, 32, 64),
+    image_sizes: Sequence[int] = (16, 32, 64, 128),
+    batches: Sequence[int] = (16, 32, 64, 128, 256),
+) -> list[Setting]:
+    """``base``, and it with one of width, image size and batch changed, each once."""
+    changes: dict[str, Any] = {"width": widths, "image_size": image_sizes, "batch": batches}
+    changed = [base._replace(**{k: value}) for k, values in changes.items() for value in values]
+    return list(dict.fromkeys([base, *changed]))
+
+
+def scaling(
+    settings: Sequence[Setting],
+    channels: int,
+    device: torch.device,
+    rounds: int,
+    compute: ComputeConfig | None = None,
+) -> Iterator[list[Row]]:
+    """Rows of the dsm step at each of ``settings``, the first of which is the base point.
+
+    Activations grow with width, pixels and images. A point that by the base point's memory would
+    not fit is left out with a warning.
+    """
+    peak, units = 0.0, [s.width * s.image_size**2 * s.batch for s in settings]
+    for setting, unit in zip(settings, units, strict=True):
+        needed, free = peak * unit / units[0], available_memory(device)
+        if free is not None and needed > free:
+            warnings.warn(
+                f"{setting} is left out: it needs about {format_bytes(needed)} of memory, and "
+                f"{format_bytes(free)} are free",
+                stacklevel=2,
+            )
+            yield []
+            continue
+        rows = measure(training(setting, "dsm", channels, device, compute), device, rounds)
+        if setting == settings[0]:
+            peak = 1e6 * max(row.peak_mb for row in rows)
+        yield rows

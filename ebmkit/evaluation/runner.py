@@ -1,0 +1,365 @@
+"""Running suites: `evaluate` writes what they measure, `evaluation_folder` says where.
+
+Results are derived data: evaluating again replaces the files of the same suite in the same folder.
+
+Every JSON file holds, beside what its suite measures: ``suite``, ``dataset``, ``split``, ``images``
+(how many were used), ``of`` (how many the split has) and their ``fingerprint``; ``seed`` and
+``sigmas`` (image units); ``model`` (objective, steps, training set) and ``weights``;
+``environment`` (versions, git commit, command), ``device``, ``precision``, ``compiled`` (whether
+anything was), ``processes``, ``batch_size``, ``seconds``, ``warnings``, and
+``pictures``, the names of its plots, beside it.
+
+Several processes (`ebmkit.distributed`) share the images; all of them get the same results, and the
+first alone writes.
+
+Where results cannot be compared, they go to different folders:
+
+::
+
+    RUN/evaluation/                   test images of the data set trained on, all or the first
+    RUN/evaluation/cifar100-test/     anything else: other images, other weights
+      classify.json  denoise.json  calibration.json  and plots
+    RUN/evaluation/digits-test-steps=100/  settings of a suite's own
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from ebmkit.compile import device_of, make_inference, tf32_restored, unwrapped
+from ebmkit.data.imagesets import fingerprint
+from ebmkit.distributed import DistributedContext
+from ebmkit.energy import EnergyModel, ScoreModel
+from ebmkit.errors import UserError
+from ebmkit.evaluation.context import NOISE_LEVELS, SIGMAS, EvaluationContext, Images
+from ebmkit.evaluation.suite import Suite
+from ebmkit.evaluation.suites import FORMER_NAMES, SUITES, find_suite, parse_options
+from ebmkit.storage import remove_file, write_atomically
+from ebmkit.storage.reading import read_json
+from ebmkit.training.run_folder import environment
+
+VALUES_PER_BATCH = 1_500_000
+"""Pixel values in a batch at most, where the caller does not say: 488 colour images of 32x32."""
+
+SHOWN = 5
+"""Images left out whose reasons a document holds."""
+
+SHARES = 8
+"""The number of batches is a multiple of this, so that 2, 4 or 8 processes have equal shares."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a suite measured.
+
+    Attributes:
+        suite: its name.
+        document: what the JSON file holds.
+        path: the JSON file; the plots are beside it.
+    """
+
+    suite: str
+    document: dict[str, Any]
+    path: Path
+
+
+def evaluate(
+    model: ScoreModel,
+    images: Images,
+    suites: Sequence[str],
+    out_dir: Path,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    sigmas: Sequence[float] = SIGMAS,
+    noise_levels: Sequence[float] = NOISE_LEVELS,
+    weights: str = "last",
+    precision: str = "auto",
+    compile: str = "auto",
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    plots: bool = True,
+    progress: bool = False,
+    world: DistributedContext | None = None,
+    data_dir: Path | None = None,
+) -> dict[str, Result]:
+    """Run ``suites`` and write their JSON files and plots into ``out_dir``, each in one move.
+
+    Args:
+        model: any energy model; evaluated in evaluation mode, without gradients.
+        images: the whole split.
+        suites: names from `SUITES`.
+        out_dir: made if it is not there; see `ebmkit.evaluation.evaluation_folder`.
+        limit: use only the first so many images.
+        seed: of the noise.
+        batch_size: images at a time; changes time and memory, not the results. None: up to 500
+            and up to about 1.5 million pixel values, in a number of batches that 8 divides.
+        sigmas: noise levels of the suite ``denoise``, image units.
+        noise_levels: noise levels of the suite ``classify``, image units.
+        weights: which of the run's weights the model has; only written down.
+        precision: auto (fp32, so that results can be compared), fp32, tf32 or bf16.
+        compile: on, off or auto: on CUDA, once minutes of work are left; see
+            `ebmkit.optimize`. A wrapper that the model has already is left out.
+        options: by suite, settings of its own, as in ``{"robustness": {"steps": 10}}``.
+        plots: write the plots, too.
+        progress: show a progress bar.
+        world: the processes that share the work, all of which must call this.
+        data_dir: where the data set's files are; the suite ``ood`` looks for others there.
+
+    Returns:
+        The results by suite, in the order asked for.
+
+    Raises:
+        UserError: if a suite does not suit model and images, a number is illegal, the device lacks
+            the precision, or a file cannot be written. Suites already done stay written.
+    """
+    world = world or DistributedContext()
+    chosen = {name: find_suite(name) for name in suites}
+    if limit is not None and limit < 1:
+        raise UserError(f"limit {limit} leaves no images: take 1 or more, or leave it out")
+    if batch_size is not None and batch_size < 1:
+        raise UserError(f"batch size {batch_size} is not legal: take 1 or more")
+    used = images if limit is None else images.first(limit)
+    _check_images(model, used)
+    for suite in chosen.values():
+        suite.check(model, used)
+    own = parse_options(options or {}, chosen)
+    batch_size = batch_size or _batch_size(used)
+    levels = (_levels(sigmas, 1e-6, "sigmas"), _levels(noise_levels, 0, "noise levels"))
+    device = device_of(model)
+    results = {}
+    bar = _progress_bar(progress and world.first)
+    with tf32_restored(device), torch.no_grad(), bar, ExitStack() as stack:
+        stack.callback(model.train, model.training)
+        inference = make_inference(device, precision, compile)
+        model = inference.wrap(unwrapped(model.eval()))
+        context = EvaluationContext(
+            model, used, seed, batch_size, *levels, world, own, data_dir, inference=inference
+        )
+        circumstances = _circumstances(context, images, weights)
+        _check_finite(model, used)
+        for suite in chosen.values():
+            suite.prepare(context)
+        if world.first:
+            try:
+                out_dir.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                folder = str(out_dir)
+                raise UserError(f"cannot make folder {folder!r}: {error.strerror}") from None
+        for name, suite in chosen.items():
+            context.left = suite.passes(context) * len(used)
+            context.advance = partial(bar.advance, bar.add_task(name, total=context.left))
+            begun = time.perf_counter()
+            measured = suite.run(context)
+            how: dict[str, Any] = {
+                "precision": inference.precision,
+                "compiled": inference.compiled,
+                "seconds": round(time.perf_counter() - begun, 3),
+            }
+            if suite.options is not None:
+                how["options"] = context.option(suite.options).model_dump(mode="json")
+            document = {"suite": name, **circumstances, **how, "warnings": [], **measured}
+            document = world.broadcast(document)
+            context.advance = lambda count: None
+            path = out_dir / f"{name}.json"
+            if world.first:
+                document["pictures"] = _plot(suite, context, document, path) if plots else []
+                write_atomically(path, json.dumps(document, indent=2, allow_nan=False).encode())
+            results[name] = Result(name, document, path)
+    return results
+
+
+def tables(results: dict[str, Result]) -> list[Table]:
+    """One table for the terminal per suite: measures, values, 95 % intervals."""
+    return [
+        SUITES[FORMER_NAMES.get(name, name)].table(result.document)
+        for name, result in results.items()
+    ]
+
+
+def evaluation_folder(
+    run: Path,
+    model: ScoreModel,
+    images: Images,
+    limit: int | None = None,
+    weights: str = "last",
+    options: Mapping[type[BaseModel], BaseModel] | None = None,
+) -> Path:
+    """Where results of this model on these images belong; not made yet.
+
+    ``RUN/evaluation`` for the test split of the data set that the model was trained on, else a
+    folder in it that is named by what differs. Results of more images are never replaced by those
+    of fewer: these go to a folder named by the limit. A folder that holds results of other images
+    of the same name (two image folders, say) is left alone: the name gets the images' fingerprint.
+    Results with settings of their own go to a folder that is named by these settings.
+
+    Args:
+        run: the run folder.
+        model: its ``card`` says what it was trained on.
+        images: the whole split.
+        limit: how many of them are used; None: all.
+        weights: ``last`` or ``best``.
+        options: settings of suites by their class, as `parse_options` makes them.
+    """
+    home = run / "evaluation"
+    used = len(images) if limit is None else min(limit, len(images))
+    words = [images.name, images.split, *([weights] if weights != "last" else [])]
+    name = re.sub(r"[^\w.-]+", "_", "-".join(words)).lstrip(".")
+    trained_on = model.card.dataset if model.card else None
+    folder = home if words == [trained_on, "test"] else home / name
+    if changed := _changed(options or {}):
+        name = f"{name}-{changed}"
+        folder = home / name
+    mark = fingerprint(images)
+    if any(old.get("fingerprint", mark) != mark for old in _results_in(folder)):
+        folder = home / f"{name}-{mark}"
+    if any(old.get("images", 0) > used for old in _results_in(folder)):
+        folder = home / f"{name}-limit{used}"
+    return folder
+
+
+def _changed(options: Mapping[type[BaseModel], BaseModel]) -> str:
+    """Settings that are not the defaults, as in ``images=5-steps=2``; a digest if they are long."""
+    fields = {
+        name: value
+        for kind, given in options.items()
+        for name, value in given.model_dump(mode="json").items()
+        if value != kind().model_dump(mode="json")[name]
+    }
+    text = "-".join(f"{name}={json.dumps(value)}" for name, value in fields.items())
+    short = re.sub(r"[^\w.=-]+", "_", text).strip("_")
+    if len(short) <= 60:
+        return short
+    return "-".join([*fields, hashlib.sha256(text.encode()).hexdigest()[:8]])[-60:].lstrip("-_.")
+
+
+def _results_in(folder: Path) -> Iterator[dict[str, Any]]:
+    """The documents of suites in ``folder``."""
+    for path in folder.glob("*.json"):
+        try:
+            document = read_json(path)
+        except (OSError, ValueError):  # not ours to read
+            continue
+        if isinstance(document, dict) and "suite" in document:
+            yield document
+
+
+def _check_images(model: ScoreModel, images: Images) -> None:
+    if len(images) == 0:
+        raise UserError(f"data set {images.name!r} has no images in split {images.split!r}")
+    channels = model.card.channels if model.card else getattr(model, "in_channels", None)
+    if channels is not None and images.channels != channels:
+        raise UserError(
+            f"data set {images.name!r} has images of {images.channels} channel(s) and this model "
+            f"takes {channels}: choose a data set with {channels}"
+        )
+
+
+def _check_finite(model: ScoreModel, images: Images) -> None:
+    """Whether the model gives finite numbers, for up to four images at a little noise."""
+    first = images.first(min(4, len(images)))
+    x = next(iter(first.batches(len(first))))[0].to(device_of(model))
+    found = []
+    if model.card is None or model.card.sigma_range is not None:
+        found.append(model.denoise(x, 25 / 255))
+    if isinstance(model, EnergyModel):
+        found.append(model.energies(x, 25 / 255).logits)
+    if not all(output.isfinite().all() for output in found):
+        raise UserError(
+            "this model gives values that are not finite: its training diverged, or its weights "
+            "are damaged"
+        )
+
+
+def _plot(
+    suite: Suite, context: EvaluationContext, document: dict[str, Any], path: Path
+) -> list[str]:
+    """Put the plots of ``document`` beside ``path``, in place of those of the one there; their
+    names."""
+    try:
+        old = read_json(path).get("pictures", [])
+    except (OSError, ValueError, AttributeError):  # none there, or not ours to read
+        old = []
+    with tempfile.TemporaryDirectory(prefix="ebmkit-plots-") as folder:
+        suite.plot(context, document, Path(folder))
+        new = sorted(plot.name for plot in Path(folder).iterdir())
+        for name in old:
+            own = isinstance(name, str) and Path(name).name == name and name.endswith(".png")
+            if own and name not in new:
+                remove_file(path.parent / name)
+        for name in new:  # before the document: who finds it finds its plots
+            write_atomically(path.parent / name, (Path(folder) / name).read_bytes())
+    return new
+
+
+def _batch_size(images: Images) -> int:
+    pixels = images.channels * images.image_size[0] * images.image_size[1]
+    largest = min(500, max(1, VALUES_PER_BATCH // pixels))
+    batches = SHARES * math.ceil(len(images) / (SHARES * largest))
+    return math.ceil(len(images) / batches)
+
+
+def _levels(sigmas: Sequence[float], lowest: float, what: str) -> tuple[float, ...]:
+    bad = [s for s in sigmas if not lowest <= s < float("inf")]
+    if bad or not sigmas:
+        shown = bad[0] if bad else "none"
+        raise UserError(f"{what}: {shown} is not legal: give finite levels above 0, as in 25/255")
+    return tuple(sigmas)
+
+
+def _circumstances(context: EvaluationContext, split: Images, weights: str) -> dict[str, Any]:
+    """What every JSON file says of how its numbers came about."""
+    card = context.model.card
+    trained = card and {"objective": card.objective, "steps": card.steps, "dataset": card.dataset}
+    lost = getattr(split, "left_out", ())
+    return {
+        "dataset": context.images.name,
+        "split": context.images.split,
+        "images": len(context.images),
+        "of": len(split),
+        "fingerprint": fingerprint(split),
+        "seed": context.seed,
+        "model": trained,
+        "weights": weights,
+        "environment": environment(),
+        "device": str(context.device),
+        "processes": context.world.size,
+        "batch_size": context.batch_size,
+        **({"unreadable": {"count": len(lost), "reasons": list(lost[:SHOWN])}} if lost else {}),
+    }
+
+
+def _progress_bar(shown: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("images,"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(compact=True),
+        disable=not shown,
+    )

@@ -1,0 +1,437 @@
+r"""Guided scores, and what follows from them: denoisers, noise predictions and log-densities.
+
+A guide h gets the noisy image :math:`y = x + \sigma\epsilon` in one of three views v(y). With
+the diffusion model's range [a, b] of images, :math:`\bar\alpha = 1 / (1 + (b - a)^2 \sigma^2)`:
+
+========== ======================================= =============================================
+view       v                                       gradient by y of h(v(y))
+========== ======================================= =============================================
+``noisy``  y, as models trained on noise take it   :math:`\nabla h`
+``x_t``    :math:`(u_t - a)/(b - a)`, the          :math:`\sqrt{\bar\alpha}\,\nabla h`
+           diffusion model's own coordinates
+           brought to the image range: darkened
+           at high noise (what RCG feeds)
+``x0_hat`` D(y), the predicted clean image         :math:`\sqrt{\bar\alpha}\,\nabla h`, or with
+                                                   ``backpropagate`` :math:`J_D(y)^\top \nabla h`
+========== ======================================= =============================================
+
+Without ``backpropagate`` the clean image is taken to move as x_t does (a straight-through
+gradient), so that scales of the two are alike.
+
+Guidance at scale s adds :math:`p = s\,w\,\nabla_y h(v(y))` to the score; by Tweedie's formula
+
+.. math::
+    \hat s(y) = s(y) + p, \qquad \hat D(y) = D(y) + \sigma^2 p, \qquad
+    \hat\epsilon = \epsilon - \sigma p
+        = \epsilon - s\, g(t)\, \nabla_{u_t} h ,
+
+with the weight w = :math:`g(t) / \sqrt{1 - \bar\alpha_t}` of `ebmkit.guidance.schedules`, since
+:math:`\nabla_y = \sqrt{\bar\alpha}\,(b - a)\,\nabla_{u_t}` and
+:math:`\sigma = \sqrt{(1 - \bar\alpha)/\bar\alpha}\,/\,(b - a)`. So the mean of a reverse step moves
+by s times the *variance* of that step times the gradient (RCG eq. 2.17 has its deviation). Several
+guidances add up.
+
+Classifier-free guidance mixes two predictions at a weight w (Ho & Salimans, 2207.12598),
+
+.. math:: \hat\epsilon = \epsilon_u + w\,(\epsilon_c - \epsilon_u) ,
+
+w = 0 unconditional and w = 1 conditional: it is guidance by the classifier that the two imply. Here
+w is the ``guidance_scale`` of `diffusers`, and 1 + s of RCG's algorithm 4.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal, Self, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from torch import Tensor
+
+from ebmkit.energy import EnergyModel, Noise
+from ebmkit.errors import UserError, validated
+from ebmkit.guidance.guides import CLASSIFIER_FREE, GUIDES, check_guide
+from ebmkit.guidance.schedules import GuidanceSchedule, parse_schedule
+from ebmkit.noise import Schedule, make_schedule
+from ebmkit.registry import find
+from ebmkit.sampling.base import check_positive, per_chain, root_mean_square
+from ebmkit.sampling.diffusion import NoisePredictor
+from ebmkit.sampling.target import DenoiserFunction, DensityFunction, ScoreFunction
+
+View = Literal["noisy", "x_t", "x0_hat"]
+
+RENAMED = {"late": "start", "through": "backpropagate", "shrunk": "x_t", "clean": "x0_hat"}
+"""Earlier names of fields and views, which saved settings have."""
+
+
+class GuidanceConfig(BaseModel):
+    """How samples are guided."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    guidance: str = Field("energy", description="a name from `ebmkit list guidance`")
+    options: dict[str, Any] = Field({}, description="resolved settings of the guide")
+    scale: float = Field(1.0, ge=0, description="guidance scale s; 0: unguided")
+    schedule: str = Field(
+        "exact", description="guidance schedule g(t), for example sigmoid:t0=500,y0=0.05,k=0.02"
+    )
+    view: View | None = Field(
+        None,
+        description="input of the guide: noisy, x_t or x0_hat; null: noisy if the guide takes "
+        "the noise level, else x_t",
+    )
+    backpropagate: bool = Field(
+        False, description="view x0_hat: backpropagate through the denoiser"
+    )
+    start: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the noise levels without guidance, from the noisiest down (RCG "
+        "section 4.3)",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _upgrade(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        values = {RENAMED.get(name, name): value for name, value in values.items()}
+        view = values.get("view")
+        return values | {"view": RENAMED.get(view, view)} if isinstance(view, str) else values
+
+    @field_validator("schedule")
+    @classmethod
+    def _written(cls, text: str) -> str:
+        return str(parse_schedule(text))
+
+    @model_validator(mode="after")
+    def _resolved(self) -> Self:
+        kind = find("guidance", GUIDES, self.guidance).settings
+        own = validated(kind, self.options, f"settings of guide {self.guidance!r}")
+        object.__setattr__(self, "options", own.model_dump(mode="json", by_alias=True))
+        if self.backpropagate and self.view != "x0_hat":
+            raise ValueError("backpropagate goes through the denoiser: it needs the view x0_hat")
+        if self.guidance == CLASSIFIER_FREE and self.view is not None:
+            raise ValueError(f"{CLASSIFIER_FREE} guidance has no guide: leave the view out")
+        return self
+
+    @property
+    def needs_means(self) -> bool:
+        """Whether the guide needs the mean energies of each label's training images."""
+        return "dual" in (self.guidance, self.options.get("inner"))
+
+    def build(
+        self,
+        guide: EnergyModel | None,
+        c: Tensor | int,
+        means: Sequence[float] | None,
+        diffusion: Schedule,
+    ) -> Guidance:
+        """The guidance to labels ``c``, a number or (B,); classifier-free without a guide.
+
+        Raises:
+            UserError: if there is a guide and none is needed or the reverse, it does not know the
+                labels, needs ``means`` and gets none, or the view does not suit it.
+        """
+        how = (self.backpropagate, self.start, diffusion)
+        entry = GUIDES[self.guidance]
+        if guide is None:
+            if entry.make is not None:
+                raise UserError(f"guidance {self.guidance!r} needs a guide: give a classifier")
+            return Guidance(None, self.scale, self.schedule, "noisy", *how)
+        if entry.make is None:
+            raise UserError(f"{CLASSIFIER_FREE} guidance takes no guide: leave it out")
+        own = entry.settings.model_validate(self.options)
+        function = entry.make(check_guide(guide), c, own, means)
+        view: View = self.view or ("noisy" if guide.noise_conditional else "x_t")
+        if guide.noise_conditional and view == "x_t":
+            raise UserError("this guide takes the noise level and scales images itself: take the "
+                            "view noisy")  # fmt: skip
+        return Guidance(function, self.scale, self.schedule, view, *how)
+
+
+def make_guidance(**values: Any) -> GuidanceConfig:
+    """`GuidanceConfig` of ``values``.
+
+    Raises:
+        UserError: if one is not legal.
+
+    >>> make_guidance(guidance="pgd", options={"n": 20}).options["gamma"]
+    0.01
+    """
+    return validated(GuidanceConfig, values, "guidance")
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """One guide, and how it is used; the other fields are those of `GuidanceConfig`.
+
+    Args:
+        guide: a function that is increased; it gets the noise level of its input, image units, or
+            None of a clean image. None where only the weight is used.
+        diffusion: says which timestep and which abar a noise level is; `guided_noise` takes its
+            own instead.
+
+    Raises:
+        UserError: if a value is not legal.
+    """
+
+    guide: DensityFunction | None
+    scale: float = 1.0
+    schedule: GuidanceSchedule | str = "exact"
+    view: View = "noisy"
+    backpropagate: bool = False
+    start: float = 0.0
+    diffusion: Schedule = field(default_factory=make_schedule, compare=False)
+
+    def __post_init__(self) -> None:
+        names = ("scale", "view", "backpropagate", "start")
+        make_guidance(**{name: getattr(self, name) for name in names})
+        if isinstance(self.schedule, str):
+            object.__setattr__(self, "schedule", parse_schedule(self.schedule))
+
+    def weight(self, sigma: Noise | None) -> float | Tensor:
+        """s w at a noise level in image units, a float or (B,); None is no noise, w = 1."""
+        level = torch.as_tensor(0.0 if sigma is None else sigma, dtype=torch.float64)
+        weight = self._weight(self._timestep(level), self._abar(level))
+        return weight.to(sigma) if isinstance(sigma, Tensor) and sigma.ndim else float(weight)
+
+    def weight_at(self, t: int) -> float:
+        """s w at timestep ``t`` of ``diffusion``."""
+        at = torch.tensor([float(t), self.diffusion.abar(t)], dtype=torch.float64)
+        return float(self._weight(at[0], at[1]))
+
+    def value_and_gradient(
+        self, y: Tensor, sigma: Noise | None, x0_hat: Tensor, vjp: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """h(v(y)) (B,) and its gradient by ``y`` (B, ...), without scale and weight.
+
+        ``vjp`` takes a gradient by the denoised images ``x0_hat`` to one by ``y``.
+        """
+        assert self.guide is not None
+        if self.view == "noisy":
+            return self.guide(y, sigma)
+        shrink: float | Tensor
+        if isinstance(sigma, Tensor):
+            shrink = self._abar(sigma).sqrt()
+        else:
+            level = torch.tensor(sigma or 0.0, dtype=torch.float64)
+            shrink = math.sqrt(float(self._abar(level)))
+        if self.view == "x0_hat":
+            value, gradient = self.guide(x0_hat, None)
+            return value, vjp(gradient) if self.backpropagate else per_chain(shrink, y) * gradient
+        low, high = self.diffusion.image_range
+        dark = low / (high - low)
+        v = per_chain(shrink, y) * (y + dark) - dark
+        value, gradient = self.guide(v, None if sigma is None else shrink * sigma)
+        return value, per_chain(shrink, y) * gradient
+
+    def _abar(self, sigma: Tensor) -> Tensor:
+        low, high = self.diffusion.image_range
+        return 1 / (1 + ((high - low) * sigma) ** 2)
+
+    def _weight(self, t: Tensor, abar: Tensor) -> Tensor:
+        assert isinstance(self.schedule, GuidanceSchedule)
+        total = len(self.diffusion)
+        on = t < total * (1 - self.start)
+        return self.scale * torch.where(on, self.schedule.weight(t, abar, total), 0.0)
+
+    def _timestep(self, sigma: Tensor) -> Tensor:
+        """The timestep of each level, between two where the level is; -1 of no noise."""
+        known = self._log_levels.to(sigma.device)
+        level = sigma.log().clamp(known[0], known[-1])
+        above = torch.searchsorted(known, level).clamp(1, max(1, len(known) - 1))
+        if len(known) == 1:
+            found = torch.zeros_like(level)
+        else:
+            low, high = known[above - 1], known[above]
+            found = above - 1 + (level - low) / (high - low)
+        # a level that is a timestep's, perhaps in float32, is that timestep
+        return torch.where(sigma > 0, (found * 1e3).round() / 1e3, -1.0)
+
+    @cached_property
+    def _log_levels(self) -> Tensor:
+        """log sigma(t), (T,) float64."""
+        return self.diffusion.sigmas.log()
+
+
+Guidances = Guidance | Sequence[Guidance]
+Active = list[tuple[Guidance, Any]]  # with its weight s w, a float or (B,)
+
+
+def guided_score(score: ScoreFunction, guidance: Guidances) -> ScoreFunction:
+    """s(y) + s w grad_y h, for samplers that take a score; without sigma there is no noise.
+
+    Args:
+        score: of the model.
+        guidance: one, or several, which add up.
+    """
+
+    def guided(y: Tensor, sigma: Noise | None = None) -> Tensor:
+        own, added = _evaluate(
+            lambda y: score(y, sigma), _tweedie(sigma), _active(guidance, sigma), y, y, sigma
+        )
+        return own if added is None else own + added[1]
+
+    return guided
+
+
+def guided_density(density: DensityFunction, guidance: Guidances) -> DensityFunction:
+    """log p(y) + s w h(v(y)) and its gradient, for samplers that take a density.
+
+    The gradient is that of the value where the guide's is, and the view is not ``x0_hat`` without
+    ``backpropagate``; a Metropolis-adjusted sampler keeps the law of the value in any case.
+    """
+
+    def guided(y: Tensor, sigma: Noise | None = None) -> tuple[Tensor, Tensor]:
+        values: list[Tensor] = []
+
+        def score(y: Tensor) -> Tensor:
+            value, gradient = density(y, sigma)
+            values.append(value)
+            return gradient
+
+        own, added = _evaluate(score, _tweedie(sigma), _active(guidance, sigma), y, y, sigma)
+        if added is None:
+            return values[-1], own
+        return values[-1].detach() + added[0], own + added[1]
+
+    return guided
+
+
+def guided_denoiser(denoiser: DenoiserFunction, guidance: Guidances) -> DenoiserFunction:
+    """D(y) + sigma^2 s w grad_y h, for samplers that take a denoiser.
+
+    Without sigma, as of a blind denoiser, the level is the root mean square of D(y) - y.
+    """
+
+    def guided(y: Tensor, sigma: Noise | None = None) -> Tensor:
+        denoise, level = lambda y: denoiser(y, sigma), sigma
+        if level is None:
+            clean = denoiser(y, None)
+            level = root_mean_square(clean - y).clamp_min(torch.finfo(y.dtype).tiny)
+            if not any(g.backpropagate for g in _listed(guidance)):
+                denoise = lambda y: clean  # noqa: E731
+        own, added = _evaluate(
+            denoise, lambda y, clean: clean, _active(guidance, level), y, y, level
+        )
+        return own if added is None else own + per_chain(level, y) ** 2 * added[1]
+
+    return guided
+
+
+def guided_noise(
+    predictor: NoisePredictor, schedule: Schedule, guidance: Guidances
+) -> NoisePredictor:
+    """eps - s g(t) grad_u h: guidance of a diffusion network, for DDIM and its kind.
+
+    Args:
+        predictor: (u_t, t) to the noise.
+        schedule: the network's; it takes the place of the guidances' own.
+        guidance: one, or several, which add up.
+    """
+    using = [replace(g, diffusion=schedule) for g in _listed(guidance)]
+    low, high = schedule.image_range
+
+    def guided(u: Tensor, t: int) -> Tensor:
+        sigma, width = schedule.sigma(t), (high - low) * math.sqrt(schedule.abar(t))
+        noise, added = _evaluate(
+            lambda u: predictor(u, t),
+            lambda u, noise: schedule.to_image_units(u, t) - sigma * noise,
+            [(g, weight) for g in using if (weight := g.weight_at(t))],
+            u,
+            schedule.to_image_units(u, t),
+            sigma,
+            width,
+        )
+        return noise if added is None else noise - sigma * added[1]
+
+    return guided
+
+
+def _listed(guidance: Guidances) -> Sequence[Guidance]:
+    return [guidance] if isinstance(guidance, Guidance) else guidance
+
+
+def _active(guidance: Guidances, sigma: Noise | None) -> Active:
+    """The guidances that are on at this level of any image, with their weights."""
+    weighted = [(g, g.weight(sigma)) for g in _listed(guidance) if g.scale]
+    return [(g, w) for g, w in weighted if (bool(w.any()) if isinstance(w, Tensor) else w)]
+
+
+def _tweedie(sigma: Noise | None) -> Callable[[Tensor, Tensor], Tensor]:
+    """y and its score to the denoised image."""
+    return lambda y, score: y if sigma is None else y + per_chain(sigma, y) ** 2 * score
+
+
+def _evaluate(
+    model: Callable[[Tensor], Tensor],
+    x0_hat_of: Callable[[Tensor, Tensor], Tensor],
+    active: Active,
+    x: Tensor,
+    y: Tensor,
+    sigma: Noise | None,
+    width: float = 1.0,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """The model's output at ``x``, and what guidance adds to log-density (B,) and score (B, ...).
+
+    The latter is None where no guidance is active. The model's coordinates are those of ``x``, with
+    dx / dy = ``width``; ``x0_hat_of`` takes x and the output there to denoised images.
+    """
+    if not active:
+        return model(x), None
+    backpropagate = any(g.backpropagate for g, _ in active)
+    if backpropagate:
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = x.detach().clone().requires_grad_()
+            out = model(leaf)
+            graph = x0_hat_of(leaf, out)
+        out, x0_hat = out.detach(), graph.detach()
+    else:
+        out = model(x)
+        x0_hat = x0_hat_of(x, out)
+
+    def vjp(gradient: Tensor) -> Tensor:
+        with torch.inference_mode(False):
+            own = gradient.detach().clone()
+            return width * torch.autograd.grad(graph, leaf, own, retain_graph=True)[0]
+
+    values, gradients = [], []
+    for guidance, weight in active:
+        value, gradient = guidance.value_and_gradient(y, sigma, x0_hat, vjp)
+        values.append(weight * value)
+        gradients.append(per_chain(weight, y) * gradient)
+    return out, (sum(values[1:], values[0]), sum(gradients[1:], gradients[0]))
+
+
+# --- classifier-free -----------------------------------------------------------------------------
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def classifier_free(conditional: F, unconditional: F, weight: float | Tensor) -> F:
+    """out_u + w (out_c - out_u), of noise predictions, scores or denoisers alike.
+
+    Args:
+        conditional: of the label.
+        unconditional: of the same arguments.
+        weight: w, or one for each image (B,); the number 0 is ``unconditional`` and 1
+            ``conditional``, each alone and to the bit.
+
+    Raises:
+        UserError: if the weight is a number below 0 or not finite.
+    """
+    if not isinstance(weight, Tensor):
+        check_positive("scale", weight, zero=True)
+        if weight in (0, 1):
+            return conditional if weight else unconditional
+
+    def mixed(*arguments: Any) -> Any:
+        base = unconditional(*arguments)
+        return base + per_chain(weight, base) * (conditional(*arguments) - base)
+
+    return mixed  # type: ignore[return-value]

@@ -1,0 +1,278 @@
+"""What plots share: colours, figures without global state, files written in one move.
+
+Figures need no display and leave nothing behind. Colours are Okabe and Ito's, which colour-blind
+readers tell apart; series also differ by marker or hatching.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ebmkit.noise import in_255ths
+from ebmkit.storage import write_atomically
+from ebmkit.terminal import clean, shown_name
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+
+BLUE, ORANGE, GREEN, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"
+GRAY = "#888888"
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, GRAY)
+MARKERS = ("o", "s", "^", "D", "v", "x")
+DPI = 130
+CUT = "the interval continues"
+SIGMA = "noise level sigma (1/255)"
+
+
+def show_image(axes: Axes, image: Tensor, below: str, above: str) -> None:
+    """Show an image (C, H, W); small ones in crisp squares."""
+    pixels = image.detach().clamp(0, 1).cpu().movedim(0, -1).numpy()
+    pixels = pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels
+    way = "nearest" if max(pixels.shape) < 150 else "antialiased"
+    axes.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation=way)
+    axes.set(xticks=[], yticks=[])
+    if below:
+        axes.set_xlabel(clean(below), fontsize=7.5, labelpad=2)
+    if above:
+        axes.set_title(clean(above), fontsize=8.5, pad=3)
+    for side in axes.spines.values():
+        side.set(linewidth=0.4, color=GRAY)
+
+
+def around_gray(image: Tensor, factor: float | None = None) -> Tensor:
+    """``image`` times ``factor`` around gray; without one, its largest entry becomes 0 or 1."""
+    if factor is None:
+        factor = 0.5 / max(float(image.abs().max()), 1e-30)
+    return 0.5 + factor * image
+
+
+def image_grid(
+    rows: int, columns: int, shape: tuple[int, int], gaps: Sequence[int] = (), head: float = 0.6
+) -> tuple[Figure, list[list[Axes]]]:
+    """A figure of ``rows`` x ``columns`` images with room for labels.
+
+    Args:
+        rows: images per column.
+        columns: images per row.
+        shape: height and width of the images, in pixels.
+        gaps: columns before which a gap is left.
+        head: room above the images, inches.
+    """
+    widths = [width for k in range(columns) for width in ([0.14, 1.0] if k in gaps else [1.0])]
+    cell, label, foot = 1.22, 0.27, 0.42  # inches
+    tall = min(2.5, max(0.4, shape[0] / shape[1])) * cell
+    height = rows * tall + (rows - 1) * label + head + foot
+    figure = new_figure(cell * sum(widths) * 1.04 + 0.2, height)
+    place: dict[str, float] = {
+        "left": 0.008,
+        "right": 0.992,
+        "wspace": 0.05,
+        "hspace": label / tall,
+    }
+    place |= {"bottom": foot / height, "top": 1 - head / height}
+    grid = figure.add_gridspec(rows, len(widths), width_ratios=widths, **place)
+    columns_of = [k for k, width in enumerate(widths) if width == 1.0]
+    return figure, [[figure.add_subplot(grid[i, k]) for k in columns_of] for i in range(rows)]
+
+
+def image_rows(
+    rows: Sequence[Sequence[tuple[Tensor, str]]],
+    heads: Sequence[str],
+    path: Path,
+    groups: Mapping[int, str] | None = None,
+    title: str = "",
+    note: str = "",
+) -> None:
+    """Images side by side in rows of equal length.
+
+    Args:
+        rows: images (C, H, W) of one size, and what is written below each.
+        heads: what is written above the columns.
+        path: the PNG file.
+        groups: by column, what is written above the group of columns that begins there, after a
+            gap.
+        title: above the images.
+        note: below them.
+    """
+    groups = groups or {}
+    height, width = rows[0][0][0].shape[-2:]
+    figure, grid = image_grid(len(rows), len(heads), (height, width), list(groups), head=0.75)
+    for number, (axes, row) in enumerate(zip(grid, rows, strict=True)):
+        for cell, (image, below), above in zip(axes, row, heads, strict=True):
+            show_image(cell, image, below, "" if number else above)
+    tall = figure.get_figheight()
+    for column, text in groups.items():
+        place = grid[0][column].get_position()
+        y = place.y1 + (0.25 if heads[column] else 0.05) / tall
+        figure.text(place.x0, y, text, fontsize=9, weight="bold")
+    figure.text(0.008, 1 - 0.16 / tall, title, fontsize=10, weight="bold", va="center")
+    figure.text(0.008, 0.09 / tall, note, fontsize=7.5)
+    save_figure(figure, path)
+
+
+def sigma_label(sigma: float) -> str:
+    """A noise level (image units) for a title."""
+    return f"$\\sigma$ = {in_255ths(sigma)}/255"
+
+
+def images_of(document: dict[str, Any], count: int | None = None) -> str:
+    """Data set, split and number of images for a title, as in "cifar10 test, 200 images".
+
+    Args:
+        document: of a suite.
+        count: how many are shown, if not all that were measured.
+    """
+    count = document["images"] if count is None else count
+    where = f"{document['dataset']} {document['split']}".strip()
+    return f"{where}, {count} image{'' if count == 1 else 's'}"
+
+
+def bars_within(
+    axes: Axes,
+    x: Sequence[float],
+    estimates: Sequence[dict[str, Any]],
+    limits: tuple[float, float],
+    **look: Any,
+) -> bool:
+    """Values with their 95 % intervals, cut at ``limits``.
+
+    A caret at a limit says that an interval continues beyond it. A value beyond is drawn there,
+    with its number.
+
+    Args:
+        axes: where to draw.
+        x: positions.
+        estimates: one for each, with ``value``, ``low`` and ``high``, any of which may be None.
+        limits: the lowest and the highest value drawn.
+        look: colour, marker and so on of ``Axes.errorbar``.
+
+    Returns:
+        Whether an interval was cut.
+    """
+    low, high = limits
+    known = [(at, e) for at, e in zip(x, estimates, strict=True) if e["value"] is not None]
+    values, errors, cut = [], [], False
+    for at, estimate in known:
+        value = min(max(estimate["value"], low), high)
+        bounded = estimate["low"] is not None and estimate["high"] is not None
+        ends = (estimate["low"], estimate["high"]) if bounded else (value, value)
+        values.append(value)
+        errors.append((max(0.0, value - max(low, ends[0])), max(0.0, min(high, ends[1]) - value)))
+        for beyond, limit, caret in ((ends[0] < low, low, 7), (ends[1] > high, high, 6)):
+            if beyond:
+                label = None if CUT in axes.get_legend_handles_labels()[1] else CUT
+                cut = True
+                colour = look.get("color")
+                axes.plot([at], [limit], marker=caret, color=colour, ms=6, ls="", label=label)
+        if value != estimate["value"]:
+            place: dict[str, Any] = {"textcoords": "offset points", "rotation": 90, "fontsize": 7}
+            place["va"] = "bottom" if value == low else "top"
+            axes.annotate(f"{estimate['value']:.3g}", (at, value), (4, 0), **place)
+    bars = [list(side) for side in zip(*errors, strict=True)] or None
+    axes.errorbar([at for at, _ in known], values, bars, capsize=2, **look)
+    return cut
+
+
+def plot_estimates(
+    axes: Axes,
+    x: Sequence[float] | NDArray[np.float64],
+    estimates: Sequence[Mapping[str, Any]],
+    scale: float = 1,
+    **look: Any,
+) -> None:
+    """A line through values, within the band of their 95 % intervals; those without are left out.
+
+    Args:
+        axes: where to draw.
+        x: positions.
+        estimates: one for each, with ``value``, ``low`` and ``high``, any of which may be None.
+        scale: what they are multiplied with.
+        look: ``color``, label and so on of ``Axes.plot``.
+    """
+    known = [(at, e) for at, e in zip(x, estimates, strict=True) if e["value"] is not None]
+    axes.plot([at for at, _ in known], [scale * e["value"] for _, e in known], **look)
+    bounded = [(at, e) for at, e in known if e["low"] is not None]
+    places = [at for at, _ in bounded]
+    low, high = ([scale * e[end] for _, e in bounded] for end in ("low", "high"))
+    if len(places) == 1:  # a band would have no width
+        axes.vlines(places, low, high, color=look["color"], lw=1.2)
+    axes.fill_between(places, low, high, color=look["color"], alpha=0.15, lw=0)
+
+
+def annotated_map(
+    axes: Axes,
+    values: NDArray[np.float64],
+    columns: Sequence[str],
+    rows: Sequence[str],
+    form: str,
+) -> AxesImage:
+    """A map of percentages (rows, columns) with the number in each cell; a dash for nan."""
+    image = axes.imshow(values, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+    for (i, k), value in np.ndenumerate(values):
+        unknown = bool(np.isnan(value))
+        look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8}
+        colour = "black" if unknown or value > 50 else "white"
+        axes.text(k, i, "-" if unknown else form.format(value), color=colour, **look)
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    return image
+
+
+def shared_legend(figure: Figure, columns: int) -> None:
+    """One legend for all panels, below them: that of the first."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    place: dict[str, Any] = {"loc": "outside lower center", "ncols": columns}
+    figure.legend(handles, labels, frameon=False, fontsize=8, **place)
+
+
+def class_ticks(axes: Axes, names: Sequence[str], size: float = 8) -> None:
+    """Names of classes below ``axes``, slanted where they are long."""
+    slanted = max(map(len, names), default=0) > 2
+    turn: dict[str, Any] = {"rotation": 45, "ha": "right"} if slanted else {}
+    axes.set_xticks(range(len(names)), [shown_name(name) for name in names], fontsize=size, **turn)
+
+
+def legend_below(axes: Axes, columns: int = 1) -> None:
+    """The legend of ``axes``, below them; for figures with the layout "constrained"."""
+    place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15)}
+    axes.legend(ncols=columns, frameon=False, fontsize=8, **place)
+
+
+def annotate(axes: Axes, title: str, x: str = "", y: str = "", **settings: Any) -> None:
+    """Title and labels of ``axes``, and what else ``Axes.set`` takes."""
+    axes.set(xlabel=x, ylabel=y, **settings)
+    axes.set_title(title, fontsize=10)
+
+
+def new_figure(width: float, height: float, layout: Literal["constrained"] | None = None) -> Figure:
+    """An empty figure of ``width`` x ``height`` inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure((width, height), dpi=DPI, layout=layout)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write ``figure`` as a PNG file, in one move."""
+    from matplotlib.text import Text
+
+    buffer = io.BytesIO()
+    try:
+        figure.savefig(buffer, format="png")
+    except ValueError:  # a name with dollar signs, taken for mathematics
+        for text in figure.findobj(Text):
+            text.set_parse_math(False)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+    write_atomically(path, buffer.getvalue())

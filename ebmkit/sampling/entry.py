@@ -1,0 +1,294 @@
+"""The table of samplers: what an entry says, and what all settings have.
+
+A sampler is one file with its functions, its settings and its `SamplerEntry`, and one line in
+`ebmkit.sampling`, which puts the entry into `SAMPLERS`. Nothing else asks for a sampler by name: an
+entry says what its sampler needs of a model, makes it at fixed labels, says where chains start and
+for how many steps they run, and what is left to do at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, Self, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from ebmkit.energy import EnergyModel, ScoreModel, classifies
+from ebmkit.errors import UserError
+from ebmkit.noise import Sigma, check_trained
+from ebmkit.registry import find
+from ebmkit.sampling.base import Sampler
+from ebmkit.sampling.starts import draw_from_data
+from ebmkit.sampling.target import (
+    Labels,
+    blind_denoiser_of,
+    clean_level,
+    denoiser_of,
+    highest_level,
+    trained_range,
+)
+
+Start = Literal["auto", "noise", "uniform", "data", "class_gaussian"]
+
+START = (
+    "starting points. auto: class_gaussian if images of the data set are available, else noise; "
+    "noise: Gaussian noise around gray, of the first level or the model's highest; uniform: "
+    "uniform in [0, 1]; data: images of the data set; class_gaussian: draws from the Gaussian of a "
+    "label's images, or of all. Samplers over noise levels add the first level's noise to data and "
+    "class_gaussian"
+)
+"""The description of the field ``start``."""
+
+RENAMED = {"ks": "kadkhodaie_simoncelli", "seeds": "class_gaussian", "largest_drift": "drift_clip"}
+"""Names of earlier versions -> today's, of samplers, starts and settings."""
+
+
+def check_renamed(kind: str, name: str | None) -> None:
+    """Refuse a name of an earlier version.
+
+    Raises:
+        UserError: then; it says what it is called now.
+    """
+    if name in RENAMED:
+        raise UserError(f"{kind} {name!r} is now called {RENAMED[name]!r}: write that instead")
+
+
+class SamplerConfig(BaseModel):
+    """Settings that all samplers have."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    steps: int = Field(1000, ge=1, description="number of steps per chain")
+    start: Start = Field("auto", description=START)
+
+    def at_levels_of(self, model: ScoreModel) -> Self:
+        """These settings with noise levels that ``model`` was trained for in place of none.
+
+        Raises:
+            UserError: if one was asked for at which it was not trained.
+        """
+        return self
+
+
+class LevelConfig(SamplerConfig):
+    """Settings of samplers of one density."""
+
+    sigma: Sigma | None = Field(
+        None,
+        description="noise level of the density, for models with noise level input, for "
+        "example 10/255; null: the model's lowest, or 0 for closed forms",
+    )
+
+    def at_levels_of(self, model: ScoreModel) -> Self:
+        sigma = clean_level(model) if self.sigma is None else self.sigma
+        if sigma is not None:
+            check_trained(sigma, trained_range(model))
+        return self.model_copy(update={"sigma": sigma})
+
+
+C = TypeVar("C", bound=SamplerConfig)
+Need = Literal["score", "density", "labels", "levels", "blind"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerEntry(Generic[C]):
+    """A sampler that has a name.
+
+    Attributes:
+        name: of the table.
+        description: one line.
+        config: its settings; their defaults are for images in [0, 1] and models trained on noise
+            of 1 to 100/255.
+        needs: what a model must have: ``score`` (any has one), ``density`` (of which the score is
+            the gradient), ``labels`` (that it was trained on), ``levels`` (noise levels that it
+            was trained on, or all in closed form), ``blind`` (it takes no noise level).
+        make: model, labels and settings, at noise levels of the model, to the sampler.
+        noisy_end: whether images at the end carry noise that `finish` takes out.
+        no_law: why its chains have no stationary law, so that their draws cannot be compared with
+            each other; empty: they have one.
+        caveat: what to know of that law.
+        priority: the sampler that is taken where none is asked for is the one of the highest
+            priority that can drive the model; 0: never.
+        starts_from_data: whether ``start=auto`` means the Gaussian of the data.
+        fresh_steps: steps that a chain needs at least unless it resumes a replay buffer's.
+    """
+
+    name: str
+    description: str
+    config: type[C]
+    needs: tuple[Need, ...]
+    make: Callable[[ScoreModel, Labels, C], Sampler[Any]]
+    noisy_end: bool = False
+    no_law: str = ""
+    caveat: str = ""
+    priority: int = 0
+    starts_from_data: bool = True
+    fresh_steps: int = 0
+
+    def drives(self, model: ScoreModel) -> bool:
+        """Whether it can drive ``model``."""
+        return missing(model, self.needs) is None
+
+    def check(self, model: ScoreModel, c: Labels = None) -> None:
+        """Whether it can drive ``model``, with labels ``c`` if they are given.
+
+        Raises:
+            UserError: if not; it says why, and which samplers can.
+        """
+        if (reason := missing(model, self.needs)) is not None:
+            able = ", ".join(name for name, entry in SAMPLERS.items() if entry.drives(model))
+            raise UserError(f"sampler {self.name} cannot drive this model: {reason}; take {able}")
+        if c is not None and (reason := missing(model, ("labels",))) is not None:
+            raise UserError(f"labels cannot be asked of this model: {reason}; leave the label out")
+        if c is None and "labels" in self.needs:
+            raise UserError(f"sampler {self.name} climbs to a label: say which")
+
+    def build(self, model: ScoreModel, c: Labels = None, config: C | None = None) -> Sampler[Any]:
+        """The sampler of p(x), or of p(x|c) with labels ``c``, a number or (B,).
+
+        Raises:
+            UserError: if the model cannot be driven by it, or a noise level is not the model's.
+        """
+        self.check(model, c)
+        config = self.config() if config is None else config
+        return self.make(model, c, config.at_levels_of(model))
+
+    def length(self, sampler: Sampler[Any], config: C) -> int:
+        """How many steps are taken: the sampler's own schedule, or what the settings say."""
+        return config.steps if sampler.steps is None else sampler.steps
+
+    def resolve_start(self, start: Start, model: ScoreModel, has_data: bool) -> Start:
+        """What ``auto`` means for ``model``: the Gaussian of the data where there are any.
+
+        A diffusion model begins with noise that hides an image, and needs none.
+        """
+        if start != "auto":
+            return start
+        from_data = has_data and self.starts_from_data and model.schedule is None
+        return "class_gaussian" if from_data else "noise"
+
+    def start(
+        self,
+        model: ScoreModel,
+        sampler: Sampler[Any],
+        config: C,
+        shape: Sequence[int],
+        generator: torch.Generator,
+        c: Labels = None,
+        data: tuple[Tensor, Tensor | None] | None = None,
+        mean: Tensor | float = 0.5,
+    ) -> Tensor:
+        """Where chains begin, (B, C, H, W) float32 on the generator's device.
+
+        Samplers that go down noise levels begin with noise of the first one on top of what
+        ``config.start`` says.
+
+        Args:
+            model: what is sampled.
+            sampler: as `build` made it.
+            config: its settings.
+            shape: (B, C, H, W).
+            generator: source of what is drawn.
+            c: labels, for ``class_gaussian`` of labels; None: of all images.
+            data: training images and labels, for ``data`` and ``class_gaussian``.
+            mean: of the images that ``noise`` is added to; gray, or the mean image.
+
+        Raises:
+            UserError: if data are needed and none are given.
+        """
+        device, (level, _) = generator.device, noise_levels(sampler)
+        kind = self.resolve_start(config.start, model, data is not None)
+        if kind == "uniform":
+            return torch.rand(tuple(shape), generator=generator, device=device)
+        if kind == "noise":
+            begin = torch.zeros(tuple(shape), device=device) + mean
+            level = highest_level(model) if level is None else level
+        else:
+            begin = draw_from_data(kind == "data", shape[0], generator, c, data).to(device)
+        if level is None:
+            return begin
+        return begin + level * torch.randn(tuple(shape), generator=generator, device=device)
+
+    def finish(
+        self, model: ScoreModel, sampler: Sampler[Any], x: Tensor, c: Labels = None
+    ) -> Tensor:
+        """``x`` without the noise of the last level; ``x`` itself where the end has none.
+
+        A blind model estimates the level, within those it was trained at. A model that was never
+        trained to denoise has no such noise: its density is that of the images themselves.
+        """
+        untrained = model.card is not None and model.card.sigma_range is None
+        if not self.noisy_end or untrained:
+            return x
+        if not model.noise_conditional:
+            return blind_denoiser_of(model, c)(x)
+        level = noise_levels(sampler)[1]
+        return x if level is None else denoiser_of(model, c)(x, level)
+
+
+SAMPLERS: dict[str, SamplerEntry[Any]] = {}
+"""All samplers, by name; filled by `ebmkit.sampling`."""
+
+
+def find_sampler(name: str) -> SamplerEntry[Any]:
+    """The entry of `SAMPLERS` called ``name``.
+
+    Raises:
+        UserError: if there is none; it names the nearest, or the new name of a renamed one.
+    """
+    check_renamed("sampler", name)
+    return find("sampler", SAMPLERS, name)
+
+
+def default_sampler(model: ScoreModel) -> SamplerEntry[Any]:
+    """The sampler for ``model`` where none is asked for.
+
+    ``kadkhodaie_simoncelli`` for blind denoisers, ``ddim`` for those that take the noise level, and
+    ``sgld``, JEM's own, for densities that were never trained to denoise.
+    """
+    able = (entry for entry in SAMPLERS.values() if entry.priority and entry.drives(model))
+    return max(able, key=lambda entry: entry.priority)
+
+
+def noise_levels(sampler: Sampler[Any]) -> tuple[float | None, float | None]:
+    """The noise level at which a sampler begins, and that of the images at its end.
+
+    The first is None where there is a single level, both where there is none.
+    """
+    levels: Sequence[float] = getattr(sampler, "sigmas", ())
+    if levels:
+        return float(levels[0]), float(levels[-1])
+    return None, getattr(sampler, "sigma", None)
+
+
+def takes_labels(model: ScoreModel) -> bool:
+    """Whether ``model`` has a score for each label that it was trained on.
+
+    A class-conditional diffusion model has, and is no classifier.
+    """
+    conditional = not isinstance(model, EnergyModel) and model.num_classes > 0
+    return conditional or classifies(model)
+
+
+def missing(model: ScoreModel, needs: Sequence[Need]) -> str | None:
+    """Why ``model`` does not have what a sampler ``needs``, for a sentence; None if it does."""
+    reasons: dict[Need, tuple[bool, str]] = {
+        "score": (True, ""),
+        "density": (
+            isinstance(model, EnergyModel),
+            f"{type(model).__name__} is a plain denoiser and has no log-density",
+        ),
+        "labels": (takes_labels(model), "it was trained without labels"),
+        "levels": (
+            model.card is None or model.card.sigma_range is not None,
+            "it was not trained to denoise, so noise levels mean nothing to it",
+        ),
+        "blind": (
+            not model.noise_conditional,
+            "it takes the noise level as an input, and this sampler reads it off a blind denoiser",
+        ),
+    }
+    return next((reasons[need][1] for need in needs if not reasons[need][0]), None)

@@ -1,0 +1,193 @@
+r"""Coarse-to-fine stochastic ascent with a blind denoiser, free or under linear measurements.
+
+Kadkhodaie & Simoncelli ("Stochastic solutions for linear inverse problems using the prior implicit
+in a denoiser", NeurIPS 2021, arXiv 2007.13640) climb the density of noisy images while the noise
+falls. A blind denoiser's residual :math:`f(y) = D(y) - y` is
+:math:`\sigma^2 \nabla\log p_\sigma(y)` at a level that it finds by itself:
+:math:`\|f(y)\|^2 / N` of N entries is that level squared. Step t = 1, 2, ... from
+:math:`y_0 \sim \mathcal N(0.5, \sigma_0^2 I)` is
+
+.. math::
+    h_t &= \frac{h_0 t}{1 + h_0 (t - 1)}, \qquad
+    d_t = f(y_{t-1}), \qquad
+    \sigma_t^2 = \|d_t\|^2 / N, \\
+    \gamma_t^2 &= \bigl((1 - \beta h_t)^2 - (1 - h_t)^2\bigr)\, \sigma_t^2, \\
+    y_t &= y_{t-1} + h_t d_t + \gamma_t z_t, \qquad z_t \sim \mathcal N(0, I)
+
+(algorithm 1), until :math:`\sigma_t \le \sigma_L`. With beta = 1 no noise is added; with a small
+beta each step lowers the noise by the share :math:`\beta h_t` only. Of measurements
+:math:`m = M^\top x` (`ebmkit.sampling.inverse`), algorithm 2 takes
+
+.. math:: d_t = (I - M M^\top) f(y_{t-1}) + M (m - M^\top y_{t-1}), \qquad
+    y_0 \sim \mathcal N\bigl(0.5\,(I - M M^\top)\, e + M m,\ \sigma_0^2 I\bigr).
+
+In the paper a chain ends at the level :math:`\sigma_L`, with that noise on it. Here it then takes
+one step with h = 1 and no noise, after which the image is the denoised one and its measurements are
+the given ones exactly.
+
+**What it samples.** The prior, or the posterior, of images, with a bias. Take a Gaussian of
+variance v along r of the N dimensions, and none along the others. At a level :math:`\sigma`, with
+:math:`\kappa = \sigma^2 / (v + \sigma^2)`, the variance along the r tends to
+
+.. math:: V = \sigma^2\, \frac{(1 - \beta h)^2 - (1 - h)^2}{1 - (1 - \kappa h)^2}
+    \quad\text{of the exact}\quad v + \sigma^2
+
+at a rate of :math:`\kappa h`, while the noise falls at a rate of :math:`\beta h`; so it stops
+changing near :math:`\sigma^2 = \beta v`. For small h the ratio is :math:`1 - \beta`; where h has
+come to 1 it is a half. As :math:`h_t` does go to 1, this is what the paper's numbers give: a
+variance of 0.57 v at :math:`h_0 = \beta = 0.01`, whose chains end nearer to the mode than samples
+should. ``largest_step`` keeps h small, for as many more steps. A second part of the bias is that
+:math:`\|f\|^2 / N = \sigma^2 (1 - \frac rN \frac{v}{v + \sigma^2})` on average, less than the
+level; that part vanishes with r / N, where images are low-dimensional.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ebmkit.energy import ScoreModel
+from ebmkit.errors import UserError
+from ebmkit.noise import Sigma
+from ebmkit.sampling.annealed import DOWN_LEVELS
+from ebmkit.sampling.base import (
+    Chain,
+    Info,
+    PositionSampler,
+    normal_like,
+    per_chain,
+    root_mean_square,
+)
+from ebmkit.sampling.entry import SamplerConfig, SamplerEntry
+from ebmkit.sampling.inverse import Measurement
+from ebmkit.sampling.target import (
+    HIGHEST,
+    LOWEST,
+    DenoiserFunction,
+    Labels,
+    blind_denoiser_of,
+    highest_level,
+    lowest_level,
+)
+
+
+class StochasticAscentConfig(SamplerConfig):
+    """Settings of ``kadkhodaie_simoncelli``."""
+
+    steps: int = Field(2000, ge=1, description="maximum number of steps per chain")
+    first_sigma: Sigma | None = Field(
+        None, description="noise level of the starting points; null: the model's highest"
+    )
+    last_sigma: Sigma | None = Field(
+        None, description="noise level at which a chain ends; null: 0.01, or the model's lowest"
+    )
+    first_step: float = Field(0.01, gt=0, le=1, description="first step size h_0")
+    beta: float = Field(
+        0.01, gt=0, le=1, description="beta: 1 adds no noise, smaller values add more"
+    )
+    largest_step: float = Field(
+        1.0, gt=0, le=1, description="bound on the step size h_t; 1 in the paper"
+    )
+
+    def at_levels_of(self, model: ScoreModel) -> Self:
+        last = lowest_level(model, self.last_sigma)
+        first = highest_level(model, self.first_sigma)
+        return self.model_copy(update={"first_sigma": first, "last_sigma": last})
+
+
+class StochasticAscent(PositionSampler):
+    """The sampler of Kadkhodaie & Simoncelli 2021, algorithms 1 and 2.
+
+    Each chain estimates its own level and ends when that is low enough.
+
+    Args:
+        denoiser: blind; it is given no sigma.
+        config: settings; noise levels that are not given are 1 and 0.01.
+        measurement: of which images; None: free.
+        measured: (B, n) or (1, n), what was measured.
+
+    Raises:
+        UserError: if the noise does not fall, or of measurement and measured one alone is given.
+    """
+
+    def __init__(
+        self,
+        denoiser: DenoiserFunction,
+        config: StochasticAscentConfig,
+        measurement: Measurement | None = None,
+        measured: Tensor | None = None,
+    ) -> None:
+        first, last = config.first_sigma or HIGHEST, config.last_sigma or LOWEST
+        if not first > last:
+            raise UserError(
+                f"the noise must fall: first sigma {first:g} is not above last sigma {last:g}"
+            )
+        if (measurement is None) != (measured is None):
+            raise UserError("a measurement and what was measured belong together: give both")
+        self.denoiser, self.config = denoiser, config
+        self.sigmas, self.steps = (first, last), config.steps
+        self.measurement, self.measured = measurement, measured
+
+    def start(
+        self, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Where chains of ``shape`` (B, C, H, W) begin: gray, or what was measured, with noise."""
+        gray = torch.full(shape, 0.5, dtype=dtype, device=generator.device)
+        if self.measurement is not None and self.measured is not None:
+            measured = self.measured.to(gray).expand(len(gray), -1)
+            gray = self.measurement.impose(gray, measured)
+        return gray + self.sigmas[0] * normal_like(gray, generator)
+
+    def step(self, state: Chain, generator: torch.Generator) -> tuple[Chain, Info]:
+        """Up the density with noise, or, where the level is low enough, to the clean image."""
+        y, t, config = state.x, state.step + 1, self.config
+        change = self.denoiser(y) - y
+        if self.measurement is not None and self.measured is not None:
+            change = self.measurement.impose(change, self.measured - self.measurement.measure(y))
+        sigma = root_mean_square(change)
+        h = min(config.largest_step, config.first_step * t / (1 + config.first_step * (t - 1)))
+        gamma = ((1 - config.beta * h) ** 2 - (1 - h) ** 2) ** 0.5 * sigma
+        moved = y + h * change + per_chain(gamma, y) * normal_like(y, generator)
+        finished = (sigma <= self.sigmas[1]) | (t >= self.steps)
+        moved = torch.where(per_chain(finished, y), y + change, moved)  # type: ignore[arg-type]
+        info = Info(root_mean_square(moved - y), sigma=sigma, finished=finished)
+        return Chain(moved, t), info
+
+
+KADKHODAIE_SIMONCELLI_ENTRY = SamplerEntry(
+    name="kadkhodaie_simoncelli",
+    description="stochastic ascent with a blind denoiser (Kadkhodaie & Simoncelli 2021)",
+    config=StochasticAscentConfig,
+    needs=("levels", "blind"),
+    make=lambda model, c, config: StochasticAscent(blind_denoiser_of(model, c), config),
+    no_law=DOWN_LEVELS,
+    priority=3,
+    starts_from_data=False,
+)
+
+
+def make_restorer(
+    model: ScoreModel,
+    measurement: Measurement,
+    measured: Tensor,
+    config: StochasticAscentConfig | None = None,
+    c: Labels = None,
+) -> StochasticAscent:
+    """The stochastic ascent under linear measurements: images that have exactly these.
+
+    Args:
+        model: a blind denoiser.
+        measurement: which numbers of an image are known.
+        measured: (B, n) or (1, n), what they are.
+        config: of the sampler.
+        c: labels, a number or (B,).
+
+    Raises:
+        UserError: if the sampler cannot drive the model, or a noise level is not the model's.
+    """
+    KADKHODAIE_SIMONCELLI_ENTRY.check(model, c)
+    config = (config or StochasticAscentConfig()).at_levels_of(model)
+    return StochasticAscent(blind_denoiser_of(model, c), config, measurement, measured)

@@ -1,0 +1,146 @@
+"""ImageNet's protocol on a folder of pictures of many sizes, against torchvision's transforms."""
+
+import numpy as np
+import pytest
+import torch
+from ebmkit_tests.support.toy_sets import drawn
+from PIL import Image
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+
+from ebmkit.data import Augmentation, ImageSet, NoiseLaw, Stream, StreamConfig, load_dataset
+from ebmkit.data.augment import DRAWS, Crop, Cut, crop_boxes
+from ebmkit.errors import UserError
+
+SIZE, SIDE = 28, 32  # 224 and 256, an eighth
+
+
+def picture_folder(root, count=6, classes=("n01", "n02")):
+    rng = np.random.default_rng(0)
+    for part, number in (("train", count), ("val", 3)):
+        for name in classes:
+            (root / part / name).mkdir(parents=True)
+            for i in range(number):
+                height, width = rng.integers(20, 65, 2)
+                pixels = rng.integers(0, 256, (height, width, 3)).astype(np.uint8)
+                mode = "L" if i == 1 else "RGB"
+                image = Image.fromarray(pixels).convert(mode)
+                image.save(root / part / name / f"{i}.JPEG", quality=95)
+    return root
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return picture_folder(tmp_path_factory.mktemp("pictures"))
+
+
+def load(folder, split="train"):
+    return load_dataset("imagenet", folder, split, image_size=SIZE)
+
+
+def test_evaluation_is_on_the_middle_of_the_resized_picture(folder):
+    transform = v2.Compose([v2.PILToTensor(), v2.Resize(SIDE), v2.CenterCrop(SIZE)])
+    expected = ImageFolder(folder / "val", transform)
+    found = load(folder, "test")
+    assert isinstance(found, ImageSet)
+    assert found.class_names == ("n01", "n02")
+    order = {image.numpy().tobytes(): label for image, label in expected}
+    assert len(order) == len(found) == 6
+    for image, label in zip(found.images, found.labels.tolist(), strict=True):
+        assert order[image.numpy().tobytes()] == label
+
+
+def originals(source):
+    """The training pictures as they are in their files, in the set's order."""
+    reader = source.reader
+    for row in source.rows.tolist():
+        name = reader._names[row].decode()
+        yield v2.functional.pil_to_tensor(Image.open(reader.root / name).convert("RGB"))
+
+
+def test_resized_crops_are_of_the_file_s_own_pixels(folder):
+    source = load(folder)
+    cut = Cut(Crop((SIZE, SIZE), (0.08, 1.0)), torch.rand(len(source), DRAWS, dtype=torch.float64))
+    found, _ = source.read(range(len(source)), cut)
+    for i, (image, picture) in enumerate(zip(found, originals(source), strict=True)):
+        own = Cut(cut.crop, cut.draws[i : i + 1])
+        box = crop_boxes(*picture.shape[1:], own)[0].tolist()
+        expected = v2.functional.resized_crop(picture, *box, [SIZE, SIZE], antialias=True)
+        assert torch.equal(image, expected)
+
+
+def test_windows_are_of_the_picture_at_the_scale_of_evaluation(folder):
+    source = load(folder)
+    cut = Cut(Crop((20, 20)), torch.rand(len(source), DRAWS, dtype=torch.float64))
+    found, _ = source.read(range(len(source)), cut)
+    for image, picture in zip(found, originals(source), strict=True):
+        resized = v2.functional.resize(picture, [SIDE])
+        windows = resized.unfold(1, 20, 1).unfold(2, 20, 1)  # (3, rows, columns, 20, 20)
+        assert (windows == image[:, None, None]).all(-1).all(-1).all(0).any()
+
+
+@pytest.mark.parametrize("scale", [None, (0.08, 1.0)])
+def test_streams_of_whole_pictures_do_not_depend_on_workers_start_or_processes(folder, scale):
+    config = StreamConfig(
+        batch_size=4,
+        augmentation=Augmentation(flip=True, crop_size=16, crop_scale=scale, mix="both"),
+        noise=NoiseLaw(kind="fixed", max="25/255"),
+    )
+
+    def batches(start=0, **options):
+        return list(Stream(load(folder), config, "ce", 0, "cpu", **options).batches(start, 3))
+
+    whole = batches()
+    others = [batches(workers=2), [*batches()[:1], *batches(1)]]
+    shares = [batches(rank=r, world_size=2) for r in range(2)]
+    others.append(
+        [
+            [torch.cat(pair) for pair in zip(*map(drawn, both), strict=True)]
+            for both in zip(*shares, strict=True)
+        ]
+    )
+    for other in others:
+        for a, b in zip(whole, other, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(drawn(a), drawn(b), strict=True))
+    assert not torch.equal(whole[0].x, whole[1].x)
+
+
+@pytest.mark.parametrize("scale", [None, (0.08, 1.0)])
+def test_each_sample_has_a_crop_of_its_own(folder, scale):
+    config = StreamConfig(batch_size=4, augmentation=Augmentation(crop_size=16, crop_scale=scale))
+    one = load(folder).first(1)
+    crops = [b.x for b in Stream(one, config, "ce", 0, "cpu").batches(0, 3)]
+    assert len(torch.cat(crops).flatten(1).unique(dim=0)) == 12  # of one picture
+
+
+def test_what_a_stream_cannot_cut_from_whole_pictures_is_told(folder):
+    for fields, told in (
+        ({"crop_size": 33}, "shorter side of the images, 32: take at most 32"),
+        ({"crop_padding": 4}, "set crop_padding to 0"),
+    ):
+        config = StreamConfig(augmentation=Augmentation(**fields))
+        with pytest.raises(UserError, match=told):
+            Stream(load(folder), config, "ce", 0, "cpu")
+
+
+def test_val_is_the_test_set_of_any_folder_unless_there_is_another(tmp_path):
+    root = picture_folder(tmp_path, count=2)
+    assert len(load_dataset("folder", root, "test", image_size=8)) == 6
+    (root / "test").mkdir()
+    Image.new("RGB", (30, 30)).save(root / "test" / "unlabelled.JPEG")  # as ImageNet's own
+    assert len(load(root, "test")) == 6
+    (root / "test" / "n01").mkdir()
+    (root / "test" / "unlabelled.JPEG").rename(root / "test" / "n01" / "a.JPEG")
+    assert len(load_dataset("folder", root, "test", image_size=8)) == 1
+
+
+def test_validation_images_that_were_not_sorted_are_told(tmp_path):
+    root = picture_folder(tmp_path, count=2)
+    for name in ("n01", "n02"):
+        for i, path in enumerate((root / "val" / name).iterdir()):
+            path.rename(root / "val" / f"{name}-{i}.JPEG")
+        (root / "val" / name).rmdir()
+    with pytest.raises(UserError, match="loose images and train/ has class folders: sort them"):
+        load(root, "test")
+    with pytest.raises(UserError, match="--data-dir"):
+        load_dataset("imagenet")

@@ -1,0 +1,144 @@
+"""Several processes evaluate what one would: the same figures, written once."""
+
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from ebmkit_tests.support.mixture_world import Drawn
+
+from ebmkit.distributed import DistributedContext
+from ebmkit.evaluation import SUITES, evaluate
+from ebmkit.evaluation.context import EvaluationContext, noisy_batches
+
+STANDARD = [name for name, suite in SUITES.items() if suite.standard]
+
+CIRCUMSTANCES = ("seconds", "environment", "processes")
+
+
+@dataclass(frozen=True)
+class Threads(DistributedContext):
+    """Processes played by threads: what each gathers lies in a list that all of them see."""
+
+    table: list = field(default_factory=list)
+    barrier: threading.Barrier | None = None
+
+    def gather(self, thing):
+        self.table[self.rank] = thing
+        self.barrier.wait(60)
+        everything = list(self.table)
+        self.barrier.wait(60)
+        return everything
+
+    def broadcast(self, thing):
+        return self.gather(thing)[0]
+
+
+def together(size, work):
+    """What ``work(world)`` gives in each of ``size`` processes."""
+    table, barrier, found = [None] * size, threading.Barrier(size), {}
+
+    def run(rank):
+        try:
+            found[rank] = work(Threads(rank, size, rank, table, barrier))
+        except BaseException:
+            barrier.abort()
+            raise
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [found[rank] for rank in range(size)]
+
+
+def figures(document):
+    return {key: value for key, value in document.items() if key not in CIRCUMSTANCES}
+
+
+@pytest.mark.parametrize(("size", "batch_size"), [(2, 7), (3, 10), (5, 12)])
+def test_every_process_has_the_figures_of_a_single_one(
+    size, batch_size, network, squares, tmp_path
+):
+    """30 images: 5 batches on 2 processes, 3 on 3, and 3 on 5, two of which have nothing to do."""
+    options = {"batch_size": batch_size, "plots": False, "noise_levels": [0, 0.1]}
+
+    def work(world):
+        own = copy.deepcopy(network)
+        return evaluate(own, squares, STANDARD, tmp_path / str(world.rank), world=world, **options)
+
+    alone = evaluate(network, squares, STANDARD, tmp_path / "alone", **options)
+    shared = together(size, work)
+    for results in shared:
+        for name, result in results.items():
+            assert figures(result.document) == figures(alone[name].document)
+            assert result.document == shared[0][name].document
+    assert json.loads((tmp_path / "0" / "classify.json").read_text())["processes"] == size
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0", "alone"]  # one writes
+
+
+def test_each_image_is_measured_once_with_its_own_noise(squares):
+    whole = torch.cat([batch.y for batch in noisy_batches(squares, 0.1, 0, 4)])
+    own = [
+        torch.cat(
+            [batch.y for batch in noisy_batches(squares, 0.1, 0, 4, world=DistributedContext(r, 3))]
+        )
+        for r in range(3)
+    ]
+    assert sum(len(part) for part in own) == len(squares)
+    assert torch.equal(torch.cat([own[0][:4], own[1][:4], own[2][:4]]), whole[:12])
+
+
+def test_the_bar_of_the_first_reaches_the_end(network, squares):
+    def work(world):
+        seen = []
+        setting = EvaluationContext(
+            network, squares, batch_size=4, world=world, advance=seen.append
+        )
+        setting.columns(0.1, lambda batch: {"x": batch.x.flatten(1).sum(1)})
+        return seen
+
+    for seen in together(3, work):
+        assert sum(seen) == len(squares)
+        assert min(seen) >= 0
+
+
+@pytest.mark.parametrize(("count", "batches"), [(360, 8), (1000, 8), (10_000, 24)])
+def test_batches_divide_among_eight(count, batches, mixture, tmp_path):
+    images = Drawn(torch.full((count, 1, 4, 4), 0.4), torch.arange(count) % 3)
+    options = {"noise_levels": [0], "plots": False}
+    document = evaluate(mixture, images, ["classify"], tmp_path, **options)["classify"].document
+    assert math.ceil(count / document["batch_size"]) == batches
+
+
+@pytest.mark.slow
+def test_torchrun_evaluates_a_run(tmp_path):
+    """Two real processes over gloo: the files are those of one process."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+
+    def command(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", *arguments],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=True,
+        ).stdout  # fmt: skip
+
+    command(
+        "ebmkit", "train", "--width", "8", "--steps", "2", "--device", "cpu", "--no-evaluate",
+        "--out", "run",
+    )  # fmt: skip
+    told = command("ebmkit", "evaluate", "run", "--device", "cpu")
+    folder = tmp_path / "run" / "evaluation"
+    alone = {name: json.loads((folder / f"{name}.json").read_text()) for name in STANDARD}
+    launch = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
+    assert command(*launch, "ebmkit", "evaluate", "run", "--device", "cpu") == told  # said once
+    for name in STANDARD:
+        shared = json.loads((folder / f"{name}.json").read_text())
+        assert shared["processes"] == 2
+        assert figures(shared) == figures(alone[name])

@@ -1,0 +1,325 @@
+"""What `evaluate` writes, where, and which mistakes it refuses."""
+
+import copy
+import json
+from functools import partial
+
+import pytest
+import torch
+from ebmkit_tests.support.mixture_world import Drawn
+from rich.console import Console
+from torch._dynamo.backends.debugging import aot_eager
+
+from ebmkit import ModelCard, UserError, evaluation
+from ebmkit.compile import Inference
+from ebmkit.evaluation import SUITES, evaluation_folder, parse_options, tables
+from ebmkit.evaluation.context import noisy_batches
+
+STANDARD = [name for name, suite in SUITES.items() if suite.standard]
+
+COMMON = {"suite", "dataset", "split", "images", "of", "seed", "sigmas", "model", "environment"}
+COMMON |= {"device", "seconds", "warnings", "weights", "precision", "compiled", "processes"}
+
+
+evaluate = partial(evaluation.evaluate, plots=False)  # one test draws
+
+
+def numbers(value):
+    """All numbers in a document, but those that may differ between two runs."""
+    if isinstance(value, dict):
+        skip = ("seconds", "environment", "batch_size", "compiled")
+        return [n for k, v in value.items() if k not in skip for n in numbers(v)]
+    if isinstance(value, list):
+        return [n for v in value for n in numbers(v)]
+    return [value] if isinstance(value, (int, float)) else []
+
+
+def test_contract_of_the_files(mixture, drawn, tmp_path):
+    results = evaluate(mixture, drawn, STANDARD, tmp_path, limit=50, plots=True)
+    read = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in STANDARD}
+    for name, document in read.items():
+        assert document.keys() >= COMMON
+        assert (document["images"], document["of"], document["split"]) == (50, 400, "test")
+        assert results[name].document == document
+        assert document["environment"]["torch"] == torch.__version__
+    assert 0 <= read["classify"]["accuracy"] <= 1
+    for key in ("psnr", "psnr_noisy"):
+        assert list(read["denoise"][key]) == ["15", "25", "50"]
+        assert all(isinstance(v, float) for v in read["denoise"][key].values())
+    low, high = read["denoise"]["psnr_interval"]["25"]
+    assert low < read["denoise"]["psnr"]["25"] < high
+    pictures = {path.stem for path in tmp_path.glob("*.png")}
+    assert pictures == {
+        "accuracy-against-noise", "confusion", "denoising", "psnr", "reliability",
+    }  # fmt: skip
+
+
+def test_batch_size_changes_nothing(network, squares, tmp_path):
+    documents = [
+        {n: r.document for n, r in evaluate(network, squares, STANDARD, tmp_path, **o).items()}
+        for o in ({"batch_size": 30}, {"batch_size": 7}, {"batch_size": 1})
+    ]
+    whole = numbers(documents[0])
+    assert len(whole) > 300
+    for other in documents[1:]:  # float32 convolutions order their sums by the batch
+        assert numbers(other) == pytest.approx(whole, rel=1e-3, abs=1e-4)
+
+
+def test_a_compiled_evaluation_finds_the_same(network, squares, tmp_path, monkeypatch):
+    """The denoisers of a batch and the classifier are two graphs, for all noise levels."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    monkeypatch.setattr(
+        "ebmkit.evaluation.runner.make_inference",
+        lambda device, precision, compile: Inference(
+            mode="on" if compile == "on" else "off", backend=backend
+        ),
+    )
+    options = {"batch_size": 8, "sigmas": [0.1, 0.2], "noise_levels": [0.1]}
+    eager = evaluate(network, squares, STANDARD, tmp_path / "eager", **options)
+    compiled = evaluate(network, squares, STANDARD, tmp_path, compile="on", **options)
+    assert len(graphs) == 2
+    for name in STANDARD:
+        expected, found = eager[name].document, compiled[name].document
+        assert (found["compiled"], found["precision"]) == (True, "fp32")
+        assert not expected["compiled"]
+        # the same operations, but for noise levels squared in float32
+        assert numbers(found) == pytest.approx(numbers(expected), rel=1e-5, abs=1e-6)
+
+
+def test_auto_compiles_when_minutes_of_work_are_left(network, squares, tmp_path, monkeypatch):
+    monkeypatch.setattr("ebmkit.compile.pick_compile", lambda mode, device: True)
+    told = []
+    monkeypatch.setattr(Inference, "expect", lambda self, seconds: told.append(seconds))
+    evaluate(network, squares, ["denoise"], tmp_path, batch_size=8)
+    assert len(told) == 3 * 3  # after each batch of 3 levels but the first, which warms up
+    assert told[-1] == 0
+    assert told[0] > told[-2] > 0
+
+
+def test_precision_is_chosen_and_told(network, squares, tmp_path):
+    plain = evaluate(network, squares, ["denoise"], tmp_path)["denoise"].document
+    rounded = evaluate(network, squares, ["denoise"], tmp_path, precision="bf16")
+    assert (plain["precision"], plain["compiled"]) == ("fp32", False)
+    document = rounded["denoise"].document
+    assert document["precision"] == "bf16"
+    # PSNR moves in the second digit behind the point at most, and does move
+    shown = document["denoisers"]["blind"]["psnr"], plain["denoisers"]["blind"]["psnr"]
+    for key in ("15", "25", "50"):
+        difference = abs(shown[0][key]["value"] - shown[1][key]["value"])
+        assert 0 < difference < 0.5
+    with pytest.raises(UserError, match="precision 'fp16'"):
+        evaluate(network, squares, ["denoise"], tmp_path, precision="fp16")
+
+
+def test_noise_does_not_depend_on_the_batch():
+    odd = Drawn(torch.rand(7, 1, 3, 5), None)  # 15 values: random numbers come in sixteens
+    whole, ones, twos = (
+        torch.cat([batch.y for batch in noisy_batches(odd, 0.1, 0, size)]) for size in (7, 1, 2)
+    )
+    assert torch.equal(whole, ones)
+    assert torch.equal(whole, twos)
+
+
+def test_a_limit_keeps_the_noise_of_the_images_it_keeps(network, squares, tmp_path):
+    limited = evaluate(network, squares, ["denoise"], tmp_path / "a", limit=4)["denoise"].document
+    alone = evaluate(network, squares.first(4), ["denoise"], tmp_path / "b")["denoise"].document
+    assert limited["psnr_noisy"] == alone["psnr_noisy"]
+    other = evaluate(network, squares, ["denoise"], tmp_path / "c", seed=1, limit=4)["denoise"]
+    assert other.document["psnr_noisy"] != limited["psnr_noisy"]
+
+
+def test_the_model_is_left_as_it_was(network, squares, tmp_path):
+    network.train()
+    modes = []
+    network.register_forward_pre_hook(lambda module, args: modes.append(module.training))
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    evaluate(network, squares, ["classify"], tmp_path)
+    assert network.training
+    assert modes
+    assert not any(modes)
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+
+
+def test_tables_show_the_figures(mixture, drawn, tmp_path):
+    results = evaluate(mixture, drawn, STANDARD, tmp_path, limit=50)
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    for table in tables(results):
+        console.print(table)
+    console.file.close()
+    text = console.export_text()
+    denoise = results["denoise"].document
+    assert f"{denoise['psnr']['25']:.2f}" in text
+    assert f"{denoise['denoisers']['unconditional']['gain']['25']['value']:+.2f}" in text
+    assert f"{results['classify'].document['accuracy']:.2%}" in text
+    assert "50 of 400 images" in text
+    assert "…" not in text  # nothing is cut off at 80 columns
+
+
+def card(**fields):
+    return ModelCard(dataset="mixture", channels=1, classifies=True, **fields)
+
+
+def test_what_cannot_be_compared_goes_elsewhere(mixture, drawn, tmp_path):
+    home = tmp_path / "evaluation"
+    assert evaluation_folder(tmp_path, mixture, drawn) == home / "mixture-test"  # origin unknown
+    mixture.card = card()
+    folders = [
+        evaluation_folder(tmp_path, mixture, drawn),
+        evaluation_folder(tmp_path, mixture, drawn, weights="best"),
+        evaluation_folder(tmp_path, mixture, Drawn(drawn.images, None, split="train")),
+        evaluation_folder(tmp_path, mixture, Drawn(drawn.images, None, name="../a b")),
+    ]
+    assert folders[0] == home
+    assert len(set(folders)) == len(folders)
+    assert all(f == home or f.parent == home for f in folders)
+
+
+def test_few_images_never_replace_the_results_of_more(mixture, drawn, tmp_path):
+    mixture.card = card()
+    home = tmp_path / "evaluation"
+    for limit in (10, 20):  # the first come home, more replace them
+        assert evaluation_folder(tmp_path, mixture, drawn, limit=limit) == home
+        evaluate(mixture, drawn, ["classify"], home, limit=limit)
+    aside = evaluation_folder(tmp_path, mixture, drawn, limit=10)
+    assert aside == home / "mixture-test-limit10"
+    assert evaluation_folder(tmp_path, mixture, drawn) == home
+
+
+def test_results_with_settings_of_their_own_never_replace_those_without(mixture, drawn, tmp_path):
+    mixture.card = card()
+
+    def folder(options):
+        own = parse_options(options, ["robustness", "corruptions"])
+        return evaluation_folder(tmp_path, mixture, drawn, options=own)
+
+    home = tmp_path / "evaluation"
+    assert folder({}) == home
+    assert folder({"robustness": {"steps": 40}}) == home  # the default
+    quick = folder({"robustness": {"steps": 2, "images": 5}})
+    assert quick == home / "mixture-test-images=5-steps=2"
+    several = {"robustness": {"linf": [n / 255 for n in range(9)]}}
+    assert folder(several) == folder(several)
+    assert folder(several) != folder({"robustness": {"linf": [n / 255 for n in range(8)]}})
+    assert len(folder(several).name) < 100
+
+
+def test_settings_of_a_suite_that_does_not_run_are_a_mistake(mixture, drawn, tmp_path):
+    with pytest.raises(UserError, match="settings of suite 'corruptions', which does not run"):
+        evaluate(
+            mixture, drawn, ["classify"], tmp_path, options={"corruptions": {"strengths": [1]}}
+        )
+
+
+def test_pictures_of_an_earlier_result_do_not_stay_beside_a_new_one(mixture, drawn, tmp_path):
+    few = {"images": 4, "steps": 1, "restarts": 1, "draws": 2, "checks": False, "norms": ["linf"]}
+    for levels, map_there in (([0, 0.1], True), ([0], False)):
+        options = {"robustness": few | {"noise_levels": levels}}
+        found = evaluation.evaluate(mixture, drawn, ["robustness"], tmp_path, options=options)
+        assert (tmp_path / "robustness-map.png").exists() == map_there
+        pictures = sorted(path.name for path in tmp_path.glob("*.png"))
+        assert found["robustness"].document["pictures"] == pictures
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+def test_names_of_pictures_in_a_document_lead_nowhere_else(mixture, drawn, tmp_path):
+    kept = tmp_path / "kept.png"
+    kept.write_bytes(b"")
+    folder = tmp_path / "evaluation"
+    folder.mkdir()
+    (folder / "denoise.json").write_text(json.dumps({"pictures": ["../kept.png", str(kept), 3]}))
+    evaluation.evaluate(mixture, drawn, ["denoise"], folder, limit=5)
+    assert kept.exists()
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_a_diverged_model_is_told_by_every_suite(network, squares, tmp_path, suite):
+    broken = copy.deepcopy(network)
+    with torch.no_grad():
+        for parameter in broken.parameters():
+            parameter.fill_(torch.nan)
+    with pytest.raises(UserError, match="not finite: its training diverged"):
+        evaluate(broken, squares, [suite], tmp_path)
+
+
+def test_other_images_of_the_same_name_go_elsewhere(mixture, drawn, tmp_path):
+    mixture.card = card()
+    home = evaluation_folder(tmp_path, mixture, drawn)
+    evaluate(mixture, drawn, ["classify"], home)
+    others = Drawn(drawn.images.flip(0), drawn.labels.flip(0))
+    elsewhere = evaluation_folder(tmp_path, mixture, others)
+    assert elsewhere.parent == home
+    assert elsewhere.name.startswith("mixture-test-")
+    assert evaluation_folder(tmp_path, mixture, drawn) == home
+    evaluate(mixture, others, ["classify"], elsewhere)
+    assert evaluation_folder(tmp_path, mixture, others) == elsewhere
+
+
+def test_evaluating_again_replaces_only_its_own_files(mixture, drawn, tmp_path):
+    evaluate(mixture, drawn, ["classify"], tmp_path, limit=20)
+    kept = (tmp_path / "classify.json").read_bytes()
+    evaluate(mixture, drawn, ["denoise"], tmp_path, limit=20, seed=3)
+    assert (tmp_path / "classify.json").read_bytes() == kept
+    evaluate(mixture, drawn, ["classify"], tmp_path, limit=30)
+    assert json.loads((tmp_path / "classify.json").read_text())["images"] == 30
+
+
+@pytest.mark.parametrize(
+    ("change", "suite", "words"),
+    [
+        ({"images": torch.rand(4, 3, 8, 8)}, "denoise", "3 channel.*takes 1"),
+        ({"images": torch.rand(0, 1, 8, 8)}, "denoise", "no images in split 'test'"),
+        ({"labels": None}, "classify", "no labels to compare"),
+        ({"labels": None}, "calibration", "no labels to compare"),
+        ({"class_names": ("a", "b")}, "classify", "2 classes and this model knows 3"),
+    ],
+)
+def test_images_that_do_not_suit_are_refused(change, suite, words, network, tmp_path):
+    fields = {"images": torch.rand(4, 1, 8, 8), "labels": torch.zeros(4, dtype=torch.long)}
+    folder = tmp_path / "evaluation"
+    with pytest.raises(UserError, match=words):
+        evaluate(network, Drawn(**{**fields, **change}), [suite], folder)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"limit": 0}, "limit 0 leaves no images"),
+        ({"batch_size": 0}, "batch size 0"),
+        ({"sigmas": [0.0]}, "sigmas: 0.0 is not legal"),
+        ({"sigmas": []}, "sigmas: none is not legal"),
+        ({"noise_levels": [float("inf")]}, "noise levels: inf is not legal"),
+    ],
+)
+def test_illegal_numbers_are_refused(options, words, network, squares, tmp_path):
+    with pytest.raises(UserError, match=words):
+        evaluate(network, squares, ["classify"], tmp_path, **options)
+
+
+def test_a_model_without_labels_cannot_classify(network, squares, tmp_path):
+    network.card.classifies = False
+    with pytest.raises(UserError, match="trained without labels and cannot classify"):
+        evaluate(network, squares, ["classify"], tmp_path)
+
+
+def test_a_diverged_model_is_told(network, squares, tmp_path):
+    next(network.parameters()).fill_(float("nan"))
+    with pytest.raises(UserError, match="not finite"):
+        evaluate(network, squares, ["classify"], tmp_path)
+
+
+def test_other_class_names_are_told(network, squares, tmp_path):
+    network.card.class_names = ["up", "right", "both"]
+    (line,) = evaluate(network, squares, ["classify"], tmp_path)["classify"].document["warnings"]
+    assert "'left' against 'up'" in line
+
+
+def test_a_folder_that_cannot_be_made_is_told(network, squares, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot make folder"):
+        evaluate(network, squares, ["classify"], tmp_path / "file" / "evaluation")

@@ -1,0 +1,294 @@
+"""A guided model is driven by every sampler that drives its base, to the law that is known."""
+
+import pytest
+import torch
+from ebmkit_tests.support.guidance_world import SHAPE, Blind, draw, generator, pictures, run
+from torch import nn
+
+from ebmkit import GaussianMixture, ModelCard, ScoreModel, UserError
+from ebmkit.energy import EnergyModel
+from ebmkit.guidance import GUIDES, LogitModel, guided_model, make_guidance
+from ebmkit.models import DirectDenoiser
+from ebmkit.noise import make_schedule
+from ebmkit.sampling.entry import SAMPLERS, missing
+from ebmkit.sampling.target import density_of, label_density_of
+
+EXACT = make_guidance(guidance="classifier")
+
+
+def guided(base=GaussianMixture, **how):
+    model = pictures(base)
+    return guided_model(model, model, make_guidance(**({"guidance": "classifier"} | how)))
+
+
+class Free(ScoreModel):
+    """The mixture as a network that predicts noise: no density, and labels of its own."""
+
+    noise_conditional = True
+    is_energy_based = False
+
+    def __init__(self):
+        super().__init__()
+        self.inside, self.schedule = pictures(dtype=torch.float64), make_schedule("cosine")
+        self.num_classes = 2
+
+    def _score(self, y, sigma, c):
+        return self.inside.score(y, sigma, c)
+
+    def denoise(self, y, sigma=None, c=None):
+        return self.inside.denoise(y, sigma, c)
+
+
+# --- the contract --------------------------------------------------------------------------------
+
+KS = "kadkhodaie_simoncelli"
+NOT = {KS}  # not of a model that is told the noise level
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_that_drives_the_base_drives_the_guided_model(name):
+    """At scale 1 by the exact posterior chains are those of the base with the label."""
+    entry = SAMPLERS[name]
+    base = pictures(Blind if "blind" in entry.needs else GaussianMixture)
+    model = guided_model(base, base, EXACT)
+    labels, config = torch.tensor([0, 1, 1, 0]), entry.config(steps=10)
+    ends = []
+    for target in (model, base):
+        sampler = entry.build(target, labels, config)
+        start = entry.start(target, sampler, config, (4, *SHAPE), generator(), labels)
+        x = run(sampler, start, steps=10)
+        ends.append(entry.finish(target, sampler, x, labels))
+    assert ends[0].isfinite().all()
+    if name != KS:  # a blind label's own noise level is not the unconditional one
+        torch.testing.assert_close(ends[0], ends[1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("how", [{"scale": 0.0}, {}])
+def test_unguided_it_is_the_base_to_the_bit(name, how):
+    """At scale 0, or where no label is asked for."""
+    entry = SAMPLERS[name]
+    if "labels" in entry.needs:
+        pytest.skip("it climbs to a label")
+    base = pictures(Blind if "blind" in entry.needs else GaussianMixture)
+    model, config = guided_model(base, base, make_guidance(**how)), entry.config(steps=10)
+    labels = torch.tensor([0, 1, 1]) if how else None
+    ends = []
+    for target, c in ((model, labels), (base, None)):
+        sampler = entry.build(target, c, config)
+        start = entry.start(target, sampler, config, (3, *SHAPE), generator())
+        ends.append(run(sampler, start, steps=10))
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("name", ["ddim", "pc", "annealed-langevin", KS])
+def test_guided_samples_are_of_the_label_that_was_asked_for(name):
+    entry = SAMPLERS[name]
+    base = pictures(Blind if "blind" in entry.needs else GaussianMixture)
+    steps = {
+        KS: {"beta": 0.2, "first_step": 0.1},
+        "annealed-langevin": {"steps": 60},
+    }
+    config = entry.config(**steps.get(name, {"steps": 60}))
+    # it reads the noise level off the guided residual, which the energy of an image would double
+    for way in ("classifier",) if name == KS else ("classifier", "energy", "dual"):
+        model = guided_model(
+            base, pictures(), make_guidance(guidance=way, view="noisy", scale=2.0), (-15.0, -15.0)
+        )
+        labels = torch.arange(20) % 2
+        sampler = entry.build(model, labels, config)
+        start = entry.start(model, sampler, config, (20, *SHAPE), generator(), labels)
+        x = entry.finish(
+            model, sampler, run(sampler, start, steps=entry.length(sampler, config)), labels
+        )
+        assert torch.equal(pictures().logits(x).argmax(1), labels), way
+
+
+def test_the_table_of_guides_is_tested_and_described():
+    assert {"classifier", "energy", "dual", "pgd", "accumulated", "classifier-free"} == set(GUIDES)
+    for entry in GUIDES.values():
+        assert entry.description
+        assert all(f.description for f in entry.settings.model_fields.values())
+
+
+# --- a base with a density keeps one -------------------------------------------------------------
+
+
+def test_its_density_is_the_bases_plus_the_guides():
+    model = guided(scale=3.0)
+    y, c = torch.rand(5, *SHAPE), torch.tensor([0, 1, 0, 1, 1])
+    value, gradient = density_of(model, c)(y, 0.2)
+    base = model.base
+    at_label, push = label_density_of(base, c)(y, 0.2)
+    torch.testing.assert_close(value, base.log_density(y, 0.2) + 3 * at_label)
+    torch.testing.assert_close(gradient, base.score(y, 0.2) + 3 * push)
+    torch.testing.assert_close(model.score(y, 0.2, c), gradient)
+    torch.testing.assert_close(model.log_density(y, 0.2, c), value)
+    torch.testing.assert_close(model.logits(y, 0.2), base.logits(y, 0.2))
+
+
+def test_a_guide_is_called_once_for_a_density():
+    model = guided()
+    calls = []
+    whole = model.guide.forward
+    base = pictures()
+    model.base = base
+    model.guide.forward = lambda *a: calls.append(1) or whole(*a)
+    density_of(model, 1)(torch.rand(2, *SHAPE), 0.2)
+    assert len(calls) == 1
+
+
+def test_where_the_view_or_the_base_has_none_there_is_no_density():
+    assert isinstance(guided(), EnergyModel)
+    assert not isinstance(guided(view="x0_hat"), EnergyModel)
+    plain = guided_model(DirectDenoiser(nn.Identity(), 1, True), pictures(), EXACT)
+    assert not isinstance(plain, EnergyModel)
+    assert missing(plain, ("labels",)) is None
+    with pytest.raises(UserError, match=r"mala cannot drive .* has no log-density"):
+        SAMPLERS["mala"].build(plain, 1)
+
+
+# --- views ---------------------------------------------------------------------------------------
+
+
+def test_views_are_chosen_by_what_the_guide_takes():
+    blind = LogitModel(nn.Sequential(nn.Flatten(), nn.Linear(16, 2)), 2)
+    assert guided_model(pictures(), blind, EXACT).view == "x_t"
+    assert guided().view == "noisy"
+    with pytest.raises(UserError, match="take the view noisy"):
+        guided(view="x_t")
+    with pytest.raises(UserError, match="needs the view x0_hat"):
+        make_guidance(backpropagate=True)
+    with pytest.raises(UserError, match="leave the view out"):
+        make_guidance(guidance="classifier-free", view="x0_hat")
+
+
+@pytest.mark.parametrize("backpropagate", [False, True])
+def test_a_clean_view_shows_the_denoised_image(backpropagate):
+    seen = []
+
+    class Watching(LogitModel):
+        def forward(self, y, sigma=None):
+            seen.append(y.detach())
+            return super().forward(y, sigma)
+
+    torch.manual_seed(0)
+    guide = Watching(nn.Sequential(nn.Flatten(), nn.Linear(16, 2)), 2).requires_grad_(False)
+    base = pictures()
+    model = guided_model(base, guide, make_guidance(view="x0_hat", backpropagate=backpropagate))
+    y = torch.rand(3, *SHAPE)
+    with torch.no_grad():
+        found = model.denoise(y, 0.3, 1)
+    torch.testing.assert_close(seen[-1], base.denoise(y, 0.3))
+    assert not found.requires_grad
+    assert (found - base.denoise(y, 0.3)).abs().max() > 1e-4
+
+
+# --- classifier-free -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("w", [0.0, 1.0, 2.5])
+def test_classifier_free_guidance_of_a_model_with_labels(w):
+    base = Free()
+    model = guided_model(base, None, make_guidance(guidance="classifier-free", scale=w))
+    assert model.schedule is base.schedule
+    assert missing(model, ("labels",)) is None
+    y, c = draw(4, *SHAPE), torch.tensor([0, 1, 1, 0])
+    u, own = base.score(y, 0.4), base.score(y, 0.4, c)
+    torch.testing.assert_close(model.score(y, 0.4, c), u + w * (own - u))
+    u, own = base.denoise(y, 0.4), base.denoise(y, 0.4, c)
+    torch.testing.assert_close(model.denoise(y, 0.4, c), u + w * (own - u))
+    if w in (0, 1):
+        assert torch.equal(model.denoise(y, 0.4, c), own if w else u)
+
+
+def test_classifier_free_guidance_is_late_by_each_images_level():
+    base = Free()
+    config = make_guidance(guidance="classifier-free", scale=2.0, start=0.5)
+    model = guided_model(base, None, config)
+    y, levels = draw(2, *SHAPE), torch.tensor([base.schedule.sigma(t) for t in (400, 600)])
+    found, c = model.denoise(y, levels, 1), torch.tensor([1, 1])
+    u, own = base.denoise(y, levels), base.denoise(y, levels, c)
+    torch.testing.assert_close(found[0], (u + 2 * (own - u))[0])
+    torch.testing.assert_close(found[1], u[1])
+
+
+def test_classifier_free_guidance_of_a_density_is_its_own_classifier():
+    base = pictures()
+    model = guided_model(base, None, make_guidance(guidance="classifier-free", scale=2.0))
+    y, c = torch.rand(3, *SHAPE), torch.tensor([0, 1, 1])
+    value, gradient = density_of(model, c)(y, 0.3)
+    at_label, push = label_density_of(base, c)(y, 0.3)
+    torch.testing.assert_close(value, base.log_density(y, 0.3) + 2 * at_label)
+    torch.testing.assert_close(gradient, base.score(y, 0.3) + 2 * push)
+    torch.testing.assert_close(model.score(y, 0.3, c), gradient)
+
+
+# --- what does not fit ---------------------------------------------------------------------------
+
+
+def carded(**facts):
+    model = pictures()
+    named = {"image_size": (4, 4), "channels": 1, "class_names": ["dark", "bright"]}
+    model.card = ModelCard(classifies=True, **(named | facts))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("facts", "told"),
+    [
+        ({"image_size": (8, 8)}, "images of size 4x4 and the guide 8x8"),
+        ({"channels": 3}, "channels 1 and the guide 3"),
+    ],
+)
+def test_base_and_guide_that_differ_are_refused_naming_both(facts, told):
+    with pytest.raises(UserError, match=told):
+        guided_model(carded(), carded(**facts), EXACT)
+
+
+def test_other_numbers_of_labels_are_refused_and_unknown_labels_named():
+    three = LogitModel(nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), 3)
+    with pytest.raises(UserError, match="labels 2 and the guide 3"):
+        guided_model(carded(), three, EXACT)
+    with pytest.raises(UserError, match=r"channels 1 and the guide 3"):
+        guided_model(carded(), LogitModel(nn.Flatten(), 2, in_channels=3), EXACT)
+    model = guided_model(carded(), carded(), EXACT)
+    with pytest.raises(UserError, match=r"label 2 is out of range.*\(dark, bright\)"):
+        model.score(torch.rand(1, *SHAPE), 0.1, 2)
+    with pytest.raises(UserError, match="needs a guide"):
+        guided_model(carded(), None, EXACT)
+    with pytest.raises(UserError, match="takes no guide"):
+        guided_model(carded(), carded(), make_guidance(guidance="classifier-free"))
+    unlabelled = DirectDenoiser(nn.Identity(), 1)
+    with pytest.raises(UserError, match="trained with labels, and this one was not"):
+        guided_model(unlabelled, None, make_guidance(guidance="classifier-free"))
+    with pytest.raises(UserError, match="did you mean 'energy'"):
+        make_guidance(guidance="enrgy")
+    with pytest.raises(UserError, match=r"no field 'lambada'.*fields here: lambda"):
+        make_guidance(guidance="dual", options={"lambada": 1})
+    with pytest.raises(UserError, match="write exact or constant or step:at"):
+        make_guidance(schedule="cubic")
+
+
+def test_it_carries_the_bases_card_and_the_guides_labels():
+    base, guide = carded(sigma_range=(0.01, 2.0)), carded(class_names=["black", "white"])
+    model = guided_model(base, guide, EXACT)
+    assert model.card.sigma_range == (0.01, 2.0)
+    assert model.card.class_names == ["black", "white"]
+    assert model.card.classifies
+    assert base.card.class_names == ["dark", "bright"]
+    assert model.noise_conditional
+
+
+def test_settings_of_guidance_are_resolved_and_come_back():
+    config = make_guidance(guidance="pgd", options={"n": 20}, schedule="power")
+    again = make_guidance(**config.model_dump(mode="json"))
+    assert again == config
+    assert config.schedule == "power:k=0.5"
+    assert config.options == {"lambda": 0.15, "n": 20, "gamma": 0.01, "inner": "energy"}
+
+
+def test_settings_saved_under_earlier_names_are_understood():
+    saved = {"view": "clean", "through": True, "late": 0.2}
+    assert make_guidance(**saved) == make_guidance(view="x0_hat", backpropagate=True, start=0.2)
+    assert make_guidance(view="shrunk").view == "x_t"

@@ -1,0 +1,374 @@
+"""What every sampler of the table must hold, on a mixture of images; adding one is being tested."""
+
+import io
+import math
+
+import pytest
+import torch
+from ebmkit_tests.support import known_targets as known
+from pydantic import ValidationError
+
+from ebmkit import GaussianMixture, ModelCard
+from ebmkit.errors import UserError
+from ebmkit.models import DirectDenoiser, create_model
+from ebmkit.sampling import Chains
+from ebmkit.sampling.entry import SAMPLERS, find_sampler
+from ebmkit.sampling.inverse import random_pixels
+from ebmkit.sampling.kadkhodaie_simoncelli import make_restorer
+from ebmkit.sampling.target import blind_denoiser_of
+
+SHAPE = (1, 4, 4)
+KS = "kadkhodaie_simoncelli"
+VARIANCE = 0.01
+
+
+class BlindMixture(GaussianMixture):
+    """The mixture as a blind network: it denoises by the noise level that it reads off the image.
+
+    The level is the root mean square distance from the nearest mean.
+    """
+
+    noise_conditional = False
+
+    def denoise(self, y, sigma=None, c=None):
+        return self.denoise_blind(y, c)[0]
+
+    def denoise_blind(self, y, c=None, sigma_range=None):
+        level = self.estimate_sigma(y)
+        return GaussianMixture.posterior_mean(self, y, level, c), level
+
+    def estimate_sigma(self, y):
+        squares = (y[:, None] - self.means).flatten(2).square().mean(2).amin(1)
+        return (squares - VARIANCE).clamp_min(1e-8).sqrt()
+
+
+def mixture(kind=GaussianMixture):
+    """Dark, bright and split images; labels 0, 1, 1; nearly all pixels are in [0, 1]."""
+    means = torch.stack([torch.full(SHAPE, 0.3), torch.full(SHAPE, 0.7), torch.full(SHAPE, 0.3)])
+    means[2, :, :2] = 0.7
+    return kind(means, VARIANCE, weights=[0.5, 0.3, 0.2], labels=[0, 1, 1])
+
+
+def model_for(entry):
+    return mixture(BlindMixture if "blind" in entry.needs else GaussianMixture)
+
+
+@pytest.fixture(params=SAMPLERS)
+def entry(request):
+    return SAMPLERS[request.param]
+
+
+@pytest.fixture
+def ready(entry):
+    """A sampler with few steps at labels, and where its chains start."""
+    model, labels = model_for(entry), torch.tensor([0, 1, 1, 0])
+    config = entry.config(steps=10)
+    sampler = entry.build(model, labels, config)
+    start = entry.start(model, sampler, config, (4, *SHAPE), known.generator(), labels)
+    return sampler, start
+
+
+# --- the contract --------------------------------------------------------------------------------
+
+
+def test_steps_are_pure_and_repeat_under_equal_generators(ready):
+    sampler, start = ready
+    state = sampler.init(start)
+    before = [v.clone() if isinstance(v, torch.Tensor) else v for v in state]
+    one, info = sampler.step(state, known.generator(3))
+    two, again = sampler.step(state, known.generator(3))
+    assert one.step == 1
+    for a, b in zip([*one, *info], [*two, *again], strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    for a, b in zip(state, before, strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    assert info.move.shape == (4,)
+    assert one.x.dtype == start.dtype
+
+
+def test_states_can_be_saved_and_gone_on_with(ready):
+    sampler, start = ready
+    generator = known.generator(1)
+    chains = Chains(sampler, sampler.init(start))
+    chains.run(3, generator)
+    file = io.BytesIO()
+    torch.save({**chains.state._asdict(), "random": generator.get_state()}, file)
+    straight = chains.run(4, generator)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    later = known.generator().set_state(saved.pop("random"))
+    resumed = Chains(sampler, type(straight)(**saved)).run(4, later)
+    assert torch.equal(resumed.x, straight.x)
+    assert resumed.step == straight.step == 7
+
+
+def test_no_chain_sees_another(ready):
+    """Three chains move as they do beside a fourth that is elsewhere."""
+    sampler, start = ready
+    other = start.clone()
+    other[3] = 0.9
+    a, b = (known.run(sampler, x, 5) for x in (start, other))
+    torch.testing.assert_close(a[:3], b[:3])
+    assert not torch.equal(a[3], b[3])
+
+
+def test_lost_chains_are_named_and_the_rest_goes_on(entry, ready):
+    """What has no number for an answer at one image says so of that chain alone."""
+    sampler, start = ready
+    names = [n for n in ("score", "density", "denoiser", "noise_predictor") if hasattr(sampler, n)]
+    for name in names:
+        whole = getattr(sampler, name)
+
+        def broken(x, *rest, whole=whole):
+            out = whole(x, *rest)
+            lost = torch.arange(len(x)) == 2
+            spoil = [
+                torch.where(lost.view(-1, *[1] * (v.ndim - 1)), torch.nan, v) for v in _all(out)
+            ]
+            return tuple(spoil) if isinstance(out, tuple) else spoil[0]
+
+        state = sampler.init(start)
+        setattr(sampler, name, broken)
+    chains = Chains(sampler, state)
+    chains.run(3, known.generator())
+    assert chains.diverged == {2: 1}
+    assert torch.equal(chains.state.x[2], start[2])
+    assert not torch.equal(chains.state.x[1], start[1])
+    assert chains.state.x.isfinite().all()
+
+
+def _all(out):
+    return out if isinstance(out, tuple) else (out,)
+
+
+def test_no_steps_are_refused(entry, ready):
+    sampler, start = ready
+    with pytest.raises(UserError, match="0 steps move no chain"):
+        Chains(sampler, sampler.init(start)).run(0, known.generator())
+    with pytest.raises(ValidationError):
+        entry.config(steps=0)
+
+
+def test_settings_say_what_they_are_and_refuse_others(entry):
+    assert all(field.description for field in entry.config.model_fields.values())
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        entry.config(speed=1)
+    assert entry.description
+    assert find_sampler(entry.name) is entry
+
+
+# --- the law of the samples ----------------------------------------------------------------------
+
+LAWS = {
+    # chains, settings: enough steps for the mixture's law; the others are told apart below
+    "langevin": {"steps": 150, "step_size": 4e-4, "temperature": 1.0},
+    "mala": {"steps": 100, "step_size": 1e-3},
+    "hmc": {"steps": 30, "step_size": 0.05, "leapfrogs": 5},
+    "annealed-langevin": {"steps": 300, "inner": 10, "rate": 0.05},
+    "pc": {"steps": 150},
+    "ddpm": {"steps": 300},
+    "ddim": {"steps": 300, "clip": False},
+}
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_samples_of_a_label_have_the_moments_of_its_mixture(name):
+    """Label 0 is one Gaussian of 16 dimensions: mean, second moments, within 4.5 standard errors.
+
+    Of the 152 numbers compared the largest exceeds 4.5 once in a thousand runs. Class proportions
+    of mixtures are in `test_metropolis` and `test_diffusion`, where chains have time to mix.
+    """
+    entry, model, count = SAMPLERS[name], mixture(), 600
+    config = entry.config(**LAWS[name])
+    sampler = entry.build(model, 0, config)
+    start = entry.start(model, sampler, config, (count, *SHAPE), known.generator(), 0)
+    x = known.run(sampler, start, entry.length(sampler, config), seed=1)
+    one = GaussianMixture(model.means[:1], VARIANCE)
+    levels = getattr(sampler, "sigmas", (0.0,))
+    assert known.worst_error(x, one, levels[-1]) < 4.5
+    assert known.worst_error(start, one) > 10
+
+
+@pytest.mark.parametrize("name", ["ddim", "pc", KS, "ascent"])
+def test_labels_are_those_asked_for(name):
+    entry = SAMPLERS[name]
+    model, labels = model_for(entry), torch.arange(40) % 2
+    config = entry.config(**({"steps": 60} if name != KS else {"beta": 0.2, "first_step": 0.1}))
+    sampler = entry.build(model, labels, config)
+    start = entry.start(model, sampler, config, (40, *SHAPE), known.generator(), labels)
+    x = entry.finish(model, sampler, known.run(sampler, start, 300), labels)
+    assert torch.equal(mixture().logits(x).argmax(1), labels)
+
+
+# --- inside what a model was trained for ---------------------------------------------------------
+
+
+def carded(model, sigma_range=(1 / 255, 100 / 255), classifies=True):
+    model.card = ModelCard(sigma_range=sigma_range, classifies=classifies)
+    return model
+
+
+def test_noise_levels_lie_where_the_model_was_trained(entry):
+    model = carded(model_for(entry))
+    seen = []
+    for method in ("score", "denoise", "value_and_grads"):
+        whole = getattr(model, method)
+
+        def watched(*args, whole=whole, **kwargs):
+            levels = [a for a in [*args, *kwargs.values()] if isinstance(a, float)]
+            seen.extend(levels)
+            return whole(*args, **kwargs)
+
+        object.__setattr__(model, method, watched)
+    config = entry.config()
+    sampler = entry.build(model, 1, config)
+    start = entry.start(model, sampler, config, (64, *SHAPE), known.generator(), 1)
+    if config.start != "uniform":
+        # gray with noise of at most 100/255
+        assert float(start.std()) < 100 / 255 * 1.1
+    known.run(sampler, start, min(30, entry.length(sampler, config)))
+    assert all(1 / 255 * 0.999 <= s <= 100 / 255 * 1.001 for s in seen)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("langevin", {"sigma": "120/255"}),
+        ("hmc", {"sigma": "0.5/255"}),
+        ("annealed-langevin", {"high": 1.0}),
+        ("pc", {"low": "0.5/255"}),
+        (KS, {"first_sigma": 1.0}),
+        (KS, {"last_sigma": "0.5/255"}),
+    ],
+)
+def test_levels_outside_are_refused_with_the_range(name, settings):
+    entry = SAMPLERS[name]
+    model = carded(model_for(entry))
+    with pytest.raises(UserError, match="outside what this model was trained for: take 1/255 to 1"):
+        entry.build(model, None, entry.config(**settings))
+
+
+def test_models_that_cannot_be_driven_are_told_why_and_by_what_they_can():
+    plain = DirectDenoiser(torch.nn.Identity(), 1)
+    plain.card = ModelCard(sigma_range=(0.1, 0.2))
+    with pytest.raises(
+        UserError,
+        match="sampler mala cannot drive this model: DirectDenoiser is a plain denoiser and has no "
+        f"log-density; take langevin, sgld, annealed-langevin, pc, ddpm, ddim, {KS}",
+    ):
+        SAMPLERS["mala"].build(plain)
+    with pytest.raises(
+        UserError, match=r"simoncelli cannot drive .* takes the noise level as an input"
+    ):
+        SAMPLERS[KS].build(mixture())
+    classifier = carded(mixture(), sigma_range=None)
+    for name in ("annealed-langevin", "pc", "ddpm", "ddim"):
+        with pytest.raises(UserError, match=r"not trained to denoise.*; take langevin, sgld, mala"):
+            SAMPLERS[name].build(classifier)
+    unlabelled = carded(mixture(), classifies=False)
+    with pytest.raises(UserError, match="leave the label out"):
+        SAMPLERS["ddim"].build(unlabelled, 1)
+    with pytest.raises(UserError, match="ascent cannot drive this model: it was trained without"):
+        SAMPLERS["ascent"].build(unlabelled, 1)
+    with pytest.raises(UserError, match="climbs to a label: say which"):
+        SAMPLERS["ascent"].build(mixture())
+    with pytest.raises(UserError, match="label 2 is out of range"):
+        SAMPLERS["ddim"].build(mixture(), 2)
+    with pytest.raises(UserError, match="did you mean 'ddim'"):
+        find_sampler("ddin")
+    with pytest.raises(ValidationError, match="take a multiple, as 300"):
+        SAMPLERS["annealed-langevin"].config(steps=301)
+
+
+# --- starts and ends -----------------------------------------------------------------------------
+
+
+def test_chains_start_from_data_and_class_gaussians_where_asked():
+    entry, model = SAMPLERS["ascent"], mixture()
+    images, labels = model.sample(50, known.generator(5))
+    labels_wanted = torch.tensor([1, 1, 0])
+    for kind in ("data", "class_gaussian"):
+        config = entry.config(start=kind)
+        sampler = entry.build(model, labels_wanted, config)
+        arguments = (model, sampler, config, (3, *SHAPE), known.generator(), labels_wanted)
+        with pytest.raises(UserError, match=f"start from {kind}: give images"):
+            entry.start(*arguments)
+        start = entry.start(*arguments, data=(images, labels))
+        assert start.shape == (3, *SHAPE)
+        found = [(start[i] == images).flatten(1).all(1).any() for i in range(3)]
+        assert all(found) == (kind == "data")
+    with pytest.raises(UserError, match="give their labels, too"):
+        entry.start(*arguments, data=(images, None))
+    # down noise levels: with noise of the first; without a label: the Gaussian of all images
+    entry, count = SAMPLERS["pc"], 3000
+    config = entry.config(start="class_gaussian", high=0.5)
+    sampler = entry.build(model, None, config)
+    many = (model, sampler, config, (count, *SHAPE), known.generator())
+    variance = entry.start(*many, data=(images, None)).var(0).mean()
+    assert float(variance) == pytest.approx(float(images.var(0).mean()) + 0.25, rel=0.03)
+    # which is what "auto" does with data; without, noise about gray
+    automatic = (model, sampler, entry.config(high=0.5), (4, *SHAPE))
+    asked = entry.start(*many[:3], (4, *SHAPE), known.generator(), data=(images, None))
+    found = entry.start(*automatic, known.generator(), data=(images, None))
+    assert torch.equal(found, asked)
+    gray = 0.5 + 0.5 * torch.randn(4, *SHAPE, generator=known.generator())
+    assert torch.equal(entry.start(*automatic, known.generator()), gray)
+
+
+def test_the_level_a_blind_model_finds_is_held_to_its_range():
+    """Where the score is small its level, sqrt(d) / ||score||, has no bound."""
+
+    class Energy(GaussianMixture):
+        noise_conditional = False
+
+        def forward(self, y, sigma=None):
+            return super().forward(y)
+
+    model = mixture(Energy)
+    y = torch.rand(5, *SHAPE, generator=known.generator())
+    y[0] = model.means[0] + 1e-4
+    levels = model.estimate_sigma(y)
+    assert levels[0] > 10
+    free, held = blind_denoiser_of(model, 0), blind_denoiser_of(carded(model), 0)
+    torch.testing.assert_close(held(y), model.denoise(y, levels.clamp(1 / 255, 100 / 255), 0))
+    model.card = None
+    torch.testing.assert_close(free(y), model.denoise(y, levels, 0))
+
+
+def test_the_last_noise_is_taken_out_at_the_end():
+    """Annealed chains end at the last level; one denoising step goes to the clean mixture."""
+    entry, model = SAMPLERS["pc"], mixture()
+    sampler = entry.build(model, 0, entry.config(low=0.2))
+    noise = torch.randn(2000, *SHAPE, generator=known.generator())
+    x = 0.3 + math.sqrt(VARIANCE + 0.04) * noise
+    shrunk = entry.finish(model, sampler, x, 0)
+    torch.testing.assert_close(shrunk, 0.3 + VARIANCE / (VARIANCE + 0.04) * (x - 0.3))
+    assert SAMPLERS["ddim"].finish(model, sampler, x) is x
+
+
+def test_a_restored_image_has_the_measurements_given():
+    model = mixture(BlindMixture)
+    truth, _ = model.sample(1, known.generator(3))
+    measurement = random_pixels(SHAPE, 0.5)
+    measured = measurement.measure(truth)
+    config = SAMPLERS[KS].config(first_step=0.1, beta=0.2, first_sigma=0.4)
+    sampler = make_restorer(model, measurement, measured, config)
+    start = sampler.start((8, *SHAPE), known.generator())
+    x = known.run(sampler, start, 2000)
+    torch.testing.assert_close(measurement.measure(x), measured.expand(8, -1))
+    # it is an image of the truth's own component
+    assert (mixture().logits(x).argmax(1) == mixture().logits(truth).argmax(1)).all()
+
+
+@pytest.mark.parametrize("name", ["langevin", "mala", "hmc"])
+def test_what_was_never_taught_to_denoise_takes_no_noise_out_at_the_end(name):
+    """JEM's density is that of images: the level its score implies would move them far away."""
+    model = create_model("wideresnet10-jem", num_classes=2, in_channels=1, head="logit", width=8)
+    model.eval().requires_grad_(False)
+    model.card = ModelCard(classifies=True)
+    entry = find_sampler(name)
+    x = torch.rand(3, 1, 6, 6)
+    assert entry.finish(model, entry.build(model), x) is x
+    model.card = ModelCard(classifies=True, sigma_range=(1 / 255, 100 / 255))
+    moved = entry.finish(model, entry.build(model), x) - x
+    assert 0 < moved.flatten(1).square().mean(1).sqrt().max() <= 100 / 255 + 1e-6
