@@ -14,9 +14,12 @@ from ebmkit.plugins import load_plugin
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
-TRAIN = ["--dataset=digits", "--steps=2", "--device=cpu", "--no-evaluate"]
+TRAIN = ["--dataset=bars", "--steps=2", "--device=cpu", "--no-evaluate"]
 TRAIN += ["--backbone=two-layers", "--objective=ce+dsm+noisy-ce", "--width=8"]
 TRAIN += ["--set=head=quadratic", "--set=objective.noisy-ce.eps=4/255"]
+
+SAMPLE = ["--count=2", "--steps=2", "--sampler=uniform-langevin"]
+GUIDE = ["--guide=run", "--guidance=tempered"]
 
 
 def command(*words, cwd, plugin="parts.py"):
@@ -71,11 +74,13 @@ def test_without_its_plugin_a_run_is_refused_in_one_sentence(trained):
 def test_with_it_a_run_resumes_evaluates_and_samples(trained):
     for words in (
         ["train", "--resume=run"],
-        ["evaluate", "run", "--suite=classify", "--limit=20"],
-        ["sample", "run", "--count=2", "--steps=2", "--out=samples"],
+        ["evaluate", "run", "--suite=classify,score-norm", "--limit=20"],
+        ["sample", "run", *SAMPLE, "--out=samples"],
+        ["sample", "run", *SAMPLE, "--label=vertical", *GUIDE, "--out=guided"],
     ):
         ended = command(*words, cwd=trained)
         assert ended.returncode == 0, ended.stderr
+    assert (trained / "run" / "evaluation" / "score-norm.png").is_file()
 
 
 def test_a_changed_plugin_is_warned_of(trained, tmp_path):

@@ -45,7 +45,7 @@ from ebmkit.data.imagesets import (
     split_rows,
 )
 from ebmkit.errors import UserError, unknown_name
-from ebmkit.registry import find
+from ebmkit.registry import Table, find
 
 DIGITS = tuple("0123456789")
 
@@ -239,37 +239,46 @@ class DatasetEntry:
     class_names: tuple[str, ...] = ()
 
 
-DATASETS: dict[str, DatasetEntry] = {
-    "digits": DatasetEntry(
-        load_digits, "1,797 scanned digits, gray 8x8, 10 classes; included in scikit-learn", DIGITS
-    ),
-    "patches": DatasetEntry(
-        load_patches,
-        "patches of two photographs, colour 32x32, no labels; included in scikit-learn",
-    ),
-    "cifar10": DatasetEntry(
-        load_cifar,
-        "60,000 photographs, colour 32x32, 10 classes; torchvision's folder or HDF5",
-        CIFAR["cifar10"].class_names,
-    ),
-    "cifar100": DatasetEntry(
-        load_cifar,
-        "60,000 photographs, colour 32x32, 100 classes; torchvision's folder or HDF5",
-        CIFAR["cifar100"].class_names,
-    ),
-    "folder": DatasetEntry(
-        load_folder, "--data-dir is a folder: [train|test]/CLASS/*.png, or images without classes"
-    ),
-    "imagenet": DatasetEntry(
-        load_imagenet,
-        "--data-dir is a folder of whole images, train|val/CLASS/*.JPEG; tested on "
-        "the 224 centre crop of 256",
-    ),
-    "pictures": DatasetEntry(
-        load_pictures, "--data-dir is a folder of images of any size, to evaluate denoisers"
-    ),
-    "hdf5": DatasetEntry(load_hdf5, "--data-dir is an HDF5 file, as `ebmkit data pack` writes it"),
-}
+DATASETS: dict[str, DatasetEntry] = Table(
+    "dataset",
+    {
+        "digits": DatasetEntry(
+            load_digits,
+            "1,797 scanned digits, gray 8x8, 10 classes; included in scikit-learn",
+            DIGITS,
+        ),
+        "patches": DatasetEntry(
+            load_patches,
+            "patches of two photographs, colour 32x32, no labels; included in scikit-learn",
+        ),
+        "cifar10": DatasetEntry(
+            load_cifar,
+            "60,000 photographs, colour 32x32, 10 classes; torchvision's folder or HDF5",
+            CIFAR["cifar10"].class_names,
+        ),
+        "cifar100": DatasetEntry(
+            load_cifar,
+            "60,000 photographs, colour 32x32, 100 classes; torchvision's folder or HDF5",
+            CIFAR["cifar100"].class_names,
+        ),
+        "folder": DatasetEntry(
+            load_folder,
+            "--data-dir is a folder: [train|test]/CLASS/*.png, or images without classes",
+        ),
+        "imagenet": DatasetEntry(
+            load_imagenet,
+            "--data-dir is a folder of whole images, train|val/CLASS/*.JPEG; tested "
+            "on the 224 centre crop of 256",
+        ),
+        "pictures": DatasetEntry(
+            load_pictures,
+            "--data-dir is a folder of images of any size, to evaluate denoisers",
+        ),
+        "hdf5": DatasetEntry(
+            load_hdf5, "--data-dir is an HDF5 file, as `ebmkit data pack` writes it"
+        ),
+    },
+)
 
 
 def load_dataset(

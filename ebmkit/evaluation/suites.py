@@ -24,23 +24,26 @@ from ebmkit.evaluation.ood import OOD
 from ebmkit.evaluation.robustness import ROBUSTNESS
 from ebmkit.evaluation.robustness_grid import ROBUSTNESS_GRID
 from ebmkit.evaluation.suite import Suite
-from ebmkit.registry import find
+from ebmkit.registry import Table, find
 
-SUITES: dict[str, Suite] = {
-    "classify": CLASSIFY,
-    "denoise": DENOISE,
-    "calibration": CALIBRATION,
-    "robustness": ROBUSTNESS,
-    "robustness-grid": ROBUSTNESS_GRID,
-    "certify": CERTIFY,
-    "corruptions": CORRUPTIONS_SUITE,
-    "jacobian": JACOBIAN,
-    "linearity": LINEARITY,
-    "adversarial": ADVERSARIAL,
-    "ood": OOD,
-    "generation": GENERATION,
-    "diffusion-path": DIFFUSION_PATH,
-}
+SUITES: dict[str, Suite] = Table(
+    "suite",
+    {
+        "classify": CLASSIFY,
+        "denoise": DENOISE,
+        "calibration": CALIBRATION,
+        "robustness": ROBUSTNESS,
+        "robustness-grid": ROBUSTNESS_GRID,
+        "certify": CERTIFY,
+        "corruptions": CORRUPTIONS_SUITE,
+        "jacobian": JACOBIAN,
+        "linearity": LINEARITY,
+        "adversarial": ADVERSARIAL,
+        "ood": OOD,
+        "generation": GENERATION,
+        "diffusion-path": DIFFUSION_PATH,
+    },
+)
 
 FORMER_NAMES = {"shift": "corruptions"}
 """Of suites, as in older documents, with the names of today."""

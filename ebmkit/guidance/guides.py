@@ -46,6 +46,7 @@ from torch import Tensor
 from ebmkit.energy import Energies, EnergyModel, Noise, classifies, upcast_energies
 from ebmkit.errors import UserError
 from ebmkit.models.heads import LogitEnergy
+from ebmkit.registry import Table
 from ebmkit.sampling.base import check_positive, per_chain
 from ebmkit.sampling.target import DensityFunction, density_of, label_density_of
 
@@ -281,38 +282,41 @@ def _inner(model: EnergyModel, c: Labels, own: PGDSettings, means: Means) -> Den
     return make(model, c, own, means)
 
 
-GUIDES: dict[str, Guide] = {
-    "classifier": Guide(
-        "log p(c|x): classifier guidance (Dhariwal & Nichol 2021)",
-        GuideSettings,
-        lambda model, c, own, means: classifier_guide(model, c),
-    ),
-    "energy": Guide(
-        "log p(x, c) = -E(x, c): joint energy (RCG section 4.6)",
-        GuideSettings,
-        lambda model, c, own, means: energy_guide(model, c),
-    ),
-    "dual": Guide(
-        "-E(x, c) - lambda |mean E of the label - E(x)| (RCG section 4.8)",
-        DualSettings,
-        lambda model, c, own, means: dual_guide(model, c, means, own.lambda_),
-    ),
-    "pgd": Guide(
-        "a guide's gradient after n normalised steps up it (RCG section 4.9)",
-        PGDSettings,
-        lambda model, c, own, means: pgd_guide(_inner(model, c, own, means), own.n, own.gamma),
-    ),
-    "accumulated": Guide(
-        "the sum of a guide's gradients along n normalised steps up it (RCG section 4.3)",
-        AccumulatedSettings,
-        lambda model, c, own, means: accumulated_guide(
-            _inner(model, c, own, means), own.n, own.gamma
+GUIDES: dict[str, Guide] = Table(
+    "guidance",
+    {
+        "classifier": Guide(
+            "log p(c|x): classifier guidance (Dhariwal & Nichol 2021)",
+            GuideSettings,
+            lambda model, c, own, means: classifier_guide(model, c),
         ),
-    ),
-    CLASSIFIER_FREE: Guide(
-        "by the sampled model's own labels, w = scale: 0 without, 1 with (Ho & Salimans 2021)",
-        GuideSettings,
-        None,
-    ),
-}
+        "energy": Guide(
+            "log p(x, c) = -E(x, c): joint energy (RCG section 4.6)",
+            GuideSettings,
+            lambda model, c, own, means: energy_guide(model, c),
+        ),
+        "dual": Guide(
+            "-E(x, c) - lambda |mean E of the label - E(x)| (RCG section 4.8)",
+            DualSettings,
+            lambda model, c, own, means: dual_guide(model, c, means, own.lambda_),
+        ),
+        "pgd": Guide(
+            "a guide's gradient after n normalised steps up it (RCG section 4.9)",
+            PGDSettings,
+            lambda model, c, own, means: pgd_guide(_inner(model, c, own, means), own.n, own.gamma),
+        ),
+        "accumulated": Guide(
+            "the sum of a guide's gradients along n normalised steps up it (RCG section 4.3)",
+            AccumulatedSettings,
+            lambda model, c, own, means: accumulated_guide(
+                _inner(model, c, own, means), own.n, own.gamma
+            ),
+        ),
+        CLASSIFIER_FREE: Guide(
+            "by the sampled model's own labels, w = scale: 0 without, 1 with (Ho & Salimans 2021)",
+            GuideSettings,
+            None,
+        ),
+    },
+)
 """All guidance methods, by name."""

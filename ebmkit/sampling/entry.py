@@ -19,7 +19,7 @@ from torch import Tensor
 from ebmkit.energy import EnergyModel, ScoreModel, classifies
 from ebmkit.errors import UserError
 from ebmkit.noise import Sigma, check_trained
-from ebmkit.registry import find
+from ebmkit.registry import Table, find
 from ebmkit.sampling.base import Sampler
 from ebmkit.sampling.starts import draw_from_data
 from ebmkit.sampling.target import (
@@ -229,7 +229,7 @@ class SamplerEntry(Generic[C]):
         return x if level is None else denoiser_of(model, c)(x, level)
 
 
-SAMPLERS: dict[str, SamplerEntry[Any]] = {}
+SAMPLERS: dict[str, SamplerEntry[Any]] = Table("sampler", {})
 """All samplers, by name; filled by `ebmkit.sampling`."""
 
 

@@ -32,7 +32,7 @@ QUICK |= {"noise_levels": [0, 0.02], "sigma": "0.02"}
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
-    monkeypatch.setitem(suites.SUITES, "robustness", ROBUSTNESS)
+    monkeypatch.setattr(suites, "SUITES", {**suites.SUITES, "robustness": ROBUSTNESS})
 
 
 @pytest.fixture
