@@ -47,7 +47,7 @@ def balance_table() -> str:
         lines += [
             "",
             f"PyTorch {environment['torch']}, {environment['cores']} CPU cores, code at "
-            f"{', '.join(commits)}, seed 0 except where said.",
+            f"{', '.join(commits)}, seed 0 unless stated.",
             "",
         ]
     return "\n".join(lines)
@@ -60,7 +60,7 @@ def sizes_table() -> str:
     cells = {(row["way"], row["sigma"]): row for row in results["rows"]}
     sigmas = sorted({sigma for _, sigma in cells})
     lines = [
-        "| way | " + " | ".join(f"{s}" for s in sigmas) + " | best factor | sigma read off | s |",
+        "| method | " + " | ".join(f"{s}" for s in sigmas) + " | best factor | sigma ratio | s |",
         "|---|" + "---|" * (len(sigmas) + 3),
     ]
     for way in ways:
@@ -76,7 +76,7 @@ def sizes_table() -> str:
     lines += [
         "",
         f"{results['images']} of {results['of']} images (every eighth), PSNR in dB; *best factor*: "
-        "what the score would have to be multiplied by, mean over levels; *sigma read off*: "
+        "the factor of the score that gives the highest PSNR, mean over levels; *sigma ratio*: "
         "estimated over true noise level; *s*: seconds per image on one thread of a busy machine. "
         f"PyTorch {environment['torch']}, code at {environment['git_commit']}.",
     ]
@@ -117,7 +117,7 @@ def component_tables() -> str:
     lines: list[str] = []
     for kind, table in tables().items():
         lines += [f"### {kind}", ""]
-        lines += _table(("name", "about"), [(f"`{k}`", v) for k, v in table.items()])
+        lines += _table(("name", "description"), [(f"`{k}`", v) for k, v in table.items()])
     return "\n".join(lines)
 
 
@@ -149,7 +149,7 @@ def speed_table(kind: str) -> str:
     results = json.loads((RESULTS / "speed-cpu.json").read_text())
     rows = [row for row in results["rows"] if row_kind(row["name"]) == kind]
     lines = [
-        "| what | who | ms | images/s | MB | ratio to (a) (quartiles) | to others |",
+        "| measurement | library | ms | images/s | MB | ratio to (a) (quartiles) | to others |",
         "|---|---|---|---|---|---|---|",
     ]
     before = None
@@ -262,13 +262,13 @@ def mixture_table() -> str:
         elif before:
             right = [run["errors"] for run in runs]
             lines.append(line(f"{name}, {row['remedy']}", right, seconds))
-            lines.append(line(f"{name}, as it is", before, seconds))
+            lines.append(line(f"{name}, uncorrected", before, seconds))
         else:
             lines.append(line(name, [run["errors"] for run in runs], seconds))
     commits = {run["git_commit"] for row in found["rows"].values() for run in row["runs"]}
     environment = found["environment"] | {"git_commit": " and ".join(sorted(commits))}
     count = len(next(iter(found["rows"].values()))["runs"])
-    note = f"{found['what']}; means over {count} seeds, and the worst of them. "
+    note = f"{found['what']}; mean over {count} seeds, in brackets the worst seed. "
     return "\n".join([*lines, "", note + circumstances(environment)])
 
 
@@ -290,7 +290,7 @@ def jem_table(dataset: str) -> str:
         "steps": [f"{row['steps']:,}" for row in rows],
         "TFLOP of training": [f"{row['flops'] / 1e12:.0f}" for row in rows],
         "hours (busy cores)": [f"{row['seconds'] / 3600:.2f}" for row in rows],
-        "breaches": [str(row["breaches"]) for row in rows],
+        "divergences": [str(row["breaches"]) for row in rows],
         "accuracy, % (95 %)": [
             f"{100 * row['accuracy']:.1f} "
             f"({100 * row['accuracy_interval'][0]:.1f} to {100 * row['accuracy_interval'][1]:.1f})"
@@ -320,7 +320,7 @@ def jem_table(dataset: str) -> str:
             f"{first['ood_images']:,} against as many others; attacks (PGD, 20 steps, one start) "
             f"on the first {first['attacked_images']}; PSNR on the first 1,000 at most. "
             "`benchmarks/jem.py --data-dir DIR`, seed "
-            f"{first['seed']}, {first['environment']['cores']} CPU cores that did other work, "
+            f"{first['seed']}, {first['environment']['cores']} CPU cores shared with other work, "
             f"PyTorch {first['environment']['torch']}, code at {commits}.",
         ]
     )
@@ -347,7 +347,7 @@ def restore_table() -> str:
     return "\n".join([*lines, "", circumstances(environment)])
 
 
-DATA = {"cifar10": "CIFAR-10 (9,980 of its 10,000 test images are at hand)", "digits": "Digits"}
+DATA = {"cifar10": "CIFAR-10 (9,980 of its 10,000 test images are available)", "digits": "Digits"}
 JEM_SCORES = {"log-density": "log p", "confidence": "max softmax", "gradient": "-norm of the score"}
 
 
@@ -364,13 +364,12 @@ def jem_digits() -> str:
     return (
         f"**Digits** (`examples/jem_digits.py`, recipe `digits-jem`, {found['steps']} steps, seed "
         f"{found['seed']}): accuracy {100 * found['accuracy']:.1f} % (95 %: {low:.1f} to "
-        f"{high:.1f}) on all {found['images']} test images, {found['breaches']} breaches, "
-        f"{found['seconds'] / 60:.1f} minutes. Chains of {found['chain_steps']} steps that climb "
-        f"log p(x|c) are taken for the digit that was asked for by a classifier trained separately "
-        f"(itself right on {100 * found['judge_accuracy']:.1f} % of the test images): "
-        f"{seen['noise']} of those that start from uniform noise, {seen['gaussian']} of those that "
-        f"start from the Gaussian of their class, of {found['samples']} each. "
-        + circumstances(found["environment"])
+        f"{high:.1f}) on all {found['images']} test images, {found['breaches']} divergences, "
+        f"{found['seconds'] / 60:.1f} minutes. A separately trained classifier (accuracy "
+        f"{100 * found['judge_accuracy']:.1f} % on the test images) recognises the requested digit "
+        f"in samples from p(x|c), chains of {found['chain_steps']} steps: {seen['noise']} of the "
+        f"chains from uniform noise and {seen['gaussian']} of those from the Gaussian of their "
+        f"class, {found['samples']} samples each. " + circumstances(found["environment"])
     )
 
 
@@ -386,7 +385,7 @@ def time_to_quality_tables() -> str:
         found = json.loads(path.read_text())
         quality = "gain, dB" if data == "digits" else "PSNR, dB"
         measured = f"steps | TFLOP | seconds | accuracy | {quality}"
-        lines += [f"| mark: accuracy, {quality} | recipe | {measured} |"]
+        lines += [f"| target: accuracy, {quality} | recipe | {measured} |"]
         lines += ["|---|---|---:|---:|---:|---:|---|"]
         recipes = {run["who"]: run["recipe"] for run in found["runs"]}
         for row in found["marks"]:
@@ -396,7 +395,7 @@ def time_to_quality_tables() -> str:
                 cells += [f"{row['steps']:,.0f}", f"{row['tflop']:,.1f}", f"{row['seconds']:,.0f}"]
                 cells += [f"{row['accuracy']:.1%}", " / ".join(f"{v:.2f}" for v in row["psnr"])]
             else:
-                cells += [f"not by {row['longest_tried']:,}", "", "", "", ""]
+                cells += [f"not reached by {row['longest_tried']:,}", "", "", "", ""]
             lines.append(f"| {' | '.join(cells)} |")
         commits = sorted({run["commit"] or "unknown" for run in found["runs"]})
         seeds = len({run["seed"] for run in found["runs"]})

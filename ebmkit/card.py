@@ -19,21 +19,30 @@ class ModelCard(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     dataset: str = Field("", description="name of the training set")
-    objective: str = Field("", description="as on the command line")
-    steps: int = Field(0, description="optimiser steps done")
-    image_size: tuple[Side, Side] | None = Field(None, description="height and width in training")
-    channels: int = Field(3, ge=1, le=1024, description="1 gray, 3 colour")
-    class_names: list[str] = Field([], description="by label; empty without labels")
-    sigma_range: tuple[float, float] | None = Field(
-        None, description="noise levels of the denoising stream, image units; None: not trained"
+    objective: str = Field("", description="objective, as on the command line")
+    steps: int = Field(0, description="number of optimiser steps done")
+    image_size: tuple[Side, Side] | None = Field(
+        None, description="height and width of the training images, pixels"
     )
-    classifies: bool = Field(False, description="whether labels were trained")
+    channels: int = Field(3, ge=1, le=1024, description="number of channels: 1 gray, 3 colour")
+    class_names: list[str] = Field(
+        [], description="class names in label order; empty without labels"
+    )
+    sigma_range: tuple[float, float] | None = Field(
+        None,
+        description="lowest and highest noise level of the denoising stream, image units; "
+        "None: not trained to denoise",
+    )
+    classifies: bool = Field(False, description="whether the model was trained on labels")
     energies: Literal["model", "logits"] | None = Field(
         None,
-        description="what E(y) is: the model's own density, or -logsumexp of the logits where only "
-        "labels were trained; None: not said (see ebmkit.models.heads.energy_source)",
+        description="definition of E(y): model (its own density) or logits (-logsumexp, if "
+        "only labels were trained); None: not recorded (see "
+        "ebmkit.models.heads.energy_source)",
     )
     plugins: list[Plugin] = Field([], description="that its parts come from")
     attack: str = Field(
-        "", description="norm and radius of the attack in training, as in l2 0.5; empty: none"
+        "",
+        description="norm and radius of the attack in training, for example l2 0.5; empty: "
+        "no attack",
     )

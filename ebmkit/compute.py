@@ -60,13 +60,13 @@ class ComputeConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     precision: Literal["auto", "fp32", "tf32", "bf16"] = Field(
-        "auto", description="of products: fp32, tf32, bf16; auto: bf16 on CUDA, fp32 on CPU"
+        "auto", description="precision: fp32, tf32, bf16; auto: bf16 on CUDA, fp32 on CPU"
     )
     compile: Literal["auto", "on", "off"] = Field(
         "auto", description="compile the step: auto, on, off; auto: on CUDA, not on CPU"
     )
     accumulate: int = Field(
-        1, ge=1, description="parts that each batch is split into, to save memory"
+        1, ge=1, description="number of parts that each batch is split into, to save memory"
     )
     recompute: bool = Field(
         False,

@@ -388,17 +388,20 @@ class NoiseLaw(BaseModel):
 
     kind: NoiseKind = Field(
         "none",
-        description="squared-uniform (the paper's), log-uniform, uniform, fixed (max), diffusion "
-        "(the levels of a schedule), none",
+        description="distribution: squared-uniform (the paper), log-uniform, uniform, fixed "
+        "(always max), diffusion (the levels of a diffusion schedule), none",
     )
     min: SigmaOrZero = Field(
-        0.0, description="smallest noise level, image units; diffusion has its schedule's"
+        0.0,
+        description="lowest noise level, image units; kind diffusion takes it from its schedule",
     )
     max: SigmaOrZero = Field(
-        0.0, description="largest noise level, image units; diffusion has its schedule's"
+        0.0,
+        description="highest noise level, image units; kind diffusion takes it from its schedule",
     )
     schedule: Literal["linear", "cosine"] = Field(
-        "linear", description="of diffusion, whose 1000 levels are drawn alike"
+        "linear",
+        description="kind diffusion: schedule of the 1000 levels, which are drawn uniformly",
     )
 
     @model_validator(mode="after")

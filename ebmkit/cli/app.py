@@ -1,10 +1,10 @@
-"""The application: its commands, and how it ends.
+"""The application: its commands and exit codes.
 
-Exit codes: 0 done; 2 a mistake in what was given, told in one sentence; 130 interrupted by Ctrl-C;
-143 asked to terminate, 129 left by the terminal: in each case what was done is saved.
+Exit codes: 0 success; 2 user error (one sentence on stderr); 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP:
+each of the last three saves the work first.
 
-Help, and a mistake in a command line, must not wait for PyTorch: the modules of the commands import
-at the top only what declares and shows their options, and the rest where it is used.
+Help and the errors for a mistyped command line must not import PyTorch: the modules of the commands
+import at the top only what declares and shows their options, and everything else inside functions.
 """
 
 from __future__ import annotations
@@ -72,11 +72,11 @@ PLUGIN = inspect.Parameter(
         Option(
             callback=_load_plugins,
             is_eager=True,
-            help="Python file with parts of your own, or an installed plugin; may be repeated",
+            help="Python file or installed plugin that registers custom components; repeatable",
         ),
     ],
 )
-"""An option of every command; plugins are imported before other options are looked at."""
+"""An option of every command; plugins are imported before other options are parsed."""
 
 
 def _with_plugins(function: Callable[..., None]) -> Callable[..., None]:

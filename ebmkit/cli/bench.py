@@ -19,34 +19,45 @@ if TYPE_CHECKING:
 
 
 def bench(
-    backbone: Annotated[str, Option(help="see `ebmkit list backbones`")] = "gradresnet18",
+    backbone: Annotated[
+        str, Option(help="backbone, from `ebmkit list backbones`")
+    ] = "gradresnet18",
     objective: Annotated[
-        str, Option(help="objectives to time, joined by commas")
+        str, Option(help="objectives to time, separated by commas")
     ] = "ce,dsm,cdsm,ce+dsm",
     width: Annotated[int, WIDTH] = 16,
-    image_size: Annotated[int, Option(min=1, help="height and width of images")] = 32,
-    channels: Annotated[int, Option(min=1, help="1 gray, 3 colour")] = 3,
+    image_size: Annotated[
+        int, Option(min=1, help="height and width of the images, in pixels")
+    ] = 32,
+    channels: Annotated[int, Option(min=1, help="number of channels: 1 gray, 3 colour")] = 3,
     batch: Annotated[
-        int, Option(min=1, help="images per step; joint objectives classify twice as many")
+        int,
+        Option(
+            min=1, help="images per step; joint objectives use twice as many for classification"
+        ),
     ] = 64,
-    rounds: Annotated[int, Option(min=1, help="how often each candidate is timed")] = 9,
+    rounds: Annotated[int, Option(min=1, help="number of timed rounds per candidate")] = 9,
     device: Annotated[str, DEVICE] = "auto",
-    precision: Annotated[str, Option(help="auto, fp32, tf32, bf16")] = "auto",
-    compile_: Annotated[str, Option("--compile", help="auto, on, off")] = "auto",
+    precision: Annotated[str, Option(help="precision: auto, fp32, tf32, bf16")] = "auto",
+    compile_: Annotated[str, Option("--compile", help="compile the model: auto, on, off")] = "auto",
     inference_: Annotated[
-        bool, Option("--inference/--no-inference", help="time inference too")
+        bool, Option("--inference/--no-inference", help="also time inference")
     ] = True,
     scaling_: Annotated[
-        bool, Option("--scaling", help="also time dsm against width, size and batch")
+        bool,
+        Option("--scaling", help="also time dsm for several widths, image sizes and batch sizes"),
     ] = False,
     json_: Annotated[
-        Path | None, Option("--json", metavar="FILE", help="write the rows and versions")
+        Path | None,
+        Option(
+            "--json", metavar="FILE", help="write the results and library versions to this new file"
+        ),
     ] = None,
 ) -> None:
-    """Time training steps and inference against the plain eager way of writing them.
+    """Time training steps and inference against plain eager PyTorch.
 
-    All candidates of a measurement run once per round, in alternating order; the ratio is the
-    median over rounds of plain time / own time, with its quartiles. Above 1 is faster than plain.
+    All candidates of a measurement run once per round, in alternating order. The ratio is the
+    median over rounds of plain time / ebmkit time, with its quartiles; above 1, ebmkit is faster.
     """
     from ebmkit import bench as measured
     from ebmkit.compute import ComputeConfig, pick_compile, pick_device, pick_precision

@@ -1,4 +1,4 @@
-"""What the terminal shows: consoles, bars, TensorBoard."""
+"""Terminal output: consoles, progress bars; and TensorBoard."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``ebmkit data pack``: image folders and torchvision data sets into one HDF5 file."""
+"""``ebmkit data pack``: convert image folders and torchvision data sets to one HDF5 file."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ebmkit.cli.options import IMAGE_SIZE
 
 def pack(
     src: Annotated[str, Argument(help="image folder, CIFAR folder, or torchvision:NAME[:FOLDER]")],
-    out: Annotated[Path, Argument(help="the HDF5 file to write")],
+    out: Annotated[Path, Argument(help="HDF5 file to write")],
     image_size: Annotated[int | None, IMAGE_SIZE] = None,
     skip_unreadable: Annotated[
-        bool, Option("--skip-unreadable", help="leave out images that cannot be read")
+        bool, Option("--skip-unreadable", help="skip images that cannot be read")
     ] = False,
     follow_links: Annotated[
         bool, Option("--follow-links", help="follow links that lead out of the folder")

@@ -34,34 +34,41 @@ def evaluate(
     suite: Annotated[
         str,
         Option(
-            help="suites joined by commas; standard: the quick ones; all; see `ebmkit list suites`"
+            help="suites separated by commas, from `ebmkit list suites`; standard: the "
+            "quick ones; all: every one that applies"
         ),
     ] = "standard",
     dataset: Annotated[str | None, DATASET] = None,
     data_dir: Annotated[Path | None, DATA_DIR] = None,
     image_size: Annotated[int | None, IMAGE_SIZE] = None,
-    split: Annotated[str, Option(help="test, validation or train")] = "test",
-    limit: Annotated[int | None, Option(min=1, help="only the first N images")] = None,
+    split: Annotated[str, Option(help="split: test, validation or train")] = "test",
+    limit: Annotated[int | None, Option(min=1, help="use only the first N images")] = None,
     seed: Annotated[int, SEED] = 0,
     weights: Annotated[str, WEIGHTS] = "last",
     device: Annotated[str, DEVICE] = "auto",
     precision: Annotated[str, PRECISION] = "auto",
     compile_: Annotated[
         str,
-        Option("--compile", help="compile the score: on, off; auto: on CUDA, for minutes of work"),
+        Option(
+            "--compile",
+            help="compile the score: on, off; auto: on CUDA, if the evaluation takes "
+            "more than five minutes",
+        ),
     ] = "auto",
     set_: Annotated[
         list[str] | None,
         Option(
-            "--set", help="a suite's setting, as robustness.steps=10, or dataset.unreadable=skip"
+            "--set",
+            help="setting of a suite, for example robustness.steps=10, or "
+            "dataset.unreadable=skip; repeatable",
         ),
     ] = None,
 ) -> None:
-    """Evaluate a trained model: tables here, JSON and plots under RUN/evaluation.
+    """Evaluate a trained model: print tables, write JSON and plots to RUN/evaluation.
 
-    PSNR is the mean over images of each image's own, for images in [0, 1], output clipped, noise
-    drawn from a fixed seed. Intervals are 95 %. Started by `torchrun -m ebmkit evaluate ...`, its
-    processes share the images.
+    PSNR is the mean of the per-image PSNR, for images in [0, 1] and clipped output, with noise from
+    a fixed seed. Intervals are 95 %. With `torchrun -m ebmkit evaluate ...` the processes share the
+    images.
     """
     from ebmkit.compute import pick_device
     from ebmkit.distributed import device_of_rank, join

@@ -14,7 +14,7 @@ from ebmkit.errors import UserError
 
 def export(
     run: Annotated[Path, RUN],
-    out: Annotated[Path, Option(help="new file: .pt2 for PyTorch, .onnx for ONNX runtimes")],
+    out: Annotated[Path, Option(help="file to write: .pt2 for PyTorch, .onnx for ONNX runtimes")],
     what: Annotated[
         Literal["classifier", "denoiser", "blind-denoiser"],
         Option(
@@ -23,17 +23,15 @@ def export(
         ),
     ] = "denoiser",
     image_size: Annotated[
-        str | None, Option(help="H or HxW, in pixels [default: the trained size]")
+        str | None, Option(help="input size, H or HxW, in pixels [default: the training size]")
     ] = None,
-    batch: Annotated[
-        int | None, Option(min=1, help="images at a time [default: any number]")
-    ] = None,
+    batch: Annotated[int | None, Option(min=1, help="fixed batch size [default: any]")] = None,
     weights: Annotated[str, WEIGHTS] = "last",
 ) -> None:
     """Write a trained model as a file for PyTorch or an ONNX runtime.
 
-    The file is loaded again, run on random images and compared with the model before it is kept. An
-    existing file is never overwritten.
+    Loads the file again, runs it on random images and compares it with the model; keeps no file if
+    they differ. Never overwrites an existing file.
     """
     from ebmkit.export import export as export_model
     from ebmkit.models import load

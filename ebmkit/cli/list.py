@@ -1,4 +1,4 @@
-"""``ebmkit list``: the tables of named parts."""
+"""``ebmkit list``: the tables of named components."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Kind = Literal[
 
 
 def tables() -> dict[str, dict[str, str]]:
-    """Kind -> name -> one line about it, from the very tables the program looks names up in."""
+    """Kind -> name -> description, from the tables in which the program looks names up."""
     from ebmkit.data import DATASETS
     from ebmkit.evaluation import SUITES
     from ebmkit.guidance import GUIDANCE_SCHEDULES, GUIDES
@@ -46,8 +46,8 @@ def tables() -> dict[str, dict[str, str]]:
 
 
 def list_(kind: Annotated[Kind, Argument(help=", ".join(get_args(Kind)))]) -> None:
-    """List the parts that options can name."""
-    table = Table(kind.removesuffix("s"), "about")
+    """List the names that options accept: backbones, objectives, samplers, ..."""
+    table = Table(kind.removesuffix("s"), "description")
     for name, description in tables()[kind].items():
         table.add_row(name, description)
     console.print(table)

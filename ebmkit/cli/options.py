@@ -1,7 +1,7 @@
-"""Options that several commands share, and help that names values as other command lines do: RUN,
-IMAGE..., INTEGER, PATH.
+"""Options that several commands share, and help with standard metavars: RUN, IMAGE..., INTEGER,
+PATH.
 
-An option is declared here once and given its type and default by each command, as in
+Each option is declared here once; each command sets its type and default, as in
 ``device: Annotated[str, DEVICE] = "auto"``.
 """
 
@@ -17,20 +17,23 @@ from typer.core import TyperCommand
 
 RUN = Argument(help="run folder")
 IMAGES = Argument(metavar="IMAGE", help="images: PNG, JPEG, TIFF")
-WEIGHTS = Option(help="last, or best by validation")
-DEVICE = Option(help="auto, cpu, cuda, cuda:1")
-PRECISION = Option(help="of products: fp32, tf32, bf16; auto: fp32")
+WEIGHTS = Option(help="which weights: last, or best (lowest validation loss)")
+DEVICE = Option(help="device: auto, cpu, cuda, cuda:1")
+PRECISION = Option(help="precision: fp32, tf32, bf16; auto: fp32")
 TRAIN_PRECISION = Option(
-    help="of products in training: auto, fp32, tf32, bf16 [default: the configuration's, auto]"
+    help="precision of training: auto, fp32, tf32, bf16 [default: set by the configuration, auto]"
 )
-COMPILE = Option("--compile", help="compile the score: on, off; auto: off, for it seldom pays")
-DATASET = Option(help="data set [default: the one trained on]; see `ebmkit list datasets`")
-DATA_DIR = Option(help="where its files are")
-IMAGE_SIZE = Option(min=1, help="height and width to bring images to")
-LABEL = Option(help="class (name or number), for the conditional denoiser")
+COMPILE = Option("--compile", help="compile the score: on, off; auto: off")
+DATASET = Option(help="data set, from `ebmkit list datasets` [default: the training data set]")
+DATA_DIR = Option(help="folder or file of the data set")
+IMAGE_SIZE = Option(
+    min=1,
+    help="image height and width, in pixels; images in a folder are resized and cropped to it",
+)
+LABEL = Option(help="class (name or number), to use the class-conditional denoiser")
 WIDTH = Option(min=1, help="channels of the first stage")
-SEED = Option(min=0, max=2**63 - 1, help="of everything that is drawn")
-SETTING = Option("--set", help="a setting of the sampler, as step_size=1e-4; may be repeated")
+SEED = Option(min=0, max=2**63 - 1, help="random seed")
+SETTING = Option("--set", help="setting of the sampler, for example step_size=1e-4; repeatable")
 
 VALUES = {"str": "TEXT", "int": "INTEGER", "float": "FLOAT", "path": "PATH"}
 """Names of an option's value, by the types that Typer shows: ``<str>``, ``<list[Path]>``."""

@@ -1,4 +1,4 @@
-"""``ebmkit import``: checkpoints of other programs as a folder like a run's."""
+"""``ebmkit import``: convert checkpoints of other programs to a run folder."""
 
 from __future__ import annotations
 
@@ -13,42 +13,63 @@ from ebmkit.errors import UserError
 
 def import_(
     source: Annotated[
-        str, Argument(help="file or folder, or OWNER/NAME:FILE (diffusers: OWNER/NAME) on the hub")
+        str,
+        Argument(
+            help="file or folder, or OWNER/NAME:FILE (diffusers: OWNER/NAME) on the "
+            "Hugging Face hub"
+        ),
     ],
     out: Annotated[Path, Option(help="new folder for the model")],
     sigma: Annotated[
         list[str] | None,
-        Option(help="noise level it was trained for, as 25/255; twice: lowest and highest"),
+        Option(
+            help="noise level that the model was trained for, for example 25/255; give "
+            "it twice for lowest and highest"
+        ),
     ] = None,
     kind: Annotated[
         str | None,
-        Option("--as", help="robustness, jem, denoiser, state or diffusers; default: found"),
+        Option(
+            "--as", help="format: robustness, jem, denoiser, state or diffusers [default: detected]"
+        ),
     ] = None,
     backbone: Annotated[
-        str | None, Option(help="for state: a name from `ebmkit list backbones`")
+        str | None, Option(help="backbone of a state dict, from `ebmkit list backbones`")
     ] = None,
     rename: Annotated[
         list[str] | None,
-        Option("--map", help="OLD=NEW, prefixes of names, in order; may be repeated"),
+        Option(
+            "--map",
+            help="rename the prefix of parameter names, OLD=NEW; repeatable, applied in order",
+        ),
     ] = None,
-    classes: Annotated[int | None, Option(help="labels, if the weights do not tell")] = None,
+    classes: Annotated[
+        int | None, Option(help="number of classes, if the weights do not determine it")
+    ] = None,
     mean: Annotated[
-        str | None, Option(help="subtracted from images in [0, 1]: 0.5 or 0.49,0.48,0.45")
+        str | None, Option(help="mean to subtract from images in [0, 1]: 0.5 or 0.49,0.48,0.45")
     ] = None,
-    std: Annotated[str | None, Option(help="what they are divided by then")] = None,
-    image_size: Annotated[int | None, Option(help="height and width in training")] = None,
+    std: Annotated[str | None, Option(help="standard deviation to divide by after that")] = None,
+    image_size: Annotated[
+        int | None, Option(help="height and width of the training images, in pixels")
+    ] = None,
     dataset: Annotated[
-        str | None, Option(help="what it was trained on, as cifar10: gives the class names")
+        str | None, Option(help="training data set, for example cifar10; sets the class names")
     ] = None,
     set_: Annotated[
         list[str] | None,
-        Option("--set", help="for state: one field, as model.backbone.width=32; repeatable"),
+        Option(
+            "--set",
+            help="configuration field for a state dict, for example "
+            "model.backbone.width=32; repeatable",
+        ),
     ] = None,
 ) -> None:
-    """Import a checkpoint, to evaluate, sample and use as a run. Nothing in it is executed.
+    """Convert a checkpoint to a run folder, to evaluate it or sample from it.
 
-    Files of the robustness package, JEM's, published DnCNN and DRUNet, state dicts, and UNets of
-    diffusers. Then, for example: ebmkit evaluate OUT --suite robustness
+    Formats: files of the robustness package and of JEM, published DnCNN and DRUNet, state dicts,
+    UNets of diffusers. No code in the file is executed. Then, for example: ebmkit evaluate OUT
+    --suite robustness
     """
     from ebmkit.data import DATASETS
     from ebmkit.models.importing import import_checkpoint

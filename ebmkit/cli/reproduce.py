@@ -1,4 +1,4 @@
-"""``ebmkit reproduce``: the paper's tables and figures, ours beside the paper's."""
+"""``ebmkit reproduce``: the papers' tables and figures, next to the published values."""
 
 from __future__ import annotations
 
@@ -25,31 +25,34 @@ def reproduce(
         str, Argument(help="table1, table2, table3, fig1, fig3, fig4, guidance, claims, or all")
     ],
     scale: Annotated[
-        str, Option(help="smoke: seconds a row; cpu: CIFAR-10, minutes; full: the paper's")
+        str,
+        Option(
+            help="smoke: digits, seconds per row; cpu: CIFAR-10, minutes per row; full: "
+            "the paper's scale"
+        ),
     ] = "smoke",
     more: Annotated[
-        list[str] | None, Argument(help="more rows, after --only ROW", metavar="ROW")
+        list[str] | None, Argument(help="further rows for --only", metavar="ROW")
     ] = None,
-    only: Annotated[
-        list[str] | None, Option("--only", help="a row by name; more may follow")
-    ] = None,
+    only: Annotated[list[str] | None, Option("--only", help="run only these rows")] = None,
     out: Annotated[
-        Path | None, Option(help="folder of rows and reports [default: runs/reproduce-SCALE]")
+        Path | None, Option(help="folder for rows and reports [default: runs/reproduce-SCALE]")
     ] = None,
-    data_dir: Annotated[Path | None, Option(help="where CIFAR-10 is [default: data]")] = None,
+    data_dir: Annotated[Path | None, Option(help="folder of CIFAR-10 [default: data]")] = None,
     imagenet_dir: Annotated[
-        Path | None, Option(help="where ImageNet is: table2 at full scale")
+        Path | None, Option(help="folder of ImageNet, for table2 at scale full")
     ] = None,
     device: Annotated[str, DEVICE] = "auto",
     precision: Annotated[
-        str | None, Option(help="of training: auto, fp32, tf32, bf16 [default: the scale's]")
+        str | None,
+        Option(help="precision of training: auto, fp32, tf32, bf16 [default: set by the scale]"),
     ] = None,
     seed: Annotated[int, SEED] = 0,
 ) -> None:
-    """Reproduce a table or figure of the papers: Markdown, JSON and plots in --out.
+    """Reproduce a table or figure of the papers: write Markdown, JSON and plots to --out.
 
-    Every row is a run of its own. Finished rows are not repeated, an interrupted one is resumed:
-    give the same command again.
+    Every row is a separate run. The same command skips finished rows and resumes an interrupted
+    one.
     """
     from ebmkit.compute import limited_threads, pick_device
     from ebmkit.experiments import EXPERIMENTS, ExperimentRuns, experiments_of, find_scale

@@ -16,36 +16,45 @@ from ebmkit.terminal import shown_name
 def restore(
     run: Annotated[Path, Argument(help="run folder of a blind denoiser")],
     images: Annotated[list[Path], IMAGES],
-    out: Annotated[Path, Option(help="folder for what is written")],
+    out: Annotated[Path, Option(help="output folder")],
     task: Annotated[
         str, Option(help="inpaint, random-pixels, superres, deblur, compressed")
     ] = "inpaint",
     mask: Annotated[
-        Path | None, Option(help="inpaint: an image, white where to fill in [default: a hole]")
+        Path | None,
+        Option(
+            help="for inpaint: image that is white where pixels are missing [default: a hole "
+            "in the centre]"
+        ),
     ] = None,
     share: Annotated[
         float | None,
         Option(
-            help="of the image: the hole (inpaint, 0.1), or what is known (random-pixels 0.5, "
-            "deblur 0.25, compressed 0.25)"
+            help="share of the image: the hole (inpaint, 0.1), or the measured share "
+            "(random-pixels 0.5, deblur 0.25, compressed 0.25)"
         ),
     ] = None,
-    factor: Annotated[int | None, Option(help="superres: by which to enlarge, 2")] = None,
+    factor: Annotated[
+        int | None, Option(help="for superres: enlargement factor [default: 2]")
+    ] = None,
     measured: Annotated[
         bool,
         Option(
             "--measured",
-            help="the images are the measured ones: with the parts to fill in, small, or blurred",
+            help="the input images are measurements: with missing parts, low-resolution, or "
+            "blurred",
         ),
     ] = False,
-    samples: Annotated[int, Option(help="restorations of each, and their mean")] = 1,
+    samples: Annotated[
+        int, Option(help="number of restorations per image; also writes their mean")
+    ] = 1,
     label: Annotated[str | None, LABEL] = None,
-    steps: Annotated[int | None, Option(help="at the most")] = None,
+    steps: Annotated[int | None, Option(help="maximum number of steps")] = None,
     set_: Annotated[
         list[str] | None,
         Option(
             "--set",
-            help="a setting of the sampler kadkhodaie_simoncelli, as beta=0.1; may be repeated",
+            help="setting of the sampler kadkhodaie_simoncelli, for example beta=0.1; repeatable",
         ),
     ] = None,
     seed: Annotated[int, SEED] = 0,
@@ -56,9 +65,9 @@ def restore(
 ) -> None:
     """Restore images from linear measurements, by stochastic ascent (Kadkhodaie & Simoncelli).
 
-    An image is taken for the clean one: it is measured, restored, and compared with itself, beside
-    simple methods. With --measured it is what was measured. Writes NAME-measured.png,
-    NAME-restored.png, NAME-comparison.png and NAME.json; nothing is overwritten.
+    The input is the clean image: the command measures it, restores it, and compares the result with
+    it and with simple methods. With --measured the input is the measurement. Writes
+    NAME-measured.png, NAME-restored.png, NAME-comparison.png and NAME.json; overwrites nothing.
     """
     from ebmkit.compile import optimize
     from ebmkit.compute import pick_device

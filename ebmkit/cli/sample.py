@@ -20,72 +20,89 @@ def sample(
     out: Annotated[
         Path | None,
         Option(
-            help="folder for the samples: a new one, or one to resume [default: RUN/samples/ and a "
-            "name made of the settings]"
+            help="folder for the samples: new, or an interrupted job to resume [default: a "
+            "folder in RUN/samples/ named after the settings]"
         ),
     ] = None,
     sampler: Annotated[
         str | None,
         Option(
-            help="see `ebmkit list samplers`; buffer: the replay buffer's chains as they are "
-            "[default: kadkhodaie_simoncelli for blind denoisers, ddim if the noise level is an "
-            "input, else sgld]"
+            help="sampler, from `ebmkit list samplers`; buffer: export the replay buffer "
+            "[default: kadkhodaie_simoncelli for blind denoisers, ddim if the noise "
+            "level is an input, else sgld]"
         ),
     ] = None,
     count: Annotated[int, Option("-n", "--count", help="number of samples")] = 64,
-    label: Annotated[str | None, Option(help="class, name or number; all: each in turn")] = None,
-    steps: Annotated[int | None, Option(help="of each chain [default: the sampler's]")] = None,
+    label: Annotated[
+        str | None, Option(help="class, by name or number; all: each class in turn")
+    ] = None,
+    steps: Annotated[
+        int | None, Option(help="number of steps per chain [default: set by the sampler]")
+    ] = None,
     start: Annotated[
         str | None,
         Option(
-            help="noise (about gray), uniform, data, class_gaussian, mean (noise about the mean "
-            "image), buffer [default: the sampler's]"
+            help="starting points: noise (Gaussian noise around gray), uniform, data, "
+            "class_gaussian (draws from the Gaussian of a class's images), mean (noise "
+            "around the mean image), buffer [default: set by the sampler]"
         ),
     ] = None,
     set_: Annotated[list[str] | None, SETTING] = None,
     guide: Annotated[
-        Path | None, Option(help="run folder of the classifier or joint model that guides")
+        Path | None, Option(help="run folder of the guide: a classifier or joint model")
     ] = None,
     guidance: Annotated[
         str | None,
         Option(
-            help="see `ebmkit list guidance`; classifier-free needs no --guide [default: energy]"
+            help="guidance method, from `ebmkit list guidance`; classifier-free needs no "
+            "--guide [default: energy]"
         ),
     ] = None,
-    scale: Annotated[float | None, Option(help="of guidance [default: 1]")] = None,
+    scale: Annotated[float | None, Option(help="guidance scale [default: 1]")] = None,
     schedule: Annotated[
         str | None,
         Option(
-            help="of guidance: exact, constant, step:at=500,low=0.37, linear, power:k=2, "
-            "sigmoid:t0=500,y0=0.05,k=0.02 [default: exact]"
+            help="guidance schedule: exact, constant, step:at=500,low=0.37, linear, "
+            "power:k=2, sigmoid:t0=500,y0=0.05,k=0.02 [default: exact]"
         ),
     ] = None,
     view: Annotated[
         str | None,
         Option(
-            help="input of the guide: noisy, x_t, x0_hat, x0_hat-backpropagate (its gradient "
-            "through the denoiser) [default: noisy if it takes the noise level, else x_t]"
+            help="input of the guide: noisy, x_t, x0_hat, x0_hat-backpropagate (gradient "
+            "backpropagated through the denoiser) [default: noisy if the guide takes the "
+            "noise level, else x_t]"
         ),
     ] = None,
     guide_start: Annotated[
         float | None,
-        Option(help="share of the noise levels before guidance starts [default: 0]"),
+        Option(
+            help="share of the noise levels without guidance, from the noisiest down [default: 0]"
+        ),
     ] = None,
     guide_set: Annotated[
         list[str] | None,
-        Option(help="a setting of the guide, as n=50, gamma=0.01, lambda=0.15, inner=dual"),
+        Option(
+            help="setting of the guide: n=50, gamma=0.01, lambda=0.15 or inner=dual; repeatable"
+        ),
     ] = None,
-    guide_weights: Annotated[str, Option(help="of the guide: last, or best")] = "last",
+    guide_weights: Annotated[
+        str, Option(help="which weights of the guide: last, or best (lowest validation loss)")
+    ] = "last",
     seed: Annotated[int, SEED] = 0,
     batch_size: Annotated[
-        int, Option(help="chains moved together; changes which samples are drawn")
+        int, Option(help="number of chains per batch; another value draws other samples")
     ] = 64,
     image_size: Annotated[
-        int | None, Option(help="side of the images [default: the trained size]")
+        int | None,
+        Option(help="height and width of the samples, in pixels [default: the training size]"),
     ] = None,
     dataset: Annotated[
         str | None,
-        Option(help="to start from and compare energies with [default: the one trained on]"),
+        Option(
+            help="data set for starting points and for the energies of real images "
+            "[default: the training data set]"
+        ),
     ] = None,
     data_dir: Annotated[Path | None, DATA_DIR] = None,
     weights: Annotated[str, WEIGHTS] = "last",
@@ -93,14 +110,14 @@ def sample(
     precision: Annotated[str, PRECISION] = "auto",
     compile_: Annotated[str, COMPILE] = "auto",
 ) -> None:
-    """Draw images from a trained model, of p(x) or with --label of p(x|c).
+    """Sample images from a trained model: from p(x), or with --label from p(x|c).
 
-    With --guide a classifier's energies lead the chains of another model, a diffusion model say, to
-    the label: --guidance energy --scale 4 --schedule sigmoid:t0=500,y0=0.05,k=0.02.
+    With --guide a classifier guides another model, for example a diffusion model, to the label:
+    --guidance energy --scale 4 --schedule sigmoid:t0=500,y0=0.05,k=0.02.
 
-    Writes samples.h5 (every sample and its energies; also a data set of kind hdf5), samples.png,
-    path.png, path.gif and sampling.json (settings, traces, diagnostics). After Ctrl-C, or if it was
-    killed, the same command resumes where it was, to the same samples.
+    Writes samples.h5 (samples and their energies; also a data set of kind hdf5), samples.png,
+    path.png, path.gif and sampling.json (settings, traces, diagnostics). After Ctrl-C or a kill,
+    the same command resumes and gives the same samples.
     """
     from ebmkit.compile import laid_out, make_inference
     from ebmkit.compute import pick_device

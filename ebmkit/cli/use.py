@@ -22,17 +22,15 @@ if TYPE_CHECKING:
 def classify(
     run: Annotated[Path, RUN],
     images: Annotated[list[Path], IMAGES],
-    top: Annotated[int, Option(min=1, help="how many classes to show")] = 3,
-    resize: Annotated[
-        bool, Option(help="bring images to the size the model was trained at")
-    ] = True,
+    top: Annotated[int, Option(min=1, help="number of classes to show")] = 3,
+    resize: Annotated[bool, Option(help="resize and crop images to the training size")] = True,
     weights: Annotated[str, WEIGHTS] = "last",
     device: Annotated[str, DEVICE] = "auto",
 ) -> None:
-    """Name the likeliest classes of images, with probabilities and the log-density.
+    """Classify images: print the most likely classes, their probabilities and the log-density.
 
-    Log-densities are in nats, up to one constant of the model: compare them between images of one
-    size.
+    Log-densities are in nats, up to a constant of the model. Compare them only between images of
+    the same size.
     """
     from ebmkit.compute import pick_device
     from ebmkit.data import read_image
@@ -66,7 +64,7 @@ def denoise(
     images: Annotated[list[Path], IMAGES],
     out: Annotated[Path, Option(help="folder for the denoised images")],
     sigma: Annotated[
-        str | None, Option(help="noise level, as 25/255 [default: estimated by the model]")
+        str | None, Option(help="noise level, for example 25/255 [default: estimated by the model]")
     ] = None,
     label: Annotated[str | None, LABEL] = None,
     weights: Annotated[str, WEIGHTS] = "last",
@@ -76,8 +74,8 @@ def denoise(
 ) -> None:
     """Remove Gaussian noise from images of any size, in tiles.
 
-    Writes each image under its own name into --out, and never over an existing file. The gray
-    value of a gray image is the mean over channels where the model is for colour.
+    Writes each image under its own name to --out, and never overwrites a file. If the model is for
+    colour, the output for a gray image is the mean over channels.
     """
     from ebmkit.compile import optimize
     from ebmkit.compute import pick_device

@@ -18,13 +18,13 @@ def verify(
     run: Annotated[Path, RUN],
     accept: Annotated[
         list[str] | None,
-        Option(help="enter this file as it is now, for its change was meant; repeatable"),
+        Option(help="accept the present content of this file, changed on purpose; repeatable"),
     ] = None,
     as_json: Annotated[bool, Option("--json", help="print JSON instead of a table")] = False,
 ) -> None:
-    """Compare every file of a run with the checksum that it was written with.
+    """Compare every file of a run with its checksum in manifest.json.
 
-    Exit code 2 if one is changed or missing. Reads only, unless --accept is given.
+    Exit code 2 if a file is changed or missing. Writes nothing unless --accept is given.
     """
     from ebmkit.storage.verify import accept_files, verify_run
 

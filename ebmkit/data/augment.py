@@ -61,23 +61,37 @@ class Augmentation(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     flip: Flip = Field(
-        False, description="mirror left-right: true (probability 1/2), alternating (by epoch)"
+        False,
+        description="mirror left-right: true (with probability 1/2) or alternating (every "
+        "other epoch)",
     )
-    crop_padding: int = Field(0, ge=0, description="pixels added on each side before a crop")
-    crop_fill: Literal["black", "reflect"] = Field("black", description="what the padding shows")
+    crop_padding: int = Field(0, ge=0, description="pixels added on each side before a random crop")
+    crop_fill: Literal["black", "reflect"] = Field(
+        "black", description="content of the padding: black or reflect"
+    )
     crop_size: int | None = Field(
-        None, ge=1, description="side of the random crop, pixels; none: the image's own size"
+        None,
+        ge=1,
+        description="height and width of the random crop, pixels; null: the size of the image",
     )
     crop_scale: Interval | None = Field(
-        None, description="random resized crop: shares of the area, as [0.08, 1]; none: a window"
+        None,
+        description="range of area shares of a random resized crop, for example [0.08, 1]; "
+        "null: crop without resizing",
     )
     crop_ratio: Interval = Field(
-        (3 / 4, 4 / 3), description="width by height of a resized crop, from and to"
+        (3 / 4, 4 / 3), description="range of width / height of a random resized crop"
     )
     cutout: int = Field(
-        0, ge=0, description="side of a square painted over in the image's mean colour, pixels"
+        0,
+        ge=0,
+        description="cutout: side in pixels of a square that is filled with the mean colour "
+        "of the image",
     )
-    mix: Mix = Field("none", description="mixup, cutmix, or both (one of them per batch, evenly)")
+    mix: Mix = Field(
+        "none",
+        description="mixup, cutmix, or both (one of the two per batch, with equal probability)",
+    )
     mix_probability: float = Field(1.0, gt=0, le=1, description="share of batches that are mixed")
 
     @model_validator(mode="after")

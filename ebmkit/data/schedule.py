@@ -60,11 +60,11 @@ class Phase(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     after: Annotated[float, BeforeValidator(parse_share)] = Field(
-        description="share of the run's steps after which it begins, as 150/400"
+        description="share of the run's steps after which the phase begins, for example 150/400"
     )
     batch_size: int = Field(ge=1, description="images per step, over all processes")
     crop_size: int | None = Field(
-        None, ge=1, description="side of the crop, pixels; none: the stream's own"
+        None, ge=1, description="height and width of the crop, pixels; null: those of the stream"
     )
 
 
@@ -74,10 +74,12 @@ class StreamConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     batch_size: int = Field(64, ge=1, description="images per step, over all processes")
-    augmentation: Augmentation = Field(Augmentation(), description="flips, crops, mixing")
-    noise: NoiseLaw = Field(NoiseLaw(), description="law of the noise level")
+    augmentation: Augmentation = Field(
+        Augmentation(), description="augmentation: flips, crops, mixing"
+    )
+    noise: NoiseLaw = Field(NoiseLaw(), description="distribution of the noise level")
     phases: tuple[Phase, ...] = Field(
-        (), description="later sizes of batch and crop, as [{after: 1/2, batch_size: 32}]"
+        (), description="later batch and crop sizes, for example [{after: 1/2, batch_size: 32}]"
     )
 
     @model_validator(mode="after")

@@ -243,10 +243,13 @@ DATASETS: dict[str, DatasetEntry] = Table(
     "dataset",
     {
         "digits": DatasetEntry(
-            load_digits, "1,797 scanned digits, gray 8x8, 10 classes; comes along", DIGITS
+            load_digits,
+            "1,797 scanned digits, gray 8x8, 10 classes; included in scikit-learn",
+            DIGITS,
         ),
         "patches": DatasetEntry(
-            load_patches, "patches of two photographs, colour 32x32, no labels; comes along"
+            load_patches,
+            "patches of two photographs, colour 32x32, no labels; included in scikit-learn",
         ),
         "cifar10": DatasetEntry(
             load_cifar,
@@ -264,11 +267,12 @@ DATASETS: dict[str, DatasetEntry] = Table(
         ),
         "imagenet": DatasetEntry(
             load_imagenet,
-            "a folder of whole images, train|val/CLASS/*.JPEG: tested on the middle 224 of 256",
+            "--data-dir is a folder of whole images, train|val/CLASS/*.JPEG; tested "
+            "on the 224 centre crop of 256",
         ),
         "pictures": DatasetEntry(
             load_pictures,
-            "--data-dir is a folder of pictures of any size, to evaluate denoisers on",
+            "--data-dir is a folder of images of any size, to evaluate denoisers",
         ),
         "hdf5": DatasetEntry(
             load_hdf5, "--data-dir is an HDF5 file, as `ebmkit data pack` writes it"

@@ -72,11 +72,16 @@ class AdversarialConfig(SuiteConfig):
         description="noise levels, image units",
     )
     labels: int = Field(
-        2, ge=1, le=6, description="target labels: the likeliest beside the predicted one"
+        2,
+        ge=1,
+        le=6,
+        description="number of target labels: the most likely ones after the predicted label",
     )
-    images: int = Field(64, ge=2, description="how many of the first images; the plot shows 4")
+    images: int = Field(64, ge=2, description="number of images, from the first; the plot shows 4")
     lengths: tuple[PositiveFloat, ...] = Field(
-        (0.05, 0.25, 1.0), min_length=1, description="l2 lengths of steps, image units"
+        (0.05, 0.25, 1.0),
+        min_length=1,
+        description="l2 lengths of the steps along the gradient, image units",
     )
     precision: Precision = "single"
 
@@ -295,7 +300,8 @@ def check(model: ScoreModel, images: Images) -> None:
 
 
 ADVERSARIAL = Suite(
-    description="adversarial gradients as differences of denoisers (eq. 9), size against noise",
+    description="adversarial gradients as differences of denoisers (eq. 9), and their "
+    "norm against noise",
     measure=measure,
     plot=plot,
     table=table,

@@ -152,7 +152,8 @@ def table(document: dict[str, Any]) -> Table:
 
 
 CALIBRATION = Suite(
-    description="calibration error, Brier score and likelihood, clean and at 25/255; a diagram",
+    description="calibration error, Brier score and likelihood, clean and at 25/255; "
+    "reliability diagram",
     measure=measure,
     plot=plot,
     table=table,

@@ -92,19 +92,24 @@ class CertifyConfig(SuiteConfig):
     sigmas: tuple[Sigma, ...] = Field(
         (20 / 255, 0.12, 0.25), min_length=1, description="noise levels of the smoothing"
     )
-    samples: int = Field(1000, ge=1, description="votes that a certificate rests on, per image")
-    selection: int = Field(100, ge=1, description="votes before, that select its label")
+    samples: int = Field(1000, ge=1, description="number of votes for the certificate of an image")
+    selection: int = Field(100, ge=1, description="number of separate votes that select the label")
     alpha: float = Field(
-        0.001, gt=0, lt=0.5, description="probability that an image's certificate is wrong"
+        0.001,
+        gt=0,
+        lt=0.5,
+        description="maximum probability that the certificate of an image is wrong",
     )
-    images: int = Field(100, ge=1, description="how many images, evenly spaced among them all")
+    images: int = Field(100, ge=1, description="number of images, evenly spaced in the data set")
     radii: tuple[float, ...] = Field(
         (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6),
         min_length=1,
-        description="l2 radii at which certified accuracy is listed, image units",
+        description="l2 radii at which certified accuracy is reported, image units",
     )
     classifiers: tuple[Classifier, ...] = Field(
-        ("direct", "denoised"), min_length=1, description="direct, denoised (denoise first)"
+        ("direct", "denoised"),
+        min_length=1,
+        description="smoothed classifiers: direct, denoised (denoise first)",
     )
 
     @model_validator(mode="after")
@@ -457,7 +462,8 @@ def _passes(context: EvaluationContext) -> int:
 
 
 CERTIFY = Suite(
-    description="randomised smoothing: certified accuracy by l2 radius, direct and denoise first",
+    description="randomised smoothing: certified accuracy by l2 radius, with and "
+    "without denoising first",
     measure=measure,
     plot=plot,
     table=table,

@@ -231,11 +231,12 @@ class CorruptionsConfig(SuiteConfig):
         tuple(CORRUPTIONS), min_length=1, description=", ".join(CORRUPTIONS)
     )
     strengths: tuple[Annotated[int, Field(ge=1, le=5)], ...] = Field(
-        STRENGTHS, min_length=1, description="some of 1, 2, 3, 4, 5"
+        STRENGTHS, min_length=1, description="severities: any of 1, 2, 3, 4, 5"
     )
     constants: Literal["auto", "cifar", "imagenet"] = Field(
         "auto",
-        description="published constants: cifar (for 32x32), imagenet (for 224x224), auto: by size",
+        description="published constants: cifar (for 32x32), imagenet (for 224x224), or "
+        "auto (by image size)",
     )
 
 

@@ -117,18 +117,20 @@ class DiffusionPathConfig(SuiteConfig):
 
     schedule: Literal["linear", "cosine"] = Field("linear", description="noise schedule")
     steps: int = Field(1000, ge=2, description="timesteps T of the diffusion model")
-    step: int = Field(50, ge=1, description="timesteps from one measured to the next")
-    until: int | None = Field(None, ge=0, description="the last timestep [default: T - 1]")
+    step: int = Field(50, ge=1, description="difference between measured timesteps")
+    until: int | None = Field(None, ge=0, description="last measured timestep [default: T - 1]")
     name: str = Field("this run", description="name of the run evaluated")
     beside: tuple[Path, ...] = Field(
-        (), description="run folders of further classifiers, in the same plots"
+        (), description="run folders of further classifiers, shown in the same plots"
     )
     samples: Path | None = Field(
-        None, description="HDF5 file that `ebmkit sample` wrote, for energies beside the data's"
+        None,
+        description="HDF5 file of `ebmkit sample`, to compare its energies with those of the data",
     )
     energies: EnergySource = Field(
         "auto",
-        description="model: its own density; logits: -logsumexp; auto: by what was trained",
+        description="definition of E(x): model (its own density), logits (-logsumexp), auto "
+        "(model if its density was trained, else logits)",
     )
 
     def timesteps(self) -> tuple[int, ...]:
@@ -493,7 +495,8 @@ def passes(context: EvaluationContext) -> int:
 
 
 DIFFUSION_PATH = Suite(
-    description="accuracy and energies along a diffusion model's path: noise, darkness, by class",
+    description="accuracy and energies along a diffusion model's forward process, on "
+    "darkened images, by class",
     measure=measure,
     plot=plot,
     table=table,

@@ -96,12 +96,12 @@ ATTRIBUTES = ("source", "sampler", "settings", "seed", "run", "filter")
 class GenerationConfig(SuiteConfig):
     """Settings of the suite ``generation``."""
 
-    samples: Path | None = Field(None, description="HDF5 file that `ebmkit sample` wrote")
+    samples: Path | None = Field(None, description="HDF5 file of `ebmkit sample`")
     extractor: str = Field(
-        "inception", description="inception, or the run folder of a classifier of your own"
+        "inception", description="feature extractor: inception, or the run folder of a classifier"
     )
     weights: Path | None = Field(
-        None, description="file of Inception's weights [default: fetched by torch-fidelity]"
+        None, description="file of the Inception weights [default: downloaded by torch-fidelity]"
     )
 
 
@@ -530,7 +530,8 @@ def _plot_classes(document: dict[str, Any], path: Path) -> None:
 
 
 GENERATION = Suite(
-    description="samples against real images: FID, KID, IS, precision, recall, or by a classifier",
+    description="samples against real images: FID, KID, IS, precision, recall, or their "
+    "analogues for a classifier",
     measure=measure,
     plot=plot,
     table=table,

@@ -78,17 +78,32 @@ class JacobianConfig(SuiteConfig):
     """Settings of the suite ``jacobian``."""
 
     sigma: Sigma = Field(50 / 255, description="noise level, image units")
-    images: int = Field(3, ge=1, le=20, description="how many of the first images")
-    largest: int = Field(3, ge=1, le=20, description="eigenvectors of the largest eigenvalues")
-    smallest: int = Field(2, ge=1, le=20, description="of the smallest in magnitude")
+    images: int = Field(3, ge=1, le=20, description="number of images, from the first")
+    largest: int = Field(
+        3, ge=1, le=20, description="number of largest eigenvalues and their eigenvectors"
+    )
+    smallest: int = Field(
+        2,
+        ge=1,
+        le=20,
+        description="number of eigenvalues of smallest magnitude and their eigenvectors",
+    )
     method: Method = Field(
-        "auto", description="dense (all eigenvalues), iterative, auto: dense up to 3072 values"
+        "auto",
+        description="dense (all eigenvalues), iterative, or auto (dense up to 3072 values "
+        "per image)",
     )
     tolerance: float = Field(
-        0.01, gt=0, lt=1, description="largest residual of an eigenpair, relative to the largest"
+        0.01,
+        gt=0,
+        lt=1,
+        description="maximum residual of an eigenpair without a warning, relative to the "
+        "largest eigenvalue",
     )
     products: int = Field(
-        4000, ge=100, description="iterative: about so many products with J per image at most"
+        4000,
+        ge=100,
+        description="iterative: approximate maximum number of products with J per image",
     )
     precision: Precision = "single"
 

@@ -86,7 +86,7 @@ class LinearityConfig(SuiteConfig):
     """Settings of the suite ``linearity``."""
 
     sigmas: tuple[Sigma, ...] = Field(SIGMAS, min_length=1, description="noise levels, image units")
-    images: int = Field(64, ge=2, description="how many of the first images")
+    images: int = Field(64, ge=2, description="number of images, from the first")
 
 
 class Linearity(NamedTuple):
@@ -393,7 +393,8 @@ def table(document: dict[str, Any]) -> Table:
 
 
 LINEARITY = Suite(
-    description="whether D(y) = J(y) y, and the degree of homogeneity of log p that fits best",
+    description="local linearity D(y) = J(y) y, and the best-fitting degree of "
+    "homogeneity of log p",
     measure=measure,
     plot=plot,
     table=table,

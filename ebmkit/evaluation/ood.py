@@ -103,13 +103,14 @@ class OodConfig(SuiteConfig):
     sets: Annotated[tuple[str, ...], AfterValidator(distinct)] = Field(
         ("auto",),
         min_length=1,
-        description="auto; interpolations, constant, uniform, gaussian, inverted, shuffled; "
-        "cifar10, cifar100, digits, patches; image folders and HDF5 files",
+        description="OOD sets: auto; interpolations, constant, uniform, gaussian, inverted, "
+        "shuffled; cifar10, cifar100, digits, patches; image folders and HDF5 "
+        "files",
     )
     sigmas: Annotated[tuple[Sigma, ...], AfterValidator(distinct)] = Field(
-        (10 / 255, 25 / 255), description="noise levels of the noisy scores, image units"
+        (10 / 255, 25 / 255), description="noise levels of the scores on noisy images, image units"
     )
-    draws: int = Field(4, ge=1, description="draws of noise for each image and level")
+    draws: int = Field(4, ge=1, description="number of noise draws per image and level")
 
 
 CLEAN = {
@@ -459,7 +460,7 @@ def _shares(counts: Sequence[int]) -> NDArray[np.float64]:
 
 
 OOD = Suite(
-    description="out-of-distribution detection: AUROC, AUPR, FPR95 of JEM's and noisy scores",
+    description="OOD detection: AUROC, AUPR, FPR95 of JEM's scores and of scores on noisy images",
     measure=measure,
     plot=plot,
     table=table,

@@ -97,56 +97,67 @@ Radii = Annotated[tuple[Radius, ...], AfterValidator(_ascending)]
 class RobustnessConfig(SuiteConfig):
     """Settings of the suite, as in ``--set robustness.steps=100``."""
 
-    images: int = Field(200, ge=1, description="how many images are attacked, from the first")
+    images: int = Field(200, ge=1, description="number of attacked images, from the first")
     norms: Annotated[tuple[Norm, ...], AfterValidator(distinct)] = Field(
-        ("linf", "l2"), min_length=1, description="norms in which strength is measured"
+        ("linf", "l2"), min_length=1, description="norms of the attacks: linf, l2"
     )
     linf: Strengths = Field(
         tuple(e / 255 for e in (0, 0.5, 1, 2, 4, 8, 16)),
-        description="strengths in the l_inf norm, image units, as 8/255; 0 is always among them",
+        description="attack strengths in l_inf, image units, for example 8/255; 0 is always "
+        "included",
     )
     l2: Radii = Field(
         (0.0, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0),
-        description="strengths in the l2 norm, image units; 0 is always among them",
+        description="attack strengths in l2, image units; 0 is always included",
     )
     defences: Annotated[tuple[DefenceName, ...], AfterValidator(distinct)] = Field(
-        ("direct", "noise"), min_length=1, description="how images are classified, a curve each"
+        ("direct", "noise"),
+        min_length=1,
+        description="defences, one curve each: direct, noise, denoise, denoise+noise, refine",
     )
     sigma: Sigma = Field(
-        20 / 255, description="noise that the defences noise and denoise+noise add, image units"
+        20 / 255,
+        description="noise level that the defences noise and denoise+noise add, image units",
     )
     noise_levels: Strengths = Field(
         tuple(s / 255 for s in (0, 20, 50)),
-        description="noise levels of the map, image units; 0 is always among them; [0] for no map",
+        description="noise levels of the map, image units; 0 is always included; [0]: no map",
     )
-    steps: int = Field(40, ge=1, description="steps of PGD")
-    restarts: int = Field(2, ge=1, description="random starts of PGD, of which the best counts")
+    steps: int = Field(40, ge=1, description="number of PGD steps")
+    restarts: int = Field(
+        2, ge=1, description="number of random starts of PGD; the strongest counts"
+    )
     stepsize: float | None = Field(
         None,
         gt=0,
-        description="step of PGD relative to the strength; none: 0.2, or 2.5 / steps if larger",
+        description="PGD step size relative to the strength; null: 0.2, or 2.5 / steps if larger",
     )
-    eot: int = Field(4, ge=1, description="draws of noise that each gradient averages over")
-    draws: int = Field(16, ge=1, description="draws of noise that a defence averages over")
+    eot: int = Field(
+        4, ge=1, description="number of noise draws averaged in each gradient of the attack (EOT)"
+    )
+    draws: int = Field(16, ge=1, description="number of noise draws averaged by a defence")
     refine_steps: Annotated[tuple[Annotated[int, Field(ge=0)], ...], AfterValidator(distinct)] = (
         Field(
             (0, 1, 10),
             min_length=1,
-            description="Langevin steps of the defence refine, a curve each",
+            description="numbers of Langevin steps of the defence refine, one curve each",
         )
     )
-    refine_chains: int = Field(4, ge=1, description="chains that refine averages over")
+    refine_chains: int = Field(4, ge=1, description="number of chains that refine averages over")
     refine_step_size: float = Field(
         JEM_STEP,
         gt=0,
-        description="factor of the score in a step of refine, squared image units; default: JEM's",
+        description="step size of refine (factor of the score), squared image units; "
+        "default: JEM's",
     )
     refine_noise: SigmaOrZero = Field(
-        JEM_NOISE, description="noise added in a step of refine, image units; default: JEM's"
+        JEM_NOISE,
+        description="standard deviation of the noise in a step of refine, image units; "
+        "default: JEM's",
     )
-    checks: bool = Field(True, description="look for signs of masked gradients")
+    checks: bool = Field(True, description="run the gradient-masking checks")
     autoattack: bool = Field(
-        False, description="run AutoAttack at the strength of the checks (needs pyautoattack)"
+        False, description="also run AutoAttack, at the strength of the checks (needs pyautoattack)"
     )
 
     def strengths(self, norm: Norm) -> tuple[float, ...]:
@@ -618,7 +629,8 @@ def _axis(norm: str) -> str:
 
 
 ROBUSTNESS = Suite(
-    description="accuracy against l_inf and l2 attacks (PGD), a map over strength and noise",
+    description="accuracy under l_inf and l2 attacks (PGD), and a map over attack "
+    "strength and noise level",
     measure=measure,
     plot=plot,
     table=table,

@@ -72,18 +72,22 @@ THESIS = {
 class RobustnessGridConfig(SuiteConfig):
     """Settings of the suite, as in ``--set robustness-grid.steps=40``."""
 
-    name: str = Field("", description="what the run evaluated is called")
+    name: str = Field("", description="name of the evaluated run in tables and plots")
     beside: Annotated[tuple[str, ...], AfterValidator(distinct)] = Field(
-        (), description="folders of more runs, a column each"
+        (), description="run folders of further classifiers, one column each"
     )
-    images: int = Field(1000, ge=1, description="how many images are attacked, from the first")
-    norm: Norm = Field("l2", description="l2 or linf: in which epsilons are measured")
+    images: int = Field(1000, ge=1, description="number of attacked images, from the first")
+    norm: Norm = Field("l2", description="norm of the radii: l2 or linf")
     epsilons: Radii = Field(
         (0.0, 0.25, 0.5, 1.0, 2.0),
-        description="test radii, image units; 0 is always among them",
+        description="test radii, image units; 0 is always included",
     )
-    steps: int = Field(20, ge=1, description="steps of PGD, each 2.5 / steps of the radius")
-    restarts: int = Field(1, ge=1, description="random starts of PGD, of which the best counts")
+    steps: int = Field(
+        20, ge=1, description="number of PGD steps; each has length 2.5 radius / steps"
+    )
+    restarts: int = Field(
+        1, ge=1, description="number of random starts of PGD; the strongest counts"
+    )
 
 
 @dataclass(frozen=True)
@@ -230,7 +234,7 @@ def table(document: dict[str, Any]) -> Table:
 
 
 ROBUSTNESS_GRID = Suite(
-    description="accuracy by test and training epsilon, of this run and of others beside it (PGD)",
+    description="accuracy by test and training epsilon under PGD, of this run and of others",
     measure=measure,
     plot=plot,
     table=table,

@@ -26,7 +26,7 @@ from ebmkit.terminal import shown_name
 
 Precision = Annotated[
     Literal["single", "double"],
-    Field(description="what the network computes in: single (float32), double (float64)"),
+    Field(description="precision: single (float32) or double (float64)"),
 ]
 
 

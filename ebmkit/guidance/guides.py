@@ -56,7 +56,7 @@ CLASSIFIER_FREE = "classifier-free"
 Labels = Tensor | int
 Means = Sequence[float] | None
 Inner = Literal["classifier", "energy", "dual"]
-_INNER = "the guide that is climbed: classifier, energy or dual"
+_INNER = "inner guide that is increased: classifier, energy or dual"
 
 
 def classifier_guide(model: EnergyModel, c: Labels) -> DensityFunction:
@@ -238,22 +238,26 @@ class DualSettings(GuideSettings):
     """Settings of ``dual``."""
 
     lambda_: float = Field(
-        0.15, ge=0, alias="lambda", description="weight of |mean E of the label - E(v)|, of dual"
+        0.15, ge=0, alias="lambda", description="dual: weight of |mean E of the label - E(v)|"
     )
 
 
 class PGDSettings(DualSettings):
     """Settings of ``pgd``."""
 
-    n: int = Field(100, ge=0, description="steps up; 0 is the inner guide")
-    gamma: float = Field(0.01, ge=0, description="l2 length of a step, image units")
+    n: int = Field(100, ge=0, description="number of ascent steps; 0 is the inner guide")
+    gamma: float = Field(0.01, ge=0, description="l2 length of an ascent step, image units")
     inner: Inner = Field("energy", description=_INNER)
 
 
 class AccumulatedSettings(PGDSettings):
     """Settings of ``accumulated``."""
 
-    n: int = Field(5, ge=1, description="gradients added; 1 is the inner guide (RCG has no number)")
+    n: int = Field(
+        5,
+        ge=1,
+        description="number of accumulated gradients; 1 is the inner guide (RCG gives no number)",
+    )
     inner: Inner = Field("classifier", description=_INNER)
 
 

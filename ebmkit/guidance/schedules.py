@@ -91,8 +91,8 @@ class Step(GuidanceSchedule):
     form = "step:at=500,low=0.37"
     description = "the exact factor, times low below timestep at (RCG section 4.5)"
 
-    at: float = Field(500.0, ge=0, description="timestep of the step")
-    low: float = Field(11 / 30, ge=0, description="share of the scale below it")
+    at: float = Field(500.0, ge=0, description="timestep at which the scale changes")
+    low: float = Field(11 / 30, ge=0, description="factor of the scale below this timestep")
 
     def factor(self, t: Tensor, abar: Tensor, total: int) -> Tensor:
         return self.weight(t, abar, total) * (1 - abar).sqrt()
@@ -114,7 +114,7 @@ class Power(GuidanceSchedule):
     form = "power:k=2"
     description = "(1 - abar)^k in place of the exact factor, which has k = 0.5 (RCG section 4.7)"
 
-    k: float = Field(0.5, ge=0, description="the exponent; RCG shows 0.5, 2 and 8")
+    k: float = Field(0.5, ge=0, description="exponent; RCG shows 0.5, 2 and 8")
 
     def factor(self, t: Tensor, abar: Tensor, total: int) -> Tensor:
         return (1 - abar) ** self.k
@@ -125,7 +125,7 @@ class Sigmoid(GuidanceSchedule):
     form = "sigmoid:t0=500,y0=0.05,k=0.02"
     description = "from y0 up to 1 about timestep t0, in place of the exact factor (RCG eq. 4.4)"
 
-    t0: float = Field(500.0, description="timestep of the middle")
+    t0: float = Field(500.0, description="timestep of the midpoint")
     y0: float = Field(0.05, ge=0, le=1, description="value at the clean end")
     k: float = Field(0.02, description="steepness, per timestep")
 

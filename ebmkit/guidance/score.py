@@ -73,22 +73,25 @@ class GuidanceConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     guidance: str = Field("energy", description="a name from `ebmkit list guidance`")
-    options: dict[str, Any] = Field({}, description="settings of the guide, resolved")
-    scale: float = Field(1.0, ge=0, description="s; 0 is unguided")
-    schedule: str = Field("exact", description="g(t), as sigmoid:t0=500,y0=0.05,k=0.02")
+    options: dict[str, Any] = Field({}, description="resolved settings of the guide")
+    scale: float = Field(1.0, ge=0, description="guidance scale s; 0: unguided")
+    schedule: str = Field(
+        "exact", description="guidance schedule g(t), for example sigmoid:t0=500,y0=0.05,k=0.02"
+    )
     view: View | None = Field(
         None,
-        description="input of the guide: noisy, x_t or x0_hat; none: noisy if it takes the noise "
-        "level, else x_t",
+        description="input of the guide: noisy, x_t or x0_hat; null: noisy if the guide takes "
+        "the noise level, else x_t",
     )
     backpropagate: bool = Field(
-        False, description="whether the gradient of view x0_hat goes back through the denoiser"
+        False, description="view x0_hat: backpropagate through the denoiser"
     )
     start: float = Field(
         0.0,
         ge=0,
         le=1,
-        description="share of noise levels, from the noisiest, before guidance (RCG section 4.3)",
+        description="share of the noise levels without guidance, from the noisiest down (RCG "
+        "section 4.3)",
     )
 
     @model_validator(mode="before")

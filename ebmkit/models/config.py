@@ -119,26 +119,33 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    backbone: AnyNetworkConfig = Field(GradResNetConfig(), description="images to features")
-    head: HeadConfig = Field(HeadConfig(), description="features to energies")
-    in_channels: Literal[1, 3] = Field(3, description="1 gray, 3 colour")
-    num_classes: int = Field(0, ge=0, description="labels; 0 for a density alone")
+    backbone: AnyNetworkConfig = Field(
+        GradResNetConfig(), description="backbone: images to features"
+    )
+    head: HeadConfig = Field(HeadConfig(), description="head: features to energies")
+    in_channels: Literal[1, 3] = Field(3, description="number of channels: 1 gray, 3 colour")
+    num_classes: int = Field(0, ge=0, description="number of classes; 0: density only")
     reference_size: tuple[PositiveInt, PositiveInt] | None = Field(
-        None, description="height and width at which log-densities are the plain formula's"
+        None,
+        description="reference size (height, width), up to which the log-density is the "
+        "paper's formula",
     )
     size_scaling: SizeScaling = Field(
-        "tiles", description="larger images: tiles, factor or windows (see JointModel)"
+        "tiles",
+        description="log-density of larger images: tiles, factor or windows (see JointModel)",
     )
     input_mean: float | tuple[float, ...] = Field(
-        0.0, description="subtracted from images, one number or one per channel; acts as a bias"
+        0.0,
+        description="mean subtracted from images, one number or one per channel; acts as a bias",
     )
     input_std: float | tuple[float, ...] = Field(
-        1.0, description="images are divided by it, one number or one per channel"
+        1.0,
+        description="standard deviation that images are divided by, one number or one per channel",
     )
     noise_conditional: bool = Field(
         False,
-        description="sigma as an input of the backbone, as for a classifier along a diffusion: "
-        "the variance-preserving image and a map of the level",
+        description="sigma is an input of the backbone: it gets the variance-preserving image "
+        "and a map of the noise level",
     )
 
     @model_validator(mode="before")

@@ -218,36 +218,41 @@ class UNetConfig(DenoiserConfig):
     kind: Literal["unet"] = "unet"
     width: int = Field(32, ge=1, description="channels of the first level")
     multipliers: tuple[PositiveInt, ...] = Field(
-        (1, 2, 2), min_length=1, description="channels of each level, in widths"
+        (1, 2, 2), min_length=1, description="channels of each level, as multiples of width"
     )
-    blocks: int = Field(2, ge=1, description="residual blocks of each level, on the way down")
+    blocks: int = Field(2, ge=1, description="residual blocks per level, on the way down")
     attention: tuple[int, ...] = Field(
-        (), description="levels with self-attention, 0 for the whole image's; the middle has it"
+        (),
+        description="levels with self-attention; 0 is full resolution; the middle block "
+        "always has it",
     )
     head_channels: int | None = Field(
-        None, ge=1, description="channels of each head of self-attention; none: one head"
+        None, ge=1, description="channels per attention head; null: one head"
     )
-    norm_groups: int = Field(8, ge=1, description="groups of a norm; must divide all channels")
-    dropout: float = Field(0.0, ge=0, lt=1, description="share of features left out in training")
+    norm_groups: int = Field(
+        8, ge=1, description="groups per group norm; must divide all channel numbers"
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability")
     class_conditional: bool = Field(
-        False, description="takes a label; objective.ddpm.class_dropout turns it on"
+        False, description="the label is an input; objective.ddpm.class_dropout turns this on"
     )
     null_label: bool = Field(
-        True, description="one more label, which stands for none: class-conditional and not"
+        True, description="add a null label, so that one network is conditional and unconditional"
     )
     prediction: PredictionType = Field(
-        "epsilon", description="what the output is: epsilon, v_prediction or sample"
+        "epsilon", description="prediction type: epsilon, v_prediction or sample"
     )
     schedule: Literal["linear", "cosine"] = Field("linear", description="noise schedule")
     betas: tuple[float, float] = Field(
         (1e-4, 0.02), description="first and last variance of the linear schedule"
     )
-    timesteps: int = Field(1000, ge=2, le=100_000, description="T, steps of the schedule")
+    timesteps: int = Field(1000, ge=2, le=100_000, description="T, the number of timesteps")
     image_range: tuple[float, float] = Field(
-        (-1.0, 1.0), description="where clean images live in the network's coordinates"
+        (-1.0, 1.0), description="range of clean images in the network's coordinates"
     )
     options: dict[str, Any] = Field(
-        {}, description="further arguments of diffusers' UNet2DModel, which come last"
+        {},
+        description="further arguments of diffusers' UNet2DModel; they override the fields above",
     )
 
     @classmethod

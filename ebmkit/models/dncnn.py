@@ -45,12 +45,16 @@ class DnCNNConfig(DenoiserConfig):
     """Shape of a DnCNN."""
 
     kind: Literal["dncnn"] = "dncnn"
-    depth: int = Field(17, ge=3, description="convolutions; published: 17, blind or colour 20")
-    width: int = Field(64, ge=1, description="channels between the convolutions")
-    norm: Literal["batch", "none"] = Field(
-        "batch", description="batch (as published) or none (as when folded into the convolutions)"
+    depth: int = Field(
+        17,
+        ge=3,
+        description="number of convolutions; published: 17, or 20 for blind and colour models",
     )
-    bias: bool = Field(True, description="additive constants; false: none anywhere (bias-free)")
+    width: int = Field(64, ge=1, description="hidden channels")
+    norm: Literal["batch", "none"] = Field(
+        "batch", description="batch (as published) or none (norms folded into the convolutions)"
+    )
+    bias: bool = Field(True, description="additive constants; false: bias-free")
 
     @classmethod
     def presets(cls) -> dict[str, Preset[DnCNNConfig]]:

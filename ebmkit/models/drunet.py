@@ -38,13 +38,17 @@ class DRUNetConfig(DenoiserConfig):
     """Shape of a DRUNet."""
 
     kind: Literal["drunet"] = "drunet"
-    width: int = Field(64, ge=1, description="channels of scale 1; the others have 2, 4, 8 times")
-    blocks: int = Field(4, ge=1, description="residual blocks of each scale, down and up")
+    width: int = Field(
+        64, ge=1, description="channels of scale 1; scales 2 to 4 have 2, 4, 8 times as many"
+    )
+    blocks: int = Field(
+        4, ge=1, description="residual blocks per scale, on the way down and on the way up"
+    )
     noise_map: bool = Field(
-        True, description="sigma as an input channel (as published); false: the blind form"
+        True, description="sigma as an input channel (as published); false: blind"
     )
     activation: Literal["relu", "elu", "softplus"] = Field(
-        "relu", description="relu (as published), or the smooth elu, softplus"
+        "relu", description="relu (as published), elu or softplus (smooth)"
     )
 
     @classmethod

@@ -160,13 +160,18 @@ class GSDRUNetConfig(DenoiserConfig):
     """Shape of a GS-DRUNet."""
 
     kind: Literal["gs-drunet"] = "gs-drunet"
-    width: int = Field(64, ge=1, description="channels of scale 1; the others have 2, 4, 8 times")
-    blocks: int = Field(2, ge=1, description="residual blocks of each scale, down and up")
+    width: int = Field(
+        64, ge=1, description="channels of scale 1; scales 2 to 4 have 2, 4, 8 times as many"
+    )
+    blocks: int = Field(
+        2, ge=1, description="residual blocks per scale, on the way down and on the way up"
+    )
     noise_map: bool = Field(
-        True, description="sigma as an input channel (as published); false: the blind form"
+        True, description="sigma as an input channel (as published); false: blind"
     )
     activation: Literal["elu", "softplus"] = Field(
-        "elu", description="elu (as published) or softplus; smooth, as it is differentiated twice"
+        "elu",
+        description="elu (as published) or softplus; smooth, because training differentiates twice",
     )
 
     @classmethod
@@ -194,12 +199,12 @@ class GraDnCNNConfig(DenoiserConfig):
     """Shape of a GraDnCNN."""
 
     kind: Literal["gradncnn"] = "gradncnn"
-    layers: int = Field(6, ge=1, description="layers between the first and the last")
-    width: int = Field(128, ge=1, description="channels between the layers")
+    layers: int = Field(6, ge=1, description="number of layers between the first and the last")
+    width: int = Field(128, ge=1, description="hidden channels")
     activation: Literal["elu", "softplus"] = Field(
-        "elu", description="elu or softplus; smooth, as it is differentiated twice"
+        "elu", description="elu or softplus; smooth, because training differentiates twice"
     )
-    bias: bool = Field(True, description="biases in the convolutions of the image")
+    bias: bool = Field(True, description="biases in the convolutions that take the image")
 
     @classmethod
     def presets(cls) -> dict[str, Preset[GraDnCNNConfig]]:

@@ -40,22 +40,37 @@ class GradResNetConfig(BackboneConfig):
 
     kind: Literal["gradresnet"] = "gradresnet"
     depth: Literal[10, 18, 34] = Field(
-        18, description="10 (1-1-1-1 blocks), 18 (2-2-2-2) or 34 (3-4-6-3)"
+        18, description="depth: 10 (1-1-1-1 blocks), 18 (2-2-2-2) or 34 (3-4-6-3)"
     )
-    width: int = Field(64, ge=1, description="channels of stage 1; the others have 2, 4, 8 times")
-    stem_kernel: Literal[3, 5, 7] = Field(3, description="size of the first convolution")
+    width: int = Field(
+        64, ge=1, description="channels of stage 1; stages 2 to 4 have 2, 4, 8 times as many"
+    )
+    stem_kernel: Literal[3, 5, 7] = Field(3, description="kernel size of the first convolution")
     strides: tuple[int, int, int, int, int] = Field(
-        (1, 1, 2, 2, 2), description="strides of stem and stages; ImageNet: 2,1,2,2,2"
+        (1, 1, 2, 2, 2), description="strides of the stem and the stages; ImageNet: 2,1,2,2,2"
     )
-    activation: Literal["gelu", "relu"] = Field("gelu", description="relu: ablation of the paper")
+    activation: Literal["gelu", "relu"] = Field(
+        "gelu", description="activation; relu is an ablation of the paper"
+    )
     norm: NormName = Field(
-        "group", description="group (the paper), scale (scale-keeping), batch (ablation), none"
+        "group",
+        description="norm: group (the paper), scale (scale-keeping), batch (ablation of the "
+        "paper), none",
     )
-    norm_everywhere: bool = Field(False, description="a norm after every convolution, as in ResNet")
-    shortcut_norm: bool = Field(True, description="a norm behind the 1x1 convolution of shortcuts")
-    channels_per_group: int = Field(8, ge=1, description="channels in a group of the norm")
-    bias: bool = Field(False, description="biases in convolutions and norms: ablation of the paper")
-    side_connections: bool = Field(True, description="pooled stages 1-3 beside the last")
+    norm_everywhere: bool = Field(
+        False, description="put a norm after every convolution, as in ResNet"
+    )
+    shortcut_norm: bool = Field(
+        True, description="put a norm after the 1x1 convolution of shortcuts"
+    )
+    channels_per_group: int = Field(8, ge=1, description="channels per group of the group norm")
+    bias: bool = Field(
+        False, description="biases in convolutions and norms; an ablation of the paper"
+    )
+    side_connections: bool = Field(
+        True,
+        description="side connections: features of all stages are pooled, not only of the last",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> GradResNetConfig:
@@ -78,7 +93,8 @@ class GradResNetConfig(BackboneConfig):
         return {
             "gradresnet18": Preset(cls(depth=18), "the paper's network for 32x32 images"),
             "gradresnet10": Preset(
-                cls(depth=10), "the same, one block a stage: twice the steps for a FLOP"
+                cls(depth=10),
+                "the same with one block per stage: twice the steps for the same FLOPs",
             ),
             "gradresnet34": Preset(cls(depth=34), "the same, deeper (3-4-6-3 blocks)"),
             "gradresnet18-imagenet": Preset(

@@ -103,7 +103,9 @@ class HeadConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: str = Field(
-        "linear-quadratic", description="a name from `ebmkit list heads`: linear-quadratic, logit"
+        "linear-quadratic",
+        description="head, from `ebmkit list heads`: linear-quadratic (the paper), "
+        "logit (logsumexp, JEM)",
     )
     bias: bool = Field(False, description="biases in the head (the paper removes them)")
 

@@ -48,11 +48,11 @@ from ebmkit.registry import find
 from ebmkit.storage.torchfile import read_state
 
 KINDS = {
-    "robustness": "files of the robustness package: an adversarially trained ResNet",
+    "robustness": "adversarially trained ResNet of the robustness package",
     "jem": "JEM's released WideResNet",
     "denoiser": "published DnCNN or DRUNet",
-    "state": "the state dict of a backbone, by --backbone and --map",
-    "diffusers": "a noise-predicting UNet of diffusers",
+    "state": "state dict of a backbone, with --backbone and --map",
+    "diffusers": "noise-predicting UNet of diffusers",
 }
 """Kinds of checkpoints: name to one line."""
 

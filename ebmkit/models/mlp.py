@@ -47,15 +47,17 @@ class MLPConfig(BackboneConfig):
     """Shape of a multi-layer perceptron."""
 
     kind: Literal["mlp"] = "mlp"
-    width: int = Field(128, ge=1, description="features of every layer")
-    depth: int = Field(3, ge=1, description="layers, the one on patches included")
-    kernel: int = Field(1, ge=1, description="height and width of patches, odd; 1 for points")
+    width: int = Field(128, ge=1, description="width of every layer")
+    depth: int = Field(3, ge=1, description="number of layers, including the one on patches")
+    kernel: int = Field(1, ge=1, description="height and width of the patches, odd; 1 for points")
     activation: Literal["silu", "gelu", "softplus"] = Field(
-        "silu", description="silu, gelu or softplus; smooth, as scores are differentiated"
+        "silu", description="silu, gelu or softplus; smooth, because training differentiates scores"
     )
     bias: bool = Field(True, description="biases in the layers")
-    noise_conditional: bool = Field(False, description="whether sigma is an input")
-    frequencies: int = Field(4, ge=0, le=1000, description="F, of the features of log sigma")
+    noise_conditional: bool = Field(False, description="sigma is an input of the network")
+    frequencies: int = Field(
+        4, ge=0, le=1000, description="F, the number of Fourier frequencies of log sigma"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> MLPConfig:
@@ -68,11 +70,12 @@ class MLPConfig(BackboneConfig):
         """On patches, without and with the noise level."""
         return {
             "mlp": Preset(
-                cls(width=128, kernel=7), "perceptron on 7x7 patches; kernel=1 for points; blind"
+                cls(width=128, kernel=7),
+                "perceptron on 7x7 patches (kernel=1: on points), blind to sigma",
             ),
             "mlp-sigma": Preset(
                 cls(width=128, kernel=7, noise_conditional=True),
-                "the same, sigma as input: with dsm, an NCSN (Song & Ermon 2019)",
+                "the same with sigma as an input; with dsm an NCSN (Song & Ermon 2019)",
             ),
         }
 

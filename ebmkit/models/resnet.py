@@ -33,11 +33,15 @@ class ResNetConfig(BackboneConfig):
 
     kind: Literal["resnet"] = "resnet"
     depth: Literal[18, 34, 50] = Field(
-        18, description="18 (2-2-2-2 blocks), 34 (3-4-6-3) or 50 (the same, bottleneck blocks)"
+        18, description="depth: 18 (2-2-2-2 blocks), 34 (3-4-6-3) or 50 (3-4-6-3 bottleneck blocks)"
     )
-    width: int = Field(64, ge=1, description="channels of stage 1; the others have 2, 4, 8 times")
+    width: int = Field(
+        64, ge=1, description="channels of stage 1; stages 2 to 4 have 2, 4, 8 times as many"
+    )
     stem: Literal["cifar", "imagenet"] = Field(
-        "cifar", description="cifar: 3x3 of stride 1; imagenet: 7x7 of stride 2 and a max-pool"
+        "cifar",
+        description="first layers: cifar (3x3, stride 1) or imagenet (7x7, stride 2, and a "
+        "max-pool)",
     )
 
     @classmethod
@@ -46,17 +50,17 @@ class ResNetConfig(BackboneConfig):
         return {
             "resnet18": Preset(
                 cls(depth=18, stem="cifar"),
-                "He et al. 2016, adapted to 32x32 images: 3x3 stem, no max-pool; to classify",
+                "classifier (He et al. 2016) adapted to 32x32 images: 3x3 stem, no max-pool",
             ),
             "resnet18-imagenet": Preset(
-                cls(depth=18, stem="imagenet"), "He et al. 2016, for 224x224 images; to classify"
+                cls(depth=18, stem="imagenet"), "classifier (He et al. 2016) for 224x224 images"
             ),
             "resnet50": Preset(
                 cls(depth=50, stem="cifar"),
-                "He et al. 2016, 50 layers, adapted to 32x32 images as resnet18 is; to classify",
+                "classifier (He et al. 2016), 50 layers, adapted to 32x32 images like resnet18",
             ),
             "resnet50-imagenet": Preset(
-                cls(depth=50, stem="imagenet"), "He et al. 2016, for 224x224 images; to classify"
+                cls(depth=50, stem="imagenet"), "classifier (He et al. 2016) for 224x224 images"
             ),
         }
 

@@ -42,12 +42,16 @@ class TimmConfig(BackboneConfig):
     """A model of timm, by its name."""
 
     kind: Literal["timm"] = "timm"
-    name: str = Field(description="a name of timm.list_models(), as convnext_atto")
+    name: str = Field(
+        description="name of a timm model, from timm.list_models(), for example convnext_atto"
+    )
     pretrained: bool = Field(
-        False, description="begin with timm's weights, which are downloaded; else random ones"
+        False,
+        description="start from timm's pretrained weights, which are downloaded; false: "
+        "random weights",
     )
     options: dict[str, Any] = Field(
-        {}, description="further arguments of timm.create_model, as img_size: 32"
+        {}, description="further arguments of timm.create_model, for example {img_size: 32}"
     )
 
     @field_validator("options")

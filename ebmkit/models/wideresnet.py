@@ -37,18 +37,24 @@ class WideResNetConfig(BackboneConfig):
     """Shape of a WideResNet; the defaults are WRN-28-10."""
 
     kind: Literal["wideresnet"] = "wideresnet"
-    depth: int = Field(28, ge=10, description="convolutions, 6n + 4 with n blocks in each group")
-    width: int = Field(160, ge=1, description="channels of group 1 (16 k); the others 2, 4 times")
+    depth: int = Field(28, ge=10, description="depth, 6n + 4 with n blocks per group")
+    width: int = Field(
+        160, ge=1, description="channels of group 1 (16 k); groups 2 and 3 have 2, 4 times as many"
+    )
     norm: Literal["batch", "group", "none"] = Field(
-        "batch", description="batch (published), group (8 channels each), none (JEM)"
+        "batch", description="norm: batch (as published), group (8 channels per group), none (JEM)"
     )
     activation: Literal["relu", "leaky_relu"] = Field(
-        "relu", description="relu (published) or leaky_relu of slope 0.2 (JEM)"
+        "relu", description="activation: relu (as published) or leaky_relu of slope 0.2 (JEM)"
     )
-    bias: bool = Field(False, description="biases in convolutions (JEM); norms always have them")
-    dropout: float = Field(0.0, ge=0, lt=1, description="probability, between a block's convs")
+    bias: bool = Field(False, description="biases in convolutions (JEM); norms always have biases")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="dropout probability between the convolutions of a block"
+    )
     block: Literal["wrn", "jem"] = Field(
-        "wrn", description="wrn (published), or jem: stride in the second convolution, plain input"
+        "wrn",
+        description="block: wrn (as published) or jem (stride in the second convolution, "
+        "shortcut from the block's plain input)",
     )
 
     @model_validator(mode="after")
@@ -75,13 +81,13 @@ class WideResNetConfig(BackboneConfig):
 
         return {
             "wideresnet28-10": Preset(
-                cls(depth=28, width=160), "Zagoruyko and Komodakis 2016; to classify"
+                cls(depth=28, width=160), "classifier (Zagoruyko and Komodakis 2016)"
             ),
             "wideresnet28-10-jem": Preset(
-                jem(28, 160), "the same as JEM has it: no norm, leaky ReLU, biases"
+                jem(28, 160), "the variant of JEM: no norm, leaky ReLU, biases"
             ),
             "wideresnet10-jem": Preset(
-                jem(10, 32), "the same, small enough to train by JEM on a CPU"
+                jem(10, 32), "the variant of JEM, small enough to train on a CPU"
             ),
         }
 

@@ -70,30 +70,28 @@ NUDGE = 0.001
 class AdversarialConfig(ObjectiveConfig):
     """The attack inside the loss (RCG eq. 2.28-2.30)."""
 
-    norm: Literal["l2", "linf"] = Field("l2", description="l2 or linf: in which eps is measured")
+    norm: Literal["l2", "linf"] = Field("l2", description="norm of the ball: l2 or linf")
     eps: Radius = Field(
-        0.5, description="radius of the ball, image units, as 0.5 or 8/255; 0: no attack"
+        0.5, description="radius of the ball, image units, for example 0.5 or 8/255; 0: no attack"
     )
-    steps: int = Field(
-        7, ge=1, description="of projected gradient descent; 1, without a random start: FGSM"
-    )
+    steps: int = Field(7, ge=1, description="number of PGD steps; 1 without a random start is FGSM")
     step_size: Annotated[Radius, Field(gt=0)] | None = Field(
-        None, description="length of a step, image units; none: 2.5 eps / steps"
+        None, description="length of a step, image units; null: 2.5 eps / steps"
     )
     random_start: bool = Field(True, description="start at a random point of the ball")
     warmup_steps: int = Field(
-        0, ge=0, description="training steps over which eps grows from 0, for radii that are hard"
+        0, ge=0, description="training steps over which eps grows from 0, for large radii"
     )
     targeted: bool = Field(
-        False, description="attack towards a random other label, not away from the true one"
+        False, description="attack towards a random other label instead of away from the true one"
     )
     early_stop: bool = Field(
-        False, description="leave an image where it is once it is misclassified (Kawar et al. 2023)"
+        False, description="stop moving an image once it is misclassified (Kawar et al. 2023)"
     )
     variance_preserving: bool = Field(
         False,
-        description="eps and step_size are of sqrt(abar) y, abar = 1 / (1 + (2 sigma)^2), as a "
-        "diffusion model sees noisy images",
+        description="measure eps and step_size on sqrt(abar) y, abar = 1 / (1 + (2 "
+        "sigma)^2), the input of a diffusion model",
     )
 
     @property
@@ -112,8 +110,10 @@ class AdversarialConfig(ObjectiveConfig):
 class TradesConfig(AdversarialConfig):
     """TRADES (Zhang et al., arXiv 1901.08573): the attack maximises the divergence."""
 
-    random_start: bool = Field(True, description="start at Gaussian noise of 0.001; always")
-    beta: float = Field(6.0, gt=0, description="weight of the divergence")
+    random_start: bool = Field(
+        True, description="always true: TRADES starts at Gaussian noise of 0.001"
+    )
+    beta: float = Field(6.0, gt=0, description="beta, the weight of the divergence")
 
     @model_validator(mode="after")
     def _check(self) -> TradesConfig:
@@ -306,7 +306,7 @@ def adversarial_training(config: AdversarialConfig) -> Objective:
         return cross_entropy(ModelOutput(attacked), batch)
 
     return Objective(
-        description="cross-entropy of images under attack (PGD), for a robust classifier",
+        description="cross-entropy of attacked images (PGD), for a robust classifier",
         stream="classify",
         loss=loss,
         family="adversarial",
@@ -330,7 +330,8 @@ def trades(config: TradesConfig) -> Objective:
         return cross_entropy(output, batch) + config.beta * divergence(output.energies, attacked)
 
     return Objective(
-        description="cross-entropy plus the divergence that an attack makes (TRADES)",
+        description="cross-entropy plus the divergence between clean and attacked "
+        "predictions (TRADES)",
         stream="classify",
         loss=loss,
         family="adversarial",

@@ -25,7 +25,10 @@ class ClassificationConfig(ObjectiveConfig):
     """Cross-entropy of the labels."""
 
     label_smoothing: float = Field(
-        0.0, ge=0, lt=1, description="share of each label that is spread over all classes, as 0.1"
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of each label that is spread over all classes, for example 0.1",
     )
 
 

@@ -35,8 +35,8 @@ class DiffusionConfig(ObjectiveConfig):
         None,
         ge=0,
         le=1,
-        description="share of labels hidden in training, as 0.1 for classifier-free guidance; "
-        "none: the network knows no labels",
+        description="label dropout: share of images trained without label, for example 0.1 "
+        "for classifier-free guidance; null: an unconditional network",
     )
 
 

@@ -54,23 +54,35 @@ FITTED = 10_000
 class NegativesConfig(ObjectiveConfig):
     """How negatives are drawn; the defaults are JEM's, for images in [0, 1]."""
 
-    steps: int = Field(20, ge=1, description="Langevin steps of a chain at each training step")
-    step_size: float = Field(JEM_STEP, gt=0, description="eta, image units squared")
-    noise: float = Field(JEM_NOISE, ge=0, description="deviation of a step's noise, image units")
+    steps: int = Field(20, ge=1, description="Langevin steps per chain in each training step")
+    step_size: float = Field(JEM_STEP, gt=0, description="step size eta, image units squared")
+    noise: float = Field(
+        JEM_NOISE, ge=0, description="standard deviation of the noise in a step, image units"
+    )
     largest_drift: float | None = Field(
         None, gt=0, description="bound on each entry of eta * score, image units (JEM++)"
     )
     clip: bool = Field(False, description="clip chains to [0, 1] after each step")
-    buffer_size: int = Field(10_000, ge=1, description="chains kept; a multiple of the classes")
-    restart: float = Field(0.05, ge=0, le=1, description="share of chains started anew")
+    buffer_size: int = Field(
+        10_000,
+        ge=1,
+        description="number of chains in the replay buffer; a multiple of the number of classes",
+    )
+    restart: float = Field(
+        0.05, ge=0, le=1, description="share of chains that restart in each training step"
+    )
     start: Literal["uniform", "gaussian"] = Field(
-        "uniform", description="where chains start: uniform noise, or class-wise Gaussians (JEM++)"
+        "uniform",
+        description="starting points of chains: uniform noise, or class-wise Gaussians (JEM++)",
     )
     training_mode: bool = Field(
         False,
-        description="leave the network in training mode meanwhile: BatchNorm of the batch (JEM++)",
+        description="keep the network in training mode while sampling: BatchNorm uses batch "
+        "statistics (JEM++)",
     )
-    penalty: float = Field(0.0, ge=0, description="alpha of the penalty of squared energies")
+    penalty: float = Field(
+        0.0, ge=0, description="alpha, the weight of the penalty of squared energies"
+    )
 
 
 def log_density_of(energies: Energies, labels: Tensor | None) -> Tensor:

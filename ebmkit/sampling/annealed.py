@@ -58,9 +58,9 @@ def geometric_sigmas(high: float, low: float, count: int) -> tuple[float, ...]:
 class RangeConfig(SamplerConfig):
     """Settings of samplers that go down noise levels."""
 
-    high: Sigma | None = Field(None, description="first noise level; none: the model's highest")
+    high: Sigma | None = Field(None, description="first noise level; null: the model's highest")
     low: Sigma | None = Field(
-        None, description="last noise level; none: 0.01, or the model's lowest if that is higher"
+        None, description="last noise level; null: 0.01, or the model's lowest if that is higher"
     )
 
     def at_levels_of(self, model: ScoreModel) -> Self:
@@ -77,10 +77,10 @@ class RangeConfig(SamplerConfig):
 class AnnealedConfig(RangeConfig):
     """Settings of ``annealed-langevin``."""
 
-    steps: int = Field(300, ge=1, description="steps over all noise levels")
-    inner: int = Field(5, ge=1, description="steps at each noise level")
-    rate: float = Field(0.1, gt=0, description="step size over the level's square")
-    temperature: float = Field(1.0, ge=0, description="T; 0 is ascent")
+    steps: int = Field(300, ge=1, description="number of steps over all noise levels")
+    inner: int = Field(5, ge=1, description="number of steps at each noise level")
+    rate: float = Field(0.1, gt=0, description="step size divided by the squared noise level")
+    temperature: float = Field(1.0, ge=0, description="temperature T; 0: gradient ascent")
 
     @model_validator(mode="after")
     def _check_whole_levels(self) -> Self:
@@ -95,9 +95,11 @@ class AnnealedConfig(RangeConfig):
 class PCConfig(RangeConfig):
     """Settings of ``pc``."""
 
-    steps: int = Field(200, ge=1, description="predictor steps, one to each next noise level")
-    corrections: int = Field(1, ge=0, description="Langevin steps at each noise level")
-    snr: float = Field(0.16, gt=0, description="ratio of drift to noise of a correction")
+    steps: int = Field(200, ge=1, description="number of predictor steps, one per noise level")
+    corrections: int = Field(
+        1, ge=0, description="number of corrector (Langevin) steps at each noise level"
+    )
+    snr: float = Field(0.16, gt=0, description="signal-to-noise ratio of a corrector step")
 
 
 class AnnealedLangevin(PositionSampler):
@@ -171,7 +173,7 @@ def _check_descending(sigmas: tuple[float, ...], least: int = 1) -> tuple[float,
 
 ANNEALED_ENTRY = SamplerEntry(
     name="annealed-langevin",
-    description="Langevin dynamics down geometric noise levels (Song & Ermon 2019)",
+    description="Langevin dynamics over decreasing noise levels (Song & Ermon 2019)",
     config=AnnealedConfig,
     needs=("levels",),
     make=lambda model, c, config: AnnealedLangevin(
@@ -183,7 +185,7 @@ ANNEALED_ENTRY = SamplerEntry(
 
 PC_ENTRY = SamplerEntry(
     name="pc",
-    description="predictor-corrector down geometric noise levels (Song et al. 2021)",
+    description="predictor-corrector over decreasing noise levels (Song et al. 2021)",
     config=PCConfig,
     needs=("levels",),
     make=lambda model, c, config: PredictorCorrector(

@@ -123,16 +123,22 @@ def _within(offset: Tensor, radius: float | Tensor, ball: Ball) -> Tensor:
 class AscentConfig(LevelConfig):
     """Settings of ``ascent``."""
 
-    steps: int = Field(60, ge=1, description="steps of each chain")
+    steps: int = Field(60, ge=1, description="number of steps per chain")
     objective: Literal["label", "joint"] = Field(
-        "label", description="what is climbed: log p(c|x) or log p(x, c)"
+        "label", description="function to increase: label (log p(c|x)) or joint (log p(x, c))"
     )
     step_size: float = Field(
-        0.1, gt=0, description="length of a step, image units; Santurkar et al. take 0.5 at 224x224"
+        0.1, gt=0, description="length of a step, image units; Santurkar et al. use 0.5 at 224x224"
     )
-    direction: Direction = Field("l2", description="l2: normalised; plain; sign")
-    radius: float | None = Field(None, gt=0, description="of a ball about the start; none: no ball")
-    ball: Ball = Field("l2", description="its norm")
+    direction: Direction = Field(
+        "l2",
+        description="direction of a step: l2 (normalised gradient), plain (gradient), sign "
+        "(sign of the gradient)",
+    )
+    radius: float | None = Field(
+        None, gt=0, description="radius of a ball around the starting point; null: no ball"
+    )
+    ball: Ball = Field("l2", description="norm of the ball")
 
 
 def _make(model: ScoreModel, c: Labels, config: AscentConfig) -> Ascent:

@@ -176,13 +176,20 @@ class DDIMConfig(SamplerConfig):
     """Settings of ``ddim``."""
 
     steps: int = Field(
-        100, ge=1, le=1000, description="timesteps of 1000; those the model was trained for count"
+        100,
+        ge=1,
+        le=1000,
+        description="number of timesteps out of 1000; levels outside the model's range are skipped",
     )
-    eta: float = Field(0.0, ge=0, le=1, description="share of the noise drawn anew; 1: ancestral")
+    eta: float = Field(
+        0.0, ge=0, le=1, description="eta, the share of fresh noise; 0: deterministic, 1: ancestral"
+    )
     schedule: Literal["linear", "cosine"] | None = Field(
-        None, description="noise schedule; none: a diffusion model's own, else linear"
+        None, description="noise schedule; null: that of the diffusion model, else linear"
     )
-    spacing: Spacing = Field("trailing", description="which timesteps: leading, linspace, trailing")
+    spacing: Spacing = Field(
+        "trailing", description="timestep spacing: leading, linspace, trailing"
+    )
     clip: bool = Field(True, description="clip the predicted clean image to [0, 1]")
 
 
@@ -190,9 +197,12 @@ class DDPMConfig(DDIMConfig):
     """Settings of ``ddpm``."""
 
     steps: int = Field(
-        1000, ge=1, le=1000, description="timesteps of 1000; those the model was trained for count"
+        1000,
+        ge=1,
+        le=1000,
+        description="number of timesteps out of 1000; levels outside the model's range are skipped",
     )
-    eta: float = Field(1.0, ge=0, le=1, description="share of the noise drawn anew")
+    eta: float = Field(1.0, ge=0, le=1, description="eta, the share of fresh noise")
 
 
 def _make(model: ScoreModel, c: Labels, config: DDIMConfig) -> DDIM:
@@ -217,7 +227,7 @@ def _make(model: ScoreModel, c: Labels, config: DDIMConfig) -> DDIM:
 
 DDPM_ENTRY = SamplerEntry(
     name="ddpm",
-    description="the diffusion chain with all of its noise, at every timestep (Ho et al. 2020)",
+    description="ancestral sampling at every timestep of a diffusion schedule (Ho et al. 2020)",
     config=DDPMConfig,
     needs=("levels",),
     make=_make,
@@ -226,7 +236,8 @@ DDPM_ENTRY = SamplerEntry(
 
 DDIM_ENTRY = SamplerEntry(
     name="ddim",
-    description="the diffusion chain without noise, at some timesteps (Song et al. 2021)",
+    description="deterministic sampling at some timesteps of a diffusion schedule "
+    "(Song et al. 2021)",
     config=DDIMConfig,
     needs=("levels",),
     make=_make,

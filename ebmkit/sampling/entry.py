@@ -34,10 +34,11 @@ from ebmkit.sampling.target import (
 Start = Literal["auto", "noise", "uniform", "data", "class_gaussian"]
 
 START = (
-    "auto: class_gaussian where images of the data set are at hand, else noise; noise: about gray, "
-    "of the first or the model's highest level; uniform: in [0, 1]; data: images of the data set; "
-    "class_gaussian: draws from the Gaussian of a label's images, or of all; samplers that go down "
-    "noise levels add the first one's noise to data and class_gaussian"
+    "starting points. auto: class_gaussian if images of the data set are available, else noise; "
+    "noise: Gaussian noise around gray, of the first level or the model's highest; uniform: "
+    "uniform in [0, 1]; data: images of the data set; class_gaussian: draws from the Gaussian of a "
+    "label's images, or of all. Samplers over noise levels add the first level's noise to data and "
+    "class_gaussian"
 )
 """The description of the field ``start``."""
 
@@ -60,7 +61,7 @@ class SamplerConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    steps: int = Field(1000, ge=1, description="steps of each chain")
+    steps: int = Field(1000, ge=1, description="number of steps per chain")
     start: Start = Field("auto", description=START)
 
     def at_levels_of(self, model: ScoreModel) -> Self:
@@ -77,8 +78,8 @@ class LevelConfig(SamplerConfig):
 
     sigma: Sigma | None = Field(
         None,
-        description="noise level of the density, for models that take one, as 10/255; none: the "
-        "model's lowest, or no noise in closed form",
+        description="noise level of the density, for models with noise level input, for "
+        "example 10/255; null: the model's lowest, or 0 for closed forms",
     )
 
     def at_levels_of(self, model: ScoreModel) -> Self:

@@ -474,14 +474,14 @@ TASKS: dict[str, Task] = {
     for task in (
         Task(
             "inpaint",
-            "fill in what a mask shows white, or a hole in the middle of a share of the image",
+            "fill in the white area of a mask, or a hole in the centre of the image",
             _inpaint,
             takes=("mask", "share"),
             share=0.1,
         ),
         Task(
             "random-pixels",
-            "from a random share of the pixels",
+            "restore an image from a random share of its pixels",
             lambda shape, options: random_pixels(shape, options.share or 0.0, options.seed),
             takes=("share",),
             share=0.5,
@@ -489,21 +489,21 @@ TASKS: dict[str, Task] = {
         ),
         Task(
             "superres",
-            "enlarge: from the means of blocks",
+            "super-resolution, from the means of blocks",
             lambda shape, options: BlockAverage(shape, options.factor or 0),
             takes=("factor",),
             factor=2,
         ),
         Task(
             "deblur",
-            "from a share of the frequencies, the lowest",
+            "restore an image from its lowest frequencies",
             lambda shape, options: LowPass(shape, options.share or 0.0),
             takes=("share",),
             share=0.25,
         ),
         Task(
             "compressed",
-            "from a share of random projections: compressed sensing",
+            "compressed sensing, from random projections",
             lambda shape, options: Compressed(shape, options.share or 0.0, options.seed),
             takes=("share",),
             share=0.25,

@@ -77,16 +77,20 @@ from ebmkit.sampling.target import (
 class StochasticAscentConfig(SamplerConfig):
     """Settings of ``kadkhodaie_simoncelli``."""
 
-    steps: int = Field(2000, ge=1, description="steps after which every chain ends")
+    steps: int = Field(2000, ge=1, description="maximum number of steps per chain")
     first_sigma: Sigma | None = Field(
-        None, description="noise level of the start; none: the model's highest"
+        None, description="noise level of the starting points; null: the model's highest"
     )
     last_sigma: Sigma | None = Field(
-        None, description="level at which a chain ends; none: 0.01, or the model's lowest"
+        None, description="noise level at which a chain ends; null: 0.01, or the model's lowest"
     )
-    first_step: float = Field(0.01, gt=0, le=1, description="h_0")
-    beta: float = Field(0.01, gt=0, le=1, description="1 adds no noise, small values much")
-    largest_step: float = Field(1.0, gt=0, le=1, description="bound on h_t; 1 is the paper's")
+    first_step: float = Field(0.01, gt=0, le=1, description="first step size h_0")
+    beta: float = Field(
+        0.01, gt=0, le=1, description="beta: 1 adds no noise, smaller values add more"
+    )
+    largest_step: float = Field(
+        1.0, gt=0, le=1, description="bound on the step size h_t; 1 in the paper"
+    )
 
     def at_levels_of(self, model: ScoreModel) -> Self:
         last = lowest_level(model, self.last_sigma)
@@ -155,7 +159,7 @@ class StochasticAscent(PositionSampler):
 
 KADKHODAIE_SIMONCELLI_ENTRY = SamplerEntry(
     name="kadkhodaie_simoncelli",
-    description="stochastic ascent of a blind denoiser (Kadkhodaie & Simoncelli 2021)",
+    description="stochastic ascent with a blind denoiser (Kadkhodaie & Simoncelli 2021)",
     config=StochasticAscentConfig,
     needs=("levels", "blind"),
     make=lambda model, c, config: StochasticAscent(blind_denoiser_of(model, c), config),

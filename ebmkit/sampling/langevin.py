@@ -116,17 +116,27 @@ class Langevin(PositionSampler):
 class LangevinConfig(LevelConfig):
     """Settings of ``langevin``."""
 
-    step_size: float = Field(1e-4, gt=0, description="eta, image units squared")
-    temperature: float = Field(1.0, ge=0, description="samples p^(1/T); 0 is ascent")
+    step_size: float = Field(1e-4, gt=0, description="step size eta, image units squared")
+    temperature: float = Field(
+        1.0, ge=0, description="temperature T: samples p^(1/T); 0: gradient ascent"
+    )
 
 
 class SGLDConfig(LevelConfig):
     """Settings of ``sgld``."""
 
-    steps: int = Field(20, ge=1, description="steps of each chain; JEM takes 20 from its buffer")
+    steps: int = Field(
+        20, ge=1, description="number of steps per chain; JEM takes 20, starting from its buffer"
+    )
     start: Start = Field("uniform", description=START)
-    step_size: float = Field(JEM_STEP, gt=0, description="eta, image units squared; JEM's 1")
-    noise: SigmaOrZero = Field(JEM_NOISE, description="deviation of the noise; JEM's 0.01")
+    step_size: float = Field(
+        JEM_STEP,
+        gt=0,
+        description="step size eta, image units squared; default: JEM's 1 in [-1, 1]",
+    )
+    noise: SigmaOrZero = Field(
+        JEM_NOISE, description="standard deviation of the noise; default: JEM's 0.01 in [-1, 1]"
+    )
     drift_clip: float | None = Field(
         None, gt=0, description="bound on each entry of eta * score, as in JEM++"
     )
@@ -145,7 +155,7 @@ LANGEVIN_ENTRY = SamplerEntry(
 
 SGLD_ENTRY = SamplerEntry(
     name="sgld",
-    description="Langevin steps with too little noise, as JEM takes its negatives",
+    description="Langevin dynamics with less noise than its step requires, as in JEM",
     config=SGLDConfig,
     needs=("score",),
     make=lambda model, c, config: Langevin(

@@ -48,8 +48,10 @@ class DensityChain(NamedTuple):
 class MALAConfig(LevelConfig):
     """Settings of ``mala``."""
 
-    step_size: float = Field(1e-4, gt=0, description="eta; aim at an acceptance of 0.57")
-    temperature: float = Field(1.0, gt=0, description="samples p^(1/T)")
+    step_size: float = Field(
+        1e-4, gt=0, description="step size eta; tune for an acceptance of 0.57"
+    )
+    temperature: float = Field(1.0, gt=0, description="temperature T: samples p^(1/T)")
 
 
 class HMCConfig(LevelConfig):
@@ -59,13 +61,17 @@ class HMCConfig(LevelConfig):
     proposal goes round an orbit and comes back.
     """
 
-    steps: int = Field(200, ge=1, description="proposals of each chain")
+    steps: int = Field(200, ge=1, description="number of proposals per chain")
     step_size: float = Field(
-        0.01, gt=0, description="epsilon; aim at an acceptance of 0.65 (Beskos et al. 2013)"
+        0.01,
+        gt=0,
+        description="step size epsilon; tune for an acceptance of 0.65 (Beskos et al. 2013)",
     )
-    leapfrogs: int = Field(10, ge=1, description="leapfrog steps of a proposal")
-    jitter: float = Field(0.2, ge=0, lt=1, description="share by which step sizes vary")
-    temperature: float = Field(1.0, gt=0, description="samples p^(1/T)")
+    leapfrogs: int = Field(10, ge=1, description="leapfrog steps per proposal")
+    jitter: float = Field(
+        0.2, ge=0, lt=1, description="relative range of random variation of the step size"
+    )
+    temperature: float = Field(1.0, gt=0, description="temperature T: samples p^(1/T)")
 
 
 class MetropolisSampler:

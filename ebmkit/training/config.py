@@ -84,16 +84,25 @@ class DataConfig(_Config):
     """Which images to train on."""
 
     name: str = Field("digits", description="a name from `ebmkit list datasets`")
-    data_dir: Path | None = Field(None, description="where its files are")
-    image_size: int | None = Field(None, ge=1, description="height and width to bring images to")
-    workers: int = Field(0, ge=0, description="processes that read images, for sets on disk")
+    data_dir: Path | None = Field(None, description="folder or file of the data set")
+    image_size: int | None = Field(
+        None,
+        ge=1,
+        description="image height and width, in pixels; images in a folder are resized and "
+        "cropped to it",
+    )
+    workers: int = Field(
+        0, ge=0, description="number of processes that read images, for data sets on disk"
+    )
     unreadable: Literal["error", "skip"] = Field(
-        "error", description="an image of a folder that cannot be read: end, or leave it out"
+        "error", description="if an image cannot be read: error (end the command) or skip"
     )
     links: Literal["inside", "follow"] = Field(
-        "inside", description="links in a folder: only to images inside it, or to anywhere"
+        "inside",
+        description="symbolic links in a folder: inside (only to files in the folder) or "
+        "follow (to anywhere)",
     )
-    limit: int | None = Field(None, ge=1, description="use only so many training images")
+    limit: int | None = Field(None, ge=1, description="maximum number of training images")
 
 
 class FaultsConfig(_Config):
@@ -108,49 +117,62 @@ class OptimizerConfig(_Config):
 
     kind: Literal["adamw", "sgd", "muon"] = Field(
         "adamw",
-        description="adamw, sgd with momentum, or muon for weight matrices and adamw for the rest",
+        description="optimiser: adamw, sgd (with momentum), or muon (weight matrices by "
+        "Muon, the rest by AdamW)",
     )
     lr: float = Field(
         3e-4,
         gt=0,
-        description="initial learning rate; of muon, of the matrices; a recipe's is of its own "
-        "kind, for another it is 3e-4 of adamw, 1e-2 of muon, 0.1 of sgd",
+        description="initial learning rate; muon: of the matrices. With a kind other than "
+        "the recipe's: 3e-4 for adamw, 1e-2 for muon, 0.1 for sgd",
     )
     adamw_lr: float | None = Field(
-        None, gt=0, description="of muon: initial rate of the rest; none: 3e-3"
+        None,
+        gt=0,
+        description="muon: initial learning rate of AdamW for the other parameters; null: 3e-3",
     )
     adamw_for: tuple[str, ...] = Field(
-        (), description="of muon: matrices left to AdamW, by a part of their names, as [stem]"
+        (),
+        description="muon: matrices that AdamW updates, by a part of their names, for "
+        "example [stem]",
     )
     weight_decay: float = Field(
-        0.05, ge=0, description="decoupled weight decay; of sgd, added to the gradient"
+        0.05, ge=0, description="decoupled weight decay; sgd: added to the gradient"
     )
-    decay_norms: bool = Field(True, description="decay norm weights and biases too, as the paper")
-    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="of AdamW, beside muon too")
-    momentum: Beta = Field(0.9, description="of sgd and muon; of muon by default 0.95")
-    nesterov: bool | None = Field(None, description="of muon: Nesterov's momentum; none: true")
+    decay_norms: bool = Field(
+        True, description="apply weight decay to norm weights and biases too, as in the paper"
+    )
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="betas of AdamW, also in muon")
+    momentum: Beta = Field(0.9, description="momentum of sgd and muon; 0.95 by default for muon")
+    nesterov: bool | None = Field(None, description="muon: Nesterov momentum; null: true")
     schedule: Literal["cosine", "constant", "milestones", "linear", "warmup-stable-decay"] = Field(
-        "cosine", description="of the learning rate"
+        "cosine", description="learning rate schedule"
     )
     decay_share: DecayShare | None = Field(
         None,
-        description="of warmup-stable-decay: share of the steps, at the end, over which it falls "
-        "to 0; none: 0.2",
+        description="warmup-stable-decay: share of the steps, at the end, over which the "
+        "rate falls to 0; null: 0.2",
     )
     milestones: tuple[Share, ...] = Field(
-        (), description="shares of the steps after which it falls, as [160/200, 180/200]"
+        (),
+        description="milestones: shares of the steps after which the rate falls, for "
+        "example [160/200, 180/200]",
     )
-    milestone_factor: float = Field(0.3, gt=0, lt=1, description="by what it falls at each")
-    warmup_steps: int = Field(0, ge=0, description="linear warm-up (the paper: none)")
-    clip_norm: float | None = Field(None, gt=0, description="bound on the gradient's norm")
-    ema: float | None = Field(None, gt=0, lt=1, description="decay of averaged weights, as 0.999")
+    milestone_factor: float = Field(
+        0.3, gt=0, lt=1, description="milestones: factor of the rate at each milestone"
+    )
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up (the paper: none)")
+    clip_norm: float | None = Field(None, gt=0, description="maximum norm of the gradient")
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay of the averaged weights (EMA), for example 0.999"
+    )
     ema_warmup: bool = Field(
-        False, description="after t steps a decay of (1 + t) / (10 + t), while that is less"
+        False, description="use the decay (1 + t) / (10 + t) after t steps, while it is smaller"
     )
     sharpness: float | None = Field(
         None,
         gt=0,
-        description="rho of sharpness-aware minimisation (SAM): twice the cost of a step",
+        description="rho of sharpness-aware minimisation (SAM), which doubles the cost of a step",
     )
     sharpness_adaptive: bool = Field(
         False, description="measure rho in units of each weight's size (ASAM)"
@@ -200,17 +222,21 @@ class StreamsConfig(_Config):
 class WatchConfig(_Config):
     """When a run that needs negatives has diverged, and what is changed then."""
 
-    gap: float = Field(50.0, gt=0, description="largest smoothed difference of energies, nats")
-    sample: float = Field(5.0, gt=0, description="largest rms of negatives about gray, image units")
-    gradient: float = Field(
-        1000.0, gt=1, description="largest norm of the gradient over its running mean"
+    gap: float = Field(
+        50.0, gt=0, description="maximum smoothed energy difference of samples and data, nats"
     )
-    every: int = Field(50, ge=1, description="steps between states to go back to")
+    sample: float = Field(
+        5.0, gt=0, description="maximum rms distance of samples from gray, image units"
+    )
+    gradient: float = Field(
+        1000.0, gt=1, description="maximum ratio of the gradient norm to its running mean"
+    )
+    every: int = Field(50, ge=1, description="steps between rollback snapshots")
     breaches: int = Field(10, ge=0, description="maximum number of rollbacks")
     order: tuple[Literal["rate", "steps", "penalty"], ...] = Field(
         ("rate", "steps", "penalty"),
         min_length=1,
-        description="what is changed, breach by breach, over and over",
+        description="mitigations, applied in turn: one per rollback",
     )
 
 
@@ -224,28 +250,37 @@ class TrainConfig(_Config):
     )
     head: str = Field("linear-quadratic", description="a name from `ebmkit list heads`")
     model: ModelConfig = ModelConfig()
-    objective: str = Field("ce+dsm", description="objectives joined by +, as in ce+0.5*dsm")
-    balance: float = Field(BALANCE, gt=0, description="lambda of balanced terms")
+    objective: str = Field("ce+dsm", description="objectives joined by +, for example ce+0.5*dsm")
+    balance: float = Field(BALANCE, gt=0, description="weight lambda of balanced objectives")
     terms: TermSettings = Field(
-        TermSettings(), description="settings of single objectives, as objective.adv.eps=0.5"
+        TermSettings(),
+        description="settings of single objectives, for example objective.adv.eps=0.5",
     )
     streams: StreamsConfig
     draw_from: dict[str, Literal["classify", "denoise", "generate"]] = Field(
         {},
-        description="objective -> stream, where not its own: ce: denoise shares one forward pass",
+        description="objective -> stream, to override its own; {ce: denoise} shares one "
+        "forward pass",
     )
     optimizer: OptimizerConfig = OptimizerConfig()
     negatives: NegativesConfig = NegativesConfig()
     watch: WatchConfig = WatchConfig()
-    steps: int = Field(1000, ge=1, description="optimiser steps")
-    seed: int = Field(0, ge=0, lt=2**63, description="of weights, order, augmentation and noise")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
+    steps: int = Field(1000, ge=1, description="number of optimiser steps")
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**63,
+        description="random seed of initial weights, data order, augmentation and noise",
+    )
+    device: str = Field("auto", description="device: auto, cpu, cuda, cuda:1")
     compute: ComputeConfig = ComputeConfig()
     log_every: int = Field(10, ge=1, description="steps between rows of metrics.jsonl")
     validate_every: int = Field(100, ge=1, description="steps between validations")
-    validation_images: int = Field(500, ge=0, description="held-out images to validate on; 0: none")
+    validation_images: int = Field(
+        500, ge=0, description="number of held-out images for validation; 0: no validation"
+    )
     checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints")
-    keep_checkpoints: int = Field(2, ge=1, description="checkpoints that are kept, the newest")
+    keep_checkpoints: int = Field(2, ge=1, description="number of newest checkpoints to keep")
     plugins: tuple[Plugin, ...] = Field((), description="that parts of the run come from")
 
     def objective_settings(self) -> dict[str, ObjectiveConfig | None]:

@@ -387,7 +387,7 @@ def _recipe(dataset: str, config: Config, description: str) -> Recipe:
 RECIPES: dict[str, Recipe] = {
     "digits": _recipe("digits", DIGITS, "8x8 digits by Muon, in about 80 seconds on two cores"),
     "digits-adamw": _recipe(
-        "digits", DIGITS_ADAMW, "the same by AdamW alone, 800 steps: what digits is compared with"
+        "digits", DIGITS_ADAMW, "the same by AdamW alone, 800 steps: the baseline of digits"
     ),
     "patches": _recipe("patches", PATCHES, "photo patches, denoising alone, on a CPU in minutes"),
     "cifar10": _recipe(
@@ -408,7 +408,7 @@ RECIPES: dict[str, Recipe] = {
     "cifar10-adamw": _recipe(
         "cifar10",
         CIFAR_ADAMW,
-        "GradResNet18 of width 16, 54 TFLOP by AdamW, flips: what cifar10-short is compared with",
+        "GradResNet18 of width 16, 54 TFLOP by AdamW, flips: the baseline of cifar10-short",
     ),
     "imagenet": _recipe(
         "imagenet",
@@ -418,18 +418,18 @@ RECIPES: dict[str, Recipe] = {
     "dncnn": _recipe(
         "folder",
         DNCNN,
-        "DnCNN-S at sigma 25/255: 40x40 patches of a folder of gray images, as Train400",
+        "DnCNN-S at sigma 25/255 on 40x40 patches of a folder of gray images, for example Train400",
     ),
     "digits-wide": _recipe(
         "digits",
         _wide(DIGITS_ADAMW),
-        "digits-adamw with denoising up to sigma 50, to sample from noise",
+        "digits-adamw with denoising up to sigma 50; does not learn to denoise",
     ),
     "cifar10-wide": _recipe(
         "cifar10", _wide(CIFAR_ADAMW), "cifar10-adamw with denoising up to sigma 50"
     ),
     "jem": _recipe(
-        "cifar10", JEM, "JEM as its authors ran it: WideResNet-28-10, no norm, 200 epochs"
+        "cifar10", JEM, "JEM with its authors' settings: WideResNet-28-10, no norm, 200 epochs"
     ),
     "jem++": _recipe(
         "cifar10", JEM_PP, "JEM++: BatchNorm, SGD, Gaussian starts, bounded Langevin steps"
@@ -445,7 +445,7 @@ RECIPES: dict[str, Recipe] = {
         "digits", DIGITS_DDPM, "a diffusion model of digits on a CPU in minutes"
     ),
     "cifar10-ddpm": _recipe(
-        "cifar10", CIFAR_DDPM, "DDPM as its authors ran it, 800,000 steps; for a GPU"
+        "cifar10", CIFAR_DDPM, "DDPM with its authors' settings, 800,000 steps; for a GPU"
     ),
     "cifar10-ddpm-short": _recipe(
         "cifar10", CIFAR_DDPM_SHORT, "a small diffusion model, minutes on a CPU"
@@ -453,15 +453,17 @@ RECIPES: dict[str, Recipe] = {
     "digits-noisy-classifier": _recipe(
         "digits",
         _noisy_classifier(DIGITS_ADAMW),
-        "a classifier that is told the noise, trained at all levels of a diffusion",
+        "a classifier with the noise level as an input, trained at all levels "
+        "of a diffusion schedule",
     ),
     "cifar10-noisy-classifier": _recipe(
-        "cifar10", _noisy_classifier(CIFAR_ADAMW), "the same, of cifar10-adamw"
+        "cifar10", _noisy_classifier(CIFAR_ADAMW), "the same on CIFAR-10, from cifar10-adamw"
     ),
     "cifar10-robust": _recipe(
         "cifar10",
         CIFAR_ROBUST,
-        "adversarial training as the robustness package has it: ResNet-50, l2 0.5, 150 epochs",
+        "adversarial training with the robustness package's settings: "
+        "ResNet-50, l2 0.5, 150 epochs",
     ),
     "cifar10-robust-short": _recipe(
         "cifar10",
@@ -471,8 +473,8 @@ RECIPES: dict[str, Recipe] = {
     "digits-robust": _recipe(
         "digits", DIGITS_ROBUST, "adversarial training on digits on a CPU in a minute"
     ),
-    "folder": _recipe("folder", OWN, "a start for images of your own in folders"),
-    "hdf5": _recipe("hdf5", OWN, "a start for images of your own in HDF5"),
+    "folder": _recipe("folder", OWN, "starting point for your own images in folders"),
+    "hdf5": _recipe("hdf5", OWN, "starting point for your own images in HDF5"),
 }
 
 SPECIAL = {
