@@ -145,7 +145,10 @@ def _follow(
 
 
 def _class_for(model: type[BaseModel], values: Any) -> type[BaseModel]:
-    found: type[BaseModel] = getattr(model, "class_for", lambda given: model)(values)
+    try:
+        found: type[BaseModel] = getattr(model, "class_for", lambda given: model)(values)
+    except UserError:  # of no known class, which is what the sentence says
+        return model
     return found
 
 
