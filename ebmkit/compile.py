@@ -31,6 +31,7 @@ from ebmkit.compute import (
     keep_freed_memory,
     pick_compile,
     pick_precision,
+    prepare_compiler,
     set_tf32,
 )
 from ebmkit.energy import (
@@ -121,6 +122,7 @@ class Inference:
 
     def compile(self, function: Callable[..., T]) -> Callable[..., T]:
         """``function``, compiled for the sizes that it will be called with first."""
+        prepare_compiler()
         self.compiled = True
         options: dict[str, Any] = {"backend": self._backend, **ISOLATED}
         return torch.compile(function, fullgraph=True, dynamic=False, **options)

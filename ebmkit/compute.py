@@ -18,10 +18,10 @@ import ctypes
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -34,15 +34,18 @@ __all__ = [
     "Precision",
     "autocast",
     "available_memory",
+    "compiler_is_prepared",
     "describe",
     "keep_freed_memory",
     "limited_threads",
     "matrix_rate",
     "memory_format",
+    "opaque_to_compilers",
     "peak_memory",
     "pick_compile",
     "pick_device",
     "pick_precision",
+    "prepare_compiler",
     "set_tf32",
     "upcast",
     "without_autocast",
@@ -73,6 +76,33 @@ class ComputeConfig(BaseModel):
         description="activation checkpointing: less memory, a third more arithmetic for ce, twice "
         "as much for dsm",
     )
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+_OPAQUE: dict[Callable[..., Any], bool] = {}
+
+
+def opaque_to_compilers(function: F) -> F:
+    """A function that compilers are to put into their graphs as it is (`prepare_compiler`)."""
+    _OPAQUE[function] = False
+    return function
+
+
+def prepare_compiler() -> None:
+    """Tell PyTorch's compiler of the functions that it must not look into.
+
+    Whatever compiles a model calls it first. Importing the compiler takes seconds, which is why it
+    is not done where these functions are defined.
+    """
+    for function, known in _OPAQUE.items():
+        if not known:
+            torch.compiler.allow_in_graph(function)  # type: ignore[no-untyped-call]
+            _OPAQUE[function] = True
+
+
+def compiler_is_prepared() -> bool:
+    """Whether `prepare_compiler` was called; otherwise a layer takes PyTorch's own function."""
+    return all(_OPAQUE.values())
 
 
 @contextmanager

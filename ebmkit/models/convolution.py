@@ -30,6 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ebmkit.compute import compiler_is_prepared, opaque_to_compilers
+
 SMALL = 3e7
 """Multiplications on a CPU up to which PyTorch's own derivatives are taken: calling into Python
 takes longer than what would be spared."""
@@ -88,13 +90,15 @@ class Conv2d(nn.Conv2d):
         """The convolution of ``x`` (B, C, H, W) or (C, H, W)."""
         if self.padding_mode != "zeros" or isinstance(self.padding, str) or x.ndim != 4:
             return super().forward(x)
+        if torch.compiler.is_compiling() and not compiler_is_prepared():
+            return super().forward(x)
         out: Tensor = conv2d(
             x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
         )
         return out
 
 
-@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+@opaque_to_compilers
 def conv2d(
     x: Tensor,
     weight: Tensor,

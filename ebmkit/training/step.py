@@ -34,6 +34,7 @@ from ebmkit.compute import (
     memory_format,
     pick_compile,
     pick_precision,
+    prepare_compiler,
     set_tf32,
 )
 from ebmkit.data import Batch
@@ -272,6 +273,7 @@ class TrainingStep:
         if compiled or self.compiled:
             if not ISOLATED:  # an older PyTorch counts the compilations of all steps together
                 torch.compiler.reset()
+            prepare_compiler()
             alone = self.world.size == 1 and self.compute.accumulate == 1
             self.loss.compile(
                 fullgraph=True,
