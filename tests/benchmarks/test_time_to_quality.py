@@ -73,6 +73,6 @@ def test_the_documentation_shows_what_was_measured(benchmark, monkeypatch, tmp_p
     (tmp_path / "time-to-quality-digits.json").write_text(json.dumps(found))
     page = hooks.on_page_markdown("<!-- time-to-quality -->")
     assert page.count("Not measured yet.") == 1
-    assert "| 90.0%, 3.0 / 4.0 / 5.0 | `AdamW-recipe` | not by 400 |" in page
+    assert "| 90.0%, 3.0 / 4.0 / 5.0 | `AdamW-recipe` | not reached by 400 |" in page
     assert "| `ours-recipe` | 200 | 400.0 | 100 | 93.0% | 3.00 / 4.00 / 5.00 |" in page
     assert "2 seeds, seconds of training. 2 CPU cores, PyTorch 2.15, code at abc." in page
