@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from ebmkit.compute import prepare_compiler
 from ebmkit.models import convolution as module_under_test
 from ebmkit.models.convolution import Conv2d
 
@@ -252,6 +253,7 @@ def test_compiled_without_whole_image_kernels(shape: dict) -> None:
     own, plain, y = _pair(shape)
     kernels = _Convolutions()
 
+    prepare_compiler()
     call = torch.compile(lambda y: _by_vjp(own, y), fullgraph=True, backend="aot_eager")
     out, s = call(y)
     with kernels:
