@@ -26,7 +26,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from ebmkit.errors import UserError, shown, validated
 
@@ -41,7 +41,7 @@ class Plugin(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
+    name: str = Field(pattern=r"^[\w.-]{1,100}$")
     """Of the file without ``.py``, of the module or of the entry point."""
     sha256: str = ""
     """Of its file; empty where it has no single one."""

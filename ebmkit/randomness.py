@@ -1,4 +1,4 @@
-"""Randomness that is a function of a key: to go on with anything needs no generator's state."""
+"""Randomness that is a function of a key: to resume anything needs no generator's state."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def train(
     if tensorboard:
         TensorBoard.check()
     if resume is not None and (out is not None or recipe is not None):
-        raise UserError("--resume goes on in its own folder: leave out --out and --recipe")
+        raise UserError("--resume writes into its own folder: leave out --out and --recipe")
     if resume is not None and RunFolder.is_unborn(resume):
         console.say(f"nothing was saved in {resume} yet: the run starts anew")
         out, resume = resume, None
@@ -172,7 +172,7 @@ def _resolved(
     out: Path | None,
     resume: Path | None,
 ) -> tuple[TrainConfig, Path | None]:
-    """The configuration, the same for all processes, and the run to go on with, if any.
+    """The configuration, the same for all processes, and the run to resume, if any.
 
     Only the first process needs to see the run folder.
     """
@@ -246,7 +246,7 @@ def _fit(trainer: Trainer, run: Path, tensorboard: bool) -> None:
             _rewrite_damaged_model(trainer, trainer.run)
         return
     if first:
-        console.say(f"going on after step {first}")
+        console.say(f"resuming after step {first}")
     bar = TrainingBar(config.steps, first)
     reporters: list[Reporter] = [bar]
     start = time.perf_counter()

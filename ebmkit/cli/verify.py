@@ -49,8 +49,8 @@ def verify(
         names = ", ".join(finding.name for finding in wrong)
         raise UserError(
             f"{len(wrong)} of {len(found)} files in {str(run)!r} are not what was written: {names};"
-            " `ebmkit train --resume` goes on from what is whole, --accept NAME enters a file whose"
-            " change was meant"
+            " `ebmkit train --resume` continues from what is undamaged, --accept NAME accepts a"
+            " file that was changed on purpose"
         )
     if not as_json:
         whole = sum(finding.state == "whole" for finding in found)

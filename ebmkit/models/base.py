@@ -33,6 +33,7 @@ and 1.1.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
 
@@ -141,20 +142,20 @@ class NetworkConfig(BaseModel):
         return self
 
 
-class BackboneConfig(NetworkConfig):
+class BackboneConfig(NetworkConfig, ABC):
     """Shape of a network from images to `Features`."""
 
+    @abstractmethod
     def build(self, in_channels: int) -> nn.Module:
         """The `Backbone`, with fresh weights, for images of ``in_channels`` channels."""
-        raise NotImplementedError
 
 
-class DenoiserConfig(NetworkConfig):
+class DenoiserConfig(NetworkConfig, ABC):
     """Shape of a network that is a model by itself, without a head."""
 
+    @abstractmethod
     def build_model(self, in_channels: int, num_classes: int = 0) -> ScoreModel:
         """The model, with fresh weights, for images of C channels and, if it has any, labels."""
-        raise NotImplementedError
 
 
 def check_images(y: Tensor, channels: int | None = None) -> None:

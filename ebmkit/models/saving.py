@@ -141,7 +141,7 @@ def load(
         if not (folder / name).is_file():
             raise UserError(
                 f"{str(folder)!r} holds no {name}: it is no run folder, or training never saved a "
-                "model there (`ebmkit train --resume` goes on with an interrupted run)"
+                "model there (`ebmkit train --resume` resumes an interrupted run)"
             )
     check_links(folder)
     content = read_together(folder, ["model.json", FILES[weights]])

@@ -143,7 +143,7 @@ def _manifest(root: Path) -> Manifest:
     if manifest is None:
         raise UserError(
             f"{str(root)!r} has no {MANIFEST}: it is no run folder, or one of an earlier version, "
-            "which gets one when the run goes on"
+            "which gets one when the run is resumed"
         )
     return manifest
 

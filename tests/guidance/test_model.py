@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from ebmkit_tests.support.guidance_world import SHAPE, Blind, draw, generator, pictures, run
+from ebmkit_tests.support.blind import BlindMixture as Blind
+from ebmkit_tests.support.guidance_world import SHAPE, draw, generator, pictures, run
 from torch import nn
 
 from ebmkit import GaussianMixture, ModelCard, ScoreModel, UserError

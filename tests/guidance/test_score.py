@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from ebmkit_tests.support.guidance_world import Blind, draw, generator, pictures, plane, run, slope
+from ebmkit_tests.support.blind import BlindMixture as Blind
+from ebmkit_tests.support.guidance_world import draw, generator, pictures, plane, run, slope
 
 from ebmkit import UserError
 from ebmkit.guidance import (

@@ -59,7 +59,7 @@ def test_an_old_run_goes_on_to_its_end(run):
     """From step 4, with the losses of a run that today's code begins and ends."""
     went_on = ebmkit_command("train", "--resume", run, "--no-evaluate", cwd=run.parent)
     assert went_on.returncode == 0, went_on.stderr
-    assert "going on after step 4" in went_on.stdout
+    assert "resuming after step 4" in went_on.stdout
     assert "warning" not in went_on.stderr
     folder = RunFolder.open(run)
     assert [r["step"] for r in folder.metrics() if r["kind"] == "train"] == list(range(1, 9))

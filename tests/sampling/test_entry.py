@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from ebmkit_tests.support import known_targets as known
+from ebmkit_tests.support.blind import VARIANCE, BlindMixture
 from pydantic import ValidationError
 
 from ebmkit import GaussianMixture, ModelCard
@@ -19,27 +20,6 @@ from ebmkit.sampling.target import blind_denoiser_of
 
 SHAPE = (1, 4, 4)
 KS = "kadkhodaie_simoncelli"
-VARIANCE = 0.01
-
-
-class BlindMixture(GaussianMixture):
-    """The mixture as a blind network: it denoises by the noise level that it reads off the image.
-
-    The level is the root mean square distance from the nearest mean.
-    """
-
-    noise_conditional = False
-
-    def denoise(self, y, sigma=None, c=None):
-        return self.denoise_blind(y, c)[0]
-
-    def denoise_blind(self, y, c=None, sigma_range=None):
-        level = self.estimate_sigma(y)
-        return GaussianMixture.posterior_mean(self, y, level, c), level
-
-    def estimate_sigma(self, y):
-        squares = (y[:, None] - self.means).flatten(2).square().mean(2).amin(1)
-        return (squares - VARIANCE).clamp_min(1e-8).sqrt()
 
 
 def mixture(kind=GaussianMixture):

@@ -26,23 +26,6 @@ def pictures(kind=GaussianMixture, dtype=torch.float32):
     return kind(means.to(dtype), 0.01, weights=[0.5, 0.3, 0.2], labels=[0, 1, 1])
 
 
-class Blind(GaussianMixture):
-    """The mixture as a blind network: it reads the noise level off the image."""
-
-    noise_conditional = False
-
-    def denoise(self, y, sigma=None, c=None):
-        return self.denoise_blind(y, c)[0]
-
-    def denoise_blind(self, y, c=None, sigma_range=None):
-        level = self.estimate_sigma(y)
-        return GaussianMixture.posterior_mean(self, y, level, c), level
-
-    def estimate_sigma(self, y):
-        squares = (y[:, None] - self.means).flatten(2).square().mean(2).amin(1)
-        return (squares - 0.01).clamp_min(1e-8).sqrt()
-
-
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 

@@ -1,6 +1,7 @@
 """Small models for the tests of generation: untrained networks, and a mixture known exactly."""
 
 import torch
+from ebmkit_tests.support.blind import ReadsSigma
 
 from ebmkit import GaussianMixture, ModelCard
 from ebmkit.models import ModelConfig, load, save_model
@@ -47,18 +48,8 @@ class Mixture(GaussianMixture):
         return energies._replace(log_density=energies.log_density * factor)
 
 
-class BlindMixture(Mixture):
+class BlindMixture(ReadsSigma, Mixture):
     """The same as a blind network, that reads the noise level off the image."""
-
-    noise_conditional = False
-
-    def denoise(self, y, sigma=None, c=None):
-        return self.denoise_blind(y, c)[0]
-
-    def denoise_blind(self, y, c=None, sigma_range=None):
-        squares = (y[:, None] - self.means).flatten(2).square().mean(2).amin(1)
-        level = (squares - 0.01).clamp_min(1e-8).sqrt()
-        return GaussianMixture.posterior_mean(self, y, level, c), level
 
 
 def mixture(kind=Mixture, edge=float("inf")):
