@@ -84,6 +84,8 @@ class Conv2d(nn.Conv2d):
     """`torch.nn.Conv2d`, whose gradient by the images is cheaper to differentiate by the weights.
 
     The parameters, the values and the derivatives of every order are those of the base class.
+    In a `torch.compile` of your own it is the base class, unless `ebmkit.compute.prepare_compiler`
+    was called before; `ebmkit.optimize` and training call it.
     """
 
     def forward(self, x: Tensor) -> Tensor:
