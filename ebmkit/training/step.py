@@ -130,6 +130,10 @@ class TrainingStep:
         keep_freed_memory(self.device)
         self._parallel: nn.Module | None = None  # made with the first batch
         self._settled = self.compiled = False
+        # what a compiler may keep for the backward pass; made once, since each patch that is made
+        # leaves a context variable behind
+        keep = {"activation_memory_budget": 0.3} if self.compute.recompute else {}
+        self._saving = functorch_config.patch(keep)
         self._compile(self._may_compile())
         self.names = tuple(term.name for term in loss.terms)
         self._values = torch.zeros(len(self.names) + 2, device=self.device)  # parts, stop, norm
@@ -236,12 +240,10 @@ class TrainingStep:
         count = self.compute.accumulate
         drawn = {name: batches[name] for name in self.loss.streams}
         parts = list(split_batches(drawn, count, self.loss.separate))
-        # what a compiler may keep for the backward pass, as a share of what it would
-        budget = {"activation_memory_budget": 0.3} if self.compute.recompute else {}
         for i, part in enumerate(parts):
             if self.compiled:
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-            with self._apart(part, last=i == len(parts) - 1), functorch_config.patch(budget):
+            with self._apart(part, last=i == len(parts) - 1), self._saving:
                 losses = (self._parallel or self.loss)(part)
                 (losses.total / count).backward()  # type: ignore[no-untyped-call]
             for name, value in losses.parts.items():

@@ -1,5 +1,7 @@
 """The training step: compiled, accumulated, at each precision, and when a loss is not finite."""
 
+import contextvars
+
 import pytest
 import torch
 from torch import nn
@@ -146,6 +148,18 @@ def test_recomputed_activations_give_the_same_gradient():
     kept = gradients(make(gradresnet().double()), drawn(0, 4, torch.float64))
     again = make(gradresnet().double(), recompute=True)
     assert relative(gradients(again, drawn(0, 4, torch.float64)), kept) < 1e-12
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_step_leaves_nothing_in_the_context(recompute):
+    """A variable set at every step, which nobody can unset, is memory lost at every step."""
+    step = make(gradresnet(), "dsm", recompute=recompute)
+    batches = drawn(0, 4)
+    step(batches, 0.0)
+    before = len(contextvars.copy_context())
+    for _ in range(3):
+        step(batches, 0.0)
+    assert len(contextvars.copy_context()) == before
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
