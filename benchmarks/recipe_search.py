@@ -75,6 +75,7 @@ class Trial:
     ce_small: int = 0  # side of classified images in the first share of the steps
     ce_small_until: float = 0.0
     ce_on_denoise: float = 0.0  # weight of cross-entropy on the denoising stream
+    stem_by_ce: bool = False  # the denoising loss has no gradient by the stem's weight
     # loss
     balance: float = 2.0
     label_smoothing: float = 0.0
@@ -91,11 +92,13 @@ class Trial:
     nesterov: bool = True
     scaling: str = "max"  # max: 0.2 sqrt(max); ratio: sqrt(max(1, rows/columns))
     ns_steps: int = 5
+    per_objective: bool = False  # each objective's momentum is orthogonalised, then their sum taken
     schedule: str = "cosine"
     decay_share: float = 1.0
     warmup: int = 0
     final: float = 0.0
     ema: float = 0.99
+    lookahead: int = 0  # every so many steps the weights go half the way back to where they were
     # measurement
     train: int = 0  # images to train on; 0: all
     test: int = 4000
@@ -175,8 +178,9 @@ class Conv(nn.Module):
         like = nn.Conv2d(channels, out, kernel, bias=False)
         self.weight = like.weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        return conv(x, self.weight, self.stride, self.padding)
+    def forward(self, x: Tensor, fixed: bool = False) -> Tensor:
+        weight = self.weight.detach() if fixed else self.weight
+        return conv(x, weight, self.stride, self.padding)
 
 
 class Block(nn.Module):
@@ -226,8 +230,8 @@ class Net(nn.Module):
                 gain = p.flatten(1).norm() / math.sqrt(min(p.flatten(1).shape))
                 nn.init.orthogonal_(p, float(gain.detach()))
 
-    def forward(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        h = F.gelu(self.stem(y))
+    def forward(self, y: Tensor, fixed_stem: bool = False) -> tuple[Tensor, Tensor]:
+        h = F.gelu(self.stem(y, fixed_stem))
         pooled = []
         for i, stage in enumerate(self.stages):
             h = stage(h)
@@ -302,7 +306,10 @@ class Updater:
         self.groups = list(shapes.values())
         self.parameters = [p for group in self.groups for p in group] + self.rest
         self.count = len(self.parameters) - len(self.rest)
-        self.moment = [torch.zeros_like(p) for p in self.parameters[: self.count]]
+        self.moments = [
+            [torch.zeros_like(p) for p in self.parameters[: self.count]]
+            for _ in range(2 if t.per_objective else 1)
+        ]
         self.flat = torch.cat([p.detach().flatten() for p in self.rest])
         self.views = [
             v.reshape(p.shape)
@@ -314,30 +321,36 @@ class Updater:
         self.rest_scale = torch.cat(scale).to(rates.device)
         self.first, self.second = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
         self.average = [p.detach().clone() for p in self.parameters]
+        self.slow = [p.detach().clone() for p in self.parameters] if t.lookahead else []
         self.step_number = torch.zeros((), dtype=torch.long, device=rates.device)
 
     def state(self) -> list[Tensor]:
-        state = [*self.parameters, *self.moment, *self.average, self.step_number]
+        moments = [m for own in self.moments for m in own]
+        state = [*self.parameters, *moments, *self.average, *self.slow, self.step_number]
         return [*state, self.flat, self.first, self.second]
 
     @torch.no_grad()
-    def __call__(self, gradients: list[Tensor]) -> None:
+    def __call__(self, gradients: list[Tensor], apart: list[list[Tensor]] | None = None) -> None:
+        """One update by ``gradients``; ``apart`` has each objective's own, whose sum they are."""
         t = self.t
         rate = self.rates.index_select(0, self.step_number[None])[0]
         number = (self.step_number + 1).float()
         n = self.count
         if n:
-            torch._foreach_lerp_(self.moment[:n], gradients[:n], 1 - t.momentum)
+            for own, moment in zip(apart or [gradients], self.moments, strict=True):
+                torch._foreach_lerp_(moment, own[:n], 1 - t.momentum)
             i = 0
             for group in self.groups:
                 rows, columns = group[0].flatten(1).shape
-                parts = []
-                for _p in group:
-                    g, m = gradients[i], self.moment[i]
-                    parts.append(torch.lerp(g, m, t.momentum) if t.nesterov else m)
-                    i += 1
-                stack = torch.stack([p.reshape(rows, columns) for p in parts])
-                u = orthogonalize(stack, t.ns_steps)
+                u = torch.zeros(())
+                for own, moment in zip(apart or [gradients], self.moments, strict=True):
+                    parts = []
+                    for k in range(i, i + len(group)):
+                        g, m = own[k], moment[k]
+                        parts.append(torch.lerp(g, m, t.momentum) if t.nesterov else m)
+                    stack = torch.stack([p.reshape(rows, columns) for p in parts])
+                    u = u.to(stack.device) + orthogonalize(stack, t.ns_steps)
+                i += len(group)
                 if t.scaling == "max":
                     u = u * (0.2 * math.sqrt(max(rows, columns)))
                 else:
@@ -353,6 +366,13 @@ class Updater:
         own = rate * self.rest_scale
         self.flat.mul_(1 - own * t.weight_decay).sub_(own * first / (second.sqrt() + 1e-8))
         torch._foreach_copy_(self.rest, self.views)
+        if t.lookahead:
+            now = (self.step_number + 1) % t.lookahead == 0
+            for p, slow in zip(self.parameters, self.slow, strict=True):
+                middle = torch.lerp(slow, p, 0.5)
+                slow.copy_(torch.where(now, middle, slow))
+                p.copy_(torch.where(now, middle, p))
+            self.flat.copy_(torch.cat([p.flatten() for p in self.rest]))
         if t.ema:
             keep = torch.minimum(torch.full_like(number, t.ema), (1 + number) / (10 + number))
             torch._foreach_mul_(self.average, keep)
@@ -578,28 +598,35 @@ class Run:
         x, soft = self._classify_batch(own["ce_small"])
         logits, _ = net(x)
         ce = -(soft * logits.log_softmax(1)).sum(1).mean()
-        total, dsm = ce, torch.zeros((), device=self.device)
+        total, dsm, plain = ce, torch.zeros((), device=self.device), ce.detach()
         if own["dsm"]:
             y, sigma, eps, labels = self._denoise_batch(own["dsm_crop"])
             y.requires_grad_()
-            logits, density = net(y)
+            logits, density = net(y, t.stem_by_ce)
             score = torch.autograd.grad(density.sum(), y, create_graph=True)[0]
             dsm = (sigma * score + eps).square().mean()
             factor = t.balance / self.running if t.form == "log" else t.balance
-            total = total + factor * dsm
             if t.ce_on_denoise:
-                total = total + t.ce_on_denoise * F.cross_entropy(logits, labels)
-        gradients = torch.autograd.grad(total, self.update.parameters, allow_unused=True)
-        gradients = [
-            torch.zeros_like(p) if g is None else g
-            for g, p in zip(gradients, self.update.parameters, strict=True)
-        ]
+                ce = ce + t.ce_on_denoise * F.cross_entropy(logits, labels)
+            total = ce + factor * dsm
+        apart = None
+        if t.per_objective and own["dsm"]:
+            apart = [self._gradients(ce), self._gradients(factor * dsm)]
+            gradients = [a + b for a, b in zip(*apart, strict=True)]
+        else:
+            gradients = self._gradients(total)
         with torch.no_grad():
             if own["dsm"]:
                 self.running.lerp_(dsm.detach(), 0.1)
-            row = torch.stack([ce.detach(), dsm.detach()])
+            row = torch.stack([plain, dsm.detach()])
             self.curve.index_copy_(0, self.update.step_number[None], row[None])
-        self.update(gradients)
+        self.update(gradients, apart)
+
+    def _gradients(self, loss: Tensor) -> list[Tensor]:
+        parameters = self.update.parameters
+        found = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
+        pairs = zip(found, parameters, strict=True)
+        return [torch.zeros_like(p) if g is None else g for g, p in pairs]
 
     def _state(self) -> list[Tensor]:
         return [*self.update.state(), self.running, self.curve]

@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--marks", type=int, help="how many marks, from the easiest; default: all")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--lengths", type=int, nargs="+", help="steps, instead of LENGTHS")
     parser.add_argument("--longest", type=int, default=10**9, help="steps of the longest run")
     parser.add_argument("--only", nargs="+", choices=["AdamW", "ours"], default=["AdamW", "ours"])
     options = parser.parse_args()
@@ -67,7 +68,7 @@ def main() -> None:
     runs: list[dict[str, Any]] = []
     for who in options.only:
         left = list(marks)
-        for steps in LENGTHS[options.data][who]:
+        for steps in options.lengths or LENGTHS[options.data][who]:
             if not left or steps > options.longest:
                 break
             own = [measured(options, who, steps, seed) for seed in range(options.seeds)]
