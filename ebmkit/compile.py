@@ -47,22 +47,6 @@ from ebmkit.energy import (
 from ebmkit.errors import UserError
 from ebmkit.onednn import subsample_before_1x1
 
-__all__ = [
-    "COMPILE_THRESHOLD_SECONDS",
-    "ISOLATED",
-    "MAX_SIZES",
-    "Inference",
-    "WrappedEnergyModel",
-    "WrappedModel",
-    "device_of",
-    "in_float32",
-    "laid_out",
-    "make_inference",
-    "optimize",
-    "tf32_restored",
-    "unwrapped",
-]
-
 MAX_SIZES = 8
 """For how many sizes each function is compiled at most."""
 

@@ -45,27 +45,6 @@ from ebmkit.compute import upcast
 from ebmkit.errors import UserError
 from ebmkit.noise import Schedule
 
-__all__ = [
-    "Denoiser",
-    "Energies",
-    "EnergyModel",
-    "LabelLogProbability",
-    "LogDensity",
-    "Noise",
-    "ScoreModel",
-    "Target",
-    "WeightedLogProbability",
-    "check_sigma",
-    "classifies",
-    "hessian_products",
-    "per_image",
-    "sigma_of_score",
-    "tweedie",
-    "upcast_energies",
-    "value_and_grads",
-    "wants_grad",
-]
-
 Noise = float | Tensor
 """A noise level in image units: a float for the whole batch, or a tensor (B,)."""
 

@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
 
-__all__ = ["UserError", "plain", "shown", "unknown_name", "validated"]
-
 M = TypeVar("M", bound="BaseModel")
 
 

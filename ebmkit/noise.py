@@ -65,27 +65,6 @@ from torch import Tensor
 from ebmkit.errors import UserError
 from ebmkit.registry import find
 
-__all__ = [
-    "SCHEDULES",
-    "NoiseKind",
-    "NoiseLaw",
-    "Radius",
-    "Schedule",
-    "Sigma",
-    "SigmaOrZero",
-    "Spacing",
-    "check_trained",
-    "cosine_betas",
-    "format_sigma",
-    "in_255ths",
-    "linear_betas",
-    "make_schedule",
-    "outside_range",
-    "parse_fraction",
-    "parse_radius",
-    "parse_sigma",
-]
-
 
 def parse_fraction(value: object) -> float | None:
     """A number, or the quotient of two, as ``25/255``; None for anything else.
