@@ -44,7 +44,7 @@ from ebmkit.energy import (
     upcast_energies,
     wants_grad,
 )
-from ebmkit.errors import UserError
+from ebmkit.errors import UserError, first_line
 from ebmkit.onednn import subsample_before_1x1
 
 MAX_SIZES = 8
@@ -117,7 +117,7 @@ class Inference:
         Raises:
             UserError: if it was asked for.
         """
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = first_line(error)
         if self.mode == "on":
             raise UserError(
                 f"the model cannot be compiled: {reason}; use --compile off (compile='off')"

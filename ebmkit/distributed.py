@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from ebmkit.errors import UserError
+from ebmkit.errors import UserError, first_line
 
 T = TypeVar("T")
 
@@ -210,7 +210,7 @@ def _lost(error: RuntimeError) -> bool:
 
 def _unreachable(world: DistributedContext, error: Exception) -> UserError:
     port = os.environ["MASTER_PORT"]
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = first_line(error)
     if "in use" in str(error).lower() or "eaddrinuse" in str(error).lower():
         return UserError(
             f"port {port} is in use on this machine: choose another by torchrun --master-port, or "

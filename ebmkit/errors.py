@@ -67,6 +67,11 @@ def plain(text: str) -> str:
     return text if text.isprintable() and len(text) <= 200 else shown(text)
 
 
+def first_line(error: BaseException) -> str:
+    """What ``error``, of a library, says first; its class where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a ``name`` that is not among the ``known`` ones, with the nearest suggested.
 

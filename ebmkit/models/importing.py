@@ -41,6 +41,7 @@ from ebmkit.errors import UserError, plain, validated
 from ebmkit.models.config import ModelConfig, find_backbone
 from ebmkit.models.dncnn import convert_dncnn
 from ebmkit.models.drunet import convert_drunet
+from ebmkit.models.hub import is_hub_name, locate_file
 from ebmkit.models.pipelines import read_unet
 from ebmkit.models.resnet import BLOCKS
 from ebmkit.models.saving import save_as_run
@@ -149,12 +150,7 @@ def read_checkpoint(
         raise UserError(f"{str(source)!r} is a model's folder already: use it as it is")
     repository = not path.exists() and is_hub_name(str(source)) and ":" not in str(source)
     if kind == "diffusers" or (kind is None and (path.is_dir() or repository)):
-        options: dict[str, Any] = {
-            "backbone": backbone,
-            "rename": rename,
-            "classes": classes,
-            "mean": mean,
-        }
+        options = {"backbone": backbone, "rename": rename, "classes": classes, "mean": mean}
         options |= {"std": std, "image_size": image_size, "settings": settings}
         other = next((name for name, value in options.items() if value), None)
         if other:
@@ -167,7 +163,7 @@ def read_checkpoint(
         return unet, config
     if path.is_dir():
         raise UserError(f"{str(source)!r} is a folder: name the file of weights in it")
-    state = read_state(locate(str(source)))
+    state = read_state(locate_file(str(source)))
     kind = kind or ("state" if backbone else _kind_of(_renamed(state, rename)))
     if kind is None:
         names = ", ".join(plain(name) for name in list(state)[:4])
@@ -214,51 +210,6 @@ def read_checkpoint(
         energies="model",
     )
     return model.eval().requires_grad_(False), config
-
-
-# --- where a file is -----------------------------------------------------------------------------
-
-SUFFIXES = (".pt", ".pth", ".ckpt", ".tar", ".bin", ".safetensors", ".zip")
-
-NAME = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(?::(?P<file>[^:]+))?")
-
-
-def is_hub_name(source: str) -> bool:
-    """Whether ``source``, which is no local path, reads ``owner/name`` or ``owner/name:file``."""
-    match = NAME.fullmatch(source)
-    return match is not None and (bool(match["file"]) or not source.endswith(SUFFIXES))
-
-
-def locate(source: str) -> Path:
-    """The local path of ``source``; a file on the hub is fetched, or taken from the cache.
-
-    Args:
-        source: a path, or ``owner/name:file``.
-
-    Raises:
-        UserError: if it is neither, huggingface_hub is not installed, or it cannot be fetched.
-    """
-    if Path(source).exists():
-        return Path(source)
-    match = NAME.fullmatch(source)
-    if not is_hub_name(source) or match is None:
-        raise UserError(f"cannot read {source!r}: no such file or folder")
-    if not match["file"]:
-        raise UserError(
-            f"{source!r} is no local path; of a repository on the hub say the file too, as in "
-            f"{source}:model.pt"
-        )
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise UserError(
-            "fetching from the hub needs huggingface_hub: pip install 'ebmkit-vision[hub]'"
-        ) from None
-    try:
-        return Path(huggingface_hub.hf_hub_download(match["repository"], match["file"]))
-    except Exception as error:  # of the network, the hub and its cache: it has no common class
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot fetch {source!r} from the hub: {reason}") from None
 
 
 # --- kinds ---------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from typing import TypeVar
 import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
+from torch import Tensor, nn
 
 from ebmkit.card import ModelCard
 from ebmkit.energy import ScoreModel
@@ -158,15 +158,24 @@ def load(
             )
         with LimitedSize.of(state):
             model = document.model.without_pretrained().build()
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"the weights in {str(folder)!r} do not fit the model: {reason}") from None
+    load_weights(model, state, folder, "the model")
     _warn_of_numbers(model, path)
     model.card = document.card
     model.weights_sha256 = hashlib.sha256(content[FILES[weights]]).hexdigest()
     return model.eval().requires_grad_(False).to(device)
+
+
+def load_weights(network: nn.Module, state: dict[str, Tensor], path: Path, what: str) -> None:
+    """Load the ``state`` read from ``path`` into ``network``, which ``what`` describes.
+
+    Raises:
+        UserError: if it does not fit.
+    """
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"the weights in {str(path)!r} do not fit {what}: {reason}") from None
 
 
 def _warn_of_numbers(model: ScoreModel, path: Path) -> None:

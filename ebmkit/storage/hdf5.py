@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ebmkit.errors import UserError
+from ebmkit.errors import UserError, first_line
 
 if TYPE_CHECKING:
     import h5py
@@ -92,10 +92,9 @@ def translate_hdf5_errors(what: str) -> Iterator[None]:
     except UserError:
         raise
     except _BROKEN as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            f"{what} cannot be read as an HDF5 file ({reason}): it is damaged, incomplete, or "
-            "something else"
+            f"{what} cannot be read as an HDF5 file ({first_line(error)}): it is damaged, "
+            "incomplete, or something else"
         ) from None
 
 
