@@ -170,6 +170,14 @@ def check_images(y: Tensor, channels: int | None = None) -> None:
         raise UserError(f"this model takes images of {channels} channel(s), not {y.shape[1]}")
 
 
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """``x`` (B, C, H, W) with height and width up to a multiple, by its last row and column."""
+    below, right = -x.shape[-2] % multiple, -x.shape[-1] % multiple
+    if not (below or right):
+        return x
+    return nn.functional.pad(x, (0, right, 0, below), mode="replicate")
+
+
 # --- pooling -------------------------------------------------------------------------------------
 
 

@@ -50,7 +50,7 @@ from torch import Tensor, nn
 
 from ebmkit.energy import Noise, ScoreModel, check_sigma, per_image
 from ebmkit.errors import UserError
-from ebmkit.models.base import DenoiserConfig, check_images
+from ebmkit.models.base import DenoiserConfig, check_images, pad_to_multiple
 from ebmkit.noise import SCHEDULES, Schedule, linear_betas
 from ebmkit.onednn import subsample_before_1x1
 from ebmkit.registry import Preset
@@ -193,9 +193,7 @@ class DiffusionModel(ScoreModel):
 
     def _predict(self, u: Tensor, t: Tensor, c: Tensor | None) -> Tensor:
         height, width = u.shape[-2:]
-        below, right = -height % self.multiple, -width % self.multiple
-        if below or right:
-            u = nn.functional.pad(u, (0, right, 0, below), mode="replicate")
+        u = pad_to_multiple(u, self.multiple)
         if self.num_classes == 0:
             out = self.network(u, t)
         else:
