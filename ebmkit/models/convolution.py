@@ -165,7 +165,8 @@ _PROBE = torch.empty(0)
 def in_forward_mode() -> bool:
     """Whether forward-mode derivatives are taken, as in `torch.func.jvp`: layers whose second
     derivatives are written here are then PyTorch's own."""
-    return forward_ad.unpack_dual(_PROBE).primal is not _PROBE
+    primal: Tensor = forward_ad.unpack_dual(_PROBE).primal  # type: ignore[no-untyped-call]
+    return primal is not _PROBE
 
 
 _POSITIONAL = inspect.Signature([inspect.Parameter("inputs", inspect.Parameter.VAR_POSITIONAL)])

@@ -197,17 +197,15 @@ def convert_dncnn(
             "dncnn.0 or in_conv"
         )
     names = list(convs)
-    head = state.get(f"{names[0]}.weight")
-    if head is None or head.ndim != 4:
-        raise UserError(
-            f"'{names[0]}.weight' is missing from the weights: a published DnCNN has it"
-        )
+    name = f"{names[0]}.weight"
+    if name not in state or state[name].ndim != 4:
+        raise UserError(f"{name!r} is missing from the weights: a published DnCNN has it")
     if len(convs) not in PUBLISHED_DEPTHS:
         raise UserError(
             f"these weights have {len(convs)} convolutions, the last {names[-1]!r}, and a "
             "published DnCNN has 17 or 20"
         )
-    width, channels = head.shape[:2]
+    width, channels = state[name].shape[:2]
     widths = [channels, *[width] * (len(convs) - 1), channels]
     expected = {}
     for (conv, norm), inputs, outputs in zip(convs.items(), widths, widths[1:], strict=False):

@@ -7,7 +7,7 @@ the hub's cache the next time.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,12 @@ def locate_file(source: str) -> Path:
     match = NAME.fullmatch(source)
     if not is_hub_name(source) or match is None:
         raise UserError(f"cannot read {source!r}: no such file or folder")
-    repository, file = match["repository"], match["file"]
-    if not file:
+    if not match["file"]:
         raise UserError(
             f"{source!r} is no local path; of a repository on the hub say the file too, as in "
             f"{source}:model.pt"
         )
-    return _fetch(source, lambda hub: hub.hf_hub_download(repository, file))
+    return _fetch(source, "hf_hub_download", match["repository"], match["file"])
 
 
 def locate_folder(
@@ -62,14 +61,13 @@ def locate_folder(
     if (match := NAME.fullmatch(name)) is None or match["file"]:
         raise UserError(f"there is no folder {name!r}, and a name on the hub is like owner/name")
     for paths in choices:
-        wanted = [*patterns, *paths]
-        folder = _fetch(name, lambda hub, w=wanted: hub.snapshot_download(name, allow_patterns=w))
+        folder = _fetch(name, "snapshot_download", name, allow_patterns=[*patterns, *paths])
         if any((folder / path).is_file() for path in paths):
             break
     return folder
 
 
-def _fetch(source: str, download: Callable[[Any], str]) -> Path:
+def _fetch(source: str, function: str, *arguments: str, **options: Any) -> Path:
     try:
         import huggingface_hub
     except ImportError:
@@ -77,7 +75,7 @@ def _fetch(source: str, download: Callable[[Any], str]) -> Path:
             "fetching from the hub needs huggingface_hub: pip install 'ebmkit-vision[hub]'"
         ) from None
     try:
-        return Path(download(huggingface_hub))
+        return Path(getattr(huggingface_hub, function)(*arguments, **options))
     except Exception as error:  # of the network, the hub and its cache: it has no common class
         raise UserError(
             f"cannot fetch {source!r} (no local path): the hub does not give it: "
