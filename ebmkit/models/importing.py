@@ -150,9 +150,9 @@ def read_checkpoint(
         raise UserError(f"{str(source)!r} is a model's folder already: use it as it is")
     repository = not path.exists() and is_hub_name(str(source)) and ":" not in str(source)
     if kind == "diffusers" or (kind is None and (path.is_dir() or repository)):
-        names = ("backbone", "rename", "classes", "mean", "std", "image_size", "settings")
+        options = ("backbone", "rename", "classes", "mean", "std", "image_size", "settings")
         given = (backbone, rename, classes, mean, std, image_size, settings)
-        if other := next((name for name, value in zip(names, given, strict=True) if value), None):
+        if other := next((name for name, value in zip(options, given, strict=True) if value), None):
             raise UserError(f"a UNet of diffusers says itself what it is: leave {other} out")
         unet, config = read_unet(source)
         assert unet.card is not None
