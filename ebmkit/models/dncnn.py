@@ -184,9 +184,9 @@ def convert_dncnn(
     if prefix in ("model", "dncnn"):
         at, last = 0, max(map(_position, state))
         while at <= last:  # an activation stands between each two
-            norm = f"{prefix}.{at + 1}"
-            convs[f"{prefix}.{at}"] = norm if f"{norm}.weight" in state else None
-            at += 3 if f"{norm}.weight" in state else 2
+            normed = f"{prefix}.{at + 1}.weight" in state
+            convs[f"{prefix}.{at}"] = f"{prefix}.{at + 1}" if normed else None
+            at += 3 if normed else 2
     elif prefix in ("in_conv", "conv_list", "out_conv"):
         indices = [_position(name) for name in state if name.startswith("conv_list.")]
         inner = [f"conv_list.{i}" for i in range(1 + max(indices, default=-1))]
