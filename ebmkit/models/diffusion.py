@@ -1,12 +1,8 @@
 r"""Diffusion models: networks that predict the noise, as models of images in image units.
 
-A diffusion network sees an image in coordinates that keep its variance,
-
-.. math:: u_t = \sqrt{\bar\alpha_t}\,\bigl((b - a)\,x + a\bigr) + \sqrt{1 - \bar\alpha_t}\,\epsilon,
-
-where [a, b] is its range of clean images, usually [-1, 1], and predicts :math:`\epsilon`. With the
-noise level in image units, :math:`\sigma = \sqrt{(1 - \bar\alpha)/\bar\alpha}\,/\,(b - a)`, that is
-the noisy image :math:`y = x + \sigma\epsilon` of all other models here (`ebmkit.noise`), so
+A diffusion network sees an image :math:`u_t` in coordinates that keep its variance, with clean
+images in [a, b], and predicts its noise :math:`\epsilon`. In the image units of all other models
+here (`ebmkit.noise`) that is :math:`y = x + \sigma\epsilon` with
 
 .. math::
     u = \frac{(b - a)\,y + a}{\sqrt{1 + (b - a)^2\sigma^2}}, \qquad

@@ -263,11 +263,7 @@ def _substituted(
 
 
 def _convert_robustness(state: State, mean: Numbers | None, std: Numbers | None) -> Converted:
-    """A ResNet of the ``robustness`` package, with its normalisation.
-
-    Raises:
-        UserError: if it is another network, or a parameter is missing or left over.
-    """
+    """A ResNet of the ``robustness`` package, with its normalisation."""
     plain = {name.removeprefix("module."): value for name, value in state.items()}
     named: dict[str, Tensor] = {}
     for prefix in ("model.", "attacker.model."):
@@ -277,7 +273,8 @@ def _convert_robustness(state: State, mean: Numbers | None, std: Numbers | None)
         found = plain.get(f"normalizer.{part}", plain.get(f"attacker.normalize.{part}"))
         if given is None and found is None:
             raise UserError(f"the checkpoint has no normalizer.{part}: give --mean and --std")
-        statistics.append(given if found is None or given is not None else _numbers(found))
+        numbers = tuple(found.flatten().tolist()) if found is not None else ()
+        statistics.append(numbers if given is None else given)
     ours = _substituted(
         named, (r"\.shortcut\.", ".downsample."), (r"^(linear|fc)\.", "head.classifier.")
     )
@@ -316,11 +313,7 @@ def _resnet(ours: State) -> dict[str, Any]:
 
 
 def _convert_jem(state: State, mean: Numbers | None, std: Numbers | None) -> Converted:
-    """JEM's WideResNet with head ``logit``; without a norm, or with batch normalisation.
-
-    Raises:
-        UserError: if it is another network, or a parameter is missing or left over.
-    """
+    """JEM's WideResNet with head ``logit``; without a norm, or with batch normalisation."""
     plain = {name.removeprefix("module."): value for name, value in state.items()}
     blocks = {int(m[1]) for n in plain if (m := re.match(r"f\.layer1\.(\d+)\.", n))}
     width = plain.get("f.layer1.0.conv1.weight")
@@ -357,11 +350,7 @@ def _convert_jem(state: State, mean: Numbers | None, std: Numbers | None) -> Con
 
 
 def _convert_denoiser(state: State) -> Converted:
-    """A published DnCNN or DRUNet.
-
-    Raises:
-        UserError: if it is neither.
-    """
+    """A published DnCNN or DRUNet."""
     convert = convert_drunet if any("m_head" in name for name in state) else convert_dncnn
     backbone, channels, weights = convert(state)
     config = ModelConfig(backbone=backbone, in_channels=1 if channels == 1 else 3)
@@ -372,28 +361,19 @@ def _convert_denoiser(state: State) -> Converted:
 def _convert_state(
     state: State,
     backbone: str,
-    rules: Sequence[tuple[str, str]] = (),
-    classes: int | None = None,
-    settings: Mapping[str, Any] | None = None,
+    rules: Sequence[tuple[str, str]],
+    classes: int | None,
+    settings: dict[str, Any],
 ) -> Converted:
     """The state dict of ``backbone``, a name of BACKBONES, with a head.
 
-    Args:
-        state: names to tensors.
-        rules: prefixes to replace, in order. What then begins with neither ``backbone.`` nor
-            ``head.`` is the backbone's.
-        classes: labels C; None: as many as the classifier has rows.
-        settings: fields of `ModelConfig` that differ from the preset's, nested.
-
-    Raises:
-        UserError: if parameters are missing or left over: it lists them and offers a map.
+    What begins with neither ``backbone.`` nor ``head.`` after the ``rules`` is the backbone's.
     """
     preset = find_backbone(backbone).config
     ours = {
         name if name.startswith(("backbone.", "head.")) else f"backbone.{name}": value
         for name, value in _renamed(state, rules).items()
     }
-    settings = dict(settings or {})
     shape = {**preset.model_dump(), **settings.pop("backbone", {})}
     head = {
         "kind": "linear-quadratic" if "head.density.weight" in ours else "logit",
@@ -423,20 +403,17 @@ def _rows(ours: State, name: str) -> int:
     return len(ours[name])
 
 
-def _numbers(values: Tensor) -> tuple[float, ...]:
-    return tuple(float(v) for v in values.flatten())
-
-
 def _fitted(what: str, values: dict[str, Any], ours: State, size: int | None) -> Converted:
     """Check that the state is that of the configuration, name by name and shape by shape."""
     config = validated(ModelConfig, values, what)
     with torch.device("meta"):
-        expected = _without_counts(config.without_pretrained().build().state_dict())
-    state = _without_counts(ours)
-    unknown, missing = (
-        [n for n in state if n not in expected],
-        [n for n in expected if n not in state],
+        network = config.without_pretrained().build()
+    expected, state = (
+        {n: v for n, v in each.items() if not n.endswith("num_batches_tracked")}
+        for each in (network.state_dict(), ours)
     )
+    unknown = [name for name in state if name not in expected]
+    missing = [name for name in expected if name not in state]
     if unknown or missing:
         raise UserError(_misfit(what, unknown, missing, state, expected))
     for name, value in expected.items():
@@ -448,10 +425,6 @@ def _fitted(what: str, values: dict[str, Any], ours: State, size: int | None) ->
             )
     config = config.model_copy(update={"reference_size": (size, size)}) if size else config
     return Converted(config, state, size, config.num_classes > 0)
-
-
-def _without_counts(state: State) -> dict[str, Tensor]:
-    return {n: v for n, v in state.items() if not n.endswith("num_batches_tracked")}
 
 
 def _misfit(

@@ -164,13 +164,11 @@ def _config(shape: Mapping[str, Any], diffusion: Mapping[str, Any]) -> ModelConf
         )
     if values["time_embedding_type"] == "fourier" or values["class_embed_type"] is not None:
         raise UserError("this UNet does not take timesteps and labels by number: it is not known")
-    levels, widths = len(values["block_out_channels"]), values["block_out_channels"]
-    whole = [width // widths[0] for width in widths]
-    labels = values["num_class_embeds"]
+    widths, labels = values["block_out_channels"], values["num_class_embeds"]
     fields = {
         "kind": "unet",
         "width": widths[0],
-        "multipliers": whole,
+        "multipliers": [max(1, width // widths[0]) for width in widths],
         "blocks": values["layers_per_block"],
         "attention": [i for i, name in enumerate(values["down_block_types"]) if "Attn" in name],
         "head_channels": values["attention_head_dim"],
@@ -180,24 +178,23 @@ def _config(shape: Mapping[str, Any], diffusion: Mapping[str, Any]) -> ModelConf
         **diffusion,
     }
     said = {"num_class_embeds", "in_channels", "sample_size", "num_train_timesteps"}
-    plain = validated(UNetConfig, {**fields, "multipliers": [max(1, n) for n in whole]}, "UNet")
+    plain = validated(UNetConfig, fields, "UNet")
     made = {**defaults, **plain.arguments(channels, 0)}
+
+    def listed(value: Any) -> Any:
+        return list(value) if isinstance(value, tuple) else value
+
     options = {
         key: value
         for key, value in given.items()
-        if key not in said and _listed(value) != _listed(made[key])
+        if key not in said and listed(value) != listed(made[key])
     }
     if values["time_embedding_type"] == "learned":
         options["num_train_timesteps"] = values["num_train_timesteps"]
-    assert levels == len(plain.multipliers)
     backbone = plain.model_dump() | {"options": options}
     count = 0 if labels is None else labels - int(plain.null_label)
     raw = {"backbone": backbone, "in_channels": channels, "num_classes": count}
     return validated(ModelConfig, raw, "UNet")
-
-
-def _listed(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _size(sample: Any) -> tuple[int, int] | None:
