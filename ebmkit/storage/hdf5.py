@@ -10,7 +10,8 @@ at before a byte is unpacked:
 - no chunk unpacks to more than `UNPACKED` bytes, whatever its header says;
 - text of any length, which lies in a heap that many entries may share, is read entry by entry.
 
-What remains is the library's own reading of a damaged file's structures, which is C.
+What remains is the library's own reading of a damaged file's structures, which is C. All functions
+raise a `UserError` that names the file and the array where something else is found.
 """
 
 from __future__ import annotations
@@ -63,9 +64,6 @@ def open_hdf5(source: Path | bytes, what: str = "") -> Iterator[h5py.File]:
     Args:
         source: path, or content.
         what: names a content in messages.
-
-    Raises:
-        UserError: if it is no HDF5 file, or damaged.
     """
     import h5py
 
@@ -82,11 +80,7 @@ def open_hdf5(source: Path | bytes, what: str = "") -> Iterator[h5py.File]:
 
 @contextlib.contextmanager
 def translate_hdf5_errors(what: str) -> Iterator[None]:
-    """Within, what h5py raises on a damaged file becomes a `UserError`.
-
-    Raises:
-        UserError: then.
-    """
+    """Within, what h5py raises on a damaged file becomes a `UserError`."""
     try:
         yield
     except UserError:
@@ -104,11 +98,7 @@ def holds(file: h5py.File, name: str) -> bool:
 
 
 def find_array(file: h5py.File, name: str, what: str) -> h5py.Dataset | None:
-    """The array called ``name`` (with slashes), checked by `check_dataset`; None if there is none.
-
-    Raises:
-        UserError: if it is not in this file, or not a plain array.
-    """
+    """The array called ``name`` (with slashes), by `check_dataset`; None if there is none."""
     import h5py
 
     found: Any = file
@@ -132,11 +122,7 @@ def find_array(file: h5py.File, name: str, what: str) -> h5py.Dataset | None:
 
 
 def check_dataset(dataset: h5py.Dataset, what: str) -> None:
-    """Check that an array lies in its file, plainly, and that its chunks can be unpacked.
-
-    Raises:
-        UserError: if not.
-    """
+    """Check that an array lies in its file, plainly, and that its chunks can be unpacked."""
     import h5py
 
     where = f"{what}, array {dataset.name!r}"
@@ -240,11 +226,7 @@ def _check_chunk(
 
 
 def read_array(dataset: h5py.Dataset, what: str) -> np.ndarray:
-    """All of an array that `find_array` gave.
-
-    Raises:
-        UserError: if it has more than `LARGEST` bytes.
-    """
+    """All of an array that `find_array` gave."""
     size = _bytes(dataset.shape, dataset.dtype.itemsize)
     if size > LARGEST:
         raise UserError(
@@ -256,11 +238,7 @@ def read_array(dataset: h5py.Dataset, what: str) -> np.ndarray:
 
 
 def read_names(dataset: h5py.Dataset, what: str) -> tuple[str, ...]:
-    """Text (K,) as strings.
-
-    Raises:
-        UserError: if it is no text, or there is too much.
-    """
+    """Text (K,) as strings."""
     import h5py
 
     where = f"{what}, array {dataset.name!r}"
@@ -283,11 +261,7 @@ def read_names(dataset: h5py.Dataset, what: str) -> tuple[str, ...]:
 
 
 def read_attribute(file: h5py.File, name: str, what: str) -> Any:
-    """One number or text of the file's attributes; None if there is none of this name.
-
-    Raises:
-        UserError: if it is something else, or too long.
-    """
+    """One number or text of the file's attributes; None if there is none of this name."""
     import h5py
 
     if name not in file.attrs:
