@@ -162,19 +162,6 @@ class DiffusionModel(ScoreModel):
         """The timesteps (B,) int64 whose levels are the nearest to ``sigma`` (B,), by ratio."""
         return torch.bucketize(sigma.log().to(self.log_edges), self.log_edges)
 
-    def no_label(self) -> int:
-        """The label that stands for none.
-
-        Raises:
-            UserError: if the network has none.
-        """
-        if not self.null_label:
-            raise UserError(
-                "this diffusion model was trained with labels only and has none that stands for "
-                "no label: give a label, as --label 3"
-            )
-        return self.num_classes
-
     def _noise(self, y: Tensor, level: Tensor, c: Tensor | None) -> Tensor:
         """The noise in ``y`` at the levels (B,), with labels (B,), the null label among them."""
         low, high = self.schedule.image_range
@@ -193,7 +180,12 @@ class DiffusionModel(ScoreModel):
         if self.num_classes == 0:
             out = self.network(u, t)
         else:
-            out = self.network(u, t, torch.full_like(t, self.no_label()) if c is None else c)
+            if c is None and not self.null_label:
+                raise UserError(
+                    "this diffusion model was trained with labels only and has none that stands "
+                    "for no label: give a label, as --label 3"
+                )
+            out = self.network(u, t, torch.full_like(t, self.num_classes) if c is None else c)
         predicted: Tensor = out if isinstance(out, Tensor) else out.sample
         return predicted[:, : u.shape[1], :height, :width]
 

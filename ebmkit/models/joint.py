@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,6 @@ from ebmkit.models.base import Backbone, Features, Head, WindowedBackbone, check
 from ebmkit.onednn import subsample_before_1x1
 
 SizeScaling = Literal["tiles", "factor", "windows"]
-SIZE_SCALINGS: tuple[SizeScaling, ...] = get_args(SizeScaling)
 
 
 class JointModel(EnergyModel):

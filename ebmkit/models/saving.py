@@ -96,15 +96,6 @@ def weights_file(model: ScoreModel) -> bytes:
     return safetensors.torch.save(state, metadata={"sha256": digest(state)})
 
 
-def save_weights(path: Path, model: ScoreModel) -> None:
-    """Write the state of ``model`` to ``path`` as safetensors, in one move.
-
-    Raises:
-        UserError: if the disk is full or not writable; what was there before is left as it was.
-    """
-    write_atomically(path, weights_file(model))
-
-
 def load(
     run: str | os.PathLike[str],
     model: ScoreModel | None = None,

@@ -75,21 +75,19 @@ def _acquire(lock: FileLock, path: Path, place: Path, advice: str) -> None:
             if time.monotonic() < until and (holder is None or _is_dead(holder)):
                 time.sleep(0.1 if holder else 0.02)
                 continue
-            raise Busy(f"{_sentence(place, holder)}: wait for it, or {advice}") from None
-        else:
-            return
+            who = "another process works"
+            if holder is not None:
+                host, what = str(holder.get("host")), holder.get("what")
+                who = f"process {holder['process']} on {host!r} has been {what}"
+            since = "" if holder is None else f" since {holder.get('since')}"
+            raise Busy(f"{who} in {str(place)!r}{since}: wait for it, or {advice}") from None
+        return
 
 
 def _self(what: str) -> dict[str, Any]:
-    pid = os.getpid()
-    now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    return {
-        "host": platform.node(),
-        "process": pid,
-        "since": now,
-        "what": what,
-        "started": _started(pid),
-    }
+    pid, now = os.getpid(), datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    own = {"host": platform.node(), "process": pid, "since": now, "what": what}
+    return own | {"started": _started(pid)}
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -100,14 +98,6 @@ def _read(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) and isinstance(found.get("process"), int) else None
-
-
-def _sentence(place: Path, holder: dict[str, Any] | None) -> str:
-    if holder is None:
-        return f"another process works in {str(place)!r}"
-    who = f"process {holder['process']} on {str(holder.get('host'))!r}"
-    since, what = str(holder.get("since")), str(holder.get("what"))
-    return f"{who} has been {what} in {str(place)!r} since {since}"
 
 
 def _is_dead(holder: dict[str, Any]) -> bool:
