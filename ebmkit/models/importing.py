@@ -30,7 +30,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,20 +63,9 @@ SHOWN = 8
 """Names that a message lists."""
 
 
-class Converted(NamedTuple):
-    """A checkpoint in our names.
-
-    Attributes:
-        config: builds the model.
-        state: what it loads, without ``num_batches_tracked``.
-        image_size: height and width of the images it was trained on, if that is known.
-        classifies: whether its logits were trained.
-    """
-
-    config: ModelConfig
-    state: dict[str, Tensor]
-    image_size: int | None
-    classifies: bool
+Converted = tuple[ModelConfig, dict[str, Tensor], int | None]
+"""What builds the model, its state in our names without ``num_batches_tracked``, and the height and
+width of its training images, if that is known."""
 
 
 def load_checkpoint(source: str | Path, kind: str | None = None, **options: Any) -> ScoreModel:
@@ -162,8 +151,8 @@ def read_checkpoint(
         return unet, config
     if path.is_dir():
         raise UserError(f"{str(source)!r} is a folder: name the file of weights in it")
-    state = read_state(locate_file(str(source)))
-    kind = kind or ("state" if backbone else _kind_of(_renamed(state, rename)))
+    state = _renamed(read_state(locate_file(str(source))), rename)
+    kind = kind or ("state" if backbone else _kind_of(state))
     if kind is None:
         names = ", ".join(plain(name) for name in list(state)[:4])
         raise UserError(
@@ -177,13 +166,10 @@ def read_checkpoint(
             raise UserError("--as state needs --backbone, a name from `ebmkit list backbones`")
         chosen: dict[str, Any] = {"input_mean": mean, "input_std": std, **(settings or {})}
         chosen = {name: value for name, value in chosen.items() if value is not None}
-        converted = _convert_state(state, backbone, rename, classes, chosen)
-    elif kind == "denoiser":
-        converted = _convert_denoiser(_renamed(state, rename))
+        config, weights, size = _convert_state(state, backbone, classes, chosen)
     else:
-        convert = _convert_robustness if kind == "robustness" else _convert_jem
-        converted = convert(_renamed(state, rename), mean, std)
-    config, size = converted.config, image_size or converted.image_size
+        config, weights, size = _CONVERTED[kind](state, mean, std)
+    size = image_size or size
     if classes is not None and classes != config.num_classes:
         raise UserError(
             f"the classifier has {config.num_classes} labels, not {classes}: leave --classes out"
@@ -193,11 +179,11 @@ def read_checkpoint(
             f"{dataset or 'the data set'} has {len(class_names)} classes and this classifier "
             f"{config.num_classes}"
         )
-    if image_size is not None and converted.classifies:
+    if image_size is not None and config.num_classes:
         config = config.model_copy(update={"reference_size": (image_size, image_size)})
     model = config.without_pretrained().build()
     counts = {n: v for n, v in model.state_dict().items() if n.endswith("num_batches_tracked")}
-    model.load_state_dict({**counts, **converted.state})
+    model.load_state_dict({**counts, **weights})
     model.card = ModelCard(
         dataset=dataset,
         objective=f"published: {str(source).rpartition('/')[2]}",
@@ -205,7 +191,7 @@ def read_checkpoint(
         image_size=(size, size) if size else None,
         class_names=list(class_names),
         sigma_range=sigma_range,
-        classifies=converted.classifies,
+        classifies=config.num_classes > 0,
         energies="model",
     )
     return model.eval().requires_grad_(False), config
@@ -349,30 +335,36 @@ def _convert_jem(state: State, mean: Numbers | None, std: Numbers | None) -> Con
     return _fitted("JEM's WideResNet", config, ours, 32)
 
 
-def _convert_denoiser(state: State) -> Converted:
+def _convert_denoiser(state: State, *_: Numbers | None) -> Converted:
     """A published DnCNN or DRUNet."""
     convert = convert_drunet if any("m_head" in name for name in state) else convert_dncnn
     backbone, channels, weights = convert(state)
     config = ModelConfig(backbone=backbone, in_channels=1 if channels == 1 else 3)
     ours = {f"network.{name}": value for name, value in weights.items()}
-    return Converted(config, ours, None, False)
+    return config, ours, None
+
+
+_CONVERTED: dict[str, Callable[[State, Numbers | None, Numbers | None], Converted]] = {
+    "robustness": _convert_robustness,
+    "jem": _convert_jem,
+    "denoiser": _convert_denoiser,
+}
 
 
 def _convert_state(
     state: State,
     backbone: str,
-    rules: Sequence[tuple[str, str]],
     classes: int | None,
     settings: dict[str, Any],
 ) -> Converted:
     """The state dict of ``backbone``, a name of BACKBONES, with a head.
 
-    What begins with neither ``backbone.`` nor ``head.`` after the ``rules`` is the backbone's.
+    What begins with neither ``backbone.`` nor ``head.`` is the backbone's.
     """
     preset = find_backbone(backbone).config
     ours = {
         name if name.startswith(("backbone.", "head.")) else f"backbone.{name}": value
-        for name, value in _renamed(state, rules).items()
+        for name, value in state.items()
     }
     shape = {**preset.model_dump(), **settings.pop("backbone", {})}
     head = {
@@ -424,7 +416,7 @@ def _fitted(what: str, values: dict[str, Any], ours: State, size: int | None) ->
                 "--set model.backbone.width=32, or take another"
             )
     config = config.model_copy(update={"reference_size": (size, size)}) if size else config
-    return Converted(config, state, size, config.num_classes > 0)
+    return config, state, size
 
 
 def _misfit(
