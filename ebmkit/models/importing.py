@@ -1,24 +1,10 @@
 """Checkpoints of other programs as models of ours: read, converted to our names, saved like a run.
 
 `load_checkpoint` gives the model, `import_checkpoint` makes a folder of it that `ebmkit.load` and
-the command line take. Nothing in a file is executed (`ebmkit.storage.torchfile`).
-
-============== ===============================================================================
-kind           names in the state dict
-============== ===============================================================================
-``robustness`` ``module.model.*`` (or ``module.attacker.model.*``) and the normalisation
-               ``module.normalizer.new_mean``, ``new_std`` (Engstrom et al. 2019). The network is
-               a ResNet with ``shortcut`` and ``linear`` (CIFAR) or torchvision's (ImageNet)
-``jem``        ``f.conv1``, ``f.layer1.0.conv1`` ..., ``class_output`` (Grathwohl et al.,
-               arXiv 1912.03263); images in [-1, 1]; ``energy_output`` and ``f.linear``, which
-               no class logit uses, are left out
-``denoiser``   a published DnCNN or DRUNet (`convert_dncnn`, `convert_drunet`)
-``state``      those of a backbone of the table BACKBONES, by a map of prefixes
-``diffusers``  no names: a folder, see `ebmkit.models.pipelines`
-============== ===============================================================================
-
-Each becomes a configuration and a state of ours. The classifiers get the head ``logit``, with a
-bias: log p(x) = logsumexp of the logits, E(x, y) = -logit_y.
+the command line take. Nothing in a file is executed (`ebmkit.storage.torchfile`). The docs, "Import
+checkpoints", have the kinds and the names that tell them apart. Classifiers get the head ``logit``,
+with a bias: log p(x) = logsumexp of the logits, E(x, y) = -logit_y. Of JEM's (Grathwohl et al.,
+arXiv 1912.03263) ``energy_output`` and ``f.linear``, which no class logit uses, are left out.
 
 >>> model = load_checkpoint("cifar_l2_0_5.pt")                           # doctest: +SKIP
 >>> model.log_joint(images)                                              # doctest: +SKIP

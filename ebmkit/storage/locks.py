@@ -75,12 +75,7 @@ def _acquire(lock: FileLock, path: Path, place: Path, advice: str) -> None:
             if time.monotonic() < until and (holder is None or _is_dead(holder)):
                 time.sleep(0.1 if holder else 0.02)
                 continue
-            who = "another process works"
-            if holder is not None:
-                host, what = str(holder.get("host")), holder.get("what")
-                who = f"process {holder['process']} on {host!r} has been {what}"
-            since = "" if holder is None else f" since {holder.get('since')}"
-            raise Busy(f"{who} in {str(place)!r}{since}: wait for it, or {advice}") from None
+            raise Busy(f"{_sentence(place, holder)}: wait for it, or {advice}") from None
         return
 
 
@@ -98,6 +93,13 @@ def _read(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) and isinstance(found.get("process"), int) else None
+
+
+def _sentence(place: Path, holder: dict[str, Any] | None) -> str:
+    if holder is None:
+        return f"another process works in {str(place)!r}"
+    who = f"process {holder['process']} on {str(holder.get('host'))!r}"
+    return f"{who} has been {holder.get('what')} in {str(place)!r} since {holder.get('since')}"
 
 
 def _is_dead(holder: dict[str, Any]) -> bool:
