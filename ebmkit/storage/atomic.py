@@ -32,6 +32,18 @@ def _umask() -> int:
 _UMASK = _umask()
 
 
+def make_folder(path: Path) -> None:
+    """Make the folder ``path``, and those above it, if they are not there.
+
+    Raises:
+        UserError: if it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make folder {str(path)!r}: {error.strerror}") from None
+
+
 @contextlib.contextmanager
 def _or_removed(temporary: str | Path) -> Iterator[None]:
     """Remove the file ``temporary`` if something fails within."""
