@@ -9,13 +9,7 @@ from ebmkit.models.base import (
     NoiseConditionalBackbone,
     WindowedBackbone,
 )
-from ebmkit.models.config import (
-    BACKBONES,
-    DENOISERS,
-    ModelConfig,
-    create_denoiser,
-    create_model,
-)
+from ebmkit.models.config import BACKBONES, DENOISERS, ModelConfig, create_denoiser, create_model
 from ebmkit.models.denoisers import DirectDenoiser
 from ebmkit.models.diffusion import DiffusionModel, UNetConfig
 from ebmkit.models.dncnn import DnCNN

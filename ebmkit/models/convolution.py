@@ -136,12 +136,7 @@ def conv2d(
 
 
 def _derivative(
-    by: int,
-    x: Tensor,
-    weight: Tensor,
-    g: Tensor | None,
-    bias: Tensor | None,
-    options: _Options,
+    by: int, x: Tensor, weight: Tensor, g: Tensor | None, bias: Tensor | None, options: _Options
 ) -> Tensor:
     """F(x, w) + bias without ``g``, I(g, w) or W(g, x); of what it is by, the shape matters."""
     if not torch.is_grad_enabled():
@@ -203,9 +198,7 @@ class _Convolution(torch.autograd.Function):
         ctx.by, ctx.options, x, weight, g, _, *links = inputs
         ctx.links = len(links)
         ctx.save_for_backward(
-            None if ctx.by == X else x,
-            None if ctx.by == W else weight,
-            g if ctx.by == W else None,
+            None if ctx.by == X else x, None if ctx.by == W else weight, g if ctx.by == W else None
         )
 
     @staticmethod

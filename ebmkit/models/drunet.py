@@ -149,9 +149,7 @@ class DRUNet(nn.Module):
         return clean[..., : y.shape[-2], : y.shape[-1]]
 
 
-def convert_drunet(
-    state: Mapping[str, Tensor],
-) -> tuple[DRUNetConfig, int, dict[str, Tensor]]:
+def convert_drunet(state: Mapping[str, Tensor]) -> tuple[DRUNetConfig, int, dict[str, Tensor]]:
     """The configuration, the number of channels and our state of published DRUNet weights.
 
     Of cszn/DPIR, KAIR and deepinv (``m_head.weight`` ...), which all name them alike. They do not

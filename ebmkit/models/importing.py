@@ -338,10 +338,7 @@ _CONVERTED: dict[str, Callable[[State, Numbers | None, Numbers | None], Converte
 
 
 def _convert_state(
-    state: State,
-    backbone: str,
-    classes: int | None,
-    settings: dict[str, Any],
+    state: State, backbone: str, classes: int | None, settings: dict[str, Any]
 ) -> Converted:
     """The state dict of ``backbone``, a name of BACKBONES, with a head.
 

@@ -32,13 +32,7 @@ import torch
 from torch import Tensor
 
 from ebmkit.errors import UserError, plain
-from ebmkit.storage.pickles import (
-    Damaged,
-    Refusal,
-    StorageRecord,
-    TensorRecord,
-    unpickle,
-)
+from ebmkit.storage.pickles import Damaged, Refusal, StorageRecord, TensorRecord, unpickle
 from ebmkit.storage.reading import MIB, opened
 from ebmkit.storage.tensors import read_tensors
 

@@ -11,14 +11,7 @@ from typing import NamedTuple
 from ebmkit.errors import UserError
 from ebmkit.storage.atomic import PARTIAL
 from ebmkit.storage.commit import commit_files, read_entered
-from ebmkit.storage.manifest import (
-    FOLDERS,
-    MANIFEST,
-    Entry,
-    Manifest,
-    entry_of,
-    read_manifest,
-)
+from ebmkit.storage.manifest import FOLDERS, MANIFEST, Entry, Manifest, entry_of, read_manifest
 from ebmkit.storage.reading import DamagedFile
 
 WRITTEN_ALONE = ("config.yaml", "environment.json", "metrics.jsonl", "model.", "cost.json")
