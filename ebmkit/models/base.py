@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from ebmkit.compute import upcast, without_autocast
 from ebmkit.energy import Energies, ScoreModel, per_image
 from ebmkit.errors import UserError
+from ebmkit.models.convolution import in_forward_mode
 from ebmkit.registry import Preset, find
 
 
@@ -206,7 +207,7 @@ class MeanPooled(nn.Module):
 
 def mean_over_positions(h: Tensor) -> Tensor:
     """Mean of maps ``h`` (B, C, H, W) over H and W: (B, C); differentiable to any order."""
-    if torch.compiler.is_compiling():  # a compiler chooses layouts itself
+    if torch.compiler.is_compiling() or in_forward_mode():  # a compiler chooses layouts itself
         return h.mean(dim=(2, 3))
     out: Tensor = _Mean.apply(h)  # type: ignore[no-untyped-call]
     return out
