@@ -293,13 +293,7 @@ def _second(
 
 
 class _Normalised:
-    """The derivatives in ordinary operations, for those of third order.
-
-    Args:
-        x: (B, C, H, W).
-        groups: of channels.
-        eps: added to the variances.
-    """
+    """The derivatives at x (B, C, H, W) in ordinary operations, for those of third order."""
 
     def __init__(self, x: Tensor, groups: int, eps: float) -> None:
         self.groups = groups
