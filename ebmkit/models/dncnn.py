@@ -232,8 +232,8 @@ def convert_dncnn(
 
 
 def _position(name: str) -> int:
-    """The 5 of ``model.5.weight``."""
-    match = re.match(r"\w+\.(\d+)\.", name)
+    """The 5 of ``model.5.weight``; a file that names many layers more is of no DnCNN."""
+    match = re.match(r"\w+\.(\d{1,3})\.", name)
     if match is None:
         raise UserError(f"{name!r} is no parameter of a published DnCNN")
     return int(match[1])
