@@ -514,16 +514,13 @@ def our_inference(
     mode = "on" if pick_compile(compute.compile, y.device) else "off"
     inference = make_inference(y.device, compute.precision, mode)
     own, precision = laid_out(own, inference), inference.precision
-    calls = {
-        "logits": lambda: own.logits(y),
-        "score": lambda: own.score(y),
-        "denoise": lambda: own.denoise(y, SIGMA),
-    }
+    call = getattr(own, what)
 
     def step() -> Tensor:
         set_tf32(y.device, precision)
         with torch.no_grad():
-            return calls[what]()
+            result: Tensor = call(y, SIGMA) if what == "denoise" else call(y)
+            return result
 
     return step
 

@@ -44,7 +44,7 @@ from ebmkit.data.imagesets import (
     Split,
     split_rows,
 )
-from ebmkit.errors import UserError, unknown_name
+from ebmkit.errors import UserError, first_line, unknown_name
 from ebmkit.registry import Table, find
 
 DIGITS = tuple("0123456789")
@@ -202,8 +202,9 @@ def torchvision_cifar(name: str, data_dir: Path, train: bool, download: bool) ->
                 with contextlib.suppress(OSError):  # not empty: keep what was fetched
                     root.rmdir()
             cause = getattr(error, "reason", error)  # of a URLError: what the network said
-            reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
-            raise UserError(f"{_missing(name, data_dir)} (fetching it failed: {reason})") from None
+            raise UserError(
+                f"{_missing(name, data_dir)} (fetching it failed: {first_line(cause)})"
+            ) from None
         raise UserError(
             f"{str(folder)!r} is incomplete or damaged: delete it and unpack {facts.archive} in "
             f"{str(root)!r} anew"

@@ -41,7 +41,7 @@ import torch
 from torch import Tensor, nn
 
 from ebmkit.energy import EnergyModel, Noise
-from ebmkit.errors import UserError
+from ebmkit.errors import UserError, first_line
 from ebmkit.guidance.guides import CLASSIFIER_FREE, check_guide
 from ebmkit.guidance.logits import LogitModel
 from ebmkit.guidance.score import Guidance, GuidanceConfig, View, guided_noise, make_guidance
@@ -462,7 +462,7 @@ def _of_logits(model: nn.Module, channels: int, size: tuple[int, ...] | None) ->
         with torch.no_grad():
             logits = model(black)
     except (RuntimeError, TypeError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise UserError(
             f"the network does not take an image {tuple(black.shape[1:])}: {reason}"
         ) from None

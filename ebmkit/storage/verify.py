@@ -11,14 +11,7 @@ from typing import NamedTuple
 from ebmkit.errors import UserError
 from ebmkit.storage.atomic import PARTIAL
 from ebmkit.storage.commit import commit_files, read_entered
-from ebmkit.storage.manifest import (
-    FOLDERS,
-    MANIFEST,
-    Entry,
-    Manifest,
-    entry_of,
-    read_manifest,
-)
+from ebmkit.storage.manifest import FOLDERS, MANIFEST, Entry, Manifest, entry_of, read_manifest
 from ebmkit.storage.reading import DamagedFile
 
 WRITTEN_ALONE = ("config.yaml", "environment.json", "metrics.jsonl", "model.", "cost.json")
@@ -61,8 +54,14 @@ def verify_run(root: Path) -> list[Finding]:
     found = []
     for name in sorted(manifest.files.keys() | set(_names(root))):
         finding = _look(root, name, manifest)
-        if finding is not None and finding.state != "whole":
-            finding = _look_again(root, name)
+        for _ in range(ATTEMPTS):
+            if finding is None or finding.state == "whole":
+                break
+            before = _manifest(root)
+            finding = _look(root, name, before)
+            if _said(before, name) == _said(_manifest(root), name):
+                break
+            time.sleep(0.05)
         if finding is not None:
             found.append(finding)
     return found
@@ -100,23 +99,6 @@ def stale_temporary_files(root: Path) -> Iterator[Path]:
     for path in (root / "evaluation").rglob(f".*{PARTIAL}"):
         if now - path.stat().st_mtime > OLD:
             yield path
-
-
-def _look_again(root: Path, name: str) -> Finding | None:
-    """What is found of a file while the manifest says the same of it."""
-    finding = None
-    for attempt in range(ATTEMPTS):
-        if attempt:
-            time.sleep(0.05)
-        before = _manifest(root)
-        finding = _look(root, name, before)
-        if (
-            finding is None
-            or finding.state == "whole"
-            or _said(before, name) == _said(_manifest(root), name)
-        ):
-            break
-    return finding
 
 
 def _look(root: Path, name: str, manifest: Manifest) -> Finding | None:

@@ -51,7 +51,14 @@ from pydantic import BaseModel, ValidationError
 
 from ebmkit.distributed import launch
 from ebmkit.errors import UserError
-from ebmkit.storage import DamagedFile, commit_files, held, read_together, write_atomically
+from ebmkit.storage import (
+    DamagedFile,
+    commit_files,
+    held,
+    make_folder,
+    read_together,
+    write_atomically,
+)
 from ebmkit.storage.atomic import PARTIAL, Content
 from ebmkit.storage.commit import recover
 from ebmkit.storage.manifest import (
@@ -105,10 +112,7 @@ class RunFolder:
                 f"run folder {str(path)!r} exists: resume it by --resume {path}, or choose "
                 "another --out"
             )
-        try:
-            (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make run folder {str(path)!r}: {error.strerror}") from None
+        make_folder(path / "checkpoints")
         run = cls(path)
         with run.held():
             if (path / "config.yaml").exists():

@@ -39,7 +39,7 @@ from ebmkit.compute import (
 )
 from ebmkit.data import Batch
 from ebmkit.distributed import DistributedContext
-from ebmkit.errors import UserError
+from ebmkit.errors import UserError, first_line
 from ebmkit.models import JointModel
 from ebmkit.objectives import TrainingLoss
 from ebmkit.onednn import subsample_before_1x1
@@ -224,7 +224,7 @@ class TrainingStep:
             known = isinstance(error, (torch.OutOfMemoryError, UserError))
             if not self.compiled or self._settled or known:
                 raise
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            reason = first_line(error)
         else:
             self._settled = True
             return values
