@@ -29,28 +29,6 @@ from torch import Tensor
 
 from ebmkit.errors import UserError, unknown_name
 
-__all__ = [
-    "ComputeConfig",
-    "Precision",
-    "autocast",
-    "available_memory",
-    "compiler_is_prepared",
-    "describe",
-    "keep_freed_memory",
-    "limited_threads",
-    "matrix_rate",
-    "memory_format",
-    "opaque_to_compilers",
-    "peak_memory",
-    "pick_compile",
-    "pick_device",
-    "pick_precision",
-    "prepare_compiler",
-    "set_tf32",
-    "upcast",
-    "without_autocast",
-]
-
 Precision = Literal["fp32", "tf32", "bf16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 COMPILE_MODES = ("auto", "on", "off")

@@ -31,17 +31,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ebmkit.errors import UserError
 
-__all__ = [
-    "DistributedContext",
-    "LostOthers",
-    "announced",
-    "device_of_rank",
-    "join",
-    "launch",
-    "restarted",
-    "yield_to_others",
-]
-
 T = TypeVar("T")
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import tempfile
 from collections.abc import Iterator
@@ -112,3 +113,9 @@ def _advice(error: OSError) -> str:
         errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
     }
     return f" ({advice[error.errno]})" if error.errno in advice else ""
+
+
+def free_name(path: Path) -> Path:
+    """``path`` if nothing has that name, else the first free of NAME-2.SUFFIX, NAME-3.SUFFIX, ..."""
+    names = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+    return next(name for name in itertools.chain([path], names) if not name.exists())

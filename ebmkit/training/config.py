@@ -22,7 +22,7 @@ from ebmkit.models import ModelConfig
 from ebmkit.models.config import find_network
 from ebmkit.models.heads import find_head
 from ebmkit.objectives import BALANCE, OBJECTIVES, ObjectiveConfig, TermSettings, parse_objective
-from ebmkit.objectives.diffusion import DiffusionConfig
+from ebmkit.objectives.base import mapping_at
 from ebmkit.objectives.likelihood import NegativesConfig
 from ebmkit.plugins import Plugin, check_plugins, loaded_plugins
 from ebmkit.registry import find
@@ -324,7 +324,7 @@ def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfi
     for layer in layers:
         check_plugins(layer.get("plugins", ()), "this run")
     base = find("recipe", RECIPES, recipe).config if recipe else {}
-    dataset = _dataset_name(merge(base, *layers))
+    dataset = str(mapping_at(merge(base, *layers), "dataset").get("name", "digits"))
     if not base and not any(layer.keys() >= OF_A_RUN for layer in layers):
         base = recipe_for(dataset, str(merge(*layers).get("objective", "")))
     named = [layer["backbone"] for layer in layers if "backbone" in layer]
@@ -337,7 +337,7 @@ def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfi
         for i, own in enumerate(expanded, 1)
     )
     raw = merge(start, *expanded)
-    raw = merge(raw, _diffusion_settings(raw, merge(*expanded)))
+    raw = merge(raw, _implied(raw, merge(*expanded)))
     raw["plugins"] = [plugin.model_dump() for plugin in loaded_plugins()]
     config = validated(TrainConfig, raw, "configuration")
     _check_used(config, merge(*(own for own in (start, *expanded) if not own.keys() >= OF_A_RUN)))
@@ -404,9 +404,17 @@ def _check_used(config: TrainConfig, given: Mapping[str, Any]) -> None:
             )
 
 
-def _dataset_name(raw: Mapping[str, Any]) -> str:
-    named = raw.get("dataset", {})
-    return str(named.get("name", "digits")) if isinstance(named, Mapping) else "digits"
+def _implied(raw: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What follows from the objectives of a configuration (`Objective.implies`)."""
+    objective, streams = raw.get("objective"), mapping_at(raw, "draw_from")
+    terms = parse_objective(objective) if isinstance(objective, str) else ()
+    return merge(
+        *(
+            term.objective.implies(raw, given, streams.get(term.name, term.objective.stream))
+            for term in terms
+            if term.objective.implies is not None
+        )
+    )
 
 
 def _terms_apart(layer: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -474,72 +482,6 @@ def read_config(path: Path) -> dict[str, Any]:
             f"configuration {str(path)!r} must hold fields, as a run's config.yaml does"
         )
     return values
-
-
-def _diffusion_settings(raw: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """What follows from objective ``ddpm``, to lay over a configuration; nothing without it.
-
-    Its schedule is said once, as ``objective.ddpm.schedule``. The noise law of its stream draws the
-    levels of that schedule, and a UNet is told the timesteps of it; whether the UNet knows labels
-    follows from ``objective.ddpm.class_dropout``.
-
-    Args:
-        raw: the whole configuration, before it is validated.
-        given: what was said beside the recipe.
-
-    Raises:
-        UserError: if something else was said.
-    """
-    objective = raw.get("objective")
-    named = parse_objective(objective) if isinstance(objective, str) else ()
-    if "ddpm" not in {term.name for term in named}:
-        return {}
-    defaults = DiffusionConfig()
-    own = _at(raw, "terms", "ddpm")
-    schedule = own.get("schedule", defaults.schedule)
-    conditional = own.get("class_dropout", defaults.class_dropout) is not None
-    draws = raw.get("draw_from")
-    stream = draws.get("ddpm", "denoise") if isinstance(draws, Mapping) else "denoise"
-    law = {"kind": "diffusion", "schedule": schedule}
-    for field, value in _at(given, "streams", stream, "noise").items():
-        if field in law and value != law[field]:
-            raise UserError(
-                f"objective 'ddpm' trains at the noise levels of its schedule, {schedule}, and "
-                f"streams.{stream}.noise.{field} is {value!r}: leave that out and choose by "
-                "objective.ddpm.schedule, or take --objective dsm-mean, which has any noise"
-            )
-    found: dict[str, Any] = {"streams": {stream: {"noise": law}}}
-    if _at(raw, "model", "backbone").get("kind") == "unet":
-        network = {"schedule": schedule, "class_conditional": conditional}
-        if conditional:
-            network["null_label"] = True
-        says = {
-            "schedule": f"objective.ddpm.schedule={schedule}",
-            "class_conditional": "objective.ddpm.class_dropout",
-            "null_label": "objective.ddpm.class_dropout",
-            "timesteps": "the noise law, which has 1000",
-            "image_range": "the noise law, which is of images in [-1, 1]",
-            "betas": "the noise law",
-        }
-        fixed = network | {"timesteps": 1000, "image_range": [-1, 1], "betas": [1e-4, 0.02]}
-        for field, value in _at(given, "model", "backbone").items():
-            if field in fixed and _plain(value) != _plain(fixed[field]):
-                raise UserError(
-                    f"model.backbone.{field} = {value!r} contradicts {says[field]}: leave it out"
-                )
-        found["model"] = {"backbone": network}
-    return found
-
-
-def _at(values: Any, *path: str) -> Mapping[str, Any]:
-    """The mapping at ``path``; empty where there is none."""
-    for key in path:
-        values = values.get(key) if isinstance(values, Mapping) else None
-    return values if isinstance(values, Mapping) else {}
-
-
-def _plain(value: Any) -> Any:
-    return [float(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, Any, Any] | None:

@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
 import torch
-from torch import nn
 
 from ebmkit.compile import make_inference
 from ebmkit.compute import describe, peak_memory, pick_device
@@ -41,7 +40,7 @@ from ebmkit.objectives.loss import check_labels
 from ebmkit.randomness import keyed_seed
 from ebmkit.training import nonfinite
 from ebmkit.training.config import TrainConfig
-from ebmkit.training.cost import Budget, Effort, RunStats, Stopwatch
+from ebmkit.training.cost import Budget, RunStats, Stopwatch
 from ebmkit.training.optim import (
     SAM,
     exponential_average,
@@ -66,15 +65,6 @@ from ebmkit.training.setup import (
 from ebmkit.training.state import SkippedSamples, TrainingState
 from ebmkit.training.step import OutOfMemory, StepStats, TrainingStep, translate_out_of_memory
 from ebmkit.training.validation import Validation
-
-DROPOUTS = (
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.AlphaDropout,
-    nn.FeatureAlphaDropout,
-)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -246,7 +236,6 @@ class Trainer:
             laws = {name: config.stream(name) for name in measured.streams}
             classifies = self.card.classifies
             self.validator = Validation(measured, self.validation, laws, classifies, device, world)
-        self._drops = any(isinstance(m, DROPOUTS) and m.p > 0 for m in model.modules())
 
     @property
     def step(self) -> int:
@@ -442,27 +431,19 @@ class Trainer:
 
     def _count(self) -> Budget:
         """The steps of the run, to be counted."""
-        config, loss = self.config, self.loss
-        described = None
-        if self.built_from is not None:
-            models = self.built_from.model_dump_json(), config.model_dump_json()
-            described = " ".join([str(self.device), *models])
+        config = self.config
         return Budget(
-            loss,
+            self.loss,
             [(stage, shapes(stage, self.train, self.world.size)) for stage in self.stages],
             states_of(self.model, config.optimizer),
             config.compute.accumulate,
             self.world.size,
-            Effort(
-                1 if config.optimizer.sharpness is None else 2,
-                optimizer_flops(self.model, config.optimizer),
-            ),
-            described,
+            1 if config.optimizer.sharpness is None else 2,
+            optimizer_flops(self.model, config.optimizer),
         )
 
     def _seed_dropout(self, step: int) -> None:
-        if self._drops:
-            torch.manual_seed(keyed_seed(self.config.seed, "dropout", step, self.world.rank))
+        torch.manual_seed(keyed_seed(self.config.seed, "dropout", step, self.world.rank))
 
     def _advance(self, batches: Iterator[dict[str, Batch]], stop: bool) -> None:
         """Take one step."""
@@ -520,8 +501,8 @@ class Trainer:
                 self.save()
             except UserError as error:
                 where = f"; {error}"
-            where += nonfinite.keep_report(self.run.path, found)
-        sentence = f"{nonfinite.headline(found)} at step {done + 1}: stopped before the update"
+            where += f"; {nonfinite.write_report(self.run.path, found)}"
+        sentence = f"{stats.fault} at step {done + 1}: stopped before the update"
         raise UserError(sentence + where, [*nonfinite.describe(found), nonfinite.advice(found)])
 
     def _rolled_back(self, rollback: Rollback) -> bool:
@@ -535,11 +516,11 @@ class Trainer:
         if reason is None:
             return False
         detail, path = None, self.run.path if self.run is not None else None
-        if not stats.is_finite:
+        if stats.fault is not None:
             found = self.diagnose(self.step, stats)
             detail = nonfinite.describe(found)
             if path is not None:
-                detail.append(nonfinite.keep_report(path, found).removeprefix("; "))
+                detail.append(nonfinite.write_report(path, found))
         divergence = rollback.go_back(reason)
         self.first_step = self.step
         row = rollback.row(divergence, detail)
@@ -554,7 +535,7 @@ class Trainer:
         speed = self.stages[number].images_per_step / self.stopwatch.stop(number)
         row = {"step": self.step, "lr": self.rate_at(self.step - 1), "grad_norm": stats.grad_norm}
         if self.rollback is not None:
-            row["sample_rms"] = self.rollback.measures(stats).sample
+            row["sample_rms"] = self.rollback.sample_rms()
         skipped.update()
         if skipped:
             row["unreadable_images"] = len(skipped)

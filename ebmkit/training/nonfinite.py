@@ -29,6 +29,7 @@ from ebmkit.distributed import DistributedContext
 from ebmkit.errors import UserError, shown
 from ebmkit.objectives import TrainingLoss
 from ebmkit.storage import write_atomically
+from ebmkit.storage.atomic import free_name
 from ebmkit.training.optim import SAM
 from ebmkit.training.step import StepStats, split_batches
 
@@ -287,29 +288,19 @@ def _at_fault(own: Mapping[str, Any]) -> tuple[bool, bool, bool]:
     return images, own["layer"] is not None, own["reproduced"]
 
 
-def write_report(run: Path, report: Mapping[str, Any]) -> Path | None:
-    """Write ``nonfinite-STEP.json`` under a name that is free; None if there are too many.
+def write_report(run: Path, report: Mapping[str, Any]) -> str:
+    """Write ``nonfinite-STEP.json`` under a free name if that can be done; where it is, or why not.
 
-    Raises:
-        UserError: if it cannot be written.
+    There are never more than `MOST_REPORTS` in a run.
     """
     if len(list(run.glob("nonfinite-*.json"))) >= MOST_REPORTS:
-        return None
-    path, number = run / f"nonfinite-{report['step']}.json", 1
-    while path.exists():
-        number += 1
-        path = run / f"nonfinite-{report['step']}-{number}.json"
-    write_atomically(path, json.dumps(report, indent=1, allow_nan=False).encode())
-    return path
-
-
-def keep_report(run: Path, report: Mapping[str, Any]) -> str:
-    """Write a report if that can be done; where it is, in words that go on a sentence."""
+        return f"no report: there are {MOST_REPORTS}"
+    path = free_name(run / f"nonfinite-{report['step']}.json")
     try:
-        path = write_report(run, report)
+        write_atomically(path, json.dumps(report, indent=1, allow_nan=False).encode())
     except UserError as error:
-        return f"; no report: {error}"
-    return f"; no report: there are {MOST_REPORTS}" if path is None else f"; report: {path.name}"
+        return f"no report: {error}"
+    return f"report: {path.name}"
 
 
 def describe(report: Mapping[str, Any]) -> list[str]:
@@ -328,14 +319,6 @@ def describe(report: Mapping[str, Any]) -> list[str]:
     else:
         lines.append(f"largest parameters: {_sizes(report['largest_parameters'])}")
     return [*lines, f"largest gradients: {_sizes(report['gradients'])}"]
-
-
-def headline(report: Mapping[str, Any]) -> str:
-    """What is not finite, in words."""
-    bad = [(n, v) for n, v in report["terms"].items() if isinstance(v, str)]
-    if bad:
-        return f"loss {bad[0][0]!r} is {bad[0][1]}"
-    return f"the gradient's norm is {report['grad_norm']}"
 
 
 def advice(report: Mapping[str, Any]) -> str:

@@ -47,12 +47,12 @@ from typing import Any
 
 import torch
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from ebmkit.distributed import launch
 from ebmkit.errors import UserError
 from ebmkit.storage import DamagedFile, commit_files, held, read_together, write_atomically
-from ebmkit.storage.atomic import PARTIAL, Content
+from ebmkit.storage.atomic import PARTIAL, Content, free_name
 from ebmkit.storage.commit import recover
 from ebmkit.storage.manifest import (
     FOLDERS,
@@ -217,7 +217,7 @@ class RunFolder:
         manifest = _or_none(self.path)
         known = manifest.files.get(METRICS) if manifest else None
         if known is not None and not matches(content, known):
-            aside = _fresh(self.path / f"{METRICS}.damaged")
+            aside = free_name(self.path / f"{METRICS}.damaged")
             warnings.warn(
                 f"{str(self.path / METRICS)!r} is damaged: it is kept as {aside.name}, and the run "
                 "continues with those of its rows that can be read",
@@ -336,7 +336,7 @@ class RunFolder:
         except DamagedManifest as error:
             warnings.warn(f"{error}; now it is made anew of the files as they are", stacklevel=3)
             manifest = None
-            (self.path / MANIFEST).rename(_fresh(self.path / f"{MANIFEST}.damaged"))
+            (self.path / MANIFEST).rename(free_name(self.path / f"{MANIFEST}.damaged"))
         else:
             if manifest is None and any((self.path / "checkpoints").glob("step-*.pt")):
                 warnings.warn(
@@ -366,15 +366,6 @@ def _awaits_config(path: Path) -> bool:
 
 def _inside(path: Path, root: Path) -> bool:
     return path.resolve().is_relative_to(root.resolve())
-
-
-def _fresh(path: Path) -> Path:
-    """``path``, or a name like it that nothing has."""
-    number, found = 1, path
-    while found.exists():
-        number += 1
-        found = path.with_name(f"{path.name}-{number}")
-    return found
 
 
 def _newest_first(names: Iterable[str]) -> list[str]:
@@ -417,6 +408,18 @@ def read_checkpoint(root: Path, name: str) -> dict[str, Any]:
     return state
 
 
+class SavedHead(BaseModel):
+    """What every checkpoint holds, of these types; `ebmkit.training.state` checks the rest."""
+
+    model_config = ConfigDict(strict=True)
+
+    step: NonNegativeInt
+    best: float = math.inf
+    seconds: float = 0.0
+    watch: dict[Any, Any] | None = None
+    buffer: dict[Any, Any] | None = None
+
+
 def _names(root: Path, manifest: Manifest | None) -> list[str]:
     """Files of checkpoints: those in the manifest, or else those that lie there."""
     if manifest is not None:
@@ -431,29 +434,18 @@ def _step_of(name: str) -> int:
 
 
 def _unpacked(content: bytes, path: Path) -> dict[str, Any]:
-    damaged = DamagedFile(f"{str(path)!r} is damaged: it cannot be read as a checkpoint")
     try:
-        state = read_torch_content(content, path)
-    except UserError:
-        raise damaged from None
-    if not isinstance(state, dict) or type(state.get("step")) is not int or state["step"] < 0:
-        raise damaged
-    numbers = [state.get("best", math.inf), state.get("seconds", 0.0)]
-    if any(type(number) not in (int, float) for number in numbers):
-        raise damaged
-    if not isinstance(state.get("watch"), dict | None) or not isinstance(
-        state.get("buffer"), dict | None
-    ):
-        raise damaged
+        state: dict[str, Any] = read_torch_content(content, path)
+        SavedHead.model_validate(state)
+    except (UserError, ValidationError):
+        raise DamagedFile(f"{str(path)!r} is damaged: it cannot be read as a checkpoint") from None
     return state
 
 
-def _read_buffer(root: Path, saved: Any) -> bytes:
-    facts = saved if isinstance(saved, dict) else {}
-    named = facts.get("file")
-    name = f"checkpoints/{Path(named).name}" if isinstance(named, str) else ""
+def _read_buffer(root: Path, saved: Mapping[Any, Any]) -> bytes:
+    name = f"checkpoints/{Path(str(saved.get('file'))).name}"
     content = read_together(root, [name])[name] if _BUFFER.fullmatch(name) else b""
-    if hashlib.sha256(content).hexdigest() != facts.get("sha256"):
+    if hashlib.sha256(content).hexdigest() != saved.get("sha256"):
         raise DamagedFile(
             f"{str(root / name)!r} is missing or damaged: it is not the replay buffer that the "
             "checkpoint was saved with"

@@ -72,9 +72,13 @@ class StepStats(NamedTuple):
     asked_to_stop: bool
 
     @property
-    def is_finite(self) -> bool:
-        """Whether the losses and the gradient are numbers."""
-        return all(map(math.isfinite, [*self.parts.values(), self.grad_norm]))
+    def fault(self) -> str | None:
+        """Which loss is NaN or Inf, or the gradient, in words; None if all are numbers."""
+        for name, loss in self.parts.items():
+            if not math.isfinite(loss):
+                return f"loss {name!r} is {loss}"
+        norm = self.grad_norm
+        return None if math.isfinite(norm) else f"the gradient's norm is {norm}"
 
 
 class TrainingStep:
