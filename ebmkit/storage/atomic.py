@@ -116,6 +116,6 @@ def _advice(error: OSError) -> str:
 
 
 def free_name(path: Path) -> Path:
-    """``path`` if nothing has that name, else the first free of NAME-2.SUFFIX, NAME-3.SUFFIX, ..."""
+    """``path`` if nothing has that name, else the first free of NAME-2.SUFFIX, NAME-3.SUFFIX..."""
     names = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
     return next(name for name in itertools.chain([path], names) if not name.exists())

@@ -478,12 +478,9 @@ class Budget:
     def too_large(
         self, shapes: Shapes, limit: int, fields: Mapping[str, str] | None = None
     ) -> UserError:
-        """The error for a step of ``shapes`` for which the memory does not suffice.
+        """The error for a step of ``shapes`` that does not fit; arguments as of `largest_batch`.
 
-        Args:
-            shapes: images of each stream, for this process.
-            limit: bytes for the whole step, parameters and optimiser included.
-            fields: stream -> configuration of its sizes; by default ``streams.NAME``.
+        ``fields`` names the configuration of each stream's sizes, by default ``streams.NAME``.
         """
         fields = fields or {name: f"streams.{name}" for name in self.loss.streams}
         problem = (
@@ -513,11 +510,8 @@ class Budget:
     def out_of_memory(self, held: int, step: int = 0) -> UserError:
         """The error for a step that ran out of memory; it says how large a batch would fit.
 
-        To be asked when nothing of the step is referred to any more, its exception included.
-
-        Args:
-            held: bytes of parameters and optimiser states, which are there already.
-            step: of the run.
+        To be asked when nothing of ``step`` is referred to any more, its exception included;
+        ``held`` are the bytes of parameters and optimiser states, which are there already.
         """
         stage, shapes = next(own for own in reversed(self.plan) if own[0].start <= step)
         gc.collect()
@@ -570,11 +564,7 @@ class Stopwatch:
         self._data += data_seconds
 
     def stop(self, stage: int = 0) -> float:
-        """End the stretch and begin another; seconds per step of the one that ended.
-
-        Args:
-            stage: of the run, that all of its steps were in.
-        """
+        """End the stretch, all in one ``stage`` of the run, and begin another; its seconds per step."""
         seconds, steps = time.perf_counter() - self._begun, max(1, self._steps)
         self.stretches.append(Stretch(steps, seconds, self._data, stage))
         if len(self.stretches) > MOST_STRETCHES:  # put neighbours together, but for the first

@@ -268,7 +268,8 @@ class Trainer:
         self.model.train()
         alone = self.world.size == 1  # several agree on where to stop by reading
         holding = nullcontext() if self.run is None else self.run.held()
-        with translate_worker_errors(self._where_saved), holding, stop_requested() as stop:
+        where_saved = (lambda: "") if self.run is None else self.run.where_saved
+        with translate_worker_errors(where_saved), holding, stop_requested() as stop:
             while self.step < config.steps:
                 self._advance(batches, stop())
                 log, validate, save = (
@@ -400,9 +401,7 @@ class Trainer:
     def diagnose(self, step: int, stats: StepStats) -> dict[str, Any]:
         """What is found of ``step``, counted from 1, in all processes, which must call together.
 
-        Args:
-            step: the parameters are those before it.
-            stats: of that step.
+        The parameters are those before it, and ``stats`` are its own.
         """
 
         def find() -> dict[str, Any]:
@@ -473,12 +472,6 @@ class Trainer:
         states = [v for own in optimizer.state.values() for v in own.values()]
         held = [*self.loss.parameters(), *(v for v in states if torch.is_tensor(v))]
         raise self.budget.out_of_memory(sum(t.nbytes for t in held), self.step)
-
-    def _where_saved(self) -> str:
-        if self.run is None:
-            return ""
-        last = self.run.last_checkpoint()
-        return f"; {'the last checkpoint is ' + last if last else 'there is no checkpoint yet'}"
 
     def _read(self) -> StepStats:
         """What the last step did.
@@ -571,12 +564,8 @@ def assemble(
 ) -> Trainer:
     """Everything built: load the data, build the model, and resume from the run's checkpoint.
 
-    Args:
-        config: the resolved configuration.
-        run: where to save, and to resume from if it holds a checkpoint.
-        reporter: who is told of each row of metrics.
-        progress: whether to show bars while data is downloaded or read.
-        world: the processes that train together; only the first is given a run and a reporter.
+    Args are those of `Trainer`, and ``progress``: whether to show bars while data is downloaded or
+    read.
 
     Raises:
         UserError: as the parts do.

@@ -126,12 +126,9 @@ def whole_rows(content: bytes) -> list[tuple[dict[str, Any], int]]:
 
 
 def learning_curves(metrics: Sequence[dict[str, Any]], path: Path) -> None:
-    """Each loss and measure in a panel of its own, against the step.
+    """Draw each loss and measure in rows of ``metrics.jsonl`` against the step, as PNG at ``path``.
 
-    Args:
-        metrics: rows of ``metrics.jsonl``, with ``step``, ``kind`` ("train" or "validation") and
-            numbers. Nothing is drawn if there are none.
-        path: the PNG file.
+    Nothing is drawn if there are none.
     """
     from ebmkit.plots import new_figure, save_figure
 

@@ -268,14 +268,13 @@ class RunFolder:
             with self.held():
                 self._write(written, [name for name in old if name not in written])
         except UserError as error:
-            last = self.last_checkpoint()
-            told = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
-            raise UserError(f"step {step} is not saved: {error}; {told}") from error
+            raise UserError(f"step {step} is not saved: {error}{self.where_saved()}") from error
 
-    def last_checkpoint(self) -> str | None:
-        """The name of the newest checkpoint, within the folder; None if there is none yet."""
+    def where_saved(self) -> str:
+        """Which checkpoint is the newest, to end a sentence."""
         manifest = read_manifest(self.path)
-        return next(iter(_newest_first(manifest.files)), None) if manifest else None
+        last = next(iter(_newest_first(manifest.files)), None) if manifest else None
+        return f"; the last checkpoint is {last}" if last else "; there is no checkpoint yet"
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The state of the newest whole checkpoint, on the CPU; None if there is none yet.

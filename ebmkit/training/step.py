@@ -145,10 +145,7 @@ class TrainingStep:
     def __call__(self, batches: Mapping[str, Batch], rate: float, stop: bool = False) -> None:
         """One step at learning rate ``rate`` on this process's share of each stream's batch.
 
-        Args:
-            batches: stream -> batch.
-            rate: learning rate.
-            stop: whether this process was asked to stop; all of them hear of it by `read`.
+        By ``stop`` one process that was asked to stop tells all, which hear of it by `read`.
 
         Raises:
             OutOfMemory: if the memory does not suffice.
@@ -190,11 +187,8 @@ class TrainingStep:
         return StepStats(means, norm, int(done), self._taken - int(done), bool(failed), stop > 0)
 
     def undo_skipped(self, rate: float) -> None:
-        """Bring what the host counts back to where the last update left it, and forget the failure.
-
-        Args:
-            rate: learning rate of that update.
-        """
+        """Bring what the host counts back to where the last update, at ``rate``, left it, and forget
+        the failure."""
         stats = self.read()
         if self.average is not None:
             self.average.n_averaged -= stats.skipped

@@ -70,10 +70,8 @@ class Validation:
         """Means over the images: each term by name, and where they apply ``accuracy``,
         ``accuracy_attacked`` (under the attack of training) and ``psnr_25``.
 
-        Args:
-            model: in evaluation mode.
-            loss: of that model.
-            stage: of the run; None: images are whole.
+        The model, which is that of ``loss``, is in evaluation mode. Without a ``stage`` of the run
+        images are whole.
         """
         crops = {n: s.crop_size for n, s in stage.spans.items()} if stage else {}
         crops = {n: side for n, side in crops.items() if n in self.noise and self.noise[n].phases}
