@@ -68,8 +68,8 @@ def main() -> None:
     for name in ("torchebm", "ebm", "deepinv"):
         if not peers.installed(name):
             print(f"{name} is not installed: its rows are left out")
-    base = Setting("", width=8, image_size=8, batch=4) if options.trace_step else Setting("")
-    wide = base._replace(width=8 if options.trace_step else 64)
+    base = Setting("", width=8, image_size=8, batch=4) if options.rehearse else Setting("")
+    wide = base._replace(width=8 if options.rehearse else 64)
 
     plan: list[Callable[[], Comparison]] = []
     for backbone in ("gradresnet18", "gradresnet34"):
@@ -95,7 +95,7 @@ def main() -> None:
 
     curve = base._replace(what=SCALING)
     points = scaling_settings(curve)
-    if options.trace_step:
+    if options.rehearse:
         points = scaling_settings(curve, (8, 16), (8, 16), (4, 8))
     few = max(2, options.rounds // 3)
     for found in track(scaling(points, 3, device, few, compute), "scaling", total=len(points)):

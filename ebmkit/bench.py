@@ -54,6 +54,7 @@ from ebmkit.compute import (
     ComputeConfig,
     Precision,
     available_memory,
+    environment,
     pick_compile,
     pick_precision,
     set_tf32,
@@ -69,7 +70,6 @@ from ebmkit.objectives import BALANCE, Scale, Term, TrainingLoss, parse_objectiv
 from ebmkit.training.config import OptimizerConfig
 from ebmkit.training.cost import format_bytes
 from ebmkit.training.optim import make_optimizer
-from ebmkit.training.run_folder import environment
 from ebmkit.training.step import OutOfMemory, TrainingStep
 
 Step = Callable[[], object]

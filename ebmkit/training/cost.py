@@ -564,7 +564,7 @@ class Stopwatch:
         self._data += data_seconds
 
     def stop(self, stage: int = 0) -> float:
-        """End the stretch, all in one ``stage`` of the run, and begin another; its seconds per step."""
+        """End the stretch, all in one ``stage``, and begin another; the seconds per step of it."""
         seconds, steps = time.perf_counter() - self._begun, max(1, self._steps)
         self.stretches.append(Stretch(steps, seconds, self._data, stage))
         if len(self.stretches) > MOST_STRETCHES:  # put neighbours together, but for the first

@@ -179,7 +179,7 @@ def _images(loss: TrainingLoss, stream: str, batch: Batch, named: Named) -> dict
             break
         own = single[position]
         total, values = _losses(loss, {stream: own})
-        norm = float(nn.utils.get_total_norm(_gradient(total, named).values()))
+        norm = float(nn.utils.get_total_norm(list(_gradient(total, named).values())))
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         row = {
             "position": position,

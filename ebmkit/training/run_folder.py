@@ -35,11 +35,7 @@ import hashlib
 import io
 import json
 import math
-import os
-import platform
 import re
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -49,24 +45,22 @@ import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
-from ebmkit.distributed import launch
+from ebmkit.compute import environment
 from ebmkit.errors import UserError
 from ebmkit.storage import DamagedFile, commit_files, held, read_together, write_atomically
 from ebmkit.storage.atomic import PARTIAL, Content, free_name
-from ebmkit.storage.commit import recover
 from ebmkit.storage.manifest import (
-    FOLDERS,
     MANIFEST,
     DamagedManifest,
     Manifest,
-    begin_manifest,
     entry_of,
+    manifest_or_none,
     matches,
     read_manifest,
 )
 from ebmkit.storage.reading import YAML_BYTES, check_links, parse_yaml, read_bytes
 from ebmkit.storage.torchfile import read_torch_content
-from ebmkit.storage.verify import files_of, stale_temporary_files
+from ebmkit.storage.verify import put_in_order
 from ebmkit.training.config import difference
 from ebmkit.training.metrics import MetricsLog, as_lines
 
@@ -158,7 +152,7 @@ class RunFolder:
         with held(self.path, "training", "take another run folder"):
             self._holds = True
             try:
-                self._put_in_order()
+                put_in_order(self.path, [METRICS])
                 yield
             finally:
                 self._holds = False
@@ -214,7 +208,7 @@ class RunFolder:
     def forget_after(self, step: int) -> None:
         """Cut ``metrics.jsonl`` after ``step``, whose later rows a resumed run writes again."""
         content = self.log_file.content()
-        manifest = _or_none(self.path)
+        manifest = manifest_or_none(self.path)
         known = manifest.files.get(METRICS) if manifest else None
         if known is not None and not matches(content, known):
             aside = free_name(self.path / f"{METRICS}.damaged")
@@ -304,7 +298,7 @@ class RunFolder:
         try:
             return self._read(BEST)
         except DamagedFile as error:
-            manifest = _or_none(self.path)
+            manifest = manifest_or_none(self.path)
             if (self.path / BEST).exists() or (manifest and BEST in manifest.files):
                 warnings.warn(f"{error}; the best weights are looked for anew", stacklevel=2)
             return None
@@ -321,50 +315,11 @@ class RunFolder:
         if new is not None:
             self.log_file.look_again()
 
-    def _put_in_order(self) -> None:
-        """Settle what was being written, and remove what killed processes left."""
-        for name in FOLDERS:
-            path = self.path / name
-            if path.is_symlink() and not _inside(path, self.path):
-                raise UserError(
-                    f"{str(path)!r} is a link out of the run, which is not followed to write: "
-                    "link the whole run folder instead"
-                )
-        try:
-            manifest = read_manifest(self.path)
-        except DamagedManifest as error:
-            warnings.warn(f"{error}; now it is made anew of the files as they are", stacklevel=3)
-            manifest = None
-            (self.path / MANIFEST).rename(free_name(self.path / f"{MANIFEST}.damaged"))
-        else:
-            if manifest is None and any((self.path / "checkpoints").glob("step-*.pt")):
-                warnings.warn(
-                    f"{str(self.path / MANIFEST)!r} is missing; it is made anew of the files as "
-                    "they are",
-                    stacklevel=3,
-                )
-        if manifest is None:
-            begin_manifest(self.path, files_of(self.path, growing=[METRICS]))
-        recover(self.path)
-        for path in stale_temporary_files(self.path):
-            path.unlink(missing_ok=True)
-
-
-def _or_none(path: Path) -> Manifest | None:
-    try:
-        return read_manifest(path)
-    except DamagedManifest:
-        return None
-
 
 def _awaits_config(path: Path) -> bool:
     """Whether the configuration is written, and only to be moved into place."""
-    manifest = _or_none(path)
+    manifest = manifest_or_none(path)
     return manifest is not None and "config.yaml" in manifest.pending
-
-
-def _inside(path: Path, root: Path) -> bool:
-    return path.resolve().is_relative_to(root.resolve())
 
 
 def _newest_first(names: Iterable[str]) -> list[str]:
@@ -450,40 +405,3 @@ def _read_buffer(root: Path, saved: Mapping[Any, Any]) -> bytes:
             "checkpoint was saved with"
         )
     return content
-
-
-def environment() -> dict[str, Any]:
-    """Versions, device, git commit and command of this process."""
-    from importlib.metadata import version
-
-    import ebmkit
-
-    cuda = torch.cuda.is_available()
-    return {
-        "ebmkit": ebmkit.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": version("torchvision"),
-        "numpy": version("numpy"),
-        "platform": platform.platform(),
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if cuda else None,
-        "git_commit": _git_commit(),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
-        "launch": launch(),
-        "command": ["ebmkit", *sys.argv[1:]],
-    }
-
-
-def _git_commit() -> str | None:
-    """The commit of the code that runs, if it runs from a checkout."""
-    source = Path(__file__).resolve().parents[2]
-    if not (source / ".git").exists():
-        return None
-    command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return result.stdout.strip()

@@ -187,8 +187,7 @@ class TrainingStep:
         return StepStats(means, norm, int(done), self._taken - int(done), bool(failed), stop > 0)
 
     def undo_skipped(self, rate: float) -> None:
-        """Bring what the host counts back to where the last update, at ``rate``, left it, and forget
-        the failure."""
+        """Bring what the host counts back to the last update, at ``rate``; forget the failure."""
         stats = self.read()
         if self.average is not None:
             self.average.n_averaged -= stats.skipped
