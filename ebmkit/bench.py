@@ -153,13 +153,12 @@ class Row(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Candidates that do the same work: its name, the images that one step sees, who -> what builds
-    the step, who -> what a reader must know."""
+    """Candidates that do the same work."""
 
     name: str
-    images: int
-    candidates: Mapping[str, Build]
-    notes: Mapping[str, str]
+    images: int  # that one step sees
+    candidates: Mapping[str, Build]  # who -> what builds the step
+    notes: Mapping[str, str]  # who -> what a reader must know
 
 
 def interleave(
@@ -322,14 +321,9 @@ def training(
     device: torch.device,
     compute: ComputeConfig | None = None,
 ) -> Comparison:
-    """The training step of ``objective``: the library's against the plain eager one.
+    """The training step of ``objective`` (`timed_terms`): ours against the plain eager one.
 
-    Args:
-        setting: network and sizes; its ``what`` names the comparison.
-        objective: as ``ce+dsm``; balanced terms are timed in their mean form (`timed_terms`).
-        channels: 1 gray, 3 colour.
-        device: where.
-        compute: precision and compilation of the library's step.
+    The ``what`` of the ``setting`` names the comparison; ``compute`` is of the library's step.
 
     Raises:
         UserError: on an unknown objective, backbone, width, precision or compile mode.

@@ -108,7 +108,7 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:1") from None
+        device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:1")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -128,15 +128,11 @@ def pick_precision(name: str, device: torch.device) -> Precision:
     if name not in PRECISIONS:
         raise unknown_name("precision", name, ["auto", *PRECISIONS])
     precision: Precision = name
-    if precision == "tf32" and not ampere:
+    if not ampere and (precision == "tf32" or (precision == "bf16" and device.type == "cuda")):
+        others = "fp32 or auto" if device.type == "cuda" else "fp32, bf16 or auto"
         raise UserError(
-            f"precision 'tf32' needs an NVIDIA GPU of compute capability 8.0 or more, and the "
-            f"device is {describe(device)}: use --precision fp32, bf16 or auto"
-        )
-    if precision == "bf16" and device.type == "cuda" and not ampere:
-        raise UserError(
-            f"precision 'bf16' needs compute capability 8.0 or more, and the device is "
-            f"{describe(device)}: use --precision fp32 or auto"
+            f"precision {precision!r} needs an NVIDIA GPU of compute capability 8.0 or more, and "
+            f"the device is {describe(device)}: use --precision {others}"
         )
     return precision
 

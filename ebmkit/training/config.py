@@ -32,8 +32,13 @@ from ebmkit.training.recipes import RECIPES, recipe_for
 MOST_KEYS = 20
 """Names in a key, as of optimizer.lr two."""
 
-RATES = {"adamw": 3e-4, "muon": 1e-2, "sgd": 0.1}
-"""Initial learning rates of the kinds of optimiser, where none is set."""
+DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
+    ("kind", "adamw"): {"lr": 3e-4},
+    ("kind", "muon"): {"lr": 1e-2, "momentum": 0.95, "adamw_lr": 3e-3, "nesterov": True},
+    ("kind", "sgd"): {"lr": 0.1},
+    ("schedule", "warmup-stable-decay"): {"decay_share": 0.2},
+}
+"""Setting of an optimiser and its value -> what others are then by default."""
 
 OF_A_RUN = {"dataset", "backbone", "head", "model", "objective", "streams", "optimizer", "steps"}
 """Fields by which a run's whole configuration is known."""
@@ -182,33 +187,11 @@ class OptimizerConfig(_Config):
     @classmethod
     def _fill(cls, values: Any) -> Any:
         """Defaults that depend on what else is set."""
-        if not isinstance(values, Mapping):
-            return values
-        filled = dict(values)
-        kind = filled.get("kind")
-        if isinstance(kind, str) and kind in RATES:
-            filled.setdefault("lr", RATES[kind])
-        if kind == "muon":
-            filled.setdefault("momentum", 0.95)
-            _default(filled, adamw_lr=3e-3, nesterov=True)
-        if filled.get("schedule") == "warmup-stable-decay":
-            _default(filled, decay_share=0.2)
-        return filled
-
-    def idle(self) -> dict[str, str]:
-        """Fields that are set and do nothing beside the others -> the setting that uses them."""
-        found = {}
-        for name, (setting, at) in USED_BY.items():
-            chosen = getattr(self, setting)
-            used = chosen in at if isinstance(at, tuple) else chosen is not None
-            if not used and getattr(self, name) != type(self).model_fields[name].default:
-                found[name] = f"{setting}={' or '.join(at)}" if isinstance(at, tuple) else at
-        return found
-
-
-def _default(values: dict[str, Any], **defaults: Any) -> None:
-    """Set what is not there, or None."""
-    values |= {name: value for name, value in defaults.items() if values.get(name) is None}
+        filled = dict(values) if isinstance(values, Mapping) else {}
+        for (setting, at), defaults in DEFAULTS.items():
+            if filled.get(setting) == at:
+                filled |= {n: value for n, value in defaults.items() if filled.get(n) is None}
+        return filled or values
 
 
 class StreamsConfig(_Config):
@@ -387,20 +370,21 @@ def _fitting_network(recipe: Mapping[str, Any], name: str) -> dict[str, Any]:
 def _check_used(config: TrainConfig, given: Mapping[str, Any]) -> None:
     """Refuse what would do nothing in the optimiser.
 
-    Args:
-        config: the resolved configuration.
-        given: the layers below it, but for whole configurations of runs: those of earlier versions
-            may hold such settings.
+    ``given`` are the layers below ``config``, but for whole configurations of runs: those of
+    earlier versions may hold such settings.
 
     Raises:
         UserError: naming the first field.
     """
-    own = given.get("optimizer", {})
-    for name, needed in config.optimizer.idle().items():
-        if name in own:
+    for name, (setting, at) in USED_BY.items():
+        chosen, value = getattr(config.optimizer, setting), getattr(config.optimizer, name)
+        used = chosen in at if isinstance(at, tuple) else chosen is not None
+        idle = not used and value != OptimizerConfig.model_fields[name].default
+        if idle and name in given.get("optimizer", {}):
+            needed = f"{setting}={' or '.join(at)}" if isinstance(at, tuple) else at
             raise UserError(
-                f"optimizer.{name} = {shown(getattr(config.optimizer, name))} does nothing here: "
-                f"leave it out, or set optimizer.{needed}"
+                f"optimizer.{name} = {shown(value)} does nothing here: leave it out, or set "
+                f"optimizer.{needed}"
             )
 
 

@@ -231,7 +231,7 @@ class Trainer:
         for name, negatives in chains.items():
             self.rollback = Rollback(config.watch, name, negatives, self.state)
         self.validator: Validation | None = None
-        measured = make_loss(model, config, training=False)
+        measured = make_loss(self.trained, config, training=False).to(device)
         if self.validation is not None and len(self.validation) and measured.terms:
             laws = {name: config.stream(name) for name in measured.streams}
             classifies = self.card.classifies
@@ -540,10 +540,9 @@ class Trainer:
         """Measure on the held-out images; keep the weights if they are the best so far."""
         if self.validator is None:
             return
-        model, best = self.trained.eval(), self.state.best
-        loss = make_loss(model, self.config, training=False).to(self.device)
+        model, best, loss = self.trained.eval(), self.state.best, self.validator.loss
         stage = self.stages[stage_at(self.stages, self.step - 1)]
-        means = self.validator(model, loss, stage)
+        means = self.validator(stage)
         self.model.train()
         self.report({"kind": "validation", "step": self.step, **means})
         if self.step == self.config.steps and self.world.first:

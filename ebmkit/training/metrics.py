@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 LARGEST = 1024 * MIB
 """Bytes: some 5 million rows."""
 
+LINEAR = ("accuracy", "psnr", "lr")
+"""Beginnings of the names of measures that are never drawn on a logarithmic scale."""
+
 
 class MetricsLog:
     """The file at ``path``, appended to.
@@ -153,14 +156,11 @@ def _curve(axes: Axes, metrics: Sequence[dict[str, Any]], name: str) -> None:
 
     values: list[float] = []
     for kind, colour in (("train", BLUE), ("validation", ORANGE)):
-        rows = [
-            r for r in metrics if r.get("kind") == kind and isinstance(r.get(name), (int, float))
-        ]
-        rows = [r for r in rows if math.isfinite(r[name])]
+        own = [(r["step"], r.get(name)) for r in metrics if r.get("kind") == kind]
+        rows = [(s, v) for s, v in own if isinstance(v, (int, float)) and math.isfinite(v)]
         if not rows:
             continue
-        step = np.array([r["step"] for r in rows])
-        value = np.array([r[name] for r in rows], dtype=float)
+        step, value = np.array(rows, dtype=float).T
         value *= 100 if name.startswith("accuracy") else 1
         values += value.tolist()
         if kind == "validation":
@@ -170,12 +170,7 @@ def _curve(axes: Axes, metrics: Sequence[dict[str, Any]], name: str) -> None:
         else:
             axes.plot(step, value, color=colour, lw=0.6, alpha=0.3)
             axes.plot(step, _smooth(value), color=colour, lw=1.4, label="training, smoothed")
-    if (
-        values
-        and min(values) > 0
-        and max(values) > 8 * min(values)
-        and not name.startswith(("accuracy", "psnr", "lr"))
-    ):
+    if values and max(values) > 8 * min(values) > 0 and not name.startswith(LINEAR):
         axes.set_yscale("log")
     titles = {
         "accuracy": "accuracy (%)",

@@ -1,20 +1,4 @@
-"""The run folder.
-
-::
-
-    RUN/
-      config.yaml            the resolved configuration
-      environment.json       versions, device, git commit, command
-      metrics.jsonl          one row per log or validation (`ebmkit.training.metrics`)
-      model.safetensors      the weights (the averaged ones, where averaging is on)
-      model.json             what builds the network, and what it was trained for
-      checkpoints/           everything needed to resume exactly, and the best weights by validation
-      breaches/              what was logged before a rollback (`ebmkit.training.rollback`)
-      nonfinite-STEP.json    what was found of a step with NaN or Inf
-      energies/              mean energies by label, where the run has guided another
-      cost.json              seconds of a step, memory, share of the device's matrix rate
-      evaluation/            written by `ebmkit evaluate`
-      manifest.json          length and SHA-256 of every file (`ebmkit.storage.manifest`)
+"""The run folder, whose files docs/guide/train.md lists ("Files of a run").
 
 ``checkpoints/step-00000500.pt`` holds the state after so many steps, as `torch.save` writes
 tensors and plain values; a replay buffer that belongs to it has a file of its own, HDF5, which the
