@@ -443,15 +443,8 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
         nested: Any = parse_yaml(value, f"the value of --set {shown(text)}")
         for part in reversed(keys):
             nested = {part: nested}
-        own = (result.get("objective"), nested.get("objective"))
-        if {type(value) for value in own} == {str, dict}:  # a name, and settings of its terms
-            result, nested = ({**m, "objective": _named(m["objective"])} for m in (result, nested))
-        result = merge(result, nested)
+        result = merge(result, _terms_apart(nested))
     return result
-
-
-def _named(objective: str | dict[str, Any]) -> dict[str, Any]:
-    return {"name": objective} if isinstance(objective, str) else objective
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -349,14 +349,14 @@ class StepCost:
         memory = memory.replace("optimizer", "optimiser")
         return [
             ("parameters", f"{self.parameters:,}"),
-            *((text, format_flops(count) + "FLOP a step") for text, count in self.stages.items()),
+            *((text, with_prefix(count) + "FLOP a step") for text, count in self.stages.items()),
             *(
-                (name if name.endswith("steps") else f"{name} step", format_flops(n) + "FLOP")
+                (name if name.endswith("steps") else f"{name} step", with_prefix(n) + "FLOP")
                 for name, n in self.flops.items()
             ),
-            (f"all {self.steps:,} steps", format_flops(self.run_flops) + "FLOP"),
+            (f"all {self.steps:,} steps", with_prefix(self.run_flops) + "FLOP"),
             ("memory", f"{format_bytes(self.memory.total)} ({memory})"),
-            ("matrix rate", format_flops(self.rate) + "FLOP/s"),
+            ("matrix rate", with_prefix(self.rate) + "FLOP/s"),
             ("time at that rate", format_seconds(self.least_seconds)),
         ]
 
@@ -632,8 +632,8 @@ class RunStats:
             f"{format_seconds(self.step_seconds)} a step ({self.data_share:.1%} of it for data), "
             f"{self.images_per_s:,.0f} images/s, "
             f"peak memory {format_bytes(self.peak_memory)}, "
-            f"{format_flops(sum(self.flops.values()))}FLOP a step: {self.share:.0%} of the matrix "
-            f"rate of {self.processes} x {self.device} ({format_flops(self.matrix_rate)}FLOP/s "
+            f"{with_prefix(sum(self.flops.values()))}FLOP a step: {self.share:.0%} of the matrix "
+            f"rate of {self.processes} x {self.device} ({with_prefix(self.matrix_rate)}FLOP/s "
             f"in {self.precision})"
         )
 
@@ -642,19 +642,15 @@ def format_bytes(count: float) -> str:
     """``count`` bytes as people read them, in powers of 1000.
 
     >>> format_bytes(1.57e9)
-    '1.6 GB'
+    '1.57 GB'
     """
-    for unit in ("B", "kB", "MB"):
-        if abs(count) < 999.5:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
+    return f"{with_prefix(count)}B"
 
 
-def format_flops(count: float) -> str:
-    """``count`` with a prefix, to be followed by FLOP or FLOP/s.
+def with_prefix(count: float) -> str:
+    """``count`` with a prefix, to be followed by a unit, as FLOP.
 
-    >>> format_flops(6.71e16)
+    >>> with_prefix(6.71e16)
     '67.1 P'
     """
     for prefix in ("", "k", "M", "G", "T", "P"):

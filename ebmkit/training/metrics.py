@@ -7,6 +7,7 @@ row that its checkpoint knows, to the byte, and writes the later ones again.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -73,12 +74,8 @@ class MetricsLog:
     def up_to(self, step: int) -> bytes:
         """The bytes of the rows up to ``step``, as far as they are whole."""
         content = self.content()
-        end = 0
-        for row, stop in whole_rows(content):
-            if row["step"] > step:
-                break
-            end = stop
-        return content[:end]
+        rows = itertools.takewhile(lambda own: own[0]["step"] <= step, whole_rows(content))
+        return content[: max((end for _, end in rows), default=0)]
 
     def after(self, step: int) -> list[dict[str, Any]]:
         """The rows after ``step``."""
