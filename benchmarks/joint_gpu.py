@@ -39,7 +39,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from ebmkit.bench import Setting, document, measure, training
+from ebmkit.bench import Setting, comparison, document, measure
 from ebmkit.compute import ComputeConfig, describe, environment, pick_device
 from ebmkit.data import Batch
 from ebmkit.data.streams import prefetched
@@ -171,7 +171,7 @@ def speed(config: TrainConfig, rehearse: bool) -> dict[str, Any]:
     rows = []
     for objective in ("ce", "dsm", "ce+dsm"):
         setting = Setting(f"train {objective}", "gradresnet18", width, size, batch)
-        found = training(setting, objective, 3, device, config.compute)
+        found = comparison(setting, 3, device, config.compute, objective)
         rows += measure(found, device, 3 if rehearse else 15)
     return document(rows)
 
@@ -187,7 +187,7 @@ def steps_by_way(options: argparse.Namespace, end: float) -> None:
         begun = time.monotonic()
         setting = Setting(f"train ce+dsm, {way},", "gradresnet18", width, size, batch)
         try:
-            rows += measure(training(setting, "ce+dsm", 3, device, WAYS[way]), device, 5)
+            rows += measure(comparison(setting, 3, device, WAYS[way], "ce+dsm"), device, 5)
         except Exception as error:
             print(f"{way}, width {width}: {type(error).__name__}: {str(error)[:500]}", flush=True)
             continue

@@ -30,12 +30,11 @@ from ebmkit.bench import (
     Comparison,
     Row,
     Setting,
+    comparison,
     document,
-    inference,
     measure,
     scaling,
     scaling_settings,
-    training,
 )
 from ebmkit.compute import ComputeConfig, pick_compile, pick_device, pick_precision
 from ebmkit.errors import UserError
@@ -77,10 +76,10 @@ def main() -> None:
         for setting in (base, wide) if full else (base,):
             for objective in OBJECTIVES:
                 own = setting._replace(what=f"train {objective}", backbone=backbone)
-                plan.append(partial(training, own, objective, 3, device, compute))
+                plan.append(partial(comparison, own, 3, device, compute, objective))
         for what in INFERENCES:
             own = base._replace(what=what, backbone=backbone)
-            plan.append(partial(inference, own, 3, device, compute))
+            plan.append(partial(comparison, own, 3, device, compute))
     for setting in (base, wide) if options.full else (base,):
         own = setting._replace(what="train dsm at one sigma")
         plan.append(partial(peers.score_matching, own, device, compute))
