@@ -92,15 +92,6 @@ class Stop:
         return self.signal is not None
 
 
-def exit_code(signum: int | None) -> int:
-    """What a process ends with that a signal stopped: 128 and its number, as shells have it.
-
-    130 for Ctrl-C, 143 for a request to terminate (also where only another process was asked), 129
-    for a terminal that was closed.
-    """
-    return 128 + (signal.SIGTERM if signum is None else signum)
-
-
 @contextmanager
 def stop_requested() -> Iterator[Stop]:
     """Within, the first of `SIGNALS` only raises a flag, so that no step is cut in half.
@@ -368,7 +359,7 @@ class Trainer:
     def rate_at(self, step: int) -> float:
         """The learning rate of ``step``, counted from 0."""
         rate = learning_rate(self.config.optimizer, step, self.config.steps)
-        return rate if self.rollback is None else self.rollback.learning_rate(rate)
+        return rate if self.rollback is None else rate * self.rollback.monitor.mitigations.rate
 
     def report(self, row: dict[str, Any], written: bool = False) -> None:
         """Write a row of metrics, unless it is ``written``, and show it."""

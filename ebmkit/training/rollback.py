@@ -205,10 +205,6 @@ class Rollback:
         self._term = term
         self._apply()
 
-    def learning_rate(self, rate: float) -> float:
-        """What the mitigations leave of ``rate``."""
-        return rate * self.monitor.mitigations.rate
-
     def sample_rms(self) -> float:
         """Root mean square of the negatives about gray, the same in all processes."""
         return float(self.negatives.world.mean_(self.negatives.spread.clone()))
