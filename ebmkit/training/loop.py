@@ -404,7 +404,7 @@ class Trainer:
             if self.step == step and self.update.clip_norm is None:  # nothing touched them since
                 named = self.model.named_parameters()
                 gradients = {name: p.grad for name, p in named if p.grad is not None} or None
-            self._seed_dropout(step - 1)
+            self._seed_layers(step - 1)
             parts = self.config.compute.accumulate
             return nonfinite.diagnose(self.loss, drawn, parts, gradients, self.update.sam)
 
@@ -432,13 +432,14 @@ class Trainer:
             optimizer_flops(self.model, config.optimizer),
         )
 
-    def _seed_dropout(self, step: int) -> None:
+    def _seed_layers(self, step: int) -> None:
+        """Make what layers draw by themselves, as dropout does, a function of the step."""
         torch.manual_seed(keyed_seed(self.config.seed, "dropout", step, self.world.rank))
 
     def _advance(self, batches: Iterator[dict[str, Batch]], stop: bool) -> None:
         """Take one step."""
         rate = self.rate_at(self.step)
-        self._seed_dropout(self.step)
+        self._seed_layers(self.step)
         begun = time.perf_counter()
         drawn = next(batches)
         self.stopwatch.step(time.perf_counter() - begun)
