@@ -23,7 +23,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 import ebmkit
-from ebmkit.compute import pick_device
+from ebmkit.compute import environment, pick_device
 from ebmkit.evaluation.statistics import mean
 from ebmkit.metrics import psnr
 from ebmkit.sampling.inverse import TaskOptions, baselines_of, find_task
@@ -31,7 +31,6 @@ from ebmkit.sampling.jobs.restore import Panel, plot_restorations, restore
 from ebmkit.sampling.jobs.sources import data_of
 from ebmkit.sampling.kadkhodaie_simoncelli import StochasticAscentConfig
 from ebmkit.storage import write_atomically
-from ebmkit.training.run_folder import environment
 from ebmkit.training.setup import images_of
 
 TASKS = {

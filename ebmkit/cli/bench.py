@@ -87,10 +87,8 @@ def bench(
             setting = base._replace(what=what)
             progress.update(task, description=str(setting))
             name = what.removeprefix("train ")
-            if name != what:
-                found = measured.training(setting, name, channels, where, compute)
-            else:
-                found = measured.inference(setting, channels, where, compute)
+            trained = None if name == what else name
+            found = measured.comparison(setting, channels, where, compute, trained)
             rows += measured.measure(found, where, rounds)
             progress.advance(task)
         progress.update(task, description=measured.SCALING)

@@ -50,6 +50,7 @@ from rich.progress import (
 from rich.table import Table
 
 from ebmkit.compile import device_of, make_inference, tf32_restored, unwrapped
+from ebmkit.compute import environment
 from ebmkit.data.imagesets import fingerprint
 from ebmkit.distributed import DistributedContext
 from ebmkit.energy import EnergyModel, ScoreModel
@@ -59,7 +60,6 @@ from ebmkit.evaluation.suite import Suite
 from ebmkit.evaluation.suites import FORMER_NAMES, SUITES, find_suite, parse_options
 from ebmkit.storage import make_folder, remove_file, write_atomically
 from ebmkit.storage.reading import read_json
-from ebmkit.training.run_folder import environment
 
 VALUES_PER_BATCH = 1_500_000
 """Pixel values in a batch at most, where the caller does not say: 488 colour images of 32x32."""

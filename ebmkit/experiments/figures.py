@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from ebmkit.compute import environment
 from ebmkit.evaluation.attacks import STEPSIZE
 from ebmkit.evaluation.suite import number
 from ebmkit.experiments.report import (
@@ -29,7 +30,6 @@ from ebmkit.experiments.theory import figure1
 from ebmkit.experiments.theory import markdown as figure1_markdown
 from ebmkit.noise import in_255ths
 from ebmkit.storage.reading import read_json
-from ebmkit.training.run_folder import environment
 
 ATTACKED = (*(TABLES["table1"].variant(name) for name in ("resnet18", "gradresnet-ce")), JEM, JOINT)
 """The networks of ``fig4``."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import tempfile
 from collections.abc import Iterator
@@ -126,3 +127,9 @@ def writing(path: Path) -> Iterator[None]:
         if not path.parent.is_dir():
             raise UserError(f"{message}: the folder is not there (moved, or removed?)") from error
         raise UserError(f"{message}; what was there before is untouched") from error
+
+
+def free_name(path: Path) -> Path:
+    """``path`` if nothing has that name, else the first free of NAME-2.SUFFIX, NAME-3.SUFFIX..."""
+    names = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+    return next(name for name in itertools.chain([path], names) if not name.exists())

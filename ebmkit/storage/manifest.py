@@ -142,6 +142,14 @@ def read_manifest(root: Path) -> Manifest | None:
         raise damaged from None
 
 
+def manifest_or_none(root: Path) -> Manifest | None:
+    """As `read_manifest`, but None also where it is damaged."""
+    try:
+        return read_manifest(root)
+    except DamagedManifest:
+        return None
+
+
 def begin_manifest(root: Path, files: Mapping[str, Entry]) -> None:
     """Write the first manifest of the run folder ``root``.
 

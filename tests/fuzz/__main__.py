@@ -84,7 +84,7 @@ def main() -> int:
         table.add_row(name, *cells, str(row["seconds"]), "FAILED" if row["failed"] else "")
     console.print(table)
     if asked.json:
-        from ebmkit.training.run_folder import environment
+        from ebmkit.compute import environment
 
         told = ("ebmkit", "python", "torch", "cores", "git_commit")
         document = {

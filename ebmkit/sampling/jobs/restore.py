@@ -22,6 +22,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ebmkit.compile import device_of
+from ebmkit.compute import environment
 from ebmkit.data.images import read_image, write_image
 from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
@@ -37,7 +38,6 @@ from ebmkit.sampling.jobs.results import far_from_images
 from ebmkit.sampling.kadkhodaie_simoncelli import StochasticAscentConfig, make_restorer
 from ebmkit.sampling.target import trained_range
 from ebmkit.storage import write_atomically
-from ebmkit.training.run_folder import environment
 
 MAX_PIXELS = 1024 * 1024
 """Pixels of an image at the most: a restoration is hundreds of passes."""

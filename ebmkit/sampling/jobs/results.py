@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from ebmkit.compute import environment
 from ebmkit.errors import UserError
 from ebmkit.plots import DPI, GRAY, new_figure, save_figure
 from ebmkit.sampling.diagnostics import chain_diagnostics, energy_diagnostics
@@ -41,7 +42,6 @@ from ebmkit.sampling.jobs.settings import BUFFER, class_names_of
 from ebmkit.sampling.target import clean_level
 from ebmkit.storage import write_atomically
 from ebmkit.terminal import shown_name
-from ebmkit.training.run_folder import environment
 
 FAR = 1.5
 """Distance of a pixel from 0.5 beyond which a sample is no image, for whatever reason."""
