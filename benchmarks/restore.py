@@ -82,9 +82,9 @@ def measure(
     gray = measurement.impose(torch.full_like(clean[:1], 0.5), measured[:1])[0]
     best = max(simple[0], key=lambda key: float(values[key].mean()))
     shown = ["restored", *([f"mean of {options.samples}"] if options.samples > 1 else [])]
-    panels = [Panel(clean[0], "original", name), Panel(gray, "measured", "")]
+    panels: list[Panel] = [(clean[0], "original", name), (gray, "measured", "")]
     panels += [
-        Panel(images[key][0], label, f"{key} {float(values[key][0]):.2f} dB")
+        (images[key][0], label, f"{key} {float(values[key][0]):.2f} dB")
         for key, label in [(best, "best simple method"), *((key, key) for key in shown)]
     ]
     return row, panels

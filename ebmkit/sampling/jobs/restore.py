@@ -11,14 +11,17 @@ is that of the whole image, as the ascent needs it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from ebmkit.compile import device_of
@@ -27,16 +30,22 @@ from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.inference import TILE, denoise_image
 from ebmkit.metrics import psnr
+from ebmkit.models.saving import digest
 from ebmkit.plots import image_grid, save_figure, show_image
 from ebmkit.randomness import keyed_generator
-from ebmkit.sampling.base import Chains
 from ebmkit.sampling.diagnostics import finite_or_none
 from ebmkit.sampling.inverse import Degraded, Measurement, Task, TaskOptions, baselines_of
-from ebmkit.sampling.jobs.record import Record, means_of, run_chains
+from ebmkit.sampling.jobs.chains import Hook, Record, means_of, run_chains
+from ebmkit.sampling.jobs.folder import STATE, JobFolder
 from ebmkit.sampling.jobs.results import far_from_images
-from ebmkit.sampling.kadkhodaie_simoncelli import StochasticAscentConfig, make_restorer
+from ebmkit.sampling.kadkhodaie_simoncelli import (
+    StochasticAscent,
+    StochasticAscentConfig,
+    make_restorer,
+)
 from ebmkit.sampling.target import trained_range
 from ebmkit.storage import write_atomically
+from ebmkit.storage.reading import read_json
 from ebmkit.training.run_folder import environment
 
 MAX_PIXELS = 1024 * 1024
@@ -55,6 +64,7 @@ class Restored(NamedTuple):
         error: (B, S) root mean square of what the measurements of the images are off, image units.
         sigmas: mean noise level that the chains estimated at each step.
         steps: of the longest chain.
+        seconds: spent on the chains, those before an interruption too.
     """
 
     images: Tensor
@@ -62,6 +72,7 @@ class Restored(NamedTuple):
     error: Tensor
     sigmas: list[float | None]
     steps: int
+    seconds: float
 
 
 @torch.no_grad()
@@ -74,7 +85,8 @@ def restore(
     samples: int = 1,
     seed: int = 0,
     c: int | None = None,
-    progress: Callable[[int, int], None] = lambda step, steps: None,
+    progress: Hook = lambda step, steps: None,
+    **saving: Any,
 ) -> Restored:
     """Draw images that have the measurements ``measured`` (B, n).
 
@@ -87,11 +99,60 @@ def restore(
         seed: of the noise.
         c: a label, for the class-conditional denoiser.
         progress: called with (step, steps at the most).
+        **saving: ``folder``, ``batch``, ``stop`` and ``save_seconds`` of
+            `ebmkit.sampling.jobs.chains.run_chains`, to resume after an interruption.
 
     Raises:
         UserError: if the sampler cannot drive the model, the image is too large, or the number of
             samples is below 1.
     """
+    device = device_of(model)
+
+    def generator(step: int) -> torch.Generator:
+        return keyed_generator(device, seed, "restore", step)
+
+    def denoise_in_crops(y: Tensor, sigma: object = None) -> Tensor:
+        return torch.stack([_denoise_in_crops(model, image, c) for image in y])
+
+    numbers = measured.to(device).repeat_interleave(max(samples, 0), 0)
+    ascent = _restorer(model, measurement, numbers, samples, config, c)
+    size = model.card.image_size if model.card else None
+    if max(measurement.shape[1:]) > (AS_IT_IS * max(size) if size else TILE):
+        ascent.denoiser = denoise_in_crops
+    shape, record = (len(numbers), *measurement.shape), Record(ascent.steps)
+    chains, seconds = run_chains(
+        ascent,
+        lambda: ascent.start(shape, generator(0)),
+        shape,
+        ascent.steps,
+        generator,
+        record,
+        lambda step: progress(step, ascent.steps),
+        **saving,
+    )
+    finite = torch.ones(len(numbers), dtype=torch.bool)
+    finite[list(chains.diverged)] = False
+    images = chains.state.x
+    off = measurement.measure(images) - numbers
+    return Restored(
+        rearrange(images, "(b s) c h w -> b s c h w", s=samples).cpu(),
+        rearrange(finite, "(b s) -> b s", s=samples),
+        rearrange(off.square().mean(1).sqrt(), "(b s) -> b s", s=samples).cpu(),
+        means_of([torch.stack(record.sums)])["sigma"],
+        chains.state.step,
+        seconds,
+    )
+
+
+def _restorer(
+    model: ScoreModel,
+    measurement: Measurement,
+    measured: Tensor,
+    samples: int,
+    config: StochasticAscentConfig | None,
+    c: int | None,
+) -> StochasticAscent:
+    """`make_restorer`, if the image is not too large and ``samples`` can be drawn of it."""
     if samples < 1:
         raise UserError(f"{samples} samples of each image cannot be drawn: take 1 or more")
     _, height, width = measurement.shape
@@ -100,33 +161,7 @@ def restore(
             f"an image of {width}x{height} has more than {MAX_PIXELS // 1024**2} megapixel, too "
             "many to restore: cut it into parts, or make it smaller"
         )
-    device, count = device_of(model), len(measured)
-
-    def generator(step: int) -> torch.Generator:
-        return keyed_generator(device, seed, "restore", step)
-
-    def denoise_in_crops(y: Tensor, sigma: object = None) -> Tensor:
-        return torch.stack([_denoise_in_crops(model, image, c) for image in y])
-
-    numbers = measured.to(device).repeat_interleave(samples, 0)
-    ascent = make_restorer(model, measurement, numbers, config, c)
-    size = model.card.image_size if model.card else None
-    if max(height, width) > (AS_IT_IS * max(size) if size else TILE):
-        ascent.denoiser = denoise_in_crops
-    start = ascent.start((len(numbers), *measurement.shape), generator(0))
-    chains, record = Chains(ascent, ascent.init(start)), Record(ascent.steps)
-    run_chains(chains, ascent.steps, generator, record, lambda step: progress(step, ascent.steps))
-    finite = torch.ones(len(numbers), dtype=torch.bool)
-    finite[list(chains.diverged)] = False
-    images = chains.state.x
-    off = measurement.measure(images) - numbers
-    return Restored(
-        rearrange(images, "(b s) c h w -> b s c h w", s=samples).cpu(),
-        finite.reshape(count, samples),
-        off.square().mean(1).sqrt().reshape(count, samples).cpu(),
-        means_of([torch.stack(record.sums)])["sigma"],
-        chains.state.step,
-    )
+    return make_restorer(model, measurement, measured, config, c)
 
 
 def _denoise_in_crops(model: ScoreModel, y: Tensor, c: int | None) -> Tensor:
@@ -135,6 +170,24 @@ def _denoise_in_crops(model: ScoreModel, y: Tensor, c: int | None) -> Tensor:
     if limits is None or not model.is_energy_based or found.sigma <= limits[1]:
         return found.image
     return y + (limits[1] / found.sigma) ** 2 * (found.image - y)
+
+
+class RestoreSettings(BaseModel):
+    """Everything that restorations depend on; a job that is resumed must have the same."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    task: str
+    mask: str
+    share: float | None
+    factor: int | None
+    measured: bool
+    sampler: StochasticAscentConfig
+    samples: int
+    seed: int
+    label: int | None
+    digest: str
+    images: dict[str, str]
 
 
 class RestoreJob(NamedTuple):
@@ -162,21 +215,43 @@ class RestoreJob(NamedTuple):
     c: int | None = None
     run: str = ""
 
-    def check(self, images: Sequence[Path], out: Path) -> None:
-        """Whether all ``images`` can be restored into ``out``, before the first one is.
+    def begin(self, images: Sequence[Path], out: Path) -> JobFolder:
+        """The folder ``out``, made for this job, or with what an interrupted one left there.
 
         Raises:
-            UserError: if not: one cannot be read or measured, or a file is there already.
+            UserError: if an image cannot be read or measured, two have one name, a file is there
+                already, or the folder holds an unfinished job of other settings.
         """
         for i, path in enumerate(images):
             if path.stem in [p.stem for p in images[:i]]:
                 raise UserError(f"two images are called {path.stem!r}: restore them separately")
-            for target in self.targets(path, out):
+            known = self.degraded(path)
+            _restorer(
+                self.model, known.measurement, known.measured, self.samples, self.config, self.c
+            )
+        mask = self.options.mask
+        settings = RestoreSettings(
+            task=self.task.name,
+            mask="" if mask is None else digest({"mask": mask.cpu()}),
+            share=self.options.share,
+            factor=self.options.factor,
+            measured=self.measured,
+            sampler=self.config,
+            samples=self.samples,
+            seed=self.seed,
+            label=self.c,
+            digest=self.model.weights_sha256 or "",
+            images={p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in images},
+        )
+        folder = JobFolder(out, "restorations", done="")
+        if not folder.resumes(settings):
+            for target in (target for path in images for target in self.targets(path, out)):
                 if target.exists():
                     raise UserError(
                         f"{str(target)!r} exists: choose another --out, or move it away"
                     )
-            self.degraded(path)
+        folder.begin(settings)
+        return folder
 
     def targets(self, path: Path, out: Path) -> list[Path]:
         """The files that are written about the image ``path``."""
@@ -194,17 +269,30 @@ class RestoreJob(NamedTuple):
 
     def run_on(
         self,
-        path: Path,
-        out: Path,
-        progress: Callable[[int, int], None] = lambda step, steps: None,
+        images: Sequence[Path],
+        number: int,
+        folder: JobFolder,
+        progress: Hook = lambda step, steps: None,
+        **saving: Any,
     ) -> dict[str, Any]:
-        """Restore one image and write its files into ``out``; what the JSON file holds.
+        """Restore image ``number``, unless that is done; what its JSON file holds.
+
+        Args:
+            images: of the job.
+            number: which of them.
+            folder: as `begin` gave it; the files are written there, the JSON file last.
+            progress: called with (step, steps at the most).
+            **saving: ``stop`` and ``save_seconds`` of `run_chains`.
 
         Raises:
-            UserError: if it cannot be read or measured, a file cannot be written, or every chain
-                diverged.
+            Interrupted: if ``stop`` said so; the state is saved.
+            UserError: if the image cannot be read or measured, a file cannot be written, or every
+                chain diverged.
         """
-        begun = time.perf_counter()
+        path, out, begun = images[number], folder.path, time.perf_counter()
+        if (out / f"{path.stem}.json").exists():
+            done: dict[str, Any] = read_json(out / f"{path.stem}.json")
+            return done
         known = self.degraded(path)
         clean, shape = known.clean, known.measurement.shape
         found = restore(
@@ -216,14 +304,18 @@ class RestoreJob(NamedTuple):
             seed=self.seed,
             c=self.c,
             progress=progress,
+            folder=folder,
+            batch=number,
+            **saving,
         )
-        images, finite = found.images[0], found.finite[0]
+        samples, finite = found.images[0], found.finite[0]
         if not bool(finite.any()):
+            folder.finish()  # there is nothing to resume
             raise UserError(
                 f"every chain of {path.name!r} diverged to NaN or Inf: lower beta or first_step, "
                 "or look whether the model's training diverged"
             )
-        restored = images[finite].clamp(0, 1)
+        restored = samples[finite].clamp(0, 1)
         baselines = baselines_of(known.measurement, known.measured)
         options = self.task.resolved(self.options)
         mask, card = options.mask, self.model.card
@@ -248,28 +340,29 @@ class RestoreJob(NamedTuple):
             "lost": torch.nonzero(~finite).flatten().tolist(),
             "steps": found.steps,
             "sigmas": found.sigmas,
-            "warnings": self._warnings(shape, images, finite),
-            "seconds": round(time.perf_counter() - begun, 3),
+            "warnings": self._warnings(shape, samples, finite),
+            "seconds": 0.0,
             "model": None if card is None else card.model_dump(mode="json"),
             "environment": environment(),
         }
         if clean is not None:
             document["psnr"] = {
-                "samples": [_psnr(x, clean) for x in images],
-                **({"mean_of_samples": _psnr(restored.mean(0), clean)} if len(images) > 1 else {}),
+                "samples": [_psnr(x, clean) for x in samples],
+                **({"mean_of_samples": _psnr(restored.mean(0), clean)} if len(samples) > 1 else {}),
                 "baselines": {name: _psnr(x, clean) for name, x in baselines.items()},
             }
-        write_image(known.look, out / f"{path.stem}-measured.png")
-        shown = restored if self.samples == 1 else [*images, restored.mean(0)]
-        for name, image in zip(self._names, shown, strict=True):
-            write_image(image.clamp(0, 1), out / f"{path.stem}-{name}")
+        shown = restored if self.samples == 1 else [*samples, restored.mean(0)]
+        for name, image in zip(["measured.png", *self._names], [known.look, *shown], strict=True):
+            write_image(image.clamp(0, 1), out / f"{path.stem}-{name}", overwrite=True)
         plot_restorations(
             [_panels(known, baselines, restored)],
             out / f"{path.stem}-comparison.png",
             f"{self.task.name}: {path.name}",
         )
+        document["seconds"] = round(max(found.seconds, time.perf_counter() - begun), 3)
         text = json.dumps(document, indent=1, allow_nan=False)
         write_atomically(out / f"{path.stem}.json", text.encode())
+        folder.file(STATE).unlink(missing_ok=True)
         return document
 
     def _warnings(self, shape: tuple[int, ...], images: Tensor, finite: Tensor) -> list[str]:
@@ -315,12 +408,8 @@ def read_mask(path: Path) -> Tensor:
     return image > 0.5
 
 
-class Panel(NamedTuple):
-    """A cell of `plot_restorations`: an image (C, H, W), and the text above and below."""
-
-    image: Tensor
-    above: str
-    below: str
+Panel = tuple[Tensor, str, str]
+"""A cell of `plot_restorations`: an image (C, H, W), the text above, and the text below."""
 
 
 def plot_restorations(rows: Sequence[Sequence[Panel]], path: Path, title: str) -> None:
@@ -331,33 +420,28 @@ def plot_restorations(rows: Sequence[Sequence[Panel]], path: Path, title: str) -
         path: the PNG file.
         title: above.
     """
-    shape = (rows[0][0].image.shape[-2], rows[0][0].image.shape[-1])
-    figure, axes = image_grid(len(rows), len(rows[0]), shape, head=0.55)
+    height, width = rows[0][0][0].shape[-2:]
+    figure, axes = image_grid(len(rows), len(rows[0]), (height, width), head=0.55)
     for i, row in enumerate(rows):
-        for k, panel in enumerate(row):
-            show_image(axes[i][k], panel.image, panel.below, panel.above if i == 0 else "")
-    height = figure.get_figheight()
-    figure.text(0.008, 1 - 0.14 / height, title, fontsize=9, weight="bold", va="center")
+        for k, (image, above, below) in enumerate(row):
+            show_image(axes[i][k], image, below, above if i == 0 else "")
+    tall = figure.get_figheight()
+    figure.text(0.008, 1 - 0.14 / tall, title, fontsize=9, weight="bold", va="center")
     save_figure(figure, path)
 
 
 def _panels(known: Degraded, baselines: dict[str, Tensor], restored: Tensor) -> list[Panel]:
     """Original, measured, the best baseline, a restored one, and the mean of several."""
     clean = known.clean
-
-    def panel(image: Tensor, above: str) -> Panel:
-        value = None if clean is None else _psnr(image, clean)
-        return Panel(image, above, "" if value is None else f"{value:.2f} dB")
-
-    def quality(name: str) -> float:
-        return 0.0 if clean is None else float(psnr(baselines[name][None], clean[None]))
-
-    best = max(baselines, key=quality)
-    panels = [] if clean is None else [Panel(clean, "original", "")]
-    panels += [panel(known.look, "measured"), panel(baselines[best], best)]
-    panels.append(panel(restored[0], "restored"))
+    quality = {} if clean is None else {n: _psnr(x, clean) for n, x in baselines.items()}
+    best = max(baselines, key=lambda name: inf if (q := quality.get(name)) is None else q)
+    shown = [(known.look, "measured"), (baselines[best], best), (restored[0], "restored")]
     if len(restored) > 1:
-        panels.append(panel(restored.mean(0), f"mean of {len(restored)}"))
+        shown.append((restored.mean(0), f"mean of {len(restored)}"))
+    panels: list[Panel] = [] if clean is None else [(clean, "original", "")]
+    for image, above in shown:
+        value = None if clean is None else _psnr(image, clean)
+        panels.append((image, above, "" if value is None else f"{value:.2f} dB"))
     return panels
 
 

@@ -35,8 +35,8 @@ from torch import Tensor
 from ebmkit.errors import UserError
 from ebmkit.plots import DPI, GRAY, new_figure, save_figure
 from ebmkit.sampling.diagnostics import chain_diagnostics, energy_diagnostics
+from ebmkit.sampling.jobs.chains import MAX_DRAWS, means_of
 from ebmkit.sampling.jobs.job import SamplingJob
-from ebmkit.sampling.jobs.record import MAX_DRAWS, means_of
 from ebmkit.sampling.jobs.settings import BUFFER, class_names_of
 from ebmkit.sampling.target import clean_level
 from ebmkit.storage import write_atomically

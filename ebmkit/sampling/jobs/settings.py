@@ -30,14 +30,12 @@ from ebmkit.sampling.entry import (
     noise_levels,
     takes_labels,
 )
+from ebmkit.sampling.jobs.folder import SETTINGS, UNFINISHED
 from ebmkit.sampling.target import highest_level
 from ebmkit.storage.reading import read_json
 
 BUFFER = "buffer"
 """The name that gives the chains of a run's replay buffer as they are, without a step."""
-
-UNFINISHED, SETTINGS = "unfinished", "settings.json"
-"""What the folder of a job holds until it is finished, and the file of settings in it."""
 
 STARTS = (*get_args(Start), "mean", BUFFER)
 """Where chains can start: what samplers know, the mean training image with noise, the buffer."""

@@ -13,6 +13,7 @@ from ebmkit.data import write_image
 from ebmkit.metrics import psnr
 from ebmkit.sampling.inverse import TASKS, TaskOptions, baselines_of, center_hole, find_task
 from ebmkit.sampling.jobs import restore as restore_module
+from ebmkit.sampling.jobs.chains import Interrupted
 from ebmkit.sampling.jobs.restore import RestoreJob, read_mask, restore
 from ebmkit.sampling.kadkhodaie_simoncelli import StochasticAscentConfig
 
@@ -137,8 +138,10 @@ def test_files_of_a_restoration(tmp_path):
     write_image(PICTURE, tmp_path / "ramp.png")
     config = StochasticAscentConfig(steps=3)
     job = RestoreJob(model, TASKS["inpaint"], TaskOptions(), config, samples=2, run="run")
-    job.check([tmp_path / "ramp.png"], tmp_path)
-    document = job.run_on(tmp_path / "ramp.png", tmp_path)
+    images = [tmp_path / "ramp.png"]
+    folder = job.begin(images, tmp_path)
+    document = job.run_on(images, 0, folder)
+    folder.finish()
     assert document == json.loads((tmp_path / "ramp.json").read_text())
     for target in job.targets(tmp_path / "ramp.png", tmp_path):
         assert target.is_file(), target
@@ -150,7 +153,82 @@ def test_files_of_a_restoration(tmp_path):
     assert set(document["psnr"]["baselines"]) == {"mean", "nearest", "biharmonic"}
     assert len(document["sigmas"]) == document["steps"] == 3
     with pytest.raises(UserError, match="exists"):
-        job.check([tmp_path / "ramp.png"], tmp_path)
+        job.begin(images, tmp_path)
     only = job._replace(measured=True)
-    (tmp_path / "two").mkdir()
-    assert only.run_on(tmp_path / "ramp.png", tmp_path / "two")["psnr"] is None
+    assert only.run_on(images, 0, only.begin(images, tmp_path / "two"))["psnr"] is None
+
+
+class Killed(Exception):
+    pass
+
+
+def killing(at):
+    def hook(step, steps):
+        if step == at:
+            raise Killed
+
+    return hook
+
+
+def everything(folder):
+    """All files but for times, as bytes or as what they hold."""
+    documents = {p.name: json.loads(p.read_text()) for p in folder.glob("*.json")}
+    for document in documents.values():
+        del document["seconds"]
+    return documents | {p.name: p.read_bytes() for p in folder.glob("*.png")}
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_an_interrupted_restoration_is_resumed_to_the_same_bits(tmp_path, how):
+    """In the second of two images; the first is not restored again."""
+    model = small_network(tmp_path / "run")
+    images = [tmp_path / "ramp.png", tmp_path / "flat.png"]
+    for path, image in zip(images, (PICTURE, PICTURE.flip(2)), strict=True):
+        write_image(image, path)
+    config = StochasticAscentConfig(steps=9, beta=0.5)
+    job = RestoreJob(model, TASKS["superres"], TaskOptions(), config, samples=2, run="run")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    folder = job.begin(images, whole)
+    for number in range(2):
+        job.run_on(images, number, folder)
+    folder.finish()
+    folder = job.begin(images, broken)
+    job.run_on(images, 0, folder)
+    first = (broken / "ramp.json").read_bytes()
+    calls = []
+    with pytest.raises(Killed if how == "killed" else Interrupted):
+        if how == "killed":
+            job.run_on(images, 1, folder, killing(6), save_seconds=0)
+        else:
+            job.run_on(images, 1, folder, stop=lambda: calls.append(1) or len(calls) == 6)
+    assert not (broken / "flat.json").exists()
+    other = job._replace(seed=1)
+    with pytest.raises(UserError, match=r"unfinished restorations .* seed was 0 and is now 1"):
+        other.begin(images, broken)
+    folder, steps = job.begin(images, broken), []
+    for number in range(2):
+        job.run_on(images, number, folder, lambda step, total: steps.append(step))
+    folder.finish()
+    assert steps == [7, 8, 9]
+    assert (broken / "ramp.json").read_bytes() == first
+    assert everything(whole) == everything(broken)
+    assert not (broken / "unfinished").exists()
+
+
+def test_a_restoration_that_fails_leaves_nothing_that_blocks_the_next(tmp_path):
+    model = small_network(tmp_path / "run")
+    write_image(PICTURE, tmp_path / "ramp.png")
+    images, out = [tmp_path / "ramp.png"], tmp_path / "out"
+    config = StochasticAscentConfig(steps=3)
+    job = RestoreJob(model, TASKS["inpaint"], TaskOptions(), config, samples=0)
+    with pytest.raises(UserError, match="0 samples"):
+        job.begin(images, out)
+    assert not out.exists()
+    broken = job._replace(samples=1)
+    folder = broken.begin(images, out)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    with pytest.raises(UserError, match=r"every chain of 'ramp\.png' diverged"):
+        broken.run_on(images, 0, folder)
+    assert not list(out.iterdir())

@@ -1,4 +1,4 @@
-r"""The steps of a batch of chains, and what is recorded of them: sums, log-densities, frames.
+r"""A batch of chains from start to end, interrupted or not, and what is recorded of it.
 
 Each step leaves the number of chains that moved, and the sums over them of the noise level, of
 acceptance and of the root mean square move; batches add up. Log-densities of all chains are
@@ -9,13 +9,19 @@ schedule may end early, every second is dropped when there are too many, and the
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ebmkit.sampling.base import Chains, Info, State
+from ebmkit.errors import UserError
+from ebmkit.sampling.base import Chains, Info, Sampler, State
+from ebmkit.sampling.jobs.folder import STATE, JobFolder
+
+SAVE_SECONDS = 30.0
+"""Time between states saved for the case that the process is killed."""
 
 MAX_DRAWS = 200
 """Log-densities recorded of a chain, about."""
@@ -23,7 +29,21 @@ MAX_DRAWS = 200
 MAX_FRAMES = 48
 """Frames recorded of the path, at the most."""
 
-Summary = Callable[[State], Tensor]
+Hook = Callable[[int, int], None]
+"""Called with the steps done and the steps in all."""
+
+
+class Interrupted(Exception):
+    """The job was stopped after saving; the same job on the same folder resumes.
+
+    Attributes:
+        done: steps that are done.
+        total: steps in all.
+    """
+
+    def __init__(self, done: int, total: int) -> None:
+        super().__init__(f"interrupted after step {done} of {total}")
+        self.done, self.total = done, total
 
 
 class Record:
@@ -31,11 +51,13 @@ class Record:
 
     Args:
         length: steps it may take.
-        summary: the log-density (B,) of a state; None: none is recorded.
+        summary: state to log-density (B,); None: none is recorded.
         shown: number of chains whose path is recorded.
     """
 
-    def __init__(self, length: int, summary: Summary | None = None, shown: int = 0) -> None:
+    def __init__(
+        self, length: int, summary: Callable[[Any], Tensor] | None = None, shown: int = 0
+    ) -> None:
         self.every = max(1, length // MAX_DRAWS)
         self.summary, self.shown = summary, shown
         self.stride = 1
@@ -46,7 +68,11 @@ class Record:
 
     def note(self, state: State, info: Info, active: Tensor) -> None:
         """Record a step, of which the ``active`` (B,) chains count."""
-        self.sums.append(_sums(info, active))
+        nothing = torch.full((), torch.nan, dtype=torch.float64, device=active.device)
+        sums = [active.double().sum()]
+        for values in (info.sigma, info.accepted, info.move):
+            sums.append(nothing if values is None else values.double()[active].sum())
+        self.sums.append(torch.stack(sums).cpu())
         if self.summary is not None and state.step % self.every == 0:
             self.draws.append(self.summary(state).detach().double().cpu())
         if state.step % self.stride == 0:
@@ -89,28 +115,97 @@ class Record:
 
 
 def run_chains(
-    chains: Chains[Any],
+    sampler: Sampler[Any],
+    start: Callable[[], Tensor],
+    shape: tuple[int, ...],
     length: int,
     generator: Callable[[int], torch.Generator],
     record: Record,
-    after: Callable[[int], None] = lambda step: None,
-) -> None:
-    """Take ``chains`` to their end, or to step ``length``.
+    progress: Callable[[int], None] = lambda step: None,
+    *,
+    folder: JobFolder | None = None,
+    batch: int = 0,
+    stop: Callable[[], bool] = lambda: False,
+    save_seconds: float = SAVE_SECONDS,
+) -> tuple[Chains[Any], float]:
+    """Take chains from their start, or from where they were saved, to their end.
 
     Args:
-        chains: at any step.
+        sampler: steps of whose chains are taken.
+        start: gives the starting points, if they are needed.
+        shape: of the starting points, (B, ...).
         length: steps at the most.
         generator: of a step, a function of its number alone.
-        record: of all steps so far.
-        after: called with the number of each step that is done.
+        record: of all steps.
+        progress: called with the number of each step that is done.
+        folder: where the chains are saved; None: nowhere.
+        batch: which chains of the job they are.
+        stop: asked after each step; where it is true, the chains are saved.
+        save_seconds: time between states saved.
+
+    Returns:
+        The chains, and the seconds spent on them.
+
+    Raises:
+        Interrupted: if they were; ``done`` and ``total`` are of this batch.
+        UserError: if what was saved is damaged or cannot be written, or a chain starts at NaN or
+            Inf.
     """
+    saved = folder.load(STATE) if folder else None
+    if folder and saved and int(saved["batch"]) == batch:
+        try:
+            chains, seconds = _resumed(sampler, saved, shape, record, generator(0).device)
+        except (KeyError, TypeError, ValueError, IndexError, RuntimeError, OverflowError):
+            what = f"{str(folder.home)!r} holds a state that is not of this job"
+            raise UserError(f"{what}: choose another --out") from None
+    else:
+        state = as_from_file(sampler.init(start()))
+        record.frame(state.x, 0)
+        chains, seconds = Chains(sampler, state), 0.0
+    clock = last = time.perf_counter()
     while not chains.done and chains.state.step < length:
         active = ~chains.finished
         info = chains.advance(generator(chains.state.step + 1))
         chains.state = as_from_file(chains.state)
         active[list(chains.diverged)] = False
         record.note(chains.state, info, active)
-        after(chains.state.step)
+        stopping, now = stop(), time.perf_counter()
+        if folder and (stopping or now - last > save_seconds):
+            fields: dict[str, Any] = chains.state._asdict()
+            tensors = {f"state.{name}": torch.as_tensor(value) for name, value in fields.items()}
+            if chains.diverged:
+                tensors["died"] = torch.tensor(list(chains.diverged.items()))
+            tensors |= {"batch": torch.tensor(batch), "finished": chains.finished}
+            tensors["seconds"] = torch.tensor(seconds + now - clock, dtype=torch.float64)
+            folder.save(STATE, tensors | record.tensors())
+            last = now
+        if stopping:
+            raise Interrupted(chains.state.step, length)
+        progress(chains.state.step)
+    return chains, seconds + time.perf_counter() - clock
+
+
+def _resumed(
+    sampler: Sampler[Any],
+    saved: dict[str, Tensor],
+    shape: tuple[int, ...],
+    record: Record,
+    device: torch.device,
+) -> tuple[Chains[Any], float]:
+    """The chains as they were saved, and the seconds spent on them; any error if they were not."""
+    fields = {name[6:]: value for name, value in saved.items() if name.startswith("state.")}
+    if fields["x"].shape != shape or saved["finished"].shape != shape[:1]:
+        raise ValueError(fields["x"].shape)
+    blank = sampler.init(fields["x"].to(device))
+    values = {
+        name: int(value) if isinstance(getattr(blank, name), int) else value.to(device)
+        for name, value in fields.items()
+    }
+    died = {int(k): int(s) for k, s in saved["died"].tolist()} if "died" in saved else {}
+    chains = Chains(sampler, blank._replace(**values), died)
+    chains.finished = saved["finished"].to(device)
+    record.restore(saved)
+    return chains, float(saved["seconds"])
 
 
 def as_from_file(state: Any) -> Any:
@@ -123,15 +218,6 @@ def as_from_file(state: Any) -> Any:
     return state._replace(
         **{k: v.clone(memory_format=plain) for k, v in fields.items() if isinstance(v, Tensor)}
     )
-
-
-def _sums(info: Info, active: Tensor) -> Tensor:
-    """Number of active chains, and sums over them of sigma, acceptance and move, (4,) float64."""
-    nothing = torch.full((), torch.nan, dtype=torch.float64, device=active.device)
-    found = [active.double().sum()]
-    for values in (info.sigma, info.accepted, info.move):
-        found.append(nothing if values is None else values.double()[active].sum())
-    return torch.stack(found).cpu()
 
 
 def means_of(batches: list[Tensor]) -> dict[str, list[Any]]:
