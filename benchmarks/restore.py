@@ -26,7 +26,7 @@ import ebmkit
 from ebmkit.compute import pick_device
 from ebmkit.evaluation.statistics import mean
 from ebmkit.metrics import psnr
-from ebmkit.sampling.inverse import TaskOptions, baselines_of, find_task
+from ebmkit.sampling.inverse import TaskOptions, find_task
 from ebmkit.sampling.jobs.restore import Panel, plot_restorations, restore
 from ebmkit.sampling.jobs.sources import data_of
 from ebmkit.sampling.kadkhodaie_simoncelli import StochasticAscentConfig
@@ -65,7 +65,7 @@ def measure(
     images = {"restored": found.images[:, 0].clamp(0, 1)}
     if options.samples > 1:
         images[f"mean of {options.samples}"] = found.images.clamp(0, 1).mean(1)
-    simple = [baselines_of(measurement, m[None]) for m in measured]
+    simple = [measurement.baselines(m[None]) for m in measured]
     for baseline in simple[0]:
         images[baseline] = torch.stack([one[baseline] for one in simple])
     values = {key: psnr(x, clean) for key, x in images.items()}

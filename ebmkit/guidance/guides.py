@@ -48,7 +48,7 @@ from ebmkit.errors import UserError
 from ebmkit.models.heads import LogitEnergy
 from ebmkit.registry import Table
 from ebmkit.sampling.base import check_positive, per_chain
-from ebmkit.sampling.target import DensityFunction, density_of, label_density_of
+from ebmkit.sampling.target import DensityFunction, clean_level, density_of, label_density_of
 
 CLASSIFIER_FREE = "classifier-free"
 """Guidance that needs no guide: the sampled model itself knows labels."""
@@ -206,18 +206,9 @@ def check_guide(model: object) -> EnergyModel:
     return model
 
 
-def clean_sigma(model: EnergyModel) -> float | None:
-    """The noise level that ``model`` gets with clean images: the lowest it was trained for.
-
-    None if it takes none.
-    """
-    limits = model.card.sigma_range if model.card else None
-    return limits[0] if limits and model.noise_conditional else None
-
-
 def _with_clean_sigma(model: EnergyModel, guide: DensityFunction) -> DensityFunction:
-    """``guide`` at `clean_sigma` where no noise level is given."""
-    lowest = clean_sigma(model)
+    """``guide`` at `clean_level` where no noise level is given."""
+    lowest = clean_level(model)
     if lowest is None:
         return guide
     return lambda v, sigma=None: guide(v, lowest if sigma is None else sigma)

@@ -27,8 +27,9 @@ from torch import Tensor
 from ebmkit.compile import device_of
 from ebmkit.energy import EnergyModel
 from ebmkit.errors import UserError
-from ebmkit.guidance.guides import check_guide, clean_sigma
+from ebmkit.guidance.guides import check_guide
 from ebmkit.models.heads import LogitEnergy
+from ebmkit.sampling.target import clean_level
 from ebmkit.storage import write_atomically
 from ebmkit.storage.reading import read_json
 
@@ -62,7 +63,7 @@ def class_energies(
     progress: Callable[[int, int], None] | None = None,
     batch_size: int = 256,
 ) -> ClassEnergies:
-    """Energies of each label's images, at `ebmkit.guidance.guides.clean_sigma`.
+    """Energies of each label's images, at `ebmkit.sampling.target.clean_level`.
 
     ``progress`` is called with (images done, images in all).
 
@@ -71,7 +72,7 @@ def class_energies(
             the model's labels has no image, or an energy is NaN or Inf.
     """
     model = LogitEnergy.of(check_guide(model))
-    device, sigma, done = device_of(model), clean_sigma(model), 0
+    device, sigma, done = device_of(model), clean_level(model), 0
     sums = torch.zeros(5, model.num_classes, dtype=torch.float64)
     for x, labels in images.batches(batch_size):
         if labels is None:

@@ -34,7 +34,7 @@ from ebmkit.models.saving import digest
 from ebmkit.plots import image_grid, save_figure, show_image
 from ebmkit.randomness import keyed_generator
 from ebmkit.sampling.diagnostics import finite_or_none
-from ebmkit.sampling.inverse import Degraded, Measurement, Task, TaskOptions, baselines_of
+from ebmkit.sampling.inverse import Degraded, Measurement, Task, TaskOptions
 from ebmkit.sampling.jobs.chains import Hook, Record, means_of, run_chains
 from ebmkit.sampling.jobs.folder import STATE, JobFolder
 from ebmkit.sampling.jobs.results import far_from_images
@@ -316,7 +316,7 @@ class RestoreJob(NamedTuple):
                 "or look whether the model's training diverged"
             )
         restored = samples[finite].clamp(0, 1)
-        baselines = baselines_of(known.measurement, known.measured)
+        baselines = known.measurement.baselines(known.measured)
         options = self.task.resolved(self.options)
         mask, card = options.mask, self.model.card
         document: dict[str, Any] = {

@@ -11,7 +11,7 @@ from PIL import Image
 from ebmkit import UserError
 from ebmkit.data import write_image
 from ebmkit.metrics import psnr
-from ebmkit.sampling.inverse import TASKS, TaskOptions, baselines_of, center_hole, find_task
+from ebmkit.sampling.inverse import TASKS, TaskOptions, center_hole, find_task
 from ebmkit.sampling.jobs import restore as restore_module
 from ebmkit.sampling.jobs.chains import Interrupted
 from ebmkit.sampling.jobs.restore import RestoreJob, read_mask, restore
@@ -46,16 +46,16 @@ def test_restored_pictures_have_the_measurements(task):
 
 def test_baselines_are_what_they_are_called():
     blocks = find_task("superres").measurement(PICTURE.shape, TaskOptions())
-    found = baselines_of(blocks, blocks.measure(PICTURE[None]))
+    found = blocks.baselines(blocks.measure(PICTURE[None]))
     small = PICTURE.reshape(4, 2, 4, 2).mean((1, 3)).numpy()
     nearest = np.kron(small, np.ones((2, 2)))
     np.testing.assert_allclose(found["nearest"][0], nearest, atol=1e-6)
     plane = torch.linspace(0.1, 0.9, 32).expand(1, 32, 32)  # a plane is kept, away from the edges
     blocks = find_task("superres").measurement(plane.shape, TaskOptions())
-    middle = baselines_of(blocks, blocks.measure(plane[None]))["bicubic"][0, 6:-6, 6:-6]
+    middle = blocks.baselines(blocks.measure(plane[None]))["bicubic"][0, 6:-6, 6:-6]
     torch.testing.assert_close(middle, plane[0, 6:-6, 6:-6], rtol=0, atol=1e-5)
     hole = center_hole(PICTURE.shape, 0.25)
-    found = baselines_of(hole, hole.measure(PICTURE[None]))
+    found = hole.baselines(hole.measure(PICTURE[None]))
     inside = ~torch.isclose(hole.project(PICTURE[None])[0], PICTURE)
     for name in ("mean", "nearest", "biharmonic"):
         torch.testing.assert_close(found[name][~inside], PICTURE[~inside])
@@ -65,7 +65,7 @@ def test_baselines_are_what_they_are_called():
     torch.testing.assert_close(found["biharmonic"], PICTURE, rtol=0, atol=1e-3)
     for share in (0.3, 1.0):
         blur = find_task("deblur").measurement(PICTURE.shape, TaskOptions(share=share))
-        found = baselines_of(blur, blur.measure(PICTURE[None]))["low-passed"]
+        found = blur.baselines(blur.measure(PICTURE[None]))["low-passed"]
         assert (float(psnr(found[None], PICTURE[None])) > 60) == (share == 1)
 
 
