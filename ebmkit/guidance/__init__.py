@@ -3,6 +3,7 @@
 from ebmkit.guidance.guides import (
     CLASSIFIER_FREE,
     GUIDES,
+    LogitModel,
     accumulated_guide,
     check_guide,
     classifier_guide,
@@ -10,7 +11,6 @@ from ebmkit.guidance.guides import (
     energy_guide,
     pgd_guide,
 )
-from ebmkit.guidance.logits import LogitModel
 from ebmkit.guidance.mean_energies import ClassEnergies, class_energies, stored_energies
 from ebmkit.guidance.model import GuidedModel, guided_model
 from ebmkit.guidance.schedules import GUIDANCE_SCHEDULES, GuidanceSchedule, parse_schedule

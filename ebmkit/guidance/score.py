@@ -26,17 +26,13 @@ Guidance at scale s adds :math:`p = s\,w\,\nabla_y h(v(y))` to the score; by Twe
         = \epsilon - s\, g(t)\, \nabla_{u_t} h ,
 
 with the weight w = :math:`g(t) / \sqrt{1 - \bar\alpha_t}` of `ebmkit.guidance.schedules`, since
-:math:`\nabla_y = \sqrt{\bar\alpha}\,(b - a)\,\nabla_{u_t}` and
-:math:`\sigma = \sqrt{(1 - \bar\alpha)/\bar\alpha}\,/\,(b - a)`. So the mean of a reverse step moves
+:math:`\nabla_y = \sqrt{\bar\alpha}\,(b - a)\,\nabla_{u_t}`. So the mean of a reverse step moves
 by s times the *variance* of that step times the gradient (RCG eq. 2.17 has its deviation). Several
 guidances add up.
 
 Classifier-free guidance mixes two predictions at a weight w (Ho & Salimans, 2207.12598),
-
-.. math:: \hat\epsilon = \epsilon_u + w\,(\epsilon_c - \epsilon_u) ,
-
-w = 0 unconditional and w = 1 conditional: it is guidance by the classifier that the two imply. Here
-w is the ``guidance_scale`` of `diffusers`, and 1 + s of RCG's algorithm 4.
+:math:`\hat\epsilon = \epsilon_u + w\,(\epsilon_c - \epsilon_u)`: w = 0 is unconditional, w = 1
+conditional. w is the ``guidance_scale`` of `diffusers`, and 1 + s of RCG's algorithm 4.
 """
 
 from __future__ import annotations

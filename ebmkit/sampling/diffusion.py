@@ -45,9 +45,9 @@ from torch import Tensor
 from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.noise import Schedule, Spacing, make_schedule
-from ebmkit.sampling.annealed import DOWN_LEVELS
 from ebmkit.sampling.base import Chain, Info, PositionSampler, check_positive, moved_to, normal_like
 from ebmkit.sampling.entry import SamplerConfig, SamplerEntry
+from ebmkit.sampling.langevin import DOWN_LEVELS
 from ebmkit.sampling.target import DenoiserFunction, Labels, denoiser_of, trained_range
 
 Variance = Literal["fixed_small", "fixed_large"]

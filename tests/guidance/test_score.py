@@ -30,7 +30,7 @@ from ebmkit.sampling import (
     noise_predictor_of,
     score_of,
 )
-from ebmkit.sampling.annealed import AnnealedConfig
+from ebmkit.sampling.langevin import AnnealedConfig
 
 LINEAR = make_schedule()
 

@@ -11,7 +11,7 @@ from ebmkit import Gaussian
 from ebmkit.errors import UserError
 from ebmkit.noise import Schedule, linear_betas, make_schedule
 from ebmkit.sampling import DDIM, PredictorCorrector, noise_predictor_of
-from ebmkit.sampling.annealed import PCConfig
+from ebmkit.sampling.langevin import PCConfig
 
 
 def stub(u, t):
