@@ -70,7 +70,7 @@ def restore(
     NAME-measured.png, NAME-restored.png, NAME-comparison.png and NAME.json; overwrites nothing.
     After Ctrl-C or a kill, the same command resumes and gives the same images.
     """
-    from ebmkit.compile import optimize
+    from ebmkit.compile import laid_out, make_inference
     from ebmkit.compute import pick_device
     from ebmkit.errors import validated
     from ebmkit.models import load
@@ -85,12 +85,24 @@ def restore(
     chosen = find_task(task)
     values = parse_options(parse_assignments(set_ or []), steps)
     config = validated(SAMPLER.config, values, f"settings of sampler {SAMPLER.name!r}")
-    model = load(run, device=str(pick_device(device)), weights=weights)
-    model = optimize(model, precision, compile_)
+    place = pick_device(device)
+    inference = make_inference(place, precision, compile_)
+    model = laid_out(load(run, device=str(place), weights=weights), inference)
     c = None if label is None else parse_label(model, label)
     SAMPLER.check(model, c)
     options = TaskOptions(None if mask is None else read_mask(mask), share, factor, seed)
-    job = RestoreJob(model, chosen, options, config, measured, samples, seed, c, str(run))
+    job = RestoreJob(
+        model,
+        chosen,
+        options,
+        config,
+        measured,
+        samples,
+        seed,
+        c,
+        str(run),
+        f"{place.type}, {inference.precision}, compile {inference.mode}",
+    )
     folder = job.begin(images, out)
     table = Table("image", "dB", *(["mean, dB"] if samples > 1 else []), "simple methods, dB")
     with folder.alone("restoring"), stop_requested() as stop:

@@ -41,8 +41,8 @@ class JobFolder:
     def __init__(self, path: Path, results: str = "samples", done: str = "sampling.json") -> None:
         self.path, self.home, self.results, self.done = path, path / UNFINISHED, results, done
 
-    def resumes(self, settings: BaseModel) -> bool:
-        """Whether an interrupted job of the same ``settings`` is there.
+    def resumes(self, settings: BaseModel | dict[str, Any]) -> bool:
+        """Whether an interrupted job of the same ``settings`` is there; a model upgrades its own.
 
         Raises:
             UserError: if one of other settings is.
@@ -56,9 +56,10 @@ class JobFolder:
             old = None
         if not isinstance(old, dict):
             raise UserError(f"{str(known)!r} is damaged: it does not parse; choose another --out")
-        with contextlib.suppress(ValidationError):  # later fields have defaults, names are upgraded
-            old = type(settings).model_validate(old).model_dump(mode="json")
-        found = difference(old, settings.model_dump(mode="json"))
+        if isinstance(settings, BaseModel):
+            with contextlib.suppress(ValidationError):  # later fields have defaults
+                old = type(settings).model_validate(old).model_dump(mode="json")
+        found = difference(old, _plain(settings))
         if found is not None:
             key, before, now = found
             raise UserError(
@@ -67,7 +68,7 @@ class JobFolder:
             )
         return True
 
-    def begin(self, settings: BaseModel) -> None:
+    def begin(self, settings: BaseModel | dict[str, Any]) -> None:
         """Make the folder, or resume the job that `resumes` finds there.
 
         Raises:
@@ -88,7 +89,7 @@ class JobFolder:
             self.home.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make folder {str(path)!r}: {error.strerror}") from None
-        content = json.dumps(settings.model_dump(mode="json"), indent=2).encode()
+        content = json.dumps(_plain(settings), indent=2).encode()
         write_atomically(self.home / SETTINGS, content)
 
     def _foreign(self) -> Iterator[Path]:
@@ -146,3 +147,7 @@ class JobFolder:
             content = json.dumps(document, indent=1, allow_nan=False).encode()
             write_atomically(self.path / self.done, content)
         shutil.rmtree(self.home, ignore_errors=True)
+
+
+def _plain(settings: BaseModel | dict[str, Any]) -> dict[str, Any]:
+    return settings if isinstance(settings, dict) else settings.model_dump(mode="json")

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from ebmkit.compile import device_of
@@ -172,24 +171,6 @@ def _denoise_in_crops(model: ScoreModel, y: Tensor, c: int | None) -> Tensor:
     return y + (limits[1] / found.sigma) ** 2 * (found.image - y)
 
 
-class RestoreSettings(BaseModel):
-    """Everything that restorations depend on; a job that is resumed must have the same."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    task: str
-    mask: str
-    share: float | None
-    factor: int | None
-    measured: bool
-    sampler: StochasticAscentConfig
-    samples: int
-    seed: int
-    label: int | None
-    digest: str
-    images: dict[str, str]
-
-
 class RestoreJob(NamedTuple):
     """How images are restored.
 
@@ -203,6 +184,7 @@ class RestoreJob(NamedTuple):
         seed: of the noise.
         c: a label, or None.
         run: name of the run, written down.
+        computed: device, precision and compilation, which a job that is resumed must share.
     """
 
     model: ScoreModel
@@ -214,6 +196,7 @@ class RestoreJob(NamedTuple):
     seed: int = 0
     c: int | None = None
     run: str = ""
+    computed: str = ""
 
     def begin(self, images: Sequence[Path], out: Path) -> JobFolder:
         """The folder ``out``, made for this job, or with what an interrupted one left there.
@@ -229,23 +212,25 @@ class RestoreJob(NamedTuple):
             _restorer(
                 self.model, known.measurement, known.measured, self.samples, self.config, self.c
             )
-        mask = self.options.mask
-        settings = RestoreSettings(
-            task=self.task.name,
-            mask="" if mask is None else digest({"mask": mask.cpu()}),
-            share=self.options.share,
-            factor=self.options.factor,
-            measured=self.measured,
-            sampler=self.config,
-            samples=self.samples,
-            seed=self.seed,
-            label=self.c,
-            digest=self.model.weights_sha256 or "",
-            images={p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in images},
-        )
+        mask, digests = self.options.mask, [hashlib.sha256(p.read_bytes()) for p in images]
+        settings = {
+            "task": self.task.name,
+            "mask": None if mask is None else digest({"mask": mask.cpu()}),
+            "share": self.options.share,
+            "factor": self.options.factor,
+            "task_seed": self.options.seed,
+            "measured": self.measured,
+            "sampler": self.config.model_dump(mode="json"),
+            "samples": self.samples,
+            "seed": self.seed,
+            "label": self.c,
+            "weights": self.model.weights_sha256,
+            "computed": self.computed,
+            "images": {p.name: d.hexdigest() for p, d in zip(images, digests, strict=True)},
+        }
         folder = JobFolder(out, "restorations", done="")
         if not folder.resumes(settings):
-            for target in (target for path in images for target in self.targets(path, out)):
+            for target in [target for path in images for target in self.targets(path, out)]:
                 if target.exists():
                     raise UserError(
                         f"{str(target)!r} exists: choose another --out, or move it away"
