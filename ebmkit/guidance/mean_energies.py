@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
 
 from ebmkit.compile import device_of
 from ebmkit.energy import EnergyModel
@@ -32,16 +31,6 @@ from ebmkit.models.heads import LogitEnergy
 from ebmkit.sampling.target import clean_level
 from ebmkit.storage import write_atomically
 from ebmkit.storage.reading import read_json
-
-
-class LabelledImages(Protocol):
-    """What energies are computed on: a data set of `ebmkit.data`, say."""
-
-    def __len__(self) -> int: ...
-
-    def batches(self, size: int, /) -> Iterable[tuple[Tensor, Tensor | None]]:
-        """Images (B, C, H, W) in [0, 1] and their labels (B,)."""
-        ...
 
 
 class ClassEnergies(BaseModel):
@@ -59,13 +48,17 @@ class ClassEnergies(BaseModel):
 @torch.no_grad()
 def class_energies(
     model: EnergyModel,
-    images: LabelledImages,
+    images: Any,
     progress: Callable[[int, int], None] | None = None,
     batch_size: int = 256,
 ) -> ClassEnergies:
     """Energies of each label's images, at `ebmkit.sampling.target.clean_level`.
 
-    ``progress`` is called with (images done, images in all).
+    Args:
+        model: a guide.
+        images: a data set, as of `ebmkit.data`: ``len`` and ``batches(size)``.
+        progress: called with (images done, images in all).
+        batch_size: images that the model takes at once.
 
     Raises:
         UserError: if model or images have no labels, an image's label is not the model's, one of

@@ -209,12 +209,9 @@ def chain_diagnostics(
         finite: (all chains,) bool; others are left out.
         every: of how many steps one was recorded.
     """
-    no_law = "took no step" if entry is None else entry.no_law
-    if no_law:
-        return {
-            "meaning": "effective size and R-hat compare draws of one law, and this sampler "
-            f"{no_law}: they have no meaning"
-        }
+    if no_law := "took no step" if entry is None else entry.no_law:
+        what = "effective size and R-hat compare draws of one law, and this sampler"
+        return {"meaning": f"{what} {no_law}: they have no meaning"}
     if any(d is None for d in draws):
         return {"meaning": "this model has no log-density, or no step was kept: nothing to compare"}
     recorded = torch.cat([d for d in draws if d is not None], dim=1)[:, finite]
@@ -252,19 +249,15 @@ def energy_diagnostics(
     if samples is None:
         return {"note": "this model is a plain denoiser and has no log-density"}
     own = samples[finite & samples.isfinite()].double()
-    found: dict[str, Any] = {
-        "sigma": level,
-        "log_density_of_samples": finite_or_none(float(own.mean())),
-        "samples": len(own),
-    }
+    found: dict[str, Any] = {"sigma": level, "samples": len(own)}
+    found["log_density_of_samples"] = finite_or_none(float(own.mean()))
     if data is None:
         return found | {"note": f"no held-out images to compare with: {note}"}
-    found["log_density_of_data"] = finite_or_none(float(data.double().mean()))
-    found["images"] = len(data)
+    found |= {"log_density_of_data": finite_or_none(float(data.double().mean()))}
+    found |= {"images": len(data)}
     if min(len(own), len(data)) >= 2:
-        gap = energy_gap(-own, -data)
-        found["gap"] = finite_or_none(gap.value)
-        found["gap_standard_error"] = finite_or_none(gap.standard_error)
+        gap, error = map(finite_or_none, energy_gap(-own, -data))
+        found |= {"gap": gap, "gap_standard_error": error}
         found["meaning"] = "mean energy of samples minus that of held-out images, nats"
     return found
 

@@ -101,7 +101,7 @@ class DDIM(PositionSampler):
     """The diffusion chain over any timesteps, between DDIM (eta 0) and DDPM (eta 1, all steps).
 
     The state is in image units: y = x + sigma(t) * eps at the present timestep, and the image
-    itself at the end. `start` makes the first one.
+    itself at the end.
 
     Args:
         noise_predictor: a diffusion network, or `noise_predictor_of` a denoiser.
@@ -143,17 +143,6 @@ class DDIM(PositionSampler):
         self.timesteps, self.sigmas = tuple(timesteps), tuple(levels)
         self.eta, self.clip, self.rederive, self.variance = eta, clip, rederive, variance
         self.steps = len(self.timesteps)
-
-    def start(
-        self,
-        shape: Sequence[int],
-        generator: torch.Generator,
-        mean: Tensor | float = 0.5,
-        dtype: torch.dtype = torch.float32,
-    ) -> Tensor:
-        """Where chains begin: ``mean`` with noise of the first level, (B, ...), image units."""
-        noise = torch.randn(tuple(shape), generator=generator, dtype=dtype, device=generator.device)
-        return mean + self.sigmas[0] * noise
 
     def step(self, state: Chain, generator: torch.Generator) -> tuple[Chain, Info]:
         """From one timestep to the next, the last to the clean image."""

@@ -355,22 +355,6 @@ class TaskOptions(NamedTuple):
     seed: int = 0
 
 
-class Degraded(NamedTuple):
-    """An image, and what is known of it.
-
-    Attributes:
-        measurement: which numbers are known.
-        measured: (1, n), what they are.
-        look: (C, H, W), the known on gray ground, for people and as a baseline.
-        clean: (C, H, W), the image itself; None where only measurements are known.
-    """
-
-    measurement: Measurement
-    measured: Tensor
-    look: Tensor
-    clean: Tensor | None
-
-
 @dataclass(frozen=True)
 class Task:
     """A task that has a name.
@@ -406,8 +390,10 @@ class Task:
                 raise UserError(f"task {self.name} has no --{name}: it takes {own}")
         return self.make(shape, self.resolved(options))
 
-    def degrade(self, image: Tensor, options: TaskOptions, measured: bool = False) -> Degraded:
-        """Measure an ``image`` (C, H, W), or take it for the measured one.
+    def degrade(
+        self, image: Tensor, options: TaskOptions, measured: bool = False
+    ) -> tuple[Measurement, Tensor, Tensor | None]:
+        """Measure an ``image`` (C, H, W) in [0, 1], or take it for the measured one.
 
         Super-resolution of a clean image leaves out rows and columns at the bottom and at the right
         that make no whole block.
@@ -417,6 +403,10 @@ class Task:
             options: of the measurement.
             measured: whether the image is what was measured: with the parts to fill in (inpaint,
                 random-pixels), small (superres), or blurred (deblur).
+
+        Returns:
+            The measurement, what it measures (1, n), and the clean image (C, H, W), or None where
+            only measurements are known.
 
         Raises:
             UserError: if an option is not the task's or not legal for the image, or no image can
@@ -431,14 +421,10 @@ class Task:
         if measured and factor > 1:
             blocks = self.measurement((channels, height * factor, width * factor), options)
             assert isinstance(blocks, BlockAverage)
-            numbers = blocks.of_small_images(image[None])
-            return Degraded(blocks, numbers, blocks.on_gray(numbers), None)
+            return blocks, blocks.of_small_images(image[None]), None
         image = image[:, : height - height % factor, : width - width % factor]
         measurement = self.measurement((channels, *image.shape[1:]), options)
-        numbers = measurement.measure(image[None])
-        return Degraded(
-            measurement, numbers, measurement.on_gray(numbers), None if measured else image
-        )
+        return measurement, measurement.measure(image[None]), None if measured else image
 
 
 def _inpaint(shape: Shape, options: TaskOptions) -> Measurement:

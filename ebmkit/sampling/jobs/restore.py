@@ -33,7 +33,7 @@ from ebmkit.models.saving import digest
 from ebmkit.plots import image_grid, save_figure, show_image
 from ebmkit.randomness import keyed_generator
 from ebmkit.sampling.diagnostics import finite_or_none
-from ebmkit.sampling.inverse import Degraded, Measurement, Task, TaskOptions
+from ebmkit.sampling.inverse import Measurement, Task, TaskOptions
 from ebmkit.sampling.jobs.chains import Hook, Record, means_of, run_chains
 from ebmkit.sampling.jobs.folder import STATE, JobFolder
 from ebmkit.sampling.jobs.results import far_from_images
@@ -208,10 +208,8 @@ class RestoreJob(NamedTuple):
         for i, path in enumerate(images):
             if path.stem in [p.stem for p in images[:i]]:
                 raise UserError(f"two images are called {path.stem!r}: restore them separately")
-            known = self.degraded(path)
-            _restorer(
-                self.model, known.measurement, known.measured, self.samples, self.config, self.c
-            )
+            measurement, numbers, _ = self.degraded(path)
+            _restorer(self.model, measurement, numbers, self.samples, self.config, self.c)
         mask, digests = self.options.mask, [hashlib.sha256(p.read_bytes()) for p in images]
         settings = {
             "task": self.task.name,
@@ -243,12 +241,8 @@ class RestoreJob(NamedTuple):
         kinds = ["measured.png", "comparison.png", *self._names]
         return [out / f"{path.stem}.json", *(out / f"{path.stem}-{kind}" for kind in kinds)]
 
-    def degraded(self, path: Path) -> Degraded:
-        """What is known of the image ``path``.
-
-        Raises:
-            UserError: if it cannot be read, or as `Task.degrade`.
-        """
+    def degraded(self, path: Path) -> tuple[Measurement, Tensor, Tensor | None]:
+        """`Task.degrade` of the image ``path``."""
         channels = self.model.card.channels if self.model.card else None
         return self.task.degrade(read_image(path, channels).image, self.options, self.measured)
 
@@ -278,12 +272,12 @@ class RestoreJob(NamedTuple):
         if (out / f"{path.stem}.json").exists():
             done: dict[str, Any] = read_json(out / f"{path.stem}.json")
             return done
-        known = self.degraded(path)
-        clean, shape = known.clean, known.measurement.shape
+        measurement, numbers, clean = self.degraded(path)
+        shape, look = measurement.shape, measurement.on_gray(numbers)
         found = restore(
             self.model,
-            known.measurement,
-            known.measured,
+            measurement,
+            numbers,
             self.config,
             samples=self.samples,
             seed=self.seed,
@@ -301,7 +295,7 @@ class RestoreJob(NamedTuple):
                 "or look whether the model's training diverged"
             )
         restored = samples[finite].clamp(0, 1)
-        baselines = known.measurement.baselines(known.measured)
+        baselines = measurement.baselines(numbers)
         options = self.task.resolved(self.options)
         mask, card = options.mask, self.model.card
         document: dict[str, Any] = {
@@ -315,7 +309,7 @@ class RestoreJob(NamedTuple):
                 "seed": options.seed,
             },
             "size": list(shape),
-            "measured_numbers": known.measurement.count,
+            "measured_numbers": measurement.count,
             "settings": self.config.model_dump(mode="json"),
             "seed": self.seed,
             "samples": self.samples,
@@ -337,10 +331,10 @@ class RestoreJob(NamedTuple):
                 "baselines": {name: _psnr(x, clean) for name, x in baselines.items()},
             }
         shown = restored if self.samples == 1 else [*samples, restored.mean(0)]
-        for name, image in zip(["measured.png", *self._names], [known.look, *shown], strict=True):
+        for name, image in zip(["measured.png", *self._names], [look, *shown], strict=True):
             write_image(image.clamp(0, 1), out / f"{path.stem}-{name}", overwrite=True)
         plot_restorations(
-            [_panels(known, baselines, restored)],
+            [_panels(look, clean, baselines, restored)],
             out / f"{path.stem}-comparison.png",
             f"{self.task.name}: {path.name}",
         )
@@ -415,12 +409,13 @@ def plot_restorations(rows: Sequence[Sequence[Panel]], path: Path, title: str) -
     save_figure(figure, path)
 
 
-def _panels(known: Degraded, baselines: dict[str, Tensor], restored: Tensor) -> list[Panel]:
+def _panels(
+    look: Tensor, clean: Tensor | None, baselines: dict[str, Tensor], restored: Tensor
+) -> list[Panel]:
     """Original, measured, the best baseline, a restored one, and the mean of several."""
-    clean = known.clean
     quality = {} if clean is None else {n: _psnr(x, clean) for n, x in baselines.items()}
     best = max(baselines, key=lambda name: inf if (q := quality.get(name)) is None else q)
-    shown = [(known.look, "measured"), (baselines[best], best), (restored[0], "restored")]
+    shown = [(look, "measured"), (baselines[best], best), (restored[0], "restored")]
     if len(restored) > 1:
         shown.append((restored.mean(0), f"mean of {len(restored)}"))
     panels: list[Panel] = [] if clean is None else [(clean, "original", "")]

@@ -70,12 +70,14 @@ def test_baselines_are_what_they_are_called():
 
 
 def test_a_small_picture_can_be_what_was_measured():
-    known = TASKS["superres"].degrade(PICTURE, TaskOptions(factor=3), measured=True)
-    assert known.measurement.shape == (1, 24, 24)
-    assert known.clean is None
-    torch.testing.assert_close(known.look, PICTURE.repeat_interleave(3, 1).repeat_interleave(3, 2))
-    odd = TASKS["superres"].degrade(torch.rand(3, 9, 7), TaskOptions())
-    assert odd.clean.shape == (3, 8, 6)
+    task = TASKS["superres"]
+    measurement, numbers, clean = task.degrade(PICTURE, TaskOptions(factor=3), measured=True)
+    assert measurement.shape == (1, 24, 24)
+    assert clean is None
+    look = PICTURE.repeat_interleave(3, 1).repeat_interleave(3, 2)
+    torch.testing.assert_close(measurement.on_gray(numbers), look)
+    _, _, odd = task.degrade(torch.rand(3, 9, 7), TaskOptions())
+    assert odd.shape == (3, 8, 6)
 
 
 @pytest.mark.parametrize(
