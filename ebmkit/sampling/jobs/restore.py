@@ -30,7 +30,7 @@ from ebmkit.errors import UserError
 from ebmkit.inference import TILE, denoise_image
 from ebmkit.metrics import psnr
 from ebmkit.models.saving import digest
-from ebmkit.plots import image_grid, save_figure, show_image
+from ebmkit.plots import image_rows
 from ebmkit.randomness import keyed_generator
 from ebmkit.sampling.diagnostics import finite_or_none
 from ebmkit.sampling.inverse import Measurement, Task, TaskOptions
@@ -333,11 +333,8 @@ class RestoreJob(NamedTuple):
         shown = restored if self.samples == 1 else [*samples, restored.mean(0)]
         for name, image in zip(["measured.png", *self._names], [look, *shown], strict=True):
             write_image(image.clamp(0, 1), out / f"{path.stem}-{name}", overwrite=True)
-        plot_restorations(
-            [_panels(look, clean, baselines, restored)],
-            out / f"{path.stem}-comparison.png",
-            f"{self.task.name}: {path.name}",
-        )
+        comparison, title = out / f"{path.stem}-comparison.png", f"{self.task.name}: {path.name}"
+        _plot(look, clean, baselines, restored, comparison, title)
         document["seconds"] = round(max(found.seconds, time.perf_counter() - begun), 3)
         text = json.dumps(document, indent=1, allow_nan=False)
         write_atomically(out / f"{path.stem}.json", text.encode())
@@ -387,42 +384,26 @@ def read_mask(path: Path) -> Tensor:
     return image > 0.5
 
 
-Panel = tuple[Tensor, str, str]
-"""A cell of `plot_restorations`: an image (C, H, W), the text above, and the text below."""
-
-
-def plot_restorations(rows: Sequence[Sequence[Panel]], path: Path, title: str) -> None:
-    """One image in each row: as it was, what was measured, baselines, and restored.
-
-    Args:
-        rows: of equal length, and images of equal size.
-        path: the PNG file.
-        title: above.
-    """
-    height, width = rows[0][0][0].shape[-2:]
-    figure, axes = image_grid(len(rows), len(rows[0]), (height, width), head=0.55)
-    for i, row in enumerate(rows):
-        for k, (image, above, below) in enumerate(row):
-            show_image(axes[i][k], image, below, above if i == 0 else "")
-    tall = figure.get_figheight()
-    figure.text(0.008, 1 - 0.14 / tall, title, fontsize=9, weight="bold", va="center")
-    save_figure(figure, path)
-
-
-def _panels(
-    look: Tensor, clean: Tensor | None, baselines: dict[str, Tensor], restored: Tensor
-) -> list[Panel]:
+def _plot(
+    look: Tensor,
+    clean: Tensor | None,
+    baselines: dict[str, Tensor],
+    restored: Tensor,
+    path: Path,
+    title: str,
+) -> None:
     """Original, measured, the best baseline, a restored one, and the mean of several."""
     quality = {} if clean is None else {n: _psnr(x, clean) for n, x in baselines.items()}
     best = max(baselines, key=lambda name: inf if (q := quality.get(name)) is None else q)
-    shown = [(look, "measured"), (baselines[best], best), (restored[0], "restored")]
+    shown = {"measured": look, best: baselines[best], "restored": restored[0]}
     if len(restored) > 1:
-        shown.append((restored.mean(0), f"mean of {len(restored)}"))
-    panels: list[Panel] = [] if clean is None else [(clean, "original", "")]
-    for image, above in shown:
+        shown[f"mean of {len(restored)}"] = restored.mean(0)
+    heads = [] if clean is None else ["original"]
+    row = [] if clean is None else [(clean, "")]
+    for image in shown.values():
         value = None if clean is None else _psnr(image, clean)
-        panels.append((image, above, "" if value is None else f"{value:.2f} dB"))
-    return panels
+        row.append((image, "" if value is None else f"{value:.2f} dB"))
+    image_rows([row], [*heads, *shown], path, title=title)
 
 
 def _psnr(image: Tensor, clean: Tensor) -> float | None:
