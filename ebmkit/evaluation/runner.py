@@ -57,7 +57,7 @@ from ebmkit.errors import UserError
 from ebmkit.evaluation.context import NOISE_LEVELS, SIGMAS, EvaluationContext, Images
 from ebmkit.evaluation.suite import Suite
 from ebmkit.evaluation.suites import FORMER_NAMES, SUITES, find_suite, parse_options
-from ebmkit.storage import remove_file, write_atomically
+from ebmkit.storage import make_folder, remove_file, write_atomically
 from ebmkit.storage.reading import read_json
 from ebmkit.training.run_folder import environment
 
@@ -164,11 +164,7 @@ def evaluate(
         for suite in chosen.values():
             suite.prepare(context)
         if world.first:
-            try:
-                out_dir.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                folder = str(out_dir)
-                raise UserError(f"cannot make folder {folder!r}: {error.strerror}") from None
+            make_folder(out_dir)
         for name, suite in chosen.items():
             context.left = suite.passes(context) * len(used)
             context.advance = partial(bar.advance, bar.add_task(name, total=context.left))

@@ -61,9 +61,6 @@ class Exact(GuidanceSchedule):
     def factor(self, t: Tensor, abar: Tensor, total: int) -> Tensor:
         return (1 - abar).sqrt()
 
-    def weight(self, t: Tensor, abar: Tensor, total: int) -> Tensor:
-        return torch.ones_like(t)
-
 
 class Constant(Exact):
     name = form = "constant"

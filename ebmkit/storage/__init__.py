@@ -1,5 +1,6 @@
 """Files that outlive crashes: written whole, noticed when damaged, one writer at a time."""
 
+from ebmkit.storage.atomic import make_folder
 from ebmkit.storage.commit import (
     commit_files,
     read_together,
@@ -14,6 +15,7 @@ __all__ = [
     "DamagedFile",
     "commit_files",
     "held",
+    "make_folder",
     "read_together",
     "remove_file",
     "write_atomically",

@@ -104,6 +104,18 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def make_folder(path: Path) -> None:
+    """Make the folder ``path`` and those above it, where they are not there.
+
+    Raises:
+        UserError: if it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make folder {str(path)!r}: {error.strerror}") from None
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Tell of an `OSError` within as of ``path``, which could not be written.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ebmkit.errors import UserError
 from ebmkit.models.saving import digest
-from ebmkit.storage import held, write_atomically
+from ebmkit.storage import held, make_folder, write_atomically
 from ebmkit.storage.reading import read_json
 from ebmkit.storage.tensors import read_tensors
 from ebmkit.training.config import difference
@@ -85,10 +85,8 @@ class JobFolder:
                 f"{str(path)!r} holds something else than {self.results} of an interrupted run: "
                 "choose another --out"
             )
-        try:
-            self.home.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make folder {str(path)!r}: {error.strerror}") from None
+        make_folder(path)
+        make_folder(self.home)
         content = json.dumps(_plain(settings), indent=2).encode()
         write_atomically(self.home / SETTINGS, content)
 
