@@ -349,11 +349,7 @@ class _Levels(Schedule):
 
 
 def schedule_of(scheduler: Any, image_range: tuple[float, float] = (-1.0, 1.0)) -> Schedule:
-    """The noise levels of a scheduler of `diffusers`, to its own precision.
-
-    Args:
-        scheduler: with ``alphas_cumprod``.
-        image_range: where clean images live.
+    """The noise levels of a ``scheduler`` of `diffusers`, to its own precision.
 
     Raises:
         UserError: if it has none: the input of its model is not u_t.

@@ -104,15 +104,8 @@ def stored_energies(
     compute: Callable[[], ClassEnergies],
     sigma: float | None = None,
 ) -> ClassEnergies:
-    """The energies stored in ``run``, or those that ``compute`` gives, which are stored then.
-
-    Args:
-        run: the guide's folder.
-        dataset: name of the images.
-        fingerprint: of the images.
-        digest: of the guide's weights.
-        compute: `class_energies` of the two.
-        sigma: noise level that the model gets.
+    """The energies stored in the guide's folder ``run``, or those that ``compute`` gives, which are
+    stored then: of a ``dataset`` with a ``fingerprint``, weights with a ``digest``, at ``sigma``.
 
     Raises:
         UserError: if ``compute`` does, or the file cannot be written.

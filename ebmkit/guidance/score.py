@@ -262,9 +262,7 @@ Active = list[tuple[Guidance, Any]]  # with its weight s w, a float or (B,)
 def guided_score(score: ScoreFunction, guidance: Guidances) -> ScoreFunction:
     """s(y) + s w grad_y h, for samplers that take a score; without sigma there is no noise.
 
-    Args:
-        score: of the model.
-        guidance: one, or several, which add up.
+    Here and below ``guidance`` is one, or several, which add up.
     """
 
     def guided(y: Tensor, sigma: Noise | None = None) -> Tensor:
@@ -325,10 +323,7 @@ def guided_noise(
 ) -> NoisePredictor:
     """eps - s g(t) grad_u h: guidance of a diffusion network, for DDIM and its kind.
 
-    Args:
-        predictor: (u_t, t) to the noise.
-        schedule: the network's; it takes the place of the guidances' own.
-        guidance: one, or several, which add up.
+    ``schedule`` is the network's; it takes the place of the guidances' own.
     """
     using = [replace(g, diffusion=schedule) for g in _listed(guidance)]
     low, high = schedule.image_range

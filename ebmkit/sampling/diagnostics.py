@@ -203,11 +203,8 @@ def chain_diagnostics(
 ) -> dict[str, Any]:
     """Effective size and split R-hat of the log-density, over the second half of the steps.
 
-    Args:
-        entry: of the sampler; None where no step was taken.
-        draws: of each batch, (N, B) log-densities, or None.
-        finite: (all chains,) bool; others are left out.
-        every: of how many steps one was recorded.
+    ``entry`` is None where no step was taken; ``draws`` are log-densities (N, B) of each batch, one
+    of ``every`` steps. Chains that are not ``finite`` (all chains,) are left out.
     """
     if no_law := "took no step" if entry is None else entry.no_law:
         what = "effective size and R-hat compare draws of one law, and this sampler"
@@ -237,15 +234,8 @@ def chain_diagnostics(
 def energy_diagnostics(
     samples: Tensor | None, finite: Tensor, data: Tensor | None, note: str, level: float | None
 ) -> dict[str, Any]:
-    """Mean log p of samples and of held-out images, and the gap of their energies.
-
-    Args:
-        samples: (N,) log-densities of samples; None: the model has none.
-        finite: (N,) which count.
-        data: (M,) of held-out images, if any.
-        note: why not.
-        level: noise level at which both are taken.
-    """
+    """Mean log p of ``samples`` (N,), if the model has one, and of held-out images ``data`` (M,),
+    if any (``note``: why not), both at noise ``level``, and the gap of their energies."""
     if samples is None:
         return {"note": "this model is a plain denoiser and has no log-density"}
     own = samples[finite & samples.isfinite()].double()

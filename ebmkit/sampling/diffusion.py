@@ -63,11 +63,9 @@ class NoisePredictor(Protocol):
 
 
 def noise_predictor_of(denoiser: DenoiserFunction, schedule: Schedule) -> NoisePredictor:
-    """The noise that ``denoiser`` implies, (y - D(y, sigma)) / sigma.
+    """The noise (y - D(y, sigma)) / sigma that a ``denoiser``, blind or not, implies.
 
-    Args:
-        denoiser: of images in image units, blind or not.
-        schedule: says which sigma and which coordinates a timestep is.
+    ``schedule`` says which sigma and which coordinates a timestep is.
     """
 
     def predict(u: Tensor, t: int) -> Tensor:
@@ -80,15 +78,8 @@ def noise_predictor_of(denoiser: DenoiserFunction, schedule: Schedule) -> NoiseP
 def update_coefficients(
     sigma: float, lower: float, eta: float, variance: Variance = "fixed_small", half: float = 0.5
 ) -> tuple[float, float]:
-    """The coefficients a and b of the module's table.
-
-    Args:
-        sigma: the present noise level, image units.
-        lower: the next one, 0 at the end.
-        eta: share of the posterior's deviation that is drawn anew.
-        variance: ``fixed_large`` for DDPM's larger variance, of eta = 1.
-        half: h, one over the width of the model's range of images.
-    """
+    """The coefficients a and b of the module's table, from the level ``sigma`` to the next,
+    ``lower`` (image units; 0 at the end); ``half`` is h."""
     deviation = lower * math.sqrt(max(0.0, 1 - (lower / sigma) ** 2))
     a = math.sqrt(max(0.0, lower**2 - (eta * deviation) ** 2))
     if variance == "fixed_large" and lower:

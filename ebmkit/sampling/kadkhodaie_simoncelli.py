@@ -175,12 +175,8 @@ def make_restorer(
 ) -> StochasticAscent:
     """The stochastic ascent under linear measurements: images that have exactly these.
 
-    Args:
-        model: a blind denoiser.
-        measurement: which numbers of an image are known.
-        measured: (B, n) or (1, n), what they are.
-        config: of the sampler.
-        c: labels, a number or (B,).
+    ``model`` is a blind denoiser, ``measured`` (B, n) or (1, n) what ``measurement`` says of the
+    images, ``c`` labels, a number or (B,).
 
     Raises:
         UserError: if the sampler cannot drive the model, or a noise level is not the model's.

@@ -221,14 +221,8 @@ def as_from_file(state: Any) -> Any:
 
 
 def means_of(batches: list[Tensor]) -> dict[str, list[Any]]:
-    """The means of each step over all chains that moved, None where they have no meaning.
-
-    Args:
-        batches: the ``sums`` (T, 4) of each, of different lengths.
-
-    Returns:
-        The number of ``chains`` at each step, and means of ``sigma``, ``acceptance`` and ``move``.
-    """
+    """The number of ``chains`` that moved at each step, and their means of ``sigma``,
+    ``acceptance`` and ``move``, None where they have no meaning; of ``sums`` (T, 4) by batch."""
     length = max((len(sums) for sums in batches), default=0)
     total = torch.zeros(length, 4, dtype=torch.float64)
     for sums in batches:

@@ -220,8 +220,8 @@ def guide_by(
         guide: a run folder; None for classifier-free guidance.
         weights: of the guide, last or best.
         run: folder of the base, whose data set stands in where the guide's is not known.
-        dataset: to compute mean energies on; None: the one that the guide was trained on.
-        data_dir: where its files are.
+        dataset: to compute mean energies on, with files in ``data_dir``; None: the guide's own.
+        data_dir: as above.
         progress: called with (images, images in all) while mean energies are computed.
         bars: whether to show bars while data is read.
         inference: how the guide is computed; None: eagerly, in float32.
