@@ -11,6 +11,7 @@ constant, for samplers that accept or reject.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -107,12 +108,8 @@ class GuidedModel(HasParts, ScoreModel):
         guidance = self.guidance(c)
         if self.guide is not None:
             return guided_score(self.base.score, guidance)(y, sigma)
-        mixed: Callable[[], Tensor] = classifier_free(
-            lambda: self.base.score(y, sigma, c),
-            lambda: self.base.score(y, sigma),
-            guidance.weight(sigma),
-        )
-        return mixed()
+        conditional, unconditional = (partial(self.base.score, y, sigma, own) for own in (c, None))
+        return classifier_free(conditional, unconditional, guidance.weight(sigma))()
 
     def denoise(
         self, y: Tensor, sigma: Noise | None = None, c: Tensor | int | None = None

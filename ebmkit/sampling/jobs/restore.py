@@ -37,11 +37,7 @@ from ebmkit.sampling.inverse import Measurement, Task, TaskOptions
 from ebmkit.sampling.jobs.chains import Hook, Record, means_of, run_chains
 from ebmkit.sampling.jobs.folder import STATE, JobFolder
 from ebmkit.sampling.jobs.results import far_from_images
-from ebmkit.sampling.kadkhodaie_simoncelli import (
-    StochasticAscent,
-    StochasticAscentConfig,
-    make_restorer,
-)
+from ebmkit.sampling.kadkhodaie_simoncelli import StochasticAscentConfig, make_restorer
 from ebmkit.sampling.target import trained_range
 from ebmkit.storage import write_atomically
 from ebmkit.storage.reading import read_json
@@ -105,6 +101,7 @@ def restore(
         UserError: if the sampler cannot drive the model, the image is too large, or the number of
             samples is below 1.
     """
+    _check(measurement, samples)
     device = device_of(model)
 
     def generator(step: int) -> torch.Generator:
@@ -113,8 +110,8 @@ def restore(
     def denoise_in_crops(y: Tensor, sigma: object = None) -> Tensor:
         return torch.stack([_denoise_in_crops(model, image, c) for image in y])
 
-    numbers = measured.to(device).repeat_interleave(max(samples, 0), 0)
-    ascent = _restorer(model, measurement, numbers, samples, config, c)
+    numbers = measured.to(device).repeat_interleave(samples, 0)
+    ascent = make_restorer(model, measurement, numbers, config, c)
     size = model.card.image_size if model.card else None
     if max(measurement.shape[1:]) > (AS_IT_IS * max(size) if size else TILE):
         ascent.denoiser = denoise_in_crops
@@ -143,15 +140,7 @@ def restore(
     )
 
 
-def _restorer(
-    model: ScoreModel,
-    measurement: Measurement,
-    measured: Tensor,
-    samples: int,
-    config: StochasticAscentConfig | None,
-    c: int | None,
-) -> StochasticAscent:
-    """`make_restorer`, if the image is not too large and ``samples`` can be drawn of it."""
+def _check(measurement: Measurement, samples: int) -> None:
     if samples < 1:
         raise UserError(f"{samples} samples of each image cannot be drawn: take 1 or more")
     _, height, width = measurement.shape
@@ -160,7 +149,6 @@ def _restorer(
             f"an image of {width}x{height} has more than {MAX_PIXELS // 1024**2} megapixel, too "
             "many to restore: cut it into parts, or make it smaller"
         )
-    return make_restorer(model, measurement, measured, config, c)
 
 
 def _denoise_in_crops(model: ScoreModel, y: Tensor, c: int | None) -> Tensor:
@@ -209,7 +197,8 @@ class RestoreJob(NamedTuple):
             if path.stem in [p.stem for p in images[:i]]:
                 raise UserError(f"two images are called {path.stem!r}: restore them separately")
             measurement, numbers, _ = self.degraded(path)
-            _restorer(self.model, measurement, numbers, self.samples, self.config, self.c)
+            _check(measurement, self.samples)
+            make_restorer(self.model, measurement, numbers, self.config, self.c)
         mask, digests = self.options.mask, [hashlib.sha256(p.read_bytes()) for p in images]
         settings = {
             "task": self.task.name,
