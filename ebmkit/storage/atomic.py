@@ -72,6 +72,23 @@ def stage(path: Path, content: Content) -> Path:
     return Path(temporary)
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Within, a temporary file beside ``path`` to write, which then takes its place in one move.
+
+    Raises:
+        UserError: if it cannot be written; nothing is left behind then.
+    """
+    with writing(path):
+        temporary = stage(path, b"")
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
 def replace_file(path: Path, content: Content) -> None:
     """Put ``content`` in the place of ``path``, in one move.
 
