@@ -29,7 +29,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +39,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ebmkit.compute import pick_device
+from ebmkit.data.hdf5 import read_contents
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation import evaluate
@@ -76,7 +77,7 @@ from ebmkit.models import load, weights_digest
 from ebmkit.randomness import keyed_generator
 from ebmkit.sampling import SAMPLERS, Chains
 from ebmkit.storage import write_atomically
-from ebmkit.storage.hdf5 import find_array, open_hdf5, read_array, read_attribute
+from ebmkit.storage.hdf5 import open_hdf5, read_attribute
 from ebmkit.storage.reading import read_json
 
 CLASSIFY = Protocol("guidance", ("classify",), images={"classify": 1000})
@@ -174,41 +175,33 @@ class Drawing:
         """The labels (N,), in turn: 0, 1, ..., C - 1, 0, ..."""
         return torch.arange(self.classes * self.per_class) % self.classes
 
-    def stored(
-        self, method: GuidanceMethod, steps: int, eta: float | None = None, name: str | None = None
-    ) -> Drawn:
-        """The stored images of ``method``, or those drawn and stored now.
-
-        Args:
-            method: how.
-            steps: of DDIM.
-            eta: of DDIM; None: the method's own.
-            name: of the file; None: the method's.
+    def stored(self, method: GuidanceMethod, steps: int) -> Drawn:
+        """The stored images of ``method``, or those drawn and stored now, by ``steps`` of DDIM.
 
         Raises:
             UserError: as `draw` does, or if a file cannot be written.
         """
         import h5py
 
-        eta, labels = method.eta if eta is None else eta, self.labels
+        labels = self.labels
         networks = [method.base, *([method.guide] if method.guide else [])]
         settings = {
             "guidance": _resolved(method.settings) if method.settings else None,
             "guide": method.guide,
             "base": method.base,
             "steps": steps,
-            "eta": eta,
+            "eta": method.eta,
             "count": len(labels),
             "seed": self.seed,
             "digests": [self.digests(network) for network in networks],
         }
-        path = self.folder / f"{re.sub(r'[^0-9a-z.]+', '-', (name or method.name).lower())}.h5"
+        path = self.folder / f"{re.sub(r'[^0-9a-z.]+', '-', method.name.lower())}.h5"
         found = _read(path, settings)
         if found is not None:
             return Drawn(found[0], labels, found[1])
         begun = time.perf_counter()
         with torch.no_grad():
-            pixels = (255 * self.draw(method, steps, eta)).round().byte()
+            pixels = (255 * self.draw(method, steps)).round().byte()
         seconds = time.perf_counter() - begun
         content = io.BytesIO()
         with h5py.File(content, "w") as file:
@@ -222,13 +215,8 @@ class Drawing:
         write_atomically(path, content.getvalue())
         return Drawn(pixels, labels, seconds)
 
-    def draw(self, method: GuidanceMethod, steps: int, eta: float | None = None) -> Tensor:
-        """Images (N, C, H, W) in [0, 1] of `labels`.
-
-        Args:
-            method: how.
-            steps: of DDIM.
-            eta: of DDIM; None: the method's own.
+    def draw(self, method: GuidanceMethod, steps: int) -> Tensor:
+        """Images (N, C, H, W) in [0, 1] of `labels`, by ``steps`` of DDIM.
 
         Raises:
             UserError: if networks do not fit, or chains become NaN or Inf.
@@ -237,7 +225,7 @@ class Drawing:
         assert card is not None
         assert card.image_size is not None
         entry = SAMPLERS["ddim"]
-        config = entry.config(steps=steps, eta=method.eta if eta is None else eta)
+        config = entry.config(steps=steps, eta=method.eta)
         found = []
         for batch, own in enumerate(torch.split(self.labels, BATCH)):
             c = own if method.settings else None
@@ -285,13 +273,12 @@ def _read(path: Path, settings: Mapping[str, Any]) -> tuple[Tensor, float] | Non
         own = json.loads(read_attribute(file, "settings", what))
         if own.get("guidance"):
             own["guidance"] = _resolved(own["guidance"])
-        images = find_array(file, "images", what)
-        if own != json.loads(json.dumps(settings)) or images is None:
-            return None
-        if images.dtype != "uint8" or images.ndim != 4 or len(images) != own["count"]:
-            return None
-        pixels = rearrange(torch.from_numpy(read_array(images, what)), "n h w c -> n c h w")
-        return pixels.contiguous(), float(read_attribute(file, "seconds", what))
+        if (
+            own == json.loads(json.dumps(settings))
+            and len(pixels := read_contents(path).read_all()) == own["count"]
+        ):
+            pixels = rearrange(pixels, "n h w c -> n c h w").contiguous()
+            return pixels, float(read_attribute(file, "seconds", what))
     return None
 
 
@@ -386,9 +373,9 @@ class _Study:
         found = []
         for eta in self.amount.etas:
             for steps in self.amount.lengths:
-                name = f"ddim eta {eta:g} steps {steps}"
-                drawn = self._drawn(METHODS[0], name, steps, eta)
-                found.append({"eta": eta, "steps": steps} | self._measured(name, drawn, False))
+                method = replace(METHODS[0], name=f"ddim eta {eta:g} steps {steps}", eta=eta)
+                drawn = self._drawn(method, steps)
+                found.append({"eta": eta, "steps": steps} | self._measured(method, drawn, False))
         return found
 
     def methods(self) -> list[dict[str, Any]]:
@@ -410,20 +397,20 @@ class _Study:
                 "base": method.base,
             }
             try:
-                drawn = self._drawn(method, method.name, self.amount.steps, None)
+                drawn = self._drawn(method, self.amount.steps)
             except UserError as error:
                 found.append(about | {"stopped": str(error)})
                 continue
             self.shown[method.name] = drawn.images[: self.test.num_classes]
-            found.append(about | self._measured(method.name, drawn, True))
+            found.append(about | self._measured(method, drawn, True))
         return found
 
-    def _drawn(self, method: GuidanceMethod, name: str, steps: int, eta: float | None) -> Drawn:
-        self.runs.log(f"drawing: {name}")
-        return self.drawing.stored(method, steps, eta, name)
+    def _drawn(self, method: GuidanceMethod, steps: int) -> Drawn:
+        self.runs.log(f"drawing: {method.name}")
+        return self.drawing.stored(method, steps)
 
-    def _measured(self, name: str, drawn: Drawn, labelled: bool) -> dict[str, Any]:
-        """What is measured of images, stored beside them."""
+    def _measured(self, method: GuidanceMethod, drawn: Drawn, labelled: bool) -> dict[str, Any]:
+        """What is measured of the images of ``method``, stored beside them."""
         key = {
             "images": hashlib.sha256(drawn.images.numpy().tobytes()).hexdigest(),
             "judge": self._digest(EVALUATION_CLASSIFIER.name),
@@ -431,7 +418,7 @@ class _Study:
             "real": len(self.test),
             "labelled": labelled,
         }
-        path = self.folder / f"{name.replace(' ', '-')}.json"
+        path = self.folder / f"{method.name.replace(' ', '-')}.json"
         if _same(path, key, within="key"):
             return dict(read_json(path)["found"])
         if self._judge is None:
