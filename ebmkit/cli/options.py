@@ -91,16 +91,15 @@ def options_of(function: Callable[..., None]) -> tuple[str, list[inspect.Paramet
         name, kind, own = parameter.name, parameter.annotation, None
         if get_origin(kind) is Annotated:
             kind, own = get_args(kind)
+        flag = name.endswith("_") or (own is None and parameter.default is False)
         if own is None and name not in told:
             own = SHARED[name]
         elif own is None:
-            flag = name.endswith("_") or parameter.default is False
-            flags = [f"--{name.rstrip('_').replace('_', '-')}"] if flag else []
-            optional = parameter.kind is parameter.KEYWORD_ONLY
-            own = Option(*flags) if optional else Argument()
-        if name in told:
-            own = copy.copy(own)
-            own.help = told[name]
+            own = Option() if parameter.kind is parameter.KEYWORD_ONLY else Argument()
+        own = copy.copy(own)
+        own.help = told.get(name, own.help)
+        if flag and not own.param_decls and own.default is ...:  # where Typer has the first flag
+            own.param_decls = (f"--{name.rstrip('_').replace('_', '-')}",)
         found.append(parameter.replace(annotation=Annotated[kind, own]))
     return description, found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import json
 import shlex
@@ -19,7 +18,7 @@ from typer import Option
 
 from ebmkit.cli.console import Reporters, TensorBoard, TrainingBar, console, interrupted
 from ebmkit.cli.evaluate import evaluate_run
-from ebmkit.cli.options import declare
+from ebmkit.cli.options import declare, options_of
 from ebmkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -151,8 +150,7 @@ def cost(**options: Any) -> None:
 
 
 _RUN_OPTIONS = ("out", "resume", "evaluate", "tensorboard", "dry_run")
-_OPTIONS = inspect.signature(train, eval_str=True).parameters.values()
-declare(cost, (option for option in _OPTIONS if option.name not in _RUN_OPTIONS))
+declare(cost, (option for option in options_of(train)[1] if option.name not in _RUN_OPTIONS))
 
 
 def _resolved(
