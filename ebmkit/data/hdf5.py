@@ -31,6 +31,7 @@ from ebmkit.data.imagesets import (
     ImageSet,
     Split,
     StreamedSet,
+    check_range,
     shuffled,
     split_rows,
 )
@@ -244,10 +245,5 @@ def _labels(
             f"{labels.shape} {labels.dtype}"
         )
     numbers = torch.from_numpy(read_array(labels, what).astype(np.int64))
-    top = len(names) if names else MOST_NAMES
-    outside = numbers[(numbers < 0) | (numbers >= top)]
-    if len(outside):
-        raise UserError(
-            f"{where}: label {int(outside[0])} is out of range: labels are 0 to {top - 1}"
-        )
+    check_range(numbers, len(names) or MOST_NAMES, where)
     return numbers
