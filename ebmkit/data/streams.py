@@ -79,7 +79,7 @@ class Batch(NamedTuple):
         """The images ``rows`` of this batch."""
         *columns, extra = self
         own = [None if column is None else column[rows] for column in columns]
-        return Batch(*own, {name: column[rows] for name, column in extra.items()})  # type: ignore[arg-type]
+        return Batch._make([*own, {name: column[rows] for name, column in extra.items()}])
 
     def of(self, objective: str) -> Batch:
         """This batch as ``objective`` sees it: its own columns in ``extra``, by their names."""

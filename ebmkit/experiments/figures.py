@@ -19,9 +19,10 @@ from ebmkit.experiments.report import (
     Experiment,
     Report,
     circumstances,
-    line,
+    percent,
     run_grid,
-    table_head,
+    table_lines,
+    text_of,
 )
 from ebmkit.experiments.runs import ExperimentRuns, Protocol, Variant
 from ebmkit.experiments.tables import GRID, JEM, JOINT, TABLES
@@ -131,40 +132,39 @@ def run_fig3(runs: ExperimentRuns, only: Sequence[str]) -> Report:
 
 
 def _fig3_text(report: Mapping[str, Any]) -> str:
-    found = report["jacobian"]
-    lines = [
-        "## Figure 3: the Jacobian of the denoiser (CDN figures 3 and 5)",
-        "",
-        f"Eigenvalues at sigma {in_255ths(found['sigma'])}/255, three largest and two smallest in "
-        "magnitude. The paper's, on an image of its own: "
-        + ", ".join(f"{v:g}" for v in [*found["paper"]["largest"], *found["paper"]["smallest"]])
-        + ".",
-        "",
-        *table_head(
-            ["image", "largest", "smallest in magnitude", "trace", "above 1/2", "asymmetry"], left=3
-        ),
-    ]
+    found, images, cells = report["jacobian"], [], []
     for index, image in enumerate(found["per_image"]):
         pairs = [", ".join(f"{p['value']:.3g}" for p in image[k]) for k in ("largest", "smallest")]
         numbers = [f"{image['trace']:.1f}", image.get("above_half", "-")]
         name = image.get("label") or index
-        lines.append(line([name, *pairs, *numbers, f"{image['asymmetry']:.1e}"]))
-    lines += [
-        "",
-        "Local linearity, D(y) = J(y) y: the error |D - Jy| / |D|, and the degree k of homogeneity "
-        "of log p that fits best (the claim holds exactly at k = 2).",
-        "",
-        *table_head(["network", "k in theory", "sigma", "error", "k measured"]),
-    ]
+        images.append([name, *pairs, *numbers, f"{image['asymmetry']:.1e}"])
     for cell in report["cells"]:
         degree = (cell["theory"] or {}).get("degree")
         first = [cell["label"], "none" if degree is None else f"{degree:g}"]
         for level in cell["levels"]:
             error = number(level["error"]["value"], "{:.1e}")
             k = number(level["degree"]["value"], "{:.2f}")
-            lines.append(line([*first, f"{in_255ths(level['sigma'])}/255", error, k]))
+            cells.append([*first, f"{in_255ths(level['sigma'])}/255", error, k])
             first = ["", ""]
-    return "\n".join([*lines, "", *(f"- {note}" for note in report["notes"])]) + "\n"
+    lines = [
+        f"Eigenvalues at sigma {in_255ths(found['sigma'])}/255, three largest and two smallest in "
+        "magnitude. The paper's, on an image of its own: "
+        + ", ".join(f"{v:g}" for v in [*found["paper"]["largest"], *found["paper"]["smallest"]])
+        + ".",
+        "",
+        *table_lines(
+            ["image", "largest", "smallest in magnitude", "trace", "above 1/2", "asymmetry"],
+            images,
+            left=3,
+        ),
+        "",
+        "Local linearity, D(y) = J(y) y: the error |D - Jy| / |D|, and the degree k of homogeneity "
+        "of log p that fits best (the claim holds exactly at k = 2).",
+        "",
+        *table_lines(["network", "k in theory", "sigma", "error", "k measured"], cells),
+    ]
+    title = "Figure 3: the Jacobian of the denoiser (CDN figures 3 and 5)"
+    return text_of(title, lines, report["notes"])
 
 
 def run_fig4(runs: ExperimentRuns, only: Sequence[str]) -> Report:
@@ -201,7 +201,7 @@ def run_fig4(runs: ExperimentRuns, only: Sequence[str]) -> Report:
 
 
 def _fig4_text(documents: Mapping[str, dict[str, Any]], notes: Sequence[str]) -> str:
-    lines = ["## Figure 4: accuracy under attack (CDN figure 4)", ""]
+    lines: list[str] = []
     for name, document in documents.items():
         lines += [
             f"{name}, the first {document['images']} of {document['of']:,} {document['split']} "
@@ -211,12 +211,8 @@ def _fig4_text(documents: Mapping[str, dict[str, Any]], notes: Sequence[str]) ->
         for norm, curves in document["curves"].items():
             strengths = document["epsilons"][norm]
             shown = [in_255ths(e) + "/255" if norm == "linf" else f"{e:g}" for e in strengths]
-            lines += table_head([norm, *shown])
-            for defence, curve in curves.items():
-                percent = [[100 * e[key] for key in ("value", "low", "high")] for e in curve]
-                lines.append(line([defence, *(f"{v:.0f} ({a:.0f} to {b:.0f})"
-                                              for v, a, b in percent)]))  # fmt: skip
-            lines.append("")
+            rows = ([defence, *map(percent, curve)] for defence, curve in curves.items())
+            lines += [*table_lines([norm, *shown], rows), ""]
         for key, defence in document["defences"].items():
             lines.append(f"- {key}: {defence['about']}")
         lines += [f"- warning: {warning}" for warning in document["warnings"]]
@@ -228,7 +224,7 @@ def _fig4_text(documents: Mapping[str, dict[str, Any]], notes: Sequence[str]) ->
             f"{options['eot']} draws and labels over {options['draws']}",
             "",
         ]
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"
+    return text_of("Figure 4: accuracy under attack (CDN figure 4)", lines, notes)
 
 
 FIGURE_EXPERIMENTS = {

@@ -68,8 +68,10 @@ from ebmkit.experiments.report import (
     circumstances,
     line,
     measured_facts,
+    percent,
     run_grid,
-    table_head,
+    table_lines,
+    text_of,
 )
 from ebmkit.experiments.runs import ExperimentRuns, Protocol, Variant
 from ebmkit.guidance import check_guide, class_energies, guided_model, make_guidance
@@ -480,38 +482,34 @@ def guidance_text(report: Mapping[str, Any]) -> str:
         sections.append(("DDIM: eta and steps (RCG table 2.1)", _ddim(report["ddim"])))
     if report["ways"]:
         sections.append(("Ways to guide", _methods(report)))
-    lines = [
-        f"## Guidance of a diffusion model, on {report['dataset']} (RCG chapter 4)",
-        "",
-        f"Scale: {report['about']}.",
-        "",
-        "### Networks",
-        "",
-        line(["name", "what", "accuracy, %", "parameters", "steps"]),
-        "| --- | --- | ---: | ---: | ---: |",
-    ]
+    networks = []
     for one in report["networks"]:
         facts, cell = one["facts"], "-"
         if one["accuracy"] is not None:
-            cell = _percent((one["accuracy"], *one["interval"]), "{:.1f}")
+            low, high = one["interval"]
+            cell = percent({"value": one["accuracy"], "low": low, "high": high}, "{:.1f}")
         counts = [f"{facts[key]:,}" for key in ("parameters", "steps")]
-        lines.append(line([one["name"], one["label"], cell, *counts]))
+        networks.append([one["name"], one["label"], cell, *counts])
+    names = ["name", "what", "accuracy, %", "parameters", "steps"]
+    lines = [f"Scale: {report['about']}.", "", "### Networks", ""]
+    lines += table_lines(names, networks, left=2)
     for title, content in sections:
         lines += ["", f"### {title}", "", *content]
-    return "\n".join([*lines, "", *(f"- {note}" for note in report["notes"])]) + "\n"
+    title = f"Guidance of a diffusion model, on {report['dataset']} (RCG chapter 4)"
+    return text_of(title, lines, report["notes"])
 
 
 def _grid(document: dict[str, Any]) -> list[str]:
-    lines = [
+    rows = (
+        [f"{epsilon:g}", *(percent(column["accuracy"][row]) for column in document["columns"])]
+        for row, epsilon in enumerate(document["epsilons"])
+    )
+    return [
         f"Accuracy in % (95 % interval) on {document['options']['images']} test images at most, "
         f"{document['options']['steps']}-step PGD; rows: eps of the attack.",
         "",
-        *table_head(["eps", *column_names(document)], left=0),
+        *table_lines(["eps", *column_names(document)], rows, left=0),
     ]
-    for row, epsilon in enumerate(document["epsilons"]):
-        cells = [_interval(column["accuracy"][row]) for column in document["columns"]]
-        lines.append(line([f"{epsilon:g}", *cells]))
-    return lines
 
 
 def _path(document: Mapping[str, Any]) -> list[str]:
@@ -524,37 +522,36 @@ def _path(document: Mapping[str, Any]) -> list[str]:
     chosen, middle = [nearest(t) for t in (100, 200, 400)], nearest(500)
     heads = [f"{view}, t = {levels[i]['t']}" for view in ("x_t", "y") for i in chosen]
     dark = f"dark, t = {levels[middle]['t']}"
-    lines = [
-        f"Accuracy in % of {document['images']:,} test images: clean; noisy as the diffusion model "
-        "has them (x_t) and in image units (y) at some timesteps; darkened alone at t = T/2. "
-        "*Chance from*: the first timestep measured at which the interval reaches chance.",
-        "",
-        *table_head(["network", "clean", *heads, dark, "chance from: x_t", "y"]),
-    ]
+    rows = []
     for name, one in models.items():
         path, since = one["path"], one["chance_from"]
         shown = [one["clean"], *(path[v][i] for v in ("timestep", "image") for i in chosen)]
         cells = [f"{100 * _value(e['accuracy']):.0f}" for e in [*shown, path["dark"][middle]]]
         cells += ["never" if since[v] is None else str(since[v]) for v in ("timestep", "image")]
-        lines.append(line([name, *cells]))
-    return lines
+        rows.append([name, *cells])
+    return [
+        f"Accuracy in % of {document['images']:,} test images: clean; noisy as the diffusion model "
+        "has them (x_t) and in image units (y) at some timesteps; darkened alone at t = T/2. "
+        "*Chance from*: the first timestep measured at which the interval reaches chance.",
+        "",
+        *table_lines(["network", "clean", *heads, dark, "chance from: x_t", "y"], rows),
+    ]
 
 
 def _ddim(cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    lengths = sorted({cell["steps"] for cell in cells})
-    lines = [
+    lengths, rows = sorted({cell["steps"] for cell in cells}), []
+    for eta in sorted({cell["eta"] for cell in cells}):
+        own = {cell["steps"]: cell for cell in cells if cell["eta"] == eta}
+        theirs = TABLE_2_1.get(eta, {})
+        values = [f"{own[s]['frechet']['value']:.3g} ({theirs.get(s, '-')})" for s in lengths]
+        rows.append([f"{eta:g}", *values])
+    return [
         f"Frechet distance in the judge's features of {cells[0]['count']} unguided images (of as "
         f"many real ones: {cells[0]['floor']['frechet']:.3g}), comparable within this table alone; "
         "in brackets the thesis's FID of a converged model.",
         "",
-        *table_head(["eta", *(f"{steps} steps" for steps in lengths)], left=0),
+        *table_lines(["eta", *(f"{steps} steps" for steps in lengths)], rows, left=0),
     ]
-    for eta in sorted({cell["eta"] for cell in cells}):
-        own = {cell["steps"]: cell for cell in cells if cell["eta"] == eta}
-        theirs = TABLE_2_1.get(eta, {})
-        row = [f"{own[s]['frechet']['value']:.3g} ({theirs.get(s, '-')})" for s in lengths]
-        lines.append(line([f"{eta:g}", *row]))
-    return lines
 
 
 def _methods(report: Mapping[str, Any]) -> list[str]:
@@ -573,7 +570,7 @@ def _methods(report: Mapping[str, Any]) -> list[str]:
     for group, title in GROUPS.items():
         own = [method for method in report["ways"] if method["group"] == group]
         if own:
-            head = table_head(["way", "", *COLUMNS], left=2)
+            head = table_lines(["way", "", *COLUMNS], (), left=2)
             head[0] = head[0].replace("|  |", "| |")
             lines += ["", f"#### {title}", "", *head, *map(_method_line, own)]
     return lines
@@ -590,7 +587,7 @@ def _method_line(method: Mapping[str, Any]) -> str:
     return line(
         [
             *head,
-            _interval(method["accuracy"]) if method["accuracy"] else "-",
+            percent(method["accuracy"]) if method["accuracy"] else "-",
             f"{number(means['frechet'], '{:.3g}')} ({number(means['floor'], '{:.3g}')})",
             number(means["diversity"], "{:.2f}"),
             f"{100 * _value(ends['samples']):.1f} ({100 * _value(ends['real']):.1f})",
@@ -602,15 +599,6 @@ def _method_line(method: Mapping[str, Any]) -> str:
 
 def _value(estimate: Any) -> float:
     return float(estimate["value"] if isinstance(estimate, dict) else estimate)
-
-
-def _interval(estimate: Mapping[str, float]) -> str:
-    return _percent([estimate[key] for key in ("value", "low", "high")], "{:.0f}")
-
-
-def _percent(values: Sequence[float], form: str) -> str:
-    value, low, high = (form.format(100 * v) for v in values)
-    return f"{value} ({low} to {high})"
 
 
 GUIDANCE_EXPERIMENT = Experiment(

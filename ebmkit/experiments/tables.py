@@ -31,7 +31,8 @@ from ebmkit.experiments.report import (
     circumstances,
     line,
     run_grid,
-    table_head,
+    table_lines,
+    text_of,
 )
 from ebmkit.experiments.runs import ExperimentRuns, Protocol, Variant
 from ebmkit.experiments.scales import over_recipe, read_data
@@ -237,20 +238,25 @@ def _is_open(a: Mapping[str, float], b: Mapping[str, float], metric: str) -> boo
 def table_text(report: Mapping[str, Any]) -> str:
     """`table_document` as Markdown."""
     shown = [m for m in METRICS if any(m in {**r["ours"], **r["paper"]} for r in report["rows"])]
+    rows = [
+        [
+            row["task"],
+            row["label"] if row["status"] == "done" else f"{row['label']}: {row['status']}",
+            row["knows_sigma"] or "",
+            *(_ours_and_paper(metric, row) for metric in shown),
+        ]
+        for row in report["rows"]
+    ]
     lines = [
-        f"## {report['heading']}",
-        "",
         f"Scale `{report['scale']}`: {report['about']}. Each cell: ours (the paper's).",
         "",
-        *table_head(["task", "network", "sigma", *(METRICS[m] for m in shown)], left=3),
+        *table_lines(["task", "network", "sigma", *(METRICS[m] for m in shown)], rows, left=3),
+        "",
+        "Column sigma: what the denoiser is told of the noise level.",
     ]
-    for row in report["rows"]:
-        label = row["label"] if row["status"] == "done" else f"{row['label']}: {row['status']}"
-        cells = [_ours_and_paper(metric, row) for metric in shown]
-        lines.append(line([row["task"], label, row["knows_sigma"] or "", *cells]))
-    lines += ["", "Column sigma: what the denoiser is told of the noise level.", ""]
     if report["orderings"]:
         lines += [
+            "",
             "Orderings of the paper (difference, ours and the paper's):",
             "",
             line(["better", "worse", "figure", "ours", "paper", "here it"]),
@@ -263,8 +269,8 @@ def table_text(report: Mapping[str, Any]) -> str:
             for o in report["orderings"]
         ]  # fmt: skip
         rule = "*open*: the 95 % intervals of accuracies overlap, or PSNRs are within"
-        lines += ["", f"One seed. {rule} {CLOSE} dB.", ""]
-    return "\n".join([*lines, *(f"- {sentence}" for sentence in report["notes"])]) + "\n"
+        lines += ["", f"One seed. {rule} {CLOSE} dB."]
+    return text_of(report["heading"], lines, report["notes"])
 
 
 def _ours_and_paper(metric: str, row: Mapping[str, Any]) -> str:
@@ -300,21 +306,25 @@ def claims_text(report: Mapping[str, Any]) -> str:
         "Each variant minus the joint network (*: a difference by the rule for orderings, of one "
         "seed; the paper found none for ce+cdsm and ce+dsm+cdsm):",
         "",
-        *table_head(["variant", "accuracy, %", "PSNR at 15/255", "at 25/255", "at 50/255"]),
-    ]
-    for row in done if base else ():
-        if row["name"] != JOINT.name:
-            changes = [_difference(row["ours"], base, m) for m in ("accuracy", *PSNR)]
-            lines.append(line([row["label"], *changes]))
-    lines += [
+        *table_lines(
+            ["variant", "accuracy, %", "PSNR at 15/255", "at 25/255", "at 50/255"],
+            (
+                [row["label"], *(_difference(row["ours"], base, m) for m in ("accuracy", *PSNR))]
+                for row in done
+                if base and row["name"] != JOINT.name
+            ),
+        ),
         "",
         "PSNR in dB by noise level, in 255ths; the denoising stream ends at 100:",
         "",
-        *table_head(["network", *levels]),
+        *table_lines(
+            ["network", *levels],
+            (
+                [row["label"], *(number(row["ours"][s]["value"], "{:.2f}") for s in levels)]
+                for row in done
+            ),
+        ),
     ]
-    for row in done:
-        cells = [number(row["ours"][level]["value"], "{:.2f}") for level in levels]
-        lines.append(line([row["label"], *cells]))
     return "\n".join(lines) + "\n"
 
 
