@@ -35,31 +35,6 @@ from ebmkit.training.run_folder import environment
 ATTACKED = (*(TABLES["table1"].variant(name) for name in ("resnet18", "gradresnet-ce")), JEM, JOINT)
 """The networks of ``fig4``."""
 
-# fmt: off
-OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
-    "smoke": {
-        "jacobian": {"images": 1},
-        "linearity": {"images": 8},
-        "robustness": {
-            "images": 20, "steps": 4, "restarts": 1, "draws": 2, "eot": 2,
-            "noise_levels": ["0", "20/255"], "linf": ["2/255", "8/255", "16/255"],
-            "l2": [0.25, 0.5, 1.0],
-        },
-    },
-    "cpu": {
-        "jacobian": {"images": 2},
-        "linearity": {"images": 32},
-        "robustness": {"images": 50, "draws": 8, "eot": 4, "restarts": 1},
-    },
-    "full": {
-        "jacobian": {"images": 3},
-        "linearity": {"images": 256},
-        "robustness": {"images": 1000, "restarts": 5},
-    },
-}
-# fmt: on
-"""By scale, settings of the suites behind the figures."""
-
 
 def run_fig1(runs: ExperimentRuns, only: Sequence[str]) -> Report:
     """Figure 1: constants of real families, computed and measured; their tables and panels.
@@ -104,7 +79,7 @@ def run_fig3(runs: ExperimentRuns, only: Sequence[str]) -> Report:
     """Figures 3 and 5, and the local linearity of the grid."""
     from ebmkit.evaluation.linearity import linearity_grid
 
-    options = OPTIONS[runs.scale.name]
+    options = runs.scale.options
     runs.check([JOINT])
     results = run_grid(
         runs, GRID, only, lambda v: Protocol("fig3", ("linearity",), options=options)
@@ -171,14 +146,14 @@ def run_fig4(runs: ExperimentRuns, only: Sequence[str]) -> Report:
     """Figure 4: accuracy against the strength of attacks."""
     from ebmkit.evaluation.robustness import plot_comparison
 
-    options = OPTIONS[runs.scale.name]
+    options = runs.scale.options
 
     def protocol(variant: Variant) -> Protocol:
         """A network that denoises defends itself by that, too."""
-        own = options["robustness"]
+        own = dict(options["robustness"])
         if variant.task == "joint" and variant is not JEM:
-            own = own | {"defences": ["direct", "noise", "denoise"]}
-        return Protocol("fig4", ("robustness",), options=options | {"robustness": own})
+            own |= {"defences": ["direct", "noise", "denoise"]}
+        return Protocol("fig4", ("robustness",), options={**options, "robustness": own})
 
     results = [r for r in run_grid(runs, ATTACKED, only, protocol) if r.status == "done"]
     documents = {

@@ -52,12 +52,14 @@ from ebmkit.experiments.guidance_grid import (
     AMOUNTS,
     DIFFUSION,
     EVALUATION_CLASSIFIER,
+    GROUPS,
     METHODS,
     NETWORKS,
     ON_GRID,
     ON_PATH,
     PLAIN,
     ROBUST,
+    TABLE_2_1,
     Amount,
     GuidanceMethod,
 )
@@ -86,14 +88,6 @@ CLASSIFY = Protocol("guidance", ("classify",), images={"classify": 1000})
 
 BATCH = 100
 """Chains that are moved together."""
-
-TABLE_2_1 = {
-    0.0: {10: 13.36, 20: 6.84, 50: 4.67, 100: 4.16},
-    0.2: {10: 14.04, 20: 7.11, 50: 4.77, 100: 4.25},
-    0.5: {10: 16.66, 20: 8.35, 50: 5.25, 100: 4.46},
-    1.0: {10: 41.07, 20: 18.36, 50: 8.01, 100: 5.78},
-}
-"""FID of DDIM on CIFAR-10 by eta and steps (RCG table 2.1, of Song et al. 2021)."""
 
 
 def run_guidance(
@@ -460,14 +454,6 @@ def _same(path: Path, key: dict[str, Any], within: str | None = None) -> bool:
 
 # --- the text ------------------------------------------------------------------------------------
 
-GROUPS = {
-    "thesis": "Ways of the thesis, by the classifier trained at l2 1",
-    "guides": "Other guides, in the setting of `energy`",
-    "views": "What the guide sees: the classifier trained at l2 0.5, in the setting of `energy`",
-    "noise": "At high or at low noise alone: log p(y|x)",
-    "rivals": "Rivals: told the noise (log p(y|x, t)), or trained with labels",
-    "own": "A joint model in the place of the UNet",
-}
 COLUMNS = ("s", "eta", "recognised", "distance (real)", "diversity", "saturated", "gap", "time")
 
 

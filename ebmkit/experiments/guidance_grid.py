@@ -70,6 +70,10 @@ class GuidanceMethod:
 
 
 METHODS = tuple(GuidanceMethod(**fields) for fields in _DATA["methods"])
+GROUPS: dict[str, str] = _DATA["groups"]
+"""Titles in the report, of groups of methods."""
+TABLE_2_1: dict[float, dict[int, float]] = _DATA["table_2_1"]
+"""FID of DDIM on CIFAR-10 by eta and steps (RCG table 2.1, of Song et al. 2021)."""
 
 
 @dataclass(frozen=True)

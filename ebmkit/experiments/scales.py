@@ -41,6 +41,7 @@ class Scale:
         layer: by family, what is laid over the recipe.
         images: by suite, test images evaluated at most; all where it is not named.
         by_task: laid over the variants of a task.
+        options: by suite, settings of those behind the figures.
         threads: of a CPU at most; None: as many as there are.
     """
 
@@ -50,6 +51,7 @@ class Scale:
     layer: Mapping[str, Mapping[str, Any]]
     images: Mapping[str, int] = field(default_factory=dict)
     by_task: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     threads: int | None = None
 
     def resolve(self, family: str, task: str, *layers: Mapping[str, Any]) -> TrainConfig:
