@@ -40,7 +40,6 @@ from ebmkit.data.imagesets import (
     HINT,
     AnyImages,
     DatasetRequest,
-    ImageSet,
     StreamedSet,
     readable,
     shuffled,
@@ -183,8 +182,7 @@ def load_folder(request: DatasetRequest, side: int | None = None) -> AnyImages:
     bar = progress_bar(images.rows.tolist(), f"reading {what}", request.progress)
     for i, row in enumerate(bar):
         pixels[i] = images.reader.read([row])[0]
-    shared = ("labels", "class_names", "name", "split", "reader", "rows", "left_out")
-    return ImageSet(pixels, **{name: getattr(images, name) for name in shared})
+    return images.loaded(pixels)
 
 
 def load_imagenet(request: DatasetRequest) -> AnyImages:

@@ -299,6 +299,11 @@ class StreamedSet(_Images):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def loaded(self, images: Tensor) -> ImageSet:
+        """The same set with its ``images`` (N, C, H, W) in memory."""
+        shared = ("labels", "class_names", "name", "split", "reader", "rows", "left_out")
+        return ImageSet(images, **{name: getattr(self, name) for name in shared})
+
     def read(self, indices: Sequence[int], cut: Cut | None = None) -> tuple[Tensor, Tensor | None]:
         """Several images (B, C, H, W) uint8 and their labels (B,), or None.
 
