@@ -98,31 +98,25 @@ class FolderReader:
         Raises:
             UserError: naming the file that cannot be read.
         """
-        if cut is None:
-            return torch.stack([self._one(row) for row in rows])
-        return torch.stack([self._crop(row, cut.of(i)) for i, row in enumerate(rows)])
+        cuts = [None if cut is None else cut.of(i) for i in range(len(rows))]
+        return torch.stack([self._one(row, own) for row, own in zip(rows, cuts, strict=True)])
 
-    def _one(self, row: int) -> Tensor:
+    def _one(self, row: int, cut: Cut | None) -> Tensor:
         from torchvision.transforms.v2 import functional
 
         image = self._open(row)
         if not self.whole:
             return to_pixels(image, self.channels, self.size)
-        assert self.size is not None
-        pixels = functional.resize(to_pixels(image, self.channels), [self.side], antialias=True)
-        middle: Tensor = functional.center_crop(pixels, list(self.size))
-        return middle
-
-    def _crop(self, row: int, cut: Cut) -> Tensor:
-        from torchvision.transforms.v2 import functional
-
-        pixels = to_pixels(self._open(row), self.channels)
-        resized = cut.crop.scale is not None
-        if not resized:
+        pixels = to_pixels(image, self.channels)
+        if cut is None or cut.crop.scale is None:
             pixels = functional.resize(pixels, [self.side], antialias=True)
+        if cut is None:
+            assert self.size is not None
+            middle: Tensor = functional.center_crop(pixels, list(self.size))
+            return middle
         top, left, height, width = crop_boxes(pixels.shape[1], pixels.shape[2], cut)[0].tolist()
         crop = pixels[:, top : top + height, left : left + width]
-        if resized:
+        if cut.crop.scale is not None:
             crop = functional.resize(crop, list(cut.crop.size), antialias=True)
         return crop
 
