@@ -24,12 +24,11 @@ from ebmkit.experiments.report import (
     table_lines,
     text_of,
 )
-from ebmkit.experiments.runs import ExperimentRuns, Protocol, Variant
+from ebmkit.experiments.runs import ExperimentRuns, Protocol, Variant, read_document
 from ebmkit.experiments.tables import GRID, JEM, JOINT, TABLES
 from ebmkit.experiments.theory import figure1
 from ebmkit.experiments.theory import markdown as figure1_markdown
 from ebmkit.noise import in_255ths
-from ebmkit.storage.reading import read_json
 from ebmkit.training.run_folder import environment
 
 ATTACKED = (*(TABLES["table1"].variant(name) for name in ("resnet18", "gradresnet-ce")), JEM, JOINT)
@@ -43,15 +42,10 @@ def run_fig1(runs: ExperimentRuns, only: Sequence[str]) -> Report:
     """
     from ebmkit.experiments.plots import draw_figure1
 
-    document = None
     expected = {"scale": runs.scale.name, "seed": runs.seed}
-    try:
-        old = read_json(runs.out / "fig1.json")
-        if {key: old["made"][key] for key in expected} == expected:
-            document = dict(old)
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    if document is None:
+    document = read_document(runs.out / "fig1.json")
+    made = document.get("made")
+    if not isinstance(made, dict) or not expected.items() <= made.items():
         begun, own = time.perf_counter(), environment()
         document = figure1(runs.scale.name, runs.seed)
         hours = (time.perf_counter() - begun) / 3600

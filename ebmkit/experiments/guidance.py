@@ -29,7 +29,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,7 +75,7 @@ from ebmkit.experiments.report import (
     table_lines,
     text_of,
 )
-from ebmkit.experiments.runs import ExperimentRuns, Protocol, Variant
+from ebmkit.experiments.runs import ExperimentRuns, Protocol, Variant, read_document
 from ebmkit.guidance import check_guide, class_energies, guided_model, make_guidance
 from ebmkit.models import load, weights_digest
 from ebmkit.randomness import keyed_generator
@@ -342,7 +342,7 @@ class _Study:
         }
         key = {"options": options, "digests": [self._digest(network.name) for network in chosen]}
         path, stored = self.folder / f"{name}.json", self.folder / f"{name}.key.json"
-        if not (_same(stored, key) and path.is_file()):
+        if read_document(stored) != json.loads(json.dumps(key)) or not path.is_file():
             self.runs.log(f"measuring {name}")
             evaluate(
                 self._model(first.name),
@@ -383,15 +383,9 @@ class _Study:
             used = {method.base, method.guide or method.base, EVALUATION_CLASSIFIER.name}
             if not used <= self.names:
                 continue
-            about: dict[str, Any] = {
-                "name": method.name,
-                "about": method.description,
-                "group": method.group,
-                "eta": method.eta,
-                "guide": method.guide,
-                "settings": dict(method.settings),
-                "base": method.base,
-            }
+            about = asdict(method)
+            about["about"] = about.pop("description")
+            del about["fixed"]
             try:
                 drawn = self._drawn(method, self.amount.steps)
             except UserError as error:
@@ -415,8 +409,9 @@ class _Study:
             "labelled": labelled,
         }
         path = self.folder / f"{method.name.replace(' ', '-')}.json"
-        if _same(path, key, within="key"):
-            return dict(read_json(path)["found"])
+        old = read_document(path)
+        if old.get("key") == json.loads(json.dumps(key)):
+            return dict(old["found"])
         if self._judge is None:
             device = pick_device(self.runs.device)
             self._judge = classifier(str(self.runs.folder(EVALUATION_CLASSIFIER)), device)
@@ -440,16 +435,6 @@ class _Study:
 
     def _folder(self, name: str) -> Path:
         return self.runs.folder(next(network for network in NETWORKS if network.name == name))
-
-
-def _same(path: Path, key: dict[str, Any], within: str | None = None) -> bool:
-    """Whether the JSON at ``path`` is ``key``, or its entry ``within`` is."""
-    try:
-        document = read_json(path)
-        found = document if within is None else document[within]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return bool(found == json.loads(json.dumps(key)))
 
 
 # --- the text ------------------------------------------------------------------------------------
