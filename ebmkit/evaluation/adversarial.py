@@ -13,18 +13,13 @@ likeliest labels at y beside the predicted one:
 - ``norm`` of the gradient, l2, nats per image unit; ``norm_predicted``, of the predicted label's;
   ``score_norm``, :math:`\|\nabla\log p(y)\|`, about :math:`\sqrt d/\sigma` for a good denoiser;
 - ``identity_error``, the relative difference of the two sides of the equation, of which the left
-  one is differentiated by itself. It is rounding: D is of the size of an image, and its rounding is
-  divided by sigma^2 (``rounding`` is what float32 may do, :math:`2^{-24}\|y\|/\sigma^2` relative to
-  the norm). With ``precision`` double it vanishes;
+  one is differentiated by itself. It is rounding, divided by sigma^2 (``rounding`` is what float32
+  may do, :math:`2^{-24}\|y\|/\sigma^2` relative to the norm);
 - ``steps``: after a step of each length along the gradient, by how much log p(c|y) rose
   (``gain``), how much the gradient promised (``promised``, length times norm), and on which share
   of (image, target) the target is now the prediction (``reached``).
 
 A blind model is also asked at the clean image, where sigma does not enter: level 0 then.
-
-``adversarial.json`` holds, beside the common entries (``images`` is the number measured):
-``levels``, by noise level the above as estimates with 95 % intervals (means over images; over
-targets first), with ``sigma``; ``targets``, how many; ``lengths`` of the steps.
 """
 
 from __future__ import annotations
@@ -99,7 +94,7 @@ def difference(model: EnergyModel, y: Tensor, c: Tensor, sigma: float) -> Tensor
 
 
 def measure(context: EvaluationContext) -> dict[str, Any]:
-    """Measure gradients at every noise level; see the module's text for what is returned."""
+    """Measure gradients at every noise level; return the document."""
     config = context.option(AdversarialConfig)
     model = context.model_in(config.precision)
     assert isinstance(model, EnergyModel)

@@ -10,11 +10,6 @@ With the confidence :math:`\hat p_i = \max_c p(c \mid y_i)` sorted into 15 bins 
 (Guo et al., arXiv 1706.04599, eq. 3); a confidence of exactly 1 belongs to the last bin. The Brier
 score is the mean of :math:`\sum_k (p(k \mid y) - 1[k = c])^2`, between 0 and 2; NLL is in nats. All
 are taken on the clean images and on noisy ones at 25/255.
-
-``calibration.json`` holds, beside the common entries: ``ece``, ``brier``, ``nll`` of the clean
-images, each with its ``_interval``; and ``levels``, one entry per noise level with the same
-measures and ``bins``, the reliability diagram: for each bin its edges, number of images, mean
-confidence and accuracy (null where it is empty).
 """
 
 from __future__ import annotations
@@ -87,7 +82,7 @@ def _bin_of(confidence: Tensor, bins: int) -> NDArray[np.intp]:
 
 
 def measure(context: EvaluationContext) -> dict[str, Any]:
-    """Calibration, clean and noisy; see the module's text for what is returned."""
+    """Calibration, clean and noisy; return the document."""
     levels: list[dict[str, Any]] = []
     for sigma in (0.0, NOISY):
         found = context.predictions(sigma)

@@ -2,13 +2,7 @@ r"""Suite ``classify``: accuracy, per class and against noise, and the likelihoo
 
 The predicted label is :math:`\arg\max_c p(c \mid y)`. Accuracy is the share of images on which it
 is the true one, NLL the mean of :math:`-\log p(c \mid y)` over images, in nats. Both are taken on
-the clean images and on noisy ones, :math:`y = x + \sigma\epsilon`, not clipped, with one draw of
-noise per image and level from a fixed seed (`ebmkit.evaluation.context`).
-
-``classify.json`` holds, beside the common entries (`ebmkit.evaluation.evaluate`): ``accuracy``
-(0..1) and ``accuracy_interval``, ``nll`` and ``nll_interval`` of the clean images; ``per_class``,
-the accuracy on the images of each class; ``against_noise``, one entry per level; and ``confusion``,
-the number of images by true (row) and predicted label (column), for up to 100 classes.
+the clean images and on noisy ones, :math:`y = x + \sigma\epsilon`, not clipped.
 """
 
 from __future__ import annotations
@@ -34,7 +28,7 @@ MAX_DRAWN = 20
 
 
 def measure(context: EvaluationContext) -> dict[str, Any]:
-    """Predict at every noise level; see the module's text for what is returned."""
+    """Predict at every noise level; return the document."""
     names, classes = context.images.class_names, context.model.num_classes
     clean = context.predictions(0.0)
     levels = [(sigma, context.predictions(sigma)) for sigma in context.noise_levels]

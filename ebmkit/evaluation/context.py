@@ -57,15 +57,18 @@ class Images(Protocol):
     def num_classes(self) -> int: ...
     def __len__(self) -> int: ...
     def first(self, n: int, /) -> Self: ...
+    def spread(self, n: int, /) -> Self: ...
     def batches(self, size: int, /) -> Iterable[tuple[Tensor, Tensor | None]]: ...
 
 
 class Batch(NamedTuple):
-    """Images x, noisy images y = x + sigma * eps, both (B, C, H, W), and labels (B,), if any."""
+    """Images x, noisy images y = x + sigma * eps, both (B, C, H, W), labels (B,), if any, and the
+    number of the first image."""
 
     x: Tensor
     y: Tensor
     labels: Tensor | None
+    number: int = 0
 
 
 class Predictions(NamedTuple):
@@ -109,14 +112,16 @@ def noisy_batches(
     Of several processes each gets every W-th batch; the noise of the others is drawn all the same.
     """
     world = world or DistributedContext()
-    generator = noise_generator(seed, sigma)
+    generator, first = noise_generator(seed, sigma), 0
     for number, (x, labels) in enumerate(images.batches(batch_size)):
         y = x
         if sigma:
             eps = torch.stack([torch.randn(x.shape[1:], generator=generator) for _ in x])
             y = x + sigma * eps.to(x)
         if number % world.size == world.rank:
-            yield Batch(x.to(device), y.to(device), None if labels is None else labels.to(device))
+            labels = None if labels is None else labels.to(device)
+            yield Batch(x.to(device), y.to(device), labels, first)
+        first += len(x)
 
 
 @dataclass
@@ -187,14 +192,17 @@ class EvaluationContext:
         measure: Callable[[Batch], Mapping[K, Tensor]],
         images: Images | None = None,
         batch_size: int | None = None,
+        passes: float = 1,
     ) -> dict[K, Tensor]:
         """``measure`` of all images at noise level ``sigma``; the same noise in every suite.
 
         Args:
             sigma: image units.
             measure: what it gives has one entry per image of the batch, (B, ...).
-            images: others than the context's; they count as one pass over the context's.
+            images: others than the context's.
             batch_size: images at a time, if not the context's; processes share batches.
+            passes: over the context's images that this counts as, for the progress bar, which
+                ``measure`` may move itself (`skip`) by its share of them.
 
         Returns:
             Its columns over all images, (N, ...), on the CPU; the same in every process.
@@ -202,19 +210,18 @@ class EvaluationContext:
         images = self.images if images is None else images
         batch_size = batch_size or self.batch_size
         own: list[dict[K, Tensor]] = []
-        share, count, done, reported = batch_size * self.world.size, len(images), 0, 0
+        share, count, done = batch_size * self.world.size, len(images), 0
+        total, before = round(passes * len(self.images)), self.left
         for batch in noisy_batches(images, sigma, self.seed, batch_size, self.device, self.world):
             start = time.perf_counter()
             own.append({key: column.cpu() for key, column in measure(batch).items()})
             seconds = time.perf_counter() - start
             done = min(count, done + share)  # with what the others do meanwhile
-            now = len(self.images) * done // count
-            self.skip(now - reported)
-            reported = now
-            if len(own) > 1:  # the first warms up
-                ahead = self.left * count / len(self.images)
+            self.skip(total * done // count - (before - self.left))
+            if len(own) > 1 and total:  # the first warms up
+                ahead = self.left * count / total
                 self.inference.expect(seconds * ahead / (len(batch.x) * self.world.size))
-        self.skip(len(self.images) - reported)
+        self.skip(total - (before - self.left))
         everyone = self.world.gather(own)
         batches = [part[k] for k in range(len(everyone[0])) for part in everyone if k < len(part)]
         return {key: torch.cat([columns[key] for columns in batches]) for key in batches[0]}

@@ -1,48 +1,27 @@
 r"""Suite ``corruptions``: what is left of accuracy, confidence and denoising on corrupted images.
 
-Images are corrupted in six ways at five strengths, after Hendrycks and Dietterich (arXiv
-1903.12261). For an image x in [0, 1] and a constant c, the result always clipped to [0, 1]:
-
-================== =================================================== ==========================
-``poisson``        :math:`\mathrm{Poisson}(c\,x)/c`                    c: photons at white
-``speckle``        :math:`x + c\,x\,\epsilon`                          c: deviation at white
-``salt-and-pepper`` each value is replaced with probability c,         c: share of values
-                   by 0 or 1 alike
-``blur``           :math:`x * \mathcal N(0, c^2 I)`, border repeated   c: deviation in pixels
-``contrast``       :math:`\bar x + c\,(x - \bar x)`, channel means     c: factor
-``jpeg``           written as JPEG and read again, 8 bits              c: quality, 1 to 95
-================== =================================================== ==========================
-
-The constants are those of the scripts that made CIFAR-10-C and ImageNet-C (``make_cifar_c.py`` and
-``make_imagenet_c.py`` of github.com/hendrycks/robustness), under the names ``shot_noise``,
-``speckle_noise``, ``impulse_noise``, ``gaussian_blur``, ``contrast`` and ``jpeg_compression``. The
-published images are rounded down to 8 bits; ours are not, but for JPEG's own. Random numbers are
-drawn on the CPU from one generator per (seed, corruption, image), so that an image is corrupted
-alike in every set, batch and process. Strengths share it: in ``speckle`` and ``salt-and-pepper`` a
-stronger corruption is more of the same one.
+Images x in [0, 1] are corrupted at five strengths in the six ways of `CORRUPTIONS`, after Hendrycks
+and Dietterich (arXiv 1903.12261), and clipped to [0, 1]. The constants are those of the scripts
+that made CIFAR-10-C and ImageNet-C (``make_cifar_c.py`` and ``make_imagenet_c.py`` of
+github.com/hendrycks/robustness), under the names ``shot_noise``, ``speckle_noise``,
+``impulse_noise``, ``gaussian_blur``, ``contrast`` and ``jpeg_compression``. The published images
+are rounded down to 8 bits; ours are not, but for JPEG's own. Random numbers are drawn on the CPU
+from one generator per (seed, corruption, image), so that an image is corrupted alike in every set,
+batch and process. Strengths share it: in ``speckle`` and ``salt-and-pepper`` a stronger corruption
+is more of the same one.
 
 Of each corrupted image y of x are measured
 
-- whether its label is predicted right, and the confidence :math:`\max_c p(c \mid y)`. Their mean
-  difference, ``gap``, is how much more the model promises than it keeps; ``ece`` is the calibration
-  error of suite ``calibration``;
+- whether its label is predicted right, and the confidence :math:`\max_c p(c \mid y)`; ``gap`` is
+  the mean confidence less accuracy, ``ece`` the error of suite ``calibration``;
 - the PSNR of y, and that of :math:`D(y) = y + \hat\sigma^2 s(y)`, clipped to [0, 1], where the
-  model estimates the noise level itself, for nobody knows it (not for noise-conditional models). A
-  plain denoiser gives its D(y). PSNR is a mean over those images that the corruption changed.
+  model estimates the noise level itself (not for noise-conditional models). A plain denoiser gives
+  its D(y). PSNR is a mean over those images that the corruption changed.
 
-The *mean corruption error* is the mean of the error over corruptions and strengths. It is not
-divided by that of AlexNet, which for images other than ImageNet's nobody knows; as is usual on
-CIFAR-10-C. ``confidence_slope`` is that of the least-squares line of confidence on accuracy, over
+The *mean corruption error* is the mean of the error over corruptions and strengths, not divided by
+AlexNet's. ``confidence_slope`` is that of the least-squares line of confidence on accuracy, over
 the clean images and all corruptions: 1 if confidence falls as accuracy does, 0 if the model does
 not notice.
-
-``corruptions.json`` holds, beside the common entries: ``constants`` (cifar or imagenet),
-``clean``, one row; ``corruptions``, by name ``about``, ``unit`` and ``rows``, one for each
-strength; ``mean_corruption_error``, its difference ``mean_error_increase`` to the error on the
-clean images, image by image, and ``confidence_slope``. A row has ``strength`` and ``constant``;
-``accuracy``, ``confidence``, ``gap``, ``ece`` if the model classifies; ``psnr_corrupted``,
-``psnr``, ``gain`` (dB), ``estimated_sigma`` and ``rmse``, the root mean square of y - x in image
-units.
 """
 
 from __future__ import annotations
@@ -260,7 +239,7 @@ def check(model: ScoreModel, images: Images) -> None:
 
 
 def measure(context: EvaluationContext) -> dict[str, Any]:
-    """See the module's text for what is returned."""
+    """Measure and return the document."""
     options, images = context.option(CorruptionsConfig), context.images
     kind = options.constants
     kind = constants_for(images.image_size) if kind == "auto" else kind
@@ -308,13 +287,12 @@ def _columns(
     context: EvaluationContext, labelled: bool, name: str | None, constant: float = 0.0
 ) -> Columns:
     """Measures of each image, (N,), under the corruption ``name``; None: of the clean ones."""
-    model, world, size = context.model, context.world, context.batch_size
-    batches = itertools.count(world.rank, world.size)
+    model = context.model
 
     def measure(batch: Batch) -> Columns:
         x = y = batch.x
         if name is not None:
-            y = corrupt(x, name, constant, context.seed, next(batches) * size)
+            y = corrupt(x, name, constant, context.seed, batch.number)
         columns: Columns = {
             "psnr_corrupted": psnr(y, x),
             "rmse": (y - x).square().flatten(1).mean(dim=1).sqrt(),

@@ -9,27 +9,16 @@ Of :math:`y = x + \sigma\epsilon` are estimated (CDN eq. 7)
   :math:`\hat\sigma = \sqrt d/\|s(y)\|` (not for noise-conditional models, which take sigma as an
   input).
 
-A plain denoiser has one estimate, ``unconditional``. A blind one makes it without the true sigma,
-which the formula of Tweedie needs: ``knows_sigma`` says of each denoiser whether it is given sigma
-(``true``), estimates the level itself (``estimated``) or has no use for it (``unused``).
+A plain denoiser has one estimate, ``unconditional``. Beside them stand the ``noisy`` input and the
+``clipped`` one: on images with much black or white, clipping alone gains decibels, which no model
+should be given credit for.
 
-Beside them stand the ``noisy`` input and the ``clipped`` one: on images with much black or white,
-clipping alone gains decibels, which no model should be given credit for.
-
-Protocol. PSNR is the mean over images of the PSNR of each image, :math:`-10 \log_{10}(\text{mean
-squared error over its pixels and channels})` dB for images in [0, 1]. A denoiser's output is
-clipped to [0, 1]; the noisy input is not, neither for the denoiser nor for its own PSNR (so about
-24.6, 20.2 and 14.2 dB at 15, 25 and 50/255). Noise is drawn from a fixed seed, the same for every
-model (`ebmkit.evaluation.context`). SSIM is torchmetrics', mean over channels and images, with a
-Gaussian window of 11 x 11 pixels and deviation 1.5; on smaller images the largest odd window that
-fits, its deviation scaled alike. Intervals are of the mean over images; those of a gain, of the
-mean difference to the noisy input on the same image.
-
-``denoise.json`` holds, beside the common entries, plain numbers by noise level in 255ths: ``psnr``
-(unconditional) and ``psnr_noisy``, as in ``{"15": 30.1, "25": 27.2, "50": 23.0}``, and ``ssim`` and
-``ssim_noisy`` likewise; ``psnr_interval`` and ``ssim_interval``; ``denoisers``, by name all of the
-above, with ``psnr``, ``gain`` (dB) and ``ssim`` by noise level; ``estimated_sigma``;
-``predicted_labels``, the accuracy of the labels used; ``knows_sigma``; and ``ssim_window``.
+PSNR is the mean over images of the PSNR of each image (`psnr`). A denoiser's output is clipped to
+[0, 1]; the noisy input is not, neither for the denoiser nor for its own PSNR. SSIM is
+torchmetrics', mean over channels and images, with a Gaussian window of 11 x 11 pixels and deviation
+1.5; on smaller images the largest odd window that fits, its deviation scaled alike. Intervals are
+of the mean over images; those of a gain, of the mean difference to the noisy input on the same
+image.
 """
 
 from __future__ import annotations
@@ -150,7 +139,7 @@ def ssim(estimate: Tensor, clean: Tensor) -> Tensor:
 
 
 def measure(context: EvaluationContext) -> dict[str, Any]:
-    """PSNR and SSIM at every noise level; see the module's text for what is returned."""
+    """PSNR and SSIM at every noise level; return the document."""
     denoisers: dict[str, dict[str, Any]] = {}
     sigmas: dict[str, Any] = {}
     accuracies: dict[str, Any] = {}

@@ -5,7 +5,7 @@ A diffusion model of T steps knows images :math:`u = 2x - 1` and noises them,
 
 .. math:: u_t = \sqrt{\bar\alpha_t}\, u + \sqrt{1 - \bar\alpha_t}\, \epsilon .
 
-A classifier that guides it may be given the image at timestep t in four ways (`VIEWS`):
+A classifier that guides it may be given the image at timestep t in four ways:
 
 ============ ===================================================== =============================
 view         image                                                 deviation of its noise
@@ -18,28 +18,14 @@ view         image                                                 deviation of 
 ``faded``    :math:`v_t` without its noise: towards gray           0
 ============ ===================================================== =============================
 
-``timestep`` and ``image`` have the same :math:`\epsilon` and differ by contrast alone:
-:math:`v_t = \sqrt{\bar\alpha_t}\, y + (1 - \sqrt{\bar\alpha_t})/2`. RCG section 4.4 multiplies test
-images by :math:`\sqrt{\bar\alpha_t}` and does not say of which range they are: darkness is what
-that does to images in [0, 1] (``dark``); in [-1, 1], as the diffusion model has them, it takes away
-contrast (``faded``).
-
-Nothing is clipped. Noise-conditional models are given the deviation of the noise in what they see.
-The noise is that of the suite ``classify`` at :math:`\sigma_t`.
+``timestep`` and ``image`` have the same :math:`\epsilon` and differ by contrast alone. RCG section
+4.4 multiplies test images by :math:`\sqrt{\bar\alpha_t}` and does not say of which range they are:
+in [0, 1] that is darkness (``dark``), in [-1, 1] less contrast (``faded``). Nothing is clipped.
+Noise-conditional models are given the deviation of the noise in what they see. The noise is that of
+the suite ``classify`` at :math:`\sigma_t`.
 
 Of every view are measured accuracy and the means of E(x) and of E(x, y) of the true label
 (`ebmkit.evaluation.energies`, nats); of the clean images also by class.
-
-``diffusion-path.json`` holds, beside the common entries (``sigmas`` are those of the timesteps):
-``timesteps``, ``abar``, ``chance`` (one over the number of classes), ``views`` (in words),
-``files`` (what the file of samples says, or null) and ``models``, by name (the first is the one
-evaluated) ``reading`` (of its energies), ``clean``, ``path``, ``chance_from``, ``classes`` and
-``samples``. ``clean`` and each entry of ``path[view]`` have ``accuracy``, ``energy`` and
-``joint_energy``, the latter two with ``std`` over images; the entries of ``path`` also ``t``,
-``sigma`` and ``abar``. ``chance_from[view]`` is the first timestep measured at which the interval
-of the accuracy reaches down to chance, or null. ``classes`` are the clean images by class
-(`class_statistics`), ``samples`` those of the file: ``energy``, and with labels ``joint_energy``
-and ``classes``.
 """
 
 from __future__ import annotations
@@ -196,7 +182,7 @@ def prepare(context: EvaluationContext) -> None:
 
 
 def measure(context: EvaluationContext) -> dict[str, Any]:
-    """Measure all models at all timesteps; see the module's text for what is returned."""
+    """Measure all models at all timesteps; return the document."""
     config, images = context.option(DiffusionPathConfig), context.images
     schedule, timesteps = make_schedule(config.schedule, config.steps), config.timesteps()
     models, generated = _models(context), _samples(context)

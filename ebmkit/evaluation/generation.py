@@ -1,43 +1,13 @@
 r"""Suite ``generation``: how far samples are from real images, as a network sees both.
 
-The samples are in an HDF5 file that `ebmkit sample` wrote,
-
-::
-
-    images       (N, H, W, C) uint8
-    finite       (N,) bool: whether the chain ended with finite numbers
-    labels       (N,) int64, the label that was asked for (optional)
-
-with the attributes ``source`` (fresh or buffer), ``sampler``, ``settings``, ``seed``, ``run`` and
-``filter`` (what was left out before they were written; optional). The real images, the *reference*,
-are those evaluated. An extractor (`ebmkit.evaluation.features`) gives features and class
-probabilities of both, and `ebmkit.evaluation.distances` the measures:
-
-============== ====================================== ==================================
-\               Inception of 2015                      a classifier of the user's
-============== ====================================== ==================================
-Frechet        ``FID``                                ``classifier-FD``
-kernel         ``KID``                                ``classifier-KD``
-score          ``IS`` (all samples at once)           ``classifier-score``
-\               ``precision``, ``recall``              ``classifier-precision``, ``-recall``
-============== ====================================== ==================================
+The samples are in an HDF5 file of `ebmkit sample` (its format, and the measures' names, are in
+docs/guide/generation.md). The real images, the *reference*, are those evaluated. An extractor
+(`ebmkit.evaluation.features`) gives features and class probabilities of both,
+`ebmkit.evaluation.distances` the measures, and `ebmkit.evaluation.guided` what is said by class.
 
 A distance of few images is biased. So the same is measured of as many other real images as there
 are samples, from the other split of the data set where it is found, else of halves of the reference
 against each other: the *floor*, which a perfect model would come down to.
-
-With labels that were asked for, and a classifier of the same classes as extractor, the *label
-accuracy* is the share of samples that it gives that label. Of each class it is told, too, with its
-own Frechet and kernel distance, ``diversity``, saturation and energy gap
-(`ebmkit.evaluation.guided`). Saturation and, if the model evaluated is an energy model, the energy
-gap under it are measured in all cases.
-
-``generation.json`` holds, beside the common entries (``images`` is the reference): ``samples``:
-``count``, ``left_out`` (not finite), ``source`` (fresh or buffer) and what else the file says;
-``extractor``: ``kind``, ``run``, ``features`` (d), ``accuracy`` on the reference; ``measures`` and
-``floor``, by name, with ``count`` and ``of``, what the floor is made of; ``saturation`` and
-``energy_gap`` of all samples; ``labels``: ``accuracy``, ``means`` over classes and ``classes``. The
-last three are as `ebmkit.evaluation.guided.measure_guided` has them.
 """
 
 from __future__ import annotations
@@ -236,7 +206,7 @@ def _extractor(context: EvaluationContext) -> Extractor:
 
 
 def measure(context: EvaluationContext) -> dict[str, Any]:
-    """See the module's text for what is returned.
+    """Measure and return the document.
 
     Raises:
         UserError: if a sample or a feature is missing or not finite.

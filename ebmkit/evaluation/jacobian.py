@@ -5,9 +5,7 @@ At :math:`y = x + \sigma\epsilon` of the first images, eigenvalues and eigenvect
 .. math:: J(y) = \nabla D_u(y) = I + \sigma^2\,\nabla^2\log p(y)
 
 (CDN eq. 14, figures 3 and 5), by `ebmkit.evaluation.spectrum`. In float32, or in float64 if asked;
-never in less, whatever precision the evaluation has. A plain denoiser's Jacobian is not symmetric;
-its singular values stand in, and its asymmetry, which for a gradient is rounding alone, says how
-far it is from one.
+never in less, whatever precision the evaluation has.
 
 If log p were the true density, :math:`\sigma^2 J` would be the covariance of the clean image given
 the noisy one. So negative eigenvalues are a fault of the model, and the PSNR that the model
@@ -17,19 +15,6 @@ A blind model has an eigenvalue near 2 that says nothing of the image. It reads 
 of the noise n, so that its score is about :math:`-d\,n/\|n\|^2`, which along n itself grows by
 :math:`d/\|n\|^2 \approx 1/\sigma^2`: hence :math:`Jn \approx 2n`. What it removes lies along that
 eigenvector.
-
-``jacobian.json`` holds, beside the common entries (``images`` is the number measured): ``sigma``;
-``dimensions`` d; ``method`` (dense or iterative); ``singular``, whether values are singular values;
-``classes``, whether conditional denoisers were drawn; ``per_image``, and the ``paper``'s values. Of
-each image: ``label`` and ``predicted`` (names or null) with its ``confidence``; ``largest`` (the
-algebraically largest) and ``smallest`` (in magnitude), lists of ``value``, ``residual``
-:math:`\|Jv - \lambda v\|` and ``noise``, the share of :math:`\|D_u - y\|^2` that lies along v;
-``converged``, whether residuals are within the tolerance; ``trace`` with ``trace_error`` (its
-standard error, 0 if dense); ``asymmetry`` :math:`\|J - J^\top\|_F/\|J\|_F`; ``products`` with J;
-``psnr`` of :math:`D_u` unclipped, and ``expected_psnr`` (null if the trace is not positive);
-``difference``, the root mean square of
-:math:`D_c - D_u`. If dense, also ``eigenvalues`` (all, descending), ``above_half``, how many are
-above 1/2, and ``negative``, how many are below 0.
 """
 
 from __future__ import annotations

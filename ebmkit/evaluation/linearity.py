@@ -5,18 +5,11 @@ p homogeneous of degree k, the score is so of degree k - 1, and by Euler's ident
 
 .. math:: D(y) - J(y)\,y = (2 - k)\, \sigma^2 \nabla\log p(y) = (2 - k)\,(D(y) - y) ,
 
-so it holds for k = 2 alone. Measured on :math:`y = x + \sigma\epsilon` (`linearity`), with J the
-Jacobian of the unconditional denoiser, given sigma:
-
-- ``error`` :math:`\|D - Jy\| / \|D\|`, the claim's own;
-- ``of_change`` :math:`\|D - Jy\| / \|D - y\|`: the same by what the denoiser changes. At low noise
-  every denoiser is close to the identity and the first error small, whatever the network;
-- ``degree``, the k for which :math:`D - Jy = (2 - k)(D - y)` fits best;
-- what is left where each image has its own k: ``unexplained``, relative to :math:`\|D\|`, and
-  ``explained``, the share of :math:`\|D - Jy\|^2` that k accounts for (null where the error is
-  rounding);
-- ``euler_degree`` :math:`\langle y, s\rangle / \log p`: k by Euler's identity, where log p has no
-  unknown constant, as the linear-quadratic head's :math:`-\frac12 (w^\top f)^2`; else null.
+so it holds for k = 2 alone (`theory`: which k a network must have). Measured on
+:math:`y = x + \sigma\epsilon` are the errors and degrees of `Linearity`, with J the Jacobian of the
+unconditional denoiser, given sigma, and ``euler_degree`` :math:`\langle y, s\rangle / \log p`: k by
+Euler's identity, where log p has no unknown constant, as the linear-quadratic head's
+:math:`-\frac12 (w^\top f)^2`; else null.
 
 ``error``, ``unexplained`` and ``explained`` are means over images. The other three have
 denominators that may be near 0 at single images, where a mean of ratios would be one image's. So
@@ -27,12 +20,6 @@ they are *pooled*: numerator and denominator are summed over images first,
 (the least-squares fit to all images), :math:`\sum\langle y, s\rangle / \sum\log p`, and
 ``of_change`` :math:`(\sum\|D - Jy\|^2 / \sum\|D - y\|^2)^{1/2}`. Their intervals are the
 bootstrap's, over images.
-
-`theory` says which k a network must have.
-
-``linearity.json`` holds, beside the common entries (``images`` is the number measured): ``levels``,
-by noise level the estimates above with their 95 % intervals and ``sigma``; ``theory``, its
-``degree`` (or null) and the reason ``why``.
 """
 
 from __future__ import annotations
@@ -222,7 +209,7 @@ def theory_of(model: ScoreModel) -> Theory | None:
 
 
 def measure(context: EvaluationContext) -> dict[str, Any]:
-    """Measure linearity at every noise level; see the module's text for what is returned."""
+    """Measure linearity at every noise level; return the document."""
     config, model = context.option(LinearityConfig), context.exact_model
     images = context.first(config.images)
     batch_size = min(context.batch_size, MAX_BATCH, math.ceil(len(images) / context.world.size))

@@ -1,12 +1,8 @@
 r"""Suite ``ood``: whether the model knows images of its distribution from others.
 
 In distribution are the images evaluated; out of it are the images of each of several sets
-(`ebmkit.evaluation.ood_sets`). Nothing is trained or tuned on any of these images.
-
-Scores
-------
-Each image x of d values gets scores, higher meaning "in". JEM's three (arXiv 1912.03263, section
-5.2):
+(`ebmkit.evaluation.ood_sets`). Each image x of d values gets scores, higher meaning "in". JEM's
+three (arXiv 1912.03263, section 5.2):
 
 - ``log-density``: :math:`\log p(x)`, up to one constant, nats;
 - ``confidence``: :math:`\max_c p(c \mid x)`;
@@ -16,47 +12,30 @@ A joint model is trained on noisy images, :math:`y = x + \sigma\epsilon`, and ha
 With the score s(y) and fixed noise :math:`\epsilon_1, \dots, \epsilon_n` for each image, at each
 level sigma,
 
-- ``residual``: :math:`-\frac1n \sum_i \|\sigma s(y_i) + \epsilon_i\|^2 / d`, minus the loss that
-  denoising score matching was trained by, at this one image: its denoising error over
-  :math:`\sigma^2 d`. Integrated over :math:`\log\sigma` these errors are the negative
-  log-likelihood up to a constant (Kong et al., arXiv 2302.03792), so each level is a share of it;
+- ``residual``: :math:`-\frac1n \sum_i \|\sigma s(y_i) + \epsilon_i\|^2 / d`, minus the loss of
+  denoising score matching at this one image: its denoising error over :math:`\sigma^2 d`.
+  Integrated over :math:`\log\sigma` these errors are the negative log-likelihood up to a constant
+  (Kong et al., arXiv 2302.03792), so each level is a share of it;
 - ``noise-level``: :math:`-\bigl|\log\bigl(\frac1n \sum_i \|\sigma s(y_i)\|^2 / d\bigr)\bigr|`.
   A model that knows such images reads off the noise level that is there, and
-  :math:`\|\sigma s\|^2` is near d; too much and too little are both odd, which is a test of
-  typicality and not of likelihood;
+  :math:`\|\sigma s\|^2` is near d: a test of typicality and not of likelihood;
 - ``noisy-density``: :math:`\frac1n \sum_i \log p(y_i)`. At sigma the density is one that training
   saw, unlike at 0.
 
-What a model lacks it is not asked for: without labels no ``confidence``, without a density (a plain
-denoiser) only ``residual`` and ``noise-level``.
-
-Measures of detection
----------------------
-With scores u of images in and v of images out, higher meaning "in", and a threshold t,
+With scores u of images in and v of images out, and a threshold t,
 
 .. math:: \mathrm{TPR}(t) = P(u \ge t), \qquad \mathrm{FPR}(t) = P(v \ge t),
 
-- ``auroc``: the area under TPR against FPR, :math:`P(u > v) + \tfrac12 P(u = v)`; 1/2 for a score
-  that knows nothing, less for one that takes out for in;
+- ``auroc``: the area under TPR against FPR, :math:`P(u > v) + \tfrac12 P(u = v)`;
 - ``aupr_in``: average precision with the images in as positives, :math:`\sum_t \Delta\mathrm{TPR}\,
   \frac{n\,\mathrm{TPR}}{n\,\mathrm{TPR} + m\,\mathrm{FPR}}`; ``aupr_out``: with those out as
-  positives, by -score. Both depend on the numbers n and m: knowing nothing gives n/(n + m) and
-  m/(n + m);
+  positives, by -score;
 - ``fpr95``: the share of images out that are taken for in at the highest threshold at which at
-  least 95 % of those in are; 0 is best.
+  least 95 % of those in are.
 
 Ties count as scikit-learn counts them. Intervals are of the basic bootstrap
 (`ebmkit.evaluation.statistics`), kept within [0, 1], with the images in and the images out
 resampled apart.
-
-Results
--------
-``ood.json`` holds, beside the common entries: ``scores``, by name what each is; ``in``, ``count``
-and the means of all scores; ``sets``, by name ``about``, ``count``, ``mean`` (of each score, with
-its interval) and ``scores``, by name the measures with their intervals; ``energy``, the mean of
--log p(x) in and of each set, nats up to one constant, of models with a density; ``histograms``, by
-score the ``edges`` of bins (the outer ones hold all that is beyond), the counts ``in`` and by set.
-A score that is not finite on some image of a set has no measures there, and a warning.
 """
 
 from __future__ import annotations
@@ -272,7 +251,7 @@ def _names(context: EvaluationContext) -> list[str]:
 
 
 def measure(context: EvaluationContext) -> dict[str, Any]:
-    """See the module's text for what is returned."""
+    """Measure and return the document."""
     options, model = context.option(OodConfig), context.model
     names = known_scores(model, options.sigmas)
 

@@ -100,6 +100,10 @@ class Made:
         """Made of the first ``n`` images of the source."""
         return replace(self, source=self.source.first(n))
 
+    def spread(self, n: int) -> Self:
+        """Made of ``n`` evenly spaced images of the source."""
+        return replace(self, source=self.source.spread(n))
+
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """In order, ``size`` at a time: images (B, C, H, W) in [0, 1], and None."""
         if self.name == "interpolations":

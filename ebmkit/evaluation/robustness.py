@@ -2,20 +2,15 @@ r"""Suite ``robustness``: accuracy against the strength of attacks, and against 
 
 With :math:`\epsilon^*` the smallest strength, on a grid, at which an image is given a wrong label,
 
-.. math:: \text{accuracy}(\epsilon) = \text{share of images with } \epsilon^* > \epsilon .
+.. math:: \text{accuracy}(\epsilon) = \text{share of images with } \epsilon^* > \epsilon ,
 
-This is an upper bound of the accuracy under the worst perturbation, as tight as the attack is good:
-no attack proves that there is none (a certificate does).
+an upper bound of the accuracy under the worst perturbation, as tight as the attack is good: no
+attack proves that there is none (a certificate does). The attack is PGD in :math:`\ell_\infty` and
+:math:`\ell_2` (`ebmkit.evaluation.attacks`), through the defences of `ebmkit.evaluation.defences`.
+The *map* has the noise level as its second axis, as CDN section 5.1 asks: row 0 is ``direct`` and
+row sigma is ``noise`` at that level.
 
-Protocol. PGD in :math:`\ell_\infty` and :math:`\ell_2` (`ebmkit.attacks`), in image units, of 40
-steps of 0.2 of the strength from a random start, on float images within [0, 1] that are never
-rounded to 255ths; in float32; on the first 200 images by default (`RobustnessConfig`). Defences,
-how they are attacked through, and what noise they are judged on: `ebmkit.evaluation.attacks` and
-`ebmkit.evaluation.defences`. A defence with noise sums probabilities over ``draws`` draws, and each
-gradient of its attacker over ``eot`` others. The *map* has the noise level as its second axis, as
-CDN section 5.1 asks: row 0 is ``direct`` and row sigma is ``noise`` at that level.
-
-An attack that fails may be a bad attack. Four signs of masked gradients (Athalye et al., arXiv
+An attack that fails may be a bad attack. Signs of masked gradients (Athalye et al., arXiv
 1802.00420; Carlini et al., arXiv 1902.06705) are looked for, each of which makes a warning:
 
 - ``few_steps``, ``one_step``, ``random_noise``: at one strength the full attack is set against PGD
@@ -24,14 +19,9 @@ An attack that fails may be a bad attack. Four signs of masked gradients (Athaly
   gives :math:`b \sim \text{Binomial}(b + c, 1/2)` at worst; a one-sided sign test at 1 % decides;
 - ``gray``: in the ball of radius 1/2 (:math:`\ell_\infty`) or :math:`\sqrt d/2` (:math:`\ell_2`)
   every image can be turned into the gray one, which gets one label. So there no classifier is right
-  more often than the share of the commonest label, and an attack that leaves more has failed
-  (where noise is added: up to the draws, which differ between images);
+  more often than the share of the commonest label (where noise is added: up to the draws, which
+  differ between images);
 - with ``autoattack``, the accuracy under AutoAttack and by how much PGD's is above it.
-
-``robustness.json`` holds, beside the common entries (``images`` is the number attacked): ``chance``
-and ``epsilons``, by norm; ``curves``, by norm and defence, a list of accuracies (with intervals)
-over ``epsilons``; ``map``, by norm, a list of ``sigma`` and ``accuracy`` likewise; ``defences``,
-what each is; and ``checks``, by norm and defence, what is said above.
 """
 
 from __future__ import annotations
@@ -208,7 +198,7 @@ def passes(context: EvaluationContext) -> int:
 
 
 def measure(context: EvaluationContext) -> dict[str, Any]:
-    """See the module's text for what is returned.
+    """Measure and return the document.
 
     Raises:
         UserError: if AutoAttack is asked for and not installed, or an image leaves [0, 1].

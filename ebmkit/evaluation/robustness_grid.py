@@ -5,20 +5,10 @@ and the radius that it was trained with. An image counts as right at :math:`\eps
 right as it is and no attack at :math:`\epsilon`, nor at a smaller radius of the grid, whose
 perturbations are allowed too, makes it wrong.
 
-Protocol. PGD (`ebmkit.evaluation.attacks`) of 20 steps of 2.5 eps / 20 from a random
-start in the ball, in image units, in float32, directly on the network's labels, on the first 1000
-images unless told otherwise (`RobustnessGridConfig`). The thesis's table is on all of CIFAR-10's
-test images.
-
-The networks are the one evaluated and those of the runs that ``beside`` names. What a run was
-trained with is read from its ``model.json``: 0 where its objective has no attack; unknown for an
-imported network, whose column has the name of its run.
-
-``robustness-grid.json`` holds, beside the common entries (``images`` is the number attacked):
-``norm``, ``epsilons`` and ``columns``, a list of ``name`` (of the run; empty for the one
-evaluated), ``trained`` (the norm and radius in training, null if unknown) and ``accuracy``, a list
-of estimates over ``epsilons``; and ``thesis``, the table of RCG as pairs of test and training
-radius with the accuracy, for CIFAR-10 and l2.
+The attack is PGD (`ebmkit.evaluation.attacks`) of 20 steps of 2.5 eps / 20 from a random start in
+the ball, directly on the network's labels. The networks are the one evaluated and those of the runs
+that ``beside`` names. What a run was trained with is read from its ``model.json``: 0 where its
+objective has no attack; unknown for an imported network, whose column has the name of its run.
 """
 
 from __future__ import annotations
@@ -123,7 +113,7 @@ def load_columns(context: EvaluationContext) -> list[_Column]:
 
 
 def measure(context: EvaluationContext) -> dict[str, Any]:
-    """See the module's text for what is returned.
+    """Measure and return the document.
 
     Raises:
         UserError: if a run beside is not there, or an image leaves [0, 1].
