@@ -48,21 +48,6 @@ DEFENCES: tuple[DefenceName, ...] = get_args(DefenceName)
 
 
 @dataclass(frozen=True)
-class Refinement:
-    """The chains of ``refine``; the defaults are JEM's step.
-
-    Args:
-        steps: k; 0 leaves images as they are.
-        step_size: a, of which the score is taken, squared image units.
-        noise_std: b, of the noise added in each step, image units.
-    """
-
-    steps: int = 1
-    step_size: float = JEM_STEP
-    noise_std: float = JEM_NOISE
-
-
-@dataclass(frozen=True)
 class Defence:
     """How an image is classified; see the module's text.
 
@@ -70,22 +55,21 @@ class Defence:
         name: one of `DEFENCES`.
         sigma: level of the noise that is added, or that a noise-conditional denoiser is told; image
             units. No matter to ``direct`` and ``refine``.
-        refinement: the chains; for ``refine`` alone.
+        steps: k of the chains of ``refine``; 0 leaves images as they are.
+        step_size: their a, of which the score is taken, squared image units; JEM's.
+        noise_std: their b, of the noise added in each step, image units; JEM's.
     """
 
     name: DefenceName
     sigma: float = 0.0
-    refinement: Refinement = Refinement()
-
-    @property
-    def steps(self) -> int:
-        """How many Langevin steps refine an image."""
-        return self.refinement.steps if self.name == "refine" else 0
+    steps: int = 0
+    step_size: float = JEM_STEP
+    noise_std: float = JEM_NOISE
 
     @property
     def random(self) -> bool:
         """Whether noise is added, so that draws are averaged over."""
-        noisy_chains = self.steps > 0 and self.refinement.noise_std > 0
+        noisy_chains = self.steps > 0 and self.noise_std > 0
         return self.name in ("noise", "denoise+noise") or noisy_chains
 
     @property
@@ -93,22 +77,22 @@ class Defence:
         """How many images of noise one draw takes: a chain takes one in each step."""
         return max(1, self.steps)
 
+    @property
+    def denoises(self) -> bool:
+        """Whether images are denoised before they are classified."""
+        return self.name in ("denoise", "denoise+noise")
+
     def description(self, noise_conditional: bool) -> str:
         """What it does, in words, to a model that is told the noise level or is not."""
-        level, chain = f"{in_255ths(self.sigma)}/255", self.refinement
+        level = f"{in_255ths(self.sigma)}/255"
         told = f"told {level}" if noise_conditional else "at its own estimate of the noise"
         return {
             "direct": "the network's label",
             "noise": f"noise {level}, probabilities averaged",
             "denoise": f"denoised by the same network, {told}",
             "denoise+noise": f"noise {level}, denoised, probabilities averaged",
-            "refine": f"Langevin, steps of {chain.step_size:g}, probabilities averaged",
+            "refine": f"Langevin, steps of {self.step_size:g}, probabilities averaged",
         }[self.name]
-
-    @property
-    def denoises(self) -> bool:
-        """Whether images are denoised before they are classified."""
-        return self.name in ("denoise", "denoise+noise")
 
 
 class DefendedClassifier(nn.Module):
@@ -177,7 +161,7 @@ class DefendedClassifier(nn.Module):
             noise: standard normal, (n k, C, H, W) or (B, n k, C, H, W), a chain's steps together;
                 None: one chain without noise.
         """
-        chain = self.defence.refinement
+        chain = self.defence
         if noise is None:
             noise = x.new_zeros(chain.steps, *x.shape[1:])
         xi = noise.to(x).reshape(*noise.shape[:-4], -1, chain.steps, *x.shape[1:])

@@ -43,7 +43,7 @@ from ebmkit.attacks import Norm, search_steps
 from ebmkit.energy import EnergyModel
 from ebmkit.evaluation.attacks import Attack, autoattack, check_autoattack
 from ebmkit.evaluation.context import Batch, EvaluationContext
-from ebmkit.evaluation.defences import Defence, DefenceName, DefendedClassifier, Refinement
+from ebmkit.evaluation.defences import Defence, DefenceName, DefendedClassifier
 from ebmkit.evaluation.statistics import accuracy
 from ebmkit.evaluation.suite import Suite, SuiteConfig, add_note, check_classifies, new_table
 from ebmkit.noise import Radius, Sigma, SigmaOrZero, in_255ths
@@ -157,11 +157,10 @@ class RobustnessConfig(SuiteConfig):
     def curve(self) -> dict[str, Defence]:
         """The defences that get a curve, by name; refine gets one for each number of steps."""
         found: dict[str, Defence] = {}
+        chain = self.refine_step_size, self.refine_noise
         for name in self.defences:
             if name == "refine":
-                for k in self.refine_steps:
-                    chain = Refinement(k, self.refine_step_size, self.refine_noise)
-                    found[f"refine-{k}"] = Defence("refine", refinement=chain)
+                found |= {f"refine-{k}": Defence(name, 0.0, k, *chain) for k in self.refine_steps}
             else:
                 found[name] = Defence(name, 0.0 if name == "direct" else self.sigma)
         return found
@@ -248,28 +247,24 @@ class _Attacks:
         assert isinstance(model, EnergyModel)
         self.context, self.config, self.model = context, config, model
         self.images = context.first(config.images)
-        self._passes, self._reported = 0.0, 0
 
     def minimal_epsilons(self, norm: Norm, defence: Defence) -> Tensor:
         """The smallest strength that breaks each image, (N,); beyond the grid, the gray radius."""
         epsilons = list(self.config.strengths(norm)[1:])
         if self.config.checks:
             epsilons.append(self._gray_radius(norm))
-        cost, target = self.config.cost(defence), self._target(defence)
-        share = self.context.world.size / len(self.images)
+        cost, context = self.config.cost(defence), self.context
+        target, seed = self._target(defence), str(context.seed)
+        one = cost * context.world.size * len(context.images) / len(self.images)
 
         def measure(batch: Batch) -> dict[str, Tensor]:
             assert batch.labels is not None
-            found = self._pgd(norm).minimal_epsilons(
-                target,
-                batch.x,
-                batch.labels,
-                epsilons,
-                self._noise(batch.x, defence),
-                str(self.context.seed),
-                lambda: self._report(self._passes + cost * len(batch.x) * share),
-            )
-            return {"smallest": found}
+            at, noise = (batch.x, batch.labels, epsilons), self._noise(batch.x, defence)
+
+            def done() -> None:  # a step of the bisection, here and meanwhile elsewhere
+                context.skip(int(one * len(batch.x)))
+
+            return {"smallest": self._pgd(norm).minimal_epsilons(target, *at, noise, seed, done)}
 
         return self._columns(measure, defence, cost * search_steps(len(epsilons)))["smallest"]
 
@@ -281,8 +276,8 @@ class _Attacks:
             noise = image_noise(batch.x, defence.noises, "moved") if defence.random else None
             return {"square": (target.purify(batch.x, noise) - batch.x).flatten(1).square().mean(1)}
 
-        silent = replace(self.context, images=self.images, advance=lambda count: None)
-        return float(silent.columns(0.0, measure)["square"].double().mean().sqrt())
+        columns = self.context.columns(0.0, measure, self.images, passes=0)
+        return float(columns["square"].double().mean().sqrt())
 
     def check(
         self, norm: Norm, defence: Defence, smallest: Tensor
@@ -330,26 +325,12 @@ class _Attacks:
     def _columns(
         self, measure: Callable[[Batch], dict[str, Tensor]], defence: Defence, cost: int
     ) -> dict[str, Tensor]:
-        """`EvaluationContext.columns` of attacked images; progress ends ``cost`` passes on."""
-        end = self._passes + cost
+        """`EvaluationContext.columns` of attacked images, which count as ``cost`` passes."""
         channels, (height, width) = self.images.channels, self.images.image_size
         rows = max(self.context.batch_size, VALUES_PER_STEP // (channels * height * width))
         share = math.ceil(len(self.images) / self.context.world.size)
         size = max(1, min(rows // self.config.gradient_draws(defence), share))
-        silent = replace(
-            self.context, images=self.images, batch_size=size, advance=lambda count: None
-        )
-        columns = silent.columns(0.0, measure)
-        self._report(end)
-        return columns
-
-    def _report(self, passes: float) -> None:
-        """Move the progress bar to so many passes."""
-        self._passes = passes
-        news = int(passes * len(self.context.images) + 1e-6) - self._reported
-        if news:
-            self._reported += news
-            self.context.skip(news)
+        return self.context.columns(0.0, measure, self.images, size, cost)
 
     def _gray_radius(self, norm: Norm) -> float:
         """The radius of the ball about any image that holds the gray one, 1/2 everywhere."""
