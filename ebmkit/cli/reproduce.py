@@ -57,6 +57,7 @@ def reproduce(
     from ebmkit.compute import limited_threads, pick_device
     from ebmkit.experiments import EXPERIMENTS, ExperimentRuns, experiments_of, find_scale
     from ebmkit.experiments import reproduce as run_experiment
+    from ebmkit.storage import make_folder
     from ebmkit.training import Interrupted
     from ebmkit.training.loop import Stop
 
@@ -82,10 +83,7 @@ def reproduce(
             console.say("table2 is left out: it needs ImageNet, --imagenet-dir")
             chosen.remove("table2")
         runs.check([v for name in chosen for v in EXPERIMENTS[name].variants if v.run is None])
-    try:
-        runs.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make folder {str(runs.out)!r}: {error.strerror}") from None
+    make_folder(runs.out)
     stop = Stop()
     try:
         with limited_threads(runs.scale.threads), _terminated_as_interrupted(stop):

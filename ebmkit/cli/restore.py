@@ -71,12 +71,13 @@ def restore(
     """
     from ebmkit.compile import optimize
     from ebmkit.compute import pick_device
-    from ebmkit.errors import UserError, validated
+    from ebmkit.errors import validated
     from ebmkit.models import load
     from ebmkit.sampling.inverse import TaskOptions, find_task
     from ebmkit.sampling.jobs.restore import RestoreJob, read_mask
     from ebmkit.sampling.jobs.settings import parse_label, parse_options
     from ebmkit.sampling.kadkhodaie_simoncelli import KADKHODAIE_SIMONCELLI_ENTRY as SAMPLER
+    from ebmkit.storage import make_folder
     from ebmkit.training import parse_assignments
 
     chosen = find_task(task)
@@ -89,10 +90,7 @@ def restore(
     options = TaskOptions(None if mask is None else read_mask(mask), share, factor, seed)
     job = RestoreJob(model, chosen, options, config, measured, samples, seed, c, str(run))
     job.check(images, out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make folder {str(out)!r}: {error.strerror}") from None
+    make_folder(out)
     table = Table("image", "dB", *(["mean, dB"] if samples > 1 else []), "simple methods, dB")
     for path in images:
         with counting(path.name) as progress:

@@ -84,6 +84,7 @@ def denoise(
     from ebmkit.models import load
     from ebmkit.noise import format_sigma, parse_sigma
     from ebmkit.sampling.jobs.settings import parse_label
+    from ebmkit.storage import make_folder
 
     level, place = None if sigma is None else parse_sigma(sigma), pick_device(device)
     model = optimize(load(run, device=str(place), weights=weights), precision, compile_)
@@ -93,10 +94,7 @@ def denoise(
     _check_targets(images, targets)
     for path in images:  # all mistakes first, then the work, one image in memory at a time
         read_image(path, _channels(model))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make folder {str(out)!r}: {error.strerror}") from None
+    make_folder(out)
     for path, target in zip(images, targets, strict=True):
         picture = read_image(path, _channels(model))
         with counting(target.name) as progress:

@@ -2,12 +2,7 @@
 
 Results are derived data: evaluating again replaces the files of the same suite in the same folder.
 
-Every JSON file holds, beside what its suite measures: ``suite``, ``dataset``, ``split``, ``images``
-(how many were used), ``of`` (how many the split has) and their ``fingerprint``; ``seed`` and
-``sigmas`` (image units); ``model`` (objective, steps, training set) and ``weights``;
-``environment`` (versions, git commit, command), ``device``, ``precision``, ``compiled`` (whether
-anything was), ``processes``, ``batch_size``, ``seconds``, ``warnings``, and
-``pictures``, the names of its plots, beside it.
+The fields of the JSON files are documented in docs/guide/evaluation-json.md.
 
 Several processes (`ebmkit.distributed`) share the images; all of them get the same results, and the
 first alone writes.
@@ -57,7 +52,7 @@ from ebmkit.errors import UserError
 from ebmkit.evaluation.context import NOISE_LEVELS, SIGMAS, EvaluationContext, Images
 from ebmkit.evaluation.suite import Suite
 from ebmkit.evaluation.suites import FORMER_NAMES, SUITES, find_suite, parse_options
-from ebmkit.storage import remove_file, write_atomically
+from ebmkit.storage import make_folder, remove_file, write_atomically
 from ebmkit.storage.reading import read_json
 from ebmkit.training.run_folder import environment
 
@@ -164,11 +159,7 @@ def evaluate(
         for suite in chosen.values():
             suite.prepare(context)
         if world.first:
-            try:
-                out_dir.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                folder = str(out_dir)
-                raise UserError(f"cannot make folder {folder!r}: {error.strerror}") from None
+            make_folder(out_dir)
         for name, suite in chosen.items():
             context.left = suite.passes(context) * len(used)
             context.advance = partial(bar.advance, bar.add_task(name, total=context.left))

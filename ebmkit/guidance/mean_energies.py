@@ -29,7 +29,7 @@ from ebmkit.energy import EnergyModel
 from ebmkit.errors import UserError
 from ebmkit.guidance.guides import check_guide, clean_sigma
 from ebmkit.models.heads import LogitEnergy
-from ebmkit.storage import write_atomically
+from ebmkit.storage import make_folder, write_atomically
 from ebmkit.storage.reading import read_json
 
 
@@ -133,9 +133,6 @@ def stored_energies(
     except (OSError, ValueError, AttributeError):  # none yet, or damaged
         pass
     found = compute()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make folder {str(path.parent)!r}: {error.strerror}") from None
+    make_folder(path.parent)
     write_atomically(path, json.dumps(facts | found.model_dump(), indent=1).encode())
     return found

@@ -26,7 +26,7 @@ from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError, validated
 from ebmkit.models.config import ModelConfig
 from ebmkit.plugins import check_plugins, load_plugins
-from ebmkit.storage import read_together, write_atomically
+from ebmkit.storage import make_folder, read_together, write_atomically
 from ebmkit.storage.reading import check_links, parse_json
 from ebmkit.storage.tensors import LimitedSize, parse_tensors
 
@@ -74,10 +74,7 @@ def save_as_run(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{str(folder)!r} exists: choose another --out")
     model, config = read()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make folder {str(folder)!r}: {error.strerror}") from None
+    make_folder(folder)
     assert model.card is not None
     save_model(folder, model, config, model.card)
     return model

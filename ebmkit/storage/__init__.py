@@ -2,6 +2,7 @@
 
 from ebmkit.storage.commit import (
     commit_files,
+    make_folder,
     read_together,
     remove_file,
     write_atomically,
@@ -14,6 +15,7 @@ __all__ = [
     "DamagedFile",
     "commit_files",
     "held",
+    "make_folder",
     "read_together",
     "remove_file",
     "write_atomically",

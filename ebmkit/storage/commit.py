@@ -111,6 +111,18 @@ def write_atomically(path: Path, content: Content) -> None:
         replace_file(path, content)
 
 
+def make_folder(path: Path) -> None:
+    """Make the folder ``path`` and those above it, where they are not there.
+
+    Raises:
+        UserError: if it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make folder {str(path)!r}: {error.strerror}") from None
+
+
 def remove_file(path: Path) -> None:
     """Remove ``path`` if it is there; from the manifest too, if it is a file of a run.
 

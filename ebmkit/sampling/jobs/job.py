@@ -52,7 +52,7 @@ from ebmkit.sampling.jobs.settings import (
 )
 from ebmkit.sampling.jobs.sources import Sources
 from ebmkit.sampling.target import clean_level
-from ebmkit.storage import held, write_atomically
+from ebmkit.storage import held, make_folder, write_atomically
 from ebmkit.storage.reading import read_json
 from ebmkit.storage.tensors import read_tensors
 from ebmkit.training.config import difference
@@ -93,10 +93,7 @@ class SamplingFolder:
                 f"{str(path)!r} holds something else than samples of an interrupted run: choose "
                 "another --out"
             )
-        try:
-            self.home.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make folder {str(path)!r}: {error.strerror}") from None
+        make_folder(self.home)
         write_atomically(known, json.dumps(settings.model_dump(mode="json"), indent=2).encode())
 
     @contextlib.contextmanager
