@@ -33,6 +33,14 @@ CUT = "the interval continues"
 SIGMA = "noise level sigma (1/255)"
 
 
+def look(number: int) -> dict[str, Any]:
+    """Colour, marker and line style of series ``number``; 66 of them differ."""
+    k = number % 6
+    styles = ("-", "--", "-.", ":", "-", "--")
+    marker = "os^DvPX<>*p"[number % 11]
+    return {"color": (*COLOURS[:5], "black")[k], "marker": marker, "ls": styles[k]}
+
+
 def show_image(axes: Axes, image: Tensor, below: str, above: str) -> None:
     """Show an image (C, H, W); small ones in crisp squares."""
     pixels = image.detach().clamp(0, 1).cpu().movedim(0, -1).numpy()
@@ -56,7 +64,12 @@ def around_gray(image: Tensor, factor: float | None = None) -> Tensor:
 
 
 def image_grid(
-    rows: int, columns: int, shape: tuple[int, int], gaps: Sequence[int] = (), head: float = 0.6
+    rows: int,
+    columns: int,
+    shape: tuple[int, int],
+    gaps: Sequence[int] = (),
+    head: float = 0.6,
+    side: float = 0.0,
 ) -> tuple[Figure, list[list[Axes]]]:
     """A figure of ``rows`` x ``columns`` images with room for labels.
 
@@ -66,18 +79,15 @@ def image_grid(
         shape: height and width of the images, in pixels.
         gaps: columns before which a gap is left.
         head: room above the images, inches.
+        side: room left of them, inches.
     """
     widths = [width for k in range(columns) for width in ([0.14, 1.0] if k in gaps else [1.0])]
     cell, label, foot = 1.22, 0.27, 0.42  # inches
     tall = min(2.5, max(0.4, shape[0] / shape[1])) * cell
     height = rows * tall + (rows - 1) * label + head + foot
-    figure = new_figure(cell * sum(widths) * 1.04 + 0.2, height)
-    place: dict[str, float] = {
-        "left": 0.008,
-        "right": 0.992,
-        "wspace": 0.05,
-        "hspace": label / tall,
-    }
+    width = cell * sum(widths) * 1.04 + 0.2 + side
+    figure = new_figure(width, height)
+    place = {"left": 0.008 + side / width, "right": 0.992, "wspace": 0.05, "hspace": label / tall}
     place |= {"bottom": foot / height, "top": 1 - head / height}
     grid = figure.add_gridspec(rows, len(widths), width_ratios=widths, **place)
     columns_of = [k for k, width in enumerate(widths) if width == 1.0]
@@ -85,30 +95,40 @@ def image_grid(
 
 
 def image_rows(
-    rows: Sequence[Sequence[tuple[Tensor, str]]],
+    rows: Sequence[Sequence[tuple[Tensor | None, str]]],
     heads: Sequence[str],
     path: Path,
     groups: Mapping[int, str] | None = None,
     title: str = "",
     note: str = "",
+    names: Sequence[str] = (),
 ) -> None:
     """Images side by side in rows of equal length.
 
     Args:
-        rows: images (C, H, W) of one size, and what is written below each.
+        rows: images (C, H, W) of one size, of which the first is there, or None, and what is
+            written below each.
         heads: what is written above the columns.
         path: the PNG file.
         groups: by column, what is written above the group of columns that begins there, after a
             gap.
         title: above the images.
         note: below them.
+        names: of the rows, left of them.
     """
-    groups = groups or {}
-    height, width = rows[0][0][0].shape[-2:]
-    figure, grid = image_grid(len(rows), len(heads), (height, width), list(groups), head=0.75)
+    groups, first = groups or {}, rows[0][0][0]
+    assert first is not None
+    height, width = first.shape[-2:]
+    side = 0.35 if names else 0.0
+    figure, grid = image_grid(len(rows), len(heads), (height, width), list(groups), 0.75, side)
     for number, (axes, row) in enumerate(zip(grid, rows, strict=True)):
         for cell, (image, below), above in zip(axes, row, heads, strict=True):
-            show_image(cell, image, below, "" if number else above)
+            if image is None:
+                cell.set_axis_off()
+            else:
+                show_image(cell, image, below, "" if number else above)
+    for axes, name in zip(grid, names, strict=False):
+        axes[0].set_ylabel(clean(name), fontsize=8)
     tall = figure.get_figheight()
     for column, text in groups.items():
         place = grid[0][column].get_position()

@@ -33,7 +33,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -91,11 +90,6 @@ PANELS = {
     "Accuracy against noise": ("timestep", "image"),
     "Accuracy against darkness and contrast": ("dark", "faded"),
 }
-LOOKS: list[dict[str, Any]] = [
-    {"color": (*plots.COLOURS[:5], "black")[i % 6], "marker": "os^DvPX<>*p"[i % 11], "ms": 3.5}
-    for i in range(66)
-]
-"""Colour and marker of each model; 6 and 11 have no common divisor, so 66 models differ."""
 
 
 class DiffusionPathConfig(SuiteConfig):
@@ -354,10 +348,11 @@ def _plot_accuracy(document: dict[str, Any], strips: dict[str, list[Tensor]], pa
     for column, (title, views) in enumerate(PANELS.items()):
         axes = place(column, bottom, tall)
         for row, (view, line) in enumerate(zip(views, ("-", "--"), strict=True)):
-            for look, (name, found) in zip(cycle(LOOKS), models.items()):
+            for i, (name, found) in enumerate(models.items()):
                 accuracies = [entry["accuracy"] for entry in found["path"][view]]
-                own = look | {"ls": line, "label": None if row or column else name}
-                plots.plot_estimates(axes, timesteps, accuracies, 100, **own)
+                look = plots.look(i) | {"ms": 3.5, "ls": line}
+                label = None if row or column else name
+                plots.plot_estimates(axes, timesteps, accuracies, 100, label=label, **look)
             strip = place(column, bottom - 0.62 - (row + 1) * cell - row * 0.05, 0.96 * cell)
             plots.show_image(strip, torch.cat(strips[view], dim=-1), "", "")
             strip.set_ylabel(f"{SHORT[view]} ({line})", fontsize=8, labelpad=3)
@@ -378,13 +373,13 @@ def _plot_energies(document: dict[str, Any], path: Path) -> None:
     views = {"timestep": "x_t", "image": "image units, x + sigma eps"}
     for axes, (view, words) in zip(panels, views.items(), strict=True):
         known: list[float] = []
-        for look, (name, found) in zip(cycle(LOOKS), models.items()):
+        for i, (name, found) in enumerate(models.items()):
             for line, (quantity, symbol) in zip(("-", "--"), ENERGIES.items(), strict=True):
                 rows = [e for e in found["path"][view] if e[quantity]["value"] is not None]
                 values = [e[quantity]["value"] for e in rows]
                 known += values
-                label = f"{name}: {symbol}"
-                axes.plot([e["t"] for e in rows], values, ls=line, label=label, **look)
+                look = plots.look(i) | {"ms": 3.5, "ls": line, "label": f"{name}: {symbol}"}
+                axes.plot([e["t"] for e in rows], values, **look)
         low, quarter, middle, most, high = np.quantile(known or [0.0], [0, 0.25, 0.5, 0.75, 1])
         if high - low > 30 * max(most - quarter, 1e-12) and middle != 0:
             # most would lie on one line of a linear scale

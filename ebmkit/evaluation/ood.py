@@ -40,7 +40,6 @@ resampled apart.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -71,9 +70,9 @@ from ebmkit.evaluation.suite import (
 )
 from ebmkit.noise import Sigma, format_sigma
 from ebmkit.randomness import image_noise
-from ebmkit.terminal import clean
 
 BINS = 40
+SHOWN = 8
 
 
 class OodConfig(SuiteConfig):
@@ -342,13 +341,6 @@ def table(document: dict[str, Any]) -> Table:
     return result
 
 
-LOOKS = tuple(
-    zip(
-        (plots.BLUE, plots.ORANGE, plots.GREEN, plots.PURPLE, plots.SKY, "black"),
-        ("-", "--", "-.", ":", "-", "--"),
-        strict=True,
-    )
-)
 COLUMNS = 3
 
 
@@ -357,20 +349,24 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
     _plot_auroc(document, folder / "ood.png")
     _plot_histograms(document, folder / "ood-histograms.png")
     sets = {"in": context.images, **{s.name: s.images for s in find_sets(context)}}
-    examples = {name: next(iter(images.first(8).batches(8)))[0] for name, images in sets.items()}
-    _plot_examples(examples, document, folder / "ood-examples.png")
+    rows, names = [], []
+    for name, images in sets.items():
+        shown = list(next(iter(images.first(SHOWN).batches(SHOWN)))[0])
+        rows.append([(x, "") for x in [*shown, *[None] * (SHOWN - len(shown))]])
+        value = document.get("energy", {}).get(name, {}).get("value")
+        names.append(name if value is None else f"{name}\nenergy {value:.4g}")
+    title = f"In distribution, and out of it: {plots.images_of(document)}"
+    path = folder / "ood-examples.png"
+    plots.image_rows(rows, [""] * SHOWN, path, title=title, names=names)
 
 
 def _plot_auroc(document: dict[str, Any], path: Path) -> None:
     """AUROC of every set (row) by every score (column); 50 % is a score that knows nothing."""
     sets, scores = document["sets"], list(document["scores"])
-    values = [
-        [
-            np.nan if s["scores"][k] is None else 100 * s["scores"][k]["auroc"]["value"]
-            for k in scores
-        ]
-        for s in sets.values()
+    found = [
+        [s["scores"][k] or {"auroc": {"value": np.nan}} for k in scores] for s in sets.values()
     ]
+    values = [[100 * measures["auroc"]["value"] for measures in row] for row in found]
     size = 3.2 + 0.72 * len(scores), 2.3 + 0.42 * len(sets)
     figure = plots.new_figure(*size, layout="constrained")
     axes = figure.add_subplot()
@@ -391,12 +387,12 @@ def _plot_histograms(document: dict[str, Any], path: Path) -> None:
     for number_of, (name, found) in enumerate(document["histograms"].items()):
         axes = figure.add_subplot(rows, columns, number_of + 1)
         if edges := found["edges"]:
-            look: dict[str, Any] = {"fill": True, "color": plots.GRAY, "alpha": 0.55}
-            axes.stairs(_shares(found["in"]), edges, label="in", **look)
-            for (colour, style), (own, counts) in zip(
-                itertools.cycle(LOOKS), found["sets"].items()
-            ):
-                axes.stairs(_shares(counts), edges, color=colour, ls=style, lw=1.3, label=own)
+            filled: dict[str, Any] = {"fill": True, "color": plots.GRAY, "alpha": 0.55}
+            axes.stairs(_shares(found["in"]), edges, label="in", **filled)
+            for k, (own, counts) in enumerate(found["sets"].items()):
+                look = plots.look(k)
+                look.pop("marker")
+                axes.stairs(_shares(counts), edges, lw=1.3, label=own, **look)
         axes.set_title(name, fontsize=10)
         axes.set_xlabel(scores[name], fontsize=7.5)
         axes.tick_params(labelsize=7)
@@ -409,28 +405,6 @@ def _plot_histograms(document: dict[str, Any], path: Path) -> None:
         fontsize=10,
     )
     plots.shared_legend(figure, 4)
-    plots.save_figure(figure, path)
-
-
-def _plot_examples(examples: Mapping[str, Tensor], document: dict[str, Any], path: Path) -> None:
-    """The first images (n, C, H, W) of each set, a row each, with the mean energy where there is
-    one."""
-    columns = max(map(len, examples.values()))
-    width, height = 1.7 + 0.75 * columns, 0.6 + 0.8 * len(examples)
-    figure = plots.new_figure(width, height)
-    margins = {"left": 1.6 / width, "right": 0.99, "bottom": 0.02, "top": 1 - 0.45 / height}
-    grid = figure.add_gridspec(len(examples), columns, **margins, wspace=0.06, hspace=0.06)
-    for i, (name, images) in enumerate(examples.items()):
-        for k, image in enumerate(images):
-            axes = figure.add_subplot(grid[i, k])
-            plots.show_image(axes, image, "", "")
-            if k == 0:
-                value = document.get("energy", {}).get(name, {}).get("value")
-                energy = "" if value is None else f"\nenergy {value:.4g}"
-                place: dict[str, Any] = {"rotation": 0, "ha": "right", "va": "center"}
-                axes.set_ylabel(clean(f"{name}{energy}"), fontsize=8, labelpad=6, **place)
-    title = f"In distribution, and out of it: {plots.images_of(document)}"
-    figure.suptitle(title, fontsize=10)
     plots.save_figure(figure, path)
 
 

@@ -466,14 +466,6 @@ def table(document: dict[str, Any]) -> Table:
     return result
 
 
-LOOKS = (
-    (plots.BLUE, "o", "-"),
-    (plots.ORANGE, "s", "--"),
-    (plots.GREEN, "^", "-."),
-    (plots.PURPLE, "D", ":"),
-    (plots.SKY, "v", "-"),
-    ("black", "P", "--"),
-)
 SYMBOLS = {"linf": r"$\ell_\infty$", "l2": r"$\ell_2$"}
 UNITS = {"linf": "1/255", "l2": "image units"}
 
@@ -482,7 +474,7 @@ class Curve(NamedTuple):
     """Accuracies over strengths: estimates as in JSON, or published numbers, in a thin line."""
 
     label: str
-    look: tuple[str, str, str]
+    look: dict[str, Any]
     epsilons: Sequence[float]
     accuracy: Sequence[Any]
 
@@ -494,14 +486,14 @@ def plot_curves(
     figure = plots.new_figure(0.6 + 4.3 * len(panels), 4.3, layout="constrained")
     for number, (norm, curves) in enumerate(panels.items()):
         axes = figure.add_subplot(1, len(panels), number + 1)
-        for label, (colour, marker, style), epsilons, values in curves:
+        for label, look, epsilons, values in curves:
             x = np.array(epsilons) * (255 if norm == "linf" else 1)
-            look: dict[str, Any] = {"color": colour, "ls": style, "label": label}
             published = [100 * value for value in values if isinstance(value, float)]
             if published:
-                axes.plot(x, published, lw=0.8, alpha=0.6, **look)
+                thin = look | {"marker": "", "lw": 0.8, "alpha": 0.6}
+                axes.plot(x, published, label=label, **thin)
             else:
-                plots.plot_estimates(axes, x, values, 100, marker=marker, ms=4, lw=1.4, **look)
+                plots.plot_estimates(axes, x, values, 100, ms=4, lw=1.4, label=label, **look)
         if chance is not None:
             axes.axhline(100 * chance, color=plots.GRAY, ls=":", lw=1, label="chance")
         axes.set(xlabel=_axis(norm), ylabel="accuracy (%)", ylim=(0, 102))
@@ -516,7 +508,7 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
     """Write ``robustness.png`` and, unless there is one noise level, ``robustness-map.png``."""
     panels = {
         norm: [
-            Curve(f"{name}: {document['defences'][name]['about']}", look_of(i), epsilons, curve)
+            Curve(f"{name}: {document['defences'][name]['about']}", plots.look(i), epsilons, curve)
             for i, (name, curve) in enumerate(document["curves"][norm].items())
         ]
         for norm, epsilons in document["epsilons"].items()
@@ -574,25 +566,20 @@ def plot_comparison(
     for norm, curves in panels.items():
         for i, name in enumerate(documents):
             if name not in run:
-                curves.append(Curve(f"{name}: not run", look_of(i), [], []))
+                curves.append(Curve(f"{name}: not run", plots.look(i), [], []))
             elif norm in run[name]["curves"]:
                 found = run[name]
                 label = f"{name} ({plots.images_of(found)})"
                 grid, curve = found["epsilons"][norm], found["curves"][norm][defence]
-                curves.append(Curve(label, look_of(i), grid, curve))
+                curves.append(Curve(label, plots.look(i), grid, curve))
             points = (paper or {}).get(name, {}).get(norm)
             if points:
                 x, y = np.array(points, dtype=float).T
-                curves.append(Curve(f"{name}, paper", look_of(i), x, y.tolist()))
+                curves.append(Curve(f"{name}, paper", plots.look(i), x, y.tolist()))
     chances = {document["chance"] for document in run.values()}
     shown = "" if defence == "direct" else f", defence {defence}"
     title = f"Accuracy under PGD attacks{shown}, bands 95 %"
     plot_curves(panels, chances.pop() if len(chances) == 1 else None, title, path)
-
-
-def look_of(number: int) -> tuple[str, str, str]:
-    """Colour, marker and line style of curve ``number``."""
-    return LOOKS[number % len(LOOKS)]
 
 
 def _axis(norm: str) -> str:

@@ -25,6 +25,7 @@ from pydantic import AfterValidator, Field
 from rich.table import Table
 from torch import Tensor
 
+from ebmkit import plots
 from ebmkit.attacks import Norm
 from ebmkit.card import ModelCard
 from ebmkit.energy import EnergyModel
@@ -35,7 +36,6 @@ from ebmkit.evaluation.robustness import (
     Curve,
     Radii,
     distinct,
-    look_of,
     norm_name,
     percent,
     plot_curves,
@@ -43,7 +43,6 @@ from ebmkit.evaluation.robustness import (
 )
 from ebmkit.evaluation.statistics import accuracy
 from ebmkit.evaluation.suite import Suite, SuiteConfig, check_classifies, load_beside, new_table
-from ebmkit.plots import images_of
 
 VALUES_PER_STEP = 800_000
 """Pixel values in a step of the attack at most."""
@@ -194,15 +193,15 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
     colours: dict[float, str] = {}
     names = column_names(document)
     for i, (name, column) in enumerate(zip(names, document["columns"], strict=True)):
-        curves.append(Curve(name, look_of(i), document["epsilons"], column["accuracy"]))
+        curves.append(Curve(name, plots.look(i), document["epsilons"], column["accuracy"]))
         if column["trained"] is not None:
-            colours.setdefault(column["trained"][1], look_of(i)[0])
+            colours.setdefault(column["trained"][1], plots.look(i)["color"])
     for radius in sorted({e["train"] for e in document["thesis"]} & colours.keys()):
         points = [(e["test"], e["accuracy"]) for e in document["thesis"] if e["train"] == radius]
         x, y = zip(*sorted(points), strict=True)
         label = f"trained {radius:g}, thesis (ResNet-50)"
-        curves.append(Curve(label, (colours[radius], "", ":"), x, y))
-    title = f"Accuracy under PGD attacks: {images_of(document)}, bands 95 %"
+        curves.append(Curve(label, {"color": colours[radius], "ls": ":"}, x, y))
+    title = f"Accuracy under PGD attacks: {plots.images_of(document)}, bands 95 %"
     panels, path = {document["norm"]: curves}, folder / "robustness-grid.png"
     plot_curves(panels, document["chance"], title, path)
 
