@@ -220,9 +220,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
         "chance": chance,
         "views": VIEWS,
         "models": documents,
-        "files": generated
-        and generated.description
-        | {"count": len(generated.images), "left_out": generated.left_out},
+        "files": generated and generated.description,
         "warnings": _warnings(documents),
     }
 

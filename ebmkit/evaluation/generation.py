@@ -16,9 +16,8 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -75,20 +74,17 @@ class GenerationConfig(SuiteConfig):
     )
 
 
-@dataclass(frozen=True)
-class Generated:
-    """Samples whose numbers are finite.
+class Generated(NamedTuple):
+    """Samples without NaN and Inf.
 
     Attributes:
         images: (N, C, H, W) uint8.
         labels: (N,) int64 that were asked for, or None.
-        left_out: how many were not finite.
-        description: what the file says of them.
+        description: what the file says of them, their ``count``, and how many were ``left_out``.
     """
 
     images: Tensor
     labels: Tensor | None
-    left_out: int
     description: dict[str, Any]
 
 
@@ -106,28 +102,45 @@ def read_samples(path: Path, like: Images, setting: str = "generation.samples") 
     """
     from ebmkit.data.hdf5 import read_contents
 
+    what = repr(str(path))
     if not path.is_file():
         raise UserError(
-            f"{setting}: there is no file {str(path)!r}: make one by `ebmkit sample RUN --out DIR`"
+            f"{setting}: there is no file {what}: make one by `ebmkit sample RUN --out DIR`"
         )
-    contents = read_contents(path)
-    shape = (*like.image_size, like.channels)
+    contents, shape = read_contents(path), (*like.image_size, like.channels)
     if contents.shape[1:] != shape:
+        own, other = ("x".join(map(str, sides)) for sides in (contents.shape[1:], shape))
         raise UserError(
-            f"{setting}: {str(path)!r} holds images of {_shape(contents.shape[1:])} and "
-            f"{like.name!r} of {_shape(shape)}: compare with a data set of the same shape"
+            f"{setting}: {what} holds images of {own} and {like.name!r} of {other}: compare with a "
+            "data set of the same shape"
         )
-    images, finite, description = _read(path)
+    images = contents.read_all()
+    with open_hdf5(path) as file:
+        marks = find_array(file, "finite", what)
+        finite = np.ones(len(images), bool) if marks is None else read_array(marks, what)
+        said = {name: read_attribute(file, name, what) for name in ATTRIBUTES}
     if finite.shape != (len(images),):
-        raise UserError(f"{str(path)!r}: 'finite' must have one entry for each of {len(images)}")
-    finished = torch.from_numpy(finite)
+        raise UserError(f"{what}: 'finite' must have one entry for each of {len(images)}")
+    finished = torch.from_numpy(finite.astype(bool))
     if not finished.any():
-        raise UserError(f"{str(path)!r}: none of {len(images)} samples is finite: sample anew")
-    pixels = rearrange(torch.from_numpy(images), "n h w c -> n c h w").contiguous()
-    labels = None if contents.labels is None else contents.labels[finished]
-    digest = hashlib.sha256(images.tobytes()).hexdigest()[:8]
-    description = {"file": path.name, "fingerprint": digest} | description
-    return Generated(pixels[finished], labels, int((~finished).sum()), description)
+        raise UserError(f"{what}: none of {len(images)} samples is finite: sample anew")
+    if said["source"] is None:
+        raise UserError(
+            f"{what} does not say where its samples come from: it must have the attribute "
+            "'source', fresh or buffer, as `ebmkit sample RUN --out DIR` writes it"
+        )
+    if isinstance(said["settings"], str):
+        with contextlib.suppress(ValueError):  # it stays text
+            said["settings"] = json.loads(said["settings"])
+    digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()[:8]
+    count = int(finished.sum())
+    description = {"file": path.name, "fingerprint": digest}
+    description |= {name: value for name, value in said.items() if value is not None}
+    return Generated(
+        rearrange(images, "n h w c -> n c h w").contiguous()[finished],
+        None if contents.labels is None else contents.labels[finished],
+        description | {"count": count, "left_out": len(images) - count},
+    )
 
 
 def other_split(images: Images, data_dir: Path | None) -> Images | None:
@@ -152,38 +165,8 @@ def other_split(images: Images, data_dir: Path | None) -> Images | None:
     return other if same else None
 
 
-def _read(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    what = repr(str(path))
-    with open_hdf5(path) as file:
-        found, marks = find_array(file, "images", what), find_array(file, "finite", what)
-        assert found is not None  # its contents were read
-        images = read_array(found, what)
-        finite = np.ones(len(images), bool)
-        if marks is not None:
-            finite = read_array(marks, what).astype(bool)
-        said = {name: read_attribute(file, name, what) for name in ATTRIBUTES}
-    description = {name: value for name, value in said.items() if value is not None}
-    if "source" not in description:
-        raise UserError(
-            f"{str(path)!r} does not say where its samples come from: it must have the attribute "
-            "'source', fresh or buffer, as `ebmkit sample RUN --out DIR` writes it"
-        )
-    if isinstance(description.get("settings"), str):
-        with contextlib.suppress(ValueError):  # it stays text
-            description["settings"] = json.loads(description["settings"])
-    return images, finite, description
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return "x".join(str(n) for n in shape)
-
-
 def prepare(context: EvaluationContext) -> None:
-    """Whether samples and extractor are there.
-
-    Raises:
-        UserError: if they are not.
-    """
+    """Raise `UserError` where samples or extractor are not there."""
     _samples(context)
     if context.world.first:
         _extractor(context)  # which may fetch weights: one does it
@@ -235,11 +218,8 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
         context.skip(len(images))
         floor, against = ({n: c[k::2] for n, c in real.columns.items()} for k in (0, 1))
         of = "half of the reference, against the other half"
-    for name, own in {
-        "samples": samples.columns,
-        "reference": real.columns,
-        "floor": floor,
-    }.items():
+    sets = {"samples": samples.columns, "reference": real.columns, "floor": floor}
+    for name, own in sets.items():
         if not (own["features"].isfinite().all() and own["logits"].isfinite().all()):
             raise UserError(
                 f"generation: the extractor gives values that are not finite of the {name}: "
@@ -263,8 +243,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
             }
     document: dict[str, Any] = {
         "sigmas": [],
-        "samples": generated.description
-        | {"count": len(generated.images), "left_out": generated.left_out},
+        "samples": generated.description,
         "extractor": {
             "kind": extractor.kind,
             "run": extractor.run,
@@ -306,9 +285,9 @@ def _warnings(
             f"{least} images are few for {width} features: {names['frechet']} is biased upwards; "
             "read it beside the floor, and compare with none of other numbers of images"
         )
-    if generated.left_out:
-        total = generated.left_out + len(generated.images)
-        found.append(f"{generated.left_out} of {total} samples were not finite and are left out")
+    if left_out := generated.description["left_out"]:
+        total = left_out + len(generated.images)
+        found.append(f"{left_out} of {total} samples were not finite and are left out")
     if same_weights(extractor, context.model):
         found.append(
             "the classifier is the model evaluated, so it does not judge independently: train "
@@ -397,40 +376,32 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
     """Write ``generation.png``, the first samples and images of the reference with the measures
     above, and, where labels were asked for, ``generation-classes.png``."""
     generated = _samples(context)
-    samples = generated.images[:SHOWN] / 255
     ((real, _),) = context.images.first(SHOWN).batches(SHOWN)
-    given = [] if generated.labels is None else generated.labels[:SHOWN].tolist()
-    labels = [class_name(context.images, label) for label in given]
-    rows = -(-max(len(samples), len(real)) // COLUMNS)
-    cell = 0.78
-    width, height = 2 * COLUMNS * cell + 0.7, rows * cell + 1.5
-    figure = plots.new_figure(width, height)
-    counts = document["samples"], document["images"]
-    titles = (
-        f"samples ({counts[0]['count']}, {counts[0]['source']})",
-        f"{document['dataset']} {document['split']} ({counts[1]} images)",
-    )
-    for side, (images, title) in enumerate(zip((samples, real), titles, strict=True)):
-        left = (0.15 + side * (COLUMNS * cell + 0.4)) / width
-        margins = {"left": left, "right": left + COLUMNS * cell / width}
-        margins |= {"bottom": 0.02, "top": 1 - 1.2 / height}
-        spaces = {"wspace": 0.05, "hspace": 0.3 if labels else 0.05}
-        grid = figure.add_gridspec(rows, COLUMNS, **margins, **spaces)
-        for k, image in enumerate(images):
-            axes = figure.add_subplot(grid[k // COLUMNS, k % COLUMNS])
-            plots.show_image(axes, image, "", "")
-            if side == 0 and labels:
-                axes.set_title(labels[k], fontsize=7, pad=1.5)
-        figure.text(left, 1 - 0.95 / height, title, fontsize=9, weight="bold", va="center")
-    names, floor = document["measures"], document["floor"]
-    words = [
-        f"{n} {found['value']:.3g} (real {floor[n]['value']:.3g})" for n, found in names.items()
+    labels = [] if generated.labels is None else generated.labels[:SHOWN].tolist()
+    below = [class_name(context.images, label) for label in labels] or [""] * SHOWN
+    cells: list[tuple[Tensor | None, str]] = [
+        *zip(generated.images[:SHOWN] / 255, below, strict=False)
     ]
-    half = -(-len(words) // 2)
-    for line, part in enumerate((words[:half], words[half:])):
-        y = 1 - (0.2 + 0.24 * line) / height
-        figure.text(0.15 / width, y, ", ".join(part), fontsize=8, va="center")
-    plots.save_figure(figure, folder / "generation.png")
+    others: list[tuple[Tensor | None, str]] = [(image, "") for image in real]
+    lines = range(0, max(len(cells), len(others)), COLUMNS)
+    blocks = [
+        [(*own[k : k + COLUMNS], *[(None, "")] * COLUMNS)[:COLUMNS] for k in lines]
+        for own in (cells, others)
+    ]
+    samples, floor = document["samples"], document["floor"]
+    plots.image_rows(
+        [[*left, *right] for left, right in zip(*blocks, strict=True)],
+        [""] * (2 * COLUMNS),
+        folder / "generation.png",
+        {
+            0: f"samples ({samples['count']}, {samples['source']})",
+            COLUMNS: f"{document['dataset']} {document['split']} ({document['images']} images)",
+        },
+        ", ".join(
+            f"{name} {found['value']:.3g} (real {floor[name]['value']:.3g})"
+            for name, found in document["measures"].items()
+        ),
+    )
     if document["labels"] is not None:
         _plot_classes(document, folder / "generation-classes.png")
 
