@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field, PositiveFloat
@@ -41,6 +41,7 @@ from ebmkit.evaluation import statistics
 from ebmkit.evaluation.context import Batch, EvaluationContext, Images, noisy_batches
 from ebmkit.evaluation.suite import (
     Precision,
+    Several,
     Suite,
     SuiteConfig,
     check_classifies,
@@ -61,24 +62,16 @@ STEP = ("gain", "promised", "reached")
 class AdversarialConfig(SuiteConfig):
     """Settings of the suite ``adversarial``."""
 
-    sigmas: tuple[Sigma, ...] = Field(
-        tuple(s / 255 for s in (1, 2, 5, 10, 20, 50, 100)),
-        min_length=1,
-        description="noise levels, image units",
-    )
-    labels: int = Field(
-        2,
-        ge=1,
-        le=6,
-        description="number of target labels: the most likely ones after the predicted label",
-    )
-    images: int = Field(64, ge=2, description="number of images, from the first; the plot shows 4")
-    lengths: tuple[PositiveFloat, ...] = Field(
-        (0.05, 0.25, 1.0),
-        min_length=1,
-        description="l2 lengths of the steps along the gradient, image units",
-    )
+    sigmas: Several[Sigma] = tuple(s / 255 for s in (1, 2, 5, 10, 20, 50, 100))
+    """noise levels, image units"""
+    labels: Annotated[int, Field(ge=1, le=6)] = 2
+    """number of target labels: the most likely ones after the predicted label"""
+    images: Annotated[int, Field(ge=2)] = 64
+    """number of images, from the first; the plot shows 4"""
+    lengths: Several[PositiveFloat] = (0.05, 0.25, 1.0)
+    """l2 lengths of the steps along the gradient, image units"""
     precision: Precision = "single"
+    """precision: single (float32) or double (float64)"""
 
 
 def difference(model: EnergyModel, y: Tensor, c: Tensor, sigma: float) -> Tensor:

@@ -29,7 +29,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -42,6 +42,8 @@ from ebmkit.errors import UserError
 from ebmkit.evaluation import statistics
 from ebmkit.evaluation.context import Batch, EvaluationContext
 from ebmkit.evaluation.suite import (
+    Positive,
+    Several,
     Suite,
     SuiteConfig,
     check_classifies,
@@ -59,34 +61,24 @@ ABSTAIN = -1
 BLOCK = 16
 """Noise is drawn for so many votes at once, whatever the batch size."""
 
-Classifier = Literal["direct", "denoised"]
-
 
 class CertifyConfig(SuiteConfig):
     """Settings of the suite ``certify``."""
 
-    sigmas: tuple[Sigma, ...] = Field(
-        (20 / 255, 0.12, 0.25), min_length=1, description="noise levels of the smoothing"
-    )
-    samples: int = Field(1000, ge=1, description="number of votes for the certificate of an image")
-    selection: int = Field(100, ge=1, description="number of separate votes that select the label")
-    alpha: float = Field(
-        0.001,
-        gt=0,
-        lt=0.5,
-        description="maximum probability that the certificate of an image is wrong",
-    )
-    images: int = Field(100, ge=1, description="number of images, evenly spaced in the data set")
-    radii: tuple[float, ...] = Field(
-        (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6),
-        min_length=1,
-        description="l2 radii at which certified accuracy is reported, image units",
-    )
-    classifiers: tuple[Classifier, ...] = Field(
-        ("direct", "denoised"),
-        min_length=1,
-        description="smoothed classifiers: direct, denoised (denoise first)",
-    )
+    sigmas: Several[Sigma] = (20 / 255, 0.12, 0.25)
+    """noise levels of the smoothing"""
+    samples: Positive = 1000
+    """number of votes for the certificate of an image"""
+    selection: Positive = 100
+    """number of separate votes that select the label"""
+    alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.001
+    """maximum probability that the certificate of an image is wrong"""
+    images: Positive = 100
+    """number of images, evenly spaced in the data set"""
+    radii: Several[float] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6)
+    """l2 radii at which certified accuracy is reported, image units"""
+    classifiers: Several[Literal["direct", "denoised"]] = ("direct", "denoised")
+    """smoothed classifiers: direct, denoised (denoise first)"""
 
     @model_validator(mode="after")
     def _check(self) -> CertifyConfig:

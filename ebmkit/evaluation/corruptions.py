@@ -45,7 +45,7 @@ from ebmkit.errors import UserError
 from ebmkit.evaluation import statistics
 from ebmkit.evaluation.calibration import calibration_error
 from ebmkit.evaluation.context import Batch, EvaluationContext, Images
-from ebmkit.evaluation.suite import Suite, SuiteConfig, new_table, noise_warnings, number
+from ebmkit.evaluation.suite import Several, Suite, SuiteConfig, new_table, noise_warnings, number
 from ebmkit.metrics import psnr
 from ebmkit.randomness import hashed_generator
 from ebmkit.registry import find
@@ -206,17 +206,12 @@ def _known(name: str) -> str:
 class CorruptionsConfig(SuiteConfig):
     """Settings of the suite ``corruptions``."""
 
-    corruptions: tuple[Annotated[str, AfterValidator(_known)], ...] = Field(
-        tuple(CORRUPTIONS), min_length=1, description=", ".join(CORRUPTIONS)
-    )
-    strengths: tuple[Annotated[int, Field(ge=1, le=5)], ...] = Field(
-        STRENGTHS, min_length=1, description="severities: any of 1, 2, 3, 4, 5"
-    )
-    constants: Literal["auto", "cifar", "imagenet"] = Field(
-        "auto",
-        description="published constants: cifar (for 32x32), imagenet (for 224x224), or "
-        "auto (by image size)",
-    )
+    corruptions: Several[Annotated[str, AfterValidator(_known)]] = tuple(CORRUPTIONS)
+    """poisson, speckle, salt-and-pepper, blur, contrast, jpeg"""
+    strengths: Several[Annotated[int, Field(ge=1, le=5)]] = (1, 2, 3, 4, 5)
+    """severities: any of 1, 2, 3, 4, 5"""
+    constants: Literal["auto", "cifar", "imagenet"] = "auto"
+    """published constants: cifar (for 32x32), imagenet (for 224x224), or auto (by image size)"""
 
 
 def check(model: ScoreModel, images: Images) -> None:

@@ -34,7 +34,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -52,6 +52,7 @@ from ebmkit.evaluation.context import Batch, EvaluationContext, Images, noisy_ba
 from ebmkit.evaluation.energies import ImageEnergies, class_statistics, energies_of, spread
 from ebmkit.evaluation.generation import Generated, read_samples
 from ebmkit.evaluation.suite import (
+    Positive,
     Suite,
     SuiteConfig,
     add_note,
@@ -95,23 +96,23 @@ PANELS = {
 class DiffusionPathConfig(SuiteConfig):
     """Settings of the suite ``diffusion-path``."""
 
-    schedule: Literal["linear", "cosine"] = Field("linear", description="noise schedule")
-    steps: int = Field(1000, ge=2, description="timesteps T of the diffusion model")
-    step: int = Field(50, ge=1, description="difference between measured timesteps")
-    until: int | None = Field(None, ge=0, description="last measured timestep [default: T - 1]")
-    name: str = Field("this run", description="name of the run evaluated")
-    beside: tuple[Path, ...] = Field(
-        (), description="run folders of further classifiers, shown in the same plots"
-    )
-    samples: Path | None = Field(
-        None,
-        description="HDF5 file of `ebmkit sample`, to compare its energies with those of the data",
-    )
-    energies: EnergySource = Field(
-        "auto",
-        description="definition of E(x): model (its own density), logits (-logsumexp), auto "
-        "(model if its density was trained, else logits)",
-    )
+    schedule: Literal["linear", "cosine"] = "linear"
+    """noise schedule"""
+    steps: Annotated[int, Field(ge=2)] = 1000
+    """timesteps T of the diffusion model"""
+    step: Positive = 50
+    """difference between measured timesteps"""
+    until: Annotated[int, Field(ge=0)] | None = None
+    """last measured timestep [default: T - 1]"""
+    name: str = "this run"
+    """name of the run evaluated"""
+    beside: tuple[Path, ...] = ()
+    """run folders of further classifiers, shown in the same plots"""
+    samples: Path | None = None
+    """HDF5 file of `ebmkit sample`, to compare its energies with those of the data"""
+    energies: EnergySource = "auto"
+    """definition of E(x): model (its own density), logits (-logsumexp), auto (model if its density
+    was trained, else logits)"""
 
     def timesteps(self) -> tuple[int, ...]:
         """Those measured: 0, step, ... and the last.

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from einops import rearrange
-from pydantic import Field
 from rich.table import Table
 from torch import Tensor
 
@@ -65,13 +64,12 @@ ATTRIBUTES = ("source", "sampler", "settings", "seed", "run", "filter")
 class GenerationConfig(SuiteConfig):
     """Settings of the suite ``generation``."""
 
-    samples: Path | None = Field(None, description="HDF5 file of `ebmkit sample`")
-    extractor: str = Field(
-        "inception", description="feature extractor: inception, or the run folder of a classifier"
-    )
-    weights: Path | None = Field(
-        None, description="file of the Inception weights [default: downloaded by torch-fidelity]"
-    )
+    samples: Path | None = None
+    """HDF5 file of `ebmkit sample`"""
+    extractor: str = "inception"
+    """feature extractor: inception, or the run folder of a classifier"""
+    weights: Path | None = None
+    """file of the Inception weights [default: downloaded by torch-fidelity]"""
 
 
 class Generated(NamedTuple):

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -59,38 +59,28 @@ ASYMMETRY = 1e-3
 KINDS = ("largest", "smallest")
 
 
+Few = Annotated[int, Field(ge=1, le=20)]
+
+
 class JacobianConfig(SuiteConfig):
     """Settings of the suite ``jacobian``."""
 
-    sigma: Sigma = Field(50 / 255, description="noise level, image units")
-    images: int = Field(3, ge=1, le=20, description="number of images, from the first")
-    largest: int = Field(
-        3, ge=1, le=20, description="number of largest eigenvalues and their eigenvectors"
-    )
-    smallest: int = Field(
-        2,
-        ge=1,
-        le=20,
-        description="number of eigenvalues of smallest magnitude and their eigenvectors",
-    )
-    method: Method = Field(
-        "auto",
-        description="dense (all eigenvalues), iterative, or auto (dense up to 3072 values "
-        "per image)",
-    )
-    tolerance: float = Field(
-        0.01,
-        gt=0,
-        lt=1,
-        description="maximum residual of an eigenpair without a warning, relative to the "
-        "largest eigenvalue",
-    )
-    products: int = Field(
-        4000,
-        ge=100,
-        description="iterative: approximate maximum number of products with J per image",
-    )
+    sigma: Sigma = 50 / 255
+    """noise level, image units"""
+    images: Few = 3
+    """number of images, from the first"""
+    largest: Few = 3
+    """number of largest eigenvalues and their eigenvectors"""
+    smallest: Few = 2
+    """number of eigenvalues of smallest magnitude and their eigenvectors"""
+    method: Method = "auto"
+    """dense (all eigenvalues), iterative, or auto (dense up to 3072 values per image)"""
+    tolerance: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """maximum residual of an eigenpair without a warning, relative to the largest eigenvalue"""
+    products: Annotated[int, Field(ge=100)] = 4000
+    """iterative: approximate maximum number of products with J per image"""
     precision: Precision = "single"
+    """precision: single (float32) or double (float64)"""
 
 
 def check(model: ScoreModel, images: Images) -> None:

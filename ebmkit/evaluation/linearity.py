@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ from ebmkit.evaluation import statistics
 from ebmkit.evaluation.context import SIGMAS, Batch, EvaluationContext
 from ebmkit.evaluation.statistics import Estimate
 from ebmkit.evaluation.suite import (
+    Several,
     Suite,
     SuiteConfig,
     interval,
@@ -72,8 +73,10 @@ MAX_BATCH = 64
 class LinearityConfig(SuiteConfig):
     """Settings of the suite ``linearity``."""
 
-    sigmas: tuple[Sigma, ...] = Field(SIGMAS, min_length=1, description="noise levels, image units")
-    images: int = Field(64, ge=2, description="number of images, from the first")
+    sigmas: Several[Sigma] = SIGMAS
+    """noise levels, image units"""
+    images: Annotated[int, Field(ge=2)] = 64
+    """number of images, from the first"""
 
 
 class Linearity(NamedTuple):

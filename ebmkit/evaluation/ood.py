@@ -43,12 +43,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import AfterValidator, Field
 from rich.table import Table
 from torch import Tensor
 
@@ -57,9 +56,11 @@ from ebmkit.energy import EnergyModel, LogDensity, ScoreModel, classifies
 from ebmkit.evaluation import statistics
 from ebmkit.evaluation.context import Batch, EvaluationContext
 from ebmkit.evaluation.ood_sets import OutSet, find_set, standard_sets
-from ebmkit.evaluation.robustness import distinct
 from ebmkit.evaluation.statistics import LEVEL, Estimate
 from ebmkit.evaluation.suite import (
+    Distinct,
+    Positive,
+    Several,
     Suite,
     SuiteConfig,
     check_one_size,
@@ -78,17 +79,13 @@ SHOWN = 8
 class OodConfig(SuiteConfig):
     """Settings of the suite ``ood``."""
 
-    sets: Annotated[tuple[str, ...], AfterValidator(distinct)] = Field(
-        ("auto",),
-        min_length=1,
-        description="OOD sets: auto; interpolations, constant, uniform, gaussian, inverted, "
-        "shuffled; cifar10, cifar100, digits, patches; image folders and HDF5 "
-        "files",
-    )
-    sigmas: Annotated[tuple[Sigma, ...], AfterValidator(distinct)] = Field(
-        (10 / 255, 25 / 255), description="noise levels of the scores on noisy images, image units"
-    )
-    draws: int = Field(4, ge=1, description="number of noise draws per image and level")
+    sets: Several[str] = ("auto",)
+    """OOD sets: auto; interpolations, constant, uniform, gaussian, inverted, shuffled; cifar10,
+    cifar100, digits, patches; image folders and HDF5 files"""
+    sigmas: Distinct[Sigma] = (10 / 255, 25 / 255)
+    """noise levels of the scores on noisy images, image units"""
+    draws: Positive = 4
+    """number of noise draws per image and level"""
 
 
 CLEAN = {

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, NonNegativeInt, PositiveFloat
 from rich.table import Table
 from torch import Tensor
 
@@ -45,7 +45,15 @@ from ebmkit.evaluation.attacks import Attack, autoattack, check_autoattack
 from ebmkit.evaluation.context import Batch, EvaluationContext
 from ebmkit.evaluation.defences import Defence, DefenceName, DefendedClassifier
 from ebmkit.evaluation.statistics import accuracy
-from ebmkit.evaluation.suite import Suite, SuiteConfig, add_note, check_classifies, new_table
+from ebmkit.evaluation.suite import (
+    Positive,
+    Several,
+    Suite,
+    SuiteConfig,
+    add_note,
+    check_classifies,
+    new_table,
+)
 from ebmkit.noise import Radius, Sigma, SigmaOrZero, in_255ths
 from ebmkit.randomness import image_noise
 from ebmkit.sampling.langevin import JEM_NOISE, JEM_STEP
@@ -75,11 +83,6 @@ def _ascending(values: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(sorted({0.0, *values}))
 
 
-def distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """``values`` without repeats, in order; for settings."""
-    return tuple(dict.fromkeys(values))
-
-
 Strengths = Annotated[tuple[SigmaOrZero, ...], AfterValidator(_ascending)]
 Radii = Annotated[tuple[Radius, ...], AfterValidator(_ascending)]
 
@@ -87,68 +90,42 @@ Radii = Annotated[tuple[Radius, ...], AfterValidator(_ascending)]
 class RobustnessConfig(SuiteConfig):
     """Settings of the suite, as in ``--set robustness.steps=100``."""
 
-    images: int = Field(200, ge=1, description="number of attacked images, from the first")
-    norms: Annotated[tuple[Norm, ...], AfterValidator(distinct)] = Field(
-        ("linf", "l2"), min_length=1, description="norms of the attacks: linf, l2"
-    )
-    linf: Strengths = Field(
-        tuple(e / 255 for e in (0, 0.5, 1, 2, 4, 8, 16)),
-        description="attack strengths in l_inf, image units, for example 8/255; 0 is always "
-        "included",
-    )
-    l2: Radii = Field(
-        (0.0, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0),
-        description="attack strengths in l2, image units; 0 is always included",
-    )
-    defences: Annotated[tuple[DefenceName, ...], AfterValidator(distinct)] = Field(
-        ("direct", "noise"),
-        min_length=1,
-        description="defences, one curve each: direct, noise, denoise, denoise+noise, refine",
-    )
-    sigma: Sigma = Field(
-        20 / 255,
-        description="noise level that the defences noise and denoise+noise add, image units",
-    )
-    noise_levels: Strengths = Field(
-        tuple(s / 255 for s in (0, 20, 50)),
-        description="noise levels of the map, image units; 0 is always included; [0]: no map",
-    )
-    steps: int = Field(40, ge=1, description="number of PGD steps")
-    restarts: int = Field(
-        2, ge=1, description="number of random starts of PGD; the strongest counts"
-    )
-    stepsize: float | None = Field(
-        None,
-        gt=0,
-        description="PGD step size relative to the strength; null: 0.2, or 2.5 / steps if larger",
-    )
-    eot: int = Field(
-        4, ge=1, description="number of noise draws averaged in each gradient of the attack (EOT)"
-    )
-    draws: int = Field(16, ge=1, description="number of noise draws averaged by a defence")
-    refine_steps: Annotated[tuple[Annotated[int, Field(ge=0)], ...], AfterValidator(distinct)] = (
-        Field(
-            (0, 1, 10),
-            min_length=1,
-            description="numbers of Langevin steps of the defence refine, one curve each",
-        )
-    )
-    refine_chains: int = Field(4, ge=1, description="number of chains that refine averages over")
-    refine_step_size: float = Field(
-        JEM_STEP,
-        gt=0,
-        description="step size of refine (factor of the score), squared image units; "
-        "default: JEM's",
-    )
-    refine_noise: SigmaOrZero = Field(
-        JEM_NOISE,
-        description="standard deviation of the noise in a step of refine, image units; "
-        "default: JEM's",
-    )
-    checks: bool = Field(True, description="run the gradient-masking checks")
-    autoattack: bool = Field(
-        False, description="also run AutoAttack, at the strength of the checks (needs pyautoattack)"
-    )
+    images: Positive = 200
+    """number of attacked images, from the first"""
+    norms: Several[Norm] = ("linf", "l2")
+    """norms of the attacks: linf, l2"""
+    linf: Strengths = tuple(e / 255 for e in (0, 0.5, 1, 2, 4, 8, 16))
+    """attack strengths in l_inf, image units, for example 8/255; 0 is always included"""
+    l2: Radii = (0.0, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0)
+    """attack strengths in l2, image units; 0 is always included"""
+    defences: Several[DefenceName] = ("direct", "noise")
+    """defences, one curve each: direct, noise, denoise, denoise+noise, refine"""
+    sigma: Sigma = 20 / 255
+    """noise level that the defences noise and denoise+noise add, image units"""
+    noise_levels: Strengths = tuple(s / 255 for s in (0, 20, 50))
+    """noise levels of the map, image units; 0 is always included; [0]: no map"""
+    steps: Positive = 40
+    """number of PGD steps"""
+    restarts: Positive = 2
+    """number of random starts of PGD; the strongest counts"""
+    stepsize: PositiveFloat | None = None
+    """PGD step size relative to the strength; null: 0.2, or 2.5 / steps if larger"""
+    eot: Positive = 4
+    """number of noise draws averaged in each gradient of the attack (EOT)"""
+    draws: Positive = 16
+    """number of noise draws averaged by a defence"""
+    refine_steps: Several[NonNegativeInt] = (0, 1, 10)
+    """numbers of Langevin steps of the defence refine, one curve each"""
+    refine_chains: Positive = 4
+    """number of chains that refine averages over"""
+    refine_step_size: PositiveFloat = JEM_STEP
+    """step size of refine (factor of the score), squared image units; default: JEM's"""
+    refine_noise: SigmaOrZero = JEM_NOISE
+    """standard deviation of the noise in a step of refine, image units; default: JEM's"""
+    checks: bool = True
+    """run the gradient-masking checks"""
+    autoattack: bool = False
+    """also run AutoAttack, at the strength of the checks (needs pyautoattack)"""
 
     def strengths(self, norm: Norm) -> tuple[float, ...]:
         """The grid of ``norm``, from 0 up."""

@@ -18,10 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import AfterValidator, Field
 from rich.table import Table
 from torch import Tensor
 
@@ -35,14 +34,21 @@ from ebmkit.evaluation.defences import Defence, DefendedClassifier, predicted_la
 from ebmkit.evaluation.robustness import (
     Curve,
     Radii,
-    distinct,
     norm_name,
     percent,
     plot_curves,
     strength,
 )
 from ebmkit.evaluation.statistics import accuracy
-from ebmkit.evaluation.suite import Suite, SuiteConfig, check_classifies, load_beside, new_table
+from ebmkit.evaluation.suite import (
+    Distinct,
+    Positive,
+    Suite,
+    SuiteConfig,
+    check_classifies,
+    load_beside,
+    new_table,
+)
 
 VALUES_PER_STEP = 800_000
 """Pixel values in a step of the attack at most."""
@@ -61,22 +67,20 @@ THESIS = {
 class RobustnessGridConfig(SuiteConfig):
     """Settings of the suite, as in ``--set robustness-grid.steps=40``."""
 
-    name: str = Field("", description="name of the evaluated run in tables and plots")
-    beside: Annotated[tuple[str, ...], AfterValidator(distinct)] = Field(
-        (), description="run folders of further classifiers, one column each"
-    )
-    images: int = Field(1000, ge=1, description="number of attacked images, from the first")
-    norm: Norm = Field("l2", description="norm of the radii: l2 or linf")
-    epsilons: Radii = Field(
-        (0.0, 0.25, 0.5, 1.0, 2.0),
-        description="test radii, image units; 0 is always included",
-    )
-    steps: int = Field(
-        20, ge=1, description="number of PGD steps; each has length 2.5 radius / steps"
-    )
-    restarts: int = Field(
-        1, ge=1, description="number of random starts of PGD; the strongest counts"
-    )
+    name: str = ""
+    """name of the evaluated run in tables and plots"""
+    beside: Distinct[str] = ()
+    """run folders of further classifiers, one column each"""
+    images: Positive = 1000
+    """number of attacked images, from the first"""
+    norm: Norm = "l2"
+    """norm of the radii: l2 or linf"""
+    epsilons: Radii = (0.0, 0.25, 0.5, 1.0, 2.0)
+    """test radii, image units; 0 is always included"""
+    steps: Positive = 20
+    """number of PGD steps; each has length 2.5 radius / steps"""
+    restarts: Positive = 1
+    """number of random starts of PGD; the strongest counts"""
 
 
 @dataclass(frozen=True)

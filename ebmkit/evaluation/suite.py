@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from rich.table import Table
 from rich.text import Text
 
@@ -24,16 +24,26 @@ from ebmkit.evaluation.statistics import to_json
 from ebmkit.noise import format_sigma
 from ebmkit.terminal import shown_name
 
-Precision = Annotated[
-    Literal["single", "double"],
-    Field(description="precision: single (float32) or double (float64)"),
-]
+T = TypeVar("T")
+
+Precision = Literal["single", "double"]
+Positive = Annotated[int, Field(ge=1)]
+
+
+def distinct(values: tuple[T, ...]) -> tuple[T, ...]:
+    """``values`` without repeats, in order; for settings."""
+    return tuple(dict.fromkeys(values))
+
+
+Distinct = Annotated[tuple[T, ...], AfterValidator(distinct)]
+Several = Annotated[tuple[T, ...], Field(min_length=1), AfterValidator(distinct)]
+"""One value or more, without repeats."""
 
 
 class SuiteConfig(BaseModel):
-    """The base of settings of suites, all with defaults."""
+    """The base of settings of suites, all with defaults; what is below a field describes it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 @dataclass(frozen=True)
