@@ -27,7 +27,6 @@ not notice.
 from __future__ import annotations
 
 import io
-import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -53,10 +52,6 @@ from ebmkit.registry import find
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-STRENGTHS = (1, 2, 3, 4, 5)
-
-Constants = Literal["cifar", "imagenet"]
 
 LARGEST_CIFAR = 96
 """Side from which on the constants for small images are too weak to matter."""
@@ -96,26 +91,14 @@ def corrupt(x: Tensor, name: str, constant: float, seed: int = 0, first: int = 0
         (B, C, H, W) in [0, 1], on the device of x and of its type.
     """
     apply = CORRUPTIONS[name].apply
-    done = [
-        apply(image, constant, hashed_generator(f"corruption {name} {seed} {first + i}")).clamp(
-            0, 1
-        )
-        for i, image in enumerate(x.cpu())
-    ]
-    return torch.stack(done).to(x)
+    keys = [f"corruption {name} {seed} {first + i}" for i in range(len(x))]
+    images = zip(x.cpu(), map(hashed_generator, keys), strict=True)
+    return torch.stack([apply(image, constant, g).clamp(0, 1) for image, g in images]).to(x)
 
 
-def constants_for(image_size: tuple[int, int]) -> Constants:
+def constants_for(image_size: tuple[int, int]) -> Literal["cifar", "imagenet"]:
     """Which published constants suit images of ``image_size``: below 96 pixels CIFAR-10-C's."""
     return "cifar" if min(image_size) < LARGEST_CIFAR else "imagenet"
-
-
-def _poisson(x: Tensor, photons: float, generator: torch.Generator) -> Tensor:
-    return torch.poisson(photons * x, generator=generator) / photons
-
-
-def _speckle(x: Tensor, deviation: float, generator: torch.Generator) -> Tensor:
-    return x + deviation * x * torch.randn(x.shape, generator=generator, dtype=x.dtype)
 
 
 def _salt_and_pepper(x: Tensor, share: float, generator: torch.Generator) -> Tensor:
@@ -153,48 +136,34 @@ def _jpeg(x: Tensor, quality: float, generator: torch.Generator) -> Tensor:
 
 CORRUPTIONS: dict[str, Corruption] = {
     "poisson": Corruption(
-        "shot noise of counted photons",
-        "photons at white",
-        (500, 250, 100, 75, 50),
-        (60, 25, 12, 5, 3),
-        _poisson,
+        "shot noise of counted photons", "photons at white",
+        (500, 250, 100, 75, 50), (60, 25, 12, 5, 3),
+        lambda x, photons, generator: torch.poisson(photons * x, generator=generator) / photons,
     ),
     "speckle": Corruption(
-        "noise in proportion to brightness",
-        "deviation at white",
-        (0.06, 0.1, 0.12, 0.16, 0.2),
-        (0.15, 0.2, 0.35, 0.45, 0.6),
-        _speckle,
+        "noise in proportion to brightness", "deviation at white",
+        (0.06, 0.1, 0.12, 0.16, 0.2), (0.15, 0.2, 0.35, 0.45, 0.6),
+        lambda x, std, generator: (
+            x + std * x * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+        ),
     ),
     "salt-and-pepper": Corruption(
-        "values replaced by black or white",
-        "share of values",
-        (0.01, 0.02, 0.03, 0.05, 0.07),
-        (0.03, 0.06, 0.09, 0.17, 0.27),
-        _salt_and_pepper,
+        "values replaced by black or white", "share of values",
+        (0.01, 0.02, 0.03, 0.05, 0.07), (0.03, 0.06, 0.09, 0.17, 0.27), _salt_and_pepper,
     ),
     "blur": Corruption(
-        "Gaussian blur",
-        "deviation in pixels",
-        (0.4, 0.6, 0.7, 0.8, 1.0),
-        (1, 2, 3, 4, 6),
-        _blur,
+        "Gaussian blur", "deviation in pixels",
+        (0.4, 0.6, 0.7, 0.8, 1.0), (1, 2, 3, 4, 6), _blur,
     ),
     "contrast": Corruption(
-        "less contrast",
-        "factor",
-        (0.75, 0.5, 0.4, 0.3, 0.15),
-        (0.4, 0.3, 0.2, 0.1, 0.05),
-        _contrast,
+        "less contrast", "factor",
+        (0.75, 0.5, 0.4, 0.3, 0.15), (0.4, 0.3, 0.2, 0.1, 0.05), _contrast,
     ),
     "jpeg": Corruption(
-        "JPEG compression",
-        "quality",
-        (80, 65, 58, 50, 40),
-        (25, 18, 15, 10, 7),
-        _jpeg,
+        "JPEG compression", "quality",
+        (80, 65, 58, 50, 40), (25, 18, 15, 10, 7), _jpeg,
     ),
-}
+}  # fmt: skip
 """The kinds of corruption, by name."""
 
 
@@ -215,12 +184,8 @@ class CorruptionsConfig(SuiteConfig):
 
 
 def check(model: ScoreModel, images: Images) -> None:
-    """Whether the images can be corrupted, and there is anything to measure then.
-
-    Raises:
-        UserError: if images are neither gray nor colour, or the model neither predicts their labels
-            nor estimates noise levels.
-    """
+    """Raise `UserError` where images are neither gray nor colour, or the model neither predicts
+    their labels nor estimates noise levels."""
     if images.channels not in (1, 3):
         raise UserError(
             f"suite corruptions corrupts gray or colour images, and {images.name!r} has "
@@ -237,7 +202,8 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
     """Measure and return the document."""
     options, images = context.option(CorruptionsConfig), context.images
     kind = options.constants
-    kind = constants_for(images.image_size) if kind == "auto" else kind
+    if kind == "auto":
+        kind = constants_for(images.image_size)
     labelled = _compares_labels(context.model, images)
     clean = _columns(context, labelled, None)
     corruptions: dict[str, Any] = {}
@@ -472,12 +438,10 @@ def _plot_slope(axes: Axes, document: dict[str, Any]) -> None:
         x, y = ([100 * row[name]["value"] for row in rows] for name in ("confidence", "accuracy"))
         axes.scatter(x, y, **look)
 
-    looks = itertools.cycle(zip(plots.COLOURS, plots.MARKERS, strict=True))
-    for (name, found), (colour, marker) in zip(
-        document["corruptions"].items(), looks, strict=False
-    ):
+    for k, (name, found) in enumerate(document["corruptions"].items()):
         sizes = [8 + 9 * row["strength"] for row in found["rows"]]
-        look = {"color": colour, "marker": marker, "alpha": 0.8, "lw": 0.8, "label": name}
+        look = plots.look(k) | {"alpha": 0.8, "lw": 0.8, "label": name}
+        del look["ls"]
         points(found["rows"], s=sizes, **look)
     points([document["clean"]], s=90, color="black", marker="*", label="clean", zorder=3)
     axes.set(xlim=(0, 102), ylim=(0, 102), xlabel="mean confidence (%)", ylabel="accuracy (%)")
