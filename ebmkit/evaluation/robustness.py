@@ -6,7 +6,7 @@ With :math:`\epsilon^*` the smallest strength, on a grid, at which an image is g
 
 an upper bound of the accuracy under the worst perturbation, as tight as the attack is good: no
 attack proves that there is none (a certificate does). The attack is PGD in :math:`\ell_\infty` and
-:math:`\ell_2` (`ebmkit.evaluation.attacks`), through the defences of `ebmkit.evaluation.defences`.
+:math:`\ell_2` (`ebmkit.evaluation.attacks`), through the defences of `ebmkit.evaluation.attacks`.
 The *map* has the noise level as its second axis, as CDN section 5.1 asks: row 0 is ``direct`` and
 row sigma is ``noise`` at that level.
 
@@ -41,9 +41,15 @@ from torch import Tensor
 from ebmkit import plots
 from ebmkit.attacks import Norm, search_steps
 from ebmkit.energy import EnergyModel
-from ebmkit.evaluation.attacks import Attack, autoattack, check_autoattack
+from ebmkit.evaluation.attacks import (
+    Attack,
+    Defence,
+    DefenceName,
+    DefendedClassifier,
+    autoattack,
+    check_autoattack,
+)
 from ebmkit.evaluation.context import Batch, EvaluationContext
-from ebmkit.evaluation.defences import Defence, DefenceName, DefendedClassifier
 from ebmkit.evaluation.statistics import accuracy
 from ebmkit.evaluation.suite import (
     Positive,

@@ -28,9 +28,8 @@ from ebmkit import plots
 from ebmkit.attacks import Norm
 from ebmkit.card import ModelCard
 from ebmkit.energy import EnergyModel
-from ebmkit.evaluation.attacks import Attack
+from ebmkit.evaluation.attacks import Attack, Defence, DefendedClassifier, predicted_labels
 from ebmkit.evaluation.context import Batch, EvaluationContext, Images
-from ebmkit.evaluation.defences import Defence, DefendedClassifier, predicted_labels
 from ebmkit.evaluation.robustness import (
     Curve,
     Radii,

@@ -12,9 +12,9 @@ from ebmkit import EnergyModel, GaussianMixture, UserError, create_model
 from ebmkit.attacks import NORMS, noise_of_size, random_start, search_steps
 from ebmkit.energy import Energies
 from ebmkit.evaluation import attacks
-from ebmkit.evaluation.attacks import Attack
-from ebmkit.evaluation.defences import (
+from ebmkit.evaluation.attacks import (
     DEFENCES,
+    Attack,
     Defence,
     DefendedClassifier,
 )
