@@ -157,8 +157,7 @@ def _measure(
 
 
 def _norm(images: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(images.flatten(1), dim=1)
-    return norm
+    return images.flatten(1).norm(dim=1)
 
 
 def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
@@ -181,7 +180,7 @@ def _plot_gradients(context: EvaluationContext, document: dict[str, Any], path: 
     heads, groups, targets = ["clean"], dict[int, str](), None
     for i in sorted({0, (len(sigmas) - 1) // 2, len(sigmas) - 1}):
         sigma = sigmas[i]
-        ((x, y, labels),) = noisy_batches(images, sigma, context.seed, ROWS, context.device)
+        ((x, y, labels, _),) = noisy_batches(images, sigma, context.seed, ROWS, context.device)
         y = y.double() if config.precision == "double" else y
         if not rows:
             below = [""] * len(x) if labels is None else map(name, labels)
@@ -277,11 +276,7 @@ def table(document: dict[str, Any]) -> Table:
 
 
 def check(model: ScoreModel, images: Images) -> None:
-    """Whether there are labels to turn to.
-
-    Raises:
-        UserError: if the model or the images have none, they differ, or there is a single one.
-    """
+    """Raise `UserError` where there are no labels to turn to."""
     check_classifies(model, images)
     if model.num_classes < 2:
         raise UserError("a model of one class has no adversarial gradients: they are all 0")

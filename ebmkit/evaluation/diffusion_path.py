@@ -31,10 +31,9 @@ Of every view are measured accuracy and the means of E(x) and of E(x, y) of the 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -61,12 +60,10 @@ from ebmkit.evaluation.suite import (
     load_beside,
     new_table,
     number,
+    unique_name,
 )
 from ebmkit.models.heads import EnergySource, energy_source
 from ebmkit.noise import Schedule, make_schedule
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 VIEWS = {
     "timestep": "in the range of images, sqrt(abar) y + (1 - sqrt(abar))/2",
@@ -156,21 +153,13 @@ def views_at(schedule: Schedule, t: int, x: Tensor, y: Tensor) -> Views:
 
 
 def check(model: ScoreModel, images: Images) -> None:
-    """Whether labels can be predicted and compared, on images of one size.
-
-    Raises:
-        UserError: if they cannot.
-    """
+    """Raise `UserError` where labels cannot be predicted and compared, on images of one size."""
     check_classifies(model, images)
     check_one_size("diffusion-path", images)
 
 
 def prepare(context: EvaluationContext) -> None:
-    """Whether the settings fit together, and further runs and samples are there.
-
-    Raises:
-        UserError: if they do not, or are not.
-    """
+    """Raise `UserError` where the settings do not fit together, or runs or samples are missing."""
     context.option(DiffusionPathConfig).timesteps()
     _models(context)
     _samples(context)
@@ -270,14 +259,9 @@ def _models(context: EvaluationContext) -> dict[str, EnergyModel]:
     assert isinstance(context.model, EnergyModel)
     config = context.option(DiffusionPathConfig)
     found = {config.name: context.model}
-    for path in config.beside:
-        model = load_beside(context, path, "diffusion-path.beside")
-        name = base = Path(os.path.abspath(path)).name
-        count = 1
-        while name in found:
-            count += 1
-            name = f"{base}-{count}"
-        found[name] = optimize(model, context.inference.precision)
+    for name, model in load_beside(context, config.beside, "diffusion-path.beside"):
+        own = unique_name(name, found)
+        found[own] = optimize(model, context.inference.precision)
     for model in found.values():
         energy_source(model, config.energies)
     return found
@@ -330,37 +314,30 @@ def _plot_accuracy(document: dict[str, Any], strips: dict[str, list[Tensor]], pa
     """Accuracy against the timestep, with noise and without, above an image as it is given there:
     by view, at timesteps evenly spread from the first to the last."""
     models, timesteps = document["models"], document["timesteps"]
-    panel, left, gap, tall = 4.5, 0.75, 0.75, 2.7  # inches
-    cell = panel / len(strips["timestep"])
-    bottom = 1.07 + 0.2 * -(-len(models) // 4) + 2 * (cell + 0.05)
-    width, height = 2 * (left + panel) + 0.2, 0.65 + tall + bottom
-    figure = plots.new_figure(width, height)
-
-    def place(column: int, y: float, tall: float) -> Axes:
-        x = left + column * (panel + gap)
-        return figure.add_axes((x / width, y / height, panel / width, tall / height))
-
+    share = 1 / len(strips["timestep"])
+    height = 4.2 + 9 * share + 0.2 * -(-len(models) // 4)
+    figure = plots.new_figure(10.6, height, layout="constrained")
+    grid = figure.add_gridspec(3, 2, height_ratios=(2.7, 4.5 * share, 4.5 * share))
     # the first and the last timestep stand over the middles of a strip's ends
-    margin = 0.5 * cell / panel
-    span = max(1, timesteps[-1] - timesteps[0]) / (1 - 2 * margin)
-    limits = {"xlim": (timesteps[0] - margin * span, timesteps[-1] + margin * span)}
+    margin = 0.5 * share * max(1, timesteps[-1] - timesteps[0]) / (1 - share)
+    limits = {"xlim": (timesteps[0] - margin, timesteps[-1] + margin)}
     for column, (title, views) in enumerate(PANELS.items()):
-        axes = place(column, bottom, tall)
+        axes = figure.add_subplot(grid[0, column])
         for row, (view, line) in enumerate(zip(views, ("-", "--"), strict=True)):
             for i, (name, found) in enumerate(models.items()):
                 accuracies = [entry["accuracy"] for entry in found["path"][view]]
-                look = plots.look(i) | {"ms": 3.5, "ls": line}
-                label = None if row or column else name
-                plots.plot_estimates(axes, timesteps, accuracies, 100, label=label, **look)
-            strip = place(column, bottom - 0.62 - (row + 1) * cell - row * 0.05, 0.96 * cell)
+                look = plots.look(i) | {"ms": 3.5, "ls": line, "label": None if row else name}
+                plots.plot_estimates(axes, timesteps, accuracies, 100, **look)
+            strip = figure.add_subplot(grid[row + 1, column])
             plots.show_image(strip, torch.cat(strips[view], dim=-1), "", "")
+            strip.set_aspect("auto")
             strip.set_ylabel(f"{SHORT[view]} ({line})", fontsize=8, labelpad=3)
         axes.axhline(100 * document["chance"], color=plots.GRAY, ls=":", lw=1)
         axes.grid(alpha=0.25, lw=0.5)
         y = "" if column else "accuracy (%), dotted: chance"
         plots.annotate(axes, title, "timestep t", y, ylim=(0, 102), **limits)
     figure.suptitle(f"{plots.images_of(document)}, {_schedule(document)}, bands 95 %", fontsize=10)
-    figure.legend(loc="lower center", ncols=4, frameon=False, fontsize=8)
+    plots.shared_legend(figure, 4)
     plots.save_figure(figure, path)
 
 

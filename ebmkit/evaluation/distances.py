@@ -28,13 +28,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ebmkit.errors import UserError
 from ebmkit.evaluation import statistics
-from ebmkit.evaluation.statistics import LEVEL, Estimate
+from ebmkit.evaluation.statistics import Estimate
 
 BLOCK = 1000
 """Features of either set in a block, at most."""
@@ -79,7 +80,7 @@ def kernel_distance(a: Tensor, b: Tensor) -> Estimate:
     size = least // count
     blocks = [slice(k * size, (k + 1) * size) for k in range(count)]
     found = statistics.mean(torch.tensor([_mmd(a[s].double(), b[s].double()) for s in blocks]))
-    return Estimate(found.value, found.low, found.high, least)
+    return replace(found, count=least)
 
 
 def precision_recall(a: Tensor, b: Tensor) -> tuple[Estimate, Estimate]:
@@ -122,20 +123,17 @@ def jackknife(statistic: Callable[..., float], *parts: Tensor) -> Estimate:
 
     Source: B. Efron, The Jackknife, the Bootstrap and Other Resampling Plans (1982), chapter 2.
     """
-    from scipy.stats import t
-
     value, variance = statistic(*parts), 0.0
     for k, part in enumerate(parts):
         if len(part) < 2 * GROUPS:
-            return Estimate(value, math.nan, math.nan, len(parts[0]))
+            return statistics.without_interval(value, len(parts[0]))
         group = torch.arange(len(part), device=part.device) % GROUPS
         found = torch.tensor(
             [statistic(*parts[:k], part[group != g], *parts[k + 1 :]) for g in range(GROUPS)],
             dtype=torch.float64,
         )
         variance += float((GROUPS - 1) / GROUPS * (found - found.mean()).square().sum())
-    half = float(t.ppf((1 + LEVEL) / 2, GROUPS - 1)) * math.sqrt(variance)
-    return Estimate(value, value - half, value + half, len(parts[0]))
+    return statistics.student(value, math.sqrt(variance), GROUPS - 1, len(parts[0]))
 
 
 def _moments(a: Tensor) -> tuple[Tensor, Tensor]:

@@ -38,7 +38,7 @@ from ebmkit.evaluation import distances, statistics
 from ebmkit.evaluation.context import Images
 from ebmkit.evaluation.energies import ImageEnergies, energies_of
 from ebmkit.evaluation.features import Extractor
-from ebmkit.evaluation.statistics import LEVEL, Estimate, to_json
+from ebmkit.evaluation.statistics import Estimate, to_json
 from ebmkit.metrics import predict
 from ebmkit.models.heads import EnergySource
 
@@ -276,11 +276,9 @@ def pixel_columns(x: Tensor) -> Columns:
 def saturation(samples: Columns, real: Columns) -> dict[str, Any]:
     """``ends`` and ``colour`` (null for gray images), each of ``samples`` and ``real``."""
 
-    def mean(values: Tensor) -> Estimate:
-        return statistics.mean(values) if len(values) else Estimate(UNKNOWN, UNKNOWN, UNKNOWN, 0)
-
+    sets = {"samples": samples, "real": real}
     return {
-        name: {"samples": mean(samples[name]), "real": mean(real[name])}
+        name: {kind: statistics.mean(own[name]) for kind, own in sets.items()}
         if name in samples
         else None
         for name in ("ends", "colour")
@@ -314,11 +312,11 @@ def frechet(a: Tensor, b: Tensor) -> Estimate:
     """The Frechet distance of features (n, d) and (m, d), undefined (nan) of fewer than two; with
     an interval up to `MOST_FEATURES`, and always where it is quick."""
     if min(len(a), len(b)) < 2:
-        return Estimate(UNKNOWN, UNKNOWN, UNKNOWN, len(a))
+        return statistics.without_interval(UNKNOWN, len(a))
     width = a.shape[1]
     if width <= MOST_FEATURES or len(a) * len(b) < width**2 / 10:
         return distances.jackknife(distances.frechet_distance, a, b)
-    return Estimate(distances.frechet_distance(a, b), UNKNOWN, UNKNOWN, len(a))
+    return statistics.without_interval(distances.frechet_distance(a, b), len(a))
 
 
 def _kernel(a: Tensor, b: Tensor) -> Estimate:
@@ -326,35 +324,32 @@ def _kernel(a: Tensor, b: Tensor) -> Estimate:
     undefined (nan) of fewer than two."""
     a, b = a[: distances.WHOLE], b[: distances.WHOLE]
     if min(len(a), len(b)) < 2:
-        return Estimate(UNKNOWN, UNKNOWN, UNKNOWN, len(a))
+        return statistics.without_interval(UNKNOWN, len(a))
     return distances.kernel_distance(a, b)
 
 
 def _stratified(made: Tensor, wanted: Tensor, known: Tensor, labels: Tensor) -> Estimate:
     """Mean over samples of their value minus the real mean of their label, with its interval."""
-    from scipy.stats import t
-
     made, known, total = made.double(), known.double(), len(made)
     rest, error, inner = torch.empty_like(made), 0.0, 0.0
     groups = sorted(set(wanted.tolist()))
     for label in groups:
         own, base = wanted == label, known[labels == label]
         if not len(base):
-            return Estimate(UNKNOWN, UNKNOWN, UNKNOWN, total)
+            return statistics.without_interval(UNKNOWN, total)
         rest[own] = made[own] - base.mean()
         variance = float(base.var()) if len(base) > 1 else UNKNOWN
         error += (int(own.sum()) / total) ** 2 * variance / len(base)
         inner = variance / len(base)
     value = float(rest.mean())
     if total < 2:
-        return Estimate(value, UNKNOWN, UNKNOWN, total)
+        return statistics.without_interval(value, total)
     spread = float(rest.var()) / total
     freedom = float(total - 1)
     if len(groups) == 1 and spread + inner > 0:  # Welch's
         count = int((labels == groups[0]).sum())
         freedom = (spread + inner) ** 2 / (spread**2 / (total - 1) + inner**2 / max(1, count - 1))
-    half = float(t.ppf((1 + LEVEL) / 2, freedom)) * math.sqrt(spread + error)
-    return Estimate(value, value - half, value + half, total)
+    return statistics.student(value, math.sqrt(spread + error), freedom, total)
 
 
 def _pixels(samples: Tensor) -> Tensor:

@@ -84,11 +84,7 @@ class JacobianConfig(SuiteConfig):
 
 
 def check(model: ScoreModel, images: Images) -> None:
-    """Whether the Jacobian of ``model`` at ``images`` can be decomposed.
-
-    Raises:
-        UserError: if it is not symmetric and too large to be written out.
-    """
+    """Raise `UserError` where the Jacobian is not symmetric and too large to be written out."""
     size = images.channels * math.prod(images.image_size)
     if not isinstance(model, EnergyModel) and size > DENSE:
         raise UserError(

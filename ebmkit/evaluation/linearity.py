@@ -270,7 +270,7 @@ def _pooled(
         return of_ratio(float(over[rows].sum()) / whole) if whole else math.nan
 
     if len(under) < 2:
-        return Estimate(ratio(np.arange(len(under))), math.nan, math.nan, len(under))
+        return statistics.without_interval(ratio(np.arange(len(under))), len(under))
     return statistics.bootstrap(ratio, len(under), seed, lowest=lowest)
 
 

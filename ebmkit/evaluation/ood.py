@@ -68,6 +68,7 @@ from ebmkit.evaluation.suite import (
     new_table,
     noise_warnings,
     number,
+    unique_name,
 )
 from ebmkit.noise import Sigma, format_sigma
 from ebmkit.randomness import image_noise
@@ -230,10 +231,7 @@ def find_sets(context: EvaluationContext) -> list[OutSet]:
     found: dict[str, OutSet] = {}
     for name in _names(context):
         own = find_set(name, context.images, context.data_dir, context.seed)
-        label, count = own.name, 1
-        while label in found or label == "in":  # folders of one name in two places
-            count += 1
-            label = f"{own.name}-{count}"
+        label = unique_name(own.name, {"in", *found})  # folders of one name in two places
         found[label] = replace(own, name=label)
     return list(found.values())
 

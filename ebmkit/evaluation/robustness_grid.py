@@ -13,7 +13,6 @@ objective has no attack; unknown for an imported network, whose column has the n
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -108,9 +107,8 @@ def load_columns(context: EvaluationContext) -> list[_Column]:
     config, model = context.option(RobustnessGridConfig), context.exact_model
     assert isinstance(model, EnergyModel)
     found = [_Column(config.name, model, trained(context.model.card))]
-    for run in config.beside:
-        model = load_beside(context, run, "robustness-grid.beside")
-        found.append(_Column(Path(os.path.abspath(run)).name, model, trained(model.card)))
+    for name, other in load_beside(context, config.beside, "robustness-grid.beside"):
+        found.append(_Column(name, other, trained(other.card)))
     return sorted(found, key=lambda c: (c.trained is None, (c.trained or ("", 0.0))[::-1]))
 
 

@@ -73,22 +73,30 @@ def proportion(hits: int, count: int) -> Estimate:
     from scipy.stats import binomtest
 
     if count == 0:
-        return Estimate(math.nan, math.nan, math.nan, 0)
+        return without_interval(math.nan, 0)
     interval = binomtest(hits, count).proportion_ci(LEVEL, method="wilson")
     return Estimate(hits / count, float(interval.low), float(interval.high), count)
 
 
 def mean(values: Tensor) -> Estimate:
     """The mean of ``values`` (n,), with Student's t interval, undefined (nan) for one value."""
+    numbers, count = values.double(), len(values)
+    if count < 2:
+        return without_interval(float(numbers.mean()), count)
+    return student(float(numbers.mean()), float(numbers.std()) / math.sqrt(count), count - 1, count)
+
+
+def student(value: float, error: float, freedom: float, count: int) -> Estimate:
+    """``value`` of standard error ``error``, with Student's interval of ``freedom`` degrees."""
     from scipy.stats import t
 
-    numbers = values.double()
-    count = len(numbers)
-    if count < 2:
-        return Estimate(float(numbers.mean()), math.nan, math.nan, count)
-    middle = float(numbers.mean())
-    half = float(t.ppf((1 + LEVEL) / 2, count - 1)) * float(numbers.std()) / math.sqrt(count)
-    return Estimate(middle, middle - half, middle + half, count)
+    half = float(t.ppf((1 + LEVEL) / 2, freedom)) * error
+    return Estimate(value, value - half, value + half, count)
+
+
+def without_interval(value: float, count: int) -> Estimate:
+    """``value``, which may be nan, whose interval is not known."""
+    return Estimate(value, math.nan, math.nan, count)
 
 
 def bootstrap(
