@@ -245,8 +245,9 @@ def labels_of(
 def measure(context: EvaluationContext) -> dict[str, Any]:
     """Ask for votes and certify; return the document."""
     options, model = context.option(CertifyConfig), context.model
-    images = context.images.spread(options.images)
-    numbers = [k * len(context.images) // len(images) for k in range(len(images))]
+    count = min(options.images, len(context.images))
+    numbers = torch.arange(count) * len(context.images) // count
+    images = context.images.select(numbers)
     assert isinstance(model, EnergyModel)
     assert images.labels is not None
     truth = images.labels.cpu()
@@ -259,7 +260,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
                 batch.x[0],
                 sigma,
                 options.selection + options.samples,
-                vote_generator(context.seed, numbers[batch.number]),
+                vote_generator(context.seed, int(numbers[batch.number])),
                 context.batch_size,
                 lambda cast: context.skip(cast * context.world.size),  # and what the others do
             )
@@ -286,8 +287,8 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
     return {
         "sigmas": list(options.sigmas),
         "radii": list(options.radii),
-        "certified_images": len(numbers),
-        "numbers": numbers,
+        "certified_images": count,
+        "numbers": numbers.tolist(),
         "labels": truth.tolist(),
         "unsmoothed_accuracy": statistics.accuracy(votes["unsmoothed"] == truth),
         "levels": levels,

@@ -9,7 +9,6 @@ side resized (bicubic), the middle cut out; gray repeated to colour, colour weig
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -100,23 +99,25 @@ class Made:
         """Made of the first ``n`` images of the source."""
         return replace(self, source=self.source.first(n))
 
-    def spread(self, n: int) -> Self:
-        """Made of ``n`` evenly spaced images of the source."""
-        return replace(self, source=self.source.spread(n))
+    def select(self, chosen: Tensor) -> Self:
+        """Made of the images of the source with the numbers ``chosen``."""
+        return replace(self, source=self.source.select(chosen))
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """In order, ``size`` at a time: images (B, C, H, W) in [0, 1], and None."""
-        if self.name == "interpolations":
-            means = _interpolated(self.source, size)
-            while group := list(itertools.islice(means, size)):
-                yield torch.stack(group), None
-            return
-        make, first = GENERATORS[self.name][0], 0
+        mixed = self.name == "interpolations"
+        other = torch.tensor(partners(self.source.labels, len(self)) if mixed else [])
+        first = 0
         for x, _ in self.source.batches(size):
             keys = range(first, first + len(x))
-            generators = [keyed_generator("cpu", "ood", self.name, self.seed, k) for k in keys]
-            made = [make(image, g) for image, g in zip(x.cpu(), generators, strict=True)]
-            yield torch.stack(made), None
+            if mixed:
+                ((y, _),) = self.source.select(other[first : first + len(x)]).batches(len(x))
+                yield (x + y) / 2, None
+            else:
+                generators = [keyed_generator("cpu", "ood", self.name, self.seed, k) for k in keys]
+                make = GENERATORS[self.name][0]
+                pairs = zip(x.cpu(), generators, strict=True)
+                yield torch.stack([make(image, generator) for image, generator in pairs]), None
             first += len(x)
 
 
@@ -137,22 +138,6 @@ def partners(labels: Tensor | None, count: int) -> list[int]:
         same = own[(i + 1) % count] == own[i % count]
         after[i] = after[i + 1] if same and after[i + 1] else i + 1
     return [after[i] % count for i in range(count)]
-
-
-def _interpolated(source: Images, size: int) -> Iterator[Tensor]:
-    """Means of each image and its partner, holding no more images than lie between them."""
-    other = partners(source.labels, len(source))
-    wrapped = {k for i, k in enumerate(other) if k < i}
-    held: dict[int, Tensor] = {}
-    due = seen = 0
-    for x, _ in source.batches(size):
-        held |= dict(enumerate(x, seen))
-        seen += len(x)
-        while due < seen and other[due] in held:
-            yield (held[due] + held[other[due]]) / 2
-            if due not in wrapped:
-                del held[due]
-            due += 1
 
 
 def standard_sets(images: Images, data_dir: Path | None) -> list[str]:

@@ -83,14 +83,15 @@ def mean(values: Tensor) -> Estimate:
     numbers, count = values.double(), len(values)
     if count < 2:
         return without_interval(float(numbers.mean()), count)
-    return student(float(numbers.mean()), float(numbers.std()) / math.sqrt(count), count - 1, count)
+    return student(float(numbers.mean()), float(numbers.std()), count - 1, count, math.sqrt(count))
 
 
-def student(value: float, error: float, freedom: float, count: int) -> Estimate:
-    """``value`` of standard error ``error``, with Student's interval of ``freedom`` degrees."""
+def student(value: float, spread: float, freedom: float, count: int, root: float = 1.0) -> Estimate:
+    """``value`` of standard error ``spread / root``, with Student's interval of ``freedom``
+    degrees."""
     from scipy.stats import t
 
-    half = float(t.ppf((1 + LEVEL) / 2, freedom)) * error
+    half = float(t.ppf((1 + LEVEL) / 2, freedom)) * spread / root
     return Estimate(value, value - half, value + half, count)
 
 

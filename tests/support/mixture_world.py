@@ -38,10 +38,9 @@ class Drawn:
         labels = None if self.labels is None else self.labels[:n]
         return replace(self, images=self.images[:n], labels=labels)
 
-    def spread(self, n):
-        own = torch.arange(min(n, len(self))) * len(self) // min(n, len(self))
-        labels = None if self.labels is None else self.labels[own]
-        return replace(self, images=self.images[own], labels=labels)
+    def select(self, chosen):
+        labels = None if self.labels is None else self.labels[chosen]
+        return replace(self, images=self.images[chosen], labels=labels)
 
     def batches(self, size):
         for at in range(0, len(self), size):
