@@ -247,13 +247,6 @@ def annotated_map(
     return image
 
 
-def shared_legend(figure: Figure, columns: int) -> None:
-    """One legend for all panels, below them: that of the first."""
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    place: dict[str, Any] = {"loc": "outside lower center", "ncols": columns}
-    figure.legend(handles, labels, frameon=False, fontsize=8, **place)
-
-
 def class_ticks(axes: Axes, names: Sequence[str], size: float = 8) -> None:
     """Names of classes below ``axes``, slanted where they are long."""
     slanted = max(map(len, names), default=0) > 2
@@ -283,10 +276,23 @@ def new_figure(width: float, height: float, layout: Literal["constrained"] | Non
     return figure
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write ``figure`` as a PNG file, in one move."""
+def save_figure(figure: Figure, path: Path, title: str = "", legend: int = 0) -> None:
+    """Write ``figure`` as a PNG file, in one move.
+
+    Args:
+        figure: what to write.
+        path: the file.
+        title: above all panels.
+        legend: columns of one legend for all panels, below them, that of the first; 0: none.
+    """
     from matplotlib.text import Text
 
+    if title:
+        figure.suptitle(title, fontsize=10.5)
+    if legend:
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        place: dict[str, Any] = {"loc": "outside lower center", "ncols": legend}
+        figure.legend(handles, labels, frameon=False, fontsize=8, **place)
     buffer = io.BytesIO()
     try:
         figure.savefig(buffer, format="png")

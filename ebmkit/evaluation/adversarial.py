@@ -253,8 +253,7 @@ def _plot_norms(document: dict[str, Any], path: Path) -> None:
         right.set_yscale("log")
     for axes in (left, right):
         plots.legend_below(axes, columns=2)
-    figure.suptitle(f"Adversarial gradients: {plots.images_of(document)}", fontsize=11)
-    plots.save_figure(figure, path)
+    plots.save_figure(figure, path, f"Adversarial gradients: {plots.images_of(document)}")
 
 
 def table(document: dict[str, Any]) -> Table:

@@ -133,8 +133,7 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
         bottom.bar(middles, [b["count"] for b in bins], width=90 / len(bins), color=plots.SKY)
         limits = {"xlim": (0, 101), "ylim": (0.8, None)}
         bottom.set(xlabel="confidence (%)", ylabel="images", yscale="log", **limits)
-    plots.shared_legend(figure, columns=2)
-    plots.save_figure(figure, folder / "reliability.png")
+    plots.save_figure(figure, folder / "reliability.png", legend=2)
 
 
 def table(document: dict[str, Any]) -> Table:

@@ -366,13 +366,13 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
         axes.set_title(f"$\\sigma$ = {sigma:.3g} = {in_255ths(sigma)}/255", fontsize=10)
     panels[0].set_ylabel("certified accuracy (%)")
     votes, alpha = document["options"]["samples"], document["options"]["alpha"]
-    figure.suptitle(
+    plots.save_figure(
+        figure,
+        folder / "certified-accuracy.png",
         f"Certified accuracy: {plots.images_of(document, document['certified_images'])}, "
         f"{votes:,} votes each, $\\alpha$ = {alpha:g}",
-        fontsize=11,
+        legend=3,
     )
-    plots.shared_legend(figure, 3)
-    plots.save_figure(figure, folder / "certified-accuracy.png")
 
 
 def _passes(context: EvaluationContext) -> int:

@@ -371,13 +371,11 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
             axes.set_ylim(0, 104)
         _plot_slope(figure.axes[-1], document)
         figure.supylabel("accuracy, confidence (%)", fontsize=10)
-        plots.shared_legend(figure, 3)
-        plots.save_figure(figure, folder / "corruptions.png")
+        plots.save_figure(figure, folder / "corruptions.png", legend=3)
     title = "Denoising corrupted images, noise level estimated"
     figure, _ = _panels(document, title, ("psnr_corrupted", "psnr"))
     figure.supylabel("PSNR (dB), mean over changed images", fontsize=10)
-    plots.shared_legend(figure, 3)
-    plots.save_figure(figure, folder / "corruptions-psnr.png")
+    plots.save_figure(figure, folder / "corruptions-psnr.png", legend=3)
     ((x, _),) = context.images.first(1).batches(1)
     rows = [
         [(x[0], f"{name}\n{found['unit']}")]

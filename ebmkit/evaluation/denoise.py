@@ -255,8 +255,7 @@ def plot_psnr(denoisers: dict[str, dict[str, Any]], path: Path) -> None:
     axes.set_xticks(range(len(keys)), [f"{key}/255" for key in keys])
     axes.set_ylim(min(values), max(values) * 1.1 or None)
     plots.annotate(axes, "Denoising", "noise level sigma", "PSNR (dB), mean over images")
-    plots.shared_legend(figure, 3)
-    plots.save_figure(figure, path)
+    plots.save_figure(figure, path, legend=3)
 
 
 def table(document: dict[str, Any]) -> Table:

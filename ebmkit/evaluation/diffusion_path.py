@@ -336,9 +336,9 @@ def _plot_accuracy(document: dict[str, Any], strips: dict[str, list[Tensor]], pa
         axes.grid(alpha=0.25, lw=0.5)
         y = "" if column else "accuracy (%), dotted: chance"
         plots.annotate(axes, title, "timestep t", y, ylim=(0, 102), **limits)
-    figure.suptitle(f"{plots.images_of(document)}, {_schedule(document)}, bands 95 %", fontsize=10)
-    plots.shared_legend(figure, 4)
-    plots.save_figure(figure, path)
+    plots.save_figure(
+        figure, path, f"{plots.images_of(document)}, {_schedule(document)}, bands 95 %", legend=4
+    )
 
 
 def _plot_energies(document: dict[str, Any], path: Path) -> None:
@@ -363,11 +363,9 @@ def _plot_energies(document: dict[str, Any], path: Path) -> None:
         plots.annotate(axes, f"Input: {words}", "timestep t")
         axes.grid(alpha=0.25, lw=0.5)
     panels[0].set_ylabel("mean energy (nats)")
-    plots.shared_legend(figure, columns=2)
     title = "Energies along the forward process, each model's up to a constant"
     images = f"{plots.images_of(document)}, {_schedule(document)}"
-    figure.suptitle(f"{title}: {images}", fontsize=10)
-    plots.save_figure(figure, path)
+    plots.save_figure(figure, path, f"{title}: {images}", legend=2)
 
 
 def _plot_classes(document: dict[str, Any], path: Path) -> None:
@@ -401,10 +399,8 @@ def _plot_classes(document: dict[str, Any], path: Path) -> None:
         how = "-logsumexp of the logits" if found["reading"] == "logits" else "-log density"
         plots.annotate(axes, f"{name} ({how})", y="" if place % columns else "E(x) (nats)")
         axes.grid(axis="y", alpha=0.25, lw=0.5)
-    plots.shared_legend(figure, columns=3)
     title = f"E(x) by class, mean and standard deviation over images: {plots.images_of(document)}"
-    figure.suptitle(title, fontsize=9.5, wrap=True)
-    plots.save_figure(figure, path)
+    plots.save_figure(figure, path, title, legend=3)
 
 
 def _schedule(document: dict[str, Any]) -> str:

@@ -286,8 +286,7 @@ def plot_spectra(document: dict[str, Any], path: Path) -> None:
     plots.annotate(right, "Magnitudes", x, "magnitude", yscale="log")
     left.legend(fontsize=7.5, frameon=False)
     title = f"Spectrum of the denoiser's Jacobian at {plots.sigma_label(document['sigma'])}"
-    figure.suptitle(f"{title}: {plots.images_of(document)}", fontsize=11)
-    plots.save_figure(figure, path)
+    plots.save_figure(figure, path, f"{title}: {plots.images_of(document)}")
 
 
 def table(document: dict[str, Any]) -> Table:

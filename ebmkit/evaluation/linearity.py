@@ -303,8 +303,8 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
     plots.annotate(right, title, plots.SIGMA, y)
     plots.legend_below(left)
     plots.legend_below(right, columns=2)
-    figure.suptitle(f"Local linearity of the denoiser: {plots.images_of(document)}", fontsize=11)
-    plots.save_figure(figure, folder / "linearity.png")
+    title = f"Local linearity of the denoiser: {plots.images_of(document)}"
+    plots.save_figure(figure, folder / "linearity.png", title)
 
 
 def linearity_grid(cells: Sequence[dict[str, Any]], path: Path, data: str = "") -> None:

@@ -370,8 +370,7 @@ def _plot_auroc(document: dict[str, Any], path: Path) -> None:
     axes.set_xticks(range(len(scores)), scores, rotation=35, ha="right")
     axes.set(xlabel="score", ylabel="set out of distribution")
     figure.colorbar(image, ax=axes, label="AUROC (%)")
-    figure.suptitle(f"In distribution: {plots.images_of(document)}", fontsize=10)
-    plots.save_figure(figure, path)
+    plots.save_figure(figure, path, f"In distribution: {plots.images_of(document)}")
 
 
 def _plot_histograms(document: dict[str, Any], path: Path) -> None:
@@ -394,13 +393,13 @@ def _plot_histograms(document: dict[str, Any], path: Path) -> None:
         axes.locator_params(axis="x", nbins=5)
         axes.margins(x=0.01)
     figure.supylabel("share of the images (%)", fontsize=9)
-    figure.suptitle(
+    plots.save_figure(
+        figure,
+        path,
         f"Scores, higher is in distribution: {plots.images_of(document)}\n"
         "(outer bins hold all that is beyond)",
-        fontsize=10,
+        legend=4,
     )
-    plots.shared_legend(figure, 4)
-    plots.save_figure(figure, path)
 
 
 def _shares(counts: Sequence[int]) -> NDArray[np.float64]:

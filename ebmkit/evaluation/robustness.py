@@ -482,9 +482,7 @@ def plot_curves(
         axes.set(xlabel=_axis(norm), ylabel="accuracy (%)", ylim=(0, 102))
         axes.set_xlim(left=0)
         axes.grid(alpha=0.25, lw=0.5)
-    figure.suptitle(title, fontsize=11 if len(panels) > 1 else 10)
-    plots.shared_legend(figure, 1 if len(panels) > 1 else 2)
-    plots.save_figure(figure, path)
+    plots.save_figure(figure, path, title, legend=1 if len(panels) > 1 else 2)
 
 
 def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
@@ -520,8 +518,7 @@ def plot_map(document: dict[str, Any], path: Path) -> None:
         axes.set(xlabel=_axis(norm), ylabel="noise added, sigma (1/255)")
     figure.colorbar(image, ax=figure.axes, label="accuracy (%)")
     title = f"Accuracy under PGD attacks and added noise: {plots.images_of(document)}"
-    figure.suptitle(title, fontsize=11)
-    plots.save_figure(figure, path)
+    plots.save_figure(figure, path, title)
 
 
 def plot_comparison(

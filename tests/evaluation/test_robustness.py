@@ -301,7 +301,7 @@ def test_models_are_compared_and_missing_ones_named(plane, tmp_path, monkeypatch
     drawn = []
     save = plots.save_figure
     monkeypatch.setattr(
-        plots, "save_figure", lambda figure, path: (drawn.append(figure), save(figure, path))
+        plots, "save_figure", lambda figure, *a, **k: (drawn.append(figure), save(figure, *a, **k))
     )
     paper = {"JEM": {"linf": [(0.0, 0.9), (4 / 255, 0.5)]}}
     plot_comparison({"ours": document, "JEM": None}, tmp_path / "compare.png", paper)
