@@ -233,15 +233,17 @@ def annotated_map(
     values: NDArray[np.float64],
     columns: Sequence[str],
     rows: Sequence[str],
-    form: str,
+    form: str | NDArray[np.int64],
 ) -> AxesImage:
-    """A map of percentages (rows, columns) with the number in each cell; a dash for nan."""
+    """A map of percentages (rows, columns) with the number in each cell, in the format ``form``, or
+    those that ``form`` holds, but 0; a dash for nan."""
     image = axes.imshow(values, cmap="cividis", vmin=0, vmax=100, aspect="auto")
     for (i, k), value in np.ndenumerate(values):
         unknown = bool(np.isnan(value))
         look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8}
         colour = "black" if unknown or value > 50 else "white"
-        axes.text(k, i, "-" if unknown else form.format(value), color=colour, **look)
+        text = form.format(value) if isinstance(form, str) else f"{form[i, k] or ''}"
+        axes.text(k, i, "-" if unknown else text, color=colour, **look)
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)
     return image

@@ -157,7 +157,8 @@ def _measure(
 
 
 def _norm(images: Tensor) -> Tensor:
-    return images.flatten(1).norm(dim=1)
+    norm: Tensor = torch.linalg.vector_norm(images.flatten(1), dim=1)
+    return norm
 
 
 def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:

@@ -89,10 +89,10 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
         levels.append(
             {
                 "sigma": sigma,
-                "ece": calibration_error(found.confidence, found.right, seed=context.seed),
-                "brier": statistics.mean(found.brier),
-                "nll": statistics.mean(found.nll),
-                "bins": reliability(found.confidence, found.right),
+                "ece": calibration_error(found["confidence"], found["right"], seed=context.seed),
+                "brier": statistics.mean(found["brier"]),
+                "nll": statistics.mean(found["nll"]),
+                "bins": reliability(found["confidence"], found["right"]),
             }
         )
     document = {"sigmas": [0.0, NOISY], "levels": levels}

@@ -32,10 +32,10 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
     names, classes = context.images.class_names, context.model.num_classes
     clean = context.predictions(0.0)
     levels = [(sigma, context.predictions(sigma)) for sigma in context.noise_levels]
-    accuracy, nll = statistics.accuracy(clean.right), statistics.mean(clean.nll)
+    accuracy, nll = statistics.accuracy(clean["right"]), statistics.mean(clean["nll"])
     confusion = None
     if classes <= MAX_CONFUSION:
-        pairs = torch.bincount(clean.labels * classes + clean.predicted, minlength=classes**2)
+        pairs = torch.bincount(clean["labels"] * classes + clean["predicted"], minlength=classes**2)
         confusion = rearrange(pairs, "(true predicted) -> true predicted", true=classes).tolist()
     return {
         "sigmas": context.noise_levels,
@@ -44,14 +44,14 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
         "nll": nll.value,
         "nll_interval": [nll.low, nll.high],
         "per_class": {
-            names[c] if names else str(c): statistics.accuracy(clean.right[clean.labels == c])
+            names[c] if names else str(c): statistics.accuracy(clean["right"][clean["labels"] == c])
             for c in range(classes)
         },
         "against_noise": [
             {
                 "sigma": sigma,
-                "accuracy": statistics.accuracy(noisy.right),
-                "nll": statistics.mean(noisy.nll),
+                "accuracy": statistics.accuracy(noisy["right"]),
+                "nll": statistics.mean(noisy["nll"]),
             }
             for sigma, noisy in levels
         ],
@@ -100,12 +100,10 @@ def plot_confusion(counts: Sequence[Sequence[int]], names: Sequence[str], path: 
     side = 1.6 + 0.46 * len(names)
     figure = plots.new_figure(side + 0.9, side, layout="constrained")
     axes = figure.add_subplot()
-    image = axes.imshow(100 * share, cmap="cividis", vmin=0, vmax=100)
-    for i, j in np.argwhere(matrix):
-        colour = "black" if share[i, j] > 0.5 else "white"
-        axes.text(j, i, str(matrix[i, j]), ha="center", va="center", color=colour, fontsize=7)
+    shown = [shown_name(name) for name in names]
+    image = plots.annotated_map(axes, 100 * share, shown, shown, matrix)
+    axes.set_aspect("equal")
     plots.class_ticks(axes, names, size=10)
-    axes.set_yticks(range(len(names)), [shown_name(name) for name in names])
     plots.annotate(axes, "Confusion matrix: number of images", "predicted class", "true class")
     figure.colorbar(image, ax=axes, label="share of the true class (%)", shrink=0.8)
     plots.save_figure(figure, path)

@@ -71,29 +71,6 @@ class Batch(NamedTuple):
     number: int = 0
 
 
-class Predictions(NamedTuple):
-    """What the classifier predicts for each image, all (N,), on the CPU.
-
-    Attributes:
-        labels: the true ones.
-        predicted: the most probable label.
-        confidence: its probability.
-        nll: -log p(c|y) of the true label, nats.
-        brier: sum over labels of (p(k|y) - 1[k = c])^2, 0 to 2.
-    """
-
-    labels: Tensor
-    predicted: Tensor
-    confidence: Tensor
-    nll: Tensor
-    brier: Tensor
-
-    @property
-    def right(self) -> Tensor:
-        """Whether each prediction is right, (N,) bool."""
-        return self.predicted == self.labels
-
-
 def noise_generator(seed: int, sigma: float) -> torch.Generator:
     """The generator of the noise at level ``sigma`` (image units)."""
     return hashed_generator("evaluation noise", str(seed), f"{sigma:.9g}")
@@ -157,7 +134,7 @@ class EvaluationContext:
     left: int = 0
     inference: Inference = field(default_factory=Inference)
     measured: dict[str, Tensor] = field(default_factory=dict)
-    _predictions: dict[float, Predictions] = field(default_factory=dict)
+    _predictions: dict[float, dict[str, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.noise_levels = tuple(sorted({0.0, *self.noise_levels}))
@@ -226,8 +203,14 @@ class EvaluationContext:
         batches = [part[k] for k in range(len(everyone[0])) for part in everyone if k < len(part)]
         return {key: torch.cat([columns[key] for columns in batches]) for key in batches[0]}
 
-    def predictions(self, sigma: float) -> Predictions:
+    def predictions(self, sigma: float) -> dict[str, Tensor]:
         """What the classifier predicts at noise level ``sigma``; computed once.
+
+        Returns:
+            Of each image, (N,), on the CPU: ``labels``, the true ones; ``predicted``, the most
+            probable label; whether it is ``right``; ``confidence``, its probability; ``nll``,
+            -log p(c|y) of the true label, nats; ``brier``, the sum over labels of
+            (p(k|y) - 1[k = c])^2, 0 to 2.
 
         Raises:
             UserError: if a probability is NaN or Inf.
@@ -236,15 +219,13 @@ class EvaluationContext:
             self.skip(len(self.images))
             return self._predictions[sigma]
         model = self.model
-        assert self.images.labels is not None
         assert isinstance(model, EnergyModel)
-        columns = self.columns(sigma, lambda batch: _predict(model, batch, sigma))
-        if not columns["brier"].isfinite().all():
+        found = self.columns(sigma, lambda batch: _predict(model, batch, sigma))
+        if not found["brier"].isfinite().all():
             raise UserError(
                 "this model gives probabilities that are not finite: its training diverged, or its "
                 "weights are damaged"
             )
-        found = Predictions(labels=self.images.labels.cpu(), **columns)
         self._predictions[sigma] = found
         return found
 
@@ -262,7 +243,9 @@ def _predict(model: EnergyModel, batch: Batch, sigma: float) -> dict[str, Tensor
     own = batch.labels[:, None]
     off = posterior.scatter_add(1, own, -torch.ones_like(posterior[:, :1]))
     return {
+        "labels": batch.labels,
         "predicted": predicted,
+        "right": predicted == batch.labels,
         "confidence": confidence,
         "nll": -log_posterior.gather(1, own).squeeze(1),
         "brier": off.square().sum(1),

@@ -212,7 +212,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
     for name in options.corruptions:
         corruption: Corruption = CORRUPTIONS[name]
         rows = []
-        for strength in sorted(set(options.strengths)):
+        for strength in sorted(options.strengths):
             constant = getattr(corruption, kind)[strength - 1]
             columns = _columns(context, labelled, name, constant)
             rows.append({"strength": strength, "constant": constant, **_row(columns, context.seed)})
@@ -453,7 +453,7 @@ def _plot_slope(axes: Axes, document: dict[str, Any]) -> None:
 
 def _passes(context: EvaluationContext) -> int:
     options = context.option(CorruptionsConfig)
-    return 1 + len(options.corruptions) * len(set(options.strengths))
+    return 1 + len(options.corruptions) * len(options.strengths)
 
 
 CORRUPTIONS_SUITE = Suite(

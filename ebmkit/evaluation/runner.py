@@ -176,13 +176,8 @@ def _applies(suite: Suite, model: ScoreModel, images: Images) -> bool:
 
 @dataclass(frozen=True)
 class Result:
-    """What a suite measured.
-
-    Attributes:
-        suite: its name.
-        document: what the JSON file holds.
-        path: the JSON file; the plots are beside it.
-    """
+    """What the suite of this name measured, what its JSON file holds, and that file's path; the
+    plots are beside it."""
 
     suite: str
     document: dict[str, Any]

@@ -61,6 +61,7 @@ Method = Literal["auto", "dense", "iterative"]
 Vectors = NDArray[np.float64]
 
 
+@dataclass
 class Jacobian:
     """The Jacobian of ``denoise`` at ``y`` as an operator.
 
@@ -68,25 +69,25 @@ class Jacobian:
         denoise: images (B, C, H, W) to images of the same shape, each on its own.
         y: one image (C, H, W).
         symmetric: whether it must be so, because ``denoise`` is a gradient.
-        chunk: directions multiplied at once; None: by their size, see `CHUNK_VALUES`.
-
-    Attributes:
-        size: the number of rows, d = C H W.
+        chunk: directions multiplied at once; 0: by their size, see `CHUNK_VALUES`.
         products: how many products were taken so far.
     """
 
-    def __init__(
-        self,
-        denoise: Callable[[Tensor], Tensor],
-        y: Tensor,
-        symmetric: bool = True,
-        chunk: int | None = None,
-    ) -> None:
-        self.denoise, self.y, self.symmetric, self.size = denoise, y, symmetric, y.numel()
-        values = CHUNK_VALUES * (8 if y.is_cuda else 1)
-        self.chunk = chunk or max(1, min(512, values // max(1, self.size)))
-        self.products = 0
-        self._graph: tuple[Tensor, Tensor] | None = None
+    denoise: Callable[[Tensor], Tensor]
+    y: Tensor
+    symmetric: bool = True
+    chunk: int = 0
+    products: int = 0
+    _graph: tuple[Tensor, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        values = CHUNK_VALUES * (8 if self.y.is_cuda else 1)
+        self.chunk = self.chunk or max(1, min(512, values // max(1, self.size)))
+
+    @property
+    def size(self) -> int:
+        """The number of rows, d = C H W."""
+        return self.y.numel()
 
     def vjp(self, directions: Tensor) -> Tensor:
         """J^T v, which is J v if symmetric, of each of ``directions`` (n, C, H, W); same type.
@@ -135,14 +136,14 @@ class Jacobian:
         return self._graph
 
 
-def jacobian(model: ScoreModel, y: Tensor, sigma: float, chunk: int | None = None) -> Jacobian:
+def jacobian(model: ScoreModel, y: Tensor, sigma: float, chunk: int = 0) -> Jacobian:
     """The Jacobian at ``y`` (C, H, W) of ``model``'s unconditional denoiser, given ``sigma``.
 
     Args:
         model: in evaluation mode. It is symmetric if it is an `EnergyModel`.
         y: a noisy image.
         sigma: the noise level, image units.
-        chunk: directions multiplied at once; None: by their size.
+        chunk: directions multiplied at once; 0: by their size.
     """
     symmetric = isinstance(model, EnergyModel)
     return Jacobian(lambda images: model.denoise(images, sigma), y, symmetric, chunk)
