@@ -27,6 +27,7 @@ from torch import Tensor
 from ebmkit.compile import unwrapped
 from ebmkit.energy import EnergyModel, ScoreModel, classifies
 from ebmkit.errors import UserError
+from ebmkit.models import load
 from ebmkit.storage.torchfile import read_torch_file
 
 WEIGHTS = (
@@ -102,7 +103,6 @@ def classifier(run: str, device: torch.device) -> Extractor:
     Raises:
         UserError: if there is no run, or its model has no labels or no head.
     """
-    from ebmkit.models import load
 
     model = load(run, device=str(device))
     if not classifies(model):

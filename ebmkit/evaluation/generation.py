@@ -26,6 +26,8 @@ from rich.table import Table
 from torch import Tensor
 
 from ebmkit import plots
+from ebmkit.data import DATASETS, ImageSet, load_dataset
+from ebmkit.data.hdf5 import read_contents
 from ebmkit.energy import EnergyModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation import distances, statistics
@@ -98,7 +100,6 @@ def read_samples(path: Path, like: Images, setting: str = "generation.samples") 
         UserError: if the file is missing, damaged, or none of `ebmkit sample`'s, its images have
             another shape, or none is finite.
     """
-    from ebmkit.data.hdf5 import read_contents
 
     what = repr(str(path))
     if not path.is_file():
@@ -143,7 +144,6 @@ def read_samples(path: Path, like: Images, setting: str = "generation.samples") 
 
 def other_split(images: Images, data_dir: Path | None) -> Images | None:
     """Training images of the data set of ``images`` (test images, if it is those), if found."""
-    from ebmkit.data import DATASETS, load_dataset
 
     if images.name not in DATASETS:
         return None
@@ -192,7 +192,6 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
     Raises:
         UserError: if a sample or a feature is missing or not finite.
     """
-    from ebmkit.data import ImageSet
 
     images, generated, extractor = context.images, _samples(context), _extractor(context)
     model = context.model if isinstance(context.model, EnergyModel) else None

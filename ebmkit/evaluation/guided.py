@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from ebmkit.compile import device_of
+from ebmkit.data import ImageSet
 from ebmkit.energy import EnergyModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation import distances, statistics
@@ -121,21 +122,20 @@ def measure_guided(
     labels = None if labels is None else _labels(labels, len(pixels), real)
     device = device or ("cpu" if extractor.model is None else device_of(extractor.model))
 
-    def columns(batches: Sequence[Tensor]) -> Columns:
-        num_classes = real.num_classes
+    def features(images: Images, own: Tensor | None) -> Features:
+        classes = real.num_classes
         with torch.no_grad():
             rows = [
-                columns_of_images(x.to(device), extractor, energy_model, num_classes, reading)
-                for x in batches
+                columns_of_images(x.to(device), extractor, energy_model, classes, reading)
+                for x, _ in images.batches(batch_size)
             ]
-        return {name: torch.cat([row[name].cpu() for row in rows]) for name in rows[0]}
+        return Features({name: torch.cat([r[name].cpu() for r in rows]) for name in rows[0]}, own)
 
-    def features(images: Images) -> Features:
-        own = None if images.labels is None else images.labels.cpu()
-        return Features(columns([x for x, _ in images.batches(batch_size)]), own)
+    def own_features(images: Images) -> Features:
+        return features(images, None if images.labels is None else images.labels.cpu())
 
-    made = Features(columns([x.float() / 255 for x in torch.split(pixels, batch_size)]), labels)
-    known, spare = features(real), None if others is None else features(others)
+    made = features(ImageSet(pixels), labels)
+    known, spare = own_features(real), None if others is None else own_features(others)
     judged = extractor.model is not None and extractor.model.num_classes == real.num_classes
     same = known.among(labels)
     classes = None

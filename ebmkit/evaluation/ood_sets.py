@@ -18,9 +18,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from ebmkit.data import StreamedSet
+from ebmkit.data.folders import SUFFIXES, find_images
+from ebmkit.data.hdf5 import load_rows, read_contents
+from ebmkit.data.images import MAX_PIXELS_IN_SET, open_image
 from ebmkit.errors import UserError, unknown_name
 from ebmkit.evaluation.context import Images
 from ebmkit.randomness import keyed_generator
+from ebmkit.storage.hdf5 import holds, open_hdf5
 
 
 @dataclass(frozen=True)
@@ -206,8 +211,6 @@ def _reshaped(other: Any, like: Images) -> Images:
 
 
 def _folder(root: Path, like: Images) -> Images:
-    from ebmkit.data.folders import SUFFIXES, find_images
-    from ebmkit.data.images import MAX_PIXELS_IN_SET, open_image
 
     names = find_images(root, root, ask="copy it into the folder, or make a folder without links")
     files = sorted(root / name for name in names)
@@ -224,16 +227,10 @@ def _folder(root: Path, like: Images) -> Images:
 
 
 def _file(path: Path, like: Images) -> Images:
-    import h5py
 
-    from ebmkit.data.hdf5 import load_rows, read_contents
-    from ebmkit.storage.hdf5 import holds, open_hdf5
-
-    group = ""
-    if h5py.is_hdf5(path):
-        with open_hdf5(path) as file:
-            if not holds(file, "images"):
-                group = next((g for g in ("test", "train") if holds(file, g)), "")
+    with open_hdf5(path) as file:
+        groups = [] if holds(file, "images") else ["test", "train"]
+        group = next((g for g in groups if holds(file, g)), "")
     contents = read_contents(path, group)
     rows = torch.arange(min(contents.shape[0], len(like)))
     return _reshaped(load_rows(path.name, "test", contents, rows), like)
@@ -255,7 +252,6 @@ class _Reader:
 
 
 def _streamed(name: str, read: Callable[[int], Any], count: int, like: Images) -> Images:
-    from ebmkit.data import StreamedSet
 
     reader = _Reader(read, like.channels, like.image_size)
     return StreamedSet(

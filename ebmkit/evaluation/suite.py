@@ -22,6 +22,7 @@ from ebmkit.energy import EnergyModel, ScoreModel, classifies
 from ebmkit.errors import UserError
 from ebmkit.evaluation.context import EvaluationContext, Images
 from ebmkit.evaluation.statistics import to_json
+from ebmkit.models import load
 from ebmkit.noise import format_sigma
 from ebmkit.terminal import shown_name
 
@@ -154,7 +155,6 @@ def load_beside(
     Raises:
         UserError: if one is not there, or knows other classes or channels.
     """
-    from ebmkit.models import load
 
     images, classes = context.images, context.model.num_classes
     for run in runs:
