@@ -179,27 +179,26 @@ def bars_within(
         Whether an interval was cut.
     """
     low, high = limits
-    known = [(at, e) for at, e in zip(x, estimates, strict=True) if e["value"] is not None]
-    values, errors, cut = [], [], False
-    for at, estimate in known:
-        value = min(max(estimate["value"], low), high)
-        bounded = estimate["low"] is not None and estimate["high"] is not None
-        ends = (estimate["low"], estimate["high"]) if bounded else (value, value)
-        values.append(value)
-        errors.append((max(0.0, value - max(low, ends[0])), max(0.0, min(high, ends[1]) - value)))
-        for beyond, limit, caret in ((ends[0] < low, low, 7), (ends[1] > high, high, 6)):
-            if beyond:
-                label = None if CUT in axes.get_legend_handles_labels()[1] else CUT
-                cut = True
-                colour = look.get("color")
-                axes.plot([at], [limit], marker=caret, color=colour, ms=6, ls="", label=label)
-        if value != estimate["value"]:
-            place: dict[str, Any] = {"textcoords": "offset points", "rotation": 90, "fontsize": 7}
-            place["va"] = "bottom" if value == low else "top"
-            axes.annotate(f"{estimate['value']:.3g}", (at, value), (4, 0), **place)
-    bars = [list(side) for side in zip(*errors, strict=True)] or None
-    axes.errorbar([at for at, _ in known], values, bars, capsize=2, **look)
-    return cut
+    known = [
+        (at, *(e["value"] if e[end] is None else e[end] for end in ("value", "low", "high")))
+        for at, e in zip(x, estimates, strict=True)
+        if e["value"] is not None
+    ]
+    places, values, lows, highs = np.array(known, dtype=float).reshape(-1, 4).T
+    shown, bottom, top = (np.clip(ends, low, high) for ends in (values, lows, highs))
+    bars = [np.maximum(0, shown - bottom), np.maximum(0, top - shown)]
+    axes.errorbar(places, shown, bars, capsize=2, **look)
+    for beyond, limit, caret in ((lows < low, low, 7), (highs > high, high, 6)):
+        if beyond.any():
+            label = None if CUT in axes.get_legend_handles_labels()[1] else CUT
+            mark: dict[str, Any] = {"marker": caret, "color": look.get("color"), "ms": 6, "ls": ""}
+            axes.plot(places[beyond], np.full(beyond.sum(), limit), label=label, **mark)
+    for at, value, y in zip(places, values, shown, strict=True):
+        if value != y:
+            text: dict[str, Any] = {"textcoords": "offset points", "rotation": 90, "fontsize": 7}
+            text["va"] = "bottom" if y == low else "top"
+            axes.annotate(f"{value:.3g}", (at, y), (4, 0), **text)
+    return bool(((lows < low) | (highs > high)).any())
 
 
 def plot_estimates(

@@ -18,8 +18,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ebmkit.data import StreamedSet
-from ebmkit.data.folders import SUFFIXES, find_images
+from ebmkit.data import StreamedSet, load_dataset
+from ebmkit.data.folders import SUFFIXES, find_images, to_pixels
 from ebmkit.data.hdf5 import load_rows, read_contents
 from ebmkit.data.images import MAX_PIXELS_IN_SET, open_image
 from ebmkit.errors import UserError, unknown_name
@@ -175,8 +175,6 @@ def find_set(name: str, images: Images, data_dir: Path | None, seed: int) -> Out
     if name in NAMED:
         if name == images.name:
             raise UserError(f"ood.sets: {name!r} is the data set that is evaluated: name another")
-        from ebmkit.data import load_dataset
-
         own = load_dataset(name, data_dir, "test", download=False, progress=False)
         return OutSet(name, f"{name} test images", _reshaped(own, images))
     path = Path(name).expanduser()
@@ -246,8 +244,6 @@ class _Reader:
 
     def read(self, rows: Sequence[int]) -> Tensor:
         """Images (B, C, H, W) uint8."""
-        from ebmkit.data.folders import to_pixels
-
         return torch.stack([to_pixels(self.open(r), self.channels, self.size) for r in rows])
 
 
