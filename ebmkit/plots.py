@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"
 GRAY = "#888888"
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, GRAY)
-MARKERS = ("o", "s", "^", "D", "v", "x")
 DPI = 130
 CUT = "the interval continues"
 SIGMA = "noise level sigma (1/255)"

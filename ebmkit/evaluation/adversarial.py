@@ -219,19 +219,19 @@ def _plot_norms(document: dict[str, Any], path: Path) -> None:
     noisy = [level for level in document["levels"] if level["sigma"]]
     clean = [level for level in document["levels"] if not level["sigma"]]
     x = [255 * level["sigma"] for level in noisy]
-    series = (
-        ("norm", "targets", plots.ORANGE, "s"),
-        ("norm_predicted", "predicted label", plots.BLUE, "o"),
-        ("score_norm", "score $\\nabla\\log p(y)$", plots.GREEN, "^"),
-    )
+    series = {
+        "norm_predicted": "predicted label",
+        "norm": "targets",
+        "score_norm": "score $\\nabla\\log p(y)$",
+    }
     # an interval of a mean may reach 0, which a logarithmic axis has not
-    values = [level[name]["value"] for level in noisy for name, *_ in series]
+    values = [level[name]["value"] for level in noisy for name in series]
     floor = min([value for value in values if value], default=1.0) / 5
-    for name, label, colour, marker in series:
-        look: dict[str, Any] = {"color": colour, "marker": marker, "ms": 4, "label": label}
+    for k, (name, label) in enumerate(series.items()):
+        look = plots.look(k) | {"ls": "-", "ms": 4, "label": label}
         plots.plot_estimates(left, x, [level[name] for level in noisy], **look)
         for level in clean:
-            left.axhline(level[name]["value"], color=colour, ls=":", lw=1)
+            left.axhline(level[name]["value"], color=look["color"], ls=":", lw=1)
     if clean:
         left.plot([], [], color=plots.GRAY, ls=":", lw=1, label="at the clean image")
     title, y = "Gradients of log p(c|y), mean over images", "l2 norm (nats per image unit)"
@@ -242,9 +242,9 @@ def _plot_norms(document: dict[str, Any], path: Path) -> None:
             [level["steps"][k][name]["value"] for level in noisy] for name in ("gain", "promised")
         )
         rises += gains
-        colour, label = plots.COLOURS[k % 3], f"step {length:g}"
-        right.plot(x, gains, f"{plots.MARKERS[k % 3]}-", color=colour, ms=4, label=label)
-        right.plot(x, promised, "--", color=colour, lw=1)
+        look = plots.look(k) | {"ls": "-", "ms": 4, "label": f"step {length:g}"}
+        right.plot(x, gains, **look)
+        right.plot(x, promised, "--", color=look["color"], lw=1)
     right.plot([], [], "--", color=plots.GRAY, lw=1, label="promised by the gradient")
     title = "A step along the gradient of a target (l2 length)"
     plots.annotate(right, title, plots.SIGMA, "rise of log p(c|y) (nats)", xscale="log")

@@ -275,7 +275,7 @@ def plot_spectra(document: dict[str, Any], path: Path) -> None:
         rank = np.arange(1, len(values) + 1)
         name = one["label"] or f"image {i}"
         note = f"{name}: trace {one['trace']:.1f}, {one['above_half']} above 1/2"
-        look = {"color": plots.COLOURS[i % 6], "ls": ("-", "--", "-.", ":")[i // 6 % 4], "lw": 1.4}
+        look = plots.look(i) | {"marker": "", "lw": 1.4}
         left.plot(rank, values, label=note, **look)
         right.plot(rank, np.sort(np.abs(values))[::-1], **look)
     for axes, level in ((left, 0), (left, 1), (right, 1)):

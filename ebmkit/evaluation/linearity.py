@@ -291,7 +291,7 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
             known = [(255 * level["sigma"], level[name]) for level in levels if level[name]]
             if known:
                 x, estimates = zip(*known, strict=True)
-                look = {"fmt": f"{plots.MARKERS[k]}-", "color": plots.COLOURS[k], "label": label}
+                look = plots.look(k) | {"ls": "-", "label": label}
                 plots.bars_within(axes, x, estimates, limits, ms=4, **look)
     right.axhline(2, color=plots.GRAY, ls=":", lw=1, label="2: locally linear")
     theory = document["theory"]
@@ -325,7 +325,7 @@ def linearity_grid(cells: Sequence[dict[str, Any]], path: Path, data: str = "") 
             at = np.arange(len(cells)) + (k - (len(sigmas) - 1) / 2) * 0.6 / len(sigmas)
             found = [cell["levels"][k][name] for cell in cells]
             label = plots.sigma_label(sigma) if axes is top else None
-            look = {"color": plots.COLOURS[k % 6], "marker": plots.MARKERS[k % 6], "ls": ""}
+            look = plots.look(k) | {"ls": ""}
             plots.bars_within(axes, list(at), found, limits, lw=1, ms=5, label=label, **look)
         for i in range(len(cells) - 1):
             axes.axvline(i + 0.5, color=plots.GRAY, lw=0.4)
