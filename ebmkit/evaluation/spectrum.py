@@ -164,21 +164,19 @@ class Eigenpairs(NamedTuple):
 class Spectrum:
     """What is known of the spectrum of a Jacobian.
 
+    Of the denoiser that is the gradient of no density, values are singular values, and vectors
+    right singular vectors.
+
     Attributes:
-        method: dense or iterative.
-        singular: whether values are singular values, and vectors right singular vectors, as the
-            denoiser is the gradient of no density.
-        values: all of them, descending, if dense; else None.
+        values: all of them, descending, if J was written out; else None.
         largest: the algebraically largest, descending.
         smallest: the smallest in magnitude, ascending.
-        trace: of J: exact if dense, else estimated from random directions.
-        trace_error: its standard error; 0 if dense.
+        trace: of J: exact if written out, else estimated from random directions.
+        trace_error: its standard error; 0 if written out.
         asymmetry: ||J - J^T|| / ||J|| in Frobenius' norm, measured or estimated in the same way.
         products: how many products with J were taken.
     """
 
-    method: Literal["dense", "iterative"]
-    singular: bool
     values: Tensor | None
     largest: Eigenpairs
     smallest: Eigenpairs
@@ -250,17 +248,9 @@ def _dense_spectrum(operator: Jacobian, largest: int, smallest: int) -> Spectrum
         shape = (len(chosen), *operator.y.shape)
         return Eigenpairs(values[chosen], _signed(vectors[chosen]).reshape(shape), residuals)
 
-    return Spectrum(
-        method="dense",
-        singular=not operator.symmetric,
-        values=values,
-        largest=pairs(torch.arange(largest)),
-        smallest=pairs(values.abs().argsort()[:smallest]),
-        trace=float(matrix.trace()),
-        trace_error=0.0,
-        asymmetry=float((matrix - matrix.T).norm() / matrix.norm().clamp_min(1e-300)),
-        products=operator.products,
-    )
+    ends = pairs(torch.arange(largest)), pairs(values.abs().argsort()[:smallest])
+    asymmetry = float((matrix - matrix.T).norm() / matrix.norm().clamp_min(1e-300))
+    return Spectrum(values, *ends, float(matrix.trace()), 0.0, asymmetry, operator.products)
 
 
 def _iterative_spectrum(
@@ -277,7 +267,7 @@ def _iterative_spectrum(
     def folded(v: Vectors) -> Vectors:
         return 1.1 * scale**2 * v - times(times(v))
 
-    trace, trace_error, asymmetry = _probe(operator, rng)
+    statistics = _probe(operator, rng)
     # the scale of the spectrum, for the fold and for the tolerance
     basis = _lanczos(times, operator, 1, "LM", 0.01, last, rng)
     scale = max(float(_rotate(operator, basis).values.abs().max()), 1e-12)
@@ -293,17 +283,7 @@ def _iterative_spectrum(
             goal /= 10
         order = pairs.values.abs().argsort() if found else pairs.values.argsort(descending=True)
         found.append(Eigenpairs(*(x[order] for x in pairs)))
-    return Spectrum(
-        method="iterative",
-        singular=False,
-        values=None,
-        largest=found[0],
-        smallest=found[1],
-        trace=trace,
-        trace_error=trace_error,
-        asymmetry=asymmetry,
-        products=operator.products,
-    )
+    return Spectrum(None, found[0], found[1], *statistics, operator.products)
 
 
 def _lanczos(
