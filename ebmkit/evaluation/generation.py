@@ -3,7 +3,7 @@ r"""Suite ``generation``: how far samples are from real images, as a network see
 The samples are in an HDF5 file of `ebmkit sample` (its format, and the measures' names, are in
 docs/guide/generation.md). The real images, the *reference*, are those evaluated. An extractor
 (`ebmkit.evaluation.features`) gives features and class probabilities of both,
-`ebmkit.evaluation.distances` the measures, and `ebmkit.evaluation.guided` what is said by class.
+the measures, and `ebmkit.evaluation.guided` what is said by class.
 
 A distance of few images is biased. So the same is measured of as many other real images as there
 are samples, from the other split of the data set where it is found, else of halves of the reference
@@ -30,9 +30,16 @@ from ebmkit.data import DATASETS, ImageSet, load_dataset
 from ebmkit.data.hdf5 import read_contents
 from ebmkit.energy import EnergyModel
 from ebmkit.errors import UserError
-from ebmkit.evaluation import distances, statistics
+from ebmkit.evaluation import statistics
 from ebmkit.evaluation.context import Batch, EvaluationContext, Images
-from ebmkit.evaluation.features import Extractor, find_extractor, same_weights
+from ebmkit.evaluation.features import (
+    Extractor,
+    find_extractor,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+    same_weights,
+)
 from ebmkit.evaluation.guided import (
     Columns,
     Features,
@@ -260,11 +267,11 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
 def _measures(samples: Columns, real: Columns, extractor: Extractor) -> dict[str, Any]:
     """By the extractor's names, each with its interval."""
     a, b = samples["features"], real["features"]
-    precision, recall = distances.precision_recall(a, b)
+    precision, recall = precision_recall(a, b)
     found = {
         "frechet": frechet(a, b),
-        "kernel": distances.kernel_distance(a, b),
-        "score": distances.jackknife(distances.score, samples["logits"]),
+        "kernel": kernel_distance(a, b),
+        "score": statistics.jackknife(inception_score, samples["logits"]),
         "precision": precision,
         "recall": recall,
     }

@@ -6,7 +6,7 @@ energy differs: the numbers by which ways of guiding are compared.
 
 - *Recognised* (``accuracy``): the share that the extractor gives the label asked for; Wilson's
   interval.
-- *Distance of a class*: ``frechet`` and ``kernel`` (`ebmkit.evaluation.distances`) between samples
+- *Distance of a class*: ``frechet`` and ``kernel`` (`ebmkit.evaluation.features`) between samples
   and real images of one label. Of few images the Frechet distance is biased upwards, the more the
   fewer; so beside it stands its ``floor``, the same of as many other real images of that label (or
   of as many as there are, ``count``). The kernel distance has no bias, whatever the number.
@@ -35,10 +35,16 @@ from ebmkit.compile import device_of
 from ebmkit.data import ImageSet
 from ebmkit.energy import EnergyModel
 from ebmkit.errors import UserError
-from ebmkit.evaluation import distances, statistics
+from ebmkit.evaluation import statistics
 from ebmkit.evaluation.context import Images
 from ebmkit.evaluation.energies import ImageEnergies, energies_of
-from ebmkit.evaluation.features import Extractor
+from ebmkit.evaluation.features import (
+    WHOLE,
+    Extractor,
+    frechet_distance,
+    kernel_distance,
+    mean_distance,
+)
 from ebmkit.evaluation.statistics import Estimate, to_json
 from ebmkit.metrics import predict
 from ebmkit.models.heads import EnergySource
@@ -181,12 +187,12 @@ def by_class(
         assert made is not None
         assert known is not None
         features = made.columns["features"]
-        spread = distances.mean_distance(known.columns["features"][:PAIRED])
+        spread = mean_distance(known.columns["features"][:PAIRED])
 
         def ratio(features: Tensor, spread: float = spread) -> float:
-            return distances.mean_distance(features) / spread if spread else UNKNOWN
+            return mean_distance(features) / spread if spread else UNKNOWN
 
-        diversity = distances.jackknife(ratio, features)
+        diversity = statistics.jackknife(ratio, features)
         found.append(
             {
                 "label": label,
@@ -230,7 +236,7 @@ def _compared(
         accuracy = statistics.accuracy(predict(samples.columns["logits"]) == samples.labels)
     floor = UNKNOWN
     if min(len(few), len(against)) > 1:
-        floor = distances.frechet_distance(few, against)
+        floor = frechet_distance(few, against)
     return {
         "accuracy": accuracy,
         "frechet": frechet(made, known),
@@ -315,17 +321,17 @@ def frechet(a: Tensor, b: Tensor) -> Estimate:
         return statistics.without_interval(UNKNOWN, len(a))
     width = a.shape[1]
     if width <= MOST_FEATURES or len(a) * len(b) < width**2 / 10:
-        return distances.jackknife(distances.frechet_distance, a, b)
-    return statistics.without_interval(distances.frechet_distance(a, b), len(a))
+        return statistics.jackknife(frechet_distance, a, b)
+    return statistics.without_interval(frechet_distance(a, b), len(a))
 
 
 def _kernel(a: Tensor, b: Tensor) -> Estimate:
-    """`distances.kernel_distance` of features (n, d) and (m, d), up to 2000 of each set;
+    """`kernel_distance` of features (n, d) and (m, d), up to 2000 of each set;
     undefined (nan) of fewer than two."""
-    a, b = a[: distances.WHOLE], b[: distances.WHOLE]
+    a, b = a[:WHOLE], b[:WHOLE]
     if min(len(a), len(b)) < 2:
         return statistics.without_interval(UNKNOWN, len(a))
-    return distances.kernel_distance(a, b)
+    return kernel_distance(a, b)
 
 
 def _stratified(made: Tensor, wanted: Tensor, known: Tensor, labels: Tensor) -> Estimate:

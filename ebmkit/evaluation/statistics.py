@@ -22,11 +22,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 LEVEL = 0.95
 """The level of every interval."""
+
+GROUPS = 10
+"""Of the jackknife."""
 
 
 @dataclass(frozen=True)
@@ -134,3 +138,24 @@ def bootstrap(
         random_state=np.random.default_rng(seed),
     ).confidence_interval
     return Estimate(value, max(lowest, float(found.low)), max(lowest, float(found.high)), count)
+
+
+def jackknife(statistic: Callable[..., float], *parts: Tensor) -> Estimate:
+    """A statistic of independent ``parts`` (n_k, ...), with an interval of the grouped jackknife.
+
+    Each part is left out by tenths in turn; the variances that this gives add up. The interval is
+    Student's with 9 degrees of freedom; a bias is not taken off.
+
+    Source: B. Efron, The Jackknife, the Bootstrap and Other Resampling Plans (1982), chapter 2.
+    """
+    value, variance = statistic(*parts), 0.0
+    for k, part in enumerate(parts):
+        if len(part) < 2 * GROUPS:
+            return without_interval(value, len(parts[0]))
+        group = torch.arange(len(part), device=part.device) % GROUPS
+        found = torch.tensor(
+            [statistic(*parts[:k], part[group != g], *parts[k + 1 :]) for g in range(GROUPS)],
+            dtype=torch.float64,
+        )
+        variance += float((GROUPS - 1) / GROUPS * (found - found.mean()).square().sum())
+    return student(value, math.sqrt(variance), GROUPS - 1, len(parts[0]))
