@@ -1,5 +1,5 @@
-r"""Features of images, and distances between two sets by them: what IS, FID, KID, precision and recall
-are made of, for any network that gives features.
+r"""Features of images, and distances between sets of images by them: what IS, FID, KID, precision
+and recall are made of, for any network that gives features.
 
 With features :math:`a_1, \dots, a_n` of samples and :math:`b_1, \dots, b_m` of real images, in d
 dimensions,
