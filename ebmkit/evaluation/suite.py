@@ -7,6 +7,7 @@ files) and ``table`` (document -> table for the terminal).
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -175,7 +176,7 @@ def load_beside(
 
 def unique_name(name: str, taken: Container[str]) -> str:
     """``name``, with a number where it is ``taken``."""
-    names = (name, *(f"{name}-{count}" for count in range(2, 1000)))
+    names = (f"{name}-{k}" if k > 1 else name for k in itertools.count(1))
     return next(own for own in names if own not in taken)
 
 
