@@ -59,7 +59,7 @@ ASYMMETRY = 1e-3
 KINDS = ("largest", "smallest")
 
 
-Few = Annotated[int, Field(ge=1, le=20)]
+UpTo20 = Annotated[int, Field(ge=1, le=20)]
 
 
 class JacobianConfig(SuiteConfig):
@@ -67,11 +67,11 @@ class JacobianConfig(SuiteConfig):
 
     sigma: Sigma = 50 / 255
     """noise level, image units"""
-    images: Few = 3
+    images: UpTo20 = 3
     """number of images, from the first"""
-    largest: Few = 3
+    largest: UpTo20 = 3
     """number of largest eigenvalues and their eigenvectors"""
-    smallest: Few = 2
+    smallest: UpTo20 = 2
     """number of eigenvalues of smallest magnitude and their eigenvectors"""
     method: Method = "auto"
     """dense (all eigenvalues), iterative, or auto (dense up to 3072 values per image)"""
@@ -94,7 +94,7 @@ def check(model: ScoreModel, images: Images) -> None:
 
 
 def measure(context: EvaluationContext) -> dict[str, Any]:
-    """Decompose the Jacobians; see the module's text for what is returned.
+    """Decompose the Jacobians; return the document.
 
     Raises:
         UserError: if the Jacobian has NaN or Inf, or has fewer eigenvalues than are asked for.
