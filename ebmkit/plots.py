@@ -160,6 +160,7 @@ def bars_within(
     x: Sequence[float],
     estimates: Sequence[dict[str, Any]],
     limits: tuple[float, float],
+    scale: float = 1,
     **look: Any,
 ) -> bool:
     """Values with their 95 % intervals, cut at ``limits``.
@@ -172,6 +173,7 @@ def bars_within(
         x: positions.
         estimates: one for each, with ``value``, ``low`` and ``high``, any of which may be None.
         limits: the lowest and the highest value drawn.
+        scale: what estimates are multiplied with.
         look: colour, marker and so on of ``Axes.errorbar``.
 
     Returns:
@@ -183,8 +185,9 @@ def bars_within(
         for at, e in zip(x, estimates, strict=True)
         if e["value"] is not None
     ]
-    places, values, lows, highs = np.array(known, dtype=float).reshape(-1, 4).T
-    shown, bottom, top = (np.clip(ends, low, high) for ends in (values, lows, highs))
+    places, *ends = np.array(known, dtype=float).reshape(-1, 4).T
+    values, lows, highs = (scale * end for end in ends)
+    shown, bottom, top = (np.clip(end, low, high) for end in (values, lows, highs))
     bars = [np.maximum(0, shown - bottom), np.maximum(0, top - shown)]
     axes.errorbar(places, shown, bars, capsize=2, **look)
     for beyond, limit, caret in ((lows < low, low, 7), (highs > high, high, 6)):

@@ -112,20 +112,10 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
         bins = level["bins"]
         full = [b for b in bins if b["count"]]
         top.plot([0, 100], [0, 100], ls=":", color=plots.GRAY, label="calibrated")
-        accuracy, low, high = (
-            np.array([100 * b["accuracy"][key] for b in full]) for key in ("value", "low", "high")
-        )
-        top.errorbar(
-            [100 * b["confidence"] for b in full],
-            accuracy,
-            yerr=np.maximum(0, [accuracy - low, high - accuracy]),
-            fmt="o",
-            color=plots.BLUE,
-            ms=4.5,
-            elinewidth=0.8,
-            capsize=2,
-            label="model, 95 % interval",
-        )
+        x, accuracies = [100 * b["confidence"] for b in full], [b["accuracy"] for b in full]
+        look: dict[str, Any] = {"fmt": "o", "color": plots.BLUE, "ms": 4.5, "elinewidth": 0.8}
+        label = "model, 95 % interval"
+        plots.bars_within(top, x, accuracies, (0, 100), 100, label=label, **look)
         where = f"sigma {in_255ths(level['sigma'])}/255" if level["sigma"] else "clean images"
         top.set_title(f"Calibration, {where}: ECE {100 * level['ece']['value']:.2f} %", fontsize=10)
         top.set(ylabel="accuracy (%)", xlim=(0, 101), ylim=(0, 102))
