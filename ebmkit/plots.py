@@ -7,6 +7,7 @@ readers tell apart; series also differ by marker or hatching.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,6 +30,9 @@ GRAY = "#888888"
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, GRAY)
 DPI = 130
 CUT = "the interval continues"
+ANY = (-math.inf, math.inf)
+"""No limits."""
+
 SIGMA = "noise level sigma (1/255)"
 
 

@@ -57,7 +57,6 @@ LABELS = {
 }
 COLOURS = (plots.GRAY, plots.SKY, plots.BLUE, plots.GREEN, plots.ORANGE, plots.PURPLE)
 HATCHES = ("", "", "", "//", "\\\\", "..")
-ENDS = ("low", "high")
 SHOWN = 5
 NOTE = (
     "$D_u$: unconditional denoiser; $D_c$: conditional on the predicted label; "
@@ -242,14 +241,13 @@ def plot_psnr(denoisers: dict[str, dict[str, Any]], path: Path) -> None:
     keys = list(next(iter(denoisers.values()))["psnr"])
     looks = zip(denoisers.values(), COLOURS, HATCHES, strict=False)
     for i, (denoiser, colour, hatch) in enumerate(looks):
-        entries = [(k, denoiser["psnr"][key]) for k, key in enumerate(keys)]
-        known = [(k, e) for k, e in entries if e["value"] is not None]
-        at = [k + (i - (len(denoisers) - 1) / 2) * width for k, _ in known]
-        own = [e["value"] for _, e in known]
-        ends = [[abs((e[end] or e["value"]) - e["value"]) for _, e in known] for end in ENDS]
+        estimates = [denoiser["psnr"][key] for key in keys]
+        at = [k + (i - (len(denoisers) - 1) / 2) * width for k in range(len(keys))]
+        known = [k for k, e in enumerate(estimates) if e["value"] is not None]
+        own = [estimates[k]["value"] for k in known]
         look: dict[str, Any] = {"color": colour, "hatch": hatch, "edgecolor": "white", "lw": 0}
-        look |= {"yerr": ends, "error_kw": {"lw": 0.8, "capsize": 1.5}}
-        bars = axes.bar(at, own, 0.92 * width, label=denoiser["about"], **look)
+        bars = axes.bar([at[k] for k in known], own, 0.92 * width, label=denoiser["about"], **look)
+        plots.bars_within(axes, at, estimates, plots.ANY, fmt="none", ecolor="black", lw=0.8)
         axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=6.5)
         values += own
     axes.set_xticks(range(len(keys)), [f"{key}/255" for key in keys])

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -421,28 +421,18 @@ def _plot_classes(document: dict[str, Any], path: Path) -> None:
         for c in classes
     ]
     real = [100 * p["real"]["value"] if p["real"]["count"] else None for p in pixels]
-    panels: list[tuple[str, list[dict[str, Any]], float, str, list[float | None]]] = [
-        ("recognised (%)", [c["accuracy"] for c in classes], 100, plots.BLUE, []),
-        (
-            document["names"]["frechet"],
-            [c["frechet"] for c in classes],
-            1,
-            plots.PURPLE,
-            [c["floor"]["frechet"] for c in classes],
-        ),
-        ("diversity", spread, 1, plots.GREEN, [1.0] * len(classes)),
-        (
-            "saturation (%)" if colour == "colour" else "black or white (%)",
-            [p["samples"] for p in pixels],
-            100,
-            plots.ORANGE,
-            real,
-        ),
+    floors, ones = [c["floor"]["frechet"] for c in classes], [1.0] * len(classes)
+    word = "saturation (%)" if colour == "colour" else "black or white (%)"
+    panels: list[tuple[str, list[dict[str, Any]], float, Sequence[float | None]]] = [
+        ("recognised (%)", [c["accuracy"] for c in classes], 100, []),
+        (document["names"]["frechet"], [c["frechet"] for c in classes], 1, floors),
+        ("diversity", spread, 1, ones),
+        (word, [p["samples"] for p in pixels], 100, real),
     ]
     gaps = [gap["energy"] for c in classes if (gap := c["energy_gap"])]
     gaps = [gap for gap in gaps if gap["value"] is not None]
     if len(gaps) == len(classes):
-        panels.append(("E(x) gap (nats)", gaps, 1, plots.SKY, [0.0] * len(classes)))
+        panels.append(("E(x) gap (nats)", gaps, 1, [0.0] * len(classes)))
     size = max(6.6, 1.6 + 0.62 * len(classes)), 0.7 + 1.75 * len(panels)
     figure = plots.new_figure(*size, "constrained")
     figure.suptitle(
@@ -450,18 +440,11 @@ def _plot_classes(document: dict[str, Any], path: Path) -> None:
         f"({total['low']:.1%} to {total['high']:.1%}) of {total['count']}; lines: real images",
         fontsize=9,
     )
-    for axes, (label, estimates, scale, shade, lines) in zip(
-        figure.subplots(len(panels)), panels, strict=True
-    ):
-        values = [scale * (e["value"] or 0.0) for e in estimates]
-        axes.bar(range(len(values)), values, color=shade, alpha=0.75, width=0.7)
-        known = {k: e for k, e in enumerate(estimates) if e["low"] is not None}
-        ends = [
-            [scale * max(0.0, sign * (e[end] - e["value"])) for e in known.values()]
-            for sign, end in ((-1, "low"), (1, "high"))
-        ]
-        tops, bars = [values[k] for k in known], {"ecolor": "black", "capsize": 2, "lw": 1}
-        axes.errorbar([*known], tops, ends, fmt="none", **bars)
+    rows = zip(figure.subplots(len(panels)), panels, strict=True)
+    for number_of, (axes, (label, estimates, scale, lines)) in enumerate(rows):
+        x, values = range(len(classes)), [scale * (e["value"] or 0.0) for e in estimates]
+        axes.bar(x, values, color=plots.look(number_of)["color"], alpha=0.75, width=0.7)
+        plots.bars_within(axes, x, estimates, plots.ANY, scale, fmt="none", ecolor="black", lw=1)
         for k, height in enumerate(lines):
             if height is not None:
                 axes.hlines(height, k - 0.42, k + 0.42, color="black", lw=1.4)
