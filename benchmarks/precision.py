@@ -109,7 +109,7 @@ def psnrs(model: EnergyModel, images: ImageSet, precision: Precision) -> dict[st
     found = {}
     for level in SIGMAS:
         sigma, values = level / 255, []
-        for x, y, _ in noisy_batches(images, sigma, 0, 250):
+        for x, y, *_ in noisy_batches(images, sigma, 0, 250):
             computed = Inference(precision).wrap(model)
             values.append(psnr(computed.denoise(y, sigma).clamp(0, 1), x))
         found[str(level)] = float(torch.cat(values).mean())

@@ -34,7 +34,7 @@ if GUIDED and "--child" in sys.argv:  # before anything else imports what is to 
 
     with atheris.instrument_imports(include=["ebmkit"]):
         import ebmkit.data.hdf5
-        import ebmkit.evaluation.suites
+        import ebmkit.evaluation.runner
         import ebmkit.guidance.score
         import ebmkit.models.importing
         import ebmkit.sampling.jobs.settings
