@@ -66,8 +66,8 @@ def _presets(kind: str, base: type[N]) -> dict[str, Preset[N]]:
     return Table(kind, {name: preset for presets in own for name, preset in presets.items()})
 
 
-BACKBONES: dict[str, Preset[BackboneConfig]] = _presets("backbone", BackboneConfig)
-DENOISERS: dict[str, Preset[DenoiserConfig]] = _presets("denoiser", DenoiserConfig)
+BACKBONES: dict[str, Preset[BackboneConfig]] = _presets("backbone", BackboneConfig)  # type: ignore[type-abstract]
+DENOISERS: dict[str, Preset[DenoiserConfig]] = _presets("denoiser", DenoiserConfig)  # type: ignore[type-abstract]
 
 TIMM = "timm:"
 
