@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 import ebmkit
+from ebmkit.compute import environment
 from ebmkit.data import AnyImages
 from ebmkit.evaluation.statistics import proportion
 from ebmkit.plots import new_figure, save_figure, show_image
 from ebmkit.sampling import Ascent, Chains, label_density_of
 from ebmkit.storage import write_atomically
 from ebmkit.training import RunFolder, resolve
-from ebmkit.training.run_folder import environment
 from ebmkit.training.setup import images_of
 
 EACH, STEPS, STEP = 20, 60, 0.1

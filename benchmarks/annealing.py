@@ -29,7 +29,7 @@ from ebmkit.sampling import (
     geometric_sigmas,
     score_of,
 )
-from ebmkit.sampling.annealed import AnnealedConfig
+from ebmkit.sampling.langevin import AnnealedConfig
 from ebmkit.storage import write_atomically
 
 RESULTS = Path(__file__).parent / "results" / "annealing.json"

@@ -39,8 +39,8 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from ebmkit.bench import Setting, document, measure, training
-from ebmkit.compute import ComputeConfig, describe, pick_device
+from ebmkit.bench import Setting, comparison, document, measure
+from ebmkit.compute import ComputeConfig, describe, environment, pick_device
 from ebmkit.data import Batch
 from ebmkit.data.streams import prefetched
 from ebmkit.objectives import TrainingLoss
@@ -48,7 +48,6 @@ from ebmkit.storage import write_atomically
 from ebmkit.training import TrainConfig, Trainer, resolve
 from ebmkit.training.loop import assemble
 from ebmkit.training.optim import make_optimizer
-from ebmkit.training.run_folder import environment
 from ebmkit.training.step import TrainingStep
 
 KINDS = {
@@ -96,7 +95,7 @@ def main() -> None:
         path = options.out / f"{name}.json"
         if name in options.stages and not path.exists():
             begun = time.perf_counter()
-            found = stage(config, options.trace_step)
+            found = stage(config, options.rehearse)
             found |= {"seconds": time.perf_counter() - begun, "environment": environment()}
             write_atomically(path, json.dumps(found, indent=2).encode())
     run = options.work / "run"
@@ -118,7 +117,7 @@ def main() -> None:
 def configuration(options: argparse.Namespace) -> TrainConfig:
     """The recipe, or a tiny version of it on embedded data."""
     layer: dict[str, Any] = {"device": options.device}
-    if options.trace_step:
+    if options.rehearse:
         layer |= {"model": {"backbone": {"width": 8}}, "steps": 40, "checkpoint_every": 10}
         recipe = "digits"
     else:
@@ -130,7 +129,7 @@ def configuration(options: argparse.Namespace) -> TrainConfig:
     return resolve(layer, recipe=recipe)
 
 
-def check(config: TrainConfig, trace_step: bool) -> dict[str, Any]:
+def check(config: TrainConfig, rehearse: bool) -> dict[str, Any]:
     """Relative differences of the joint loss's parameter gradient between ways to compute it."""
     trainer = assemble(config)
     drawn = next(first_batches(trainer, 1))
@@ -165,15 +164,15 @@ def gradient(trainer: Trainer, way: ComputeConfig, drawn: dict[str, Any]) -> tor
     return torch.cat(parts)
 
 
-def speed(config: TrainConfig, trace_step: bool) -> dict[str, Any]:
+def speed(config: TrainConfig, rehearse: bool) -> dict[str, Any]:
     """Rows of `ebmkit.bench` for the joint step."""
-    width, size, batch = (8, 8, 4) if trace_step else (64, 32, 64)
+    width, size, batch = (8, 8, 4) if rehearse else (64, 32, 64)
     device = pick_device(config.device)
     rows = []
     for objective in ("ce", "dsm", "ce+dsm"):
         setting = Setting(f"train {objective}", "gradresnet18", width, size, batch)
-        found = training(setting, objective, 3, device, config.compute)
-        rows += measure(found, device, 3 if trace_step else 15)
+        found = comparison(setting, 3, device, config.compute, objective)
+        rows += measure(found, device, 3 if rehearse else 15)
     return document(rows)
 
 
@@ -181,14 +180,14 @@ def steps_by_way(options: argparse.Namespace, end: float) -> None:
     """The joint step by each of `WAYS`; ``step.json`` grows, so that what is cut short is kept."""
     rows: list[Any] = []
     device = pick_device(options.device)
-    sizes = [(8, 8, 4)] if options.trace_step else [(64, 32, 64), (16, 32, 64)]
+    sizes = [(8, 8, 4)] if options.rehearse else [(64, 32, 64), (16, 32, 64)]
     for way, (width, size, batch) in itertools.product(options.ways, sizes):
-        if time.monotonic() > end or (options.trace_step and way != "eager bf16"):
+        if time.monotonic() > end or (options.rehearse and way != "eager bf16"):
             continue
         begun = time.monotonic()
         setting = Setting(f"train ce+dsm, {way},", "gradresnet18", width, size, batch)
         try:
-            rows += measure(training(setting, "ce+dsm", 3, device, WAYS[way]), device, 5)
+            rows += measure(comparison(setting, 3, device, WAYS[way], "ce+dsm"), device, 5)
         except Exception as error:
             print(f"{way}, width {width}: {type(error).__name__}: {str(error)[:500]}", flush=True)
             continue
@@ -198,7 +197,7 @@ def steps_by_way(options: argparse.Namespace, end: float) -> None:
         write_atomically(options.out / "step.json", json.dumps(document(rows)).encode())
 
 
-def kernels(config: TrainConfig, trace_step: bool) -> dict[str, Any]:
+def kernels(config: TrainConfig, rehearse: bool) -> dict[str, Any]:
     """Device time by kind of kernel, per step, and the share of the time that nothing runs."""
     trainer = assemble(config)
     trainer.try_steps(10)

@@ -28,11 +28,10 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ebmkit.bench import interleave
-from ebmkit.compute import keep_freed_memory
+from ebmkit.compute import environment, keep_freed_memory
 from ebmkit.energy import EnergyModel
 from ebmkit.models import create_model
 from ebmkit.storage import write_atomically
-from ebmkit.training.run_folder import environment
 
 BATCH, SIGMA = 64, 0.1
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}

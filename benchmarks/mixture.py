@@ -24,9 +24,9 @@ from rich.console import Console
 from torch import Tensor
 
 import ebmkit
+from ebmkit.compute import environment
 from ebmkit.data import NoiseLaw
 from ebmkit.storage import write_atomically
-from ebmkit.training.run_folder import environment
 
 RESULTS = Path(__file__).parent / "results" / "mixture.json"
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "mixture-objectives.png"

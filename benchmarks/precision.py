@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ebmkit.compile import Inference
-from ebmkit.compute import Precision
+from ebmkit.compute import Precision, environment
 from ebmkit.data import ImageSet
 from ebmkit.energy import EnergyModel
 from ebmkit.evaluation.context import noisy_batches
@@ -31,7 +31,6 @@ from ebmkit.metrics import psnr
 from ebmkit.storage import write_atomically
 from ebmkit.training import resolve
 from ebmkit.training.loop import assemble
-from ebmkit.training.run_folder import environment
 from ebmkit.training.setup import images_of
 
 SIGMAS = (15, 25, 50)
@@ -110,7 +109,7 @@ def psnrs(model: EnergyModel, images: ImageSet, precision: Precision) -> dict[st
     found = {}
     for level in SIGMAS:
         sigma, values = level / 255, []
-        for x, y, _ in noisy_batches(images, sigma, 0, 250):
+        for x, y, *_ in noisy_batches(images, sigma, 0, 250):
             computed = Inference(precision).wrap(model)
             values.append(psnr(computed.denoise(y, sigma).clamp(0, 1), x))
         found[str(level)] = float(torch.cat(values).mean())

@@ -22,8 +22,8 @@ from typing import Any
 
 from rich.progress import track
 
+from ebmkit.compute import environment
 from ebmkit.storage import write_atomically
-from ebmkit.training.run_folder import environment
 
 BATCH = 64
 

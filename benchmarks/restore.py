@@ -23,15 +23,15 @@ from rich.progress import Progress
 from torch import Tensor
 
 import ebmkit
-from ebmkit.compute import pick_device
+from ebmkit.compute import environment, pick_device
 from ebmkit.evaluation.statistics import mean
 from ebmkit.metrics import psnr
-from ebmkit.sampling.inverse import TaskOptions, baselines_of, find_task
-from ebmkit.sampling.jobs.restore import Panel, plot_restorations, restore
+from ebmkit.plots import image_rows
+from ebmkit.sampling.inverse import TaskOptions, find_task
+from ebmkit.sampling.jobs.restore import restore
 from ebmkit.sampling.jobs.sources import data_of
 from ebmkit.sampling.kadkhodaie_simoncelli import StochasticAscentConfig
 from ebmkit.storage import write_atomically
-from ebmkit.training.run_folder import environment
 from ebmkit.training.setup import images_of
 
 TASKS = {
@@ -44,7 +44,7 @@ TASKS = {
 
 def measure(
     model: ebmkit.ScoreModel, clean: Tensor, name: str, options: argparse.Namespace, bar: Progress
-) -> tuple[dict[str, Any], list[Panel]]:
+) -> tuple[dict[str, Any], dict[str, tuple[Tensor, str]]]:
     """One task on all images: the row of the JSON file, and the first image's pictures."""
     task = find_task(name)
     measurement = task.measurement(tuple(clean.shape[1:]), TASKS[name])
@@ -65,7 +65,7 @@ def measure(
     images = {"restored": found.images[:, 0].clamp(0, 1)}
     if options.samples > 1:
         images[f"mean of {options.samples}"] = found.images.clamp(0, 1).mean(1)
-    simple = [baselines_of(measurement, m[None]) for m in measured]
+    simple = [measurement.baselines(m[None]) for m in measured]
     for baseline in simple[0]:
         images[baseline] = torch.stack([one[baseline] for one in simple])
     values = {key: psnr(x, clean) for key, x in images.items()}
@@ -82,11 +82,11 @@ def measure(
     gray = measurement.impose(torch.full_like(clean[:1], 0.5), measured[:1])[0]
     best = max(simple[0], key=lambda key: float(values[key].mean()))
     shown = ["restored", *([f"mean of {options.samples}"] if options.samples > 1 else [])]
-    panels = [Panel(clean[0], "original", name), Panel(gray, "measured", "")]
-    panels += [
-        Panel(images[key][0], label, f"{key} {float(values[key][0]):.2f} dB")
+    panels = {"original": (clean[0], name), "measured": (gray, "")}
+    panels |= {
+        label: (images[key][0], f"{key} {float(values[key][0]):.2f} dB")
         for key, label in [(best, "best simple method"), *((key, key) for key in shown)]
-    ]
+    }
     return row, panels
 
 
@@ -136,7 +136,8 @@ def main() -> None:
     path = options.out / f"{options.run.name}-restore.json"
     write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
     title = f"Restored by {options.run.name}: {test.name} {test.split}, first image of {len(test)}"
-    plot_restorations(pictures, path.with_suffix(".png"), title)
+    shown = [list(panels.values()) for panels in pictures]
+    image_rows(shown, list(pictures[0]), path.with_suffix(".png"), title=title)
     console.print(f"wrote {path}")
 
 

@@ -31,11 +31,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ebmkit.compute import environment
 from ebmkit.models.saving import weights_file
 from ebmkit.storage import write_atomically
 from ebmkit.training import RunFolder, Trainer, resolve
 from ebmkit.training.loop import assemble
-from ebmkit.training.run_folder import BEST, environment
+from ebmkit.training.run_folder import BEST
 
 EVERY = 60.0
 """Seconds between saves."""

@@ -26,13 +26,12 @@ from torch import Tensor
 
 from ebmkit.bench import interleave, ratio_to
 from ebmkit.compile import make_inference
-from ebmkit.compute import describe, keep_freed_memory, pick_device
+from ebmkit.compute import describe, environment, keep_freed_memory, pick_device
 from ebmkit.energy import EnergyModel
 from ebmkit.models import create_model
 from ebmkit.sampling import Langevin
 from ebmkit.sampling.langevin import JEM_NOISE, JEM_STEP
 from ebmkit.storage import write_atomically
-from ebmkit.training.run_folder import environment
 
 STEPS = 5
 

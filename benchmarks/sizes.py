@@ -22,12 +22,12 @@ from rich.progress import track
 from torch import Tensor
 
 import ebmkit
+from ebmkit.compute import environment
 from ebmkit.data import read_image
 from ebmkit.evaluation.context import noise_generator
 from ebmkit.inference import image_score
 from ebmkit.metrics import psnr
 from ebmkit.storage import write_atomically
-from ebmkit.training.run_folder import environment
 
 RESULTS = Path(__file__).parent / "results" / "sizes.json"
 WAYS = ("plain formula", "windows", "factor", "tiles", "blended 32", "blended 64")

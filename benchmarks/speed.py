@@ -30,12 +30,11 @@ from ebmkit.bench import (
     Comparison,
     Row,
     Setting,
+    comparison,
     document,
-    inference,
     measure,
     scaling,
     scaling_settings,
-    training,
 )
 from ebmkit.compute import ComputeConfig, pick_compile, pick_device, pick_precision
 from ebmkit.errors import UserError
@@ -68,8 +67,8 @@ def main() -> None:
     for name in ("torchebm", "ebm", "deepinv"):
         if not peers.installed(name):
             print(f"{name} is not installed: its rows are left out")
-    base = Setting("", width=8, image_size=8, batch=4) if options.trace_step else Setting("")
-    wide = base._replace(width=8 if options.trace_step else 64)
+    base = Setting("", width=8, image_size=8, batch=4) if options.rehearse else Setting("")
+    wide = base._replace(width=8 if options.rehearse else 64)
 
     plan: list[Callable[[], Comparison]] = []
     for backbone in ("gradresnet18", "gradresnet34"):
@@ -77,10 +76,10 @@ def main() -> None:
         for setting in (base, wide) if full else (base,):
             for objective in OBJECTIVES:
                 own = setting._replace(what=f"train {objective}", backbone=backbone)
-                plan.append(partial(training, own, objective, 3, device, compute))
+                plan.append(partial(comparison, own, 3, device, compute, objective))
         for what in INFERENCES:
             own = base._replace(what=what, backbone=backbone)
-            plan.append(partial(inference, own, 3, device, compute))
+            plan.append(partial(comparison, own, 3, device, compute))
     for setting in (base, wide) if options.full else (base,):
         own = setting._replace(what="train dsm at one sigma")
         plan.append(partial(peers.score_matching, own, device, compute))
@@ -95,7 +94,7 @@ def main() -> None:
 
     curve = base._replace(what=SCALING)
     points = scaling_settings(curve)
-    if options.trace_step:
+    if options.rehearse:
         points = scaling_settings(curve, (8, 16), (8, 16), (4, 8))
     few = max(2, options.rounds // 3)
     for found in track(scaling(points, 3, device, few, compute), "scaling", total=len(points)):

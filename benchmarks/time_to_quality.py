@@ -24,8 +24,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ebmkit.compute import environment
 from ebmkit.storage import write_atomically
-from ebmkit.training.run_folder import environment
 
 LEVELS = ("15", "25", "50")
 RECIPES = {

@@ -49,7 +49,7 @@ def __getattr__(name: str) -> Any:
     if name in __all__:
         for home in _HOMES:
             module = import_module(f"{__name__}.{home}")
-            if name in module.__all__:
+            if hasattr(module, name):
                 value = globals()[name] = getattr(module, name)
                 return value
     elif not name.startswith("_"):

@@ -33,8 +33,6 @@ from torch import Tensor
 from ebmkit.energy import Energies, EnergyModel, Noise
 from ebmkit.errors import UserError
 
-__all__ = ["Gaussian", "GaussianMixture"]
-
 
 class GaussianMixture(EnergyModel):
     """A labelled mixture of Gaussians on images (C, H, W) or vectors (d,), exact at every sigma.

@@ -54,6 +54,7 @@ from ebmkit.compute import (
     ComputeConfig,
     Precision,
     available_memory,
+    environment,
     pick_compile,
     pick_precision,
     set_tf32,
@@ -69,7 +70,6 @@ from ebmkit.objectives import BALANCE, Scale, Term, TrainingLoss, parse_objectiv
 from ebmkit.training.config import OptimizerConfig
 from ebmkit.training.cost import format_bytes
 from ebmkit.training.optim import make_optimizer
-from ebmkit.training.run_folder import environment
 from ebmkit.training.step import OutOfMemory, TrainingStep
 
 Step = Callable[[], object]
@@ -153,13 +153,12 @@ class Row(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Candidates that do the same work: its name, the images that one step sees, who -> what builds
-    the step, who -> what a reader must know."""
+    """Candidates that do the same work."""
 
     name: str
-    images: int
-    candidates: Mapping[str, Build]
-    notes: Mapping[str, str]
+    images: int  # that one step sees
+    candidates: Mapping[str, Build]  # who -> what builds the step
+    notes: Mapping[str, str]  # who -> what a reader must know
 
 
 def interleave(
@@ -315,78 +314,45 @@ def make_batch(
     return Batch(x, y, sigma, eps, labels, soft)
 
 
-def training(
+def comparison(
     setting: Setting,
-    objective: str,
     channels: int,
     device: torch.device,
     compute: ComputeConfig | None = None,
+    objective: str | None = None,
 ) -> Comparison:
-    """The training step of ``objective``: the library's against the plain eager one.
+    """The library against what everyone writes, in float32 and, where the device has it, in TF32.
 
-    Args:
-        setting: network and sizes; its ``what`` names the comparison.
-        objective: as ``ce+dsm``; balanced terms are timed in their mean form (`timed_terms`).
-        channels: 1 gray, 3 colour.
-        device: where.
-        compute: precision and compilation of the library's step.
+    Either the training step of ``objective``, by its `timed_terms`, or without one the call that is
+    ``setting.what``, one of `INFERENCES`. ``compute`` is how the library computes.
 
     Raises:
         UserError: on an unknown objective, backbone, width, precision or compile mode.
     """
     compute = compute or ComputeConfig()
-    model = network(setting, channels, device)
-    streams = list(dict.fromkeys(term.objective.stream for term in timed_terms(objective)))
-    counts = dict.fromkeys(streams, setting.batch)
-    if len(streams) > 1:
-        counts["classify"] = 2 * setting.batch
-    generator = torch.Generator().manual_seed(0)
-    drawn = {
-        name: make_batch(count, channels, setting.image_size, device, generator)
-        for name, count in counts.items()
-    }
-    return _comparison(
-        setting,
-        sum(counts.values()),
-        lambda: OurStep(model, objective, lambda: drawn, compute),
-        partial(PlainStep, model, objective, lambda: drawn),
-        compute,
-        device,
-    )
-
-
-def inference(
-    setting: Setting, channels: int, device: torch.device, compute: ComputeConfig | None = None
-) -> Comparison:
-    """The library's call of ``setting.what``, one of `INFERENCES`, against the plain one.
-
-    Raises:
-        UserError: as `training` does.
-    """
-    compute = compute or ComputeConfig()
-    if compute.precision == "auto":
-        compute = compute.model_copy(update={"precision": "fp32"})
     model, generator = network(setting, channels, device), torch.Generator().manual_seed(0)
-    y = make_batch(setting.batch, channels, setting.image_size, device, generator).y
-    return _comparison(
-        setting,
-        setting.batch,
-        lambda: our_inference(model, setting.what, y, compute),
-        partial(plain_inference, model, setting.what, y),
-        compute,
-        device,
+    draw = partial(
+        make_batch,
+        channels=channels,
+        image_size=setting.image_size,
+        device=device,
+        generator=generator,
     )
-
-
-def _comparison(
-    setting: Setting,
-    images: int,
-    ours: Build,
-    plain: Callable[..., Step],
-    compute: ComputeConfig,
-    device: torch.device,
-) -> Comparison:
-    """Ours against ``plain(precision=...)`` in float32, and in TF32 where the device has it."""
+    ours: Build
+    plain: Callable[..., Step]
+    if objective is None:
+        if compute.precision == "auto":
+            compute = compute.model_copy(update={"precision": "fp32"})
+        images, y = setting.batch, draw(setting.batch).y
+        ours = partial(our_inference, model, setting.what, y, compute)
+        plain = partial(plain_inference, model, setting.what, y)
+    else:
+        streams = dict.fromkeys(term.objective.stream for term in timed_terms(objective))
+        joint = len(streams) > 1
+        counts = {n: (1 + (joint and n == "classify")) * setting.batch for n in streams}
+        images, drawn = sum(counts.values()), {n: draw(count) for n, count in counts.items()}
+        ours = partial(OurStep, model, objective, lambda: drawn, compute)
+        plain = partial(PlainStep, model, objective, lambda: drawn)
     candidates: dict[str, Build] = {OURS: ours, PLAIN: plain}
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
         candidates[PLAIN_TF32] = partial(plain, precision="tf32")
@@ -514,16 +480,13 @@ def our_inference(
     mode = "on" if pick_compile(compute.compile, y.device) else "off"
     inference = make_inference(y.device, compute.precision, mode)
     own, precision = laid_out(own, inference), inference.precision
-    calls = {
-        "logits": lambda: own.logits(y),
-        "score": lambda: own.score(y),
-        "denoise": lambda: own.denoise(y, SIGMA),
-    }
+    call = getattr(own, what)
 
     def step() -> Tensor:
         set_tf32(y.device, precision)
         with torch.no_grad():
-            return calls[what]()
+            result: Tensor = call(y, SIGMA) if what == "denoise" else call(y)
+            return result
 
     return step
 
@@ -594,7 +557,7 @@ def scaling(
             )
             yield []
             continue
-        rows = measure(training(setting, "dsm", channels, device, compute), device, rounds)
+        rows = measure(comparison(setting, channels, device, compute, "dsm"), device, rounds)
         if setting == settings[0]:
             peak = 1e6 * max(row.peak_mb for row in rows)
         yield rows

@@ -8,8 +8,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ebmkit.plugins import Plugin
 
-__all__ = ["ModelCard"]
-
 Side = Annotated[int, Field(ge=1, le=2**14)]
 
 

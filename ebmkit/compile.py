@@ -44,24 +44,8 @@ from ebmkit.energy import (
     upcast_energies,
     wants_grad,
 )
-from ebmkit.errors import UserError
+from ebmkit.errors import UserError, first_line
 from ebmkit.onednn import subsample_before_1x1
-
-__all__ = [
-    "COMPILE_THRESHOLD_SECONDS",
-    "ISOLATED",
-    "MAX_SIZES",
-    "Inference",
-    "WrappedEnergyModel",
-    "WrappedModel",
-    "device_of",
-    "in_float32",
-    "laid_out",
-    "make_inference",
-    "optimize",
-    "tf32_restored",
-    "unwrapped",
-]
 
 MAX_SIZES = 8
 """For how many sizes each function is compiled at most."""
@@ -90,8 +74,6 @@ class Inference:
         backend: what `torch.compile` compiles with.
 
     Attributes:
-        precision: as given.
-        mode: as given.
         compiling: whether sizes that repeat are compiled from now on.
         compiled: whether anything was compiled so far.
     """
@@ -133,12 +115,12 @@ class Inference:
         Raises:
             UserError: if it was asked for.
         """
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         if self.mode == "on":
             raise UserError(
-                f"the model cannot be compiled: {reason}; use --compile off (compile='off')"
+                f"the model cannot be compiled: {first_line(error)}; use --compile off "
+                "(compile='off')"
             ) from None
-        warnings.warn(f"not compiled, running eagerly: {reason}", stacklevel=6)
+        warnings.warn(f"not compiled, running eagerly: {first_line(error)}", stacklevel=6)
         self.compiling = self.compiled = False
 
 
@@ -169,7 +151,8 @@ class WrappedModel(ScoreModel):
         self.is_energy_based, self.ignores_sigma = model.is_energy_based, model.ignores_sigma
         self.in_channels, self.schedule = model.in_channels, model.schedule
         self.card, self.weights_sha256 = model.card, model.weights_sha256
-        self._functions: dict[tuple[object, ...], _Compiled] = {}
+        self._compiled: dict[object, dict[object, Callable[..., Any]]] = {}  # by function and size
+        self._last: dict[object, object] = {}
 
     def _score(self, y: Tensor, sigma: Noise | None, c: Tensor | None) -> Tensor:
         return self._run(self.model._score, y, sigma, c)
@@ -216,9 +199,12 @@ class WrappedModel(ScoreModel):
                 if inference.compiling and not (model.training and model.has_batch_norm):
                     key = key or (function.__name__,)
                     kind = (*key, sigma is None, *(_kind(other) for other in others))
-                    known = self._functions.setdefault(kind, _Compiled())
                     size = (y.shape, y.stride(), y.dtype, y.device, model.training)
-                    if call := known.for_size(size, function, inference):
+                    by_size = self._compiled.setdefault(kind, {})
+                    again, self._last[kind] = self._last.get(kind) == size, size
+                    if again and size not in by_size and len(by_size) < MAX_SIZES:
+                        by_size[size] = inference.compile(function)
+                    if call := by_size.get(size):
                         try:
                             with torch.inference_mode(False), torch.no_grad():
                                 return cast("T", call(*_as_tensors(y, sigma, others)))
@@ -226,7 +212,7 @@ class WrappedModel(ScoreModel):
                             if isinstance(error, (torch.OutOfMemoryError, UserError)):
                                 raise
                             inference.give_up(error)
-                            self._functions.clear()
+                            self._compiled.clear()
                 return function(y, sigma, *others)
 
 
@@ -252,23 +238,6 @@ class WrappedEnergyModel(WrappedModel, EnergyModel):
     ) -> tuple[Energies, list[Tensor]]:
         energies, grads = self.model.value_and_grads(y, sigma, *targets)
         return upcast_energies(energies), grads
-
-
-class _Compiled:
-    """One function as it was compiled, for each size."""
-
-    def __init__(self) -> None:
-        self.by_size: dict[object, Callable[..., Any]] = {}
-        self.last: object = None
-
-    def for_size(
-        self, size: object, function: Callable[..., Any], inference: Inference
-    ) -> Callable[..., Any] | None:
-        """The compiled function, if ``size`` was compiled or comes a second time in a row."""
-        again, self.last = self.last == size, size
-        if size not in self.by_size and again and len(self.by_size) < MAX_SIZES:
-            self.by_size[size] = inference.compile(function)
-        return self.by_size.get(size)
 
 
 def optimize(model: M, precision: str = "fp32", compile: str = "off") -> M:

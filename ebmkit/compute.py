@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -27,29 +29,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from ebmkit.distributed import launch
 from ebmkit.errors import UserError, unknown_name
-
-__all__ = [
-    "ComputeConfig",
-    "Precision",
-    "autocast",
-    "available_memory",
-    "compiler_is_prepared",
-    "describe",
-    "keep_freed_memory",
-    "limited_threads",
-    "matrix_rate",
-    "memory_format",
-    "opaque_to_compilers",
-    "peak_memory",
-    "pick_compile",
-    "pick_device",
-    "pick_precision",
-    "prepare_compiler",
-    "set_tf32",
-    "upcast",
-    "without_autocast",
-]
 
 Precision = Literal["fp32", "tf32", "bf16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -127,7 +108,7 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:1") from None
+        device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:1")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -147,15 +128,11 @@ def pick_precision(name: str, device: torch.device) -> Precision:
     if name not in PRECISIONS:
         raise unknown_name("precision", name, ["auto", *PRECISIONS])
     precision: Precision = name
-    if precision == "tf32" and not ampere:
+    if not ampere and (precision == "tf32" or (precision == "bf16" and device.type == "cuda")):
+        others = "fp32 or auto" if device.type == "cuda" else "fp32, bf16 or auto"
         raise UserError(
-            f"precision 'tf32' needs an NVIDIA GPU of compute capability 8.0 or more, and the "
-            f"device is {describe(device)}: use --precision fp32, bf16 or auto"
-        )
-    if precision == "bf16" and device.type == "cuda" and not ampere:
-        raise UserError(
-            f"precision 'bf16' needs compute capability 8.0 or more, and the device is "
-            f"{describe(device)}: use --precision fp32 or auto"
+            f"precision {precision!r} needs an NVIDIA GPU of compute capability 8.0 or more, and "
+            f"the device is {describe(device)}: use --precision {others}"
         )
     return precision
 
@@ -351,3 +328,40 @@ def _room(group: Path, limit: str, usage: str, cache: str) -> Iterator[int]:
     except (OSError, ValueError):  # no such group here, or no limit ("max")
         return
     yield most - used + sum(int(value) for name, value in pairs if name == cache)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, device, git commit and command of this process."""
+    from importlib.metadata import version
+
+    import ebmkit
+
+    cuda = torch.cuda.is_available()
+    return {
+        "ebmkit": ebmkit.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": version("torchvision"),
+        "numpy": version("numpy"),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "git_commit": _git_commit(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "launch": launch(),
+        "command": ["ebmkit", *sys.argv[1:]],
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the code that runs, if it runs from a checkout."""
+    source = Path(__file__).resolve().parents[1]
+    if not (source / ".git").exists():
+        return None
+    command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()

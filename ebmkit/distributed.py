@@ -29,18 +29,7 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from ebmkit.errors import UserError
-
-__all__ = [
-    "DistributedContext",
-    "LostOthers",
-    "announced",
-    "device_of_rank",
-    "join",
-    "launch",
-    "restarted",
-    "yield_to_others",
-]
+from ebmkit.errors import UserError, first_line
 
 T = TypeVar("T")
 
@@ -221,7 +210,7 @@ def _lost(error: RuntimeError) -> bool:
 
 def _unreachable(world: DistributedContext, error: Exception) -> UserError:
     port = os.environ["MASTER_PORT"]
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = first_line(error)
     if "in use" in str(error).lower() or "eaddrinuse" in str(error).lower():
         return UserError(
             f"port {port} is in use on this machine: choose another by torchrun --master-port, or "

@@ -45,27 +45,6 @@ from ebmkit.compute import upcast
 from ebmkit.errors import UserError
 from ebmkit.noise import Schedule
 
-__all__ = [
-    "Denoiser",
-    "Energies",
-    "EnergyModel",
-    "LabelLogProbability",
-    "LogDensity",
-    "Noise",
-    "ScoreModel",
-    "Target",
-    "WeightedLogProbability",
-    "check_sigma",
-    "classifies",
-    "hessian_products",
-    "per_image",
-    "sigma_of_score",
-    "tweedie",
-    "upcast_energies",
-    "value_and_grads",
-    "wants_grad",
-]
-
 Noise = float | Tensor
 """A noise level in image units: a float for the whole batch, or a tensor (B,)."""
 
@@ -198,16 +177,9 @@ def hessian_products(
 ) -> tuple[Energies, Tensor, list[Tensor]]:
     """Energies, score s, and H v for each of the ``vectors``, with the Hessian H of log p(y).
 
-    Each image has its own H and v. H is taken to be symmetric and no image to see another. Where a
-    network has kinks (ReLU), H is what it is beside them. Everything can be differentiated by the
-    parameters.
-
-    Args:
-        model: ``(y, sigma)`` to energies.
-        y: noisy images (B, C, H, W).
-        sigma: their noise level, a float or (B,).
-        vectors: each of the shape of ``y``.
-        use_autograd: as in `value_and_grads`.
+    The arguments are those of `value_and_grads`; vectors have the shape of ``y``. Each image has
+    its own H and v; H is taken to be symmetric and no image to see another. Where a network has
+    kinks (ReLU), H is what it is beside them. Everything can be differentiated by the parameters.
     """
     if torch.compiler.is_compiling() or not use_autograd or _in_functional_transform():
 
@@ -240,11 +212,10 @@ def _by_vjp(
         return tuple(target(energies) for target in targets), energies
 
     values, vjp, energies = torch.func.vjp(values_of, y, has_aux=True)  # type: ignore[misc]
-    grads = []
-    for i in range(len(targets)):
-        cotangents = tuple(torch.full_like(v, float(i == k)) for k, v in enumerate(values))
-        grads.append(vjp(cotangents)[0])
-    return energies, grads
+    return energies, [
+        vjp(tuple(torch.full_like(v, float(i == k)) for k, v in enumerate(values)))[0]
+        for i in range(len(targets))
+    ]
 
 
 def _in_functional_transform() -> bool:
@@ -274,7 +245,10 @@ class ScoreModel(nn.Module, ABC):
     """A model of noisy images that gives their score, and so denoises them.
 
     An `EnergyModel` gives it as the gradient of its log-density, a plain denoiser
-    (`ebmkit.models.DirectDenoiser`) as (D(y) - y) / sigma^2.
+    (`ebmkit.models.DirectDenoiser`) as (D(y) - y) / sigma^2. Methods take noisy images y
+    (B, C, H, W); their noise level sigma, a float or (B,) in image units, which a blind model does
+    without; and a class c, a label or (B,). They raise `UserError` if a label is out of range, the
+    model has no labels, or a noise-conditional model is not given sigma.
 
     Attributes:
         num_classes: number of labels C; 0 for a model without labels.
@@ -302,33 +276,19 @@ class ScoreModel(nn.Module, ABC):
         """`score` for labels that were checked; -1 stands for no label."""
 
     def score(self, y: Tensor, sigma: Noise | None = None, c: Tensor | int | None = None) -> Tensor:
-        """grad log p(y), or grad log p(y|c) if ``c`` (B,) is given; shape of y, per image unit.
-
-        Args:
-            y: noisy images (B, C, H, W).
-            sigma: their noise level in image units, a float or (B,); a blind model needs none.
-            c: a label, or (B,).
-
-        Raises:
-            UserError: if a label is out of range, or the model has no labels.
-        """
+        """grad log p(y), or grad log p(y|c); shape of y, per image unit."""
         check_sigma(sigma, at_zero=True)
         return self._score(y, sigma, self._labels(c, y))
 
     def denoise(
         self, y: Tensor, sigma: Noise | None = None, c: Tensor | int | None = None
     ) -> Tensor:
-        """E[x|y] by Tweedie's formula (CDN eq. 7), shape of y; not clipped.
+        """E[x|y] or E[x|y, c] by Tweedie's formula (CDN eq. 7), shape of y; not clipped.
 
-        Args:
-            y: noisy images (B, C, H, W).
-            sigma: noise level in image units, a float or (B,). Without it the level is estimated
-                from the score itself (`estimate_sigma`), which only a blind model can do.
-            c: a label, or (B,), for the class-conditional denoiser.
+        Without sigma the level is estimated from the score itself (`estimate_sigma`).
 
         Raises:
-            UserError: if a label is out of range, a float sigma is not above 0, or a
-                noise-conditional model is not given sigma.
+            UserError: if a float sigma is not above 0, too.
         """
         if sigma is None:
             return self.denoise_blind(y, c)[0]
@@ -341,15 +301,9 @@ class ScoreModel(nn.Module, ABC):
         c: Tensor | int | None = None,
         sigma_range: tuple[float, float] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """E[x|y] at the noise level that the model estimates, shape of y, and that level, (B,).
+        """E[x|y] or E[x|y, c] at the noise level that the model estimates, and that level, (B,).
 
-        Args:
-            y: noisy images (B, C, H, W).
-            c: a label, or (B,), for the class-conditional denoiser.
-            sigma_range: bounds of the estimate, which is unbounded where the score is small.
-
-        Raises:
-            UserError: if the model is noise-conditional, or a label is out of range.
+        ``sigma_range`` bounds the estimate, which is large where the score is small.
         """
         self._check_blind()
         labels = self._labels(c, y)
@@ -362,11 +316,7 @@ class ScoreModel(nn.Module, ABC):
         return tweedie(y, score, sigma), sigma
 
     def estimate_sigma(self, y: Tensor) -> Tensor:
-        """The noise level that the score of a blind model implies, sqrt(d) / ||score||, (B,).
-
-        Raises:
-            UserError: if the model is noise-conditional, for it would need the answer as an input.
-        """
+        """The noise level that the score of a blind model implies, sqrt(d) / ||score||, (B,)."""
         self._check_blind()
         return sigma_of_score(self._score(y, None, None))
 
@@ -426,15 +376,7 @@ class EnergyModel(ScoreModel):
     def value_and_grads(
         self, y: Tensor, sigma: Noise | None, *targets: Target
     ) -> tuple[Energies, list[Tensor]]:
-        """Energies of one forward pass, and the gradient by ``y`` of each target.
-
-        Results can be differentiated where a parameter or an input requires it.
-
-        Args:
-            y: noisy images (B, C, H, W).
-            sigma: their noise level, a float or (B,).
-            targets: from energies to (B,): `LogDensity`, `LabelLogProbability` or any function.
-        """
+        """`value_and_grads` of this model, recorded where a parameter or an input requires it."""
         return value_and_grads(self, y, sigma, *targets, record=wants_grad(self, y, sigma))
 
     def _score(self, y: Tensor, sigma: Noise | None, c: Tensor | None) -> Tensor:
@@ -445,11 +387,7 @@ class EnergyModel(ScoreModel):
     def density_and_score(
         self, y: Tensor, sigma: Noise | None = None, c: Tensor | int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """log p(y), or log p(y|c) up to a constant, (B,), and its gradient, from one forward pass.
-
-        Raises:
-            UserError: if a label is out of range, or the model has no labels.
-        """
+        """log p(y), or log p(y|c) up to a constant, (B,), and its gradient, from one pass."""
         target = LogDensity(self._labels(c, y))
         energies, (score,) = self.value_and_grads(y, sigma, target)
         return target(upcast_energies(energies)), score
@@ -461,11 +399,7 @@ class EnergyModel(ScoreModel):
     def log_density(
         self, y: Tensor, sigma: Noise | None = None, c: Tensor | int | None = None
     ) -> Tensor:
-        """log p(y), or log p(y|c) of labels ``c``, up to a constant, (B,), in nats.
-
-        Raises:
-            UserError: if a label is out of range, or the model has no labels.
-        """
+        """log p(y), or log p(y|c), up to a constant, (B,), in nats."""
         return LogDensity(self._labels(c, y))(self.energies(y, sigma))
 
     def energy(self, y: Tensor, sigma: Noise | None = None) -> Tensor:
@@ -481,11 +415,7 @@ class EnergyModel(ScoreModel):
         return self.energies(y, sigma).log_joint()
 
     def label_score(self, y: Tensor, c: Tensor | int, sigma: Noise | None = None) -> Tensor:
-        """grad log p(c|y), "the adversarial gradient" (CDN eq. 9); shape of y.
-
-        Raises:
-            UserError: if a label is out of range, or the model has no labels.
-        """
+        """grad log p(c|y), "the adversarial gradient" (CDN eq. 9); shape of y."""
         return self.value_and_grads(y, sigma, LabelLogProbability(self.check_labels(c, y)))[1][0]
 
     def warn_if_rough(self) -> None:
@@ -493,18 +423,14 @@ class EnergyModel(ScoreModel):
         if self._warned or torch.compiler.is_compiling():
             return
         self._warned = True
+        rough = "a score is differentiated through {}. The paper's ablation (table 3) fell to {}"
         if self.has_batch_norm:
-            warnings.warn(
-                "a score is differentiated through BatchNorm: in training mode it mixes the images "
-                "of a batch. The paper's ablation (table 3) fell to 11.9 % and 24.33 dB at 15/255",
-                stacklevel=4,
-            )
+            why = "BatchNorm: in training mode it mixes the images of a batch"
+            warnings.warn(rough.format(why, "11.9 % and 24.33 dB at 15/255"), stacklevel=4)
         if any(isinstance(m, nn.ReLU) for m in self.modules()):
-            warnings.warn(
-                "a score is differentiated through ReLU, whose derivative jumps. The paper's "
-                "ablation (table 3) fell to 92.0 % and 29.59 dB at 15/255; GELU is smooth",
-                stacklevel=4,
-            )
+            why = "ReLU, whose derivative jumps"
+            figures = "92.0 % and 29.59 dB at 15/255; GELU is smooth"
+            warnings.warn(rough.format(why, figures), stacklevel=4)
 
 
 def wants_grad(model: nn.Module, y: Tensor, sigma: Noise | None) -> bool:

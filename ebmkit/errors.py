@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
 
-__all__ = ["UserError", "plain", "shown", "unknown_name", "validated"]
-
 M = TypeVar("M", bound="BaseModel")
 
 
@@ -67,6 +65,11 @@ def plain(text: str) -> str:
     streams.denoise 'evil\\x1b[2J'
     """
     return text if text.isprintable() and len(text) <= 200 else shown(text)
+
+
+def first_line(error: BaseException) -> str:
+    """What ``error``, of a library, says first; its class where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:

@@ -11,16 +11,8 @@ is the transposed convolution with the same weight,
 
 whose output padding restores the rows and columns that a stride :math:`s > 1` rounded away.
 
-================== ============ ================================================================
-file of            inputs       outputs
-================== ============ ================================================================
-classifier         y            log_probabilities (B, K); log_density (B,), nats up to a constant
-denoiser           y, sigma     denoised (B, C, H, W), not clipped
-blind-denoiser     y            denoised (B, C, H, W); sigma (B,), the level that was estimated
-================== ============ ================================================================
-
-y is (B, C, H, W) and sigma (B,), both in image units. Everything is float32. B is free unless it
-is fixed; C, H and W are fixed. The classifier of a noise-conditional model takes sigma, too.
+Inputs and outputs of each kind of file: docs, "Export a model". Everything is float32. B is free
+unless it is fixed; C, H and W are fixed. The classifier of a noise-conditional model takes sigma.
 """
 
 from __future__ import annotations
@@ -44,7 +36,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from ebmkit.energy import ScoreModel, classifies
-from ebmkit.errors import UserError, unknown_name
+from ebmkit.errors import UserError, first_line, unknown_name
 from ebmkit.storage import write_atomically
 
 What = Literal["classifier", "denoiser", "blind-denoiser"]
@@ -131,9 +123,9 @@ def export(
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        first_line = str(cause).strip().partition("\n")[0]
         raise UserError(
-            f"PyTorch {torch.__version__} cannot write this {what} as {path.suffix}: {first_line}"
+            f"PyTorch {torch.__version__} cannot write this {what} as {path.suffix}: "
+            f"{first_line(cause)}"
         ) from error
     batches = (1, IMAGES) if batch is None else (batch,) * math.ceil(IMAGES / batch)
     differences = _compare(task, frozen, batches, lambda images: run(content, task, images))
@@ -153,11 +145,7 @@ def export(
 
 
 def _check_path(path: Path) -> None:
-    """Whether the file can be made, before the work.
-
-    Raises:
-        UserError: if not.
-    """
+    """Whether the file can be made, before the work."""
     if path.suffix not in (".pt2", ".onnx"):
         raise UserError(
             f"{str(path)!r} says no format that ebmkit can write: end it in .pt2 for PyTorch, or "
@@ -193,11 +181,7 @@ def _image_shape(
 
 
 def _task(model: ScoreModel, what: str, size: tuple[int, int, int], batch: int | None) -> Task:
-    """The function called ``what`` of ``model``.
-
-    Raises:
-        UserError: if there is none of that name, or the model cannot do it.
-    """
+    """The function called ``what`` of ``model``."""
 
     def classify(y: Tensor, sigma: Tensor | None = None) -> tuple[Tensor, ...]:
         energies = model(y, sigma)
@@ -384,17 +368,10 @@ def _convolution_backward(
     """The gradient of a convolution by its input; no other is asked of a frozen network."""
     if transposed or mask[1] or mask[2]:
         return NotImplemented  # leaves the operation as it is
+    sizes = (x.shape[2:], gradient.shape[2:], stride, padding, dilation, weight.shape[2:])
     extra = [
         n_x - ((n_z - 1) * s - 2 * p + d * (k - 1) + 1)
-        for n_x, n_z, s, p, d, k in zip(
-            x.shape[2:],
-            gradient.shape[2:],
-            stride,
-            padding,
-            dilation,
-            weight.shape[2:],
-            strict=True,
-        )
+        for n_x, n_z, s, p, d, k in zip(*sizes, strict=True)
     ]
     back = torch.ops.aten.convolution.default(
         gradient, weight, None, stride, padding, dilation, True, extra, groups

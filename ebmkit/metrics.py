@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-__all__ = ["predict", "psnr"]
-
 
 def predict(logits: Tensor) -> Tensor:
     """The label with the largest of the logits (B, C), (B,); -1, never right, where one is not a

@@ -11,8 +11,7 @@ whose density falls as :math:`1/\sqrt\sigma`: between a uniform one and a log-un
 (:math:`1/\sigma`).
 
 Diffusion models draw a timestep t uniformly of the T = 1000 levels of a schedule (Ho et al. 2020,
-algorithm 1). Their images live in [-1, 1], so in image units it is
-:math:`\sigma_t = \tfrac12\sqrt{(1 - \bar\alpha_t)/\bar\alpha_t}`.
+algorithm 1).
 
 **Schedules.** A diffusion model of T steps adds noise of variance :math:`\beta_t` at step t and
 knows images u as
@@ -29,14 +28,6 @@ the same noisy image in image units is
 
 halved where images live in [-1, 1]. That is all a sampler needs of a schedule: a list of noise
 levels. The step before the first, t = -1, is the clean image, :math:`\bar\alpha_{-1} = 1`.
-
-============ ====================================================================================
-schedule     betas
-============ ====================================================================================
-``linear``   from 1e-4 to 0.02 in equal steps (Ho et al. 2020)
-``cosine``   :math:`\bar\alpha(t) \propto \cos^2(\frac{t/T + 0.008}{1.008} \frac\pi2)`, beta at
-             most 0.999 (Nichol & Dhariwal 2021, eq. 17)
-============ ====================================================================================
 
 Of the T steps a sampler visits some, from the noisiest down. The names of the spacings are those of
 `diffusers`; with count n
@@ -55,7 +46,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Annotated, Literal, get_args
 
 import torch
@@ -64,27 +55,6 @@ from torch import Tensor
 
 from ebmkit.errors import UserError
 from ebmkit.registry import find
-
-__all__ = [
-    "SCHEDULES",
-    "NoiseKind",
-    "NoiseLaw",
-    "Radius",
-    "Schedule",
-    "Sigma",
-    "SigmaOrZero",
-    "Spacing",
-    "check_trained",
-    "cosine_betas",
-    "format_sigma",
-    "in_255ths",
-    "linear_betas",
-    "make_schedule",
-    "outside_range",
-    "parse_fraction",
-    "parse_radius",
-    "parse_sigma",
-]
 
 
 def parse_fraction(value: object) -> float | None:
@@ -101,14 +71,7 @@ def parse_fraction(value: object) -> float | None:
 
 
 def parse_sigma(value: object, allow_zero: bool = False) -> float:
-    """Read a noise level from ``0.1``, ``"0.1"`` or ``"25/255"``.
-
-    Args:
-        value: a number or its text.
-        allow_zero: accept 0, no noise.
-
-    Returns:
-        The standard deviation in image units.
+    """Read a noise level in image units from ``0.1``, ``"0.1"`` or ``"25/255"``.
 
     Raises:
         UserError: if the value does not parse, is not finite, is not above 0 (not 0 or above), or
@@ -134,10 +97,6 @@ def parse_sigma(value: object, allow_zero: bool = False) -> float:
     return sigma
 
 
-def _parse_sigma_or_zero(value: object) -> float:
-    return parse_sigma(value, allow_zero=True)
-
-
 def parse_radius(value: object) -> float:
     """Read the radius of a ball of images, image units: a number, its text or a fraction.
 
@@ -158,32 +117,28 @@ def parse_radius(value: object) -> float:
     return radius
 
 
-def format_sigma(sigma: float) -> str:
-    """Write a noise level in 255ths, as people read it.
-
-    >>> format_sigma(25 / 255)
-    '25/255'
-    """
-    return f"{sigma * 255:.4g}/255"
-
-
-Sigma = Annotated[float, BeforeValidator(parse_sigma)]
-"""A pydantic field holding a noise level; accepts the forms of `parse_sigma`."""
-
-SigmaOrZero = Annotated[float, BeforeValidator(_parse_sigma_or_zero)]
-"""The same where 0 stands for no noise."""
-
-Radius = Annotated[float, BeforeValidator(parse_radius)]
-"""A pydantic field holding a radius of 0 or more; accepts the forms of `parse_radius`."""
-
-
 def in_255ths(sigma: float) -> str:
-    """How JSON keys and pictures name a noise level.
+    """How JSON keys and plots name a noise level.
 
     >>> in_255ths(25 / 255)
     '25'
     """
     return f"{sigma * 255:.4g}"
+
+
+def format_sigma(sigma: float) -> str:
+    """Write a noise level in 255ths, as people read it: ``25/255``."""
+    return f"{in_255ths(sigma)}/255"
+
+
+Sigma = Annotated[float, BeforeValidator(parse_sigma)]
+"""A pydantic field holding a noise level; accepts the forms of `parse_sigma`."""
+
+SigmaOrZero = Annotated[float, BeforeValidator(partial(parse_sigma, allow_zero=True))]
+"""The same where 0 stands for no noise."""
+
+Radius = Annotated[float, BeforeValidator(parse_radius)]
+"""A pydantic field holding a radius of 0 or more; accepts the forms of `parse_radius`."""
 
 
 SLACK = 1e-6
@@ -193,10 +148,7 @@ SLACK = 1e-6
 def outside_range(sigmas: Iterable[float], sigma_range: tuple[float, float] | None) -> list[float]:
     """Those of ``sigmas`` at which a model was not trained.
 
-    Args:
-        sigmas: noise levels, image units.
-        sigma_range: lowest and highest noise level of the model (`ebmkit.ModelCard.sigma_range`);
-            None: no limit.
+    ``sigma_range`` is that of the model's card, image units; None: no limit.
 
     >>> outside_range([0.1, 0.5, 1.0], (0.2, 0.5))
     [0.1, 1.0]
@@ -231,7 +183,8 @@ def linear_betas(steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> 
 
 
 def cosine_betas(steps: int = 1000, offset: float = 0.008, largest: float = 0.999) -> Tensor:
-    """Variances (T,) of the cosine schedule, float64 (Nichol & Dhariwal 2021, eq. 17)."""
+    r"""Variances (T,) float64 with :math:`\bar\alpha(t) \propto \cos^2(\frac{t/T + s}{1 + s}
+    \frac\pi2)` and s = ``offset`` (Nichol & Dhariwal 2021, eq. 17)."""
     t = torch.arange(steps + 1, dtype=torch.float64) / steps
     abar = ((t + offset) / (1 + offset) * math.pi / 2).cos().square()
     return (1 - abar[1:] / abar[:-1]).clamp_max(largest)
@@ -344,10 +297,6 @@ class Schedule:
     ) -> tuple[int, ...]:
         """Those of ``timesteps`` at whose noise level a model was trained.
 
-        Args:
-            timesteps: any.
-            sigma_range: lowest and highest noise level of the model, image units; None: no limit.
-
         Raises:
             UserError: if none is left.
         """
@@ -392,12 +341,10 @@ class NoiseLaw(BaseModel):
         "(always max), diffusion (the levels of a diffusion schedule), none",
     )
     min: SigmaOrZero = Field(
-        0.0,
-        description="lowest noise level, image units; kind diffusion takes it from its schedule",
+        0.0, description="lowest noise level, image units; kind diffusion has its schedule's"
     )
     max: SigmaOrZero = Field(
-        0.0,
-        description="highest noise level, image units; kind diffusion takes it from its schedule",
+        0.0, description="highest noise level, image units; kind diffusion has its schedule's"
     )
     schedule: Literal["linear", "cosine"] = Field(
         "linear",
@@ -426,12 +373,9 @@ class NoiseLaw(BaseModel):
         return (self.max, self.max) if self.kind == "fixed" else (self.min, self.max)
 
     def sample(self, count: int, generator: torch.Generator, device: torch.device | str) -> Tensor:
-        """Draw ``count`` independent levels, (count,) float32 on ``device``, image units.
+        """Draw ``count`` independent levels, (count,) float32, image units.
 
-        Args:
-            count: how many.
-            generator: on the same device.
-            device: where.
+        ``generator`` must live on ``device``, as the levels do.
         """
         if self.kind == "diffusion":
             levels = _levels(self.schedule, str(device))

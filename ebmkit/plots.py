@@ -7,6 +7,7 @@ readers tell apart; series also differ by marker or hatching.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,10 +28,20 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"
 GRAY = "#888888"
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, GRAY)
-MARKERS = ("o", "s", "^", "D", "v", "x")
 DPI = 130
 CUT = "the interval continues"
+ANY = (-math.inf, math.inf)
+"""No limits."""
+
 SIGMA = "noise level sigma (1/255)"
+
+
+def look(number: int) -> dict[str, Any]:
+    """Colour, marker and line style of series ``number``; 66 of them differ."""
+    k = number % 6
+    styles = ("-", "--", "-.", ":", "-", "--")
+    marker = "os^DvPX<>*p"[number % 11]
+    return {"color": (*COLOURS[:5], "black")[k], "marker": marker, "ls": styles[k]}
 
 
 def show_image(axes: Axes, image: Tensor, below: str, above: str) -> None:
@@ -56,7 +67,12 @@ def around_gray(image: Tensor, factor: float | None = None) -> Tensor:
 
 
 def image_grid(
-    rows: int, columns: int, shape: tuple[int, int], gaps: Sequence[int] = (), head: float = 0.6
+    rows: int,
+    columns: int,
+    shape: tuple[int, int],
+    gaps: Sequence[int] = (),
+    head: float = 0.6,
+    side: float = 0.0,
 ) -> tuple[Figure, list[list[Axes]]]:
     """A figure of ``rows`` x ``columns`` images with room for labels.
 
@@ -66,18 +82,15 @@ def image_grid(
         shape: height and width of the images, in pixels.
         gaps: columns before which a gap is left.
         head: room above the images, inches.
+        side: room left of them, inches.
     """
     widths = [width for k in range(columns) for width in ([0.14, 1.0] if k in gaps else [1.0])]
     cell, label, foot = 1.22, 0.27, 0.42  # inches
     tall = min(2.5, max(0.4, shape[0] / shape[1])) * cell
     height = rows * tall + (rows - 1) * label + head + foot
-    figure = new_figure(cell * sum(widths) * 1.04 + 0.2, height)
-    place: dict[str, float] = {
-        "left": 0.008,
-        "right": 0.992,
-        "wspace": 0.05,
-        "hspace": label / tall,
-    }
+    width = cell * sum(widths) * 1.04 + 0.2 + side
+    figure = new_figure(width, height)
+    place = {"left": 0.008 + side / width, "right": 0.992, "wspace": 0.05, "hspace": label / tall}
     place |= {"bottom": foot / height, "top": 1 - head / height}
     grid = figure.add_gridspec(rows, len(widths), width_ratios=widths, **place)
     columns_of = [k for k, width in enumerate(widths) if width == 1.0]
@@ -85,30 +98,40 @@ def image_grid(
 
 
 def image_rows(
-    rows: Sequence[Sequence[tuple[Tensor, str]]],
+    rows: Sequence[Sequence[tuple[Tensor | None, str]]],
     heads: Sequence[str],
     path: Path,
     groups: Mapping[int, str] | None = None,
     title: str = "",
     note: str = "",
+    names: Sequence[str] = (),
 ) -> None:
     """Images side by side in rows of equal length.
 
     Args:
-        rows: images (C, H, W) of one size, and what is written below each.
+        rows: images (C, H, W) of one size, of which the first is there, or None, and what is
+            written below each.
         heads: what is written above the columns.
         path: the PNG file.
         groups: by column, what is written above the group of columns that begins there, after a
             gap.
         title: above the images.
         note: below them.
+        names: of the rows, left of them.
     """
-    groups = groups or {}
-    height, width = rows[0][0][0].shape[-2:]
-    figure, grid = image_grid(len(rows), len(heads), (height, width), list(groups), head=0.75)
+    groups, first = groups or {}, rows[0][0][0]
+    assert first is not None
+    height, width = first.shape[-2:]
+    side = 0.35 if names else 0.0
+    figure, grid = image_grid(len(rows), len(heads), (height, width), list(groups), 0.75, side)
     for number, (axes, row) in enumerate(zip(grid, rows, strict=True)):
         for cell, (image, below), above in zip(axes, row, heads, strict=True):
-            show_image(cell, image, below, "" if number else above)
+            if image is None:
+                cell.set_axis_off()
+            else:
+                show_image(cell, image, below, "" if number else above)
+    for axes, name in zip(grid, names, strict=False):
+        axes[0].set_ylabel(clean(name), fontsize=8)
     tall = figure.get_figheight()
     for column, text in groups.items():
         place = grid[0][column].get_position()
@@ -141,6 +164,7 @@ def bars_within(
     x: Sequence[float],
     estimates: Sequence[dict[str, Any]],
     limits: tuple[float, float],
+    scale: float = 1,
     **look: Any,
 ) -> bool:
     """Values with their 95 % intervals, cut at ``limits``.
@@ -153,33 +177,34 @@ def bars_within(
         x: positions.
         estimates: one for each, with ``value``, ``low`` and ``high``, any of which may be None.
         limits: the lowest and the highest value drawn.
+        scale: what estimates are multiplied with.
         look: colour, marker and so on of ``Axes.errorbar``.
 
     Returns:
         Whether an interval was cut.
     """
     low, high = limits
-    known = [(at, e) for at, e in zip(x, estimates, strict=True) if e["value"] is not None]
-    values, errors, cut = [], [], False
-    for at, estimate in known:
-        value = min(max(estimate["value"], low), high)
-        bounded = estimate["low"] is not None and estimate["high"] is not None
-        ends = (estimate["low"], estimate["high"]) if bounded else (value, value)
-        values.append(value)
-        errors.append((max(0.0, value - max(low, ends[0])), max(0.0, min(high, ends[1]) - value)))
-        for beyond, limit, caret in ((ends[0] < low, low, 7), (ends[1] > high, high, 6)):
-            if beyond:
-                label = None if CUT in axes.get_legend_handles_labels()[1] else CUT
-                cut = True
-                colour = look.get("color")
-                axes.plot([at], [limit], marker=caret, color=colour, ms=6, ls="", label=label)
-        if value != estimate["value"]:
-            place: dict[str, Any] = {"textcoords": "offset points", "rotation": 90, "fontsize": 7}
-            place["va"] = "bottom" if value == low else "top"
-            axes.annotate(f"{estimate['value']:.3g}", (at, value), (4, 0), **place)
-    bars = [list(side) for side in zip(*errors, strict=True)] or None
-    axes.errorbar([at for at, _ in known], values, bars, capsize=2, **look)
-    return cut
+    known = [
+        (at, *(e["value"] if e[end] is None else e[end] for end in ("value", "low", "high")))
+        for at, e in zip(x, estimates, strict=True)
+        if e["value"] is not None
+    ]
+    places, *ends = np.array(known, dtype=float).reshape(-1, 4).T
+    values, lows, highs = (scale * end for end in ends)
+    shown, bottom, top = (np.clip(end, low, high) for end in (values, lows, highs))
+    bars = [np.maximum(0, shown - bottom), np.maximum(0, top - shown)]
+    axes.errorbar(places, shown, bars, capsize=2, **look)
+    for beyond, limit, caret in ((lows < low, low, 7), (highs > high, high, 6)):
+        if beyond.any():
+            label = None if CUT in axes.get_legend_handles_labels()[1] else CUT
+            mark: dict[str, Any] = {"marker": caret, "color": look.get("color"), "ms": 6, "ls": ""}
+            axes.plot(places[beyond], np.full(beyond.sum(), limit), label=label, **mark)
+    for at, value, y in zip(places, values, shown, strict=True):
+        if value != y:
+            text: dict[str, Any] = {"textcoords": "offset points", "rotation": 90, "fontsize": 7}
+            text["va"] = "bottom" if y == low else "top"
+            axes.annotate(f"{value:.3g}", (at, y), (4, 0), **text)
+    return bool(((lows < low) | (highs > high)).any())
 
 
 def plot_estimates(
@@ -213,25 +238,20 @@ def annotated_map(
     values: NDArray[np.float64],
     columns: Sequence[str],
     rows: Sequence[str],
-    form: str,
+    form: str | NDArray[np.int64],
 ) -> AxesImage:
-    """A map of percentages (rows, columns) with the number in each cell; a dash for nan."""
+    """A map of percentages (rows, columns) with the number in each cell, in the format ``form``, or
+    those that ``form`` holds, but 0; a dash for nan."""
     image = axes.imshow(values, cmap="cividis", vmin=0, vmax=100, aspect="auto")
     for (i, k), value in np.ndenumerate(values):
         unknown = bool(np.isnan(value))
         look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8}
         colour = "black" if unknown or value > 50 else "white"
-        axes.text(k, i, "-" if unknown else form.format(value), color=colour, **look)
+        text = form.format(value) if isinstance(form, str) else f"{form[i, k] or ''}"
+        axes.text(k, i, "-" if unknown else text, color=colour, **look)
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)
     return image
-
-
-def shared_legend(figure: Figure, columns: int) -> None:
-    """One legend for all panels, below them: that of the first."""
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    place: dict[str, Any] = {"loc": "outside lower center", "ncols": columns}
-    figure.legend(handles, labels, frameon=False, fontsize=8, **place)
 
 
 def class_ticks(axes: Axes, names: Sequence[str], size: float = 8) -> None:
@@ -263,10 +283,23 @@ def new_figure(width: float, height: float, layout: Literal["constrained"] | Non
     return figure
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write ``figure`` as a PNG file, in one move."""
+def save_figure(figure: Figure, path: Path, title: str = "", legend: int = 0) -> None:
+    """Write ``figure`` as a PNG file, in one move.
+
+    Args:
+        figure: what to write.
+        path: the file.
+        title: above all panels.
+        legend: columns of one legend for all panels, below them, that of the first; 0: none.
+    """
     from matplotlib.text import Text
 
+    if title:
+        figure.suptitle(title, fontsize=10.5)
+    if legend:
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        place: dict[str, Any] = {"loc": "outside lower center", "ncols": legend}
+        figure.legend(handles, labels, frameon=False, fontsize=8, **place)
     buffer = io.BytesIO()
     try:
         figure.savefig(buffer, format="png")

@@ -30,8 +30,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ebmkit.errors import UserError, shown, validated
 
-__all__ = ["GROUP", "Plugin", "check_plugins", "load_plugin", "load_plugins", "loaded_plugins"]
-
 GROUP = "ebmkit.plugins"
 """The group of entry points that installed packages name their plugins in."""
 

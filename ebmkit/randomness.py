@@ -7,15 +7,6 @@ import hashlib
 import torch
 from torch import Tensor
 
-__all__ = [
-    "bit_hash",
-    "hashed_generator",
-    "image_generators",
-    "image_noise",
-    "keyed_generator",
-    "keyed_seed",
-]
-
 
 def keyed_seed(*key: object) -> int:
     """A 63-bit seed for a `torch.Generator`, the same everywhere for the same key.

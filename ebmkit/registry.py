@@ -14,8 +14,6 @@ from pydantic import BaseModel
 
 from ebmkit.errors import UserError, unknown_name
 
-__all__ = ["Preset", "Table", "find"]
-
 C = TypeVar("C", bound=BaseModel, covariant=True)
 T = TypeVar("T")
 

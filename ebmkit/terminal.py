@@ -17,8 +17,6 @@ from rich.markup import escape
 from rich.segment import Segment
 from rich.text import Text
 
-__all__ = ["CleanConsole", "clean", "for_bar", "one_line", "progress_bar", "shown_name"]
-
 T = TypeVar("T")
 
 _HARMFUL = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}

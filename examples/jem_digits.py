@@ -21,6 +21,7 @@ from rich.console import Console
 from torch import Tensor
 
 import ebmkit
+from ebmkit.compute import environment
 from ebmkit.data import load_dataset
 from ebmkit.evaluation import evaluate
 from ebmkit.evaluation.statistics import proportion
@@ -30,7 +31,6 @@ from ebmkit.sampling.langevin import JEM_NOISE, JEM_STEP
 from ebmkit.storage import write_atomically
 from ebmkit.training import RunFolder, resolve
 from ebmkit.training.loop import assemble
-from ebmkit.training.run_folder import environment
 
 EACH = 20
 """Samples of each digit."""

@@ -105,5 +105,4 @@ def counted_once(counted_once_a_process):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cost, "step_memory", first)
-        patch.setattr(cost, "_MEMORIES", {})
         yield

@@ -27,7 +27,7 @@ from ebmkit.cli.data import pack
 from ebmkit.cli.evaluate import evaluate
 from ebmkit.cli.export import export
 from ebmkit.cli.list import list_
-from ebmkit.cli.options import Command, declare
+from ebmkit.cli.options import Command, declare, options_of
 from ebmkit.cli.published import import_
 from ebmkit.cli.reproduce import reproduce
 from ebmkit.cli.restore import restore
@@ -86,7 +86,7 @@ def _with_plugins(function: Callable[..., None]) -> Callable[..., None]:
     def command(*, plugin: list[str], **options: Any) -> None:
         function(**options)
 
-    own = inspect.signature(function, eval_str=True).parameters.values()
+    command.__doc__, own = options_of(function)
     declare(command, [*(p.replace(kind=PLUGIN.kind) for p in own), PLUGIN])
     return command
 

@@ -11,7 +11,6 @@ from rich.table import Table
 from typer import Option
 
 from ebmkit.cli.console import bar, console
-from ebmkit.cli.options import DEVICE, WIDTH
 from ebmkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,45 +18,39 @@ if TYPE_CHECKING:
 
 
 def bench(
-    backbone: Annotated[
-        str, Option(help="backbone, from `ebmkit list backbones`")
-    ] = "gradresnet18",
-    objective: Annotated[
-        str, Option(help="objectives to time, separated by commas")
-    ] = "ce,dsm,cdsm,ce+dsm",
-    width: Annotated[int, WIDTH] = 16,
-    image_size: Annotated[
-        int, Option(min=1, help="height and width of the images, in pixels")
-    ] = 32,
-    channels: Annotated[int, Option(min=1, help="number of channels: 1 gray, 3 colour")] = 3,
-    batch: Annotated[
-        int,
-        Option(
-            min=1, help="images per step; joint objectives use twice as many for classification"
-        ),
-    ] = 64,
-    rounds: Annotated[int, Option(min=1, help="number of timed rounds per candidate")] = 9,
-    device: Annotated[str, DEVICE] = "auto",
-    precision: Annotated[str, Option(help="precision: auto, fp32, tf32, bf16")] = "auto",
-    compile_: Annotated[str, Option("--compile", help="compile the model: auto, on, off")] = "auto",
-    inference_: Annotated[
-        bool, Option("--inference/--no-inference", help="also time inference")
-    ] = True,
-    scaling_: Annotated[
-        bool,
-        Option("--scaling", help="also time dsm for several widths, image sizes and batch sizes"),
-    ] = False,
-    json_: Annotated[
-        Path | None,
-        Option(
-            "--json", metavar="FILE", help="write the results and library versions to this new file"
-        ),
-    ] = None,
+    *,
+    backbone: str = "gradresnet18",
+    objective: str = "ce,dsm,cdsm,ce+dsm",
+    width: Annotated[int, Option(min=1)] = 16,
+    image_size: Annotated[int, Option(min=1)] = 32,
+    channels: Annotated[int, Option(min=1)] = 3,
+    batch: Annotated[int, Option(min=1)] = 64,
+    rounds: Annotated[int, Option(min=1)] = 9,
+    device: str = "auto",
+    precision: str = "auto",
+    compile_: str = "auto",
+    inference_: Annotated[bool, Option("--inference/--no-inference")] = True,
+    scaling_: bool = False,
+    json_: Annotated[Path | None, Option(metavar="FILE")] = None,
 ) -> None:
     """Time training steps and inference against plain eager PyTorch.
 
     All candidates of a measurement run once per round, in alternating order. The ratio is the
     median over rounds of plain time / ebmkit time, with its quartiles; above 1, ebmkit is faster.
+
+    Args:
+        backbone: backbone, from `ebmkit list backbones`
+        objective: objectives to time, separated by commas
+        width: channels of the first stage
+        image_size: height and width of the images, in pixels
+        channels: number of channels: 1 gray, 3 colour
+        batch: images per step; joint objectives use twice as many for classification
+        rounds: number of timed rounds per candidate
+        precision: precision: auto, fp32, tf32, bf16
+        compile_: compile the model: auto, on, off
+        inference_: also time inference
+        scaling_: also time dsm for several widths, image sizes and batch sizes
+        json_: write the results and library versions to this new file
     """
     from ebmkit import bench as measured
     from ebmkit.compute import ComputeConfig, pick_compile, pick_device, pick_precision
@@ -87,10 +80,8 @@ def bench(
             setting = base._replace(what=what)
             progress.update(task, description=str(setting))
             name = what.removeprefix("train ")
-            if name != what:
-                found = measured.training(setting, name, channels, where, compute)
-            else:
-                found = measured.inference(setting, channels, where, compute)
+            trained = None if name == what else name
+            found = measured.comparison(setting, channels, where, compute, trained)
             rows += measured.measure(found, where, rounds)
             progress.advance(task)
         progress.update(task, description=measured.SCALING)

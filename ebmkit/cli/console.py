@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,15 +35,16 @@ def warn(sentence: object) -> None:
 
 
 def interrupted(sentence: str, signum: int | None) -> NoReturn:
-    """Say how to resume, and end with the exit code of the signal.
+    """Say how to resume, and end with 128 and the number of the signal, as shells have it.
+
+    130 for Ctrl-C, 143 for a request to terminate (also where only another process was asked), 129
+    for a terminal that was closed.
 
     Raises:
         typer.Exit: always.
     """
-    from ebmkit.training.loop import exit_code
-
     console.say(f"interrupted; {sentence}")
-    raise typer.Exit(exit_code(signum)) from None
+    raise typer.Exit(128 + (signal.SIGTERM if signum is None else signum)) from None
 
 
 def bar(*columns: str | Any, description: str = "{task.description}", **options: Any) -> Progress:

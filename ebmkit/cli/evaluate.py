@@ -9,16 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 from typer import Option
 
 from ebmkit.cli.console import console
-from ebmkit.cli.options import (
-    DATA_DIR,
-    DATASET,
-    DEVICE,
-    IMAGE_SIZE,
-    PRECISION,
-    RUN,
-    SEED,
-    WEIGHTS,
-)
 
 if TYPE_CHECKING:
     from ebmkit.data import AnyImages
@@ -30,45 +20,36 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    run: Annotated[Path, RUN],
-    suite: Annotated[
-        str,
-        Option(
-            help="suites separated by commas, from `ebmkit list suites`; standard: the "
-            "quick ones; all: every one that applies"
-        ),
-    ] = "standard",
-    dataset: Annotated[str | None, DATASET] = None,
-    data_dir: Annotated[Path | None, DATA_DIR] = None,
-    image_size: Annotated[int | None, IMAGE_SIZE] = None,
-    split: Annotated[str, Option(help="split: test, validation or train")] = "test",
-    limit: Annotated[int | None, Option(min=1, help="use only the first N images")] = None,
-    seed: Annotated[int, SEED] = 0,
-    weights: Annotated[str, WEIGHTS] = "last",
-    device: Annotated[str, DEVICE] = "auto",
-    precision: Annotated[str, PRECISION] = "auto",
-    compile_: Annotated[
-        str,
-        Option(
-            "--compile",
-            help="compile the score: on, off; auto: on CUDA, if the evaluation takes "
-            "more than five minutes",
-        ),
-    ] = "auto",
-    set_: Annotated[
-        list[str] | None,
-        Option(
-            "--set",
-            help="setting of a suite, for example robustness.steps=10, or "
-            "dataset.unreadable=skip; repeatable",
-        ),
-    ] = None,
+    run: Path,
+    *,
+    suite: str = "standard",
+    dataset: str | None = None,
+    data_dir: Path | None = None,
+    image_size: int | None = None,
+    split: str = "test",
+    limit: Annotated[int | None, Option(min=1)] = None,
+    seed: int = 0,
+    weights: str = "last",
+    device: str = "auto",
+    precision: str = "auto",
+    compile_: str = "auto",
+    set_: list[str] | None = None,
 ) -> None:
     """Evaluate a trained model: print tables, write JSON and plots to RUN/evaluation.
 
     PSNR is the mean of the per-image PSNR, for images in [0, 1] and clipped output, with noise from
     a fixed seed. Intervals are 95 %. With `torchrun -m ebmkit evaluate ...` the processes share the
     images.
+
+    Args:
+        suite: suites separated by commas, from `ebmkit list suites`; standard: the quick ones; all:
+            every one that applies
+        split: split: test, validation or train
+        limit: use only the first N images
+        compile_: compile the score: on, off; auto: on CUDA, if the evaluation takes more than five
+            minutes
+        set_: setting of a suite, for example robustness.steps=10, or dataset.unreadable=skip;
+            repeatable
     """
     from ebmkit.compute import pick_device
     from ebmkit.distributed import device_of_rank, join

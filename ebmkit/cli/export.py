@@ -8,30 +8,29 @@ from typing import Annotated, Literal
 from typer import Option
 
 from ebmkit.cli.console import console, errors, warn
-from ebmkit.cli.options import RUN, WEIGHTS
 from ebmkit.errors import UserError
 
 
 def export(
-    run: Annotated[Path, RUN],
-    out: Annotated[Path, Option(help="file to write: .pt2 for PyTorch, .onnx for ONNX runtimes")],
-    what: Annotated[
-        Literal["classifier", "denoiser", "blind-denoiser"],
-        Option(
-            help="classifier: log-probabilities and log-density; denoiser: takes the noise level; "
-            "blind-denoiser: estimates it"
-        ),
-    ] = "denoiser",
-    image_size: Annotated[
-        str | None, Option(help="input size, H or HxW, in pixels [default: the training size]")
-    ] = None,
-    batch: Annotated[int | None, Option(min=1, help="fixed batch size [default: any]")] = None,
-    weights: Annotated[str, WEIGHTS] = "last",
+    run: Path,
+    *,
+    out: Path,
+    what: Literal["classifier", "denoiser", "blind-denoiser"] = "denoiser",
+    image_size: str | None = None,
+    batch: Annotated[int | None, Option(min=1)] = None,
+    weights: str = "last",
 ) -> None:
     """Write a trained model as a file for PyTorch or an ONNX runtime.
 
     Loads the file again, runs it on random images and compares it with the model; keeps no file if
     they differ. Never overwrites an existing file.
+
+    Args:
+        out: file to write: .pt2 for PyTorch, .onnx for ONNX runtimes
+        what: classifier: log-probabilities and log-density; denoiser: takes the noise level;
+            blind-denoiser: estimates it
+        image_size: input size, H or HxW, in pixels [default: the training size]
+        batch: fixed batch size [default: any]
     """
     from ebmkit.export import export as export_model
     from ebmkit.models import load

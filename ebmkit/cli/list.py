@@ -45,7 +45,9 @@ def tables() -> dict[str, dict[str, str]]:
     }
 
 
-def list_(kind: Annotated[Kind, Argument(help=", ".join(get_args(Kind)))]) -> None:
+def list_(
+    kind: Annotated[Kind, Argument(help=", ".join(get_args(Kind)))],
+) -> None:
     """List the names that options accept: backbones, objectives, samplers, ..."""
     table = Table(kind.removesuffix("s"), "description")
     for name, description in tables()[kind].items():

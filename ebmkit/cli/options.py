@@ -1,16 +1,18 @@
-"""Options that several commands share, and help with standard metavars: RUN, IMAGE..., INTEGER,
-PATH.
+"""Options out of signatures and docstrings, and help with standard metavars: RUN, INTEGER, PATH.
 
-Each option is declared here once; each command sets its type and default, as in
-``device: Annotated[str, DEVICE] = "auto"``.
+A command is a function. Its parameters before ``*`` are arguments, those after it options; its
+docstring's section ``Args`` has their help. What several commands share has its help in `SHARED`,
+by name. A parameter that needs more, as another flag or a range, is annotated with what Typer
+takes: ``top: Annotated[int, Option(min=1)] = 3``.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, get_args, get_origin
 
 from typer import Argument, Option
 from typer.core import TyperCommand
@@ -20,9 +22,6 @@ IMAGES = Argument(metavar="IMAGE", help="images: PNG, JPEG, TIFF")
 WEIGHTS = Option(help="which weights: last, or best (lowest validation loss)")
 DEVICE = Option(help="device: auto, cpu, cuda, cuda:1")
 PRECISION = Option(help="precision: fp32, tf32, bf16; auto: fp32")
-TRAIN_PRECISION = Option(
-    help="precision of training: auto, fp32, tf32, bf16 [default: set by the configuration, auto]"
-)
 COMPILE = Option("--compile", help="compile the score: on, off; auto: off")
 DATASET = Option(help="data set, from `ebmkit list datasets` [default: the training data set]")
 DATA_DIR = Option(help="folder or file of the data set")
@@ -31,9 +30,25 @@ IMAGE_SIZE = Option(
     help="image height and width, in pixels; images in a folder are resized and cropped to it",
 )
 LABEL = Option(help="class (name or number), to use the class-conditional denoiser")
-WIDTH = Option(min=1, help="channels of the first stage")
 SEED = Option(min=0, max=2**63 - 1, help="random seed")
 SETTING = Option("--set", help="setting of the sampler, for example step_size=1e-4; repeatable")
+
+SHARED = {
+    "run": RUN,
+    "images": IMAGES,
+    "weights": WEIGHTS,
+    "device": DEVICE,
+    "precision": PRECISION,
+    "compile_": COMPILE,
+    "dataset": DATASET,
+    "data_dir": DATA_DIR,
+    "image_size": IMAGE_SIZE,
+    "label": LABEL,
+    "seed": SEED,
+}
+"""By the name of a parameter."""
+
+_HELP = re.compile(r"^    (\w+): (.+(?:\n {8}.+)*)", re.MULTILINE)
 
 VALUES = {"str": "TEXT", "int": "INTEGER", "float": "FLOAT", "path": "PATH"}
 """Names of an option's value, by the types that Typer shows: ``<str>``, ``<list[Path]>``."""
@@ -65,6 +80,28 @@ class Command(TyperCommand):
             if rows:
                 with formatter.section(title):
                     formatter.write_dl(rows)
+
+
+def options_of(function: Callable[..., None]) -> tuple[str, list[inspect.Parameter]]:
+    """The description of a command, and its parameters with the help that its docstring gives."""
+    description, _, arguments = inspect.cleandoc(function.__doc__ or "").partition("\n\nArgs:\n")
+    told = {name: " ".join(text.split()) for name, text in _HELP.findall(arguments)}
+    found = []
+    for parameter in inspect.signature(function, eval_str=True).parameters.values():
+        name, kind, own = parameter.name, parameter.annotation, None
+        if get_origin(kind) is Annotated:
+            kind, own = get_args(kind)
+        flag = name.endswith("_") or (own is None and parameter.default is False)
+        if own is None and name not in told:
+            own = SHARED[name]
+        elif own is None:
+            own = Option() if parameter.kind is parameter.KEYWORD_ONLY else Argument()
+        own = copy.copy(own)
+        own.help = told.get(name, own.help)
+        if flag and not own.param_decls and own.default is ...:  # where Typer has the first flag
+            own.param_decls = (f"--{name.rstrip('_').replace('_', '-')}",)
+        found.append(parameter.replace(annotation=Annotated[kind, own]))
+    return description, found
 
 
 def declare(function: Any, parameters: Iterable[inspect.Parameter]) -> None:

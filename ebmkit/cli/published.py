@@ -5,71 +5,47 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Argument, Option
+from typer import Option
 
 from ebmkit.cli.console import console
 from ebmkit.errors import UserError
 
 
 def import_(
-    source: Annotated[
-        str,
-        Argument(
-            help="file or folder, or OWNER/NAME:FILE (diffusers: OWNER/NAME) on the "
-            "Hugging Face hub"
-        ),
-    ],
-    out: Annotated[Path, Option(help="new folder for the model")],
-    sigma: Annotated[
-        list[str] | None,
-        Option(
-            help="noise level that the model was trained for, for example 25/255; give "
-            "it twice for lowest and highest"
-        ),
-    ] = None,
-    kind: Annotated[
-        str | None,
-        Option(
-            "--as", help="format: robustness, jem, denoiser, state or diffusers [default: detected]"
-        ),
-    ] = None,
-    backbone: Annotated[
-        str | None, Option(help="backbone of a state dict, from `ebmkit list backbones`")
-    ] = None,
-    rename: Annotated[
-        list[str] | None,
-        Option(
-            "--map",
-            help="rename the prefix of parameter names, OLD=NEW; repeatable, applied in order",
-        ),
-    ] = None,
-    classes: Annotated[
-        int | None, Option(help="number of classes, if the weights do not determine it")
-    ] = None,
-    mean: Annotated[
-        str | None, Option(help="mean to subtract from images in [0, 1]: 0.5 or 0.49,0.48,0.45")
-    ] = None,
-    std: Annotated[str | None, Option(help="standard deviation to divide by after that")] = None,
-    image_size: Annotated[
-        int | None, Option(help="height and width of the training images, in pixels")
-    ] = None,
-    dataset: Annotated[
-        str | None, Option(help="training data set, for example cifar10; sets the class names")
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        Option(
-            "--set",
-            help="configuration field for a state dict, for example "
-            "model.backbone.width=32; repeatable",
-        ),
-    ] = None,
+    source: str,
+    *,
+    out: Path,
+    sigma: list[str] | None = None,
+    kind: Annotated[str | None, Option("--as")] = None,
+    backbone: str | None = None,
+    rename: Annotated[list[str] | None, Option("--map")] = None,
+    classes: int | None = None,
+    mean: str | None = None,
+    std: str | None = None,
+    image_size: int | None = None,
+    dataset: str | None = None,
+    set_: list[str] | None = None,
 ) -> None:
     """Convert a checkpoint to a run folder, to evaluate it or sample from it.
 
     Formats: files of the robustness package and of JEM, published DnCNN and DRUNet, state dicts,
     UNets of diffusers. No code in the file is executed. Then, for example: ebmkit evaluate OUT
     --suite robustness
+
+    Args:
+        source: file or folder, or OWNER/NAME:FILE (diffusers: OWNER/NAME) on the Hugging Face hub
+        out: new folder for the model
+        sigma: noise level that the model was trained for, for example 25/255; give it twice for
+            lowest and highest
+        kind: format: robustness, jem, denoiser, state or diffusers [default: detected]
+        backbone: backbone of a state dict, from `ebmkit list backbones`
+        rename: rename the prefix of parameter names, OLD=NEW; repeatable, applied in order
+        classes: number of classes, if the weights do not determine it
+        mean: mean to subtract from images in [0, 1]: 0.5 or 0.49,0.48,0.45
+        std: standard deviation to divide by after that
+        image_size: height and width of the training images, in pixels
+        dataset: training data set, for example cifar10; sets the class names
+        set_: configuration field for a state dict, for example model.backbone.width=32; repeatable
     """
     from ebmkit.data import DATASETS
     from ebmkit.models.importing import import_checkpoint

@@ -9,10 +9,9 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from typer import Argument, Option
+from typer import Argument
 
 from ebmkit.cli.console import TrainingBar, console, interrupted
-from ebmkit.cli.options import DEVICE, SEED
 from ebmkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,42 +20,38 @@ if TYPE_CHECKING:
 
 
 def reproduce(
-    target: Annotated[
-        str, Argument(help="table1, table2, table3, fig1, fig3, fig4, guidance, claims, or all")
-    ],
-    scale: Annotated[
-        str,
-        Option(
-            help="smoke: digits, seconds per row; cpu: CIFAR-10, minutes per row; full: "
-            "the paper's scale"
-        ),
-    ] = "smoke",
-    more: Annotated[
-        list[str] | None, Argument(help="further rows for --only", metavar="ROW")
-    ] = None,
-    only: Annotated[list[str] | None, Option("--only", help="run only these rows")] = None,
-    out: Annotated[
-        Path | None, Option(help="folder for rows and reports [default: runs/reproduce-SCALE]")
-    ] = None,
-    data_dir: Annotated[Path | None, Option(help="folder of CIFAR-10 [default: data]")] = None,
-    imagenet_dir: Annotated[
-        Path | None, Option(help="folder of ImageNet, for table2 at scale full")
-    ] = None,
-    device: Annotated[str, DEVICE] = "auto",
-    precision: Annotated[
-        str | None,
-        Option(help="precision of training: auto, fp32, tf32, bf16 [default: set by the scale]"),
-    ] = None,
-    seed: Annotated[int, SEED] = 0,
+    target: str,
+    more: Annotated[list[str] | None, Argument(metavar="ROW")] = None,
+    *,
+    scale: str = "smoke",
+    only: list[str] | None = None,
+    out: Path | None = None,
+    data_dir: Path | None = None,
+    imagenet_dir: Path | None = None,
+    device: str = "auto",
+    precision: str | None = None,
+    seed: int = 0,
 ) -> None:
     """Reproduce a table or figure of the papers: write Markdown, JSON and plots to --out.
 
     Every row is a separate run. The same command skips finished rows and resumes an interrupted
     one.
+
+    Args:
+        target: table1, table2, table3, fig1, fig3, fig4, guidance, claims, or all
+        scale: smoke: digits, seconds per row; cpu: CIFAR-10, minutes per row; full: the paper's
+            scale
+        more: further rows for --only
+        only: run only these rows
+        out: folder for rows and reports [default: runs/reproduce-SCALE]
+        data_dir: folder of CIFAR-10 [default: data]
+        imagenet_dir: folder of ImageNet, for table2 at scale full
+        precision: precision of training: auto, fp32, tf32, bf16 [default: set by the scale]
     """
     from ebmkit.compute import limited_threads, pick_device
     from ebmkit.experiments import EXPERIMENTS, ExperimentRuns, experiments_of, find_scale
     from ebmkit.experiments import reproduce as run_experiment
+    from ebmkit.storage import make_folder
     from ebmkit.training import Interrupted
     from ebmkit.training.loop import Stop
 
@@ -82,10 +77,7 @@ def reproduce(
             console.say("table2 is left out: it needs ImageNet, --imagenet-dir")
             chosen.remove("table2")
         runs.check([v for name in chosen for v in EXPERIMENTS[name].variants if v.run is None])
-    try:
-        runs.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make folder {str(runs.out)!r}: {error.strerror}") from None
+    make_folder(runs.out)
     stop = Stop()
     try:
         with limited_threads(runs.scale.threads), _terminated_as_interrupted(stop):

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from rich.table import Table
 from typer import Argument, Option
 
-from ebmkit.cli.console import console, counting, warn
+from ebmkit.cli.console import console, counting, interrupted, warn
 from ebmkit.cli.options import COMPILE, DEVICE, IMAGES, LABEL, PRECISION, SEED, WEIGHTS
 from ebmkit.terminal import shown_name
 
@@ -68,39 +68,59 @@ def restore(
     The input is the clean image: the command measures it, restores it, and compares the result with
     it and with simple methods. With --measured the input is the measurement. Writes
     NAME-measured.png, NAME-restored.png, NAME-comparison.png and NAME.json; overwrites nothing.
+    After Ctrl-C or a kill, the same command resumes and gives the same images.
     """
-    from ebmkit.compile import optimize
+    from ebmkit.compile import laid_out, make_inference
     from ebmkit.compute import pick_device
-    from ebmkit.errors import UserError, validated
+    from ebmkit.errors import validated
     from ebmkit.models import load
     from ebmkit.sampling.inverse import TaskOptions, find_task
+    from ebmkit.sampling.jobs.chains import Interrupted
     from ebmkit.sampling.jobs.restore import RestoreJob, read_mask
     from ebmkit.sampling.jobs.settings import parse_label, parse_options
     from ebmkit.sampling.kadkhodaie_simoncelli import KADKHODAIE_SIMONCELLI_ENTRY as SAMPLER
     from ebmkit.training import parse_assignments
+    from ebmkit.training.loop import stop_requested
 
     chosen = find_task(task)
     values = parse_options(parse_assignments(set_ or []), steps)
     config = validated(SAMPLER.config, values, f"settings of sampler {SAMPLER.name!r}")
-    model = load(run, device=str(pick_device(device)), weights=weights)
-    model = optimize(model, precision, compile_)
+    place = pick_device(device)
+    inference = make_inference(place, precision, compile_)
+    model = laid_out(load(run, device=str(place), weights=weights), inference)
     c = None if label is None else parse_label(model, label)
     SAMPLER.check(model, c)
     options = TaskOptions(None if mask is None else read_mask(mask), share, factor, seed)
-    job = RestoreJob(model, chosen, options, config, measured, samples, seed, c, str(run))
-    job.check(images, out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make folder {str(out)!r}: {error.strerror}") from None
+    job = RestoreJob(
+        model,
+        chosen,
+        options,
+        config,
+        measured,
+        samples,
+        seed,
+        c,
+        str(run),
+        f"{place.type}, {inference.precision}, compile {inference.mode}",
+    )
+    folder = job.begin(images, out)
     table = Table("image", "dB", *(["mean, dB"] if samples > 1 else []), "simple methods, dB")
-    for path in images:
-        with counting(path.name) as progress:
-            document = job.run_on(path, out, progress)
-        for sentence in document["warnings"]:
-            warn(sentence)
-        if document["psnr"] is not None:
-            table.add_row(shown_name(path.name), *_cells(document["psnr"]))
+    with folder.alone("restoring"), stop_requested() as stop:
+        for number, path in enumerate(images):
+            try:
+                with counting(path.name) as progress:
+                    document = job.run_on(images, number, folder, progress, stop=stop)
+            except Interrupted as stopped:
+                interrupted(
+                    f"saved after step {stopped.done:,} of {stopped.total:,} of {path.name}. "
+                    "Resume by the same command.",
+                    stop.signal,
+                )
+            for sentence in document["warnings"]:
+                warn(sentence)
+            if document["psnr"] is not None:
+                table.add_row(shown_name(path.name), *_cells(document["psnr"]))
+    folder.finish()
     if table.row_count:
         console.print(table)
     console.say(f"images: {out}")

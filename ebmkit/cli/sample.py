@@ -122,7 +122,8 @@ def sample(
     from ebmkit.compile import laid_out, make_inference
     from ebmkit.compute import pick_device
     from ebmkit.models import load
-    from ebmkit.sampling.jobs.job import SamplingFolder, SamplingJob
+    from ebmkit.sampling.jobs.folder import JobFolder
+    from ebmkit.sampling.jobs.job import SamplingJob
     from ebmkit.sampling.jobs.results import write_results
     from ebmkit.sampling.jobs.settings import default_folder, make_settings
     from ebmkit.sampling.jobs.sources import at_hand, guide_by, parse_guidance, sources_for
@@ -164,7 +165,7 @@ def sample(
     )
     out = default_folder(run, settings) if out is None else out
     sources = sources_for(run, model, settings, dataset, data_dir, console.is_terminal)
-    job = SamplingJob(model, settings, SamplingFolder(out), sources)
+    job = SamplingJob(model, settings, JobFolder(out), sources)
     job.folder.begin(settings)
     for sentence in job.cautions:
         warn(sentence)
@@ -175,7 +176,7 @@ def sample(
 
 
 def _draw(job: SamplingJob) -> None:
-    from ebmkit.sampling.jobs.job import Interrupted
+    from ebmkit.sampling.jobs.chains import Interrupted
     from ebmkit.training.loop import stop_requested
 
     what = f"{job.settings.count:,} samples by {job.settings.sampler}"

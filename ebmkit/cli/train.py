@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import json
 import shlex
@@ -19,7 +18,7 @@ from typer import Option
 
 from ebmkit.cli.console import Reporters, TensorBoard, TrainingBar, console, interrupted
 from ebmkit.cli.evaluate import evaluate_run
-from ebmkit.cli.options import DATA_DIR, DEVICE, IMAGE_SIZE, TRAIN_PRECISION, declare
+from ebmkit.cli.options import declare, options_of
 from ebmkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,62 +33,52 @@ FINAL_IMAGES = 1000
 
 
 def train(
-    dataset: Annotated[
-        str | None, Option(help="data set, from `ebmkit list datasets` [default: digits]")
-    ] = None,
-    data_dir: Annotated[Path | None, DATA_DIR] = None,
-    backbone: Annotated[
-        str | None,
-        Option(
-            help="backbone, from `ebmkit list backbones` [default: set by the recipe, gradresnet18]"
-        ),
-    ] = None,
-    objective: Annotated[
-        str | None,
-        Option(
-            help="objectives joined by +, for example ce+0.5*dsm [default: set by the "
-            "recipe, ce+dsm]"
-        ),
-    ] = None,
-    width: Annotated[int | None, Option(help="channels of the first stage")] = None,
-    steps: Annotated[int | None, Option(help="number of optimiser steps")] = None,
-    seed: Annotated[
-        int | None,
-        Option(
-            help="random seed of initial weights, data order, augmentation and noise [default: 0]"
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None, Option(help="run folder to create [default: a new one in runs/]")
-    ] = None,
-    recipe: Annotated[
-        str | None, Option(help="recipe, from `ebmkit list recipes` [default: set by the data set]")
-    ] = None,
-    image_size: Annotated[int | None, IMAGE_SIZE] = None,
-    config: Annotated[Path | None, Option(help="YAML file of configuration fields")] = None,
-    set_: Annotated[
-        list[str] | None,
-        Option("--set", help="configuration field, for example optimizer.lr=1e-3; repeatable"),
-    ] = None,
-    device: Annotated[str | None, DEVICE] = None,
-    precision: Annotated[str | None, TRAIN_PRECISION] = None,
-    compile_: Annotated[
-        str | None, Option("--compile", help="compile the step: auto, on, off [default: auto]")
-    ] = None,
-    resume: Annotated[Path | None, Option(help="run folder to resume")] = None,
-    evaluate: Annotated[
-        bool, Option(help="evaluate on the test images and write plots at the end")
-    ] = True,
-    tensorboard: Annotated[bool, Option(help="also write TensorBoard events")] = False,
-    dry_run: Annotated[
-        bool, Option("--dry-run", help="estimate the cost of the run, and write nothing")
-    ] = False,
+    *,
+    dataset: str | None = None,
+    data_dir: Path | None = None,
+    backbone: str | None = None,
+    objective: str | None = None,
+    width: int | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    out: Path | None = None,
+    recipe: str | None = None,
+    image_size: int | None = None,
+    config: Path | None = None,
+    set_: list[str] | None = None,
+    device: str | None = None,
+    precision: str | None = None,
+    compile_: str | None = None,
+    resume: Path | None = None,
+    evaluate: bool = True,
+    tensorboard: Annotated[bool, Option("--tensorboard/--no-tensorboard")] = False,
+    dry_run: bool = False,
 ) -> None:
     """Train a model, then evaluate it on the test images.
 
     Without options: GradResNet18 on scikit-learn's digits with ce+dsm, about 80 seconds on two
     cores. Later settings override earlier ones: recipe < --config < named options < --set. With
     `torchrun -m ebmkit train ...` all processes train one model.
+
+    Args:
+        dataset: data set, from `ebmkit list datasets` [default: digits]
+        backbone: backbone, from `ebmkit list backbones` [default: set by the recipe, gradresnet18]
+        objective: objectives joined by +, for example ce+0.5*dsm [default: set by the recipe,
+            ce+dsm]
+        width: channels of the first stage
+        steps: number of optimiser steps
+        seed: random seed of initial weights, data order, augmentation and noise [default: 0]
+        out: run folder to create [default: a new one in runs/]
+        recipe: recipe, from `ebmkit list recipes` [default: set by the data set]
+        config: YAML file of configuration fields
+        set_: configuration field, for example optimizer.lr=1e-3; repeatable
+        precision: precision of training: auto, fp32, tf32, bf16 [default: set by the configuration,
+            auto]
+        compile_: compile the step: auto, on, off [default: auto]
+        resume: run folder to resume
+        evaluate: evaluate on the test images and write plots at the end
+        tensorboard: also write TensorBoard events
+        dry_run: estimate the cost of the run, and write nothing
     """
     from ebmkit.distributed import join
     from ebmkit.training import RunFolder, parse_assignments, read_config
@@ -161,8 +150,7 @@ def cost(**options: Any) -> None:
 
 
 _RUN_OPTIONS = ("out", "resume", "evaluate", "tensorboard", "dry_run")
-_OPTIONS = inspect.signature(train, eval_str=True).parameters.values()
-declare(cost, (option for option in _OPTIONS if option.name not in _RUN_OPTIONS))
+declare(cost, (option for option in options_of(train)[1] if option.name not in _RUN_OPTIONS))
 
 
 def _resolved(

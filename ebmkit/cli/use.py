@@ -9,7 +9,6 @@ from rich.table import Table
 from typer import Option
 
 from ebmkit.cli.console import console, counting, errors, warn
-from ebmkit.cli.options import COMPILE, DEVICE, IMAGES, LABEL, PRECISION, RUN, WEIGHTS
 from ebmkit.errors import UserError
 from ebmkit.terminal import one_line, shown_name
 
@@ -20,17 +19,22 @@ if TYPE_CHECKING:
 
 
 def classify(
-    run: Annotated[Path, RUN],
-    images: Annotated[list[Path], IMAGES],
-    top: Annotated[int, Option(min=1, help="number of classes to show")] = 3,
-    resize: Annotated[bool, Option(help="resize and crop images to the training size")] = True,
-    weights: Annotated[str, WEIGHTS] = "last",
-    device: Annotated[str, DEVICE] = "auto",
+    run: Path,
+    images: list[Path],
+    *,
+    top: Annotated[int, Option(min=1)] = 3,
+    resize: bool = True,
+    weights: str = "last",
+    device: str = "auto",
 ) -> None:
     """Classify images: print the most likely classes, their probabilities and the log-density.
 
     Log-densities are in nats, up to a constant of the model. Compare them only between images of
     the same size.
+
+    Args:
+        top: number of classes to show
+        resize: resize and crop images to the training size
     """
     from ebmkit.compute import pick_device
     from ebmkit.data import read_image
@@ -60,22 +64,25 @@ def classify(
 
 
 def denoise(
-    run: Annotated[Path, RUN],
-    images: Annotated[list[Path], IMAGES],
-    out: Annotated[Path, Option(help="folder for the denoised images")],
-    sigma: Annotated[
-        str | None, Option(help="noise level, for example 25/255 [default: estimated by the model]")
-    ] = None,
-    label: Annotated[str | None, LABEL] = None,
-    weights: Annotated[str, WEIGHTS] = "last",
-    device: Annotated[str, DEVICE] = "auto",
-    precision: Annotated[str, PRECISION] = "auto",
-    compile_: Annotated[str, COMPILE] = "auto",
+    run: Path,
+    images: list[Path],
+    *,
+    out: Path,
+    sigma: str | None = None,
+    label: str | None = None,
+    weights: str = "last",
+    device: str = "auto",
+    precision: str = "auto",
+    compile_: str = "auto",
 ) -> None:
     """Remove Gaussian noise from images of any size, in tiles.
 
     Writes each image under its own name to --out, and never overwrites a file. If the model is for
     colour, the output for a gray image is the mean over channels.
+
+    Args:
+        out: folder for the denoised images
+        sigma: noise level, for example 25/255 [default: estimated by the model]
     """
     from ebmkit.compile import optimize
     from ebmkit.compute import pick_device
@@ -84,6 +91,7 @@ def denoise(
     from ebmkit.models import load
     from ebmkit.noise import format_sigma, parse_sigma
     from ebmkit.sampling.jobs.settings import parse_label
+    from ebmkit.storage import make_folder
 
     level, place = None if sigma is None else parse_sigma(sigma), pick_device(device)
     model = optimize(load(run, device=str(place), weights=weights), precision, compile_)
@@ -93,10 +101,7 @@ def denoise(
     _check_targets(images, targets)
     for path in images:  # all mistakes first, then the work, one image in memory at a time
         read_image(path, _channels(model))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make folder {str(out)!r}: {error.strerror}") from None
+    make_folder(out)
     for path, target in zip(images, targets, strict=True):
         picture = read_image(path, _channels(model))
         with counting(target.name) as progress:

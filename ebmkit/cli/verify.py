@@ -10,21 +10,22 @@ from rich.table import Table
 from typer import Option
 
 from ebmkit.cli.console import console
-from ebmkit.cli.options import RUN
 from ebmkit.errors import UserError
 
 
 def verify(
-    run: Annotated[Path, RUN],
-    accept: Annotated[
-        list[str] | None,
-        Option(help="accept the present content of this file, changed on purpose; repeatable"),
-    ] = None,
-    as_json: Annotated[bool, Option("--json", help="print JSON instead of a table")] = False,
+    run: Path,
+    *,
+    accept: list[str] | None = None,
+    as_json: Annotated[bool, Option("--json")] = False,
 ) -> None:
     """Compare every file of a run with its checksum in manifest.json.
 
     Exit code 2 if a file is changed or missing. Writes nothing unless --accept is given.
+
+    Args:
+        accept: accept the present content of this file, changed on purpose; repeatable
+        as_json: print JSON instead of a table
     """
     from ebmkit.storage.verify import accept_files, verify_run
 

@@ -40,7 +40,6 @@ from ebmkit.data.imagesets import (
     HINT,
     AnyImages,
     DatasetRequest,
-    ImageSet,
     StreamedSet,
     readable,
     shuffled,
@@ -90,16 +89,8 @@ class FolderReader:
         """The file of ``row``, relative to the root."""
         return os.fsdecode(self._names[row])
 
-    def read(self, rows: Sequence[int]) -> Tensor:
-        """Images (B, C, H, W) uint8.
-
-        Raises:
-            UserError: naming the file that cannot be read.
-        """
-        return torch.stack([self._one(row) for row in rows])
-
-    def read_cut(self, rows: Sequence[int], cut: Cut) -> Tensor:
-        """Crops (B, C, *cut.crop.size) uint8 of the whole images.
+    def read(self, rows: Sequence[int], cut: Cut | None = None) -> Tensor:
+        """Images (B, C, H, W) uint8, or crops (B, C, *cut.crop.size) of the whole images.
 
         A window is cut from the image with its shorter side brought to ``side``, a resized crop
         from the image as it is in the file.
@@ -107,29 +98,25 @@ class FolderReader:
         Raises:
             UserError: naming the file that cannot be read.
         """
-        return torch.stack([self._crop(row, cut.of(i)) for i, row in enumerate(rows)])
+        cuts = [None if cut is None else cut.of(i) for i in range(len(rows))]
+        return torch.stack([self._one(row, own) for row, own in zip(rows, cuts, strict=True)])
 
-    def _one(self, row: int) -> Tensor:
+    def _one(self, row: int, cut: Cut | None) -> Tensor:
         from torchvision.transforms.v2 import functional
 
         image = self._open(row)
         if not self.whole:
             return to_pixels(image, self.channels, self.size)
-        assert self.size is not None
-        pixels = functional.resize(to_pixels(image, self.channels), [self.side], antialias=True)
-        middle: Tensor = functional.center_crop(pixels, list(self.size))
-        return middle
-
-    def _crop(self, row: int, cut: Cut) -> Tensor:
-        from torchvision.transforms.v2 import functional
-
-        pixels = to_pixels(self._open(row), self.channels)
-        resized = cut.crop.scale is not None
-        if not resized:
+        pixels = to_pixels(image, self.channels)
+        if cut is None or cut.crop.scale is None:
             pixels = functional.resize(pixels, [self.side], antialias=True)
+        if cut is None:
+            assert self.size is not None
+            middle: Tensor = functional.center_crop(pixels, list(self.size))
+            return middle
         top, left, height, width = crop_boxes(pixels.shape[1], pixels.shape[2], cut)[0].tolist()
         crop = pixels[:, top : top + height, left : left + width]
-        if resized:
+        if cut.crop.scale is not None:
             crop = functional.resize(crop, list(cut.crop.size), antialias=True)
         return crop
 
@@ -189,16 +176,7 @@ def load_folder(request: DatasetRequest, side: int | None = None) -> AnyImages:
     bar = progress_bar(images.rows.tolist(), f"reading {what}", request.progress)
     for i, row in enumerate(bar):
         pixels[i] = images.reader.read([row])[0]
-    return ImageSet(
-        pixels,
-        images.labels,
-        images.class_names,
-        images.name,
-        split,
-        images.reader,
-        images.rows,
-        images.left_out,
-    )
+    return images.loaded(pixels)
 
 
 def load_imagenet(request: DatasetRequest) -> AnyImages:
@@ -454,7 +432,7 @@ def find_images(
         _check_inside(str(base), home, ask)
     names: list[str] = []
     ignored: list[str] = []
-    for name in _walk(str(base), "", home, ask, deep, (os.path.realpath(base),)):
+    for name in _walk(str(base), home, ask, deep):
         (names if _is_image(name) else ignored).append(name)
     if ignored and deep:
         warnings.warn(
@@ -465,47 +443,31 @@ def find_images(
     return names
 
 
-def _walk(
-    base: str, inside: str, home: str | None, ask: str, deep: bool, above: tuple[str, ...]
-) -> Iterator[str]:
-    """Files under ``base``/``inside``, relative to ``base``; `os.walk` would follow links out of
-    ``home`` and in circles."""
-    folder = os.path.join(base, inside) if inside else base
-    if len(above) > MAX_DEPTH:
-        raise UserError(
-            f"{base!r} has folders in folders more than {MAX_DEPTH} deep: sort the images into "
-            "fewer"
-        )
-    try:
-        with os.scandir(folder) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
-    except OSError as error:
-        raise UserError(f"cannot look into {folder!r}: {error.strerror}") from None
-    folders = []
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        if _is_folder(entry):
-            folders.append(entry)
-            continue
-        if entry.is_symlink() and home is not None and _is_image(entry.name):
-            _check_inside(entry.path, home, ask)
-        yield os.path.join(inside, entry.name)
-    for entry in folders if deep else ():
-        if entry.is_symlink():
+def _walk(base: str, home: str | None, ask: str, deep: bool) -> Iterator[str]:
+    """Files under ``base``, relative to it; links are checked before they are followed."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"cannot look into {error.filename!r}: {error.strerror}") from None
+
+    for folder, folders, files in os.walk(base, onerror=refuse, followlinks=True):
+        inside = Path(folder).relative_to(base).parts
+        above = [os.path.join(base, *inside[:depth]) for depth in range(len(inside) + 1)]
+        if len(above) > MAX_DEPTH:
+            raise UserError(
+                f"{base!r} has folders in folders more than {MAX_DEPTH} deep: sort the images into "
+                "fewer"
+            )
+        folders[:] = sorted(name for name in folders if deep and not name.startswith("."))
+        shown = sorted(name for name in files if not name.startswith("."))
+        for name in (*filter(_is_image, shown), *folders):
+            path = os.path.join(folder, name)
+            if not os.path.islink(path):
+                continue
             if home is not None:
-                _check_inside(entry.path, home, ask)
-            if any(os.path.samefile(entry.path, other) for other in above):
-                raise UserError(f"{entry.path!r} is a link to a folder that it lies in: remove it")
-        name = os.path.join(inside, entry.name)
-        yield from _walk(base, name, home, ask, deep, (*above, entry.path))
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # links in a circle: whoever opens it says so
-        return False
+                _check_inside(path, home, ask)
+            if name in folders and any(os.path.samefile(path, other) for other in above):
+                raise UserError(f"{path!r} is a link to a folder that it lies in: remove it")
+        yield from (os.path.join(*inside, name) for name in shown)
 
 
 def _is_image(name: str) -> bool:

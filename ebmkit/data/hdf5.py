@@ -28,9 +28,9 @@ from ebmkit.data.images import MAX_PIXELS_IN_SET
 from ebmkit.data.imagesets import (
     AnyImages,
     DatasetRequest,
-    ImageSet,
     Split,
     StreamedSet,
+    check_range,
     shuffled,
     split_rows,
 )
@@ -148,10 +148,10 @@ def load_rows(name: str, split: Split, reader: Hdf5Reader, rows: Tensor) -> AnyI
     count, height, width, channels = reader.shape
     labels = None if reader.labels is None else reader.labels[rows]
     facts = (labels, reader.class_names, name, split)
+    found = StreamedSet(reader, rows, channels, (height, width), *facts)
     if count * height * width * channels > imagesets.MEMORY_LIMIT:
-        return StreamedSet(reader, rows, channels, (height, width), *facts)
-    images = rearrange(reader.read_all()[rows], "n h w c -> n c h w").contiguous()
-    return ImageSet(images, *facts, reader, rows)
+        return found
+    return found.loaded(rearrange(reader.read_all()[rows], "n h w c -> n c h w").contiguous())
 
 
 def read_contents(path: Path, group: str = "", class_names: tuple[str, ...] = ()) -> Hdf5Reader:
@@ -244,10 +244,5 @@ def _labels(
             f"{labels.shape} {labels.dtype}"
         )
     numbers = torch.from_numpy(read_array(labels, what).astype(np.int64))
-    top = len(names) if names else MOST_NAMES
-    outside = numbers[(numbers < 0) | (numbers >= top)]
-    if len(outside):
-        raise UserError(
-            f"{where}: label {int(outside[0])} is out of range: labels are 0 to {top - 1}"
-        )
+    check_range(numbers, len(names) or MOST_NAMES, where)
     return numbers

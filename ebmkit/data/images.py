@@ -22,7 +22,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from ebmkit.errors import UserError
+from ebmkit.errors import UserError, first_line
 from ebmkit.storage import write_atomically
 
 MAX_PIXELS = 170_000_000
@@ -212,10 +212,9 @@ def _opened(path: Path, most: int) -> Iterator[Image.Image]:
             "(or 16-bit gray)"
         ) from None
     except _BROKEN as error:
-        reason = str(error).strip().splitlines()
         raise UserError(
             f"{str(path)!r} is damaged or incomplete and cannot be read "
-            f"({reason[0] if reason else type(error).__name__}): get the file again"
+            f"({first_line(error)}): get the file again"
         ) from None
 
 

@@ -101,8 +101,8 @@ class CropReader(RowReader, Protocol):
     side: int
     """Shorter side that images are brought to before a window is cut from them."""
 
-    def read_cut(self, rows: Sequence[int], cut: Cut) -> Tensor:
-        """Crops (B, C, *cut.crop.size) uint8 of as many images."""
+    def read(self, rows: Sequence[int], cut: Cut | None = None) -> Tensor:
+        """Images, or crops (B, C, *cut.crop.size) uint8 of as many."""
         ...
 
 
@@ -176,12 +176,7 @@ class _Images(ABC):
         if not self.class_names and len(labels):
             names = tuple(str(label) for label in range(1 + int(labels.max())))
             object.__setattr__(self, "class_names", names)
-        outside = labels[(labels < 0) | (labels >= self.num_classes)]
-        if len(outside):
-            raise UserError(
-                f"{what}: label {int(outside[0])} is out of range: its {self.num_classes} classes "
-                f"have labels 0 to {self.num_classes - 1}"
-            )
+        check_range(labels, self.num_classes, what)
 
 
 @dataclass(frozen=True, eq=False)
@@ -304,6 +299,11 @@ class StreamedSet(_Images):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def loaded(self, images: Tensor) -> ImageSet:
+        """The same set with its ``images`` (N, C, H, W) in memory."""
+        shared = ("labels", "class_names", "name", "split", "reader", "rows", "left_out")
+        return ImageSet(images, **{name: getattr(self, name) for name in shared})
+
     def read(self, indices: Sequence[int], cut: Cut | None = None) -> tuple[Tensor, Tensor | None]:
         """Several images (B, C, H, W) uint8 and their labels (B,), or None.
 
@@ -345,7 +345,7 @@ class StreamedSet(_Images):
         if cut is None:
             return self.reader.read(rows), labels
         assert self.crops is not None
-        return self.crops.read_cut(rows, cut), labels
+        return self.crops.read(rows, cut), labels
 
     def readable(self, what: str = "", progress: bool = False) -> StreamedSet:
         """Those that can be read, after reading each; from then on none may be missing.
@@ -368,6 +368,19 @@ class StreamedSet(_Images):
 
 AnyImages = ImageSet | StreamedSet
 """Images of one split, in memory or on disk."""
+
+
+def check_range(labels: Tensor, classes: int, what: str) -> None:
+    """Check that ``labels`` (N,) of ``what`` are 0 .. ``classes`` - 1.
+
+    Raises:
+        UserError: naming the first that is not.
+    """
+    outside = labels[(labels < 0) | (labels >= classes)]
+    if len(outside):
+        raise UserError(
+            f"{what}: label {int(outside[0])} is out of range: labels are 0 to {classes - 1}"
+        )
 
 
 def to_floats(images: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor
 from ebmkit.data.folders import has_parts, list_folder, readable_images, to_pixels
 from ebmkit.data.imagesets import DatasetRequest, Faults, ImageSet, StreamedSet, shuffled
 from ebmkit.data.sets import CIFAR, torchvision_cifar
-from ebmkit.errors import UserError, unknown_name
+from ebmkit.errors import UserError, first_line, unknown_name
 from ebmkit.terminal import progress_bar
 
 _BLOCK = 256
@@ -215,7 +215,7 @@ def _torchvision_parts(src: str, image_size: int | None) -> Parts:
         try:
             source = make(folder or "data", **choice, **download)
         except _BROKEN as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = first_line(error)
             raise UserError(f"cannot get {src!r} into {folder or 'data'!r}: {reason}") from None
         parts[part] = _Items(source, src, image_size)
     return parts

@@ -31,12 +31,12 @@ def parse_share(value: object) -> float:
         UserError: if it does not parse or is not between 0 and 1.
     """
     share = parse_fraction(value)
-    if share is None or not 0 < share < 1:
-        raise UserError(
-            f"a share of the run's steps is between 0 and 1, as 150/400, not "
-            f"{str(value).strip()!r}: phases and milestones begin after one"
-        )
-    return share
+    if share is not None and 0 < share < 1:
+        return share
+    raise UserError(
+        f"a share of the run's steps is between 0 and 1, as 150/400, not {str(value).strip()!r}: "
+        "phases and milestones begin after one"
+    )
 
 
 def parse_decay_share(value: object) -> float:
@@ -46,12 +46,12 @@ def parse_decay_share(value: object) -> float:
         UserError: if it does not parse, or is not above 0 and at most 1.
     """
     share = parse_fraction(value)
-    if share is None or not 0 < share <= 1:
-        raise UserError(
-            "the share of the steps, at the end, over which the rate falls is above 0 and at most "
-            f"1, as 0.2 or 100/400, not {str(value).strip()!r}"
-        )
-    return share
+    if share is not None and 0 < share <= 1:
+        return share
+    raise UserError(
+        "the share of the steps, at the end, over which the rate falls is above 0 and at most 1, "
+        f"as 0.2 or 100/400, not {str(value).strip()!r}"
+    )
 
 
 class Phase(BaseModel):

@@ -21,6 +21,7 @@ files ``cifar10-train.h5`` and ``cifar10-test.h5`` with images (N, 32, 32, 3) ui
 from __future__ import annotations
 
 import contextlib
+import importlib.resources
 import pickle
 import socket
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import yaml
 from einops import rearrange
 
 from ebmkit.data.folders import load_folder, load_imagenet, load_pictures
@@ -44,7 +46,7 @@ from ebmkit.data.imagesets import (
     Split,
     split_rows,
 )
-from ebmkit.errors import UserError, unknown_name
+from ebmkit.errors import UserError, first_line, unknown_name
 from ebmkit.registry import Table, find
 
 DIGITS = tuple("0123456789")
@@ -68,27 +70,12 @@ class Published(NamedTuple):
     class_names: tuple[str, ...]
 
 
-_CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
-_CIFAR100 = """
-    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus
-    butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach
-    couch crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster
-    house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree
-    motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear
-    pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road
-    rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel
-    streetcar sunflower sweet_pepper table tank telephone television tiger tractor train
-    trout tulip turtle wardrobe whale willow_tree wolf woman worm
-"""
-
+_DATA = importlib.resources.files(__package__).joinpath("cifar.yaml").read_text(encoding="utf-8")
 CIFAR = {
-    "cifar10": Published(
-        "CIFAR10", "cifar-10-batches-py", "cifar-10-python.tar.gz", tuple(_CIFAR10.split())
-    ),
-    "cifar100": Published(
-        "CIFAR100", "cifar-100-python", "cifar-100-python.tar.gz", tuple(_CIFAR100.split())
-    ),
+    name: Published(**facts | {"class_names": tuple(facts["class_names"])})
+    for name, facts in yaml.safe_load(_DATA).items()
 }
+"""CIFAR-10 and CIFAR-100 as they are published."""
 
 
 def load_digits(request: DatasetRequest) -> ImageSet:
@@ -202,8 +189,9 @@ def torchvision_cifar(name: str, data_dir: Path, train: bool, download: bool) ->
                 with contextlib.suppress(OSError):  # not empty: keep what was fetched
                     root.rmdir()
             cause = getattr(error, "reason", error)  # of a URLError: what the network said
-            reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
-            raise UserError(f"{_missing(name, data_dir)} (fetching it failed: {reason})") from None
+            raise UserError(
+                f"{_missing(name, data_dir)} (fetching it failed: {first_line(cause)})"
+            ) from None
         raise UserError(
             f"{str(folder)!r} is incomplete or damaged: delete it and unpack {facts.archive} in "
             f"{str(root)!r} anew"

@@ -77,16 +77,9 @@ class Batch(NamedTuple):
 
     def rows(self, rows: slice) -> Batch:
         """The images ``rows`` of this batch."""
-        x, y, sigma, eps, labels, soft, extra = self
-        return Batch(
-            x[rows],
-            y[rows],
-            sigma[rows],
-            eps[rows],
-            None if labels is None else labels[rows],
-            None if soft is None else soft[rows],
-            {name: column[rows] for name, column in extra.items()},
-        )
+        *columns, extra = self
+        own = [None if column is None else column[rows] for column in columns]
+        return Batch._make([*own, {name: column[rows] for name, column in extra.items()}])
 
     def of(self, objective: str) -> Batch:
         """This batch as ``objective`` sees it: its own columns in ``extra``, by their names."""

@@ -1,10 +1,17 @@
 """Evaluation: suites of measures with confidence intervals, as JSON, tables and plots."""
 
 from ebmkit.evaluation.context import NOISE_LEVELS, SIGMAS, EvaluationContext, Images
-from ebmkit.evaluation.runner import Result, evaluate, evaluation_folder, tables
+from ebmkit.evaluation.runner import (
+    SUITES,
+    Result,
+    evaluate,
+    evaluation_folder,
+    parse_options,
+    parse_suites,
+    tables,
+)
 from ebmkit.evaluation.statistics import Estimate
 from ebmkit.evaluation.suite import Suite
-from ebmkit.evaluation.suites import SUITES, parse_options, parse_suites
 
 __all__ = [
     "NOISE_LEVELS",

@@ -13,25 +13,20 @@ likeliest labels at y beside the predicted one:
 - ``norm`` of the gradient, l2, nats per image unit; ``norm_predicted``, of the predicted label's;
   ``score_norm``, :math:`\|\nabla\log p(y)\|`, about :math:`\sqrt d/\sigma` for a good denoiser;
 - ``identity_error``, the relative difference of the two sides of the equation, of which the left
-  one is differentiated by itself. It is rounding: D is of the size of an image, and its rounding is
-  divided by sigma^2 (``rounding`` is what float32 may do, :math:`2^{-24}\|y\|/\sigma^2` relative to
-  the norm). With ``precision`` double it vanishes;
+  one is differentiated by itself. It is rounding, divided by sigma^2 (``rounding`` is what float32
+  may do, :math:`2^{-24}\|y\|/\sigma^2` relative to the norm);
 - ``steps``: after a step of each length along the gradient, by how much log p(c|y) rose
   (``gain``), how much the gradient promised (``promised``, length times norm), and on which share
   of (image, target) the target is now the prediction (``reached``).
 
 A blind model is also asked at the clean image, where sigma does not enter: level 0 then.
-
-``adversarial.json`` holds, beside the common entries (``images`` is the number measured):
-``levels``, by noise level the above as estimates with 95 % intervals (means over images; over
-targets first), with ``sigma``; ``targets``, how many; ``lengths`` of the steps.
 """
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field, PositiveFloat
@@ -46,6 +41,7 @@ from ebmkit.evaluation import statistics
 from ebmkit.evaluation.context import Batch, EvaluationContext, Images, noisy_batches
 from ebmkit.evaluation.suite import (
     Precision,
+    Several,
     Suite,
     SuiteConfig,
     check_classifies,
@@ -66,24 +62,16 @@ STEP = ("gain", "promised", "reached")
 class AdversarialConfig(SuiteConfig):
     """Settings of the suite ``adversarial``."""
 
-    sigmas: tuple[Sigma, ...] = Field(
-        tuple(s / 255 for s in (1, 2, 5, 10, 20, 50, 100)),
-        min_length=1,
-        description="noise levels, image units",
-    )
-    labels: int = Field(
-        2,
-        ge=1,
-        le=6,
-        description="number of target labels: the most likely ones after the predicted label",
-    )
-    images: int = Field(64, ge=2, description="number of images, from the first; the plot shows 4")
-    lengths: tuple[PositiveFloat, ...] = Field(
-        (0.05, 0.25, 1.0),
-        min_length=1,
-        description="l2 lengths of the steps along the gradient, image units",
-    )
+    sigmas: Several[Sigma] = tuple(s / 255 for s in (1, 2, 5, 10, 20, 50, 100))
+    """noise levels, image units"""
+    labels: Annotated[int, Field(ge=1, le=6)] = 2
+    """number of target labels: the most likely ones after the predicted label"""
+    images: Annotated[int, Field(ge=2)] = 64
+    """number of images, from the first; the plot shows 4"""
+    lengths: Several[PositiveFloat] = (0.05, 0.25, 1.0)
+    """l2 lengths of the steps along the gradient, image units"""
     precision: Precision = "single"
+    """precision: single (float32) or double (float64)"""
 
 
 def difference(model: EnergyModel, y: Tensor, c: Tensor, sigma: float) -> Tensor:
@@ -99,7 +87,7 @@ def difference(model: EnergyModel, y: Tensor, c: Tensor, sigma: float) -> Tensor
 
 
 def measure(context: EvaluationContext) -> dict[str, Any]:
-    """Measure gradients at every noise level; see the module's text for what is returned."""
+    """Measure gradients at every noise level; return the document."""
     config = context.option(AdversarialConfig)
     model = context.model_in(config.precision)
     assert isinstance(model, EnergyModel)
@@ -193,7 +181,7 @@ def _plot_gradients(context: EvaluationContext, document: dict[str, Any], path: 
     heads, groups, targets = ["clean"], dict[int, str](), None
     for i in sorted({0, (len(sigmas) - 1) // 2, len(sigmas) - 1}):
         sigma = sigmas[i]
-        ((x, y, labels),) = noisy_batches(images, sigma, context.seed, ROWS, context.device)
+        ((x, y, labels, _),) = noisy_batches(images, sigma, context.seed, ROWS, context.device)
         y = y.double() if config.precision == "double" else y
         if not rows:
             below = [""] * len(x) if labels is None else map(name, labels)
@@ -231,19 +219,19 @@ def _plot_norms(document: dict[str, Any], path: Path) -> None:
     noisy = [level for level in document["levels"] if level["sigma"]]
     clean = [level for level in document["levels"] if not level["sigma"]]
     x = [255 * level["sigma"] for level in noisy]
-    series = (
-        ("norm", "targets", plots.ORANGE, "s"),
-        ("norm_predicted", "predicted label", plots.BLUE, "o"),
-        ("score_norm", "score $\\nabla\\log p(y)$", plots.GREEN, "^"),
-    )
+    series = {
+        "norm_predicted": "predicted label",
+        "norm": "targets",
+        "score_norm": "score $\\nabla\\log p(y)$",
+    }
     # an interval of a mean may reach 0, which a logarithmic axis has not
-    values = [level[name]["value"] for level in noisy for name, *_ in series]
+    values = [level[name]["value"] for level in noisy for name in series]
     floor = min([value for value in values if value], default=1.0) / 5
-    for name, label, colour, marker in series:
-        look: dict[str, Any] = {"color": colour, "marker": marker, "ms": 4, "label": label}
+    for k, (name, label) in enumerate(series.items()):
+        look = plots.look(k) | {"ls": "-", "ms": 4, "label": label}
         plots.plot_estimates(left, x, [level[name] for level in noisy], **look)
         for level in clean:
-            left.axhline(level[name]["value"], color=colour, ls=":", lw=1)
+            left.axhline(level[name]["value"], color=look["color"], ls=":", lw=1)
     if clean:
         left.plot([], [], color=plots.GRAY, ls=":", lw=1, label="at the clean image")
     title, y = "Gradients of log p(c|y), mean over images", "l2 norm (nats per image unit)"
@@ -254,9 +242,9 @@ def _plot_norms(document: dict[str, Any], path: Path) -> None:
             [level["steps"][k][name]["value"] for level in noisy] for name in ("gain", "promised")
         )
         rises += gains
-        colour, label = plots.COLOURS[k % 3], f"step {length:g}"
-        right.plot(x, gains, f"{plots.MARKERS[k % 3]}-", color=colour, ms=4, label=label)
-        right.plot(x, promised, "--", color=colour, lw=1)
+        look = plots.look(k) | {"ls": "-", "ms": 4, "label": f"step {length:g}"}
+        right.plot(x, gains, **look)
+        right.plot(x, promised, "--", color=look["color"], lw=1)
     right.plot([], [], "--", color=plots.GRAY, lw=1, label="promised by the gradient")
     title = "A step along the gradient of a target (l2 length)"
     plots.annotate(right, title, plots.SIGMA, "rise of log p(c|y) (nats)", xscale="log")
@@ -266,8 +254,7 @@ def _plot_norms(document: dict[str, Any], path: Path) -> None:
         right.set_yscale("log")
     for axes in (left, right):
         plots.legend_below(axes, columns=2)
-    figure.suptitle(f"Adversarial gradients: {plots.images_of(document)}", fontsize=11)
-    plots.save_figure(figure, path)
+    plots.save_figure(figure, path, f"Adversarial gradients: {plots.images_of(document)}")
 
 
 def table(document: dict[str, Any]) -> Table:
@@ -289,11 +276,7 @@ def table(document: dict[str, Any]) -> Table:
 
 
 def check(model: ScoreModel, images: Images) -> None:
-    """Whether there are labels to turn to.
-
-    Raises:
-        UserError: if the model or the images have none, they differ, or there is a single one.
-    """
+    """Raise `UserError` where there are no labels to turn to."""
     check_classifies(model, images)
     if model.num_classes < 2:
         raise UserError("a model of one class has no adversarial gradients: they are all 0")

@@ -10,11 +10,6 @@ With the confidence :math:`\hat p_i = \max_c p(c \mid y_i)` sorted into 15 bins 
 (Guo et al., arXiv 1706.04599, eq. 3); a confidence of exactly 1 belongs to the last bin. The Brier
 score is the mean of :math:`\sum_k (p(k \mid y) - 1[k = c])^2`, between 0 and 2; NLL is in nats. All
 are taken on the clean images and on noisy ones at 25/255.
-
-``calibration.json`` holds, beside the common entries: ``ece``, ``brier``, ``nll`` of the clean
-images, each with its ``_interval``; and ``levels``, one entry per noise level with the same
-measures and ``bins``, the reliability diagram: for each bin its edges, number of images, mean
-confidence and accuracy (null where it is empty).
 """
 
 from __future__ import annotations
@@ -87,17 +82,17 @@ def _bin_of(confidence: Tensor, bins: int) -> NDArray[np.intp]:
 
 
 def measure(context: EvaluationContext) -> dict[str, Any]:
-    """Calibration, clean and noisy; see the module's text for what is returned."""
+    """Calibration, clean and noisy; return the document."""
     levels: list[dict[str, Any]] = []
     for sigma in (0.0, NOISY):
         found = context.predictions(sigma)
         levels.append(
             {
                 "sigma": sigma,
-                "ece": calibration_error(found.confidence, found.right, seed=context.seed),
-                "brier": statistics.mean(found.brier),
-                "nll": statistics.mean(found.nll),
-                "bins": reliability(found.confidence, found.right),
+                "ece": calibration_error(found["confidence"], found["right"], seed=context.seed),
+                "brier": statistics.mean(found["brier"]),
+                "nll": statistics.mean(found["nll"]),
+                "bins": reliability(found["confidence"], found["right"]),
             }
         )
     document = {"sigmas": [0.0, NOISY], "levels": levels}
@@ -117,20 +112,10 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
         bins = level["bins"]
         full = [b for b in bins if b["count"]]
         top.plot([0, 100], [0, 100], ls=":", color=plots.GRAY, label="calibrated")
-        accuracy, low, high = (
-            np.array([100 * b["accuracy"][key] for b in full]) for key in ("value", "low", "high")
-        )
-        top.errorbar(
-            [100 * b["confidence"] for b in full],
-            accuracy,
-            yerr=np.maximum(0, [accuracy - low, high - accuracy]),
-            fmt="o",
-            color=plots.BLUE,
-            ms=4.5,
-            elinewidth=0.8,
-            capsize=2,
-            label="model, 95 % interval",
-        )
+        x, accuracies = [100 * b["confidence"] for b in full], [b["accuracy"] for b in full]
+        look: dict[str, Any] = {"fmt": "o", "color": plots.BLUE, "ms": 4.5, "elinewidth": 0.8}
+        label = "model, 95 % interval"
+        plots.bars_within(top, x, accuracies, (0, 100), 100, label=label, **look)
         where = f"sigma {in_255ths(level['sigma'])}/255" if level["sigma"] else "clean images"
         top.set_title(f"Calibration, {where}: ECE {100 * level['ece']['value']:.2f} %", fontsize=10)
         top.set(ylabel="accuracy (%)", xlim=(0, 101), ylim=(0, 102))
@@ -138,8 +123,7 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
         bottom.bar(middles, [b["count"] for b in bins], width=90 / len(bins), color=plots.SKY)
         limits = {"xlim": (0, 101), "ylim": (0.8, None)}
         bottom.set(xlabel="confidence (%)", ylabel="images", yscale="log", **limits)
-    plots.shared_legend(figure, columns=2)
-    plots.save_figure(figure, folder / "reliability.png")
+    plots.save_figure(figure, folder / "reliability.png", legend=2)
 
 
 def table(document: dict[str, Any]) -> Table:

@@ -11,49 +11,25 @@ at every :math:`x + \delta` with
 .. math:: \|\delta\|_2 < R = \sigma \, \Phi^{-1}(\underline{p_A}),
 
 whatever f is, and for f linear no larger radius holds (Cohen, Rosenfeld, Kolter, arXiv 1902.02918,
-theorems 1 and 2). The procedure CERTIFY of that paper takes the most frequent label of :math:`n_0`
-votes as A, counts its votes k among n others, and takes the exact (Clopper-Pearson) lower bound of
-a binomial probability at level :math:`1 - \alpha`,
+theorems 1 and 2). Their CERTIFY takes the most frequent label of :math:`n_0` votes as A, counts its
+votes k among n others, and takes the exact (Clopper-Pearson) lower bound of a binomial probability,
+:math:`\underline{p_A} = B^{-1}(\alpha;\; k,\; n - k + 1)`, the :math:`\alpha` quantile of a Beta
+law. If it is 1/2 or less, it abstains. Any certificate is wrong with a probability of at most
+:math:`\alpha`, over the votes. Even if all n agree, :math:`\underline{p_A} = \alpha^{1/n}`.
 
-.. math:: \underline{p_A} = B^{-1}(\alpha;\; k,\; n - k + 1),
-
-the :math:`\alpha` quantile of a Beta law. If it is 1/2 or less, the image gets no certificate:
-CERTIFY abstains. Any certificate is wrong with a probability of at most :math:`\alpha`, over the
-votes. Even if all n votes agree, :math:`\underline{p_A} = \alpha^{1/n}`, which limits R.
-
-Two classifiers made of the same network are certified on the same noisy copies
-:math:`y = x + \sigma\epsilon`, not clipped:
-
-- ``direct``: the label of y itself (Cohen et al.);
-- ``denoised``: the label of :math:`D(y) = y + \sigma^2 s(y)`, clipped to [0, 1] ("denoised
-  smoothing", Salman et al., arXiv 2003.01908). It is given the true sigma, which is no secret: the
-  one who certifies adds the noise.
-
-The images certified are evenly spaced among all, because the first images of a folder may all be of
-one class. The noise on an image is keyed by its number, so that the batch size and the number of
-processes do not change it; it is the same at every sigma, but for its scale.
-
-``certify.json`` holds, beside the common entries: ``certified_images``, their ``numbers``,
-``labels``, and the ``unsmoothed_accuracy`` of the network on them, without noise; ``radii``; and
-``levels``, one entry per sigma with its ``largest_radius`` (all votes alike) and by classifier
-
-- ``accuracy`` of the most frequent label, certified or not, and the share ``abstained``;
-- ``certified``, at each of ``radii`` the share of images certified right at that radius;
-- ``average_radius``, a wrong or missing label counting as 0 (Zhai et al., arXiv 2001.02378);
-- ``predicted`` (null: no certificate) and ``radius`` of each image;
-
-and ``difference``, the average radius of ``denoised`` less that of ``direct``, image by image.
-Radii are l2, in image units.
+On the same noisy copies, not clipped, are certified ``direct``, the label of y itself, and
+``denoised``, the label of :math:`D(y) = y + \sigma^2 s(y)`, clipped to [0, 1] (Salman et al., arXiv
+2003.01908), which is given the true sigma: the one who certifies adds the noise. The noise on an
+image is keyed by its number, so that the batch size and the number of images change nothing.
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -64,8 +40,10 @@ from ebmkit import plots
 from ebmkit.energy import EnergyModel, LogDensity, tweedie
 from ebmkit.errors import UserError
 from ebmkit.evaluation import statistics
-from ebmkit.evaluation.context import EvaluationContext, Images
+from ebmkit.evaluation.context import Batch, EvaluationContext
 from ebmkit.evaluation.suite import (
+    Positive,
+    Several,
     Suite,
     SuiteConfig,
     check_classifies,
@@ -83,34 +61,24 @@ ABSTAIN = -1
 BLOCK = 16
 """Noise is drawn for so many votes at once, whatever the batch size."""
 
-Classifier = Literal["direct", "denoised"]
-
 
 class CertifyConfig(SuiteConfig):
     """Settings of the suite ``certify``."""
 
-    sigmas: tuple[Sigma, ...] = Field(
-        (20 / 255, 0.12, 0.25), min_length=1, description="noise levels of the smoothing"
-    )
-    samples: int = Field(1000, ge=1, description="number of votes for the certificate of an image")
-    selection: int = Field(100, ge=1, description="number of separate votes that select the label")
-    alpha: float = Field(
-        0.001,
-        gt=0,
-        lt=0.5,
-        description="maximum probability that the certificate of an image is wrong",
-    )
-    images: int = Field(100, ge=1, description="number of images, evenly spaced in the data set")
-    radii: tuple[float, ...] = Field(
-        (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6),
-        min_length=1,
-        description="l2 radii at which certified accuracy is reported, image units",
-    )
-    classifiers: tuple[Classifier, ...] = Field(
-        ("direct", "denoised"),
-        min_length=1,
-        description="smoothed classifiers: direct, denoised (denoise first)",
-    )
+    sigmas: Several[Sigma] = (20 / 255, 0.12, 0.25)
+    """noise levels of the smoothing"""
+    samples: Positive = 1000
+    """number of votes for the certificate of an image"""
+    selection: Positive = 100
+    """number of separate votes that select the label"""
+    alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.001
+    """maximum probability that the certificate of an image is wrong"""
+    images: Positive = 100
+    """number of images, evenly spaced in the data set"""
+    radii: Several[float] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6)
+    """l2 radii at which certified accuracy is reported, image units"""
+    classifiers: Several[Literal["direct", "denoised"]] = ("direct", "denoised")
+    """smoothed classifiers: direct, denoised (denoise first)"""
 
     @model_validator(mode="after")
     def _check(self) -> CertifyConfig:
@@ -275,19 +243,31 @@ def labels_of(
 
 
 def measure(context: EvaluationContext) -> dict[str, Any]:
-    """See the module's text for what is returned."""
-    options, images, world = context.option(CertifyConfig), context.images, context.world
+    """Ask for votes and certify; return the document."""
+    options, model = context.option(CertifyConfig), context.model
+    count = min(options.images, len(context.images))
+    numbers = torch.arange(count) * len(context.images) // count
+    images = context.images.select(numbers)
+    assert isinstance(model, EnergyModel)
     assert images.labels is not None
-    numbers = _numbers(images, options)
-    truth = images.labels.cpu()[numbers]
-    advance = _progress(context)
-    own = [
-        _votes(context, options, number, x, advance)
-        for number, x in _numbered(context, numbers[world.rank :: world.size])
-    ]
-    everyone = world.gather(own)
-    rows = [part[k] for k in range(len(everyone[0])) for part in everyone if k < len(part)]
-    votes = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    truth = images.labels.cpu()
+
+    def of_image(batch: Batch) -> dict[Any, Tensor]:
+        found: dict[Any, Tensor] = {"unsmoothed": predict(model.logits(batch.x, 0.0))}
+        for sigma in options.sigmas:
+            votes = draw_votes(
+                partial(labels_of, model, sigma=sigma, which=options.classifiers),
+                batch.x[0],
+                sigma,
+                options.selection + options.samples,
+                vote_generator(context.seed, int(numbers[batch.number])),
+                context.batch_size,
+                lambda cast: context.skip(cast * context.world.size),  # and what the others do
+            )
+            found |= {(sigma, name): cast[None] for name, cast in votes.items()}
+        return found
+
+    votes = context.columns(0.0, of_image, images, batch_size=1, passes=_passes(context))
     levels = []
     for sigma in options.sigmas:
         found = {
@@ -303,75 +283,17 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
             radii = {name: c.right_radius(truth).clamp(min=0) for name, c in found.items()}
             level["difference"] = statistics.mean(radii["denoised"] - radii["direct"])
         levels.append(level)
-    advance(context.left)
     denoised = "denoised" in options.classifiers
     return {
         "sigmas": list(options.sigmas),
         "radii": list(options.radii),
-        "certified_images": len(numbers),
-        "numbers": numbers,
+        "certified_images": count,
+        "numbers": numbers.tolist(),
         "labels": truth.tolist(),
         "unsmoothed_accuracy": statistics.accuracy(votes["unsmoothed"] == truth),
         "levels": levels,
         "warnings": noise_warnings(context.model, options.sigmas) if denoised else [],
     }
-
-
-def _numbers(images: Images, options: CertifyConfig) -> list[int]:
-    """Which images are certified: evenly spaced, as many as asked for, or all if fewer."""
-    count = min(options.images, len(images))
-    return [number * len(images) // count for number in range(count)]
-
-
-def _numbered(context: EvaluationContext, numbers: list[int]) -> Iterator[tuple[int, Tensor]]:
-    """The images (C, H, W) with these ``numbers`` on the device of the model, in order."""
-    chosen, number = set(numbers), 0
-    for x, _ in context.images.batches(context.batch_size):
-        for image in x:
-            if number in chosen:
-                yield number, image.to(context.device)
-            number += 1
-
-
-def _votes(
-    context: EvaluationContext,
-    options: CertifyConfig,
-    number: int,
-    x: Tensor,
-    advance: Callable[[int], None],
-) -> dict[Any, Tensor]:
-    """The label of image ``x`` without noise, (), as ``unsmoothed``; and by sigma and classifier
-    the votes on its noisy copies, (n,)."""
-    model = context.model
-    assert isinstance(model, EnergyModel)
-    found: dict[Any, Tensor] = {"unsmoothed": predict(model.logits(x[None], 0.0))[0].cpu()}
-    for sigma in options.sigmas:
-        votes = draw_votes(
-            partial(labels_of, model, sigma=sigma, which=options.classifiers),
-            x,
-            sigma,
-            options.selection + options.samples,
-            vote_generator(context.seed, number),
-            context.batch_size,
-            advance,
-        )
-        found |= {(sigma, name): cast for name, cast in votes.items()}
-    return found
-
-
-def _progress(context: EvaluationContext) -> Callable[[int], None]:
-    """What moves the progress bar by so many votes, and foresees the time that is left."""
-    before = 0.0
-
-    def advance(votes: int) -> None:
-        nonlocal before
-        now, size = time.perf_counter(), context.world.size
-        if before and votes:  # the first batch warms up
-            context.inference.expect((now - before) / votes * context.left / size)
-        before = now
-        context.skip(min(votes * size, context.left))  # with what the others do meanwhile
-
-    return advance
 
 
 def _summary(found: Certificates, truth: Tensor, radii: Sequence[float]) -> dict[str, Any]:
@@ -444,21 +366,20 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
         axes.set_title(f"$\\sigma$ = {sigma:.3g} = {in_255ths(sigma)}/255", fontsize=10)
     panels[0].set_ylabel("certified accuracy (%)")
     votes, alpha = document["options"]["samples"], document["options"]["alpha"]
-    figure.suptitle(
+    plots.save_figure(
+        figure,
+        folder / "certified-accuracy.png",
         f"Certified accuracy: {plots.images_of(document, document['certified_images'])}, "
         f"{votes:,} votes each, $\\alpha$ = {alpha:g}",
-        fontsize=11,
+        legend=3,
     )
-    plots.shared_legend(figure, 3)
-    plots.save_figure(figure, folder / "certified-accuracy.png")
 
 
 def _passes(context: EvaluationContext) -> int:
     """Every vote counts as one image."""
     options = context.option(CertifyConfig)
     votes = len(options.sigmas) * (options.selection + options.samples)
-    images = len(_numbers(context.images, options))
-    return math.ceil(votes * images / len(context.images))
+    return math.ceil(votes * min(options.images, len(context.images)) / len(context.images))
 
 
 CERTIFY = Suite(

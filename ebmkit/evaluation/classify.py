@@ -2,13 +2,7 @@ r"""Suite ``classify``: accuracy, per class and against noise, and the likelihoo
 
 The predicted label is :math:`\arg\max_c p(c \mid y)`. Accuracy is the share of images on which it
 is the true one, NLL the mean of :math:`-\log p(c \mid y)` over images, in nats. Both are taken on
-the clean images and on noisy ones, :math:`y = x + \sigma\epsilon`, not clipped, with one draw of
-noise per image and level from a fixed seed (`ebmkit.evaluation.context`).
-
-``classify.json`` holds, beside the common entries (`ebmkit.evaluation.evaluate`): ``accuracy``
-(0..1) and ``accuracy_interval``, ``nll`` and ``nll_interval`` of the clean images; ``per_class``,
-the accuracy on the images of each class; ``against_noise``, one entry per level; and ``confusion``,
-the number of images by true (row) and predicted label (column), for up to 100 classes.
+the clean images and on noisy ones, :math:`y = x + \sigma\epsilon`, not clipped.
 """
 
 from __future__ import annotations
@@ -34,14 +28,14 @@ MAX_DRAWN = 20
 
 
 def measure(context: EvaluationContext) -> dict[str, Any]:
-    """Predict at every noise level; see the module's text for what is returned."""
+    """Predict at every noise level; return the document."""
     names, classes = context.images.class_names, context.model.num_classes
     clean = context.predictions(0.0)
     levels = [(sigma, context.predictions(sigma)) for sigma in context.noise_levels]
-    accuracy, nll = statistics.accuracy(clean.right), statistics.mean(clean.nll)
+    accuracy, nll = statistics.accuracy(clean["right"]), statistics.mean(clean["nll"])
     confusion = None
     if classes <= MAX_CONFUSION:
-        pairs = torch.bincount(clean.labels * classes + clean.predicted, minlength=classes**2)
+        pairs = torch.bincount(clean["labels"] * classes + clean["predicted"], minlength=classes**2)
         confusion = rearrange(pairs, "(true predicted) -> true predicted", true=classes).tolist()
     return {
         "sigmas": context.noise_levels,
@@ -50,14 +44,14 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
         "nll": nll.value,
         "nll_interval": [nll.low, nll.high],
         "per_class": {
-            names[c] if names else str(c): statistics.accuracy(clean.right[clean.labels == c])
+            names[c] if names else str(c): statistics.accuracy(clean["right"][clean["labels"] == c])
             for c in range(classes)
         },
         "against_noise": [
             {
                 "sigma": sigma,
-                "accuracy": statistics.accuracy(noisy.right),
-                "nll": statistics.mean(noisy.nll),
+                "accuracy": statistics.accuracy(noisy["right"]),
+                "nll": statistics.mean(noisy["nll"]),
             }
             for sigma, noisy in levels
         ],
@@ -106,12 +100,10 @@ def plot_confusion(counts: Sequence[Sequence[int]], names: Sequence[str], path: 
     side = 1.6 + 0.46 * len(names)
     figure = plots.new_figure(side + 0.9, side, layout="constrained")
     axes = figure.add_subplot()
-    image = axes.imshow(100 * share, cmap="cividis", vmin=0, vmax=100)
-    for i, j in np.argwhere(matrix):
-        colour = "black" if share[i, j] > 0.5 else "white"
-        axes.text(j, i, str(matrix[i, j]), ha="center", va="center", color=colour, fontsize=7)
+    shown = [shown_name(name) for name in names]
+    image = plots.annotated_map(axes, 100 * share, shown, shown, matrix)
+    axes.set_aspect("equal")
     plots.class_ticks(axes, names, size=10)
-    axes.set_yticks(range(len(names)), [shown_name(name) for name in names])
     plots.annotate(axes, "Confusion matrix: number of images", "predicted class", "true class")
     figure.colorbar(image, ax=axes, label="share of the true class (%)", shrink=0.8)
     plots.save_figure(figure, path)

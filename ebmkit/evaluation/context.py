@@ -57,38 +57,18 @@ class Images(Protocol):
     def num_classes(self) -> int: ...
     def __len__(self) -> int: ...
     def first(self, n: int, /) -> Self: ...
+    def select(self, chosen: Tensor, /) -> Self: ...
     def batches(self, size: int, /) -> Iterable[tuple[Tensor, Tensor | None]]: ...
 
 
 class Batch(NamedTuple):
-    """Images x, noisy images y = x + sigma * eps, both (B, C, H, W), and labels (B,), if any."""
+    """Images x, noisy images y = x + sigma * eps, both (B, C, H, W), labels (B,), if any, and the
+    number of the first image."""
 
     x: Tensor
     y: Tensor
     labels: Tensor | None
-
-
-class Predictions(NamedTuple):
-    """What the classifier predicts for each image, all (N,), on the CPU.
-
-    Attributes:
-        labels: the true ones.
-        predicted: the most probable label.
-        confidence: its probability.
-        nll: -log p(c|y) of the true label, nats.
-        brier: sum over labels of (p(k|y) - 1[k = c])^2, 0 to 2.
-    """
-
-    labels: Tensor
-    predicted: Tensor
-    confidence: Tensor
-    nll: Tensor
-    brier: Tensor
-
-    @property
-    def right(self) -> Tensor:
-        """Whether each prediction is right, (N,) bool."""
-        return self.predicted == self.labels
+    number: int = 0
 
 
 def noise_generator(seed: int, sigma: float) -> torch.Generator:
@@ -109,14 +89,16 @@ def noisy_batches(
     Of several processes each gets every W-th batch; the noise of the others is drawn all the same.
     """
     world = world or DistributedContext()
-    generator = noise_generator(seed, sigma)
+    generator, first = noise_generator(seed, sigma), 0
     for number, (x, labels) in enumerate(images.batches(batch_size)):
         y = x
         if sigma:
             eps = torch.stack([torch.randn(x.shape[1:], generator=generator) for _ in x])
             y = x + sigma * eps.to(x)
         if number % world.size == world.rank:
-            yield Batch(x.to(device), y.to(device), None if labels is None else labels.to(device))
+            labels = None if labels is None else labels.to(device)
+            yield Batch(x.to(device), y.to(device), labels, first)
+        first += len(x)
 
 
 @dataclass
@@ -152,7 +134,7 @@ class EvaluationContext:
     left: int = 0
     inference: Inference = field(default_factory=Inference)
     measured: dict[str, Tensor] = field(default_factory=dict)
-    _predictions: dict[float, Predictions] = field(default_factory=dict)
+    _predictions: dict[float, dict[str, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.noise_levels = tuple(sorted({0.0, *self.noise_levels}))
@@ -187,14 +169,17 @@ class EvaluationContext:
         measure: Callable[[Batch], Mapping[K, Tensor]],
         images: Images | None = None,
         batch_size: int | None = None,
+        passes: float = 1,
     ) -> dict[K, Tensor]:
         """``measure`` of all images at noise level ``sigma``; the same noise in every suite.
 
         Args:
             sigma: image units.
             measure: what it gives has one entry per image of the batch, (B, ...).
-            images: others than the context's; they count as one pass over the context's.
+            images: others than the context's.
             batch_size: images at a time, if not the context's; processes share batches.
+            passes: over the context's images that this counts as, for the progress bar, which
+                ``measure`` may move itself (`skip`) by its share of them.
 
         Returns:
             Its columns over all images, (N, ...), on the CPU; the same in every process.
@@ -202,25 +187,30 @@ class EvaluationContext:
         images = self.images if images is None else images
         batch_size = batch_size or self.batch_size
         own: list[dict[K, Tensor]] = []
-        share, count, done, reported = batch_size * self.world.size, len(images), 0, 0
+        share, count, done = batch_size * self.world.size, len(images), 0
+        total, before = round(passes * len(self.images)), self.left
         for batch in noisy_batches(images, sigma, self.seed, batch_size, self.device, self.world):
             start = time.perf_counter()
             own.append({key: column.cpu() for key, column in measure(batch).items()})
             seconds = time.perf_counter() - start
             done = min(count, done + share)  # with what the others do meanwhile
-            now = len(self.images) * done // count
-            self.skip(now - reported)
-            reported = now
-            if len(own) > 1:  # the first warms up
-                ahead = self.left * count / len(self.images)
+            self.skip(total * done // count - (before - self.left))
+            if len(own) > 1 and total:  # the first warms up
+                ahead = self.left * count / total
                 self.inference.expect(seconds * ahead / (len(batch.x) * self.world.size))
-        self.skip(len(self.images) - reported)
+        self.skip(total - (before - self.left))
         everyone = self.world.gather(own)
         batches = [part[k] for k in range(len(everyone[0])) for part in everyone if k < len(part)]
         return {key: torch.cat([columns[key] for columns in batches]) for key in batches[0]}
 
-    def predictions(self, sigma: float) -> Predictions:
+    def predictions(self, sigma: float) -> dict[str, Tensor]:
         """What the classifier predicts at noise level ``sigma``; computed once.
+
+        Returns:
+            Of each image, (N,), on the CPU: ``labels``, the true ones; ``predicted``, the most
+            probable label; whether it is ``right``; ``confidence``, its probability; ``nll``,
+            -log p(c|y) of the true label, nats; ``brier``, the sum over labels of
+            (p(k|y) - 1[k = c])^2, 0 to 2.
 
         Raises:
             UserError: if a probability is NaN or Inf.
@@ -229,15 +219,13 @@ class EvaluationContext:
             self.skip(len(self.images))
             return self._predictions[sigma]
         model = self.model
-        assert self.images.labels is not None
         assert isinstance(model, EnergyModel)
-        columns = self.columns(sigma, lambda batch: _predict(model, batch, sigma))
-        if not columns["brier"].isfinite().all():
+        found = self.columns(sigma, lambda batch: _predict(model, batch, sigma))
+        if not found["brier"].isfinite().all():
             raise UserError(
                 "this model gives probabilities that are not finite: its training diverged, or its "
                 "weights are damaged"
             )
-        found = Predictions(labels=self.images.labels.cpu(), **columns)
         self._predictions[sigma] = found
         return found
 
@@ -255,7 +243,9 @@ def _predict(model: EnergyModel, batch: Batch, sigma: float) -> dict[str, Tensor
     own = batch.labels[:, None]
     off = posterior.scatter_add(1, own, -torch.ones_like(posterior[:, :1]))
     return {
+        "labels": batch.labels,
         "predicted": predicted,
+        "right": predicted == batch.labels,
         "confidence": confidence,
         "nll": -log_posterior.gather(1, own).squeeze(1),
         "brier": off.square().sum(1),

@@ -1,54 +1,32 @@
 r"""Suite ``corruptions``: what is left of accuracy, confidence and denoising on corrupted images.
 
-Images are corrupted in six ways at five strengths, after Hendrycks and Dietterich (arXiv
-1903.12261). For an image x in [0, 1] and a constant c, the result always clipped to [0, 1]:
-
-================== =================================================== ==========================
-``poisson``        :math:`\mathrm{Poisson}(c\,x)/c`                    c: photons at white
-``speckle``        :math:`x + c\,x\,\epsilon`                          c: deviation at white
-``salt-and-pepper`` each value is replaced with probability c,         c: share of values
-                   by 0 or 1 alike
-``blur``           :math:`x * \mathcal N(0, c^2 I)`, border repeated   c: deviation in pixels
-``contrast``       :math:`\bar x + c\,(x - \bar x)`, channel means     c: factor
-``jpeg``           written as JPEG and read again, 8 bits              c: quality, 1 to 95
-================== =================================================== ==========================
-
-The constants are those of the scripts that made CIFAR-10-C and ImageNet-C (``make_cifar_c.py`` and
-``make_imagenet_c.py`` of github.com/hendrycks/robustness), under the names ``shot_noise``,
-``speckle_noise``, ``impulse_noise``, ``gaussian_blur``, ``contrast`` and ``jpeg_compression``. The
-published images are rounded down to 8 bits; ours are not, but for JPEG's own. Random numbers are
-drawn on the CPU from one generator per (seed, corruption, image), so that an image is corrupted
-alike in every set, batch and process. Strengths share it: in ``speckle`` and ``salt-and-pepper`` a
-stronger corruption is more of the same one.
+Images x in [0, 1] are corrupted at five strengths in the six ways of `CORRUPTIONS`, after Hendrycks
+and Dietterich (arXiv 1903.12261), and clipped to [0, 1]. The constants are those of the scripts
+that made CIFAR-10-C and ImageNet-C (``make_cifar_c.py`` and ``make_imagenet_c.py`` of
+github.com/hendrycks/robustness), under the names ``shot_noise``, ``speckle_noise``,
+``impulse_noise``, ``gaussian_blur``, ``contrast`` and ``jpeg_compression``. The published images
+are rounded down to 8 bits; ours are not, but for JPEG's own. Random numbers are drawn on the CPU
+from one generator per (seed, corruption, image), so that an image is corrupted alike in every set,
+batch and process. Strengths share it: in ``speckle`` and ``salt-and-pepper`` a stronger corruption
+is more of the same one.
 
 Of each corrupted image y of x are measured
 
-- whether its label is predicted right, and the confidence :math:`\max_c p(c \mid y)`. Their mean
-  difference, ``gap``, is how much more the model promises than it keeps; ``ece`` is the calibration
-  error of suite ``calibration``;
+- whether its label is predicted right, and the confidence :math:`\max_c p(c \mid y)`; ``gap`` is
+  the mean confidence less accuracy, ``ece`` the error of suite ``calibration``;
 - the PSNR of y, and that of :math:`D(y) = y + \hat\sigma^2 s(y)`, clipped to [0, 1], where the
-  model estimates the noise level itself, for nobody knows it (not for noise-conditional models). A
-  plain denoiser gives its D(y). PSNR is a mean over those images that the corruption changed.
+  model estimates the noise level itself (not for noise-conditional models). A plain denoiser gives
+  its D(y). PSNR is a mean over those images that the corruption changed.
 
-The *mean corruption error* is the mean of the error over corruptions and strengths. It is not
-divided by that of AlexNet, which for images other than ImageNet's nobody knows; as is usual on
-CIFAR-10-C. ``confidence_slope`` is that of the least-squares line of confidence on accuracy, over
+The *mean corruption error* is the mean of the error over corruptions and strengths, not divided by
+AlexNet's. ``confidence_slope`` is that of the least-squares line of confidence on accuracy, over
 the clean images and all corruptions: 1 if confidence falls as accuracy does, 0 if the model does
 not notice.
-
-``corruptions.json`` holds, beside the common entries: ``constants`` (cifar or imagenet),
-``clean``, one row; ``corruptions``, by name ``about``, ``unit`` and ``rows``, one for each
-strength; ``mean_corruption_error``, its difference ``mean_error_increase`` to the error on the
-clean images, image by image, and ``confidence_slope``. A row has ``strength`` and ``constant``;
-``accuracy``, ``confidence``, ``gap``, ``ece`` if the model classifies; ``psnr_corrupted``,
-``psnr``, ``gain`` (dB), ``estimated_sigma`` and ``rmse``, the root mean square of y - x in image
-units.
 """
 
 from __future__ import annotations
 
 import io
-import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -66,7 +44,7 @@ from ebmkit.errors import UserError
 from ebmkit.evaluation import statistics
 from ebmkit.evaluation.calibration import calibration_error
 from ebmkit.evaluation.context import Batch, EvaluationContext, Images
-from ebmkit.evaluation.suite import Suite, SuiteConfig, new_table, noise_warnings, number
+from ebmkit.evaluation.suite import Several, Suite, SuiteConfig, new_table, noise_warnings, number
 from ebmkit.metrics import psnr
 from ebmkit.randomness import hashed_generator
 from ebmkit.registry import find
@@ -74,10 +52,6 @@ from ebmkit.registry import find
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-STRENGTHS = (1, 2, 3, 4, 5)
-
-Constants = Literal["cifar", "imagenet"]
 
 LARGEST_CIFAR = 96
 """Side from which on the constants for small images are too weak to matter."""
@@ -117,26 +91,14 @@ def corrupt(x: Tensor, name: str, constant: float, seed: int = 0, first: int = 0
         (B, C, H, W) in [0, 1], on the device of x and of its type.
     """
     apply = CORRUPTIONS[name].apply
-    done = [
-        apply(image, constant, hashed_generator(f"corruption {name} {seed} {first + i}")).clamp(
-            0, 1
-        )
-        for i, image in enumerate(x.cpu())
-    ]
-    return torch.stack(done).to(x)
+    keys = [f"corruption {name} {seed} {first + i}" for i in range(len(x))]
+    images = zip(x.cpu(), map(hashed_generator, keys), strict=True)
+    return torch.stack([apply(image, constant, g).clamp(0, 1) for image, g in images]).to(x)
 
 
-def constants_for(image_size: tuple[int, int]) -> Constants:
+def constants_for(image_size: tuple[int, int]) -> Literal["cifar", "imagenet"]:
     """Which published constants suit images of ``image_size``: below 96 pixels CIFAR-10-C's."""
     return "cifar" if min(image_size) < LARGEST_CIFAR else "imagenet"
-
-
-def _poisson(x: Tensor, photons: float, generator: torch.Generator) -> Tensor:
-    return torch.poisson(photons * x, generator=generator) / photons
-
-
-def _speckle(x: Tensor, deviation: float, generator: torch.Generator) -> Tensor:
-    return x + deviation * x * torch.randn(x.shape, generator=generator, dtype=x.dtype)
 
 
 def _salt_and_pepper(x: Tensor, share: float, generator: torch.Generator) -> Tensor:
@@ -174,48 +136,34 @@ def _jpeg(x: Tensor, quality: float, generator: torch.Generator) -> Tensor:
 
 CORRUPTIONS: dict[str, Corruption] = {
     "poisson": Corruption(
-        "shot noise of counted photons",
-        "photons at white",
-        (500, 250, 100, 75, 50),
-        (60, 25, 12, 5, 3),
-        _poisson,
+        "shot noise of counted photons", "photons at white",
+        (500, 250, 100, 75, 50), (60, 25, 12, 5, 3),
+        lambda x, photons, generator: torch.poisson(photons * x, generator=generator) / photons,
     ),
     "speckle": Corruption(
-        "noise in proportion to brightness",
-        "deviation at white",
-        (0.06, 0.1, 0.12, 0.16, 0.2),
-        (0.15, 0.2, 0.35, 0.45, 0.6),
-        _speckle,
+        "noise in proportion to brightness", "deviation at white",
+        (0.06, 0.1, 0.12, 0.16, 0.2), (0.15, 0.2, 0.35, 0.45, 0.6),
+        lambda x, std, generator: (
+            x + std * x * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+        ),
     ),
     "salt-and-pepper": Corruption(
-        "values replaced by black or white",
-        "share of values",
-        (0.01, 0.02, 0.03, 0.05, 0.07),
-        (0.03, 0.06, 0.09, 0.17, 0.27),
-        _salt_and_pepper,
+        "values replaced by black or white", "share of values",
+        (0.01, 0.02, 0.03, 0.05, 0.07), (0.03, 0.06, 0.09, 0.17, 0.27), _salt_and_pepper,
     ),
     "blur": Corruption(
-        "Gaussian blur",
-        "deviation in pixels",
-        (0.4, 0.6, 0.7, 0.8, 1.0),
-        (1, 2, 3, 4, 6),
-        _blur,
+        "Gaussian blur", "deviation in pixels",
+        (0.4, 0.6, 0.7, 0.8, 1.0), (1, 2, 3, 4, 6), _blur,
     ),
     "contrast": Corruption(
-        "less contrast",
-        "factor",
-        (0.75, 0.5, 0.4, 0.3, 0.15),
-        (0.4, 0.3, 0.2, 0.1, 0.05),
-        _contrast,
+        "less contrast", "factor",
+        (0.75, 0.5, 0.4, 0.3, 0.15), (0.4, 0.3, 0.2, 0.1, 0.05), _contrast,
     ),
     "jpeg": Corruption(
-        "JPEG compression",
-        "quality",
-        (80, 65, 58, 50, 40),
-        (25, 18, 15, 10, 7),
-        _jpeg,
+        "JPEG compression", "quality",
+        (80, 65, 58, 50, 40), (25, 18, 15, 10, 7), _jpeg,
     ),
-}
+}  # fmt: skip
 """The kinds of corruption, by name."""
 
 
@@ -227,26 +175,17 @@ def _known(name: str) -> str:
 class CorruptionsConfig(SuiteConfig):
     """Settings of the suite ``corruptions``."""
 
-    corruptions: tuple[Annotated[str, AfterValidator(_known)], ...] = Field(
-        tuple(CORRUPTIONS), min_length=1, description=", ".join(CORRUPTIONS)
-    )
-    strengths: tuple[Annotated[int, Field(ge=1, le=5)], ...] = Field(
-        STRENGTHS, min_length=1, description="severities: any of 1, 2, 3, 4, 5"
-    )
-    constants: Literal["auto", "cifar", "imagenet"] = Field(
-        "auto",
-        description="published constants: cifar (for 32x32), imagenet (for 224x224), or "
-        "auto (by image size)",
-    )
+    corruptions: Several[Annotated[str, AfterValidator(_known)]] = tuple(CORRUPTIONS)
+    """poisson, speckle, salt-and-pepper, blur, contrast, jpeg"""
+    strengths: Several[Annotated[int, Field(ge=1, le=5)]] = (1, 2, 3, 4, 5)
+    """severities: any of 1, 2, 3, 4, 5"""
+    constants: Literal["auto", "cifar", "imagenet"] = "auto"
+    """published constants: cifar (for 32x32), imagenet (for 224x224), or auto (by image size)"""
 
 
 def check(model: ScoreModel, images: Images) -> None:
-    """Whether the images can be corrupted, and there is anything to measure then.
-
-    Raises:
-        UserError: if images are neither gray nor colour, or the model neither predicts their labels
-            nor estimates noise levels.
-    """
+    """Raise `UserError` where images are neither gray nor colour, or the model neither predicts
+    their labels nor estimates noise levels."""
     if images.channels not in (1, 3):
         raise UserError(
             f"suite corruptions corrupts gray or colour images, and {images.name!r} has "
@@ -260,10 +199,11 @@ def check(model: ScoreModel, images: Images) -> None:
 
 
 def measure(context: EvaluationContext) -> dict[str, Any]:
-    """See the module's text for what is returned."""
+    """Measure and return the document."""
     options, images = context.option(CorruptionsConfig), context.images
     kind = options.constants
-    kind = constants_for(images.image_size) if kind == "auto" else kind
+    if kind == "auto":
+        kind = constants_for(images.image_size)
     labelled = _compares_labels(context.model, images)
     clean = _columns(context, labelled, None)
     corruptions: dict[str, Any] = {}
@@ -272,7 +212,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
     for name in options.corruptions:
         corruption: Corruption = CORRUPTIONS[name]
         rows = []
-        for strength in sorted(set(options.strengths)):
+        for strength in sorted(options.strengths):
             constant = getattr(corruption, kind)[strength - 1]
             columns = _columns(context, labelled, name, constant)
             rows.append({"strength": strength, "constant": constant, **_row(columns, context.seed)})
@@ -308,13 +248,12 @@ def _columns(
     context: EvaluationContext, labelled: bool, name: str | None, constant: float = 0.0
 ) -> Columns:
     """Measures of each image, (N,), under the corruption ``name``; None: of the clean ones."""
-    model, world, size = context.model, context.world, context.batch_size
-    batches = itertools.count(world.rank, world.size)
+    model = context.model
 
     def measure(batch: Batch) -> Columns:
         x = y = batch.x
         if name is not None:
-            y = corrupt(x, name, constant, context.seed, next(batches) * size)
+            y = corrupt(x, name, constant, context.seed, batch.number)
         columns: Columns = {
             "psnr_corrupted": psnr(y, x),
             "rmse": (y - x).square().flatten(1).mean(dim=1).sqrt(),
@@ -432,13 +371,11 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
             axes.set_ylim(0, 104)
         _plot_slope(figure.axes[-1], document)
         figure.supylabel("accuracy, confidence (%)", fontsize=10)
-        plots.shared_legend(figure, 3)
-        plots.save_figure(figure, folder / "corruptions.png")
+        plots.save_figure(figure, folder / "corruptions.png", legend=3)
     title = "Denoising corrupted images, noise level estimated"
     figure, _ = _panels(document, title, ("psnr_corrupted", "psnr"))
     figure.supylabel("PSNR (dB), mean over changed images", fontsize=10)
-    plots.shared_legend(figure, 3)
-    plots.save_figure(figure, folder / "corruptions-psnr.png")
+    plots.save_figure(figure, folder / "corruptions-psnr.png", legend=3)
     ((x, _),) = context.images.first(1).batches(1)
     rows = [
         [(x[0], f"{name}\n{found['unit']}")]
@@ -499,12 +436,10 @@ def _plot_slope(axes: Axes, document: dict[str, Any]) -> None:
         x, y = ([100 * row[name]["value"] for row in rows] for name in ("confidence", "accuracy"))
         axes.scatter(x, y, **look)
 
-    looks = itertools.cycle(zip(plots.COLOURS, plots.MARKERS, strict=True))
-    for (name, found), (colour, marker) in zip(
-        document["corruptions"].items(), looks, strict=False
-    ):
+    for k, (name, found) in enumerate(document["corruptions"].items()):
         sizes = [8 + 9 * row["strength"] for row in found["rows"]]
-        look = {"color": colour, "marker": marker, "alpha": 0.8, "lw": 0.8, "label": name}
+        look = plots.look(k) | {"alpha": 0.8, "lw": 0.8, "label": name}
+        del look["ls"]
         points(found["rows"], s=sizes, **look)
     points([document["clean"]], s=90, color="black", marker="*", label="clean", zorder=3)
     axes.set(xlim=(0, 102), ylim=(0, 102), xlabel="mean confidence (%)", ylabel="accuracy (%)")
@@ -518,7 +453,7 @@ def _plot_slope(axes: Axes, document: dict[str, Any]) -> None:
 
 def _passes(context: EvaluationContext) -> int:
     options = context.option(CorruptionsConfig)
-    return 1 + len(options.corruptions) * len(set(options.strengths))
+    return 1 + len(options.corruptions) * len(options.strengths)
 
 
 CORRUPTIONS_SUITE = Suite(

@@ -9,27 +9,16 @@ Of :math:`y = x + \sigma\epsilon` are estimated (CDN eq. 7)
   :math:`\hat\sigma = \sqrt d/\|s(y)\|` (not for noise-conditional models, which take sigma as an
   input).
 
-A plain denoiser has one estimate, ``unconditional``. A blind one makes it without the true sigma,
-which the formula of Tweedie needs: ``knows_sigma`` says of each denoiser whether it is given sigma
-(``true``), estimates the level itself (``estimated``) or has no use for it (``unused``).
+A plain denoiser has one estimate, ``unconditional``. Beside them stand the ``noisy`` input and the
+``clipped`` one: on images with much black or white, clipping alone gains decibels, which no model
+should be given credit for.
 
-Beside them stand the ``noisy`` input and the ``clipped`` one: on images with much black or white,
-clipping alone gains decibels, which no model should be given credit for.
-
-Protocol. PSNR is the mean over images of the PSNR of each image, :math:`-10 \log_{10}(\text{mean
-squared error over its pixels and channels})` dB for images in [0, 1]. A denoiser's output is
-clipped to [0, 1]; the noisy input is not, neither for the denoiser nor for its own PSNR (so about
-24.6, 20.2 and 14.2 dB at 15, 25 and 50/255). Noise is drawn from a fixed seed, the same for every
-model (`ebmkit.evaluation.context`). SSIM is torchmetrics', mean over channels and images, with a
-Gaussian window of 11 x 11 pixels and deviation 1.5; on smaller images the largest odd window that
-fits, its deviation scaled alike. Intervals are of the mean over images; those of a gain, of the
-mean difference to the noisy input on the same image.
-
-``denoise.json`` holds, beside the common entries, plain numbers by noise level in 255ths: ``psnr``
-(unconditional) and ``psnr_noisy``, as in ``{"15": 30.1, "25": 27.2, "50": 23.0}``, and ``ssim`` and
-``ssim_noisy`` likewise; ``psnr_interval`` and ``ssim_interval``; ``denoisers``, by name all of the
-above, with ``psnr``, ``gain`` (dB) and ``ssim`` by noise level; ``estimated_sigma``;
-``predicted_labels``, the accuracy of the labels used; ``knows_sigma``; and ``ssim_window``.
+PSNR is the mean over images of the PSNR of each image (`psnr`). A denoiser's output is clipped to
+[0, 1]; the noisy input is not, neither for the denoiser nor for its own PSNR. SSIM is
+torchmetrics', mean over channels and images, with a Gaussian window of 11 x 11 pixels and deviation
+1.5; on smaller images the largest odd window that fits, its deviation scaled alike. Intervals are
+of the mean over images; those of a gain, of the mean difference to the noisy input on the same
+image.
 """
 
 from __future__ import annotations
@@ -68,7 +57,6 @@ LABELS = {
 }
 COLOURS = (plots.GRAY, plots.SKY, plots.BLUE, plots.GREEN, plots.ORANGE, plots.PURPLE)
 HATCHES = ("", "", "", "//", "\\\\", "..")
-ENDS = ("low", "high")
 SHOWN = 5
 NOTE = (
     "$D_u$: unconditional denoiser; $D_c$: conditional on the predicted label; "
@@ -150,7 +138,7 @@ def ssim(estimate: Tensor, clean: Tensor) -> Tensor:
 
 
 def measure(context: EvaluationContext) -> dict[str, Any]:
-    """PSNR and SSIM at every noise level; see the module's text for what is returned."""
+    """PSNR and SSIM at every noise level; return the document."""
     denoisers: dict[str, dict[str, Any]] = {}
     sigmas: dict[str, Any] = {}
     accuracies: dict[str, Any] = {}
@@ -253,21 +241,19 @@ def plot_psnr(denoisers: dict[str, dict[str, Any]], path: Path) -> None:
     keys = list(next(iter(denoisers.values()))["psnr"])
     looks = zip(denoisers.values(), COLOURS, HATCHES, strict=False)
     for i, (denoiser, colour, hatch) in enumerate(looks):
-        entries = [(k, denoiser["psnr"][key]) for k, key in enumerate(keys)]
-        known = [(k, e) for k, e in entries if e["value"] is not None]
-        at = [k + (i - (len(denoisers) - 1) / 2) * width for k, _ in known]
-        own = [e["value"] for _, e in known]
-        ends = [[abs((e[end] or e["value"]) - e["value"]) for _, e in known] for end in ENDS]
+        estimates = [denoiser["psnr"][key] for key in keys]
+        at = [k + (i - (len(denoisers) - 1) / 2) * width for k in range(len(keys))]
+        known = [k for k, e in enumerate(estimates) if e["value"] is not None]
+        own = [estimates[k]["value"] for k in known]
         look: dict[str, Any] = {"color": colour, "hatch": hatch, "edgecolor": "white", "lw": 0}
-        look |= {"yerr": ends, "error_kw": {"lw": 0.8, "capsize": 1.5}}
-        bars = axes.bar(at, own, 0.92 * width, label=denoiser["about"], **look)
+        bars = axes.bar([at[k] for k in known], own, 0.92 * width, label=denoiser["about"], **look)
+        plots.bars_within(axes, at, estimates, plots.ANY, fmt="none", ecolor="black", lw=0.8)
         axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=6.5)
         values += own
     axes.set_xticks(range(len(keys)), [f"{key}/255" for key in keys])
     axes.set_ylim(min(values), max(values) * 1.1 or None)
     plots.annotate(axes, "Denoising", "noise level sigma", "PSNR (dB), mean over images")
-    plots.shared_legend(figure, 3)
-    plots.save_figure(figure, path)
+    plots.save_figure(figure, path, legend=3)
 
 
 def table(document: dict[str, Any]) -> Table:

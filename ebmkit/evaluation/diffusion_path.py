@@ -5,7 +5,7 @@ A diffusion model of T steps knows images :math:`u = 2x - 1` and noises them,
 
 .. math:: u_t = \sqrt{\bar\alpha_t}\, u + \sqrt{1 - \bar\alpha_t}\, \epsilon .
 
-A classifier that guides it may be given the image at timestep t in four ways (`VIEWS`):
+A classifier that guides it may be given the image at timestep t in four ways:
 
 ============ ===================================================== =============================
 view         image                                                 deviation of its noise
@@ -18,38 +18,22 @@ view         image                                                 deviation of 
 ``faded``    :math:`v_t` without its noise: towards gray           0
 ============ ===================================================== =============================
 
-``timestep`` and ``image`` have the same :math:`\epsilon` and differ by contrast alone:
-:math:`v_t = \sqrt{\bar\alpha_t}\, y + (1 - \sqrt{\bar\alpha_t})/2`. RCG section 4.4 multiplies test
-images by :math:`\sqrt{\bar\alpha_t}` and does not say of which range they are: darkness is what
-that does to images in [0, 1] (``dark``); in [-1, 1], as the diffusion model has them, it takes away
-contrast (``faded``).
-
-Nothing is clipped. Noise-conditional models are given the deviation of the noise in what they see.
-The noise is that of the suite ``classify`` at :math:`\sigma_t`.
+``timestep`` and ``image`` have the same :math:`\epsilon` and differ by contrast alone. RCG section
+4.4 multiplies test images by :math:`\sqrt{\bar\alpha_t}` and does not say of which range they are:
+in [0, 1] that is darkness (``dark``), in [-1, 1] less contrast (``faded``). Nothing is clipped.
+Noise-conditional models are given the deviation of the noise in what they see. The noise is that of
+the suite ``classify`` at :math:`\sigma_t`.
 
 Of every view are measured accuracy and the means of E(x) and of E(x, y) of the true label
 (`ebmkit.evaluation.energies`, nats); of the clean images also by class.
-
-``diffusion-path.json`` holds, beside the common entries (``sigmas`` are those of the timesteps):
-``timesteps``, ``abar``, ``chance`` (one over the number of classes), ``views`` (in words),
-``files`` (what the file of samples says, or null) and ``models``, by name (the first is the one
-evaluated) ``reading`` (of its energies), ``clean``, ``path``, ``chance_from``, ``classes`` and
-``samples``. ``clean`` and each entry of ``path[view]`` have ``accuracy``, ``energy`` and
-``joint_energy``, the latter two with ``std`` over images; the entries of ``path`` also ``t``,
-``sigma`` and ``abar``. ``chance_from[view]`` is the first timestep measured at which the interval
-of the accuracy reaches down to chance, or null. ``classes`` are the clean images by class
-(`class_statistics`), ``samples`` those of the file: ``energy``, and with labels ``joint_energy``
-and ``classes``.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
-from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -67,6 +51,7 @@ from ebmkit.evaluation.context import Batch, EvaluationContext, Images, noisy_ba
 from ebmkit.evaluation.energies import ImageEnergies, class_statistics, energies_of, spread
 from ebmkit.evaluation.generation import Generated, read_samples
 from ebmkit.evaluation.suite import (
+    Positive,
     Suite,
     SuiteConfig,
     add_note,
@@ -75,12 +60,10 @@ from ebmkit.evaluation.suite import (
     load_beside,
     new_table,
     number,
+    unique_name,
 )
 from ebmkit.models.heads import EnergySource, energy_source
 from ebmkit.noise import Schedule, make_schedule
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 VIEWS = {
     "timestep": "in the range of images, sqrt(abar) y + (1 - sqrt(abar))/2",
@@ -105,33 +88,28 @@ PANELS = {
     "Accuracy against noise": ("timestep", "image"),
     "Accuracy against darkness and contrast": ("dark", "faded"),
 }
-LOOKS: list[dict[str, Any]] = [
-    {"color": (*plots.COLOURS[:5], "black")[i % 6], "marker": "os^DvPX<>*p"[i % 11], "ms": 3.5}
-    for i in range(66)
-]
-"""Colour and marker of each model; 6 and 11 have no common divisor, so 66 models differ."""
 
 
 class DiffusionPathConfig(SuiteConfig):
     """Settings of the suite ``diffusion-path``."""
 
-    schedule: Literal["linear", "cosine"] = Field("linear", description="noise schedule")
-    steps: int = Field(1000, ge=2, description="timesteps T of the diffusion model")
-    step: int = Field(50, ge=1, description="difference between measured timesteps")
-    until: int | None = Field(None, ge=0, description="last measured timestep [default: T - 1]")
-    name: str = Field("this run", description="name of the run evaluated")
-    beside: tuple[Path, ...] = Field(
-        (), description="run folders of further classifiers, shown in the same plots"
-    )
-    samples: Path | None = Field(
-        None,
-        description="HDF5 file of `ebmkit sample`, to compare its energies with those of the data",
-    )
-    energies: EnergySource = Field(
-        "auto",
-        description="definition of E(x): model (its own density), logits (-logsumexp), auto "
-        "(model if its density was trained, else logits)",
-    )
+    schedule: Literal["linear", "cosine"] = "linear"
+    """noise schedule"""
+    steps: Annotated[int, Field(ge=2)] = 1000
+    """timesteps T of the diffusion model"""
+    step: Positive = 50
+    """difference between measured timesteps"""
+    until: Annotated[int, Field(ge=0)] | None = None
+    """last measured timestep [default: T - 1]"""
+    name: str = "this run"
+    """name of the run evaluated"""
+    beside: tuple[Path, ...] = ()
+    """run folders of further classifiers, shown in the same plots"""
+    samples: Path | None = None
+    """HDF5 file of `ebmkit sample`, to compare its energies with those of the data"""
+    energies: EnergySource = "auto"
+    """definition of E(x): model (its own density), logits (-logsumexp), auto (model if its density
+    was trained, else logits)"""
 
     def timesteps(self) -> tuple[int, ...]:
         """Those measured: 0, step, ... and the last.
@@ -175,28 +153,20 @@ def views_at(schedule: Schedule, t: int, x: Tensor, y: Tensor) -> Views:
 
 
 def check(model: ScoreModel, images: Images) -> None:
-    """Whether labels can be predicted and compared, on images of one size.
-
-    Raises:
-        UserError: if they cannot.
-    """
+    """Raise `UserError` where labels cannot be predicted and compared, on images of one size."""
     check_classifies(model, images)
     check_one_size("diffusion-path", images)
 
 
 def prepare(context: EvaluationContext) -> None:
-    """Whether the settings fit together, and further runs and samples are there.
-
-    Raises:
-        UserError: if they do not, or are not.
-    """
+    """Raise `UserError` where the settings do not fit together, or runs or samples are missing."""
     context.option(DiffusionPathConfig).timesteps()
     _models(context)
     _samples(context)
 
 
 def measure(context: EvaluationContext) -> dict[str, Any]:
-    """Measure all models at all timesteps; see the module's text for what is returned."""
+    """Measure all models at all timesteps; return the document."""
     config, images = context.option(DiffusionPathConfig), context.images
     schedule, timesteps = make_schedule(config.schedule, config.steps), config.timesteps()
     models, generated = _models(context), _samples(context)
@@ -240,9 +210,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
         "chance": chance,
         "views": VIEWS,
         "models": documents,
-        "files": generated
-        and generated.description
-        | {"count": len(generated.images), "left_out": generated.left_out},
+        "files": generated and generated.description,
         "warnings": _warnings(documents),
     }
 
@@ -291,14 +259,9 @@ def _models(context: EvaluationContext) -> dict[str, EnergyModel]:
     assert isinstance(context.model, EnergyModel)
     config = context.option(DiffusionPathConfig)
     found = {config.name: context.model}
-    for path in config.beside:
-        model = load_beside(context, path, "diffusion-path.beside")
-        name = base = Path(os.path.abspath(path)).name
-        count = 1
-        while name in found:
-            count += 1
-            name = f"{base}-{count}"
-        found[name] = optimize(model, context.inference.precision)
+    for name, model in load_beside(context, config.beside, "diffusion-path.beside"):
+        own = unique_name(name, found)
+        found[own] = optimize(model, context.inference.precision)
     for model in found.values():
         energy_source(model, config.energies)
     return found
@@ -351,37 +314,31 @@ def _plot_accuracy(document: dict[str, Any], strips: dict[str, list[Tensor]], pa
     """Accuracy against the timestep, with noise and without, above an image as it is given there:
     by view, at timesteps evenly spread from the first to the last."""
     models, timesteps = document["models"], document["timesteps"]
-    panel, left, gap, tall = 4.5, 0.75, 0.75, 2.7  # inches
-    cell = panel / len(strips["timestep"])
-    bottom = 1.07 + 0.2 * -(-len(models) // 4) + 2 * (cell + 0.05)
-    width, height = 2 * (left + panel) + 0.2, 0.65 + tall + bottom
-    figure = plots.new_figure(width, height)
-
-    def place(column: int, y: float, tall: float) -> Axes:
-        x = left + column * (panel + gap)
-        return figure.add_axes((x / width, y / height, panel / width, tall / height))
-
+    share = 1 / len(strips["timestep"])
+    height = 4.2 + 9 * share + 0.2 * -(-len(models) // 4)
+    figure = plots.new_figure(10.6, height, layout="constrained")
+    grid = figure.add_gridspec(3, 2, height_ratios=(2.7, 4.5 * share, 4.5 * share))
     # the first and the last timestep stand over the middles of a strip's ends
-    margin = 0.5 * cell / panel
-    span = max(1, timesteps[-1] - timesteps[0]) / (1 - 2 * margin)
-    limits = {"xlim": (timesteps[0] - margin * span, timesteps[-1] + margin * span)}
+    margin = 0.5 * share * max(1, timesteps[-1] - timesteps[0]) / (1 - share)
+    limits = {"xlim": (timesteps[0] - margin, timesteps[-1] + margin)}
     for column, (title, views) in enumerate(PANELS.items()):
-        axes = place(column, bottom, tall)
+        axes = figure.add_subplot(grid[0, column])
         for row, (view, line) in enumerate(zip(views, ("-", "--"), strict=True)):
-            for look, (name, found) in zip(cycle(LOOKS), models.items()):
+            for i, (name, found) in enumerate(models.items()):
                 accuracies = [entry["accuracy"] for entry in found["path"][view]]
-                own = look | {"ls": line, "label": None if row or column else name}
-                plots.plot_estimates(axes, timesteps, accuracies, 100, **own)
-            strip = place(column, bottom - 0.62 - (row + 1) * cell - row * 0.05, 0.96 * cell)
+                look = plots.look(i) | {"ms": 3.5, "ls": line, "label": None if row else name}
+                plots.plot_estimates(axes, timesteps, accuracies, 100, **look)
+            strip = figure.add_subplot(grid[row + 1, column])
             plots.show_image(strip, torch.cat(strips[view], dim=-1), "", "")
+            strip.set_aspect("auto")
             strip.set_ylabel(f"{SHORT[view]} ({line})", fontsize=8, labelpad=3)
         axes.axhline(100 * document["chance"], color=plots.GRAY, ls=":", lw=1)
         axes.grid(alpha=0.25, lw=0.5)
         y = "" if column else "accuracy (%), dotted: chance"
         plots.annotate(axes, title, "timestep t", y, ylim=(0, 102), **limits)
-    figure.suptitle(f"{plots.images_of(document)}, {_schedule(document)}, bands 95 %", fontsize=10)
-    figure.legend(loc="lower center", ncols=4, frameon=False, fontsize=8)
-    plots.save_figure(figure, path)
+    plots.save_figure(
+        figure, path, f"{plots.images_of(document)}, {_schedule(document)}, bands 95 %", legend=4
+    )
 
 
 def _plot_energies(document: dict[str, Any], path: Path) -> None:
@@ -392,13 +349,13 @@ def _plot_energies(document: dict[str, Any], path: Path) -> None:
     views = {"timestep": "x_t", "image": "image units, x + sigma eps"}
     for axes, (view, words) in zip(panels, views.items(), strict=True):
         known: list[float] = []
-        for look, (name, found) in zip(cycle(LOOKS), models.items()):
+        for i, (name, found) in enumerate(models.items()):
             for line, (quantity, symbol) in zip(("-", "--"), ENERGIES.items(), strict=True):
                 rows = [e for e in found["path"][view] if e[quantity]["value"] is not None]
                 values = [e[quantity]["value"] for e in rows]
                 known += values
-                label = f"{name}: {symbol}"
-                axes.plot([e["t"] for e in rows], values, ls=line, label=label, **look)
+                look = plots.look(i) | {"ms": 3.5, "ls": line, "label": f"{name}: {symbol}"}
+                axes.plot([e["t"] for e in rows], values, **look)
         low, quarter, middle, most, high = np.quantile(known or [0.0], [0, 0.25, 0.5, 0.75, 1])
         if high - low > 30 * max(most - quarter, 1e-12) and middle != 0:
             # most would lie on one line of a linear scale
@@ -406,11 +363,9 @@ def _plot_energies(document: dict[str, Any], path: Path) -> None:
         plots.annotate(axes, f"Input: {words}", "timestep t")
         axes.grid(alpha=0.25, lw=0.5)
     panels[0].set_ylabel("mean energy (nats)")
-    plots.shared_legend(figure, columns=2)
     title = "Energies along the forward process, each model's up to a constant"
     images = f"{plots.images_of(document)}, {_schedule(document)}"
-    figure.suptitle(f"{title}: {images}", fontsize=10)
-    plots.save_figure(figure, path)
+    plots.save_figure(figure, path, f"{title}: {images}", legend=2)
 
 
 def _plot_classes(document: dict[str, Any], path: Path) -> None:
@@ -444,10 +399,8 @@ def _plot_classes(document: dict[str, Any], path: Path) -> None:
         how = "-logsumexp of the logits" if found["reading"] == "logits" else "-log density"
         plots.annotate(axes, f"{name} ({how})", y="" if place % columns else "E(x) (nats)")
         axes.grid(axis="y", alpha=0.25, lw=0.5)
-    plots.shared_legend(figure, columns=3)
     title = f"E(x) by class, mean and standard deviation over images: {plots.images_of(document)}"
-    figure.suptitle(title, fontsize=9.5, wrap=True)
-    plots.save_figure(figure, path)
+    plots.save_figure(figure, path, title, legend=3)
 
 
 def _schedule(document: dict[str, Any]) -> str:

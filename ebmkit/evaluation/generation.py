@@ -1,43 +1,13 @@
 r"""Suite ``generation``: how far samples are from real images, as a network sees both.
 
-The samples are in an HDF5 file that `ebmkit sample` wrote,
-
-::
-
-    images       (N, H, W, C) uint8
-    finite       (N,) bool: whether the chain ended with finite numbers
-    labels       (N,) int64, the label that was asked for (optional)
-
-with the attributes ``source`` (fresh or buffer), ``sampler``, ``settings``, ``seed``, ``run`` and
-``filter`` (what was left out before they were written; optional). The real images, the *reference*,
-are those evaluated. An extractor (`ebmkit.evaluation.features`) gives features and class
-probabilities of both, and `ebmkit.evaluation.distances` the measures:
-
-============== ====================================== ==================================
-\               Inception of 2015                      a classifier of the user's
-============== ====================================== ==================================
-Frechet        ``FID``                                ``classifier-FD``
-kernel         ``KID``                                ``classifier-KD``
-score          ``IS`` (all samples at once)           ``classifier-score``
-\               ``precision``, ``recall``              ``classifier-precision``, ``-recall``
-============== ====================================== ==================================
+The samples are in an HDF5 file of `ebmkit sample` (its format, and the measures' names, are in
+docs/guide/generation.md). The real images, the *reference*, are those evaluated. An extractor
+(`ebmkit.evaluation.features`) gives features and class probabilities of both,
+the measures, and `ebmkit.evaluation.guided` what is said by class.
 
 A distance of few images is biased. So the same is measured of as many other real images as there
 are samples, from the other split of the data set where it is found, else of halves of the reference
 against each other: the *floor*, which a perfect model would come down to.
-
-With labels that were asked for, and a classifier of the same classes as extractor, the *label
-accuracy* is the share of samples that it gives that label. Of each class it is told, too, with its
-own Frechet and kernel distance, ``diversity``, saturation and energy gap
-(`ebmkit.evaluation.guided`). Saturation and, if the model evaluated is an energy model, the energy
-gap under it are measured in all cases.
-
-``generation.json`` holds, beside the common entries (``images`` is the reference): ``samples``:
-``count``, ``left_out`` (not finite), ``source`` (fresh or buffer) and what else the file says;
-``extractor``: ``kind``, ``run``, ``features`` (d), ``accuracy`` on the reference; ``measures`` and
-``floor``, by name, with ``count`` and ``of``, what the floor is made of; ``saturation`` and
-``energy_gap`` of all samples; ``labels``: ``accuracy``, ``means`` over classes and ``classes``. The
-last three are as `ebmkit.evaluation.guided.measure_guided` has them.
 """
 
 from __future__ import annotations
@@ -45,24 +15,31 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from einops import rearrange
-from pydantic import Field
 from rich.table import Table
 from torch import Tensor
 
 from ebmkit import plots
+from ebmkit.data import DATASETS, ImageSet, load_dataset
+from ebmkit.data.hdf5 import read_contents
 from ebmkit.energy import EnergyModel
 from ebmkit.errors import UserError
-from ebmkit.evaluation import distances, statistics
+from ebmkit.evaluation import statistics
 from ebmkit.evaluation.context import Batch, EvaluationContext, Images
-from ebmkit.evaluation.features import Extractor, find_extractor, same_weights
+from ebmkit.evaluation.features import (
+    Extractor,
+    find_extractor,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+    same_weights,
+)
 from ebmkit.evaluation.guided import (
     Columns,
     Features,
@@ -96,29 +73,25 @@ ATTRIBUTES = ("source", "sampler", "settings", "seed", "run", "filter")
 class GenerationConfig(SuiteConfig):
     """Settings of the suite ``generation``."""
 
-    samples: Path | None = Field(None, description="HDF5 file of `ebmkit sample`")
-    extractor: str = Field(
-        "inception", description="feature extractor: inception, or the run folder of a classifier"
-    )
-    weights: Path | None = Field(
-        None, description="file of the Inception weights [default: downloaded by torch-fidelity]"
-    )
+    samples: Path | None = None
+    """HDF5 file of `ebmkit sample`"""
+    extractor: str = "inception"
+    """feature extractor: inception, or the run folder of a classifier"""
+    weights: Path | None = None
+    """file of the Inception weights [default: downloaded by torch-fidelity]"""
 
 
-@dataclass(frozen=True)
-class Generated:
-    """Samples whose numbers are finite.
+class Generated(NamedTuple):
+    """Samples without NaN and Inf.
 
     Attributes:
         images: (N, C, H, W) uint8.
         labels: (N,) int64 that were asked for, or None.
-        left_out: how many were not finite.
-        description: what the file says of them.
+        description: what the file says of them, their ``count``, and how many were ``left_out``.
     """
 
     images: Tensor
     labels: Tensor | None
-    left_out: int
     description: dict[str, Any]
 
 
@@ -134,35 +107,50 @@ def read_samples(path: Path, like: Images, setting: str = "generation.samples") 
         UserError: if the file is missing, damaged, or none of `ebmkit sample`'s, its images have
             another shape, or none is finite.
     """
-    from ebmkit.data.hdf5 import read_contents
 
+    what = repr(str(path))
     if not path.is_file():
         raise UserError(
-            f"{setting}: there is no file {str(path)!r}: make one by `ebmkit sample RUN --out DIR`"
+            f"{setting}: there is no file {what}: make one by `ebmkit sample RUN --out DIR`"
         )
-    contents = read_contents(path)
-    shape = (*like.image_size, like.channels)
+    contents, shape = read_contents(path), (*like.image_size, like.channels)
     if contents.shape[1:] != shape:
+        own, other = ("x".join(map(str, sides)) for sides in (contents.shape[1:], shape))
         raise UserError(
-            f"{setting}: {str(path)!r} holds images of {_shape(contents.shape[1:])} and "
-            f"{like.name!r} of {_shape(shape)}: compare with a data set of the same shape"
+            f"{setting}: {what} holds images of {own} and {like.name!r} of {other}: compare with a "
+            "data set of the same shape"
         )
-    images, finite, description = _read(path)
+    images = contents.read_all()
+    with open_hdf5(path) as file:
+        marks = find_array(file, "finite", what)
+        finite = np.ones(len(images), bool) if marks is None else read_array(marks, what)
+        said = {name: read_attribute(file, name, what) for name in ATTRIBUTES}
     if finite.shape != (len(images),):
-        raise UserError(f"{str(path)!r}: 'finite' must have one entry for each of {len(images)}")
-    finished = torch.from_numpy(finite)
+        raise UserError(f"{what}: 'finite' must have one entry for each of {len(images)}")
+    finished = torch.from_numpy(finite.astype(bool))
     if not finished.any():
-        raise UserError(f"{str(path)!r}: none of {len(images)} samples is finite: sample anew")
-    pixels = rearrange(torch.from_numpy(images), "n h w c -> n c h w").contiguous()
-    labels = None if contents.labels is None else contents.labels[finished]
-    digest = hashlib.sha256(images.tobytes()).hexdigest()[:8]
-    description = {"file": path.name, "fingerprint": digest} | description
-    return Generated(pixels[finished], labels, int((~finished).sum()), description)
+        raise UserError(f"{what}: none of {len(images)} samples is finite: sample anew")
+    if said["source"] is None:
+        raise UserError(
+            f"{what} does not say where its samples come from: it must have the attribute "
+            "'source', fresh or buffer, as `ebmkit sample RUN --out DIR` writes it"
+        )
+    if isinstance(said["settings"], str):
+        with contextlib.suppress(ValueError):  # it stays text
+            said["settings"] = json.loads(said["settings"])
+    digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()[:8]
+    count = int(finished.sum())
+    description = {"file": path.name, "fingerprint": digest}
+    description |= {name: value for name, value in said.items() if value is not None}
+    return Generated(
+        rearrange(images, "n h w c -> n c h w").contiguous()[finished],
+        None if contents.labels is None else contents.labels[finished],
+        description | {"count": count, "left_out": len(images) - count},
+    )
 
 
 def other_split(images: Images, data_dir: Path | None) -> Images | None:
     """Training images of the data set of ``images`` (test images, if it is those), if found."""
-    from ebmkit.data import DATASETS, load_dataset
 
     if images.name not in DATASETS:
         return None
@@ -182,38 +170,8 @@ def other_split(images: Images, data_dir: Path | None) -> Images | None:
     return other if same else None
 
 
-def _read(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    what = repr(str(path))
-    with open_hdf5(path) as file:
-        found, marks = find_array(file, "images", what), find_array(file, "finite", what)
-        assert found is not None  # its contents were read
-        images = read_array(found, what)
-        finite = np.ones(len(images), bool)
-        if marks is not None:
-            finite = read_array(marks, what).astype(bool)
-        said = {name: read_attribute(file, name, what) for name in ATTRIBUTES}
-    description = {name: value for name, value in said.items() if value is not None}
-    if "source" not in description:
-        raise UserError(
-            f"{str(path)!r} does not say where its samples come from: it must have the attribute "
-            "'source', fresh or buffer, as `ebmkit sample RUN --out DIR` writes it"
-        )
-    if isinstance(description.get("settings"), str):
-        with contextlib.suppress(ValueError):  # it stays text
-            description["settings"] = json.loads(description["settings"])
-    return images, finite, description
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return "x".join(str(n) for n in shape)
-
-
 def prepare(context: EvaluationContext) -> None:
-    """Whether samples and extractor are there.
-
-    Raises:
-        UserError: if they are not.
-    """
+    """Raise `UserError` where samples or extractor are not there."""
     _samples(context)
     if context.world.first:
         _extractor(context)  # which may fetch weights: one does it
@@ -236,12 +194,11 @@ def _extractor(context: EvaluationContext) -> Extractor:
 
 
 def measure(context: EvaluationContext) -> dict[str, Any]:
-    """See the module's text for what is returned.
+    """Measure and return the document.
 
     Raises:
         UserError: if a sample or a feature is missing or not finite.
     """
-    from ebmkit.data import ImageSet
 
     images, generated, extractor = context.images, _samples(context), _extractor(context)
     model = context.model if isinstance(context.model, EnergyModel) else None
@@ -265,11 +222,8 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
         context.skip(len(images))
         floor, against = ({n: c[k::2] for n, c in real.columns.items()} for k in (0, 1))
         of = "half of the reference, against the other half"
-    for name, own in {
-        "samples": samples.columns,
-        "reference": real.columns,
-        "floor": floor,
-    }.items():
+    sets = {"samples": samples.columns, "reference": real.columns, "floor": floor}
+    for name, own in sets.items():
         if not (own["features"].isfinite().all() and own["logits"].isfinite().all()):
             raise UserError(
                 f"generation: the extractor gives values that are not finite of the {name}: "
@@ -293,8 +247,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
             }
     document: dict[str, Any] = {
         "sigmas": [],
-        "samples": generated.description
-        | {"count": len(generated.images), "left_out": generated.left_out},
+        "samples": generated.description,
         "extractor": {
             "kind": extractor.kind,
             "run": extractor.run,
@@ -314,11 +267,11 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
 def _measures(samples: Columns, real: Columns, extractor: Extractor) -> dict[str, Any]:
     """By the extractor's names, each with its interval."""
     a, b = samples["features"], real["features"]
-    precision, recall = distances.precision_recall(a, b)
+    precision, recall = precision_recall(a, b)
     found = {
         "frechet": frechet(a, b),
-        "kernel": distances.kernel_distance(a, b),
-        "score": distances.jackknife(distances.score, samples["logits"]),
+        "kernel": kernel_distance(a, b),
+        "score": statistics.jackknife(inception_score, samples["logits"]),
         "precision": precision,
         "recall": recall,
     }
@@ -336,9 +289,9 @@ def _warnings(
             f"{least} images are few for {width} features: {names['frechet']} is biased upwards; "
             "read it beside the floor, and compare with none of other numbers of images"
         )
-    if generated.left_out:
-        total = generated.left_out + len(generated.images)
-        found.append(f"{generated.left_out} of {total} samples were not finite and are left out")
+    if left_out := generated.description["left_out"]:
+        total = left_out + len(generated.images)
+        found.append(f"{left_out} of {total} samples were not finite and are left out")
     if same_weights(extractor, context.model):
         found.append(
             "the classifier is the model evaluated, so it does not judge independently: train "
@@ -427,40 +380,32 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
     """Write ``generation.png``, the first samples and images of the reference with the measures
     above, and, where labels were asked for, ``generation-classes.png``."""
     generated = _samples(context)
-    samples = generated.images[:SHOWN] / 255
     ((real, _),) = context.images.first(SHOWN).batches(SHOWN)
-    given = [] if generated.labels is None else generated.labels[:SHOWN].tolist()
-    labels = [class_name(context.images, label) for label in given]
-    rows = -(-max(len(samples), len(real)) // COLUMNS)
-    cell = 0.78
-    width, height = 2 * COLUMNS * cell + 0.7, rows * cell + 1.5
-    figure = plots.new_figure(width, height)
-    counts = document["samples"], document["images"]
-    titles = (
-        f"samples ({counts[0]['count']}, {counts[0]['source']})",
-        f"{document['dataset']} {document['split']} ({counts[1]} images)",
-    )
-    for side, (images, title) in enumerate(zip((samples, real), titles, strict=True)):
-        left = (0.15 + side * (COLUMNS * cell + 0.4)) / width
-        margins = {"left": left, "right": left + COLUMNS * cell / width}
-        margins |= {"bottom": 0.02, "top": 1 - 1.2 / height}
-        spaces = {"wspace": 0.05, "hspace": 0.3 if labels else 0.05}
-        grid = figure.add_gridspec(rows, COLUMNS, **margins, **spaces)
-        for k, image in enumerate(images):
-            axes = figure.add_subplot(grid[k // COLUMNS, k % COLUMNS])
-            plots.show_image(axes, image, "", "")
-            if side == 0 and labels:
-                axes.set_title(labels[k], fontsize=7, pad=1.5)
-        figure.text(left, 1 - 0.95 / height, title, fontsize=9, weight="bold", va="center")
-    names, floor = document["measures"], document["floor"]
-    words = [
-        f"{n} {found['value']:.3g} (real {floor[n]['value']:.3g})" for n, found in names.items()
+    labels = [] if generated.labels is None else generated.labels[:SHOWN].tolist()
+    below = [class_name(context.images, label) for label in labels] or [""] * SHOWN
+    cells: list[tuple[Tensor | None, str]] = [
+        *zip(generated.images[:SHOWN] / 255, below, strict=False)
     ]
-    half = -(-len(words) // 2)
-    for line, part in enumerate((words[:half], words[half:])):
-        y = 1 - (0.2 + 0.24 * line) / height
-        figure.text(0.15 / width, y, ", ".join(part), fontsize=8, va="center")
-    plots.save_figure(figure, folder / "generation.png")
+    others: list[tuple[Tensor | None, str]] = [(image, "") for image in real]
+    lines = range(0, max(len(cells), len(others)), COLUMNS)
+    blocks = [
+        [(*own[k : k + COLUMNS], *[(None, "")] * COLUMNS)[:COLUMNS] for k in lines]
+        for own in (cells, others)
+    ]
+    samples, floor = document["samples"], document["floor"]
+    plots.image_rows(
+        [[*left, *right] for left, right in zip(*blocks, strict=True)],
+        [""] * (2 * COLUMNS),
+        folder / "generation.png",
+        {
+            0: f"samples ({samples['count']}, {samples['source']})",
+            COLUMNS: f"{document['dataset']} {document['split']} ({document['images']} images)",
+        },
+        ", ".join(
+            f"{name} {found['value']:.3g} (real {floor[name]['value']:.3g})"
+            for name, found in document["measures"].items()
+        ),
+    )
     if document["labels"] is not None:
         _plot_classes(document, folder / "generation-classes.png")
 
@@ -476,28 +421,18 @@ def _plot_classes(document: dict[str, Any], path: Path) -> None:
         for c in classes
     ]
     real = [100 * p["real"]["value"] if p["real"]["count"] else None for p in pixels]
-    panels: list[tuple[str, list[dict[str, Any]], float, str, list[float | None]]] = [
-        ("recognised (%)", [c["accuracy"] for c in classes], 100, plots.BLUE, []),
-        (
-            document["names"]["frechet"],
-            [c["frechet"] for c in classes],
-            1,
-            plots.PURPLE,
-            [c["floor"]["frechet"] for c in classes],
-        ),
-        ("diversity", spread, 1, plots.GREEN, [1.0] * len(classes)),
-        (
-            "saturation (%)" if colour == "colour" else "black or white (%)",
-            [p["samples"] for p in pixels],
-            100,
-            plots.ORANGE,
-            real,
-        ),
+    floors, ones = [c["floor"]["frechet"] for c in classes], [1.0] * len(classes)
+    word = "saturation (%)" if colour == "colour" else "black or white (%)"
+    panels: list[tuple[str, list[dict[str, Any]], float, Sequence[float | None]]] = [
+        ("recognised (%)", [c["accuracy"] for c in classes], 100, []),
+        (document["names"]["frechet"], [c["frechet"] for c in classes], 1, floors),
+        ("diversity", spread, 1, ones),
+        (word, [p["samples"] for p in pixels], 100, real),
     ]
     gaps = [gap["energy"] for c in classes if (gap := c["energy_gap"])]
     gaps = [gap for gap in gaps if gap["value"] is not None]
     if len(gaps) == len(classes):
-        panels.append(("E(x) gap (nats)", gaps, 1, plots.SKY, [0.0] * len(classes)))
+        panels.append(("E(x) gap (nats)", gaps, 1, [0.0] * len(classes)))
     size = max(6.6, 1.6 + 0.62 * len(classes)), 0.7 + 1.75 * len(panels)
     figure = plots.new_figure(*size, "constrained")
     figure.suptitle(
@@ -505,18 +440,11 @@ def _plot_classes(document: dict[str, Any], path: Path) -> None:
         f"({total['low']:.1%} to {total['high']:.1%}) of {total['count']}; lines: real images",
         fontsize=9,
     )
-    for axes, (label, estimates, scale, shade, lines) in zip(
-        figure.subplots(len(panels)), panels, strict=True
-    ):
-        values = [scale * (e["value"] or 0.0) for e in estimates]
-        axes.bar(range(len(values)), values, color=shade, alpha=0.75, width=0.7)
-        known = {k: e for k, e in enumerate(estimates) if e["low"] is not None}
-        ends = [
-            [scale * max(0.0, sign * (e[end] - e["value"])) for e in known.values()]
-            for sign, end in ((-1, "low"), (1, "high"))
-        ]
-        tops, bars = [values[k] for k in known], {"ecolor": "black", "capsize": 2, "lw": 1}
-        axes.errorbar([*known], tops, ends, fmt="none", **bars)
+    rows = zip(figure.subplots(len(panels)), panels, strict=True)
+    for number_of, (axes, (label, estimates, scale, lines)) in enumerate(rows):
+        x, values = range(len(classes)), [scale * (e["value"] or 0.0) for e in estimates]
+        axes.bar(x, values, color=plots.look(number_of)["color"], alpha=0.75, width=0.7)
+        plots.bars_within(axes, x, estimates, plots.ANY, scale, fmt="none", ecolor="black", lw=1)
         for k, height in enumerate(lines):
             if height is not None:
                 axes.hlines(height, k - 0.42, k + 0.42, color="black", lw=1.4)

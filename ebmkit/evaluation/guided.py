@@ -6,7 +6,7 @@ energy differs: the numbers by which ways of guiding are compared.
 
 - *Recognised* (``accuracy``): the share that the extractor gives the label asked for; Wilson's
   interval.
-- *Distance of a class*: ``frechet`` and ``kernel`` (`ebmkit.evaluation.distances`) between samples
+- *Distance of a class*: ``frechet`` and ``kernel`` (`ebmkit.evaluation.features`) between samples
   and real images of one label. Of few images the Frechet distance is biased upwards, the more the
   fewer; so beside it stands its ``floor``, the same of as many other real images of that label (or
   of as many as there are, ``count``). The kernel distance has no bias, whatever the number.
@@ -32,13 +32,20 @@ import torch
 from torch import Tensor
 
 from ebmkit.compile import device_of
+from ebmkit.data import ImageSet
 from ebmkit.energy import EnergyModel
 from ebmkit.errors import UserError
-from ebmkit.evaluation import distances, statistics
+from ebmkit.evaluation import statistics
 from ebmkit.evaluation.context import Images
 from ebmkit.evaluation.energies import ImageEnergies, energies_of
-from ebmkit.evaluation.features import Extractor
-from ebmkit.evaluation.statistics import LEVEL, Estimate, to_json
+from ebmkit.evaluation.features import (
+    WHOLE,
+    Extractor,
+    frechet_distance,
+    kernel_distance,
+    mean_distance,
+)
+from ebmkit.evaluation.statistics import Estimate, to_json
 from ebmkit.metrics import predict
 from ebmkit.models.heads import EnergySource
 
@@ -121,21 +128,20 @@ def measure_guided(
     labels = None if labels is None else _labels(labels, len(pixels), real)
     device = device or ("cpu" if extractor.model is None else device_of(extractor.model))
 
-    def columns(batches: Sequence[Tensor]) -> Columns:
-        num_classes = real.num_classes
+    def features(images: Images, own: Tensor | None) -> Features:
+        classes = real.num_classes
         with torch.no_grad():
             rows = [
-                columns_of_images(x.to(device), extractor, energy_model, num_classes, reading)
-                for x in batches
+                columns_of_images(x.to(device), extractor, energy_model, classes, reading)
+                for x, _ in images.batches(batch_size)
             ]
-        return {name: torch.cat([row[name].cpu() for row in rows]) for name in rows[0]}
+        return Features({name: torch.cat([r[name].cpu() for r in rows]) for name in rows[0]}, own)
 
-    def features(images: Images) -> Features:
-        own = None if images.labels is None else images.labels.cpu()
-        return Features(columns([x for x, _ in images.batches(batch_size)]), own)
+    def own_features(images: Images) -> Features:
+        return features(images, None if images.labels is None else images.labels.cpu())
 
-    made = Features(columns([x.float() / 255 for x in torch.split(pixels, batch_size)]), labels)
-    known, spare = features(real), None if others is None else features(others)
+    made = features(ImageSet(pixels), labels)
+    known, spare = own_features(real), None if others is None else own_features(others)
     judged = extractor.model is not None and extractor.model.num_classes == real.num_classes
     same = known.among(labels)
     classes = None
@@ -181,12 +187,12 @@ def by_class(
         assert made is not None
         assert known is not None
         features = made.columns["features"]
-        spread = distances.mean_distance(known.columns["features"][:PAIRED])
+        spread = mean_distance(known.columns["features"][:PAIRED])
 
         def ratio(features: Tensor, spread: float = spread) -> float:
-            return distances.mean_distance(features) / spread if spread else UNKNOWN
+            return mean_distance(features) / spread if spread else UNKNOWN
 
-        diversity = distances.jackknife(ratio, features)
+        diversity = statistics.jackknife(ratio, features)
         found.append(
             {
                 "label": label,
@@ -230,7 +236,7 @@ def _compared(
         accuracy = statistics.accuracy(predict(samples.columns["logits"]) == samples.labels)
     floor = UNKNOWN
     if min(len(few), len(against)) > 1:
-        floor = distances.frechet_distance(few, against)
+        floor = frechet_distance(few, against)
     return {
         "accuracy": accuracy,
         "frechet": frechet(made, known),
@@ -276,11 +282,9 @@ def pixel_columns(x: Tensor) -> Columns:
 def saturation(samples: Columns, real: Columns) -> dict[str, Any]:
     """``ends`` and ``colour`` (null for gray images), each of ``samples`` and ``real``."""
 
-    def mean(values: Tensor) -> Estimate:
-        return statistics.mean(values) if len(values) else Estimate(UNKNOWN, UNKNOWN, UNKNOWN, 0)
-
+    sets = {"samples": samples, "real": real}
     return {
-        name: {"samples": mean(samples[name]), "real": mean(real[name])}
+        name: {kind: statistics.mean(own[name]) for kind, own in sets.items()}
         if name in samples
         else None
         for name in ("ends", "colour")
@@ -314,47 +318,44 @@ def frechet(a: Tensor, b: Tensor) -> Estimate:
     """The Frechet distance of features (n, d) and (m, d), undefined (nan) of fewer than two; with
     an interval up to `MOST_FEATURES`, and always where it is quick."""
     if min(len(a), len(b)) < 2:
-        return Estimate(UNKNOWN, UNKNOWN, UNKNOWN, len(a))
+        return statistics.without_interval(UNKNOWN, len(a))
     width = a.shape[1]
     if width <= MOST_FEATURES or len(a) * len(b) < width**2 / 10:
-        return distances.jackknife(distances.frechet_distance, a, b)
-    return Estimate(distances.frechet_distance(a, b), UNKNOWN, UNKNOWN, len(a))
+        return statistics.jackknife(frechet_distance, a, b)
+    return statistics.without_interval(frechet_distance(a, b), len(a))
 
 
 def _kernel(a: Tensor, b: Tensor) -> Estimate:
-    """`distances.kernel_distance` of features (n, d) and (m, d), up to 2000 of each set;
+    """`kernel_distance` of features (n, d) and (m, d), up to 2000 of each set;
     undefined (nan) of fewer than two."""
-    a, b = a[: distances.WHOLE], b[: distances.WHOLE]
+    a, b = a[:WHOLE], b[:WHOLE]
     if min(len(a), len(b)) < 2:
-        return Estimate(UNKNOWN, UNKNOWN, UNKNOWN, len(a))
-    return distances.kernel_distance(a, b)
+        return statistics.without_interval(UNKNOWN, len(a))
+    return kernel_distance(a, b)
 
 
 def _stratified(made: Tensor, wanted: Tensor, known: Tensor, labels: Tensor) -> Estimate:
     """Mean over samples of their value minus the real mean of their label, with its interval."""
-    from scipy.stats import t
-
     made, known, total = made.double(), known.double(), len(made)
     rest, error, inner = torch.empty_like(made), 0.0, 0.0
     groups = sorted(set(wanted.tolist()))
     for label in groups:
         own, base = wanted == label, known[labels == label]
         if not len(base):
-            return Estimate(UNKNOWN, UNKNOWN, UNKNOWN, total)
+            return statistics.without_interval(UNKNOWN, total)
         rest[own] = made[own] - base.mean()
         variance = float(base.var()) if len(base) > 1 else UNKNOWN
         error += (int(own.sum()) / total) ** 2 * variance / len(base)
         inner = variance / len(base)
     value = float(rest.mean())
     if total < 2:
-        return Estimate(value, UNKNOWN, UNKNOWN, total)
+        return statistics.without_interval(value, total)
     spread = float(rest.var()) / total
     freedom = float(total - 1)
     if len(groups) == 1 and spread + inner > 0:  # Welch's
         count = int((labels == groups[0]).sum())
         freedom = (spread + inner) ** 2 / (spread**2 / (total - 1) + inner**2 / max(1, count - 1))
-    half = float(t.ppf((1 + LEVEL) / 2, freedom)) * math.sqrt(spread + error)
-    return Estimate(value, value - half, value + half, total)
+    return statistics.student(value, math.sqrt(spread + error), freedom, total)
 
 
 def _pixels(samples: Tensor) -> Tensor:

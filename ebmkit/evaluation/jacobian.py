@@ -5,9 +5,7 @@ At :math:`y = x + \sigma\epsilon` of the first images, eigenvalues and eigenvect
 .. math:: J(y) = \nabla D_u(y) = I + \sigma^2\,\nabla^2\log p(y)
 
 (CDN eq. 14, figures 3 and 5), by `ebmkit.evaluation.spectrum`. In float32, or in float64 if asked;
-never in less, whatever precision the evaluation has. A plain denoiser's Jacobian is not symmetric;
-its singular values stand in, and its asymmetry, which for a gradient is rounding alone, says how
-far it is from one.
+never in less, whatever precision the evaluation has.
 
 If log p were the true density, :math:`\sigma^2 J` would be the covariance of the clean image given
 the noisy one. So negative eigenvalues are a fault of the model, and the PSNR that the model
@@ -17,26 +15,13 @@ A blind model has an eigenvalue near 2 that says nothing of the image. It reads 
 of the noise n, so that its score is about :math:`-d\,n/\|n\|^2`, which along n itself grows by
 :math:`d/\|n\|^2 \approx 1/\sigma^2`: hence :math:`Jn \approx 2n`. What it removes lies along that
 eigenvector.
-
-``jacobian.json`` holds, beside the common entries (``images`` is the number measured): ``sigma``;
-``dimensions`` d; ``method`` (dense or iterative); ``singular``, whether values are singular values;
-``classes``, whether conditional denoisers were drawn; ``per_image``, and the ``paper``'s values. Of
-each image: ``label`` and ``predicted`` (names or null) with its ``confidence``; ``largest`` (the
-algebraically largest) and ``smallest`` (in magnitude), lists of ``value``, ``residual``
-:math:`\|Jv - \lambda v\|` and ``noise``, the share of :math:`\|D_u - y\|^2` that lies along v;
-``converged``, whether residuals are within the tolerance; ``trace`` with ``trace_error`` (its
-standard error, 0 if dense); ``asymmetry`` :math:`\|J - J^\top\|_F/\|J\|_F`; ``products`` with J;
-``psnr`` of :math:`D_u` unclipped, and ``expected_psnr`` (null if the trace is not positive);
-``difference``, the root mean square of
-:math:`D_c - D_u`. If dense, also ``eigenvalues`` (all, descending), ``above_half``, how many are
-above 1/2, and ``negative``, how many are below 0.
 """
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -74,46 +59,32 @@ ASYMMETRY = 1e-3
 KINDS = ("largest", "smallest")
 
 
+UpTo20 = Annotated[int, Field(ge=1, le=20)]
+
+
 class JacobianConfig(SuiteConfig):
     """Settings of the suite ``jacobian``."""
 
-    sigma: Sigma = Field(50 / 255, description="noise level, image units")
-    images: int = Field(3, ge=1, le=20, description="number of images, from the first")
-    largest: int = Field(
-        3, ge=1, le=20, description="number of largest eigenvalues and their eigenvectors"
-    )
-    smallest: int = Field(
-        2,
-        ge=1,
-        le=20,
-        description="number of eigenvalues of smallest magnitude and their eigenvectors",
-    )
-    method: Method = Field(
-        "auto",
-        description="dense (all eigenvalues), iterative, or auto (dense up to 3072 values "
-        "per image)",
-    )
-    tolerance: float = Field(
-        0.01,
-        gt=0,
-        lt=1,
-        description="maximum residual of an eigenpair without a warning, relative to the "
-        "largest eigenvalue",
-    )
-    products: int = Field(
-        4000,
-        ge=100,
-        description="iterative: approximate maximum number of products with J per image",
-    )
+    sigma: Sigma = 50 / 255
+    """noise level, image units"""
+    images: UpTo20 = 3
+    """number of images, from the first"""
+    largest: UpTo20 = 3
+    """number of largest eigenvalues and their eigenvectors"""
+    smallest: UpTo20 = 2
+    """number of eigenvalues of smallest magnitude and their eigenvectors"""
+    method: Method = "auto"
+    """dense (all eigenvalues), iterative, or auto (dense up to 3072 values per image)"""
+    tolerance: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """maximum residual of an eigenpair without a warning, relative to the largest eigenvalue"""
+    products: Annotated[int, Field(ge=100)] = 4000
+    """iterative: approximate maximum number of products with J per image"""
     precision: Precision = "single"
+    """precision: single (float32) or double (float64)"""
 
 
 def check(model: ScoreModel, images: Images) -> None:
-    """Whether the Jacobian of ``model`` at ``images`` can be decomposed.
-
-    Raises:
-        UserError: if it is not symmetric and too large to be written out.
-    """
+    """Raise `UserError` where the Jacobian is not symmetric and too large to be written out."""
     size = images.channels * math.prod(images.image_size)
     if not isinstance(model, EnergyModel) and size > DENSE:
         raise UserError(
@@ -123,7 +94,7 @@ def check(model: ScoreModel, images: Images) -> None:
 
 
 def measure(context: EvaluationContext) -> dict[str, Any]:
-    """Decompose the Jacobians; see the module's text for what is returned.
+    """Decompose the Jacobians; return the document.
 
     Raises:
         UserError: if the Jacobian has NaN or Inf, or has fewer eigenvalues than are asked for.
@@ -304,7 +275,7 @@ def plot_spectra(document: dict[str, Any], path: Path) -> None:
         rank = np.arange(1, len(values) + 1)
         name = one["label"] or f"image {i}"
         note = f"{name}: trace {one['trace']:.1f}, {one['above_half']} above 1/2"
-        look = {"color": plots.COLOURS[i % 6], "ls": ("-", "--", "-.", ":")[i // 6 % 4], "lw": 1.4}
+        look = plots.look(i) | {"marker": "", "lw": 1.4}
         left.plot(rank, values, label=note, **look)
         right.plot(rank, np.sort(np.abs(values))[::-1], **look)
     for axes, level in ((left, 0), (left, 1), (right, 1)):
@@ -315,8 +286,7 @@ def plot_spectra(document: dict[str, Any], path: Path) -> None:
     plots.annotate(right, "Magnitudes", x, "magnitude", yscale="log")
     left.legend(fontsize=7.5, frameon=False)
     title = f"Spectrum of the denoiser's Jacobian at {plots.sigma_label(document['sigma'])}"
-    figure.suptitle(f"{title}: {plots.images_of(document)}", fontsize=11)
-    plots.save_figure(figure, path)
+    plots.save_figure(figure, path, f"{title}: {plots.images_of(document)}")
 
 
 def table(document: dict[str, Any]) -> Table:

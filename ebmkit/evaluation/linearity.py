@@ -5,18 +5,11 @@ p homogeneous of degree k, the score is so of degree k - 1, and by Euler's ident
 
 .. math:: D(y) - J(y)\,y = (2 - k)\, \sigma^2 \nabla\log p(y) = (2 - k)\,(D(y) - y) ,
 
-so it holds for k = 2 alone. Measured on :math:`y = x + \sigma\epsilon` (`linearity`), with J the
-Jacobian of the unconditional denoiser, given sigma:
-
-- ``error`` :math:`\|D - Jy\| / \|D\|`, the claim's own;
-- ``of_change`` :math:`\|D - Jy\| / \|D - y\|`: the same by what the denoiser changes. At low noise
-  every denoiser is close to the identity and the first error small, whatever the network;
-- ``degree``, the k for which :math:`D - Jy = (2 - k)(D - y)` fits best;
-- what is left where each image has its own k: ``unexplained``, relative to :math:`\|D\|`, and
-  ``explained``, the share of :math:`\|D - Jy\|^2` that k accounts for (null where the error is
-  rounding);
-- ``euler_degree`` :math:`\langle y, s\rangle / \log p`: k by Euler's identity, where log p has no
-  unknown constant, as the linear-quadratic head's :math:`-\frac12 (w^\top f)^2`; else null.
+so it holds for k = 2 alone (`theory`: which k a network must have). Measured on
+:math:`y = x + \sigma\epsilon` are the errors and degrees of `Linearity`, with J the Jacobian of the
+unconditional denoiser, given sigma, and ``euler_degree`` :math:`\langle y, s\rangle / \log p`: k by
+Euler's identity, where log p has no unknown constant, as the linear-quadratic head's
+:math:`-\frac12 (w^\top f)^2`; else null.
 
 ``error``, ``unexplained`` and ``explained`` are means over images. The other three have
 denominators that may be near 0 at single images, where a mean of ratios would be one image's. So
@@ -27,12 +20,6 @@ they are *pooled*: numerator and denominator are summed over images first,
 (the least-squares fit to all images), :math:`\sum\langle y, s\rangle / \sum\log p`, and
 ``of_change`` :math:`(\sum\|D - Jy\|^2 / \sum\|D - y\|^2)^{1/2}`. Their intervals are the
 bootstrap's, over images.
-
-`theory` says which k a network must have.
-
-``linearity.json`` holds, beside the common entries (``images`` is the number measured): ``levels``,
-by noise level the estimates above with their 95 % intervals and ``sigma``; ``theory``, its
-``degree`` (or null) and the reason ``why``.
 """
 
 from __future__ import annotations
@@ -40,7 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -56,6 +43,7 @@ from ebmkit.evaluation import statistics
 from ebmkit.evaluation.context import SIGMAS, Batch, EvaluationContext
 from ebmkit.evaluation.statistics import Estimate
 from ebmkit.evaluation.suite import (
+    Several,
     Suite,
     SuiteConfig,
     interval,
@@ -85,8 +73,10 @@ MAX_BATCH = 64
 class LinearityConfig(SuiteConfig):
     """Settings of the suite ``linearity``."""
 
-    sigmas: tuple[Sigma, ...] = Field(SIGMAS, min_length=1, description="noise levels, image units")
-    images: int = Field(64, ge=2, description="number of images, from the first")
+    sigmas: Several[Sigma] = SIGMAS
+    """noise levels, image units"""
+    images: Annotated[int, Field(ge=2)] = 64
+    """number of images, from the first"""
 
 
 class Linearity(NamedTuple):
@@ -222,7 +212,7 @@ def theory_of(model: ScoreModel) -> Theory | None:
 
 
 def measure(context: EvaluationContext) -> dict[str, Any]:
-    """Measure linearity at every noise level; see the module's text for what is returned."""
+    """Measure linearity at every noise level; return the document."""
     config, model = context.option(LinearityConfig), context.exact_model
     images = context.first(config.images)
     batch_size = min(context.batch_size, MAX_BATCH, math.ceil(len(images) / context.world.size))
@@ -280,7 +270,7 @@ def _pooled(
         return of_ratio(float(over[rows].sum()) / whole) if whole else math.nan
 
     if len(under) < 2:
-        return Estimate(ratio(np.arange(len(under))), math.nan, math.nan, len(under))
+        return statistics.without_interval(ratio(np.arange(len(under))), len(under))
     return statistics.bootstrap(ratio, len(under), seed, lowest=lowest)
 
 
@@ -301,7 +291,7 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
             known = [(255 * level["sigma"], level[name]) for level in levels if level[name]]
             if known:
                 x, estimates = zip(*known, strict=True)
-                look = {"fmt": f"{plots.MARKERS[k]}-", "color": plots.COLOURS[k], "label": label}
+                look = plots.look(k) | {"ls": "-", "label": label}
                 plots.bars_within(axes, x, estimates, limits, ms=4, **look)
     right.axhline(2, color=plots.GRAY, ls=":", lw=1, label="2: locally linear")
     theory = document["theory"]
@@ -313,8 +303,8 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
     plots.annotate(right, title, plots.SIGMA, y)
     plots.legend_below(left)
     plots.legend_below(right, columns=2)
-    figure.suptitle(f"Local linearity of the denoiser: {plots.images_of(document)}", fontsize=11)
-    plots.save_figure(figure, folder / "linearity.png")
+    title = f"Local linearity of the denoiser: {plots.images_of(document)}"
+    plots.save_figure(figure, folder / "linearity.png", title)
 
 
 def linearity_grid(cells: Sequence[dict[str, Any]], path: Path, data: str = "") -> None:
@@ -335,7 +325,7 @@ def linearity_grid(cells: Sequence[dict[str, Any]], path: Path, data: str = "") 
             at = np.arange(len(cells)) + (k - (len(sigmas) - 1) / 2) * 0.6 / len(sigmas)
             found = [cell["levels"][k][name] for cell in cells]
             label = plots.sigma_label(sigma) if axes is top else None
-            look = {"color": plots.COLOURS[k % 6], "marker": plots.MARKERS[k % 6], "ls": ""}
+            look = plots.look(k) | {"ls": ""}
             plots.bars_within(axes, list(at), found, limits, lw=1, ms=5, label=label, **look)
         for i in range(len(cells) - 1):
             axes.axvline(i + 0.5, color=plots.GRAY, lw=0.4)

@@ -1,12 +1,8 @@
 r"""Suite ``ood``: whether the model knows images of its distribution from others.
 
 In distribution are the images evaluated; out of it are the images of each of several sets
-(`ebmkit.evaluation.ood_sets`). Nothing is trained or tuned on any of these images.
-
-Scores
-------
-Each image x of d values gets scores, higher meaning "in". JEM's three (arXiv 1912.03263, section
-5.2):
+(`ebmkit.evaluation.ood_sets`). Each image x of d values gets scores, higher meaning "in". JEM's
+three (arXiv 1912.03263, section 5.2):
 
 - ``log-density``: :math:`\log p(x)`, up to one constant, nats;
 - ``confidence``: :math:`\max_c p(c \mid x)`;
@@ -16,61 +12,42 @@ A joint model is trained on noisy images, :math:`y = x + \sigma\epsilon`, and ha
 With the score s(y) and fixed noise :math:`\epsilon_1, \dots, \epsilon_n` for each image, at each
 level sigma,
 
-- ``residual``: :math:`-\frac1n \sum_i \|\sigma s(y_i) + \epsilon_i\|^2 / d`, minus the loss that
-  denoising score matching was trained by, at this one image: its denoising error over
-  :math:`\sigma^2 d`. Integrated over :math:`\log\sigma` these errors are the negative
-  log-likelihood up to a constant (Kong et al., arXiv 2302.03792), so each level is a share of it;
+- ``residual``: :math:`-\frac1n \sum_i \|\sigma s(y_i) + \epsilon_i\|^2 / d`, minus the loss of
+  denoising score matching at this one image: its denoising error over :math:`\sigma^2 d`.
+  Integrated over :math:`\log\sigma` these errors are the negative log-likelihood up to a constant
+  (Kong et al., arXiv 2302.03792), so each level is a share of it;
 - ``noise-level``: :math:`-\bigl|\log\bigl(\frac1n \sum_i \|\sigma s(y_i)\|^2 / d\bigr)\bigr|`.
   A model that knows such images reads off the noise level that is there, and
-  :math:`\|\sigma s\|^2` is near d; too much and too little are both odd, which is a test of
-  typicality and not of likelihood;
+  :math:`\|\sigma s\|^2` is near d: a test of typicality and not of likelihood;
 - ``noisy-density``: :math:`\frac1n \sum_i \log p(y_i)`. At sigma the density is one that training
   saw, unlike at 0.
 
-What a model lacks it is not asked for: without labels no ``confidence``, without a density (a plain
-denoiser) only ``residual`` and ``noise-level``.
-
-Measures of detection
----------------------
-With scores u of images in and v of images out, higher meaning "in", and a threshold t,
+With scores u of images in and v of images out, and a threshold t,
 
 .. math:: \mathrm{TPR}(t) = P(u \ge t), \qquad \mathrm{FPR}(t) = P(v \ge t),
 
-- ``auroc``: the area under TPR against FPR, :math:`P(u > v) + \tfrac12 P(u = v)`; 1/2 for a score
-  that knows nothing, less for one that takes out for in;
+- ``auroc``: the area under TPR against FPR, :math:`P(u > v) + \tfrac12 P(u = v)`;
 - ``aupr_in``: average precision with the images in as positives, :math:`\sum_t \Delta\mathrm{TPR}\,
   \frac{n\,\mathrm{TPR}}{n\,\mathrm{TPR} + m\,\mathrm{FPR}}`; ``aupr_out``: with those out as
-  positives, by -score. Both depend on the numbers n and m: knowing nothing gives n/(n + m) and
-  m/(n + m);
+  positives, by -score;
 - ``fpr95``: the share of images out that are taken for in at the highest threshold at which at
-  least 95 % of those in are; 0 is best.
+  least 95 % of those in are.
 
 Ties count as scikit-learn counts them. Intervals are of the basic bootstrap
 (`ebmkit.evaluation.statistics`), kept within [0, 1], with the images in and the images out
 resampled apart.
-
-Results
--------
-``ood.json`` holds, beside the common entries: ``scores``, by name what each is; ``in``, ``count``
-and the means of all scores; ``sets``, by name ``about``, ``count``, ``mean`` (of each score, with
-its interval) and ``scores``, by name the measures with their intervals; ``energy``, the mean of
--log p(x) in and of each set, nats up to one constant, of models with a density; ``histograms``, by
-score the ``edges`` of bins (the outer ones hold all that is beyond), the counts ``in`` and by set.
-A score that is not finite on some image of a set has no measures there, and a warning.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import AfterValidator, Field
 from rich.table import Table
 from torch import Tensor
 
@@ -79,9 +56,11 @@ from ebmkit.energy import EnergyModel, LogDensity, ScoreModel, classifies
 from ebmkit.evaluation import statistics
 from ebmkit.evaluation.context import Batch, EvaluationContext
 from ebmkit.evaluation.ood_sets import OutSet, find_set, standard_sets
-from ebmkit.evaluation.robustness import distinct
 from ebmkit.evaluation.statistics import LEVEL, Estimate
 from ebmkit.evaluation.suite import (
+    Distinct,
+    Positive,
+    Several,
     Suite,
     SuiteConfig,
     check_one_size,
@@ -89,28 +68,25 @@ from ebmkit.evaluation.suite import (
     new_table,
     noise_warnings,
     number,
+    unique_name,
 )
 from ebmkit.noise import Sigma, format_sigma
 from ebmkit.randomness import image_noise
-from ebmkit.terminal import clean
 
 BINS = 40
+SHOWN = 8
 
 
 class OodConfig(SuiteConfig):
     """Settings of the suite ``ood``."""
 
-    sets: Annotated[tuple[str, ...], AfterValidator(distinct)] = Field(
-        ("auto",),
-        min_length=1,
-        description="OOD sets: auto; interpolations, constant, uniform, gaussian, inverted, "
-        "shuffled; cifar10, cifar100, digits, patches; image folders and HDF5 "
-        "files",
-    )
-    sigmas: Annotated[tuple[Sigma, ...], AfterValidator(distinct)] = Field(
-        (10 / 255, 25 / 255), description="noise levels of the scores on noisy images, image units"
-    )
-    draws: int = Field(4, ge=1, description="number of noise draws per image and level")
+    sets: Several[str] = ("auto",)
+    """OOD sets: auto; interpolations, constant, uniform, gaussian, inverted, shuffled; cifar10,
+    cifar100, digits, patches; image folders and HDF5 files"""
+    sigmas: Distinct[Sigma] = (10 / 255, 25 / 255)
+    """noise levels of the scores on noisy images, image units"""
+    draws: Positive = 4
+    """number of noise draws per image and level"""
 
 
 CLEAN = {
@@ -255,10 +231,7 @@ def find_sets(context: EvaluationContext) -> list[OutSet]:
     found: dict[str, OutSet] = {}
     for name in _names(context):
         own = find_set(name, context.images, context.data_dir, context.seed)
-        label, count = own.name, 1
-        while label in found or label == "in":  # folders of one name in two places
-            count += 1
-            label = f"{own.name}-{count}"
+        label = unique_name(own.name, {"in", *found})  # folders of one name in two places
         found[label] = replace(own, name=label)
     return list(found.values())
 
@@ -272,7 +245,7 @@ def _names(context: EvaluationContext) -> list[str]:
 
 
 def measure(context: EvaluationContext) -> dict[str, Any]:
-    """See the module's text for what is returned."""
+    """Measure and return the document."""
     options, model = context.option(OodConfig), context.model
     names = known_scores(model, options.sigmas)
 
@@ -363,13 +336,6 @@ def table(document: dict[str, Any]) -> Table:
     return result
 
 
-LOOKS = tuple(
-    zip(
-        (plots.BLUE, plots.ORANGE, plots.GREEN, plots.PURPLE, plots.SKY, "black"),
-        ("-", "--", "-.", ":", "-", "--"),
-        strict=True,
-    )
-)
 COLUMNS = 3
 
 
@@ -378,20 +344,24 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
     _plot_auroc(document, folder / "ood.png")
     _plot_histograms(document, folder / "ood-histograms.png")
     sets = {"in": context.images, **{s.name: s.images for s in find_sets(context)}}
-    examples = {name: next(iter(images.first(8).batches(8)))[0] for name, images in sets.items()}
-    _plot_examples(examples, document, folder / "ood-examples.png")
+    rows, names = [], []
+    for name, images in sets.items():
+        shown = list(next(iter(images.first(SHOWN).batches(SHOWN)))[0])
+        rows.append([(x, "") for x in [*shown, *[None] * (SHOWN - len(shown))]])
+        value = document.get("energy", {}).get(name, {}).get("value")
+        names.append(name if value is None else f"{name}\nenergy {value:.4g}")
+    title = f"In distribution, and out of it: {plots.images_of(document)}"
+    path = folder / "ood-examples.png"
+    plots.image_rows(rows, [""] * SHOWN, path, title=title, names=names)
 
 
 def _plot_auroc(document: dict[str, Any], path: Path) -> None:
     """AUROC of every set (row) by every score (column); 50 % is a score that knows nothing."""
     sets, scores = document["sets"], list(document["scores"])
-    values = [
-        [
-            np.nan if s["scores"][k] is None else 100 * s["scores"][k]["auroc"]["value"]
-            for k in scores
-        ]
-        for s in sets.values()
+    found = [
+        [s["scores"][k] or {"auroc": {"value": np.nan}} for k in scores] for s in sets.values()
     ]
+    values = [[100 * measures["auroc"]["value"] for measures in row] for row in found]
     size = 3.2 + 0.72 * len(scores), 2.3 + 0.42 * len(sets)
     figure = plots.new_figure(*size, layout="constrained")
     axes = figure.add_subplot()
@@ -400,8 +370,7 @@ def _plot_auroc(document: dict[str, Any], path: Path) -> None:
     axes.set_xticks(range(len(scores)), scores, rotation=35, ha="right")
     axes.set(xlabel="score", ylabel="set out of distribution")
     figure.colorbar(image, ax=axes, label="AUROC (%)")
-    figure.suptitle(f"In distribution: {plots.images_of(document)}", fontsize=10)
-    plots.save_figure(figure, path)
+    plots.save_figure(figure, path, f"In distribution: {plots.images_of(document)}")
 
 
 def _plot_histograms(document: dict[str, Any], path: Path) -> None:
@@ -412,47 +381,25 @@ def _plot_histograms(document: dict[str, Any], path: Path) -> None:
     for number_of, (name, found) in enumerate(document["histograms"].items()):
         axes = figure.add_subplot(rows, columns, number_of + 1)
         if edges := found["edges"]:
-            look: dict[str, Any] = {"fill": True, "color": plots.GRAY, "alpha": 0.55}
-            axes.stairs(_shares(found["in"]), edges, label="in", **look)
-            for (colour, style), (own, counts) in zip(
-                itertools.cycle(LOOKS), found["sets"].items()
-            ):
-                axes.stairs(_shares(counts), edges, color=colour, ls=style, lw=1.3, label=own)
+            filled: dict[str, Any] = {"fill": True, "color": plots.GRAY, "alpha": 0.55}
+            axes.stairs(_shares(found["in"]), edges, label="in", **filled)
+            for k, (own, counts) in enumerate(found["sets"].items()):
+                look = plots.look(k)
+                look.pop("marker")
+                axes.stairs(_shares(counts), edges, lw=1.3, label=own, **look)
         axes.set_title(name, fontsize=10)
         axes.set_xlabel(scores[name], fontsize=7.5)
         axes.tick_params(labelsize=7)
         axes.locator_params(axis="x", nbins=5)
         axes.margins(x=0.01)
     figure.supylabel("share of the images (%)", fontsize=9)
-    figure.suptitle(
+    plots.save_figure(
+        figure,
+        path,
         f"Scores, higher is in distribution: {plots.images_of(document)}\n"
         "(outer bins hold all that is beyond)",
-        fontsize=10,
+        legend=4,
     )
-    plots.shared_legend(figure, 4)
-    plots.save_figure(figure, path)
-
-
-def _plot_examples(examples: Mapping[str, Tensor], document: dict[str, Any], path: Path) -> None:
-    """The first images (n, C, H, W) of each set, a row each, with the mean energy where there is
-    one."""
-    columns = max(map(len, examples.values()))
-    width, height = 1.7 + 0.75 * columns, 0.6 + 0.8 * len(examples)
-    figure = plots.new_figure(width, height)
-    margins = {"left": 1.6 / width, "right": 0.99, "bottom": 0.02, "top": 1 - 0.45 / height}
-    grid = figure.add_gridspec(len(examples), columns, **margins, wspace=0.06, hspace=0.06)
-    for i, (name, images) in enumerate(examples.items()):
-        for k, image in enumerate(images):
-            axes = figure.add_subplot(grid[i, k])
-            plots.show_image(axes, image, "", "")
-            if k == 0:
-                value = document.get("energy", {}).get(name, {}).get("value")
-                energy = "" if value is None else f"\nenergy {value:.4g}"
-                place: dict[str, Any] = {"rotation": 0, "ha": "right", "va": "center"}
-                axes.set_ylabel(clean(f"{name}{energy}"), fontsize=8, labelpad=6, **place)
-    title = f"In distribution, and out of it: {plots.images_of(document)}"
-    figure.suptitle(title, fontsize=10)
-    plots.save_figure(figure, path)
 
 
 def _shares(counts: Sequence[int]) -> NDArray[np.float64]:

@@ -9,7 +9,6 @@ side resized (bicubic), the middle cut out; gray repeated to colour, colour weig
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,9 +18,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from ebmkit.data import StreamedSet, load_dataset
+from ebmkit.data.folders import SUFFIXES, find_images, to_pixels
+from ebmkit.data.hdf5 import load_rows, read_contents
+from ebmkit.data.images import MAX_PIXELS_IN_SET, open_image
 from ebmkit.errors import UserError, unknown_name
 from ebmkit.evaluation.context import Images
 from ebmkit.randomness import keyed_generator
+from ebmkit.storage.hdf5 import holds, open_hdf5
 
 
 @dataclass(frozen=True)
@@ -100,19 +104,25 @@ class Made:
         """Made of the first ``n`` images of the source."""
         return replace(self, source=self.source.first(n))
 
+    def select(self, chosen: Tensor) -> Self:
+        """Made of the images of the source with the numbers ``chosen``."""
+        return replace(self, source=self.source.select(chosen))
+
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """In order, ``size`` at a time: images (B, C, H, W) in [0, 1], and None."""
-        if self.name == "interpolations":
-            means = _interpolated(self.source, size)
-            while group := list(itertools.islice(means, size)):
-                yield torch.stack(group), None
-            return
-        make, first = GENERATORS[self.name][0], 0
+        mixed = self.name == "interpolations"
+        other = torch.tensor(partners(self.source.labels, len(self)) if mixed else [])
+        first = 0
         for x, _ in self.source.batches(size):
             keys = range(first, first + len(x))
-            generators = [keyed_generator("cpu", "ood", self.name, self.seed, k) for k in keys]
-            made = [make(image, g) for image, g in zip(x.cpu(), generators, strict=True)]
-            yield torch.stack(made), None
+            if mixed:
+                ((y, _),) = self.source.select(other[first : first + len(x)]).batches(len(x))
+                yield (x + y) / 2, None
+            else:
+                generators = [keyed_generator("cpu", "ood", self.name, self.seed, k) for k in keys]
+                make = GENERATORS[self.name][0]
+                pairs = zip(x.cpu(), generators, strict=True)
+                yield torch.stack([make(image, generator) for image, generator in pairs]), None
             first += len(x)
 
 
@@ -133,22 +143,6 @@ def partners(labels: Tensor | None, count: int) -> list[int]:
         same = own[(i + 1) % count] == own[i % count]
         after[i] = after[i + 1] if same and after[i + 1] else i + 1
     return [after[i] % count for i in range(count)]
-
-
-def _interpolated(source: Images, size: int) -> Iterator[Tensor]:
-    """Means of each image and its partner, holding no more images than lie between them."""
-    other = partners(source.labels, len(source))
-    wrapped = {k for i, k in enumerate(other) if k < i}
-    held: dict[int, Tensor] = {}
-    due = seen = 0
-    for x, _ in source.batches(size):
-        held |= dict(enumerate(x, seen))
-        seen += len(x)
-        while due < seen and other[due] in held:
-            yield (held[due] + held[other[due]]) / 2
-            if due not in wrapped:
-                del held[due]
-            due += 1
 
 
 def standard_sets(images: Images, data_dir: Path | None) -> list[str]:
@@ -181,8 +175,6 @@ def find_set(name: str, images: Images, data_dir: Path | None, seed: int) -> Out
     if name in NAMED:
         if name == images.name:
             raise UserError(f"ood.sets: {name!r} is the data set that is evaluated: name another")
-        from ebmkit.data import load_dataset
-
         own = load_dataset(name, data_dir, "test", download=False, progress=False)
         return OutSet(name, f"{name} test images", _reshaped(own, images))
     path = Path(name).expanduser()
@@ -217,8 +209,6 @@ def _reshaped(other: Any, like: Images) -> Images:
 
 
 def _folder(root: Path, like: Images) -> Images:
-    from ebmkit.data.folders import SUFFIXES, find_images
-    from ebmkit.data.images import MAX_PIXELS_IN_SET, open_image
 
     names = find_images(root, root, ask="copy it into the folder, or make a folder without links")
     files = sorted(root / name for name in names)
@@ -235,16 +225,10 @@ def _folder(root: Path, like: Images) -> Images:
 
 
 def _file(path: Path, like: Images) -> Images:
-    import h5py
 
-    from ebmkit.data.hdf5 import load_rows, read_contents
-    from ebmkit.storage.hdf5 import holds, open_hdf5
-
-    group = ""
-    if h5py.is_hdf5(path):
-        with open_hdf5(path) as file:
-            if not holds(file, "images"):
-                group = next((g for g in ("test", "train") if holds(file, g)), "")
+    with open_hdf5(path) as file:
+        groups = [] if holds(file, "images") else ["test", "train"]
+        group = next((g for g in groups if holds(file, g)), "")
     contents = read_contents(path, group)
     rows = torch.arange(min(contents.shape[0], len(like)))
     return _reshaped(load_rows(path.name, "test", contents, rows), like)
@@ -260,13 +244,10 @@ class _Reader:
 
     def read(self, rows: Sequence[int]) -> Tensor:
         """Images (B, C, H, W) uint8."""
-        from ebmkit.data.folders import to_pixels
-
         return torch.stack([to_pixels(self.open(r), self.channels, self.size) for r in rows])
 
 
 def _streamed(name: str, read: Callable[[int], Any], count: int, like: Images) -> Images:
-    from ebmkit.data import StreamedSet
 
     reader = _Reader(read, like.channels, like.image_size)
     return StreamedSet(

@@ -2,20 +2,15 @@ r"""Suite ``robustness``: accuracy against the strength of attacks, and against 
 
 With :math:`\epsilon^*` the smallest strength, on a grid, at which an image is given a wrong label,
 
-.. math:: \text{accuracy}(\epsilon) = \text{share of images with } \epsilon^* > \epsilon .
+.. math:: \text{accuracy}(\epsilon) = \text{share of images with } \epsilon^* > \epsilon ,
 
-This is an upper bound of the accuracy under the worst perturbation, as tight as the attack is good:
-no attack proves that there is none (a certificate does).
+an upper bound of the accuracy under the worst perturbation, as tight as the attack is good: no
+attack proves that there is none (a certificate does). The attack is PGD in :math:`\ell_\infty` and
+:math:`\ell_2` (`ebmkit.evaluation.attacks`), through the defences of `ebmkit.evaluation.attacks`.
+The *map* has the noise level as its second axis, as CDN section 5.1 asks: row 0 is ``direct`` and
+row sigma is ``noise`` at that level.
 
-Protocol. PGD in :math:`\ell_\infty` and :math:`\ell_2` (`ebmkit.attacks`), in image units, of 40
-steps of 0.2 of the strength from a random start, on float images within [0, 1] that are never
-rounded to 255ths; in float32; on the first 200 images by default (`RobustnessConfig`). Defences,
-how they are attacked through, and what noise they are judged on: `ebmkit.evaluation.attacks` and
-`ebmkit.evaluation.defences`. A defence with noise sums probabilities over ``draws`` draws, and each
-gradient of its attacker over ``eot`` others. The *map* has the noise level as its second axis, as
-CDN section 5.1 asks: row 0 is ``direct`` and row sigma is ``noise`` at that level.
-
-An attack that fails may be a bad attack. Four signs of masked gradients (Athalye et al., arXiv
+An attack that fails may be a bad attack. Signs of masked gradients (Athalye et al., arXiv
 1802.00420; Carlini et al., arXiv 1902.06705) are looked for, each of which makes a warning:
 
 - ``few_steps``, ``one_step``, ``random_noise``: at one strength the full attack is set against PGD
@@ -24,14 +19,9 @@ An attack that fails may be a bad attack. Four signs of masked gradients (Athaly
   gives :math:`b \sim \text{Binomial}(b + c, 1/2)` at worst; a one-sided sign test at 1 % decides;
 - ``gray``: in the ball of radius 1/2 (:math:`\ell_\infty`) or :math:`\sqrt d/2` (:math:`\ell_2`)
   every image can be turned into the gray one, which gets one label. So there no classifier is right
-  more often than the share of the commonest label, and an attack that leaves more has failed
-  (where noise is added: up to the draws, which differ between images);
+  more often than the share of the commonest label (where noise is added: up to the draws, which
+  differ between images);
 - with ``autoattack``, the accuracy under AutoAttack and by how much PGD's is above it.
-
-``robustness.json`` holds, beside the common entries (``images`` is the number attacked): ``chance``
-and ``epsilons``, by norm; ``curves``, by norm and defence, a list of accuracies (with intervals)
-over ``epsilons``; ``map``, by norm, a list of ``sigma`` and ``accuracy`` likewise; ``defences``,
-what each is; and ``checks``, by norm and defence, what is said above.
 """
 
 from __future__ import annotations
@@ -44,18 +34,32 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, NonNegativeInt, PositiveFloat
 from rich.table import Table
 from torch import Tensor
 
 from ebmkit import plots
 from ebmkit.attacks import Norm, search_steps
 from ebmkit.energy import EnergyModel
-from ebmkit.evaluation.attacks import Attack, autoattack, check_autoattack
+from ebmkit.evaluation.attacks import (
+    Attack,
+    Defence,
+    DefenceName,
+    DefendedClassifier,
+    autoattack,
+    check_autoattack,
+)
 from ebmkit.evaluation.context import Batch, EvaluationContext
-from ebmkit.evaluation.defences import Defence, DefenceName, DefendedClassifier, Refinement
 from ebmkit.evaluation.statistics import accuracy
-from ebmkit.evaluation.suite import Suite, SuiteConfig, add_note, check_classifies, new_table
+from ebmkit.evaluation.suite import (
+    Positive,
+    Several,
+    Suite,
+    SuiteConfig,
+    add_note,
+    check_classifies,
+    new_table,
+)
 from ebmkit.noise import Radius, Sigma, SigmaOrZero, in_255ths
 from ebmkit.randomness import image_noise
 from ebmkit.sampling.langevin import JEM_NOISE, JEM_STEP
@@ -85,11 +89,6 @@ def _ascending(values: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(sorted({0.0, *values}))
 
 
-def distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """``values`` without repeats, in order; for settings."""
-    return tuple(dict.fromkeys(values))
-
-
 Strengths = Annotated[tuple[SigmaOrZero, ...], AfterValidator(_ascending)]
 Radii = Annotated[tuple[Radius, ...], AfterValidator(_ascending)]
 
@@ -97,68 +96,42 @@ Radii = Annotated[tuple[Radius, ...], AfterValidator(_ascending)]
 class RobustnessConfig(SuiteConfig):
     """Settings of the suite, as in ``--set robustness.steps=100``."""
 
-    images: int = Field(200, ge=1, description="number of attacked images, from the first")
-    norms: Annotated[tuple[Norm, ...], AfterValidator(distinct)] = Field(
-        ("linf", "l2"), min_length=1, description="norms of the attacks: linf, l2"
-    )
-    linf: Strengths = Field(
-        tuple(e / 255 for e in (0, 0.5, 1, 2, 4, 8, 16)),
-        description="attack strengths in l_inf, image units, for example 8/255; 0 is always "
-        "included",
-    )
-    l2: Radii = Field(
-        (0.0, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0),
-        description="attack strengths in l2, image units; 0 is always included",
-    )
-    defences: Annotated[tuple[DefenceName, ...], AfterValidator(distinct)] = Field(
-        ("direct", "noise"),
-        min_length=1,
-        description="defences, one curve each: direct, noise, denoise, denoise+noise, refine",
-    )
-    sigma: Sigma = Field(
-        20 / 255,
-        description="noise level that the defences noise and denoise+noise add, image units",
-    )
-    noise_levels: Strengths = Field(
-        tuple(s / 255 for s in (0, 20, 50)),
-        description="noise levels of the map, image units; 0 is always included; [0]: no map",
-    )
-    steps: int = Field(40, ge=1, description="number of PGD steps")
-    restarts: int = Field(
-        2, ge=1, description="number of random starts of PGD; the strongest counts"
-    )
-    stepsize: float | None = Field(
-        None,
-        gt=0,
-        description="PGD step size relative to the strength; null: 0.2, or 2.5 / steps if larger",
-    )
-    eot: int = Field(
-        4, ge=1, description="number of noise draws averaged in each gradient of the attack (EOT)"
-    )
-    draws: int = Field(16, ge=1, description="number of noise draws averaged by a defence")
-    refine_steps: Annotated[tuple[Annotated[int, Field(ge=0)], ...], AfterValidator(distinct)] = (
-        Field(
-            (0, 1, 10),
-            min_length=1,
-            description="numbers of Langevin steps of the defence refine, one curve each",
-        )
-    )
-    refine_chains: int = Field(4, ge=1, description="number of chains that refine averages over")
-    refine_step_size: float = Field(
-        JEM_STEP,
-        gt=0,
-        description="step size of refine (factor of the score), squared image units; "
-        "default: JEM's",
-    )
-    refine_noise: SigmaOrZero = Field(
-        JEM_NOISE,
-        description="standard deviation of the noise in a step of refine, image units; "
-        "default: JEM's",
-    )
-    checks: bool = Field(True, description="run the gradient-masking checks")
-    autoattack: bool = Field(
-        False, description="also run AutoAttack, at the strength of the checks (needs pyautoattack)"
-    )
+    images: Positive = 200
+    """number of attacked images, from the first"""
+    norms: Several[Norm] = ("linf", "l2")
+    """norms of the attacks: linf, l2"""
+    linf: Strengths = tuple(e / 255 for e in (0, 0.5, 1, 2, 4, 8, 16))
+    """attack strengths in l_inf, image units, for example 8/255; 0 is always included"""
+    l2: Radii = (0.0, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0)
+    """attack strengths in l2, image units; 0 is always included"""
+    defences: Several[DefenceName] = ("direct", "noise")
+    """defences, one curve each: direct, noise, denoise, denoise+noise, refine"""
+    sigma: Sigma = 20 / 255
+    """noise level that the defences noise and denoise+noise add, image units"""
+    noise_levels: Strengths = tuple(s / 255 for s in (0, 20, 50))
+    """noise levels of the map, image units; 0 is always included; [0]: no map"""
+    steps: Positive = 40
+    """number of PGD steps"""
+    restarts: Positive = 2
+    """number of random starts of PGD; the strongest counts"""
+    stepsize: PositiveFloat | None = None
+    """PGD step size relative to the strength; null: 0.2, or 2.5 / steps if larger"""
+    eot: Positive = 4
+    """number of noise draws averaged in each gradient of the attack (EOT)"""
+    draws: Positive = 16
+    """number of noise draws averaged by a defence"""
+    refine_steps: Several[NonNegativeInt] = (0, 1, 10)
+    """numbers of Langevin steps of the defence refine, one curve each"""
+    refine_chains: Positive = 4
+    """number of chains that refine averages over"""
+    refine_step_size: PositiveFloat = JEM_STEP
+    """step size of refine (factor of the score), squared image units; default: JEM's"""
+    refine_noise: SigmaOrZero = JEM_NOISE
+    """standard deviation of the noise in a step of refine, image units; default: JEM's"""
+    checks: bool = True
+    """run the gradient-masking checks"""
+    autoattack: bool = False
+    """also run AutoAttack, at the strength of the checks (needs pyautoattack)"""
 
     def strengths(self, norm: Norm) -> tuple[float, ...]:
         """The grid of ``norm``, from 0 up."""
@@ -167,11 +140,10 @@ class RobustnessConfig(SuiteConfig):
     def curve(self) -> dict[str, Defence]:
         """The defences that get a curve, by name; refine gets one for each number of steps."""
         found: dict[str, Defence] = {}
+        chain = self.refine_step_size, self.refine_noise
         for name in self.defences:
             if name == "refine":
-                for k in self.refine_steps:
-                    chain = Refinement(k, self.refine_step_size, self.refine_noise)
-                    found[f"refine-{k}"] = Defence("refine", refinement=chain)
+                found |= {f"refine-{k}": Defence(name, 0.0, k, *chain) for k in self.refine_steps}
             else:
                 found[name] = Defence(name, 0.0 if name == "direct" else self.sigma)
         return found
@@ -208,7 +180,7 @@ def passes(context: EvaluationContext) -> int:
 
 
 def measure(context: EvaluationContext) -> dict[str, Any]:
-    """See the module's text for what is returned.
+    """Measure and return the document.
 
     Raises:
         UserError: if AutoAttack is asked for and not installed, or an image leaves [0, 1].
@@ -258,28 +230,24 @@ class _Attacks:
         assert isinstance(model, EnergyModel)
         self.context, self.config, self.model = context, config, model
         self.images = context.first(config.images)
-        self._passes, self._reported = 0.0, 0
 
     def minimal_epsilons(self, norm: Norm, defence: Defence) -> Tensor:
         """The smallest strength that breaks each image, (N,); beyond the grid, the gray radius."""
         epsilons = list(self.config.strengths(norm)[1:])
         if self.config.checks:
             epsilons.append(self._gray_radius(norm))
-        cost, target = self.config.cost(defence), self._target(defence)
-        share = self.context.world.size / len(self.images)
+        cost, context = self.config.cost(defence), self.context
+        target, seed = self._target(defence), str(context.seed)
+        one = cost * context.world.size * len(context.images) / len(self.images)
 
         def measure(batch: Batch) -> dict[str, Tensor]:
             assert batch.labels is not None
-            found = self._pgd(norm).minimal_epsilons(
-                target,
-                batch.x,
-                batch.labels,
-                epsilons,
-                self._noise(batch.x, defence),
-                str(self.context.seed),
-                lambda: self._report(self._passes + cost * len(batch.x) * share),
-            )
-            return {"smallest": found}
+            at, noise = (batch.x, batch.labels, epsilons), self._noise(batch.x, defence)
+
+            def done() -> None:  # a step of the bisection, here and meanwhile elsewhere
+                context.skip(int(one * len(batch.x)))
+
+            return {"smallest": self._pgd(norm).minimal_epsilons(target, *at, noise, seed, done)}
 
         return self._columns(measure, defence, cost * search_steps(len(epsilons)))["smallest"]
 
@@ -291,8 +259,8 @@ class _Attacks:
             noise = image_noise(batch.x, defence.noises, "moved") if defence.random else None
             return {"square": (target.purify(batch.x, noise) - batch.x).flatten(1).square().mean(1)}
 
-        silent = replace(self.context, images=self.images, advance=lambda count: None)
-        return float(silent.columns(0.0, measure)["square"].double().mean().sqrt())
+        columns = self.context.columns(0.0, measure, self.images, passes=0)
+        return float(columns["square"].double().mean().sqrt())
 
     def check(
         self, norm: Norm, defence: Defence, smallest: Tensor
@@ -340,26 +308,12 @@ class _Attacks:
     def _columns(
         self, measure: Callable[[Batch], dict[str, Tensor]], defence: Defence, cost: int
     ) -> dict[str, Tensor]:
-        """`EvaluationContext.columns` of attacked images; progress ends ``cost`` passes on."""
-        end = self._passes + cost
+        """`EvaluationContext.columns` of attacked images, which count as ``cost`` passes."""
         channels, (height, width) = self.images.channels, self.images.image_size
         rows = max(self.context.batch_size, VALUES_PER_STEP // (channels * height * width))
         share = math.ceil(len(self.images) / self.context.world.size)
         size = max(1, min(rows // self.config.gradient_draws(defence), share))
-        silent = replace(
-            self.context, images=self.images, batch_size=size, advance=lambda count: None
-        )
-        columns = silent.columns(0.0, measure)
-        self._report(end)
-        return columns
-
-    def _report(self, passes: float) -> None:
-        """Move the progress bar to so many passes."""
-        self._passes = passes
-        news = int(passes * len(self.context.images) + 1e-6) - self._reported
-        if news:
-            self._reported += news
-            self.context.skip(news)
+        return self.context.columns(0.0, measure, self.images, size, cost)
 
     def _gray_radius(self, norm: Norm) -> float:
         """The radius of the ball about any image that holds the gray one, 1/2 everywhere."""
@@ -495,14 +449,6 @@ def table(document: dict[str, Any]) -> Table:
     return result
 
 
-LOOKS = (
-    (plots.BLUE, "o", "-"),
-    (plots.ORANGE, "s", "--"),
-    (plots.GREEN, "^", "-."),
-    (plots.PURPLE, "D", ":"),
-    (plots.SKY, "v", "-"),
-    ("black", "P", "--"),
-)
 SYMBOLS = {"linf": r"$\ell_\infty$", "l2": r"$\ell_2$"}
 UNITS = {"linf": "1/255", "l2": "image units"}
 
@@ -511,7 +457,7 @@ class Curve(NamedTuple):
     """Accuracies over strengths: estimates as in JSON, or published numbers, in a thin line."""
 
     label: str
-    look: tuple[str, str, str]
+    look: dict[str, Any]
     epsilons: Sequence[float]
     accuracy: Sequence[Any]
 
@@ -523,29 +469,27 @@ def plot_curves(
     figure = plots.new_figure(0.6 + 4.3 * len(panels), 4.3, layout="constrained")
     for number, (norm, curves) in enumerate(panels.items()):
         axes = figure.add_subplot(1, len(panels), number + 1)
-        for label, (colour, marker, style), epsilons, values in curves:
+        for label, look, epsilons, values in curves:
             x = np.array(epsilons) * (255 if norm == "linf" else 1)
-            look: dict[str, Any] = {"color": colour, "ls": style, "label": label}
             published = [100 * value for value in values if isinstance(value, float)]
             if published:
-                axes.plot(x, published, lw=0.8, alpha=0.6, **look)
+                thin = look | {"marker": "", "lw": 0.8, "alpha": 0.6}
+                axes.plot(x, published, label=label, **thin)
             else:
-                plots.plot_estimates(axes, x, values, 100, marker=marker, ms=4, lw=1.4, **look)
+                plots.plot_estimates(axes, x, values, 100, ms=4, lw=1.4, label=label, **look)
         if chance is not None:
             axes.axhline(100 * chance, color=plots.GRAY, ls=":", lw=1, label="chance")
         axes.set(xlabel=_axis(norm), ylabel="accuracy (%)", ylim=(0, 102))
         axes.set_xlim(left=0)
         axes.grid(alpha=0.25, lw=0.5)
-    figure.suptitle(title, fontsize=11 if len(panels) > 1 else 10)
-    plots.shared_legend(figure, 1 if len(panels) > 1 else 2)
-    plots.save_figure(figure, path)
+    plots.save_figure(figure, path, title, legend=1 if len(panels) > 1 else 2)
 
 
 def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``robustness.png`` and, unless there is one noise level, ``robustness-map.png``."""
     panels = {
         norm: [
-            Curve(f"{name}: {document['defences'][name]['about']}", look_of(i), epsilons, curve)
+            Curve(f"{name}: {document['defences'][name]['about']}", plots.look(i), epsilons, curve)
             for i, (name, curve) in enumerate(document["curves"][norm].items())
         ]
         for norm, epsilons in document["epsilons"].items()
@@ -574,8 +518,7 @@ def plot_map(document: dict[str, Any], path: Path) -> None:
         axes.set(xlabel=_axis(norm), ylabel="noise added, sigma (1/255)")
     figure.colorbar(image, ax=figure.axes, label="accuracy (%)")
     title = f"Accuracy under PGD attacks and added noise: {plots.images_of(document)}"
-    figure.suptitle(title, fontsize=11)
-    plots.save_figure(figure, path)
+    plots.save_figure(figure, path, title)
 
 
 def plot_comparison(
@@ -603,25 +546,20 @@ def plot_comparison(
     for norm, curves in panels.items():
         for i, name in enumerate(documents):
             if name not in run:
-                curves.append(Curve(f"{name}: not run", look_of(i), [], []))
+                curves.append(Curve(f"{name}: not run", plots.look(i), [], []))
             elif norm in run[name]["curves"]:
                 found = run[name]
                 label = f"{name} ({plots.images_of(found)})"
                 grid, curve = found["epsilons"][norm], found["curves"][norm][defence]
-                curves.append(Curve(label, look_of(i), grid, curve))
+                curves.append(Curve(label, plots.look(i), grid, curve))
             points = (paper or {}).get(name, {}).get(norm)
             if points:
                 x, y = np.array(points, dtype=float).T
-                curves.append(Curve(f"{name}, paper", look_of(i), x, y.tolist()))
+                curves.append(Curve(f"{name}, paper", plots.look(i), x, y.tolist()))
     chances = {document["chance"] for document in run.values()}
     shown = "" if defence == "direct" else f", defence {defence}"
     title = f"Accuracy under PGD attacks{shown}, bands 95 %"
     plot_curves(panels, chances.pop() if len(chances) == 1 else None, title, path)
-
-
-def look_of(number: int) -> tuple[str, str, str]:
-    """Colour, marker and line style of curve ``number``."""
-    return LOOKS[number % len(LOOKS)]
 
 
 def _axis(norm: str) -> str:

@@ -5,55 +5,48 @@ and the radius that it was trained with. An image counts as right at :math:`\eps
 right as it is and no attack at :math:`\epsilon`, nor at a smaller radius of the grid, whose
 perturbations are allowed too, makes it wrong.
 
-Protocol. PGD (`ebmkit.evaluation.attacks`) of 20 steps of 2.5 eps / 20 from a random
-start in the ball, in image units, in float32, directly on the network's labels, on the first 1000
-images unless told otherwise (`RobustnessGridConfig`). The thesis's table is on all of CIFAR-10's
-test images.
-
-The networks are the one evaluated and those of the runs that ``beside`` names. What a run was
-trained with is read from its ``model.json``: 0 where its objective has no attack; unknown for an
-imported network, whose column has the name of its run.
-
-``robustness-grid.json`` holds, beside the common entries (``images`` is the number attacked):
-``norm``, ``epsilons`` and ``columns``, a list of ``name`` (of the run; empty for the one
-evaluated), ``trained`` (the norm and radius in training, null if unknown) and ``accuracy``, a list
-of estimates over ``epsilons``; and ``thesis``, the table of RCG as pairs of test and training
-radius with the accuracy, for CIFAR-10 and l2.
+The attack is PGD (`ebmkit.evaluation.attacks`) of 20 steps of 2.5 eps / 20 from a random start in
+the ball, directly on the network's labels. The networks are the one evaluated and those of the runs
+that ``beside`` names. What a run was trained with is read from its ``model.json``: 0 where its
+objective has no attack; unknown for an imported network, whose column has the name of its run.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import AfterValidator, Field
 from rich.table import Table
 from torch import Tensor
 
+from ebmkit import plots
 from ebmkit.attacks import Norm
 from ebmkit.card import ModelCard
 from ebmkit.energy import EnergyModel
-from ebmkit.evaluation.attacks import Attack
+from ebmkit.evaluation.attacks import Attack, Defence, DefendedClassifier, predicted_labels
 from ebmkit.evaluation.context import Batch, EvaluationContext, Images
-from ebmkit.evaluation.defences import Defence, DefendedClassifier, predicted_labels
 from ebmkit.evaluation.robustness import (
     Curve,
     Radii,
-    distinct,
-    look_of,
     norm_name,
     percent,
     plot_curves,
     strength,
 )
 from ebmkit.evaluation.statistics import accuracy
-from ebmkit.evaluation.suite import Suite, SuiteConfig, check_classifies, load_beside, new_table
-from ebmkit.plots import images_of
+from ebmkit.evaluation.suite import (
+    Distinct,
+    Positive,
+    Suite,
+    SuiteConfig,
+    check_classifies,
+    load_beside,
+    new_table,
+)
 
 VALUES_PER_STEP = 800_000
 """Pixel values in a step of the attack at most."""
@@ -72,22 +65,20 @@ THESIS = {
 class RobustnessGridConfig(SuiteConfig):
     """Settings of the suite, as in ``--set robustness-grid.steps=40``."""
 
-    name: str = Field("", description="name of the evaluated run in tables and plots")
-    beside: Annotated[tuple[str, ...], AfterValidator(distinct)] = Field(
-        (), description="run folders of further classifiers, one column each"
-    )
-    images: int = Field(1000, ge=1, description="number of attacked images, from the first")
-    norm: Norm = Field("l2", description="norm of the radii: l2 or linf")
-    epsilons: Radii = Field(
-        (0.0, 0.25, 0.5, 1.0, 2.0),
-        description="test radii, image units; 0 is always included",
-    )
-    steps: int = Field(
-        20, ge=1, description="number of PGD steps; each has length 2.5 radius / steps"
-    )
-    restarts: int = Field(
-        1, ge=1, description="number of random starts of PGD; the strongest counts"
-    )
+    name: str = ""
+    """name of the evaluated run in tables and plots"""
+    beside: Distinct[str] = ()
+    """run folders of further classifiers, one column each"""
+    images: Positive = 1000
+    """number of attacked images, from the first"""
+    norm: Norm = "l2"
+    """norm of the radii: l2 or linf"""
+    epsilons: Radii = (0.0, 0.25, 0.5, 1.0, 2.0)
+    """test radii, image units; 0 is always included"""
+    steps: Positive = 20
+    """number of PGD steps; each has length 2.5 radius / steps"""
+    restarts: Positive = 1
+    """number of random starts of PGD; the strongest counts"""
 
 
 @dataclass(frozen=True)
@@ -116,14 +107,13 @@ def load_columns(context: EvaluationContext) -> list[_Column]:
     config, model = context.option(RobustnessGridConfig), context.exact_model
     assert isinstance(model, EnergyModel)
     found = [_Column(config.name, model, trained(context.model.card))]
-    for run in config.beside:
-        model = load_beside(context, run, "robustness-grid.beside")
-        found.append(_Column(Path(os.path.abspath(run)).name, model, trained(model.card)))
+    for name, other in load_beside(context, config.beside, "robustness-grid.beside"):
+        found.append(_Column(name, other, trained(other.card)))
     return sorted(found, key=lambda c: (c.trained is None, (c.trained or ("", 0.0))[::-1]))
 
 
 def measure(context: EvaluationContext) -> dict[str, Any]:
-    """See the module's text for what is returned.
+    """Measure and return the document.
 
     Raises:
         UserError: if a run beside is not there, or an image leaves [0, 1].
@@ -204,15 +194,15 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
     colours: dict[float, str] = {}
     names = column_names(document)
     for i, (name, column) in enumerate(zip(names, document["columns"], strict=True)):
-        curves.append(Curve(name, look_of(i), document["epsilons"], column["accuracy"]))
+        curves.append(Curve(name, plots.look(i), document["epsilons"], column["accuracy"]))
         if column["trained"] is not None:
-            colours.setdefault(column["trained"][1], look_of(i)[0])
+            colours.setdefault(column["trained"][1], plots.look(i)["color"])
     for radius in sorted({e["train"] for e in document["thesis"]} & colours.keys()):
         points = [(e["test"], e["accuracy"]) for e in document["thesis"] if e["train"] == radius]
         x, y = zip(*sorted(points), strict=True)
         label = f"trained {radius:g}, thesis (ResNet-50)"
-        curves.append(Curve(label, (colours[radius], "", ":"), x, y))
-    title = f"Accuracy under PGD attacks: {images_of(document)}, bands 95 %"
+        curves.append(Curve(label, {"color": colours[radius], "ls": ":"}, x, y))
+    title = f"Accuracy under PGD attacks: {plots.images_of(document)}, bands 95 %"
     panels, path = {document["norm"]: curves}, folder / "robustness-grid.png"
     plot_curves(panels, document["chance"], title, path)
 

@@ -2,12 +2,7 @@
 
 Results are derived data: evaluating again replaces the files of the same suite in the same folder.
 
-Every JSON file holds, beside what its suite measures: ``suite``, ``dataset``, ``split``, ``images``
-(how many were used), ``of`` (how many the split has) and their ``fingerprint``; ``seed`` and
-``sigmas`` (image units); ``model`` (objective, steps, training set) and ``weights``;
-``environment`` (versions, git commit, command), ``device``, ``precision``, ``compiled`` (whether
-anything was), ``processes``, ``batch_size``, ``seconds``, ``warnings``, and
-``pictures``, the names of its plots, beside it.
+The fields of the JSON files are documented in docs/guide/evaluation-json.md.
 
 Several processes (`ebmkit.distributed`) share the images; all of them get the same results, and the
 first alone writes.
@@ -30,7 +25,7 @@ import math
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -50,16 +45,52 @@ from rich.progress import (
 from rich.table import Table
 
 from ebmkit.compile import device_of, make_inference, tf32_restored, unwrapped
+from ebmkit.compute import environment
 from ebmkit.data.imagesets import fingerprint
 from ebmkit.distributed import DistributedContext
 from ebmkit.energy import EnergyModel, ScoreModel
-from ebmkit.errors import UserError
+from ebmkit.errors import UserError, validated
+from ebmkit.evaluation.adversarial import ADVERSARIAL
+from ebmkit.evaluation.calibration import CALIBRATION
+from ebmkit.evaluation.certify import CERTIFY
+from ebmkit.evaluation.classify import CLASSIFY
 from ebmkit.evaluation.context import NOISE_LEVELS, SIGMAS, EvaluationContext, Images
+from ebmkit.evaluation.corruptions import CORRUPTIONS_SUITE
+from ebmkit.evaluation.denoise import DENOISE
+from ebmkit.evaluation.diffusion_path import DIFFUSION_PATH
+from ebmkit.evaluation.generation import GENERATION
+from ebmkit.evaluation.jacobian import JACOBIAN
+from ebmkit.evaluation.linearity import LINEARITY
+from ebmkit.evaluation.ood import OOD
+from ebmkit.evaluation.robustness import ROBUSTNESS
+from ebmkit.evaluation.robustness_grid import ROBUSTNESS_GRID
 from ebmkit.evaluation.suite import Suite
-from ebmkit.evaluation.suites import FORMER_NAMES, SUITES, find_suite, parse_options
-from ebmkit.storage import remove_file, write_atomically
+from ebmkit.registry import Table as Registry
+from ebmkit.registry import find
+from ebmkit.storage import make_folder, remove_file, write_atomically
 from ebmkit.storage.reading import read_json
-from ebmkit.training.run_folder import environment
+
+SUITES: dict[str, Suite] = Registry(
+    "suite",
+    {
+        "classify": CLASSIFY,
+        "denoise": DENOISE,
+        "calibration": CALIBRATION,
+        "robustness": ROBUSTNESS,
+        "robustness-grid": ROBUSTNESS_GRID,
+        "certify": CERTIFY,
+        "corruptions": CORRUPTIONS_SUITE,
+        "jacobian": JACOBIAN,
+        "linearity": LINEARITY,
+        "adversarial": ADVERSARIAL,
+        "ood": OOD,
+        "generation": GENERATION,
+        "diffusion-path": DIFFUSION_PATH,
+    },
+)
+
+FORMER_NAMES = {"shift": "corruptions"}
+"""Of suites, as in older documents, with the names of today."""
 
 VALUES_PER_BATCH = 1_500_000
 """Pixel values in a batch at most, where the caller does not say: 488 colour images of 32x32."""
@@ -71,15 +102,82 @@ SHARES = 8
 """The number of batches is a multiple of this, so that 2, 4 or 8 processes have equal shares."""
 
 
+def find_suite(name: str) -> Suite:
+    """The suite called ``name``.
+
+    Raises:
+        UserError: if there is none, or it has another name now.
+    """
+    if name in FORMER_NAMES:
+        new = FORMER_NAMES[name]
+        raise UserError(f"suite {name!r} is now called {new!r}: write --suite {new}")
+    return find("suite", SUITES, name)
+
+
+def parse_suites(text: str, model: ScoreModel, images: Images) -> list[str]:
+    """The suites that ``text`` names, as in ``classify,denoise``.
+
+    ``standard``: the quick ones that apply; ``all``: every one that applies and needs no setting.
+
+    Raises:
+        UserError: if a name is unknown, a suite named does not suit model and images, or none does.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    groups = {
+        "standard": [name for name, suite in SUITES.items() if suite.standard],
+        "all": [name for name, suite in SUITES.items() if not suite.needs],
+    }
+    if len(names) == 1 and names[0] in groups:
+        names = [name for name in groups[names[0]] if _applies(SUITES[name], model, images)]
+    if not names:
+        raise UserError(f"no suite to run: name some of {', '.join([*groups, *SUITES])}")
+    for name in names:
+        if name in groups:
+            raise UserError(f"suite {name!r} stands alone: leave out the others, or leave it out")
+        find_suite(name).check(model, images)
+    return list(dict.fromkeys(names))
+
+
+def parse_options(
+    options: Mapping[str, Mapping[str, Any]], chosen: Container[str]
+) -> dict[type[BaseModel], BaseModel]:
+    """Settings of suites, by their class.
+
+    Args:
+        options: by suite, fields and their values.
+        chosen: the suites that will run.
+
+    Raises:
+        UserError: if there is no such suite, it is not among ``chosen``, it has no settings, or one
+            is not legal.
+    """
+    found: dict[type[BaseModel], BaseModel] = {}
+    for name, values in options.items():
+        kind = find_suite(name).options
+        if kind is None:
+            having = [n for n, suite in SUITES.items() if suite.options is not None]
+            raise UserError(f"suite {name!r} has no settings: those that do: {', '.join(having)}")
+        if name not in chosen:
+            raise UserError(f"settings of suite {name!r}, which does not run: --suite {name}")
+        if not isinstance(values, Mapping):
+            fields = ", ".join(kind.model_fields)
+            raise UserError(f"settings of suite {name!r} must name a field: {fields}")
+        found[kind] = validated(kind, dict(values), f"settings of suite {name!r}")
+    return found
+
+
+def _applies(suite: Suite, model: ScoreModel, images: Images) -> bool:
+    try:
+        suite.check(model, images)
+    except UserError:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class Result:
-    """What a suite measured.
-
-    Attributes:
-        suite: its name.
-        document: what the JSON file holds.
-        path: the JSON file; the plots are beside it.
-    """
+    """What the suite of this name measured, what its JSON file holds, and that file's path; the
+    plots are beside it."""
 
     suite: str
     document: dict[str, Any]
@@ -164,11 +262,7 @@ def evaluate(
         for suite in chosen.values():
             suite.prepare(context)
         if world.first:
-            try:
-                out_dir.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                folder = str(out_dir)
-                raise UserError(f"cannot make folder {folder!r}: {error.strerror}") from None
+            make_folder(out_dir)
         for name, suite in chosen.items():
             context.left = suite.passes(context) * len(used)
             context.advance = partial(bar.advance, bar.add_task(name, total=context.left))

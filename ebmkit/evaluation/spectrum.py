@@ -61,6 +61,7 @@ Method = Literal["auto", "dense", "iterative"]
 Vectors = NDArray[np.float64]
 
 
+@dataclass
 class Jacobian:
     """The Jacobian of ``denoise`` at ``y`` as an operator.
 
@@ -68,25 +69,25 @@ class Jacobian:
         denoise: images (B, C, H, W) to images of the same shape, each on its own.
         y: one image (C, H, W).
         symmetric: whether it must be so, because ``denoise`` is a gradient.
-        chunk: directions multiplied at once; None: by their size, see `CHUNK_VALUES`.
-
-    Attributes:
-        size: the number of rows, d = C H W.
+        chunk: directions multiplied at once; 0: by their size, see `CHUNK_VALUES`.
         products: how many products were taken so far.
     """
 
-    def __init__(
-        self,
-        denoise: Callable[[Tensor], Tensor],
-        y: Tensor,
-        symmetric: bool = True,
-        chunk: int | None = None,
-    ) -> None:
-        self.denoise, self.y, self.symmetric, self.size = denoise, y, symmetric, y.numel()
-        values = CHUNK_VALUES * (8 if y.is_cuda else 1)
-        self.chunk = chunk or max(1, min(512, values // max(1, self.size)))
-        self.products = 0
-        self._graph: tuple[Tensor, Tensor] | None = None
+    denoise: Callable[[Tensor], Tensor]
+    y: Tensor
+    symmetric: bool = True
+    chunk: int = 0
+    products: int = 0
+    _graph: tuple[Tensor, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        values = CHUNK_VALUES * (8 if self.y.is_cuda else 1)
+        self.chunk = self.chunk or max(1, min(512, values // max(1, self.size)))
+
+    @property
+    def size(self) -> int:
+        """The number of rows, d = C H W."""
+        return self.y.numel()
 
     def vjp(self, directions: Tensor) -> Tensor:
         """J^T v, which is J v if symmetric, of each of ``directions`` (n, C, H, W); same type.
@@ -135,14 +136,14 @@ class Jacobian:
         return self._graph
 
 
-def jacobian(model: ScoreModel, y: Tensor, sigma: float, chunk: int | None = None) -> Jacobian:
+def jacobian(model: ScoreModel, y: Tensor, sigma: float, chunk: int = 0) -> Jacobian:
     """The Jacobian at ``y`` (C, H, W) of ``model``'s unconditional denoiser, given ``sigma``.
 
     Args:
         model: in evaluation mode. It is symmetric if it is an `EnergyModel`.
         y: a noisy image.
         sigma: the noise level, image units.
-        chunk: directions multiplied at once; None: by their size.
+        chunk: directions multiplied at once; 0: by their size.
     """
     symmetric = isinstance(model, EnergyModel)
     return Jacobian(lambda images: model.denoise(images, sigma), y, symmetric, chunk)
@@ -163,21 +164,19 @@ class Eigenpairs(NamedTuple):
 class Spectrum:
     """What is known of the spectrum of a Jacobian.
 
+    Of the denoiser that is the gradient of no density, values are singular values, and vectors
+    right singular vectors.
+
     Attributes:
-        method: dense or iterative.
-        singular: whether values are singular values, and vectors right singular vectors, as the
-            denoiser is the gradient of no density.
-        values: all of them, descending, if dense; else None.
+        values: all of them, descending, if J was written out; else None.
         largest: the algebraically largest, descending.
         smallest: the smallest in magnitude, ascending.
-        trace: of J: exact if dense, else estimated from random directions.
-        trace_error: its standard error; 0 if dense.
+        trace: of J: exact if written out, else estimated from random directions.
+        trace_error: its standard error; 0 if written out.
         asymmetry: ||J - J^T|| / ||J|| in Frobenius' norm, measured or estimated in the same way.
         products: how many products with J were taken.
     """
 
-    method: Literal["dense", "iterative"]
-    singular: bool
     values: Tensor | None
     largest: Eigenpairs
     smallest: Eigenpairs
@@ -249,17 +248,9 @@ def _dense_spectrum(operator: Jacobian, largest: int, smallest: int) -> Spectrum
         shape = (len(chosen), *operator.y.shape)
         return Eigenpairs(values[chosen], _signed(vectors[chosen]).reshape(shape), residuals)
 
-    return Spectrum(
-        method="dense",
-        singular=not operator.symmetric,
-        values=values,
-        largest=pairs(torch.arange(largest)),
-        smallest=pairs(values.abs().argsort()[:smallest]),
-        trace=float(matrix.trace()),
-        trace_error=0.0,
-        asymmetry=float((matrix - matrix.T).norm() / matrix.norm().clamp_min(1e-300)),
-        products=operator.products,
-    )
+    ends = pairs(torch.arange(largest)), pairs(values.abs().argsort()[:smallest])
+    asymmetry = float((matrix - matrix.T).norm() / matrix.norm().clamp_min(1e-300))
+    return Spectrum(values, *ends, float(matrix.trace()), 0.0, asymmetry, operator.products)
 
 
 def _iterative_spectrum(
@@ -276,7 +267,7 @@ def _iterative_spectrum(
     def folded(v: Vectors) -> Vectors:
         return 1.1 * scale**2 * v - times(times(v))
 
-    trace, trace_error, asymmetry = _probe(operator, rng)
+    statistics = _probe(operator, rng)
     # the scale of the spectrum, for the fold and for the tolerance
     basis = _lanczos(times, operator, 1, "LM", 0.01, last, rng)
     scale = max(float(_rotate(operator, basis).values.abs().max()), 1e-12)
@@ -292,17 +283,7 @@ def _iterative_spectrum(
             goal /= 10
         order = pairs.values.abs().argsort() if found else pairs.values.argsort(descending=True)
         found.append(Eigenpairs(*(x[order] for x in pairs)))
-    return Spectrum(
-        method="iterative",
-        singular=False,
-        values=None,
-        largest=found[0],
-        smallest=found[1],
-        trace=trace,
-        trace_error=trace_error,
-        asymmetry=asymmetry,
-        products=operator.products,
-    )
+    return Spectrum(None, found[0], found[1], *statistics, operator.products)
 
 
 def _lanczos(

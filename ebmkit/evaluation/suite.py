@@ -7,12 +7,14 @@ files) and ``table`` (document -> table for the terminal).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+import os
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from rich.table import Table
 from rich.text import Text
 
@@ -21,19 +23,30 @@ from ebmkit.energy import EnergyModel, ScoreModel, classifies
 from ebmkit.errors import UserError
 from ebmkit.evaluation.context import EvaluationContext, Images
 from ebmkit.evaluation.statistics import to_json
+from ebmkit.models import load
 from ebmkit.noise import format_sigma
 from ebmkit.terminal import shown_name
 
-Precision = Annotated[
-    Literal["single", "double"],
-    Field(description="precision: single (float32) or double (float64)"),
-]
+T = TypeVar("T")
+
+Precision = Literal["single", "double"]
+Positive = Annotated[int, Field(ge=1)]
+
+
+def distinct(values: tuple[T, ...]) -> tuple[T, ...]:
+    """``values`` without repeats, in order; for settings."""
+    return tuple(dict.fromkeys(values))
+
+
+Distinct = Annotated[tuple[T, ...], AfterValidator(distinct)]
+Several = Annotated[tuple[T, ...], Field(min_length=1), AfterValidator(distinct)]
+"""One value or more, without repeats."""
 
 
 class SuiteConfig(BaseModel):
-    """The base of settings of suites, all with defaults."""
+    """The base of settings of suites, all with defaults; what is below a field describes it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 @dataclass(frozen=True)
@@ -84,11 +97,7 @@ class Suite:
 
 
 def check_classifies(model: ScoreModel, images: Images) -> None:
-    """Whether labels can be predicted and compared.
-
-    Raises:
-        UserError: if the model or the images have no labels, or they have different ones.
-    """
+    """Raise `UserError` where model or images have no labels, or they have different ones."""
     if not classifies(model):
         raise UserError(
             "this model was trained without labels and cannot classify: choose suites that need "
@@ -106,11 +115,7 @@ def check_classifies(model: ScoreModel, images: Images) -> None:
 
 
 def check_one_size(suite: str, images: Images) -> None:
-    """Whether all images have one size.
-
-    Raises:
-        UserError: if they are pictures of any size.
-    """
+    """Raise `UserError` where images are pictures of any size."""
     if not getattr(images, "one_size", True):
         raise UserError(
             f"suite {suite!r} compares images of one size, and those of {images.name!r} differ: "
@@ -138,33 +143,41 @@ def noise_warnings(model: ScoreModel, sigmas: Sequence[float]) -> list[str]:
     ]
 
 
-def load_beside(context: EvaluationContext, run: Path | str, option: str) -> EnergyModel:
-    """The model of another run, for a suite that compares several.
+def load_beside(
+    context: EvaluationContext, runs: Iterable[Path | str], option: str
+) -> Iterator[tuple[str, EnergyModel]]:
+    """Names and models of other runs, for a suite that compares several.
 
     Args:
         context: its images have the classes of its model.
-        run: the folder.
-        option: that names it, for errors.
+        runs: the folders.
+        option: that names them, for errors.
 
     Raises:
-        UserError: if it is not there, or knows other classes or channels.
+        UserError: if one is not there, or knows other classes or channels.
     """
-    from ebmkit.models import load
 
-    model, classes = load(run, device=str(context.device)), context.model.num_classes
-    if not classifies(model) or model.num_classes != classes:
-        raise UserError(
-            f"{option}: the model in {str(run)!r} knows {model.num_classes} classes and the one "
-            f"evaluated {classes}: name runs with labels of the same classes"
-        )
-    images = context.images
-    channels = model.card.channels if model.card else images.channels
-    if channels != images.channels:
-        raise UserError(
-            f"{option}: the model in {str(run)!r} takes images of {channels} channel(s), and "
-            f"{images.name!r} has {images.channels}: name another run"
-        )
-    return model
+    images, classes = context.images, context.model.num_classes
+    for run in runs:
+        model = load(run, device=str(context.device))
+        if not classifies(model) or model.num_classes != classes:
+            raise UserError(
+                f"{option}: the model in {str(run)!r} knows {model.num_classes} classes and the "
+                f"one evaluated {classes}: name runs with labels of the same classes"
+            )
+        channels = model.card.channels if model.card else images.channels
+        if channels != images.channels:
+            raise UserError(
+                f"{option}: the model in {str(run)!r} takes images of {channels} channel(s), and "
+                f"{images.name!r} has {images.channels}: name another run"
+            )
+        yield Path(os.path.abspath(run)).name, model
+
+
+def unique_name(name: str, taken: Container[str]) -> str:
+    """``name``, with a number where it is ``taken``."""
+    names = (f"{name}-{k}" if k > 1 else name for k in itertools.count(1))
+    return next(own for own in names if own not in taken)
 
 
 def class_name(images: Images, label: int) -> str:

@@ -13,51 +13,26 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from ebmkit.compute import environment
 from ebmkit.evaluation.attacks import STEPSIZE
 from ebmkit.evaluation.suite import number
 from ebmkit.experiments.report import (
     Experiment,
     Report,
     circumstances,
-    line,
+    percent,
     run_grid,
-    table_head,
+    table_lines,
+    text_of,
 )
-from ebmkit.experiments.runs import ExperimentRuns, Protocol, Variant
+from ebmkit.experiments.runs import ExperimentRuns, Protocol, Variant, read_document
 from ebmkit.experiments.tables import GRID, JEM, JOINT, TABLES
 from ebmkit.experiments.theory import figure1
 from ebmkit.experiments.theory import markdown as figure1_markdown
 from ebmkit.noise import in_255ths
-from ebmkit.storage.reading import read_json
-from ebmkit.training.run_folder import environment
 
 ATTACKED = (*(TABLES["table1"].variant(name) for name in ("resnet18", "gradresnet-ce")), JEM, JOINT)
 """The networks of ``fig4``."""
-
-# fmt: off
-OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
-    "smoke": {
-        "jacobian": {"images": 1},
-        "linearity": {"images": 8},
-        "robustness": {
-            "images": 20, "steps": 4, "restarts": 1, "draws": 2, "eot": 2,
-            "noise_levels": ["0", "20/255"], "linf": ["2/255", "8/255", "16/255"],
-            "l2": [0.25, 0.5, 1.0],
-        },
-    },
-    "cpu": {
-        "jacobian": {"images": 2},
-        "linearity": {"images": 32},
-        "robustness": {"images": 50, "draws": 8, "eot": 4, "restarts": 1},
-    },
-    "full": {
-        "jacobian": {"images": 3},
-        "linearity": {"images": 256},
-        "robustness": {"images": 1000, "restarts": 5},
-    },
-}
-# fmt: on
-"""By scale, settings of the suites behind the figures."""
 
 
 def run_fig1(runs: ExperimentRuns, only: Sequence[str]) -> Report:
@@ -67,15 +42,10 @@ def run_fig1(runs: ExperimentRuns, only: Sequence[str]) -> Report:
     """
     from ebmkit.experiments.plots import draw_figure1
 
-    document = None
     expected = {"scale": runs.scale.name, "seed": runs.seed}
-    try:
-        old = read_json(runs.out / "fig1.json")
-        if {key: old["made"][key] for key in expected} == expected:
-            document = dict(old)
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    if document is None:
+    document = read_document(runs.out / "fig1.json")
+    made = document.get("made")
+    if not isinstance(made, dict) or not expected.items() <= made.items():
         begun, own = time.perf_counter(), environment()
         document = figure1(runs.scale.name, runs.seed)
         hours = (time.perf_counter() - begun) / 3600
@@ -103,7 +73,7 @@ def run_fig3(runs: ExperimentRuns, only: Sequence[str]) -> Report:
     """Figures 3 and 5, and the local linearity of the grid."""
     from ebmkit.evaluation.linearity import linearity_grid
 
-    options = OPTIONS[runs.scale.name]
+    options = runs.scale.options
     runs.check([JOINT])
     results = run_grid(
         runs, GRID, only, lambda v: Protocol("fig3", ("linearity",), options=options)
@@ -131,54 +101,53 @@ def run_fig3(runs: ExperimentRuns, only: Sequence[str]) -> Report:
 
 
 def _fig3_text(report: Mapping[str, Any]) -> str:
-    found = report["jacobian"]
-    lines = [
-        "## Figure 3: the Jacobian of the denoiser (CDN figures 3 and 5)",
-        "",
-        f"Eigenvalues at sigma {in_255ths(found['sigma'])}/255, three largest and two smallest in "
-        "magnitude. The paper's, on an image of its own: "
-        + ", ".join(f"{v:g}" for v in [*found["paper"]["largest"], *found["paper"]["smallest"]])
-        + ".",
-        "",
-        *table_head(
-            ["image", "largest", "smallest in magnitude", "trace", "above 1/2", "asymmetry"], left=3
-        ),
-    ]
+    found, images, cells = report["jacobian"], [], []
     for index, image in enumerate(found["per_image"]):
         pairs = [", ".join(f"{p['value']:.3g}" for p in image[k]) for k in ("largest", "smallest")]
         numbers = [f"{image['trace']:.1f}", image.get("above_half", "-")]
         name = image.get("label") or index
-        lines.append(line([name, *pairs, *numbers, f"{image['asymmetry']:.1e}"]))
-    lines += [
-        "",
-        "Local linearity, D(y) = J(y) y: the error |D - Jy| / |D|, and the degree k of homogeneity "
-        "of log p that fits best (the claim holds exactly at k = 2).",
-        "",
-        *table_head(["network", "k in theory", "sigma", "error", "k measured"]),
-    ]
+        images.append([name, *pairs, *numbers, f"{image['asymmetry']:.1e}"])
     for cell in report["cells"]:
         degree = (cell["theory"] or {}).get("degree")
         first = [cell["label"], "none" if degree is None else f"{degree:g}"]
         for level in cell["levels"]:
             error = number(level["error"]["value"], "{:.1e}")
             k = number(level["degree"]["value"], "{:.2f}")
-            lines.append(line([*first, f"{in_255ths(level['sigma'])}/255", error, k]))
+            cells.append([*first, f"{in_255ths(level['sigma'])}/255", error, k])
             first = ["", ""]
-    return "\n".join([*lines, "", *(f"- {note}" for note in report["notes"])]) + "\n"
+    lines = [
+        f"Eigenvalues at sigma {in_255ths(found['sigma'])}/255, three largest and two smallest in "
+        "magnitude. The paper's, on an image of its own: "
+        + ", ".join(f"{v:g}" for v in [*found["paper"]["largest"], *found["paper"]["smallest"]])
+        + ".",
+        "",
+        *table_lines(
+            ["image", "largest", "smallest in magnitude", "trace", "above 1/2", "asymmetry"],
+            images,
+            left=3,
+        ),
+        "",
+        "Local linearity, D(y) = J(y) y: the error |D - Jy| / |D|, and the degree k of homogeneity "
+        "of log p that fits best (the claim holds exactly at k = 2).",
+        "",
+        *table_lines(["network", "k in theory", "sigma", "error", "k measured"], cells),
+    ]
+    title = "Figure 3: the Jacobian of the denoiser (CDN figures 3 and 5)"
+    return text_of(title, lines, report["notes"])
 
 
 def run_fig4(runs: ExperimentRuns, only: Sequence[str]) -> Report:
     """Figure 4: accuracy against the strength of attacks."""
     from ebmkit.evaluation.robustness import plot_comparison
 
-    options = OPTIONS[runs.scale.name]
+    options = runs.scale.options
 
     def protocol(variant: Variant) -> Protocol:
         """A network that denoises defends itself by that, too."""
-        own = options["robustness"]
+        own = dict(options["robustness"])
         if variant.task == "joint" and variant is not JEM:
-            own = own | {"defences": ["direct", "noise", "denoise"]}
-        return Protocol("fig4", ("robustness",), options=options | {"robustness": own})
+            own |= {"defences": ["direct", "noise", "denoise"]}
+        return Protocol("fig4", ("robustness",), options={**options, "robustness": own})
 
     results = [r for r in run_grid(runs, ATTACKED, only, protocol) if r.status == "done"]
     documents = {
@@ -201,7 +170,7 @@ def run_fig4(runs: ExperimentRuns, only: Sequence[str]) -> Report:
 
 
 def _fig4_text(documents: Mapping[str, dict[str, Any]], notes: Sequence[str]) -> str:
-    lines = ["## Figure 4: accuracy under attack (CDN figure 4)", ""]
+    lines: list[str] = []
     for name, document in documents.items():
         lines += [
             f"{name}, the first {document['images']} of {document['of']:,} {document['split']} "
@@ -211,12 +180,8 @@ def _fig4_text(documents: Mapping[str, dict[str, Any]], notes: Sequence[str]) ->
         for norm, curves in document["curves"].items():
             strengths = document["epsilons"][norm]
             shown = [in_255ths(e) + "/255" if norm == "linf" else f"{e:g}" for e in strengths]
-            lines += table_head([norm, *shown])
-            for defence, curve in curves.items():
-                percent = [[100 * e[key] for key in ("value", "low", "high")] for e in curve]
-                lines.append(line([defence, *(f"{v:.0f} ({a:.0f} to {b:.0f})"
-                                              for v, a, b in percent)]))  # fmt: skip
-            lines.append("")
+            rows = ([defence, *map(percent, curve)] for defence, curve in curves.items())
+            lines += [*table_lines([norm, *shown], rows), ""]
         for key, defence in document["defences"].items():
             lines.append(f"- {key}: {defence['about']}")
         lines += [f"- warning: {warning}" for warning in document["warnings"]]
@@ -228,7 +193,7 @@ def _fig4_text(documents: Mapping[str, dict[str, Any]], notes: Sequence[str]) ->
             f"{options['eot']} draws and labels over {options['draws']}",
             "",
         ]
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"
+    return text_of("Figure 4: accuracy under attack (CDN figure 4)", lines, notes)
 
 
 FIGURE_EXPERIMENTS = {

@@ -29,7 +29,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +39,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ebmkit.compute import pick_device
+from ebmkit.data.hdf5 import read_contents
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation import evaluate
@@ -51,12 +52,14 @@ from ebmkit.experiments.guidance_grid import (
     AMOUNTS,
     DIFFUSION,
     EVALUATION_CLASSIFIER,
+    GROUPS,
     METHODS,
     NETWORKS,
     ON_GRID,
     ON_PATH,
     PLAIN,
     ROBUST,
+    TABLE_2_1,
     Amount,
     GuidanceMethod,
 )
@@ -67,30 +70,24 @@ from ebmkit.experiments.report import (
     circumstances,
     line,
     measured_facts,
+    percent,
     run_grid,
-    table_head,
+    table_lines,
+    text_of,
 )
-from ebmkit.experiments.runs import ExperimentRuns, Protocol, Variant
+from ebmkit.experiments.runs import ExperimentRuns, Protocol, Variant, read_document
 from ebmkit.guidance import check_guide, class_energies, guided_model, make_guidance
 from ebmkit.models import load, weights_digest
 from ebmkit.randomness import keyed_generator
 from ebmkit.sampling import SAMPLERS, Chains
 from ebmkit.storage import write_atomically
-from ebmkit.storage.hdf5 import find_array, open_hdf5, read_array, read_attribute
+from ebmkit.storage.hdf5 import open_hdf5, read_attribute
 from ebmkit.storage.reading import read_json
 
 CLASSIFY = Protocol("guidance", ("classify",), images={"classify": 1000})
 
 BATCH = 100
 """Chains that are moved together."""
-
-TABLE_2_1 = {
-    0.0: {10: 13.36, 20: 6.84, 50: 4.67, 100: 4.16},
-    0.2: {10: 14.04, 20: 7.11, 50: 4.77, 100: 4.25},
-    0.5: {10: 16.66, 20: 8.35, 50: 5.25, 100: 4.46},
-    1.0: {10: 41.07, 20: 18.36, 50: 8.01, 100: 5.78},
-}
-"""FID of DDIM on CIFAR-10 by eta and steps (RCG table 2.1, of Song et al. 2021)."""
 
 
 def run_guidance(
@@ -174,41 +171,33 @@ class Drawing:
         """The labels (N,), in turn: 0, 1, ..., C - 1, 0, ..."""
         return torch.arange(self.classes * self.per_class) % self.classes
 
-    def stored(
-        self, method: GuidanceMethod, steps: int, eta: float | None = None, name: str | None = None
-    ) -> Drawn:
-        """The stored images of ``method``, or those drawn and stored now.
-
-        Args:
-            method: how.
-            steps: of DDIM.
-            eta: of DDIM; None: the method's own.
-            name: of the file; None: the method's.
+    def stored(self, method: GuidanceMethod, steps: int) -> Drawn:
+        """The stored images of ``method``, or those drawn and stored now, by ``steps`` of DDIM.
 
         Raises:
             UserError: as `draw` does, or if a file cannot be written.
         """
         import h5py
 
-        eta, labels = method.eta if eta is None else eta, self.labels
+        labels = self.labels
         networks = [method.base, *([method.guide] if method.guide else [])]
         settings = {
             "guidance": _resolved(method.settings) if method.settings else None,
             "guide": method.guide,
             "base": method.base,
             "steps": steps,
-            "eta": eta,
+            "eta": method.eta,
             "count": len(labels),
             "seed": self.seed,
             "digests": [self.digests(network) for network in networks],
         }
-        path = self.folder / f"{re.sub(r'[^0-9a-z.]+', '-', (name or method.name).lower())}.h5"
+        path = self.folder / f"{re.sub(r'[^0-9a-z.]+', '-', method.name.lower())}.h5"
         found = _read(path, settings)
         if found is not None:
             return Drawn(found[0], labels, found[1])
         begun = time.perf_counter()
         with torch.no_grad():
-            pixels = (255 * self.draw(method, steps, eta)).round().byte()
+            pixels = (255 * self.draw(method, steps)).round().byte()
         seconds = time.perf_counter() - begun
         content = io.BytesIO()
         with h5py.File(content, "w") as file:
@@ -222,13 +211,8 @@ class Drawing:
         write_atomically(path, content.getvalue())
         return Drawn(pixels, labels, seconds)
 
-    def draw(self, method: GuidanceMethod, steps: int, eta: float | None = None) -> Tensor:
-        """Images (N, C, H, W) in [0, 1] of `labels`.
-
-        Args:
-            method: how.
-            steps: of DDIM.
-            eta: of DDIM; None: the method's own.
+    def draw(self, method: GuidanceMethod, steps: int) -> Tensor:
+        """Images (N, C, H, W) in [0, 1] of `labels`, by ``steps`` of DDIM.
 
         Raises:
             UserError: if networks do not fit, or chains become NaN or Inf.
@@ -237,7 +221,7 @@ class Drawing:
         assert card is not None
         assert card.image_size is not None
         entry = SAMPLERS["ddim"]
-        config = entry.config(steps=steps, eta=method.eta if eta is None else eta)
+        config = entry.config(steps=steps, eta=method.eta)
         found = []
         for batch, own in enumerate(torch.split(self.labels, BATCH)):
             c = own if method.settings else None
@@ -285,13 +269,12 @@ def _read(path: Path, settings: Mapping[str, Any]) -> tuple[Tensor, float] | Non
         own = json.loads(read_attribute(file, "settings", what))
         if own.get("guidance"):
             own["guidance"] = _resolved(own["guidance"])
-        images = find_array(file, "images", what)
-        if own != json.loads(json.dumps(settings)) or images is None:
-            return None
-        if images.dtype != "uint8" or images.ndim != 4 or len(images) != own["count"]:
-            return None
-        pixels = rearrange(torch.from_numpy(read_array(images, what)), "n h w c -> n c h w")
-        return pixels.contiguous(), float(read_attribute(file, "seconds", what))
+        if (
+            own == json.loads(json.dumps(settings))
+            and len(pixels := read_contents(path).read_all()) == own["count"]
+        ):
+            pixels = rearrange(pixels, "n h w c -> n c h w").contiguous()
+            return pixels, float(read_attribute(file, "seconds", what))
     return None
 
 
@@ -359,7 +342,7 @@ class _Study:
         }
         key = {"options": options, "digests": [self._digest(network.name) for network in chosen]}
         path, stored = self.folder / f"{name}.json", self.folder / f"{name}.key.json"
-        if not (_same(stored, key) and path.is_file()):
+        if read_document(stored) != json.loads(json.dumps(key)) or not path.is_file():
             self.runs.log(f"measuring {name}")
             evaluate(
                 self._model(first.name),
@@ -386,9 +369,9 @@ class _Study:
         found = []
         for eta in self.amount.etas:
             for steps in self.amount.lengths:
-                name = f"ddim eta {eta:g} steps {steps}"
-                drawn = self._drawn(METHODS[0], name, steps, eta)
-                found.append({"eta": eta, "steps": steps} | self._measured(name, drawn, False))
+                method = replace(METHODS[0], name=f"ddim eta {eta:g} steps {steps}", eta=eta)
+                drawn = self._drawn(method, steps)
+                found.append({"eta": eta, "steps": steps} | self._measured(method, drawn, False))
         return found
 
     def methods(self) -> list[dict[str, Any]]:
@@ -400,30 +383,24 @@ class _Study:
             used = {method.base, method.guide or method.base, EVALUATION_CLASSIFIER.name}
             if not used <= self.names:
                 continue
-            about: dict[str, Any] = {
-                "name": method.name,
-                "about": method.description,
-                "group": method.group,
-                "eta": method.eta,
-                "guide": method.guide,
-                "settings": dict(method.settings),
-                "base": method.base,
-            }
+            about = asdict(method)
+            about["about"] = about.pop("description")
+            del about["fixed"]
             try:
-                drawn = self._drawn(method, method.name, self.amount.steps, None)
+                drawn = self._drawn(method, self.amount.steps)
             except UserError as error:
                 found.append(about | {"stopped": str(error)})
                 continue
             self.shown[method.name] = drawn.images[: self.test.num_classes]
-            found.append(about | self._measured(method.name, drawn, True))
+            found.append(about | self._measured(method, drawn, True))
         return found
 
-    def _drawn(self, method: GuidanceMethod, name: str, steps: int, eta: float | None) -> Drawn:
-        self.runs.log(f"drawing: {name}")
-        return self.drawing.stored(method, steps, eta, name)
+    def _drawn(self, method: GuidanceMethod, steps: int) -> Drawn:
+        self.runs.log(f"drawing: {method.name}")
+        return self.drawing.stored(method, steps)
 
-    def _measured(self, name: str, drawn: Drawn, labelled: bool) -> dict[str, Any]:
-        """What is measured of images, stored beside them."""
+    def _measured(self, method: GuidanceMethod, drawn: Drawn, labelled: bool) -> dict[str, Any]:
+        """What is measured of the images of ``method``, stored beside them."""
         key = {
             "images": hashlib.sha256(drawn.images.numpy().tobytes()).hexdigest(),
             "judge": self._digest(EVALUATION_CLASSIFIER.name),
@@ -431,9 +408,10 @@ class _Study:
             "real": len(self.test),
             "labelled": labelled,
         }
-        path = self.folder / f"{name.replace(' ', '-')}.json"
-        if _same(path, key, within="key"):
-            return dict(read_json(path)["found"])
+        path = self.folder / f"{method.name.replace(' ', '-')}.json"
+        old = read_document(path)
+        if old.get("key") == json.loads(json.dumps(key)):
+            return dict(old["found"])
         if self._judge is None:
             device = pick_device(self.runs.device)
             self._judge = classifier(str(self.runs.folder(EVALUATION_CLASSIFIER)), device)
@@ -459,26 +437,8 @@ class _Study:
         return self.runs.folder(next(network for network in NETWORKS if network.name == name))
 
 
-def _same(path: Path, key: dict[str, Any], within: str | None = None) -> bool:
-    """Whether the JSON at ``path`` is ``key``, or its entry ``within`` is."""
-    try:
-        document = read_json(path)
-        found = document if within is None else document[within]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return bool(found == json.loads(json.dumps(key)))
-
-
 # --- the text ------------------------------------------------------------------------------------
 
-GROUPS = {
-    "thesis": "Ways of the thesis, by the classifier trained at l2 1",
-    "guides": "Other guides, in the setting of `energy`",
-    "views": "What the guide sees: the classifier trained at l2 0.5, in the setting of `energy`",
-    "noise": "At high or at low noise alone: log p(y|x)",
-    "rivals": "Rivals: told the noise (log p(y|x, t)), or trained with labels",
-    "own": "A joint model in the place of the UNet",
-}
 COLUMNS = ("s", "eta", "recognised", "distance (real)", "diversity", "saturated", "gap", "time")
 
 
@@ -493,38 +453,34 @@ def guidance_text(report: Mapping[str, Any]) -> str:
         sections.append(("DDIM: eta and steps (RCG table 2.1)", _ddim(report["ddim"])))
     if report["ways"]:
         sections.append(("Ways to guide", _methods(report)))
-    lines = [
-        f"## Guidance of a diffusion model, on {report['dataset']} (RCG chapter 4)",
-        "",
-        f"Scale: {report['about']}.",
-        "",
-        "### Networks",
-        "",
-        line(["name", "what", "accuracy, %", "parameters", "steps"]),
-        "| --- | --- | ---: | ---: | ---: |",
-    ]
+    networks = []
     for one in report["networks"]:
         facts, cell = one["facts"], "-"
         if one["accuracy"] is not None:
-            cell = _percent((one["accuracy"], *one["interval"]), "{:.1f}")
+            low, high = one["interval"]
+            cell = percent({"value": one["accuracy"], "low": low, "high": high}, "{:.1f}")
         counts = [f"{facts[key]:,}" for key in ("parameters", "steps")]
-        lines.append(line([one["name"], one["label"], cell, *counts]))
+        networks.append([one["name"], one["label"], cell, *counts])
+    names = ["name", "what", "accuracy, %", "parameters", "steps"]
+    lines = [f"Scale: {report['about']}.", "", "### Networks", ""]
+    lines += table_lines(names, networks, left=2)
     for title, content in sections:
         lines += ["", f"### {title}", "", *content]
-    return "\n".join([*lines, "", *(f"- {note}" for note in report["notes"])]) + "\n"
+    title = f"Guidance of a diffusion model, on {report['dataset']} (RCG chapter 4)"
+    return text_of(title, lines, report["notes"])
 
 
 def _grid(document: dict[str, Any]) -> list[str]:
-    lines = [
+    rows = (
+        [f"{epsilon:g}", *(percent(column["accuracy"][row]) for column in document["columns"])]
+        for row, epsilon in enumerate(document["epsilons"])
+    )
+    return [
         f"Accuracy in % (95 % interval) on {document['options']['images']} test images at most, "
         f"{document['options']['steps']}-step PGD; rows: eps of the attack.",
         "",
-        *table_head(["eps", *column_names(document)], left=0),
+        *table_lines(["eps", *column_names(document)], rows, left=0),
     ]
-    for row, epsilon in enumerate(document["epsilons"]):
-        cells = [_interval(column["accuracy"][row]) for column in document["columns"]]
-        lines.append(line([f"{epsilon:g}", *cells]))
-    return lines
 
 
 def _path(document: Mapping[str, Any]) -> list[str]:
@@ -537,37 +493,36 @@ def _path(document: Mapping[str, Any]) -> list[str]:
     chosen, middle = [nearest(t) for t in (100, 200, 400)], nearest(500)
     heads = [f"{view}, t = {levels[i]['t']}" for view in ("x_t", "y") for i in chosen]
     dark = f"dark, t = {levels[middle]['t']}"
-    lines = [
-        f"Accuracy in % of {document['images']:,} test images: clean; noisy as the diffusion model "
-        "has them (x_t) and in image units (y) at some timesteps; darkened alone at t = T/2. "
-        "*Chance from*: the first timestep measured at which the interval reaches chance.",
-        "",
-        *table_head(["network", "clean", *heads, dark, "chance from: x_t", "y"]),
-    ]
+    rows = []
     for name, one in models.items():
         path, since = one["path"], one["chance_from"]
         shown = [one["clean"], *(path[v][i] for v in ("timestep", "image") for i in chosen)]
         cells = [f"{100 * _value(e['accuracy']):.0f}" for e in [*shown, path["dark"][middle]]]
         cells += ["never" if since[v] is None else str(since[v]) for v in ("timestep", "image")]
-        lines.append(line([name, *cells]))
-    return lines
+        rows.append([name, *cells])
+    return [
+        f"Accuracy in % of {document['images']:,} test images: clean; noisy as the diffusion model "
+        "has them (x_t) and in image units (y) at some timesteps; darkened alone at t = T/2. "
+        "*Chance from*: the first timestep measured at which the interval reaches chance.",
+        "",
+        *table_lines(["network", "clean", *heads, dark, "chance from: x_t", "y"], rows),
+    ]
 
 
 def _ddim(cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    lengths = sorted({cell["steps"] for cell in cells})
-    lines = [
+    lengths, rows = sorted({cell["steps"] for cell in cells}), []
+    for eta in sorted({cell["eta"] for cell in cells}):
+        own = {cell["steps"]: cell for cell in cells if cell["eta"] == eta}
+        theirs = TABLE_2_1.get(eta, {})
+        values = [f"{own[s]['frechet']['value']:.3g} ({theirs.get(s, '-')})" for s in lengths]
+        rows.append([f"{eta:g}", *values])
+    return [
         f"Frechet distance in the judge's features of {cells[0]['count']} unguided images (of as "
         f"many real ones: {cells[0]['floor']['frechet']:.3g}), comparable within this table alone; "
         "in brackets the thesis's FID of a converged model.",
         "",
-        *table_head(["eta", *(f"{steps} steps" for steps in lengths)], left=0),
+        *table_lines(["eta", *(f"{steps} steps" for steps in lengths)], rows, left=0),
     ]
-    for eta in sorted({cell["eta"] for cell in cells}):
-        own = {cell["steps"]: cell for cell in cells if cell["eta"] == eta}
-        theirs = TABLE_2_1.get(eta, {})
-        row = [f"{own[s]['frechet']['value']:.3g} ({theirs.get(s, '-')})" for s in lengths]
-        lines.append(line([f"{eta:g}", *row]))
-    return lines
 
 
 def _methods(report: Mapping[str, Any]) -> list[str]:
@@ -586,7 +541,7 @@ def _methods(report: Mapping[str, Any]) -> list[str]:
     for group, title in GROUPS.items():
         own = [method for method in report["ways"] if method["group"] == group]
         if own:
-            head = table_head(["way", "", *COLUMNS], left=2)
+            head = table_lines(["way", "", *COLUMNS], (), left=2)
             head[0] = head[0].replace("|  |", "| |")
             lines += ["", f"#### {title}", "", *head, *map(_method_line, own)]
     return lines
@@ -603,7 +558,7 @@ def _method_line(method: Mapping[str, Any]) -> str:
     return line(
         [
             *head,
-            _interval(method["accuracy"]) if method["accuracy"] else "-",
+            percent(method["accuracy"]) if method["accuracy"] else "-",
             f"{number(means['frechet'], '{:.3g}')} ({number(means['floor'], '{:.3g}')})",
             number(means["diversity"], "{:.2f}"),
             f"{100 * _value(ends['samples']):.1f} ({100 * _value(ends['real']):.1f})",
@@ -615,15 +570,6 @@ def _method_line(method: Mapping[str, Any]) -> str:
 
 def _value(estimate: Any) -> float:
     return float(estimate["value"] if isinstance(estimate, dict) else estimate)
-
-
-def _interval(estimate: Mapping[str, float]) -> str:
-    return _percent([estimate[key] for key in ("value", "low", "high")], "{:.0f}")
-
-
-def _percent(values: Sequence[float], form: str) -> str:
-    value, low, high = (form.format(100 * v) for v in values)
-    return f"{value} ({low} to {high})"
 
 
 GUIDANCE_EXPERIMENT = Experiment(

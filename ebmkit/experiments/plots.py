@@ -58,15 +58,8 @@ def compare_with_paper(report: dict[str, Any], path: Path) -> None:
     ]
     for axis, (metric, title) in zip(axes, panels.items(), strict=True):
         for place, row in enumerate(rows):
-            ours, paper = row["ours"].get(metric), row["paper"].get(metric)
-            if paper is not None:
-                axis.plot(paper, place, "x", color=ORANGE, markersize=6)
-            if ours is not None and ours["value"] is not None:
-                axis.plot(ours["value"], place, "o", color=BLUE, markersize=5)
-                if ours.get("low") is not None:
-                    axis.plot(
-                        [ours["low"], ours["high"]], [place, place], color=BLUE, linewidth=1.5
-                    )
+            _mark(axis, place, row["paper"].get(metric), "x", ORANGE, 6)
+            _mark(axis, place, row["ours"].get(metric), size=5)
         axis.set_xlabel(title, fontsize=8)
         axis.tick_params(labelsize=8)
         axis.grid(axis="x", color=GRAY, alpha=0.3, linewidth=0.5)
@@ -81,6 +74,21 @@ def compare_with_paper(report: dict[str, Any], path: Path) -> None:
     )
     figure.suptitle(report["heading"], fontsize=10)
     save_figure(figure, path)
+
+
+def _mark(
+    axis: Axes, place: int, estimate: Any, look: str = "o", colour: str = BLUE, size: int = 4
+) -> None:
+    """A number, or an estimate with its interval, in the row ``place``; nothing for None."""
+    found = estimate if isinstance(estimate, dict) else {"value": estimate}
+    if found["value"] is not None:
+        axis.plot(found["value"], place, look, color=colour, markersize=size)
+        if found.get("low") is not None:
+            axis.plot([found["low"], found["high"]], [place, place], color=colour, linewidth=1.5)
+
+
+def _value(estimate: Any) -> Any:
+    return estimate["value"] if isinstance(estimate, dict) else estimate
 
 
 def beyond_training(report: dict[str, Any], path: Path, trained: float = 100.0) -> None:
@@ -162,19 +170,15 @@ def compare_methods(methods: Sequence[dict[str, Any]], path: Path) -> None:
     axes = figure.subplots(1, 5, sharey=True)
     places = list(range(len(methods)))
     for at, method in zip(places, methods, strict=True):
-        seen, means, gap = method["accuracy"], method["means"], method["energy_gap"]
-        if seen is not None:
-            axes[0].plot([seen["low"], seen["high"]], [at, at], color=BLUE, linewidth=1.5)
-            axes[0].plot(seen["value"], at, "o", color=BLUE, markersize=4)
-        axes[1].plot(means["frechet"], at, "o", color=BLUE, markersize=4)
-        axes[1].plot(means["floor"], at, "|", color=ORANGE, markersize=9)
-        axes[2].plot(means["diversity"], at, "o", color=BLUE, markersize=4)
-        for kind, look, colour, size in (("samples", "o", BLUE, 4), ("real", "|", ORANGE, 9)):
-            end = method["saturation"]["ends"][kind]
-            value = end["value"] if isinstance(end, dict) else end
-            axes[3].plot(value, at, look, color=colour, markersize=size)
-        if gap is not None and gap["energy"]["value"] is not None:
-            axes[4].plot(gap["energy"]["value"], at, "o", color=BLUE, markersize=4)
+        means, gap = method["means"], method["energy_gap"]
+        _mark(axes[0], at, method["accuracy"])
+        _mark(axes[1], at, means["frechet"])
+        _mark(axes[1], at, means["floor"], "|", ORANGE, 9)
+        _mark(axes[2], at, means["diversity"])
+        ends = method["saturation"]["ends"]
+        _mark(axes[3], at, _value(ends["samples"]))
+        _mark(axes[3], at, _value(ends["real"]), "|", ORANGE, 9)
+        _mark(axes[4], at, _value(gap["energy"]) if gap else None)
     titles = (
         "recognised by the judge",
         "distance of a class (bar: real images)",

@@ -159,9 +159,21 @@ def line(cells: Iterable[object]) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def table_head(names: Sequence[str], left: int = 1) -> list[str]:
-    """The head of a Markdown table, the first ``left`` columns left-aligned, numbers right."""
-    return [line(names), line(["---"] * left + ["---:"] * (len(names) - left))]
+def table_lines(names: Sequence[str], rows: Iterable[Iterable[object]], left: int = 1) -> list[str]:
+    """A Markdown table, the first ``left`` columns left-aligned, numbers right."""
+    rule = ["---"] * left + ["---:"] * (len(names) - left)
+    return [line(names), line(rule), *map(line, rows)]
+
+
+def percent(estimate: Mapping[str, float], form: str = "{:.0f}") -> str:
+    """An estimate with its interval, in percent."""
+    value, low, high = (form.format(100 * estimate[key]) for key in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
+
+
+def text_of(title: str, lines: Iterable[str], notes: Iterable[str]) -> str:
+    """Markdown: ``lines`` under a heading, and ``notes`` as a list below."""
+    return "\n".join([f"## {title}", "", *lines, "", *(f"- {note}" for note in notes)]) + "\n"
 
 
 def write(name: str, report: Report, folder: Path) -> list[Path]:

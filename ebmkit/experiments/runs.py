@@ -116,14 +116,20 @@ class Protocol:
         else:  # its settings say how many
             given = parse_options({suite: self.options.get(suite, {})}, [suite])[kind]
             expected["options"] = given.model_dump(mode="json")
-        try:
-            document = read_json(folder / f"{suite}.json")
-        except (OSError, ValueError):
-            return None
-        if not isinstance(document, dict) or not expected.items() <= document.items():
+        document = read_document(folder / f"{suite}.json")
+        if not expected.items() <= document.items():
             return None
         complete = all(document.get(k) is not None for k in REPORTED.get(suite, ()))
         return document if complete else None
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """The JSON document in ``path``; an empty one where there is none that can be read."""
+    try:
+        document = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return document if isinstance(document, dict) else {}
 
 
 @contextmanager
@@ -364,10 +370,9 @@ class ExperimentRuns:
             run = RunFolder.open(folder)
             saved = resolve(run.config())
             checkpoint = run.load_checkpoint()
-            environment = read_json(folder / "environment.json")
         except (UserError, OSError, ValueError):
             return "broken"
-        if not isinstance(environment, dict):
+        if not read_document(folder / "environment.json"):
             return "broken"
         found = difference(saved.model_dump(mode="json"), config.model_dump(mode="json"))
         if found is not None:

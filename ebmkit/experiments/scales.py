@@ -18,11 +18,13 @@ the small images.
 
 from __future__ import annotations
 
+import importlib.resources
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import yaml
 
 from ebmkit.registry import find
 from ebmkit.training import RECIPES, TrainConfig, resolve
@@ -39,6 +41,7 @@ class Scale:
         layer: by family, what is laid over the recipe.
         images: by suite, test images evaluated at most; all where it is not named.
         by_task: laid over the variants of a task.
+        options: by suite, settings of those behind the figures.
         threads: of a CPU at most; None: as many as there are.
     """
 
@@ -46,8 +49,9 @@ class Scale:
     description: str
     recipe: Mapping[str, str]
     layer: Mapping[str, Mapping[str, Any]]
-    images: Mapping[str, int]
+    images: Mapping[str, int] = field(default_factory=dict)
     by_task: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     threads: int | None = None
 
     def resolve(self, family: str, task: str, *layers: Mapping[str, Any]) -> TrainConfig:
@@ -69,145 +73,28 @@ def _cpu_precision() -> str:
     return "bf16" if any(check() for check in checks if check is not None) else "fp32"
 
 
-_SMOKE: dict[str, Any] = {
-    "model": {"backbone": {"width": 8}},
-    "streams": {"classify": {"batch_size": 64}, "denoise": {"batch_size": 32}},
-    "steps": 60,
-    "validation_images": 0,
-    "checkpoint_every": 20,
-}
-
-_CPU: dict[str, Any] = {
-    "steps": 1000,
-    "validate_every": 250,
-    "compute": {"precision": _cpu_precision()},
-}
+def read_data(name: str) -> Any:
+    """A YAML file of this package."""
+    text = importlib.resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return yaml.safe_load(text)
 
 
-def _imagenet(name: str, width: int, batch: int, crops: tuple[int, ...]) -> dict[str, Any]:
-    """The ImageNet recipe on the small images of ``name``: growing crops, shrinking batches."""
-    sizes = zip(("150/400", "260/400", "340/400"), (40, 32, 16), crops[1:], strict=True)
-    phases = [
-        {"after": after, "batch_size": count * batch // 128, "crop_size": crop}
-        for after, count, crop in sizes
-    ]
-    return {
-        "dataset": {"name": name, "image_size": None, "workers": 0},
-        "model": {"backbone": {"width": width}},
-        "streams": {
-            "classify": {"batch_size": batch, "augmentation": {"crop_size": crops[-1]}},
-            "denoise": {
-                "batch_size": batch // 2,
-                "augmentation": {"crop_size": crops[0]},
-                "phases": phases,
-            },
-        },
-        "optimizer": {"lr": 3e-3, "weight_decay": 0.05},
-    }
+def over_recipe(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """``layer`` over the configuration of the recipe that its entry ``recipe`` names, if any."""
+    own = dict(layer)
+    recipe = own.pop("recipe", None)
+    return {**(RECIPES[recipe].config if recipe else {}), **own}
 
 
-_PLAIN_HEAD: dict[str, Any] = {"head": "logit", "model": {"head": {"bias": True}}}
+def _scale(name: str, fields: dict[str, Any]) -> Scale:
+    by_task = {task: over_recipe(layer) for task, layer in fields.pop("by_task").items()}
+    if name == "cpu":
+        for family in ("cifar10", "imagenet"):
+            fields["layer"][family]["compute"] = {"precision": _cpu_precision()}
+    return Scale(name=name, by_task=by_task, **fields)
 
 
-def _small(width: int, classify: int, steps: int, every: int) -> dict[str, Any]:
-    """The networks of target guidance: E(x, y) = -logit, E(x) = -logsumexp (RCG eq. 2.32-2.38)."""
-    return {
-        **_PLAIN_HEAD,
-        "model": {"backbone": {"width": width}, **_PLAIN_HEAD["model"]},
-        "streams": {"classify": {"batch_size": classify}, "denoise": {"batch_size": 32}},
-        "steps": steps,
-        "validation_images": 0,
-        "checkpoint_every": every,
-    }
-
-
-def _small_networks(
-    judge: dict[str, Any], robust: int, jem: int, diffusion: tuple[int, int], own: tuple[int, int]
-) -> dict[str, dict[str, Any]]:
-    """By task, what is laid over `_small`: numbers of steps, or batch size and steps."""
-    noise = {"kind": "fixed", "min": 0.0, "max": 0.015}
-    stream = {"batch_size": 64, "noise": noise}
-    return {
-        "judge": {"backbone": "resnet18", **judge},
-        "robust": {
-            "terms": {"adv": {"steps": 3, "warmup_steps": robust // 2}},
-            "streams": {"classify": {"batch_size": 64}},
-            "steps": robust,
-        },
-        "diffusion": {
-            "backbone": "unet",
-            "head": "linear-quadratic",
-            "model": {"backbone": {"width": 32, "blocks": 1}},
-            "streams": {"denoise": {"batch_size": diffusion[0]}},
-            "optimizer": {"lr": 2e-3, "weight_decay": 0.0, "ema": 0.995, "clip_norm": 1.0},
-            "steps": diffusion[1],
-            "checkpoint_every": 200,
-        },
-        "jem": {
-            "backbone": "wideresnet10-jem",
-            "streams": {"classify": stream, "generate": stream},
-            "optimizer": {"lr": 1e-3, "weight_decay": 0.0, "warmup_steps": 30},
-            "negatives": {"steps": 5, "buffer_size": 1000},
-            "steps": jem,
-        },
-        # in the UNet's place; with plain norms, or cross-entropy beside, none begins to learn
-        "own-diffusion": {
-            "model": {"backbone": {"norm": "scale"}},
-            "streams": {"denoise": {"batch_size": own[0]}},
-            "optimizer": {"lr": 1e-3, "weight_decay": 0.0, "clip_norm": 1.0, "ema": 0.995},
-            "steps": own[1],
-        },
-    }
-
-
-_FULL_GUIDANCE = {
-    "guide": RECIPES["cifar10-robust"].config | {"objective": "ce"},
-    "judge": {"backbone": "wideresnet28-10"},
-    "robust": RECIPES["cifar10-robust"].config,
-    "diffusion": RECIPES["cifar10-ddpm"].config,
-    "jem": RECIPES["jem"].config,
-    "own-diffusion": RECIPES["cifar10-ddpm"].config
-    | {"backbone": "gradresnet18", "model": {"backbone": {"norm": "scale"}}},
-}
-
-_GENTLE = {"denoising": {"optimizer": {"lr": 1e-3, "clip_norm": 1.0}}}
-_SMOKE_STEPS = {key: _SMOKE[key] for key in ("steps", "validation_images", "checkpoint_every")}
-
-SCALES: dict[str, Scale] = {
-    "smoke": Scale(
-        "smoke",
-        "seconds a row, on embedded data: that every row trains and is evaluated",
-        {"cifar10": "digits-adamw", "imagenet": "imagenet", "guidance": "digits-adamw"},
-        {
-            "cifar10": _SMOKE,
-            "imagenet": _imagenet("digits", 8, 64, (5, 6, 7, 8)) | _SMOKE_STEPS,
-            "guidance": _small(8, 64, 160, 80),
-        },
-        {"classify": 100, "denoise": 100},
-        _GENTLE | _small_networks({}, 160, 100, (64, 600), (64, 200)),
-        threads=1,  # several are no faster on images this small, and far slower beside other work
-    ),
-    "cpu": Scale(
-        "cpu",
-        "CIFAR-10, narrow networks, minutes a row on two cores",
-        {"cifar10": "cifar10-adamw", "imagenet": "imagenet", "guidance": "cifar10-adamw"},
-        {
-            "cifar10": _CPU,
-            "imagenet": _imagenet("cifar10", 16, 128, (20, 24, 28, 32)) | _CPU,
-            "guidance": _small(16, 128, 400, 50),
-        },
-        {"denoise": 1000},
-        _GENTLE | _small_networks({"steps": 500}, 400, 250, (32, 2000), (32, 600)),
-    ),
-    "full": Scale(
-        "full",
-        "the paper's recipes, on a GPU",
-        {"cifar10": "cdn-cifar10", "imagenet": "imagenet", "guidance": "cdn-cifar10"},
-        {"cifar10": {}, "imagenet": {}, "guidance": _PLAIN_HEAD},
-        {},
-        _FULL_GUIDANCE,
-    ),
-}
+SCALES: dict[str, Scale] = {n: _scale(n, fields) for n, fields in read_data("scales.yaml").items()}
 
 
 def find_scale(name: str) -> Scale:

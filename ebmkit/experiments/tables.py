@@ -17,7 +17,6 @@ beyond the noise of training, too.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,12 +31,13 @@ from ebmkit.experiments.report import (
     circumstances,
     line,
     run_grid,
-    table_head,
+    table_lines,
+    text_of,
 )
 from ebmkit.experiments.runs import ExperimentRuns, Protocol, Variant
+from ebmkit.experiments.scales import over_recipe, read_data
 from ebmkit.noise import in_255ths
 from ebmkit.registry import find
-from ebmkit.training import RECIPES
 
 METRICS: dict[str, str] = {
     "accuracy": "accuracy, %",
@@ -97,186 +97,27 @@ class Table:
         return find(f"row of {self.name}", {v.name: v for v in self.variants}, name)
 
 
-# --- the grids -----------------------------------------------------------------------------------
+_DATA = read_data("tables.yaml")
+ROWS: dict[str, Variant] = {}
+"""The variants of all tables, by name."""
+for _name, _row in _DATA["rows"].items():
+    _row["run"] = ROWS.get(_row.get("run"))
+    _row["at_full"] = over_recipe(_row.get("at_full", {}))
+    _figures = zip(("accuracy", *PSNR, "hours"), _row.pop("paper", []), strict=False)
+    _row["paper"] = {metric: value for metric, value in _figures if value is not None}
+    ROWS[_name] = Variant(_name, **_row)
 
 
-def _paper(accuracy: float | None = None, *psnr: float, hours: float | None = None) -> Any:
-    figures = {"accuracy": accuracy, "hours": hours, **dict(zip(PSNR, psnr, strict=False))}
-    return {name: value for name, value in figures.items() if value is not None}
+def _table(name: str, title: str, rows: list[str], orderings: Sequence[list[str]] = ()) -> Table:
+    expected = [Ordering(a, b, metric) for a, b, *metrics in orderings for metric in metrics]
+    return Table(name, title, tuple(ROWS[row] for row in rows), tuple(expected))
 
 
-def _backbone(**fields: Any) -> dict[str, Any]:
-    return {"model": {"backbone": fields}}
-
-
-def _named(backbone: str) -> dict[str, Any]:
-    return {"backbone": backbone}
-
-
-def _above(better: str, worse: str, *metrics: str) -> tuple[Ordering, ...]:
-    return tuple(Ordering(better, worse, metric) for metric in metrics)
-
-
-_DSM, _CE, _JOINT = {"objective": "dsm"}, {"objective": "ce"}, {"objective": "ce+dsm"}
-_LOGIT_HEAD: dict[str, Any] = {"head": "logit", "model": {"head": {"bias": True}}}
-_LITTLE_NOISE = {"noise": {"kind": "fixed", "min": 0.0, "max": 0.015}}
-
-# fmt: off
-JOINT = Variant("joint", "GradResNet", "joint", _JOINT,
-                _paper(96.3, 31.90, 29.00, 25.25, hours=1.3))
-JEM = Variant(
-    "jem", "JEM (WideResNet)", "joint",
-    {
-        "backbone": "wideresnet10-jem",
-        "head": "logit",
-        "objective": "jem",
-        "streams": {"classify": _LITTLE_NOISE, "generate": {"batch_size": 32, **_LITTLE_NOISE}},
-        "optimizer": {"lr": 3e-4, "weight_decay": 0.0, "warmup_steps": 30},
-        "negatives": {"steps": 5, "buffer_size": 1000},
-    } | _backbone(width=8),
-    _paper(92.9, hours=36),
-    at_full=RECIPES["jem"].config,
-)
-_NOISY = Variant("noisy", "nothing: the noisy image, clipped", "denoising", run=JOINT,
-                 reads="clipped")
-_DENOISING = Variant("gradresnet-dsm", "GradResNet", "denoising", _DSM,
-                     _paper(None, 32.21, 29.28, 25.51, hours=1.3))
-_OWN_SIGMA = "GradResNet, own sigma"
-
-TABLE1 = Table(
-    "table1",
-    "CIFAR-10: one network for both tasks against a network for each (CDN table 1)",
-    (
-        Variant("resnet18", "ResNet18", "classification", _LOGIT_HEAD | _CE | _named("resnet18"),
-                _paper(96.5, hours=0.7)),
-        Variant("gradresnet-ce", "GradResNet", "classification", _CE, _paper(96.1, hours=0.7)),
-        _NOISY,
-        Variant("dncnn", "DnCNN, 20 layers", "denoising", _named("dncnn20") | _DSM,
-                _paper(None, 32.05, 29.07, 25.23, hours=0.8)),
-        Variant("drunet", "DRUNet, blind", "denoising", _named("drunet-blind") | _DSM,
-                _paper(None, 32.12, 29.20, 25.52, hours=0.9)),
-        Variant("drunet-map", "DRUNet, noise map", "denoising", _named("drunet") | _DSM),
-        _DENOISING,
-        Variant("gradresnet-dsm-blind", _OWN_SIGMA, "denoising", run=_DENOISING, reads="blind"),
-        Variant("gs-drunet", "GS-DRUNet", "denoising", _named("gs-drunet") | _DSM),
-        Variant("gradncnn", "GraDnCNN", "denoising",  # twice the others' width, as published
-                _named("gradncnn") | _backbone(width=32) | _DSM, at_full=_backbone(width=128)),
-        JEM,
-        JOINT,
-        Variant("joint-blind", _OWN_SIGMA, "joint", run=JOINT, reads="blind"),
-        *(Variant(f"joint-{reduction}", f"GradResNet, plain loss ({reduction})", "joint",
-                  {"objective": f"ce+dsm-{reduction}"})
-          for reduction in ("mean", "sum")),
-    ),
-    (
-        *_above("resnet18", "gradresnet-ce", "accuracy"),
-        *_above("resnet18", "joint", "accuracy"),
-        *_above("joint", "gradresnet-ce", "accuracy"),
-        *_above("drunet", "dncnn", *PSNR),
-        *_above("gradresnet-dsm", "drunet", "15", "25"),
-        *_above("drunet", "gradresnet-dsm", "50"),
-        *_above("gradresnet-dsm", "joint", *PSNR),
-        *_above("dncnn", "joint", "15", "25"),
-        *_above("joint", "dncnn", "50"),
-    ),
-)
-
-TABLE2 = Table(
-    "table2",
-    "ImageNet (CDN table 2)",
-    (
-        Variant("imagenet-resnet18", "ResNet18", "classification",
-                _LOGIT_HEAD | _CE | _named("resnet18-imagenet"),
-                _paper(69.8, hours=96), family="imagenet"),
-        Variant("imagenet-joint", "GradResNet", "joint", _JOINT,
-                _paper(68.6, 34.59, 31.94, 27.17, hours=208), family="imagenet"),
-    ),
-    _above("imagenet-resnet18", "imagenet-joint", "accuracy"),
-)
-# fmt: on
-
-
-def _change(name: str, label: str, layer: Mapping[str, Any], *paper: float) -> Variant:
-    """The joint network with something changed."""
-    return Variant(name, label, "joint", layer, _paper(*paper))
-
-
-_RELU = _change("relu", "ReLU", _backbone(activation="relu"), 92.0, 29.59, 24.90, 17.11)
-_BATCH = _change("batch", "BatchNorm", _backbone(norm="batch"), 11.9, 24.33, 20.84, 18.06)
-_BIAS = _change("bias", "biases", {"model": {"backbone": {"bias": True}, "head": {"bias": True}}},
-                95.9, 31.95, 29.03, 25.30)  # fmt: skip
-_NO_SIDE = _change("no-side", "no side connections", _backbone(side_connections=False),
-                   94.0, 31.86, 28.95, 25.17)  # fmt: skip
-_SCALE = _change("scale-norm", "scale-keeping norm", _backbone(norm="scale"))
-
-TABLE3 = Table(
-    "table3",
-    "CIFAR-10: what each change to the ResNet is worth (CDN table 3)",
-    (JOINT, _RELU, _BATCH, _BIAS, _NO_SIDE, _NOISY),
-    (
-        *_above("joint", "relu", "accuracy", *PSNR),
-        *_above("joint", "batch", "accuracy", *PSNR),
-        *_above("joint", "bias", "accuracy"),
-        *_above("bias", "joint", *PSNR),
-        *_above("joint", "no-side", "accuracy", *PSNR),
-    ),
-)
-
-TABLES: dict[str, Table] = {table.name: table for table in (TABLE1, TABLE2, TABLE3)}
+TABLES = {name: _table(name, **fields) for name, fields in _DATA["tables"].items()}
 """By name."""
-
-
-def _mix(mix: str) -> dict[str, Any]:
-    return {"streams": {"classify": {"augmentation": {"mix": mix}}}}
-
-
-_SHARED_LAW = {"kind": "squared-uniform", "min": "1/255", "max": "100/255"}
-
-CLAIMS = Table(
-    "claims",
-    "what the paper says in passing",
-    (
-        JOINT,
-        _change("ce-cdsm", "ce+cdsm", {"objective": "ce+cdsm"}),
-        _change("ce-dsm-cdsm", "ce+dsm+cdsm", {"objective": "ce+dsm+cdsm"}),
-        replace(
-            _change("mix", "MixUp/CutMix on below full, off at full", _mix("both")),
-            at_full=_mix("none"),
-        ),
-        _change(
-            "equal-noise",
-            "both streams with noise 1 to 100/255",
-            {"streams": {"classify": {"noise": _SHARED_LAW}}},
-        ),
-        _change(
-            "norm-everywhere", "a norm after every convolution", _backbone(norm_everywhere=True)
-        ),
-        _BIAS,
-        _SCALE,
-    ),
-)
-
-_IN_TABLES = {
-    ("group", "gelu", False): JOINT,
-    ("group", "relu", False): _RELU,
-    ("group", "gelu", True): _BIAS,
-    ("scale", "gelu", False): _SCALE,
-}
-
-
-def _cell(norm: str, activation: str, bias: bool) -> Variant:
-    layer = _backbone(norm=norm, activation=activation, bias=bias)
-    layer["model"]["head"] = {"bias": bias}
-    name = f"{norm}-{activation}-{'bias' if bias else 'none'}"
-    words = {"gelu": "GELU", "relu": "ReLU"}[activation]
-    label = f"{norm} norm, {words}, {'biases' if bias else 'no bias'}"
-    known = _IN_TABLES.get((norm, activation, bias), Variant(name, label, "joint", layer))
-    return replace(known, label=label)
-
-
-GRID = tuple(
-    itertools.starmap(_cell, itertools.product(("group", "scale"), ("gelu", "relu"), (False, True)))
-)
+CLAIMS = TABLES.pop("claims")
+JOINT, JEM = ROWS["joint"], ROWS["jem"]
+GRID = tuple(replace(ROWS[name], label=label) for name, label in _DATA["grid"].items())
 """{plain, scale-keeping norm} x {GELU, ReLU} x {no bias, biases}, for the local linearity."""
 
 
@@ -397,20 +238,25 @@ def _is_open(a: Mapping[str, float], b: Mapping[str, float], metric: str) -> boo
 def table_text(report: Mapping[str, Any]) -> str:
     """`table_document` as Markdown."""
     shown = [m for m in METRICS if any(m in {**r["ours"], **r["paper"]} for r in report["rows"])]
+    rows = [
+        [
+            row["task"],
+            row["label"] if row["status"] == "done" else f"{row['label']}: {row['status']}",
+            row["knows_sigma"] or "",
+            *(_ours_and_paper(metric, row) for metric in shown),
+        ]
+        for row in report["rows"]
+    ]
     lines = [
-        f"## {report['heading']}",
-        "",
         f"Scale `{report['scale']}`: {report['about']}. Each cell: ours (the paper's).",
         "",
-        *table_head(["task", "network", "sigma", *(METRICS[m] for m in shown)], left=3),
+        *table_lines(["task", "network", "sigma", *(METRICS[m] for m in shown)], rows, left=3),
+        "",
+        "Column sigma: what the denoiser is told of the noise level.",
     ]
-    for row in report["rows"]:
-        label = row["label"] if row["status"] == "done" else f"{row['label']}: {row['status']}"
-        cells = [_ours_and_paper(metric, row) for metric in shown]
-        lines.append(line([row["task"], label, row["knows_sigma"] or "", *cells]))
-    lines += ["", "Column sigma: what the denoiser is told of the noise level.", ""]
     if report["orderings"]:
         lines += [
+            "",
             "Orderings of the paper (difference, ours and the paper's):",
             "",
             line(["better", "worse", "figure", "ours", "paper", "here it"]),
@@ -423,8 +269,8 @@ def table_text(report: Mapping[str, Any]) -> str:
             for o in report["orderings"]
         ]  # fmt: skip
         rule = "*open*: the 95 % intervals of accuracies overlap, or PSNRs are within"
-        lines += ["", f"One seed. {rule} {CLOSE} dB.", ""]
-    return "\n".join([*lines, *(f"- {sentence}" for sentence in report["notes"])]) + "\n"
+        lines += ["", f"One seed. {rule} {CLOSE} dB."]
+    return text_of(report["heading"], lines, report["notes"])
 
 
 def _ours_and_paper(metric: str, row: Mapping[str, Any]) -> str:
@@ -460,21 +306,25 @@ def claims_text(report: Mapping[str, Any]) -> str:
         "Each variant minus the joint network (*: a difference by the rule for orderings, of one "
         "seed; the paper found none for ce+cdsm and ce+dsm+cdsm):",
         "",
-        *table_head(["variant", "accuracy, %", "PSNR at 15/255", "at 25/255", "at 50/255"]),
-    ]
-    for row in done if base else ():
-        if row["name"] != JOINT.name:
-            changes = [_difference(row["ours"], base, m) for m in ("accuracy", *PSNR)]
-            lines.append(line([row["label"], *changes]))
-    lines += [
+        *table_lines(
+            ["variant", "accuracy, %", "PSNR at 15/255", "at 25/255", "at 50/255"],
+            (
+                [row["label"], *(_difference(row["ours"], base, m) for m in ("accuracy", *PSNR))]
+                for row in done
+                if base and row["name"] != JOINT.name
+            ),
+        ),
         "",
         "PSNR in dB by noise level, in 255ths; the denoising stream ends at 100:",
         "",
-        *table_head(["network", *levels]),
+        *table_lines(
+            ["network", *levels],
+            (
+                [row["label"], *(number(row["ours"][s]["value"], "{:.2f}") for s in levels)]
+                for row in done
+            ),
+        ),
     ]
-    for row in done:
-        cells = [number(row["ours"][level]["value"], "{:.2f}") for level in levels]
-        lines.append(line([row["label"], *cells]))
     return "\n".join(lines) + "\n"
 
 

@@ -3,22 +3,20 @@
 from ebmkit.guidance.guides import (
     CLASSIFIER_FREE,
     GUIDES,
+    LogitModel,
     accumulated_guide,
     check_guide,
     classifier_guide,
-    clean_sigma,
     dual_guide,
     energy_guide,
     pgd_guide,
 )
-from ebmkit.guidance.logits import LogitModel
-from ebmkit.guidance.mean_energies import ClassEnergies, class_energies, stored_energies
+from ebmkit.guidance.mean_energies import class_energies, stored_energies
 from ebmkit.guidance.model import GuidedModel, guided_model
 from ebmkit.guidance.schedules import GUIDANCE_SCHEDULES, GuidanceSchedule, parse_schedule
 from ebmkit.guidance.score import (
     Guidance,
     GuidanceConfig,
-    View,
     classifier_free,
     guided_denoiser,
     guided_density,
@@ -31,19 +29,16 @@ __all__ = [
     "CLASSIFIER_FREE",
     "GUIDANCE_SCHEDULES",
     "GUIDES",
-    "ClassEnergies",
     "Guidance",
     "GuidanceConfig",
     "GuidanceSchedule",
     "GuidedModel",
     "LogitModel",
-    "View",
     "accumulated_guide",
     "check_guide",
     "class_energies",
     "classifier_free",
     "classifier_guide",
-    "clean_sigma",
     "dual_guide",
     "energy_guide",
     "guided_denoiser",

@@ -17,13 +17,10 @@ the guide gets images in [0, 1]), and so the prediction by :math:`\Delta / p`.
 Channels beyond the images' own are variances, and stay. Where there is noise alone
 (:math:`\bar\alpha` below 1e-7, as at the end of a rescaled schedule), the prediction stays.
 
-Schedulers that clip the predicted clean image, as those of DDPM's models do, must clip the guided
-one, and DDIM's of `diffusers` keeps the noise as it was predicted. Under strong guidance the two
-then disagree, and what is cut off pushes *away* from the label. So the guided noise is derived from
-the clipped image here (``clip``), as DDPM does in any case.
-
-A class-conditional UNet gets the label itself, or with ``classifier_free`` = w the mixture
-:math:`\hat\epsilon_u + w(\hat\epsilon_c - \hat\epsilon_u)`; its own label for none is the last.
+Where the scheduler clips the predicted clean image, the guided noise is derived from the clipped
+one (``clip``): DDIM's of `diffusers` keeps the noise as it was predicted, and under strong guidance
+what is cut off then pushes *away* from the label. A class-conditional UNet gets the label itself,
+or with ``classifier_free`` = w the mixture of `ebmkit.guidance.score`.
 
 >>> guided(pipeline, classifier, label=3, scale=4)(batch_size=16)        # doctest: +SKIP
 """
@@ -41,9 +38,8 @@ import torch
 from torch import Tensor, nn
 
 from ebmkit.energy import EnergyModel, Noise
-from ebmkit.errors import UserError
-from ebmkit.guidance.guides import CLASSIFIER_FREE, check_guide
-from ebmkit.guidance.logits import LogitModel
+from ebmkit.errors import UserError, first_line
+from ebmkit.guidance.guides import CLASSIFIER_FREE, LogitModel, check_guide
 from ebmkit.guidance.score import Guidance, GuidanceConfig, View, guided_noise, make_guidance
 from ebmkit.noise import Schedule
 from ebmkit.sampling.target import DensityFunction
@@ -121,28 +117,15 @@ def guided(
         if getattr(pipeline, part, None) is None:
             raise UserError(f"{name} has no {part}: take a pipeline of diffusers with a UNet")
     config = make_guidance(
-        guidance=guidance,
-        scale=scale,
-        schedule=schedule,
-        view=view,
-        backpropagate=backpropagate,
-        start=start,
-        options=settings,
-    )
+        guidance=guidance, scale=scale, schedule=schedule, view=view, backpropagate=backpropagate,
+        start=start, options=settings,
+    )  # fmt: skip
     made: Any = copy.copy(pipeline)
     made.scheduler = copy.deepcopy(made.scheduler)
     made.unet = GuidedUNet(
-        made.unet,
-        made.scheduler,
-        model,
-        label,
-        config,
-        means=means,
-        classifier_free=classifier_free,
-        null_label=null_label,
-        image_range=image_range,
-        clip=clip,
-    )
+        made.unet, made.scheduler, model, label, config, means=means, null_label=null_label,
+        classifier_free=classifier_free, image_range=image_range, clip=clip,
+    )  # fmt: skip
     result: P = made
     return result
 
@@ -366,11 +349,7 @@ class _Levels(Schedule):
 
 
 def schedule_of(scheduler: Any, image_range: tuple[float, float] = (-1.0, 1.0)) -> Schedule:
-    """The noise levels of a scheduler of `diffusers`, to its own precision.
-
-    Args:
-        scheduler: with ``alphas_cumprod``.
-        image_range: where clean images live.
+    """The noise levels of a ``scheduler`` of `diffusers`, to its own precision.
 
     Raises:
         UserError: if it has none: the input of its model is not u_t.
@@ -462,7 +441,7 @@ def _of_logits(model: nn.Module, channels: int, size: tuple[int, ...] | None) ->
         with torch.no_grad():
             logits = model(black)
     except (RuntimeError, TypeError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise UserError(
             f"the network does not take an image {tuple(black.shape[1:])}: {reason}"
         ) from None

@@ -16,21 +16,17 @@ guide           h(v), to be increased, in nats
                 (section 4.3)
 =============== ================================================================================
 
-Classifier and energy differ by :math:`\log p(v)`: the first asks for an image that no other label
-explains, the second for one that the label makes likely. The energies of a model that was trained
-to classify alone are those of its logits (`ebmkit.models.heads.LogitEnergy`).
+The energies of a model that was trained to classify alone are those of its logits
+(`ebmkit.models.heads.LogitEnergy`). The last two take an inner guide h and n normalised steps up
+it,
 
-The last two take an inner guide h and n normalised steps up it,
+.. math:: v_0 = v, \qquad v_{i+1} = v_i + \gamma \frac{\nabla h(v_i)}{\|\nabla h(v_i)\|_2} ,
 
-.. math:: v_0 = v, \qquad v_{i+1} = v_i + \gamma \frac{\nabla h(v_i)}{\|\nabla h(v_i)\|_2} .
-
-For ``accumulated`` RCG does not say how its intermediate images arise; these are the steps of its
-PGD guidance. Neither is the gradient of its value: the path from v to :math:`v_n` is not
-differentiated.
+where RCG does not say how its intermediate images arise. Neither is the gradient of its value: the
+path from v to :math:`v_n` is not differentiated.
 
 A guide is a `ebmkit.sampling.target.DensityFunction`: v (B, ...) and the noise level of v in image
-units, or None, to the value (B,) and the gradient. `GUIDES` has them by name with their settings.
-RCG is the thesis "Classifier-free Diffusion
+units, or None, to the value (B,) and the gradient. RCG is the thesis "Classifier-free Diffusion
 Guidance with a Robust Energy-Based Classifier" (Sapienza, 2024) here and in all docstrings.
 """
 
@@ -41,14 +37,14 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from ebmkit.energy import Energies, EnergyModel, Noise, classifies, upcast_energies
 from ebmkit.errors import UserError
 from ebmkit.models.heads import LogitEnergy
 from ebmkit.registry import Table
 from ebmkit.sampling.base import check_positive, per_chain
-from ebmkit.sampling.target import DensityFunction, density_of, label_density_of
+from ebmkit.sampling.target import DensityFunction, clean_level, density_of, label_density_of
 
 CLASSIFIER_FREE = "classifier-free"
 """Guidance that needs no guide: the sampled model itself knows labels."""
@@ -66,7 +62,7 @@ def classifier_guide(model: EnergyModel, c: Labels) -> DensityFunction:
         UserError: if the model has no labels that were trained, or one is out of range.
     """
     model = LogitEnergy.of(check_guide(model))
-    return _with_clean_sigma(model, label_density_of(model, c))
+    return _at_clean_level(model, label_density_of(model, c))
 
 
 def energy_guide(model: EnergyModel, c: Labels) -> DensityFunction:
@@ -76,7 +72,7 @@ def energy_guide(model: EnergyModel, c: Labels) -> DensityFunction:
         UserError: as `classifier_guide`.
     """
     model = LogitEnergy.of(check_guide(model))
-    return _with_clean_sigma(model, density_of(model, c))
+    return _at_clean_level(model, density_of(model, c))
 
 
 def dual_guide(
@@ -115,7 +111,7 @@ def dual_guide(
         energies, (gradient,) = model.value_and_grads(v, sigma, target)
         return target(upcast_energies(energies)), gradient
 
-    return _with_clean_sigma(model, guide)
+    return _at_clean_level(model, guide)
 
 
 def pgd_guide(inner: DensityFunction, steps: int = 100, step_size: float = 0.01) -> DensityFunction:
@@ -206,21 +202,93 @@ def check_guide(model: object) -> EnergyModel:
     return model
 
 
-def clean_sigma(model: EnergyModel) -> float | None:
-    """The noise level that ``model`` gets with clean images: the lowest it was trained for.
-
-    None if it takes none.
-    """
-    limits = model.card.sigma_range if model.card else None
-    return limits[0] if limits and model.noise_conditional else None
-
-
-def _with_clean_sigma(model: EnergyModel, guide: DensityFunction) -> DensityFunction:
-    """``guide`` at `clean_sigma` where no noise level is given."""
-    lowest = clean_sigma(model)
+def _at_clean_level(model: EnergyModel, guide: DensityFunction) -> DensityFunction:
+    """``guide`` at `clean_level` where no noise level is given."""
+    lowest = clean_level(model)
     if lowest is None:
         return guide
     return lambda v, sigma=None: guide(v, lowest if sigma is None else sigma)
+
+
+class LogitModel(EnergyModel):
+    """Any network that gives logits, as a model with energies: E(x, c) = -logits[c].
+
+    Images come in [0, 1]; what the network wants instead, the range [-1, 1] or a mean and deviation
+    of each channel, is done inside, so that gradients are per image unit.
+
+    Args:
+        network: images (B, C, H, W) to logits (B, num_classes); with ``noise_conditional`` it is
+            called as network(images, sigma), sigma (B,) in image units.
+        num_classes: number of labels.
+        mean: of each channel, subtracted from images in [0, 1]; a number or one for each.
+        std: of each channel, divided by after that.
+        signed: whether the network takes images in [-1, 1]; it excludes mean and std.
+        in_channels: channels that images must have; None does not check.
+        noise_conditional: whether the network needs the noise level.
+
+    Raises:
+        UserError: if mean, std and signed do not go together.
+
+    >>> model = LogitModel(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), 10, signed=True)
+    >>> model.log_joint(torch.rand(2, 1, 8, 8)).shape
+    torch.Size([2, 10])
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        num_classes: int,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
+        signed: bool = False,
+        in_channels: int | None = None,
+        noise_conditional: bool = False,
+    ) -> None:
+        super().__init__()
+        if signed and not (mean is None and std is None):
+            raise UserError("images in [-1, 1] have mean and std 0.5: give signed, or mean and std")
+        if num_classes < 1:
+            raise UserError(f"{num_classes} labels are none: take 1 or more")
+        default = 0.5 if signed else None
+        self.network, self.num_classes, self.in_channels = network, num_classes, in_channels
+        self.noise_conditional = noise_conditional
+        for name, values in (("mean", default or mean or 0.0), ("std", default or std or 1.0)):
+            found = torch.as_tensor(values, dtype=torch.float32)
+            found = found.reshape(-1, 1, 1) if found.ndim else found
+            if in_channels is not None and found.ndim and len(found) not in (1, in_channels):
+                raise UserError(f"{name} has {len(found)} numbers for {in_channels} channel(s)")
+            self.register_buffer(name, found)
+        if bool((self.std <= 0).any()):
+            raise UserError(f"std {self.std.flatten().tolist()} must be above 0")
+
+    def forward(self, y: Tensor, sigma: Noise | None = None) -> Energies:
+        """Energies of ``y`` (B, C, H, W) in [0, 1].
+
+        Raises:
+            UserError: if images or logits have another shape than was said, or sigma is needed.
+        """
+        if self.in_channels is not None and y.shape[1] != self.in_channels:
+            raise UserError(
+                f"this model takes images of {self.in_channels} channel(s), not {y.shape[1]}"
+            )
+        rest: list[Any] = []
+        if self.noise_conditional:
+            if sigma is None:
+                raise UserError("this model takes the noise level as an input: give sigma")
+            rest = [torch.as_tensor(sigma, dtype=y.dtype, device=y.device).expand(len(y))]
+        logits: Tensor = self.network((y - self.mean.to(y)) / self.std.to(y), *rest)
+        if logits.shape != (len(y), self.num_classes):
+            raise UserError(
+                f"the network gives {tuple(logits.shape)} for {len(y)} images, not logits "
+                f"{(len(y), self.num_classes)}"
+            )
+        return Energies(logits, logits.logsumexp(1))
+
+    def _warn_if_rough(self) -> None:
+        """Nothing: it was never meant to denoise."""
 
 
 # --- by name -------------------------------------------------------------------------------------

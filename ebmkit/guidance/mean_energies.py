@@ -16,31 +16,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
 
 from ebmkit.compile import device_of
 from ebmkit.energy import EnergyModel
 from ebmkit.errors import UserError
-from ebmkit.guidance.guides import check_guide, clean_sigma
+from ebmkit.guidance.guides import check_guide
 from ebmkit.models.heads import LogitEnergy
-from ebmkit.storage import write_atomically
+from ebmkit.sampling.target import clean_level
+from ebmkit.storage import make_folder, write_atomically
 from ebmkit.storage.reading import read_json
-
-
-class LabelledImages(Protocol):
-    """What energies are computed on: a data set of `ebmkit.data`, say."""
-
-    def __len__(self) -> int: ...
-
-    def batches(self, size: int, /) -> Iterable[tuple[Tensor, Tensor | None]]:
-        """Images (B, C, H, W) in [0, 1] and their labels (B,)."""
-        ...
 
 
 class ClassEnergies(BaseModel):
@@ -58,20 +48,24 @@ class ClassEnergies(BaseModel):
 @torch.no_grad()
 def class_energies(
     model: EnergyModel,
-    images: LabelledImages,
+    images: Any,
     progress: Callable[[int, int], None] | None = None,
     batch_size: int = 256,
 ) -> ClassEnergies:
-    """Energies of each label's images, at `ebmkit.guidance.guides.clean_sigma`.
+    """Energies of each label's images, at `ebmkit.sampling.target.clean_level`.
 
-    ``progress`` is called with (images done, images in all).
+    Args:
+        model: a guide.
+        images: a data set, as of `ebmkit.data`: ``len`` and ``batches(size)``.
+        progress: called with (images done, images in all).
+        batch_size: images that the model takes at once.
 
     Raises:
         UserError: if model or images have no labels, an image's label is not the model's, one of
             the model's labels has no image, or an energy is NaN or Inf.
     """
     model = LogitEnergy.of(check_guide(model))
-    device, sigma, done = device_of(model), clean_sigma(model), 0
+    device, sigma, done = device_of(model), clean_level(model), 0
     sums = torch.zeros(5, model.num_classes, dtype=torch.float64)
     for x, labels in images.batches(batch_size):
         if labels is None:
@@ -110,15 +104,8 @@ def stored_energies(
     compute: Callable[[], ClassEnergies],
     sigma: float | None = None,
 ) -> ClassEnergies:
-    """The energies stored in ``run``, or those that ``compute`` gives, which are stored then.
-
-    Args:
-        run: the guide's folder.
-        dataset: name of the images.
-        fingerprint: of the images.
-        digest: of the guide's weights.
-        compute: `class_energies` of the two.
-        sigma: noise level that the model gets.
+    """The energies stored in the guide's folder ``run``, or those that ``compute`` gives, which are
+    stored then: of a ``dataset`` with a ``fingerprint``, weights with a ``digest``, at ``sigma``.
 
     Raises:
         UserError: if ``compute`` does, or the file cannot be written.
@@ -133,9 +120,6 @@ def stored_energies(
     except (OSError, ValueError, AttributeError):  # none yet, or damaged
         pass
     found = compute()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make folder {str(path.parent)!r}: {error.strerror}") from None
+    make_folder(path.parent)
     write_atomically(path, json.dumps(facts | found.model_dump(), indent=1).encode())
     return found

@@ -11,6 +11,7 @@ constant, for samplers that accept or reject.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -107,12 +108,8 @@ class GuidedModel(HasParts, ScoreModel):
         guidance = self.guidance(c)
         if self.guide is not None:
             return guided_score(self.base.score, guidance)(y, sigma)
-        mixed: Callable[[], Tensor] = classifier_free(
-            lambda: self.base.score(y, sigma, c),
-            lambda: self.base.score(y, sigma),
-            guidance.weight(sigma),
-        )
-        return mixed()
+        conditional, unconditional = (partial(self.base.score, y, sigma, own) for own in (c, None))
+        return classifier_free(conditional, unconditional, guidance.weight(sigma))()
 
     def denoise(
         self, y: Tensor, sigma: Noise | None = None, c: Tensor | int | None = None
@@ -221,23 +218,18 @@ def _with_labels(card: ModelCard | None, labelled: ScoreModel) -> ModelCard | No
 
 
 def _check_fit(base: ScoreModel, guide: EnergyModel) -> None:
-    names = base.card.class_names if base.card else []
-    for what, of_base, of_guide in (
-        ("images of size", _size(base), _size(guide)),
-        ("channels", _channels(base), _channels(guide)),
-        ("labels", base.num_classes or len(names) or None, guide.num_classes),
+    def of(model: ScoreModel) -> tuple[str | None, int | None, int | None]:
+        card = model.card
+        size = "{}x{}".format(*card.image_size) if card and card.image_size else None
+        channels = card.channels if card else getattr(model, "in_channels", None)
+        names = card.class_names if card and model is base else []
+        return size, channels, model.num_classes or len(names) or None
+
+    for what, a, b in zip(
+        ("images of size", "channels", "labels"), of(base), of(guide), strict=True
     ):
-        if of_base is not None and of_guide is not None and of_base != of_guide:
+        if a is not None and b is not None and a != b:
             raise UserError(
-                f"the sampled model has {what} {of_base} and the guide {of_guide}: take two that "
-                "were trained on the same kind of images"
+                f"the sampled model has {what} {a} and the guide {b}: take two that were trained "
+                "on the same kind of images"
             )
-
-
-def _size(model: ScoreModel) -> str | None:
-    size = model.card.image_size if model.card else None
-    return f"{size[0]}x{size[1]}" if size else None
-
-
-def _channels(model: ScoreModel) -> int | None:
-    return model.card.channels if model.card else getattr(model, "in_channels", None)

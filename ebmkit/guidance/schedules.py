@@ -1,28 +1,11 @@
-r"""How the strength of guidance depends on the timestep.
+r"""How the strength of guidance depends on the timestep: g(t) of `ebmkit.guidance.score`.
 
-In the coordinates :math:`u_t` of a diffusion model guidance at scale s is
+.. math:: \hat\epsilon = \epsilon(u_t, t) - s\, g(t)\, \nabla_{u_t} h .
 
-.. math:: \hat\epsilon = \epsilon(u_t, t) - s\, g(t)\, \nabla_{u_t} h ,
-
-with a guide h that is increased. Where h is the exact log-posterior of the noisy image and s = 1,
-:math:`g = \sqrt{1 - \bar\alpha_t}` gives the exact conditional noise. RCG tries others.
-``constant`` and ``step`` multiply that factor (its section 4.5 has s = 30, then 11 from the middle
-of the chain: s = 30 with ``low`` = 11/30), the others replace it (section 4.7):
-
-=========================== ====================================================================
-schedule                    g(t), t = 0 the cleanest of T timesteps
-=========================== ====================================================================
-``exact``                   :math:`\sqrt{1 - \bar\alpha_t}`
-``constant``                the same: s does not change
-``step:at=500,low=0.37``    :math:`\sqrt{1 - \bar\alpha_t}`, times ``low`` below timestep ``at``
-``linear``                  :math:`t / T`
-``power:k=2``               :math:`(1 - \bar\alpha_t)^k`; k = 0.5 is ``exact``
-``sigmoid:t0=500,y0=0.05,`` :math:`(1 - y_0) / (1 + e^{-k (t - t_0)}) + y_0` (eq. 4.4)
-``k=0.02``
-=========================== ====================================================================
-
-In image units (`ebmkit.noise`) the same is :math:`\hat\epsilon = \epsilon - s\,w\,\sigma
-\nabla_y h` with the weight :math:`w = g(t) / \sqrt{1 - \bar\alpha_t}`.
+Where h is the exact log-posterior of the noisy image and s = 1, :math:`g = \sqrt{1 - \bar\alpha_t}`
+gives the exact conditional noise. ``constant`` and ``step`` multiply that factor (RCG section 4.5:
+s = 30, then 11 from the middle of the chain, ``low`` = 11/30); the others replace it (section 4.7),
+``sigmoid`` by :math:`(1 - y_0) / (1 + e^{-k (t - t_0)}) + y_0` (eq. 4.4).
 """
 
 from __future__ import annotations
@@ -36,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ebmkit.errors import UserError, validated
+from ebmkit.noise import parse_fraction
 
 
 class GuidanceSchedule(BaseModel, ABC):
@@ -76,9 +60,6 @@ class Exact(GuidanceSchedule):
 
     def factor(self, t: Tensor, abar: Tensor, total: int) -> Tensor:
         return (1 - abar).sqrt()
-
-    def weight(self, t: Tensor, abar: Tensor, total: int) -> Tensor:
-        return torch.ones_like(t)
 
 
 class Constant(Exact):
@@ -164,18 +145,9 @@ def parse_schedule(text: str) -> GuidanceSchedule:
             raise UserError(
                 f"schedule {text!r}: {what} is unknown; those of {name} are: {legal}; {forms}"
             )
-        number = _number(value)
-        if number is None or key in values:
+        number = parse_fraction(value)
+        if number is None or not math.isfinite(number) or key in values:
             wrong = "given twice" if key in values else "no number"
             raise UserError(f"schedule {text!r}: {key} = {value!r} is {wrong}; {forms}")
         values[key] = number
     return validated(kind, values, f"schedule {text!r}")
-
-
-def _number(text: str) -> float | None:
-    top, slash, bottom = text.partition("/")
-    try:
-        value = float(top) / float(bottom) if slash else float(text)
-    except (ValueError, ZeroDivisionError):
-        return None
-    return value if math.isfinite(value) else None

@@ -26,17 +26,13 @@ Guidance at scale s adds :math:`p = s\,w\,\nabla_y h(v(y))` to the score; by Twe
         = \epsilon - s\, g(t)\, \nabla_{u_t} h ,
 
 with the weight w = :math:`g(t) / \sqrt{1 - \bar\alpha_t}` of `ebmkit.guidance.schedules`, since
-:math:`\nabla_y = \sqrt{\bar\alpha}\,(b - a)\,\nabla_{u_t}` and
-:math:`\sigma = \sqrt{(1 - \bar\alpha)/\bar\alpha}\,/\,(b - a)`. So the mean of a reverse step moves
+:math:`\nabla_y = \sqrt{\bar\alpha}\,(b - a)\,\nabla_{u_t}`. So the mean of a reverse step moves
 by s times the *variance* of that step times the gradient (RCG eq. 2.17 has its deviation). Several
 guidances add up.
 
 Classifier-free guidance mixes two predictions at a weight w (Ho & Salimans, 2207.12598),
-
-.. math:: \hat\epsilon = \epsilon_u + w\,(\epsilon_c - \epsilon_u) ,
-
-w = 0 unconditional and w = 1 conditional: it is guidance by the classifier that the two imply. Here
-w is the ``guidance_scale`` of `diffusers`, and 1 + s of RCG's algorithm 4.
+:math:`\hat\epsilon = \epsilon_u + w\,(\epsilon_c - \epsilon_u)`: w = 0 is unconditional, w = 1
+conditional. w is the ``guidance_scale`` of `diffusers`, and 1 + s of RCG's algorithm 4.
 """
 
 from __future__ import annotations
@@ -266,9 +262,7 @@ Active = list[tuple[Guidance, Any]]  # with its weight s w, a float or (B,)
 def guided_score(score: ScoreFunction, guidance: Guidances) -> ScoreFunction:
     """s(y) + s w grad_y h, for samplers that take a score; without sigma there is no noise.
 
-    Args:
-        score: of the model.
-        guidance: one, or several, which add up.
+    Here and below ``guidance`` is one, or several, which add up.
     """
 
     def guided(y: Tensor, sigma: Noise | None = None) -> Tensor:
@@ -329,10 +323,7 @@ def guided_noise(
 ) -> NoisePredictor:
     """eps - s g(t) grad_u h: guidance of a diffusion network, for DDIM and its kind.
 
-    Args:
-        predictor: (u_t, t) to the noise.
-        schedule: the network's; it takes the place of the guidances' own.
-        guidance: one, or several, which add up.
+    ``schedule`` is the network's; it takes the place of the guidances' own.
     """
     using = [replace(g, diffusion=schedule) for g in _listed(guidance)]
     low, high = schedule.image_range

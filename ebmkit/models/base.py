@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from ebmkit.compute import upcast, without_autocast
 from ebmkit.energy import Energies, ScoreModel, per_image
 from ebmkit.errors import UserError
+from ebmkit.models.convolution import in_forward_mode
 from ebmkit.registry import Preset, find
 
 
@@ -171,6 +172,14 @@ def check_images(y: Tensor, channels: int | None = None) -> None:
         raise UserError(f"this model takes images of {channels} channel(s), not {y.shape[1]}")
 
 
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """``x`` (B, C, H, W) with height and width up to a multiple, by its last row and column."""
+    below, right = -x.shape[-2] % multiple, -x.shape[-1] % multiple
+    if not (below or right):
+        return x
+    return nn.functional.pad(x, (0, right, 0, below), mode="replicate")
+
+
 # --- pooling -------------------------------------------------------------------------------------
 
 
@@ -199,7 +208,7 @@ class MeanPooled(nn.Module):
 
 def mean_over_positions(h: Tensor) -> Tensor:
     """Mean of maps ``h`` (B, C, H, W) over H and W: (B, C); differentiable to any order."""
-    if torch.compiler.is_compiling():  # a compiler chooses layouts itself
+    if torch.compiler.is_compiling() or in_forward_mode():  # a compiler chooses layouts itself
         return h.mean(dim=(2, 3))
     out: Tensor = _Mean.apply(h)  # type: ignore[no-untyped-call]
     return out

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -44,6 +44,8 @@ from ebmkit.models.timm import TimmConfig
 from ebmkit.models.wideresnet import WideResNetConfig
 from ebmkit.registry import Preset, Table, find
 
+N = TypeVar("N", bound=NetworkConfig)
+
 NETWORKS: tuple[type[NetworkConfig], ...] = (
     GradResNetConfig,
     ResNetConfig,
@@ -58,24 +60,14 @@ NETWORKS: tuple[type[NetworkConfig], ...] = (
 )
 """The configuration of every network: to add one is a file with its presets, and a line here."""
 
-BACKBONES: dict[str, Preset[BackboneConfig]] = Table(
-    "backbone",
-    {
-        name: preset
-        for config in NETWORKS
-        if issubclass(config, BackboneConfig)
-        for name, preset in config.presets().items()
-    },
-)
-DENOISERS: dict[str, Preset[DenoiserConfig]] = Table(
-    "denoiser",
-    {
-        name: preset
-        for config in NETWORKS
-        if issubclass(config, DenoiserConfig)
-        for name, preset in config.presets().items()
-    },
-)
+
+def _presets(kind: str, base: type[N]) -> dict[str, Preset[N]]:
+    own = (config.presets() for config in NETWORKS if issubclass(config, base))
+    return Table(kind, {name: preset for presets in own for name, preset in presets.items()})
+
+
+BACKBONES: dict[str, Preset[BackboneConfig]] = _presets("backbone", BackboneConfig)  # type: ignore[type-abstract]
+DENOISERS: dict[str, Preset[DenoiserConfig]] = _presets("denoiser", DenoiserConfig)  # type: ignore[type-abstract]
 
 TIMM = "timm:"
 

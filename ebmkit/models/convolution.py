@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ebmkit.compute import compiler_is_prepared, opaque_to_compilers
 
@@ -125,7 +126,7 @@ def conv2d(
     frozen = isinstance(weight, nn.Parameter) and not weight.requires_grad
     work = x.numel() * weight.numel() // (x.shape[1] * stride[0] * stride[1])
     small = x.device.type == "cpu" and work < SMALL
-    if frozen or small or not torch.is_grad_enabled():
+    if frozen or small or not torch.is_grad_enabled() or in_forward_mode():
         return options.convolve(x, weight, bias)
     kind = x.device.type
     if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
@@ -137,12 +138,7 @@ def conv2d(
 
 
 def _derivative(
-    by: int,
-    x: Tensor,
-    weight: Tensor,
-    g: Tensor | None,
-    bias: Tensor | None,
-    options: _Options,
+    by: int, x: Tensor, weight: Tensor, g: Tensor | None, bias: Tensor | None, options: _Options
 ) -> Tensor:
     """F(x, w) + bias without ``g``, I(g, w) or W(g, x); of what it is by, the shape matters."""
     if not torch.is_grad_enabled():
@@ -158,6 +154,16 @@ def _derivative(
             links.append(bias[:, None, None].expand(shape))
     out: Tensor = _Convolution.apply(by, options, x, weight, g, bias, *links)
     return out
+
+
+_PROBE = torch.empty(0)
+
+
+def in_forward_mode() -> bool:
+    """Whether forward-mode derivatives are taken, as in `torch.func.jvp`: layers whose second
+    derivatives are written here are then PyTorch's own."""
+    primal: Tensor = forward_ad.unpack_dual(_PROBE).primal  # type: ignore[no-untyped-call]
+    return primal is not _PROBE
 
 
 _POSITIONAL = inspect.Signature([inspect.Parameter("inputs", inspect.Parameter.VAR_POSITIONAL)])
@@ -194,23 +200,8 @@ class _Convolution(torch.autograd.Function):
         ctx.by, ctx.options, x, weight, g, _, *links = inputs
         ctx.links = len(links)
         ctx.save_for_backward(
-            None if ctx.by == X else x,
-            None if ctx.by == W else weight,
-            g if ctx.by == W else None,
+            None if ctx.by == X else x, None if ctx.by == W else weight, g if ctx.by == W else None
         )
-        ctx.save_for_forward(x, weight, g)
-
-    @staticmethod
-    def jvp(ctx: Any, *moved: Any) -> Tensor:
-        at, along = ctx.saved_tensors, []
-        for slot, tangent in enumerate(moved[2:5]):
-            if tangent is not None and slot != ctx.by:
-                x, weight, g = (tangent if i == slot else at[i] for i in range(3))
-                along.append(_derivative(ctx.by, x, weight, g, None, ctx.options))
-        if moved[5] is not None:
-            shape = ctx.options.output_shape(*at[:2])
-            along.append(moved[5][:, None, None].expand(shape))
-        return sum(along[1:], start=along[0]) if along else torch.zeros_like(at[ctx.by])
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
@@ -243,11 +234,6 @@ class _WeightLink(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         weight, (other,), ctx.shape, ctx.options, ctx.by = inputs
         ctx.save_for_backward(weight, other)
-
-    @staticmethod
-    def jvp(ctx: Any, weight: Tensor, *_: Any) -> Tensor:
-        """0: forwards, `_Convolution` sees to the weights itself."""
-        return weight.new_zeros(()).expand(ctx.shape)
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:

@@ -15,6 +15,7 @@ nothing makes its Jacobian symmetric. The noise level that it implies is
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -94,6 +95,31 @@ class DirectDenoiser(ScoreModel):
 
     def estimate_sigma(self, y: Tensor) -> Tensor:
         return self.denoise_blind(y)[1]
+
+
+def check_published(
+    state: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    network: str,
+    channels: int,
+    width: int,
+) -> None:
+    """Check that a published ``state`` has the names and shapes of the ``expected`` one.
+
+    Raises:
+        UserError: naming the first parameter that is missing or odd.
+    """
+    for name, value in expected.items():
+        if name not in state:
+            raise UserError(f"{name!r} is missing from the weights: a published {network} has it")
+        if state[name].shape != value.shape:
+            raise UserError(
+                f"{name!r} is {tuple(state[name].shape)} and would be {tuple(value.shape)} in a "
+                f"{network} of {channels} channel(s) and width {width}"
+            )
+    for name in state:
+        if name not in expected:
+            raise UserError(f"{name!r} is no parameter of a published {network}")
 
 
 def implied_sigma(change: Tensor) -> Tensor:

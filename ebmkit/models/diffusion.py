@@ -1,12 +1,8 @@
 r"""Diffusion models: networks that predict the noise, as models of images in image units.
 
-A diffusion network sees an image in coordinates that keep its variance,
-
-.. math:: u_t = \sqrt{\bar\alpha_t}\,\bigl((b - a)\,x + a\bigr) + \sqrt{1 - \bar\alpha_t}\,\epsilon,
-
-where [a, b] is its range of clean images, usually [-1, 1], and predicts :math:`\epsilon`. With the
-noise level in image units, :math:`\sigma = \sqrt{(1 - \bar\alpha)/\bar\alpha}\,/\,(b - a)`, that is
-the noisy image :math:`y = x + \sigma\epsilon` of all other models here (`ebmkit.noise`), so
+A diffusion network sees an image :math:`u_t` in coordinates that keep its variance, with clean
+images in [a, b], and predicts its noise :math:`\epsilon`. In the image units of all other models
+here (`ebmkit.noise`) that is :math:`y = x + \sigma\epsilon` with
 
 .. math::
     u = \frac{(b - a)\,y + a}{\sqrt{1 + (b - a)^2\sigma^2}}, \qquad
@@ -50,7 +46,7 @@ from torch import Tensor, nn
 
 from ebmkit.energy import Noise, ScoreModel, check_sigma, per_image
 from ebmkit.errors import UserError
-from ebmkit.models.base import DenoiserConfig, check_images
+from ebmkit.models.base import DenoiserConfig, check_images, pad_to_multiple
 from ebmkit.noise import SCHEDULES, Schedule, linear_betas
 from ebmkit.onednn import subsample_before_1x1
 from ebmkit.registry import Preset
@@ -166,19 +162,6 @@ class DiffusionModel(ScoreModel):
         """The timesteps (B,) int64 whose levels are the nearest to ``sigma`` (B,), by ratio."""
         return torch.bucketize(sigma.log().to(self.log_edges), self.log_edges)
 
-    def no_label(self) -> int:
-        """The label that stands for none.
-
-        Raises:
-            UserError: if the network has none.
-        """
-        if not self.null_label:
-            raise UserError(
-                "this diffusion model was trained with labels only and has none that stands for "
-                "no label: give a label, as --label 3"
-            )
-        return self.num_classes
-
     def _noise(self, y: Tensor, level: Tensor, c: Tensor | None) -> Tensor:
         """The noise in ``y`` at the levels (B,), with labels (B,), the null label among them."""
         low, high = self.schedule.image_range
@@ -193,13 +176,16 @@ class DiffusionModel(ScoreModel):
 
     def _predict(self, u: Tensor, t: Tensor, c: Tensor | None) -> Tensor:
         height, width = u.shape[-2:]
-        below, right = -height % self.multiple, -width % self.multiple
-        if below or right:
-            u = nn.functional.pad(u, (0, right, 0, below), mode="replicate")
+        u = pad_to_multiple(u, self.multiple)
         if self.num_classes == 0:
             out = self.network(u, t)
         else:
-            out = self.network(u, t, torch.full_like(t, self.no_label()) if c is None else c)
+            if c is None and not self.null_label:
+                raise UserError(
+                    "this diffusion model was trained with labels only and has none that stands "
+                    "for no label: give a label, as --label 3"
+                )
+            out = self.network(u, t, torch.full_like(t, self.num_classes) if c is None else c)
         predicted: Tensor = out if isinstance(out, Tensor) else out.sample
         return predicted[:, : u.shape[1], :height, :width]
 

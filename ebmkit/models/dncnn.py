@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -35,10 +35,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from ebmkit.energy import Noise
 from ebmkit.errors import UserError
 from ebmkit.models.base import DenoiserConfig
-from ebmkit.models.denoisers import DirectDenoiser
+from ebmkit.models.denoisers import DirectDenoiser, check_published
 from ebmkit.registry import Preset
 
 PUBLISHED_DEPTHS = (17, 20)
+NORM_PARTS = ("weight", "bias", "running_mean", "running_var")
 
 
 class DnCNNConfig(DenoiserConfig):
@@ -146,12 +147,6 @@ class DnCNN(nn.Module):
                     module.weight.copy_(drawn.sign() * drawn.abs().clamp_min(least))
 
 
-class _Conv(NamedTuple):
-    name: str  # of its parameters, as in model.0
-    weight: Tensor  # (out, in, 3, 3)
-    bias: Tensor  # (out,)
-
-
 def convert_dncnn(
     state: Mapping[str, Tensor], eps: float | None = None
 ) -> tuple[DnCNNConfig, int, dict[str, Tensor]]:
@@ -178,91 +173,67 @@ def convert_dncnn(
     >>> network = DnCNN(channels, config)                                      # doctest: +SKIP
     >>> network.load_state_dict(weights)                                       # doctest: +SKIP
     """
-    named = {name.removeprefix("module."): value for name, value in state.items()}
-    first = next(iter(named), "nothing")
+    state = {
+        name.removeprefix("module."): value
+        for name, value in state.items()
+        if not name.endswith("num_batches_tracked")
+    }
+    first = next(iter(state), "nothing")
     prefix = first.partition(".")[0]
+    convs: dict[str, str | None] = {}  # each convolution, and the norm behind it
     if prefix in ("model", "dncnn"):
-        plain = prefix == "dncnn" and f"{prefix}.0.bias" not in named
-        convs = _read_sequence(named, prefix, (1e-5 if plain else 1e-4) if eps is None else eps)
+        at, last = 0, max(map(_position, state))
+        while at <= last:  # an activation stands between each two
+            normed = f"{prefix}.{at + 1}.weight" in state
+            convs[f"{prefix}.{at}"] = f"{prefix}.{at + 1}" if normed else None
+            at += 3 if normed else 2
     elif prefix in ("in_conv", "conv_list", "out_conv"):
-        indices = [_position(name) for name in named if name.startswith("conv_list.")]
-        count = 1 + max(indices, default=-1)
-        names = ["in_conv", *(f"conv_list.{i}" for i in range(count)), "out_conv"]
-        convs = [_read_conv(named, name) for name in names]
-        last = convs[-1]
-        convs[-1] = _Conv(last.name, -last.weight, -last.bias)
+        indices = [_position(name) for name in state if name.startswith("conv_list.")]
+        inner = [f"conv_list.{i}" for i in range(1 + max(indices, default=-1))]
+        convs = dict.fromkeys(["in_conv", *inner, "out_conv"])
     else:
         raise UserError(
             f"{first!r} is no parameter of a published DnCNN: their names begin with model.0, "
             "dncnn.0 or in_conv"
         )
-    if named:
-        raise UserError(f"{next(iter(named))!r} is no parameter of a published DnCNN")
-    channels, width = convs[0].weight.shape[1], convs[0].weight.shape[0]
+    names = list(convs)
+    name = f"{names[0]}.weight"
+    if name not in state or state[name].ndim != 4:
+        raise UserError(f"{name!r} is missing from the weights: a published DnCNN has it")
     if len(convs) not in PUBLISHED_DEPTHS:
         raise UserError(
-            f"these weights have {len(convs)} convolutions, the last {convs[-1].name!r}, and a "
+            f"these weights have {len(convs)} convolutions, the last {names[-1]!r}, and a "
             "published DnCNN has 17 or 20"
         )
+    width, channels = state[name].shape[:2]
     widths = [channels, *[width] * (len(convs) - 1), channels]
-    for conv, inner, outer in zip(convs, widths, widths[1:], strict=False):
-        if conv.weight.shape != (outer, inner, 3, 3):
-            raise UserError(
-                f"'{conv.name}.weight' is {tuple(conv.weight.shape)} and would be "
-                f"{(outer, inner, 3, 3)} in a DnCNN of {channels} channel(s) and width {width}"
-            )
-    config = DnCNNConfig(depth=len(convs), width=width, norm="none")
+    expected = {}
+    for (conv, norm), inputs, outputs in zip(convs.items(), widths, widths[1:], strict=False):
+        vectors = [f"{norm}.{part}" for part in NORM_PARTS] if norm else []
+        vectors += [f"{conv}.bias"] if f"{conv}.bias" in state else []
+        expected[f"{conv}.weight"] = torch.empty(outputs, inputs, 3, 3, device="meta")
+        expected |= {name: torch.empty(outputs, device="meta") for name in vectors}
+    check_published(state, expected, "DnCNN", channels, width)
+    if eps is None:
+        eps = 1e-5 if prefix == "dncnn" and "dncnn.0.bias" not in state else 1e-4
     ours = {}
-    for i, conv in enumerate(convs):  # an activation stands between each two
-        ours[f"layers.{2 * i}.weight"], ours[f"layers.{2 * i}.bias"] = conv.weight, conv.bias
-    return config, channels, ours
-
-
-def _read_sequence(named: dict[str, Tensor], prefix: str, eps: float) -> list[_Conv]:
-    """Convolutions, each with the norm behind it folded in, taken out of ``named``."""
-    last = max(_position(name) for name in named)
-    convs, at = [], 0
-    while at <= last:
-        conv = _read_conv(named, f"{prefix}.{at}")
-        if f"{prefix}.{at + 1}.weight" in named:
-            conv = _fold(conv, named, f"{prefix}.{at + 1}", eps)
-            at += 1
-        convs.append(conv)
-        at += 2
-    return convs
+    for i, (conv, norm) in enumerate(convs.items()):
+        weight = state[f"{conv}.weight"]
+        bias = state.get(f"{conv}.bias", weight.new_zeros(len(weight)))
+        if norm:
+            scale, shift, mean, variance = (state[f"{norm}.{part}"].double() for part in NORM_PARTS)
+            fused = fuse_conv_bn_weights(
+                weight.double(), bias.double(), mean, variance, eps, scale, shift
+            )
+            weight, bias = (value.detach().to(weight) for value in fused)
+        sign = -1 if conv == "out_conv" else 1
+        ours[f"layers.{2 * i}.weight"], ours[f"layers.{2 * i}.bias"] = sign * weight, sign * bias
+    return DnCNNConfig(depth=len(convs), width=width, norm="none"), channels, ours
 
 
 def _position(name: str) -> int:
-    """The 5 of ``model.5.weight``."""
-    match = re.match(r"\w+\.(\d+)\.", name)
+    """The 5 of ``model.5.weight``; a file that names many layers more is of no DnCNN."""
+    match = re.match(r"\w+\.(\d{1,3})\.", name)
     if match is None:
         raise UserError(f"{name!r} is no parameter of a published DnCNN")
     return int(match[1])
-
-
-def _read_conv(named: dict[str, Tensor], name: str) -> _Conv:
-    weight = _take(named, f"{name}.weight")
-    if weight.ndim != 4:
-        raise UserError(
-            f"'{name}.weight' is {tuple(weight.shape)} and in a published DnCNN the weight of a "
-            "convolution"
-        )
-    bias = named.pop(f"{name}.bias", None)
-    return _Conv(name, weight, weight.new_zeros(len(weight)) if bias is None else bias)
-
-
-def _fold(conv: _Conv, named: dict[str, Tensor], name: str, eps: float) -> _Conv:
-    """``conv`` followed by the norm called ``name`` with its running statistics, as one."""
-    parts = ("weight", "bias", "running_mean", "running_var")
-    weight, bias, mean, variance = (_take(named, f"{name}.{part}").double() for part in parts)
-    named.pop(f"{name}.num_batches_tracked", None)
-    folded, shift = fuse_conv_bn_weights(
-        conv.weight.double(), conv.bias.double(), mean, variance, eps, weight, bias
-    )
-    return _Conv(conv.name, folded.detach().to(conv.weight), shift.detach().to(conv.weight))
-
-
-def _take(named: dict[str, Tensor], name: str) -> Tensor:
-    if name not in named:
-        raise UserError(f"{name!r} is missing from the weights: a published DnCNN has it")
-    return named.pop(name)

@@ -25,19 +25,17 @@ from torch import Tensor, nn
 from ebmkit.compute import upcast, without_autocast
 from ebmkit.energy import Noise, per_image
 from ebmkit.errors import UserError
-from ebmkit.models.base import DenoiserConfig
+from ebmkit.models.base import DenoiserConfig, pad_to_multiple
 from ebmkit.models.convolution import Conv2d
-from ebmkit.models.denoisers import DirectDenoiser
+from ebmkit.models.denoisers import DirectDenoiser, check_published
 from ebmkit.registry import Preset
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "elu": nn.ELU, "softplus": nn.Softplus}
-MULTIPLE = 8  # of height and width, for three halvings
 
 
-class DRUNetConfig(DenoiserConfig):
-    """Shape of a DRUNet."""
+class DRUNetShape(DenoiserConfig):
+    """Shape of a DRUNet, which others build upon."""
 
-    kind: Literal["drunet"] = "drunet"
     width: int = Field(
         64, ge=1, description="channels of scale 1; scales 2 to 4 have 2, 4, 8 times as many"
     )
@@ -51,6 +49,16 @@ class DRUNetConfig(DenoiserConfig):
         "relu", description="relu (as published), elu or softplus (smooth)"
     )
 
+    def build(self, in_channels: int) -> DRUNet:
+        """The network, with fresh weights, for images of ``in_channels`` channels."""
+        return DRUNet(in_channels, self)
+
+
+class DRUNetConfig(DRUNetShape):
+    """A DRUNet as a plain denoiser."""
+
+    kind: Literal["drunet"] = "drunet"
+
     @classmethod
     def presets(cls) -> dict[str, Preset[DRUNetConfig]]:
         """The published network, and its blind form."""
@@ -58,10 +66,6 @@ class DRUNetConfig(DenoiserConfig):
             "drunet": Preset(cls(), "Zhang et al. 2021: UNet of residual blocks, sigma as input"),
             "drunet-blind": Preset(cls(noise_map=False), "the same without the noise map"),
         }
-
-    def build(self, in_channels: int) -> DRUNet:
-        """The network, with fresh weights, for images of ``in_channels`` channels."""
-        return DRUNet(in_channels, self)
 
     def build_model(self, in_channels: int, num_classes: int = 0) -> DirectDenoiser:
         network = self.build(in_channels)
@@ -92,7 +96,7 @@ class DRUNet(nn.Module):
         config: the shape.
     """
 
-    def __init__(self, in_channels: int, config: DRUNetConfig | None = None) -> None:
+    def __init__(self, in_channels: int, config: DRUNetShape | None = None) -> None:
         super().__init__()
         config = config or DRUNetConfig()
         self.noise_map = config.noise_map
@@ -134,11 +138,7 @@ class DRUNet(nn.Module):
             if sigma is None:
                 raise UserError("this DRUNet takes the noise level as an input: give sigma")
             x = torch.cat([y, per_image(sigma, y) * torch.ones_like(y[:, :1])], dim=1)
-        height, width = y.shape[-2:]
-        below, right = -height % MULTIPLE, -width % MULTIPLE
-        if below or right:
-            x = nn.functional.pad(x, (0, right, 0, below), mode="replicate")
-        x1 = self.m_head(x)
+        x1 = self.m_head(pad_to_multiple(x, 8))  # three halvings
         x2 = self.m_down1(x1)
         x3 = self.m_down2(x2)
         x4 = self.m_down3(x3)
@@ -146,12 +146,10 @@ class DRUNet(nn.Module):
         h = self.m_up1(self.m_up2(h + x3) + x2) + x1
         with without_autocast(h):  # images have more bits than bfloat16
             clean: Tensor = self.m_tail(upcast(h))
-        return clean[..., :height, :width]
+        return clean[..., : y.shape[-2], : y.shape[-1]]
 
 
-def convert_drunet(
-    state: Mapping[str, Tensor],
-) -> tuple[DRUNetConfig, int, dict[str, Tensor]]:
+def convert_drunet(state: Mapping[str, Tensor]) -> tuple[DRUNetConfig, int, dict[str, Tensor]]:
     """The configuration, the number of channels and our state of published DRUNet weights.
 
     Of cszn/DPIR, KAIR and deepinv (``m_head.weight`` ...), which all name them alike. They do not
@@ -179,17 +177,7 @@ def convert_drunet(
     )
     with torch.device("meta"):
         expected = DRUNet(channels, config).state_dict()
-    for name, value in expected.items():
-        if name not in ours:
-            raise UserError(f"{name!r} is missing from the weights: a published DRUNet has it")
-        if ours[name].shape != value.shape:
-            raise UserError(
-                f"{name!r} is {tuple(ours[name].shape)} and would be {tuple(value.shape)} in a "
-                f"DRUNet of {channels} channel(s) and width {config.width}"
-            )
-    for name in ours:
-        if name not in expected:
-            raise UserError(f"{name!r} is no parameter of a published DRUNet")
+    check_published(ours, expected, "DRUNet", channels, config.width)
     return config, channels, ours
 
 

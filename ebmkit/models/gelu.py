@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ebmkit.models.convolution import positional
+from ebmkit.models.convolution import in_forward_mode, positional
 
 SMALL = 1 << 17
 """Entries up to which PyTorch's own derivatives are taken: calling into Python takes longer than
@@ -33,13 +33,15 @@ class GELU(nn.GELU):
 
 
 def gelu(x: Tensor) -> Tensor:
-    """`torch.nn.functional.gelu`; PyTorch's own where compiled, and on other devices than a CPU."""
+    """`torch.nn.functional.gelu`; PyTorch's own where compiled, on other devices than a CPU, and in
+    forward mode."""
     if (
         torch.compiler.is_compiling()
         or not torch.is_grad_enabled()
         or x.device.type != "cpu"
         or x.numel() <= SMALL
         or x.dtype not in (torch.float32, torch.float64)
+        or in_forward_mode()
     ):
         return nn.functional.gelu(x)
     out: Tensor = _Gelu.apply(x, None)
@@ -59,17 +61,6 @@ class _Gelu(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def jvp(ctx: Any, of_x: Tensor | None, of_g: Tensor | None) -> Tensor:
-        x, g = ctx.saved_tensors
-        moved = torch.zeros_like(x)
-        if of_g is not None:
-            moved = moved + _slope(of_g, x)
-        if of_x is not None:
-            moved = moved + (_slope(of_x, x) if g is None else _curvature(of_x, g, x))
-        return moved
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:

@@ -40,7 +40,7 @@ from ebmkit.errors import UserError
 from ebmkit.models.base import DenoiserConfig, check_images
 from ebmkit.models.convolution import Conv2d
 from ebmkit.models.denoisers import implied_sigma
-from ebmkit.models.drunet import DRUNetConfig
+from ebmkit.models.drunet import DRUNetShape
 from ebmkit.onednn import subsample_before_1x1
 from ebmkit.registry import Preset
 
@@ -156,18 +156,12 @@ class ScalarConvNet(nn.Module):
             return upcast(map_).flatten(1).sum(dim=1)
 
 
-class GSDRUNetConfig(DenoiserConfig):
+class GSDRUNetConfig(DRUNetShape):
     """Shape of a GS-DRUNet."""
 
     kind: Literal["gs-drunet"] = "gs-drunet"
-    width: int = Field(
-        64, ge=1, description="channels of scale 1; scales 2 to 4 have 2, 4, 8 times as many"
-    )
     blocks: int = Field(
         2, ge=1, description="residual blocks per scale, on the way down and on the way up"
-    )
-    noise_map: bool = Field(
-        True, description="sigma as an input channel (as published); false: blind"
     )
     activation: Literal["elu", "softplus"] = Field(
         "elu",
@@ -185,13 +179,7 @@ class GSDRUNetConfig(DenoiserConfig):
         }
 
     def build_model(self, in_channels: int, num_classes: int = 0) -> GradientStep:
-        shape = DRUNetConfig(
-            width=self.width,
-            blocks=self.blocks,
-            noise_map=self.noise_map,
-            activation=self.activation,
-        )
-        potential = HalfSquaredResidual(shape.build(in_channels))
+        potential = HalfSquaredResidual(self.build(in_channels))
         return GradientStep(potential, self.noise_map, in_channels)
 
 

@@ -1,24 +1,10 @@
 """Checkpoints of other programs as models of ours: read, converted to our names, saved like a run.
 
 `load_checkpoint` gives the model, `import_checkpoint` makes a folder of it that `ebmkit.load` and
-the command line take. Nothing in a file is executed (`ebmkit.storage.torchfile`).
-
-============== ===============================================================================
-kind           names in the state dict
-============== ===============================================================================
-``robustness`` ``module.model.*`` (or ``module.attacker.model.*``) and the normalisation
-               ``module.normalizer.new_mean``, ``new_std`` (Engstrom et al. 2019). The network is
-               a ResNet with ``shortcut`` and ``linear`` (CIFAR) or torchvision's (ImageNet)
-``jem``        ``f.conv1``, ``f.layer1.0.conv1`` ..., ``class_output`` (Grathwohl et al.,
-               arXiv 1912.03263); images in [-1, 1]; ``energy_output`` and ``f.linear``, which
-               no class logit uses, are left out
-``denoiser``   a published DnCNN or DRUNet (`convert_dncnn`, `convert_drunet`)
-``state``      those of a backbone of the table BACKBONES, by a map of prefixes
-``diffusers``  no names: a folder, see `ebmkit.models.pipelines`
-============== ===============================================================================
-
-Each becomes a configuration and a state of ours. The classifiers get the head ``logit``, with a
-bias: log p(x) = logsumexp of the logits, E(x, y) = -logit_y.
+the command line take. Nothing in a file is executed (`ebmkit.storage.torchfile`). The docs, "Import
+checkpoints", have the kinds and the names that tell them apart. Classifiers get the head ``logit``,
+with a bias: log p(x) = logsumexp of the logits, E(x, y) = -logit_y. Of JEM's (Grathwohl et al.,
+arXiv 1912.03263) ``energy_output`` and ``f.linear``, which no class logit uses, are left out.
 
 >>> model = load_checkpoint("cifar_l2_0_5.pt")                           # doctest: +SKIP
 >>> model.log_joint(images)                                              # doctest: +SKIP
@@ -30,7 +16,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +27,7 @@ from ebmkit.errors import UserError, plain, validated
 from ebmkit.models.config import ModelConfig, find_backbone
 from ebmkit.models.dncnn import convert_dncnn
 from ebmkit.models.drunet import convert_drunet
+from ebmkit.models.hub import is_hub_name, locate_file
 from ebmkit.models.pipelines import read_unet
 from ebmkit.models.resnet import BLOCKS
 from ebmkit.models.saving import save_as_run
@@ -62,20 +49,9 @@ SHOWN = 8
 """Names that a message lists."""
 
 
-class Converted(NamedTuple):
-    """A checkpoint in our names.
-
-    Attributes:
-        config: builds the model.
-        state: what it loads, without ``num_batches_tracked``.
-        image_size: height and width of the images it was trained on, if that is known.
-        classifies: whether its logits were trained.
-    """
-
-    config: ModelConfig
-    state: dict[str, Tensor]
-    image_size: int | None
-    classifies: bool
+Converted = tuple[ModelConfig, dict[str, Tensor], int | None]
+"""What builds the model, its state in our names without ``num_batches_tracked``, and the height and
+width of its training images, if that is known."""
 
 
 def load_checkpoint(source: str | Path, kind: str | None = None, **options: Any) -> ScoreModel:
@@ -149,15 +125,9 @@ def read_checkpoint(
         raise UserError(f"{str(source)!r} is a model's folder already: use it as it is")
     repository = not path.exists() and is_hub_name(str(source)) and ":" not in str(source)
     if kind == "diffusers" or (kind is None and (path.is_dir() or repository)):
-        options: dict[str, Any] = {
-            "backbone": backbone,
-            "rename": rename,
-            "classes": classes,
-            "mean": mean,
-        }
-        options |= {"std": std, "image_size": image_size, "settings": settings}
-        other = next((name for name, value in options.items() if value), None)
-        if other:
+        options = ("backbone", "rename", "classes", "mean", "std", "image_size", "settings")
+        given = (backbone, rename, classes, mean, std, image_size, settings)
+        if other := next((name for name, value in zip(options, given, strict=True) if value), None):
             raise UserError(f"a UNet of diffusers says itself what it is: leave {other} out")
         unet, config = read_unet(source)
         assert unet.card is not None
@@ -167,8 +137,8 @@ def read_checkpoint(
         return unet, config
     if path.is_dir():
         raise UserError(f"{str(source)!r} is a folder: name the file of weights in it")
-    state = read_state(locate(str(source)))
-    kind = kind or ("state" if backbone else _kind_of(_renamed(state, rename)))
+    state = _renamed(read_state(locate_file(str(source))), rename)
+    kind = kind or ("state" if backbone else _kind_of(state))
     if kind is None:
         names = ", ".join(plain(name) for name in list(state)[:4])
         raise UserError(
@@ -182,13 +152,10 @@ def read_checkpoint(
             raise UserError("--as state needs --backbone, a name from `ebmkit list backbones`")
         chosen: dict[str, Any] = {"input_mean": mean, "input_std": std, **(settings or {})}
         chosen = {name: value for name, value in chosen.items() if value is not None}
-        converted = _convert_state(state, backbone, rename, classes, chosen)
-    elif kind == "denoiser":
-        converted = _convert_denoiser(_renamed(state, rename))
+        config, weights, size = _convert_state(state, backbone, classes, chosen)
     else:
-        convert = _convert_robustness if kind == "robustness" else _convert_jem
-        converted = convert(_renamed(state, rename), mean, std)
-    config, size = converted.config, image_size or converted.image_size
+        config, weights, size = _CONVERTED[kind](state, mean, std)
+    size = image_size or size
     if classes is not None and classes != config.num_classes:
         raise UserError(
             f"the classifier has {config.num_classes} labels, not {classes}: leave --classes out"
@@ -198,11 +165,11 @@ def read_checkpoint(
             f"{dataset or 'the data set'} has {len(class_names)} classes and this classifier "
             f"{config.num_classes}"
         )
-    if image_size is not None and converted.classifies:
+    if image_size is not None and config.num_classes:
         config = config.model_copy(update={"reference_size": (image_size, image_size)})
     model = config.without_pretrained().build()
     counts = {n: v for n, v in model.state_dict().items() if n.endswith("num_batches_tracked")}
-    model.load_state_dict({**counts, **converted.state})
+    model.load_state_dict({**counts, **weights})
     model.card = ModelCard(
         dataset=dataset,
         objective=f"published: {str(source).rpartition('/')[2]}",
@@ -210,55 +177,10 @@ def read_checkpoint(
         image_size=(size, size) if size else None,
         class_names=list(class_names),
         sigma_range=sigma_range,
-        classifies=converted.classifies,
+        classifies=config.num_classes > 0,
         energies="model",
     )
     return model.eval().requires_grad_(False), config
-
-
-# --- where a file is -----------------------------------------------------------------------------
-
-SUFFIXES = (".pt", ".pth", ".ckpt", ".tar", ".bin", ".safetensors", ".zip")
-
-NAME = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(?::(?P<file>[^:]+))?")
-
-
-def is_hub_name(source: str) -> bool:
-    """Whether ``source``, which is no local path, reads ``owner/name`` or ``owner/name:file``."""
-    match = NAME.fullmatch(source)
-    return match is not None and (bool(match["file"]) or not source.endswith(SUFFIXES))
-
-
-def locate(source: str) -> Path:
-    """The local path of ``source``; a file on the hub is fetched, or taken from the cache.
-
-    Args:
-        source: a path, or ``owner/name:file``.
-
-    Raises:
-        UserError: if it is neither, huggingface_hub is not installed, or it cannot be fetched.
-    """
-    if Path(source).exists():
-        return Path(source)
-    match = NAME.fullmatch(source)
-    if not is_hub_name(source) or match is None:
-        raise UserError(f"cannot read {source!r}: no such file or folder")
-    if not match["file"]:
-        raise UserError(
-            f"{source!r} is no local path; of a repository on the hub say the file too, as in "
-            f"{source}:model.pt"
-        )
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise UserError(
-            "fetching from the hub needs huggingface_hub: pip install 'ebmkit-vision[hub]'"
-        ) from None
-    try:
-        return Path(huggingface_hub.hf_hub_download(match["repository"], match["file"]))
-    except Exception as error:  # of the network, the hub and its cache: it has no common class
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot fetch {source!r} from the hub: {reason}") from None
 
 
 # --- kinds ---------------------------------------------------------------------------------------
@@ -313,11 +235,7 @@ def _substituted(
 
 
 def _convert_robustness(state: State, mean: Numbers | None, std: Numbers | None) -> Converted:
-    """A ResNet of the ``robustness`` package, with its normalisation.
-
-    Raises:
-        UserError: if it is another network, or a parameter is missing or left over.
-    """
+    """A ResNet of the ``robustness`` package, with its normalisation."""
     plain = {name.removeprefix("module."): value for name, value in state.items()}
     named: dict[str, Tensor] = {}
     for prefix in ("model.", "attacker.model."):
@@ -327,7 +245,8 @@ def _convert_robustness(state: State, mean: Numbers | None, std: Numbers | None)
         found = plain.get(f"normalizer.{part}", plain.get(f"attacker.normalize.{part}"))
         if given is None and found is None:
             raise UserError(f"the checkpoint has no normalizer.{part}: give --mean and --std")
-        statistics.append(given if found is None or given is not None else _numbers(found))
+        numbers = tuple(found.flatten().tolist()) if found is not None else ()
+        statistics.append(numbers if given is None else given)
     ours = _substituted(
         named, (r"\.shortcut\.", ".downsample."), (r"^(linear|fc)\.", "head.classifier.")
     )
@@ -366,11 +285,7 @@ def _resnet(ours: State) -> dict[str, Any]:
 
 
 def _convert_jem(state: State, mean: Numbers | None, std: Numbers | None) -> Converted:
-    """JEM's WideResNet with head ``logit``; without a norm, or with batch normalisation.
-
-    Raises:
-        UserError: if it is another network, or a parameter is missing or left over.
-    """
+    """JEM's WideResNet with head ``logit``; without a norm, or with batch normalisation."""
     plain = {name.removeprefix("module."): value for name, value in state.items()}
     blocks = {int(m[1]) for n in plain if (m := re.match(r"f\.layer1\.(\d+)\.", n))}
     width = plain.get("f.layer1.0.conv1.weight")
@@ -406,44 +321,34 @@ def _convert_jem(state: State, mean: Numbers | None, std: Numbers | None) -> Con
     return _fitted("JEM's WideResNet", config, ours, 32)
 
 
-def _convert_denoiser(state: State) -> Converted:
-    """A published DnCNN or DRUNet.
-
-    Raises:
-        UserError: if it is neither.
-    """
+def _convert_denoiser(state: State, *_: Numbers | None) -> Converted:
+    """A published DnCNN or DRUNet."""
     convert = convert_drunet if any("m_head" in name for name in state) else convert_dncnn
     backbone, channels, weights = convert(state)
     config = ModelConfig(backbone=backbone, in_channels=1 if channels == 1 else 3)
     ours = {f"network.{name}": value for name, value in weights.items()}
-    return Converted(config, ours, None, False)
+    return config, ours, None
+
+
+_CONVERTED: dict[str, Callable[[State, Numbers | None, Numbers | None], Converted]] = {
+    "robustness": _convert_robustness,
+    "jem": _convert_jem,
+    "denoiser": _convert_denoiser,
+}
 
 
 def _convert_state(
-    state: State,
-    backbone: str,
-    rules: Sequence[tuple[str, str]] = (),
-    classes: int | None = None,
-    settings: Mapping[str, Any] | None = None,
+    state: State, backbone: str, classes: int | None, settings: dict[str, Any]
 ) -> Converted:
     """The state dict of ``backbone``, a name of BACKBONES, with a head.
 
-    Args:
-        state: names to tensors.
-        rules: prefixes to replace, in order. What then begins with neither ``backbone.`` nor
-            ``head.`` is the backbone's.
-        classes: labels C; None: as many as the classifier has rows.
-        settings: fields of `ModelConfig` that differ from the preset's, nested.
-
-    Raises:
-        UserError: if parameters are missing or left over: it lists them and offers a map.
+    What begins with neither ``backbone.`` nor ``head.`` is the backbone's.
     """
     preset = find_backbone(backbone).config
     ours = {
         name if name.startswith(("backbone.", "head.")) else f"backbone.{name}": value
-        for name, value in _renamed(state, rules).items()
+        for name, value in state.items()
     }
-    settings = dict(settings or {})
     shape = {**preset.model_dump(), **settings.pop("backbone", {})}
     head = {
         "kind": "linear-quadratic" if "head.density.weight" in ours else "logit",
@@ -473,20 +378,17 @@ def _rows(ours: State, name: str) -> int:
     return len(ours[name])
 
 
-def _numbers(values: Tensor) -> tuple[float, ...]:
-    return tuple(float(v) for v in values.flatten())
-
-
 def _fitted(what: str, values: dict[str, Any], ours: State, size: int | None) -> Converted:
     """Check that the state is that of the configuration, name by name and shape by shape."""
     config = validated(ModelConfig, values, what)
     with torch.device("meta"):
-        expected = _without_counts(config.without_pretrained().build().state_dict())
-    state = _without_counts(ours)
-    unknown, missing = (
-        [n for n in state if n not in expected],
-        [n for n in expected if n not in state],
+        network = config.without_pretrained().build()
+    expected, state = (
+        {n: v for n, v in each.items() if not n.endswith("num_batches_tracked")}
+        for each in (network.state_dict(), ours)
     )
+    unknown = [name for name in state if name not in expected]
+    missing = [name for name in expected if name not in state]
     if unknown or missing:
         raise UserError(_misfit(what, unknown, missing, state, expected))
     for name, value in expected.items():
@@ -497,11 +399,7 @@ def _fitted(what: str, values: dict[str, Any], ours: State, size: int | None) ->
                 "--set model.backbone.width=32, or take another"
             )
     config = config.model_copy(update={"reference_size": (size, size)}) if size else config
-    return Converted(config, state, size, config.num_classes > 0)
-
-
-def _without_counts(state: State) -> dict[str, Tensor]:
-    return {n: v for n, v in state.items() if not n.endswith("num_batches_tracked")}
+    return config, state, size
 
 
 def _misfit(

@@ -17,11 +17,9 @@ most twice the reference in height and width, of :math:`N_m` reference sizes eac
 crops are cut, so every pixel lies in four of them (two, or one, along a side that one crop spans)
 and :math:`\sum_m N_m / 4 = N`.
 
-The logits grow in the same way: their sum is the evidence of the parts of the image. In ``factor``
-all statistics are of the whole image; in ``windows`` the pooled features are local, and the
-normalisations' means and deviations are of the whole image; in ``tiles`` everything is local. At
-the reference area, and below it, the three are the paper's formula. ``tiles`` is the default
-because it denoises best, at four times the cost of ``factor`` (docs: "Images of any size").
+The logits grow in the same way: their sum is the evidence of the parts of the image. At the
+reference area, and below it, the three are the paper's formula. For which statistics are local, and
+why ``tiles`` is the default, see the docs, "Images of any size".
 
 The paper's networks are blind to sigma. A backbone whose attribute ``noise_conditional`` is True is
 given it, and the model is then one of :math:`\log p_\sigma(y, c)` for every sigma, up to a constant
@@ -33,7 +31,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +43,6 @@ from ebmkit.models.base import Backbone, Features, Head, WindowedBackbone, check
 from ebmkit.onednn import subsample_before_1x1
 
 SizeScaling = Literal["tiles", "factor", "windows"]
-SIZE_SCALINGS: tuple[SizeScaling, ...] = get_args(SizeScaling)
 
 
 class JointModel(EnergyModel):

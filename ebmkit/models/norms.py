@@ -42,7 +42,7 @@ import torch
 from torch import Tensor, nn
 
 from ebmkit.compute import upcast, without_autocast
-from ebmkit.models.convolution import positional
+from ebmkit.models.convolution import in_forward_mode, positional
 
 NormName = Literal["group", "scale", "batch", "none"]
 
@@ -121,8 +121,8 @@ def group_norm(
 ) -> Tensor:
     """`torch.nn.functional.group_norm` of a batch, differentiated as the module's text says.
 
-    Compiled, channels last, on other devices than a CPU, and where nothing will be differentiated
-    twice by the weights, it is PyTorch's.
+    Compiled, channels last, on other devices than a CPU, in forward mode, and where nothing will be
+    differentiated twice by the weights, it is PyTorch's.
 
     Args:
         x: (B, C, H, W).
@@ -139,6 +139,7 @@ def group_norm(
         or x.device.type != "cpu"
         or x.numel() <= SMALL
         or not x.is_contiguous()
+        or in_forward_mode()
     ):
         return nn.functional.group_norm(x, groups, weight, bias, eps)
     # one weight for each image: the sum over images is left to autograd, which does it if needed
@@ -193,22 +194,6 @@ class _GroupNorm(torch.autograd.Function):
         x, weights, _, ctx.groups, ctx.eps = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(x, weights, *output[1:])
-        ctx.save_for_forward(x, weights)
-
-    @staticmethod
-    def jvp(
-        ctx: Any, x: Tensor | None, weights: Tensor | None, biases: Tensor | None, *_: Any
-    ) -> tuple[Tensor, None, None]:
-        at_x, at_weights = ctx.saved_tensors
-        at = _Normalised(at_x, ctx.groups, ctx.eps)
-        moved = torch.zeros_like(at_x)
-        if x is not None:
-            moved = moved + _each(at_weights) * at.project(x)
-        if weights is not None:
-            moved = moved + _each(weights) * at.xhat
-        if biases is not None:
-            moved = moved + _each(biases)
-        return moved, None, None
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -237,26 +222,6 @@ class _Gradient(torch.autograd.Function):
         g, x, weights, mean, rstd, ctx.groups, ctx.eps = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(g, x, weights, mean, rstd, output[1], output[2])
-        ctx.save_for_forward(g, x, weights)
-
-    @staticmethod
-    def jvp(
-        ctx: Any, g: Tensor | None, x: Tensor | None, weights: Tensor | None, *_: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        at_g, at_x, at_weights = ctx.saved_tensors
-        at = _Normalised(at_x, ctx.groups, ctx.eps)
-        of_x = torch.zeros_like(at_x)
-        of_weights = of_biases = torch.zeros_like(at_weights)
-        if g is not None:
-            of_x = of_x + at.project(_each(at_weights) * g)
-            of_weights = of_weights + (g * at.xhat).sum((2, 3))
-            of_biases = of_biases + g.sum((2, 3))
-        if weights is not None:
-            of_x = of_x + at.project(_each(weights) * at_g)
-        if x is not None:
-            of_x = of_x + at.second(_each(at_weights) * at_g, x)
-            of_weights = of_weights + (at_g * at.project(x)).sum((2, 3))
-        return of_x, of_weights, of_biases
 
     @staticmethod
     def backward(
@@ -328,13 +293,7 @@ def _second(
 
 
 class _Normalised:
-    """The derivatives in ordinary operations, for those of third order.
-
-    Args:
-        x: (B, C, H, W).
-        groups: of channels.
-        eps: added to the variances.
-    """
+    """The derivatives at x (B, C, H, W) in ordinary operations, for those of third order."""
 
     def __init__(self, x: Tensor, groups: int, eps: float) -> None:
         self.groups = groups

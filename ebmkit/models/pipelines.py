@@ -22,7 +22,8 @@ from ebmkit.card import ModelCard
 from ebmkit.errors import UserError, validated
 from ebmkit.models.config import ModelConfig
 from ebmkit.models.diffusion import INSTALL, DiffusionModel, UNetConfig
-from ebmkit.models.saving import save_as_run
+from ebmkit.models.hub import locate_folder
+from ebmkit.models.saving import load_weights, save_as_run
 from ebmkit.storage.reading import MIB, check_links, read_json
 from ebmkit.storage.tensors import LimitedSize
 from ebmkit.storage.torchfile import read_state
@@ -30,9 +31,7 @@ from ebmkit.storage.torchfile import read_state
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 SETTINGS = ("model_index.json", "config.json", "scheduler_config.json")
 # names of self-attention before diffusers 0.17, and since
-# names of self-attention before diffusers 0.17, and since
 _ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def import_unet(
@@ -71,7 +70,12 @@ def read_unet(
     Raises:
         UserError: as `import_unet`.
     """
-    source = _folder(path_or_name)
+    places = ("", "unet/")
+    source = locate_folder(
+        path_or_name,
+        [*(f"{place}{file}" for place in places for file in SETTINGS), "scheduler/*.json"],
+        [[f"{place}{file}" for place in places] for file in WEIGHTS],
+    )
     in_cache = source.absolute().parent.name == "snapshots"  # the hub's: its files are links
     check_links(source, source.absolute().parents[1] if in_cache else None)
     network = source / "unet" if (source / "unet" / "config.json").is_file() else source
@@ -84,8 +88,8 @@ def read_unet(
     if weights is None:
         raise UserError(f"{str(network)!r} holds none of {', '.join(WEIGHTS)}: no weights")
     shape = _read(network / "config.json")
-    places = (source / "scheduler", source, network, network.parent / "scheduler")
-    schedulers = [place / "scheduler_config.json" for place in places]
+    folders = (source / "scheduler", source, network, network.parent / "scheduler")
+    schedulers = [folder / "scheduler_config.json" for folder in folders]
     scheduler = next((path for path in schedulers if path.is_file()), None)
     diffusion = _diffusion(_read(scheduler) if scheduler else {})
     config = _config(shape, {**diffusion, "image_range": image_range, "null_label": null_label})
@@ -97,13 +101,7 @@ def read_unet(
     with LimitedSize.of(state):
         model = config.build()
     assert isinstance(model, DiffusionModel)
-    try:
-        model.network.load_state_dict(state)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UserError(
-            f"the weights in {str(weights)!r} do not fit config.json: {reason}"
-        ) from None
+    load_weights(model.network, state, weights, "config.json")
     model.card = ModelCard(
         objective=f"published: {Path(path_or_name).name}",
         energies="model",
@@ -112,33 +110,6 @@ def read_unet(
         sigma_range=model.schedule.sigma_range,
     )
     return model.eval().requires_grad_(False), config
-
-
-def _folder(path_or_name: str | Path) -> Path:
-    """Where the files are; a hub's are fetched, or taken from its cache."""
-    folder = Path(path_or_name)
-    if folder.is_dir():
-        return folder
-    name = str(path_or_name)
-    if not _HUB_NAME.fullmatch(name):
-        raise UserError(f"there is no folder {name!r}, and a name on the hub is like owner/name")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise UserError(f"{name!r} is fetched by huggingface_hub: {INSTALL}") from None
-    found = folder
-    try:
-        for weights in WEIGHTS:  # the second only where there is no first
-            wanted = [f"{where}{file}" for where in ("", "unet/") for file in (*SETTINGS, weights)]
-            found = Path(snapshot_download(name, allow_patterns=[*wanted, "scheduler/*.json"]))
-            if any((found / where / weights).is_file() for where in ("", "unet")):
-                break
-    except Exception as error:  # of the network, of the hub, of the disk
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(
-            f"there is no folder {name!r}, and the hub does not give it: {reason}"
-        ) from None
-    return found
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -193,13 +164,11 @@ def _config(shape: Mapping[str, Any], diffusion: Mapping[str, Any]) -> ModelConf
         )
     if values["time_embedding_type"] == "fourier" or values["class_embed_type"] is not None:
         raise UserError("this UNet does not take timesteps and labels by number: it is not known")
-    levels, widths = len(values["block_out_channels"]), values["block_out_channels"]
-    whole = [width // widths[0] for width in widths]
-    labels = values["num_class_embeds"]
+    widths, labels = values["block_out_channels"], values["num_class_embeds"]
     fields = {
         "kind": "unet",
         "width": widths[0],
-        "multipliers": whole,
+        "multipliers": [max(1, width // widths[0]) for width in widths],
         "blocks": values["layers_per_block"],
         "attention": [i for i, name in enumerate(values["down_block_types"]) if "Attn" in name],
         "head_channels": values["attention_head_dim"],
@@ -209,24 +178,23 @@ def _config(shape: Mapping[str, Any], diffusion: Mapping[str, Any]) -> ModelConf
         **diffusion,
     }
     said = {"num_class_embeds", "in_channels", "sample_size", "num_train_timesteps"}
-    plain = validated(UNetConfig, {**fields, "multipliers": [max(1, n) for n in whole]}, "UNet")
+    plain = validated(UNetConfig, fields, "UNet")
     made = {**defaults, **plain.arguments(channels, 0)}
+
+    def listed(value: Any) -> Any:
+        return list(value) if isinstance(value, tuple) else value
+
     options = {
         key: value
         for key, value in given.items()
-        if key not in said and _listed(value) != _listed(made[key])
+        if key not in said and listed(value) != listed(made[key])
     }
     if values["time_embedding_type"] == "learned":
         options["num_train_timesteps"] = values["num_train_timesteps"]
-    assert levels == len(plain.multipliers)
     backbone = plain.model_dump() | {"options": options}
     count = 0 if labels is None else labels - int(plain.null_label)
     raw = {"backbone": backbone, "in_channels": channels, "num_classes": count}
     return validated(ModelConfig, raw, "UNet")
-
-
-def _listed(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _size(sample: Any) -> tuple[int, int] | None:

@@ -19,14 +19,14 @@ from typing import TypeVar
 import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
+from torch import Tensor, nn
 
 from ebmkit.card import ModelCard
 from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError, validated
 from ebmkit.models.config import ModelConfig
 from ebmkit.plugins import check_plugins, load_plugins
-from ebmkit.storage import read_together, write_atomically
+from ebmkit.storage import make_folder, read_together, write_atomically
 from ebmkit.storage.reading import check_links, parse_json
 from ebmkit.storage.tensors import LimitedSize, parse_tensors
 
@@ -74,10 +74,7 @@ def save_as_run(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{str(folder)!r} exists: choose another --out")
     model, config = read()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make folder {str(folder)!r}: {error.strerror}") from None
+    make_folder(folder)
     assert model.card is not None
     save_model(folder, model, config, model.card)
     return model
@@ -94,15 +91,6 @@ def weights_file(model: ScoreModel) -> bytes:
     """The state of ``model`` as a safetensors file."""
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     return safetensors.torch.save(state, metadata={"sha256": digest(state)})
-
-
-def save_weights(path: Path, model: ScoreModel) -> None:
-    """Write the state of ``model`` to ``path`` as safetensors, in one move.
-
-    Raises:
-        UserError: if the disk is full or not writable; what was there before is left as it was.
-    """
-    write_atomically(path, weights_file(model))
 
 
 def load(
@@ -158,15 +146,24 @@ def load(
             )
         with LimitedSize.of(state):
             model = document.model.without_pretrained().build()
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"the weights in {str(folder)!r} do not fit the model: {reason}") from None
+    load_weights(model, state, folder, "the model")
     _warn_of_numbers(model, path)
     model.card = document.card
     model.weights_sha256 = hashlib.sha256(content[FILES[weights]]).hexdigest()
     return model.eval().requires_grad_(False).to(device)
+
+
+def load_weights(network: nn.Module, state: dict[str, Tensor], path: Path, what: str) -> None:
+    """Load the ``state`` read from ``path`` into ``network``, which ``what`` describes.
+
+    Raises:
+        UserError: if it does not fit.
+    """
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"the weights in {str(path)!r} do not fit {what}: {reason}") from None
 
 
 def _warn_of_numbers(model: ScoreModel, path: Path) -> None:

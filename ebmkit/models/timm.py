@@ -21,7 +21,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from ebmkit.errors import UserError, shown
+from ebmkit.errors import UserError, first_line, shown
 from ebmkit.models.base import BackboneConfig, Features
 
 INSTALL = "pip install 'ebmkit-vision[timm]'"
@@ -107,10 +107,9 @@ class TimmBackbone(nn.Module):
         except UserError:
             raise
         except Exception as error:  # of an option, of the network's shape, of the download
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise UserError(
                 f"timm cannot build {config.name} of {in_channels} channel(s) with options "
-                f"{shown(config.options)}: {reason}"
+                f"{shown(config.options)}: {first_line(error)}"
             ) from None
         self.name = config.name
         self.network = network

@@ -162,6 +162,8 @@ class Objective:
         columns: names of the added columns that have the images' shape.
         extra_passes: what `prepare` costs.
         card: facts for the card of the trained model (`ebmkit.card.ModelCard`).
+        implies: what follows from it in a run's configuration, made of that before it is validated,
+            what was given beside the recipe, and the name of its stream; None: nothing.
         config: class of its settings; None: it has none.
         configure: from settings to the objective under them.
         section: where a run's configuration has its settings; None: in ``terms.NAME``.
@@ -184,6 +186,7 @@ class Objective:
     columns: tuple[str, ...] = ()
     extra_passes: ExtraPasses | None = None
     card: Mapping[str, str] = field(default_factory=dict)
+    implies: Callable[[Mapping[str, Any], Mapping[str, Any], str], dict[str, Any]] | None = None
     config: type[ObjectiveConfig] | None = None
     configure: Callable[[Any], Objective] | None = None
     section: str | None = None
@@ -192,3 +195,10 @@ class Objective:
     def trains_density(self) -> bool:
         """Whether log p(y) is learnt, by its gradient or by maximum likelihood."""
         return self.needs_score or self.family == "likelihood"
+
+
+def mapping_at(values: Any, *path: str) -> Mapping[str, Any]:
+    """The mapping at ``path`` of nested mappings; empty where there is none."""
+    for key in path:
+        values = values.get(key) if isinstance(values, Mapping) else None
+    return values if isinstance(values, Mapping) else {}

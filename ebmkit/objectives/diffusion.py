@@ -13,14 +13,16 @@ its label is hidden, so that is keyed as the noise is, and the same however a ba
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 from torch import Tensor
 
 from ebmkit.data import Batch
-from ebmkit.objectives.base import Objective, ObjectiveConfig, Scale
+from ebmkit.errors import UserError
+from ebmkit.objectives.base import Objective, ObjectiveConfig, Scale, mapping_at
 from ebmkit.objectives.score_matching import denoising_score_matching, labels_of
 from ebmkit.randomness import bit_hash
 
@@ -60,6 +62,56 @@ def configure(config: DiffusionConfig) -> Objective:
     return replace(DDPM, score_labels=some_labels, needs_labels=True, needs_hard_labels=True)
 
 
+def implied_settings(
+    raw: Mapping[str, Any], given: Mapping[str, Any], stream: str
+) -> dict[str, Any]:
+    """The noise law of the ``stream`` and what a UNet is told, which follow from the settings.
+
+    The law draws the levels of ``objective.ddpm.schedule``, and a UNet has the timesteps of it;
+    whether it knows labels follows from ``objective.ddpm.class_dropout``. Arguments are those of
+    `Objective.implies`.
+
+    Raises:
+        UserError: if something else was given.
+    """
+    own = DiffusionConfig().model_dump() | dict(mapping_at(raw, "terms", "ddpm"))
+    schedule, conditional = own["schedule"], own["class_dropout"] is not None
+    law = {"kind": "diffusion", "schedule": schedule}
+    for field, value in mapping_at(given, "streams", stream, "noise").items():
+        if value != law.get(field, value):
+            raise UserError(
+                f"objective 'ddpm' trains at the noise levels of its schedule, {schedule}, and "
+                f"streams.{stream}.noise.{field} is {value!r}: leave that out and choose by "
+                "objective.ddpm.schedule, or take --objective dsm-mean, which has any noise"
+            )
+    found: dict[str, Any] = {"streams": {stream: {"noise": law}}}
+    if mapping_at(raw, "model", "backbone").get("kind") != "unet":
+        return found
+    dropout = "objective.ddpm.class_dropout"
+    network = {
+        "schedule": (schedule, f"objective.ddpm.schedule={schedule}"),
+        "class_conditional": (conditional, dropout),
+        **({"null_label": (True, dropout)} if conditional else {}),
+    }
+    fixed = network | {
+        "timesteps": (1000, "the noise law, which has 1000"),
+        "image_range": ([-1, 1], "the noise law, which is of images in [-1, 1]"),
+        "betas": ([1e-4, 0.02], "the noise law"),
+    }
+    for field, value in mapping_at(given, "model", "backbone").items():
+        legal, source = fixed.get(field, (value, ""))
+        if _plain(value) != _plain(legal):
+            raise UserError(
+                f"model.backbone.{field} = {value!r} contradicts {source}: leave it out"
+            )
+    found["model"] = {"backbone": {name: value for name, (value, _) in network.items()}}
+    return found
+
+
+def _plain(value: Any) -> Any:
+    return [float(v) for v in value] if isinstance(value, list | tuple) else value
+
+
 DDPM = Objective(
     description="noise prediction at the levels of a diffusion schedule; unweighted",
     stream="denoise",
@@ -67,6 +119,7 @@ DDPM = Objective(
     family="diffusion",
     needs_score=True,
     scale=Scale.MEAN,
+    implies=implied_settings,
     config=DiffusionConfig,
     configure=configure,
 )

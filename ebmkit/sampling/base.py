@@ -153,10 +153,7 @@ class Chains(Generic[S]):
     ) -> S:
         """Up to ``steps`` steps, fewer if the chains are `done` before; the last state.
 
-        Args:
-            steps: at the most.
-            generator: on the device of the chains.
-            after: called with the state and the report after each step.
+        ``after`` is called with the state and the report after each step.
 
         Raises:
             UserError: if ``steps`` is below 1.
@@ -204,11 +201,7 @@ def check_positive(name: str, value: float, zero: bool = False) -> float:
 
 
 def check_share(name: str, value: float) -> None:
-    """Check a share.
-
-    Raises:
-        UserError: if ``value`` is not above 0 and at most 1.
-    """
+    """Raise a `UserError` if ``value`` is not above 0 and at most 1."""
     if not 0 < value <= 1:
         raise UserError(f"{name} {value} must be above 0 and at most 1")
 

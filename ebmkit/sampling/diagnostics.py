@@ -203,18 +203,12 @@ def chain_diagnostics(
 ) -> dict[str, Any]:
     """Effective size and split R-hat of the log-density, over the second half of the steps.
 
-    Args:
-        entry: of the sampler; None where no step was taken.
-        draws: of each batch, (N, B) log-densities, or None.
-        finite: (all chains,) bool; others are left out.
-        every: of how many steps one was recorded.
+    ``entry`` is None where no step was taken; ``draws`` are log-densities (N, B) of each batch, one
+    of ``every`` steps. Chains that are not ``finite`` (all chains,) are left out.
     """
-    no_law = "took no step" if entry is None else entry.no_law
-    if no_law:
-        return {
-            "meaning": "effective size and R-hat compare draws of one law, and this sampler "
-            f"{no_law}: they have no meaning"
-        }
+    if no_law := "took no step" if entry is None else entry.no_law:
+        what = "effective size and R-hat compare draws of one law, and this sampler"
+        return {"meaning": f"{what} {no_law}: they have no meaning"}
     if any(d is None for d in draws):
         return {"meaning": "this model has no log-density, or no step was kept: nothing to compare"}
     recorded = torch.cat([d for d in draws if d is not None], dim=1)[:, finite]
@@ -240,31 +234,20 @@ def chain_diagnostics(
 def energy_diagnostics(
     samples: Tensor | None, finite: Tensor, data: Tensor | None, note: str, level: float | None
 ) -> dict[str, Any]:
-    """Mean log p of samples and of held-out images, and the gap of their energies.
-
-    Args:
-        samples: (N,) log-densities of samples; None: the model has none.
-        finite: (N,) which count.
-        data: (M,) of held-out images, if any.
-        note: why not.
-        level: noise level at which both are taken.
-    """
+    """Mean log p of ``samples`` (N,), if the model has one, and of held-out images ``data`` (M,),
+    if any (``note``: why not), both at noise ``level``, and the gap of their energies."""
     if samples is None:
         return {"note": "this model is a plain denoiser and has no log-density"}
     own = samples[finite & samples.isfinite()].double()
-    found: dict[str, Any] = {
-        "sigma": level,
-        "log_density_of_samples": finite_or_none(float(own.mean())),
-        "samples": len(own),
-    }
+    found: dict[str, Any] = {"sigma": level, "samples": len(own)}
+    found["log_density_of_samples"] = finite_or_none(float(own.mean()))
     if data is None:
         return found | {"note": f"no held-out images to compare with: {note}"}
-    found["log_density_of_data"] = finite_or_none(float(data.double().mean()))
-    found["images"] = len(data)
+    found |= {"log_density_of_data": finite_or_none(float(data.double().mean()))}
+    found |= {"images": len(data)}
     if min(len(own), len(data)) >= 2:
-        gap = energy_gap(-own, -data)
-        found["gap"] = finite_or_none(gap.value)
-        found["gap_standard_error"] = finite_or_none(gap.standard_error)
+        gap, error = map(finite_or_none, energy_gap(-own, -data))
+        found |= {"gap": gap, "gap_standard_error": error}
         found["meaning"] = "mean energy of samples minus that of held-out images, nats"
     return found
 

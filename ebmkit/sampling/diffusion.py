@@ -45,9 +45,9 @@ from torch import Tensor
 from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.noise import Schedule, Spacing, make_schedule
-from ebmkit.sampling.annealed import DOWN_LEVELS
 from ebmkit.sampling.base import Chain, Info, PositionSampler, check_positive, moved_to, normal_like
 from ebmkit.sampling.entry import SamplerConfig, SamplerEntry
+from ebmkit.sampling.langevin import DOWN_LEVELS
 from ebmkit.sampling.target import DenoiserFunction, Labels, denoiser_of, trained_range
 
 Variance = Literal["fixed_small", "fixed_large"]
@@ -63,11 +63,9 @@ class NoisePredictor(Protocol):
 
 
 def noise_predictor_of(denoiser: DenoiserFunction, schedule: Schedule) -> NoisePredictor:
-    """The noise that ``denoiser`` implies, (y - D(y, sigma)) / sigma.
+    """The noise (y - D(y, sigma)) / sigma that a ``denoiser``, blind or not, implies.
 
-    Args:
-        denoiser: of images in image units, blind or not.
-        schedule: says which sigma and which coordinates a timestep is.
+    ``schedule`` says which sigma and which coordinates a timestep is.
     """
 
     def predict(u: Tensor, t: int) -> Tensor:
@@ -80,15 +78,8 @@ def noise_predictor_of(denoiser: DenoiserFunction, schedule: Schedule) -> NoiseP
 def update_coefficients(
     sigma: float, lower: float, eta: float, variance: Variance = "fixed_small", half: float = 0.5
 ) -> tuple[float, float]:
-    """The coefficients a and b of the module's table.
-
-    Args:
-        sigma: the present noise level, image units.
-        lower: the next one, 0 at the end.
-        eta: share of the posterior's deviation that is drawn anew.
-        variance: ``fixed_large`` for DDPM's larger variance, of eta = 1.
-        half: h, one over the width of the model's range of images.
-    """
+    """The coefficients a and b of the module's table, from the level ``sigma`` to the next,
+    ``lower`` (image units; 0 at the end); ``half`` is h."""
     deviation = lower * math.sqrt(max(0.0, 1 - (lower / sigma) ** 2))
     a = math.sqrt(max(0.0, lower**2 - (eta * deviation) ** 2))
     if variance == "fixed_large" and lower:
@@ -101,7 +92,7 @@ class DDIM(PositionSampler):
     """The diffusion chain over any timesteps, between DDIM (eta 0) and DDPM (eta 1, all steps).
 
     The state is in image units: y = x + sigma(t) * eps at the present timestep, and the image
-    itself at the end. `start` makes the first one.
+    itself at the end.
 
     Args:
         noise_predictor: a diffusion network, or `noise_predictor_of` a denoiser.
@@ -143,17 +134,6 @@ class DDIM(PositionSampler):
         self.timesteps, self.sigmas = tuple(timesteps), tuple(levels)
         self.eta, self.clip, self.rederive, self.variance = eta, clip, rederive, variance
         self.steps = len(self.timesteps)
-
-    def start(
-        self,
-        shape: Sequence[int],
-        generator: torch.Generator,
-        mean: Tensor | float = 0.5,
-        dtype: torch.dtype = torch.float32,
-    ) -> Tensor:
-        """Where chains begin: ``mean`` with noise of the first level, (B, ...), image units."""
-        noise = torch.randn(tuple(shape), generator=generator, dtype=dtype, device=generator.device)
-        return mean + self.sigmas[0] * noise
 
     def step(self, state: Chain, generator: torch.Generator) -> tuple[Chain, Info]:
         """From one timestep to the next, the last to the clean image."""

@@ -21,7 +21,7 @@ from ebmkit.errors import UserError
 from ebmkit.noise import Sigma, check_trained
 from ebmkit.registry import Table, find
 from ebmkit.sampling.base import Sampler
-from ebmkit.sampling.starts import draw_from_data
+from ebmkit.sampling.starts import ClassGaussians
 from ebmkit.sampling.target import (
     Labels,
     blind_denoiser_of,
@@ -206,8 +206,19 @@ class SamplerEntry(Generic[C]):
         if kind == "noise":
             begin = torch.zeros(tuple(shape), device=device) + mean
             level = highest_level(model) if level is None else level
+        elif data is None:
+            raise UserError(f"chains start from {kind}: give images of the data set")
+        elif kind == "data":
+            at = torch.randint(len(data[0]), (shape[0],), generator=generator, device=device)
+            begin = data[0][at.to(data[0].device)].to(device)
         else:
-            begin = draw_from_data(kind == "data", shape[0], generator, c, data).to(device)
+            images, labels = data if c is not None else (data[0], None)
+            if c is not None and labels is None:
+                raise UserError(
+                    "the Gaussian of a label is fitted to its images: give their labels, too"
+                )
+            own = None if c is None else torch.as_tensor(c, device=images.device).expand(shape[0])
+            begin = ClassGaussians(images, labels).sample(shape[0], generator, own).to(device)
         if level is None:
             return begin
         return begin + level * torch.randn(tuple(shape), generator=generator, device=device)

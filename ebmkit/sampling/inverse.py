@@ -4,25 +4,21 @@ A measurement of n numbers is :math:`m = M^\top x` with :math:`M^\top M = I`, so
 the image that explains m with the least norm, and :math:`M M^\top` projects on what was measured.
 Nothing here holds a matrix.
 
-================= ==================================================== ==========================
-measurement       :math:`M^\top x`                                     :math:`M m`
-================= ==================================================== ==========================
-`Pixels`          the pixels of a mask                                 m there, 0 elsewhere
-`BlockAverage`    means of k x k blocks, times k                       each block filled with its
-                                                                       mean
-`LowPass`         the low frequencies                                  the blurred image
-`Compressed`      random frequencies of the image with random signs    the image of these alone
-================= ==================================================== ==========================
-
-Simple methods solve each, as a baseline for restorations (`baselines_of`):
-
-================= =================================================================================
-`Pixels`          each unknown one the mean of all known ones; the nearest known one; and, where
-                  scikit-image is installed, the biharmonic fill (Damelin & Hoang 2018)
-`BlockAverage`    each block filled with its mean (``nearest``); ``bicubic`` interpolation
-`LowPass`         the known frequencies alone: the blurred image
-`Compressed`      the image of the measurements alone, on gray
-================= =================================================================================
+============== =============================== ======================= ===========================
+measurement    :math:`M^\top x`                :math:`M m`             simple solutions, for a
+                                                                       comparison (`baselines`)
+============== =============================== ======================= ===========================
+`Pixels`       the pixels of a mask            m there, 0 elsewhere    the mean of the known
+                                                                       pixels; the nearest one;
+                                                                       with scikit-image the
+                                                                       biharmonic fill (Damelin &
+                                                                       Hoang 2018)
+`BlockAverage` means of k x k blocks, times k  each block filled with  :math:`M m`; bicubic
+                                               its mean                interpolation
+`LowPass`      the low frequencies             the blurred image       :math:`M m` on gray
+`Compressed`   random frequencies of the image the image of these      :math:`M m` on gray
+               with random signs               alone
+============== =============================== ======================= ===========================
 
 Frequencies are taken by the discrete Hartley transform, the real part of the orthonormal Fourier
 transform minus its imaginary part: it is real, orthonormal and its own inverse, and a set of
@@ -36,7 +32,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange, repeat
@@ -53,15 +49,20 @@ BIHARMONIC = 5000
 
 
 class Measurement(ABC):
-    """A measurement of images (B, C, H, W) of one ``shape`` (C, H, W), in n numbers each.
+    """A measurement of images (B, C, H, W) in n numbers each.
 
-    Attributes:
-        shape: of the images.
+    Args:
+        shape: of the images (C, H, W).
         count: n.
+
+    Raises:
+        UserError: if the shape is none, or nothing is measured.
     """
 
-    shape: Shape
-    count: int
+    def __init__(self, shape: Shape, count: int) -> None:
+        self.shape, self.count = _checked_shape(shape), count
+        if not count:
+            raise UserError("nothing is measured: keep more than 0 of the image")
 
     def measure(self, x: Tensor) -> Tensor:
         """M^T x, (B, n), of images (B, C, H, W).
@@ -108,19 +109,19 @@ class Measurement(ABC):
         return self.impose(torch.full((1, *self.shape), 0.5, device=m.device), m)[0]
 
     def baselines(self, m: Tensor) -> dict[str, Tensor]:
-        """Simple solutions (C, H, W) of measurements (1, n) by name, not clipped."""
+        """The simple solutions (C, H, W) of measurements (1, n) by name, clipped to [0, 1]."""
+        return {name: image.clamp(0, 1) for name, image in self._simple(m).items()}
+
+    def _simple(self, m: Tensor) -> dict[str, Tensor]:
         return {"pseudo-inverse": self.on_gray(m)}
 
 
 class _Selection(Measurement):
-    """Some of the coordinates of an orthonormal transform; subclasses say which transform."""
+    """The ``known`` coordinates (C, H, W) bool of an orthonormal transform, here the identity."""
 
     def __init__(self, shape: Shape, known: Tensor) -> None:
-        self.shape = _checked_shape(shape)
         self._where = torch.nonzero(known.flatten()).flatten()
-        self.count = len(self._where)
-        if not self.count:
-            raise UserError("nothing is measured: keep more than 0 of the image")
+        super().__init__(shape, len(self._where))
 
     def _measure(self, x: Tensor) -> Tensor:
         return self._transform(x).flatten(1)[:, self._where.to(x.device)]
@@ -134,7 +135,7 @@ class _Selection(Measurement):
         return x
 
     def _inverse(self, coordinates: Tensor) -> Tensor:
-        return coordinates
+        return self._transform(coordinates)
 
 
 class Pixels(_Selection):
@@ -156,8 +157,7 @@ class Pixels(_Selection):
             )
         super().__init__(shape, known.bool().expand(shape))
 
-    def baselines(self, m: Tensor) -> dict[str, Tensor]:
-        """The fills of the module's table."""
+    def _simple(self, m: Tensor) -> dict[str, Tensor]:
         from scipy.ndimage import distance_transform_edt
 
         image = self.on_gray(m)
@@ -183,8 +183,6 @@ class Pixels(_Selection):
 class BlockAverage(Measurement):
     """Means of blocks of ``factor`` x ``factor`` pixels, for super-resolution.
 
-    Measurements are the means times the factor, so that columns have norm 1.
-
     Args:
         shape: of the images (C, H, W).
         factor: side of the blocks.
@@ -194,16 +192,14 @@ class BlockAverage(Measurement):
     """
 
     def __init__(self, shape: Shape, factor: int) -> None:
-        self.shape = _checked_shape(shape)
-        channels, height, width = shape
+        channels, height, width = _checked_shape(shape)
         if factor < 2 or height % factor or width % factor:
             raise UserError(
                 f"factor {factor} does not divide images of {height} x {width} into blocks: take a "
                 "common divisor of 2 or more"
             )
-        self.factor = factor
-        self.small = (channels, height // factor, width // factor)
-        self.count = math.prod(self.small)
+        self.factor, self.small = factor, (channels, height // factor, width // factor)
+        super().__init__(shape, math.prod(self.small))
 
     def _measure(self, x: Tensor) -> Tensor:
         return self.factor * torch.nn.functional.avg_pool2d(x, self.factor).flatten(1)
@@ -213,8 +209,7 @@ class BlockAverage(Measurement):
             self.small_images(m), "b c h w -> b c (h k) (w l)", k=self.factor, l=self.factor
         )
 
-    def baselines(self, m: Tensor) -> dict[str, Tensor]:
-        """Nearest and bicubic interpolation."""
+    def _simple(self, m: Tensor) -> dict[str, Tensor]:
         # with antialias the cubic kernel is Keys', a = -1/2, as in Pillow and Matlab
         large = torch.nn.functional.interpolate(
             self.small_images(m),
@@ -255,15 +250,11 @@ class LowPass(_Selection):
         limit = radius.flatten().sort().values[needed - 1]
         super().__init__(shape, (radius <= limit + 1e-9).expand(shape))
 
-    def baselines(self, m: Tensor) -> dict[str, Tensor]:
-        """The blurred image."""
+    def _simple(self, m: Tensor) -> dict[str, Tensor]:
         return {"low-passed": self.on_gray(m)}
 
     def _transform(self, x: Tensor) -> Tensor:
         return _hartley(x, (-2, -1))
-
-    def _inverse(self, coordinates: Tensor) -> Tensor:
-        return _hartley(coordinates, (-2, -1))
 
 
 class Compressed(_Selection):
@@ -345,11 +336,6 @@ def _checked_shape(shape: Shape) -> Shape:
     return (shape[0], shape[1], shape[2])
 
 
-def baselines_of(measurement: Measurement, measured: Tensor) -> dict[str, Tensor]:
-    """Name to image (C, H, W), clipped to [0, 1], of measurements (1, n)."""
-    return {n: image.clamp(0, 1) for n, image in measurement.baselines(measured).items()}
-
-
 # --- tasks ---------------------------------------------------------------------------------------
 
 
@@ -369,22 +355,6 @@ class TaskOptions(NamedTuple):
     seed: int = 0
 
 
-class Degraded(NamedTuple):
-    """An image, and what is known of it.
-
-    Attributes:
-        measurement: which numbers are known.
-        measured: (1, n), what they are.
-        look: (C, H, W), the known on gray ground, for people and as a baseline.
-        clean: (C, H, W), the image itself; None where only measurements are known.
-    """
-
-    measurement: Measurement
-    measured: Tensor
-    look: Tensor
-    clean: Tensor | None
-
-
 @dataclass(frozen=True)
 class Task:
     """A task that has a name.
@@ -393,25 +363,20 @@ class Task:
         name: of the table.
         description: one line.
         make: shape (C, H, W) and options, with defaults filled in, to the measurement.
-        takes: the options that it uses.
-        share: where none is given.
-        factor: where none is given.
+        defaults: the options that it uses, and their values where none are given.
         from_measured: whether the measured image is an image that one can have.
     """
 
     name: str
     description: str
     make: Callable[[Shape, TaskOptions], Measurement]
-    takes: tuple[str, ...]
-    share: float | None = None
-    factor: int | None = None
+    defaults: dict[str, Any]
     from_measured: bool = True
 
     def resolved(self, options: TaskOptions) -> TaskOptions:
-        """``options`` with the task's own share and factor where none are given."""
-        share = self.share if options.share is None else options.share
-        factor = self.factor if options.factor is None else options.factor
-        return options._replace(share=share, factor=factor)
+        """``options`` with the task's own values where none are given."""
+        missing = {k: v for k, v in self.defaults.items() if getattr(options, k) is None}
+        return options._replace(**missing)
 
     def measurement(self, shape: Shape, options: TaskOptions) -> Measurement:
         """The measurement of images of ``shape``.
@@ -420,13 +385,15 @@ class Task:
             UserError: if an option is not the task's, or not legal for the shape.
         """
         for name in ("mask", "share", "factor"):
-            if getattr(options, name) is not None and name not in self.takes:
-                own = " or ".join(f"--{o}" for o in self.takes)
+            if getattr(options, name) is not None and name not in self.defaults:
+                own = " or ".join(f"--{o}" for o in self.defaults)
                 raise UserError(f"task {self.name} has no --{name}: it takes {own}")
         return self.make(shape, self.resolved(options))
 
-    def degrade(self, image: Tensor, options: TaskOptions, measured: bool = False) -> Degraded:
-        """Measure an ``image`` (C, H, W), or take it for the measured one.
+    def degrade(
+        self, image: Tensor, options: TaskOptions, measured: bool = False
+    ) -> tuple[Measurement, Tensor, Tensor | None]:
+        """Measure an ``image`` (C, H, W) in [0, 1], or take it for the measured one.
 
         Super-resolution of a clean image leaves out rows and columns at the bottom and at the right
         that make no whole block.
@@ -436,6 +403,10 @@ class Task:
             options: of the measurement.
             measured: whether the image is what was measured: with the parts to fill in (inpaint,
                 random-pixels), small (superres), or blurred (deblur).
+
+        Returns:
+            The measurement, what it measures (1, n), and the clean image (C, H, W), or None where
+            only measurements are known.
 
         Raises:
             UserError: if an option is not the task's or not legal for the image, or no image can
@@ -447,18 +418,13 @@ class Task:
             )
         channels, height, width = image.shape
         factor = self.resolved(options).factor or 1
-        if factor > 1 and measured:
+        if measured and factor > 1:
             blocks = self.measurement((channels, height * factor, width * factor), options)
             assert isinstance(blocks, BlockAverage)
-            numbers = blocks.of_small_images(image[None])
-            return Degraded(blocks, numbers, blocks.on_gray(numbers), None)
-        if factor > 1:
-            image = image[:, : height - height % factor, : width - width % factor]
-        channels, height, width = image.shape
-        measurement = self.measurement((channels, height, width), options)
-        numbers = measurement.measure(image[None])
-        look = measurement.on_gray(numbers)
-        return Degraded(measurement, numbers, look, None if measured else image)
+            return blocks, blocks.of_small_images(image[None]), None
+        image = image[:, : height - height % factor, : width - width % factor]
+        measurement = self.measurement((channels, *image.shape[1:]), options)
+        return measurement, measurement.measure(image[None]), None if measured else image
 
 
 def _inpaint(shape: Shape, options: TaskOptions) -> Measurement:
@@ -469,48 +435,42 @@ def _inpaint(shape: Shape, options: TaskOptions) -> Measurement:
     return Pixels(shape, ~options.mask)
 
 
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        Task(
-            "inpaint",
-            "fill in the white area of a mask, or a hole in the centre of the image",
-            _inpaint,
-            takes=("mask", "share"),
-            share=0.1,
-        ),
-        Task(
-            "random-pixels",
-            "restore an image from a random share of its pixels",
-            lambda shape, options: random_pixels(shape, options.share or 0.0, options.seed),
-            takes=("share",),
-            share=0.5,
-            from_measured=False,
-        ),
-        Task(
-            "superres",
-            "super-resolution, from the means of blocks",
-            lambda shape, options: BlockAverage(shape, options.factor or 0),
-            takes=("factor",),
-            factor=2,
-        ),
-        Task(
-            "deblur",
-            "restore an image from its lowest frequencies",
-            lambda shape, options: LowPass(shape, options.share or 0.0),
-            takes=("share",),
-            share=0.25,
-        ),
-        Task(
-            "compressed",
-            "compressed sensing, from random projections",
-            lambda shape, options: Compressed(shape, options.share or 0.0, options.seed),
-            takes=("share",),
-            share=0.25,
-            from_measured=False,
-        ),
-    )
-}
+_ALL = (
+    Task(
+        "inpaint",
+        "fill in the white area of a mask, or a hole in the centre of the image",
+        _inpaint,
+        {"mask": None, "share": 0.1},
+    ),
+    Task(
+        "random-pixels",
+        "restore an image from a random share of its pixels",
+        lambda shape, options: random_pixels(shape, options.share or 0.0, options.seed),
+        {"share": 0.5},
+        from_measured=False,
+    ),
+    Task(
+        "superres",
+        "super-resolution, from the means of blocks",
+        lambda shape, options: BlockAverage(shape, options.factor or 0),
+        {"factor": 2},
+    ),
+    Task(
+        "deblur",
+        "restore an image from its lowest frequencies",
+        lambda shape, options: LowPass(shape, options.share or 0.0),
+        {"share": 0.25},
+    ),
+    Task(
+        "compressed",
+        "compressed sensing, from random projections",
+        lambda shape, options: Compressed(shape, options.share or 0.0, options.seed),
+        {"share": 0.25},
+        from_measured=False,
+    ),
+)
+
+TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 """All tasks, by name."""
 
 

@@ -25,20 +25,17 @@ In the paper a chain ends at the level :math:`\sigma_L`, with that noise on it. 
 one step with h = 1 and no noise, after which the image is the denoised one and its measurements are
 the given ones exactly.
 
-**What it samples.** The prior, or the posterior, of images, with a bias. Take a Gaussian of
-variance v along r of the N dimensions, and none along the others. At a level :math:`\sigma`, with
-:math:`\kappa = \sigma^2 / (v + \sigma^2)`, the variance along the r tends to
+**What it samples.** The prior, or the posterior, of images, with a bias to the modes. Along a
+direction of variance v the variance at a level :math:`\sigma` tends to
 
 .. math:: V = \sigma^2\, \frac{(1 - \beta h)^2 - (1 - h)^2}{1 - (1 - \kappa h)^2}
-    \quad\text{of the exact}\quad v + \sigma^2
+    \quad\text{of the exact}\quad v + \sigma^2, \qquad \kappa = \frac{\sigma^2}{v + \sigma^2},
 
 at a rate of :math:`\kappa h`, while the noise falls at a rate of :math:`\beta h`; so it stops
 changing near :math:`\sigma^2 = \beta v`. For small h the ratio is :math:`1 - \beta`; where h has
-come to 1 it is a half. As :math:`h_t` does go to 1, this is what the paper's numbers give: a
-variance of 0.57 v at :math:`h_0 = \beta = 0.01`, whose chains end nearer to the mode than samples
-should. ``largest_step`` keeps h small, for as many more steps. A second part of the bias is that
-:math:`\|f\|^2 / N = \sigma^2 (1 - \frac rN \frac{v}{v + \sigma^2})` on average, less than the
-level; that part vanishes with r / N, where images are low-dimensional.
+come to 1, as :math:`h_t` does, it is a half. ``largest_step`` keeps h small, for as many more steps
+(numbers: docs/concepts/samplers.md). A second part of the bias, that :math:`\|f\|^2 / N` is less
+than the level, vanishes where images are low-dimensional.
 """
 
 from __future__ import annotations
@@ -52,7 +49,6 @@ from torch import Tensor
 from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.noise import Sigma
-from ebmkit.sampling.annealed import DOWN_LEVELS
 from ebmkit.sampling.base import (
     Chain,
     Info,
@@ -63,6 +59,7 @@ from ebmkit.sampling.base import (
 )
 from ebmkit.sampling.entry import SamplerConfig, SamplerEntry
 from ebmkit.sampling.inverse import Measurement
+from ebmkit.sampling.langevin import DOWN_LEVELS
 from ebmkit.sampling.target import (
     HIGHEST,
     LOWEST,
@@ -178,12 +175,8 @@ def make_restorer(
 ) -> StochasticAscent:
     """The stochastic ascent under linear measurements: images that have exactly these.
 
-    Args:
-        model: a blind denoiser.
-        measurement: which numbers of an image are known.
-        measured: (B, n) or (1, n), what they are.
-        config: of the sampler.
-        c: labels, a number or (B,).
+    ``model`` is a blind denoiser, ``measured`` (B, n) or (1, n) what ``measurement`` says of the
+    images, ``c`` labels, a number or (B,).
 
     Raises:
         UserError: if the sampler cannot drive the model, or a noise level is not the model's.

@@ -94,40 +94,6 @@ class ClassGaussians:
         return out
 
 
-def draw_from_data(
-    as_they_are: bool,
-    count: int,
-    generator: torch.Generator,
-    c: Tensor | int | None,
-    data: tuple[Tensor, Tensor | None] | None,
-) -> Tensor:
-    """Starting points (count, C, H, W): images of a data set, or draws from its Gaussians.
-
-    Args:
-        as_they_are: images themselves, drawn at random; else Gaussians.
-        count: how many.
-        generator: source of what is drawn.
-        c: labels of the Gaussians, a number or (count,); None: the Gaussian of all images.
-        data: images (N, C, H, W) and labels.
-
-    Raises:
-        UserError: if data, or labels of them, are needed and not given.
-    """
-    if data is None:
-        kind = "data" if as_they_are else "class_gaussian"
-        raise UserError(f"chains start from {kind}: give images of the data set")
-    images, labels = data
-    if as_they_are:
-        at = torch.randint(len(images), (count,), generator=generator, device=generator.device)
-        return images[at.to(images.device)]
-    if c is None:
-        return ClassGaussians(images).sample(count, generator)
-    if labels is None:
-        raise UserError("the Gaussian of a label is fitted to its images: give their labels, too")
-    own = torch.as_tensor(c, device=images.device).expand(count)
-    return ClassGaussians(images, labels).sample(count, generator, own)
-
-
 class ReplayBuffer:
     """M images of float32, by class where there are labels.
 

@@ -1,11 +1,7 @@
 """Files that outlive crashes: written whole, noticed when damaged, one writer at a time."""
 
-from ebmkit.storage.commit import (
-    commit_files,
-    read_together,
-    remove_file,
-    write_atomically,
-)
+from ebmkit.storage.atomic import make_folder
+from ebmkit.storage.commit import commit_files, read_together, remove_file, write_atomically
 from ebmkit.storage.locks import Busy, held
 from ebmkit.storage.reading import DamagedFile
 
@@ -14,6 +10,7 @@ __all__ = [
     "DamagedFile",
     "commit_files",
     "held",
+    "make_folder",
     "read_together",
     "remove_file",
     "write_atomically",

@@ -101,11 +101,8 @@ def write_atomically(path: Path, content: Content) -> None:
     """
     found = _home(path)
     if found is not None:
-        try:
+        with contextlib.suppress(DamagedFile):  # the file is good nevertheless
             commit_files(found[0], {found[1]: content})
-        except DamagedFile:  # the file is good nevertheless
-            pass
-        else:
             return
     with writing(path):
         replace_file(path, content)
@@ -196,7 +193,13 @@ def _changing(root: Path) -> Iterator[Manifest]:
     """The manifest, settled, while no other process changes it."""
     lock = FileLock(root / f".{MANIFEST}.lock")
     with writing(root / MANIFEST):
-        _wait_for(lock, root)
+        try:
+            lock.acquire(timeout=PATIENCE)
+        except Timeout:
+            raise UserError(
+                f"cannot write into {str(root)!r}: another process has held its manifest for "
+                f"{PATIENCE:.0f} s; see whether one hangs"
+            ) from None
     try:
         manifest = read_manifest(root)
         if manifest is None:
@@ -206,16 +209,6 @@ def _changing(root: Path) -> Iterator[Manifest]:
         yield manifest
     finally:
         lock.release()
-
-
-def _wait_for(lock: FileLock, root: Path) -> None:
-    try:
-        lock.acquire(timeout=PATIENCE)
-    except Timeout:
-        raise UserError(
-            f"cannot write into {str(root)!r}: another process has held its manifest for "
-            f"{PATIENCE:.0f} s; see whether one hangs"
-        ) from None
 
 
 def _finish(root: Path, manifest: Manifest) -> None:

@@ -10,7 +10,8 @@ at before a byte is unpacked:
 - no chunk unpacks to more than `UNPACKED` bytes, whatever its header says;
 - text of any length, which lies in a heap that many entries may share, is read entry by entry.
 
-What remains is the library's own reading of a damaged file's structures, which is C.
+What remains is the library's own reading of a damaged file's structures, which is C. All functions
+raise a `UserError` that names the file and the array where something else is found.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ebmkit.errors import UserError
+from ebmkit.errors import UserError, first_line
 
 if TYPE_CHECKING:
     import h5py
@@ -63,9 +64,6 @@ def open_hdf5(source: Path | bytes, what: str = "") -> Iterator[h5py.File]:
     Args:
         source: path, or content.
         what: names a content in messages.
-
-    Raises:
-        UserError: if it is no HDF5 file, or damaged.
     """
     import h5py
 
@@ -82,20 +80,15 @@ def open_hdf5(source: Path | bytes, what: str = "") -> Iterator[h5py.File]:
 
 @contextlib.contextmanager
 def translate_hdf5_errors(what: str) -> Iterator[None]:
-    """Within, what h5py raises on a damaged file becomes a `UserError`.
-
-    Raises:
-        UserError: then.
-    """
+    """Within, what h5py raises on a damaged file becomes a `UserError`."""
     try:
         yield
     except UserError:
         raise
     except _BROKEN as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            f"{what} cannot be read as an HDF5 file ({reason}): it is damaged, incomplete, or "
-            "something else"
+            f"{what} cannot be read as an HDF5 file ({first_line(error)}): it is damaged, "
+            "incomplete, or something else"
         ) from None
 
 
@@ -105,11 +98,7 @@ def holds(file: h5py.File, name: str) -> bool:
 
 
 def find_array(file: h5py.File, name: str, what: str) -> h5py.Dataset | None:
-    """The array called ``name`` (with slashes), checked by `check_dataset`; None if there is none.
-
-    Raises:
-        UserError: if it is not in this file, or not a plain array.
-    """
+    """The array called ``name`` (with slashes), by `check_dataset`; None if there is none."""
     import h5py
 
     found: Any = file
@@ -133,11 +122,7 @@ def find_array(file: h5py.File, name: str, what: str) -> h5py.Dataset | None:
 
 
 def check_dataset(dataset: h5py.Dataset, what: str) -> None:
-    """Check that an array lies in its file, plainly, and that its chunks can be unpacked.
-
-    Raises:
-        UserError: if not.
-    """
+    """Check that an array lies in its file, plainly, and that its chunks can be unpacked."""
     import h5py
 
     where = f"{what}, array {dataset.name!r}"
@@ -156,7 +141,7 @@ def check_dataset(dataset: h5py.Dataset, what: str) -> None:
         raise UserError(f"{where}: it is empty")
     if len(dataset.shape) and dataset.shape[0] > MOST_ROWS:
         raise UserError(f"{where}: it has {dataset.shape[0]:,} rows, more than {MOST_ROWS:,}")
-    if dataset.chunks and _bytes(dataset.chunks, kind.itemsize) > LARGEST_CHUNK:
+    if dataset.chunks and math.prod(dataset.chunks) * kind.itemsize > LARGEST_CHUNK:
         raise UserError(
             f"{where}: its chunks {dataset.chunks} are larger than {LARGEST_CHUNK // 2**20} MiB: "
             "write it in smaller ones"
@@ -183,16 +168,16 @@ def _check_filters(filters: list[int], where: str) -> None:
 def _check_size(dataset: h5py.Dataset, filters: list[int], where: str) -> None:
     """Whether the file has the bytes for what an array claims to be."""
     item = dataset.dtype.itemsize
-    size, room = _bytes(dataset.shape, item), dataset.file.id.get_filesize()
+    size, room = math.prod(dataset.shape) * item, dataset.file.id.get_filesize()
     packer = next((code for code in filters if code in _RATIO), None)
     ratio = 1 if packer is None else _RATIO[packer]
     stored = dataset.id.get_storage_size()
     if dataset.chunks:
-        plain = _bytes(dataset.chunks, item)
+        plain = math.prod(dataset.chunks) * item
         slots = math.prod(-(-n // c) for n, c in zip(dataset.shape, dataset.chunks, strict=True))
         stored, large = _stored_chunks(dataset, slots, UNPACKED // ratio)
         for offset in large:
-            _check_chunk(dataset, offset, packer, plain, where)
+            _check_chunk(dataset, offset, filters, plain, where)
     if stored > room or size > ratio * stored + 2**20:
         raise UserError(
             f"{where}: it claims {size:,} bytes, and the file holds {min(stored, room):,} of it: "
@@ -218,20 +203,18 @@ def _stored_chunks(
 
 
 def _check_chunk(
-    dataset: h5py.Dataset, offset: tuple[int, ...], packer: int | None, plain: int, where: str
+    dataset: h5py.Dataset, offset: tuple[int, ...], filters: list[int], plain: int, where: str
 ) -> None:
     """Check that a chunk which could unpack to more than `UNPACKED` bytes does not."""
     mask, content = dataset.id.read_direct_chunk(offset)
-    plan = dataset.id.get_create_plist()
-    filters = [plan.get_filter(number)[0] for number in range(plan.get_nfilters())]
-    packed = packer is not None and not mask >> filters.index(packer) & 1
+    used = {code for i, code in enumerate(filters) if not mask >> i & 1}
     fits = len(content) <= plain + plain // 100 + 1024
-    if fits and packed and packer == _GZIP:
+    if fits and _GZIP in used:
         try:
             fits = len(zlib.decompressobj().decompress(content, UNPACKED + 1)) <= UNPACKED
         except zlib.error:
             fits = False
-    elif fits and packed:
+    elif fits and _LZF in used:
         fits = len(content) * _RATIO[_LZF] <= 2 * UNPACKED
     if not fits:
         raise UserError(
@@ -241,12 +224,8 @@ def _check_chunk(
 
 
 def read_array(dataset: h5py.Dataset, what: str) -> np.ndarray:
-    """All of an array that `find_array` gave.
-
-    Raises:
-        UserError: if it has more than `LARGEST` bytes.
-    """
-    size = _bytes(dataset.shape, dataset.dtype.itemsize)
+    """All of an array that `find_array` gave."""
+    size = math.prod(dataset.shape) * dataset.dtype.itemsize
     if size > LARGEST:
         raise UserError(
             f"{what}, array {dataset.name!r}: it has {size:,} bytes, and at most {LARGEST:,} are "
@@ -257,11 +236,7 @@ def read_array(dataset: h5py.Dataset, what: str) -> np.ndarray:
 
 
 def read_names(dataset: h5py.Dataset, what: str) -> tuple[str, ...]:
-    """Text (K,) as strings.
-
-    Raises:
-        UserError: if it is no text, or there is too much.
-    """
+    """Text (K,) as strings."""
     import h5py
 
     where = f"{what}, array {dataset.name!r}"
@@ -284,11 +259,7 @@ def read_names(dataset: h5py.Dataset, what: str) -> tuple[str, ...]:
 
 
 def read_attribute(file: h5py.File, name: str, what: str) -> Any:
-    """One number or text of the file's attributes; None if there is none of this name.
-
-    Raises:
-        UserError: if it is something else, or too long.
-    """
+    """One number or text of the file's attributes; None if there is none of this name."""
     import h5py
 
     if name not in file.attrs:
@@ -307,7 +278,3 @@ def read_attribute(file: h5py.File, name: str, what: str) -> Any:
     if isinstance(value, str) and len(value) > LONGEST_TEXT:
         raise UserError(f"{what}: its attribute {name!r} has {len(value):,} characters")
     return value
-
-
-def _bytes(shape: tuple[int, ...], item: int) -> int:
-    return math.prod(shape) * item

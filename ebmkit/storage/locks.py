@@ -76,20 +76,13 @@ def _acquire(lock: FileLock, path: Path, place: Path, advice: str) -> None:
                 time.sleep(0.1 if holder else 0.02)
                 continue
             raise Busy(f"{_sentence(place, holder)}: wait for it, or {advice}") from None
-        else:
-            return
+        return
 
 
 def _self(what: str) -> dict[str, Any]:
-    pid = os.getpid()
-    now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    return {
-        "host": platform.node(),
-        "process": pid,
-        "since": now,
-        "what": what,
-        "started": _started(pid),
-    }
+    pid, now = os.getpid(), datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    own = {"host": platform.node(), "process": pid, "since": now, "what": what}
+    return own | {"started": _started(pid)}
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -106,8 +99,7 @@ def _sentence(place: Path, holder: dict[str, Any] | None) -> str:
     if holder is None:
         return f"another process works in {str(place)!r}"
     who = f"process {holder['process']} on {str(holder.get('host'))!r}"
-    since, what = str(holder.get("since")), str(holder.get("what"))
-    return f"{who} has been {what} in {str(place)!r} since {since}"
+    return f"{who} has been {holder.get('what')} in {str(place)!r} since {holder.get('since')}"
 
 
 def _is_dead(holder: dict[str, Any]) -> bool:

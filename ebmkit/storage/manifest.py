@@ -12,9 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
 
 from ebmkit.errors import UserError
 from ebmkit.storage.atomic import PARTIAL, Content, replace_file, writing
@@ -37,7 +39,8 @@ class DamagedManifest(DamagedFile):
     """The manifest itself is not what was written."""
 
 
-class Entry(NamedTuple):
+@dataclass(frozen=True)
+class Entry:
     """What is known of a file.
 
     Attributes:
@@ -46,7 +49,7 @@ class Entry(NamedTuple):
         grows: whether bytes may follow.
     """
 
-    size: int
+    size: Annotated[int, Field(ge=0, strict=True, validation_alias="bytes")]
     sha256: str
     grows: bool = False
 
@@ -56,8 +59,18 @@ def entry_of(content: Content, grows: bool = False) -> Entry:
     return Entry(len(content), hashlib.sha256(content).hexdigest(), grows)
 
 
-@dataclass
-class Manifest:
+def _check_name(name: str) -> str:
+    """A name in a manifest, which must lie in its folder."""
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or ".." in parts or "\0" in name or "\\" in name:
+        raise ValueError(name)
+    return name
+
+
+Name = Annotated[str, AfterValidator(_check_name)]
+
+
+class Manifest(BaseModel):
     """The files of a run.
 
     Attributes:
@@ -66,9 +79,19 @@ class Manifest:
         removed: files on their way out.
     """
 
-    files: dict[str, Entry] = field(default_factory=dict)
-    pending: dict[str, str] = field(default_factory=dict)
-    removed: tuple[str, ...] = ()
+    files: dict[Name, Entry] = {}
+    pending: dict[Name, str] = {}
+    removed: tuple[Name, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Manifest:
+        if self.pending.keys() - self.files.keys() or self.files.keys() & set(self.removed):
+            raise ValueError("files that are none")
+        for name, partial in self.pending.items():
+            whole = partial.startswith(f".{PurePosixPath(name).name}.")
+            if not (whole and partial.endswith(PARTIAL)) or "/" in partial or "\0" in partial:
+                raise ValueError(partial)
+        return self
 
     def to_bytes(self) -> bytes:
         """As it is written: JSON that carries a digest of itself."""
@@ -114,14 +137,17 @@ def read_manifest(root: Path) -> Manifest | None:
     if values.pop("sha256", None) != _digest(values) or values.get("format") != FORMAT:
         raise damaged
     try:
-        files = {_checked(name): _entry(e) for name, e in values["files"].items()}
-        pending = {name: _checked_partial(name, own) for name, own in values["pending"].items()}
-        removed = tuple(_checked(name) for name in values["removed"])
-        if pending.keys() - files.keys() or files.keys() & set(removed):
-            raise damaged
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+        return Manifest.model_validate(values)
+    except ValidationError:
         raise damaged from None
-    return Manifest(files, pending, removed)
+
+
+def manifest_or_none(root: Path) -> Manifest | None:
+    """As `read_manifest`, but None also where it is damaged."""
+    try:
+        return read_manifest(root)
+    except DamagedManifest:
+        return None
 
 
 def begin_manifest(root: Path, files: Mapping[str, Entry]) -> None:
@@ -131,7 +157,7 @@ def begin_manifest(root: Path, files: Mapping[str, Entry]) -> None:
         UserError: if it cannot be written.
     """
     with writing(root / MANIFEST):
-        replace_file(root / MANIFEST, Manifest(dict(files)).to_bytes())
+        replace_file(root / MANIFEST, Manifest(files=dict(files)).to_bytes())
 
 
 def matches(content: Content, entry: Entry) -> bool:
@@ -139,39 +165,6 @@ def matches(content: Content, entry: Entry) -> bool:
     if len(content) < entry.size or (len(content) > entry.size and not entry.grows):
         return False
     return hashlib.sha256(memoryview(content)[: entry.size]).hexdigest() == entry.sha256
-
-
-def _entry(values: dict[str, Any]) -> Entry:
-    """An entry as it was written.
-
-    Raises:
-        KeyError, TypeError, ValueError: if it is none.
-    """
-    size, digest = values["bytes"], values["sha256"]
-    if type(size) is not int or size < 0 or not isinstance(digest, str):
-        raise ValueError(values)
-    return Entry(size, digest, values.get("grows") is True)
-
-
-def _checked(name: str) -> str:
-    """A name in a manifest, which must lie in its folder.
-
-    Raises:
-        ValueError: if it does not.
-    """
-    parts = PurePosixPath(name).parts  # of anything else: TypeError
-    if not parts or name.startswith("/") or ".." in parts or "\0" in name or "\\" in name:
-        raise ValueError(name)
-    return name
-
-
-def _checked_partial(name: str, partial: str) -> str:
-    expected = f".{PurePosixPath(_checked(name)).name}."
-    if "/" in partial or "\0" in partial:
-        raise ValueError(partial)
-    if not (partial.startswith(expected) and partial.endswith(PARTIAL)):
-        raise ValueError(partial)
-    return partial
 
 
 def _digest(body: Mapping[str, Any]) -> str:

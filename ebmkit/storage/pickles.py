@@ -33,7 +33,7 @@ import pickletools
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import IO, Any, Protocol, cast
+from typing import Any
 
 import torch
 
@@ -137,16 +137,6 @@ SUSPECT = frozenset(
 )
 """Names that are refused wherever they stand: what they reach elsewhere runs code."""
 
-TYPES = {
-    "DictType": dict,
-    "ListType": list,
-    "TupleType": tuple,
-    "SetType": set,
-    "FrozenSetType": frozenset,
-    "OrderedDict": OrderedDict,
-}
-"""What dill calls the types of containers."""
-
 
 def _pairs(*content: Any) -> dict[Any, Any]:
     """A dictionary, ordered, counting or with a default; ``content`` may be pairs or another."""
@@ -236,11 +226,15 @@ def _plain(name: str) -> bool:
 
 
 def _dill_type(name: Any) -> Any:
-    kind = TYPES.get(name) if isinstance(name, str) else None
-    if kind is None:
-        return Inert(f"type {name}")
-    return _Known(str(name), _pairs if issubclass(kind, dict) else _sequence(kind))
+    """What dill calls the types of containers: ``DictType``, ``OrderedDict``."""
+    kinds = {"dict": _pairs, "ordereddict": _pairs, **SEQUENCES}
+    make = kinds.get(name.removesuffix("Type").lower()) if isinstance(name, str) else None
+    return Inert(f"type {name}") if make is None else _Known(name, make)
 
+
+SEQUENCES = {kind.__name__: _sequence(kind) for kind in (list, tuple, set, frozenset)}
+
+DILL = ("dill._dill", "dill.dill")
 
 KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
     ("collections", "OrderedDict"): _pairs,
@@ -249,7 +243,7 @@ KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
     ("builtins", "dict"): _pairs,
     ("builtins", "getattr"): _attribute,
     ("builtins", "setattr"): lambda *_: Inert("nothing"),
-    **{("builtins", kind.__name__): _sequence(kind) for kind in (list, tuple, set, frozenset)},
+    **{("builtins", name): make for name, make in SEQUENCES.items()},
     ("_codecs", "encode"): _encoded,
     ("torch", "Size"): lambda content=(), *_: _whole(content),
     ("torch._utils", "_rebuild_tensor"): _tensor,
@@ -258,12 +252,9 @@ KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
     ("torch._utils", "_rebuild_parameter_with_state"): lambda data, *_: data,
     ("torch._tensor", "_rebuild_from_type_v2"): _from_type,
-    ("dill._dill", "_load_type"): _dill_type,
-    ("dill._dill", "_import_module"): _imported,
-    ("dill._dill", "_get_attr"): _attribute,
-    ("dill.dill", "_load_type"): _dill_type,
-    ("dill.dill", "_import_module"): _imported,
-    ("dill.dill", "_get_attr"): _attribute,
+    **{(module, "_load_type"): _dill_type for module in DILL},
+    **{(module, "_import_module"): _imported for module in DILL},
+    **{(module, "_get_attr"): _attribute for module in DILL},
 }
 """What is made, by module and name. Functions get what the file gives them, so they check it."""
 
@@ -337,21 +328,11 @@ COPIES = 16
 """Elements that calls may copy for each byte of the pickle, beside a million."""
 
 
-class Readable(Protocol):
-    """What is asked of a file of bytes."""
-
-    def read(self, count: int, /) -> bytes: ...
-
-    def readline(self) -> bytes: ...
-
-    def tell(self) -> int: ...
-
-
-def unpickle(file: Readable, storages: dict[str, StorageRecord] | None = None) -> Any:
+def unpickle(file: Any, storages: dict[str, StorageRecord] | None = None) -> Any:
     """The next object in ``file``, with records in place of tensors and `Inert` of all else.
 
     Args:
-        file: left behind the pickle's end.
+        file: of bytes (``read``, ``readline``, ``tell``), left behind the pickle's end.
         storages: those that are mentioned are added.
 
     Raises:
@@ -377,11 +358,9 @@ class _Machine:
         self.copied = 0
         self.bytes = 0
 
-    def run(self, file: Readable) -> Any:
+    def run(self, file: Any) -> Any:
         start = file.tell()
-        for steps, (opcode, argument, position) in enumerate(
-            pickletools.genops(cast(IO[bytes], file))
-        ):
+        for steps, (opcode, argument, position) in enumerate(pickletools.genops(file)):
             if opcode.name == "STOP":
                 return self.stack.pop()
             if steps > STEPS:
@@ -441,14 +420,10 @@ class _Machine:
                 stack.append(stack[-1])
             case "NONE" | "NEWTRUE" | "NEWFALSE":
                 stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name])
-            case "EMPTY_LIST" | "EMPTY_DICT" | "EMPTY_SET":
-                stack.append({"L": list, "D": dict, "S": set}[name[6]]())
-            case "EMPTY_TUPLE":
-                stack.append(())
-            case "LIST":
-                stack.append(self.marked())
-            case "TUPLE":
-                stack.append(tuple(self.marked()))
+            case "EMPTY_LIST" | "EMPTY_DICT" | "EMPTY_SET" | "EMPTY_TUPLE":
+                stack.append({"L": list, "D": dict, "S": set, "T": tuple}[name[6]]())
+            case "LIST" | "TUPLE":
+                stack.append({"LIST": list, "TUPLE": tuple}[name](self.marked()))
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 count = int(name[5])
                 if len(stack) < count:
@@ -481,11 +456,10 @@ class _Machine:
             case "STACK_GLOBAL":
                 attribute, module = stack.pop(), stack.pop()
                 stack.append(self.named(module, attribute))
-            case "REDUCE" | "NEWOBJ":
+            case "REDUCE" | "NEWOBJ" | "NEWOBJ_EX":
+                if name == "NEWOBJ_EX":
+                    stack.pop()  # keywords
                 args, function = stack.pop(), stack.pop()
-                stack.append(self.call(function, args))
-            case "NEWOBJ_EX":
-                _keywords, args, function = stack.pop(), stack.pop(), stack.pop()
                 stack.append(self.call(function, args))
             case "OBJ":
                 function, *parts = self.marked()

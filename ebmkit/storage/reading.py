@@ -13,7 +13,7 @@ allow:
 - no whole numbers beyond 64 bits, which no setting needs and Python may refuse to print;
 - no ``NaN`` and ``Infinity`` where ``finite`` is asked for.
 
-Everything else is a `UserError` that names the file.
+Everything else, and what cannot be read, is a `UserError` that names the file, from every function.
 """
 
 from __future__ import annotations
@@ -58,11 +58,7 @@ EXPANDED = 20_000
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[tuple[IO[bytes], int]]:
-    """The ordinary file ``path``, open to be read, and its number of bytes.
-
-    Raises:
-        UserError: if it is anything else, or cannot be read.
-    """
+    """The ordinary file ``path``, open to be read, and its number of bytes."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # before opening, for that can have effects
             raise UserError(f"{str(path)!r} is no ordinary file")
@@ -81,11 +77,7 @@ def opened(path: Path) -> Iterator[tuple[IO[bytes], int]]:
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """The content of the ordinary file ``path``, of ``most`` bytes at the most.
-
-    Raises:
-        UserError: if it is anything else, is larger or cannot be read.
-    """
+    """The content of the ordinary file ``path``, of ``most`` bytes at the most."""
     with opened(path) as (file, size):
         if size > most:
             raise UserError(
@@ -99,11 +91,7 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 
 def read_text(path: Path, most: int = JSON_BYTES) -> str:
-    """The text of ``path``; a byte order mark is left out.
-
-    Raises:
-        UserError: as `read_bytes`, or if it is not UTF-8.
-    """
+    """The text of ``path``; a byte order mark is left out."""
     return _decoded(read_bytes(path, most), repr(str(path)))
 
 
@@ -121,19 +109,12 @@ def read_json(path: Path, most: int = JSON_BYTES, finite: bool = False) -> Any:
         path: an ordinary file.
         most: bytes that it may have.
         finite: refuse numbers that are none.
-
-    Raises:
-        UserError: if it cannot be read or is no such document.
     """
     return parse_json(read_text(path, most), repr(str(path)), finite)
 
 
 def parse_json(content: str | bytes, what: str, finite: bool = False) -> Any:
-    """The value that ``content`` writes in JSON, as `read_json`; ``what`` names it in messages.
-
-    Raises:
-        UserError: if it is no JSON, or none that is read here.
-    """
+    """The value that ``content`` writes in JSON, as `read_json`; ``what`` names it in messages."""
 
     def number(digits: str) -> float:
         found = float(digits)
@@ -161,20 +142,12 @@ def parse_json(content: str | bytes, what: str, finite: bool = False) -> Any:
 
 
 def read_yaml(path: Path, most: int = YAML_BYTES) -> Any:
-    """The YAML document in ``path``.
-
-    Raises:
-        UserError: if it cannot be read or is no such document.
-    """
+    """The YAML document in ``path``."""
     return parse_yaml(read_text(path, most), repr(str(path)))
 
 
 def parse_yaml(content: str | bytes, what: str) -> Any:
-    """The value that ``content`` writes in YAML; ``what`` names it in messages.
-
-    Raises:
-        UserError: if it is no YAML, or none that is read here.
-    """
+    """The value that ``content`` writes in YAML; ``what`` names it in messages."""
     text = _decoded(content, what) if isinstance(content, bytes) else content
     if len(text) > YAML_BYTES:
         raise UserError(f"{what} is not YAML that is read here: it has {len(text)} characters")
@@ -197,11 +170,7 @@ def parse_yaml(content: str | bytes, what: str) -> Any:
 
 
 def _expanded(node: yaml.Node, what: str, known: dict[int, int], depth: int) -> int:
-    """How many values ``node`` stands for, its aliases written out.
-
-    Raises:
-        UserError: if those are too many, too deep, without end, or one has a name twice.
-    """
+    """How many values ``node`` stands for, its aliases written out."""
     if isinstance(node, yaml.ScalarNode) and len(node.value) > DIGITS and "str" not in node.tag:
         raise UserError(f"{what} holds a value of {len(node.value)} characters that is no text")
     if depth > DEPTH or known.get(id(node), 1) == 0:  # 0: it is within itself
@@ -264,15 +233,11 @@ def _twice(what: str, name: str) -> NoReturn:
 
 
 def check_links(folder: Path, home: Path | None = None) -> None:
-    """Whether no link in ``folder``, which may be one itself, leads out of it.
+    """Whether no link in ``folder``, which may be one itself, leads out of it, to others' files.
 
     Args:
         folder: whose files are to be read or written.
         home: what links may not lead out of; None: the folder.
-
-    Raises:
-        UserError: naming the first that does: reading it would read, and writing through it would
-            change, what is none of the folder's.
     """
     start = os.path.realpath(folder)
     root = os.path.realpath(home) if home else start

@@ -8,7 +8,8 @@ A safetensors file is the length of a header, the header in JSON, and bytes::
     rest     the tensors' bytes, without holes
 
 The library checks types, shapes and places against the bytes. It takes the last of two entries of
-one name, headers of 100 MB, and shapes of any number of dimensions: these are refused here.
+one name, headers of 100 MB, and shapes of any number of dimensions: these are refused here, as a
+`DamagedFile`.
 
 A configuration of a few bytes may ask for a network of any number of parameters. Within
 `LimitedSize` the functions of torch that make tensors are counted before they take any memory.
@@ -48,9 +49,6 @@ def parse_tensors(content: bytes, path: Path) -> tuple[dict[str, Tensor], dict[s
     Args:
         content: all of it.
         path: names it in messages.
-
-    Raises:
-        DamagedFile: if the file is not such as its header says.
     """
     length = int.from_bytes(content[:8], "little")
     if len(content) < 8 or length > len(content) - 8:
@@ -73,12 +71,7 @@ def parse_tensors(content: bytes, path: Path) -> tuple[dict[str, Tensor], dict[s
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """`parse_tensors` of the file ``path``.
-
-    Raises:
-        UserError: if it cannot be read.
-        DamagedFile: as `parse_tensors`.
-    """
+    """`parse_tensors` of the file ``path``."""
     return parse_tensors(read_bytes(path, LARGEST_FILE), path)
 
 
@@ -96,11 +89,7 @@ _COUNTED = frozenset((torch.arange, torch.linspace))
 
 
 class LimitedSize(TorchFunctionMode):
-    """Within, ``tensors`` of ``elements`` in all can be made by their sizes, and some more.
-
-    Raises:
-        UserError: where more are asked for.
-    """
+    """Within, ``tensors`` of ``elements`` in all can be made by their sizes, and some more."""
 
     def __init__(self, elements: int, tensors: int) -> None:
         super().__init__()

@@ -32,14 +32,7 @@ import torch
 from torch import Tensor
 
 from ebmkit.errors import UserError, plain
-from ebmkit.storage.pickles import (
-    Damaged,
-    Readable,
-    Refusal,
-    StorageRecord,
-    TensorRecord,
-    unpickle,
-)
+from ebmkit.storage.pickles import Damaged, Refusal, StorageRecord, TensorRecord, unpickle
 from ebmkit.storage.reading import MIB, opened
 from ebmkit.storage.tensors import read_tensors
 
@@ -69,11 +62,7 @@ NESTED = ("model_state_dict", "state_dict", "params", "model", "net")
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors in a ``.pth`` or ``.safetensors`` file, by name.
-
-    Raises:
-        UserError: if it cannot be read, asks for what may run code, or holds no state dict.
-    """
+    """The tensors in a ``.pth`` or ``.safetensors`` file, by name."""
     if path.suffix == ".safetensors":
         return read_tensors(path)[0]
     content = read_torch_file(path)
@@ -91,21 +80,13 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def read_torch_file(path: Path) -> Any:
-    """The content of ``path``, tensors on the CPU; other objects are placeholders.
-
-    Raises:
-        UserError: if it cannot be read, is no such file, or asks for what could run code.
-    """
+    """The content of ``path``, tensors on the CPU; other objects are placeholders."""
     with opened(path) as (file, size):
         return _read(_Bounded(file, size), path)
 
 
 def read_torch_content(content: bytes, path: Path) -> Any:
-    """`read_torch_file` of a file that is read already; ``path`` names it in messages.
-
-    Raises:
-        UserError: as `read_torch_file`.
-    """
+    """`read_torch_file` of a file that is read already; ``path`` names it in messages."""
     return _read(_Bounded(io.BytesIO(content), len(content)), path)
 
 
@@ -190,12 +171,7 @@ def _read_zip(whole: _Bounded) -> Any:
 
 
 def _check_entries(entries: list[zipfile.ZipInfo], size: int) -> None:
-    """Whether the entries of a zip of ``size`` bytes are such as `torch.save` writes.
-
-    Raises:
-        Damaged: if they are compressed, encrypted, lie over each other, have one name or a name
-            that leads elsewhere, or are links.
-    """
+    """Whether the entries of a zip of ``size`` bytes are such as `torch.save` writes."""
     if len({entry.filename for entry in entries}) < len(entries):
         raise Damaged("two of its entries have one name")
     if sum(entry.file_size for entry in entries) > size:
@@ -218,12 +194,8 @@ def _entry(archive: zipfile.ZipFile, name: str, most: int) -> bytes:
     return archive.read(name)
 
 
-def _fill(data: torch.Tensor, file: Readable) -> None:
-    """Read as many bytes as ``data`` (n,) uint8 has into it.
-
-    Raises:
-        Damaged: if there are fewer.
-    """
+def _fill(data: torch.Tensor, file: Any) -> None:
+    """Read as many bytes as ``data`` (n,) uint8 has into it."""
     into = data.numpy().data
     for start in range(0, len(into), CHUNK):
         part = file.read(min(CHUNK, len(into) - start))

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from ebmkit.errors import UserError
-from ebmkit.storage.atomic import PARTIAL
-from ebmkit.storage.commit import commit_files, read_entered
+from ebmkit.storage.atomic import PARTIAL, free_name
+from ebmkit.storage.commit import commit_files, read_entered, recover
 from ebmkit.storage.manifest import (
     FOLDERS,
     MANIFEST,
+    DamagedManifest,
     Entry,
     Manifest,
+    begin_manifest,
     entry_of,
     read_manifest,
 )
@@ -61,8 +64,14 @@ def verify_run(root: Path) -> list[Finding]:
     found = []
     for name in sorted(manifest.files.keys() | set(_names(root))):
         finding = _look(root, name, manifest)
-        if finding is not None and finding.state != "whole":
-            finding = _look_again(root, name)
+        for _ in range(ATTEMPTS):
+            if finding is None or finding.state == "whole":
+                break
+            before = _manifest(root)
+            finding = _look(root, name, before)
+            if _said(before, name) == _said(_manifest(root), name):
+                break
+            time.sleep(0.05)
         if finding is not None:
             found.append(finding)
     return found
@@ -83,6 +92,37 @@ def accept_files(root: Path, names: Iterable[str]) -> None:
     commit_files(root, contents)
 
 
+def put_in_order(root: Path, growing: Iterable[str] = ()) -> None:
+    """Settle what was being written in ``root``, and remove what killed processes left.
+
+    To be called by the process that holds the folder. A manifest that is damaged, or missing beside
+    checkpoints, is made anew of the files as they are, with a warning; those in ``growing`` grow.
+
+    Raises:
+        UserError: if one of the run's own folders is a link out of it.
+    """
+    for path in (root / name for name in FOLDERS):
+        if path.is_symlink() and not path.resolve().is_relative_to(root.resolve()):
+            raise UserError(
+                f"{str(path)!r} is a link out of the run, which is not followed to write: link the "
+                "whole run folder instead"
+            )
+    manifest, damage = None, f"{str(root / MANIFEST)!r} is missing"
+    try:
+        manifest = read_manifest(root)
+        damaged = manifest is None and any((root / "checkpoints").glob("step-*.pt"))
+    except DamagedManifest as error:
+        damage, damaged = str(error), True
+        (root / MANIFEST).rename(free_name(root / f"{MANIFEST}.damaged"))
+    if damaged:
+        warnings.warn(f"{damage}; it is made anew of the files as they are", stacklevel=3)
+    if manifest is None:
+        begin_manifest(root, files_of(root, growing))
+    recover(root)
+    for path in stale_temporary_files(root):
+        path.unlink(missing_ok=True)
+
+
 def files_of(root: Path, growing: Iterable[str] = ()) -> dict[str, Entry]:
     """Entries of all files that lie in ``root`` and its own folders, as they are."""
     grow = set(growing)
@@ -100,23 +140,6 @@ def stale_temporary_files(root: Path) -> Iterator[Path]:
     for path in (root / "evaluation").rglob(f".*{PARTIAL}"):
         if now - path.stat().st_mtime > OLD:
             yield path
-
-
-def _look_again(root: Path, name: str) -> Finding | None:
-    """What is found of a file while the manifest says the same of it."""
-    finding = None
-    for attempt in range(ATTEMPTS):
-        if attempt:
-            time.sleep(0.05)
-        before = _manifest(root)
-        finding = _look(root, name, before)
-        if (
-            finding is None
-            or finding.state == "whole"
-            or _said(before, name) == _said(_manifest(root), name)
-        ):
-            break
-    return finding
 
 
 def _look(root: Path, name: str, manifest: Manifest) -> Finding | None:

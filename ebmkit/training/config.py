@@ -22,7 +22,7 @@ from ebmkit.models import ModelConfig
 from ebmkit.models.config import find_network
 from ebmkit.models.heads import find_head
 from ebmkit.objectives import BALANCE, OBJECTIVES, ObjectiveConfig, TermSettings, parse_objective
-from ebmkit.objectives.diffusion import DiffusionConfig
+from ebmkit.objectives.base import mapping_at
 from ebmkit.objectives.likelihood import NegativesConfig
 from ebmkit.plugins import Plugin, check_plugins, loaded_plugins
 from ebmkit.registry import find
@@ -32,8 +32,13 @@ from ebmkit.training.recipes import RECIPES, recipe_for
 MOST_KEYS = 20
 """Names in a key, as of optimizer.lr two."""
 
-RATES = {"adamw": 3e-4, "muon": 1e-2, "sgd": 0.1}
-"""Initial learning rates of the kinds of optimiser, where none is set."""
+DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
+    ("kind", "adamw"): {"lr": 3e-4},
+    ("kind", "muon"): {"lr": 1e-2, "momentum": 0.95, "adamw_lr": 3e-3, "nesterov": True},
+    ("kind", "sgd"): {"lr": 0.1},
+    ("schedule", "warmup-stable-decay"): {"decay_share": 0.2},
+}
+"""Setting of an optimiser and its value -> what others are then by default."""
 
 OF_A_RUN = {"dataset", "backbone", "head", "model", "objective", "streams", "optimizer", "steps"}
 """Fields by which a run's whole configuration is known."""
@@ -182,33 +187,11 @@ class OptimizerConfig(_Config):
     @classmethod
     def _fill(cls, values: Any) -> Any:
         """Defaults that depend on what else is set."""
-        if not isinstance(values, Mapping):
-            return values
-        filled = dict(values)
-        kind = filled.get("kind")
-        if isinstance(kind, str) and kind in RATES:
-            filled.setdefault("lr", RATES[kind])
-        if kind == "muon":
-            filled.setdefault("momentum", 0.95)
-            _default(filled, adamw_lr=3e-3, nesterov=True)
-        if filled.get("schedule") == "warmup-stable-decay":
-            _default(filled, decay_share=0.2)
-        return filled
-
-    def idle(self) -> dict[str, str]:
-        """Fields that are set and do nothing beside the others -> the setting that uses them."""
-        found = {}
-        for name, (setting, at) in USED_BY.items():
-            chosen = getattr(self, setting)
-            used = chosen in at if isinstance(at, tuple) else chosen is not None
-            if not used and getattr(self, name) != type(self).model_fields[name].default:
-                found[name] = f"{setting}={' or '.join(at)}" if isinstance(at, tuple) else at
-        return found
-
-
-def _default(values: dict[str, Any], **defaults: Any) -> None:
-    """Set what is not there, or None."""
-    values |= {name: value for name, value in defaults.items() if values.get(name) is None}
+        filled = dict(values) if isinstance(values, Mapping) else {}
+        for (setting, at), defaults in DEFAULTS.items():
+            if filled.get(setting) == at:
+                filled |= {n: value for n, value in defaults.items() if filled.get(n) is None}
+        return filled or values
 
 
 class StreamsConfig(_Config):
@@ -324,7 +307,7 @@ def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfi
     for layer in layers:
         check_plugins(layer.get("plugins", ()), "this run")
     base = find("recipe", RECIPES, recipe).config if recipe else {}
-    dataset = _dataset_name(merge(base, *layers))
+    dataset = str(mapping_at(merge(base, *layers), "dataset").get("name", "digits"))
     if not base and not any(layer.keys() >= OF_A_RUN for layer in layers):
         base = recipe_for(dataset, str(merge(*layers).get("objective", "")))
     named = [layer["backbone"] for layer in layers if "backbone" in layer]
@@ -337,7 +320,7 @@ def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfi
         for i, own in enumerate(expanded, 1)
     )
     raw = merge(start, *expanded)
-    raw = merge(raw, _diffusion_settings(raw, merge(*expanded)))
+    raw = merge(raw, _implied(raw, merge(*expanded)))
     raw["plugins"] = [plugin.model_dump() for plugin in loaded_plugins()]
     config = validated(TrainConfig, raw, "configuration")
     _check_used(config, merge(*(own for own in (start, *expanded) if not own.keys() >= OF_A_RUN)))
@@ -387,26 +370,35 @@ def _fitting_network(recipe: Mapping[str, Any], name: str) -> dict[str, Any]:
 def _check_used(config: TrainConfig, given: Mapping[str, Any]) -> None:
     """Refuse what would do nothing in the optimiser.
 
-    Args:
-        config: the resolved configuration.
-        given: the layers below it, but for whole configurations of runs: those of earlier versions
-            may hold such settings.
+    ``given`` are the layers below ``config``, but for whole configurations of runs: those of
+    earlier versions may hold such settings.
 
     Raises:
         UserError: naming the first field.
     """
-    own = given.get("optimizer", {})
-    for name, needed in config.optimizer.idle().items():
-        if name in own:
+    for name, (setting, at) in USED_BY.items():
+        chosen, value = getattr(config.optimizer, setting), getattr(config.optimizer, name)
+        used = chosen in at if isinstance(at, tuple) else chosen is not None
+        idle = not used and value != OptimizerConfig.model_fields[name].default
+        if idle and name in given.get("optimizer", {}):
+            needed = f"{setting}={' or '.join(at)}" if isinstance(at, tuple) else at
             raise UserError(
-                f"optimizer.{name} = {shown(getattr(config.optimizer, name))} does nothing here: "
-                f"leave it out, or set optimizer.{needed}"
+                f"optimizer.{name} = {shown(value)} does nothing here: leave it out, or set "
+                f"optimizer.{needed}"
             )
 
 
-def _dataset_name(raw: Mapping[str, Any]) -> str:
-    named = raw.get("dataset", {})
-    return str(named.get("name", "digits")) if isinstance(named, Mapping) else "digits"
+def _implied(raw: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What follows from the objectives of a configuration (`Objective.implies`)."""
+    objective, streams = raw.get("objective"), mapping_at(raw, "draw_from")
+    terms = parse_objective(objective) if isinstance(objective, str) else ()
+    return merge(
+        *(
+            term.objective.implies(raw, given, streams.get(term.name, term.objective.stream))
+            for term in terms
+            if term.objective.implies is not None
+        )
+    )
 
 
 def _terms_apart(layer: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -451,15 +443,8 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
         nested: Any = parse_yaml(value, f"the value of --set {shown(text)}")
         for part in reversed(keys):
             nested = {part: nested}
-        own = (result.get("objective"), nested.get("objective"))
-        if {type(value) for value in own} == {str, dict}:  # a name, and settings of its terms
-            result, nested = ({**m, "objective": _named(m["objective"])} for m in (result, nested))
-        result = merge(result, nested)
+        result = merge(result, _terms_apart(nested))
     return result
-
-
-def _named(objective: str | dict[str, Any]) -> dict[str, Any]:
-    return {"name": objective} if isinstance(objective, str) else objective
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -474,72 +459,6 @@ def read_config(path: Path) -> dict[str, Any]:
             f"configuration {str(path)!r} must hold fields, as a run's config.yaml does"
         )
     return values
-
-
-def _diffusion_settings(raw: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """What follows from objective ``ddpm``, to lay over a configuration; nothing without it.
-
-    Its schedule is said once, as ``objective.ddpm.schedule``. The noise law of its stream draws the
-    levels of that schedule, and a UNet is told the timesteps of it; whether the UNet knows labels
-    follows from ``objective.ddpm.class_dropout``.
-
-    Args:
-        raw: the whole configuration, before it is validated.
-        given: what was said beside the recipe.
-
-    Raises:
-        UserError: if something else was said.
-    """
-    objective = raw.get("objective")
-    named = parse_objective(objective) if isinstance(objective, str) else ()
-    if "ddpm" not in {term.name for term in named}:
-        return {}
-    defaults = DiffusionConfig()
-    own = _at(raw, "terms", "ddpm")
-    schedule = own.get("schedule", defaults.schedule)
-    conditional = own.get("class_dropout", defaults.class_dropout) is not None
-    draws = raw.get("draw_from")
-    stream = draws.get("ddpm", "denoise") if isinstance(draws, Mapping) else "denoise"
-    law = {"kind": "diffusion", "schedule": schedule}
-    for field, value in _at(given, "streams", stream, "noise").items():
-        if field in law and value != law[field]:
-            raise UserError(
-                f"objective 'ddpm' trains at the noise levels of its schedule, {schedule}, and "
-                f"streams.{stream}.noise.{field} is {value!r}: leave that out and choose by "
-                "objective.ddpm.schedule, or take --objective dsm-mean, which has any noise"
-            )
-    found: dict[str, Any] = {"streams": {stream: {"noise": law}}}
-    if _at(raw, "model", "backbone").get("kind") == "unet":
-        network = {"schedule": schedule, "class_conditional": conditional}
-        if conditional:
-            network["null_label"] = True
-        says = {
-            "schedule": f"objective.ddpm.schedule={schedule}",
-            "class_conditional": "objective.ddpm.class_dropout",
-            "null_label": "objective.ddpm.class_dropout",
-            "timesteps": "the noise law, which has 1000",
-            "image_range": "the noise law, which is of images in [-1, 1]",
-            "betas": "the noise law",
-        }
-        fixed = network | {"timesteps": 1000, "image_range": [-1, 1], "betas": [1e-4, 0.02]}
-        for field, value in _at(given, "model", "backbone").items():
-            if field in fixed and _plain(value) != _plain(fixed[field]):
-                raise UserError(
-                    f"model.backbone.{field} = {value!r} contradicts {says[field]}: leave it out"
-                )
-        found["model"] = {"backbone": network}
-    return found
-
-
-def _at(values: Any, *path: str) -> Mapping[str, Any]:
-    """The mapping at ``path``; empty where there is none."""
-    for key in path:
-        values = values.get(key) if isinstance(values, Mapping) else None
-    return values if isinstance(values, Mapping) else {}
-
-
-def _plain(value: Any) -> Any:
-    return [float(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, Any, Any] | None:

@@ -48,6 +48,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
+from operator import add
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -231,36 +232,25 @@ def _batch(loss: TrainingLoss, stream: str, shape: tuple[int, int, int, int]) ->
     return batch
 
 
-@dataclass(frozen=True)
-class Effort:
-    """What a training step does beside the gradient of one loss.
-
-    Attributes:
-        gradients: how often the gradient is taken; 2 for sharpness-aware minimisation.
-        update_flops: FLOPs of the optimiser's matrix products.
-    """
-
-    gradients: int = 1
-    update_flops: int = 0
-
-
-def step_flops(loss: TrainingLoss, shapes: Shapes, effort: Effort | None = None) -> dict[str, int]:
+def step_flops(
+    loss: TrainingLoss, shapes: Shapes, gradients: int = 1, update_flops: int = 0
+) -> dict[str, int]:
     """FLOPs of forward and backward by objective; those of one stream, which share work, together.
 
     Activation checkpointing counts as often as it computes. A Langevin step, and a step of an
-    attack, is a forward pass and one vjp to the image, about 2 forward passes.
+    attack, is a forward pass and one vjp to the image, about 2 forward passes. The last two
+    arguments are those of `Budget`.
 
     Returns:
         Names joined by + -> FLOPs, as ``{"ce": ..., "dsm+cdsm": ...}``; what negatives take is
         called "20 Langevin steps", attacks "7 attack steps", and Muon's products "optimiser".
     """
-    effort = effort or Effort()
     flops = {}
     for stream in loss.streams:
         own = copy.copy(loss)
         own.terms = tuple(term for term in loss.terms if loss.stream_of[term.name] == stream)
         names = "+".join(term.name for term in own.terms)
-        flops[names] = effort.gradients * trace_step(own, shapes).flops
+        flops[names] = gradients * trace_step(own, shapes).flops
         for extra in (term.objective.extra_passes for term in own.terms):
             if extra is not None:
                 of: Literal["score", "posteriors"] = "posteriors" if extra.of_labels else "score"
@@ -268,8 +258,8 @@ def step_flops(loss: TrainingLoss, shapes: Shapes, effort: Effort | None = None)
                 if extra.forwards:
                     taken += extra.forwards * network_flops(loss.model, shapes[stream])
                 flops[extra.name] = flops.get(extra.name, 0) + taken
-    if effort.update_flops:
-        flops["optimiser"] = effort.update_flops
+    if update_flops:
+        flops["optimiser"] = update_flops
     return flops
 
 
@@ -359,20 +349,16 @@ class StepCost:
         memory = memory.replace("optimizer", "optimiser")
         return [
             ("parameters", f"{self.parameters:,}"),
-            *((text, format_flops(count) + "FLOP a step") for text, count in self.stages.items()),
+            *((text, with_prefix(count) + "FLOP a step") for text, count in self.stages.items()),
             *(
-                (name if name.endswith("steps") else f"{name} step", format_flops(n) + "FLOP")
+                (name if name.endswith("steps") else f"{name} step", with_prefix(n) + "FLOP")
                 for name, n in self.flops.items()
             ),
-            (f"all {self.steps:,} steps", format_flops(self.run_flops) + "FLOP"),
+            (f"all {self.steps:,} steps", with_prefix(self.run_flops) + "FLOP"),
             ("memory", f"{format_bytes(self.memory.total)} ({memory})"),
-            ("matrix rate", format_flops(self.rate) + "FLOP/s"),
+            ("matrix rate", with_prefix(self.rate) + "FLOP/s"),
             ("time at that rate", format_seconds(self.least_seconds)),
         ]
-
-
-_MEMORIES: dict[object, Memory] = {}
-"""What was counted in this process, by all that the count depends on."""
 
 
 @dataclass(frozen=True)
@@ -385,9 +371,8 @@ class Budget:
         states: numbers that the optimiser keeps of each parameter.
         accumulate: parts that each batch is split into.
         processes: how many share each batch.
-        effort: what a step does beside one gradient.
-        described: configurations of run and model as text, device included. A process counts the
-            memory of a step once for each; None: each time, as for a model composed by hand.
+        gradients: how often a step takes the gradient; 2 for sharpness-aware minimisation.
+        update_flops: FLOPs of the optimiser's matrix products.
     """
 
     loss: TrainingLoss
@@ -395,8 +380,9 @@ class Budget:
     states: int | Fraction = ADAMW_STATES
     accumulate: int = 1
     processes: int = 1
-    effort: Effort | None = None
-    described: str | None = None
+    gradients: int = 1
+    update_flops: int = 0
+    _memories: dict[object, Memory] = field(default_factory=dict, init=False)
 
     @property
     def device(self) -> torch.device:
@@ -405,12 +391,10 @@ class Budget:
 
     def memory(self, shapes: Shapes) -> Memory:
         """Memory of a step of ``shapes``."""
-        if self.described is None:
-            return step_memory(self.loss, shapes, self.states, self.accumulate)
-        key = (self.described, tuple(shapes.items()), self.states, self.accumulate)
-        if key not in _MEMORIES:
-            _MEMORIES[key] = step_memory(self.loss, shapes, self.states, self.accumulate)
-        return _MEMORIES[key]
+        key = tuple(shapes.items())
+        if key not in self._memories:
+            self._memories[key] = step_memory(self.loss, shapes, self.states, self.accumulate)
+        return self._memories[key]
 
     def cost(self, steps: int, first: int = 0) -> StepCost:
         """What steps ``first`` .. ``steps`` - 1 cost: counted, but for the device's matrix rate."""
@@ -420,7 +404,7 @@ class Budget:
             for stage, shapes in self.plan
         ]
         plan = [(stage, shapes) for stage, shapes in cut if stage.start < stage.stop]
-        counts = [step_flops(loss, shapes, self.effort) for _, shapes in plan]
+        counts = [step_flops(loss, own, self.gradients, self.update_flops) for _, own in plan]
         lengths = [stage.stop - stage.start for stage, _ in plan]
         total = sum(lengths)
         mean = {
@@ -494,12 +478,9 @@ class Budget:
     def too_large(
         self, shapes: Shapes, limit: int, fields: Mapping[str, str] | None = None
     ) -> UserError:
-        """The error for a step of ``shapes`` for which the memory does not suffice.
+        """The error for a step of ``shapes`` that does not fit; arguments as of `largest_batch`.
 
-        Args:
-            shapes: images of each stream, for this process.
-            limit: bytes for the whole step, parameters and optimiser included.
-            fields: stream -> configuration of its sizes; by default ``streams.NAME``.
+        ``fields`` names the configuration of each stream's sizes, by default ``streams.NAME``.
         """
         fields = fields or {name: f"streams.{name}" for name in self.loss.streams}
         problem = (
@@ -529,11 +510,8 @@ class Budget:
     def out_of_memory(self, held: int, step: int = 0) -> UserError:
         """The error for a step that ran out of memory; it says how large a batch would fit.
 
-        To be asked when nothing of the step is referred to any more, its exception included.
-
-        Args:
-            held: bytes of parameters and optimiser states, which are there already.
-            step: of the run.
+        To be asked when nothing of ``step`` is referred to any more, its exception included;
+        ``held`` are the bytes of parameters and optimiser states, which are there already.
         """
         stage, shapes = next(own for own in reversed(self.plan) if own[0].start <= step)
         gc.collect()
@@ -556,6 +534,10 @@ class Stretch(NamedTuple):
     seconds: float
     data: float
     stage: int
+
+    def __add__(self, other: Stretch) -> Stretch:  # type: ignore[override]
+        sums = self.steps + other.steps, self.seconds + other.seconds, self.data + other.data
+        return Stretch(*sums, self.stage)
 
 
 class Stopwatch:
@@ -582,18 +564,14 @@ class Stopwatch:
         self._data += data_seconds
 
     def stop(self, stage: int = 0) -> float:
-        """End the stretch and begin another; seconds per step of the one that ended.
-
-        Args:
-            stage: of the run, that all of its steps were in.
-        """
+        """End the stretch, all in one ``stage``, and begin another; the seconds per step of it."""
         seconds, steps = time.perf_counter() - self._begun, max(1, self._steps)
         self.stretches.append(Stretch(steps, seconds, self._data, stage))
         if len(self.stretches) > MOST_STRETCHES:  # put neighbours together, but for the first
             self.stretches = [
-                _joined(own)
-                for first, *rest in self._by_stage().values()
-                for own in [[first], *(rest[i : i + 2] for i in range(0, len(rest), 2))]
+                own
+                for first, *rest in self._by_stage()
+                for own in (first, *map(add, rest[::2], rest[1::2]), *rest[len(rest) & ~1 :])
             ]
         self.restart()
         return seconds / steps
@@ -602,29 +580,21 @@ class Stopwatch:
     def seconds(self) -> float:
         """Seconds of a step: the median in each stage, averaged over the steps of the stages."""
         total = steps = 0.0
-        for stage, own in self._by_stage().items():
-            length = self.lengths[stage] if self.lengths else sum(s.steps for s in own)
-            settled = own[1:] or own
-            total += length * statistics.median(s.seconds / s.steps for s in settled)
+        for own in self._by_stage():
+            length = self.lengths[own[0].stage] if self.lengths else sum(s.steps for s in own)
+            total += length * statistics.median(s.seconds / s.steps for s in own[1:] or own)
             steps += length
         return total / steps
 
     @property
     def data_share(self) -> float:
         """Share of the time that the host waited for data, 0 to 1."""
-        settled = [s for own in self._by_stage().values() for s in own[1:] or own]
+        settled = [s for own in self._by_stage() for s in own[1:] or own]
         return sum(s.data for s in settled) / sum(s.seconds for s in settled)
 
-    def _by_stage(self) -> dict[int, list[Stretch]]:
-        found: dict[int, list[Stretch]] = {}
-        for stretch in self.stretches:
-            found.setdefault(stretch.stage, []).append(stretch)
-        return found
-
-
-def _joined(own: Sequence[Stretch]) -> Stretch:
-    steps, seconds, data = (sum(column) for column in list(zip(*own, strict=True))[:3])
-    return Stretch(int(steps), seconds, data, own[0].stage)
+    def _by_stage(self) -> list[list[Stretch]]:
+        stages = dict.fromkeys(s.stage for s in self.stretches)
+        return [[s for s in self.stretches if s.stage == stage] for stage in stages]
 
 
 @dataclass(frozen=True)
@@ -662,8 +632,8 @@ class RunStats:
             f"{format_seconds(self.step_seconds)} a step ({self.data_share:.1%} of it for data), "
             f"{self.images_per_s:,.0f} images/s, "
             f"peak memory {format_bytes(self.peak_memory)}, "
-            f"{format_flops(sum(self.flops.values()))}FLOP a step: {self.share:.0%} of the matrix "
-            f"rate of {self.processes} x {self.device} ({format_flops(self.matrix_rate)}FLOP/s "
+            f"{with_prefix(sum(self.flops.values()))}FLOP a step: {self.share:.0%} of the matrix "
+            f"rate of {self.processes} x {self.device} ({with_prefix(self.matrix_rate)}FLOP/s "
             f"in {self.precision})"
         )
 
@@ -672,19 +642,15 @@ def format_bytes(count: float) -> str:
     """``count`` bytes as people read them, in powers of 1000.
 
     >>> format_bytes(1.57e9)
-    '1.6 GB'
+    '1.57 GB'
     """
-    for unit in ("B", "kB", "MB"):
-        if abs(count) < 999.5:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
+    return f"{with_prefix(count)}B"
 
 
-def format_flops(count: float) -> str:
-    """``count`` with a prefix, to be followed by FLOP or FLOP/s.
+def with_prefix(count: float) -> str:
+    """``count`` with a prefix, to be followed by a unit, as FLOP.
 
-    >>> format_flops(6.71e16)
+    >>> with_prefix(6.71e16)
     '67.1 P'
     """
     for prefix in ("", "k", "M", "G", "T", "P"):

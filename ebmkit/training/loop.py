@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
 import torch
-from torch import nn
 
 from ebmkit.compile import make_inference
 from ebmkit.compute import describe, peak_memory, pick_device
@@ -41,7 +40,7 @@ from ebmkit.objectives.loss import check_labels
 from ebmkit.randomness import keyed_seed
 from ebmkit.training import nonfinite
 from ebmkit.training.config import TrainConfig
-from ebmkit.training.cost import Budget, Effort, RunStats, Stopwatch
+from ebmkit.training.cost import Budget, RunStats, Stopwatch
 from ebmkit.training.optim import (
     SAM,
     exponential_average,
@@ -67,15 +66,6 @@ from ebmkit.training.state import SkippedSamples, TrainingState
 from ebmkit.training.step import OutOfMemory, StepStats, TrainingStep, translate_out_of_memory
 from ebmkit.training.validation import Validation
 
-DROPOUTS = (
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.AlphaDropout,
-    nn.FeatureAlphaDropout,
-)
-
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -100,15 +90,6 @@ class Stop:
 
     def __call__(self) -> bool:
         return self.signal is not None
-
-
-def exit_code(signum: int | None) -> int:
-    """What a process ends with that a signal stopped: 128 and its number, as shells have it.
-
-    130 for Ctrl-C, 143 for a request to terminate (also where only another process was asked), 129
-    for a terminal that was closed.
-    """
-    return 128 + (signal.SIGTERM if signum is None else signum)
 
 
 @contextmanager
@@ -241,12 +222,11 @@ class Trainer:
         for name, negatives in chains.items():
             self.rollback = Rollback(config.watch, name, negatives, self.state)
         self.validator: Validation | None = None
-        measured = make_loss(model, config, training=False)
+        measured = make_loss(self.trained, config, training=False).to(device)
         if self.validation is not None and len(self.validation) and measured.terms:
             laws = {name: config.stream(name) for name in measured.streams}
             classifies = self.card.classifies
             self.validator = Validation(measured, self.validation, laws, classifies, device, world)
-        self._drops = any(isinstance(m, DROPOUTS) and m.p > 0 for m in model.modules())
 
     @property
     def step(self) -> int:
@@ -279,7 +259,8 @@ class Trainer:
         self.model.train()
         alone = self.world.size == 1  # several agree on where to stop by reading
         holding = nullcontext() if self.run is None else self.run.held()
-        with translate_worker_errors(self._where_saved), holding, stop_requested() as stop:
+        where_saved = (lambda: "") if self.run is None else self.run.where_saved
+        with translate_worker_errors(where_saved), holding, stop_requested() as stop:
             while self.step < config.steps:
                 self._advance(batches, stop())
                 log, validate, save = (
@@ -378,7 +359,7 @@ class Trainer:
     def rate_at(self, step: int) -> float:
         """The learning rate of ``step``, counted from 0."""
         rate = learning_rate(self.config.optimizer, step, self.config.steps)
-        return rate if self.rollback is None else self.rollback.learning_rate(rate)
+        return rate if self.rollback is None else rate * self.rollback.monitor.mitigations.rate
 
     def report(self, row: dict[str, Any], written: bool = False) -> None:
         """Write a row of metrics, unless it is ``written``, and show it."""
@@ -411,9 +392,7 @@ class Trainer:
     def diagnose(self, step: int, stats: StepStats) -> dict[str, Any]:
         """What is found of ``step``, counted from 1, in all processes, which must call together.
 
-        Args:
-            step: the parameters are those before it.
-            stats: of that step.
+        The parameters are those before it, and ``stats`` are its own.
         """
 
         def find() -> dict[str, Any]:
@@ -425,7 +404,7 @@ class Trainer:
             if self.step == step and self.update.clip_norm is None:  # nothing touched them since
                 named = self.model.named_parameters()
                 gradients = {name: p.grad for name, p in named if p.grad is not None} or None
-            self._seed_dropout(step - 1)
+            self._seed_layers(step - 1)
             parts = self.config.compute.accumulate
             return nonfinite.diagnose(self.loss, drawn, parts, gradients, self.update.sam)
 
@@ -442,32 +421,25 @@ class Trainer:
 
     def _count(self) -> Budget:
         """The steps of the run, to be counted."""
-        config, loss = self.config, self.loss
-        described = None
-        if self.built_from is not None:
-            models = self.built_from.model_dump_json(), config.model_dump_json()
-            described = " ".join([str(self.device), *models])
+        config = self.config
         return Budget(
-            loss,
+            self.loss,
             [(stage, shapes(stage, self.train, self.world.size)) for stage in self.stages],
             states_of(self.model, config.optimizer),
             config.compute.accumulate,
             self.world.size,
-            Effort(
-                1 if config.optimizer.sharpness is None else 2,
-                optimizer_flops(self.model, config.optimizer),
-            ),
-            described,
+            1 if config.optimizer.sharpness is None else 2,
+            optimizer_flops(self.model, config.optimizer),
         )
 
-    def _seed_dropout(self, step: int) -> None:
-        if self._drops:
-            torch.manual_seed(keyed_seed(self.config.seed, "dropout", step, self.world.rank))
+    def _seed_layers(self, step: int) -> None:
+        """Make what layers draw by themselves, as dropout does, a function of the step."""
+        torch.manual_seed(keyed_seed(self.config.seed, "dropout", step, self.world.rank))
 
     def _advance(self, batches: Iterator[dict[str, Batch]], stop: bool) -> None:
         """Take one step."""
         rate = self.rate_at(self.step)
-        self._seed_dropout(self.step)
+        self._seed_layers(self.step)
         begun = time.perf_counter()
         drawn = next(batches)
         self.stopwatch.step(time.perf_counter() - begun)
@@ -493,12 +465,6 @@ class Trainer:
         held = [*self.loss.parameters(), *(v for v in states if torch.is_tensor(v))]
         raise self.budget.out_of_memory(sum(t.nbytes for t in held), self.step)
 
-    def _where_saved(self) -> str:
-        if self.run is None:
-            return ""
-        last = self.run.last_checkpoint()
-        return f"; {'the last checkpoint is ' + last if last else 'there is no checkpoint yet'}"
-
     def _read(self) -> StepStats:
         """What the last step did.
 
@@ -520,8 +486,8 @@ class Trainer:
                 self.save()
             except UserError as error:
                 where = f"; {error}"
-            where += nonfinite.keep_report(self.run.path, found)
-        sentence = f"{nonfinite.headline(found)} at step {done + 1}: stopped before the update"
+            where += f"; {nonfinite.write_report(self.run.path, found)}"
+        sentence = f"{stats.fault} at step {done + 1}: stopped before the update"
         raise UserError(sentence + where, [*nonfinite.describe(found), nonfinite.advice(found)])
 
     def _rolled_back(self, rollback: Rollback) -> bool:
@@ -535,11 +501,11 @@ class Trainer:
         if reason is None:
             return False
         detail, path = None, self.run.path if self.run is not None else None
-        if not stats.is_finite:
+        if stats.fault is not None:
             found = self.diagnose(self.step, stats)
             detail = nonfinite.describe(found)
             if path is not None:
-                detail.append(nonfinite.keep_report(path, found).removeprefix("; "))
+                detail.append(nonfinite.write_report(path, found))
         divergence = rollback.go_back(reason)
         self.first_step = self.step
         row = rollback.row(divergence, detail)
@@ -554,7 +520,7 @@ class Trainer:
         speed = self.stages[number].images_per_step / self.stopwatch.stop(number)
         row = {"step": self.step, "lr": self.rate_at(self.step - 1), "grad_norm": stats.grad_norm}
         if self.rollback is not None:
-            row["sample_rms"] = self.rollback.measures(stats).sample
+            row["sample_rms"] = self.rollback.sample_rms()
         skipped.update()
         if skipped:
             row["unreadable_images"] = len(skipped)
@@ -566,10 +532,9 @@ class Trainer:
         """Measure on the held-out images; keep the weights if they are the best so far."""
         if self.validator is None:
             return
-        model, best = self.trained.eval(), self.state.best
-        loss = make_loss(model, self.config, training=False).to(self.device)
+        model, best, loss = self.trained.eval(), self.state.best, self.validator.loss
         stage = self.stages[stage_at(self.stages, self.step - 1)]
-        means = self.validator(model, loss, stage)
+        means = self.validator(stage)
         self.model.train()
         self.report({"kind": "validation", "step": self.step, **means})
         if self.step == self.config.steps and self.world.first:
@@ -590,12 +555,8 @@ def assemble(
 ) -> Trainer:
     """Everything built: load the data, build the model, and resume from the run's checkpoint.
 
-    Args:
-        config: the resolved configuration.
-        run: where to save, and to resume from if it holds a checkpoint.
-        reporter: who is told of each row of metrics.
-        progress: whether to show bars while data is downloaded or read.
-        world: the processes that train together; only the first is given a run and a reporter.
+    Args are those of `Trainer`, and ``progress``: whether to show bars while data is downloaded or
+    read.
 
     Raises:
         UserError: as the parts do.

@@ -7,6 +7,7 @@ row that its checkpoint knows, to the byte, and writes the later ones again.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 LARGEST = 1024 * MIB
 """Bytes: some 5 million rows."""
+
+LINEAR = ("accuracy", "psnr", "lr")
+"""Beginnings of the names of measures that are never drawn on a logarithmic scale."""
 
 
 class MetricsLog:
@@ -70,12 +74,8 @@ class MetricsLog:
     def up_to(self, step: int) -> bytes:
         """The bytes of the rows up to ``step``, as far as they are whole."""
         content = self.content()
-        end = 0
-        for row, stop in whole_rows(content):
-            if row["step"] > step:
-                break
-            end = stop
-        return content[:end]
+        rows = itertools.takewhile(lambda own: own[0]["step"] <= step, whole_rows(content))
+        return content[: max((end for _, end in rows), default=0)]
 
     def after(self, step: int) -> list[dict[str, Any]]:
         """The rows after ``step``."""
@@ -126,12 +126,9 @@ def whole_rows(content: bytes) -> list[tuple[dict[str, Any], int]]:
 
 
 def learning_curves(metrics: Sequence[dict[str, Any]], path: Path) -> None:
-    """Each loss and measure in a panel of its own, against the step.
+    """Draw each loss and measure in rows of ``metrics.jsonl`` against the step, as PNG at ``path``.
 
-    Args:
-        metrics: rows of ``metrics.jsonl``, with ``step``, ``kind`` ("train" or "validation") and
-            numbers. Nothing is drawn if there are none.
-        path: the PNG file.
+    Nothing is drawn if there are none.
     """
     from ebmkit.plots import new_figure, save_figure
 
@@ -156,14 +153,11 @@ def _curve(axes: Axes, metrics: Sequence[dict[str, Any]], name: str) -> None:
 
     values: list[float] = []
     for kind, colour in (("train", BLUE), ("validation", ORANGE)):
-        rows = [
-            r for r in metrics if r.get("kind") == kind and isinstance(r.get(name), (int, float))
-        ]
-        rows = [r for r in rows if math.isfinite(r[name])]
+        own = [(r["step"], r.get(name)) for r in metrics if r.get("kind") == kind]
+        rows = [(s, v) for s, v in own if isinstance(v, (int, float)) and math.isfinite(v)]
         if not rows:
             continue
-        step = np.array([r["step"] for r in rows])
-        value = np.array([r[name] for r in rows], dtype=float)
+        step, value = np.array(rows, dtype=float).T
         value *= 100 if name.startswith("accuracy") else 1
         values += value.tolist()
         if kind == "validation":
@@ -173,12 +167,7 @@ def _curve(axes: Axes, metrics: Sequence[dict[str, Any]], name: str) -> None:
         else:
             axes.plot(step, value, color=colour, lw=0.6, alpha=0.3)
             axes.plot(step, _smooth(value), color=colour, lw=1.4, label="training, smoothed")
-    if (
-        values
-        and min(values) > 0
-        and max(values) > 8 * min(values)
-        and not name.startswith(("accuracy", "psnr", "lr"))
-    ):
+    if values and max(values) > 8 * min(values) > 0 and not name.startswith(LINEAR):
         axes.set_yscale("log")
     titles = {
         "accuracy": "accuracy (%)",

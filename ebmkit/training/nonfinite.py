@@ -29,6 +29,7 @@ from ebmkit.distributed import DistributedContext
 from ebmkit.errors import UserError, shown
 from ebmkit.objectives import TrainingLoss
 from ebmkit.storage import write_atomically
+from ebmkit.storage.atomic import free_name
 from ebmkit.training.optim import SAM
 from ebmkit.training.step import StepStats, split_batches
 
@@ -178,8 +179,7 @@ def _images(loss: TrainingLoss, stream: str, batch: Batch, named: Named) -> dict
             break
         own = single[position]
         total, values = _losses(loss, {stream: own})
-        gradients = list(_gradient(total, named).values())
-        norm = float(nn.utils.get_total_norm(gradients))
+        norm = float(nn.utils.get_total_norm(list(_gradient(total, named).values())))
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         row = {
             "position": position,
@@ -204,13 +204,8 @@ def _images(loss: TrainingLoss, stream: str, batch: Batch, named: Named) -> dict
 
 def _finite(own: Batch) -> dict[str, bool]:
     """Whether the image, what was made of it, and its noise are numbers, by their names."""
-    given = {
-        "image": own.x,
-        "noisy": own.y,
-        "sigma": own.sigma,
-        "noise": own.eps,
-        **{name.split(".")[-1]: column for name, column in own.extra.items()},
-    }
+    given = {"image": own.x, "noisy": own.y, "sigma": own.sigma, "noise": own.eps}
+    given |= {name.split(".")[-1]: column for name, column in own.extra.items()}
     return {name: bool(t.isfinite().all()) for name, t in given.items() if t is not None}
 
 
@@ -242,15 +237,10 @@ def report(
     world: DistributedContext,
     **circumstances: Any,
 ) -> dict[str, Any]:
-    """What is found of ``step`` in all processes, which must call together, as plain values.
+    """What is found of ``step``, from 1, in all processes, which must call together; plain values.
 
-    Args:
-        find: `diagnose`, on what the step had.
-        step: counted from 1.
-        stats: of that step.
-        streams: what its batches were drawn from.
-        world: the processes.
-        **circumstances: of the step: ``lr``, ``precision``, ``compiled``.
+    ``find`` is `diagnose` on what the step had, its ``circumstances`` are ``lr``, ``precision`` and
+    ``compiled``.
     """
     try:
         own = find()
@@ -287,29 +277,19 @@ def _at_fault(own: Mapping[str, Any]) -> tuple[bool, bool, bool]:
     return images, own["layer"] is not None, own["reproduced"]
 
 
-def write_report(run: Path, report: Mapping[str, Any]) -> Path | None:
-    """Write ``nonfinite-STEP.json`` under a name that is free; None if there are too many.
+def write_report(run: Path, report: Mapping[str, Any]) -> str:
+    """Write ``nonfinite-STEP.json`` under a free name if that can be done; where it is, or why not.
 
-    Raises:
-        UserError: if it cannot be written.
+    There are never more than `MOST_REPORTS` in a run.
     """
     if len(list(run.glob("nonfinite-*.json"))) >= MOST_REPORTS:
-        return None
-    path, number = run / f"nonfinite-{report['step']}.json", 1
-    while path.exists():
-        number += 1
-        path = run / f"nonfinite-{report['step']}-{number}.json"
-    write_atomically(path, json.dumps(report, indent=1, allow_nan=False).encode())
-    return path
-
-
-def keep_report(run: Path, report: Mapping[str, Any]) -> str:
-    """Write a report if that can be done; where it is, in words that go on a sentence."""
+        return f"no report: there are {MOST_REPORTS}"
+    path = free_name(run / f"nonfinite-{report['step']}.json")
     try:
-        path = write_report(run, report)
+        write_atomically(path, json.dumps(report, indent=1, allow_nan=False).encode())
     except UserError as error:
-        return f"; no report: {error}"
-    return f"; no report: there are {MOST_REPORTS}" if path is None else f"; report: {path.name}"
+        return f"no report: {error}"
+    return f"report: {path.name}"
 
 
 def describe(report: Mapping[str, Any]) -> list[str]:
@@ -328,14 +308,6 @@ def describe(report: Mapping[str, Any]) -> list[str]:
     else:
         lines.append(f"largest parameters: {_sizes(report['largest_parameters'])}")
     return [*lines, f"largest gradients: {_sizes(report['gradients'])}"]
-
-
-def headline(report: Mapping[str, Any]) -> str:
-    """What is not finite, in words."""
-    bad = [(n, v) for n, v in report["terms"].items() if isinstance(v, str)]
-    if bad:
-        return f"loss {bad[0][0]!r} is {bad[0][1]}"
-    return f"the gradient's norm is {report['grad_norm']}"
 
 
 def advice(report: Mapping[str, Any]) -> str:
@@ -366,15 +338,12 @@ def _stream(found: Mapping[str, Any]) -> str:
         return f"none of the {len(rows)} images is finite by itself"
     if rows:
         return f"not finite by themselves: images {_some([_image(row) for row in rows])}"
-    images = f"images {_some([str(n) for n in found['indices']], ', ...')}"
+    images = f"images {_some([str(n) for n in found['indices']])}"
     if rows is None:
         return images
-    if found["looked_at"] == found["size"]:
-        return f"{images}; all {found['size']} are finite by themselves"
-    return (
-        f"{images}; {found['looked_at']} of {found['size']} were looked at and are finite by "
-        "themselves"
-    )
+    looked_at, size = found["looked_at"], found["size"]
+    count = f"all {size}" if looked_at == size else f"{looked_at} of {size} were looked at and"
+    return f"{images}; {count} are finite by themselves"
 
 
 def _image(row: Mapping[str, Any]) -> str:
@@ -386,16 +355,14 @@ def _image(row: Mapping[str, Any]) -> str:
 
 
 def _sizes(rows: list[Mapping[str, Any]]) -> str:
-    words = []
-    for row in rows[:SHOWN_LARGEST]:
-        bad = row["not_finite"] / row["entries"]
-        share = f" ({bad:.0%} not finite)" if bad else ""
-        words.append(f"{row['parameter']} {row['largest']}{share}")
-    return ", ".join(words)
+    shares = [(row, row["not_finite"] / row["entries"]) for row in rows[:SHOWN_LARGEST]]
+    return ", ".join(
+        f"{row['parameter']} {row['largest']}{f' ({bad:.0%} not finite)' if bad else ''}"
+        for row, bad in shares
+    )
 
 
-def _some(words: list[str], more: str | None = None) -> str:
-    """The first of ``words``, and how many more there are (or just ``more``)."""
+def _some(words: list[str]) -> str:
+    """The first of ``words``, and how many more there are."""
     left = len(words) - SHOWN
-    rest = f" and {left} more" if more is None else more
-    return ", ".join(words[:SHOWN]) + (rest if left > 0 else "")
+    return ", ".join(words[:SHOWN]) + (f" and {left} more" if left > 0 else "")

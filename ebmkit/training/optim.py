@@ -72,17 +72,19 @@ Tensors = tuple[Tensor, ...] | list[Tensor]
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     """The rate of step number ``step`` (from 0) of ``steps``."""
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-    if config.schedule == "constant":
-        return config.lr * warm
-    if config.schedule == "milestones":
-        passed = sum(step >= round(share * steps) for share in config.milestones)
-        return config.lr * warm * config.milestone_factor**passed
-    if config.schedule == "linear":
-        return config.lr * warm * (1 - step / steps)
-    if config.schedule == "warmup-stable-decay":
-        assert config.decay_share is not None
-        return config.lr * warm * min(1.0, (steps - step) / (config.decay_share * steps))
-    return config.lr * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
+    rate = config.lr * warm
+    match config.schedule:
+        case "milestones":
+            passed = sum(step >= round(share * steps) for share in config.milestones)
+            return rate * config.milestone_factor**passed
+        case "linear":
+            return rate * (1 - step / steps)
+        case "warmup-stable-decay":
+            assert config.decay_share is not None
+            return rate * min(1.0, (steps - step) / (config.decay_share * steps))
+        case "cosine":
+            return rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+    return rate
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:

@@ -53,17 +53,6 @@ SNAPSHOTS = 3
 """The newest ones, which are kept."""
 
 
-class Measures(NamedTuple):
-    """What is measured after a step: means of the terms, the gap in nats, the rms of the negatives
-    in image units, and the norm of the gradient."""
-
-    step: int
-    losses: dict[str, float]
-    gap: float
-    sample: float
-    gradient: float
-
-
 class Mitigations(NamedTuple):
     """What divergences have changed so far: factors of the learning rate and of the Langevin steps,
     and what is added to the penalty."""
@@ -153,32 +142,28 @@ class DivergenceMonitor:
         self.snapshots: list[Snapshot] = []
         self.gap, self.gradient = 0.0, math.nan  # both smoothed
 
-    def check(self, now: Measures) -> str | None:
-        """Why the run has diverged at ``now``, in words; None if it has not."""
-        for name, loss in now.losses.items():
-            if not math.isfinite(loss):
-                return f"loss {name!r} is {loss}"
-        if not math.isfinite(now.gradient):
-            return f"the gradient's norm is {now.gradient}"
-        self.gap = SMOOTH * self.gap + (1 - SMOOTH) * now.gap
-        if abs(self.gap) > self.config.gap or abs(now.gap) > 10 * self.config.gap:
-            return (
-                f"log p of samples and data differ by {now.gap:.4g} nats "
-                f"(watch.gap={self.config.gap:g})"
-            )
-        if not now.sample <= self.config.sample:
-            return (
-                f"samples lie {now.sample:.4g} from gray, in image units "
-                f"(watch.sample={self.config.sample:g})"
-            )
-        usual = self.gradient
-        if now.gradient > self.config.gradient * usual:
-            return (
-                f"the gradient's norm is {now.gradient:.4g}, usually {usual:.4g} "
-                f"(watch.gradient={self.config.gradient:g})"
-            )
+    def check(self, stats: StepStats, gap: float, sample: float) -> str | None:
+        """Why the run has diverged by a step, in words; None if it has not.
+
+        Args:
+            stats: of the step.
+            gap: nats.
+            sample: rms of the negatives about gray, image units.
+        """
+        limits, usual, norm = self.config, self.gradient, stats.grad_norm
+        if stats.fault is not None:
+            return stats.fault
+        self.gap = SMOOTH * self.gap + (1 - SMOOTH) * gap
+        if abs(self.gap) > limits.gap or abs(gap) > 10 * limits.gap:
+            return f"log p of samples and data differ by {gap:.4g} nats (watch.gap={limits.gap:g})"
+        if not sample <= limits.sample:
+            where = f"samples lie {sample:.4g} from gray, in image units"
+            return f"{where} (watch.sample={limits.sample:g})"
+        if norm > limits.gradient * usual:
+            where = f"the gradient's norm is {norm:.4g}, usually {usual:.4g}"
+            return f"{where} (watch.gradient={limits.gradient:g})"
         known = math.isfinite(usual)
-        self.gradient = SMOOTH * usual + (1 - SMOOTH) * now.gradient if known else now.gradient
+        self.gradient = SMOOTH * usual + (1 - SMOOTH) * norm if known else norm
         return None
 
     def keep(self, snapshot: Snapshot) -> None:
@@ -220,19 +205,13 @@ class Rollback:
         self._term = term
         self._apply()
 
-    def learning_rate(self, rate: float) -> float:
-        """What the mitigations leave of ``rate``."""
-        return rate * self.monitor.mitigations.rate
-
-    def measures(self, stats: StepStats) -> Measures:
-        """What the monitor checks, the same in all processes."""
-        spread = self.negatives.world.mean_(self.negatives.spread.clone())
-        gap = stats.parts[self._term]
-        return Measures(self.state.step, stats.parts, gap, float(spread), stats.grad_norm)
+    def sample_rms(self) -> float:
+        """Root mean square of the negatives about gray, the same in all processes."""
+        return float(self.negatives.world.mean_(self.negatives.spread.clone()))
 
     def check(self, stats: StepStats) -> str | None:
         """Why the run has diverged by the last step, in words; a snapshot is taken if not."""
-        reason = self.monitor.check(self.measures(stats))
+        reason = self.monitor.check(stats, stats.parts[self._term], self.sample_rms())
         if reason is None and self.state.step % self.monitor.config.every == 0:
             self.snapshot()
         return reason

@@ -1,20 +1,4 @@
-"""The run folder.
-
-::
-
-    RUN/
-      config.yaml            the resolved configuration
-      environment.json       versions, device, git commit, command
-      metrics.jsonl          one row per log or validation (`ebmkit.training.metrics`)
-      model.safetensors      the weights (the averaged ones, where averaging is on)
-      model.json             what builds the network, and what it was trained for
-      checkpoints/           everything needed to resume exactly, and the best weights by validation
-      breaches/              what was logged before a rollback (`ebmkit.training.rollback`)
-      nonfinite-STEP.json    what was found of a step with NaN or Inf
-      energies/              mean energies by label, where the run has guided another
-      cost.json              seconds of a step, memory, share of the device's matrix rate
-      evaluation/            written by `ebmkit evaluate`
-      manifest.json          length and SHA-256 of every file (`ebmkit.storage.manifest`)
+"""The run folder, whose files docs/guide/train.md lists ("Files of a run").
 
 ``checkpoints/step-00000500.pt`` holds the state after so many steps, as `torch.save` writes
 tensors and plain values; a replay buffer that belongs to it has a file of its own, HDF5, which the
@@ -35,11 +19,7 @@ import hashlib
 import io
 import json
 import math
-import os
-import platform
 import re
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -47,26 +27,31 @@ from typing import Any
 
 import torch
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
-from ebmkit.distributed import launch
+from ebmkit.compute import environment
 from ebmkit.errors import UserError
-from ebmkit.storage import DamagedFile, commit_files, held, read_together, write_atomically
-from ebmkit.storage.atomic import PARTIAL, Content
-from ebmkit.storage.commit import recover
+from ebmkit.storage import (
+    DamagedFile,
+    commit_files,
+    held,
+    make_folder,
+    read_together,
+    write_atomically,
+)
+from ebmkit.storage.atomic import PARTIAL, Content, free_name
 from ebmkit.storage.manifest import (
-    FOLDERS,
     MANIFEST,
     DamagedManifest,
     Manifest,
-    begin_manifest,
     entry_of,
+    manifest_or_none,
     matches,
     read_manifest,
 )
 from ebmkit.storage.reading import YAML_BYTES, check_links, parse_yaml, read_bytes
 from ebmkit.storage.torchfile import read_torch_content
-from ebmkit.storage.verify import files_of, stale_temporary_files
+from ebmkit.storage.verify import put_in_order
 from ebmkit.training.config import difference
 from ebmkit.training.metrics import MetricsLog, as_lines
 
@@ -105,10 +90,7 @@ class RunFolder:
                 f"run folder {str(path)!r} exists: resume it by --resume {path}, or choose "
                 "another --out"
             )
-        try:
-            (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make run folder {str(path)!r}: {error.strerror}") from None
+        make_folder(path / "checkpoints")
         run = cls(path)
         with run.held():
             if (path / "config.yaml").exists():
@@ -158,7 +140,7 @@ class RunFolder:
         with held(self.path, "training", "take another run folder"):
             self._holds = True
             try:
-                self._put_in_order()
+                put_in_order(self.path, [METRICS])
                 yield
             finally:
                 self._holds = False
@@ -214,10 +196,10 @@ class RunFolder:
     def forget_after(self, step: int) -> None:
         """Cut ``metrics.jsonl`` after ``step``, whose later rows a resumed run writes again."""
         content = self.log_file.content()
-        manifest = _or_none(self.path)
+        manifest = manifest_or_none(self.path)
         known = manifest.files.get(METRICS) if manifest else None
         if known is not None and not matches(content, known):
-            aside = _fresh(self.path / f"{METRICS}.damaged")
+            aside = free_name(self.path / f"{METRICS}.damaged")
             warnings.warn(
                 f"{str(self.path / METRICS)!r} is damaged: it is kept as {aside.name}, and the run "
                 "continues with those of its rows that can be read",
@@ -268,14 +250,13 @@ class RunFolder:
             with self.held():
                 self._write(written, [name for name in old if name not in written])
         except UserError as error:
-            last = self.last_checkpoint()
-            told = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
-            raise UserError(f"step {step} is not saved: {error}; {told}") from error
+            raise UserError(f"step {step} is not saved: {error}{self.where_saved()}") from error
 
-    def last_checkpoint(self) -> str | None:
-        """The name of the newest checkpoint, within the folder; None if there is none yet."""
+    def where_saved(self) -> str:
+        """Which checkpoint is the newest, to end a sentence."""
         manifest = read_manifest(self.path)
-        return next(iter(_newest_first(manifest.files)), None) if manifest else None
+        last = next(iter(_newest_first(manifest.files)), None) if manifest else None
+        return f"; the last checkpoint is {last}" if last else "; there is no checkpoint yet"
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The state of the newest whole checkpoint, on the CPU; None if there is none yet.
@@ -305,7 +286,7 @@ class RunFolder:
         try:
             return self._read(BEST)
         except DamagedFile as error:
-            manifest = _or_none(self.path)
+            manifest = manifest_or_none(self.path)
             if (self.path / BEST).exists() or (manifest and BEST in manifest.files):
                 warnings.warn(f"{error}; the best weights are looked for anew", stacklevel=2)
             return None
@@ -322,59 +303,11 @@ class RunFolder:
         if new is not None:
             self.log_file.look_again()
 
-    def _put_in_order(self) -> None:
-        """Settle what was being written, and remove what killed processes left."""
-        for name in FOLDERS:
-            path = self.path / name
-            if path.is_symlink() and not _inside(path, self.path):
-                raise UserError(
-                    f"{str(path)!r} is a link out of the run, which is not followed to write: "
-                    "link the whole run folder instead"
-                )
-        try:
-            manifest = read_manifest(self.path)
-        except DamagedManifest as error:
-            warnings.warn(f"{error}; now it is made anew of the files as they are", stacklevel=3)
-            manifest = None
-            (self.path / MANIFEST).rename(_fresh(self.path / f"{MANIFEST}.damaged"))
-        else:
-            if manifest is None and any((self.path / "checkpoints").glob("step-*.pt")):
-                warnings.warn(
-                    f"{str(self.path / MANIFEST)!r} is missing; it is made anew of the files as "
-                    "they are",
-                    stacklevel=3,
-                )
-        if manifest is None:
-            begin_manifest(self.path, files_of(self.path, growing=[METRICS]))
-        recover(self.path)
-        for path in stale_temporary_files(self.path):
-            path.unlink(missing_ok=True)
-
-
-def _or_none(path: Path) -> Manifest | None:
-    try:
-        return read_manifest(path)
-    except DamagedManifest:
-        return None
-
 
 def _awaits_config(path: Path) -> bool:
     """Whether the configuration is written, and only to be moved into place."""
-    manifest = _or_none(path)
+    manifest = manifest_or_none(path)
     return manifest is not None and "config.yaml" in manifest.pending
-
-
-def _inside(path: Path, root: Path) -> bool:
-    return path.resolve().is_relative_to(root.resolve())
-
-
-def _fresh(path: Path) -> Path:
-    """``path``, or a name like it that nothing has."""
-    number, found = 1, path
-    while found.exists():
-        number += 1
-        found = path.with_name(f"{path.name}-{number}")
-    return found
 
 
 def _newest_first(names: Iterable[str]) -> list[str]:
@@ -417,6 +350,18 @@ def read_checkpoint(root: Path, name: str) -> dict[str, Any]:
     return state
 
 
+class SavedHead(BaseModel):
+    """What every checkpoint holds, of these types; `ebmkit.training.state` checks the rest."""
+
+    model_config = ConfigDict(strict=True)
+
+    step: NonNegativeInt
+    best: float = math.inf
+    seconds: float = 0.0
+    watch: dict[Any, Any] | None = None
+    buffer: dict[Any, Any] | None = None
+
+
 def _names(root: Path, manifest: Manifest | None) -> list[str]:
     """Files of checkpoints: those in the manifest, or else those that lie there."""
     if manifest is not None:
@@ -431,68 +376,20 @@ def _step_of(name: str) -> int:
 
 
 def _unpacked(content: bytes, path: Path) -> dict[str, Any]:
-    damaged = DamagedFile(f"{str(path)!r} is damaged: it cannot be read as a checkpoint")
     try:
-        state = read_torch_content(content, path)
-    except UserError:
-        raise damaged from None
-    if not isinstance(state, dict) or type(state.get("step")) is not int or state["step"] < 0:
-        raise damaged
-    numbers = [state.get("best", math.inf), state.get("seconds", 0.0)]
-    if any(type(number) not in (int, float) for number in numbers):
-        raise damaged
-    if not isinstance(state.get("watch"), dict | None) or not isinstance(
-        state.get("buffer"), dict | None
-    ):
-        raise damaged
+        state: dict[str, Any] = read_torch_content(content, path)
+        SavedHead.model_validate(state)
+    except (UserError, ValidationError):
+        raise DamagedFile(f"{str(path)!r} is damaged: it cannot be read as a checkpoint") from None
     return state
 
 
-def _read_buffer(root: Path, saved: Any) -> bytes:
-    facts = saved if isinstance(saved, dict) else {}
-    named = facts.get("file")
-    name = f"checkpoints/{Path(named).name}" if isinstance(named, str) else ""
+def _read_buffer(root: Path, saved: Mapping[Any, Any]) -> bytes:
+    name = f"checkpoints/{Path(str(saved.get('file'))).name}"
     content = read_together(root, [name])[name] if _BUFFER.fullmatch(name) else b""
-    if hashlib.sha256(content).hexdigest() != facts.get("sha256"):
+    if hashlib.sha256(content).hexdigest() != saved.get("sha256"):
         raise DamagedFile(
             f"{str(root / name)!r} is missing or damaged: it is not the replay buffer that the "
             "checkpoint was saved with"
         )
     return content
-
-
-def environment() -> dict[str, Any]:
-    """Versions, device, git commit and command of this process."""
-    from importlib.metadata import version
-
-    import ebmkit
-
-    cuda = torch.cuda.is_available()
-    return {
-        "ebmkit": ebmkit.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": version("torchvision"),
-        "numpy": version("numpy"),
-        "platform": platform.platform(),
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if cuda else None,
-        "git_commit": _git_commit(),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
-        "launch": launch(),
-        "command": ["ebmkit", *sys.argv[1:]],
-    }
-
-
-def _git_commit() -> str | None:
-    """The commit of the code that runs, if it runs from a checkout."""
-    source = Path(__file__).resolve().parents[2]
-    if not (source / ".git").exists():
-        return None
-    command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return result.stdout.strip()

@@ -34,13 +34,7 @@ LEAST_STEPS = 100
 def images_of(
     config: DataConfig, split: Split, progress: bool = False, download: bool = True
 ) -> AnyImages:
-    """The images of ``split``, as ``config`` names them.
-
-    Args:
-        config: the data set.
-        split: of it.
-        progress: whether to show bars while data is downloaded or read.
-        download: fetch CIFAR if it is not there.
+    """The images of ``split``, as ``config`` names them, with bars while they are read, or not.
 
     Raises:
         UserError: if the data set is unknown, missing or incomplete.
@@ -75,13 +69,7 @@ def model_config(config: TrainConfig, images: AnyImages) -> ModelConfig:
 
 
 def make_loss(model: ScoreModel, config: TrainConfig, training: bool = True) -> TrainingLoss:
-    """Model and objectives.
-
-    Args:
-        model: to train, or to validate.
-        config: the run's.
-        training: False to validate: with the losses of held-out images (`Term.for_validation`).
-    """
+    """Model and objectives; not ``training``: the losses of held-out images, to validate."""
     terms = parse_objective(config.objective, config.objective_settings())
     if not training:
         terms = tuple(own for term in terms if (own := term.for_validation()) is not None)
@@ -172,13 +160,7 @@ def check_learnt(
     """Warn at the end of a run where cross-entropy and score matching are those of no model.
 
     A rate that is too high need not give NaN: Muon's update is bounded, and a network with group
-    norms takes weights of any size.
-
-    Args:
-        means: the last validation's.
-        loss: what they are of.
-        classes: number of classes.
-        config: the run's.
+    norms takes weights of any size. ``means`` are the last validation's of ``loss``.
     """
     matching = [t.name for t in loss.terms if t.objective.scale is not Scale.PLAIN]
     told = dict.fromkeys(matching, "that of a score of zero (1)")

@@ -1,20 +1,8 @@
 """Everything that a checkpoint holds, in one object, and whether what was read from a file fits.
 
-`TrainingState` is what saving, resuming and rollback read and write:
-
-==============  ==================================================================
-``step``        steps done
-``seconds``     spent so far
-``best``        least validation loss so far
-``model``       parameters and buffers, by name
-``optimizer``   as `torch.optim.Optimizer.state_dict`
-``average``     the averaged weights, by name; none where averaging is off
-``running``     running means of the balanced terms
-``unreadable``  skipped samples: number in the set -> why
-``precision``   that it was trained in, for tables
-``watch``       divergences so far and snapshots (`ebmkit.training.rollback`), where negatives are
-                needed
-==============  ==================================================================
+`TrainingState` is what saving, resuming and rollback read and write: a `SavedState`, and beside it
+``precision``, that it was trained in, for tables, and ``watch``, divergences so far and snapshots
+(`ebmkit.training.rollback`), where negatives are needed.
 
 A checkpoint may come from an untrusted source, and that its archive is sound says nothing of what
 is in it. The optimiser's fused kernels trust the lengths of its tensors: with moments of another
@@ -73,13 +61,13 @@ class SavedState(Saved):
     """The part of a checkpoint that is the same for all objectives."""
 
     step: NonNegativeInt
-    seconds: Annotated[FiniteFloat, Field(ge=0)]
-    best: Annotated[float, Field(ge=-torch.inf)]
-    model: dict[str, Tensor]
+    seconds: Annotated[FiniteFloat, Field(ge=0)]  # spent so far
+    best: Annotated[float, Field(ge=-torch.inf)]  # least validation loss so far
+    model: dict[str, Tensor]  # parameters and buffers, by name
     optimizer: SavedOptimizer
-    average: dict[str, Tensor] | None
-    running: Tensor
-    unreadable: dict[NonNegativeInt, str] = {}
+    average: dict[str, Tensor] | None  # averaged weights, by name, where averaging is on
+    running: Tensor  # running means of the balanced terms
+    unreadable: dict[NonNegativeInt, str] = {}  # skipped samples: number in the set -> why
 
 
 class Best:

@@ -39,7 +39,7 @@ from ebmkit.compute import (
 )
 from ebmkit.data import Batch
 from ebmkit.distributed import DistributedContext
-from ebmkit.errors import UserError
+from ebmkit.errors import UserError, first_line
 from ebmkit.models import JointModel
 from ebmkit.objectives import TrainingLoss
 from ebmkit.onednn import subsample_before_1x1
@@ -72,9 +72,13 @@ class StepStats(NamedTuple):
     asked_to_stop: bool
 
     @property
-    def is_finite(self) -> bool:
-        """Whether the losses and the gradient are numbers."""
-        return all(map(math.isfinite, [*self.parts.values(), self.grad_norm]))
+    def fault(self) -> str | None:
+        """Which loss is NaN or Inf, or the gradient, in words; None if all are numbers."""
+        for name, loss in self.parts.items():
+            if not math.isfinite(loss):
+                return f"loss {name!r} is {loss}"
+        norm = self.grad_norm
+        return None if math.isfinite(norm) else f"the gradient's norm is {norm}"
 
 
 class TrainingStep:
@@ -145,10 +149,7 @@ class TrainingStep:
     def __call__(self, batches: Mapping[str, Batch], rate: float, stop: bool = False) -> None:
         """One step at learning rate ``rate`` on this process's share of each stream's batch.
 
-        Args:
-            batches: stream -> batch.
-            rate: learning rate.
-            stop: whether this process was asked to stop; all of them hear of it by `read`.
+        By ``stop`` one process that was asked to stop tells all, which hear of it by `read`.
 
         Raises:
             OutOfMemory: if the memory does not suffice.
@@ -190,11 +191,7 @@ class TrainingStep:
         return StepStats(means, norm, int(done), self._taken - int(done), bool(failed), stop > 0)
 
     def undo_skipped(self, rate: float) -> None:
-        """Bring what the host counts back to where the last update left it, and forget the failure.
-
-        Args:
-            rate: learning rate of that update.
-        """
+        """Bring what the host counts back to the last update, at ``rate``; forget the failure."""
         stats = self.read()
         if self.average is not None:
             self.average.n_averaged -= stats.skipped
@@ -224,7 +221,7 @@ class TrainingStep:
             known = isinstance(error, (torch.OutOfMemoryError, UserError))
             if not self.compiled or self._settled or known:
                 raise
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            reason = first_line(error)
         else:
             self._settled = True
             return values

@@ -7,14 +7,14 @@ training, from the same starts every time, and the loss stands under the objecti
 from __future__ import annotations
 
 import math
-from dataclasses import InitVar, dataclass
+from dataclasses import dataclass
 
 import torch
 
 from ebmkit.data import AnyImages, Batch, Stream, StreamConfig
 from ebmkit.data.schedule import Stage
 from ebmkit.distributed import DistributedContext
-from ebmkit.energy import EnergyModel, ScoreModel
+from ebmkit.energy import EnergyModel
 from ebmkit.metrics import predict, psnr
 from ebmkit.objectives import TrainingLoss
 
@@ -24,14 +24,14 @@ SIGMA = 25 / 255
 
 @dataclass
 class Validation:
-    """Measures a model on held-out images, in equal batches that the processes share out.
+    """Measures the model of a loss on held-out images, in equal batches that processes share out.
 
     Images are whole, but for streams whose crops change along the run: those see the middle, of the
     size that is trained at the time.
 
     Args:
-        loss: what is measured: without objectives that need negatives, which have no value on
-            held-out images.
+        loss: what is measured, of the model to measure: without objectives that need negatives,
+            which have no value on held-out images.
         images: the held-out images.
         noise: stream -> its configuration in training; the noise law is kept, not the augmentation.
         classifies: whether accuracy means anything.
@@ -39,16 +39,16 @@ class Validation:
         world: the processes that share the work; all of them get the same means.
     """
 
-    loss: InitVar[TrainingLoss]
+    loss: TrainingLoss
     images: AnyImages
     noise: dict[str, StreamConfig]
     classifies: bool
     device: torch.device
     world: DistributedContext
 
-    def __post_init__(self, loss: TrainingLoss) -> None:
-        matching = [term.name for term in loss.terms if term.objective.needs_score]
-        self.denoise_stream = loss.stream_of[matching[0]] if matching else None
+    def __post_init__(self) -> None:
+        matching = [term.name for term in self.loss.terms if term.objective.needs_score]
+        self.denoise_stream = self.loss.stream_of[matching[0]] if matching else None
         count = len(self.images)
         self.steps = math.ceil(count / BATCH)
         size = math.ceil(count / self.steps)
@@ -64,35 +64,29 @@ class Validation:
         }
 
     @torch.no_grad()
-    def __call__(
-        self, model: ScoreModel, loss: TrainingLoss, stage: Stage | None = None
-    ) -> dict[str, float]:
+    def __call__(self, stage: Stage | None = None) -> dict[str, float]:
         """Means over the images: each term by name, and where they apply ``accuracy``,
         ``accuracy_attacked`` (under the attack of training) and ``psnr_25``.
 
-        Args:
-            model: in evaluation mode.
-            loss: of that model.
-            stage: of the run; None: images are whole.
+        The model must be in evaluation mode. Without a ``stage`` of the run images are whole.
         """
         crops = {n: s.crop_size for n, s in stage.spans.items()} if stage else {}
         crops = {n: side for n, side in crops.items() if n in self.noise and self.noise[n].phases}
         totals: dict[str, float] = {}
-        preparations = loss.preparations(validating=True)
+        preparations = self.loss.preparations(validating=True)
         for step in range(self.world.rank, self.steps, self.world.size):
             batches = {n: next(s.batches(step, step + 1)) for n, s in self.streams.items()}
             batches = {n: _middle(batch, crops.get(n)) for n, batch in batches.items()}
-            batches = loss.prepared(preparations, batches, step)
-            for name, value in self._measure(model, loss, batches).items():
+            batches = self.loss.prepared(preparations, batches, step)
+            for name, value in self._measure(batches).items():
                 totals[name] = totals.get(name, 0.0) + value / self.steps
         everyone = self.world.gather(totals)
         names = next(own for own in everyone if own)
         return {name: sum(own.get(name, 0.0) for own in everyone) for name in names}
 
-    def _measure(
-        self, model: ScoreModel, loss: TrainingLoss, batches: dict[str, Batch]
-    ) -> dict[str, float]:
-        row = {name: float(mean) for name, mean in loss(batches).parts.items()}
+    def _measure(self, batches: dict[str, Batch]) -> dict[str, float]:
+        model = self.loss.model
+        row = {name: float(mean) for name, mean in self.loss(batches).parts.items()}
         if self.classifies:
             batch = next(iter(batches.values()))
             assert batch.labels is not None

@@ -70,7 +70,7 @@ def test_the_protocol_on_pictures_of_several_sizes(tmp_path, pictures, capsys):
     """PSNR is the mean over pictures of each one's own, at full size, the output clipped."""
     state = published()
     torch.save(state, tmp_path / "dncnn_25.pth")
-    import_(tmp_path / "dncnn_25.pth", tmp_path / "run", ["25/255"])
+    import_(tmp_path / "dncnn_25.pth", out=tmp_path / "run", sigma=["25/255"])
     evaluate(tmp_path / "run", suite="denoise", dataset="pictures", data_dir=pictures)
     (path,) = (tmp_path / "run/evaluation").rglob("denoise.json")
     document = json.loads(path.read_text())

@@ -12,6 +12,7 @@ from ebmkit_tests.support.command_line import ebmkit_command
 from ebmkit_tests.support.sampling_runs import save_run
 from PIL import Image
 
+from ebmkit.sampling.jobs.chains import Record
 from ebmkit.sampling.jobs.job import SamplingJob
 from ebmkit.sampling.starts import ReplayBuffer
 from ebmkit.training import RunFolder
@@ -152,3 +153,29 @@ def test_restore_writes_pictures_beside_simple_methods(place):
     }  # fmt: skip
     again = ebmkit_command("restore", "run", "gray.png", "--out", "r", cwd=place)
     refused(again, "exists")
+
+
+def test_an_interrupted_restoration_goes_on_to_the_same_images(place, monkeypatch):
+    ask = ["restore", "run", "gray.png", "--task", "superres", *QUICK]
+    whole = ebmkit_command(*ask, "--out", "r-whole", cwd=place)
+    assert whole.returncode == 0, whole.stderr
+    note = Record.note
+
+    def signalled(self, state, *rest):
+        if state.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        note(self, state, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Record, "note", signalled)
+        stopped = ebmkit_command(*ask, "--out", "r-broken", cwd=place)
+    assert stopped.returncode == 143
+    assert "saved after step 3 of 6 of gray.png" in stopped.stdout
+    other = ebmkit_command(*ask, "--seed", 1, "--out", "r-broken", cwd=place)
+    refused(other, "unfinished restorations of other settings: seed was 0 and is now 1")
+    later = ebmkit_command(*ask, "--out", "r-broken", cwd=place)
+    assert later.returncode == 0, later.stderr
+    names = {p.name for p in (place / "r-whole").iterdir()}
+    assert {p.name for p in (place / "r-broken").iterdir()} == names
+    for name in names - {"gray.json"}:
+        assert (place / "r-whole" / name).read_bytes() == (place / "r-broken" / name).read_bytes()

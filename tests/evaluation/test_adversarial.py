@@ -52,7 +52,7 @@ def test_norms_and_gains_are_those_of_the_closed_form(mixture, drawn, evaluate):
     (level,) = document["levels"]  # a noise-conditional model is not asked at the clean image
     assert level["identity_error"]["value"] < 1e-9
     mixture.double()
-    ((_, y, _),) = noisy_batches(drawn.first(30), SIGMA, batch_size=30)
+    ((_, y, *_),) = noisy_batches(drawn.first(30), SIGMA, batch_size=30)
     y = y.double()
     gradients = closed_form(mixture, y, SIGMA)
     order = mixture(y, SIGMA).logits.argsort(1, descending=True)

@@ -12,12 +12,11 @@ from ebmkit import EnergyModel, GaussianMixture, UserError, create_model
 from ebmkit.attacks import NORMS, noise_of_size, random_start, search_steps
 from ebmkit.energy import Energies
 from ebmkit.evaluation import attacks
-from ebmkit.evaluation.attacks import Attack
-from ebmkit.evaluation.defences import (
+from ebmkit.evaluation.attacks import (
     DEFENCES,
+    Attack,
     Defence,
     DefendedClassifier,
-    Refinement,
 )
 from ebmkit.randomness import image_generators, image_noise
 
@@ -35,7 +34,7 @@ def test_the_smallest_strength_is_the_distance_to_the_plane(name, norm):
     """
     model, sigma, draws = two_gaussians(), 0.03, 256
     x, labels, distances = near_the_plane(model, 100)
-    defence = Defence(name, sigma, Refinement(2, 0.004, sigma / math.sqrt(2)))
+    defence = Defence(name, sigma, 2 * (name == "refine"), 0.004, sigma / math.sqrt(2))
     target = DefendedClassifier(model, defence, draws=4)
     noise = image_noise(x, draws * defence.noises, "") if defence.random else None
     found = Attack(norm, steps=15).minimal_epsilons(target, x, labels, GRID[norm], noise)
@@ -135,7 +134,7 @@ def test_gradients_pass_through_the_denoiser():
     model = model.double().eval()
     x = torch.rand(2, 1, 8, 8, dtype=torch.float64, requires_grad=True)
     for name in DEFENCES:
-        target = DefendedClassifier(model, Defence(name, 0.1, Refinement(2, 0.1, 0.1)))
+        target = DefendedClassifier(model, Defence(name, 0.1, 2 * (name == "refine"), 0.1, 0.1))
         noise = torch.randn(4, 1, 8, 8, dtype=torch.float64)
         value = target.log_posterior(x, noise)[:, 1].sum()
         (gradient,) = torch.autograd.grad(value, x)
@@ -155,7 +154,7 @@ def test_refinement_is_langevin_dynamics_and_its_average():
     variance, step, deviation = 0.02, 0.005, 0.04
     model = two_gaussians(variance).double()
     x = near_the_plane(model)[0][:5]
-    defence = Defence("refine", refinement=Refinement(3, step, deviation))
+    defence = Defence("refine", 0.0, 3, step, deviation)
     target = DefendedClassifier(model, defence)
     noise = image_noise(x, 2 * defence.noises, "chains")
     ends = target.purify(x, noise)
@@ -177,7 +176,7 @@ def test_refinement_is_langevin_dynamics_and_its_average():
 def test_no_steps_of_refinement_are_no_defence():
     model = two_gaussians()
     x = near_the_plane(model)[0][:5]
-    nothing = Defence("refine", refinement=Refinement(0))
+    nothing = Defence("refine", steps=0)
     assert not nothing.random
     assert torch.equal(
         DefendedClassifier(model, nothing)(x), DefendedClassifier(model, Defence("direct"))(x)
@@ -191,7 +190,7 @@ def test_jems_step_is_for_images_in_minus_one_to_one():
     x = torch.rand(3, 1, 2, 2, dtype=torch.float64)
     u, noise = 2 * x - 1, torch.randn(1, 1, 2, 2, dtype=torch.float64)
     expected = u + theirs.score(u) + 0.01 * noise
-    found = DefendedClassifier(ours, Defence("refine")).purify(x, noise)
+    found = DefendedClassifier(ours, Defence("refine", steps=1)).purify(x, noise)
     assert torch.allclose(2 * found - 1, expected, atol=1e-12)
 
 

@@ -323,7 +323,7 @@ def test_files_table_and_bar(network, squares, tmp_path):
 
 def test_pictures_span_the_strengths_measured(network, squares, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(plots, "save_figure", lambda figure, *a, **k: drawn.append(figure))
     few = {"strengths": [1, 4], "corruptions": ["blur", "jpeg"]}
     results = evaluate(
         network, squares, ["corruptions"], tmp_path, limit=6, options={"corruptions": few}

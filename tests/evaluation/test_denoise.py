@@ -187,7 +187,7 @@ def test_a_perfect_restoration_is_no_number_and_is_told(mixture, tmp_path):
 def figures(monkeypatch):
     """The figures drawn."""
     found = []
-    monkeypatch.setattr(plots, "save_figure", lambda figure, path: found.append(figure))
+    monkeypatch.setattr(plots, "save_figure", lambda figure, *a, **k: found.append(figure))
     return found
 
 

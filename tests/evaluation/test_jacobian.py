@@ -61,7 +61,7 @@ def test_a_gaussian_expects_the_error_that_it_makes(evaluate):
 def test_each_image_is_measured_at_the_noise_of_all_suites(network, squares, evaluate):
     document, pictures = evaluate(network, squares, plots=True, images=2)
     assert pictures == {"jacobian.png", "spectrum.png"}
-    ((_, y, _),) = noisy_batches(squares.first(2), SIGMA, batch_size=2)
+    ((_, y, *_),) = noisy_batches(squares.first(2), SIGMA, batch_size=2)
     for i, one in enumerate(document["per_image"]):
         found = spectrum(jacobian(network, y[i], SIGMA), 3, 2)
         assert one["trace"] == pytest.approx(found.trace, rel=1e-4)

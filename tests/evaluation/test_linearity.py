@@ -70,7 +70,7 @@ def test_no_single_image_decides_a_pooled_ratio(evaluate):
     images = Drawn(torch.linspace(0, 1, 12).reshape(12, 1, 1, 1), None)
     for level in evaluate(Hill().eval(), images)["levels"]:
         sigma = level["sigma"]
-        ((_, y, _),) = noisy_batches(images, sigma, batch_size=12)
+        ((_, y, *_),) = noisy_batches(images, sigma, batch_size=12)
         y = y.flatten().double()
         off = y - Hill.m
         own = 2 + Hill.m / off
@@ -95,7 +95,7 @@ def test_levels_sum_up_the_first_images(network, squares, evaluate):
     document = evaluate(network, squares, images=10)
     for level in document["levels"]:
         sigma = level["sigma"]
-        ((_, y, _),) = noisy_batches(squares.first(10), sigma, batch_size=10)
+        ((_, y, *_),) = noisy_batches(squares.first(10), sigma, batch_size=10)
         found = linearity(network, y, sigma)
         moved = (network.denoise(y, sigma) - y).flatten(1).double().square().sum(1)
         means = {n: getattr(found, n).mean() for n in ("error", "unexplained", "explained")}

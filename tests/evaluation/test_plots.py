@@ -17,8 +17,8 @@ def figures(monkeypatch):
     kept = []
     save = plots.save_figure
 
-    def keep(figure, path):
-        save(figure, path)
+    def keep(figure, path, *a, **k):
+        save(figure, path, *a, **k)
         with Image.open(path) as image:
             image.verify()
         kept.append(figure)

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from ebmkit import EnergyModel, UserError, evaluation, plots
 from ebmkit.energy import Energies
-from ebmkit.evaluation import attacks, suites
+from ebmkit.evaluation import attacks, parse_options
 from ebmkit.evaluation.context import EvaluationContext
 from ebmkit.evaluation.robustness import (
     ROBUSTNESS,
@@ -28,11 +28,6 @@ QUICK = {
     "l2": [0.05, "0.1"],
 }
 QUICK |= {"noise_levels": [0, 0.02], "sigma": "0.02"}
-
-
-@pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    monkeypatch.setattr(suites, "SUITES", {**suites.SUITES, "robustness": ROBUSTNESS})
 
 
 @pytest.fixture
@@ -123,7 +118,7 @@ def test_the_same_seed_gives_the_same_in_any_batches(plane, tmp_path, monkeypatc
 def test_progress_ends_where_it_said(plane, tmp_path):
     model, images, _ = plane
     told = []
-    config = suites.parse_options({"robustness": QUICK | {"images": 9}}, ["robustness"])
+    config = parse_options({"robustness": QUICK | {"images": 9}}, ["robustness"])
     setting = EvaluationContext(model, images, options=config, batch_size=2, advance=told.append)
     setting.left = total = ROBUSTNESS.passes(setting) * len(images)
     with torch.no_grad():
@@ -279,11 +274,11 @@ def test_a_model_that_is_always_wrong_has_a_document(plane, tmp_path):
 )
 def test_illegal_settings_are_told(settings, words):
     with pytest.raises(UserError, match=words):
-        suites.parse_options({"robustness": settings}, ["robustness"])
+        parse_options({"robustness": settings}, ["robustness"])
 
 
 def test_strengths_are_read_as_people_write_them():
-    options = suites.parse_options(
+    options = parse_options(
         {"robustness": {"linf": ["8/255", 0.5], "l2": [2, "1.5", 0]}}, ["robustness"]
     )
     (config,) = options.values()
@@ -306,7 +301,7 @@ def test_models_are_compared_and_missing_ones_named(plane, tmp_path, monkeypatch
     drawn = []
     save = plots.save_figure
     monkeypatch.setattr(
-        plots, "save_figure", lambda figure, path: (drawn.append(figure), save(figure, path))
+        plots, "save_figure", lambda figure, *a, **k: (drawn.append(figure), save(figure, *a, **k))
     )
     paper = {"JEM": {"linf": [(0.0, 0.9), (4 / 255, 0.5)]}}
     plot_comparison({"ours": document, "JEM": None}, tmp_path / "compare.png", paper)

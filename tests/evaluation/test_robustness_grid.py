@@ -13,7 +13,7 @@ from ebmkit.data import ImageSet
 from ebmkit.evaluation import evaluate, tables
 from ebmkit.evaluation.context import EvaluationContext
 from ebmkit.evaluation.robustness_grid import ROBUSTNESS_GRID, THESIS, column_names, trained
-from ebmkit.evaluation.suites import parse_options
+from ebmkit.evaluation.runner import parse_options
 from ebmkit.models import ModelConfig, save_model
 from ebmkit.models.config import create_model
 

@@ -12,7 +12,7 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from ebmkit import ModelCard, UserError, evaluation
 from ebmkit.compile import Inference
-from ebmkit.evaluation import SUITES, evaluation_folder, parse_options, tables
+from ebmkit.evaluation import SUITES, evaluation_folder, parse_options, parse_suites, tables
 from ebmkit.evaluation.context import noisy_batches
 
 STANDARD = [name for name, suite in SUITES.items() if suite.standard]
@@ -323,3 +323,35 @@ def test_a_folder_that_cannot_be_made_is_told(network, squares, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot make folder"):
         evaluate(network, squares, ["classify"], tmp_path / "file" / "evaluation")
+
+
+def test_all_means_those_that_apply(mixture, drawn):
+    unasked = [name for name, suite in SUITES.items() if not suite.needs]
+    assert parse_suites("all", mixture, drawn) == unasked
+    assert parse_suites("standard", mixture, drawn) == STANDARD
+    assert parse_suites("standard", mixture, Drawn(drawn.images, None)) == ["denoise"]
+    assert parse_suites("denoise, classify,denoise", mixture, drawn) == ["denoise", "classify"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("clasify", "did you mean 'classify'"),
+        ("all,denoise", "stands alone"),
+        (" , ", "name some of standard, all, classify"),
+    ],
+)
+def test_names_of_suites_are_checked(text, words, mixture, drawn):
+    with pytest.raises(UserError, match=words):
+        parse_suites(text, mixture, drawn)
+
+
+def test_the_former_name_of_a_suite_is_refused_with_the_new_one(mixture, drawn, tmp_path):
+    with pytest.raises(UserError, match=r"'shift' is now called 'corruptions': .*corruptions"):
+        parse_suites("classify,shift", mixture, drawn)
+    with pytest.raises(UserError, match="now called 'corruptions'"):
+        parse_options({"shift": {"strengths": [1]}}, ["shift"])
+    options = {"corruptions": {"strengths": [1], "corruptions": ["blur"]}}
+    found = evaluate(mixture, drawn, ["corruptions"], tmp_path, limit=8, options=options)
+    (former,) = tables({"shift": found["corruptions"]})  # an older document
+    assert former.row_count == tables(found)[0].row_count > 1

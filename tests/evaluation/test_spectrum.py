@@ -94,7 +94,8 @@ def test_iterative_equals_dense_on_digits(digit):
     model, y = digit
     dense = spectrum(jacobian(model, y, 0.5), 3, 2, "dense")
     found = spectrum(jacobian(model, y, 0.5), 3, 2, "iterative", tolerance=1e-5)
-    assert (dense.method, found.method) == ("dense", "iterative")
+    assert dense.values is not None
+    assert found.values is None
     for one, other in ((found.largest, dense.largest), (found.smallest, dense.smallest)):
         assert torch.allclose(one.values, other.values, atol=1e-5 * float(dense.values[0]))
         overlap = (one.vectors * other.vectors).flatten(1).sum(1)
@@ -138,7 +139,7 @@ def test_a_plain_denoiser_has_singular_values():
     y = torch.rand(1, 4, 4, dtype=torch.float64)
     operator = jacobian(DirectDenoiser(Linear(matrix)), y, SIGMA)
     found = spectrum(operator, 3, 2)
-    assert found.singular
+    assert not operator.symmetric
     assert torch.allclose(found.values, torch.linalg.svdvals(matrix))
     stretched = (found.largest.vectors.flatten(1) @ matrix.T).norm(dim=1)
     assert torch.allclose(stretched, found.values[:3])

@@ -34,7 +34,7 @@ if GUIDED and "--child" in sys.argv:  # before anything else imports what is to 
 
     with atheris.instrument_imports(include=["ebmkit"]):
         import ebmkit.data.hdf5
-        import ebmkit.evaluation.suites
+        import ebmkit.evaluation.runner
         import ebmkit.guidance.score
         import ebmkit.models.importing
         import ebmkit.sampling.jobs.settings
@@ -84,7 +84,7 @@ def main() -> int:
         table.add_row(name, *cells, str(row["seconds"]), "FAILED" if row["failed"] else "")
     console.print(table)
     if asked.json:
-        from ebmkit.training.run_folder import environment
+        from ebmkit.compute import environment
 
         told = ("ebmkit", "python", "torch", "cores", "git_commit")
         document = {

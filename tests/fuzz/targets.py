@@ -151,7 +151,7 @@ def _assignments(text: str) -> object:
 
 
 def _suite_options(text: str) -> object:
-    from ebmkit.evaluation.suites import SUITES, parse_options
+    from ebmkit.evaluation.runner import SUITES, parse_options
     from ebmkit.training import parse_assignments
 
     return parse_options(parse_assignments([text]), list(SUITES))

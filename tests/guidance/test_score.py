@@ -7,6 +7,7 @@ import pytest
 import torch
 from ebmkit_tests.support.blind import BlindMixture as Blind
 from ebmkit_tests.support.guidance_world import draw, generator, pictures, plane, run, slope
+from ebmkit_tests.support.known_targets import gray_start
 
 from ebmkit import UserError
 from ebmkit.guidance import (
@@ -31,7 +32,7 @@ from ebmkit.sampling import (
     noise_predictor_of,
     score_of,
 )
-from ebmkit.sampling.annealed import AnnealedConfig
+from ebmkit.sampling.langevin import AnnealedConfig
 
 LINEAR = make_schedule()
 
@@ -69,16 +70,12 @@ def test_the_guided_ddim_trajectory_is_the_conditional_models(eta):
     model, timesteps = plane(), LINEAR.timesteps(50)
     guided = guided_noise(predictor(model), LINEAR, Guidance(classifier_guide(model, 1)))
     a, b = (DDIM(p, LINEAR, timesteps, eta) for p in (guided, predictor(model, 1)))
-    one, two = (
-        sampler.init(a.start((20, 2), generator(), 0.5, torch.float64)) for sampler in (a, b)
-    )
+    one, two = (sampler.init(gray_start(a, (20, 2), generator())) for sampler in (a, b))
     noise = generator(1), generator(1)
     for _ in timesteps:
         (one, _), (two, _) = a.step(one, noise[0]), b.step(two, noise[1])
         torch.testing.assert_close(one.x, two.x, rtol=1e-6, atol=1e-6)
-    plain = run(
-        DDIM(predictor(model), LINEAR, timesteps), a.start((20, 2), generator(), 0.5, torch.float64)
-    )
+    plain = run(DDIM(predictor(model), LINEAR, timesteps), gray_start(a, (20, 2), generator()))
     assert not torch.allclose(plain, one.x, atol=0.01)
 
 

@@ -18,7 +18,7 @@ from ebmkit_tests.hostile.case import Case, outside
 from ebmkit_tests.hostile.corpus import all_cases, index, slug, write
 from ebmkit_tests.hostile.watch import Ending, opened
 
-from ebmkit.training.run_folder import environment
+from ebmkit.compute import environment
 
 
 def complaint(case: Case, ending: Ending) -> str | None:

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ebmkit import create_model
 from ebmkit.bench import PlainStep, plain_inference
+from ebmkit.models import convolution
 from ebmkit.models import gelu as gelu_module
 from ebmkit.models import norms as norm_module
 from ebmkit.models.gelu import GELU
@@ -279,3 +280,13 @@ def test_compiled_without_a_graph_break(name: str) -> None:
     for backend in ("aot_eager", "inductor"):
         call = torch.compile(lambda x: _by_vjp(own, x), fullgraph=True, backend=backend)
         torch.testing.assert_close(call(x), _by_vjp(plain, x))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:FutureWarning")  # of forward derivatives
+def test_the_score_of_a_model_has_forward_derivatives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Jacobian of a score is symmetric: J v by forward mode is the reverse mode's."""
+    monkeypatch.setattr(convolution, "SMALL", 0)
+    model = create_model("gradresnet18", num_classes=3, in_channels=1, width=8).double()
+    y, v = torch.rand(2, 1, 1, 8, 8, dtype=torch.float64)
+    forwards = torch.func.jvp(model.score, (y,), (v,))[1]
+    torch.testing.assert_close(forwards, torch.func.vjp(model.score, y)[1](v)[0])

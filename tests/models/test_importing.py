@@ -112,7 +112,7 @@ def robust(tmp_path):
 def test_a_robust_resnet50_is_the_same_function(tmp_path, robust):
     """float32: the two round in different orders, a few units in the last place per layer."""
     state, path = robust
-    import_(str(path), tmp_path / "run", dataset="cifar10")
+    import_(str(path), out=tmp_path / "run", dataset="cifar10")
     model = ebmkit.load(tmp_path / "run")
     x = torch.rand(3, 3, 32, 32)
     expected = resnet_logits(state, x)
@@ -230,7 +230,7 @@ def test_a_plain_state_dict_by_a_map(tmp_path):
     model, bias = torchvision_state(tmp_path)
     import_(
         str(tmp_path / "net.pth"),
-        tmp_path / "run",
+        out=tmp_path / "run",
         backbone="resnet18",
         rename=["module.=", "fc.=head.classifier."],
         mean="0.5,0.4,0.3",
@@ -289,15 +289,15 @@ def test_refusals(tmp_path, options, words):
 
 def test_what_is_said_is_held_against_the_weights(tmp_path, robust):
     with pytest.raises(UserError, match="has 100 classes and this classifier 10"):
-        import_(str(robust[1]), tmp_path / "run", dataset="cifar100")
+        import_(str(robust[1]), out=tmp_path / "run", dataset="cifar100")
     with pytest.raises(UserError, match="has 10 labels, not 7"):
-        import_(str(robust[1]), tmp_path / "run", classes=7)
+        import_(str(robust[1]), out=tmp_path / "run", classes=7)
     with pytest.raises(UserError, match="is not of the form OLD=NEW"):
-        import_(str(robust[1]), tmp_path / "run", rename=["module"])
+        import_(str(robust[1]), out=tmp_path / "run", rename=["module"])
     with pytest.raises(UserError, match="must be one number or one per channel"):
-        import_(str(robust[1]), tmp_path / "run", mean="0.5;0.4")
+        import_(str(robust[1]), out=tmp_path / "run", mean="0.5;0.4")
     with pytest.raises(UserError, match="input_mean has 2 numbers and images have 3 channel"):
-        import_(str(robust[1]), tmp_path / "run", mean="0.5,0.4")
+        import_(str(robust[1]), out=tmp_path / "run", mean="0.5,0.4")
     assert not (tmp_path / "run").exists()
 
 
@@ -344,7 +344,7 @@ def test_a_unet_of_diffusers(tmp_path):
         down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
     ).eval()  # fmt: skip
     DDPMPipeline(network, DDPMScheduler()).save_pretrained(tmp_path / "pipe")
-    import_(str(tmp_path / "pipe"), tmp_path / "run", dataset="cifar10")
+    import_(str(tmp_path / "pipe"), out=tmp_path / "run", dataset="cifar10")
     model = ebmkit.load(tmp_path / "run")
     u = torch.randn(2, 3, 8, 8)
     y, sigma = model.schedule.to_image_units(u, 300), model.schedule.sigma(300)
@@ -354,14 +354,14 @@ def test_a_unet_of_diffusers(tmp_path):
     torch.testing.assert_close(model(y, sigma), expected, rtol=1e-3, atol=1e-4)
     assert model.card.dataset == "cifar10"
     with pytest.raises(UserError, match="leave classes out"):
-        import_(str(tmp_path / "pipe"), tmp_path / "other", classes=10)
+        import_(str(tmp_path / "pipe"), out=tmp_path / "other", classes=10)
     with pytest.raises(UserError, match="is a model's folder already"):
-        import_(str(tmp_path / "run"), tmp_path / "other")
+        import_(str(tmp_path / "run"), out=tmp_path / "other")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="it is no diffusers pipeline"):
-        import_(str(tmp_path / "empty"), tmp_path / "other")
+        import_(str(tmp_path / "empty"), out=tmp_path / "other")
     with pytest.raises(UserError, match="is a folder: name the file"):
-        import_(str(tmp_path / "empty"), tmp_path / "other", kind="jem")
+        import_(str(tmp_path / "empty"), out=tmp_path / "other", kind="jem")
 
 
 @pytest.mark.parametrize("std", [0.0, -1.0, [0.2, 0.0, 0.2]])

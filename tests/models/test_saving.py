@@ -18,7 +18,7 @@ from ebmkit.models import (
     LinearQuadraticHead,
     ModelConfig,
 )
-from ebmkit.models.saving import save_weights
+from ebmkit.models.saving import weights_file
 
 CARD = ModelCard(
     dataset="digits",
@@ -117,7 +117,7 @@ def test_best_weights_are_another_file(run):
     assert "holds no checkpoints/best.safetensors" in refusal(folder, weights="best")
     (folder / "checkpoints").mkdir()
     best = config().build()
-    save_weights(folder / "checkpoints" / "best.safetensors", best)
+    (folder / "checkpoints" / "best.safetensors").write_bytes(weights_file(best))
     y = torch.rand(1, 1, 8, 8)
     assert torch.equal(load(folder, weights="best").logits(y), best.logits(y))
     assert refusal(folder, weights="first") == "weights 'first' must be one of last, best"

@@ -1,6 +1,7 @@
 """Log-densities grow with the image: the plain formula up to the reference size, then by area."""
 
 import itertools
+from typing import get_args
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from ebmkit import Energies, JointModel, create_model
 from ebmkit.inference import spread
 from ebmkit.models import BACKBONES, Features, LinearQuadraticHead
-from ebmkit.models.joint import SIZE_SCALINGS, half_overlapping_tiles
+from ebmkit.models.joint import SizeScaling, half_overlapping_tiles
 
 REFERENCE = 32  # a multiple of twice the total stride of every preset
 
@@ -20,7 +21,7 @@ def backbone(request) -> str:
     return request.param
 
 
-@pytest.fixture(params=SIZE_SCALINGS)
+@pytest.fixture(params=get_args(SizeScaling))
 def size_scaling(request):
     return request.param
 
@@ -130,7 +131,7 @@ def test_windows_sees_each_part_with_its_own_features():
     y = torch.cat([torch.zeros(1, 1, 4, 4), torch.ones(1, 1, 4, 4)], dim=3)
     energies = {
         size_scaling: JointModel(Pixels(), head, 1, (4, 4), size_scaling).log_density(y).item()
-        for size_scaling in SIZE_SCALINGS
+        for size_scaling in get_args(SizeScaling)
     }
     assert energies["windows"] == pytest.approx(-0.5 * (0**2 + 1**2))
     assert energies["factor"] == pytest.approx(-0.5 * 2 * 0.5**2)

@@ -11,7 +11,7 @@ from ebmkit import Gaussian
 from ebmkit.errors import UserError
 from ebmkit.noise import Schedule, linear_betas, make_schedule
 from ebmkit.sampling import DDIM, PredictorCorrector, noise_predictor_of
-from ebmkit.sampling.annealed import PCConfig
+from ebmkit.sampling.langevin import PCConfig
 
 
 def stub(u, t):
@@ -161,7 +161,7 @@ def test_eta_one_is_ancestral_sampling():
     denoise = known.denoiser(model)
     ddim = DDIM(noise_predictor_of(denoise, schedule), schedule, timesteps, eta=1.0)
     other = PredictorCorrector(known.score(model), ddim.sigmas[:-1], PCConfig(corrections=0))
-    start = ddim.start((5, 2), known.generator(), dtype=torch.float64)
+    start = known.gray_start(ddim, (5, 2), known.generator())
     torch.testing.assert_close(
         known.run(ddim, start, ddim.steps - 1), known.run(other, start, other.steps)
     )
@@ -172,7 +172,7 @@ def test_moments_and_class_proportions_are_those_of_a_mixture(eta, count):
     model, schedule = known.overlapping(), make_schedule("linear")
     predictor = noise_predictor_of(known.denoiser(model), schedule)
     sampler = DDIM(predictor, schedule, schedule.timesteps(count), eta)
-    start = sampler.start((2500, 2), known.generator(4), dtype=torch.float64)
+    start = known.gray_start(sampler, (2500, 2), known.generator(4))
     assert known.worst_error(known.run(sampler, start, count), model) < 4
 
 
@@ -180,7 +180,7 @@ def test_few_steps_without_noise_lose_variance():
     """What the order means in practice: 5 steps of DDIM give a Gaussian too narrow."""
     v, schedule = 0.04, make_schedule("linear")
     sampler = DDIM(gaussian_predictor(schedule, v), schedule, schedule.timesteps(5))
-    start = sampler.start((4000, 1), known.generator(4), dtype=torch.float64)
+    start = known.gray_start(sampler, (4000, 1), known.generator(4))
     assert known.run(sampler, start, 5).var() < 0.7 * v
 
 
@@ -194,7 +194,7 @@ def test_chains_start_late_inside_the_range_of_the_model():
     assert schedule.sigma(timesteps[0]) < 100 / 255 < schedule.sigma(timesteps[0] + 1)
     assert schedule.sigma(timesteps[-1] - 1 if timesteps[-1] else 0) < 100 / 255
     sampler = DDIM(gaussian_predictor(schedule, v), schedule, timesteps, eta=1.0)
-    start = sampler.start((4000, 1), known.generator(4), mean=0.5, dtype=torch.float64)
+    start = known.gray_start(sampler, (4000, 1), known.generator(4))
     squares = (known.run(sampler, start, sampler.steps) - 0.5).square()
     assert float(squares.mean()) / v == pytest.approx(1, abs=4 * (2 / 4000) ** 0.5)
 

@@ -21,8 +21,7 @@ from ebmkit.sampling import (
     metropolis,
     score_of,
 )
-from ebmkit.sampling.annealed import AnnealedConfig, PCConfig
-from ebmkit.sampling.langevin import JEM_NOISE, JEM_STEP
+from ebmkit.sampling.langevin import JEM_NOISE, JEM_STEP, AnnealedConfig, PCConfig
 from ebmkit.sampling.metropolis import HMCConfig, MALAConfig
 
 WIDE = 1.5

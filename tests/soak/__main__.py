@@ -21,7 +21,7 @@ from ebmkit_tests.soak.scenarios import TRAININGS
 from rich.console import Console
 from rich.table import Table
 
-from ebmkit.training.run_folder import environment
+from ebmkit.compute import environment
 
 TOLD = ("ebmkit", "python", "torch", "numpy", "cores", "git_commit")
 

@@ -7,6 +7,7 @@ import pytest
 
 from ebmkit.errors import UserError
 from ebmkit.storage import write_atomically
+from ebmkit.storage.atomic import replacing
 
 
 def disk_full(*_args):
@@ -53,3 +54,17 @@ def test_ctrl_c_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, call
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(UserError, match=r"nowhere.*No such file or directory"):
         write_atomically(tmp_path / "nowhere" / "a.json", b"new")
+
+
+def test_a_file_that_is_written_in_pieces_takes_its_place_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "samples.h5"
+    path.write_bytes(b"old")
+    with pytest.raises(UserError, match="cannot write"), replacing(path) as temporary:
+        temporary.write_bytes(b"half")
+        disk_full()
+    assert path.read_bytes() == b"old"
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"new")
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]

@@ -50,6 +50,12 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def gray_start(sampler, shape, generator):
+    """0.5 with noise of the sampler's first level, float64."""
+    noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return 0.5 + sampler.sigmas[0] * noise
+
+
 def run(sampler, x, steps, seed=0):
     """The end of chains that start at ``x``."""
     return Chains(sampler, sampler.init(x)).run(steps, generator(seed)).x

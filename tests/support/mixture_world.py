@@ -38,6 +38,10 @@ class Drawn:
         labels = None if self.labels is None else self.labels[:n]
         return replace(self, images=self.images[:n], labels=labels)
 
+    def select(self, chosen):
+        labels = None if self.labels is None else self.labels[chosen]
+        return replace(self, images=self.images[chosen], labels=labels)
+
     def batches(self, size):
         for at in range(0, len(self), size):
             rows = slice(at, at + size)

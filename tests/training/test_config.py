@@ -6,7 +6,7 @@ import yaml
 import ebmkit
 from ebmkit.objectives import TrainingLoss, parse_objective
 from ebmkit.training import RECIPES, TrainConfig, parse_assignments, read_config, resolve
-from ebmkit.training.cost import Effort, step_flops
+from ebmkit.training.cost import step_flops
 from ebmkit.training.optim import optimizer_flops
 
 
@@ -150,9 +150,9 @@ def test_short_recipes_cost_no_more_than_what_they_are_compared_with():
             name: (getattr(config.streams, name).batch_size, 3, 32, 32)
             for name in ("classify", "denoise")
         }
-        effort = Effort(update_flops=optimizer_flops(model, config.optimizer))
+        update = optimizer_flops(model, config.optimizer)
         loss = TrainingLoss(model, parse_objective(config.objective))
-        return sum(step_flops(loss, shapes, effort).values()) * config.steps
+        return sum(step_flops(loss, shapes, update_flops=update).values()) * config.steps
 
     plain = joint_flops("cifar10-adamw")
     assert joint_flops("cifar10-short") <= plain

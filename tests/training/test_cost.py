@@ -238,25 +238,13 @@ def test_a_step_too_large_is_refused_with_what_would_fit():
     assert "not even one image" in str(budget(loss).too_large(SHAPES, need.parameters))
 
 
-def test_a_step_is_counted_once_for_each_description(monkeypatch):
-    """Again for other shapes, states or another description; of none, each time."""
+def test_a_budget_counts_a_step_of_the_same_shapes_once(monkeypatch):
     calls, none = [], Memory(0, 0, 0, 0)
-    monkeypatch.setattr(cost_module, "_MEMORIES", {})
     monkeypatch.setattr(cost_module, "step_memory", lambda *given: calls.append(given) or none)
-    loss, small = tiny_loss(), {name: (2, *shape[1:]) for name, shape in SHAPES.items()}
-    stage = Stage(0, 1, {})
-    for described, shapes, states, known in (
-        ("a", SHAPES, 2, False),
-        ("a", SHAPES, 2, True),
-        ("a", small, 2, False),
-        ("a", SHAPES, 3, False),
-        ("b", SHAPES, 2, False),
-        (None, SHAPES, 2, False),
-        (None, SHAPES, 2, False),
-    ):
-        before = len(calls)
-        Budget(loss, [(stage, shapes)], states, described=described).check()
-        assert len(calls) - before == (not known)
+    own, small = budget(tiny_loss()), {name: (2, *shape[1:]) for name, shape in SHAPES.items()}
+    for shapes, known in ((SHAPES, 1), (SHAPES, 1), (small, 2), (SHAPES, 2)):
+        own.memory(shapes)
+        assert len(calls) == known
 
 
 @pytest.mark.gpu

@@ -16,7 +16,7 @@ from ebmkit.distributed import DistributedContext
 from ebmkit.objectives import TrainingLoss, parse_objective
 from ebmkit.sampling.starts import ReplayBuffer
 from ebmkit.training import RECIPES, Interrupted, RunFolder, resolve
-from ebmkit.training.cost import Effort, Recorder, network_flops, step_flops
+from ebmkit.training.cost import Recorder, network_flops, step_flops
 from ebmkit.training.loop import assemble
 
 TINY = {
@@ -243,7 +243,7 @@ def test_the_cost_of_chains_is_counted_and_printed(tmp_path):
     assert flops["2 Langevin steps"] == counted.flops  # of the real chains
     once = network_flops(trainer.model, (1, 1, 8, 8))
     assert flops["2 Langevin steps"] == pytest.approx(2 * 8 * 2 * once, rel=0.01)
-    assert step_flops(trainer.loss, shapes, Effort(2))["ce"] == 2 * flops["ce"]
+    assert step_flops(trainer.loss, shapes, gradients=2)["ce"] == 2 * flops["ce"]
     ended = ebmkit_command("cost", "--objective=jem", "--width=8", cwd=tmp_path)
     assert ended.returncode == 0
     assert "10 Langevin steps" in ended.stdout

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ebmkit
 from ebmkit.objectives import TrainingLoss, parse_objective
 from ebmkit.training import RunFolder, resolve
-from ebmkit.training.cost import Effort, step_flops, step_memory
+from ebmkit.training.cost import step_flops, step_memory
 from ebmkit.training.loop import assemble
 from ebmkit.training.optim import (
     Muon,
@@ -279,7 +279,7 @@ def test_cost_and_states_are_those_of_a_real_step(backbone):
     flops = optimizer_flops(loss.model, config)
     assert flops == counted.get_total_flops()
     shapes = {"classify": (8, 1, 8, 8), "denoise": (8, 1, 8, 8)}
-    assert step_flops(loss, shapes, Effort(update_flops=flops))["optimiser"] == flops
+    assert step_flops(loss, shapes, update_flops=flops)["optimiser"] == flops
     kept = [t for own in optimizer.state.values() for n, t in own.items() if n != "step"]
     average = sum(p.nbytes for p in loss.model.parameters())
     memory = step_memory(loss, shapes, states_of(loss.model, config))

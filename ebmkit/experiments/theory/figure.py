@@ -11,6 +11,7 @@ Errors and b are in nats, v in nats times samples.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -50,27 +51,24 @@ def figure1(
     """
     if scale not in _BUDGETS:
         raise unknown_name("scale", scale, _BUDGETS)
-    total = len(SETTINGS) * SIZES
-    settings = []
-    for number, setting in enumerate(SETTINGS):
+    total, done = len(SETTINGS) * SIZES, itertools.count(1)
 
-        def advance(done: int, before: int = number * SIZES) -> None:
-            if progress is not None:
-                progress(before + done, total)
+    def advance() -> None:
+        if progress is not None:
+            progress(next(done), total)
 
-        settings.append(_setting(setting, _BUDGETS[scale], seed, advance))
     return {
         "figure": "fig1",
         "scale": scale,
         "seed": seed,
         "unit": "nats",
         "paper": [dict(curve) for curve in PAPER],
-        "settings": settings,
+        "settings": [_setting(setting, _BUDGETS[scale], seed, advance) for setting in SETTINGS],
     }
 
 
 def _setting(
-    setting: Setting, budget: tuple[int, int, int], seed: int, advance: Callable[[int], None]
+    setting: Setting, budget: tuple[int, int, int], seed: int, advance: Callable[[], None]
 ) -> dict[str, Any]:
     family = setting.family
     nodes = setting.truth.nodes()
@@ -82,7 +80,7 @@ def _setting(
         numbers, most, least = budget
         sets = max(least, min(most, numbers // (n * len(start))))
         points.append(measure(setting, n, sets, start, seed))
-        advance(k + 1)
+        advance()
     measured = dict(zip(("generative", "discriminative"), zip(*points, strict=True), strict=True))
     b_gen, b_dis = (b if b > ROUNDING else 0.0 for b in (gen.bias, dis.bias))
     saved, gap = dis.variance - gen.variance, b_gen - b_dis
@@ -102,7 +100,19 @@ def _setting(
         "formula_gen": gen.formula,
         "formula_dis": dis.formula,
         "crossing": saved / (2 * gap) if gap > 0 and saved > 0 else None,
-        "measured": {name: [_document(p) for p in row] for name, row in measured.items()},
+        "measured": {
+            name: [
+                {
+                    "n": point.n,
+                    "sets": point.sets,
+                    "without_fit": point.without,
+                    "excess": finite(point.excess),
+                    "standard_error": finite(point.error),
+                }
+                for point in row
+            ]
+            for name, row in measured.items()
+        },
         "fit": {
             "generative": _fit(measured["generative"], gen),
             "discriminative": _fit(measured["discriminative"], dis),
@@ -110,31 +120,18 @@ def _setting(
     }
 
 
-def _document(point: Point) -> dict[str, Any]:
-    return {
-        "n": point.n,
-        "sets": point.sets,
-        "without_fit": point.without,
-        "excess": finite(point.excess),
-        "standard_error": finite(point.error),
-    }
-
-
 def _fit(points: Sequence[Point], expansion: Expansion) -> dict[str, Any]:
     """v and b from the largest sizes at which every training set had a fit."""
     usable = [p for p in points if p.without == 0][-FITTED:]
-    if len(usable) < FITTED:
-        return {"sizes": [p.n for p in usable], "v": None, "b": None}
-    return {
-        "sizes": [p.n for p in usable],
-        "v": _estimate(fit_variance(usable, expansion.bias)),
-        "b": _estimate(fit_bias(usable)),
-    }
-
-
-def _estimate(fitted: Fitted) -> dict[str, Any]:
-    low, high = fitted.interval()
-    return {"value": fitted.value, "standard_error": fitted.error, "low": low, "high": high}
+    fits: dict[str, Fitted] = {}
+    if len(usable) == FITTED:
+        fits = {"v": fit_variance(usable, expansion.bias), "b": fit_bias(usable)}
+    found: dict[str, Any] = {"sizes": [p.n for p in usable], "v": None, "b": None}
+    for name, fitted in fits.items():
+        low, high = fitted.interval()
+        error = fitted.error
+        found[name] = {"value": fitted.value, "standard_error": error, "low": low, "high": high}
+    return found
 
 
 def rows(document: dict[str, Any]) -> list[dict[str, Any]]:
@@ -145,26 +142,20 @@ def rows(document: dict[str, Any]) -> list[dict[str, Any]]:
     ``v_measured`` and ``b_measured`` (each with value, standard_error, low and high at 95 %;
     None if too few training sets had a fit).
     """
-    found = []
-    for setting in document["settings"]:
-        for estimator, short in (("generative", "gen"), ("discriminative", "dis")):
-            fit = setting["fit"][estimator]
-            found.append(
-                {
-                    "family": setting["title"],
-                    "about": setting["about"],
-                    "estimator": estimator,
-                    "well_specified": setting["well_specified"],
-                    "parameters": setting["parameters"],
-                    "rank": setting["rank"],
-                    "v": setting[f"v_{short}"],
-                    "v_formula": setting[f"formula_{short}"],
-                    "v_measured": fit["v"],
-                    "b": setting[f"b_{short}"],
-                    "b_measured": fit["b"],
-                }
-            )
-    return found
+    return [
+        {
+            "family": setting["title"],
+            **{key: setting[key] for key in ("about", "well_specified", "parameters", "rank")},
+            "estimator": estimator,
+            "v": setting[f"v_{short}"],
+            "v_formula": setting[f"formula_{short}"],
+            "v_measured": setting["fit"][estimator]["v"],
+            "b": setting[f"b_{short}"],
+            "b_measured": setting["fit"][estimator]["b"],
+        }
+        for setting in document["settings"]
+        for estimator, short in (("generative", "gen"), ("discriminative", "dis"))
+    ]
 
 
 def markdown(document: dict[str, Any]) -> str:

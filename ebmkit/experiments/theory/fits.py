@@ -230,7 +230,7 @@ def measure(setting: Setting, n: int, sets: int, start: Tensor, seed: int = 0) -
     for number, first in enumerate(range(0, sets, batch)):
         rng = np.random.default_rng([seed, zlib.crc32(setting.name.encode()), n, number])
         count = min(batch, sets - first)
-        x, labels = truth.sample(rng, (count, n))
+        x, labels = truth.training_sets(rng, (count, n))
         shares = torch.nn.functional.one_hot(labels, truth.num_classes).double() / n
         sums = moments(x, shares)
         model = family.fit(sums)

@@ -19,9 +19,7 @@ estimate covariances need degree 4: for them, two dimensions it is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,13 +28,9 @@ from torch import Tensor
 
 from ebmkit.analytic import GaussianMixture
 from ebmkit.errors import UserError
-from ebmkit.experiments.theory.families import (
-    CentredMeans,
-    ClassCovariances,
-    Family,
-    NaiveBayes,
-    SharedCovariance,
-)
+from ebmkit.experiments.scales import read_data
+from ebmkit.experiments.theory import families
+from ebmkit.experiments.theory.families import Family
 
 
 class Nodes(NamedTuple):
@@ -52,40 +46,27 @@ class Nodes(NamedTuple):
         return self.weights[:, None] * self.posterior
 
 
-@dataclass(frozen=True)
-class Truth:
-    """A Gaussian mixture with labels, in float64.
+class Truth(GaussianMixture):
+    """A Gaussian mixture with labels on vectors (d,), in float64, and expectations under it.
 
-    Attributes:
+    Args:
         means: (K, d) of the components.
         covariances: (K, d, d).
         weights: (K,), sum 1.
         labels: (K,) int64, the class of each component.
+
+    Raises:
+        UserError: as `GaussianMixture`.
     """
 
-    means: Tensor
-    covariances: Tensor
-    weights: Tensor
-    labels: Tensor
+    def __init__(self, means: Tensor, covariances: Tensor, weights: Tensor, labels: Tensor) -> None:
+        super().__init__(means, covariances, weights, labels)
+        self.covariances, self.weights = covariances, weights
 
     @property
     def dim(self) -> int:
         """d."""
         return self.means.shape[1]
-
-    @property
-    def num_classes(self) -> int:
-        """C."""
-        return int(self.labels.max()) + 1
-
-    @cached_property
-    def mixture(self) -> GaussianMixture:
-        """The same as an exact model."""
-        return GaussianMixture(self.means, self.covariances, self.weights, self.labels)
-
-    def log_posterior(self, x: Tensor) -> Tensor:
-        """log p(c|x) in nats: (N, d) to (N, C)."""
-        return self.mixture.logits(x).log_softmax(1)
 
     def nodes(self, step: float = 0.25, radius: float = 8.0) -> Nodes:
         """A quadrature rule.
@@ -118,7 +99,7 @@ class Truth:
         spread = (self.weights[:, None] * weights).flatten()
         keep = spread > 1e-17
         x, spread = x.flatten(0, 1)[keep], spread[keep] / spread[keep].sum()
-        return Nodes(x, spread, self.log_posterior(x).exp())
+        return Nodes(x, spread, self.logits(x).log_softmax(1).exp())
 
     def plane(self) -> Truth:
         """The law of the first two entries of an isotropic truth with its means on the first axis.
@@ -129,7 +110,9 @@ class Truth:
         self._check_isotropic()
         return Truth(self.means[:, :2], self.covariances[:, :2, :2], self.weights, self.labels)
 
-    def sample(self, rng: np.random.Generator, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    def training_sets(
+        self, rng: np.random.Generator, shape: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor]:
         """Draw x (*shape, d) and labels (*shape) int64."""
         ends = np.cumsum(self.weights.numpy())
         component = torch.from_numpy(np.searchsorted(ends[:-1], rng.random(shape), side="right"))
@@ -171,78 +154,29 @@ class Setting:
     smallest: int
 
 
-PAPER = (
-    {"title": "Paper, left: bias dominates", "b_gen": 5.0, "b_dis": 1.0, "v_gen": 20.0,
-     "v_dis": 100.0},
-    {"title": "Paper, right: variance dominates", "b_gen": 1.0, "b_dis": 1.0, "v_gen": 100.0,
-     "v_dis": 10000.0},
-)  # fmt: skip
-"""The stylised constants of figure 1; its caption draws b + v/n."""
-
-
-def _truth(
-    means: Any, covariances: Any, weights: Sequence[float], labels: Sequence[int] | None = None
-) -> Truth:
-    """Covariances: one for each component, or one for all."""
-    centres = torch.as_tensor(means, dtype=torch.float64)
-    spreads = torch.as_tensor(covariances, dtype=torch.float64)
-    return Truth(
-        means=centres,
-        covariances=spreads.expand(len(centres), *centres.shape[1:] * 2).contiguous(),
-        weights=torch.tensor(weights, dtype=torch.float64),
-        labels=torch.tensor(range(len(centres)) if labels is None else labels),
+def _setting(
+    name: str,
+    means: list[list[float]],
+    weights: list[float],
+    family: str,
+    covariances: Any = None,
+    labels: list[int] | None = None,
+    **fields: Any,
+) -> Setting:
+    centres = torch.tensor(means, dtype=torch.float64)
+    count, dim = centres.shape
+    spreads = torch.tensor(covariances or torch.eye(dim).tolist(), dtype=torch.float64)
+    truth = Truth(
+        centres,
+        spreads.expand(count, dim, dim).contiguous(),
+        torch.tensor(weights, dtype=torch.float64),
+        torch.tensor(labels or range(count)),
     )
+    own: type[Family] = getattr(families, family)
+    return Setting(name=name, truth=truth, family=own(truth.num_classes, dim), **fields)
 
 
-# fmt: off
-SETTINGS = (
-    Setting(
-        "many-parameters", "Opposite means, d = 20",
-        "Two unit Gaussians in 20 dimensions, 3 standard deviations apart; family: unit "
-        "covariances, opposite means.",
-        _truth(torch.eye(20)[0] * torch.tensor([[1.5], [-1.5]]), torch.eye(20), [0.5, 0.5]),
-        CentredMeans(2, 20), well_specified=True, smallest=50,
-    ),
-    Setting(
-        "naive-bayes", "Naive Bayes, correlated features",
-        "Two Gaussians in the plane, correlation 0.3; family: one diagonal covariance.",
-        _truth([[1.2, 1.2], [-1.2, -1.2]], [[1.0, 0.3], [0.3, 1.0]], [0.5, 0.5]),
-        NaiveBayes(2, 2), well_specified=False, smallest=25,
-    ),
-    Setting(
-        "centred-means", "Centred means, C = 3",
-        "Three unit Gaussians in the plane whose means sum to zero; family: the same.",
-        _truth([[2.0, 0.0], [-1.0, 1.5], [-1.0, -1.5]], torch.eye(2), [0.4, 0.3, 0.3]),
-        CentredMeans(3, 2), well_specified=True, smallest=50,
-    ),
-    Setting(
-        "shared-covariance", "Shared covariance, C = 3",
-        "Three Gaussians in the plane with one covariance; family: the same.",
-        _truth([[1.8, 0.2], [-1.0, 1.6], [-0.6, -1.6]], [[1.0, 0.4], [0.4, 0.8]],
-               [0.3, 0.4, 0.3]),
-        SharedCovariance(3, 2), well_specified=True, smallest=50,
-    ),
-    Setting(
-        "class-covariances", "Class covariances",
-        "Two Gaussians in the plane with a covariance each; family: the same.",
-        _truth([[0.8, 0.0], [-0.8, 0.4]],
-               [[[1.0, 0.3], [0.3, 0.6]], [[0.7, -0.2], [-0.2, 1.4]]], [0.5, 0.5]),
-        ClassCovariances(2, 2), well_specified=True, smallest=100,
-    ),
-    Setting(
-        "unequal-covariances", "Shared covariance, truth unequal",
-        "Two Gaussians in the plane, one with about three times the other's variances; family: "
-        "one covariance.",
-        _truth([[1.0, 0.0], [-1.0, 0.0]],
-               [[[2.0, 0.3], [0.3, 1.2]], [[0.6, 0.0], [0.0, 0.6]]], [0.4, 0.6]),
-        SharedCovariance(2, 2), well_specified=False, smallest=25,
-    ),
-    Setting(
-        "two-humps", "Shared covariance, truth not Gaussian",
-        "Two classes in the plane, one with a fifth of its mass in a hump of its own; family: one "
-        "covariance.",
-        _truth([[1.0, 0.0], [1.0, 3.5], [-1.0, 0.0]], torch.eye(2), [0.4, 0.1, 0.5], [0, 0, 1]),
-        SharedCovariance(2, 2), well_specified=False, smallest=25,
-    ),
-)
-# fmt: on
+_DATA = read_data("theory/settings.yaml")
+PAPER: list[dict[str, Any]] = _DATA["paper"]
+"""The stylised constants of figure 1; its caption draws b + v/n."""
+SETTINGS = tuple(_setting(name, **fields) for name, fields in _DATA["settings"].items())

@@ -5,189 +5,33 @@ Batch b of B chains starts from numbers drawn by a generator that is a function 
 interrupted, and is resumed from the state that it saved, ends with the same bits, and so does one
 that lost its last steps because it was killed.
 
-The folder of a job is, from its first step to its last file::
-
-    DIR/
-      unfinished/settings.json             what the samples depend on
-      unfinished/batch-00000.safetensors   a batch of chains at its end, with its record
-      unfinished/state.safetensors         the batch that is under way
-      samples.h5  samples.png  path.png  path.gif  sampling.json
-
-``unfinished`` goes when ``sampling.json`` is there. Every file is written in one move, and those of
-tensors carry a digest of themselves. A chain that diverges stops (`ebmkit.sampling.Chains`); its
-image is the last finite one, and it is marked.
+In its `JobFolder` the job saves each batch at its end, with its record, as ``batch-00000``; at last
+``samples.h5``, the plots and ``sampling.json`` lie there (`ebmkit.sampling.jobs.results`). A chain
+that diverges stops (`ebmkit.sampling.Chains`); its image is the last finite one, and it is marked.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import shutil
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from ebmkit.compile import device_of
 from ebmkit.energy import EnergyModel, ScoreModel, classifies
 from ebmkit.errors import UserError
-from ebmkit.models.saving import digest
 from ebmkit.randomness import keyed_generator
-from ebmkit.sampling.base import Chains, Sampler, State
+from ebmkit.sampling.base import Sampler, State
 from ebmkit.sampling.entry import SamplerEntry, find_sampler, noise_levels
-from ebmkit.sampling.jobs.record import Record, Summary, as_from_file, run_chains
-from ebmkit.sampling.jobs.settings import (
-    BUFFER,
-    SETTINGS,
-    UNFINISHED,
-    SamplingSettings,
-    cautions,
-    parse_labels,
-)
+from ebmkit.sampling.jobs.chains import SAVE_SECONDS, Hook, Interrupted, Record, run_chains
+from ebmkit.sampling.jobs.folder import STATE, JobFolder
+from ebmkit.sampling.jobs.settings import BUFFER, SamplingSettings, cautions, parse_labels
 from ebmkit.sampling.jobs.sources import Sources
 from ebmkit.sampling.target import clean_level
-from ebmkit.storage import held, write_atomically
-from ebmkit.storage.reading import read_json
-from ebmkit.storage.tensors import read_tensors
-from ebmkit.training.config import difference
-
-SAVE_SECONDS = 30.0
-"""Time between states saved for the case that the process is killed."""
 
 SHOWN = 16
 """Chains whose path is recorded, the first of the job."""
-
-STATE, DONE = "state", "sampling.json"
-
-Hook = Callable[[int, int], None]
-
-
-class SamplingFolder:
-    """The files of one sampling job; nothing is touched before `begin`."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.home = path / UNFINISHED
-
-    def begin(self, settings: SamplingSettings) -> None:
-        """Make the folder, or resume the one that an interrupted job with ``settings`` left.
-
-        Raises:
-            UserError: if samples are finished there, something else is, or the settings were
-                others; or it cannot be made.
-        """
-        path, known = self.path, self.home / SETTINGS
-        if (path / DONE).exists():
-            raise UserError(f"{str(path)!r} holds finished samples: choose another --out")
-        if known.is_file():
-            self._check_same(settings)
-            return
-        if path.exists() and (not path.is_dir() or any(_foreign(path))):
-            raise UserError(
-                f"{str(path)!r} holds something else than samples of an interrupted run: choose "
-                "another --out"
-            )
-        try:
-            self.home.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make folder {str(path)!r}: {error.strerror}") from None
-        write_atomically(known, json.dumps(settings.model_dump(mode="json"), indent=2).encode())
-
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Within, no other process works in the folder.
-
-        Raises:
-            Busy: if one does.
-        """
-        with held(self.home, "sampling"):
-            yield
-
-    def save(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Write ``tensors`` under ``name``.
-
-        Raises:
-            UserError: if the disk is full or not writable.
-        """
-        state = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        content = safetensors.torch.save(state, metadata={"sha256": digest(state)})
-        write_atomically(self.file(name), content)
-
-    def load(self, name: str) -> dict[str, Tensor] | None:
-        """What was saved under ``name``, on the CPU; None if nothing was.
-
-        Raises:
-            UserError: if the file is damaged.
-        """
-        path = self.file(name)
-        if not path.is_file():
-            return None
-        try:
-            state, metadata = read_tensors(path)
-        except UserError:
-            state, metadata = {}, {}
-        if not state or metadata.get("sha256") != digest(state):
-            raise UserError(
-                f"{str(path)!r} is damaged: remove it, and its batch of chains is drawn anew"
-            )
-        return state
-
-    def finish(self, document: dict[str, Any]) -> None:
-        """Write ``sampling.json``, and remove what was only needed to resume."""
-        content = json.dumps(document, indent=1, allow_nan=False).encode()
-        write_atomically(self.path / DONE, content)
-        shutil.rmtree(self.home, ignore_errors=True)
-
-    def file(self, name: str) -> Path:
-        """Where tensors are saved under ``name``."""
-        return self.home / f"{name}.safetensors"
-
-    def _check_same(self, settings: SamplingSettings) -> None:
-        try:
-            old = read_json(self.home / SETTINGS)
-        except UserError:
-            old = None
-        if not isinstance(old, dict):
-            raise UserError(
-                f"{str(self.home / SETTINGS)!r} is damaged: it does not parse; choose another --out"
-            )
-        with contextlib.suppress(ValidationError):  # later fields have defaults, names are upgraded
-            old = SamplingSettings.model_validate(old).model_dump(mode="json")
-        found = difference(old, settings.model_dump(mode="json"))
-        if found is not None:
-            key, before, now = found
-            raise UserError(
-                f"{str(self.path)!r} holds unfinished samples of other settings: {key} was "
-                f"{before!r} and is now {now!r}; resume with the former, or choose another --out"
-            )
-
-
-def _foreign(path: Path) -> Iterator[Path]:
-    """What lies in ``path`` and is not of a job that was stopped before it began."""
-    for entry in path.iterdir():
-        if entry.name != UNFINISHED or not entry.is_dir():
-            yield entry
-        else:
-            yield from (p for p in entry.iterdir() if not p.name.startswith("."))
-
-
-class Interrupted(Exception):
-    """The job was stopped after saving; the same job on the same folder resumes.
-
-    Attributes:
-        done: steps of batches that are done.
-        total: steps of batches in all.
-    """
-
-    def __init__(self, done: int, total: int) -> None:
-        super().__init__(f"interrupted after step {done} of {total}")
-        self.done, self.total = done, total
 
 
 class SamplingJob:
@@ -214,13 +58,12 @@ class SamplingJob:
         self,
         model: ScoreModel,
         settings: SamplingSettings,
-        folder: SamplingFolder,
+        folder: JobFolder,
         sources: Sources | None = None,
         save_seconds: float = SAVE_SECONDS,
     ) -> None:
         self.model, self.settings, self.folder = model, settings, folder
-        self.sources = sources or Sources()
-        self.save_seconds = save_seconds
+        self.sources, self.save_seconds = sources or Sources(), save_seconds
         self.device = device_of(model)
         self.labels = parse_labels(model, settings.label, settings.count)
         self.entry: SamplerEntry[Any] | None = None
@@ -252,7 +95,11 @@ class SamplingJob:
         progress = progress or (lambda done, total: None)
         for number in range(self.settings.batches):
             if not self.folder.file(batch_name(number)).is_file():
-                self._run_batch(number, progress, stop)
+                try:
+                    self._run_batch(number, progress, stop)
+                except Interrupted as stopped:
+                    done = number * self.length + stopped.done
+                    raise Interrupted(done, self.total) from None
             progress((number + 1) * self.length, self.total)
 
     def finished(self, number: int) -> dict[str, Tensor]:
@@ -277,84 +124,36 @@ class SamplingJob:
         return found
 
     def _run_batch(self, number: int, progress: Hook, stop: Callable[[], bool]) -> None:
-        c = self._labels(number)
+        c, rows, seconds = self._labels(number), self.settings.rows(number), 0.0
         if self.entry is None:
-            x = self._from_buffer(number)
-            self._finish(number, x, torch.full((len(x),), -1), Record(1), 0.0, c)
-            return
-        sampler = self.entry.build(self.model, c, self.config)
-        shown = min(SHOWN, self.settings.batch_size) if number == 0 else 0
-        record = Record(self.length, self._summary(sampler, c), shown)
-        chains, seconds = self._begin(number, sampler, record, c)
-        clock = saved = time.perf_counter()
-
-        def after(step: int) -> None:
-            nonlocal saved
-            now, done = time.perf_counter(), number * self.length + step
-            if stop() or now - saved > self.save_seconds:
-                self._save(number, chains, record, seconds + now - clock)
-                saved = now
-                if stop():
-                    raise Interrupted(done, self.total)
-            progress(done, self.total)
-
-        run_chains(chains, self.length, lambda t: self._generator(number, t), record, after)
-        x = self.entry.finish(self.model, sampler, chains.state.x, c)
-        died = torch.full((len(x),), -1)
-        for chain, step in chains.diverged.items():
-            died[chain] = step
-        lost = ~x.flatten(1).isfinite().all(1)  # at the very end
-        died[lost.cpu() & (died < 0)] = chains.state.step
-        rows = (lost | (died >= 0).to(lost.device))[:, None, None, None]
-        x = torch.where(rows, chains.state.x, x)
-        record.frame(x, chains.state.step, last=True)
-        self._finish(number, x, died, record, seconds + time.perf_counter() - clock, c)
-
-    def _begin(
-        self, number: int, sampler: Sampler[Any], record: Record, c: Tensor | None
-    ) -> tuple[Chains[Any], float]:
-        """The chains of a batch and the seconds spent: at the start, or as they were saved."""
-        saved = self.folder.load(STATE)
-        if saved is None or int(saved["batch"]) != number:
-            state = as_from_file(sampler.init(self._start(number, sampler, c)))
-            record.frame(state.x, 0)
-            return Chains(sampler, state), 0.0
-        try:
-            fields = {k[6:]: v for k, v in saved.items() if k.startswith("state.")}
-            if fields["x"].shape != (len(saved["finished"]), *self.settings.shape):
-                raise ValueError(fields["x"].shape)
-            blank = sampler.init(fields["x"].to(self.device))
-            values = {
-                name: int(value) if isinstance(getattr(blank, name), int) else value.to(self.device)
-                for name, value in fields.items()
-            }
-            died = {int(k): int(s) for k, s in saved["died"].tolist()} if "died" in saved else {}
-            chains = Chains(sampler, blank._replace(**values), died)
-            chains.finished = saved["finished"].to(self.device)
-            record.restore(saved)
-            return chains, float(saved["seconds"])
-        except (KeyError, TypeError, ValueError, IndexError, RuntimeError, OverflowError):
-            what = f"{str(self.folder.home)!r} holds a state that is not of this job"
-            raise UserError(f"{what}: choose another --out") from None
-
-    def _save(self, number: int, chains: Chains[Any], record: Record, seconds: float) -> None:
-        fields: dict[str, Any] = chains.state._asdict()
-        tensors = {f"state.{name}": torch.as_tensor(value) for name, value in fields.items()}
-        if chains.diverged:
-            tensors["died"] = torch.tensor(list(chains.diverged.items()))
-        tensors["batch"], tensors["finished"] = torch.tensor(number), chains.finished
-        tensors["seconds"] = torch.tensor(seconds, dtype=torch.float64)
-        self.folder.save(STATE, tensors | record.tensors())
-
-    def _finish(
-        self,
-        number: int,
-        x: Tensor,
-        died: Tensor,
-        record: Record,
-        seconds: float,
-        c: Tensor | None,
-    ) -> None:
+            x, record = self._from_buffer(number), Record(1)
+            died = torch.full((len(x),), -1)
+        else:
+            sampler = self.entry.build(self.model, c, self.config)
+            shown = min(SHOWN, self.settings.batch_size) if number == 0 else 0
+            record = Record(self.length, self._summary(sampler, c), shown)
+            chains, seconds = run_chains(
+                sampler,
+                lambda: self._start(number, sampler, c),
+                (rows.stop - rows.start, *self.settings.shape),
+                self.length,
+                lambda step: self._generator(number, step),
+                record,
+                lambda step: progress(number * self.length + step, self.total),
+                folder=self.folder,
+                batch=number,
+                stop=stop,
+                save_seconds=self.save_seconds,
+            )
+            x = self.entry.finish(self.model, sampler, chains.state.x, c)
+            died = torch.full((len(x),), -1)
+            for chain, step in chains.diverged.items():
+                died[chain] = step
+            lost = ~x.flatten(1).isfinite().all(1)  # at the very end
+            died[lost.cpu() & (died < 0)] = chains.state.step
+            lost = lost | (died >= 0).to(lost.device)
+            x = torch.where(lost[:, None, None, None], chains.state.x, x)
+            record.frame(x, chains.state.step, last=True)
         tensors = {"samples": x, "died": died, "finite": died < 0}
         tensors["seconds"] = torch.tensor(seconds, dtype=torch.float64)
         if c is not None:
@@ -364,7 +163,7 @@ class SamplingJob:
 
     def _start(self, number: int, sampler: Sampler[Any], c: Tensor | None) -> Tensor:
         assert self.entry is not None
-        generator = self._generator(number, 0)
+        generator, rows = self._generator(number, 0), self.settings.rows(number)
         if self.settings.start == BUFFER:
             x, level = self._from_buffer(number), noise_levels(sampler)[0]
             if level is None:
@@ -377,50 +176,47 @@ class SamplingJob:
             if train is None:
                 raise UserError("chains start from the mean image: give images of the data set")
             mean = train[0].mean(0)
-        rows = self.settings.rows(number)
         shape = (rows.stop - rows.start, *self.settings.shape)
         return self.entry.start(
             self.model, sampler, self.config, shape, generator, c, train, mean
         ).to(self.device)
 
-    def _summary(self, sampler: Sampler[Any], c: Tensor | None) -> Summary | None:
+    def _summary(self, sampler: Sampler[Any], c: Tensor | None) -> Callable[[State], Tensor] | None:
         """The log-density that a chain samples, where it is one at one level."""
-        model = self.model
+        model, level = self.model, noise_levels(sampler)[1]
         if self.entry is None or self.entry.no_law or not isinstance(model, EnergyModel):
             return None
 
         def summary(state: State) -> Tensor:
             known: Tensor | None = getattr(state, "log_density", None)
-            if known is not None:
-                return known
-            return model.log_density(state.x, noise_levels(sampler)[1], c)
+            return model.log_density(state.x, level, c) if known is None else known
 
         return summary
 
     def _choose_slots(self) -> Tensor:
         """Slots (N,) of the replay buffer; without a step also the labels of its chains."""
-        buffer, count = self.sources.buffer, self.settings.count
+        buffer, count, labels = self.sources.buffer, self.settings.count, self.labels
         if buffer is None:
             raise UserError("chains start from the replay buffer: give the run's")
         if self.entry is None:
-            asked, size = count, len(buffer)
-            if self.labels is not None:
+            asked, size, what = count, len(buffer), "this replay buffer"
+            if labels is not None:
                 if not buffer.num_classes:
                     raise UserError(
                         "this replay buffer holds chains of no label: leave out --label"
                     )
-                asked, size = int(self.labels.bincount().max()), size // buffer.num_classes
+                asked, what = int(labels.bincount().max()), "a label"
+                size //= buffer.num_classes
             if asked > size:
-                what = "a label" if self.labels is not None else "this replay buffer"
                 raise UserError(
                     f"{asked} chains of {what} are asked for and it has {size}: take fewer"
                 )
         generator = keyed_generator("cpu", self.settings.seed, "sample", "buffer")
-        if self.labels is not None and buffer.num_classes:
-            return buffer.choose(count, generator, self.labels)
+        if labels is not None and buffer.num_classes:
+            return buffer.choose(count, generator, labels)
         order = torch.randperm(len(buffer), generator=generator)
         slots = order[torch.arange(count) % len(buffer)]
-        if self.labels is None and buffer.labels is not None and self.entry is None:
+        if labels is None and buffer.labels is not None and self.entry is None:
             self.labels = buffer.labels[slots]
         return slots
 

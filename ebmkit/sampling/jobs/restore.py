@@ -11,9 +11,11 @@ is that of the whole image, as the ascent needs it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,22 +24,24 @@ from einops import rearrange
 from torch import Tensor
 
 from ebmkit.compile import device_of
+from ebmkit.compute import environment
 from ebmkit.data.images import read_image, write_image
 from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.inference import TILE, denoise_image
 from ebmkit.metrics import psnr
-from ebmkit.plots import image_grid, save_figure, show_image
+from ebmkit.models.saving import digest
+from ebmkit.plots import image_rows
 from ebmkit.randomness import keyed_generator
-from ebmkit.sampling.base import Chains
 from ebmkit.sampling.diagnostics import finite_or_none
-from ebmkit.sampling.inverse import Degraded, Measurement, Task, TaskOptions, baselines_of
-from ebmkit.sampling.jobs.record import Record, means_of, run_chains
+from ebmkit.sampling.inverse import Measurement, Task, TaskOptions
+from ebmkit.sampling.jobs.chains import Hook, Record, means_of, run_chains
+from ebmkit.sampling.jobs.folder import STATE, JobFolder
 from ebmkit.sampling.jobs.results import far_from_images
 from ebmkit.sampling.kadkhodaie_simoncelli import StochasticAscentConfig, make_restorer
 from ebmkit.sampling.target import trained_range
 from ebmkit.storage import write_atomically
-from ebmkit.training.run_folder import environment
+from ebmkit.storage.reading import read_json
 
 MAX_PIXELS = 1024 * 1024
 """Pixels of an image at the most: a restoration is hundreds of passes."""
@@ -55,6 +59,7 @@ class Restored(NamedTuple):
         error: (B, S) root mean square of what the measurements of the images are off, image units.
         sigmas: mean noise level that the chains estimated at each step.
         steps: of the longest chain.
+        seconds: spent on the chains, those before an interruption too.
     """
 
     images: Tensor
@@ -62,6 +67,7 @@ class Restored(NamedTuple):
     error: Tensor
     sigmas: list[float | None]
     steps: int
+    seconds: float
 
 
 @torch.no_grad()
@@ -74,7 +80,8 @@ def restore(
     samples: int = 1,
     seed: int = 0,
     c: int | None = None,
-    progress: Callable[[int, int], None] = lambda step, steps: None,
+    progress: Hook = lambda step, steps: None,
+    **saving: Any,
 ) -> Restored:
     """Draw images that have the measurements ``measured`` (B, n).
 
@@ -87,20 +94,15 @@ def restore(
         seed: of the noise.
         c: a label, for the class-conditional denoiser.
         progress: called with (step, steps at the most).
+        **saving: ``folder``, ``batch``, ``stop`` and ``save_seconds`` of
+            `ebmkit.sampling.jobs.chains.run_chains`, to resume after an interruption.
 
     Raises:
         UserError: if the sampler cannot drive the model, the image is too large, or the number of
             samples is below 1.
     """
-    if samples < 1:
-        raise UserError(f"{samples} samples of each image cannot be drawn: take 1 or more")
-    _, height, width = measurement.shape
-    if height * width > MAX_PIXELS:
-        raise UserError(
-            f"an image of {width}x{height} has more than {MAX_PIXELS // 1024**2} megapixel, too "
-            "many to restore: cut it into parts, or make it smaller"
-        )
-    device, count = device_of(model), len(measured)
+    _check(measurement, samples)
+    device = device_of(model)
 
     def generator(step: int) -> torch.Generator:
         return keyed_generator(device, seed, "restore", step)
@@ -111,22 +113,42 @@ def restore(
     numbers = measured.to(device).repeat_interleave(samples, 0)
     ascent = make_restorer(model, measurement, numbers, config, c)
     size = model.card.image_size if model.card else None
-    if max(height, width) > (AS_IT_IS * max(size) if size else TILE):
+    if max(measurement.shape[1:]) > (AS_IT_IS * max(size) if size else TILE):
         ascent.denoiser = denoise_in_crops
-    start = ascent.start((len(numbers), *measurement.shape), generator(0))
-    chains, record = Chains(ascent, ascent.init(start)), Record(ascent.steps)
-    run_chains(chains, ascent.steps, generator, record, lambda step: progress(step, ascent.steps))
+    shape, record = (len(numbers), *measurement.shape), Record(ascent.steps)
+    chains, seconds = run_chains(
+        ascent,
+        lambda: ascent.start(shape, generator(0)),
+        shape,
+        ascent.steps,
+        generator,
+        record,
+        lambda step: progress(step, ascent.steps),
+        **saving,
+    )
     finite = torch.ones(len(numbers), dtype=torch.bool)
     finite[list(chains.diverged)] = False
     images = chains.state.x
     off = measurement.measure(images) - numbers
     return Restored(
         rearrange(images, "(b s) c h w -> b s c h w", s=samples).cpu(),
-        finite.reshape(count, samples),
-        off.square().mean(1).sqrt().reshape(count, samples).cpu(),
+        rearrange(finite, "(b s) -> b s", s=samples),
+        rearrange(off.square().mean(1).sqrt(), "(b s) -> b s", s=samples).cpu(),
         means_of([torch.stack(record.sums)])["sigma"],
         chains.state.step,
+        seconds,
     )
+
+
+def _check(measurement: Measurement, samples: int) -> None:
+    if samples < 1:
+        raise UserError(f"{samples} samples of each image cannot be drawn: take 1 or more")
+    _, height, width = measurement.shape
+    if height * width > MAX_PIXELS:
+        raise UserError(
+            f"an image of {width}x{height} has more than {MAX_PIXELS // 1024**2} megapixel, too "
+            "many to restore: cut it into parts, or make it smaller"
+        )
 
 
 def _denoise_in_crops(model: ScoreModel, y: Tensor, c: int | None) -> Tensor:
@@ -150,6 +172,7 @@ class RestoreJob(NamedTuple):
         seed: of the noise.
         c: a label, or None.
         run: name of the run, written down.
+        computed: device, precision and compilation, which a job that is resumed must share.
     """
 
     model: ScoreModel
@@ -161,70 +184,107 @@ class RestoreJob(NamedTuple):
     seed: int = 0
     c: int | None = None
     run: str = ""
+    computed: str = ""
 
-    def check(self, images: Sequence[Path], out: Path) -> None:
-        """Whether all ``images`` can be restored into ``out``, before the first one is.
+    def begin(self, images: Sequence[Path], out: Path) -> JobFolder:
+        """The folder ``out``, made for this job, or with what an interrupted one left there.
 
         Raises:
-            UserError: if not: one cannot be read or measured, or a file is there already.
+            UserError: if an image cannot be read or measured, two have one name, a file is there
+                already, or the folder holds an unfinished job of other settings.
         """
         for i, path in enumerate(images):
             if path.stem in [p.stem for p in images[:i]]:
                 raise UserError(f"two images are called {path.stem!r}: restore them separately")
-            for target in self.targets(path, out):
+            measurement, numbers, _ = self.degraded(path)
+            _check(measurement, self.samples)
+            make_restorer(self.model, measurement, numbers, self.config, self.c)
+        mask, digests = self.options.mask, [hashlib.sha256(p.read_bytes()) for p in images]
+        settings = {
+            "task": self.task.name,
+            "mask": None if mask is None else digest({"mask": mask.cpu()}),
+            "share": self.options.share,
+            "factor": self.options.factor,
+            "task_seed": self.options.seed,
+            "measured": self.measured,
+            "sampler": self.config.model_dump(mode="json"),
+            "samples": self.samples,
+            "seed": self.seed,
+            "label": self.c,
+            "weights": self.model.weights_sha256,
+            "computed": self.computed,
+            "images": {p.name: d.hexdigest() for p, d in zip(images, digests, strict=True)},
+        }
+        folder = JobFolder(out, "restorations", done="")
+        if not folder.resumes(settings):
+            for target in [target for path in images for target in self.targets(path, out)]:
                 if target.exists():
                     raise UserError(
                         f"{str(target)!r} exists: choose another --out, or move it away"
                     )
-            self.degraded(path)
+        folder.begin(settings)
+        return folder
 
     def targets(self, path: Path, out: Path) -> list[Path]:
         """The files that are written about the image ``path``."""
         kinds = ["measured.png", "comparison.png", *self._names]
         return [out / f"{path.stem}.json", *(out / f"{path.stem}-{kind}" for kind in kinds)]
 
-    def degraded(self, path: Path) -> Degraded:
-        """What is known of the image ``path``.
-
-        Raises:
-            UserError: if it cannot be read, or as `Task.degrade`.
-        """
+    def degraded(self, path: Path) -> tuple[Measurement, Tensor, Tensor | None]:
+        """`Task.degrade` of the image ``path``."""
         channels = self.model.card.channels if self.model.card else None
         return self.task.degrade(read_image(path, channels).image, self.options, self.measured)
 
     def run_on(
         self,
-        path: Path,
-        out: Path,
-        progress: Callable[[int, int], None] = lambda step, steps: None,
+        images: Sequence[Path],
+        number: int,
+        folder: JobFolder,
+        progress: Hook = lambda step, steps: None,
+        **saving: Any,
     ) -> dict[str, Any]:
-        """Restore one image and write its files into ``out``; what the JSON file holds.
+        """Restore image ``number``, unless that is done; what its JSON file holds.
+
+        Args:
+            images: of the job.
+            number: which of them.
+            folder: as `begin` gave it; the files are written there, the JSON file last.
+            progress: called with (step, steps at the most).
+            **saving: ``stop`` and ``save_seconds`` of `run_chains`.
 
         Raises:
-            UserError: if it cannot be read or measured, a file cannot be written, or every chain
-                diverged.
+            Interrupted: if ``stop`` said so; the state is saved.
+            UserError: if the image cannot be read or measured, a file cannot be written, or every
+                chain diverged.
         """
-        begun = time.perf_counter()
-        known = self.degraded(path)
-        clean, shape = known.clean, known.measurement.shape
+        path, out, begun = images[number], folder.path, time.perf_counter()
+        if (out / f"{path.stem}.json").exists():
+            done: dict[str, Any] = read_json(out / f"{path.stem}.json")
+            return done
+        measurement, numbers, clean = self.degraded(path)
+        shape, look = measurement.shape, measurement.on_gray(numbers)
         found = restore(
             self.model,
-            known.measurement,
-            known.measured,
+            measurement,
+            numbers,
             self.config,
             samples=self.samples,
             seed=self.seed,
             c=self.c,
             progress=progress,
+            folder=folder,
+            batch=number,
+            **saving,
         )
-        images, finite = found.images[0], found.finite[0]
+        samples, finite = found.images[0], found.finite[0]
         if not bool(finite.any()):
+            folder.finish()  # there is nothing to resume
             raise UserError(
                 f"every chain of {path.name!r} diverged to NaN or Inf: lower beta or first_step, "
                 "or look whether the model's training diverged"
             )
-        restored = images[finite].clamp(0, 1)
-        baselines = baselines_of(known.measurement, known.measured)
+        restored = samples[finite].clamp(0, 1)
+        baselines = measurement.baselines(numbers)
         options = self.task.resolved(self.options)
         mask, card = options.mask, self.model.card
         document: dict[str, Any] = {
@@ -238,7 +298,7 @@ class RestoreJob(NamedTuple):
                 "seed": options.seed,
             },
             "size": list(shape),
-            "measured_numbers": known.measurement.count,
+            "measured_numbers": measurement.count,
             "settings": self.config.model_dump(mode="json"),
             "seed": self.seed,
             "samples": self.samples,
@@ -248,28 +308,26 @@ class RestoreJob(NamedTuple):
             "lost": torch.nonzero(~finite).flatten().tolist(),
             "steps": found.steps,
             "sigmas": found.sigmas,
-            "warnings": self._warnings(shape, images, finite),
-            "seconds": round(time.perf_counter() - begun, 3),
+            "warnings": self._warnings(shape, samples, finite),
+            "seconds": 0.0,
             "model": None if card is None else card.model_dump(mode="json"),
             "environment": environment(),
         }
         if clean is not None:
             document["psnr"] = {
-                "samples": [_psnr(x, clean) for x in images],
-                **({"mean_of_samples": _psnr(restored.mean(0), clean)} if len(images) > 1 else {}),
+                "samples": [_psnr(x, clean) for x in samples],
+                **({"mean_of_samples": _psnr(restored.mean(0), clean)} if len(samples) > 1 else {}),
                 "baselines": {name: _psnr(x, clean) for name, x in baselines.items()},
             }
-        write_image(known.look, out / f"{path.stem}-measured.png")
-        shown = restored if self.samples == 1 else [*images, restored.mean(0)]
-        for name, image in zip(self._names, shown, strict=True):
-            write_image(image.clamp(0, 1), out / f"{path.stem}-{name}")
-        plot_restorations(
-            [_panels(known, baselines, restored)],
-            out / f"{path.stem}-comparison.png",
-            f"{self.task.name}: {path.name}",
-        )
+        shown = restored if self.samples == 1 else [*samples, restored.mean(0)]
+        for name, image in zip(["measured.png", *self._names], [look, *shown], strict=True):
+            write_image(image.clamp(0, 1), out / f"{path.stem}-{name}", overwrite=True)
+        comparison, title = out / f"{path.stem}-comparison.png", f"{self.task.name}: {path.name}"
+        _plot(look, clean, baselines, restored, comparison, title)
+        document["seconds"] = round(max(found.seconds, time.perf_counter() - begun), 3)
         text = json.dumps(document, indent=1, allow_nan=False)
         write_atomically(out / f"{path.stem}.json", text.encode())
+        folder.file(STATE).unlink(missing_ok=True)
         return document
 
     def _warnings(self, shape: tuple[int, ...], images: Tensor, finite: Tensor) -> list[str]:
@@ -315,50 +373,26 @@ def read_mask(path: Path) -> Tensor:
     return image > 0.5
 
 
-class Panel(NamedTuple):
-    """A cell of `plot_restorations`: an image (C, H, W), and the text above and below."""
-
-    image: Tensor
-    above: str
-    below: str
-
-
-def plot_restorations(rows: Sequence[Sequence[Panel]], path: Path, title: str) -> None:
-    """One image in each row: as it was, what was measured, baselines, and restored.
-
-    Args:
-        rows: of equal length, and images of equal size.
-        path: the PNG file.
-        title: above.
-    """
-    shape = (rows[0][0].image.shape[-2], rows[0][0].image.shape[-1])
-    figure, axes = image_grid(len(rows), len(rows[0]), shape, head=0.55)
-    for i, row in enumerate(rows):
-        for k, panel in enumerate(row):
-            show_image(axes[i][k], panel.image, panel.below, panel.above if i == 0 else "")
-    height = figure.get_figheight()
-    figure.text(0.008, 1 - 0.14 / height, title, fontsize=9, weight="bold", va="center")
-    save_figure(figure, path)
-
-
-def _panels(known: Degraded, baselines: dict[str, Tensor], restored: Tensor) -> list[Panel]:
+def _plot(
+    look: Tensor,
+    clean: Tensor | None,
+    baselines: dict[str, Tensor],
+    restored: Tensor,
+    path: Path,
+    title: str,
+) -> None:
     """Original, measured, the best baseline, a restored one, and the mean of several."""
-    clean = known.clean
-
-    def panel(image: Tensor, above: str) -> Panel:
-        value = None if clean is None else _psnr(image, clean)
-        return Panel(image, above, "" if value is None else f"{value:.2f} dB")
-
-    def quality(name: str) -> float:
-        return 0.0 if clean is None else float(psnr(baselines[name][None], clean[None]))
-
-    best = max(baselines, key=quality)
-    panels = [] if clean is None else [Panel(clean, "original", "")]
-    panels += [panel(known.look, "measured"), panel(baselines[best], best)]
-    panels.append(panel(restored[0], "restored"))
+    quality = {} if clean is None else {n: _psnr(x, clean) for n, x in baselines.items()}
+    best = max(baselines, key=lambda name: inf if (q := quality.get(name)) is None else q)
+    shown = {"measured": look, best: baselines[best], "restored": restored[0]}
     if len(restored) > 1:
-        panels.append(panel(restored.mean(0), f"mean of {len(restored)}"))
-    return panels
+        shown[f"mean of {len(restored)}"] = restored.mean(0)
+    heads = [] if clean is None else ["original"]
+    row = [] if clean is None else [(clean, "")]
+    for image in shown.values():
+        value = None if clean is None else _psnr(image, clean)
+        row.append((image, "" if value is None else f"{value:.2f} dB"))
+    image_rows([row], [*heads, *shown], path, title=title)
 
 
 def _psnr(image: Tensor, clean: Tensor) -> float | None:

@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
-import tempfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,16 +30,16 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ebmkit.errors import UserError
+from ebmkit.compute import environment
 from ebmkit.plots import DPI, GRAY, new_figure, save_figure
 from ebmkit.sampling.diagnostics import chain_diagnostics, energy_diagnostics
+from ebmkit.sampling.jobs.chains import MAX_DRAWS, means_of
 from ebmkit.sampling.jobs.job import SamplingJob
-from ebmkit.sampling.jobs.record import MAX_DRAWS, means_of
 from ebmkit.sampling.jobs.settings import BUFFER, class_names_of
 from ebmkit.sampling.target import clean_level
 from ebmkit.storage import write_atomically
+from ebmkit.storage.atomic import replacing
 from ebmkit.terminal import shown_name
-from ebmkit.training.run_folder import environment
 
 FAR = 1.5
 """Distance of a pixel from 0.5 beyond which a sample is no image, for whatever reason."""
@@ -71,16 +69,22 @@ def write_results(job: SamplingJob, run: str) -> dict[str, Any]:
     Raises:
         UserError: if a file cannot be written.
     """
-    settings, held_out = job.settings, job.sources.held_out
+    settings, held_out, entry = job.settings, job.sources.held_out, job.entry
     batches, first = _write_hdf5(job, run, job.folder.path / "samples.h5")
-    finite, died = (torch.cat([batch[name] for batch in batches]) for name in ("finite", "died"))
-    labels, log_density = (
-        torch.cat([batch[name] for batch in batches]) if name in batches[0] else None
-        for name in ("labels", "log_density")
-    )
-    far = sum(int(batch["far"].sum()) for batch in batches)
+
+    def joined(name: str) -> Tensor | None:
+        return torch.cat([b[name] for b in batches]) if name in batches[0] else None
+
+    finite, died, far = (torch.cat([b[n] for b in batches]) for n in ("finite", "died", "far"))
     traces = means_of([batch["sums"] for batch in batches if "sums" in batch])
     diverged = [(k, int(died[k])) for k in torch.nonzero(died >= 0).flatten().tolist()]
+    accepted = [
+        (share * chains, chains)
+        for share, chains in zip(traces["acceptance"], traces["chains"], strict=True)
+        if share is not None
+    ]
+    draws, every = [batch.get("draws") for batch in batches], max(1, job.length // MAX_DRAWS)
+    real = None if held_out is None else job.energies(held_out).get("log_density")
     document: dict[str, Any] = {
         "run": run,
         "source": _source(job),
@@ -89,28 +93,21 @@ def write_results(job: SamplingJob, run: str) -> dict[str, Any]:
         "samples": settings.count,
         "steps": len(traces["chains"]),
         "lost": [{"chain": chain, "step": step} for chain, step in diverged],
-        "warnings": [*job.cautions, *_warnings(far, diverged, len(died))],
+        "warnings": [*job.cautions, *_warnings(int(far.sum()), diverged, len(died))],
         "diagnostics": {
-            "acceptance": _acceptance(traces),
-            "chains": chain_diagnostics(
-                job.entry,
-                [batch.get("draws") for batch in batches],
-                finite,
-                max(1, job.length // MAX_DRAWS),
-            ),
+            "acceptance": sum(a for a, _ in accepted) / sum(n for _, n in accepted)
+            if accepted
+            else None,
+            "chains": chain_diagnostics(entry, draws, finite, every),
             "energies": energy_diagnostics(
-                log_density,
-                finite,
-                None if held_out is None else job.energies(held_out).get("log_density"),
-                job.sources.note,
-                clean_level(job.model),
+                joined("log_density"), finite, real, job.sources.note, clean_level(job.model)
             ),
         },
         "seconds": round(sum(float(batch["seconds"]) for batch in batches), 3),
         "traces": traces,
         "environment": environment(),
     }
-    document["files"] = ["samples.h5", *_plot(job, first, labels, finite, traces)]
+    document["files"] = ["samples.h5", *_plot(job, first, joined("labels"), finite, traces)]
     job.folder.finish(document)
     return document
 
@@ -126,63 +123,37 @@ def _source(job: SamplingJob) -> str:
 
 
 def _write_hdf5(job: SamplingJob, run: str, path: Path) -> tuple[list[dict[str, Tensor]], Tensor]:
-    """Write the samples batch by batch, in one move; the first ones are returned.
-
-    Of each batch what else there is is returned, too, and which samples are ``far`` (B,) from
-    images.
-    """
+    """Write the samples batch by batch; what else each holds, with which samples are ``far`` (B,)
+    from images, and the first samples."""
     import h5py
 
     settings = job.settings
     total, (channels, height, width) = settings.count, settings.shape
     batches: list[dict[str, Tensor]] = []
     first: list[Tensor] = []
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        with h5py.File(temporary, "w") as file:
-            images = file.create_dataset("images", (total, height, width, channels), "uint8")
-            samples = file.create_dataset("samples", (total, channels, height, width), "float32")
-            for number in range(settings.batches):
-                batch, rows = job.finished(number), settings.rows(number)
-                x = batch.pop("samples").float()
-                samples[rows] = x.numpy()
-                levels = (x.clamp(0, 1) * 255).round().to(torch.uint8)
-                images[rows] = rearrange(levels, "b c h w -> b h w c").numpy()
-                if sum(map(len, first)) < ROWS * COLUMNS:
-                    first.append(x)
-                batch.pop("frames", None)
-                batches.append(batch | {"far": far_from_images(x)})
-            for key in ("finite", "labels", "log_density", "log_joint"):
-                if key in batches[0]:
-                    file[key] = torch.cat([batch[key] for batch in batches]).numpy()
-            if "labels" in batches[0]:
-                kind = h5py.string_dtype()
-                file.create_dataset("class_names", data=class_names_of(job.model), dtype=kind)
-            file.attrs.update(
-                {
-                    "source": _source(job),
-                    "sampler": settings.sampler,
-                    "settings": settings.model_dump_json(),
-                    "seed": settings.seed,
-                    "run": run,
-                }
-            )
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {str(path)!r}: {error.strerror or error}") from None
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+        images = file.create_dataset("images", (total, height, width, channels), "uint8")
+        samples = file.create_dataset("samples", (total, channels, height, width), "float32")
+        for number in range(settings.batches):
+            batch, rows = job.finished(number), settings.rows(number)
+            x = batch.pop("samples").float()
+            samples[rows] = x.numpy()
+            levels = (x.clamp(0, 1) * 255).round().to(torch.uint8)
+            images[rows] = rearrange(levels, "b c h w -> b h w c").numpy()
+            if sum(map(len, first)) < ROWS * COLUMNS:
+                first.append(x)
+            batch.pop("frames", None)
+            batches.append(batch | {"far": far_from_images(x)})
+        for key in ("finite", "labels", "log_density", "log_joint"):
+            if key in batches[0]:
+                file[key] = torch.cat([batch[key] for batch in batches]).numpy()
+        if "labels" in batches[0]:
+            kind = h5py.string_dtype()
+            file.create_dataset("class_names", data=class_names_of(job.model), dtype=kind)
+        file.attrs["source"], file.attrs["sampler"] = _source(job), settings.sampler
+        file.attrs["settings"] = settings.model_dump_json()
+        file.attrs["seed"], file.attrs["run"] = settings.seed, run
     return batches, torch.cat(first)
-
-
-def _acceptance(traces: dict[str, list[Any]]) -> float | None:
-    """Mean over all proposals; None of samplers that accept all."""
-    steps = zip(traces["acceptance"], traces["chains"], strict=True)
-    known = [(share, chains) for share, chains in steps if share is not None]
-    proposals = sum(chains for _, chains in known)
-    return sum(share * chains for share, chains in known) / proposals if proposals else None
 
 
 def _warnings(far: int, diverged: list[tuple[int, int]], total: int) -> list[str]:
@@ -216,13 +187,11 @@ def _plot(
 ) -> list[str]:
     """Draw the first samples, and the path of the first chains where it was recorded."""
     folder, settings, how = job.folder.path, job.settings, job.settings.guidance
-    steps = len(traces["chains"])
+    steps, batch = len(traces["chains"]), job.finished(0)
     steps_text = f", {steps} steps from {settings.start}" if steps else ""
     guided = "" if how is None else f", guided by {how.guidance} at {how.scale:g}"
     title = f"{settings.sampler}{steps_text}{guided}, seed {settings.seed}"
-    names, path = class_names_of(job.model), folder / "samples.png"
-    plot_samples(images, labels, names, finite, path, title, settings.count)
-    batch = job.finished(0)
+    plot_samples(images, labels, class_names_of(job.model), finite, folder / "samples.png", title)
     if "frames" not in batch:
         return ["samples.png"]
     frames, moments = batch["frames"], batch["moments"].tolist()
@@ -238,18 +207,10 @@ def plot_samples(
     finite: Tensor,
     path: Path,
     title: str,
-    total: int,
 ) -> None:
-    """Samples side by side; of several classes, a row for each.
+    """The first samples ``images`` (M, C, H, W) side by side; of several classes, a row for each.
 
-    Args:
-        images: the first samples (M, C, H, W).
-        labels: of all samples, or None.
-        class_names: of all classes.
-        finite: (N,) bool; others are framed.
-        path: the PNG file.
-        title: above them.
-        total: how many there are in all.
+    ``labels`` and ``finite`` are of all samples (N,); those that are not finite are framed.
     """
     own = None if labels is None else labels[: len(images)]
     names: list[str] = []
@@ -265,7 +226,7 @@ def plot_samples(
             title = f"{title}, class {shown_name(class_names[int(own[0])])}"
     framed = {(r, k) for r, row in enumerate(rows) for k, i in enumerate(row) if not finite[i]}
     mosaic = _mosaic([[images[i] for i in row] for row in rows], framed)
-    shown = sum(map(len, rows))
+    shown, total = sum(map(len, rows)), len(finite)
     note = title if shown == total else f"{title}: {shown} of {total:,}"
     _save_mosaic(mosaic, path, note, names)
 
@@ -279,12 +240,8 @@ def plot_path(
 ) -> None:
     """Some chains, one in each row, at some of their steps.
 
-    Args:
-        frames: (K, S, C, H, W) uint8.
-        moments: the K steps; the last frame is of the finished samples.
-        sigmas: mean noise level of each step, None where it has none.
-        path: the PNG file.
-        title: above.
+    ``frames`` (K, S, C, H, W) uint8 are of the steps ``moments`` (K,), the last one of the finished
+    samples; ``sigmas`` are the mean noise levels of each step, None where it has none.
     """
     chosen = sorted({round(k) for k in np.linspace(0, len(frames) - 1, MOMENTS)})
     images = rearrange(frames[chosen, :CHAINS].float() / 255, "k s c h w -> s k c h w")
@@ -299,20 +256,14 @@ def plot_path(
 
 
 def animate_path(frames: Tensor, path: Path) -> None:
-    """The path of chains as an animated GIF, in a square of chains; the end stays for a while.
-
-    Args:
-        frames: (K, S, C, H, W) uint8.
-        path: the GIF file.
-    """
+    """The path of chains, (K, S, C, H, W) uint8, as a GIF of squares of chains; its end stays."""
     side = math.ceil(math.sqrt(frames.shape[1]))
-    images = []
-    for frame in frames.float() / 255:
-        rows = [list(frame[at : at + side]) for at in range(0, len(frame), side)]
-        images.append(Image.fromarray(_mosaic(rows)))
+    first, *rest = (
+        Image.fromarray(_mosaic([list(row) for row in torch.split(frame, side)]))
+        for frame in frames.float() / 255
+    )
     buffer = io.BytesIO()
-    times = [FRAME_MS] * (len(images) - 1) + [LAST_MS]
-    first, *rest = images
+    times = [FRAME_MS] * len(rest) + [LAST_MS]
     first.save(buffer, "GIF", save_all=True, append_images=rest, duration=times, loop=0, disposal=1)
     write_atomically(path, buffer.getvalue())
 

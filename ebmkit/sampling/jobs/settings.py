@@ -30,14 +30,12 @@ from ebmkit.sampling.entry import (
     noise_levels,
     takes_labels,
 )
+from ebmkit.sampling.jobs.folder import SETTINGS, UNFINISHED
 from ebmkit.sampling.target import highest_level
 from ebmkit.storage.reading import read_json
 
 BUFFER = "buffer"
 """The name that gives the chains of a run's replay buffer as they are, without a step."""
-
-UNFINISHED, SETTINGS = "unfinished", "settings.json"
-"""What the folder of a job holds until it is finished, and the file of settings in it."""
 
 STARTS = (*get_args(Start), "mean", BUFFER)
 """Where chains can start: what samplers know, the mean training image with noise, the buffer."""
@@ -80,15 +78,13 @@ class SamplingSettings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _upgrade(cls, values: Any) -> Any:
-        def upgraded(value: Any) -> Any:
-            return RENAMED.get(value, value) if isinstance(value, str) else value
-
         if not isinstance(values, dict):
             return values
-        values = {k: upgraded(v) if k in ("sampler", "start") else v for k, v in values.items()}
+        own = ("sampler", "start")
+        values = {k: _today(v) if k in own else v for k, v in values.items()}
         if isinstance(options := values.get("options"), dict):
             values["options"] = {
-                upgraded(k): upgraded(v) if k == "start" else v for k, v in options.items()
+                _today(k): _today(v) if k == "start" else v for k, v in options.items()
             }
         return values
 
@@ -111,6 +107,10 @@ class SamplingSettings(BaseModel):
         """The sampler's own settings, built again from what was written."""
         kind: type[SamplerConfig] = find_sampler(self.sampler).config
         return validated(kind, self.options, f"settings of sampler {self.sampler!r}")
+
+
+def _today(name: Any) -> Any:
+    return RENAMED.get(name, name) if isinstance(name, str) else name
 
 
 def default_folder(run: Path, settings: SamplingSettings) -> Path:
@@ -167,19 +167,13 @@ def make_settings(
     for what, value in (("samples", count), ("chains in a batch", batch_size)):
         if value < 1:
             raise UserError(f"{value} {what} cannot be drawn: take 1 or more")
-    values = parse_options(
-        options,
-        steps,
-        "; --sampler buffer gives the chains of a run's replay buffer as they are",
-    )
-    check_renamed("start", start)
-    if start is not None and start not in STARTS:
-        raise unknown_name("start", start, STARTS)
-    check_renamed("sampler", sampler)
-    if sampler is not None and sampler not in (*SAMPLERS, BUFFER):
-        raise unknown_name("sampler", sampler, [*SAMPLERS, BUFFER])
-    labels = parse_labels(model, label, 1)
-    name, resolved = BUFFER, dict[str, Any]()
+    hint = "; --sampler buffer gives the chains of a run's replay buffer as they are"
+    values = parse_options(options, steps, hint)
+    for kind, name, known in (("start", start, STARTS), ("sampler", sampler, (*SAMPLERS, BUFFER))):
+        check_renamed(kind, name)
+        if name is not None and name not in known:
+            raise unknown_name(kind, name, known)
+    labels, resolved = parse_labels(model, label, 1), dict[str, Any]()
     if sampler == BUFFER:
         if values or start not in (None, BUFFER):
             raise UserError(
@@ -190,7 +184,7 @@ def make_settings(
     else:
         entry = default_sampler(model) if sampler is None else SAMPLERS[sampler]
         entry.check(model, labels)
-        name = entry.name
+        sampler = entry.name
         if start in get_args(Start):
             values["start"] = start
         elif start == "mean":
@@ -198,18 +192,25 @@ def make_settings(
         if start in (None, "auto"):
             given = values.get("start", entry.config.model_fields["start"].default)
             values["start"] = start = entry.resolve_start(given, model, data_at_hand)
-        config = validated(entry.config, values, f"settings of sampler {name!r}")
+        config = validated(entry.config, values, f"settings of sampler {sampler!r}")
         resolved = config.model_dump(mode="json")
         entry.build(model, labels, config)  # noise levels that are not the model's are refused
+    card = model.card
+    if image_size is not None and image_size < 1:
+        raise UserError(f"image size {image_size} is not a number of pixels: take 1 or more")
+    own = card.image_size if card else None
+    size = own if image_size is None else (image_size, image_size)
+    if size is None:
+        raise UserError("this model does not say what size it was trained at: give --image-size")
     return SamplingSettings(
-        sampler=name,
+        sampler=sampler,
         options=resolved,
         start=str(start),
         count=count,
         label=label,
         batch_size=min(batch_size, count),
-        image_size=_size(model, image_size),
-        channels=model.card.channels if model.card else 3,
+        image_size=size,
+        channels=card.channels if card else 3,
         **others,
     )
 
@@ -249,7 +250,12 @@ def cautions(
         found.append(
             f"images of {asked} from a model trained at {own}: its samples are best at its own size"
         )
-    if card is not None and card.sigma_range is None and not _learnt_density(model):
+    try:
+        terms = parse_objective(card.objective) if card else []
+        trains_density = any(term.objective.trains_density for term in terms)
+    except UserError:  # of someone else's making: nothing is known
+        trains_density = not classifies(model)
+    if card is not None and card.sigma_range is None and not trains_density:
         found.append(
             f"this model was trained by {card.objective or 'an unknown objective'}, which trains "
             "no density: its samples show what its classifier responds to, not what images are"
@@ -273,25 +279,6 @@ def cautions(
             "of its buffer by, not a chain's whole way: take --start buffer, or --steps 1000"
         )
     return found
-
-
-def _learnt_density(model: ScoreModel) -> bool:
-    assert model.card is not None
-    try:
-        terms = parse_objective(model.card.objective)
-    except UserError:
-        return not classifies(model)  # of someone else's making: nothing is known
-    return any(t.objective.trains_density for t in terms)
-
-
-def _size(model: ScoreModel, asked: int | None) -> tuple[int, int]:
-    if asked is not None:
-        if asked < 1:
-            raise UserError(f"image size {asked} is not a number of pixels: take 1 or more")
-        return (asked, asked)
-    if model.card is None or model.card.image_size is None:
-        raise UserError("this model does not say what size it was trained at: give --image-size")
-    return (model.card.image_size[0], model.card.image_size[1])
 
 
 # --- labels as people write them -----------------------------------------------------------------

@@ -20,7 +20,6 @@ from ebmkit.guidance import (
     GuidedModel,
     check_guide,
     class_energies,
-    clean_sigma,
     guided_model,
     make_guidance,
     stored_energies,
@@ -28,6 +27,7 @@ from ebmkit.guidance import (
 from ebmkit.models import load, weights_digest
 from ebmkit.sampling.jobs.settings import BUFFER, SamplingSettings
 from ebmkit.sampling.starts import ReplayBuffer
+from ebmkit.sampling.target import clean_level
 from ebmkit.storage.hdf5 import holds, open_hdf5
 from ebmkit.training import DataConfig, RunFolder, resolve
 from ebmkit.training.setup import images_of
@@ -159,13 +159,8 @@ def _first_batch(
 
 # --- guides --------------------------------------------------------------------------------------
 
-VIEWS = {
-    "noisy": ("noisy", False),
-    "x_t": ("x_t", False),
-    "x0_hat": ("x0_hat", False),
-    "x0_hat-backpropagate": ("x0_hat", True),
-}
-"""By the name on the command line: input of the guide, and whether its gradient goes back through
+VIEWS = ("noisy", "x_t", "x0_hat", "x0_hat-backpropagate")
+"""Inputs of the guide on the command line; with ``-backpropagate`` its gradient goes back through
 the denoiser."""
 
 
@@ -183,15 +178,9 @@ def parse_guidance(
     Raises:
         UserError: if options are given without a guide, or one is not legal.
     """
-    given = {
-        "guidance": guidance,
-        "scale": scale,
-        "schedule": schedule,
-        "view": view,
-        "start": start,
-        "options": dict(options) if options else None,
-    }
-    asked = {name: value for name, value in given.items() if value is not None}
+    asked: dict[str, Any] = {"guidance": guidance, "scale": scale, "schedule": schedule}
+    asked |= {"view": view, "start": start, "options": dict(options or {}) or None}
+    asked = {name: value for name, value in asked.items() if value is not None}
     if guide is None and guidance != CLASSIFIER_FREE:
         if asked:
             names = {"options": "guide-set", "start": "guide-start"}
@@ -206,7 +195,8 @@ def parse_guidance(
     if view is not None:
         if view not in VIEWS:
             raise unknown_name("view", view, VIEWS)
-        asked["view"], asked["backpropagate"] = VIEWS[view]
+        asked["view"] = view.removesuffix("-backpropagate")
+        asked["backpropagate"] = view != asked["view"]
     return make_guidance(**asked)
 
 
@@ -230,8 +220,8 @@ def guide_by(
         guide: a run folder; None for classifier-free guidance.
         weights: of the guide, last or best.
         run: folder of the base, whose data set stands in where the guide's is not known.
-        dataset: to compute mean energies on; None: the one that the guide was trained on.
-        data_dir: where its files are.
+        dataset: to compute mean energies on, with files in ``data_dir``; None: the guide's own.
+        data_dir: as above.
         progress: called with (images, images in all) while mean energies are computed.
         bars: whether to show bars while data is read.
         inference: how the guide is computed; None: eagerly, in float32.
@@ -254,7 +244,20 @@ def guide_by(
         own = dataset is not None or (guide / "config.yaml").is_file()
         data = data_of(guide if own or run is None else run, dataset, data_dir)
         images = _training_images(data, data_dir, bars)
-        means = _mean_energies(model, guide, weights, data.name, images, progress)
+        size = model.card.image_size if model.card else None
+        if size is not None and tuple(images.image_size) != tuple(size):
+            raise UserError(
+                f"the guide was trained on images of {size[0]}x{size[1]} and those of {data.name} "
+                f"are {images.image_size[0]}x{images.image_size[1]}: name its own by --dataset"
+            )
+        means = stored_energies(
+            guide,
+            data.name,
+            fingerprint(images),
+            model.weights_sha256 or weights_digest(guide, weights),
+            lambda: class_energies(model, images, progress),
+            clean_level(model),
+        ).energy
     guided = guided_model(base, model, config, means)
     return guided, {
         "guidance": config.model_copy(update={"view": guided.view}),
@@ -263,29 +266,3 @@ def guide_by(
         "guide_digest": model.weights_sha256 or "",
         "guide_means": None if guided.means is None else list(guided.means),
     }
-
-
-def _mean_energies(
-    model: EnergyModel,
-    guide: Path,
-    weights: str,
-    dataset: str,
-    images: AnyImages,
-    progress: Callable[[int, int], None] | None,
-) -> list[float]:
-    """Mean E(x) of each label's training images (C,), nats, stored in ``guide`` once computed."""
-    size = model.card.image_size if model.card else None
-    if size is not None and tuple(images.image_size) != tuple(size):
-        raise UserError(
-            f"the guide was trained on images of {size[0]}x{size[1]} and those of {dataset} are "
-            f"{images.image_size[0]}x{images.image_size[1]}: name its own by --dataset"
-        )
-    found = stored_energies(
-        guide,
-        dataset,
-        fingerprint(images),
-        model.weights_sha256 or weights_digest(guide, weights),
-        lambda: class_energies(model, images, progress),
-        clean_sigma(model),
-    )
-    return list(found.energy)

@@ -47,8 +47,8 @@ def test_error_in_twenty_dimensions_is_one_in_the_plane():
     setting = BY_NAME["many-parameters"]
     weights = torch.randn(1, 21, 2, dtype=torch.float64) / 4
     weights[0, 1, 0] += 2
-    x, _ = setting.truth.mixture.sample(40_000)
-    log_p = setting.truth.log_posterior(x)
+    x, _ = setting.truth.sample(40_000)
+    log_p = setting.truth.logits(x).log_softmax(1)
     log_q = (setting.family.features(x) @ weights[0]).log_softmax(1)
     each = (log_p.exp() * (log_p - log_q)).sum(1)
     spread = float(each.std()) / len(each) ** 0.5

@@ -16,8 +16,9 @@ from ebmkit.data import load_dataset
 from ebmkit.sampling.base import Chain, Info, PositionSampler, moved_to
 from ebmkit.sampling.diagnostics import chain_diagnostics
 from ebmkit.sampling.entry import SAMPLERS, SamplerConfig, SamplerEntry, default_sampler
-from ebmkit.sampling.jobs.job import Interrupted, SamplingFolder, SamplingJob
-from ebmkit.sampling.jobs.record import MAX_FRAMES, Record
+from ebmkit.sampling.jobs.chains import MAX_FRAMES, Interrupted, Record
+from ebmkit.sampling.jobs.folder import JobFolder
+from ebmkit.sampling.jobs.job import SamplingJob
 from ebmkit.sampling.jobs.results import write_results
 from ebmkit.sampling.jobs.settings import SamplingSettings, default_folder, make_settings
 from ebmkit.sampling.jobs.sources import Sources
@@ -25,7 +26,7 @@ from ebmkit.sampling.starts import ReplayBuffer
 
 
 def job_at(path, model, settings, sources=None, **how):
-    folder = SamplingFolder(path)
+    folder = JobFolder(path)
     folder.begin(settings)
     return SamplingJob(model, settings, folder, sources, **how)
 
@@ -109,7 +110,7 @@ def test_chains_that_were_lost_before_stay_lost(tmp_path):
 
 
 def test_every_step_of_every_batch_draws_its_own_numbers(tmp_path):
-    job = SamplingJob(mixture(), make_settings(mixture(), "mala"), SamplingFolder(tmp_path))
+    job = SamplingJob(mixture(), make_settings(mixture(), "mala"), JobFolder(tmp_path))
     keys = [(batch, step) for batch in range(3) for step in range(3)]
     drawn = {float(torch.rand((), generator=job._generator(*key))) for key in keys}
     assert len(drawn) == len(keys)
@@ -124,7 +125,7 @@ def test_other_settings_finished_and_foreign_folders_are_refused(tmp_path):
         job.run(killing(2))
     other = make_settings(model, "mala", count=2, steps=4, options={"step_size": 0.5})
     with pytest.raises(UserError, match=r"options\.step_size was 0\.0001 and is now 0\.5"):
-        SamplingFolder(out).begin(other)
+        JobFolder(out).begin(other)
     state = out / "unfinished" / "state.safetensors"
     content = bytearray(state.read_bytes())
     content[-1] ^= 1
@@ -133,25 +134,25 @@ def test_other_settings_finished_and_foreign_folders_are_refused(tmp_path):
         job_at(out, model, settings).run()
     content[-1] ^= 1
     state.write_bytes(content)
-    whole = SamplingFolder(out).load("state")
+    whole = JobFolder(out).load("state")
     for name, value in {"stride": torch.tensor(0), "finished": torch.ones(9) > 0}.items():
-        SamplingFolder(out).save("state", whole | {name: value})
+        JobFolder(out).save("state", whole | {name: value})
         with pytest.raises(UserError, match="a state that is not of this job"):
             job_at(out, model, settings).run()
     state.unlink()
     again = job_at(out, model, settings)
     refused = pytest.raises(UserError, match="has been sampling")
-    with again.folder.alone(), refused, SamplingFolder(out).alone():
+    with again.folder.alone(), refused, JobFolder(out).alone():
         pass
     again.run()
     write_results(again, "run")
     assert not (out / "unfinished").exists()
     with pytest.raises(UserError, match="finished samples"):
-        SamplingFolder(out).begin(settings)
+        JobFolder(out).begin(settings)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
     with pytest.raises(UserError, match="something else"):
-        SamplingFolder(tmp_path / "mine").begin(settings)
+        JobFolder(tmp_path / "mine").begin(settings)
 
 
 def test_a_job_begun_under_old_names_is_resumed(tmp_path):
@@ -172,10 +173,10 @@ def test_a_job_begun_under_old_names_is_resumed(tmp_path):
     (home / "settings.json").write_text(json.dumps(old))
     folder = default_folder(tmp_path, settings)
     assert folder.name == name
-    SamplingFolder(folder).begin(settings)
+    JobFolder(folder).begin(settings)
     other = make_settings(mixture(), "sgld", start="uniform")
     with pytest.raises(UserError, match="was 'class_gaussian' and is now 'uniform'"):
-        SamplingFolder(folder).begin(other)
+        JobFolder(folder).begin(other)
     blind = make_settings(mixture(BlindMixture), "kadkhodaie_simoncelli")
     renamed = blind.model_dump(mode="json") | {"sampler": "ks"}
     assert SamplingSettings.model_validate(renamed) == blind
@@ -365,7 +366,7 @@ def test_each_kind_of_model_has_a_default_sampler(tmp_path):
 
 def test_starts_within_the_noise_and_untrained_densities_are_cautioned(tmp_path):
     model = small_network(tmp_path / "blind")
-    folder = SamplingFolder(tmp_path / "out")
+    folder = JobFolder(tmp_path / "out")
     near = SamplingJob(model, make_settings(model, "kadkhodaie_simoncelli"), folder)
     assert "noise of 100/255 about gray" in near.cautions[0]
     wide = small_network(tmp_path / "wide", sigma_range=(1 / 255, 50.0))

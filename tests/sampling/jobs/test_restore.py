@@ -11,8 +11,9 @@ from PIL import Image
 from ebmkit import UserError
 from ebmkit.data import write_image
 from ebmkit.metrics import psnr
-from ebmkit.sampling.inverse import TASKS, TaskOptions, baselines_of, center_hole, find_task
+from ebmkit.sampling.inverse import TASKS, TaskOptions, center_hole, find_task
 from ebmkit.sampling.jobs import restore as restore_module
+from ebmkit.sampling.jobs.chains import Interrupted
 from ebmkit.sampling.jobs.restore import RestoreJob, read_mask, restore
 from ebmkit.sampling.kadkhodaie_simoncelli import StochasticAscentConfig
 
@@ -45,16 +46,16 @@ def test_restored_pictures_have_the_measurements(task):
 
 def test_baselines_are_what_they_are_called():
     blocks = find_task("superres").measurement(PICTURE.shape, TaskOptions())
-    found = baselines_of(blocks, blocks.measure(PICTURE[None]))
+    found = blocks.baselines(blocks.measure(PICTURE[None]))
     small = PICTURE.reshape(4, 2, 4, 2).mean((1, 3)).numpy()
     nearest = np.kron(small, np.ones((2, 2)))
     np.testing.assert_allclose(found["nearest"][0], nearest, atol=1e-6)
     plane = torch.linspace(0.1, 0.9, 32).expand(1, 32, 32)  # a plane is kept, away from the edges
     blocks = find_task("superres").measurement(plane.shape, TaskOptions())
-    middle = baselines_of(blocks, blocks.measure(plane[None]))["bicubic"][0, 6:-6, 6:-6]
+    middle = blocks.baselines(blocks.measure(plane[None]))["bicubic"][0, 6:-6, 6:-6]
     torch.testing.assert_close(middle, plane[0, 6:-6, 6:-6], rtol=0, atol=1e-5)
     hole = center_hole(PICTURE.shape, 0.25)
-    found = baselines_of(hole, hole.measure(PICTURE[None]))
+    found = hole.baselines(hole.measure(PICTURE[None]))
     inside = ~torch.isclose(hole.project(PICTURE[None])[0], PICTURE)
     for name in ("mean", "nearest", "biharmonic"):
         torch.testing.assert_close(found[name][~inside], PICTURE[~inside])
@@ -64,17 +65,19 @@ def test_baselines_are_what_they_are_called():
     torch.testing.assert_close(found["biharmonic"], PICTURE, rtol=0, atol=1e-3)
     for share in (0.3, 1.0):
         blur = find_task("deblur").measurement(PICTURE.shape, TaskOptions(share=share))
-        found = baselines_of(blur, blur.measure(PICTURE[None]))["low-passed"]
+        found = blur.baselines(blur.measure(PICTURE[None]))["low-passed"]
         assert (float(psnr(found[None], PICTURE[None])) > 60) == (share == 1)
 
 
 def test_a_small_picture_can_be_what_was_measured():
-    known = TASKS["superres"].degrade(PICTURE, TaskOptions(factor=3), measured=True)
-    assert known.measurement.shape == (1, 24, 24)
-    assert known.clean is None
-    torch.testing.assert_close(known.look, PICTURE.repeat_interleave(3, 1).repeat_interleave(3, 2))
-    odd = TASKS["superres"].degrade(torch.rand(3, 9, 7), TaskOptions())
-    assert odd.clean.shape == (3, 8, 6)
+    task = TASKS["superres"]
+    measurement, numbers, clean = task.degrade(PICTURE, TaskOptions(factor=3), measured=True)
+    assert measurement.shape == (1, 24, 24)
+    assert clean is None
+    look = PICTURE.repeat_interleave(3, 1).repeat_interleave(3, 2)
+    torch.testing.assert_close(measurement.on_gray(numbers), look)
+    _, _, odd = task.degrade(torch.rand(3, 9, 7), TaskOptions())
+    assert odd.shape == (3, 8, 6)
 
 
 @pytest.mark.parametrize(
@@ -137,8 +140,10 @@ def test_files_of_a_restoration(tmp_path):
     write_image(PICTURE, tmp_path / "ramp.png")
     config = StochasticAscentConfig(steps=3)
     job = RestoreJob(model, TASKS["inpaint"], TaskOptions(), config, samples=2, run="run")
-    job.check([tmp_path / "ramp.png"], tmp_path)
-    document = job.run_on(tmp_path / "ramp.png", tmp_path)
+    images = [tmp_path / "ramp.png"]
+    folder = job.begin(images, tmp_path)
+    document = job.run_on(images, 0, folder)
+    folder.finish()
     assert document == json.loads((tmp_path / "ramp.json").read_text())
     for target in job.targets(tmp_path / "ramp.png", tmp_path):
         assert target.is_file(), target
@@ -150,7 +155,82 @@ def test_files_of_a_restoration(tmp_path):
     assert set(document["psnr"]["baselines"]) == {"mean", "nearest", "biharmonic"}
     assert len(document["sigmas"]) == document["steps"] == 3
     with pytest.raises(UserError, match="exists"):
-        job.check([tmp_path / "ramp.png"], tmp_path)
+        job.begin(images, tmp_path)
     only = job._replace(measured=True)
-    (tmp_path / "two").mkdir()
-    assert only.run_on(tmp_path / "ramp.png", tmp_path / "two")["psnr"] is None
+    assert only.run_on(images, 0, only.begin(images, tmp_path / "two"))["psnr"] is None
+
+
+class Killed(Exception):
+    pass
+
+
+def killing(at):
+    def hook(step, steps):
+        if step == at:
+            raise Killed
+
+    return hook
+
+
+def everything(folder):
+    """All files but for times, as bytes or as what they hold."""
+    documents = {p.name: json.loads(p.read_text()) for p in folder.glob("*.json")}
+    for document in documents.values():
+        del document["seconds"]
+    return documents | {p.name: p.read_bytes() for p in folder.glob("*.png")}
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_an_interrupted_restoration_is_resumed_to_the_same_bits(tmp_path, how):
+    """In the second of two images; the first is not restored again."""
+    model = small_network(tmp_path / "run")
+    images = [tmp_path / "ramp.png", tmp_path / "flat.png"]
+    for path, image in zip(images, (PICTURE, PICTURE.flip(2)), strict=True):
+        write_image(image, path)
+    config = StochasticAscentConfig(steps=9, beta=0.5)
+    job = RestoreJob(model, TASKS["superres"], TaskOptions(), config, samples=2, run="run")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    folder = job.begin(images, whole)
+    for number in range(2):
+        job.run_on(images, number, folder)
+    folder.finish()
+    folder = job.begin(images, broken)
+    job.run_on(images, 0, folder)
+    first = (broken / "ramp.json").read_bytes()
+    calls = []
+    with pytest.raises(Killed if how == "killed" else Interrupted):
+        if how == "killed":
+            job.run_on(images, 1, folder, killing(6), save_seconds=0)
+        else:
+            job.run_on(images, 1, folder, stop=lambda: calls.append(1) or len(calls) == 6)
+    assert not (broken / "flat.json").exists()
+    other = job._replace(seed=1)
+    with pytest.raises(UserError, match=r"unfinished restorations .* seed was 0 and is now 1"):
+        other.begin(images, broken)
+    folder, steps = job.begin(images, broken), []
+    for number in range(2):
+        job.run_on(images, number, folder, lambda step, total: steps.append(step))
+    folder.finish()
+    assert steps == [7, 8, 9]
+    assert (broken / "ramp.json").read_bytes() == first
+    assert everything(whole) == everything(broken)
+    assert not (broken / "unfinished").exists()
+
+
+def test_a_restoration_that_fails_leaves_nothing_that_blocks_the_next(tmp_path):
+    model = small_network(tmp_path / "run")
+    write_image(PICTURE, tmp_path / "ramp.png")
+    images, out = [tmp_path / "ramp.png"], tmp_path / "out"
+    config = StochasticAscentConfig(steps=3)
+    job = RestoreJob(model, TASKS["inpaint"], TaskOptions(), config, samples=0)
+    with pytest.raises(UserError, match="0 samples"):
+        job.begin(images, out)
+    assert not out.exists()
+    broken = job._replace(samples=1)
+    folder = broken.begin(images, out)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    with pytest.raises(UserError, match=r"every chain of 'ramp\.png' diverged"):
+        broken.run_on(images, 0, folder)
+    assert not list(out.iterdir())

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from ebmkit import UserError
-from ebmkit.evaluation.distances import (
+from ebmkit.evaluation.features import (
     frechet_distance,
-    jackknife,
+    inception_score,
     kernel_distance,
     mean_distance,
     precision_recall,
-    score,
 )
+from ebmkit.evaluation.statistics import jackknife
 
 
 class Given(nn.Module):
@@ -109,12 +109,12 @@ def test_radii_reach_the_third_neighbour():
 def test_score_is_one_for_what_is_alike_and_the_classes_for_what_is_sure():
     from torchmetrics.image.inception import InceptionScore
 
-    assert score(torch.ones(10, 4)) == pytest.approx(1)
-    assert score(1000 * torch.eye(4).repeat(5, 1)) == pytest.approx(4)
+    assert inception_score(torch.ones(10, 4)) == pytest.approx(1)
+    assert inception_score(1000 * torch.eye(4).repeat(5, 1)) == pytest.approx(4)
     logits = draws(200, 6, 1)
     metric = InceptionScore(feature=Given(), splits=1).set_dtype(torch.float64)
     metric.update(logits)
-    assert score(logits) == pytest.approx(float(metric.compute()[0]), rel=1e-6)
+    assert inception_score(logits) == pytest.approx(float(metric.compute()[0]), rel=1e-6)
 
 
 def test_jackknife_of_a_difference_of_means():
