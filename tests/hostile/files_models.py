@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import json
@@ -22,6 +23,8 @@ from ebmkit_tests.hostile.case import Case, outside
 from ebmkit_tests.hostile.making import Make
 
 import ebmkit
+import ebmkit.evaluation.runner
+from ebmkit.cli.app import app
 from ebmkit.errors import UserError
 from ebmkit.models import ModelConfig
 from ebmkit.models.importing import load_checkpoint
@@ -385,9 +388,13 @@ def use_run(root: Path) -> None:
         raise first
 
 
-def evaluate(root: Path) -> None:
-    from ebmkit.cli.app import app
+def warm_up() -> None:
+    """Import what reading a run imports at the first call: no case pays for it."""
+    with contextlib.suppress(UserError):  # an untrained run has no buffer
+        use_run(small_run())
 
+
+def evaluate(root: Path) -> None:
     app(["evaluate", str(root), "--device", "cpu", "--limit", "10"], standalone_mode=False)
 
 

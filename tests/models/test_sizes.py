@@ -17,7 +17,7 @@ REFERENCE = 32  # a multiple of twice the total stride of every preset
 
 @pytest.fixture(params=["gradresnet10", "gradresnet18-imagenet"])
 def backbone(request) -> str:
-    """GradResNets of each stem: what is checked are their norms, and the size scalings over them."""
+    """GradResNets of each stem: what is checked are their norms, and size scalings over them."""
     return request.param
 
 
