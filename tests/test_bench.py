@@ -158,6 +158,7 @@ def test_both_sides_infer_the_same(what):
     torch.testing.assert_close(ours, plain.detach(), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_scaling_curve_leaves_out_what_does_not_fit(monkeypatch):
     base = TINY._replace(what=SCALING)
     points = scaling_settings(base, widths=(8,), image_sizes=(8,), batches=(4, 8, 4096))

@@ -51,12 +51,6 @@ def scan(*arguments, threads=1):
     return json.loads(done.stdout), done.stderr
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_small_networks_train_without_memory_corruption():
-    found, said = scan(*QUICK)
-    assert found == dict.fromkeys(QUICK, 0), said
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize(

@@ -65,6 +65,7 @@ def test_batch_size_changes_nothing(network, squares, tmp_path):
         assert numbers(other) == pytest.approx(whole, rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_compiled_evaluation_finds_the_same(network, squares, tmp_path, monkeypatch):
     """The denoisers of a batch and the classifier are two graphs, for all noise levels."""
     graphs = []

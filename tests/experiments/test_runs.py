@@ -243,6 +243,7 @@ def test_a_run_of_another_configuration_is_left_exclusive(done):
     assert load(done.folder(ROW)) is not None
 
 
+@pytest.mark.slow
 def test_a_table_of_one_row_says_what_did_not_run(done, capsys):
     """No number is made up: other rows say that they did not run, beside the paper's figures."""
     table = TABLES["table1"]

@@ -391,7 +391,12 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("objective", "backend"), [("ce+adv", "aot_eager"), ("trades", "aot_eager"), ("adv", "eager")]
+    ("objective", "backend"),
+    [
+        pytest.param("ce+adv", "aot_eager", marks=pytest.mark.slow),
+        ("trades", "aot_eager"),
+        ("adv", "eager"),
+    ],
 )
 def test_the_compiled_step_is_the_eager_one(objective, backend):
     def gradients(compile):
@@ -441,6 +446,7 @@ def test_the_cost_of_attacks_is_counted_and_printed(tmp_path):
 
 def test_from_the_command_line_with_denoising(tmp_path):
     arguments = ["--objective=adv+dsm", "--steps=2", "--width=8", "--no-evaluate", "--out=run"]
+    arguments += [f"--set=streams.{name}.batch_size=8" for name in ("classify", "denoise")]
     arguments += ["--set=objective.adv.norm=linf", "--set=objective.adv.eps=8/255"]
     ended = ebmkit_command("train", *arguments, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr

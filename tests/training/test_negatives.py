@@ -180,7 +180,13 @@ class StopAt:
 
 @pytest.mark.parametrize(
     "layer",
-    [{}, {"objective": "ce+cml", "optimizer": {"kind": "sgd", "sharpness": 0.1, "ema": 0.9}}],
+    [
+        {},
+        pytest.param(
+            {"objective": "ce+cml", "optimizer": {"kind": "sgd", "sharpness": 0.1, "ema": 0.9}},
+            marks=pytest.mark.slow,
+        ),
+    ],
     ids=["jem", "cml-sgd-sam"],
 )
 def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, layer):
