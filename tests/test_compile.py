@@ -114,7 +114,7 @@ def test_so_many_sizes_are_compiled_and_no_more(small, counting):
 
 
 def test_a_network_of_the_library_compiles_with_its_weights_left_free(counting):
-    model = create_model("gradresnet18", 3, in_channels=1, width=8, image_size=8).eval()
+    model = create_model("gradresnet10", 3, in_channels=1, width=8, image_size=8).eval()
     model.requires_grad_(False)
     y = torch.rand(2, 1, 8, 8)
     wrapped = Inference(mode="on", backend=counting).wrap(model)

@@ -44,7 +44,8 @@ def trained(tmp_path_factory):
         for number, name in enumerate(SPEAKS):
             pictures(home / "set" / part / name, 8, number)
         (home / "set" / part / SPEAKS[0] / "bad\x1b[2J\n.png").write_bytes(b"no picture")
-    small = ["--set", "model.backbone.width=8", "--steps", "2", "--device", "cpu"]
+    small = ["--backbone", "gradresnet10", "--set", "model.backbone.width=8"]
+    small += ["--steps", "2", "--device", "cpu"]
     data = ["--dataset", "folder", "--data-dir", "set", "--set", "dataset.unreadable=skip"]
     small += ["--set", "streams.classify.batch_size=8", "--set", "streams.denoise.batch_size=8"]
     ended = command("train", *data, *small, "--out", "run", cwd=home)

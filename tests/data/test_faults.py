@@ -45,7 +45,7 @@ def small(folder, **data):
     return resolve(
         {
             "dataset": {"name": "imagenet", "data_dir": folder, "image_size": 16, **data},
-            "backbone": "gradresnet18",
+            "backbone": "gradresnet10",
             "model": {"backbone": {"width": 8}},
             "objective": "ce",
             "steps": 12,

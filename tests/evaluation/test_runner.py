@@ -57,12 +57,12 @@ def test_contract_of_the_files(mixture, drawn, tmp_path):
 def test_batch_size_changes_nothing(network, squares, tmp_path):
     documents = [
         {n: r.document for n, r in evaluate(network, squares, STANDARD, tmp_path, **o).items()}
-        for o in ({"batch_size": 30}, {"batch_size": 7}, {"batch_size": 1})
+        for o in ({"batch_size": 30}, {"batch_size": 7})
     ]
     whole = numbers(documents[0])
     assert len(whole) > 300
-    for other in documents[1:]:  # float32 convolutions order their sums by the batch
-        assert numbers(other) == pytest.approx(whole, rel=1e-3, abs=1e-4)
+    # float32 convolutions order their sums by the batch
+    assert numbers(documents[1]) == pytest.approx(whole, rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.slow

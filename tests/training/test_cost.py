@@ -118,7 +118,7 @@ def test_a_step_costs_three_passes_and_three_more_for_each_score(objective, stre
 def test_the_papers_network_and_recipe_cost_what_is_known_of_them():
     # 11.2 M parameters, 1.11 GFLOP forward, 78k steps of 128 + 64 images about 66 PFLOP: the last
     # by the rule of 3 and 6 passes, which is off by up to 3 %.
-    loss = loss_of("ce+dsm", width=64, channels=3)
+    loss = loss_of("ce+dsm", None, 64, 3, "gradresnet18")
     assert network_flops(loss.model, (1, 3, 32, 32)) == pytest.approx(1.11e9, rel=0.005)
     cost = StepCost(
         sum(p.numel() for p in loss.parameters()),
@@ -256,7 +256,7 @@ def test_a_budget_counts_a_step_of_the_same_shapes_once(monkeypatch):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_memory_on_cuda(precision):
     # 10 %: workspaces of convolutions, and blocks rounded up
-    loss = loss_of("ce+dsm", width=64, channels=3).cuda()
+    loss = loss_of("ce+dsm", None, 64, 3, "gradresnet18").cuda()
     loss.model.to(memory_format=torch.channels_last)
     loss.precision = precision
     expected = step_memory(loss, PAPER)
