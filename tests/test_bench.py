@@ -214,6 +214,7 @@ def bench_command(*arguments):
     return int(ended.value.code or 0)
 
 
+@pytest.mark.slow
 def test_the_command_writes_rows_and_overwrites_nothing(tmp_path, capsys):
     path = tmp_path / "bench.json"
     tiny = ("--width", 8, "--image-size", 8, "--batch", 2, "--rounds", 2, "--device", "cpu")

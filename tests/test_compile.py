@@ -113,6 +113,7 @@ def test_so_many_sizes_are_compiled_and_no_more(small, counting):
     assert counting.graphs == MAX_SIZES
 
 
+@pytest.mark.slow
 def test_a_network_of_the_library_compiles_with_its_weights_left_free(counting):
     model = create_model("gradresnet10", 3, in_channels=1, width=8, image_size=8).eval()
     model.requires_grad_(False)

@@ -53,7 +53,7 @@ def weights(path: Path) -> torch.Tensor:
     return torch.cat([v.flatten() for v in ebmkit.load(path).state_dict().values()])
 
 
-@pytest.fixture(scope="module", params=["adamw", pytest.param("muon", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["adamw", "muon"])
 def two_processes(request, tmp_path_factory) -> Path:
     """A run of four steps by two processes."""
     own = ["--recipe=digits-adamw", f"--set=optimizer.kind={request.param}"]
@@ -112,6 +112,7 @@ def compare(some: list[dict], others: list[dict]) -> None:
             assert one[key] == pytest.approx(other[key], rel=1e-4), (one["step"], key)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_the_double_batch(two_processes, alone):
     rows = RunFolder(two_processes).metrics()
     compare(rows, [row for row in alone.metrics() if row["step"] <= 4])
@@ -142,6 +143,7 @@ def test_one_step_of_the_recipe_by_two_processes_is_one_by_a_single_one(tmp_path
     assert float((other - one).norm()) < 1e-3 * moved  # 1.3e-4
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_another_number_of_processes(two_processes, alone):
     config = resolve(RunFolder.open(two_processes).config(), {"steps": 6})
     folder = RunFolder.create(two_processes.parent / "cut", config)

@@ -92,7 +92,8 @@ def test_denoisers_give_the_models_values_at_another_batch_size(tmp_path, suffix
 
 
 @pytest.mark.parametrize(
-    ("suffix", "channels"), [(".pt2", 1), pytest.param(".onnx", 3, marks=ONNX_ALONE)]
+    ("suffix", "channels"),
+    [pytest.param(".pt2", 1, marks=pytest.mark.slow), pytest.param(".onnx", 3, marks=ONNX_ALONE)],
 )
 def test_blind_denoisers_give_the_models_values(tmp_path, suffix, channels):
     model, y = small(channels), torch.rand(4, channels, 9, 6)
@@ -179,6 +180,7 @@ def test_the_file_says_what_it_is_and_the_model_stays_as_it_was(tmp_path):
 # --- wrong files ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @needs_onnx
 def test_a_wrong_operation_leaves_no_file(tmp_path, monkeypatch):
     right = ebmkit.export._convolution_backward

@@ -18,8 +18,8 @@ pytestmark = pytest.mark.usefixtures("counted_once")
 
 SMALL = [
     "--backbone", "gradresnet10", "--width", "8", "--set", "log_every=1",
-    "--set", "validation_images=16", "--set", "streams.classify.batch_size=16", "--set", "streams.denoise.batch_size=16",
-    "--device", "cpu",
+    "--set", "validation_images=16", "--set", "streams.classify.batch_size=16",
+    "--set", "streams.denoise.batch_size=16", "--device", "cpu",
 ]  # fmt: skip
 
 

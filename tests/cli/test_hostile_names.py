@@ -57,6 +57,7 @@ def harmless(text):
     return all(c == "\n" or c.isprintable() for c in text)
 
 
+@pytest.mark.slow
 def test_training_and_evaluating_show_names_and_nothing_more(trained):
     home, ended = trained
     assert harmless(ended.stdout + ended.stderr)
@@ -69,6 +70,7 @@ def test_training_and_evaluating_show_names_and_nothing_more(trained):
     assert r"bad\x1b[2J" in evaluated["unreadable"]["reasons"][0]
 
 
+@pytest.mark.slow
 def test_classify_shows_names_and_nothing_more(trained):
     home, _ = trained
     picture = home / "x\x1b]0;owned\x07\ny.png"
@@ -80,6 +82,7 @@ def test_classify_shows_names_and_nothing_more(trained):
     assert r"dog\n\x1b[2Jdone" in ended.stdout
 
 
+@pytest.mark.slow
 def test_errors_show_names_and_nothing_more(trained):
     home, _ = trained
     ended = command("classify", "run", "no\x1b[2J\rsuch.png", cwd=home)

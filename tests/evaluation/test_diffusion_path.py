@@ -193,6 +193,7 @@ def write(path, images, labels=None):
     return str(path)
 
 
+@pytest.mark.slow
 def test_runs_beside_samples_and_pictures(network, squares, runs, tmp_path):
     quantised = replace(squares, images=(255 * squares.images).round() / 255)
     samples = write(tmp_path / "s.h5", squares.images, squares.labels)

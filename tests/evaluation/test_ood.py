@@ -282,6 +282,7 @@ def test_models_have_the_scores_that_apply(network):
     assert list(found) == ["residual-25.5", "noise-level-25.5"]
 
 
+@pytest.mark.slow
 def test_files_table_and_bar(network, squares, tmp_path):
     settings = QUICK | {"sets": ["interpolations", "uniform"]}
     result = evaluate(network, squares, tmp_path, settings, plots=True)

@@ -278,6 +278,7 @@ def test_rows_that_need_a_data_folder_say_so(tmp_path):
     assert not (tmp_path / "rows").exists()
 
 
+@pytest.mark.slow
 def test_a_scale_the_machine_cannot_hold_says_what_it_needs(tmp_path, monkeypatch):
     from ebmkit.training import cost
 

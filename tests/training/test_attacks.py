@@ -27,6 +27,7 @@ from ebmkit.training.optim import make_optimizer
 from ebmkit.training.step import TrainingStep
 
 TINY = {
+    "backbone": "gradresnet10",
     "objective": "adv",
     "model": {"backbone": {"width": 8}},
     "terms": {"adv": {"steps": 2, "warmup_steps": 0}, "trades": {"steps": 2, "warmup_steps": 0}},
@@ -425,9 +426,10 @@ def test_the_compiled_attack_is_the_eager_one():
     torch.testing.assert_close(found, eager, rtol=0, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_the_cost_of_attacks_is_counted_and_printed(tmp_path):
     for objective, passes in (("adv", 2), ("trades", 2.5)):
-        trainer = start(tmp_path, objective, {"objective": objective})
+        trainer = start(tmp_path, objective, {"objective": objective, "backbone": "gradresnet18"})
         shapes = trainer.budget.plan[0][1]
         flops = step_flops(trainer.loss, shapes)
         assert list(flops) == [objective, "2 attack steps"]

@@ -238,6 +238,7 @@ def test_a_checkpoint_without_its_chains_is_refused(tmp_path):
         assemble(trainer.config, RunFolder.open(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_the_cost_of_chains_is_counted_and_printed(tmp_path):
     trainer = start(tmp_path, "run")
     shapes = trainer.budget.plan[0][1]
