@@ -204,6 +204,7 @@ def test_the_variance_of_samples_has_the_bias_stated(setting):
     assert expected / v == pytest.approx(BIASES[setting], abs=0.01)
 
 
+@pytest.mark.slow
 def test_inpainting_samples_the_posterior_of_a_gaussian():
     """Two correlated patterns, one in the half that is known: mean and variance nearly exact."""
     shape, v, rho, count = (1, 12, 12), 0.04, 0.8, 600

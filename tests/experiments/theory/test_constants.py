@@ -75,6 +75,7 @@ def test_nonsingular_family_has_one_unit_of_v_dis_per_parameter(classes, dim):
     assert found.variance == pytest.approx(family.num_parameters, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_nonsingular_family_in_twenty_dimensions():
     setting = next(s for s in SETTINGS if s.name == "many-parameters")
     nodes = setting.truth.nodes(STEP)

@@ -57,6 +57,7 @@ def test_error_in_twenty_dimensions_is_one_in_the_plane():
     )
 
 
+@pytest.mark.slow
 def test_v_of_a_nonsingular_family_is_measured():
     """n (excess - b) tends to v / 2: the number of parameters for the discriminative fit."""
     setting = BY_NAME["centred-means"]
