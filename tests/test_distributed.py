@@ -23,6 +23,8 @@ from ebmkit.data.streams import Stream
 from ebmkit.training import RunFolder, resolve
 from ebmkit.training.loop import assemble
 
+pytestmark = pytest.mark.usefixtures("counted_once")
+
 SETTINGS = [
     "--width=8",
     "--device=cpu",

@@ -20,6 +20,8 @@ from rich.text import Text
 
 from ebmkit.terminal import CleanConsole, clean, for_bar, one_line, progress_bar, shown_name
 
+pytestmark = pytest.mark.usefixtures("counted_once")
+
 SPEAKS = ("\x1b]0;owned\x07cat", "dog\n\x1b[2Jdone", "$\\frac{bird$", "[red]\u202egnp")
 
 

@@ -15,6 +15,8 @@ from ebmkit.experiments.tables import run_table, table_text
 from ebmkit.models.saving import weights_file
 from ebmkit.training import Interrupted
 
+pytestmark = pytest.mark.usefixtures("counted_once")
+
 TINY = Scale(
     "tiny",
     "four steps",

@@ -26,6 +26,8 @@ from ebmkit.training.loop import assemble
 from ebmkit.training.optim import make_optimizer
 from ebmkit.training.step import TrainingStep
 
+pytestmark = pytest.mark.usefixtures("counted_once")
+
 TINY = {
     "backbone": "gradresnet10",
     "objective": "adv",
@@ -251,7 +253,6 @@ def test_the_attack_leaves_the_network_as_it_was():
     assert torch.equal(found, attacked(model.eval(), batch))  # it judged in evaluation mode
 
 
-@pytest.mark.usefixtures("counted_once")
 def test_at_radius_zero_it_is_cross_entropy_to_the_bit(tmp_path):
     options = {"terms": {"adv": {"eps": 0}}, "steps": 2, "validation_images": 0}
     runs = [start(tmp_path, name, options, {"objective": name}) for name in ("adv", "ce")]
@@ -261,7 +262,6 @@ def test_at_radius_zero_it_is_cross_entropy_to_the_bit(tmp_path):
     assert [t.card.attack for t in runs] == ["", ""]
 
 
-@pytest.mark.usefixtures("counted_once")
 def test_mixed_labels_are_attacked_away_from_both(tmp_path):
     model, batch = classifier(), draw()
     soft = 0.7 * batch.soft + 0.3 * batch.soft.roll(1, 0)
@@ -375,7 +375,6 @@ class StopAt:
             os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.usefixtures("counted_once")
 def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path):
     layer = {"objective": "trades+dsm", "steps": 5, "optimizer": {"sharpness": 0.1, "ema": 0.9}}
     whole = start(tmp_path, "whole", layer)

@@ -19,6 +19,8 @@ from ebmkit.training import RECIPES, Interrupted, RunFolder, resolve
 from ebmkit.training.cost import Recorder, network_flops, step_flops
 from ebmkit.training.loop import assemble
 
+pytestmark = pytest.mark.usefixtures("counted_once")
+
 TINY = {
     "objective": "jem",
     "model": {"backbone": {"width": 8}},

@@ -23,6 +23,8 @@ from ebmkit.training.optim import (
     states_of,
 )
 
+pytestmark = pytest.mark.usefixtures("counted_once")
+
 SHAPES = [(24, 24), (16, 144), (48, 16), (1, 30), (30, 1)]
 
 
