@@ -60,8 +60,9 @@ def killing(at):
 # --- going on ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sampler", ["mala", "hmc", "langevin", "annealed-langevin"])
-@pytest.mark.parametrize("at", [4, 14])
+@pytest.mark.parametrize(
+    ("sampler", "at"), [("mala", 4), ("hmc", 14), ("langevin", 14), ("annealed-langevin", 4)]
+)
 def test_a_job_that_was_killed_goes_on_to_the_same_bits(tmp_path, sampler, at):
     """In the first batch or in the second; what was done since the last save is done again."""
     model = mixture()
