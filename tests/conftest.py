@@ -113,3 +113,15 @@ def counted_once(counted_once_a_process):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cost, "step_memory", first)
         yield
+
+
+@pytest.fixture(scope="module")
+def few_resamples():
+    """For tests of evaluation that are not of its intervals: bootstraps of few draws."""
+    from ebmkit.evaluation import ood, statistics
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((statistics, "bootstrap"), (ood, "detection")):
+            few = functools.partial(getattr(module, name), resamples=40)
+            patch.setattr(module, name, few)
+        yield

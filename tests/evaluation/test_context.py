@@ -17,6 +17,8 @@ from ebmkit.distributed import DistributedContext
 from ebmkit.evaluation import SUITES, evaluate
 from ebmkit.evaluation.context import EvaluationContext, noisy_batches
 
+pytestmark = pytest.mark.usefixtures("few_resamples")
+
 STANDARD = [name for name, suite in SUITES.items() if suite.standard]
 
 CIRCUMSTANCES = ("seconds", "environment", "processes")

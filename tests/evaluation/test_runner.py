@@ -15,6 +15,8 @@ from ebmkit.compile import Inference
 from ebmkit.evaluation import SUITES, evaluation_folder, parse_options, parse_suites, tables
 from ebmkit.evaluation.context import noisy_batches
 
+pytestmark = pytest.mark.usefixtures("few_resamples")
+
 STANDARD = [name for name, suite in SUITES.items() if suite.standard]
 
 COMMON = {"suite", "dataset", "split", "images", "of", "seed", "sigmas", "model", "environment"}
