@@ -105,6 +105,7 @@ def test_sizes_that_do_not_repeat_are_never_compiled(small, counting, y):
     assert inference.compiled
 
 
+@pytest.mark.slow
 def test_so_many_sizes_are_compiled_and_no_more(small, counting):
     wrapped = Inference(mode="on", backend=counting).wrap(small)
     for count in range(1, MAX_SIZES + 3):

@@ -216,6 +216,7 @@ def test_packing_a_folder_and_training_on_the_file(tmp_path):
     assert ebmkit.load(tmp_path / "run").card.class_names == ["cats", "dogs"]
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_astray_says_so_and_ends_with_its_history(tmp_path):
     arguments = ["--set=watch.breaches=1", "--set=optimizer.lr=3", "--set=validation_images=0"]
     arguments += ["--set=negatives.steps=2", "--set=negatives.buffer_size=128", "--width=8"]

@@ -97,6 +97,7 @@ def test_figures(network, squares, evaluate, tmp_path):
         assert (tmp_path / name).stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_targets_are_as_many_as_there_are(network, squares, evaluate):
     assert evaluate(network, squares, labels=6)["targets"] == 2  # of three classes
 

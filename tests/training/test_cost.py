@@ -102,10 +102,8 @@ def test_flops_are_those_that_torch_counts_in_the_real_step(objective, streams, 
     assert flops.keys() == passes.keys()
 
 
-@pytest.mark.parametrize(
-    ("objective", "streams", "passes"),
-    [CASES[2], *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[3:])],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("objective", "streams", "passes"), CASES[2:])
 def test_a_step_costs_three_passes_and_three_more_for_each_score(objective, streams, passes):
     # 3 %: the second derivative of a strided convolution is computed on a larger window and cut,
     # and cross-entropy alone needs no gradient by the image.

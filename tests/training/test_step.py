@@ -116,6 +116,7 @@ def test_nothing_is_compiled_again_after_the_first_step():
     assert counters["stats"]["unique_graphs"] == before
 
 
+@pytest.mark.slow
 def test_any_number_of_steps_can_be_compiled_in_one_process():
     # What a compiler keeps is counted by code object, up to 8; each step has its own.
     for count in range(2, 12):

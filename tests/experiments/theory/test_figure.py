@@ -9,6 +9,8 @@ from ebmkit.experiments.plots import draw_figure1
 from ebmkit.experiments.theory import figure as module
 from ebmkit.experiments.theory.figure import figure1, markdown, rows
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def document():
@@ -50,7 +52,6 @@ def test_rows_hold_computed_and_measured_side_by_side(document):
     assert "| Centred means, C = 3 | discriminative | 6 | 6 | 6.000 | 6.000 |" in text
 
 
-@pytest.mark.slow
 def test_picture_is_drawn_with_a_point_missing(document, tmp_path):
     changed = json.loads(json.dumps(document))
     changed["settings"][0]["measured"]["generative"][0].update(excess=None, standard_error=None)
