@@ -7,14 +7,10 @@ copy of the model that takes no memory either. Every operation passes a `Recorde
   differentiated again, by the formulas of `torch.utils.flop_counter`;
 - the *bytes alive*: each storage counts from the operation that made it until it is released.
 
-A step of one stream comes to about 3 forward passes where the loss is of the forward pass alone
-(cross-entropy: the forward, then 2 for the gradient by activations and weights), and to
-:math:`3 + 3k` where k different scores enter it: one for each vjp and two for differentiating it.
-So dsm costs 6, and dsm with cdsm on one batch 9; a cross-entropy beside them on the same batch is
-free. A product with the Hessian, as ism takes, differentiates forward pass and score by the image
-once more, so ism costs 12. The count is exact for the eager step. It is up to 3 % off the rule, for
-ism 10 %: the gradient of a strided convolution by its weights is computed on a larger window the
-second time, and cross-entropy never needs the gradient by the image.
+A step of one stream comes to about :math:`3 + 3k` forward passes where k different scores enter the
+loss: so ce costs 3, dsm 6, and dsm with cdsm on one batch 9; a cross-entropy beside them on the
+same batch is free. A product with the Hessian differentiates once more, so ism costs 12. The count
+is exact for the eager step; it is up to 3 % off this rule, for ism 10 %.
 
 With bytes :math:`b_t(n)` alive at moment t of a step of n images,
 
@@ -26,12 +22,11 @@ so two traces give the largest n that fits in M bytes, :math:`\min_t (M - b_t(0)
 is what an operation allocates and releases within itself (workspaces of convolution libraries), nor
 what an allocator wastes.
 
-A step of F operations on a device that multiplies matrices at R per second takes at least
-:math:`F / R`; one that took t seconds reached :math:`F / (R t)`, its MFU (model FLOPs utilisation).
-R is measured (`ebmkit.compute.matrix_rate`). t is the median over the stretches between two rows of
-the log, without validations and saving, and without the first stretch (compilers and caches warm up
-in it) where there are others. Where batch and image sizes change along the run, F and t are means
-over its steps, and each stage has a median of its own.
+A step of F operations on a device that multiplies matrices at R per second
+(`ebmkit.compute.matrix_rate`) takes at least :math:`F / R`; one that took t seconds reached
+:math:`F / (R t)`, its MFU (model FLOPs utilisation). t is the median over the stretches between two
+rows of the log, without validations and saving, and without the first stretch, of warm-up, where
+there are others. Where sizes change along the run, F and t are means over its steps.
 """
 
 from __future__ import annotations
@@ -46,7 +41,7 @@ import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from fractions import Fraction
 from operator import add
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -96,10 +91,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._bytes: dict[int, int] = {}
 
     def hold(self, tensors: Iterable[Tensor]) -> None:
-        """Count ``tensors`` that were made before."""
-        for tensor in tensors:
-            self._add(tensor)
-        self.live.append(self._now)
+        """Count ``tensors``, made before or just now, whose storages are not counted yet."""
+        fresh = {s._cdata: s for s in (t.untyped_storage() for t in tensors)}
+        fresh = {key: storage for key, storage in fresh.items() if key not in self._bytes}
+        for key, storage in fresh.items():
+            self._bytes[key] = storage.nbytes()
+            self._now += storage.nbytes()
+            weakref.finalize(storage, self._release, key).atexit = False
+        if fresh:
+            self.live.append(self._now)
 
     def ignore(self, tensors: Iterable[Tensor]) -> None:
         """Never count ``tensors`` nor views of them."""
@@ -116,21 +116,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         count = flop_registry.get(func._overloadpacket)
         if count is not None:
             self.flops += int(count(*args, **(kwargs or {}), out_val=out))
-        made = [self._add(leaf) for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        if any(made):
-            self.live.append(self._now)
+        self.hold(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
         return out
-
-    def _add(self, tensor: Tensor) -> bool:
-        """Count the storage of ``tensor``; whether it is a new one."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._bytes:
-            return False
-        self._bytes[key] = storage.nbytes()
-        self._now += storage.nbytes()
-        weakref.finalize(storage, self._release, key).atexit = False
-        return True
 
     def _release(self, key: int) -> None:
         self._now -= self._bytes.pop(key)
@@ -206,10 +193,7 @@ def network_flops(
 
 @contextmanager
 def _fake(module: M) -> Iterator[M]:
-    """A copy of ``module`` without numbers, nothing of it allocated; within, new tensors are fake.
-
-    Without warnings, which are about the model: training itself says them.
-    """
+    """A copy of ``module`` without numbers; within, new tensors are fake, and nothing warns."""
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tensors = [*module.parameters(), *module.buffers()]
@@ -263,8 +247,7 @@ def step_flops(
     return flops
 
 
-@dataclass(frozen=True)
-class Memory:
+class Memory(NamedTuple):
     """Bytes that a training step takes on its device.
 
     Attributes:
@@ -283,7 +266,7 @@ class Memory:
     @property
     def total(self) -> int:
         """The sum: the peak of the step."""
-        return self.parameters + self.gradients + self.optimizer + self.activations
+        return sum(self)
 
 
 def step_memory(
@@ -344,16 +327,14 @@ class StepCost:
 
     def rows(self) -> list[tuple[str, str]]:
         """The cost as names and values to print."""
-        parts = asdict(self.memory).items()
+        parts = self.memory._asdict().items()
         memory = ", ".join(f"{name} {format_bytes(count)}" for name, count in parts)
         memory = memory.replace("optimizer", "optimiser")
+        terms = {n if n.endswith("steps") else f"{n} step": c for n, c in self.flops.items()}
         return [
             ("parameters", f"{self.parameters:,}"),
             *((text, with_prefix(count) + "FLOP a step") for text, count in self.stages.items()),
-            *(
-                (name if name.endswith("steps") else f"{name} step", with_prefix(n) + "FLOP")
-                for name, n in self.flops.items()
-            ),
+            *((text, with_prefix(count) + "FLOP") for text, count in terms.items()),
             (f"all {self.steps:,} steps", with_prefix(self.run_flops) + "FLOP"),
             ("memory", f"{format_bytes(self.memory.total)} ({memory})"),
             ("matrix rate", with_prefix(self.rate) + "FLOP/s"),
@@ -399,27 +380,35 @@ class Budget:
     def cost(self, steps: int, first: int = 0) -> StepCost:
         """What steps ``first`` .. ``steps`` - 1 cost: counted, but for the device's matrix rate."""
         loss = self.loss
-        cut = [
-            (stage._replace(start=max(first, stage.start), stop=min(steps, stage.stop)), shapes)
-            for stage, shapes in self.plan
-        ]
-        plan = [(stage, shapes) for stage, shapes in cut if stage.start < stage.stop]
-        counts = [step_flops(loss, own, self.gradients, self.update_flops) for _, own in plan]
-        lengths = [stage.stop - stage.start for stage, _ in plan]
+        lengths: list[int] = []
+        counts: list[dict[str, int]] = []
+        memories: list[Memory] = []
+        stages: dict[str, int] = {}
+        for stage, shapes in self.plan:
+            start, stop = max(first, stage.start), min(steps, stage.stop)
+            if start >= stop:
+                continue
+            lengths.append(stop - start)
+            counts.append(step_flops(loss, shapes, self.gradients, self.update_flops))
+            memories.append(self.memory(shapes))
+            sizes = [
+                f"{name} {b}x{h}x{w}" for name in loss.streams for b, _, h, w in [shapes[name]]
+            ]
+            stages[f"steps {start + 1:,} to {stop:,}: {', '.join(sizes)}"] = sum(
+                counts[-1].values()
+            )
         total = sum(lengths)
         mean = {
             name: round(sum(n * own[name] for n, own in zip(lengths, counts, strict=True)) / total)
             for name in counts[0]
         }
-        texts = [_stage_text(loss, stage, shapes) for stage, shapes in plan]
-        totals = [sum(own.values()) for own in counts]
         return StepCost(
             sum(p.numel() for p in loss.parameters() if p.requires_grad),
             mean,
-            max((self.memory(shapes) for _, shapes in plan), key=lambda memory: memory.total),
+            max(memories, key=lambda memory: memory.total),
             matrix_rate(self.device, loss.precision),
             total,
-            dict(zip(texts, totals, strict=True)) if len(plan) > 1 else {},
+            stages if len(stages) > 1 else {},
         )
 
     def check(self, free: int | None = None) -> Memory:
@@ -435,12 +424,11 @@ class Budget:
             free = available_memory(self.device)
             if free is not None and self.device.type == "cpu":  # shared by this machine's processes
                 free //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        needs = []
         for stage, shapes in self.plan:
-            needs.append(memory := self.memory(shapes))
+            memory = self.memory(shapes)
             if free is not None and memory.total - memory.parameters > free:
                 raise self.too_large(shapes, free + memory.parameters, stage.fields)
-        return max(needs, key=lambda memory: memory.total)
+        return max((self.memory(shapes) for _, shapes in self.plan), key=lambda own: own.total)
 
     def largest_batch(self, shapes: Shapes, limit: int) -> dict[str, int] | None:
         """The largest batch of each stream, in the proportions of ``shapes``, that fits.
@@ -489,42 +477,29 @@ class Budget:
         )
         sizes = self.largest_batch(shapes, limit)
         if sizes is None:
-            return UserError(
-                f"{problem}not even one image of each stream fits; set a smaller "
-                "model.backbone.width"
-            )
+            problem += "not even one image of each stream fits; set a smaller model.backbone.width"
+            return UserError(problem)
         largest = " and ".join(
             f"{fields[name]}.batch_size={size * self.processes}" for name, size in sizes.items()
         )
         common = math.gcd(*(shapes[name][0] for name in self.loss.streams))
-        fitting = (
-            parts
-            for parts in range(self.accumulate + 1, common + 1)
-            if common % parts == 0
-            and step_memory(self.loss, shapes, self.states, parts).total <= limit
-        )
-        parts = next(fitting, None)
-        split = f", or compute.accumulate={parts} to keep the batch" if parts else ""
-        return UserError(f"{problem}set {largest} at most{split}")
+        for parts in (n for n in range(self.accumulate + 1, common + 1) if common % n == 0):
+            if step_memory(self.loss, shapes, self.states, parts).total <= limit:
+                largest += f" at most, or compute.accumulate={parts} to keep the batch"
+                return UserError(f"{problem}set {largest}")
+        return UserError(f"{problem}set {largest} at most")
 
     def out_of_memory(self, held: int, step: int = 0) -> UserError:
         """The error for a step that ran out of memory; it says how large a batch would fit.
 
-        To be asked when nothing of ``step`` is referred to any more, its exception included;
-        ``held`` are the bytes of parameters and optimiser states, which are there already.
+        Nothing of ``step`` may be referred to any more, its exception included; ``held`` are the
+        bytes of parameters and optimiser states, which are there already.
         """
         stage, shapes = next(own for own in reversed(self.plan) if own[0].start <= step)
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return self.too_large(shapes, (available_memory(self.device) or 0) + held, stage.fields)
-
-
-def _stage_text(loss: TrainingLoss, stage: Stage, shapes: Shapes) -> str:
-    """As "steps 1 to 100: classify 512x224x224, denoise 64x128x128"."""
-    own = {name: shapes[name] for name in loss.streams}
-    sizes = [f"{name} {count}x{height}x{width}" for name, (count, _, height, width) in own.items()]
-    return f"steps {stage.start + 1:,} to {stage.stop:,}: {', '.join(sizes)}"
 
 
 class Stretch(NamedTuple):
