@@ -41,6 +41,7 @@ from ebmkit.randomness import keyed_seed
 from ebmkit.training import nonfinite
 from ebmkit.training.config import TrainConfig
 from ebmkit.training.cost import Budget, RunStats, Stopwatch
+from ebmkit.training.metrics import Validation
 from ebmkit.training.optim import (
     SAM,
     exponential_average,
@@ -64,7 +65,6 @@ from ebmkit.training.setup import (
 )
 from ebmkit.training.state import SkippedSamples, TrainingState
 from ebmkit.training.step import OutOfMemory, StepStats, TrainingStep, translate_out_of_memory
-from ebmkit.training.validation import Validation
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

@@ -1,13 +1,11 @@
 """Everything that a checkpoint holds, in one object, and whether what was read from a file fits.
 
-`TrainingState` is what saving, resuming and rollback read and write: a `SavedState`, and beside it
-``precision``, that it was trained in, for tables, and ``watch``, divergences so far and snapshots
-(`ebmkit.training.rollback`), where negatives are needed.
+A checkpoint is a `SavedState` with ``precision``, for tables, and, where negatives are needed,
+``watch``: divergences so far and snapshots (`ebmkit.training.rollback`).
 
-A checkpoint may come from an untrusted source, and that its archive is sound says nothing of what
-is in it. The optimiser's fused kernels trust the lengths of its tensors: with moments of another
-shape they would read and write memory that is not theirs. So every entry is checked for its type,
-every tensor for its shape before anything is taken over.
+It may come from an untrusted source, and the optimiser's fused kernels trust the lengths of its
+tensors: with moments of another shape they would read and write memory that is not theirs. So every
+entry is checked for its type, every tensor for its shape before anything is taken over.
 
 Checkpoints of earlier versions load:
 
@@ -25,7 +23,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import torch
@@ -53,8 +51,7 @@ class Saved(BaseModel):
 class SavedOptimizer(Saved):
     """An optimiser's state; what its groups are set to is the configuration's, not the file's."""
 
-    state: dict[NonNegativeInt, dict[str, Tensor]]
-    """Number of the parameter -> what the optimiser keeps of it."""
+    state: dict[NonNegativeInt, dict[str, Tensor]]  # by number of the parameter
 
 
 class SavedState(Saved):
@@ -109,17 +106,12 @@ class Best:
 class SkippedSamples:
     """Images that training leaves out because they cannot be read (``dataset.unreadable: skip``).
 
-    Each process meets its own; all know of all whenever metrics or a checkpoint are written, and
-    the checkpoint holds them, so that a resumed run counts as one that never stopped.
-
-    Args:
-        images: the training images; those skipped when they were loaded count too.
-        streams: what reads them.
-        world: the processes that share the batches.
+    Each process meets its own; all know of all whenever metrics or a checkpoint are written. The
+    checkpoint holds them.
 
     Attributes:
         found: number of an image in the set -> why it cannot be read.
-        reasons: why each was skipped.
+        reasons: why each was skipped, those when ``images`` were loaded included.
     """
 
     def __init__(
@@ -154,9 +146,7 @@ class SkippedSamples:
 class TrainingState:
     """What a run has reached: the part of a checkpoint that is the same for all objectives.
 
-    Args:
-        update: the step, which holds model, optimiser, averaged weights and running means.
-        skipped: what could not be read.
+    ``update`` holds model, optimiser, averaged weights and running means.
 
     Attributes:
         step: steps done.
@@ -169,8 +159,7 @@ class TrainingState:
 
     @property
     def seconds(self) -> float:
-        """Time spent so far, that of earlier processes up to their checkpoints included;
-        validations and checkpoints count."""
+        """Time spent so far, with earlier processes, validations and checkpoints."""
         return self._before + time.perf_counter() - self._begun
 
     @seconds.setter
@@ -204,10 +193,13 @@ class TrainingState:
             UserError: if it is of another run.
         """
         update = self.update
-        try:
-            state = _upgraded(state, update.loss.balanced)
-        except (TypeError, ValueError, RuntimeError):
-            raise UserError("the checkpoint is of no version of this program") from None
+        state = {"seconds": 0.0, "best": math.inf, "precision": None, "watch": None, **state}
+        if isinstance(state.get("running"), dict):
+            means = [state["running"].get(name, 1.0) for name in update.loss.balanced]
+            try:
+                state["running"] = torch.tensor([float(mean) for mean in means])
+            except (TypeError, ValueError, RuntimeError):
+                raise UserError("the checkpoint is of no version of this program") from None
         saved = validated(SavedState, state, "the checkpoint")
         check_tensor("'running'", saved.running, update.loss.running)
         _restore_module("model", update.loss.model, saved.model)
@@ -220,25 +212,8 @@ class TrainingState:
         self.skipped.found = dict(saved.unreadable)
 
 
-def _upgraded(state: dict[str, Any], balanced: Sequence[str]) -> dict[str, Any]:
-    """A checkpoint in today's form; ``balanced`` are the terms that have a running mean.
-
-    Raises:
-        TypeError, ValueError: if it is of no version.
-    """
-    state = {"seconds": 0.0, "best": math.inf, "precision": None, "watch": None, **state}
-    if isinstance(state.get("running"), dict):
-        means = [float(state["running"].get(name, 1.0)) for name in balanced]
-        state["running"] = torch.tensor(means)
-    return state
-
-
 def _restore_module(what: str, module: nn.Module, found: Mapping[str, Tensor]) -> None:
-    """Take over the parameters and buffers of the same module.
-
-    Raises:
-        UserError: naming the first that is missing, is of another shape or type, or has no place.
-    """
+    """Take over the parameters and buffers of the same module."""
     own = module.state_dict()
     for name in [*own, *found]:
         if name not in found:
@@ -282,11 +257,10 @@ def check_tensor(what: str, found: Tensor, own: Tensor) -> None:
         UserError: if it is of another shape or type.
     """
     if found.layout != torch.strided or found.shape != own.shape or found.dtype != own.dtype:
-        raise _misfit(f"{what} is {_layout(found)}, and should be {_layout(own)}")
-
-
-def _layout(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+        has, needs = (
+            f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in (found, own)
+        )
+        raise _misfit(f"{what} is {has}, and should be {needs}")
 
 
 def _misfit(reason: str) -> UserError:

@@ -24,7 +24,7 @@ from ebmkit.training.cost import Budget, Stopwatch, step_flops, step_memory
 from ebmkit.training.loop import assemble
 from ebmkit.training.setup import images_of
 from ebmkit.training.step import TrainingStep
-from ebmkit.training.validation import Validation
+from ebmkit.training.metrics import Validation
 
 EVERYWHERE = {  # CDN appendix A: what both recipes share
     "objective": "ce+dsm",
