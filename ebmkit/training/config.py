@@ -1,17 +1,20 @@
 """The configuration of a training run, and how it is put together.
 
 One `TrainConfig` holds everything that a run depends on, and is written resolved to
-``config.yaml``. It is merged from layers, later ones winning: the data set's *recipe*, then a
-configuration file, then named options, then ``--set key=value``. Configurations of earlier versions
-load as they are: fields that came later have defaults that change nothing.
+``config.yaml``. It is merged from layers, later ones winning: the data set's *recipe*, so that one
+command is right on digits and on CIFAR-10 (``recipes.yaml`` says where its numbers come from), then
+a configuration file, then named options, then ``--set key=value``. Configurations of earlier
+versions load as they are: fields that came later have defaults that change nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
+import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ebmkit.compute import ComputeConfig
@@ -27,10 +30,17 @@ from ebmkit.objectives.likelihood import NegativesConfig
 from ebmkit.plugins import Plugin, check_plugins, loaded_plugins
 from ebmkit.registry import find
 from ebmkit.storage.reading import YAML_BYTES, parse_yaml, read_text
-from ebmkit.training.recipes import RECIPES, recipe_for
 
 MOST_KEYS = 20
 """Names in a key, as of optimizer.lr two."""
+
+SPECIAL = {
+    "likelihood": {"digits": "digits-jem", "cifar10": "jem", "cifar100": "jem"},
+    "ddpm": {"digits": "digits-ddpm", "cifar10": "cifar10-ddpm", "cifar100": "cifar10-ddpm"},
+    "adversarial": dict.fromkeys(("cifar10", "cifar100"), "cifar10-robust")
+    | {"digits": "digits-robust"},
+}
+"""Kind of objective -> data set -> its recipe, where that is not the data set's own."""
 
 DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
     ("kind", "adamw"): {"lr": 3e-4},
@@ -55,25 +65,13 @@ USED_BY: dict[str, tuple[str, tuple[str, ...] | str]] = {
     "ema_warmup": ("ema", "ema, as 0.999"),
     "sharpness_adaptive": ("sharpness", "sharpness, as 0.05"),
 }
-"""Settings of an optimiser -> the one that uses them, and at which values or, where it need only be
-set, how."""
+"""Settings of an optimiser -> the one that uses them, and at which values (or how to set it)."""
 
-FREE_TO_CHANGE = (
-    "device",
-    "log_every",
-    "validate_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "dataset.data_dir",
-    "dataset.workers",
-    "dataset.unreadable",
-    "dataset.links",
-    "compute.precision",
-    "compute.compile",
-    "compute.accumulate",
-    "compute.recompute",
-    "plugins",
-)
+FREE_TO_CHANGE = {
+    *("device", "log_every", "validate_every", "checkpoint_every", "keep_checkpoints", "plugins"),
+    *("dataset.data_dir", "dataset.workers", "dataset.unreadable", "dataset.links"),
+    *("compute.precision", "compute.compile", "compute.accumulate", "compute.recompute"),
+}
 """Fields that a resumed run may set differently: they change nothing, or rounding alone."""
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -279,6 +277,43 @@ class TrainConfig(_Config):
         return found
 
 
+class Recipe(NamedTuple):
+    """Defaults for a data set: a nested mapping of `TrainConfig` fields, and a line about it."""
+
+    config: dict[str, Any]
+    description: str
+
+
+def _read_recipes() -> dict[str, Recipe]:
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    text = files("ebmkit.training").joinpath("recipes.yaml").read_text(encoding="utf-8")
+    found = yaml.load(text, loader)["recipes"]
+    return {name: Recipe(own, own.pop("description")) for name, own in found.items()}
+
+
+RECIPES = _read_recipes()
+
+
+def recipe_for(dataset: str, objective: str = "") -> dict[str, Any]:
+    """The recipe of ``dataset``, or ``folder``'s, as ``objective`` needs it if that was named.
+
+    Objectives that need negatives, noise prediction alone, and training under attack have recipes
+    of their own; other data sets have the small network's of the first two, and their own with a
+    logit head under attack.
+    """
+    terms = parse_objective(objective) if objective else ()
+    families = {term.objective.family for term in terms}
+    name, head = dataset, {}
+    if "likelihood" in families:
+        name = SPECIAL["likelihood"].get(dataset, "cifar10-jem-short")
+    elif [term.name for term in terms] == ["ddpm"]:
+        name = SPECIAL["ddpm"].get(dataset, "cifar10-ddpm-short")
+    elif "adversarial" in families:
+        name, head = SPECIAL["adversarial"].get(dataset, dataset), {"head": "logit"}
+    config = RECIPES.get(name, RECIPES["folder"]).config | head
+    return config | {"dataset": config["dataset"] | {"name": dataset}}
+
+
 def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
     """Nested mappings laid over each other, later ones winning."""
     result: dict[str, Any] = {}
@@ -296,9 +331,8 @@ def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfi
     Args:
         *layers: nested mappings, weakest first. Where one names a backbone or a head, that preset's
             own settings come in at that layer.
-        recipe: name of the recipe below them; by default that of the data set the layers name, for
-            the objective they name, and none below the configuration of a run: a field that it
-            lacks, since it is of an earlier version, has its default.
+        recipe: name of the recipe below them; by default that of the data set and objective that
+            the layers name, and none below the whole configuration of a run.
 
     Raises:
         UserError: on an unknown name, an unknown field or an illegal value.
@@ -339,22 +373,18 @@ def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfi
 def _fitting(layer: Mapping[str, Any], over: Mapping[str, Any], whole: bool) -> Mapping[str, Any]:
     """``layer`` without settings of the optimiser that choices in ``over`` leave without a use.
 
-    Where a ``whole`` layer, a recipe or a run, names no kind or schedule, it means the default; a
-    part means whatever is chosen.
+    A ``whole`` layer, a recipe or a run, that names no kind or schedule means the default.
     """
     own, chosen = layer.get("optimizer"), over.get("optimizer")
     if not isinstance(own, Mapping) or not isinstance(chosen, Mapping):
         return layer
-    idle: set[str] = set()
+    idle = {n for n, (s, at) in USED_BY.items() if isinstance(at, str) and chosen.get(s, 1) is None}
     for setting, default in {"kind": "adamw", "schedule": "cosine"}.items():
         before = own.get(setting, default if whole else chosen.get(setting))
         if chosen.get(setting, before) != before:
             idle |= {name for name, (by, _) in USED_BY.items() if by == setting}
             if setting == "kind":
                 idle = (idle | {"lr"}) - (set() if chosen["kind"] == "sgd" else {"betas"})
-    idle |= {
-        n for n, (by, at) in USED_BY.items() if isinstance(at, str) and chosen.get(by, 1) is None
-    }
     return {**layer, "optimizer": {k: v for k, v in own.items() if k not in idle}}
 
 
@@ -368,14 +398,8 @@ def _fitting_network(recipe: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _check_used(config: TrainConfig, given: Mapping[str, Any]) -> None:
-    """Refuse what would do nothing in the optimiser.
-
-    ``given`` are the layers below ``config``, but for whole configurations of runs: those of
-    earlier versions may hold such settings.
-
-    Raises:
-        UserError: naming the first field.
-    """
+    """Refuse what would do nothing in the optimiser, among the ``given`` layers: not whole
+    configurations of runs, which in earlier versions may hold such settings."""
     for name, (setting, at) in USED_BY.items():
         chosen, value = getattr(config.optimizer, setting), getattr(config.optimizer, name)
         used = chosen in at if isinstance(at, tuple) else chosen is not None
@@ -426,9 +450,6 @@ def _expand(layer: Mapping[str, Any]) -> Mapping[str, Any]:
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
     """Read ``["optimizer.lr=1e-3", ...]`` into a nested mapping; values are YAML.
 
-    Raises:
-        UserError: if one is not of the form key=value.
-
     >>> parse_assignments(["optimizer.lr=1e-3", "model.backbone.norm=scale"])
     {'optimizer': {'lr': '1e-3'}, 'model': {'backbone': {'norm': 'scale'}}}
     """
@@ -448,11 +469,7 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The mapping in the YAML file ``path``.
-
-    Raises:
-        UserError: if it cannot be read, is not YAML or holds no mapping.
-    """
+    """The mapping in the YAML file ``path``."""
     values = parse_yaml(read_text(path, YAML_BYTES), f"configuration {str(path)!r}")
     if not isinstance(values, dict):
         raise UserError(
@@ -467,20 +484,16 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, Any, Any]
     The kind of a part, or a schedule, comes before what follows from it.
     """
 
-    def order(key: str) -> tuple[bool, str]:
-        return key.rpartition(".")[2] not in ("kind", "schedule"), key
-
     before, after = _flat(old), _flat(new)
-    for key in sorted(before.keys() | after.keys(), key=order):
-        if key not in FREE_TO_CHANGE and before.get(key) != after.get(key):
+    keys = sorted((before.keys() | after.keys()) - FREE_TO_CHANGE)
+    for key in sorted(keys, key=lambda key: key.rpartition(".")[2] not in ("kind", "schedule")):
+        if before.get(key) != after.get(key):
             return key, before.get(key), after.get(key)
     return None
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(values, dict):
-        return {prefix: values}
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        result |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return result
+        return {prefix.removesuffix("."): values}
+    nested = (_flat(value, f"{prefix}{key}.") for key, value in values.items())
+    return {key: value for part in nested for key, value in part.items()}
