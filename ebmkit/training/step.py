@@ -36,13 +36,13 @@ from ebmkit.compute import (
     pick_precision,
     prepare_compiler,
     set_tf32,
+    subsample_before_1x1,
 )
 from ebmkit.data import Batch
 from ebmkit.distributed import DistributedContext
 from ebmkit.errors import UserError, first_line
 from ebmkit.models import JointModel
 from ebmkit.objectives import TrainingLoss
-from ebmkit.onednn import subsample_before_1x1
 from ebmkit.training.cost import trace_step
 from ebmkit.training.optim import SAM, set_rate, update_average
 
