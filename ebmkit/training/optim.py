@@ -287,8 +287,12 @@ def as_matrix(weight: Tensor) -> tuple[int, int]:
     return weight.shape[0], weight[0].numel()
 
 
-def exponential_average(model: nn.Module, decay: float, warmup: bool = False) -> AveragedModel:
-    """Averaged weights of ``model``, with a constant decay or its warm-up."""
+def exponential_average(
+    model: nn.Module, decay: float | None, warmup: bool = False
+) -> AveragedModel | None:
+    """Averaged weights of ``model``, with a constant decay or its warm-up; None without a decay."""
+    if decay is None:
+        return None
 
     def move(means: Tensors, now: Tensors, count: Tensor | int) -> None:
         t = int(count)
