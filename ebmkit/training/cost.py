@@ -44,7 +44,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from operator import add
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,9 +62,6 @@ from ebmkit.objectives import TrainingLoss
 
 Shapes = Mapping[str, tuple[int, int, int, int]]
 """Stream -> shape (B, C, H, W) of the images that this process takes of it in a step."""
-
-Plan = Sequence[tuple[Stage, Shapes]]
-"""The stages of a run, with the shapes that this process takes of each stream in them."""
 
 ADAMW_STATES = 2
 """Numbers that AdamW keeps of each parameter."""
@@ -105,17 +102,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Never count ``tensors`` nor views of them."""
         self._bytes |= {tensor.untyped_storage()._cdata: 0 for tensor in tensors}
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
         count = flop_registry.get(func._overloadpacket)
         if count is not None:
-            self.flops += int(count(*args, **(kwargs or {}), out_val=out))
+            self.flops += int(count(*args, **kwargs, out_val=out))
         self.hold(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
         return out
 
@@ -153,8 +145,7 @@ def trace_step(loss: TrainingLoss, shapes: Shapes, accumulate: int = 1) -> StepT
         recorder.hold(t for batch in batches.values() for t in batch.tensors)
         with recorder, torch.enable_grad():
             for _ in range(parts_run):
-                first = {n: slice(0, -(-len(b.x) // accumulate)) for n, b in batches.items()}
-                part = {name: batch.rows(first[name]) for name, batch in batches.items()}
+                part = {n: b.rows(slice(-(-len(b.x) // accumulate))) for n, b in batches.items()}
                 for group in [{n: b} for n, b in part.items()] if loss.separate else [part]:
                     fake(group).total.backward()
         trained = [(name, p) for name, p in fake.named_parameters() if p.requires_grad]
@@ -169,11 +160,8 @@ def network_flops(
     shape: tuple[int, int, int, int],
     of: Literal["forward", "score", "posteriors"] = "forward",
 ) -> int:
-    """FLOPs of a model on a batch of ``shape`` (B, C, H, W), two to a multiply-add.
-
-    Either of the forward pass, the score without a gradient of it, or the gradient of
-    log-posteriors, which an attack climbs.
-    """
+    """FLOPs of a model on a batch of ``shape`` (B, C, H, W), two to a multiply-add: of the forward
+    pass, the score alone, or the gradient of log-posteriors, which an attack climbs."""
     recorder = Recorder()
     with _fake(model) as fake, torch.no_grad():
         fake.eval()
@@ -221,8 +209,7 @@ def step_flops(
 ) -> dict[str, int]:
     """FLOPs of forward and backward by objective; those of one stream, which share work, together.
 
-    Activation checkpointing counts as often as it computes. A Langevin step, and a step of an
-    attack, is a forward pass and one vjp to the image, about 2 forward passes. The last two
+    A step of a Langevin chain or an attack is a forward pass and one vjp to the image. The last two
     arguments are those of `Budget`.
 
     Returns:
@@ -272,12 +259,11 @@ class Memory(NamedTuple):
 def step_memory(
     loss: TrainingLoss, shapes: Shapes, states: int | Fraction = ADAMW_STATES, accumulate: int = 1
 ) -> Memory:
-    """Memory of one eager training step, without running it.
+    """Memory of one eager training step, without running it; arguments are those of `Budget`.
 
     Exact for the tensors of the step. Not in it: what Muon's update holds for a moment, about six
     times the matrices, when the activations are gone; what the allocator wastes, the data set, and,
-    on CUDA, the context (about half a GB) and the batch that is drawn ahead. Arguments are those of
-    `Budget`.
+    on CUDA, the context (about half a GB) and the batch that is drawn ahead.
     """
     step = trace_step(loss, shapes, accumulate)
     weights = sum(t.nbytes for t in [*loss.parameters(), *loss.buffers()])
@@ -357,7 +343,7 @@ class Budget:
     """
 
     loss: TrainingLoss
-    plan: Plan
+    plan: Sequence[tuple[Stage, Shapes]]
     states: int | Fraction = ADAMW_STATES
     accumulate: int = 1
     processes: int = 1
@@ -394,9 +380,8 @@ class Budget:
             sizes = [
                 f"{name} {b}x{h}x{w}" for name in loss.streams for b, _, h, w in [shapes[name]]
             ]
-            stages[f"steps {start + 1:,} to {stop:,}: {', '.join(sizes)}"] = sum(
-                counts[-1].values()
-            )
+            text = f"steps {start + 1:,} to {stop:,}: {', '.join(sizes)}"
+            stages[text] = sum(counts[-1].values())
         total = sum(lengths)
         mean = {
             name: round(sum(n * own[name] for n, own in zip(lengths, counts, strict=True)) / total)
@@ -441,14 +426,14 @@ class Budget:
             Stream -> number of images, a multiple of ``accumulate``; None if not even one image of
             each fits in each part.
         """
+
+        def live(factor: int) -> tuple[int, ...]:
+            larger = {name: (factor * b, *rest) for name, (b, *rest) in shapes.items()}
+            return trace_step(self.loss, cast("Shapes", larger), self.accumulate).live
+
         memory = self.memory(shapes)
         left = limit - memory.parameters - memory.optimizer
-        two, four = (
-            trace_step(
-                self.loss, {n: (k * s[0], *s[1:]) for n, s in shapes.items()}, self.accumulate
-            ).live
-            for k in (2, 4)  # not 1: a batch of one image may be laid out differently
-        )
+        two, four = live(2), live(4)  # not 1: a batch of one image may be laid out differently
         scale = math.inf  # in batches of `shapes`
         for at_two, at_four in zip(two, four, strict=True):
             slope = (at_four - at_two) / 2
@@ -456,11 +441,8 @@ class Budget:
                 scale = min(scale, 2 + (left - at_two) / slope)
             elif at_two > left:
                 return None
-        parts = self.accumulate
-        sizes = {
-            name: parts * math.floor(scale * shapes[name][0] / parts + 1e-9)
-            for name in self.loss.streams
-        }
+        parts, streams = self.accumulate, self.loss.streams
+        sizes = {n: parts * math.floor(scale * shapes[n][0] / parts + 1e-9) for n in streams}
         return sizes if all(size > 0 for size in sizes.values()) else None
 
     def too_large(
@@ -516,17 +498,12 @@ class Stretch(NamedTuple):
 
 
 class Stopwatch:
-    """Times stretches of steps, and how much of them went into waiting for data.
-
-    Attributes:
-        stretches: those that were timed.
-        lengths: stage of the run -> number of its steps, to weigh the stages by; None: by the
-            steps that were timed.
-    """
+    """Times stretches of steps, and how much of them went into waiting for data."""
 
     def __init__(self) -> None:
         self.stretches: list[Stretch] = []
         self.lengths: Mapping[int, int] | None = None
+        """Stage of the run -> number of its steps, to weigh it by; None: by the steps timed."""
         self.restart()
 
     def restart(self) -> None:
@@ -603,13 +580,12 @@ class RunStats:
 
     def sentence(self) -> str:
         """One line for the end of a run."""
+        step, rate = with_prefix(sum(self.flops.values())), with_prefix(self.matrix_rate)
         return (
             f"{format_seconds(self.step_seconds)} a step ({self.data_share:.1%} of it for data), "
-            f"{self.images_per_s:,.0f} images/s, "
-            f"peak memory {format_bytes(self.peak_memory)}, "
-            f"{with_prefix(sum(self.flops.values()))}FLOP a step: {self.share:.0%} of the matrix "
-            f"rate of {self.processes} x {self.device} ({with_prefix(self.matrix_rate)}FLOP/s "
-            f"in {self.precision})"
+            f"{self.images_per_s:,.0f} images/s, peak memory {format_bytes(self.peak_memory)}, "
+            f"{step}FLOP a step: {self.share:.0%} of the matrix rate of {self.processes} x "
+            f"{self.device} ({rate}FLOP/s in {self.precision})"
         )
 
 
