@@ -141,9 +141,8 @@ def pick_precision(name: str, device: torch.device) -> Precision:
 
 
 def pick_compile(name: str, device: torch.device) -> bool:
-    """Whether to compile; ``auto`` does on CUDA where a compiler is at hand, and not on CPU.
-
-    On a CPU the convolutions dominate and compiling gains nothing (docs: "Speed").
+    """Whether to compile; ``auto`` does on CUDA where a compiler is at hand, and not on a CPU,
+    where it gains nothing (docs: "Speed").
 
     Raises:
         UserError: if the mode is unknown, or ``on`` and the device has no compiler.
@@ -153,13 +152,11 @@ def pick_compile(name: str, device: torch.device) -> bool:
     if name == "off" or (name == "auto" and device.type != "cuda"):
         return False
     missing = _missing_compiler(device)
-    if missing is None:
-        return True
-    if name == "auto":
-        return False
-    raise UserError(
-        f"--compile on needs {missing} on {describe(device)}: install it, or use --compile off"
-    )
+    if missing is not None and name == "on":
+        raise UserError(
+            f"--compile on needs {missing} on {describe(device)}: install it, or use --compile off"
+        )
+    return missing is None
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
@@ -170,10 +167,8 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
 
 
 def set_tf32(device: torch.device, precision: Precision) -> None:
-    """Let float32 products on ``device`` be rounded to TF32 exactly if ``precision`` allows it.
-
-    A setting of the whole process. By default PyTorch rounds convolutions and not matrix products.
-    """
+    """Let float32 products on ``device`` be rounded to TF32 exactly if ``precision`` allows it: a
+    setting of the whole process. By default PyTorch rounds convolutions, not matrix products."""
     if device.type == "cuda":
         allowed = precision != "fp32"
         torch.backends.cuda.matmul.allow_tf32 = allowed
@@ -194,9 +189,8 @@ def memory_format(device: torch.device, differentiate: bool) -> torch.memory_for
 def keep_freed_memory(device: torch.device) -> None:
     """On Linux, let this process keep the memory that tensors on the CPU release.
 
-    A training step allocates and releases hundreds of MB. By default the C library gives much of it
-    back to the system each time, which then has to map and clear it anew (``benchmarks/layout.py``
-    tells what that costs). A setting of the whole process; its peak does not change.
+    By default the C library gives much of it back to the system, which has to map and clear it anew
+    in each step (``benchmarks/layout.py``). A setting of the whole process; its peak is the same.
     """
     if device.type != "cpu" or not sys.platform.startswith("linux"):
         return
