@@ -141,7 +141,7 @@ def join() -> Iterator[DistributedContext]:
         store = dist.PrefixStore(f"attempt {attempt}", store)  # type: ignore[attr-defined]
         dist.init_process_group(store=store, rank=rank, world_size=size, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
-        raise _unreachable(world, error) from None
+        raise UserError(_unreachable(world, error)) from None
     try:
         yield world
     except RuntimeError as error:
@@ -193,18 +193,17 @@ def yield_to_others(error: UserError) -> None:
         time.sleep(5)
 
 
-def _unreachable(world: DistributedContext, error: Exception) -> UserError:
-    port = os.environ["MASTER_PORT"]
-    reason = first_line(error)
+def _unreachable(world: DistributedContext, error: Exception) -> str:
+    host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     if "in use" in str(error).lower() or "eaddrinuse" in str(error).lower():
-        return UserError(
+        return (
             f"port {port} is in use on this machine: choose another by torchrun --master-port, or "
             "let torchrun --standalone find a free one"
         )
-    return UserError(
-        f"process {world.rank} of {world.size} cannot reach the others at "
-        f"{os.environ['MASTER_ADDR']}:{port} ({reason}): check that each is started and that the "
-        "address and port can be reached from every machine"
+    return (
+        f"process {world.rank} of {world.size} cannot reach the others at {host}:{port} "
+        f"({first_line(error)}): check that each is started and that the address and port can be "
+        "reached from every machine"
     )
 
 

@@ -63,11 +63,8 @@ from ebmkit.objectives import TrainingLoss
 Shapes = Mapping[str, tuple[int, int, int, int]]
 """Stream -> shape (B, C, H, W) of the images that this process takes of it in a step."""
 
-ADAMW_STATES = 2
-"""Numbers that AdamW keeps of each parameter."""
-
-MOST_STRETCHES = 1000
-"""That a stopwatch keeps; then neighbours are put together."""
+ADAMW_STATES = 2  # numbers that AdamW keeps of each parameter
+MOST_STRETCHES = 1000  # that a stopwatch keeps; then neighbours are put together
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -74,11 +74,11 @@ class Interrupted(Exception):
         self.step, self.signal = step, signum
 
 
+@dataclass
 class Stop:
     """Whether the process was asked to stop, and by which signal; call it to know."""
 
-    def __init__(self) -> None:
-        self.signal: int | None = None
+    signal: int | None = None
 
     def __call__(self) -> bool:
         return self.signal is not None

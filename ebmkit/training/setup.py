@@ -103,8 +103,11 @@ def check_terms(loss: TrainingLoss, config: TrainConfig, images: AnyImages) -> N
                 f"objective {term.name!r} needs labels, and {config.backbone!r} is a denoiser "
                 "without them: use --objective dsm, or a backbone"
             )
-        if term.objective.hessian_vectors:
-            _check_hessian(term.name, loss.model)
+        wrong = _no_hessian(loss.model) if term.objective.hessian_vectors else None
+        if wrong:
+            raise UserError(
+                f"objective {term.name!r} needs the second derivative of the density, and {wrong}"
+            )
         mixes = stream.augmentation.mix != "none"
         check_labels(term.name, term.objective, images.num_classes, mixes, name)
         if term.objective.needs_score and stream.noise.range[1] == 0:
@@ -114,19 +117,15 @@ def check_terms(loss: TrainingLoss, config: TrainConfig, images: AnyImages) -> N
             )
 
 
-def _check_hessian(name: str, model: ScoreModel) -> None:
-    """Refuse a ``model`` without a second derivative by each image."""
-    wrong = None
+def _no_hessian(model: ScoreModel) -> str | None:
+    """Why ``model`` has no second derivative by each image."""
     if not model.is_energy_based:
-        wrong = "this network is a plain denoiser and has none: use --objective dsm, or a backbone"
-    elif model.has_batch_norm:
-        wrong = "BatchNorm mixes the images of a batch: use another norm (norm=group), or dsm"
-    elif any(isinstance(m, (nn.ReLU, nn.LeakyReLU)) for m in model.modules()):
-        wrong = "that of ReLU is 0 beside its kinks: use a smooth activation, or dsm"
-    if wrong:
-        raise UserError(
-            f"objective {name!r} needs the second derivative of the density, and {wrong}"
-        )
+        return "this network is a plain denoiser and has none: use --objective dsm, or a backbone"
+    if model.has_batch_norm:
+        return "BatchNorm mixes the images of a batch: use another norm (norm=group), or dsm"
+    if any(isinstance(m, (nn.ReLU, nn.LeakyReLU)) for m in model.modules()):
+        return "that of ReLU is 0 beside its kinks: use a smooth activation, or dsm"
+    return None
 
 
 def check_compiled(stages: Sequence[Stage]) -> None:

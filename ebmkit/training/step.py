@@ -302,24 +302,17 @@ def split_batches(
     batches: Mapping[str, Batch], count: int, separate: bool
 ) -> Iterator[dict[str, Batch]]:
     """What is taken forward and backward at once: ``count`` equal parts, streams apart or not."""
+    sizes = {name: len(batch.x) // count for name, batch in batches.items()}
     for k in range(count):
-        part = {name: _part(batch, k, count) for name, batch in batches.items()}
-        if separate:
-            yield from ({name: batch} for name, batch in part.items())
-        else:
-            yield part
-
-
-def _part(batch: Batch, k: int, count: int) -> Batch:
-    if count == 1:
-        return batch
-    size, rest = divmod(len(batch.x), count)
-    if rest:
-        raise UserError(
-            f"a batch of {len(batch.x)} does not divide into {count} parts: take a multiple of "
-            f"{count}, or another compute.accumulate"
-        )
-    return batch.rows(slice(k * size, (k + 1) * size))
+        part = dict(batches)
+        for name, batch in batches.items() if count > 1 else ():
+            if len(batch.x) % count:
+                raise UserError(
+                    f"a batch of {len(batch.x)} does not divide into {count} parts: take a "
+                    f"multiple of {count}, or another compute.accumulate"
+                )
+            part[name] = batch.rows(slice(k * sizes[name], (k + 1) * sizes[name]))
+        yield from ({name: batch} for name, batch in part.items()) if separate else [part]
 
 
 @contextmanager
