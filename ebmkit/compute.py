@@ -47,17 +47,14 @@ the float32 numbers in an AVX2 register."""
 class ComputeConfig(BaseModel):
     """How a training step is computed; none of it changes what is computed beyond rounding."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    precision: Literal["auto", "fp32", "tf32", "bf16"] = Field(
-        "auto", description="precision: fp32, tf32, bf16; auto: bf16 on CUDA, fp32 on CPU"
-    )
-    compile: Literal["auto", "on", "off"] = Field(
-        "auto", description="compile the step: auto, on, off; auto: on CUDA, not on CPU"
-    )
-    accumulate: int = Field(
-        1, ge=1, description="number of parts that each batch is split into, to save memory"
-    )
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
+    """precision: fp32, tf32, bf16; auto: bf16 on CUDA, fp32 on CPU"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """compile the step: auto, on, off; auto: on CUDA, not on CPU"""
+    accumulate: int = Field(1, ge=1)
+    """number of parts that each batch is split into, to save memory"""
     recompute: bool = Field(
         False,
         description="activation checkpointing: less memory, a third more arithmetic for ce, twice "

@@ -80,7 +80,9 @@ DecayShare = Annotated[float, BeforeValidator(parse_decay_share)]
 
 
 class _Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class DataConfig(_Config):
@@ -88,23 +90,14 @@ class DataConfig(_Config):
 
     name: str = Field("digits", description="a name from `ebmkit list datasets`")
     data_dir: Path | None = Field(None, description="folder or file of the data set")
-    image_size: int | None = Field(
-        None,
-        ge=1,
-        description="image height and width, in pixels; images in a folder are resized and "
-        "cropped to it",
-    )
-    workers: int = Field(
-        0, ge=0, description="number of processes that read images, for data sets on disk"
-    )
-    unreadable: Literal["error", "skip"] = Field(
-        "error", description="if an image cannot be read: error (end the command) or skip"
-    )
-    links: Literal["inside", "follow"] = Field(
-        "inside",
-        description="symbolic links in a folder: inside (only to files in the folder) or "
-        "follow (to anywhere)",
-    )
+    image_size: int | None = Field(None, ge=1)
+    """image height and width, in pixels; images in a folder are resized and cropped to it"""
+    workers: int = Field(0, ge=0)
+    """number of processes that read images, for data sets on disk"""
+    unreadable: Literal["error", "skip"] = "error"
+    """if an image cannot be read: error (end the command) or skip"""
+    links: Literal["inside", "follow"] = "inside"
+    """symbolic links in a folder: inside (only to files in the folder) or follow (to anywhere)"""
     limit: int | None = Field(None, ge=1, description="maximum number of training images")
 
 
@@ -129,57 +122,40 @@ class OptimizerConfig(_Config):
         description="initial learning rate; muon: of the matrices. With a kind other than "
         "the recipe's: 3e-4 for adamw, 1e-2 for muon, 0.1 for sgd",
     )
-    adamw_lr: float | None = Field(
-        None,
-        gt=0,
-        description="muon: initial learning rate of AdamW for the other parameters; null: 3e-3",
-    )
-    adamw_for: tuple[str, ...] = Field(
-        (),
-        description="muon: matrices that AdamW updates, by a part of their names, for "
-        "example [stem]",
-    )
-    weight_decay: float = Field(
-        0.05, ge=0, description="decoupled weight decay; sgd: added to the gradient"
-    )
-    decay_norms: bool = Field(
-        True, description="apply weight decay to norm weights and biases too, as in the paper"
-    )
+    adamw_lr: float | None = Field(None, gt=0)
+    """muon: initial learning rate of AdamW for the other parameters; null: 3e-3"""
+    adamw_for: tuple[str, ...] = ()
+    """muon: matrices that AdamW updates, by a part of their names, for example [stem]"""
+    weight_decay: float = Field(0.05, ge=0)
+    """decoupled weight decay; sgd: added to the gradient"""
+    decay_norms: bool = True
+    """apply weight decay to norm weights and biases too, as in the paper"""
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="betas of AdamW, also in muon")
     momentum: Beta = Field(0.9, description="momentum of sgd and muon; 0.95 by default for muon")
     nesterov: bool | None = Field(None, description="muon: Nesterov momentum; null: true")
-    schedule: Literal["cosine", "constant", "milestones", "linear", "warmup-stable-decay"] = Field(
-        "cosine", description="learning rate schedule"
+    schedule: Literal["cosine", "constant", "milestones", "linear", "warmup-stable-decay"] = (
+        "cosine"
     )
+    """learning rate schedule"""
     decay_share: DecayShare | None = Field(
         None,
         description="warmup-stable-decay: share of the steps, at the end, over which the "
         "rate falls to 0; null: 0.2",
     )
-    milestones: tuple[Share, ...] = Field(
-        (),
-        description="milestones: shares of the steps after which the rate falls, for "
-        "example [160/200, 180/200]",
-    )
-    milestone_factor: float = Field(
-        0.3, gt=0, lt=1, description="milestones: factor of the rate at each milestone"
-    )
+    milestones: tuple[Share, ...] = ()
+    """milestones: shares of the steps after which the rate falls, for example [160/200, 180/200]"""
+    milestone_factor: float = Field(0.3, gt=0, lt=1)
+    """milestones: factor of the rate at each milestone"""
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up (the paper: none)")
     clip_norm: float | None = Field(None, gt=0, description="maximum norm of the gradient")
-    ema: float | None = Field(
-        None, gt=0, lt=1, description="decay of the averaged weights (EMA), for example 0.999"
-    )
-    ema_warmup: bool = Field(
-        False, description="use the decay (1 + t) / (10 + t) after t steps, while it is smaller"
-    )
-    sharpness: float | None = Field(
-        None,
-        gt=0,
-        description="rho of sharpness-aware minimisation (SAM), which doubles the cost of a step",
-    )
-    sharpness_adaptive: bool = Field(
-        False, description="measure rho in units of each weight's size (ASAM)"
-    )
+    ema: float | None = Field(None, gt=0, lt=1)
+    """decay of the averaged weights (EMA), for example 0.999"""
+    ema_warmup: bool = False
+    """use the decay (1 + t) / (10 + t) after t steps, while it is smaller"""
+    sharpness: float | None = Field(None, gt=0)
+    """rho of sharpness-aware minimisation (SAM), which doubles the cost of a step"""
+    sharpness_adaptive: bool = False
+    """measure rho in units of each weight's size (ASAM)"""
 
     @model_validator(mode="before")
     @classmethod
@@ -203,63 +179,47 @@ class StreamsConfig(_Config):
 class WatchConfig(_Config):
     """When a run that needs negatives has diverged, and what is changed then."""
 
-    gap: float = Field(
-        50.0, gt=0, description="maximum smoothed energy difference of samples and data, nats"
-    )
-    sample: float = Field(
-        5.0, gt=0, description="maximum rms distance of samples from gray, image units"
-    )
-    gradient: float = Field(
-        1000.0, gt=1, description="maximum ratio of the gradient norm to its running mean"
-    )
+    gap: float = Field(50.0, gt=0)
+    """maximum smoothed energy difference of samples and data, nats"""
+    sample: float = Field(5.0, gt=0)
+    """maximum rms distance of samples from gray, image units"""
+    gradient: float = Field(1000.0, gt=1)
+    """maximum ratio of the gradient norm to its running mean"""
     every: int = Field(50, ge=1, description="steps between rollback snapshots")
     breaches: int = Field(10, ge=0, description="maximum number of rollbacks")
     order: tuple[Literal["rate", "steps", "penalty"], ...] = Field(
-        ("rate", "steps", "penalty"),
-        min_length=1,
-        description="mitigations, applied in turn: one per rollback",
+        ("rate", "steps", "penalty"), min_length=1
     )
+    """mitigations, applied in turn: one per rollback"""
 
 
 class TrainConfig(_Config):
     """Everything a training run depends on."""
 
     dataset: DataConfig = DataConfig()
-    backbone: str = Field(
-        "gradresnet18",
-        description="a name from `ebmkit list backbones` or `denoisers`, or timm:NAME",
-    )
+    backbone: str = "gradresnet18"
+    """a name from `ebmkit list backbones` or `denoisers`, or timm:NAME"""
     head: str = Field("linear-quadratic", description="a name from `ebmkit list heads`")
     model: ModelConfig = ModelConfig()
     objective: str = Field("ce+dsm", description="objectives joined by +, for example ce+0.5*dsm")
     balance: float = Field(BALANCE, gt=0, description="weight lambda of balanced objectives")
-    terms: TermSettings = Field(
-        TermSettings(),
-        description="settings of single objectives, for example objective.adv.eps=0.5",
-    )
+    terms: TermSettings = TermSettings()
+    """settings of single objectives, for example objective.adv.eps=0.5"""
     streams: StreamsConfig
-    draw_from: dict[str, Literal["classify", "denoise", "generate"]] = Field(
-        {},
-        description="objective -> stream, to override its own; {ce: denoise} shares one "
-        "forward pass",
-    )
+    draw_from: dict[str, Literal["classify", "denoise", "generate"]] = Field({})
+    """objective -> stream, to override its own; {ce: denoise} shares one forward pass"""
     optimizer: OptimizerConfig = OptimizerConfig()
     negatives: NegativesConfig = NegativesConfig()
     watch: WatchConfig = WatchConfig()
     steps: int = Field(1000, ge=1, description="number of optimiser steps")
-    seed: int = Field(
-        0,
-        ge=0,
-        lt=2**63,
-        description="random seed of initial weights, data order, augmentation and noise",
-    )
+    seed: int = Field(0, ge=0, lt=2**63)
+    """random seed of initial weights, data order, augmentation and noise"""
     device: str = Field("auto", description="device: auto, cpu, cuda, cuda:1")
     compute: ComputeConfig = ComputeConfig()
     log_every: int = Field(10, ge=1, description="steps between rows of metrics.jsonl")
     validate_every: int = Field(100, ge=1, description="steps between validations")
-    validation_images: int = Field(
-        500, ge=0, description="number of held-out images for validation; 0: no validation"
-    )
+    validation_images: int = Field(500, ge=0)
+    """number of held-out images for validation; 0: no validation"""
     checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="number of newest checkpoints to keep")
     plugins: tuple[Plugin, ...] = Field((), description="that parts of the run come from")
@@ -284,14 +244,12 @@ class Recipe(NamedTuple):
     description: str
 
 
-def _read_recipes() -> dict[str, Recipe]:
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    text = files("ebmkit.training").joinpath("recipes.yaml").read_text(encoding="utf-8")
-    found = yaml.load(text, loader)["recipes"]
-    return {name: Recipe(own, own.pop("description")) for name, own in found.items()}
-
-
-RECIPES = _read_recipes()
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_TEXT = files("ebmkit.training").joinpath("recipes.yaml").read_text(encoding="utf-8")
+RECIPES = {
+    name: Recipe(own, own.pop("description"))
+    for name, own in yaml.load(_TEXT, _LOADER)["recipes"].items()
+}
 
 
 def recipe_for(dataset: str, objective: str = "") -> dict[str, Any]:

@@ -167,7 +167,7 @@ class Trainer:
             name: Stream(self.train, own, name, config.seed, device, **reading)
             for name, own in settings.items()
         }
-        self.stages = stages(settings, config.steps)
+        self.stages, rho = stages(settings, config.steps), config.optimizer.sharpness
         self.update = TrainingStep(
             self.loss,
             make_optimizer(model, config.optimizer),
@@ -175,7 +175,7 @@ class Trainer:
             config.optimizer.clip_norm,
             exponential_average(model, config.optimizer.ema, config.optimizer.ema_warmup),
             world,
-            sam=SAM.of(config.optimizer),
+            sam=None if rho is None else SAM(rho, config.optimizer.sharpness_adaptive),
         )
         if self.update.compiled:
             check_compiled(self.stages)
@@ -187,7 +187,7 @@ class Trainer:
             states_of(model, config.optimizer),
             config.compute.accumulate,
             world.size,
-            1 if config.optimizer.sharpness is None else 2,
+            1 if rho is None else 2,
             optimizer_flops(model, config.optimizer),
         )
         self.card = make_card(self.loss, config, self.train)

@@ -172,10 +172,6 @@ class MetricsLog:
         rows = itertools.takewhile(lambda own: own[0]["step"] <= step, whole_rows(content))
         return content[: max((end for _, end in rows), default=0)]
 
-    def after(self, step: int) -> list[dict[str, Any]]:
-        """The rows after ``step``."""
-        return [row for row in self.rows() if row["step"] > step]
-
     def entry(self) -> Entry:
         """What is written so far, brought to the disk."""
         self._look()
@@ -183,10 +179,6 @@ class MetricsLog:
             with writing(self.path), self.path.open("rb") as file:
                 os.fsync(file.fileno())
         return Entry(self._size, self._hash.hexdigest(), grows=True)
-
-    def look_again(self) -> None:
-        """The file was changed from outside."""
-        self._known = False
 
     def _look(self) -> None:
         if not self._known:

@@ -326,12 +326,6 @@ class SAM:
     rho: float
     adaptive: bool = False
 
-    @classmethod
-    def of(cls, config: OptimizerConfig) -> SAM | None:
-        """As ``config`` has it; None where there is none."""
-        rho = config.sharpness
-        return None if rho is None else cls(rho, config.sharpness_adaptive)
-
     @contextmanager
     def perturbed(self, module: nn.Module) -> Iterator[None]:
         """Within, the parameters of ``module`` lie uphill along their gradients.

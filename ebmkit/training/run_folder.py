@@ -231,7 +231,9 @@ class RunFolder:
             state = state | {"buffer": {"file": Path(name).name, "sha256": digest}}
         if rolled_back is not None:
             number, row = rolled_back
-            written[f"breaches/{number:02}.jsonl"] = as_lines(self.log_file.after(step))
+            written[f"breaches/{number:02}.jsonl"] = as_lines(
+                [own for own in self.metrics() if own["step"] > step]
+            )
             written[METRICS] = self.log_file.up_to(step) + as_lines([row])
         written[f"checkpoints/step-{step:08}.pt"] = pack_state(state)
         manifest = read_manifest(self.path)
@@ -292,7 +294,7 @@ class RunFolder:
         known = grown.size or new is not None
         commit_files(self.path, files, drop, {METRICS: grown} if known else {})
         if new is not None:
-            self.log_file.look_again()
+            self.log_file = MetricsLog(self.path / METRICS)  # it looks at the file again
 
 
 def _read(root: Path, name: str) -> bytes:
