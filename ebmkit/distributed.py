@@ -46,17 +46,11 @@ class LostOthers(UserError):
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """The processes of one run, seen from one of them.
+    """The processes of one run, seen from one of them."""
 
-    Attributes:
-        rank: this process's number, from 0.
-        size: how many there are.
-        local_rank: its number on its own machine, which is that of its GPU.
-    """
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
+    rank: int = 0  # this process's number
+    size: int = 1  # how many there are
+    local_rank: int = 0  # its number on its own machine, which is that of its GPU
 
     @property
     def first(self) -> bool:

@@ -74,6 +74,7 @@ FREE_TO_CHANGE = {
 }
 """Fields that a resumed run may set differently: they change nothing, or rounding alone."""
 
+Schedule = Literal["cosine", "constant", "milestones", "linear", "warmup-stable-decay"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, BeforeValidator(parse_share)]
 DecayShare = Annotated[float, BeforeValidator(parse_decay_share)]
@@ -133,10 +134,7 @@ class OptimizerConfig(_Config):
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="betas of AdamW, also in muon")
     momentum: Beta = Field(0.9, description="momentum of sgd and muon; 0.95 by default for muon")
     nesterov: bool | None = Field(None, description="muon: Nesterov momentum; null: true")
-    schedule: Literal["cosine", "constant", "milestones", "linear", "warmup-stable-decay"] = (
-        "cosine"
-    )
-    """learning rate schedule"""
+    schedule: Schedule = Field("cosine", description="learning rate schedule")
     decay_share: DecayShare | None = Field(
         None,
         description="warmup-stable-decay: share of the steps, at the end, over which the "

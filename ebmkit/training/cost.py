@@ -12,15 +12,10 @@ loss: so ce costs 3, dsm 6, and dsm with cdsm on one batch 9; a cross-entropy be
 same batch is free. A product with the Hessian differentiates once more, so ism costs 12. The count
 is exact for the eager step; it is up to 3 % off this rule, for ism 10 %.
 
-With bytes :math:`b_t(n)` alive at moment t of a step of n images,
-
-.. math::
-    \text{total} = \text{parameters} + \text{optimiser} + \max_t b_t(n), \qquad
-    b_t(n) = b_t(0) + n\,b_t' ,
-
-so two traces give the largest n that fits in M bytes, :math:`\min_t (M - b_t(0)) / b_t'`. Not seen
-is what an operation allocates and releases within itself (workspaces of convolution libraries), nor
-what an allocator wastes.
+The total is parameters, optimiser and :math:`\max_t b_t(n)`, with :math:`b_t(n) = b_t(0) + n\,b_t'`
+bytes alive at moment t of a step of n images: so two traces give the largest n that fits in M
+bytes, :math:`\min_t (M - b_t(0)) / b_t'`. Not seen is what an operation allocates and releases
+within itself (workspaces of convolution libraries), nor what an allocator wastes.
 
 A step of F operations on a device that multiplies matrices at R per second
 (`ebmkit.compute.matrix_rate`) takes at least :math:`F / R`; one that took t seconds reached
@@ -113,19 +108,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class StepTrace(NamedTuple):
-    """What a traced step took.
+    """What a traced step took."""
 
-    Attributes:
-        flops: FLOPs of forward and backward, of the whole batch.
-        live: bytes alive at each moment, without parameters, buffers and the optimiser.
-        gradients: bytes of the parameters' gradients, which are alive at the end.
-        unused: names in the loss of the trained parameters that get no gradient.
-    """
-
-    flops: int
-    live: tuple[int, ...]
-    gradients: int
-    unused: tuple[str, ...]
+    flops: int  # of forward and backward, of the whole batch
+    live: tuple[int, ...]  # bytes at each moment, without parameters, buffers and the optimiser
+    gradients: int  # bytes of the parameters' gradients, which are alive at the end
+    unused: tuple[str, ...]  # names in the loss of the trained parameters that get no gradient
 
 
 def trace_step(loss: TrainingLoss, shapes: Shapes, accumulate: int = 1) -> StepTrace:
@@ -234,17 +222,13 @@ def step_flops(
 class Memory(NamedTuple):
     """Bytes that a training step takes on its device.
 
-    Attributes:
-        parameters: parameters and buffers.
-        gradients: of the parameters.
-        optimizer: states of the optimiser, and averaged weights where there are any.
-        activations: at the peak, what is alive beyond the room that the gradients need in the end:
-            the batch, what is saved for the backward pass, intermediate results.
+    Activations are what is alive at the peak beyond the room that the gradients need in the end:
+    the batch, what is saved for the backward pass, intermediate results.
     """
 
-    parameters: int
+    parameters: int  # and buffers
     gradients: int
-    optimizer: int
+    optimizer: int  # its states, and averaged weights where there are any
     activations: int
 
     @property
@@ -270,24 +254,16 @@ def step_memory(
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a training step costs one process.
+    """What a training step costs one process."""
 
-    Attributes:
-        parameters: how many numbers are trained.
-        flops: objectives that share a forward pass -> FLOPs of a step; the mean over the steps,
-            where sizes change along the run.
-        memory: bytes; of the largest step.
-        rate: FLOP/s of matrix products on the device, in the precision of the run.
-        steps: steps of the run.
-        stages: text about each stage of the run -> FLOPs of a step in it; empty for one alone.
-    """
-
-    parameters: int
+    parameters: int  # how many numbers are trained
     flops: dict[str, int]
-    memory: Memory
-    rate: float
-    steps: int
+    """Objectives that share a forward pass -> FLOPs of a step, the mean over the steps."""
+    memory: Memory  # of the largest step
+    rate: float  # FLOP/s of matrix products on the device, in the precision of the run
+    steps: int  # of the run
     stages: Mapping[str, int] = field(default_factory=dict)
+    """Text about each stage of the run -> FLOPs of a step in it; empty for one alone."""
 
     @property
     def step_flops(self) -> int:
@@ -327,25 +303,16 @@ class StepCost:
 
 @dataclass(frozen=True)
 class Budget:
-    """The steps of a run, to be counted before they are taken.
+    """The steps of a run, to be counted before they are taken."""
 
-    Args:
-        loss: model and objectives, on the device and in the precision to train in.
-        plan: the stages of the run, and the images that this process takes in a step of them.
-        states: numbers that the optimiser keeps of each parameter.
-        accumulate: parts that each batch is split into.
-        processes: how many share each batch.
-        gradients: how often a step takes the gradient; 2 for sharpness-aware minimisation.
-        update_flops: FLOPs of the optimiser's matrix products.
-    """
-
-    loss: TrainingLoss
+    loss: TrainingLoss  # model and objectives, on the device and in the precision to train in
     plan: Sequence[tuple[Stage, Shapes]]
-    states: int | Fraction = ADAMW_STATES
-    accumulate: int = 1
-    processes: int = 1
-    gradients: int = 1
-    update_flops: int = 0
+    """The stages of the run, and the images that this process takes in a step of them."""
+    states: int | Fraction = ADAMW_STATES  # numbers that the optimiser keeps of each parameter
+    accumulate: int = 1  # parts that each batch is split into
+    processes: int = 1  # how many share each batch
+    gradients: int = 1  # how often a step takes the gradient; 2 for sharpness-aware minimisation
+    update_flops: int = 0  # FLOPs of the optimiser's matrix products
     _memories: dict[object, Memory] = field(default_factory=dict, init=False)
 
     @property
@@ -548,28 +515,17 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class RunStats:
-    """What a run took; written to ``RUN/cost.json``.
+    """What a run took; written to ``RUN/cost.json``."""
 
-    Attributes:
-        steps: steps done now (a resumed run counts its own).
-        step_seconds: median seconds of a step, averaged over stages of the run.
-        images_per_s: images of all streams and processes.
-        data_share: share of the time that the host waited for data.
-        peak_memory: bytes; on CUDA of tensors on the device, on a CPU of the whole process.
-        flops: objectives that share a forward pass -> FLOPs of a step of one process, on average.
-        matrix_rate: FLOP/s of matrix products, measured on this device in this precision.
-        share: share of that rate that the steps reached, their MFU.
-        precision, compiled, processes, device: how it was computed.
-    """
-
-    steps: int
-    step_seconds: float
-    images_per_s: float
-    data_share: float
-    peak_memory: int
+    steps: int  # done now (a resumed run counts its own)
+    step_seconds: float  # median, averaged over stages of the run
+    images_per_s: float  # of all streams and processes
+    data_share: float  # share of the time that the host waited for data
+    peak_memory: int  # bytes; on CUDA of tensors on the device, on a CPU of the whole process
     flops: dict[str, int]
-    matrix_rate: float
-    share: float
+    """Objectives that share a forward pass -> FLOPs of a step of one process, on average."""
+    matrix_rate: float  # FLOP/s of matrix products, measured on this device in this precision
+    share: float  # share of that rate that the steps reached, their MFU
     precision: str
     compiled: bool
     processes: int

@@ -58,21 +58,14 @@ class Validation:
     """Measures the model of a loss on held-out images, in equal batches that processes share out.
 
     Images are whole, but for streams whose crops change along the run: those see the middle, of the
-    size that is trained at the time.
-
-    Args:
-        loss: what is measured, of the model to measure, without objectives that need negatives.
-        images: the held-out images.
-        noise: stream -> its configuration in training; the noise law is kept, not the augmentation.
-        classifies: whether accuracy means anything.
-        device: where the model is.
-        world: the processes that share the work; all of them get the same means.
+    size that is trained at the time. All processes get the same means.
     """
 
-    loss: TrainingLoss
-    images: AnyImages
+    loss: TrainingLoss  # of the model to measure, without objectives that need negatives
+    images: AnyImages  # held out
     noise: dict[str, StreamConfig]
-    classifies: bool
+    """Stream -> its configuration in training; the noise law is kept, not the augmentation."""
+    classifies: bool  # whether accuracy means anything
     device: torch.device
     world: DistributedContext
 

@@ -7,16 +7,9 @@ It may come from an untrusted source, and the optimiser's fused kernels trust th
 tensors: with moments of another shape they would read and write memory that is not theirs. So every
 entry is checked for its type, every tensor for its shape before anything is taken over.
 
-Checkpoints of earlier versions load:
-
-==========  ============================================  =================================
-until       what a checkpoint had                         today
-==========  ============================================  =================================
-2026-11-20  ``running``: mapping from term to mean        tensor, in the order of the terms
-2026-11-20  an optimiser that is not fused                the same state, for a fused one
-2026-11-25  no ``seconds``, ``precision``, ``watch``      0; as computed now; none
-2026-11-26  no ``kept`` in ``watch``                      snapshots are taken from here on
-==========  ============================================  =================================
+Checkpoints of earlier versions load. Until 2026-11-20 ``running`` was a mapping from term to mean,
+and the optimiser not fused; until 2026-11-25 there was no ``seconds``, ``precision`` or ``watch``;
+until 2026-11-26 no ``kept`` in ``watch``: then snapshots are taken from here on.
 """
 
 from __future__ import annotations

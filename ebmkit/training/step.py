@@ -52,23 +52,14 @@ class OutOfMemory(Exception):
 
 
 class StepStats(NamedTuple):
-    """What steps did, on the host.
+    """What steps did, on the host."""
 
-    Attributes:
-        parts: each term's mean of the last step; of the failing one, if one failed.
-        grad_norm: of that step, before clipping.
-        done: number of updates since the step was made.
-        skipped: number of steps after those: the failing one, and more before the host heard.
-        failed: whether a loss or the gradient was not finite, and updates ended.
-        asked_to_stop: whether any process was asked to.
-    """
-
-    parts: dict[str, float]
-    grad_norm: float
-    done: int
-    skipped: int
-    failed: bool
-    asked_to_stop: bool
+    parts: dict[str, float]  # each term's mean of the last step; of the failing one, if one failed
+    grad_norm: float  # of that step, before clipping
+    done: int  # number of updates since the step was made
+    skipped: int  # number of steps after those: the failing one, and more before the host heard
+    failed: bool  # whether a loss or the gradient was not finite, and updates ended
+    asked_to_stop: bool  # whether any process was
 
     @property
     def fault(self) -> str | None:
