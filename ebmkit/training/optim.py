@@ -112,15 +112,8 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
     assert config.adamw_lr is not None
     for group in groups:
         group["rate_scale"] = config.adamw_lr / config.lr
-    return Muon(
-        matrices,
-        groups,
-        config.lr,
-        config.momentum,
-        bool(config.nesterov),
-        config.weight_decay,
-        config.betas,
-    )
+    settings = config.momentum, bool(config.nesterov), config.weight_decay, config.betas
+    return Muon(matrices, groups, config.lr, *settings)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -207,9 +200,9 @@ class Muon(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
     ) -> None:
         own = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov}
-        adamw = torch.optim.AdamW(rest, lr=lr, betas=betas, fused=True) if rest else None
-        self.adamw, self.found_inf = adamw, torch.zeros(())
-        groups = adamw.param_groups if adamw else []
+        self.adamw = torch.optim.AdamW(rest, lr=lr, betas=betas, fused=True) if rest else None
+        self.found_inf = torch.zeros(())
+        groups = self.adamw.param_groups if self.adamw else []
         super().__init__([{"params": [*matrices], **own}, *groups], {})
 
     @torch.no_grad()
