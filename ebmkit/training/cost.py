@@ -65,19 +65,13 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the FLOPs and the bytes of the tensors made within, real or fake.
-
-    Attributes:
-        flops: FLOPs so far.
-        live: bytes of living storages, after each operation that made one.
-    """
+    """Counts the FLOPs and the bytes of the tensors made within, real or fake."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.flops = 0
-        self.live: list[int] = [0]
-        self._now = 0
-        self._bytes: dict[int, int] = {}
+        self.live: list[int] = [0]  # bytes of storages, after each operation that made one
+        self._now, self._bytes = 0, dict[int, int]()
 
     def hold(self, tensors: Iterable[Tensor]) -> None:
         """Count ``tensors``, made before or just now, whose storages are not counted yet."""
@@ -361,13 +355,11 @@ class Budget:
         )
 
     def check(self, free: int | None = None) -> Memory:
-        """The memory that the largest step takes. Ask before the first step.
-
-        Args:
-            free: bytes that may be taken beyond the parameters; by default `available_memory`.
+        """The memory that the largest step takes, to be asked before the first step.
 
         Raises:
-            UserError: if the device has less free; the message says how large a batch would fit.
+            UserError: if that is more than ``free`` bytes (by default `available_memory`) beyond
+                the parameters; the message says how large a batch would fit.
         """
         if free is None:
             free = available_memory(self.device)
@@ -380,16 +372,9 @@ class Budget:
         return max((self.memory(shapes) for _, shapes in self.plan), key=lambda own: own.total)
 
     def largest_batch(self, shapes: Shapes, limit: int) -> dict[str, int] | None:
-        """The largest batch of each stream, in the proportions of ``shapes``, that fits.
-
-        Args:
-            shapes: images of each stream, for this process.
-            limit: bytes for the whole step, parameters and optimiser included.
-
-        Returns:
-            Stream -> number of images, a multiple of ``accumulate``; None if not even one image of
-            each fits in each part.
-        """
+        """Stream -> the largest batch, in the proportions of ``shapes``, that fits in ``limit``
+        bytes, parameters and optimiser included: a multiple of ``accumulate``. None if not even one
+        image of each fits in each part."""
 
         def live(factor: int) -> tuple[int, ...]:
             larger = {name: (factor * b, *rest) for name, (b, *rest) in shapes.items()}

@@ -106,17 +106,11 @@ class SavedWatch(Saved):
 
 
 class DivergenceMonitor:
-    """Checks the measures of each step, holds the snapshots, and counts divergences.
-
-    Attributes:
-        mitigations: those in force.
-        history: all divergences so far.
-        snapshots: the newest, oldest first.
-    """
+    """Checks the measures of each step, holds the newest snapshots, and counts divergences."""
 
     def __init__(self, config: WatchConfig) -> None:
         self.config, self.mitigations = config, Mitigations()
-        self.history, self.snapshots = list[Divergence](), list[Snapshot]()
+        self.history, self.snapshots = list[Divergence](), list[Snapshot]()  # oldest first
         self.gap, self.gradient = 0.0, math.nan  # both smoothed
 
     def check(self, stats: StepStats, gap: float, sample: float) -> str | None:
@@ -158,14 +152,8 @@ class DivergenceMonitor:
 
 
 class Rollback:
-    """Monitors a run that draws negatives, and takes it back when it diverges.
-
-    Args:
-        config: when it has diverged, and what is changed then.
-        term: the objective that needs them.
-        negatives: its chains.
-        state: of the run.
-    """
+    """Monitors a run that draws ``negatives`` for its objective ``term``, and takes its ``state``
+    back when it diverges."""
 
     def __init__(
         self, config: WatchConfig, term: str, negatives: Negatives, state: TrainingState

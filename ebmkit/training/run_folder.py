@@ -62,10 +62,7 @@ _BUFFER = re.compile(r"checkpoints/buffer-(\d{1,18})-[0-9a-f]{8}\.h5")
 
 
 class RunFolder:
-    """Reads and writes the files of one run.
-
-    Make one with `create` or `open`; write within `held`.
-    """
+    """Reads and writes the files of one run: made by `create` or `open`, written within `held`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -61,16 +61,11 @@ class SavedState(Saved):
 
 
 class Best:
-    """The weights of the least validation loss, which belong to the checkpoint.
-
-    Attributes:
-        loss: the least so far; infinite before the first validation.
-        weights: safetensors; None before the first validation, and where nothing is saved.
-    """
+    """The weights of the least validation loss, which belong to the checkpoint."""
 
     def __init__(self) -> None:
-        self.loss = math.inf
-        self.weights: bytes | None = None
+        self.loss = math.inf  # before the first validation
+        self.weights: bytes | None = None  # safetensors; None too where nothing is saved
         self._on_disk: bytes | None = None
 
     def offer(self, loss: float, model: ScoreModel, saves: bool) -> None:
@@ -101,21 +96,18 @@ class SkippedSamples:
 
     Each process meets its own; all know of all whenever metrics or a checkpoint are written. The
     checkpoint holds them.
-
-    Attributes:
-        found: number of an image in the set -> why it cannot be read.
-        reasons: why each was skipped, those when ``images`` were loaded included.
     """
 
     def __init__(
         self, images: AnyImages, streams: Mapping[str, Stream], world: DistributedContext
     ) -> None:
-        self.found: dict[int, str] = {}
+        self.found: dict[int, str] = {}  # number of an image in the set -> why it cannot be read
         self._before, self._streams, self._world = images.left_out, streams, world
         self._may = isinstance(images, StreamedSet) and images.skip
 
     @property
     def reasons(self) -> tuple[str, ...]:
+        """Why each was skipped, those when the images were loaded included."""
         return (*self._before, *self.found.values())
 
     def __len__(self) -> int:
@@ -140,10 +132,6 @@ class TrainingState:
     """What a run has reached: the part of a checkpoint that is the same for all objectives.
 
     ``update`` holds model, optimiser, averaged weights and running means.
-
-    Attributes:
-        step: steps done.
-        best: the best weights so far.
     """
 
     def __init__(self, update: TrainingStep, skipped: SkippedSamples) -> None:
