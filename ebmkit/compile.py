@@ -33,6 +33,7 @@ from ebmkit.compute import (
     pick_precision,
     prepare_compiler,
     set_tf32,
+    subsample_before_1x1,
 )
 from ebmkit.energy import (
     Energies,
@@ -45,7 +46,6 @@ from ebmkit.energy import (
     wants_grad,
 )
 from ebmkit.errors import UserError, first_line
-from ebmkit.onednn import subsample_before_1x1
 
 MAX_SIZES = 8
 """For how many sizes each function is compiled at most."""

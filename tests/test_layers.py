@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     ("errors", "registry", "randomness", "terminal", "__init__"),
     ("noise", "storage", "plugins", "metrics"),
-    ("distributed", "compute", "onednn", "card"),
+    ("distributed", "compute", "card"),
     ("energy", "analytic"),
     ("compile",),
     ("models", "data"),

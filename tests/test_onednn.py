@@ -16,10 +16,9 @@ from torch import nn
 
 import ebmkit
 from ebmkit import Energies, EnergyModel, JointModel, create_model
-from ebmkit.compute import ComputeConfig
+from ebmkit.compute import ComputeConfig, subsample_before_1x1
 from ebmkit.models import DirectDenoiser, Features, LogitHead
 from ebmkit.objectives import TrainingLoss, parse_objective
-from ebmkit.onednn import subsample_before_1x1
 from ebmkit.training.step import TrainingStep
 
 SCAN = Path(__file__).resolve().parent / "strided_1x1.py"

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ebmkit.compute import subsample_before_1x1
 from ebmkit.energy import Noise, ScoreModel, check_sigma, per_image
 from ebmkit.errors import UserError
 from ebmkit.models.base import check_images
-from ebmkit.onednn import subsample_before_1x1
 
 
 class DirectDenoiser(ScoreModel):

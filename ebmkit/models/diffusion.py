@@ -44,11 +44,11 @@ import torch
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
+from ebmkit.compute import subsample_before_1x1
 from ebmkit.energy import Noise, ScoreModel, check_sigma, per_image
 from ebmkit.errors import UserError
 from ebmkit.models.base import DenoiserConfig, check_images, pad_to_multiple
 from ebmkit.noise import SCHEDULES, Schedule, linear_betas
-from ebmkit.onednn import subsample_before_1x1
 from ebmkit.registry import Preset
 
 INSTALL = 'uv sync --extra diffusion, or pip install "ebmkit-vision[diffusion]"'

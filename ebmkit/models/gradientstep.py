@@ -34,14 +34,13 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from ebmkit.compute import upcast, without_autocast
+from ebmkit.compute import subsample_before_1x1, upcast, without_autocast
 from ebmkit.energy import Energies, EnergyModel, Noise, per_image
 from ebmkit.errors import UserError
 from ebmkit.models.base import DenoiserConfig, check_images
 from ebmkit.models.convolution import Conv2d
 from ebmkit.models.denoisers import implied_sigma
 from ebmkit.models.drunet import DRUNetShape
-from ebmkit.onednn import subsample_before_1x1
 from ebmkit.registry import Preset
 
 SMOOTH: dict[str, type[nn.Module]] = {"elu": nn.ELU, "softplus": nn.Softplus}

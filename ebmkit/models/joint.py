@@ -36,11 +36,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ebmkit.compute import upcast, without_autocast
+from ebmkit.compute import subsample_before_1x1, upcast, without_autocast
 from ebmkit.energy import Energies, EnergyModel, Noise
 from ebmkit.errors import UserError
 from ebmkit.models.base import Backbone, Features, Head, WindowedBackbone, check_images
-from ebmkit.onednn import subsample_before_1x1
 
 SizeScaling = Literal["tiles", "factor", "windows"]
 
