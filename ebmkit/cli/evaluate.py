@@ -146,14 +146,8 @@ def evaluate_run(
     folder = world.broadcast(
         evaluation_folder(run, model, images, limit, weights, own) if world.first else run
     )
-    shared: dict[str, Any] = {
-        "limit": limit,
-        "weights": weights,
-        "options": options,
-        "world": world,
-    }
-    progress = console.is_terminal
-    results = run_suites(model, images, names, folder, progress=progress, **shared, **settings)
+    settings |= {"limit": limit, "weights": weights, "options": options, "world": world}
+    results = run_suites(model, images, names, folder, progress=console.is_terminal, **settings)
     if not world.first:
         return
     for table in tables(results):

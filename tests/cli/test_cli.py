@@ -15,7 +15,7 @@ from ebmkit_tests.support.command_line import ebmkit_command
 from PIL import Image
 
 import ebmkit
-from ebmkit.cli.list import tables
+from ebmkit.cli.tools import tables
 
 pytestmark = pytest.mark.usefixtures("counted_once")
 
