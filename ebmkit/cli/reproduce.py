@@ -49,8 +49,9 @@ def reproduce(
         precision: precision of training: auto, fp32, tf32, bf16 [default: set by the scale]
     """
     from ebmkit.compute import limited_threads, pick_device
-    from ebmkit.experiments import EXPERIMENTS, ExperimentRuns, experiments_of, find_scale
+    from ebmkit.experiments import EXPERIMENTS, SCALES, ExperimentRuns, experiments_of
     from ebmkit.experiments import reproduce as run_experiment
+    from ebmkit.registry import find
     from ebmkit.storage import make_folder
     from ebmkit.training import Interrupted
     from ebmkit.training.loop import Stop
@@ -62,7 +63,7 @@ def reproduce(
     pick_device(device)
     runs = ExperimentRuns(
         out or Path("runs") / f"reproduce-{scale}",
-        find_scale(scale),
+        find("scale", SCALES, scale),
         data_dir,
         device,
         seed,

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ebmkit.evaluation import SIGMAS
@@ -29,14 +30,20 @@ from ebmkit.experiments.report import (
     Report,
     Result,
     circumstances,
-    line,
+    mark,
     run_grid,
     table_lines,
     text_of,
 )
-from ebmkit.experiments.runs import ExperimentRuns, Protocol, Variant
-from ebmkit.experiments.scales import over_recipe, read_data
+from ebmkit.experiments.runs import (
+    ExperimentRuns,
+    Protocol,
+    Variant,
+    over_recipe,
+    read_data,
+)
 from ebmkit.noise import in_255ths
+from ebmkit.plots import BLUE, GRAY, ORANGE, annotate, look, new_figure, save_figure
 from ebmkit.registry import find
 
 METRICS: dict[str, str] = {
@@ -136,8 +143,6 @@ def run_table(
         UserError: if a variant does not exist or does not suit this machine. One that stops later
             is named in ``runs.stopped`` and in the report.
     """
-    from ebmkit.experiments.plots import compare_with_paper
-
     for name in only:
         table.variant(name)
     folder = "table" if tuple(sigmas) == SIGMAS else "claims"
@@ -252,22 +257,25 @@ def table_text(report: Mapping[str, Any]) -> str:
         "",
         *table_lines(["task", "network", "sigma", *(METRICS[m] for m in shown)], rows, left=3),
         "",
-        "Column sigma: what the denoiser is told of the noise level.",
+        "Column sigma: which noise level the denoiser uses.",
     ]
     if report["orderings"]:
         lines += [
             "",
             "Orderings of the paper (difference, ours and the paper's):",
             "",
-            line(["better", "worse", "figure", "ours", "paper", "here it"]),
-            line(["---", "---", "---", "---:", "---:", "---"]),
+            *table_lines(
+                ["better", "worse", "figure", "ours", "paper", "verdict"],
+                (
+                    [
+                        *(one["better"], one["worse"], METRICS[one["metric"]]),
+                        *(f"{one['ours']:+.2f}", f"{one['paper']:+.2f}", one["verdict"]),
+                    ]
+                    for one in report["orderings"]
+                ),
+                left=3,
+            ),
         ]
-        words = {"open": "is open", "holds": "holds", "reversed": "is reversed"}
-        lines += [
-            line([o["better"], o["worse"], METRICS[o["metric"]], f"{o['ours']:+.2f}",
-                  f"{o['paper']:+.2f}", words[o["verdict"]]])
-            for o in report["orderings"]
-        ]  # fmt: skip
         rule = "*open*: the 95 % intervals of accuracies overlap, or PSNRs are within"
         lines += ["", f"One seed. {rule} {CLOSE} dB."]
     return text_of(report["heading"], lines, report["notes"])
@@ -287,8 +295,6 @@ def _ours_and_paper(metric: str, row: Mapping[str, Any]) -> str:
 
 def run_claims(runs: ExperimentRuns, only: Sequence[str]) -> Report:
     """The side claims: a table like the others, with differences and more noise levels."""
-    from ebmkit.experiments.plots import beyond_training
-
     report = run_table(CLAIMS, runs, only, CLAIM_SIGMAS)
     plots = dict(report.plots)
     plots["claims-beyond.png"] = partial(beyond_training, report.document)
@@ -301,29 +307,25 @@ def claims_text(report: Mapping[str, Any]) -> str:
     done = [row for row in rows.values() if row["status"] == "done"]
     base = rows[JOINT.name]["ours"]
     levels = [in_255ths(s) for s in CLAIM_SIGMAS]
+    differences = (
+        [row["label"], *(_difference(row["ours"], base, m) for m in ("accuracy", *PSNR))]
+        for row in done
+        if base and row["name"] != JOINT.name
+    )
+    values = (
+        [row["label"], *(number(row["ours"][s]["value"], "{:.2f}") for s in levels)] for row in done
+    )
+    names = ["variant", "accuracy, %", "PSNR at 15/255", "at 25/255", "at 50/255"]
     lines = [
         table_text(report),
         "Each variant minus the joint network (*: a difference by the rule for orderings, of one "
         "seed; the paper found none for ce+cdsm and ce+dsm+cdsm):",
         "",
-        *table_lines(
-            ["variant", "accuracy, %", "PSNR at 15/255", "at 25/255", "at 50/255"],
-            (
-                [row["label"], *(_difference(row["ours"], base, m) for m in ("accuracy", *PSNR))]
-                for row in done
-                if base and row["name"] != JOINT.name
-            ),
-        ),
+        *table_lines(names, differences),
         "",
         "PSNR in dB by noise level, in 255ths; the denoising stream ends at 100:",
         "",
-        *table_lines(
-            ["network", *levels],
-            (
-                [row["label"], *(number(row["ours"][s]["value"], "{:.2f}") for s in levels)]
-                for row in done
-            ),
-        ),
+        *table_lines(["network", *levels], values),
     ]
     return "\n".join(lines) + "\n"
 
@@ -331,8 +333,64 @@ def claims_text(report: Mapping[str, Any]) -> str:
 def _difference(ours: Mapping[str, Any], base: Mapping[str, Any], metric: str) -> str:
     a, b = ours[metric], base[metric]
     if a["value"] is None or b["value"] is None:
-        return "not finite"
+        return "NaN or Inf"
     return f"{a['value'] - b['value']:+.2f}{'' if _is_open(a, b, metric) else ' *'}"
+
+
+# --- plots ---------------------------------------------------------------------------------------
+
+
+def compare_with_paper(report: dict[str, Any], path: Path) -> None:
+    """One line per row of `table_document`: our value (dot, 95 % interval), the paper's (cross)."""
+    rows = report["rows"]
+    panels = {
+        metric: title
+        for metric, title in METRICS.items()
+        if metric != "hours" and any(metric in {**row["ours"], **row["paper"]} for row in rows)
+    }
+    figure = new_figure(2.9 * len(panels) + 2.6, 0.34 * len(rows) + 1.5, layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    names = [
+        f"{row['label']} ({row['task']})"
+        + ("" if row["status"] == "done" else ", " + row["status"].partition(":")[0])
+        for row in rows
+    ]
+    for axis, (metric, title) in zip(axes, panels.items(), strict=True):
+        for place, row in enumerate(rows):
+            mark(axis, place, row["paper"].get(metric), "x", ORANGE, 6)
+            mark(axis, place, row["ours"].get(metric), size=5)
+        axis.set_xlabel(title, fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(axis="x", color=GRAY, alpha=0.3, linewidth=0.5)
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+    axes[0].set_yticks(range(len(rows)), names)
+    axes[0].set_ylim(len(rows) - 0.5, -0.5)
+    axes[0].plot([], [], "o", color=BLUE, markersize=5, label=f"ours, scale {report['scale']}")
+    axes[0].plot([], [], "x", color=ORANGE, markersize=6, label="the paper")
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8
+    )
+    figure.suptitle(report["heading"], fontsize=10)
+    save_figure(figure, path)
+
+
+def beyond_training(report: dict[str, Any], path: Path, trained: float = 100.0) -> None:
+    """PSNR by noise level, a line per row; ``trained``, in 255ths, is the largest of training."""
+    figure = new_figure(7.6, 4.2, layout="constrained")
+    axes = figure.subplots()
+    done = [row for row in report["rows"] if row["status"] == "done"]
+    for number_of_row, row in enumerate(done):
+        levels = sorted(int(key) for key in row["ours"] if key.isdigit())
+        values = [row["ours"][str(level)]["value"] for level in levels]
+        axes.plot(levels, values, ms=4, lw=1.2, label=row["label"], **look(number_of_row))
+    axes.axvline(trained, color=GRAY, linestyle=":", linewidth=1)
+    ends: dict[str, Any] = {"xytext": (3, -9), "textcoords": "offset points", "fontsize": 7.5}
+    axes.annotate("training ends", (trained, 1), xycoords=("data", "axes fraction"), **ends)
+    title = "Denoising beyond the noise of training"
+    annotate(axes, title, "noise level sigma, in 255ths", "PSNR, dB")
+    figure.legend(loc="outside right upper", fontsize=7.5)
+    save_figure(figure, path)
 
 
 TABLE_EXPERIMENTS: dict[str, Experiment] = {
