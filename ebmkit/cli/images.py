@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from rich.table import Table
 from typer import Option
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ebmkit.energy import ScoreModel
+    from ebmkit.sampling.jobs.chains import Interrupted
     from ebmkit.sampling.jobs.job import SamplingJob
 
 
@@ -47,6 +48,7 @@ def classify(
     if not classifies(model):
         raise UserError(f"the model in {str(run)!r} was trained without labels: it cannot classify")
     pictures = [(path, read_image(path, _channels(model))) for path in images]
+    names = model.card.class_names if model.card else []
     table = Table("image", "class", "probability", "log-density (nats)")
     for path, picture in pictures:
         y = _sized(model, picture.image) if resize else picture.image
@@ -57,7 +59,7 @@ def classify(
             first = rank == 0
             table.add_row(
                 shown_name(path.name) if first else "",
-                shown_name(_class_name(model, label)),
+                shown_name(names[label] if label < len(names) else str(label)),
                 f"{float(posterior[label]):.2%}",
                 f"{float(energies.log_density[0]):.1f}" if first else "",
             )
@@ -111,10 +113,9 @@ def denoise(
         _check_numbers(run, path, image)
         image = image.mean(0, keepdim=True) if picture.was_gray else image
         write_image(image.clamp(0, 1), target, bits=picture.bits)
+        removed = f"removed noise of level {format_sigma(found.sigma)}"
         how = "given" if level is not None else "estimated"
-        console.say(
-            f"{one_line(str(target))}: noise level {format_sigma(found.sigma)} ({how}) taken out"
-        )
+        console.say(f"{one_line(str(target))}: {removed} ({how})")
         if level is None:
             _warn_range(model, found.sigma)
 
@@ -181,18 +182,8 @@ def restore(
     c = None if label is None else parse_label(model, label)
     SAMPLER.check(model, c)
     options = TaskOptions(None if mask is None else read_mask(mask), share, factor, seed)
-    job = RestoreJob(
-        model,
-        chosen,
-        options,
-        config,
-        measured,
-        samples,
-        seed,
-        c,
-        str(run),
-        f"{place.type}, {inference.precision}, compile {inference.mode}",
-    )
+    computed = f"{place.type}, {inference.precision}, compile {inference.mode}"
+    job = RestoreJob(model, chosen, options, config, measured, samples, seed, c, str(run), computed)
     folder = job.begin(images, out)
     table = Table("image", "dB", *(["mean, dB"] if samples > 1 else []), "simple methods, dB")
     with folder.alone("restoring"), stop_requested() as stop:
@@ -201,11 +192,7 @@ def restore(
                 with counting(path.name) as progress:
                     document = job.run_on(images, number, folder, progress, stop=stop)
             except Interrupted as stopped:
-                interrupted(
-                    f"saved after step {stopped.done:,} of {stopped.total:,} of {path.name}. "
-                    "Resume by the same command.",
-                    stop.signal,
-                )
+                _interrupted(stopped, f" of {path.name}", stop.signal)
             for sentence in document["warnings"]:
                 warn(sentence)
             if document["psnr"] is not None:
@@ -342,17 +329,12 @@ def _check_numbers(run: Path, picture: Path, found: Tensor) -> None:
     if not bool(found.isfinite().all()):
         raise UserError(
             f"the model in {str(run)!r} gives values that are not finite for {picture.name!r}: its "
-            "training diverged, or its weights are damaged; `--weights best` may be whole"
+            "training diverged, or its weights are damaged; try `--weights best`"
         )
 
 
 def _channels(model: ScoreModel) -> int | None:
     return model.card.channels if model.card else None
-
-
-def _class_name(model: ScoreModel, label: int) -> str:
-    names = model.card.class_names if model.card else []
-    return names[label] if label < len(names) else str(label)
 
 
 def _warn_range(model: ScoreModel, sigma: float | None) -> None:
@@ -387,7 +369,7 @@ def _check_targets(sources: list[Path], targets: list[Path]) -> None:
 
 
 def _sized(model: ScoreModel, image: Tensor) -> Tensor:
-    """The image at the trained size: shorter side scaled, middle cut out."""
+    """The image at the training size: shorter side resized, centre cropped."""
     from torch import nn
 
     size = model.card.image_size if model.card else None
@@ -396,10 +378,8 @@ def _sized(model: ScoreModel, image: Tensor) -> Tensor:
     height, width = image.shape[-2:]
     scale = max(size[0] / height, size[1] / width)
     scaled = (max(size[0], round(height * scale)), max(size[1], round(width * scale)))
-    errors.say(
-        f"note: {width}x{height} image brought to {size[1]}x{size[0]}, the trained size "
-        "(--no-resize leaves it)"
-    )
+    note = f"note: {width}x{height} image resized to {size[1]}x{size[0]}, the training size"
+    errors.say(f"{note} (--no-resize turns this off)")
     small = nn.functional.interpolate(image[None], scaled, mode="bilinear", antialias=True)[0]
     top, left = (scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2
     return small[:, top : top + size[0], left : left + size[1]]
@@ -427,15 +407,16 @@ def _draw(job: SamplingJob) -> None:
             job.run(lambda done, total: progress.update(task, completed=done, total=total), stop)
         except Interrupted as stopped:
             progress.stop()
-            interrupted(
-                f"saved after step {stopped.done:,} of {stopped.total:,}. Resume by the same "
-                "command.",
-                stop.signal,
-            )
+            _interrupted(stopped, "", stop.signal)
+
+
+def _interrupted(stopped: Interrupted, of: str, signum: int | None) -> NoReturn:
+    done = f"saved after step {stopped.done:,} of {stopped.total:,}{of}"
+    interrupted(f"{done}. Resume by the same command.", signum)
 
 
 def _report(document: dict[str, Any], out: Path, before: int) -> None:
-    """Show what came out; warnings after the first ``before``, which were told at the start."""
+    """Show the results, and the warnings after the first ``before``, which were shown already."""
     diagnostics = document["diagnostics"]
     energies, chains = diagnostics["energies"], diagnostics["chains"]
     lines = [f"{document['samples']:,} samples in {document['seconds']:.1f} s: {out}"]
@@ -453,8 +434,7 @@ def _report(document: dict[str, Any], out: Path, before: int) -> None:
         )
     for line in lines:
         console.say(line)
-    found = document["warnings"][before:]
-    for sentence in found:
+    for sentence in document["warnings"][before:]:
         warn(sentence)
     if len(document["lost"]) == document["samples"]:
         raise UserError(f"every chain diverged to NaN or Inf; see {str(out / 'sampling.json')!r}")

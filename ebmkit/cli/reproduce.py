@@ -61,21 +61,12 @@ def reproduce(
     names = [*(only or []), *(more or [])]
     chosen = experiments_of(target, names)
     pick_device(device)
-    runs = ExperimentRuns(
-        out or Path("runs") / f"reproduce-{scale}",
-        find("scale", SCALES, scale),
-        data_dir,
-        device,
-        seed,
-        precision,
-        _fit,
-        console.say,
-        console.is_terminal,
-        imagenet_dir,
-    )
+    folder, settings = out or Path("runs") / f"reproduce-{scale}", find("scale", SCALES, scale)
+    runs = ExperimentRuns(folder, settings, data_dir, device, seed, precision, _fit, console.say,
+                          console.is_terminal, imagenet_dir)  # fmt: skip
     if target == "all":
         if scale == "full" and imagenet_dir is None:
-            console.say("table2 is left out: it needs ImageNet, --imagenet-dir")
+            console.say("table2 is skipped: it needs ImageNet, --imagenet-dir")
             chosen.remove("table2")
         runs.check([v for name in chosen for v in EXPERIMENTS[name].variants if v.run is None])
     make_folder(runs.out)
@@ -97,7 +88,7 @@ def reproduce(
 
 @contextmanager
 def _terminated_as_interrupted(stop: Stop) -> Iterator[None]:
-    """Inside, SIGTERM ends what is going on as Ctrl-C does; ``stop`` names the signal."""
+    """Inside, SIGTERM interrupts as Ctrl-C does; ``stop`` names the signal."""
 
     def interrupt(signum: int, frame: object) -> None:
         stop.signal = signum
@@ -116,8 +107,8 @@ def _terminated_as_interrupted(stop: Stop) -> Iterator[None]:
 def _fit(trainer: Trainer, name: str) -> None:
     """Train under a progress bar, or with a line where there is no terminal."""
     steps = trainer.config.steps
-    went_on = f" after step {trainer.step:,}" if trainer.step else ""
-    console.say(f"{name}: training, {steps:,} steps{went_on}")
+    resumed = f" after step {trainer.step:,}" if trainer.step else ""
+    console.say(f"{name}: training, {steps:,} steps{resumed}")
     bar = TrainingBar(steps, trainer.step)
     trainer.reporter = bar if bar.live else None
     with bar if bar.live else nullcontext():

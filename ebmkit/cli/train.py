@@ -103,7 +103,7 @@ def train(
     if resume is not None and (out is not None or recipe is not None):
         raise UserError("--resume writes into its own folder: leave out --out and --recipe")
     if resume is not None and RunFolder.is_unborn(resume):
-        console.say(f"nothing was saved in {resume} yet: the run starts anew")
+        console.say(f"nothing was saved in {resume} yet: the run starts from the beginning")
         out, resume = resume, None
     with join() as world, ExitStack() as stack:
         console.quiet = not world.first
@@ -141,10 +141,10 @@ def train(
 
 
 def cost(**options: Any) -> None:
-    """Tell what a training run would cost: parameters, FLOPs, memory and time; writes nothing.
+    """Estimate the cost of a training run: parameters, FLOPs, memory and time; writes nothing.
 
     The options are those of `ebmkit train`. The FLOPs of Langevin steps, where an objective needs
-    samples of the model, are told apart.
+    samples of the model, are listed separately.
     """
     train(**options, dry_run=True)
 
@@ -249,21 +249,17 @@ def _fit(trainer: Trainer, run: Path, tensorboard: bool) -> None:
             trainer.fit()
     except Interrupted as stopped:
         interrupted(
-            f"saved after step {stopped.step}. Go on with:\n"
+            f"saved after step {stopped.step}. Resume with:\n"
             f"  ebmkit train --resume {shlex.quote(str(run))}",
             stopped.signal,
         )
     seconds = time.perf_counter() - start
-    stats = trainer.run_stats()
+    stats, skipped = trainer.run_stats(), trainer.state.skipped
     if trainer.run is not None:
-        text = json.dumps(asdict(stats), indent=2)
-        write_atomically(run / "cost.json", text.encode())
-    skipped = trainer.state.skipped
+        write_atomically(run / "cost.json", json.dumps(asdict(stats), indent=2).encode())
     if skipped:
-        console.say(
-            f"{len(skipped)} training images cannot be read and were left out: "
-            f"{some_of(skipped.reasons)}"
-        )
+        count = f"{len(skipped)} training images cannot be read and were skipped"
+        console.say(f"{count}: {some_of(skipped.reasons)}")
     console.say(f"{config.steps - first:,} steps in {seconds:.0f} s; {stats.sentence()}")
 
 
@@ -279,12 +275,12 @@ def _rewrite_damaged_model(trainer: Trainer, run: RunFolder) -> None:
 
 
 def _estimate_cost(config: TrainConfig, world: DistributedContext) -> None:
-    """Tell what the run would cost: counted, and timed over a few steps; nothing is written."""
+    """Show the cost of the run: counted, and timed over a few steps; nothing is written."""
     from ebmkit.training.cost import format_seconds
     from ebmkit.training.loop import assemble
 
     trainer = assemble(config, progress=console.is_terminal, world=world)
-    with console.status("counting, and trying a few steps"):
+    with console.status("counting, and timing a few steps"):
         cost = trainer.budget.cost(config.steps)
         trainer.try_steps(TRIAL_STEPS)
     seconds = trainer.stopwatch.seconds
@@ -292,8 +288,7 @@ def _estimate_cost(config: TrainConfig, world: DistributedContext) -> None:
     table = Table(title, _describe_device(trainer), show_edge=False)
     for name, value in cost.rows():
         table.add_row(name, value)
-    share = f"{cost.mfu(seconds):.0%} of the matrix rate"
-    table.add_row("a step, tried", f"{format_seconds(seconds)}, {share}")
+    table.add_row("step, measured", f"{format_seconds(seconds)}, MFU {cost.mfu(seconds):.0%}")
     table.add_row(f"{config.steps:,} steps", format_seconds(seconds * config.steps))
     console.print(table)
 

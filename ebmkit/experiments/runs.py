@@ -221,7 +221,7 @@ class ExperimentRuns:
     device: str = "auto"
     seed: int = 0
     precision: str | None = None
-    fit: Callable[[Trainer, str], None] = lambda trainer, name: trainer.fit()
+    fit: Callable[[Trainer, str], object] = lambda trainer, name: trainer.fit()
     log: Callable[[str], None] = lambda sentence: None
     progress: bool = False
     imagenet_dir: Path | None = None
