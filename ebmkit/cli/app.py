@@ -21,14 +21,12 @@ import typer
 from typer import Option
 
 from ebmkit import __version__
-from ebmkit.cli.bench import bench
 from ebmkit.cli.console import errors, warn
 from ebmkit.cli.evaluate import evaluate
 from ebmkit.cli.images import classify, denoise, restore, sample
 from ebmkit.cli.options import Command, declare, options_of
-from ebmkit.cli.reproduce import reproduce
-from ebmkit.cli.tools import export, import_, list_, pack, verify
-from ebmkit.cli.train import cost, train
+from ebmkit.cli.tools import bench, export, import_, list_, pack, verify
+from ebmkit.cli.train import cost, reproduce, train
 from ebmkit.errors import UserError
 
 COMMANDS: dict[str, Callable[..., None]] = {

@@ -104,10 +104,10 @@ def _where(
 def _images(
     where: DataConfig, split: str, world: DistributedContext, limit: int | None, download: bool
 ) -> AnyImages:
-    """One split of the data set ``where``, without images that are left out.
+    """One split of the data set ``where``, without images that are skipped.
 
     It is fetched where ``download`` says so: into a folder that only the run names nothing is
-    written, for the run may be a stranger's.
+    written, because the run may be untrusted.
     """
     from ebmkit.data import StreamedSet
     from ebmkit.training.setup import images_of

@@ -328,8 +328,8 @@ def sample(
 def _check_numbers(run: Path, picture: Path, found: Tensor) -> None:
     if not bool(found.isfinite().all()):
         raise UserError(
-            f"the model in {str(run)!r} gives values that are not finite for {picture.name!r}: its "
-            "training diverged, or its weights are damaged; try `--weights best`"
+            f"the model in {str(run)!r} gives NaN or Inf for {picture.name!r}: its training "
+            "diverged, or its weights are damaged; try `--weights best`"
         )
 
 

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ebmkit.evaluation import SIGMAS
 from ebmkit.evaluation.suite import number
@@ -58,7 +58,7 @@ METRICS: dict[str, str] = {
 PSNR = ("15", "25", "50")
 
 CLOSE = 0.1
-"""PSNRs that are no further apart, in dB, are called open: one seed cannot tell them apart."""
+"""PSNRs that are no further apart, in dB, are called open: one seed cannot distinguish them."""
 
 SUITES_OF = {
     "classification": ("classify",),
@@ -71,29 +71,20 @@ CLAIM_SIGMAS = tuple(s / 255 for s in (15, 25, 50, 75, 100, 150, 200))
 """Noise levels of ``claims``: training ends at 100/255."""
 
 
-class Ordering(NamedTuple):
-    """An ordering that the paper reports: ``better`` above ``worse`` in ``metric``."""
-
-    better: str
-    worse: str
-    metric: str
-
-
 @dataclass(frozen=True)
 class Table:
     """A table of the paper.
 
     Attributes:
         name: as on the command line.
-        title: one line.
         variants: in the paper's order.
-        expected: the orderings of the paper that ours are held against.
+        orderings: that the paper reports: better, worse, and by which of `METRICS`.
     """
 
     name: str
     title: str
     variants: tuple[Variant, ...]
-    expected: tuple[Ordering, ...] = ()
+    orderings: tuple[tuple[str, str, str], ...] = ()
 
     def variant(self, name: str) -> Variant:
         """The variant called ``name``.
@@ -116,8 +107,8 @@ for _name, _row in _DATA["rows"].items():
 
 
 def _table(name: str, title: str, rows: list[str], orderings: Sequence[list[str]] = ()) -> Table:
-    expected = [Ordering(a, b, metric) for a, b, *metrics in orderings for metric in metrics]
-    return Table(name, title, tuple(ROWS[row] for row in rows), tuple(expected))
+    each = tuple((a, b, metric) for a, b, *metrics in orderings for metric in metrics)
+    return Table(name, title, tuple(ROWS[row] for row in rows), each)
 
 
 TABLES = {name: _table(name, **fields) for name, fields in _DATA["tables"].items()}
@@ -136,7 +127,7 @@ def run_table(
 ) -> Report:
     """Train and measure the variants of ``table`` that are ``only``, all if empty.
 
-    Variants that are left out now but were finished before stay in the report.
+    Variants that are not among them but were finished before stay in the report.
 
     Raises:
         Interrupted: if training was; calling again resumes it.
@@ -204,7 +195,7 @@ def table_document(
         for one in results
     ]
     by_name = {row["name"]: row for row in rows}
-    orderings = [] if scale == "smoke" else [_ordering(one, by_name) for one in table.expected]
+    orderings = [] if scale == "smoke" else [_ordering(*o, by_name) for o in table.orderings]
     return {
         "table": table.name,
         "title": table.title,
@@ -216,17 +207,18 @@ def table_document(
     }
 
 
-def _ordering(expected: Ordering, rows: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:
+def _ordering(
+    better: str, worse: str, metric: str, rows: Mapping[str, dict[str, Any]]
+) -> dict[str, Any] | None:
     """How ours stand in an ordering of the paper; None where a figure is missing."""
-    metric, names = expected.metric, (expected.better, expected.worse)
-    pair = [rows[name] for name in names if name in rows]
+    pair = [rows[name] for name in (better, worse) if name in rows]
     figures = [row["ours"].get(metric, {"value": None}) for row in pair]
     if len(pair) < 2 or any(one["value"] is None for one in figures):
         return None
     a, b = figures
     gap = a["value"] - b["value"]
     return {
-        **expected._asdict(),
+        **{"better": better, "worse": worse, "metric": metric},
         "paper": pair[0]["paper"][metric] - pair[1]["paper"][metric],
         "ours": gap,
         "verdict": "open" if _is_open(a, b, metric) else "holds" if gap > 0 else "reversed",
@@ -234,7 +226,7 @@ def _ordering(expected: Ordering, rows: Mapping[str, dict[str, Any]]) -> dict[st
 
 
 def _is_open(a: Mapping[str, float], b: Mapping[str, float], metric: str) -> bool:
-    """Whether two figures are too close to be told apart by one seed."""
+    """Whether two figures are too close to be distinguished by one seed."""
     if metric == "accuracy":
         return a["low"] <= b["high"] and b["low"] <= a["high"]
     return abs(a["value"] - b["value"]) <= CLOSE
