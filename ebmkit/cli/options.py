@@ -38,6 +38,7 @@ SHARED = {
 """Help that several commands share, by the name of a parameter."""
 
 _HELP = re.compile(r"^    (\w+): (.+(?:\n {8}.+)*)", re.MULTILINE)
+_TYPE = re.compile(r"<(?:list\[)?(\w+)[^|>]*>")
 
 VALUES = {"str": "TEXT", "int": "INTEGER", "float": "FLOAT", "path": "PATH"}
 """Names of an option's value, by the types that Typer shows: ``<str>``, ``<list[Path]>``."""
@@ -64,7 +65,8 @@ class Command(TyperCommand):
             if param in self.arguments:
                 arguments.append((argument_name(param), meaning))
             else:
-                options.append((re.sub(r"<(?:list\[)?(\w+)[^|>]*>", _value_name, names), meaning))
+                names = _TYPE.sub(lambda found: VALUES.get(found[1].lower(), found[0]), names)
+                options.append((names, meaning))
         for title, rows in (("Arguments", arguments), ("Options", options)):
             if rows:
                 with formatter.section(title):
@@ -104,7 +106,3 @@ def argument_name(argument: Any) -> str:
     """An argument in a usage line: ``RUN``, ``IMAGE...``, ``[ROW]...``."""
     name = argument.metavar if argument.required else f"[{argument.metavar}]"
     return name if argument.nargs == 1 else f"{name}..."
-
-
-def _value_name(found: re.Match[str]) -> str:
-    return VALUES.get(found[1].lower(), found[0])

@@ -282,9 +282,9 @@ def _stem(config: TrainConfig) -> str:
 
 
 def _fresh_folder(config: TrainConfig) -> Path:
-    path = Path("runs") / _stem(config)
-    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
-    return next(folder for folder in itertools.chain([path], numbered) if not folder.exists())
+    stem = _stem(config)
+    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+    return next(folder for name in names if not (folder := Path("runs", name)).exists())
 
 
 def _fit(trainer: Trainer, run: Path, tensorboard: bool) -> None:

@@ -35,10 +35,7 @@ ATTACKED = (*(TABLES["table1"].variant(name) for name in ("resnet18", "gradresne
 
 
 def run_fig1(runs: ExperimentRuns, only: Sequence[str]) -> Report:
-    """Figure 1: constants of real families, computed and measured; their tables and panels.
-
-    The document that is there is taken if it is of this scale and seed.
-    """
+    """Figure 1: constants of real families, unless a document of this scale and seed exists."""
     expected = {"scale": runs.scale.name, "seed": runs.seed}
     document = read_document(runs.out / "fig1.json")
     made = document.get("made")

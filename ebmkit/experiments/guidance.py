@@ -143,12 +143,7 @@ BATCH = 100
 def run_guidance(
     runs: ExperimentRuns, only: Sequence[str] = (), amount: Amount | None = None
 ) -> Report:
-    """Train the networks that are ``only``, all if empty; measure with all that are trained.
-
-    Args:
-        runs: the run folders.
-        only: names of networks.
-        amount: how much; None: that of the scale.
+    """Train the networks called ``only``, all if empty; measure with all that are trained.
 
     Raises:
         Interrupted: if training was; calling again resumes it.
@@ -234,13 +229,13 @@ class Drawing:
         with torch.no_grad():
             pixels = (255 * self.draw(method, steps)).round().byte()
         seconds = time.perf_counter() - begun
+        facts = {"settings": json.dumps(settings), "seed": self.seed, "run": method.base}
+        facts |= {"seconds": seconds, "source": "fresh", "sampler": "ddim"}
         content = io.BytesIO()
         with h5py.File(content, "w") as file:
             rows = rearrange(pixels, "n c h w -> n h w c").contiguous().numpy()
             file.create_dataset("images", data=rows, compression="gzip")
             file.create_dataset("labels", data=labels.numpy())
-            facts = {"settings": json.dumps(settings), "seed": self.seed, "run": method.base}
-            facts |= {"seconds": seconds, "source": "fresh", "sampler": "ddim"}
             file.attrs.update(facts)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, content.getvalue())
@@ -341,15 +336,9 @@ class _Study:
                 found = self.runs.measure(one.variant, CLASSIFY)["classify"]
                 own = facts | measured_facts([found])
                 classifiers.append(Result(one.variant, {"classify": found}, own))
-            documents.append(
-                {
-                    "name": one.variant.name,
-                    "label": one.variant.label,
-                    "accuracy": found.get("accuracy"),
-                    "interval": found.get("accuracy_interval"),
-                    "facts": facts,
-                }
-            )
+            named = {"name": one.variant.name, "label": one.variant.label}
+            accuracy, interval = found.get("accuracy"), found.get("accuracy_interval")
+            documents.append({**named, "accuracy": accuracy, "interval": interval, "facts": facts})
         return documents, classifiers
 
     def suite(

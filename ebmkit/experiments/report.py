@@ -57,11 +57,7 @@ def run_grid(
 ) -> list[Result]:
     """Train and measure the variants that are ``only``, all if empty; what is known of every one.
 
-    Args:
-        runs: the run folders.
-        variants: the grid.
-        only: names.
-        protocol: how a variant is measured; None: it is only trained.
+    ``protocol`` says how a variant is measured; None: it is only trained.
 
     Raises:
         Interrupted: if training was; calling again resumes it.
@@ -92,17 +88,14 @@ def measured_facts(documents: Iterable[dict[str, Any]]) -> dict[str, Any]:
         some, of = one["images"], one["of"]
         count = f"all {of:,}" if some == of else f"the first {some:,} of {of:,}"
         data.append(f"{one['dataset']}, {count} test images ({one['suite']})")
-    return {
-        "data": data,
-        "measured_by": [document["environment"]["git_commit"] for document in found],
-    }
+    return {"data": data, "measured_by": [one["environment"]["git_commit"] for one in found]}
 
 
 def circumstances(runs: ExperimentRuns, target: str, results: Sequence[Result]) -> dict[str, Any]:
     """What stands below a table or figure: data, hardware, versions, commits, command."""
-    ran = [(one.variant, one.facts) for one in results if one.status == "done"]
-    facts = [one for _, one in ran]
-    owned = [(variant, one) for variant, one in ran if variant.run is None]
+    ran = [one for one in results if one.status == "done"]
+    facts = [one.facts for one in ran]
+    owned = [(one.variant, one.facts) for one in ran if one.variant.run is None]
     command = runs.command(target)
     notes = [f"command: `{command}`"]
     if ran:

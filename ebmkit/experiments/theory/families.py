@@ -75,24 +75,17 @@ class Moments(NamedTuple):
 
 
 def moments(x: Tensor, shares: Tensor) -> Moments:
-    """Moments of samples.
+    """Moments of samples x (..., n, d).
 
-    Args:
-        x: (..., n, d).
-        shares: (..., n, C), the weight of each sample in each class; they sum to 1 over samples and
-            classes. For a training set, one-hot labels over n.
+    ``shares`` (..., n, C) is the weight of each sample in each class, of sum 1 over samples and
+    classes: for a training set, one-hot labels over n.
     """
     second = [(x * shares[..., c, None]).mT @ x for c in range(shares.shape[-1])]
     return Moments(shares.sum(-2), shares.mT @ x, torch.stack(second, -3))
 
 
 class Family(ABC):
-    """A parametric family p_theta(x, c) with Gaussian classes.
-
-    Args:
-        num_classes: C, at least 2.
-        dim: d, the number of entries of x.
-    """
+    """A parametric family p_theta(x, c) with C >= 2 Gaussian classes in d dimensions."""
 
     quadratic = False  # whether logits are quadratic in x
 
@@ -151,11 +144,7 @@ class Family(ABC):
         return Gaussians(ratios.log_softmax(-1), means, self.covariances(theta[head:]))
 
     def member(self, weights: Tensor) -> Gaussians:
-        """A member whose p(c|x) has the logits features(x) @ weights, with unit covariances.
-
-        Args:
-            weights: (P, C).
-        """
+        """A member with logits features(x) @ weights (P, C) and unit covariances."""
         means = weights[1:].mT
         log_prior = (weights[0] + 0.5 * means.square().sum(-1)).log_softmax(-1)
         return Gaussians(log_prior, means, self.same(torch.eye(self.dim).to(means)))
@@ -319,14 +308,8 @@ class Nodes(NamedTuple):
 class Truth(GaussianMixture):
     """A Gaussian mixture with labels on vectors (d,), in float64, and expectations under it.
 
-    Args:
-        means: (K, d) of the components.
-        covariances: (K, d, d).
-        weights: (K,), sum 1.
-        labels: (K,) int64, the class of each component.
-
-    Raises:
-        UserError: as `GaussianMixture`.
+    Means (K, d), covariances (K, d, d), weights (K,) of sum 1 and labels (K,) are those of the
+    components; errors are those of `GaussianMixture`.
     """
 
     def __init__(self, means: Tensor, covariances: Tensor, weights: Tensor, labels: Tensor) -> None:

@@ -69,11 +69,11 @@ def figure1(
     """
     if scale not in _BUDGETS:
         raise unknown_name("scale", scale, _BUDGETS)
-    total, done = len(SETTINGS) * SIZES, itertools.count(1)
+    done = itertools.count(1)
 
     def advance() -> None:
         if progress is not None:
-            progress(next(done), total)
+            progress(next(done), len(SETTINGS) * SIZES)
 
     return {
         "figure": "fig1",
@@ -118,24 +118,17 @@ def _setting(
         "formula_gen": gen.formula,
         "formula_dis": dis.formula,
         "crossing": saved / (2 * gap) if gap > 0 and saved > 0 else None,
-        "measured": {
-            name: [
-                {
-                    "n": n,
-                    "sets": sets,
-                    "without_fit": without,
-                    "excess": finite(excess),
-                    "standard_error": finite(error),
-                }
-                for n, sets, without, excess, error in row
-            ]
-            for name, row in measured.items()
-        },
+        "measured": {name: [_document(p) for p in row] for name, row in measured.items()},
         "fit": {
             "generative": _fit(measured["generative"], gen),
             "discriminative": _fit(measured["discriminative"], dis),
         },
     }
+
+
+def _document(point: Point) -> dict[str, Any]:
+    counts = {"n": point.n, "sets": point.sets, "without_fit": point.without}
+    return counts | {"excess": finite(point.excess), "standard_error": finite(point.error)}
 
 
 def _fit(points: Sequence[Point], expansion: Expansion) -> dict[str, Any]:

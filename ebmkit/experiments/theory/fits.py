@@ -91,11 +91,8 @@ class Expansion(NamedTuple):
 def expand(loss: Loss, label_loss: Loss, theta: Tensor, nodes: Nodes) -> Expansion:
     """The expansion of an estimator that minimises ``loss``, for the error of the labels.
 
-    Args:
-        loss: what is minimised, in nats.
-        label_loss: -log p_theta(c|x), in nats.
-        theta: (m,), the minimiser of the expected loss.
-        nodes: the truth.
+    Both losses are in nats, ``label_loss`` is -log p_theta(c|x), and ``theta`` (m,) minimises the
+    expected loss under the truth ``nodes``.
     """
     shares = nodes.shares
     entropy = -torch.xlogy(shares, nodes.posterior).sum()
@@ -294,10 +291,7 @@ class Fitted(NamedTuple):
 class ExcessError:
     """E[KL(p(c|x) || p_theta(c|x))] of many models, in nats.
 
-    Args:
-        setting: its truth, and whether its features are quadratic.
-        step: of the quadrature grid, in standard deviations (`Truth.nodes`).
-        radius: half the width of the grid. The defaults err by less than 1e-7 nats here.
+    ``step`` and ``radius`` are those of `Truth.nodes`; the defaults err by less than 1e-7 nats.
     """
 
     def __init__(self, setting: Setting, step: float = 0.3, radius: float = 6.0) -> None:
@@ -322,13 +316,10 @@ class ExcessError:
 
 
 def measure(setting: Setting, n: int, sets: int, start: Tensor, seed: int = 0) -> list[Point]:
-    """Excess errors of the generative and the discriminative fit, in this order.
+    """Excess errors of the generative and the discriminative fit, of ``sets`` sets of n samples.
 
-    Args:
-        n: samples per training set.
-        sets: training sets.
-        start: (P, C) weights at which Newton's method begins: those of the limit.
-        seed: with the setting's name and n, the key of the training sets.
+    Newton's method begins at the weights ``start`` (P, C), those of the limit. The key of the
+    training sets is ``seed`` with the setting's name and n.
     """
     family, truth = setting.family, setting.truth
     error = ExcessError(setting)
