@@ -331,15 +331,14 @@ def bench(
     calls = measured.INFERENCES if inference_ else ()
     curve = base._replace(what=measured.SCALING)
     points = measured.scaling_settings(curve) if scaling_ else []
+    timed: list[tuple[str, str | None]] = [(f"train {name}", name) for name in names]
+    timed += [(call, None) for call in calls]
     rows: list[Row] = []
-    total = len(names) + len(calls) + len(points)
     with bar(MofNCompleteColumn(), TimeElapsedColumn()) as progress:
-        task = progress.add_task("", total=total)
-        for what in (*(f"train {name}" for name in names), *calls):
+        task = progress.add_task("", total=len(timed) + len(points))
+        for what, trained in timed:
             setting = base._replace(what=what)
             progress.update(task, description=str(setting))
-            name = what.removeprefix("train ")
-            trained = None if name == what else name
             found = measured.comparison(setting, channels, where, compute, trained)
             rows += measured.measure(found, where, rounds)
             progress.advance(task)
