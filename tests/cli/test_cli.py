@@ -12,7 +12,7 @@ from ebmkit_tests.support.command_line import ebmkit_command
 from PIL import Image
 
 import ebmkit
-from ebmkit.cli.list import tables
+from ebmkit.cli.tools import tables
 
 pytestmark = pytest.mark.usefixtures("counted_once", "few_resamples")
 
@@ -87,7 +87,7 @@ def test_classify_prints_classes_probabilities_and_density(place):
     assert result.returncode == 0, result.stderr
     assert "%" in result.stdout
     assert "nats" in result.stdout
-    assert "brought to 8x8" in result.stderr
+    assert "resized to 8x8" in result.stderr
 
 
 def test_denoise_from_the_command_line_is_denoise_from_python(place):

@@ -63,7 +63,7 @@ def harmless(text):
 def test_training_and_evaluating_show_names_and_nothing_more(trained):
     home, ended = trained
     assert harmless(ended.stdout + ended.stderr)
-    assert "training images cannot be read and were left out: " in ended.stdout
+    assert "training images cannot be read and were skipped: " in ended.stdout
     assert r"bad\x1b[2J\n.png" in ended.stdout
     assert (home / "run" / "evaluation" / "confusion.png").is_file()  # dollar signs and all
     evaluated = json.loads((home / "run" / "evaluation" / "classify.json").read_text())

@@ -6,17 +6,24 @@ import torch
 from scipy.optimize import linprog
 from sklearn.linear_model import LogisticRegression
 
-from ebmkit.experiments.theory.constants import discriminative, generative
-from ebmkit.experiments.theory.families import ClassCovariances, NaiveBayes, SharedCovariance
+from ebmkit.experiments.theory.families import (
+    SETTINGS,
+    ClassCovariances,
+    NaiveBayes,
+    Setting,
+    SharedCovariance,
+    Truth,
+)
 from ebmkit.experiments.theory.fits import (
     ExcessError,
     Point,
+    discriminative,
     fit_bias,
     fit_variance,
+    generative,
     measure,
     softmax_regression,
 )
-from ebmkit.experiments.theory.settings import SETTINGS, Setting, Truth
 
 BY_NAME = {setting.name: setting for setting in SETTINGS}
 
