@@ -418,11 +418,7 @@ def _of_counts(inside: Counts, outside: Counts) -> list[float]:
 
 
 def find_sets(context: EvaluationContext) -> list[OutSet]:
-    """The sets that the settings name.
-
-    Raises:
-        UserError: if one is not there, or cannot be made of these images.
-    """
+    """The sets that the settings name; `UserError` if one is not there, or cannot be made."""
     found: dict[str, OutSet] = {}
     for name in _names(context):
         own = find_set(name, context.images, context.data_dir, context.seed)
