@@ -12,7 +12,7 @@ LAYERS = [
     ("energy", "analytic"),
     ("compile",),
     ("models", "data"),
-    ("sampling", "attacks"),
+    ("sampling",),
     ("objectives",),
     ("inference", "guidance", "plots"),
     ("training",),

@@ -156,8 +156,8 @@ class _MadeSet(StreamedSet):
     """A set whose reader gives float32 in [0, 1]."""
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        for rows in self.rows.split(size):
-            yield self.reader.read(rows.tolist()), None
+        for start in range(0, len(self), size):
+            yield self.reader.read(self.rows[start : start + size].tolist()), None
 
 
 def _made(name: str, source: Images, seed: int) -> Images:
