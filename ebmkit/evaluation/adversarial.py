@@ -80,14 +80,8 @@ class AdversarialConfig(SuiteConfig):
 
 
 def difference(model: EnergyModel, y: Tensor, c: Tensor, sigma: float) -> Tensor:
-    """grad log p(c|y) by the two denoisers, (D_c - D_u) / sigma^2 (CDN eq. 9); shape of ``y``.
-
-    Args:
-        model: one with labels.
-        y: noisy images (B, C, H, W).
-        c: labels (B,).
-        sigma: image units.
-    """
+    """grad log p(c|y) by the two denoisers, (D_c - D_u) / sigma^2 (CDN eq. 9): shape of the noisy
+    images ``y`` (B, C, H, W) at level ``sigma``, image units, for labels ``c`` (B,)."""
     return (model.denoise(y, sigma, c) - model.denoise(y, sigma)) / sigma**2
 
 

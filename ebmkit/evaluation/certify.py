@@ -112,15 +112,8 @@ class Certificates(NamedTuple):
 
 
 def lower_bound(hits: Tensor, count: int, alpha: float) -> Tensor:
-    """The exact one-sided lower confidence bound of a probability, at level 1 - alpha.
-
-    Args:
-        hits: (N,) how often the event was seen.
-        count: of how many trials.
-        alpha: probability that the bound is above the truth.
-
-    Returns:
-        (N,) float64.
+    """The exact one-sided lower confidence bound, (N,) float64, of the probability of an event that
+    was seen ``hits`` (N,) times in ``count`` trials; above the truth with probability ``alpha``.
 
     Source: C. Clopper, E. Pearson, Biometrika 26 (1934); scipy's Beta quantile.
     """
@@ -218,14 +211,8 @@ def vote_generator(seed: int, index: int) -> torch.Generator:
 def labels_of(
     model: EnergyModel, y: Tensor, sigma: float, which: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Labels (B,) of noisy images (B, C, H, W) by each classifier ``which``.
-
-    Args:
-        model: in evaluation mode.
-        y: noisy images.
-        sigma: their noise level, image units.
-        which: ``direct``, ``denoised`` or both, which share one forward pass.
-    """
+    """Labels (B,) of noisy images ``y`` (B, C, H, W) at level ``sigma``, image units, by each
+    classifier ``which``: ``direct``, ``denoised`` or both, which share one forward pass."""
     if "denoised" not in which:
         return {"direct": predict(model.logits(y, sigma))}
     energies, (score,) = model.value_and_grads(y, sigma, LogDensity())
@@ -342,10 +329,8 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
         largest = level["largest_radius"]
         radii = [i * largest / PLOTTED_RADII for i in range(PLOTTED_RADII + 1)]
         for name, found in level["classifiers"].items():
-            right = [
-                radius if label == c else -1.0
-                for radius, label, c in zip(found["radius"], found["predicted"], truth, strict=True)
-            ]
+            images = zip(found["radius"], found["predicted"], truth, strict=True)
+            right = [radius if label == c else -1.0 for radius, label, c in images]
             hits = [sum(own >= r for own in right) for r in radii]
             known = {n: statistics.proportion(n, len(right)).document() for n in set(hits)}
             label, colour, style = CLASSIFIERS[name]

@@ -19,9 +19,8 @@ With the score s(y) and fixed noise :math:`\epsilon_1, \dots, \epsilon_n` for ea
 level sigma,
 
 - ``residual``: :math:`-\frac1n \sum_i \|\sigma s(y_i) + \epsilon_i\|^2 / d`, minus the loss of
-  denoising score matching at this one image: its denoising error over :math:`\sigma^2 d`.
-  Integrated over :math:`\log\sigma` these errors are the negative log-likelihood up to a constant
-  (Kong et al., arXiv 2302.03792), so each level is a share of it;
+  denoising score matching at this one image. Integrated over :math:`\log\sigma` it is the
+  log-likelihood up to a constant (Kong et al., arXiv 2302.03792), so each level is a share of it;
 - ``noise-level``: :math:`-\bigl|\log\bigl(\frac1n \sum_i \|\sigma s(y_i)\|^2 / d\bigr)\bigr|`.
   A model that knows such images reads off the noise level that is there, and
   :math:`\|\sigma s\|^2` is near d: a test of typicality and not of likelihood;
@@ -369,14 +368,8 @@ Counts = NDArray[np.float64]
 def detection(
     inside: Tensor, outside: Tensor, seed: int = 0, resamples: int = 400
 ) -> dict[str, Estimate]:
-    """`METRICS` of finite scores ``inside`` (n,) and ``outside`` (m,), with 95 % intervals.
-
-    Args:
-        inside: of images in distribution.
-        outside: of images out of it.
-        seed: of the bootstrap.
-        resamples: how many.
-    """
+    """`METRICS` of finite scores ``inside`` (n,) of images in distribution and ``outside`` (m,) of
+    others, with 95 % intervals of the bootstrap by ``seed``, of so many ``resamples``."""
     scores = torch.cat([inside, outside]).double().cpu().numpy()
     levels, place = np.unique(scores, return_inverse=True)
     parts = np.split(place, [len(inside)])

@@ -216,18 +216,9 @@ def energies_of(
 def class_statistics(
     energy: Tensor, joint: Tensor | None, labels: Tensor, names: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
-    """Energies by class.
-
-    Args:
-        energy: E(x), (N,), nats.
-        joint: E(x, y) of each image's own label, (N,), or None.
-        labels: (N,).
-        names: of the classes; a class without one is called by its number.
-
-    Returns:
-        One entry per class that has an image, in order: ``label``, ``name``, and the `spread` of
-        ``energy`` and, with ``joint``, of ``joint_energy``.
-    """
+    """By class that has an image: ``label``, ``name`` (its number, where ``names`` has none), and
+    the `spread` of E(x), ``energy`` (N,), and of E(x, y) of the own label, ``joint`` (N,), if any;
+    nats."""
     columns = {"energy": energy} | ({} if joint is None else {"joint_energy": joint})
     return [
         {"label": label, "name": names[label] if label < len(names) else str(label)}
