@@ -12,7 +12,7 @@ LAYERS = [
     ("energy", "analytic"),
     ("compile",),
     ("models", "data"),
-    ("sampling",),
+    ("sampling", "attacks"),
     ("objectives",),
     ("inference", "guidance", "plots"),
     ("training",),
