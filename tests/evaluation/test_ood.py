@@ -19,15 +19,18 @@ from ebmkit.data import load_dataset
 from ebmkit.evaluation import tables
 from ebmkit.evaluation.context import EvaluationContext
 from ebmkit.evaluation.ood import (
+    MADE,
     OOD,
     OodConfig,
     _of_counts,
     _warnings,
     detection,
+    find_set,
     known_scores,
+    partners,
     scores_of,
+    standard_sets,
 )
-from ebmkit.evaluation.ood_sets import MADE, find_set, partners, standard_sets
 from ebmkit.models.config import create_denoiser
 
 
@@ -142,9 +145,8 @@ def test_auroc_of_the_exact_log_density(tmp_path, monkeypatch):
     model = Gaussian(torch.full((1, 2, 2), 0.5), 0.05**2).eval()
     other = Drawn(images[1], None, name="wide")
     from ebmkit.evaluation import ood
-    from ebmkit.evaluation.ood_sets import OutSet
 
-    monkeypatch.setattr(ood, "find_set", lambda *a: OutSet("wide", "wide", other))
+    monkeypatch.setattr(ood, "find_set", lambda *a: ood.OutSet("wide", "wide", other))
     document = evaluate(model, Drawn(images[0], None), tmp_path).document
     found = document["sets"]["wide"]["scores"]["log-density"]["auroc"]
     exact = f.cdf((0.08 / 0.05) ** 2, 4, 4)  # P(a in < b out) of chi-squares scaled so
