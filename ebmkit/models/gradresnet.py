@@ -27,8 +27,7 @@ from torch import Tensor, nn
 from ebmkit.compute import without_autocast
 from ebmkit.models.base import BackboneConfig, Features, mean_over_windows
 from ebmkit.models.convolution import Conv2d
-from ebmkit.models.gelu import GELU
-from ebmkit.models.norms import NormName, make_norm
+from ebmkit.models.layers import GELU, NormName, make_norm
 from ebmkit.models.recompute import recompute
 from ebmkit.registry import Preset
 

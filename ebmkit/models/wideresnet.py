@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ebmkit.models.base import BackboneConfig, Features, MeanPooled
 from ebmkit.models.convolution import Conv2d
-from ebmkit.models.norms import make_norm
+from ebmkit.models.layers import make_norm
 from ebmkit.models.recompute import recompute
 from ebmkit.registry import Preset
 

@@ -14,7 +14,7 @@ from ebmkit.data import Batch
 from ebmkit.energy import LogDensity
 from ebmkit.models import JointModel
 from ebmkit.models.base import Features
-from ebmkit.models.norms import GroupNorm
+from ebmkit.models.layers import GroupNorm
 from ebmkit.objectives import TrainingLoss, parse_objective
 from ebmkit.training import resolve
 from ebmkit.training.optim import make_optimizer
