@@ -32,16 +32,14 @@ from ebmkit.models.base import (
     NoiseConditioned,
 )
 from ebmkit.models.diffusion import UNetConfig
-from ebmkit.models.dncnn import DnCNNConfig
-from ebmkit.models.drunet import DRUNetConfig
-from ebmkit.models.gradientstep import GraDnCNNConfig, GSDRUNetConfig
+from ebmkit.models.dncnn import DnCNNConfig, GraDnCNNConfig
+from ebmkit.models.drunet import DRUNetConfig, GSDRUNetConfig
 from ebmkit.models.gradresnet import GradResNetConfig
 from ebmkit.models.heads import HeadConfig, find_head
 from ebmkit.models.joint import JointModel, SizeScaling
 from ebmkit.models.mlp import MLPConfig
-from ebmkit.models.resnet import ResNetConfig
+from ebmkit.models.resnet import ResNetConfig, WideResNetConfig
 from ebmkit.models.timm import TimmConfig
-from ebmkit.models.wideresnet import WideResNetConfig
 from ebmkit.registry import Preset, Table, find
 
 N = TypeVar("N", bound=NetworkConfig)

@@ -321,15 +321,11 @@ class UNetConfig(DenoiserConfig):
             UserError: if `diffusers` is not installed, or does not know an argument or refuses it.
         """
         try:
-            from diffusers import UNet2DModel
-        except ImportError:
-            raise UserError(f"a UNet is built by diffusers, which is missing: {INSTALL}") from None
-        arguments = self.arguments(in_channels, num_classes)
-        try:
-            network = UNet2DModel(**arguments)  # type: ignore[no-untyped-call]
+            return unet_class()(**self.arguments(in_channels, num_classes))
         except (TypeError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
             raise UserError(f"diffusers makes no such UNet: {error}") from None
-        return cast(nn.Module, network)
 
     def build_model(self, in_channels: int, num_classes: int = 0) -> DiffusionModel:
         """The model, with fresh weights.
@@ -348,6 +344,19 @@ class UNetConfig(DenoiserConfig):
             self.prediction,
             multiple=2 ** (len(self.multipliers) - 1),
         )
+
+
+def unet_class() -> type[nn.Module]:
+    """`diffusers.UNet2DModel`.
+
+    Raises:
+        UserError: if `diffusers` is not installed.
+    """
+    try:
+        from diffusers import UNet2DModel
+    except ImportError:
+        raise UserError(f"a UNet is built by diffusers, which is missing: {INSTALL}") from None
+    return cast("type[nn.Module]", UNet2DModel)
 
 
 def _block(way: str, attends: bool) -> str:

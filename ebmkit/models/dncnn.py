@@ -1,4 +1,6 @@
-r"""DnCNN (Zhang et al., arXiv 1608.03981): a chain of convolutions that estimates the noise.
+r"""DnCNN, a chain of convolutions that estimates the noise, and GraDnCNN, the potential like it.
+
+**DnCNN** (Zhang et al., arXiv 1608.03981):
 
 .. math:: D(y) = y - C_L\,r_{L-1} \circ \dots \circ r_1(y), \qquad
     r_1 = \operatorname{relu} C_1, \quad r_l = \operatorname{relu} N_l\,C_l ,
@@ -18,6 +20,18 @@ none     false   none
 
 Without additive constants (Mohan et al., arXiv 1906.05478) the network in evaluation mode is
 homogeneous, :math:`D(a y) = a D(y)` for a > 0, and denoises beyond the noise it was trained on.
+
+**GraDnCNN** (Cohen et al., "It has potential", NeurIPS 2021) gives the potential of a
+`ebmkit.models.denoisers.GradientStep`: a convolutional network of one output channel, blind to
+sigma, into whose every layer the image is fed,
+
+.. math:: z_1 = a(C_0\,y), \quad z_{l+1} = a(A_l z_l + C_l\,y), \quad
+    g(y) = \textstyle\sum_{ij} (A_L z_L + C_L\,y)_{ij} .
+
+We know of no code of its authors. The layers are those of the code released with arXiv 2505.04820,
+which says that it works on their model: six layers between, 128 channels, a = ELU. It averages over
+positions. Ours sums, so that D does not change with the size of the image around a pixel, and
+log-densities grow with the number of pixels; at one size the two differ by a constant factor.
 """
 
 from __future__ import annotations
@@ -32,10 +46,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from ebmkit.compute import upcast, without_autocast
 from ebmkit.energy import Noise
 from ebmkit.errors import UserError
 from ebmkit.models.base import DenoiserConfig
-from ebmkit.models.denoisers import DirectDenoiser, check_published
+from ebmkit.models.convolution import Conv2d
+from ebmkit.models.denoisers import DirectDenoiser, GradientStep, check_published
 from ebmkit.registry import Preset
 
 PUBLISHED_DEPTHS = (17, 20)
@@ -237,3 +253,61 @@ def _position(name: str) -> int:
     if match is None:
         raise UserError(f"{name!r} is no parameter of a published DnCNN")
     return int(match[1])
+
+
+class GraDnCNNConfig(DenoiserConfig):
+    """Shape of a GraDnCNN."""
+
+    kind: Literal["gradncnn"] = "gradncnn"
+    layers: int = Field(6, ge=1, description="number of layers between the first and the last")
+    width: int = Field(128, ge=1, description="hidden channels")
+    activation: Literal["elu", "softplus"] = Field(
+        "elu", description="elu or softplus; smooth, because training differentiates twice"
+    )
+    bias: bool = Field(True, description="biases in the convolutions that take the image")
+
+    @classmethod
+    def presets(cls) -> dict[str, Preset[GraDnCNNConfig]]:
+        """The network of the released code."""
+        return {
+            "gradncnn": Preset(
+                cls(width=128),
+                "Cohen et al. 2021: y - gradient of a scalar network, an energy model",
+            )
+        }
+
+    def build_model(self, in_channels: int, num_classes: int = 0) -> GradientStep:
+        return GradientStep(ScalarConvNet(in_channels, self), False, in_channels)
+
+
+class ScalarConvNet(nn.Module):
+    """GraDnCNN's g: convolutions into each of which the image is fed, summed over positions.
+
+    Args:
+        in_channels: 1 for gray, 3 for colour.
+        config: the shape.
+    """
+
+    def __init__(self, in_channels: int, config: GraDnCNNConfig | None = None) -> None:
+        super().__init__()
+        config = config or GraDnCNNConfig()
+        width = config.width
+        self.first = Conv2d(in_channels, width, 3, padding=1, bias=config.bias)
+        self.onward = nn.ModuleList(
+            Conv2d(width, width, 3, padding=1, bias=False) for _ in range(config.layers)
+        )
+        self.fed = nn.ModuleList(
+            Conv2d(in_channels, width, 3, padding=1, bias=config.bias) for _ in range(config.layers)
+        )
+        self.last = Conv2d(width, 1, 3, padding=1, bias=False)
+        self.last_fed = Conv2d(in_channels, 1, 3, padding=1, bias=False)
+        self.activation = nn.ELU() if config.activation == "elu" else nn.Softplus()
+
+    def forward(self, y: Tensor, sigma: Noise | None = None) -> Tensor:
+        """g of each of the images ``y`` (B, C, H, W): (B,); ``sigma`` is ignored."""
+        z = self.activation(self.first(y))
+        for onward, fed in zip(self.onward, self.fed, strict=True):
+            z = self.activation(onward(z) + fed(y))
+        map_ = self.last(z) + self.last_fed(y)
+        with without_autocast(y):
+            return upcast(map_).flatten(1).sum(dim=1)

@@ -10,8 +10,7 @@ from torch import nn
 from ebmkit import JointModel
 from ebmkit.errors import UserError, validated
 from ebmkit.models import LinearQuadraticHead
-from ebmkit.models.resnet import ResNetConfig
-from ebmkit.models.wideresnet import WideResNetConfig
+from ebmkit.models.resnet import ResNetConfig, WideResNetConfig
 
 JEM = {"norm": "none", "bias": True, "activation": "leaky_relu", "block": "jem"}
 NETWORKS = {
