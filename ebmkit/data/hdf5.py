@@ -7,7 +7,7 @@ Either one set, of which a fixed random tenth is the test set::
     class_names  (K,) text (optional; by default the numbers)
 
 or a training and a test set, with images and labels in the groups ``train`` and ``test``, and
-class_names beside them. `ebmkit.data.pack.pack` writes such files.
+class_names beside them. `ebmkit.data.sets.pack` writes such files.
 """
 
 from __future__ import annotations

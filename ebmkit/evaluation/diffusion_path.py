@@ -62,7 +62,7 @@ from ebmkit.evaluation.suite import (
     number,
     unique_name,
 )
-from ebmkit.models.heads import EnergySource, energy_source
+from ebmkit.models.joint import EnergySource, energy_source
 from ebmkit.noise import Schedule, make_schedule
 
 VIEWS = {

@@ -2,7 +2,7 @@ r"""Energies of images and labels, and their statistics by class.
 
 .. math:: E(x) = -\log p(x), \qquad E(x, y) = -\log p(x, y) = E(x) - \log p(y \mid x),
 
-in nats, up to one constant of the model, from the source that `ebmkit.models.heads` says: where a
+in nats, up to one constant of the model, from the source that `ebmkit.models.joint` says: where a
 head has a density of its own that no objective trained (``ce`` or ``adv`` alone), off the logits.
 
 Noise-conditional models take noise 0 for clean images.
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ebmkit.energy import EnergyModel, Noise
 from ebmkit.evaluation import statistics
-from ebmkit.models.heads import EnergySource, energy_source
+from ebmkit.models.joint import EnergySource, energy_source
 
 
 class ImageEnergies(NamedTuple):

@@ -47,7 +47,7 @@ from ebmkit.evaluation.features import (
 )
 from ebmkit.evaluation.statistics import Estimate, to_json
 from ebmkit.metrics import predict
-from ebmkit.models.heads import EnergySource
+from ebmkit.models.joint import EnergySource
 
 Columns = dict[str, Tensor]
 

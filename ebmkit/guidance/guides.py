@@ -17,7 +17,7 @@ guide           h(v), to be increased, in nats
 =============== ================================================================================
 
 The energies of a model that was trained to classify alone are those of its logits
-(`ebmkit.models.heads.LogitEnergy`). The last two take an inner guide h and n normalised steps up
+(`ebmkit.models.joint.LogitEnergy`). The last two take an inner guide h and n normalised steps up
 it,
 
 .. math:: v_0 = v, \qquad v_{i+1} = v_i + \gamma \frac{\nabla h(v_i)}{\|\nabla h(v_i)\|_2} ,
@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from ebmkit.energy import Energies, EnergyModel, Noise, classifies, upcast_energies
 from ebmkit.errors import UserError
-from ebmkit.models.heads import LogitEnergy
+from ebmkit.models.joint import LogitEnergy
 from ebmkit.registry import Table
 from ebmkit.sampling.base import check_positive, per_chain
 from ebmkit.sampling.target import DensityFunction, clean_level, density_of, label_density_of

@@ -27,7 +27,7 @@ from ebmkit.compile import device_of
 from ebmkit.energy import EnergyModel
 from ebmkit.errors import UserError
 from ebmkit.guidance.guides import check_guide
-from ebmkit.models.heads import LogitEnergy
+from ebmkit.models.joint import LogitEnergy
 from ebmkit.sampling.target import clean_level
 from ebmkit.storage import make_folder, write_atomically
 from ebmkit.storage.reading import read_json

@@ -15,9 +15,15 @@ from ebmkit.models.diffusion import DiffusionModel, UNetConfig
 from ebmkit.models.dncnn import DnCNN
 from ebmkit.models.drunet import DRUNetConfig
 from ebmkit.models.gradresnet import GradResNet, GradResNetConfig
-from ebmkit.models.heads import HEADS, HeadConfig, HeadEntry, LinearQuadraticHead, LogitHead
 from ebmkit.models.importing import import_checkpoint, load_checkpoint
-from ebmkit.models.joint import JointModel
+from ebmkit.models.joint import (
+    HEADS,
+    HeadConfig,
+    HeadEntry,
+    JointModel,
+    LinearQuadraticHead,
+    LogitHead,
+)
 from ebmkit.models.mlp import MLP, MLPConfig
 from ebmkit.models.pipelines import import_unet
 from ebmkit.models.saving import load, save_model, weights_digest

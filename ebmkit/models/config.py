@@ -35,8 +35,7 @@ from ebmkit.models.diffusion import UNetConfig
 from ebmkit.models.dncnn import DnCNNConfig, GraDnCNNConfig
 from ebmkit.models.drunet import DRUNetConfig, GSDRUNetConfig
 from ebmkit.models.gradresnet import GradResNetConfig
-from ebmkit.models.heads import HeadConfig, find_head
-from ebmkit.models.joint import JointModel, SizeScaling
+from ebmkit.models.joint import HeadConfig, JointModel, SizeScaling, find_head
 from ebmkit.models.mlp import MLPConfig
 from ebmkit.models.resnet import ResNetConfig, WideResNetConfig
 from ebmkit.models.timm import TimmConfig

@@ -1,10 +1,35 @@
-r"""The joint model: a backbone, a head, and how log-densities grow with the image.
+r"""Joint models: a backbone, a head, and how log-densities grow with the image.
 
-Backbones average their features over positions, so the plain formula (CDN eq. 11) gives an image of
-any size a log-density of the same order, and a score that shrinks as one over the number of pixels.
-A log-density of an image twice as large must be about twice as large. With the reference size
-:math:`h_0 \times w_0` that the model was trained at and :math:`N = HW / h_0 w_0`, an image of
-:math:`N > 1` has
+**Heads** go from features :math:`f \in \mathbb R^K` to class logits and a log-density.
+``LinearQuadraticHead`` is the paper's (CDN eq. 10-12): linear for labels, quadratic for the image,
+
+.. math:: \operatorname{logits} = W f, \qquad \log p(y) = -\tfrac12 (w^\top f)^2 - \log Z .
+
+``LogitHead`` is JEM's (arXiv 1912.03263): the classifier's own logits, read as an energy,
+
+.. math:: \operatorname{logits} = W f, \qquad \log p(y) = \operatorname{logsumexp}(W f) - \log Z ,
+
+so that :math:`\log p(y, c) = (W f)_c` up to the constant. The constants are never computed.
+
+**Energies of a classifier.** A model with a head of the first kind whose objective trains labels
+alone (``ce``, ``adv``, ``trades``) has a density that nothing trained, and logits that RCG (eq.
+2.32-2.38) and JEM read as energies. `LogitEnergy` is that classifier as an energy model:
+
+=========== ================================================ =================================
+source      E(y)                                             E(y, c)
+=========== ================================================ =================================
+``model``   :math:`-\log p(y)` as the head gives it          :math:`E(y) - \log p(c \mid y)`
+``logits``  :math:`-\operatorname{logsumexp}` of the logits  :math:`-\operatorname{logit}_c`
+=========== ================================================ =================================
+
+``auto`` is what the model's card says (`ebmkit.ModelCard.energies`), and with a head ``logit`` the
+two are one.
+
+**Images of any size.** Backbones average their features over positions, so the plain formula (CDN
+eq. 11) gives an image of any size a log-density of the same order, and a score that shrinks as one
+over the number of pixels. A log-density of an image twice as large must be about twice as large.
+With the reference size :math:`h_0 \times w_0` that the model was trained at and
+:math:`N = HW / h_0 w_0`, an image of :math:`N > 1` has
 
 .. math::
     \text{factor:}  & \quad \log p(y) = N \,\ell(f(y)) \\
@@ -31,18 +56,136 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
+from ebmkit.compile import WrappedEnergyModel
 from ebmkit.compute import upcast, without_autocast
 from ebmkit.energy import Energies, EnergyModel, Noise
 from ebmkit.errors import UserError
 from ebmkit.models.base import Backbone, Features, Head, WindowedBackbone, check_images
 from ebmkit.onednn import subsample_before_1x1
+from ebmkit.registry import Table, find
 
+EnergySource = Literal["auto", "model", "logits"]
 SizeScaling = Literal["tiles", "factor", "windows"]
+
+LABELS_ALONE = {"ce", "adv", "trades"}
+"""Objectives that train no density, by which a card that does not say it is understood."""
+
+
+class LinearQuadraticHead(nn.Module):
+    """Linear logits and a quadratic log-density (CDN eq. 10-12).
+
+    Args:
+        num_features: K.
+        num_classes: C; 0 for a density without labels.
+        bias: add biases to the logits and inside the square (the paper's ablation).
+    """
+
+    def __init__(self, num_features: int, num_classes: int, bias: bool = False) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.classifier = nn.Linear(num_features, num_classes, bias) if num_classes else None
+        self.density = nn.Linear(num_features, 1, bias)
+        nn.init.normal_(self.density.weight, std=num_features**-0.5)
+
+    def forward(self, pooled: Tensor) -> Energies:
+        """Energies of features ``pooled`` (B, K)."""
+        logits = pooled.new_zeros(pooled.shape[0], 0)
+        if self.classifier is not None:
+            logits = self.classifier(pooled)
+        return Energies(logits, -0.5 * self.density(pooled).squeeze(1).square())
+
+
+class LogitHead(nn.Module):
+    """Logits whose logsumexp is the log-density (JEM).
+
+    Args:
+        num_features: K.
+        num_classes: C, at least 1.
+        bias: add a bias to the logits.
+
+    Raises:
+        UserError: if there are no classes, for then there is no density either.
+    """
+
+    def __init__(self, num_features: int, num_classes: int, bias: bool = False) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise UserError(
+                f"head 'logit' reads the density off the class logits and cannot have "
+                f"{num_classes} classes: use head 'linear-quadratic'"
+            )
+        self.num_classes = num_classes
+        self.classifier = nn.Linear(num_features, num_classes, bias)
+
+    def forward(self, pooled: Tensor) -> Energies:
+        """Energies of features ``pooled`` (B, K)."""
+        logits = self.classifier(pooled)
+        return Energies(logits, logits.logsumexp(dim=1))
+
+
+class HeadConfig(BaseModel):
+    """How energies are read off the features."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: str = Field(
+        "linear-quadratic",
+        description="head, from `ebmkit list heads`: linear-quadratic (the paper), "
+        "logit (logsumexp, JEM)",
+    )
+    bias: bool = Field(False, description="biases in the head (the paper removes them)")
+
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, kind: str) -> str:
+        find("head", HEADS, kind)
+        return kind
+
+    def build(self, num_features: int, num_classes: int) -> nn.Module:
+        """The `Head` for K = ``num_features`` and C = ``num_classes``."""
+        return HEADS[self.kind].build(num_features, num_classes, self.bias)
+
+
+@dataclass(frozen=True)
+class HeadEntry:
+    """A head that has a name.
+
+    Attributes:
+        build: from K, C, and whether to add biases to the `ebmkit.models.Head`.
+        description: one line.
+    """
+
+    build: Callable[[int, int, bool], nn.Module]
+    description: str
+
+
+HEADS: dict[str, HeadEntry] = Table(
+    "head",
+    {
+        "linear-quadratic": HeadEntry(
+            LinearQuadraticHead, "log p(c|y) linear, log p(y) quadratic in the features"
+        ),
+        "logit": HeadEntry(LogitHead, "log p(y) = logsumexp of the logits, as in JEM"),
+    },
+)
+
+
+def find_head(name: str) -> HeadConfig:
+    """The configuration of the head called ``name``.
+
+    Raises:
+        UserError: if there is none.
+    """
+    find("head", HEADS, name)
+    return HeadConfig(kind=name)
 
 
 class JointModel(EnergyModel):
@@ -220,3 +363,56 @@ def _total(parts: Energies, batch: int, size: float) -> Energies:
     logits = parts.logits.reshape(batch, count, parts.logits.shape[1]).mean(1)
     density = parts.log_density.reshape(batch, count).mean(1)
     return Energies(size * logits, size * density)
+
+
+# --- energies of a classifier --------------------------------------------------------------------
+
+
+class LogitEnergy(EnergyModel):
+    """A classifier with E(y) = -logsumexp(logits) and E(y, c) = -logit_c.
+
+    Args:
+        model: what gives the logits; shared, not copied.
+    """
+
+    def __init__(self, model: EnergyModel) -> None:
+        super().__init__()
+        self.model, self.training = model, model.training
+        self.num_classes, self.noise_conditional = model.num_classes, model.noise_conditional
+        self.card, self.in_channels = model.card, model.in_channels
+
+    @classmethod
+    def of(cls, model: EnergyModel, source: EnergySource = "auto") -> EnergyModel:
+        """``model`` with energies of ``source``: itself where they are its own.
+
+        Raises:
+            UserError: if logits are asked for and the model has none.
+        """
+        if isinstance(model, cls) or energy_source(model, source) == "model":
+            return model
+        if isinstance(model, WrappedEnergyModel):
+            return WrappedEnergyModel(cls.of(model.model, source), model.inference)
+        return cls(model)
+
+    def forward(self, y: Tensor, sigma: Noise | None = None) -> Energies:
+        """Energies of noisy images ``y`` (B, C, H, W) in image units."""
+        logits = self.model(y, sigma).logits
+        return Energies(logits, logits.logsumexp(dim=1))
+
+
+def energy_source(model: EnergyModel, source: EnergySource = "auto") -> Literal["model", "logits"]:
+    """Where the energies of ``model`` come from; see the module's table.
+
+    Raises:
+        UserError: if logits are asked for and the model has none.
+    """
+    if source == "logits" and not model.num_classes:
+        raise UserError("this model has no labels, so its energies cannot be read off logits")
+    if source != "auto":
+        return source
+    if not model.num_classes or model.card is None:
+        return "model"
+    if model.card.energies is not None:
+        return model.card.energies
+    names = {term.rpartition("*")[2].strip() for term in model.card.objective.split("+")}
+    return "logits" if names <= LABELS_ALONE else "model"

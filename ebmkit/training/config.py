@@ -20,7 +20,7 @@ from ebmkit.data.schedule import parse_decay_share, parse_share
 from ebmkit.errors import UserError, shown, validated
 from ebmkit.models import ModelConfig
 from ebmkit.models.config import find_network
-from ebmkit.models.heads import find_head
+from ebmkit.models.joint import find_head
 from ebmkit.objectives import BALANCE, OBJECTIVES, ObjectiveConfig, TermSettings, parse_objective
 from ebmkit.objectives.base import mapping_at
 from ebmkit.objectives.likelihood import NegativesConfig

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ebmkit import ModelCard, create_model
-from ebmkit.models.heads import LogitEnergy, energy_source
+from ebmkit.models.joint import LogitEnergy, energy_source
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from ebmkit.errors import UserError, validated
 from ebmkit.evaluation import evaluate
 from ebmkit.models import BACKBONES, Features, JointModel, ModelConfig
 from ebmkit.models.base import LOWEST, NoiseConditioned
-from ebmkit.models.heads import LogitHead
+from ebmkit.models.joint import LogitHead
 from ebmkit.noise import make_schedule
 from ebmkit.training import resolve
 

@@ -17,7 +17,7 @@ from ebmkit.data import Batch
 from ebmkit.distributed import DistributedContext
 from ebmkit.models import JointModel, load
 from ebmkit.models.base import Features
-from ebmkit.models.heads import LinearQuadraticHead, LogitHead
+from ebmkit.models.joint import LinearQuadraticHead, LogitHead
 from ebmkit.objectives import OBJECTIVES, RunContext, TrainingLoss, parse_objective
 from ebmkit.objectives.adversarial import AdversarialConfig, Attack
 from ebmkit.training import Interrupted, RunFolder, resolve

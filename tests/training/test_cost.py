@@ -14,7 +14,7 @@ from ebmkit.data import Batch
 from ebmkit.data.schedule import Stage
 from ebmkit.errors import UserError
 from ebmkit.models.base import Features
-from ebmkit.models.heads import LinearQuadraticHead
+from ebmkit.models.joint import LinearQuadraticHead
 from ebmkit.objectives import TrainingLoss, parse_objective
 from ebmkit.training import cost as cost_module
 from ebmkit.training.cost import (

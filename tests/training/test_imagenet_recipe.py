@@ -17,7 +17,7 @@ import ebmkit
 from ebmkit.cli import main
 from ebmkit.cli.console import console
 from ebmkit.models.base import Features
-from ebmkit.models.heads import LinearQuadraticHead
+from ebmkit.models.joint import LinearQuadraticHead
 from ebmkit.objectives import TrainingLoss
 from ebmkit.training import Interrupted, RunFolder, Trainer, parse_assignments, resolve
 from ebmkit.training.cost import Budget, Stopwatch, step_flops, step_memory
