@@ -110,6 +110,8 @@ class NetworkConfig(BaseModel):
 
     kind: str
     _classes: ClassVar[dict[str, type[NetworkConfig]]] = {}
+    PRESETS: ClassVar[Mapping[str, tuple[str, Mapping[str, Any]]]] = {}
+    """Name of a preset -> one line, and the fields that are not the defaults."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **settings: Any) -> None:
@@ -136,7 +138,8 @@ class NetworkConfig(BaseModel):
     @classmethod
     def presets(cls) -> dict[str, Preset[Self]]:
         """Named configurations, for `ebmkit list`, the command line and the tests."""
-        return {}
+        found = cls.PRESETS.items()
+        return {name: Preset(cls(**fields), text) for name, (text, fields) in found}
 
     def without_pretrained(self) -> Self:
         """The same for weights that come from a file: nothing is downloaded to build it."""
@@ -288,12 +291,3 @@ class NoiseConditioned(nn.Module):
         """Features of each window of ``grid`` (rows, columns): (B, rows * columns, K)."""
         assert isinstance(self.backbone, WindowedBackbone)
         return self.backbone.pool(maps, grid)
-
-    @property
-    def recompute(self) -> bool | None:
-        """Whether the backbone recomputes its activations; None if it cannot."""
-        return getattr(self.backbone, "recompute", None)
-
-    @recompute.setter
-    def recompute(self, on: bool) -> None:
-        self.backbone.recompute = on  # type: ignore[assignment]

@@ -38,7 +38,7 @@ more up; some levels have self-attention after each block.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field, PositiveInt, model_validator
@@ -49,7 +49,6 @@ from ebmkit.errors import UserError
 from ebmkit.models.base import DenoiserConfig, check_images, pad_to_multiple
 from ebmkit.noise import SCHEDULES, Schedule, linear_betas
 from ebmkit.onednn import subsample_before_1x1
-from ebmkit.registry import Preset
 
 INSTALL = 'uv sync --extra diffusion, or pip install "ebmkit-vision[diffusion]"'
 
@@ -202,6 +201,28 @@ class UNetConfig(DenoiserConfig):
     """Shape of a noise-predicting UNet, and the diffusion that it is of."""
 
     kind: Literal["unet"] = "unet"
+    PRESETS: ClassVar = {
+        "unet": (
+            "a small diffusion UNet that predicts noise; the timestep is an input; by diffusers",
+            {},
+        ),
+        "unet-cifar10": (
+            "Ho et al. 2020 for 32x32 images: 35.7 M parameters, attention at 16x16; by diffusers",
+            {
+                "width": 128,
+                "multipliers": (1, 2, 2, 2),
+                "attention": (1,),
+                "norm_groups": 32,
+                "dropout": 0.1,
+                "options": {
+                    "downsample_padding": 0,
+                    "flip_sin_to_cos": False,
+                    "freq_shift": 1,
+                    "norm_eps": 1e-6,
+                },
+            },
+        ),
+    }
     width: int = Field(32, ge=1, description="channels of the first level")
     multipliers: tuple[PositiveInt, ...] = Field(
         (1, 2, 2), min_length=1, description="channels of each level, as multiples of width"
@@ -240,35 +261,6 @@ class UNetConfig(DenoiserConfig):
         {},
         description="further arguments of diffusers' UNet2DModel; they override the fields above",
     )
-
-    @classmethod
-    def presets(cls) -> dict[str, Preset[UNetConfig]]:
-        """A small network, and DDPM's."""
-        ddpm = {
-            "downsample_padding": 0,
-            "flip_sin_to_cos": False,
-            "freq_shift": 1,
-            "norm_eps": 1e-6,
-        }
-        return {
-            "unet": Preset(
-                cls(width=32, multipliers=(1, 2, 2)),
-                "a small diffusion UNet that predicts noise; the timestep is an input; by "
-                "diffusers",
-            ),
-            "unet-cifar10": Preset(
-                cls(
-                    width=128,
-                    multipliers=(1, 2, 2, 2),
-                    attention=(1,),
-                    norm_groups=32,
-                    dropout=0.1,
-                    options=ddpm,
-                ),
-                "Ho et al. 2020 for 32x32 images: 35.7 M parameters, attention at 16x16; by "
-                "diffusers",
-            ),
-        }
 
     @model_validator(mode="after")
     def _check(self) -> UNetConfig:

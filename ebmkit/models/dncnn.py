@@ -39,7 +39,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -52,7 +52,6 @@ from ebmkit.errors import UserError
 from ebmkit.models.base import DenoiserConfig
 from ebmkit.models.convolution import Conv2d
 from ebmkit.models.denoisers import DirectDenoiser, GradientStep, check_published
-from ebmkit.registry import Preset
 
 PUBLISHED_DEPTHS = (17, 20)
 NORM_PARTS = ("weight", "bias", "running_mean", "running_var")
@@ -62,6 +61,14 @@ class DnCNNConfig(DenoiserConfig):
     """Shape of a DnCNN."""
 
     kind: Literal["dncnn"] = "dncnn"
+    PRESETS: ClassVar = {
+        "dncnn": ("Zhang et al. 2017: 17 layers, residual, blind", {}),
+        "dncnn20": ("the same with 20 layers, as for colour", {"depth": 20}),
+        "dncnn20-bias-free": (
+            "BF-CNN of Mohan et al. 2020: no additive constant",
+            {"depth": 20, "bias": False},
+        ),
+    }
     depth: int = Field(
         17,
         ge=3,
@@ -72,17 +79,6 @@ class DnCNNConfig(DenoiserConfig):
         "batch", description="batch (as published) or none (norms folded into the convolutions)"
     )
     bias: bool = Field(True, description="additive constants; false: bias-free")
-
-    @classmethod
-    def presets(cls) -> dict[str, Preset[DnCNNConfig]]:
-        """The published networks, and the bias-free form."""
-        return {
-            "dncnn": Preset(cls(depth=17), "Zhang et al. 2017: 17 layers, residual, blind"),
-            "dncnn20": Preset(cls(depth=20), "the same with 20 layers, as for colour"),
-            "dncnn20-bias-free": Preset(
-                cls(depth=20, bias=False), "BF-CNN of Mohan et al. 2020: no additive constant"
-            ),
-        }
 
     def build(self, in_channels: int) -> DnCNN:
         """The network, with fresh weights, for images of ``in_channels`` channels."""
@@ -259,22 +255,15 @@ class GraDnCNNConfig(DenoiserConfig):
     """Shape of a GraDnCNN."""
 
     kind: Literal["gradncnn"] = "gradncnn"
+    PRESETS: ClassVar = {
+        "gradncnn": ("Cohen et al. 2021: y - gradient of a scalar network, an energy model", {})
+    }
     layers: int = Field(6, ge=1, description="number of layers between the first and the last")
     width: int = Field(128, ge=1, description="hidden channels")
     activation: Literal["elu", "softplus"] = Field(
         "elu", description="elu or softplus; smooth, because training differentiates twice"
     )
     bias: bool = Field(True, description="biases in the convolutions that take the image")
-
-    @classmethod
-    def presets(cls) -> dict[str, Preset[GraDnCNNConfig]]:
-        """The network of the released code."""
-        return {
-            "gradncnn": Preset(
-                cls(width=128),
-                "Cohen et al. 2021: y - gradient of a scalar network, an energy model",
-            )
-        }
 
     def build_model(self, in_channels: int, num_classes: int = 0) -> GradientStep:
         return GradientStep(ScalarConvNet(in_channels, self), False, in_channels)

@@ -22,7 +22,7 @@ potential is half the squared residual of a denoising network,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -34,7 +34,6 @@ from ebmkit.errors import UserError
 from ebmkit.models.base import DenoiserConfig, pad_to_multiple
 from ebmkit.models.convolution import Conv2d
 from ebmkit.models.denoisers import DirectDenoiser, GradientStep, check_published
-from ebmkit.registry import Preset
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "elu": nn.ELU, "softplus": nn.Softplus}
 
@@ -64,14 +63,10 @@ class DRUNetConfig(DRUNetShape):
     """A DRUNet as a plain denoiser."""
 
     kind: Literal["drunet"] = "drunet"
-
-    @classmethod
-    def presets(cls) -> dict[str, Preset[DRUNetConfig]]:
-        """The published network, and its blind form."""
-        return {
-            "drunet": Preset(cls(), "Zhang et al. 2021: UNet of residual blocks, sigma as input"),
-            "drunet-blind": Preset(cls(noise_map=False), "the same without the noise map"),
-        }
+    PRESETS: ClassVar = {
+        "drunet": ("Zhang et al. 2021: UNet of residual blocks, sigma as input", {}),
+        "drunet-blind": ("the same without the noise map", {"noise_map": False}),
+    }
 
     def build_model(self, in_channels: int, num_classes: int = 0) -> DirectDenoiser:
         network = self.build(in_channels)
@@ -82,6 +77,13 @@ class GSDRUNetConfig(DRUNetShape):
     """Shape of a GS-DRUNet."""
 
     kind: Literal["gs-drunet"] = "gs-drunet"
+    PRESETS: ClassVar = {
+        "gs-drunet": (
+            "Hurault et al. 2022: y - grad |y - DRUNet(y)|^2 / 2, an energy model",
+            {},
+        ),
+        "gs-drunet-blind": ("the same without the noise map", {"noise_map": False}),
+    }
     blocks: int = Field(
         2, ge=1, description="residual blocks per scale, on the way down and on the way up"
     )
@@ -89,16 +91,6 @@ class GSDRUNetConfig(DRUNetShape):
         "elu",
         description="elu (as published) or softplus; smooth, because training differentiates twice",
     )
-
-    @classmethod
-    def presets(cls) -> dict[str, Preset[GSDRUNetConfig]]:
-        """The published network, and its blind form."""
-        return {
-            "gs-drunet": Preset(
-                cls(), "Hurault et al. 2022: y - grad |y - DRUNet(y)|^2 / 2, an energy model"
-            ),
-            "gs-drunet-blind": Preset(cls(noise_map=False), "the same without the noise map"),
-        }
 
     def build_model(self, in_channels: int, num_classes: int = 0) -> GradientStep:
         potential = HalfSquaredResidual(self.build(in_channels))

@@ -34,7 +34,7 @@ block=jem``. The features are means over positions of the last activation, K = 4
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -43,7 +43,6 @@ from ebmkit.models.base import BackboneConfig, Features, MeanPooled
 from ebmkit.models.convolution import Conv2d
 from ebmkit.models.layers import make_norm
 from ebmkit.models.recompute import recompute
-from ebmkit.registry import Preset
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 
@@ -52,6 +51,24 @@ class ResNetConfig(BackboneConfig):
     """Shape of a ResNet."""
 
     kind: Literal["resnet"] = "resnet"
+    PRESETS: ClassVar = {
+        "resnet18": (
+            "classifier (He et al. 2016) adapted to 32x32 images: 3x3 stem, no max-pool",
+            {},
+        ),
+        "resnet18-imagenet": (
+            "classifier (He et al. 2016) for 224x224 images",
+            {"stem": "imagenet"},
+        ),
+        "resnet50": (
+            "classifier (He et al. 2016), 50 layers, adapted to 32x32 images like resnet18",
+            {"depth": 50},
+        ),
+        "resnet50-imagenet": (
+            "classifier (He et al. 2016) for 224x224 images",
+            {"depth": 50, "stem": "imagenet"},
+        ),
+    }
     depth: Literal[18, 34, 50] = Field(
         18, description="depth: 18 (2-2-2-2 blocks), 34 (3-4-6-3) or 50 (3-4-6-3 bottleneck blocks)"
     )
@@ -63,26 +80,6 @@ class ResNetConfig(BackboneConfig):
         description="first layers: cifar (3x3, stride 1) or imagenet (7x7, stride 2, and a "
         "max-pool)",
     )
-
-    @classmethod
-    def presets(cls) -> dict[str, Preset[ResNetConfig]]:
-        """Published networks, and their form for 32x32 images."""
-        return {
-            "resnet18": Preset(
-                cls(depth=18, stem="cifar"),
-                "classifier (He et al. 2016) adapted to 32x32 images: 3x3 stem, no max-pool",
-            ),
-            "resnet18-imagenet": Preset(
-                cls(depth=18, stem="imagenet"), "classifier (He et al. 2016) for 224x224 images"
-            ),
-            "resnet50": Preset(
-                cls(depth=50, stem="cifar"),
-                "classifier (He et al. 2016), 50 layers, adapted to 32x32 images like resnet18",
-            ),
-            "resnet50-imagenet": Preset(
-                cls(depth=50, stem="imagenet"), "classifier (He et al. 2016) for 224x224 images"
-            ),
-        }
 
     def build(self, in_channels: int) -> ResNet:
         return ResNet(in_channels, self)
@@ -141,12 +138,22 @@ class ResNet(MeanPooled):
 
 
 STEM_CHANNELS = 16
+JEM = {"norm": "none", "activation": "leaky_relu", "bias": True, "block": "jem"}
+"""JEM's form, as fields of `WideResNetConfig`."""
 
 
 class WideResNetConfig(BackboneConfig):
     """Shape of a WideResNet; the defaults are WRN-28-10."""
 
     kind: Literal["wideresnet"] = "wideresnet"
+    PRESETS: ClassVar = {
+        "wideresnet28-10": ("classifier (Zagoruyko and Komodakis 2016)", {}),
+        "wideresnet28-10-jem": ("the variant of JEM: no norm, leaky ReLU, biases", JEM),
+        "wideresnet10-jem": (
+            "the variant of JEM, small enough to train on a CPU",
+            {**JEM, "depth": 10, "width": 32},
+        ),
+    }
     depth: int = Field(28, ge=10, description="depth, 6n + 4 with n blocks per group")
     width: int = Field(
         160, ge=1, description="channels of group 1 (16 k); groups 2 and 3 have 2, 4 times as many"
@@ -174,32 +181,6 @@ class WideResNetConfig(BackboneConfig):
         if self.norm == "group" and self.width % 8:
             raise ValueError(f"width {self.width} must be a multiple of 8 for norm 'group'")
         return self
-
-    @classmethod
-    def presets(cls) -> dict[str, Preset[WideResNetConfig]]:
-        """The published network, and JEM's."""
-
-        def jem(depth: int, width: int) -> WideResNetConfig:
-            return cls(
-                depth=depth,
-                width=width,
-                norm="none",
-                activation="leaky_relu",
-                bias=True,
-                block="jem",
-            )
-
-        return {
-            "wideresnet28-10": Preset(
-                cls(depth=28, width=160), "classifier (Zagoruyko and Komodakis 2016)"
-            ),
-            "wideresnet28-10-jem": Preset(
-                jem(28, 160), "the variant of JEM: no norm, leaky ReLU, biases"
-            ),
-            "wideresnet10-jem": Preset(
-                jem(10, 32), "the variant of JEM, small enough to train on a CPU"
-            ),
-        }
 
     def build(self, in_channels: int) -> WideResNet:
         return WideResNet(in_channels, self)
