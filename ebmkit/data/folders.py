@@ -43,7 +43,6 @@ from ebmkit.data.imagesets import (
     StreamedSet,
     readable,
     shuffled,
-    some_of,
     split_rows,
 )
 from ebmkit.errors import UserError
@@ -168,7 +167,8 @@ def load_folder(request: DatasetRequest, side: int | None = None) -> AnyImages:
     images = images.select(rows)
     if images.crops is not None:
         return replace(images, skip=skip)
-    images = readable_images(images, what, request)
+    if skip:
+        images = images.readable(what, request.progress, warn=True)
     shape = (len(images), images.channels, *images.image_size)
     if math.prod(shape) > imagesets.MEMORY_LIMIT:
         return replace(images, skip=skip)
@@ -212,7 +212,7 @@ def load_pictures(request: DatasetRequest) -> StreamedSet:
         raise UserError(f"{str(root)!r} holds no images: put files ending in {SUFFIXES} there")
     lost: list[str] = []
     if faults.skip:
-        names, lost = _readable_files(root, names)
+        names, lost = readable(names, lambda name: image_header(root / name), repr(str(root)))
     headers = [image_header(root / name) for name in names]
     channels, *others = {count for count, _ in headers}
     if others:
@@ -262,7 +262,7 @@ def list_folder(request: DatasetRequest, part: str, side: int | None = None) -> 
         )
     lost: list[str] = []
     if faults.skip and request.image_size is None:
-        names, lost = _readable_files(base, names)
+        names, lost = readable(names, lambda name: image_header(base / name), repr(str(base)))
     numbers = {name: i for i, name in enumerate(classes)}
     channels, size = _shape(base, names, request)
     # bytes of a folder's name that are no UTF-8 as \xff, so that any file can hold it
@@ -280,38 +280,6 @@ def list_folder(request: DatasetRequest, part: str, side: int | None = None) -> 
         crops=reader if side is not None and request.split == "train" else None,
         left_out=tuple(lost),
     )
-
-
-def _readable_files(base: Path, names: list[str]) -> tuple[list[str], list[str]]:
-    """Those of ``names`` whose headers can be read, and why the others' cannot."""
-    found, reasons = readable(names, lambda name: image_header(base / name))
-    _warn_left_out(reasons, len(names), base.name)
-    if not found:
-        raise UserError(f"none of {len(names)} images in {str(base)!r} can be read: {reasons[0]}")
-    return found, reasons
-
-
-def readable_images(images: StreamedSet, what: str, request: DatasetRequest) -> StreamedSet:
-    """Those of ``images`` that can be read, and a warning about the others, where these are to be
-    left out; else all.
-
-    Raises:
-        UserError: if none can.
-    """
-    if not request.faults.skip:
-        return images
-    found = images.readable(what, request.progress)
-    _warn_left_out(found.left_out[len(images.left_out) :], len(images), what)
-    return found
-
-
-def _warn_left_out(reasons: Sequence[str], count: int, what: str) -> None:
-    if reasons:
-        warnings.warn(
-            f"{len(reasons)} of {count} images of {what} cannot be read and are left out: "
-            f"{some_of(reasons)}",
-            stacklevel=4,
-        )
 
 
 def has_parts(root: Path) -> bool:

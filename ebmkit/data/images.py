@@ -118,7 +118,15 @@ def read_image(path: Path | str, channels: int | None = None) -> LoadedImage:
     levels = pixels.astype(np.float32, order="C")
     levels /= top  # in place: a large image's numbers are gigabytes
     image = torch.from_numpy(levels)
-    return LoadedImage(_with_channels(image, channels, path), bits, opened.mode)
+    if channels == 1 and len(image) == 3 and bool((image == image[:1]).all()):
+        image = image[:1]
+    elif channels == 3:
+        image = image.expand(3, -1, -1).contiguous()
+    if channels not in (None, len(image)):
+        raise UserError(
+            f"{str(path)!r} is in colour and the model takes {channels} channel: convert it to gray"
+        )
+    return LoadedImage(image, bits, opened.mode)
 
 
 def write_image(image: Tensor, path: Path | str, overwrite: bool = False, bits: int = 8) -> None:
@@ -289,15 +297,3 @@ def _decoded(image: Image.Image, path: Path) -> DecodedImage:
         notes.append(f"{str(path)!r} has an alpha channel, fully opaque, which is left out")
     gray = upright.mode in ("1", "L", "LA", "La")
     return DecodedImage(upright.convert("L" if gray else "RGB"), mode, tuple(notes))
-
-
-def _with_channels(image: Tensor, channels: int | None, path: Path) -> Tensor:
-    if channels is None or channels == len(image):
-        return image
-    if channels == 3:
-        return image.repeat(3, 1, 1)
-    if channels == 1 and bool((image == image[:1]).all()):
-        return image[:1]
-    raise UserError(
-        f"{str(path)!r} is in colour and the model takes {channels} channel: convert it to gray"
-    )

@@ -46,7 +46,6 @@ from ebmkit.data.folders import (
     load_folder,
     load_imagenet,
     load_pictures,
-    readable_images,
     to_pixels,
 )
 from ebmkit.data.hdf5 import load_hdf5, load_rows, read_contents
@@ -465,8 +464,9 @@ def _folder_parts(
     parts: dict[str, StreamedSet] = {}
     for group in groups:
         images = list_folder(request, group or "all")
-        images = images.select(shuffled(len(images)))
-        parts[group] = readable_images(images, f"{root.name}/{group}", request)
+        parts[group] = images.select(shuffled(len(images)))
+        if faults.skip:
+            parts[group] = parts[group].readable(f"{root.name}/{group}", progress, warn=True)
     if len({(part.channels, part.image_size) for part in parts.values()}) > 1:
         raise UserError(
             f"training and test images in {str(root)!r} differ in size or colour: give an image "

@@ -116,12 +116,7 @@ class BiasFreeBatchNorm(nn.BatchNorm2d):
 
 
 class DnCNN(nn.Module):
-    """The network: noisy images to estimates of the clean ones.
-
-    Args:
-        in_channels: 1 for gray, 3 for colour.
-        config: the shape.
-    """
+    """The network: noisy images to estimates of the clean ones."""
 
     def __init__(self, in_channels: int, config: DnCNNConfig | None = None) -> None:
         super().__init__()
@@ -270,12 +265,7 @@ class GraDnCNNConfig(DenoiserConfig):
 
 
 class ScalarConvNet(nn.Module):
-    """GraDnCNN's g: convolutions into each of which the image is fed, summed over positions.
-
-    Args:
-        in_channels: 1 for gray, 3 for colour.
-        config: the shape.
-    """
+    """GraDnCNN's g: convolutions into each of which the image is fed, summed over positions."""
 
     def __init__(self, in_channels: int, config: GraDnCNNConfig | None = None) -> None:
         super().__init__()

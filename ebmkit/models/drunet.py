@@ -129,10 +129,6 @@ class DRUNet(nn.Module):
     """The network: noisy images, and their noise level, to estimates of the clean ones.
 
     Parameters are named as in the released code (cszn/DPIR), whose weights therefore fit.
-
-    Args:
-        in_channels: 1 for gray, 3 for colour.
-        config: the shape.
     """
 
     def __init__(self, in_channels: int, config: DRUNetShape | None = None) -> None:

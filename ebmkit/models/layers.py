@@ -239,11 +239,11 @@ class _Gradient(torch.autograd.Function):
     def backward(
         ctx: Any, v: Tensor | None, by_weights: Tensor | None, by_biases: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        g, x, weights, mean, rstd, sum_gx, sum_g = ctx.saved_tensors
+        g, x, weights, *_ = ctx.saved_tensors
         rest = (None, None, None, None)
         of_sums = by_weights is not None or by_biases is not None
         if v is not None and not of_sums and not torch.is_grad_enabled():
-            return *_second(v, g, x, weights, mean, rstd, sum_gx, sum_g), *rest
+            return *_second(v, *ctx.saved_tensors), *rest
         at = _Normalised(x, ctx.groups, ctx.eps)
         of_g, of_x, of_weights = torch.zeros_like(x), torch.zeros_like(x), None
         if v is not None:
@@ -269,17 +269,9 @@ def _first(
     return of_x.reshape(x.shape), sum_gx, sum_g
 
 
-def _second(
-    v: Tensor,
-    g: Tensor,
-    x: Tensor,
-    weights: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    sum_gx: Tensor,
-    sum_g: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _second(v: Tensor, *saved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The pull-back of ``v`` by P(w g) / s to g, x and w: values, in few passes."""
+    g, x, weights, mean, rstd, sum_gx, sum_g = saved
     x_rows, g_rows = _rows(x), _rows(g)
     q, sum_vx, _ = _pull_back(_rows(v), x_rows, mean, rstd, None, [True, True, False])
     zero, one = torch.zeros_like(mean), torch.ones_like(rstd)

@@ -90,10 +90,6 @@ class ResNet(MeanPooled):
 
     Parameters are named as in torchvision, whose published weights therefore fit at width 64 with
     the stem of ImageNet (all but ``fc``).
-
-    Args:
-        in_channels: 1 for gray, 3 for colour.
-        config: the shape.
     """
 
     def __init__(self, in_channels: int, config: ResNetConfig | None = None) -> None:
