@@ -124,8 +124,8 @@ def read_checkpoint(
         raise UserError(f"{str(source)!r} is a model's folder already: use it as it is")
     repository = not path.exists() and is_hub_name(str(source)) and ":" not in str(source)
     if kind == "diffusers" or (kind is None and (path.is_dir() or repository)):
-        given = {"backbone": backbone, "rename": rename, "classes": classes, "mean": mean}
-        given |= {"std": std, "image_size": image_size, "settings": settings}
+        given: dict[str, object] = {"backbone": backbone, "rename": rename, "classes": classes}
+        given |= {"mean": mean, "std": std, "image_size": image_size, "settings": settings}
         if other := next((name for name, value in given.items() if value), None):
             raise UserError(f"a UNet of diffusers says itself what it is: leave {other} out")
         unet, config = read_unet(source)
