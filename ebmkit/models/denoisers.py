@@ -64,9 +64,6 @@ class ImpliedLevelModel(ScoreModel):
         sigma = implied_sigma(change)
         return clean, sigma if sigma_range is None else sigma.clamp(*sigma_range)
 
-    def estimate_sigma(self, y: Tensor) -> Tensor:
-        return self.denoise_blind(y)[1]
-
 
 class DirectDenoiser(ImpliedLevelModel):
     """A network that denoises directly, as a `ScoreModel`: trained, evaluated and used as such.

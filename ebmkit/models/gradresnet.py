@@ -147,14 +147,8 @@ class GradResNet(nn.Module):
         blocks = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}[config.depth]
         widths = [config.width * 2**i for i in range(4)]
         self.in_channels = in_channels
-        self.stem = Conv2d(
-            in_channels,
-            config.width,
-            config.stem_kernel,
-            config.strides[0],
-            config.stem_kernel // 2,
-            bias=config.bias,
-        )
+        kernel, stride = config.stem_kernel, config.strides[0]
+        self.stem = Conv2d(in_channels, config.width, kernel, stride, kernel // 2, bias=config.bias)
         self.activation = ACTIVATIONS[config.activation]()
         self.stages = nn.ModuleList()
         channels = config.width

@@ -189,16 +189,9 @@ class _GroupNorm(torch.autograd.Function):
     def forward(
         x: Tensor, weights: Tensor, biases: Tensor | None, groups: int, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        out, mean, rstd = torch.native_group_norm(
-            _rows(x),
-            weights.reshape(-1),
-            None if biases is None else biases.reshape(-1),
-            1,
-            weights.numel(),
-            x.shape[2] * x.shape[3],
-            groups * x.shape[0],
-            eps,
-        )
+        bias = None if biases is None else biases.reshape(-1)
+        sizes = 1, weights.numel(), x.shape[2] * x.shape[3], groups * x.shape[0]
+        out, mean, rstd = torch.native_group_norm(_rows(x), weights.reshape(-1), bias, *sizes, eps)
         return out.reshape(x.shape), mean, rstd
 
     @staticmethod
