@@ -139,9 +139,8 @@ def padded(x: Tensor, padding: int, fill: str = "black") -> Tensor:
     """Add ``padding`` pixels on each side of ``x`` (B, C, H, W): black, or the image reflected."""
     if fill == "black":
         return pad(x, (padding,) * 4)
-    height, width = x.shape[-2:]
-    down, across = (_reflected(n, padding, x.device) for n in (height, width))
-    return x[:, :, down][:, :, :, across]
+    wide = x if x.is_floating_point() else x.float()  # PyTorch reflects no whole numbers
+    return pad(wide, (padding,) * 4, "reflect").to(x.dtype)
 
 
 def cutout(x: Tensor, side: int, generator: torch.Generator, rows: Rows | None = None) -> Tensor:
@@ -188,12 +187,6 @@ def mix(x: Tensor, soft: Tensor, kind: str, generator: torch.Generator) -> tuple
     lam = weight.double().mean().to(soft.dtype)
     mixed = x.roll(1, 0) * (1.0 - weight) + x * weight
     return mixed, soft.roll(1, 0) * (1.0 - lam) + soft * lam
-
-
-def _reflected(size: int, padding: int, device: torch.device) -> Tensor:
-    """Numbers of the pixels that a side of ``size``, reflected at its ends, shows."""
-    numbers = torch.arange(-padding, size + padding, device=device).abs()
-    return (size - 1) - ((size - 1) - numbers).abs()
 
 
 def _draw(x: Tensor, below: int, generator: torch.Generator, rows: Rows | None) -> Tensor:

@@ -119,7 +119,16 @@ class DiffusionModel(ScoreModel):
                 the network cannot do without labels.
         """
         check_images(y, self.in_channels)
-        return self._noise(y, self._levels(y, sigma)[1], c)
+        level = self._levels(y, sigma)[1]
+        low, high = self.schedule.image_range
+        spread = (high - low) * per_image(level, y)
+        assert isinstance(spread, Tensor)
+        root_abar = (1 + spread.square()).rsqrt()
+        root_rest = spread * root_abar
+        u = ((high - low) * y + low) * root_abar
+        predicted = self._predict(u, self.timestep(level), c).to(y.dtype)
+        noise: Tensor = _TO_NOISE[self.prediction](predicted, u, root_abar, root_rest)
+        return noise
 
     def _score(self, y: Tensor, sigma: Noise | None, c: Tensor | None) -> Tensor:
         level = self._levels(y, sigma)[1]
@@ -160,18 +169,6 @@ class DiffusionModel(ScoreModel):
     def timestep(self, sigma: Tensor) -> Tensor:
         """The timesteps (B,) int64 whose levels are the nearest to ``sigma`` (B,), by ratio."""
         return torch.bucketize(sigma.log().to(self.log_edges), self.log_edges)
-
-    def _noise(self, y: Tensor, level: Tensor, c: Tensor | None) -> Tensor:
-        """The noise in ``y`` at the levels (B,), with labels (B,), the null label among them."""
-        low, high = self.schedule.image_range
-        spread = (high - low) * per_image(level, y)
-        assert isinstance(spread, Tensor)
-        root_abar = (1 + spread.square()).rsqrt()
-        root_rest = spread * root_abar
-        u = ((high - low) * y + low) * root_abar
-        predicted = self._predict(u, self.timestep(level), c).to(y.dtype)
-        noise: Tensor = _TO_NOISE[self.prediction](predicted, u, root_abar, root_rest)
-        return noise
 
     def _predict(self, u: Tensor, t: Tensor, c: Tensor | None) -> Tensor:
         height, width = u.shape[-2:]

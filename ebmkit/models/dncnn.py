@@ -133,15 +133,7 @@ class DnCNN(nn.Module):
             layers.append(nn.ReLU(inplace=True))
         layers.append(nn.Conv2d(width, in_channels, 3, padding=1, bias=folded))
         self.layers = nn.Sequential(*layers)
-        self._initialise(width)
-
-    def forward(self, y: Tensor, sigma: Noise | None = None) -> Tensor:
-        """Estimates of the clean images of ``y`` (B, C, H, W), same shape; ``sigma`` is ignored."""
-        noise: Tensor = self.layers(y)
-        return y - noise
-
-    def _initialise(self, width: int) -> None:
-        """He's normal weights, and the small norm weights of the released training code."""
+        # He's normal weights, and the small norm weights of the released training code
         spread, least = math.sqrt(2 / (9 * width)), 0.025
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -152,6 +144,11 @@ class DnCNN(nn.Module):
                 with torch.no_grad():
                     drawn = torch.randn_like(module.weight) * spread
                     module.weight.copy_(drawn.sign() * drawn.abs().clamp_min(least))
+
+    def forward(self, y: Tensor, sigma: Noise | None = None) -> Tensor:
+        """Estimates of the clean images of ``y`` (B, C, H, W), same shape; ``sigma`` is ignored."""
+        noise: Tensor = self.layers(y)
+        return y - noise
 
 
 def convert_dncnn(
