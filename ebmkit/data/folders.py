@@ -260,11 +260,8 @@ def list_folder(request: DatasetRequest, part: str, side: int | None = None) -> 
         raise UserError(
             f"{str(base)!r} holds no {part} images: put files ending in {', '.join(SUFFIXES)} there"
         )
-    lost: list[str] = []
-    if faults.skip and request.image_size is None:
-        names, lost = readable(names, lambda name: image_header(base / name), repr(str(base)))
+    channels, size, names, lost = _look(base, names, request)
     numbers = {name: i for i, name in enumerate(classes)}
-    channels, size = _shape(base, names, request)
     # bytes of a folder's name that are no UTF-8 as \xff, so that any file can hold it
     texts = (os.fsencode(name).decode("utf-8", "backslashreplace") for name in classes)
     reader = FolderReader(base, names, channels, size, side)
@@ -288,11 +285,7 @@ def has_parts(root: Path) -> bool:
 
 
 def _part_folder(root: Path, part: str) -> Path:
-    """The folder of ``part``, "train" or "test".
-
-    The test images are those of val/ where test/ is missing, or has no class folders and val/ does,
-    as in ImageNet.
-    """
+    """The folder of ``part``: val/ where test/ is missing, or val/ alone has class folders."""
     base, val = root / part, root / "val"
     if part == "test" and val.is_dir():
         labelled = _has_folders(val) and not _has_folders(base)
@@ -349,33 +342,38 @@ def _is_test(name: str) -> bool:
     return int.from_bytes(digest, "big") % 10 == 0
 
 
-def _shape(base: Path, names: list[str], request: DatasetRequest) -> tuple[int, tuple[int, int]]:
-    """Channels and size of a set: of all headers, or of a hundred where the size is given."""
-    side = request.image_size
+def _look(
+    base: Path, names: list[str], request: DatasetRequest
+) -> tuple[int, tuple[int, int], list[str], list[str]]:
+    """Channels, size, names that can be read, and why not the others; of 100 if there is a size."""
+    side, headers = request.image_size, dict[str, tuple[int, tuple[int, int]]]()
     step = 1 if side is None else max(1, len(names) // 100)
-    channels, last = 1, None
-    sizes: dict[tuple[int, int], str] = {}
-    for name in progress_bar(names[::step], f"looking into {base.name}", request.progress):
-        try:
-            found, size = image_header(base / name)
-        except UserError as error:
-            if not request.faults.skip:
+
+    def look(name: str) -> None:
+        headers[name] = image_header(base / name)
+
+    lost: list[str] = []
+    shown = progress_bar(names[::step], f"looking into {base.name}", request.progress)
+    if request.faults.skip:
+        lost = readable(shown, look, repr(str(base)), warn=side is None)[1]
+    else:
+        for name in shown:
+            try:
+                look(name)
+            except UserError as error:
                 raise UserError(f"{error}{HINT}") from None
-            last = error
-            continue
-        channels = max(channels, found)
-        sizes.setdefault(size, name)
-    if not sizes:
-        raise UserError(f"none of {len(names[::step])} images in {str(base)!r} can be read: {last}")
+    channels = max(found for found, _ in headers.values())
     if side is not None:
-        return channels, (side, side)
-    if len(sizes) > 1:
-        (first, a), (second, b) = list(sizes.items())[:2]
+        return channels, (side, side), names, []
+    first, *others = headers
+    size = headers[first][1]
+    if odd := next((name for name in others if headers[name][1] != size), None):
+        height, width = headers[odd][1]
         raise UserError(
-            f"images in {str(base)!r} differ in size ({a} is {first[0]}x{first[1]}, {b} "
-            f"{second[0]}x{second[1]}): choose one by --image-size"
+            f"images in {str(base)!r} differ in size ({first} is {size[0]}x{size[1]}, {odd} "
+            f"{height}x{width}): choose one by --image-size"
         )
-    return channels, next(iter(sizes))
+    return channels, size, list(headers), lost
 
 
 def find_images(
