@@ -89,7 +89,7 @@ class FolderReader:
         return os.fsdecode(self._names[row])
 
     def read(self, rows: Sequence[int], cut: Cut | None = None) -> Tensor:
-        """Images (B, C, H, W) uint8, or crops (B, C, *cut.crop.size) of the whole images.
+        """Images (B, C, H, W) uint8, or crops (B, C, *cut.size) of the whole images.
 
         A window is cut from the image with its shorter side brought to ``side``, a resized crop
         from the image as it is in the file.
@@ -107,7 +107,7 @@ class FolderReader:
         if not self.whole:
             return to_pixels(image, self.channels, self.size)
         pixels = to_pixels(image, self.channels)
-        if cut is None or cut.crop.scale is None:
+        if cut is None or cut.scale is None:
             pixels = functional.resize(pixels, [self.side], antialias=True)
         if cut is None:
             assert self.size is not None
@@ -115,8 +115,8 @@ class FolderReader:
             return middle
         top, left, height, width = crop_boxes(pixels.shape[1], pixels.shape[2], cut)[0].tolist()
         crop = pixels[:, top : top + height, left : left + width]
-        if cut.crop.scale is not None:
-            crop = functional.resize(crop, list(cut.crop.size), antialias=True)
+        if cut.scale is not None:
+            crop = functional.resize(crop, list(cut.size), antialias=True)
         return crop
 
     def _open(self, row: int) -> Image.Image:

@@ -103,7 +103,7 @@ class CropReader(RowReader, Protocol):
     """Shorter side that images are brought to before a window is cut from them."""
 
     def read(self, rows: Sequence[int], cut: Cut | None = None) -> Tensor:
-        """Images, or crops (B, C, *cut.crop.size) uint8 of as many."""
+        """Images, or crops (B, C, *cut.size) uint8 of as many."""
         ...
 
 
