@@ -180,11 +180,7 @@ def load_folder(request: DatasetRequest, side: int | None = None) -> AnyImages:
 
 
 def load_imagenet(request: DatasetRequest) -> AnyImages:
-    """One split of a folder of whole images, evaluated on the middle 7/8 of the shorter side.
-
-    Raises:
-        UserError: as `load_folder`.
-    """
+    """`load_folder` of whole images, evaluated on the middle 7/8 of the shorter side."""
     request.path("the folder with train/ and val/")
     size = request.image_size or 224
     return load_folder(request._replace(image_size=size), side=round(size * 256 / 224))

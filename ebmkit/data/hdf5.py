@@ -95,11 +95,7 @@ class Hdf5Reader:
         return rearrange(torch.from_numpy(images), "n h w c -> n c h w").contiguous()
 
     def read_all(self) -> Tensor:
-        """All images (N, H, W, C) uint8, at once.
-
-        Raises:
-            UserError: as `read`.
-        """
+        """All images (N, H, W, C) uint8, at once; errors as of `read`."""
         what = repr(str(self.path))
         with open_hdf5(self.path) as file:
             self._check_unchanged(what)

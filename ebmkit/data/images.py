@@ -168,29 +168,16 @@ def write_image(image: Tensor, path: Path | str, overwrite: bool = False, bits: 
 
 
 def open_image(path: Path, most: int = MAX_PIXELS) -> DecodedImage:
-    """Open, check and decode an image; its notes tell what a reader should know.
-
-    Args:
-        path: the file.
-        most: pixels that it may have.
-
-    Raises:
-        UserError: as `read_image`.
-    """
+    """Open, check and decode an image of at most ``most`` pixels; errors as of `read_image`."""
     with _opened(path, most) as image:
         _check_header(image, path)
         return _decoded(image, path)
 
 
 def image_header(path: Path, most: int = MAX_PIXELS_IN_SET) -> tuple[int, tuple[int, int]]:
-    """Channels (1 or 3) and (height, width) of an image, without decoding it.
+    """Channels (1 or 3) and (height, width) of an image of at most ``most`` pixels.
 
-    Args:
-        path: the file.
-        most: pixels that it may have.
-
-    Raises:
-        UserError: as `read_image`, as far as the header tells.
+    It is not decoded; errors as of `read_image`, as far as the header tells.
     """
     with _opened(path, most) as image:
         turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)

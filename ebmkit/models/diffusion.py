@@ -287,13 +287,13 @@ class UNetConfig(DenoiserConfig):
 
     def arguments(self, in_channels: int, num_classes: int) -> dict[str, Any]:
         """Those of `diffusers.UNet2DModel`, for images of C channels and labels, if it has any."""
-        attended = [level in self.attention for level in range(len(self.multipliers))]
+        attends = ["Attn" * (level in self.attention) for level in range(len(self.multipliers))]
         plain: dict[str, Any] = {
             "in_channels": in_channels,
             "out_channels": in_channels,
             "block_out_channels": [self.width * factor for factor in self.multipliers],
-            "down_block_types": [_block("Down", attends) for attends in attended],
-            "up_block_types": [_block("Up", attends) for attends in reversed(attended)],
+            "down_block_types": [f"{attn}DownBlock2D" for attn in attends],
+            "up_block_types": [f"{attn}UpBlock2D" for attn in reversed(attends)],
             "layers_per_block": self.blocks,
             "attention_head_dim": self.head_channels,
             "norm_num_groups": self.norm_groups,
@@ -336,17 +336,9 @@ class UNetConfig(DenoiserConfig):
 
 
 def unet_class() -> type[nn.Module]:
-    """`diffusers.UNet2DModel`.
-
-    Raises:
-        UserError: if `diffusers` is not installed.
-    """
+    """`diffusers.UNet2DModel`; `UserError` where `diffusers` is not installed."""
     try:
         from diffusers import UNet2DModel
     except ImportError:
         raise UserError(f"a UNet is built by diffusers, which is missing: {INSTALL}") from None
     return cast("type[nn.Module]", UNet2DModel)
-
-
-def _block(way: str, attends: bool) -> str:
-    return f"{'Attn' if attends else ''}{way}Block2D"

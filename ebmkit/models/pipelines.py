@@ -69,11 +69,7 @@ def read_unet(
     image_range: tuple[float, float] = (-1.0, 1.0),
     null_label: bool = False,
 ) -> tuple[DiffusionModel, ModelConfig]:
-    """The model of `import_unet`, and what builds it; nothing is written.
-
-    Raises:
-        UserError: as `import_unet`.
-    """
+    """The model of `import_unet`, and what builds it; nothing is written. Errors as there."""
     places = ("", "unet/")
     source = locate_folder(
         path_or_name,
