@@ -240,7 +240,7 @@ def _check_header(image: Image.Image, path: Path) -> None:
             f"{str(path)!r} is a JPEG of more than {MAX_SCANS} passes, as is done to fill the "
             "time: save it anew"
         )
-    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
+    if image.mode in ("F", "I"):
         raise UserError(
             f"{str(path)!r} has 32 bits per pixel: convert it to 8 bits, or to 16-bit gray"
         )
@@ -269,10 +269,6 @@ def _decoded(image: Image.Image, path: Path) -> DecodedImage:
     image.load()
     turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
     upright = image if turn is None else image.transpose(turn)
-    if upright.mode == "I":  # how older Pillows call a 16-bit gray PNG
-        return DecodedImage(
-            Image.fromarray(np.asarray(upright).astype(np.uint16)), mode, tuple(notes)
-        )
     if upright.mode in _SIXTEEN_BIT:
         return DecodedImage(upright, mode, tuple(notes))
     if upright.has_transparency_data:
