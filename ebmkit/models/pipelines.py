@@ -199,7 +199,7 @@ def _size(sample: Any) -> tuple[int, int] | None:
     return (int(sample[0]), int(sample[1])) if isinstance(sample, list) else None
 
 
-# --- the hub ---------------------------------------------------------------------------------------
+# --- the hub ----------------------------------------------------------------------------------
 
 
 def is_hub_name(source: str) -> bool:
