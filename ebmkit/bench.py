@@ -64,8 +64,7 @@ from ebmkit.energy import Energies, EnergyModel
 from ebmkit.errors import UserError
 from ebmkit.models import JointModel, create_model
 from ebmkit.models.convolution import Conv2d
-from ebmkit.models.gelu import GELU
-from ebmkit.models.norms import GroupNorm
+from ebmkit.models.layers import GELU, GroupNorm
 from ebmkit.objectives import BALANCE, Scale, Term, TrainingLoss, parse_objective
 from ebmkit.training.config import OptimizerConfig
 from ebmkit.training.cost import format_bytes

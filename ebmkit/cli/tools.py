@@ -269,7 +269,7 @@ def pack(
         follow_links: follow links that lead out of the folder
     """
     from ebmkit.data import Faults
-    from ebmkit.data.pack import pack as pack_file
+    from ebmkit.data.sets import pack as pack_file
 
     faults = Faults(skip_unreadable, follow_links)
     pack_file(src, out, image_size=image_size, progress=console.is_terminal, faults=faults)

@@ -52,7 +52,7 @@ from ebmkit.evaluation.suite import (
     number,
 )
 from ebmkit.models import GradResNet, JointModel, LinearQuadraticHead
-from ebmkit.models.norms import GroupNorm
+from ebmkit.models.layers import GroupNorm
 from ebmkit.noise import Sigma, in_255ths
 
 SHOWN = {

@@ -10,6 +10,7 @@ versions load as they are: fields that came later have defaults that change noth
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -19,7 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from ebmkit.compute import ComputeConfig
 from ebmkit.data import StreamConfig
-from ebmkit.data.schedule import parse_decay_share, parse_share
+from ebmkit.data.schedule import parse_share
 from ebmkit.errors import UserError, shown, validated
 from ebmkit.models import ModelConfig
 from ebmkit.models.config import find_network
@@ -77,7 +78,7 @@ FREE_TO_CHANGE = {
 Schedule = Literal["cosine", "constant", "milestones", "linear", "warmup-stable-decay"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, BeforeValidator(parse_share)]
-DecayShare = Annotated[float, BeforeValidator(parse_decay_share)]
+DecayShare = Annotated[float, BeforeValidator(partial(parse_share, of_decay=True))]
 
 
 class _Config(BaseModel):

@@ -10,7 +10,7 @@ from ebmkit.evaluation.context import noisy_batches
 from ebmkit.evaluation.linearity import directional, linearity, linearity_grid, theory, theory_of
 from ebmkit.evaluation.spectrum import jacobian
 from ebmkit.models import DirectDenoiser
-from ebmkit.models.norms import GroupNorm
+from ebmkit.models.layers import GroupNorm
 
 SIGMA = 0.1
 

@@ -16,7 +16,7 @@ from ebmkit.models import (
     LinearQuadraticHead,
     WindowedBackbone,
 )
-from ebmkit.models.norms import GroupNorm
+from ebmkit.models.layers import GroupNorm
 
 pytestmark = pytest.mark.filterwarnings("ignore:a score is differentiated through")
 

@@ -15,8 +15,7 @@ import torch
 import ebmkit
 from ebmkit.data.images import write_image
 from ebmkit.data.imagesets import origin
-from ebmkit.data.pack import pack
-from ebmkit.data.sets import load_dataset
+from ebmkit.data.sets import load_dataset, pack
 from ebmkit.training import Interrupted, RunFolder, resolve
 from ebmkit.training.loop import assemble
 from ebmkit.training.nonfinite import describe

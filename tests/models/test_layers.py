@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ebmkit import create_model
-from ebmkit.models.norms import GroupNorm, make_norm
+from ebmkit.models.layers import GroupNorm, make_norm
 
 TINY = 1e-30  # stands for eps = 0, which a dead channel would divide 0 by; 1e-5 leaks some scale
 
