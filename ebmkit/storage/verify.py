@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 from ebmkit.errors import UserError
 from ebmkit.storage.atomic import PARTIAL, free_name
-from ebmkit.storage.commit import commit_files, read_entered, recover
 from ebmkit.storage.manifest import (
     FOLDERS,
     MANIFEST,
@@ -19,8 +18,11 @@ from ebmkit.storage.manifest import (
     Entry,
     Manifest,
     begin_manifest,
+    commit_files,
     entry_of,
+    read_entered,
     read_manifest,
+    recover,
 )
 from ebmkit.storage.reading import DamagedFile
 

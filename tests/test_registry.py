@@ -10,7 +10,7 @@ import pytest
 
 import ebmkit
 from ebmkit.errors import UserError
-from ebmkit.plugins import check_plugins, load_plugin
+from ebmkit.registry import check_plugins, load_plugin
 from ebmkit.training import RunFolder, resolve
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,7 +14,7 @@ import torch
 
 from ebmkit import UserError
 from ebmkit.storage.pickles import Damaged, Inert, Refusal, unpickle
-from ebmkit.storage.torchfile import MAGIC, read_torch_file
+from ebmkit.storage.tensors import MAGIC, read_torch_file
 
 
 @pytest.fixture
