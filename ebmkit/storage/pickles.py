@@ -32,7 +32,7 @@ import math
 import pickle
 import pickletools
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -201,23 +201,21 @@ def _encoded(text: Any, encoding: Any = "latin-1") -> bytes:
 
 def _imported(name: Any, *_: Any) -> Inert:
     """dill's import of a module or of a name in it, which is not done."""
-    if not isinstance(name, str):
-        raise Damaged
-    module, _dot, last = name.rpartition(".")
+    text = as_text(name)
+    module, _dot, last = text.rpartition(".")
     if module and last in SUSPECT:
-        raise Refusal(name)
-    return Inert(name)
+        raise Refusal(text)
+    return Inert(text)
 
 
 def _attribute(owner: Any, name: Any, *_: Any) -> Any:
     """An attribute of what is not made; that of a module is one more name to look up."""
-    if not isinstance(name, str):
-        raise Damaged
     if isinstance(owner, Inert) and _plain(owner.name):
         return find(owner.name, name)
-    if name in SUSPECT:
-        raise Refusal(name)
-    return Inert(name)
+    text = as_text(name)
+    if text in SUSPECT:
+        raise Refusal(text)
+    return Inert(text)
 
 
 def _plain(name: str) -> bool:
@@ -256,12 +254,14 @@ KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
 """What is made, by module and name. Functions get what the file gives them, so they check it."""
 
 
-def find(module: str, name: str) -> Any:
+def find(module: Any, name: Any) -> Any:
     """What stands for ``name`` of ``module``; no module is looked into.
 
     Raises:
         Refusal: if it is neither known nor inert.
     """
+    if not isinstance(module, str) or not isinstance(name, str):
+        raise Damaged
     module = "builtins" if module == "__builtin__" else module
     if module == "torch" and name in DTYPES:
         return DTYPES[name]
@@ -345,7 +345,7 @@ class _Machine:
             if steps > STEPS:
                 raise Damaged(f"its pickle has more than {STEPS} instructions")
             self.bytes = (position or 0) - start
-            self.step(opcode.name, argument)
+            self.step(opcode, argument)
         raise Damaged
 
     def storage(self, saved: Any) -> Any:
@@ -374,7 +374,23 @@ class _Machine:
             raise Damaged("its pickle copies the same content over and over")
         return called(function, args)
 
-    def marked(self) -> list[Any]:
+    def step(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
+        """Take off the stack what ``opcode`` takes, and put onto it what it gives."""
+        takes = opcode.stack_before
+        marked = pickletools.markobject in takes
+        operands: list[Any] = [self.above_mark()] if marked else []
+        below = takes.index(pickletools.markobject) if marked else len(takes)
+        at = len(self.stack) - below
+        if at < 0:
+            raise Damaged
+        operands[:0] = self.stack[at:]
+        del self.stack[at:]
+        if opcode.arg is not None:
+            operands.append(argument)
+        given = OPERATIONS[opcode.name](self, *operands)
+        self.stack += [given] * len(opcode.stack_after)
+
+    def above_mark(self) -> list[Any]:
         """What lies above the topmost mark, taken off with it."""
         at = len(self.stack) - 1
         while self.stack[at] is not MARK:  # an IndexError where there is none
@@ -383,103 +399,73 @@ class _Machine:
         del self.stack[at:]
         return above
 
-    def named(self, module: Any, name: Any) -> Any:
-        if not isinstance(module, str) or not isinstance(name, str):
-            raise Damaged
-        return find(module, name)
+    def memoize(self, index: int, value: Any) -> Any:
+        self.memo[index] = value
+        return value
 
-    def put(self, items: list[Any]) -> None:
-        """Keys and values in turn, into the dictionary on top; others take nothing."""
-        top = self.stack[-1]
-        if isinstance(top, dict):
-            for key, value in zip(items[::2], items[1::2], strict=True):
-                top[safe_key(key)] = value
 
-    def add(self, items: list[Any]) -> None:
-        top = self.stack[-1]
-        if isinstance(top, list):
-            top.extend(items)
-        elif isinstance(top, set):
-            top.update(safe_key(item) for item in items)
+def _put(top: Any, items: Sequence[Any]) -> Any:
+    """``top`` with keys and values in turn, if it is a dictionary; others take nothing."""
+    if isinstance(top, dict):
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            top[safe_key(key)] = value
+    return top
 
-    def step(self, name: str, argument: Any) -> None:
-        stack = self.stack
-        match name:
-            case "PROTO" | "FRAME":
-                pass
-            case "MARK":
-                stack.append(MARK)
-            case "POP":
-                stack.pop()
-            case "POP_MARK":
-                self.marked()
-            case "DUP":
-                stack.append(stack[-1])
-            case "NONE" | "NEWTRUE" | "NEWFALSE":
-                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name])
-            case "EMPTY_LIST" | "EMPTY_DICT" | "EMPTY_SET" | "EMPTY_TUPLE":
-                stack.append({"L": list, "D": dict, "S": set, "T": tuple}[name[6]]())
-            case "LIST" | "TUPLE":
-                stack.append({"LIST": list, "TUPLE": tuple}[name](self.marked()))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                count = int(name[5])
-                if len(stack) < count:
-                    raise Damaged
-                stack[-count:] = [tuple(stack[-count:])]
-            case "DICT":
-                items = self.marked()
-                stack.append({})
-                self.put(items)
-            case "FROZENSET":
-                stack.append(frozenset(safe_key(item) for item in self.marked()))
-            case "SETITEM":
-                value, key = stack.pop(), stack.pop()
-                self.put([key, value])
-            case "SETITEMS":
-                self.put(self.marked())
-            case "APPEND":
-                self.add([stack.pop()])
-            case "APPENDS" | "ADDITEMS":
-                self.add(self.marked())
-            case "GET" | "BINGET" | "LONG_BINGET":
-                stack.append(self.memo[argument])
-            case "PUT" | "BINPUT" | "LONG_BINPUT":
-                self.memo[argument] = stack[-1]
-            case "MEMOIZE":
-                self.memo[len(self.memo)] = stack[-1]
-            case "GLOBAL" | "INST":
-                found = self.named(*argument.split(" ", 1))
-                stack.append(self.call(found, tuple(self.marked())) if name == "INST" else found)
-            case "STACK_GLOBAL":
-                attribute, module = stack.pop(), stack.pop()
-                stack.append(self.named(module, attribute))
-            case "REDUCE" | "NEWOBJ" | "NEWOBJ_EX":
-                if name == "NEWOBJ_EX":
-                    stack.pop()  # keywords
-                args, function = stack.pop(), stack.pop()
-                stack.append(self.call(function, args))
-            case "OBJ":
-                function, *parts = self.marked()
-                stack.append(self.call(function, tuple(parts)))
-            case "BUILD":
-                stack.pop()  # attributes of what is not made
-            case "BINPERSID":
-                stack.append(self.storage(stack.pop()))
-            case "EXT1" | "EXT2" | "EXT4":
-                raise Refusal("the extension registry")
-            case _ if name in PLAIN:
-                stack.append(argument)
-            case _:
-                raise Damaged
+
+def _add(top: Any, items: Sequence[Any]) -> Any:
+    if isinstance(top, list):
+        top.extend(items)
+    elif isinstance(top, set):
+        top.update(map(safe_key, items))
+    return top
+
+
+def _refused(*_: Any) -> None:
+    raise Refusal("the extension registry")
 
 
 COPIED = (str, bytes, list, tuple, dict, set, frozenset)
 
-PLAIN = frozenset(
-    {
-        *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
-        *("STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
-        *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BYTEARRAY8"),
-    }
+PLAIN = (
+    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+    *("STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
+    *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BYTEARRAY8"),
 )
 """Instructions that put their own argument on the stack."""
+
+OPERATIONS: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys((*PLAIN, "DUP"), lambda _, value: value),
+    **dict.fromkeys(("PROTO", "FRAME", "POP", "POP_MARK", "NONE"), lambda *_: None),
+    "NEWTRUE": lambda _: True,
+    "NEWFALSE": lambda _: False,
+    "EMPTY_LIST": lambda _: [],
+    "EMPTY_DICT": lambda _: {},
+    "EMPTY_SET": lambda _: set(),
+    "LIST": lambda _, above: above,
+    "TUPLE": lambda _, above: tuple(above),
+    **dict.fromkeys(("EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"), lambda _, *parts: parts),
+    "DICT": lambda _, above: _put({}, above),
+    "FROZENSET": lambda _, above: frozenset(map(safe_key, above)),
+    "SETITEM": lambda _, top, *item: _put(top, item),
+    "SETITEMS": lambda _, top, above: _put(top, above),
+    "APPEND": lambda _, top, item: _add(top, [item]),
+    **dict.fromkeys(("APPENDS", "ADDITEMS"), lambda _, top, above: _add(top, above)),
+    "MARK": lambda _: MARK,
+    "MEMOIZE": lambda machine, value: machine.memoize(len(machine.memo), value),
+    **dict.fromkeys(
+        ("PUT", "BINPUT", "LONG_BINPUT"), lambda machine, at: machine.memoize(at, machine.stack[-1])
+    ),
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), lambda machine, at: machine.memo[at]),
+    "GLOBAL": lambda _, name: find(*name.split(" ", 1)),
+    "STACK_GLOBAL": lambda _, module, name: find(module, name),
+    "INST": lambda machine, above, name: machine.call(find(*name.split(" ", 1)), tuple(above)),
+    "OBJ": lambda machine, above: machine.call(above[0], tuple(above[1:])),
+    **dict.fromkeys(
+        ("REDUCE", "NEWOBJ", "NEWOBJ_EX"),
+        lambda machine, function, args, *keywords: machine.call(function, args),
+    ),
+    "BUILD": lambda _, made, attributes: made,  # without them
+    "BINPERSID": _Machine.storage,
+    **dict.fromkeys(("EXT1", "EXT2", "EXT4"), _refused),
+}
+"""What each instruction gives, of the machine, of what it takes off the stack, and its argument."""
