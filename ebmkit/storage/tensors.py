@@ -112,8 +112,6 @@ PICKLE_BYTES = 64 * MIB
 INDEX_BYTES = 8 * MIB
 """Of a zip's list of entries: 80,000 of them or so."""
 
-CHUNK = MIB
-
 
 def read_torch_file(path: Path) -> Any:
     """The content of ``path``, tensors on the CPU; other objects are placeholders."""
@@ -137,8 +135,6 @@ def _read(whole: _Bounded, path: Path) -> Any:
             "and which may run code. Nothing was executed. If you trust the file, save its state "
             "dict alone with the program that wrote it"
         ) from None
-    except UserError:
-        raise
     except (Damaged, *NOT_PLAIN) as why:
         reason = f": {why}" if isinstance(why, Damaged) and str(why) else ""
         raise UserError(
@@ -231,14 +227,15 @@ def _entry(archive: zipfile.ZipFile, name: str, most: int) -> bytes:
     return archive.read(name)
 
 
-def _fill(data: torch.Tensor, file: Any) -> None:
+def _fill(data: Tensor, file: Any) -> None:
     """Read as many bytes as ``data`` (n,) uint8 has into it."""
     into = data.numpy().data
-    for start in range(0, len(into), CHUNK):
-        part = file.read(min(CHUNK, len(into) - start))
-        into[start : start + len(part)] = part
-        if len(part) < min(CHUNK, len(into) - start):
+    while len(into):
+        part = file.read(min(MIB, len(into)))
+        if not part:
             raise Damaged("it ends early")
+        into[: len(part)] = part
+        into = into[len(part) :]
 
 
 def _read_legacy(whole: _Bounded) -> Any:
