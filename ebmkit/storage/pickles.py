@@ -376,14 +376,12 @@ class _Machine:
 
     def step(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
         """Take off the stack what ``opcode`` takes, and put onto it what it gives."""
-        takes = opcode.stack_before
-        marked = pickletools.markobject in takes
-        operands: list[Any] = [self.above_mark()] if marked else []
-        below = takes.index(pickletools.markobject) if marked else len(takes)
+        below, marked = TAKES[opcode.name]
+        above = [self.above_mark()] if marked else []
         at = len(self.stack) - below
         if at < 0:
             raise Damaged
-        operands[:0] = self.stack[at:]
+        operands = self.stack[at:] + above
         del self.stack[at:]
         if opcode.arg is not None:
             operands.append(argument)
@@ -432,6 +430,13 @@ PLAIN = (
     *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BYTEARRAY8"),
 )
 """Instructions that put their own argument on the stack."""
+
+TAKES = {
+    opcode.name: ((*takes, MARK).index(MARK), MARK in takes)
+    for opcode in pickletools.opcodes
+    for takes in [[MARK if kind.name == "mark" else kind for kind in opcode.stack_before]]
+}
+"""How many values an instruction takes off the stack; whether all above the topmost mark, too."""
 
 OPERATIONS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys((*PLAIN, "DUP"), lambda _, value: value),

@@ -112,6 +112,9 @@ PICKLE_BYTES = 64 * MIB
 INDEX_BYTES = 8 * MIB
 """Of a zip's list of entries: 80,000 of them or so."""
 
+DEPTH = 400
+"""Containers within containers, at the most."""
+
 
 def read_torch_file(path: Path) -> Any:
     """The content of ``path``, tensors on the CPU; other objects are placeholders."""
@@ -128,7 +131,9 @@ def _read(whole: _Bounded, path: Path) -> Any:
     zipped = whole.read(4) == b"PK\x03\x04"
     whole.seek(0)
     try:
-        return _read_zip(whole) if zipped else _read_legacy(whole)
+        content = _read_zip(whole) if zipped else _read_legacy(whole)
+        _check_depth(content)
+        return content
     except Refusal as refusal:
         raise UserError(
             f"{str(path)!r} cannot be read safely: it asks for {refusal}, which no weights need "
@@ -141,6 +146,17 @@ def _read(whole: _Bounded, path: Path) -> Any:
             f"{str(path)!r} holds no weights that can be read safely{reason}; it must be a state "
             "dict saved by torch.save, or safetensors"
         ) from None
+
+
+def _check_depth(content: Any) -> None:
+    """Whether ``content``, in which a part may be in many places, can be walked through."""
+    level, seen = [content], set[int]()
+    for _ in range(DEPTH):
+        new = {id(v): v for v in level if isinstance(v, (dict, list, tuple)) and id(v) not in seen}
+        seen |= new.keys()
+        level = [p for v in new.values() for p in (v.values() if isinstance(v, dict) else v)]
+    if level:
+        raise Damaged("it is nested too deep")
 
 
 class _Bounded(io.RawIOBase):
