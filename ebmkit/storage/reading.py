@@ -186,7 +186,9 @@ def _checked(value: Any, what: str) -> Any:
         inner: list[Any] = []
         for part in level:
             if isinstance(part, str):
-                _check_text(part, what)
+                surrogates = not part.isascii() and any("\ud800" <= c <= "\udfff" for c in part)
+                if "\0" in part or surrogates:
+                    raise UserError(f"{what} holds text that cannot be written: {part[:40]!a}")
             elif isinstance(part, int) and not -WHOLE < part < WHOLE:
                 raise UserError(f"{what} holds a whole number of more than 64 bits")
             elif isinstance(part, dict):
@@ -198,11 +200,6 @@ def _checked(value: Any, what: str) -> Any:
             return value
         level = inner
     _deep(what)
-
-
-def _check_text(text: str, what: str) -> None:
-    if "\0" in text or (not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text)):
-        raise UserError(f"{what} holds text that cannot be written: {text[:40]!a}")
 
 
 def _deep(what: str) -> NoReturn:

@@ -152,7 +152,7 @@ def test_whatever_the_holder_s_file_says_the_lock_counts(tmp_path, monkeypatch, 
             pass
 
 
-def test_parts_of_a_folder_have_atomic_of_their_own(tmp_path):
+def test_parts_of_a_folder_have_locks_of_their_own(tmp_path):
     with (
         held(tmp_path, "training", name="a"),
         held(tmp_path, "training", name="b"),
