@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ebmkit.plugins import Plugin
+from ebmkit.registry import Plugin
 
 Side = Annotated[int, Field(ge=1, le=2**14)]
 

@@ -289,15 +289,13 @@ def unwrapped(model: M) -> M:
 @contextmanager
 def tf32_restored(device: torch.device) -> Iterator[None]:
     """Restore, at the end, whether float32 products may be rounded to TF32."""
-    if device.type != "cuda":
-        yield
-        return
     cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    allowed = cuda.allow_tf32, cudnn.allow_tf32
+    allowed = (cuda.allow_tf32, cudnn.allow_tf32) if device.type == "cuda" else None
     try:
         yield
     finally:
-        cuda.allow_tf32, cudnn.allow_tf32 = allowed
+        if allowed is not None:
+            cuda.allow_tf32, cudnn.allow_tf32 = allowed
 
 
 @contextmanager

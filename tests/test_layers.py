@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = [
     ("errors", "registry", "randomness", "terminal", "__init__"),
-    ("noise", "storage", "plugins", "metrics"),
+    ("noise", "storage", "metrics"),
     ("distributed", "compute", "card"),
     ("energy", "analytic"),
     ("compile",),

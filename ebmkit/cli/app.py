@@ -49,7 +49,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 def _load_plugins(named: list[str]) -> list[str]:
     if named:  # the module imports pydantic, which help need not wait for
-        from ebmkit.plugins import load_plugins
+        from ebmkit.registry import load_plugins
 
         load_plugins(named)
     return named

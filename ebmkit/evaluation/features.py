@@ -54,7 +54,7 @@ from ebmkit.errors import UserError
 from ebmkit.evaluation import statistics
 from ebmkit.evaluation.statistics import Estimate
 from ebmkit.models import load
-from ebmkit.storage.torchfile import read_torch_file
+from ebmkit.storage.tensors import read_torch_file
 
 WEIGHTS = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"

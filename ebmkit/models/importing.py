@@ -1,7 +1,7 @@
 """Checkpoints of other programs as models of ours: read, converted to our names, saved like a run.
 
 `load_checkpoint` gives the model, `import_checkpoint` makes a folder of it that `ebmkit.load` and
-the command line take. Nothing in a file is executed (`ebmkit.storage.torchfile`). The docs, "Import
+the command line take. Nothing in a file is executed (`ebmkit.storage.tensors`). The docs, "Import
 checkpoints", have the kinds and the names that tell them apart. Classifiers get the head ``logit``,
 with a bias: log p(x) = logsumexp of the logits, E(x, y) = -logit_y. Of JEM's (Grathwohl et al.,
 arXiv 1912.03263) ``energy_output`` and ``f.linear``, which no class logit uses, are left out.
@@ -31,7 +31,7 @@ from ebmkit.models.pipelines import is_hub_name, locate_file, read_unet
 from ebmkit.models.resnet import BLOCKS
 from ebmkit.models.saving import save_as_run
 from ebmkit.registry import find
-from ebmkit.storage.torchfile import read_state
+from ebmkit.storage.tensors import read_state
 
 KINDS = {
     "robustness": "adversarially trained ResNet of the robustness package",

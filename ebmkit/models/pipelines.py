@@ -27,8 +27,7 @@ from ebmkit.models.config import ModelConfig
 from ebmkit.models.diffusion import DiffusionModel, UNetConfig, unet_class
 from ebmkit.models.saving import load_weights, save_as_run
 from ebmkit.storage.reading import MIB, check_links, read_json
-from ebmkit.storage.tensors import LimitedSize
-from ebmkit.storage.torchfile import read_state
+from ebmkit.storage.tensors import LimitedSize, read_state
 
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 SETTINGS = ("model_index.json", "config.json", "scheduler_config.json")

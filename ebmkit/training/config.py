@@ -28,8 +28,7 @@ from ebmkit.models.heads import find_head
 from ebmkit.objectives import BALANCE, OBJECTIVES, ObjectiveConfig, TermSettings, parse_objective
 from ebmkit.objectives.base import mapping_at
 from ebmkit.objectives.likelihood import NegativesConfig
-from ebmkit.plugins import Plugin, check_plugins, loaded_plugins
-from ebmkit.registry import find
+from ebmkit.registry import Plugin, check_plugins, find, loaded_plugins
 from ebmkit.storage.reading import YAML_BYTES, parse_yaml, read_text
 
 MOST_KEYS = 20

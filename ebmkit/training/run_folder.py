@@ -49,7 +49,7 @@ from ebmkit.storage.manifest import (
     read_manifest,
 )
 from ebmkit.storage.reading import YAML_BYTES, check_links, parse_yaml, read_bytes
-from ebmkit.storage.torchfile import read_torch_content
+from ebmkit.storage.tensors import read_torch_content
 from ebmkit.storage.verify import put_in_order
 from ebmkit.training.config import difference
 from ebmkit.training.metrics import MetricsLog, as_lines

@@ -19,7 +19,7 @@ from ebmkit.errors import UserError
 from ebmkit.models import ModelConfig
 from ebmkit.objectives import Scale, TrainingLoss, parse_objective
 from ebmkit.objectives.loss import check_labels
-from ebmkit.plugins import loaded_plugins
+from ebmkit.registry import loaded_plugins
 from ebmkit.training.config import DataConfig, TrainConfig
 
 Split = Literal["train", "validation", "test"]

@@ -195,8 +195,7 @@ def _torch_file(content: bytes) -> object:
 
 
 def _manifest(content: bytes) -> object:
-    from ebmkit.storage.commit import recover
-    from ebmkit.storage.manifest import read_manifest
+    from ebmkit.storage.manifest import read_manifest, recover
 
     root = place() / "manifested"
     root.mkdir(exist_ok=True)
@@ -229,10 +228,10 @@ def _journal(content: bytes) -> object:
 
 
 def _holder(content: bytes) -> object:
-    from ebmkit.storage import locks
+    from ebmkit.storage import atomic
 
-    found = locks._read(written(content, "holder.json"))
-    return found and (locks._is_dead(found), locks._sentence(Path("run"), found))
+    found = atomic._read(written(content, "holder.json"))
+    return found and (atomic._is_dead(found), atomic._sentence(Path("run"), found))
 
 
 def _whole_run(content: bytes) -> object:

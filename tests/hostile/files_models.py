@@ -30,8 +30,7 @@ from ebmkit.models import ModelConfig
 from ebmkit.models.importing import load_checkpoint
 from ebmkit.models.saving import model_files
 from ebmkit.sampling.jobs.sources import at_hand, buffer_of
-from ebmkit.storage.tensors import read_tensors
-from ebmkit.storage.torchfile import read_torch_file
+from ebmkit.storage.tensors import read_tensors, read_torch_file
 from ebmkit.storage.verify import verify_run
 from ebmkit.training import RunFolder, resolve
 

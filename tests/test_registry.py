@@ -11,7 +11,7 @@ from ebmkit_tests.support.command_line import ebmkit_command
 
 import ebmkit
 from ebmkit.errors import UserError
-from ebmkit.plugins import check_plugins, load_plugin
+from ebmkit.registry import check_plugins, load_plugin
 from ebmkit.training import RunFolder, resolve
 
 ROOT = Path(__file__).resolve().parents[1]
