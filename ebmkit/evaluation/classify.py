@@ -133,22 +133,15 @@ def plot_confusion(counts: Sequence[Sequence[int]], names: Sequence[str], path: 
 
 def table(document: dict[str, Any]) -> Table:
     """Accuracy and NLL with their intervals, clean and noisy."""
-    rows = [
-        (label, dict(zip(("value", "low", "high"), values, strict=True)), form)
-        for label, key, form in (
-            ("accuracy", "accuracy", "{:.2%}"),
-            ("NLL (nats)", "nll", "{:.4f}"),
-        )
-        for values in [(document[key], *document[f"{key}_interval"])]
-    ]
+    clean, *noisy = document["against_noise"]
+    rows = [("accuracy", clean["accuracy"], "{:.2%}"), ("NLL (nats)", clean["nll"], "{:.4f}")]
     known = {name: e for name, e in document["per_class"].items() if e["count"]}
     if len(known) > 1:
         worst = min(known, key=lambda name: known[name]["value"])
         rows.append((f"worst class: {shown_name(worst)}", known[worst], "{:.2%}"))
     rows += [
         (f"accuracy at sigma {in_255ths(level['sigma'])}/255", level["accuracy"], "{:.2%}")
-        for level in document["against_noise"]
-        if level["sigma"]
+        for level in noisy
     ]
     return estimate_table(document, rows)
 

@@ -25,7 +25,7 @@ Noise-conditional models are given the deviation of the noise in what they see. 
 the suite ``classify`` at :math:`\sigma_t`.
 
 Of every view are measured accuracy and the means of E(x) and of E(x, y) of the true label
-(`ebmkit.evaluation.energies`, nats); of the clean images also by class.
+(`ebmkit.evaluation.statistics`, nats); of the clean images also by class.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation import statistics
 from ebmkit.evaluation.context import Batch, EvaluationContext, Images, noisy_batches
-from ebmkit.evaluation.energies import ImageEnergies, class_statistics, energies_of, spread
 from ebmkit.evaluation.generation import Generated, read_samples
+from ebmkit.evaluation.statistics import ImageEnergies, class_statistics, energies_of, spread
 from ebmkit.evaluation.suite import (
     Positive,
     Suite,

@@ -37,7 +37,6 @@ from ebmkit.energy import EnergyModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation import statistics
 from ebmkit.evaluation.context import Images
-from ebmkit.evaluation.energies import ImageEnergies, energies_of
 from ebmkit.evaluation.features import (
     WHOLE,
     Extractor,
@@ -45,7 +44,7 @@ from ebmkit.evaluation.features import (
     kernel_distance,
     mean_distance,
 )
-from ebmkit.evaluation.statistics import Estimate, to_json
+from ebmkit.evaluation.statistics import Estimate, ImageEnergies, energies_of, to_json
 from ebmkit.metrics import predict
 from ebmkit.models.heads import EnergySource
 
@@ -96,7 +95,7 @@ def measure_guided(
         energy_model: under which energies are taken; None: no energy gap.
         others: other real images, for the floor, best as many as there are samples of each label;
             None: halves of ``real`` against each other.
-        reading: how energies are read; see `ebmkit.evaluation.energies`.
+        reading: how energies are read; see `ebmkit.models.heads`.
         batch_size: images at a time.
         device: where extractor and model are; None: where the extractor's classifier is.
 

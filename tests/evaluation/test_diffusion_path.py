@@ -21,7 +21,7 @@ from ebmkit.evaluation.diffusion_path import (
     DiffusionPathConfig,
     views_at,
 )
-from ebmkit.evaluation.energies import class_statistics, energies_of
+from ebmkit.evaluation.statistics import class_statistics, energies_of
 from ebmkit.models import GradResNetConfig, HeadConfig, ModelConfig, save_model
 from ebmkit.models.heads import energy_source
 from ebmkit.noise import make_schedule
