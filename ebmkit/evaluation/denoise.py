@@ -42,8 +42,16 @@ from ebmkit.energy import (
     tweedie,
 )
 from ebmkit.evaluation import statistics
-from ebmkit.evaluation.context import Batch, EvaluationContext, noisy_batches
-from ebmkit.evaluation.suite import Suite, interval, new_table, noise_warnings, number
+from ebmkit.evaluation.suite import (
+    Batch,
+    EvaluationContext,
+    Suite,
+    interval,
+    new_table,
+    noise_warnings,
+    noisy_batches,
+    number,
+)
 from ebmkit.metrics import predict, psnr
 from ebmkit.noise import in_255ths
 

@@ -29,7 +29,8 @@ Of every view are measured accuracy and the means of
 .. math:: E(x) = -\log p(x), \qquad E(x, y) = -\log p(x, y) = E(x) - \log p(y \mid x)
 
 of the true label y, in nats, up to one constant of the model, from the source that
-`ebmkit.models.heads` says; of the clean images also by class.
+`ebmkit.models.heads` says; of the clean images also by class. RCG stands for the thesis
+"Classifier-free Diffusion Guidance with a Robust Energy-Based Classifier" (Sapienza, 2024).
 """
 
 from __future__ import annotations
@@ -283,7 +284,9 @@ def class_statistics(
     """
     return [
         {"label": label, "name": names[label] if label < len(names) else str(label)}
-        | energy_statistics(Energies(*(column[labels == label] for column in found)), labels[labels == label])
+        | energy_statistics(
+            Energies(*(column[labels == label] for column in found)), labels[labels == label]
+        )
         for label in sorted(set(labels.tolist()))
     ]
 

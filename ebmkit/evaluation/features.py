@@ -324,7 +324,7 @@ def precision_recall(a: Tensor, b: Tensor) -> tuple[Estimate, Estimate]:
 
     def covered(points: Tensor, centres: Tensor) -> Estimate:
         near, far = (
-            (torch.cdist(part, centres) for part in whole.split(BLOCK))
+            (torch.cdist(part, centres) for part in torch.split(whole, BLOCK))
             for whole in (centres, points)
         )
         # the nearest of all is the centre itself
@@ -441,9 +441,7 @@ def measure_guided(
     return document
 
 
-def _checked(
-    samples: Tensor, labels: Tensor | None, real: Images
-) -> tuple[Tensor, Tensor | None]:
+def _checked(samples: Tensor, labels: Tensor | None, real: Images) -> tuple[Tensor, Tensor | None]:
     """``samples`` as uint8, and ``labels`` as int64 on the CPU."""
     if samples.ndim != 4 or not len(samples):
         raise UserError(

@@ -273,7 +273,10 @@ def _warnings(
     context: EvaluationContext, extractor: Extractor, generated: Generated, document: dict[str, Any]
 ) -> list[str]:
     """The sentences of what holds."""
-    least, width = min(len(generated.images), len(context.images)), document["extractor"]["features"]
+    least, width = (
+        min(len(generated.images), len(context.images)),
+        document["extractor"]["features"],
+    )
     left_out = generated.description["left_out"]
     (high, wide), same = context.images.image_size, False
     if extractor.model is not None:

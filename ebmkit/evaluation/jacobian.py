@@ -139,7 +139,7 @@ class Jacobian:
         """
         self.products += len(directions)
         products = []
-        for v in directions.reshape(-1, *self.y.shape).split(self.chunk):
+        for v in torch.split(directions.reshape(-1, *self.y.shape), self.chunk):
             at, clean = self._copies(len(v))
             (product,) = torch.autograd.grad(clean, at, v.to(clean), retain_graph=True)
             products.append(product.to(directions))
@@ -540,7 +540,9 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
             change = own["conditional"] - own["unconditional"]
             factor = magnification(change)
             note = f"x{factor:g}" + (" (x500 saturates)" if factor < PAPER_FACTOR else "")
-            row.append((own["conditional"], f"{one['predicted']} ({100 * one['confidence']:.0f} %)"))
+            row.append(
+                (own["conditional"], f"{one['predicted']} ({100 * one['confidence']:.0f} %)")
+            )
             row.append((plots.around_gray(change, factor), note))
         for kind, form in zip(KINDS, ("{:.2f}", "{:.1e}"), strict=True):
             for vector, pair in zip(own[f"{kind} vectors"], one[kind], strict=True):

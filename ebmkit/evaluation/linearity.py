@@ -40,9 +40,11 @@ from torch.autograd.functional import jvp, vjp
 from ebmkit import plots
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.evaluation import statistics
-from ebmkit.evaluation.context import SIGMAS, Batch, EvaluationContext
 from ebmkit.evaluation.statistics import Estimate
 from ebmkit.evaluation.suite import (
+    SIGMAS,
+    Batch,
+    EvaluationContext,
     Several,
     Suite,
     SuiteConfig,

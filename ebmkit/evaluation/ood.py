@@ -54,11 +54,12 @@ from torch import Tensor
 from ebmkit import plots
 from ebmkit.energy import EnergyModel, LogDensity, ScoreModel, classifies
 from ebmkit.evaluation import statistics
-from ebmkit.evaluation.context import Batch, EvaluationContext
 from ebmkit.evaluation.ood_sets import OutSet, find_set, standard_sets
 from ebmkit.evaluation.statistics import LEVEL, Estimate
 from ebmkit.evaluation.suite import (
+    Batch,
     Distinct,
+    EvaluationContext,
     Positive,
     Several,
     Suite,

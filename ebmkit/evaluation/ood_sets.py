@@ -23,7 +23,7 @@ from ebmkit.data.folders import SUFFIXES, find_images, to_pixels
 from ebmkit.data.hdf5 import load_rows, read_contents
 from ebmkit.data.images import MAX_PIXELS_IN_SET, open_image
 from ebmkit.errors import UserError, unknown_name
-from ebmkit.evaluation.context import Images
+from ebmkit.evaluation.suite import Images
 from ebmkit.randomness import keyed_generator
 from ebmkit.storage.hdf5 import holds, open_hdf5
 

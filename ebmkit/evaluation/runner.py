@@ -51,10 +51,8 @@ from ebmkit.distributed import DistributedContext
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError, validated
 from ebmkit.evaluation.adversarial import ADVERSARIAL
-from ebmkit.evaluation.calibration import CALIBRATION
 from ebmkit.evaluation.certify import CERTIFY
-from ebmkit.evaluation.classify import CLASSIFY
-from ebmkit.evaluation.context import NOISE_LEVELS, SIGMAS, EvaluationContext, Images
+from ebmkit.evaluation.classify import CALIBRATION, CLASSIFY
 from ebmkit.evaluation.corruptions import CORRUPTIONS_SUITE
 from ebmkit.evaluation.denoise import DENOISE
 from ebmkit.evaluation.diffusion_path import DIFFUSION_PATH
@@ -64,7 +62,7 @@ from ebmkit.evaluation.linearity import LINEARITY
 from ebmkit.evaluation.ood import OOD
 from ebmkit.evaluation.robustness import ROBUSTNESS
 from ebmkit.evaluation.robustness_grid import ROBUSTNESS_GRID
-from ebmkit.evaluation.suite import Suite
+from ebmkit.evaluation.suite import NOISE_LEVELS, SIGMAS, EvaluationContext, Images, Suite
 from ebmkit.registry import Table as Registry
 from ebmkit.registry import find
 from ebmkit.storage import make_folder, remove_file, write_atomically

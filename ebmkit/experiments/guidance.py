@@ -43,11 +43,9 @@ from ebmkit.data.hdf5 import read_contents
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation import evaluate
-from ebmkit.evaluation.context import Images
-from ebmkit.evaluation.features import Extractor, classifier
-from ebmkit.evaluation.guided import measure_guided
+from ebmkit.evaluation.features import Extractor, classifier, measure_guided
 from ebmkit.evaluation.robustness_grid import column_names
-from ebmkit.evaluation.suite import number
+from ebmkit.evaluation.suite import Images, number
 from ebmkit.experiments.guidance_grid import (
     AMOUNTS,
     DIFFUSION,

@@ -7,8 +7,8 @@ from torch.distributions import MultivariateNormal
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from ebmkit.evaluation import evaluate
-from ebmkit.evaluation.calibration import calibration_error, reliability
-from ebmkit.evaluation.context import noisy_batches
+from ebmkit.evaluation.classify import calibration_error, reliability
+from ebmkit.evaluation.suite import noisy_batches
 
 
 def bayes(mixture, y, sigma):

@@ -10,8 +10,8 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from ebmkit import GaussianMixture, plots
 from ebmkit.evaluation import evaluate
-from ebmkit.evaluation.context import noisy_batches
 from ebmkit.evaluation.denoise import plot_images, plot_psnr, ssim, ssim_window
+from ebmkit.evaluation.suite import noisy_batches
 
 SIGMA = 25 / 255
 

@@ -17,7 +17,6 @@ from scipy.stats import norm
 from ebmkit import Gaussian, UserError, evaluation
 from ebmkit.data import load_dataset
 from ebmkit.evaluation import tables
-from ebmkit.evaluation.context import EvaluationContext
 from ebmkit.evaluation.ood import (
     OOD,
     OodConfig,
@@ -28,6 +27,7 @@ from ebmkit.evaluation.ood import (
     scores_of,
 )
 from ebmkit.evaluation.ood_sets import MADE, find_set, partners, standard_sets
+from ebmkit.evaluation.suite import EvaluationContext
 from ebmkit.models.config import create_denoiser
 
 
