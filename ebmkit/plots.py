@@ -66,37 +66,6 @@ def around_gray(image: Tensor, factor: float | None = None) -> Tensor:
     return 0.5 + factor * image
 
 
-def image_grid(
-    rows: int,
-    columns: int,
-    shape: tuple[int, int],
-    gaps: Sequence[int] = (),
-    head: float = 0.6,
-    side: float = 0.0,
-) -> tuple[Figure, list[list[Axes]]]:
-    """A figure of ``rows`` x ``columns`` images with room for labels.
-
-    Args:
-        rows: images per column.
-        columns: images per row.
-        shape: height and width of the images, in pixels.
-        gaps: columns before which a gap is left.
-        head: room above the images, inches.
-        side: room left of them, inches.
-    """
-    widths = [width for k in range(columns) for width in ([0.14, 1.0] if k in gaps else [1.0])]
-    cell, label, foot = 1.22, 0.27, 0.42  # inches
-    tall = min(2.5, max(0.4, shape[0] / shape[1])) * cell
-    height = rows * tall + (rows - 1) * label + head + foot
-    width = cell * sum(widths) * 1.04 + 0.2 + side
-    figure = new_figure(width, height)
-    place = {"left": 0.008 + side / width, "right": 0.992, "wspace": 0.05, "hspace": label / tall}
-    place |= {"bottom": foot / height, "top": 1 - head / height}
-    grid = figure.add_gridspec(rows, len(widths), width_ratios=widths, **place)
-    columns_of = [k for k, width in enumerate(widths) if width == 1.0]
-    return figure, [[figure.add_subplot(grid[i, k]) for k in columns_of] for i in range(rows)]
-
-
 def image_rows(
     rows: Sequence[Sequence[tuple[Tensor | None, str]]],
     heads: Sequence[str],
@@ -121,22 +90,29 @@ def image_rows(
     """
     groups, first = groups or {}, rows[0][0][0]
     assert first is not None
-    height, width = first.shape[-2:]
-    side = 0.35 if names else 0.0
-    figure, grid = image_grid(len(rows), len(heads), (height, width), list(groups), 0.75, side)
+    widths = [width for k in range(len(heads)) for width in ([0.14, 1.0] if k in groups else [1.0])]
+    cell, label, foot, head, side = 1.22, 0.27, 0.42, 0.75, 0.35 if names else 0.0  # inches
+    high = min(2.5, max(0.4, first.shape[-2] / first.shape[-1])) * cell
+    tall, wide = len(rows) * high + (len(rows) - 1) * label + head + foot, cell * sum(widths) * 1.04
+    wide += 0.2 + side
+    figure = new_figure(wide, tall)
+    place = {"left": 0.008 + side / wide, "right": 0.992, "wspace": 0.05, "hspace": label / high}
+    place |= {"bottom": foot / tall, "top": 1 - head / tall}
+    layout = figure.add_gridspec(len(rows), len(widths), width_ratios=widths, **place)
+    columns = [k for k, width in enumerate(widths) if width == 1.0]
+    grid = [[figure.add_subplot(layout[i, k]) for k in columns] for i in range(len(rows))]
     for number, (axes, row) in enumerate(zip(grid, rows, strict=True)):
-        for cell, (image, below), above in zip(axes, row, heads, strict=True):
+        for panel, (image, below), above in zip(axes, row, heads, strict=True):
             if image is None:
-                cell.set_axis_off()
+                panel.set_axis_off()
             else:
-                show_image(cell, image, below, "" if number else above)
+                show_image(panel, image, below, "" if number else above)
     for axes, name in zip(grid, names, strict=False):
         axes[0].set_ylabel(clean(name), fontsize=8)
-    tall = figure.get_figheight()
     for column, text in groups.items():
-        place = grid[0][column].get_position()
-        y = place.y1 + (0.25 if heads[column] else 0.05) / tall
-        figure.text(place.x0, y, text, fontsize=9, weight="bold")
+        corner = grid[0][column].get_position()
+        y = corner.y1 + (0.25 if heads[column] else 0.05) / tall
+        figure.text(corner.x0, y, text, fontsize=9, weight="bold")
     figure.text(0.008, 1 - 0.16 / tall, title, fontsize=10, weight="bold", va="center")
     figure.text(0.008, 0.09 / tall, note, fontsize=7.5)
     save_figure(figure, path)

@@ -108,7 +108,6 @@ def read_samples(path: Path, like: Images, setting: str = "generation.samples") 
         UserError: if the file is missing, damaged, or none of `ebmkit sample`'s, its images have
             another shape, or none is finite.
     """
-
     what = repr(str(path))
     if not path.is_file():
         raise UserError(
@@ -140,19 +139,18 @@ def read_samples(path: Path, like: Images, setting: str = "generation.samples") 
         with contextlib.suppress(ValueError):  # it stays text
             said["settings"] = json.loads(said["settings"])
     digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()[:8]
-    count = int(finished.sum())
-    description = {"file": path.name, "fingerprint": digest}
+    description: dict[str, Any] = {"file": path.name, "fingerprint": digest}
     description |= {name: value for name, value in said.items() if value is not None}
+    description |= {"count": int(finished.sum()), "left_out": int((~finished).sum())}
     return Generated(
         rearrange(images, "n h w c -> n c h w").contiguous()[finished],
         None if contents.labels is None else contents.labels[finished],
-        description | {"count": count, "left_out": len(images) - count},
+        description,
     )
 
 
 def other_split(images: Images, data_dir: Path | None) -> Images | None:
     """Training images of the data set of ``images`` (test images, if it is those), if found."""
-
     if images.name not in DATASETS:
         return None
     sized = images.name in ("folder", "imagenet", "patches")
@@ -335,27 +333,21 @@ def table(document: dict[str, Any]) -> Table:
     for kind, name in (("energy", "E(x) gap, nats"), ("joint_energy", "E(x,y) gap, nats")):
         if gap := (document["energy_gap"] or {}).get(kind):
             row(name, gap, "{:+.3g}", "0")
-    add_note(result, "\n".join(_described(document)))
-    return result
-
-
-def _described(document: dict[str, Any]) -> list[str]:
-    """What must be known to read the measures: samples, reference, extractor."""
-    samples, extractor, floor = (document[k] for k in ("samples", "extractor", "floor"))
+    samples, extractor = document["samples"], document["extractor"]
     left = f", {samples['left_out']} not finite left out" if samples["left_out"] else ""
-    chosen = samples.get("filter")
-    filtered = f", filter: {chosen}" if chosen else ", no filter"
+    chosen = f"filter: {samples['filter']}" if samples.get("filter") else "no filter"
     by = "Inception of 2015 (torch-fidelity)"
     if extractor["kind"] == "classifier":
         known = extractor["accuracy"]
         right = f", {known['value']:.1%} right on the reference" if known else ""
         by = f"the classifier of run {extractor['run']}{right}"
-    reference = f"{document['dataset']} {document['split']}, {document['images']} images"
-    return [
-        f"samples: {samples['count']}, {samples['source']}{left}{filtered}",
-        f"reference: {reference}; extractor: {by}",
+    add_note(
+        result,
+        f"samples: {count}, {samples['source']}{left}, {chosen}\n"
+        f"reference: {plots.images_of(document)}; extractor: {by}\n"
         f"real images: {floor['count']}, {floor['of']}",
-    ]
+    )
+    return result
 
 
 COLUMNS = 6
@@ -368,18 +360,15 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
     ((real, _),) = context.images.first(SHOWN).batches(SHOWN)
     labels = [] if generated.labels is None else generated.labels[:SHOWN].tolist()
     below = [class_name(context.images, label) for label in labels] or [""] * SHOWN
-    cells: list[tuple[Tensor | None, str]] = [
-        *zip(generated.images[:SHOWN] / 255, below, strict=False)
+    made, none = generated.images[:SHOWN] / 255, [(None, "")] * SHOWN
+    blocks: list[list[tuple[Tensor | None, str]]] = [
+        [*zip(made, below, strict=False), *none],
+        [*((image, "") for image in real), *none],
     ]
-    others: list[tuple[Tensor | None, str]] = [(image, "") for image in real]
-    lines = range(0, max(len(cells), len(others)), COLUMNS)
-    blocks = [
-        [(*own[k : k + COLUMNS], *[(None, "")] * COLUMNS)[:COLUMNS] for k in lines]
-        for own in (cells, others)
-    ]
+    lines = range(0, max(len(made), len(real)), COLUMNS)
     samples, floor = document["samples"], document["floor"]
     plots.image_rows(
-        [[*left, *right] for left, right in zip(*blocks, strict=True)],
+        [[cell for block in blocks for cell in block[k : k + COLUMNS]] for k in lines],
         [""] * (2 * COLUMNS),
         folder / "generation.png",
         {
