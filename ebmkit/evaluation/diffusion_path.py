@@ -78,7 +78,7 @@ VIEWS = {
     "dark": "sqrt(abar) x, images in [0, 1], no noise",
     "faded": "x_t without its noise",
 }
-SHORT = {"timestep": "x_t", "image": "image", "dark": "dark", "faded": "faded"}
+SHORT = dict(zip(VIEWS, ("x_t", "image", "dark", "faded"), strict=True))
 ENERGIES = {"energy": "E(x)", "joint_energy": "E(x, y)"}
 Views = dict[str, tuple[Tensor, float]]
 """By name, images (B, C, H, W) and the deviation of the noise in them, image units."""
@@ -333,12 +333,15 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
         (batch,) = noisy_batches(context.images.first(1), schedule.sigma(t), context.seed, 1)
         for view, (images, _) in views_at(schedule, t, batch.x, batch.y).items():
             strips[view].append(images[0])
-    _plot_accuracy(document, strips, folder / "diffusion-path.png")
-    _plot_energies(document, folder / "diffusion-energies.png")
+    where = f"{plots.images_of(document)}, {config.schedule} schedule of {config.steps} steps"
+    _plot_accuracy(document, strips, where, folder / "diffusion-path.png")
+    _plot_energies(document, where, folder / "diffusion-energies.png")
     _plot_classes(document, folder / "class-energies.png")
 
 
-def _plot_accuracy(document: dict[str, Any], strips: dict[str, list[Tensor]], path: Path) -> None:
+def _plot_accuracy(
+    document: dict[str, Any], strips: dict[str, list[Tensor]], where: str, path: Path
+) -> None:
     """Accuracy against the timestep, with noise and without, above an image as it is given there:
     by view, at timesteps evenly spread from the first to the last."""
     models, timesteps = document["models"], document["timesteps"]
@@ -364,12 +367,10 @@ def _plot_accuracy(document: dict[str, Any], strips: dict[str, list[Tensor]], pa
         axes.grid(alpha=0.25, lw=0.5)
         y = "" if column else "accuracy (%), dotted: chance"
         plots.annotate(axes, title, "timestep t", y, ylim=(0, 102), **limits)
-    plots.save_figure(
-        figure, path, f"{plots.images_of(document)}, {_schedule(document)}, bands 95 %", legend=4
-    )
+    plots.save_figure(figure, path, f"{where}, bands 95 %", legend=4)
 
 
-def _plot_energies(document: dict[str, Any], path: Path) -> None:
+def _plot_energies(document: dict[str, Any], where: str, path: Path) -> None:
     """Mean energies along the path as the model sees x_t, and the same in image units."""
     models = document["models"]
     figure = plots.new_figure(10, 3.9 + 0.17 * len(models), layout="constrained")
@@ -392,8 +393,7 @@ def _plot_energies(document: dict[str, Any], path: Path) -> None:
         axes.grid(alpha=0.25, lw=0.5)
     panels[0].set_ylabel("mean energy (nats)")
     title = "Energies along the forward process, each model's up to a constant"
-    images = f"{plots.images_of(document)}, {_schedule(document)}"
-    plots.save_figure(figure, path, f"{title}: {images}", legend=2)
+    plots.save_figure(figure, path, f"{title}: {where}", legend=2)
 
 
 def _plot_classes(document: dict[str, Any], path: Path) -> None:
@@ -431,20 +431,10 @@ def _plot_classes(document: dict[str, Any], path: Path) -> None:
     plots.save_figure(figure, path, title, legend=3)
 
 
-def _schedule(document: dict[str, Any]) -> str:
-    options = document["options"]
-    return f"{options['schedule']} schedule of {options['steps']} steps"
-
-
 def table(document: dict[str, Any]) -> Table:
     """Accuracy of every model and view at a few timesteps, where it reaches chance, energies."""
-    timesteps = document["timesteps"]
-    rows = sorted(
-        {
-            min(range(len(timesteps)), key=lambda i: abs(timesteps[i] - share * timesteps[-1]))
-            for share in LISTED
-        }
-    )
+    timesteps = np.array(document["timesteps"])
+    rows = sorted({int(abs(timesteps - share * timesteps[-1]).argmin()) for share in LISTED})
     heads = ("input", "clean", *(f"t={timesteps[i]}" for i in rows), "chance from")
     result = new_table(document, heads)
     widest = 0.0

@@ -31,7 +31,7 @@ from collections.abc import (
 )
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -40,7 +40,6 @@ from rich.text import Text
 from torch import Tensor
 
 from ebmkit.compile import Inference, device_of, in_float32, unwrapped
-from ebmkit.data import AnyImages
 from ebmkit.distributed import DistributedContext
 from ebmkit.energy import EnergyModel, ScoreModel, classifies
 from ebmkit.errors import UserError
@@ -74,8 +73,27 @@ NOISE_LEVELS = tuple(s / 255 for s in (0, 5, 10, 20, 30, 50, 75, 100))
 """Noise levels at which classification is measured, image units."""
 
 
-Images = AnyImages
-"""The images of an evaluation; whatever has the surface of `ebmkit.data.ImageSet` will do."""
+class Images(Protocol):
+    """The side of a set of images that an evaluation needs; `ebmkit.data.ImageSet` is one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def split(self) -> str: ...
+    @property
+    def labels(self) -> Tensor | None: ...
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+    @property
+    def channels(self) -> int: ...
+    @property
+    def image_size(self) -> tuple[int, int]: ...
+    @property
+    def num_classes(self) -> int: ...
+    def __len__(self) -> int: ...
+    def first(self, n: int, /) -> Self: ...
+    def select(self, chosen: Tensor, /) -> Self: ...
+    def batches(self, size: int, /) -> Iterable[tuple[Tensor, Tensor | None]]: ...
 
 
 class Batch(NamedTuple):
