@@ -78,12 +78,10 @@ def image_rows(
     """Images side by side in rows of equal length.
 
     Args:
-        rows: images (C, H, W) of one size, of which the first is there, or None, and what is
-            written below each.
-        heads: what is written above the columns.
+        rows: images (C, H, W) of one size, the first of which is no None, with the text below each.
+        heads: above the columns.
         path: the PNG file.
-        groups: by column, what is written above the group of columns that begins there, after a
-            gap.
+        groups: by column, the text above the group that begins there, after a gap.
         title: above the images.
         note: below them.
         names: of the rows, left of them.
@@ -124,12 +122,8 @@ def sigma_label(sigma: float) -> str:
 
 
 def images_of(document: dict[str, Any], count: int | None = None) -> str:
-    """Data set, split and number of images for a title, as in "cifar10 test, 200 images".
-
-    Args:
-        document: of a suite.
-        count: how many are shown, if not all that were measured.
-    """
+    """Data set, split and number of images of a suite's document for a title, as in "cifar10 test,
+    200 images"; ``count`` is how many are shown, if not all that were measured."""
     count = document["images"] if count is None else count
     where = f"{document['dataset']} {document['split']}".strip()
     return f"{where}, {count} image{'' if count == 1 else 's'}"
@@ -143,21 +137,12 @@ def bars_within(
     scale: float = 1,
     **look: Any,
 ) -> bool:
-    """Values with their 95 % intervals, cut at ``limits``.
+    """Values with their 95 % intervals, cut at ``limits``; whether one was cut.
 
     A caret at a limit says that an interval continues beyond it. A value beyond is drawn there,
-    with its number.
-
-    Args:
-        axes: where to draw.
-        x: positions.
-        estimates: one for each, with ``value``, ``low`` and ``high``, any of which may be None.
-        limits: the lowest and the highest value drawn.
-        scale: what estimates are multiplied with.
-        look: colour, marker and so on of ``Axes.errorbar``.
-
-    Returns:
-        Whether an interval was cut.
+    with its number. Estimates, one for each of ``x``, have ``value``, ``low`` and ``high``, any of
+    which may be None, are multiplied with ``scale`` and drawn with the ``look`` of
+    ``Axes.errorbar``.
     """
     low, high = limits
     known = [
@@ -192,12 +177,7 @@ def plot_estimates(
 ) -> None:
     """A line through values, within the band of their 95 % intervals; those without are left out.
 
-    Args:
-        axes: where to draw.
-        x: positions.
-        estimates: one for each, with ``value``, ``low`` and ``high``, any of which may be None.
-        scale: what they are multiplied with.
-        look: ``color``, label and so on of ``Axes.plot``.
+    Estimates are as in `bars_within`; ``look`` has ``color``, label and so on of ``Axes.plot``.
     """
     known = [(at, e) for at, e in zip(x, estimates, strict=True) if e["value"] is not None]
     axes.plot([at for at, _ in known], [scale * e["value"] for _, e in known], **look)
@@ -260,14 +240,8 @@ def new_figure(width: float, height: float, layout: Literal["constrained"] | Non
 
 
 def save_figure(figure: Figure, path: Path, title: str = "", legend: int = 0) -> None:
-    """Write ``figure`` as a PNG file, in one move.
-
-    Args:
-        figure: what to write.
-        path: the file.
-        title: above all panels.
-        legend: columns of one legend for all panels, below them, that of the first; 0: none.
-    """
+    """Write ``figure`` as a PNG file, in one move, with ``title`` above all panels and below them,
+    in so many columns, the ``legend`` of the first (0: none)."""
     from matplotlib.text import Text
 
     if title:

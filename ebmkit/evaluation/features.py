@@ -152,8 +152,11 @@ def inception(weights: Path | None, device: torch.device) -> Extractor:
             "the Inception network needs the package torch-fidelity, which is not installed: pip "
             f"install 'ebmkit-vision[generation]', {INSTEAD}"
         )
+    wrong = UserError(
+        f"generation.weights: {str(weights)!r} does not hold the weights of torch-fidelity's "
+        f"Inception; they are {WEIGHTS}"
+    )
     if weights is not None:
-        file = f"generation.weights: {str(weights)!r}"
         if not weights.is_file():
             raise UserError(
                 f"generation.weights: there is no file {str(weights)!r}; it is {WEIGHTS}"
@@ -162,10 +165,7 @@ def inception(weights: Path | None, device: torch.device) -> Extractor:
         with contextlib.suppress(UserError):
             state = read_torch_file(weights)
         if not isinstance(state, dict) or "fc.weight" not in state:
-            raise UserError(
-                f"{file} does not hold the weights of torch-fidelity's Inception; they are "
-                f"{WEIGHTS}"
-            )
+            raise wrong
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     before = socket.getdefaulttimeout()
@@ -179,9 +179,7 @@ def inception(weights: Path | None, device: torch.device) -> Extractor:
             ).to(device)
     except (OSError, RuntimeError) as error:
         if weights is not None:
-            raise UserError(
-                f"{file} does not fit torch-fidelity's Inception; the file is {WEIGHTS}"
-            ) from None
+            raise wrong from None
         reason = str(getattr(error, "reason", error)).splitlines()[0]
         raise UserError(
             f"the weights of the Inception network cannot be fetched ({reason}): get {WEIGHTS} and "
@@ -394,18 +392,13 @@ def measure_guided(
 
     Returns:
         A document as JSON has it; estimates are ``{"value", "low", "high", "count"}`` with 95 %
-        intervals, null where undefined.
-
-        - ``count``, ``real_count``: samples, and real images of the same labels;
-        - ``accuracy``: recognised, or null without labels or with an extractor of other classes;
-        - ``frechet``, ``kernel``: of all samples against all those real images; ``floor``:
-            ``count``, ``frechet`` and ``kernel`` of other real images;
-        - ``saturation``: ``ends`` and ``colour`` (null for gray images), each with ``samples`` and
-            ``real``;
-        - ``energy_gap``: ``energy`` and ``joint_energy`` (of E(x, y); null without labels that the
-            model knows), or null without a model;
-        - ``means``: as `class_means`, or null without labels;
-        - ``classes``: as `by_class`, or null without labels.
+        intervals, null where undefined: ``count`` and ``real_count``, of samples and real images of
+        the same labels; ``accuracy`` (null without labels or with an extractor of other classes),
+        ``frechet``, ``kernel``, ``floor`` (``count``, ``frechet``, ``kernel``), ``saturation``
+        (``ends`` and ``colour``, null for gray images, each with ``samples`` and ``real``) and
+        ``energy_gap`` (``energy`` and ``joint_energy`` of E(x, y), null without labels that the
+        model knows; null without a model) of all; ``means`` and ``classes``, of `class_means` and
+        `by_class`, null without labels.
 
     Raises:
         UserError: if shapes or labels do not fit, or a sample is not finite.
@@ -490,10 +483,9 @@ def by_class(
         judged: whether the extractor's classes are these.
 
     Returns:
-        Entries ``label``, ``name``, ``count``, ``real_count``, ``accuracy``, ``frechet``,
-        ``kernel``, ``floor``, ``saturation`` and ``energy_gap``, as in `measure_guided` (but with
-        an `Estimate` for each estimate), and ``diversity``, a number, with ``diversity_interval``,
-        of the choice of samples alone.
+        ``label``, ``name``, what `measure_guided` says of all (but with an `Estimate` for each
+        estimate), and ``diversity``, a number, with ``diversity_interval``, of the choice of
+        samples alone.
     """
     assert samples.labels is not None
     found = []

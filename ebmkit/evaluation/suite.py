@@ -385,17 +385,11 @@ def noise_warnings(model: ScoreModel, sigmas: Sequence[float]) -> list[str]:
 def load_beside(
     context: EvaluationContext, runs: Iterable[Path | str], option: str
 ) -> Iterator[tuple[str, EnergyModel]]:
-    """Names and models of other runs, for a suite that compares several.
-
-    Args:
-        context: its images have the classes of its model.
-        runs: the folders.
-        option: that names them, for errors.
+    """Names and models of other ``runs``, which ``option`` names, to compare with the context's.
 
     Raises:
         UserError: if one is not there, or knows other classes or channels.
     """
-
     images, classes = context.images, context.model.num_classes
     for run in runs:
         model = load(run, device=str(context.device))
