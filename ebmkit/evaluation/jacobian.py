@@ -93,6 +93,7 @@ ASYMMETRY = 1e-3
 """Relative asymmetry of a gradient's Jacobian above which rounding is no excuse."""
 
 KINDS = ("largest", "smallest")
+NUMBERS = ("trace", "trace_error", "asymmetry")
 
 Method = Literal["auto", "dense", "iterative"]
 Vectors = NDArray[np.float64]
@@ -457,9 +458,9 @@ def _measure(
         columns |= {f"{kind} {name}": value[None] for name, value in pairs.items()}
     if found.values is not None:
         columns["eigenvalues"] = found.values[None]
-    for name in ("trace", "trace_error", "asymmetry", "products"):
-        columns[name] = torch.tensor([getattr(found, name)], dtype=torch.float64)
-    columns["converged"] = torch.tensor([found.converged(config.tolerance)])
+    numbers: dict[str, float] = {"converged": found.converged(config.tolerance)}
+    numbers |= {name: getattr(found, name) for name in (*NUMBERS, "products")}
+    columns |= {n: torch.tensor([value], dtype=torch.float64) for n, value in numbers.items()}
     if classifies(model):
         confidence, predicted = model.energies(y, config.sigma).log_posterior().exp().max(dim=1)
         columns |= {"confidence": confidence, "predicted": predicted}
@@ -471,16 +472,15 @@ def _document(
     own: dict[str, Tensor], number: int, images: Images, config: JacobianConfig
 ) -> dict[str, Any]:
     """What the JSON file holds of the image with this ``number``, of its entries of columns."""
-    trace, size = float(own["trace"]), own["x"].numel()
-    expected = config.sigma**2 * trace / size
+    expected = config.sigma**2 * float(own["trace"]) / own["x"].numel()
     document: dict[str, Any] = {
         "label": None if images.labels is None else class_name(images, int(images.labels[number])),
         "predicted": None,
         "converged": bool(own["converged"]),
-        **{name: float(own[name]) for name in ("trace", "trace_error", "asymmetry")},
+        **{name: float(own[name]) for name in NUMBERS},
         "products": int(own["products"]),
         "psnr": float(own["psnr"]),
-        "expected_psnr": -10 * math.log10(expected) if trace > 0 else None,
+        "expected_psnr": -10 * math.log10(expected) if expected > 0 else None,
     }
     if "predicted" in own:
         difference = own["conditional"] - own["unconditional"]
@@ -490,13 +490,10 @@ def _document(
     removed = (own["unconditional"] - own["y"]).double().flatten()
     for kind in KINDS:
         along = (own[f"{kind} vectors"].flatten(1) @ removed).square() / removed.square().sum()
-        entries = zip(own[f"{kind} values"], own[f"{kind} residuals"], along, strict=True)
-        document[kind] = [
-            {"value": float(value), "residual": float(residual), "noise": float(share)}
-            for value, residual, share in entries
-        ]
-    if "eigenvalues" in own:
-        values = own["eigenvalues"]
+        rows = torch.stack([own[f"{kind} values"], own[f"{kind} residuals"], along], dim=1)
+        keys = ("value", "residual", "noise")
+        document[kind] = [dict(zip(keys, row, strict=True)) for row in rows.tolist()]
+    if (values := own.get("eigenvalues")) is not None:
         document["above_half"] = int((values > 0.5).sum())
         document["negative"] = int((values < 0).sum())
         document["eigenvalues"] = [float(f"{value:.6g}") for value in values.tolist()]
@@ -505,8 +502,7 @@ def _document(
 
 def _warnings(model: ScoreModel, per_image: list[dict[str, Any]]) -> list[str]:
     found = []
-    left = sum(not one["converged"] for one in per_image)
-    if left:
+    if left := sum(not one["converged"] for one in per_image):
         found.append(
             f"of {left} of {len(per_image)} images not all eigenpairs converged: see their "
             "residuals, within which some eigenvalue lies; give more products, or a larger "
