@@ -176,7 +176,7 @@ def inception(weights: Path | None, device: torch.device) -> Extractor:
                 "inception-v3-compat",
                 ["2048", "logits_unbiased"],
                 feature_extractor_weights_path=None if weights is None else str(weights),
-            ).to(device)
+            )
     except (OSError, RuntimeError) as error:
         if weights is not None:
             raise wrong from None
@@ -187,6 +187,7 @@ def inception(weights: Path | None, device: torch.device) -> Extractor:
         ) from None
     finally:
         socket.setdefaulttimeout(before)
+    network.to(device)
 
     def extract(x: Tensor) -> dict[str, Tensor]:
         pixels = (255 * x).round().clamp(0, 255).byte()
