@@ -38,8 +38,10 @@ from ebmkit.compile import in_float32
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation import statistics
-from ebmkit.evaluation.context import Batch, EvaluationContext, Images, noisy_batches
 from ebmkit.evaluation.suite import (
+    Batch,
+    EvaluationContext,
+    Images,
     Precision,
     Several,
     Suite,
@@ -48,6 +50,7 @@ from ebmkit.evaluation.suite import (
     class_name,
     new_table,
     noise_warnings,
+    noisy_batches,
     number,
 )
 from ebmkit.metrics import predict

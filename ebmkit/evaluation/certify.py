@@ -40,8 +40,9 @@ from ebmkit import plots
 from ebmkit.energy import EnergyModel, LogDensity, tweedie
 from ebmkit.errors import UserError
 from ebmkit.evaluation import statistics
-from ebmkit.evaluation.context import Batch, EvaluationContext
 from ebmkit.evaluation.suite import (
+    Batch,
+    EvaluationContext,
     Positive,
     Several,
     Suite,

@@ -42,9 +42,18 @@ from ebmkit import plots
 from ebmkit.energy import EnergyModel, ScoreModel, classifies
 from ebmkit.errors import UserError
 from ebmkit.evaluation import statistics
-from ebmkit.evaluation.calibration import calibration_error
-from ebmkit.evaluation.context import Batch, EvaluationContext, Images
-from ebmkit.evaluation.suite import Several, Suite, SuiteConfig, new_table, noise_warnings, number
+from ebmkit.evaluation.classify import calibration_error
+from ebmkit.evaluation.suite import (
+    Batch,
+    EvaluationContext,
+    Images,
+    Several,
+    Suite,
+    SuiteConfig,
+    new_table,
+    noise_warnings,
+    number,
+)
 from ebmkit.metrics import psnr
 from ebmkit.randomness import hashed_generator
 from ebmkit.registry import find

@@ -65,10 +65,12 @@ from ebmkit.data.images import MAX_PIXELS_IN_SET, open_image
 from ebmkit.energy import EnergyModel, LogDensity, ScoreModel, classifies
 from ebmkit.errors import UserError, unknown_name
 from ebmkit.evaluation import statistics
-from ebmkit.evaluation.context import Batch, EvaluationContext, Images
 from ebmkit.evaluation.statistics import LEVEL, Estimate
 from ebmkit.evaluation.suite import (
+    Batch,
     Distinct,
+    EvaluationContext,
+    Images,
     Positive,
     Several,
     Suite,

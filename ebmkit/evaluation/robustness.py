@@ -48,9 +48,10 @@ from ebmkit.evaluation.attacks import (
     autoattack,
     check_autoattack,
 )
-from ebmkit.evaluation.context import Batch, EvaluationContext
 from ebmkit.evaluation.statistics import accuracy
 from ebmkit.evaluation.suite import (
+    Batch,
+    EvaluationContext,
     Positive,
     Several,
     Suite,

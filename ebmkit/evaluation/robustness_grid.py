@@ -27,7 +27,6 @@ from ebmkit.attacks import Norm
 from ebmkit.card import ModelCard
 from ebmkit.energy import EnergyModel
 from ebmkit.evaluation.attacks import Attack, Defence, DefendedClassifier, predicted_labels
-from ebmkit.evaluation.context import Batch, EvaluationContext, Images
 from ebmkit.evaluation.robustness import (
     Curve,
     Radii,
@@ -38,7 +37,10 @@ from ebmkit.evaluation.robustness import (
 )
 from ebmkit.evaluation.statistics import accuracy
 from ebmkit.evaluation.suite import (
+    Batch,
     Distinct,
+    EvaluationContext,
+    Images,
     Positive,
     Suite,
     SuiteConfig,

@@ -12,31 +12,19 @@ All are two-sided at 95 %.
   on resampled images twice so. The basic interval takes that bias off.
   Simulated with 360 and 2000 images at errors of 3 and 10 %, it covers the truth in 85 to 95 % of
   draws (the percentile interval in 11 to 96 %), and in 60 % where the truth is 0, the edge.
-
-Energies of images and labels have theirs by class,
-
-.. math:: E(x) = -\log p(x), \qquad E(x, y) = -\log p(x, y) = E(x) - \log p(y \mid x),
-
-in nats, up to one constant of the model, from the source that `ebmkit.models.heads` says: where a
-head has a density of its own that no objective trained (``ce`` or ``adv`` alone), off the logits.
-RCG stands for the thesis "Classifier-free Diffusion Guidance with a Robust Energy-Based Classifier"
-(Sapienza, 2024).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-
-from ebmkit.energy import EnergyModel, Noise
-from ebmkit.models.heads import EnergySource, energy_source
 
 LEVEL = 0.95
 """The level of every interval."""
@@ -171,57 +159,3 @@ def jackknife(statistic: Callable[..., float], *parts: Tensor) -> Estimate:
         )
         variance += float((GROUPS - 1) / GROUPS * (found - found.mean()).square().sum())
     return student(value, math.sqrt(variance), GROUPS - 1, len(parts[0]))
-
-
-def spread(values: Tensor) -> dict[str, Any]:
-    """The mean of ``values`` (n,) with its 95 % interval, and their standard deviation ``std``."""
-    std = float(values.double().std()) if len(values) > 1 else math.nan
-    return mean(values).document() | {"std": finite(std)}
-
-
-class ImageEnergies(NamedTuple):
-    """E(y), (B,), nats, and log p(c|y), (B, K), with K = 0 for a model without labels.
-
-    The predicted label is the largest of the latter: E(y, c) is less exact, for E(y) may be large.
-    """
-
-    energy: Tensor
-    log_posterior: Tensor
-
-    def joint(self, labels: Tensor) -> Tensor:
-        """E(y, c) = E(y) - log p(c|y) of the labels (B,), (B,), nats."""
-        return self.energy - self.log_posterior.gather(1, labels[:, None]).squeeze(1)
-
-
-def energies_of(
-    model: EnergyModel, y: Tensor, sigma: Noise | None = None, reading: EnergySource = "auto"
-) -> ImageEnergies:
-    """E(y), and log p(c|y) for E(y, c).
-
-    Args:
-        model: in evaluation mode.
-        y: images (B, C, H, W), image units.
-        sigma: the noise in them, image units, for noise-conditional models; None: 0.
-        reading: as in `ebmkit.models.heads`.
-
-    Raises:
-        UserError: if logits are asked for and the model has none.
-    """
-    found = model.energies(y, 0.0 if sigma is None else sigma)
-    logits = energy_source(model, reading) == "logits"
-    energy = -found.logits.logsumexp(dim=1) if logits else -found.log_density
-    return ImageEnergies(energy, found.log_posterior())
-
-
-def class_statistics(
-    energy: Tensor, joint: Tensor | None, labels: Tensor, names: Sequence[str] = ()
-) -> list[dict[str, Any]]:
-    """By class that has an image: ``label``, ``name`` (its number, where ``names`` has none), and
-    the `spread` of E(x), ``energy`` (N,), and of E(x, y) of the own label, ``joint`` (N,), if any;
-    nats."""
-    columns = {"energy": energy} | ({} if joint is None else {"joint_energy": joint})
-    return [
-        {"label": label, "name": names[label] if label < len(names) else str(label)}
-        | {name: spread(column[labels == label]) for name, column in columns.items()}
-        for label in sorted(set(labels.tolist()))
-    ]

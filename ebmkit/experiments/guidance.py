@@ -54,9 +54,8 @@ from ebmkit.data.hdf5 import read_contents
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation import evaluate
-from ebmkit.evaluation.context import Images
-from ebmkit.evaluation.features import Extractor, classifier
-from ebmkit.evaluation.guided import measure_guided
+from ebmkit.evaluation.features import Extractor, classifier, measure_guided
+from ebmkit.evaluation.suite import Images
 from ebmkit.experiments.guidance_report import compare_methods, guidance_text, samples_of_methods
 from ebmkit.experiments.report import (
     Experiment,

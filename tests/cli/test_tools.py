@@ -13,7 +13,7 @@ from ebmkit import UserError
 from ebmkit.cli.evaluate import evaluate
 from ebmkit.cli.tools import import_
 from ebmkit.data import load_dataset
-from ebmkit.evaluation.context import noisy_batches
+from ebmkit.evaluation.suite import noisy_batches
 from ebmkit.metrics import psnr
 from ebmkit.models.importing import import_checkpoint
 

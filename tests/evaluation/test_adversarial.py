@@ -6,7 +6,7 @@ from ebmkit_tests.support.mixture_world import Drawn
 
 from ebmkit import Gaussian, UserError, evaluation
 from ebmkit.evaluation.adversarial import difference
-from ebmkit.evaluation.context import noisy_batches
+from ebmkit.evaluation.suite import noisy_batches
 
 SIGMA = 0.05
 

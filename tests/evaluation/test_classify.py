@@ -6,8 +6,8 @@ from ebmkit_tests.support.mixture_world import Drawn
 from torch.distributions import MultivariateNormal
 
 from ebmkit.evaluation import evaluate
-from ebmkit.evaluation.calibration import calibration_error, reliability
-from ebmkit.evaluation.context import noisy_batches
+from ebmkit.evaluation.classify import calibration_error, reliability
+from ebmkit.evaluation.suite import noisy_batches
 
 
 def bayes(mixture, y, sigma):

@@ -15,7 +15,7 @@ from ebmkit_tests.support.mixture_world import Drawn
 
 from ebmkit.distributed import DistributedContext
 from ebmkit.evaluation import SUITES, evaluate
-from ebmkit.evaluation.context import EvaluationContext, noisy_batches
+from ebmkit.evaluation.suite import EvaluationContext, noisy_batches
 
 pytestmark = pytest.mark.usefixtures("few_resamples")
 

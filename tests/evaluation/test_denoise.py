@@ -9,8 +9,8 @@ from ebmkit_tests.support.mixture_world import Drawn, make_mixture
 
 from ebmkit import GaussianMixture, plots
 from ebmkit.evaluation import evaluate
-from ebmkit.evaluation.context import noisy_batches
 from ebmkit.evaluation.denoise import plot_images, plot_psnr, ssim, ssim_window
+from ebmkit.evaluation.suite import noisy_batches
 
 SIGMA = 25 / 255
 

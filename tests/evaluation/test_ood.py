@@ -17,7 +17,6 @@ from scipy.stats import norm
 from ebmkit import Gaussian, UserError, evaluation
 from ebmkit.data import load_dataset
 from ebmkit.evaluation import tables
-from ebmkit.evaluation.context import EvaluationContext
 from ebmkit.evaluation.ood import (
     MADE,
     OOD,
@@ -31,6 +30,7 @@ from ebmkit.evaluation.ood import (
     scores_of,
     standard_sets,
 )
+from ebmkit.evaluation.suite import EvaluationContext
 from ebmkit.models.config import create_denoiser
 
 

@@ -13,7 +13,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from ebmkit import ModelCard, UserError, evaluation
 from ebmkit.compile import Inference
 from ebmkit.evaluation import SUITES, evaluation_folder, parse_options, parse_suites, tables
-from ebmkit.evaluation.context import noisy_batches
+from ebmkit.evaluation.suite import noisy_batches
 
 pytestmark = pytest.mark.usefixtures("few_resamples")
 
