@@ -74,11 +74,11 @@ def restore(
     from ebmkit.compute import pick_device
     from ebmkit.errors import validated
     from ebmkit.models import load
+    from ebmkit.sampling.ascent import KADKHODAIE_SIMONCELLI_ENTRY as SAMPLER
     from ebmkit.sampling.inverse import TaskOptions, find_task
     from ebmkit.sampling.jobs.chains import Interrupted
     from ebmkit.sampling.jobs.restore import RestoreJob, read_mask
     from ebmkit.sampling.jobs.settings import parse_label, parse_options
-    from ebmkit.sampling.kadkhodaie_simoncelli import KADKHODAIE_SIMONCELLI_ENTRY as SAMPLER
     from ebmkit.training import parse_assignments
     from ebmkit.training.loop import stop_requested
 

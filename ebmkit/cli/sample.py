@@ -122,9 +122,8 @@ def sample(
     from ebmkit.compile import laid_out, make_inference
     from ebmkit.compute import pick_device
     from ebmkit.models import load
-    from ebmkit.sampling.jobs.folder import JobFolder
-    from ebmkit.sampling.jobs.job import SamplingJob
-    from ebmkit.sampling.jobs.results import write_results
+    from ebmkit.sampling.jobs.chains import JobFolder
+    from ebmkit.sampling.jobs.job import SamplingJob, write_results
     from ebmkit.sampling.jobs.settings import default_folder, make_settings
     from ebmkit.sampling.jobs.sources import at_hand, guide_by, parse_guidance, sources_for
     from ebmkit.training import parse_assignments

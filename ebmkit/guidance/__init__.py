@@ -6,23 +6,26 @@ from ebmkit.guidance.guides import (
     LogitModel,
     accumulated_guide,
     check_guide,
+    class_energies,
     classifier_guide,
     dual_guide,
     energy_guide,
     pgd_guide,
+    stored_energies,
 )
-from ebmkit.guidance.mean_energies import class_energies, stored_energies
 from ebmkit.guidance.model import GuidedModel, guided_model
-from ebmkit.guidance.schedules import GUIDANCE_SCHEDULES, GuidanceSchedule, parse_schedule
 from ebmkit.guidance.score import (
+    GUIDANCE_SCHEDULES,
     Guidance,
     GuidanceConfig,
+    GuidanceSchedule,
     classifier_free,
     guided_denoiser,
     guided_density,
     guided_noise,
     guided_score,
     make_guidance,
+    parse_schedule,
 )
 
 __all__ = [

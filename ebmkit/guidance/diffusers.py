@@ -42,7 +42,7 @@ from ebmkit.errors import UserError, first_line
 from ebmkit.guidance.guides import CLASSIFIER_FREE, LogitModel, check_guide
 from ebmkit.guidance.score import Guidance, GuidanceConfig, View, guided_noise, make_guidance
 from ebmkit.noise import Schedule
-from ebmkit.sampling.target import DensityFunction
+from ebmkit.sampling.base import DensityFunction
 
 LATENT = ("vae", "vqvae", "vqgan", "movq", "prior")
 """Components of pipelines whose UNet works on codes of images."""

@@ -25,26 +25,42 @@ it,
 where RCG does not say how its intermediate images arise. Neither is the gradient of its value: the
 path from v to :math:`v_n` is not differentiated.
 
-A guide is a `ebmkit.sampling.target.DensityFunction`: v (B, ...) and the noise level of v in image
+For ``dual`` the means are computed once and stored with the guide's run,
+``RUN/energies/DATASET-FINGERPRINT.json`` of the images' fingerprint. The file names the digest of
+the weights; with other weights it is computed anew.
+
+A guide is a `ebmkit.sampling.base.DensityFunction`: v (B, ...) and the noise level of v in image
 units, or None, to the value (B,) and the gradient. RCG is the thesis "Classifier-free Diffusion
 Guidance with a Robust Energy-Based Classifier" (Sapienza, 2024) here and in all docstrings.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from ebmkit.compile import device_of
 from ebmkit.energy import Energies, EnergyModel, Noise, classifies, upcast_energies
 from ebmkit.errors import UserError
 from ebmkit.models.heads import LogitEnergy
 from ebmkit.registry import Table
-from ebmkit.sampling.base import check_positive, per_chain
-from ebmkit.sampling.target import DensityFunction, clean_level, density_of, label_density_of
+from ebmkit.sampling.base import (
+    DensityFunction,
+    check_positive,
+    clean_level,
+    density_of,
+    label_density_of,
+    unit_length,
+)
+from ebmkit.storage import make_folder, write_atomically
+from ebmkit.storage.reading import read_json
 
 CLASSIFIER_FREE = "classifier-free"
 """Guidance that needs no guide: the sampled model itself knows labels."""
@@ -159,10 +175,7 @@ def _ascent(
     """h and its gradient at v_0, ..., v_steps; where the gradient is 0 nothing moves."""
     yield (found := inner(v, sigma))
     for _ in range(steps):
-        gradient = found[1]
-        norm = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
-        norm = norm.clamp_min(torch.finfo(norm.dtype).tiny)
-        v = v + step_size * (gradient / per_chain(norm, gradient))
+        v = v + step_size * unit_length(found[1])
         yield (found := inner(v, sigma))
 
 
@@ -287,7 +300,7 @@ class LogitModel(EnergyModel):
             )
         return Energies(logits, logits.logsumexp(1))
 
-    def _warn_if_rough(self) -> None:
+    def warn_if_rough(self) -> None:
         """Nothing: it was never meant to denoise."""
 
 
@@ -388,3 +401,96 @@ GUIDES: dict[str, Guide] = Table(
     },
 )
 """All guidance methods, by name."""
+
+
+class ClassEnergies(BaseModel):
+    """Means and standard deviations over the images of each label, (C,), in nats."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+    energy: list[float] = Field(description="mean of E(x)")
+    joint: list[float] = Field(description="mean of E(x, c) with the image's own label c")
+    energy_std: list[float] = Field(description="standard deviation of E(x)")
+    joint_std: list[float] = Field(description="standard deviation of E(x, c)")
+    images: list[int] = Field(description="number of images of the label")
+
+
+@torch.no_grad()
+def class_energies(
+    model: EnergyModel,
+    images: Any,
+    progress: Callable[[int, int], None] | None = None,
+    batch_size: int = 256,
+) -> ClassEnergies:
+    """Energies of each label's images, in nats, at `ebmkit.sampling.base.clean_level` (RCG figure
+    4.12, and eq. 4.5 of the dual objective).
+
+    Args:
+        model: a guide.
+        images: a data set, as of `ebmkit.data`: ``len`` and ``batches(size)``.
+        progress: called with (images done, images in all).
+        batch_size: images that the model takes at once.
+
+    Raises:
+        UserError: if model or images have no labels, an image's label is not the model's, one of
+            the model's labels has no image, or an energy is NaN or Inf.
+    """
+    model = LogitEnergy.of(check_guide(model))
+    device, sigma, done = device_of(model), clean_level(model), 0
+    sums = torch.zeros(5, model.num_classes, dtype=torch.float64)
+    for x, labels in images.batches(batch_size):
+        if labels is None:
+            raise UserError("mean energies of labels need images with labels, and these have none")
+        c = model.check_labels(labels.to(device), x)
+        energies = model.energies(x.to(device), sigma)
+        free = -energies.log_density.double()
+        joint = free - energies.at_label(c).double()
+        columns = torch.stack([torch.ones_like(free), free, free**2, joint, joint**2])
+        sums.index_add_(1, c.cpu(), columns.cpu())
+        done += len(x)
+        if progress is not None:
+            progress(done, len(images))
+    count = sums[0]
+    empty = torch.nonzero(count == 0).flatten().tolist()
+    if empty:
+        raise UserError(f"labels {empty} have no image in this data set: take the one that the "
+                        "guide was trained on")  # fmt: skip
+    if not bool(sums.isfinite().all()):
+        raise UserError("an energy of the guide is NaN or Inf: its training diverged")
+    free, free2, joint, joint2 = sums[1:] / count
+    return ClassEnergies(
+        energy=free.tolist(),
+        joint=joint.tolist(),
+        energy_std=(free2 - free**2).clamp_min(0).sqrt().tolist(),
+        joint_std=(joint2 - joint**2).clamp_min(0).sqrt().tolist(),
+        images=count.long().tolist(),
+    )
+
+
+def stored_energies(
+    run: Path,
+    dataset: str,
+    fingerprint: str,
+    digest: str,
+    compute: Callable[[], ClassEnergies],
+    sigma: float | None = None,
+) -> ClassEnergies:
+    """The energies stored in the guide's folder ``run``, or those that ``compute`` gives, which are
+    stored then: of a ``dataset`` with a ``fingerprint``, weights with a ``digest``, at ``sigma``.
+
+    Raises:
+        UserError: if ``compute`` does, or the file cannot be written.
+    """
+    name = re.sub(r"[^\w.-]", "_", f"{dataset}-{fingerprint}")
+    path = run / "energies" / f"{name}.json"
+    facts = {"dataset": dataset, "fingerprint": fingerprint, "digest": digest, "sigma": sigma}
+    try:
+        stored = read_json(path)
+        if facts.items() <= stored.items():
+            return ClassEnergies.model_validate(stored)
+    except (OSError, ValueError, AttributeError):  # none yet, or damaged
+        pass
+    found = compute()
+    make_folder(path.parent)
+    write_atomically(path, json.dumps(facts | found.model_dump(), indent=1).encode())
+    return found

@@ -31,8 +31,7 @@ from ebmkit.guidance.score import (
     guided_score,
 )
 from ebmkit.noise import make_schedule
-from ebmkit.sampling.base import per_chain, root_mean_square
-from ebmkit.sampling.target import label_density_of
+from ebmkit.sampling.base import label_density_of, per_chain, root_mean_square
 
 
 def guided_model(

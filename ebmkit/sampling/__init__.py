@@ -1,10 +1,21 @@
 """Samplers of any model: chains on a score, a density or a denoiser, never on a network."""
 
-from ebmkit.sampling.ascent import ASCENT_ENTRY, Ascent
-from ebmkit.sampling.base import Chains, Sampler
+from ebmkit.sampling.ascent import (
+    ASCENT_ENTRY,
+    KADKHODAIE_SIMONCELLI_ENTRY,
+    Ascent,
+    StochasticAscent,
+)
+from ebmkit.sampling.base import (
+    Chains,
+    Sampler,
+    denoiser_of,
+    density_of,
+    label_density_of,
+    score_of,
+)
 from ebmkit.sampling.diffusion import DDIM, DDIM_ENTRY, DDPM_ENTRY, noise_predictor_of
-from ebmkit.sampling.entry import SAMPLERS, SamplerEntry, find_sampler
-from ebmkit.sampling.kadkhodaie_simoncelli import KADKHODAIE_SIMONCELLI_ENTRY, StochasticAscent
+from ebmkit.sampling.entry import SAMPLERS, ClassGaussians, SamplerEntry, find_sampler
 from ebmkit.sampling.langevin import (
     ANNEALED_ENTRY,
     LANGEVIN_ENTRY,
@@ -17,8 +28,6 @@ from ebmkit.sampling.langevin import (
     langevin_move,
 )
 from ebmkit.sampling.metropolis import HMC, HMC_ENTRY, MALA, MALA_ENTRY
-from ebmkit.sampling.starts import ClassGaussians
-from ebmkit.sampling.target import denoiser_of, density_of, label_density_of, score_of
 
 __all__ = [
     "DDIM",

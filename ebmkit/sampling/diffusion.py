@@ -45,10 +45,20 @@ from torch import Tensor
 from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.noise import Schedule, Spacing, make_schedule
-from ebmkit.sampling.base import Chain, Info, PositionSampler, check_positive, moved_to, normal_like
+from ebmkit.sampling.base import (
+    Chain,
+    DenoiserFunction,
+    Info,
+    Labels,
+    PositionSampler,
+    check_positive,
+    denoiser_of,
+    moved_to,
+    normal_like,
+    trained_range,
+)
 from ebmkit.sampling.entry import SamplerConfig, SamplerEntry
 from ebmkit.sampling.langevin import DOWN_LEVELS
-from ebmkit.sampling.target import DenoiserFunction, Labels, denoiser_of, trained_range
 
 Variance = Literal["fixed_small", "fixed_large"]
 

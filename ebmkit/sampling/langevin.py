@@ -49,13 +49,16 @@ from ebmkit.sampling.base import (
     Chain,
     Info,
     PositionSampler,
+    ScoreFunction,
     check_positive,
+    highest_level,
+    lowest_level,
     moved_to,
     normal_like,
     per_chain,
+    score_of,
 )
 from ebmkit.sampling.entry import START, LevelConfig, SamplerConfig, SamplerEntry, Start
-from ebmkit.sampling.target import ScoreFunction, highest_level, lowest_level, score_of
 
 JEM_STEP, JEM_NOISE = 0.25, 0.005
 """JEM's step and noise, for images in [0, 1]."""

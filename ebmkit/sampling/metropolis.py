@@ -30,10 +30,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ebmkit.sampling.base import Info, normal_like, per_chain, root_mean_square
+from ebmkit.sampling.base import (
+    DensityFunction,
+    Info,
+    density_of,
+    normal_like,
+    per_chain,
+    root_mean_square,
+)
 from ebmkit.sampling.entry import LevelConfig, SamplerEntry
 from ebmkit.sampling.langevin import langevin_move
-from ebmkit.sampling.target import DensityFunction, density_of
 
 
 class DensityChain(NamedTuple):

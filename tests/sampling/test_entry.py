@@ -13,10 +13,10 @@ from ebmkit import GaussianMixture, ModelCard
 from ebmkit.errors import UserError
 from ebmkit.models import DirectDenoiser, create_model
 from ebmkit.sampling import Chains
+from ebmkit.sampling.ascent import make_restorer
+from ebmkit.sampling.base import blind_denoiser_of
 from ebmkit.sampling.entry import SAMPLERS, find_sampler
 from ebmkit.sampling.inverse import random_pixels
-from ebmkit.sampling.kadkhodaie_simoncelli import make_restorer
-from ebmkit.sampling.target import blind_denoiser_of
 
 SHAPE = (1, 4, 4)
 KS = "kadkhodaie_simoncelli"

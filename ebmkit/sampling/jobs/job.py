@@ -1,4 +1,4 @@
-r"""A sampling job: batches of chains, from their start to their end, interrupted or not.
+"""A sampling job: batches of chains, from their start to their end, and the files about them.
 
 Batch b of B chains starts from numbers drawn by a generator that is a function of
 (seed, "sample", b, 0), and takes step t with one of (seed, "sample", b, t). So a job that was
@@ -6,32 +6,87 @@ interrupted, and is resumed from the state that it saved, ends with the same bit
 that lost its last steps because it was killed.
 
 In its `JobFolder` the job saves each batch at its end, with its record, as ``batch-00000``; at last
-``samples.h5``, the plots and ``sampling.json`` lie there (`ebmkit.sampling.jobs.results`). A chain
-that diverges stops (`ebmkit.sampling.Chains`); its image is the last finite one, and it is marked.
+``samples.h5``, the plots and ``sampling.json`` lie there. A chain that diverges stops
+(`ebmkit.sampling.Chains`); its image is the last finite one, and it is marked. ``samples.h5`` is
+also a data set of kind ``hdf5`` (`ebmkit.data.hdf5`)::
+
+    images       (N, H, W, C) uint8, clipped and rounded
+    samples      (N, C, H, W) float32, as the sampler left them
+    finite       (N,) bool, false of chains that diverged: their last finite image
+    labels       (N,) int64, of samples that were asked for by label
+    class_names  their names
+    log_density  (N,) float32, nats, up to the model's constant
+    log_joint    (N, C) float32, of models with labels
+
+with attributes ``source`` (``fresh``, or ``buffer`` where chains continue those of the replay
+buffer), ``sampler``, ``settings`` (JSON), ``seed``, ``run``. There is no attribute ``filter``, as
+nothing is left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+import math
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from einops import rearrange
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from ebmkit.compile import device_of
+from ebmkit.compute import environment
 from ebmkit.energy import EnergyModel, ScoreModel, classifies
 from ebmkit.errors import UserError
+from ebmkit.plots import DPI, GRAY, new_figure, save_figure
 from ebmkit.randomness import keyed_generator
-from ebmkit.sampling.base import Sampler, State
+from ebmkit.sampling.base import Sampler, State, clean_level
+from ebmkit.sampling.diagnostics import chain_diagnostics, energy_diagnostics
 from ebmkit.sampling.entry import SamplerEntry, find_sampler, noise_levels
-from ebmkit.sampling.jobs.chains import SAVE_SECONDS, Hook, Interrupted, Record, run_chains
-from ebmkit.sampling.jobs.folder import STATE, JobFolder
-from ebmkit.sampling.jobs.settings import BUFFER, SamplingSettings, cautions, parse_labels
+from ebmkit.sampling.jobs.chains import (
+    MAX_DRAWS,
+    SAVE_SECONDS,
+    STATE,
+    Hook,
+    Interrupted,
+    JobFolder,
+    Record,
+    means_of,
+    run_chains,
+)
+from ebmkit.sampling.jobs.settings import (
+    BUFFER,
+    SamplingSettings,
+    cautions,
+    class_names_of,
+    parse_labels,
+)
 from ebmkit.sampling.jobs.sources import Sources
-from ebmkit.sampling.target import clean_level
+from ebmkit.storage import write_atomically
+from ebmkit.storage.atomic import replacing
+from ebmkit.terminal import shown_name
 
 SHOWN = 16
 """Chains whose path is recorded, the first of the job."""
+
+FAR = 1.5
+"""Distance of a pixel from 0.5 beyond which a sample is no image, for whatever reason."""
+
+ROWS, COLUMNS = 20, 10
+"""Of the grid, at the most: of classes, and of samples of a class."""
+
+MOMENTS, CHAINS = 10, 6
+"""Columns and rows of the strip, at the most."""
+
+CELL = 64
+"""Pixels that the side of an image takes, at the least."""
+
+DIVERGED = (213, 94, 0)
+"""The frame of diverged chains, orange."""
 
 
 class SamplingJob:
@@ -40,9 +95,8 @@ class SamplingJob:
     Args:
         model: frozen, on its device.
         settings: as `make_settings` gave them.
-        folder: where batches and states are saved.
+        folder: where batches and states are saved, each ``save_seconds``.
         sources: what chains start from, and are compared with.
-        save_seconds: time between states saved.
 
     Attributes:
         entry: of the sampler; None where the buffer is taken as it is.
@@ -82,14 +136,10 @@ class SamplingJob:
 
     @torch.no_grad()
     def run(self, progress: Hook | None = None, stop: Callable[[], bool] = lambda: False) -> None:
-        """Draw what is not drawn yet.
-
-        Args:
-            progress: called with (steps done, steps in all) after each step of a batch.
-            stop: called after each step; where it is true, the state is saved.
+        """Draw what is not drawn yet; ``stop`` is asked after each step whether to save and end.
 
         Raises:
-            Interrupted: if it was.
+            Interrupted: if it was true.
             UserError: if a file is damaged or cannot be written, or a chain starts at NaN or Inf.
         """
         progress = progress or (lambda done, total: None)
@@ -124,7 +174,7 @@ class SamplingJob:
         return found
 
     def _run_batch(self, number: int, progress: Hook, stop: Callable[[], bool]) -> None:
-        c, rows, seconds = self._labels(number), self.settings.rows(number), 0.0
+        c, shape, seconds = self._labels(number), self._shape(number), 0.0
         if self.entry is None:
             x, record = self._from_buffer(number), Record(1)
             died = torch.full((len(x),), -1)
@@ -135,7 +185,7 @@ class SamplingJob:
             chains, seconds = run_chains(
                 sampler,
                 lambda: self._start(number, sampler, c),
-                (rows.stop - rows.start, *self.settings.shape),
+                shape,
                 self.length,
                 lambda step: self._generator(number, step),
                 record,
@@ -163,7 +213,7 @@ class SamplingJob:
 
     def _start(self, number: int, sampler: Sampler[Any], c: Tensor | None) -> Tensor:
         assert self.entry is not None
-        generator, rows = self._generator(number, 0), self.settings.rows(number)
+        generator = self._generator(number, 0)
         if self.settings.start == BUFFER:
             x, level = self._from_buffer(number), noise_levels(sampler)[0]
             if level is None:
@@ -176,10 +226,8 @@ class SamplingJob:
             if train is None:
                 raise UserError("chains start from the mean image: give images of the data set")
             mean = train[0].mean(0)
-        shape = (rows.stop - rows.start, *self.settings.shape)
-        return self.entry.start(
-            self.model, sampler, self.config, shape, generator, c, train, mean
-        ).to(self.device)
+        shape, config = self._shape(number), self.config
+        return self.entry.start(self.model, sampler, config, shape, generator, c, train, mean)
 
     def _summary(self, sampler: Sampler[Any], c: Tensor | None) -> Callable[[State], Tensor] | None:
         """The log-density that a chain samples, where it is one at one level."""
@@ -202,9 +250,8 @@ class SamplingJob:
             asked, size, what = count, len(buffer), "this replay buffer"
             if labels is not None:
                 if not buffer.num_classes:
-                    raise UserError(
-                        "this replay buffer holds chains of no label: leave out --label"
-                    )
+                    told = "this replay buffer holds chains of no label: leave out --label"
+                    raise UserError(told)
                 asked, what = int(labels.bincount().max()), "a label"
                 size //= buffer.num_classes
             if asked > size:
@@ -226,6 +273,10 @@ class SamplingJob:
         images = self.sources.buffer.images[self._slots[self.settings.rows(number)]]
         return images.to(self.device)
 
+    def _shape(self, number: int) -> tuple[int, ...]:
+        rows = self.settings.rows(number)
+        return (rows.stop - rows.start, *self.settings.shape)
+
     def _labels(self, number: int) -> Tensor | None:
         if self.labels is None:
             return None
@@ -238,3 +289,244 @@ class SamplingJob:
 def batch_name(number: int) -> str:
     """The name under which a finished batch is saved."""
     return f"batch-{number:05}"
+
+
+def write_results(job: SamplingJob, run: str) -> dict[str, Any]:
+    """Write all files of a ``job`` that has run; ``sampling.json`` last. What that holds.
+
+    ``run`` is the run's name. A `UserError` is raised if a file cannot be written.
+    """
+    settings, held_out, entry = job.settings, job.sources.held_out, job.entry
+    batches, first = _write_hdf5(job, run, job.folder.path / "samples.h5")
+
+    def joined(name: str) -> Tensor | None:
+        return torch.cat([b[name] for b in batches]) if name in batches[0] else None
+
+    finite, died, far = (torch.cat([b[n] for b in batches]) for n in ("finite", "died", "far"))
+    traces = means_of([batch["sums"] for batch in batches if "sums" in batch])
+    diverged = [(k, int(died[k])) for k in torch.nonzero(died >= 0).flatten().tolist()]
+    shares = zip(traces["acceptance"], traces["chains"], strict=True)
+    accepted = [(share * chains, chains) for share, chains in shares if share is not None]
+    acceptance = sum(a for a, _ in accepted) / sum(n for _, n in accepted) if accepted else None
+    draws, every = [batch.get("draws") for batch in batches], max(1, job.length // MAX_DRAWS)
+    real = None if held_out is None else job.energies(held_out).get("log_density")
+    document: dict[str, Any] = {
+        "run": run,
+        "source": "buffer" if settings.start == BUFFER else "fresh",
+        "settings": settings.model_dump(mode="json"),
+        "model": None if job.model.card is None else job.model.card.model_dump(mode="json"),
+        "samples": settings.count,
+        "steps": len(traces["chains"]),
+        "lost": [{"chain": chain, "step": step} for chain, step in diverged],
+        "warnings": [*job.cautions, *_warnings(int(far.sum()), diverged, len(died))],
+        "diagnostics": {
+            "acceptance": acceptance,
+            "chains": chain_diagnostics(entry, draws, finite, every),
+            "energies": energy_diagnostics(
+                joined("log_density"), finite, real, job.sources.note, clean_level(job.model)
+            ),
+        },
+        "seconds": round(sum(float(batch["seconds"]) for batch in batches), 3),
+        "traces": traces,
+        "environment": environment(),
+    }
+    document["files"] = ["samples.h5", *_plot(job, first, joined("labels"), finite, traces)]
+    job.folder.finish(document)
+    return document
+
+
+def far_from_images(x: Tensor) -> Tensor:
+    """Which of the samples (N, C, H, W) have pixels beyond `FAR` from the middle, (N,) bool."""
+    return (x - 0.5).abs().flatten(1).amax(1) > FAR
+
+
+def _write_hdf5(job: SamplingJob, run: str, path: Path) -> tuple[list[dict[str, Tensor]], Tensor]:
+    """Write the samples batch by batch; what else each holds, with which samples are ``far`` (B,)
+    from images, and the first samples."""
+    import h5py
+
+    settings = job.settings
+    total, (channels, height, width) = settings.count, settings.shape
+    batches: list[dict[str, Tensor]] = []
+    first: list[Tensor] = []
+    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+        images = file.create_dataset("images", (total, height, width, channels), "uint8")
+        samples = file.create_dataset("samples", (total, channels, height, width), "float32")
+        for number in range(settings.batches):
+            batch, rows = job.finished(number), settings.rows(number)
+            x = batch.pop("samples").float()
+            samples[rows] = x.numpy()
+            levels = (x.clamp(0, 1) * 255).round().to(torch.uint8)
+            images[rows] = rearrange(levels, "b c h w -> b h w c").numpy()
+            if sum(map(len, first)) < ROWS * COLUMNS:
+                first.append(x)
+            batch.pop("frames", None)
+            batches.append(batch | {"far": far_from_images(x)})
+        for key in ("finite", "labels", "log_density", "log_joint"):
+            if key in batches[0]:
+                file[key] = torch.cat([batch[key] for batch in batches]).numpy()
+        if "labels" in batches[0]:
+            kind = h5py.string_dtype()
+            file.create_dataset("class_names", data=class_names_of(job.model), dtype=kind)
+        file.attrs["source"] = "buffer" if settings.start == BUFFER else "fresh"
+        file.attrs["sampler"], file.attrs["settings"] = settings.sampler, settings.model_dump_json()
+        file.attrs["seed"], file.attrs["run"] = settings.seed, run
+    return batches, torch.cat(first)
+
+
+def _warnings(far: int, diverged: list[tuple[int, int]], total: int) -> list[str]:
+    found = []
+    if far:
+        found.append(
+            f"{far} samples have pixels beyond {0.5 - FAR:g} or {0.5 + FAR:g}, where no image is: "
+            "their chains ran away, as they do where a model was trained too little or for other "
+            "noise, or steps are too long"
+        )
+    if diverged:
+        told = ", ".join(f"{chain} at step {step}" for chain, step in diverged[:8])
+        more = f" and {len(diverged) - 8} more" if len(diverged) > 8 else ""
+        rest = "none is left" if len(diverged) == total else "the others are not affected"
+        found.append(
+            f"{len(diverged)} of {total} chains diverged to NaN or Inf (chain {told}{more}); "
+            f"{rest}, and `finite` in samples.h5 says which are which: smaller steps may help"
+        )
+    return found
+
+
+# --- plots ---------------------------------------------------------------------------------------
+
+
+def _plot(
+    job: SamplingJob,
+    images: Tensor,
+    labels: Tensor | None,
+    finite: Tensor,
+    traces: dict[str, list[Any]],
+) -> list[str]:
+    """Draw the first samples, and the path of the first chains where it was recorded."""
+    folder, settings, how = job.folder.path, job.settings, job.settings.guidance
+    steps, batch = len(traces["chains"]), job.finished(0)
+    steps_text = f", {steps} steps from {settings.start}" if steps else ""
+    guided = "" if how is None else f", guided by {how.guidance} at {how.scale:g}"
+    title = f"{settings.sampler}{steps_text}{guided}, seed {settings.seed}"
+    plot_samples(images, labels, class_names_of(job.model), finite, folder / "samples.png", title)
+    if "frames" not in batch:
+        return ["samples.png"]
+    frames, moments = batch["frames"], batch["moments"].tolist()
+    plot_path(frames, moments, traces["sigma"], folder / "path.png", title)
+    animate_path(frames, folder / "path.gif")
+    return ["samples.png", "path.png", "path.gif"]
+
+
+def plot_samples(
+    images: Tensor,
+    labels: Tensor | None,
+    class_names: Sequence[str],
+    finite: Tensor,
+    path: Path,
+    title: str,
+) -> None:
+    """The first samples ``images`` (M, C, H, W) side by side; of several classes, a row for each.
+
+    ``labels`` and ``finite`` are of all samples (N,); those that are not finite are framed.
+    """
+    own = None if labels is None else labels[: len(images)]
+    names: list[str] = []
+    classes = [] if own is None else sorted(set(own.tolist()))[:ROWS]
+    if own is not None and len(classes) > 1:
+        rows = [torch.nonzero(own == c).flatten().tolist()[:COLUMNS] for c in classes]
+        names = [shown_name(class_names[c]) for c in classes]
+    else:
+        count = min(len(images), ROWS * COLUMNS)
+        wide = min(2 * COLUMNS, math.ceil(math.sqrt(count)))
+        rows = [list(range(at, min(at + wide, count))) for at in range(0, count, wide)]
+        if own is not None:
+            title = f"{title}, class {shown_name(class_names[int(own[0])])}"
+    framed = {(r, k) for r, row in enumerate(rows) for k, i in enumerate(row) if not finite[i]}
+    mosaic = _mosaic([[images[i] for i in row] for row in rows], framed)
+    shown, total = sum(map(len, rows)), len(finite)
+    note = title if shown == total else f"{title}: {shown} of {total:,}"
+    _save_mosaic(mosaic, path, note, names)
+
+
+def plot_path(
+    frames: Tensor, moments: Sequence[int], sigmas: Sequence[float | None], path: Path, title: str
+) -> None:
+    """Some chains, one in each row, at some of their steps.
+
+    ``frames`` (K, S, C, H, W) uint8 are of the steps ``moments`` (K,), the last one of the finished
+    samples; ``sigmas`` are the mean noise levels of each step, None where it has none.
+    """
+    chosen = sorted({round(k) for k in np.linspace(0, len(frames) - 1, MOMENTS)})
+    images = rearrange(frames[chosen, :CHAINS].float() / 255, "k s c h w -> s k c h w")
+    below = []
+    for k in chosen:
+        step, last = moments[k], k == len(frames) - 1
+        sigma = sigmas[step - 1] if 0 < step <= len(sigmas) and not last else None
+        level = "" if sigma is None else f"\n{255 * sigma:.3g}/255" if sigma < 10 else "\n> 10"
+        below.append(f"{'end' if last else f'step {step}' if step else 'start'}{level}")
+    note = "; below: mean noise level" if any(s is not None for s in sigmas) else ""
+    _save_mosaic(_mosaic([list(row) for row in images]), path, f"{title}{note}", below=below)
+
+
+def animate_path(frames: Tensor, path: Path) -> None:
+    """The path of chains, (K, S, C, H, W) uint8, as a GIF of squares of chains; its end stays."""
+    side = math.ceil(math.sqrt(frames.shape[1]))
+    first, *rest = (
+        Image.fromarray(_mosaic([list(row) for row in torch.split(frame, side)]))
+        for frame in frames.float() / 255
+    )
+    buffer = io.BytesIO()
+    times = [90] * len(rest) + [2000]  # ms
+    first.save(buffer, "GIF", save_all=True, append_images=rest, duration=times, loop=0, disposal=1)
+    write_atomically(path, buffer.getvalue())
+
+
+def _mosaic(
+    rows: Sequence[Sequence[Tensor]], framed: Collection[tuple[int, int]] = ()
+) -> NDArray[np.uint8]:
+    """Images (C, H, W) in [0, 1] beside each other, (H', W', 3) uint8, small ones enlarged."""
+    height, width = rows[0][0].shape[-2:]
+    times = max(1, math.ceil(CELL / max(height, width)))
+    gap = 4
+    tall, wide = height * times + gap, width * times + gap
+    columns = max(map(len, rows))
+    mosaic = np.full((len(rows) * tall + gap, columns * wide + gap, 3), 255, dtype=np.uint8)
+    for r, row in enumerate(rows):
+        for k, image in enumerate(row):
+            levels = rearrange(image.detach().clamp(0, 1).cpu() * 255, "c h w -> h w c").round()
+            pixels = np.broadcast_to(levels.numpy().astype(np.uint8), (height, width, 3))
+            large = pixels.repeat(times, 0).repeat(times, 1)
+            top, left = gap + r * tall, gap + k * wide
+            if (r, k) in framed:
+                mosaic[top - gap : top + tall, left - gap : left + wide] = DIVERGED
+            mosaic[top : top + height * times, left : left + width * times] = large
+    return mosaic
+
+
+def _save_mosaic(
+    mosaic: NDArray[np.uint8],
+    path: Path,
+    title: str,
+    names: Sequence[str] = (),
+    below: Sequence[str] = (),
+) -> None:
+    """``mosaic`` pixel for pixel, a title above, names beside its rows, text below its columns."""
+    tall, wide = (side / DPI for side in mosaic.shape[:2])
+    left = 0.12 + 0.075 * max(map(len, names), default=0)
+    head, foot = 0.3, 0.42 if below else 0.08
+    width = max(left + wide + 0.1, 0.2 + 0.072 * len(title))
+    height = head + tall + foot
+    figure = new_figure(width, height)
+    axes = figure.add_axes((left / width, foot / height, wide / width, tall / height))
+    axes.imshow(mosaic, interpolation="nearest", aspect="auto")
+    for side in axes.spines.values():
+        side.set_visible(False)
+    rows, columns = max(1, len(names)), max(1, len(below))
+    ticks = [(r + 0.5) * mosaic.shape[0] / rows for r in range(len(names))]
+    axes.set_yticks(ticks, list(names), fontsize=8)
+    ticks = [(k + 0.5) * mosaic.shape[1] / columns for k in range(len(below))]
+    axes.set_xticks(ticks, list(below), fontsize=6.5)
+    axes.tick_params(length=0, colors=GRAY, labelcolor="black", pad=2)
+    figure.text(0.1 / width, 1 - 0.15 / height, title, fontsize=8.5, va="center")
+    save_figure(figure, path)

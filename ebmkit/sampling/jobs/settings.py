@@ -18,7 +18,7 @@ from ebmkit.guidance.score import GuidanceConfig
 from ebmkit.noise import format_sigma
 from ebmkit.objectives import parse_objective
 from ebmkit.sampling import SAMPLERS
-from ebmkit.sampling.base import Sampler
+from ebmkit.sampling.base import Sampler, highest_level
 from ebmkit.sampling.entry import (
     RENAMED,
     SamplerConfig,
@@ -30,8 +30,7 @@ from ebmkit.sampling.entry import (
     noise_levels,
     takes_labels,
 )
-from ebmkit.sampling.jobs.folder import SETTINGS, UNFINISHED
-from ebmkit.sampling.target import highest_level
+from ebmkit.sampling.jobs.chains import SETTINGS, UNFINISHED
 from ebmkit.storage.reading import read_json
 
 BUFFER = "buffer"
@@ -114,10 +113,9 @@ def _today(name: Any) -> Any:
 
 
 def default_folder(run: Path, settings: SamplingSettings) -> Path:
-    """Where samples of ``run`` go if nothing is said: the same settings, the same folder.
+    """Where samples of ``run`` go if nothing is said: a folder named after its settings.
 
-    A folder is named after its settings. An unfinished one of the same settings that has another
-    name, as earlier versions gave, is found, too.
+    An unfinished one of the same settings with a name that earlier versions gave is found, too.
     """
     parts = [settings.sampler]
     if settings.label is not None:
@@ -149,15 +147,11 @@ def make_settings(
     image_size: int | None = None,
     **others: Any,
 ) -> SamplingSettings:
-    """The settings of a job, checked against ``model``; others are options of `ebmkit sample`.
+    """The settings of a job, checked against ``model``; named as options of `ebmkit sample`.
 
-    Args:
-        model: as `ebmkit.load` gives it.
-        sampler: a name of `SAMPLERS`, or ``buffer``; None: `default_sampler`.
-        start: one of `STARTS`; None: the sampler's default.
-        options: further settings of the sampler.
-        data_at_hand: whether training images can be had, for starts that are left open.
-        others: further fields of `SamplingSettings`.
+    ``sampler`` is a name of `SAMPLERS` or ``buffer``, by default `default_sampler`; ``start`` one
+    of `STARTS`; ``data_at_hand`` says whether training images can be had, for starts that are left
+    open; ``others`` are further fields of `SamplingSettings`.
 
     Raises:
         UserError: if the sampler is unknown or cannot drive the model, or a value is not legal.
@@ -218,15 +212,11 @@ def make_settings(
 def parse_options(
     options: Mapping[str, Any] | None, steps: int | None, hint: str = ""
 ) -> dict[str, Any]:
-    """Settings of a sampler as the command line gives them.
-
-    Args:
-        options: by name.
-        steps: of each chain, if given beside them.
-        hint: at what else may be meant by 0 steps.
+    """Settings of a sampler as the command line gives them, with ``steps`` beside them or not.
 
     Raises:
-        UserError: if they ask for no steps, or one has a name of an earlier version.
+        UserError: if they ask for no steps (``hint``: what may be meant), or one has a name of an
+            earlier version.
     """
     values = dict(options or {}) | ({} if steps is None else {"steps": steps})
     for name in values:
