@@ -81,7 +81,8 @@ def guided(
     """A pipeline like ``pipeline`` whose samples are guided to ``label``.
 
     It shares the weights, and has a scheduler of its own; ``pipeline`` is left as it is. Guiding
-    the result again adds another guide.
+    the result again adds another guide. ``guidance``, ``scale``, ``schedule``, ``view``,
+    ``backpropagate`` and ``start`` are those of `ebmkit.guidance.GuidanceConfig`.
 
     Args:
         pipeline: of `diffusers`, with a UNet on images, as DDPMPipeline and DDIMPipeline.
@@ -89,8 +90,6 @@ def guided(
             gives logits of images in [0, 1] (`LogitModel` for other ranges); None for
             ``classifier-free``.
         label: of all images, or one for each, (B,).
-        guidance: as of `ebmkit.guidance.GuidanceConfig`, like ``scale``, ``schedule``, ``view``,
-            ``backpropagate`` and ``start``.
         means: (C,) mean E of each label's training images, for ``dual``.
         classifier_free: w, in addition to a guide, for a class-conditional UNet; None: it gets the
             label itself.
@@ -107,12 +106,12 @@ def guided(
     >>> images = guided(pipeline, robust, 3, "pgd", scale=4, n=20)()     # doctest: +SKIP
     """
     name = type(pipeline).__name__
-    latent = [part for part in LATENT if getattr(pipeline, part, None) is not None]
-    if latent:
-        raise UserError(
-            f"{name} works on latents (it has {latent[0]!r}), and a guide takes images: take a "
-            "pipeline on pixels, as DDPMPipeline"
-        )
+    for part in LATENT:
+        if getattr(pipeline, part, None) is not None:
+            raise UserError(
+                f"{name} works on latents (it has {part!r}), and a guide takes images: take a "
+                "pipeline on pixels, as DDPMPipeline"
+            )
     for part in ("unet", "scheduler"):
         if getattr(pipeline, part, None) is None:
             raise UserError(f"{name} has no {part}: take a pipeline of diffusers with a UNet")
@@ -221,12 +220,8 @@ class GuidedUNet(nn.Module):
     ) -> Any:  # fmt: skip
         """The guided prediction, as the UNet's own output; no gradients go back through it.
 
-        Args:
-            sample: u_t (B, C, H, W).
-            timestep: a number, or a tensor of one or of (B,).
-            *args: passed on to the UNet.
-            return_dict: whether to return an output with ``sample``, or a tuple.
-            **kwargs: passed on to the UNet.
+        ``sample`` is u_t (B, C, H, W), ``timestep`` a number, or a tensor of one or of (B,);
+        without ``return_dict`` a tuple is returned; the rest is passed on to the UNet.
 
         Raises:
             UserError: if there are other labels than images, the images have another size than the

@@ -50,7 +50,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
@@ -81,19 +83,15 @@ class GuidanceSchedule(BaseModel, ABC):
 
     @abstractmethod
     def factor(self, t: Tensor, abar: Tensor, total: int) -> Tensor:
-        """g(t), shape of ``t``.
+        """g(t), shape of ``t``: timesteps from 0 to ``total`` - 1, whole or between two, float64.
 
-        Args:
-            t: timesteps from 0 to total - 1, whole or between two, float64.
-            abar: share of the image in the variance there, of the same shape.
-            total: number of timesteps T.
+        ``abar`` is the share of the image in the variance there, of the same shape.
         """
 
     def weight(self, t: Tensor, abar: Tensor, total: int) -> Tensor:
         """w(t) = g(t) / sqrt(1 - abar), shape of ``t``; 1 where there is no noise."""
         exact = (1 - abar).sqrt()
-        found = self.factor(t, abar, total) / exact
-        return torch.where(exact > 0, found, torch.ones_like(found))
+        return torch.where(exact > 0, self.factor(t, abar, total) / exact, 1.0)
 
     def __str__(self) -> str:
         """The written form, that `parse_schedule` reads."""
@@ -127,7 +125,7 @@ class Step(GuidanceSchedule):
         return self.weight(t, abar, total) * (1 - abar).sqrt()
 
     def weight(self, t: Tensor, abar: Tensor, total: int) -> Tensor:
-        return torch.where(t >= self.at, torch.ones_like(t), torch.full_like(t, self.low))
+        return torch.where(t >= self.at, torch.ones_like(t), self.low)
 
 
 class Linear(GuidanceSchedule):
@@ -277,8 +275,7 @@ class GuidanceConfig(BaseModel):
             UserError: if there is a guide and none is needed or the reverse, it does not know the
                 labels, needs ``means`` and gets none, or the view does not suit it.
         """
-        how = (self.backpropagate, self.start, diffusion)
-        entry = GUIDES[self.guidance]
+        how, entry = (self.backpropagate, self.start, diffusion), GUIDES[self.guidance]
         if guide is None:
             if entry.make is not None:
                 raise UserError(f"guidance {self.guidance!r} needs a guide: give a classifier")
@@ -289,8 +286,8 @@ class GuidanceConfig(BaseModel):
         function = entry.make(check_guide(guide), c, own, means)
         view: View = self.view or ("noisy" if guide.noise_conditional else "x_t")
         if guide.noise_conditional and view == "x_t":
-            raise UserError("this guide takes the noise level and scales images itself: take the "
-                            "view noisy")  # fmt: skip
+            told = "this guide takes the noise level and scales images itself: take the view noisy"
+            raise UserError(told)
         return Guidance(function, self.scale, self.schedule, view, *how)
 
 
@@ -359,8 +356,7 @@ class Guidance:
         if isinstance(sigma, Tensor):
             shrink = self._abar(sigma).sqrt()
         else:
-            level = torch.tensor(sigma or 0.0, dtype=torch.float64)
-            shrink = math.sqrt(float(self._abar(level)))
+            shrink = math.sqrt(float(self._abar(torch.tensor(sigma or 0.0, dtype=torch.float64))))
         if self.view == "x0_hat":
             value, gradient = self.guide(x0_hat, None)
             return value, vjp(gradient) if self.backpropagate else per_chain(shrink, y) * gradient
@@ -382,21 +378,15 @@ class Guidance:
 
     def _timestep(self, sigma: Tensor) -> Tensor:
         """The timestep of each level, between two where the level is; -1 of no noise."""
-        known = self._log_levels.to(sigma.device)
-        level = sigma.log().clamp(known[0], known[-1])
-        above = torch.searchsorted(known, level).clamp(1, max(1, len(known) - 1))
-        if len(known) == 1:
-            found = torch.zeros_like(level)
-        else:
-            low, high = known[above - 1], known[above]
-            found = above - 1 + (level - low) / (high - low)
+        known, level = self._log_levels, sigma.detach().cpu().log().numpy()
+        found = torch.as_tensor(np.interp(level, known, np.arange(len(known))), device=sigma.device)
         # a level that is a timestep's, perhaps in float32, is that timestep
-        return torch.where(sigma > 0, (found * 1e3).round() / 1e3, -1.0)
+        return torch.where(sigma > 0, found.round(decimals=3), -1.0)
 
     @cached_property
-    def _log_levels(self) -> Tensor:
-        """log sigma(t), (T,) float64."""
-        return self.diffusion.sigmas.log()
+    def _log_levels(self) -> NDArray[np.float64]:
+        found: NDArray[np.float64] = self.diffusion.sigmas.log().numpy()
+        return found
 
 
 Guidances = Guidance | Sequence[Guidance]

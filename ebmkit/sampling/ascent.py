@@ -129,10 +129,9 @@ class Ascent:
         bounds: tuple[float, float] | tuple[Tensor, Tensor] | None = (0.0, 1.0),
         sigma: float | None = None,
     ) -> None:
-        named = (("direction", direction, Direction), ("ball", ball, Ball))
-        for kind, name, names in named:
-            if name not in get_args(names):
-                raise UserError(f"unknown {kind} {name!r}: known: {', '.join(get_args(names))}")
+        for kind, given, names in (("direction", direction, Direction), ("ball", ball, Ball)):
+            if given not in get_args(names):
+                raise UserError(f"unknown {kind} {given!r}: known: {', '.join(get_args(names))}")
         self.density, self.sigma = density, sigma
         for name, value in (("step size", step_size), ("radius", radius)):
             if isinstance(value, (int, float)):  # numbers of each chain are not looked at

@@ -27,6 +27,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,10 +42,8 @@ MIN_DRAWS = 4
 class Trace:
     """Records chains: pass it to `Chains.run` as ``after``.
 
-    Args:
-        summary: positions (B, ...) to numbers (B, K), or (B,).
-        every: of how many steps one is recorded.
-        warm_up: steps left out at the beginning.
+    ``summary`` maps positions (B, ...) to numbers (B, K), or (B,); one of ``every`` steps is
+    recorded, after the first ``warm_up``.
 
     >>> trace = Trace(random_projections((1, 8, 8), 4))          # doctest: +SKIP
     >>> chains.run(500, generator, trace)                        # doctest: +SKIP
@@ -99,19 +98,14 @@ def split_rhat(draws: Tensor) -> float:
         UserError: if a chain has fewer than 4 draws, or a draw is not finite.
     """
     halves = _halves(draws)
-    ordered = halves.flatten().sort().values
-    median = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
-    folded = (halves - median).abs()
+    folded = (halves - float(np.median(halves.cpu().numpy()))).abs()
     return max(_rhat(_normal_scores(halves)), _rhat(_normal_scores(folded)))
 
 
 def effective_size(draws: Tensor, ranks: bool = True) -> float:
-    """How many independent draws ``draws`` (N, M) are worth; nan where none of them moved.
+    """How many independent draws ``draws`` (N, M) of M chains are worth; nan where none moved.
 
-    Args:
-        draws: of M chains.
-        ranks: of the ranks' normal scores, which heavy tails do not upset; else of the draws'
-            mean.
+    It is that of the ``ranks``' normal scores, which heavy tails do not upset, or of the draws.
 
     Raises:
         UserError: if a chain has fewer than 4 draws, or a draw is not finite.

@@ -36,6 +36,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, Protocol, get_args
 
 import torch
@@ -162,15 +163,13 @@ class DDIM(PositionSampler):
         return moved_to(state, moved, sigma)
 
 
+TIMESTEPS = "number of timesteps out of 1000; levels outside the model's range are skipped"
+
+
 class DDIMConfig(SamplerConfig):
     """Settings of ``ddim``."""
 
-    steps: int = Field(
-        100,
-        ge=1,
-        le=1000,
-        description="number of timesteps out of 1000; levels outside the model's range are skipped",
-    )
+    steps: int = Field(100, ge=1, le=1000, description=TIMESTEPS)
     eta: float = Field(
         0.0, ge=0, le=1, description="eta, the share of fresh noise; 0: deterministic, 1: ancestral"
     )
@@ -186,12 +185,7 @@ class DDIMConfig(SamplerConfig):
 class DDPMConfig(DDIMConfig):
     """Settings of ``ddpm``."""
 
-    steps: int = Field(
-        1000,
-        ge=1,
-        le=1000,
-        description="number of timesteps out of 1000; levels outside the model's range are skipped",
-    )
+    steps: int = Field(1000, ge=1, le=1000, description=TIMESTEPS)
     eta: float = Field(1.0, ge=0, le=1, description="eta, the share of fresh noise")
 
 
@@ -215,15 +209,6 @@ def _make(model: ScoreModel, c: Labels, config: DDIMConfig) -> DDIM:
     return DDIM(predictor, schedule, timesteps, config.eta, config.clip)
 
 
-DDPM_ENTRY = SamplerEntry(
-    name="ddpm",
-    description="ancestral sampling at every timestep of a diffusion schedule (Ho et al. 2020)",
-    config=DDPMConfig,
-    needs=("levels",),
-    make=_make,
-    no_law=DOWN_LEVELS,
-)
-
 DDIM_ENTRY = SamplerEntry(
     name="ddim",
     description="deterministic sampling at some timesteps of a diffusion schedule "
@@ -233,4 +218,12 @@ DDIM_ENTRY = SamplerEntry(
     make=_make,
     no_law=DOWN_LEVELS,
     priority=2,
+)
+
+DDPM_ENTRY = replace(
+    DDIM_ENTRY,
+    name="ddpm",
+    description="ancestral sampling at every timestep of a diffusion schedule (Ho et al. 2020)",
+    config=DDPMConfig,
+    priority=0,
 )

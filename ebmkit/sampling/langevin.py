@@ -69,12 +69,9 @@ def langevin_move(
 ) -> Tensor:
     """``x + step_size * score + noise_std * xi``, the one Langevin step of this library.
 
-    Args:
-        x: (B, ...).
-        score: of the same shape, per image unit.
-        step_size: image units squared, a number or (B,).
-        noise_std: deviation of the noise, image units, a number or (B,).
-        xi: standard normal, shape of x; not used where ``noise_std`` is the number 0.
+    Of x (B, ...), its score, per image unit, and standard normal xi, which is not used where
+    ``noise_std`` is the number 0. ``step_size`` (image units squared) and ``noise_std`` (image
+    units) are numbers or (B,).
     """
     moved = x + per_chain(step_size, x) * score
     if isinstance(noise_std, Tensor) or noise_std:
@@ -236,10 +233,7 @@ class PCConfig(RangeConfig):
 class AnnealedLangevin(PositionSampler):
     """Langevin dynamics down a list of noise levels (RCG algorithm 2).
 
-    Args:
-        score: of the target at each level; a blind one may ignore the level.
-        sigmas: levels, image units, usually `geometric_sigmas`.
-        config: settings at each level.
+    ``sigmas`` are in image units, usually `geometric_sigmas`; ``config`` are settings at each.
 
     Raises:
         UserError: if levels do not go down.
@@ -255,20 +249,19 @@ class AnnealedLangevin(PositionSampler):
         """One Langevin step at the present level."""
         x, sigma = state.x, self.sigmas[state.step // self.config.inner]
         step_size = self.config.rate * sigma**2
-        noise_std = math.sqrt(2 * step_size * self.config.temperature)
-        xi = normal_like(x, generator)
-        return moved_to(
-            state, langevin_move(x, self.score(x, sigma), step_size, noise_std, xi), sigma
+        noise_std, xi = (
+            math.sqrt(2 * step_size * self.config.temperature),
+            normal_like(x, generator),
         )
+        moved = langevin_move(x, self.score(x, sigma), step_size, noise_std, xi)
+        return moved_to(state, moved, sigma)
 
 
 class PredictorCorrector(PositionSampler):
     """From each noise level to the next, then Langevin steps there (Song et al. 2021, VE).
 
-    Args:
-        score: of the target at each level.
-        sigmas: two levels or more, image units; at the last it ends, without denoising.
-        config: settings of the corrections; 0 of them make it ancestral sampling.
+    ``sigmas`` are two levels or more, image units; at the last it ends, without denoising. Without
+    corrections it is ancestral sampling.
 
     Raises:
         UserError: if levels do not go down.

@@ -81,12 +81,7 @@ class HMCConfig(LevelConfig):
 
 
 class MetropolisSampler:
-    """What both samplers share.
-
-    Args:
-        density: log-density and score of the target.
-        config: settings; ``steps`` and ``start`` are those of jobs.
-    """
+    """What both samplers share; ``steps`` and ``start`` of the settings are those of jobs."""
 
     steps = None
 

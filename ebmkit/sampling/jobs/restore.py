@@ -119,12 +119,11 @@ def restore(
     finite[list(chains.diverged)] = False
     images = chains.state.x
     off = (measurement.measure(images) - numbers).square().mean(1).sqrt()
-    return Restored(
-        *(rearrange(x, "(b s) ... -> b s ...", s=samples).cpu() for x in (images, finite, off)),
-        means_of([torch.stack(record.sums)])["sigma"],
-        chains.state.step,
-        seconds,
+    images, finite, off = (
+        rearrange(x, "(b s) ... -> b s ...", s=samples).cpu() for x in (images, finite, off)
     )
+    sigmas = means_of([torch.stack(record.sums)])["sigma"]
+    return Restored(images, finite, off, sigmas, chains.state.step, seconds)
 
 
 def _check(measurement: Measurement, samples: int) -> None:
