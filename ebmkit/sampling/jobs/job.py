@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -409,16 +409,16 @@ def _plot(
     steps_text = f", {steps} steps from {settings.start}" if steps else ""
     guided = "" if how is None else f", guided by {how.guidance} at {how.scale:g}"
     title = f"{settings.sampler}{steps_text}{guided}, seed {settings.seed}"
-    plot_samples(images, labels, class_names_of(job.model), finite, folder / "samples.png", title)
+    _plot_samples(images, labels, class_names_of(job.model), finite, folder / "samples.png", title)
     if "frames" not in batch:
         return ["samples.png"]
-    frames, moments = batch["frames"], batch["moments"].tolist()
-    plot_path(frames, moments, traces["sigma"], folder / "path.png", title)
-    animate_path(frames, folder / "path.gif")
+    frames, moments = batch["frames"].float() / 255, batch["moments"].tolist()
+    _plot_path(frames, moments, traces["sigma"], folder / "path.png", title)
+    _animate_path(frames, folder / "path.gif")
     return ["samples.png", "path.png", "path.gif"]
 
 
-def plot_samples(
+def _plot_samples(
     images: Tensor,
     labels: Tensor | None,
     class_names: Sequence[str],
@@ -430,18 +430,16 @@ def plot_samples(
 
     ``labels`` and ``finite`` are of all samples (N,); those that are not finite are framed.
     """
-    own = None if labels is None else labels[: len(images)]
-    names: list[str] = []
-    classes = [] if own is None else sorted(set(own.tolist()))[:ROWS]
-    if own is not None and len(classes) > 1:
-        rows = [torch.nonzero(own == c).flatten().tolist()[:COLUMNS] for c in classes]
-        names = [shown_name(class_names[c]) for c in classes]
+    own = [] if labels is None else labels[: len(images)].tolist()
+    classes = sorted(set(own))[:ROWS]
+    names = [shown_name(class_names[c]) for c in classes]
+    if len(classes) > 1:
+        rows = [[i for i, label in enumerate(own) if label == c][:COLUMNS] for c in classes]
     else:
         count = min(len(images), ROWS * COLUMNS)
         wide = min(2 * COLUMNS, math.ceil(math.sqrt(count)))
         rows = [list(range(at, min(at + wide, count))) for at in range(0, count, wide)]
-        if own is not None:
-            title = f"{title}, class {shown_name(class_names[int(own[0])])}"
+        title, names = title + "".join(f", class {name}" for name in names), []
     framed = {(r, k) for r, row in enumerate(rows) for k, i in enumerate(row) if not finite[i]}
     mosaic = _mosaic([[images[i] for i in row] for row in rows], framed)
     shown, total = sum(map(len, rows)), len(finite)
@@ -449,16 +447,15 @@ def plot_samples(
     _save_mosaic(mosaic, path, note, names)
 
 
-def plot_path(
+def _plot_path(
     frames: Tensor, moments: Sequence[int], sigmas: Sequence[float | None], path: Path, title: str
 ) -> None:
     """Some chains, one in each row, at some of their steps.
 
-    ``frames`` (K, S, C, H, W) uint8 are of the steps ``moments`` (K,), the last one of the finished
+    ``frames`` (K, S, C, H, W) are of the steps ``moments`` (K,), the last one of the finished
     samples; ``sigmas`` are the mean noise levels of each step, None where it has none.
     """
     chosen = sorted({round(k) for k in np.linspace(0, len(frames) - 1, MOMENTS)})
-    images = rearrange(frames[chosen, :CHAINS].float() / 255, "k s c h w -> s k c h w")
     below = []
     for k in chosen:
         step, last = moments[k], k == len(frames) - 1
@@ -466,16 +463,14 @@ def plot_path(
         level = "" if sigma is None else f"\n{255 * sigma:.3g}/255" if sigma < 10 else "\n> 10"
         below.append(f"{'end' if last else f'step {step}' if step else 'start'}{level}")
     note = "; below: mean noise level" if any(s is not None for s in sigmas) else ""
-    _save_mosaic(_mosaic([list(row) for row in images]), path, f"{title}{note}", below=below)
+    mosaic = _mosaic(list(frames[chosen, :CHAINS].transpose(0, 1)))
+    _save_mosaic(mosaic, path, f"{title}{note}", below=below)
 
 
-def animate_path(frames: Tensor, path: Path) -> None:
-    """The path of chains, (K, S, C, H, W) uint8, as a GIF of squares of chains; its end stays."""
+def _animate_path(frames: Tensor, path: Path) -> None:
+    """The path of chains, (K, S, C, H, W), as a GIF of squares of chains; its end stays."""
     side = math.ceil(math.sqrt(frames.shape[1]))
-    first, *rest = (
-        Image.fromarray(_mosaic([list(row) for row in torch.split(frame, side)]))
-        for frame in frames.float() / 255
-    )
+    first, *rest = (Image.fromarray(_mosaic(torch.split(frame, side))) for frame in frames)
     buffer = io.BytesIO()
     times = [90] * len(rest) + [2000]  # ms
     first.save(buffer, "GIF", save_all=True, append_images=rest, duration=times, loop=0, disposal=1)
@@ -483,24 +478,21 @@ def animate_path(frames: Tensor, path: Path) -> None:
 
 
 def _mosaic(
-    rows: Sequence[Sequence[Tensor]], framed: Collection[tuple[int, int]] = ()
+    rows: Sequence[Sequence[Tensor] | Tensor], framed: Collection[tuple[int, int]] = ()
 ) -> NDArray[np.uint8]:
     """Images (C, H, W) in [0, 1] beside each other, (H', W', 3) uint8, small ones enlarged."""
     height, width = rows[0][0].shape[-2:]
-    times = max(1, math.ceil(CELL / max(height, width)))
-    gap = 4
-    tall, wide = height * times + gap, width * times + gap
-    columns = max(map(len, rows))
-    mosaic = np.full((len(rows) * tall + gap, columns * wide + gap, 3), 255, dtype=np.uint8)
+    times, gap = max(1, math.ceil(CELL / max(height, width))), 3
+    shape = len(rows), max(map(len, rows)), 3, times * height + 2 * gap, times * width + 2 * gap
+    cells = torch.full(shape, 255, dtype=torch.uint8)
     for r, row in enumerate(rows):
         for k, image in enumerate(row):
-            levels = rearrange(image.detach().clamp(0, 1).cpu() * 255, "c h w -> h w c").round()
-            pixels = np.broadcast_to(levels.numpy().astype(np.uint8), (height, width, 3))
-            large = pixels.repeat(times, 0).repeat(times, 1)
-            top, left = gap + r * tall, gap + k * wide
             if (r, k) in framed:
-                mosaic[top - gap : top + tall, left - gap : left + wide] = DIVERGED
-            mosaic[top : top + height * times, left : left + width * times] = large
+                cells[r, k] = torch.tensor(DIVERGED)[:, None, None]
+            levels = (image.clamp(0, 1) * 255).round()
+            large = repeat(levels, "c h w -> c (h i) (w j)", i=times, j=times)
+            cells[r, k, :, gap:-gap, gap:-gap] = large
+    mosaic: NDArray[np.uint8] = rearrange(cells, "r k c h w -> (r h) (k w) c").numpy()
     return mosaic
 
 
@@ -520,13 +512,13 @@ def _save_mosaic(
     figure = new_figure(width, height)
     axes = figure.add_axes((left / width, foot / height, wide / width, tall / height))
     axes.imshow(mosaic, interpolation="nearest", aspect="auto")
-    for side in axes.spines.values():
-        side.set_visible(False)
-    rows, columns = max(1, len(names)), max(1, len(below))
-    ticks = [(r + 0.5) * mosaic.shape[0] / rows for r in range(len(names))]
-    axes.set_yticks(ticks, list(names), fontsize=8)
-    ticks = [(k + 0.5) * mosaic.shape[1] / columns for k in range(len(below))]
-    axes.set_xticks(ticks, list(below), fontsize=6.5)
+    axes.spines[:].set_visible(False)
+    for place, texts, side, size in (
+        (axes.set_yticks, names, mosaic.shape[0], 8),
+        (axes.set_xticks, below, mosaic.shape[1], 6.5),
+    ):
+        ticks = [(k + 0.5) * side / len(texts) for k in range(len(texts))]
+        place(ticks, list(texts), fontsize=size)
     axes.tick_params(length=0, colors=GRAY, labelcolor="black", pad=2)
     figure.text(0.1 / width, 1 - 0.15 / height, title, fontsize=8.5, va="center")
     save_figure(figure, path)
