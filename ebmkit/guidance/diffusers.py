@@ -408,10 +408,10 @@ def _check_guide(model: nn.Module, unet: Any, channels: int) -> EnergyModel:
     known = (size, size) if isinstance(size, int) else tuple(size) if size else None
     guide = model if isinstance(model, EnergyModel) else _of_logits(model, channels, known)
     check_guide(guide)
-    taken = getattr(guide, "in_channels", None) or (guide.card.channels if guide.card else None)
+    taken = guide.in_channels or (guide.card.channels if guide.card else None)
     if taken is not None and taken != channels:
-        raise UserError(f"the pipeline makes images of {channels} channel(s), and this guide takes "
-                        f"{taken}: give one trained on such images")  # fmt: skip
+        what = f"the pipeline makes images of {channels} channel(s), and this guide takes {taken}"
+        raise UserError(f"{what}: give one trained on such images")
     if known:
         _check_size(known, guide)
     return guide

@@ -38,7 +38,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -96,12 +96,8 @@ def dual_guide(
 ) -> DensityFunction:
     """-(E(v, c) + weight |means[c] - E(v)|): images as likely as the label's own (RCG eq. 4.6).
 
-    Args:
-        model: with labels.
-        c: a label, or (B,).
-        means: (C,) mean of E over training images of each label, nats
-            (`ebmkit.guidance.class_energies`).
-        weight: lambda, 0 or more; by default that of RCG section 4.8.
+    ``means`` (C,) are those of E over training images of each label, nats
+    (`ebmkit.guidance.class_energies`); ``weight`` is lambda, 0 or more (RCG section 4.8).
 
     Raises:
         UserError: as `classifier_guide`, or if there is not one finite mean for each label.
@@ -133,21 +129,14 @@ def dual_guide(
 def pgd_guide(inner: DensityFunction, steps: int = 100, step_size: float = 0.01) -> DensityFunction:
     """``inner`` and its gradient after ``steps`` normalised steps up it (RCG section 4.9).
 
-    Args:
-        inner: a guide.
-        steps: n; 0 is ``inner`` itself.
-        step_size: gamma, the l2 length of a step, in image units of the guide's input.
+    ``steps``, n, may be 0: ``inner`` itself. ``step_size`` is gamma, the l2 length of a step, in
+    image units of the guide's input.
 
     Raises:
         UserError: if a number is not legal.
     """
     _check_steps(steps, 0, step_size)
-
-    def guide(v: Tensor, sigma: Noise | None = None) -> tuple[Tensor, Tensor]:
-        *_, last = _ascent(inner, v, sigma, steps, step_size)
-        return last
-
-    return guide
+    return lambda v, sigma=None: _ascent(inner, v, sigma, steps, step_size)[-1]
 
 
 def accumulated_guide(
@@ -161,22 +150,22 @@ def accumulated_guide(
     _check_steps(steps, 1, step_size)
 
     def guide(v: Tensor, sigma: Noise | None = None) -> tuple[Tensor, Tensor]:
-        (value, gradient), *more = _ascent(inner, v, sigma, steps - 1, step_size)
-        for next_value, next_gradient in more:
-            value, gradient = value + next_value, gradient + next_gradient
-        return value, gradient
+        found = _ascent(inner, v, sigma, steps - 1, step_size)
+        values, gradients = [value for value, _ in found], [gradient for _, gradient in found]
+        return sum(values[1:], values[0]), sum(gradients[1:], gradients[0])
 
     return guide
 
 
 def _ascent(
     inner: DensityFunction, v: Tensor, sigma: Noise | None, steps: int, step_size: float
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> list[tuple[Tensor, Tensor]]:
     """h and its gradient at v_0, ..., v_steps; where the gradient is 0 nothing moves."""
-    yield (found := inner(v, sigma))
+    found = [inner(v, sigma)]
     for _ in range(steps):
-        v = v + step_size * unit_length(found[1])
-        yield (found := inner(v, sigma))
+        v = v + step_size * unit_length(found[-1][1])
+        found.append(inner(v, sigma))
+    return found
 
 
 def _check_steps(steps: int, least: int, step_size: float) -> None:
@@ -210,8 +199,8 @@ def check_guide(model: object) -> EnergyModel:
             "joint model, or wrap a network that gives logits in ebmkit.guidance.LogitModel"
         )
     if not classifies(model):
-        raise UserError("a guide must know labels, and this model was trained without: take one "
-                        "that was trained to classify")  # fmt: skip
+        known = "a guide must know labels, and this model was trained without"
+        raise UserError(f"{known}: take one that was trained to classify")
     return model
 
 
@@ -345,11 +334,8 @@ class AccumulatedSettings(PGDSettings):
 class Guide(NamedTuple):
     """A guidance method that has a name.
 
-    Attributes:
-        description: one line.
-        settings: its settings.
-        make: guide model, labels, settings and mean energies (C,) or None to the guide; None where
-            there is no guide.
+    ``make`` takes the guiding model, labels, settings and mean energies (C,) or None to the guide;
+    it is None where there is no guide.
     """
 
     description: str
@@ -422,14 +408,10 @@ def class_energies(
     progress: Callable[[int, int], None] | None = None,
     batch_size: int = 256,
 ) -> ClassEnergies:
-    """Energies of each label's images, in nats, at `ebmkit.sampling.base.clean_level` (RCG figure
-    4.12, and eq. 4.5 of the dual objective).
+    """Energies of each label's images, at `ebmkit.sampling.base.clean_level` (RCG figure 4.12).
 
-    Args:
-        model: a guide.
-        images: a data set, as of `ebmkit.data`: ``len`` and ``batches(size)``.
-        progress: called with (images done, images in all).
-        batch_size: images that the model takes at once.
+    ``images`` are a data set, as of `ebmkit.data`: ``len`` and ``batches(size)``; ``progress`` is
+    called with (images done, images in all).
 
     Raises:
         UserError: if model or images have no labels, an image's label is not the model's, one of
@@ -453,8 +435,8 @@ def class_energies(
     count = sums[0]
     empty = torch.nonzero(count == 0).flatten().tolist()
     if empty:
-        raise UserError(f"labels {empty} have no image in this data set: take the one that the "
-                        "guide was trained on")  # fmt: skip
+        lacking = f"labels {empty} have no image in this data set"
+        raise UserError(f"{lacking}: take the one that the guide was trained on")
     if not bool(sums.isfinite().all()):
         raise UserError("an energy of the guide is NaN or Inf: its training diverged")
     free, free2, joint, joint2 = sums[1:] / count

@@ -113,11 +113,7 @@ class GuidedModel(HasParts, ScoreModel):
     def denoise(
         self, y: Tensor, sigma: Noise | None = None, c: Tensor | int | None = None
     ) -> Tensor:
-        """The guided estimate of the clean image, or without ``c`` the base's; shape of y.
-
-        Raises:
-            UserError: if the guide does not know a label, or the base needs sigma.
-        """
+        """The guided estimate of the clean image, or without ``c`` the base's; shape of y."""
         if c is None:
             return self.base.denoise(y, sigma)
         labels = self.check_labels(c, y)
@@ -188,11 +184,7 @@ class GuidedDensityModel(GuidedModel, EnergyModel):
         return value if c is None else value + self._added(y, sigma, c)[0]
 
     def label_score(self, y: Tensor, c: Tensor | int, sigma: Noise | None = None) -> Tensor:
-        """What guidance to ``c`` adds to the score; shape of y.
-
-        Raises:
-            UserError: if the guide does not know a label.
-        """
+        """What guidance to ``c`` adds to the score; shape of y."""
         return self._added(y, sigma, c)[1]
 
     def _added(self, y: Tensor, sigma: Noise | None, c: Tensor | int) -> tuple[Tensor, Tensor]:
@@ -217,16 +209,17 @@ def _with_labels(card: ModelCard | None, labelled: ScoreModel) -> ModelCard | No
 
 
 def _check_fit(base: ScoreModel, guide: EnergyModel) -> None:
-    def of(model: ScoreModel) -> tuple[str | None, int | None, int | None]:
+    def of(model: ScoreModel) -> dict[str, str | int | None]:
         card = model.card
         size = "{}x{}".format(*card.image_size) if card and card.image_size else None
-        channels = card.channels if card else getattr(model, "in_channels", None)
+        channels = card.channels if card else model.in_channels
         names = card.class_names if card and model is base else []
-        return size, channels, model.num_classes or len(names) or None
+        labels = model.num_classes or len(names) or None
+        return {"images of size": size, "channels": channels, "labels": labels}
 
-    for what, a, b in zip(
-        ("images of size", "channels", "labels"), of(base), of(guide), strict=True
-    ):
+    theirs = of(guide)
+    for what, a in of(base).items():
+        b = theirs[what]
         if a is not None and b is not None and a != b:
             raise UserError(
                 f"the sampled model has {what} {a} and the guide {b}: take two that were trained "
