@@ -243,10 +243,8 @@ class DensityFunction(Protocol):
     def __call__(self, x: Tensor, sigma: Noise | None = None, /) -> tuple[Tensor, Tensor]: ...
 
 
-class DenoiserFunction(Protocol):
-    """(y, sigma) to an estimate of the clean image, shape of y; no sigma: blind."""
-
-    def __call__(self, y: Tensor, sigma: Noise | None = None, /) -> Tensor: ...
+DenoiserFunction = ScoreFunction
+"""(y, sigma) to an estimate of the clean image, shape of y; no sigma: blind."""
 
 
 def score_of(model: ScoreModel, c: Labels = None) -> ScoreFunction:
@@ -261,8 +259,7 @@ def density_of(model: ScoreModel, c: Labels = None) -> DensityFunction:
     Raises:
         UserError: if the model has no density.
     """
-    energy_model = _energy_model(model)
-    _check_labels(model, c)
+    energy_model = _energy_model(model, c)
     return lambda x, sigma=None: energy_model.density_and_score(x, sigma, c)
 
 
@@ -272,8 +269,7 @@ def label_density_of(model: ScoreModel, c: Tensor | int) -> DensityFunction:
     Raises:
         UserError: if the model has no density.
     """
-    energy_model = _energy_model(model)
-    _check_labels(model, c)
+    energy_model = _energy_model(model, c)
 
     def density(x: Tensor, sigma: Noise | None = None) -> tuple[Tensor, Tensor]:
         target = LabelLogProbability(energy_model.check_labels(c, x))
@@ -315,11 +311,7 @@ def clean_level(model: ScoreModel) -> float | None:
 
 
 def highest_level(model: ScoreModel, asked: float | None = None) -> float:
-    """The level at which chains begin: ``asked``, or the model's highest.
-
-    Raises:
-        UserError: if the model was not trained there.
-    """
+    """Where chains begin: ``asked`` (a `UserError` if untrained there), or the model's highest."""
     limits = trained_range(model)
     if asked is not None:
         return check_trained(asked, limits)
@@ -327,23 +319,20 @@ def highest_level(model: ScoreModel, asked: float | None = None) -> float:
 
 
 def lowest_level(model: ScoreModel, asked: float | None = None) -> float:
-    """The level at which chains end: ``asked``, or 0.01, or the model's lowest if that is higher.
-
-    Raises:
-        UserError: if the model was not trained there.
-    """
+    """Where chains end: ``asked``, as `highest_level`, or 0.01, or the model's lowest above it."""
     limits = trained_range(model)
     if asked is not None:
         return check_trained(asked, limits)
     return min(max(LOWEST, limits[0]), limits[1]) if limits else LOWEST
 
 
-def _energy_model(model: ScoreModel) -> EnergyModel:
+def _energy_model(model: ScoreModel, c: Labels) -> EnergyModel:
     if not isinstance(model, EnergyModel):
         raise UserError(
             f"{type(model).__name__} is a plain denoiser and has no log-density: take a sampler "
             "that needs the score alone"
         )
+    _check_labels(model, c)
     return model
 
 

@@ -36,9 +36,6 @@ MAX_TRAIN, MAX_HELD_OUT = 10_000, 1000
 """Training images that starts are drawn from, and held-out ones whose energies are compared with
 those of samples, at the most."""
 
-FROM_DATA = ("data", "class_gaussian", "mean")
-"""Starts that need training images."""
-
 
 @dataclass(frozen=True)
 class Sources:
@@ -65,7 +62,7 @@ def sources_for(
     """
     train = buffer = held_out = None
     note = ""
-    if settings.start in FROM_DATA:
+    if settings.start in ("data", "class_gaussian", "mean"):
         images = _training_images(data_of(run, dataset, data_dir), data_dir, progress)
         train = _first_batch(images.spread(MAX_TRAIN), MAX_TRAIN, settings)
     if settings.start == BUFFER:
