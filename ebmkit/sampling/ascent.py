@@ -188,21 +188,11 @@ class AscentConfig(LevelConfig):
     ball: Ball = Field("l2", description="norm of the ball")
 
 
-def _make(model: ScoreModel, c: Labels, config: AscentConfig) -> Ascent:
+def _ascent(model: ScoreModel, c: Labels, config: AscentConfig) -> Ascent:
     assert c is not None
     density = (label_density_of if config.objective == "label" else density_of)(model, c)
     how = config.step_size, config.direction, config.radius, config.ball
     return Ascent(density, *how, sigma=config.sigma)
-
-
-ASCENT_ENTRY = SamplerEntry(
-    name="ascent",
-    description="gradient ascent to a label (Santurkar et al. 2019)",
-    config=AscentConfig,
-    needs=("density", "labels"),
-    make=_make,
-    no_law="climbs",
-)
 
 
 class StochasticAscentConfig(SamplerConfig):
@@ -297,6 +287,18 @@ KADKHODAIE_SIMONCELLI_ENTRY = SamplerEntry(
     no_law=DOWN_LEVELS,
     priority=3,
     starts_from_data=False,
+)
+
+ENTRIES = (
+    KADKHODAIE_SIMONCELLI_ENTRY,
+    SamplerEntry(
+        name="ascent",
+        description="gradient ascent to a label (Santurkar et al. 2019)",
+        config=AscentConfig,
+        needs=("density", "labels"),
+        make=_ascent,
+        no_law="climbs",
+    ),
 )
 
 

@@ -220,10 +220,13 @@ DDIM_ENTRY = SamplerEntry(
     priority=2,
 )
 
-DDPM_ENTRY = replace(
+ENTRIES = (
+    replace(
+        DDIM_ENTRY,
+        name="ddpm",
+        description="ancestral sampling at every timestep of a diffusion schedule (Ho et al. 2020)",
+        config=DDPMConfig,
+        priority=0,
+    ),
     DDIM_ENTRY,
-    name="ddpm",
-    description="ancestral sampling at every timestep of a diffusion schedule (Ho et al. 2020)",
-    config=DDPMConfig,
-    priority=0,
 )
