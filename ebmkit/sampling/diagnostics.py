@@ -39,6 +39,10 @@ MIN_DRAWS = 4
 """Draws of a chain without which nothing can be said of it: two in each half."""
 
 
+FAR = 1.5
+"""Distance of a pixel from 0.5 beyond which a sample is no image, for whatever reason."""
+
+
 class Trace:
     """Records chains: pass it to `Chains.run` as ``after``.
 
@@ -244,6 +248,11 @@ def energy_diagnostics(
         found |= {"gap": gap, "gap_standard_error": error}
         found["meaning"] = "mean energy of samples minus that of held-out images, nats"
     return found
+
+
+def far_from_images(x: Tensor) -> Tensor:
+    """Which of the samples (N, C, H, W) have pixels beyond `FAR` from the middle, (N,) bool."""
+    return (x - 0.5).abs().flatten(1).amax(1) > FAR
 
 
 def finite_or_none(value: float) -> float | None:

@@ -45,7 +45,12 @@ from ebmkit.errors import UserError
 from ebmkit.plots import DPI, GRAY, new_figure, save_figure
 from ebmkit.randomness import keyed_generator
 from ebmkit.sampling.base import Sampler, State, clean_level
-from ebmkit.sampling.diagnostics import chain_diagnostics, energy_diagnostics
+from ebmkit.sampling.diagnostics import (
+    FAR,
+    chain_diagnostics,
+    energy_diagnostics,
+    far_from_images,
+)
 from ebmkit.sampling.entry import SamplerEntry, find_sampler, noise_levels
 from ebmkit.sampling.jobs.chains import (
     MAX_DRAWS,
@@ -73,20 +78,8 @@ from ebmkit.terminal import shown_name
 SHOWN = 16
 """Chains whose path is recorded, the first of the job."""
 
-FAR = 1.5
-"""Distance of a pixel from 0.5 beyond which a sample is no image, for whatever reason."""
-
-ROWS, COLUMNS = 20, 10
-"""Of the grid, at the most: of classes, and of samples of a class."""
-
-MOMENTS, CHAINS = 10, 6
-"""Columns and rows of the strip, at the most."""
-
-CELL = 64
-"""Pixels that the side of an image takes, at the least."""
-
-DIVERGED = (213, 94, 0)
-"""The frame of diverged chains, orange."""
+ROWS, COLUMNS, MOMENTS, CHAINS = 20, 10, 10, 6
+"""Of the grid, at the most, classes, and samples of a class; of the strip, steps and chains."""
 
 
 class SamplingJob:
@@ -335,11 +328,6 @@ def write_results(job: SamplingJob, run: str) -> dict[str, Any]:
     return document
 
 
-def far_from_images(x: Tensor) -> Tensor:
-    """Which of the samples (N, C, H, W) have pixels beyond `FAR` from the middle, (N,) bool."""
-    return (x - 0.5).abs().flatten(1).amax(1) > FAR
-
-
 def _write_hdf5(job: SamplingJob, run: str, path: Path) -> tuple[list[dict[str, Tensor]], Tensor]:
     """Write the samples batch by batch; what else each holds, with which samples are ``far`` (B,)
     from images, and the first samples."""
@@ -482,13 +470,13 @@ def _mosaic(
 ) -> NDArray[np.uint8]:
     """Images (C, H, W) in [0, 1] beside each other, (H', W', 3) uint8, small ones enlarged."""
     height, width = rows[0][0].shape[-2:]
-    times, gap = max(1, math.ceil(CELL / max(height, width))), 3
+    times, gap = max(1, math.ceil(64 / max(height, width))), 3
     shape = len(rows), max(map(len, rows)), 3, times * height + 2 * gap, times * width + 2 * gap
     cells = torch.full(shape, 255, dtype=torch.uint8)
     for r, row in enumerate(rows):
         for k, image in enumerate(row):
             if (r, k) in framed:
-                cells[r, k] = torch.tensor(DIVERGED)[:, None, None]
+                cells[r, k] = torch.tensor([213, 94, 0])[:, None, None]  # orange
             levels = (image.clamp(0, 1) * 255).round()
             large = repeat(levels, "c h w -> c (h i) (w j)", i=times, j=times)
             cells[r, k, :, gap:-gap, gap:-gap] = large

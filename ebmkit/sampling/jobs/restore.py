@@ -35,10 +35,9 @@ from ebmkit.plots import image_rows
 from ebmkit.randomness import keyed_generator
 from ebmkit.sampling.ascent import StochasticAscentConfig, make_restorer
 from ebmkit.sampling.base import trained_range
-from ebmkit.sampling.diagnostics import finite_or_none
+from ebmkit.sampling.diagnostics import far_from_images, finite_or_none
 from ebmkit.sampling.inverse import Measurement, Task, TaskOptions
 from ebmkit.sampling.jobs.chains import STATE, Hook, JobFolder, Record, means_of, run_chains
-from ebmkit.sampling.jobs.job import far_from_images
 from ebmkit.storage import write_atomically
 from ebmkit.storage.reading import read_json
 
