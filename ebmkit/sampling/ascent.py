@@ -258,8 +258,7 @@ class StochasticAscent(PositionSampler):
         """Where chains of ``shape`` (B, C, H, W) begin: gray, or what was measured, with noise."""
         gray = torch.full(shape, 0.5, dtype=dtype, device=generator.device)
         if self.measurement is not None and self.measured is not None:
-            measured = self.measured.to(gray).expand(len(gray), -1)
-            gray = self.measurement.impose(gray, measured)
+            gray = self.measurement.impose(gray, self.measured.to(gray).expand(len(gray), -1))
         return gray + self.sigmas[0] * normal_like(gray, generator)
 
     def step(self, state: Chain, generator: torch.Generator) -> tuple[Chain, Info]:

@@ -52,11 +52,7 @@ FITTED = 1000
 
 
 class ClassGaussians:
-    """The Gaussians of each class of ``images``, or of all together.
-
-    Args:
-        images: (N, C, H, W) in [0, 1].
-        labels: (N,) int64; None: one Gaussian.
+    """The Gaussians of each class of images (N, C, H, W), or of all, without labels (N,).
 
     Raises:
         UserError: if a class has fewer than two images.
@@ -82,12 +78,9 @@ class ClassGaussians:
     def sample(
         self, count: int, generator: torch.Generator, labels: Tensor | None = None
     ) -> Tensor:
-        """Starting points (count, C, H, W), not clipped.
+        """Starting points (count, C, H, W), not clipped; the generator is on the images' device.
 
-        Args:
-            count: how many.
-            generator: on the device of the images.
-            labels: (count,), which Gaussians; None: classes as often as they are in the set.
+        ``labels`` (count,) say of which Gaussians; None: classes as often as they are in the set.
 
         Raises:
             UserError: if there were no images of a label.
@@ -112,11 +105,7 @@ class ClassGaussians:
 
 
 class ReplayBuffer:
-    """M images of float32, by class where there are labels.
-
-    Args:
-        images: (M, C, H, W), where the chains start.
-        num_classes: among which the slots are divided; 0: they are not.
+    """M chains ``images`` (M, C, H, W) of float32, their slots divided among ``num_classes``.
 
     Raises:
         UserError: if M is 0 or does not divide among the classes.
@@ -138,10 +127,8 @@ class ReplayBuffer:
     @property
     def labels(self) -> Tensor | None:
         """The label of each slot, (M,) int64; None without labels."""
-        if not self.num_classes:
-            return None
-        each = len(self) // self.num_classes
-        return torch.arange(len(self), device=self.images.device) // each
+        slots = torch.arange(len(self), device=self.images.device)
+        return slots // (len(self) // self.num_classes) if self.num_classes else None
 
     def choose(
         self, count: int, generator: torch.Generator, labels: Tensor | None = None
@@ -155,8 +142,7 @@ class ReplayBuffer:
         shape = classes, len(self) // classes
         order = torch.rand(shape, generator=generator, device=device).argsort(dim=1)
         if not self.num_classes:
-            places = torch.arange(count, device=order.device) % len(self)
-            return order[0, places]
+            return order[0, torch.arange(count, device=device) % len(self)]
         assert labels is not None
         own = torch.nn.functional.one_hot(labels, classes)
         rank = (own.cumsum(0) * own).sum(1) - 1  # how many of its class come before it
@@ -207,11 +193,7 @@ RENAMED = {"ks": "kadkhodaie_simoncelli", "seeds": "class_gaussian", "largest_dr
 
 
 def check_renamed(kind: str, name: str | None) -> None:
-    """Refuse a name of an earlier version.
-
-    Raises:
-        UserError: then; it says what it is called now.
-    """
+    """Raise a `UserError` at a name of an earlier version; it says what it is called now."""
     if name in RENAMED:
         raise UserError(f"{kind} {name!r} is now called {RENAMED[name]!r}: write that instead")
 
@@ -293,10 +275,9 @@ class SamplerEntry(Generic[C]):
         return missing(model, self.needs) is None
 
     def check(self, model: ScoreModel, c: Labels = None) -> None:
-        """Whether it can drive ``model``, with labels ``c`` if they are given.
+        """Raise a `UserError` if it cannot drive ``model``, with labels ``c`` if they are given.
 
-        Raises:
-            UserError: if not; it says why, and which samplers can.
+        It says why, and which samplers can.
         """
         if (reason := missing(model, self.needs)) is not None:
             able = ", ".join(name for name, entry in SAMPLERS.items() if entry.drives(model))

@@ -128,14 +128,15 @@ class SamplingJob:
         return self.settings.batches * self.length
 
     @torch.no_grad()
-    def run(self, progress: Hook | None = None, stop: Callable[[], bool] = lambda: False) -> None:
+    def run(
+        self, progress: Hook = lambda done, total: None, stop: Callable[[], bool] = lambda: False
+    ) -> None:
         """Draw what is not drawn yet; ``stop`` is asked after each step whether to save and end.
 
         Raises:
             Interrupted: if it was true.
             UserError: if a file is damaged or cannot be written, or a chain starts at NaN or Inf.
         """
-        progress = progress or (lambda done, total: None)
         for number in range(self.settings.batches):
             if not self.folder.file(batch_name(number)).is_file():
                 try:
@@ -147,8 +148,7 @@ class SamplingJob:
 
     def finished(self, number: int) -> dict[str, Tensor]:
         """Batch ``number`` after `run`: ``samples`` (B, C, H, W), ``finite`` (B,), ``died`` (B,),
-        the step at which a chain diverged or -1, perhaps ``log_density`` (B,), ``log_joint``
-        (B, C), and the record's."""
+        the step at which a chain diverged or -1, perhaps `energies`, and the record's."""
         found = self.folder.load(batch_name(number))
         assert found is not None
         return found
@@ -261,19 +261,18 @@ class SamplingJob:
         return slots
 
     def _from_buffer(self, number: int) -> Tensor:
-        assert self.sources.buffer is not None
-        assert self._slots is not None
-        images = self.sources.buffer.images[self._slots[self.settings.rows(number)]]
-        return images.to(self.device)
+        buffer, slots = self.sources.buffer, self._slots
+        assert buffer is not None
+        assert slots is not None
+        return buffer.images[slots[self.settings.rows(number)]].to(self.device)
 
     def _shape(self, number: int) -> tuple[int, ...]:
         rows = self.settings.rows(number)
         return (rows.stop - rows.start, *self.settings.shape)
 
     def _labels(self, number: int) -> Tensor | None:
-        if self.labels is None:
-            return None
-        return self.labels[self.settings.rows(number)].to(self.device)
+        labels = self.labels
+        return None if labels is None else labels[self.settings.rows(number)].to(self.device)
 
     def _generator(self, number: int, step: int) -> torch.Generator:
         return keyed_generator(self.device, self.settings.seed, "sample", number, step)
