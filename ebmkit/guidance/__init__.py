@@ -2,30 +2,33 @@
 
 from ebmkit.guidance.guides import (
     CLASSIFIER_FREE,
+    GUIDANCE_SCHEDULES,
     GUIDES,
-    LogitModel,
+    GuidanceSchedule,
     accumulated_guide,
     check_guide,
-    class_energies,
     classifier_guide,
     dual_guide,
     energy_guide,
+    parse_schedule,
     pgd_guide,
+)
+from ebmkit.guidance.model import (
+    GuidedModel,
+    LogitModel,
+    class_energies,
+    guided_model,
     stored_energies,
 )
-from ebmkit.guidance.model import GuidedModel, guided_model
 from ebmkit.guidance.score import (
-    GUIDANCE_SCHEDULES,
     Guidance,
     GuidanceConfig,
-    GuidanceSchedule,
     classifier_free,
     guided_denoiser,
     guided_density,
     guided_noise,
     guided_score,
     make_guidance,
-    parse_schedule,
 )
 
 __all__ = [

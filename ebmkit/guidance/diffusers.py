@@ -39,7 +39,8 @@ from torch import Tensor, nn
 
 from ebmkit.energy import EnergyModel, Noise
 from ebmkit.errors import UserError, first_line
-from ebmkit.guidance.guides import CLASSIFIER_FREE, LogitModel, check_guide
+from ebmkit.guidance.guides import CLASSIFIER_FREE, check_guide
+from ebmkit.guidance.model import LogitModel
 from ebmkit.guidance.score import Guidance, GuidanceConfig, View, guided_noise, make_guidance
 from ebmkit.noise import Schedule
 from ebmkit.sampling.base import DensityFunction

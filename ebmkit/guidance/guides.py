@@ -25,9 +25,12 @@ it,
 where RCG does not say how its intermediate images arise. Neither is the gradient of its value: the
 path from v to :math:`v_n` is not differentiated.
 
-For ``dual`` the means are computed once and stored with the guide's run,
-``RUN/energies/DATASET-FINGERPRINT.json`` of the images' fingerprint. The file names the digest of
-the weights; with other weights it is computed anew.
+The strength of guidance depends on the timestep by a schedule g(t) (`ebmkit.guidance.score`).
+Where h is the exact log-posterior of the noisy image and s = 1,
+:math:`g = \sqrt{1 - \bar\alpha_t}` gives the exact conditional noise. ``constant`` and ``step``
+multiply that factor (RCG section 4.5: s = 30, then 11 from the middle of the chain, ``low`` =
+11/30); the others replace it (section 4.7), ``sigmoid`` by
+:math:`(1 - y_0) / (1 + e^{-k (t - t_0)}) + y_0` (eq. 4.4).
 
 A guide is a `ebmkit.sampling.base.DensityFunction`: v (B, ...) and the noise level of v in image
 units, or None, to the value (B,) and the gradient. RCG is the thesis "Classifier-free Diffusion
@@ -36,20 +39,19 @@ Guidance with a Robust Energy-Based Classifier" (Sapienza, 2024) here and in all
 
 from __future__ import annotations
 
-import json
-import re
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from ebmkit.compile import device_of
 from ebmkit.energy import Energies, EnergyModel, Noise, classifies, upcast_energies
-from ebmkit.errors import UserError
+from ebmkit.errors import UserError, validated
 from ebmkit.models.heads import LogitEnergy
+from ebmkit.noise import parse_fraction
 from ebmkit.registry import Table
 from ebmkit.sampling.base import (
     DensityFunction,
@@ -59,8 +61,6 @@ from ebmkit.sampling.base import (
     label_density_of,
     unit_length,
 )
-from ebmkit.storage import make_folder, write_atomically
-from ebmkit.storage.reading import read_json
 
 CLASSIFIER_FREE = "classifier-free"
 """Guidance that needs no guide: the sampled model itself knows labels."""
@@ -212,87 +212,6 @@ def _at_clean_level(model: EnergyModel, guide: DensityFunction) -> DensityFuncti
     return lambda v, sigma=None: guide(v, lowest if sigma is None else sigma)
 
 
-class LogitModel(EnergyModel):
-    """Any network that gives logits, as a model with energies: E(x, c) = -logits[c].
-
-    Images come in [0, 1]; what the network wants instead, the range [-1, 1] or a mean and deviation
-    of each channel, is done inside, so that gradients are per image unit.
-
-    Args:
-        network: images (B, C, H, W) to logits (B, num_classes); with ``noise_conditional`` it is
-            called as network(images, sigma), sigma (B,) in image units.
-        num_classes: number of labels.
-        mean: of each channel, subtracted from images in [0, 1]; a number or one for each.
-        std: of each channel, divided by after that.
-        signed: whether the network takes images in [-1, 1]; it excludes mean and std.
-        in_channels: channels that images must have; None does not check.
-        noise_conditional: whether the network needs the noise level.
-
-    Raises:
-        UserError: if mean, std and signed do not go together.
-
-    >>> model = LogitModel(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), 10, signed=True)
-    >>> model.log_joint(torch.rand(2, 1, 8, 8)).shape
-    torch.Size([2, 10])
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(
-        self,
-        network: nn.Module,
-        num_classes: int,
-        mean: float | Sequence[float] | None = None,
-        std: float | Sequence[float] | None = None,
-        signed: bool = False,
-        in_channels: int | None = None,
-        noise_conditional: bool = False,
-    ) -> None:
-        super().__init__()
-        if signed and not (mean is None and std is None):
-            raise UserError("images in [-1, 1] have mean and std 0.5: give signed, or mean and std")
-        if num_classes < 1:
-            raise UserError(f"{num_classes} labels are none: take 1 or more")
-        default = 0.5 if signed else None
-        self.network, self.num_classes, self.in_channels = network, num_classes, in_channels
-        self.noise_conditional = noise_conditional
-        for name, values in (("mean", default or mean or 0.0), ("std", default or std or 1.0)):
-            found = torch.as_tensor(values, dtype=torch.float32)
-            found = found.reshape(-1, 1, 1) if found.ndim else found
-            if in_channels is not None and found.ndim and len(found) not in (1, in_channels):
-                raise UserError(f"{name} has {len(found)} numbers for {in_channels} channel(s)")
-            self.register_buffer(name, found)
-        if bool((self.std <= 0).any()):
-            raise UserError(f"std {self.std.flatten().tolist()} must be above 0")
-
-    def forward(self, y: Tensor, sigma: Noise | None = None) -> Energies:
-        """Energies of ``y`` (B, C, H, W) in [0, 1].
-
-        Raises:
-            UserError: if images or logits have another shape than was said, or sigma is needed.
-        """
-        if self.in_channels is not None and y.shape[1] != self.in_channels:
-            raise UserError(
-                f"this model takes images of {self.in_channels} channel(s), not {y.shape[1]}"
-            )
-        rest: list[Any] = []
-        if self.noise_conditional:
-            if sigma is None:
-                raise UserError("this model takes the noise level as an input: give sigma")
-            rest = [torch.as_tensor(sigma, dtype=y.dtype, device=y.device).expand(len(y))]
-        logits: Tensor = self.network((y - self.mean.to(y)) / self.std.to(y), *rest)
-        if logits.shape != (len(y), self.num_classes):
-            raise UserError(
-                f"the network gives {tuple(logits.shape)} for {len(y)} images, not logits "
-                f"{(len(y), self.num_classes)}"
-            )
-        return Energies(logits, logits.logsumexp(1))
-
-    def warn_if_rough(self) -> None:
-        """Nothing: it was never meant to denoise."""
-
-
 # --- by name -------------------------------------------------------------------------------------
 
 
@@ -389,90 +308,131 @@ GUIDES: dict[str, Guide] = Table(
 """All guidance methods, by name."""
 
 
-class ClassEnergies(BaseModel):
-    """Means and standard deviations over the images of each label, (C,), in nats."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
-
-    energy: list[float] = Field(description="mean of E(x)")
-    joint: list[float] = Field(description="mean of E(x, c) with the image's own label c")
-    energy_std: list[float] = Field(description="standard deviation of E(x)")
-    joint_std: list[float] = Field(description="standard deviation of E(x, c)")
-    images: list[int] = Field(description="number of images of the label")
+# --- schedules ----------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def class_energies(
-    model: EnergyModel,
-    images: Any,
-    progress: Callable[[int, int], None] | None = None,
-    batch_size: int = 256,
-) -> ClassEnergies:
-    """Energies of each label's images, at `ebmkit.sampling.base.clean_level` (RCG figure 4.12).
+class GuidanceSchedule(BaseModel, ABC):
+    """g(t). A subclass has a ``name``, a ``description``, an example ``form``, and `factor`."""
 
-    ``images`` are a data set, as of `ebmkit.data`: ``len`` and ``batches(size)``; ``progress`` is
-    called with (images done, images in all).
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    name: ClassVar[str]
+    description: ClassVar[str]
+    form: ClassVar[str]
+
+    @abstractmethod
+    def factor(self, t: Tensor, abar: Tensor, total: int) -> Tensor:
+        """g(t), shape of ``t``: timesteps from 0 to ``total`` - 1, whole or between two, float64.
+
+        ``abar`` is the share of the image in the variance there, of the same shape.
+        """
+
+    def weight(self, t: Tensor, abar: Tensor, total: int) -> Tensor:
+        """w(t) = g(t) / sqrt(1 - abar), shape of ``t``; 1 where there is no noise."""
+        exact = (1 - abar).sqrt()
+        return torch.where(exact > 0, self.factor(t, abar, total) / exact, 1.0)
+
+    def __str__(self) -> str:
+        """The written form, that `parse_schedule` reads."""
+        values = ",".join(f"{k}={v:g}" if float(f"{v:g}") == v else f"{k}={v!r}"
+                          for k, v in self.model_dump().items())  # fmt: skip
+        return f"{self.name}:{values}" if values else self.name
+
+
+class Exact(GuidanceSchedule):
+    name = form = "exact"
+    description = "sqrt(1 - abar), exact for the posterior of noisy images at scale 1 (the default)"
+
+    def factor(self, t: Tensor, abar: Tensor, total: int) -> Tensor:
+        return (1 - abar).sqrt()
+
+
+class Constant(Exact):
+    name = form = "constant"
+    description = "the exact factor at every timestep: the scale does not change"
+
+
+class Step(GuidanceSchedule):
+    name = "step"
+    form = "step:at=500,low=0.37"
+    description = "the exact factor, times low below timestep at (RCG section 4.5)"
+
+    at: float = Field(500.0, ge=0, description="timestep at which the scale changes")
+    low: float = Field(11 / 30, ge=0, description="factor of the scale below this timestep")
+
+    def factor(self, t: Tensor, abar: Tensor, total: int) -> Tensor:
+        return self.weight(t, abar, total) * (1 - abar).sqrt()
+
+    def weight(self, t: Tensor, abar: Tensor, total: int) -> Tensor:
+        return torch.where(t >= self.at, torch.ones_like(t), self.low)
+
+
+class Linear(GuidanceSchedule):
+    name = form = "linear"
+    description = "t / T in place of the exact factor (RCG figure 4.17)"
+
+    def factor(self, t: Tensor, abar: Tensor, total: int) -> Tensor:
+        return t / total
+
+
+class Power(GuidanceSchedule):
+    name = "power"
+    form = "power:k=2"
+    description = "(1 - abar)^k in place of the exact factor, which has k = 0.5 (RCG section 4.7)"
+
+    k: float = Field(0.5, ge=0, description="exponent; RCG shows 0.5, 2 and 8")
+
+    def factor(self, t: Tensor, abar: Tensor, total: int) -> Tensor:
+        return (1 - abar) ** self.k
+
+
+class Sigmoid(GuidanceSchedule):
+    name = "sigmoid"
+    form = "sigmoid:t0=500,y0=0.05,k=0.02"
+    description = "from y0 up to 1 about timestep t0, in place of the exact factor (RCG eq. 4.4)"
+
+    t0: float = Field(500.0, description="timestep of the midpoint")
+    y0: float = Field(0.05, ge=0, le=1, description="value at the clean end")
+    k: float = Field(0.02, description="steepness, per timestep")
+
+    def factor(self, t: Tensor, abar: Tensor, total: int) -> Tensor:
+        return (1 - self.y0) * torch.sigmoid(self.k * (t - self.t0)) + self.y0
+
+
+GUIDANCE_SCHEDULES: dict[str, type[GuidanceSchedule]] = {
+    kind.name: kind for kind in (Exact, Constant, Step, Linear, Power, Sigmoid)
+}
+"""All schedules of guidance, by name."""
+
+
+def parse_schedule(text: str) -> GuidanceSchedule:
+    """The schedule that ``text`` names, as ``sigmoid:t0=500,y0=0.05,k=0.02``.
+
+    Parameters that are left out have the values of RCG; a number may be a fraction, 11/30.
 
     Raises:
-        UserError: if model or images have no labels, an image's label is not the model's, one of
-            the model's labels has no image, or an energy is NaN or Inf.
+        UserError: if it does not parse; it shows the form of each schedule.
+
+    >>> str(parse_schedule("power:k=1/4"))
+    'power:k=0.25'
     """
-    model = LogitEnergy.of(check_guide(model))
-    device, sigma, done = device_of(model), clean_level(model), 0
-    sums = torch.zeros(5, model.num_classes, dtype=torch.float64)
-    for x, labels in images.batches(batch_size):
-        if labels is None:
-            raise UserError("mean energies of labels need images with labels, and these have none")
-        c = model.check_labels(labels.to(device), x)
-        energies = model.energies(x.to(device), sigma)
-        free = -energies.log_density.double()
-        joint = free - energies.at_label(c).double()
-        columns = torch.stack([torch.ones_like(free), free, free**2, joint, joint**2])
-        sums.index_add_(1, c.cpu(), columns.cpu())
-        done += len(x)
-        if progress is not None:
-            progress(done, len(images))
-    count = sums[0]
-    empty = torch.nonzero(count == 0).flatten().tolist()
-    if empty:
-        lacking = f"labels {empty} have no image in this data set"
-        raise UserError(f"{lacking}: take the one that the guide was trained on")
-    if not bool(sums.isfinite().all()):
-        raise UserError("an energy of the guide is NaN or Inf: its training diverged")
-    free, free2, joint, joint2 = sums[1:] / count
-    return ClassEnergies(
-        energy=free.tolist(),
-        joint=joint.tolist(),
-        energy_std=(free2 - free**2).clamp_min(0).sqrt().tolist(),
-        joint_std=(joint2 - joint**2).clamp_min(0).sqrt().tolist(),
-        images=count.long().tolist(),
-    )
-
-
-def stored_energies(
-    run: Path,
-    dataset: str,
-    fingerprint: str,
-    digest: str,
-    compute: Callable[[], ClassEnergies],
-    sigma: float | None = None,
-) -> ClassEnergies:
-    """The energies stored in the guide's folder ``run``, or those that ``compute`` gives, which are
-    stored then: of a ``dataset`` with a ``fingerprint``, weights with a ``digest``, at ``sigma``.
-
-    Raises:
-        UserError: if ``compute`` does, or the file cannot be written.
-    """
-    name = re.sub(r"[^\w.-]", "_", f"{dataset}-{fingerprint}")
-    path = run / "energies" / f"{name}.json"
-    facts = {"dataset": dataset, "fingerprint": fingerprint, "digest": digest, "sigma": sigma}
-    try:
-        stored = read_json(path)
-        if facts.items() <= stored.items():
-            return ClassEnergies.model_validate(stored)
-    except (OSError, ValueError, AttributeError):  # none yet, or damaged
-        pass
-    found = compute()
-    make_folder(path.parent)
-    write_atomically(path, json.dumps(facts | found.model_dump(), indent=1).encode())
-    return found
+    name, colon, rest = text.strip().partition(":")
+    forms = "write " + " or ".join(kind.form for kind in GUIDANCE_SCHEDULES.values())
+    if name not in GUIDANCE_SCHEDULES:
+        raise UserError(f"schedule {text!r} is none of those known: {forms}")
+    kind = GUIDANCE_SCHEDULES[name]
+    values: dict[str, float] = {}
+    for part in rest.split(",") if colon else ():
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or key not in kind.model_fields:
+            what = f"parameter {key!r}" if equals else repr(part)
+            legal = ", ".join(kind.model_fields) or "none"
+            raise UserError(
+                f"schedule {text!r}: {what} is unknown; those of {name} are: {legal}; {forms}"
+            )
+        number = parse_fraction(value)
+        if number is None or not math.isfinite(number) or key in values:
+            wrong = "given twice" if key in values else "no number"
+            raise UserError(f"schedule {text!r}: {key} = {value!r} is {wrong}; {forms}")
+        values[key] = number
+    return validated(kind, values, f"schedule {text!r}")

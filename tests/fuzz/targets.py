@@ -119,7 +119,7 @@ def _share(text: str) -> object:
 
 
 def _schedule(text: str) -> object:
-    from ebmkit.guidance.score import parse_schedule
+    from ebmkit.guidance.guides import parse_schedule
 
     return parse_schedule(text)
 
