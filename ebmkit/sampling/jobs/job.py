@@ -93,7 +93,7 @@ class SamplingJob:
 
     Attributes:
         entry: of the sampler; None where the buffer is taken as it is.
-        length: steps of each chain at most.
+        length: steps of each chain, at most; ``total``: of all batches.
         labels: of the chains, (N,) int64, or None.
         cautions: what to know of the samples beforehand, in sentences.
 
@@ -120,12 +120,8 @@ class SamplingJob:
             sampler = self.entry.build(model, self._labels(0), self.config)
             self.length = self.entry.length(sampler, self.config)
             self.cautions = cautions(model, self.entry, sampler, settings)
+        self.total = settings.batches * self.length
         self._slots = self._choose_slots() if settings.start == BUFFER else None
-
-    @property
-    def total(self) -> int:
-        """Steps of all batches, at the most."""
-        return self.settings.batches * self.length
 
     @torch.no_grad()
     def run(
@@ -428,10 +424,9 @@ def _plot_samples(
         rows = [list(range(at, min(at + wide, count))) for at in range(0, count, wide)]
         title, names = title + "".join(f", class {name}" for name in names), []
     framed = {(r, k) for r, row in enumerate(rows) for k, i in enumerate(row) if not finite[i]}
-    mosaic = _mosaic([[images[i] for i in row] for row in rows], framed)
     shown, total = sum(map(len, rows)), len(finite)
     note = title if shown == total else f"{title}: {shown} of {total:,}"
-    _save_mosaic(mosaic, path, note, names)
+    _save_rows([[images[i] for i in row] for row in rows], path, note, names, framed=framed)
 
 
 def _plot_path(
@@ -450,8 +445,7 @@ def _plot_path(
         level = "" if sigma is None else f"\n{255 * sigma:.3g}/255" if sigma < 10 else "\n> 10"
         below.append(f"{'end' if last else f'step {step}' if step else 'start'}{level}")
     note = "; below: mean noise level" if any(s is not None for s in sigmas) else ""
-    mosaic = _mosaic(list(frames[chosen, :CHAINS].transpose(0, 1)))
-    _save_mosaic(mosaic, path, f"{title}{note}", below=below)
+    _save_rows(list(frames[chosen, :CHAINS].transpose(0, 1)), path, f"{title}{note}", below=below)
 
 
 def _animate_path(frames: Tensor, path: Path) -> None:
@@ -464,10 +458,11 @@ def _animate_path(frames: Tensor, path: Path) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def _mosaic(
-    rows: Sequence[Sequence[Tensor] | Tensor], framed: Collection[tuple[int, int]] = ()
-) -> NDArray[np.uint8]:
-    """Images (C, H, W) in [0, 1] beside each other, (H', W', 3) uint8, small ones enlarged."""
+Rows = Sequence[Sequence[Tensor] | Tensor]  # of images (C, H, W) in [0, 1]
+
+
+def _mosaic(rows: Rows, framed: Collection[tuple[int, int]] = ()) -> NDArray[np.uint8]:
+    """Images beside each other, (H', W', 3) uint8, small ones enlarged, some ``framed`` orange."""
     height, width = rows[0][0].shape[-2:]
     times, gap = max(1, math.ceil(64 / max(height, width))), 3
     shape = len(rows), max(map(len, rows)), 3, times * height + 2 * gap, times * width + 2 * gap
@@ -475,7 +470,7 @@ def _mosaic(
     for r, row in enumerate(rows):
         for k, image in enumerate(row):
             if (r, k) in framed:
-                cells[r, k] = torch.tensor([213, 94, 0])[:, None, None]  # orange
+                cells[r, k] = torch.tensor([213, 94, 0])[:, None, None]
             levels = (image.clamp(0, 1) * 255).round()
             large = repeat(levels, "c h w -> c (h i) (w j)", i=times, j=times)
             cells[r, k, :, gap:-gap, gap:-gap] = large
@@ -483,19 +478,19 @@ def _mosaic(
     return mosaic
 
 
-def _save_mosaic(
-    mosaic: NDArray[np.uint8],
+def _save_rows(
+    images: Rows,
     path: Path,
     title: str,
     names: Sequence[str] = (),
     below: Sequence[str] = (),
+    framed: Collection[tuple[int, int]] = (),
 ) -> None:
-    """``mosaic`` pixel for pixel, a title above, names beside its rows, text below its columns."""
+    """Rows of images pixel for pixel, a title above, names beside them, text below the columns."""
+    mosaic = _mosaic(images, framed)
     tall, wide = (side / DPI for side in mosaic.shape[:2])
-    left = 0.12 + 0.075 * max(map(len, names), default=0)
-    head, foot = 0.3, 0.42 if below else 0.08
-    width = max(left + wide + 0.1, 0.2 + 0.072 * len(title))
-    height = head + tall + foot
+    left, head, foot = 0.12 + 0.075 * max(map(len, names), default=0), 0.3, 0.42 if below else 0.08
+    width, height = max(left + wide + 0.1, 0.2 + 0.072 * len(title)), head + tall + foot
     figure = new_figure(width, height)
     axes = figure.add_axes((left / width, foot / height, wide / width, tall / height))
     axes.imshow(mosaic, interpolation="nearest", aspect="auto")
