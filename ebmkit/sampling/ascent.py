@@ -61,7 +61,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ebmkit.energy import ScoreModel
-from ebmkit.errors import UserError
+from ebmkit.errors import UserError, unknown_name
 from ebmkit.noise import Sigma
 from ebmkit.sampling.base import (
     HIGHEST,
@@ -131,7 +131,7 @@ class Ascent:
     ) -> None:
         for kind, given, names in (("direction", direction, Direction), ("ball", ball, Ball)):
             if given not in get_args(names):
-                raise UserError(f"unknown {kind} {given!r}: known: {', '.join(get_args(names))}")
+                raise unknown_name(kind, given, get_args(names))
         self.density, self.sigma = density, sigma
         for name, value in (("step size", step_size), ("radius", radius)):
             if isinstance(value, (int, float)):  # numbers of each chain are not looked at

@@ -148,10 +148,9 @@ class Pixels(_Selection):
         flat, near = image.clone(), image.clone()
         for channel, there in enumerate(known):
             flat[channel, ~there] = image[channel, there].mean()
-            rows, columns = distance_transform_edt(
-                ~there.cpu().numpy(), return_distances=False, return_indices=True
-            )
-            near[channel] = image[channel, torch.from_numpy(rows), torch.from_numpy(columns)]
+            _, places = distance_transform_edt(~there.cpu().numpy(), return_indices=True)
+            rows, columns = torch.from_numpy(places)
+            near[channel] = image[channel, rows, columns]
         found = {"mean": flat, "nearest": near}
         missing = ~known[0]
         if importlib.util.find_spec("skimage") and 0 < int(missing.sum()) <= BIHARMONIC:
@@ -190,13 +189,8 @@ class BlockAverage(Measurement):
 
     def _simple(self, m: Tensor) -> dict[str, Tensor]:
         # with antialias the cubic kernel is Keys', a = -1/2, as in Pillow and Matlab
-        large = torch.nn.functional.interpolate(
-            self.small_images(m),
-            self.shape[1:],
-            mode="bicubic",
-            align_corners=False,
-            antialias=True,
-        )
+        how: dict[str, Any] = {"mode": "bicubic", "align_corners": False, "antialias": True}
+        large = torch.nn.functional.interpolate(self.small_images(m), self.shape[1:], **how)
         return {"nearest": self.on_gray(m), "bicubic": large[0]}
 
     def small_images(self, m: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -192,8 +193,7 @@ def make_settings(
     card = model.card
     if image_size is not None and image_size < 1:
         raise UserError(f"image size {image_size} is not a number of pixels: take 1 or more")
-    own = card.image_size if card else None
-    size = own if image_size is None else (image_size, image_size)
+    size = (image_size, image_size) if image_size else card.image_size if card else None
     if size is None:
         raise UserError("this model does not say what size it was trained at: give --image-size")
     return SamplingSettings(
@@ -254,14 +254,14 @@ def cautions(
     if mean is not None and card is not None and card.sigma_range is not None:
         level = noise_levels(sampler)[0]
         level = highest_level(model) if level is None else level
-        wide = SPREAD * (settings.channels * settings.image_size[0] * settings.image_size[1]) ** 0.5
+        wide = SPREAD * math.prod(settings.shape) ** 0.5
         if level < wide:
             found.append(
-                f"chains begin with noise of {format_sigma(level)} about {mean}, within "
-                "what the model was trained for (up to "
-                f"{format_sigma(card.sigma_range[1])}); images lie about {wide:.2g} from their "
-                "mean, so this noise does not hide where they began, and samples vary less than "
-                "images do: start from class_gaussian, or train to higher noise"
+                f"chains begin with noise of {format_sigma(level)} about {mean}, within what the "
+                f"model was trained for (up to {format_sigma(card.sigma_range[1])}); images lie "
+                f"about {wide:.2g} from their mean, so this noise does not hide where they began, "
+                "and samples vary less than images do: start from class_gaussian, or train to "
+                "higher noise"
             )
     if settings.start != BUFFER and settings.options["steps"] < entry.fresh_steps:
         found.append(
@@ -287,16 +287,13 @@ def parse_label(model: ScoreModel, text: str) -> int:
         raise UserError("this model was trained without labels: leave out --label")
     if text in names:
         return names.index(text)
+    known = f"0 to {model.num_classes - 1}" + (f" or {', '.join(names)}" if names else "")
     try:
         label = int(text)
     except ValueError:
-        known = f"0 to {model.num_classes - 1}" + (f" or {', '.join(names)}" if names else "")
         raise UserError(f"label {text!r} is unknown: this model knows {known}") from None
-    if not -(2**31) < label < 2**31:  # more than a tensor of labels can hold
-        raise UserError(
-            f"label {text.strip()!r:.60} is out of range: labels are 0 to {model.num_classes - 1}"
-        )
-    model.check_labels(label, torch.zeros(1))
+    if not 0 <= label < model.num_classes:
+        raise UserError(f"label {text.strip():.60} is out of range: this model knows {known}")
     return label
 
 
