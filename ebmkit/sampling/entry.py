@@ -105,7 +105,7 @@ class ClassGaussians:
 
 
 class ReplayBuffer:
-    """M chains ``images`` (M, C, H, W) of float32, their slots divided among ``num_classes``.
+    """M chains ``images`` (M, C, H, W) of float32; ``num_classes`` share the slots (0: none).
 
     Raises:
         UserError: if M is 0 or does not divide among the classes.
