@@ -50,11 +50,8 @@ Hook = Callable[[int, int], None]
 class JobFolder:
     """The files of a job in ``path``; nothing is touched before `begin`.
 
-    Args:
-        path: the folder.
-        results: what the job makes, for messages: ``samples``.
-        done: name of the document that a finished job leaves, which has its folder to itself;
-            empty: the job shares its folder.
+    Messages call ``results`` what it makes. A finished job that has its folder to itself leaves a
+    document called ``done``; empty: the job shares its folder.
     """
 
     def __init__(self, path: Path, results: str = "samples", done: str = "sampling.json") -> None:
@@ -160,6 +157,11 @@ def _plain(settings: BaseModel | dict[str, Any]) -> dict[str, Any]:
     return settings if isinstance(settings, dict) else settings.model_dump(mode="json")
 
 
+def batch_name(number: int) -> str:
+    """The name under which a finished batch is saved."""
+    return f"batch-{number:05}"
+
+
 class Interrupted(Exception):
     """The job was stopped after saving; the same job on the same folder resumes.
 
@@ -172,12 +174,9 @@ class Interrupted(Exception):
 
 
 class Record:
-    """Records a batch of chains.
+    """Records a batch of chains, of up to ``length`` steps, and the path of the first ``shown``.
 
-    Args:
-        length: steps it may take.
-        summary: state to log-density (B,); None: none is recorded.
-        shown: number of chains whose path is recorded.
+    ``summary`` maps a state to log-densities (B,); None: none are recorded.
     """
 
     def __init__(
@@ -250,18 +249,10 @@ def run_chains(
 ) -> tuple[Chains[Any], float]:
     """Take chains from their start, or from where they were saved, to their end.
 
-    Args:
-        sampler: steps of whose chains are taken.
-        start: gives the starting points, if they are needed.
-        shape: of the starting points, (B, ...).
-        length: steps at the most.
-        generator: of a step, a function of its number alone.
-        record: of all steps.
-        progress: called with the number of each step that is done.
-        folder: where the chains are saved; None: nowhere.
-        batch: which chains of the job they are.
-        stop: asked after each step; where it is true, the chains are saved.
-        save_seconds: time between states saved.
+    ``start`` gives the starting points, of ``shape`` (B, ...), if they are needed; ``generator``
+    that of a step, a function of its number alone. At most ``length`` steps are taken; each is
+    recorded, and told to ``progress`` by its number. The chains are those of ``batch``, and are
+    saved in ``folder`` every ``save_seconds``, and where ``stop``, asked after each step, is true.
 
     Returns:
         The chains, and the seconds spent on them.

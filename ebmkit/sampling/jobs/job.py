@@ -60,6 +60,7 @@ from ebmkit.sampling.jobs.chains import (
     Interrupted,
     JobFolder,
     Record,
+    batch_name,
     means_of,
     run_chains,
 )
@@ -83,13 +84,10 @@ ROWS, COLUMNS, MOMENTS, CHAINS = 20, 10, 10, 6
 
 
 class SamplingJob:
-    """Draws the samples that ``settings`` describe.
+    """Draws the samples that ``settings``, as `make_settings` gave them, describe.
 
-    Args:
-        model: frozen, on its device.
-        settings: as `make_settings` gave them.
-        folder: where batches and states are saved, each ``save_seconds``.
-        sources: what chains start from, and are compared with.
+    ``model`` is frozen, on its device. Batches, and states each ``save_seconds``, are saved in
+    ``folder``; ``sources`` are what chains start from, and are compared with.
 
     Attributes:
         entry: of the sampler; None where the buffer is taken as it is.
@@ -272,11 +270,6 @@ class SamplingJob:
 
     def _generator(self, number: int, step: int) -> torch.Generator:
         return keyed_generator(self.device, self.settings.seed, "sample", number, step)
-
-
-def batch_name(number: int) -> str:
-    """The name under which a finished batch is saved."""
-    return f"batch-{number:05}"
 
 
 def write_results(job: SamplingJob, run: str) -> dict[str, Any]:

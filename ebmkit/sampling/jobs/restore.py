@@ -72,19 +72,12 @@ def restore(
     progress: Hook = lambda step, steps: None,
     **saving: Any,
 ) -> Restored:
-    """Draw images that have the measurements ``measured`` (B, n).
+    """Draw images that have the measurements ``measured`` (B, n), each in S ``samples``.
 
-    Args:
-        model: a blind denoiser, frozen.
-        measurement: which numbers of the images are known.
-        measured: what they are.
-        config: of the sampler ``kadkhodaie_simoncelli``.
-        samples: S, chains for each image.
-        seed: of the noise.
-        c: a label, for the class-conditional denoiser.
-        progress: called with (step, steps at the most).
-        **saving: ``folder``, ``batch``, ``stop`` and ``save_seconds`` of
-            `ebmkit.sampling.jobs.chains.run_chains`, to resume after an interruption.
+    ``model`` is a blind denoiser, frozen, conditional on the label ``c`` if there is one;
+    ``config`` that of the sampler ``kadkhodaie_simoncelli``. ``progress`` is called with (step,
+    steps at the most). ``saving`` are ``folder``, ``batch``, ``stop`` and ``save_seconds`` of
+    `ebmkit.sampling.jobs.chains.run_chains`, to resume after an interruption.
 
     Raises:
         UserError: if the sampler cannot drive the model, the image is too large, or the number of
