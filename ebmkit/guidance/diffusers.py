@@ -437,10 +437,8 @@ def _of_logits(model: nn.Module, channels: int, size: tuple[int, ...] | None) ->
         with torch.no_grad():
             logits = model(black)
     except (RuntimeError, TypeError, ValueError) as error:
-        reason = first_line(error)
-        raise UserError(
-            f"the network does not take an image {tuple(black.shape[1:])}: {reason}"
-        ) from None
+        what = f"the network does not take an image {tuple(black.shape[1:])}"
+        raise UserError(f"{what}: {first_line(error)}") from None
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
         raise UserError(
             "the network must give logits (B, labels): wrap it in a module that gives them alone"

@@ -207,9 +207,10 @@ def chain_diagnostics(
     if no_law := "took no step" if entry is None else entry.no_law:
         what = "effective size and R-hat compare draws of one law, and this sampler"
         return {"meaning": f"{what} {no_law}: they have no meaning"}
-    if any(d is None for d in draws):
+    known = [d for d in draws if d is not None]
+    if len(known) < len(draws):
         return {"meaning": "this model has no log-density, or no step was kept: nothing to compare"}
-    recorded = torch.cat([d for d in draws if d is not None], dim=1)[:, finite]
+    recorded = torch.cat(known, dim=1)[:, finite]
     late = recorded[len(recorded) // 2 :]
     if len(late) < MIN_DRAWS or not late.shape[1]:
         return {"meaning": f"{len(late)} draws of each chain say nothing: take more steps"}
@@ -220,7 +221,7 @@ def chain_diagnostics(
         "chain or so are what one asks for before trusting them"
     )
     return {
-        "meaning": "; ".join(filter(None, (meaning, entry.caveat if entry else ""))),
+        "meaning": f"{meaning}; {entry.caveat}" if entry and entry.caveat else meaning,
         "draws": len(late),
         "every": every,
         "chains": late.shape[1],
@@ -241,8 +242,8 @@ def energy_diagnostics(
     found["log_density_of_samples"] = finite_or_none(float(own.mean()))
     if data is None:
         return found | {"note": f"no held-out images to compare with: {note}"}
-    found |= {"log_density_of_data": finite_or_none(float(data.double().mean()))}
-    found |= {"images": len(data)}
+    found["log_density_of_data"] = finite_or_none(float(data.double().mean()))
+    found["images"] = len(data)
     if min(len(own), len(data)) >= 2:
         gap, error = map(finite_or_none, energy_gap(-own, -data))
         found |= {"gap": gap, "gap_standard_error": error}

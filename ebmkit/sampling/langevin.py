@@ -64,6 +64,8 @@ from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.noise import Sigma, SigmaOrZero
 from ebmkit.sampling.base import (
+    HIGHEST,
+    LOWEST,
     Chain,
     DensityFunction,
     Info,
@@ -309,9 +311,7 @@ def geometric_sigmas(high: float, low: float, count: int) -> tuple[float, ...]:
         raise UserError(f"noise levels must go down: {high:g} is below {low:g}")
     if count < 1 or (count == 1 and high != low):
         raise UserError(f"{count} noise levels cannot go from {high:g} to {low:g}: take 2 or more")
-    if count == 1:
-        return (high,)
-    return tuple(high * (low / high) ** (i / (count - 1)) for i in range(count))
+    return tuple(high * (low / high) ** (i / max(1, count - 1)) for i in range(count))
 
 
 class RangeConfig(SamplerConfig):
@@ -328,9 +328,7 @@ class RangeConfig(SamplerConfig):
 
     def sigmas(self, count: int) -> tuple[float, ...]:
         """``count`` geometric levels between the ends."""
-        assert self.high is not None
-        assert self.low is not None
-        return geometric_sigmas(self.high, self.low, count)
+        return geometric_sigmas(self.high or HIGHEST, self.low or LOWEST, count)
 
 
 class AnnealedConfig(RangeConfig):
