@@ -165,11 +165,11 @@ def restore(
     from ebmkit.compute import pick_device
     from ebmkit.errors import validated
     from ebmkit.models import load
+    from ebmkit.sampling.ascent import KADKHODAIE_SIMONCELLI_ENTRY as SAMPLER
     from ebmkit.sampling.inverse import TaskOptions, find_task
     from ebmkit.sampling.jobs.chains import Interrupted
     from ebmkit.sampling.jobs.restore import RestoreJob, read_mask
     from ebmkit.sampling.jobs.settings import parse_label, parse_options
-    from ebmkit.sampling.kadkhodaie_simoncelli import KADKHODAIE_SIMONCELLI_ENTRY as SAMPLER
     from ebmkit.training import parse_assignments
     from ebmkit.training.loop import stop_requested
 
@@ -272,9 +272,8 @@ def sample(
     from ebmkit.compile import laid_out, make_inference
     from ebmkit.compute import pick_device
     from ebmkit.models import load
-    from ebmkit.sampling.jobs.folder import JobFolder
-    from ebmkit.sampling.jobs.job import SamplingJob
-    from ebmkit.sampling.jobs.results import write_results
+    from ebmkit.sampling.jobs.chains import JobFolder
+    from ebmkit.sampling.jobs.job import SamplingJob, write_results
     from ebmkit.sampling.jobs.settings import default_folder, make_settings
     from ebmkit.sampling.jobs.sources import at_hand, guide_by, parse_guidance, sources_for
     from ebmkit.training import parse_assignments

@@ -42,8 +42,8 @@ from ebmkit.errors import UserError
 from ebmkit.objectives.base import ExtraPasses, ModelOutput, Objective, ObjectiveConfig, RunContext
 from ebmkit.randomness import keyed_generator
 from ebmkit.sampling.base import normal_like
+from ebmkit.sampling.entry import ClassGaussians, ReplayBuffer
 from ebmkit.sampling.langevin import JEM_NOISE, JEM_STEP, Langevin
-from ebmkit.sampling.starts import ClassGaussians, ReplayBuffer
 
 __all__ = ["CML", "ML", "Negatives", "NegativesConfig", "log_density_of"]
 

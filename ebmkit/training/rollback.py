@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_map_only
 
 from ebmkit.errors import UserError, validated
 from ebmkit.objectives.likelihood import Negatives
-from ebmkit.sampling.starts import ReplayBuffer
+from ebmkit.sampling.entry import ReplayBuffer
 from ebmkit.training.config import WatchConfig
 from ebmkit.training.state import Saved, TrainingState, check_tensor
 from ebmkit.training.step import StepStats

@@ -119,7 +119,7 @@ def _share(text: str) -> object:
 
 
 def _schedule(text: str) -> object:
-    from ebmkit.guidance.schedules import parse_schedule
+    from ebmkit.guidance.guides import parse_schedule
 
     return parse_schedule(text)
 
@@ -363,7 +363,7 @@ def _gone_on_with(content: bytes) -> object:
 
 def _hdf5(content: bytes) -> object:
     from ebmkit.data import load_dataset
-    from ebmkit.sampling.starts import ReplayBuffer
+    from ebmkit.sampling.entry import ReplayBuffer
 
     path = written(content, "set.h5")
     with contextlib.suppress(UserError):

@@ -12,7 +12,7 @@ from ebmkit_tests.support.sampling_runs import save_run
 from ebmkit import ModelCard
 from ebmkit.guidance import GUIDANCE_SCHEDULES, GUIDES
 from ebmkit.models import ModelConfig, load, save_model
-from ebmkit.sampling.jobs.folder import JobFolder
+from ebmkit.sampling.jobs.chains import JobFolder
 from ebmkit.sampling.jobs.job import SamplingJob
 from ebmkit.sampling.jobs.settings import default_folder, make_settings
 from ebmkit.sampling.jobs.sources import VIEWS, guide_by, parse_guidance

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from ebmkit.errors import UserError
 from ebmkit.sampling import Chains
+from ebmkit.sampling.ascent import StochasticAscent, StochasticAscentConfig
 from ebmkit.sampling.inverse import (
     BlockAverage,
     Compressed,
@@ -17,7 +18,6 @@ from ebmkit.sampling.inverse import (
     center_hole,
     random_pixels,
 )
-from ebmkit.sampling.kadkhodaie_simoncelli import StochasticAscent, StochasticAscentConfig
 
 SHAPE = (2, 8, 6)
 MEASUREMENTS = {

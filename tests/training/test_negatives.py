@@ -14,7 +14,7 @@ from ebmkit import GaussianMixture, UserError
 from ebmkit.data import Batch
 from ebmkit.distributed import DistributedContext
 from ebmkit.objectives import TrainingLoss, parse_objective
-from ebmkit.sampling.starts import ReplayBuffer
+from ebmkit.sampling.entry import ReplayBuffer
 from ebmkit.training import RECIPES, Interrupted, RunFolder, resolve
 from ebmkit.training.cost import Recorder, network_flops, step_flops
 from ebmkit.training.loop import assemble
