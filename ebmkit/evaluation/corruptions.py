@@ -42,7 +42,7 @@ from ebmkit import plots
 from ebmkit.energy import EnergyModel, ScoreModel, classifies
 from ebmkit.errors import UserError
 from ebmkit.evaluation import statistics
-from ebmkit.evaluation.classify import calibration_error
+from ebmkit.evaluation.calibration import calibration_error
 from ebmkit.evaluation.suite import (
     Batch,
     EvaluationContext,

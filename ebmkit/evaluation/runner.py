@@ -51,8 +51,9 @@ from ebmkit.distributed import DistributedContext
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError, validated
 from ebmkit.evaluation.adversarial import ADVERSARIAL
+from ebmkit.evaluation.calibration import CALIBRATION
 from ebmkit.evaluation.certify import CERTIFY
-from ebmkit.evaluation.classify import CALIBRATION, CLASSIFY
+from ebmkit.evaluation.classify import CLASSIFY
 from ebmkit.evaluation.corruptions import CORRUPTIONS_SUITE
 from ebmkit.evaluation.denoise import DENOISE
 from ebmkit.evaluation.diffusion_path import DIFFUSION_PATH

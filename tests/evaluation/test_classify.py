@@ -6,7 +6,7 @@ from ebmkit_tests.support.mixture_world import Drawn
 from torch.distributions import MultivariateNormal
 
 from ebmkit.evaluation import evaluate
-from ebmkit.evaluation.classify import calibration_error, reliability
+from ebmkit.evaluation.calibration import calibration_error, reliability
 from ebmkit.evaluation.suite import noisy_batches
 
 

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from ebmkit.evaluation import statistics
-from ebmkit.evaluation.classify import calibration_error
+from ebmkit.evaluation.calibration import calibration_error
 
 DRAWS = 1000
 SLACK = 4 * math.sqrt(0.95 * 0.05 / DRAWS)  # four standard errors of a coverage of 95 %
