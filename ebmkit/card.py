@@ -34,7 +34,7 @@ class ModelCard(BaseModel):
         None,
         description="definition of E(y): model (its own density) or logits (-logsumexp, if "
         "only labels were trained); None: not recorded (see "
-        "ebmkit.models.joint.energy_source)",
+        "ebmkit.models.heads.energy_source)",
     )
     plugins: list[Plugin] = Field([], description="that its parts come from")
     attack: str = ""

@@ -17,7 +17,7 @@ guide           h(v), to be increased, in nats
 =============== ================================================================================
 
 The energies of a model that was trained to classify alone are those of its logits
-(`ebmkit.models.joint.LogitEnergy`). The last two take an inner guide h and n normalised steps up
+(`ebmkit.models.heads.LogitEnergy`). The last two take an inner guide h and n normalised steps up
 it,
 
 .. math:: v_0 = v, \qquad v_{i+1} = v_i + \gamma \frac{\nabla h(v_i)}{\|\nabla h(v_i)\|_2} ,

@@ -58,7 +58,7 @@ def gradresnet(backbone: str = "gradresnet18") -> JointModel:
 
 def tiny() -> JointModel:
     torch.manual_seed(0)
-    return JointModel(Tiny(), ebmkit.models.joint.LinearQuadraticHead(8, 10))
+    return JointModel(Tiny(), ebmkit.models.heads.LinearQuadraticHead(8, 10))
 
 
 def make(model, objective="ce+dsm", backend="aot_eager", **compute) -> TrainingStep:
@@ -232,7 +232,7 @@ def test_a_step_that_cannot_be_compiled(recwarn, monkeypatch):
             return super().forward(y)
 
     def model() -> JointModel:
-        return JointModel(Odd(), ebmkit.models.joint.LinearQuadraticHead(8, 10))
+        return JointModel(Odd(), ebmkit.models.heads.LinearQuadraticHead(8, 10))
 
     with pytest.raises(ebmkit.UserError, match=r"cannot be compiled: .*use --compile off"):
         make(model(), "ce", compile="on")(drawn(0), rate=1e-3)
