@@ -9,7 +9,7 @@ from typing import Any
 
 from ebmkit.experiments import TABLES
 from ebmkit.experiments.figures import ATTACKED
-from ebmkit.experiments.guidance_grid import AMOUNTS
+from ebmkit.experiments.guidance import AMOUNTS
 from ebmkit.experiments.tables import CLAIMS, GRID
 
 PICTURES = (

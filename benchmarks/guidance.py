@@ -20,10 +20,8 @@ from typing import Any
 
 import torch
 
-from ebmkit.experiments import SCALES, ExperimentRuns, write
-from ebmkit.experiments.guidance import run_guidance
-from ebmkit.experiments.guidance_grid import AMOUNTS, Amount
-from ebmkit.experiments.scales import Scale
+from ebmkit.experiments import SCALES, ExperimentRuns, Scale, write
+from ebmkit.experiments.guidance import AMOUNTS, Amount, run_guidance
 from ebmkit.training import Interrupted
 from ebmkit.training.config import merge
 

@@ -26,7 +26,7 @@ from ebmkit.compile import Inference
 from ebmkit.compute import Precision, environment
 from ebmkit.data import ImageSet
 from ebmkit.energy import EnergyModel
-from ebmkit.evaluation.context import noisy_batches
+from ebmkit.evaluation.suite import noisy_batches
 from ebmkit.metrics import psnr
 from ebmkit.storage import write_atomically
 from ebmkit.training import resolve

@@ -27,10 +27,10 @@ from ebmkit.compute import environment, pick_device
 from ebmkit.evaluation.statistics import mean
 from ebmkit.metrics import psnr
 from ebmkit.plots import image_rows
+from ebmkit.sampling.ascent import StochasticAscentConfig
 from ebmkit.sampling.inverse import TaskOptions, find_task
 from ebmkit.sampling.jobs.restore import restore
 from ebmkit.sampling.jobs.sources import data_of
-from ebmkit.sampling.kadkhodaie_simoncelli import StochasticAscentConfig
 from ebmkit.storage import write_atomically
 from ebmkit.training.setup import images_of
 

@@ -24,7 +24,7 @@ from torch import Tensor
 import ebmkit
 from ebmkit.compute import environment
 from ebmkit.data import read_image
-from ebmkit.evaluation.context import noise_generator
+from ebmkit.evaluation.suite import noise_generator
 from ebmkit.inference import image_score
 from ebmkit.metrics import psnr
 from ebmkit.storage import write_atomically

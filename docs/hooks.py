@@ -112,7 +112,7 @@ def _describe(command: Any, name: str, lines: list[str]) -> None:
 
 def component_tables() -> str:
     """The tables behind `ebmkit list`."""
-    from ebmkit.cli.list import tables
+    from ebmkit.cli.tools import tables
 
     lines: list[str] = []
     for kind, table in tables().items():

@@ -12,13 +12,11 @@ The plain eager step is
     optimizer.step()
 
 with contiguous float32 tensors, PyTorch's own layers and ``torch.optim.AdamW(model.parameters())``.
-It computes the same loss and the same gradients as the library's step (a test says so), and that is
-what makes their times comparable.
+It computes the same loss and gradients as the library's step, so their times can be compared.
 
-Two programs timed one after the other are compared on two different machines: clocks drift, caches
-warm, neighbours come and go. Here every candidate runs once in every round, the order turns round
-from one round to the next, and with :math:`t_{k,r}` the time of candidate k in round r the ratio to
-the candidate 0 is a median over rounds of ratios *within* a round,
+Clocks drift, caches warm, neighbours come and go. So every candidate runs once in every round, the
+order turns round from one round to the next, and with :math:`t_{k,r}` the time of candidate k in
+round r the ratio to the candidate 0 is a median over rounds of ratios *within* a round,
 
 .. math:: \rho_k = \operatorname{median}_r \frac{t_{0,r}}{t_{k,r}},
 
@@ -33,6 +31,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import math
 import os
 import re
@@ -60,12 +59,11 @@ from ebmkit.compute import (
     set_tf32,
 )
 from ebmkit.data import Batch, NoiseLaw
-from ebmkit.energy import Energies, EnergyModel
+from ebmkit.energy import EnergyModel
 from ebmkit.errors import UserError
 from ebmkit.models import JointModel, create_model
 from ebmkit.models.convolution import Conv2d
-from ebmkit.models.gelu import GELU
-from ebmkit.models.norms import GroupNorm
+from ebmkit.models.layers import GELU, GroupNorm
 from ebmkit.objectives import BALANCE, Scale, Term, TrainingLoss, parse_objective
 from ebmkit.training.config import OptimizerConfig
 from ebmkit.training.cost import format_bytes
@@ -224,11 +222,9 @@ def peak_memory(build: Build, device: torch.device, calls: int = 3) -> tuple[Ste
         step = called()
     assert profile.kineto_results is not None
     events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
-    held = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()  # type: ignore[attr-defined]  # missing in the stubs
-        most = max(most, held)
-    return step, most
+    events.sort(key=lambda e: e.start_ns())
+    sizes = (e.nbytes() for e in events)  # type: ignore[attr-defined]  # missing in the stubs
+    return step, max(itertools.accumulate(sizes, initial=0))
 
 
 def measure(comparison: Comparison, device: torch.device, rounds: int) -> list[Row]:
@@ -331,13 +327,10 @@ def comparison(
     """
     compute = compute or ComputeConfig()
     model, generator = network(setting, channels, device), torch.Generator().manual_seed(0)
-    draw = partial(
-        make_batch,
-        channels=channels,
-        image_size=setting.image_size,
-        device=device,
-        generator=generator,
-    )
+
+    def draw(count: int) -> Batch:
+        return make_batch(count, channels, setting.image_size, device, generator)
+
     ours: Build
     plain: Callable[..., Step]
     if objective is None:
@@ -440,29 +433,24 @@ def plain_loss(model: EnergyModel, terms: tuple[Term, ...], batches: Mapping[str
     for stream in dict.fromkeys(term.objective.stream for term in terms):
         batch = batches[stream]
         own = [term for term in terms if term.objective.stream == stream]
-        y = batch.y.detach()
-        if any(term.objective.needs_score for term in own):
-            y.requires_grad_()
+        scored = any(term.objective.needs_score for term in own)
+        y = batch.y.detach().requires_grad_(scored)
         energies = model(y)
         for term in own:
-            weight = 1.0 if term.weight is None else term.weight
-            total = total + weight * _plain_term(term, energies, y, batch)
+            if term.name == "ce":
+                assert batch.soft is not None
+                loss = nn.functional.cross_entropy(energies.logits, batch.soft)
+            else:
+                log_density = energies.log_density
+                if term.objective.needs_labels:
+                    assert batch.labels is not None
+                    log_density = energies.log_joint().gather(1, batch.labels[:, None])
+                (score,) = torch.autograd.grad(log_density.sum(), y, create_graph=True)
+                squares = (batch.sigma[:, None, None, None] * score + batch.eps).square()
+                summed = term.objective.scale is Scale.SUM
+                loss = squares.flatten(1).sum(1).mean() if summed else squares.mean()
+            total = total + (1.0 if term.weight is None else term.weight) * loss
     return total
-
-
-def _plain_term(term: Term, energies: Energies, y: Tensor, batch: Batch) -> Tensor:
-    if term.name == "ce":
-        assert batch.soft is not None
-        return nn.functional.cross_entropy(energies.logits, batch.soft)
-    log_density = energies.log_density
-    if term.objective.needs_labels:
-        assert batch.labels is not None
-        log_density = energies.log_joint().gather(1, batch.labels[:, None])
-    (score,) = torch.autograd.grad(log_density.sum(), y, create_graph=True)
-    squares = (batch.sigma[:, None, None, None] * score + batch.eps).square()
-    if term.objective.scale is Scale.SUM:
-        return squares.flatten(1).sum(1).mean()
-    return squares.mean()
 
 
 def our_inference(

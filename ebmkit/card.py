@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ebmkit.plugins import Plugin
+from ebmkit.registry import Plugin
 
 Side = Annotated[int, Field(ge=1, le=2**14)]
 
@@ -14,18 +14,16 @@ Side = Annotated[int, Field(ge=1, le=2**14)]
 class ModelCard(BaseModel):
     """What a model was trained for."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     dataset: str = Field("", description="name of the training set")
     objective: str = Field("", description="objective, as on the command line")
     steps: int = Field(0, description="number of optimiser steps done")
-    image_size: tuple[Side, Side] | None = Field(
-        None, description="height and width of the training images, pixels"
-    )
+    image_size: tuple[Side, Side] | None = None
+    """height and width of the training images, pixels"""
     channels: int = Field(3, ge=1, le=1024, description="number of channels: 1 gray, 3 colour")
-    class_names: list[str] = Field(
-        [], description="class names in label order; empty without labels"
-    )
+    class_names: list[str] = Field([])
+    """class names in label order; empty without labels"""
     sigma_range: tuple[float, float] | None = Field(
         None,
         description="lowest and highest noise level of the denoising stream, image units; "
@@ -39,8 +37,5 @@ class ModelCard(BaseModel):
         "ebmkit.models.heads.energy_source)",
     )
     plugins: list[Plugin] = Field([], description="that its parts come from")
-    attack: str = Field(
-        "",
-        description="norm and radius of the attack in training, for example l2 0.5; empty: "
-        "no attack",
-    )
+    attack: str = ""
+    """norm and radius of the attack in training, for example l2 0.5; empty: no attack"""

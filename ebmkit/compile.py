@@ -33,6 +33,7 @@ from ebmkit.compute import (
     pick_precision,
     prepare_compiler,
     set_tf32,
+    subsample_before_1x1,
 )
 from ebmkit.energy import (
     Energies,
@@ -45,7 +46,6 @@ from ebmkit.energy import (
     wants_grad,
 )
 from ebmkit.errors import UserError, first_line
-from ebmkit.onednn import subsample_before_1x1
 
 MAX_SIZES = 8
 """For how many sizes each function is compiled at most."""
@@ -289,15 +289,13 @@ def unwrapped(model: M) -> M:
 @contextmanager
 def tf32_restored(device: torch.device) -> Iterator[None]:
     """Restore, at the end, whether float32 products may be rounded to TF32."""
-    if device.type != "cuda":
-        yield
-        return
     cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    allowed = cuda.allow_tf32, cudnn.allow_tf32
+    allowed = (cuda.allow_tf32, cudnn.allow_tf32) if device.type == "cuda" else None
     try:
         yield
     finally:
-        cuda.allow_tf32, cudnn.allow_tf32 = allowed
+        if allowed is not None:
+            cuda.allow_tf32, cudnn.allow_tf32 = allowed
 
 
 @contextmanager

@@ -21,13 +21,16 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from ebmkit.distributed import launch
 from ebmkit.errors import UserError, unknown_name
@@ -36,22 +39,22 @@ Precision = Literal["fp32", "tf32", "bf16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 COMPILE_MODES = ("auto", "on", "off")
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+SOUND_CHANNELS = 8
+"""Input channels from which oneDNN's kernel of 1x1 convolutions is sound (`subsample_before_1x1`):
+the float32 numbers in an AVX2 register."""
 
 
 class ComputeConfig(BaseModel):
     """How a training step is computed; none of it changes what is computed beyond rounding."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    precision: Literal["auto", "fp32", "tf32", "bf16"] = Field(
-        "auto", description="precision: fp32, tf32, bf16; auto: bf16 on CUDA, fp32 on CPU"
-    )
-    compile: Literal["auto", "on", "off"] = Field(
-        "auto", description="compile the step: auto, on, off; auto: on CUDA, not on CPU"
-    )
-    accumulate: int = Field(
-        1, ge=1, description="number of parts that each batch is split into, to save memory"
-    )
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
+    """precision: fp32, tf32, bf16; auto: bf16 on CUDA, fp32 on CPU"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """compile the step: auto, on, off; auto: on CUDA, not on CPU"""
+    accumulate: int = Field(1, ge=1)
+    """number of parts that each batch is split into, to save memory"""
     recompute: bool = Field(
         False,
         description="activation checkpointing: less memory, a third more arithmetic for ce, twice "
@@ -70,11 +73,8 @@ def opaque_to_compilers(function: F) -> F:
 
 
 def prepare_compiler() -> None:
-    """Tell PyTorch's compiler of the functions that it must not look into.
-
-    Whatever compiles a model calls it first. Importing the compiler takes seconds, which is why it
-    is not done where these functions are defined.
-    """
+    """Tell PyTorch's compiler, whose import takes seconds, of the functions that it must not look
+    into. Whatever compiles a model calls it first."""
     for function, known in _OPAQUE.items():
         if not known:
             torch.compiler.allow_in_graph(function)  # type: ignore[no-untyped-call]
@@ -138,9 +138,8 @@ def pick_precision(name: str, device: torch.device) -> Precision:
 
 
 def pick_compile(name: str, device: torch.device) -> bool:
-    """Whether to compile; ``auto`` does on CUDA where a compiler is at hand, and not on CPU.
-
-    On a CPU the convolutions dominate and compiling gains nothing (docs: "Speed").
+    """Whether to compile; ``auto`` does on CUDA where a compiler is at hand, and not on a CPU,
+    where it gains nothing (docs: "Speed").
 
     Raises:
         UserError: if the mode is unknown, or ``on`` and the device has no compiler.
@@ -150,13 +149,11 @@ def pick_compile(name: str, device: torch.device) -> bool:
     if name == "off" or (name == "auto" and device.type != "cuda"):
         return False
     missing = _missing_compiler(device)
-    if missing is None:
-        return True
-    if name == "auto":
-        return False
-    raise UserError(
-        f"--compile on needs {missing} on {describe(device)}: install it, or use --compile off"
-    )
+    if missing is not None and name == "on":
+        raise UserError(
+            f"--compile on needs {missing} on {describe(device)}: install it, or use --compile off"
+        )
+    return missing is None
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
@@ -167,10 +164,8 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
 
 
 def set_tf32(device: torch.device, precision: Precision) -> None:
-    """Let float32 products on ``device`` be rounded to TF32 exactly if ``precision`` allows it.
-
-    A setting of the whole process. By default PyTorch rounds convolutions and not matrix products.
-    """
+    """Let float32 products on ``device`` be rounded to TF32 exactly if ``precision`` allows it: a
+    setting of the whole process. By default PyTorch rounds convolutions, not matrix products."""
     if device.type == "cuda":
         allowed = precision != "fp32"
         torch.backends.cuda.matmul.allow_tf32 = allowed
@@ -191,9 +186,8 @@ def memory_format(device: torch.device, differentiate: bool) -> torch.memory_for
 def keep_freed_memory(device: torch.device) -> None:
     """On Linux, let this process keep the memory that tensors on the CPU release.
 
-    A training step allocates and releases hundreds of MB. By default the C library gives much of it
-    back to the system each time, which then has to map and clear it anew (``benchmarks/layout.py``
-    tells what that costs). A setting of the whole process; its peak does not change.
+    By default the C library gives much of it back to the system, which has to map and clear it anew
+    in each step (``benchmarks/layout.py``). A setting of the whole process; its peak is the same.
     """
     if device.type != "cpu" or not sys.platform.startswith("linux"):
         return
@@ -201,6 +195,44 @@ def keep_freed_memory(device: torch.device) -> None:
     if hasattr(library, "mallopt"):  # glibc; other C libraries have no such setting
         library.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
         library.mallopt(_MMAP_THRESHOLD, 2**30)
+
+
+def subsample_before_1x1(model: nn.Module) -> None:
+    """Change the convolutions of ``model`` that a defect of oneDNN can reach, in place.
+
+    In PyTorch 2.15, on processors with AVX2 and without AVX-512, the weight gradient of some
+    convolutions writes out of bounds: 1x1, strided, not padded, one group, fewer than 8 input
+    channels, channels last, two images or more, one thread (docs: "oneDNN: strided 1x1
+    convolutions"). With the same values and gradients, to rounding, and a sound kernel,
+
+        conv(x, stride=s) = conv(x[:, :, ::s, ::s], stride=1).
+
+    So the stride moves to a forward pre-hook. Parameters keep their names and values; a second call
+    changes nothing, nor does one where oneDNN is switched off (`torch.backends.mkldnn`). Calls of
+    `torch.nn.functional.conv2d` are not seen.
+
+    >>> from torch import nn
+    >>> conv = nn.Conv2d(4, 8, 1, stride=2)
+    >>> subsample_before_1x1(conv)
+    >>> conv.stride, len(conv._forward_pre_hooks)
+    ((1, 1), 1)
+    """
+    if not torch.backends.mkldnn.enabled:
+        return
+    for conv in (module for module in model.modules() if isinstance(module, nn.Conv2d)):
+        strided = tuple(conv.kernel_size) == (1, 1) and tuple(conv.stride) != (1, 1)
+        plain = conv.padding in ((0, 0), "valid") and conv.groups == 1
+        if strided and plain and conv.in_channels < SOUND_CHANNELS:
+            rows, columns = conv.stride
+            conv.stride = (1, 1)
+            conv.register_forward_pre_hook(partial(_subsample, rows=rows, columns=columns))
+
+
+def _subsample(
+    conv: nn.Module, inputs: tuple[Tensor, ...], *, rows: int, columns: int
+) -> tuple[Tensor, ...]:
+    x, *others = inputs
+    return (x[..., ::rows, ::columns], *others)
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -220,12 +252,8 @@ def _missing_compiler(device: torch.device) -> str | None:
     compilers = [os.environ.get("CXX"), "g++", "clang++"]
     if not any(name and shutil.which(name) for name in compilers):
         return "a C++ compiler (g++)"
-    if device.type == "cuda":
-        from importlib.util import find_spec
-
-        if find_spec("triton") is None:
-            return "the package triton"
-    return None
+    lacks_triton = device.type == "cuda" and find_spec("triton") is None
+    return "the package triton" if lacks_triton else None
 
 
 def describe(device: torch.device) -> str:
@@ -284,17 +312,13 @@ def available_memory(device: torch.device) -> int | None:
 
 def _system_free() -> Iterator[int]:
     """Memory of the machine: what Linux says is available, elsewhere all there is."""
-    try:
+    with suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 yield int(line.split()[1]) * 1024
                 return
-    except OSError:
-        pass
-    try:
+    with suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf
         yield os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
-        return
 
 
 def _group_free(
@@ -332,8 +356,6 @@ def _room(group: Path, limit: str, usage: str, cache: str) -> Iterator[int]:
 
 def environment() -> dict[str, Any]:
     """Versions, device, git commit and command of this process."""
-    from importlib.metadata import version
-
     import ebmkit
 
     cuda = torch.cuda.is_available()

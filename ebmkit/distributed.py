@@ -34,6 +34,7 @@ from ebmkit.errors import UserError, first_line
 T = TypeVar("T")
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_LOST = ("connection closed", "connection reset", "connection refused", "broken pipe", "gloo")
 PATIENCE = timedelta(hours=2)
 """How long a process waits for the others before it gives up: one may fetch or decode data for all.
 A process that dies is noticed at once, by the launcher."""
@@ -45,17 +46,11 @@ class LostOthers(UserError):
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """The processes of one run, seen from one of them.
+    """The processes of one run, seen from one of them."""
 
-    Attributes:
-        rank: this process's number, from 0.
-        size: how many there are.
-        local_rank: its number on its own machine, which is that of its GPU.
-    """
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
+    rank: int = 0  # this process's number
+    size: int = 1  # how many there are
+    local_rank: int = 0  # its number on its own machine, which is that of its GPU
 
     @property
     def first(self) -> bool:
@@ -73,9 +68,9 @@ class DistributedContext:
         """What the first process passed here, on all of them (tensors on the CPU)."""
         if self.size == 1:
             return thing
-        box = [thing if self.first else None]
+        box: list[Any] = [thing if self.first else None]
         dist.broadcast_object_list(box, src=0)
-        received: T = box[0]  # type: ignore[assignment]
+        received: T = box[0]
         return received
 
     def gather(self, thing: T) -> list[T]:
@@ -118,8 +113,7 @@ def join() -> Iterator[DistributedContext]:
     Tensors travel by NCCL between GPUs and by gloo between CPUs.
 
     Raises:
-        UserError: if the announcement is incomplete, the port is in use, or the others cannot be
-            reached.
+        UserError: if the announcement is illegal, the port in use, or the others out of reach.
     """
     if not announced():
         yield DistributedContext()
@@ -141,11 +135,12 @@ def join() -> Iterator[DistributedContext]:
         store = dist.PrefixStore(f"attempt {attempt}", store)  # type: ignore[attr-defined]
         dist.init_process_group(store=store, rank=rank, world_size=size, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
-        raise _unreachable(world, error) from None
+        raise UserError(_unreachable(world, error)) from None
     try:
         yield world
     except RuntimeError as error:
-        if not _lost(error):
+        is_lost = isinstance(error, dist.DistError) or any(w in str(error).lower() for w in _LOST)
+        if not is_lost:
             raise
         raise LostOthers(
             f"process {rank} of {size} lost the others: one of them ended; see what it says"
@@ -161,10 +156,8 @@ def restarted() -> bool:
 
 
 def launch() -> str | None:
-    """What tells this start of the command, and its restarts, from others; None without a launcher.
-
-    The name of torchrun's job, its process where the job has no name, or SLURM's job.
-    """
+    """What tells this start of the command, and its restarts, from others: torchrun's job (its
+    process where the job has no name) or SLURM's; None without a launcher."""
     job = os.environ.get("TORCHELASTIC_RUN_ID")
     if job == "none":
         return f"torchrun {os.getppid()} on {platform.node()}"
@@ -172,11 +165,8 @@ def launch() -> str | None:
 
 
 def device_of_rank(device: torch.device) -> torch.device:
-    """The device of this process: each has the GPU of its local rank, or the CPU.
-
-    Raises:
-        UserError: if more processes than GPUs were started on this machine.
-    """
+    """The device of this process: each has the GPU of its local rank, or the CPU. A `UserError` if
+    more processes than GPUs were started on this machine."""
     if device.type != "cuda" or not announced():
         return device
     local, count = _number("LOCAL_RANK", 0), torch.cuda.device_count()
@@ -189,37 +179,25 @@ def device_of_rank(device: torch.device) -> torch.device:
 
 
 def yield_to_others(error: UserError) -> None:
-    """Let the process speak first whose ``error`` it is.
-
-    A mistake in options or data is met by all processes alike: the first tells of it. A mistake
-    that one meets alone makes it leave, and the others lose it. Whoever speaks ends, whereupon the
-    launcher stops those that still wait here.
-    """
+    """Let the process speak first whose ``error`` it is: the first of all where all met it, or
+    the one that the others lost. Then it ends, and the launcher stops those that wait here."""
     if isinstance(error, LostOthers):
         time.sleep(20)
     elif announced() and os.environ["RANK"] != "0":
         time.sleep(5)
 
 
-def _lost(error: RuntimeError) -> bool:
-    """Whether ``error`` says that another process is gone."""
-    words = ("connection closed", "connection reset", "connection refused", "broken pipe")
-    is_distributed = isinstance(error, dist.DistError) or "gloo" in str(error).lower()
-    return is_distributed or any(word in str(error).lower() for word in words)
-
-
-def _unreachable(world: DistributedContext, error: Exception) -> UserError:
-    port = os.environ["MASTER_PORT"]
-    reason = first_line(error)
+def _unreachable(world: DistributedContext, error: Exception) -> str:
+    host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     if "in use" in str(error).lower() or "eaddrinuse" in str(error).lower():
-        return UserError(
+        return (
             f"port {port} is in use on this machine: choose another by torchrun --master-port, or "
             "let torchrun --standalone find a free one"
         )
-    return UserError(
-        f"process {world.rank} of {world.size} cannot reach the others at "
-        f"{os.environ['MASTER_ADDR']}:{port} ({reason}): check that each is started and that the "
-        "address and port can be reached from every machine"
+    return (
+        f"process {world.rank} of {world.size} cannot reach the others at {host}:{port} "
+        f"({first_line(error)}): check that each is started and that the address and port can be "
+        "reached from every machine"
     )
 
 

@@ -317,8 +317,7 @@ class ScoreModel(nn.Module, ABC):
 
     def estimate_sigma(self, y: Tensor) -> Tensor:
         """The noise level that the score of a blind model implies, sqrt(d) / ||score||, (B,)."""
-        self._check_blind()
-        return sigma_of_score(self._score(y, None, None))
+        return self.denoise_blind(y)[1]
 
     def check_labels(self, c: Tensor | int, y: Tensor) -> Tensor:
         """Labels as a tensor (B,) int64 on y's device, checked.

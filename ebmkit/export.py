@@ -17,7 +17,6 @@ unless it is fixed; C, H and W are fixed. The classifier of a noise-conditional 
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import importlib.util
 import io
@@ -25,7 +24,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -53,7 +52,23 @@ differences of order 1 on every image.
 IMAGES = 5
 """Random images, at least, that a file is tried on in one batch or in several."""
 
+_TRACED_BATCH = 67
+"""A free batch while tracing, where equal sizes become one: a number that layers rarely have."""
+
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+class Task(NamedTuple):
+    """A function of tensors, the names of its inputs and outputs, and the shapes it is traced at.
+
+    ``size`` is (C, H, W); a ``batch`` of None is free.
+    """
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    call: Callable[..., tuple[Tensor, ...]]
+    size: tuple[int, int, int]
+    batch: int | None
 
 
 class Difference(NamedTuple):
@@ -187,20 +202,18 @@ def _task(model: ScoreModel, what: str, size: tuple[int, int, int], batch: int |
         energies = model(y, sigma)
         return energies.log_posterior(), energies.log_density
 
-    def denoise(y: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
-        return (model.denoise(y, sigma),)
-
-    def denoise_blindly(y: Tensor) -> tuple[Tensor, ...]:
-        return model.denoise_blind(y)
-
     if what not in get_args(What):
         raise unknown_name("kind of export", what, get_args(What))
     if what == "denoiser":
+
+        def denoise(y: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
+            return (model.denoise(y, sigma),)
+
         return Task(("y", "sigma"), ("denoised",), denoise, size, batch)
     if what == "blind-denoiser":
         if model.noise_conditional:
             raise UserError("this model takes the noise level as an input: export a denoiser")
-        return Task(("y",), ("denoised", "sigma"), denoise_blindly, size, batch)
+        return Task(("y",), ("denoised", "sigma"), model.denoise_blind, size, batch)
     if not classifies(model):
         raise UserError("this model was trained without labels: it cannot classify")
     inputs = ("y", "sigma") if model.noise_conditional else ("y",)
@@ -219,19 +232,18 @@ def _compare(
     denoised image is as much score as image, however small the score of the model is.
     """
     generator = torch.Generator().manual_seed(0)
-    by_output: list[list[Tensor]] = [[] for _ in task.outputs]
+    found: dict[str, list[Tensor]] = {name: [] for name in task.outputs}
     with torch.no_grad():
         for count in batches:
-            arguments = [torch.rand(count, *task.size, generator=generator)]
-            if "sigma" in task.inputs:
-                blind = not model.noise_conditional
-                sigma = model.estimate_sigma(arguments[0]).sqrt() if blind else None
-                arguments.append(torch.full((count,), 0.1) if sigma is None else sigma)
-            expected = task.call(*arguments)
-            for found, got, value in zip(by_output, run(arguments), expected, strict=True):
-                found.append(_by_image(got, value))
-    joined = {name: torch.cat(found) for name, found in zip(task.outputs, by_output, strict=True)}
-    return {n: Difference(float(found.median()), float(found.max())) for n, found in joined.items()}
+            y = torch.rand(count, *task.size, generator=generator)
+            blind = "sigma" in task.inputs and not model.noise_conditional
+            sigma = model.estimate_sigma(y).sqrt() if blind else torch.full((count,), 0.1)
+            arguments = [y, sigma][: len(task.inputs)]
+            outputs = zip(task.outputs, run(arguments), task.call(*arguments), strict=True)
+            for name, got, value in outputs:
+                found[name].append(_by_image(got, value))
+    joined = {name: torch.cat(parts) for name, parts in found.items()}
+    return {n: Difference(float(d.median()), float(d.max())) for n, d in joined.items()}
 
 
 def _by_image(got: Tensor, value: Tensor) -> Tensor:
@@ -243,22 +255,6 @@ def _by_image(got: Tensor, value: Tensor) -> Tensor:
 
 
 # --- formats -------------------------------------------------------------------------------------
-
-_TRACED_BATCH = 67
-"""A free batch while tracing, where equal sizes become one: a number that layers rarely have."""
-
-
-class Task(NamedTuple):
-    """A function of tensors, the names of its inputs and outputs, and the shapes it is traced at.
-
-    ``size`` is (C, H, W); a ``batch`` of None is free.
-    """
-
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    call: Callable[..., tuple[Tensor, ...]]
-    size: tuple[int, int, int]
-    batch: int | None
 
 
 def _trace(
@@ -299,19 +295,11 @@ def _trace(
     return graph.eval(), arguments, tuple({0: batch} for _ in shapes) if free else None
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporters' warnings about themselves: old parts, names of axes."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
 def to_pt2(task: Task, description: str) -> bytes:
     """The task as the bytes of a ``.pt2`` file."""
     graph, arguments, shapes = _trace(task)
     file = io.BytesIO()
-    with _quiet():
+    with warnings.catch_warnings(action="ignore"):  # of exporters, about their own parts
         program = torch.export.export(graph, arguments, dynamic_shapes=shapes, strict=False)
         program.example_inputs = None  # a file has no use for the tensors that it was traced at
         torch.export.save(program, file, extra_files={"ebmkit.json": description})
@@ -319,7 +307,7 @@ def to_pt2(task: Task, description: str) -> bytes:
 
 
 def run_pt2(content: bytes, task: Task, arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    with _quiet():
+    with warnings.catch_warnings(action="ignore"):
         outputs: tuple[Tensor, ...] = torch.export.load(io.BytesIO(content)).module()(*arguments)
     return outputs
 
@@ -328,7 +316,7 @@ def to_onnx(task: Task, description: str) -> bytes:
     """The task as the bytes of an ``.onnx`` file."""
     backward = torch.ops.aten.convolution_backward.default
     graph, arguments, shapes = _trace(task, {backward: _convolution_backward})
-    with _quiet():
+    with warnings.catch_warnings(action="ignore"):
         program = torch.onnx.export(
             graph,
             arguments,

@@ -66,37 +66,6 @@ def around_gray(image: Tensor, factor: float | None = None) -> Tensor:
     return 0.5 + factor * image
 
 
-def image_grid(
-    rows: int,
-    columns: int,
-    shape: tuple[int, int],
-    gaps: Sequence[int] = (),
-    head: float = 0.6,
-    side: float = 0.0,
-) -> tuple[Figure, list[list[Axes]]]:
-    """A figure of ``rows`` x ``columns`` images with room for labels.
-
-    Args:
-        rows: images per column.
-        columns: images per row.
-        shape: height and width of the images, in pixels.
-        gaps: columns before which a gap is left.
-        head: room above the images, inches.
-        side: room left of them, inches.
-    """
-    widths = [width for k in range(columns) for width in ([0.14, 1.0] if k in gaps else [1.0])]
-    cell, label, foot = 1.22, 0.27, 0.42  # inches
-    tall = min(2.5, max(0.4, shape[0] / shape[1])) * cell
-    height = rows * tall + (rows - 1) * label + head + foot
-    width = cell * sum(widths) * 1.04 + 0.2 + side
-    figure = new_figure(width, height)
-    place = {"left": 0.008 + side / width, "right": 0.992, "wspace": 0.05, "hspace": label / tall}
-    place |= {"bottom": foot / height, "top": 1 - head / height}
-    grid = figure.add_gridspec(rows, len(widths), width_ratios=widths, **place)
-    columns_of = [k for k, width in enumerate(widths) if width == 1.0]
-    return figure, [[figure.add_subplot(grid[i, k]) for k in columns_of] for i in range(rows)]
-
-
 def image_rows(
     rows: Sequence[Sequence[tuple[Tensor | None, str]]],
     heads: Sequence[str],
@@ -109,34 +78,39 @@ def image_rows(
     """Images side by side in rows of equal length.
 
     Args:
-        rows: images (C, H, W) of one size, of which the first is there, or None, and what is
-            written below each.
-        heads: what is written above the columns.
+        rows: images (C, H, W) of one size, the first of which is no None, with the text below each.
+        heads: above the columns.
         path: the PNG file.
-        groups: by column, what is written above the group of columns that begins there, after a
-            gap.
+        groups: by column, the text above the group that begins there, after a gap.
         title: above the images.
         note: below them.
         names: of the rows, left of them.
     """
     groups, first = groups or {}, rows[0][0][0]
     assert first is not None
-    height, width = first.shape[-2:]
-    side = 0.35 if names else 0.0
-    figure, grid = image_grid(len(rows), len(heads), (height, width), list(groups), 0.75, side)
+    widths = [width for k in range(len(heads)) for width in ([0.14, 1.0] if k in groups else [1.0])]
+    cell, label, foot, head, side = 1.22, 0.27, 0.42, 0.75, 0.35 if names else 0.0  # inches
+    high = min(2.5, max(0.4, first.shape[-2] / first.shape[-1])) * cell
+    tall, wide = len(rows) * high + (len(rows) - 1) * label + head + foot, cell * sum(widths) * 1.04
+    wide += 0.2 + side
+    figure = new_figure(wide, tall)
+    place = {"left": 0.008 + side / wide, "right": 0.992, "wspace": 0.05, "hspace": label / high}
+    place |= {"bottom": foot / tall, "top": 1 - head / tall}
+    layout = figure.add_gridspec(len(rows), len(widths), width_ratios=widths, **place)
+    columns = [k for k, width in enumerate(widths) if width == 1.0]
+    grid = [[figure.add_subplot(layout[i, k]) for k in columns] for i in range(len(rows))]
     for number, (axes, row) in enumerate(zip(grid, rows, strict=True)):
-        for cell, (image, below), above in zip(axes, row, heads, strict=True):
+        for panel, (image, below), above in zip(axes, row, heads, strict=True):
             if image is None:
-                cell.set_axis_off()
+                panel.set_axis_off()
             else:
-                show_image(cell, image, below, "" if number else above)
+                show_image(panel, image, below, "" if number else above)
     for axes, name in zip(grid, names, strict=False):
         axes[0].set_ylabel(clean(name), fontsize=8)
-    tall = figure.get_figheight()
     for column, text in groups.items():
-        place = grid[0][column].get_position()
-        y = place.y1 + (0.25 if heads[column] else 0.05) / tall
-        figure.text(place.x0, y, text, fontsize=9, weight="bold")
+        corner = grid[0][column].get_position()
+        y = corner.y1 + (0.25 if heads[column] else 0.05) / tall
+        figure.text(corner.x0, y, text, fontsize=9, weight="bold")
     figure.text(0.008, 1 - 0.16 / tall, title, fontsize=10, weight="bold", va="center")
     figure.text(0.008, 0.09 / tall, note, fontsize=7.5)
     save_figure(figure, path)
@@ -148,12 +122,8 @@ def sigma_label(sigma: float) -> str:
 
 
 def images_of(document: dict[str, Any], count: int | None = None) -> str:
-    """Data set, split and number of images for a title, as in "cifar10 test, 200 images".
-
-    Args:
-        document: of a suite.
-        count: how many are shown, if not all that were measured.
-    """
+    """Data set, split and number of images of a suite's document for a title, as in "cifar10 test,
+    200 images"; ``count`` is how many are shown, if not all that were measured."""
     count = document["images"] if count is None else count
     where = f"{document['dataset']} {document['split']}".strip()
     return f"{where}, {count} image{'' if count == 1 else 's'}"
@@ -167,21 +137,12 @@ def bars_within(
     scale: float = 1,
     **look: Any,
 ) -> bool:
-    """Values with their 95 % intervals, cut at ``limits``.
+    """Values with their 95 % intervals, cut at ``limits``; whether one was cut.
 
     A caret at a limit says that an interval continues beyond it. A value beyond is drawn there,
-    with its number.
-
-    Args:
-        axes: where to draw.
-        x: positions.
-        estimates: one for each, with ``value``, ``low`` and ``high``, any of which may be None.
-        limits: the lowest and the highest value drawn.
-        scale: what estimates are multiplied with.
-        look: colour, marker and so on of ``Axes.errorbar``.
-
-    Returns:
-        Whether an interval was cut.
+    with its number. Estimates, one for each of ``x``, have ``value``, ``low`` and ``high``, any of
+    which may be None, are multiplied with ``scale`` and drawn with the ``look`` of
+    ``Axes.errorbar``.
     """
     low, high = limits
     known = [
@@ -216,12 +177,7 @@ def plot_estimates(
 ) -> None:
     """A line through values, within the band of their 95 % intervals; those without are left out.
 
-    Args:
-        axes: where to draw.
-        x: positions.
-        estimates: one for each, with ``value``, ``low`` and ``high``, any of which may be None.
-        scale: what they are multiplied with.
-        look: ``color``, label and so on of ``Axes.plot``.
+    Estimates are as in `bars_within`; ``look`` has ``color``, label and so on of ``Axes.plot``.
     """
     known = [(at, e) for at, e in zip(x, estimates, strict=True) if e["value"] is not None]
     axes.plot([at for at, _ in known], [scale * e["value"] for _, e in known], **look)
@@ -284,14 +240,8 @@ def new_figure(width: float, height: float, layout: Literal["constrained"] | Non
 
 
 def save_figure(figure: Figure, path: Path, title: str = "", legend: int = 0) -> None:
-    """Write ``figure`` as a PNG file, in one move.
-
-    Args:
-        figure: what to write.
-        path: the file.
-        title: above all panels.
-        legend: columns of one legend for all panels, below them, that of the first; 0: none.
-    """
+    """Write ``figure`` as a PNG file, in one move, with ``title`` above all panels and below them,
+    in so many columns, the ``legend`` of the first (0: none)."""
     from matplotlib.text import Text
 
     if title:

@@ -1,18 +1,37 @@
-"""Named presets, one table per kind of component.
+"""Named parts, one table per kind, and plugins: Python files that add parts of the user's own.
 
-A preset is a configuration and a line about it. The tables are plain dictionaries beside the
-components; `ebmkit list` and the tests read the same ones, so that registering is being tested.
+The tables are plain dictionaries beside the parts; `ebmkit list` and the tests read the same ones,
+so that registering is being tested. A plugin registers its parts when it is imported, by a line
+each::
+
+    from ebmkit.objectives import OBJECTIVES
+    OBJECTIVES["huber"] = Objective(...)
+
+It is named by the user and by nobody else: ``--plugin my_parts.py`` on the command line,
+``ebmkit.load(run, plugins=["my_parts.py"])`` from Python. A name without a folder may also be that
+of an installed module, or of an entry point in the group ``ebmkit.plugins``. A run records which
+plugins it was trained with and the SHA-256 of their files; who uses the run without them is told
+what is missing, and nothing is imported for him: a downloaded run cannot make a program run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import importlib
+import importlib.util
+import os
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Generic, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field
 
-from ebmkit.errors import UserError, unknown_name
+from ebmkit.errors import UserError, shown, unknown_name, validated
 
 C = TypeVar("C", bound=BaseModel, covariant=True)
 T = TypeVar("T")
@@ -56,3 +75,142 @@ def find(kind: str, table: dict[str, T], name: str) -> T:
     if name not in table:
         raise unknown_name(kind, name, table)
     return table[name]
+
+
+GROUP = "ebmkit.plugins"
+"""The group of entry points that installed packages name their plugins in."""
+
+
+class Plugin(BaseModel):
+    """What a run records of a plugin that it was trained with."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(pattern=r"^[\w.-]{1,100}$")
+    """Of the file without ``.py``, of the module or of the entry point."""
+    sha256: str = ""
+    """Of its file; empty where it has no single one."""
+
+
+class _Recorded(BaseModel):
+    plugins: tuple[Plugin, ...]
+
+
+_LOADED: dict[str, Plugin] = {}
+
+
+def loaded_plugins() -> tuple[Plugin, ...]:
+    """The plugins of this process, in the order in which they were loaded."""
+    return tuple(_LOADED.values())
+
+
+def load_plugin(named: str | os.PathLike[str]) -> Plugin:
+    """Import the plugin ``named``; one that is loaded already is not imported again.
+
+    Args:
+        named: a Python file, an installed module, or an entry point of the group `GROUP`.
+
+    Raises:
+        UserError: if there is no such plugin, importing it fails, or another of the same name is
+            loaded.
+    """
+    text = str(named)
+    if text.endswith(".py"):
+        path = Path(text)
+        if not path.is_file():
+            raise UserError(f"there is no plugin file {shown(text)}: name a Python file")
+        name, content = path.stem, path.read_bytes()
+        plugin = Plugin(name=name, sha256=hashlib.sha256(content).hexdigest())
+    else:
+        name, plugin = text, None
+    if (old := _LOADED.get(name)) is not None:
+        if plugin is not None and plugin != old:
+            raise UserError(
+                f"another plugin of the name {name!r} is loaded already: rename the file {text!r}"
+            )
+        return old
+    try:
+        module = _import_file(path) if plugin is not None else _import_name(name)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(
+            f"plugin {shown(text)} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
+    return _LOADED.setdefault(name, plugin or Plugin(name=name, sha256=_digest(module)))
+
+
+def check_plugins(recorded: Any, where: str) -> None:
+    """Whether the plugins that a run was trained with are loaded; warns of those that changed.
+
+    Args:
+        recorded: of the run, as its files have them.
+        where: the run, for the message.
+
+    Raises:
+        UserError: if one is not loaded, or they are no list of plugins.
+    """
+    recorded = validated(_Recorded, {"plugins": recorded}, f"the plugins of {where}").plugins
+    missing = [plugin.name for plugin in recorded if plugin.name not in _LOADED]
+    if missing:
+        files = " ".join(f"--plugin {name}.py" for name in missing)
+        raise UserError(
+            f"{where} needs the plugin {' and '.join(map(repr, missing))}, which is not loaded: "
+            f"add {files} (from Python: plugins=[...]), if you trust the file; it is not part of "
+            "the run"
+        )
+    for plugin in recorded:
+        if plugin.sha256 != _LOADED[plugin.name].sha256:
+            warnings.warn(
+                f"plugin {plugin.name!r} is not the file that {where} was trained with: results "
+                "may differ",
+                stacklevel=3,
+            )
+
+
+def _import_file(path: Path) -> ModuleType:
+    """The module in the file ``path``, importable by its name from then on."""
+    if path.stem in sys.modules:
+        raise UserError(
+            f"plugin {str(path)!r} has the name of a module that is imported already: rename it"
+        )
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[path.stem]
+        raise
+    return module
+
+
+def _import_name(name: str) -> ModuleType:
+    """The module of the entry point called ``name``, or of that name itself."""
+    points = {point.name: point for point in entry_points(group=GROUP)}
+    if name in points:
+        points[name].load()
+        return sys.modules[points[name].module]
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name.partition(".")[0]:
+            raise
+        known = f"; entry points installed: {', '.join(sorted(points))}" if points else ""
+        raise UserError(
+            f"there is no plugin {shown(name)}: name a Python file, as in my_parts.py, an "
+            f"installed module, or an entry point of the group {GROUP}{known}"
+        ) from None
+
+
+def _digest(module: ModuleType) -> str:
+    path = getattr(module, "__file__", None)
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
+
+
+def load_plugins(named: Sequence[str | os.PathLike[str]]) -> None:
+    """`load_plugin` for each."""
+    for name in named:
+        load_plugin(name)

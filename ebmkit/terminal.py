@@ -23,16 +23,8 @@ _HARMFUL = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 """Kinds of characters that change how a terminal shows what follows, or cannot be shown."""
 
 
-LONGEST = 60
-"""Characters of a name that are shown."""
-
-
-def clean(text: str, kept: str = "\n\t") -> str:
-    r"""``text`` with its control characters, changes of direction and the like spelled out.
-
-    Args:
-        text: what is to be shown.
-        kept: control characters that stay.
+def clean(text: str, allow: str = "\n\t") -> str:
+    r"""``text`` with all control characters but ``allow``, and the like, spelled out.
 
     >>> clean("cat\x1b[2J")
     'cat\\x1b[2J'
@@ -40,7 +32,7 @@ def clean(text: str, kept: str = "\n\t") -> str:
     if text.isprintable():
         return text
     return "".join(
-        c if c in kept or unicodedata.category(c) not in _HARMFUL else repr(c)[1:-1] for c in text
+        c if c in allow or unicodedata.category(c) not in _HARMFUL else repr(c)[1:-1] for c in text
     )
 
 
@@ -54,9 +46,9 @@ def one_line(text: str) -> str:
 
 
 def shown_name(name: str) -> str:
-    """A class's or file's name as pictures and tables show it: `one_line`, and not too long."""
+    """A class's or file's name as plots and tables show it: `one_line`, at most 60 characters."""
     name = one_line(name)
-    return name if len(name) <= LONGEST else f"{name[: LONGEST - 3]}..."
+    return name if len(name) <= 60 else f"{name[:57]}..."
 
 
 def for_bar(name: str) -> str:

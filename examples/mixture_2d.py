@@ -25,7 +25,7 @@ from ebmkit.objectives import TrainingLoss, parse_objective
 from ebmkit.plots import new_figure, save_figure
 from ebmkit.randomness import keyed_generator
 from ebmkit.sampling import MALA, Chains, density_of
-from ebmkit.sampling.metropolis import MALAConfig
+from ebmkit.sampling.langevin import MALAConfig
 
 SIGMA = 0.1
 MOVES, MOVE_SIZE = 2, 0.005  # of a chain at each training step; image units squared

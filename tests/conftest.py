@@ -1,5 +1,6 @@
 """Processes of the tests, and fixtures shared by all of them."""
 
+import functools
 import gc
 import os
 import sys
@@ -64,30 +65,36 @@ def shared() -> Path:
 
 @pytest.fixture(autouse=True, scope="session")
 def counted_once_a_process():
-    """The memory of a step is counted once for each network, loss and shapes.
+    """Memory and FLOPs of a step are counted once for each network, loss and shapes.
 
-    Counting it (`tests/training/test_cost.py`) takes longer than a few steps of a small network.
+    Counting them (`tests/training/test_cost.py`) takes longer than a few steps of a small network.
+    So does the machine's rate of matrix products, which is measured once.
     """
     from ebmkit.training import cost
 
-    count, found = cost.step_memory, {}
+    def once(count):
+        found = {}
 
-    def once(loss, shapes, *arguments):
-        tensors = [*loss.named_parameters(), *loss.named_buffers()]
-        key = (
-            repr(loss),
-            tuple((name, t.shape, t.dtype, t.device, t.requires_grad) for name, t in tensors),
-            str([(t.name, t.weight, t.settings, loss.stream_of[t.name]) for t in loss.terms]),
-            loss.separate,
-            tuple(shapes.items()),
-            *arguments,
-        )
-        if key not in found:
-            found[key] = count(loss, shapes, *arguments)
-        return found[key]
+        def counted(loss, shapes, *arguments):
+            tensors = [*loss.named_parameters(), *loss.named_buffers()]
+            key = (
+                repr(loss),
+                tuple((name, t.shape, t.dtype, t.device, t.requires_grad) for name, t in tensors),
+                str([(t.name, t.weight, t.settings, loss.stream_of[t.name]) for t in loss.terms]),
+                loss.separate,
+                tuple(shapes.items()),
+                *arguments,
+            )
+            if key not in found:
+                found[key] = count(loss, shapes, *arguments)
+            return found[key]
+
+        return counted
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cost, "step_memory", once)
+        patch.setattr(cost, "step_memory", once(cost.step_memory))
+        patch.setattr(cost, "step_flops", once(cost.step_flops))
+        patch.setattr(cost, "matrix_rate", functools.cache(cost.matrix_rate))
         yield
 
 
@@ -105,4 +112,16 @@ def counted_once(counted_once_a_process):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cost, "step_memory", first)
+        yield
+
+
+@pytest.fixture(scope="module")
+def few_resamples():
+    """For tests of evaluation that are not of its intervals: bootstraps of few draws."""
+    from ebmkit.evaluation import ood, statistics
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((statistics, "bootstrap"), (ood, "detection")):
+            few = functools.partial(getattr(module, name), resamples=40)
+            patch.setattr(module, name, few)
         yield

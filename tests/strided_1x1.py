@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import ebmkit
-import ebmkit.onednn
+import ebmkit.compute
 from ebmkit import models
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.models import BACKBONES, DENOISERS, Features
@@ -148,7 +148,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(asked.threads)
     if asked.unguarded:
-        ebmkit.onednn.SOUND_CHANNELS = 0
+        ebmkit.compute.SOUND_CHANNELS = 0
     layout = torch.contiguous_format if asked.contiguous else torch.channels_last
     print(json.dumps({name: ended(name, layout) for name in asked.names}))
 

@@ -158,6 +158,7 @@ def test_both_sides_infer_the_same(what):
     torch.testing.assert_close(ours, plain.detach(), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_scaling_curve_leaves_out_what_does_not_fit(monkeypatch):
     base = TINY._replace(what=SCALING)
     points = scaling_settings(base, widths=(8,), image_sizes=(8,), batches=(4, 8, 4096))
@@ -213,6 +214,7 @@ def bench_command(*arguments):
     return int(ended.value.code or 0)
 
 
+@pytest.mark.slow
 def test_the_command_writes_rows_and_overwrites_nothing(tmp_path, capsys):
     path = tmp_path / "bench.json"
     tiny = ("--width", 8, "--image-size", 8, "--batch", 2, "--rounds", 2, "--device", "cpu")

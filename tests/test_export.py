@@ -1,6 +1,7 @@
 """Exported files: run by PyTorch and by ONNX Runtime alone, they give the model's values."""
 
 import importlib.util
+import itertools
 import json
 import sys
 
@@ -65,23 +66,37 @@ def assert_equal(outputs, expected):
         torch.testing.assert_close(output, value, rtol=0, atol=1e-4 * scale)
 
 
-@pytest.mark.parametrize(
-    ("suffix", "channels"), [(".pt2", 1), pytest.param(".onnx", 3, marks=needs_onnx)]
-)
-def test_files_give_the_models_values_at_another_batch_size(tmp_path, suffix, channels):
-    model = small(channels)
-    y, sigma = torch.rand(4, channels, 9, 6), torch.rand(4) + 0.5
+ONNX_ALONE = [needs_onnx, pytest.mark.slow]
 
+
+@pytest.mark.parametrize(
+    ("suffix", "channels"), [(".pt2", 1), pytest.param(".onnx", 3, marks=ONNX_ALONE)]
+)
+def test_classifiers_give_the_models_values_at_another_batch_size(tmp_path, suffix, channels):
+    model, y = small(channels), torch.rand(4, channels, 9, 6)
     made = export(model, tmp_path / f"classifier{suffix}", "classifier")
     expected = (model(y).log_posterior(), model.log_density(y))
     assert_equal(run_alone(made.path, y), expected)
     assert made.inputs == {"y": ("batch", channels, 9, 6)}
 
+
+@pytest.mark.parametrize(
+    ("suffix", "channels"), [(".pt2", 1), pytest.param(".onnx", 3, marks=needs_onnx)]
+)
+def test_denoisers_give_the_models_values_at_another_batch_size(tmp_path, suffix, channels):
+    model, y, sigma = small(channels), torch.rand(4, channels, 9, 6), torch.rand(4) + 0.5
     made = export(model, tmp_path / f"denoiser{suffix}")
     assert_equal(run_alone(made.path, y, sigma), [model.denoise(y, sigma)])
     assert list(made.inputs) == ["y", "sigma"]
     assert made.differences["denoised"].largest < 1e-4
 
+
+@pytest.mark.parametrize(
+    ("suffix", "channels"),
+    [pytest.param(".pt2", 1, marks=pytest.mark.slow), pytest.param(".onnx", 3, marks=ONNX_ALONE)],
+)
+def test_blind_denoisers_give_the_models_values(tmp_path, suffix, channels):
+    model, y = small(channels), torch.rand(4, channels, 9, 6)
     made = export(model, tmp_path / f"blind{suffix}", "blind-denoiser")
     assert_equal(run_alone(made.path, y), [model.denoise(y), model.estimate_sigma(y)])
 
@@ -106,6 +121,7 @@ def test_gradresnet(tmp_path, channels, name):
             assert_equal(run_alone(made.path, y, sigma), [model.denoise(y, sigma)])
 
 
+@pytest.mark.slow
 def test_a_closed_form_denoiser_gives_the_posterior_mean(tmp_path):
     mixture = GaussianMixture(torch.rand(3, 1, 2, 3), 0.1)
     path = export(mixture, tmp_path / "mixture.pt2", image_size=(2, 3), channels=1).path
@@ -113,6 +129,7 @@ def test_a_closed_form_denoiser_gives_the_posterior_mean(tmp_path):
     assert_equal(run_alone(path, y, sigma), [mixture.posterior_mean(y, sigma)])
 
 
+@pytest.mark.slow
 def test_images_larger_than_the_trained_ones(tmp_path):
     model = small(reference_size=(4, 4))  # log-densities are sums over tiles
     path = export(model, tmp_path / "denoiser.pt2", image_size=(12, 8)).path
@@ -122,20 +139,19 @@ def test_images_larger_than_the_trained_ones(tmp_path):
 
 @pytest.mark.parametrize("kernel", [1, 3, 7])
 @pytest.mark.parametrize("stride", [1, 2, 3, 4])
-@pytest.mark.parametrize(("height", "width"), [(7, 8), (9, 10)])
-@pytest.mark.parametrize("groups", [1, 2])
-def test_the_gradient_of_a_convolution_is_a_transposed_one(kernel, stride, height, width, groups):
-    x = torch.rand(2, 4, height, width, dtype=torch.float64, requires_grad=True)
-    weight = torch.rand(6, 4 // groups, kernel, kernel, dtype=torch.float64)
-    z = nn.functional.conv2d(x, weight, None, stride, kernel // 2, 1, groups)
-    gradient = torch.rand_like(z)
-    (expected,) = torch.autograd.grad(z, x, gradient)
-    pair = [stride] * 2, [kernel // 2] * 2, [1, 1]
-    mask = [True, False, False]
-    found, *_ = ebmkit.export._convolution_backward(
-        gradient, x, weight, None, *pair, False, [0, 0], groups, mask
-    )
-    torch.testing.assert_close(found, expected)
+def test_the_gradient_of_a_convolution_is_a_transposed_one(kernel, stride):
+    for (height, width), groups in itertools.product([(7, 8), (9, 10)], [1, 2]):
+        x = torch.rand(2, 4, height, width, dtype=torch.float64, requires_grad=True)
+        weight = torch.rand(6, 4 // groups, kernel, kernel, dtype=torch.float64)
+        z = nn.functional.conv2d(x, weight, None, stride, kernel // 2, 1, groups)
+        gradient = torch.rand_like(z)
+        (expected,) = torch.autograd.grad(z, x, gradient)
+        pair = [stride] * 2, [kernel // 2] * 2, [1, 1]
+        mask = [True, False, False]
+        found, *_ = ebmkit.export._convolution_backward(
+            gradient, x, weight, None, *pair, False, [0, 0], groups, mask
+        )
+        torch.testing.assert_close(found, expected)
 
 
 def test_a_fixed_batch_and_code_that_needs_one(tmp_path):
@@ -164,6 +180,7 @@ def test_the_file_says_what_it_is_and_the_model_stays_as_it_was(tmp_path):
 # --- wrong files ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @needs_onnx
 def test_a_wrong_operation_leaves_no_file(tmp_path, monkeypatch):
     right = ebmkit.export._convolution_backward
@@ -240,7 +257,8 @@ def test_sizes_and_batches(tmp_path):
 
 def test_the_command(tmp_path, monkeypatch, capsys):
     """A network of the library, exported as users do, gives the denoised images of its model."""
-    shape = ModelConfig(backbone=GradResNetConfig(width=8), in_channels=3, num_classes=3)
+    backbone = GradResNetConfig(depth=10, width=8)
+    shape = ModelConfig(backbone=backbone, in_channels=3, num_classes=3)
     card = ModelCard(image_size=(8, 8), channels=3, classifies=True)
     model = shape.build()
     save_model(tmp_path, model, shape, card)

@@ -1,14 +1,15 @@
 """The package is in layers: a module imports its own layer and those below, and no cycle exists."""
 
 import ast
+import functools
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = [
     ("errors", "registry", "randomness", "terminal", "__init__"),
-    ("noise", "storage", "plugins", "metrics"),
-    ("distributed", "compute", "onednn", "card"),
+    ("noise", "storage", "metrics"),
+    ("distributed", "compute", "card"),
     ("energy", "analytic"),
     ("compile",),
     ("models", "data"),
@@ -25,6 +26,7 @@ LAYERS = [
 sampling jobs, which know of runs, guides and metrics, stand above all that they use."""
 
 
+@functools.cache
 def imports():
     """Module -> the modules of the package that it imports, for type checkers or at a call too.
 

@@ -1,7 +1,8 @@
 """Nothing here depends on a top-level package called `tests`, which other distributions install."""
 
+import importlib
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -30,24 +31,17 @@ def foreign(tmp_path):
     return tmp_path
 
 
-def test_modules_run_beside_a_foreign_package_called_tests(foreign):
-    """One after the other in one process, which imports torch once."""
-    modules = ("fuzz", "hostile", "soak")
-    code = f"""
-import runpy, sys
-sys.path.insert(0, {str(foreign)!r})
-import tests
-assert tests.FOREIGN
-sys.argv = ["", "--help"]
-for module in {modules}:
+@pytest.mark.parametrize("module", ["fuzz", "hostile", "soak"])
+def test_modules_run_beside_a_foreign_package_called_tests(foreign, module, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(foreign)
+    for name in [n for n in sys.modules if n == "tests" or n.startswith("tests.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "argv", ["", "--help"])
+    assert importlib.import_module("tests").FOREIGN
     try:
-        runpy.run_module("ebmkit_tests." + module, {{}}, "__main__")
-    except SystemExit as end:
-        assert not end.code, (module, end.code)
-    else:
-        raise AssertionError(module)
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for module in modules:
-        assert f"python -m ebmkit_tests.{module}" in done.stdout
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module(f"ebmkit_tests.{module}", {}, "__main__")
+    finally:
+        del sys.modules["tests"]
+    assert not ended.value.code
+    assert f"python -m ebmkit_tests.{module}" in capsys.readouterr().out

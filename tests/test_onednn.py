@@ -3,6 +3,7 @@
 import copy
 import ctypes
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -15,10 +16,9 @@ from torch import nn
 
 import ebmkit
 from ebmkit import Energies, EnergyModel, JointModel, create_model
-from ebmkit.compute import ComputeConfig
+from ebmkit.compute import ComputeConfig, subsample_before_1x1
 from ebmkit.models import DirectDenoiser, Features, LogitHead
 from ebmkit.objectives import TrainingLoss, parse_objective
-from ebmkit.onednn import subsample_before_1x1
 from ebmkit.training.step import TrainingStep
 
 SCAN = Path(__file__).resolve().parent / "strided_1x1.py"
@@ -50,12 +50,6 @@ def scan(*arguments, threads=1):
     return json.loads(done.stdout), done.stderr
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_small_networks_train_without_memory_corruption():
-    found, said = scan(*QUICK)
-    assert found == dict.fromkeys(QUICK, 0), said
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize(
@@ -84,23 +78,22 @@ def strided(channels=4, stride=2, **options):
 
 @pytest.mark.parametrize("stride", [2, 3, (2, 1), (1, 2)], ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("size", [(8, 8), (7, 5), (1, 1)], ids=str)
-def test_values_and_gradients_are_those_of_the_strided_convolution(stride, layout, bias, size):
+def test_values_and_gradients_are_those_of_the_strided_convolution(stride, layout):
     """In float64, whose kernels are other ones: forward, gradients, gradients of the gradient."""
-    plain = strided(stride=stride, bias=bias)
-    changed = copy.deepcopy(plain)
-    subsample_before_1x1(changed)
-    x = torch.rand(2, 4, *size, dtype=torch.float64).contiguous(memory_format=layout)
-    found = []
-    for conv in (plain, changed):
-        y = x.clone().requires_grad_()
-        out = conv(y)
-        (first,) = torch.autograd.grad(out.pow(3).sum(), y, create_graph=True)
-        second = torch.autograd.grad(first.square().sum(), [y, conv.weight])
-        found.append([out, first, *second])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(other, one, rtol=1e-12, atol=1e-12)
+    for bias, size in itertools.product((False, True), ((8, 8), (7, 5), (1, 1))):
+        plain = strided(stride=stride, bias=bias)
+        changed = copy.deepcopy(plain)
+        subsample_before_1x1(changed)
+        x = torch.rand(2, 4, *size, dtype=torch.float64).contiguous(memory_format=layout)
+        found = []
+        for conv in (plain, changed):
+            y = x.clone().requires_grad_()
+            out = conv(y)
+            (first,) = torch.autograd.grad(out.pow(3).sum(), y, create_graph=True)
+            second = torch.autograd.grad(first.square().sum(), [y, conv.weight])
+            found.append([out, first, *second])
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-12, atol=1e-12)
 
 
 def test_only_affected_convolutions_change():

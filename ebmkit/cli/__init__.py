@@ -1,4 +1,4 @@
-"""The command line: one file for each command, gathered in `ebmkit.cli.app`."""
+"""The command line: commands, gathered in `ebmkit.cli.app`."""
 
 from ebmkit.cli.app import app, main
 

@@ -15,26 +15,18 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any
 
 import typer
 from typer import Option
 
 from ebmkit import __version__
-from ebmkit.cli.bench import bench
 from ebmkit.cli.console import errors, warn
-from ebmkit.cli.data import pack
 from ebmkit.cli.evaluate import evaluate
-from ebmkit.cli.export import export
-from ebmkit.cli.list import list_
+from ebmkit.cli.images import classify, denoise, restore, sample
 from ebmkit.cli.options import Command, declare, options_of
-from ebmkit.cli.published import import_
-from ebmkit.cli.reproduce import reproduce
-from ebmkit.cli.restore import restore
-from ebmkit.cli.sample import sample
-from ebmkit.cli.train import cost, train
-from ebmkit.cli.use import classify, denoise
-from ebmkit.cli.verify import verify
+from ebmkit.cli.tools import bench, export, import_, list_, pack, verify
+from ebmkit.cli.train import cost, reproduce, train
 from ebmkit.errors import UserError
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -57,7 +49,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 def _load_plugins(named: list[str]) -> list[str]:
     if named:  # the module imports pydantic, which help need not wait for
-        from ebmkit.plugins import load_plugins
+        from ebmkit.registry import load_plugins
 
         load_plugins(named)
     return named
@@ -106,8 +98,8 @@ data_app.command("pack", cls=Command)(_with_plugins(pack))
 app.add_typer(data_app, name="data")
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(asked: bool) -> None:
+    if asked:
         print(f"ebmkit {__version__}")
         raise typer.Exit
 
@@ -121,14 +113,7 @@ def _common(
     warnings.showwarning = _show_warning
 
 
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
+def _show_warning(message: Warning | str, *details: object, **more: object) -> None:
     warn(message)
 
 

@@ -104,10 +104,10 @@ def _where(
 def _images(
     where: DataConfig, split: str, world: DistributedContext, limit: int | None, download: bool
 ) -> AnyImages:
-    """One split of the data set ``where``, without images that are left out.
+    """One split of the data set ``where``, without images that are skipped.
 
     It is fetched where ``download`` says so: into a folder that only the run names nothing is
-    written, for the run may be a stranger's.
+    written, because the run may be untrusted.
     """
     from ebmkit.data import StreamedSet
     from ebmkit.training.setup import images_of
@@ -146,14 +146,8 @@ def evaluate_run(
     folder = world.broadcast(
         evaluation_folder(run, model, images, limit, weights, own) if world.first else run
     )
-    shared: dict[str, Any] = {
-        "limit": limit,
-        "weights": weights,
-        "options": options,
-        "world": world,
-    }
-    progress = console.is_terminal
-    results = run_suites(model, images, names, folder, progress=progress, **shared, **settings)
+    settings |= {"limit": limit, "weights": weights, "options": options, "world": world}
+    results = run_suites(model, images, names, folder, progress=console.is_terminal, **settings)
     if not world.first:
         return
     for table in tables(results):

@@ -17,38 +17,28 @@ from typing import Annotated, Any, get_args, get_origin
 from typer import Argument, Option
 from typer.core import TyperCommand
 
-RUN = Argument(help="run folder")
-IMAGES = Argument(metavar="IMAGE", help="images: PNG, JPEG, TIFF")
-WEIGHTS = Option(help="which weights: last, or best (lowest validation loss)")
-DEVICE = Option(help="device: auto, cpu, cuda, cuda:1")
-PRECISION = Option(help="precision: fp32, tf32, bf16; auto: fp32")
-COMPILE = Option("--compile", help="compile the score: on, off; auto: off")
-DATASET = Option(help="data set, from `ebmkit list datasets` [default: the training data set]")
-DATA_DIR = Option(help="folder or file of the data set")
-IMAGE_SIZE = Option(
-    min=1,
-    help="image height and width, in pixels; images in a folder are resized and cropped to it",
-)
-LABEL = Option(help="class (name or number), to use the class-conditional denoiser")
-SEED = Option(min=0, max=2**63 - 1, help="random seed")
-SETTING = Option("--set", help="setting of the sampler, for example step_size=1e-4; repeatable")
-
 SHARED = {
-    "run": RUN,
-    "images": IMAGES,
-    "weights": WEIGHTS,
-    "device": DEVICE,
-    "precision": PRECISION,
-    "compile_": COMPILE,
-    "dataset": DATASET,
-    "data_dir": DATA_DIR,
-    "image_size": IMAGE_SIZE,
-    "label": LABEL,
-    "seed": SEED,
+    "run": Argument(help="run folder"),
+    "images": Argument(metavar="IMAGE", help="images: PNG, JPEG, TIFF"),
+    "weights": Option(help="which weights: last, or best (lowest validation loss)"),
+    "device": Option(help="device: auto, cpu, cuda, cuda:1"),
+    "precision": Option(help="precision: fp32, tf32, bf16; auto: fp32"),
+    "compile_": Option(help="compile the score: on, off; auto: off"),
+    "dataset": Option(
+        help="data set, from `ebmkit list datasets` [default: the training data set]"
+    ),
+    "data_dir": Option(help="folder or file of the data set"),
+    "image_size": Option(
+        min=1,
+        help="image height and width, in pixels; images in a folder are resized and cropped to it",
+    ),
+    "label": Option(help="class (name or number), to use the class-conditional denoiser"),
+    "seed": Option(min=0, max=2**63 - 1, help="random seed"),
 }
-"""By the name of a parameter."""
+"""Help that several commands share, by the name of a parameter."""
 
 _HELP = re.compile(r"^    (\w+): (.+(?:\n {8}.+)*)", re.MULTILINE)
+_TYPE = re.compile(r"<(?:list\[)?(\w+)[^|>]*>")
 
 VALUES = {"str": "TEXT", "int": "INTEGER", "float": "FLOAT", "path": "PATH"}
 """Names of an option's value, by the types that Typer shows: ``<str>``, ``<list[Path]>``."""
@@ -75,7 +65,8 @@ class Command(TyperCommand):
             if param in self.arguments:
                 arguments.append((argument_name(param), meaning))
             else:
-                options.append((re.sub(r"<(?:list\[)?(\w+)[^|>]*>", _value_name, names), meaning))
+                names = _TYPE.sub(lambda found: VALUES.get(found[1].lower(), found[0]), names)
+                options.append((names, meaning))
         for title, rows in (("Arguments", arguments), ("Options", options)):
             if rows:
                 with formatter.section(title):
@@ -85,19 +76,19 @@ class Command(TyperCommand):
 def options_of(function: Callable[..., None]) -> tuple[str, list[inspect.Parameter]]:
     """The description of a command, and its parameters with the help that its docstring gives."""
     description, _, arguments = inspect.cleandoc(function.__doc__ or "").partition("\n\nArgs:\n")
-    told = {name: " ".join(text.split()) for name, text in _HELP.findall(arguments)}
+    helps = {name: " ".join(text.split()) for name, text in _HELP.findall(arguments)}
     found = []
     for parameter in inspect.signature(function, eval_str=True).parameters.values():
         name, kind, own = parameter.name, parameter.annotation, None
         if get_origin(kind) is Annotated:
             kind, own = get_args(kind)
         flag = name.endswith("_") or (own is None and parameter.default is False)
-        if own is None and name not in told:
+        if own is None and name not in helps:
             own = SHARED[name]
         elif own is None:
             own = Option() if parameter.kind is parameter.KEYWORD_ONLY else Argument()
         own = copy.copy(own)
-        own.help = told.get(name, own.help)
+        own.help = helps.get(name, own.help)
         if flag and not own.param_decls and own.default is ...:  # where Typer has the first flag
             own.param_decls = (f"--{name.rstrip('_').replace('_', '-')}",)
         found.append(parameter.replace(annotation=Annotated[kind, own]))
@@ -115,7 +106,3 @@ def argument_name(argument: Any) -> str:
     """An argument in a usage line: ``RUN``, ``IMAGE...``, ``[ROW]...``."""
     name = argument.metavar if argument.required else f"[{argument.metavar}]"
     return name if argument.nargs == 1 else f"{name}..."
-
-
-def _value_name(found: re.Match[str]) -> str:
-    return VALUES.get(found[1].lower(), found[0])

@@ -1,4 +1,4 @@
-"""``ebmkit train``: train, then evaluate on the test images, with a table and plots."""
+"""``ebmkit train``, ``cost`` and ``reproduce``: one run, and those of the papers' tables."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import itertools
 import json
 import shlex
 import signal
+import threading
 import time
 import warnings
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.table import Table
-from typer import Option
+from typer import Argument, Option
 
 from ebmkit.cli.console import Reporters, TensorBoard, TrainingBar, console, interrupted
 from ebmkit.cli.evaluate import evaluate_run
@@ -24,6 +26,7 @@ from ebmkit.errors import UserError
 if TYPE_CHECKING:
     from ebmkit.distributed import DistributedContext
     from ebmkit.training import Reporter, RunFolder, TrainConfig, Trainer
+    from ebmkit.training.loop import Stop
 
 TRIAL_STEPS = 4
 """How many steps ``--dry-run`` takes; all but the first are timed."""
@@ -103,7 +106,7 @@ def train(
     if resume is not None and (out is not None or recipe is not None):
         raise UserError("--resume writes into its own folder: leave out --out and --recipe")
     if resume is not None and RunFolder.is_unborn(resume):
-        console.say(f"nothing was saved in {resume} yet: the run starts anew")
+        console.say(f"nothing was saved in {resume} yet: the run starts from the beginning")
         out, resume = resume, None
     with join() as world, ExitStack() as stack:
         console.quiet = not world.first
@@ -141,16 +144,84 @@ def train(
 
 
 def cost(**options: Any) -> None:
-    """Tell what a training run would cost: parameters, FLOPs, memory and time; writes nothing.
+    """Estimate the cost of a training run: parameters, FLOPs, memory and time; writes nothing.
 
     The options are those of `ebmkit train`. The FLOPs of Langevin steps, where an objective needs
-    samples of the model, are told apart.
+    samples of the model, are listed separately.
     """
     train(**options, dry_run=True)
 
 
 _RUN_OPTIONS = ("out", "resume", "evaluate", "tensorboard", "dry_run")
 declare(cost, (option for option in options_of(train)[1] if option.name not in _RUN_OPTIONS))
+
+
+def reproduce(
+    target: str,
+    more: Annotated[list[str] | None, Argument(metavar="ROW")] = None,
+    *,
+    scale: str = "smoke",
+    only: list[str] | None = None,
+    out: Path | None = None,
+    data_dir: Path | None = None,
+    imagenet_dir: Path | None = None,
+    device: str = "auto",
+    precision: str | None = None,
+    seed: int = 0,
+) -> None:
+    """Reproduce a table or figure of the papers: write Markdown, JSON and plots to --out.
+
+    Every row is a separate run. The same command skips finished rows and resumes an interrupted
+    one.
+
+    Args:
+        target: table1, table2, table3, fig1, fig3, fig4, guidance, claims, or all
+        scale: smoke: digits, seconds per row; cpu: CIFAR-10, minutes per row; full: the paper's
+            scale
+        more: further rows for --only
+        only: run only these rows
+        out: folder for rows and reports [default: runs/reproduce-SCALE]
+        data_dir: folder of CIFAR-10 [default: data]
+        imagenet_dir: folder of ImageNet, for table2 at scale full
+        precision: precision of training: auto, fp32, tf32, bf16 [default: set by the scale]
+    """
+    from ebmkit.compute import limited_threads, pick_device
+    from ebmkit.experiments import EXPERIMENTS, SCALES, ExperimentRuns, experiments_of
+    from ebmkit.experiments import reproduce as run_experiment
+    from ebmkit.registry import find
+    from ebmkit.storage import make_folder
+    from ebmkit.training import Interrupted
+    from ebmkit.training.loop import Stop
+
+    if more and not only:
+        raise UserError(f"unexpected {more[0]!r}: name rows after --only, as in --only {more[0]}")
+    names = [*(only or []), *(more or [])]
+    chosen = experiments_of(target, names)
+    pick_device(device)
+    runs = ExperimentRuns(
+        out or Path("runs") / f"reproduce-{scale}", find("scale", SCALES, scale), data_dir, device,
+        seed, precision, _fit_row, console.say, console.is_terminal, imagenet_dir,
+    )  # fmt: skip
+    if target == "all":
+        if scale == "full" and imagenet_dir is None:
+            console.say("table2 is skipped: it needs ImageNet, --imagenet-dir")
+            chosen.remove("table2")
+        runs.check([v for name in chosen for v in EXPERIMENTS[name].variants if v.run is None])
+    make_folder(runs.out)
+    stop = Stop()
+    try:
+        with limited_threads(runs.scale.threads), _terminated_as_interrupted(stop):
+            for name in chosen:
+                for path in run_experiment(name, runs, names):
+                    if path.suffix == ".md":
+                        console.say(path.read_text())
+                    console.say(f"written: {path}")
+    except (Interrupted, KeyboardInterrupt) as stopped:
+        signum = stopped.signal if isinstance(stopped, Interrupted) else stop.signal
+        interrupted(f"run the same command to resume {runs.out}", signum or signal.SIGINT)
+    if runs.stopped:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in runs.stopped.items())
+        raise UserError(f"not all rows could be finished, the reports say so: {reasons}")
 
 
 def _resolved(
@@ -211,9 +282,9 @@ def _stem(config: TrainConfig) -> str:
 
 
 def _fresh_folder(config: TrainConfig) -> Path:
-    path = Path("runs") / _stem(config)
-    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
-    return next(folder for folder in itertools.chain([path], numbered) if not folder.exists())
+    stem = _stem(config)
+    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+    return next(folder for name in names if not (folder := Path("runs", name)).exists())
 
 
 def _fit(trainer: Trainer, run: Path, tensorboard: bool) -> None:
@@ -249,21 +320,17 @@ def _fit(trainer: Trainer, run: Path, tensorboard: bool) -> None:
             trainer.fit()
     except Interrupted as stopped:
         interrupted(
-            f"saved after step {stopped.step}. Go on with:\n"
+            f"saved after step {stopped.step}. Resume with:\n"
             f"  ebmkit train --resume {shlex.quote(str(run))}",
             stopped.signal,
         )
     seconds = time.perf_counter() - start
-    stats = trainer.run_stats()
+    stats, skipped = trainer.run_stats(), trainer.state.skipped
     if trainer.run is not None:
-        text = json.dumps(asdict(stats), indent=2)
-        write_atomically(run / "cost.json", text.encode())
-    skipped = trainer.state.skipped
+        write_atomically(run / "cost.json", json.dumps(asdict(stats), indent=2).encode())
     if skipped:
-        console.say(
-            f"{len(skipped)} training images cannot be read and were left out: "
-            f"{some_of(skipped.reasons)}"
-        )
+        count = f"{len(skipped)} training images cannot be read and were skipped"
+        console.say(f"{count}: {some_of(skipped.reasons)}")
     console.say(f"{config.steps - first:,} steps in {seconds:.0f} s; {stats.sentence()}")
 
 
@@ -279,12 +346,12 @@ def _rewrite_damaged_model(trainer: Trainer, run: RunFolder) -> None:
 
 
 def _estimate_cost(config: TrainConfig, world: DistributedContext) -> None:
-    """Tell what the run would cost: counted, and timed over a few steps; nothing is written."""
+    """Show the cost of the run: counted, and timed over a few steps; nothing is written."""
     from ebmkit.training.cost import format_seconds
     from ebmkit.training.loop import assemble
 
     trainer = assemble(config, progress=console.is_terminal, world=world)
-    with console.status("counting, and trying a few steps"):
+    with console.status("counting, and timing a few steps"):
         cost = trainer.budget.cost(config.steps)
         trainer.try_steps(TRIAL_STEPS)
     seconds = trainer.stopwatch.seconds
@@ -292,8 +359,7 @@ def _estimate_cost(config: TrainConfig, world: DistributedContext) -> None:
     table = Table(title, _describe_device(trainer), show_edge=False)
     for name, value in cost.rows():
         table.add_row(name, value)
-    share = f"{cost.mfu(seconds):.0%} of the matrix rate"
-    table.add_row("a step, tried", f"{format_seconds(seconds)}, {share}")
+    table.add_row("step, measured", f"{format_seconds(seconds)}, MFU {cost.mfu(seconds):.0%}")
     table.add_row(f"{config.steps:,} steps", format_seconds(seconds * config.steps))
     console.print(table)
 
@@ -304,3 +370,32 @@ def _describe_device(trainer: Trainer) -> str:
     compiled = ", compiled" if step.compiled else ""
     processes = f", {trainer.world.size} processes" if trainer.world.size > 1 else ""
     return f"{trainer.device} ({step.precision}{compiled}{processes})"
+
+
+@contextmanager
+def _terminated_as_interrupted(stop: Stop) -> Iterator[None]:
+    """Inside, SIGTERM interrupts as Ctrl-C does; ``stop`` names the signal."""
+
+    def interrupt(signum: int, frame: object) -> None:
+        stop.signal = signum
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _fit_row(trainer: Trainer, name: str) -> None:
+    """Train under a progress bar, or with a line where there is no terminal."""
+    steps = trainer.config.steps
+    resumed = f" after step {trainer.step:,}" if trainer.step else ""
+    console.say(f"{name}: training, {steps:,} steps{resumed}")
+    bar = TrainingBar(steps, trainer.step)
+    trainer.reporter = bar if bar.live else None
+    with bar if bar.live else nullcontext():
+        trainer.fit()

@@ -139,9 +139,8 @@ def padded(x: Tensor, padding: int, fill: str = "black") -> Tensor:
     """Add ``padding`` pixels on each side of ``x`` (B, C, H, W): black, or the image reflected."""
     if fill == "black":
         return pad(x, (padding,) * 4)
-    height, width = x.shape[-2:]
-    down, across = (_reflected(n, padding, x.device) for n in (height, width))
-    return x[:, :, down][:, :, :, across]
+    wide = x if x.is_floating_point() else x.float()  # PyTorch reflects no whole numbers
+    return pad(wide, (padding,) * 4, "reflect").to(x.dtype)
 
 
 def cutout(x: Tensor, side: int, generator: torch.Generator, rows: Rows | None = None) -> Tensor:
@@ -190,12 +189,6 @@ def mix(x: Tensor, soft: Tensor, kind: str, generator: torch.Generator) -> tuple
     return mixed, soft.roll(1, 0) * (1.0 - lam) + soft * lam
 
 
-def _reflected(size: int, padding: int, device: torch.device) -> Tensor:
-    """Numbers of the pixels that a side of ``size``, reflected at its ends, shows."""
-    numbers = torch.arange(-padding, size + padding, device=device).abs()
-    return (size - 1) - ((size - 1) - numbers).abs()
-
-
 def _draw(x: Tensor, below: int, generator: torch.Generator, rows: Rows | None) -> Tensor:
     """Uniform whole numbers 0 .. below - 1, one per image, (B,)."""
     total = len(x) if rows is None else rows.total
@@ -223,29 +216,24 @@ def _cutmix_weight(x: Tensor, generator: torch.Generator) -> Tensor:
     return 1.0 - (down[:, None] & across).float()
 
 
-class Crop(NamedTuple):
-    """A law of crops.
+class Cut(NamedTuple):
+    """The crops of a batch: the numbers that were drawn, and their law.
 
     Attributes:
+        draws: (B, DRAWS) float64.
         size: height and width of what comes out, pixels.
         scale: smallest and largest share of the image's area; None: a window of ``size``.
         ratio: smallest and largest width by height.
     """
 
-    size: tuple[int, int]
-    scale: tuple[float, float] | None = None
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-
-
-class Cut(NamedTuple):
-    """The crops of a batch: their law, and the numbers (B, DRAWS) float64 that were drawn."""
-
-    crop: Crop
     draws: Tensor
+    size: tuple[int, int]
+    scale: Interval | None = None
+    ratio: Interval = (3 / 4, 4 / 3)
 
     def of(self, number: int) -> Cut:
         """That of one image of the batch."""
-        return Cut(self.crop, self.draws[number : number + 1])
+        return self._replace(draws=self.draws[number : number + 1])
 
 
 def crop_boxes(height: int, width: int, cut: Cut) -> Tensor:
@@ -255,17 +243,16 @@ def crop_boxes(height: int, width: int, cut: Cut) -> Tensor:
         height, width: of the images, pixels; at least the crop's for a window.
         cut: law and numbers drawn.
     """
-    crop, u = cut
-    if crop.scale is None:
-        h = torch.full(u.shape[:1], crop.size[0])
-        w = torch.full(u.shape[:1], crop.size[1])
+    u, size, scale, ratio = cut
+    if scale is None:
+        h, w = (torch.full(u.shape[:1], side) for side in size)
     else:
-        h, w = _shapes(height, width, u, crop.scale, crop.ratio)
+        h, w = _shapes(height, width, u, scale, ratio)
     place = u[:, -2:] * torch.stack([height - h + 1, width - w + 1], 1)
     top, left = place.long().unbind(1)
-    if crop.scale is not None:
+    if scale is not None:
         none = (h == 0).nonzero()[:, 0]  # no attempt fitted
-        h[none], w[none] = _largest(height, width, crop.ratio)
+        h[none], w[none] = _largest(height, width, ratio)
         top[none], left[none] = (height - h[none]) // 2, (width - w[none]) // 2
     return torch.stack([top, left, h, w], 1)
 
@@ -284,7 +271,7 @@ def resize_boxes(images: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor
 
 
 def _shapes(
-    height: int, width: int, u: Tensor, scale: tuple[float, float], ratio: tuple[float, float]
+    height: int, width: int, u: Tensor, scale: Interval, ratio: Interval
 ) -> tuple[Tensor, Tensor]:
     """Height and width of the first attempt that fits, (B,) each; 0 where none does."""
     shares, ratios = u[:, :-2:2], u[:, 1:-2:2]
@@ -298,7 +285,7 @@ def _shapes(
     return h.gather(1, first)[:, 0] * any_fits, w.gather(1, first)[:, 0] * any_fits
 
 
-def _largest(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, int]:
+def _largest(height: int, width: int, ratio: Interval) -> tuple[int, int]:
     """Height and width of the largest box whose ratio is allowed."""
     if width / height < ratio[0]:
         return round(width / ratio[0]), width

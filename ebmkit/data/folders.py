@@ -43,7 +43,6 @@ from ebmkit.data.imagesets import (
     StreamedSet,
     readable,
     shuffled,
-    some_of,
     split_rows,
 )
 from ebmkit.errors import UserError
@@ -90,7 +89,7 @@ class FolderReader:
         return os.fsdecode(self._names[row])
 
     def read(self, rows: Sequence[int], cut: Cut | None = None) -> Tensor:
-        """Images (B, C, H, W) uint8, or crops (B, C, *cut.crop.size) of the whole images.
+        """Images (B, C, H, W) uint8, or crops (B, C, *cut.size) of the whole images.
 
         A window is cut from the image with its shorter side brought to ``side``, a resized crop
         from the image as it is in the file.
@@ -108,7 +107,7 @@ class FolderReader:
         if not self.whole:
             return to_pixels(image, self.channels, self.size)
         pixels = to_pixels(image, self.channels)
-        if cut is None or cut.crop.scale is None:
+        if cut is None or cut.scale is None:
             pixels = functional.resize(pixels, [self.side], antialias=True)
         if cut is None:
             assert self.size is not None
@@ -116,8 +115,8 @@ class FolderReader:
             return middle
         top, left, height, width = crop_boxes(pixels.shape[1], pixels.shape[2], cut)[0].tolist()
         crop = pixels[:, top : top + height, left : left + width]
-        if cut.crop.scale is not None:
-            crop = functional.resize(crop, list(cut.crop.size), antialias=True)
+        if cut.scale is not None:
+            crop = functional.resize(crop, list(cut.size), antialias=True)
         return crop
 
     def _open(self, row: int) -> Image.Image:
@@ -168,7 +167,8 @@ def load_folder(request: DatasetRequest, side: int | None = None) -> AnyImages:
     images = images.select(rows)
     if images.crops is not None:
         return replace(images, skip=skip)
-    images = readable_images(images, what, request)
+    if skip:
+        images = images.readable(what, request.progress, warn=True)
     shape = (len(images), images.channels, *images.image_size)
     if math.prod(shape) > imagesets.MEMORY_LIMIT:
         return replace(images, skip=skip)
@@ -180,11 +180,7 @@ def load_folder(request: DatasetRequest, side: int | None = None) -> AnyImages:
 
 
 def load_imagenet(request: DatasetRequest) -> AnyImages:
-    """One split of a folder of whole images, evaluated on the middle 7/8 of the shorter side.
-
-    Raises:
-        UserError: as `load_folder`.
-    """
+    """`load_folder` of whole images, evaluated on the middle 7/8 of the shorter side."""
     request.path("the folder with train/ and val/")
     size = request.image_size or 224
     return load_folder(request._replace(image_size=size), side=round(size * 256 / 224))
@@ -212,7 +208,7 @@ def load_pictures(request: DatasetRequest) -> StreamedSet:
         raise UserError(f"{str(root)!r} holds no images: put files ending in {SUFFIXES} there")
     lost: list[str] = []
     if faults.skip:
-        names, lost = _readable_files(root, names)
+        names, lost = readable(names, lambda name: image_header(root / name), repr(str(root)))
     headers = [image_header(root / name) for name in names]
     channels, *others = {count for count, _ in headers}
     if others:
@@ -260,11 +256,8 @@ def list_folder(request: DatasetRequest, part: str, side: int | None = None) -> 
         raise UserError(
             f"{str(base)!r} holds no {part} images: put files ending in {', '.join(SUFFIXES)} there"
         )
-    lost: list[str] = []
-    if faults.skip and request.image_size is None:
-        names, lost = _readable_files(base, names)
+    channels, size, names, lost = _look(base, names, request)
     numbers = {name: i for i, name in enumerate(classes)}
-    channels, size = _shape(base, names, request)
     # bytes of a folder's name that are no UTF-8 as \xff, so that any file can hold it
     texts = (os.fsencode(name).decode("utf-8", "backslashreplace") for name in classes)
     reader = FolderReader(base, names, channels, size, side)
@@ -282,49 +275,13 @@ def list_folder(request: DatasetRequest, part: str, side: int | None = None) -> 
     )
 
 
-def _readable_files(base: Path, names: list[str]) -> tuple[list[str], list[str]]:
-    """Those of ``names`` whose headers can be read, and why the others' cannot."""
-    found, reasons = readable(names, lambda name: image_header(base / name))
-    _warn_left_out(reasons, len(names), base.name)
-    if not found:
-        raise UserError(f"none of {len(names)} images in {str(base)!r} can be read: {reasons[0]}")
-    return found, reasons
-
-
-def readable_images(images: StreamedSet, what: str, request: DatasetRequest) -> StreamedSet:
-    """Those of ``images`` that can be read, and a warning about the others, where these are to be
-    left out; else all.
-
-    Raises:
-        UserError: if none can.
-    """
-    if not request.faults.skip:
-        return images
-    found = images.readable(what, request.progress)
-    _warn_left_out(found.left_out[len(images.left_out) :], len(images), what)
-    return found
-
-
-def _warn_left_out(reasons: Sequence[str], count: int, what: str) -> None:
-    if reasons:
-        warnings.warn(
-            f"{len(reasons)} of {count} images of {what} cannot be read and are left out: "
-            f"{some_of(reasons)}",
-            stacklevel=4,
-        )
-
-
 def has_parts(root: Path) -> bool:
     """Whether a folder has its training and test images in folders of their own."""
     return (root / "train").is_dir() or (root / "test").is_dir()
 
 
 def _part_folder(root: Path, part: str) -> Path:
-    """The folder of ``part``, "train" or "test".
-
-    The test images are those of val/ where test/ is missing, or has no class folders and val/ does,
-    as in ImageNet.
-    """
+    """The folder of ``part``: val/ where test/ is missing, or val/ alone has class folders."""
     base, val = root / part, root / "val"
     if part == "test" and val.is_dir():
         labelled = _has_folders(val) and not _has_folders(base)
@@ -381,33 +338,38 @@ def _is_test(name: str) -> bool:
     return int.from_bytes(digest, "big") % 10 == 0
 
 
-def _shape(base: Path, names: list[str], request: DatasetRequest) -> tuple[int, tuple[int, int]]:
-    """Channels and size of a set: of all headers, or of a hundred where the size is given."""
-    side = request.image_size
+def _look(
+    base: Path, names: list[str], request: DatasetRequest
+) -> tuple[int, tuple[int, int], list[str], list[str]]:
+    """Channels, size, names that can be read, and why not the others; of 100 if there is a size."""
+    side, headers = request.image_size, dict[str, tuple[int, tuple[int, int]]]()
     step = 1 if side is None else max(1, len(names) // 100)
-    channels, last = 1, None
-    sizes: dict[tuple[int, int], str] = {}
-    for name in progress_bar(names[::step], f"looking into {base.name}", request.progress):
-        try:
-            found, size = image_header(base / name)
-        except UserError as error:
-            if not request.faults.skip:
+
+    def look(name: str) -> None:
+        headers[name] = image_header(base / name)
+
+    lost: list[str] = []
+    shown = progress_bar(names[::step], f"looking into {base.name}", request.progress)
+    if request.faults.skip:
+        lost = readable(shown, look, repr(str(base)), warn=side is None)[1]
+    else:
+        for name in shown:
+            try:
+                look(name)
+            except UserError as error:
                 raise UserError(f"{error}{HINT}") from None
-            last = error
-            continue
-        channels = max(channels, found)
-        sizes.setdefault(size, name)
-    if not sizes:
-        raise UserError(f"none of {len(names[::step])} images in {str(base)!r} can be read: {last}")
+    channels = max(found for found, _ in headers.values())
     if side is not None:
-        return channels, (side, side)
-    if len(sizes) > 1:
-        (first, a), (second, b) = list(sizes.items())[:2]
+        return channels, (side, side), names, []
+    first, *others = headers
+    size = headers[first][1]
+    if odd := next((name for name in others if headers[name][1] != size), None):
+        height, width = headers[odd][1]
         raise UserError(
-            f"images in {str(base)!r} differ in size ({a} is {first[0]}x{first[1]}, {b} "
-            f"{second[0]}x{second[1]}): choose one by --image-size"
+            f"images in {str(base)!r} differ in size ({first} is {size[0]}x{size[1]}, {odd} "
+            f"{height}x{width}): choose one by --image-size"
         )
-    return channels, next(iter(sizes))
+    return channels, size, list(headers), lost
 
 
 def find_images(

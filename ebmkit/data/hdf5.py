@@ -7,7 +7,7 @@ Either one set, of which a fixed random tenth is the test set::
     class_names  (K,) text (optional; by default the numbers)
 
 or a training and a test set, with images and labels in the groups ``train`` and ``test``, and
-class_names beside them. `ebmkit.data.pack.pack` writes such files.
+class_names beside them. `ebmkit.data.sets.pack` writes such files.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class Hdf5Reader:
         """
         import h5py
 
-        self.check_unchanged()
         what = repr(str(self.path))
+        self._check_unchanged(what)
         with translate_hdf5_errors(what):
             if self._owner != os.getpid():
                 self._images = find_array(h5py.File(self.path, "r"), f"{self.group}/images", what)
@@ -95,25 +95,16 @@ class Hdf5Reader:
         return rearrange(torch.from_numpy(images), "n h w c -> n c h w").contiguous()
 
     def read_all(self) -> Tensor:
-        """All images (N, H, W, C) uint8, at once.
-
-        Raises:
-            UserError: as `read`.
-        """
+        """All images (N, H, W, C) uint8, at once; errors as of `read`."""
         what = repr(str(self.path))
         with open_hdf5(self.path) as file:
-            self.check_unchanged()
+            self._check_unchanged(what)
             found = find_array(file, f"{self.group}/images", what)
             assert found is not None  # its shape was read
             return torch.from_numpy(read_array(found, what))
 
-    def check_unchanged(self) -> None:
-        """Check that the file is what it was.
-
-        Raises:
-            UserError: if it is not.
-        """
-        what = repr(str(self.path))
+    def _check_unchanged(self, what: str) -> None:
+        """Check that the file is what it was."""
         if not self.path.is_file():
             raise UserError(f"{what} is gone, while it was in use: put it back and go on")
         if _stamp(self.path) != self.stamp:
@@ -127,7 +118,15 @@ def load_hdf5(request: DatasetRequest) -> AnyImages:
         UserError: if the file is missing, is no HDF5 file, lacks the split, or holds illegal data.
     """
     path, split, side = request.path("an HDF5 file"), request.split, request.image_size
-    group = _group_of(path, split)
+    _check_path(path)
+    with open_hdf5(path) as file:
+        one_set = not holds(file, "train") and not holds(file, "test")
+        group = "" if one_set else "test" if split == "test" else "train"
+        if group and not holds(file, group):
+            raise UserError(
+                f"{str(path)!r} has no group {group!r}, so no {split} images: pack a folder with "
+                "train/ and test/ in it"
+            )
     reader = read_contents(path, group)
     count, height, width, _ = reader.shape
     if side is not None and (height, width) != (side, side):
@@ -196,21 +195,6 @@ def read_contents(path: Path, group: str = "", class_names: tuple[str, ...] = ()
             top = max(int(own.max()) for own in every if own is not None and len(own))
             names = tuple(str(label) for label in range(1 + top))
         return Hdf5Reader(path, group, tuple(images.shape), labels, names, stamp)
-
-
-def _group_of(path: Path, split: Split) -> str:
-    """The group that a split is taken from; "" where the file holds one set."""
-    _check_path(path)
-    wanted = "test" if split == "test" else "train"
-    with open_hdf5(path) as file:
-        if not holds(file, "train") and not holds(file, "test"):
-            return ""
-        if not holds(file, wanted):
-            raise UserError(
-                f"{str(path)!r} has no group {wanted!r}, so no {split} images: pack a folder with "
-                "train/ and test/ in it"
-            )
-    return wanted
 
 
 def _check_path(path: Path) -> None:

@@ -118,7 +118,15 @@ def read_image(path: Path | str, channels: int | None = None) -> LoadedImage:
     levels = pixels.astype(np.float32, order="C")
     levels /= top  # in place: a large image's numbers are gigabytes
     image = torch.from_numpy(levels)
-    return LoadedImage(_with_channels(image, channels, path), bits, opened.mode)
+    if channels == 1 and len(image) == 3 and bool((image == image[:1]).all()):
+        image = image[:1]
+    elif channels == 3:
+        image = image.expand(3, -1, -1).contiguous()
+    if channels not in (None, len(image)):
+        raise UserError(
+            f"{str(path)!r} is in colour and the model takes {channels} channel: convert it to gray"
+        )
+    return LoadedImage(image, bits, opened.mode)
 
 
 def write_image(image: Tensor, path: Path | str, overwrite: bool = False, bits: int = 8) -> None:
@@ -160,29 +168,16 @@ def write_image(image: Tensor, path: Path | str, overwrite: bool = False, bits: 
 
 
 def open_image(path: Path, most: int = MAX_PIXELS) -> DecodedImage:
-    """Open, check and decode an image; its notes tell what a reader should know.
-
-    Args:
-        path: the file.
-        most: pixels that it may have.
-
-    Raises:
-        UserError: as `read_image`.
-    """
+    """Open, check and decode an image of at most ``most`` pixels; errors as of `read_image`."""
     with _opened(path, most) as image:
         _check_header(image, path)
         return _decoded(image, path)
 
 
 def image_header(path: Path, most: int = MAX_PIXELS_IN_SET) -> tuple[int, tuple[int, int]]:
-    """Channels (1 or 3) and (height, width) of an image, without decoding it.
+    """Channels (1 or 3) and (height, width) of an image of at most ``most`` pixels.
 
-    Args:
-        path: the file.
-        most: pixels that it may have.
-
-    Raises:
-        UserError: as `read_image`, as far as the header tells.
+    It is not decoded; errors as of `read_image`, as far as the header tells.
     """
     with _opened(path, most) as image:
         turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
@@ -245,7 +240,7 @@ def _check_header(image: Image.Image, path: Path) -> None:
             f"{str(path)!r} is a JPEG of more than {MAX_SCANS} passes, as is done to fill the "
             "time: save it anew"
         )
-    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
+    if image.mode in ("F", "I"):
         raise UserError(
             f"{str(path)!r} has 32 bits per pixel: convert it to 8 bits, or to 16-bit gray"
         )
@@ -274,10 +269,6 @@ def _decoded(image: Image.Image, path: Path) -> DecodedImage:
     image.load()
     turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
     upright = image if turn is None else image.transpose(turn)
-    if upright.mode == "I":  # how older Pillows call a 16-bit gray PNG
-        return DecodedImage(
-            Image.fromarray(np.asarray(upright).astype(np.uint16)), mode, tuple(notes)
-        )
     if upright.mode in _SIXTEEN_BIT:
         return DecodedImage(upright, mode, tuple(notes))
     if upright.has_transparency_data:
@@ -289,15 +280,3 @@ def _decoded(image: Image.Image, path: Path) -> DecodedImage:
         notes.append(f"{str(path)!r} has an alpha channel, fully opaque, which is left out")
     gray = upright.mode in ("1", "L", "LA", "La")
     return DecodedImage(upright.convert("L" if gray else "RGB"), mode, tuple(notes))
-
-
-def _with_channels(image: Tensor, channels: int | None, path: Path) -> Tensor:
-    if channels is None or channels == len(image):
-        return image
-    if channels == 3:
-        return image.repeat(3, 1, 1)
-    if channels == 1 and bool((image == image[:1]).all()):
-        return image[:1]
-    raise UserError(
-        f"{str(path)!r} is in colour and the model takes {channels} channel: convert it to gray"
-    )

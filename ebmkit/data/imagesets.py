@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -102,7 +103,7 @@ class CropReader(RowReader, Protocol):
     """Shorter side that images are brought to before a window is cut from them."""
 
     def read(self, rows: Sequence[int], cut: Cut | None = None) -> Tensor:
-        """Images, or crops (B, C, *cut.crop.size) uint8 of as many."""
+        """Images, or crops (B, C, *cut.size) uint8 of as many."""
         ...
 
 
@@ -347,21 +348,20 @@ class StreamedSet(_Images):
         assert self.crops is not None
         return self.crops.read(rows, cut), labels
 
-    def readable(self, what: str = "", progress: bool = False) -> StreamedSet:
+    def readable(self, what: str = "", progress: bool = False, warn: bool = False) -> StreamedSet:
         """Those that can be read, after reading each; from then on none may be missing.
 
         Args:
-            what: names the images in the bar and the error; by default the set's name.
+            what: names the images in the bar and in messages; by default the set's name.
             progress: show a bar.
+            warn: warn of those that are left out.
 
         Raises:
             UserError: if none can.
         """
         what = what or repr(self.name)
         numbers = progress_bar(range(len(self)), f"looking through {what}", progress)
-        found, reasons = readable(numbers, lambda number: self.read_exactly([number]))
-        if not found:
-            raise UserError(f"none of {len(self)} images of {what} can be read: {reasons[0]}")
+        found, reasons = readable(numbers, lambda number: self.read_exactly([number]), what, warn)
         whole = self.select(torch.as_tensor(found))
         return replace(whole, skip=False, left_out=(*self.left_out, *reasons))
 
@@ -388,8 +388,13 @@ def to_floats(images: Tensor) -> Tensor:
     return images.to(torch.float32) / 255
 
 
-def readable(items: Iterable[T], read: Callable[[T], object]) -> tuple[list[T], list[str]]:
-    """Those of ``items`` that ``read`` does not refuse, and why it refuses the others."""
+def readable(
+    items: Iterable[T], read: Callable[[T], object], what: str = "", warn: bool = True
+) -> tuple[list[T], list[str]]:
+    """Those of ``items`` that ``read`` does not refuse, and why it refuses the others.
+
+    Where ``what`` names them, `UserError` if there are none, and else a warning of the others.
+    """
     found, reasons = [], []
     for item in items:
         try:
@@ -398,6 +403,15 @@ def readable(items: Iterable[T], read: Callable[[T], object]) -> tuple[list[T], 
             reasons.append(str(error).removesuffix(HINT))
         else:
             found.append(item)
+    count = len(found) + len(reasons)
+    if what and reasons and not found:
+        raise UserError(f"none of {count} images of {what} can be read: {reasons[0]}")
+    if what and reasons and warn:
+        warnings.warn(
+            f"{len(reasons)} of {count} images of {what} cannot be read and are left out: "
+            f"{some_of(reasons)}",
+            stacklevel=4,
+        )
     return found, reasons
 
 

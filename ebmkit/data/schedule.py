@@ -24,33 +24,25 @@ from ebmkit.errors import UserError
 from ebmkit.noise import NoiseLaw, parse_fraction
 
 
-def parse_share(value: object) -> float:
+def parse_share(value: object, of_decay: bool = False) -> float:
     """Read a share of a run's steps from ``0.5``, ``"0.5"`` or ``"150/400"``.
+
+    ``of_decay``: over which, at the end, the rate falls; this one may be all of the steps.
 
     Raises:
         UserError: if it does not parse or is not between 0 and 1.
     """
-    share = parse_fraction(value)
-    if share is not None and 0 < share < 1:
+    share, given = parse_fraction(value), repr(str(value).strip())
+    if share is not None and (0 < share < 1 or (of_decay and share == 1)):
         return share
+    if of_decay:
+        raise UserError(
+            "the share of the steps, at the end, over which the rate falls is above 0 and at most "
+            f"1, as 0.2 or 100/400, not {given}"
+        )
     raise UserError(
-        f"a share of the run's steps is between 0 and 1, as 150/400, not {str(value).strip()!r}: "
+        f"a share of the run's steps is between 0 and 1, as 150/400, not {given}: "
         "phases and milestones begin after one"
-    )
-
-
-def parse_decay_share(value: object) -> float:
-    """Read the share of a run's steps, at its end, over which the rate falls.
-
-    Raises:
-        UserError: if it does not parse, or is not above 0 and at most 1.
-    """
-    share = parse_fraction(value)
-    if share is not None and 0 < share <= 1:
-        return share
-    raise UserError(
-        "the share of the steps, at the end, over which the rate falls is above 0 and at most 1, "
-        f"as 0.2 or 100/400, not {str(value).strip()!r}"
     )
 
 

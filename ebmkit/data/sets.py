@@ -15,27 +15,39 @@ CIFAR-10 and CIFAR-100: 32x32 colour photographs. In the folder, either torchvis
 (``cifar-10-batches-py``, ``cifar-100-python``; fetched if it is missing and that is allowed) or the
 files ``cifar10-train.h5`` and ``cifar10-test.h5`` with images (N, 32, 32, 3) uint8 and labels (N,).
 
-`ebmkit.data.folders` and `ebmkit.data.hdf5` have the user's own.
+`ebmkit.data.folders` and `ebmkit.data.hdf5` have the user's own. `pack` writes a folder, or a set
+of torchvision's, to one HDF5 file: through memory in blocks, and in small compressed chunks, so
+that images can be read one by one in any order.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.resources
+import inspect
 import pickle
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 import yaml
 from einops import rearrange
+from PIL import Image
+from torch import Tensor
 
-from ebmkit.data.folders import load_folder, load_imagenet, load_pictures
+from ebmkit.data.folders import (
+    has_parts,
+    list_folder,
+    load_folder,
+    load_imagenet,
+    load_pictures,
+    to_pixels,
+)
 from ebmkit.data.hdf5 import load_hdf5, load_rows, read_contents
 from ebmkit.data.imagesets import (
     SPLITS,
@@ -44,20 +56,27 @@ from ebmkit.data.imagesets import (
     Faults,
     ImageSet,
     Split,
+    StreamedSet,
+    shuffled,
     split_rows,
 )
 from ebmkit.errors import UserError, first_line, unknown_name
 from ebmkit.registry import Table, find
+from ebmkit.storage.atomic import replacing
+from ebmkit.terminal import progress_bar
+
+if TYPE_CHECKING:
+    import h5py
 
 DIGITS = tuple("0123456789")
 
 MAX_FILE_SIZE = 200 * 2**20
 """Bytes of a file of CIFAR; the largest that is published has 155 MB."""
 
-_COLUMNS: dict[Split, tuple[int, int]] = {
-    "train": (0, 448),
-    "validation": (448, 512),
-    "test": (512, 640),
+_COLUMNS: dict[Split, slice] = {
+    "train": slice(448),
+    "validation": slice(448, 512),
+    "test": slice(512, None),
 }
 
 
@@ -116,10 +135,9 @@ def load_patches(request: DatasetRequest) -> ImageSet:
     size, split = request.image_size or 32, request.split
     if not 4 <= size <= 64:
         raise UserError(f"patches of {size}x{size} cannot be cut: take a size from 4 to 64")
-    left, right = _COLUMNS[split]
     stride = max(1, size // 4) if split == "train" else size
     photographs = torch.from_numpy(np.stack(load_sample_images().images))  # (2, 427, 640, 3)
-    windows = photographs[:, :, left:right].unfold(1, size, stride).unfold(2, size, stride)
+    windows = photographs[:, :, _COLUMNS[split]].unfold(1, size, stride).unfold(2, size, stride)
     images = rearrange(windows, "n rows columns c h w -> (n rows columns) c h w").contiguous()
     return ImageSet(images, name=request.name, split=split)
 
@@ -300,3 +318,182 @@ def load_dataset(
         raise UserError(f"image size {image_size} is not a number of pixels: take 1 or more")
     faults = faults or Faults()
     return entry.load(DatasetRequest(name, split, data_dir, image_size, download, progress, faults))
+
+
+# --- packing -------------------------------------------------------------------------------------
+
+_BLOCK = 256
+_CHUNK_BYTES = 65536
+
+_BROKEN = (OSError, RuntimeError, ValueError, TypeError, LookupError, EOFError, SyntaxError)
+"""What torchvision raises on files that are missing, damaged or something else."""
+
+
+class _Items:
+    """A data set of torchvision, read item by item at the size and colour of the first."""
+
+    def __init__(self, source: Any, name: str, image_size: int | None) -> None:
+        self.source, self.name, self.resized = source, name, image_size is not None
+        first = self._item(0)
+        if not (isinstance(first, tuple) and isinstance(first[0], Image.Image)):
+            raise UserError(f"{name!r} does not give images with labels: pack a folder of images")
+        self.channels = 1 if first[0].mode in ("1", "L") else 3
+        self.size = (image_size, image_size) if image_size else first[0].size[::-1]
+        self.class_names = tuple(str(c) for c in getattr(source, "classes", ()))
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, rows: range) -> tuple[Tensor, Tensor]:
+        """Images (B, C, H, W) uint8 and labels (B,)."""
+        images, labels, name = [], [], self.name
+        for row in rows:
+            image, label = self._item(row)
+            if not self.resized and image.size[::-1] != self.size:
+                raise UserError(f"images of {name!r} differ in size: choose one by --image-size")
+            if not isinstance(label, int):
+                raise UserError(f"{name!r} has labels that are not whole numbers, as {label!r}")
+            images.append(to_pixels(image, self.channels, self.size))
+            labels.append(label)
+        return torch.stack(images), torch.tensor(labels)
+
+    def _item(self, row: int) -> Any:
+        try:
+            return self.source[row]
+        except _BROKEN as error:
+            raise UserError(f"image {row} of {self.name!r} cannot be read: {error}") from None
+
+
+Source = ImageSet | StreamedSet | _Items
+
+
+def pack(
+    src: Path | str,
+    out: Path | str,
+    *,
+    overwrite: bool = False,
+    image_size: int | None = None,
+    progress: bool = True,
+    faults: Faults | None = None,
+) -> None:
+    """Write the images and labels of ``src`` to the HDF5 file ``out``.
+
+    Args:
+        src: an image folder (`ebmkit.data.folders` says how it is laid out; a folder without train/
+            and test/ becomes one set); a folder with torchvision's cifar-10-batches-py or
+            cifar-100-python in it; or ``torchvision:NAME`` or ``torchvision:NAME:FOLDER``, as in
+            ``torchvision:SVHN:data``, any class of `torchvision.datasets` that gives images with
+            labels, fetched into FOLDER (``./data`` by default) if need be.
+        out: the file.
+        overwrite: replace a file that exists.
+        image_size: side to bring images to; needed where they differ in size.
+        progress: show a bar.
+        faults: what is done about images of a folder that cannot be read, and about links.
+
+    Raises:
+        UserError: if ``out`` exists, ``src`` is missing or incomplete, or an image cannot be read;
+            nothing is left behind then.
+    """
+    import h5py
+
+    out = Path(out)
+    if out.exists() and not overwrite:
+        raise UserError(f"{str(out)!r} exists: move it away, or choose another name")
+    if not out.parent.is_dir():
+        raise UserError(f"cannot write {str(out)!r}: there is no folder {str(out.parent)!r}")
+    parts = _parts(str(src), image_size, progress, faults or Faults())
+    names = list(next(iter(parts.values())).class_names)
+    with replacing(out) as temporary, h5py.File(temporary, "w") as file:
+        if names:
+            file.create_dataset("class_names", data=names, dtype=h5py.string_dtype())
+        for group, source in parts.items():
+            _write(file.require_group(group or "/"), source, progress)
+
+
+def _write(group: h5py.Group, source: Source, progress: bool) -> None:
+    count, labels = len(source), []
+    what = group.name.strip("/") or "images"
+    for start in progress_bar(range(0, count, _BLOCK), f"packing {what}", progress):
+        images, tags = source.read(range(start, min(start + _BLOCK, count)))
+        pixels = rearrange(images, "n c h w -> n h w c").numpy()
+        if start == 0:
+            shape = pixels.shape[1:]
+            rows = max(1, min(count, _CHUNK_BYTES // pixels[0].size))
+            written = group.create_dataset(
+                "images",
+                shape=(count, *shape),
+                dtype=np.uint8,
+                chunks=(rows, *shape),
+                compression="gzip",
+                compression_opts=1,
+            )
+        written[start : start + len(pixels)] = pixels
+        if tags is not None:
+            labels.append(tags)
+    if labels:
+        group.create_dataset("labels", data=torch.cat(labels).numpy())
+
+
+def _parts(
+    src: str, image_size: int | None, progress: bool, faults: Faults
+) -> Mapping[str, Source]:
+    """Group of the file -> the images that it gets."""
+    if src.startswith("torchvision:"):
+        return _torchvision_parts(src, image_size)
+    folder = Path(src)
+    for name, facts in CIFAR.items():
+        if folder.name != facts.folder and not (folder / facts.folder).is_dir():
+            continue
+        if image_size not in (None, 32):
+            raise UserError(f"{name} has images of 32x32: leave the image size out")
+        return {
+            part: torchvision_cifar(name, folder, part == "train", download=False)
+            for part in ("train", "test")
+        }
+    return _folder_parts(folder, image_size, progress, faults)
+
+
+def _folder_parts(
+    root: Path, image_size: int | None, progress: bool, faults: Faults
+) -> Mapping[str, Source]:
+    groups = [""]
+    if has_parts(root):
+        there = {name for name in ("train", "test", "val") if (root / name).is_dir()}
+        groups = ["train"] * ("train" in there) + ["test"] * bool(there - {"train"})
+    request = DatasetRequest("folder", "train", root, image_size, False, progress, faults)
+    parts: dict[str, StreamedSet] = {}
+    for group in groups:
+        images = list_folder(request, group or "all")
+        parts[group] = images.select(shuffled(len(images)))
+        if faults.skip:
+            parts[group] = parts[group].readable(f"{root.name}/{group}", progress, warn=True)
+    if len({(part.channels, part.image_size) for part in parts.values()}) > 1:
+        raise UserError(
+            f"training and test images in {str(root)!r} differ in size or colour: give an image "
+            "size and convert all to one colour"
+        )
+    return parts
+
+
+def _torchvision_parts(src: str, image_size: int | None) -> Mapping[str, Source]:
+    """The parts of ``torchvision:NAME[:FOLDER]``."""
+    import torchvision
+
+    name, _, folder = src.removeprefix("torchvision:").partition(":")
+    if name not in torchvision.datasets.__all__:
+        raise unknown_name("torchvision data set", name, torchvision.datasets.__all__)
+    make = getattr(torchvision.datasets, name)
+    options = inspect.signature(make).parameters
+    if not {"train", "split"} & set(options):
+        raise UserError(f"{src!r} does not come in a training and a test part: pack a folder of it")
+    download = {"download": True} if "download" in options else {}
+    parts: dict[str, _Items] = {}
+    for part in ("train", "test"):
+        choice = {"train": part == "train"} if "train" in options else {"split": part}
+        try:
+            source = make(folder or "data", **choice, **download)
+        except _BROKEN as error:
+            reason = first_line(error)
+            raise UserError(f"cannot get {src!r} into {folder or 'data'!r}: {reason}") from None
+        parts[part] = _Items(source, src, image_size)
+    return parts

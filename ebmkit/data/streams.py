@@ -25,7 +25,6 @@ from torch.nn.functional import one_hot
 
 from ebmkit.data.augment import (
     DRAWS,
-    Crop,
     Cut,
     Rows,
     crop_boxes,
@@ -282,7 +281,7 @@ class Stream:
         generator = self._on_host("crop", step)
         draws = torch.rand(span.batch_size, DRAWS, generator=generator, dtype=torch.float64)
         own = draws[self._rows(span, torch.device("cpu")).positions]
-        return Cut(Crop(size, options.crop_scale, options.crop_ratio), own)
+        return Cut(own, size, options.crop_scale, options.crop_ratio)
 
     def _keyed(self, purpose: str, step: int) -> torch.Generator:
         return self._generator.manual_seed(keyed_seed(self.seed, self.name, purpose, step))
@@ -303,7 +302,7 @@ class Stream:
             pass  # who read them has cut them
         elif (cut := self._cut(step)) is not None:
             boxes = crop_boxes(images.shape[2], images.shape[3], cut)
-            images = resize_boxes(images, boxes, cut.crop.size)
+            images = resize_boxes(images, boxes, cut.size)
         elif span.crop_size is not None or options.crop_padding:
             size = span.crop_size or tuple(images.shape[-2:])
             wide = padded(images, options.crop_padding, options.crop_fill)

@@ -149,9 +149,6 @@ class _Batches(Dataset[Item | UserError]):
 
 
 def _ignore_signals(worker: int) -> None:
-    """Ctrl-C, and a launcher's request to end, reach every process of a group.
-
-    The main one answers, and ends its workers in its own time.
-    """
+    """Leave Ctrl-C and a launcher's request to end to the main process, which ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

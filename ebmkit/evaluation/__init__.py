@@ -1,6 +1,5 @@
 """Evaluation: suites of measures with confidence intervals, as JSON, tables and plots."""
 
-from ebmkit.evaluation.context import NOISE_LEVELS, SIGMAS, EvaluationContext, Images
 from ebmkit.evaluation.runner import (
     SUITES,
     Result,
@@ -11,7 +10,7 @@ from ebmkit.evaluation.runner import (
     tables,
 )
 from ebmkit.evaluation.statistics import Estimate
-from ebmkit.evaluation.suite import Suite
+from ebmkit.evaluation.suite import NOISE_LEVELS, SIGMAS, EvaluationContext, Images, Suite
 
 __all__ = [
     "NOISE_LEVELS",

@@ -38,8 +38,10 @@ from ebmkit.compile import in_float32
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation import statistics
-from ebmkit.evaluation.context import Batch, EvaluationContext, Images, noisy_batches
 from ebmkit.evaluation.suite import (
+    Batch,
+    EvaluationContext,
+    Images,
     Precision,
     Several,
     Suite,
@@ -48,6 +50,7 @@ from ebmkit.evaluation.suite import (
     class_name,
     new_table,
     noise_warnings,
+    noisy_batches,
     number,
 )
 from ebmkit.metrics import predict
@@ -57,6 +60,11 @@ ROWS = 4
 """Images in the plot."""
 
 STEP = ("gain", "promised", "reached")
+
+NOTE = (
+    "Targets: the likeliest labels beside the predicted one at the lowest noise. Gradients are "
+    "around gray, each scaled to the full range; numbers are l2 norms, nats per image unit."
+)
 
 
 class AdversarialConfig(SuiteConfig):
@@ -75,14 +83,8 @@ class AdversarialConfig(SuiteConfig):
 
 
 def difference(model: EnergyModel, y: Tensor, c: Tensor, sigma: float) -> Tensor:
-    """grad log p(c|y) by the two denoisers, (D_c - D_u) / sigma^2 (CDN eq. 9); shape of ``y``.
-
-    Args:
-        model: one with labels.
-        y: noisy images (B, C, H, W).
-        c: labels (B,).
-        sigma: image units.
-    """
+    """grad log p(c|y) by the two denoisers, (D_c - D_u) / sigma^2 (CDN eq. 9): shape of the noisy
+    images ``y`` (B, C, H, W) at level ``sigma``, image units, for labels ``c`` (B,)."""
     return (model.denoise(y, sigma, c) - model.denoise(y, sigma)) / sigma**2
 
 
@@ -125,6 +127,11 @@ def _sigmas(context: EvaluationContext) -> list[float]:
     return levels if context.model.noise_conditional else [0.0, *levels]
 
 
+def _norm(images: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(images.flatten(1), dim=1)
+    return norm
+
+
 def _measure(
     model: EnergyModel, y: Tensor, sigma: float, targets: int, lengths: tuple[float, ...]
 ) -> dict[str, Tensor]:
@@ -154,11 +161,6 @@ def _measure(
     return columns | {
         name: torch.stack([own[name] for own in by_target]).mean(0) for name in by_target[0]
     }
-
-
-def _norm(images: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(images.flatten(1), dim=1)
-    return norm
 
 
 def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
@@ -200,16 +202,9 @@ def _plot_gradients(context: EvaluationContext, document: dict[str, Any], path: 
                 own = gradient[j]
                 row.append((plots.around_gray(own), f"{name(c)}: {float(own.norm()):.2g}"))
     of = plots.images_of(document, len(images))
-    plots.image_rows(
-        rows,
-        heads,
-        path,
-        groups,
-        "Adversarial gradients as differences of denoisers: "
-        f"$\\nabla \\log p(c|y) = (D_c - D_u) / \\sigma^2$ ({of})",
-        "Targets: the likeliest labels beside the predicted one at the lowest noise. Gradients are "
-        "around gray, each scaled to the full range; numbers are l2 norms, nats per image unit.",
-    )
+    title = "Adversarial gradients as differences of denoisers: "
+    title += f"$\\nabla \\log p(c|y) = (D_c - D_u) / \\sigma^2$ ({of})"
+    plots.image_rows(rows, heads, path, groups, title, NOTE)
 
 
 def _plot_norms(document: dict[str, Any], path: Path) -> None:
@@ -262,16 +257,12 @@ def table(document: dict[str, Any]) -> Table:
     gain = f"gain at {document['lengths'][-1]:g}"
     heads = ("sigma", "norm", "predicted", "score", "eq. 9 error", gain, "promised")
     result = new_table(document, heads)
+    forms = {"norm": "{:.3g}", "norm_predicted": "{:.3g}", "score_norm": "{:.3g}"}
+    forms |= {"identity_error": "{:.1e}", "gain": "{:+.2f}", "promised": "{:+.2f}"}
     for level in document["levels"]:
-        result.add_row(
-            f"{in_255ths(level['sigma'])}/255" if level["sigma"] else "clean",
-            number(level["norm"], "{:.3g}"),
-            number(level["norm_predicted"], "{:.3g}"),
-            number(level["score_norm"], "{:.3g}"),
-            number(level["identity_error"], "{:.1e}"),
-            number(level["steps"][-1]["gain"], "{:+.2f}"),
-            number(level["steps"][-1]["promised"], "{:+.2f}"),
-        )
+        sigma, values = level["sigma"], level | level["steps"][-1]
+        cells = (number(values[name], form) for name, form in forms.items())
+        result.add_row(f"{in_255ths(sigma)}/255" if sigma else "clean", *cells)
     return result
 
 

@@ -32,11 +32,9 @@ over new draws (expectation over transformation, Athalye et al. 2018): the attac
 defence, but not the draws on which it is judged. Random starts are drawn for each image from its
 content and a seed.
 
-AutoAttack (Croce and Hein, arXiv 2003.01690) is an ensemble without parameters: PGD whose step size
-adapts, on the cross-entropy and, targeted, on the ratio of logit differences; FAB, which looks for
-the nearest boundary; and Square, which asks for no gradient. On defences that add noise, its
-version for randomised ones: adaptive PGD on both losses, each gradient averaged over 20 calls. It
-is the package pyautoattack, an extra: ``pip install 'ebmkit-vision[autoattack]'``.
+AutoAttack (Croce and Hein, arXiv 2003.01690) is an ensemble without parameters, in its version for
+randomised classifiers on defences that add noise. It is the package pyautoattack, an extra:
+``pip install 'ebmkit-vision[autoattack]'``.
 """
 
 from __future__ import annotations
@@ -82,28 +80,24 @@ DEFENCES: tuple[DefenceName, ...] = get_args(DefenceName)
 
 @dataclass(frozen=True)
 class Defence:
-    """How an image is classified; see the module's text.
-
-    Args:
-        name: one of `DEFENCES`.
-        sigma: level of the noise that is added, or that a noise-conditional denoiser is told; image
-            units. No matter to ``direct`` and ``refine``.
-        steps: k of the chains of ``refine``; 0 leaves images as they are.
-        step_size: their a, of which the score is taken, squared image units; JEM's.
-        noise_std: their b, of the noise added in each step, image units; JEM's.
-    """
+    """How an image is classified; see the module's text."""
 
     name: DefenceName
     sigma: float = 0.0
+    """level of the noise that is added, or that a noise-conditional denoiser is told; image units;
+    no matter to ``direct`` and ``refine``"""
     steps: int = 0
+    """k of the chains of ``refine``; 0 leaves images as they are"""
     step_size: float = JEM_STEP
+    """their a, of which the score is taken, squared image units; JEM's"""
     noise_std: float = JEM_NOISE
+    """their b, of the noise added in each step, image units; JEM's"""
 
     @property
     def random(self) -> bool:
         """Whether noise is added, so that draws are averaged over."""
-        noisy_chains = self.steps > 0 and self.noise_std > 0
-        return self.name in ("noise", "denoise+noise") or noisy_chains
+        chains = self.steps > 0 and self.noise_std > 0
+        return self.name in ("noise", "denoise+noise") or chains
 
     @property
     def noises(self) -> int:
@@ -235,23 +229,20 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Attack:
-    """An attack on a classifier of images in [0, 1].
-
-    Args:
-        norm: in which strength is measured.
-        kind: ``pgd``; ``one-step``, the fast gradient method from the image itself; or ``noise``,
-            which asks for no gradient: uniform noise for l_inf, Gaussian for l_2, of full strength.
-        steps: of PGD.
-        restarts: how often PGD starts, or noise is drawn; an image that is broken is left alone.
-        stepsize: of PGD, relative to the strength; None: `STEPSIZE`, or what crosses the ball in
-            few steps, 2.5 / steps.
-    """
+    """An attack on a classifier of images in [0, 1]."""
 
     norm: Norm
+    """in which strength is measured"""
     kind: Literal["pgd", "one-step", "noise"] = "pgd"
+    """``pgd``; ``one-step``, the fast gradient method from the image itself; or ``noise``, which
+    asks for no gradient: uniform noise for l_inf, Gaussian for l_2, of full strength"""
     steps: int = 40
+    """of PGD"""
     restarts: int = 1
+    """how often PGD starts, or noise is drawn; an image that is broken is left alone"""
     stepsize: float | None = None
+    """of PGD, relative to the strength; None: `STEPSIZE`, or what crosses the ball in few steps,
+    2.5 / steps"""
 
     def breaks(
         self,
@@ -340,11 +331,7 @@ class Attack:
 
 
 def check_autoattack() -> None:
-    """Whether pyautoattack is there.
-
-    Raises:
-        UserError: if it is not.
-    """
+    """Raise `UserError` where pyautoattack is not installed."""
     if find_spec("pyautoattack") is None:
         raise UserError(
             "AutoAttack needs the package pyautoattack, which is not installed: "

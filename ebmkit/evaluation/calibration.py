@@ -25,9 +25,8 @@ from torch import Tensor
 
 from ebmkit import plots
 from ebmkit.evaluation import statistics
-from ebmkit.evaluation.context import EvaluationContext
 from ebmkit.evaluation.statistics import Estimate
-from ebmkit.evaluation.suite import Suite, check_classifies, estimate_table
+from ebmkit.evaluation.suite import EvaluationContext, Suite, check_classifies, estimate_table
 from ebmkit.noise import in_255ths
 
 BINS = 15

@@ -40,8 +40,9 @@ from ebmkit import plots
 from ebmkit.energy import EnergyModel, LogDensity, tweedie
 from ebmkit.errors import UserError
 from ebmkit.evaluation import statistics
-from ebmkit.evaluation.context import Batch, EvaluationContext
 from ebmkit.evaluation.suite import (
+    Batch,
+    EvaluationContext,
     Positive,
     Several,
     Suite,
@@ -94,38 +95,26 @@ class CertifyConfig(SuiteConfig):
 
 
 class Certificates(NamedTuple):
-    """What is certified of N images.
-
-    Attributes:
-        labels: (N,) int64, the certified label, or `ABSTAIN`.
-        radius: (N,) float64, l2 radius in image units; 0 where there is no certificate.
-        top: (N,) int64, the most frequent label of the estimation votes, certified or not.
-        lower: (N,) float64, the lower bound of the probability of the selected label.
-    """
+    """What is certified of N images."""
 
     labels: Tensor
+    """(N,) int64, the certified label, or `ABSTAIN`"""
     radius: Tensor
+    """(N,) float64, l2 radius in image units; 0 where there is no certificate"""
     top: Tensor
+    """(N,) int64, the most frequent label of the estimation votes, certified or not"""
     lower: Tensor
+    """(N,) float64, the lower bound of the probability of the selected label"""
 
     def right_radius(self, truth: Tensor) -> Tensor:
-        """The radius where the certified label is the true one of ``truth`` (N,), -1 elsewhere.
-
-        So an image is certified right at radius r where this is at least r, 0 included.
-        """
+        """The radius where the certified label is the true one of ``truth`` (N,), -1 elsewhere:
+        an image is certified right at radius r where this is at least r, 0 included."""
         return torch.where(self.labels == truth, self.radius, -1.0)
 
 
 def lower_bound(hits: Tensor, count: int, alpha: float) -> Tensor:
-    """The exact one-sided lower confidence bound of a probability, at level 1 - alpha.
-
-    Args:
-        hits: (N,) how often the event was seen.
-        count: of how many trials.
-        alpha: probability that the bound is above the truth.
-
-    Returns:
-        (N,) float64.
+    """The exact one-sided lower confidence bound, (N,) float64, of the probability of an event that
+    was seen ``hits`` (N,) times in ``count`` trials; above the truth with probability ``alpha``.
 
     Source: C. Clopper, E. Pearson, Biometrika 26 (1934); scipy's Beta quantile.
     """
@@ -223,22 +212,13 @@ def vote_generator(seed: int, index: int) -> torch.Generator:
 def labels_of(
     model: EnergyModel, y: Tensor, sigma: float, which: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Labels (B,) of noisy images (B, C, H, W) by each classifier ``which``.
-
-    Args:
-        model: in evaluation mode.
-        y: noisy images.
-        sigma: their noise level, image units.
-        which: ``direct``, ``denoised`` or both, which share one forward pass.
-    """
-    found = {}
-    if "denoised" in which:
-        energies, (score,) = model.value_and_grads(y, sigma, LogDensity())
-        clean = tweedie(y, score, sigma).clamp(0, 1)
-        found["denoised"] = predict(model.logits(clean, 0.0))
-        found["direct"] = predict(energies.logits)
-    else:
-        found["direct"] = predict(model.logits(y, sigma))
+    """Labels (B,) of noisy images ``y`` (B, C, H, W) at level ``sigma``, image units, by each
+    classifier ``which``: ``direct``, ``denoised`` or both, which share one forward pass."""
+    if "denoised" not in which:
+        return {"direct": predict(model.logits(y, sigma))}
+    energies, (score,) = model.value_and_grads(y, sigma, LogDensity())
+    clean = tweedie(y, score, sigma).clamp(0, 1)
+    found = {"denoised": predict(model.logits(clean, 0.0)), "direct": predict(energies.logits)}
     return {name: found[name] for name in which}
 
 
@@ -292,7 +272,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
         "labels": truth.tolist(),
         "unsmoothed_accuracy": statistics.accuracy(votes["unsmoothed"] == truth),
         "levels": levels,
-        "warnings": noise_warnings(context.model, options.sigmas) if denoised else [],
+        "warnings": noise_warnings(model, options.sigmas) if denoised else [],
     }
 
 
@@ -312,10 +292,9 @@ def table(document: dict[str, Any]) -> Table:
     """By sigma and classifier: accuracy, certified accuracy at some radii, average radius."""
     radii = document["radii"]
     chosen = sorted({len(radii) // 3, len(radii) // 2})
-    columns = [f"at {radii[i]:g}" for i in chosen]
-    result = new_table(
-        document, ("sigma", "classifier", "accuracy", *columns, "radius", "abstains")
-    )
+    at = [f"at {radii[i]:g}" for i in chosen]
+    heads = ("sigma", "classifier", "accuracy", *at, "radius", "abstains")
+    result = new_table(document, heads)
     result.columns[1].justify = "left"
     for level in document["levels"]:
         for i, (name, found) in enumerate(level["classifiers"].items()):
@@ -351,10 +330,8 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
         largest = level["largest_radius"]
         radii = [i * largest / PLOTTED_RADII for i in range(PLOTTED_RADII + 1)]
         for name, found in level["classifiers"].items():
-            right = [
-                radius if label == c else -1.0
-                for radius, label, c in zip(found["radius"], found["predicted"], truth, strict=True)
-            ]
+            images = zip(found["radius"], found["predicted"], truth, strict=True)
+            right = [radius if label == c else -1.0 for radius, label, c in images]
             hits = [sum(own >= r for own in right) for r in radii]
             known = {n: statistics.proportion(n, len(right)).document() for n in set(hits)}
             label, colour, style = CLASSIFIERS[name]
@@ -366,13 +343,9 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
         axes.set_title(f"$\\sigma$ = {sigma:.3g} = {in_255ths(sigma)}/255", fontsize=10)
     panels[0].set_ylabel("certified accuracy (%)")
     votes, alpha = document["options"]["samples"], document["options"]["alpha"]
-    plots.save_figure(
-        figure,
-        folder / "certified-accuracy.png",
-        f"Certified accuracy: {plots.images_of(document, document['certified_images'])}, "
-        f"{votes:,} votes each, $\\alpha$ = {alpha:g}",
-        legend=3,
-    )
+    of = plots.images_of(document, document["certified_images"])
+    title = f"Certified accuracy: {of}, {votes:,} votes each, $\\alpha$ = {alpha:g}"
+    plots.save_figure(figure, folder / "certified-accuracy.png", title, legend=3)
 
 
 def _passes(context: EvaluationContext) -> int:

@@ -18,8 +18,7 @@ from rich.table import Table
 
 from ebmkit import plots
 from ebmkit.evaluation import statistics
-from ebmkit.evaluation.context import EvaluationContext
-from ebmkit.evaluation.suite import Suite, check_classifies, estimate_table
+from ebmkit.evaluation.suite import EvaluationContext, Suite, check_classifies, estimate_table
 from ebmkit.noise import in_255ths
 from ebmkit.terminal import shown_name
 
@@ -73,24 +72,19 @@ def _warnings(context: EvaluationContext) -> list[str]:
 
 def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
     """Write ``accuracy-against-noise.png`` and, for up to 20 classes, ``confusion.png``."""
-    classes = context.model.num_classes
-    plot_accuracy(document["against_noise"], folder / "accuracy-against-noise.png", 1 / classes)
-    if classes <= MAX_DRAWN:
-        names = list(document["per_class"])
-        plot_confusion(document["confusion"], names, folder / "confusion.png")
-
-
-def plot_accuracy(levels: Sequence[dict[str, Any]], path: Path, chance: float) -> None:
-    """Accuracy (with its 95 % interval) against the noise level, as in ``against_noise``."""
+    classes, levels = context.model.num_classes, document["against_noise"]
     figure = plots.new_figure(5.2, 3.6, layout="constrained")
     axes = figure.add_subplot()
     x, estimates = [255 * level["sigma"] for level in levels], [e["accuracy"] for e in levels]
     look = {"color": plots.BLUE, "marker": "o", "ms": 4, "label": "accuracy, 95 % interval"}
     plots.plot_estimates(axes, x, estimates, scale=100, **look)
-    axes.axhline(100 * chance, color=plots.GRAY, ls=":", label="chance")
+    axes.axhline(100 / classes, color=plots.GRAY, ls=":", label="chance")
     plots.annotate(axes, "Accuracy against noise", plots.SIGMA, "accuracy (%)", ylim=(0, 102))
     axes.legend(frameon=False)
-    plots.save_figure(figure, path)
+    plots.save_figure(figure, folder / "accuracy-against-noise.png")
+    if classes <= MAX_DRAWN:
+        names = list(document["per_class"])
+        plot_confusion(document["confusion"], names, folder / "confusion.png")
 
 
 def plot_confusion(counts: Sequence[Sequence[int]], names: Sequence[str], path: Path) -> None:
@@ -111,22 +105,15 @@ def plot_confusion(counts: Sequence[Sequence[int]], names: Sequence[str], path: 
 
 def table(document: dict[str, Any]) -> Table:
     """Accuracy and NLL with their intervals, clean and noisy."""
-    rows = [
-        (label, dict(zip(("value", "low", "high"), values, strict=True)), form)
-        for label, key, form in (
-            ("accuracy", "accuracy", "{:.2%}"),
-            ("NLL (nats)", "nll", "{:.4f}"),
-        )
-        for values in [(document[key], *document[f"{key}_interval"])]
-    ]
+    clean, *noisy = document["against_noise"]
+    rows = [("accuracy", clean["accuracy"], "{:.2%}"), ("NLL (nats)", clean["nll"], "{:.4f}")]
     known = {name: e for name, e in document["per_class"].items() if e["count"]}
     if len(known) > 1:
         worst = min(known, key=lambda name: known[name]["value"])
         rows.append((f"worst class: {shown_name(worst)}", known[worst], "{:.2%}"))
     rows += [
         (f"accuracy at sigma {in_255ths(level['sigma'])}/255", level["accuracy"], "{:.2%}")
-        for level in document["against_noise"]
-        if level["sigma"]
+        for level in noisy
     ]
     return estimate_table(document, rows)
 

@@ -43,8 +43,17 @@ from ebmkit.energy import EnergyModel, ScoreModel, classifies
 from ebmkit.errors import UserError
 from ebmkit.evaluation import statistics
 from ebmkit.evaluation.calibration import calibration_error
-from ebmkit.evaluation.context import Batch, EvaluationContext, Images
-from ebmkit.evaluation.suite import Several, Suite, SuiteConfig, new_table, noise_warnings, number
+from ebmkit.evaluation.suite import (
+    Batch,
+    EvaluationContext,
+    Images,
+    Several,
+    Suite,
+    SuiteConfig,
+    new_table,
+    noise_warnings,
+    number,
+)
 from ebmkit.metrics import psnr
 from ebmkit.randomness import hashed_generator
 from ebmkit.registry import find
@@ -60,21 +69,17 @@ Columns = dict[str, Tensor]
 
 
 class Corruption(NamedTuple):
-    """A kind of corruption.
-
-    Attributes:
-        description: one line.
-        unit: what its constant is.
-        cifar: the constant at strengths 1 to 5 for images of 32x32, as in CIFAR-10-C.
-        imagenet: the same for images of 224x224, as in ImageNet-C.
-        apply: an image (C, H, W) in [0, 1], a constant and a generator, to the corrupted image.
-    """
+    """A kind of corruption."""
 
     description: str
     unit: str
+    """what its constant is"""
     cifar: tuple[float, ...]
+    """the constant at strengths 1 to 5 for images of 32x32, as in CIFAR-10-C"""
     imagenet: tuple[float, ...]
+    """the same for images of 224x224, as in ImageNet-C"""
     apply: Callable[[Tensor, float, torch.Generator], Tensor]
+    """an image (C, H, W) in [0, 1], a constant and a generator, to the corrupted image"""
 
 
 def corrupt(x: Tensor, name: str, constant: float, seed: int = 0, first: int = 0) -> Tensor:
@@ -201,17 +206,15 @@ def check(model: ScoreModel, images: Images) -> None:
 def measure(context: EvaluationContext) -> dict[str, Any]:
     """Measure and return the document."""
     options, images = context.option(CorruptionsConfig), context.images
-    kind = options.constants
-    if kind == "auto":
-        kind = constants_for(images.image_size)
+    auto = options.constants == "auto"
+    kind = constants_for(images.image_size) if auto else options.constants
     labelled = _compares_labels(context.model, images)
     clean = _columns(context, labelled, None)
     corruptions: dict[str, Any] = {}
     errors: list[Tensor] = []
     warnings = _warnings(context, labelled)
     for name in options.corruptions:
-        corruption: Corruption = CORRUPTIONS[name]
-        rows = []
+        corruption, rows = CORRUPTIONS[name], []
         for strength in sorted(options.strengths):
             constant = getattr(corruption, kind)[strength - 1]
             columns = _columns(context, labelled, name, constant)
@@ -308,11 +311,11 @@ def _compares_labels(model: ScoreModel, images: Images) -> bool:
 
 
 def _warnings(context: EvaluationContext, labelled: bool) -> list[str]:
-    model, images, found = context.model, context.images, []
+    model, found = context.model, list[str]()
     if classifies(model) and not labelled:
         found.append(
-            f"data set {images.name!r} has not the {model.num_classes} classes that this model "
-            "knows: accuracy and confidence are left out"
+            f"data set {context.images.name!r} has not the {model.num_classes} classes that this "
+            "model knows: accuracy and confidence are left out"
         )
     if not model.noise_conditional:
         return found + noise_warnings(model, ())
@@ -377,16 +380,12 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
     figure.supylabel("PSNR (dB), mean over changed images", fontsize=10)
     plots.save_figure(figure, folder / "corruptions-psnr.png", legend=3)
     ((x, _),) = context.images.first(1).batches(1)
-    rows = [
-        [(x[0], f"{name}\n{found['unit']}")]
-        + [
-            (corrupt(x, name, row["constant"], context.seed)[0], f"{row['constant']:g}")
-            for row in found["rows"]
-        ]
-        for name, found in document["corruptions"].items()
-    ]
-    first = next(iter(document["corruptions"].values()))
-    heads = ["clean", *(f"strength {row['strength']}" for row in first["rows"])]
+    rows: list[list[tuple[Tensor | None, str]]] = []
+    for name, found in document["corruptions"].items():
+        rows.append([(x[0], f"{name}\n{found['unit']}")])
+        for constant in (row["constant"] for row in found["rows"]):
+            rows[-1].append((corrupt(x, name, constant, context.seed)[0], f"{constant:g}"))
+    heads = ["clean", *(f"strength {row['strength']}" for row in found["rows"])]
     title = f"Corruptions and their constants: {plots.images_of(document, 1)}"
     plots.image_rows(rows, heads, folder / "corruptions-examples.png", title=title)
 

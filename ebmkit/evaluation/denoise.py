@@ -42,8 +42,16 @@ from ebmkit.energy import (
     tweedie,
 )
 from ebmkit.evaluation import statistics
-from ebmkit.evaluation.context import Batch, EvaluationContext, noisy_batches
-from ebmkit.evaluation.suite import Suite, interval, new_table, noise_warnings, number
+from ebmkit.evaluation.suite import (
+    Batch,
+    EvaluationContext,
+    Suite,
+    interval,
+    new_table,
+    noise_warnings,
+    noisy_batches,
+    number,
+)
 from ebmkit.metrics import predict, psnr
 from ebmkit.noise import in_255ths
 
@@ -157,12 +165,11 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
             entry = denoisers.setdefault(name, {"about": LABELS[name]})
             for quantity, values in (("psnr", own), ("gain", gain), ("ssim", likeness)):
                 entry.setdefault(quantity, {})[key] = statistics.mean(values)
-        if ("", "sigma") in columns:
-            noise = columns["", "sigma"]
+        if (noise := columns.get(("", "sigma"))) is not None:
             std = float(noise.std()) if len(noise) > 1 else None
             sigmas[key] = {"true": sigma, "std": std, **statistics.mean(noise).document()}
-        if ("", "right") in columns:
-            accuracies[key] = statistics.accuracy(columns["", "right"])
+        if (right := columns.get(("", "right"))) is not None:
+            accuracies[key] = statistics.accuracy(right)
     document: dict[str, Any] = {"sigmas": context.sigmas}
     for quantity in ("psnr", "ssim"):
         plain, noisy = (denoisers[name][quantity] for name in ("unconditional", "noisy"))
@@ -202,8 +209,7 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
     from torchvision.transforms.functional import center_crop
 
     plot_psnr(document["denoisers"], folder / "psnr.png")
-    first = context.images.first(SHOWN)
-    levels: dict[float, dict[str, Tensor]] = {}
+    first, levels = context.images.first(SHOWN), {}
     for sigma in context.sigmas:
         batches = list(noisy_batches(first, sigma, context.seed, SHOWN, context.device))
         # the middles, where images have several sizes, each in a batch of its own

@@ -24,14 +24,19 @@ in [0, 1] that is darkness (``dark``), in [-1, 1] less contrast (``faded``). Not
 Noise-conditional models are given the deviation of the noise in what they see. The noise is that of
 the suite ``classify`` at :math:`\sigma_t`.
 
-Of every view are measured accuracy and the means of E(x) and of E(x, y) of the true label
-(`ebmkit.evaluation.energies`, nats); of the clean images also by class.
+Of every view are measured accuracy and the means of
+
+.. math:: E(x) = -\log p(x), \qquad E(x, y) = -\log p(x, y) = E(x) - \log p(y \mid x)
+
+of the true label y, in nats, up to one constant of the model, from the source that
+`ebmkit.models.heads` says; of the clean images also by class. RCG stands for the thesis
+"Classifier-free Diffusion Guidance with a Robust Energy-Based Classifier" (Sapienza, 2024).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -44,13 +49,14 @@ from torch import Tensor
 from ebmkit import plots
 from ebmkit.compile import optimize
 from ebmkit.data import ImageSet
-from ebmkit.energy import EnergyModel, ScoreModel
+from ebmkit.energy import Energies, EnergyModel, ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation import statistics
-from ebmkit.evaluation.context import Batch, EvaluationContext, Images, noisy_batches
-from ebmkit.evaluation.energies import ImageEnergies, class_statistics, energies_of, spread
 from ebmkit.evaluation.generation import Generated, read_samples
 from ebmkit.evaluation.suite import (
+    Batch,
+    EvaluationContext,
+    Images,
     Positive,
     Suite,
     SuiteConfig,
@@ -59,10 +65,11 @@ from ebmkit.evaluation.suite import (
     check_one_size,
     load_beside,
     new_table,
+    noisy_batches,
     number,
     unique_name,
 )
-from ebmkit.models.heads import EnergySource, energy_source
+from ebmkit.models.heads import EnergySource, LogitEnergy, energy_source
 from ebmkit.noise import Schedule, make_schedule
 
 VIEWS = {
@@ -71,9 +78,7 @@ VIEWS = {
     "dark": "sqrt(abar) x, images in [0, 1], no noise",
     "faded": "x_t without its noise",
 }
-
-
-SHORT = {"timestep": "x_t", "image": "image", "dark": "dark", "faded": "faded"}
+SHORT = dict(zip(VIEWS, ("x_t", "image", "dark", "faded"), strict=True))
 ENERGIES = {"energy": "E(x)", "joint_energy": "E(x, y)"}
 Views = dict[str, tuple[Tensor, float]]
 """By name, images (B, C, H, W) and the deviation of the noise in them, image units."""
@@ -172,13 +177,18 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
     models, generated = _models(context), _samples(context)
     assert images.labels is not None
     labels, names = images.labels.cpu(), images.class_names
+
+    def entry(found: Energies) -> dict[str, Any]:
+        right = found.log_posterior().argmax(dim=1) == labels
+        return {"accuracy": statistics.accuracy(right), **energy_statistics(found, labels)}
+
     documents: dict[str, dict[str, Any]] = {}
-    for (name, _), found in _energies(context, models, 0.0, _clean).items():
+    for (name, _), found in _energies(context, models, 0.0).items():
         documents[name] = {
-            "reading": energy_source(models[name], config.energies),
-            "clean": _entry(found, labels),
+            "reading": "logits" if isinstance(models[name], LogitEnergy) else "model",
+            "clean": entry(found),
             "path": {view: [] for view in VIEWS},
-            "classes": class_statistics(found.energy, found.joint(labels), labels, names),
+            "classes": class_statistics(found, labels, names),
             "samples": None,
         }
     for t in timesteps:
@@ -188,21 +198,27 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
             return views_at(schedule, t, batch.x, batch.y)
 
         for (name, view), found in _energies(context, models, schedule.sigma(t), views).items():
-            documents[name]["path"][view].append(where | _entry(found, labels))
+            documents[name]["path"][view].append(where | entry(found))
     chance = 1 / context.model.num_classes
-    for document in documents.values():
+    warnings = []
+    for name, document in documents.items():
+        paths = document["path"].items()
         document["chance_from"] = {
             view: next((e["t"] for e in path if e["accuracy"].low <= chance), None)
-            for view, path in document["path"].items()
+            for view, path in paths
         }
+        bad = [e["t"] for _, path in paths for e in path if e["energy"]["value"] is None]
+        if bad:
+            warnings.append(
+                f"{name}: energies are not finite on some images from timestep {min(bad)} on, so "
+                "their means are left out"
+            )
     if generated is not None:
         samples, own = ImageSet(generated.images, name="samples", split="test"), generated.labels
-        for (name, _), found in _energies(context, models, 0.0, _clean, samples).items():
-            document = documents[name]["samples"] = {"energy": spread(found.energy)}
+        for (name, _), found in _energies(context, models, 0.0, images=samples).items():
+            documents[name]["samples"] = energy_statistics(found, own)
             if own is not None:
-                joint = found.joint(own)
-                document["joint_energy"] = spread(joint)
-                document["classes"] = class_statistics(found.energy, joint, own, names)
+                documents[name]["samples"]["classes"] = class_statistics(found, own, names)
     return {
         "sigmas": [schedule.sigma(t) for t in timesteps],
         "timesteps": timesteps,
@@ -211,47 +227,72 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
         "views": VIEWS,
         "models": documents,
         "files": generated and generated.description,
-        "warnings": _warnings(documents),
+        "warnings": warnings,
     }
-
-
-def _clean(batch: Batch) -> Views:
-    return {"clean": (batch.x, 0.0)}
 
 
 def _energies(
     context: EvaluationContext,
     models: dict[str, EnergyModel],
     sigma: float,
-    views: Callable[[Batch], Views],
+    views: Callable[[Batch], Views] = lambda batch: {"clean": (batch.x, 0.0)},
     images: Images | None = None,
-) -> dict[tuple[str, str], ImageEnergies]:
+) -> dict[tuple[str, str], Energies]:
     """By model and view, of all images."""
-    reading = context.option(DiffusionPathConfig).energies
 
     def of_batch(batch: Batch) -> dict[tuple[str, str, str], Tensor]:
-        columns = {}
-        for view, (x, level) in views(batch).items():
-            for name, model in models.items():
-                for field, column in energies_of(model, x, level, reading)._asdict().items():
-                    columns[name, view, field] = column
-        return columns
+        return {
+            (name, view, field): column
+            for view, (x, level) in views(batch).items()
+            for name, model in models.items()
+            for field, column in model.energies(x, level)._asdict().items()
+        }
 
     columns = context.columns(sigma, of_batch, images)
     keys = dict.fromkeys((name, view) for name, view, _ in columns)
-    return {key: ImageEnergies(*(columns[*key, f] for f in ImageEnergies._fields)) for key in keys}
+    return {key: Energies(*(columns[*key, field] for field in Energies._fields)) for key in keys}
 
 
-def _entry(found: ImageEnergies, labels: Tensor) -> dict[str, Any]:
-    return {
-        "accuracy": statistics.accuracy(found.log_posterior.argmax(dim=1) == labels),
-        "energy": spread(found.energy),
-        "joint_energy": spread(found.joint(labels)),
-    }
+def energy_statistics(found: Energies, labels: Tensor | None = None) -> dict[str, Any]:
+    """``energy`` E(x) and, of models and images with ``labels`` (N,), ``joint_energy`` E(x, y).
+
+    Each with ``value`` (the mean, nats), ``low``, ``high`` (95 % interval of the mean), ``count``
+    and ``std`` over images.
+    """
+    quantities = {"energy": -found.log_density}
+    if labels is not None and found.logits.shape[1]:
+        quantities["joint_energy"] = -(found.log_density + found.at_label(labels))
+    document = {}
+    for name, values in quantities.items():
+        std = float(values.double().std()) if len(values) > 1 else math.nan
+        document[name] = statistics.mean(values).document() | {"std": statistics.finite(std)}
+    return document
+
+
+def class_statistics(
+    found: Energies, labels: Tensor, names: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """`energy_statistics` by class, of the classes that have an image, in order.
+
+    Args:
+        found: energies of N images.
+        labels: (N,).
+        names: of the classes; a class without one is called by its number.
+
+    Returns:
+        One entry per class, with ``label`` and ``name``.
+    """
+    return [
+        {"label": label, "name": names[label] if label < len(names) else str(label)}
+        | energy_statistics(
+            Energies(*(column[labels == label] for column in found)), labels[labels == label]
+        )
+        for label in sorted(set(labels.tolist()))
+    ]
 
 
 def _models(context: EvaluationContext) -> dict[str, EnergyModel]:
-    """The model evaluated and those beside it, by name.
+    """The model evaluated and those beside it, with the energies asked for, by name.
 
     Raises:
         UserError: if one is not there, or does not suit the images.
@@ -260,11 +301,11 @@ def _models(context: EvaluationContext) -> dict[str, EnergyModel]:
     config = context.option(DiffusionPathConfig)
     found = {config.name: context.model}
     for name, model in load_beside(context, config.beside, "diffusion-path.beside"):
-        own = unique_name(name, found)
-        found[own] = optimize(model, context.inference.precision)
-    for model in found.values():
-        energy_source(model, config.energies)
-    return found
+        found[unique_name(name, found)] = optimize(model, context.inference.precision)
+    return {
+        name: LogitEnergy(model) if energy_source(model, config.energies) == "logits" else model
+        for name, model in found.items()
+    }
 
 
 def _samples(context: EvaluationContext) -> Generated | None:
@@ -273,25 +314,12 @@ def _samples(context: EvaluationContext) -> Generated | None:
         return None
     found = read_samples(path, context.images, "diffusion-path.samples")
     known = context.model.num_classes
-    for label in [] if found.labels is None else sorted(set(found.labels.tolist()), reverse=True):
-        if not 0 <= label < known:
-            raise UserError(
-                f"diffusion-path.samples: {str(path)!r} has label {label}, and this model knows 0 "
-                f"to {known - 1}"
-            )
-    return found
-
-
-def _warnings(documents: dict[str, dict[str, Any]]) -> list[str]:
-    found = []
-    for name, document in documents.items():
-        entries = [entry for path in document["path"].values() for entry in path]
-        bad = [entry["t"] for entry in entries if entry["energy"]["value"] is None]
-        if bad:
-            found.append(
-                f"{name}: energies are not finite on some images from timestep {min(bad)} on, so "
-                "their means are left out"
-            )
+    labels = [] if found.labels is None else found.labels.tolist()
+    if (label := max(labels, default=0)) >= known:  # none is below 0 in such a file
+        raise UserError(
+            f"diffusion-path.samples: {str(path)!r} has label {label}, and this model knows 0 "
+            f"to {known - 1}"
+        )
     return found
 
 
@@ -305,12 +333,15 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
         (batch,) = noisy_batches(context.images.first(1), schedule.sigma(t), context.seed, 1)
         for view, (images, _) in views_at(schedule, t, batch.x, batch.y).items():
             strips[view].append(images[0])
-    _plot_accuracy(document, strips, folder / "diffusion-path.png")
-    _plot_energies(document, folder / "diffusion-energies.png")
+    where = f"{plots.images_of(document)}, {config.schedule} schedule of {config.steps} steps"
+    _plot_accuracy(document, strips, where, folder / "diffusion-path.png")
+    _plot_energies(document, where, folder / "diffusion-energies.png")
     _plot_classes(document, folder / "class-energies.png")
 
 
-def _plot_accuracy(document: dict[str, Any], strips: dict[str, list[Tensor]], path: Path) -> None:
+def _plot_accuracy(
+    document: dict[str, Any], strips: dict[str, list[Tensor]], where: str, path: Path
+) -> None:
     """Accuracy against the timestep, with noise and without, above an image as it is given there:
     by view, at timesteps evenly spread from the first to the last."""
     models, timesteps = document["models"], document["timesteps"]
@@ -336,12 +367,10 @@ def _plot_accuracy(document: dict[str, Any], strips: dict[str, list[Tensor]], pa
         axes.grid(alpha=0.25, lw=0.5)
         y = "" if column else "accuracy (%), dotted: chance"
         plots.annotate(axes, title, "timestep t", y, ylim=(0, 102), **limits)
-    plots.save_figure(
-        figure, path, f"{plots.images_of(document)}, {_schedule(document)}, bands 95 %", legend=4
-    )
+    plots.save_figure(figure, path, f"{where}, bands 95 %", legend=4)
 
 
-def _plot_energies(document: dict[str, Any], path: Path) -> None:
+def _plot_energies(document: dict[str, Any], where: str, path: Path) -> None:
     """Mean energies along the path as the model sees x_t, and the same in image units."""
     models = document["models"]
     figure = plots.new_figure(10, 3.9 + 0.17 * len(models), layout="constrained")
@@ -364,8 +393,7 @@ def _plot_energies(document: dict[str, Any], path: Path) -> None:
         axes.grid(alpha=0.25, lw=0.5)
     panels[0].set_ylabel("mean energy (nats)")
     title = "Energies along the forward process, each model's up to a constant"
-    images = f"{plots.images_of(document)}, {_schedule(document)}"
-    plots.save_figure(figure, path, f"{title}: {images}", legend=2)
+    plots.save_figure(figure, path, f"{title}: {where}", legend=2)
 
 
 def _plot_classes(document: dict[str, Any], path: Path) -> None:
@@ -403,20 +431,10 @@ def _plot_classes(document: dict[str, Any], path: Path) -> None:
     plots.save_figure(figure, path, title, legend=3)
 
 
-def _schedule(document: dict[str, Any]) -> str:
-    options = document["options"]
-    return f"{options['schedule']} schedule of {options['steps']} steps"
-
-
 def table(document: dict[str, Any]) -> Table:
     """Accuracy of every model and view at a few timesteps, where it reaches chance, energies."""
-    timesteps = document["timesteps"]
-    rows = sorted(
-        {
-            min(range(len(timesteps)), key=lambda i: abs(timesteps[i] - share * timesteps[-1]))
-            for share in LISTED
-        }
-    )
+    timesteps = np.array(document["timesteps"])
+    rows = sorted({int(abs(timesteps - share * timesteps[-1]).argmin()) for share in LISTED})
     heads = ("input", "clean", *(f"t={timesteps[i]}" for i in rows), "chance from")
     result = new_table(document, heads)
     widest = 0.0

@@ -1,5 +1,5 @@
-r"""Features of images, and distances between sets of images by them: what IS, FID, KID, precision
-and recall are made of, for any network that gives features.
+r"""Features of images, and what is measured by them of samples beside real images: what IS, FID,
+KID, precision and recall are made of, for any network that gives features; and by label.
 
 With features :math:`a_1, \dots, a_n` of samples and :math:`b_1, \dots, b_m` of real images, in d
 dimensions,
@@ -26,10 +26,28 @@ Everything is computed in float64.
 The Inception network is that of torch-fidelity, converted from the TensorFlow weights of 2015 that
 FID was defined by: uint8 images, resized to 299x299 as TensorFlow 1 did, features of the last
 pooling (2048), logits without bias. Its package is an extra, ``pip install
-'ebmkit-vision[generation]'``, and its weights are a file of 95 MB.
+'ebmkit-vision[generation]'``, and its weights are a file of 95 MB. Of a classifier, the features
+are those that its head gets, averaged over positions. What is measured by it has names of its own,
+as nothing makes it comparable with another's.
 
-Of a classifier, the features are those that its head gets, averaged over positions. What is
-measured by it has names of its own, as nothing makes it comparable with another's.
+Of samples that were asked for by label (`measure_guided`), the numbers by which ways of guiding are
+compared, all of them and by label:
+
+- *recognised* (``accuracy``): the share that the extractor gives the label asked for; Wilson's
+  interval;
+- ``frechet`` and ``kernel`` between samples and real images of one label, and beside the former its
+  ``floor``, the same of as many other real images of that label (or of as many as there are,
+  ``count``);
+- *diversity*: mean distance of two samples over that of two real images of the label, in features;
+- *saturation*: ``ends``, the share of pixel values up to 1/255 or from 254/255; ``colour``, of
+  colour images, the mean saturation of HSV, :math:`(\max - \min)/\max` over the channels. Both are
+  taken of each image and averaged. Floats are rounded to 255ths first, as real images are;
+- *energy gap*: the mean of E under a model over the samples minus that over real images of the same
+  label, nats. RCG section 4.8 has it far below 0. Of all samples it is the mean of the gaps of
+  their own labels, so it does not depend on how many samples each label has. Intervals are
+  Welch's; over all labels, Student's of the samples, with the error of the real means added.
+
+Without labels everything counts as one class, and nothing is said by class.
 """
 
 from __future__ import annotations
@@ -39,22 +57,28 @@ import io
 import math
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ebmkit.compile import unwrapped
-from ebmkit.energy import EnergyModel, ScoreModel, classifies
+from ebmkit.compile import device_of
+from ebmkit.data import ImageSet
+from ebmkit.energy import EnergyModel, classifies
 from ebmkit.errors import UserError
 from ebmkit.evaluation import statistics
-from ebmkit.evaluation.statistics import Estimate
+from ebmkit.evaluation.statistics import Estimate, to_json
+from ebmkit.evaluation.suite import Images
+from ebmkit.metrics import predict
 from ebmkit.models import load
-from ebmkit.storage.torchfile import read_torch_file
+from ebmkit.models.heads import EnergySource, LogitEnergy, energy_source
+from ebmkit.storage.tensors import read_torch_file
+
+KINDS = ("frechet", "kernel", "score", "precision", "recall")
 
 WEIGHTS = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
@@ -72,6 +96,14 @@ NEIGHBOURS = 3
 MOST = 10_000
 """Images of either set in precision and recall, at most."""
 
+PAIRED = 1000
+"""Real images of a label at most, of which mean distances are taken."""
+
+MOST_FEATURES = 512
+"""Features, up to which the Frechet distance gets an interval: each is 20 distances."""
+
+Columns = dict[str, Tensor]
+
 
 @dataclass(frozen=True)
 class Extractor:
@@ -80,8 +112,7 @@ class Extractor:
     Attributes:
         kind: ``inception`` or ``classifier``.
         run: name of the classifier's run; "" for Inception.
-        names: what its measures are called, by ``frechet``, ``kernel``, ``score``, ``precision``
-            and ``recall``.
+        names: what its measures are called, by `KINDS`.
         extract: images (B, C, H, W) in [0, 1] to ``features`` (B, d) and class ``logits`` (B, C).
         model: the classifier, if it is one.
     """
@@ -121,15 +152,49 @@ def inception(weights: Path | None, device: torch.device) -> Extractor:
             "the Inception network needs the package torch-fidelity, which is not installed: pip "
             f"install 'ebmkit-vision[generation]', {INSTEAD}"
         )
-    network = _network(weights).to(device)
+    wrong = UserError(
+        f"generation.weights: {str(weights)!r} does not hold the weights of torch-fidelity's "
+        f"Inception; they are {WEIGHTS}"
+    )
+    if weights is not None:
+        if not weights.is_file():
+            raise UserError(
+                f"generation.weights: there is no file {str(weights)!r}; it is {WEIGHTS}"
+            )
+        state: Any = None
+        with contextlib.suppress(UserError):
+            state = read_torch_file(weights)
+        if not isinstance(state, dict) or "fc.weight" not in state:
+            raise wrong
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    before = socket.getdefaulttimeout()
+    try:
+        socket.setdefaulttimeout(30)
+        with contextlib.redirect_stderr(io.StringIO()):  # its download bar
+            network = FeatureExtractorInceptionV3(
+                "inception-v3-compat",
+                ["2048", "logits_unbiased"],
+                feature_extractor_weights_path=None if weights is None else str(weights),
+            )
+    except (OSError, RuntimeError) as error:
+        if weights is not None:
+            raise wrong from None
+        reason = str(getattr(error, "reason", error)).splitlines()[0]
+        raise UserError(
+            f"the weights of the Inception network cannot be fetched ({reason}): get {WEIGHTS} and "
+            f"name the file by --set generation.weights=PATH, {INSTEAD}"
+        ) from None
+    finally:
+        socket.setdefaulttimeout(before)
+    network.to(device)
 
     def extract(x: Tensor) -> dict[str, Tensor]:
         pixels = (255 * x).round().clamp(0, 255).byte()
         features, logits = network(pixels.expand(-1, 3, -1, -1))
         return {"features": features.float(), "logits": logits.float()}
 
-    names = {"frechet": "FID", "kernel": "KID", "score": "IS"}
-    names |= {name: name for name in ("precision", "recall")}
+    names = dict(zip(KINDS, ("FID", "KID", "IS", "precision", "recall"), strict=True))
     return Extractor("inception", "", names, extract)
 
 
@@ -139,7 +204,6 @@ def classifier(run: str, device: torch.device) -> Extractor:
     Raises:
         UserError: if there is no run, or its model has no labels or no head.
     """
-
     model = load(run, device=str(device))
     if not classifies(model):
         raise UserError(
@@ -176,83 +240,47 @@ def classifier_of(model: EnergyModel, run: str) -> Extractor:
             )
         return {"features": inputs[0].float(), "logits": logits.float()}
 
-    names = {"frechet": "FD", "kernel": "KD"}
-    names |= {name: name for name in ("score", "precision", "recall")}
+    names = zip(KINDS, ("FD", "KD", "score", "precision", "recall"), strict=True)
     return Extractor(
-        "classifier", run, {k: f"classifier-{v}" for k, v in names.items()}, extract, model
+        "classifier", run, {kind: f"classifier-{n}" for kind, n in names}, extract, model
     )
 
 
-def same_weights(extractor: Extractor, model: ScoreModel) -> bool:
-    """Whether the classifier is ``model`` itself."""
-    if extractor.model is None:
-        return False
-    own, other = extractor.model.state_dict(), unwrapped(model).state_dict()
-    return own.keys() == other.keys() and all(torch.equal(own[k], v) for k, v in other.items())
-
-
-def _network(weights: Path | None) -> Any:
-    """torch-fidelity's network with the weights of the file, or those that it fetches."""
-    if weights is not None:
-        if not weights.is_file():
-            raise UserError(
-                f"generation.weights: there is no file {str(weights)!r}; it is {WEIGHTS}"
-            )
-        state: Any = None
-        with contextlib.suppress(UserError):
-            state = read_torch_file(weights)
-        if not isinstance(state, dict) or "fc.weight" not in state:
-            raise UserError(
-                f"generation.weights: {str(weights)!r} does not hold the weights of "
-                f"torch-fidelity's Inception; they are {WEIGHTS}"
-            )
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    before = socket.getdefaulttimeout()
-    try:
-        socket.setdefaulttimeout(30)
-        with contextlib.redirect_stderr(io.StringIO()):  # its download bar
-            return FeatureExtractorInceptionV3(
-                "inception-v3-compat",
-                ["2048", "logits_unbiased"],
-                feature_extractor_weights_path=None if weights is None else str(weights),
-            )
-    except (OSError, RuntimeError) as error:
-        if weights is not None:
-            raise UserError(
-                f"generation.weights: {str(weights)!r} does not fit torch-fidelity's Inception; "
-                f"the file is {WEIGHTS}"
-            ) from None
-        reason = str(getattr(error, "reason", error)).splitlines()[0]
-        raise UserError(
-            f"the weights of the Inception network cannot be fetched ({reason}): get {WEIGHTS} and "
-            f"name the file by --set generation.weights=PATH, {INSTEAD}"
-        ) from None
-    finally:
-        socket.setdefaulttimeout(before)
+# --- distances of sets of features ----------------------------------------------------------------
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    r"""Between the Gaussians of features ``a`` (n, d) and ``b`` (m, d).
+    r"""Between the Gaussians of features ``a`` (n, d) and ``b`` (m, d); nan of fewer than two.
 
-    Of few, the trace of the root is the nuclear norm of :math:`A B^\top`, n by m, with the centred
-    features A and B, as :math:`\Sigma_a = A^\top A`.
+    With factors :math:`\Sigma_a = A^\top A` and :math:`\Sigma_b = B^\top B`, the trace of the root
+    is the nuclear norm of :math:`A B^\top`.
     """
-    if len(a) * len(b) < a.shape[1] ** 2 and min(len(a), len(b)) > 1:
-        (mean_a, few), (mean_b, others) = _centred(a), _centred(b)
-        inner = torch.linalg.svdvals(few @ others.T).sum()
-        spread = few.square().sum() + others.square().sum() - 2 * inner
-        return float((mean_a - mean_b).square().sum() + spread)
-    (mean_a, root), (mean_b, other) = _moments(a), _moments(b)
-    values, axes = torch.linalg.eigh(root)
-    root = axes * values.clamp_min(0).sqrt() @ axes.T
-    inner = torch.linalg.eigvalsh(root @ other @ root).clamp_min(0).sqrt().sum()
-    spread = values.sum() + other.trace() - 2 * inner
+    if min(len(a), len(b)) < 2:
+        return math.nan
+    (mean_a, root_a), (mean_b, root_b) = _moments(a.double()), _moments(b.double())
+    inner = torch.linalg.svdvals(root_a @ root_b.T).sum()
+    spread = root_a.square().sum() + root_b.square().sum() - 2 * inner
     return float((mean_a - mean_b).square().sum() + spread)
 
 
+def _moments(a: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean, and a factor of the covariance with d rows at most."""
+    mean = a.mean(dim=0)
+    centred = (a - mean) / math.sqrt(len(a) - 1)
+    return mean, centred if len(a) <= a.shape[1] else torch.linalg.qr(centred, mode="r").R
+
+
+def frechet(a: Tensor, b: Tensor) -> Estimate:
+    """The Frechet distance of features (n, d) and (m, d), undefined (nan) of fewer than two; with
+    an interval up to `MOST_FEATURES`, and always where it is quick."""
+    if a.shape[1] <= MOST_FEATURES or len(a) * len(b) < a.shape[1] ** 2 / 10:
+        return statistics.jackknife(frechet_distance, a, b)
+    return statistics.without_interval(frechet_distance(a, b), len(a))
+
+
 def kernel_distance(a: Tensor, b: Tensor) -> Estimate:
-    """The squared MMD of features ``a`` (n, d) and ``b`` (m, d), with its interval.
+    """The squared MMD of features ``a`` (n, d) and ``b`` (m, d), with its interval; undefined (nan)
+    of fewer than two.
 
     The interval is Student's over the blocks or, of all features at once, the jackknife's.
     """
@@ -264,6 +292,18 @@ def kernel_distance(a: Tensor, b: Tensor) -> Estimate:
     blocks = [slice(k * size, (k + 1) * size) for k in range(count)]
     found = statistics.mean(torch.tensor([_mmd(a[s].double(), b[s].double()) for s in blocks]))
     return replace(found, count=least)
+
+
+def _mmd(a: Tensor, b: Tensor) -> float:
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    def off_diagonal(k: Tensor) -> Tensor:
+        return (k.sum() - k.trace()) / (len(k) * (len(k) - 1))
+
+    if min(len(a), len(b)) < 2:
+        return math.nan
+    return float(off_diagonal(kernel(a, a)) + off_diagonal(kernel(b, b)) - 2 * kernel(a, b).mean())
 
 
 def precision_recall(a: Tensor, b: Tensor) -> tuple[Estimate, Estimate]:
@@ -280,8 +320,18 @@ def precision_recall(a: Tensor, b: Tensor) -> tuple[Estimate, Estimate]:
             f"precision and recall need more than {NEIGHBOURS} samples and real images, and there "
             f"are {len(a)} and {len(b)}: make more"
         )
+
+    def covered(points: Tensor, centres: Tensor) -> Estimate:
+        near, far = (
+            (torch.cdist(part, centres) for part in torch.split(whole, BLOCK))
+            for whole in (centres, points)
+        )
+        # the nearest of all is the centre itself
+        radii = torch.cat([d.kthvalue(NEIGHBOURS + 1, dim=1).values for d in near])
+        return statistics.accuracy(torch.cat([(d <= radii).any(dim=1) for d in far]))
+
     a, b = a[:count].double(), b[:count].double()
-    return _covered(a, b), _covered(b, a)
+    return covered(a, b), covered(b, a)
 
 
 def inception_score(logits: Tensor) -> float:
@@ -298,40 +348,293 @@ def mean_distance(a: Tensor) -> float:
     return float(torch.pdist(a.double()).mean()) if len(a) > 1 else math.nan
 
 
-def _moments(a: Tensor) -> tuple[Tensor, Tensor]:
-    a = a.double()
-    return a.mean(dim=0), torch.cov(a.T).reshape(a.shape[1], a.shape[1])
+# --- samples beside real images -------------------------------------------------------------------
 
 
-def _centred(a: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean, and what is left of features (n, d), whose squares are the covariance."""
-    mean = a.double().mean(dim=0)
-    return mean, (a.double() - mean) / math.sqrt(len(a) - 1)
+class Features(NamedTuple):
+    """Columns, one entry per image, and the labels (N,), or None."""
+
+    columns: Columns
+    labels: Tensor | None
+
+    def among(self, labels: Tensor | None) -> Features:
+        """The images whose label is among ``labels``; all, if either has none."""
+        if self.labels is None or labels is None:
+            return self
+        own = torch.isin(self.labels, labels)
+        return Features({name: c[own] for name, c in self.columns.items()}, self.labels[own])
 
 
-def _mmd(a: Tensor, b: Tensor) -> float:
-    def kernel(x: Tensor, y: Tensor) -> Tensor:
-        return (x @ y.T / x.shape[1] + 1) ** 3
+def measure_guided(
+    samples: Tensor,
+    labels: Tensor | None,
+    real: Images,
+    extractor: Extractor,
+    energy_model: EnergyModel | None = None,
+    *,
+    others: Images | None = None,
+    reading: EnergySource = "auto",
+    batch_size: int = 250,
+    device: torch.device | str | None = None,
+) -> dict[str, Any]:
+    """Everything in the module's text that is said of samples beside real images.
 
-    def off_diagonal(k: Tensor) -> Tensor:
-        return (k.sum() - k.trace()) / (len(k) * (len(k) - 1))
+    Args:
+        samples: (N, C, H, W), uint8 or floats in [0, 1] (clipped and rounded to 255ths).
+        labels: (N,) that were asked for, or None.
+        real: images of the same shape, with labels if there are any of samples.
+        extractor: `find_extractor` or `classifier_of`.
+        energy_model: under which energies are taken; None: no energy gap.
+        others: other real images, for the floor, best as many as there are samples of each label;
+            None: halves of ``real`` against each other.
+        reading: how energies are read; see `ebmkit.models.heads`.
+        batch_size: images at a time.
+        device: where extractor and model are; None: where the extractor's classifier is.
 
-    if len(a) < 2:
-        return math.nan
-    return float(off_diagonal(kernel(a, a)) + off_diagonal(kernel(b, b)) - 2 * kernel(a, b).mean())
+    Returns:
+        A document as JSON has it; estimates are ``{"value", "low", "high", "count"}`` with 95 %
+        intervals, null where undefined: ``count`` and ``real_count``, of samples and real images of
+        the same labels; ``accuracy`` (null without labels or with an extractor of other classes),
+        ``frechet``, ``kernel``, ``floor`` (``count``, ``frechet``, ``kernel``), ``saturation``
+        (``ends`` and ``colour``, null for gray images, each with ``samples`` and ``real``) and
+        ``energy_gap`` (``energy`` and ``joint_energy`` of E(x, y), null without labels that the
+        model knows; null without a model) of all; ``means`` and ``classes``, of `class_means` and
+        `by_class`, null without labels.
 
+    Raises:
+        UserError: if shapes or labels do not fit, or a sample is not finite.
+    """
+    pixels, labels = _checked(samples, labels, real)
+    device = device or ("cpu" if extractor.model is None else device_of(extractor.model))
 
-def _covered(points: Tensor, centres: Tensor) -> Estimate:
-    """The share of ``points`` that lie in the ball of some of ``centres``."""
-    # the nearest of all is the centre itself
-    radii = torch.cat(
-        [d.kthvalue(NEIGHBOURS + 1, dim=1).values for d in _distances(centres, centres)]
+    def features(images: Images, own: Tensor | None) -> Features:
+        with torch.no_grad():
+            rows = [
+                columns_of_images(x.to(device), extractor, energy_model, real.num_classes, reading)
+                for x, _ in images.batches(batch_size)
+            ]
+        joined = {name: torch.cat([row[name].cpu() for row in rows]) for name in rows[0]}
+        return Features(joined, None if own is None else own.cpu())
+
+    made, known = features(ImageSet(pixels), labels), features(real, real.labels)
+    spare = None if others is None else features(others, others.labels)
+    judged = extractor.model is not None and extractor.model.num_classes == real.num_classes
+    same = known.among(labels)
+    classes = None
+    if labels is not None:
+        classes = by_class(made, known, spare, real.class_names, judged)
+    document: dict[str, Any] = to_json(
+        {
+            "count": len(pixels),
+            "real_count": len(same.columns["features"]),
+            **_compared(made, same, None if spare is None else spare.among(labels), judged),
+            "means": None if classes is None else class_means(classes),
+            "classes": classes,
+        }
     )
-    inside = torch.cat([(d <= radii).any(dim=1) for d in _distances(points, centres)])
-    return statistics.proportion(int(inside.sum()), len(points))
+    return document
 
 
-def _distances(points: Tensor, centres: Tensor) -> Iterator[Tensor]:
-    """Euclidean distances to ``centres``, of some points at a time."""
-    for at in range(0, len(points), BLOCK):
-        yield torch.cdist(points[at : at + BLOCK], centres)
+def _checked(samples: Tensor, labels: Tensor | None, real: Images) -> tuple[Tensor, Tensor | None]:
+    """``samples`` as uint8, and ``labels`` as int64 on the CPU."""
+    if samples.ndim != 4 or not len(samples):
+        raise UserError(
+            f"samples must be (N, C, H, W) with N of 1 or more, not {tuple(samples.shape)}"
+        )
+    if bad := int((~samples.isfinite().flatten(1).all(dim=1)).sum()):
+        raise UserError(f"{bad} of {len(samples)} samples are not finite: leave them out")
+    if samples.dtype != torch.uint8:
+        samples = (255 * samples.clamp(0, 1)).round().byte()
+    own, shape = tuple(samples.shape[1:]), (real.channels, *real.image_size)
+    if own != shape:
+        raise UserError(
+            f"samples of shape {own} cannot be compared with images of {shape} "
+            f"({real.name!r}): take a data set of the same shape"
+        )
+    if labels is None:
+        return samples, None
+    labels = labels.cpu().long()
+    if labels.shape != (len(samples),):
+        raise UserError(
+            f"{len(samples)} samples need {len(samples)} labels, not {tuple(labels.shape)}"
+        )
+    if real.labels is None:
+        raise UserError(
+            f"the samples have labels and data set {real.name!r} has none: compare with a labelled "
+            "one, or leave the labels out"
+        )
+    if missing := sorted(set(labels.tolist()) - set(real.labels.tolist())):
+        raise UserError(
+            f"data set {real.name!r} has no image of label {missing[0]}, which samples were asked "
+            "for: take more images, or leave these samples out"
+        )
+    return samples, labels
+
+
+def by_class(
+    samples: Features, real: Features, others: Features | None, names: Sequence[str], judged: bool
+) -> list[dict[str, Any]]:
+    """One entry per label that was asked for.
+
+    Args:
+        samples: columns of `columns_of_images`, with labels.
+        real: likewise.
+        others: likewise, for the floor; None: halves of ``real``.
+        names: of the classes.
+        judged: whether the extractor's classes are these.
+
+    Returns:
+        ``label``, ``name``, what `measure_guided` says of all (but with an `Estimate` for each
+        estimate), and ``diversity``, a number, with ``diversity_interval``, of the choice of
+        samples alone.
+    """
+    assert samples.labels is not None
+    found = []
+    for label in torch.unique(samples.labels).tolist():
+        own = torch.tensor(label)
+        made, known = samples.among(own), real.among(own)
+        spare = None if others is None else others.among(own)
+        spread = mean_distance(known.columns["features"][:PAIRED])
+
+        def ratio(features: Tensor, spread: float = spread) -> float:
+            return mean_distance(features) / spread if spread else math.nan
+
+        diversity = statistics.jackknife(ratio, made.columns["features"])
+        found.append(
+            {
+                "label": label,
+                "name": names[label] if label < len(names) else str(label),
+                "count": len(made.columns["features"]),
+                "real_count": len(known.columns["features"]),
+                **_compared(made, known, spare, judged),
+                "diversity": diversity.value,
+                "diversity_interval": (diversity.low, diversity.high),
+            }
+        )
+    return found
+
+
+def class_means(classes: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Means over the entries of `by_class` that have a number, nan if none has: of ``frechet``,
+    ``kernel``, ``floor`` (its Frechet distance) and ``diversity``."""
+    rows = [
+        (c["frechet"].value, c["kernel"].value, c["floor"]["frechet"], c["diversity"])
+        for c in classes
+    ]
+    means = torch.tensor(rows, dtype=torch.float64).nanmean(dim=0).tolist()
+    return dict(zip(("frechet", "kernel", "floor", "diversity"), means, strict=True))
+
+
+def _compared(
+    samples: Features, real: Features, others: Features | None, judged: bool
+) -> dict[str, Any]:
+    """What is said of all samples and of those of one label alike; see `measure_guided`."""
+    made, known = samples.columns["features"], real.columns["features"]
+    spare, against = known[::2], known[1::2]
+    if others is not None:
+        spare, against = others.columns["features"], known
+    spare = spare[: len(made)]
+    accuracy = None
+    if judged and samples.labels is not None:
+        accuracy = statistics.accuracy(predict(samples.columns["logits"]) == samples.labels)
+    return {
+        "accuracy": accuracy,
+        "frechet": frechet(made, known),
+        "kernel": kernel_distance(made[:WHOLE], known[:WHOLE]),
+        "floor": {
+            "count": len(spare),
+            "frechet": frechet_distance(spare, against),
+            "kernel": kernel_distance(spare[:WHOLE], against[:WHOLE]).value,
+        },
+        "saturation": saturation(samples.columns, real.columns),
+        "energy_gap": energy_gap(samples, real),
+    }
+
+
+def columns_of_images(
+    x: Tensor,
+    extractor: Extractor,
+    energy_model: EnergyModel | None,
+    num_classes: int,
+    reading: EnergySource = "auto",
+) -> Columns:
+    """What all measures are made of, for images ``x`` (B, C, H, W) in [0, 1]: each (B, ...).
+
+    ``features`` and ``logits`` of the extractor; those of `pixel_columns`; ``energy`` E(x) in nats
+    and, where the model has ``num_classes`` labels, its ``log_posterior``.
+    """
+    columns = extractor.extract(x) | pixel_columns(x)
+    if energy_model is not None:
+        if energy_source(energy_model, reading) == "logits":
+            energy_model = LogitEnergy(energy_model)
+        found = energy_model.energies(x, 0.0)
+        columns["energy"] = -found.log_density
+        if num_classes and found.logits.shape[1] == num_classes:
+            columns["log_posterior"] = found.log_posterior()
+    return columns
+
+
+def pixel_columns(x: Tensor) -> Columns:
+    """``ends``, and ``colour`` of colour images, of ``x`` (B, C, H, W) in [0, 1]: each (B,)."""
+    values = (255 * x).round()
+    columns = {"ends": ((values <= 1) | (values >= 254)).float().flatten(1).mean(dim=1)}
+    if x.shape[1] == 3:
+        high, low = x.amax(dim=1), x.amin(dim=1)
+        share = torch.where(high > 0, (high - low) / high.clamp_min(1e-12), 0.0)
+        columns["colour"] = share.flatten(1).mean(dim=1)
+    return columns
+
+
+def saturation(samples: Columns, real: Columns) -> dict[str, Any]:
+    """``ends`` and ``colour`` (None for gray images), each of ``samples`` and ``real``."""
+    return {
+        name: {"samples": statistics.mean(samples[name]), "real": statistics.mean(real[name])}
+        if name in samples
+        else None
+        for name in ("ends", "colour")
+    }
+
+
+def energy_gap(samples: Features, real: Features) -> dict[str, Any] | None:
+    """``energy`` and ``joint_energy``: means of samples minus those of real images of their labels.
+
+    Without labels, of all. None where there are no energies, or no labels that the model knows.
+    """
+    (made, asked), (known, labels) = samples, real
+    if "energy" not in made:
+        return None
+    labelled = asked is not None and labels is not None
+    if asked is None or labels is None:
+        asked, labels = (torch.zeros(len(c["energy"]), dtype=torch.int64) for c in (made, known))
+    joint = None
+    if labelled and "log_posterior" in made:
+        a, b = (
+            c["energy"] - c["log_posterior"].gather(1, own[:, None]).squeeze(1)
+            for c, own in ((made, asked), (known, labels))
+        )
+        joint = _stratified(a, asked, b, labels)
+    gap = _stratified(made["energy"], asked, known["energy"], labels)
+    return {"energy": gap, "joint_energy": joint}
+
+
+def _stratified(made: Tensor, asked: Tensor, known: Tensor, labels: Tensor) -> Estimate:
+    """Mean over samples of their value minus the real mean of their label, with its interval."""
+    made, known, total = made.double(), known.double(), len(made)
+    rest, error, inner = torch.empty_like(made), 0.0, 0.0
+    groups = sorted(set(asked.tolist()))
+    for label in groups:
+        own, base = asked == label, known[labels == label]
+        if not len(base):
+            return statistics.without_interval(math.nan, total)
+        rest[own] = made[own] - base.mean()
+        variance = float(base.var()) if len(base) > 1 else math.nan
+        error += (int(own.sum()) / total) ** 2 * variance / len(base)
+        inner = variance / len(base)
+    value = float(rest.mean())
+    if total < 2:
+        return statistics.without_interval(value, total)
+    spread, freedom = float(rest.var()) / total, float(total - 1)
+    if len(groups) == 1 and spread + inner > 0:  # Welch's
+        count = int((labels == groups[0]).sum())
+        freedom = (spread + inner) ** 2 / (spread**2 / (total - 1) + inner**2 / max(1, count - 1))
+    return statistics.student(value, math.sqrt(spread + error), freedom, total)

@@ -2,8 +2,8 @@ r"""Suite ``generation``: how far samples are from real images, as a network see
 
 The samples are in an HDF5 file of `ebmkit sample` (its format, and the measures' names, are in
 docs/guide/generation.md). The real images, the *reference*, are those evaluated. An extractor
-(`ebmkit.evaluation.features`) gives features and class probabilities of both,
-the measures, and `ebmkit.evaluation.guided` what is said by class.
+gives features and class probabilities of both, and `ebmkit.evaluation.features` the measures of
+all samples and of those of each class.
 
 A distance of few images is biased. So the same is measured of as many other real images as there
 are samples, from the other split of the data set where it is found, else of halves of the reference
@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,31 +26,32 @@ from rich.table import Table
 from torch import Tensor
 
 from ebmkit import plots
+from ebmkit.compile import unwrapped
 from ebmkit.data import DATASETS, ImageSet, load_dataset
 from ebmkit.data.hdf5 import read_contents
 from ebmkit.energy import EnergyModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation import statistics
-from ebmkit.evaluation.context import Batch, EvaluationContext, Images
 from ebmkit.evaluation.features import (
-    Extractor,
-    find_extractor,
-    inception_score,
-    kernel_distance,
-    precision_recall,
-    same_weights,
-)
-from ebmkit.evaluation.guided import (
+    KINDS,
     Columns,
+    Extractor,
     Features,
     by_class,
     class_means,
     columns_of_images,
     energy_gap,
+    find_extractor,
     frechet,
+    inception_score,
+    kernel_distance,
+    precision_recall,
     saturation,
 )
 from ebmkit.evaluation.suite import (
+    Batch,
+    EvaluationContext,
+    Images,
     Suite,
     SuiteConfig,
     add_note,
@@ -107,7 +108,6 @@ def read_samples(path: Path, like: Images, setting: str = "generation.samples") 
         UserError: if the file is missing, damaged, or none of `ebmkit sample`'s, its images have
             another shape, or none is finite.
     """
-
     what = repr(str(path))
     if not path.is_file():
         raise UserError(
@@ -139,19 +139,18 @@ def read_samples(path: Path, like: Images, setting: str = "generation.samples") 
         with contextlib.suppress(ValueError):  # it stays text
             said["settings"] = json.loads(said["settings"])
     digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()[:8]
-    count = int(finished.sum())
-    description = {"file": path.name, "fingerprint": digest}
+    description: dict[str, Any] = {"file": path.name, "fingerprint": digest}
     description |= {name: value for name, value in said.items() if value is not None}
+    description |= {"count": int(finished.sum()), "left_out": int((~finished).sum())}
     return Generated(
         rearrange(images, "n h w c -> n c h w").contiguous()[finished],
         None if contents.labels is None else contents.labels[finished],
-        description | {"count": count, "left_out": len(images) - count},
+        description,
     )
 
 
 def other_split(images: Images, data_dir: Path | None) -> Images | None:
     """Training images of the data set of ``images`` (test images, if it is those), if found."""
-
     if images.name not in DATASETS:
         return None
     sized = images.name in ("folder", "imagenet", "patches")
@@ -199,41 +198,37 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
     Raises:
         UserError: if a sample or a feature is missing or not finite.
     """
-
     images, generated, extractor = context.images, _samples(context), _extractor(context)
     model = context.model if isinstance(context.model, EnergyModel) else None
 
-    def features(of: Images) -> Features:
-        def see(batch: Batch) -> Columns:
-            return columns_of_images(batch.x, extractor, model, images.num_classes)
+    def see(batch: Batch) -> Columns:
+        return columns_of_images(batch.x, extractor, model, images.num_classes)
 
-        labels = None if of.labels is None else of.labels.cpu()
-        return Features(context.columns(0.0, see, of), labels)
+    def features(of: Images, labels: Tensor | None) -> Features:
+        return Features(context.columns(0.0, see, of), None if labels is None else labels.cpu())
 
-    samples = features(ImageSet(generated.images, name="samples", split="test"))
-    samples = samples._replace(labels=generated.labels)
-    real = features(images)
+    made = ImageSet(generated.images, name="samples", split="test")
+    samples, real = features(made, generated.labels), features(images, images.labels)
     other, spare = other_split(images, context.data_dir), None
     if other is not None:
-        few = other.first(len(generated.images))
-        spare = features(few)
-        floor, against, of = spare.columns, real.columns, f"{few.split} images"
+        other = other.first(len(generated.images))
+        spare = features(other, other.labels)
+        floor, against, of = spare.columns, real.columns, f"{other.split} images"
     else:
         context.skip(len(images))
         floor, against = ({n: c[k::2] for n, c in real.columns.items()} for k in (0, 1))
         of = "half of the reference, against the other half"
-    sets = {"samples": samples.columns, "reference": real.columns, "floor": floor}
-    for name, own in sets.items():
+    for name, own in (("samples", samples.columns), ("reference", real.columns), ("floor", floor)):
         if not (own["features"].isfinite().all() and own["logits"].isfinite().all()):
             raise UserError(
                 f"generation: the extractor gives values that are not finite of the {name}: "
                 "name another by generation.extractor"
             )
-    judged = extractor.model is not None and extractor.model.num_classes == images.num_classes
     known = samples._replace(labels=None)
     if samples.labels is not None and real.labels is not None:
         known = samples if torch.isin(samples.labels, real.labels).all() else known
     accuracy = labels = None
+    judged = extractor.model is not None and extractor.model.num_classes == images.num_classes
     if judged and real.labels is not None:
         accuracy = statistics.accuracy(real.columns["logits"].argmax(dim=1) == real.labels)
         if samples.labels is not None:
@@ -267,110 +262,92 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
 def _measures(samples: Columns, real: Columns, extractor: Extractor) -> dict[str, Any]:
     """By the extractor's names, each with its interval."""
     a, b = samples["features"], real["features"]
-    precision, recall = precision_recall(a, b)
-    found = {
-        "frechet": frechet(a, b),
-        "kernel": kernel_distance(a, b),
-        "score": statistics.jackknife(inception_score, samples["logits"]),
-        "precision": precision,
-        "recall": recall,
-    }
-    return {extractor.names[kind]: estimate for kind, estimate in found.items()}
+    score = statistics.jackknife(inception_score, samples["logits"])
+    found = (frechet(a, b), kernel_distance(a, b), score, *precision_recall(a, b))
+    return {extractor.names[kind]: each for kind, each in zip(KINDS, found, strict=True)}
 
 
 def _warnings(
     context: EvaluationContext, extractor: Extractor, generated: Generated, document: dict[str, Any]
 ) -> list[str]:
-    found, names = [], extractor.names
-    least = min(len(generated.images), len(context.images))
-    width = document["extractor"]["features"]
-    if least < ENOUGH * width:
-        found.append(
-            f"{least} images are few for {width} features: {names['frechet']} is biased upwards; "
-            "read it beside the floor, and compare with none of other numbers of images"
-        )
-    if left_out := generated.description["left_out"]:
-        total = left_out + len(generated.images)
-        found.append(f"{left_out} of {total} samples were not finite and are left out")
-    if same_weights(extractor, context.model):
-        found.append(
-            "the classifier is the model evaluated, so it does not judge independently: train "
-            "another by ce alone"
-        )
-    if extractor.kind == "inception" and min(context.images.image_size) < 32:
-        height, width = context.images.image_size
-        found.append(
-            f"Inception was trained on photographs, and these images have {height}x{width} pixels: "
-            "a classifier trained on such images says more"
-        )
-    if generated.labels is not None and document["labels"] is None:
-        found.append(
-            "the samples have labels that were asked for; to see whether they show them, name a "
-            "classifier of the same classes by generation.extractor"
-        )
-    return found
+    """The sentences of what holds."""
+    least, width = (
+        min(len(generated.images), len(context.images)),
+        document["extractor"]["features"],
+    )
+    left_out = generated.description["left_out"]
+    (high, wide), same = context.images.image_size, False
+    if extractor.model is not None:
+        own, other = extractor.model.state_dict(), unwrapped(context.model).state_dict()
+        same = own.keys() == other.keys() and all(torch.equal(own[k], other[k]) for k in own)
+    cases = {
+        f"{least} images are few for {width} features: {extractor.names['frechet']} is biased "
+        "upwards; read it beside the floor, and compare with none of other numbers of images": (
+            least < ENOUGH * width
+        ),
+        f"{left_out} of {left_out + len(generated.images)} samples were not finite and are left "
+        "out": left_out > 0,
+        "the classifier is the model evaluated, so it does not judge independently: train another "
+        "by ce alone": same,
+        f"Inception was trained on photographs, and these images have {high}x{wide} pixels: a "
+        "classifier trained on such images says more": (
+            extractor.kind == "inception" and min(high, wide) < 32
+        ),
+        "the samples have labels that were asked for; to see whether they show them, name a "
+        "classifier of the same classes by generation.extractor": (
+            generated.labels is not None and document["labels"] is None
+        ),
+    }
+    return [sentence for sentence, holds in cases.items() if holds]
 
 
 FORMS = {"kernel": "{:.4g}", "precision": "{:.1%}", "recall": "{:.1%}"}
 
 
 def table(document: dict[str, Any]) -> Table:
-    """Every measure, with its interval, beside the floor; then label accuracy."""
+    """Every measure, with its interval, beside the floor; then label accuracy and what is measured
+    by class, if labels were asked for; saturation; energy gap."""
     count, floor = document["samples"]["count"], document["floor"]
     result = new_table(document, ("measure", f"{count} samples", "95 % interval", "real images"))
+
+    def row(name: str, own: dict[str, Any], form: str, real: str = "") -> None:
+        result.add_row(name, number(own, form), interval(own, form), real)
+
     kinds = {name: kind for kind, name in document["names"].items()}
     for name, found in document["measures"].items():
         form = FORMS.get(kinds[name], "{:.2f}")
-        result.add_row(name, number(found, form), interval(found, form), number(floor[name], form))
-    for row in _more_rows(document):
-        result.add_row(*row)
-    add_note(result, "\n".join(described(document)))
-    return result
-
-
-def _more_rows(document: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
-    """Label accuracy and what is measured by class, if labels were asked for; saturation; energy
-    gap."""
-
-    def row(name: str, own: dict[str, Any], form: str, real: str = "") -> tuple[str, str, str, str]:
-        return name, number(own, form), interval(own, form), real
-
+        row(name, found, form, number(floor[name], form))
     if labels := document["labels"]:
         whole, means = labels["accuracy"], labels["means"]
         real = number(document["extractor"]["accuracy"] or whole, "{:.1%}")
-        yield row("label accuracy", whole, "{:.1%}", real)
+        row("label accuracy", whole, "{:.1%}", real)
         worst = min(labels["classes"], key=lambda c: c["accuracy"]["value"])
-        yield row(f"worst class: {worst['name']}", worst["accuracy"], "{:.1%}")
+        row(f"worst class: {worst['name']}", worst["accuracy"], "{:.1%}")
         name = f"{document['names']['frechet']} within classes"
-        yield name, number(means["frechet"], "{:.2f}"), "-", number(means["floor"], "{:.2f}")
-        yield "diversity", number(means["diversity"], "{:.2f}"), "-", "1.00"
-    words = {"ends": "black or white", "colour": "HSV saturation"}
-    for name, found in document["saturation"].items():
-        if found is not None:
-            yield row(words[name], found["samples"], "{:.1%}", number(found["real"], "{:.1%}"))
-    words = {"energy": "E(x) gap, nats", "joint_energy": "E(x,y) gap, nats"}
-    for name, own in (document["energy_gap"] or {}).items():
-        if own is not None:
-            yield row(words[name], own, "{:+.3g}", "0")
-
-
-def described(document: dict[str, Any]) -> list[str]:
-    """What must be known to read the measures: samples, reference, extractor."""
-    samples, extractor, floor = (document[k] for k in ("samples", "extractor", "floor"))
+        own, real = (number(means[kind], "{:.2f}") for kind in ("frechet", "floor"))
+        result.add_row(name, own, "-", real)
+        result.add_row("diversity", number(means["diversity"], "{:.2f}"), "-", "1.00")
+    for kind, name in (("ends", "black or white"), ("colour", "HSV saturation")):
+        if sets := document["saturation"][kind]:
+            row(name, sets["samples"], "{:.1%}", number(sets["real"], "{:.1%}"))
+    for kind, name in (("energy", "E(x) gap, nats"), ("joint_energy", "E(x,y) gap, nats")):
+        if gap := (document["energy_gap"] or {}).get(kind):
+            row(name, gap, "{:+.3g}", "0")
+    samples, extractor = document["samples"], document["extractor"]
     left = f", {samples['left_out']} not finite left out" if samples["left_out"] else ""
-    chosen = samples.get("filter")
-    filtered = f", filter: {chosen}" if chosen else ", no filter"
+    chosen = f"filter: {samples['filter']}" if samples.get("filter") else "no filter"
     by = "Inception of 2015 (torch-fidelity)"
     if extractor["kind"] == "classifier":
         known = extractor["accuracy"]
         right = f", {known['value']:.1%} right on the reference" if known else ""
         by = f"the classifier of run {extractor['run']}{right}"
-    reference = f"{document['dataset']} {document['split']}, {document['images']} images"
-    return [
-        f"samples: {samples['count']}, {samples['source']}{left}{filtered}",
-        f"reference: {reference}; extractor: {by}",
+    add_note(
+        result,
+        f"samples: {count}, {samples['source']}{left}, {chosen}\n"
+        f"reference: {plots.images_of(document)}; extractor: {by}\n"
         f"real images: {floor['count']}, {floor['of']}",
-    ]
+    )
+    return result
 
 
 COLUMNS = 6
@@ -383,18 +360,15 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
     ((real, _),) = context.images.first(SHOWN).batches(SHOWN)
     labels = [] if generated.labels is None else generated.labels[:SHOWN].tolist()
     below = [class_name(context.images, label) for label in labels] or [""] * SHOWN
-    cells: list[tuple[Tensor | None, str]] = [
-        *zip(generated.images[:SHOWN] / 255, below, strict=False)
+    made, none = generated.images[:SHOWN] / 255, [(None, "")] * SHOWN
+    blocks: list[list[tuple[Tensor | None, str]]] = [
+        [*zip(made, below, strict=False), *none],
+        [*((image, "") for image in real), *none],
     ]
-    others: list[tuple[Tensor | None, str]] = [(image, "") for image in real]
-    lines = range(0, max(len(cells), len(others)), COLUMNS)
-    blocks = [
-        [(*own[k : k + COLUMNS], *[(None, "")] * COLUMNS)[:COLUMNS] for k in lines]
-        for own in (cells, others)
-    ]
+    lines = range(0, max(len(made), len(real)), COLUMNS)
     samples, floor = document["samples"], document["floor"]
     plots.image_rows(
-        [[*left, *right] for left, right in zip(*blocks, strict=True)],
+        [[cell for block in blocks for cell in block[k : k + COLUMNS]] for k in lines],
         [""] * (2 * COLUMNS),
         folder / "generation.png",
         {

@@ -40,9 +40,11 @@ from torch.autograd.functional import jvp, vjp
 from ebmkit import plots
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.evaluation import statistics
-from ebmkit.evaluation.context import SIGMAS, Batch, EvaluationContext
 from ebmkit.evaluation.statistics import Estimate
 from ebmkit.evaluation.suite import (
+    SIGMAS,
+    Batch,
+    EvaluationContext,
     Several,
     Suite,
     SuiteConfig,
@@ -52,7 +54,7 @@ from ebmkit.evaluation.suite import (
     number,
 )
 from ebmkit.models import GradResNet, JointModel, LinearQuadraticHead
-from ebmkit.models.norms import GroupNorm
+from ebmkit.models.layers import GroupNorm
 from ebmkit.noise import Sigma, in_255ths
 
 SHOWN = {
@@ -239,39 +241,35 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
 
 
 def _level(columns: dict[str, Tensor], seed: int) -> dict[str, Any]:
-    names = ("error", "unexplained", "explained")
-    level: dict[str, Any] = {name: statistics.mean(columns[name]) for name in names}
-    error = statistics.finite(level["error"].value)
-    if not error or error < ROUNDING:
-        level["explained"] = None
-    moved = columns["moved"]
-    level["of_change"] = _pooled(columns["of_change"].square() * moved, moved, seed, math.sqrt, 0)
+    def pooled(
+        top: Tensor,
+        bottom: Tensor,
+        of_ratio: Callable[[float], float] = float,
+        lowest: float = -math.inf,
+    ) -> Estimate:
+        """``of_ratio`` of the sum of ``top`` (n,) by that of ``bottom`` (n,), no end below
+        ``lowest``; undefined (nan) where the latter is 0, its interval for a single image."""
+        over, under = top.numpy(), bottom.numpy()
+
+        def ratio(rows: NDArray[np.intp]) -> float:
+            whole = float(under[rows].sum())
+            return of_ratio(float(over[rows].sum()) / whole) if whole else math.nan
+
+        if len(under) < 2:
+            return statistics.without_interval(ratio(np.arange(len(under))), len(under))
+        return statistics.bootstrap(ratio, len(under), seed, lowest=lowest)
+
+    means = {n: statistics.mean(columns[n]) for n in ("error", "unexplained", "explained")}
+    error, moved = statistics.finite(means["error"].value), columns["moved"]
     missing = (2 - columns["degree"]) * moved  # <D - J y, D - y>
-    level["degree"] = _pooled(missing, moved, seed, lambda ratio: 2 - ratio)
-    level["euler_degree"] = None
-    if "log_density" in columns and columns["log_density"].any():
-        level["euler_degree"] = _pooled(columns["along"], columns["log_density"], seed)
-    return level
-
-
-def _pooled(
-    top: Tensor,
-    bottom: Tensor,
-    seed: int,
-    of_ratio: Callable[[float], float] = float,
-    lowest: float = -math.inf,
-) -> Estimate:
-    """``of_ratio`` of the sum of ``top`` (n,) by that of ``bottom`` (n,), no end below ``lowest``;
-    undefined (nan) where the latter is 0, its interval for a single image."""
-    over, under = top.numpy(), bottom.numpy()
-
-    def ratio(rows: NDArray[np.intp]) -> float:
-        whole = float(under[rows].sum())
-        return of_ratio(float(over[rows].sum()) / whole) if whole else math.nan
-
-    if len(under) < 2:
-        return statistics.without_interval(ratio(np.arange(len(under))), len(under))
-    return statistics.bootstrap(ratio, len(under), seed, lowest=lowest)
+    density = columns.get("log_density", torch.zeros(1))
+    return {
+        **means,
+        "explained": means["explained"] if error and error >= ROUNDING else None,
+        "of_change": pooled(columns["of_change"].square() * moved, moved, math.sqrt, 0),
+        "degree": pooled(missing, moved, lambda ratio: 2 - ratio),
+        "euler_degree": pooled(columns["along"], density) if density.any() else None,
+    }
 
 
 def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:
@@ -353,8 +351,7 @@ def linearity_grid(cells: Sequence[dict[str, Any]], path: Path, data: str = "") 
 
 def _log_limits(estimates: Sequence[dict[str, Any]]) -> tuple[float, float]:
     """What is drawn of ``estimates`` on a logarithmic axis, on which an interval may reach 0."""
-    values = [e["value"] for e in estimates if e["value"]]
-    highs = [e["high"] for e in estimates if e["high"]]
+    values, highs = ([e[key] for e in estimates if e[key]] for key in ("value", "high"))
     return min(values, default=0.1) / 5, max([*values, *highs], default=1.0)
 
 

@@ -1,8 +1,14 @@
 r"""Suite ``ood``: whether the model knows images of its distribution from others.
 
-In distribution are the images evaluated; out of it are the images of each of several sets
-(`ebmkit.evaluation.ood_sets`). Each image x of d values gets scores, higher meaning "in". JEM's
-three (arXiv 1912.03263, section 5.2):
+In distribution are the images evaluated; out of it are the images of each of several sets: other
+data sets, and what is made of the images or of nothing. A made set has as many images as it is made
+of, each a function of the seed and of its number alone, so that neither batches nor processes
+change it. Of files, all images are taken up to that number, in the order of their names, and
+brought to the model's size and channels by one rule: the shorter side resized (bicubic), the middle
+cut out; gray repeated to colour, colour weighted to gray.
+
+Each image x of d values gets scores, higher meaning "in". JEM's three (arXiv 1912.03263, section
+5.2):
 
 - ``log-density``: :math:`\log p(x)`, up to one constant, nats;
 - ``confidence``: :math:`\max_c p(c \mid x)`;
@@ -13,9 +19,8 @@ With the score s(y) and fixed noise :math:`\epsilon_1, \dots, \epsilon_n` for ea
 level sigma,
 
 - ``residual``: :math:`-\frac1n \sum_i \|\sigma s(y_i) + \epsilon_i\|^2 / d`, minus the loss of
-  denoising score matching at this one image: its denoising error over :math:`\sigma^2 d`.
-  Integrated over :math:`\log\sigma` these errors are the negative log-likelihood up to a constant
-  (Kong et al., arXiv 2302.03792), so each level is a share of it;
+  denoising score matching at this one image. Integrated over :math:`\log\sigma` it is the
+  log-likelihood up to a constant (Kong et al., arXiv 2302.03792), so each level is a share of it;
 - ``noise-level``: :math:`-\bigl|\log\bigl(\frac1n \sum_i \|\sigma s(y_i)\|^2 / d\bigr)\bigr|`.
   A model that knows such images reads off the noise level that is there, and
   :math:`\|\sigma s\|^2` is near d: a test of typicality and not of likelihood;
@@ -40,10 +45,11 @@ resampled apart.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -52,13 +58,19 @@ from rich.table import Table
 from torch import Tensor
 
 from ebmkit import plots
+from ebmkit.data import AnyImages, StreamedSet, load_dataset
+from ebmkit.data.folders import SUFFIXES, find_images, to_pixels
+from ebmkit.data.hdf5 import load_rows, read_contents
+from ebmkit.data.images import MAX_PIXELS_IN_SET, open_image
 from ebmkit.energy import EnergyModel, LogDensity, ScoreModel, classifies
+from ebmkit.errors import UserError, unknown_name
 from ebmkit.evaluation import statistics
-from ebmkit.evaluation.context import Batch, EvaluationContext
-from ebmkit.evaluation.ood_sets import OutSet, find_set, standard_sets
 from ebmkit.evaluation.statistics import LEVEL, Estimate
 from ebmkit.evaluation.suite import (
+    Batch,
     Distinct,
+    EvaluationContext,
+    Images,
     Positive,
     Several,
     Suite,
@@ -71,7 +83,8 @@ from ebmkit.evaluation.suite import (
     unique_name,
 )
 from ebmkit.noise import Sigma, format_sigma
-from ebmkit.randomness import image_noise
+from ebmkit.randomness import image_noise, keyed_generator
+from ebmkit.storage.hdf5 import holds, open_hdf5
 
 BINS = 40
 SHOWN = 8
@@ -87,6 +100,193 @@ class OodConfig(SuiteConfig):
     """noise levels of the scores on noisy images, image units"""
     draws: Positive = 4
     """number of noise draws per image and level"""
+
+
+class OutSet(NamedTuple):
+    """A set of images out of distribution: its name, one line on it, and the images, of the model's
+    size and channels."""
+
+    name: str
+    description: str
+    images: Images
+
+
+def _gaussian(x: Tensor, generator: torch.Generator) -> Tensor:
+    std, mean = torch.std_mean(x, dim=(1, 2), keepdim=True)
+    return (mean + std * torch.randn(x.shape, generator=generator)).clamp(0, 1)
+
+
+def _shuffled(x: Tensor, generator: torch.Generator) -> Tensor:
+    order = torch.randperm(x[0].numel(), generator=generator)
+    return x.flatten(1)[:, order].reshape(x.shape)
+
+
+GENERATORS: dict[str, tuple[Callable[[Tensor, torch.Generator], Tensor], str]] = {
+    "constant": (
+        lambda x, generator: torch.rand(len(x), 1, 1, generator=generator).expand(x.shape),
+        "one gray or colour all over",
+    ),
+    "uniform": (
+        lambda x, generator: torch.rand(x.shape, generator=generator),
+        "each value uniform in [0, 1]",
+    ),
+    "gaussian": (_gaussian, "normal noise of each image's mean and deviation, clipped"),
+    "inverted": (lambda x, generator: 1 - x, "1 - x"),
+    "shuffled": (_shuffled, "the pixels of each image in random order"),
+}
+"""Made sets: an image (C, H, W) from one of the distribution and random numbers."""
+
+MADE = ("interpolations", *GENERATORS)
+"""Sets that are made here."""
+
+NAMED = ("cifar10", "cifar100", "digits", "patches")
+"""Data sets that are found by their name: their test images."""
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Gives images (B, C, H, W) by their numbers."""
+
+    images: Callable[[Sequence[int]], Tensor]
+
+    def read(self, rows: Sequence[int]) -> Tensor:
+        return self.images(rows)
+
+
+class _MadeSet(StreamedSet):
+    """A set whose reader gives float32 in [0, 1]."""
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        for start in range(0, len(self), size):
+            yield self.reader.read(self.rows[start : start + size].tolist()), None
+
+
+def _made(name: str, source: Images, seed: int) -> Images:
+    """Images made one by one of those of ``source``."""
+
+    def originals(numbers: Sequence[int]) -> Tensor:
+        ((x, _),) = source.select(torch.as_tensor(numbers)).batches(len(numbers))
+        return x
+
+    def read(numbers: Sequence[int]) -> Tensor:
+        if name == "interpolations":
+            return (originals(numbers) + originals([other[k] for k in numbers])) / 2
+        generators = [keyed_generator("cpu", "ood", name, seed, k) for k in numbers]
+        pairs = zip(originals(numbers).cpu(), generators, strict=True)
+        return torch.stack([GENERATORS[name][0](x, generator) for x, generator in pairs])
+
+    other = partners(source.labels, len(source)) if name == "interpolations" else []
+    shape = source.channels, source.image_size
+    return _MadeSet(_Reader(read), torch.arange(len(source)), *shape, name=name, split="test")
+
+
+def partners(labels: Tensor | None, count: int) -> list[int]:
+    """For each of ``count`` images the next one, cyclic, with another label (if there are labels).
+
+    Raises:
+        UserError: if there is none.
+    """
+    own = list(range(count)) if labels is None else labels.tolist()
+    if len(set(own)) < 2:
+        raise UserError(
+            f"interpolations are means of two images of different classes, and all {count} are of "
+            "one: leave interpolations out of ood.sets, or take more images"
+        )
+    after: list[int] = [0] * (2 * count)
+    for i in reversed(range(2 * count - 1)):
+        same = own[(i + 1) % count] == own[i % count]
+        after[i] = after[i + 1] if same and after[i + 1] else i + 1
+    return [after[i] % count for i in range(count)]
+
+
+def standard_sets(images: Images, data_dir: Path | None) -> list[str]:
+    """What ``auto`` stands for: CIFAR-100 beside CIFAR-10 where it is found, and made sets."""
+    if images.name != "cifar10":
+        return list(MADE)
+    where = data_dir or Path("data")
+    there = (where / "cifar-100-python").is_dir() or (where / "cifar100-test.h5").is_file()
+    return [*(["cifar100"] if there else []), *MADE[:4]]
+
+
+def find_set(name: str, images: Images, data_dir: Path | None, seed: int) -> OutSet:
+    """The set ``name`` out of the distribution of ``images``.
+
+    Args:
+        name: one of `MADE` or `NAMED`, an image folder, or an HDF5 file with images (N, H, W, C)
+            uint8 at its root or in the group ``test``.
+        images: what the model is at home with; the set has no more, of the same shape.
+        data_dir: where data sets are looked for.
+        seed: of made sets.
+
+    Raises:
+        UserError: if there is no such set, or its files cannot be read.
+    """
+    if name in MADE:
+        classes = "" if images.labels is None else " of different classes"
+        description = GENERATORS.get(name, (None, f"means of two images{classes}"))[1]
+        return OutSet(name, description, _made(name, images, seed))
+    if name in NAMED:
+        if name == images.name:
+            raise UserError(f"ood.sets: {name!r} is the data set that is evaluated: name another")
+        own = load_dataset(name, data_dir, "test", download=False, progress=False)
+        return OutSet(name, f"{name} test images", _reshaped(own, images))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return OutSet(path.name, f"images in the folder {path.name}", _folder(path, images))
+    if path.is_file():
+        return OutSet(path.name, f"images in the file {path.name}", _file(path, images))
+    if os.sep in name or path.suffix:
+        raise UserError(f"ood.sets: there is no folder or HDF5 file {name!r}")
+    raise unknown_name("set out of distribution", name, ["auto", *MADE, *NAMED])
+
+
+def _reshaped(other: AnyImages, like: Images) -> Images:
+    """The first images of ``other``, of the shape of ``like``."""
+    other = other.first(len(like))
+    if (other.channels, other.image_size) == (like.channels, like.image_size):
+        return replace(other, labels=None, class_names=())
+    from PIL import Image
+
+    def read(row: int) -> Any:
+        (pixels,), _ = other.read([row])
+        array = pixels.movedim(0, -1).numpy()
+        return Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array)
+
+    return _fitted(other.name, len(other), read, like)
+
+
+def _folder(root: Path, like: Images) -> Images:
+    names = find_images(root, root, ask="copy it into the folder, or make a folder without links")
+    files = sorted(root / name for name in names)
+    if not files:
+        raise UserError(f"{str(root)!r} holds no images: put files ending in {SUFFIXES} there")
+
+    def read(row: int) -> Any:
+        opened = open_image(files[row], MAX_PIXELS_IN_SET)
+        if opened.is_16_bit:
+            raise UserError(f"{str(files[row])!r} has 16 bits: convert it to 8")
+        return opened.image
+
+    return _fitted(root.name, min(len(files), len(like)), read, like)
+
+
+def _file(path: Path, like: Images) -> Images:
+    with open_hdf5(path) as file:
+        groups = [] if holds(file, "images") else ["test", "train"]
+        group = next((g for g in groups if holds(file, g)), "")
+    contents = read_contents(path, group)
+    rows = torch.arange(min(contents.shape[0], len(like)))
+    return _reshaped(load_rows(path.name, "test", contents, rows), like)
+
+
+def _fitted(name: str, count: int, read: Callable[[int], Any], like: Images) -> StreamedSet:
+    """``count`` images that ``read`` opens by their number, of the shape of ``like``."""
+    shape = like.channels, like.image_size
+
+    def pixels(rows: Sequence[int]) -> Tensor:
+        return torch.stack([to_pixels(read(row), *shape) for row in rows])
+
+    return StreamedSet(_Reader(pixels), torch.arange(count), *shape, name=name, split="test")
 
 
 CLEAN = {
@@ -146,11 +346,10 @@ def scores_of(
                 row["noisy-density"], score = model.density_and_score(y, sigma)
             else:
                 score = model.score(y, sigma)
-            row["residual"] = (sigma * score + eps).flatten(1).square().mean(dim=1)
+            row["residual"] = -(sigma * score + eps).flatten(1).square().mean(dim=1)
             row["noise-level"] = (sigma * score).flatten(1).square().mean(dim=1)
             rows.append(row)
         means = {name: torch.stack([row[name] for row in rows]).mean(dim=0) for name in rows[0]}
-        means["residual"] = -means["residual"]
         means["noise-level"] = -means["noise-level"].log().abs()
         found |= {_at(name, sigma): means[name] for name in NOISY if name in means}
     return found
@@ -171,14 +370,8 @@ Counts = NDArray[np.float64]
 def detection(
     inside: Tensor, outside: Tensor, seed: int = 0, resamples: int = 400
 ) -> dict[str, Estimate]:
-    """`METRICS` of finite scores ``inside`` (n,) and ``outside`` (m,), with 95 % intervals.
-
-    Args:
-        inside: of images in distribution.
-        outside: of images out of it.
-        seed: of the bootstrap.
-        resamples: how many.
-    """
+    """`METRICS` of finite scores ``inside`` (n,) of images in distribution and ``outside`` (m,) of
+    others, with 95 % intervals of the bootstrap by ``seed``, of so many ``resamples``."""
     scores = torch.cat([inside, outside]).double().cpu().numpy()
     levels, place = np.unique(scores, return_inverse=True)
     parts = np.split(place, [len(inside)])
@@ -204,44 +397,35 @@ def _of_counts(inside: Counts, outside: Counts) -> list[float]:
     """`METRICS` where level k of the score, from low to high, has so many images in and out."""
     n, m = inside.sum(), outside.sum()
     below = outside.cumsum() - outside
-    auroc = float(inside @ (below + outside / 2)) / (n * m)
     hits, misses = inside[::-1].cumsum(), outside[::-1].cumsum()
     first = int(np.argmax(hits >= TPR * n - 1e-9))
+
+    def average_precision(positive: Counts, negative: Counts) -> float:
+        taken = np.maximum((positive + negative).cumsum(), 1)
+        return float(positive @ (positive.cumsum() / taken) / positive.sum())
+
     return [
-        auroc,
-        _average_precision(inside[::-1], outside[::-1]),
-        _average_precision(outside, inside),
+        float(inside @ (below + outside / 2)) / (n * m),
+        average_precision(inside[::-1], outside[::-1]),
+        average_precision(outside, inside),
         float(misses[first] / m),
     ]
 
 
-def _average_precision(positive: Counts, negative: Counts) -> float:
-    """Over thresholds from the first level to the last."""
-    hits, taken = positive.cumsum(), (positive + negative).cumsum()
-    precision = hits / np.maximum(taken, 1)
-    return float(positive @ precision / positive.sum())
-
-
 def find_sets(context: EvaluationContext) -> list[OutSet]:
-    """The sets that the settings name.
-
-    Raises:
-        UserError: if one is not there, or cannot be made of these images.
-    """
+    """The sets that the settings name; `UserError` if one is not there, or cannot be made."""
     found: dict[str, OutSet] = {}
     for name in _names(context):
         own = find_set(name, context.images, context.data_dir, context.seed)
         label = unique_name(own.name, {"in", *found})  # folders of one name in two places
-        found[label] = replace(own, name=label)
+        found[label] = own._replace(name=label)
     return list(found.values())
 
 
 def _names(context: EvaluationContext) -> list[str]:
-    names: list[str] = []
-    for name in context.option(OodConfig).sets:
-        auto = name == "auto"
-        names += standard_sets(context.images, context.data_dir) if auto else [name]
-    return list(dict.fromkeys(names))
+    groups = {"auto": standard_sets(context.images, context.data_dir)}
+    names = context.option(OodConfig).sets
+    return list(dict.fromkeys(own for name in names for own in groups.get(name, [name])))
 
 
 def measure(context: EvaluationContext) -> dict[str, Any]:
@@ -358,10 +542,11 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
 def _plot_auroc(document: dict[str, Any], path: Path) -> None:
     """AUROC of every set (row) by every score (column); 50 % is a score that knows nothing."""
     sets, scores = document["sets"], list(document["scores"])
-    found = [
-        [s["scores"][k] or {"auroc": {"value": np.nan}} for k in scores] for s in sets.values()
+    unknown = {"auroc": {"value": np.nan}}
+    values = [
+        [100 * (found["scores"][k] or unknown)["auroc"]["value"] for k in scores]
+        for found in sets.values()
     ]
-    values = [[100 * measures["auroc"]["value"] for measures in row] for row in found]
     size = 3.2 + 0.72 * len(scores), 2.3 + 0.42 * len(sets)
     figure = plots.new_figure(*size, layout="constrained")
     axes = figure.add_subplot()
@@ -375,6 +560,10 @@ def _plot_auroc(document: dict[str, Any], path: Path) -> None:
 
 def _plot_histograms(document: dict[str, Any], path: Path) -> None:
     """One panel per score: its distribution in, filled, and on every set, as lines."""
+
+    def shares(counts: Sequence[int]) -> NDArray[np.float64]:
+        return 100 * np.array(counts) / max(1, sum(counts))
+
     scores = document["scores"]
     rows, columns = -(-len(scores) // COLUMNS), min(COLUMNS, len(scores))
     figure = plots.new_figure(0.5 + 3.3 * columns, 1.4 + 2.35 * rows, layout="constrained")
@@ -382,28 +571,19 @@ def _plot_histograms(document: dict[str, Any], path: Path) -> None:
         axes = figure.add_subplot(rows, columns, number_of + 1)
         if edges := found["edges"]:
             filled: dict[str, Any] = {"fill": True, "color": plots.GRAY, "alpha": 0.55}
-            axes.stairs(_shares(found["in"]), edges, label="in", **filled)
+            axes.stairs(shares(found["in"]), edges, label="in", **filled)
             for k, (own, counts) in enumerate(found["sets"].items()):
                 look = plots.look(k)
                 look.pop("marker")
-                axes.stairs(_shares(counts), edges, lw=1.3, label=own, **look)
+                axes.stairs(shares(counts), edges, lw=1.3, label=own, **look)
         axes.set_title(name, fontsize=10)
         axes.set_xlabel(scores[name], fontsize=7.5)
         axes.tick_params(labelsize=7)
         axes.locator_params(axis="x", nbins=5)
         axes.margins(x=0.01)
     figure.supylabel("share of the images (%)", fontsize=9)
-    plots.save_figure(
-        figure,
-        path,
-        f"Scores, higher is in distribution: {plots.images_of(document)}\n"
-        "(outer bins hold all that is beyond)",
-        legend=4,
-    )
-
-
-def _shares(counts: Sequence[int]) -> NDArray[np.float64]:
-    return 100 * np.array(counts) / max(1, sum(counts))
+    title = f"Scores, higher is in distribution: {plots.images_of(document)}"
+    plots.save_figure(figure, path, f"{title}\n(outer bins hold all that is beyond)", legend=4)
 
 
 OOD = Suite(

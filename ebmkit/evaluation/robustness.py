@@ -4,11 +4,10 @@ With :math:`\epsilon^*` the smallest strength, on a grid, at which an image is g
 
 .. math:: \text{accuracy}(\epsilon) = \text{share of images with } \epsilon^* > \epsilon ,
 
-an upper bound of the accuracy under the worst perturbation, as tight as the attack is good: no
-attack proves that there is none (a certificate does). The attack is PGD in :math:`\ell_\infty` and
-:math:`\ell_2` (`ebmkit.evaluation.attacks`), through the defences of `ebmkit.evaluation.attacks`.
-The *map* has the noise level as its second axis, as CDN section 5.1 asks: row 0 is ``direct`` and
-row sigma is ``noise`` at that level.
+an upper bound of the accuracy under the worst perturbation, as tight as the attack is good. The
+attack is PGD in :math:`\ell_\infty` and :math:`\ell_2`, through defences, both of
+`ebmkit.evaluation.attacks`. The *map* has the noise level as its second axis, as CDN section 5.1
+asks: row 0 is ``direct`` and row sigma is ``noise`` at that level.
 
 An attack that fails may be a bad attack. Signs of masked gradients (Athalye et al., arXiv
 1802.00420; Carlini et al., arXiv 1902.06705) are looked for, each of which makes a warning:
@@ -49,9 +48,10 @@ from ebmkit.evaluation.attacks import (
     autoattack,
     check_autoattack,
 )
-from ebmkit.evaluation.context import Batch, EvaluationContext
 from ebmkit.evaluation.statistics import accuracy
 from ebmkit.evaluation.suite import (
+    Batch,
+    EvaluationContext,
     Positive,
     Several,
     Suite,
@@ -180,11 +180,8 @@ def passes(context: EvaluationContext) -> int:
 
 
 def measure(context: EvaluationContext) -> dict[str, Any]:
-    """Measure and return the document.
-
-    Raises:
-        UserError: if AutoAttack is asked for and not installed, or an image leaves [0, 1].
-    """
+    """Measure and return the document; `UserError` if an image leaves [0, 1], or AutoAttack is
+    asked for and not installed."""
     config = context.option(RobustnessConfig)
     if config.autoattack:
         check_autoattack()
@@ -269,7 +266,7 @@ class _Attacks:
         document, doubts = dict[str, Any](epsilon=None), list[str]()
         epsilon = telling_strength(smallest, self.config.strengths(norm))
         if epsilon is not None:
-            broken = self._at(norm, defence, epsilon)
+            broken = self._broken_at(norm, defence, epsilon)
             document, doubts = compare_attacks(norm, epsilon, smallest, broken)
         if self.config.checks:
             assert self.images.labels is not None
@@ -285,7 +282,7 @@ class _Attacks:
                 )
         return document, doubts
 
-    def _at(self, norm: Norm, defence: Defence, epsilon: float) -> dict[str, Tensor]:
+    def _broken_at(self, norm: Norm, defence: Defence, epsilon: float) -> dict[str, Tensor]:
         """Which images (N,) each attack breaks at ``epsilon``."""
         pgd, target = self._pgd(norm), self._target(defence)
         attacks = {"pgd": pgd}
@@ -296,11 +293,11 @@ class _Attacks:
 
         def measure(batch: Batch) -> dict[str, Tensor]:
             assert batch.labels is not None
-            at, noise = (batch.x, batch.labels, epsilon), self._noise(batch.x, defence)
+            at = (batch.x, batch.labels, epsilon, self._noise(batch.x, defence))
             seed = f"check {self.context.seed}"
-            found = {name: a.breaks(target, *at, noise, seed) for name, a in attacks.items()}
+            found = {name: a.breaks(target, *at, seed) for name, a in attacks.items()}
             if self.config.autoattack:
-                found["autoattack"] = autoattack(target, norm, *at, noise, self.context.seed)
+                found["autoattack"] = autoattack(target, norm, *at, self.context.seed)
             return found
 
         return self._columns(measure, defence, self.config.cost(defence))
@@ -337,20 +334,13 @@ class _Attacks:
 
 
 def telling_strength(smallest: Tensor, grid: Sequence[float]) -> float | None:
-    """The strength of ``grid`` at which about half of the images that were right are still so.
-
-    There attacks differ most. The largest if several are as near; None if there is nothing to
-    attack.
-
-    Args:
-        smallest: the smallest strength that breaks each image, (N,); 0 if it is wrong anyway.
-        grid: strengths, image units; 0 is left out.
-    """
+    """The strength of ``grid``, image units, at which about half of the images that were right are
+    still so: there attacks differ most. The largest if several are as near; None if there is
+    nothing to attack. ``smallest`` (N,) breaks each image, 0 if it is wrong anyway."""
     right = int((smallest > 0).sum())
-    strengths = sorted((epsilon for epsilon in grid if epsilon > 0), reverse=True)
-    if right == 0 or not strengths:
-        return None
-    return min(strengths, key=lambda epsilon: abs(int((smallest > epsilon).sum()) - right / 2))
+    strengths = sorted((epsilon for epsilon in grid if epsilon > 0), reverse=True) if right else []
+    half = {epsilon: abs(int((smallest > epsilon).sum()) - right / 2) for epsilon in strengths}
+    return min(half, key=half.__getitem__, default=None)
 
 
 def compare_attacks(
@@ -398,12 +388,10 @@ def _warnings(
         if not rms <= FAR
     ]
     card = context.model.card
-    if card is None or card.sigma_range is not None:
-        return found
     return found + [
         f"{name}: this model was not trained to denoise (its objective is {card.objective!r})"
         for name, defence in config.curve().items()
-        if defence.denoises
+        if defence.denoises and card is not None and card.sigma_range is None
     ]
 
 

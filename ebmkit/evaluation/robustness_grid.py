@@ -13,7 +13,6 @@ objective has no attack; unknown for an imported network, whose column has the n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,6 @@ from ebmkit.attacks import Norm
 from ebmkit.card import ModelCard
 from ebmkit.energy import EnergyModel
 from ebmkit.evaluation.attacks import Attack, Defence, DefendedClassifier, predicted_labels
-from ebmkit.evaluation.context import Batch, EvaluationContext, Images
 from ebmkit.evaluation.robustness import (
     Curve,
     Radii,
@@ -39,7 +37,10 @@ from ebmkit.evaluation.robustness import (
 )
 from ebmkit.evaluation.statistics import accuracy
 from ebmkit.evaluation.suite import (
+    Batch,
     Distinct,
+    EvaluationContext,
+    Images,
     Positive,
     Suite,
     SuiteConfig,
@@ -99,11 +100,8 @@ def trained(card: ModelCard | None) -> tuple[str, float] | None:
 
 
 def load_columns(context: EvaluationContext) -> list[_Column]:
-    """The networks, by training radius; those of which it is not known last.
-
-    Raises:
-        UserError: if a run beside is not there, or knows other labels or images.
-    """
+    """The networks, by training radius, those of which it is not known last; `UserError` if a run
+    beside is not there, or knows other labels or images."""
     config, model = context.option(RobustnessGridConfig), context.exact_model
     assert isinstance(model, EnergyModel)
     found = [_Column(config.name, model, trained(context.model.card))]
@@ -113,11 +111,7 @@ def load_columns(context: EvaluationContext) -> list[_Column]:
 
 
 def measure(context: EvaluationContext) -> dict[str, Any]:
-    """Measure and return the document.
-
-    Raises:
-        UserError: if a run beside is not there, or an image leaves [0, 1].
-    """
+    """Measure and return the document; `UserError` if an image leaves [0, 1]."""
     config = context.option(RobustnessGridConfig)
     images = context.first(config.images)
     columns = []
@@ -170,21 +164,19 @@ def _minimal_epsilons(
 
 def column_names(document: dict[str, Any]) -> list[str]:
     """What each column is called: its training radius, and its run where others have the same."""
-    names = [_trained_name(c["trained"], document["norm"]) for c in document["columns"]]
+    names = []
+    for column in document["columns"]:
+        norm, radius = column["trained"] or ("", None)
+        norm = norm or document["norm"]
+        text = strength(norm, radius) if radius else "0"
+        other = "" if norm == document["norm"] else f"{norm_name(norm)} "
+        names.append("" if radius is None else f"trained {other}{text}")
     return [
         name
         if name and names.count(name) == 1
         else f"{name} ({column['name'] or 'this run'})".strip()
         for name, column in zip(names, document["columns"], strict=True)
     ]
-
-
-def _trained_name(found: Sequence[Any] | None, norm: str) -> str:
-    if found is None:
-        return ""
-    own, radius = found
-    text = strength(own or norm, radius) if radius else "0"
-    return f"trained {text}" if own in ("", norm) else f"trained {norm_name(own)} {text}"
 
 
 def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> None:

@@ -25,8 +25,8 @@ import math
 import re
 import tempfile
 import time
-from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Container, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -54,7 +54,6 @@ from ebmkit.evaluation.adversarial import ADVERSARIAL
 from ebmkit.evaluation.calibration import CALIBRATION
 from ebmkit.evaluation.certify import CERTIFY
 from ebmkit.evaluation.classify import CLASSIFY
-from ebmkit.evaluation.context import NOISE_LEVELS, SIGMAS, EvaluationContext, Images
 from ebmkit.evaluation.corruptions import CORRUPTIONS_SUITE
 from ebmkit.evaluation.denoise import DENOISE
 from ebmkit.evaluation.diffusion_path import DIFFUSION_PATH
@@ -64,7 +63,7 @@ from ebmkit.evaluation.linearity import LINEARITY
 from ebmkit.evaluation.ood import OOD
 from ebmkit.evaluation.robustness import ROBUSTNESS
 from ebmkit.evaluation.robustness_grid import ROBUSTNESS_GRID
-from ebmkit.evaluation.suite import Suite
+from ebmkit.evaluation.suite import NOISE_LEVELS, SIGMAS, EvaluationContext, Images, Suite
 from ebmkit.registry import Table as Registry
 from ebmkit.registry import find
 from ebmkit.storage import make_folder, remove_file, write_atomically
@@ -122,13 +121,21 @@ def parse_suites(text: str, model: ScoreModel, images: Images) -> list[str]:
     Raises:
         UserError: if a name is unknown, a suite named does not suit model and images, or none does.
     """
+
+    def applies(suite: Suite) -> bool:
+        try:
+            suite.check(model, images)
+        except UserError:
+            return False
+        return True
+
     names = [name.strip() for name in text.split(",") if name.strip()]
     groups = {
         "standard": [name for name, suite in SUITES.items() if suite.standard],
         "all": [name for name, suite in SUITES.items() if not suite.needs],
     }
     if len(names) == 1 and names[0] in groups:
-        names = [name for name in groups[names[0]] if _applies(SUITES[name], model, images)]
+        names = [name for name in groups[names[0]] if applies(SUITES[name])]
     if not names:
         raise UserError(f"no suite to run: name some of {', '.join([*groups, *SUITES])}")
     for name in names:
@@ -164,14 +171,6 @@ def parse_options(
             raise UserError(f"settings of suite {name!r} must name a field: {fields}")
         found[kind] = validated(kind, dict(values), f"settings of suite {name!r}")
     return found
-
-
-def _applies(suite: Suite, model: ScoreModel, images: Images) -> bool:
-    try:
-        suite.check(model, images)
-    except UserError:
-        return False
-    return True
 
 
 @dataclass(frozen=True)
@@ -245,18 +244,35 @@ def evaluate(
     for suite in chosen.values():
         suite.check(model, used)
     own = parse_options(options or {}, chosen)
-    batch_size = batch_size or _batch_size(used)
-    levels = (_levels(sigmas, 1e-6, "sigmas"), _levels(noise_levels, 0, "noise levels"))
+    for what, levels, lowest in (("sigmas", sigmas, 1e-6), ("noise levels", noise_levels, 0)):
+        illegal = [str(s) for s in levels if not lowest <= s < math.inf]
+        if illegal or not levels:
+            shown = illegal[0] if illegal else "none"
+            raise UserError(
+                f"{what}: {shown} is not legal: give finite levels above 0, as in 25/255"
+            )
+    if batch_size is None:
+        largest = min(500, max(1, VALUES_PER_BATCH // (used.channels * math.prod(used.image_size))))
+        batches = SHARES * math.ceil(len(used) / (SHARES * largest))
+        batch_size = math.ceil(len(used) / batches)
     device = device_of(model)
     results = {}
-    bar = _progress_bar(progress and world.first)
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("images,"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(compact=True),
+        disable=not (progress and world.first),
+    )
     with tf32_restored(device), torch.no_grad(), bar, ExitStack() as stack:
         stack.callback(model.train, model.training)
         inference = make_inference(device, precision, compile)
         model = inference.wrap(unwrapped(model.eval()))
-        context = EvaluationContext(
-            model, used, seed, batch_size, *levels, world, own, data_dir, inference=inference
-        )
+        protocol = seed, batch_size, tuple(sigmas), tuple(noise_levels), world, own, data_dir
+        context = EvaluationContext(model, used, *protocol, inference=inference)
         circumstances = _circumstances(context, images, weights)
         _check_finite(model, used)
         for suite in chosen.values():
@@ -328,9 +344,14 @@ def evaluation_folder(
         name = f"{name}-{changed}"
         folder = home / name
     mark = fingerprint(images)
-    if any(old.get("fingerprint", mark) != mark for old in _results_in(folder)):
+
+    def results(folder: Path) -> list[dict[str, Any]]:
+        documents = map(_read_document, folder.glob("*.json"))
+        return [document for document in documents if "suite" in document]
+
+    if any(old.get("fingerprint", mark) != mark for old in results(folder)):
         folder = home / f"{name}-{mark}"
-    if any(old.get("images", 0) > used for old in _results_in(folder)):
+    if any(old.get("images", 0) > used for old in results(folder)):
         folder = home / f"{name}-limit{used}"
     return folder
 
@@ -350,15 +371,12 @@ def _changed(options: Mapping[type[BaseModel], BaseModel]) -> str:
     return "-".join([*fields, hashlib.sha256(text.encode()).hexdigest()[:8]])[-60:].lstrip("-_.")
 
 
-def _results_in(folder: Path) -> Iterator[dict[str, Any]]:
-    """The documents of suites in ``folder``."""
-    for path in folder.glob("*.json"):
-        try:
-            document = read_json(path)
-        except (OSError, ValueError):  # not ours to read
-            continue
-        if isinstance(document, dict) and "suite" in document:
-            yield document
+def _read_document(path: Path) -> dict[str, Any]:
+    """The document in ``path``; empty where there is none, or it is not ours to read."""
+    with suppress(OSError, ValueError):
+        document = read_json(path)
+        return document if isinstance(document, dict) else {}
+    return {}
 
 
 def _check_images(model: ScoreModel, images: Images) -> None:
@@ -373,7 +391,6 @@ def _check_images(model: ScoreModel, images: Images) -> None:
 
 
 def _check_finite(model: ScoreModel, images: Images) -> None:
-    """Whether the model gives finite numbers, for up to four images at a little noise."""
     first = images.first(min(4, len(images)))
     x = next(iter(first.batches(len(first))))[0].to(device_of(model))
     found = []
@@ -393,10 +410,7 @@ def _plot(
 ) -> list[str]:
     """Put the plots of ``document`` beside ``path``, in place of those of the one there; their
     names."""
-    try:
-        old = read_json(path).get("pictures", [])
-    except (OSError, ValueError, AttributeError):  # none there, or not ours to read
-        old = []
+    old = _read_document(path).get("pictures", [])
     with tempfile.TemporaryDirectory(prefix="ebmkit-plots-") as folder:
         suite.plot(context, document, Path(folder))
         new = sorted(plot.name for plot in Path(folder).iterdir())
@@ -407,21 +421,6 @@ def _plot(
         for name in new:  # before the document: who finds it finds its plots
             write_atomically(path.parent / name, (Path(folder) / name).read_bytes())
     return new
-
-
-def _batch_size(images: Images) -> int:
-    pixels = images.channels * images.image_size[0] * images.image_size[1]
-    largest = min(500, max(1, VALUES_PER_BATCH // pixels))
-    batches = SHARES * math.ceil(len(images) / (SHARES * largest))
-    return math.ceil(len(images) / batches)
-
-
-def _levels(sigmas: Sequence[float], lowest: float, what: str) -> tuple[float, ...]:
-    bad = [s for s in sigmas if not lowest <= s < float("inf")]
-    if bad or not sigmas:
-        shown = bad[0] if bad else "none"
-        raise UserError(f"{what}: {shown} is not legal: give finite levels above 0, as in 25/255")
-    return tuple(sigmas)
 
 
 def _circumstances(context: EvaluationContext, split: Images, weights: str) -> dict[str, Any]:
@@ -444,16 +443,3 @@ def _circumstances(context: EvaluationContext, split: Images, weights: str) -> d
         "batch_size": context.batch_size,
         **({"unreadable": {"count": len(lost), "reasons": list(lost[:SHOWN])}} if lost else {}),
     }
-
-
-def _progress_bar(shown: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("images,"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(compact=True),
-        disable=not shown,
-    )

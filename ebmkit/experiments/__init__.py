@@ -7,8 +7,7 @@ from ebmkit.errors import UserError
 from ebmkit.experiments.figures import FIGURE_EXPERIMENTS
 from ebmkit.experiments.guidance import GUIDANCE_EXPERIMENT
 from ebmkit.experiments.report import Experiment, Report, write
-from ebmkit.experiments.runs import ExperimentRuns, Protocol, Variant
-from ebmkit.experiments.scales import SCALES, Scale, find_scale
+from ebmkit.experiments.runs import SCALES, ExperimentRuns, Protocol, Scale, Variant
 from ebmkit.experiments.tables import CLAIMS_EXPERIMENT, TABLE_EXPERIMENTS, TABLES, Table
 from ebmkit.registry import find
 
@@ -24,7 +23,6 @@ __all__ = [
     "Table",
     "Variant",
     "experiments_of",
-    "find_scale",
     "reproduce",
     "write",
 ]

@@ -27,8 +27,7 @@ from ebmkit.experiments.report import (
 )
 from ebmkit.experiments.runs import ExperimentRuns, Protocol, Variant, read_document
 from ebmkit.experiments.tables import GRID, JEM, JOINT, TABLES
-from ebmkit.experiments.theory import figure1
-from ebmkit.experiments.theory import markdown as figure1_markdown
+from ebmkit.experiments.theory import draw_figure1, figure1, markdown
 from ebmkit.noise import in_255ths
 
 ATTACKED = (*(TABLES["table1"].variant(name) for name in ("resnet18", "gradresnet-ce")), JEM, JOINT)
@@ -36,12 +35,7 @@ ATTACKED = (*(TABLES["table1"].variant(name) for name in ("resnet18", "gradresne
 
 
 def run_fig1(runs: ExperimentRuns, only: Sequence[str]) -> Report:
-    """Figure 1: constants of real families, computed and measured; their tables and panels.
-
-    The document that is there is taken if it is of this scale and seed.
-    """
-    from ebmkit.experiments.plots import draw_figure1
-
+    """Figure 1: constants of real families, unless a document of this scale and seed exists."""
     expected = {"scale": runs.scale.name, "seed": runs.seed}
     document = read_document(runs.out / "fig1.json")
     made = document.get("made")
@@ -56,16 +50,17 @@ def run_fig1(runs: ExperimentRuns, only: Sequence[str]) -> Report:
         ", ".join(f"{name} = {curve[name]:g}" for name in ("b_gen", "b_dis", "v_gen", "v_dis"))
         for curve in document["paper"]
     )
-    text = (
-        "## Figure 1: bias and variance of generative and discriminative fits (CDN figure 1)\n\n"
-        "Computed from the constants of equation (4), and measured over many training sets.\n\n"
-        f"{figure1_markdown(document)}\n"
-        f"- the paper's constants, illustrations of no family: {constants}\n"
-        f"- command: `{runs.command('fig1')}`\n- seed: {runs.seed}\n"
-        f"- hardware: CPU, {made['threads']} of {made['cores']} cores, {made['hours']:.2f} hours; "
-        f"PyTorch {made['torch']}; commit {made['git_commit']}\n"
-        "- data: drawn from each family\n"
-    )
+    title = "Figure 1: bias and variance of generative and discriminative fits (CDN figure 1)"
+    head = "Computed from the constants of equation (4), and measured over many training sets."
+    notes = [
+        f"the paper's constants, illustrations of no family: {constants}",
+        f"command: `{runs.command('fig1')}`",
+        f"seed: {runs.seed}",
+        f"hardware: CPU, {made['threads']} of {made['cores']} cores, {made['hours']:.2f} hours; "
+        f"PyTorch {made['torch']}; commit {made['git_commit']}",
+        "data: drawn from each family",
+    ]
+    text = text_of(title, [head, "", *markdown(document).splitlines()], notes)
     return Report(document, text, {"fig1.png": partial(draw_figure1, document)})
 
 
@@ -75,10 +70,8 @@ def run_fig3(runs: ExperimentRuns, only: Sequence[str]) -> Report:
 
     options = runs.scale.options
     runs.check([JOINT])
-    results = run_grid(
-        runs, GRID, only, lambda v: Protocol("fig3", ("linearity",), options=options)
-    )
-    done = [one for one in results if one.status == "done"]
+    linearity = Protocol("fig3", ("linearity",), options=options)
+    done = [r for r in run_grid(runs, GRID, only, lambda v: linearity) if r.status == "done"]
     spectra = runs.measure(JOINT, Protocol("fig3", ("jacobian",), options=options))
     cells = []
     for one in done:
@@ -92,12 +85,9 @@ def run_fig3(runs: ExperimentRuns, only: Sequence[str]) -> Report:
     report = {"jacobian": spectra["jacobian"], "cells": cells, **about}
     own = runs.folder(JOINT) / "evaluation" / "fig3"
     sources = {"fig3.png": own / "jacobian.png", "fig3-spectrum.png": own / "spectrum.png"}
-    return Report(
-        report,
-        _fig3_text(report),
-        {"fig3-linearity.png": lambda path: linearity_grid(cells, path, about["dataset"])},
-        {name: path for name, path in sources.items() if path.exists()},  # a spectrum may be none
-    )
+    plots = {"fig3-linearity.png": lambda path: linearity_grid(cells, path, about["dataset"])}
+    copies = {name: path for name, path in sources.items() if path.exists()}  # spectra are rare
+    return Report(report, _fig3_text(report), plots, copies)
 
 
 def _fig3_text(report: Mapping[str, Any]) -> str:
@@ -154,19 +144,12 @@ def run_fig4(runs: ExperimentRuns, only: Sequence[str]) -> Report:
         f"{one.variant.label} ({one.variant.task})": one.documents["robustness"] for one in results
     }
     about = circumstances(runs, "fig4", results)
-    maps = {
-        f"fig4-map-{one.variant.name}.png": path
-        for one in results
-        if (
-            path := runs.folder(one.variant) / "evaluation" / "fig4" / "robustness-map.png"
-        ).exists()
-    }
-    return Report(
-        {"documents": documents, **about},
-        _fig4_text(documents, about["notes"]),
-        {"fig4.png": partial(plot_comparison, documents)},
-        maps,
-    )
+    plots = {"fig4.png": partial(plot_comparison, documents)}
+    name = "evaluation/fig4/robustness-map.png"
+    maps = {f"fig4-map-{r.variant.name}.png": runs.folder(r.variant) / name for r in results}
+    maps = {name: path for name, path in maps.items() if path.exists()}
+    text = _fig4_text(documents, about["notes"])
+    return Report({"documents": documents, **about}, text, plots, maps)
 
 
 def _fig4_text(documents: Mapping[str, dict[str, Any]], notes: Sequence[str]) -> str:

@@ -1,11 +1,22 @@
-"""Experiment ``guidance``: the second paper, measured with networks trained for it.
+"""Experiment ``guidance``: the second paper (RCG), measured with networks trained for it.
 
 - the grid of robust accuracy (RCG table 4.1), by the suite ``robustness-grid``;
 - accuracy and energies along the diffusion (figures 4.5, 4.6, 4.9, 4.12), by ``diffusion-path``;
 - eta and the number of steps of DDIM (table 2.1), unguided;
-- what the paper lacks: of each guidance method (`ebmkit.experiments.guidance_grid`), how often the
-  evaluation classifier sees the label, distance to real images and diversity by class, saturation,
-  energy gap.
+- what the paper lacks: of each guidance method, how often the evaluation classifier recognises the
+  label, distance to real images and diversity by class, saturation, energy gap.
+
+The networks (``guidance.yaml``) are of four groups, all trained on one data set: a *diffusion
+model* with label dropout of a tenth, so that its unconditional and its conditional prediction are
+one network's; the *guides*, classifiers and joint models, plain, robust (l2 0.25, 0.5, 1.0 as in
+RCG section 4.2) or trained on noise; the two alternatives that the thesis argues against, a
+time-dependent classifier and a robust one of Kawar et al. 2023; and the *evaluation classifier*
+(``judge``), of another architecture, which guides nothing.
+
+The methods are the thesis's, with its schedules and eta where it gives them, and one common setting
+(``common``) in which guides, and their input, are compared with each other. Scales are the thesis's
+times the `Amount.strength` of a scale of reproduction, for what moves an image of another size, and
+classifiers trained for minutes, is another number.
 
 Chain n of every method starts from the same numbers and takes the same draws at each step, keyed by
 (seed, batch, step). What differs between two methods is then what guidance does, not luck.
@@ -43,39 +54,18 @@ from ebmkit.data.hdf5 import read_contents
 from ebmkit.energy import EnergyModel, ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.evaluation import evaluate
-from ebmkit.evaluation.context import Images
-from ebmkit.evaluation.features import Extractor, classifier
-from ebmkit.evaluation.guided import measure_guided
-from ebmkit.evaluation.robustness_grid import column_names
-from ebmkit.evaluation.suite import number
-from ebmkit.experiments.guidance_grid import (
-    AMOUNTS,
-    DIFFUSION,
-    EVALUATION_CLASSIFIER,
-    GROUPS,
-    METHODS,
-    NETWORKS,
-    ON_GRID,
-    ON_PATH,
-    PLAIN,
-    ROBUST,
-    TABLE_2_1,
-    Amount,
-    GuidanceMethod,
-)
+from ebmkit.evaluation.features import Extractor, classifier, measure_guided
+from ebmkit.evaluation.suite import Images
+from ebmkit.experiments.guidance_report import compare_methods, guidance_text, samples_of_methods
 from ebmkit.experiments.report import (
     Experiment,
     Report,
     Result,
     circumstances,
-    line,
     measured_facts,
-    percent,
     run_grid,
-    table_lines,
-    text_of,
 )
-from ebmkit.experiments.runs import ExperimentRuns, Protocol, Variant, read_document
+from ebmkit.experiments.runs import ExperimentRuns, Protocol, Variant, read_data, read_document
 from ebmkit.guidance import check_guide, class_energies, guided_model, make_guidance
 from ebmkit.models import load, weights_digest
 from ebmkit.randomness import keyed_generator
@@ -83,6 +73,65 @@ from ebmkit.sampling import SAMPLERS, Chains
 from ebmkit.storage import write_atomically
 from ebmkit.storage.hdf5 import open_hdf5, read_attribute
 from ebmkit.storage.reading import read_json
+
+_DATA = read_data("guidance.yaml")
+_NETWORKS = {
+    name: Variant(name, family="guidance", **fields) for name, fields in _DATA["networks"].items()
+}
+NETWORKS = tuple(_NETWORKS.values())
+"""All networks, in the order in which they are trained."""
+DIFFUSION, EVALUATION_CLASSIFIER, PLAIN = (
+    _NETWORKS[name] for name in ("diffusion", "judge", "plain")
+)
+ROBUST = tuple(_NETWORKS[f"robust-{eps}"] for eps in ("0.25", "0.5", "1"))
+ON_GRID = (PLAIN, *ROBUST, _NETWORKS["robust-dsm"])
+"""Networks of the robustness grid."""
+ON_PATH = (*ON_GRID, *(_NETWORKS[name] for name in ("joint", "of-time", "kawar")))
+"""Networks of the curves along the diffusion."""
+
+
+@dataclass(frozen=True)
+class GuidanceMethod:
+    """One way to draw images of a label."""
+
+    name: str  # unique; of its files, too
+    description: str
+    guide: str | None = None  # name of the network that guides, if one does
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of `GuidanceConfig`; none: unguided
+    eta: float = 0.8  # of DDIM
+    base: str = "diffusion"  # name of the network that is guided
+    group: str = "thesis"  # of the report
+    fixed: bool = False  # whether the scale is not multiplied with `Amount.strength`
+
+    def times(self, strength: float) -> GuidanceMethod:
+        """The same with its scale multiplied, unless it is fixed."""
+        if self.fixed or not self.settings:
+            return self
+        return replace(self, settings={**self.settings, "scale": strength * self.settings["scale"]})
+
+
+METHODS = tuple(GuidanceMethod(**fields) for fields in _DATA["methods"])
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much is trained, drawn and measured at a scale."""
+
+    per_class: int  # images of each class that a method draws
+    steps: int  # of DDIM
+    strength: float  # factor of all scales of guidance
+    real: int  # test images that measures compare with, at most
+    etas: Sequence[float]  # of the table of DDIM
+    lengths: Sequence[int]  # its numbers of steps
+    path: Mapping[str, Any]  # settings of the suite ``diffusion-path``
+    grid: Mapping[str, Any]  # settings of the suite ``robustness-grid``
+    path_images: int | None = None  # test images of the suite ``diffusion-path``
+    networks: Sequence[str] = ()  # names of those trained; empty: all
+    methods: Sequence[str] = ()  # names of those drawn; empty: all
+
+
+AMOUNTS = {name: Amount(**fields) for name, fields in _DATA["amounts"].items()}
+"""By the name of a scale."""
 
 CLASSIFY = Protocol("guidance", ("classify",), images={"classify": 1000})
 
@@ -93,20 +142,13 @@ BATCH = 100
 def run_guidance(
     runs: ExperimentRuns, only: Sequence[str] = (), amount: Amount | None = None
 ) -> Report:
-    """Train the networks that are ``only``, all if empty; measure with all that are trained.
-
-    Args:
-        runs: the run folders.
-        only: names of networks.
-        amount: how much; None: that of the scale.
+    """Train the networks called ``only``, all if empty; measure with all that are trained.
 
     Raises:
         Interrupted: if training was; calling again resumes it.
         UserError: if a network does not suit this machine. One that stops later is named in
             ``runs.stopped`` and in the report.
     """
-    from ebmkit.experiments.plots import compare_methods, samples_of_methods
-
     amount = amount or AMOUNTS[runs.scale.name]
     every = [v for v in NETWORKS if not amount.networks or v.name in amount.networks]
     results = run_grid(runs, every, only, lambda network: None)
@@ -118,9 +160,7 @@ def run_guidance(
         "path": study.suite("diffusion-path", ON_PATH, dict(amount.path), amount.path_images),
         "ddim": study.ddim(),
         "ways": study.methods(),
-        "amount": {
-            name: getattr(amount, name) for name in ("per_class", "steps", "strength", "real")
-        },
+        "amount": {n: getattr(amount, n) for n in ("per_class", "steps", "strength", "real")},
         **circumstances(runs, "guidance", classifiers),
     }
     done = [method for method in report["ways"] if "stopped" not in method]
@@ -136,34 +176,23 @@ def run_guidance(
 
 
 class Drawn(NamedTuple):
-    """Images of a method, uint8 (N, C, H, W), their labels (N,), and seconds that they took."""
+    """Images of a method."""
 
-    images: Tensor
-    labels: Tensor
-    seconds: float
+    images: Tensor  # (N, C, H, W) uint8
+    seconds: float  # that they took
 
 
 @dataclass
 class Drawing:
-    """Draws images by DDIM, once: they are stored.
+    """Draws images by DDIM, once: they are stored."""
 
-    Args:
-        folder: of the images.
-        models: trained networks by name.
-        digests: of their weights, by name.
-        classes: number of labels.
-        per_class: images of each.
-        seed: of starts and steps.
-        train: labelled training images, for mean energies of labels.
-    """
-
-    folder: Path
-    models: Callable[[str], ScoreModel]
-    digests: Callable[[str], str]
-    classes: int
-    per_class: int
-    seed: int
-    train: Images
+    folder: Path  # of the images
+    models: Callable[[str], ScoreModel]  # trained networks by name
+    digests: Callable[[str], str]  # of their weights, by name
+    classes: int  # number of labels
+    per_class: int  # images of each
+    seed: int  # of starts and steps
+    train: Images  # with labels, for mean energies of labels
     _means: dict[str, list[float]] = field(default_factory=dict)
 
     @property
@@ -182,7 +211,7 @@ class Drawing:
         labels = self.labels
         networks = [method.base, *([method.guide] if method.guide else [])]
         settings = {
-            "guidance": _resolved(method.settings) if method.settings else None,
+            "guidance": _all_settings(method.settings) if method.settings else None,
             "guide": method.guide,
             "base": method.base,
             "steps": steps,
@@ -194,22 +223,22 @@ class Drawing:
         path = self.folder / f"{re.sub(r'[^0-9a-z.]+', '-', method.name.lower())}.h5"
         found = _read(path, settings)
         if found is not None:
-            return Drawn(found[0], labels, found[1])
+            return found
         begun = time.perf_counter()
         with torch.no_grad():
             pixels = (255 * self.draw(method, steps)).round().byte()
         seconds = time.perf_counter() - begun
+        facts = {"settings": json.dumps(settings), "seed": self.seed, "run": method.base}
+        facts |= {"seconds": seconds, "source": "fresh", "sampler": "ddim"}
         content = io.BytesIO()
         with h5py.File(content, "w") as file:
             rows = rearrange(pixels, "n c h w -> n h w c").contiguous().numpy()
             file.create_dataset("images", data=rows, compression="gzip")
             file.create_dataset("labels", data=labels.numpy())
-            facts = {"settings": json.dumps(settings), "seed": self.seed, "run": method.base}
-            facts |= {"seconds": seconds, "source": "fresh", "sampler": "ddim"}
             file.attrs.update(facts)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, content.getvalue())
-        return Drawn(pixels, labels, seconds)
+        return Drawn(pixels, seconds)
 
     def draw(self, method: GuidanceMethod, steps: int) -> Tensor:
         """Images (N, C, H, W) in [0, 1] of `labels`, by ``steps`` of DDIM.
@@ -224,16 +253,14 @@ class Drawing:
         config = entry.config(steps=steps, eta=method.eta)
         found = []
         for batch, own in enumerate(torch.split(self.labels, BATCH)):
+            key = partial(keyed_generator, "cpu", self.seed, "guidance", batch)
             c = own if method.settings else None
             sampler = entry.build(model, c, config)
             shape = (len(own), card.channels, *card.image_size)
-            begin = keyed_generator("cpu", self.seed, "guidance", batch, 0)
-            chains = Chains(
-                sampler, sampler.init(entry.start(model, sampler, config, shape, begin, c))
-            )
+            start = entry.start(model, sampler, config, shape, key(0), c)
+            chains = Chains(sampler, sampler.init(start))
             while not chains.done:
-                step = keyed_generator("cpu", self.seed, "guidance", batch, chains.state.step + 1)
-                chains.advance(step)
+                chains.advance(key(chains.state.step + 1))
             if chains.diverged:
                 raise UserError(
                     f"{len(chains.diverged)} of {len(own)} chains of {method.name!r} became NaN or "
@@ -256,25 +283,23 @@ class Drawing:
         return guided_model(base, guide, config, self._means.get(method.guide))
 
 
-def _resolved(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _all_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """All settings of guidance; earlier names are understood."""
     return make_guidance(**settings).model_dump()
 
 
-def _read(path: Path, settings: Mapping[str, Any]) -> tuple[Tensor, float] | None:
-    """The images in ``path``, and the seconds they took; None if it has none of these settings."""
+def _read(path: Path, settings: Mapping[str, Any]) -> Drawn | None:
+    """What is stored in ``path``; None if there are no images of these settings."""
     what = repr(str(path))
     damaged = (UserError, ValueError, TypeError, AttributeError)
     with contextlib.suppress(*damaged), open_hdf5(path) as file:
         own = json.loads(read_attribute(file, "settings", what))
         if own.get("guidance"):
-            own["guidance"] = _resolved(own["guidance"])
-        if (
-            own == json.loads(json.dumps(settings))
-            and len(pixels := read_contents(path).read_all()) == own["count"]
-        ):
-            pixels = rearrange(pixels, "n h w c -> n c h w").contiguous()
-            return pixels, float(read_attribute(file, "seconds", what))
+            own["guidance"] = _all_settings(own["guidance"])
+        if own == json.loads(json.dumps(settings)):
+            pixels = rearrange(read_contents(path).read_all(), "n h w c -> n c h w").contiguous()
+            if len(pixels) == own["count"]:
+                return Drawn(pixels, float(read_attribute(file, "seconds", what)))
     return None
 
 
@@ -282,20 +307,15 @@ def _read(path: Path, settings: Mapping[str, Any]) -> tuple[Tensor, float] | Non
 
 
 class _Study:
-    """What is measured of trained networks.
-
-    Attributes:
-        shown: by method, images for the plot.
-        copies: plots of suites, by file name.
-    """
+    """What is measured of trained networks."""
 
     def __init__(self, runs: ExperimentRuns, amount: Amount, trained: Sequence[Variant]) -> None:
         self.runs, self.amount, self.trained = runs, amount, list(trained)
         self.names = {network.name for network in trained}
-        self.shown: dict[str, Tensor] = {}
-        self.copies: dict[str, Path] = {}
+        self.shown: dict[str, Tensor] = {}  # by method, images for the plot
+        self.copies: dict[str, Path] = {}  # plots of suites, by file name
         self._loaded: dict[str, ScoreModel] = {}
-        self._judge: Extractor | None = None
+        self._classifier: Extractor | None = None
         self.folder = runs.out / "guidance"
         self.test = runs.images(EVALUATION_CLASSIFIER, "test").spread(amount.real)
         train, classes = runs.images(EVALUATION_CLASSIFIER, "train"), self.test.num_classes
@@ -315,15 +335,9 @@ class _Study:
                 found = self.runs.measure(one.variant, CLASSIFY)["classify"]
                 own = facts | measured_facts([found])
                 classifiers.append(Result(one.variant, {"classify": found}, own))
-            documents.append(
-                {
-                    "name": one.variant.name,
-                    "label": one.variant.label,
-                    "accuracy": found.get("accuracy"),
-                    "interval": found.get("accuracy_interval"),
-                    "facts": facts,
-                }
-            )
+            named = {"name": one.variant.name, "label": one.variant.label}
+            accuracy, interval = found.get("accuracy"), found.get("accuracy_interval")
+            documents.append({**named, "accuracy": accuracy, "interval": interval, "facts": facts})
         return documents, classifiers
 
     def suite(
@@ -336,10 +350,8 @@ class _Study:
         if not chosen:
             return None
         first, *others = chosen
-        options |= {
-            "name": first.name,
-            "beside": [str(self.runs.folder(network)) for network in others],
-        }
+        beside = [str(self.runs.folder(network)) for network in others]
+        options |= {"name": first.name, "beside": beside}
         key = {"options": options, "digests": [self._digest(network.name) for network in chosen]}
         path, stored = self.folder / f"{name}.json", self.folder / f"{name}.key.json"
         if read_document(stored) != json.loads(json.dumps(key)) or not path.is_file():
@@ -383,9 +395,9 @@ class _Study:
             used = {method.base, method.guide or method.base, EVALUATION_CLASSIFIER.name}
             if not used <= self.names:
                 continue
-            about = asdict(method)
-            about["about"] = about.pop("description")
-            del about["fixed"]
+            skipped = ("description", "fixed")
+            about = {name: value for name, value in asdict(method).items() if name not in skipped}
+            about["about"] = method.description
             try:
                 drawn = self._drawn(method, self.amount.steps)
             except UserError as error:
@@ -412,14 +424,14 @@ class _Study:
         old = read_document(path)
         if old.get("key") == json.loads(json.dumps(key)):
             return dict(old["found"])
-        if self._judge is None:
+        if self._classifier is None:
             device = pick_device(self.runs.device)
-            self._judge = classifier(str(self.runs.folder(EVALUATION_CLASSIFIER)), device)
+            self._classifier = classifier(str(self.runs.folder(EVALUATION_CLASSIFIER)), device)
         model = None if self.energy is None else self._model(self.energy)
         assert model is None or isinstance(model, EnergyModel)
-        labels = drawn.labels if labelled else None
+        labels = self.drawing.labels if labelled else None
         found = measure_guided(
-            drawn.images, labels, self.test, self._judge, model, others=self.others
+            drawn.images, labels, self.test, self._classifier, model, others=self.others
         ) | {"seconds": drawn.seconds}
         write_atomically(path, json.dumps({"key": key, "found": found}, indent=1).encode())
         return found
@@ -427,149 +439,11 @@ class _Study:
     def _model(self, name: str) -> ScoreModel:
         if name not in self._loaded:
             device = str(pick_device(self.runs.device))
-            self._loaded[name] = load(self._folder(name), device=device)
+            self._loaded[name] = load(self.runs.folder(_NETWORKS[name]), device=device)
         return self._loaded[name]
 
     def _digest(self, name: str) -> str:
-        return weights_digest(self._folder(name))
-
-    def _folder(self, name: str) -> Path:
-        return self.runs.folder(next(network for network in NETWORKS if network.name == name))
-
-
-# --- the text ------------------------------------------------------------------------------------
-
-COLUMNS = ("s", "eta", "recognised", "distance (real)", "diversity", "saturated", "gap", "time")
-
-
-def guidance_text(report: Mapping[str, Any]) -> str:
-    """The report as Markdown."""
-    sections: list[tuple[str, list[str]]] = []
-    if report["grid"] is not None:
-        sections.append(("Robust accuracy (RCG table 4.1)", _grid(report["grid"])))
-    if report["path"] is not None:
-        sections.append(("Along the diffusion (RCG figures 4.5, 4.6, 4.9)", _path(report["path"])))
-    if report["ddim"]:
-        sections.append(("DDIM: eta and steps (RCG table 2.1)", _ddim(report["ddim"])))
-    if report["ways"]:
-        sections.append(("Ways to guide", _methods(report)))
-    networks = []
-    for one in report["networks"]:
-        facts, cell = one["facts"], "-"
-        if one["accuracy"] is not None:
-            low, high = one["interval"]
-            cell = percent({"value": one["accuracy"], "low": low, "high": high}, "{:.1f}")
-        counts = [f"{facts[key]:,}" for key in ("parameters", "steps")]
-        networks.append([one["name"], one["label"], cell, *counts])
-    names = ["name", "what", "accuracy, %", "parameters", "steps"]
-    lines = [f"Scale: {report['about']}.", "", "### Networks", ""]
-    lines += table_lines(names, networks, left=2)
-    for title, content in sections:
-        lines += ["", f"### {title}", "", *content]
-    title = f"Guidance of a diffusion model, on {report['dataset']} (RCG chapter 4)"
-    return text_of(title, lines, report["notes"])
-
-
-def _grid(document: dict[str, Any]) -> list[str]:
-    rows = (
-        [f"{epsilon:g}", *(percent(column["accuracy"][row]) for column in document["columns"])]
-        for row, epsilon in enumerate(document["epsilons"])
-    )
-    return [
-        f"Accuracy in % (95 % interval) on {document['options']['images']} test images at most, "
-        f"{document['options']['steps']}-step PGD; rows: eps of the attack.",
-        "",
-        *table_lines(["eps", *column_names(document)], rows, left=0),
-    ]
-
-
-def _path(document: Mapping[str, Any]) -> list[str]:
-    models = document["models"]
-    levels = next(iter(models.values()))["path"]["timestep"]
-
-    def nearest(t: int) -> int:
-        return min(range(len(levels)), key=lambda i: abs(levels[i]["t"] - t))
-
-    chosen, middle = [nearest(t) for t in (100, 200, 400)], nearest(500)
-    heads = [f"{view}, t = {levels[i]['t']}" for view in ("x_t", "y") for i in chosen]
-    dark = f"dark, t = {levels[middle]['t']}"
-    rows = []
-    for name, one in models.items():
-        path, since = one["path"], one["chance_from"]
-        shown = [one["clean"], *(path[v][i] for v in ("timestep", "image") for i in chosen)]
-        cells = [f"{100 * _value(e['accuracy']):.0f}" for e in [*shown, path["dark"][middle]]]
-        cells += ["never" if since[v] is None else str(since[v]) for v in ("timestep", "image")]
-        rows.append([name, *cells])
-    return [
-        f"Accuracy in % of {document['images']:,} test images: clean; noisy as the diffusion model "
-        "has them (x_t) and in image units (y) at some timesteps; darkened alone at t = T/2. "
-        "*Chance from*: the first timestep measured at which the interval reaches chance.",
-        "",
-        *table_lines(["network", "clean", *heads, dark, "chance from: x_t", "y"], rows),
-    ]
-
-
-def _ddim(cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    lengths, rows = sorted({cell["steps"] for cell in cells}), []
-    for eta in sorted({cell["eta"] for cell in cells}):
-        own = {cell["steps"]: cell for cell in cells if cell["eta"] == eta}
-        theirs = TABLE_2_1.get(eta, {})
-        values = [f"{own[s]['frechet']['value']:.3g} ({theirs.get(s, '-')})" for s in lengths]
-        rows.append([f"{eta:g}", *values])
-    return [
-        f"Frechet distance in the judge's features of {cells[0]['count']} unguided images (of as "
-        f"many real ones: {cells[0]['floor']['frechet']:.3g}), comparable within this table alone; "
-        "in brackets the thesis's FID of a converged model.",
-        "",
-        *table_lines(["eta", *(f"{steps} steps" for steps in lengths)], rows, left=0),
-    ]
-
-
-def _methods(report: Mapping[str, Any]) -> list[str]:
-    amount = report["amount"]
-    lines = [
-        f"{amount['per_class']} images of each class, {amount['steps']} steps of DDIM, all ways "
-        "from the same starting noise. *Recognised*: the judge sees the wanted class, % (95 % "
-        "interval). *Distance*: Frechet distance in the judge's features to real images of the "
-        "class, mean over classes; of few images it is biased upwards, and *real* is what as many "
-        "real images have. *Diversity*: 1 if images of a class differ as real ones do. "
-        "*Saturated*: pixel values at the ends of the range, %, real images' in brackets. "
-        "*Gap*: mean E(x) under the most robust classifier, minus real images', nats. "
-        "*Time*: seconds an image. Scales s are the thesis's times "
-        f"{amount['strength']:g}, where they are not 1.",
-    ]
-    for group, title in GROUPS.items():
-        own = [method for method in report["ways"] if method["group"] == group]
-        if own:
-            head = table_lines(["way", "", *COLUMNS], (), left=2)
-            head[0] = head[0].replace("|  |", "| |")
-            lines += ["", f"#### {title}", "", *head, *map(_method_line, own)]
-    return lines
-
-
-def _method_line(method: Mapping[str, Any]) -> str:
-    scale = f"{method['settings']['scale']:g}" if method["settings"] else ""
-    about = method["about"].replace("|", "\\|")
-    head = [method["name"], about, scale, f"{method['eta']:g}"]
-    if "stopped" in method:
-        return f"{line([*head, method['stopped']])[:-2]} | | | | | |"
-    means, ends = method["means"], method["saturation"]["ends"]
-    gap = method["energy_gap"]["energy"] if method["energy_gap"] else None
-    return line(
-        [
-            *head,
-            percent(method["accuracy"]) if method["accuracy"] else "-",
-            f"{number(means['frechet'], '{:.3g}')} ({number(means['floor'], '{:.3g}')})",
-            number(means["diversity"], "{:.2f}"),
-            f"{100 * _value(ends['samples']):.1f} ({100 * _value(ends['real']):.1f})",
-            number(None if gap is None else gap["value"], "{:+.2f}"),
-            f"{method['seconds'] / method['count']:.2g}",
-        ]
-    )
-
-
-def _value(estimate: Any) -> float:
-    return float(estimate["value"] if isinstance(estimate, dict) else estimate)
+        return weights_digest(self.runs.folder(_NETWORKS[name]))
 
 
 GUIDANCE_EXPERIMENT = Experiment(

@@ -12,57 +12,41 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ebmkit.experiments.runs import ExperimentRuns, Protocol, Variant
+from ebmkit.plots import BLUE
 from ebmkit.storage import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 class Report(NamedTuple):
-    """What an experiment found.
+    """What an experiment found."""
 
-    Attributes:
-        document: as JSON has it.
-        text: the same as Markdown.
-        plots: by file name, what draws it.
-        copies: by file name, a plot of an evaluation suite to be copied.
-    """
-
-    document: dict[str, Any]
-    text: str
-    plots: Mapping[str, Callable[[Path], None]] = {}
-    copies: Mapping[str, Path] = {}
+    document: dict[str, Any]  # as JSON has it
+    text: str  # the same as Markdown
+    plots: Mapping[str, Callable[[Path], None]] = {}  # by file name, what draws it
+    copies: Mapping[str, Path] = {}  # by file name, a plot of an evaluation suite to be copied
 
 
 class Experiment(NamedTuple):
-    """A table or figure.
-
-    Attributes:
-        title: one line.
-        run: trains, measures and reports, given the names of the variants to run (none: all).
-        variants: its grid; none where nothing is trained.
-    """
+    """A table or figure: ``run`` trains, measures and reports the named variants (none: all)."""
 
     title: str
     run: Callable[[ExperimentRuns, Sequence[str]], Report]
-    variants: tuple[Variant, ...] = ()
+    variants: tuple[Variant, ...] = ()  # its grid; none where nothing is trained
 
 
 @dataclass(frozen=True)
 class Result:
-    """What is known of a variant.
-
-    Attributes:
-        variant: which.
-        documents: of its suites; empty if it is not finished.
-        facts: how it was trained and measured; empty if it is not finished.
-        status: done, or why not.
-    """
+    """What is known of a variant; documents and facts are empty if it is not finished."""
 
     variant: Variant
-    documents: dict[str, dict[str, Any]] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
-    status: str = "done"
+    documents: dict[str, dict[str, Any]] = field(default_factory=dict)  # of its suites
+    facts: dict[str, Any] = field(default_factory=dict)  # how it was trained and measured
+    status: str = "done"  # or why not
 
 
 def run_grid(
@@ -73,19 +57,15 @@ def run_grid(
 ) -> list[Result]:
     """Train and measure the variants that are ``only``, all if empty; what is known of every one.
 
-    Args:
-        runs: the run folders.
-        variants: the grid.
-        only: names.
-        protocol: how a variant is measured; None: it is only trained.
+    ``protocol`` says how a variant is measured; None: it is only trained.
 
     Raises:
         Interrupted: if training was; calling again resumes it.
         UserError: if a variant does not suit this machine. One that stops later is named in
             ``runs.stopped`` and in the report.
     """
-    chosen = [v for v in variants if not only or v.name in only]
-    owners = {own.folder: own for own in (v.run or v for v in chosen)}
+    chosen = [v.run or v for v in variants if not only or v.name in only]
+    owners = {own.folder: own for own in chosen}
     runs.check(list(owners.values()))
     for own in owners.values():
         runs.try_run(own, protocol(own))
@@ -94,11 +74,7 @@ def run_grid(
 
 def _result(runs: ExperimentRuns, variant: Variant, protocol: Protocol | None) -> Result:
     own = variant.run or variant
-    documents: dict[str, dict[str, Any]] | None
-    if protocol is None:
-        documents = {} if runs.trained(own) else None
-    else:
-        documents = runs.measured(own, protocol)
+    documents = runs.measured(own, protocol)
     if documents is None:
         reason = runs.why_stopped(own)
         return Result(variant, status=f"stopped: {reason}" if reason else "not run yet")
@@ -112,17 +88,14 @@ def measured_facts(documents: Iterable[dict[str, Any]]) -> dict[str, Any]:
         some, of = one["images"], one["of"]
         count = f"all {of:,}" if some == of else f"the first {some:,} of {of:,}"
         data.append(f"{one['dataset']}, {count} test images ({one['suite']})")
-    return {
-        "data": data,
-        "measured_by": [document["environment"]["git_commit"] for document in found],
-    }
+    return {"data": data, "measured_by": [one["environment"]["git_commit"] for one in found]}
 
 
 def circumstances(runs: ExperimentRuns, target: str, results: Sequence[Result]) -> dict[str, Any]:
     """What stands below a table or figure: data, hardware, versions, commits, command."""
-    ran = [(one.variant, one.facts) for one in results if one.status == "done"]
-    facts = [one for _, one in ran]
-    owned = [(variant, one) for variant, one in ran if variant.run is None]
+    ran = [one for one in results if one.status == "done"]
+    facts = [one.facts for one in ran]
+    owned = [(one.variant, one.facts) for one in ran if one.variant.run is None]
     command = runs.command(target)
     notes = [f"command: `{command}`"]
     if ran:
@@ -174,6 +147,17 @@ def percent(estimate: Mapping[str, float], form: str = "{:.0f}") -> str:
 def text_of(title: str, lines: Iterable[str], notes: Iterable[str]) -> str:
     """Markdown: ``lines`` under a heading, and ``notes`` as a list below."""
     return "\n".join([f"## {title}", "", *lines, "", *(f"- {note}" for note in notes)]) + "\n"
+
+
+def mark(
+    axis: Axes, place: int, estimate: Any, look: str = "o", colour: str = BLUE, size: int = 4
+) -> None:
+    """A number, or an estimate with its interval, in the row ``place``; nothing for None."""
+    found = estimate if isinstance(estimate, dict) else {"value": estimate}
+    if found["value"] is not None:
+        axis.plot(found["value"], place, look, color=colour, markersize=size)
+        if found.get("low") is not None:
+            axis.plot([found["low"], found["high"]], [place, place], color=colour, linewidth=1.5)
 
 
 def write(name: str, report: Report, folder: Path) -> list[Path]:

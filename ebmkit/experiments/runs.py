@@ -1,8 +1,22 @@
-"""Variants as run folders: trained once, resumed, evaluated once.
+"""Variants as run folders: trained once, resumed, evaluated once; at three scales.
 
-A variant names the configuration that differs from its scale's (`ebmkit.experiments.scales`), and
-the figures that the paper prints for it. Variants of one configuration are one run: what table 1
-calls "joint" is the first row of table 3, and is trained once.
+A variant names the configuration that differs from its scale's, and the figures that the paper
+prints for it. Variants of one configuration are one run: what table 1 calls "joint" is the first
+row of table 3, and is trained once.
+
+========= ============================== ================== =============================
+scale     data                           network            training of a variant
+========= ============================== ================== =============================
+smoke     scikit-learn's digits, 8x8     width 8            60 steps: seconds
+cpu       CIFAR-10                       width 16           1,000 steps: minutes on 2 cores
+full      CIFAR-10 (table 2: ImageNet)   width 64           the paper's recipe, on a GPU
+========= ============================== ================== =============================
+
+Nothing else differs between the variants of a table than what each names, with one exception: below
+``full`` those that denoise alone learn at a third of the rate, with clipped gradients. At the
+rate of the others, which the small recipes have so that minutes suffice, they fell back to the
+identity after some hundred steps and stayed there. Table 2 follows the ImageNet recipe at every
+scale, crops that grow and batches that shrink included; below ``full`` on the small images.
 
 ::
 
@@ -15,11 +29,12 @@ JSON file is complete and says that it was measured as asked. Whatever is less i
 model that is missing, damaged or of an earlier step is written again from the checkpoint; a run
 whose configuration or checkpoint does not read is moved aside, to ``rows/joint.broken-1``, and
 trained anew. A run of another configuration is never touched. A variant that cannot be finished,
-because it diverged, leaves its reason in ``rows/NAME.stopped.txt``, and the others go on.
+because it diverged, leaves its reason in ``rows/NAME.stopped.txt``, and the others continue.
 """
 
 from __future__ import annotations
 
+import importlib.resources
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,15 +42,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+import yaml
+
 from ebmkit.compute import pick_device
 from ebmkit.data import AnyImages
 from ebmkit.errors import UserError
 from ebmkit.evaluation import SIGMAS, SUITES, evaluate, parse_options
-from ebmkit.experiments.scales import Scale
 from ebmkit.models import load
 from ebmkit.storage import Busy, held, write_atomically
 from ebmkit.storage.reading import MIB, read_json, read_text
-from ebmkit.training import DataConfig, RunFolder, TrainConfig, Trainer, resolve
+from ebmkit.training import RECIPES, RunFolder, TrainConfig, Trainer, resolve
 from ebmkit.training.config import difference
 from ebmkit.training.cost import format_seconds
 from ebmkit.training.loop import assemble
@@ -52,6 +69,56 @@ REPORTED = {
 
 
 @dataclass(frozen=True)
+class Scale:
+    """Settings that all variants of an experiment share."""
+
+    name: str
+    description: str
+    recipe: Mapping[str, str]  # by family of variants (cifar10, imagenet, guidance)
+    layer: Mapping[str, Mapping[str, Any]]  # by family, the configuration over the recipe
+    images: Mapping[str, int] = field(default_factory=dict)  # by suite, test images at most
+    by_task: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # over these, by task
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # of suites of figures
+    threads: int | None = None  # of a CPU at most; None: as many as there are
+
+    def resolve(self, family: str, task: str, *layers: Mapping[str, Any]) -> TrainConfig:
+        """The whole configuration of a variant of ``family`` and ``task``, ``layers`` on top."""
+        own = (self.layer[family], self.by_task.get(task, {}))
+        return resolve(*own, *layers, recipe=self.recipe[family])
+
+
+def _cpu_precision() -> str:
+    """bf16 where the processor has it in hardware, which about halves the time; else fp32."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    checks = [getattr(torch.cpu, name, None) for name in names]
+    return "bf16" if any(check() for check in checks if check is not None) else "fp32"
+
+
+def read_data(name: str) -> Any:
+    """A YAML file of this package."""
+    text = importlib.resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return yaml.safe_load(text)
+
+
+def over_recipe(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """``layer`` over the configuration of the recipe that its entry ``recipe`` names, if any."""
+    own = dict(layer)
+    recipe = own.pop("recipe", None)
+    return {**(RECIPES[recipe].config if recipe else {}), **own}
+
+
+def _scale(name: str, fields: dict[str, Any]) -> Scale:
+    by_task = {task: over_recipe(layer) for task, layer in fields.pop("by_task").items()}
+    if name == "cpu":
+        for family in ("cifar10", "imagenet"):
+            fields["layer"][family]["compute"] = {"precision": _cpu_precision()}
+    return Scale(name=name, by_task=by_task, **fields)
+
+
+SCALES: dict[str, Scale] = {n: _scale(n, fields) for n, fields in read_data("scales.yaml").items()}
+
+
+@dataclass(frozen=True)
 class Variant:
     """One configuration of an experiment.
 
@@ -63,7 +130,7 @@ class Variant:
         paper: the paper's figures, by `ebmkit.experiments.tables.METRICS`; empty if it has none.
         run: the variant whose run this one reads; None: its own.
         reads: which denoiser of the suite ``denoise`` its PSNR is of.
-        at_full: what is laid over ``layer`` at the scale ``full``, whose recipe differs.
+        at_full: configuration over ``layer`` at the scale ``full``, whose recipe differs.
         family: which of a scale's settings it is trained with: cifar10, imagenet or guidance.
     """
 
@@ -87,29 +154,20 @@ class Variant:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a trained variant is measured.
+    """How a trained variant is measured."""
 
-    Attributes:
-        name: of the folder of results.
-        suites: those to run, which must suit the model.
-        sigmas: noise levels of the suite ``denoise``, image units.
-        images: by suite, test images at most; all where it is not named.
-        options: settings of suites.
-    """
-
-    name: str
+    name: str  # of the folder of results
     suites: tuple[str, ...]
-    sigmas: tuple[float, ...] = SIGMAS
-    images: Mapping[str, int] = field(default_factory=dict)
-    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    sigmas: tuple[float, ...] = SIGMAS  # of the suite ``denoise``, image units
+    images: Mapping[str, int] = field(default_factory=dict)  # by suite, test images at most
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by suite
 
     def document_in(self, folder: Path, suite: str, of: int) -> dict[str, Any] | None:
         """The document of ``suite`` of ``of`` images, if it is complete and measured as asked."""
         expected: dict[str, Any] = {"suite": suite, "of": of, "seed": 0}
-        if suite == "denoise":
-            expected["sigmas"] = list(self.sigmas)
-        if suite == "classify":
-            expected["sigmas"] = [0.0]
+        sigmas = {"denoise": list(self.sigmas), "classify": [0.0]}
+        if suite in sigmas:
+            expected["sigmas"] = sigmas[suite]
         kind = SUITES[suite].options
         if kind is None:
             expected["images"] = min(of, self.images.get(suite, of))
@@ -117,10 +175,8 @@ class Protocol:
             given = parse_options({suite: self.options.get(suite, {})}, [suite])[kind]
             expected["options"] = given.model_dump(mode="json")
         document = read_document(folder / f"{suite}.json")
-        if not expected.items() <= document.items():
-            return None
         complete = all(document.get(k) is not None for k in REPORTED.get(suite, ()))
-        return document if complete else None
+        return document if complete and expected.items() <= document.items() else None
 
 
 def read_document(path: Path) -> dict[str, Any]:
@@ -144,25 +200,18 @@ def exclusive(folder: Path) -> Iterator[None]:
         yield
 
 
-def _fit(trainer: Trainer, name: str) -> None:
-    trainer.fit()
-
-
 @dataclass
 class ExperimentRuns:
-    """The runs of all experiments in a folder.
+    """The runs of all experiments in the folder ``out``, on ``device`` and with ``seed``.
 
     Args:
-        out: where everything goes.
         scale: how large.
         data_dir: where CIFAR-10 is, for scales that need it.
-        imagenet_dir: where ImageNet is, for table 2 at full scale.
-        device: as of `TrainConfig`.
-        seed: of all runs.
         precision: of training; None: the scale's.
         fit: trains (`Trainer.fit`), showing progress under a name.
         log: called with a sentence about what is being done.
         progress: whether evaluations show bars.
+        imagenet_dir: where ImageNet is, for table 2 at full scale.
         stopped: variants that could not be finished, and why.
     """
 
@@ -172,7 +221,7 @@ class ExperimentRuns:
     device: str = "auto"
     seed: int = 0
     precision: str | None = None
-    fit: Callable[[Trainer, str], None] = _fit
+    fit: Callable[[Trainer, str], object] = lambda trainer, name: trainer.fit()
     log: Callable[[str], None] = lambda sentence: None
     progress: bool = False
     imagenet_dir: Path | None = None
@@ -308,11 +357,15 @@ class ExperimentRuns:
             found[suite] = results[suite].document
         return found
 
-    def measured(self, variant: Variant, protocol: Protocol) -> dict[str, dict[str, Any]] | None:
-        """`measure` of a variant that is trained and measured already; else None."""
-        if not self.trained(variant):
+    def measured(self, variant: Variant, protocol: Protocol | None) -> dict[str, Any] | None:
+        """`measure` of a variant that is trained and measured already; else None.
+
+        Raises:
+            UserError: if the folder holds a run of another configuration.
+        """
+        if self._state(variant, self.config(variant)) != "finished":
             return None
-        found = self._documents(variant, protocol)
+        found = self._documents(variant, protocol) if protocol else {}
         return None if None in found.values() else found
 
     def _documents(self, variant: Variant, protocol: Protocol) -> dict[str, Any]:
@@ -320,14 +373,6 @@ class ExperimentRuns:
         folder = self.folder(variant) / "evaluation" / protocol.name
         count = len(self.images(variant, "test"))
         return {suite: protocol.document_in(folder, suite, count) for suite in protocol.suites}
-
-    def trained(self, variant: Variant) -> bool:
-        """Whether ``variant`` is trained to its end.
-
-        Raises:
-            UserError: if the folder holds a run of another configuration.
-        """
-        return self._state(variant, self.config(variant)) == "finished"
 
     def facts(self, variant: Variant) -> dict[str, Any]:
         """How ``variant`` was trained: seconds, steps, parameters, precision, machine, commit."""
@@ -349,7 +394,7 @@ class ExperimentRuns:
 
     def images(self, variant: Variant, split: Split) -> AnyImages:
         """The images of ``split`` that ``variant`` is trained or measured on."""
-        data: DataConfig = self.config(variant).dataset
+        data = self.config(variant).dataset
         if split != "test":
             return images_of(data, split)
         key = (data.name, data.image_size)

@@ -20,7 +20,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 from ebmkit.evaluation import SIGMAS
 from ebmkit.evaluation.suite import number
@@ -29,14 +30,20 @@ from ebmkit.experiments.report import (
     Report,
     Result,
     circumstances,
-    line,
+    mark,
     run_grid,
     table_lines,
     text_of,
 )
-from ebmkit.experiments.runs import ExperimentRuns, Protocol, Variant
-from ebmkit.experiments.scales import over_recipe, read_data
+from ebmkit.experiments.runs import (
+    ExperimentRuns,
+    Protocol,
+    Variant,
+    over_recipe,
+    read_data,
+)
 from ebmkit.noise import in_255ths
+from ebmkit.plots import BLUE, GRAY, ORANGE, annotate, look, new_figure, save_figure
 from ebmkit.registry import find
 
 METRICS: dict[str, str] = {
@@ -51,7 +58,7 @@ METRICS: dict[str, str] = {
 PSNR = ("15", "25", "50")
 
 CLOSE = 0.1
-"""PSNRs that are no further apart, in dB, are called open: one seed cannot tell them apart."""
+"""PSNRs that are no further apart, in dB, are called open: one seed cannot distinguish them."""
 
 SUITES_OF = {
     "classification": ("classify",),
@@ -64,29 +71,20 @@ CLAIM_SIGMAS = tuple(s / 255 for s in (15, 25, 50, 75, 100, 150, 200))
 """Noise levels of ``claims``: training ends at 100/255."""
 
 
-class Ordering(NamedTuple):
-    """An ordering that the paper reports: ``better`` above ``worse`` in ``metric``."""
-
-    better: str
-    worse: str
-    metric: str
-
-
 @dataclass(frozen=True)
 class Table:
     """A table of the paper.
 
     Attributes:
         name: as on the command line.
-        title: one line.
         variants: in the paper's order.
-        expected: the orderings of the paper that ours are held against.
+        orderings: that the paper reports: better, worse, and by which of `METRICS`.
     """
 
     name: str
     title: str
     variants: tuple[Variant, ...]
-    expected: tuple[Ordering, ...] = ()
+    orderings: tuple[tuple[str, str, str], ...] = ()
 
     def variant(self, name: str) -> Variant:
         """The variant called ``name``.
@@ -109,8 +107,8 @@ for _name, _row in _DATA["rows"].items():
 
 
 def _table(name: str, title: str, rows: list[str], orderings: Sequence[list[str]] = ()) -> Table:
-    expected = [Ordering(a, b, metric) for a, b, *metrics in orderings for metric in metrics]
-    return Table(name, title, tuple(ROWS[row] for row in rows), tuple(expected))
+    each = tuple((a, b, metric) for a, b, *metrics in orderings for metric in metrics)
+    return Table(name, title, tuple(ROWS[row] for row in rows), each)
 
 
 TABLES = {name: _table(name, **fields) for name, fields in _DATA["tables"].items()}
@@ -129,15 +127,13 @@ def run_table(
 ) -> Report:
     """Train and measure the variants of ``table`` that are ``only``, all if empty.
 
-    Variants that are left out now but were finished before stay in the report.
+    Variants that are not among them but were finished before stay in the report.
 
     Raises:
         Interrupted: if training was; calling again resumes it.
         UserError: if a variant does not exist or does not suit this machine. One that stops later
             is named in ``runs.stopped`` and in the report.
     """
-    from ebmkit.experiments.plots import compare_with_paper
-
     for name in only:
         table.variant(name)
     folder = "table" if tuple(sigmas) == SIGMAS else "claims"
@@ -199,7 +195,7 @@ def table_document(
         for one in results
     ]
     by_name = {row["name"]: row for row in rows}
-    orderings = [] if scale == "smoke" else [_ordering(one, by_name) for one in table.expected]
+    orderings = [] if scale == "smoke" else [_ordering(*o, by_name) for o in table.orderings]
     return {
         "table": table.name,
         "title": table.title,
@@ -211,17 +207,18 @@ def table_document(
     }
 
 
-def _ordering(expected: Ordering, rows: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:
+def _ordering(
+    better: str, worse: str, metric: str, rows: Mapping[str, dict[str, Any]]
+) -> dict[str, Any] | None:
     """How ours stand in an ordering of the paper; None where a figure is missing."""
-    metric, names = expected.metric, (expected.better, expected.worse)
-    pair = [rows[name] for name in names if name in rows]
+    pair = [rows[name] for name in (better, worse) if name in rows]
     figures = [row["ours"].get(metric, {"value": None}) for row in pair]
     if len(pair) < 2 or any(one["value"] is None for one in figures):
         return None
     a, b = figures
     gap = a["value"] - b["value"]
     return {
-        **expected._asdict(),
+        **{"better": better, "worse": worse, "metric": metric},
         "paper": pair[0]["paper"][metric] - pair[1]["paper"][metric],
         "ours": gap,
         "verdict": "open" if _is_open(a, b, metric) else "holds" if gap > 0 else "reversed",
@@ -229,7 +226,7 @@ def _ordering(expected: Ordering, rows: Mapping[str, dict[str, Any]]) -> dict[st
 
 
 def _is_open(a: Mapping[str, float], b: Mapping[str, float], metric: str) -> bool:
-    """Whether two figures are too close to be told apart by one seed."""
+    """Whether two figures are too close to be distinguished by one seed."""
     if metric == "accuracy":
         return a["low"] <= b["high"] and b["low"] <= a["high"]
     return abs(a["value"] - b["value"]) <= CLOSE
@@ -252,22 +249,25 @@ def table_text(report: Mapping[str, Any]) -> str:
         "",
         *table_lines(["task", "network", "sigma", *(METRICS[m] for m in shown)], rows, left=3),
         "",
-        "Column sigma: what the denoiser is told of the noise level.",
+        "Column sigma: which noise level the denoiser uses.",
     ]
     if report["orderings"]:
         lines += [
             "",
             "Orderings of the paper (difference, ours and the paper's):",
             "",
-            line(["better", "worse", "figure", "ours", "paper", "here it"]),
-            line(["---", "---", "---", "---:", "---:", "---"]),
+            *table_lines(
+                ["better", "worse", "figure", "ours", "paper", "verdict"],
+                (
+                    [
+                        *(one["better"], one["worse"], METRICS[one["metric"]]),
+                        *(f"{one['ours']:+.2f}", f"{one['paper']:+.2f}", one["verdict"]),
+                    ]
+                    for one in report["orderings"]
+                ),
+                left=3,
+            ),
         ]
-        words = {"open": "is open", "holds": "holds", "reversed": "is reversed"}
-        lines += [
-            line([o["better"], o["worse"], METRICS[o["metric"]], f"{o['ours']:+.2f}",
-                  f"{o['paper']:+.2f}", words[o["verdict"]]])
-            for o in report["orderings"]
-        ]  # fmt: skip
         rule = "*open*: the 95 % intervals of accuracies overlap, or PSNRs are within"
         lines += ["", f"One seed. {rule} {CLOSE} dB."]
     return text_of(report["heading"], lines, report["notes"])
@@ -287,8 +287,6 @@ def _ours_and_paper(metric: str, row: Mapping[str, Any]) -> str:
 
 def run_claims(runs: ExperimentRuns, only: Sequence[str]) -> Report:
     """The side claims: a table like the others, with differences and more noise levels."""
-    from ebmkit.experiments.plots import beyond_training
-
     report = run_table(CLAIMS, runs, only, CLAIM_SIGMAS)
     plots = dict(report.plots)
     plots["claims-beyond.png"] = partial(beyond_training, report.document)
@@ -301,29 +299,25 @@ def claims_text(report: Mapping[str, Any]) -> str:
     done = [row for row in rows.values() if row["status"] == "done"]
     base = rows[JOINT.name]["ours"]
     levels = [in_255ths(s) for s in CLAIM_SIGMAS]
+    differences = (
+        [row["label"], *(_difference(row["ours"], base, m) for m in ("accuracy", *PSNR))]
+        for row in done
+        if base and row["name"] != JOINT.name
+    )
+    values = (
+        [row["label"], *(number(row["ours"][s]["value"], "{:.2f}") for s in levels)] for row in done
+    )
+    names = ["variant", "accuracy, %", "PSNR at 15/255", "at 25/255", "at 50/255"]
     lines = [
         table_text(report),
         "Each variant minus the joint network (*: a difference by the rule for orderings, of one "
         "seed; the paper found none for ce+cdsm and ce+dsm+cdsm):",
         "",
-        *table_lines(
-            ["variant", "accuracy, %", "PSNR at 15/255", "at 25/255", "at 50/255"],
-            (
-                [row["label"], *(_difference(row["ours"], base, m) for m in ("accuracy", *PSNR))]
-                for row in done
-                if base and row["name"] != JOINT.name
-            ),
-        ),
+        *table_lines(names, differences),
         "",
         "PSNR in dB by noise level, in 255ths; the denoising stream ends at 100:",
         "",
-        *table_lines(
-            ["network", *levels],
-            (
-                [row["label"], *(number(row["ours"][s]["value"], "{:.2f}") for s in levels)]
-                for row in done
-            ),
-        ),
+        *table_lines(["network", *levels], values),
     ]
     return "\n".join(lines) + "\n"
 
@@ -331,8 +325,64 @@ def claims_text(report: Mapping[str, Any]) -> str:
 def _difference(ours: Mapping[str, Any], base: Mapping[str, Any], metric: str) -> str:
     a, b = ours[metric], base[metric]
     if a["value"] is None or b["value"] is None:
-        return "not finite"
+        return "NaN or Inf"
     return f"{a['value'] - b['value']:+.2f}{'' if _is_open(a, b, metric) else ' *'}"
+
+
+# --- plots ---------------------------------------------------------------------------------------
+
+
+def compare_with_paper(report: dict[str, Any], path: Path) -> None:
+    """One line per row of `table_document`: our value (dot, 95 % interval), the paper's (cross)."""
+    rows = report["rows"]
+    panels = {
+        metric: title
+        for metric, title in METRICS.items()
+        if metric != "hours" and any(metric in {**row["ours"], **row["paper"]} for row in rows)
+    }
+    figure = new_figure(2.9 * len(panels) + 2.6, 0.34 * len(rows) + 1.5, layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    names = [
+        f"{row['label']} ({row['task']})"
+        + ("" if row["status"] == "done" else ", " + row["status"].partition(":")[0])
+        for row in rows
+    ]
+    for axis, (metric, title) in zip(axes, panels.items(), strict=True):
+        for place, row in enumerate(rows):
+            mark(axis, place, row["paper"].get(metric), "x", ORANGE, 6)
+            mark(axis, place, row["ours"].get(metric), size=5)
+        axis.set_xlabel(title, fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(axis="x", color=GRAY, alpha=0.3, linewidth=0.5)
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+    axes[0].set_yticks(range(len(rows)), names)
+    axes[0].set_ylim(len(rows) - 0.5, -0.5)
+    axes[0].plot([], [], "o", color=BLUE, markersize=5, label=f"ours, scale {report['scale']}")
+    axes[0].plot([], [], "x", color=ORANGE, markersize=6, label="the paper")
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8
+    )
+    figure.suptitle(report["heading"], fontsize=10)
+    save_figure(figure, path)
+
+
+def beyond_training(report: dict[str, Any], path: Path, trained: float = 100.0) -> None:
+    """PSNR by noise level, a line per row; ``trained``, in 255ths, is the largest of training."""
+    figure = new_figure(7.6, 4.2, layout="constrained")
+    axes = figure.subplots()
+    done = [row for row in report["rows"] if row["status"] == "done"]
+    for number_of_row, row in enumerate(done):
+        levels = sorted(int(key) for key in row["ours"] if key.isdigit())
+        values = [row["ours"][str(level)]["value"] for level in levels]
+        axes.plot(levels, values, ms=4, lw=1.2, label=row["label"], **look(number_of_row))
+    axes.axvline(trained, color=GRAY, linestyle=":", linewidth=1)
+    ends: dict[str, Any] = {"xytext": (3, -9), "textcoords": "offset points", "fontsize": 7.5}
+    axes.annotate("training ends", (trained, 1), xycoords=("data", "axes fraction"), **ends)
+    title = "Denoising beyond the noise of training"
+    annotate(axes, title, "noise level sigma, in 255ths", "PSNR, dB")
+    figure.legend(loc="outside right upper", fontsize=7.5)
+    save_figure(figure, path)
 
 
 TABLE_EXPERIMENTS: dict[str, Experiment] = {

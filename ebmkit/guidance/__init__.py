@@ -2,18 +2,24 @@
 
 from ebmkit.guidance.guides import (
     CLASSIFIER_FREE,
+    GUIDANCE_SCHEDULES,
     GUIDES,
-    LogitModel,
+    GuidanceSchedule,
     accumulated_guide,
     check_guide,
     classifier_guide,
     dual_guide,
     energy_guide,
+    parse_schedule,
     pgd_guide,
 )
-from ebmkit.guidance.mean_energies import class_energies, stored_energies
-from ebmkit.guidance.model import GuidedModel, guided_model
-from ebmkit.guidance.schedules import GUIDANCE_SCHEDULES, GuidanceSchedule, parse_schedule
+from ebmkit.guidance.model import (
+    GuidedModel,
+    LogitModel,
+    class_energies,
+    guided_model,
+    stored_energies,
+)
 from ebmkit.guidance.score import (
     Guidance,
     GuidanceConfig,

@@ -39,10 +39,11 @@ from torch import Tensor, nn
 
 from ebmkit.energy import EnergyModel, Noise
 from ebmkit.errors import UserError, first_line
-from ebmkit.guidance.guides import CLASSIFIER_FREE, LogitModel, check_guide
+from ebmkit.guidance.guides import CLASSIFIER_FREE, check_guide
+from ebmkit.guidance.model import LogitModel
 from ebmkit.guidance.score import Guidance, GuidanceConfig, View, guided_noise, make_guidance
 from ebmkit.noise import Schedule
-from ebmkit.sampling.target import DensityFunction
+from ebmkit.sampling.base import DensityFunction
 
 LATENT = ("vae", "vqvae", "vqgan", "movq", "prior")
 """Components of pipelines whose UNet works on codes of images."""
@@ -81,7 +82,8 @@ def guided(
     """A pipeline like ``pipeline`` whose samples are guided to ``label``.
 
     It shares the weights, and has a scheduler of its own; ``pipeline`` is left as it is. Guiding
-    the result again adds another guide.
+    the result again adds another guide. ``guidance``, ``scale``, ``schedule``, ``view``,
+    ``backpropagate`` and ``start`` are those of `ebmkit.guidance.GuidanceConfig`.
 
     Args:
         pipeline: of `diffusers`, with a UNet on images, as DDPMPipeline and DDIMPipeline.
@@ -89,8 +91,6 @@ def guided(
             gives logits of images in [0, 1] (`LogitModel` for other ranges); None for
             ``classifier-free``.
         label: of all images, or one for each, (B,).
-        guidance: as of `ebmkit.guidance.GuidanceConfig`, like ``scale``, ``schedule``, ``view``,
-            ``backpropagate`` and ``start``.
         means: (C,) mean E of each label's training images, for ``dual``.
         classifier_free: w, in addition to a guide, for a class-conditional UNet; None: it gets the
             label itself.
@@ -107,12 +107,12 @@ def guided(
     >>> images = guided(pipeline, robust, 3, "pgd", scale=4, n=20)()     # doctest: +SKIP
     """
     name = type(pipeline).__name__
-    latent = [part for part in LATENT if getattr(pipeline, part, None) is not None]
-    if latent:
-        raise UserError(
-            f"{name} works on latents (it has {latent[0]!r}), and a guide takes images: take a "
-            "pipeline on pixels, as DDPMPipeline"
-        )
+    for part in LATENT:
+        if getattr(pipeline, part, None) is not None:
+            raise UserError(
+                f"{name} works on latents (it has {part!r}), and a guide takes images: take a "
+                "pipeline on pixels, as DDPMPipeline"
+            )
     for part in ("unet", "scheduler"):
         if getattr(pipeline, part, None) is None:
             raise UserError(f"{name} has no {part}: take a pipeline of diffusers with a UNet")
@@ -221,12 +221,8 @@ class GuidedUNet(nn.Module):
     ) -> Any:  # fmt: skip
         """The guided prediction, as the UNet's own output; no gradients go back through it.
 
-        Args:
-            sample: u_t (B, C, H, W).
-            timestep: a number, or a tensor of one or of (B,).
-            *args: passed on to the UNet.
-            return_dict: whether to return an output with ``sample``, or a tuple.
-            **kwargs: passed on to the UNet.
+        ``sample`` is u_t (B, C, H, W), ``timestep`` a number, or a tensor of one or of (B,);
+        without ``return_dict`` a tuple is returned; the rest is passed on to the UNet.
 
         Raises:
             UserError: if there are other labels than images, the images have another size than the
@@ -413,10 +409,10 @@ def _check_guide(model: nn.Module, unet: Any, channels: int) -> EnergyModel:
     known = (size, size) if isinstance(size, int) else tuple(size) if size else None
     guide = model if isinstance(model, EnergyModel) else _of_logits(model, channels, known)
     check_guide(guide)
-    taken = getattr(guide, "in_channels", None) or (guide.card.channels if guide.card else None)
+    taken = guide.in_channels or (guide.card.channels if guide.card else None)
     if taken is not None and taken != channels:
-        raise UserError(f"the pipeline makes images of {channels} channel(s), and this guide takes "
-                        f"{taken}: give one trained on such images")  # fmt: skip
+        what = f"the pipeline makes images of {channels} channel(s), and this guide takes {taken}"
+        raise UserError(f"{what}: give one trained on such images")
     if known:
         _check_size(known, guide)
     return guide
@@ -441,10 +437,8 @@ def _of_logits(model: nn.Module, channels: int, size: tuple[int, ...] | None) ->
         with torch.no_grad():
             logits = model(black)
     except (RuntimeError, TypeError, ValueError) as error:
-        reason = first_line(error)
-        raise UserError(
-            f"the network does not take an image {tuple(black.shape[1:])}: {reason}"
-        ) from None
+        what = f"the network does not take an image {tuple(black.shape[1:])}"
+        raise UserError(f"{what}: {first_line(error)}") from None
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
         raise UserError(
             "the network must give logits (B, labels): wrap it in a module that gives them alone"

@@ -25,26 +25,42 @@ it,
 where RCG does not say how its intermediate images arise. Neither is the gradient of its value: the
 path from v to :math:`v_n` is not differentiated.
 
-A guide is a `ebmkit.sampling.target.DensityFunction`: v (B, ...) and the noise level of v in image
+The strength of guidance depends on the timestep by a schedule g(t) (`ebmkit.guidance.score`).
+Where h is the exact log-posterior of the noisy image and s = 1,
+:math:`g = \sqrt{1 - \bar\alpha_t}` gives the exact conditional noise. ``constant`` and ``step``
+multiply that factor (RCG section 4.5: s = 30, then 11 from the middle of the chain, ``low`` =
+11/30); the others replace it (section 4.7), ``sigmoid`` by
+:math:`(1 - y_0) / (1 + e^{-k (t - t_0)}) + y_0` (eq. 4.4).
+
+A guide is a `ebmkit.sampling.base.DensityFunction`: v (B, ...) and the noise level of v in image
 units, or None, to the value (B,) and the gradient. RCG is the thesis "Classifier-free Diffusion
 Guidance with a Robust Energy-Based Classifier" (Sapienza, 2024) here and in all docstrings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from ebmkit.energy import Energies, EnergyModel, Noise, classifies, upcast_energies
-from ebmkit.errors import UserError
+from ebmkit.errors import UserError, validated
 from ebmkit.models.heads import LogitEnergy
+from ebmkit.noise import parse_fraction
 from ebmkit.registry import Table
-from ebmkit.sampling.base import check_positive, per_chain
-from ebmkit.sampling.target import DensityFunction, clean_level, density_of, label_density_of
+from ebmkit.sampling.base import (
+    DensityFunction,
+    check_positive,
+    clean_level,
+    density_of,
+    label_density_of,
+    unit_length,
+)
 
 CLASSIFIER_FREE = "classifier-free"
 """Guidance that needs no guide: the sampled model itself knows labels."""
@@ -80,12 +96,8 @@ def dual_guide(
 ) -> DensityFunction:
     """-(E(v, c) + weight |means[c] - E(v)|): images as likely as the label's own (RCG eq. 4.6).
 
-    Args:
-        model: with labels.
-        c: a label, or (B,).
-        means: (C,) mean of E over training images of each label, nats
-            (`ebmkit.guidance.class_energies`).
-        weight: lambda, 0 or more; by default that of RCG section 4.8.
+    ``means`` (C,) are those of E over training images of each label, nats
+    (`ebmkit.guidance.class_energies`); ``weight`` is lambda, 0 or more (RCG section 4.8).
 
     Raises:
         UserError: as `classifier_guide`, or if there is not one finite mean for each label.
@@ -117,21 +129,14 @@ def dual_guide(
 def pgd_guide(inner: DensityFunction, steps: int = 100, step_size: float = 0.01) -> DensityFunction:
     """``inner`` and its gradient after ``steps`` normalised steps up it (RCG section 4.9).
 
-    Args:
-        inner: a guide.
-        steps: n; 0 is ``inner`` itself.
-        step_size: gamma, the l2 length of a step, in image units of the guide's input.
+    ``steps``, n, may be 0: ``inner`` itself. ``step_size`` is gamma, the l2 length of a step, in
+    image units of the guide's input.
 
     Raises:
         UserError: if a number is not legal.
     """
     _check_steps(steps, 0, step_size)
-
-    def guide(v: Tensor, sigma: Noise | None = None) -> tuple[Tensor, Tensor]:
-        *_, last = _ascent(inner, v, sigma, steps, step_size)
-        return last
-
-    return guide
+    return lambda v, sigma=None: _ascent(inner, v, sigma, steps, step_size)[-1]
 
 
 def accumulated_guide(
@@ -145,25 +150,22 @@ def accumulated_guide(
     _check_steps(steps, 1, step_size)
 
     def guide(v: Tensor, sigma: Noise | None = None) -> tuple[Tensor, Tensor]:
-        (value, gradient), *more = _ascent(inner, v, sigma, steps - 1, step_size)
-        for next_value, next_gradient in more:
-            value, gradient = value + next_value, gradient + next_gradient
-        return value, gradient
+        found = _ascent(inner, v, sigma, steps - 1, step_size)
+        values, gradients = [value for value, _ in found], [gradient for _, gradient in found]
+        return sum(values[1:], values[0]), sum(gradients[1:], gradients[0])
 
     return guide
 
 
 def _ascent(
     inner: DensityFunction, v: Tensor, sigma: Noise | None, steps: int, step_size: float
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> list[tuple[Tensor, Tensor]]:
     """h and its gradient at v_0, ..., v_steps; where the gradient is 0 nothing moves."""
-    yield (found := inner(v, sigma))
+    found = [inner(v, sigma)]
     for _ in range(steps):
-        gradient = found[1]
-        norm = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
-        norm = norm.clamp_min(torch.finfo(norm.dtype).tiny)
-        v = v + step_size * (gradient / per_chain(norm, gradient))
-        yield (found := inner(v, sigma))
+        v = v + step_size * unit_length(found[-1][1])
+        found.append(inner(v, sigma))
+    return found
 
 
 def _check_steps(steps: int, least: int, step_size: float) -> None:
@@ -197,8 +199,8 @@ def check_guide(model: object) -> EnergyModel:
             "joint model, or wrap a network that gives logits in ebmkit.guidance.LogitModel"
         )
     if not classifies(model):
-        raise UserError("a guide must know labels, and this model was trained without: take one "
-                        "that was trained to classify")  # fmt: skip
+        known = "a guide must know labels, and this model was trained without"
+        raise UserError(f"{known}: take one that was trained to classify")
     return model
 
 
@@ -208,87 +210,6 @@ def _at_clean_level(model: EnergyModel, guide: DensityFunction) -> DensityFuncti
     if lowest is None:
         return guide
     return lambda v, sigma=None: guide(v, lowest if sigma is None else sigma)
-
-
-class LogitModel(EnergyModel):
-    """Any network that gives logits, as a model with energies: E(x, c) = -logits[c].
-
-    Images come in [0, 1]; what the network wants instead, the range [-1, 1] or a mean and deviation
-    of each channel, is done inside, so that gradients are per image unit.
-
-    Args:
-        network: images (B, C, H, W) to logits (B, num_classes); with ``noise_conditional`` it is
-            called as network(images, sigma), sigma (B,) in image units.
-        num_classes: number of labels.
-        mean: of each channel, subtracted from images in [0, 1]; a number or one for each.
-        std: of each channel, divided by after that.
-        signed: whether the network takes images in [-1, 1]; it excludes mean and std.
-        in_channels: channels that images must have; None does not check.
-        noise_conditional: whether the network needs the noise level.
-
-    Raises:
-        UserError: if mean, std and signed do not go together.
-
-    >>> model = LogitModel(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), 10, signed=True)
-    >>> model.log_joint(torch.rand(2, 1, 8, 8)).shape
-    torch.Size([2, 10])
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(
-        self,
-        network: nn.Module,
-        num_classes: int,
-        mean: float | Sequence[float] | None = None,
-        std: float | Sequence[float] | None = None,
-        signed: bool = False,
-        in_channels: int | None = None,
-        noise_conditional: bool = False,
-    ) -> None:
-        super().__init__()
-        if signed and not (mean is None and std is None):
-            raise UserError("images in [-1, 1] have mean and std 0.5: give signed, or mean and std")
-        if num_classes < 1:
-            raise UserError(f"{num_classes} labels are none: take 1 or more")
-        default = 0.5 if signed else None
-        self.network, self.num_classes, self.in_channels = network, num_classes, in_channels
-        self.noise_conditional = noise_conditional
-        for name, values in (("mean", default or mean or 0.0), ("std", default or std or 1.0)):
-            found = torch.as_tensor(values, dtype=torch.float32)
-            found = found.reshape(-1, 1, 1) if found.ndim else found
-            if in_channels is not None and found.ndim and len(found) not in (1, in_channels):
-                raise UserError(f"{name} has {len(found)} numbers for {in_channels} channel(s)")
-            self.register_buffer(name, found)
-        if bool((self.std <= 0).any()):
-            raise UserError(f"std {self.std.flatten().tolist()} must be above 0")
-
-    def forward(self, y: Tensor, sigma: Noise | None = None) -> Energies:
-        """Energies of ``y`` (B, C, H, W) in [0, 1].
-
-        Raises:
-            UserError: if images or logits have another shape than was said, or sigma is needed.
-        """
-        if self.in_channels is not None and y.shape[1] != self.in_channels:
-            raise UserError(
-                f"this model takes images of {self.in_channels} channel(s), not {y.shape[1]}"
-            )
-        rest: list[Any] = []
-        if self.noise_conditional:
-            if sigma is None:
-                raise UserError("this model takes the noise level as an input: give sigma")
-            rest = [torch.as_tensor(sigma, dtype=y.dtype, device=y.device).expand(len(y))]
-        logits: Tensor = self.network((y - self.mean.to(y)) / self.std.to(y), *rest)
-        if logits.shape != (len(y), self.num_classes):
-            raise UserError(
-                f"the network gives {tuple(logits.shape)} for {len(y)} images, not logits "
-                f"{(len(y), self.num_classes)}"
-            )
-        return Energies(logits, logits.logsumexp(1))
-
-    def _warn_if_rough(self) -> None:
-        """Nothing: it was never meant to denoise."""
 
 
 # --- by name -------------------------------------------------------------------------------------
@@ -332,11 +253,8 @@ class AccumulatedSettings(PGDSettings):
 class Guide(NamedTuple):
     """A guidance method that has a name.
 
-    Attributes:
-        description: one line.
-        settings: its settings.
-        make: guide model, labels, settings and mean energies (C,) or None to the guide; None where
-            there is no guide.
+    ``make`` takes the guiding model, labels, settings and mean energies (C,) or None to the guide;
+    it is None where there is no guide.
     """
 
     description: str
@@ -388,3 +306,133 @@ GUIDES: dict[str, Guide] = Table(
     },
 )
 """All guidance methods, by name."""
+
+
+# --- schedules ----------------------------------------------------------------------------------
+
+
+class GuidanceSchedule(BaseModel, ABC):
+    """g(t). A subclass has a ``name``, a ``description``, an example ``form``, and `factor`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    name: ClassVar[str]
+    description: ClassVar[str]
+    form: ClassVar[str]
+
+    @abstractmethod
+    def factor(self, t: Tensor, abar: Tensor, total: int) -> Tensor:
+        """g(t), shape of ``t``: timesteps from 0 to ``total`` - 1, whole or between two, float64.
+
+        ``abar`` is the share of the image in the variance there, of the same shape.
+        """
+
+    def weight(self, t: Tensor, abar: Tensor, total: int) -> Tensor:
+        """w(t) = g(t) / sqrt(1 - abar), shape of ``t``; 1 where there is no noise."""
+        exact = (1 - abar).sqrt()
+        return torch.where(exact > 0, self.factor(t, abar, total) / exact, 1.0)
+
+    def __str__(self) -> str:
+        """The written form, that `parse_schedule` reads."""
+        values = ",".join(f"{k}={v:g}" if float(f"{v:g}") == v else f"{k}={v!r}"
+                          for k, v in self.model_dump().items())  # fmt: skip
+        return f"{self.name}:{values}" if values else self.name
+
+
+class Exact(GuidanceSchedule):
+    name = form = "exact"
+    description = "sqrt(1 - abar), exact for the posterior of noisy images at scale 1 (the default)"
+
+    def factor(self, t: Tensor, abar: Tensor, total: int) -> Tensor:
+        return (1 - abar).sqrt()
+
+
+class Constant(Exact):
+    name = form = "constant"
+    description = "the exact factor at every timestep: the scale does not change"
+
+
+class Step(GuidanceSchedule):
+    name = "step"
+    form = "step:at=500,low=0.37"
+    description = "the exact factor, times low below timestep at (RCG section 4.5)"
+
+    at: float = Field(500.0, ge=0, description="timestep at which the scale changes")
+    low: float = Field(11 / 30, ge=0, description="factor of the scale below this timestep")
+
+    def factor(self, t: Tensor, abar: Tensor, total: int) -> Tensor:
+        return self.weight(t, abar, total) * (1 - abar).sqrt()
+
+    def weight(self, t: Tensor, abar: Tensor, total: int) -> Tensor:
+        return torch.where(t >= self.at, torch.ones_like(t), self.low)
+
+
+class Linear(GuidanceSchedule):
+    name = form = "linear"
+    description = "t / T in place of the exact factor (RCG figure 4.17)"
+
+    def factor(self, t: Tensor, abar: Tensor, total: int) -> Tensor:
+        return t / total
+
+
+class Power(GuidanceSchedule):
+    name = "power"
+    form = "power:k=2"
+    description = "(1 - abar)^k in place of the exact factor, which has k = 0.5 (RCG section 4.7)"
+
+    k: float = Field(0.5, ge=0, description="exponent; RCG shows 0.5, 2 and 8")
+
+    def factor(self, t: Tensor, abar: Tensor, total: int) -> Tensor:
+        return (1 - abar) ** self.k
+
+
+class Sigmoid(GuidanceSchedule):
+    name = "sigmoid"
+    form = "sigmoid:t0=500,y0=0.05,k=0.02"
+    description = "from y0 up to 1 about timestep t0, in place of the exact factor (RCG eq. 4.4)"
+
+    t0: float = Field(500.0, description="timestep of the midpoint")
+    y0: float = Field(0.05, ge=0, le=1, description="value at the clean end")
+    k: float = Field(0.02, description="steepness, per timestep")
+
+    def factor(self, t: Tensor, abar: Tensor, total: int) -> Tensor:
+        return (1 - self.y0) * torch.sigmoid(self.k * (t - self.t0)) + self.y0
+
+
+GUIDANCE_SCHEDULES: dict[str, type[GuidanceSchedule]] = {
+    kind.name: kind for kind in (Exact, Constant, Step, Linear, Power, Sigmoid)
+}
+"""All schedules of guidance, by name."""
+
+
+def parse_schedule(text: str) -> GuidanceSchedule:
+    """The schedule that ``text`` names, as ``sigmoid:t0=500,y0=0.05,k=0.02``.
+
+    Parameters that are left out have the values of RCG; a number may be a fraction, 11/30.
+
+    Raises:
+        UserError: if it does not parse; it shows the form of each schedule.
+
+    >>> str(parse_schedule("power:k=1/4"))
+    'power:k=0.25'
+    """
+    name, colon, rest = text.strip().partition(":")
+    forms = "write " + " or ".join(kind.form for kind in GUIDANCE_SCHEDULES.values())
+    if name not in GUIDANCE_SCHEDULES:
+        raise UserError(f"schedule {text!r} is none of those known: {forms}")
+    kind = GUIDANCE_SCHEDULES[name]
+    values: dict[str, float] = {}
+    for part in rest.split(",") if colon else ():
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or key not in kind.model_fields:
+            what = f"parameter {key!r}" if equals else repr(part)
+            legal = ", ".join(kind.model_fields) or "none"
+            raise UserError(
+                f"schedule {text!r}: {what} is unknown; those of {name} are: {legal}; {forms}"
+            )
+        number = parse_fraction(value)
+        if number is None or not math.isfinite(number) or key in values:
+            wrong = "given twice" if key in values else "no number"
+            raise UserError(f"schedule {text!r}: {key} = {value!r} is {wrong}; {forms}")
+        values[key] = number
+    return validated(kind, values, f"schedule {text!r}")

@@ -6,22 +6,30 @@ that can drive the base drives it.
 
 If the base has a log-density, so has the guided model, :math:`\log p(y) + s\,w\,h_c(v(y))` up to a
 constant, for samplers that accept or reject.
+
+Mean energies of each label's images, which the guide ``dual`` needs, are computed once and stored
+with the guide's run, in ``RUN/energies/DATASET-FINGERPRINT.json`` of the images' fingerprint. The
+file names the digest of the weights; with other weights it is computed anew.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
 
 from ebmkit.card import ModelCard
-from ebmkit.compile import HasParts
+from ebmkit.compile import HasParts, device_of
 from ebmkit.energy import Energies, EnergyModel, Noise, ScoreModel, upcast_energies
 from ebmkit.errors import UserError
-from ebmkit.guidance.guides import CLASSIFIER_FREE
+from ebmkit.guidance.guides import CLASSIFIER_FREE, check_guide
 from ebmkit.guidance.score import (
     Guidance,
     GuidanceConfig,
@@ -30,9 +38,11 @@ from ebmkit.guidance.score import (
     guided_density,
     guided_score,
 )
+from ebmkit.models.heads import LogitEnergy
 from ebmkit.noise import make_schedule
-from ebmkit.sampling.base import per_chain, root_mean_square
-from ebmkit.sampling.target import label_density_of
+from ebmkit.sampling.base import clean_level, label_density_of, per_chain, root_mean_square
+from ebmkit.storage import make_folder, write_atomically
+from ebmkit.storage.reading import read_json
 
 
 def guided_model(
@@ -114,11 +124,7 @@ class GuidedModel(HasParts, ScoreModel):
     def denoise(
         self, y: Tensor, sigma: Noise | None = None, c: Tensor | int | None = None
     ) -> Tensor:
-        """The guided estimate of the clean image, or without ``c`` the base's; shape of y.
-
-        Raises:
-            UserError: if the guide does not know a label, or the base needs sigma.
-        """
+        """The guided estimate of the clean image, or without ``c`` the base's; shape of y."""
         if c is None:
             return self.base.denoise(y, sigma)
         labels = self.check_labels(c, y)
@@ -189,11 +195,7 @@ class GuidedDensityModel(GuidedModel, EnergyModel):
         return value if c is None else value + self._added(y, sigma, c)[0]
 
     def label_score(self, y: Tensor, c: Tensor | int, sigma: Noise | None = None) -> Tensor:
-        """What guidance to ``c`` adds to the score; shape of y.
-
-        Raises:
-            UserError: if the guide does not know a label.
-        """
+        """What guidance to ``c`` adds to the score; shape of y."""
         return self._added(y, sigma, c)[1]
 
     def _added(self, y: Tensor, sigma: Noise | None, c: Tensor | int) -> tuple[Tensor, Tensor]:
@@ -218,18 +220,192 @@ def _with_labels(card: ModelCard | None, labelled: ScoreModel) -> ModelCard | No
 
 
 def _check_fit(base: ScoreModel, guide: EnergyModel) -> None:
-    def of(model: ScoreModel) -> tuple[str | None, int | None, int | None]:
+    def of(model: ScoreModel) -> dict[str, str | int | None]:
         card = model.card
         size = "{}x{}".format(*card.image_size) if card and card.image_size else None
-        channels = card.channels if card else getattr(model, "in_channels", None)
+        channels = card.channels if card else model.in_channels
         names = card.class_names if card and model is base else []
-        return size, channels, model.num_classes or len(names) or None
+        labels = model.num_classes or len(names) or None
+        return {"images of size": size, "channels": channels, "labels": labels}
 
-    for what, a, b in zip(
-        ("images of size", "channels", "labels"), of(base), of(guide), strict=True
-    ):
+    theirs = of(guide)
+    for what, a in of(base).items():
+        b = theirs[what]
         if a is not None and b is not None and a != b:
             raise UserError(
                 f"the sampled model has {what} {a} and the guide {b}: take two that were trained "
                 "on the same kind of images"
             )
+
+
+class LogitModel(EnergyModel):
+    """Any network that gives logits, as a model with energies: E(x, c) = -logits[c].
+
+    Images come in [0, 1]; what the network wants instead, the range [-1, 1] or a mean and deviation
+    of each channel, is done inside, so that gradients are per image unit.
+
+    Args:
+        network: images (B, C, H, W) to logits (B, num_classes); with ``noise_conditional`` it is
+            called as network(images, sigma), sigma (B,) in image units.
+        num_classes: number of labels.
+        mean: of each channel, subtracted from images in [0, 1]; a number or one for each.
+        std: of each channel, divided by after that.
+        signed: whether the network takes images in [-1, 1]; it excludes mean and std.
+        in_channels: channels that images must have; None does not check.
+        noise_conditional: whether the network needs the noise level.
+
+    Raises:
+        UserError: if mean, std and signed do not go together.
+
+    >>> model = LogitModel(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), 10, signed=True)
+    >>> model.log_joint(torch.rand(2, 1, 8, 8)).shape
+    torch.Size([2, 10])
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        num_classes: int,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
+        signed: bool = False,
+        in_channels: int | None = None,
+        noise_conditional: bool = False,
+    ) -> None:
+        super().__init__()
+        if signed and not (mean is None and std is None):
+            raise UserError("images in [-1, 1] have mean and std 0.5: give signed, or mean and std")
+        if num_classes < 1:
+            raise UserError(f"{num_classes} labels are none: take 1 or more")
+        default = 0.5 if signed else None
+        self.network, self.num_classes, self.in_channels = network, num_classes, in_channels
+        self.noise_conditional = noise_conditional
+        for name, values in (("mean", default or mean or 0.0), ("std", default or std or 1.0)):
+            found = torch.as_tensor(values, dtype=torch.float32)
+            found = found.reshape(-1, 1, 1) if found.ndim else found
+            if in_channels is not None and found.ndim and len(found) not in (1, in_channels):
+                raise UserError(f"{name} has {len(found)} numbers for {in_channels} channel(s)")
+            self.register_buffer(name, found)
+        if bool((self.std <= 0).any()):
+            raise UserError(f"std {self.std.flatten().tolist()} must be above 0")
+
+    def forward(self, y: Tensor, sigma: Noise | None = None) -> Energies:
+        """Energies of ``y`` (B, C, H, W) in [0, 1].
+
+        Raises:
+            UserError: if images or logits have another shape than was said, or sigma is needed.
+        """
+        if self.in_channels is not None and y.shape[1] != self.in_channels:
+            raise UserError(
+                f"this model takes images of {self.in_channels} channel(s), not {y.shape[1]}"
+            )
+        rest: list[Any] = []
+        if self.noise_conditional:
+            if sigma is None:
+                raise UserError("this model takes the noise level as an input: give sigma")
+            rest = [torch.as_tensor(sigma, dtype=y.dtype, device=y.device).expand(len(y))]
+        logits: Tensor = self.network((y - self.mean.to(y)) / self.std.to(y), *rest)
+        if logits.shape != (len(y), self.num_classes):
+            raise UserError(
+                f"the network gives {tuple(logits.shape)} for {len(y)} images, not logits "
+                f"{(len(y), self.num_classes)}"
+            )
+        return Energies(logits, logits.logsumexp(1))
+
+    def warn_if_rough(self) -> None:
+        """Nothing: it was never meant to denoise."""
+
+
+# --- mean energies ------------------------------------------------------------------------------
+
+
+class ClassEnergies(BaseModel):
+    """Means and standard deviations over the images of each label, (C,), in nats."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+    energy: list[float] = Field(description="mean of E(x)")
+    joint: list[float] = Field(description="mean of E(x, c) with the image's own label c")
+    energy_std: list[float] = Field(description="standard deviation of E(x)")
+    joint_std: list[float] = Field(description="standard deviation of E(x, c)")
+    images: list[int] = Field(description="number of images of the label")
+
+
+@torch.no_grad()
+def class_energies(
+    model: EnergyModel,
+    images: Any,
+    progress: Callable[[int, int], None] | None = None,
+    batch_size: int = 256,
+) -> ClassEnergies:
+    """Energies of each label's images, at `ebmkit.sampling.base.clean_level` (RCG figure 4.12).
+
+    ``images`` are a data set, as of `ebmkit.data`: ``len`` and ``batches(size)``; ``progress`` is
+    called with (images done, images in all).
+
+    Raises:
+        UserError: if model or images have no labels, an image's label is not the model's, one of
+            the model's labels has no image, or an energy is NaN or Inf.
+    """
+    model = LogitEnergy.of(check_guide(model))
+    device, sigma, done = device_of(model), clean_level(model), 0
+    sums = torch.zeros(5, model.num_classes, dtype=torch.float64)
+    for x, labels in images.batches(batch_size):
+        if labels is None:
+            raise UserError("mean energies of labels need images with labels, and these have none")
+        c = model.check_labels(labels.to(device), x)
+        energies = model.energies(x.to(device), sigma)
+        free = -energies.log_density.double()
+        joint = free - energies.at_label(c).double()
+        columns = torch.stack([torch.ones_like(free), free, free**2, joint, joint**2])
+        sums.index_add_(1, c.cpu(), columns.cpu())
+        done += len(x)
+        if progress is not None:
+            progress(done, len(images))
+    count = sums[0]
+    empty = torch.nonzero(count == 0).flatten().tolist()
+    if empty:
+        lacking = f"labels {empty} have no image in this data set"
+        raise UserError(f"{lacking}: take the one that the guide was trained on")
+    if not bool(sums.isfinite().all()):
+        raise UserError("an energy of the guide is NaN or Inf: its training diverged")
+    free, free2, joint, joint2 = sums[1:] / count
+    return ClassEnergies(
+        energy=free.tolist(),
+        joint=joint.tolist(),
+        energy_std=(free2 - free**2).clamp_min(0).sqrt().tolist(),
+        joint_std=(joint2 - joint**2).clamp_min(0).sqrt().tolist(),
+        images=count.long().tolist(),
+    )
+
+
+def stored_energies(
+    run: Path,
+    dataset: str,
+    fingerprint: str,
+    digest: str,
+    compute: Callable[[], ClassEnergies],
+    sigma: float | None = None,
+) -> ClassEnergies:
+    """The energies stored in the guide's folder ``run``, or those that ``compute`` gives, which are
+    stored then: of a ``dataset`` with a ``fingerprint``, weights with a ``digest``, at ``sigma``.
+
+    Raises:
+        UserError: if ``compute`` does, or the file cannot be written.
+    """
+    name = re.sub(r"[^\w.-]", "_", f"{dataset}-{fingerprint}")
+    path = run / "energies" / f"{name}.json"
+    facts = {"dataset": dataset, "fingerprint": fingerprint, "digest": digest, "sigma": sigma}
+    try:
+        stored = read_json(path)
+        if facts.items() <= stored.items():
+            return ClassEnergies.model_validate(stored)
+    except (OSError, ValueError, AttributeError):  # none yet, or damaged
+        pass
+    found = compute()
+    make_folder(path.parent)
+    write_atomically(path, json.dumps(facts | found.model_dump(), indent=1).encode())
+    return found

@@ -25,7 +25,7 @@ Guidance at scale s adds :math:`p = s\,w\,\nabla_y h(v(y))` to the score; by Twe
     \hat\epsilon = \epsilon - \sigma p
         = \epsilon - s\, g(t)\, \nabla_{u_t} h ,
 
-with the weight w = :math:`g(t) / \sqrt{1 - \bar\alpha_t}` of `ebmkit.guidance.schedules`, since
+with the weight w = :math:`g(t) / \sqrt{1 - \bar\alpha_t}`, since
 :math:`\nabla_y = \sqrt{\bar\alpha}\,(b - a)\,\nabla_{u_t}`. So the mean of a reverse step moves
 by s times the *variance* of that step times the gradient (RCG eq. 2.17 has its deviation). Several
 guidances add up.
@@ -43,19 +43,32 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, Self, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
 from ebmkit.energy import EnergyModel, Noise
 from ebmkit.errors import UserError, validated
-from ebmkit.guidance.guides import CLASSIFIER_FREE, GUIDES, check_guide
-from ebmkit.guidance.schedules import GuidanceSchedule, parse_schedule
+from ebmkit.guidance.guides import (
+    CLASSIFIER_FREE,
+    GUIDES,
+    GuidanceSchedule,
+    check_guide,
+    parse_schedule,
+)
 from ebmkit.noise import Schedule, make_schedule
 from ebmkit.registry import find
-from ebmkit.sampling.base import check_positive, per_chain, root_mean_square
+from ebmkit.sampling.base import (
+    DenoiserFunction,
+    DensityFunction,
+    ScoreFunction,
+    check_positive,
+    per_chain,
+    root_mean_square,
+)
 from ebmkit.sampling.diffusion import NoisePredictor
-from ebmkit.sampling.target import DenoiserFunction, DensityFunction, ScoreFunction
 
 View = Literal["noisy", "x_t", "x0_hat"]
 
@@ -133,8 +146,7 @@ class GuidanceConfig(BaseModel):
             UserError: if there is a guide and none is needed or the reverse, it does not know the
                 labels, needs ``means`` and gets none, or the view does not suit it.
         """
-        how = (self.backpropagate, self.start, diffusion)
-        entry = GUIDES[self.guidance]
+        how, entry = (self.backpropagate, self.start, diffusion), GUIDES[self.guidance]
         if guide is None:
             if entry.make is not None:
                 raise UserError(f"guidance {self.guidance!r} needs a guide: give a classifier")
@@ -145,8 +157,8 @@ class GuidanceConfig(BaseModel):
         function = entry.make(check_guide(guide), c, own, means)
         view: View = self.view or ("noisy" if guide.noise_conditional else "x_t")
         if guide.noise_conditional and view == "x_t":
-            raise UserError("this guide takes the noise level and scales images itself: take the "
-                            "view noisy")  # fmt: skip
+            told = "this guide takes the noise level and scales images itself: take the view noisy"
+            raise UserError(told)
         return Guidance(function, self.scale, self.schedule, view, *how)
 
 
@@ -215,8 +227,7 @@ class Guidance:
         if isinstance(sigma, Tensor):
             shrink = self._abar(sigma).sqrt()
         else:
-            level = torch.tensor(sigma or 0.0, dtype=torch.float64)
-            shrink = math.sqrt(float(self._abar(level)))
+            shrink = math.sqrt(float(self._abar(torch.tensor(sigma or 0.0, dtype=torch.float64))))
         if self.view == "x0_hat":
             value, gradient = self.guide(x0_hat, None)
             return value, vjp(gradient) if self.backpropagate else per_chain(shrink, y) * gradient
@@ -238,21 +249,15 @@ class Guidance:
 
     def _timestep(self, sigma: Tensor) -> Tensor:
         """The timestep of each level, between two where the level is; -1 of no noise."""
-        known = self._log_levels.to(sigma.device)
-        level = sigma.log().clamp(known[0], known[-1])
-        above = torch.searchsorted(known, level).clamp(1, max(1, len(known) - 1))
-        if len(known) == 1:
-            found = torch.zeros_like(level)
-        else:
-            low, high = known[above - 1], known[above]
-            found = above - 1 + (level - low) / (high - low)
+        known, level = self._log_levels, sigma.detach().cpu().log().numpy()
+        found = torch.as_tensor(np.interp(level, known, np.arange(len(known))), device=sigma.device)
         # a level that is a timestep's, perhaps in float32, is that timestep
-        return torch.where(sigma > 0, (found * 1e3).round() / 1e3, -1.0)
+        return torch.where(sigma > 0, found.round(decimals=3), -1.0)
 
     @cached_property
-    def _log_levels(self) -> Tensor:
-        """log sigma(t), (T,) float64."""
-        return self.diffusion.sigmas.log()
+    def _log_levels(self) -> NDArray[np.float64]:
+        found: NDArray[np.float64] = self.diffusion.sigmas.log().numpy()
+        return found
 
 
 Guidances = Guidance | Sequence[Guidance]
@@ -264,14 +269,8 @@ def guided_score(score: ScoreFunction, guidance: Guidances) -> ScoreFunction:
 
     Here and below ``guidance`` is one, or several, which add up.
     """
-
-    def guided(y: Tensor, sigma: Noise | None = None) -> Tensor:
-        own, added = _evaluate(
-            lambda y: score(y, sigma), _tweedie(sigma), _active(guidance, sigma), y, y, sigma
-        )
-        return own if added is None else own + added[1]
-
-    return guided
+    density = guided_density(lambda y, sigma=None: (y.new_zeros(()), score(y, sigma)), guidance)
+    return lambda y, sigma=None: density(y, sigma)[1]
 
 
 def guided_density(density: DensityFunction, guidance: Guidances) -> DensityFunction:
@@ -289,7 +288,10 @@ def guided_density(density: DensityFunction, guidance: Guidances) -> DensityFunc
             values.append(value)
             return gradient
 
-        own, added = _evaluate(score, _tweedie(sigma), _active(guidance, sigma), y, y, sigma)
+        def x0_hat_of(y: Tensor, score: Tensor) -> Tensor:
+            return y if sigma is None else y + per_chain(sigma, y) ** 2 * score
+
+        own, added = _evaluate(score, x0_hat_of, _active(guidance, sigma), y, y, sigma)
         if added is None:
             return values[-1], own
         return values[-1].detach() + added[0], own + added[1]
@@ -352,11 +354,6 @@ def _active(guidance: Guidances, sigma: Noise | None) -> Active:
     """The guidances that are on at this level of any image, with their weights."""
     weighted = [(g, g.weight(sigma)) for g in _listed(guidance) if g.scale]
     return [(g, w) for g, w in weighted if (bool(w.any()) if isinstance(w, Tensor) else w)]
-
-
-def _tweedie(sigma: Noise | None) -> Callable[[Tensor, Tensor], Tensor]:
-    """y and its score to the denoised image."""
-    return lambda y, score: y if sigma is None else y + per_chain(sigma, y) ** 2 * score
 
 
 def _evaluate(

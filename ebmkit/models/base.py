@@ -110,6 +110,8 @@ class NetworkConfig(BaseModel):
 
     kind: str
     _classes: ClassVar[dict[str, type[NetworkConfig]]] = {}
+    PRESETS: ClassVar[Mapping[str, tuple[str, Mapping[str, Any]]]] = {}
+    """Name of a preset -> one line, and the fields that are not the defaults."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **settings: Any) -> None:
@@ -136,7 +138,8 @@ class NetworkConfig(BaseModel):
     @classmethod
     def presets(cls) -> dict[str, Preset[Self]]:
         """Named configurations, for `ebmkit list`, the command line and the tests."""
-        return {}
+        found = cls.PRESETS.items()
+        return {name: Preset(cls(**fields), text) for name, (text, fields) in found}
 
     def without_pretrained(self) -> Self:
         """The same for weights that come from a file: nothing is downloaded to build it."""
@@ -210,49 +213,35 @@ def mean_over_positions(h: Tensor) -> Tensor:
     """Mean of maps ``h`` (B, C, H, W) over H and W: (B, C); differentiable to any order."""
     if torch.compiler.is_compiling() or in_forward_mode():  # a compiler chooses layouts itself
         return h.mean(dim=(2, 3))
-    out: Tensor = _Mean.apply(h)  # type: ignore[no-untyped-call]
+    out: Tensor = _Mean.apply(h, None, False)  # type: ignore[no-untyped-call]
     return out
 
 
 class _Mean(torch.autograd.Function):
-    """(B, C, H, W) to (B, C)."""
+    """(B, C, H, W) to (B, C); with a shape the transpose, (B, C) to it, each entry shared out."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(h: Tensor) -> Tensor:
-        return h.mean(dim=(2, 3))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        (h,) = inputs
-        last = h.is_contiguous(memory_format=torch.channels_last) and not h.is_contiguous()
-        ctx.shape, ctx.last = h.shape, last
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
-        out: Tensor = _Spread.apply(g, ctx.shape, ctx.last)  # type: ignore[no-untyped-call]
-        return out
-
-
-class _Spread(torch.autograd.Function):
-    """(B, C) to (B, C, H, W), each entry shared out evenly; the transpose of `_Mean`."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(g: Tensor, shape: torch.Size, last: bool) -> Tensor:
-        even = (g / (shape[2] * shape[3]))[:, :, None, None].expand(shape)
+    def forward(x: Tensor, shape: torch.Size | None, last: bool) -> Tensor:
+        if shape is None:
+            return x.mean(dim=(2, 3))
+        even = (x / (shape[2] * shape[3]))[:, :, None, None].expand(shape)
         layout = torch.channels_last if last else torch.contiguous_format
         return even.contiguous(memory_format=layout)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        pass
+        x, ctx.spread, _ = inputs
+        if ctx.spread is None:
+            ctx.shape = x.shape
+            ctx.last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
     @staticmethod
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return mean_over_positions(v), None, None
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        if ctx.spread is not None:
+            return mean_over_positions(g), None, None
+        return _Mean.apply(g, ctx.shape, ctx.last), None, None  # type: ignore[no-untyped-call]
 
 
 # --- noise levels --------------------------------------------------------------------------------
@@ -288,12 +277,3 @@ class NoiseConditioned(nn.Module):
         """Features of each window of ``grid`` (rows, columns): (B, rows * columns, K)."""
         assert isinstance(self.backbone, WindowedBackbone)
         return self.backbone.pool(maps, grid)
-
-    @property
-    def recompute(self) -> bool | None:
-        """Whether the backbone recomputes its activations; None if it cannot."""
-        return getattr(self.backbone, "recompute", None)
-
-    @recompute.setter
-    def recompute(self, on: bool) -> None:
-        self.backbone.recompute = on  # type: ignore[assignment]

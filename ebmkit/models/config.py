@@ -32,9 +32,8 @@ from ebmkit.models.base import (
     NoiseConditioned,
 )
 from ebmkit.models.diffusion import UNetConfig
-from ebmkit.models.dncnn import DnCNNConfig
-from ebmkit.models.drunet import DRUNetConfig
-from ebmkit.models.gradientstep import GraDnCNNConfig, GSDRUNetConfig
+from ebmkit.models.dncnn import DnCNNConfig, GraDnCNNConfig
+from ebmkit.models.drunet import DRUNetConfig, GSDRUNetConfig
 from ebmkit.models.gradresnet import GradResNetConfig
 from ebmkit.models.heads import HeadConfig, find_head
 from ebmkit.models.joint import JointModel, SizeScaling

@@ -60,19 +60,9 @@ class _Options:
 
     def gradient(self, by: int, x: Tensor, weight: Tensor, g: Tensor) -> Tensor:
         """PyTorch's kernel of I or W."""
-        found = torch.ops.aten.convolution_backward.default(
-            g,
-            x,
-            weight,
-            None,
-            self.stride,
-            self.padding,
-            self.dilation,
-            False,
-            [0] * len(self.stride),
-            self.groups,
-            [by == X, by == W, False],
-        )
+        layout = (self.stride, self.padding, self.dilation, False, [0, 0], self.groups)
+        mask = [by == X, by == W, False]
+        found = torch.ops.aten.convolution_backward.default(g, x, weight, None, *layout, mask)
         gradient: Tensor = found[by]
         return gradient
 

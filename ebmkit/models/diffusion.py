@@ -38,18 +38,17 @@ more up; some levels have self-attention after each block.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
+from ebmkit.compute import subsample_before_1x1
 from ebmkit.energy import Noise, ScoreModel, check_sigma, per_image
 from ebmkit.errors import UserError
 from ebmkit.models.base import DenoiserConfig, check_images, pad_to_multiple
 from ebmkit.noise import SCHEDULES, Schedule, linear_betas
-from ebmkit.onednn import subsample_before_1x1
-from ebmkit.registry import Preset
 
 INSTALL = 'uv sync --extra diffusion, or pip install "ebmkit-vision[diffusion]"'
 
@@ -120,7 +119,16 @@ class DiffusionModel(ScoreModel):
                 the network cannot do without labels.
         """
         check_images(y, self.in_channels)
-        return self._noise(y, self._levels(y, sigma)[1], c)
+        level = self._levels(y, sigma)[1]
+        low, high = self.schedule.image_range
+        spread = (high - low) * per_image(level, y)
+        assert isinstance(spread, Tensor)
+        root_abar = (1 + spread.square()).rsqrt()
+        root_rest = spread * root_abar
+        u = ((high - low) * y + low) * root_abar
+        predicted = self._predict(u, self.timestep(level), c).to(y.dtype)
+        noise: Tensor = _TO_NOISE[self.prediction](predicted, u, root_abar, root_rest)
+        return noise
 
     def _score(self, y: Tensor, sigma: Noise | None, c: Tensor | None) -> Tensor:
         level = self._levels(y, sigma)[1]
@@ -162,18 +170,6 @@ class DiffusionModel(ScoreModel):
         """The timesteps (B,) int64 whose levels are the nearest to ``sigma`` (B,), by ratio."""
         return torch.bucketize(sigma.log().to(self.log_edges), self.log_edges)
 
-    def _noise(self, y: Tensor, level: Tensor, c: Tensor | None) -> Tensor:
-        """The noise in ``y`` at the levels (B,), with labels (B,), the null label among them."""
-        low, high = self.schedule.image_range
-        spread = (high - low) * per_image(level, y)
-        assert isinstance(spread, Tensor)
-        root_abar = (1 + spread.square()).rsqrt()
-        root_rest = spread * root_abar
-        u = ((high - low) * y + low) * root_abar
-        predicted = self._predict(u, self.timestep(level), c).to(y.dtype)
-        noise: Tensor = _TO_NOISE[self.prediction](predicted, u, root_abar, root_rest)
-        return noise
-
     def _predict(self, u: Tensor, t: Tensor, c: Tensor | None) -> Tensor:
         height, width = u.shape[-2:]
         u = pad_to_multiple(u, self.multiple)
@@ -202,6 +198,28 @@ class UNetConfig(DenoiserConfig):
     """Shape of a noise-predicting UNet, and the diffusion that it is of."""
 
     kind: Literal["unet"] = "unet"
+    PRESETS: ClassVar = {
+        "unet": (
+            "a small diffusion UNet that predicts noise; the timestep is an input; by diffusers",
+            {},
+        ),
+        "unet-cifar10": (
+            "Ho et al. 2020 for 32x32 images: 35.7 M parameters, attention at 16x16; by diffusers",
+            {
+                "width": 128,
+                "multipliers": (1, 2, 2, 2),
+                "attention": (1,),
+                "norm_groups": 32,
+                "dropout": 0.1,
+                "options": {
+                    "downsample_padding": 0,
+                    "flip_sin_to_cos": False,
+                    "freq_shift": 1,
+                    "norm_eps": 1e-6,
+                },
+            },
+        ),
+    }
     width: int = Field(32, ge=1, description="channels of the first level")
     multipliers: tuple[PositiveInt, ...] = Field(
         (1, 2, 2), min_length=1, description="channels of each level, as multiples of width"
@@ -241,35 +259,6 @@ class UNetConfig(DenoiserConfig):
         description="further arguments of diffusers' UNet2DModel; they override the fields above",
     )
 
-    @classmethod
-    def presets(cls) -> dict[str, Preset[UNetConfig]]:
-        """A small network, and DDPM's."""
-        ddpm = {
-            "downsample_padding": 0,
-            "flip_sin_to_cos": False,
-            "freq_shift": 1,
-            "norm_eps": 1e-6,
-        }
-        return {
-            "unet": Preset(
-                cls(width=32, multipliers=(1, 2, 2)),
-                "a small diffusion UNet that predicts noise; the timestep is an input; by "
-                "diffusers",
-            ),
-            "unet-cifar10": Preset(
-                cls(
-                    width=128,
-                    multipliers=(1, 2, 2, 2),
-                    attention=(1,),
-                    norm_groups=32,
-                    dropout=0.1,
-                    options=ddpm,
-                ),
-                "Ho et al. 2020 for 32x32 images: 35.7 M parameters, attention at 16x16; by "
-                "diffusers",
-            ),
-        }
-
     @model_validator(mode="after")
     def _check(self) -> UNetConfig:
         levels = len(self.multipliers)
@@ -298,13 +287,13 @@ class UNetConfig(DenoiserConfig):
 
     def arguments(self, in_channels: int, num_classes: int) -> dict[str, Any]:
         """Those of `diffusers.UNet2DModel`, for images of C channels and labels, if it has any."""
-        attended = [level in self.attention for level in range(len(self.multipliers))]
+        attends = ["Attn" * (level in self.attention) for level in range(len(self.multipliers))]
         plain: dict[str, Any] = {
             "in_channels": in_channels,
             "out_channels": in_channels,
             "block_out_channels": [self.width * factor for factor in self.multipliers],
-            "down_block_types": [_block("Down", attends) for attends in attended],
-            "up_block_types": [_block("Up", attends) for attends in reversed(attended)],
+            "down_block_types": [f"{attn}DownBlock2D" for attn in attends],
+            "up_block_types": [f"{attn}UpBlock2D" for attn in reversed(attends)],
             "layers_per_block": self.blocks,
             "attention_head_dim": self.head_channels,
             "norm_num_groups": self.norm_groups,
@@ -321,15 +310,11 @@ class UNetConfig(DenoiserConfig):
             UserError: if `diffusers` is not installed, or does not know an argument or refuses it.
         """
         try:
-            from diffusers import UNet2DModel
-        except ImportError:
-            raise UserError(f"a UNet is built by diffusers, which is missing: {INSTALL}") from None
-        arguments = self.arguments(in_channels, num_classes)
-        try:
-            network = UNet2DModel(**arguments)  # type: ignore[no-untyped-call]
+            return unet_class()(**self.arguments(in_channels, num_classes))
         except (TypeError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
             raise UserError(f"diffusers makes no such UNet: {error}") from None
-        return cast(nn.Module, network)
 
     def build_model(self, in_channels: int, num_classes: int = 0) -> DiffusionModel:
         """The model, with fresh weights.
@@ -350,5 +335,10 @@ class UNetConfig(DenoiserConfig):
         )
 
 
-def _block(way: str, attends: bool) -> str:
-    return f"{'Attn' if attends else ''}{way}Block2D"
+def unet_class() -> type[nn.Module]:
+    """`diffusers.UNet2DModel`; `UserError` where `diffusers` is not installed."""
+    try:
+        from diffusers import UNet2DModel
+    except ImportError:
+        raise UserError(f"a UNet is built by diffusers, which is missing: {INSTALL}") from None
+    return cast("type[nn.Module]", UNet2DModel)

@@ -1,4 +1,6 @@
-r"""DnCNN (Zhang et al., arXiv 1608.03981): a chain of convolutions that estimates the noise.
+r"""DnCNN, a chain of convolutions that estimates the noise, and GraDnCNN, the potential like it.
+
+**DnCNN** (Zhang et al., arXiv 1608.03981):
 
 .. math:: D(y) = y - C_L\,r_{L-1} \circ \dots \circ r_1(y), \qquad
     r_1 = \operatorname{relu} C_1, \quad r_l = \operatorname{relu} N_l\,C_l ,
@@ -18,6 +20,18 @@ none     false   none
 
 Without additive constants (Mohan et al., arXiv 1906.05478) the network in evaluation mode is
 homogeneous, :math:`D(a y) = a D(y)` for a > 0, and denoises beyond the noise it was trained on.
+
+**GraDnCNN** (Cohen et al., "It has potential", NeurIPS 2021) gives the potential of a
+`ebmkit.models.denoisers.GradientStep`: a convolutional network of one output channel, blind to
+sigma, into whose every layer the image is fed,
+
+.. math:: z_1 = a(C_0\,y), \quad z_{l+1} = a(A_l z_l + C_l\,y), \quad
+    g(y) = \textstyle\sum_{ij} (A_L z_L + C_L\,y)_{ij} .
+
+We know of no code of its authors. The layers are those of the code released with arXiv 2505.04820,
+which says that it works on their model: six layers between, 128 channels, a = ELU. It averages over
+positions. Ours sums, so that D does not change with the size of the image around a pixel, and
+log-densities grow with the number of pixels; at one size the two differ by a constant factor.
 """
 
 from __future__ import annotations
@@ -25,18 +39,19 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from ebmkit.compute import upcast, without_autocast
 from ebmkit.energy import Noise
 from ebmkit.errors import UserError
 from ebmkit.models.base import DenoiserConfig
-from ebmkit.models.denoisers import DirectDenoiser, check_published
-from ebmkit.registry import Preset
+from ebmkit.models.convolution import Conv2d
+from ebmkit.models.denoisers import DirectDenoiser, GradientStep, check_published
 
 PUBLISHED_DEPTHS = (17, 20)
 NORM_PARTS = ("weight", "bias", "running_mean", "running_var")
@@ -46,6 +61,14 @@ class DnCNNConfig(DenoiserConfig):
     """Shape of a DnCNN."""
 
     kind: Literal["dncnn"] = "dncnn"
+    PRESETS: ClassVar = {
+        "dncnn": ("Zhang et al. 2017: 17 layers, residual, blind", {}),
+        "dncnn20": ("the same with 20 layers, as for colour", {"depth": 20}),
+        "dncnn20-bias-free": (
+            "BF-CNN of Mohan et al. 2020: no additive constant",
+            {"depth": 20, "bias": False},
+        ),
+    }
     depth: int = Field(
         17,
         ge=3,
@@ -56,17 +79,6 @@ class DnCNNConfig(DenoiserConfig):
         "batch", description="batch (as published) or none (norms folded into the convolutions)"
     )
     bias: bool = Field(True, description="additive constants; false: bias-free")
-
-    @classmethod
-    def presets(cls) -> dict[str, Preset[DnCNNConfig]]:
-        """The published networks, and the bias-free form."""
-        return {
-            "dncnn": Preset(cls(depth=17), "Zhang et al. 2017: 17 layers, residual, blind"),
-            "dncnn20": Preset(cls(depth=20), "the same with 20 layers, as for colour"),
-            "dncnn20-bias-free": Preset(
-                cls(depth=20, bias=False), "BF-CNN of Mohan et al. 2020: no additive constant"
-            ),
-        }
 
     def build(self, in_channels: int) -> DnCNN:
         """The network, with fresh weights, for images of ``in_channels`` channels."""
@@ -104,12 +116,7 @@ class BiasFreeBatchNorm(nn.BatchNorm2d):
 
 
 class DnCNN(nn.Module):
-    """The network: noisy images to estimates of the clean ones.
-
-    Args:
-        in_channels: 1 for gray, 3 for colour.
-        config: the shape.
-    """
+    """The network: noisy images to estimates of the clean ones."""
 
     def __init__(self, in_channels: int, config: DnCNNConfig | None = None) -> None:
         super().__init__()
@@ -126,15 +133,7 @@ class DnCNN(nn.Module):
             layers.append(nn.ReLU(inplace=True))
         layers.append(nn.Conv2d(width, in_channels, 3, padding=1, bias=folded))
         self.layers = nn.Sequential(*layers)
-        self._initialise(width)
-
-    def forward(self, y: Tensor, sigma: Noise | None = None) -> Tensor:
-        """Estimates of the clean images of ``y`` (B, C, H, W), same shape; ``sigma`` is ignored."""
-        noise: Tensor = self.layers(y)
-        return y - noise
-
-    def _initialise(self, width: int) -> None:
-        """He's normal weights, and the small norm weights of the released training code."""
+        # He's normal weights, and the small norm weights of the released training code
         spread, least = math.sqrt(2 / (9 * width)), 0.025
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -145,6 +144,11 @@ class DnCNN(nn.Module):
                 with torch.no_grad():
                     drawn = torch.randn_like(module.weight) * spread
                     module.weight.copy_(drawn.sign() * drawn.abs().clamp_min(least))
+
+    def forward(self, y: Tensor, sigma: Noise | None = None) -> Tensor:
+        """Estimates of the clean images of ``y`` (B, C, H, W), same shape; ``sigma`` is ignored."""
+        noise: Tensor = self.layers(y)
+        return y - noise
 
 
 def convert_dncnn(
@@ -237,3 +241,49 @@ def _position(name: str) -> int:
     if match is None:
         raise UserError(f"{name!r} is no parameter of a published DnCNN")
     return int(match[1])
+
+
+class GraDnCNNConfig(DenoiserConfig):
+    """Shape of a GraDnCNN."""
+
+    kind: Literal["gradncnn"] = "gradncnn"
+    PRESETS: ClassVar = {
+        "gradncnn": ("Cohen et al. 2021: y - gradient of a scalar network, an energy model", {})
+    }
+    layers: int = Field(6, ge=1, description="number of layers between the first and the last")
+    width: int = Field(128, ge=1, description="hidden channels")
+    activation: Literal["elu", "softplus"] = Field(
+        "elu", description="elu or softplus; smooth, because training differentiates twice"
+    )
+    bias: bool = Field(True, description="biases in the convolutions that take the image")
+
+    def build_model(self, in_channels: int, num_classes: int = 0) -> GradientStep:
+        return GradientStep(ScalarConvNet(in_channels, self), False, in_channels)
+
+
+class ScalarConvNet(nn.Module):
+    """GraDnCNN's g: convolutions into each of which the image is fed, summed over positions."""
+
+    def __init__(self, in_channels: int, config: GraDnCNNConfig | None = None) -> None:
+        super().__init__()
+        config = config or GraDnCNNConfig()
+        width = config.width
+        self.first = Conv2d(in_channels, width, 3, padding=1, bias=config.bias)
+        self.onward = nn.ModuleList(
+            Conv2d(width, width, 3, padding=1, bias=False) for _ in range(config.layers)
+        )
+        self.fed = nn.ModuleList(
+            Conv2d(in_channels, width, 3, padding=1, bias=config.bias) for _ in range(config.layers)
+        )
+        self.last = Conv2d(width, 1, 3, padding=1, bias=False)
+        self.last_fed = Conv2d(in_channels, 1, 3, padding=1, bias=False)
+        self.activation = nn.ELU() if config.activation == "elu" else nn.Softplus()
+
+    def forward(self, y: Tensor, sigma: Noise | None = None) -> Tensor:
+        """g of each of the images ``y`` (B, C, H, W): (B,); ``sigma`` is ignored."""
+        z = self.activation(self.first(y))
+        for onward, fed in zip(self.onward, self.fed, strict=True):
+            z = self.activation(onward(z) + fed(y))
+        map_ = self.last(z) + self.last_fed(y)
+        with without_autocast(y):
+            return upcast(map_).flatten(1).sum(dim=1)

@@ -1,8 +1,8 @@
-r"""DRUNet (Zhang et al., arXiv 2008.13751): a UNet of residual blocks, without any bias.
+r"""DRUNet, a UNet of residual blocks without any bias, as a denoiser and as a potential.
 
-With the head and tail convolutions :math:`C_0, C_1`, four scales of ``blocks`` residual blocks
-:math:`x + C\,\operatorname{act}(C\,x)` each, 2x2 convolutions of stride 2 down and transposed ones
-up, and additive skips:
+**DRUNet** (Zhang et al., arXiv 2008.13751) has head and tail convolutions :math:`C_0, C_1`, four
+scales of ``blocks`` residual blocks :math:`x + C\,\operatorname{act}(C\,x)` each, 2x2 convolutions
+of stride 2 down and transposed ones up, and additive skips:
 
 .. math::
     x_1 = C_0\,[y, \sigma], \quad x_{i+1} = \operatorname{down}_i(x_i), \quad
@@ -11,12 +11,18 @@ up, and additive skips:
 
 It receives sigma as one more channel, constant over the image. With ReLU it is homogeneous in both,
 :math:`D(a y, a\sigma) = a D(y, \sigma)` for a > 0; the blind form, without that channel, in y.
+
+**GS-DRUNet** (Hurault et al., arXiv 2110.03220) is a `ebmkit.models.denoisers.GradientStep` whose
+potential is half the squared residual of a denoising network,
+
+.. math:: g_\sigma(y) = \tfrac12 \|y - N(y, \sigma)\|^2, \quad
+    D = N + J_N^\top (y - N), \quad N \text{ a DRUNet with ELU and two blocks per scale.}
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -27,8 +33,7 @@ from ebmkit.energy import Noise, per_image
 from ebmkit.errors import UserError
 from ebmkit.models.base import DenoiserConfig, pad_to_multiple
 from ebmkit.models.convolution import Conv2d
-from ebmkit.models.denoisers import DirectDenoiser, check_published
-from ebmkit.registry import Preset
+from ebmkit.models.denoisers import DirectDenoiser, GradientStep, check_published
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "elu": nn.ELU, "softplus": nn.Softplus}
 
@@ -58,18 +63,52 @@ class DRUNetConfig(DRUNetShape):
     """A DRUNet as a plain denoiser."""
 
     kind: Literal["drunet"] = "drunet"
-
-    @classmethod
-    def presets(cls) -> dict[str, Preset[DRUNetConfig]]:
-        """The published network, and its blind form."""
-        return {
-            "drunet": Preset(cls(), "Zhang et al. 2021: UNet of residual blocks, sigma as input"),
-            "drunet-blind": Preset(cls(noise_map=False), "the same without the noise map"),
-        }
+    PRESETS: ClassVar = {
+        "drunet": ("Zhang et al. 2021: UNet of residual blocks, sigma as input", {}),
+        "drunet-blind": ("the same without the noise map", {"noise_map": False}),
+    }
 
     def build_model(self, in_channels: int, num_classes: int = 0) -> DirectDenoiser:
         network = self.build(in_channels)
         return DirectDenoiser(network, in_channels, noise_conditional=self.noise_map)
+
+
+class GSDRUNetConfig(DRUNetShape):
+    """Shape of a GS-DRUNet."""
+
+    kind: Literal["gs-drunet"] = "gs-drunet"
+    PRESETS: ClassVar = {
+        "gs-drunet": (
+            "Hurault et al. 2022: y - grad |y - DRUNet(y)|^2 / 2, an energy model",
+            {},
+        ),
+        "gs-drunet-blind": ("the same without the noise map", {"noise_map": False}),
+    }
+    blocks: int = Field(
+        2, ge=1, description="residual blocks per scale, on the way down and on the way up"
+    )
+    activation: Literal["elu", "softplus"] = Field(
+        "elu",
+        description="elu (as published) or softplus; smooth, because training differentiates twice",
+    )
+
+    def build_model(self, in_channels: int, num_classes: int = 0) -> GradientStep:
+        potential = HalfSquaredResidual(self.build(in_channels))
+        return GradientStep(potential, self.noise_map, in_channels)
+
+
+class HalfSquaredResidual(nn.Module):
+    """g(y, sigma) = 1/2 ||y - N(y, sigma)||^2 of a network N from images to images."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, y: Tensor, sigma: Noise | None = None) -> Tensor:
+        """g of each of the images ``y`` (B, C, H, W): (B,)."""
+        residual = y - self.network(y, sigma)
+        with without_autocast(y):
+            return 0.5 * upcast(residual).square().flatten(1).sum(dim=1)
 
 
 class Block(nn.Module):
@@ -90,10 +129,6 @@ class DRUNet(nn.Module):
     """The network: noisy images, and their noise level, to estimates of the clean ones.
 
     Parameters are named as in the released code (cszn/DPIR), whose weights therefore fit.
-
-    Args:
-        in_channels: 1 for gray, 3 for colour.
-        config: the shape.
     """
 
     def __init__(self, in_channels: int, config: DRUNetShape | None = None) -> None:

@@ -18,7 +18,7 @@ with P the identity or, where the shape changes, a 1x1 convolution with a norm o
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -27,10 +27,8 @@ from torch import Tensor, nn
 from ebmkit.compute import without_autocast
 from ebmkit.models.base import BackboneConfig, Features, mean_over_windows
 from ebmkit.models.convolution import Conv2d
-from ebmkit.models.gelu import GELU
-from ebmkit.models.norms import NormName, make_norm
+from ebmkit.models.layers import GELU, NormName, make_norm
 from ebmkit.models.recompute import recompute
-from ebmkit.registry import Preset
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": GELU, "relu": nn.ReLU}
 
@@ -39,6 +37,18 @@ class GradResNetConfig(BackboneConfig):
     """Shape of a GradResNet and the switches of the paper's ablations (table 3)."""
 
     kind: Literal["gradresnet"] = "gradresnet"
+    PRESETS: ClassVar = {
+        "gradresnet18": ("the paper's network for 32x32 images", {}),
+        "gradresnet10": (
+            "the same with one block per stage: twice the steps for the same FLOPs",
+            {"depth": 10},
+        ),
+        "gradresnet34": ("the same, deeper (3-4-6-3 blocks)", {"depth": 34}),
+        "gradresnet18-imagenet": (
+            "the paper's network for 224x224 images: 7x7 stem of stride 2, no max-pool",
+            {"stem_kernel": 7, "strides": (2, 1, 2, 2, 2)},
+        ),
+    }
     depth: Literal[10, 18, 34] = Field(
         18, description="depth: 10 (1-1-1-1 blocks), 18 (2-2-2-2) or 34 (3-4-6-3)"
     )
@@ -86,22 +96,6 @@ class GradResNetConfig(BackboneConfig):
         if self.side_connections and self.width % 2:
             raise ValueError(f"width {self.width} must be even for the side connections")
         return self
-
-    @classmethod
-    def presets(cls) -> dict[str, Preset[GradResNetConfig]]:
-        """The paper's networks."""
-        return {
-            "gradresnet18": Preset(cls(depth=18), "the paper's network for 32x32 images"),
-            "gradresnet10": Preset(
-                cls(depth=10),
-                "the same with one block per stage: twice the steps for the same FLOPs",
-            ),
-            "gradresnet34": Preset(cls(depth=34), "the same, deeper (3-4-6-3 blocks)"),
-            "gradresnet18-imagenet": Preset(
-                cls(depth=18, stem_kernel=7, strides=(2, 1, 2, 2, 2)),
-                "the paper's network for 224x224 images: 7x7 stem of stride 2, no max-pool",
-            ),
-        }
 
     def build(self, in_channels: int) -> GradResNet:
         return GradResNet(in_channels, self)
@@ -153,14 +147,8 @@ class GradResNet(nn.Module):
         blocks = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}[config.depth]
         widths = [config.width * 2**i for i in range(4)]
         self.in_channels = in_channels
-        self.stem = Conv2d(
-            in_channels,
-            config.width,
-            config.stem_kernel,
-            config.strides[0],
-            config.stem_kernel // 2,
-            bias=config.bias,
-        )
+        kernel, stride = config.stem_kernel, config.strides[0]
+        self.stem = Conv2d(in_channels, config.width, kernel, stride, kernel // 2, bias=config.bias)
         self.activation = ACTIVATIONS[config.activation]()
         self.stages = nn.ModuleList()
         channels = config.width

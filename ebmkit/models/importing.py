@@ -1,7 +1,7 @@
 """Checkpoints of other programs as models of ours: read, converted to our names, saved like a run.
 
 `load_checkpoint` gives the model, `import_checkpoint` makes a folder of it that `ebmkit.load` and
-the command line take. Nothing in a file is executed (`ebmkit.storage.torchfile`). The docs, "Import
+the command line take. Nothing in a file is executed (`ebmkit.storage.tensors`). The docs, "Import
 checkpoints", have the kinds and the names that tell them apart. Classifiers get the head ``logit``,
 with a bias: log p(x) = logsumexp of the logits, E(x, y) = -logit_y. Of JEM's (Grathwohl et al.,
 arXiv 1912.03263) ``energy_output`` and ``f.linear``, which no class logit uses, are left out.
@@ -27,12 +27,11 @@ from ebmkit.errors import UserError, plain, validated
 from ebmkit.models.config import ModelConfig, find_backbone
 from ebmkit.models.dncnn import convert_dncnn
 from ebmkit.models.drunet import convert_drunet
-from ebmkit.models.hub import is_hub_name, locate_file
-from ebmkit.models.pipelines import read_unet
+from ebmkit.models.pipelines import is_hub_name, locate_file, read_unet
 from ebmkit.models.resnet import BLOCKS
 from ebmkit.models.saving import save_as_run
 from ebmkit.registry import find
-from ebmkit.storage.torchfile import read_state
+from ebmkit.storage.tensors import read_state
 
 KINDS = {
     "robustness": "adversarially trained ResNet of the robustness package",
@@ -125,9 +124,9 @@ def read_checkpoint(
         raise UserError(f"{str(source)!r} is a model's folder already: use it as it is")
     repository = not path.exists() and is_hub_name(str(source)) and ":" not in str(source)
     if kind == "diffusers" or (kind is None and (path.is_dir() or repository)):
-        options = ("backbone", "rename", "classes", "mean", "std", "image_size", "settings")
-        given = (backbone, rename, classes, mean, std, image_size, settings)
-        if other := next((name for name, value in zip(options, given, strict=True) if value), None):
+        given: dict[str, object] = {"backbone": backbone, "rename": rename, "classes": classes}
+        given |= {"mean": mean, "std": std, "image_size": image_size, "settings": settings}
+        if other := next((name for name, value in given.items() if value), None):
             raise UserError(f"a UNet of diffusers says itself what it is: leave {other} out")
         unet, config = read_unet(source)
         assert unet.card is not None
@@ -154,7 +153,8 @@ def read_checkpoint(
         chosen = {name: value for name, value in chosen.items() if value is not None}
         config, weights, size = _convert_state(state, backbone, classes, chosen)
     else:
-        config, weights, size = _CONVERTED[kind](state, mean, std)
+        stripped = {name.removeprefix("module."): value for name, value in state.items()}
+        config, weights, size = _CONVERTED[kind](stripped, mean, std)
     size = image_size or size
     if classes is not None and classes != config.num_classes:
         raise UserError(
@@ -236,13 +236,12 @@ def _substituted(
 
 def _convert_robustness(state: State, mean: Numbers | None, std: Numbers | None) -> Converted:
     """A ResNet of the ``robustness`` package, with its normalisation."""
-    plain = {name.removeprefix("module."): value for name, value in state.items()}
     named: dict[str, Tensor] = {}
     for prefix in ("model.", "attacker.model."):
-        named = named or {n[len(prefix) :]: v for n, v in plain.items() if n.startswith(prefix)}
+        named = named or {n[len(prefix) :]: v for n, v in state.items() if n.startswith(prefix)}
     statistics = []
     for given, part in ((mean, "new_mean"), (std, "new_std")):
-        found = plain.get(f"normalizer.{part}", plain.get(f"attacker.normalize.{part}"))
+        found = state.get(f"normalizer.{part}", state.get(f"attacker.normalize.{part}"))
         if given is None and found is None:
             raise UserError(f"the checkpoint has no normalizer.{part}: give --mean and --std")
         numbers = tuple(found.flatten().tolist()) if found is not None else ()
@@ -253,8 +252,7 @@ def _convert_robustness(state: State, mean: Numbers | None, std: Numbers | None)
     shape = _resnet(ours)
     config = {
         "backbone": shape,
-        "head": {"kind": "logit", "bias": True},
-        "num_classes": _rows(ours, "head.classifier.weight"),
+        **_classifier(ours),
         "input_mean": statistics[0],
         "input_std": statistics[1],
     }
@@ -286,15 +284,14 @@ def _resnet(ours: State) -> dict[str, Any]:
 
 def _convert_jem(state: State, mean: Numbers | None, std: Numbers | None) -> Converted:
     """JEM's WideResNet with head ``logit``; without a norm, or with batch normalisation."""
-    plain = {name.removeprefix("module."): value for name, value in state.items()}
-    blocks = {int(m[1]) for n in plain if (m := re.match(r"f\.layer1\.(\d+)\.", n))}
-    width = plain.get("f.layer1.0.conv1.weight")
+    blocks = {int(m[1]) for n in state if (m := re.match(r"f\.layer1\.(\d+)\.", n))}
+    width = state.get("f.layer1.0.conv1.weight")
     if not blocks or width is None:
         raise UserError("'f.layer1.0.conv1.weight' is missing from the weights: JEM's have it")
     count = len(blocks)
     unused = ("f.linear.", "energy_output.")
     ours = _substituted(
-        {name: value for name, value in plain.items() if not name.startswith(unused)},
+        {name: value for name, value in state.items() if not name.startswith(unused)},
         (r"^f\.layer([123])\.(\d+)", lambda m: f"blocks.{(int(m[1]) - 1) * count + int(m[2])}"),
         (r"(?<=\.)shortcut\.0\.", "shortcut."),
         (r"(?<=\.)bn(?=[12]\.)", "norm"),
@@ -313,8 +310,7 @@ def _convert_jem(state: State, mean: Numbers | None, std: Numbers | None) -> Con
             "bias": True,
             "block": "jem",
         },
-        "head": {"kind": "logit", "bias": True},
-        "num_classes": _rows(ours, "head.classifier.weight"),
+        **_classifier(ours),
         "input_mean": 0.5 if mean is None else mean,
         "input_std": 0.5 if std is None else std,
     }
@@ -372,10 +368,12 @@ def _convert_state(
     return _fitted(f"backbone {backbone!r}", config, ours, None)
 
 
-def _rows(ours: State, name: str) -> int:
-    if name not in ours or ours[name].ndim != 2:
+def _classifier(ours: State) -> dict[str, Any]:
+    """What the classifier on the features says of the model."""
+    rows = ours.get("head.classifier.weight")
+    if rows is None or rows.ndim != 2:
         raise UserError("the checkpoint has no linear classifier on its features")
-    return len(ours[name])
+    return {"head": {"kind": "logit", "bias": True}, "num_classes": len(rows)}
 
 
 def _fitted(what: str, values: dict[str, Any], ours: State, size: int | None) -> Converted:

@@ -36,11 +36,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ebmkit.compute import upcast, without_autocast
+from ebmkit.compute import subsample_before_1x1, upcast, without_autocast
 from ebmkit.energy import Energies, EnergyModel, Noise
 from ebmkit.errors import UserError
 from ebmkit.models.base import Backbone, Features, Head, WindowedBackbone, check_images
-from ebmkit.onednn import subsample_before_1x1
 
 SizeScaling = Literal["tiles", "factor", "windows"]
 
@@ -113,14 +112,17 @@ class JointModel(EnergyModel):
             UserError: if ``y`` is no batch of images, or has another number of channels.
         """
         check_images(y, self.in_channels)
-        size = _parts(y, self.reference_size)
-        if self.reference_size is None or size <= 1:
+        if self.reference_size is None:
+            return self._energies(self._features(y, sigma).pooled)
+        rows, columns = self.reference_size
+        size = y.shape[-2] * y.shape[-1] / (rows * columns)
+        if size <= 1:
             return self._energies(self._features(y, sigma).pooled)
         if self.size_scaling == "factor":
             pooled = self._features(y, sigma).pooled
         elif self.size_scaling == "windows":
             assert isinstance(self.backbone, WindowedBackbone)
-            grid = self.window_grid(y.shape[-2], y.shape[-1])
+            grid = max(1, round(y.shape[-2] / rows)), max(1, round(y.shape[-1] / columns))
             maps = self._features(y, sigma).maps
             pooled = self.backbone.pool(maps, grid).flatten(0, 1)  # (B * M, K)
         else:
@@ -131,14 +133,16 @@ class JointModel(EnergyModel):
         """Whether to trade arithmetic for memory in training (activation checkpointing).
 
         Raises:
-            UserError: if the backbone has no attribute ``recompute`` to say so.
+            UserError: if no module has an attribute ``recompute`` to say so.
         """
-        if not isinstance(getattr(self.backbone, "recompute", None), bool):
+        able = [m for m in self.modules() if isinstance(getattr(m, "recompute", None), bool)]
+        if not able:
             raise UserError(
                 f"{type(self.backbone).__name__} cannot recompute its activations: set "
                 "compute.recompute=false, or split the batch by compute.accumulate"
             )
-        setattr(self.backbone, "recompute", on)  # noqa: B010  (not every module has it)
+        for module in able:
+            setattr(module, "recompute", on)  # noqa: B010  (not every module has it)
 
     def _sum_of_tiles(self, y: Tensor, sigma: Noise | None, reference: tuple[int, int]) -> Energies:
         """Energies of crops, each by its area, summed."""
@@ -161,12 +165,6 @@ class JointModel(EnergyModel):
             total = _total(parts, y.shape[0], size)
             logits, density = logits + total.logits, density + total.log_density
         return Energies(logits, density)
-
-    def window_grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of windows in an image of ``height`` x ``width``."""
-        assert self.reference_size is not None
-        rows, columns = self.reference_size
-        return max(1, round(height / rows)), max(1, round(width / columns))
 
     def _features(self, y: Tensor, sigma: Noise | None) -> Features:
         if isinstance(self.input_mean, tuple):
@@ -205,13 +203,6 @@ def half_overlapping_tiles(length: int, tile: int) -> list[tuple[int, int]]:
     count = math.ceil(2 * length / tile)
     edges = [round(k * length / count) for k in range(count + 1)]
     return list(zip([0, *edges[:-1]], [*edges[1:], length], strict=True))
-
-
-def _parts(y: Tensor, reference: tuple[int, int] | None) -> float:
-    """How many reference images ``y`` makes, at least 1."""
-    if reference is None:
-        return 1.0
-    return max(1.0, y.shape[-2] * y.shape[-1] / (reference[0] * reference[1]))
 
 
 def _total(parts: Energies, batch: int, size: float) -> Energies:

@@ -25,7 +25,7 @@ noise-conditional score network (Song & Ermon, arXiv 1907.05600), as the gradien
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -33,7 +33,6 @@ from torch import Tensor, nn
 
 from ebmkit.compute import upcast, without_autocast
 from ebmkit.models.base import BackboneConfig, Features, MeanPooled
-from ebmkit.registry import Preset
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "silu": nn.SiLU,
@@ -47,6 +46,13 @@ class MLPConfig(BackboneConfig):
     """Shape of a multi-layer perceptron."""
 
     kind: Literal["mlp"] = "mlp"
+    PRESETS: ClassVar = {
+        "mlp": ("perceptron on 7x7 patches (kernel=1: on points), blind to sigma", {"kernel": 7}),
+        "mlp-sigma": (
+            "the same with sigma as an input; with dsm an NCSN (Song & Ermon 2019)",
+            {"kernel": 7, "noise_conditional": True},
+        ),
+    }
     width: int = Field(128, ge=1, description="width of every layer")
     depth: int = Field(3, ge=1, description="number of layers, including the one on patches")
     kernel: int = Field(1, ge=1, description="height and width of the patches, odd; 1 for points")
@@ -64,20 +70,6 @@ class MLPConfig(BackboneConfig):
         if self.kernel % 2 == 0:
             raise ValueError(f"kernel {self.kernel} must be odd, as in 1, 5, 7")
         return self
-
-    @classmethod
-    def presets(cls) -> dict[str, Preset[MLPConfig]]:
-        """On patches, without and with the noise level."""
-        return {
-            "mlp": Preset(
-                cls(width=128, kernel=7),
-                "perceptron on 7x7 patches (kernel=1: on points), blind to sigma",
-            ),
-            "mlp-sigma": Preset(
-                cls(width=128, kernel=7, noise_conditional=True),
-                "the same with sigma as an input; with dsm an NCSN (Song & Ermon 2019)",
-            ),
-        }
 
     def build(self, in_channels: int) -> MLP:
         return MLP(in_channels, self)

@@ -8,28 +8,31 @@ A pipeline is a folder, or a name on the Hugging Face hub, of a UNet and a sched
 or the same files in one folder. A network without a scheduler is taken to be of the linear schedule
 of DDPM. Weights are read as tensors alone; nothing is executed. What is written is a folder like a
 run's, which `ebmkit.load` and the command line take.
+
+A file on the hub is ``owner/name:file``, a repository ``owner/name``. What is fetched is taken from
+the hub's cache the next time.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ebmkit.card import ModelCard
-from ebmkit.errors import UserError, validated
+from ebmkit.errors import UserError, first_line, validated
 from ebmkit.models.config import ModelConfig
-from ebmkit.models.diffusion import INSTALL, DiffusionModel, UNetConfig
-from ebmkit.models.hub import locate_folder
+from ebmkit.models.diffusion import DiffusionModel, UNetConfig, unet_class
 from ebmkit.models.saving import load_weights, save_as_run
 from ebmkit.storage.reading import MIB, check_links, read_json
-from ebmkit.storage.tensors import LimitedSize
-from ebmkit.storage.torchfile import read_state
+from ebmkit.storage.tensors import LimitedSize, read_state
 
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 SETTINGS = ("model_index.json", "config.json", "scheduler_config.json")
+SUFFIXES = (".pt", ".pth", ".ckpt", ".tar", ".bin", ".safetensors", ".zip")
+NAME = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(?::(?P<file>[^:]+))?")
 # names of self-attention before diffusers 0.17, and since
 _ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -65,11 +68,7 @@ def read_unet(
     image_range: tuple[float, float] = (-1.0, 1.0),
     null_label: bool = False,
 ) -> tuple[DiffusionModel, ModelConfig]:
-    """The model of `import_unet`, and what builds it; nothing is written.
-
-    Raises:
-        UserError: as `import_unet`.
-    """
+    """The model of `import_unet`, and what builds it; nothing is written. Errors as there."""
     places = ("", "unet/")
     source = locate_folder(
         path_or_name,
@@ -139,16 +138,12 @@ def _diffusion(scheduler: Mapping[str, Any]) -> dict[str, Any]:
 
 def _config(shape: Mapping[str, Any], diffusion: Mapping[str, Any]) -> ModelConfig:
     """The configuration of the network that a ``config.json`` describes."""
-    try:
-        from diffusers import UNet2DModel
-    except ImportError:
-        raise UserError(f"a UNet is built by diffusers, which is missing: {INSTALL}") from None
     kind = str(shape.get("_class_name", "UNet2DModel"))
     if kind != "UNet2DModel":
         raise UserError(f"config.json is of a {kind}: only UNet2DModel, of images alone, is known")
     defaults = {
         name: parameter.default
-        for name, parameter in inspect.signature(UNet2DModel.__init__).parameters.items()
+        for name, parameter in inspect.signature(unet_class().__init__).parameters.items()
         if parameter.default is not inspect.Parameter.empty
     }
     given = {key: value for key, value in shape.items() if not key.startswith("_")}
@@ -201,3 +196,72 @@ def _size(sample: Any) -> tuple[int, int] | None:
     if isinstance(sample, int):
         return (sample, sample)
     return (int(sample[0]), int(sample[1])) if isinstance(sample, list) else None
+
+
+# --- the hub ----------------------------------------------------------------------------------
+
+
+def is_hub_name(source: str) -> bool:
+    """Whether ``source``, which is no local path, reads ``owner/name`` or ``owner/name:file``."""
+    match = NAME.fullmatch(source)
+    return match is not None and (bool(match["file"]) or not source.endswith(SUFFIXES))
+
+
+def locate_file(source: str) -> Path:
+    """The local path of ``source``, a path or ``owner/name:file``.
+
+    Raises:
+        UserError: if it is neither, huggingface_hub is not installed, or it cannot be fetched.
+    """
+    if Path(source).exists():
+        return Path(source)
+    match = NAME.fullmatch(source)
+    if not is_hub_name(source) or match is None:
+        raise UserError(f"cannot read {source!r}: no such file or folder")
+    if not match["file"]:
+        raise UserError(
+            f"{source!r} is no local path; of a repository on the hub say the file too, as in "
+            f"{source}:model.pt"
+        )
+    return _fetch(source, "hf_hub_download", match["repository"], match["file"])
+
+
+def locate_folder(
+    source: str | Path, patterns: Sequence[str], choices: Sequence[Sequence[str]]
+) -> Path:
+    """The local folder of ``source``, a path or ``owner/name``.
+
+    Args:
+        source: of the folder.
+        patterns: of the files to fetch from a repository.
+        choices: paths of files to fetch, too: the second ones only if none of the first is there.
+
+    Raises:
+        UserError: as `locate_file`.
+    """
+    folder, name = Path(source), str(source)
+    if folder.is_dir():
+        return folder
+    if (match := NAME.fullmatch(name)) is None or match["file"]:
+        raise UserError(f"there is no folder {name!r}, and a name on the hub is like owner/name")
+    for paths in choices:
+        folder = _fetch(name, "snapshot_download", name, allow_patterns=[*patterns, *paths])
+        if any((folder / path).is_file() for path in paths):
+            break
+    return folder
+
+
+def _fetch(source: str, function: str, *arguments: str, **options: Any) -> Path:
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise UserError(
+            "fetching from the hub needs huggingface_hub: pip install 'ebmkit-vision[hub]'"
+        ) from None
+    try:
+        return Path(getattr(huggingface_hub, function)(*arguments, **options))
+    except Exception as error:  # of the network, the hub and its cache: it has no common class
+        raise UserError(
+            f"cannot fetch {source!r} (no local path): the hub does not give it: "
+            f"{first_line(error)}"
+        ) from None

@@ -34,11 +34,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.dropout import _DropoutNd
 
 from ebmkit.errors import UserError
 
+DROPOUTS = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout
 Run = Callable[..., Tensor]
 Autocast = Callable[[], AbstractContextManager[object]]
 
@@ -80,9 +79,9 @@ def _check(block: nn.Module) -> None:
     for module in block.modules():
         if not module.training:
             continue
-        if isinstance(module, _NormBase) and module.track_running_stats:
+        if getattr(module, "track_running_stats", False):  # of batch and instance norms
             what = "would update its running statistics each time: use another norm (norm=group)"
-        elif isinstance(module, _DropoutNd) and module.p > 0:
+        elif isinstance(module, (*DROPOUTS, nn.FeatureAlphaDropout)) and module.p > 0:
             what = "would drop other activations each time: set its p to 0"
         else:
             continue

@@ -16,14 +16,13 @@ The features are the means over positions of the last stage. Blocks are torchvis
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
 
 from ebmkit.models.base import BackboneConfig, Features, MeanPooled
 from ebmkit.models.convolution import Conv2d
-from ebmkit.registry import Preset
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 
@@ -32,6 +31,24 @@ class ResNetConfig(BackboneConfig):
     """Shape of a ResNet."""
 
     kind: Literal["resnet"] = "resnet"
+    PRESETS: ClassVar = {
+        "resnet18": (
+            "classifier (He et al. 2016) adapted to 32x32 images: 3x3 stem, no max-pool",
+            {},
+        ),
+        "resnet18-imagenet": (
+            "classifier (He et al. 2016) for 224x224 images",
+            {"stem": "imagenet"},
+        ),
+        "resnet50": (
+            "classifier (He et al. 2016), 50 layers, adapted to 32x32 images like resnet18",
+            {"depth": 50},
+        ),
+        "resnet50-imagenet": (
+            "classifier (He et al. 2016) for 224x224 images",
+            {"depth": 50, "stem": "imagenet"},
+        ),
+    }
     depth: Literal[18, 34, 50] = Field(
         18, description="depth: 18 (2-2-2-2 blocks), 34 (3-4-6-3) or 50 (3-4-6-3 bottleneck blocks)"
     )
@@ -44,26 +61,6 @@ class ResNetConfig(BackboneConfig):
         "max-pool)",
     )
 
-    @classmethod
-    def presets(cls) -> dict[str, Preset[ResNetConfig]]:
-        """Published networks, and their form for 32x32 images."""
-        return {
-            "resnet18": Preset(
-                cls(depth=18, stem="cifar"),
-                "classifier (He et al. 2016) adapted to 32x32 images: 3x3 stem, no max-pool",
-            ),
-            "resnet18-imagenet": Preset(
-                cls(depth=18, stem="imagenet"), "classifier (He et al. 2016) for 224x224 images"
-            ),
-            "resnet50": Preset(
-                cls(depth=50, stem="cifar"),
-                "classifier (He et al. 2016), 50 layers, adapted to 32x32 images like resnet18",
-            ),
-            "resnet50-imagenet": Preset(
-                cls(depth=50, stem="imagenet"), "classifier (He et al. 2016) for 224x224 images"
-            ),
-        }
-
     def build(self, in_channels: int) -> ResNet:
         return ResNet(in_channels, self)
 
@@ -73,10 +70,6 @@ class ResNet(MeanPooled):
 
     Parameters are named as in torchvision, whose published weights therefore fit at width 64 with
     the stem of ImageNet (all but ``fc``).
-
-    Args:
-        in_channels: 1 for gray, 3 for colour.
-        config: the shape.
     """
 
     def __init__(self, in_channels: int, config: ResNetConfig | None = None) -> None:

@@ -25,7 +25,7 @@ from ebmkit.card import ModelCard
 from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError, validated
 from ebmkit.models.config import ModelConfig
-from ebmkit.plugins import check_plugins, load_plugins
+from ebmkit.registry import check_plugins, load_plugins
 from ebmkit.storage import make_folder, read_together, write_atomically
 from ebmkit.storage.reading import check_links, parse_json
 from ebmkit.storage.tensors import LimitedSize, parse_tensors
@@ -107,7 +107,7 @@ def load(
         model: the network to load into; needed only for one that was composed by hand.
         device: where to put it.
         weights: ``last``, or ``best`` by validation.
-        plugins: to import first (`ebmkit.plugins`), for a model with parts from them.
+        plugins: to import first (`ebmkit.registry`), for a model with parts from them.
 
     Returns:
         The model; its attribute ``card`` says what it was trained for. Weights that are not finite

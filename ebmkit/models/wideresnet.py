@@ -19,24 +19,33 @@ block=jem``. The features are means over positions of the last activation, K = 4
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ebmkit.models.base import BackboneConfig, Features, MeanPooled
 from ebmkit.models.convolution import Conv2d
-from ebmkit.models.norms import make_norm
+from ebmkit.models.layers import make_norm
 from ebmkit.models.recompute import recompute
-from ebmkit.registry import Preset
 
 STEM_CHANNELS = 16
+JEM = {"norm": "none", "activation": "leaky_relu", "bias": True, "block": "jem"}
+"""JEM's form, as fields of `WideResNetConfig`."""
 
 
 class WideResNetConfig(BackboneConfig):
     """Shape of a WideResNet; the defaults are WRN-28-10."""
 
     kind: Literal["wideresnet"] = "wideresnet"
+    PRESETS: ClassVar = {
+        "wideresnet28-10": ("classifier (Zagoruyko and Komodakis 2016)", {}),
+        "wideresnet28-10-jem": ("the variant of JEM: no norm, leaky ReLU, biases", JEM),
+        "wideresnet10-jem": (
+            "the variant of JEM, small enough to train on a CPU",
+            {**JEM, "depth": 10, "width": 32},
+        ),
+    }
     depth: int = Field(28, ge=10, description="depth, 6n + 4 with n blocks per group")
     width: int = Field(
         160, ge=1, description="channels of group 1 (16 k); groups 2 and 3 have 2, 4 times as many"
@@ -64,32 +73,6 @@ class WideResNetConfig(BackboneConfig):
         if self.norm == "group" and self.width % 8:
             raise ValueError(f"width {self.width} must be a multiple of 8 for norm 'group'")
         return self
-
-    @classmethod
-    def presets(cls) -> dict[str, Preset[WideResNetConfig]]:
-        """The published network, and JEM's."""
-
-        def jem(depth: int, width: int) -> WideResNetConfig:
-            return cls(
-                depth=depth,
-                width=width,
-                norm="none",
-                activation="leaky_relu",
-                bias=True,
-                block="jem",
-            )
-
-        return {
-            "wideresnet28-10": Preset(
-                cls(depth=28, width=160), "classifier (Zagoruyko and Komodakis 2016)"
-            ),
-            "wideresnet28-10-jem": Preset(
-                jem(28, 160), "the variant of JEM: no norm, leaky ReLU, biases"
-            ),
-            "wideresnet10-jem": Preset(
-                jem(10, 32), "the variant of JEM, small enough to train on a CPU"
-            ),
-        }
 
     def build(self, in_channels: int) -> WideResNet:
         return WideResNet(in_channels, self)

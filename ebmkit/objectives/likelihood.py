@@ -36,14 +36,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ebmkit.data import AnyImages, Batch
+from ebmkit.data import Batch
 from ebmkit.energy import Energies, EnergyModel, Noise
 from ebmkit.errors import UserError
 from ebmkit.objectives.base import ExtraPasses, ModelOutput, Objective, ObjectiveConfig, RunContext
 from ebmkit.randomness import keyed_generator
 from ebmkit.sampling.base import normal_like
+from ebmkit.sampling.entry import ClassGaussians, ReplayBuffer
 from ebmkit.sampling.langevin import JEM_NOISE, JEM_STEP, Langevin
-from ebmkit.sampling.starts import ClassGaussians, ReplayBuffer
 
 __all__ = ["CML", "ML", "Negatives", "NegativesConfig", "log_density_of"]
 
@@ -142,7 +142,11 @@ class Negatives:
         self.device = next(self.model.parameters()).device
         self.shape = (images.channels, *(images.image_size if crop is None else (crop, crop)))
         self._classes = images.num_classes if self.conditional else 0
-        self._gaussians = _fitted(images, self.device) if config.start == "gaussian" else None
+        self._gaussians: ClassGaussians | None = None
+        if config.start == "gaussian":
+            x, c = next(iter(images.spread(FITTED).batches(FITTED)))
+            c = None if c is None else c.to(self.device)
+            self._gaussians = ClassGaussians(x.to(self.device), c)
         labels = torch.arange(config.buffer_size) * self._classes // config.buffer_size
         generator = keyed_generator(self.device, self.seed, "negatives", "start")
         start = self._fresh(config.buffer_size, generator, labels.to(self.device))
@@ -222,11 +226,6 @@ class Negatives:
         if self.world.size == 1:
             return rows
         return torch.cat([part.to(self.device) for part in self.world.gather(rows.cpu())])
-
-
-def _fitted(images: AnyImages, device: torch.device) -> ClassGaussians:
-    floats, labels = next(iter(images.spread(FITTED).batches(FITTED)))
-    return ClassGaussians(floats.to(device), None if labels is None else labels.to(device))
 
 
 def _maximum_likelihood(config: NegativesConfig, conditional: bool, what: str) -> Objective:

@@ -44,6 +44,7 @@ from ebmkit.energy import (
     value_and_grads,
 )
 from ebmkit.errors import UserError
+from ebmkit.noise import parse_fraction
 from ebmkit.objectives.base import (
     ModelOutput,
     Objective,
@@ -167,28 +168,18 @@ def parse_objective(
                 f"objective {text!r} does not parse: write names joined by +, each with a "
                 "coefficient before it or none, as in ce+0.5*dsm"
             )
-        written = match["name"].strip()
-        weight = _coefficient(match["weight"], text)
-        for name in ALIASES.get(written, (written,)):
+        written, own_name = match["weight"], match["name"].strip()
+        weight = None if written is None else parse_fraction(written)
+        if written is not None and (weight is None or not 0 < weight < float("inf")):
+            raise UserError(
+                f"coefficient {written.strip()!r} in objective {text!r} must be a number above 0"
+            )
+        for name in ALIASES.get(own_name, (own_name,)):
             find("objective", OBJECTIVES | ALIASES, name)  # an alias is suggested, too
             if any(term.name == name for term in terms):
                 raise UserError(f"objective {text!r} names {name!r} twice: give it one coefficient")
             terms.append(Term(name, weight, own(name)))
     return tuple(terms)
-
-
-def _coefficient(written: str | None, text: str) -> float | None:
-    if written is None:
-        return None
-    try:
-        weight = float(written)
-    except ValueError:
-        weight = float("nan")
-    if not 0 < weight < float("inf"):
-        raise UserError(
-            f"coefficient {written.strip()!r} in objective {text!r} must be a number above 0"
-        )
-    return weight
 
 
 class Losses(NamedTuple):

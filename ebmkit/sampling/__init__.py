@@ -1,24 +1,28 @@
 """Samplers of any model: chains on a score, a density or a denoiser, never on a network."""
 
-from ebmkit.sampling.ascent import ASCENT_ENTRY, Ascent
-from ebmkit.sampling.base import Chains, Sampler
-from ebmkit.sampling.diffusion import DDIM, DDIM_ENTRY, DDPM_ENTRY, noise_predictor_of
-from ebmkit.sampling.entry import SAMPLERS, SamplerEntry, find_sampler
-from ebmkit.sampling.kadkhodaie_simoncelli import KADKHODAIE_SIMONCELLI_ENTRY, StochasticAscent
+from ebmkit.sampling.ascent import ENTRIES as _ASCENT
+from ebmkit.sampling.ascent import Ascent, StochasticAscent
+from ebmkit.sampling.base import (
+    Chains,
+    Sampler,
+    denoiser_of,
+    density_of,
+    label_density_of,
+    score_of,
+)
+from ebmkit.sampling.diffusion import DDIM, noise_predictor_of
+from ebmkit.sampling.diffusion import ENTRIES as _DIFFUSION
+from ebmkit.sampling.entry import SAMPLERS, ClassGaussians, SamplerEntry, find_sampler
+from ebmkit.sampling.langevin import ENTRIES as _LANGEVIN
 from ebmkit.sampling.langevin import (
-    ANNEALED_ENTRY,
-    LANGEVIN_ENTRY,
-    PC_ENTRY,
-    SGLD_ENTRY,
+    HMC,
+    MALA,
     AnnealedLangevin,
     Langevin,
     PredictorCorrector,
     geometric_sigmas,
     langevin_move,
 )
-from ebmkit.sampling.metropolis import HMC, HMC_ENTRY, MALA, MALA_ENTRY
-from ebmkit.sampling.starts import ClassGaussians
-from ebmkit.sampling.target import denoiser_of, density_of, label_density_of, score_of
 
 __all__ = [
     "DDIM",
@@ -44,16 +48,5 @@ __all__ = [
     "score_of",
 ]
 
-for _entry in (
-    LANGEVIN_ENTRY,
-    SGLD_ENTRY,
-    MALA_ENTRY,
-    HMC_ENTRY,
-    ANNEALED_ENTRY,
-    PC_ENTRY,
-    DDPM_ENTRY,
-    DDIM_ENTRY,
-    KADKHODAIE_SIMONCELLI_ENTRY,
-    ASCENT_ENTRY,
-):
+for _entry in (*_LANGEVIN, *_DIFFUSION, *_ASCENT):
     SAMPLERS[_entry.name] = _entry  # type: ignore[assignment]

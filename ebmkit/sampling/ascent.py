@@ -1,7 +1,7 @@
-r"""Ascent on one classifier: images that a label's density climbs to (RCG sections 3.1-3.2).
+r"""Ascent to a label, and the stochastic ascent of Kadkhodaie & Simoncelli with a blind denoiser.
 
-With a log-density :math:`\ell(x)`, :math:`\log p(c \mid x)` (`label_density_of`) or
-:math:`\log p(x, c)` (`density_of`), and its gradient g, a step is
+**To a label** (RCG sections 3.1-3.2). With a log-density :math:`\ell(x)`, :math:`\log p(c \mid x)`
+(`label_density_of`) or :math:`\log p(x, c)` (`density_of`), and its gradient g, a step is
 
 .. math:: x' = \Pi\bigl(x + \eta\, n(g)\bigr), \qquad
     n(g) = g,\quad g / \|g\|_2 \quad\text{or}\quad \operatorname{sign} g ,
@@ -10,26 +10,82 @@ with :math:`\Pi` the projection on a ball about the start and on the range of im
 where not asked for. On a robust classifier the images take on the look of the label, which is what
 "perceptually aligned gradients" means; on a plain one they hardly change. On the loss, in a small
 ball, it is projected gradient descent, the attack of Madry et al. (arXiv 1706.06083).
-
 Santurkar et al. (2019) take 60 steps of 0.5 in l2 with projection on a ball of radius 40, from
-draws of the Gaussian that has the mean and covariance of the label's training images:
-`ebmkit.sampling.starts.ClassGaussians`. With plain steps it is Langevin dynamics at temperature 0.
+draws of `ebmkit.sampling.ClassGaussians`. With plain steps it is Langevin dynamics at
+temperature 0.
+
+**With a blind denoiser** ("Stochastic solutions for linear inverse problems using the prior
+implicit in a denoiser", NeurIPS 2021, arXiv 2007.13640), free or under linear measurements, chains
+climb the density of noisy images while the noise falls. A blind denoiser's residual
+:math:`f(y) = D(y) - y` is :math:`\sigma^2 \nabla\log p_\sigma(y)` at a level that it finds by
+itself: :math:`\|f(y)\|^2 / N` of N entries is that level squared. Step t = 1, 2, ... from
+:math:`y_0 \sim \mathcal N(0.5, \sigma_0^2 I)` is
+
+.. math::
+    h_t &= \frac{h_0 t}{1 + h_0 (t - 1)}, \qquad
+    d_t = f(y_{t-1}), \qquad
+    \sigma_t^2 = \|d_t\|^2 / N, \\
+    \gamma_t^2 &= \bigl((1 - \beta h_t)^2 - (1 - h_t)^2\bigr)\, \sigma_t^2, \\
+    y_t &= y_{t-1} + h_t d_t + \gamma_t z_t, \qquad z_t \sim \mathcal N(0, I)
+
+(algorithm 1), until :math:`\sigma_t \le \sigma_L`. With beta = 1 no noise is added; with a small
+beta each step lowers the noise by the share :math:`\beta h_t` only. Of measurements
+:math:`m = M^\top x` (`ebmkit.sampling.inverse`), algorithm 2 takes
+
+.. math:: d_t = (I - M M^\top) f(y_{t-1}) + M (m - M^\top y_{t-1}), \qquad
+    y_0 \sim \mathcal N\bigl(0.5\,(I - M M^\top)\, e + M m,\ \sigma_0^2 I\bigr).
+
+In the paper a chain ends at the level :math:`\sigma_L`, with that noise on it. Here it then takes
+one step with h = 1 and no noise, after which the image is the denoised one and its measurements are
+the given ones exactly.
+
+It samples the prior, or the posterior, of images, with a bias to the modes. Along a direction of
+variance v the variance at a level :math:`\sigma` tends to
+
+.. math:: V = \sigma^2\, \frac{(1 - \beta h)^2 - (1 - h)^2}{1 - (1 - \kappa h)^2}
+    \quad\text{of the exact}\quad v + \sigma^2, \qquad \kappa = \frac{\sigma^2}{v + \sigma^2},
+
+at a rate of :math:`\kappa h`, while the noise falls at a rate of :math:`\beta h`; so it stops
+changing near :math:`\sigma^2 = \beta v`. For small h the ratio is :math:`1 - \beta`; where h has
+come to 1, as :math:`h_t` does, it is a half. ``largest_step`` keeps h small, for as many more steps
+(numbers: docs/concepts/samplers.md). A second part of the bias, that :math:`\|f\|^2 / N` is less
+than the level, vanishes where images are low-dimensional.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, Self, get_args
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from ebmkit.energy import ScoreModel
-from ebmkit.errors import UserError
-from ebmkit.sampling.base import Info, check_positive, per_chain, root_mean_square
-from ebmkit.sampling.entry import LevelConfig, SamplerEntry
-from ebmkit.sampling.langevin import langevin_move
-from ebmkit.sampling.target import DensityFunction, Labels, density_of, label_density_of
+from ebmkit.errors import UserError, unknown_name
+from ebmkit.noise import Sigma
+from ebmkit.sampling.base import (
+    HIGHEST,
+    LOWEST,
+    Chain,
+    DenoiserFunction,
+    DensityFunction,
+    Info,
+    Labels,
+    PositionSampler,
+    blind_denoiser_of,
+    check_positive,
+    density_of,
+    highest_level,
+    label_density_of,
+    lowest_level,
+    normal_like,
+    per_chain,
+    root_mean_square,
+    unit_length,
+)
+from ebmkit.sampling.entry import LevelConfig, SamplerConfig, SamplerEntry
+from ebmkit.sampling.inverse import Measurement
+from ebmkit.sampling.langevin import DOWN_LEVELS, langevin_move
 
 Direction = Literal["l2", "plain", "sign"]
 Ball = Literal["l2", "linf"]
@@ -73,11 +129,9 @@ class Ascent:
         bounds: tuple[float, float] | tuple[Tensor, Tensor] | None = (0.0, 1.0),
         sigma: float | None = None,
     ) -> None:
-        if direction not in get_args(Direction):
-            known = ", ".join(get_args(Direction))
-            raise UserError(f"unknown direction {direction!r}: known: {known}")
-        if ball not in get_args(Ball):
-            raise UserError(f"unknown ball {ball!r}: known: {', '.join(get_args(Ball))}")
+        for kind, given, names in (("direction", direction, Direction), ("ball", ball, Ball)):
+            if given not in get_args(names):
+                raise unknown_name(kind, given, get_args(names))
         self.density, self.sigma = density, sigma
         for name, value in (("step size", step_size), ("radius", radius)):
             if isinstance(value, (int, float)):  # numbers of each chain are not looked at
@@ -93,22 +147,15 @@ class Ascent:
         """One step up; nothing is drawn."""
         x = state.x
         _, gradient = self.density(x, self.sigma)
-        moved = langevin_move(x, _directed(gradient, self.direction), self.step_size, 0.0, x)
+        if self.direction != "plain":
+            gradient = gradient.sign() if self.direction == "sign" else unit_length(gradient)
+        moved = langevin_move(x, gradient, self.step_size, 0.0, x)
         if self.radius is not None:
             moved = state.start + _within(moved - state.start, self.radius, self.ball)
         if self.bounds is not None:
             low, high = (per_chain(bound, moved) for bound in self.bounds)
             moved = torch.clamp(moved, low, high)  # type: ignore[arg-type]  # both are of one kind
         return AscentChain(moved, state.step + 1, state.start), Info(root_mean_square(moved - x))
-
-
-def _directed(gradient: Tensor, direction: Direction) -> Tensor:
-    if direction == "plain":
-        return gradient
-    if direction == "sign":
-        return gradient.sign()
-    norm = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
-    return gradient / per_chain(norm.clamp_min(torch.finfo(gradient.dtype).tiny), gradient)
 
 
 def _within(offset: Tensor, radius: float | Tensor, ball: Ball) -> Tensor:
@@ -141,23 +188,134 @@ class AscentConfig(LevelConfig):
     ball: Ball = Field("l2", description="norm of the ball")
 
 
-def _make(model: ScoreModel, c: Labels, config: AscentConfig) -> Ascent:
+def _ascent(model: ScoreModel, c: Labels, config: AscentConfig) -> Ascent:
     assert c is not None
-    return Ascent(
-        (label_density_of if config.objective == "label" else density_of)(model, c),
-        config.step_size,
-        config.direction,
-        config.radius,
-        config.ball,
-        sigma=config.sigma,
+    density = (label_density_of if config.objective == "label" else density_of)(model, c)
+    how = config.step_size, config.direction, config.radius, config.ball
+    return Ascent(density, *how, sigma=config.sigma)
+
+
+class StochasticAscentConfig(SamplerConfig):
+    """Settings of ``kadkhodaie_simoncelli``."""
+
+    steps: int = Field(2000, ge=1, description="maximum number of steps per chain")
+    first_sigma: Sigma | None = Field(
+        None, description="noise level of the starting points; null: the model's highest"
+    )
+    last_sigma: Sigma | None = Field(
+        None, description="noise level at which a chain ends; null: 0.01, or the model's lowest"
+    )
+    first_step: float = Field(0.01, gt=0, le=1, description="first step size h_0")
+    beta: float = Field(
+        0.01, gt=0, le=1, description="beta: 1 adds no noise, smaller values add more"
+    )
+    largest_step: float = Field(
+        1.0, gt=0, le=1, description="bound on the step size h_t; 1 in the paper"
     )
 
+    def at_levels_of(self, model: ScoreModel) -> Self:
+        last = lowest_level(model, self.last_sigma)
+        first = highest_level(model, self.first_sigma)
+        return self.model_copy(update={"first_sigma": first, "last_sigma": last})
 
-ASCENT_ENTRY = SamplerEntry(
-    name="ascent",
-    description="gradient ascent to a label (Santurkar et al. 2019)",
-    config=AscentConfig,
-    needs=("density", "labels"),
-    make=_make,
-    no_law="climbs",
+
+class StochasticAscent(PositionSampler):
+    """The sampler of Kadkhodaie & Simoncelli 2021, algorithms 1 and 2.
+
+    Each chain estimates its own level and ends when that is low enough.
+
+    Args:
+        denoiser: blind; it is given no sigma.
+        config: settings; noise levels that are not given are 1 and 0.01.
+        measurement: of which images; None: free.
+        measured: (B, n) or (1, n), what was measured.
+
+    Raises:
+        UserError: if the noise does not fall, or of measurement and measured one alone is given.
+    """
+
+    def __init__(
+        self,
+        denoiser: DenoiserFunction,
+        config: StochasticAscentConfig,
+        measurement: Measurement | None = None,
+        measured: Tensor | None = None,
+    ) -> None:
+        first, last = config.first_sigma or HIGHEST, config.last_sigma or LOWEST
+        if not first > last:
+            raise UserError(
+                f"the noise must fall: first sigma {first:g} is not above last sigma {last:g}"
+            )
+        if (measurement is None) != (measured is None):
+            raise UserError("a measurement and what was measured belong together: give both")
+        self.denoiser, self.config = denoiser, config
+        self.sigmas, self.steps = (first, last), config.steps
+        self.measurement, self.measured = measurement, measured
+
+    def start(
+        self, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Where chains of ``shape`` (B, C, H, W) begin: gray, or what was measured, with noise."""
+        gray = torch.full(shape, 0.5, dtype=dtype, device=generator.device)
+        if self.measurement is not None and self.measured is not None:
+            gray = self.measurement.impose(gray, self.measured.to(gray).expand(len(gray), -1))
+        return gray + self.sigmas[0] * normal_like(gray, generator)
+
+    def step(self, state: Chain, generator: torch.Generator) -> tuple[Chain, Info]:
+        """Up the density with noise, or, where the level is low enough, to the clean image."""
+        y, t, config = state.x, state.step + 1, self.config
+        change = self.denoiser(y) - y
+        if self.measurement is not None and self.measured is not None:
+            change = self.measurement.impose(change, self.measured - self.measurement.measure(y))
+        sigma = root_mean_square(change)
+        h = min(config.largest_step, config.first_step * t / (1 + config.first_step * (t - 1)))
+        gamma = ((1 - config.beta * h) ** 2 - (1 - h) ** 2) ** 0.5 * sigma
+        moved = y + h * change + per_chain(gamma, y) * normal_like(y, generator)
+        finished = (sigma <= self.sigmas[1]) | (t >= self.steps)
+        moved = torch.where(per_chain(finished, y), y + change, moved)  # type: ignore[arg-type]
+        info = Info(root_mean_square(moved - y), sigma=sigma, finished=finished)
+        return Chain(moved, t), info
+
+
+KADKHODAIE_SIMONCELLI_ENTRY = SamplerEntry(
+    name="kadkhodaie_simoncelli",
+    description="stochastic ascent with a blind denoiser (Kadkhodaie & Simoncelli 2021)",
+    config=StochasticAscentConfig,
+    needs=("levels", "blind"),
+    make=lambda model, c, config: StochasticAscent(blind_denoiser_of(model, c), config),
+    no_law=DOWN_LEVELS,
+    priority=3,
+    starts_from_data=False,
 )
+
+ENTRIES = (
+    KADKHODAIE_SIMONCELLI_ENTRY,
+    SamplerEntry(
+        name="ascent",
+        description="gradient ascent to a label (Santurkar et al. 2019)",
+        config=AscentConfig,
+        needs=("density", "labels"),
+        make=_ascent,
+        no_law="climbs",
+    ),
+)
+
+
+def make_restorer(
+    model: ScoreModel,
+    measurement: Measurement,
+    measured: Tensor,
+    config: StochasticAscentConfig | None = None,
+    c: Labels = None,
+) -> StochasticAscent:
+    """The stochastic ascent under linear measurements: images that have exactly these.
+
+    ``model`` is a blind denoiser, ``measured`` (B, n) or (1, n) what ``measurement`` says of the
+    images, ``c`` labels, a number or (B,).
+
+    Raises:
+        UserError: if the sampler cannot drive the model, or a noise level is not the model's.
+    """
+    KADKHODAIE_SIMONCELLI_ENTRY.check(model, c)
+    config = (config or StochasticAscentConfig()).at_levels_of(model)
+    return StochasticAscent(blind_denoiser_of(model, c), config, measurement, measured)

@@ -27,6 +27,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,13 +39,15 @@ MIN_DRAWS = 4
 """Draws of a chain without which nothing can be said of it: two in each half."""
 
 
+FAR = 1.5
+"""Distance of a pixel from 0.5 beyond which a sample is no image, for whatever reason."""
+
+
 class Trace:
     """Records chains: pass it to `Chains.run` as ``after``.
 
-    Args:
-        summary: positions (B, ...) to numbers (B, K), or (B,).
-        every: of how many steps one is recorded.
-        warm_up: steps left out at the beginning.
+    ``summary`` maps positions (B, ...) to numbers (B, K), or (B,); one of ``every`` steps is
+    recorded, after the first ``warm_up``.
 
     >>> trace = Trace(random_projections((1, 8, 8), 4))          # doctest: +SKIP
     >>> chains.run(500, generator, trace)                        # doctest: +SKIP
@@ -99,19 +102,14 @@ def split_rhat(draws: Tensor) -> float:
         UserError: if a chain has fewer than 4 draws, or a draw is not finite.
     """
     halves = _halves(draws)
-    ordered = halves.flatten().sort().values
-    median = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
-    folded = (halves - median).abs()
+    folded = (halves - float(np.median(halves.cpu().numpy()))).abs()
     return max(_rhat(_normal_scores(halves)), _rhat(_normal_scores(folded)))
 
 
 def effective_size(draws: Tensor, ranks: bool = True) -> float:
-    """How many independent draws ``draws`` (N, M) are worth; nan where none of them moved.
+    """How many independent draws ``draws`` (N, M) of M chains are worth; nan where none moved.
 
-    Args:
-        draws: of M chains.
-        ranks: of the ranks' normal scores, which heavy tails do not upset; else of the draws'
-            mean.
+    It is that of the ``ranks``' normal scores, which heavy tails do not upset, or of the draws.
 
     Raises:
         UserError: if a chain has fewer than 4 draws, or a draw is not finite.
@@ -209,9 +207,10 @@ def chain_diagnostics(
     if no_law := "took no step" if entry is None else entry.no_law:
         what = "effective size and R-hat compare draws of one law, and this sampler"
         return {"meaning": f"{what} {no_law}: they have no meaning"}
-    if any(d is None for d in draws):
+    known = [d for d in draws if d is not None]
+    if len(known) < len(draws):
         return {"meaning": "this model has no log-density, or no step was kept: nothing to compare"}
-    recorded = torch.cat([d for d in draws if d is not None], dim=1)[:, finite]
+    recorded = torch.cat(known, dim=1)[:, finite]
     late = recorded[len(recorded) // 2 :]
     if len(late) < MIN_DRAWS or not late.shape[1]:
         return {"meaning": f"{len(late)} draws of each chain say nothing: take more steps"}
@@ -222,7 +221,7 @@ def chain_diagnostics(
         "chain or so are what one asks for before trusting them"
     )
     return {
-        "meaning": "; ".join(filter(None, (meaning, entry.caveat if entry else ""))),
+        "meaning": f"{meaning}; {entry.caveat}" if entry and entry.caveat else meaning,
         "draws": len(late),
         "every": every,
         "chains": late.shape[1],
@@ -243,13 +242,18 @@ def energy_diagnostics(
     found["log_density_of_samples"] = finite_or_none(float(own.mean()))
     if data is None:
         return found | {"note": f"no held-out images to compare with: {note}"}
-    found |= {"log_density_of_data": finite_or_none(float(data.double().mean()))}
-    found |= {"images": len(data)}
+    found["log_density_of_data"] = finite_or_none(float(data.double().mean()))
+    found["images"] = len(data)
     if min(len(own), len(data)) >= 2:
         gap, error = map(finite_or_none, energy_gap(-own, -data))
         found |= {"gap": gap, "gap_standard_error": error}
         found["meaning"] = "mean energy of samples minus that of held-out images, nats"
     return found
+
+
+def far_from_images(x: Tensor) -> Tensor:
+    """Which of the samples (N, C, H, W) have pixels beyond `FAR` from the middle, (N,) bool."""
+    return (x - 0.5).abs().flatten(1).amax(1) > FAR
 
 
 def finite_or_none(value: float) -> float | None:

@@ -36,6 +36,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, Protocol, get_args
 
 import torch
@@ -45,10 +46,20 @@ from torch import Tensor
 from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.noise import Schedule, Spacing, make_schedule
-from ebmkit.sampling.base import Chain, Info, PositionSampler, check_positive, moved_to, normal_like
+from ebmkit.sampling.base import (
+    Chain,
+    DenoiserFunction,
+    Info,
+    Labels,
+    PositionSampler,
+    check_positive,
+    denoiser_of,
+    moved_to,
+    normal_like,
+    trained_range,
+)
 from ebmkit.sampling.entry import SamplerConfig, SamplerEntry
 from ebmkit.sampling.langevin import DOWN_LEVELS
-from ebmkit.sampling.target import DenoiserFunction, Labels, denoiser_of, trained_range
 
 Variance = Literal["fixed_small", "fixed_large"]
 
@@ -152,15 +163,13 @@ class DDIM(PositionSampler):
         return moved_to(state, moved, sigma)
 
 
+TIMESTEPS = "number of timesteps out of 1000; levels outside the model's range are skipped"
+
+
 class DDIMConfig(SamplerConfig):
     """Settings of ``ddim``."""
 
-    steps: int = Field(
-        100,
-        ge=1,
-        le=1000,
-        description="number of timesteps out of 1000; levels outside the model's range are skipped",
-    )
+    steps: int = Field(100, ge=1, le=1000, description=TIMESTEPS)
     eta: float = Field(
         0.0, ge=0, le=1, description="eta, the share of fresh noise; 0: deterministic, 1: ancestral"
     )
@@ -176,12 +185,7 @@ class DDIMConfig(SamplerConfig):
 class DDPMConfig(DDIMConfig):
     """Settings of ``ddpm``."""
 
-    steps: int = Field(
-        1000,
-        ge=1,
-        le=1000,
-        description="number of timesteps out of 1000; levels outside the model's range are skipped",
-    )
+    steps: int = Field(1000, ge=1, le=1000, description=TIMESTEPS)
     eta: float = Field(1.0, ge=0, le=1, description="eta, the share of fresh noise")
 
 
@@ -205,15 +209,6 @@ def _make(model: ScoreModel, c: Labels, config: DDIMConfig) -> DDIM:
     return DDIM(predictor, schedule, timesteps, config.eta, config.clip)
 
 
-DDPM_ENTRY = SamplerEntry(
-    name="ddpm",
-    description="ancestral sampling at every timestep of a diffusion schedule (Ho et al. 2020)",
-    config=DDPMConfig,
-    needs=("levels",),
-    make=_make,
-    no_law=DOWN_LEVELS,
-)
-
 DDIM_ENTRY = SamplerEntry(
     name="ddim",
     description="deterministic sampling at some timesteps of a diffusion schedule "
@@ -223,4 +218,15 @@ DDIM_ENTRY = SamplerEntry(
     make=_make,
     no_law=DOWN_LEVELS,
     priority=2,
+)
+
+ENTRIES = (
+    replace(
+        DDIM_ENTRY,
+        name="ddpm",
+        description="ancestral sampling at every timestep of a diffusion schedule (Ho et al. 2020)",
+        config=DDPMConfig,
+        priority=0,
+    ),
+    DDIM_ENTRY,
 )

@@ -1,13 +1,29 @@
-"""The table of samplers: what an entry says, and what all settings have.
+r"""The table of samplers: what an entry says, what all settings have, and where chains start.
 
 A sampler is one file with its functions, its settings and its `SamplerEntry`, and one line in
 `ebmkit.sampling`, which puts the entry into `SAMPLERS`. Nothing else asks for a sampler by name: an
 entry says what its sampler needs of a model, makes it at fixed labels, says where chains start and
 for how many steps they run, and what is left to do at the end.
+
+**Gaussian of each class** (Santurkar et al., arXiv 1906.09453; JEM++, arXiv 2109.09032): starts are
+:math:`x_0 \sim \mathcal N(\mu_c, \Sigma_c)` with the mean and covariance of the images of class c.
+Of n images in d dimensions the covariance is never formed: with the centred images
+:math:`X \in \mathbb R^{n \times d}`,
+
+.. math:: x_0 = \mu_c + X^\top z / \sqrt{n - 1}, \qquad z \sim \mathcal N(0, I_n)
+
+has just that covariance, of whatever rank.
+
+**Replay buffer.** Persistent contrastive divergence (Tieleman 2008) continues its chains between
+training steps instead of starting them anew; JEM stores 10,000 of them and continues a random batch
+at each step. With labels the slots are divided among the classes, class c owning the slots
+:math:`cM/C \dots (c+1)M/C - 1`, so a chain of p(x|c) continues as one of p(x|c). A batch takes
+different slots as long as there are enough, so that writing it back does not depend on any order.
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, Self, TypeVar
@@ -20,16 +36,146 @@ from ebmkit.energy import EnergyModel, ScoreModel, classifies
 from ebmkit.errors import UserError
 from ebmkit.noise import Sigma, check_trained
 from ebmkit.registry import Table, find
-from ebmkit.sampling.base import Sampler
-from ebmkit.sampling.starts import ClassGaussians
-from ebmkit.sampling.target import (
+from ebmkit.sampling.base import (
     Labels,
+    Sampler,
     blind_denoiser_of,
     clean_level,
     denoiser_of,
     highest_level,
     trained_range,
 )
+from ebmkit.storage.hdf5 import find_array, open_hdf5, read_array
+
+FITTED = 1000
+"""Images of a class that its Gaussian is fitted to, at the most, evenly through the set."""
+
+
+class ClassGaussians:
+    """The Gaussians of each class of images (N, C, H, W), or of all, without labels (N,).
+
+    Raises:
+        UserError: if a class has fewer than two images.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor | None = None) -> None:
+        count = int(labels.max()) + 1 if labels is not None else 1
+        self.means, self.spreads, shares = [], [], []
+        for c in range(count):
+            own = images if labels is None else images[labels == c]
+            if len(own) < 2:
+                raise UserError(
+                    f"class {c} has {len(own)} image(s), too few to fit a Gaussian to: start "
+                    "chains from uniform noise"
+                )
+            shares.append(len(own))
+            rows = torch.arange(min(len(own), FITTED), device=own.device)
+            fitted = own[rows * len(own) // len(rows)]
+            self.means.append(fitted.mean(0))
+            self.spreads.append((fitted - fitted.mean(0)).flatten(1) / (len(fitted) - 1) ** 0.5)
+        self.shares = torch.tensor(shares, dtype=images.dtype, device=images.device)
+
+    def sample(
+        self, count: int, generator: torch.Generator, labels: Tensor | None = None
+    ) -> Tensor:
+        """Starting points (count, C, H, W), not clipped; the generator is on the images' device.
+
+        ``labels`` (count,) say of which Gaussians; None: classes as often as they are in the set.
+
+        Raises:
+            UserError: if there were no images of a label.
+        """
+        if labels is None:
+            labels = torch.multinomial(self.shares, count, replacement=True, generator=generator)
+        elif len(labels) and (largest := int(labels.max())) >= len(self.means):
+            raise UserError(
+                f"label {largest} has 0 images to fit a Gaussian to, the largest label among them "
+                f"is {len(self.means) - 1}: start chains from uniform noise"
+            )
+        kind: dict[str, Any] = {"dtype": self.shares.dtype, "device": self.shares.device}
+        most = max(map(len, self.spreads))
+        z = torch.randn(count, most, generator=generator, **kind)
+        out = torch.empty((count, *self.means[0].shape), **kind)
+        for c, (mean, spread) in enumerate(zip(self.means, self.spreads, strict=True)):
+            rows = torch.nonzero(labels == c).flatten()
+            if len(rows):
+                drawn = z[rows, : len(spread)] @ spread
+                out[rows] = mean + drawn.reshape(-1, *mean.shape)
+        return out
+
+
+class ReplayBuffer:
+    """M chains ``images`` (M, C, H, W) of float32; ``num_classes`` share the slots (0: none).
+
+    Raises:
+        UserError: if M is 0 or does not divide among the classes.
+    """
+
+    def __init__(self, images: Tensor, num_classes: int = 0) -> None:
+        if not len(images):
+            raise UserError("a replay buffer needs room for 1 image or more: negatives.buffer_size")
+        if num_classes and len(images) % num_classes:
+            raise UserError(
+                f"a replay buffer of {len(images)} images does not divide among {num_classes} "
+                f"classes: set negatives.buffer_size to a multiple of {num_classes}"
+            )
+        self.images, self.num_classes = images, num_classes
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def labels(self) -> Tensor | None:
+        """The label of each slot, (M,) int64; None without labels."""
+        slots = torch.arange(len(self), device=self.images.device)
+        return slots // (len(self) // self.num_classes) if self.num_classes else None
+
+    def choose(
+        self, count: int, generator: torch.Generator, labels: Tensor | None = None
+    ) -> Tensor:
+        """Slots (count,) int64, drawn at random, different ones as long as there are enough.
+
+        ``generator`` is on the buffer's device; ``labels`` (count,), whose slots to take, are
+        needed by a buffer with classes.
+        """
+        classes, device = self.num_classes or 1, self.images.device
+        shape = classes, len(self) // classes
+        order = torch.rand(shape, generator=generator, device=device).argsort(dim=1)
+        if not self.num_classes:
+            return order[0, torch.arange(count, device=device) % len(self)]
+        assert labels is not None
+        own = torch.nn.functional.one_hot(labels, classes)
+        rank = (own.cumsum(0) * own).sum(1) - 1  # how many of its class come before it
+        return labels * shape[1] + order[labels, rank % shape[1]]
+
+    def put(self, slots: Tensor, images: Tensor) -> None:
+        """Replace the chains in ``slots`` (B,) by ``images`` (B, C, H, W)."""
+        self.images[slots] = images.detach()
+
+    def to_bytes(self) -> bytes:
+        """The buffer as an HDF5 file: ``images`` (M, C, H, W) float32 and ``labels`` (M,)."""
+        import h5py
+
+        buffer = io.BytesIO()
+        with h5py.File(buffer, "w") as file:
+            file["images"] = self.images.cpu().numpy()
+            if self.labels is not None:
+                file["labels"] = self.labels.cpu().numpy()
+        return buffer.getvalue()
+
+    @staticmethod
+    def read_images(content: bytes, what: str) -> Tensor:
+        """The images in an HDF5 file that `to_bytes` wrote, (M, C, H, W) float32.
+
+        Raises:
+            UserError: if ``content`` is not such a file; it names it as ``what``.
+        """
+        with open_hdf5(content, what) as file:
+            found = find_array(file, "images", what)
+            if found is None or found.dtype != "float32" or found.ndim != 4:
+                raise UserError(f"{what} is damaged: it holds no replay buffer")
+            return torch.from_numpy(read_array(found, what))
+
 
 Start = Literal["auto", "noise", "uniform", "data", "class_gaussian"]
 
@@ -47,11 +193,7 @@ RENAMED = {"ks": "kadkhodaie_simoncelli", "seeds": "class_gaussian", "largest_dr
 
 
 def check_renamed(kind: str, name: str | None) -> None:
-    """Refuse a name of an earlier version.
-
-    Raises:
-        UserError: then; it says what it is called now.
-    """
+    """Raise a `UserError` at a name of an earlier version; it says what it is called now."""
     if name in RENAMED:
         raise UserError(f"{kind} {name!r} is now called {RENAMED[name]!r}: write that instead")
 
@@ -103,8 +245,8 @@ class SamplerEntry(Generic[C]):
         config: its settings; their defaults are for images in [0, 1] and models trained on noise
             of 1 to 100/255.
         needs: what a model must have: ``score`` (any has one), ``density`` (of which the score is
-            the gradient), ``labels`` (that it was trained on), ``levels`` (noise levels that it
-            was trained on, or all in closed form), ``blind`` (it takes no noise level).
+            the gradient), ``labels`` and noise ``levels`` (that it was trained on; closed forms
+            have all levels), ``blind`` (it takes no noise level).
         make: model, labels and settings, at noise levels of the model, to the sampler.
         noisy_end: whether images at the end carry noise that `finish` takes out.
         no_law: why its chains have no stationary law, so that their draws cannot be compared with
@@ -133,10 +275,9 @@ class SamplerEntry(Generic[C]):
         return missing(model, self.needs) is None
 
     def check(self, model: ScoreModel, c: Labels = None) -> None:
-        """Whether it can drive ``model``, with labels ``c`` if they are given.
+        """Raise a `UserError` if it cannot drive ``model``, with labels ``c`` if they are given.
 
-        Raises:
-            UserError: if not; it says why, and which samplers can.
+        It says why, and which samplers can.
         """
         if (reason := missing(model, self.needs)) is not None:
             able = ", ".join(name for name, entry in SAMPLERS.items() if entry.drives(model))
@@ -188,7 +329,7 @@ class SamplerEntry(Generic[C]):
 
         Args:
             model: what is sampled.
-            sampler: as `build` made it.
+            sampler: as `build` made it of ``config``.
             config: its settings.
             shape: (B, C, H, W).
             generator: source of what is drawn.
@@ -199,12 +340,12 @@ class SamplerEntry(Generic[C]):
         Raises:
             UserError: if data are needed and none are given.
         """
-        device, (level, _) = generator.device, noise_levels(sampler)
+        device, shape, (level, _) = generator.device, tuple(shape), noise_levels(sampler)
         kind = self.resolve_start(config.start, model, data is not None)
         if kind == "uniform":
-            return torch.rand(tuple(shape), generator=generator, device=device)
+            return torch.rand(shape, generator=generator, device=device)
         if kind == "noise":
-            begin = torch.zeros(tuple(shape), device=device) + mean
+            begin = torch.zeros(shape, device=device) + mean
             level = highest_level(model) if level is None else level
         elif data is None:
             raise UserError(f"chains start from {kind}: give images of the data set")
@@ -221,7 +362,7 @@ class SamplerEntry(Generic[C]):
             begin = ClassGaussians(images, labels).sample(shape[0], generator, own).to(device)
         if level is None:
             return begin
-        return begin + level * torch.randn(tuple(shape), generator=generator, device=device)
+        return begin + level * torch.randn(shape, generator=generator, device=device)
 
     def finish(
         self, model: ScoreModel, sampler: Sampler[Any], x: Tensor, c: Labels = None
@@ -270,9 +411,7 @@ def noise_levels(sampler: Sampler[Any]) -> tuple[float | None, float | None]:
     The first is None where there is a single level, both where there is none.
     """
     levels: Sequence[float] = getattr(sampler, "sigmas", ())
-    if levels:
-        return float(levels[0]), float(levels[-1])
-    return None, getattr(sampler, "sigma", None)
+    return (levels[0], levels[-1]) if levels else (None, getattr(sampler, "sigma", None))
 
 
 def takes_labels(model: ScoreModel) -> bool:
@@ -286,20 +425,13 @@ def takes_labels(model: ScoreModel) -> bool:
 
 def missing(model: ScoreModel, needs: Sequence[Need]) -> str | None:
     """Why ``model`` does not have what a sampler ``needs``, for a sentence; None if it does."""
-    reasons: dict[Need, tuple[bool, str]] = {
-        "score": (True, ""),
-        "density": (
-            isinstance(model, EnergyModel),
-            f"{type(model).__name__} is a plain denoiser and has no log-density",
-        ),
-        "labels": (takes_labels(model), "it was trained without labels"),
-        "levels": (
-            model.card is None or model.card.sigma_range is not None,
-            "it was not trained to denoise, so noise levels mean nothing to it",
-        ),
-        "blind": (
-            not model.noise_conditional,
-            "it takes the noise level as an input, and this sampler reads it off a blind denoiser",
-        ),
+    plain = f"{type(model).__name__} is a plain denoiser and has no log-density"
+    untrained = "it was not trained to denoise, so noise levels mean nothing to it"
+    told = "it takes the noise level as an input, and this sampler reads it off a blind denoiser"
+    lacking: dict[Need, str] = {
+        "density": "" if isinstance(model, EnergyModel) else plain,
+        "labels": "" if takes_labels(model) else "it was trained without labels",
+        "levels": untrained if model.card and model.card.sigma_range is None else "",
+        "blind": told if model.noise_conditional else "",
     }
-    return next((reasons[need][1] for need in needs if not reasons[need][0]), None)
+    return next((lacking[need] for need in needs if lacking.get(need)), None)

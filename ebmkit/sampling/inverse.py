@@ -40,7 +40,6 @@ from torch import Tensor
 
 from ebmkit.errors import UserError
 from ebmkit.registry import find
-from ebmkit.sampling.base import check_share
 
 Shape = tuple[int, int, int]
 
@@ -49,11 +48,7 @@ BIHARMONIC = 5000
 
 
 class Measurement(ABC):
-    """A measurement of images (B, C, H, W) in n numbers each.
-
-    Args:
-        shape: of the images (C, H, W).
-        count: n.
+    """A measurement of images (B, C, H, W) of a ``shape`` (C, H, W) in ``count`` n numbers each.
 
     Raises:
         UserError: if the shape is none, or nothing is measured.
@@ -65,11 +60,7 @@ class Measurement(ABC):
             raise UserError("nothing is measured: keep more than 0 of the image")
 
     def measure(self, x: Tensor) -> Tensor:
-        """M^T x, (B, n), of images (B, C, H, W).
-
-        Raises:
-            UserError: if the images have another shape.
-        """
+        """M^T x, (B, n), of images (B, C, H, W); a `UserError` if they have another shape."""
         if x.shape[1:] != self.shape:
             raise UserError(
                 f"this measurement is of images {self.shape}, not {tuple(x.shape[1:])}: make it "
@@ -78,11 +69,7 @@ class Measurement(ABC):
         return self._measure(x)
 
     def adjoint(self, m: Tensor) -> Tensor:
-        """M m, images (B, C, H, W), of measurements (B, n).
-
-        Raises:
-            UserError: if there are not n numbers for each image.
-        """
+        """M m, images (B, C, H, W), of (B, n); a `UserError` if it is not n numbers for each."""
         if m.ndim != 2 or m.shape[1] != self.count:
             raise UserError(
                 f"this measurement has {self.count} numbers of each image, (B, {self.count}), not "
@@ -139,11 +126,7 @@ class _Selection(Measurement):
 
 
 class Pixels(_Selection):
-    """The pixels of a mask, for inpainting the others.
-
-    Args:
-        shape: of the images (C, H, W).
-        known: (H, W) or (C, H, W) bool, where pixels are known.
+    """The pixels of a mask, (H, W) or (C, H, W) bool where they are ``known``, for inpainting.
 
     Raises:
         UserError: if the mask has another size, or no pixel is known.
@@ -165,10 +148,9 @@ class Pixels(_Selection):
         flat, near = image.clone(), image.clone()
         for channel, there in enumerate(known):
             flat[channel, ~there] = image[channel, there].mean()
-            rows, columns = distance_transform_edt(
-                ~there.cpu().numpy(), return_distances=False, return_indices=True
-            )
-            near[channel] = image[channel, torch.from_numpy(rows), torch.from_numpy(columns)]
+            _, places = distance_transform_edt(~there.cpu().numpy(), return_indices=True)
+            rows, columns = torch.from_numpy(places)
+            near[channel] = image[channel, rows, columns]
         found = {"mean": flat, "nearest": near}
         missing = ~known[0]
         if importlib.util.find_spec("skimage") and 0 < int(missing.sum()) <= BIHARMONIC:
@@ -182,10 +164,6 @@ class Pixels(_Selection):
 
 class BlockAverage(Measurement):
     """Means of blocks of ``factor`` x ``factor`` pixels, for super-resolution.
-
-    Args:
-        shape: of the images (C, H, W).
-        factor: side of the blocks.
 
     Raises:
         UserError: if the factor is below 2 or does not divide height and width.
@@ -211,13 +189,8 @@ class BlockAverage(Measurement):
 
     def _simple(self, m: Tensor) -> dict[str, Tensor]:
         # with antialias the cubic kernel is Keys', a = -1/2, as in Pillow and Matlab
-        large = torch.nn.functional.interpolate(
-            self.small_images(m),
-            self.shape[1:],
-            mode="bicubic",
-            align_corners=False,
-            antialias=True,
-        )
+        how: dict[str, Any] = {"mode": "bicubic", "align_corners": False, "antialias": True}
+        large = torch.nn.functional.interpolate(self.small_images(m), self.shape[1:], **how)
         return {"nearest": self.on_gray(m), "bicubic": large[0]}
 
     def small_images(self, m: Tensor) -> Tensor:
@@ -232,18 +205,14 @@ class BlockAverage(Measurement):
 class LowPass(_Selection):
     """The frequencies up to a radius, for deblurring: an ideal low-pass filter.
 
-    Args:
-        shape: of the images (C, H, W).
-        share: of all frequencies, those of the smallest radius, at least this share of them; above
-            0 and up to 1.
+    At least a ``share`` of all, above 0 and up to 1, those of the smallest radius.
 
     Raises:
         UserError: if the share is not legal.
     """
 
     def __init__(self, shape: Shape, share: float) -> None:
-        check_share("share", share)
-        _, height, width = _checked_shape(shape)
+        _, height, width = _checked_shape(shape, share)
         rows, columns = torch.fft.fftfreq(height), torch.fft.fftfreq(width)
         radius = (rows[:, None].double().square() + columns.double().square()).sqrt()
         needed = max(1, math.ceil(share * radius.numel()))
@@ -261,21 +230,16 @@ class Compressed(_Selection):
     """Random frequencies of the image with random signs: compressed sensing.
 
     The signs spread every image over all frequencies, so each measurement sees all pixels, much as
-    a random orthonormal projection does.
-
-    Args:
-        shape: of the images (C, H, W).
-        share: of the number of entries that is measured, above 0 and up to 1.
-        seed: of signs and frequencies.
+    a random orthonormal projection does. A ``share`` of the number of entries is measured, above 0
+    and up to 1; ``seed`` is that of signs and frequencies.
 
     Raises:
         UserError: if the share is not legal.
     """
 
     def __init__(self, shape: Shape, share: float, seed: int = 0) -> None:
-        check_share("share", share)
         generator = torch.Generator().manual_seed(seed)
-        total = math.prod(_checked_shape(shape))
+        total = math.prod(_checked_shape(shape, share))
         self._signs = torch.randint(0, 2, (total,), generator=generator) * 2 - 1
         super().__init__(shape, _random_choice(total, share, generator))
 
@@ -293,8 +257,7 @@ def center_hole(shape: Shape, share: float = 0.25) -> Pixels:
     Raises:
         UserError: if the share is not legal, or leaves no hole.
     """
-    check_share("share", share)
-    _, height, width = _checked_shape(shape)
+    _, height, width = _checked_shape(shape, share)
     high, wide = round(height * math.sqrt(share)), round(width * math.sqrt(share))
     if not high or not wide or (high, wide) == (height, width):
         raise UserError(f"a hole of {share:g} of {height} x {width} pixels is none, or all of them")
@@ -310,8 +273,7 @@ def random_pixels(shape: Shape, share: float, seed: int = 0) -> Pixels:
     Raises:
         UserError: if the share is not legal.
     """
-    check_share("share", share)
-    _, height, width = _checked_shape(shape)
+    _, height, width = _checked_shape(shape, share)
     generator = torch.Generator().manual_seed(seed)
     return Pixels(shape, _random_choice(height * width, share, generator).reshape(height, width))
 
@@ -330,9 +292,11 @@ def _hartley(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     return coordinates
 
 
-def _checked_shape(shape: Shape) -> Shape:
+def _checked_shape(shape: Shape, share: float = 1.0) -> Shape:
     if len(shape) != 3 or min(shape) < 1:
         raise UserError(f"images have a shape (channels, height, width), not {tuple(shape)}")
+    if not 0 < share <= 1:
+        raise UserError(f"share {share} must be above 0 and at most 1")
     return (shape[0], shape[1], shape[2])
 
 
@@ -340,38 +304,23 @@ def _checked_shape(shape: Shape) -> Shape:
 
 
 class TaskOptions(NamedTuple):
-    """What a measurement is made of; None: the task's own.
+    """What a measurement is made of; None: the task's own."""
 
-    Attributes:
-        mask: (H, W) bool, true where the image is to be filled in.
-        share: of the image: that is missing (inpaint), or that is known (the others).
-        factor: by which super-resolution enlarges.
-        seed: of random pixels and random frequencies.
-    """
-
-    mask: Tensor | None = None
-    share: float | None = None
-    factor: int | None = None
-    seed: int = 0
+    mask: Tensor | None = None  # (H, W) bool, true where the image is to be filled in
+    share: float | None = None  # of the image, missing (inpaint) or known (the others)
+    factor: int | None = None  # by which super-resolution enlarges
+    seed: int = 0  # of random pixels and random frequencies
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task that has a name.
-
-    Attributes:
-        name: of the table.
-        description: one line.
-        make: shape (C, H, W) and options, with defaults filled in, to the measurement.
-        defaults: the options that it uses, and their values where none are given.
-        from_measured: whether the measured image is an image that one can have.
-    """
+    """A task that has a name."""
 
     name: str
     description: str
-    make: Callable[[Shape, TaskOptions], Measurement]
-    defaults: dict[str, Any]
-    from_measured: bool = True
+    make: Callable[[Shape, TaskOptions], Measurement]  # of options with defaults filled in
+    defaults: dict[str, Any]  # the options that it uses, and their values where none are given
+    from_measured: bool = True  # the measured image is an image that one can have
 
     def resolved(self, options: TaskOptions) -> TaskOptions:
         """``options`` with the task's own values where none are given."""
@@ -393,16 +342,11 @@ class Task:
     def degrade(
         self, image: Tensor, options: TaskOptions, measured: bool = False
     ) -> tuple[Measurement, Tensor, Tensor | None]:
-        """Measure an ``image`` (C, H, W) in [0, 1], or take it for the measured one.
+        """Measure an ``image`` (C, H, W) in [0, 1], or take it for the ``measured`` one.
 
+        That has parts to fill in (inpaint), is small (superres), or blurred (deblur).
         Super-resolution of a clean image leaves out rows and columns at the bottom and at the right
         that make no whole block.
-
-        Args:
-            image: in [0, 1].
-            options: of the measurement.
-            measured: whether the image is what was measured: with the parts to fill in (inpaint,
-                random-pixels), small (superres), or blurred (deblur).
 
         Returns:
             The measurement, what it measures (1, n), and the clean image (C, H, W), or None where
@@ -435,42 +379,43 @@ def _inpaint(shape: Shape, options: TaskOptions) -> Measurement:
     return Pixels(shape, ~options.mask)
 
 
-_ALL = (
-    Task(
-        "inpaint",
-        "fill in the white area of a mask, or a hole in the centre of the image",
-        _inpaint,
-        {"mask": None, "share": 0.1},
-    ),
-    Task(
-        "random-pixels",
-        "restore an image from a random share of its pixels",
-        lambda shape, options: random_pixels(shape, options.share or 0.0, options.seed),
-        {"share": 0.5},
-        from_measured=False,
-    ),
-    Task(
-        "superres",
-        "super-resolution, from the means of blocks",
-        lambda shape, options: BlockAverage(shape, options.factor or 0),
-        {"factor": 2},
-    ),
-    Task(
-        "deblur",
-        "restore an image from its lowest frequencies",
-        lambda shape, options: LowPass(shape, options.share or 0.0),
-        {"share": 0.25},
-    ),
-    Task(
-        "compressed",
-        "compressed sensing, from random projections",
-        lambda shape, options: Compressed(shape, options.share or 0.0, options.seed),
-        {"share": 0.25},
-        from_measured=False,
-    ),
-)
-
-TASKS: dict[str, Task] = {task.name: task for task in _ALL}
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            "inpaint",
+            "fill in the white area of a mask, or a hole in the centre of the image",
+            _inpaint,
+            {"mask": None, "share": 0.1},
+        ),
+        Task(
+            "random-pixels",
+            "restore an image from a random share of its pixels",
+            lambda shape, own: random_pixels(shape, own.share or 0.0, own.seed),
+            {"share": 0.5},
+            from_measured=False,
+        ),
+        Task(
+            "superres",
+            "super-resolution, from the means of blocks",
+            lambda shape, own: BlockAverage(shape, own.factor or 0),
+            {"factor": 2},
+        ),
+        Task(
+            "deblur",
+            "restore an image from its lowest frequencies",
+            lambda shape, own: LowPass(shape, own.share or 0.0),
+            {"share": 0.25},
+        ),
+        Task(
+            "compressed",
+            "compressed sensing, from random projections",
+            lambda shape, own: Compressed(shape, own.share or 0.0, own.seed),
+            {"share": 0.25},
+            from_measured=False,
+        ),
+    )
+}
 """All tasks, by name."""
 
 

@@ -1,21 +1,39 @@
-r"""Langevin dynamics: at one noise level, as JEM's SGLD, and down many noise levels.
+r"""Langevin dynamics, with and without acceptance, and Hamiltonian Monte Carlo.
 
 Overdamped Langevin dynamics :math:`dx = s(x)\,dt + \sqrt{2T}\,dW` has the stationary density
 :math:`p^{1/T}`. One step of size :math:`\eta`, in image units squared,
 
 .. math:: x' = x + \eta\, s(x) + \sqrt{2 \eta T}\, \xi, \qquad \xi \sim \mathcal N(0, I),
 
-is `langevin_move`, of which all samplers here and MALA are made. Without a correction the chain has
+is `langevin_move`, of which all samplers here but HMC are made. Without a correction the chain has
 a bias of first order in :math:`\eta` (on a Gaussian of variance v the stationary variance is
 :math:`v / (1 - \eta / 2v)`). At T = 0 it is gradient ascent.
 
-SGLD as JEM uses it (arXiv 1912.03263) takes noise of a deviation that does not belong to its step,
-so it samples no tempered density exactly: the ratio is a temperature of
+**SGLD** as JEM uses it (arXiv 1912.03263) takes noise of a deviation that does not belong to its
+step, so it samples no tempered density exactly: the ratio is a temperature of
 :math:`T = \text{noise}^2 / 2\eta`. JEM's step 1 and noise 0.01 hold for images in [-1, 1]. Such an
 image is u = 2x - 1, of which :math:`u' = u + \nabla_u + 0.01\,\xi`; with
 :math:`\nabla_u = s(x)/2` that is :math:`x' = x + s(x)/4 + 0.005\,\xi`: `JEM_STEP`, `JEM_NOISE`.
 
-Others go down geometric noise levels :math:`\sigma_1 > \dots > \sigma_L`.
+**MALA** (Roberts & Tweedie 1996) is exact at any step size: it accepts a step with probability
+
+.. math::
+    \min\Bigl(1, \frac{p(x')^{1/T}\, q(x \mid x')}{p(x)^{1/T}\, q(x' \mid x)}\Bigr), \qquad
+    q(x' \mid x) = \mathcal N(x';\ x + \eta s(x),\ 2\eta T).
+
+**Hamiltonian Monte Carlo** (Duane et al. 1987; Neal 2011, section 3) gives a position x a momentum
+:math:`v \sim \mathcal N(0, I)` and moves it under the energy
+:math:`H(x, v) = -\log p(x) / T + \|v\|^2 / 2` by leapfrog steps of size :math:`\epsilon`,
+
+.. math:: v \leftarrow v + \tfrac\epsilon2\, s(x) / T, \qquad x \leftarrow x + \epsilon\, v, \qquad
+    v \leftarrow v + \tfrac\epsilon2\, s(x) / T,
+
+which keep volumes and can be run backwards. So accepting the end with probability
+:math:`\min(1, e^{H(x, v) - H(x', v')})` leaves :math:`p^{1/T}` invariant at any step; the error of
+H is of order :math:`\epsilon^2`. With a single leapfrog step it is MALA of
+:math:`\eta = \epsilon^2 / 2T`: the same proposal, accepted by the same ratio.
+
+**Down geometric noise levels** :math:`\sigma_1 > \dots > \sigma_L`.
 Annealed Langevin (Song & Ermon 2019; RCG algorithm 2) takes a number of Langevin steps at each, of
 size :math:`\eta_i = r\,\sigma_i^2`. Predictor-corrector (Song et al. 2021, VE) first goes from one
 level to the next,
@@ -36,7 +54,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -46,16 +64,24 @@ from ebmkit.energy import ScoreModel
 from ebmkit.errors import UserError
 from ebmkit.noise import Sigma, SigmaOrZero
 from ebmkit.sampling.base import (
+    HIGHEST,
+    LOWEST,
     Chain,
+    DensityFunction,
     Info,
     PositionSampler,
+    ScoreFunction,
     check_positive,
+    density_of,
+    highest_level,
+    lowest_level,
     moved_to,
     normal_like,
     per_chain,
+    root_mean_square,
+    score_of,
 )
 from ebmkit.sampling.entry import START, LevelConfig, SamplerConfig, SamplerEntry, Start
-from ebmkit.sampling.target import ScoreFunction, highest_level, lowest_level, score_of
 
 JEM_STEP, JEM_NOISE = 0.25, 0.005
 """JEM's step and noise, for images in [0, 1]."""
@@ -66,12 +92,9 @@ def langevin_move(
 ) -> Tensor:
     """``x + step_size * score + noise_std * xi``, the one Langevin step of this library.
 
-    Args:
-        x: (B, ...).
-        score: of the same shape, per image unit.
-        step_size: image units squared, a number or (B,).
-        noise_std: deviation of the noise, image units, a number or (B,).
-        xi: standard normal, shape of x; not used where ``noise_std`` is the number 0.
+    Of x (B, ...), its score, per image unit, and standard normal xi, which is not used where
+    ``noise_std`` is the number 0. ``step_size`` (image units squared) and ``noise_std`` (image
+    units) are numbers or (B,).
     """
     moved = x + per_chain(step_size, x) * score
     if isinstance(noise_std, Tensor) or noise_std:
@@ -160,6 +183,116 @@ class SGLDConfig(LevelConfig):
     )
 
 
+class DensityChain(NamedTuple):
+    """The state of samplers that accept or reject: positions, density and score there."""
+
+    x: Tensor
+    step: int
+    log_density: Tensor
+    score: Tensor
+
+
+class MALAConfig(LevelConfig):
+    """Settings of ``mala``."""
+
+    step_size: float = Field(
+        1e-4, gt=0, description="step size eta; tune for an acceptance of 0.57"
+    )
+    temperature: float = Field(1.0, gt=0, description="temperature T: samples p^(1/T)")
+
+
+class HMCConfig(LevelConfig):
+    """Settings of ``hmc``.
+
+    Each chain's step size is drawn anew from epsilon * [1 - jitter, 1 + jitter], so that no
+    proposal goes round an orbit and comes back.
+    """
+
+    steps: int = Field(200, ge=1, description="number of proposals per chain")
+    step_size: float = Field(
+        0.01,
+        gt=0,
+        description="step size epsilon; tune for an acceptance of 0.65 (Beskos et al. 2013)",
+    )
+    leapfrogs: int = Field(10, ge=1, description="leapfrog steps per proposal")
+    jitter: float = Field(
+        0.2, ge=0, lt=1, description="relative range of random variation of the step size"
+    )
+    temperature: float = Field(1.0, gt=0, description="temperature T: samples p^(1/T)")
+
+
+class MetropolisSampler:
+    """What both samplers share; ``steps`` and ``start`` of the settings are those of jobs."""
+
+    steps = None
+
+    def __init__(self, density: DensityFunction, config: MALAConfig | HMCConfig) -> None:
+        self.density, self.sigma = density, config.sigma
+        self.step_size, self.temperature = config.step_size, config.temperature
+
+    def init(self, x: Tensor) -> DensityChain:
+        """Chains that start at ``x`` (B, ...)."""
+        return DensityChain(x, 0, *self.density(x, self.sigma))
+
+
+class MALA(MetropolisSampler):
+    """Metropolis-adjusted Langevin; its settings are a `MALAConfig`."""
+
+    def step(self, state: DensityChain, generator: torch.Generator) -> tuple[DensityChain, Info]:
+        """Propose a Langevin move, and accept it or stay."""
+        x, noise_std = state.x, math.sqrt(2 * self.step_size * self.temperature)
+        xi = normal_like(x, generator)
+        proposed = langevin_move(x, state.score, self.step_size, noise_std, xi)
+        log_density, score = self.density(proposed, self.sigma)
+        back = (x - langevin_move(proposed, score, self.step_size, 0.0, xi)) / noise_std
+        log_ratio = (log_density - state.log_density) / self.temperature
+        log_ratio = log_ratio + 0.5 * (xi.square() - back.square()).flatten(1).sum(1)
+        return adjusted(state, DensityChain(proposed, 0, log_density, score), log_ratio, generator)
+
+
+class HMC(MetropolisSampler):
+    """Hamiltonian Monte Carlo with unit mass; each leapfrog step evaluates the density once."""
+
+    def __init__(self, density: DensityFunction, config: HMCConfig) -> None:
+        super().__init__(density, config)
+        self.leapfrogs, self.jitter = config.leapfrogs, config.jitter
+
+    def step(self, state: DensityChain, generator: torch.Generator) -> tuple[DensityChain, Info]:
+        """A new momentum, the leapfrog steps, and their end accepted or not."""
+        x, log_density, score = state.x, state.log_density, state.score
+        start = momentum = normal_like(x, generator)
+        size: float | Tensor = self.step_size
+        if self.jitter:
+            u = torch.rand(len(x), generator=generator, dtype=x.dtype, device=x.device)
+            size = per_chain(size * (1 + self.jitter * (2 * u - 1)), x)
+        for _ in range(self.leapfrogs):
+            momentum = momentum + size / (2 * self.temperature) * score
+            x = x + size * momentum
+            log_density, score = self.density(x, self.sigma)
+            momentum = momentum + size / (2 * self.temperature) * score
+        kinetic = 0.5 * (start.square() - momentum.square()).flatten(1).sum(1)
+        log_ratio = (log_density - state.log_density) / self.temperature + kinetic
+        return adjusted(state, DensityChain(x, 0, log_density, score), log_ratio, generator)
+
+
+def adjusted(
+    state: DensityChain, proposed: DensityChain, log_ratio: Tensor, generator: torch.Generator
+) -> tuple[DensityChain, Info]:
+    """``proposed`` where a uniform number is below exp(``log_ratio`` (B,)), ``state`` elsewhere."""
+    x = state.x
+    u = torch.rand(len(x), generator=generator, dtype=log_ratio.dtype, device=x.device)
+    # where the ratio is NaN the proposal itself is taken, for `Chains` to find
+    accepted = (u.log() < log_ratio) | log_ratio.isnan()
+    rows = per_chain(accepted, x)
+    new = DensityChain(
+        torch.where(rows, proposed.x, x),  # type: ignore[arg-type]
+        state.step + 1,
+        torch.where(accepted, proposed.log_density, state.log_density),
+        torch.where(rows, proposed.score, state.score),  # type: ignore[arg-type]
+    )
+    return new, Info(root_mean_square(new.x - x), accepted=accepted)
+
+
 DOWN_LEVELS = "goes down noise levels"
 """Why chains of such samplers have no law (`SamplerEntry.no_law`)."""
 
@@ -178,9 +311,7 @@ def geometric_sigmas(high: float, low: float, count: int) -> tuple[float, ...]:
         raise UserError(f"noise levels must go down: {high:g} is below {low:g}")
     if count < 1 or (count == 1 and high != low):
         raise UserError(f"{count} noise levels cannot go from {high:g} to {low:g}: take 2 or more")
-    if count == 1:
-        return (high,)
-    return tuple(high * (low / high) ** (i / (count - 1)) for i in range(count))
+    return tuple(high * (low / high) ** (i / max(1, count - 1)) for i in range(count))
 
 
 class RangeConfig(SamplerConfig):
@@ -197,9 +328,7 @@ class RangeConfig(SamplerConfig):
 
     def sigmas(self, count: int) -> tuple[float, ...]:
         """``count`` geometric levels between the ends."""
-        assert self.high is not None
-        assert self.low is not None
-        return geometric_sigmas(self.high, self.low, count)
+        return geometric_sigmas(self.high or HIGHEST, self.low or LOWEST, count)
 
 
 class AnnealedConfig(RangeConfig):
@@ -233,10 +362,7 @@ class PCConfig(RangeConfig):
 class AnnealedLangevin(PositionSampler):
     """Langevin dynamics down a list of noise levels (RCG algorithm 2).
 
-    Args:
-        score: of the target at each level; a blind one may ignore the level.
-        sigmas: levels, image units, usually `geometric_sigmas`.
-        config: settings at each level.
+    ``sigmas`` are in image units, usually `geometric_sigmas`; ``config`` are settings at each.
 
     Raises:
         UserError: if levels do not go down.
@@ -252,20 +378,19 @@ class AnnealedLangevin(PositionSampler):
         """One Langevin step at the present level."""
         x, sigma = state.x, self.sigmas[state.step // self.config.inner]
         step_size = self.config.rate * sigma**2
-        noise_std = math.sqrt(2 * step_size * self.config.temperature)
-        xi = normal_like(x, generator)
-        return moved_to(
-            state, langevin_move(x, self.score(x, sigma), step_size, noise_std, xi), sigma
+        noise_std, xi = (
+            math.sqrt(2 * step_size * self.config.temperature),
+            normal_like(x, generator),
         )
+        moved = langevin_move(x, self.score(x, sigma), step_size, noise_std, xi)
+        return moved_to(state, moved, sigma)
 
 
 class PredictorCorrector(PositionSampler):
     """From each noise level to the next, then Langevin steps there (Song et al. 2021, VE).
 
-    Args:
-        score: of the target at each level.
-        sigmas: two levels or more, image units; at the last it ends, without denoising.
-        config: settings of the corrections; 0 of them make it ancestral sampling.
+    ``sigmas`` are two levels or more, image units; at the last it ends, without denoising. Without
+    corrections it is ancestral sampling.
 
     Raises:
         UserError: if levels do not go down.
@@ -299,54 +424,69 @@ def _check_descending(sigmas: tuple[float, ...], least: int = 1) -> tuple[float,
     return tuple(sigmas)
 
 
-LANGEVIN_ENTRY = SamplerEntry(
-    name="langevin",
-    description="unadjusted Langevin dynamics (ULA) at one noise level",
-    config=LangevinConfig,
-    needs=("score",),
-    make=lambda model, c, config: Langevin(
-        score_of(model, c), config.step_size, config.temperature, sigma=config.sigma
+ENTRIES = (
+    SamplerEntry(
+        name="langevin",
+        description="unadjusted Langevin dynamics (ULA) at one noise level",
+        config=LangevinConfig,
+        needs=("score",),
+        make=lambda model, c, config: Langevin(
+            score_of(model, c), config.step_size, config.temperature, sigma=config.sigma
+        ),
+        noisy_end=True,
     ),
-    noisy_end=True,
-)
-
-SGLD_ENTRY = SamplerEntry(
-    name="sgld",
-    description="Langevin dynamics with less noise than its step requires, as in JEM",
-    config=SGLDConfig,
-    needs=("score",),
-    make=lambda model, c, config: Langevin(
-        score_of(model, c),
-        config.step_size,
-        noise_std=config.noise,
-        sigma=config.sigma,
-        drift_clip=config.drift_clip,
+    SamplerEntry(
+        name="sgld",
+        description="Langevin dynamics with less noise than its step requires, as in JEM",
+        config=SGLDConfig,
+        needs=("score",),
+        make=lambda model, c, config: Langevin(
+            score_of(model, c),
+            config.step_size,
+            noise_std=config.noise,
+            sigma=config.sigma,
+            drift_clip=config.drift_clip,
+        ),
+        caveat="its noise does not belong to its step, so its law is not the model's",
+        priority=1,
+        fresh_steps=100,
     ),
-    caveat="its noise does not belong to its step, so its law is not the model's",
-    priority=1,
-    fresh_steps=100,
-)
-
-ANNEALED_ENTRY = SamplerEntry(
-    name="annealed-langevin",
-    description="Langevin dynamics over decreasing noise levels (Song & Ermon 2019)",
-    config=AnnealedConfig,
-    needs=("levels",),
-    make=lambda model, c, config: AnnealedLangevin(
-        score_of(model, c), config.sigmas(config.steps // config.inner), config
+    SamplerEntry(
+        name="mala",
+        description="Metropolis-adjusted Langevin: exact for the model's density",
+        config=MALAConfig,
+        needs=("density",),
+        make=lambda model, c, config: MALA(density_of(model, c), config),
+        noisy_end=True,
     ),
-    noisy_end=True,
-    no_law=DOWN_LEVELS,
-)
-
-PC_ENTRY = SamplerEntry(
-    name="pc",
-    description="predictor-corrector over decreasing noise levels (Song et al. 2021)",
-    config=PCConfig,
-    needs=("levels",),
-    make=lambda model, c, config: PredictorCorrector(
-        score_of(model, c), config.sigmas(config.steps + 1), config
+    SamplerEntry(
+        name="hmc",
+        description="Hamiltonian Monte Carlo: exact for the model's density, with longer moves",
+        config=HMCConfig,
+        needs=("density",),
+        make=lambda model, c, config: HMC(density_of(model, c), config),
+        noisy_end=True,
     ),
-    noisy_end=True,
-    no_law=DOWN_LEVELS,
+    SamplerEntry(
+        name="annealed-langevin",
+        description="Langevin dynamics over decreasing noise levels (Song & Ermon 2019)",
+        config=AnnealedConfig,
+        needs=("levels",),
+        make=lambda model, c, config: AnnealedLangevin(
+            score_of(model, c), config.sigmas(config.steps // config.inner), config
+        ),
+        noisy_end=True,
+        no_law=DOWN_LEVELS,
+    ),
+    SamplerEntry(
+        name="pc",
+        description="predictor-corrector over decreasing noise levels (Song et al. 2021)",
+        config=PCConfig,
+        needs=("levels",),
+        make=lambda model, c, config: PredictorCorrector(
+            score_of(model, c), config.sigmas(config.steps + 1), config
+        ),
+        noisy_end=True,
+        no_law=DOWN_LEVELS,
+    ),
 )

@@ -1,8 +1,7 @@
 """Files that outlive crashes: written whole, noticed when damaged, one writer at a time."""
 
-from ebmkit.storage.atomic import make_folder
-from ebmkit.storage.commit import commit_files, read_together, remove_file, write_atomically
-from ebmkit.storage.locks import Busy, held
+from ebmkit.storage.atomic import Busy, held, make_folder
+from ebmkit.storage.manifest import commit_files, read_together, remove_file, write_atomically
 from ebmkit.storage.reading import DamagedFile
 
 __all__ = [

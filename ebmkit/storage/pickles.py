@@ -8,7 +8,7 @@ name is looked up in two tables, and never in a module:
 ============  ==================================================================================
 name          becomes
 ============  ==================================================================================
-known         a function of this module: containers, storages and tensors as records
+known         a function of this module, which makes a container or a tensor, or a type
 inert         an `Inert`, which remembers its name; calling it gives another, BUILD changes nothing
 all others    a `Refusal` that says the name
 ============  ==================================================================================
@@ -28,14 +28,17 @@ for an index in the memo.
 
 from __future__ import annotations
 
+import math
 import pickle
 import pickletools
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 class Damaged(Exception):
@@ -56,34 +59,21 @@ class Inert:
         return f"<{self.name}, not made>"
 
 
-@dataclass(eq=False)
-class StorageRecord:
-    """One storage of the file: ``numel`` elements of ``dtype``, at ``key``; bytes (n,) follow."""
-
-    key: str
+@dataclass(frozen=True)
+class _StorageType:
     dtype: torch.dtype
-    numel: int
-    data: torch.Tensor | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, eq=False)
-class TensorRecord:
-    """A view of a storage; offset and strides in elements of ``dtype``."""
+class _Storage:
+    """One storage of the file: bytes (n,) uint8 that hold elements of ``dtype``."""
 
-    storage: StorageRecord
+    data: Tensor
     dtype: torch.dtype
-    offset: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
 
 
-@dataclass(frozen=True, eq=False)
-class _Known:
-    """A name of the file that stands for ``make``, a function of this module."""
-
-    name: str
-    make: Callable[..., Any]
-
+LoadStorage = Callable[[str, torch.dtype, int], Tensor]
+"""Key of a storage, its type and number of elements -> its bytes (n,) uint8."""
 
 STORAGES = {
     "DoubleStorage": torch.float64,
@@ -108,6 +98,8 @@ INERT_PACKAGES = (
     *("torch.optim", "torch.nn", "torch.amp", "torch.cuda.amp", "__main__"),
 )
 """Whose objects are found beside weights. None of them is ever imported."""
+
+LONGEST_NAME = 1000
 
 INERT_NAMES = {
     "argparse": {"Namespace"},
@@ -169,56 +161,61 @@ def _whole(numbers: Any) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def _tensor(
-    storage: Any, offset: Any, size: Any, stride: Any, *rest: Any, dtype: Any = None
-) -> TensorRecord:
-    """``torch._utils._rebuild_tensor`` and its second form; hooks in ``rest`` are left out."""
+LARGEST = 2**40
+"""Elements of a tensor that has none, as its other dimensions count them."""
+
+
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Tensor:
+    """``torch._utils._rebuild_tensor`` and its second and third form; hooks are left out."""
     (start,), sizes, strides = _whole([offset]), _whole(size), _whole(stride)
-    if not isinstance(storage, StorageRecord) or len(sizes) != len(strides):
+    if not isinstance(storage, _Storage) or len(sizes) != len(strides):
         raise Damaged
-    return TensorRecord(storage, dtype or storage.dtype, start, sizes, strides)
-
-
-def _tensor_v3(
-    storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, *_: Any
-) -> TensorRecord:
-    if not isinstance(dtype, torch.dtype):
-        raise Damaged
-    return _tensor(storage, offset, size, stride, dtype=dtype)
+    dtype = next((part for part in rest if isinstance(part, torch.dtype)), storage.dtype)
+    held, count = len(storage.data) // dtype.itemsize, math.prod(max(1, n) for n in sizes)
+    if 0 in sizes:
+        if count > LARGEST:
+            raise Damaged("a tensor has an absurd shape")
+        return torch.empty(sizes, dtype=dtype)
+    last = start + sum((n - 1) * step for n, step in zip(sizes, strides, strict=True))
+    if last >= held or count > held:
+        raise Damaged("a tensor reaches beyond its bytes")
+    flat = storage.data[: held * dtype.itemsize].view(dtype)
+    return flat.as_strided(sizes, strides, start)
 
 
 def _from_type(make: Any, kind: Any, args: Any, state: Any) -> Any:
     """A tensor with attributes, without them."""
-    if not isinstance(make, (_Known, Inert)) or not isinstance(args, tuple):
+    if make is not _tensor and not isinstance(make, Inert):
         raise Damaged
     return called(make, args)
 
 
+ENCODINGS = ("latin1", "latin-1", "utf-8", "utf8", "ascii")
+
+
 def _encoded(text: Any, encoding: Any = "latin-1") -> bytes:
-    if not isinstance(text, str) or encoding not in ("latin1", "latin-1", "utf-8", "utf8", "ascii"):
+    if not isinstance(text, str) or not isinstance(encoding, str) or encoding not in ENCODINGS:
         raise Damaged
     return text.encode(encoding)
 
 
 def _imported(name: Any, *_: Any) -> Inert:
     """dill's import of a module or of a name in it, which is not done."""
-    if not isinstance(name, str):
-        raise Damaged
-    module, _dot, last = name.rpartition(".")
+    text = as_text(name)
+    module, _dot, last = text.rpartition(".")
     if module and last in SUSPECT:
-        raise Refusal(name)
-    return Inert(name)
+        raise Refusal(text)
+    return Inert(text)
 
 
 def _attribute(owner: Any, name: Any, *_: Any) -> Any:
     """An attribute of what is not made; that of a module is one more name to look up."""
-    if not isinstance(name, str):
-        raise Damaged
     if isinstance(owner, Inert) and _plain(owner.name):
         return find(owner.name, name)
-    if name in SUSPECT:
-        raise Refusal(name)
-    return Inert(name)
+    text = as_text(name)
+    if text in SUSPECT:
+        raise Refusal(text)
+    return Inert(text)
 
 
 def _plain(name: str) -> bool:
@@ -229,7 +226,7 @@ def _dill_type(name: Any) -> Any:
     """What dill calls the types of containers: ``DictType``, ``OrderedDict``."""
     kinds = {"dict": _pairs, "ordereddict": _pairs, **SEQUENCES}
     make = kinds.get(name.removesuffix("Type").lower()) if isinstance(name, str) else None
-    return Inert(f"type {name}") if make is None else _Known(name, make)
+    return make or Inert(f"type {name}")
 
 
 SEQUENCES = {kind.__name__: _sequence(kind) for kind in (list, tuple, set, frozenset)}
@@ -237,20 +234,18 @@ SEQUENCES = {kind.__name__: _sequence(kind) for kind in (list, tuple, set, froze
 DILL = ("dill._dill", "dill.dill")
 
 KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
-    ("collections", "OrderedDict"): _pairs,
-    ("collections", "defaultdict"): _pairs,
-    ("collections", "Counter"): _pairs,
+    **{("collections", name): _pairs for name in ("OrderedDict", "defaultdict", "Counter")},
     ("builtins", "dict"): _pairs,
     ("builtins", "getattr"): _attribute,
     ("builtins", "setattr"): lambda *_: Inert("nothing"),
     **{("builtins", name): make for name, make in SEQUENCES.items()},
     ("_codecs", "encode"): _encoded,
     ("torch", "Size"): lambda content=(), *_: _whole(content),
-    ("torch._utils", "_rebuild_tensor"): _tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch._utils", "_rebuild_tensor_v3"): _tensor_v3,
-    ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
-    ("torch._utils", "_rebuild_parameter_with_state"): lambda data, *_: data,
+    **{("torch._utils", f"_rebuild_tensor{version}"): _tensor for version in ("", "_v2", "_v3")},
+    **{
+        ("torch._utils", f"_rebuild_parameter{kind}"): lambda data, *_: data
+        for kind in ("", "_with_state")
+    },
     ("torch._tensor", "_rebuild_from_type_v2"): _from_type,
     **{(module, "_load_type"): _dill_type for module in DILL},
     **{(module, "_import_module"): _imported for module in DILL},
@@ -259,62 +254,47 @@ KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
 """What is made, by module and name. Functions get what the file gives them, so they check it."""
 
 
-def find(module: str, name: str) -> Any:
+def find(module: Any, name: Any) -> Any:
     """What stands for ``name`` of ``module``; no module is looked into.
 
     Raises:
         Refusal: if it is neither known nor inert.
     """
+    if not isinstance(module, str) or not isinstance(name, str):
+        raise Damaged
     module = "builtins" if module == "__builtin__" else module
     if module == "torch" and name in DTYPES:
         return DTYPES[name]
     if module in ("torch", "torch.storage", "torch.cuda") and name in STORAGES:
-        return _Known(name, _storage_class)
+        return _StorageType(STORAGES[name])
     if (module, name) in KNOWN:
-        return _Known(name, KNOWN[module, name])
+        return KNOWN[module, name]
     full = f"{module}.{name}"
     inert = any(module == p or module.startswith(p + ".") for p in INERT_PACKAGES)
-    plain = name.isidentifier() and _plain(module)
+    plain = name.isidentifier() and _plain(module) and len(full) <= LONGEST_NAME
     if name in SUSPECT or not plain or not (inert or name in INERT_NAMES.get(module, ())):
         raise Refusal(full)
     return Inert(full)
 
 
-def _storage_class(*_: Any) -> Any:
-    raise Damaged  # storages are made by persistent ids alone
-
-
 def called(function: Any, args: Any) -> Any:
-    if not isinstance(args, tuple):
+    if not isinstance(args, tuple) or not isinstance(function, (FunctionType, Inert)):
         raise Damaged
-    if isinstance(function, _Known):
-        return function.make(*args)
     if isinstance(function, Inert):
-        return Inert(f"{function.name}()")
-    raise Damaged
+        return Inert(f"{function.name.removesuffix('()')}()")
+    return function(*args)
+
+
+def as_text(value: Any) -> str:
+    """A text, which Python 2 wrote as bytes."""
+    if not isinstance(value, (str, bytes)):
+        raise Damaged
+    return value.decode("latin-1") if isinstance(value, bytes) else value
 
 
 def safe_key(value: Any) -> Any:
     """A key that hashes without calling into what the file made."""
     return value if isinstance(value, (str, int, float, bytes, type(None), Inert)) else Inert("key")
-
-
-def storage_of(saved: Any, storages: dict[str, StorageRecord]) -> Any:
-    """What `torch.save` writes as a persistent id: a storage; of a module, its object."""
-    if not isinstance(saved, tuple) or not saved:
-        raise Damaged
-    what = saved[0].decode("latin-1") if isinstance(saved[0], bytes) else saved[0]
-    if what == "module" and len(saved) > 1:
-        return saved[1]
-    if what != "storage" or len(saved) not in (5, 6) or not isinstance(saved[1], _Known):
-        raise Damaged
-    if len(saved) == 6 and saved[5] is not None:  # views of storages, before PyTorch 0.4
-        raise Damaged
-    dtype, (numel,) = STORAGES.get(saved[1].name), _whole([saved[4]])
-    key = saved[2].decode("latin-1") if isinstance(saved[2], bytes) else str(saved[2])
-    if dtype is None:
-        raise Damaged
-    return storages.setdefault(key, StorageRecord(key, dtype, numel))
 
 
 # --- the machine ---------------------------------------------------------------------------------
@@ -328,21 +308,19 @@ COPIES = 16
 """Elements that calls may copy for each byte of the pickle, beside a million."""
 
 
-def unpickle(file: Any, storages: dict[str, StorageRecord] | None = None) -> Any:
-    """The next object in ``file``, with records in place of tensors and `Inert` of all else.
+def unpickle(file: Any, load_storage: LoadStorage | None = None) -> Any:
+    """The next object in ``file``, with `Inert` in place of all but containers and tensors.
 
     Args:
         file: of bytes (``read``, ``readline``, ``tell``), left behind the pickle's end.
-        storages: those that are mentioned are added.
+        load_storage: gets each storage once, when it is first mentioned; None: there are none.
 
     Raises:
         Refusal: if it names what is neither known nor inert.
         Damaged: if it is no pickle.
     """
     try:
-        return _Machine({} if storages is None else storages).run(file)
-    except (Refusal, Damaged):
-        raise
+        return _Machine(load_storage).run(file)
     except (
         *(ValueError, TypeError, KeyError, IndexError, EOFError, AttributeError, OverflowError),
         *(RecursionError, MemoryError, pickle.UnpicklingError),
@@ -351,10 +329,11 @@ def unpickle(file: Any, storages: dict[str, StorageRecord] | None = None) -> Any
 
 
 class _Machine:
-    def __init__(self, storages: dict[str, StorageRecord]) -> None:
+    def __init__(self, load_storage: LoadStorage | None) -> None:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
-        self.storages = storages
+        self.load_storage = load_storage
+        self.storages: dict[str, _Storage] = {}
         self.copied = 0
         self.bytes = 0
 
@@ -366,8 +345,26 @@ class _Machine:
             if steps > STEPS:
                 raise Damaged(f"its pickle has more than {STEPS} instructions")
             self.bytes = (position or 0) - start
-            self.step(opcode.name, argument)
+            self.step(opcode, argument)
         raise Damaged
+
+    def storage(self, saved: Any) -> Any:
+        """What `torch.save` writes as a persistent id: a storage; of a module, its object."""
+        if not isinstance(saved, tuple) or not saved:
+            raise Damaged
+        what = as_text(saved[0])
+        if what == "module" and len(saved) > 1:
+            return saved[1]
+        views = saved[5:]  # of storages, before PyTorch 0.4
+        if what != "storage" or len(saved) not in (5, 6) or any(v is not None for v in views):
+            raise Damaged
+        kind, key, (numel,) = saved[1], as_text(saved[2]), _whole([saved[4]])
+        if not isinstance(kind, _StorageType) or self.load_storage is None:
+            raise Damaged
+        if key not in self.storages:
+            data = self.load_storage(key, kind.dtype, numel)
+            self.storages[key] = _Storage(data, kind.dtype)
+        return self.storages[key]
 
     def call(self, function: Any, args: Any) -> Any:
         """`called`, which may copy what it is given."""
@@ -377,7 +374,21 @@ class _Machine:
             raise Damaged("its pickle copies the same content over and over")
         return called(function, args)
 
-    def marked(self) -> list[Any]:
+    def step(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
+        """Take off the stack what ``opcode`` takes, and put onto it what it gives."""
+        below, marked = TAKES[opcode.name]
+        above = [self.above_mark()] if marked else []
+        at = len(self.stack) - below
+        if at < 0:
+            raise Damaged
+        operands = self.stack[at:] + above
+        del self.stack[at:]
+        if opcode.arg is not None:
+            operands.append(argument)
+        given = OPERATIONS[opcode.name](self, *operands)
+        self.stack += [given] * len(opcode.stack_after)
+
+    def above_mark(self) -> list[Any]:
         """What lies above the topmost mark, taken off with it."""
         at = len(self.stack) - 1
         while self.stack[at] is not MARK:  # an IndexError where there is none
@@ -386,103 +397,80 @@ class _Machine:
         del self.stack[at:]
         return above
 
-    def named(self, module: Any, name: Any) -> Any:
-        if not isinstance(module, str) or not isinstance(name, str):
-            raise Damaged
-        return find(module, name)
+    def memoize(self, index: int, value: Any) -> Any:
+        self.memo[index] = value
+        return value
 
-    def put(self, items: list[Any]) -> None:
-        """Keys and values in turn, into the dictionary on top; others take nothing."""
-        top = self.stack[-1]
-        if isinstance(top, dict):
-            for key, value in zip(items[::2], items[1::2], strict=True):
-                top[safe_key(key)] = value
 
-    def add(self, items: list[Any]) -> None:
-        top = self.stack[-1]
-        if isinstance(top, list):
-            top.extend(items)
-        elif isinstance(top, set):
-            top.update(safe_key(item) for item in items)
+def _put(top: Any, items: Sequence[Any]) -> Any:
+    """``top`` with keys and values in turn, if it is a dictionary; others take nothing."""
+    if isinstance(top, dict):
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            top[safe_key(key)] = value
+    return top
 
-    def step(self, name: str, argument: Any) -> None:
-        stack = self.stack
-        match name:
-            case "PROTO" | "FRAME":
-                pass
-            case "MARK":
-                stack.append(MARK)
-            case "POP":
-                stack.pop()
-            case "POP_MARK":
-                self.marked()
-            case "DUP":
-                stack.append(stack[-1])
-            case "NONE" | "NEWTRUE" | "NEWFALSE":
-                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name])
-            case "EMPTY_LIST" | "EMPTY_DICT" | "EMPTY_SET" | "EMPTY_TUPLE":
-                stack.append({"L": list, "D": dict, "S": set, "T": tuple}[name[6]]())
-            case "LIST" | "TUPLE":
-                stack.append({"LIST": list, "TUPLE": tuple}[name](self.marked()))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                count = int(name[5])
-                if len(stack) < count:
-                    raise Damaged
-                stack[-count:] = [tuple(stack[-count:])]
-            case "DICT":
-                items = self.marked()
-                stack.append({})
-                self.put(items)
-            case "FROZENSET":
-                stack.append(frozenset(safe_key(item) for item in self.marked()))
-            case "SETITEM":
-                value, key = stack.pop(), stack.pop()
-                self.put([key, value])
-            case "SETITEMS":
-                self.put(self.marked())
-            case "APPEND":
-                self.add([stack.pop()])
-            case "APPENDS" | "ADDITEMS":
-                self.add(self.marked())
-            case "GET" | "BINGET" | "LONG_BINGET":
-                stack.append(self.memo[argument])
-            case "PUT" | "BINPUT" | "LONG_BINPUT":
-                self.memo[argument] = stack[-1]
-            case "MEMOIZE":
-                self.memo[len(self.memo)] = stack[-1]
-            case "GLOBAL" | "INST":
-                found = self.named(*argument.split(" ", 1))
-                stack.append(self.call(found, tuple(self.marked())) if name == "INST" else found)
-            case "STACK_GLOBAL":
-                attribute, module = stack.pop(), stack.pop()
-                stack.append(self.named(module, attribute))
-            case "REDUCE" | "NEWOBJ" | "NEWOBJ_EX":
-                if name == "NEWOBJ_EX":
-                    stack.pop()  # keywords
-                args, function = stack.pop(), stack.pop()
-                stack.append(self.call(function, args))
-            case "OBJ":
-                function, *parts = self.marked()
-                stack.append(self.call(function, tuple(parts)))
-            case "BUILD":
-                stack.pop()  # attributes of what is not made
-            case "BINPERSID":
-                stack.append(storage_of(stack.pop(), self.storages))
-            case "EXT1" | "EXT2" | "EXT4":
-                raise Refusal("the extension registry")
-            case _ if name in PLAIN:
-                stack.append(argument)
-            case _:
-                raise Damaged
+
+def _add(top: Any, items: Sequence[Any]) -> Any:
+    if isinstance(top, list):
+        top.extend(items)
+    elif isinstance(top, set):
+        top.update(map(safe_key, items))
+    return top
+
+
+def _refused(*_: Any) -> None:
+    raise Refusal("the extension registry")
 
 
 COPIED = (str, bytes, list, tuple, dict, set, frozenset)
 
-PLAIN = frozenset(
-    {
-        *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
-        *("STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
-        *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BYTEARRAY8"),
-    }
+PLAIN = (
+    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+    *("STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
+    *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BYTEARRAY8"),
 )
 """Instructions that put their own argument on the stack."""
+
+TAKES = {
+    opcode.name: ((*takes, MARK).index(MARK), MARK in takes)
+    for opcode in pickletools.opcodes
+    for takes in [[MARK if kind.name == "mark" else kind for kind in opcode.stack_before]]
+}
+"""How many values an instruction takes off the stack; whether all above the topmost mark, too."""
+
+OPERATIONS: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys((*PLAIN, "DUP"), lambda _, value: value),
+    **dict.fromkeys(("PROTO", "FRAME", "POP", "POP_MARK", "NONE"), lambda *_: None),
+    "NEWTRUE": lambda _: True,
+    "NEWFALSE": lambda _: False,
+    "EMPTY_LIST": lambda _: [],
+    "EMPTY_DICT": lambda _: {},
+    "EMPTY_SET": lambda _: set(),
+    "LIST": lambda _, above: above,
+    "TUPLE": lambda _, above: tuple(above),
+    **dict.fromkeys(("EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"), lambda _, *parts: parts),
+    "DICT": lambda _, above: _put({}, above),
+    "FROZENSET": lambda _, above: frozenset(map(safe_key, above)),
+    "SETITEM": lambda _, top, *item: _put(top, item),
+    "SETITEMS": lambda _, top, above: _put(top, above),
+    "APPEND": lambda _, top, item: _add(top, [item]),
+    **dict.fromkeys(("APPENDS", "ADDITEMS"), lambda _, top, above: _add(top, above)),
+    "MARK": lambda _: MARK,
+    "MEMOIZE": lambda machine, value: machine.memoize(len(machine.memo), value),
+    **dict.fromkeys(
+        ("PUT", "BINPUT", "LONG_BINPUT"), lambda machine, at: machine.memoize(at, machine.stack[-1])
+    ),
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), lambda machine, at: machine.memo[at]),
+    "GLOBAL": lambda _, name: find(*name.split(" ", 1)),
+    "STACK_GLOBAL": lambda _, module, name: find(module, name),
+    "INST": lambda machine, above, name: machine.call(find(*name.split(" ", 1)), tuple(above)),
+    "OBJ": lambda machine, above: machine.call(above[0], tuple(above[1:])),
+    **dict.fromkeys(
+        ("REDUCE", "NEWOBJ", "NEWOBJ_EX"),
+        lambda machine, function, args, *keywords: machine.call(function, args),
+    ),
+    "BUILD": lambda _, made, attributes: made,  # without them
+    "BINPERSID": _Machine.storage,
+    **dict.fromkeys(("EXT1", "EXT2", "EXT4"), _refused),
+}
+"""What each instruction gives, of the machine, of what it takes off the stack, and its argument."""

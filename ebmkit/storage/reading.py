@@ -23,6 +23,7 @@ import json
 import math
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -60,15 +61,14 @@ EXPANDED = 20_000
 def opened(path: Path) -> Iterator[tuple[IO[bytes], int]]:
     """The ordinary file ``path``, open to be read, and its number of bytes."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # before opening, for that can have effects
-            raise UserError(f"{str(path)!r} is no ordinary file")
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        ordinary = stat.S_ISREG(path.stat().st_mode)  # before opening, for that can have effects
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC) if ordinary else -1
     except OSError as error:
         raise UserError(f"cannot read {str(path)!r}: {error.strerror}") from None
-    except UserError:
-        raise
     except ValueError:  # a NUL in its name
         raise UserError(f"there is no file {str(path)!r}") from None
+    if not ordinary:
+        raise UserError(f"{str(path)!r} is no ordinary file")
     with os.fdopen(handle, "rb") as file:
         try:
             yield file, os.fstat(handle).st_size
@@ -123,11 +123,8 @@ def parse_json(content: str | bytes, what: str, finite: bool = False) -> Any:
         return found
 
     def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            _twice(what, next(name for name in names if names.count(name) > 1))
-        return found
+        _check_names([("", name) for name, _ in pairs], what)
+        return dict(pairs)
 
     try:
         text = _decoded(content, what) if isinstance(content, bytes) else content
@@ -141,17 +138,11 @@ def parse_json(content: str | bytes, what: str, finite: bool = False) -> Any:
     return _checked(value, what)
 
 
-def read_yaml(path: Path, most: int = YAML_BYTES) -> Any:
-    """The YAML document in ``path``."""
-    return parse_yaml(read_text(path, most), repr(str(path)))
-
-
 def parse_yaml(content: str | bytes, what: str) -> Any:
     """The value that ``content`` writes in YAML; ``what`` names it in messages."""
     text = _decoded(content, what) if isinstance(content, bytes) else content
     if len(text) > YAML_BYTES:
         raise UserError(f"{what} is not YAML that is read here: it has {len(text)} characters")
-    loader = None
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
@@ -163,9 +154,6 @@ def parse_yaml(content: str | bytes, what: str) -> Any:
         raise
     except Exception:  # its arithmetic on numbers and dates raises errors of many classes
         raise UserError(f"{what} is not YAML, or none of plain values") from None
-    finally:
-        if loader is not None:
-            loader.dispose()
     return _checked(value, what)
 
 
@@ -178,17 +166,10 @@ def _expanded(node: yaml.Node, what: str, known: dict[int, int], depth: int) -> 
     if id(node) in known or isinstance(node, yaml.ScalarNode):
         return known.get(id(node), 1)
     known[id(node)] = 0
-    parts: list[yaml.Node] = []
-    if isinstance(node, yaml.MappingNode):
-        seen = set[tuple[str, str]]()
-        for key, value in node.value:
-            parts += [key, value]
-            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
-                if (key.tag, key.value) in seen:
-                    _twice(what, key.value)
-                seen.add((key.tag, key.value))
-    elif isinstance(node, yaml.SequenceNode):
-        parts += node.value
+    mapping = isinstance(node, yaml.MappingNode)
+    parts = [part for pair in node.value for part in pair] if mapping else node.value
+    keys = [k for k in parts[::2] if mapping and isinstance(k, yaml.ScalarNode) and k.value != "<<"]
+    _check_names([(key.tag, key.value) for key in keys], what)
     total = 1
     for part in parts:
         total += _expanded(part, what, known, depth + 1)
@@ -205,7 +186,9 @@ def _checked(value: Any, what: str) -> Any:
         inner: list[Any] = []
         for part in level:
             if isinstance(part, str):
-                _check_text(part, what)
+                surrogates = not part.isascii() and any("\ud800" <= c <= "\udfff" for c in part)
+                if "\0" in part or surrogates:
+                    raise UserError(f"{what} holds text that cannot be written: {part[:40]!a}")
             elif isinstance(part, int) and not -WHOLE < part < WHOLE:
                 raise UserError(f"{what} holds a whole number of more than 64 bits")
             elif isinstance(part, dict):
@@ -219,17 +202,15 @@ def _checked(value: Any, what: str) -> Any:
     _deep(what)
 
 
-def _check_text(text: str, what: str) -> None:
-    if "\0" in text or (not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text)):
-        raise UserError(f"{what} holds text that cannot be written: {text[:40]!a}")
-
-
 def _deep(what: str) -> NoReturn:
     raise UserError(f"{what} is nested deeper than {DEPTH} values within values")
 
 
-def _twice(what: str, name: str) -> NoReturn:
-    raise UserError(f"{what} has {name[:40]!r} twice in one place: which is meant?")
+def _check_names(names: list[tuple[str, str]], what: str) -> None:
+    """Whether no name of one mapping, with its tag, is there twice."""
+    if len(set(names)) < len(names):
+        (_, name), _ = Counter(names).most_common(1)[0]
+        raise UserError(f"{what} has {name[:40]!r} twice in one place: which is meant?")
 
 
 def check_links(folder: Path, home: Path | None = None) -> None:

@@ -1,15 +1,27 @@
-"""Tensors in safetensors files that somebody else may have written, and networks to load them into.
+"""Files of tensors that somebody else may have written, and networks to load them into.
 
-A safetensors file is the length of a header, the header in JSON, and bytes::
+Three containers are read, none of which executes anything:
 
-    8 bytes  n, little-endian
-    n bytes  {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, ...,
-              "__metadata__": {"text": "text"}}
-    rest     the tensors' bytes, without holes
+===========  ======================================================================================
+safetensors  the length n of a header (8 bytes, little-endian), the header in JSON (n bytes), as in
+             ``{"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}``, and the
+             tensors' bytes, without holes
+zip          ``NAME/data.pkl``, ``NAME/data/KEY`` for each storage, ``NAME/byteorder``, by
+             `torch.save` (PyTorch 1.6 on)
+legacy       pickles in turn (a magic number, the version, facts of the machine, the content, the
+             keys of the storages), then each storage: its number of elements (int64), their bytes
+===========  ======================================================================================
 
-The library checks types, shapes and places against the bytes. It takes the last of two entries of
-one name, headers of 100 MB, and shapes of any number of dimensions: these are refused here, as a
-`DamagedFile`.
+The library of safetensors checks types, shapes and places against the bytes. It takes the last of
+two entries of one name, headers of 100 MB, and shapes of any number of dimensions: these are
+refused here, as a `DamagedFile`.
+
+`torch.load` with ``weights_only`` runs no code either, but in PyTorch 2.15 a file of 300 bytes has
+it make an array of 1 GiB, or a view of 2^50 elements; it unpacks compressed zip entries and takes
+one of two entries of one name. It also refuses files in which other objects lie beside the weights,
+as in those of the ``robustness`` package, written by ``dill``. So `ebmkit.storage.pickles` reads
+them. That takes no more memory than the file's size: entries of a zip lie as they are, beside each
+other, a tensor has no more elements than its storage, and checksums are compared on the way.
 
 A configuration of a few bytes may ask for a network of any number of parameters. Within
 `LimitedSize` the functions of torch that make tensors are counted before they take any memory.
@@ -22,10 +34,15 @@ ebmkit.errors.UserError: the network would have more parameters than its weights
 
 from __future__ import annotations
 
+import io
 import math
+import stat
+import struct
+import sys
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import safetensors
 import safetensors.torch
@@ -33,8 +50,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ebmkit.errors import UserError, shown
-from ebmkit.storage.reading import MIB, DamagedFile, parse_json, read_bytes
+from ebmkit.errors import UserError, plain, shown
+from ebmkit.storage.pickles import Damaged, Refusal, as_text, unpickle
+from ebmkit.storage.reading import MIB, DamagedFile, opened, parse_json, read_bytes
 
 HEADER_BYTES = 8 * MIB
 """Of a header: 80,000 tensors or so."""
@@ -77,6 +95,215 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _damaged(path: Path, why: str) -> DamagedFile:
     return DamagedFile(f"{str(path)!r} is damaged: {why}")
+
+
+NOT_PLAIN = (
+    *(zipfile.BadZipFile, struct.error, RecursionError, NotImplementedError, RuntimeError),
+    *(KeyError, ValueError, EOFError, OverflowError, MemoryError, AttributeError, TypeError),
+)
+"""What zipfile and torch raise of bytes that nothing made as it should be."""
+
+MAGIC = 0x1950A86A20F9469CFC6C
+VERSION = 1001
+
+PICKLE_BYTES = 64 * MIB
+"""Of the pickle in a zip: what lies beside the tensors."""
+
+INDEX_BYTES = 8 * MIB
+"""Of a zip's list of entries: 80,000 of them or so."""
+
+DEPTH = 400
+"""Containers within containers, at the most."""
+
+
+def read_torch_file(path: Path) -> Any:
+    """The content of ``path``, tensors on the CPU; other objects are placeholders."""
+    with opened(path) as (file, size):
+        return _read(_Bounded(file, size), path)
+
+
+def read_torch_content(content: bytes, path: Path) -> Any:
+    """`read_torch_file` of a file that is read already; ``path`` names it in messages."""
+    return _read(_Bounded(io.BytesIO(content), len(content)), path)
+
+
+def _read(whole: _Bounded, path: Path) -> Any:
+    zipped = whole.read(4) == b"PK\x03\x04"
+    whole.seek(0)
+    try:
+        content = _read_zip(whole) if zipped else _read_legacy(whole)
+        _check_depth(content)
+        return content
+    except Refusal as refusal:
+        raise UserError(
+            f"{str(path)!r} cannot be read safely: it asks for {refusal}, which no weights need "
+            "and which may run code. Nothing was executed. If you trust the file, save its state "
+            "dict alone with the program that wrote it"
+        ) from None
+    except (Damaged, *NOT_PLAIN) as why:
+        reason = f": {why}" if isinstance(why, Damaged) and str(why) else ""
+        raise UserError(
+            f"{str(path)!r} holds no weights that can be read safely{reason}; it must be a state "
+            "dict saved by torch.save, or safetensors"
+        ) from None
+
+
+def _check_depth(content: Any) -> None:
+    """Whether ``content``, in which a part may be in many places, can be walked through."""
+    level, seen = [content], set[int]()
+    for _ in range(DEPTH):
+        new = {id(v): v for v in level if isinstance(v, (dict, list, tuple)) and id(v) not in seen}
+        seen |= new.keys()
+        level = [p for v in new.values() for p in (v.values() if isinstance(v, dict) else v)]
+    if level:
+        raise Damaged("it is nested too deep")
+
+
+class _Bounded(io.RawIOBase):
+    """A file that allocates no more than it holds, whatever number of bytes is asked for."""
+
+    def __init__(self, file: IO[bytes], size: int) -> None:
+        self._file, self.size = file, size
+        self.most = size
+        """Bytes that can be read at once."""
+
+    def read(self, count: int | None = -1) -> bytes:
+        left = max(0, self.size - self._file.tell())
+        count = left if count is None or count < 0 else min(count, left)
+        if count > self.most:
+            raise Damaged(f"{count} bytes lie where there should be few")
+        return self._file.read(count)
+
+    def readline(self, size: int | None = -1) -> bytes:
+        return self._file.readline(MIB)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def seekable(self) -> bool:
+        return True
+
+
+def _read_zip(whole: _Bounded) -> Any:
+    whole.most = INDEX_BYTES
+    try:
+        archive = zipfile.ZipFile(whole)  # type: ignore[arg-type]
+    except (ValueError, EOFError, OSError):
+        raise Damaged from None
+    whole.most = whole.size
+    with archive:
+        entries = archive.infolist()
+        _check_entries(entries, whole.size)
+        sizes = {entry.filename: entry.file_size for entry in entries}
+        root = next((n.removesuffix("data.pkl") for n in sizes if n.endswith("/data.pkl")), None)
+        if root is None:
+            raise Damaged
+        if f"{root}byteorder" in sizes:
+            if _entry(archive, f"{root}byteorder", 100).decode("latin-1") != sys.byteorder:
+                raise Damaged("it was written by a machine of another byte order")
+        elif sys.byteorder != "little":
+            raise Damaged
+
+        def load_storage(key: str, dtype: torch.dtype, numel: int) -> Tensor:
+            name = f"{root}data/{key}"
+            if sizes.get(name) != numel * dtype.itemsize:
+                raise Damaged
+            data = torch.empty(sizes[name], dtype=torch.uint8)
+            with archive.open(name) as file:
+                _fill(data, file)
+            return data
+
+        return unpickle(io.BytesIO(_entry(archive, f"{root}data.pkl", PICKLE_BYTES)), load_storage)
+
+
+def _check_entries(entries: list[zipfile.ZipInfo], size: int) -> None:
+    """Whether the entries of a zip of ``size`` bytes are such as `torch.save` writes."""
+    if len({entry.filename for entry in entries}) < len(entries):
+        raise Damaged("two of its entries have one name")
+    if sum(entry.file_size for entry in entries) > size:
+        raise Damaged("its entries claim more bytes than the file has")
+    for entry in entries:
+        if entry.flag_bits & 1 or entry.flag_bits & 64:
+            raise Damaged("it is encrypted")
+        if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+            raise Damaged("it is compressed, which torch.save never does")
+        parts = entry.filename.replace("\\", "/").split("/")
+        if ".." in parts or entry.filename.startswith(("/", "\\")) or ":" in parts[0]:
+            raise Damaged("an entry's name leads out of it")
+        if stat.S_ISLNK(entry.external_attr >> 16):
+            raise Damaged("an entry is a link")
+
+
+def _entry(archive: zipfile.ZipFile, name: str, most: int) -> bytes:
+    if archive.getinfo(name).file_size > most:
+        raise Damaged(f"its {name.rpartition('/')[2]} has more than {most} bytes")
+    return archive.read(name)
+
+
+def _fill(data: Tensor, file: Any) -> None:
+    """Read as many bytes as ``data`` (n,) uint8 has into it."""
+    into = data.numpy().data
+    while len(into):
+        part = file.read(min(MIB, len(into)))
+        if not part:
+            raise Damaged("it ends early")
+        into[: len(part)] = part
+        into = into[len(part) :]
+
+
+def _read_legacy(whole: _Bounded) -> Any:
+    if unpickle(whole) != MAGIC or unpickle(whole) != VERSION:
+        raise Damaged
+    unpickle(whole)  # facts of the machine that wrote it
+    storages: dict[str, tuple[int, Tensor]] = {}  # their bytes lie behind the content
+    left = whole.size
+
+    def load_storage(key: str, dtype: torch.dtype, numel: int) -> Tensor:
+        nonlocal left
+        left -= numel * dtype.itemsize
+        if left < 0:
+            raise Damaged("it ends early")
+        storages[key] = numel, torch.empty(numel * dtype.itemsize, dtype=torch.uint8)
+        return storages[key][1]
+
+    content = unpickle(whole, load_storage)
+    keys = unpickle(whole)
+    if not isinstance(keys, list) or sys.byteorder != "little":
+        raise Damaged
+    for key in keys:
+        (count,) = struct.unpack("<q", whole.read(8))
+        numel, data = storages.pop(as_text(key))
+        if count != numel:
+            raise Damaged
+        _fill(data, whole)
+    if storages:
+        raise Damaged("it ends early")
+    return content
+
+
+NESTED = ("model_state_dict", "state_dict", "params", "model", "net")
+"""Under which names training codes keep the weights in a checkpoint."""
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors in a ``.pth`` or ``.safetensors`` file, by name."""
+    if path.suffix == ".safetensors":
+        return read_tensors(path)[0]
+    content = read_torch_file(path)
+    for name in NESTED:
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
+    if not isinstance(content, Mapping) or not content:
+        raise UserError(f"{str(path)!r} holds no state dict: names of parameters with tensors")
+    odd = next(
+        (plain(str(name)) for name, value in content.items() if not isinstance(value, Tensor)), None
+    )
+    if odd is not None:
+        raise UserError(f"{odd} in {str(path)!r} is no tensor: give the network's state dict")
+    return {str(name): value for name, value in content.items()}
 
 
 SLACK = 1_000_000

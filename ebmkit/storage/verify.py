@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 from ebmkit.errors import UserError
 from ebmkit.storage.atomic import PARTIAL, free_name
-from ebmkit.storage.commit import commit_files, read_entered, recover
 from ebmkit.storage.manifest import (
     FOLDERS,
     MANIFEST,
@@ -19,8 +18,11 @@ from ebmkit.storage.manifest import (
     Entry,
     Manifest,
     begin_manifest,
+    commit_files,
     entry_of,
+    read_entered,
     read_manifest,
+    recover,
 )
 from ebmkit.storage.reading import DamagedFile
 
@@ -117,16 +119,12 @@ def put_in_order(root: Path, growing: Iterable[str] = ()) -> None:
     if damaged:
         warnings.warn(f"{damage}; it is made anew of the files as they are", stacklevel=3)
     if manifest is None:
-        begin_manifest(root, files_of(root, growing))
+        grow = set(growing)
+        files = {n: entry_of((root / n).read_bytes(), n in grow) for n in _names(root)}
+        begin_manifest(root, files)
     recover(root)
     for path in stale_temporary_files(root):
         path.unlink(missing_ok=True)
-
-
-def files_of(root: Path, growing: Iterable[str] = ()) -> dict[str, Entry]:
-    """Entries of all files that lie in ``root`` and its own folders, as they are."""
-    grow = set(growing)
-    return {name: entry_of((root / name).read_bytes(), name in grow) for name in _names(root)}
 
 
 def stale_temporary_files(root: Path) -> Iterator[Path]:
@@ -144,12 +142,10 @@ def stale_temporary_files(root: Path) -> Iterator[Path]:
 
 def _look(root: Path, name: str, manifest: Manifest) -> Finding | None:
     """What is found of a file beside ``manifest``; None if it is not there and need not be."""
-    path = root / name
+    path, size = root / name, 0
     there = path.is_file()
-    size = 0
-    if there:
-        with contextlib.suppress(FileNotFoundError):  # it was on its way out
-            size = path.stat().st_size
+    with contextlib.suppress(FileNotFoundError):  # it was on its way out
+        size = path.stat().st_size if there else 0
     if name not in manifest.files:
         gone = not there or name in manifest.removed
         return None if gone else Finding(name, "unknown", size, "not of the run")

@@ -1,6 +1,7 @@
 """Training: configuration, recipes, the loop, and the run folder it leaves behind."""
 
 from ebmkit.training.config import (
+    RECIPES,
     DataConfig,
     OptimizerConfig,
     TrainConfig,
@@ -9,7 +10,6 @@ from ebmkit.training.config import (
     resolve,
 )
 from ebmkit.training.loop import Interrupted, Reporter, Trainer
-from ebmkit.training.recipes import RECIPES
 from ebmkit.training.run_folder import RunFolder
 
 __all__ = [

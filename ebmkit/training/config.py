@@ -1,22 +1,26 @@
 """The configuration of a training run, and how it is put together.
 
 One `TrainConfig` holds everything that a run depends on, and is written resolved to
-``config.yaml``. It is merged from layers, later ones winning: the data set's *recipe*, then a
-configuration file, then named options, then ``--set key=value``. Configurations of earlier versions
-load as they are: fields that came later have defaults that change nothing.
+``config.yaml``. It is merged from layers, later ones winning: the data set's *recipe*, so that one
+command is right on digits and on CIFAR-10 (``recipes.yaml`` says where its numbers come from), then
+a configuration file, then named options, then ``--set key=value``. Configurations of earlier
+versions load as they are: fields that came later have defaults that change nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
+from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
+import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ebmkit.compute import ComputeConfig
 from ebmkit.data import StreamConfig
-from ebmkit.data.schedule import parse_decay_share, parse_share
+from ebmkit.data.schedule import parse_share
 from ebmkit.errors import UserError, shown, validated
 from ebmkit.models import ModelConfig
 from ebmkit.models.config import find_network
@@ -24,13 +28,19 @@ from ebmkit.models.heads import find_head
 from ebmkit.objectives import BALANCE, OBJECTIVES, ObjectiveConfig, TermSettings, parse_objective
 from ebmkit.objectives.base import mapping_at
 from ebmkit.objectives.likelihood import NegativesConfig
-from ebmkit.plugins import Plugin, check_plugins, loaded_plugins
-from ebmkit.registry import find
+from ebmkit.registry import Plugin, check_plugins, find, loaded_plugins
 from ebmkit.storage.reading import YAML_BYTES, parse_yaml, read_text
-from ebmkit.training.recipes import RECIPES, recipe_for
 
 MOST_KEYS = 20
 """Names in a key, as of optimizer.lr two."""
+
+SPECIAL = {
+    "likelihood": {"digits": "digits-jem", "cifar10": "jem", "cifar100": "jem"},
+    "ddpm": {"digits": "digits-ddpm", "cifar10": "cifar10-ddpm", "cifar100": "cifar10-ddpm"},
+    "adversarial": dict.fromkeys(("cifar10", "cifar100"), "cifar10-robust")
+    | {"digits": "digits-robust"},
+}
+"""Kind of objective -> data set -> its recipe, where that is not the data set's own."""
 
 DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
     ("kind", "adamw"): {"lr": 3e-4},
@@ -55,34 +65,25 @@ USED_BY: dict[str, tuple[str, tuple[str, ...] | str]] = {
     "ema_warmup": ("ema", "ema, as 0.999"),
     "sharpness_adaptive": ("sharpness", "sharpness, as 0.05"),
 }
-"""Settings of an optimiser -> the one that uses them, and at which values or, where it need only be
-set, how."""
+"""Settings of an optimiser -> the one that uses them, and at which values (or how to set it)."""
 
-FREE_TO_CHANGE = (
-    "device",
-    "log_every",
-    "validate_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "dataset.data_dir",
-    "dataset.workers",
-    "dataset.unreadable",
-    "dataset.links",
-    "compute.precision",
-    "compute.compile",
-    "compute.accumulate",
-    "compute.recompute",
-    "plugins",
-)
+FREE_TO_CHANGE = {
+    *("device", "log_every", "validate_every", "checkpoint_every", "keep_checkpoints", "plugins"),
+    *("dataset.data_dir", "dataset.workers", "dataset.unreadable", "dataset.links"),
+    *("compute.precision", "compute.compile", "compute.accumulate", "compute.recompute"),
+}
 """Fields that a resumed run may set differently: they change nothing, or rounding alone."""
 
+Schedule = Literal["cosine", "constant", "milestones", "linear", "warmup-stable-decay"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, BeforeValidator(parse_share)]
-DecayShare = Annotated[float, BeforeValidator(parse_decay_share)]
+DecayShare = Annotated[float, BeforeValidator(partial(parse_share, of_decay=True))]
 
 
 class _Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class DataConfig(_Config):
@@ -90,23 +91,14 @@ class DataConfig(_Config):
 
     name: str = Field("digits", description="a name from `ebmkit list datasets`")
     data_dir: Path | None = Field(None, description="folder or file of the data set")
-    image_size: int | None = Field(
-        None,
-        ge=1,
-        description="image height and width, in pixels; images in a folder are resized and "
-        "cropped to it",
-    )
-    workers: int = Field(
-        0, ge=0, description="number of processes that read images, for data sets on disk"
-    )
-    unreadable: Literal["error", "skip"] = Field(
-        "error", description="if an image cannot be read: error (end the command) or skip"
-    )
-    links: Literal["inside", "follow"] = Field(
-        "inside",
-        description="symbolic links in a folder: inside (only to files in the folder) or "
-        "follow (to anywhere)",
-    )
+    image_size: int | None = Field(None, ge=1)
+    """image height and width, in pixels; images in a folder are resized and cropped to it"""
+    workers: int = Field(0, ge=0)
+    """number of processes that read images, for data sets on disk"""
+    unreadable: Literal["error", "skip"] = "error"
+    """if an image cannot be read: error (end the command) or skip"""
+    links: Literal["inside", "follow"] = "inside"
+    """symbolic links in a folder: inside (only to files in the folder) or follow (to anywhere)"""
     limit: int | None = Field(None, ge=1, description="maximum number of training images")
 
 
@@ -131,57 +123,37 @@ class OptimizerConfig(_Config):
         description="initial learning rate; muon: of the matrices. With a kind other than "
         "the recipe's: 3e-4 for adamw, 1e-2 for muon, 0.1 for sgd",
     )
-    adamw_lr: float | None = Field(
-        None,
-        gt=0,
-        description="muon: initial learning rate of AdamW for the other parameters; null: 3e-3",
-    )
-    adamw_for: tuple[str, ...] = Field(
-        (),
-        description="muon: matrices that AdamW updates, by a part of their names, for "
-        "example [stem]",
-    )
-    weight_decay: float = Field(
-        0.05, ge=0, description="decoupled weight decay; sgd: added to the gradient"
-    )
-    decay_norms: bool = Field(
-        True, description="apply weight decay to norm weights and biases too, as in the paper"
-    )
+    adamw_lr: float | None = Field(None, gt=0)
+    """muon: initial learning rate of AdamW for the other parameters; null: 3e-3"""
+    adamw_for: tuple[str, ...] = ()
+    """muon: matrices that AdamW updates, by a part of their names, for example [stem]"""
+    weight_decay: float = Field(0.05, ge=0)
+    """decoupled weight decay; sgd: added to the gradient"""
+    decay_norms: bool = True
+    """apply weight decay to norm weights and biases too, as in the paper"""
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="betas of AdamW, also in muon")
     momentum: Beta = Field(0.9, description="momentum of sgd and muon; 0.95 by default for muon")
     nesterov: bool | None = Field(None, description="muon: Nesterov momentum; null: true")
-    schedule: Literal["cosine", "constant", "milestones", "linear", "warmup-stable-decay"] = Field(
-        "cosine", description="learning rate schedule"
-    )
+    schedule: Schedule = Field("cosine", description="learning rate schedule")
     decay_share: DecayShare | None = Field(
         None,
         description="warmup-stable-decay: share of the steps, at the end, over which the "
         "rate falls to 0; null: 0.2",
     )
-    milestones: tuple[Share, ...] = Field(
-        (),
-        description="milestones: shares of the steps after which the rate falls, for "
-        "example [160/200, 180/200]",
-    )
-    milestone_factor: float = Field(
-        0.3, gt=0, lt=1, description="milestones: factor of the rate at each milestone"
-    )
+    milestones: tuple[Share, ...] = ()
+    """milestones: shares of the steps after which the rate falls, for example [160/200, 180/200]"""
+    milestone_factor: float = Field(0.3, gt=0, lt=1)
+    """milestones: factor of the rate at each milestone"""
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up (the paper: none)")
     clip_norm: float | None = Field(None, gt=0, description="maximum norm of the gradient")
-    ema: float | None = Field(
-        None, gt=0, lt=1, description="decay of the averaged weights (EMA), for example 0.999"
-    )
-    ema_warmup: bool = Field(
-        False, description="use the decay (1 + t) / (10 + t) after t steps, while it is smaller"
-    )
-    sharpness: float | None = Field(
-        None,
-        gt=0,
-        description="rho of sharpness-aware minimisation (SAM), which doubles the cost of a step",
-    )
-    sharpness_adaptive: bool = Field(
-        False, description="measure rho in units of each weight's size (ASAM)"
-    )
+    ema: float | None = Field(None, gt=0, lt=1)
+    """decay of the averaged weights (EMA), for example 0.999"""
+    ema_warmup: bool = False
+    """use the decay (1 + t) / (10 + t) after t steps, while it is smaller"""
+    sharpness: float | None = Field(None, gt=0)
+    """rho of sharpness-aware minimisation (SAM), which doubles the cost of a step"""
+    sharpness_adaptive: bool = False
+    """measure rho in units of each weight's size (ASAM)"""
 
     @model_validator(mode="before")
     @classmethod
@@ -205,63 +177,47 @@ class StreamsConfig(_Config):
 class WatchConfig(_Config):
     """When a run that needs negatives has diverged, and what is changed then."""
 
-    gap: float = Field(
-        50.0, gt=0, description="maximum smoothed energy difference of samples and data, nats"
-    )
-    sample: float = Field(
-        5.0, gt=0, description="maximum rms distance of samples from gray, image units"
-    )
-    gradient: float = Field(
-        1000.0, gt=1, description="maximum ratio of the gradient norm to its running mean"
-    )
+    gap: float = Field(50.0, gt=0)
+    """maximum smoothed energy difference of samples and data, nats"""
+    sample: float = Field(5.0, gt=0)
+    """maximum rms distance of samples from gray, image units"""
+    gradient: float = Field(1000.0, gt=1)
+    """maximum ratio of the gradient norm to its running mean"""
     every: int = Field(50, ge=1, description="steps between rollback snapshots")
     breaches: int = Field(10, ge=0, description="maximum number of rollbacks")
     order: tuple[Literal["rate", "steps", "penalty"], ...] = Field(
-        ("rate", "steps", "penalty"),
-        min_length=1,
-        description="mitigations, applied in turn: one per rollback",
+        ("rate", "steps", "penalty"), min_length=1
     )
+    """mitigations, applied in turn: one per rollback"""
 
 
 class TrainConfig(_Config):
     """Everything a training run depends on."""
 
     dataset: DataConfig = DataConfig()
-    backbone: str = Field(
-        "gradresnet18",
-        description="a name from `ebmkit list backbones` or `denoisers`, or timm:NAME",
-    )
+    backbone: str = "gradresnet18"
+    """a name from `ebmkit list backbones` or `denoisers`, or timm:NAME"""
     head: str = Field("linear-quadratic", description="a name from `ebmkit list heads`")
     model: ModelConfig = ModelConfig()
     objective: str = Field("ce+dsm", description="objectives joined by +, for example ce+0.5*dsm")
     balance: float = Field(BALANCE, gt=0, description="weight lambda of balanced objectives")
-    terms: TermSettings = Field(
-        TermSettings(),
-        description="settings of single objectives, for example objective.adv.eps=0.5",
-    )
+    terms: TermSettings = TermSettings()
+    """settings of single objectives, for example objective.adv.eps=0.5"""
     streams: StreamsConfig
-    draw_from: dict[str, Literal["classify", "denoise", "generate"]] = Field(
-        {},
-        description="objective -> stream, to override its own; {ce: denoise} shares one "
-        "forward pass",
-    )
+    draw_from: dict[str, Literal["classify", "denoise", "generate"]] = Field({})
+    """objective -> stream, to override its own; {ce: denoise} shares one forward pass"""
     optimizer: OptimizerConfig = OptimizerConfig()
     negatives: NegativesConfig = NegativesConfig()
     watch: WatchConfig = WatchConfig()
     steps: int = Field(1000, ge=1, description="number of optimiser steps")
-    seed: int = Field(
-        0,
-        ge=0,
-        lt=2**63,
-        description="random seed of initial weights, data order, augmentation and noise",
-    )
+    seed: int = Field(0, ge=0, lt=2**63)
+    """random seed of initial weights, data order, augmentation and noise"""
     device: str = Field("auto", description="device: auto, cpu, cuda, cuda:1")
     compute: ComputeConfig = ComputeConfig()
     log_every: int = Field(10, ge=1, description="steps between rows of metrics.jsonl")
     validate_every: int = Field(100, ge=1, description="steps between validations")
-    validation_images: int = Field(
-        500, ge=0, description="number of held-out images for validation; 0: no validation"
-    )
+    validation_images: int = Field(500, ge=0)
+    """number of held-out images for validation; 0: no validation"""
     checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="number of newest checkpoints to keep")
     plugins: tuple[Plugin, ...] = Field((), description="that parts of the run come from")
@@ -277,6 +233,41 @@ class TrainConfig(_Config):
         """The configuration of the stream called ``name``."""
         found: StreamConfig = getattr(self.streams, name)
         return found
+
+
+class Recipe(NamedTuple):
+    """Defaults for a data set: a nested mapping of `TrainConfig` fields, and a line about it."""
+
+    config: dict[str, Any]
+    description: str
+
+
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_TEXT = files("ebmkit.training").joinpath("recipes.yaml").read_text(encoding="utf-8")
+RECIPES = {
+    name: Recipe(own, own.pop("description"))
+    for name, own in yaml.load(_TEXT, _LOADER)["recipes"].items()
+}
+
+
+def recipe_for(dataset: str, objective: str = "") -> dict[str, Any]:
+    """The recipe of ``dataset``, or ``folder``'s, as ``objective`` needs it if that was named.
+
+    Objectives that need negatives, noise prediction alone, and training under attack have recipes
+    of their own; other data sets have the small network's of the first two, and their own with a
+    logit head under attack.
+    """
+    terms = parse_objective(objective) if objective else ()
+    families = {term.objective.family for term in terms}
+    name, head = dataset, {}
+    if "likelihood" in families:
+        name = SPECIAL["likelihood"].get(dataset, "cifar10-jem-short")
+    elif [term.name for term in terms] == ["ddpm"]:
+        name = SPECIAL["ddpm"].get(dataset, "cifar10-ddpm-short")
+    elif "adversarial" in families:
+        name, head = SPECIAL["adversarial"].get(dataset, dataset), {"head": "logit"}
+    config = RECIPES.get(name, RECIPES["folder"]).config | head
+    return config | {"dataset": config["dataset"] | {"name": dataset}}
 
 
 def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -296,9 +287,8 @@ def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfi
     Args:
         *layers: nested mappings, weakest first. Where one names a backbone or a head, that preset's
             own settings come in at that layer.
-        recipe: name of the recipe below them; by default that of the data set the layers name, for
-            the objective they name, and none below the configuration of a run: a field that it
-            lacks, since it is of an earlier version, has its default.
+        recipe: name of the recipe below them; by default that of the data set and objective that
+            the layers name, and none below the whole configuration of a run.
 
     Raises:
         UserError: on an unknown name, an unknown field or an illegal value.
@@ -339,22 +329,18 @@ def resolve(*layers: Mapping[str, Any], recipe: str | None = None) -> TrainConfi
 def _fitting(layer: Mapping[str, Any], over: Mapping[str, Any], whole: bool) -> Mapping[str, Any]:
     """``layer`` without settings of the optimiser that choices in ``over`` leave without a use.
 
-    Where a ``whole`` layer, a recipe or a run, names no kind or schedule, it means the default; a
-    part means whatever is chosen.
+    A ``whole`` layer, a recipe or a run, that names no kind or schedule means the default.
     """
     own, chosen = layer.get("optimizer"), over.get("optimizer")
     if not isinstance(own, Mapping) or not isinstance(chosen, Mapping):
         return layer
-    idle: set[str] = set()
+    idle = {n for n, (s, at) in USED_BY.items() if isinstance(at, str) and chosen.get(s, 1) is None}
     for setting, default in {"kind": "adamw", "schedule": "cosine"}.items():
         before = own.get(setting, default if whole else chosen.get(setting))
         if chosen.get(setting, before) != before:
             idle |= {name for name, (by, _) in USED_BY.items() if by == setting}
             if setting == "kind":
                 idle = (idle | {"lr"}) - (set() if chosen["kind"] == "sgd" else {"betas"})
-    idle |= {
-        n for n, (by, at) in USED_BY.items() if isinstance(at, str) and chosen.get(by, 1) is None
-    }
     return {**layer, "optimizer": {k: v for k, v in own.items() if k not in idle}}
 
 
@@ -368,14 +354,8 @@ def _fitting_network(recipe: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _check_used(config: TrainConfig, given: Mapping[str, Any]) -> None:
-    """Refuse what would do nothing in the optimiser.
-
-    ``given`` are the layers below ``config``, but for whole configurations of runs: those of
-    earlier versions may hold such settings.
-
-    Raises:
-        UserError: naming the first field.
-    """
+    """Refuse what would do nothing in the optimiser, among the ``given`` layers: not whole
+    configurations of runs, which in earlier versions may hold such settings."""
     for name, (setting, at) in USED_BY.items():
         chosen, value = getattr(config.optimizer, setting), getattr(config.optimizer, name)
         used = chosen in at if isinstance(at, tuple) else chosen is not None
@@ -426,9 +406,6 @@ def _expand(layer: Mapping[str, Any]) -> Mapping[str, Any]:
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
     """Read ``["optimizer.lr=1e-3", ...]`` into a nested mapping; values are YAML.
 
-    Raises:
-        UserError: if one is not of the form key=value.
-
     >>> parse_assignments(["optimizer.lr=1e-3", "model.backbone.norm=scale"])
     {'optimizer': {'lr': '1e-3'}, 'model': {'backbone': {'norm': 'scale'}}}
     """
@@ -448,11 +425,7 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The mapping in the YAML file ``path``.
-
-    Raises:
-        UserError: if it cannot be read, is not YAML or holds no mapping.
-    """
+    """The mapping in the YAML file ``path``."""
     values = parse_yaml(read_text(path, YAML_BYTES), f"configuration {str(path)!r}")
     if not isinstance(values, dict):
         raise UserError(
@@ -467,20 +440,16 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, Any, Any]
     The kind of a part, or a schedule, comes before what follows from it.
     """
 
-    def order(key: str) -> tuple[bool, str]:
-        return key.rpartition(".")[2] not in ("kind", "schedule"), key
-
     before, after = _flat(old), _flat(new)
-    for key in sorted(before.keys() | after.keys(), key=order):
-        if key not in FREE_TO_CHANGE and before.get(key) != after.get(key):
+    keys = sorted((before.keys() | after.keys()) - FREE_TO_CHANGE)
+    for key in sorted(keys, key=lambda key: key.rpartition(".")[2] not in ("kind", "schedule")):
+        if before.get(key) != after.get(key):
             return key, before.get(key), after.get(key)
     return None
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(values, dict):
-        return {prefix: values}
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        result |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return result
+        return {prefix.removesuffix("."): values}
+    nested = (_flat(value, f"{prefix}{key}.") for key, value in values.items())
+    return {key: value for part in nested for key, value in part.items()}

@@ -7,31 +7,21 @@ copy of the model that takes no memory either. Every operation passes a `Recorde
   differentiated again, by the formulas of `torch.utils.flop_counter`;
 - the *bytes alive*: each storage counts from the operation that made it until it is released.
 
-A step of one stream comes to about 3 forward passes where the loss is of the forward pass alone
-(cross-entropy: the forward, then 2 for the gradient by activations and weights), and to
-:math:`3 + 3k` where k different scores enter it: one for each vjp and two for differentiating it.
-So dsm costs 6, and dsm with cdsm on one batch 9; a cross-entropy beside them on the same batch is
-free. A product with the Hessian, as ism takes, differentiates forward pass and score by the image
-once more, so ism costs 12. The count is exact for the eager step. It is up to 3 % off the rule, for
-ism 10 %: the gradient of a strided convolution by its weights is computed on a larger window the
-second time, and cross-entropy never needs the gradient by the image.
+A step of one stream comes to about :math:`3 + 3k` forward passes where k different scores enter the
+loss: so ce costs 3, dsm 6, and dsm with cdsm on one batch 9; a cross-entropy beside them on the
+same batch is free. A product with the Hessian differentiates once more, so ism costs 12. The count
+is exact for the eager step; it is up to 3 % off this rule, for ism 10 %.
 
-With bytes :math:`b_t(n)` alive at moment t of a step of n images,
+The total is parameters, optimiser and :math:`\max_t b_t(n)`, with :math:`b_t(n) = b_t(0) + n\,b_t'`
+bytes alive at moment t of a step of n images: so two traces give the largest n that fits in M
+bytes, :math:`\min_t (M - b_t(0)) / b_t'`. Not seen is what an operation allocates and releases
+within itself (workspaces of convolution libraries), nor what an allocator wastes.
 
-.. math::
-    \text{total} = \text{parameters} + \text{optimiser} + \max_t b_t(n), \qquad
-    b_t(n) = b_t(0) + n\,b_t' ,
-
-so two traces give the largest n that fits in M bytes, :math:`\min_t (M - b_t(0)) / b_t'`. Not seen
-is what an operation allocates and releases within itself (workspaces of convolution libraries), nor
-what an allocator wastes.
-
-A step of F operations on a device that multiplies matrices at R per second takes at least
-:math:`F / R`; one that took t seconds reached :math:`F / (R t)`, its MFU (model FLOPs utilisation).
-R is measured (`ebmkit.compute.matrix_rate`). t is the median over the stretches between two rows of
-the log, without validations and saving, and without the first stretch (compilers and caches warm up
-in it) where there are others. Where batch and image sizes change along the run, F and t are means
-over its steps, and each stage has a median of its own.
+A step of F operations on a device that multiplies matrices at R per second
+(`ebmkit.compute.matrix_rate`) takes at least :math:`F / R`; one that took t seconds reached
+:math:`F / (R t)`, its MFU (model FLOPs utilisation). t is the median over the stretches between two
+rows of the log, without validations and saving, and without the first stretch, of warm-up, where
+there are others. Where sizes change along the run, F and t are means over its steps.
 """
 
 from __future__ import annotations
@@ -46,10 +36,10 @@ import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from fractions import Fraction
 from operator import add
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -68,88 +58,56 @@ from ebmkit.objectives import TrainingLoss
 Shapes = Mapping[str, tuple[int, int, int, int]]
 """Stream -> shape (B, C, H, W) of the images that this process takes of it in a step."""
 
-Plan = Sequence[tuple[Stage, Shapes]]
-"""The stages of a run, with the shapes that this process takes of each stream in them."""
-
-ADAMW_STATES = 2
-"""Numbers that AdamW keeps of each parameter."""
-
-MOST_STRETCHES = 1000
-"""That a stopwatch keeps; then neighbours are put together."""
+ADAMW_STATES = 2  # numbers that AdamW keeps of each parameter
+MOST_STRETCHES = 1000  # that a stopwatch keeps; then neighbours are put together
 
 M = TypeVar("M", bound=nn.Module)
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the FLOPs and the bytes of the tensors made within, real or fake.
-
-    Attributes:
-        flops: FLOPs so far.
-        live: bytes of living storages, after each operation that made one.
-    """
+    """Counts the FLOPs and the bytes of the tensors made within, real or fake."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.flops = 0
-        self.live: list[int] = [0]
-        self._now = 0
-        self._bytes: dict[int, int] = {}
+        self.live: list[int] = [0]  # bytes of storages, after each operation that made one
+        self._now, self._bytes = 0, dict[int, int]()
 
     def hold(self, tensors: Iterable[Tensor]) -> None:
-        """Count ``tensors`` that were made before."""
-        for tensor in tensors:
-            self._add(tensor)
-        self.live.append(self._now)
+        """Count ``tensors``, made before or just now, whose storages are not counted yet."""
+        fresh = {s._cdata: s for s in (t.untyped_storage() for t in tensors)}
+        fresh = {key: storage for key, storage in fresh.items() if key not in self._bytes}
+        for key, storage in fresh.items():
+            self._bytes[key] = storage.nbytes()
+            self._now += storage.nbytes()
+            weakref.finalize(storage, self._release, key).atexit = False
+        if fresh:
+            self.live.append(self._now)
 
     def ignore(self, tensors: Iterable[Tensor]) -> None:
         """Never count ``tensors`` nor views of them."""
         self._bytes |= {tensor.untyped_storage()._cdata: 0 for tensor in tensors}
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
         count = flop_registry.get(func._overloadpacket)
         if count is not None:
-            self.flops += int(count(*args, **(kwargs or {}), out_val=out))
-        made = [self._add(leaf) for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        if any(made):
-            self.live.append(self._now)
+            self.flops += int(count(*args, **kwargs, out_val=out))
+        self.hold(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
         return out
-
-    def _add(self, tensor: Tensor) -> bool:
-        """Count the storage of ``tensor``; whether it is a new one."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._bytes:
-            return False
-        self._bytes[key] = storage.nbytes()
-        self._now += storage.nbytes()
-        weakref.finalize(storage, self._release, key).atexit = False
-        return True
 
     def _release(self, key: int) -> None:
         self._now -= self._bytes.pop(key)
 
 
 class StepTrace(NamedTuple):
-    """What a traced step took.
+    """What a traced step took."""
 
-    Attributes:
-        flops: FLOPs of forward and backward, of the whole batch.
-        live: bytes alive at each moment, without parameters, buffers and the optimiser.
-        gradients: bytes of the parameters' gradients, which are alive at the end.
-        unused: names in the loss of the trained parameters that get no gradient.
-    """
-
-    flops: int
-    live: tuple[int, ...]
-    gradients: int
-    unused: tuple[str, ...]
+    flops: int  # of forward and backward, of the whole batch
+    live: tuple[int, ...]  # bytes at each moment, without parameters, buffers and the optimiser
+    gradients: int  # bytes of the parameters' gradients, which are alive at the end
+    unused: tuple[str, ...]  # names in the loss of the trained parameters that get no gradient
 
 
 def trace_step(loss: TrainingLoss, shapes: Shapes, accumulate: int = 1) -> StepTrace:
@@ -166,8 +124,7 @@ def trace_step(loss: TrainingLoss, shapes: Shapes, accumulate: int = 1) -> StepT
         recorder.hold(t for batch in batches.values() for t in batch.tensors)
         with recorder, torch.enable_grad():
             for _ in range(parts_run):
-                first = {n: slice(0, -(-len(b.x) // accumulate)) for n, b in batches.items()}
-                part = {name: batch.rows(first[name]) for name, batch in batches.items()}
+                part = {n: b.rows(slice(-(-len(b.x) // accumulate))) for n, b in batches.items()}
                 for group in [{n: b} for n, b in part.items()] if loss.separate else [part]:
                     fake(group).total.backward()
         trained = [(name, p) for name, p in fake.named_parameters() if p.requires_grad]
@@ -182,11 +139,8 @@ def network_flops(
     shape: tuple[int, int, int, int],
     of: Literal["forward", "score", "posteriors"] = "forward",
 ) -> int:
-    """FLOPs of a model on a batch of ``shape`` (B, C, H, W), two to a multiply-add.
-
-    Either of the forward pass, the score without a gradient of it, or the gradient of
-    log-posteriors, which an attack climbs.
-    """
+    """FLOPs of a model on a batch of ``shape`` (B, C, H, W), two to a multiply-add: of the forward
+    pass, the score alone, or the gradient of log-posteriors, which an attack climbs."""
     recorder = Recorder()
     with _fake(model) as fake, torch.no_grad():
         fake.eval()
@@ -206,10 +160,7 @@ def network_flops(
 
 @contextmanager
 def _fake(module: M) -> Iterator[M]:
-    """A copy of ``module`` without numbers, nothing of it allocated; within, new tensors are fake.
-
-    Without warnings, which are about the model: training itself says them.
-    """
+    """A copy of ``module`` without numbers; within, new tensors are fake, and nothing warns."""
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tensors = [*module.parameters(), *module.buffers()]
@@ -237,8 +188,7 @@ def step_flops(
 ) -> dict[str, int]:
     """FLOPs of forward and backward by objective; those of one stream, which share work, together.
 
-    Activation checkpointing counts as often as it computes. A Langevin step, and a step of an
-    attack, is a forward pass and one vjp to the image, about 2 forward passes. The last two
+    A step of a Langevin chain or an attack is a forward pass and one vjp to the image. The last two
     arguments are those of `Budget`.
 
     Returns:
@@ -263,38 +213,32 @@ def step_flops(
     return flops
 
 
-@dataclass(frozen=True)
-class Memory:
+class Memory(NamedTuple):
     """Bytes that a training step takes on its device.
 
-    Attributes:
-        parameters: parameters and buffers.
-        gradients: of the parameters.
-        optimizer: states of the optimiser, and averaged weights where there are any.
-        activations: at the peak, what is alive beyond the room that the gradients need in the end:
-            the batch, what is saved for the backward pass, intermediate results.
+    Activations are what is alive at the peak beyond the room that the gradients need in the end:
+    the batch, what is saved for the backward pass, intermediate results.
     """
 
-    parameters: int
+    parameters: int  # and buffers
     gradients: int
-    optimizer: int
+    optimizer: int  # its states, and averaged weights where there are any
     activations: int
 
     @property
     def total(self) -> int:
         """The sum: the peak of the step."""
-        return self.parameters + self.gradients + self.optimizer + self.activations
+        return sum(self)
 
 
 def step_memory(
     loss: TrainingLoss, shapes: Shapes, states: int | Fraction = ADAMW_STATES, accumulate: int = 1
 ) -> Memory:
-    """Memory of one eager training step, without running it.
+    """Memory of one eager training step, without running it; arguments are those of `Budget`.
 
     Exact for the tensors of the step. Not in it: what Muon's update holds for a moment, about six
     times the matrices, when the activations are gone; what the allocator wastes, the data set, and,
-    on CUDA, the context (about half a GB) and the batch that is drawn ahead. Arguments are those of
-    `Budget`.
+    on CUDA, the context (about half a GB) and the batch that is drawn ahead.
     """
     step = trace_step(loss, shapes, accumulate)
     weights = sum(t.nbytes for t in [*loss.parameters(), *loss.buffers()])
@@ -304,24 +248,16 @@ def step_memory(
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a training step costs one process.
+    """What a training step costs one process."""
 
-    Attributes:
-        parameters: how many numbers are trained.
-        flops: objectives that share a forward pass -> FLOPs of a step; the mean over the steps,
-            where sizes change along the run.
-        memory: bytes; of the largest step.
-        rate: FLOP/s of matrix products on the device, in the precision of the run.
-        steps: steps of the run.
-        stages: text about each stage of the run -> FLOPs of a step in it; empty for one alone.
-    """
-
-    parameters: int
+    parameters: int  # how many numbers are trained
     flops: dict[str, int]
-    memory: Memory
-    rate: float
-    steps: int
+    """Objectives that share a forward pass -> FLOPs of a step, the mean over the steps."""
+    memory: Memory  # of the largest step
+    rate: float  # FLOP/s of matrix products on the device, in the precision of the run
+    steps: int  # of the run
     stages: Mapping[str, int] = field(default_factory=dict)
+    """Text about each stage of the run -> FLOPs of a step in it; empty for one alone."""
 
     @property
     def step_flops(self) -> int:
@@ -344,16 +280,14 @@ class StepCost:
 
     def rows(self) -> list[tuple[str, str]]:
         """The cost as names and values to print."""
-        parts = asdict(self.memory).items()
+        parts = self.memory._asdict().items()
         memory = ", ".join(f"{name} {format_bytes(count)}" for name, count in parts)
         memory = memory.replace("optimizer", "optimiser")
+        terms = {n if n.endswith("steps") else f"{n} step": c for n, c in self.flops.items()}
         return [
             ("parameters", f"{self.parameters:,}"),
             *((text, with_prefix(count) + "FLOP a step") for text, count in self.stages.items()),
-            *(
-                (name if name.endswith("steps") else f"{name} step", with_prefix(n) + "FLOP")
-                for name, n in self.flops.items()
-            ),
+            *((text, with_prefix(count) + "FLOP") for text, count in terms.items()),
             (f"all {self.steps:,} steps", with_prefix(self.run_flops) + "FLOP"),
             ("memory", f"{format_bytes(self.memory.total)} ({memory})"),
             ("matrix rate", with_prefix(self.rate) + "FLOP/s"),
@@ -363,25 +297,16 @@ class StepCost:
 
 @dataclass(frozen=True)
 class Budget:
-    """The steps of a run, to be counted before they are taken.
+    """The steps of a run, to be counted before they are taken."""
 
-    Args:
-        loss: model and objectives, on the device and in the precision to train in.
-        plan: the stages of the run, and the images that this process takes in a step of them.
-        states: numbers that the optimiser keeps of each parameter.
-        accumulate: parts that each batch is split into.
-        processes: how many share each batch.
-        gradients: how often a step takes the gradient; 2 for sharpness-aware minimisation.
-        update_flops: FLOPs of the optimiser's matrix products.
-    """
-
-    loss: TrainingLoss
-    plan: Plan
-    states: int | Fraction = ADAMW_STATES
-    accumulate: int = 1
-    processes: int = 1
-    gradients: int = 1
-    update_flops: int = 0
+    loss: TrainingLoss  # model and objectives, on the device and in the precision to train in
+    plan: Sequence[tuple[Stage, Shapes]]
+    """The stages of the run, and the images that this process takes in a step of them."""
+    states: int | Fraction = ADAMW_STATES  # numbers that the optimiser keeps of each parameter
+    accumulate: int = 1  # parts that each batch is split into
+    processes: int = 1  # how many share each batch
+    gradients: int = 1  # how often a step takes the gradient; 2 for sharpness-aware minimisation
+    update_flops: int = 0  # FLOPs of the optimiser's matrix products
     _memories: dict[object, Memory] = field(default_factory=dict, init=False)
 
     @property
@@ -399,68 +324,65 @@ class Budget:
     def cost(self, steps: int, first: int = 0) -> StepCost:
         """What steps ``first`` .. ``steps`` - 1 cost: counted, but for the device's matrix rate."""
         loss = self.loss
-        cut = [
-            (stage._replace(start=max(first, stage.start), stop=min(steps, stage.stop)), shapes)
-            for stage, shapes in self.plan
-        ]
-        plan = [(stage, shapes) for stage, shapes in cut if stage.start < stage.stop]
-        counts = [step_flops(loss, own, self.gradients, self.update_flops) for _, own in plan]
-        lengths = [stage.stop - stage.start for stage, _ in plan]
+        lengths: list[int] = []
+        counts: list[dict[str, int]] = []
+        memories: list[Memory] = []
+        stages: dict[str, int] = {}
+        for stage, shapes in self.plan:
+            start, stop = max(first, stage.start), min(steps, stage.stop)
+            if start >= stop:
+                continue
+            lengths.append(stop - start)
+            counts.append(step_flops(loss, shapes, self.gradients, self.update_flops))
+            memories.append(self.memory(shapes))
+            sizes = [
+                f"{name} {b}x{h}x{w}" for name in loss.streams for b, _, h, w in [shapes[name]]
+            ]
+            text = f"steps {start + 1:,} to {stop:,}: {', '.join(sizes)}"
+            stages[text] = sum(counts[-1].values())
         total = sum(lengths)
         mean = {
             name: round(sum(n * own[name] for n, own in zip(lengths, counts, strict=True)) / total)
             for name in counts[0]
         }
-        texts = [_stage_text(loss, stage, shapes) for stage, shapes in plan]
-        totals = [sum(own.values()) for own in counts]
         return StepCost(
             sum(p.numel() for p in loss.parameters() if p.requires_grad),
             mean,
-            max((self.memory(shapes) for _, shapes in plan), key=lambda memory: memory.total),
+            max(memories, key=lambda memory: memory.total),
             matrix_rate(self.device, loss.precision),
             total,
-            dict(zip(texts, totals, strict=True)) if len(plan) > 1 else {},
+            stages if len(stages) > 1 else {},
         )
 
     def check(self, free: int | None = None) -> Memory:
-        """The memory that the largest step takes. Ask before the first step.
-
-        Args:
-            free: bytes that may be taken beyond the parameters; by default `available_memory`.
+        """The memory that the largest step takes, to be asked before the first step.
 
         Raises:
-            UserError: if the device has less free; the message says how large a batch would fit.
+            UserError: if that is more than ``free`` bytes (by default `available_memory`) beyond
+                the parameters; the message says how large a batch would fit.
         """
         if free is None:
             free = available_memory(self.device)
             if free is not None and self.device.type == "cpu":  # shared by this machine's processes
                 free //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        needs = []
         for stage, shapes in self.plan:
-            needs.append(memory := self.memory(shapes))
+            memory = self.memory(shapes)
             if free is not None and memory.total - memory.parameters > free:
                 raise self.too_large(shapes, free + memory.parameters, stage.fields)
-        return max(needs, key=lambda memory: memory.total)
+        return max((self.memory(shapes) for _, shapes in self.plan), key=lambda own: own.total)
 
     def largest_batch(self, shapes: Shapes, limit: int) -> dict[str, int] | None:
-        """The largest batch of each stream, in the proportions of ``shapes``, that fits.
+        """Stream -> the largest batch, in the proportions of ``shapes``, that fits in ``limit``
+        bytes, parameters and optimiser included: a multiple of ``accumulate``. None if not even one
+        image of each fits in each part."""
 
-        Args:
-            shapes: images of each stream, for this process.
-            limit: bytes for the whole step, parameters and optimiser included.
+        def live(factor: int) -> tuple[int, ...]:
+            larger = {name: (factor * b, *rest) for name, (b, *rest) in shapes.items()}
+            return trace_step(self.loss, cast("Shapes", larger), self.accumulate).live
 
-        Returns:
-            Stream -> number of images, a multiple of ``accumulate``; None if not even one image of
-            each fits in each part.
-        """
         memory = self.memory(shapes)
         left = limit - memory.parameters - memory.optimizer
-        two, four = (
-            trace_step(
-                self.loss, {n: (k * s[0], *s[1:]) for n, s in shapes.items()}, self.accumulate
-            ).live
-            for k in (2, 4)  # not 1: a batch of one image may be laid out differently
-        )
+        two, four = live(2), live(4)  # not 1: a batch of one image may be laid out differently
         scale = math.inf  # in batches of `shapes`
         for at_two, at_four in zip(two, four, strict=True):
             slope = (at_four - at_two) / 2
@@ -468,11 +390,8 @@ class Budget:
                 scale = min(scale, 2 + (left - at_two) / slope)
             elif at_two > left:
                 return None
-        parts = self.accumulate
-        sizes = {
-            name: parts * math.floor(scale * shapes[name][0] / parts + 1e-9)
-            for name in self.loss.streams
-        }
+        parts, streams = self.accumulate, self.loss.streams
+        sizes = {n: parts * math.floor(scale * shapes[n][0] / parts + 1e-9) for n in streams}
         return sizes if all(size > 0 for size in sizes.values()) else None
 
     def too_large(
@@ -489,42 +408,29 @@ class Budget:
         )
         sizes = self.largest_batch(shapes, limit)
         if sizes is None:
-            return UserError(
-                f"{problem}not even one image of each stream fits; set a smaller "
-                "model.backbone.width"
-            )
+            problem += "not even one image of each stream fits; set a smaller model.backbone.width"
+            return UserError(problem)
         largest = " and ".join(
             f"{fields[name]}.batch_size={size * self.processes}" for name, size in sizes.items()
         )
         common = math.gcd(*(shapes[name][0] for name in self.loss.streams))
-        fitting = (
-            parts
-            for parts in range(self.accumulate + 1, common + 1)
-            if common % parts == 0
-            and step_memory(self.loss, shapes, self.states, parts).total <= limit
-        )
-        parts = next(fitting, None)
-        split = f", or compute.accumulate={parts} to keep the batch" if parts else ""
-        return UserError(f"{problem}set {largest} at most{split}")
+        for parts in (n for n in range(self.accumulate + 1, common + 1) if common % n == 0):
+            if step_memory(self.loss, shapes, self.states, parts).total <= limit:
+                largest += f" at most, or compute.accumulate={parts} to keep the batch"
+                return UserError(f"{problem}set {largest}")
+        return UserError(f"{problem}set {largest} at most")
 
     def out_of_memory(self, held: int, step: int = 0) -> UserError:
         """The error for a step that ran out of memory; it says how large a batch would fit.
 
-        To be asked when nothing of ``step`` is referred to any more, its exception included;
-        ``held`` are the bytes of parameters and optimiser states, which are there already.
+        Nothing of ``step`` may be referred to any more, its exception included; ``held`` are the
+        bytes of parameters and optimiser states, which are there already.
         """
         stage, shapes = next(own for own in reversed(self.plan) if own[0].start <= step)
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return self.too_large(shapes, (available_memory(self.device) or 0) + held, stage.fields)
-
-
-def _stage_text(loss: TrainingLoss, stage: Stage, shapes: Shapes) -> str:
-    """As "steps 1 to 100: classify 512x224x224, denoise 64x128x128"."""
-    own = {name: shapes[name] for name in loss.streams}
-    sizes = [f"{name} {count}x{height}x{width}" for name, (count, _, height, width) in own.items()]
-    return f"steps {stage.start + 1:,} to {stage.stop:,}: {', '.join(sizes)}"
 
 
 class Stretch(NamedTuple):
@@ -541,17 +447,12 @@ class Stretch(NamedTuple):
 
 
 class Stopwatch:
-    """Times stretches of steps, and how much of them went into waiting for data.
-
-    Attributes:
-        stretches: those that were timed.
-        lengths: stage of the run -> number of its steps, to weigh the stages by; None: by the
-            steps that were timed.
-    """
+    """Times stretches of steps, and how much of them went into waiting for data."""
 
     def __init__(self) -> None:
         self.stretches: list[Stretch] = []
         self.lengths: Mapping[int, int] | None = None
+        """Stage of the run -> number of its steps, to weigh it by; None: by the steps timed."""
         self.restart()
 
     def restart(self) -> None:
@@ -599,28 +500,17 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class RunStats:
-    """What a run took; written to ``RUN/cost.json``.
+    """What a run took; written to ``RUN/cost.json``."""
 
-    Attributes:
-        steps: steps done now (a resumed run counts its own).
-        step_seconds: median seconds of a step, averaged over stages of the run.
-        images_per_s: images of all streams and processes.
-        data_share: share of the time that the host waited for data.
-        peak_memory: bytes; on CUDA of tensors on the device, on a CPU of the whole process.
-        flops: objectives that share a forward pass -> FLOPs of a step of one process, on average.
-        matrix_rate: FLOP/s of matrix products, measured on this device in this precision.
-        share: share of that rate that the steps reached, their MFU.
-        precision, compiled, processes, device: how it was computed.
-    """
-
-    steps: int
-    step_seconds: float
-    images_per_s: float
-    data_share: float
-    peak_memory: int
+    steps: int  # done now (a resumed run counts its own)
+    step_seconds: float  # median, averaged over stages of the run
+    images_per_s: float  # of all streams and processes
+    data_share: float  # share of the time that the host waited for data
+    peak_memory: int  # bytes; on CUDA of tensors on the device, on a CPU of the whole process
     flops: dict[str, int]
-    matrix_rate: float
-    share: float
+    """Objectives that share a forward pass -> FLOPs of a step of one process, on average."""
+    matrix_rate: float  # FLOP/s of matrix products, measured on this device in this precision
+    share: float  # share of that rate that the steps reached, their MFU
     precision: str
     compiled: bool
     processes: int
@@ -628,13 +518,12 @@ class RunStats:
 
     def sentence(self) -> str:
         """One line for the end of a run."""
+        step, rate = with_prefix(sum(self.flops.values())), with_prefix(self.matrix_rate)
         return (
             f"{format_seconds(self.step_seconds)} a step ({self.data_share:.1%} of it for data), "
-            f"{self.images_per_s:,.0f} images/s, "
-            f"peak memory {format_bytes(self.peak_memory)}, "
-            f"{with_prefix(sum(self.flops.values()))}FLOP a step: {self.share:.0%} of the matrix "
-            f"rate of {self.processes} x {self.device} ({with_prefix(self.matrix_rate)}FLOP/s "
-            f"in {self.precision})"
+            f"{self.images_per_s:,.0f} images/s, peak memory {format_bytes(self.peak_memory)}, "
+            f"{step}FLOP a step: {self.share:.0%} of the matrix rate of {self.processes} x "
+            f"{self.device} ({rate}FLOP/s in {self.precision})"
         )
 
 

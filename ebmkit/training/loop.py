@@ -1,13 +1,9 @@
-r"""The training loop.
+"""The training loop.
 
-One step draws a batch from each stream, takes the gradient of the sum of the objectives
-(`ebmkit.objectives.TrainingLoss`) and moves the parameters by AdamW with the rate
-
-.. math:: \eta_t = \tfrac12 \eta\,(1 + \cos(\pi t / T)) .
-
-Everything drawn is a function of (seed, stream, step), and dropout also of the process, so a run
-resumed from a checkpoint does the same arithmetic as one that was never stopped: on a CPU the
-bits are equal.
+Each step draws a batch from each stream, takes the gradient of the sum of the objectives
+(`ebmkit.objectives.TrainingLoss`) and moves the parameters (`ebmkit.training.optim`). Everything
+drawn is a function of (seed, stream, step), and dropout also of the process, so a run resumed from
+a checkpoint does the same arithmetic as one that was never stopped: on a CPU the bits are equal.
 """
 
 from __future__ import annotations
@@ -19,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -41,6 +37,7 @@ from ebmkit.randomness import keyed_seed
 from ebmkit.training import nonfinite
 from ebmkit.training.config import TrainConfig
 from ebmkit.training.cost import Budget, RunStats, Stopwatch
+from ebmkit.training.metrics import Validation
 from ebmkit.training.optim import (
     SAM,
     exponential_average,
@@ -64,29 +61,24 @@ from ebmkit.training.setup import (
 )
 from ebmkit.training.state import SkippedSamples, TrainingState
 from ebmkit.training.step import OutOfMemory, StepStats, TrainingStep, translate_out_of_memory
-from ebmkit.training.validation import Validation
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(Exception):
-    """Training was stopped by a signal, after its state was saved.
-
-    Attributes:
-        step: where.
-        signal: by which; None: another process was asked to.
-    """
+    """Training was stopped after ``step``, and its state saved, by a ``signal`` (None: another
+    process was asked to stop)."""
 
     def __init__(self, step: int, signum: int | None = None) -> None:
         super().__init__(f"interrupted after step {step}")
         self.step, self.signal = step, signum
 
 
+@dataclass
 class Stop:
     """Whether the process was asked to stop, and by which signal; call it to know."""
 
-    def __init__(self) -> None:
-        self.signal: int | None = None
+    signal: int | None = None
 
     def __call__(self) -> bool:
         return self.signal is not None
@@ -168,39 +160,36 @@ class Trainer:
             self.train = self.train.to(device)  # once, for all streams
         if isinstance(self.validation, ImageSet):
             self.validation = self.validation.to(device)
+        settings = {name: config.stream(name) for name in self.loss.streams}
+        reading = {"workers": config.dataset.workers, "parts": config.compute.accumulate}
+        reading |= {"rank": world.rank, "world_size": world.size, "steps": config.steps}
         self.streams = {
-            name: Stream(
-                self.train,
-                config.stream(name),
-                name,
-                config.seed,
-                device,
-                workers=config.dataset.workers,
-                rank=world.rank,
-                world_size=world.size,
-                parts=config.compute.accumulate,
-                steps=config.steps,
-            )
-            for name in self.loss.streams
+            name: Stream(self.train, own, name, config.seed, device, **reading)
+            for name, own in settings.items()
         }
-        self.stages = stages({n: config.stream(n) for n in self.streams}, config.steps)
-        average, decay = None, config.optimizer.ema
-        if decay is not None:
-            average = exponential_average(model, decay, config.optimizer.ema_warmup)
+        self.stages, rho = stages(settings, config.steps), config.optimizer.sharpness
         self.update = TrainingStep(
             self.loss,
             make_optimizer(model, config.optimizer),
             config.compute,
             config.optimizer.clip_norm,
-            average,
+            exponential_average(model, config.optimizer.ema, config.optimizer.ema_warmup),
             world,
-            sam=SAM.of(config.optimizer),
+            sam=None if rho is None else SAM(rho, config.optimizer.sharpness_adaptive),
         )
         if self.update.compiled:
             check_compiled(self.stages)
         self.state = TrainingState(self.update, SkippedSamples(self.train, self.streams, world))
         self.first_step, self.stopwatch = 0, Stopwatch()
-        self.budget = self._count()
+        self.budget = Budget(
+            self.loss,
+            [(stage, shapes(stage, self.train, world.size)) for stage in self.stages],
+            states_of(model, config.optimizer),
+            config.compute.accumulate,
+            world.size,
+            1 if rho is None else 2,
+            optimizer_flops(model, config.optimizer),
+        )
         self.card = make_card(self.loss, config, self.train)
         model.card = self.trained.card = self.card
         self._drawn: dict[str, Batch] = {}
@@ -210,7 +199,7 @@ class Trainer:
             world=world,
             parts=config.compute.accumulate,
             images=self.train,
-            streams={name: config.stream(name) for name in self.loss.streams},
+            streams=settings,
         )
         chains = {n: p for n, p in self.preparations.items() if isinstance(p, Negatives)}
         if len(chains) > 1:
@@ -224,8 +213,7 @@ class Trainer:
         self.validator: Validation | None = None
         measured = make_loss(self.trained, config, training=False).to(device)
         if self.validation is not None and len(self.validation) and measured.terms:
-            laws = {name: config.stream(name) for name in measured.streams}
-            classifies = self.card.classifies
+            laws, classifies = {n: config.stream(n) for n in measured.streams}, self.card.classifies
             self.validator = Validation(measured, self.validation, laws, classifies, device, world)
 
     @property
@@ -291,11 +279,8 @@ class Trainer:
         return self.trained.eval()
 
     def try_steps(self, count: int) -> None:
-        """Take ``count`` steps of each stage for the time they take, up to its length.
-
-        The trainer is of no use afterwards, but for its stopwatch, which then tells of the whole
-        run.
-        """
+        """Take ``count`` steps of each stage for the time they take, up to its length; afterwards
+        only the stopwatch is of use, which then tells of the whole run."""
         self.model.train()
         for number, stage in enumerate(self.stages):
             self.state.step = stage.start
@@ -306,8 +291,7 @@ class Trainer:
                     self._advance(batches, False)
                     self._read()
                     self.stopwatch.stop(number)
-        lengths = {n: stage.stop - stage.start for n, stage in enumerate(self.stages)}
-        self.stopwatch.lengths = lengths
+        self.stopwatch.lengths = {n: s.stop - s.start for n, s in enumerate(self.stages)}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to resume exactly but the replay buffer: tensors and plain values."""
@@ -335,8 +319,7 @@ class Trainer:
     def save(self, rolled_back: tuple[int, dict[str, Any]] | None = None) -> None:
         """Write the checkpoint, the model and the best weights so far, all or nothing.
 
-        Args:
-            rolled_back: as of `RunFolder.save_checkpoint`.
+        ``rolled_back`` is that of `RunFolder.save_checkpoint`.
 
         Raises:
             UserError: if they cannot be written; the earlier ones are whole.
@@ -373,11 +356,10 @@ class Trainer:
         peak = peak_memory(self.device)  # before the counting, which takes some too
         first, last, seconds = self.first_step, self.step, self.stopwatch.seconds
         cost = self.budget.cost(last, first)
-        images = images_between(self.stages, first, last) / (last - first)
         return RunStats(
             steps=sum(stretch.steps for stretch in self.stopwatch.stretches),
             step_seconds=seconds,
-            images_per_s=images / seconds,
+            images_per_s=images_between(self.stages, first, last) / (last - first) / seconds,
             data_share=self.stopwatch.data_share,
             peak_memory=peak,
             flops=cost.flops,
@@ -394,6 +376,7 @@ class Trainer:
 
         The parameters are those before it, and ``stats`` are its own.
         """
+        update = self.update
 
         def find() -> dict[str, Any]:
             drawn = self._drawn  # of chains that have moved on
@@ -401,36 +384,16 @@ class Trainer:
                 drawn = next(self.batches(step - 1, step))
                 drawn = self.loss.prepared(self.preparations, drawn, step - 1)
             gradients = None
-            if self.step == step and self.update.clip_norm is None:  # nothing touched them since
+            if self.step == step and update.clip_norm is None:  # nothing touched them since
                 named = self.model.named_parameters()
                 gradients = {name: p.grad for name, p in named if p.grad is not None} or None
             self._seed_layers(step - 1)
             parts = self.config.compute.accumulate
-            return nonfinite.diagnose(self.loss, drawn, parts, gradients, self.update.sam)
+            return nonfinite.diagnose(self.loss, drawn, parts, gradients, update.sam)
 
-        return nonfinite.report(
-            find,
-            step,
-            stats,
-            self.streams,
-            self.world,
-            lr=self.rate_at(step - 1),
-            precision=self.update.precision,
-            compiled=self.update.compiled,
-        )
-
-    def _count(self) -> Budget:
-        """The steps of the run, to be counted."""
-        config = self.config
-        return Budget(
-            self.loss,
-            [(stage, shapes(stage, self.train, self.world.size)) for stage in self.stages],
-            states_of(self.model, config.optimizer),
-            config.compute.accumulate,
-            self.world.size,
-            1 if config.optimizer.sharpness is None else 2,
-            optimizer_flops(self.model, config.optimizer),
-        )
+        how = {"precision": update.precision, "compiled": update.compiled}
+        lr = self.rate_at(step - 1)
+        return nonfinite.report(find, step, stats, self.streams, self.world, lr=lr, **how)
 
     def _seed_layers(self, step: int) -> None:
         """Make what layers draw by themselves, as dropout does, a function of the step."""
@@ -445,7 +408,6 @@ class Trainer:
         self.stopwatch.step(time.perf_counter() - begun)
         if self.rollback is not None and not self.rollback.monitor.snapshots:
             self.rollback.snapshot()
-        fits = True
         try:
             with translate_out_of_memory():
                 drawn = self.loss.prepared(self.preparations, drawn, self.step)
@@ -453,12 +415,10 @@ class Trainer:
                     self._drawn = drawn
             self.update(drawn, rate, stop)
         except OutOfMemory:
-            fits = False
-        if not fits:  # out of the handler, which would keep what the step held
-            self._explain_memory()
-        self.state.step += 1
-
-    def _explain_memory(self) -> NoReturn:
+            pass  # explained out of the handler, which would keep what the step held
+        else:
+            self.state.step += 1
+            return
         optimizer = self.update.optimizer
         optimizer.zero_grad(set_to_none=True)
         states = [v for own in optimizer.state.values() for v in own.values()]
@@ -466,11 +426,8 @@ class Trainer:
         raise self.budget.out_of_memory(sum(t.nbytes for t in held), self.step)
 
     def _read(self) -> StepStats:
-        """What the last step did.
-
-        Raises:
-            UserError: if it, or one before, was NaN or Inf; the state before it is saved.
-        """
+        """What the last step did; a `UserError`, and the state before it is saved, if it, or one
+        before, was NaN or Inf."""
         stats = self.update.read()
         if not stats.failed:
             self.card.steps = self.step
@@ -491,11 +448,8 @@ class Trainer:
         raise UserError(sentence + where, [*nonfinite.describe(found), nonfinite.advice(found)])
 
     def _rolled_back(self, rollback: Rollback) -> bool:
-        """Whether the run diverged by the last step and went back; both is saved and reported.
-
-        Raises:
-            UserError: if it diverged too often; the message tells the history.
-        """
+        """Whether the run diverged by the last step and went back; both is saved and reported. A
+        `UserError` with the history if it did too often."""
         stats = self.update.read()
         reason = rollback.check(stats)
         if reason is None:
@@ -556,10 +510,7 @@ def assemble(
     """Everything built: load the data, build the model, and resume from the run's checkpoint.
 
     Args are those of `Trainer`, and ``progress``: whether to show bars while data is downloaded or
-    read.
-
-    Raises:
-        UserError: as the parts do.
+    read. Raises a `UserError` as the parts do.
     """
     world = world or DistributedContext()
     if not world.first:
@@ -574,16 +525,8 @@ def assemble(
     validation = None
     if config.validation_images:
         validation = images_of(config.dataset, "validation").first(config.validation_images)
-    trainer = Trainer(
-        build_model(config, train),
-        config,
-        train,
-        validation,
-        run,
-        model_config(config, train),
-        reporter,
-        world,
-    )
+    model, built_from = build_model(config, train), model_config(config, train)
+    trainer = Trainer(model, config, train, validation, run, built_from, reporter, world)
     if trainer.device.type == "cpu":  # where running out of memory ends the process unasked
         trainer.budget.check()
     with run.held() if run is not None else nullcontext():

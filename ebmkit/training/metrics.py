@@ -1,7 +1,9 @@
-"""``metrics.jsonl``, one JSON object per line, which only grows, and its plot: learning curves.
+"""What is measured along a run: validation, ``metrics.jsonl``, and learning curves.
 
-A process that is killed may leave a last line cut short. A resumed run cuts the file after the last
-row that its checkpoint knows, to the byte, and writes the later ones again.
+Held-out images have the same noise every time; objectives that train under attack are measured so,
+too, from the same starts. ``metrics.jsonl`` has one JSON object per line and only grows. A process
+that is killed may leave a last line cut short: a resumed run cuts the file after the last row that
+its checkpoint knows, to the byte, and writes the later ones again.
 """
 
 from __future__ import annotations
@@ -12,12 +14,20 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from ebmkit.data import AnyImages, Batch, Stream, StreamConfig
+from ebmkit.data.schedule import Stage
+from ebmkit.distributed import DistributedContext
+from ebmkit.energy import EnergyModel
+from ebmkit.metrics import predict, psnr
+from ebmkit.objectives import TrainingLoss
 from ebmkit.storage.atomic import writing
 from ebmkit.storage.manifest import Entry
 from ebmkit.storage.reading import MIB, read_bytes
@@ -28,16 +38,100 @@ if TYPE_CHECKING:
 LARGEST = 1024 * MIB
 """Bytes: some 5 million rows."""
 
+BATCH, SIGMA = 100, 25 / 255
+"""Images measured at once, and the noise level of ``psnr_25``."""
+
 LINEAR = ("accuracy", "psnr", "lr")
 """Beginnings of the names of measures that are never drawn on a logarithmic scale."""
 
+TITLES = {
+    "accuracy": "accuracy (%)",
+    "accuracy_attacked": "accuracy under the attack of training (%)",
+    "ce": "loss ce (nats)",
+    "lr": "learning rate",
+    "grad_norm": "norm of the gradient",
+}
+
+
+@dataclass
+class Validation:
+    """Measures the model of a loss on held-out images, in equal batches that processes share out.
+
+    Images are whole, but for streams whose crops change along the run: those see the middle, of the
+    size that is trained at the time. All processes get the same means.
+    """
+
+    loss: TrainingLoss  # of the model to measure, without objectives that need negatives
+    images: AnyImages  # held out
+    noise: dict[str, StreamConfig]
+    """Stream -> its configuration in training; the noise law is kept, not the augmentation."""
+    classifies: bool  # whether accuracy means anything
+    device: torch.device
+    world: DistributedContext
+
+    def __post_init__(self) -> None:
+        matching = [term.name for term in self.loss.terms if term.objective.needs_score]
+        self.denoise_stream = self.loss.stream_of[matching[0]] if matching else None
+        self.steps = math.ceil(len(self.images) / BATCH)
+        size = math.ceil(len(self.images) / self.steps)
+        self.streams = {}
+        for name, training in self.noise.items():
+            config = StreamConfig(batch_size=size, noise=training.noise)
+            self.streams[name] = Stream(self.images, config, f"validation-{name}", 0, self.device)
+
+    @torch.no_grad()
+    def __call__(self, stage: Stage | None = None) -> dict[str, float]:
+        """Means over the images: each term by name, and where they apply ``accuracy``,
+        ``accuracy_attacked`` (under the attack of training) and ``psnr_25``.
+
+        The model must be in evaluation mode. Without a ``stage`` of the run images are whole.
+        """
+        crops = {n: s.crop_size for n, s in stage.spans.items()} if stage else {}
+        crops = {n: side for n, side in crops.items() if n in self.noise and self.noise[n].phases}
+        totals: dict[str, float] = {}
+        preparations = self.loss.preparations(validating=True)
+        for step in range(self.world.rank, self.steps, self.world.size):
+            batches = {n: next(s.batches(step, step + 1)) for n, s in self.streams.items()}
+            batches = {n: _middle(batch, crops.get(n)) for n, batch in batches.items()}
+            batches = self.loss.prepared(preparations, batches, step)
+            for name, value in self._measure(batches).items():
+                totals[name] = totals.get(name, 0.0) + value / self.steps
+        everyone = self.world.gather(totals)
+        names = next(own for own in everyone if own)
+        return {name: sum(own.get(name, 0.0) for own in everyone) for name in names}
+
+    def _measure(self, batches: dict[str, Batch]) -> dict[str, float]:
+        model = self.loss.model
+        row = {name: float(mean) for name, mean in self.loss(batches).parts.items()}
+        if self.classifies:
+            batch = next(iter(batches.values()))
+            assert batch.labels is not None
+            assert isinstance(model, EnergyModel)
+            right = predict(model.logits(batch.x)).eq(batch.labels)
+            row["accuracy"] = float(right.float().mean())
+            for own in batches.values():
+                for column in (c for name, c in own.extra.items() if name.endswith(".attacked")):
+                    assert own.labels is not None
+                    label = predict(model.logits(column, own.sigma))
+                    row.setdefault("accuracy_attacked", float(label.eq(own.labels).float().mean()))
+        if self.denoise_stream is not None:
+            batch = batches[self.denoise_stream]
+            clean = model.denoise(batch.x + SIGMA * batch.eps, SIGMA)
+            row["psnr_25"] = float(psnr(clean.clamp(0, 1), batch.x).mean())
+        return row
+
+
+def _middle(batch: Batch, side: int | None) -> Batch:
+    """The same batch with its images cut to a square of ``side``."""
+    if side is None:
+        return batch
+    top, left = ((n - side) // 2 for n in batch.x.shape[-2:])
+    cut = ..., slice(top, top + side), slice(left, left + side)
+    return batch._replace(x=batch.x[cut], y=batch.y[cut], eps=batch.eps[cut])
+
 
 class MetricsLog:
-    """The file at ``path``, appended to.
-
-    Args:
-        path: of the file, which need not exist.
-    """
+    """The file at ``path``, which need not exist; appended to."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -45,11 +139,7 @@ class MetricsLog:
         self._known = False
 
     def append(self, row: dict[str, Any]) -> None:
-        """Write ``row`` at the end.
-
-        Raises:
-            UserError: if it cannot be written.
-        """
+        """Write ``row`` at the end, or raise a `UserError`."""
         self._look()
         line = as_lines([row])
         with writing(self.path), self.path.open("ab") as file:
@@ -63,9 +153,7 @@ class MetricsLog:
         Raises:
             UserError: if it is something else than a file, or larger than any run makes it.
         """
-        if not os.path.lexists(self.path):
-            return b""
-        return read_bytes(self.path, LARGEST)
+        return read_bytes(self.path, LARGEST) if os.path.lexists(self.path) else b""
 
     def rows(self) -> list[dict[str, Any]]:
         """Its rows, up to the first that is not whole."""
@@ -77,25 +165,13 @@ class MetricsLog:
         rows = itertools.takewhile(lambda own: own[0]["step"] <= step, whole_rows(content))
         return content[: max((end for _, end in rows), default=0)]
 
-    def after(self, step: int) -> list[dict[str, Any]]:
-        """The rows after ``step``."""
-        return [row for row in self.rows() if row["step"] > step]
-
     def entry(self) -> Entry:
-        """What is written so far, brought to the disk.
-
-        Raises:
-            UserError: if the disk fails.
-        """
+        """What is written so far, brought to the disk."""
         self._look()
         if self._size:
             with writing(self.path), self.path.open("rb") as file:
                 os.fsync(file.fileno())
         return Entry(self._size, self._hash.hexdigest(), grows=True)
-
-    def look_again(self) -> None:
-        """The file was changed from outside."""
-        self._known = False
 
     def _look(self) -> None:
         if not self._known:
@@ -169,16 +245,8 @@ def _curve(axes: Axes, metrics: Sequence[dict[str, Any]], name: str) -> None:
             axes.plot(step, _smooth(value), color=colour, lw=1.4, label="training, smoothed")
     if values and max(values) > 8 * min(values) > 0 and not name.startswith(LINEAR):
         axes.set_yscale("log")
-    titles = {
-        "accuracy": "accuracy (%)",
-        "accuracy_attacked": "accuracy under the attack of training (%)",
-        "ce": "loss ce (nats)",
-        "lr": "learning rate",
-        "grad_norm": "norm of the gradient",
-    }
-    title = titles.get(name, f"loss {name}")
-    if name.startswith("psnr"):
-        title = f"PSNR at sigma {name[5:]}/255 (dB)"
+    psnr_title = f"PSNR at sigma {name[5:]}/255 (dB)"
+    title = psnr_title if name.startswith("psnr") else TITLES.get(name, f"loss {name}")
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("step")
     axes.legend(frameon=False, fontsize=7.5)

@@ -1,13 +1,10 @@
 """NaN and Inf: what is found of a step whose loss or gradient is not finite, and its report.
 
-The optimiser skips such a step, and whatever else it moved is put back, so the run is still what it
-was before it. Everything drawn is a function of (seed, stream, step): so the step can be taken
-again, piece by piece, also where the host hears of it later. That is done eagerly, so that hooks
-can follow: the whole step, with the outputs of each layer in the order of the forward pass and the
-gradient of each parameter; then each image by itself, forward and backward, in evaluation mode,
-where a BatchNorm lets no image see another and nothing is dropped. Whatever moves meanwhile is put
-back. What is found is written to ``RUN/nonfinite-STEP.json``; the state before the step becomes a
-checkpoint.
+The optimiser skips such a step, and everything drawn is a function of (seed, stream, step): so the
+step can be taken again, eagerly and piece by piece. First the whole step, with the outputs of each
+layer and the gradient of each parameter; then each image by itself, in evaluation mode, where a
+BatchNorm lets no image see another and nothing is dropped. Whatever moves meanwhile is put back.
+What is found is written to ``RUN/nonfinite-STEP.json``.
 """
 
 from __future__ import annotations
@@ -22,30 +19,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from ebmkit.data import Batch, Stream
 from ebmkit.data.imagesets import origin
 from ebmkit.distributed import DistributedContext
-from ebmkit.errors import UserError, shown
+from ebmkit.errors import UserError, first_line, shown
 from ebmkit.objectives import TrainingLoss
 from ebmkit.storage import write_atomically
 from ebmkit.storage.atomic import free_name
 from ebmkit.training.optim import SAM
 from ebmkit.training.step import StepStats, split_batches
 
-LARGEST = 20
-"""Gradients that are reported, the largest first."""
+LARGEST, LARGEST_PARAMETERS, LARGEST_IMAGES = 20, 5, 5
+"""How many gradients, parameters and images a report has, the largest first."""
 
-LARGEST_PARAMETERS = LARGEST_IMAGES = 5
+SHOWN, SHOWN_LARGEST = 5, 3
+"""Images and parameters at fault, and the largest ones, in the message."""
 
 SECONDS = 60.0
 """Time to look at the images of a stream one by one."""
-
-SHOWN = 5
-"""Images and parameters in the message."""
-
-SHOWN_LARGEST = 3
-"""Largest gradients and parameters in the message."""
 
 MOST_REPORTS = 20
 """Reports that a run keeps."""
@@ -60,9 +53,7 @@ def diagnose(
     gradients: Mapping[str, Tensor] | None = None,
     sam: SAM | None = None,
 ) -> dict[str, Any]:
-    """Look at a step piece by piece; nothing is changed but the parameters' ``grad``.
-
-    No other process hears of it.
+    """Look at a step piece by piece, alone; nothing is changed but the parameters' ``grad``.
 
     Args:
         loss: model and objectives.
@@ -122,18 +113,13 @@ def _taken_again(
     totals: dict[str, Tensor] = {}
     finite = True
     for part in split_batches(dict(batches), parts, True):
-        total, values = _losses(loss, part)
-        finite = finite and all(map(math.isfinite, values.values()))
-        for name, own in _gradient(total, named).items():
+        losses = loss.forward(part)  # not called, which may be compiled
+        finite = finite and all(math.isfinite(mean) for mean in losses.parts.values())
+        for name, own in _gradient(losses.total, named).items():
             totals[name] = totals.get(name, torch.zeros_like(own)) + own / parts
     for name, p in named:
         p.grad = totals.get(name)
     return totals, finite and all(bool(g.isfinite().all()) for g in totals.values())
-
-
-def _losses(loss: TrainingLoss, part: Mapping[str, Batch]) -> tuple[Tensor, dict[str, float]]:
-    losses = loss.forward(part)  # not called, which may be compiled
-    return losses.total, {name: float(mean) for name, mean in losses.parts.items()}
 
 
 def _gradient(total: Tensor, named: Named) -> dict[str, Tensor]:
@@ -145,21 +131,22 @@ def _gradient(total: Tensor, named: Named) -> dict[str, Tensor]:
 @torch.no_grad()
 def _largest(tensors: Mapping[str, Tensor], count: int) -> list[dict[str, Any]]:
     """Those that are not finite first, then those with the largest entries."""
-    rows = []
-    for name, tensor in tensors.items():
-        bad, largest = int((~tensor.isfinite()).sum()), _most(tensor)
-        rows.append((bad, math.inf if math.isnan(largest) else largest, name, tensor))
-    rows.sort(key=lambda row: (-row[0], -row[1]))
+    bad = {name: int((~tensor.isfinite()).sum()) for name, tensor in tensors.items()}
+
+    def order(name: str) -> tuple[int, float]:
+        largest = _most(tensors[name])
+        return -bad[name], -math.inf if math.isnan(largest) else -largest
+
     return [
         {
             "parameter": name,
-            "largest": _plain(_most(tensor)),
+            "largest": _plain(_most(tensor := tensors[name])),
             "largest_finite": _plain(_most(tensor[tensor.isfinite()])),
             "norm": _plain(tensor.norm()),
-            "not_finite": bad,
+            "not_finite": bad[name],
             "entries": tensor.numel(),
         }
-        for bad, _, name, tensor in rows[:count]
+        for name in sorted(tensors, key=order)[:count]
     ]
 
 
@@ -178,12 +165,12 @@ def _images(loss: TrainingLoss, stream: str, batch: Batch, named: Named) -> dict
         if time.perf_counter() - begun > SECONDS:
             break
         own = single[position]
-        total, values = _losses(loss, {stream: own})
-        norm = float(nn.utils.get_total_norm(list(_gradient(total, named).values())))
-        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        losses = loss.forward({stream: own})
+        norm = float(nn.utils.get_total_norm(list(_gradient(losses.total, named).values())))
+        bad = [name for name, value in losses.parts.items() if not math.isfinite(value)]
         row = {
             "position": position,
-            "losses": {name: _plain(value) for name, value in values.items()},
+            "losses": {name: _plain(value) for name, value in losses.parts.items()},
             "gradient": _plain(norm),
             "sigma": f"{float(own.sigma[0]) * 255:.4g}/255",
             "label": None if own.labels is None else int(own.labels[0]),
@@ -213,20 +200,14 @@ def _finite(own: Batch) -> dict[str, bool]:
 def _first_bad_layer(model: nn.Module) -> Iterator[list[str]]:
     """Collects the names of layers whose outputs are not finite, in order."""
     found: list[str] = []
-    hooks = []
-    for name, module in model.named_modules():
-        if next(module.children(), None) is None:
+    layers = {m: name for name, m in model.named_modules() if next(m.children(), None) is None}
 
-            def look(module: nn.Module, inputs: Any, output: Any, name: str = name) -> None:
-                if isinstance(output, Tensor) and not bool(output.detach().isfinite().all()):
-                    found.append(f"{name} ({type(module).__name__})")
+    def look(module: nn.Module, inputs: Any, output: Any) -> None:
+        if module in layers and isinstance(output, Tensor) and not bool(output.isfinite().all()):
+            found.append(f"{layers[module]} ({type(module).__name__})")
 
-            hooks.append(module.register_forward_hook(look))
-    try:
+    with register_module_forward_hook(look):
         yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def report(
@@ -239,14 +220,12 @@ def report(
 ) -> dict[str, Any]:
     """What is found of ``step``, from 1, in all processes, which must call together; plain values.
 
-    ``find`` is `diagnose` on what the step had, its ``circumstances`` are ``lr``, ``precision`` and
-    ``compiled``.
+    ``find`` is `diagnose` on what the step had; ``circumstances``: lr, precision, compiled.
     """
     try:
         own = find()
     except Exception as error:  # must not hide what it was to explain, nor leave others waiting
-        reason = next(iter(str(error).strip().splitlines()), "")
-        own = {"failed": f"{type(error).__name__}: {reason}", "streams": {}}
+        own = {"failed": f"{type(error).__name__}: {first_line(error)}", "streams": {}}
     for name, stream in streams.items():
         found = own["streams"].setdefault(name, {})
         found["indices"] = stream.numbers(step - 1)
@@ -278,10 +257,8 @@ def _at_fault(own: Mapping[str, Any]) -> tuple[bool, bool, bool]:
 
 
 def write_report(run: Path, report: Mapping[str, Any]) -> str:
-    """Write ``nonfinite-STEP.json`` under a free name if that can be done; where it is, or why not.
-
-    There are never more than `MOST_REPORTS` in a run.
-    """
+    """Write ``nonfinite-STEP.json`` under a free name, one of `MOST_REPORTS` at most; where it is,
+    or why it could not be written."""
     if len(list(run.glob("nonfinite-*.json"))) >= MOST_REPORTS:
         return f"no report: there are {MOST_REPORTS}"
     path = free_name(run / f"nonfinite-{report['step']}.json")

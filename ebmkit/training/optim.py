@@ -26,9 +26,8 @@ would lose too much, and the products are taken one by one.
 
 .. math:: \bar\theta \leftarrow d_t \bar\theta + (1 - d_t)\,\theta, \qquad d_t = d .
 
-Such a mean holds the first weights for about 1 / (1 - d) steps. With warm-up
-:math:`d_t = \min(d, (1 + t) / (10 + t))`, which is the mean of a fixed share of the steps so far,
-until d is reached.
+With warm-up :math:`d_t = \min(d, (1 + t) / (10 + t))`, the mean of a fixed share of the steps so
+far until d is reached: the first weights are soon forgotten.
 
 **Sharpness-aware minimisation** takes the gradient from where the loss is larger, at twice the cost
 of a step (SAM, Foret et al., arXiv 2010.01412, eq. 2-4),
@@ -98,13 +97,14 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
     Raises:
         UserError: if Muon finds no matrices, or ``adamw_for`` names none of them.
     """
-    matrices = _matrices(model, config) if config.kind == "muon" else []
+    matrices = _matrices(model, config)
     own = {id(p) for p in matrices}
-    parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
-    kept = [p for p in parameters if config.decay_norms or p.ndim > 1]
-    free = [p for p in parameters if not config.decay_norms and p.ndim <= 1]
-    decays = ((kept, config.weight_decay), (free, 0.0))
-    groups: list[dict[str, Any]] = [{"params": p, "weight_decay": w} for p, w in decays if p]
+    groups: list[dict[str, Any]] = []
+    for decays in (True, False):
+        params = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
+        params = [p for p in params if (config.decay_norms or p.ndim > 1) == decays]
+        if params:
+            groups.append({"params": params, "weight_decay": decays * config.weight_decay})
     if config.kind == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
     if config.kind == "adamw":
@@ -112,15 +112,8 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
     assert config.adamw_lr is not None
     for group in groups:
         group["rate_scale"] = config.adamw_lr / config.lr
-    return Muon(
-        matrices,
-        groups,
-        config.lr,
-        config.momentum,
-        bool(config.nesterov),
-        config.weight_decay,
-        config.betas,
-    )
+    settings = config.momentum, bool(config.nesterov), config.weight_decay, config.betas
+    return Muon(matrices, groups, config.lr, *settings)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -132,7 +125,7 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 def optimizer_flops(model: nn.Module, config: OptimizerConfig) -> int:
     """FLOPs of the matrix products of an update: Muon orthogonalises each matrix once."""
     total = 0
-    for matrix in _matrices(model, config) if config.kind == "muon" else ():
+    for matrix in _matrices(model, config):
         small, large = sorted(as_matrix(matrix))
         if by_products(matrix, small, large):
             total += 4 * small**2 * large + (8 * NS_STEPS - 6) * small**3
@@ -143,21 +136,18 @@ def optimizer_flops(model: nn.Module, config: OptimizerConfig) -> int:
 
 def states_of(model: nn.Module, config: OptimizerConfig) -> Fraction:
     """Numbers that the optimiser keeps of a parameter on average, averaged weights among them."""
-    own = 2 if config.kind == "adamw" else int(config.momentum > 0)
-    kept = Fraction(own + (config.ema is not None))
+    average, momentum = int(config.ema is not None), int(config.momentum > 0)
     if config.kind != "muon":
-        return kept
+        return Fraction(average + (2 if config.kind == "adamw" else momentum))
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     rest = count - sum(p.numel() for p in _matrices(model, config))
-    return kept + Fraction(rest, count)
+    return average + momentum + Fraction(rest, count)
 
 
 def _matrices(model: nn.Module, config: OptimizerConfig) -> list[nn.Parameter]:
-    """What Muon moves: weights of convolutions and linear layers, but for the module ``head``.
-
-    Raises:
-        UserError: if there are none, or ``adamw_for`` names none of them.
-    """
+    """What Muon moves: weights of convolutions and linear layers, but for the module ``head``."""
+    if config.kind != "muon":
+        return []
     part = getattr(model, "head", None)
     seen = {id(p) for p in part.parameters()} if isinstance(part, nn.Module) else set()
     found: dict[str, nn.Parameter] = {}
@@ -192,9 +182,7 @@ class Muon(torch.optim.Optimizer):
         matrices: weights of at least two dimensions; the first is the rows.
         rest: groups for AdamW.
         lr: learning rate of the matrices.
-        momentum: mu.
-        nesterov: whether the gradient is added to the momentum once more.
-        weight_decay: lambda, decoupled.
+        momentum, nesterov, weight_decay: mu, whether U is M, and lambda, above.
         betas: of AdamW.
 
     Attributes:
@@ -212,9 +200,9 @@ class Muon(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
     ) -> None:
         own = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov}
-        adamw = torch.optim.AdamW(rest, lr=lr, betas=betas, fused=True) if rest else None
-        self.adamw, self.found_inf = adamw, torch.zeros(())
-        groups = adamw.param_groups if adamw else []
+        self.adamw = torch.optim.AdamW(rest, lr=lr, betas=betas, fused=True) if rest else None
+        self.found_inf = torch.zeros(())
+        groups = self.adamw.param_groups if self.adamw else []
         super().__init__([{"params": [*matrices], **own}, *groups], {})
 
     @torch.no_grad()
@@ -287,8 +275,12 @@ def as_matrix(weight: Tensor) -> tuple[int, int]:
     return weight.shape[0], weight[0].numel()
 
 
-def exponential_average(model: nn.Module, decay: float, warmup: bool = False) -> AveragedModel:
-    """Averaged weights of ``model``, with a constant decay or its warm-up."""
+def exponential_average(
+    model: nn.Module, decay: float | None, warmup: bool = False
+) -> AveragedModel | None:
+    """Averaged weights of ``model``, with a constant decay or its warm-up; None without a decay."""
+    if decay is None:
+        return None
 
     def move(means: Tensors, now: Tensors, count: Tensor | int) -> None:
         t = int(count)
@@ -322,21 +314,10 @@ def update_average(average: AveragedModel, model: nn.Module, failed: Tensor) -> 
 
 @dataclass(frozen=True)
 class SAM:
-    """How far uphill, and in which units.
-
-    Attributes:
-        rho: length of the move.
-        adaptive: whether it is measured in units of each weight's size.
-    """
+    """How far uphill, ``rho``, and whether (``adaptive``) in units of each weight's size."""
 
     rho: float
     adaptive: bool = False
-
-    @classmethod
-    def of(cls, config: OptimizerConfig) -> SAM | None:
-        """As ``config`` has it; None where there is none."""
-        rho = config.sharpness
-        return None if rho is None else cls(rho, config.sharpness_adaptive)
 
     @contextmanager
     def perturbed(self, module: nn.Module) -> Iterator[None]:

@@ -1,13 +1,9 @@
 r"""Divergence detection and rollback, for objectives that need negatives.
 
 Maximum likelihood with short chains is not a descent on anything: when the chains no longer follow
-the model, the difference of energies
-
-.. math::
-    g = \overline{\log p(\tilde y)} - \overline{\log p(y)}
-
-between negatives and images runs away, then the gradients, then everything else. So after each step
-four things are measured (`ebmkit.training.config.WatchConfig`):
+the model, the difference of energies between negatives and images,
+:math:`g = \overline{\log p(\tilde y)} - \overline{\log p(y)}`, runs away, then the gradients, then
+everything else. So after each step four things are measured (`WatchConfig`):
 
 ========  =============================================================================
 finite    every loss and the gradient are numbers
@@ -16,11 +12,10 @@ sample    root mean square of the negatives about gray: images reach 0.5
 gradient  its norm, against the running mean of the past
 ========  =============================================================================
 
-On divergence nothing is patched over. The run goes back to the last snapshot that was good
-(network, optimiser, averaged weights, running means, chains), applies *one* mitigation, the next in
-a stated order, and continues with other random chains: ``rate`` multiplies the learning rate,
-``steps`` the Langevin steps, ``penalty`` raises the penalty of squared energies. A snapshot counts
-as good when the run continued for a while after it without divergence. After a maximum number of
+On divergence the run goes back to the last snapshot after which it continued for a while (network,
+optimiser, averaged weights, running means, chains), applies *one* mitigation, the next in a stated
+order, and continues with other random chains: ``rate`` multiplies the learning rate, ``steps`` the
+Langevin steps, ``penalty`` raises the penalty of squared energies. After a maximum number of
 rollbacks the run ends and reports its history. Mitigations and history are part of a checkpoint.
 """
 
@@ -37,20 +32,22 @@ from torch.utils._pytree import tree_map_only
 
 from ebmkit.errors import UserError, validated
 from ebmkit.objectives.likelihood import Negatives
-from ebmkit.sampling.starts import ReplayBuffer
+from ebmkit.sampling.entry import ReplayBuffer
 from ebmkit.training.config import WatchConfig
 from ebmkit.training.state import Saved, TrainingState, check_tensor
 from ebmkit.training.step import StepStats
 
 RATE_FACTOR, STEPS_FACTOR, LEAST_PENALTY, PENALTY_FACTOR = 0.3, 1.5, 0.01, 4.0
-MOST_STEPS = 4
-"""Langevin steps are not raised beyond so many times those configured."""
-
-SMOOTH = 0.9
-"""Weight of the past in the smoothed gap and the running mean of gradient norms."""
-
-SNAPSHOTS = 3
-"""The newest ones, which are kept."""
+MOST_STEPS = 4  # times the Langevin steps that are configured
+SMOOTH = 0.9  # weight of the past in the smoothed gap and the running mean of gradient norms
+SNAPSHOTS = 3  # the newest, which are kept
+CHANGES = {
+    "rate": f"learning rate times {RATE_FACTOR:g}",
+    "steps": f"Langevin steps times {STEPS_FACTOR:g}",
+    "penalty": "penalty of squared energies raised",
+    None: "nothing left to try",
+}
+"""A mitigation, in words."""
 
 
 class Mitigations(NamedTuple):
@@ -71,14 +68,8 @@ class Mitigations(NamedTuple):
 
 
 class Divergence(NamedTuple):
-    """A run that diverged.
-
-    Attributes:
-        at: step at which it was detected.
-        reason: in words.
-        back: step of the snapshot that it went back to.
-        change: the mitigation; None: there was nothing left to try.
-    """
+    """A run that diverged: the step at which it was detected, why, the step of the snapshot that it
+    went back to, and the mitigation (None: there was nothing left to try)."""
 
     at: int
     reason: str
@@ -87,29 +78,20 @@ class Divergence(NamedTuple):
 
     def sentence(self) -> str:
         """In words."""
-        changes = {
-            "rate": f"learning rate times {RATE_FACTOR:g}",
-            "steps": f"Langevin steps times {STEPS_FACTOR:g}",
-            "penalty": "penalty of squared energies raised",
-        }
-        what = changes.get(self.change or "", "nothing left to try")
+        what = CHANGES.get(self.change, CHANGES[None])
         return f"step {self.at}: {self.reason}; back to step {self.back}, {what}"
 
 
 class Snapshot(NamedTuple):
-    """A state to go back to, on the CPU; nobody changes it.
-
-    Attributes:
-        step: after which it was taken.
-        state: of `TrainingState`, then; checked when it is used.
-        chains: (M, C, H, W).
-        best: the best weights by then; in a checkpoint a tensor of their bytes.
-    """
+    """A state to go back to, on the CPU; nobody changes it."""
 
     step: NonNegativeInt
     state: dict[str, Any]
+    """Of `TrainingState`, checked when it is used."""
     chains: Tensor
+    """(M, C, H, W)"""
     best: bytes | Tensor | None
+    """The best weights by then; in a checkpoint a tensor of their bytes."""
 
 
 class SavedWatch(Saved):
@@ -121,35 +103,19 @@ class SavedWatch(Saved):
     gradient: float
     attempt: NonNegativeInt
     kept: list[Snapshot] = Field([])
-    """Oldest first."""
 
 
 class DivergenceMonitor:
-    """Checks the measures of each step, holds the snapshots, and counts divergences.
-
-    Args:
-        config: limits and policy.
-
-    Attributes:
-        mitigations: those in force.
-        history: all divergences so far.
-        snapshots: the newest, oldest first.
-    """
+    """Checks the measures of each step, holds the newest snapshots, and counts divergences."""
 
     def __init__(self, config: WatchConfig) -> None:
         self.config, self.mitigations = config, Mitigations()
-        self.history: list[Divergence] = []
-        self.snapshots: list[Snapshot] = []
+        self.history, self.snapshots = list[Divergence](), list[Snapshot]()  # oldest first
         self.gap, self.gradient = 0.0, math.nan  # both smoothed
 
     def check(self, stats: StepStats, gap: float, sample: float) -> str | None:
-        """Why the run has diverged by a step, in words; None if it has not.
-
-        Args:
-            stats: of the step.
-            gap: nats.
-            sample: rms of the negatives about gray, image units.
-        """
+        """Why the run has diverged by a step, in words; None if it has not. ``gap`` is in nats,
+        ``sample`` the rms of the negatives about gray, in image units."""
         limits, usual, norm = self.config, self.gradient, stats.grad_norm
         if stats.fault is not None:
             return stats.fault
@@ -157,11 +123,11 @@ class DivergenceMonitor:
         if abs(self.gap) > limits.gap or abs(gap) > 10 * limits.gap:
             return f"log p of samples and data differ by {gap:.4g} nats (watch.gap={limits.gap:g})"
         if not sample <= limits.sample:
-            where = f"samples lie {sample:.4g} from gray, in image units"
-            return f"{where} (watch.sample={limits.sample:g})"
+            far = f"samples lie {sample:.4g} from gray, in image units"
+            return f"{far} (watch.sample={limits.sample:g})"
         if norm > limits.gradient * usual:
-            where = f"the gradient's norm is {norm:.4g}, usually {usual:.4g}"
-            return f"{where} (watch.gradient={limits.gradient:g})"
+            large = f"the gradient's norm is {norm:.4g}, usually {usual:.4g}"
+            return f"{large} (watch.gradient={limits.gradient:g})"
         known = math.isfinite(usual)
         self.gradient = SMOOTH * usual + (1 - SMOOTH) * norm if known else norm
         return None
@@ -171,11 +137,8 @@ class DivergenceMonitor:
         self.snapshots = [*self.snapshots, snapshot][-SNAPSHOTS:]
 
     def diverged(self, at: int, reason: str) -> tuple[Divergence, Snapshot]:
-        """Note a divergence; the mitigation, and the snapshot to go back to.
-
-        The newest that the run outlived by half the distance between snapshots; later ones are
-        dropped. The divergence's ``change`` is None when the maximum number of rollbacks is passed.
-        """
+        """Note a divergence; the mitigation, and the snapshot to go back to: the newest that the
+        run outlived by half the distance between snapshots. Later ones are dropped."""
         old = [s for s in self.snapshots if s.step <= at - self.config.every / 2]
         self.snapshots = old or self.snapshots[:1]
         change: str | None = None
@@ -189,20 +152,14 @@ class DivergenceMonitor:
 
 
 class Rollback:
-    """Monitors a run that draws negatives, and takes it back when it diverges.
-
-    Args:
-        config: when it has diverged, and what is changed then.
-        term: the objective that needs them.
-        negatives: its chains.
-        state: of the run.
-    """
+    """Monitors a run that draws ``negatives`` for its objective ``term``, and takes its ``state``
+    back when it diverges."""
 
     def __init__(
         self, config: WatchConfig, term: str, negatives: Negatives, state: TrainingState
     ) -> None:
-        self.monitor, self.negatives, self.state = DivergenceMonitor(config), negatives, state
-        self._term = term
+        self.monitor, self.negatives = DivergenceMonitor(config), negatives
+        self.state, self._term = state, term
         self._apply()
 
     def sample_rms(self) -> float:
@@ -218,8 +175,8 @@ class Rollback:
 
     def snapshot(self) -> None:
         """Hold the present state, in the host's memory."""
-        state = tree_map_only(Tensor, _on_host, self.state.state_dict())
-        chains = _on_host(self.negatives.buffer.images)
+        own = self.state.state_dict(), self.negatives.buffer.images
+        state, chains = tree_map_only(Tensor, _on_host, own)
         self.monitor.keep(Snapshot(self.state.step, state, chains, self.state.best.weights))
 
     def go_back(self, reason: str) -> Divergence:
@@ -248,8 +205,7 @@ class Rollback:
             "change": divergence.change,
             "told": divergence.sentence(),
             **self.monitor.mitigations._asdict(),
-            **({} if detail is None else {"detail": detail}),
-        }
+        } | ({} if detail is None else {"detail": detail})
 
     def given_up(self, run: Path | None, detail: list[str] | None) -> UserError:
         """The error that ends a run, at ``run``, after too many rollbacks."""

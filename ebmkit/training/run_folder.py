@@ -2,10 +2,10 @@
 
 ``checkpoints/step-00000500.pt`` holds the state after so many steps, as `torch.save` writes
 tensors and plain values; a replay buffer that belongs to it has a file of its own, HDF5, which the
-checkpoint names with its digest. The newest few are kept. A checkpoint is whole if its bytes are
-those that the manifest vouches for, its archive passes its own checksums (all there is to go by
-where the manifest is lost), and it holds the step that its name says. Of those that are whole the
-newest counts.
+checkpoint names with its digest. A checkpoint is whole if its bytes are those that the manifest
+vouches for, its archive passes its own checksums (all there is to go by where the manifest is
+lost), and it holds the step that its name says. Of the few that are kept, the newest whole one
+counts.
 
 This is format 2; format 1 had no manifest, and one checkpoint, ``last.pt``; it is read, and becomes
 format 2 when the run is resumed. A new run never writes into a folder that holds anything; a
@@ -43,35 +43,26 @@ from ebmkit.storage.atomic import PARTIAL, Content, free_name
 from ebmkit.storage.manifest import (
     MANIFEST,
     DamagedManifest,
-    Manifest,
     entry_of,
     manifest_or_none,
     matches,
     read_manifest,
 )
 from ebmkit.storage.reading import YAML_BYTES, check_links, parse_yaml, read_bytes
-from ebmkit.storage.torchfile import read_torch_content
+from ebmkit.storage.tensors import read_torch_content
 from ebmkit.storage.verify import put_in_order
 from ebmkit.training.config import difference
 from ebmkit.training.metrics import MetricsLog, as_lines
 
 METRICS = "metrics.jsonl"
-
-BEST = "checkpoints/best.safetensors"
-"""The best weights by validation."""
-
-OLD = "checkpoints/last.pt"
-"""The checkpoint of format 1."""
-
+BEST = "checkpoints/best.safetensors"  # the best weights by validation
+OLD = "checkpoints/last.pt"  # the checkpoint of format 1
 _CHECKPOINT = re.compile(r"checkpoints/step-(\d{8,18})\.pt")
 _BUFFER = re.compile(r"checkpoints/buffer-(\d{1,18})-[0-9a-f]{8}\.h5")
 
 
 class RunFolder:
-    """Reads and writes the files of one run.
-
-    Make one with `create` or `open`; write within `held`.
-    """
+    """Reads and writes the files of one run: made by `create` or `open`, written within `held`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -95,10 +86,11 @@ class RunFolder:
         with run.held():
             if (path / "config.yaml").exists():
                 raise UserError(f"run folder {str(path)!r} was just made by another process")
-            document = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-            description = json.dumps(environment(), indent=2)
-            files = {"environment.json": description.encode(), "config.yaml": document.encode()}
-            commit_files(path, files)
+            documents = {
+                "environment.json": json.dumps(environment(), indent=2),
+                "config.yaml": yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
+            }
+            commit_files(path, {name: text.encode() for name, text in documents.items()})
         return run
 
     @classmethod
@@ -108,11 +100,10 @@ class RunFolder:
         Raises:
             UserError: if there is none, or a link in it leads out of it.
         """
-        if not (path / "config.yaml").is_file() and not _awaits_config(path):
+        config = path / "config.yaml"
+        if not config.is_file() and not _awaits_config(path):
             if (path / MANIFEST).is_file():
-                raise DamagedFile(
-                    f"{str(path / 'config.yaml')!r} is missing: this was a run folder"
-                )
+                raise DamagedFile(f"{str(config)!r} is missing: this was a run folder")
             raise UserError(f"{str(path)!r} is no run folder: it holds no config.yaml")
         check_links(path)
         return cls(path)
@@ -153,7 +144,7 @@ class RunFolder:
         """
         path = self.path / "config.yaml"
         try:
-            content = self._read("config.yaml")
+            content = _read(self.path, "config.yaml")
         except DamagedManifest:  # told, and made anew, by who writes
             content = read_bytes(path, YAML_BYTES)
         try:
@@ -182,11 +173,7 @@ class RunFolder:
             )
 
     def log(self, row: dict[str, Any]) -> None:
-        """Append ``row`` to ``metrics.jsonl``.
-
-        Raises:
-            UserError: if it cannot be written.
-        """
+        """Append ``row`` to ``metrics.jsonl``, or raise a `UserError`."""
         self.log_file.append(row)
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -241,7 +228,9 @@ class RunFolder:
             state = state | {"buffer": {"file": Path(name).name, "sha256": digest}}
         if rolled_back is not None:
             number, row = rolled_back
-            written[f"breaches/{number:02}.jsonl"] = as_lines(self.log_file.after(step))
+            written[f"breaches/{number:02}.jsonl"] = as_lines(
+                [own for own in self.metrics() if own["step"] > step]
+            )
             written[METRICS] = self.log_file.up_to(step) + as_lines([row])
         written[f"checkpoints/step-{step:08}.pt"] = pack_state(state)
         manifest = read_manifest(self.path)
@@ -255,8 +244,8 @@ class RunFolder:
     def where_saved(self) -> str:
         """Which checkpoint is the newest, to end a sentence."""
         manifest = read_manifest(self.path)
-        last = next(iter(_newest_first(manifest.files)), None) if manifest else None
-        return f"; the last checkpoint is {last}" if last else "; there is no checkpoint yet"
+        saved = _newest_first(manifest.files) if manifest else []
+        return f"; the last checkpoint is {saved[0]}" if saved else "; there is no checkpoint yet"
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The state of the newest whole checkpoint, on the CPU; None if there is none yet.
@@ -268,7 +257,11 @@ class RunFolder:
             DamagedFile: if there are checkpoints and none of them is whole.
         """
         manifest, errors = read_manifest(self.path), list[DamagedFile]()
-        for name in _newest_first(_names(self.path, manifest)):
+        names: Iterable[str] = manifest.files if manifest else ()
+        if manifest is None:  # those that lie there
+            found = self.path.glob("checkpoints/*")
+            names = [f"checkpoints/{p.name}" for p in found if p.is_file() and not p.is_symlink()]
+        for name in _newest_first(names):
             try:
                 state = read_checkpoint(self.path, name)
             except DamagedFile as error:
@@ -284,15 +277,12 @@ class RunFolder:
     def read_best(self) -> bytes | None:
         """The file of the best weights; None if there is none, or it is damaged."""
         try:
-            return self._read(BEST)
+            return _read(self.path, BEST)
         except DamagedFile as error:
             manifest = manifest_or_none(self.path)
             if (self.path / BEST).exists() or (manifest and BEST in manifest.files):
                 warnings.warn(f"{error}; the best weights are looked for anew", stacklevel=2)
             return None
-
-    def _read(self, name: str) -> bytes:
-        return read_together(self.path, [name])[name]
 
     def _write(self, files: Mapping[str, Content], drop: Sequence[str] = ()) -> None:
         """Write files together, and vouch for the metrics so far."""
@@ -301,7 +291,11 @@ class RunFolder:
         known = grown.size or new is not None
         commit_files(self.path, files, drop, {METRICS: grown} if known else {})
         if new is not None:
-            self.log_file.look_again()
+            self.log_file = MetricsLog(self.path / METRICS)  # it looks at the file again
+
+
+def _read(root: Path, name: str) -> bytes:
+    return read_together(root, [name])[name]
 
 
 def _awaits_config(path: Path) -> bool:
@@ -317,10 +311,8 @@ def _newest_first(names: Iterable[str]) -> list[str]:
 
 
 def _superseded(names: Iterable[str], step: int, keep: int) -> list[str]:
-    """What goes when the checkpoint of ``step`` is written and the newest ``keep`` are kept.
-
-    Those of later steps go, for the run went back; buffers go with the checkpoints they belong to.
-    """
+    """What goes when the checkpoint of ``step`` is written and the newest ``keep`` are kept: older
+    ones, those of later steps, for the run went back, and their buffers."""
     held = [n for n in names if n == OLD or _CHECKPOINT.fullmatch(n) or _BUFFER.fullmatch(n)]
     steps = sorted({_step_of(name) for name in _newest_first(held)} | {step})
     kept = [s for s in steps if 0 <= s <= step][-keep:]
@@ -342,11 +334,18 @@ def read_checkpoint(root: Path, name: str) -> dict[str, Any]:
             plain values.
     """
     path = root / name
-    state = _unpacked(read_together(root, [name])[name], path)
+    state = _unpacked(_read(root, name), path)
     if name != OLD and state["step"] != _step_of(name):
         raise DamagedFile(f"{str(path)!r} is damaged: it holds step {state['step']}")
-    if state.get("buffer") is not None:
-        state["buffer"] = _read_buffer(root, state["buffer"])
+    saved = state.get("buffer")
+    if saved is not None:
+        buffer = f"checkpoints/{Path(str(saved.get('file'))).name}"
+        state["buffer"] = _read(root, buffer) if _BUFFER.fullmatch(buffer) else b""
+        if hashlib.sha256(state["buffer"]).hexdigest() != saved.get("sha256"):
+            raise DamagedFile(
+                f"{str(root / buffer)!r} is missing or damaged: it is not the replay buffer that "
+                "the checkpoint was saved with"
+            )
     return state
 
 
@@ -362,14 +361,6 @@ class SavedHead(BaseModel):
     buffer: dict[Any, Any] | None = None
 
 
-def _names(root: Path, manifest: Manifest | None) -> list[str]:
-    """Files of checkpoints: those in the manifest, or else those that lie there."""
-    if manifest is not None:
-        return list(manifest.files)
-    files = [p for p in root.glob("checkpoints/*") if p.is_file() and not p.is_symlink()]
-    return [f"checkpoints/{path.name}" for path in files]
-
-
 def _step_of(name: str) -> int:
     match = _CHECKPOINT.fullmatch(name) or _BUFFER.fullmatch(name)
     return int(match[1]) if match else -1
@@ -382,14 +373,3 @@ def _unpacked(content: bytes, path: Path) -> dict[str, Any]:
     except (UserError, ValidationError):
         raise DamagedFile(f"{str(path)!r} is damaged: it cannot be read as a checkpoint") from None
     return state
-
-
-def _read_buffer(root: Path, saved: Mapping[Any, Any]) -> bytes:
-    name = f"checkpoints/{Path(str(saved.get('file'))).name}"
-    content = read_together(root, [name])[name] if _BUFFER.fullmatch(name) else b""
-    if hashlib.sha256(content).hexdigest() != saved.get("sha256"):
-        raise DamagedFile(
-            f"{str(root / name)!r} is missing or damaged: it is not the replay buffer that the "
-            "checkpoint was saved with"
-        )
-    return content

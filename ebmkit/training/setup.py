@@ -19,16 +19,14 @@ from ebmkit.errors import UserError
 from ebmkit.models import ModelConfig
 from ebmkit.objectives import Scale, TrainingLoss, parse_objective
 from ebmkit.objectives.loss import check_labels
-from ebmkit.plugins import loaded_plugins
+from ebmkit.registry import loaded_plugins
 from ebmkit.training.config import DataConfig, TrainConfig
 
 Split = Literal["train", "validation", "test"]
 
-NOT_LEARNT = {"ce": 0.98, "score": 0.97}
-"""Shares of the loss of guessing, or of a score of zero, from which on nothing was learnt."""
-
-LEAST_STEPS = 100
-"""Shorter runs are not judged."""
+NOT_LEARNT, LEAST_STEPS = {"ce": 0.98, "score": 0.97}, 100
+"""Shares of the loss of guessing, or of a score of zero, from which on nothing was learnt, and the
+steps of the shortest run that is judged."""
 
 
 def images_of(
@@ -39,14 +37,10 @@ def images_of(
     Raises:
         UserError: if the data set is unknown, missing or incomplete.
     """
+    faults = Faults(config.unreadable == "skip", config.links == "follow")
+    place, size = (config.name, config.data_dir, split), config.image_size
     return load_dataset(
-        config.name,
-        config.data_dir,
-        split,
-        image_size=config.image_size,
-        download=download,
-        progress=progress,
-        faults=Faults(config.unreadable == "skip", config.links == "follow"),
+        *place, image_size=size, download=download, progress=progress, faults=faults
     )
 
 
@@ -54,8 +48,7 @@ def build_model(config: TrainConfig, images: AnyImages) -> ScoreModel:
     """The model that ``config`` describes for ``images``, with weights drawn from its seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = model_config(config, images).build()
-    return model
+        return model_config(config, images).build()
 
 
 def model_config(config: TrainConfig, images: AnyImages) -> ModelConfig:
@@ -110,8 +103,11 @@ def check_terms(loss: TrainingLoss, config: TrainConfig, images: AnyImages) -> N
                 f"objective {term.name!r} needs labels, and {config.backbone!r} is a denoiser "
                 "without them: use --objective dsm, or a backbone"
             )
-        if term.objective.hessian_vectors:
-            _check_hessian(term.name, loss.model)
+        wrong = _no_hessian(loss.model) if term.objective.hessian_vectors else None
+        if wrong:
+            raise UserError(
+                f"objective {term.name!r} needs the second derivative of the density, and {wrong}"
+            )
         mixes = stream.augmentation.mix != "none"
         check_labels(term.name, term.objective, images.num_classes, mixes, name)
         if term.objective.needs_score and stream.noise.range[1] == 0:
@@ -121,23 +117,15 @@ def check_terms(loss: TrainingLoss, config: TrainConfig, images: AnyImages) -> N
             )
 
 
-def _check_hessian(name: str, model: ScoreModel) -> None:
-    """Whether ``model`` has a second derivative by each image.
-
-    Raises:
-        UserError: if it has no density, or one with kinks or that mixes the images of a batch.
-    """
-    wrong = None
+def _no_hessian(model: ScoreModel) -> str | None:
+    """Why ``model`` has no second derivative by each image."""
     if not model.is_energy_based:
-        wrong = "this network is a plain denoiser and has none: use --objective dsm, or a backbone"
-    elif model.has_batch_norm:
-        wrong = "BatchNorm mixes the images of a batch: use another norm (norm=group), or dsm"
-    elif any(isinstance(m, (nn.ReLU, nn.LeakyReLU)) for m in model.modules()):
-        wrong = "that of ReLU is 0 beside its kinks: use a smooth activation, or dsm"
-    if wrong:
-        raise UserError(
-            f"objective {name!r} needs the second derivative of the density, and {wrong}"
-        )
+        return "this network is a plain denoiser and has none: use --objective dsm, or a backbone"
+    if model.has_batch_norm:
+        return "BatchNorm mixes the images of a batch: use another norm (norm=group), or dsm"
+    if any(isinstance(m, (nn.ReLU, nn.LeakyReLU)) for m in model.modules()):
+        return "that of ReLU is 0 beside its kinks: use a smooth activation, or dsm"
+    return None
 
 
 def check_compiled(stages: Sequence[Stage]) -> None:
@@ -159,8 +147,7 @@ def check_learnt(
 ) -> None:
     """Warn at the end of a run where cross-entropy and score matching are those of no model.
 
-    A rate that is too high need not give NaN: Muon's update is bounded, and a network with group
-    norms takes weights of any size. ``means`` are the last validation's of ``loss``.
+    A rate that is too high need not give NaN. ``means`` are the last validation's of ``loss``.
     """
     matching = [t.name for t in loss.terms if t.objective.scale is not Scale.PLAIN]
     told = dict.fromkeys(matching, "that of a score of zero (1)")
@@ -183,12 +170,8 @@ def shapes(
 ) -> dict[str, tuple[int, int, int, int]]:
     """Shapes (B, C, H, W) of the images that a process takes of each stream in a step."""
     return {
-        name: (
-            span.batch_size // processes,
-            images.channels,
-            *_seen_size(span.crop_size, images),
-        )
-        for name, span in stage.spans.items()
+        name: (own.batch_size // processes, images.channels, *_seen_size(own.crop_size, images))
+        for name, own in stage.spans.items()
     }
 
 

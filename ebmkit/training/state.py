@@ -1,31 +1,22 @@
 """Everything that a checkpoint holds, in one object, and whether what was read from a file fits.
 
-`TrainingState` is what saving, resuming and rollback read and write: a `SavedState`, and beside it
-``precision``, that it was trained in, for tables, and ``watch``, divergences so far and snapshots
-(`ebmkit.training.rollback`), where negatives are needed.
+A checkpoint is a `SavedState` with ``precision``, for tables, and, where negatives are needed,
+``watch``: divergences so far and snapshots (`ebmkit.training.rollback`).
 
-A checkpoint may come from an untrusted source, and that its archive is sound says nothing of what
-is in it. The optimiser's fused kernels trust the lengths of its tensors: with moments of another
-shape they would read and write memory that is not theirs. So every entry is checked for its type,
-every tensor for its shape before anything is taken over.
+It may come from an untrusted source, and the optimiser's fused kernels trust the lengths of its
+tensors: with moments of another shape they would read and write memory that is not theirs. So every
+entry is checked for its type, every tensor for its shape before anything is taken over.
 
-Checkpoints of earlier versions load:
-
-==========  ============================================  =================================
-until       what a checkpoint had                         today
-==========  ============================================  =================================
-2026-11-20  ``running``: mapping from term to mean        tensor, in the order of the terms
-2026-11-20  an optimiser that is not fused                the same state, for a fused one
-2026-11-25  no ``seconds``, ``precision``, ``watch``      0; as computed now; none
-2026-11-26  no ``kept`` in ``watch``                      snapshots are taken from here on
-==========  ============================================  =================================
+Checkpoints of earlier versions load. Until 2026-11-20 ``running`` was a mapping from term to mean,
+and the optimiser not fused; until 2026-11-25 there was no ``seconds``, ``precision`` or ``watch``;
+until 2026-11-26 no ``kept`` in ``watch``: then snapshots are taken from here on.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import torch
@@ -53,8 +44,7 @@ class Saved(BaseModel):
 class SavedOptimizer(Saved):
     """An optimiser's state; what its groups are set to is the configuration's, not the file's."""
 
-    state: dict[NonNegativeInt, dict[str, Tensor]]
-    """Number of the parameter -> what the optimiser keeps of it."""
+    state: dict[NonNegativeInt, dict[str, Tensor]]  # by number of the parameter
 
 
 class SavedState(Saved):
@@ -71,16 +61,11 @@ class SavedState(Saved):
 
 
 class Best:
-    """The weights of the least validation loss, which belong to the checkpoint.
-
-    Attributes:
-        loss: the least so far; infinite before the first validation.
-        weights: safetensors; None before the first validation, and where nothing is saved.
-    """
+    """The weights of the least validation loss, which belong to the checkpoint."""
 
     def __init__(self) -> None:
-        self.loss = math.inf
-        self.weights: bytes | None = None
+        self.loss = math.inf  # before the first validation
+        self.weights: bytes | None = None  # safetensors; None too where nothing is saved
         self._on_disk: bytes | None = None
 
     def offer(self, loss: float, model: ScoreModel, saves: bool) -> None:
@@ -109,28 +94,20 @@ class Best:
 class SkippedSamples:
     """Images that training leaves out because they cannot be read (``dataset.unreadable: skip``).
 
-    Each process meets its own; all know of all whenever metrics or a checkpoint are written, and
-    the checkpoint holds them, so that a resumed run counts as one that never stopped.
-
-    Args:
-        images: the training images; those skipped when they were loaded count too.
-        streams: what reads them.
-        world: the processes that share the batches.
-
-    Attributes:
-        found: number of an image in the set -> why it cannot be read.
-        reasons: why each was skipped.
+    Each process meets its own; all know of all whenever metrics or a checkpoint are written. The
+    checkpoint holds them.
     """
 
     def __init__(
         self, images: AnyImages, streams: Mapping[str, Stream], world: DistributedContext
     ) -> None:
-        self.found: dict[int, str] = {}
+        self.found: dict[int, str] = {}  # number of an image in the set -> why it cannot be read
         self._before, self._streams, self._world = images.left_out, streams, world
         self._may = isinstance(images, StreamedSet) and images.skip
 
     @property
     def reasons(self) -> tuple[str, ...]:
+        """Why each was skipped, those when the images were loaded included."""
         return (*self._before, *self.found.values())
 
     def __len__(self) -> int:
@@ -154,13 +131,7 @@ class SkippedSamples:
 class TrainingState:
     """What a run has reached: the part of a checkpoint that is the same for all objectives.
 
-    Args:
-        update: the step, which holds model, optimiser, averaged weights and running means.
-        skipped: what could not be read.
-
-    Attributes:
-        step: steps done.
-        best: the best weights so far.
+    ``update`` holds model, optimiser, averaged weights and running means.
     """
 
     def __init__(self, update: TrainingStep, skipped: SkippedSamples) -> None:
@@ -169,8 +140,7 @@ class TrainingState:
 
     @property
     def seconds(self) -> float:
-        """Time spent so far, that of earlier processes up to their checkpoints included;
-        validations and checkpoints count."""
+        """Time spent so far, with earlier processes, validations and checkpoints."""
         return self._before + time.perf_counter() - self._begun
 
     @seconds.setter
@@ -204,10 +174,13 @@ class TrainingState:
             UserError: if it is of another run.
         """
         update = self.update
-        try:
-            state = _upgraded(state, update.loss.balanced)
-        except (TypeError, ValueError, RuntimeError):
-            raise UserError("the checkpoint is of no version of this program") from None
+        state = {"seconds": 0.0, "best": math.inf, "precision": None, "watch": None, **state}
+        if isinstance(state.get("running"), dict):
+            means = [state["running"].get(name, 1.0) for name in update.loss.balanced]
+            try:
+                state["running"] = torch.tensor([float(mean) for mean in means])
+            except (TypeError, ValueError, RuntimeError):
+                raise UserError("the checkpoint is of no version of this program") from None
         saved = validated(SavedState, state, "the checkpoint")
         check_tensor("'running'", saved.running, update.loss.running)
         _restore_module("model", update.loss.model, saved.model)
@@ -220,25 +193,8 @@ class TrainingState:
         self.skipped.found = dict(saved.unreadable)
 
 
-def _upgraded(state: dict[str, Any], balanced: Sequence[str]) -> dict[str, Any]:
-    """A checkpoint in today's form; ``balanced`` are the terms that have a running mean.
-
-    Raises:
-        TypeError, ValueError: if it is of no version.
-    """
-    state = {"seconds": 0.0, "best": math.inf, "precision": None, "watch": None, **state}
-    if isinstance(state.get("running"), dict):
-        means = [float(state["running"].get(name, 1.0)) for name in balanced]
-        state["running"] = torch.tensor(means)
-    return state
-
-
 def _restore_module(what: str, module: nn.Module, found: Mapping[str, Tensor]) -> None:
-    """Take over the parameters and buffers of the same module.
-
-    Raises:
-        UserError: naming the first that is missing, is of another shape or type, or has no place.
-    """
+    """Take over the parameters and buffers of the same module."""
     own = module.state_dict()
     for name in [*own, *found]:
         if name not in found:
@@ -282,11 +238,10 @@ def check_tensor(what: str, found: Tensor, own: Tensor) -> None:
         UserError: if it is of another shape or type.
     """
     if found.layout != torch.strided or found.shape != own.shape or found.dtype != own.dtype:
-        raise _misfit(f"{what} is {_layout(found)}, and should be {_layout(own)}")
-
-
-def _layout(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+        has, needs = (
+            f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in (found, own)
+        )
+        raise _misfit(f"{what} is {has}, and should be {needs}")
 
 
 def _misfit(reason: str) -> UserError:

@@ -10,7 +10,7 @@ since every loss is a mean over images. For a compiler the score is taken inside
 
 The host never waits for the device within a step. Losses, the gradient's norm and whether they are
 finite stay on the device; the fused optimiser skips the update when they are not, and every later
-one, so the parameters are still those before the update when `TrainingStep.read` reports it.
+one, until `TrainingStep.read` reports it.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from ebmkit.compute import (
     pick_precision,
     prepare_compiler,
     set_tf32,
+    subsample_before_1x1,
 )
 from ebmkit.data import Batch
 from ebmkit.distributed import DistributedContext
 from ebmkit.errors import UserError, first_line
 from ebmkit.models import JointModel
 from ebmkit.objectives import TrainingLoss
-from ebmkit.onednn import subsample_before_1x1
 from ebmkit.training.cost import trace_step
 from ebmkit.training.optim import SAM, set_rate, update_average
 
@@ -52,24 +52,14 @@ class OutOfMemory(Exception):
 
 
 class StepStats(NamedTuple):
-    """What steps did, on the host.
+    """What steps did, on the host."""
 
-    Attributes:
-        parts: each term's mean of the last step; of the failing one, if one failed.
-        grad_norm: of that step, before clipping.
-        done: number of updates since the step was made.
-        skipped: number of steps without one after those: the failing one, and what followed it
-            before the host heard.
-        failed: whether a loss or the gradient was not finite, and updates ended.
-        asked_to_stop: whether any process was asked to.
-    """
-
-    parts: dict[str, float]
-    grad_norm: float
-    done: int
-    skipped: int
-    failed: bool
-    asked_to_stop: bool
+    parts: dict[str, float]  # each term's mean of the last step; of the failing one, if one failed
+    grad_norm: float  # of that step, before clipping
+    done: int  # number of updates since the step was made
+    skipped: int  # number of steps after those: the failing one, and more before the host heard
+    failed: bool  # whether a loss or the gradient was not finite, and updates ended
+    asked_to_stop: bool  # whether any process was
 
     @property
     def fault(self) -> str | None:
@@ -142,7 +132,7 @@ class TrainingStep:
         self.names = tuple(term.name for term in loss.terms)
         self._values = torch.zeros(len(self.names) + 2, device=self.device)  # parts, stop, norm
         self._failed = torch.zeros((), device=self.device)
-        self._done = torch.zeros((), device=self.device)
+        self._done = torch.zeros_like(self._failed)
         self._taken, self._fresh = 0, True  # steps so far; whether the optimiser knew none before
         optimizer.found_inf = self._failed  # type: ignore[attr-defined]  # they read it
 
@@ -217,14 +207,13 @@ class TrainingStep:
         """Gradients into the parameters; each term's mean, (number of terms,)."""
         try:
             values = self._forward_and_backward(batches)
+            self._settled = True
+            return values
         except Exception as error:  # a compiler may fail in ways of its own, forward or backward
             known = isinstance(error, (torch.OutOfMemoryError, UserError))
             if not self.compiled or self._settled or known:
                 raise
             reason = first_line(error)
-        else:
-            self._settled = True
-            return values
         if self.compute.compile == "on":
             raise UserError(f"the step cannot be compiled: {reason}; use --compile off")
         warnings.warn(f"not compiled, running eagerly: {reason}", stacklevel=3)
@@ -248,11 +237,7 @@ class TrainingStep:
         return values
 
     def _may_compile(self) -> bool:
-        """Whether to compile.
-
-        Raises:
-            UserError: if it must be, and the device or the model does not allow it.
-        """
+        """Whether to compile; a `UserError` if it must be and cannot."""
         wanted = pick_compile(self.compute.compile, self.device)
         if wanted and self.loss.differentiates and self.loss.model.has_batch_norm:
             if self.compute.compile == "on":
@@ -308,37 +293,27 @@ def split_batches(
     batches: Mapping[str, Batch], count: int, separate: bool
 ) -> Iterator[dict[str, Batch]]:
     """What is taken forward and backward at once: ``count`` equal parts, streams apart or not."""
+    sizes = {name: len(batch.x) // count for name, batch in batches.items()}
     for k in range(count):
-        part = {name: _part(batch, k, count) for name, batch in batches.items()}
-        if separate:
-            yield from ({name: batch} for name, batch in part.items())
-        else:
-            yield part
-
-
-def _part(batch: Batch, k: int, count: int) -> Batch:
-    if count == 1:
-        return batch
-    size, rest = divmod(len(batch.x), count)
-    if rest:
-        raise UserError(
-            f"a batch of {len(batch.x)} does not divide into {count} parts: take a multiple of "
-            f"{count}, or another compute.accumulate"
-        )
-    return batch.rows(slice(k * size, (k + 1) * size))
+        part = dict(batches)
+        for name, batch in batches.items() if count > 1 else ():
+            if len(batch.x) % count:
+                raise UserError(
+                    f"a batch of {len(batch.x)} does not divide into {count} parts: take a "
+                    f"multiple of {count}, or another compute.accumulate"
+                )
+            part[name] = batch.rows(slice(k * sizes[name], (k + 1) * sizes[name]))
+        yield from ({name: batch} for name, batch in part.items()) if separate else [part]
 
 
 @contextmanager
 def translate_out_of_memory() -> Iterator[None]:
     """Turn an allocation that failed into `OutOfMemory`."""
-    full = False
     try:
         yield
-    except torch.OutOfMemoryError:
-        full = True
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
+        return
+    except RuntimeError as error:  # OutOfMemoryError on CUDA
+        cuda = isinstance(error, torch.OutOfMemoryError)
+        if not cuda and "can't allocate memory" not in str(error):
             raise
-        full = True
-    if full:  # out of the handler: the error's traceback keeps what the step held
-        raise OutOfMemory
+    raise OutOfMemory  # out of the handler: the error's traceback keeps what the step held

@@ -20,6 +20,8 @@ from rich.text import Text
 
 from ebmkit.terminal import CleanConsole, clean, for_bar, one_line, progress_bar, shown_name
 
+pytestmark = pytest.mark.usefixtures("counted_once", "few_resamples")
+
 SPEAKS = ("\x1b]0;owned\x07cat", "dog\n\x1b[2Jdone", "$\\frac{bird$", "[red]\u202egnp")
 
 
@@ -44,7 +46,8 @@ def trained(tmp_path_factory):
         for number, name in enumerate(SPEAKS):
             pictures(home / "set" / part / name, 8, number)
         (home / "set" / part / SPEAKS[0] / "bad\x1b[2J\n.png").write_bytes(b"no picture")
-    small = ["--set", "model.backbone.width=8", "--steps", "2", "--device", "cpu"]
+    small = ["--backbone", "gradresnet10", "--set", "model.backbone.width=8"]
+    small += ["--steps", "2", "--device", "cpu"]
     data = ["--dataset", "folder", "--data-dir", "set", "--set", "dataset.unreadable=skip"]
     small += ["--set", "streams.classify.batch_size=8", "--set", "streams.denoise.batch_size=8"]
     ended = command("train", *data, *small, "--out", "run", cwd=home)
@@ -56,10 +59,11 @@ def harmless(text):
     return all(c == "\n" or c.isprintable() for c in text)
 
 
+@pytest.mark.slow
 def test_training_and_evaluating_show_names_and_nothing_more(trained):
     home, ended = trained
     assert harmless(ended.stdout + ended.stderr)
-    assert "training images cannot be read and were left out: " in ended.stdout
+    assert "training images cannot be read and were skipped: " in ended.stdout
     assert r"bad\x1b[2J\n.png" in ended.stdout
     assert (home / "run" / "evaluation" / "confusion.png").is_file()  # dollar signs and all
     evaluated = json.loads((home / "run" / "evaluation" / "classify.json").read_text())
@@ -68,6 +72,7 @@ def test_training_and_evaluating_show_names_and_nothing_more(trained):
     assert r"bad\x1b[2J" in evaluated["unreadable"]["reasons"][0]
 
 
+@pytest.mark.slow
 def test_classify_shows_names_and_nothing_more(trained):
     home, _ = trained
     picture = home / "x\x1b]0;owned\x07\ny.png"
@@ -79,6 +84,7 @@ def test_classify_shows_names_and_nothing_more(trained):
     assert r"dog\n\x1b[2Jdone" in ended.stdout
 
 
+@pytest.mark.slow
 def test_errors_show_names_and_nothing_more(trained):
     home, _ = trained
     ended = command("classify", "run", "no\x1b[2J\rsuch.png", cwd=home)

@@ -12,7 +12,7 @@ from ebmkit_tests.support.command_line import ebmkit_command
 
 import ebmkit
 from ebmkit.cli import app
-from ebmkit.cli.list import Kind, tables
+from ebmkit.cli.tools import Kind, tables
 from ebmkit.experiments import EXPERIMENTS
 from ebmkit.export import What
 from ebmkit.sampling.inverse import TASKS

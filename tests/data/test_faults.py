@@ -17,6 +17,8 @@ from ebmkit.training import RunFolder, resolve
 from ebmkit.training.loop import assemble
 from ebmkit.training.setup import images_of
 
+pytestmark = pytest.mark.usefixtures("counted_once")
+
 
 @pytest.fixture
 def folder(tmp_path):
@@ -45,7 +47,7 @@ def small(folder, **data):
     return resolve(
         {
             "dataset": {"name": "imagenet", "data_dir": folder, "image_size": 16, **data},
-            "backbone": "gradresnet18",
+            "backbone": "gradresnet10",
             "model": {"backbone": {"width": 8}},
             "objective": "ce",
             "steps": 12,

@@ -18,7 +18,7 @@ from ebmkit_tests.support.data_files import (
 
 from ebmkit.data import Stream, StreamConfig, StreamedSet, imagesets, load_dataset
 from ebmkit.data.hdf5 import read_contents
-from ebmkit.data.pack import pack
+from ebmkit.data.sets import pack
 from ebmkit.errors import UserError
 
 
@@ -146,7 +146,7 @@ def test_a_full_disk_and_ctrl_c_leave_nothing(folder, tmp_path, monkeypatch):
         def fail(*_args, error=error):
             raise error
 
-        monkeypatch.setattr("ebmkit.data.pack._write", fail)
+        monkeypatch.setattr("ebmkit.data.sets._write", fail)
         with pytest.raises(seen):
             pack(folder, tmp_path / "out.h5", progress=False)
         assert os.listdir(tmp_path) == ["src"]

@@ -283,6 +283,7 @@ def test_seeds_are_the_same_on_every_machine():
     assert keyed_seed(0, "ce", "noise", 7) == 1271487706228487403
 
 
+@pytest.mark.slow
 def test_workers_outlive_ctrl_c_and_end_with_the_main_process(tmp_path):
     """A trainer answers Ctrl-C by finishing its step and saving: that needs the workers."""
     script = tmp_path / "training.py"

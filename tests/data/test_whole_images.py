@@ -9,7 +9,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from ebmkit.data import Augmentation, ImageSet, NoiseLaw, Stream, StreamConfig, load_dataset
-from ebmkit.data.augment import DRAWS, Crop, Cut, crop_boxes
+from ebmkit.data.augment import DRAWS, Cut, crop_boxes
 from ebmkit.errors import UserError
 
 SIZE, SIDE = 28, 32  # 224 and 256, an eighth
@@ -60,10 +60,10 @@ def originals(source):
 
 def test_resized_crops_are_of_the_file_s_own_pixels(folder):
     source = load(folder)
-    cut = Cut(Crop((SIZE, SIZE), (0.08, 1.0)), torch.rand(len(source), DRAWS, dtype=torch.float64))
+    cut = Cut(torch.rand(len(source), DRAWS, dtype=torch.float64), (SIZE, SIZE), (0.08, 1.0))
     found, _ = source.read(range(len(source)), cut)
     for i, (image, picture) in enumerate(zip(found, originals(source), strict=True)):
-        own = Cut(cut.crop, cut.draws[i : i + 1])
+        own = cut.of(i)
         box = crop_boxes(*picture.shape[1:], own)[0].tolist()
         expected = v2.functional.resized_crop(picture, *box, [SIZE, SIZE], antialias=True)
         assert torch.equal(image, expected)
@@ -71,7 +71,7 @@ def test_resized_crops_are_of_the_file_s_own_pixels(folder):
 
 def test_windows_are_of_the_picture_at_the_scale_of_evaluation(folder):
     source = load(folder)
-    cut = Cut(Crop((20, 20)), torch.rand(len(source), DRAWS, dtype=torch.float64))
+    cut = Cut(torch.rand(len(source), DRAWS, dtype=torch.float64), (20, 20))
     found, _ = source.read(range(len(source)), cut)
     for image, picture in zip(found, originals(source), strict=True):
         resized = v2.functional.resize(picture, [SIDE])

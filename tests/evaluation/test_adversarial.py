@@ -6,7 +6,7 @@ from ebmkit_tests.support.mixture_world import Drawn
 
 from ebmkit import Gaussian, UserError, evaluation
 from ebmkit.evaluation.adversarial import difference
-from ebmkit.evaluation.context import noisy_batches
+from ebmkit.evaluation.suite import noisy_batches
 
 SIGMA = 0.05
 
@@ -74,8 +74,8 @@ def test_norms_and_gains_are_those_of_the_closed_form(mixture, drawn, evaluate):
     assert long["reached"]["value"] == pytest.approx(float(reached))
 
 
-def test_a_blind_model_is_also_asked_at_the_clean_image(network, squares, evaluate, tmp_path):
-    document = evaluate(network, squares, sigmas=["20/255", "5/255"], plots=True)
+def test_a_blind_model_is_also_asked_at_the_clean_image(network, squares, evaluate):
+    document = evaluate(network, squares, sigmas=["20/255", "5/255"])
     assert [level["sigma"] for level in document["levels"]] == [0, 5 / 255, 20 / 255]
     clean = document["levels"][0]
     assert clean["identity_error"] is None
@@ -88,10 +88,16 @@ def test_a_blind_model_is_also_asked_at_the_clean_image(network, squares, evalua
     for level in document["levels"][1:]:
         # float32: at most some times what rounding D alone may do
         assert level["identity_error"]["value"] < 5 * level["rounding"]["value"]
+
+
+@pytest.mark.slow
+def test_figures(network, squares, evaluate, tmp_path):
+    evaluate(network, squares, sigmas=["20/255", "5/255"], plots=True)
     for name in ("adversarial.png", "adversarial-norms.png"):
         assert (tmp_path / name).stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_targets_are_as_many_as_there_are(network, squares, evaluate):
     assert evaluate(network, squares, labels=6)["targets"] == 2  # of three classes
 

@@ -305,6 +305,7 @@ def test_the_bar_counts_noisy_images(network, squares):
     assert setting.left == 0
 
 
+@pytest.mark.slow
 def test_files_and_table(network, squares, tmp_path):
     results = evaluate(
         network, squares, ["certify"], tmp_path, options={"certify": {**FEW, "radii": [0, 0.05]}}

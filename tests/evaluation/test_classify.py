@@ -4,11 +4,10 @@ import pytest
 import torch
 from ebmkit_tests.support.mixture_world import Drawn
 from torch.distributions import MultivariateNormal
-from torchmetrics.functional.classification import multiclass_calibration_error
 
 from ebmkit.evaluation import evaluate
 from ebmkit.evaluation.calibration import calibration_error, reliability
-from ebmkit.evaluation.context import noisy_batches
+from ebmkit.evaluation.suite import noisy_batches
 
 
 def bayes(mixture, y, sigma):
@@ -61,6 +60,8 @@ def test_a_class_without_images_has_no_accuracy(mixture, drawn, tmp_path):
 
 
 def test_calibration_error_equals_torchmetrics():
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
     logits, labels = 3 * torch.randn(500, 10), torch.randint(10, (500,))
     probabilities = logits.softmax(1)
     confidence, predicted = probabilities.max(1)

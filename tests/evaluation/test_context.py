@@ -15,7 +15,9 @@ from ebmkit_tests.support.mixture_world import Drawn
 
 from ebmkit.distributed import DistributedContext
 from ebmkit.evaluation import SUITES, evaluate
-from ebmkit.evaluation.context import EvaluationContext, noisy_batches
+from ebmkit.evaluation.suite import EvaluationContext, noisy_batches
+
+pytestmark = pytest.mark.usefixtures("few_resamples")
 
 STANDARD = [name for name, suite in SUITES.items() if suite.standard]
 
@@ -63,11 +65,13 @@ def figures(document):
     return {key: value for key, value in document.items() if key not in CIRCUMSTANCES}
 
 
-@pytest.mark.parametrize(("size", "batch_size"), [(2, 7), (3, 10), (5, 12)])
+@pytest.mark.parametrize(
+    ("size", "batch_size"), [pytest.param(2, 7, marks=pytest.mark.slow), (5, 12)]
+)
 def test_every_process_has_the_figures_of_a_single_one(
     size, batch_size, network, squares, tmp_path
 ):
-    """30 images: 5 batches on 2 processes, 3 on 3, and 3 on 5, two of which have nothing to do."""
+    """30 images: 5 batches on 2 processes, and 3 on 5, two of which have nothing to do."""
     options = {"batch_size": batch_size, "plots": False, "noise_levels": [0, 0.1]}
 
     def work(world):

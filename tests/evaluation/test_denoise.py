@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import torch
 from ebmkit_tests.support.mixture_world import Drawn, make_mixture
-from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from ebmkit import GaussianMixture, plots
 from ebmkit.evaluation import evaluate
-from ebmkit.evaluation.context import noisy_batches
 from ebmkit.evaluation.denoise import plot_images, plot_psnr, ssim, ssim_window
+from ebmkit.evaluation.suite import noisy_batches
 
 SIGMA = 25 / 255
 
@@ -33,6 +32,8 @@ def noisy(images, sigma=SIGMA):
 
 
 def test_one_image_by_an_independent_formula(mixture, drawn, tmp_path):
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
     one = drawn.first(1)
     document = measure(mixture, one, tmp_path, sigmas=[SIGMA])
     y = noisy(one)

@@ -14,16 +14,17 @@ from rich.console import Console
 
 from ebmkit import GaussianMixture, ModelCard, UserError, create_model, evaluation
 from ebmkit.evaluation import tables
-from ebmkit.evaluation.context import EvaluationContext, noisy_batches
 from ebmkit.evaluation.diffusion_path import (
     DIFFUSION_PATH,
     VIEWS,
     DiffusionPathConfig,
+    class_statistics,
+    energy_statistics,
     views_at,
 )
-from ebmkit.evaluation.energies import class_statistics, energies_of
+from ebmkit.evaluation.suite import EvaluationContext, noisy_batches
 from ebmkit.models import GradResNetConfig, HeadConfig, ModelConfig, save_model
-from ebmkit.models.heads import energy_source
+from ebmkit.models.heads import LogitEnergy, energy_source
 from ebmkit.noise import make_schedule
 
 
@@ -148,20 +149,21 @@ def test_logits_are_read_where_no_objective_trained_the_density(network, squares
         network.card = ModelCard(objective=objective, channels=1, classifies=True)
         assert energy_source(network) == reading
     network.card = ModelCard(objective="2*ce", channels=1, classifies=True)
-    found, logits = energies_of(network, y), network.logits(y)
-    assert torch.allclose(found.energy, -logits.logsumexp(1), atol=1e-6)
-    own = -logits.gather(1, squares.labels[:, None]).squeeze(1)
-    assert torch.allclose(found.joint(squares.labels), own, atol=1e-5)
-    assert torch.allclose(energies_of(network, y, reading="model").energy, network.energy(y))
+    assert LogitEnergy.of(network, "model") is network
+    found, logits = LogitEnergy.of(network).energies(y), network.logits(y)
+    energy, own = -logits.logsumexp(1), -logits.gather(1, squares.labels[:, None])
+    measured = energy_statistics(found, squares.labels)
+    assert measured["energy"]["value"] == pytest.approx(float(energy.double().mean()), abs=1e-6)
+    assert measured["joint_energy"]["value"] == pytest.approx(float(own.double().mean()), abs=1e-5)
 
 
 def test_labels_are_predicted_where_energies_are_too_large_to_tell(far):
     """Float32 energies of 1e6 hide log p(c|y); the posterior does not."""
     y = far + 300.0
     model = GaussianMixture(far, 0.05)
-    found = energies_of(model, y)
-    assert found.energy.min() > 1e6
-    assert torch.equal(found.log_posterior.argmax(1), model.logits(y).argmax(1))
+    found = model.energies(y, 0.0)
+    assert found.log_density.max() < -1e6
+    assert torch.equal(found.log_posterior().argmax(1), model.logits(y).argmax(1))
 
 
 @pytest.fixture
@@ -193,6 +195,7 @@ def write(path, images, labels=None):
     return str(path)
 
 
+@pytest.mark.slow
 def test_runs_beside_samples_and_pictures(network, squares, runs, tmp_path):
     quantised = replace(squares, images=(255 * squares.images).round() / 255)
     samples = write(tmp_path / "s.h5", squares.images, squares.labels)
@@ -268,11 +271,14 @@ def test_what_cannot_be_measured_is_told(change, words, network, squares, tmp_pa
 def test_models_without_labels_have_an_energy_alone(squares):
     model = create_model("gradresnet18", num_classes=0, in_channels=1, width=8, image_size=8)
     model.eval().requires_grad_(False)
-    found = energies_of(model, squares.images)
-    assert torch.equal(found.energy, model.energy(squares.images))
-    assert found.log_posterior.shape == (30, 0)
+    found = model.energies(squares.images, 0.0)
+    measured = energy_statistics(found, squares.labels)
+    assert measured.keys() == {"energy"}
+    energy = float(model.energy(squares.images).double().mean())
+    assert measured["energy"]["value"] == pytest.approx(energy, abs=1e-6)
     with pytest.raises(UserError, match="cannot be read off logits"):
         energy_source(model, "logits")
-    (entry,) = class_statistics(found.energy[:1], None, torch.zeros(1, dtype=torch.long))
+    first = found._replace(logits=found.logits[:1], log_density=found.log_density[:1])
+    (entry,) = class_statistics(first, torch.zeros(1, dtype=torch.long))
     assert entry.keys() == {"label", "name", "energy"}
     assert (entry["name"], entry["energy"]["count"], entry["energy"]["std"]) == ("0", 1, None)

@@ -15,8 +15,8 @@ from rich.console import Console
 from ebmkit import ModelCard, UserError, evaluation
 from ebmkit.data import load_dataset
 from ebmkit.evaluation import features, tables
-from ebmkit.evaluation.context import EvaluationContext
 from ebmkit.evaluation.generation import GENERATION, GenerationConfig
+from ebmkit.evaluation.suite import EvaluationContext
 from ebmkit.models import GradResNetConfig, ModelConfig, load, save_model
 
 

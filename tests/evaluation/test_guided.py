@@ -11,8 +11,14 @@ import torch
 from ebmkit_tests.support.mixture_world import Drawn
 
 from ebmkit import GaussianMixture, UserError
-from ebmkit.evaluation.features import Extractor, classifier_of
-from ebmkit.evaluation.guided import Features, energy_gap, measure_guided, pixel_columns
+from ebmkit.evaluation.features import (
+    Extractor,
+    Features,
+    classifier_of,
+    energy_gap,
+    measure_guided,
+    pixel_columns,
+)
 from ebmkit.models import create_model
 
 NAMES = {"frechet": "FD", "kernel": "KD"}

@@ -10,9 +10,8 @@ from rich.console import Console
 
 from ebmkit import Gaussian, UserError, evaluation
 from ebmkit.evaluation import tables
-from ebmkit.evaluation.context import noisy_batches
-from ebmkit.evaluation.jacobian import magnification
-from ebmkit.evaluation.spectrum import jacobian, spectrum
+from ebmkit.evaluation.jacobian import jacobian, magnification, spectrum
+from ebmkit.evaluation.suite import noisy_batches
 from ebmkit.models import DirectDenoiser
 from ebmkit.plots import around_gray
 

@@ -6,11 +6,11 @@ from ebmkit_tests.support.mixture_world import Drawn
 from torch import nn
 
 from ebmkit import Energies, EnergyModel, UserError, create_model, evaluation
-from ebmkit.evaluation.context import noisy_batches
+from ebmkit.evaluation.jacobian import jacobian
 from ebmkit.evaluation.linearity import directional, linearity, linearity_grid, theory, theory_of
-from ebmkit.evaluation.spectrum import jacobian
+from ebmkit.evaluation.suite import noisy_batches
 from ebmkit.models import DirectDenoiser
-from ebmkit.models.norms import GroupNorm
+from ebmkit.models.layers import GroupNorm
 
 SIGMA = 0.1
 

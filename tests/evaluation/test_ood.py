@@ -17,17 +17,20 @@ from scipy.stats import norm
 from ebmkit import Gaussian, UserError, evaluation
 from ebmkit.data import load_dataset
 from ebmkit.evaluation import tables
-from ebmkit.evaluation.context import EvaluationContext
 from ebmkit.evaluation.ood import (
+    MADE,
     OOD,
     OodConfig,
     _of_counts,
     _warnings,
     detection,
+    find_set,
     known_scores,
+    partners,
     scores_of,
+    standard_sets,
 )
-from ebmkit.evaluation.ood_sets import MADE, find_set, partners, standard_sets
+from ebmkit.evaluation.suite import EvaluationContext
 from ebmkit.models.config import create_denoiser
 
 
@@ -142,9 +145,8 @@ def test_auroc_of_the_exact_log_density(tmp_path, monkeypatch):
     model = Gaussian(torch.full((1, 2, 2), 0.5), 0.05**2).eval()
     other = Drawn(images[1], None, name="wide")
     from ebmkit.evaluation import ood
-    from ebmkit.evaluation.ood_sets import OutSet
 
-    monkeypatch.setattr(ood, "find_set", lambda *a: OutSet("wide", "wide", other))
+    monkeypatch.setattr(ood, "find_set", lambda *a: ood.OutSet("wide", "wide", other))
     document = evaluate(model, Drawn(images[0], None), tmp_path).document
     found = document["sets"]["wide"]["scores"]["log-density"]["auroc"]
     exact = f.cdf((0.08 / 0.05) ** 2, 4, 4)  # P(a in < b out) of chi-squares scaled so
@@ -282,6 +284,7 @@ def test_models_have_the_scores_that_apply(network):
     assert list(found) == ["residual-25.5", "noise-level-25.5"]
 
 
+@pytest.mark.slow
 def test_files_table_and_bar(network, squares, tmp_path):
     settings = QUICK | {"sets": ["interpolations", "uniform"]}
     result = evaluate(network, squares, tmp_path, settings, plots=True)

@@ -11,13 +11,13 @@ from rich.console import Console
 from ebmkit import EnergyModel, UserError, evaluation, plots
 from ebmkit.energy import Energies
 from ebmkit.evaluation import attacks, parse_options
-from ebmkit.evaluation.context import EvaluationContext
 from ebmkit.evaluation.robustness import (
     ROBUSTNESS,
     compare_attacks,
     plot_comparison,
     telling_strength,
 )
+from ebmkit.evaluation.suite import EvaluationContext
 
 QUICK = {
     "steps": 5,

@@ -11,9 +11,9 @@ from ebmkit import GaussianMixture, UserError
 from ebmkit.card import ModelCard
 from ebmkit.data import ImageSet
 from ebmkit.evaluation import evaluate, tables
-from ebmkit.evaluation.context import EvaluationContext
 from ebmkit.evaluation.robustness_grid import ROBUSTNESS_GRID, THESIS, column_names, trained
 from ebmkit.evaluation.runner import parse_options
+from ebmkit.evaluation.suite import EvaluationContext
 from ebmkit.models import ModelConfig, save_model
 from ebmkit.models.config import create_model
 

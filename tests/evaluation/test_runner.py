@@ -13,7 +13,9 @@ from torch._dynamo.backends.debugging import aot_eager
 from ebmkit import ModelCard, UserError, evaluation
 from ebmkit.compile import Inference
 from ebmkit.evaluation import SUITES, evaluation_folder, parse_options, parse_suites, tables
-from ebmkit.evaluation.context import noisy_batches
+from ebmkit.evaluation.suite import noisy_batches
+
+pytestmark = pytest.mark.usefixtures("few_resamples")
 
 STANDARD = [name for name, suite in SUITES.items() if suite.standard]
 
@@ -57,14 +59,15 @@ def test_contract_of_the_files(mixture, drawn, tmp_path):
 def test_batch_size_changes_nothing(network, squares, tmp_path):
     documents = [
         {n: r.document for n, r in evaluate(network, squares, STANDARD, tmp_path, **o).items()}
-        for o in ({"batch_size": 30}, {"batch_size": 7}, {"batch_size": 1})
+        for o in ({"batch_size": 30}, {"batch_size": 7})
     ]
     whole = numbers(documents[0])
     assert len(whole) > 300
-    for other in documents[1:]:  # float32 convolutions order their sums by the batch
-        assert numbers(other) == pytest.approx(whole, rel=1e-3, abs=1e-4)
+    # float32 convolutions order their sums by the batch
+    assert numbers(documents[1]) == pytest.approx(whole, rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_compiled_evaluation_finds_the_same(network, squares, tmp_path, monkeypatch):
     """The denoisers of a batch and the classifier are two graphs, for all noise levels."""
     graphs = []

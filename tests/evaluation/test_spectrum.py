@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ebmkit import Gaussian, UserError
-from ebmkit.evaluation.spectrum import Jacobian, jacobian, spectrum
+from ebmkit.evaluation.jacobian import Jacobian, jacobian, spectrum
 from ebmkit.models import DirectDenoiser
 
 SIGMA = 0.1

@@ -36,7 +36,8 @@ def test_a_pipeline_of_diffusers_is_guided(tmp_path):
 
 @pytest.mark.slow
 def test_a_photograph_is_denoised_blindly(tmp_path):
-    noisy, denoised, sigma = example("denoise_photo").main(400, tmp_path / "photo", size=200)
+    # On test patches a run of 400 steps gains 6.4 dB, and 5 dB by its 200th step.
+    noisy, denoised, sigma = example("denoise_photo").main(250, tmp_path / "photo", size=200)
     assert denoised > noisy + 3
     assert sigma == pytest.approx(25 / 255, rel=0.25)
     assert (tmp_path / "photo" / "photograph.png").is_file()

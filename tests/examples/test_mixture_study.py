@@ -112,6 +112,7 @@ def test_what_the_blind_network_learns_is_the_closed_form(study, example):
     torch.testing.assert_close(fields.posterior, posterior, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_study_writes_its_results_and_repeats_no_row(study, tmp_path, monkeypatch, capsys):
     arguments = ["mixture", "--out", "rows", "--only", "cdsm", "--seeds", "3"]
     arguments += ["--steps", "2", "--results", "found.json", "--picture", "found.png"]

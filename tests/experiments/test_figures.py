@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ebmkit.experiments import SCALES, ExperimentRuns, figures, plots, reproduce
+from ebmkit.experiments import SCALES, ExperimentRuns, figures, reproduce
 
 FOUND = Path(__file__).parents[2] / "docs" / "results" / "fig1.json"
 
@@ -27,7 +27,7 @@ def test_figure_1_is_computed_once_and_says_how(runs, monkeypatch):
     monkeypatch.setattr(figures, "figure1", computed)
     paths = reproduce("fig1", runs)
     drawn = []
-    monkeypatch.setattr(plots, "draw_figure1", lambda document, path: drawn.append(document))
+    monkeypatch.setattr(figures, "draw_figure1", lambda document, path: drawn.append(document))
     reproduce("fig1", runs)
     assert drawn == [json.loads((runs.out / "fig1.json").read_text())]
     text = paths[0].read_text()

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from ebmkit import UserError, load
-from ebmkit.experiments import TABLES, ExperimentRuns, Protocol, Scale, Variant, write
+from ebmkit.experiments import SCALES, TABLES, ExperimentRuns, Protocol, Scale, Variant, write
 from ebmkit.experiments.runs import exclusive
 from ebmkit.experiments.tables import run_table, table_text
 from ebmkit.models.saving import weights_file
 from ebmkit.training import Interrupted
+
+pytestmark = pytest.mark.usefixtures("counted_once")
 
 TINY = Scale(
     "tiny",
@@ -243,6 +245,7 @@ def test_a_run_of_another_configuration_is_left_exclusive(done):
     assert load(done.folder(ROW)) is not None
 
 
+@pytest.mark.slow
 def test_a_table_of_one_row_says_what_did_not_run(done, capsys):
     """No number is made up: other rows say that they did not run, beside the paper's figures."""
     table = TABLES["table1"]
@@ -269,14 +272,13 @@ def test_a_table_of_one_row_says_what_did_not_run(done, capsys):
 
 
 def test_rows_that_need_a_data_folder_say_so(tmp_path):
-    from ebmkit.experiments import find_scale
-
-    runs = ExperimentRuns(tmp_path, find_scale("full"), imagenet_dir=tmp_path / "absent")
+    runs = ExperimentRuns(tmp_path, SCALES["full"], imagenet_dir=tmp_path / "absent")
     with pytest.raises(UserError, match="absent"):
         write_table(TABLES["table2"], runs, ["imagenet-joint"])
     assert not (tmp_path / "rows").exists()
 
 
+@pytest.mark.slow
 def test_a_scale_the_machine_cannot_hold_says_what_it_needs(tmp_path, monkeypatch):
     from ebmkit.training import cost
 

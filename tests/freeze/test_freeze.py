@@ -20,6 +20,7 @@ def one_thread(monkeypatch):
     monkeypatch.setattr(process, "IMPORTED", ["ebmkit.sampling"])
 
 
+@pytest.mark.slow
 def test_a_changed_number_and_a_failure_are_found(one_thread, monkeypatch, tmp_path, capsys):
     file = tmp_path / "frozen.json"
     monkeypatch.setitem(ENTRIES, "sample/broken", Entry(dict))  # unknown in other processes

@@ -119,7 +119,7 @@ def _share(text: str) -> object:
 
 
 def _schedule(text: str) -> object:
-    from ebmkit.guidance.schedules import parse_schedule
+    from ebmkit.guidance.guides import parse_schedule
 
     return parse_schedule(text)
 
@@ -195,8 +195,7 @@ def _torch_file(content: bytes) -> object:
 
 
 def _manifest(content: bytes) -> object:
-    from ebmkit.storage.commit import recover
-    from ebmkit.storage.manifest import read_manifest
+    from ebmkit.storage.manifest import read_manifest, recover
 
     root = place() / "manifested"
     root.mkdir(exist_ok=True)
@@ -229,10 +228,10 @@ def _journal(content: bytes) -> object:
 
 
 def _holder(content: bytes) -> object:
-    from ebmkit.storage import locks
+    from ebmkit.storage import atomic
 
-    found = locks._read(written(content, "holder.json"))
-    return found and (locks._is_dead(found), locks._sentence(Path("run"), found))
+    found = atomic._read(written(content, "holder.json"))
+    return found and (atomic._is_dead(found), atomic._sentence(Path("run"), found))
 
 
 def _whole_run(content: bytes) -> object:
@@ -364,7 +363,7 @@ def _gone_on_with(content: bytes) -> object:
 
 def _hdf5(content: bytes) -> object:
     from ebmkit.data import load_dataset
-    from ebmkit.sampling.starts import ReplayBuffer
+    from ebmkit.sampling.entry import ReplayBuffer
 
     path = written(content, "set.h5")
     with contextlib.suppress(UserError):

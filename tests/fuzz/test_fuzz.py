@@ -33,6 +33,7 @@ TEXT = st.one_of(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n, t in TARGETS.items() if t.text and n not in DEAR])
 @settings(max_examples=20, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(text=TEXT)

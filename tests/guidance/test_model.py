@@ -11,8 +11,8 @@ from ebmkit.energy import EnergyModel
 from ebmkit.guidance import GUIDES, LogitModel, guided_model, make_guidance
 from ebmkit.models import DirectDenoiser
 from ebmkit.noise import make_schedule
+from ebmkit.sampling.base import density_of, label_density_of
 from ebmkit.sampling.entry import SAMPLERS, missing
-from ebmkit.sampling.target import density_of, label_density_of
 
 EXACT = make_guidance(guidance="classifier")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import re
 import sys
@@ -59,6 +60,11 @@ def main() -> int:
     print(f"{len(cases)} hostile files in {home}")
     if not wanted.open:
         return 0
+    from ebmkit_tests.hostile.files_models import warm_up
+
+    warm_up()
+    gc.collect()
+    gc.freeze()  # a collection in a fork would copy all that was imported
     start, rows, failed = time.perf_counter(), [], 0
     for case, path in zip(cases, paths, strict=True):
         own = home / "cases" / slug(case.name)

@@ -33,7 +33,7 @@ class Case:
         says: a regular expression that the `UserError` must match; None: it opens, harmlessly.
         mib: memory that opening it may take, MiB.
         seconds: of the processor that it may take.
-        slow: not in the default suite.
+        slow: left out by ``--quick``.
     """
 
     name: str

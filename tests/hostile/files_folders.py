@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional  # noqa: F401
 
 from ebmkit.data import load_dataset
 from ebmkit.data.imagesets import Faults
-from ebmkit.evaluation.ood_sets import find_set
+from ebmkit.evaluation.ood import find_set
 
 
 def folder_with(change: Callable[[Path, Path], None], classes: int = 2, count: int = 12) -> Make:

@@ -14,7 +14,7 @@ from ebmkit_tests.hostile.making import Make, fifo, link
 
 from ebmkit.data import load_dataset
 from ebmkit.evaluation.generation import read_samples
-from ebmkit.sampling.starts import ReplayBuffer
+from ebmkit.sampling.entry import ReplayBuffer
 
 
 def hdf5(fill: Callable[[h5py.File, Path], None], name: str = "set.h5", **options: object) -> Make:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import json
@@ -22,13 +23,14 @@ from ebmkit_tests.hostile.case import Case, outside
 from ebmkit_tests.hostile.making import Make
 
 import ebmkit
+import ebmkit.evaluation.runner
+from ebmkit.cli.app import app
 from ebmkit.errors import UserError
 from ebmkit.models import ModelConfig
 from ebmkit.models.importing import load_checkpoint
 from ebmkit.models.saving import model_files
 from ebmkit.sampling.jobs.sources import at_hand, buffer_of
-from ebmkit.storage.tensors import read_tensors
-from ebmkit.storage.torchfile import read_torch_file
+from ebmkit.storage.tensors import read_tensors, read_torch_file
 from ebmkit.storage.verify import verify_run
 from ebmkit.training import RunFolder, resolve
 
@@ -385,9 +387,13 @@ def use_run(root: Path) -> None:
         raise first
 
 
-def evaluate(root: Path) -> None:
-    from ebmkit.cli.app import app
+def warm_up() -> None:
+    """Import what reading a run imports at the first call: no case pays for it."""
+    with contextlib.suppress(UserError):  # an untrained run has no buffer
+        use_run(small_run())
 
+
+def evaluate(root: Path) -> None:
     app(["evaluate", str(root), "--device", "cpu", "--limit", "10"], standalone_mode=False)
 
 

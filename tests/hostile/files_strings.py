@@ -9,7 +9,7 @@ import pytest
 from ebmkit_tests.hostile.case import Case, outside
 
 from ebmkit.errors import UserError
-from ebmkit.guidance.schedules import parse_schedule
+from ebmkit.guidance.guides import parse_schedule
 from ebmkit.noise import parse_radius, parse_sigma
 from ebmkit.objectives import parse_objective
 from ebmkit.storage.reading import read_json, read_text

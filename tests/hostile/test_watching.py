@@ -13,6 +13,8 @@ from ebmkit_tests.hostile.watch import opened
 
 from ebmkit.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 
 def refuses(path):
     raise UserError(f"{path.name} is refused")

@@ -1,21 +1,25 @@
-"""Small models of every kind: each backbone preset under each head, in float64."""
+"""Small models of every kind, in float64: each backbone preset, under the heads in turn."""
 
 import pytest
 import torch
-from ebmkit_tests.support.small_models import small_model, small_size
+from ebmkit_tests.support.small_models import PAIRS, small_model, small_size
 
 from ebmkit import JointModel
-from ebmkit.models import BACKBONES, HEADS
 
 
-@pytest.fixture(params=sorted(BACKBONES))
-def backbone(request) -> str:
+@pytest.fixture(params=PAIRS, ids="-".join)
+def pair(request) -> tuple[str, str]:
     return request.param
 
 
-@pytest.fixture(params=sorted(HEADS))
-def head(request) -> str:
-    return request.param
+@pytest.fixture
+def backbone(pair) -> str:
+    return pair[0]
+
+
+@pytest.fixture
+def head(pair) -> str:
+    return pair[1]
 
 
 @pytest.fixture

@@ -12,19 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ebmkit import create_model
 from ebmkit.bench import PlainStep, plain_inference
-from ebmkit.models import convolution
-from ebmkit.models import gelu as gelu_module
-from ebmkit.models import norms as norm_module
-from ebmkit.models.gelu import GELU
-from ebmkit.models.norms import GroupNorm
+from ebmkit.models import convolution, layers
+from ebmkit.models.layers import GELU, GroupNorm
 
 LAYERS = ["norm", "norm with bias", "gelu", "both"]
 
 
 @pytest.fixture(autouse=True)
 def _nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (norm_module, gelu_module):
-        monkeypatch.setattr(module, "SMALL", 0)
+    monkeypatch.setattr(layers, "SMALL", 0)
 
 
 def _pair(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module, Tensor]:
@@ -206,8 +202,7 @@ def test_where_pytorchs_own_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     own[0].plain = True
     assert names(x) == (False, True)
     own[0].plain = False
-    for module in (norm_module, gelu_module):
-        monkeypatch.setattr(module, "SMALL", x.numel())
+    monkeypatch.setattr(layers, "SMALL", x.numel())
     assert names(x) == (False, False)
 
 

@@ -256,6 +256,7 @@ def test_ddpm_trajectories_equal_those_of_diffusers_on_the_same_network():
     assert float((2 * state.x - 1 - u).abs().max()) / scale < 1e-8
 
 
+@pytest.mark.slow
 def test_a_compiler_sees_one_graph():
     model = small_unet().float()
     y, sigma = torch.rand(2, 1, 8, 8), torch.tensor([0.1, 2.0])

@@ -1,4 +1,6 @@
-"""What makes a network a joint model, for every backbone preset under every head, in float64.
+"""What makes a network a joint model, for every kind of backbone and head, in float64.
+
+Presets that differ from others in depth or stem alone are checked with the slow tests.
 
 Rounding in float64 is 1e-16; a network of some 20 layers and sums over some 1000 positions loses a
 few digits, so exact identities are asked to 1e-10.
@@ -6,12 +8,12 @@ few digits, so exact identities are asked to 1e-10.
 
 import pytest
 import torch
-from ebmkit_tests.support.small_models import small_model, small_size
+from ebmkit_tests.support.small_models import PAIRS, small_model, small_size
 from torch import nn
 
 from ebmkit import Energies
 from ebmkit.energy import LogDensity, value_and_grads
-from ebmkit.models import BACKBONES, HEADS
+from ebmkit.models import HEADS
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -32,18 +34,31 @@ def only_smooth(model):
         pytest.skip("the network has kinks")
 
 
-def cases():
-    """Names of shape, backbone and head: each two of them together, not all three.
+DEEPER = {
+    *("gradresnet34", "resnet18-imagenet", "resnet50-imagenet", "wideresnet28-10-jem"),
+    *("gradresnet10", "resnet18"),
+}
+"""Presets that have a sibling of the same layers, which is checked by default."""
 
-    The plain shape of every backbone under every head; every shape of every backbone under a head,
-    and of the paper's backbone under every head.
-    """
-    for b, backbone in enumerate(sorted(BACKBONES)):
-        for h, head in enumerate(sorted(HEADS)):
-            for s, shape in enumerate(sorted(SHAPES)):
-                every = shape == "plain" or backbone == "gradresnet18"
-                if every or (b + s) % len(HEADS) == h:
-                    yield pytest.param((shape, backbone, head), id=f"{shape}-{backbone}-{head}")
+SHAPED = {"gradresnet18", "gradresnet18-imagenet", "resnet50", "mlp-sigma"}
+"""Backbones to try with every shape: norms, strides and a noise level that others lack."""
+
+
+def marks(backbone):
+    return [pytest.mark.slow] if backbone in DEEPER else []
+
+
+def cases():
+    """Names of shape, backbone and head: the plain shape of every pair, and all of some."""
+    for backbone, head in PAIRS:
+        for shape in SHAPES if backbone in SHAPED else ("plain",):
+            name = f"{shape}-{backbone}-{head}"
+            yield pytest.param((shape, backbone, head), id=name, marks=marks(backbone))
+
+
+@pytest.fixture(params=[pytest.param(p, id="-".join(p), marks=marks(p[0])) for p in PAIRS])
+def pair(request):
+    return request.param
 
 
 @pytest.fixture(params=cases())
@@ -209,9 +224,10 @@ def test_sigma_is_for_those_that_are_told(model, images):
 
 
 @pytest.mark.parametrize("size_scaling", ["tiles", "windows", "factor"])
-def test_each_part_of_an_image_is_told_the_noise_of_that_image(size_scaling, model):
-    if not model.noise_conditional:
-        pytest.skip("blind")
+@pytest.mark.parametrize("head", sorted(HEADS))
+def test_each_part_of_an_image_is_told_the_noise_of_that_image(size_scaling, head):
+    model = small_model("mlp-sigma", head)
+    assert model.noise_conditional
     model.reference_size, model.size_scaling = (8, 8), size_scaling
     y, sigma = torch.rand(3, 1, 20, 17, dtype=torch.float64), torch.tensor([0.02, 0.1, 0.4])
     together = model.score(y, sigma=sigma)

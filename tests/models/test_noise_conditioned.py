@@ -17,7 +17,10 @@ from ebmkit.models.heads import LogitHead
 from ebmkit.noise import make_schedule
 from ebmkit.training import resolve
 
-pytestmark = pytest.mark.filterwarnings("ignore:a score is differentiated through")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:a score is differentiated through"),
+    pytest.mark.usefixtures("counted_once"),
+]
 
 
 class Seeing(nn.Module):

@@ -116,12 +116,12 @@ def test_score_is_the_gradient_of_the_log_density(backbone):
     torch.testing.assert_close(slope, rise / (2 * step), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (8, 8), (17, 5)], ids=str)
-def test_images_of_any_size(backbone, shape):
-    y = torch.rand(3, 2, *shape, dtype=torch.float64)
-    features = backbone(y)
-    assert features.pooled.shape == (3, backbone.num_features)
-    torch.testing.assert_close(features.pooled[1:2], backbone(y[1:2]).pooled)
+def test_images_of_any_size(backbone):
+    for shape in ((1, 1), (1, 7), (8, 8), (17, 5)):
+        y = torch.rand(3, 2, *shape, dtype=torch.float64)
+        features = backbone(y)
+        assert features.pooled.shape == (3, backbone.num_features)
+        torch.testing.assert_close(features.pooled[1:2], backbone(y[1:2]).pooled)
 
 
 def test_windows_average_to_the_whole(backbone):

@@ -34,6 +34,7 @@ def tiny(name="timm:convnext_atto", options=TINY, **more):
     return create_model(name, 3, in_channels=1, options=options, **more)
 
 
+@pytest.mark.slow
 def test_training_saves_a_run_that_loads_equal(tmp_path):
     config = resolve(
         {

@@ -54,7 +54,9 @@ def test_an_old_run_computes_what_it_computed(run):
     ebmkit.load(run, weights="best")
 
 
-@on_every(RUNS)
+@on_every(
+    [name if name == RUNS[-1] else pytest.param(name, marks=pytest.mark.slow) for name in RUNS]
+)
 def test_an_old_run_goes_on_to_its_end(run):
     """From step 4, with the losses of a run that today's code begins and ends."""
     went_on = ebmkit_command("train", "--resume", run, "--no-evaluate", cwd=run.parent)

@@ -16,6 +16,7 @@ def benchmark_module():
     return module
 
 
+@pytest.mark.slow
 def test_naive_chains_miss_the_shares_of_modes_and_annealed_ones_have_them(
     benchmark_module, monkeypatch, tmp_path
 ):

@@ -16,7 +16,7 @@ from ebmkit.sampling.diagnostics import (
     random_projections,
     split_rhat,
 )
-from ebmkit.sampling.metropolis import MALAConfig
+from ebmkit.sampling.langevin import MALAConfig
 
 
 def uniform(count, seed):

@@ -65,8 +65,7 @@ def test_schedules_are_those_of_diffusers(name):
             assert list(schedule.timesteps(count, spacing)) == expected
 
 
-@pytest.mark.parametrize("double", [True, False])
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(("eta", "double"), [(0.0, True), (0.5, True), (0.5, False), (1.0, True)])
 @pytest.mark.parametrize(("count", "spacing"), [(20, "leading"), (50, "trailing")])
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 def test_ddim_trajectories_equal_those_of_diffusers(name, count, spacing, eta, double):

@@ -13,10 +13,10 @@ from ebmkit import GaussianMixture, ModelCard
 from ebmkit.errors import UserError
 from ebmkit.models import DirectDenoiser, create_model
 from ebmkit.sampling import Chains
+from ebmkit.sampling.ascent import make_restorer
+from ebmkit.sampling.base import blind_denoiser_of
 from ebmkit.sampling.entry import SAMPLERS, find_sampler
 from ebmkit.sampling.inverse import random_pixels
-from ebmkit.sampling.kadkhodaie_simoncelli import make_restorer
-from ebmkit.sampling.target import blind_denoiser_of
 
 SHAPE = (1, 4, 4)
 KS = "kadkhodaie_simoncelli"
@@ -156,7 +156,7 @@ def test_samples_of_a_label_have_the_moments_of_its_mixture(name):
     """Label 0 is one Gaussian of 16 dimensions: mean, second moments, within 4.5 standard errors.
 
     Of the 152 numbers compared the largest exceeds 4.5 once in a thousand runs. Class proportions
-    of mixtures are in `test_metropolis` and `test_diffusion`, where chains have time to mix.
+    of mixtures are in `test_langevin` and `test_diffusion`, where chains have time to mix.
     """
     entry, model, count = SAMPLERS[name], mixture(), 600
     config = entry.config(**LAWS[name])

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from ebmkit.errors import UserError
 from ebmkit.sampling import Chains
+from ebmkit.sampling.ascent import StochasticAscent, StochasticAscentConfig
 from ebmkit.sampling.inverse import (
     BlockAverage,
     Compressed,
@@ -17,7 +18,6 @@ from ebmkit.sampling.inverse import (
     center_hole,
     random_pixels,
 )
-from ebmkit.sampling.kadkhodaie_simoncelli import StochasticAscent, StochasticAscentConfig
 
 SHAPE = (2, 8, 6)
 MEASUREMENTS = {
@@ -204,6 +204,7 @@ def test_the_variance_of_samples_has_the_bias_stated(setting):
     assert expected / v == pytest.approx(BIASES[setting], abs=0.01)
 
 
+@pytest.mark.slow
 def test_inpainting_samples_the_posterior_of_a_gaussian():
     """Two correlated patterns, one in the half that is known: mean and variance nearly exact."""
     shape, v, rho, count = (1, 12, 12), 0.04, 0.8, 600

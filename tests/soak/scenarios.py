@@ -28,7 +28,7 @@ TRAININGS = {
                 *AVERAGED,
                 "--set=streams.classify.augmentation.mix=both",
             ),
-            (6000, 900),
+            (6000, 600),
         ),
         Training(
             "gradresnet18",
@@ -53,7 +53,7 @@ TRAININGS = {
             "jem",
             "jem with its replay buffer and its states to go back to",
             (*MLP, *SMALL, *CHAINS, "--objective", "jem"),
-            (3000, 500),
+            (3000, 350),
         ),
         Training(
             "jem-astray",
@@ -74,7 +74,7 @@ TRAININGS = {
             "two-ranks",
             "ce+dsm by two processes under torchrun; all killed, or one",
             (*MLP, *SMALL, *AVERAGED),
-            (4000, 500),
+            (4000, 350),
             ranks=2,
         ),
         Training(

@@ -19,7 +19,7 @@ from ebmkit.storage.verify import verify_run
 
 pytestmark = pytest.mark.slow
 
-STEPS = 800
+STEPS = 500
 
 
 def train(tmp_path, *arguments, steps=STEPS, ranks=1):
@@ -102,17 +102,17 @@ def test_a_second_command_is_refused_and_a_dead_one_does_not_block(tmp_path):
 
 
 def test_who_reads_while_it_trains_sees_card_and_weights_of_one_moment(tmp_path):
-    """Hundreds of loads: a number of steps always comes with the same weights."""
+    """Many loads: a number of steps always comes with the same weights."""
     run = tmp_path / "run"
     command = train(tmp_path, "--set=checkpoint_every=1", "--out", run, steps=100_000)
     wait_for(lambda: (run / "model.json").exists())
-    seen, loads, end = {}, 0, time.monotonic() + 8
+    seen, loads, end = {}, 0, time.monotonic() + 4
     while time.monotonic() < end:
         model = ebmkit.load(run)
         content = json.dumps([p.sum().item() for p in model.parameters()])
         seen.setdefault(model.card.steps, set()).add(hashlib.sha256(content.encode()).hexdigest())
         loads += 1
     command.kill()
-    assert loads > 100
-    assert len(seen) > 20
+    assert loads > 40
+    assert len(seen) > 10
     assert all(len(found) == 1 for found in seen.values())

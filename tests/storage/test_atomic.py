@@ -1,12 +1,20 @@
-"""Files are written whole or not at all."""
+"""Files are written whole or not at all, and by one process at a time.
+
+Who comes second is told who is there, and the dead do not block.
+"""
 
 import errno
+import json
+import multiprocessing
 import os
+import platform
+import re
+import time
 
 import pytest
 
 from ebmkit.errors import UserError
-from ebmkit.storage import write_atomically
+from ebmkit.storage import Busy, atomic, held, write_atomically
 from ebmkit.storage.atomic import replacing
 
 
@@ -68,3 +76,94 @@ def test_a_file_that_is_written_in_pieces_takes_its_place_whole_or_not_at_all(tm
         assert path.read_bytes() == b"old"
     assert path.read_bytes() == b"new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+# --- locks ---------------------------------------------------------------------------------------
+
+FORK = multiprocessing.get_context("fork")
+"""A copy of this process, in which nothing has to be imported."""
+
+
+def hold(folder, forks=False):
+    """A process that holds ``folder``."""
+    ready = FORK.Event()
+
+    def training():
+        with held(folder, "training"):
+            if forks and os.fork() == 0:
+                time.sleep(1.5)  # as a process that reads images, which notices a little later
+                os._exit(0)
+            ready.set()
+            time.sleep(60)
+
+    process = FORK.Process(target=training, daemon=True)
+    process.start()
+    assert ready.wait(30)
+    return process
+
+
+def test_the_second_is_told_the_holder_s_host_process_and_start(tmp_path):
+    process = hold(tmp_path)
+    try:
+        told = (
+            rf"process {process.pid} on '{re.escape(platform.node())}' has been training in "
+            rf"'{re.escape(str(tmp_path))}' since 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC: wait for it"
+        )
+        with pytest.raises(Busy, match=told), held(tmp_path, "training"):
+            pass
+    finally:
+        process.kill()
+        process.join()
+    with held(tmp_path, "training"):  # its holder is dead, and did not clean up
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == [".lock"]
+
+
+def test_processes_that_a_dead_holder_left_do_not_block(tmp_path):
+    process = hold(tmp_path, forks=True)
+    process.kill()
+    process.join()
+    with held(tmp_path, "training"):
+        pass
+
+
+def test_a_holder_on_another_machine_is_not_taken_for_dead(tmp_path):
+    with held(tmp_path, "training"):
+        path = tmp_path / ".holder.json"
+        values = json.loads(path.read_text())
+        path.write_text(json.dumps(values | {"host": "elsewhere", "process": 999_999_999}))
+        with pytest.raises(Busy, match="process 999999999 on 'elsewhere'"), held(tmp_path, "x"):
+            pass
+
+
+def test_a_number_that_another_process_got_is_not_the_holder(tmp_path):
+    own = atomic._self("training")
+    assert not atomic._is_dead(own)
+    assert atomic._is_dead(own | {"started": "12"})
+    assert atomic._is_dead(own | {"process": 10**40})
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"process": "1"}', b"[" * 50_000, b"\xff"])
+def test_whatever_the_holder_s_file_says_the_lock_counts(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(atomic, "PATIENCE", 0.1)
+    with held(tmp_path, "training"):
+        (tmp_path / ".holder.json").write_bytes(content)
+        with pytest.raises(Busy, match="another process works in"), held(tmp_path, "training"):
+            pass
+
+
+def test_parts_of_a_folder_have_locks_of_their_own(tmp_path):
+    with (
+        held(tmp_path, "training", name="a"),
+        held(tmp_path, "training", name="b"),
+        pytest.raises(Busy, match="/a' since"),
+        held(tmp_path, "training", name="a"),
+    ):
+        pass
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_into_is_named(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="cannot write"), held(tmp_path, "training"):
+        pass

@@ -21,8 +21,7 @@ from ebmkit.storage import (
     verify,
     write_atomically,
 )
-from ebmkit.storage.commit import recover
-from ebmkit.storage.manifest import begin_manifest, entry_of, read_manifest
+from ebmkit.storage.manifest import begin_manifest, entry_of, read_manifest, recover
 from ebmkit.storage.verify import accept_files, stale_temporary_files, verify_run
 
 OLD = {"model.json": b"old card", "checkpoints/step-1.pt": b"state 1", "model.st": b"old weights"}

@@ -1,10 +1,11 @@
-"""Small models of every kind: each backbone preset under each head, in float64."""
+"""Small models of every kind, in float64, and the pairs of a backbone and a head to try."""
 
 import torch
 from torch import Tensor
 
 from ebmkit import JointModel, create_model
 from ebmkit.energy import EnergyModel
+from ebmkit.models import BACKBONES, HEADS
 
 SMALLEST = {
     "gradresnet18-imagenet": 32,
@@ -12,6 +13,14 @@ SMALLEST = {
     "resnet50-imagenet": 32,
 }  # total stride 16: below this the last maps are one pixel
 NUM_CLASSES = 3
+
+PAIRS = [
+    (backbone, head)
+    for i, backbone in enumerate(sorted(BACKBONES))
+    for j, head in enumerate(sorted(HEADS))
+    if backbone == "gradresnet18" or i % len(HEADS) == j
+]
+"""Every backbone under one head, the heads in turn; the paper's backbone under every head."""
 
 
 def small_size(backbone: str) -> int:

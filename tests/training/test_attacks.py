@@ -26,7 +26,10 @@ from ebmkit.training.loop import assemble
 from ebmkit.training.optim import make_optimizer
 from ebmkit.training.step import TrainingStep
 
+pytestmark = pytest.mark.usefixtures("counted_once")
+
 TINY = {
+    "backbone": "gradresnet10",
     "objective": "adv",
     "model": {"backbone": {"width": 8}},
     "terms": {"adv": {"steps": 2, "warmup_steps": 0}, "trades": {"steps": 2, "warmup_steps": 0}},
@@ -250,7 +253,6 @@ def test_the_attack_leaves_the_network_as_it_was():
     assert torch.equal(found, attacked(model.eval(), batch))  # it judged in evaluation mode
 
 
-@pytest.mark.usefixtures("counted_once")
 def test_at_radius_zero_it_is_cross_entropy_to_the_bit(tmp_path):
     options = {"terms": {"adv": {"eps": 0}}, "steps": 2, "validation_images": 0}
     runs = [start(tmp_path, name, options, {"objective": name}) for name in ("adv", "ce")]
@@ -260,7 +262,6 @@ def test_at_radius_zero_it_is_cross_entropy_to_the_bit(tmp_path):
     assert [t.card.attack for t in runs] == ["", ""]
 
 
-@pytest.mark.usefixtures("counted_once")
 def test_mixed_labels_are_attacked_away_from_both(tmp_path):
     model, batch = classifier(), draw()
     soft = 0.7 * batch.soft + 0.3 * batch.soft.roll(1, 0)
@@ -374,7 +375,6 @@ class StopAt:
             os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.usefixtures("counted_once")
 def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path):
     layer = {"objective": "trades+dsm", "steps": 5, "optimizer": {"sharpness": 0.1, "ema": 0.9}}
     whole = start(tmp_path, "whole", layer)
@@ -391,7 +391,12 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("objective", "backend"), [("ce+adv", "aot_eager"), ("trades", "aot_eager"), ("adv", "eager")]
+    ("objective", "backend"),
+    [
+        pytest.param("ce+adv", "aot_eager", marks=pytest.mark.slow),
+        ("trades", "aot_eager"),
+        ("adv", "eager"),
+    ],
 )
 def test_the_compiled_step_is_the_eager_one(objective, backend):
     def gradients(compile):
@@ -420,9 +425,10 @@ def test_the_compiled_attack_is_the_eager_one():
     torch.testing.assert_close(found, eager, rtol=0, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_the_cost_of_attacks_is_counted_and_printed(tmp_path):
     for objective, passes in (("adv", 2), ("trades", 2.5)):
-        trainer = start(tmp_path, objective, {"objective": objective})
+        trainer = start(tmp_path, objective, {"objective": objective, "backbone": "gradresnet18"})
         shapes = trainer.budget.plan[0][1]
         flops = step_flops(trainer.loss, shapes)
         assert list(flops) == [objective, "2 attack steps"]
@@ -441,6 +447,7 @@ def test_the_cost_of_attacks_is_counted_and_printed(tmp_path):
 
 def test_from_the_command_line_with_denoising(tmp_path):
     arguments = ["--objective=adv+dsm", "--steps=2", "--width=8", "--no-evaluate", "--out=run"]
+    arguments += [f"--set=streams.{name}.batch_size=8" for name in ("classify", "denoise")]
     arguments += ["--set=objective.adv.norm=linf", "--set=objective.adv.eps=8/255"]
     ended = ebmkit_command("train", *arguments, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr

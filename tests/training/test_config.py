@@ -140,6 +140,7 @@ def test_nothing_of_a_recipe_comes_into_the_configuration_of_an_earlier_run():
     assert resolve(old) == resolve(recipe="digits-adamw")
 
 
+@pytest.mark.slow
 def test_short_recipes_cost_no_more_than_what_they_are_compared_with():
     def joint_flops(name):
         config = resolve(recipe=name)

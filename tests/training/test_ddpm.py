@@ -13,8 +13,8 @@ from ebmkit.models import DiffusionModel
 from ebmkit.noise import make_schedule
 from ebmkit.sampling import DDIM, SAMPLERS
 from ebmkit.training import RECIPES, parse_assignments, resolve
+from ebmkit.training.config import recipe_for
 from ebmkit.training.loop import assemble
-from ebmkit.training.recipes import recipe_for
 
 SMALL = [
     *("--set", "model.backbone.width=8", "--set", "model.backbone.multipliers=[1, 2]"),

@@ -22,9 +22,9 @@ from ebmkit.objectives import TrainingLoss
 from ebmkit.training import Interrupted, RunFolder, Trainer, parse_assignments, resolve
 from ebmkit.training.cost import Budget, Stopwatch, step_flops, step_memory
 from ebmkit.training.loop import assemble
+from ebmkit.training.metrics import Validation
 from ebmkit.training.setup import images_of
 from ebmkit.training.step import TrainingStep
-from ebmkit.training.validation import Validation
 
 EVERYWHERE = {  # CDN appendix A: what both recipes share
     "objective": "ce+dsm",

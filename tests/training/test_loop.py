@@ -58,8 +58,11 @@ def bits(trainer):
 @pytest.mark.parametrize(
     "layer",
     [
-        {},
-        {"optimizer": {"ema": 0.9, "clip_norm": 1.0, "decay_norms": False}},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param(
+            {"optimizer": {"ema": 0.9, "clip_norm": 1.0, "decay_norms": False}},
+            marks=pytest.mark.slow,
+        ),
         {"streams": {"classify": {"augmentation": {"mix": "both", "crop_padding": 1}}}},
         {
             "optimizer": {"kind": "muon", "schedule": "linear", "ema": 0.9, "ema_warmup": True},
@@ -246,6 +249,7 @@ def test_the_rate_is_that_of_a_schedule_of_torch(schedule, torch_s):
     assert learning_rate(config, 40, 40) == 0
 
 
+@pytest.mark.slow
 def test_a_run_that_learns_nothing_warns():
     """Where nothing overflows: Muon's update is bounded, and group norms take any weights."""
     layer = {

@@ -14,10 +14,12 @@ from ebmkit import GaussianMixture, UserError
 from ebmkit.data import Batch
 from ebmkit.distributed import DistributedContext
 from ebmkit.objectives import TrainingLoss, parse_objective
-from ebmkit.sampling.starts import ReplayBuffer
+from ebmkit.sampling.entry import ReplayBuffer
 from ebmkit.training import RECIPES, Interrupted, RunFolder, resolve
 from ebmkit.training.cost import Recorder, network_flops, step_flops
 from ebmkit.training.loop import assemble
+
+pytestmark = pytest.mark.usefixtures("counted_once")
 
 TINY = {
     "objective": "jem",
@@ -180,7 +182,13 @@ class StopAt:
 
 @pytest.mark.parametrize(
     "layer",
-    [{}, {"objective": "ce+cml", "optimizer": {"kind": "sgd", "sharpness": 0.1, "ema": 0.9}}],
+    [
+        {},
+        pytest.param(
+            {"objective": "ce+cml", "optimizer": {"kind": "sgd", "sharpness": 0.1, "ema": 0.9}},
+            marks=pytest.mark.slow,
+        ),
+    ],
     ids=["jem", "cml-sgd-sam"],
 )
 def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, layer):
@@ -232,6 +240,7 @@ def test_a_checkpoint_without_its_chains_is_refused(tmp_path):
         assemble(trainer.config, RunFolder.open(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_the_cost_of_chains_is_counted_and_printed(tmp_path):
     trainer = start(tmp_path, "run")
     shapes = trainer.budget.plan[0][1]

@@ -15,8 +15,7 @@ import torch
 import ebmkit
 from ebmkit.data.images import write_image
 from ebmkit.data.imagesets import origin
-from ebmkit.data.pack import pack
-from ebmkit.data.sets import load_dataset
+from ebmkit.data.sets import load_dataset, pack
 from ebmkit.training import Interrupted, RunFolder, resolve
 from ebmkit.training.loop import assemble
 from ebmkit.training.nonfinite import describe
@@ -92,7 +91,13 @@ def assert_equal(one, other):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, (a, b)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+QUICK = ("plain", "muon in parts, clipped", "adv", "batch norm")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in KINDS],
+)
 def test_the_state_is_the_one_before_the_step_to_the_bit(tmp_path, kind):
     """Weights, optimiser, averages, running means, statistics: as of a run that ended before it."""
     before = start(tmp_path / "before", KINDS[kind], {"steps": 6})

@@ -23,6 +23,8 @@ from ebmkit.training.optim import (
     states_of,
 )
 
+pytestmark = pytest.mark.usefixtures("counted_once")
+
 SHAPES = [(24, 24), (16, 144), (48, 16), (1, 30), (30, 1)]
 
 
@@ -267,7 +269,7 @@ def test_parameters_without_a_gradient_stay():
     assert len(optimizer.state) == 1
 
 
-@pytest.mark.parametrize("backbone", ["gradresnet18", "mlp"])
+@pytest.mark.parametrize("backbone", ["gradresnet10", "mlp"])
 def test_cost_and_states_are_those_of_a_real_step(backbone):
     loss = TrainingLoss(ebmkit.create_model(backbone, 10, 1, width=16), parse_objective("ce+dsm"))
     config = muon(ema=0.9)
@@ -309,6 +311,7 @@ SMALL = {
 }
 
 
+@pytest.mark.slow
 def test_it_learns_digits(tmp_path):
     config = resolve(SMALL)
     run = RunFolder.create(tmp_path / "run", config)
@@ -320,19 +323,24 @@ def test_it_learns_digits(tmp_path):
 @pytest.mark.parametrize(
     "layer",
     [
-        {"objective": "jem", "backbone": "gradresnet18"},
-        {"objective": "adv+dsm", "terms": {"adv": {"eps": 0.3, "steps": 2}}},
-        {"objective": "trades", "terms": {"trades": {"eps": 0.3, "steps": 2}}},
+        {"objective": "jem", "backbone": "gradresnet10"},
         {"objective": "ce+cdsm-sum", "optimizer": {"sharpness": 0.05}},
-        {"objective": "ism", "backbone": "mlp"},
-        {"objective": "ddpm", "backbone": "unet"},
-        {"objective": "dsm", "backbone": "dncnn20-bias-free"},
+        *(
+            pytest.param(layer, marks=pytest.mark.slow)
+            for layer in (
+                {"objective": "adv+dsm", "terms": {"adv": {"eps": 0.3, "steps": 2}}},
+                {"objective": "trades", "terms": {"trades": {"eps": 0.3, "steps": 2}}},
+                {"objective": "ism", "backbone": "mlp"},
+                {"objective": "ddpm", "backbone": "unet"},
+                {"objective": "dsm", "backbone": "dncnn20-bias-free"},
+            )
+        ),
     ],
     ids=lambda layer: layer["objective"],
 )
 def test_every_objective_trains_with_it(tmp_path, layer):
     small = {**SMALL, "steps": 3, "validation_images": 0, "log_every": 1, "watch": {"every": 2}}
-    if layer.get("backbone", "gradresnet18") != "gradresnet18":
+    if not layer.get("backbone", "gradresnet18").startswith("gradresnet"):
         del small["model"]
     config = resolve(small, {"negatives": {"buffer_size": 100, "steps": 2}}, layer)
     trainer = assemble(config, None)
@@ -408,10 +416,6 @@ def test_mistakes_end_the_command_with_one_sentence(tmp_path):
     assert "lr" in told
     step = RunFolder.open(tmp_path / "lost").load_checkpoint()["step"]
     assert step == 1
-    ended = ebmkit_command("train", *small, "--steps=2", "--out=adamw", cwd=tmp_path)
-    assert ended.returncode == 0
-    told = refused("--resume=adamw", "--set=optimizer.kind=muon")
-    assert "optimizer.kind was 'adamw' and is now 'muon'" in told
 
 
 def test_a_run_by_muon_is_not_resumed_with_other_choices(tmp_path):

@@ -14,6 +14,8 @@ from ebmkit.training.optim import SAM
 from ebmkit.training.rollback import DivergenceMonitor, Mitigations, Snapshot
 from ebmkit.training.step import StepStats
 
+pytestmark = pytest.mark.usefixtures("counted_once")
+
 TINY = {
     "objective": "jem",
     "model": {"backbone": {"width": 8}},

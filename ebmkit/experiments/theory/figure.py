@@ -13,19 +13,37 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ebmkit.errors import unknown_name
 from ebmkit.evaluation.statistics import finite
-from ebmkit.experiments.theory.constants import Expansion, discriminative, generative
-from ebmkit.experiments.theory.fits import Fitted, Point, fit_bias, fit_variance, measure
-from ebmkit.experiments.theory.settings import PAPER, SETTINGS, Setting
+from ebmkit.experiments.report import table_lines
+from ebmkit.experiments.theory.families import PAPER, SETTINGS, Setting
+from ebmkit.experiments.theory.fits import (
+    Expansion,
+    Point,
+    discriminative,
+    fit_bias,
+    fit_variance,
+    generative,
+    measure,
+)
+from ebmkit.plots import BLUE, GRAY, ORANGE, new_figure, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 SIZES = 9  # numbers of samples per setting, each twice the one before
 FITTED = 4  # of them, the largest, that v and b are estimated from
-
 ROUNDING = 1e-7  # nats: a bias below is zero but for quadrature and rounding
-
+COLUMNS = 3  # of panels
+STYLES = (
+    ("generative", "gen", BLUE, "-", "o"),
+    ("discriminative", "dis", ORANGE, "--", "s"),
+)
 
 _BUDGETS = {"smoke": (300_000, 200, 30), "cpu": (15_000_000, 8000, 50),
             "full": (150_000_000, 40_000, 200)}  # fmt: skip
@@ -51,11 +69,11 @@ def figure1(
     """
     if scale not in _BUDGETS:
         raise unknown_name("scale", scale, _BUDGETS)
-    total, done = len(SETTINGS) * SIZES, itertools.count(1)
+    done = itertools.count(1)
 
     def advance() -> None:
         if progress is not None:
-            progress(next(done), total)
+            progress(next(done), len(SETTINGS) * SIZES)
 
     return {
         "figure": "fig1",
@@ -100,19 +118,7 @@ def _setting(
         "formula_gen": gen.formula,
         "formula_dis": dis.formula,
         "crossing": saved / (2 * gap) if gap > 0 and saved > 0 else None,
-        "measured": {
-            name: [
-                {
-                    "n": point.n,
-                    "sets": point.sets,
-                    "without_fit": point.without,
-                    "excess": finite(point.excess),
-                    "standard_error": finite(point.error),
-                }
-                for point in row
-            ]
-            for name, row in measured.items()
-        },
+        "measured": {name: [_document(p) for p in row] for name, row in measured.items()},
         "fit": {
             "generative": _fit(measured["generative"], gen),
             "discriminative": _fit(measured["discriminative"], dis),
@@ -120,17 +126,20 @@ def _setting(
     }
 
 
+def _document(point: Point) -> dict[str, Any]:
+    counts = {"n": point.n, "sets": point.sets, "without_fit": point.without}
+    return counts | {"excess": finite(point.excess), "standard_error": finite(point.error)}
+
+
 def _fit(points: Sequence[Point], expansion: Expansion) -> dict[str, Any]:
     """v and b from the largest sizes at which every training set had a fit."""
     usable = [p for p in points if p.without == 0][-FITTED:]
-    fits: dict[str, Fitted] = {}
+    found: dict[str, Any] = {"sizes": [p.n for p in usable], "v": None, "b": None}
     if len(usable) == FITTED:
         fits = {"v": fit_variance(usable, expansion.bias), "b": fit_bias(usable)}
-    found: dict[str, Any] = {"sizes": [p.n for p in usable], "v": None, "b": None}
-    for name, fitted in fits.items():
-        low, high = fitted.interval()
-        error = fitted.error
-        found[name] = {"value": fitted.value, "standard_error": error, "low": low, "high": high}
+        for name, (value, error) in fits.items():
+            low, high = value - 1.96 * error, value + 1.96 * error
+            found[name] = {"value": value, "standard_error": error, "low": low, "high": high}
     return found
 
 
@@ -160,18 +169,19 @@ def rows(document: dict[str, Any]) -> list[dict[str, Any]]:
 
 def markdown(document: dict[str, Any]) -> str:
     """`rows` as a Markdown table; intervals at 95 %, b in thousandths of a nat."""
-    lines = [
-        "| family | fit | parameters | rank | v | v by (26)-(27) | v measured | b (mnat) "
-        "| b measured (mnat) |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows(document):
-        lines.append(
-            f"| {row['family']} | {row['estimator']} | {row['parameters']} | {row['rank']} "
-            f"| {row['v']:.3f} | {row['v_formula']:.3f} | {_interval(row['v_measured'], 1, 2)} "
-            f"| {1e3 * row['b']:.3f} | {_interval(row['b_measured'], 1e3, 3)} |"
-        )
-    return "\n".join(lines) + "\n"
+    names = ("family", "fit", "parameters", "rank", "v", "v by (26)-(27)", "v measured", "b (mnat)",
+             "b measured (mnat)")  # fmt: skip
+    cells = (
+        [
+            *(row[key] for key in ("family", "estimator", "parameters", "rank")),
+            *(f"{row[key]:.3f}" for key in ("v", "v_formula")),
+            _interval(row["v_measured"], 1, 2),
+            f"{1e3 * row['b']:.3f}",
+            _interval(row["b_measured"], 1e3, 3),
+        ]
+        for row in rows(document)
+    )
+    return "\n".join(table_lines(names, cells, left=2)) + "\n"
 
 
 def _interval(estimate: dict[str, Any] | None, factor: float, digits: int) -> str:
@@ -179,3 +189,71 @@ def _interval(estimate: dict[str, Any] | None, factor: float, digits: int) -> st
         return "not measured"
     value, low, high = (f"{factor * estimate[k]:.{digits}f}" for k in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
+
+
+def draw_figure1(document: dict[str, Any], path: Path) -> None:
+    """Draw a document of `figure1` to the PNG file ``path``.
+
+    Every panel shows the excess error E[KL(p(c|x) || p_theta(c|x))] in nats against the number of
+    training samples. The paper's panels draw b + v/n, as its caption does; those of real families
+    b + v/(2n), equation (4), with a point and its 95 % interval per measured size. Hollow points
+    are means over fewer than 99 % of the training sets: the others have no fit.
+
+    """
+    panels = len(document["paper"]) + len(document["settings"])
+    rows = -(-panels // COLUMNS)
+    figure = new_figure(4.1 * COLUMNS, 3.5 * rows + 0.5, layout="constrained")
+    figure.suptitle(
+        "Excess error of labels against the number of training samples: the paper's curves, and "
+        "real families (lines: b + v/2n; points: measured, 95 %)",
+        fontsize=11,
+    )
+    figure.supxlabel(
+        "Dotted: the bias b.  Vertical line: where the curves of a family cross.  Hollow points: "
+        "means over the training sets that have a fit, fewer than 99 % of them.",
+        fontsize=9,
+    )
+    axes = [figure.add_subplot(rows, COLUMNS, i + 1) for i in range(panels)]
+    n = np.geomspace(1, 1e5, 200)
+    for panel, curve in zip(axes, document["paper"], strict=False):
+        for name, short, colour, line, _ in STYLES:
+            bias, variance = curve[f"b_{short}"], curve[f"v_{short}"]
+            label = f"{name}: {bias:g} + {variance:g}/n"
+            panel.plot(n, bias + variance / n, line, color=colour, lw=1.6, label=label)
+        panel.set_title(f"{curve['title']}\nb + v/n, as in its caption", fontsize=9)
+    for panel, setting in zip(axes[len(document["paper"]) :], document["settings"], strict=True):
+        _family(panel, setting)
+    for panel in axes:
+        panel.set(xscale="log", yscale="log")
+        panel.grid(alpha=0.25, lw=0.5)
+        panel.set_xlabel("training samples n", fontsize=8.5)
+        panel.set_ylabel("excess error (nats)", fontsize=8.5)
+        panel.tick_params(which="both", labelsize=8)
+        panel.legend(frameon=False, fontsize=7.5, loc="upper right")
+    save_figure(figure, path)
+
+
+def _family(axes: Axes, setting: dict[str, Any]) -> None:
+    """A real family: b + v/2n, and measured points."""
+    sizes = [p["n"] for row in setting["measured"].values() for p in row]
+    n = np.geomspace(min(sizes) / 1.3, max(sizes) * 1.3, 200)
+    for name, short, colour, line, marker in STYLES:
+        bias, variance = setting[f"b_{short}"], setting[f"v_{short}"]
+        label = f"{name}: b = {bias:.2g}, v = {variance:.3g}"
+        axes.plot(n, bias + variance / (2 * n), line, color=colour, lw=1.4, label=label)
+        for point in setting["measured"][name]:
+            if point["excess"] is None or point["standard_error"] is None:
+                continue
+            fill = colour if point["without_fit"] <= 0.01 * point["sets"] else "white"
+            style: dict[str, Any] = {"fmt": marker, "ms": 4, "color": colour, "mfc": fill}
+            error = 1.96 * point["standard_error"]
+            axes.errorbar(point["n"], point["excess"], error, elinewidth=1, capsize=2, **style)
+        if bias > 0:
+            axes.axhline(bias, color=colour, lw=0.7, ls=":")
+    if setting["crossing"] is not None and min(sizes) < setting["crossing"] < max(sizes):
+        axes.axvline(setting["crossing"], ymax=0.78, color=GRAY, lw=0.8)
+    kind = "well specified" if setting["well_specified"] else "misspecified"
+    axes.set_title(
+        f"{setting['title']}\n{kind}, {setting['parameters']} parameters, rank {setting['rank']}",
+        fontsize=9,
+    )

@@ -1,4 +1,9 @@
-r"""A batch of chains from start to end, interrupted or not, and what is recorded of it.
+"""Chains of a job from start to end, interrupted or not: the job's folder, records and states.
+
+While a job runs, of samples or of restorations, its folder holds ``unfinished/`` with
+``settings.json``, all that the results depend on, and tensors that were saved (``state`` is the
+chains that are under way), each with a digest of itself. `JobFolder.finish` removes it. Every file
+is written in one move.
 
 Each step leaves the number of chains that moved, and the sums over them of the noise level, of
 acceptance and of the root mean square move; batches add up. Log-densities of all chains are
@@ -8,37 +13,159 @@ schedule may end early, every second is dropped when there are too many, and the
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from ebmkit.errors import UserError
+from ebmkit.models.saving import digest
 from ebmkit.sampling.base import Chains, Info, Sampler, State
-from ebmkit.sampling.jobs.folder import STATE, JobFolder
+from ebmkit.storage import held, make_folder, write_atomically
+from ebmkit.storage.reading import read_json
+from ebmkit.storage.tensors import read_tensors
+from ebmkit.training.config import difference
+
+UNFINISHED, SETTINGS, STATE = "unfinished", "settings.json", "state"
 
 SAVE_SECONDS = 30.0
 """Time between states saved for the case that the process is killed."""
 
-MAX_DRAWS = 200
-"""Log-densities recorded of a chain, about."""
-
-MAX_FRAMES = 48
-"""Frames recorded of the path, at the most."""
+MAX_DRAWS, MAX_FRAMES = 200, 48
+"""Log-densities recorded of a chain, about, and frames of the path, at the most."""
 
 Hook = Callable[[int, int], None]
 """Called with the steps done and the steps in all."""
 
 
+class JobFolder:
+    """The files of a job in ``path``; nothing is touched before `begin`.
+
+    Messages call ``results`` what it makes. A finished job that has its folder to itself leaves a
+    document called ``done``; empty: the job shares its folder.
+    """
+
+    def __init__(self, path: Path, results: str = "samples", done: str = "sampling.json") -> None:
+        self.path, self.home, self.results, self.done = path, path / UNFINISHED, results, done
+
+    def resumes(self, settings: BaseModel | dict[str, Any]) -> bool:
+        """Whether an interrupted job of the same ``settings`` is there; a model upgrades its own.
+
+        Raises:
+            UserError: if one of other settings is.
+        """
+        known = self.home / SETTINGS
+        if not known.is_file():
+            return False
+        try:
+            old = read_json(known)
+        except UserError:
+            old = None
+        if not isinstance(old, dict):
+            raise UserError(f"{str(known)!r} is damaged: it does not parse; choose another --out")
+        if isinstance(settings, BaseModel):
+            with contextlib.suppress(ValidationError):  # later fields have defaults
+                old = type(settings).model_validate(old).model_dump(mode="json")
+        found = difference(old, _plain(settings))
+        if found is not None:
+            key, before, now = found
+            raise UserError(
+                f"{str(self.path)!r} holds unfinished {self.results} of other settings: {key} was "
+                f"{before!r} and is now {now!r}; resume with the former, or choose another --out"
+            )
+        return True
+
+    def begin(self, settings: BaseModel | dict[str, Any]) -> None:
+        """Make the folder, or resume the job that `resumes` finds there.
+
+        Raises:
+            UserError: as `resumes`; if the folder cannot be made; or, of a job that has it to
+                itself, if finished results or other files are there.
+        """
+        path = self.path
+        if self.done and (path / self.done).exists():
+            raise UserError(f"{str(path)!r} holds finished {self.results}: choose another --out")
+        if self.resumes(settings):
+            return
+        if self.done and path.exists() and (not path.is_dir() or any(self._foreign())):
+            raise UserError(
+                f"{str(path)!r} holds something else than {self.results} of an interrupted run: "
+                "choose another --out"
+            )
+        make_folder(path)
+        make_folder(self.home)
+        content = json.dumps(_plain(settings), indent=2).encode()
+        write_atomically(self.home / SETTINGS, content)
+
+    def _foreign(self) -> Iterator[Path]:
+        """What is not of a job that was stopped before it began."""
+        for entry in self.path.iterdir():
+            if entry != self.home or not entry.is_dir():
+                yield entry
+            else:
+                yield from (p for p in entry.iterdir() if not p.name.startswith("."))
+
+    def alone(self, doing: str = "sampling") -> contextlib.AbstractContextManager[None]:
+        """Within, no other process works in the folder; ``Busy`` is raised if one does."""
+        return held(self.home, doing)
+
+    def file(self, name: str) -> Path:
+        """Where tensors are saved under ``name``."""
+        return self.home / f"{name}.safetensors"
+
+    def save(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Write ``tensors`` under ``name``; a `UserError` if the disk is full or not writable."""
+        state = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        content = safetensors.torch.save(state, metadata={"sha256": digest(state)})
+        write_atomically(self.file(name), content)
+
+    def load(self, name: str) -> dict[str, Tensor] | None:
+        """What was saved under ``name``, on the CPU; None if nothing was.
+
+        Raises:
+            UserError: if the file is damaged.
+        """
+        path = self.file(name)
+        if not path.is_file():
+            return None
+        with contextlib.suppress(UserError):
+            state, metadata = read_tensors(path)
+            if state and metadata.get("sha256") == digest(state):
+                return state
+        raise UserError(
+            f"{str(path)!r} is damaged: remove it, and its batch of chains is drawn anew"
+        )
+
+    def finish(self, document: dict[str, Any] | None = None) -> None:
+        """Write ``document`` as the one that says so, and remove what only resuming needs."""
+        if document is not None:
+            content = json.dumps(document, indent=1, allow_nan=False).encode()
+            write_atomically(self.path / self.done, content)
+        shutil.rmtree(self.home, ignore_errors=True)
+
+
+def _plain(settings: BaseModel | dict[str, Any]) -> dict[str, Any]:
+    return settings if isinstance(settings, dict) else settings.model_dump(mode="json")
+
+
+def batch_name(number: int) -> str:
+    """The name under which a finished batch is saved."""
+    return f"batch-{number:05}"
+
+
 class Interrupted(Exception):
     """The job was stopped after saving; the same job on the same folder resumes.
 
-    Attributes:
-        done: steps that are done.
-        total: steps in all.
+    ``done`` steps of ``total`` are done.
     """
 
     def __init__(self, done: int, total: int) -> None:
@@ -47,20 +174,16 @@ class Interrupted(Exception):
 
 
 class Record:
-    """Records a batch of chains.
+    """Records a batch of chains, of up to ``length`` steps, and the path of the first ``shown``.
 
-    Args:
-        length: steps it may take.
-        summary: state to log-density (B,); None: none is recorded.
-        shown: number of chains whose path is recorded.
+    ``summary`` maps a state to log-densities (B,); None: none are recorded.
     """
 
     def __init__(
         self, length: int, summary: Callable[[Any], Tensor] | None = None, shown: int = 0
     ) -> None:
         self.every = max(1, length // MAX_DRAWS)
-        self.summary, self.shown = summary, shown
-        self.stride = 1
+        self.summary, self.shown, self.stride = summary, shown, 1
         self.sums: list[Tensor] = []
         self.draws: list[Tensor] = []
         self.frames: list[Tensor] = []
@@ -100,11 +223,7 @@ class Record:
         return found | {"stride": torch.tensor(self.stride)}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Resume from what `tensors` gave.
-
-        Raises:
-            KeyError, TypeError, ValueError, RuntimeError: if it is nothing of that kind.
-        """
+        """Resume from what `tensors` gave; any error if it is nothing of that kind."""
         self.stride = int(tensors["stride"])
         if self.stride < 1:
             raise ValueError(self.stride)
@@ -130,18 +249,10 @@ def run_chains(
 ) -> tuple[Chains[Any], float]:
     """Take chains from their start, or from where they were saved, to their end.
 
-    Args:
-        sampler: steps of whose chains are taken.
-        start: gives the starting points, if they are needed.
-        shape: of the starting points, (B, ...).
-        length: steps at the most.
-        generator: of a step, a function of its number alone.
-        record: of all steps.
-        progress: called with the number of each step that is done.
-        folder: where the chains are saved; None: nowhere.
-        batch: which chains of the job they are.
-        stop: asked after each step; where it is true, the chains are saved.
-        save_seconds: time between states saved.
+    ``start`` gives the starting points, of ``shape`` (B, ...), if they are needed; ``generator``
+    that of a step, a function of its number alone. At most ``length`` steps are taken; each is
+    recorded, and told to ``progress`` by its number. The chains are those of ``batch``, and are
+    saved in ``folder`` every ``save_seconds``, and where ``stop``, asked after each step, is true.
 
     Returns:
         The chains, and the seconds spent on them.
@@ -223,8 +334,7 @@ def as_from_file(state: Any) -> Any:
 def means_of(batches: list[Tensor]) -> dict[str, list[Any]]:
     """The number of ``chains`` that moved at each step, and their means of ``sigma``,
     ``acceptance`` and ``move``, None where they have no meaning; of ``sums`` (T, 4) by batch."""
-    length = max((len(sums) for sums in batches), default=0)
-    total = torch.zeros(length, 4, dtype=torch.float64)
+    total = torch.zeros(max(map(len, batches), default=0), 4, dtype=torch.float64)
     for sums in batches:
         total[: len(sums)] += sums
     found: dict[str, list[Any]] = {"chains": [int(n) for n in total[:, 0].tolist()]}

@@ -1,4 +1,4 @@
-r"""A sampling job: batches of chains, from their start to their end, interrupted or not.
+"""A sampling job: batches of chains, from their start to their end, and the files about them.
 
 Batch b of B chains starts from numbers drawn by a generator that is a function of
 (seed, "sample", b, 0), and takes step t with one of (seed, "sample", b, t). So a job that was
@@ -6,47 +6,92 @@ interrupted, and is resumed from the state that it saved, ends with the same bit
 that lost its last steps because it was killed.
 
 In its `JobFolder` the job saves each batch at its end, with its record, as ``batch-00000``; at last
-``samples.h5``, the plots and ``sampling.json`` lie there (`ebmkit.sampling.jobs.results`). A chain
-that diverges stops (`ebmkit.sampling.Chains`); its image is the last finite one, and it is marked.
+``samples.h5``, the plots and ``sampling.json`` lie there. A chain that diverges stops
+(`ebmkit.sampling.Chains`); its image is the last finite one, and it is marked. ``samples.h5`` is
+also a data set of kind ``hdf5`` (`ebmkit.data.hdf5`)::
+
+    images       (N, H, W, C) uint8, clipped and rounded
+    samples      (N, C, H, W) float32, as the sampler left them
+    finite       (N,) bool, false of chains that diverged: their last finite image
+    labels       (N,) int64, of samples that were asked for by label
+    class_names  their names
+    log_density  (N,) float32, nats, up to the model's constant
+    log_joint    (N, C) float32, of models with labels
+
+with attributes ``source`` (``fresh``, or ``buffer`` where chains continue those of the replay
+buffer), ``sampler``, ``settings`` (JSON), ``seed``, ``run``. There is no attribute ``filter``, as
+nothing is left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+import math
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from einops import rearrange, repeat
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from ebmkit.compile import device_of
+from ebmkit.compute import environment
 from ebmkit.energy import EnergyModel, ScoreModel, classifies
 from ebmkit.errors import UserError
+from ebmkit.plots import DPI, GRAY, new_figure, save_figure
 from ebmkit.randomness import keyed_generator
-from ebmkit.sampling.base import Sampler, State
+from ebmkit.sampling.base import Sampler, State, clean_level
+from ebmkit.sampling.diagnostics import (
+    FAR,
+    chain_diagnostics,
+    energy_diagnostics,
+    far_from_images,
+)
 from ebmkit.sampling.entry import SamplerEntry, find_sampler, noise_levels
-from ebmkit.sampling.jobs.chains import SAVE_SECONDS, Hook, Interrupted, Record, run_chains
-from ebmkit.sampling.jobs.folder import STATE, JobFolder
-from ebmkit.sampling.jobs.settings import BUFFER, SamplingSettings, cautions, parse_labels
+from ebmkit.sampling.jobs.chains import (
+    MAX_DRAWS,
+    SAVE_SECONDS,
+    STATE,
+    Hook,
+    Interrupted,
+    JobFolder,
+    Record,
+    batch_name,
+    means_of,
+    run_chains,
+)
+from ebmkit.sampling.jobs.settings import (
+    BUFFER,
+    SamplingSettings,
+    cautions,
+    class_names_of,
+    parse_labels,
+)
 from ebmkit.sampling.jobs.sources import Sources
-from ebmkit.sampling.target import clean_level
+from ebmkit.storage import write_atomically
+from ebmkit.storage.atomic import replacing
+from ebmkit.terminal import shown_name
 
 SHOWN = 16
 """Chains whose path is recorded, the first of the job."""
 
+ROWS, COLUMNS, MOMENTS, CHAINS = 20, 10, 10, 6
+"""Of the grid, at the most, classes, and samples of a class; of the strip, steps and chains."""
+
 
 class SamplingJob:
-    """Draws the samples that ``settings`` describe.
+    """Draws the samples that ``settings``, as `make_settings` gave them, describe.
 
-    Args:
-        model: frozen, on its device.
-        settings: as `make_settings` gave them.
-        folder: where batches and states are saved.
-        sources: what chains start from, and are compared with.
-        save_seconds: time between states saved.
+    ``model`` is frozen, on its device. Batches, and states each ``save_seconds``, are saved in
+    ``folder``; ``sources`` are what chains start from, and are compared with.
 
     Attributes:
         entry: of the sampler; None where the buffer is taken as it is.
-        length: steps of each chain at most.
+        length: steps of each chain, at most; ``total``: of all batches.
         labels: of the chains, (N,) int64, or None.
         cautions: what to know of the samples beforehand, in sentences.
 
@@ -73,26 +118,19 @@ class SamplingJob:
             sampler = self.entry.build(model, self._labels(0), self.config)
             self.length = self.entry.length(sampler, self.config)
             self.cautions = cautions(model, self.entry, sampler, settings)
+        self.total = settings.batches * self.length
         self._slots = self._choose_slots() if settings.start == BUFFER else None
 
-    @property
-    def total(self) -> int:
-        """Steps of all batches, at the most."""
-        return self.settings.batches * self.length
-
     @torch.no_grad()
-    def run(self, progress: Hook | None = None, stop: Callable[[], bool] = lambda: False) -> None:
-        """Draw what is not drawn yet.
-
-        Args:
-            progress: called with (steps done, steps in all) after each step of a batch.
-            stop: called after each step; where it is true, the state is saved.
+    def run(
+        self, progress: Hook = lambda done, total: None, stop: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Draw what is not drawn yet; ``stop`` is asked after each step whether to save and end.
 
         Raises:
-            Interrupted: if it was.
+            Interrupted: if it was true.
             UserError: if a file is damaged or cannot be written, or a chain starts at NaN or Inf.
         """
-        progress = progress or (lambda done, total: None)
         for number in range(self.settings.batches):
             if not self.folder.file(batch_name(number)).is_file():
                 try:
@@ -104,8 +142,7 @@ class SamplingJob:
 
     def finished(self, number: int) -> dict[str, Tensor]:
         """Batch ``number`` after `run`: ``samples`` (B, C, H, W), ``finite`` (B,), ``died`` (B,),
-        the step at which a chain diverged or -1, perhaps ``log_density`` (B,), ``log_joint``
-        (B, C), and the record's."""
+        the step at which a chain diverged or -1, perhaps `energies`, and the record's."""
         found = self.folder.load(batch_name(number))
         assert found is not None
         return found
@@ -124,7 +161,7 @@ class SamplingJob:
         return found
 
     def _run_batch(self, number: int, progress: Hook, stop: Callable[[], bool]) -> None:
-        c, rows, seconds = self._labels(number), self.settings.rows(number), 0.0
+        c, shape, seconds = self._labels(number), self._shape(number), 0.0
         if self.entry is None:
             x, record = self._from_buffer(number), Record(1)
             died = torch.full((len(x),), -1)
@@ -135,7 +172,7 @@ class SamplingJob:
             chains, seconds = run_chains(
                 sampler,
                 lambda: self._start(number, sampler, c),
-                (rows.stop - rows.start, *self.settings.shape),
+                shape,
                 self.length,
                 lambda step: self._generator(number, step),
                 record,
@@ -163,7 +200,7 @@ class SamplingJob:
 
     def _start(self, number: int, sampler: Sampler[Any], c: Tensor | None) -> Tensor:
         assert self.entry is not None
-        generator, rows = self._generator(number, 0), self.settings.rows(number)
+        generator = self._generator(number, 0)
         if self.settings.start == BUFFER:
             x, level = self._from_buffer(number), noise_levels(sampler)[0]
             if level is None:
@@ -176,10 +213,8 @@ class SamplingJob:
             if train is None:
                 raise UserError("chains start from the mean image: give images of the data set")
             mean = train[0].mean(0)
-        shape = (rows.stop - rows.start, *self.settings.shape)
-        return self.entry.start(
-            self.model, sampler, self.config, shape, generator, c, train, mean
-        ).to(self.device)
+        shape, config = self._shape(number), self.config
+        return self.entry.start(self.model, sampler, config, shape, generator, c, train, mean)
 
     def _summary(self, sampler: Sampler[Any], c: Tensor | None) -> Callable[[State], Tensor] | None:
         """The log-density that a chain samples, where it is one at one level."""
@@ -202,9 +237,8 @@ class SamplingJob:
             asked, size, what = count, len(buffer), "this replay buffer"
             if labels is not None:
                 if not buffer.num_classes:
-                    raise UserError(
-                        "this replay buffer holds chains of no label: leave out --label"
-                    )
+                    told = "this replay buffer holds chains of no label: leave out --label"
+                    raise UserError(told)
                 asked, what = int(labels.bincount().max()), "a label"
                 size //= buffer.num_classes
             if asked > size:
@@ -221,20 +255,245 @@ class SamplingJob:
         return slots
 
     def _from_buffer(self, number: int) -> Tensor:
-        assert self.sources.buffer is not None
-        assert self._slots is not None
-        images = self.sources.buffer.images[self._slots[self.settings.rows(number)]]
-        return images.to(self.device)
+        buffer, slots = self.sources.buffer, self._slots
+        assert buffer is not None
+        assert slots is not None
+        return buffer.images[slots[self.settings.rows(number)]].to(self.device)
+
+    def _shape(self, number: int) -> tuple[int, ...]:
+        rows = self.settings.rows(number)
+        return (rows.stop - rows.start, *self.settings.shape)
 
     def _labels(self, number: int) -> Tensor | None:
-        if self.labels is None:
-            return None
-        return self.labels[self.settings.rows(number)].to(self.device)
+        labels = self.labels
+        return None if labels is None else labels[self.settings.rows(number)].to(self.device)
 
     def _generator(self, number: int, step: int) -> torch.Generator:
         return keyed_generator(self.device, self.settings.seed, "sample", number, step)
 
 
-def batch_name(number: int) -> str:
-    """The name under which a finished batch is saved."""
-    return f"batch-{number:05}"
+def write_results(job: SamplingJob, run: str) -> dict[str, Any]:
+    """Write all files of a ``job`` that has run; ``sampling.json`` last. What that holds.
+
+    ``run`` is the run's name. A `UserError` is raised if a file cannot be written.
+    """
+    settings, held_out, entry = job.settings, job.sources.held_out, job.entry
+    batches, first = _write_hdf5(job, run, job.folder.path / "samples.h5")
+
+    def joined(name: str) -> Tensor | None:
+        return torch.cat([b[name] for b in batches]) if name in batches[0] else None
+
+    finite, died, far = (torch.cat([b[n] for b in batches]) for n in ("finite", "died", "far"))
+    traces = means_of([batch["sums"] for batch in batches if "sums" in batch])
+    diverged = [(k, int(died[k])) for k in torch.nonzero(died >= 0).flatten().tolist()]
+    shares = zip(traces["acceptance"], traces["chains"], strict=True)
+    accepted = [(share * chains, chains) for share, chains in shares if share is not None]
+    acceptance = sum(a for a, _ in accepted) / sum(n for _, n in accepted) if accepted else None
+    draws, every = [batch.get("draws") for batch in batches], max(1, job.length // MAX_DRAWS)
+    real = None if held_out is None else job.energies(held_out).get("log_density")
+    document: dict[str, Any] = {
+        "run": run,
+        "source": "buffer" if settings.start == BUFFER else "fresh",
+        "settings": settings.model_dump(mode="json"),
+        "model": None if job.model.card is None else job.model.card.model_dump(mode="json"),
+        "samples": settings.count,
+        "steps": len(traces["chains"]),
+        "lost": [{"chain": chain, "step": step} for chain, step in diverged],
+        "warnings": [*job.cautions, *_warnings(int(far.sum()), diverged, len(died))],
+        "diagnostics": {
+            "acceptance": acceptance,
+            "chains": chain_diagnostics(entry, draws, finite, every),
+            "energies": energy_diagnostics(
+                joined("log_density"), finite, real, job.sources.note, clean_level(job.model)
+            ),
+        },
+        "seconds": round(sum(float(batch["seconds"]) for batch in batches), 3),
+        "traces": traces,
+        "environment": environment(),
+    }
+    document["files"] = ["samples.h5", *_plot(job, first, joined("labels"), finite, traces)]
+    job.folder.finish(document)
+    return document
+
+
+def _write_hdf5(job: SamplingJob, run: str, path: Path) -> tuple[list[dict[str, Tensor]], Tensor]:
+    """Write the samples batch by batch; what else each holds, with which samples are ``far`` (B,)
+    from images, and the first samples."""
+    import h5py
+
+    settings = job.settings
+    total, (channels, height, width) = settings.count, settings.shape
+    batches: list[dict[str, Tensor]] = []
+    first: list[Tensor] = []
+    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+        images = file.create_dataset("images", (total, height, width, channels), "uint8")
+        samples = file.create_dataset("samples", (total, channels, height, width), "float32")
+        for number in range(settings.batches):
+            batch, rows = job.finished(number), settings.rows(number)
+            x = batch.pop("samples").float()
+            samples[rows] = x.numpy()
+            levels = (x.clamp(0, 1) * 255).round().to(torch.uint8)
+            images[rows] = rearrange(levels, "b c h w -> b h w c").numpy()
+            if sum(map(len, first)) < ROWS * COLUMNS:
+                first.append(x)
+            batch.pop("frames", None)
+            batches.append(batch | {"far": far_from_images(x)})
+        for key in ("finite", "labels", "log_density", "log_joint"):
+            if key in batches[0]:
+                file[key] = torch.cat([batch[key] for batch in batches]).numpy()
+        if "labels" in batches[0]:
+            kind = h5py.string_dtype()
+            file.create_dataset("class_names", data=class_names_of(job.model), dtype=kind)
+        file.attrs["source"] = "buffer" if settings.start == BUFFER else "fresh"
+        file.attrs["sampler"], file.attrs["settings"] = settings.sampler, settings.model_dump_json()
+        file.attrs["seed"], file.attrs["run"] = settings.seed, run
+    return batches, torch.cat(first)
+
+
+def _warnings(far: int, diverged: list[tuple[int, int]], total: int) -> list[str]:
+    found = []
+    if far:
+        found.append(
+            f"{far} samples have pixels beyond {0.5 - FAR:g} or {0.5 + FAR:g}, where no image is: "
+            "their chains ran away, as they do where a model was trained too little or for other "
+            "noise, or steps are too long"
+        )
+    if diverged:
+        told = ", ".join(f"{chain} at step {step}" for chain, step in diverged[:8])
+        more = f" and {len(diverged) - 8} more" if len(diverged) > 8 else ""
+        rest = "none is left" if len(diverged) == total else "the others are not affected"
+        found.append(
+            f"{len(diverged)} of {total} chains diverged to NaN or Inf (chain {told}{more}); "
+            f"{rest}, and `finite` in samples.h5 says which are which: smaller steps may help"
+        )
+    return found
+
+
+# --- plots ---------------------------------------------------------------------------------------
+
+
+def _plot(
+    job: SamplingJob,
+    images: Tensor,
+    labels: Tensor | None,
+    finite: Tensor,
+    traces: dict[str, list[Any]],
+) -> list[str]:
+    """Draw the first samples, and the path of the first chains where it was recorded."""
+    folder, settings, how = job.folder.path, job.settings, job.settings.guidance
+    steps, batch = len(traces["chains"]), job.finished(0)
+    steps_text = f", {steps} steps from {settings.start}" if steps else ""
+    guided = "" if how is None else f", guided by {how.guidance} at {how.scale:g}"
+    title = f"{settings.sampler}{steps_text}{guided}, seed {settings.seed}"
+    _plot_samples(images, labels, class_names_of(job.model), finite, folder / "samples.png", title)
+    if "frames" not in batch:
+        return ["samples.png"]
+    frames, moments = batch["frames"].float() / 255, batch["moments"].tolist()
+    _plot_path(frames, moments, traces["sigma"], folder / "path.png", title)
+    _animate_path(frames, folder / "path.gif")
+    return ["samples.png", "path.png", "path.gif"]
+
+
+def _plot_samples(
+    images: Tensor,
+    labels: Tensor | None,
+    class_names: Sequence[str],
+    finite: Tensor,
+    path: Path,
+    title: str,
+) -> None:
+    """The first samples ``images`` (M, C, H, W) side by side; of several classes, a row for each.
+
+    ``labels`` and ``finite`` are of all samples (N,); those that are not finite are framed.
+    """
+    own = [] if labels is None else labels[: len(images)].tolist()
+    classes = sorted(set(own))[:ROWS]
+    names = [shown_name(class_names[c]) for c in classes]
+    if len(classes) > 1:
+        rows = [[i for i, label in enumerate(own) if label == c][:COLUMNS] for c in classes]
+    else:
+        count = min(len(images), ROWS * COLUMNS)
+        wide = min(2 * COLUMNS, math.ceil(math.sqrt(count)))
+        rows = [list(range(at, min(at + wide, count))) for at in range(0, count, wide)]
+        title, names = title + "".join(f", class {name}" for name in names), []
+    framed = {(r, k) for r, row in enumerate(rows) for k, i in enumerate(row) if not finite[i]}
+    shown, total = sum(map(len, rows)), len(finite)
+    note = title if shown == total else f"{title}: {shown} of {total:,}"
+    _save_rows([[images[i] for i in row] for row in rows], path, note, names, framed=framed)
+
+
+def _plot_path(
+    frames: Tensor, moments: Sequence[int], sigmas: Sequence[float | None], path: Path, title: str
+) -> None:
+    """Some chains, one in each row, at some of their steps.
+
+    ``frames`` (K, S, C, H, W) are of the steps ``moments`` (K,), the last one of the finished
+    samples; ``sigmas`` are the mean noise levels of each step, None where it has none.
+    """
+    chosen = sorted({round(k) for k in np.linspace(0, len(frames) - 1, MOMENTS)})
+    below = []
+    for k in chosen:
+        step, last = moments[k], k == len(frames) - 1
+        sigma = sigmas[step - 1] if 0 < step <= len(sigmas) and not last else None
+        level = "" if sigma is None else f"\n{255 * sigma:.3g}/255" if sigma < 10 else "\n> 10"
+        below.append(f"{'end' if last else f'step {step}' if step else 'start'}{level}")
+    note = "; below: mean noise level" if any(s is not None for s in sigmas) else ""
+    _save_rows(list(frames[chosen, :CHAINS].transpose(0, 1)), path, f"{title}{note}", below=below)
+
+
+def _animate_path(frames: Tensor, path: Path) -> None:
+    """The path of chains, (K, S, C, H, W), as a GIF of squares of chains; its end stays."""
+    side = math.ceil(math.sqrt(frames.shape[1]))
+    first, *rest = (Image.fromarray(_mosaic(torch.split(frame, side))) for frame in frames)
+    buffer = io.BytesIO()
+    times = [90] * len(rest) + [2000]  # ms
+    first.save(buffer, "GIF", save_all=True, append_images=rest, duration=times, loop=0, disposal=1)
+    write_atomically(path, buffer.getvalue())
+
+
+Rows = Sequence[Sequence[Tensor] | Tensor]  # of images (C, H, W) in [0, 1]
+
+
+def _mosaic(rows: Rows, framed: Collection[tuple[int, int]] = ()) -> NDArray[np.uint8]:
+    """Images beside each other, (H', W', 3) uint8, small ones enlarged, some ``framed`` orange."""
+    height, width = rows[0][0].shape[-2:]
+    times, gap = max(1, math.ceil(64 / max(height, width))), 3
+    shape = len(rows), max(map(len, rows)), 3, times * height + 2 * gap, times * width + 2 * gap
+    cells = torch.full(shape, 255, dtype=torch.uint8)
+    for r, row in enumerate(rows):
+        for k, image in enumerate(row):
+            if (r, k) in framed:
+                cells[r, k] = torch.tensor([213, 94, 0])[:, None, None]
+            levels = (image.clamp(0, 1) * 255).round()
+            large = repeat(levels, "c h w -> c (h i) (w j)", i=times, j=times)
+            cells[r, k, :, gap:-gap, gap:-gap] = large
+    mosaic: NDArray[np.uint8] = rearrange(cells, "r k c h w -> (r h) (k w) c").numpy()
+    return mosaic
+
+
+def _save_rows(
+    images: Rows,
+    path: Path,
+    title: str,
+    names: Sequence[str] = (),
+    below: Sequence[str] = (),
+    framed: Collection[tuple[int, int]] = (),
+) -> None:
+    """Rows of images pixel for pixel, a title above, names beside them, text below the columns."""
+    mosaic = _mosaic(images, framed)
+    tall, wide = (side / DPI for side in mosaic.shape[:2])
+    left, head, foot = 0.12 + 0.075 * max(map(len, names), default=0), 0.3, 0.42 if below else 0.08
+    width, height = max(left + wide + 0.1, 0.2 + 0.072 * len(title)), head + tall + foot
+    figure = new_figure(width, height)
+    axes = figure.add_axes((left / width, foot / height, wide / width, tall / height))
+    axes.imshow(mosaic, interpolation="nearest", aspect="auto")
+    axes.spines[:].set_visible(False)
+    for place, texts, side, size in (
+        (axes.set_yticks, names, mosaic.shape[0], 8),
+        (axes.set_xticks, below, mosaic.shape[1], 6.5),
+    ):
+        ticks = [(k + 0.5) * side / len(texts) for k in range(len(texts))]
+        place(ticks, list(texts), fontsize=size)
+    axes.tick_params(length=0, colors=GRAY, labelcolor="black", pad=2)
+    figure.text(0.1 / width, 1 - 0.15 / height, title, fontsize=8.5, va="center")
+    save_figure(figure, path)

@@ -33,13 +33,11 @@ from ebmkit.metrics import psnr
 from ebmkit.models.saving import digest
 from ebmkit.plots import image_rows
 from ebmkit.randomness import keyed_generator
-from ebmkit.sampling.diagnostics import finite_or_none
+from ebmkit.sampling.ascent import StochasticAscentConfig, make_restorer
+from ebmkit.sampling.base import trained_range
+from ebmkit.sampling.diagnostics import far_from_images, finite_or_none
 from ebmkit.sampling.inverse import Measurement, Task, TaskOptions
-from ebmkit.sampling.jobs.chains import Hook, Record, means_of, run_chains
-from ebmkit.sampling.jobs.folder import STATE, JobFolder
-from ebmkit.sampling.jobs.results import far_from_images
-from ebmkit.sampling.kadkhodaie_simoncelli import StochasticAscentConfig, make_restorer
-from ebmkit.sampling.target import trained_range
+from ebmkit.sampling.jobs.chains import STATE, Hook, JobFolder, Record, means_of, run_chains
 from ebmkit.storage import write_atomically
 from ebmkit.storage.reading import read_json
 
@@ -51,23 +49,14 @@ AS_IT_IS = 2
 
 
 class Restored(NamedTuple):
-    """What came of B images in S chains each.
+    """What came of B images in S chains each."""
 
-    Attributes:
-        images: (B, S, C, H, W), not clipped.
-        finite: (B, S) bool, chains that did not diverge.
-        error: (B, S) root mean square of what the measurements of the images are off, image units.
-        sigmas: mean noise level that the chains estimated at each step.
-        steps: of the longest chain.
-        seconds: spent on the chains, those before an interruption too.
-    """
-
-    images: Tensor
-    finite: Tensor
-    error: Tensor
-    sigmas: list[float | None]
-    steps: int
-    seconds: float
+    images: Tensor  # (B, S, C, H, W), not clipped
+    finite: Tensor  # (B, S) bool, chains that did not diverge
+    error: Tensor  # (B, S) root mean square of what the measurements are off, image units
+    sigmas: list[float | None]  # mean noise level that the chains estimated at each step
+    steps: int  # of the longest chain
+    seconds: float  # spent on the chains, those before an interruption too
 
 
 @torch.no_grad()
@@ -83,19 +72,12 @@ def restore(
     progress: Hook = lambda step, steps: None,
     **saving: Any,
 ) -> Restored:
-    """Draw images that have the measurements ``measured`` (B, n).
+    """Draw images that have the measurements ``measured`` (B, n), each in S ``samples``.
 
-    Args:
-        model: a blind denoiser, frozen.
-        measurement: which numbers of the images are known.
-        measured: what they are.
-        config: of the sampler ``kadkhodaie_simoncelli``.
-        samples: S, chains for each image.
-        seed: of the noise.
-        c: a label, for the class-conditional denoiser.
-        progress: called with (step, steps at the most).
-        **saving: ``folder``, ``batch``, ``stop`` and ``save_seconds`` of
-            `ebmkit.sampling.jobs.chains.run_chains`, to resume after an interruption.
+    ``model`` is a blind denoiser, frozen, conditional on the label ``c`` if there is one;
+    ``config`` that of the sampler ``kadkhodaie_simoncelli``. ``progress`` is called with (step,
+    steps at the most). ``saving`` are ``folder``, ``batch``, ``stop`` and ``save_seconds`` of
+    `ebmkit.sampling.jobs.chains.run_chains`, to resume after an interruption.
 
     Raises:
         UserError: if the sampler cannot drive the model, the image is too large, or the number of
@@ -107,14 +89,13 @@ def restore(
     def generator(step: int) -> torch.Generator:
         return keyed_generator(device, seed, "restore", step)
 
-    def denoise_in_crops(y: Tensor, sigma: object = None) -> Tensor:
-        return torch.stack([_denoise_in_crops(model, image, c) for image in y])
-
     numbers = measured.to(device).repeat_interleave(samples, 0)
     ascent = make_restorer(model, measurement, numbers, config, c)
     size = model.card.image_size if model.card else None
     if max(measurement.shape[1:]) > (AS_IT_IS * max(size) if size else TILE):
-        ascent.denoiser = denoise_in_crops
+        ascent.denoiser = lambda y, sigma=None: torch.stack(
+            [_denoise_in_crops(model, image, c) for image in y]
+        )
     shape, record = (len(numbers), *measurement.shape), Record(ascent.steps)
     chains, seconds = run_chains(
         ascent,
@@ -129,15 +110,12 @@ def restore(
     finite = torch.ones(len(numbers), dtype=torch.bool)
     finite[list(chains.diverged)] = False
     images = chains.state.x
-    off = measurement.measure(images) - numbers
-    return Restored(
-        rearrange(images, "(b s) c h w -> b s c h w", s=samples).cpu(),
-        rearrange(finite, "(b s) -> b s", s=samples),
-        rearrange(off.square().mean(1).sqrt(), "(b s) -> b s", s=samples).cpu(),
-        means_of([torch.stack(record.sums)])["sigma"],
-        chains.state.step,
-        seconds,
+    off = (measurement.measure(images) - numbers).square().mean(1).sqrt()
+    images, finite, off = (
+        rearrange(x, "(b s) ... -> b s ...", s=samples).cpu() for x in (images, finite, off)
     )
+    sigmas = means_of([torch.stack(record.sums)])["sigma"]
+    return Restored(images, finite, off, sigmas, chains.state.step, seconds)
 
 
 def _check(measurement: Measurement, samples: int) -> None:
@@ -160,31 +138,18 @@ def _denoise_in_crops(model: ScoreModel, y: Tensor, c: int | None) -> Tensor:
 
 
 class RestoreJob(NamedTuple):
-    """How images are restored.
+    """How images are restored."""
 
-    Attributes:
-        model: a blind denoiser, frozen.
-        task: what is known of each image.
-        options: of the measurement.
-        config: of the sampler.
-        measured: whether the images are the measured ones, so that nobody knows the clean ones.
-        samples: restorations of each.
-        seed: of the noise.
-        c: a label, or None.
-        run: name of the run, written down.
-        computed: device, precision and compilation, which a job that is resumed must share.
-    """
-
-    model: ScoreModel
-    task: Task
-    options: TaskOptions
+    model: ScoreModel  # a blind denoiser, frozen
+    task: Task  # what is known of each image
+    options: TaskOptions  # of the measurement
     config: StochasticAscentConfig
-    measured: bool = False
-    samples: int = 1
-    seed: int = 0
-    c: int | None = None
-    run: str = ""
-    computed: str = ""
+    measured: bool = False  # the images are the measured ones, so nobody knows the clean ones
+    samples: int = 1  # restorations of each
+    seed: int = 0  # of the noise
+    c: int | None = None  # a label
+    run: str = ""  # name of the run, written down
+    computed: str = ""  # device, precision and compilation, which a resumed job must share
 
     def begin(self, images: Sequence[Path], out: Path) -> JobFolder:
         """The folder ``out``, made for this job, or with what an interrupted one left there.
@@ -199,7 +164,7 @@ class RestoreJob(NamedTuple):
             measurement, numbers, _ = self.degraded(path)
             _check(measurement, self.samples)
             make_restorer(self.model, measurement, numbers, self.config, self.c)
-        mask, digests = self.options.mask, [hashlib.sha256(p.read_bytes()) for p in images]
+        mask = self.options.mask
         settings = {
             "task": self.task.name,
             "mask": None if mask is None else digest({"mask": mask.cpu()}),
@@ -213,22 +178,20 @@ class RestoreJob(NamedTuple):
             "label": self.c,
             "weights": self.model.weights_sha256,
             "computed": self.computed,
-            "images": {p.name: d.hexdigest() for p, d in zip(images, digests, strict=True)},
+            "images": {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in images},
         }
         folder = JobFolder(out, "restorations", done="")
-        if not folder.resumes(settings):
-            for target in [target for path in images for target in self.targets(path, out)]:
-                if target.exists():
-                    raise UserError(
-                        f"{str(target)!r} exists: choose another --out, or move it away"
-                    )
+        targets = (target for path in images for target in self.targets(path, out))
+        if not folder.resumes(settings) and (there := next(filter(Path.exists, targets), None)):
+            raise UserError(f"{str(there)!r} exists: choose another --out, or move it away")
         folder.begin(settings)
         return folder
 
     def targets(self, path: Path, out: Path) -> list[Path]:
-        """The files that are written about the image ``path``."""
-        kinds = ["measured.png", "comparison.png", *self._names]
-        return [out / f"{path.stem}.json", *(out / f"{path.stem}-{kind}" for kind in kinds)]
+        """The files about the image ``path``: its JSON, measured, comparison, restored ones."""
+        each = [*(f"restored-{k + 1}" for k in range(self.samples)), "mean"]
+        kinds = ["measured", "comparison", *(["restored"] if self.samples == 1 else each)]
+        return [out / f"{path.stem}.json", *(out / f"{path.stem}-{kind}.png" for kind in kinds)]
 
     def degraded(self, path: Path) -> tuple[Measurement, Tensor, Tensor | None]:
         """`Task.degrade` of the image ``path``."""
@@ -243,14 +206,10 @@ class RestoreJob(NamedTuple):
         progress: Hook = lambda step, steps: None,
         **saving: Any,
     ) -> dict[str, Any]:
-        """Restore image ``number``, unless that is done; what its JSON file holds.
+        """Restore image ``number`` of the job's, unless that is done; what its JSON file holds.
 
-        Args:
-            images: of the job.
-            number: which of them.
-            folder: as `begin` gave it; the files are written there, the JSON file last.
-            progress: called with (step, steps at the most).
-            **saving: ``stop`` and ``save_seconds`` of `run_chains`.
+        The files are written to the ``folder`` of `begin`, the JSON file last. ``saving`` are
+        ``stop`` and ``save_seconds`` of `run_chains`.
 
         Raises:
             Interrupted: if ``stop`` said so; the state is saved.
@@ -264,18 +223,9 @@ class RestoreJob(NamedTuple):
         measurement, numbers, clean = self.degraded(path)
         shape, look = measurement.shape, measurement.on_gray(numbers)
         found = restore(
-            self.model,
-            measurement,
-            numbers,
-            self.config,
-            samples=self.samples,
-            seed=self.seed,
-            c=self.c,
-            progress=progress,
-            folder=folder,
-            batch=number,
-            **saving,
-        )
+            self.model, measurement, numbers, self.config, samples=self.samples, seed=self.seed,
+            c=self.c, progress=progress, folder=folder, batch=number, **saving,
+        )  # fmt: skip
         samples, finite = found.images[0], found.finite[0]
         if not bool(finite.any()):
             folder.finish()  # there is nothing to resume
@@ -285,18 +235,14 @@ class RestoreJob(NamedTuple):
             )
         restored = samples[finite].clamp(0, 1)
         baselines = measurement.baselines(numbers)
-        options = self.task.resolved(self.options)
-        mask, card = options.mask, self.model.card
+        options = self.task.resolved(self.options)._asdict()
+        mask, card = options["mask"], self.model.card
+        known = None if mask is None else f"{int(mask.sum())} of {mask.numel()} pixels"
         document: dict[str, Any] = {
             "picture": str(path),
             "run": self.run,
             "task": self.task.name,
-            "options": {
-                "mask": None if mask is None else f"{int(mask.sum())} of {mask.numel()} pixels",
-                "share": options.share,
-                "factor": options.factor,
-                "seed": options.seed,
-            },
+            "options": options | {"mask": known},
             "size": list(shape),
             "measured_numbers": measurement.count,
             "settings": self.config.model_dump(mode="json"),
@@ -319,11 +265,11 @@ class RestoreJob(NamedTuple):
                 **({"mean_of_samples": _psnr(restored.mean(0), clean)} if len(samples) > 1 else {}),
                 "baselines": {name: _psnr(x, clean) for name, x in baselines.items()},
             }
+        _, seen, comparison, *names = self.targets(path, out)
         shown = restored if self.samples == 1 else [*samples, restored.mean(0)]
-        for name, image in zip(["measured.png", *self._names], [look, *shown], strict=True):
-            write_image(image.clamp(0, 1), out / f"{path.stem}-{name}", overwrite=True)
-        comparison, title = out / f"{path.stem}-comparison.png", f"{self.task.name}: {path.name}"
-        _plot(look, clean, baselines, restored, comparison, title)
+        for name, image in zip([seen, *names], [look, *shown], strict=True):
+            write_image(image.clamp(0, 1), name, overwrite=True)
+        _plot(look, clean, baselines, restored, comparison, f"{self.task.name}: {path.name}")
         document["seconds"] = round(max(found.seconds, time.perf_counter() - begun), 3)
         text = json.dumps(document, indent=1, allow_nan=False)
         write_atomically(out / f"{path.stem}.json", text.encode())
@@ -349,12 +295,6 @@ class RestoreJob(NamedTuple):
         if diverged:
             found.append(f"chains {diverged} diverged to NaN or Inf; the others are not affected")
         return found
-
-    @property
-    def _names(self) -> list[str]:
-        if self.samples == 1:
-            return ["restored.png"]
-        return [*(f"restored-{k + 1}.png" for k in range(self.samples)), "mean.png"]
 
 
 def read_mask(path: Path) -> Tensor:
@@ -382,18 +322,20 @@ def _plot(
     title: str,
 ) -> None:
     """Original, measured, the best baseline, a restored one, and the mean of several."""
-    quality = {} if clean is None else {n: _psnr(x, clean) for n, x in baselines.items()}
-    best = max(baselines, key=lambda name: inf if (q := quality.get(name)) is None else q)
+    quality = {name: _psnr(x, clean) for name, x in baselines.items()}
+    best = max(baselines, key=lambda name: inf if (q := quality[name]) is None else q)
     shown = {"measured": look, best: baselines[best], "restored": restored[0]}
     if len(restored) > 1:
         shown[f"mean of {len(restored)}"] = restored.mean(0)
-    heads = [] if clean is None else ["original"]
-    row = [] if clean is None else [(clean, "")]
+    heads, row = ([], []) if clean is None else (["original"], [(clean, "")])
     for image in shown.values():
-        value = None if clean is None else _psnr(image, clean)
+        value = _psnr(image, clean)
         row.append((image, "" if value is None else f"{value:.2f} dB"))
     image_rows([row], [*heads, *shown], path, title=title)
 
 
-def _psnr(image: Tensor, clean: Tensor) -> float | None:
+def _psnr(image: Tensor, clean: Tensor | None) -> float | None:
+    """In dB; None where it is infinite, or the clean image is not known."""
+    if clean is None:
+        return None
     return finite_or_none(float(psnr(image.clamp(0, 1)[None].cpu(), clean[None].cpu())))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -18,7 +19,7 @@ from ebmkit.guidance.score import GuidanceConfig
 from ebmkit.noise import format_sigma
 from ebmkit.objectives import parse_objective
 from ebmkit.sampling import SAMPLERS
-from ebmkit.sampling.base import Sampler
+from ebmkit.sampling.base import Sampler, highest_level
 from ebmkit.sampling.entry import (
     RENAMED,
     SamplerConfig,
@@ -30,8 +31,7 @@ from ebmkit.sampling.entry import (
     noise_levels,
     takes_labels,
 )
-from ebmkit.sampling.jobs.folder import SETTINGS, UNFINISHED
-from ebmkit.sampling.target import highest_level
+from ebmkit.sampling.jobs.chains import SETTINGS, UNFINISHED
 from ebmkit.storage.reading import read_json
 
 BUFFER = "buffer"
@@ -114,10 +114,9 @@ def _today(name: Any) -> Any:
 
 
 def default_folder(run: Path, settings: SamplingSettings) -> Path:
-    """Where samples of ``run`` go if nothing is said: the same settings, the same folder.
+    """Where samples of ``run`` go if nothing is said: a folder named after its settings.
 
-    A folder is named after its settings. An unfinished one of the same settings that has another
-    name, as earlier versions gave, is found, too.
+    An unfinished one of the same settings with a name that earlier versions gave is found, too.
     """
     parts = [settings.sampler]
     if settings.label is not None:
@@ -149,15 +148,11 @@ def make_settings(
     image_size: int | None = None,
     **others: Any,
 ) -> SamplingSettings:
-    """The settings of a job, checked against ``model``; others are options of `ebmkit sample`.
+    """The settings of a job, checked against ``model``; named as options of `ebmkit sample`.
 
-    Args:
-        model: as `ebmkit.load` gives it.
-        sampler: a name of `SAMPLERS`, or ``buffer``; None: `default_sampler`.
-        start: one of `STARTS`; None: the sampler's default.
-        options: further settings of the sampler.
-        data_at_hand: whether training images can be had, for starts that are left open.
-        others: further fields of `SamplingSettings`.
+    ``sampler`` is a name of `SAMPLERS` or ``buffer``, by default `default_sampler`; ``start`` one
+    of `STARTS`; ``data_at_hand`` says whether training images can be had, for starts that are left
+    open; ``others`` are further fields of `SamplingSettings`.
 
     Raises:
         UserError: if the sampler is unknown or cannot drive the model, or a value is not legal.
@@ -198,8 +193,7 @@ def make_settings(
     card = model.card
     if image_size is not None and image_size < 1:
         raise UserError(f"image size {image_size} is not a number of pixels: take 1 or more")
-    own = card.image_size if card else None
-    size = own if image_size is None else (image_size, image_size)
+    size = (image_size, image_size) if image_size else card.image_size if card else None
     if size is None:
         raise UserError("this model does not say what size it was trained at: give --image-size")
     return SamplingSettings(
@@ -218,15 +212,11 @@ def make_settings(
 def parse_options(
     options: Mapping[str, Any] | None, steps: int | None, hint: str = ""
 ) -> dict[str, Any]:
-    """Settings of a sampler as the command line gives them.
-
-    Args:
-        options: by name.
-        steps: of each chain, if given beside them.
-        hint: at what else may be meant by 0 steps.
+    """Settings of a sampler as the command line gives them, with ``steps`` beside them or not.
 
     Raises:
-        UserError: if they ask for no steps, or one has a name of an earlier version.
+        UserError: if they ask for no steps (``hint``: what may be meant), or one has a name of an
+            earlier version.
     """
     values = dict(options or {}) | ({} if steps is None else {"steps": steps})
     for name in values:
@@ -264,14 +254,14 @@ def cautions(
     if mean is not None and card is not None and card.sigma_range is not None:
         level = noise_levels(sampler)[0]
         level = highest_level(model) if level is None else level
-        wide = SPREAD * (settings.channels * settings.image_size[0] * settings.image_size[1]) ** 0.5
+        wide = SPREAD * math.prod(settings.shape) ** 0.5
         if level < wide:
             found.append(
-                f"chains begin with noise of {format_sigma(level)} about {mean}, within "
-                "what the model was trained for (up to "
-                f"{format_sigma(card.sigma_range[1])}); images lie about {wide:.2g} from their "
-                "mean, so this noise does not hide where they began, and samples vary less than "
-                "images do: start from class_gaussian, or train to higher noise"
+                f"chains begin with noise of {format_sigma(level)} about {mean}, within what the "
+                f"model was trained for (up to {format_sigma(card.sigma_range[1])}); images lie "
+                f"about {wide:.2g} from their mean, so this noise does not hide where they began, "
+                "and samples vary less than images do: start from class_gaussian, or train to "
+                "higher noise"
             )
     if settings.start != BUFFER and settings.options["steps"] < entry.fresh_steps:
         found.append(
@@ -297,16 +287,13 @@ def parse_label(model: ScoreModel, text: str) -> int:
         raise UserError("this model was trained without labels: leave out --label")
     if text in names:
         return names.index(text)
+    known = f"0 to {model.num_classes - 1}" + (f" or {', '.join(names)}" if names else "")
     try:
         label = int(text)
     except ValueError:
-        known = f"0 to {model.num_classes - 1}" + (f" or {', '.join(names)}" if names else "")
         raise UserError(f"label {text!r} is unknown: this model knows {known}") from None
-    if not -(2**31) < label < 2**31:  # more than a tensor of labels can hold
-        raise UserError(
-            f"label {text.strip()!r:.60} is out of range: labels are 0 to {model.num_classes - 1}"
-        )
-    model.check_labels(label, torch.zeros(1))
+    if not 0 <= label < model.num_classes:
+        raise UserError(f"label {text.strip():.60} is out of range: this model knows {known}")
     return label
 
 

@@ -25,38 +25,26 @@ from ebmkit.guidance import (
     stored_energies,
 )
 from ebmkit.models import load, weights_digest
+from ebmkit.sampling.base import clean_level
+from ebmkit.sampling.entry import ReplayBuffer
 from ebmkit.sampling.jobs.settings import BUFFER, SamplingSettings
-from ebmkit.sampling.starts import ReplayBuffer
-from ebmkit.sampling.target import clean_level
 from ebmkit.storage.hdf5 import holds, open_hdf5
 from ebmkit.training import DataConfig, RunFolder, resolve
 from ebmkit.training.setup import images_of
 
-MAX_TRAIN = 10_000
-"""Training images that starts are drawn from, at the most."""
-
-MAX_HELD_OUT = 1000
-"""Held-out images whose energies are compared with those of samples, at the most."""
-
-FROM_DATA = ("data", "class_gaussian", "mean")
-"""Starts that need training images."""
+MAX_TRAIN, MAX_HELD_OUT = 10_000, 1000
+"""Training images that starts are drawn from, and held-out ones whose energies are compared with
+those of samples, at the most."""
 
 
 @dataclass(frozen=True)
 class Sources:
-    """What a job may use beside the model.
+    """What a job may use beside the model."""
 
-    Attributes:
-        train: training images (M, C, H, W) and labels, for starts from them.
-        buffer: the run's replay buffer.
-        held_out: held-out images (M, C, H, W), to compare energies with.
-        note: why there are none of those, if so.
-    """
-
-    train: tuple[Tensor, Tensor | None] | None = None
+    train: tuple[Tensor, Tensor | None] | None = None  # images (M, C, H, W) and labels to start at
     buffer: ReplayBuffer | None = None
-    held_out: Tensor | None = None
-    note: str = ""
+    held_out: Tensor | None = None  # images (M, C, H, W) to compare energies with
+    note: str = ""  # why there are none of those, if so
 
 
 def sources_for(
@@ -74,7 +62,7 @@ def sources_for(
     """
     train = buffer = held_out = None
     note = ""
-    if settings.start in FROM_DATA:
+    if settings.start in ("data", "class_gaussian", "mean"):
         images = _training_images(data_of(run, dataset, data_dir), data_dir, progress)
         train = _first_batch(images.spread(MAX_TRAIN), MAX_TRAIN, settings)
     if settings.start == BUFFER:
@@ -214,17 +202,10 @@ def guide_by(
 ) -> tuple[GuidedModel, dict[str, Any]]:
     """``base`` guided by the model in folder ``guide``, and what `SamplingSettings` say of it.
 
-    Args:
-        base: on its device.
-        config: how.
-        guide: a run folder; None for classifier-free guidance.
-        weights: of the guide, last or best.
-        run: folder of the base, whose data set stands in where the guide's is not known.
-        dataset: to compute mean energies on, with files in ``data_dir``; None: the guide's own.
-        data_dir: as above.
-        progress: called with (images, images in all) while mean energies are computed.
-        bars: whether to show bars while data is read.
-        inference: how the guide is computed; None: eagerly, in float32.
+    Without ``guide`` it is classifier-free. Mean energies are computed on ``dataset`` in
+    ``data_dir``, or the guide's own, or that of ``run``, the folder of the base; ``progress`` is
+    called with (images, images in all) then, and ``bars`` are shown while data is read.
+    ``inference`` says how the guide is computed; None: eagerly, in float32.
 
     Raises:
         UserError: if the folder holds no model, the two do not fit, or the images that mean

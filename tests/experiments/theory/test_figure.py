@@ -5,9 +5,10 @@ import json
 import pytest
 
 from ebmkit.errors import UserError
-from ebmkit.experiments.plots import draw_figure1
 from ebmkit.experiments.theory import figure as module
-from ebmkit.experiments.theory.figure import figure1, markdown, rows
+from ebmkit.experiments.theory.figure import draw_figure1, figure1, markdown, rows
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

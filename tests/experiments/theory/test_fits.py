@@ -6,17 +6,24 @@ import torch
 from scipy.optimize import linprog
 from sklearn.linear_model import LogisticRegression
 
-from ebmkit.experiments.theory.constants import discriminative, generative
-from ebmkit.experiments.theory.families import ClassCovariances, NaiveBayes, SharedCovariance
+from ebmkit.experiments.theory.families import (
+    SETTINGS,
+    ClassCovariances,
+    NaiveBayes,
+    Setting,
+    SharedCovariance,
+    Truth,
+)
 from ebmkit.experiments.theory.fits import (
     ExcessError,
     Point,
+    discriminative,
     fit_bias,
     fit_variance,
+    generative,
     measure,
     softmax_regression,
 )
-from ebmkit.experiments.theory.settings import SETTINGS, Setting, Truth
 
 BY_NAME = {setting.name: setting for setting in SETTINGS}
 
@@ -57,6 +64,7 @@ def test_error_in_twenty_dimensions_is_one_in_the_plane():
     )
 
 
+@pytest.mark.slow
 def test_v_of_a_nonsingular_family_is_measured():
     """n (excess - b) tends to v / 2: the number of parameters for the discriminative fit."""
     setting = BY_NAME["centred-means"]

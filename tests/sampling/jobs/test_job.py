@@ -15,14 +15,17 @@ from ebmkit import UserError
 from ebmkit.data import load_dataset
 from ebmkit.sampling.base import Chain, Info, PositionSampler, moved_to
 from ebmkit.sampling.diagnostics import chain_diagnostics
-from ebmkit.sampling.entry import SAMPLERS, SamplerConfig, SamplerEntry, default_sampler
-from ebmkit.sampling.jobs.chains import MAX_FRAMES, Interrupted, Record
-from ebmkit.sampling.jobs.folder import JobFolder
-from ebmkit.sampling.jobs.job import SamplingJob
-from ebmkit.sampling.jobs.results import write_results
+from ebmkit.sampling.entry import (
+    SAMPLERS,
+    ReplayBuffer,
+    SamplerConfig,
+    SamplerEntry,
+    default_sampler,
+)
+from ebmkit.sampling.jobs.chains import MAX_FRAMES, Interrupted, JobFolder, Record
+from ebmkit.sampling.jobs.job import SamplingJob, write_results
 from ebmkit.sampling.jobs.settings import SamplingSettings, default_folder, make_settings
 from ebmkit.sampling.jobs.sources import Sources
-from ebmkit.sampling.starts import ReplayBuffer
 
 
 def job_at(path, model, settings, sources=None, **how):
@@ -60,8 +63,9 @@ def killing(at):
 # --- going on ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sampler", ["mala", "hmc", "langevin", "annealed-langevin"])
-@pytest.mark.parametrize("at", [4, 14])
+@pytest.mark.parametrize(
+    ("sampler", "at"), [("mala", 4), ("hmc", 14), ("langevin", 14), ("annealed-langevin", 4)]
+)
 def test_a_job_that_was_killed_goes_on_to_the_same_bits(tmp_path, sampler, at):
     """In the first batch or in the second; what was done since the last save is done again."""
     model = mixture()

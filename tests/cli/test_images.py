@@ -12,9 +12,9 @@ from ebmkit_tests.support.command_line import ebmkit_command
 from ebmkit_tests.support.sampling_runs import save_run
 from PIL import Image
 
+from ebmkit.sampling.entry import ReplayBuffer
 from ebmkit.sampling.jobs.chains import Record
 from ebmkit.sampling.jobs.job import SamplingJob
-from ebmkit.sampling.starts import ReplayBuffer
 from ebmkit.training import RunFolder
 
 QUICK = ["--steps", 6, "--set", "beta=0.5", "--device", "cpu"]

@@ -11,9 +11,9 @@ from PIL import Image
 import ebmkit
 from ebmkit import UserError
 from ebmkit.cli.evaluate import evaluate
-from ebmkit.cli.published import import_
+from ebmkit.cli.tools import import_
 from ebmkit.data import load_dataset
-from ebmkit.evaluation.context import noisy_batches
+from ebmkit.evaluation.suite import noisy_batches
 from ebmkit.metrics import psnr
 from ebmkit.models.importing import import_checkpoint
 

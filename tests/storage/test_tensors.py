@@ -14,7 +14,7 @@ import torch
 
 from ebmkit import UserError
 from ebmkit.storage.pickles import Damaged, Inert, Refusal, unpickle
-from ebmkit.storage.torchfile import MAGIC, read_torch_file
+from ebmkit.storage.tensors import MAGIC, read_torch_file
 
 
 @pytest.fixture
@@ -232,3 +232,11 @@ def test_nested_tuples_are_walked_once(tmp_path):
     write(tmp_path / "deep.pt", content, True)
     deep = read_torch_file(tmp_path / "deep.pt")
     assert deep[0] is deep[1]
+
+
+def test_what_is_not_made_takes_no_memory_however_often_it_is_called():
+    made = unpickle(io.BytesIO(b"cargparse\nNamespace\n" + b")R" * 1000 + b"."))
+    assert repr(made) == "<argparse.Namespace(), not made>"
+    copies = b"ctorch._tensor\n_rebuild_from_type_v2\n(c__builtin__\nlist\nN(]tNtR."
+    with pytest.raises(Damaged):
+        unpickle(io.BytesIO(copies))

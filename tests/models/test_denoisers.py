@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from ebmkit.errors import UserError
-from ebmkit.models.gradientstep import GradientStep, GraDnCNNConfig, GSDRUNetConfig
+from ebmkit.models.denoisers import GradientStep
+from ebmkit.models.dncnn import GraDnCNNConfig
+from ebmkit.models.drunet import GSDRUNetConfig
 
 MODELS = {
     "gs-drunet": GSDRUNetConfig(width=4, blocks=1),

@@ -18,11 +18,17 @@ from ebmkit.sampling import (
     PredictorCorrector,
     density_of,
     geometric_sigmas,
-    metropolis,
+    langevin,
     score_of,
 )
-from ebmkit.sampling.langevin import JEM_NOISE, JEM_STEP, AnnealedConfig, PCConfig
-from ebmkit.sampling.metropolis import HMCConfig, MALAConfig
+from ebmkit.sampling.langevin import (
+    JEM_NOISE,
+    JEM_STEP,
+    AnnealedConfig,
+    HMCConfig,
+    MALAConfig,
+    PCConfig,
+)
 
 WIDE = 1.5
 
@@ -172,9 +178,9 @@ def test_the_energy_error_of_leapfrog_steps_is_of_second_order(monkeypatch):
     """Over one stretch of time, log error against log step has slope 2."""
     model, x = known.overlapping(), anywhere(50)
     seen = []
-    plain = metropolis.adjusted
+    plain = langevin.adjusted
     monkeypatch.setattr(
-        metropolis, "adjusted", lambda *a: (seen.append(a[2].abs().mean().item()), plain(*a))[1]
+        langevin, "adjusted", lambda *a: (seen.append(a[2].abs().mean().item()), plain(*a))[1]
     )
     counts = [8, 16, 32, 64]
     for count in counts:

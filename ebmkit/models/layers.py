@@ -1,4 +1,4 @@
-r"""Normalisation layers, and a group normalisation whose gradient is cheap to differentiate.
+r"""Norms, and a group normalisation and a GELU whose gradients are cheap to differentiate.
 
 A group normalisation splits the channels of ``x`` (B, C, H, W) into groups g, and with the mean
 :math:`m_g` and deviation :math:`s_g` of each group over its channels and positions returns
@@ -31,11 +31,21 @@ With weight w, cotangent g of the output :math:`w \hat x` and :math:`a = w g`, t
 the sum over images and positions. PyTorch's kernel of the first derivative gives :math:`Pv/s` and,
 called with every channel of every image as a channel of its own, the sums over positions as well.
 PyTorch itself takes the first derivative as a chain of elementwise operations when a graph of it is
-needed, and differentiates each. Derivatives of third order are ordinary operations here, too.
+needed, and differentiates each.
+
+**GELU.** With the distribution :math:`\Phi` and the density :math:`\varphi` of a standard normal
+variable,
+
+.. math:: y = x\,\Phi(x), \qquad y' = \Phi(x) + x\,\varphi(x), \qquad
+    y'' = (2 - x^2)\,\varphi(x) .
+
+PyTorch has a kernel of :math:`g\,y'`, but writes :math:`v\,g\,y''` as a chain of elementwise
+operations; here it is one of fewer. Derivatives of third order are ordinary operations in both.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -45,6 +55,10 @@ from ebmkit.compute import upcast, without_autocast
 from ebmkit.models.convolution import in_forward_mode, positional
 
 NormName = Literal["group", "scale", "batch", "none"]
+
+SMALL = 1 << 17
+"""Entries up to which PyTorch's own derivatives are taken: calling into Python takes longer than
+what would be spared."""
 
 
 class GroupNorm(nn.Module):
@@ -111,9 +125,15 @@ def make_norm(name: NormName, num_channels: int, channels_per_group: int, bias: 
     return GroupNorm(num_channels, channels_per_group, keep_scale=name == "scale", bias=bias)
 
 
-SMALL = 1 << 17
-"""Entries up to which PyTorch's own derivatives are taken: calling into Python takes longer than
-what would be spared."""
+def _differentiates_itself(x: Tensor) -> bool:
+    """Whether the derivatives of this module are taken at ``x``, not PyTorch's own."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
+        and x.device.type == "cpu"
+        and x.numel() > SMALL
+        and not in_forward_mode()
+    )
 
 
 def group_norm(
@@ -132,15 +152,7 @@ def group_norm(
         eps: added to the variances.
     """
     frozen = isinstance(weight, nn.Parameter) and not weight.requires_grad
-    if (
-        torch.compiler.is_compiling()
-        or frozen
-        or not torch.is_grad_enabled()
-        or x.device.type != "cpu"
-        or x.numel() <= SMALL
-        or not x.is_contiguous()
-        or in_forward_mode()
-    ):
+    if not _differentiates_itself(x) or frozen or not x.is_contiguous():
         return nn.functional.group_norm(x, groups, weight, bias, eps)
     # one weight for each image: the sum over images is left to autograd, which does it if needed
     weights = weight.expand(x.shape[0], -1)
@@ -177,16 +189,9 @@ class _GroupNorm(torch.autograd.Function):
     def forward(
         x: Tensor, weights: Tensor, biases: Tensor | None, groups: int, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        out, mean, rstd = torch.native_group_norm(
-            _rows(x),
-            weights.reshape(-1),
-            None if biases is None else biases.reshape(-1),
-            1,
-            weights.numel(),
-            x.shape[2] * x.shape[3],
-            groups * x.shape[0],
-            eps,
-        )
+        bias = None if biases is None else biases.reshape(-1)
+        sizes = 1, weights.numel(), x.shape[2] * x.shape[3], groups * x.shape[0]
+        out, mean, rstd = torch.native_group_norm(_rows(x), weights.reshape(-1), bias, *sizes, eps)
         return out.reshape(x.shape), mean, rstd
 
     @staticmethod
@@ -227,11 +232,11 @@ class _Gradient(torch.autograd.Function):
     def backward(
         ctx: Any, v: Tensor | None, by_weights: Tensor | None, by_biases: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        g, x, weights, mean, rstd, sum_gx, sum_g = ctx.saved_tensors
+        g, x, weights, *_ = ctx.saved_tensors
         rest = (None, None, None, None)
         of_sums = by_weights is not None or by_biases is not None
         if v is not None and not of_sums and not torch.is_grad_enabled():
-            return *_second(v, g, x, weights, mean, rstd, sum_gx, sum_g), *rest
+            return *_second(v, *ctx.saved_tensors), *rest
         at = _Normalised(x, ctx.groups, ctx.eps)
         of_g, of_x, of_weights = torch.zeros_like(x), torch.zeros_like(x), None
         if v is not None:
@@ -257,17 +262,9 @@ def _first(
     return of_x.reshape(x.shape), sum_gx, sum_g
 
 
-def _second(
-    v: Tensor,
-    g: Tensor,
-    x: Tensor,
-    weights: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    sum_gx: Tensor,
-    sum_g: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _second(v: Tensor, *saved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The pull-back of ``v`` by P(w g) / s to g, x and w: values, in few passes."""
+    g, x, weights, mean, rstd, sum_gx, sum_g = saved
     x_rows, g_rows = _rows(x), _rows(g)
     q, sum_vx, _ = _pull_back(_rows(v), x_rows, mean, rstd, None, [True, True, False])
     zero, one = torch.zeros_like(mean), torch.ones_like(rstd)
@@ -320,3 +317,64 @@ class _Normalised:
 def _each(values: Tensor) -> Tensor:
     """(B, C) to be broadcast over the positions."""
     return values[:, :, None, None]
+
+
+class GELU(nn.GELU):
+    """`torch.nn.GELU`, differentiated as the module's text says."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Elementwise; any shape."""
+        return gelu(x) if self.approximate == "none" else super().forward(x)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """`torch.nn.functional.gelu`; PyTorch's own where compiled, on other devices than a CPU, and in
+    forward mode."""
+    if not _differentiates_itself(x) or x.dtype not in (torch.float32, torch.float64):
+        return nn.functional.gelu(x)
+    out: Tensor = _Gelu.apply(x, None)
+    return out
+
+
+@positional
+class _Gelu(torch.autograd.Function):
+    """y, or with a cotangent g the gradient g * y'."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, g: Tensor | None) -> Tensor:
+        return nn.functional.gelu(x) if g is None else torch.ops.aten.gelu_backward.default(g, x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        x, g = ctx.saved_tensors
+        if g is None:
+            return _slope(v, x), None
+        of_g = _slope(v, x) if ctx.needs_input_grad[1] else None
+        return _curvature(v, g, x), of_g
+
+
+def _slope(g: Tensor, x: Tensor) -> Tensor:
+    """g * y'."""
+    if torch.is_grad_enabled():
+        out: Tensor = _Gelu.apply(x, g)
+    else:
+        out = torch.ops.aten.gelu_backward.default(g, x)
+    return out
+
+
+def _curvature(v: Tensor, g: Tensor, x: Tensor) -> Tensor:
+    """v * g * y''."""
+    squares = x * x
+    exponent = torch.add(math.log(2 / math.sqrt(2 * math.pi)), squares, alpha=-0.5)
+    if torch.is_grad_enabled():
+        density = exponent.exp()
+        return (density - 0.5 * squares * density) * g * v
+    density = exponent.exp_()
+    density.addcmul_(density, squares, value=-0.5)
+    return density * g * v

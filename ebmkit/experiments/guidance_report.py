@@ -1,0 +1,209 @@
+"""The report of the experiment ``guidance``: tables as Markdown, plots of its methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ebmkit.evaluation.robustness_grid import column_names
+from ebmkit.evaluation.suite import number
+from ebmkit.experiments.report import mark, percent, table_lines, text_of
+from ebmkit.experiments.runs import read_data
+from ebmkit.plots import GRAY, ORANGE, new_figure, save_figure, show_image
+
+_DATA = read_data("guidance.yaml")
+GROUPS: dict[str, str] = _DATA["groups"]
+"""Titles of groups of methods."""
+TABLE_2_1: dict[float, dict[int, float]] = _DATA["table_2_1"]
+"""FID of DDIM on CIFAR-10 by eta and steps (RCG table 2.1, of Song et al. 2021)."""
+COLUMNS = ("s", "eta", "recognised", "distance (real)", "diversity", "saturated", "gap", "time")
+
+
+def guidance_text(report: Mapping[str, Any]) -> str:
+    """The report as Markdown."""
+    networks = []
+    for one in report["networks"]:
+        facts, cell = one["facts"], "-"
+        if one["accuracy"] is not None:
+            low, high = one["interval"]
+            cell = percent({"value": one["accuracy"], "low": low, "high": high}, "{:.1f}")
+        counts = [f"{facts[key]:,}" for key in ("parameters", "steps")]
+        networks.append([one["name"], one["label"], cell, *counts])
+    names = ["name", "what", "accuracy, %", "parameters", "steps"]
+    lines = [f"Scale: {report['about']}.", "", "### Networks", ""]
+    lines += table_lines(names, networks, left=2)
+    sections: tuple[tuple[str, str, Callable[[Any], list[str]]], ...] = (
+        ("grid", "Robust accuracy (RCG table 4.1)", _grid),
+        ("path", "Along the diffusion (RCG figures 4.5, 4.6, 4.9)", _path),
+        ("ddim", "DDIM: eta and steps (RCG table 2.1)", _ddim),
+        ("ways", "Guidance methods", partial(_methods, report["amount"])),
+    )
+    for key, title, section in sections:
+        if report[key]:
+            lines += ["", f"### {title}", "", *section(report[key])]
+    title = f"Guidance of a diffusion model, on {report['dataset']} (RCG chapter 4)"
+    return text_of(title, lines, report["notes"])
+
+
+def _grid(document: dict[str, Any]) -> list[str]:
+    rows = (
+        [f"{epsilon:g}", *(percent(column["accuracy"][row]) for column in document["columns"])]
+        for row, epsilon in enumerate(document["epsilons"])
+    )
+    return [
+        f"Accuracy in % (95 % interval) on {document['options']['images']} test images at most, "
+        f"{document['options']['steps']}-step PGD; rows: eps of the attack.",
+        "",
+        *table_lines(["eps", *column_names(document)], rows, left=0),
+    ]
+
+
+def _path(document: Mapping[str, Any]) -> list[str]:
+    models = document["models"]
+    levels = next(iter(models.values()))["path"]["timestep"]
+
+    def nearest(t: int) -> int:
+        return min(range(len(levels)), key=lambda i: abs(levels[i]["t"] - t))
+
+    chosen, middle = [nearest(t) for t in (100, 200, 400)], nearest(500)
+    heads = [f"{view}, t = {levels[i]['t']}" for view in ("x_t", "y") for i in chosen]
+    dark = f"dark, t = {levels[middle]['t']}"
+    rows = []
+    for name, one in models.items():
+        path, since = one["path"], one["chance_from"]
+        shown = [one["clean"], *(path[v][i] for v in ("timestep", "image") for i in chosen)]
+        cells = [f"{100 * _value(e['accuracy']):.0f}" for e in [*shown, path["dark"][middle]]]
+        cells += ["never" if since[v] is None else str(since[v]) for v in ("timestep", "image")]
+        rows.append([name, *cells])
+    return [
+        f"Accuracy in % of {document['images']:,} test images: clean; noisy as the diffusion model "
+        "has them (x_t) and in image units (y) at some timesteps; darkened alone at t = T/2. "
+        "*Chance from*: the first timestep measured at which the interval reaches chance.",
+        "",
+        *table_lines(["network", "clean", *heads, dark, "chance from: x_t", "y"], rows),
+    ]
+
+
+def _ddim(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    lengths, rows = sorted({cell["steps"] for cell in cells}), []
+    for eta in sorted({cell["eta"] for cell in cells}):
+        own = {cell["steps"]: cell for cell in cells if cell["eta"] == eta}
+        theirs = TABLE_2_1.get(eta, {})
+        values = [f"{own[s]['frechet']['value']:.3g} ({theirs.get(s, '-')})" for s in lengths]
+        rows.append([f"{eta:g}", *values])
+    return [
+        f"Frechet distance in features of the evaluation classifier, of {cells[0]['count']} "
+        f"unguided images (of as many real ones: {cells[0]['floor']['frechet']:.3g}), comparable "
+        "within this table alone; in brackets the thesis's FID of a converged model.",
+        "",
+        *table_lines(["eta", *(f"{steps} steps" for steps in lengths)], rows, left=0),
+    ]
+
+
+def _methods(amount: Mapping[str, Any], methods: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = [
+        f"{amount['per_class']} images of each class, {amount['steps']} steps of DDIM, all methods "
+        "from the same starting noise. *Recognised*: the evaluation classifier predicts the "
+        "requested class, % (95 % interval). *Distance*: Frechet distance in its features to real "
+        "images of the class, mean over classes; of few images it is biased upwards, and *real* is "
+        "that of as many real images. *Diversity*: 1 if images of a class differ as real ones do. "
+        "*Saturated*: pixel values at the ends of the range, %, real images' in brackets. "
+        "*Gap*: mean E(x) under the most robust classifier, minus real images', nats. "
+        "*Time*: seconds per image. Scales s are the thesis's times "
+        f"{amount['strength']:g}, where they are not 1.",
+    ]
+    for group, title in GROUPS.items():
+        rows = [_method_cells(method) for method in methods if method["group"] == group]
+        if rows:
+            table = table_lines(["method", "description", *COLUMNS], rows, left=2)
+            lines += ["", f"#### {title}", "", *table]
+    return lines
+
+
+def _method_cells(method: Mapping[str, Any]) -> list[str]:
+    scale = f"{method['settings']['scale']:g}" if method["settings"] else ""
+    about = method["about"].replace("|", "\\|")
+    head = [method["name"], about, scale, f"{method['eta']:g}"]
+    if "stopped" in method:
+        return [*head, method["stopped"], *[""] * (len(COLUMNS) - 3)]
+    means, ends = method["means"], method["saturation"]["ends"]
+    gap = method["energy_gap"]["energy"] if method["energy_gap"] else None
+    return [
+        *head,
+        percent(method["accuracy"]) if method["accuracy"] else "-",
+        f"{number(means['frechet'], '{:.3g}')} ({number(means['floor'], '{:.3g}')})",
+        number(means["diversity"], "{:.2f}"),
+        f"{100 * _value(ends['samples']):.1f} ({100 * _value(ends['real']):.1f})",
+        number(gap, "{:+.2f}"),
+        f"{method['seconds'] / method['count']:.2g}",
+    ]
+
+
+def _value(estimate: Any) -> Any:
+    return estimate["value"] if isinstance(estimate, Mapping) else estimate
+
+
+def samples_of_methods(methods: Sequence[tuple[str, str, Tensor]], path: Path) -> None:
+    """One row of images per method, one column per label, as the PNG file ``path``.
+
+    Args:
+        methods: name, description, and images uint8 (n, C, H, W), in the order of labels.
+        path: the PNG file.
+    """
+    columns = max(len(images) for _, _, images in methods)
+    cell, left = 0.42, 4.0
+    figure = new_figure(left + cell * columns + 0.1, cell * len(methods) + 0.35)
+    width, height = figure.get_size_inches()
+    for row, (name, description, images) in enumerate(methods):
+        top = height - 0.3 - cell * (row + 1)
+        figure.text(
+            (left - 0.08) / width,
+            (top + cell / 2) / height,
+            f"{name}: {description}" if len(description) < 64 else f"{name}: {description[:62]}...",
+            ha="right",
+            va="center",
+            fontsize=6.5,
+        )
+        for column, image in enumerate(images):
+            place = (left + cell * column) / width, top / height
+            axes = figure.add_axes((*place, 0.94 * cell / width, 0.94 * cell / height))
+            show_image(axes, image.float() / 255, "", str(column) if row == 0 else "")
+    save_figure(figure, path)
+
+
+def compare_methods(methods: Sequence[dict[str, Any]], path: Path) -> None:
+    """Recognised, distance by class, diversity, saturation and energy gap of each method."""
+    figure = new_figure(14.0, 0.25 * len(methods) + 1.4, layout="constrained")
+    axes = figure.subplots(1, 5, sharey=True)
+    for at, method in enumerate(methods):
+        means, gap = method["means"], method["energy_gap"]
+        mark(axes[0], at, method["accuracy"])
+        mark(axes[1], at, means["frechet"])
+        mark(axes[1], at, means["floor"], "|", ORANGE, 9)
+        mark(axes[2], at, means["diversity"])
+        ends = method["saturation"]["ends"]
+        mark(axes[3], at, _value(ends["samples"]))
+        mark(axes[3], at, _value(ends["real"]), "|", ORANGE, 9)
+        mark(axes[4], at, _value(gap["energy"]) if gap else None)
+    titles = (
+        "recognised by the evaluation classifier",
+        "distance of a class (bar: real images)",
+        "diversity (1: real images)",
+        "saturated values (bar: real images)",
+        "energy gap, nats (0: real images)",
+    )
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set_xlabel(title, fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.grid(axis="y", color=GRAY, alpha=0.25, linewidth=0.5)
+    axes[0].set_xlim(0, 1)
+    axes[2].axvline(1, color=ORANGE, linewidth=0.8)
+    axes[4].axvline(0, color=ORANGE, linewidth=0.8)
+    axes[1].set_xlim(left=0)
+    axes[0].set_yticks(range(len(methods)), [method["name"] for method in methods], fontsize=7)
+    axes[0].invert_yaxis()
+    save_figure(figure, path)
