@@ -154,10 +154,11 @@ def check_plugins(recorded: Any, where: str) -> None:
     missing = [plugin.name for plugin in recorded if plugin.name not in _LOADED]
     if missing:
         files = " ".join(f"--plugin {name}.py" for name in missing)
+        one = len(missing) == 1
         raise UserError(
-            f"{where} needs the plugin {' and '.join(map(repr, missing))}, which is not loaded: "
-            f"add {files} (from Python: plugins=[...]), if you trust the file; it is not part of "
-            "the run"
+            f"{where} needs the plugin{'' if one else 's'} {' and '.join(map(repr, missing))}, "
+            f"which {'is' if one else 'are'} not loaded: add {files} with the path of today (from "
+            f"Python: plugins=[...]), if you trust the file; it is not part of the run"
         )
     for plugin in recorded:
         if plugin.sha256 != _LOADED[plugin.name].sha256:

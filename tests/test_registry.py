@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
 PLUGINS = [f"example_{number}" for number in range(len(EXAMPLES))]
 TRAIN = ["--dataset=bars", "--steps=2", "--device=cpu", "--no-evaluate"]
-TRAIN += ["--backbone=two-layers", "--objective=ce+dsm+noisy-ce", "--width=8"]
-TRAIN += ["--set=head=quadratic", "--set=objective.noisy-ce.eps=4/255"]
+TRAIN += ["--backbone=two-layers", "--objective=ce+dsm+noisy-ce+margin", "--width=8"]
+TRAIN += ["--head=quadratic", "--set=objective.noisy-ce.eps=4/255"]
 
 SAMPLE = ["--count=2", "--steps=2", "--sampler=uniform-langevin"]
 GUIDE = ["--guide=run", "--guidance=tempered"]
@@ -89,13 +89,13 @@ def test_with_them_a_run_is_evaluated_and_sampled_from(trained):
 
 
 def test_without_its_plugins_a_run_is_refused_in_one_sentence(trained):
-    with pytest.raises(UserError, match=r"needs the plugin 'example_0' .*, which is not loaded"):
+    with pytest.raises(UserError, match=r"needs the plugins 'example_0' .*, which are not loaded"):
         ebmkit.load(trained / "run")
     ended = ebmkit_command("sample", "run", "--out=no", cwd=trained)
     assert ended.returncode == 2
-    assert "needs the plugin 'example_0'" in ended.stderr
+    assert "needs the plugins 'example_0'" in ended.stderr
     assert not (trained / "no").exists()
-    with pytest.raises(UserError, match="needs the plugin 'example_0'"):
+    with pytest.raises(UserError, match="needs the plugins 'example_0'"):
         resolve(RunFolder.open(trained / "run").config())
 
 

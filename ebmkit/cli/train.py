@@ -40,6 +40,7 @@ def train(
     dataset: str | None = None,
     data_dir: Path | None = None,
     backbone: str | None = None,
+    head: str | None = None,
     objective: str | None = None,
     width: int | None = None,
     steps: int | None = None,
@@ -66,6 +67,7 @@ def train(
     Args:
         dataset: data set, from `ebmkit list datasets` [default: digits]
         backbone: backbone, from `ebmkit list backbones` [default: set by the recipe, gradresnet18]
+        head: head, from `ebmkit list heads` [default: set by the recipe, linear-quadratic]
         objective: objectives joined by +, for example ce+0.5*dsm [default: set by the recipe,
             ce+dsm]
         width: channels of the first stage
@@ -92,6 +94,7 @@ def train(
     named = {
         "dataset": {"name": dataset, "data_dir": where, "image_size": image_size},
         "backbone": backbone,
+        "head": head,
         "model": {"backbone": {"width": width}},
         "objective": objective,
         "steps": steps,

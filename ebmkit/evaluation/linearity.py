@@ -53,7 +53,7 @@ from ebmkit.evaluation.suite import (
     noise_warnings,
     number,
 )
-from ebmkit.models import GradResNet, JointModel, LinearQuadraticHead
+from ebmkit.models import GradResNet, JointModel, LinearQuadraticHead, LogitHead
 from ebmkit.models.layers import GroupNorm
 from ebmkit.noise import Sigma, in_255ths
 
@@ -197,6 +197,8 @@ def theory(
 def theory_of(model: ScoreModel) -> Theory | None:
     """`theory` of a GradResNet with one of our heads, by its modules; None for other models."""
     if not isinstance(model, JointModel) or not isinstance(model.backbone, GradResNet):
+        return None
+    if not isinstance(model.head, (LinearQuadraticHead, LogitHead)):
         return None
     modules = list(model.modules())
     norm = "none"

@@ -2,7 +2,7 @@ r"""What a network, a backbone and a head must provide, and what backbones share
 
 A backbone turns images into features, a head turns features into energies, a
 `ebmkit.models.JointModel` is one of each. Neither knows the other: a backbone of your own needs
-`num_features` and a `forward` that returns `Features`; a head of your own needs only `forward`.
+`num_features` and a `forward` that returns `Features`; a head needs `num_classes` and a `forward`.
 
 To be built by name, a network has a configuration: a `BackboneConfig`, or a `DenoiserConfig` for a
 whole model without a head. It lies in one file with the network and its presets, and is one line in

@@ -185,7 +185,12 @@ class JointModel(EnergyModel):
     def _energies(self, pooled: Tensor) -> Energies:
         with without_autocast(pooled):
             energies: Energies = self.head(upcast(pooled))
-            return energies
+        if energies.logits.ndim != 2 or energies.log_density.ndim != 1:
+            raise UserError(
+                f"head {type(self.head).__name__} gives logits {tuple(energies.logits.shape)} and "
+                f"log-densities {tuple(energies.log_density.shape)}: (B, C) and (B,) are needed"
+            )
+        return energies
 
 
 def half_overlapping_tiles(length: int, tile: int) -> list[tuple[int, int]]:

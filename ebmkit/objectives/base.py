@@ -146,11 +146,14 @@ class Objective:
         loss: from the model's output and a batch to the loss of each image (B,), unreduced over the
             batch; losses summed over entries are *means* over the d entries, `scale` says what
             becomes of them. A pair adds a penalty, a scalar that is minimised and not reported.
-        family: of which method it is; recipes are chosen by it.
+        family: of which method it is: ``classification``, ``score matching``, ``diffusion``,
+            ``likelihood``, ``adversarial``, or empty; default recipes are chosen by it.
         needs_labels: whether data and model must have labels.
-        needs_hard_labels: whether labels may not be mixed.
-        needs_energies: whether the loss reads the energies at the noisy images.
-        needs_score: whether the loss differentiates the model by its input.
+        needs_hard_labels: refuse a stream that mixes labels (MixUp, CutMix), for a loss of
+            ``batch.labels``.
+        needs_energies: whether the loss reads ``output.energies``, those at the noisy images;
+            ``output.energies_at`` works in any case.
+        needs_score: whether the loss reads ``output.score``, None otherwise.
         score_labels: from a batch to the labels (B,) whose score is needed, -1 for none; None: the
             score of log p(y).
         hessian_vectors: from a batch to the vectors that the Hessian is multiplied with; None

@@ -289,6 +289,11 @@ class TrainingLoss(nn.Module):
             for term in own:
                 found = term.objective.loss(outputs[term.name], batch.of(term.name))
                 losses, penalty = found if isinstance(found, tuple) else (found, None)
+                if losses.ndim != 1:
+                    raise UserError(
+                        f"objective {term.name!r} gives a loss of shape {tuple(losses.shape)}: one "
+                        "number for each image, (B,), is needed"
+                    )
                 factor = self._factor(term, batch)
                 if penalty is not None:
                     total = total + factor * penalty

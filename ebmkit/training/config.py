@@ -21,7 +21,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from ebmkit.compute import ComputeConfig
 from ebmkit.data import StreamConfig
 from ebmkit.data.schedule import parse_share
-from ebmkit.errors import UserError, shown, validated
+from ebmkit.errors import UserError, shown, unknown_name, validated
 from ebmkit.models import ModelConfig
 from ebmkit.models.config import find_network
 from ebmkit.models.heads import find_head
@@ -230,7 +230,13 @@ class TrainConfig(_Config):
         }
 
     def stream(self, name: str) -> StreamConfig:
-        """The configuration of the stream called ``name``."""
+        """The configuration of the stream called ``name``.
+
+        Raises:
+            UserError: if there is none.
+        """
+        if name not in StreamsConfig.model_fields:
+            raise unknown_name("stream", name, StreamsConfig.model_fields)
         found: StreamConfig = getattr(self.streams, name)
         return found
 
@@ -386,6 +392,9 @@ def _terms_apart(layer: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(layer.get("objective"), Mapping):
         return layer
     own = dict(layer["objective"])
+    for name in own:
+        if name in OBJECTIVES and OBJECTIVES[name].config is None:
+            raise UserError(f"objective {name!r} has no settings: leave out objective.{name}")
     named = {"objective": own.pop("name")} if "name" in own else {}
     rest = {key: value for key, value in layer.items() if key != "objective"}
     return merge(rest, named, {"terms": own})

@@ -45,6 +45,21 @@ def test_create_model_refuses_in_one_sentence(arguments, words):
     assert "\n" not in str(caught.value)
 
 
+class WithColumns(LinearQuadraticHead):
+    """A head whose log-density has a dimension too many."""
+
+    def forward(self, pooled):
+        energies = super().forward(pooled)
+        return energies._replace(log_density=energies.log_density[:, None])
+
+
+def test_a_head_gives_one_log_density_for_each_image():
+    model = create_model("mlp", 3, 1, width=8)
+    model.head = WithColumns(model.backbone.num_features, 3)
+    with pytest.raises(UserError, match=r"WithColumns gives .*\(2, 1\).*\(B,\) are needed"):
+        model(torch.zeros(2, 1, 8, 8))
+
+
 def test_a_logit_head_needs_classes():
     with pytest.raises(UserError, match="cannot have 0 classes"):
         LogitHead(4, 0)

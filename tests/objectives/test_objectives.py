@@ -10,7 +10,14 @@ from torch import Tensor
 import ebmkit
 from ebmkit.data import Batch
 from ebmkit.energy import Energies, EnergyModel
-from ebmkit.objectives import OBJECTIVES, Term, TermSettings, TrainingLoss, parse_objective
+from ebmkit.objectives import (
+    OBJECTIVES,
+    Objective,
+    Term,
+    TermSettings,
+    TrainingLoss,
+    parse_objective,
+)
 from ebmkit.objectives.loss import check_labels
 
 
@@ -203,6 +210,14 @@ def test_labels_are_asked_for_where_they_are_needed():
     with pytest.raises(ebmkit.UserError, match="one label per image"):
         check_labels("cdsm", OBJECTIVES["cdsm"], num_classes=10, mixes=True, stream="denoise")
     check_labels("dsm", OBJECTIVES["dsm"], num_classes=0, mixes=True, stream="denoise")
+
+
+def test_a_loss_is_one_number_for_each_image(model, monkeypatch):
+    mean = Objective("", "classify", lambda *of: OBJECTIVES["ce"].loss(*of).mean())
+    monkeypatch.setitem(OBJECTIVES, "mean", mean)
+    loss = TrainingLoss(model, (Term("mean"),))
+    with pytest.raises(ebmkit.UserError, match=r"objective 'mean' gives a loss of shape \(\)"):
+        loss({"classify": draw()})
 
 
 def test_summary_compares_states_in_balanced_terms(model):

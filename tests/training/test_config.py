@@ -186,6 +186,7 @@ def test_cdn_cifar10_is_the_paper_s_recipe():
         ({"head": "logits"}, "did you mean 'logit'"),
         ({"objective": "ce+dms"}, "did you mean 'dsm'"),
         ({"optimizer": {"learning_rate": 1}}, "no field 'optimizer.learning_rate'"),
+        ({"objective": {"dsm": {"gap": 2}}}, "objective 'dsm' has no settings"),
         ({"optimizer": {"lr": -1}}, "optimizer.lr = -1"),
         ({"steps": 0}, "steps = 0"),
         ({"optimizer": {"betas": [2, 3]}}, r"betas.0 = 2"),
