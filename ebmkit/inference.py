@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ebmkit.energy import ScoreModel, check_sigma, sigma_of_score
+from ebmkit.energy import ScoreModel, check_sigma, sigma_of_score, tweedie
 from ebmkit.errors import UserError
 
 TILE = 256
@@ -58,7 +58,8 @@ def denoise_image(
         y: the noisy image (C, H, W), image units.
         sigma: its noise level in image units; None: estimated from the score of the whole image.
         c: a label, for the class-conditional denoiser.
-        tile: side of the crops; None: twice the trained size. An image no larger is done at once.
+        tile: side of the crops; None: twice the trained size, or `TILE` for plain denoisers and
+            gradient steps. An image no larger is done at once.
         overlap: by how much crops overlap; None: half a crop.
         progress: called with (crops done, crops in all).
 
@@ -82,7 +83,7 @@ def denoise_image(
         # the level is that of the unconditional score
         plain = score if c is None else image_score(model, y, None, None, tile, overlap)
         sigma = float(sigma_of_score(plain[None]))
-    return Denoised(y + sigma**2 * score, sigma)
+    return Denoised(tweedie(y, score, sigma), sigma)
 
 
 @torch.no_grad()

@@ -49,7 +49,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
-from ebmkit.energy import EnergyModel, Noise
+from ebmkit.energy import EnergyModel, Noise, tweedie
 from ebmkit.errors import UserError, validated
 from ebmkit.guidance.guides import (
     CLASSIFIER_FREE,
@@ -289,7 +289,7 @@ def guided_density(density: DensityFunction, guidance: Guidances) -> DensityFunc
             return gradient
 
         def x0_hat_of(y: Tensor, score: Tensor) -> Tensor:
-            return y if sigma is None else y + per_chain(sigma, y) ** 2 * score
+            return y if sigma is None else tweedie(y, score, sigma)
 
         own, added = _evaluate(score, x0_hat_of, _active(guidance, sigma), y, y, sigma)
         if added is None:
