@@ -134,7 +134,7 @@ def check_compiled(stages: Sequence[Stage]) -> None:
     Raises:
         UserError: if there are more than it compiles.
     """
-    most = torch._dynamo.config.recompile_limit
+    most = torch.compiler.config.recompile_limit
     if len(stages) > most:
         raise UserError(
             f"sizes change {len(stages) - 1} times along the run, and a step is compiled for "
