@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import atexit
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from multiprocessing import ProcessError
 from typing import Any
 
 import torch
@@ -104,7 +106,7 @@ def read_batches(
         sampler=requests,
         num_workers=workers,
         pin_memory=pinned,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_leave_ends_to_the_main_process,
         generator=torch.Generator(),  # leaves the process's own generator alone
     )
     items = iter(loader)
@@ -148,7 +150,14 @@ class _Batches(Dataset[Item | UserError]):
             return error
 
 
-def _ignore_signals(worker: int) -> None:
-    """Leave Ctrl-C and a launcher's request to end to the main process, which ends its workers."""
+def _leave_ends_to_the_main_process(worker: int) -> None:
+    """Ctrl-C and a launcher's request to end are the main process's, which ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.excepthook = _unless_disconnected
+
+
+def _unless_disconnected(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Print an error, but not that there is no main process any more to hand pixels to."""
+    if not issubclass(kind, (EOFError, OSError, ProcessError)):
+        sys.__excepthook__(kind, error, trace)
