@@ -192,12 +192,12 @@ def restore(
                 with counting(path.name) as progress:
                     document = job.run_on(images, number, folder, progress, stop=stop)
             except Interrupted as stopped:
-                _interrupted(stopped, f" of {path.name}", stop.signal)
+                _interrupted(stopped, f" of {shown_name(path.name)}", stop.signal)
             for sentence in document["warnings"]:
                 warn(sentence)
             if document["psnr"] is not None:
                 table.add_row(shown_name(path.name), *_cells(document["psnr"]))
-    folder.finish()
+        folder.finish()
     if table.row_count:
         console.print(table)
     console.say(f"images: {out}")

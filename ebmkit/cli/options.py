@@ -84,12 +84,12 @@ def options_of(function: Callable[..., None]) -> tuple[str, list[inspect.Paramet
             kind, own = get_args(kind)
         flag = name.endswith("_") or (own is None and parameter.default is False)
         if own is None and name not in helps:
-            own = SHARED[name]
-        elif own is None:
+            own = SHARED.get(name)  # all are there, or in the docstring; -OO takes docstrings away
+        if own is None:
             own = Option() if parameter.kind is parameter.KEYWORD_ONLY else Argument()
         own = copy.copy(own)
         own.help = helps.get(name, own.help)
-        if flag and not own.param_decls and own.default is ...:  # where Typer has the first flag
+        if flag and not own.param_decls and own.default is ...:  # Typer has a first flag there
             own.param_decls = (f"--{name.rstrip('_').replace('_', '-')}",)
         found.append(parameter.replace(annotation=Annotated[kind, own]))
     return description, found

@@ -22,8 +22,8 @@ it,
 
 .. math:: v_0 = v, \qquad v_{i+1} = v_i + \gamma \frac{\nabla h(v_i)}{\|\nabla h(v_i)\|_2} ,
 
-where RCG does not say how its intermediate images arise. Neither is the gradient of its value: the
-path from v to :math:`v_n` is not differentiated.
+the steps of ``pgd``, for ``accumulated`` as well, whose images RCG does not define. The gradient of
+neither is that of its value: the path from v to :math:`v_n` is not differentiated.
 
 The strength of guidance depends on the timestep by a schedule g(t) (`ebmkit.guidance.score`).
 Where h is the exact log-posterior of the noisy image and s = 1,

@@ -169,7 +169,7 @@ def parse_objective(
                 "coefficient before it or none, as in ce+0.5*dsm"
             )
         written, own_name = match["weight"], match["name"].strip()
-        weight = None if written is None else parse_fraction(written)
+        weight = None if written is None or "/" in written else parse_fraction(written)
         if written is not None and (weight is None or not 0 < weight < float("inf")):
             raise UserError(
                 f"coefficient {written.strip()!r} in objective {text!r} must be a number above 0"

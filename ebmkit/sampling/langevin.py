@@ -378,10 +378,8 @@ class AnnealedLangevin(PositionSampler):
         """One Langevin step at the present level."""
         x, sigma = state.x, self.sigmas[state.step // self.config.inner]
         step_size = self.config.rate * sigma**2
-        noise_std, xi = (
-            math.sqrt(2 * step_size * self.config.temperature),
-            normal_like(x, generator),
-        )
+        noise_std = math.sqrt(2 * step_size * self.config.temperature)
+        xi = normal_like(x, generator)
         moved = langevin_move(x, self.score(x, sigma), step_size, noise_std, xi)
         return moved_to(state, moved, sigma)
 
