@@ -146,7 +146,7 @@ def bars_within(
     """
     low, high = limits
     known = [
-        (at, *(e["value"] if e[end] is None else e[end] for end in ("value", "low", "high")))
+        (at, *(math.nan if e[end] is None else e[end] for end in ("value", "low", "high")))
         for at, e in zip(x, estimates, strict=True)
         if e["value"] is not None
     ]

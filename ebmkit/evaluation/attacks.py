@@ -93,6 +93,10 @@ class Defence:
     noise_std: float = JEM_NOISE
     """their b, of the noise added in each step, image units; JEM's"""
 
+    def __post_init__(self) -> None:
+        if self.steps and self.name != "refine":
+            raise UserError(f"defence {self.name!r} takes no steps: only 'refine' does")
+
     @property
     def random(self) -> bool:
         """Whether noise is added, so that draws are averaged over."""

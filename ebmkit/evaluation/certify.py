@@ -20,7 +20,7 @@ law. If it is 1/2 or less, it abstains. Any certificate is wrong with a probabil
 On the same noisy copies, not clipped, are certified ``direct``, the label of y itself, and
 ``denoised``, the label of :math:`D(y) = y + \sigma^2 s(y)`, clipped to [0, 1] (Salman et al., arXiv
 2003.01908), which is given the true sigma: the one who certifies adds the noise. The noise on an
-image is keyed by its number, so that the batch size and the number of images change nothing.
+image is keyed by its number, so that the batch size and the number of processes change nothing.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ import re
 import tempfile
 import time
 from collections.abc import Container, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -67,7 +67,7 @@ from ebmkit.evaluation.suite import NOISE_LEVELS, SIGMAS, EvaluationContext, Ima
 from ebmkit.registry import Table as Registry
 from ebmkit.registry import find
 from ebmkit.storage import make_folder, remove_file, write_atomically
-from ebmkit.storage.reading import read_json
+from ebmkit.storage.reading import read_document
 
 SUITES: dict[str, Suite] = Registry(
     "suite",
@@ -346,7 +346,7 @@ def evaluation_folder(
     mark = fingerprint(images)
 
     def results(folder: Path) -> list[dict[str, Any]]:
-        documents = map(_read_document, folder.glob("*.json"))
+        documents = map(read_document, folder.glob("*.json"))
         return [document for document in documents if "suite" in document]
 
     if any(old.get("fingerprint", mark) != mark for old in results(folder)):
@@ -369,14 +369,6 @@ def _changed(options: Mapping[type[BaseModel], BaseModel]) -> str:
     if len(short) <= 60:
         return short
     return "-".join([*fields, hashlib.sha256(text.encode()).hexdigest()[:8]])[-60:].lstrip("-_.")
-
-
-def _read_document(path: Path) -> dict[str, Any]:
-    """The document in ``path``; empty where there is none, or it is not ours to read."""
-    with suppress(OSError, ValueError):
-        document = read_json(path)
-        return document if isinstance(document, dict) else {}
-    return {}
 
 
 def _check_images(model: ScoreModel, images: Images) -> None:
@@ -410,7 +402,7 @@ def _plot(
 ) -> list[str]:
     """Put the plots of ``document`` beside ``path``, in place of those of the one there; their
     names."""
-    old = _read_document(path).get("pictures", [])
+    old = read_document(path).get("pictures", [])
     with tempfile.TemporaryDirectory(prefix="ebmkit-plots-") as folder:
         suite.plot(context, document, Path(folder))
         new = sorted(plot.name for plot in Path(folder).iterdir())

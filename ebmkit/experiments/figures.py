@@ -25,10 +25,11 @@ from ebmkit.experiments.report import (
     table_lines,
     text_of,
 )
-from ebmkit.experiments.runs import ExperimentRuns, Protocol, Variant, read_document
+from ebmkit.experiments.runs import ExperimentRuns, Protocol, Variant
 from ebmkit.experiments.tables import GRID, JEM, JOINT, TABLES
 from ebmkit.experiments.theory import draw_figure1, figure1, markdown
 from ebmkit.noise import in_255ths
+from ebmkit.storage.reading import read_document
 
 ATTACKED = (*(TABLES["table1"].variant(name) for name in ("resnet18", "gradresnet-ce")), JEM, JOINT)
 """The networks of ``fig4``."""

@@ -65,14 +65,14 @@ from ebmkit.experiments.report import (
     measured_facts,
     run_grid,
 )
-from ebmkit.experiments.runs import ExperimentRuns, Protocol, Variant, read_data, read_document
+from ebmkit.experiments.runs import ExperimentRuns, Protocol, Variant, read_data
 from ebmkit.guidance import check_guide, class_energies, guided_model, make_guidance
 from ebmkit.models import load, weights_digest
 from ebmkit.randomness import keyed_generator
 from ebmkit.sampling import SAMPLERS, Chains
 from ebmkit.storage import write_atomically
 from ebmkit.storage.hdf5 import open_hdf5, read_attribute
-from ebmkit.storage.reading import read_json
+from ebmkit.storage.reading import read_document, read_json
 
 _DATA = read_data("guidance.yaml")
 _NETWORKS = {

@@ -51,7 +51,7 @@ from ebmkit.errors import UserError
 from ebmkit.evaluation import SIGMAS, SUITES, evaluate, parse_options
 from ebmkit.models import load
 from ebmkit.storage import Busy, held, write_atomically
-from ebmkit.storage.reading import MIB, read_json, read_text
+from ebmkit.storage.reading import MIB, read_document, read_json, read_text
 from ebmkit.training import RECIPES, RunFolder, TrainConfig, Trainer, resolve
 from ebmkit.training.config import difference
 from ebmkit.training.cost import format_seconds
@@ -177,15 +177,6 @@ class Protocol:
         document = read_document(folder / f"{suite}.json")
         complete = all(document.get(k) is not None for k in REPORTED.get(suite, ()))
         return document if complete and expected.items() <= document.items() else None
-
-
-def read_document(path: Path) -> dict[str, Any]:
-    """The JSON document in ``path``; an empty one where there is none that can be read."""
-    try:
-        document = read_json(path)
-    except (OSError, ValueError):
-        return {}
-    return document if isinstance(document, dict) else {}
 
 
 @contextmanager

@@ -111,7 +111,7 @@ class NetworkConfig(BaseModel):
     kind: str
     _classes: ClassVar[dict[str, type[NetworkConfig]]] = {}
     PRESETS: ClassVar[Mapping[str, tuple[str, Mapping[str, Any]]]] = {}
-    """Name of a preset -> one line, and the fields that are not the defaults."""
+    """Name of a preset -> one line, and the fields that it sets over a recipe's, defaults too."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **settings: Any) -> None:

@@ -201,7 +201,7 @@ class UNetConfig(DenoiserConfig):
     PRESETS: ClassVar = {
         "unet": (
             "a small diffusion UNet that predicts noise; the timestep is an input; by diffusers",
-            {},
+            {"width": 32, "multipliers": (1, 2, 2)},
         ),
         "unet-cifar10": (
             "Ho et al. 2020 for 32x32 images: 35.7 M parameters, attention at 16x16; by diffusers",

@@ -62,7 +62,7 @@ class DnCNNConfig(DenoiserConfig):
 
     kind: Literal["dncnn"] = "dncnn"
     PRESETS: ClassVar = {
-        "dncnn": ("Zhang et al. 2017: 17 layers, residual, blind", {}),
+        "dncnn": ("Zhang et al. 2017: 17 layers, residual, blind", {"depth": 17}),
         "dncnn20": ("the same with 20 layers, as for colour", {"depth": 20}),
         "dncnn20-bias-free": (
             "BF-CNN of Mohan et al. 2020: no additive constant",
@@ -248,7 +248,10 @@ class GraDnCNNConfig(DenoiserConfig):
 
     kind: Literal["gradncnn"] = "gradncnn"
     PRESETS: ClassVar = {
-        "gradncnn": ("Cohen et al. 2021: y - gradient of a scalar network, an energy model", {})
+        "gradncnn": (
+            "Cohen et al. 2021: y - gradient of a scalar network, an energy model",
+            {"width": 128},
+        )
     }
     layers: int = Field(6, ge=1, description="number of layers between the first and the last")
     width: int = Field(128, ge=1, description="hidden channels")

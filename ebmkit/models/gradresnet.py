@@ -38,7 +38,7 @@ class GradResNetConfig(BackboneConfig):
 
     kind: Literal["gradresnet"] = "gradresnet"
     PRESETS: ClassVar = {
-        "gradresnet18": ("the paper's network for 32x32 images", {}),
+        "gradresnet18": ("the paper's network for 32x32 images", {"depth": 18}),
         "gradresnet10": (
             "the same with one block per stage: twice the steps for the same FLOPs",
             {"depth": 10},
@@ -46,7 +46,7 @@ class GradResNetConfig(BackboneConfig):
         "gradresnet34": ("the same, deeper (3-4-6-3 blocks)", {"depth": 34}),
         "gradresnet18-imagenet": (
             "the paper's network for 224x224 images: 7x7 stem of stride 2, no max-pool",
-            {"stem_kernel": 7, "strides": (2, 1, 2, 2, 2)},
+            {"depth": 18, "stem_kernel": 7, "strides": (2, 1, 2, 2, 2)},
         ),
     }
     depth: Literal[10, 18, 34] = Field(

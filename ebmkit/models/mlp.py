@@ -47,10 +47,13 @@ class MLPConfig(BackboneConfig):
 
     kind: Literal["mlp"] = "mlp"
     PRESETS: ClassVar = {
-        "mlp": ("perceptron on 7x7 patches (kernel=1: on points), blind to sigma", {"kernel": 7}),
+        "mlp": (
+            "perceptron on 7x7 patches (kernel=1: on points), blind to sigma",
+            {"kernel": 7, "width": 128},
+        ),
         "mlp-sigma": (
             "the same with sigma as an input; with dsm an NCSN (Song & Ermon 2019)",
-            {"kernel": 7, "noise_conditional": True},
+            {"kernel": 7, "width": 128, "noise_conditional": True},
         ),
     }
     width: int = Field(128, ge=1, description="width of every layer")

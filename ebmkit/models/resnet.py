@@ -34,15 +34,15 @@ class ResNetConfig(BackboneConfig):
     PRESETS: ClassVar = {
         "resnet18": (
             "classifier (He et al. 2016) adapted to 32x32 images: 3x3 stem, no max-pool",
-            {},
+            {"depth": 18, "stem": "cifar"},
         ),
         "resnet18-imagenet": (
             "classifier (He et al. 2016) for 224x224 images",
-            {"stem": "imagenet"},
+            {"depth": 18, "stem": "imagenet"},
         ),
         "resnet50": (
             "classifier (He et al. 2016), 50 layers, adapted to 32x32 images like resnet18",
-            {"depth": 50},
+            {"depth": 50, "stem": "cifar"},
         ),
         "resnet50-imagenet": (
             "classifier (He et al. 2016) for 224x224 images",

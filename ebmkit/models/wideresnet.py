@@ -19,7 +19,7 @@ block=jem``. The features are means over positions of the last activation, K = 4
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -30,7 +30,8 @@ from ebmkit.models.layers import make_norm
 from ebmkit.models.recompute import recompute
 
 STEM_CHANNELS = 16
-JEM = {"norm": "none", "activation": "leaky_relu", "bias": True, "block": "jem"}
+WRN_28_10: dict[str, Any] = {"depth": 28, "width": 160}
+JEM: dict[str, Any] = {"norm": "none", "activation": "leaky_relu", "bias": True, "block": "jem"}
 """JEM's form, as fields of `WideResNetConfig`."""
 
 
@@ -39,11 +40,11 @@ class WideResNetConfig(BackboneConfig):
 
     kind: Literal["wideresnet"] = "wideresnet"
     PRESETS: ClassVar = {
-        "wideresnet28-10": ("classifier (Zagoruyko and Komodakis 2016)", {}),
-        "wideresnet28-10-jem": ("the variant of JEM: no norm, leaky ReLU, biases", JEM),
+        "wideresnet28-10": ("classifier (Zagoruyko and Komodakis 2016)", WRN_28_10),
+        "wideresnet28-10-jem": ("the variant of JEM: no norm, leaky ReLU, biases", JEM | WRN_28_10),
         "wideresnet10-jem": (
             "the variant of JEM, small enough to train on a CPU",
-            {**JEM, "depth": 10, "width": 32},
+            JEM | {"depth": 10, "width": 32},
         ),
     }
     depth: int = Field(28, ge=10, description="depth, 6n + 4 with n blocks per group")

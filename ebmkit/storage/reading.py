@@ -113,6 +113,15 @@ def read_json(path: Path, most: int = JSON_BYTES, finite: bool = False) -> Any:
     return parse_json(read_text(path, most), repr(str(path)), finite)
 
 
+def read_document(path: Path) -> dict[str, Any]:
+    """The JSON document in ``path``; an empty one where there is none that can be read."""
+    try:
+        document = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
 def parse_json(content: str | bytes, what: str, finite: bool = False) -> Any:
     """The value that ``content`` writes in JSON, as `read_json`; ``what`` names it in messages."""
 

@@ -179,6 +179,19 @@ def test_cdn_cifar10_is_the_paper_s_recipe():
     assert denoise.augmentation.mix == "none"
 
 
+def test_a_backbone_brings_its_own_size():
+    """Whatever the recipe, or an earlier layer, has."""
+    sizes = {"wideresnet28-10": (28, 160), "wideresnet10-jem": (10, 32)}
+    for name, size in sizes.items():
+        backbone = resolve({"backbone": name}, recipe="digits").model.backbone
+        assert (backbone.depth, backbone.width) == size
+    assert resolve({"backbone": "mlp"}, recipe="cifar10").model.backbone.width == 128
+    later = resolve({"backbone": "gradresnet10"}, {"backbone": "gradresnet18"})
+    assert later.model.backbone.depth == 18
+    resnet = resolve({"backbone": "gradresnet10"}, {"backbone": "resnet18"}).model.backbone
+    assert (resnet.kind, resnet.depth) == ("resnet", 18)
+
+
 @pytest.mark.parametrize(
     ("layer", "told"),
     [
