@@ -248,7 +248,8 @@ class ScoreModel(nn.Module, ABC):
     (`ebmkit.models.DirectDenoiser`) as (D(y) - y) / sigma^2. Methods take noisy images y
     (B, C, H, W); their noise level sigma, a float or (B,) in image units, which a blind model does
     without; and a class c, a label or (B,). They raise `UserError` if a label is out of range, the
-    model has no labels, or a noise-conditional model is not given sigma.
+    model has no labels, or a noise-conditional model is to denoise or to estimate the level without
+    sigma.
 
     Attributes:
         num_classes: number of labels C; 0 for a model without labels.

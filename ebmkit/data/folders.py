@@ -421,9 +421,11 @@ def _walk(base: str, home: str | None, ask: str, deep: bool) -> Iterator[str]:
             )
         folders[:] = sorted(name for name in folders if deep and not name.startswith("."))
         shown = sorted(name for name in files if not name.startswith("."))
+        with os.scandir(folder) as found:  # says what is a link without asking for each
+            links = {entry.name for entry in found if entry.is_symlink()}
         for name in (*filter(_is_image, shown), *folders):
             path = os.path.join(folder, name)
-            if not os.path.islink(path):
+            if name not in links:
                 continue
             if home is not None:
                 _check_inside(path, home, ask)

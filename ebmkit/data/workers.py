@@ -159,5 +159,5 @@ def _leave_ends_to_the_main_process(worker: int) -> None:
 
 def _unless_disconnected(kind: type[BaseException], error: BaseException, trace: Any) -> None:
     """Print an error, but not that there is no main process any more to hand pixels to."""
-    if not issubclass(kind, (EOFError, OSError, ProcessError)):
+    if not issubclass(kind, (EOFError, ConnectionError, ProcessError)):
         sys.__excepthook__(kind, error, trace)

@@ -202,8 +202,13 @@ def convert_dncnn(
         )
     names = list(convs)
     name = f"{names[0]}.weight"
-    if name not in state or state[name].ndim != 4:
+    if name not in state:
         raise UserError(f"{name!r} is missing from the weights: a published DnCNN has it")
+    if state[name].ndim != 4:
+        raise UserError(
+            f"{name!r} is {tuple(state[name].shape)} and in a published DnCNN the weight of a "
+            "convolution"
+        )
     if len(convs) not in PUBLISHED_DEPTHS:
         raise UserError(
             f"these weights have {len(convs)} convolutions, the last {names[-1]!r}, and a "

@@ -56,10 +56,11 @@ def test_contract_of_the_files(mixture, drawn, tmp_path):
     }  # fmt: skip
 
 
-def test_batch_size_changes_nothing(network, squares, tmp_path):
+@pytest.mark.parametrize("other", [7, pytest.param(1, marks=pytest.mark.slow)])
+def test_batch_size_changes_nothing(network, squares, tmp_path, other):
     documents = [
         {n: r.document for n, r in evaluate(network, squares, STANDARD, tmp_path, **o).items()}
-        for o in ({"batch_size": 30}, {"batch_size": 7})
+        for o in ({"batch_size": 30}, {"batch_size": other})
     ]
     whole = numbers(documents[0])
     assert len(whole) > 300

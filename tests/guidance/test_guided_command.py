@@ -1,6 +1,7 @@
 """``ebmkit sample --guide``, as a user meets it."""
 
 import json
+from itertools import cycle
 
 import h5py
 import numpy as np
@@ -85,8 +86,11 @@ MADE = [name for name, entry in GUIDES.items() if entry.make is not None]
 
 @pytest.mark.parametrize(
     ("guidance", "view"),
-    [(MADE[0], view) for view in VIEWS]
-    + [(name, VIEWS[k % len(VIEWS)]) for k, name in enumerate(MADE[1:], 1)],
+    [
+        pytest.param(name, view, marks=pytest.mark.slow if k and view != diagonal else ())
+        for k, (name, diagonal) in enumerate(zip(MADE, cycle(VIEWS), strict=False))
+        for view in VIEWS
+    ],
 )
 def test_every_guide_and_view_moves_the_samples(place, guidance, view):
     with_steps = {"n": 2} if guidance in ("pgd", "accumulated") else {}

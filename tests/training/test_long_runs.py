@@ -52,7 +52,7 @@ class Meter:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["ce+dsm", "jem"])
-def test_a_thousand_steps_leave_the_process_as_it_was(tmp_path, objective):
+def test_two_thousand_steps_leave_the_process_as_it_was(tmp_path, objective):
     """With all that is told of a run: a row each step, a bar, checkpoints, TensorBoard if it is
     there."""
     config = resolve(SMALL, {"objective": objective})
