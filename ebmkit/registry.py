@@ -157,8 +157,8 @@ def check_plugins(recorded: Any, where: str) -> None:
         one = len(missing) == 1
         raise UserError(
             f"{where} needs the plugin{'' if one else 's'} {' and '.join(map(repr, missing))}, "
-            f"which {'is' if one else 'are'} not loaded: add {files} with the path of today (from "
-            f"Python: plugins=[...]), if you trust the file; it is not part of the run"
+            f"which {'is' if one else 'are'} not loaded: add {files}, with the path where the file "
+            "lies now (from Python: plugins=[...]), if you trust it; it is not part of the run"
         )
     for plugin in recorded:
         if plugin.sha256 != _LOADED[plugin.name].sha256:

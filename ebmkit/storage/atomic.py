@@ -98,7 +98,10 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary = stage(path, b"")
         try:
             yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
             os.replace(temporary, path)
+            sync_folder(path.parent)
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)

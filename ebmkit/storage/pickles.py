@@ -51,9 +51,16 @@ class Refusal(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Inert:
-    """What stands for an object that is not made."""
+    """What stands for an object that is not made.
+
+    Each call makes another with the same name, so a long one would fill the memory.
+    """
 
     name: str
+
+    def __post_init__(self) -> None:
+        if len(self.name) > LONGEST_NAME:
+            raise Damaged("a name has more than 1,000 characters")
 
     def __repr__(self) -> str:
         return f"<{self.name}, not made>"
@@ -156,10 +163,14 @@ def _sequence(kind: Callable[[Any], Any]) -> Callable[..., Any]:
 
 
 def _whole(numbers: Any) -> tuple[int, ...]:
-    if not isinstance(numbers, (list, tuple)) or any(type(n) is not int or n < 0 for n in numbers):
+    if not isinstance(numbers, (list, tuple)) or len(numbers) > DIMENSIONS:
+        raise Damaged("a tensor has more than 64 dimensions")
+    if any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
         raise Damaged
     return tuple(numbers)
 
+
+DIMENSIONS = 64
 
 LARGEST = 2**40
 """Elements of a tensor that has none, as its other dimensions count them."""
@@ -226,7 +237,7 @@ def _dill_type(name: Any) -> Any:
     """What dill calls the types of containers: ``DictType``, ``OrderedDict``."""
     kinds = {"dict": _pairs, "ordereddict": _pairs, **SEQUENCES}
     make = kinds.get(name.removesuffix("Type").lower()) if isinstance(name, str) else None
-    return make or Inert(f"type {name}")
+    return make or Inert(f"type {as_text(name)}")
 
 
 SEQUENCES = {kind.__name__: _sequence(kind) for kind in (list, tuple, set, frozenset)}
@@ -431,11 +442,14 @@ PLAIN = (
 )
 """Instructions that put their own argument on the stack."""
 
-TAKES = {
-    opcode.name: ((*takes, MARK).index(MARK), MARK in takes)
-    for opcode in pickletools.opcodes
-    for takes in [[MARK if kind.name == "mark" else kind for kind in opcode.stack_before]]
-}
+
+def _takes(opcode: pickletools.OpcodeInfo) -> tuple[int, bool]:
+    names = [kind.name for kind in opcode.stack_before]
+    marked = "mark" in names
+    return names.index("mark") if marked else len(names), marked
+
+
+TAKES = {opcode.name: _takes(opcode) for opcode in pickletools.opcodes}
 """How many values an instruction takes off the stack; whether all above the topmost mark, too."""
 
 OPERATIONS: dict[str, Callable[..., Any]] = {

@@ -51,14 +51,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ebmkit.errors import UserError, plain, shown
-from ebmkit.storage.pickles import Damaged, Refusal, as_text, unpickle
+from ebmkit.storage.pickles import DIMENSIONS, Damaged, Refusal, as_text, unpickle
 from ebmkit.storage.reading import MIB, DamagedFile, opened, parse_json, read_bytes
 
 HEADER_BYTES = 8 * MIB
 """Of a header: 80,000 tensors or so."""
 
 LARGEST_FILE = 2**36
-DIMENSIONS = 64
 
 
 def parse_tensors(content: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -181,6 +181,7 @@ def _names(root: Path) -> list[str]:
     for path in found:
         name = path.relative_to(root)
         hidden = any(part.startswith(".") for part in name.parts)
-        if path.is_file() and not path.is_symlink() and not hidden:
+        odd = "\\" in str(name) or not str(name).isprintable()  # no manifest may name it
+        if path.is_file() and not path.is_symlink() and not hidden and not odd:
             names.append(name.as_posix())
     return sorted(names)
