@@ -10,8 +10,8 @@ each::
 It is named by the user and by nobody else: ``--plugin my_parts.py`` on the command line,
 ``ebmkit.load(run, plugins=["my_parts.py"])`` from Python. A name without a folder may also be that
 of an installed module, or of an entry point in the group ``ebmkit.plugins``. A run records which
-plugins it was trained with and the SHA-256 of their files; who uses the run without them is told
-what is missing, and nothing is imported for him: a downloaded run cannot make a program run.
+plugins it was trained with and the SHA-256 of their files; without them an error says
+what is missing, and nothing is imported by itself: a downloaded run cannot make a program run.
 """
 
 from __future__ import annotations

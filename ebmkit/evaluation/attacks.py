@@ -11,10 +11,10 @@ A joint model classifies an image that may have been attacked in one of five way
 ``refine``        :math:`\frac1n \sum_i p(c \mid x^{(i)}_k)`, with n Langevin chains from x
 ================= ==================================================================
 
-D is told sigma where noise is added. Where none is, a blind model estimates the level itself, and a
-noise-conditional one is told sigma. Neither noisy nor denoised images are clipped: a clipped value
-has no gradient, which would hide the attack's way. An image is judged on draws of its own, the same
-at every strength, from its content and a seed.
+D is given sigma where noise is added. Where none is, a blind model estimates the level itself, and
+a noise-conditional one is given sigma. Neither noisy nor denoised images are clipped: a clipped
+value has no gradient, which would hide the attack's way. An image is judged on draws of its own,
+the same at every strength, from its content and a seed.
 
 A chain of ``refine`` (JEM, arXiv 1912.03263, section 5.3) starts at the image, :math:`x_0 = x`, and
 makes k steps :math:`x_{j+1} = x_j + a\, s(x_j) + b\, \xi_j` (`ebmkit.sampling.langevin_move`).
@@ -84,7 +84,7 @@ class Defence:
 
     name: DefenceName
     sigma: float = 0.0
-    """level of the noise that is added, or that a noise-conditional denoiser is told; image units;
+    """level of the noise that is added, or that a noise-conditional denoiser is given; image units;
     no matter to ``direct`` and ``refine``"""
     steps: int = 0
     """k of the chains of ``refine``; 0 leaves images as they are"""
@@ -114,13 +114,13 @@ class Defence:
         return self.name in ("denoise", "denoise+noise")
 
     def description(self, noise_conditional: bool) -> str:
-        """What it does, in words, to a model that is told the noise level or is not."""
+        """What it does, in words, to a model that takes the noise level as an input or does not."""
         level = f"{in_255ths(self.sigma)}/255"
-        told = f"told {level}" if noise_conditional else "at its own estimate of the noise"
+        how = f"given {level}" if noise_conditional else "at its own estimate of the noise"
         return {
             "direct": "the network's label",
             "noise": f"noise {level}, probabilities averaged",
-            "denoise": f"denoised by the same network, {told}",
+            "denoise": f"denoised by the same network, {how}",
             "denoise+noise": f"noise {level}, denoised, probabilities averaged",
             "refine": f"Langevin, steps of {self.step_size:g}, probabilities averaged",
         }[self.name]
@@ -168,19 +168,19 @@ class DefendedClassifier(nn.Module):
             noise: standard normal, (n, C, H, W) for all images or (B, n, C, H, W) for each its own;
                 n k for n chains of k steps; not looked at by a defence that adds none.
         """
-        y, told, draws = x, None, 1
+        y, sigma, draws = x, None, 1
         if self.defence.steps:
             y = self.purify(x, noise if self.defence.random else None)
             draws = len(y) // len(x)
         elif self.defence.random:
             assert noise is not None
-            draws, told = noise.shape[-4], self.defence.sigma
-            y = (x[:, None] + told * noise.to(x)).flatten(0, 1)
+            draws, sigma = noise.shape[-4], self.defence.sigma
+            y = (x[:, None] + sigma * noise.to(x)).flatten(0, 1)
         if self.defence.denoises:
             if self.model.noise_conditional:
-                told = self.defence.sigma
-            y, told = self.model.denoise(y, told), None
-        log_p = self.model.logits(y, told).log_softmax(dim=1)
+                sigma = self.defence.sigma
+            y, sigma = self.model.denoise(y, sigma), None
+        log_p = self.model.logits(y, sigma).log_softmax(dim=1)
         log_p = log_p.reshape(len(x), draws, -1)
         return log_p.logsumexp(dim=1) - math.log(draws)
 

@@ -157,8 +157,8 @@ class GuidanceConfig(BaseModel):
         function = entry.make(check_guide(guide), c, own, means)
         view: View = self.view or ("noisy" if guide.noise_conditional else "x_t")
         if guide.noise_conditional and view == "x_t":
-            told = "this guide takes the noise level and scales images itself: take the view noisy"
-            raise UserError(told)
+            reason = "this guide takes the noise level and scales images itself"
+            raise UserError(f"{reason}: take the view noisy")
         return Guidance(function, self.scale, self.schedule, view, *how)
 
 

@@ -65,7 +65,7 @@ def configure(config: DiffusionConfig) -> Objective:
 def implied_settings(
     raw: Mapping[str, Any], given: Mapping[str, Any], stream: str
 ) -> dict[str, Any]:
-    """The noise law of the ``stream`` and what a UNet is told, which follow from the settings.
+    """The noise law of the ``stream`` and the settings of a UNet, which follow from the settings.
 
     The law draws the levels of ``objective.ddpm.schedule``, and a UNet has the timesteps of it;
     whether it knows labels follows from ``objective.ddpm.class_dropout``. Arguments are those of

@@ -427,11 +427,11 @@ def missing(model: ScoreModel, needs: Sequence[Need]) -> str | None:
     """Why ``model`` does not have what a sampler ``needs``, for a sentence; None if it does."""
     plain = f"{type(model).__name__} is a plain denoiser and has no log-density"
     untrained = "it was not trained to denoise, so noise levels mean nothing to it"
-    told = "it takes the noise level as an input, and this sampler reads it off a blind denoiser"
+    given = "it takes the noise level as an input, and this sampler reads it off a blind denoiser"
     lacking: dict[Need, str] = {
         "density": "" if isinstance(model, EnergyModel) else plain,
         "labels": "" if takes_labels(model) else "it was trained without labels",
         "levels": untrained if model.card and model.card.sigma_range is None else "",
-        "blind": told if model.noise_conditional else "",
+        "blind": given if model.noise_conditional else "",
     }
     return next((lacking[need] for need in needs if lacking.get(need)), None)

@@ -251,7 +251,7 @@ def run_chains(
 
     ``start`` gives the starting points, of ``shape`` (B, ...), if they are needed; ``generator``
     that of a step, a function of its number alone. At most ``length`` steps are taken; each is
-    recorded, and told to ``progress`` by its number. The chains are those of ``batch``, and are
+    recorded, and reported to ``progress`` by its number. The chains are those of ``batch``, and are
     saved in ``folder`` every ``save_seconds``, and where ``stop``, asked after each step, is true.
 
     Returns:

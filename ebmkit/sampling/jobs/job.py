@@ -237,8 +237,8 @@ class SamplingJob:
             asked, size, what = count, len(buffer), "this replay buffer"
             if labels is not None:
                 if not buffer.num_classes:
-                    told = "this replay buffer holds chains of no label: leave out --label"
-                    raise UserError(told)
+                    message = "this replay buffer holds chains of no label: leave out --label"
+                    raise UserError(message)
                 asked, what = int(labels.bincount().max()), "a label"
                 size //= buffer.num_classes
             if asked > size:
@@ -359,11 +359,11 @@ def _warnings(far: int, diverged: list[tuple[int, int]], total: int) -> list[str
             "noise, or steps are too long"
         )
     if diverged:
-        told = ", ".join(f"{chain} at step {step}" for chain, step in diverged[:8])
+        steps = ", ".join(f"{chain} at step {step}" for chain, step in diverged[:8])
         more = f" and {len(diverged) - 8} more" if len(diverged) > 8 else ""
         rest = "none is left" if len(diverged) == total else "the others are not affected"
         found.append(
-            f"{len(diverged)} of {total} chains diverged to NaN or Inf (chain {told}{more}); "
+            f"{len(diverged)} of {total} chains diverged to NaN or Inf (chain {steps}{more}); "
             f"{rest}, and `finite` in samples.h5 says which are which: smaller steps may help"
         )
     return found
