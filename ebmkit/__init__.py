@@ -1,7 +1,7 @@
 """ebmkit: joint energy-based models of images and labels.
 
-One network classifies, denoises, scores and samples. A backbone gives features, a head turns
-features into a log-density and class logits, everything else is derived.
+One network classifies and denoises images, computes their score, and samples. A backbone computes
+features, a head maps them to a log-density and class logits; all else is derived from these.
 
 >>> import ebmkit
 >>> model = ebmkit.create_model("gradresnet18", num_classes=10, in_channels=3, width=16)
@@ -38,13 +38,13 @@ __all__ = [
 ]
 
 _HOMES = ("errors", "card", "energy", "compile", "analytic", "models")
-"""The modules that define these names."""
+"""Modules that define the names in `__all__`."""
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name, or a module of the package, at first use (PEP 562).
 
-    PyTorch takes seconds to import, and `ebmkit --help` must not wait for it.
+    Importing PyTorch takes seconds, which `ebmkit --help` avoids.
     """
     if name in __all__:
         for home in _HOMES:

@@ -1,4 +1,4 @@
-"""``python -m ebmkit`` is the command ``ebmkit``."""
+"""``python -m ebmkit`` runs the command ``ebmkit``."""
 
 from ebmkit.cli import main
 

@@ -1,26 +1,26 @@
-r"""Models in closed form: the oracles of every sign and scale.
+r"""Gaussian mixtures with exact densities and scores; tests check signs and scales against them.
 
 If clean images follow a Gaussian mixture with labels,
 
 .. math:: p(x, c) = \sum_{k:\, \ell_k = c} \pi_k\, \mathcal N(x;\, \mu_k, \Sigma_k),
 
-then the noisy ones, :math:`y = x + \sigma\epsilon`, follow the same mixture with covariances
+then noisy images :math:`y = x + \sigma\epsilon` follow the same mixture with covariances
 :math:`\Sigma_k + \sigma^2 I`. So the log-density, the class posterior, the scores and
-:math:`E[x \mid y]` are exact at every sigma. The denoiser is also given by regression, without any
-derivative,
+:math:`E[x \mid y]` are exact for every sigma. `GaussianMixture.posterior_mean` computes the
+denoiser by regression, without derivatives,
 
 .. math::
     E[x \mid y, c] =
         \sum_k r_k(y)\,\bigl(\mu_k + \Sigma_k(\Sigma_k + \sigma^2 I)^{-1}(y - \mu_k)\bigr)
 
-with the responsibilities :math:`r_k` of the components (of label c), in
-`GaussianMixture.posterior_mean`. That it equals Tweedie's :math:`y + \sigma^2 s(y, c)` is the first
-test of this library.
+with the responsibilities :math:`r_k` of the components of label c. The first test of this library
+checks that it equals Tweedie's :math:`y + \sigma^2 s(y, c)`.
 
-A *blind* network trained by denoising score matching under a law of sigma does not see sigma; it
-minimises to :math:`E[\sigma^2 s_\sigma(y) \mid y] / E[\sigma^2 \mid y]`, the expectation over the
-posterior of sigma given y: `GaussianMixture.blind_score`. That is the score of one density, the
-mixture :math:`\int \pi(\sigma)\,\sigma^2 p_\sigma(y)\,d\sigma` over the law :math:`\pi`.
+A *blind* network does not take sigma as an input. For random sigma with distribution :math:`\pi`,
+the minimiser of denoising score matching is then
+:math:`E[\sigma^2 s_\sigma(y) \mid y] / E[\sigma^2 \mid y]`, with expectations over the posterior of
+sigma given y (`GaussianMixture.blind_score`). It is the score of one density, the mixture
+:math:`\int \pi(\sigma)\,\sigma^2 p_\sigma(y)\,d\sigma`.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from ebmkit.errors import UserError
 
 
 class GaussianMixture(EnergyModel):
-    """A labelled mixture of Gaussians on images (C, H, W) or vectors (d,), exact at every sigma.
+    """Labelled Gaussian mixture on images (C, H, W) or vectors (d,), exact for every sigma.
 
-    Log-densities are normalised: integrating exp(log_density) gives 1.
+    Log-densities are normalised: exp(log_density) integrates to 1.
 
     Args:
-        means: (K, *shape), the component means, in image units.
-        covariances: (K, d, d), (K,) variances of isotropic components, or a float for all, where d
-            is the number of entries of ``shape``.
-        weights: (K,) mixing weights; equal by default. They are normalised.
-        labels: (K,) int64, the label of each component; by default component k has label k.
+        means: component means (K, *shape), in image units.
+        covariances: covariances (K, d, d), variances (K,) of isotropic components, or one variance
+            for all components; d is the number of entries of ``shape``.
+        weights: mixing weights (K,); they are normalised. Default: equal weights.
+        labels: label of each component (K,), int64. Default: component k has label k.
 
     Raises:
         UserError: if shapes disagree, a weight is negative, a label has no component, or a
@@ -99,7 +99,7 @@ class GaussianMixture(EnergyModel):
         self.num_classes = int(tags.max()) + 1
 
     def forward(self, y: Tensor, sigma: Noise | None = None) -> Energies:
-        """Exact energies of ``y`` (B, *shape) at noise ``sigma`` (float or (B,); None is 0)."""
+        """Exact energies of ``y`` (B, *shape) at ``sigma``, a float or (B,); None means 0."""
         per_component = self._log_components(y, sigma)
         per_label = torch.stack(
             [
@@ -111,7 +111,7 @@ class GaussianMixture(EnergyModel):
         return Energies(per_label, per_component.logsumexp(1))
 
     def posterior_mean(self, y: Tensor, sigma: Noise, c: Tensor | int | None = None) -> Tensor:
-        """E[x|y], or E[x|y, c], by regression on each component; shape of ``y``."""
+        """E[x|y] or E[x|y, c], by regression on each component; same shape as ``y``."""
         coordinates = self._coordinates(y)  # (B, K, d) of y - mean, along the axes
         shrink = self._variances / self._noisy_variances(y, sigma)
         offsets = torch.einsum("kde,bke->bkd", self._axes, shrink * coordinates)
@@ -129,15 +129,15 @@ class GaussianMixture(EnergyModel):
         weights: Tensor | None = None,
         c: Tensor | int | None = None,
     ) -> Tensor:
-        """What denoising score matching over a law of sigma teaches a blind network.
+        """The score that denoising score matching with random sigma teaches a blind network.
 
-        E[sigma^2 s_sigma(y) | y] / E[sigma^2 | y], the minimiser of E||sigma s(y) + eps||^2 over
-        functions s of y alone.
+        It is E[sigma^2 s_sigma(y) | y] / E[sigma^2 | y], the minimiser of E||sigma s(y) + eps||^2
+        over functions s of y alone.
 
         Args:
-            y: (B, *shape).
-            sigmas: (S,) quadrature nodes of the law of sigma.
-            weights: (S,) their probabilities; equal by default.
+            y: noisy images (B, *shape).
+            sigmas: quadrature nodes (S,) of the distribution of sigma.
+            weights: probabilities (S,) of the nodes. Default: equal.
             c: labels (B,) for the class-conditional score.
         """
         sigmas = sigmas.to(y)
@@ -155,7 +155,7 @@ class GaussianMixture(EnergyModel):
     def sample(self, count: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Draw ``count`` clean images (count, *shape) and their labels (count,).
 
-        A ``generator`` must live on the device of the mixture.
+        ``generator`` must be on the device of the mixture.
         """
         k = torch.multinomial(self.log_weights.exp(), count, replacement=True, generator=generator)
         white = torch.randn(
@@ -175,7 +175,7 @@ class GaussianMixture(EnergyModel):
     def _coordinates(self, y: Tensor) -> Tensor:
         if y.shape[1:] != self.means.shape[1:]:
             raise UserError(
-                f"this mixture lives on {tuple(self.means.shape[1:])}, not {tuple(y.shape[1:])}"
+                f"this mixture has shape {tuple(self.means.shape[1:])}, not {tuple(y.shape[1:])}"
             )
         offsets = y.flatten(1)[:, None] - self.means.flatten(1)
         return torch.einsum("kde,bkd->bke", self._axes, offsets)
@@ -189,11 +189,11 @@ class GaussianMixture(EnergyModel):
 
 
 class Gaussian(GaussianMixture):
-    """One Gaussian, exact at every sigma; a mixture of one component with label 0.
+    """A single Gaussian: a mixture of one component with label 0.
 
     Args:
-        mean: (*shape), in image units.
-        covariance: (d, d), or a float for an isotropic one.
+        mean: mean (*shape), in image units.
+        covariance: covariance (d, d), or variance of an isotropic Gaussian.
     """
 
     def __init__(self, mean: Tensor, covariance: Tensor | float = 1.0) -> None:

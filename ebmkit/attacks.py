@@ -1,20 +1,19 @@
-r"""Attacks: projected gradient descent on any loss, and the smallest radius at which one succeeds.
+r"""Adversarial attacks: projected gradient descent (PGD) and minimal adversarial epsilons.
 
-From a start in the ball of radius :math:`\epsilon` about x, PGD (Madry et al., arXiv 1706.06083)
-climbs a loss L of each image,
+PGD (Madry et al., arXiv 1706.06083) starts in the ball of radius :math:`\epsilon` around x and
+maximises a loss L of each image,
 
 .. math::
     y_{t+1} = \Pi\bigl(y_t + \alpha\, n(\nabla_y L(y_t))\bigr), \qquad
     n(g) = \operatorname{sign} g \;(\ell_\infty) \quad\text{or}\quad g / \|g\| \;(\ell_2),
 
-with :math:`\Pi` the projection on the ball and on :math:`[0, 1]^d`: the steps of
-`ebmkit.sampling.Ascent`. One step of length :math:`\epsilon` from x itself is the fast gradient
-method. Away from a label L is :math:`-\log p(c \mid y)`, towards another it is
-:math:`\log p(c' \mid y)`. An image whose gradient is 0 stays where it is, so that a loss which is 0
-once the label is wrong stops early.
+where :math:`\Pi` projects onto the ball and onto :math:`[0, 1]^d` (`ebmkit.sampling.Ascent`). One
+step of length :math:`\epsilon` from x is the fast gradient method. An untargeted attack has
+:math:`L = -\log p(c \mid y)`, an attack with target c' has :math:`L = \log p(c' \mid y)`. An image
+with gradient 0 does not move; so with a loss that is 0 for misclassified images, PGD stops at them.
 
-Starts and noise of evaluations come from a generator for each image, so that nothing depends on the
-batch.
+Evaluations draw starting points and noise from one generator per image, so results do not depend on
+the batch.
 """
 
 from __future__ import annotations
@@ -49,17 +48,17 @@ def projected_gradient_descent(
     start: Tensor | None = None,
     bounds: Bounds = (0.0, 1.0),
 ) -> Tensor:
-    """The images (B, ...) that the steps lead to; they carry no gradient.
+    """Run PGD and return the perturbed images (B, ...), detached.
 
     Args:
-        gradient: images (B, ...) to the gradient of the loss that is raised, of the same shape.
-        x: the centres of the balls (B, ...).
-        epsilon: their radius, image units, a number or (B,).
-        norm: of the balls and of the steps.
-        steps: how many.
-        step_size: image units, a number or (B,).
-        start: where the steps start (B, ...); None: at x.
-        bounds: images are clipped to them, numbers or (B,).
+        gradient: function from images (B, ...) to the gradient of the loss, of the same shape.
+        x: centres of the balls (B, ...).
+        epsilon: radius of the balls, image units, a number or (B,).
+        norm: norm of the balls and of the steps.
+        steps: number of steps.
+        step_size: length of a step, image units, a number or (B,).
+        start: starting points (B, ...); None: ``x``.
+        bounds: lower and upper bound of the images, numbers or (B,).
     """
 
     def density(y: Tensor, sigma: object = None) -> tuple[Tensor, Tensor]:
@@ -75,11 +74,11 @@ def projected_gradient_descent(
 
 
 _UNUSED = torch.Generator()
-"""An ascent draws nothing."""
+"""Argument of `Ascent.step`, which draws no random numbers."""
 
 
 def gradient_of(loss: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The gradient, by autograd, of a loss that takes images (B, ...) to one number each (B,)."""
+    """The gradient function, by autograd, of a loss from images (B, ...) to (B,)."""
 
     def gradient(y: Tensor) -> Tensor:
         with torch.enable_grad():
@@ -93,11 +92,11 @@ def gradient_of(loss: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 def unit_ball(
     norm: Norm, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype
 ) -> Tensor:
-    """Points (B, ...) spread uniformly over the ball of radius 1, on the generator's device."""
+    """Draw points (B, ...) uniformly from the unit ball, on the generator's device."""
     if norm == "linf":
         device = generator.device
         return 2 * torch.rand(shape, generator=generator, device=device, dtype=dtype) - 1
-    # d of the d + 2 entries of a point on a sphere (Voelker et al. 2017)
+    # d of the d + 2 coordinates of a uniform point on a sphere (Voelker et al. 2017)
     normal = _normal((shape[0], math.prod(shape[1:]) + 2), generator, dtype)
     points: Tensor = normal / torch.linalg.vector_norm(normal, dim=1, keepdim=True)
     return points[:, :-2].reshape(shape)
@@ -110,27 +109,27 @@ def random_start(
     generators: Sequence[torch.Generator],
     bounds: Bounds = (0, 1),
 ) -> Tensor:
-    """A point of the ball about each image of ``x`` (B, ...), uniform but for the clipping.
+    """Draw a point uniformly from the ball around each image of ``x`` (B, ...), and clip it.
 
     Args:
-        x: the centres.
-        epsilon: the radius, image units, a number or (B,).
-        norm: of the ball.
-        generators: one for each image (`ebmkit.randomness.image_generators`).
+        x: centres of the balls.
+        epsilon: radius, image units, a number or (B,).
+        norm: norm of the balls.
+        generators: one per image (`ebmkit.randomness.image_generators`).
         bounds: as in `projected_gradient_descent`.
     """
     low, high = (per_chain(bound, x) for bound in bounds)
     moved = x + per_chain(epsilon, x) * _drawn(x, generators, partial(unit_ball, norm))
-    return torch.clamp(moved, low, high)  # type: ignore[arg-type]  # both are of one kind
+    return torch.clamp(moved, low, high)  # type: ignore[arg-type]  # both have the same type
 
 
 def noise_of_size(
     x: Tensor, epsilon: float, norm: Norm, generators: Sequence[torch.Generator]
 ) -> Tensor:
-    """Images ``x`` (B, ...) in [0, 1] with noise of full strength, clipped: no use of a gradient.
+    """Add random noise of norm ``epsilon`` to images ``x`` (B, ...) in [0, 1], and clip them.
 
-    Uniform noise whose largest entry is ``epsilon`` (image units) for l_inf. Gaussian noise for l2,
-    scaled to have that length after clipping, or as near as any scale brings it.
+    For l_inf: uniform noise whose largest absolute entry is ``epsilon`` (image units). For l2:
+    Gaussian noise, scaled so that its norm after clipping is ``epsilon`` or as close as possible.
     """
     if norm == "linf":
         noise = _drawn(x, generators, partial(unit_ball, norm))
@@ -155,21 +154,21 @@ def minimal_epsilons(
 ) -> Tensor:
     """The smallest of ``epsilons`` at which an attack on each image succeeds, (B,) float64.
 
-    0 where the label is wrong without an attack, inf where none succeeds. Found by bisection: an
-    image that is broken stays broken at every larger radius, where the same perturbation is
-    allowed, and an attack that fails is taken to fail at every smaller one. So each image is
-    attacked `search_steps` times at most, not at every radius.
+    It is 0 for images that are misclassified without an attack, and inf if no attack succeeds. The
+    search is a bisection: a successful perturbation is legal at every larger radius, and an attack
+    that fails is assumed to fail at every smaller radius. So each image is attacked at most
+    `search_steps` times.
 
     Args:
-        succeeds: indices of images (n,) and a radius, to whether the attack on each succeeds, (n,).
-        wrong: which labels are wrong without an attack, (B,) bool.
+        succeeds: function from image indices (n,) and a radius to which attacks succeed, (n,).
+        wrong: which images are misclassified without an attack, (B,) bool.
         epsilons: radii above 0, image units.
         done: called after each step of the bisection.
     """
     grid = [0.0, *sorted(epsilons), math.inf]
     wrong = wrong.cpu()
-    fails = torch.zeros(len(wrong), dtype=torch.long).masked_fill(wrong, -1)  # largest known
-    succeeded = torch.full((len(wrong),), len(grid) - 1).masked_fill(wrong, 0)  # smallest known
+    fails = torch.zeros(len(wrong), dtype=torch.long).masked_fill(wrong, -1)  # largest failing index
+    succeeded = torch.full((len(wrong),), len(grid) - 1).masked_fill(wrong, 0)  # smallest successful
     for _ in range(search_steps(len(epsilons))):
         middle = ((fails + succeeded) // 2).where(succeeded - fails > 1, -1)
         for k in sorted({*middle.tolist()} - {-1}):
@@ -181,7 +180,7 @@ def minimal_epsilons(
 
 
 def search_steps(count: int) -> int:
-    """How often `minimal_epsilons` attacks an image at most, given ``count`` radii."""
+    """Maximum number of attacks by `minimal_epsilons` on one image, for ``count`` radii."""
     return math.ceil(math.log2(count + 1))
 
 
@@ -190,5 +189,5 @@ def _normal(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dty
 
 
 def _drawn(x: Tensor, generators: Sequence[torch.Generator], draw: Draw) -> Tensor:
-    """What ``draw`` gives for each image of ``x`` by its own generator, on the device of x."""
+    """Call ``draw`` for each image of ``x`` with its generator; the result is on x's device."""
     return torch.cat([draw((1, *x.shape[1:]), g, x.dtype) for g in generators]).to(x)

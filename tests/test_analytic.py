@@ -275,7 +275,7 @@ def test_ill_formed_mixtures_are_refused(arguments, words):
 
 
 def test_images_of_another_shape_are_refused():
-    with pytest.raises(UserError, match=r"lives on \(2,\), not \(3,\)"):
+    with pytest.raises(UserError, match=r"has shape \(2,\), not \(3,\)"):
         mixture_2d().log_density(torch.zeros(1, 3, dtype=torch.float64))
 
 
