@@ -167,8 +167,8 @@ def minimal_epsilons(
     """
     grid = [0.0, *sorted(epsilons), math.inf]
     wrong = wrong.cpu()
-    fails = torch.zeros(len(wrong), dtype=torch.long).masked_fill(wrong, -1)  # largest failing index
-    succeeded = torch.full((len(wrong),), len(grid) - 1).masked_fill(wrong, 0)  # smallest successful
+    fails = torch.zeros(len(wrong), dtype=torch.long).masked_fill(wrong, -1)  # largest failure
+    succeeded = torch.full((len(wrong),), len(grid) - 1).masked_fill(wrong, 0)  # smallest success
     for _ in range(search_steps(len(epsilons))):
         middle = ((fails + succeeded) // 2).where(succeeded - fails > 1, -1)
         for k in sorted({*middle.tolist()} - {-1}):

@@ -1,4 +1,4 @@
-r"""Measuring speed and memory: the library against what everyone writes (``ebmkit bench``).
+r"""Benchmarks of speed and memory against plain eager PyTorch (``ebmkit bench``).
 
 The plain eager step is
 
@@ -14,17 +14,17 @@ The plain eager step is
 with contiguous float32 tensors, PyTorch's own layers and ``torch.optim.AdamW(model.parameters())``.
 It computes the same loss and gradients as the library's step, so their times can be compared.
 
-Clocks drift, caches warm, neighbours come and go. So every candidate runs once in every round, the
-order turns round from one round to the next, and with :math:`t_{k,r}` the time of candidate k in
-round r the ratio to the candidate 0 is a median over rounds of ratios *within* a round,
+The clock rate and the load of a machine change over time. So each candidate runs once per round, in
+alternating order. With :math:`t_{k,r}` the time of candidate k in round r, its speed relative to
+candidate 0 is the median over rounds of the ratios *within* a round,
 
 .. math:: \rho_k = \operatorname{median}_r \frac{t_{0,r}}{t_{k,r}},
 
-above 1 where k is faster. The quartiles of the same ratios say how noisy it is.
+above 1 if k is faster. The quartiles of these ratios measure the noise.
 
-A `Comparison` of candidates that do the same work becomes one `Row` per candidate, called by what
-is done and by whom, as in ``train dsm gradresnet18 w16 32x32 b64: ebmkit``. The batch is that of
-the denoising stream; a joint objective classifies twice as many images, as the paper's 128 + 64.
+Each candidate of a `Comparison` gives one `Row`, named after the task and the implementation, as in
+``train dsm gradresnet18 w16 32x32 b64: ebmkit``. The batch size is that of the denoising stream;
+joint objectives classify twice as many images, as in the paper (128 + 64).
 """
 
 from __future__ import annotations
@@ -71,38 +71,38 @@ from ebmkit.training.optim import make_optimizer
 from ebmkit.training.step import OutOfMemory, TrainingStep
 
 Step = Callable[[], object]
-"""What is timed: one training step, or one pass over a batch."""
+"""The timed function: one training step, or one inference call on a batch."""
 
 Build = Callable[[], Step]
-"""Makes a step, and everything it holds: network, optimiser, buffers."""
+"""Creates a step with its network, optimiser and buffers."""
 
 Batches = Callable[[], Mapping[str, Batch]]
-"""Stream -> batch, at every call of a step."""
+"""Returns the batch of each stream, at every call of a step."""
 
 OURS, PLAIN, PLAIN_TF32 = "ebmkit", "plain eager", "plain eager, TF32"
 INFERENCES = ("logits", "score", "denoise")
 SCALING = "scaling dsm"
-"""What the settings of a scaling curve are called."""
+"""Task name of the points of a scaling curve."""
 
 NUM_CLASSES = 10
-"""Labels of the networks that are timed."""
+"""Number of classes of the timed networks."""
 
 SIGMA = 25 / 255
-"""Noise level that is taken out where one is given, image units."""
+"""Noise level passed to ``denoise``, image units."""
 
 SHORTEST, MAX_CALLS = 0.05, 50
-"""Seconds that a timing takes at least: so many times at most are faster steps called for it."""
+"""Minimum seconds of a timing; a faster step is called several times, up to `MAX_CALLS`."""
 
 PEERS = ("torchebm", "deepinv", "ebmkit")
 
-# torch.optim.AdamW's own defaults, so that both sides make the same update
+# the defaults of torch.optim.AdamW, so that both implementations make the same update
 _ADAMW = OptimizerConfig(lr=1e-3, weight_decay=1e-2, betas=(0.9, 0.999), decay_norms=True)
 
 _NAME = re.compile(r"(?P<what>.+) (?P<backbone>\S+) w(?P<width>\d+) (?P<size>\d+)x\d+ b(?P<b>\d+)")
 
 
 class Setting(NamedTuple):
-    """What is done, by which network, on how many images of which size.
+    """Task, network, image size and batch size of a measurement.
 
     >>> str(Setting("train dsm", "gradresnet18", 16, 32, 64))
     'train dsm gradresnet18 w16 32x32 b64'
@@ -120,7 +120,7 @@ class Setting(NamedTuple):
 
     @classmethod
     def read(cls, name: str) -> Setting | None:
-        """The setting in a row's name, without who did it; None if there is none."""
+        """Parse the setting in a row's name; None if the name contains none."""
         match = _NAME.fullmatch(name.rpartition(": ")[0])
         if match is None:
             return None
@@ -129,7 +129,7 @@ class Setting(NamedTuple):
 
 
 class Ratio(NamedTuple):
-    """How many times as fast: the median over rounds, and its lower and upper quartile."""
+    """Relative speed: median, lower and upper quartile over rounds."""
 
     median: float
     low: float
@@ -137,26 +137,26 @@ class Ratio(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One measurement, as it stands in the JSON file."""
+    """One measurement, a row of the JSON file."""
 
-    name: str  # what was done, colon, who did it
+    name: str  # task: implementation
     device: str
-    median_s: float  # over rounds, of one step
-    images_per_s: float  # of one step by that median
-    peak_mb: float  # in 10^6 bytes (`peak_memory`)
-    ratio: float | None  # times as fast as the plain eager step in float32: median over rounds
-    ratio_range: tuple[float, float] | None  # its lower and upper quartile
-    ratios: dict[str, Ratio]  # who else was compared -> the same against them: median, quartiles
-    note: str  # what a reader must know to compare
+    median_s: float  # seconds per step, median over rounds
+    images_per_s: float  # from median_s
+    peak_mb: float  # peak memory in 10^6 bytes (`peak_memory`)
+    ratio: float | None  # speed relative to the plain eager float32 step, median over rounds
+    ratio_range: tuple[float, float] | None  # lower and upper quartile of that ratio
+    ratios: dict[str, Ratio]  # speed relative to each other implementation
+    note: str  # conditions that affect the comparison, such as the precision
 
 
 class Comparison(NamedTuple):
-    """Candidates that do the same work."""
+    """Implementations of the same task."""
 
     name: str
-    images: int  # that one step sees
-    candidates: Mapping[str, Build]  # who -> what builds the step
-    notes: Mapping[str, str]  # who -> what a reader must know
+    images: int  # number of images per step
+    candidates: Mapping[str, Build]  # implementation -> builder of its step
+    notes: Mapping[str, str]  # implementation -> note of its row
 
 
 def interleave(
@@ -166,15 +166,15 @@ def interleave(
     shortest: float = 0.0,
     clock: Callable[[], float] = timer,
 ) -> dict[str, list[float]]:
-    """Seconds of one call of each candidate in each round, (rounds,) per candidate.
+    """Time the candidates; return the seconds per call in each round, (rounds,) per candidate.
 
     Args:
-        candidates: name -> what to call.
-        rounds: how often each is timed; even rounds go through them in order, odd ones backwards.
-        warmup: untimed calls of each before the first round, at least 1.
-        shortest: if the last warm-up call of the fastest candidate took less than so many seconds,
-            each timing is the mean over as many calls as make it so long, the same for all.
-        clock: seconds, rising; by default PyTorch's, which waits for the device.
+        candidates: functions to time, by name.
+        rounds: number of rounds; even rounds time the candidates in order, odd ones in reverse.
+        warmup: number of untimed calls of each candidate before the first round, at least 1.
+        shortest: minimum seconds of a timing. If the last warm-up call of the fastest candidate
+            took less, each timing is the mean over several calls, as many for all candidates.
+        clock: clock in seconds. Default: PyTorch's, which synchronises with the device.
     """
     timers = {name: timeit.Timer(step, timer=clock) for name, step in candidates.items()}
     for step in candidates.values():
@@ -184,24 +184,23 @@ def interleave(
     calls = min(MAX_CALLS, max(1, math.ceil(shortest / max(fastest, 1e-9))))
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for number in range(rounds):
-        gc.collect()  # which is off while a candidate is timed
+        gc.collect()  # timeit disables garbage collection
         for name in list(timers)[:: 1 if number % 2 == 0 else -1]:
             seconds[name].append(timers[name].timeit(calls) / calls)
     return seconds
 
 
 def ratio_to(base: Sequence[float], own: Sequence[float]) -> Ratio:
-    """How many times as fast as ``base`` a candidate is, from seconds of the same rounds."""
+    """Speed of a candidate relative to ``base``, from the seconds of the same rounds."""
     ratios = [b / o for b, o in zip(base, own, strict=True)]
     return Ratio(*(float(np.quantile(ratios, level)) for level in (0.5, 0.25, 0.75)))
 
 
 def peak_memory(build: Build, device: torch.device, calls: int = 3) -> tuple[Step, int]:
-    """Build a step, call it (the first calls compile), and count what it holds at most, in bytes.
+    """Build a step and call it (the first calls compile); return it and its peak memory in bytes.
 
-    That is the peak of all tensors that came to be on ``device`` since before it was built:
-    parameters, gradients, optimiser state, activations, work space of kernels as far as PyTorch's
-    allocator hands it out. The same count for every candidate.
+    The peak counts all tensors created on ``device`` since before the step was built: parameters,
+    gradients, optimiser state, activations, and kernel workspaces from PyTorch's allocator.
     """
 
     def called() -> Step:
@@ -217,7 +216,7 @@ def peak_memory(build: Build, device: torch.device, calls: int = 3) -> tuple[Ste
         step = called()
         torch.cuda.synchronize(device)
         return step, torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler else writes to stderr
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to stderr
     with torch.autograd.profiler.profile(use_kineto=False, profile_memory=True) as profile:
         step = called()
     assert profile.kineto_results is not None
@@ -228,10 +227,10 @@ def peak_memory(build: Build, device: torch.device, calls: int = 3) -> tuple[Ste
 
 
 def measure(comparison: Comparison, device: torch.device, rounds: int) -> list[Row]:
-    """Memory of each candidate, then the interleaved timing of all; one row each.
+    """Measure the memory of each candidate, then time all in alternating order; one row each.
 
     Raises:
-        UserError: if the memory does not suffice.
+        UserError: if the device has too little memory.
     """
     steps, peaks = {}, {}
     try:
@@ -266,7 +265,7 @@ def measure(comparison: Comparison, device: torch.device, rounds: int) -> list[R
 
 
 def document(rows: Sequence[Row]) -> dict[str, Any]:
-    """What the JSON file holds: the environment with the versions of peers, and the rows."""
+    """Content of the JSON file: the environment with versions of peer libraries, and the rows."""
     peers = {name: found.version for name in PEERS for found in distributions(name=name)}
     return {
         "environment": environment() | {"peers": peers},
@@ -275,10 +274,10 @@ def document(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def network(setting: Setting, channels: int, device: torch.device) -> JointModel:
-    """The network of ``setting``, with weights from a fixed seed.
+    """Create the network of ``setting``, with initial weights from a fixed seed.
 
     Raises:
-        UserError: on an unknown backbone or an illegal width.
+        UserError: if the backbone is unknown or the width illegal.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -295,9 +294,9 @@ def network(setting: Setting, channels: int, device: torch.device) -> JointModel
 def make_batch(
     count: int, channels: int, image_size: int, device: torch.device, generator: torch.Generator
 ) -> Batch:
-    """``count`` uniform random images (B, C, H, H), noisy as in the paper's denoising stream.
+    """Draw ``count`` uniform random images (B, C, H, H) and noise as in the paper's denoising.
 
-    The ``generator`` is on the CPU, and the batch ends up on ``device``.
+    ``generator`` is on the CPU; the batch is moved to ``device``.
     """
     shape = (count, channels, image_size, image_size)
     law = NoiseLaw(kind="squared-uniform", min=1 / 255, max=100 / 255)
@@ -317,13 +316,14 @@ def comparison(
     compute: ComputeConfig | None = None,
     objective: str | None = None,
 ) -> Comparison:
-    """The library against what everyone writes, in float32 and, where the device has it, in TF32.
+    """Compare the library with plain eager PyTorch, in float32 and, on GPUs that have it, TF32.
 
-    Either the training step of ``objective``, by its `timed_terms`, or without one the call that is
-    ``setting.what``, one of `INFERENCES`. ``compute`` is how the library computes.
+    The task is the training step of ``objective`` (its `timed_terms`), or, without an objective,
+    the inference call ``setting.what``, one of `INFERENCES`. ``compute`` sets precision and
+    compilation of the library.
 
     Raises:
-        UserError: on an unknown objective, backbone, width, precision or compile mode.
+        UserError: if the objective, backbone, width, precision or compile mode is illegal.
     """
     compute = compute or ComputeConfig()
     model, generator = network(setting, channels, device), torch.Generator().manual_seed(0)
@@ -355,13 +355,13 @@ def comparison(
 
 
 def timed_terms(objective: str) -> tuple[Term, ...]:
-    """The terms of ``objective``, balanced ones in their mean form.
+    """The terms of ``objective``, with balanced terms in their mean form.
 
-    Balancing multiplies a loss by a number and keeps a running mean of it; the mean form is what
-    everyone writes, so both sides compute that.
+    Balancing only multiplies a loss by a number and tracks its running mean. The mean form is the
+    standard one, so both implementations compute it.
 
     Raises:
-        UserError: if it does not parse, or there is no plain eager form of a term.
+        UserError: if the objective does not parse, or a term has no plain eager form.
     """
     terms = []
     for term in parse_objective(objective):
@@ -379,7 +379,7 @@ class OurStep:
     """The library's training step of ``objective``, on a copy of ``model``.
 
     Raises:
-        UserError: as `timed_terms` and `TrainingStep`.
+        UserError: see `timed_terms` and `TrainingStep`.
     """
 
     def __init__(
@@ -396,7 +396,7 @@ class OurStep:
 
     @property
     def how(self) -> str:
-        """Precision, and whether it was compiled in the end."""
+        """Precision, and whether the step was compiled."""
         return f"{self.step.precision}, {'compiled' if self.step.compiled else 'eager'}"
 
     def __call__(self) -> None:
@@ -405,9 +405,9 @@ class OurStep:
 
 
 class PlainStep:
-    """The training step that everyone writes, on a contiguous copy of ``model``; gives its loss.
+    """The plain eager training step, on a contiguous copy of ``model``; a call returns the loss.
 
-    Precision is ``fp32``, with TF32 off for convolutions too, or ``tf32``.
+    ``precision`` is ``fp32``, with TF32 off for convolutions too, or ``tf32``.
     """
 
     def __init__(
@@ -428,7 +428,7 @@ class PlainStep:
 
 
 def plain_loss(model: EnergyModel, terms: tuple[Term, ...], batches: Mapping[str, Batch]) -> Tensor:
-    """The loss of ``terms`` with scores by `torch.autograd.grad` with a graph; a scalar."""
+    """The loss of ``terms``, a scalar, with scores by `torch.autograd.grad` with a graph."""
     total = torch.zeros((), device=next(model.parameters()).device)
     for stream in dict.fromkeys(term.objective.stream for term in terms):
         batch = batches[stream]
@@ -456,12 +456,12 @@ def plain_loss(model: EnergyModel, terms: tuple[Term, ...], batches: Mapping[str
 def our_inference(
     model: EnergyModel, what: str, y: Tensor, compute: ComputeConfig | None = None
 ) -> Step:
-    """One of `INFERENCES` of noisy images ``y``, as with a loaded (frozen) model.
+    """The library's inference step: one of `INFERENCES` on noisy images ``y``, on a frozen model.
 
-    ``auto`` precision is float32, ``auto`` compilation compiles where training does.
+    Precision ``auto`` is float32; compilation ``auto`` compiles on devices where training does.
 
     Raises:
-        UserError: if the device lacks the precision or a compiler.
+        UserError: if the device does not support the precision or has no compiler.
     """
     compute = compute or ComputeConfig()
     own = copy.deepcopy(model).eval().requires_grad_(False)
@@ -482,7 +482,7 @@ def our_inference(
 def plain_inference(
     model: EnergyModel, what: str, y: Tensor, precision: Precision = "fp32"
 ) -> Step:
-    """The same by `torch.autograd.grad`, as everyone writes it."""
+    """The plain eager inference step, by `torch.autograd.grad`."""
     own = _plain(model).eval()
 
     def step() -> Tensor:
@@ -498,7 +498,7 @@ def plain_inference(
 
 
 def _plain(model: EnergyModel) -> EnergyModel:
-    """A contiguous copy, of PyTorch's own layers and derivatives."""
+    """A contiguous copy with PyTorch's own layers and derivatives."""
     own = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     for module in own.modules():
         if isinstance(module, Conv2d):
@@ -516,7 +516,7 @@ def scaling_settings(
     image_sizes: Sequence[int] = (16, 32, 64, 128),
     batches: Sequence[int] = (16, 32, 64, 128, 256),
 ) -> list[Setting]:
-    """``base``, and it with one of width, image size and batch changed, each once."""
+    """``base`` and its variants with another width, image size or batch, without duplicates."""
     changes: dict[str, Any] = {"width": widths, "image_size": image_sizes, "batch": batches}
     changed = [base._replace(**{k: value}) for k, values in changes.items() for value in values]
     return list(dict.fromkeys([base, *changed]))
@@ -529,17 +529,17 @@ def scaling(
     rounds: int,
     compute: ComputeConfig | None = None,
 ) -> Iterator[list[Row]]:
-    """Rows of the dsm step at each of ``settings``, the first of which is the base point.
+    """Measure the dsm step at each of ``settings``, the first of which is the base point.
 
-    Activations grow with width, pixels and images. A point that by the base point's memory would
-    not fit is left out with a warning.
+    Activation memory is proportional to width, pixels and images. A point that would not fit,
+    extrapolated from the base point's memory, is skipped with a warning.
     """
     peak, units = 0.0, [s.width * s.image_size**2 * s.batch for s in settings]
     for setting, unit in zip(settings, units, strict=True):
         needed, free = peak * unit / units[0], available_memory(device)
         if free is not None and needed > free:
             warnings.warn(
-                f"{setting} is left out: it needs about {format_bytes(needed)} of memory, and "
+                f"{setting} is skipped: it needs about {format_bytes(needed)} of memory, and "
                 f"{format_bytes(free)} are free",
                 stacklevel=2,
             )

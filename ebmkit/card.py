@@ -1,4 +1,4 @@
-"""What a model was trained for, so that later uses can warn or refuse outside it."""
+"""Model card: what a model was trained for, to warn about or refuse other uses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Side = Annotated[int, Field(ge=1, le=2**14)]
 
 
 class ModelCard(BaseModel):
-    """What a model was trained for."""
+    """Data, classes, objective and noise levels that a model was trained for."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
@@ -36,6 +36,6 @@ class ModelCard(BaseModel):
         "only labels were trained); None: not recorded (see "
         "ebmkit.models.heads.energy_source)",
     )
-    plugins: list[Plugin] = Field([], description="that its parts come from")
+    plugins: list[Plugin] = Field([], description="plugins that define its components")
     attack: str = ""
     """norm and radius of the attack in training, for example l2 0.5; empty: no attack"""

@@ -164,7 +164,7 @@ def test_a_scaling_curve_leaves_out_what_does_not_fit(monkeypatch):
     points = scaling_settings(base, widths=(8,), image_sizes=(8,), batches=(4, 8, 4096))
     assert [point.batch for point in points] == [4, 8, 4096]  # the base point once
     monkeypatch.setattr("ebmkit.bench.available_memory", lambda device: 10**9)
-    with pytest.warns(UserWarning, match="b4096 is left out: it needs about"):
+    with pytest.warns(UserWarning, match="b4096 is skipped: it needs about"):
         found = list(scaling(points, 3, CPU, rounds=1, compute=EAGER))
     assert [len(rows) for rows in found] == [2, 2, 0]
     names = [row.name for rows in found for row in rows]
