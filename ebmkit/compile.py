@@ -1,16 +1,15 @@
-r"""Models that are computed compiled, or at another precision: wrappers around a model.
+r"""Inference with compilation or at another precision, by wrappers around a model.
 
-Every quantity of a model is a function of tensors, forward pass and derivative together,
+Every quantity of a model is a function of tensors that contains forward pass and derivative,
 
 .. math:: (y, \sigma, c) \mapsto f\bigl(\ell(y, \sigma),\; J_\ell(y, \sigma)^\top v\bigr),
 
-so a compiler gets it whole, and nothing is kept for a backward pass. Noise levels and labels enter
-as tensors: another level is not another function.
+so it is compiled as a whole, and no activations are stored for a backward pass. Noise levels and
+labels are tensor inputs, so new values need no new compilation.
 
-A compilation takes seconds on a CPU and about a minute on a GPU, so not every size is worth one. A
-function is compiled for a size that it is called with *twice in a row*, as a sampler or an
-evaluation does, up to `MAX_SIZES` sizes; any other call runs eagerly. A last, smaller batch never
-costs a compilation.
+Compilation takes seconds on a CPU and about a minute on a GPU. So a function is compiled for an
+input size only if it is called with this size *twice in a row*, as samplers and evaluations do, and
+for at most `MAX_SIZES` sizes; other calls run eagerly. A smaller last batch is not compiled.
 """
 
 from __future__ import annotations
@@ -48,13 +47,13 @@ from ebmkit.energy import (
 from ebmkit.errors import UserError, first_line
 
 MAX_SIZES = 8
-"""For how many sizes each function is compiled at most."""
+"""Maximum number of input sizes for which each function is compiled."""
 
 COMPILE_THRESHOLD_SECONDS = 300.0
-"""Seconds of eager work ahead from which on ``auto`` compiles: a compilation takes about a minute,
-and less than half of the time may be saved."""
+"""``auto`` compiles if more seconds of eager work remain: compilation takes about a minute, and may
+save less than half of the time."""
 
-ISOLATED: dict[str, bool] = (  # otherwise functions of several models share one count
+ISOLATED: dict[str, bool] = (  # otherwise several models share one recompilation limit
     {"isolate_recompiles": True}
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters
     else {}
@@ -66,15 +65,15 @@ Mode = Literal["auto", "on", "off"]
 
 
 class Inference:
-    """How models are computed where no gradient of their values is wanted.
+    """Precision and compilation of models whose results need no gradient.
 
     Args:
-        precision: what the network computes in; results are float32.
-        mode: ``on`` compiles; ``auto`` compiles once `expect` got enough seconds.
-        backend: what `torch.compile` compiles with.
+        precision: precision of the network; results are float32.
+        mode: ``on``: compile; ``off``: do not; ``auto``: compile after `expect` got enough seconds.
+        backend: backend of `torch.compile`.
 
     Attributes:
-        compiling: whether sizes that repeat are compiled from now on.
+        compiling: whether repeated sizes are compiled from now on.
         compiled: whether anything was compiled so far.
     """
 
@@ -91,29 +90,29 @@ class Inference:
         self._backend = backend
 
     def expect(self, seconds: float) -> None:
-        """Compile from now on if ``seconds`` of eager work lie ahead, enough for it to pay."""
+        """In mode ``auto``, compile from now on if enough ``seconds`` of eager work remain."""
         if self.mode == "auto" and seconds > COMPILE_THRESHOLD_SECONDS:
             self.compiling = True
 
     def wrap(self, model: M) -> M:
-        """``model`` so computed: a wrapper that shares its parameters and has its methods."""
+        """Wrap ``model``: the wrapper has the same methods and shares the parameters."""
         if isinstance(model, HasParts):
             return cast("M", model.with_parts(self.wrap))
         kind = WrappedEnergyModel if isinstance(model, EnergyModel) else WrappedModel
         return cast("M", kind(model, self))
 
     def compile(self, function: Callable[..., T]) -> Callable[..., T]:
-        """``function``, compiled for the sizes that it will be called with first."""
+        """Compile ``function`` for the input sizes of its first call."""
         prepare_compiler()
         self.compiled = True
         options: dict[str, Any] = {"backend": self._backend, **ISOLATED}
         return torch.compile(function, fullgraph=True, dynamic=False, **options)
 
     def give_up(self, error: Exception) -> None:
-        """No longer compile.
+        """Stop compiling, with a warning.
 
         Raises:
-            UserError: if it was asked for.
+            UserError: in mode ``on``.
         """
         if self.mode == "on":
             raise UserError(
@@ -125,21 +124,21 @@ class Inference:
 
 
 class HasParts(ABC):
-    """A model that is made of others, each of which is wrapped by itself."""
+    """A model composed of other models, which are wrapped separately."""
 
     @abstractmethod
     def with_parts(self, wrap: Callable[[Any], Any]) -> Any:
-        """A copy of this model with ``wrap(part)`` in place of each part."""
+        """Return a copy of this model in which ``wrap(part)`` replaces each part."""
 
 
 class WrappedModel(ScoreModel):
-    """A model whose values are computed as an `Inference` says; made by `Inference.wrap`.
+    """A wrapper that applies an `Inference` to a model; see `Inference.wrap`.
 
-    Where a gradient of the result is wanted it is computed eagerly.
+    Calls whose result needs a gradient run eagerly.
 
     Args:
-        model: shared, not copied.
-        inference: how.
+        model: model to wrap, shared, not copied.
+        inference: precision and compilation.
     """
 
     def __init__(self, model: ScoreModel, inference: Inference) -> None:
@@ -190,12 +189,12 @@ class WrappedModel(ScoreModel):
         *others: Any,
         key: tuple[object, ...] | None = None,
     ) -> T:
-        """``function(y, sigma, *others)``, compiled if that pays; ``key`` names it."""
+        """Call ``function(y, sigma, *others)``, compiled if the size repeats; ``key`` names it."""
         inference, model = self.inference, self.model
         with autocast(y.device, inference.precision):
             if wants_grad(model, y, sigma):
                 return function(y, sigma, *others)
-            with torch.no_grad():  # a frozen model keeps nothing, whether or not its user says so
+            with torch.no_grad():  # store no graph for a frozen model, in any grad mode
                 if inference.compiling and not (model.training and model.has_batch_norm):
                     key = key or (function.__name__,)
                     kind = (*key, sigma is None, *(_kind(other) for other in others))
@@ -208,7 +207,7 @@ class WrappedModel(ScoreModel):
                         try:
                             with torch.inference_mode(False), torch.no_grad():
                                 return cast("T", call(*_as_tensors(y, sigma, others)))
-                        except Exception as error:  # a compiler fails in ways of its own
+                        except Exception as error:  # compilers raise errors of many types
                             if isinstance(error, (torch.OutOfMemoryError, UserError)):
                                 raise
                             inference.give_up(error)
@@ -222,7 +221,7 @@ class WrappedEnergyModel(WrappedModel, EnergyModel):
     model: EnergyModel
 
     def forward(self, y: Tensor, sigma: Noise | None = None) -> Energies:
-        """Energies of noisy images ``y`` (B, C, H, W) in image units, float32 at least."""
+        """Energies of noisy images ``y`` (B, C, H, W) in image units, in float32 at least."""
         return self._run(self._forward, y, sigma)
 
     def value_and_grads(
@@ -241,15 +240,17 @@ class WrappedEnergyModel(WrappedModel, EnergyModel):
 
 
 def optimize(model: M, precision: str = "fp32", compile: str = "off") -> M:
-    """``model`` at another precision, or compiled, where no gradient of its values is wanted.
+    """Wrap ``model`` for inference with compilation or at another precision.
+
+    Calls whose result needs a gradient are not compiled.
 
     Args:
-        model: shared, not copied; its parameters are laid out channels last, in which values differ
-            in their last bits.
-        precision: of products: fp32, tf32, bf16 (results are float32); auto is fp32. Whether an
-            NVIDIA GPU may round float32 products to TF32 is a setting of the whole process.
-        compile: on: compile what is called with the same size twice in a row; off; auto: on CUDA,
-            where enough work is known to lie ahead.
+        model: model to wrap, shared, not copied. Its parameters are converted to channels-last
+            layout, which changes the last bits of results.
+        precision: precision of matrix products and convolutions: fp32, tf32, bf16 (results are
+            float32); auto: fp32. TF32 on an NVIDIA GPU is a setting of the whole process.
+        compile: on: compile functions that are called with the same size twice in a row; off;
+            auto: on CUDA, if enough work is known to remain.
 
     Raises:
         UserError: if a name is unknown, or the device lacks the precision or a compiler.
@@ -261,14 +262,14 @@ def optimize(model: M, precision: str = "fp32", compile: str = "off") -> M:
 
 
 def laid_out(model: M, inference: Inference) -> M:
-    """``inference.wrap(model)``, with parameters laid out channels last."""
+    """Return ``inference.wrap(model)``, with parameters in channels-last layout."""
     keep_freed_memory(device_of(model))
     subsample_before_1x1(model)
     return inference.wrap(model.to(memory_format=torch.channels_last))
 
 
 def make_inference(device: torch.device, precision: str, compile: str) -> Inference:
-    """The `Inference` of these names on ``device``; see `optimize`.
+    """Create the `Inference` for ``device`` from option values; see `optimize`.
 
     Raises:
         UserError: if a name is unknown, or the device lacks the precision or a compiler.
@@ -280,7 +281,7 @@ def make_inference(device: torch.device, precision: str, compile: str) -> Infere
 
 
 def unwrapped(model: M) -> M:
-    """The model that is computed eagerly and in float32, whose wrapper ``model`` may be."""
+    """The model inside the wrapper ``model``; ``model`` itself if it is not a wrapper."""
     if isinstance(model, HasParts):
         return cast("M", model.with_parts(unwrapped))
     return cast("M", model.model) if isinstance(model, WrappedModel) else model
@@ -288,7 +289,7 @@ def unwrapped(model: M) -> M:
 
 @contextmanager
 def tf32_restored(device: torch.device) -> Iterator[None]:
-    """Restore, at the end, whether float32 products may be rounded to TF32."""
+    """Context that restores PyTorch's TF32 settings on exit."""
     cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     allowed = (cuda.allow_tf32, cudnn.allow_tf32) if device.type == "cuda" else None
     try:
@@ -300,34 +301,34 @@ def tf32_restored(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def in_float32(device: torch.device) -> Iterator[None]:
-    """Within, float32 products on ``device`` are not rounded to TF32."""
+    """Context in which float32 products on ``device`` are not rounded to TF32."""
     with tf32_restored(device):
         set_tf32(device, "fp32")
         yield
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where ``model`` is; the CPU if it has neither parameters nor buffers."""
+    """The device of ``model``; the CPU if it has neither parameters nor buffers."""
     tensors = [*model.parameters(), *model.buffers()]
     return tensors[0].device if tensors else torch.device("cpu")
 
 
 def _kind(argument: object) -> object:
-    """What distinguishes one compiled function from another: None, a tensor, a target."""
+    """Cache key of an argument: its type if it is a target, and which values are None."""
     if isinstance(argument, tuple):
         return type(argument), *(field is None for field in argument)
     return argument is None
 
 
 def _as_tensors(y: Tensor, sigma: Noise | None, others: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments as a compiler takes them, the noise level as (B,), like y."""
+    """Convert the arguments for a compiled call; the noise level becomes (B,), of y's type."""
     if sigma is not None:
         sigma = torch.as_tensor(sigma, dtype=y.dtype, device=y.device).expand(len(y)).contiguous()
     return tuple(map(_without_inference_mode, (y.detach(), sigma, *others)))
 
 
 def _without_inference_mode(argument: Any) -> Any:
-    """A copy of what was made in inference mode, where nothing can be differentiated."""
+    """Clone tensors that were created in inference mode: these cannot be differentiated."""
     if isinstance(argument, tuple):
         return type(argument)(*map(_without_inference_mode, argument))
     if isinstance(argument, Tensor) and argument.is_inference():

@@ -1,13 +1,13 @@
-r"""Where and in which numbers things are computed: device, precision, compilation.
+r"""Device, precision, compilation and memory.
 
-A precision is what matrix products and convolutions are done in. Parameters, their gradients and
-the optimiser are float32 always; what autocast would round to bfloat16 and should not be is kept in
-float32 (`upcast`, `without_autocast`): the statistics of norms, the means over positions, the head
-(logits and log-density), the residual :math:`\sigma\nabla\log p + \epsilon` and every loss.
+Precision is that of matrix products and convolutions. Parameters, gradients and optimiser state are
+always float32. Under autocast, statistics of norms, means over positions, the head (logits and
+log-density), the residual :math:`\sigma\nabla\log p + \epsilon` and every loss also stay float32
+(`upcast`, `without_autocast`).
 
 ========  ==================================================================================
 fp32      float32 throughout
-tf32      float32 storage, products rounded to 10 bits of mantissa; NVIDIA GPUs since Ampere
+tf32      float32 storage, products rounded to a 10-bit mantissa; NVIDIA GPUs since Ampere
 bf16      autocast: feature maps and products in bfloat16, sums in float32
 ========  ==================================================================================
 """
@@ -38,14 +38,14 @@ from ebmkit.errors import UserError, unknown_name
 Precision = Literal["fp32", "tf32", "bf16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 COMPILE_MODES = ("auto", "on", "off")
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
 SOUND_CHANNELS = 8
-"""Input channels from which oneDNN's kernel of 1x1 convolutions is sound (`subsample_before_1x1`):
-the float32 numbers in an AVX2 register."""
+"""Minimum number of input channels for which oneDNN's 1x1 convolution kernel is correct (see
+`subsample_before_1x1`): the number of float32 values in an AVX2 register."""
 
 
 class ComputeConfig(BaseModel):
-    """How a training step is computed; none of it changes what is computed beyond rounding."""
+    """Settings of the training step; they change results only by rounding."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -67,14 +67,14 @@ _OPAQUE: dict[Callable[..., Any], bool] = {}
 
 
 def opaque_to_compilers(function: F) -> F:
-    """A function that compilers are to put into their graphs as it is (`prepare_compiler`)."""
+    """Decorator: compilers put calls of ``function`` into the graph untraced."""
     _OPAQUE[function] = False
     return function
 
 
 def prepare_compiler() -> None:
-    """Tell PyTorch's compiler, whose import takes seconds, of the functions that it must not look
-    into. Whatever compiles a model calls it first."""
+    """Register the `opaque_to_compilers` functions with PyTorch's compiler. Call this before
+    compiling a model; importing the compiler takes seconds."""
     for function, known in _OPAQUE.items():
         if not known:
             torch.compiler.allow_in_graph(function)  # type: ignore[no-untyped-call]
@@ -82,13 +82,13 @@ def prepare_compiler() -> None:
 
 
 def compiler_is_prepared() -> bool:
-    """Whether `prepare_compiler` was called; otherwise a layer takes PyTorch's own function."""
+    """Whether `prepare_compiler` was called; if not, compiled layers use PyTorch's functions."""
     return all(_OPAQUE.values())
 
 
 @contextmanager
 def limited_threads(most: int | None) -> Iterator[None]:
-    """Inside, torch computes with ``most`` threads of the CPU at most; None: as it is."""
+    """Context in which PyTorch uses at most ``most`` CPU threads; None: no change."""
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(min(before, most or before))
@@ -98,10 +98,10 @@ def limited_threads(most: int | None) -> Iterator[None]:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called ``name``; ``auto`` is CUDA where there is one.
+    """The device called ``name``; ``auto``: CUDA if available, else the CPU.
 
     Raises:
-        UserError: if it is unknown or not there.
+        UserError: if the name is unknown or the device is missing.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -117,10 +117,10 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> Precision:
-    """The precision called ``name``; ``auto`` is bf16 on CUDA devices that have it, else fp32.
+    """The precision called ``name``; ``auto``: bf16 on CUDA devices that support it, else fp32.
 
     Raises:
-        UserError: if it is unknown, or ``device`` does not have it.
+        UserError: if the name is unknown, or ``device`` does not support it.
     """
     ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     if name == "auto":
@@ -138,8 +138,8 @@ def pick_precision(name: str, device: torch.device) -> Precision:
 
 
 def pick_compile(name: str, device: torch.device) -> bool:
-    """Whether to compile; ``auto`` does on CUDA where a compiler is at hand, and not on a CPU,
-    where it gains nothing (docs: "Speed").
+    """Whether to compile; ``auto``: on CUDA if a compiler is installed, not on a CPU, where
+    compilation does not pay (docs: "Speed").
 
     Raises:
         UserError: if the mode is unknown, or ``on`` and the device has no compiler.
@@ -157,15 +157,15 @@ def pick_compile(name: str, device: torch.device) -> bool:
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
-    """The context in which a network's forward pass runs at ``precision``."""
+    """Context for a network's forward pass at ``precision``."""
     if precision != "bf16":
         return nullcontext()
     return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
 
 
 def set_tf32(device: torch.device, precision: Precision) -> None:
-    """Let float32 products on ``device`` be rounded to TF32 exactly if ``precision`` allows it: a
-    setting of the whole process. By default PyTorch rounds convolutions, not matrix products."""
+    """Allow TF32 on a CUDA ``device`` unless ``precision`` is fp32, for the whole process. By
+    default PyTorch allows it in convolutions, but not in matrix products."""
     if device.type == "cuda":
         allowed = precision != "fp32"
         torch.backends.cuda.matmul.allow_tf32 = allowed
@@ -173,10 +173,10 @@ def set_tf32(device: torch.device, precision: Precision) -> None:
 
 
 def memory_format(device: torch.device, differentiate: bool) -> torch.memory_format:
-    """How images are best laid out in memory for a training step.
+    """The fastest memory format of images for a training step.
 
-    Channels last, which matrix units want; on a CPU only where the model is not differentiated by
-    its input, whose second derivatives are slower in that layout there (``benchmarks/layout.py``).
+    Channels last, which matrix units prefer. The exception is a model that is differentiated with
+    respect to its input on a CPU: second derivatives are slower there (``benchmarks/layout.py``).
     """
     if device.type == "cpu" and differentiate:
         return torch.contiguous_format
@@ -184,10 +184,10 @@ def memory_format(device: torch.device, differentiate: bool) -> torch.memory_for
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """On Linux, let this process keep the memory that tensors on the CPU release.
+    """On Linux, keep the memory of freed CPU tensors in this process.
 
-    By default the C library gives much of it back to the system, which has to map and clear it anew
-    in each step (``benchmarks/layout.py``). A setting of the whole process; its peak is the same.
+    By default glibc returns much of it to the system, which must map and clear it again in each
+    step (``benchmarks/layout.py``). This affects the whole process, but not its peak memory.
     """
     if device.type != "cpu" or not sys.platform.startswith("linux"):
         return
@@ -198,18 +198,18 @@ def keep_freed_memory(device: torch.device) -> None:
 
 
 def subsample_before_1x1(model: nn.Module) -> None:
-    """Change the convolutions of ``model`` that a defect of oneDNN can reach, in place.
+    """Work around a oneDNN bug in the strided 1x1 convolutions of ``model``, in place.
 
-    In PyTorch 2.15, on processors with AVX2 and without AVX-512, the weight gradient of some
-    convolutions writes out of bounds: 1x1, strided, not padded, one group, fewer than 8 input
-    channels, channels last, two images or more, one thread (docs: "oneDNN: strided 1x1
-    convolutions"). With the same values and gradients, to rounding, and a sound kernel,
+    In PyTorch 2.15, on processors with AVX2 but without AVX-512, the weight gradient of a
+    convolution writes out of bounds if it is 1x1, strided, without padding, with one group and
+    fewer than 8 input channels, on at least two channels-last images and one thread (docs:
+    "oneDNN: strided 1x1 convolutions"). Up to rounding, values and gradients do not change with
 
-        conv(x, stride=s) = conv(x[:, :, ::s, ::s], stride=1).
+        conv(x, stride=s) = conv(x[:, :, ::s, ::s], stride=1),
 
-    So the stride moves to a forward pre-hook. Parameters keep their names and values; a second call
-    changes nothing, nor does one where oneDNN is switched off (`torch.backends.mkldnn`). Calls of
-    `torch.nn.functional.conv2d` are not seen.
+    which uses a correct kernel. So the stride moves to a forward pre-hook. Parameters keep their
+    names and values. A second call has no effect, nor does a call with oneDNN disabled
+    (`torch.backends.mkldnn`). Calls of `torch.nn.functional.conv2d` are not replaced.
 
     >>> from torch import nn
     >>> conv = nn.Conv2d(4, 8, 1, stride=2)
@@ -236,19 +236,19 @@ def _subsample(
 
 
 def upcast(x: Tensor) -> Tensor:
-    """``x`` in float32 if it has fewer bits, else itself."""
+    """Convert bfloat16 and float16 to float32; return other types unchanged."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """The context in which operations on ``x`` keep its type, under autocast too."""
+    """Context in which operations on ``x`` keep its dtype, even under autocast."""
     if x.device.type not in ("cpu", "cuda"):
         return nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 
 
 def _missing_compiler(device: torch.device) -> str | None:
-    """What compiling for ``device`` lacks, if anything."""
+    """What is missing to compile for ``device``; None if nothing."""
     compilers = [os.environ.get("CXX"), "g++", "clang++"]
     if not any(name and shutil.which(name) for name in compilers):
         return "a C++ compiler (g++)"
@@ -257,15 +257,15 @@ def _missing_compiler(device: torch.device) -> str | None:
 
 
 def describe(device: torch.device) -> str:
-    """The device in words."""
+    """Name of ``device`` for messages."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
 
 
 def matrix_rate(device: torch.device, precision: Precision = "fp32") -> float:
-    """FLOP/s of a product of two square matrices: 8192 x 8192 on CUDA, 1024 x 1024 on a CPU.
+    """Measure the FLOP/s of a square matrix product: 8192 x 8192 on CUDA, 1024 x 1024 on a CPU.
 
-    The median of about 0.3 seconds of products of random matrices, after warm-up, by
-    `torch.utils.benchmark`.
+    The result is the median over about 0.3 seconds of products of random matrices, after warm-up,
+    by `torch.utils.benchmark`.
     """
     from torch.utils.benchmark import Timer
 
@@ -288,7 +288,7 @@ def matrix_rate(device: torch.device, precision: Precision = "fp32") -> float:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that tensors took on a CUDA device, or the process on a CPU."""
+    """Peak memory in bytes: of the tensors on a CUDA device, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource
@@ -298,10 +298,10 @@ def peak_memory(device: torch.device) -> int:
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes that this process can still take on ``device``; None where it cannot be found out.
+    """Bytes that this process can still allocate on ``device``; None if unknown.
 
-    On CUDA what is free on the device or kept unused by PyTorch's allocator; on a CPU the memory
-    that the system can give without swapping, within the limits of the process's control groups.
+    On CUDA: memory that is free on the device or cached by PyTorch's allocator. On a CPU: memory
+    available without swapping, within the limits of the process's control groups.
     """
     if device.type == "cuda":
         free: int = torch.cuda.mem_get_info(device)[0]
@@ -311,7 +311,7 @@ def available_memory(device: torch.device) -> int | None:
 
 
 def _system_free() -> Iterator[int]:
-    """Memory of the machine: what Linux says is available, elsewhere all there is."""
+    """Available memory of the machine on Linux, its total memory elsewhere."""
     with suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -324,7 +324,7 @@ def _system_free() -> Iterator[int]:
 def _group_free(
     groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
 ) -> Iterator[int]:
-    """Room below the limit of each control group of this process, page cache not counted."""
+    """Free bytes below the limit of each control group of this process; page cache is free."""
     try:
         lines = groups.read_text().splitlines()
     except OSError:
@@ -349,7 +349,7 @@ def _room(group: Path, limit: str, usage: str, cache: str) -> Iterator[int]:
         most = int((group / limit).read_text())
         used = int((group / usage).read_text())
         pairs = [line.split() for line in (group / "memory.stat").read_text().splitlines()]
-    except (OSError, ValueError):  # no such group here, or no limit ("max")
+    except (OSError, ValueError):  # no such group, or no limit ("max")
         return
     yield most - used + sum(int(value) for name, value in pairs if name == cache)
 
@@ -377,7 +377,7 @@ def environment() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """The commit of the code that runs, if it runs from a checkout."""
+    """Git commit of the running code; None outside a checkout."""
     source = Path(__file__).resolve().parents[1]
     if not (source / ".git").exists():
         return None

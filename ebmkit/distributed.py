@@ -1,14 +1,14 @@
-r"""Many processes, one run.
+r"""Distributed data parallelism: one process per device.
 
-``torchrun`` starts the same command once per device and tells each process its *rank* r of W by
-environment variables; `join` makes a group of them. Every process holds the whole model and a share
-of each batch; as every loss is a mean over images,
+``torchrun`` starts the same command once per device and passes each process its *rank* r of W by
+environment variables; `join` initialises the process group. Each process holds the whole model and
+a share of each batch. Every loss is a mean over images, so
 
 .. math:: \nabla L = \frac1W \sum_r \nabla L_r ,
 
-which `torch.nn.parallel.DistributedDataParallel` computes while the backward pass runs. Nothing is
-drawn per rank: ranks slice one global draw (`ebmkit.data.Stream`), so their number changes rounding
-and nothing else. The first rank alone writes.
+which `torch.nn.parallel.DistributedDataParallel` computes during the backward pass. Ranks take
+slices of one global random draw (`ebmkit.data.Stream`), so their number changes results only by
+rounding. Only rank 0 writes files.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ T = TypeVar("T")
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LOST = ("connection closed", "connection reset", "connection refused", "broken pipe", "gloo")
 PATIENCE = timedelta(hours=2)
-"""How long a process waits for the others before it gives up: one may fetch or decode data for all.
-A process that dies is noticed at once, by the launcher."""
+"""Timeout of waiting for other processes, one of which may download or decode data for all. The
+launcher detects a dead process immediately."""
 
 
 class LostOthers(UserError):
-    """Another process ended, and said why."""
+    """Another process ended, and has reported the reason."""
 
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """The processes of one run, seen from one of them."""
+    """Rank of this process, and number of processes of the run."""
 
-    rank: int = 0  # this process's number
-    size: int = 1  # how many there are
-    local_rank: int = 0  # its number on its own machine, which is that of its GPU
+    rank: int = 0
+    size: int = 1  # number of processes
+    local_rank: int = 0  # rank on this machine, the index of the GPU
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that writes."""
+        """Whether this process is rank 0, which writes the files."""
         return self.rank == 0
 
     def mean_(self, values: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class DistributedContext:
         return values
 
     def broadcast(self, thing: T) -> T:
-        """What the first process passed here, on all of them (tensors on the CPU)."""
+        """Return the ``thing`` of rank 0 on all processes (tensors on the CPU)."""
         if self.size == 1:
             return thing
         box: list[Any] = [thing if self.first else None]
@@ -74,7 +74,7 @@ class DistributedContext:
         return received
 
     def gather(self, thing: T) -> list[T]:
-        """What each process passed here, by rank, on all of them (tensors on the CPU)."""
+        """Return the ``thing`` of each rank, in order, on all processes (tensors on the CPU)."""
         if self.size == 1:
             return [thing]
         everything: list[Any] = [None] * self.size
@@ -84,14 +84,14 @@ class DistributedContext:
     def wrap(
         self, module: nn.Module, unused: Sequence[str] = (), share_buffers: bool = False
     ) -> DistributedDataParallel:
-        """``module``, whose gradients become means over all processes.
+        """Wrap ``module`` in DDP, which averages gradients over all processes.
 
         Args:
-            module: its forward must return the loss.
-            unused: names of parameters that no gradient reaches.
-            share_buffers: give all processes the first's buffers before each forward pass.
+            module: module whose forward returns the loss.
+            unused: names of parameters that get no gradient.
+            share_buffers: broadcast the buffers of rank 0 before each forward pass.
         """
-        # a gradient of one row has two equal layouts, of which DDP may expect the other
+        # a gradient with one row has two equivalent layouts, and DDP may expect the other one
         warnings.filterwarnings("ignore", "(?s)Grad strides do not match bucket view strides")
         torch._dynamo.config.optimize_ddp = False  # the score keeps the step in one graph
         ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
@@ -102,18 +102,19 @@ class DistributedContext:
 
 
 def announced() -> bool:
-    """Whether a launcher says that this process is one of several."""
+    """Whether a launcher set the environment variables of a process group."""
     return all(name in os.environ for name in _VARIABLES)
 
 
 @contextmanager
 def join() -> Iterator[DistributedContext]:
-    """The group that ``torchrun`` announced, for as long as the context lasts; else one process.
+    """Context of the process group that ``torchrun`` set up; without a launcher, of one process.
 
-    Tensors travel by NCCL between GPUs and by gloo between CPUs.
+    The backend is NCCL between GPUs and gloo between CPUs.
 
     Raises:
-        UserError: if the announcement is illegal, the port in use, or the others out of reach.
+        UserError: if an environment variable is illegal, the port in use, or another process
+            unreachable.
     """
     if not announced():
         yield DistributedContext()
@@ -128,7 +129,7 @@ def join() -> Iterator[DistributedContext]:
     if world.local_rank < torch.cuda.device_count():
         torch.cuda.set_device(world.local_rank)
     try:
-        # torchrun keeps one store over restarts, where those who died left their addresses
+        # torchrun keeps one store over restarts, with the addresses of dead processes
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store, _, _ = next(rendezvous("env://", rank, size, timeout=PATIENCE))
         store.set_timeout(PATIENCE)
@@ -143,9 +144,9 @@ def join() -> Iterator[DistributedContext]:
         if not is_lost:
             raise
         raise LostOthers(
-            f"process {rank} of {size} lost the others: one of them ended; see what it says"
+            f"process {rank} of {size} lost the others: one of them ended; see its error message"
         ) from None
-    # not after an error: leaving the group in order would wait for processes that wait for this one
+    # not after an error: destroying the group would wait for processes that wait for this one
     dist.destroy_process_group()
 
 
@@ -156,8 +157,8 @@ def restarted() -> bool:
 
 
 def launch() -> str | None:
-    """What tells this start of the command, and its restarts, from others: torchrun's job (its
-    process where the job has no name) or SLURM's; None without a launcher."""
+    """Identifier of this launch, the same after restarts: torchrun's job id (its process and host
+    if the job has no id) or SLURM's; None without a launcher."""
     job = os.environ.get("TORCHELASTIC_RUN_ID")
     if job == "none":
         return f"torchrun {os.getppid()} on {platform.node()}"
@@ -165,8 +166,8 @@ def launch() -> str | None:
 
 
 def device_of_rank(device: torch.device) -> torch.device:
-    """The device of this process: each has the GPU of its local rank, or the CPU. A `UserError` if
-    more processes than GPUs were started on this machine."""
+    """The device of this process: the GPU of its local rank, or the CPU. A `UserError` if more
+    processes than GPUs were started on this machine."""
     if device.type != "cuda" or not announced():
         return device
     local, count = _number("LOCAL_RANK", 0), torch.cuda.device_count()
@@ -179,8 +180,8 @@ def device_of_rank(device: torch.device) -> torch.device:
 
 
 def yield_to_others(error: UserError) -> None:
-    """Let the process speak first whose ``error`` it is: the first of all where all met it, or
-    the one that the others lost. Then it ends, and the launcher stops those that wait here."""
+    """Wait until the process at fault has reported ``error``: rank 0 if all processes have it, or
+    the process that the others lost. Its exit makes the launcher stop the waiting processes."""
     if isinstance(error, LostOthers):
         time.sleep(20)
     elif announced() and os.environ["RANK"] != "0":

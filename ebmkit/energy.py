@@ -1,4 +1,4 @@
-r"""Energies of images and labels, and everything that follows from them.
+r"""Energies of images and labels, and quantities derived from them.
 
 A joint model of a noisy image :math:`y = x + \sigma\epsilon` and a label c is one function of y
 with two outputs, the class logits and the log-density:
@@ -8,22 +8,22 @@ with two outputs, the class logits and the log-density:
                  = \operatorname{logits}_c - \operatorname{logsumexp}(\operatorname{logits})
                    + \log p(y) .
 
-Conditioning classifies. Differentiating with respect to the image gives the *scores*
+:math:`p(c \mid y)` is the classifier. The gradients with respect to the image are the *scores*
 
 .. math::
     s(y) = \nabla_y \log p(y), \qquad s(y, c) = \nabla_y \log p(y \mid c) = \nabla_y \log p(y, c),
 
-which denoise through the identity of Tweedie and Miyasawa (CDN eq. 6-7),
+which give the denoisers by the identity of Tweedie and Miyasawa (CDN eq. 6-7),
 
 .. math::
     D_u(y) = y + \sigma^2 s(y), \qquad D_c(y, c) = y + \sigma^2 s(y, c),
 
-and whose difference is the gradient of the classifier, :math:`\nabla_y \log p(c \mid y) =
-(D_c - D_u)/\sigma^2` (eq. 9). Since :math:`\|\sigma s(y)\|^2` concentrates at the number of
-dimensions d, the noise level itself can be estimated: :math:`\hat\sigma = \sqrt d / \|s(y)\|`.
+The difference of the scores is the gradient of the classifier, :math:`\nabla_y \log p(c \mid y) =
+(D_c - D_u)/\sigma^2` (eq. 9). Since :math:`\|\sigma s(y)\|^2` concentrates around the number of
+dimensions d, the noise level can be estimated: :math:`\hat\sigma = \sqrt d / \|s(y)\|`.
 
 Signs and units: energy = -log_density in nats; score = *plus* the gradient of the log-density, per
-image unit; sigma in image units; log-densities hold up to one constant that never depends on y.
+image unit; sigma in image units; log-densities are known up to a constant independent of y.
 
 CDN stands for "Classification-denoising networks" (arXiv 2410.03505) here and in all docstrings.
 """
@@ -50,11 +50,11 @@ Noise = float | Tensor
 
 
 class Energies(NamedTuple):
-    """What one forward pass gives; the rest is derived.
+    """Output of a forward pass, from which all other quantities are derived.
 
     Attributes:
-        logits: (B, C), log p(c|y) up to a constant in c. C is 0 for a model without labels.
-        log_density: (B,), log p(y) in nats, up to a constant in y.
+        logits: log p(c|y) up to a constant in c, (B, C). C is 0 for a model without labels.
+        log_density: log p(y) in nats, up to a constant in y, (B,).
     """
 
     logits: Tensor
@@ -69,17 +69,17 @@ class Energies(NamedTuple):
         return self.log_posterior() + self.log_density[:, None]
 
     def at_label(self, c: Tensor) -> Tensor:
-        """log p(c|y) of the labels ``c`` (B,), (B,); 0 where a label is -1, for none."""
+        """log p(c|y) of the labels ``c`` (B,), shape (B,); 0 for label -1 (no label)."""
         log_posterior = self.log_posterior()
         own = log_posterior.gather(1, c.clamp_min(0)[:, None]).squeeze(1)
         return own.masked_fill(c < 0, 0.0)
 
 
-# --- what is differentiated ----------------------------------------------------------------------
+# --- derivatives ---------------------------------------------------------------------------------
 
 
 class Target(Protocol):
-    """A number of each image, (B,), made of its energies. `value_and_grads` differentiates it."""
+    """Function of energies with one value per image, (B,); `value_and_grads` differentiates it."""
 
     def __call__(self, energies: Energies, /) -> Tensor: ...
 
@@ -88,7 +88,7 @@ class LogDensity(NamedTuple):
     """log p(y), or log p(y|c) up to a constant; its gradient is the score.
 
     Attributes:
-        labels: c (B,); -1 for log p(y) of that image; None for log p(y) of all.
+        labels: labels c (B,); -1: log p(y) for that image; None: log p(y) for all images.
     """
 
     labels: Tensor | None = None
@@ -125,23 +125,23 @@ def value_and_grads(
     record: bool = True,
     use_autograd: bool = True,
 ) -> tuple[Energies, list[Tensor]]:
-    """Energies of one forward pass, and the gradient by ``y`` of each target.
+    """Compute energies, and the gradient of each target with respect to ``y``.
 
-    With `hessian_products` the only place that differentiates a model by its input. Gradients are
-    taken by `torch.autograd.grad`, or by `torch.func.vjp` for compilers and within the transforms
-    of `torch.func`, which know nothing else; the values are the same.
+    Only this function and `hessian_products` differentiate a model with respect to its input. They
+    use `torch.autograd.grad`, or `torch.func.vjp` under compilers and inside `torch.func`
+    transforms, which do not support the former; values are the same.
 
     Args:
-        model: ``(y, sigma)`` to energies; an `EnergyModel`, say.
+        model: function from ``(y, sigma)`` to energies, for example an `EnergyModel`.
         y: noisy images (B, C, H, W).
-        sigma: their noise level, a float or (B,).
-        targets: from energies to (B,).
-        record: whether the results can be differentiated, by parameters and by ``y``.
-        use_autograd: False takes `torch.func.vjp` always, which recomputes what gradient
-            checkpointing does not keep. A BatchNorm in training mode cannot be differentiated so.
+        sigma: noise level of ``y``, a float or (B,).
+        targets: functions from energies to (B,).
+        record: whether the results can be differentiated, with respect to parameters and ``y``.
+        use_autograd: False: always use `torch.func.vjp`, which recomputes what activation
+            checkpointing does not keep. A BatchNorm in training mode does not support this.
 
     Returns:
-        The energies, and a gradient of the shape of ``y`` for each target.
+        Energies, and one gradient per target, of the shape of ``y``.
     """
     if torch.compiler.is_compiling() or not use_autograd or _in_functional_transform():
         return _by_vjp(model, y, sigma, targets)
@@ -175,11 +175,11 @@ def hessian_products(
     vectors: Sequence[Tensor],
     use_autograd: bool = True,
 ) -> tuple[Energies, Tensor, list[Tensor]]:
-    """Energies, score s, and H v for each of the ``vectors``, with the Hessian H of log p(y).
+    """Compute energies, the score, and H v for each of ``vectors``, with H the Hessian of log p(y).
 
-    The arguments are those of `value_and_grads`; vectors have the shape of ``y``. Each image has
-    its own H and v; H is taken to be symmetric and no image to see another. Where a network has
-    kinks (ReLU), H is what it is beside them. Everything can be differentiated by the parameters.
+    For the arguments see `value_and_grads`; vectors have the shape of ``y``. Each image has its own
+    H and v. H is assumed symmetric, and each output to depend on its own image only. At kinks of
+    the network (ReLU), H ignores the kink. The results can be differentiated by the parameters.
     """
     if torch.compiler.is_compiling() or not use_autograd or _in_functional_transform():
 
@@ -194,7 +194,7 @@ def hessian_products(
         energies = model(leaf, sigma)
         ones = torch.ones_like(energies.log_density)
         (score,) = torch.autograd.grad(energies.log_density, leaf, ones, create_graph=True)
-        # a score that is constant in y has no graph that leads to it: its products are 0
+        # a score that is constant in y has no graph to y: its products are 0
         take = partial(
             torch.autograd.grad, create_graph=True, allow_unused=True, materialize_grads=True
         )
@@ -219,7 +219,7 @@ def _by_vjp(
 
 
 def _in_functional_transform() -> bool:
-    """Whether this runs within a transform of `torch.func`: they forbid `requires_grad_`."""
+    """Whether a `torch.func` transform is active: these forbid `requires_grad_`."""
     try:
         torch.empty(0).requires_grad_()
     except RuntimeError:
@@ -232,35 +232,35 @@ def _in_functional_transform() -> bool:
 
 @runtime_checkable
 class Denoiser(Protocol):
-    """Anything that estimates clean images. A `ScoreModel` is one."""
+    """Protocol of models that estimate clean images, such as `ScoreModel`."""
 
     def denoise(
         self, y: Tensor, sigma: Noise | None = None, c: Tensor | int | None = None
     ) -> Tensor:
-        """Estimate x (B, C, H, W) from y = x + sigma * eps; no ``sigma``: blind."""
+        """Estimate x (B, C, H, W) from y = x + sigma * eps; blind if ``sigma`` is None."""
         ...
 
 
 class ScoreModel(nn.Module, ABC):
-    """A model of noisy images that gives their score, and so denoises them.
+    """Base class of models that compute the score of noisy images, and denoise with it.
 
-    An `EnergyModel` gives it as the gradient of its log-density, a plain denoiser
-    (`ebmkit.models.DirectDenoiser`) as (D(y) - y) / sigma^2. Methods take noisy images y
-    (B, C, H, W); their noise level sigma, a float or (B,) in image units, which a blind model does
-    without; and a class c, a label or (B,). They raise `UserError` if a label is out of range, the
-    model has no labels, or a noise-conditional model is to denoise or to estimate the level without
-    sigma.
+    The score of an `EnergyModel` is the gradient of its log-density; that of a plain denoiser
+    (`ebmkit.models.DirectDenoiser`) is (D(y) - y) / sigma^2. Methods take noisy images y
+    (B, C, H, W), their noise level sigma (a float or (B,), in image units; optional for a blind
+    model), and labels c (an integer or (B,)). They raise `UserError` if a label is out of range, if
+    a model without labels gets labels, or if a noise-conditional model has to denoise or estimate
+    the noise level without sigma.
 
     Attributes:
         num_classes: number of labels C; 0 for a model without labels.
-        noise_conditional: whether the network uses sigma. The paper's are blind (False): they take
-            sigma and ignore it, so that samplers can treat all models alike.
+        noise_conditional: whether the network uses sigma. The paper's networks are blind (False):
+            they accept sigma and ignore it, so that samplers can treat all models alike.
         is_energy_based: whether the score is a gradient, so that training differentiates twice.
-        ignores_sigma: whether `denoise` makes no use of sigma, even where it is given.
-        in_channels: channels that images must have, if that is known.
-        schedule: the noise levels that it has, where it is a diffusion model; None for others.
-        card: what the model was trained for; None before it was.
-        weights_sha256: SHA-256 of the file that the weights were loaded from, if they were.
+        ignores_sigma: whether `denoise` ignores sigma.
+        in_channels: number of channels of the images; None if unknown.
+        schedule: noise levels of a diffusion model; None for other models.
+        card: what the model was trained for; None before training.
+        weights_sha256: SHA-256 of the file that the weights were loaded from; None if not loaded.
     """
 
     num_classes: int = 0
@@ -274,22 +274,22 @@ class ScoreModel(nn.Module, ABC):
 
     @abstractmethod
     def _score(self, y: Tensor, sigma: Noise | None, c: Tensor | None) -> Tensor:
-        """`score` for labels that were checked; -1 stands for no label."""
+        """`score` for checked labels; -1 means no label."""
 
     def score(self, y: Tensor, sigma: Noise | None = None, c: Tensor | int | None = None) -> Tensor:
-        """grad log p(y), or grad log p(y|c); shape of y, per image unit."""
+        """grad log p(y) or grad log p(y|c), per image unit; same shape as y."""
         check_sigma(sigma, at_zero=True)
         return self._score(y, sigma, self._labels(c, y))
 
     def denoise(
         self, y: Tensor, sigma: Noise | None = None, c: Tensor | int | None = None
     ) -> Tensor:
-        """E[x|y] or E[x|y, c] by Tweedie's formula (CDN eq. 7), shape of y; not clipped.
+        """E[x|y] or E[x|y, c] by Tweedie's formula (CDN eq. 7), not clipped; same shape as y.
 
-        Without sigma the level is estimated from the score itself (`estimate_sigma`).
+        Without sigma, the noise level is estimated from the score (`estimate_sigma`).
 
         Raises:
-            UserError: if a float sigma is not above 0, too.
+            UserError: also if a float sigma is not above 0.
         """
         if sigma is None:
             return self.denoise_blind(y, c)[0]
@@ -302,9 +302,9 @@ class ScoreModel(nn.Module, ABC):
         c: Tensor | int | None = None,
         sigma_range: tuple[float, float] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """E[x|y] or E[x|y, c] at the noise level that the model estimates, and that level, (B,).
+        """E[x|y] or E[x|y, c] at the estimated noise level, and that level, (B,).
 
-        ``sigma_range`` bounds the estimate, which is large where the score is small.
+        ``sigma_range`` limits the estimate, which is large if the score is small.
         """
         self._check_blind()
         labels = self._labels(c, y)
@@ -317,14 +317,14 @@ class ScoreModel(nn.Module, ABC):
         return tweedie(y, score, sigma), sigma
 
     def estimate_sigma(self, y: Tensor) -> Tensor:
-        """The noise level that the score of a blind model implies, sqrt(d) / ||score||, (B,)."""
+        """Noise level estimated from the score of a blind model, sqrt(d) / ||score||, (B,)."""
         return self.denoise_blind(y)[1]
 
     def check_labels(self, c: Tensor | int, y: Tensor) -> Tensor:
-        """Labels as a tensor (B,) int64 on y's device, checked.
+        """Check labels and return them as an int64 tensor (B,) on y's device.
 
         Raises:
-            UserError: if the model has no labels, or one is outside 0 .. num_classes - 1.
+            UserError: if the model has no labels, or a label is outside 0 .. num_classes - 1.
         """
         if self.num_classes == 0:
             raise UserError("this model was trained without labels: leave the label out")
@@ -334,7 +334,7 @@ class ScoreModel(nn.Module, ABC):
         labels = labels.long().reshape(-1).expand(len(y)) if labels.ndim == 0 else labels.long()
         if labels.shape != y.shape[:1]:
             raise UserError(f"{len(y)} images need {len(y)} labels, not {tuple(labels.shape)}")
-        if torch.compiler.is_compiling():  # what calls a compiled function has looked at them
+        if torch.compiler.is_compiling():  # the caller of the compiled function checks the values
             return labels
         outside = labels[(labels < 0) | (labels >= self.num_classes)]
         if len(outside):
@@ -355,7 +355,7 @@ class ScoreModel(nn.Module, ABC):
 
     @property
     def has_batch_norm(self) -> bool:
-        """Whether a BatchNorm is among the modules, whose training mode mixes a batch's images."""
+        """Whether the model has BatchNorm, which in training mode couples a batch's images."""
         kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
         return any(isinstance(m, kinds) for m in self.modules())
 
@@ -369,14 +369,14 @@ class EnergyModel(ScoreModel):
     def forward(self, y: Tensor, sigma: Noise | None = None) -> Energies:
         """Energies of noisy images ``y`` (B, C, H, W) in image units."""
 
-    if TYPE_CHECKING:  # what nn.Module does not say of calling it
+    if TYPE_CHECKING:  # the type of a call, which nn.Module does not declare
 
         def __call__(self, y: Tensor, sigma: Noise | None = None) -> Energies: ...
 
     def value_and_grads(
         self, y: Tensor, sigma: Noise | None, *targets: Target
     ) -> tuple[Energies, list[Tensor]]:
-        """`value_and_grads` of this model, recorded where a parameter or an input requires it."""
+        """`value_and_grads` of this model, with a graph if a parameter or input requires grad."""
         return value_and_grads(self, y, sigma, *targets, record=wants_grad(self, y, sigma))
 
     def _score(self, y: Tensor, sigma: Noise | None, c: Tensor | None) -> Tensor:
@@ -387,19 +387,19 @@ class EnergyModel(ScoreModel):
     def density_and_score(
         self, y: Tensor, sigma: Noise | None = None, c: Tensor | int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """log p(y), or log p(y|c) up to a constant, (B,), and its gradient, from one pass."""
+        """log p(y) or log p(y|c), up to a constant, (B,), and its gradient, in one forward pass."""
         target = LogDensity(self._labels(c, y))
         energies, (score,) = self.value_and_grads(y, sigma, target)
         return target(upcast_energies(energies)), score
 
     def energies(self, y: Tensor, sigma: Noise | None = None) -> Energies:
-        """What `forward` gives, in float32 at least."""
+        """The output of `forward`, in float32 at least."""
         return upcast_energies(self(y, sigma))
 
     def log_density(
         self, y: Tensor, sigma: Noise | None = None, c: Tensor | int | None = None
     ) -> Tensor:
-        """log p(y), or log p(y|c), up to a constant, (B,), in nats."""
+        """log p(y) or log p(y|c), up to a constant, (B,), in nats."""
         return LogDensity(self._labels(c, y))(self.energies(y, sigma))
 
     def energy(self, y: Tensor, sigma: Noise | None = None) -> Tensor:
@@ -415,11 +415,11 @@ class EnergyModel(ScoreModel):
         return self.energies(y, sigma).log_joint()
 
     def label_score(self, y: Tensor, c: Tensor | int, sigma: Noise | None = None) -> Tensor:
-        """grad log p(c|y), "the adversarial gradient" (CDN eq. 9); shape of y."""
+        """grad log p(c|y), "the adversarial gradient" (CDN eq. 9); same shape as y."""
         return self.value_and_grads(y, sigma, LabelLogProbability(self.check_labels(c, y)))[1][0]
 
     def warn_if_rough(self) -> None:
-        """Warn, once, of layers through which no score should be taken, as the paper found."""
+        """Warn once about layers that, as the paper found, impair a score: BatchNorm and ReLU."""
         if self._warned or torch.compiler.is_compiling():
             return
         self._warned = True
@@ -434,7 +434,7 @@ class EnergyModel(ScoreModel):
 
 
 def wants_grad(model: nn.Module, y: Tensor, sigma: Noise | None) -> bool:
-    """Whether a result of ``model`` at ``y`` is to be differentiated."""
+    """Whether results of ``model`` at ``y`` need a gradient."""
     if torch.compiler.is_compiling() or _in_functional_transform():
         return True
     if not torch.is_grad_enabled():
@@ -447,42 +447,42 @@ def wants_grad(model: nn.Module, y: Tensor, sigma: Noise | None) -> bool:
 
 
 def tweedie(y: Tensor, score: Tensor, sigma: Noise) -> Tensor:
-    """E[x|y] = y + sigma^2 score (CDN eq. 6-7), of images and scores (B, ...)."""
+    """E[x|y] = y + sigma^2 score (CDN eq. 6-7), for images and scores (B, ...)."""
     return y + per_image(sigma, y) ** 2 * score
 
 
 def sigma_of_score(score: Tensor) -> Tensor:
-    """sqrt(d) / ||score||, (B,); finite even at a score of 0, which then moves no image."""
+    """sqrt(d) / ||score||, (B,); finite even for a score of 0, with which nothing is denoised."""
     norm = torch.linalg.vector_norm(score.flatten(1), dim=1)
     sigma: Tensor = math.sqrt(score[0].numel()) / norm.clamp_min(torch.finfo(score.dtype).eps ** 2)
     return sigma
 
 
 def per_image(sigma: Noise, y: Tensor) -> Noise:
-    """A noise level (B,) shaped to multiply images ``y``; a float stays one."""
+    """Reshape a noise level (B,) to broadcast over images ``y``; a float is unchanged."""
     if isinstance(sigma, Tensor) and sigma.ndim > 0:
         return sigma.to(y).reshape(-1, *[1] * (y.ndim - 1))
     return sigma
 
 
 def upcast_energies(energies: Energies) -> Energies:
-    """``energies`` in float32 at least."""
+    """Convert ``energies`` to float32 at least."""
     return Energies(upcast(energies.logits), upcast(energies.log_density))
 
 
 def check_sigma(sigma: Noise | None, at_zero: bool = False) -> None:
-    """Whether ``sigma`` can be a noise level; values of tensors are not looked at.
+    """Check that ``sigma`` is a noise level; values of tensors are not checked.
 
     Args:
-        sigma: image units.
+        sigma: noise level, image units.
         at_zero: whether 0 is legal.
 
     Raises:
-        UserError: if a float is not finite and above 0, or a tensor is of whole numbers.
+        UserError: if a float is not finite and above 0, or a tensor is not floating-point.
     """
     if isinstance(sigma, Tensor) and not sigma.is_floating_point():
         raise UserError(
-            f"sigma must be a float or a tensor of floats, not {sigma.dtype}; labels go as c=..."
+            f"sigma must be a float or a tensor of floats, not {sigma.dtype}; pass labels as c=..."
         )
     if isinstance(sigma, (int, float)) and not (0 < sigma < math.inf or (at_zero and sigma == 0)):
         least = "0 or more" if at_zero else "above 0"
@@ -490,6 +490,6 @@ def check_sigma(sigma: Noise | None, at_zero: bool = False) -> None:
 
 
 def classifies(model: ScoreModel) -> TypeGuard[EnergyModel]:
-    """Whether ``model`` has labels and, if it says what it was trained for, was trained on them."""
+    """Whether ``model`` has labels and, if it has a card, was trained on them."""
     trained = model.card is None or model.card.classifies
     return isinstance(model, EnergyModel) and model.num_classes > 0 and trained

@@ -55,7 +55,7 @@ def test_the_label_minus_one_stands_for_none():
 
 
 def test_labels_in_the_place_of_sigma_are_refused():
-    with pytest.raises(UserError, match="labels go as c="):
+    with pytest.raises(UserError, match="pass labels as c="):
         mixture().score(torch.rand(2, 1, 1, 2, dtype=torch.float64), torch.tensor([0, 1]))
 
 
