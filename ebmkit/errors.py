@@ -1,8 +1,8 @@
-"""Errors that a user can mend, each told in one sentence.
+"""User errors, each explained in one sentence.
 
-`UserError` carries the whole sentence: the offending value, what is legal, what to do. The command
-line prints it and ends with exit code 2; from Python it is an ordinary exception. `validated` turns
-pydantic's reports into one; pydantic is imported there, for help must not wait for it.
+The sentence of a `UserError` states the offending value, the legal values and the fix. The command
+line prints it and ends with exit code 2; in Python it is an ordinary exception. `validated`
+converts pydantic's errors; it imports pydantic itself, so that ``--help`` stays fast.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ M = TypeVar("M", bound="BaseModel")
 
 
 MOST = 1000
-"""Characters of a sentence; a longer one, which quotes something long, loses its middle."""
+"""Maximum number of characters of a sentence; the middle of a longer one is cut."""
 
 
 class UserError(ValueError):
-    r"""A mistake in what the user gave: input, option, file or folder.
+    r"""Error in the user's input: an argument, option, file or folder.
 
-    Its sentence stays one, whatever it quotes: characters that would act on a terminal are spelled
-    out, and the middle of a very long one is left out.
+    Control characters and line breaks in the sentence are escaped, and the middle of a very long
+    sentence is cut.
 
     >>> print(UserError("there is no file " + "evil\x1b[2J\n"))
     there is no file evil\x1b[2J\n
 
     Args:
-        sentence: what is wrong, and what to do.
-        details: lines below it, where one sentence cannot hold what was found.
+        sentence: the problem and its fix.
+        details: further lines, for findings that do not fit into one sentence.
     """
 
     def __init__(self, sentence: object = "", details: Iterable[str] = ()) -> None:
@@ -40,7 +40,7 @@ class UserError(ValueError):
 
 
 def _one(text: str) -> str:
-    """``text`` as one line that a terminal can show."""
+    """``text`` as one printable line."""
     if len(text) > MOST:
         text = f"{text[: MOST - 300]} ... {text[-300:]}"
     if not text.isprintable():
@@ -49,7 +49,7 @@ def _one(text: str) -> str:
 
 
 def shown(value: Any, most: int = 200) -> str:
-    """``value`` as messages show it: as Python writes it, cut where it is long.
+    """Format ``value`` for a message: its ``repr``, cut after ``most`` characters.
 
     >>> shown("x" * 1000, most=12)
     "'xxxxxxxxxxx..."
@@ -59,7 +59,7 @@ def shown(value: Any, most: int = 200) -> str:
 
 
 def plain(text: str) -> str:
-    """``text`` itself; as Python writes it if it holds what would act on a terminal.
+    """Format ``text`` for a message: its ``repr`` if it is long or not printable, else unchanged.
 
     >>> print(plain("streams.denoise"), plain("evil\\x1b[2J"))
     streams.denoise 'evil\\x1b[2J'
@@ -68,12 +68,12 @@ def plain(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What ``error``, of a library, says first; its class where it says nothing."""
+    """The first line of a library's ``error``; its class name if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
-    """The error for a ``name`` that is not among the ``known`` ones, with the nearest suggested.
+    """The error for a ``name`` that is not in ``known``, with the most similar name suggested.
 
     >>> print(unknown_name("backbone", "gradresnet81", ["gradresnet18", "gradresnet34"]))
     unknown backbone 'gradresnet81': did you mean 'gradresnet18'? Known: gradresnet18, gradresnet34
@@ -88,7 +88,7 @@ def validated(model: type[M], values: dict[str, Any], what: str) -> M:
     """Build ``model`` from ``values``.
 
     Raises:
-        UserError: with the first illegal field of ``what``, its value, and what would be legal.
+        UserError: if ``what`` has an illegal field, with the field, its value and the legal values.
     """
     from pydantic import ValidationError
 
@@ -115,7 +115,7 @@ def _sentence(model: type[BaseModel], values: Any, error: ValidationError, what:
         reason = f"it takes several values: write [{shown(first['input'])}]"
     if not path:
         return f"{what}: {reason}"
-    if isinstance(first["input"], dict):  # a rule about several fields together
+    if isinstance(first["input"], dict):  # a validator of several fields
         return f"{what}: {where}: {reason}"
     return (
         f"{what}: {where} = {shown(first['input'])} is not legal: {reason[0].lower()}{reason[1:]}"
@@ -125,10 +125,10 @@ def _sentence(model: type[BaseModel], values: Any, error: ValidationError, what:
 def _follow(
     model: type[BaseModel], values: Any, location: Sequence[str]
 ) -> tuple[list[str], type[BaseModel]]:
-    """The names in ``location`` that a user writes, and the configuration at its end.
+    """The field names in ``location``, and the configuration class at its end.
 
-    Where a field is one of several configurations, pydantic adds the kind to the location; where
-    its class depends on the value, the class says which (``class_for``).
+    For a union of configurations, pydantic adds the kind to the location, which is not a field
+    name. If the class of a configuration depends on the value, ``class_for`` returns it.
     """
     names: list[str] = []
     current = _class_for(model, values)
@@ -138,7 +138,7 @@ def _follow(
             current, choices = choices[part], {}
             continue
         names.append(part)
-        field = current.model_fields.get(part)  # none: a key of a mapping
+        field = current.model_fields.get(part)  # None: a key of a mapping
         values = values.get(part) if isinstance(values, Mapping) else None
         nested = _configurations(field.annotation) if field else []
         choices = {str(c.model_fields["kind"].default): c for c in nested if len(nested) > 1}
@@ -150,13 +150,13 @@ def _follow(
 def _class_for(model: type[BaseModel], values: Any) -> type[BaseModel]:
     try:
         found: type[BaseModel] = getattr(model, "class_for", lambda given: model)(values)
-    except UserError:  # of no known class, which is what the sentence says
+    except UserError:  # unknown class, which the message reports
         return model
     return found
 
 
 def _configurations(annotation: Any) -> list[type[BaseModel]]:
-    """The configurations named in a type: itself, or the members of a union."""
+    """The configuration classes in a type annotation: the class, or the members of a union."""
     from pydantic import BaseModel
 
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):

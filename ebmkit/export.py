@@ -1,18 +1,18 @@
-r"""Trained models as files that run without ebmkit: torch.export (``.pt2``) and ONNX (``.onnx``).
+r"""Export to files that run without ebmkit: torch.export (``.pt2``) and ONNX (``.onnx``).
 
-A denoiser is a network with a gradient inside, :math:`y + \sigma^2 \nabla_y \log p(y)`, and
-exporters refuse `torch.func.vjp`. So `make_fx` runs the function on tensors without values and
-writes down every operation, those of the vector-Jacobian product too: what is left is a graph of
-ordinary operations. ONNX has none for the gradient of a convolution; with respect to the input it
-is the transposed convolution with the same weight,
+A denoiser contains a gradient, :math:`y + \sigma^2 \nabla_y \log p(y)`, and exporters do not
+support `torch.func.vjp`. So `make_fx` traces the function, including the vector-Jacobian product,
+with fake tensors to a graph of ordinary operations. ONNX has no operation for the gradient of a
+convolution; with respect to the input, it is the transposed convolution with the same weight,
 
 .. math:: \bar x = \operatorname{conv}^{\!\top}(\bar z, w), \qquad
     \text{output padding} = n_x - \bigl((n_z - 1)\,s - 2p + d\,(k - 1) + 1\bigr),
 
-whose output padding restores the rows and columns that a stride :math:`s > 1` rounded away.
+whose output padding restores the rows and columns that a stride :math:`s > 1` drops by rounding.
 
-Inputs and outputs of each kind of file: docs, "Export a model". Everything is float32. B is free
-unless it is fixed; C, H and W are fixed. The classifier of a noise-conditional model takes sigma.
+For inputs and outputs of each kind of file see the docs, "Export a model". Tensors are float32. B
+is dynamic unless ``batch`` is set; C, H and W are fixed. The classifier of a noise-conditional
+model takes sigma.
 """
 
 from __future__ import annotations
@@ -41,27 +41,27 @@ from ebmkit.storage import write_atomically
 What = Literal["classifier", "denoiser", "blind-denoiser"]
 
 MEDIAN, LARGEST = 1e-4, 1e-2
-"""Differences to the model, over an image's largest value, that half of the images and all of the
-images may have.
+"""Limits of the difference to the model, relative to an image's largest value: of the median and of
+the maximum over images.
 
-In float32, another order of additions was measured to give 1e-7 to 1e-5. Where log p is flat the
-score is a difference of equals, so a few images in a hundred exceed 1e-4. A wrong operation gives
-differences of order 1 on every image.
+In float32, another order of additions causes measured differences of 1e-7 to 1e-5. Where log p is
+flat, cancellation in the score makes a few images in a hundred exceed 1e-4. A wrong operation
+causes differences of order 1 on every image.
 """
 
 IMAGES = 5
-"""Random images, at least, that a file is tried on in one batch or in several."""
+"""Minimum number of random images that a file is tested on, in one or several batches."""
 
 _TRACED_BATCH = 67
-"""A free batch while tracing, where equal sizes become one: a number that layers rarely have."""
+"""Batch size for tracing a dynamic batch. Tracing merges equal sizes, so it must be a rare size."""
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 class Task(NamedTuple):
-    """A function of tensors, the names of its inputs and outputs, and the shapes it is traced at.
+    """The function to export, names of its inputs and outputs, and shapes for tracing.
 
-    ``size`` is (C, H, W); a ``batch`` of None is free.
+    ``size`` is (C, H, W); ``batch`` None is dynamic.
     """
 
     inputs: tuple[str, ...]
@@ -72,20 +72,20 @@ class Task(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """How far a file is from its model: by image, the largest difference over the largest value."""
+    """Difference of a file to its model: per image, largest difference over largest value."""
 
     median: float
     largest: float
 
 
 class Exported(NamedTuple):
-    """What was written.
+    """Result of `export`.
 
     Attributes:
-        path: the file.
-        inputs: shapes by name, in order; a free batch is "batch".
-        batches: the numbers of random images that the file was run on and compared with the model.
-        differences: by output, in order.
+        path: path of the file.
+        inputs: input shapes by name, in order; a dynamic batch is "batch".
+        batches: sizes of the batches of random images on which file and model were compared.
+        differences: differences to the model by output, in order.
     """
 
     path: Path
@@ -102,23 +102,23 @@ def export(
     channels: int | None = None,
     batch: int | None = None,
 ) -> Exported:
-    """Write ``model`` as a file for PyTorch (``.pt2``) or an ONNX runtime (``.onnx``).
+    """Write ``model`` to a file for PyTorch (``.pt2``) or an ONNX runtime (``.onnx``).
 
-    What is written is first loaded again, run on random images and compared with the model: a file
-    with other values is never left behind. The model itself is not changed.
+    Before it is written, the content is loaded, run on random images and compared with the model,
+    so a file with wrong values never exists. The model is not changed.
 
     Args:
         model: a trained model.
-        path: the new file; its suffix says the format.
-        what: classifier, denoiser or blind-denoiser (see the module's text).
-        image_size: height and width, or one number for both; None: those of the training.
-        channels: 1 gray, 3 colour; None: those of the training.
-        batch: how many images the file takes at a time; None: any number.
+        path: file to create; the suffix determines the format.
+        what: classifier, denoiser or blind-denoiser.
+        image_size: height and width, or one number for both; None: the training size.
+        channels: 1 gray, 3 colour; None: as in training.
+        batch: fixed batch size; None: any.
 
     Raises:
         UserError: if the file exists or cannot be written, the suffix or ``what`` is unknown, the
-            model cannot do it, its image size is unknown, the extra ``onnx`` is not installed,
-            PyTorch cannot export the model, or the file's values are not the model's.
+            model does not support ``what``, its image size is unknown, the extra ``onnx`` is not
+            installed, PyTorch cannot export the model, or file and model differ.
 
     >>> export(model, "denoiser.onnx").differences                       # doctest: +SKIP
     {'denoised': Difference(median=1.2e-06, largest=4.3e-06)}
@@ -126,7 +126,7 @@ def export(
     path = Path(path)
     _check_path(path)
     if batch is not None and batch < 1:
-        raise UserError(f"batch {batch} must be at least 1, or left out for any number of images")
+        raise UserError(f"batch {batch} must be at least 1, or omitted for any number of images")
     size = _image_shape(model, image_size, channels)
     frozen = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
     task = _task(frozen, what, size, batch)
@@ -134,7 +134,7 @@ def export(
     to_bytes, run = (to_pt2, run_pt2) if path.suffix == ".pt2" else (to_onnx, run_onnx)
     try:
         content = to_bytes(task, json.dumps(description))
-    except RuntimeError as error:  # a UserError is none
+    except RuntimeError as error:  # a UserError is not a RuntimeError
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
@@ -145,11 +145,11 @@ def export(
     batches = (1, IMAGES) if batch is None else (batch,) * math.ceil(IMAGES / batch)
     differences = _compare(task, frozen, batches, lambda images: run(content, task, images))
     for name, (median, largest) in differences.items():
-        if not (median <= MEDIAN and largest <= LARGEST):  # nor NaN
+        if not (median <= MEDIAN and largest <= LARGEST):  # true for NaN, too
             raise UserError(
-                f"{str(path)!r} was not written, for its {name} would differ from the model's by "
-                f"{median:.1e} of an image's largest value at the median and {largest:.1e} at the "
-                f"most, where {MEDIAN:.0e} and {LARGEST:.0e} are allowed"
+                f"{str(path)!r} was not written, because its {name} differs from the model's by "
+                f"{median:.1e} of an image's largest value at the median and {largest:.1e} at "
+                f"most; {MEDIAN:.0e} and {LARGEST:.0e} are allowed"
             )
     write_atomically(path, content)
     first = "batch" if batch is None else batch
@@ -160,11 +160,11 @@ def export(
 
 
 def _check_path(path: Path) -> None:
-    """Whether the file can be made, before the work."""
+    """Check that the file can be written."""
     if path.suffix not in (".pt2", ".onnx"):
         raise UserError(
-            f"{str(path)!r} says no format that ebmkit can write: end it in .pt2 for PyTorch, or "
-            "in .onnx for ONNX runtimes"
+            f"{str(path)!r} has no suffix that ebmkit can export to: use .pt2 for PyTorch, or "
+            ".onnx for ONNX runtimes"
         )
     if path.exists():
         raise UserError(f"{str(path)!r} exists: choose another name, or move it away")
@@ -178,7 +178,7 @@ def _check_path(path: Path) -> None:
 def _image_shape(
     model: ScoreModel, image_size: tuple[int, int] | int | None, channels: int | None
 ) -> tuple[int, int, int]:
-    """(C, H, W) of the images, from what is given or else from the training."""
+    """(C, H, W) of the images, from the arguments or else from training."""
     card = model.card
     if image_size is None:
         image_size = card.image_size if card else getattr(model, "reference_size", None)
@@ -196,7 +196,7 @@ def _image_shape(
 
 
 def _task(model: ScoreModel, what: str, size: tuple[int, int, int], batch: int | None) -> Task:
-    """The function called ``what`` of ``model``."""
+    """The task ``what`` of ``model``."""
 
     def classify(y: Tensor, sigma: Tensor | None = None) -> tuple[Tensor, ...]:
         energies = model(y, sigma)
@@ -226,10 +226,10 @@ def _compare(
     batches: Sequence[int],
     run: Callable[[Sequence[Tensor]], tuple[Tensor, ...]],
 ) -> dict[str, Difference]:
-    """How far ``run`` is from the task on random images, by output.
+    """Compare ``run`` with the task on random images; differences by output.
 
-    The noise levels of a blind model are those at which sigma^2 ||score|| = sqrt(d), so that a
-    denoised image is as much score as image, however small the score of the model is.
+    For a blind model, sigma is chosen such that sigma^2 ||score|| = sqrt(d). So the score
+    contributes as much to the denoised image as the image itself, even if the score is small.
     """
     generator = torch.Generator().manual_seed(0)
     found: dict[str, list[Tensor]] = {name: [] for name in task.outputs}
@@ -247,7 +247,7 @@ def _compare(
 
 
 def _by_image(got: Tensor, value: Tensor) -> Tensor:
-    """Largest difference over the largest value of each image, (B,); infinite if shapes differ."""
+    """Largest difference over largest value of each image, (B,); infinite if shapes differ."""
     if got.shape != value.shape:
         return torch.full((len(value),), math.inf)
     difference, value = (t.abs().reshape(len(t), -1).amax(1) for t in (got - value, value))
@@ -260,17 +260,17 @@ def _by_image(got: Tensor, value: Tensor) -> Tensor:
 def _trace(
     task: Task, table: Mapping[Any, Callable[..., Any]] | None = None
 ) -> tuple[GraphModule, tuple[Tensor, ...], tuple[dict[int, Any], ...] | None]:
-    """The task with its gradients written out, its arguments and their dynamic shapes.
+    """Trace the task and its gradients; return graph, arguments and dynamic shapes.
 
-    ``table`` replaces operations.
+    ``table`` has replacements of operations.
     """
     free = task.batch is None
     count = task.batch or _TRACED_BATCH
     shapes = [(count, *task.size) if name == "y" else (count,) for name in task.inputs]
-    arguments = tuple(torch.empty(shape) for shape in shapes)  # their values are never looked at
+    arguments = tuple(torch.empty(shape) for shape in shapes)  # values are not used
 
     def call(y: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        # as whole numbers, so that a model's own arithmetic on H and W is done here and now
+        # sizes as Python integers, so that the model's arithmetic on H and W is not traced
         return task.call(y.view(y.shape[0], *task.size), *rest)
 
     tracer = make_fx(
@@ -284,8 +284,8 @@ def _trace(
     inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
     if free and is_concrete_int(inputs[0].meta["val"].shape[0]):
         raise UserError(
-            "the number of images became a constant while the model was traced, as len(tensor) and "
-            "nn.Linear with a bias on (B, M, K) make it: export with a fixed batch, or write "
+            "the number of images became a constant during tracing, because of len(tensor) or "
+            "nn.Linear with a bias on (B, M, K): export with a fixed batch, or write "
             "tensor.shape[0] there"
         )
     for node, name in zip(inputs, task.inputs, strict=True):
@@ -296,12 +296,12 @@ def _trace(
 
 
 def to_pt2(task: Task, description: str) -> bytes:
-    """The task as the bytes of a ``.pt2`` file."""
+    """Export the task to the bytes of a ``.pt2`` file."""
     graph, arguments, shapes = _trace(task)
     file = io.BytesIO()
-    with warnings.catch_warnings(action="ignore"):  # of exporters, about their own parts
+    with warnings.catch_warnings(action="ignore"):  # exporters warn about their internals
         program = torch.export.export(graph, arguments, dynamic_shapes=shapes, strict=False)
-        program.example_inputs = None  # a file has no use for the tensors that it was traced at
+        program.example_inputs = None  # the file does not need the tensors used for tracing
         torch.export.save(program, file, extra_files={"ebmkit.json": description})
     return file.getvalue()
 
@@ -313,7 +313,7 @@ def run_pt2(content: bytes, task: Task, arguments: Sequence[Tensor]) -> tuple[Te
 
 
 def to_onnx(task: Task, description: str) -> bytes:
-    """The task as the bytes of an ``.onnx`` file."""
+    """Export the task to the bytes of an ``.onnx`` file."""
     backward = torch.ops.aten.convolution_backward.default
     graph, arguments, shapes = _trace(task, {backward: _convolution_backward})
     with warnings.catch_warnings(action="ignore"):
@@ -353,9 +353,9 @@ def _convolution_backward(
     groups: int,
     mask: list[bool],
 ) -> Any:
-    """The gradient of a convolution by its input; no other is asked of a frozen network."""
+    """Gradient of a convolution by its input, the only one that a frozen network needs."""
     if transposed or mask[1] or mask[2]:
-        return NotImplemented  # leaves the operation as it is
+        return NotImplemented  # keeps the operation
     sizes = (x.shape[2:], gradient.shape[2:], stride, padding, dilation, weight.shape[2:])
     extra = [
         n_x - ((n_z - 1) * s - 2 * p + d * (k - 1) + 1)

@@ -1,15 +1,15 @@
-r"""Denoising images of any size within bounded memory.
+r"""Denoise images of any size in bounded memory.
 
-The score of a large image is assembled from overlapping crops whose borders fade into each other:
+The score of a large image is a weighted mean of the scores of overlapping crops,
 
 .. math:: s(y) = \frac{\sum_t w_t\, s(y_t)}{\sum_t w_t}
 
-with weights :math:`w_t` that fall linearly to 0 over the overlap. The crops are twice the size that
-the model was trained at and overlap by half, as in the model's own log-density of large images
-(`ebmkit.models.joint`, "tiles"), of whose gradient this is a smoother copy that never holds more
-than a few crops in memory. Everything else follows from the assembled score: the noise level
-:math:`\hat\sigma = \sqrt d/\|s\|` where none is given, and :math:`D(y) = y + \sigma^2 s(y)`. Of a
-plain denoiser, and of a gradient step, the change :math:`D(y) - y` is assembled instead.
+with weights :math:`w_t` that fall linearly to 0 over the overlap. Crops have twice the training
+size and overlap by half, as in the model's log-density of large images (`ebmkit.models.joint`,
+"tiles"). The result is nearly the gradient of that log-density, but smoother, and only a few crops
+are in memory at a time. The noise level :math:`\hat\sigma = \sqrt d/\|s\|`, if none is given, and
+:math:`D(y) = y + \sigma^2 s(y)` are computed from this score. For plain denoisers and gradient-step
+denoisers, :math:`D(y) - y` is averaged instead.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from ebmkit.energy import ScoreModel, check_sigma, sigma_of_score, tweedie
 from ebmkit.errors import UserError
 
 TILE = 256
-"""Side of the crops where the model does not say what it was trained at."""
+"""Crop size, in pixels, if the training size is unknown."""
 
 BATCH_PIXELS = 128 * 128
-"""Pixels of crops that go through the network at once."""
+"""Number of pixels in a batch of crops."""
 
 Progress = Callable[[int, int], None]
 
 
 class Denoised(NamedTuple):
-    """A denoised image (C, H, W), not clipped, and the noise level that was taken out."""
+    """A denoised image (C, H, W), not clipped, and the noise level, given or estimated."""
 
     image: Tensor
     sigma: float
@@ -56,15 +56,15 @@ def denoise_image(
     Args:
         model: a blind or noise-conditional model.
         y: the noisy image (C, H, W), image units.
-        sigma: its noise level in image units; None: estimated from the score of the whole image.
-        c: a label, for the class-conditional denoiser.
-        tile: side of the crops; None: twice the trained size, or `TILE` for plain denoisers and
-            gradient steps. An image no larger is done at once.
-        overlap: by how much crops overlap; None: half a crop.
-        progress: called with (crops done, crops in all).
+        sigma: noise level of ``y``, image units; None: estimated from the score of the whole image.
+        c: label, for the class-conditional denoiser.
+        tile: crop size, pixels; None: twice the training size, or `TILE` for plain denoisers and
+            gradient-step denoisers. Smaller images are processed as one crop.
+        overlap: overlap of crops, pixels; None: half a crop.
+        progress: called with (crops done, number of crops).
 
     Raises:
-        UserError: if channels or label do not suit the model, or it needs sigma and none is given.
+        UserError: if channels or label do not fit the model, or it needs sigma and none is given.
     """
     if sigma is None and model.noise_conditional:
         raise UserError("this model takes the noise level as an input: give sigma")
@@ -80,7 +80,7 @@ def denoise_image(
         return Denoised(y + moved, sigma)
     score = image_score(model, y, sigma, c, tile, overlap, progress)
     if sigma is None:
-        # the level is that of the unconditional score
+        # the noise level is estimated from the unconditional score
         plain = score if c is None else image_score(model, y, None, None, tile, overlap)
         sigma = float(sigma_of_score(plain[None]))
     return Denoised(tweedie(y, score, sigma), sigma)
@@ -98,7 +98,7 @@ def image_score(
 ) -> Tensor:
     """grad log p(y) or grad log p(y|c) of an image ``y`` (C, H, W), from crops; same shape.
 
-    The arguments are those of `denoise_image`.
+    For the arguments see `denoise_image`.
     """
     if tile is None:
         size = model.card.image_size if model.card else None
@@ -113,7 +113,7 @@ def _assemble(
     overlap: int | None,
     progress: Progress | None,
 ) -> Tensor:
-    """``function`` of the crops (B, C, h, w) of an image (C, H, W), faded into each other."""
+    """Apply ``function`` to crops (B, C, h, w) of an image (C, H, W), and blend the results."""
     overlap = tile // 2 if overlap is None else overlap
     if not 0 <= overlap < tile:
         raise UserError(f"overlap {overlap} must be at least 0 and less than the tile's {tile}")
@@ -138,7 +138,7 @@ def _assemble(
 
 
 def spread(length: int, tile: int, stride: int) -> list[int]:
-    """Starts of tiles of size ``tile`` at most ``stride`` apart that cover 0 .. length evenly.
+    """Start positions of evenly spaced tiles that cover ``length``, at most ``stride`` apart.
 
     >>> spread(80, 32, 16)
     [0, 16, 32, 48]
@@ -148,7 +148,7 @@ def spread(length: int, tile: int, stride: int) -> list[int]:
 
 
 def _fade(length: int, overlap: int, like: Tensor) -> Tensor:
-    """1 in the middle, falling linearly towards both ends over ``overlap``; above 0 everywhere."""
+    """Blending weights: 1 in the middle, falling linearly over ``overlap`` at the ends, above 0."""
     distance = torch.arange(length, dtype=like.dtype, device=like.device) + 1
     nearest = torch.minimum(distance, distance.flip(0))
     return (nearest / (overlap + 1)).clamp(max=1.0)

@@ -190,7 +190,7 @@ def test_a_wrong_operation_leaves_no_file(tmp_path, monkeypatch):
         return gradient * 1.001, *rest
 
     monkeypatch.setattr(ebmkit.export, "_convolution_backward", wrong)
-    with pytest.raises(UserError, match=r"was not written, for its denoised would differ"):
+    with pytest.raises(UserError, match=r"was not written, because its denoised differs"):
         export(small(), tmp_path / "denoiser.onnx")
     assert not list(tmp_path.iterdir())
 
