@@ -1,43 +1,43 @@
-r"""Noise levels: their units, the laws that training draws them from, diffusion schedules.
+r"""Noise levels: units, noise laws of training, diffusion schedules.
 
-**Units.** Everywhere in ebmkit, sigma is the standard deviation of the noise in *image units*:
-images live in [0, 1]. People say "25" and mean :math:`25/255`; so options and configuration fields
-accept the fraction as text, and a bare "25" is refused with the fraction that was probably meant
-("25/1" insists on it; a float is taken as it is, so that saved configurations load again).
+**Units.** In ebmkit, sigma is the standard deviation of the noise in *image units*: images are in
+[0, 1]. The literature often writes "25" for :math:`25/255`. So options and configuration fields
+accept fractions as text, and refuse a bare "25" with a suggestion. "25/1" means 25, and a float is
+accepted unchanged, so that saved configurations can be loaded.
 
-**Laws.** Training draws one :math:`\sigma` per image, in image units. The paper's law (CDN sec.
-3.3) is the square of a uniform variable, :math:`\sqrt\sigma \sim U[\sqrt{\min}, \sqrt{\max}]`,
-whose density falls as :math:`1/\sqrt\sigma`: between a uniform one and a log-uniform one
+**Noise laws.** Training draws one :math:`\sigma` per image. The paper's law (CDN sec. 3.3) is the
+square of a uniform variable, :math:`\sqrt\sigma \sim U[\sqrt{\min}, \sqrt{\max}]`. Its density is
+proportional to :math:`1/\sqrt\sigma`, between those of the uniform and the log-uniform law
 (:math:`1/\sigma`).
 
-Diffusion models draw a timestep t uniformly of the T = 1000 levels of a schedule (Ho et al. 2020,
+Diffusion models draw a timestep t uniformly from the T = 1000 levels of a schedule (Ho et al. 2020,
 algorithm 1).
 
-**Schedules.** A diffusion model of T steps adds noise of variance :math:`\beta_t` at step t and
-knows images u as
+**Schedules.** A diffusion model with T steps adds noise of variance :math:`\beta_t` at step t. Its
+noisy images are
 
 .. math:: u_t = \sqrt{\bar\alpha_t}\, u_0 + \sqrt{1 - \bar\alpha_t}\, \epsilon, \qquad
     \bar\alpha_t = \prod_{s \le t} (1 - \beta_s), \qquad t = 0, \dots, T - 1.
 
-Its clean images live in a range [a, b], usually [-1, 1]; ours in [0, 1], x = (u - a) / (b - a). So
+Its clean images are in a range [a, b], usually [-1, 1]; ours, x = (u - a) / (b - a), in [0, 1]. So
 the same noisy image in image units is
 
 .. math::
     y = \frac{u_t / \sqrt{\bar\alpha_t} - a}{b - a} = x + \sigma_t \epsilon, \qquad
     \sigma_t = \frac{1}{b - a} \sqrt{\frac{1 - \bar\alpha_t}{\bar\alpha_t}} ,
 
-halved where images live in [-1, 1]. That is all a sampler needs of a schedule: a list of noise
-levels. The step before the first, t = -1, is the clean image, :math:`\bar\alpha_{-1} = 1`.
+with 1 / (b - a) = 1/2 for [-1, 1]. A sampler needs only this list of noise levels. The step t = -1
+is the clean image, :math:`\bar\alpha_{-1} = 1`.
 
-Of the T steps a sampler visits some, from the noisiest down. The names of the spacings are those of
-`diffusers`; with count n
+A sampler visits n of the T steps, from the noisiest to the cleanest, in a spacing with the name
+that `diffusers` uses:
 
 ============ ====================================================================================
 spacing      timesteps
 ============ ====================================================================================
-``leading``  0, r, 2r, ... with r = T // n: ends at 0, leaves the noisiest steps out
-``linspace`` n of equal distance from T - 1 to 0, rounded
-``trailing`` T - 1, T - 1 - T/n, ...: begins at T - 1, leaves the cleanest steps out
+``leading``  0, r, 2r, ... with r = T // n: ends at 0, excludes the noisiest steps
+``linspace`` n steps at equal distances from T - 1 to 0, rounded
+``trailing`` T - 1, T - 1 - T/n, ...: begins at T - 1, excludes the cleanest steps
 ============ ====================================================================================
 """
 
@@ -58,7 +58,7 @@ from ebmkit.registry import find
 
 
 def parse_fraction(value: object) -> float | None:
-    """A number, or the quotient of two, as ``25/255``; None for anything else.
+    """Parse a number or a fraction such as ``25/255``; None for anything else.
 
     >>> parse_fraction("51/255"), parse_fraction(0.5), parse_fraction("1/0")
     (0.2, 0.5, None)
@@ -71,11 +71,11 @@ def parse_fraction(value: object) -> float | None:
 
 
 def parse_sigma(value: object, allow_zero: bool = False) -> float:
-    """Read a noise level in image units from ``0.1``, ``"0.1"`` or ``"25/255"``.
+    """Parse a noise level in image units from ``0.1``, ``"0.1"`` or ``"25/255"``.
 
     Raises:
-        UserError: if the value does not parse, is not finite, is not above 0 (not 0 or above), or
-            is a bare number above 1 as text or whole number, which nobody means in image units.
+        UserError: if the value does not parse, is not finite, is not above 0 (with ``allow_zero``:
+            below 0), or is above 1 as an integer or as text without a slash.
 
     >>> parse_sigma("51/255")
     0.2
@@ -98,12 +98,12 @@ def parse_sigma(value: object, allow_zero: bool = False) -> float:
 
 
 def parse_radius(value: object) -> float:
-    """Read the radius of a ball of images, image units: a number, its text or a fraction.
+    """Parse a radius in image units from a number, or text with a number or a fraction.
 
-    2 is 2, for an l2 radius may well be above 1.
+    A bare 2 is legal, because an l2 radius can be above 1.
 
     Raises:
-        UserError: if it does not parse or is not a finite number of 0 or more.
+        UserError: if the value does not parse or is not a finite number of 0 or more.
 
     >>> parse_radius("51/255"), parse_radius("2")
     (0.2, 2.0)
@@ -111,14 +111,14 @@ def parse_radius(value: object) -> float:
     text = str(value).strip()
     radius = parse_fraction(text)
     if radius is None:
-        raise UserError(f"{text!r} is no radius: write a number or a fraction, as in 0.5 or 8/255")
+        raise UserError(f"{text!r} is not a radius: write a number or fraction, as in 0.5 or 8/255")
     if not 0 <= radius < math.inf:
         raise UserError(f"radius {text!r} must be a finite number of 0 or more, as in 0.5 or 8/255")
     return radius
 
 
 def in_255ths(sigma: float) -> str:
-    """How JSON keys and plots name a noise level.
+    """Format a noise level in 255ths, for JSON keys and plots.
 
     >>> in_255ths(25 / 255)
     '25'
@@ -127,28 +127,28 @@ def in_255ths(sigma: float) -> str:
 
 
 def format_sigma(sigma: float) -> str:
-    """Write a noise level in 255ths, as people read it: ``25/255``."""
+    """Format a noise level as a fraction, ``25/255``."""
     return f"{in_255ths(sigma)}/255"
 
 
 Sigma = Annotated[float, BeforeValidator(parse_sigma)]
-"""A pydantic field holding a noise level; accepts the forms of `parse_sigma`."""
+"""Pydantic field type of a noise level; accepts what `parse_sigma` accepts."""
 
 SigmaOrZero = Annotated[float, BeforeValidator(partial(parse_sigma, allow_zero=True))]
-"""The same where 0 stands for no noise."""
+"""Like `Sigma`, but 0 is legal and means no noise."""
 
 Radius = Annotated[float, BeforeValidator(parse_radius)]
-"""A pydantic field holding a radius of 0 or more; accepts the forms of `parse_radius`."""
+"""Pydantic field type of a radius of 0 or more; accepts what `parse_radius` accepts."""
 
 
 SLACK = 1e-6
-"""Relative tolerance of the ends of a range, for levels that were written and read, as 100/255."""
+"""Relative tolerance at the ends of a range, for levels such as 100/255 that files round."""
 
 
 def outside_range(sigmas: Iterable[float], sigma_range: tuple[float, float] | None) -> list[float]:
-    """Those of ``sigmas`` at which a model was not trained.
+    """The ``sigmas`` outside the range that a model was trained for.
 
-    ``sigma_range`` is that of the model's card, image units; None: no limit.
+    ``sigma_range`` is the range in the model's card, image units; None: no limit.
 
     >>> outside_range([0.1, 0.5, 1.0], (0.2, 0.5))
     [0.1, 1.0]
@@ -160,16 +160,16 @@ def outside_range(sigmas: Iterable[float], sigma_range: tuple[float, float] | No
 
 
 def check_trained(sigma: float, sigma_range: tuple[float, float] | None) -> float:
-    """``sigma`` itself, at which a model was trained.
+    """Return ``sigma`` if it is in the range that a model was trained for.
 
     Raises:
-        UserError: if it was not (`outside_range`); it says for which levels it was.
+        UserError: if it is not (`outside_range`), with the range.
     """
     if sigma_range is not None and outside_range([sigma], sigma_range):
         low, high = map(format_sigma, sigma_range)
         raise UserError(
-            f"noise level {format_sigma(sigma)} lies outside what this model was trained for: "
-            f"take {low} to {high}, or train it for more"
+            f"noise level {format_sigma(sigma)} is outside the range that this model was trained "
+            f"for: use {low} to {high}, or train for a wider range"
         )
     return sigma
 
@@ -178,7 +178,7 @@ Spacing = Literal["leading", "linspace", "trailing"]
 
 
 def linear_betas(steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> Tensor:
-    """Variances (T,) in equal steps from ``first`` to ``last``, float64 (Ho et al. 2020)."""
+    """Variances (T,), equally spaced from ``first`` to ``last``, float64 (Ho et al. 2020)."""
     return torch.linspace(first, last, steps, dtype=torch.float64)
 
 
@@ -191,7 +191,7 @@ def cosine_betas(steps: int = 1000, offset: float = 0.008, largest: float = 0.99
 
 
 SCHEDULES: dict[str, Callable[[int], Tensor]] = {"linear": linear_betas, "cosine": cosine_betas}
-"""Number of steps T to the variances (T,), by name."""
+"""Functions from the number of steps T to the variances (T,), by name."""
 
 
 @dataclass(frozen=True)
@@ -199,11 +199,11 @@ class Schedule:
     """Noise levels of a diffusion model, by timestep.
 
     Args:
-        betas: (T,) variances of the noise added at each step, in [0, 1).
-        image_range: where clean images live in the model's own coordinates.
+        betas: variances (T,) of the noise added at each step, above 0 and below 1.
+        image_range: range of clean images in the model's coordinates.
 
     Raises:
-        UserError: if a variance or the range is not legal.
+        UserError: if a variance or the range is illegal.
     """
 
     betas: Tensor
@@ -224,13 +224,13 @@ class Schedule:
         return len(self.betas)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Schedule:
-        return self  # nothing of it changes
+        return self  # immutable
 
     def abar(self, t: int) -> float:
-        """The share of the image in the variance after step ``t``; 1 at t = -1.
+        """Share of the clean image in the variance after step ``t``; 1 at t = -1.
 
         Raises:
-            UserError: if there is no such step.
+            UserError: if the schedule has no step ``t``.
         """
         if not -1 <= t < len(self):
             raise UserError(f"timestep {t} is out of range: this schedule has 0 to {len(self) - 1}")
@@ -253,7 +253,7 @@ class Schedule:
         return self.sigma(0), self.sigma(len(self) - 1)
 
     def nearest(self, sigma: float) -> int:
-        """The timestep whose noise level has the smallest ratio to ``sigma``, image units.
+        """The timestep whose noise level is closest to ``sigma`` (image units), as a ratio.
 
         Raises:
             UserError: if sigma is not above 0.
@@ -263,24 +263,24 @@ class Schedule:
         return min(range(len(self)), key=lambda t: abs(math.log(self.sigma(t) / sigma)))
 
     def to_image_units(self, u: Tensor, t: int) -> Tensor:
-        """Noisy images ``u`` of the model's coordinates as y = x + sigma(t) * eps."""
+        """Convert noisy images ``u`` in the model's coordinates to y = x + sigma(t) * eps."""
         low, high = self.image_range
         return (u / math.sqrt(self.abar(t)) - low) / (high - low)
 
     def from_image_units(self, y: Tensor, t: int) -> Tensor:
-        """The inverse of `to_image_units`: what the diffusion network takes at timestep ``t``."""
+        """Inverse of `to_image_units`: the input of the diffusion network at timestep ``t``."""
         low, high = self.image_range
         return (y * (high - low) + low) * math.sqrt(self.abar(t))
 
     def timesteps(self, count: int, spacing: Spacing = "trailing") -> tuple[int, ...]:
-        """``count`` timesteps from the noisiest to the cleanest; the module's text has the table.
+        """``count`` timesteps from the noisiest to the cleanest; see the table of the module.
 
         Raises:
-            UserError: if there are not as many, or the spacing is unknown.
+            UserError: if the schedule has fewer timesteps, or the spacing is unknown.
         """
         total = len(self)
         if not 1 <= count <= total:
-            raise UserError(f"{count} timesteps cannot be had of {total}: take 1 to {total}")
+            raise UserError(f"cannot select {count} of {total} timesteps: use 1 to {total}")
         if spacing == "leading":
             chosen = [i * (total // count) for i in reversed(range(count))]
         elif spacing == "linspace":
@@ -295,10 +295,10 @@ class Schedule:
     def within(
         self, timesteps: Sequence[int], sigma_range: tuple[float, float] | None
     ) -> tuple[int, ...]:
-        """Those of ``timesteps`` at whose noise level a model was trained.
+        """The ``timesteps`` whose noise level is in the range that a model was trained for.
 
         Raises:
-            UserError: if none is left.
+            UserError: if none is.
         """
         levels = [self.sigma(t) for t in timesteps]
         outside = outside_range(levels, sigma_range)
@@ -306,8 +306,8 @@ class Schedule:
             low, high = map(format_sigma, sigma_range)
             raise UserError(
                 f"none of the {len(levels)} noise levels from {format_sigma(max(levels))} to "
-                f"{format_sigma(min(levels))} lies where the model was trained, {low} to {high}: "
-                "take more timesteps"
+                f"{format_sigma(min(levels))} is in the range that the model was trained for, "
+                f"{low} to {high}: take more timesteps"
             )
         return tuple(t for t, sigma in zip(timesteps, levels, strict=True) if sigma not in outside)
 
@@ -315,10 +315,10 @@ class Schedule:
 def make_schedule(
     name: str = "linear", steps: int = 1000, image_range: tuple[float, float] = (-1.0, 1.0)
 ) -> Schedule:
-    """The schedule called ``name`` in `SCHEDULES`.
+    """Create the schedule called ``name`` in `SCHEDULES`.
 
     Raises:
-        UserError: if there is none.
+        UserError: if the name is unknown.
 
     >>> schedule = make_schedule("linear")
     >>> schedule.nearest(schedule.sigma(400))
@@ -331,7 +331,7 @@ NoiseKind = Literal["squared-uniform", "log-uniform", "uniform", "fixed", "diffu
 
 
 class NoiseLaw(BaseModel):
-    """How noise levels are drawn. Levels are in image units and may be written ``25/255``."""
+    """Distribution of noise levels, in image units; text such as ``25/255`` is accepted."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -341,10 +341,10 @@ class NoiseLaw(BaseModel):
         "(always max), diffusion (the levels of a diffusion schedule), none",
     )
     min: SigmaOrZero = Field(
-        0.0, description="lowest noise level, image units; kind diffusion has its schedule's"
+        0.0, description="lowest noise level, image units; kind diffusion: set by the schedule"
     )
     max: SigmaOrZero = Field(
-        0.0, description="highest noise level, image units; kind diffusion has its schedule's"
+        0.0, description="highest noise level, image units; kind diffusion: set by the schedule"
     )
     schedule: Literal["linear", "cosine"] = Field(
         "linear",
@@ -365,7 +365,7 @@ class NoiseLaw(BaseModel):
 
     @property
     def range(self) -> tuple[float, float]:
-        """The smallest and the largest level that can be drawn, image units."""
+        """The lowest and the highest level that can be drawn, image units."""
         if self.kind == "none":
             return 0.0, 0.0
         if self.kind == "diffusion":
@@ -375,7 +375,7 @@ class NoiseLaw(BaseModel):
     def sample(self, count: int, generator: torch.Generator, device: torch.device | str) -> Tensor:
         """Draw ``count`` independent levels, (count,) float32, image units.
 
-        ``generator`` must live on ``device``, as the levels do.
+        ``generator`` must be on ``device``, where the levels are created.
         """
         if self.kind == "diffusion":
             levels = _levels(self.schedule, str(device))
@@ -395,5 +395,5 @@ class NoiseLaw(BaseModel):
 
 @cache
 def _levels(schedule: str, device: str) -> Tensor:
-    """The noise levels of the schedule, (T,) float32, kept on the device."""
+    """The noise levels of the schedule, (T,) float32, cached on the device."""
     return make_schedule(schedule).sigmas.float().to(device)

@@ -1,7 +1,7 @@
-"""What plots share: colours, figures without global state, files written in one move.
+"""Shared plotting tools: colours, figures without global state, atomic writing of files.
 
-Figures need no display and leave nothing behind. Colours are Okabe and Ito's, which colour-blind
-readers tell apart; series also differ by marker or hatching.
+Figures need no display. The palette of Okabe and Ito is safe for colour-blind readers; series also
+differ by marker or hatching.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SIGMA = "noise level sigma (1/255)"
 
 
 def look(number: int) -> dict[str, Any]:
-    """Colour, marker and line style of series ``number``; 66 of them differ."""
+    """Colour, marker and line style of series ``number``; the first 66 are distinct."""
     k = number % 6
     styles = ("-", "--", "-.", ":", "-", "--")
     marker = "os^DvPX<>*p"[number % 11]
@@ -45,7 +45,7 @@ def look(number: int) -> dict[str, Any]:
 
 
 def show_image(axes: Axes, image: Tensor, below: str, above: str) -> None:
-    """Show an image (C, H, W); small ones in crisp squares."""
+    """Show an image (C, H, W); small images without interpolation."""
     pixels = image.detach().clamp(0, 1).cpu().movedim(0, -1).numpy()
     pixels = pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels
     way = "nearest" if max(pixels.shape) < 150 else "antialiased"
@@ -60,7 +60,7 @@ def show_image(axes: Axes, image: Tensor, below: str, above: str) -> None:
 
 
 def around_gray(image: Tensor, factor: float | None = None) -> Tensor:
-    """``image`` times ``factor`` around gray; without one, its largest entry becomes 0 or 1."""
+    """Return 0.5 + ``factor`` * ``image``; by default, the largest entry is mapped to 0 or 1."""
     if factor is None:
         factor = 0.5 / max(float(image.abs().max()), 1e-30)
     return 0.5 + factor * image
@@ -75,16 +75,17 @@ def image_rows(
     note: str = "",
     names: Sequence[str] = (),
 ) -> None:
-    """Images side by side in rows of equal length.
+    """Write a grid of images.
 
     Args:
-        rows: images (C, H, W) of one size, the first of which is no None, with the text below each.
-        heads: above the columns.
-        path: the PNG file.
-        groups: by column, the text above the group that begins there, after a gap.
-        title: above the images.
-        note: below them.
-        names: of the rows, left of them.
+        rows: images (C, H, W) of one size, each with the text below it; None: no image. The first
+            must not be None.
+        heads: text above the columns.
+        path: PNG file to write.
+        groups: text above a group of columns, by its first column; a gap precedes each group.
+        title: text above the images.
+        note: text below the images.
+        names: names of the rows, on the left.
     """
     groups, first = groups or {}, rows[0][0][0]
     assert first is not None
@@ -117,13 +118,13 @@ def image_rows(
 
 
 def sigma_label(sigma: float) -> str:
-    """A noise level (image units) for a title."""
+    """Text of a noise level (image units) for a title."""
     return f"$\\sigma$ = {in_255ths(sigma)}/255"
 
 
 def images_of(document: dict[str, Any], count: int | None = None) -> str:
-    """Data set, split and number of images of a suite's document for a title, as in "cifar10 test,
-    200 images"; ``count`` is how many are shown, if not all that were measured."""
+    """Title text with data set, split and number of images of a suite's ``document``, as in
+    "cifar10 test, 200 images". ``count`` replaces the number of images."""
     count = document["images"] if count is None else count
     where = f"{document['dataset']} {document['split']}".strip()
     return f"{where}, {count} image{'' if count == 1 else 's'}"
@@ -137,12 +138,12 @@ def bars_within(
     scale: float = 1,
     **look: Any,
 ) -> bool:
-    """Values with their 95 % intervals, cut at ``limits``; whether one was cut.
+    """Plot values with 95 % intervals, clipped at ``limits``; return whether one was clipped.
 
-    A caret at a limit says that an interval continues beyond it. A value beyond is drawn there,
-    with its number. Estimates, one for each of ``x``, have ``value``, ``low`` and ``high``, any of
-    which may be None, are multiplied with ``scale`` and drawn with the ``look`` of
-    ``Axes.errorbar``.
+    A caret at a limit marks an interval that continues beyond it. A value beyond a limit is drawn
+    at the limit, with its number. Each of ``estimates``, one per entry of ``x``, has ``value``,
+    ``low`` and ``high``, any of which may be None; they are multiplied by ``scale``. ``look`` are
+    arguments of ``Axes.errorbar``.
     """
     low, high = limits
     known = [
@@ -175,9 +176,9 @@ def plot_estimates(
     scale: float = 1,
     **look: Any,
 ) -> None:
-    """A line through values, within the band of their 95 % intervals; those without are left out.
+    """Plot a line through values, with a band of their 95 % intervals; missing ones are skipped.
 
-    Estimates are as in `bars_within`; ``look`` has ``color``, label and so on of ``Axes.plot``.
+    For ``estimates`` see `bars_within`; ``look`` are arguments of ``Axes.plot``, with ``color``.
     """
     known = [(at, e) for at, e in zip(x, estimates, strict=True) if e["value"] is not None]
     axes.plot([at for at, _ in known], [scale * e["value"] for _, e in known], **look)
@@ -196,8 +197,8 @@ def annotated_map(
     rows: Sequence[str],
     form: str | NDArray[np.int64],
 ) -> AxesImage:
-    """A map of percentages (rows, columns) with the number in each cell, in the format ``form``, or
-    those that ``form`` holds, but 0; a dash for nan."""
+    """Plot a heat map of percentages (rows, columns) with a text in each cell: the value in the
+    format ``form``, or the entry of the array ``form`` (nothing for 0); a dash for NaN."""
     image = axes.imshow(values, cmap="cividis", vmin=0, vmax=100, aspect="auto")
     for (i, k), value in np.ndenumerate(values):
         unknown = bool(np.isnan(value))
@@ -211,26 +212,26 @@ def annotated_map(
 
 
 def class_ticks(axes: Axes, names: Sequence[str], size: float = 8) -> None:
-    """Names of classes below ``axes``, slanted where they are long."""
+    """Label the x axis with class names, rotated if they are long."""
     slanted = max(map(len, names), default=0) > 2
     turn: dict[str, Any] = {"rotation": 45, "ha": "right"} if slanted else {}
     axes.set_xticks(range(len(names)), [shown_name(name) for name in names], fontsize=size, **turn)
 
 
 def legend_below(axes: Axes, columns: int = 1) -> None:
-    """The legend of ``axes``, below them; for figures with the layout "constrained"."""
+    """Place the legend below ``axes``, in a figure with the layout "constrained"."""
     place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15)}
     axes.legend(ncols=columns, frameon=False, fontsize=8, **place)
 
 
 def annotate(axes: Axes, title: str, x: str = "", y: str = "", **settings: Any) -> None:
-    """Title and labels of ``axes``, and what else ``Axes.set`` takes."""
+    """Set title and labels of ``axes``, and other ``settings`` of ``Axes.set``."""
     axes.set(xlabel=x, ylabel=y, **settings)
     axes.set_title(title, fontsize=10)
 
 
 def new_figure(width: float, height: float, layout: Literal["constrained"] | None = None) -> Figure:
-    """An empty figure of ``width`` x ``height`` inches."""
+    """Create an empty figure of ``width`` x ``height`` inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -240,8 +241,8 @@ def new_figure(width: float, height: float, layout: Literal["constrained"] | Non
 
 
 def save_figure(figure: Figure, path: Path, title: str = "", legend: int = 0) -> None:
-    """Write ``figure`` as a PNG file, in one move, with ``title`` above all panels and below them,
-    in so many columns, the ``legend`` of the first (0: none)."""
+    """Write ``figure`` to a PNG file, atomically, with ``title`` above all panels, and the legend
+    of the first panel below them in ``legend`` columns (0: no legend)."""
     from matplotlib.text import Text
 
     if title:
@@ -253,7 +254,7 @@ def save_figure(figure: Figure, path: Path, title: str = "", legend: int = 0) ->
     buffer = io.BytesIO()
     try:
         figure.savefig(buffer, format="png")
-    except ValueError:  # a name with dollar signs, taken for mathematics
+    except ValueError:  # a name with dollar signs, parsed as mathematics
         for text in figure.findobj(Text):
             text.set_parse_math(False)
         buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Randomness that is a function of a key: to resume anything needs no generator's state."""
+"""Random numbers as functions of a key, so that resuming needs no generator state."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def keyed_seed(*key: object) -> int:
-    """A 63-bit seed for a `torch.Generator`, the same everywhere for the same key.
+    """Hash ``key`` to a 63-bit seed for a `torch.Generator`, the same on every machine.
 
     >>> keyed_seed(0, "ce", "noise", 7) == keyed_seed(0, "ce", "noise", 7)
     True
@@ -19,36 +19,35 @@ def keyed_seed(*key: object) -> int:
 
 
 def keyed_generator(device: torch.device | str, *key: object) -> torch.Generator:
-    """A generator on ``device`` that is a function of ``key`` alone."""
+    """Create a generator on ``device``, seeded by ``key``."""
     return torch.Generator(device).manual_seed(keyed_seed(*key))
 
 
 def hashed_generator(*key: str | bytes) -> torch.Generator:
-    """A generator on the CPU from the first 56 bits of the SHA-256 of ``key``, joined by spaces."""
+    """Create a CPU generator, seeded by 56 bits of the SHA-256 of ``key``, joined by spaces."""
     text = b" ".join(part.encode() if isinstance(part, str) else part for part in key)
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text).digest()[:7]))
 
 
 def image_generators(x: Tensor, key: str) -> list[torch.Generator]:
-    """A generator for each image of ``x`` (B, ...), a function of its content and ``key``.
+    """Create a generator for each image of ``x`` (B, ...), seeded by its content and ``key``.
 
-    So what an image gets does not depend on the batch that it is in.
+    So the random numbers of an image do not depend on its batch.
     """
     return [hashed_generator(key, image.numpy().tobytes()) for image in x.detach().cpu()]
 
 
 def image_noise(x: Tensor, draws: int, key: str) -> Tensor:
-    """Standard normal noise for each image of ``x`` (B, C, H, W) by its own generator:
-    (B, draws, C, H, W), of the type of x and on its device."""
+    """Draw standard normal noise (B, draws, C, H, W) for images ``x`` (B, C, H, W), one generator
+    per image; dtype and device are those of ``x``."""
     shape = (draws, *x.shape[1:])
     return torch.stack([torch.randn(shape, generator=g) for g in image_generators(x, key)]).to(x)
 
 
 def bit_hash(numbers: Tensor) -> Tensor:
-    """A hash of the bits of each entry of ``numbers`` (float32 or float64), 0 to 2^32 - 1, int64.
+    """Hash the bits of each entry of ``numbers`` (float32 or float64) to 0 .. 2^32 - 1, int64.
 
-    What is decided by it is keyed as the numbers are: the same on every device, under every
-    compiler, and however a batch of them is divided.
+    The hash is the same on every device, under every compiler, and for every division of a batch.
     """
     low = 0xFFFFFFFF
     wide = numbers.dtype == torch.float64

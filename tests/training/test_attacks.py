@@ -480,7 +480,7 @@ def test_robust_recipes(tmp_path):
         ({"objective": "adv", "backbone": "dncnn"}, "is a denoiser without them"),
         ({"terms": {"adv": {"norm": "l1"}}}, "norm = 'l1' is not legal"),
         ({"terms": {"adv": {"eps": "-1"}}}, "must be a finite number of 0 or more"),
-        ({"terms": {"adv": {"eps": "much"}}}, "'much' is no radius"),
+        ({"terms": {"adv": {"eps": "much"}}}, "'much' is not a radius"),
         ({"terms": {"adv": {"step_size": 0}}}, "greater than 0"),
         ({"terms": {"adv": {"steps": 0}}}, "greater than or equal to 1"),
         ({"terms": {"trades": {"targeted": True}}}, "has no target"),
