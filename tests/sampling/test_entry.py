@@ -224,7 +224,7 @@ def test_noise_levels_lie_where_the_model_was_trained(entry):
 def test_levels_outside_are_refused_with_the_range(name, settings):
     entry = SAMPLERS[name]
     model = carded(model_for(entry))
-    with pytest.raises(UserError, match="outside what this model was trained for: take 1/255 to 1"):
+    with pytest.raises(UserError, match="this model was trained for: use 1/255 to 1"):
         entry.build(model, None, entry.config(**settings))
 
 

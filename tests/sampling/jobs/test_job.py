@@ -346,7 +346,7 @@ def job_samples(path):
         ({"options": {"largest_drift": 1}}, "'largest_drift' is now called 'drift_clip'"),
         ({"options": {"stepsize": 1}}, "did you mean 'step_size'"),
         ({"start": "bufer"}, "did you mean 'buffer'"),
-        ({"options": {"sigma": "2/1"}}, "outside what this model was trained for"),
+        ({"options": {"sigma": "2/1"}}, "outside the range that this model was trained for"),
         ({"sampler": "buffer", "steps": 5}, "takes chains as they are"),
     ],
 )
