@@ -1,17 +1,17 @@
-"""Named parts, one table per kind, and plugins: Python files that add parts of the user's own.
+"""Registries of named components, and plugins: Python files that register custom components.
 
-The tables are plain dictionaries beside the parts; `ebmkit list` and the tests read the same ones,
-so that registering is being tested. A plugin registers its parts when it is imported, by a line
-each::
+Registries are dictionaries, defined next to their components. `ebmkit list` and the tests iterate
+over them, so every registered component is tested. A plugin registers its components when it is
+imported, with one line each::
 
     from ebmkit.objectives import OBJECTIVES
     OBJECTIVES["huber"] = Objective(...)
 
-It is named by the user and by nobody else: ``--plugin my_parts.py`` on the command line,
-``ebmkit.load(run, plugins=["my_parts.py"])`` from Python. A name without a folder may also be that
-of an installed module, or of an entry point in the group ``ebmkit.plugins``. A run records which
-plugins it was trained with and the SHA-256 of their files; without them an error says
-what is missing, and nothing is imported by itself: a downloaded run cannot make a program run.
+Only the user names plugins: ``--plugin my_parts.py`` on the command line,
+``ebmkit.load(run, plugins=["my_parts.py"])`` in Python. A plugin can also be an installed module or
+an entry point in the group ``ebmkit.plugins``. A run records its plugins and the SHA-256 of their
+files. If one is not loaded, an error names it. Plugins are never imported automatically, so a
+downloaded run cannot execute code.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Preset(Generic[C]):
-    """A named configuration: ``config`` and one line of text, its ``description``."""
+    """A named configuration with a one-line description."""
 
     config: C
     description: str
 
 
 class Table(dict[str, T]):
-    """Parts of one ``kind`` by their names; a name that is taken cannot be given to another.
+    """Registry: components of one ``kind`` by name. Existing names cannot be replaced.
 
-    So a plugin adds its part by ``TABLE["name"] = part``, and cannot replace one by mistake.
+    A plugin adds a component by ``TABLE["name"] = component``.
     """
 
     def __init__(self, kind: str, parts: Mapping[str, T]) -> None:
@@ -56,10 +56,10 @@ class Table(dict[str, T]):
         self.kind = kind
 
     def __setitem__(self, name: str, part: T) -> None:
-        """Add ``part``.
+        """Add a component.
 
         Raises:
-            UserError: if the name is taken.
+            UserError: if the name exists.
         """
         if name in self:
             raise UserError(f"there is a {self.kind} {name!r} already: choose another name")
@@ -70,7 +70,7 @@ def find(kind: str, table: dict[str, T], name: str) -> T:
     """The entry of ``table`` called ``name``.
 
     Raises:
-        UserError: if there is none; it names the nearest.
+        UserError: if there is none, with the most similar name.
     """
     if name not in table:
         raise unknown_name(kind, name, table)
@@ -78,18 +78,18 @@ def find(kind: str, table: dict[str, T], name: str) -> T:
 
 
 GROUP = "ebmkit.plugins"
-"""The group of entry points that installed packages name their plugins in."""
+"""Entry point group for plugins of installed packages."""
 
 
 class Plugin(BaseModel):
-    """What a run records of a plugin that it was trained with."""
+    """Record of a plugin that a run was trained with."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(pattern=r"^[\w.-]{1,100}$")
-    """Of the file without ``.py``, of the module or of the entry point."""
+    """Name of the file without ``.py``, of the module or of the entry point."""
     sha256: str = ""
-    """Of its file; empty where it has no single one."""
+    """SHA-256 of its file; empty for a plugin without a single file."""
 
 
 class _Recorded(BaseModel):
@@ -100,19 +100,19 @@ _LOADED: dict[str, Plugin] = {}
 
 
 def loaded_plugins() -> tuple[Plugin, ...]:
-    """The plugins of this process, in the order in which they were loaded."""
+    """The plugins of this process, in the order of loading."""
     return tuple(_LOADED.values())
 
 
 def load_plugin(named: str | os.PathLike[str]) -> Plugin:
-    """Import the plugin ``named``; one that is loaded already is not imported again.
+    """Import the plugin ``named``, unless it is already loaded.
 
     Args:
-        named: a Python file, an installed module, or an entry point of the group `GROUP`.
+        named: Python file, installed module, or entry point of the group `GROUP`.
 
     Raises:
-        UserError: if there is no such plugin, importing it fails, or another of the same name is
-            loaded.
+        UserError: if there is no such plugin, its import fails, or another plugin of the same name
+            is loaded.
     """
     text = str(named)
     if text.endswith(".py"):
@@ -126,7 +126,7 @@ def load_plugin(named: str | os.PathLike[str]) -> Plugin:
     if (old := _LOADED.get(name)) is not None:
         if plugin is not None and plugin != old:
             raise UserError(
-                f"another plugin of the name {name!r} is loaded already: rename the file {text!r}"
+                f"another plugin called {name!r} is already loaded: rename the file {text!r}"
             )
         return old
     try:
@@ -141,14 +141,14 @@ def load_plugin(named: str | os.PathLike[str]) -> Plugin:
 
 
 def check_plugins(recorded: Any, where: str) -> None:
-    """Whether the plugins that a run was trained with are loaded; warns of those that changed.
+    """Check that the plugins that a run was trained with are loaded; warn if their files changed.
 
     Args:
-        recorded: of the run, as its files have them.
-        where: the run, for the message.
+        recorded: plugins recorded in the run's files.
+        where: name of the run, for messages.
 
     Raises:
-        UserError: if one is not loaded, or they are no list of plugins.
+        UserError: if a plugin is not loaded, or ``recorded`` is not a list of plugins.
     """
     recorded = validated(_Recorded, {"plugins": recorded}, f"the plugins of {where}").plugins
     missing = [plugin.name for plugin in recorded if plugin.name not in _LOADED]
@@ -170,7 +170,7 @@ def check_plugins(recorded: Any, where: str) -> None:
 
 
 def _import_file(path: Path) -> ModuleType:
-    """The module in the file ``path``, importable by its name from then on."""
+    """Import the file ``path`` as a module; from then on it can be imported by name."""
     if path.stem in sys.modules:
         raise UserError(
             f"plugin {str(path)!r} has the name of a module that is imported already: rename it"
@@ -189,7 +189,7 @@ def _import_file(path: Path) -> ModuleType:
 
 
 def _import_name(name: str) -> ModuleType:
-    """The module of the entry point called ``name``, or of that name itself."""
+    """Import the entry point called ``name``, or else the module of that name."""
     points = {point.name: point for point in entry_points(group=GROUP)}
     if name in points:
         points[name].load()
@@ -212,6 +212,6 @@ def _digest(module: ModuleType) -> str:
 
 
 def load_plugins(named: Sequence[str | os.PathLike[str]]) -> None:
-    """`load_plugin` for each."""
+    """Call `load_plugin` for each of ``named``."""
     for name in named:
         load_plugin(name)

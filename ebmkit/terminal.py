@@ -1,9 +1,8 @@
-r"""What is shown on a terminal is text and nothing else.
+r"""Terminal output in which control characters are escaped.
 
-Names of files and classes, and messages of libraries, come from elsewhere. A terminal takes control
-characters in them for commands (set the title, clear the screen, move up and write over), and
-changes of direction show a name other than it is. They are spelled out, as in ``\x1b``, whichever
-way they reach the screen.
+Names of files and classes, and messages of libraries, are untrusted. A terminal interprets control
+characters in them as commands (set the title, clear the screen, overwrite lines), and bidirectional
+controls disguise a name. All output escapes these characters, as in ``\x1b``.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from rich.text import Text
 T = TypeVar("T")
 
 _HARMFUL = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
-"""Kinds of characters that change how a terminal shows what follows, or cannot be shown."""
+"""Unicode categories of characters that change the display of other text, or are not printable."""
 
 
 def clean(text: str, allow: str = "\n\t") -> str:
-    r"""``text`` with all control characters but ``allow``, and the like, spelled out.
+    r"""Escape control characters and other `_HARMFUL` ones in ``text``, except ``allow``.
 
     >>> clean("cat\x1b[2J")
     'cat\\x1b[2J'
@@ -37,7 +36,7 @@ def clean(text: str, allow: str = "\n\t") -> str:
 
 
 def one_line(text: str) -> str:
-    r"""A name from elsewhere, `clean` and without line breaks, which would pass for ours.
+    r"""Escape an untrusted name, including line breaks, which could imitate our output.
 
     >>> one_line("cat\ndone")
     'cat\\ndone'
@@ -46,32 +45,32 @@ def one_line(text: str) -> str:
 
 
 def shown_name(name: str) -> str:
-    """A class's or file's name as plots and tables show it: `one_line`, at most 60 characters."""
+    """Format a class or file name for plots and tables: `one_line`, at most 60 characters."""
     name = one_line(name)
     return name if len(name) <= 60 else f"{name[:57]}..."
 
 
 def for_bar(name: str) -> str:
-    """A name as a progress bar takes it, which reads markup in brackets."""
+    """Escape a name for a progress bar, which interprets markup in brackets."""
     return escape(one_line(name))
 
 
 class CleanConsole(Console):
-    """A console that shows all text `clean`, and names as they are: no markup, no ``:emoji:``."""
+    """A console that applies `clean` to all text and interprets no markup and no ``:emoji:``."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, **options)
 
     def say(self, text: object, style: str | None = None) -> None:
-        """Print a sentence, which the terminal breaks where its line ends."""
+        """Print a sentence; the terminal wraps it."""
         self.print(text, style=style, soft_wrap=True, highlight=False)
 
     def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
-        """Plain strings, cells of tables among them; before they are measured."""
+        """Clean strings, for example table cells, before their width is measured."""
         return super().render_str(clean(text), **options)
 
     def render(self, renderable: Any, options: Any = None) -> Iterable[Segment]:
-        """All the rest; what rich itself says to the terminal has ``control``."""
+        """Clean all other text; segments with ``control`` are rich's own terminal commands."""
         for segment in super().render(renderable, options):
             if segment.control is None and not segment.text.isprintable():
                 yield Segment(clean(segment.text), segment.style)
@@ -80,7 +79,7 @@ class CleanConsole(Console):
 
 
 def progress_bar(items: Iterable[T], text: str, show: bool) -> Iterable[T]:
-    """``items``, with a bar on a terminal's standard error if ``show``."""
+    """Iterate over ``items``, with a bar on stderr if ``show`` and stderr is a terminal."""
     from rich.progress import track
 
     console = CleanConsole(stderr=True)

@@ -1,4 +1,4 @@
-"""The command line: commands, gathered in `ebmkit.cli.app`."""
+"""The command line; `ebmkit.cli.app` collects the commands."""
 
 from ebmkit.cli.app import app, main
 

@@ -1,10 +1,10 @@
-"""The application: its commands and exit codes.
+"""The command-line application: commands and exit codes.
 
-Exit codes: 0 success; 2 user error (one sentence on stderr); 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP:
-each of the last three saves the work first.
+Exit codes: 0 success; 2 user error (one sentence on stderr); 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP.
+Before the last three, the work is saved.
 
-Help and the errors for a mistyped command line must not import PyTorch: the modules of the commands
-import at the top only what declares and shows their options, and everything else inside functions.
+Help and usage errors must not import PyTorch. So the modules of the commands import at the top only
+what declares and formats options, and everything else inside functions.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "bench": bench,
     "list": list_,
 }
-"""In the order of `ebmkit --help`; after them comes `data`."""
+"""Commands in the order of `ebmkit --help`; `data` follows them."""
 
 
 def _load_plugins(named: list[str]) -> list[str]:
-    if named:  # the module imports pydantic, which help need not wait for
+    if named:  # the module imports pydantic, which would slow down help
         from ebmkit.registry import load_plugins
 
         load_plugins(named)
@@ -68,11 +68,11 @@ PLUGIN = inspect.Parameter(
         ),
     ],
 )
-"""An option of every command; plugins are imported before other options are parsed."""
+"""Option of every command; plugins are imported before other options are parsed."""
 
 
 def _with_plugins(function: Callable[..., None]) -> Callable[..., None]:
-    """``function`` with the option `PLUGIN`."""
+    """Add the option `PLUGIN` to ``function``."""
 
     @functools.wraps(function)
     def command(*, plugin: list[str], **options: Any) -> None:
@@ -118,11 +118,11 @@ def _show_warning(message: Warning | str, *details: object, **more: object) -> N
 
 
 def main() -> None:
-    """Run the command line; a user's mistake ends it with one sentence and exit code 2."""
+    """Run the command line; a `UserError` prints its sentence and ends with exit code 2."""
     try:
         app(prog_name="ebmkit")
     except UserError as error:
-        if "RANK" in os.environ:  # one of several processes, of which one speaks
+        if "RANK" in os.environ:  # of several processes, one reports
             from ebmkit.distributed import yield_to_others
 
             yield_to_others(error)

@@ -1,4 +1,4 @@
-"""Terminal output: consoles, progress bars; and TensorBoard."""
+"""Terminal output (consoles, progress bars) and TensorBoard."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def warn(sentence: object) -> None:
 
 
 def interrupted(sentence: str, signum: int | None) -> NoReturn:
-    """Say how to resume, and end with 128 and the number of the signal, as shells have it.
+    """Print how to resume, and exit with code 128 plus the number of the signal, as shells do.
 
-    130 for Ctrl-C, 143 for a request to terminate (also where only another process was asked), 129
-    for a terminal that was closed.
+    The code is 130 for Ctrl-C, 143 for SIGTERM (also if only another process got it), and 129 for a
+    closed terminal.
 
     Raises:
         typer.Exit: always.
@@ -48,7 +48,7 @@ def interrupted(sentence: str, signum: int | None) -> NoReturn:
 
 
 def bar(*columns: str | Any, description: str = "{task.description}", **options: Any) -> Progress:
-    """A progress bar, if there is a terminal: description, bar, ``columns``, time passed."""
+    """A progress bar with description, bar and ``columns``; hidden without a terminal."""
     return Progress(
         TextColumn(description),
         BarColumn(bar_width=24),
@@ -60,13 +60,13 @@ def bar(*columns: str | Any, description: str = "{task.description}", **options:
 
 
 def left() -> tuple[Any, ...]:
-    """Columns of the time passed and left."""
+    """Columns for the elapsed and the remaining time."""
     return TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(compact=True)
 
 
 @contextmanager
 def counting(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar of the name ``what`` that is shown once something is counted: (done, total)."""
+    """Context of a bar called ``what``; the first call of its value, (done, total), shows it."""
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(for_bar(what), total=None, visible=False)
         yield lambda done, total: progress.update(task, completed=done, total=total, visible=True)
@@ -76,7 +76,7 @@ _HIDDEN = ("kind", "step", "lr", "images_per_s")
 
 
 class TrainingBar:
-    """A progress bar with losses, images/s and time left; plain lines without a terminal."""
+    """Progress bar with losses, images/s and remaining time; plain lines without a terminal."""
 
     def __init__(self, steps: int, start: int = 0) -> None:
         self.steps = steps
@@ -120,7 +120,7 @@ class TrainingBar:
 
 
 class TensorBoard:
-    """Metrics as TensorBoard scalars in ``folder``; needs the extra ``tensorboard``."""
+    """Writes metrics as TensorBoard scalars to ``folder``; needs the extra ``tensorboard``."""
 
     def __init__(self, folder: Path, step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -129,10 +129,10 @@ class TensorBoard:
 
     @staticmethod
     def check() -> None:
-        """Whether TensorBoard can be imported.
+        """Check that TensorBoard is installed.
 
         Raises:
-            UserError: if not.
+            UserError: if it is not.
         """
         if importlib.util.find_spec("tensorboard") is None:
             raise UserError(
@@ -147,12 +147,12 @@ class TensorBoard:
 
 
 class Reporters:
-    """Several reporters as one."""
+    """Combines several reporters into one."""
 
     def __init__(self, reporters: Sequence[Reporter]) -> None:
         self.reporters = reporters
 
     def report(self, row: dict[str, Any]) -> None:
-        """Pass the row on to each."""
+        """Pass a row of metrics to each reporter."""
         for reporter in self.reporters:
             reporter.report(row)

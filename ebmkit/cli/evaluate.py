@@ -65,7 +65,7 @@ def evaluate(
         model = load(run, device=str(place), weights=weights)
         where = _where(run, dataset, data_dir, image_size)
         where = where.model_copy(update=faults.model_dump(exclude_unset=True))
-        ours = data_dir is not None or where.data_dir is None  # else the run names the folder
+        ours = data_dir is not None or where.data_dir is None  # False: the run names the folder
         evaluate_run(
             model,
             run,
@@ -85,7 +85,7 @@ def evaluate(
 def _where(
     run: Path, dataset: str | None, data_dir: Path | None, image_size: int | None
 ) -> DataConfig:
-    """The images to evaluate on: those of the run's own data set, or another's."""
+    """The data set to evaluate on: the run's own or another."""
     from ebmkit.training import DataConfig, RunFolder, resolve
 
     imported = dataset is not None and not (run / "config.yaml").exists()
@@ -104,20 +104,20 @@ def _where(
 def _images(
     where: DataConfig, split: str, world: DistributedContext, limit: int | None, download: bool
 ) -> AnyImages:
-    """One split of the data set ``where``, without images that are skipped.
+    """Load one split of the data set ``where``, without skipped images.
 
-    It is fetched where ``download`` says so: into a folder that only the run names nothing is
-    written, because the run may be untrusted.
+    ``download`` is False if only the run names the data folder: nothing is written there, because
+    the run may be untrusted.
     """
     from ebmkit.data import StreamedSet
     from ebmkit.training.setup import images_of
 
     if not world.first:
-        world.broadcast(None)  # where data must be fetched, one does it
+        world.broadcast(None)  # wait for rank 0, which downloads missing data
     images = images_of(where, cast("Split", split), console.is_terminal and world.first, download)
     if world.first:
         world.broadcast(None)
-    if isinstance(images, StreamedSet) and images.skip:  # as training images of any size
+    if isinstance(images, StreamedSet) and images.skip:  # such as training images of any size
         images = images.first(limit or len(images)).readable()
     return images
 
@@ -134,9 +134,9 @@ def evaluate_run(
     options: Mapping[str, Mapping[str, Any]] | None = None,
     **settings: Any,
 ) -> None:
-    """Run suites, print their tables and say where the files are; the first process does.
+    """Run suites; rank 0 prints their tables and the folder of the files.
 
-    Further ``settings`` are those of `ebmkit.evaluation.evaluate`.
+    Further ``settings`` are passed to `ebmkit.evaluation.evaluate`.
     """
     from ebmkit.evaluation import evaluate as run_suites
     from ebmkit.evaluation import evaluation_folder, parse_options, parse_suites, tables

@@ -1,4 +1,4 @@
-"""A trained model on images: ``ebmkit classify``, ``denoise``, ``restore`` and ``sample``."""
+"""Commands that apply a model: ``ebmkit classify``, ``denoise``, ``restore`` and ``sample``."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def denoise(
     _warn_range(model, level)
     targets = [out / path.name for path in images]
     _check_targets(images, targets)
-    for path in images:  # all mistakes first, then the work, one image in memory at a time
+    for path in images:  # check all inputs first; then one image in memory at a time
         read_image(path, _channels(model))
     make_folder(out)
     for path, target in zip(images, targets, strict=True):
@@ -264,7 +264,7 @@ def sample(
         guide_start: share of the noise levels without guidance, from the noisiest down [default: 0]
         guide_set: setting of the guide: n=50, gamma=0.01, lambda=0.15 or inner=dual; repeatable
         guide_weights: which weights of the guide: last, or best (lowest validation loss)
-        batch_size: number of chains per batch; another value draws other samples
+        batch_size: number of chains per batch; the samples depend on it
         image_size: height and width of the samples, in pixels [default: the training size]
         dataset: data set for starting points and for the energies of real images [default: the
             training data set]
@@ -368,7 +368,7 @@ def _check_targets(sources: list[Path], targets: list[Path]) -> None:
 
 
 def _sized(model: ScoreModel, image: Tensor) -> Tensor:
-    """The image at the training size: shorter side resized, centre cropped."""
+    """Resize the shorter side of the image to the training size, and crop the centre."""
     from torch import nn
 
     size = model.card.image_size if model.card else None
@@ -415,7 +415,7 @@ def _interrupted(stopped: Interrupted, of: str, signum: int | None) -> NoReturn:
 
 
 def _report(document: dict[str, Any], out: Path, before: int) -> None:
-    """Show the results, and the warnings after the first ``before``, which were shown already."""
+    """Print the results, and the warnings except the first ``before``, which are already shown."""
     diagnostics = document["diagnostics"]
     energies, chains = diagnostics["energies"], diagnostics["chains"]
     lines = [f"{document['samples']:,} samples in {document['seconds']:.1f} s: {out}"]

@@ -1,9 +1,9 @@
-"""Options out of signatures and docstrings, and help with standard metavars: RUN, INTEGER, PATH.
+"""Options from signatures and docstrings, and help with standard metavars: RUN, INTEGER, PATH.
 
-A command is a function. Its parameters before ``*`` are arguments, those after it options; its
-docstring's section ``Args`` has their help. What several commands share has its help in `SHARED`,
-by name. A parameter that needs more, as another flag or a range, is annotated with what Typer
-takes: ``top: Annotated[int, Option(min=1)] = 3``.
+A command is a function. Its parameters before ``*`` are arguments, those after it are options.
+Their help is in the section ``Args`` of the docstring, or in `SHARED` for parameters of several
+commands. Further settings, such as a range or another flag, are annotations for Typer:
+``top: Annotated[int, Option(min=1)] = 3``.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ SHARED = {
     "label": Option(help="class (name or number), to use the class-conditional denoiser"),
     "seed": Option(min=0, max=2**63 - 1, help="random seed"),
 }
-"""Help that several commands share, by the name of a parameter."""
+"""Help shared by several commands, by parameter name."""
 
 _HELP = re.compile(r"^    (\w+): (.+(?:\n {8}.+)*)", re.MULTILINE)
 _TYPE = re.compile(r"<(?:list\[)?(\w+)[^|>]*>")
 
 VALUES = {"str": "TEXT", "int": "INTEGER", "float": "FLOAT", "path": "PATH"}
-"""Names of an option's value, by the types that Typer shows: ``<str>``, ``<list[Path]>``."""
+"""Metavars by the types that Typer shows: ``<str>``, ``<list[Path]>``."""
 
 
 class Command(TyperCommand):
-    """A command of ``ebmkit``."""
+    """A command of ``ebmkit``, with standard metavars in its help."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
@@ -54,7 +54,7 @@ class Command(TyperCommand):
             argument.metavar = argument.metavar or (argument.name or "").upper()
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """What follows the command's name in its usage line."""
+        """The usage line after the command name."""
         return ["[OPTIONS]", *map(argument_name, self.arguments)]
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
@@ -74,7 +74,7 @@ class Command(TyperCommand):
 
 
 def options_of(function: Callable[..., None]) -> tuple[str, list[inspect.Parameter]]:
-    """The description of a command, and its parameters with the help that its docstring gives."""
+    """The description of a command, and its parameters with help from the docstring."""
     description, _, arguments = inspect.cleandoc(function.__doc__ or "").partition("\n\nArgs:\n")
     helps = {name: " ".join(text.split()) for name, text in _HELP.findall(arguments)}
     found = []
@@ -84,25 +84,25 @@ def options_of(function: Callable[..., None]) -> tuple[str, list[inspect.Paramet
             kind, own = get_args(kind)
         flag = name.endswith("_") or (own is None and parameter.default is False)
         if own is None and name not in helps:
-            own = SHARED.get(name)  # all are there, or in the docstring; -OO takes docstrings away
+            own = SHARED.get(name)  # None only under -OO, which removes docstrings
         if own is None:
             own = Option() if parameter.kind is parameter.KEYWORD_ONLY else Argument()
         own = copy.copy(own)
         own.help = helps.get(name, own.help)
-        if flag and not own.param_decls and own.default is ...:  # Typer has a first flag there
+        if flag and not own.param_decls and own.default is ...:  # where Typer stores the first flag
             own.param_decls = (f"--{name.rstrip('_').replace('_', '-')}",)
         found.append(parameter.replace(annotation=Annotated[kind, own]))
     return description, found
 
 
 def declare(function: Any, parameters: Iterable[inspect.Parameter]) -> None:
-    """Let Typer read ``parameters`` as the options of ``function``."""
+    """Set the signature of ``function``, from which Typer reads its options."""
     found = list(parameters)
     function.__signature__ = inspect.Signature(found)
     function.__annotations__ = {p.name: p.annotation for p in found} | {"return": None}
 
 
 def argument_name(argument: Any) -> str:
-    """An argument in a usage line: ``RUN``, ``IMAGE...``, ``[ROW]...``."""
+    """Format an argument for the usage line: ``RUN``, ``IMAGE...``, ``[ROW]...``."""
     name = argument.metavar if argument.required else f"[{argument.metavar}]"
     return name if argument.nargs == 1 else f"{name}..."

@@ -147,13 +147,13 @@ def export(
     for name, difference in done.differences.items():
         console.say(
             f"compared with the model on {sum(done.batches)} random images: {name} differs by "
-            f"{difference.largest:.1e} of its largest value at the most, {difference.median:.1e} "
-            "at the median"
+            f"{difference.largest:.1e} of its largest value at most, {difference.median:.1e} at "
+            "the median"
         )
 
 
 def _parse_size(text: str) -> tuple[int, int]:
-    """Height and width from ``32`` or ``32x48``."""
+    """Parse height and width from ``32`` or ``32x48``."""
     height, _, width = text.lower().partition("x")
     try:
         return int(height), int(width or height)
@@ -199,8 +199,8 @@ def verify(
     if wrong:
         names = ", ".join(finding.name for finding in wrong)
         raise UserError(
-            f"{len(wrong)} of {len(found)} files in {str(run)!r} are not what was written: {names};"
-            " `ebmkit train --resume` continues from what is undamaged, --accept NAME accepts a"
+            f"{len(wrong)} of {len(found)} files in {str(run)!r} are changed or missing: {names};"
+            " `ebmkit train --resume` continues from the undamaged files, --accept NAME accepts a"
             " file that was changed on purpose"
         )
     if not as_json:
@@ -209,7 +209,7 @@ def verify(
 
 
 def tables() -> dict[str, dict[str, str]]:
-    """Kind -> name -> description, from the tables in which the program looks names up."""
+    """Descriptions by kind and name, from the registries that the program uses."""
     from ebmkit.data import DATASETS
     from ebmkit.evaluation import SUITES
     from ebmkit.guidance import GUIDANCE_SCHEDULES, GUIDES

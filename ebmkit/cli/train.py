@@ -1,4 +1,4 @@
-"""``ebmkit train``, ``cost`` and ``reproduce``: one run, and those of the papers' tables."""
+"""``ebmkit train``, ``cost`` and ``reproduce``: single runs, and runs of the papers' tables."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from ebmkit.training.loop import Stop
 
 TRIAL_STEPS = 4
-"""How many steps ``--dry-run`` takes; all but the first are timed."""
+"""Number of steps of ``--dry-run``; all but the first are timed."""
 
 FINAL_IMAGES = 1000
-"""The evaluation that ends a run looks at so many test images at the most."""
+"""Maximum number of test images in the evaluation at the end of a run."""
 
 
 def train(
@@ -90,7 +90,7 @@ def train(
     from ebmkit.training.loop import assemble
     from ebmkit.training.setup import images_of
 
-    where = data_dir.absolute() if data_dir else None  # so that the run can be used from anywhere
+    where = data_dir.absolute() if data_dir else None  # the run works from any directory
     named = {
         "dataset": {"name": dataset, "data_dir": where, "image_size": image_size},
         "backbone": backbone,
@@ -122,7 +122,7 @@ def train(
             stack.enter_context(run.held())
         trainer = assemble(resolved, run, progress=console.is_terminal, world=world)
         test = images_of(resolved.dataset, "test", console.is_terminal) if evaluate else None
-        if resume is None and world.first:  # nothing is written if data or model are at fault
+        if resume is None and world.first:  # write nothing if data or model are illegal
             run = RunFolder.create(out or _fresh_folder(resolved), resolved)
             stack.enter_context(run.held())
             trainer.run = run
@@ -234,9 +234,9 @@ def _resolved(
     out: Path | None,
     resume: Path | None,
 ) -> tuple[TrainConfig, Path | None]:
-    """The configuration, the same for all processes, and the run to resume, if any.
+    """The configuration, the same on all processes, and the run to resume, if any.
 
-    Only the first process needs to see the run folder.
+    Only rank 0 needs access to the run folder.
     """
     from ebmkit.distributed import launch, restarted
     from ebmkit.training import RunFolder, resolve
@@ -257,7 +257,7 @@ def _resolved(
 
 
 def _interrupted_run(out: Path | None, config: TrainConfig) -> Path | None:
-    """The folder that this command wrote to before its launcher started it again, if it did."""
+    """The run folder of this command before its launcher restarted it; None if there is none."""
     from ebmkit.distributed import launch
     from ebmkit.storage.reading import read_json
 
@@ -266,7 +266,7 @@ def _interrupted_run(out: Path | None, config: TrainConfig) -> Path | None:
         path = folder / "environment.json"
         if not path.is_file():
             continue
-        with suppress(UserError):  # not ours to read
+        with suppress(UserError):  # unreadable, so not a run of this command
             document = read_json(path)
             if isinstance(document, dict) and document.get("launch") == launch():
                 return folder
@@ -338,7 +338,7 @@ def _fit(trainer: Trainer, run: Path, tensorboard: bool) -> None:
 
 
 def _rewrite_damaged_model(trainer: Trainer, run: RunFolder) -> None:
-    """Write the model again where it is damaged: the checkpoint has all of it."""
+    """Rewrite damaged files of the model from the checkpoint."""
     from ebmkit.storage.verify import verify_run
 
     names = ("model.safetensors", "model.json")
@@ -349,7 +349,7 @@ def _rewrite_damaged_model(trainer: Trainer, run: RunFolder) -> None:
 
 
 def _estimate_cost(config: TrainConfig, world: DistributedContext) -> None:
-    """Show the cost of the run: counted, and timed over a few steps; nothing is written."""
+    """Print the cost of the run, counted, and timed over a few steps; write nothing."""
     from ebmkit.training.cost import format_seconds
     from ebmkit.training.loop import assemble
 
@@ -368,7 +368,7 @@ def _estimate_cost(config: TrainConfig, world: DistributedContext) -> None:
 
 
 def _describe_device(trainer: Trainer) -> str:
-    """Device, precision and number of processes, in words."""
+    """Text with device, precision and number of processes."""
     step = trainer.update
     compiled = ", compiled" if step.compiled else ""
     processes = f", {trainer.world.size} processes" if trainer.world.size > 1 else ""
@@ -377,7 +377,7 @@ def _describe_device(trainer: Trainer) -> str:
 
 @contextmanager
 def _terminated_as_interrupted(stop: Stop) -> Iterator[None]:
-    """Inside, SIGTERM interrupts as Ctrl-C does; ``stop`` names the signal."""
+    """Context in which SIGTERM interrupts like Ctrl-C; ``stop`` records the signal."""
 
     def interrupt(signum: int, frame: object) -> None:
         stop.signal = signum
@@ -394,7 +394,7 @@ def _terminated_as_interrupted(stop: Stop) -> Iterator[None]:
 
 
 def _fit_row(trainer: Trainer, name: str) -> None:
-    """Train under a progress bar, or with a line where there is no terminal."""
+    """Train with a progress bar; without a terminal, print only one line."""
     steps = trainer.config.steps
     resumed = f" after step {trainer.step:,}" if trainer.step else ""
     console.say(f"{name}: training, {steps:,} steps{resumed}")
