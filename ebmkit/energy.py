@@ -428,7 +428,7 @@ class EnergyModel(ScoreModel):
             why = "BatchNorm: in training mode it mixes the images of a batch"
             warnings.warn(rough.format(why, "11.9 % and 24.33 dB at 15/255"), stacklevel=4)
         if any(isinstance(m, nn.ReLU) for m in self.modules()):
-            why = "ReLU, whose derivative jumps"
+            why = "ReLU, whose derivative is discontinuous"
             figures = "92.0 % and 29.59 dB at 15/255; GELU is smooth"
             warnings.warn(rough.format(why, figures), stacklevel=4)
 
