@@ -10,7 +10,7 @@ maximises a loss L of each image,
 where :math:`\Pi` projects onto the ball and onto :math:`[0, 1]^d` (`ebmkit.sampling.Ascent`). One
 step of length :math:`\epsilon` from x is the fast gradient method. An untargeted attack has
 :math:`L = -\log p(c \mid y)`, an attack with target c' has :math:`L = \log p(c' \mid y)`. An image
-with gradient 0 does not move; so with a loss that is 0 for misclassified images, PGD stops at them.
+with gradient 0 does not move. So if the loss is 0 once the label is wrong, PGD stops there.
 
 Evaluations draw starting points and noise from one generator per image, so results do not depend on
 the batch.
@@ -160,7 +160,7 @@ def minimal_epsilons(
     `search_steps` times.
 
     Args:
-        succeeds: function from image indices (n,) and a radius to which attacks succeed, (n,).
+        succeeds: function of image indices (n,) and a radius; returns the successes, (n,) bool.
         wrong: which images are misclassified without an attack, (B,) bool.
         epsilons: radii above 0, image units.
         done: called after each step of the bisection.

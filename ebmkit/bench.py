@@ -294,9 +294,9 @@ def network(setting: Setting, channels: int, device: torch.device) -> JointModel
 def make_batch(
     count: int, channels: int, image_size: int, device: torch.device, generator: torch.Generator
 ) -> Batch:
-    """Draw ``count`` uniform random images (B, C, H, H) and noise as in the paper's denoising.
+    """Draw ``count`` random images (B, C, H, H) with the noise of the paper's denoising stream.
 
-    ``generator`` is on the CPU; the batch is moved to ``device``.
+    Pixels are uniform in [0, 1]. ``generator`` is on the CPU; the batch is moved to ``device``.
     """
     shape = (count, channels, image_size, image_size)
     law = NoiseLaw(kind="squared-uniform", min=1 / 255, max=100 / 255)

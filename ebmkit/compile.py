@@ -1,6 +1,6 @@
 r"""Inference with compilation or at another precision, by wrappers around a model.
 
-Every quantity of a model is a function of tensors that contains forward pass and derivative,
+Every quantity of a model is one function of tensors, with forward pass and derivative inside,
 
 .. math:: (y, \sigma, c) \mapsto f\bigl(\ell(y, \sigma),\; J_\ell(y, \sigma)^\top v\bigr),
 
@@ -50,8 +50,8 @@ MAX_SIZES = 8
 """Maximum number of input sizes for which each function is compiled."""
 
 COMPILE_THRESHOLD_SECONDS = 300.0
-"""``auto`` compiles if more seconds of eager work remain: compilation takes about a minute, and may
-save less than half of the time."""
+"""``auto`` compiles if more than this many seconds of eager work remain: compilation takes about a
+minute, and may save less than half of the time."""
 
 ISOLATED: dict[str, bool] = (  # otherwise several models share one recompilation limit
     {"isolate_recompiles": True}

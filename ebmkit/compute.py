@@ -324,7 +324,7 @@ def _system_free() -> Iterator[int]:
 def _group_free(
     groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
 ) -> Iterator[int]:
-    """Free bytes below the limit of each control group of this process; page cache is free."""
+    """Free bytes within each control group of this process; page cache counts as free."""
     try:
         lines = groups.read_text().splitlines()
     except OSError:

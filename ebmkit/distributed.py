@@ -93,7 +93,7 @@ class DistributedContext:
         """
         # a gradient with one row has two equivalent layouts, and DDP may expect the other one
         warnings.filterwarnings("ignore", "(?s)Grad strides do not match bucket view strides")
-        torch._dynamo.config.optimize_ddp = False  # the score keeps the step in one graph
+        torch._dynamo.config.optimize_ddp = False  # a step with a score must stay one graph
         ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
         ignore(module, unused)  # type: ignore[no-untyped-call]
         return DistributedDataParallel(

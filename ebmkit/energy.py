@@ -16,7 +16,7 @@ with two outputs, the class logits and the log-density:
 which give the denoisers by the identity of Tweedie and Miyasawa (CDN eq. 6-7),
 
 .. math::
-    D_u(y) = y + \sigma^2 s(y), \qquad D_c(y, c) = y + \sigma^2 s(y, c),
+    D_u(y) = y + \sigma^2 s(y), \qquad D_c(y, c) = y + \sigma^2 s(y, c) .
 
 The difference of the scores is the gradient of the classifier, :math:`\nabla_y \log p(c \mid y) =
 (D_c - D_u)/\sigma^2` (eq. 9). Since :math:`\|\sigma s(y)\|^2` concentrates around the number of
@@ -125,7 +125,7 @@ def value_and_grads(
     record: bool = True,
     use_autograd: bool = True,
 ) -> tuple[Energies, list[Tensor]]:
-    """Compute energies, and the gradient of each target with respect to ``y``.
+    """Compute energies and the gradient of each target with respect to ``y``, in one forward pass.
 
     Only this function and `hessian_products` differentiate a model with respect to its input. They
     use `torch.autograd.grad`, or `torch.func.vjp` under compilers and inside `torch.func`
@@ -137,8 +137,8 @@ def value_and_grads(
         sigma: noise level of ``y``, a float or (B,).
         targets: functions from energies to (B,).
         record: whether the results can be differentiated, with respect to parameters and ``y``.
-        use_autograd: False: always use `torch.func.vjp`, which recomputes what activation
-            checkpointing does not keep. A BatchNorm in training mode does not support this.
+        use_autograd: False: always use `torch.func.vjp`; with activation checkpointing, it
+            recomputes only what the gradients need. BatchNorm in training mode does not support it.
 
     Returns:
         Energies, and one gradient per target, of the shape of ``y``.
@@ -179,7 +179,7 @@ def hessian_products(
 
     For the arguments see `value_and_grads`; vectors have the shape of ``y``. Each image has its own
     H and v. H is assumed symmetric, and each output to depend on its own image only. At kinks of
-    the network (ReLU), H ignores the kink. The results can be differentiated by the parameters.
+    the network (ReLU), H ignores the kink. Results can be differentiated by the parameters.
     """
     if torch.compiler.is_compiling() or not use_autograd or _in_functional_transform():
 

@@ -2,7 +2,7 @@
 
 The sentence of a `UserError` states the offending value, the legal values and the fix. The command
 line prints it and ends with exit code 2; in Python it is an ordinary exception. `validated`
-converts pydantic's errors; it imports pydantic itself, so that ``--help`` stays fast.
+converts pydantic's errors. Only functions import pydantic, so that ``--help`` stays fast.
 """
 
 from __future__ import annotations

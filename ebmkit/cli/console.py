@@ -66,7 +66,7 @@ def left() -> tuple[Any, ...]:
 
 @contextmanager
 def counting(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Context of a bar called ``what``; the first call of its value, (done, total), shows it."""
+    """Context with a bar called ``what``: yields a function (done, total) that shows the bar."""
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(for_bar(what), total=None, visible=False)
         yield lambda done, total: progress.update(task, completed=done, total=total, visible=True)

@@ -42,8 +42,8 @@ def evaluate(
     images.
 
     Args:
-        suite: suites separated by commas, from `ebmkit list suites`; standard: the quick ones; all:
-            every one that applies
+        suite: suites separated by commas, from `ebmkit list suites`; standard: quick suites; all:
+            all suites that apply
         split: split: test, validation or train
         limit: use only the first N images
         compile_: compile the score: on, off; auto: on CUDA, if the evaluation takes more than five

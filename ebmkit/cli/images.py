@@ -145,7 +145,7 @@ def restore(
     The input is the clean image: the command measures it, restores it, and compares the result with
     it and with simple methods. With --measured the input is the measurement. Writes
     NAME-measured.png, NAME-restored.png, NAME-comparison.png and NAME.json; overwrites nothing.
-    After Ctrl-C or a kill, the same command resumes and gives the same images.
+    After Ctrl-C or a kill, the same command resumes and produces the same images.
 
     Args:
         run: run folder of a blind denoiser
@@ -238,7 +238,7 @@ def sample(
 
     Writes samples.h5 (samples and their energies; also a data set of kind hdf5), samples.png,
     path.png, path.gif and sampling.json (settings, traces, diagnostics). After Ctrl-C or a kill,
-    the same command resumes and gives the same samples.
+    the same command resumes and produces the same samples.
 
     Args:
         out: folder for the samples: new, or an interrupted job to resume [default: a folder in

@@ -174,7 +174,7 @@ def verify(
     Exit code 2 if a file is changed or missing. Writes nothing unless --accept is given.
 
     Args:
-        accept: accept the present content of this file, changed on purpose; repeatable
+        accept: accept the current content of this file, changed on purpose; repeatable
         as_json: print JSON instead of a table
     """
     from ebmkit.storage.verify import accept_files, verify_run
