@@ -1,4 +1,4 @@
-r"""Gaussian mixtures with exact densities and scores; tests check signs and scales against them.
+r"""Gaussian mixtures with exact densities and scores, the references of the tests.
 
 If clean images follow a Gaussian mixture with labels,
 
@@ -42,9 +42,9 @@ class GaussianMixture(EnergyModel):
     Args:
         means: component means (K, *shape), in image units.
         covariances: covariances (K, d, d), variances (K,) of isotropic components, or one variance
-            for all components; d is the number of entries of ``shape``.
-        weights: mixing weights (K,); they are normalised. Default: equal weights.
-        labels: label of each component (K,), int64. Default: component k has label k.
+            for all; d is the number of entries of ``shape``.
+        weights: mixing weights (K,), to be normalised; default: equal.
+        labels: label of each component (K,), int64; default: k for component k.
 
     Raises:
         UserError: if shapes disagree, a weight is negative, a label has no component, or a
@@ -137,7 +137,7 @@ class GaussianMixture(EnergyModel):
         Args:
             y: noisy images (B, *shape).
             sigmas: quadrature nodes (S,) of the distribution of sigma.
-            weights: probabilities (S,) of the nodes. Default: equal.
+            weights: their probabilities (S,); default: equal.
             c: labels (B,) for the class-conditional score.
         """
         sigmas = sigmas.to(y)

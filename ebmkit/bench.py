@@ -14,9 +14,9 @@ The plain eager step is
 with contiguous float32 tensors, PyTorch's own layers and ``torch.optim.AdamW(model.parameters())``.
 It computes the same loss and gradients as the library's step, so their times can be compared.
 
-The clock rate and the load of a machine change over time. So each candidate runs once per round, in
-alternating order. With :math:`t_{k,r}` the time of candidate k in round r, its speed relative to
-candidate 0 is the median over rounds of the ratios *within* a round,
+Clock rate and load change over time. So each candidate runs once per round, in alternating order.
+With :math:`t_{k,r}` the time of candidate k in round r, its speed relative to candidate 0 is the
+median over rounds of the ratios *within* a round,
 
 .. math:: \rho_k = \operatorname{median}_r \frac{t_{0,r}}{t_{k,r}},
 
@@ -95,7 +95,7 @@ SHORTEST, MAX_CALLS = 0.05, 50
 
 PEERS = ("torchebm", "deepinv", "ebmkit")
 
-# the defaults of torch.optim.AdamW, so that both implementations make the same update
+# the defaults of torch.optim.AdamW, for equal updates of both implementations
 _ADAMW = OptimizerConfig(lr=1e-3, weight_decay=1e-2, betas=(0.9, 0.999), decay_norms=True)
 
 _NAME = re.compile(r"(?P<what>.+) (?P<backbone>\S+) w(?P<width>\d+) (?P<size>\d+)x\d+ b(?P<b>\d+)")
@@ -143,11 +143,11 @@ class Row(NamedTuple):
     device: str
     median_s: float  # seconds per step, median over rounds
     images_per_s: float  # from median_s
-    peak_mb: float  # peak memory in 10^6 bytes (`peak_memory`)
+    peak_mb: float  # in 10^6 bytes (`peak_memory`)
     ratio: float | None  # speed relative to the plain eager float32 step, median over rounds
     ratio_range: tuple[float, float] | None  # lower and upper quartile of that ratio
     ratios: dict[str, Ratio]  # speed relative to each other implementation
-    note: str  # conditions that affect the comparison, such as the precision
+    note: str  # conditions, such as the precision
 
 
 class Comparison(NamedTuple):
@@ -171,7 +171,7 @@ def interleave(
     Args:
         candidates: functions to time, by name.
         rounds: number of rounds; even rounds time the candidates in order, odd ones in reverse.
-        warmup: number of untimed calls of each candidate before the first round, at least 1.
+        warmup: untimed calls per candidate before the first round, at least 1.
         shortest: minimum seconds of a timing. If the last warm-up call of the fastest candidate
             took less, each timing is the mean over several calls, as many for all candidates.
         clock: clock in seconds. Default: PyTorch's, which synchronises with the device.
@@ -458,7 +458,7 @@ def our_inference(
 ) -> Step:
     """The library's inference step: one of `INFERENCES` on noisy images ``y``, on a frozen model.
 
-    Precision ``auto`` is float32; compilation ``auto`` compiles on devices where training does.
+    Precision ``auto`` is float32; compilation ``auto`` is as in training.
 
     Raises:
         UserError: if the device does not support the precision or has no compiler.

@@ -1,6 +1,6 @@
-r"""Inference with compilation or at another precision, by wrappers around a model.
+r"""Compiled or reduced-precision inference, by wrappers around a model.
 
-Every quantity of a model is one function of tensors, with forward pass and derivative inside,
+Every quantity of a model is one function of tensors, with forward pass and derivative,
 
 .. math:: (y, \sigma, c) \mapsto f\bigl(\ell(y, \sigma),\; J_\ell(y, \sigma)^\top v\bigr),
 
@@ -47,7 +47,7 @@ from ebmkit.energy import (
 from ebmkit.errors import UserError, first_line
 
 MAX_SIZES = 8
-"""Maximum number of input sizes for which each function is compiled."""
+"""Maximum number of compiled input sizes per function."""
 
 COMPILE_THRESHOLD_SECONDS = 300.0
 """``auto`` compiles if more than this many seconds of eager work remain: compilation takes about a
@@ -128,7 +128,7 @@ class HasParts(ABC):
 
     @abstractmethod
     def with_parts(self, wrap: Callable[[Any], Any]) -> Any:
-        """Return a copy of this model in which ``wrap(part)`` replaces each part."""
+        """A copy of this model in which ``wrap(part)`` replaces each part."""
 
 
 class WrappedModel(ScoreModel):
@@ -245,8 +245,8 @@ def optimize(model: M, precision: str = "fp32", compile: str = "off") -> M:
     Calls whose result needs a gradient are not compiled.
 
     Args:
-        model: model to wrap, shared, not copied. Its parameters are converted to channels-last
-            layout, which changes the last bits of results.
+        model: model to wrap, shared, not copied. Its parameters become channels last, which
+            changes the last bits of results.
         precision: precision of matrix products and convolutions: fp32, tf32, bf16 (results are
             float32); auto: fp32. TF32 on an NVIDIA GPU is a setting of the whole process.
         compile: on: compile functions that are called with the same size twice in a row; off;
@@ -314,7 +314,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def _kind(argument: object) -> object:
-    """Cache key of an argument: its type if it is a target, and which values are None."""
+    """Cache key of an argument: the type of a target, and what is None."""
     if isinstance(argument, tuple):
         return type(argument), *(field is None for field in argument)
     return argument is None
@@ -328,7 +328,7 @@ def _as_tensors(y: Tensor, sigma: Noise | None, others: tuple[Any, ...]) -> tupl
 
 
 def _without_inference_mode(argument: Any) -> Any:
-    """Clone tensors that were created in inference mode: these cannot be differentiated."""
+    """Clone tensors created in inference mode, which cannot be differentiated."""
     if isinstance(argument, tuple):
         return type(argument)(*map(_without_inference_mode, argument))
     if isinstance(argument, Tensor) and argument.is_inference():

@@ -50,7 +50,7 @@ Noise = float | Tensor
 
 
 class Energies(NamedTuple):
-    """Output of a forward pass, from which all other quantities are derived.
+    """Output of a forward pass; all other quantities are derived from it.
 
     Attributes:
         logits: log p(c|y) up to a constant in c, (B, C). C is 0 for a model without labels.
@@ -127,16 +127,16 @@ def value_and_grads(
 ) -> tuple[Energies, list[Tensor]]:
     """Compute energies and the gradient of each target with respect to ``y``, in one forward pass.
 
-    Only this function and `hessian_products` differentiate a model with respect to its input. They
-    use `torch.autograd.grad`, or `torch.func.vjp` under compilers and inside `torch.func`
-    transforms, which do not support the former; values are the same.
+    Only this function and `hessian_products` differentiate a model by its input. They use
+    `torch.autograd.grad`, or `torch.func.vjp` under compilers and `torch.func` transforms, which do
+    not support the former; values are the same.
 
     Args:
         model: function from ``(y, sigma)`` to energies, for example an `EnergyModel`.
         y: noisy images (B, C, H, W).
         sigma: noise level of ``y``, a float or (B,).
         targets: functions from energies to (B,).
-        record: whether the results can be differentiated, with respect to parameters and ``y``.
+        record: whether the results can be differentiated, by parameters and by ``y``.
         use_autograd: False: always use `torch.func.vjp`; with activation checkpointing, it
             recomputes only what the gradients need. BatchNorm in training mode does not support it.
 
@@ -247,9 +247,9 @@ class ScoreModel(nn.Module, ABC):
     The score of an `EnergyModel` is the gradient of its log-density; that of a plain denoiser
     (`ebmkit.models.DirectDenoiser`) is (D(y) - y) / sigma^2. Methods take noisy images y
     (B, C, H, W), their noise level sigma (a float or (B,), in image units; optional for a blind
-    model), and labels c (an integer or (B,)). They raise `UserError` if a label is out of range, if
-    a model without labels gets labels, or if a noise-conditional model has to denoise or estimate
-    the noise level without sigma.
+    model), and labels c (an integer or (B,)). They raise `UserError` if a label is out of range or
+    the model has no labels, and if a noise-conditional model denoises or estimates the noise level
+    without sigma.
 
     Attributes:
         num_classes: number of labels C; 0 for a model without labels.
@@ -257,10 +257,10 @@ class ScoreModel(nn.Module, ABC):
             they accept sigma and ignore it, so that samplers can treat all models alike.
         is_energy_based: whether the score is a gradient, so that training differentiates twice.
         ignores_sigma: whether `denoise` ignores sigma.
-        in_channels: number of channels of the images; None if unknown.
+        in_channels: number of image channels; None if unknown.
         schedule: noise levels of a diffusion model; None for other models.
         card: what the model was trained for; None before training.
-        weights_sha256: SHA-256 of the file that the weights were loaded from; None if not loaded.
+        weights_sha256: SHA-256 of the file that the weights were loaded from, if any.
     """
 
     num_classes: int = 0
@@ -419,7 +419,7 @@ class EnergyModel(ScoreModel):
         return self.value_and_grads(y, sigma, LabelLogProbability(self.check_labels(c, y)))[1][0]
 
     def warn_if_rough(self) -> None:
-        """Warn once about layers that, as the paper found, impair a score: BatchNorm and ReLU."""
+        """Warn once about BatchNorm and ReLU, which impair a score, as the paper found."""
         if self._warned or torch.compiler.is_compiling():
             return
         self._warned = True

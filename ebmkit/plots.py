@@ -1,4 +1,4 @@
-"""Shared plotting tools: colours, figures without global state, atomic writing of files.
+"""Plotting tools: colours, figures without global state, atomic writing of files.
 
 Figures need no display. The palette of Okabe and Ito is safe for colour-blind readers; series also
 differ by marker or hatching.
@@ -80,12 +80,12 @@ def image_rows(
     Args:
         rows: images (C, H, W) of one size, each with the text below it; None: no image. The first
             must not be None.
-        heads: text above the columns.
-        path: PNG file to write.
-        groups: text above a group of columns, by its first column; a gap precedes each group.
+        heads: titles of the columns.
+        path: PNG file.
+        groups: text above a group of columns, by first column; a gap precedes each group.
         title: text above the images.
         note: text below the images.
-        names: names of the rows, on the left.
+        names: names of the rows.
     """
     groups, first = groups or {}, rows[0][0][0]
     assert first is not None
@@ -141,9 +141,9 @@ def bars_within(
     """Plot values with 95 % intervals, clipped at ``limits``; return whether one was clipped.
 
     A caret at a limit marks an interval that continues beyond it. A value beyond a limit is drawn
-    at the limit, with its number. Each of ``estimates``, one per entry of ``x``, has ``value``,
-    ``low`` and ``high``, any of which may be None; they are multiplied by ``scale``. ``look`` are
-    arguments of ``Axes.errorbar``.
+    at the limit, with its number. Each estimate, one per entry of ``x``, has ``value``, ``low`` and
+    ``high``, which may be None and are multiplied by ``scale``. ``look``: arguments of
+    ``Axes.errorbar``.
     """
     low, high = limits
     known = [
