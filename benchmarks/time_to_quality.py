@@ -183,24 +183,30 @@ def write(
 
 
 def plot(runs: list[dict[str, Any]], data: str, path: Path) -> None:
-    """Accuracy and PSNR at 25/255 against FLOPs, a point for each run."""
+    """Accuracy and PSNR at 25/255 against FLOPs: runs, and their means over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for who, colour in (("AdamW", "tab:gray"), ("ours", "tab:blue")):
-        own = sorted((r for r in runs if r["who"] == who), key=lambda r: r["tflop"])
-        cost = [run["tflop"] for run in own]
-        axes[0].plot(cost, [100 * run["accuracy"] for run in own], "o", color=colour, label=who)
-        axes[1].plot(cost, [run["psnr"][1] for run in own], "o", color=colour, label=who)
     gain = "gain" if data == "digits" else "PSNR"
     for axis, name in zip(axes, ("accuracy, %", f"{gain} at 25/255, dB"), strict=True):
         axis.set(xscale="log", xlabel="training, TFLOP", ylabel=name)
+        for ticks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+            ticks(ticker.LogFormatter(labelOnlyBase=False, minor_thresholds=(1, 0.7)))
         axis.grid(alpha=0.3)
+    for who, colour in (("AdamW", "tab:gray"), ("ours", "tab:blue")):
+        own = [run for run in runs if run["who"] == who]
+        costs = sorted({run["tflop"] for run in own})
+        for axis, quality in zip(
+            axes, (lambda run: 100 * run["accuracy"], lambda run: run["psnr"][1]), strict=True
+        ):
+            axis.plot([run["tflop"] for run in own], [*map(quality, own)], "o", color=colour)
+            means = [statistics.mean(quality(r) for r in own if r["tflop"] == c) for c in costs]
+            axis.plot(costs, means, color=colour, label=who)
     axes[0].legend()
-    figure.suptitle(f"{data}: one point a run")
+    figure.suptitle(f"{data}: runs, and their mean over seeds")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
