@@ -291,6 +291,7 @@ def test_confidence_slope_tells_who_notices(squares):
     assert confidence_slope(rows([(0.9, 0.8), (0.9, 0.4)])) is None
 
 
+@pytest.mark.slow
 def test_files_table_and_bar(network, squares, tmp_path):
     few = {"strengths": [1, 5], "corruptions": ["blur", "salt-and-pepper"]}
     results = evaluate(

@@ -53,6 +53,7 @@ def evaluate(model, images, folder, settings, **options):
     return evaluation.evaluate(model, images, ["generation"], folder, **options)["generation"]
 
 
+@pytest.mark.slow
 def test_real_images_as_samples(network, digits, judge, tmp_path):
     """Training images reach the floor exactly, as it is made of the same; one black image does not.
 

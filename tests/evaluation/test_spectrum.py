@@ -90,6 +90,7 @@ def test_a_gradients_jacobian_is_symmetric_to_rounding(network):
     assert spectrum(jacobian(network.double(), y.double(), SIGMA)).asymmetry < 1e-13
 
 
+@pytest.mark.slow
 def test_iterative_equals_dense_on_digits(digit):
     model, y = digit
     dense = spectrum(jacobian(model, y, 0.5), 3, 2, "dense")

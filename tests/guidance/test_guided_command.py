@@ -127,6 +127,7 @@ def test_scale_0_gives_the_unguided_samples(place):
         assert np.array_equal(a["samples"][()], b["samples"][()])
 
 
+@pytest.mark.slow
 def test_an_interrupted_command_goes_on_and_other_guidance_is_refused(place, monkeypatch):
     ask = ["sample", "diffusion", "--guide", "robust", "--label", "all", "--batch-size", 2, *QUICK]
     whole = ebmkit_command(*ask, "--set", "eta=1", "--out", "whole", cwd=place)

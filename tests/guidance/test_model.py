@@ -82,7 +82,9 @@ def test_unguided_it_is_the_base_to_the_bit(name, how):
     assert torch.equal(*ends)
 
 
-@pytest.mark.parametrize("name", ["ddim", "pc", "annealed-langevin", KS])
+@pytest.mark.parametrize(
+    "name", ["ddim", pytest.param("pc", marks=pytest.mark.slow), "annealed-langevin", KS]
+)
 def test_guided_samples_are_of_the_label_that_was_asked_for(name):
     entry = SAMPLERS[name]
     base = pictures(Blind if "blind" in entry.needs else GaussianMixture)

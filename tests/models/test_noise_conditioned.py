@@ -108,6 +108,7 @@ def test_mistakes_are_told(fields, words):
         validated(ModelConfig, {"noise_conditional": True, **fields}, "model")
 
 
+@pytest.mark.slow
 def test_a_run_classifies_clean_and_noisy_images(tmp_path):
     """Recipe, training, validation and the suite classify, by the command line."""
     small = ["--set", "model.backbone.width=8", "--set", "streams.classify.batch_size=16"]

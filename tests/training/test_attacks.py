@@ -394,7 +394,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path):
     ("objective", "backend"),
     [
         pytest.param("ce+adv", "aot_eager", marks=pytest.mark.slow),
-        ("trades", "aot_eager"),
+        pytest.param("trades", "aot_eager", marks=pytest.mark.slow),
         ("adv", "eager"),
     ],
 )
@@ -445,6 +445,7 @@ def test_the_cost_of_attacks_is_counted_and_printed(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_from_the_command_line_with_denoising(tmp_path):
     arguments = ["--objective=adv+dsm", "--steps=2", "--width=8", "--no-evaluate", "--out=run"]
     arguments += [f"--set=streams.{name}.batch_size=8" for name in ("classify", "denoise")]

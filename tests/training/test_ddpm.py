@@ -98,6 +98,7 @@ def run(tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_model_and_its_evaluation(run):
     model = ebmkit.load(run)
     assert isinstance(model, DiffusionModel)
@@ -108,6 +109,7 @@ def test_a_run_leaves_a_model_and_its_evaluation(run):
     assert found == ["denoise"]
 
 
+@pytest.mark.slow
 def test_samples_by_ddim_on_its_own_schedule_with_and_without_a_label(run):
     for label in ([], ["--label", "3"]):
         out = run.parent / f"samples{len(label)}"

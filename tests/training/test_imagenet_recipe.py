@@ -194,6 +194,7 @@ class Rows:
             os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_a_run_stopped_within_a_phase_resumes_to_the_same_bits(pictures, tmp_path):
     config = small(pictures)
     reports = Rows(), Rows(stop_at=4), Rows()  # step 5 is the second of its phase

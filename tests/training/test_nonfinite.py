@@ -91,7 +91,7 @@ def assert_equal(one, other):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, (a, b)
 
 
-QUICK = ("plain", "muon in parts, clipped", "adv", "batch norm")
+QUICK = ("plain", "adv", "batch norm")
 
 
 @pytest.mark.parametrize(
@@ -253,6 +253,7 @@ def test_reports_are_bounded_and_never_overwritten(tmp_path):
     assert write_report(tmp_path, {"step": 3}) == f"no report: there are {MOST_REPORTS}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "in parts", "sam", "adv", "drops", "jem"])
 def test_the_diagnosed_step_is_the_step_itself(tmp_path, kind):
     """Its gradient is that of the step: the same batch, noise, attack, chains and dropout."""

@@ -180,7 +180,7 @@ def everything(folder):
     return documents | {p.name: p.read_bytes() for p in folder.glob("*.png")}
 
 
-@pytest.mark.parametrize("how", ["killed", "stopped"])
+@pytest.mark.parametrize("how", ["killed", pytest.param("stopped", marks=pytest.mark.slow)])
 def test_an_interrupted_restoration_is_resumed_to_the_same_bits(tmp_path, how):
     """In the second of two images; the first is not restored again."""
     model = small_network(tmp_path / "run")
