@@ -183,6 +183,21 @@ def memory_format(device: torch.device, differentiate: bool) -> torch.memory_for
     return torch.channels_last
 
 
+def flush_denormals(device: torch.device | None = None) -> None:
+    """On a CPU, round results between 0 and the smallest normal number (1.2e-38 in float32) to 0.
+
+    Processors take these denormal numbers up to a hundred times slower than others, and they become
+    frequent as training proceeds: a step takes about half the time without them (docs: "Denormal
+    numbers"). A setting of this thread and of the threads that it starts afterwards. PyTorch starts
+    its threads with its first parallel operation, so call this before; the command line does.
+
+    Args:
+        device: nothing is done if it is not a CPU; None: the CPU.
+    """
+    if device is None or device.type == "cpu":
+        torch.set_flush_denormal(True)
+
+
 def keep_freed_memory(device: torch.device) -> None:
     """On Linux, let this process keep the memory that tensors on the CPU release.
 

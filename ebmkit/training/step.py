@@ -30,6 +30,7 @@ from torch.optim.swa_utils import AveragedModel
 from ebmkit.compile import ISOLATED
 from ebmkit.compute import (
     ComputeConfig,
+    flush_denormals,
     keep_freed_memory,
     memory_format,
     pick_compile,
@@ -121,6 +122,7 @@ class TrainingStep:
         loss.precision = self.precision
         subsample_before_1x1(loss.model)  # as the models here do when made; others may not
         loss.model.to(memory_format=memory_format(self.device, loss.differentiates))
+        flush_denormals(self.device)
         keep_freed_memory(self.device)
         self._parallel: nn.Module | None = None  # made with the first batch
         self._settled = self.compiled = False
