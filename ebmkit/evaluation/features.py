@@ -27,9 +27,9 @@ The Inception network is torch-fidelity's, converted from the TensorFlow weights
 FID: uint8 images, resized to 299x299 as in TensorFlow 1, features of the last pooling (2048),
 logits without bias. The package is an extra, ``pip install 'ebmkit-vision[generation]'``; its
 weights are 95 MB. The features of a classifier are the inputs of its head, averaged over positions.
-Its metrics have their own names, because they are comparable only for one classifier.
+Its metrics have their own names: they are comparable only for one classifier.
 
-`measure_guided` computes these metrics for samples drawn for given labels, in total and by label:
+`measure_guided` computes for samples of given labels, in total and by label:
 
 - ``accuracy``: the share of samples that the extractor classifies as the requested label, with
   Wilson's interval;
@@ -271,7 +271,7 @@ def _moments(a: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def frechet(a: Tensor, b: Tensor) -> Estimate:
-    """`frechet_distance`, with an interval if d is at most `MOST_FEATURES` or the sets are small."""
+    """`frechet_distance`, with an interval if d <= `MOST_FEATURES` or the sets are small."""
     if a.shape[1] <= MOST_FEATURES or len(a) * len(b) < a.shape[1] ** 2 / 10:
         return statistics.jackknife(frechet_distance, a, b)
     return statistics.without_interval(frechet_distance(a, b), len(a))
@@ -376,7 +376,7 @@ def measure_guided(
     batch_size: int = 250,
     device: torch.device | str | None = None,
 ) -> dict[str, Any]:
-    """Compute the metrics of samples drawn for given labels; see the module docstring.
+    """Compute the metrics of the module docstring for samples of given labels.
 
     Args:
         samples: (N, C, H, W), uint8 or floats in [0, 1] (clipped and rounded to 255ths).
@@ -385,7 +385,7 @@ def measure_guided(
         extractor: feature extractor, from `find_extractor` or `classifier_of`.
         energy_model: model of the energies; None: no energy gap.
         others: other real images for the floor, ideally as many per label as there are samples;
-            None: the floor compares two halves of ``real``.
+            None: halves of ``real``.
         reading: source of the energies; see `ebmkit.models.heads`.
         batch_size: number of images per batch.
         device: device of extractor and model; None: that of the extractor's classifier, or the CPU.
@@ -477,8 +477,8 @@ def by_class(
 
     Args:
         samples: columns of `columns_of_images`, with labels.
-        real: the same for real images.
-        others: the same for other real images, for the floor; None: halves of ``real``.
+        real: the same of real images.
+        others: the same of other real images, for the floor; None: halves of ``real``.
         names: class names.
         judged: whether the extractor has these classes.
 
@@ -526,7 +526,7 @@ def class_means(classes: Sequence[dict[str, Any]]) -> dict[str, float]:
 def _compared(
     samples: Features, real: Features, others: Features | None, judged: bool
 ) -> dict[str, Any]:
-    """Compute the metrics that all samples and those of one label have; see `measure_guided`."""
+    """Compute the metrics that are both in total and by label; see `measure_guided`."""
     made, known = samples.columns["features"], real.columns["features"]
     spare, against = known[::2], known[1::2]
     if others is not None:
