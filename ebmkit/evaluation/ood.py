@@ -178,9 +178,7 @@ def _made(name: str, source: Images, seed: int) -> Images:
 
 
 def partners(labels: Tensor | None, count: int) -> list[int]:
-    """Index of the next image with another label, cyclically, for each of ``count`` images.
-
-    Without labels, it is the next image.
+    """Index of the next image of another class (any, without labels) for each image, cyclically.
 
     Raises:
         UserError: if all images have one label.
