@@ -157,8 +157,8 @@ class Jacobian:
         """
         if self.size > DENSE:
             raise UserError(
-                f"the full Jacobian is limited to images of {DENSE} values, not {self.size}: use "
-                "method iterative, or smaller images"
+                f"an image of {self.size} values is too large for its full Jacobian (at most "
+                f"{DENSE}): use method iterative, or smaller images"
             )
         directions = torch.eye(self.size, dtype=self.y.dtype, device=self.y.device)
         matrix = self.vjp(directions).cpu().double()

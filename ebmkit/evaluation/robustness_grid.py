@@ -140,7 +140,7 @@ def measure(context: EvaluationContext) -> dict[str, Any]:
 def _minimal_epsilons(
     context: EvaluationContext, images: Images, model: EnergyModel, config: RobustnessGridConfig
 ) -> Tensor:
-    """Smallest radius (N,) of the grid that breaks each image, tried from 0 up; inf if none does."""
+    """Smallest radius (N,) of the grid that breaks each image, found in ascending order; or inf."""
     target = DefendedClassifier(model, Defence("direct"))
     attack = Attack(config.norm, "pgd", config.steps, config.restarts, 2.5 / config.steps)
 
