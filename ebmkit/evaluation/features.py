@@ -99,7 +99,7 @@ PAIRED = 1000
 """Maximum number of real images per label for mean distances."""
 
 MOST_FEATURES = 512
-"""Maximum feature dimension for an interval of the Frechet distance (20 more evaluations)."""
+"""Maximum feature dimension for an interval of the Frechet distance (20 evaluations)."""
 
 Columns = dict[str, Tensor]
 
@@ -357,7 +357,7 @@ class Features(NamedTuple):
     labels: Tensor | None
 
     def among(self, labels: Tensor | None) -> Features:
-        """Return the images whose label is in ``labels``; all if either set has no labels."""
+        """Return the images whose label is in ``labels``; all if either is None."""
         if self.labels is None or labels is None:
             return self
         own = torch.isin(self.labels, labels)
@@ -387,8 +387,8 @@ def measure_guided(
         others: other real images for the floor, ideally as many per label as there are samples;
             None: halves of ``real``.
         reading: source of the energies; see `ebmkit.models.heads`.
-        batch_size: number of images per batch.
-        device: device of extractor and model; None: that of the extractor's classifier, or the CPU.
+        batch_size: batch size.
+        device: device of extractor and model; None: the classifier's, or the CPU.
 
     Returns:
         A dictionary for JSON. Estimates are ``{"value", "low", "high", "count"}`` with 95 %

@@ -282,7 +282,7 @@ def _warnings(
         same = own.keys() == other.keys() and all(torch.equal(own[k], other[k]) for k in own)
     cases = {
         f"{least} images are few for {width} features: {extractor.names['frechet']} is biased "
-        "upwards; compare it with the floor, and only with values for as many images": (
+        "upwards; compare it with the floor, and only for equal numbers of images": (
             least < ENOUGH * width
         ),
         f"{left_out} of {left_out + len(generated.images)} samples have NaN or Inf and are "
@@ -410,7 +410,7 @@ def _plot_classes(document: dict[str, Any], path: Path) -> None:
     size = max(6.6, 1.6 + 0.62 * len(classes)), 0.7 + 1.75 * len(panels)
     figure = plots.new_figure(*size, "constrained")
     figure.suptitle(
-        f"Samples recognised as the label asked for: {total['value']:.1%} "
+        f"Samples classified as the requested label: {total['value']:.1%} "
         f"({total['low']:.1%} to {total['high']:.1%}) of {total['count']}; lines: real images",
         fontsize=9,
     )

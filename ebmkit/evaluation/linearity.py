@@ -1,5 +1,4 @@
-r"""Suite ``linearity``: local linearity :math:`D(y) = \nabla D(y)\,y` of denoisers, claimed in CDN
-section 4.2.
+r"""Suite ``linearity``: does :math:`D(y) = \nabla D(y)\,y` hold, as CDN section 4.2 claims?
 
 The claim holds if D is homogeneous of degree 1 (Mohan et al., 2020, arXiv 1906.05478). If log p is
 homogeneous of degree k, the score has degree k - 1, and by Euler's identity
@@ -311,7 +310,7 @@ def linearity_grid(cells: Sequence[dict[str, Any]], path: Path, data: str = "") 
     Args:
         cells: one dictionary per network: ``norm`` (group or scale), ``activation`` (gelu or relu),
             ``bias`` (bool), and ``levels`` and ``theory`` as in ``linearity.json``.
-        path: path of the PNG file.
+        path: PNG file.
         data: description of the images, for the title.
     """
     figure = plots.new_figure(max(6.4, 1.15 * len(cells) + 1.4), 6.2, layout="constrained")

@@ -142,7 +142,7 @@ NAMED = ("cifar10", "cifar100", "digits", "patches")
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads images (B, C, H, W) by their indices."""
+    """Reads images (B, C, H, W) by index."""
 
     images: Callable[[Sequence[int]], Tensor]
 
@@ -416,7 +416,7 @@ def _of_counts(inside: Counts, outside: Counts) -> list[float]:
 
 
 def find_sets(context: EvaluationContext) -> list[OutSet]:
-    """Return the configured sets; raise `UserError` if one is missing or cannot be generated."""
+    """The configured sets; raise `UserError` if one is missing or cannot be generated."""
     found: dict[str, OutSet] = {}
     for name in _names(context):
         own = find_set(name, context.images, context.data_dir, context.seed)

@@ -265,7 +265,7 @@ class _Attacks:
     def check(
         self, norm: Norm, defence: Defence, smallest: Tensor
     ) -> tuple[dict[str, Any], list[str]]:
-        """Check the attack that found ``smallest`` (N,); return the JSON entry and the warnings."""
+        """Check the attack that found ``smallest`` (N,); return JSON entry and warnings."""
         document, doubts = dict[str, Any](epsilon=None), list[str]()
         epsilon = telling_strength(smallest, self.config.strengths(norm))
         if epsilon is not None:
@@ -353,7 +353,7 @@ def telling_strength(smallest: Tensor, grid: Sequence[float]) -> float | None:
 def compare_attacks(
     norm: Norm, epsilon: float, smallest: Tensor, broken: Mapping[str, Tensor]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Compare PGD with other attacks; return the accuracies, and warnings about PGD.
+    """Compare PGD with other attacks; return accuracies and warnings about PGD.
 
     Args:
         norm: norm of the attacks.
@@ -372,7 +372,7 @@ def compare_attacks(
         if name in WEAKER and only > rest and test().pvalue < SIGNIFICANT:
             doubts.append(
                 f"{WEAKER[name]} at {at} breaks {only} images that PGD does not, and PGD breaks "
-                f"{rest} that it does not: gradients are masked, and the accuracies are too high"
+                f"{rest} others: gradients are masked, and the accuracies are too high"
             )
         if name == "autoattack":
             gap = document["gap"] = (only - rest) / len(right)
@@ -496,7 +496,7 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
 
 
 def plot_map(document: dict[str, Any], path: Path) -> None:
-    """Plot accuracy by attack strength and by the level of the noise that the classifier adds."""
+    """Plot accuracy by attack strength and by the noise level that the classifier adds."""
     maps = {norm: rows for norm, rows in document["map"].items() if rows}
     wide = max(len(document["epsilons"][norm]) for norm in maps)
     tall = max(map(len, maps.values()))
@@ -526,7 +526,7 @@ def plot_comparison(
 
     Args:
         documents: contents of ``robustness.json`` by model name; None is labelled "not run".
-        path: path of the PNG file.
+        path: PNG file.
         paper: published points (strength in image units, accuracy 0..1) by model and norm
             (``linf``, ``l2``), drawn as thin lines.
         defence: name of the plotted defence.
