@@ -387,7 +387,7 @@ def measure_guided(
         others: other real images for the floor, ideally as many per label as there are samples;
             None: halves of ``real``.
         reading: source of the energies; see `ebmkit.models.heads`.
-        batch_size: batch size.
+        batch_size: images per batch.
         device: device of extractor and model; None: the classifier's, or the CPU.
 
     Returns:

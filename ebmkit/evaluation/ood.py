@@ -16,7 +16,7 @@ Each image x of d values gets several scores; higher means in distribution. JEM'
 - ``gradient``: :math:`-\|\nabla \log p(x)\|`; the norm is small where a density has its mass.
 
 Joint models are trained on noisy images, :math:`y = x + \sigma\epsilon`. With the score s(y) and
-fixed noise :math:`\epsilon_1, \dots, \epsilon_n` for each image, at each noise level sigma,
+fixed noise :math:`\epsilon_1, \dots, \epsilon_n` for each image, at each level sigma,
 
 - ``residual``: :math:`-\frac1n \sum_i \|\sigma s(y_i) + \epsilon_i\|^2 / d`, minus the loss of
   denoising score matching for this image. Its integral over :math:`\log\sigma` is the
