@@ -139,7 +139,7 @@ def parse_suites(text: str, model: ScoreModel, images: Images) -> list[str]:
         raise UserError(f"no suite to run: name some of {', '.join([*groups, *SUITES])}")
     for name in names:
         if name in groups:
-            raise UserError(f"{name!r} cannot be combined with other suites: give only {name!r}")
+            raise UserError(f"suite {name!r} cannot be combined with others: give it alone")
         find_suite(name).check(model, images)
     return list(dict.fromkeys(names))
 
