@@ -133,7 +133,7 @@ def ssim_window(image_size: tuple[int, int]) -> dict[str, Any]:
 
 
 def ssim(estimate: Tensor, clean: Tensor) -> Tensor:
-    """Structural similarity (Wang et al. 2004) (B,), at most 1, of images (B, C, H, W) in [0, 1]."""
+    """Structural similarity (Wang et al. 2004), (B,) up to 1, of images (B, C, H, W) in [0, 1]."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     # torchmetrics derives the side of the window from its deviation s: 2 int(3.5 s + 0.5) + 1
