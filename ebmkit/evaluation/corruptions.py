@@ -322,8 +322,7 @@ def _warnings(context: EvaluationContext, labelled: bool) -> list[str]:
         return found + noise_warnings(model, ())
     return [
         *found,
-        "this model takes the noise level as an input and cannot estimate it: denoising is "
-        "skipped",
+        "this model takes the noise level as an input and cannot estimate it: denoising is skipped",
     ]
 
 
