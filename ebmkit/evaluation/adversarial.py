@@ -12,9 +12,9 @@ The suite measures, at :math:`y = x + \sigma\epsilon` of the first images, in fl
 - ``norm``: l2 norm of the gradient, nats per image unit; ``norm_predicted``, the same for the
   predicted label; ``score_norm``, :math:`\|\nabla\log p(y)\|`, about :math:`\sqrt d/\sigma` for a
   good denoiser;
-- ``identity_error``: the relative difference of the two sides of the equation; the left side is
-  computed by autograd. It is rounding error divided by sigma^2; ``rounding`` is the error expected
-  in float32, :math:`2^{-24}\|y\|/\sigma^2` relative to the norm;
+- ``identity_error``: relative difference of the two sides of the equation; the left side is a
+  separate gradient. The error is rounding divided by sigma^2; ``rounding`` is the error expected in float32,
+  :math:`2^{-24}\|y\|/\sigma^2` relative to the norm;
 - ``steps``: for a step of each length along the gradient, the increase of log p(c|y) (``gain``),
   its linear prediction, length times norm (``promised``), and the share of (image, target) pairs
   whose prediction is then the target (``reached``).
@@ -83,14 +83,8 @@ class AdversarialConfig(SuiteConfig):
 
 
 def difference(model: EnergyModel, y: Tensor, c: Tensor, sigma: float) -> Tensor:
-    """grad log p(c|y) = (D_c - D_u) / sigma^2 (CDN eq. 9), shape of y.
-
-    Args:
-        model: the model, with labels.
-        y: noisy images (B, C, H, W).
-        c: labels (B,).
-        sigma: noise level, image units.
-    """
+    """grad log p(c|y) = (D_c - D_u) / sigma^2 (CDN eq. 9), for labels ``c`` (B,): shape of the
+    noisy images ``y`` (B, C, H, W) at level ``sigma``, image units."""
     return (model.denoise(y, sigma, c) - model.denoise(y, sigma)) / sigma**2
 
 

@@ -1,7 +1,7 @@
 r"""Defences of a classifier, and attacks through them: PGD (`ebmkit.attacks`) and AutoAttack.
 
-A defence is one of five ways in which a joint model classifies an image x that may have been
-attacked, with :math:`\epsilon_i` standard normal:
+A defence is one of five ways in which a joint model classifies an image x, with
+:math:`\epsilon_i` standard normal:
 
 ================= ==================================================================
 ``direct``        :math:`p(c \mid x)` of the network
@@ -12,9 +12,9 @@ attacked, with :math:`\epsilon_i` standard normal:
 ================= ==================================================================
 
 If the defence adds noise, D gets its sigma. If not, a blind model estimates the level itself, and a
-noise-conditional model gets sigma. Neither noisy nor denoised images are clipped: clipped values
-have no gradient, which would weaken the attack. The noise draws with which an image is classified
-depend on its content and a seed; they are the same at every strength.
+noise-conditional model gets sigma. Noisy and denoised images are not clipped: clipped values have
+no gradient, which would weaken attacks. The noise draws with which an image is classified depend on
+its content and a seed; they are the same at every strength.
 
 A chain of ``refine`` (JEM, arXiv 1912.03263, section 5.3) starts at the image, :math:`x_0 = x`, and
 makes k steps :math:`x_{j+1} = x_j + a\, s(x_j) + b\, \xi_j` (`ebmkit.sampling.langevin_move`).
@@ -29,12 +29,11 @@ An attack of strength :math:`\epsilon` searches for a misclassified image :math:
 :math:`-\log p(c \mid x')` of the true label c, through the defence. The gradient of a denoiser
 contains second derivatives of the model. If the defence adds noise, each gradient is that of an
 average over new draws (expectation over transformation, Athalye et al. 2018): the attacker knows
-the defence, but not the draws on which the image is classified. Random starts depend on the content
-of the image and a seed.
+the defence, but not its draws. Random starts depend on the content of the image and a seed.
 
-AutoAttack (Croce and Hein, arXiv 2003.01690) is a parameter-free ensemble of attacks; defences that
-add noise are attacked with its version for randomised classifiers. It needs the package
-pyautoattack: ``pip install 'ebmkit-vision[autoattack]'``.
+AutoAttack (Croce and Hein, arXiv 2003.01690) is a parameter-free ensemble of attacks, used in its
+version for randomised classifiers against defences that add noise. It needs pyautoattack:
+``pip install 'ebmkit-vision[autoattack]'``.
 """
 
 from __future__ import annotations
@@ -66,8 +65,8 @@ from ebmkit.sampling import langevin_move
 from ebmkit.sampling.langevin import JEM_NOISE, JEM_STEP
 
 STEPSIZE = 0.2
-"""Step size of PGD, relative to the strength. With the usual 0.03 or 0.06 and 40 steps, PGD failed
-on images of digits that this step size and AutoAttack break."""
+"""Step size of PGD relative to the strength. In 40 steps of the usual 0.03 or 0.06, PGD did not
+break some images of digits that it breaks with this step size, as AutoAttack does."""
 
 AUTOATTACK_TARGETS = 9
 """Maximum number of target labels of AutoAttack."""
@@ -80,12 +79,12 @@ DEFENCES: tuple[DefenceName, ...] = get_args(DefenceName)
 
 @dataclass(frozen=True)
 class Defence:
-    """A defence: how an image is classified; see the table of the module."""
+    """A defence; see the table of the module."""
 
     name: DefenceName
     sigma: float = 0.0
-    """level of the added noise, or the level passed to a noise-conditional denoiser, image units;
-    not used by ``direct`` and ``refine``"""
+    """level of the added noise, or given to a noise-conditional denoiser, image units; not used by
+    ``direct`` and ``refine``"""
     steps: int = 0
     """number of steps k of the chains of ``refine``; 0 leaves images unchanged"""
     step_size: float = JEM_STEP
@@ -135,8 +134,8 @@ class DefendedClassifier(nn.Module):
     Args:
         model: the model, with labels, in evaluation mode.
         defence: the defence.
-        draws: number of noise draws, or chains, per call; not used without noise.
-        seed: random seed of these draws, any text; see `restart`.
+        draws: number of noise draws, or chains, per call.
+        seed: random seed of these draws, any text.
     """
 
     def __init__(
@@ -257,14 +256,14 @@ class Attack:
         noise: Tensor | None = None,
         seed: str = "",
     ) -> Tensor:
-        """Whether the attack breaks each image, that is, makes its label wrong: (B,) bool.
+        """Whether each image is misclassified after the attack, (B,) bool.
 
         Args:
             target: the classifier.
             x: images (B, C, H, W) in [0, 1].
             labels: true labels (B,).
             epsilon: strength, image units.
-            noise: noise (B, n, C, H, W) with which the defence classifies the attacked images, see
+            noise: noise with which attacked images are classified, (B, n, C, H, W); see
                 `DefendedClassifier.log_posterior`.
             seed: random seed of the starts and the attacker's draws, any text.
 
@@ -325,11 +324,7 @@ class Attack:
         seed: str = "",
         done: Callable[[], None] = lambda: None,
     ) -> Tensor:
-        """The smallest of ``epsilons`` that breaks each image, (B,) float64.
-
-        See `ebmkit.attacks.minimal_epsilons`; arguments are those of `breaks`. ``done`` is called
-        after each step of the bisection.
-        """
+        """`ebmkit.attacks.minimal_epsilons` of each image, (B,) float64, by `breaks`."""
 
         def succeeds(rows: Tensor, epsilon: float) -> Tensor:
             own = None if noise is None else noise[rows]
@@ -357,7 +352,7 @@ def autoattack(
     noise: Tensor | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """Whether AutoAttack breaks each image, (B,) bool; the arguments are those of `Attack.breaks`.
+    """Whether each image is misclassified after AutoAttack, (B,) bool; see `Attack.breaks`.
 
     Images that are misclassified without an attack are not attacked. Attacks with a margin loss are
     skipped below three classes, four if targeted, and Square in l2 below five pixels per side.

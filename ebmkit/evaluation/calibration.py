@@ -56,8 +56,7 @@ def calibration_error(
 
 
 def reliability(confidence: Tensor, right: Tensor, bins: int = BINS) -> list[dict[str, Any]]:
-    """Reliability diagram: edges ``low`` and ``high`` of each bin, number of images ``count``, mean
-    ``confidence`` and ``accuracy``, both None if the bin is empty."""
+    """By bin: edges ``low`` and ``high``, ``count``, mean ``confidence`` and ``accuracy``."""
     index = _bin_of(confidence, bins)
     found = []
     for b in range(bins):

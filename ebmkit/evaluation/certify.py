@@ -21,7 +21,7 @@ agree, :math:`\underline{p_A} = \alpha^{1/n}`.
 The suite certifies two classifiers on the same noisy copies y, which are not clipped: ``direct``,
 the label of y, and ``denoised``, the label of :math:`D(y) = y + \sigma^2 s(y)` clipped to [0, 1]
 (Salman et al., arXiv 2003.01908), with the true sigma, which is known because the suite adds the
-noise. The noise of an image depends on its index, not on batch size or number of processes.
+noise. The noise of an image depends on its index, not on batch size or processes.
 """
 
 from __future__ import annotations
@@ -216,14 +216,8 @@ def vote_generator(seed: int, index: int) -> torch.Generator:
 def labels_of(
     model: EnergyModel, y: Tensor, sigma: float, which: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Labels (B,) of noisy images, by classifier name.
-
-    Args:
-        model: the model, with labels.
-        y: noisy images (B, C, H, W).
-        sigma: noise level of y, image units.
-        which: classifiers, ``direct``, ``denoised`` or both, which then share a forward pass.
-    """
+    """Labels (B,) of noisy images ``y`` (B, C, H, W) at level ``sigma``, image units, by classifier
+    name: ``direct``, ``denoised`` or both, which share one forward pass."""
     if "denoised" not in which:
         return {"direct": predict(model.logits(y, sigma))}
     energies, (score,) = model.value_and_grads(y, sigma, LogDensity())

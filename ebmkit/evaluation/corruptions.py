@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LARGEST_CIFAR = 96
-"""Image side from which the ImageNet-C constants are used; those of CIFAR-10-C are too weak."""
+"""Image side from which the ImageNet-C constants are used."""
 
 Columns = dict[str, Tensor]
 
@@ -393,8 +393,8 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
 def _panels(
     document: dict[str, Any], title: str, measures: Sequence[str], last: float = 0.0
 ) -> tuple[Figure, list[Axes]]:
-    """Plot ``measures`` against strength, one panel per corruption. If ``last`` is above 0, the
-    panels also show clean images, and the figure has an empty panel, ``last`` inches wide."""
+    """Plot ``measures`` against strength, one panel per corruption. If ``last`` is above 0, also
+    plot clean images and add an empty panel, ``last`` inches wide."""
     corruptions = document["corruptions"]
     columns = min(COLUMNS, len(corruptions))
     lines = -(-len(corruptions) // columns)

@@ -4,21 +4,20 @@ The suite computes these estimates of x from :math:`y = x + \sigma\epsilon` (CDN
 
 - ``unconditional``: :math:`D_u(y) = y + \sigma^2 s(y)`, with the true sigma;
 - ``conditional_true``: :math:`D_c(y, c) = y + \sigma^2 s(y, c)` with the true label;
-- ``conditional_predicted``: the same with the label predicted from y, which needs no true label;
+- ``conditional_predicted``: the same with the label predicted from y;
 - ``blind``: :math:`y + \hat\sigma^2 s(y)` with the estimate
-  :math:`\hat\sigma = \sqrt d/\|s(y)\|` of the model (not for noise-conditional models, which take
-  sigma as an input).
+  :math:`\hat\sigma = \sqrt d/\|s(y)\|` (not for noise-conditional models, which take sigma as an
+  input).
 
-A plain denoiser has one estimate, ``unconditional``. For comparison the suite also reports the
-``noisy`` input and the ``clipped`` input: on images with much black or white, clipping alone raises
-PSNR, which is no merit of the model.
+A plain denoiser has one estimate, ``unconditional``. For comparison the suite reports the ``noisy``
+input and the ``clipped`` input: on images with much black or white, clipping alone raises PSNR,
+which is no merit of the model.
 
 PSNR is the mean over images of the PSNR of each image (`psnr`). A denoiser's output is clipped to
-[0, 1]; the noisy input is not, neither for the denoiser nor for its own PSNR. SSIM is computed by
-torchmetrics, as mean over channels and images, with a Gaussian window of 11 x 11 pixels and
-standard deviation 1.5; on smaller images with the largest odd window that fits and a standard
-deviation scaled with it. Intervals are of the mean over images; the interval of a gain is of the
-mean per-image difference to the noisy input.
+[0, 1]; the noisy input is not, neither for the denoiser nor for its own PSNR. SSIM is that of
+torchmetrics, mean over channels and images, with a Gaussian window of 11 x 11 pixels and standard
+deviation 1.5; on smaller images with the largest odd window that fits and its deviation scaled
+alike. Intervals are of means over images; a gain is a mean per-image difference to the noisy input.
 """
 
 from __future__ import annotations
@@ -226,14 +225,8 @@ def plot(context: EvaluationContext, document: dict[str, Any], folder: Path) -> 
 def plot_images(
     clean: Tensor, levels: dict[float, dict[str, Tensor]], path: Path, note: str = ""
 ) -> None:
-    """Plot one row per image: the clean image, then the images of each noise level with their PSNR.
-
-    Args:
-        clean: clean images (B, C, H, W).
-        levels: images (B, C, H, W) by sigma and column title; clipped for display, not for PSNR.
-        path: the PNG file.
-        note: text below the plot.
-    """
+    """Plot one row per image: the ``clean`` image (B, C, H, W), then at each sigma the images of
+    ``levels`` by column title, with their PSNR; images are clipped for display, not for PSNR."""
     rows = [[(image, "")] for image in clean]
     heads, groups = ["clean"], {}
     for sigma, shown in levels.items():

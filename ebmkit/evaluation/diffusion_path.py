@@ -24,13 +24,13 @@ this darkens them (``dark``), in [-1, 1] it reduces contrast (``faded``). Nothin
 Noise-conditional models get the standard deviation of the noise in their input. The noise is that
 of the suite ``classify`` at :math:`\sigma_t`.
 
-The suite measures for every view the accuracy and the means of
+The suite measures accuracy per view, and the means of
 
 .. math:: E(x) = -\log p(x), \qquad E(x, y) = -\log p(x, y) = E(x) - \log p(y \mid x)
 
-with the true label y, in nats, up to one constant per model; for clean images also by class. For
-the source of the energies see `ebmkit.models.heads`. RCG is the thesis "Classifier-free Diffusion
-Guidance with a Robust Energy-Based Classifier" (Sapienza, 2024).
+with the true label y, in nats, up to one constant per model; for clean images also by class (source
+of the energies: see `ebmkit.models.heads`). RCG is the thesis "Classifier-free Diffusion Guidance
+with a Robust Energy-Based Classifier" (Sapienza, 2024).
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class DiffusionPathConfig(SuiteConfig):
     was trained, else logits)"""
 
     def timesteps(self) -> tuple[int, ...]:
-        """The measured timesteps: 0, step, 2 step, ... and the last one.
+        """The measured timesteps: 0, step, ... and the last one.
 
         Raises:
             UserError: if ``until`` is beyond the schedule.
@@ -256,8 +256,8 @@ def _energies(
 def energy_statistics(found: Energies, labels: Tensor | None = None) -> dict[str, Any]:
     """Statistics of ``energy`` E(x) and, with ``labels`` (N,), of ``joint_energy`` E(x, y).
 
-    Both have ``value`` (the mean, nats), ``low`` and ``high`` (its 95 % interval), ``count`` and
-    ``std`` over images. Models without labels have no ``joint_energy``.
+    Both have ``value`` (the mean, nats), ``low``, ``high`` (its 95 % interval), ``count`` and
+    ``std`` over images.
     """
     quantities = {"energy": -found.log_density}
     if labels is not None and found.logits.shape[1]:

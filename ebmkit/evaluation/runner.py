@@ -174,8 +174,7 @@ def parse_options(
 
 @dataclass(frozen=True)
 class Result:
-    """Result of the suite ``suite``: the content of its JSON file and the path of that file, which
-    is in the same folder as the plots."""
+    """Name of a suite, and content and path of its JSON file; its plots are in the same folder."""
 
     suite: str
     document: dict[str, Any]
@@ -205,7 +204,7 @@ def evaluate(
     """Run ``suites`` and write their JSON files and plots into ``out_dir``, each file atomically.
 
     Args:
-        model: the model; evaluated in evaluation mode, without parameter gradients.
+        model: the model; runs in evaluation mode, without gradients of parameters.
         images: the whole split.
         suites: names from `SUITES`.
         out_dir: output folder, created if missing; see `ebmkit.evaluation.evaluation_folder`.
@@ -220,18 +219,17 @@ def evaluate(
         compile: on, off or auto (on CUDA, if minutes of work are left); see `ebmkit.optimize`. An
             existing wrapper of the model is ignored.
         options: settings by suite, as in ``{"robustness": {"steps": 10}}``.
-        plots: whether to write plots.
-        progress: whether to show a progress bar.
+        plots: write plots.
+        progress: show a progress bar.
         world: the processes that share the work; each must call this function.
-        data_dir: folder of data sets, in which the suite ``ood`` looks for further ones.
+        data_dir: folder of data sets, for suites that load further ones.
 
     Returns:
         Results by suite name, in the order of ``suites``.
 
     Raises:
         UserError: if a suite does not apply to model and images, a number is illegal, the device
-            does not support the precision, or a file cannot be written. Files of finished suites
-            are kept.
+            does not support the precision, or a file cannot be written. Finished files are kept.
     """
     world = world or DistributedContext()
     chosen = {name: find_suite(name) for name in suites}
@@ -322,9 +320,9 @@ def evaluation_folder(
 
     This is ``RUN/evaluation`` for the test split of the data set that the model was trained on,
     otherwise a subfolder named after the data set and split, the weights if they are not ``last``,
-    and changed settings. If the folder holds results of other images of the same name (of another
-    image folder, for example), the name gets the fingerprint of the images. If it holds results of
-    more images, the name gets the number of images: fewer images never replace more.
+    and changed settings. If the folder holds results of other images of the same name (from another
+    image folder), the name gets the fingerprint of the images. If it holds results of more images,
+    the name gets the number of images.
 
     Args:
         run: the run folder.

@@ -134,8 +134,8 @@ class EvaluationContext:
 
     Args:
         model: the model, in evaluation mode.
-        images: the images; all of them are used.
-        seed: random seed of the noise and of the bootstrap.
+        images: the images to use.
+        seed: random seed of the noise and the bootstrap.
         batch_size: images per batch; changes the run time, not the results.
         sigmas: noise levels for denoising, image units.
         noise_levels: noise levels for classification, image units; 0 is always added.
@@ -145,7 +145,7 @@ class EvaluationContext:
         advance: progress callback, called with the number of images done since the last call.
         left: number of images left to measure, over all passes of a suite.
         inference: precision and compilation of the model, which may be a wrapper.
-        measured: tensors that a suite measures for its plots and that the document lacks.
+        measured: tensors for plots that are not in the document.
     """
 
     model: ScoreModel
@@ -198,17 +198,15 @@ class EvaluationContext:
         batch_size: int | None = None,
         passes: float = 1,
     ) -> dict[K, Tensor]:
-        """Apply ``measure`` to all images at noise level ``sigma``.
-
-        The noise is the same in every suite.
+        """Apply ``measure`` to all images with noise at level ``sigma``, the same in every suite.
 
         Args:
             sigma: noise level, image units.
             measure: function from a batch to columns with one entry per image, (B, ...).
-            images: the images; default: those of the context.
-            batch_size: images per batch; default: that of the context.
-            passes: number of passes over the context's images that this call counts as in the
-                progress bar; ``measure`` may report a part of them itself (`skip`).
+            images: the images; default: the context's.
+            batch_size: images per batch; default: the context's.
+            passes: what this call adds to the progress bar, as passes over the context's images;
+                ``measure`` may report a part of them itself (`skip`).
 
         Returns:
             The columns over all images, (N, ...), on the CPU; the same in every process.
@@ -280,7 +278,7 @@ class EvaluationContext:
 
 
 class SuiteConfig(BaseModel):
-    """Base class of suite settings; every field has a default and a docstring below it."""
+    """Base class of suite settings; every field has a default and a docstring."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -299,9 +297,8 @@ class Suite:
         passes: number of passes over the images that `measure` makes, for the progress bar.
         prepare: called before any suite runs; raises `UserError` if a file or run named in the
             settings is missing.
-        options: class of the suite's settings; None: it has none. The JSON file holds the settings
-            in use as ``options``.
-        exact: whether the suite always runs eagerly, in float32 or in the ``precision`` of its
+        options: class of the suite's settings, which its JSON file holds as ``options``; or None.
+        exact: whether the suite always runs eagerly, in float32 or the ``precision`` of its
             settings.
         standard: whether the suite is among the quick ones that run by default and after training.
         needs: name of a required setting; ``all`` skips a suite that has one.
