@@ -13,8 +13,8 @@ The suite measures, at :math:`y = x + \sigma\epsilon` of the first images, in fl
   predicted label; ``score_norm``, :math:`\|\nabla\log p(y)\|`, about :math:`\sqrt d/\sigma` for a
   good denoiser;
 - ``identity_error``: relative difference of the two sides of the equation; the left side is a
-  separate gradient. The error is rounding divided by sigma^2; ``rounding`` is the error expected in float32,
-  :math:`2^{-24}\|y\|/\sigma^2` relative to the norm;
+  separate gradient. It is rounding divided by sigma^2; ``rounding`` is the error expected in
+  float32, :math:`2^{-24}\|y\|/\sigma^2` relative to the norm;
 - ``steps``: for a step of each length along the gradient, the increase of log p(c|y) (``gain``),
   its linear prediction, length times norm (``promised``), and the share of (image, target) pairs
   whose prediction is then the target (``reached``).
