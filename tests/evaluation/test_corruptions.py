@@ -268,7 +268,7 @@ def test_other_classes_leave_denoising(network, squares):
     other = Drawn(squares.images, squares.labels % 2, class_names=("a", "b"))
     found = measured(EvaluationContext(network, other), corruptions=["blur"], strengths=[1])
     assert "accuracy" not in found["clean"]
-    assert any("has not the 3 classes" in line for line in found["warnings"])
+    assert any("does not have the 3 classes" in line for line in found["warnings"])
 
 
 def test_a_diverged_model_is_told(network, squares):

@@ -252,9 +252,9 @@ def test_processes_share_the_work_and_the_progress_ends(network, squares, tmp_pa
         ({"schedule": "sine"}, "schedule"),
         ({"step": 0}, "step"),
         ({"beside": ["nowhere"]}, "no run folder 'nowhere'"),
-        ({"beside": ["four"]}, "'four' knows 4 classes and the one evaluated 3"),
+        ({"beside": ["four"]}, "'four' has 4 classes and the evaluated model 3"),
         ({"samples": "nowhere.h5"}, "diffusion-path.samples: there is no file 'nowhere.h5'"),
-        ({"samples": "fourth.h5"}, "has label 3, and this model knows 0 to 2"),
+        ({"samples": "fourth.h5"}, "has label 3, and this model has labels 0 to 2"),
     ],
 )
 def test_what_cannot_be_measured_is_told(change, words, network, squares, tmp_path, monkeypatch):
