@@ -276,7 +276,7 @@ def test_models_without_labels_have_an_energy_alone(squares):
     assert measured.keys() == {"energy"}
     energy = float(model.energy(squares.images).double().mean())
     assert measured["energy"]["value"] == pytest.approx(energy, abs=1e-6)
-    with pytest.raises(UserError, match="cannot be read off logits"):
+    with pytest.raises(UserError, match="cannot be computed from logits"):
         energy_source(model, "logits")
     first = found._replace(logits=found.logits[:1], log_density=found.log_density[:1])
     (entry,) = class_statistics(first, torch.zeros(1, dtype=torch.long))

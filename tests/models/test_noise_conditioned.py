@@ -97,7 +97,7 @@ def test_larger_images_and_recomputation_work_as_without():
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"backbone": {"kind": "drunet"}}, "'drunet' is a whole model"),
+        ({"backbone": {"kind": "drunet"}}, "'drunet' is a complete model"),
         ({"backbone": {"kind": "mlp", "noise_conditional": True}}, "takes sigma already"),
         ({"input_mean": 0.5}, "leave out input_mean and input_std"),
     ],
