@@ -42,8 +42,7 @@ def reproduce(name: str, runs: ExperimentRuns, only: Sequence[str] = ()) -> list
     Args:
         name: key of `EXPERIMENTS`.
         runs: run folders.
-        only: names of the variants to run; empty: all. Variants that are already finished stay in
-            the report.
+        only: names of the variants to run; empty: all. Other finished variants stay in the report.
 
     Raises:
         Interrupted: if training is interrupted; the same call resumes it.

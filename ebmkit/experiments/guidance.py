@@ -145,8 +145,8 @@ def run_guidance(
 
     Raises:
         Interrupted: if training is interrupted; the same call resumes it.
-        UserError: if data or memory do not suffice for a network. A network that fails later is
-            listed in ``runs.stopped`` and in the report.
+        UserError: if data or memory do not suffice for a network. Later failures are listed
+            in ``runs.stopped`` and in the report.
     """
     amount = amount or AMOUNTS[runs.scale.name]
     every = [v for v in NETWORKS if not amount.networks or v.name in amount.networks]

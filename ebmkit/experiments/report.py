@@ -60,8 +60,8 @@ def run_grid(
 
     Raises:
         Interrupted: if training is interrupted; the same call resumes it.
-        UserError: if data or memory do not suffice for a variant. A variant that fails later is
-            listed in ``runs.stopped`` and in the report.
+        UserError: if data or memory do not suffice for a variant. Later failures are listed
+            in ``runs.stopped`` and in the report.
     """
     chosen = [v.run or v for v in variants if not only or v.name in only]
     owners = {own.folder: own for own in chosen}
@@ -132,7 +132,7 @@ def line(cells: Iterable[object]) -> str:
 
 
 def table_lines(names: Sequence[str], rows: Iterable[Iterable[object]], left: int = 1) -> list[str]:
-    """A Markdown table; the first ``left`` columns are left-aligned, the others right-aligned."""
+    """A Markdown table; the first ``left`` columns are left-aligned, others right."""
     rule = ["---"] * left + ["---:"] * (len(names) - left)
     return [line(names), line(rule), *map(line, rows)]
 
@@ -151,7 +151,7 @@ def text_of(title: str, lines: Iterable[str], notes: Iterable[str]) -> str:
 def mark(
     axis: Axes, place: int, estimate: Any, look: str = "o", colour: str = BLUE, size: int = 4
 ) -> None:
-    """Plot a number, or an estimate with its interval, in the row ``place``; nothing for None."""
+    """Plot a number, or an estimate with its interval, in row ``place``; skip None."""
     found = estimate if isinstance(estimate, dict) else {"value": estimate}
     if found["value"] is not None:
         axis.plot(found["value"], place, look, color=colour, markersize=size)

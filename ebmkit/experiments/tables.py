@@ -131,8 +131,8 @@ def run_table(
 
     Raises:
         Interrupted: if training is interrupted; the same call resumes it.
-        UserError: if a variant does not exist, or data or memory do not suffice. A variant that
-            fails later is listed in ``runs.stopped`` and in the report.
+        UserError: if a variant does not exist, or data or memory do not suffice. Later
+            failures are listed in ``runs.stopped`` and in the report.
     """
     for name in only:
         table.variant(name)

@@ -94,7 +94,7 @@ def guided(
         classifier_free: weight w for a class-conditional UNet, in addition to a guide; None: no
             mixing.
         null_label: label that means "no label" to the UNet; None: its last one.
-        image_range: range of the UNet's clean images.
+        image_range: range of clean images of the UNet.
         clip: whether to clip the guided prediction of the clean image to the scheduler's
             ``clip_sample_range`` and recompute the noise; None: if the scheduler clips.
         **settings: settings of the guide, such as n and gamma of ``pgd``.
@@ -265,7 +265,7 @@ class GuidedUNet(nn.Module):
         abar, channels = self.schedule.abar(t), self.channels
 
         def predict(u: Tensor) -> Tensor:
-            """The UNet's output, (b, C or 2C, H, W), after classifier-free guidance if it is on."""
+            """The UNet's output (b, C or 2C, H, W), after classifier-free mixing."""
             if not self.embedded:
                 return call(u, {})
             c = labels if own is None else own

@@ -77,7 +77,7 @@ class GuidedModel(HasParts, ScoreModel):
     Attributes:
         base: as in `guided_model`, as are ``guide``, ``config`` and ``means``.
         view: input of the guide.
-        schedule: noise levels of the base if it is a diffusion model, else None.
+        schedule: noise levels of a diffusion base, else None.
     """
 
     def __init__(
@@ -251,7 +251,7 @@ class LogitModel(EnergyModel):
         mean: value subtracted from images in [0, 1]; a number, or one per channel.
         std: divisor after that; a number, or one per channel.
         signed: whether the network takes images in [-1, 1]; excludes mean and std.
-        in_channels: number of image channels; None: not checked.
+        in_channels: image channels; None: not checked.
         noise_conditional: whether the network needs the noise level.
 
     Raises:
@@ -323,7 +323,7 @@ class LogitModel(EnergyModel):
 
 
 class ClassEnergies(BaseModel):
-    """Means and standard deviations of energies over each label's images, (C,), in nats."""
+    """Means and standard deviations of each label's energies, (C,), in nats."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
@@ -347,7 +347,7 @@ def class_energies(
     is called with (images done, total images).
 
     Raises:
-        UserError: if model or images have no labels, the model does not have an image's label, one
+        UserError: if model or images have no labels, an image's label is not the model's, one
             of its labels has no image, or an energy is NaN or Inf.
     """
     model = LogitEnergy.of(check_guide(model))

@@ -2,7 +2,7 @@
 
 The document of `figure1` can be written as JSON:
 
-- ``paper``: the two sets of constants in the caption of the paper's figure 1;
+- ``paper``: the two sets of constants in the paper's caption;
 - ``settings``: constants of each family, and measured errors at a range of n;
 - ``settings[i]["fit"]``: v and b estimated from the measurements alone.
 
@@ -36,8 +36,8 @@ from ebmkit.plots import BLUE, GRAY, ORANGE, new_figure, save_figure
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SIZES = 9  # training set sizes per setting, each twice the previous one
-FITTED = 4  # number of largest sizes from which v and b are estimated
+SIZES = 9  # training set sizes per setting, each twice the last
+FITTED = 4  # number of largest sizes that estimate v and b
 ROUNDING = 1e-7  # nats; a smaller bias is zero up to quadrature and rounding
 COLUMNS = 3  # of panels
 STYLES = (
