@@ -158,7 +158,7 @@ def test_views_are_chosen_by_what_the_guide_takes():
     blind = LogitModel(nn.Sequential(nn.Flatten(), nn.Linear(16, 2)), 2)
     assert guided_model(pictures(), blind, EXACT).view == "x_t"
     assert guided().view == "noisy"
-    with pytest.raises(UserError, match="take the view noisy"):
+    with pytest.raises(UserError, match="use the view noisy"):
         guided(view="x_t")
     with pytest.raises(UserError, match="needs the view x0_hat"):
         make_guidance(backpropagate=True)
