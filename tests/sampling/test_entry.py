@@ -123,7 +123,7 @@ def _all(out):
 
 def test_no_steps_are_refused(entry, ready):
     sampler, start = ready
-    with pytest.raises(UserError, match="0 steps move no chain"):
+    with pytest.raises(UserError, match="0 steps are too few"):
         Chains(sampler, sampler.init(start)).run(0, known.generator())
     with pytest.raises(ValidationError):
         entry.config(steps=0)

@@ -225,7 +225,7 @@ def parse_options(
     check_renamed("start", start if isinstance(start, str) else None)
     steps = values.get("steps", 1)
     if isinstance(steps, int) and steps < 1:
-        raise UserError(f"{steps} steps move no chain: take 1 or more{hint}")
+        raise UserError(f"{steps} steps are too few: take 1 or more{hint}")
     return values
 
 

@@ -333,7 +333,7 @@ def job_samples(path):
     [
         ({"sampler": "mla"}, "did you mean 'mala'"),
         ({"count": 0}, "0 samples cannot be drawn"),
-        ({"steps": 0}, "0 steps move no chain.*--sampler buffer"),
+        ({"steps": 0}, "0 steps are too few.*--sampler buffer"),
         ({"label": "2"}, "label 2 is out of range: this model knows 0 to 1"),
         ({"label": "cow"}, "this model knows 0 to 1 or dark, bright"),
         (
