@@ -18,7 +18,7 @@ from a model and labels c, a number or (B,), and raises `UserError` if the model
 a label is out of range. The log-density holds up to one constant per label.
 
 `Chains` runs a sampler. A chain that reaches NaN or Inf has diverged: it returns to its last finite
-state and stops. The other chains are not affected, because chains are independent.
+state and stops. Chains are independent, so the others are not affected.
 """
 
 from __future__ import annotations
@@ -84,11 +84,11 @@ class Sampler(Protocol[S]):
     def steps(self) -> int | None: ...
 
     def init(self, x: Tensor) -> S:
-        """Return the state of chains that start at ``x`` (B, ...)."""
+        """State of chains that start at ``x`` (B, ...)."""
         ...
 
     def step(self, state: S, generator: torch.Generator) -> tuple[S, Info]:
-        """Return the next state and its report; ``state`` is not changed."""
+        """Next state and its report; ``state`` is not changed."""
         ...
 
 
@@ -96,12 +96,12 @@ class PositionSampler:
     """Base of samplers whose state is a `Chain`."""
 
     def init(self, x: Tensor) -> Chain:
-        """Return the state of chains that start at ``x`` (B, ...), with the first level's noise."""
+        """State of chains that start at ``x`` (B, ...), noisy images at the first level, if any."""
         return Chain(x, 0)
 
 
 def moved_to(state: Chain, x: Tensor, sigma: float | None = None) -> tuple[Chain, Info]:
-    """Return the state after a step to ``x`` at noise level ``sigma``, and its report."""
+    """State after a step to ``x`` at noise level ``sigma``, and its report."""
     level = None if sigma is None else torch.full_like(x.flatten(1)[:, 0], sigma)
     return Chain(x, state.step + 1), Info(root_mean_square(x - state.x), level)
 
@@ -178,7 +178,7 @@ class Chains(Generic[S]):
 
 
 def normal_like(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw standard normal numbers with the shape, dtype and device of ``x``."""
+    """Standard normal numbers with the shape, dtype and device of ``x``."""
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
 
 
@@ -194,7 +194,7 @@ def unit_length(gradient: Tensor) -> Tensor:
 
 
 def per_chain(value: float | Tensor, x: Tensor) -> float | Tensor:
-    """Reshape one value per chain (B,) to broadcast with ``x`` (B, ...); keep a number as it is."""
+    """Reshape one value per chain (B,) to broadcast with ``x`` (B, ...); numbers are unchanged."""
     if isinstance(value, Tensor) and value.ndim:
         return value.reshape(-1, *[1] * (x.ndim - 1))
     return value
@@ -289,7 +289,7 @@ def blind_denoiser_of(model: ScoreModel, c: Labels = None) -> DenoiserFunction:
     """Denoiser function of a blind ``model`` at the noise level that the model estimates.
 
     The estimate sqrt(d) / ||score|| is unbounded where the score is small, and so is the change of
-    the image. Therefore the estimate is clamped to the trained range.
+    the image. So it is clamped to the trained range.
     """
     _check_labels(model, c)
     limits = trained_range(model)
@@ -311,7 +311,7 @@ def clean_level(model: ScoreModel) -> float | None:
 
 
 def highest_level(model: ScoreModel, asked: float | None = None) -> float:
-    """First noise level of chains: ``asked``, checked by `check_trained`, or the model's highest."""
+    """First noise level of chains: ``asked``, checked, or the model's highest."""
     limits = trained_range(model)
     if asked is not None:
         return check_trained(asked, limits)

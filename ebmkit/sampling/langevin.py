@@ -9,11 +9,10 @@ is `langevin_move`, which all samplers here except HMC call. Without a Metropoli
 chain has a bias of first order in :math:`\eta` (on a Gaussian of variance v the stationary variance
 is :math:`v / (1 - \eta / 2v)`). At T = 0 it is gradient ascent.
 
-**SGLD** as in JEM (arXiv 1912.03263) uses noise whose standard deviation does not match the step
-size. It corresponds to a temperature of :math:`T = \text{noise}^2 / 2\eta`, but samples no tempered
-density exactly. JEM's step 1 and noise 0.01 are for images u = 2x - 1 in [-1, 1]:
-:math:`u' = u + \nabla_u + 0.01\,\xi`. With :math:`\nabla_u = s(x)/2` this is
-:math:`x' = x + s(x)/4 + 0.005\,\xi` (`JEM_STEP`, `JEM_NOISE`).
+**SGLD** as in JEM (arXiv 1912.03263) uses noise that does not match the step size: the temperature
+is :math:`T = \text{noise}^2 / 2\eta`, and no tempered density is sampled exactly. JEM's step 1 and
+noise 0.01 are for images u = 2x - 1 in [-1, 1]: :math:`u' = u + \nabla_u + 0.01\,\xi`. With
+:math:`\nabla_u = s(x)/2` this is :math:`x' = x + s(x)/4 + 0.005\,\xi` (`JEM_STEP`, `JEM_NOISE`).
 
 **MALA** (Roberts & Tweedie 1996) is exact at any step size: it accepts a step with probability
 
@@ -45,8 +44,8 @@ one level to the next,
 and then takes Langevin steps at that level, of size
 :math:`\eta = 2\,\text{snr}^2 \sigma_{i+1}^2`. Song et al. use
 :math:`2\,(\text{snr}\,\|\xi\| / \|s\|)^2` with norms averaged over the batch. Since
-:math:`\|s\|` is about :math:`\sqrt d / \sigma`, the two agree in high dimensions; the form used
-here keeps the chains independent.
+:math:`\|s\|` is about :math:`\sqrt d / \sigma`, the two agree in high dimensions, and here chains
+stay independent.
 """
 
 from __future__ import annotations
@@ -231,7 +230,7 @@ class MetropolisSampler:
         self.step_size, self.temperature = config.step_size, config.temperature
 
     def init(self, x: Tensor) -> DensityChain:
-        """Return the state of chains that start at ``x`` (B, ...)."""
+        """State of chains that start at ``x`` (B, ...)."""
         return DensityChain(x, 0, *self.density(x, self.sigma))
 
 
@@ -278,7 +277,7 @@ class HMC(MetropolisSampler):
 def adjusted(
     state: DensityChain, proposed: DensityChain, log_ratio: Tensor, generator: torch.Generator
 ) -> tuple[DensityChain, Info]:
-    """Accept ``proposed`` with probability min(1, exp(``log_ratio`` (B,))), else keep ``state``."""
+    """Accept ``proposed`` with probability min(1, exp(``log_ratio``)), (B,), or keep ``state``."""
     x = state.x
     u = torch.rand(len(x), generator=generator, dtype=log_ratio.dtype, device=x.device)
     # a NaN ratio accepts the proposal, so that `Chains` detects the divergence
