@@ -254,7 +254,7 @@ def test_the_buffer_gives_its_chains_and_others_start_from_them(tmp_path):
         found = {tuple(x.ravel().tolist()) for x in file["samples"][()]}
         assert file.attrs["source"] == "buffer"
     assert found == {tuple(x.flatten().tolist()) for x in buffer.images[3:]}
-    assert "no meaning" in document["diagnostics"]["chains"]["meaning"]
+    assert "undefined" in document["diagnostics"]["chains"]["meaning"]
     settings = make_settings(
         model, "sgld", count=2, steps=1, start="buffer", options={"step_size": 1e-9, "noise": 0}
     )
@@ -283,7 +283,7 @@ def test_diagnostics_say_where_they_have_no_meaning():
     found = chain_diagnostics(SAMPLERS["mala"], [draws[:, :5], draws[:, 5:]], finite, 1)
     assert found["split_rhat"] < 1.02  # independent draws
     assert 0.7 * 1600 < found["effective_size"] < 1.4 * 1600
-    assert "no meaning" in chain_diagnostics(SAMPLERS["ddim"], [draws], finite, 1)["meaning"]
+    assert "undefined" in chain_diagnostics(SAMPLERS["ddim"], [draws], finite, 1)["meaning"]
 
 
 class TowardsGray(PositionSampler):
@@ -315,7 +315,7 @@ def test_an_entry_of_the_table_is_all_that_a_sampler_needs(tmp_path, monkeypatch
         job = job_at(tmp_path, model, settings)
         job.run()
         document = write_results(job, "run")
-    assert "shrinks contrast: they have no meaning" in document["diagnostics"]["chains"]["meaning"]
+    assert "shrinks contrast: they are undefined" in document["diagnostics"]["chains"]["meaning"]
     assert document["steps"] == 40
     assert float((job_samples(tmp_path) - 0.5).abs().max()) < 0.1
 

@@ -106,7 +106,7 @@ def test_what_cannot_be_restored_is_told(tmp_path):
         restore(mixture(BlindMixture), hole, measured, samples=0)
     with pytest.raises(UserError, match="did you mean 'inpaint'"):
         find_task("inpant")
-    with pytest.raises(UserError, match="measures no image"):
+    with pytest.raises(UserError, match="needs the clean image"):
         TASKS["compressed"].degrade(PICTURE, TaskOptions(), measured=True)
     large = center_hole((1, 2000, 2000))
     with pytest.raises(UserError, match="megapixel"):
