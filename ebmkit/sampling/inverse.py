@@ -357,9 +357,7 @@ class Task:
                 the task does not accept a measured image.
         """
         if measured and not self.from_measured:
-            raise UserError(
-                f"task {self.name} needs the clean image: leave out --measured"
-            )
+            raise UserError(f"task {self.name} needs the clean image: leave out --measured")
         channels, height, width = image.shape
         factor = self.resolved(options).factor or 1
         if measured and factor > 1:

@@ -338,7 +338,7 @@ def job_samples(path):
         ({"label": "cow"}, "this model knows 0 to 1 or dark, bright"),
         (
             {"sampler": "kadkhodaie_simoncelli"},
-            "simoncelli cannot drive this model: it takes the noise level.*mala",
+            "simoncelli does not support this model: it takes the noise level.*mala",
         ),
         ({"sampler": "ks"}, "sampler 'ks' is now called 'kadkhodaie_simoncelli'"),
         ({"start": "seeds"}, "start 'seeds' is now called 'class_gaussian'"),
