@@ -155,7 +155,7 @@ def test_other_settings_finished_and_foreign_folders_are_refused(tmp_path):
         JobFolder(out).begin(settings)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
-    with pytest.raises(UserError, match="something else"):
+    with pytest.raises(UserError, match="other files than samples"):
         JobFolder(tmp_path / "mine").begin(settings)
 
 
@@ -244,7 +244,7 @@ def test_the_buffer_gives_its_chains_and_others_start_from_them(tmp_path):
     model = mixture()
     buffer = ReplayBuffer(torch.rand(6, *SHAPE), num_classes=2)
     settings = make_settings(model, "buffer", count=4, label="bright")
-    with pytest.raises(UserError, match="4 chains of a label are asked for and it has 3"):
+    with pytest.raises(UserError, match="4 chains of a label are requested, and it has 3"):
         job_at(tmp_path / "many", model, settings, Sources(buffer=buffer))
     settings = make_settings(model, "buffer", count=3, label="bright")
     job = job_at(tmp_path / "as-is", model, settings, Sources(buffer=buffer))
@@ -347,7 +347,7 @@ def job_samples(path):
         ({"options": {"stepsize": 1}}, "did you mean 'step_size'"),
         ({"start": "bufer"}, "did you mean 'buffer'"),
         ({"options": {"sigma": "2/1"}}, "outside what this model was trained for"),
-        ({"sampler": "buffer", "steps": 5}, "takes chains as they are"),
+        ({"sampler": "buffer", "steps": 5}, "buffer takes no step"),
     ],
 )
 def test_bad_settings_are_told_in_a_sentence(asked, told):
