@@ -38,17 +38,17 @@ beta each step reduces the noise by a fraction of only :math:`\beta h_t`. For me
 In the paper the final image still has noise of level :math:`\sigma_L`. Here one more step, with
 h = 1 and no noise, returns the denoised image, which satisfies the measurements exactly.
 
-The samples follow the prior, or the posterior, of images with a bias towards the modes. Along a
-direction of variance v, the variance at noise level :math:`\sigma` converges to
+The samples follow the prior, or the posterior, with a bias towards the modes. Along a direction of
+variance v, the variance at noise level :math:`\sigma` converges to
 
 .. math:: V = \sigma^2\, \frac{(1 - \beta h)^2 - (1 - h)^2}{1 - (1 - \kappa h)^2}
     \quad\text{instead of}\quad v + \sigma^2, \qquad \kappa = \frac{\sigma^2}{v + \sigma^2},
 
 at a rate of :math:`\kappa h`, while the noise decreases at a rate of :math:`\beta h`; so it stops
-changing near :math:`\sigma^2 = \beta v`. The ratio of the two variances is :math:`1 - \beta` for
-small h, but a half for h = 1, which :math:`h_t` approaches. ``largest_step`` bounds h, at the cost
-of more steps (numbers: docs/concepts/samplers.md). A second bias, that :math:`\|f\|^2 / N` is below
-the true level squared, vanishes for low-dimensional images.
+changing near :math:`\sigma^2 = \beta v`. The ratio of the variances is :math:`1 - \beta` for small
+h, but a half for h = 1, the limit of :math:`h_t`. ``largest_step`` bounds h, at the cost of more
+steps (see docs/concepts/samplers.md). A second bias, that :math:`\|f\|^2 / N` is below the level
+squared, vanishes for low-dimensional images.
 """
 
 from __future__ import annotations
@@ -106,8 +106,7 @@ class Ascent:
         step_size: length of a step in image units (``l2``), of each entry (``sign``), or eta in
             image units squared (``plain``); a number or (B,).
         direction: ``l2``, ``plain`` or ``sign``.
-        radius: radius of the ball around the start that chains stay in, image units, a number or
-            (B,); None: no ball.
+        radius: radius of the ball around the start, image units, a number or (B,); None: no ball.
         ball: norm of the ball, ``l2`` or ``linf``.
         bounds: range to which x is clipped after each step, numbers or (B,); None: no clipping.
         sigma: noise level passed to the density, for models that take one.
@@ -230,8 +229,7 @@ class StochasticAscent(PositionSampler):
         measured: measured values, (B, n) or (1, n).
 
     Raises:
-        UserError: if the first noise level is not above the last, or only one of ``measurement``
-            and ``measured`` is given.
+        UserError: if the noise does not decrease, or only one of the last two is given.
     """
 
     def __init__(

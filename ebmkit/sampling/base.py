@@ -13,9 +13,9 @@ At fixed labels c, a sampler calls one of these functions of images (B, ...), ne
                             \log p_\sigma(x \mid c),\ \nabla_x \log p_\sigma(x \mid c) \\
     \text{denoiser:}& \quad (y, \sigma) \mapsto E[x \mid y, c]
 
-Sigma is a float or (B,) in image units, or None for a blind model. This module builds the functions
-from a model and labels c, a number or (B,), and raises `UserError` if the model has no labels or
-a label is out of range. The log-density holds up to one constant per label.
+Sigma is a float or (B,) in image units, or None for a blind model. Functions of this module build
+them from a model and labels c, a number or (B,). They raise `UserError` if the model has no labels
+or one is out of range. The log-density holds up to one constant per label.
 
 `Chains` runs a sampler. A chain that reaches NaN or Inf has diverged: it returns to its last finite
 state and stops. Chains are independent, so the others are not affected.
@@ -73,8 +73,8 @@ S = TypeVar("S", bound=State)
 class Sampler(Protocol[S]):
     """Sampler interface; the target is an argument of the constructor.
 
-    A sampler over several noise levels has an attribute ``sigmas`` (first to last), a sampler at a
-    single level an attribute ``sigma``.
+    Samplers over several noise levels have an attribute ``sigmas`` (first to last), samplers at one
+    level an attribute ``sigma``.
 
     Attributes:
         steps: length of the schedule; None: unlimited.
@@ -101,7 +101,7 @@ class PositionSampler:
 
 
 def moved_to(state: Chain, x: Tensor, sigma: float | None = None) -> tuple[Chain, Info]:
-    """State after a step to ``x`` at noise level ``sigma``, and its report."""
+    """State after a step to ``x`` at noise level ``sigma``, and report."""
     level = None if sigma is None else torch.full_like(x.flatten(1)[:, 0], sigma)
     return Chain(x, state.step + 1), Info(root_mean_square(x - state.x), level)
 
@@ -194,7 +194,7 @@ def unit_length(gradient: Tensor) -> Tensor:
 
 
 def per_chain(value: float | Tensor, x: Tensor) -> float | Tensor:
-    """Reshape one value per chain (B,) to broadcast with ``x`` (B, ...); numbers are unchanged."""
+    """Reshape a value per chain (B,) to broadcast with ``x`` (B, ...); keep a number."""
     if isinstance(value, Tensor) and value.ndim:
         return value.reshape(-1, *[1] * (x.ndim - 1))
     return value

@@ -8,9 +8,8 @@ the variance B/n of their means,
 .. math:: \hat R = \sqrt{\frac{\tfrac{n-1}{n} W + \tfrac1n B}{W}}
 
 is near 1 if the halves agree; the authors recommend values below 1.01. `split_rhat` is the larger
-of two values: one for the normal scores of the ranks, one for the normal scores of the ranks of the
-distances from the median. So it detects differences of location and of scale, and is robust to
-heavy tails.
+of the values for the normal scores of two rankings: of the draws, and of their distances from the
+median. So it detects differences of location and of scale, and is robust to heavy tails.
 
 Chains with autocorrelations :math:`\rho_t` are worth :math:`N M / \tau` independent draws, with
 
@@ -46,8 +45,8 @@ FAR = 1.5
 class Trace:
     """Recorder of chains: pass it to `Chains.run` as ``after``.
 
-    ``summary`` maps positions (B, ...) to numbers (B, K), or (B,). After ``warm_up`` steps, one of
-    ``every`` steps is recorded.
+    ``summary`` maps positions (B, ...) to numbers (B, K) or (B,). One of ``every`` steps is
+    recorded, after ``warm_up``.
 
     >>> trace = Trace(random_projections((1, 8, 8), 4))          # doctest: +SKIP
     >>> chains.run(500, generator, trace)                        # doctest: +SKIP
@@ -109,7 +108,7 @@ def split_rhat(draws: Tensor) -> float:
 def effective_size(draws: Tensor, ranks: bool = True) -> float:
     """Effective sample size of ``draws`` (N, M) of M chains; nan if all draws are equal.
 
-    With ``ranks`` it uses the normal scores of the ranks, robust to heavy tails; else the draws.
+    ``ranks``: use the normal scores of the ranks, which are robust to heavy tails.
 
     Raises:
         UserError: if a chain has fewer than 4 draws, or a draw is NaN or Inf.
@@ -128,8 +127,8 @@ class Gap(NamedTuple):
 def energy_gap(samples: Tensor, data: Tensor) -> Gap:
     """Mean energy of samples (N,) minus that of data (M,), from their energies.
 
-    It is near 0 if samples and data have the same distribution. If it is far below 0, the samples
-    are nearer to the modes than the data, or in regions where the model is wrong.
+    Near 0: samples and data may have the same distribution. Far below 0: samples are nearer to the
+    modes than data, or in regions where the model is wrong.
 
     Raises:
         UserError: if there are fewer than two of either.
@@ -235,8 +234,8 @@ def energy_diagnostics(
 ) -> dict[str, Any]:
     """Mean log p of samples and of held-out images at noise ``level``, and their energy gap.
 
-    ``samples`` (N,) and ``data`` (M,) are log-densities. ``samples`` is None if the model has no
-    log-density, ``data`` if there are no held-out images (``note``: why)."""
+    ``samples`` (N,) and ``data`` (M,) are log-densities, None if there are none; ``note`` says why
+    there are no held-out images."""
     if samples is None:
         return {"note": "this model is a plain denoiser and has no log-density"}
     own = samples[finite & samples.isfinite()].double()

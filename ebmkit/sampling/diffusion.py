@@ -112,8 +112,8 @@ class DDIM(PositionSampler):
         timesteps: decreasing timesteps, as from `Schedule.timesteps`.
         eta: share of fresh noise, from 0 to 1.
         clip: whether to clip the predicted clean image to [0, 1].
-        rederive: whether to recompute the noise from the clipped image, as DDPM does; by default,
-            DDIM in `diffusers` keeps the predicted noise.
+        rederive: whether to recompute the noise from the clipped image, as DDPM does; DDIM in
+            `diffusers` does not by default.
         variance: ``fixed_small``, or ``fixed_large``, DDPM's larger variance, for eta 1 only.
 
     Raises:

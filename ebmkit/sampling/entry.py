@@ -17,8 +17,8 @@ has this covariance, whatever its rank.
 **Replay buffer.** Persistent contrastive divergence (Tieleman 2008) continues its chains between
 training steps instead of restarting them. JEM stores 10,000 chains and continues a random batch at
 each step. With labels, class c owns the slots :math:`cM/C \dots (c+1)M/C - 1`, so a chain of p(x|c)
-continues as one of p(x|c). The slots of a batch are distinct if there are enough, so the result of
-writing the batch back does not depend on an order.
+continues as one of p(x|c). The slots of a batch are distinct if there are enough, so writing the
+batch back does not depend on an order.
 """
 
 from __future__ import annotations
@@ -106,9 +106,7 @@ class ClassGaussians:
 
 
 class ReplayBuffer:
-    """Replay buffer of M chains ``images`` (M, C, H, W) float32, divided among ``num_classes``.
-
-    ``num_classes`` is 0 for chains without labels.
+    """M chains ``images`` (M, C, H, W) float32, divided among ``num_classes`` (0: no labels).
 
     Raises:
         UserError: if M is 0 or not a multiple of ``num_classes``.
@@ -252,8 +250,8 @@ class SamplerEntry(Generic[C]):
             levels), ``blind`` (the model takes no noise level).
         make: maps the model, labels and settings with noise levels of the model to the sampler.
         noisy_end: whether the final images contain noise that `finish` removes.
-        no_law: why the chains have no stationary distribution, so that diagnostics are undefined
-            (a clause: "this sampler ..."); empty: they have one.
+        no_law: why the chains have no stationary distribution, so that diagnostics are undefined;
+            empty: they have one.
         caveat: a note on the stationary distribution.
         priority: the default sampler is the one of highest priority that supports the model; 0:
             never the default.

@@ -129,7 +129,7 @@ class Pixels(_Selection):
     """The pixels that a mask ``known``, (H, W) or (C, H, W) bool, marks; for inpainting.
 
     Raises:
-        UserError: if the mask does not have the size of the images, or no pixel is known.
+        UserError: if the mask has another size, or no pixel is known.
     """
 
     def __init__(self, shape: Shape, known: Tensor) -> None:
@@ -230,8 +230,8 @@ class Compressed(_Selection):
     """Compressed sensing: random frequencies of the image with random signs.
 
     The signs spread every image over all frequencies, so each measurement depends on all pixels, as
-    in a random orthonormal projection. ``share`` is the number of measurements relative to the
-    number of entries, above 0 and up to 1; ``seed`` is the random seed of signs and frequencies.
+    in a random orthonormal projection. A ``share`` of the number of entries is measured, above 0
+    and up to 1; ``seed`` is the random seed of signs and frequencies.
 
     Raises:
         UserError: if the share is not legal.
@@ -255,7 +255,7 @@ def center_hole(shape: Shape, share: float = 0.25) -> Pixels:
     """All pixels except a rectangle in the centre that covers ``share`` of the area.
 
     Raises:
-        UserError: if the share is not legal, or the hole covers none or all of the pixels.
+        UserError: if the share is not legal, or the hole is empty or the whole image.
     """
     _, height, width = _checked_shape(shape, share)
     high, wide = round(height * math.sqrt(share)), round(width * math.sqrt(share))
@@ -349,8 +349,7 @@ class Task:
         not fill a block.
 
         Returns:
-            The measurement, the measured values (1, n), and the clean image (C, H, W), or None with
-            ``measured``.
+            The measurement, its values (1, n), and the clean image (C, H, W), None if unknown.
 
         Raises:
             UserError: if the task does not have an option, its value does not fit the image, or

@@ -91,9 +91,8 @@ def langevin_move(
 ) -> Tensor:
     """Return ``x + step_size * score + noise_std * xi``.
 
-    ``x`` (B, ...) are positions, ``score`` is per image unit, and ``xi`` is standard normal, unused
-    if ``noise_std`` is the number 0. ``step_size`` (image units squared) and ``noise_std`` (image
-    units) are numbers or (B,).
+    ``score`` is per image unit; ``xi`` is standard normal, unused if ``noise_std`` is the number 0.
+    ``step_size`` (image units squared) and ``noise_std`` (image units) are numbers or (B,).
     """
     moved = x + per_chain(step_size, x) * score
     if isinstance(noise_std, Tensor) or noise_std:
@@ -300,7 +299,7 @@ def geometric_sigmas(high: float, low: float, count: int) -> tuple[float, ...]:
     """Return ``count`` geometric noise levels from ``high`` down to ``low``, image units.
 
     Raises:
-        UserError: if ``high`` is below ``low``, or one level is requested for different ends.
+        UserError: if ``high`` is below ``low``, or there are too few levels.
 
     >>> geometric_sigmas(1.0, 0.25, 3)
     (1.0, 0.5, 0.25)
@@ -386,8 +385,8 @@ class AnnealedLangevin(PositionSampler):
 class PredictorCorrector(PositionSampler):
     """Predictor-corrector sampling over decreasing noise levels (Song et al. 2021, VE).
 
-    ``sigmas`` are two or more levels, image units. The chain ends at the last level, without
-    denoising. Without corrections it is ancestral sampling.
+    ``sigmas`` are two or more levels, image units; the images at the last one are not denoised.
+    Without corrections it is ancestral sampling.
 
     Raises:
         UserError: if the levels do not decrease.

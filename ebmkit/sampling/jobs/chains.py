@@ -224,7 +224,7 @@ class Record:
         return found | {"stride": torch.tensor(self.stride)}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Restore the record from the result of `tensors`; other input may raise any error."""
+        """Restore the record from `tensors`; other input may raise any error."""
         self.stride = int(tensors["stride"])
         if self.stride < 1:
             raise ValueError(self.stride)
@@ -304,7 +304,7 @@ def _resumed(
     record: Record,
     device: torch.device,
 ) -> tuple[Chains[Any], float]:
-    """Saved chains and the seconds spent on them; an invalid state may raise any error."""
+    """Saved chains and the seconds spent; an invalid state may raise any error."""
     fields = {name[6:]: value for name, value in saved.items() if name.startswith("state.")}
     if fields["x"].shape != shape or saved["finished"].shape != shape[:1]:
         raise ValueError(fields["x"].shape)
@@ -323,7 +323,7 @@ def _resumed(
 def as_from_file(state: Any) -> Any:
     """Return ``state`` in the memory layout that it has after loading from a file.
 
-    Sums of floats depend on the layout, so without this resumed chains would differ.
+    Sums of floats depend on it, so resumed chains would differ.
     """
     fields: dict[str, Any] = state._asdict()
     plain = torch.contiguous_format  # clone: one channel counts as contiguous in any layout

@@ -203,9 +203,8 @@ def guide_by(
 
     Without ``guide``, guidance is classifier-free. Mean energies are computed on ``dataset`` in
     ``data_dir``, by default the data set of the guide, or of ``run``, the folder of the base.
-    Meanwhile ``progress`` is called with (images done, all images). ``bars`` shows progress bars
-    while data are read. ``inference`` sets precision and compilation of the guide; None: eager,
-    float32.
+    Meanwhile ``progress`` is called with (images done, all images). ``bars`` shows progress bars of
+    reading. ``inference`` sets precision and compilation of the guide; None: eager, float32.
 
     Raises:
         UserError: if the folder holds no model, base and guide do not fit, or the images for mean
