@@ -187,10 +187,10 @@ def test_classifier_free_guidance_of_a_model_with_labels(place):
 @pytest.mark.parametrize(
     ("ask", "told"),
     [
-        (["--guide", "robust"], "say which by --label, or all"),
-        (["--scale", "4", "--label", "3"], "--scale is of guidance, and there is no guide"),
-        (["--schedule", "linear"], "--schedule is of guidance"),
-        (["--guide-set", "n=3"], "--guide-set is of guidance"),
+        (["--guide", "robust"], "guidance needs a label: give --label"),
+        (["--scale", "4", "--label", "3"], "--scale needs a guide"),
+        (["--schedule", "linear"], "--schedule needs a guide"),
+        (["--guide-set", "n=3"], "--guide-set needs a guide"),
         (["--guide", "robust", "--label", "12"], "label 12 is out of range"),
         (
             ["--guide", "robust", "--label", "frog"],

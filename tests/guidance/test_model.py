@@ -147,7 +147,7 @@ def test_where_the_view_or_the_base_has_none_there_is_no_density():
     plain = guided_model(DirectDenoiser(nn.Identity(), 1, True), pictures(), EXACT)
     assert not isinstance(plain, EnergyModel)
     assert missing(plain, ("labels",)) is None
-    with pytest.raises(UserError, match=r"mala cannot drive .* has no log-density"):
+    with pytest.raises(UserError, match=r"mala does not support .* has no log-density"):
         SAMPLERS["mala"].build(plain, 1)
 
 

@@ -136,7 +136,7 @@ def test_the_model_s_schedule_is_sampled_and_no_other():
     assert SAMPLERS["ddim"].build(model, None, settings(schedule="cosine")).steps == 100
     with pytest.raises(UserError, match="schedule 'linear' is not the one"):
         SAMPLERS["ddim"].build(model, None, settings(schedule="linear"))
-    with pytest.raises(UserError, match="labels cannot be asked of this model"):
+    with pytest.raises(UserError, match="this model does not take labels"):
         SAMPLERS["ddim"].build(model, 3)
     with pytest.raises(UserError, match="has no log-density"):
         SAMPLERS["mala"].build(model)
