@@ -71,7 +71,7 @@ CHANGES = {
     "rate": f"learning rate times {RATE_FACTOR:g}",
     "steps": f"Langevin steps times {STEPS_FACTOR:g}",
     "penalty": "penalty of squared energies raised",
-    None: "nothing left to try",
+    None: "maximum number of rollbacks reached",
 }
 """Mitigation -> its description."""
 
