@@ -69,7 +69,7 @@ class Best:
         self._on_disk: bytes | None = None
 
     def offer(self, loss: float, model: ScoreModel, saves: bool) -> None:
-        """Record ``loss`` if it is the lowest so far and, if ``saves``, the weights of ``model``."""
+        """Record ``loss`` if it is the lowest so far, and with ``saves`` the weights too."""
         if loss < self.loss:
             self.loss = loss
             self.weights = weights_file(model) if saves else None

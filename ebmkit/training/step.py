@@ -133,7 +133,7 @@ class TrainingStep:
         self._values = torch.zeros(len(self.names) + 2, device=self.device)  # parts, stop, norm
         self._failed = torch.zeros((), device=self.device)
         self._done = torch.zeros_like(self._failed)
-        self._taken, self._fresh = 0, True  # steps so far; whether the optimiser had no state before
+        self._taken, self._fresh = 0, True  # steps so far; whether the optimiser was new
         optimizer.found_inf = self._failed  # type: ignore[attr-defined]  # optimisers read it
 
     def __call__(self, batches: Mapping[str, Batch], rate: float, stop: bool = False) -> None:
