@@ -1,18 +1,5 @@
 r"""Divergence detection and rollback, for objectives that need negatives.
 
-finite    every loss and the gradient are numbers
-gap       |g|, smoothed over some ten steps, and g itself at ten times that
-sample    root mean square of the negatives about gray: images reach 0.5
-gradient  its norm, against the running mean of the past
-========  =============================================================================
-
-On divergence the run goes back to the last snapshot after which it continued for a while (network,
-optimiser, averaged weights, running means, chains), applies *one* mitigation, the next in a stated
-order, and continues with other random chains: ``rate`` multiplies the learning rate, ``steps`` the
-Langevin steps, ``penalty`` raises the penalty of squared energies. After a maximum number of
-rollbacks the run ends and reports its history. Mitigations and history are part of a checkpoint.
-"""
-===
 Maximum likelihood with short chains does not minimise a fixed function. When the chains no longer
 follow the model, the energy difference between negatives and images,
 :math:`g = \overline{\log p(\tilde y)} - \overline{\log p(y)}`, diverges, then the gradients, then
@@ -31,18 +18,6 @@ configured order, and continues with other random numbers: ``rate`` multiplies t
 ``steps`` the Langevin steps, ``penalty`` raises the penalty of squared energies. After a maximum
 number of rollbacks the run ends and reports its history. Checkpoints contain mitigations and
 history.
-"""====
-finite    every loss and the gradient are numbers
-gap       |g|, smoothed over some ten steps, and g itself at ten times that
-sample    root mean square of the negatives about gray: images reach 0.5
-gradient  its norm, against the running mean of the past
-========  =============================================================================
-
-On divergence the run goes back to the last snapshot after which it continued for a while (network,
-optimiser, averaged weights, running means, chains), applies *one* mitigation, the next in a stated
-order, and continues with other random chains: ``rate`` multiplies the learning rate, ``steps`` the
-Langevin steps, ``penalty`` raises the penalty of squared energies. After a maximum number of
-rollbacks the run ends and reports its history. Mitigations and history are part of a checkpoint.
 """
 
 from __future__ import annotations
