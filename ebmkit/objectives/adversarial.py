@@ -121,8 +121,8 @@ class TradesConfig(AdversarialConfig):
             raise UserError("the divergence of trades has no target: use adv, or targeted=false")
         if not self.random_start:
             raise UserError(
-                "the divergence of trades has no gradient at the image itself: leave random_start "
-                "out"
+                "the divergence of trades has no gradient at the image itself: omit random_start, "
+                "or set it to true"
             )
         return self
 
@@ -145,13 +145,13 @@ class Attack:
         model = context.model
         if not isinstance(model, EnergyModel) or model.num_classes == 0:
             raise UserError(
-                f"objective {context.term!r} needs a classifier, and this network knows no labels: "
+                f"objective {context.term!r} needs a classifier, and this network has no labels: "
                 "choose a backbone, and images with labels"
             )
         if model.num_classes == 1 and config.targeted:
             raise UserError(
-                f"objective.{context.term}.targeted needs a label to aim at, and there is but one "
-                "class: set it to false"
+                f"objective.{context.term}.targeted needs another class as target, and there is "
+                "only one class: set it to false"
             )
         self.model: EnergyModel = model
         self.config, self.on_divergence = config, on_divergence

@@ -82,8 +82,8 @@ def implied_settings(
         if value != law.get(field, value):
             raise UserError(
                 f"objective 'ddpm' trains at the noise levels of its schedule, {schedule}, and "
-                f"streams.{stream}.noise.{field} is {value!r}: leave that out and choose by "
-                "objective.ddpm.schedule, or take --objective dsm-mean, which has any noise"
+                f"streams.{stream}.noise.{field} is {value!r}: omit that and set "
+                "objective.ddpm.schedule, or use --objective dsm-mean, which allows any noise"
             )
     found: dict[str, Any] = {"streams": {stream: {"noise": law}}}
     if mapping_at(raw, "model", "backbone").get("kind") != "unet":

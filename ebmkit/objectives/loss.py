@@ -291,8 +291,8 @@ class TrainingLoss(nn.Module):
                 losses, penalty = found if isinstance(found, tuple) else (found, None)
                 if losses.ndim != 1:
                     raise UserError(
-                        f"objective {term.name!r} gives a loss of shape {tuple(losses.shape)}: one "
-                        "number for each image, (B,), is needed"
+                        f"objective {term.name!r} returns a loss of shape {tuple(losses.shape)}: "
+                        "it must return one number per image, (B,)"
                     )
                 factor = self._factor(term, batch)
                 if penalty is not None:

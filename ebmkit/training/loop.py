@@ -307,7 +307,7 @@ class Trainer:
         self.state.load_state_dict(state)
         if self.step > self.config.steps:
             raise UserError(
-                f"the checkpoint is of step {self.step}, and this run has {self.config.steps}"
+                f"the checkpoint is at step {self.step}, but the run ends at {self.config.steps}"
             )
         self.card.steps = self.step
         if self.rollback is not None:

@@ -160,13 +160,13 @@ def _matrices(model: nn.Module, config: OptimizerConfig) -> list[nn.Parameter]:
     for part in config.adamw_for:
         if not any(part in name for name in found):
             raise UserError(
-                f"optimizer.adamw_for names {shown(part)}, which is part of no matrix's name: "
-                f"they are {', '.join(found) or 'none'}"
+                f"optimizer.adamw_for names {shown(part)}, which matches no matrix: "
+                f"the matrices are {', '.join(found) or 'none'}"
             )
     chosen = [p for name, p in found.items() if not any(n in name for n in config.adamw_for)]
     if not chosen:
         raise UserError(
-            "optimizer.kind=muon moves weight matrices of convolutions and linear layers, and "
+            "optimizer.kind=muon updates weight matrices of convolutions and linear layers, and "
             "none is left beside the head: use optimizer.kind=adamw"
         )
     return chosen

@@ -270,7 +270,7 @@ class RunFolder:
                 warnings.warn(f"{damage}; going back to step {state['step']}", stacklevel=2)
             return state
         if errors:
-            raise DamagedFile(f"{errors[0]}; no whole checkpoint is left: start the run anew")
+            raise DamagedFile(f"{errors[0]}; no intact checkpoint is left: start a new run")
         return None
 
     def read_best(self) -> bytes | None:

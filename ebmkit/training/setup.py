@@ -113,7 +113,7 @@ def check_terms(loss: TrainingLoss, config: TrainConfig, images: AnyImages) -> N
         if term.objective.needs_score and stream.noise.range[1] == 0:
             raise UserError(
                 f"objective {term.name!r} learns from noise, and stream {name!r} has none: set "
-                f"streams.{name}.noise.kind and max, as in squared-uniform and 100/255"
+                f"streams.{name}.noise.kind and max, for example to squared-uniform and 100/255"
             )
 
 
