@@ -87,7 +87,7 @@ class _Config(BaseModel):
 
 
 class DataConfig(_Config):
-    """Which images to train on."""
+    """The training images."""
 
     name: str = Field("digits", description="a name from `ebmkit list datasets`")
     data_dir: Path | None = Field(None, description="folder or file of the data set")
