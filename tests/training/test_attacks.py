@@ -494,8 +494,8 @@ def test_mistakes_are_reported_before_the_first_step(layer, words):
 
 
 def test_a_network_without_labels_and_a_single_class_are_refused():
-    with pytest.raises(UserError, match="there is but one class"):
+    with pytest.raises(UserError, match="there is only one class"):
         attacks(classifier(1), targeted=True)
     bare = JointModel(Tiny(), LinearQuadraticHead(8, 0), in_channels=1)
-    with pytest.raises(UserError, match="knows no labels"):
+    with pytest.raises(UserError, match="this network has no labels"):
         attacks(bare)

@@ -56,7 +56,7 @@ def test_a_joint_model_can_be_the_denoiser():
     ("assignments", "words"),
     [
         (["streams.denoise.noise.kind=uniform"], "streams.denoise.noise.kind is 'uniform'"),
-        (["streams.denoise.noise.schedule=cosine"], "noise.schedule is 'cosine': leave that out"),
+        (["streams.denoise.noise.schedule=cosine"], "noise.schedule is 'cosine': omit that"),
         (["model.backbone.schedule=cosine"], "schedule = 'cosine' contradicts objective.ddpm.sch"),
         (["model.backbone.class_conditional=true"], "contradicts objective.ddpm.class_dropout"),
         (["model.backbone.timesteps=100"], "timesteps = 100 contradicts the noise law"),

@@ -290,7 +290,7 @@ def test_recipes_are_the_published_ones_in_our_units():
         (
             {"streams": {"generate": {"augmentation": {"crop_size": 4}}}}
             | {"negatives": {"buffer_size": 40, "start": "gaussian"}},
-            "start from whole images",
+            "that of whole images",
         ),
     ],
 )

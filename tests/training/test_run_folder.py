@@ -192,7 +192,7 @@ def test_checkpoints_of_another_step_are_not_taken(run):
 def test_without_a_whole_checkpoint_resuming_is_refused(run):
     for name in CHECKPOINTS:
         (run / name).write_bytes(b"")
-    with pytest.raises(DamagedFile, match="no whole checkpoint is left"):
+    with pytest.raises(DamagedFile, match="no intact checkpoint is left"):
         go_on(run)
     assert RunFolder(run).metrics()[-1]["step"] == 6
 
