@@ -100,16 +100,16 @@ class Augmentation(BaseModel):
     def _check(self) -> Augmentation:
         scale, ratio = self.crop_scale, self.crop_ratio
         if scale is not None and self.crop_padding:
-            raise UserError("crop_scale resizes and crop_padding pads: take one of them")
+            raise UserError("crop_scale and crop_padding exclude each other: set only one of them")
         if scale is not None and not 0 < scale[0] <= scale[1] <= 1:
-            raise UserError(f"crop_scale {list(scale)} must rise within 0 to 1, as [0.08, 1]")
+            raise UserError(f"crop_scale {list(scale)} must rise within 0 to 1, like [0.08, 1]")
         if not 0 < ratio[0] <= ratio[1]:
-            raise UserError(f"crop_ratio {list(ratio)} must rise from above 0, as [0.75, 1.333]")
+            raise UserError(f"crop_ratio {list(ratio)} must rise from above 0, like [0.75, 1.333]")
         if self.crop_fill == "reflect" and not self.crop_padding:
-            raise UserError("crop_fill=reflect fills a padding: set crop_padding, as 4")
+            raise UserError("crop_fill=reflect needs a padding: set crop_padding, for example to 4")
         if self.mix_probability < 1 and self.mix == "none":
             raise UserError(
-                f"mix_probability {self.mix_probability:g} is of mixed batches: set mix to mixup, "
+                f"mix_probability {self.mix_probability:g} needs mixed batches: set mix to mixup, "
                 "cutmix or both"
             )
         return self

@@ -195,10 +195,10 @@ def load_pictures(request: DatasetRequest) -> StreamedSet:
     """
     root, faults = request.path("a folder of images"), request.faults
     if request.image_size is not None:
-        raise UserError("data set 'pictures' keeps each image's size: leave the image size out")
+        raise UserError("data set 'pictures' keeps each image's size: remove the image size")
     if request.split != "test":
         raise UserError(
-            "data set 'pictures' is to evaluate on: train on data set 'folder', with --image-size "
+            "data set 'pictures' is only for evaluation: train on 'folder', with --image-size "
             "or streams.denoise.augmentation.crop_size"
         )
     if not root.is_dir():
@@ -401,7 +401,7 @@ def find_images(
         (names if _is_image(name) else ignored).append(name)
     if ignored and deep:
         warnings.warn(
-            f"{len(ignored)} files in {str(base)!r} are not images and are left out, as "
+            f"{len(ignored)} files in {str(base)!r} are not images and are skipped, such as "
             f"{ignored[0]!r}",
             stacklevel=4,
         )
@@ -419,7 +419,7 @@ def _walk(base: str, home: str | None, ask: str, deep: bool) -> Iterator[str]:
         above = [os.path.join(base, *inside[:depth]) for depth in range(len(inside) + 1)]
         if len(above) > MAX_DEPTH:
             raise UserError(
-                f"{base!r} has folders in folders more than {MAX_DEPTH} deep: sort the images into "
+                f"{base!r} has folders nested more than {MAX_DEPTH} deep: move the images into "
                 "fewer"
             )
         folders[:] = sorted(name for name in folders if deep and not name.startswith("."))
@@ -433,7 +433,7 @@ def _walk(base: str, home: str | None, ask: str, deep: bool) -> Iterator[str]:
             if home is not None:
                 _check_inside(path, home, ask)
             if name in folders and any(os.path.samefile(path, other) for other in above):
-                raise UserError(f"{path!r} is a link to a folder that it lies in: remove it")
+                raise UserError(f"{path!r} is a link to a folder that contains it: remove it")
         yield from (os.path.join(*inside, name) for name in shown)
 
 

@@ -131,7 +131,7 @@ def load_hdf5(request: DatasetRequest) -> AnyImages:
     count, height, width, _ = reader.shape
     if side is not None and (height, width) != (side, side):
         raise UserError(
-            f"{str(path)!r} holds images of {height}x{width}, not {side}: pack them anew "
+            f"{str(path)!r} holds images of {height}x{width}, not {side}: pack them again "
             f"with --image-size {side}"
         )
     rows = torch.arange(count)

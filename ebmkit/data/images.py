@@ -159,7 +159,7 @@ def write_image(image: Tensor, path: Path | str, overwrite: bool = False, bits: 
     if path.exists() and not overwrite:
         raise UserError(f"{str(path)!r} exists: move it away, or choose another name")
     if not bool(image.isfinite().all()):
-        raise UserError(f"cannot write {str(path)!r}: the image has pixels that are not numbers")
+        raise UserError(f"cannot write {str(path)!r}: the image has NaN or Inf pixels")
     levels = image.detach().cpu().double().clamp(0, 1).permute(1, 2, 0).numpy()
     levels = levels[:, :, 0] if image.shape[0] == 1 else levels
     deep = bits == 16 and levels.ndim == 2 and kind != "JPEG"
@@ -243,8 +243,8 @@ def _check_header(image: Image.Image, path: Path) -> None:
         raise UserError(f"{str(path)!r} is animated or has several pages: save one of them alone")
     if image.info.get("progressive") and path.read_bytes().count(b"\xff\xda") > MAX_SCANS:
         raise UserError(
-            f"{str(path)!r} is a JPEG of more than {MAX_SCANS} passes, as is done to fill the "
-            "time: save it anew"
+            f"{str(path)!r} is a JPEG with more than {MAX_SCANS} scans, which take very long to "
+            "decode: save it again"
         )
     if image.mode in ("F", "I"):
         raise UserError(
@@ -283,6 +283,6 @@ def _decoded(image: Image.Image, path: Path) -> DecodedImage:
             raise UserError(
                 f"{str(path)!r} is partly transparent: flatten it onto a background first"
             )
-        notes.append(f"{str(path)!r} has an alpha channel, fully opaque, which is left out")
+        notes.append(f"{str(path)!r} has an alpha channel, fully opaque, which is ignored")
     gray = upright.mode in ("1", "L", "LA", "La")
     return DecodedImage(upright.convert("L" if gray else "RGB"), mode, tuple(notes))

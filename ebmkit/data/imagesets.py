@@ -32,7 +32,7 @@ MEMORY_LIMIT = 2**30
 MAX_CONSECUTIVE_SKIPS = 100
 """Maximum number of consecutive skipped images."""
 
-HINT = " (dataset.unreadable=skip leaves such out)"
+HINT = " (dataset.unreadable=skip skips such images)"
 """End of the error message for an unreadable image."""
 
 SHOWN = 3
@@ -80,8 +80,8 @@ class DatasetRequest(NamedTuple):
         """
         if self.image_size not in (None, side):
             raise UserError(
-                f"data set {self.name!r} has images of {side}x{side}, not {self.image_size}: leave "
-                "the image size out"
+                f"data set {self.name!r} has images of {side}x{side}, not {self.image_size}: "
+                "remove the image size"
             )
 
 
@@ -416,7 +416,7 @@ def readable(
         raise UserError(f"none of {count} images of {what} can be read: {reasons[0]}")
     if what and reasons and warn:
         warnings.warn(
-            f"{len(reasons)} of {count} images of {what} cannot be read and are left out: "
+            f"{len(reasons)} of {count} images of {what} cannot be read and are skipped: "
             f"{some_of(reasons)}",
             stacklevel=4,
         )

@@ -194,7 +194,7 @@ def torchvision_cifar(name: str, data_dir: Path, train: bool, download: bool) ->
         if not path.is_file() or path.stat().st_size > MAX_FILE_SIZE:
             raise UserError(
                 f"{str(path)!r} is no file of the published data set: delete {str(folder)!r} and "
-                "unpack it anew"
+                "unpack it again"
             )
     timeout, existed = socket.getdefaulttimeout(), root.exists()
     try:
@@ -209,11 +209,11 @@ def torchvision_cifar(name: str, data_dir: Path, train: bool, download: bool) ->
                     root.rmdir()
             cause = getattr(error, "reason", error)  # of a URLError: the network error
             raise UserError(
-                f"{_missing(name, data_dir)} (fetching it failed: {first_line(cause)})"
+                f"{_missing(name, data_dir)} (download failed: {first_line(cause)})"
             ) from None
         raise UserError(
             f"{str(folder)!r} is incomplete or damaged: delete it and unpack {facts.archive} in "
-            f"{str(root)!r} anew"
+            f"{str(root)!r} again"
         ) from None
     finally:
         socket.setdefaulttimeout(timeout)
@@ -337,7 +337,7 @@ class _Items:
         self.source, self.name, self.resized = source, name, image_size is not None
         first = self._item(0)
         if not (isinstance(first, tuple) and isinstance(first[0], Image.Image)):
-            raise UserError(f"{name!r} does not give images with labels: pack a folder of images")
+            raise UserError(f"{name!r} does not return images with labels: pack a folder of images")
         self.channels = 1 if first[0].mode in ("1", "L") else 3
         self.size = (image_size, image_size) if image_size else first[0].size[::-1]
         self.class_names = tuple(str(c) for c in getattr(source, "classes", ()))
@@ -446,7 +446,7 @@ def _parts(
         if folder.name != facts.folder and not (folder / facts.folder).is_dir():
             continue
         if image_size not in (None, 32):
-            raise UserError(f"{name} has images of 32x32: leave the image size out")
+            raise UserError(f"{name} has images of 32x32: remove the image size")
         return {
             part: torchvision_cifar(name, folder, part == "train", download=False)
             for part in ("train", "test")
@@ -486,7 +486,7 @@ def _torchvision_parts(src: str, image_size: int | None) -> Mapping[str, Source]
     make = getattr(torchvision.datasets, name)
     options = inspect.signature(make).parameters
     if not {"train", "split"} & set(options):
-        raise UserError(f"{src!r} does not come in a training and a test part: pack a folder of it")
+        raise UserError(f"{src!r} has no training and test parts: pack a folder of its images")
     download = {"download": True} if "download" in options else {}
     parts: dict[str, _Items] = {}
     for part in ("train", "test"):

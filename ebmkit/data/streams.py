@@ -227,7 +227,7 @@ class Stream:
         for step, (images, labels, skipped) in zip(steps, read, strict=True):
             for number, reason in skipped.items():  # warn about the first, count all
                 if number not in self.skipped and len(self.skipped) < MAX_WARNINGS:
-                    warnings.warn(f"left out of stream {self.name!r}: {reason}", stacklevel=2)
+                    warnings.warn(f"skipped in stream {self.name!r}: {reason}", stacklevel=2)
                 self.skipped[number] = reason
             images = images.to(self.device, non_blocking=cuda)
             if labels is not None:
@@ -241,7 +241,7 @@ class Stream:
         return found[self._extra :]
 
     def _indices(self, step: int, device: torch.device) -> Tensor:
-        """Data set indices of the images that this process needs at ``step``, (B,), on ``device``."""
+        """Data set indices (B,) on ``device`` of the images that this process needs at ``step``."""
         span, size = span_at(self.spans, step), len(self.source)
         begin = span.first + (step - span.start) * span.batch_size
         numbers = begin + self._rows(span, device).positions

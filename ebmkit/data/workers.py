@@ -70,21 +70,21 @@ def _worker_sentence(text: str) -> str | None:
     """Message for PyTorch's error ``text`` about workers; None for another error."""
     if "DataLoader timed out" in text:
         return (
-            f"no image was read for {WORKER_TIMEOUT:.0f} s: see whether the disk or network that "
-            "they lie on still answers"
+            f"no image was read for {WORKER_TIMEOUT:.0f} s: check whether the disk or network of "
+            "the images still responds"
         )
     if "DataLoader worker" not in text:
         return None
     reason = text.partition("killed by signal: ")[2].split(".")[0].strip()
     if not reason:
-        ended = "a process that reads images ended unasked"
-        return f"{ended}: see what it said, or take fewer dataset.workers"
-    cause = "the memory may not suffice: take fewer dataset.workers"
+        ended = "a worker process that reads images ended unexpectedly"
+        return f"{ended}: see its output, or reduce dataset.workers"
+    cause = "memory may be too small: reduce dataset.workers"
     if "Bus" in reason:
-        cause = "shared memory may be full: enlarge /dev/shm, or take fewer dataset.workers"
+        cause = "shared memory may be full: enlarge /dev/shm, or reduce dataset.workers"
     elif "Segmentation" in reason:
-        cause = "a library that decodes images may have met a damaged one"
-    return f"a process that reads images was killed by a signal, {reason}; {cause}"
+        cause = "a library that decodes images may have crashed on a damaged one"
+    return f"a worker process that reads images was killed by a signal, {reason}; {cause}"
 
 
 def read_batches(
