@@ -198,8 +198,8 @@ def load_pictures(request: DatasetRequest) -> StreamedSet:
         raise UserError("data set 'pictures' keeps each image's size: remove the image size")
     if request.split != "test":
         raise UserError(
-            "data set 'pictures' is only for evaluation: train on 'folder', with --image-size "
-            "or streams.denoise.augmentation.crop_size"
+            "data set 'pictures' is only for evaluation: train on data set 'folder', with "
+            "--image-size or streams.denoise.augmentation.crop_size"
         )
     if not root.is_dir():
         raise UserError(f"{str(root)!r} is not a folder: name a folder of images by --data-dir")

@@ -129,7 +129,7 @@ def check_dataset(dataset: h5py.Dataset, what: str) -> None:
     plan = dataset.id.get_create_plist()
     if plan.get_external_count() or plan.get_layout() == h5py.h5d.VIRTUAL:
         raise UserError(
-            f"{where}: its data are in other files, which are not read: write them into this one"
+            f"{where}: its data lie in other files, which are not read: write them into this one"
         )
     filters = [plan.get_filter(number)[0] for number in range(plan.get_nfilters())]
     _check_filters(filters, where)
