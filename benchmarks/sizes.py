@@ -34,7 +34,7 @@ WAYS = ("plain formula", "windows", "factor", "tiles", "blended 32", "blended 64
 
 
 def score(model: ebmkit.JointModel, y: Tensor, way: str) -> Tensor:
-    """Score of a whole image y (C, H, W), computed as ``way`` says."""
+    """Score of a whole image y (C, H, W) with method ``way``."""
     reference = model.reference_size
     assert reference is not None
     try:

@@ -394,14 +394,8 @@ def readable(
 ) -> tuple[list[T], list[str]]:
     """Items for which ``read`` raises no `UserError`, and the error messages of the others.
 
-    Args:
-        items: arguments of ``read``.
-        read: function that reads one item.
-        what: name of the images in messages; empty: no error and no warning.
-        warn: warn about unreadable items.
-
-    Raises:
-        UserError: if ``what`` is given and every item is unreadable.
+    With ``what``, a name for messages: warns about unreadable items, and raises `UserError` if
+    every item is unreadable.
     """
     found, reasons = [], []
     for item in items:

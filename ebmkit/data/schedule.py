@@ -87,7 +87,7 @@ class StreamConfig(BaseModel):
         return self
 
     def spans(self, steps: int | None = None) -> tuple[Span, ...]:
-        """Spans of a run of ``steps`` steps, starting with the stream's own sizes.
+        """Spans of a run of ``steps`` steps; the first has the stream's own sizes.
 
         Raises:
             UserError: if there are phases and ``steps`` is None.

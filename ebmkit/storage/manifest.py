@@ -7,10 +7,10 @@ a digest of itself.
 
 A redo log makes a change of several files atomic. The new contents are written to temporary files.
 Then the manifest is replaced by one with their digests and temporary names (``pending``): this
-commits the change. Afterwards the temporary files are renamed. A process killed before the commit
-has changed nothing; a process killed after it leaves all data that the next writer needs to
-complete the change (`recover`). Until then readers follow ``pending``. So a reader sees all of the
-old files or all of the new ones, without a lock.
+commits the change. Afterwards the temporary files are renamed. If the process is killed before the
+commit, nothing has changed; if it is killed later, the next writer completes the change
+(`recover`). Until then readers follow ``pending``. So a reader sees all of the old files or all of
+the new ones, without a lock.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A pickle is a program for a small stack machine. Three of its instructions name functions and
 classes (GLOBAL, STACK_GLOBAL, INST), five call them (REDUCE, INST, OBJ, NEWOBJ, NEWOBJ_EX), and
-BUILD sets attributes. So a checkpoint can execute code when `pickle` or `dill` loads it. This
-module looks up names in two tables, and never in a module:
+BUILD sets attributes. So a checkpoint can execute code when `pickle` or `dill` loads it. Here names
+are looked up in two tables instead of in imported modules:
 
 ============  ==================================================================================
 name          result

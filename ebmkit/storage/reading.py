@@ -41,7 +41,7 @@ DEPTH = 50
 """Maximum nesting depth of values; a configuration has 5."""
 
 YAML_BYTES = MIB // 4
-"""Maximum bytes of a YAML file; a resolved configuration has 5,000. Parsing takes 20 s per MiB."""
+"""Maximum characters of YAML; a resolved configuration has 5,000. Parsing takes 20 s per MiB."""
 
 JSON_BYTES = 64 * MIB
 """Default maximum bytes of a JSON file."""
